@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings.hpp"
+
+namespace pydedup {
+
+void bind_codec(py::module_&) {}
+
+}  // namespace pydedup

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the binding files share: their registrars and the ONE way to take arrays. Arrays are
+// borrowed, never cast or copied: a wrong dtype or layout is a TypeError from pybind11 (noconvert)
+// or an Error from here.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "pydedup/error.hpp"
+#include "pydedup/types.hpp"
+
+namespace pydedup {
+
+namespace py = pybind11;
+
+void bind_errors(py::module_& m);
+void bind_cpu(py::module_& m);
+void bind_hash(py::module_& m);
+void bind_codec(py::module_& m);
+void bind_storage(py::module_& m);
+void bind_packing(py::module_& m);
+void bind_gemm(py::module_& m);
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+/// A borrowed 1-D array.
+template <class T>
+[[nodiscard]] std::span<const T> as_span(const Array<T>& array, const char* name) {
+    if (array.ndim() != 1) {
+        throw Error(ErrorCode::invalid_argument, std::string(name) + " must be a 1-D array");
+    }
+    return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+[[nodiscard]] inline Dtype as_dtype(int code) {
+    const auto dtype = static_cast<Dtype>(code);
+    if (code < 0 || code > 255 || item_bytes(dtype) == 0) {
+        throw Error(ErrorCode::invalid_argument, "unknown dtype code " + std::to_string(code));
+    }
+    return dtype;
+}
+
+/// The bytes of a matrix: uint8 of shape (rows, cols * item size).
+[[nodiscard]] inline MatrixRef as_matrix(const Array<std::uint8_t>& data, Dtype dtype) {
+    const std::size_t item = item_bytes(dtype);
+    if (data.ndim() != 2 || static_cast<std::size_t>(data.shape(1)) % item != 0) {
+        throw Error(ErrorCode::invalid_argument,
+                    "a matrix is passed as uint8 of shape (rows, cols * item size)");
+    }
+    const auto row_bytes = static_cast<std::size_t>(data.shape(1));
+    return {reinterpret_cast<const std::byte*>(data.data()),
+            static_cast<std::size_t>(data.shape(0)), row_bytes / item, row_bytes, dtype};
+}
+
+[[nodiscard]] inline BlockGrid as_grid(const MatrixRef& matrix, std::size_t block_rows,
+                                       std::size_t block_cols) {
+    if (block_rows == 0 || block_cols == 0) {
+        throw Error(ErrorCode::invalid_argument, "a block shape must be at least (1, 1)");
+    }
+    return {matrix.rows, matrix.cols, block_rows, block_cols};
+}
+
+}  // namespace pydedup

@@ -1,0 +1,18 @@
+# The two Python modules. Only _core links the native core (one copy of its state);
+# _pages is stateless Cython and links nothing of it.
+set(PYBIND11_FINDPYTHON ON)
+find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(pybind11 CONFIG REQUIRED)
+include(UseCython)
+
+file(GLOB PYDEDUP_BINDING_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/*.cpp)
+pybind11_add_module(_core MODULE NO_EXTRAS ${PYDEDUP_BINDING_SOURCES})
+target_link_libraries(_core PRIVATE pydedup_core)
+target_compile_definitions(_core PRIVATE PYDEDUP_VERSION="${SKBUILD_PROJECT_VERSION}")
+install(TARGETS _core LIBRARY DESTINATION pydedup)
+
+if(EXISTS ${PROJECT_SOURCE_DIR}/pydedup/_pages.pyx)
+  cython_transpile(${PROJECT_SOURCE_DIR}/pydedup/_pages.pyx LANGUAGE C OUTPUT_VARIABLE PYDEDUP_PAGES_C)
+  python_add_library(_pages MODULE WITH_SOABI ${PYDEDUP_PAGES_C})
+  install(TARGETS _pages LIBRARY DESTINATION pydedup)
+endif()

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernel implementation runs, and why. Thread-safe: the choice is made once, at first use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace pydedup {
+
+struct KernelInfo {
+    std::string name;
+    bool built;        ///< compiled into this library
+    bool runnable;     ///< this CPU and operating system can execute it
+    std::string note;  ///< why it cannot be used, or what speaks for it
+};
+
+/// Every kernel that this version knows, reference first.
+[[nodiscard]] std::vector<KernelInfo> kernel_infos();
+
+/// Name of the kernel in use. Throws Error{kernel_unavailable} when PYDEDUP_KERNEL demands one
+/// that is unknown, not built, or not runnable here.
+[[nodiscard]] std::string active_kernel();
+
+/// Why `active_kernel()` is the one in use.
+[[nodiscard]] std::string active_kernel_reason();
+
+}  // namespace pydedup

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// The avx2 kernels: one translation unit, internal linkage, one exported table.
+#include <immintrin.h>
+
+#include "kernels/kernel_table.hpp"
+
+#include "kernels/codec_avx2-inl.hpp"
+#include "kernels/gemm_avx2-inl.hpp"
+#include "kernels/hash_avx2-inl.hpp"
+
+namespace pydedup {
+
+const KernelTable kAvx2Kernels = {
+    "avx2",
+    isa_avx2::kHash,
+    isa_avx2::kCodec,
+    isa_avx2::kGemm,
+};
+
+}  // namespace pydedup

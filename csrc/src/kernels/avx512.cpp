@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// The avx512 kernels: one translation unit, internal linkage, one exported table.
+#include <immintrin.h>
+
+#include "kernels/kernel_table.hpp"
+
+#include "kernels/codec_avx512-inl.hpp"
+#include "kernels/gemm_avx512-inl.hpp"
+#include "kernels/hash_avx512-inl.hpp"
+
+namespace pydedup {
+
+const KernelTable kAvx512Kernels = {
+    "avx512",
+    isa_avx512::kHash,
+    isa_avx512::kCodec,
+    isa_avx512::kGemm,
+};
+
+}  // namespace pydedup

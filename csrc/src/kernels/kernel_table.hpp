@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// The only thing kernels share with the rest: tables of pointers to pure functions on raw memory.
+// No standard library beyond <cstddef>/<cstdint>, no exceptions, no state (docs/kernels.md).
+// Kernels trust their arguments; facades check them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/codec_kernels.hpp"
+#include "kernels/gemm_kernels.hpp"
+#include "kernels/hash_kernels.hpp"
+
+namespace pydedup {
+
+struct KernelTable {
+    const char* name;
+    HashKernels hash;
+    CodecKernels codec;
+    GemmKernels gemm;
+};
+
+// One per translation unit of this folder; which of them exist is said by PYDEDUP_HAVE_<ISA>.
+extern const KernelTable kScalarKernels;
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+
+}  // namespace pydedup

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every exception that pydedup raises on purpose.
+
+    PydedupError
+    ├── ArgumentError (ValueError)         a value the caller gave is wrong
+    │   └── KernelUnavailableError         PYDEDUP_KERNEL demands what cannot be had
+    ├── FormatError (ValueError)           a model file is truncated, corrupt or unsafe
+    │   └── UnsupportedFormatError         no reader or writer for it, or an extra is missing
+    ├── NotFoundError (LookupError)        no such model, version, alias or tensor
+    ├── DuplicateError                     name@version exists already
+    ├── BudgetError (MemoryError)          the memory budget does not allow the request
+    └── StoreError
+        ├── NotAStoreError                 the database holds no pydedup store (or something else)
+        ├── SchemaVersionError             written by a newer pydedup
+        ├── ReadOnlyError                  a change was asked of a store opened for reading
+        ├── ConflictError                  another writer was in the way for too long
+        ├── UnavailableError               the database cannot be reached; retrying may help
+        ├── StorageFullError               no space left where the store lives
+        └── CorruptStoreError              stored bytes do not match their checksum
+            └── PageNotFoundError          a page that should exist does not
+
+Messages say what was wrong, with which name and value, and what to do. They never hold
+credentials.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "BudgetError",
+    "ConflictError",
+    "CorruptStoreError",
+    "DuplicateError",
+    "FormatError",
+    "KernelUnavailableError",
+    "NotAStoreError",
+    "NotFoundError",
+    "PageNotFoundError",
+    "PydedupError",
+    "ReadOnlyError",
+    "SchemaVersionError",
+    "StorageFullError",
+    "StoreError",
+    "UnavailableError",
+    "UnsupportedFormatError",
+]
+
+
+class PydedupError(Exception):
+    """Root of all exceptions raised by pydedup."""
+
+
+class ArgumentError(PydedupError, ValueError):
+    """A value given by the caller is wrong."""
+
+
+class KernelUnavailableError(ArgumentError):
+    """The kernel demanded by ``PYDEDUP_KERNEL`` is unknown, not built or not runnable."""
+
+
+class FormatError(PydedupError, ValueError):
+    """A model file is truncated, corrupt or unsafe to read."""
+
+
+class UnsupportedFormatError(FormatError):
+    """No reader or writer fits, or the extra that brings it is not installed."""
+
+
+class NotFoundError(PydedupError, LookupError):
+    """No such model, version, alias or tensor."""
+
+    def __str__(self) -> str:
+        # KeyError-style quoting of LookupError subclasses would wrap the sentence in quotes.
+        return str(self.args[0]) if self.args else ""
+
+
+class DuplicateError(PydedupError):
+    """The store already has this ``name@version``."""
+
+
+class BudgetError(PydedupError, MemoryError):
+    """The memory budget does not allow the request."""
+
+
+class StoreError(PydedupError):
+    """Something is wrong with the database or what it holds."""
+
+
+class NotAStoreError(StoreError):
+    """The database holds no pydedup store, or is not a database at all."""
+
+
+class SchemaVersionError(StoreError):
+    """The store was written by a newer pydedup."""
+
+
+class ReadOnlyError(StoreError):
+    """A change was asked of a store that cannot be written."""
+
+
+class ConflictError(StoreError):
+    """Another writer was in the way for too long."""
+
+
+class UnavailableError(StoreError):
+    """The database cannot be reached; trying again may help."""
+
+
+class StorageFullError(StoreError):
+    """There is no space left where the store lives."""
+
+
+class CorruptStoreError(StoreError):
+    """Stored bytes do not parse or do not match their checksum."""
+
+
+class PageNotFoundError(CorruptStoreError):
+    """A page that a block map names does not exist."""

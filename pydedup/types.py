@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that every part of pydedup speaks of: dtypes and the reports users get.
+
+Deliberately not here: anything that does I/O or arithmetic.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pydedup.errors import ArgumentError
+
+__all__ = ["AddReport", "DType", "ModelInfo", "TensorInfo"]
+
+
+class DType(enum.Enum):
+    """Element types that a store keeps. Codes are persisted in pages: never renumber."""
+
+    F64 = (1, "f64", np.dtype(np.float64))
+    F32 = (2, "f32", np.dtype(np.float32))
+    F16 = (3, "f16", np.dtype(np.float16))
+    BF16 = (4, "bf16", np.dtype(ml_dtypes.bfloat16))
+    I8 = (5, "int8", np.dtype(np.int8))
+    I16 = (6, "int16", np.dtype(np.int16))
+    I32 = (7, "int32", np.dtype(np.int32))
+    I64 = (8, "int64", np.dtype(np.int64))
+    U8 = (9, "uint8", np.dtype(np.uint8))
+    U16 = (10, "uint16", np.dtype(np.uint16))
+    U32 = (11, "uint32", np.dtype(np.uint32))
+    U64 = (12, "uint64", np.dtype(np.uint64))
+    BOOL = (13, "bool", np.dtype(np.bool_))
+    F8_E4M3 = (14, "f8_e4m3", np.dtype(ml_dtypes.float8_e4m3fn))
+    F8_E5M2 = (15, "f8_e5m2", np.dtype(ml_dtypes.float8_e5m2))
+
+    def __init__(self, code: int, label: str, numpy: np.dtype[Any]) -> None:
+        self.code = code
+        self.label = label
+        self.numpy = numpy
+        self.itemsize: int = numpy.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        """Whether elements are floating-point numbers."""
+        return self.label.startswith(("f", "bf"))
+
+    @classmethod
+    def of(cls, dtype: np.dtype[Any]) -> DType:
+        """Return the member for a numpy dtype of either byte order.
+
+        Raises
+        ------
+        ArgumentError
+            When pydedup does not store that dtype.
+        """
+        native = dtype.newbyteorder("=") if dtype.byteorder == ">" else dtype
+        for member in cls:
+            if member.numpy == native:
+                return member
+        known = ", ".join(member.label for member in cls)
+        raise ArgumentError(f"dtype {dtype} cannot be stored; convert it to one of: {known}")
+
+    @classmethod
+    def of_label(cls, label: str) -> DType:
+        """Return the member with that label, e.g. ``"bf16"``."""
+        for member in cls:
+            if member.label == label:
+                return member
+        known = ", ".join(member.label for member in cls)
+        raise ArgumentError(f"unknown dtype {label!r}; choose one of: {known}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A named tensor of a stored model."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    block_shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the store knows of one version of a model."""
+
+    id: int
+    name: str
+    version: str
+    policy: str
+    created_at: float
+    logical_bytes: int
+    digest: str
+    aliases: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """``name@version``."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class AddReport:
+    """What adding one model did (or would do, for a dry run).
+
+    Attributes
+    ----------
+    logical_bytes
+        Size of all tensors of the model as given.
+    stored_bytes
+        Bytes of blocks that were new to the store, as encoded.
+    blocks, shared_blocks, delta_blocks
+        Blocks of the model; those found in the store or earlier in the same model; those kept
+        as a delta on a base.
+    pages
+        New pages written.
+    seconds
+        Wall time.
+    certificate
+        The guarantee that holds for what was stored.
+    """
+
+    model: str
+    logical_bytes: int
+    stored_bytes: int
+    blocks: int
+    shared_blocks: int
+    delta_blocks: int
+    pages: int
+    seconds: float
+    certificate: Mapping[str, Any]
+    dry_run: bool = False
