@@ -104,7 +104,7 @@ WHEEL=$(compgen -G "$WHEELS/pydedup-*.whl")
 
 DEPENDENCIES_KEY="$TOOLS_KEY $PY_REAL"
 if ! fresh "extra-$EXTRA" "$DEPENDENCIES_KEY"; then
-    step "install with the extra '$EXTRA'" "extra-$EXTRA" "$VENV/bin/pip" install "$WHEEL[$EXTRA]"
+    step "install with the extra '$EXTRA'" "extra-$EXTRA" "$VENV/bin/pip" install "${WHEEL}[$EXTRA]"
     done_with "extra-$EXTRA" "$DEPENDENCIES_KEY"
     rm -f "$STAMPS/installed"
 fi

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# The commands of this repository. They do their work in scripts/, print what they are doing, and
+# keep what the tools said in build/logs/.
+#
+#   PYTHON=python3.12   which interpreter (at least 3.11; default: 3.11, else the newest found)
+#   VENV=.venv          where the virtual environment is made
+#   JOBS=2              how many compilers and tests run at once (default: one per core)
+#   ARGS="..."          further arguments of `make demo` (for the demo) and `make test` (for pytest)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+VENV ?= .venv
+export PYTHON VENV JOBS
+ARGS ?=
+CRASH_ROUNDS ?= 200
+SANITIZERS ?= asan-ubsan tsan
+
+.PHONY: help
+help:  ## say what the commands are
+	@echo "pydedup: make <command>"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+
+# -- The two commands for everybody ---------------------------------------------------------------
+
+.PHONY: demo
+demo:  ## from a bare Debian: build, then store, check and serve a family of real models
+	@scripts/setup.sh demo
+	@"$(VENV)/bin/pydedup" demo $(ARGS)
+
+.PHONY: test
+test:  ## from a bare Debian: install what tests need, then run all of them
+	@scripts/test.sh $(ARGS)
+
+# -- For those who work on it ---------------------------------------------------------------------
+
+.PHONY: setup
+setup:  ## the environment with pydedup and all that tests need, nothing run
+	@scripts/setup.sh test
+
+.PHONY: lint
+lint:  ## style, types, hygiene
+	@scripts/setup.sh test
+	@scripts/lint.sh
+
+.PHONY: format
+format:  ## let ruff and clang-format rewrite the sources
+	@scripts/setup.sh
+	@scripts/lint.sh --fix
+
+.PHONY: tidy
+tidy:  ## clang-tidy over the core (a compile of its own)
+	@scripts/setup.sh
+	@scripts/native.sh tidy
+
+.PHONY: native
+native:  ## the C++ core alone, and its tests
+	@scripts/setup.sh
+	@scripts/native.sh dev
+
+.PHONY: sanitize
+sanitize:  ## the native tests under ASan + UBSan and under TSan
+	@scripts/setup.sh
+	@scripts/native.sh $(SANITIZERS)
+
+.PHONY: crash
+crash:  ## kill a writing process at random moments, 200 times; the store must verify
+	@scripts/setup.sh test
+	@PYDEDUP_CRASH_ROUNDS=$(CRASH_ROUNDS) "$(VENV)/bin/pytest" --timeout=7200 tests/crash $(ARGS)
+
+.PHONY: bench
+bench:  ## the benchmarks of bench/ (an idle machine gives better numbers)
+	@scripts/setup.sh bench
+	@scripts/bench.sh $(ARGS)
+
+.PHONY: wheel
+wheel:  ## manylinux wheels for each Python found here, each tried in an empty environment
+	@scripts/setup.sh
+	@scripts/wheel.sh
+
+.PHONY: clean
+clean:  ## remove what was built (the environment and downloads stay)
+	rm -rf build dist wheelhouse .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean  ## and the virtual environment
+	@test ! -e "$(VENV)/pyvenv.cfg" || rm -rf "$(VENV)"

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# native.sh PRESET...: configure, compile and test the C++ core with presets of CMakePresets.json.
+# A preset without tests (tidy) is only compiled. Needs nothing of Python but cmake and ninja.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+[ $# -gt 0 ] || die "which preset? dev, asan-ubsan, tsan, tidy"
+
+for preset in "$@"; do
+    runner=()
+    case $preset in
+        # TSan's shadow memory does not fit every random address layout that new kernels choose.
+        tsan) have setarch && runner=(setarch "$(uname -m)" -R) ;;
+        # Its checks are read from .clang-tidy when a file is compiled, so that all are again.
+        tidy)
+            "$VENV/bin/pip" --version >/dev/null
+            have clang-tidy || step "clang-tidy" tidy-install "$VENV/bin/pip" install "$(sed -n 's/.*"\(clang-tidy[^"]*\)".*/\1/p' pyproject.toml)"
+            rm -rf build/tidy ;;
+    esac
+    step "configure $preset" "$preset-configure" cmake --preset "$preset"
+    step "compile $preset" "$preset-build" cmake --build --preset "$preset"
+    if [ "$preset" != tidy ]; then
+        "${runner[@]}" ctest --preset "$preset" | tee "$LOGS/$preset-test.log"
+    fi
+done

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# test.sh: all of the tests, the way that CI runs them.
+#
+# Installs what they need, then style and types, the native tests of the C++ core, and pytest on
+# the installed wheel. A stage that fails does not keep the next from running; the summary and the
+# exit status tell of all of them. Arguments go to pytest.
+set -uo pipefail
+. "$(dirname "$0")/lib.sh"
+
+"$ROOT/scripts/setup.sh" test || die "setting up failed, so no test was run"
+
+# Servers of Debian's packages that only root has on the PATH.
+export PATH="$PATH:/usr/sbin"
+# A test that lacks its database server fails here, instead of being skipped without notice.
+export PYDEDUP_REQUIRE_BACKENDS=${PYDEDUP_REQUIRE_BACKENDS-sqlite,postgres,mysql}
+
+summary=()
+failed=0
+stage() {
+    local name=$1 started=$SECONDS verdict=passed
+    shift
+    say "" "== $name"
+    "$@" || { verdict=FAILED; failed=$((failed + 1)); }
+    summary+=("$(printf '%-14s %-7s %5d s' "$name" "$verdict" $((SECONDS - started)))")
+}
+
+native() {
+    step "configure the core" native-configure cmake --preset dev &&
+        step "compile the core" native-build cmake --build --preset dev &&
+        ctest --preset dev | tee "$LOGS/native-test.log"
+}
+
+# Plain `pytest`, since `python -m pytest` would import the sources instead of the wheel.
+python_tests() { "$VENV/bin/pytest" "$@" 2>&1 | tee "$LOGS/pytest.log"; }
+
+stage "style, types" "$ROOT/scripts/lint.sh"
+stage "native" native
+stage "python" python_tests "$@"
+
+say "" "== summary (all of it took $((SECONDS / 60)) min $((SECONDS % 60)) s)"
+printf '  %s\n' "${summary[@]}"
+say "  $(grep -E 'tests passed,.* tests failed' "$LOGS/native-test.log" 2>/dev/null | tail -n 1)"
+say "  $(grep -E '^=+ .*(passed|failed|error).* =+$' "$LOGS/pytest.log" 2>/dev/null | tail -n 1 | tr -d '=' | sed 's/^ *//')"
+if [ "$failed" -ne 0 ]; then
+    say "FAILED: $failed of ${#summary[@]} stages; logs are in build/logs"
+    exit 1
+fi
+say "All ${#summary[@]} stages passed."
