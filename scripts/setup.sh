@@ -65,8 +65,8 @@ case $PY_REAL in
         has_headers || die "$PY_REAL has no Python.h; install its headers, or choose another with PYTHON=..."
         makes_venvs || die "$PY_REAL cannot make virtual environments; choose another with PYTHON=..." ;;
 esac
-# The -core package is the server alone: no service is started, no account made.
-if [ "$EXTRA" = test ] && ! has_mariadb; then packages+=(mariadb-server-core); fi
+# The -core packages are the programs alone: no service is started, no account made.
+if [ "$EXTRA" = test ] && ! has_mariadb; then packages+=(mariadb-server-core mariadb-client-core); fi
 apt_install "${packages[@]}"
 compiles || die "${CXX:-c++} cannot compile C++20; GCC 11 or Clang 14 is the least (choose with CC= and CXX=)"
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Fails the build when a kernel object defines a weak symbol (see PydedupKernels.cmake).
 execute_process(COMMAND ${NM} --defined-only ${OBJECTS} OUTPUT_VARIABLE symbols RESULT_VARIABLE failed)
 if(failed)

