@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// Optimal prefix codes of limited length. Private to codec/.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace pydedup::detail {
+
+/// Fills code_bits[s] (0 for bytes that do not occur) with the lengths of an optimal prefix code of
+/// at most `limit` bits (8 <= limit <= 15). At least two counts are not 0; their sum is below
+/// 2^32. Deterministic: ties go to the smaller byte.
+void optimal_code_lengths(const std::array<std::uint32_t, 256>& counts, unsigned limit,
+                          std::array<std::uint8_t, 256>& code_bits) noexcept;
+
+}  // namespace pydedup::detail

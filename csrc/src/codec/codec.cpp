@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: Apache-2.0
+// Blocks to bytes and back: the frame of the `planes` encoding around planes (kernels) and Huffman
+// coding. Sizes are known from histograms before a byte is encoded, so that a block which is better
+// kept raw costs no more than counting.
+#include "pydedup/codec.hpp"
+
+#include <array>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "base/endian.hpp"
+#include "base/parallel.hpp"
+#include "codec/huffman.hpp"
+#include "dispatch/dispatch.hpp"
+#include "pydedup/error.hpp"
+
+namespace pydedup {
+namespace {
+
+enum class PlaneKind : std::uint8_t { raw = 0, constant = 1, huffman = 2 };
+
+constexpr std::size_t kMaxPlanes = 8;
+// Threads are worth starting for a few milliseconds of work; pieces of about a hundred microseconds
+// keep them evenly busy.
+constexpr std::size_t kParallelBytes = 2 * 1024 * 1024;
+constexpr std::size_t kParallelGrain = 16;
+constexpr std::size_t kFrameBytes = 8;
+constexpr std::size_t kPlaneHeaderBytes = 8;
+
+std::size_t frame_bytes(std::size_t n_planes) noexcept {
+    return kFrameBytes + n_planes * kPlaneHeaderBytes;
+}
+
+// Floats of more than a byte are rotated, so that the sign does not split the exponent.
+constexpr bool is_rotated(Dtype dtype) noexcept {
+    return dtype == Dtype::f64 || dtype == Dtype::f32 || dtype == Dtype::f16 ||
+           dtype == Dtype::bf16;
+}
+
+// Memory for the planes of one block; blocks of usual size reuse one piece per thread.
+class Scratch {
+  public:
+    explicit Scratch(std::size_t bytes) {
+        if (bytes > kKept) {
+            own_ = std::make_unique_for_overwrite<std::uint8_t[]>(bytes);
+            data_ = own_.get();
+            return;
+        }
+        thread_local std::unique_ptr<std::uint8_t[]> kept;
+        if (!kept) kept = std::make_unique_for_overwrite<std::uint8_t[]>(kKept);
+        data_ = kept.get();
+    }
+    [[nodiscard]] std::uint8_t* data() const noexcept { return data_; }
+
+  private:
+    static constexpr std::size_t kKept = 128 * 1024;
+    std::unique_ptr<std::uint8_t[]> own_;
+    std::uint8_t* data_ = nullptr;
+};
+
+const std::uint8_t* bytes_at(const std::byte* at) noexcept {
+    return reinterpret_cast<const std::uint8_t*>(at);
+}
+
+std::uint8_t* bytes_at(std::byte* at) noexcept { return reinterpret_cast<std::uint8_t*>(at); }
+
+void copy_rows(const std::byte* from, std::size_t from_stride, std::size_t rows,
+               std::size_t row_bytes, std::byte* to, std::size_t to_stride) noexcept {
+    if (from_stride == row_bytes && to_stride == row_bytes) {
+        std::memcpy(to, from, rows * row_bytes);
+        return;
+    }
+    for (std::size_t r = 0; r < rows; ++r) {
+        std::memcpy(to + r * to_stride, from + r * from_stride, row_bytes);
+    }
+}
+
+struct PlanePlan {
+    PlaneKind kind;
+    std::uint8_t value;  // of a constant plane
+    std::uint32_t length;
+    detail::HuffmanPlan huffman;
+};
+
+void plan_plane(std::span<const std::uint8_t> plane, PlanePlan& plan) noexcept {
+    detail::PlaneHistogram histogram;
+    detail::count_bytes(plane, histogram);
+    plan.value = 0;
+    if (histogram.n_used == 1) {
+        plan.kind = PlaneKind::constant;
+        plan.value = plane[0];
+        plan.length = 0;
+        return;
+    }
+    plan.kind = PlaneKind::raw;
+    plan.length = static_cast<std::uint32_t>(plane.size());
+    if (detail::is_incompressible(histogram, plane.size())) return;
+    detail::plan_huffman(histogram, plan.huffman);
+    if (plan.huffman.payload_bytes < plane.size()) {
+        plan.kind = PlaneKind::huffman;
+        plan.length = static_cast<std::uint32_t>(plan.huffman.payload_bytes);
+    }
+}
+
+// Returns the length, or 0 when planes do not save enough.
+std::uint32_t encode_planes(const MatrixRef& block, std::span<std::byte> out) {
+    const std::size_t count = block.rows * block.cols;
+    const std::size_t n_planes = item_bytes(block.dtype);
+    const Scratch scratch(count * n_planes);
+    kernels().codec.split_planes(bytes_at(block.data), block.stride_bytes, block.rows, block.cols,
+                                 n_planes, is_rotated(block.dtype), scratch.data());
+    std::array<PlanePlan, kMaxPlanes> plans;
+    std::size_t total = frame_bytes(n_planes);
+    for (std::size_t p = 0; p < n_planes; ++p) {
+        plan_plane({scratch.data() + p * count, count}, plans[p]);
+        total += plans[p].length;
+    }
+    const std::size_t raw = count * n_planes;
+    if (total > raw - (raw + kMinPlaneSaving - 1) / kMinPlaneSaving) return 0;
+
+    std::byte* const frame = out.data();
+    frame[0] = std::byte{kPlanesVersion};
+    frame[1] = static_cast<std::byte>(n_planes);
+    frame[2] = static_cast<std::byte>(is_rotated(block.dtype));
+    frame[3] = std::byte{0};
+    store_le(frame + 4, static_cast<std::uint32_t>(count));
+    std::byte* head = frame + kFrameBytes;
+    std::size_t at = frame_bytes(n_planes);
+    for (std::size_t p = n_planes; p-- > 0;) {
+        const PlanePlan& plan = plans[p];
+        const std::span<const std::uint8_t> plane(scratch.data() + p * count, count);
+        head[0] = static_cast<std::byte>(plan.kind);
+        head[1] = static_cast<std::byte>(plan.value);
+        store_le(head + 2, std::uint16_t{0});
+        store_le(head + 4, plan.length);
+        if (plan.kind == PlaneKind::raw) {
+            std::memcpy(out.data() + at, plane.data(), count);
+        } else if (plan.kind == PlaneKind::huffman) {
+            detail::huffman_encode(plane, plan.huffman,
+                                   {bytes_at(out.data()) + at, out.size() - at});
+        }
+        head += kPlaneHeaderBytes;
+        at += plan.length;
+    }
+    return static_cast<std::uint32_t>(at);
+}
+
+[[noreturn]] void corrupt(const BlockView& block, const std::string& what) {
+    throw Error(ErrorCode::corrupt_page, "a block of " + std::to_string(block.rows) + " x " +
+                                             std::to_string(block.cols) +
+                                             " does not decode: " + what);
+}
+
+void decode_planes(const BlockView& block, std::byte* dst, std::size_t dst_stride) {
+    const std::size_t count = std::size_t{block.rows} * block.cols;
+    const std::size_t n_planes = item_bytes(block.dtype);
+    if (block.length < frame_bytes(n_planes)) corrupt(block, "it is shorter than its header");
+    const std::byte* const frame = block.data;
+    if (const auto version = static_cast<unsigned>(frame[0]); version > kPlanesVersion) {
+        throw Error(ErrorCode::unsupported_format,
+                    "a block has version " + std::to_string(version) + " of the planes encoding, " +
+                        "this pydedup reads up to " + std::to_string(kPlanesVersion) +
+                        "; use a newer pydedup");
+    }
+    if (frame[0] != std::byte{kPlanesVersion} || frame[1] != static_cast<std::byte>(n_planes) ||
+        frame[2] != static_cast<std::byte>(is_rotated(block.dtype)) || frame[3] != std::byte{0} ||
+        load_le<std::uint32_t>(frame + 4) != count) {
+        corrupt(block, "its header does not fit its dtype and shape");
+    }
+    const Scratch scratch(count * n_planes);
+    const CodecKernels& codec = kernels().codec;
+    std::array<const std::uint8_t*, kMaxPlanes> planes{};
+    const std::byte* head = frame + kFrameBytes;
+    std::size_t at = frame_bytes(n_planes);
+    for (std::size_t p = n_planes; p-- > 0; head += kPlaneHeaderBytes) {
+        const auto kind = static_cast<PlaneKind>(head[0]);
+        const std::size_t length = load_le<std::uint32_t>(head + 4);
+        if (load_le<std::uint16_t>(head + 2) != 0) corrupt(block, "reserved bytes are not 0");
+        if (kind != PlaneKind::constant && head[1] != std::byte{0}) {
+            corrupt(block, "a plane that is not constant names a value");
+        }
+        if (length > block.length - at) corrupt(block, "a plane is longer than the block");
+        const std::span<const std::uint8_t> payload(bytes_at(block.data) + at, length);
+        std::uint8_t* const decoded = scratch.data() + p * count;
+        planes[p] = decoded;
+        if (kind == PlaneKind::raw && length == count) {
+            planes[p] = payload.data();
+        } else if (kind == PlaneKind::constant && length == 0) {
+            std::memset(decoded, static_cast<int>(head[1]), count);
+        } else if (kind == PlaneKind::huffman) {
+            const char* wrong = detail::huffman_decode(payload, bytes_at(block.data) + block.length,
+                                                       codec, {decoded, count});
+            if (wrong != nullptr) corrupt(block, wrong);
+        } else {
+            corrupt(block, "a plane has an unknown kind or a wrong length");
+        }
+        at += length;
+    }
+    if (at != block.length) corrupt(block, "bytes are left over");
+    codec.merge_planes(planes.data(), block.rows, block.cols, n_planes, is_rotated(block.dtype),
+                       bytes_at(dst), dst_stride);
+}
+
+}  // namespace
+
+EncodedBlock encode_block(const MatrixRef& block, bool planes, std::span<std::byte> out) {
+    const std::size_t row_bytes = block.cols * item_bytes(block.dtype);
+    const std::size_t raw = block.rows * row_bytes;
+    if (raw == 0 || block.rows > UINT32_MAX || block.cols > UINT32_MAX || raw > UINT32_MAX ||
+        raw / block.rows != row_bytes) {
+        throw Error(ErrorCode::invalid_argument,
+                    "a block of " + std::to_string(block.rows) + " x " +
+                        std::to_string(block.cols) +
+                        " elements cannot be stored: it must have an element and stay below 4 GiB");
+    }
+    if (out.size() < raw) {
+        throw Error(ErrorCode::invalid_argument, "there is no room for the raw bytes of a block");
+    }
+    if (planes) {
+        if (const std::uint32_t length = encode_planes(block, out.first(raw)); length != 0) {
+            return {Encoding::planes, length};
+        }
+    }
+    copy_rows(block.data, block.stride_bytes, block.rows, row_bytes, out.data(), row_bytes);
+    return {Encoding::raw, static_cast<std::uint32_t>(raw)};
+}
+
+void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride_bytes) {
+    const std::size_t item = item_bytes(block.dtype);
+    const std::uint64_t count = std::uint64_t{block.rows} * block.cols;
+    if (item == 0 || count == 0 || count > UINT32_MAX / item) {
+        corrupt(block, "its dtype or shape is impossible");
+    }
+    if (dst_stride_bytes < block.row_bytes()) {
+        throw Error(ErrorCode::invalid_argument, "a block's rows do not fit the given stride");
+    }
+    switch (block.encoding) {
+        case Encoding::raw:
+            if (block.length != count * item) corrupt(block, "its length is not that of its shape");
+            copy_rows(block.data, block.row_bytes(), block.rows, block.row_bytes(), dst,
+                      dst_stride_bytes);
+            return;
+        case Encoding::planes:
+            decode_planes(block, dst, dst_stride_bytes);
+            return;
+    }
+    corrupt(block,
+            "encoding " + std::to_string(static_cast<unsigned>(block.encoding)) + " is unknown");
+}
+
+std::size_t raw_bytes_of(const MatrixRef& matrix, const BlockGrid& grid,
+                         std::span<const std::int64_t> indices) {
+    const std::size_t n_blocks = grid.count();
+    std::size_t total = 0;
+    for (const std::int64_t index : indices) {
+        if (index < 0 || static_cast<std::size_t>(index) >= n_blocks) {
+            throw Error(ErrorCode::invalid_argument, "block " + std::to_string(index) +
+                                                         " is outside of a grid of " +
+                                                         std::to_string(n_blocks) + " blocks");
+        }
+        const BlockRect rect = block_rect(grid, static_cast<std::size_t>(index));
+        total += rect.rows * rect.cols * item_bytes(matrix.dtype);
+    }
+    return total;
+}
+
+void encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
+                   std::span<const std::int64_t> indices, bool planes, std::span<std::byte> arena,
+                   std::span<std::int64_t> offsets, std::span<EncodedBlock> encoded,
+                   unsigned threads) {
+    const std::size_t total = raw_bytes_of(matrix, grid, indices);
+    if (arena.size() != total || offsets.size() != indices.size() ||
+        encoded.size() != indices.size()) {
+        throw Error(ErrorCode::invalid_argument, "encode_blocks was given results of a wrong size");
+    }
+    const std::size_t item = item_bytes(matrix.dtype);
+    std::size_t at = 0;
+    for (std::size_t i = 0; i < indices.size(); ++i) {
+        const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
+        offsets[i] = static_cast<std::int64_t>(at);
+        at += rect.rows * rect.cols * item;
+    }
+    const unsigned workers = threads == 0 && total < kParallelBytes ? 1 : thread_count(threads);
+    parallel_for(indices.size(), kParallelGrain, workers, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t i = begin; i < end; ++i) {
+            const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
+            const MatrixRef block{matrix.data + rect.row0 * matrix.stride_bytes + rect.col0 * item,
+                                  rect.rows, rect.cols, matrix.stride_bytes, matrix.dtype};
+            encoded[i] = encode_block(
+                block, planes,
+                arena.subspan(static_cast<std::size_t>(offsets[i]), rect.rows * rect.cols * item));
+        }
+    });
+}
+
+}  // namespace pydedup

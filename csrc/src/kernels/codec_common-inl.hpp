@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// Planes and Huffman decoding in plain C++: the reference, and the tails of the vector kernels.
+// Included INSIDE the namespace of each instruction set (no guard on purpose), so that every copy
+// has internal linkage.
+
+template <class Word>
+inline Word rotate_left_1(Word value) noexcept {
+    return static_cast<Word>((value << 1) | (value >> (8 * sizeof(Word) - 1)));
+}
+
+template <class Word>
+inline Word rotate_right_1(Word value) noexcept {
+    return static_cast<Word>((value >> 1) | (value << (8 * sizeof(Word) - 1)));
+}
+
+// One row. Words are little-endian in memory (csrc/src/base/endian.hpp asserts the machine is).
+template <class Word>
+inline void split_row(const std::uint8_t* elements, std::size_t cols, std::size_t plane_bytes,
+                      bool rotate, std::uint8_t* planes) noexcept {
+    for (std::size_t i = 0; i < cols; ++i) {
+        Word word;
+        __builtin_memcpy(&word, elements + i * sizeof(Word), sizeof(Word));
+        if (rotate) word = rotate_left_1(word);
+        for (std::size_t p = 0; p < sizeof(Word); ++p) {
+            planes[p * plane_bytes + i] = static_cast<std::uint8_t>(word >> (8 * p));
+        }
+    }
+}
+
+template <class Word>
+inline void merge_row(const std::uint8_t* const* planes, std::size_t at, std::size_t cols,
+                      bool rotate, std::uint8_t* elements) noexcept {
+    for (std::size_t i = 0; i < cols; ++i) {
+        Word word = 0;
+        for (std::size_t p = 0; p < sizeof(Word); ++p) {
+            word = static_cast<Word>(word | (static_cast<Word>(planes[p][at + i]) << (8 * p)));
+        }
+        if (rotate) word = rotate_right_1(word);
+        __builtin_memcpy(elements + i * sizeof(Word), &word, sizeof(Word));
+    }
+}
+
+inline std::uint64_t load_be64(const std::uint8_t* from) noexcept {
+    std::uint64_t value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return __builtin_bswap64(value);
+}
+
+// Decodes `count` symbols of one stream from bit `position` on, byte by byte: the end of a stream,
+// where eight bytes at once may not be there. Returns the position behind the last code.
+inline std::uint64_t decode_tail(const HuffmanStreams& in, const std::uint8_t* begin,
+                                 std::uint64_t position, std::size_t count,
+                                 std::uint8_t* out) noexcept {
+    const std::uint64_t available = static_cast<std::uint64_t>(in.end - begin);
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::uint64_t byte = position >> 3;
+        std::uint32_t window = 0;  // 24 bits hold 7 skipped ones and the longest code
+        for (std::uint64_t k = 0; k < 3; ++k) {
+            window = window << 8 | (byte + k < available ? begin[byte + k] : 0U);
+        }
+        window = (window << (position & 7)) & 0xFFFFFFU;
+        const std::uint16_t entry = in.table[window >> (24 - in.table_bits)];
+        out[i] = static_cast<std::uint8_t>(entry >> 8);
+        position += entry & 0xFFU;
+    }
+    return position;
+}
+
+// The state of one stream between refills: `bits` holds the next bits from the top down and, behind
+// them, a single 1 as marker. Shifting codes out moves the marker up, so that the number of
+// trailing zeros is the number of bits taken since `at`.
+struct BitWindow {
+    const std::uint8_t* at;
+    std::uint64_t bits;
+};
+
+inline void refill(BitWindow& window) noexcept {
+    const unsigned taken = static_cast<unsigned>(__builtin_ctzll(window.bits));
+    window.at += taken >> 3;
+    window.bits = (load_be64(window.at) | 1) << (taken & 7);
+}
+
+inline std::uint8_t take_symbol(BitWindow& window, const std::uint16_t* table,
+                                unsigned shift) noexcept {
+    const std::uint16_t entry = table[window.bits >> shift];
+    window.bits <<= entry & 63U;
+    return static_cast<std::uint8_t>(entry >> 8);
+}
+
+// After a refill at least 56 bits are valid: kRound codes of at most 56 / kRound bits.
+template <unsigned kRound>
+inline void decode_rounds(const HuffmanStreams& in, std::size_t count, std::uint8_t* out,
+                          std::uint64_t* consumed) noexcept {
+    const std::size_t segment = (count + 3) / 4;
+    const unsigned shift = 64 - in.table_bits;
+    const std::uint16_t* const table = in.table;
+    BitWindow a{in.begin[0], 1}, b{in.begin[1], 1}, c{in.begin[2], 1}, d{in.begin[3], 1};
+    const BitWindow* const windows[4] = {&a, &b, &c, &d};
+    // Streams 0 to 2 hold `segment` symbols (fewer only when count < 9), the last the rest.
+    std::size_t done = 0;
+    const std::size_t shortest = count > 3 * segment ? count - 3 * segment : 0;
+    for (;;) {
+        std::size_t rounds = (shortest - done) / kRound;
+        for (const BitWindow* window : windows) {
+            // A round takes at most 7 bytes, and the refill before it reads 8 that begin at
+            // most 7 behind `at`.
+            const std::uint64_t left = static_cast<std::uint64_t>(in.end - window->at);
+            const std::uint64_t safe = left < 15 ? 0 : (left - 15) / 7 + 1;
+            if (safe < rounds) rounds = static_cast<std::size_t>(safe);
+        }
+        if (rounds == 0) break;
+        for (; rounds != 0; --rounds) {
+            refill(a);
+            refill(b);
+            refill(c);
+            refill(d);
+            std::uint8_t* const to = out + done;
+#pragma GCC unroll 8
+            for (unsigned k = 0; k < kRound; ++k) {
+                to[k] = take_symbol(a, table, shift);
+                to[k + segment] = take_symbol(b, table, shift);
+                to[k + 2 * segment] = take_symbol(c, table, shift);
+                to[k + 3 * segment] = take_symbol(d, table, shift);
+            }
+            done += kRound;
+        }
+    }
+    for (std::size_t j = 0; j < 4; ++j) {
+        const std::size_t first = j * segment < count ? j * segment : count;
+        const std::size_t symbols = count - first < segment ? count - first : segment;
+        const std::uint64_t position =
+            static_cast<std::uint64_t>(windows[j]->at - in.begin[j]) * 8 +
+            static_cast<std::uint64_t>(__builtin_ctzll(windows[j]->bits));
+        consumed[j] = decode_tail(in, in.begin[j], position, symbols - done, out + first + done);
+    }
+}
+
+void huffman_decode(const HuffmanStreams& in, std::size_t count, std::uint8_t* out,
+                    std::uint64_t* consumed) noexcept {
+    if (in.table_bits > 9) {
+        decode_rounds<5>(in, count, out, consumed);
+    } else if (in.table_bits > 8) {
+        decode_rounds<6>(in, count, out, consumed);
+    } else if (in.table_bits > 7) {
+        decode_rounds<7>(in, count, out, consumed);
+    } else {
+        decode_rounds<8>(in, count, out, consumed);
+    }
+}

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Blocks of a matrix against blocks on pages, many at a time.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/parallel.hpp"
+#include "pydedup/error.hpp"
+#include "pydedup/page_format.hpp"
+
+namespace pydedup {
+namespace {
+
+constexpr std::size_t kParallelBytes = 2 * 1024 * 1024;
+constexpr std::size_t kParallelGrain = 16;
+
+void check_arguments(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
+                     std::span<const std::int64_t> indices, const BlockGrid& grid) {
+    if (stored.size() != indices.size()) {
+        throw Error(ErrorCode::invalid_argument,
+                    std::to_string(indices.size()) + " block indices came with " +
+                        std::to_string(stored.size()) + " places on pages");
+    }
+    const std::size_t n_blocks = grid.count();
+    for (std::size_t i = 0; i < indices.size(); ++i) {
+        if (indices[i] < 0 || static_cast<std::size_t>(indices[i]) >= n_blocks) {
+            throw Error(ErrorCode::invalid_argument, "block " + std::to_string(indices[i]) +
+                                                         " is outside of a grid of " +
+                                                         std::to_string(n_blocks) + " blocks");
+        }
+        if (stored[i].page >= pages.size()) {
+            throw Error(ErrorCode::invalid_argument,
+                        "page index " + std::to_string(stored[i].page) +
+                            " is outside of a list of " + std::to_string(pages.size()) + " pages");
+        }
+    }
+}
+
+unsigned worker_count(std::span<const std::int64_t> indices, const BlockGrid& grid, Dtype dtype,
+                      unsigned threads) {
+    const std::size_t block_bytes = std::min(grid.block_rows, grid.rows) *
+                                    std::min(grid.block_cols, grid.cols) * item_bytes(dtype);
+    return threads == 0 && indices.size() * block_bytes < kParallelBytes ? 1
+                                                                         : thread_count(threads);
+}
+
+bool fits(const BlockView& block, const BlockRect& rect, Dtype dtype) noexcept {
+    return block.dtype == dtype && block.rows == rect.rows && block.cols == rect.cols;
+}
+
+bool rows_equal(const std::byte* a, std::size_t a_stride, const std::byte* b, std::size_t b_stride,
+                std::size_t rows, std::size_t row_bytes) noexcept {
+    for (std::size_t r = 0; r < rows; ++r) {
+        if (std::memcmp(a + r * a_stride, b + r * b_stride, row_bytes) != 0) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
+                 std::span<const std::int64_t> indices, const BlockGrid& grid, Dtype dtype,
+                 std::byte* out, std::size_t out_stride_bytes, unsigned threads) {
+    check_arguments(pages, stored, indices, grid);
+    const std::size_t item = item_bytes(dtype);
+    const unsigned workers = worker_count(indices, grid, dtype, threads);
+    parallel_for(indices.size(), kParallelGrain, workers, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t i = begin; i < end; ++i) {
+            const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
+            const BlockView block = pages[stored[i].page]->block(stored[i].slot);
+            if (!fits(block, rect, dtype)) {
+                throw Error(ErrorCode::corrupt_page,
+                            "slot " + std::to_string(stored[i].slot) + " holds a block of " +
+                                std::to_string(block.rows) + " x " + std::to_string(block.cols) +
+                                " elements of dtype code " +
+                                std::to_string(static_cast<unsigned>(block.dtype)) +
+                                " where block " + std::to_string(indices[i]) + " has " +
+                                std::to_string(rect.rows) + " x " + std::to_string(rect.cols) +
+                                " of code " + std::to_string(static_cast<unsigned>(dtype)));
+            }
+            decode_block(block, out + rect.row0 * out_stride_bytes + rect.col0 * item,
+                         out_stride_bytes);
+        }
+    });
+}
+
+void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
+                  std::span<const std::int64_t> indices, const MatrixRef& matrix,
+                  const BlockGrid& grid, std::span<bool> equal, unsigned threads) {
+    check_arguments(pages, stored, indices, grid);
+    if (equal.size() != indices.size()) {
+        throw Error(ErrorCode::invalid_argument, "blocks_equal was given a result of a wrong size");
+    }
+    const std::size_t item = item_bytes(matrix.dtype);
+    const unsigned workers = worker_count(indices, grid, matrix.dtype, threads);
+    parallel_for(indices.size(), kParallelGrain, workers, [&](std::size_t begin, std::size_t end) {
+        std::unique_ptr<std::byte[]> decoded;
+        std::size_t room = 0;
+        for (std::size_t i = begin; i < end; ++i) {
+            const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
+            const BlockView block = pages[stored[i].page]->block(stored[i].slot);
+            equal[i] = fits(block, rect, matrix.dtype);
+            if (!equal[i]) continue;
+            const std::byte* bytes = block.data;
+            if (block.encoding != Encoding::raw) {
+                if (room < block.raw_bytes()) {
+                    room = block.raw_bytes();
+                    decoded = std::make_unique_for_overwrite<std::byte[]>(room);
+                }
+                decode_block(block, decoded.get(), block.row_bytes());
+                bytes = decoded.get();
+            }
+            equal[i] = rows_equal(matrix.data + rect.row0 * matrix.stride_bytes + rect.col0 * item,
+                                  matrix.stride_bytes, bytes, block.row_bytes(), block.rows,
+                                  block.row_bytes());
+        }
+    });
+}
+
+}  // namespace pydedup

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// The byte layout of a page, in the one place that knows its offsets. Layout rules are strict on
+// purpose: blocks lie in slot order, each at the first aligned offset behind the one before, and
+// the page ends with the last. So a page has one form only, and overlaps cannot be described.
+#include "pydedup/page_format.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "base/endian.hpp"
+#include "pydedup/error.hpp"
+#include "pydedup/hash.hpp"
+
+namespace pydedup {
+namespace {
+
+constexpr std::array<char, 4> kMagic = {'P', 'D', 'P', 'G'};
+
+// Header.
+constexpr std::size_t kVersionAt = 4;      // u16
+constexpr std::size_t kHeaderBytesAt = 6;  // u16
+constexpr std::size_t kChecksumAt = 8;     // 16 bytes
+constexpr std::size_t kCoveredFrom = 24;   // the checksum covers this to the end, seeded by [0, 8)
+constexpr std::size_t kSlotsAt = 24;       // u32
+constexpr std::size_t kSlotBytesAt = 28;   // u32
+constexpr std::size_t kPageBytesAt = 32;   // u64
+constexpr std::size_t kReservedAt = 40;    // 24 bytes of 0
+
+// Slot.
+constexpr std::size_t kEncodingAt = 0;      // u8
+constexpr std::size_t kDtypeAt = 1;         // u8
+constexpr std::size_t kSlotReservedAt = 2;  // u16 of 0
+constexpr std::size_t kRowsAt = 4;          // u32
+constexpr std::size_t kColsAt = 8;          // u32
+constexpr std::size_t kLengthAt = 12;       // u32
+constexpr std::size_t kOffsetAt = 16;       // u64
+constexpr std::size_t kBaseAt = 24;         // u64
+
+constexpr std::size_t align_up(std::size_t bytes) noexcept {
+    return (bytes + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment;
+}
+
+Digest checksum_of(Bytes page) {
+    return hash_bytes(page.subspan(kCoveredFrom), load_le<std::uint64_t>(page.data()));
+}
+
+[[noreturn]] void corrupt(const std::string& what) {
+    throw Error(ErrorCode::corrupt_page, "corrupt page: " + what);
+}
+
+[[noreturn]] void corrupt_slot(std::size_t slot, const std::string& what) {
+    corrupt("slot " + std::to_string(slot) + " " + what);
+}
+
+// Why a slot cannot hold such a block, or nullptr. The same rules for writing and reading.
+const char* block_fault(const BlockView& block) noexcept {
+    const std::size_t item = item_bytes(block.dtype);
+    if (item == 0) return "has an unknown dtype";
+    const std::uint64_t count = std::uint64_t{block.rows} * block.cols;
+    if (count == 0) return "has no elements";
+    if (count > UINT32_MAX / item) return "has a block of 4 GiB or more";
+    if (block.length == 0) return "has no bytes";
+    switch (block.encoding) {
+        case Encoding::raw:
+            if (block.length != count * item) return "has a length that does not fit its shape";
+            break;
+        case Encoding::planes:
+            if (block.length >= count * item) return "is longer than its raw block";
+            break;
+        default:
+            return "has an unknown encoding";
+    }
+    return block.base == 0 ? nullptr : "names a base that its encoding does not use";
+}
+
+const std::byte* slot_at(Bytes page, std::size_t slot) noexcept {
+    return page.data() + kPageHeaderBytes + slot * kSlotBytes;
+}
+
+BlockView read_slot(Bytes page, std::size_t slot) noexcept {
+    const std::byte* at = slot_at(page, slot);
+    return {page.data() + load_le<std::uint64_t>(at + kOffsetAt),
+            load_le<std::uint32_t>(at + kLengthAt),
+            static_cast<Encoding>(at[kEncodingAt]),
+            static_cast<Dtype>(at[kDtypeAt]),
+            load_le<std::uint32_t>(at + kRowsAt),
+            load_le<std::uint32_t>(at + kColsAt),
+            load_le<std::uint64_t>(at + kBaseAt)};
+}
+
+void check_header(Bytes page) {
+    if (page.size() < kPageHeaderBytes) {
+        corrupt(std::to_string(page.size()) + " bytes are fewer than a page header");
+    }
+    if (std::memcmp(page.data(), kMagic.data(), kMagic.size()) != 0) {
+        corrupt("it does not begin with the bytes PDPG");
+    }
+    const auto version = load_le<std::uint16_t>(page.data() + kVersionAt);
+    if (version > kPageVersion) {
+        throw Error(ErrorCode::unsupported_format,
+                    "a page has format version " + std::to_string(version) +
+                        ", this pydedup reads up to " + std::to_string(kPageVersion) +
+                        "; use a newer pydedup");
+    }
+    if (version != kPageVersion) corrupt("format version 0 does not exist");
+    if (load_le<std::uint16_t>(page.data() + kHeaderBytesAt) != kPageHeaderBytes) {
+        corrupt("the header has a wrong length");
+    }
+}
+
+}  // namespace
+
+std::size_t page_bytes(std::span<const BlockView> blocks) {
+    std::size_t end = kPageHeaderBytes + blocks.size() * kSlotBytes;
+    for (const BlockView& block : blocks) end = align_up(end) + block.length;
+    return end;
+}
+
+void build_page(std::span<const BlockView> blocks, std::span<std::byte> out) {
+    if (blocks.size() > UINT32_MAX) {
+        throw Error(ErrorCode::invalid_argument, "a page has fewer than 2^32 slots");
+    }
+    if (out.size() != page_bytes(blocks)) {
+        throw Error(ErrorCode::invalid_argument, "build_page was given memory of a wrong size");
+    }
+    for (std::size_t slot = 0; slot < blocks.size(); ++slot) {
+        if (const char* fault = block_fault(blocks[slot])) {
+            throw Error(ErrorCode::invalid_argument,
+                        "block " + std::to_string(slot) + " of a new page " + fault);
+        }
+    }
+    std::byte* const page = out.data();
+    std::size_t end = kPageHeaderBytes + blocks.size() * kSlotBytes;
+    std::memset(page, 0, end);
+    std::memcpy(page, kMagic.data(), kMagic.size());
+    store_le(page + kVersionAt, kPageVersion);
+    store_le(page + kHeaderBytesAt, static_cast<std::uint16_t>(kPageHeaderBytes));
+    store_le(page + kSlotsAt, static_cast<std::uint32_t>(blocks.size()));
+    store_le(page + kSlotBytesAt, static_cast<std::uint32_t>(kSlotBytes));
+    store_le(page + kPageBytesAt, static_cast<std::uint64_t>(out.size()));
+    for (std::size_t slot = 0; slot < blocks.size(); ++slot) {
+        const BlockView& block = blocks[slot];
+        const std::size_t offset = align_up(end);
+        std::byte* const at = page + kPageHeaderBytes + slot * kSlotBytes;
+        at[kEncodingAt] = static_cast<std::byte>(block.encoding);
+        at[kDtypeAt] = static_cast<std::byte>(block.dtype);
+        store_le(at + kRowsAt, block.rows);
+        store_le(at + kColsAt, block.cols);
+        store_le(at + kLengthAt, block.length);
+        store_le(at + kOffsetAt, static_cast<std::uint64_t>(offset));
+        store_le(at + kBaseAt, block.base);
+        std::memset(page + end, 0, offset - end);
+        std::memcpy(page + offset, block.data, block.length);
+        end = offset + block.length;
+    }
+    const Digest checksum = checksum_of(out);
+    store_le(page + kChecksumAt, checksum.lo);
+    store_le(page + kChecksumAt + 8, checksum.hi);
+}
+
+PageView PageView::parse(Bytes page, bool verify_checksum) {
+    check_header(page);
+    const std::uint64_t total = load_le<std::uint64_t>(page.data() + kPageBytesAt);
+    if (total != page.size()) {
+        corrupt("it should have " + std::to_string(total) + " bytes and has " +
+                std::to_string(page.size()));
+    }
+    if (load_le<std::uint32_t>(page.data() + kSlotBytesAt) != kSlotBytes) {
+        corrupt("its slots have a wrong length");
+    }
+    for (std::size_t at = kReservedAt; at < kPageHeaderBytes; ++at) {
+        if (page[at] != std::byte{0}) corrupt("reserved byte " + std::to_string(at) + " is not 0");
+    }
+    PageView view;
+    view.bytes_ = page;
+    view.n_slots_ = load_le<std::uint32_t>(page.data() + kSlotsAt);
+    if (view.n_slots_ > (page.size() - kPageHeaderBytes) / kSlotBytes) {
+        corrupt("its " + std::to_string(view.n_slots_) + " slots do not fit into it");
+    }
+    std::size_t end = kPageHeaderBytes + view.n_slots_ * kSlotBytes;
+    for (std::size_t slot = 0; slot < view.n_slots_; ++slot) {
+        const std::byte* const at = slot_at(page, slot);
+        const std::size_t offset = align_up(end);
+        const std::size_t length = load_le<std::uint32_t>(at + kLengthAt);
+        if (load_le<std::uint16_t>(at + kSlotReservedAt) != 0) {
+            corrupt_slot(slot, "has reserved bytes that are not 0");
+        }
+        if (load_le<std::uint64_t>(at + kOffsetAt) != offset) {
+            corrupt_slot(slot, "does not begin where the one before ends");
+        }
+        if (offset > page.size() || length > page.size() - offset) {
+            corrupt_slot(slot, "reaches behind the end of the page");
+        }
+        if (const char* fault = block_fault(read_slot(page, slot))) corrupt_slot(slot, fault);
+        end = offset + length;
+    }
+    if (end != page.size()) {
+        corrupt("its blocks end at byte " + std::to_string(end) + " of " +
+                std::to_string(page.size()));
+    }
+    if (verify_checksum && checksum_of(page) != view.checksum()) {
+        corrupt("its bytes do not match their checksum");
+    }
+    return view;
+}
+
+Digest PageView::checksum() const noexcept {
+    if (bytes_.empty()) return {0, 0};
+    return {load_le<std::uint64_t>(bytes_.data() + kChecksumAt),
+            load_le<std::uint64_t>(bytes_.data() + kChecksumAt + 8)};
+}
+
+BlockView PageView::block(std::size_t slot) const {
+    if (slot >= n_slots_) {
+        corrupt("slot " + std::to_string(slot) + " was asked of a page with " +
+                std::to_string(n_slots_) + " slots");
+    }
+    return read_slot(bytes_, slot);
+}
+
+std::size_t PageView::offset(std::size_t slot) const {
+    return static_cast<std::size_t>(block(slot).data - bytes_.data());
+}
+
+Page::Page(std::shared_ptr<const std::byte> owner, std::size_t size, bool verify_checksum)
+    : owner_(std::move(owner)), view_(PageView::parse({owner_.get(), size}, verify_checksum)) {}
+
+}  // namespace pydedup
