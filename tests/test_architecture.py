@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The walls of docs/architecture.md, held by reading every import and every #include.
+
+The sources are parsed, not run (but for one test that asks what importing pydedup loads), so an
+import inside a function counts like one at the top of its file. When a test here fails, move
+the code to the room it belongs in; widen a table only when the architecture is to change.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+
+# ---- Python: who may import whom ----------------------------------------------------------------
+
+FACADES = {"hashing", "similarity", "packing", "codec", "pool", "matmul", "config"}
+VALUES = {"errors", "types"}
+MODEL = VALUES | {"names", "policies", "graph", "adapter", "blocks"}
+CORE = MODEL | FACADES | {"formats", "catalog"}
+INNER = CORE | {"ingest", "serving", "maintenance", "report", "registry"}
+PUBLIC = {"", "store"} | CORE | {"registry", "report", "maintenance"}
+
+#: Room -> the rooms it may import from. A room is what follows ``pydedup.`` up to the next dot; ""
+#: is the package itself. Rooms come in order: a row names only rows above it, so no circle can be
+#: allowed by mistake (``test_table_has_no_circles``).
+ALLOWED: dict[str, set[str]] = {
+    "_core": set(),
+    "_pages": set(),
+    "errors": set(),
+    "types": {"errors"},
+    "names": VALUES,
+    "policies": VALUES,
+    "graph": VALUES,
+    "adapter": VALUES,
+    "registry": VALUES | {"adapter"},
+    "config": VALUES | {"_core"},
+    "blocks": VALUES | {"config"},
+    "hashing": VALUES | {"_core", "blocks", "config"},
+    "similarity": VALUES | {"_core", "blocks", "config", "hashing"},
+    "packing": VALUES | {"_core", "blocks", "config"},
+    "codec": VALUES | {"_core", "blocks", "config", "hashing"},
+    "pool": VALUES | {"_core", "blocks", "codec", "config"},
+    "matmul": VALUES | {"_core", "blocks", "codec", "config", "pool"},
+    "formats": VALUES | {"names", "graph", "blocks"},
+    "catalog": MODEL,
+    "ingest": CORE,
+    "serving": CORE,
+    "maintenance": CORE | {"ingest"},
+    "report": CORE,
+    "store": INNER,
+    "": PUBLIC - {""},
+    "serving.http": PUBLIC | {"serving"},
+    "selftest": PUBLIC,
+    "testing": PUBLIC | {"selftest"},
+    "demo": PUBLIC | {"selftest"},
+    "cli": PUBLIC | {"selftest", "demo", "serving.http"},
+    "__main__": {"cli"},
+}
+
+#: Distributions that may be imported at the top of a file, by room; numpy may be everywhere.
+RUNTIME: dict[str, set[str]] = {
+    "cli": {"click", "rich"},
+    "demo": {"rich", "torch", "pyarrow"},
+    "formats": {"ml_dtypes", "safetensors"},
+    "blocks": {"ml_dtypes"},
+    "types": {"ml_dtypes"},
+    "testing": {"hypothesis", "ml_dtypes", "pytest"},
+}
+TORCH_FILES = {
+    "pydedup/formats/torch.py",
+    "pydedup/ingest/accuracy.py",
+    "pydedup/serving/layers.py",
+}
+DRIVERS = {"sqlite3", "psycopg", "psycopg_pool", "mysql"}
+
+ADAPTER_ROOMS = {"errors", "types", "adapter", "_pages"}
+ADAPTER_DRIVERS = {
+    "sqlite.py": {"sqlite3"},
+    "postgres.py": {"psycopg", "psycopg_pool"},
+    "mysql.py": {"mysql"},
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, and where."""
+
+    file: str
+    line: int
+    target: str
+    at_top: bool
+    for_types: bool
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.target}"
+
+
+def python_files(folder: str) -> list[Path]:
+    return sorted(
+        path for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".pyi", ".pyx"}
+    )
+
+
+def parsed(path: Path) -> ast.Module:
+    """Parse a file; of Cython only its import lines, which are written as Python writes them."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".pyx":
+        text = "\n".join(
+            line.strip()
+            if re.match(r"\s*(import|from)\s+\w", line) and "cimport" not in line
+            else ""
+            for line in text.split("\n")
+        )
+    return ast.parse(text, filename=str(path))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "adapters":
+        parts = ("pydedup", *parts)
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def is_module(name: str) -> bool:
+    """Whether a dotted name below pydedup is a module of ours, and not a name inside of one."""
+    base = ROOT.joinpath(*name.split("."))
+    if base.is_dir() or any(base.with_suffix(end).exists() for end in (".py", ".pyx", ".pyi")):
+        return True
+    return name in {"pydedup._core", "pydedup._pages", "pydedup.adapters"}
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Yield each imported module; ``from package import module`` counts as ``package.module``."""
+    tree = parsed(path)
+    top = set(map(id, tree.body))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    package = module_name(path)
+    if path.stem != "__init__":
+        package = package.rpartition(".")[0]
+    for node in ast.walk(tree):
+        targets: list[str] = []
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                kept = parents[: len(parents) - node.level + 1]
+                base = ".".join([*kept, base] if base else kept)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                targets.append(full if base.startswith("pydedup") and is_module(full) else base)
+        where = path.relative_to(ROOT).as_posix()
+        for target in dict.fromkeys(targets):
+            yield Import(where, node.lineno, target, id(node) in top, id(node) in for_types)
+
+
+def room_of(module: str) -> str:
+    """Return the room of a module named from ``pydedup`` on."""
+    parts = module.split(".")[1:]
+    if ".".join(parts[:2]) in ALLOWED:
+        return ".".join(parts[:2])
+    return parts[0] if parts else ""
+
+
+def root_of(target: str) -> str:
+    return target.partition(".")[0]
+
+
+def imports_of(folder: str) -> list[Import]:
+    found = [found for path in python_files(folder) for found in imports(path)]
+    assert found, f"no import was found in {folder}: this test reads the wrong place"
+    return found
+
+
+def listed(broken: list[Import]) -> str:
+    return "\n".join(map(str, broken))
+
+
+def test_table_has_no_circles() -> None:
+    above: set[str] = set()
+    for room, rooms in ALLOWED.items():
+        assert rooms <= above, (
+            f"{room!r} may import {rooms - above}, which come later or not at all"
+        )
+        above.add(room)
+    assert not {"ingest", "registry", "store"} & ALLOWED["serving"]
+    assert not {"serving", "registry", "store"} & ALLOWED["ingest"]
+
+
+def test_every_file_is_in_a_room() -> None:
+    rooms = {room_of(module_name(path)) for path in python_files("pydedup")}
+    assert rooms <= set(ALLOWED), f"give {rooms - set(ALLOWED)} a row in ALLOWED"
+
+
+def test_rooms_import_only_what_their_row_allows() -> None:
+    broken = []
+    for found in imports_of("pydedup"):
+        if root_of(found.target) == "pydedup":
+            room, target = room_of(module_name(ROOT / found.file)), room_of(found.target)
+            if target != room and target not in ALLOWED.get(room, set()):
+                broken.append(found)
+    assert not broken, listed(broken)
+
+
+def test_only_facades_import_the_core() -> None:
+    # The row of every other room lacks it already; this says so even when a row is widened.
+    users = {
+        room_of(module_name(ROOT / found.file))
+        for found in imports_of("pydedup")
+        if found.target == "pydedup._core"
+    }
+    assert users, "nobody imports _core: this test reads the wrong place"
+    assert users <= FACADES
+
+
+def test_nobody_imports_the_adapters_or_a_driver() -> None:
+    broken = [
+        found
+        for found in imports_of("pydedup")
+        if found.target.startswith("pydedup.adapters") or root_of(found.target) in DRIVERS
+    ]
+    assert not broken, listed(broken)
+
+
+def test_what_is_optional_is_imported_in_functions() -> None:
+    standard = sys.stdlib_module_names | {"pydedup", "numpy"}
+    broken = []
+    for found in imports_of("pydedup"):
+        room = room_of(module_name(ROOT / found.file))
+        torch_here = {"torch"} if found.file in TORCH_FILES else set()
+        allowed = standard | RUNTIME.get(room, set()) | torch_here
+        stub = found.file.endswith(".pyi")
+        if found.at_top and not stub and root_of(found.target) not in allowed:
+            broken.append(found)
+    assert not broken, listed(broken)
+
+
+def test_torch_is_imported_where_it_is_meant_to_be() -> None:
+    broken = [
+        found
+        for found in imports_of("pydedup")
+        if root_of(found.target) == "torch"
+        and not found.for_types
+        and found.file not in TORCH_FILES
+        and not found.file.startswith("pydedup/demo/")
+    ]
+    assert not broken, listed(broken)
+
+
+def test_importing_pydedup_loads_nothing_optional() -> None:
+    optional = ["torch", "onnx", "onnxruntime", "h5py", "fastapi", "psycopg", "mysql", "pyarrow"]
+    code = (
+        "import sys, pydedup, pydedup.cli, pydedup.store\n"
+        f"print([name for name in {optional!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+# ---- Python: the adapters -----------------------------------------------------------------------
+
+
+def test_adapters_are_thin() -> None:
+    broken = []
+    for found in imports_of("adapters"):
+        root, name = root_of(found.target), Path(found.file).name
+        if root == "pydedup":
+            room = room_of(found.target)
+            if room != "adapters" and room not in ADAPTER_ROOMS:
+                broken.append(found)
+        elif root not in (sys.stdlib_module_names - DRIVERS) | ADAPTER_DRIVERS.get(name, set()):
+            broken.append(found)
+    assert not broken, listed(broken)
+
+
+def test_importing_the_adapters_package_loads_no_driver() -> None:
+    path = ROOT / "adapters" / "__init__.py"
+    assert [found for found in imports(path) if found.target != "__future__"] == []
+
+
+@pytest.mark.parametrize("folder", ["pydedup", "adapters", "tests", "bench", "examples"])
+def test_nobody_imports_adapters_by_its_top_level_name(folder: str) -> None:
+    # That name belongs to another project; importing it here would make every class twice.
+    broken = [
+        found
+        for path in python_files(folder)
+        for found in imports(path)
+        if root_of(found.target) == "adapters"
+    ]
+    assert not broken, listed(broken)
+
+
+def test_sql_is_written_in_the_adapters_alone() -> None:
+    statement = re.compile(
+        r"^\s*(SELECT\s.*\sFROM\s|INSERT\s+INTO\s|UPDATE\s+\w+\s+SET\s|DELETE\s+FROM\s"
+        r"|CREATE\s+(TABLE|VIEW|INDEX)\s|ALTER\s+TABLE\s|PRAGMA\s)",
+        re.DOTALL,
+    )
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in python_files("pydedup")
+        if path.suffix == ".py"
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and statement.match(node.value)
+    ]
+    assert not found, f"SQL outside of adapters/: {found}"
+
+
+# ---- C++ ----------------------------------------------------------------------------------------
+
+AREAS = {"hash", "similarity", "codec", "gemm"}
+
+#: Folder of csrc/src -> the folders whose headers it may include, besides its own and the public
+#: ones. Kernels share tables of function pointers and nothing else: not even public headers.
+CXX_ALLOWED: dict[str, set[str]] = {
+    "base": set(),
+    "kernels": set(),
+    "dispatch": {"base", "kernels"},
+    **{area: {"base", "kernels", "dispatch"} for area in sorted(AREAS)},
+    "packing": {"base", "kernels", "dispatch"} | AREAS,
+    "storage": {"base", "kernels", "dispatch"} | AREAS,
+}
+#: Other system headers bring inline functions, which compiled with ISA flags could become the copy
+#: that the linker keeps for everybody.
+KERNEL_HEADERS = {"cstddef", "cstdint"}
+INTRINSICS = {"immintrin.h", "x86intrin.h", "emmintrin.h", "arm_neon.h"}
+
+
+def cxx_files(folder: str) -> list[Path]:
+    found = sorted(path for path in (CSRC / folder).rglob("*") if path.suffix in {".cpp", ".hpp"})
+    assert found, f"no C++ in csrc/{folder}: this test reads the wrong place"
+    return found
+
+
+def includes(path: Path) -> list[str]:
+    """Return included headers, system headers in angle brackets as written."""
+    text = path.read_text(encoding="utf-8")
+    found = re.findall(r'^\s*#\s*include\s*(<[^>]+>|"[^"]+")', text, re.MULTILINE)
+    return [name if name.startswith("<") else name.strip('"') for name in found]
+
+
+def test_the_core_knows_nothing_of_python() -> None:
+    for path in cxx_files("src") + cxx_files("include"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bPython\.h\b|pybind11|\bPyObject\b", text), path
+
+
+def test_public_headers_stand_alone() -> None:
+    for path in cxx_files("include"):
+        for name in includes(path):
+            assert name.strip("<>") not in INTRINSICS, f"{path} includes {name}"
+            assert name.startswith(("<", "pydedup/")), f"{path} includes {name}"
+        assert not re.search(r"\b__m(128|256|512)", path.read_text(encoding="utf-8")), path
+
+
+def test_kernels_include_tables_and_intrinsics_alone() -> None:
+    for path in cxx_files("src/kernels"):
+        for name in includes(path):
+            if name.startswith("<"):
+                vector = not path.stem.startswith("scalar") and "_scalar" not in path.stem
+                allowed = KERNEL_HEADERS | ({"immintrin.h"} if vector else set())
+                assert name.strip("<>") in allowed, f"{path} includes {name}"
+            else:
+                assert name.startswith("kernels/"), f"{path} includes {name}"
+
+
+def test_native_folders_point_one_way() -> None:
+    folders = {path.relative_to(CSRC / "src").parts[0] for path in cxx_files("src")}
+    assert folders <= set(CXX_ALLOWED), f"give {folders - set(CXX_ALLOWED)} a row in CXX_ALLOWED"
+    broken = []
+    for path in cxx_files("src"):
+        folder = path.relative_to(CSRC / "src").parts[0]
+        for name in includes(path):
+            target = name.partition("/")[0]
+            if name.startswith("<") or target == folder:
+                continue
+            if target not in CXX_ALLOWED[folder] and not (
+                target == "pydedup" and folder != "kernels"
+            ):
+                broken.append(f"{path.relative_to(ROOT)} includes {name}")
+    assert not broken, "\n".join(broken)
+
+
+def test_bindings_see_public_headers_alone() -> None:
+    for path in cxx_files("bindings"):
+        for name in includes(path):
+            local = (path.parent / name).exists()
+            assert local or name.startswith(("<", "pydedup/", "pybind11/")), f"{path}: {name}"
