@@ -9,14 +9,23 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from pydedup.errors import ArgumentError
 
-__all__ = ["AddReport", "DType", "ModelInfo", "TensorInfo"]
+__all__ = ["GRAPH_ARTIFACT", "AddReport", "DType", "ModelInfo", "Progress", "TensorInfo"]
+
+#: Name of the artifact that holds a model's graph.
+GRAPH_ARTIFACT = "pydedup/graph.json"
+
+
+class Progress(Protocol):
+    """Called with what is being done and how much of it is; ``total`` may be 0 at first."""
+
+    def __call__(self, stage: str, done: int, total: int, /) -> None: ...
 
 
 class DType(enum.Enum):

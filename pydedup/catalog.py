@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The read side of the tables: addresses to models, models to tensors and block maps.
+
+Thread-safe. Rows of a published model never change, but a vacuum may move its blocks: whoever
+misses a page calls `StoredModel.refresh` and reads the block map again, once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from pydedup.adapter import Adapter, ModelRow, TensorRow
+from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
+from pydedup.errors import CorruptStoreError, NotFoundError
+from pydedup.graph import Graph
+from pydedup.names import parse_address
+from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, TensorInfo
+
+__all__ = ["Catalog", "StoredModel"]
+
+# Models whose tensors and block maps are kept in memory: about 6 bytes per block each.
+_CACHED_MODELS = 256
+
+
+class StoredModel:
+    """One published model: its tensors and where their blocks are."""
+
+    def __init__(self, adapter: Adapter, row: ModelRow) -> None:
+        self.row = row
+        self._adapter = adapter
+        self._lock = threading.Lock()
+        self._maps: dict[int, BlockMap] = {}
+        self._graph: Graph | None = None
+        self.tensors = tuple(_tensor_info(tensor) for tensor in adapter.tensors(row.id))
+        self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
+
+    @property
+    def address(self) -> str:
+        """``name@version``."""
+        return f"{self.row.name}@{self.row.version}"
+
+    def tensor(self, name: str) -> TensorInfo:
+        """Return one tensor. Raises NotFoundError."""
+        ordinal = self._ordinal.get(name)
+        if ordinal is None:
+            hint = _did_you_mean(name, list(self._ordinal))
+            raise NotFoundError(f"{self.address} has no tensor {name!r}{hint}")
+        return self.tensors[ordinal]
+
+    def block_map(self, name: str) -> BlockMap:
+        """Return where the blocks of one tensor are. Raises NotFoundError, CorruptStoreError."""
+        info = self.tensor(name)
+        ordinal = self._ordinal[name]
+        with self._lock:
+            block_map = self._maps.get(ordinal)
+        if block_map is None:
+            grid = BlockGrid(*matrix_shape(info.shape), *info.block_shape)
+            parts = self._adapter.block_map(self.row.id, ordinal)
+            try:
+                block_map = BlockMap.from_parts(parts, grid, info.dtype)
+            except CorruptStoreError as exc:
+                if not self._adapter.tensors(self.row.id):
+                    raise NotFoundError(f"{self.address} was removed from the store") from exc
+                raise CorruptStoreError(f"{self.address}, tensor {name!r}: {exc}") from exc
+            with self._lock:
+                self._maps[ordinal] = block_map
+        return block_map
+
+    def block_maps(self) -> list[BlockMap]:
+        """Return the block maps of all tensors, in order."""
+        return [self.block_map(info.name) for info in self.tensors]
+
+    def refresh(self) -> None:
+        """Forget the block maps: a vacuum has moved blocks."""
+        with self._lock:
+            self._maps.clear()
+
+    def graph(self) -> Graph | None:
+        """Return the model's graph, if the store knows it."""
+        if self._graph is None:
+            payload = self._adapter.artifact(self.row.id, GRAPH_ARTIFACT)
+            if payload is not None:
+                self._graph = Graph.from_json(payload.decode())
+        return self._graph
+
+
+class Catalog:
+    """Finds models by address."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._lock = threading.Lock()
+        self._models: OrderedDict[int, StoredModel] = OrderedDict()
+
+    def resolve(self, address: str) -> ModelRow:
+        """Return the live model that an address means.
+
+        Raises
+        ------
+        ArgumentError
+            When the address is malformed.
+        NotFoundError
+            When there is no such model, version or alias; the message names close ones.
+        """
+        parsed = parse_address(address)
+        rows = self._adapter.models(name=parsed.name)
+        if not rows:
+            names = sorted({row.name for row in self._adapter.models()})
+            raise NotFoundError(
+                f"no model {parsed.name!r} in {self._adapter.url}{_did_you_mean(parsed.name, names)}"
+            )
+        if parsed.selector is None:
+            return rows[-1]
+        for row in rows:
+            if row.version == parsed.selector:
+                return row
+        aliases = {alias: model_id for _, alias, model_id in self._adapter.aliases(parsed.name)}
+        for row in rows:
+            if row.id == aliases.get(parsed.selector):
+                return row
+        known = [row.version for row in rows] + sorted(aliases)
+        raise NotFoundError(
+            f"{parsed.name!r} has no version or alias {parsed.selector!r}; it has: {', '.join(known)}"
+        )
+
+    def model(self, address: str) -> StoredModel:
+        """Return the model of an address, with what is cached of it."""
+        return self.of_row(self.resolve(address))
+
+    def of_row(self, row: ModelRow) -> StoredModel:
+        """Return the model of a row, with what is cached of it."""
+        with self._lock:
+            model = self._models.get(row.id)
+            if model is not None:
+                self._models.move_to_end(row.id)
+                return model
+        model = StoredModel(self._adapter, row)
+        with self._lock:
+            self._models[row.id] = model
+            while len(self._models) > _CACHED_MODELS:
+                self._models.popitem(last=False)
+        return model
+
+    def infos(self, name: str | None = None) -> list[ModelInfo]:
+        """Return what the store knows of its live models, ordered by name, then age."""
+        aliases: dict[int, list[str]] = {}
+        for _, alias, model_id in self._adapter.aliases(name):
+            aliases.setdefault(model_id, []).append(alias)
+        rows = sorted(self._adapter.models(name=name), key=lambda row: (row.name, row.id))
+        return [model_info(row, aliases.get(row.id, ())) for row in rows]
+
+    def forget(self, model_id: int) -> None:
+        """Drop what is cached of a model."""
+        with self._lock:
+            self._models.pop(model_id, None)
+
+    def refresh(self) -> None:
+        """Forget all block maps."""
+        with self._lock:
+            models = list(self._models.values())
+        for model in models:
+            model.refresh()
+
+
+def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
+    """Return a row as users see it."""
+    return ModelInfo(
+        id=row.id,
+        name=row.name,
+        version=row.version,
+        policy=row.policy,
+        created_at=row.created_at,
+        logical_bytes=row.logical_bytes,
+        digest=row.digest.hex(),
+        aliases=tuple(sorted(aliases)),
+        metadata=json.loads(row.metadata or "{}"),
+    )
+
+
+def _tensor_info(row: TensorRow) -> TensorInfo:
+    rows, cols = json.loads(row.block_shape)
+    shape = tuple(int(extent) for extent in json.loads(row.shape))
+    return TensorInfo(row.name, DType.of_label(row.dtype), shape, (rows, cols))
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
+    if known:
+        shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+        return f"; there is: {shown}"
+    return "; the store is empty"

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adding a batch of models: match, lay out, stage, publish, and start over where others were faster."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.adapter import LIVE, Adapter
+from pydedup.blocks import MatrixView
+from pydedup.errors import ConflictError, PydedupError
+from pydedup.ingest.match import Matcher, hash_keys
+from pydedup.ingest.plan import Request
+from pydedup.ingest.spool import Spool
+from pydedup.ingest.write import MatchedModel, MatchedTensor, Stager, plan_layout
+from pydedup.pool import PagePool
+from pydedup.types import AddReport, Progress
+
+__all__ = ["add_models"]
+
+_SPOOL_MEMORY_BYTES = 32 * 1024 * 1024
+_ATTEMPTS = 8
+
+
+def add_models(
+    adapter: Adapter,
+    pool: PagePool,
+    requests: Sequence[Request],
+    *,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> list[AddReport]:
+    """Add models with one joint layout, all of them or none.
+
+    Memory: one tensor, the pool, and about 16 bytes and one index entry per block. Holds no
+    lock while hashing or staging.
+
+    Raises
+    ------
+    DuplicateError, ConflictError, ReadOnlyError, StorageFullError, FormatError
+        The store is as it was before, whatever is raised.
+    """
+    started = time.monotonic()
+    for _ in range(_ATTEMPTS):
+        reports = _attempt(adapter, pool, requests, dry_run, progress, started)
+        if reports is not None:
+            return reports
+    raise ConflictError(
+        f"other writers changed what this add shares {_ATTEMPTS} times in a row; try again later"
+    )
+
+
+def _attempt(
+    adapter: Adapter,
+    pool: PagePool,
+    requests: Sequence[Request],
+    dry_run: bool,
+    progress: Progress | None,
+    started: float,
+) -> list[AddReport] | None:
+    """Add once; ``None`` when pages that this add shares went away meanwhile."""
+    epoch = adapter.epoch()
+    with Spool(_SPOOL_MEMORY_BYTES) as spool:
+        matcher = Matcher(adapter, pool, spool)
+        models = _match(matcher, requests, progress)
+        spool.freeze()
+        layout = plan_layout(models, spool)
+        if dry_run:
+            return _reports(models, spool, layout, started, dry_run=True)
+        total, done = sum(int(spool.costs[page].sum()) for page in layout), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress("writing", min(done, total), total)
+
+        stager = Stager(adapter, models, spool, matcher.stored, advance)
+        try:
+            stager.stage(layout)
+            while not stager.publish(epoch):
+                epoch = adapter.epoch()
+                if not _shared_pages_live(adapter, matcher):
+                    stager.discard()
+                    return None
+                if _match_again(adapter, pool, matcher, models, spool):
+                    stager.discard()
+                    layout = plan_layout(models, spool)
+                    done = 0
+                    stager = Stager(adapter, models, spool, matcher.stored, advance)
+                    stager.stage(layout)
+        except BaseException:
+            # What cannot be removed now (a full disk, a lost connection) is collected by vacuum.
+            with contextlib.suppress(PydedupError):
+                stager.discard()
+            raise
+        adapter.checkpoint()
+        return _reports(models, spool, layout, started, dry_run=False)
+
+
+def _match(
+    matcher: Matcher, requests: Sequence[Request], progress: Progress | None
+) -> list[MatchedModel]:
+    total, done = sum(request.logical_bytes for request in requests), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress("matching", done, total)
+
+    models = []
+    for request in requests:
+        model = MatchedModel(request)
+        by_key: dict[object, MatchedTensor] = {}
+        for entry in request.source.entries:
+            twin = by_key.get(entry.key)
+            if twin is not None and twin.entry.shape == entry.shape:
+                # Tied weights: the same memory, so the same blocks.
+                tensor = MatchedTensor(entry, twin.grid, twin.references, twin.digests)
+                advance(int(np.prod(entry.shape)) * entry.dtype.itemsize)
+            else:
+                view = MatrixView.of(request.source.read(entry.name), request.block_shape)
+                references, digests = matcher.match(
+                    view, planes=request.policy.compresses, advance=advance
+                )
+                tensor = MatchedTensor(entry, view.grid, references, digests)
+                by_key[entry.key] = tensor
+                del view
+            model.tensors.append(tensor)
+        models.append(model)
+    return models
+
+
+def _shared_pages_live(adapter: Adapter, matcher: Matcher) -> bool:
+    shared = sorted(set(matcher.stored.page_ids))
+    return len(adapter.page_rows(ids=shared, state=LIVE)) == len(shared) if shared else True
+
+
+def _match_again(
+    adapter: Adapter, pool: PagePool, matcher: Matcher, models: Sequence[MatchedModel], spool: Spool
+) -> bool:
+    """Point references at blocks that others published meanwhile; returns whether there were any."""
+    used = np.unique(np.concatenate([model.references() for model in models]))
+    used = used[used >= 0]
+    keys = hash_keys(spool.hashes[used])
+    number_of: dict[bytes, list[int]] = {}
+    for number, key in zip(used.tolist(), keys, strict=True):
+        number_of.setdefault(key, []).append(number)
+    moved = np.arange(spool.count, dtype=np.int64)
+    for row in adapter.find_blocks(list(number_of)):
+        (stored,) = pool.pages([row.page_id])
+        for number in number_of[row.hash128]:
+            pages, page_index, slots = spool.locate(np.array([number], np.int64))
+            if codec.same_block(pages[page_index[0]], int(slots[0]), stored, row.slot):
+                moved[number] = matcher.stored.reference(row)
+    if np.array_equal(moved, np.arange(spool.count)):
+        return False
+    for model in models:
+        for tensor in model.tensors:
+            new = tensor.references >= 0
+            references = tensor.references.copy()
+            references[new] = moved[references[new]]
+            tensor.references = references
+    return True
+
+
+def _reports(
+    models: Sequence[MatchedModel],
+    spool: Spool,
+    layout: Sequence[NDArray[np.int64]],
+    started: float,
+    *,
+    dry_run: bool,
+) -> list[AddReport]:
+    """Say what each model brought; a block counts for the first model that has it."""
+    first_owner = np.full(spool.count, len(models), np.int64)
+    for number, model in reversed(list(enumerate(models))):
+        references = model.references()
+        first_owner[references[references >= 0]] = number
+    page_owner = [int(first_owner[page].min()) for page in layout]
+    reports = []
+    for number, model in enumerate(models):
+        mine = first_owner == number
+        blocks = sum(len(tensor.references) for tensor in model.tensors)
+        certificate = {"policy": model.request.policy.name, "max_rel_error": 0.0}
+        reports.append(
+            AddReport(
+                model=model.request.address,
+                logical_bytes=model.request.logical_bytes,
+                stored_bytes=int(spool.lengths[mine].sum()),
+                blocks=blocks,
+                shared_blocks=blocks - int(mine.sum()),
+                delta_blocks=0,
+                pages=page_owner.count(number),
+                seconds=time.monotonic() - started,
+                certificate=certificate,
+                dry_run=dry_run,
+            )
+        )
+    return reports

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New distinct blocks on their way to the store, as pages in a temporary file.
+
+The spool keeps memory bounded whatever a batch of models holds: blocks are appended in order of
+first appearance, each full page goes to the file. Blocks are addressed by their number. Once a
+layout is known, `image` cuts final pages out of it, copying encoded bytes and never encoding
+twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.blocks import MatrixView
+from pydedup.errors import PageNotFoundError, StorageFullError
+from pydedup.layout import PAGE_CAPACITY, copy_page
+from pydedup.pool import PagePool
+
+__all__ = ["Spool"]
+
+
+class Spool:
+    """Append-only pages of new blocks. Not thread-safe; a context manager."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=_spool_folder(), prefix="pydedup-spool-")
+        self._pages = PagePool(self._read_pages, memory_bytes)
+        self._extents: list[tuple[int, int]] = []
+        self._end = 0
+        self._open = _OpenPage()
+        self._page_of: list[NDArray[np.int64]] = []
+        self._slot_of: list[NDArray[np.uint32]] = []
+        self._cost: list[NDArray[np.int64]] = []
+        self._length: list[NDArray[np.int64]] = []
+        self._hashes: list[NDArray[np.uint64]] = []
+        self.count = 0
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._pages.clear()
+
+    def append(
+        self, view: MatrixView, indices: NDArray[np.int64], digests: NDArray[np.uint64], *, planes: bool
+    ) -> None:
+        """Encode and append these blocks of a matrix; they get the next numbers."""
+        encoded = codec.encode_blocks(view, indices, planes=planes)
+        costs = codec.page_cost(encoded.lengths)
+        heights = view.grid.heights()[indices].astype(np.uint32)
+        widths = view.grid.widths()[indices].astype(np.uint32)
+        pages = np.empty(len(indices), np.int64)
+        slots = np.empty(len(indices), np.uint32)
+        start = 0
+        while start < len(indices):
+            room = PAGE_CAPACITY - self._open.bytes
+            fit = int(np.searchsorted(np.cumsum(costs[start:]), room, side="right"))
+            if fit == 0 and self._open.count:
+                self._seal()
+                continue
+            stop = start + max(fit, 1)
+            pages[start:stop] = len(self._extents)
+            slots[start:stop] = self._open.count + np.arange(stop - start, dtype=np.uint32)
+            self._open.add(encoded, view.dtype.code, heights, widths, start, stop, costs)
+            start = stop
+        self._page_of.append(pages)
+        self._slot_of.append(slots)
+        self._cost.append(costs)
+        self._length.append(encoded.lengths)
+        self._hashes.append(digests)
+        self.count += len(indices)
+
+    def freeze(self) -> None:
+        """Write the last page out; call once after the last `append`."""
+        if self._open.count:
+            self._seal()
+
+    @property
+    def costs(self) -> NDArray[np.int64]:
+        """Bytes that each block takes on a page, its slot included."""
+        return _joined(self._cost, np.empty(0, np.int64))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Encoded bytes of each block."""
+        return _joined(self._length, np.empty(0, np.int64))
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """Digests of all blocks, shape (count, 2)."""
+        return _joined(self._hashes, np.empty((0, 2), np.uint64))
+
+    def locate(self, numbers: NDArray[np.int64]) -> tuple[list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]:
+        """Return the pages that hold these blocks, and per block its page index and slot."""
+        page_of = _joined(self._page_of, np.empty(0, np.int64))[numbers]
+        slot_of = _joined(self._slot_of, np.empty(0, np.uint32))[numbers]
+        ids, index = np.unique(page_of, return_inverse=True)
+        sealed = [int(i) for i in ids if i < len(self._extents)]
+        pages = self._pages.pages(sealed)
+        if len(sealed) < len(ids):
+            pages.append(codec.Page(self._open.image()))
+        return pages, index.astype(np.uint32), slot_of
+
+    def image(self, numbers: NDArray[np.int64]) -> bytes:
+        """Return the page that holds exactly these blocks, in this order; only when frozen."""
+        page_of = _joined(self._page_of, np.empty(0, np.int64))
+        slot_of = _joined(self._slot_of, np.empty(0, np.uint32))
+        return copy_page(self._pages, page_of[numbers], slot_of[numbers])
+
+    def _seal(self) -> None:
+        payload = self._open.image()
+        try:
+            self._file.seek(self._end)
+            self._file.write(payload)
+            self._file.flush()
+        except OSError as exc:
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageFullError(
+                    f"no space left for the temporary file of this add in {_spool_folder()}; "
+                    "free some or set TMPDIR to a folder with room for the new blocks"
+                ) from exc
+            raise
+        self._extents.append((self._end, len(payload)))
+        self._end += len(payload)
+        self._open = _OpenPage()
+
+    def _read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        for page_id in ids:
+            offset, length = self._extents[page_id]
+            self._file.seek(offset)
+            payload = self._file.read(length)
+            if len(payload) != length:
+                raise PageNotFoundError("the temporary file of this add was cut short by someone")
+            yield page_id, payload
+
+
+class _OpenPage:
+    """Encoded blocks of the page being filled."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.bytes = 0
+        self._arena: list[NDArray[np.uint8]] = []
+        self._columns: list[tuple[NDArray[np.int64], ...]] = []
+        self._image: bytes | None = None
+
+    def add(
+        self,
+        encoded: codec.EncodedBlocks,
+        dtype: int,
+        rows: NDArray[np.uint32],
+        cols: NDArray[np.uint32],
+        start: int,
+        stop: int,
+        costs: NDArray[np.int64],
+    ) -> None:
+        lengths = encoded.lengths[start:stop]
+        first = int(encoded.offsets[start])
+        last = int(encoded.offsets[stop - 1] + encoded.lengths[stop - 1])
+        base = sum(len(piece) for piece in self._arena)
+        self._arena.append(encoded.arena[first:last].copy())
+        self._columns.append(
+            (
+                encoded.offsets[start:stop] - first + base,
+                lengths,
+                encoded.encodings[start:stop].astype(np.int64),
+                np.full(stop - start, dtype, np.int64),
+                rows[start:stop].astype(np.int64),
+                cols[start:stop].astype(np.int64),
+            )
+        )
+        self.count += stop - start
+        self.bytes += int(costs[start:stop].sum())
+        self._image = None
+
+    def image(self) -> bytes:
+        if self._image is None:
+            offsets, lengths, encodings, dtypes, rows, cols = (
+                np.concatenate(column) for column in zip(*self._columns, strict=True)
+            )
+            self._image = codec.build_page(
+                np.concatenate(self._arena), offsets, lengths, encodings, dtypes, rows, cols
+            )
+        return self._image
+
+
+def _joined(table: list[NDArray[np.generic]], empty: NDArray[np.generic]) -> NDArray[np.generic]:
+    if len(table) > 1:
+        table[:] = [np.concatenate(table)]
+    return table[0] if table else empty
+
+
+def _spool_folder() -> str:
+    # /tmp is memory on many machines; /var/tmp is meant for files that may be large.
+    if "TMPDIR" not in os.environ:
+        with contextlib.suppress(OSError):
+            folder = Path("/var/tmp")
+            if folder.is_dir() and os.access(folder, os.W_OK):
+                return str(folder)
+    return tempfile.gettempdir()

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Staging and publishing (docs/architecture.md, "Writing").
+
+Everything of an add is written in bounded transactions in state ``staging``, where no reader and
+no other writer sees it; one short transaction makes it live. Publishing is a compare-and-set on
+the store's epoch: if anybody published since matching began, what they brought is matched first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.adapter import LIVE, STAGING, Adapter, ModelRow, TensorRow
+from pydedup.blocks import BlockGrid, BlockMap
+from pydedup.errors import ConflictError
+from pydedup.formats.base import TensorEntry
+from pydedup.ingest.match import StoredTable, hash_keys
+from pydedup.ingest.plan import Request
+from pydedup.ingest.spool import Spool
+from pydedup.jobs import LEASE_SECONDS, job_spec
+from pydedup.layout import PAGE_CAPACITY, pages_read
+from pydedup.packing import pack
+from pydedup.types import GRAPH_ARTIFACT
+
+__all__ = ["MatchedModel", "MatchedTensor", "Stager", "plan_layout"]
+
+_PAGES_PER_TRANSACTION = 16
+_BYTES_PER_TRANSACTION = 16 * 1024 * 1024
+_HASH_PART_BYTES = 1024 * 1024
+
+# ("map" or "hash", a row of that table)
+_MapRow = tuple[str, tuple[int, int, int, bytes]]
+
+
+@dataclass(slots=True)
+class MatchedTensor:
+    """One tensor after matching. ``references`` and ``digests`` are per block (match.py)."""
+
+    entry: TensorEntry
+    grid: BlockGrid
+    references: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+
+
+@dataclass(slots=True)
+class MatchedModel:
+    """One model after matching."""
+
+    request: Request
+    tensors: list[MatchedTensor] = field(default_factory=list)
+    model_id: int = 0
+
+    def references(self) -> NDArray[np.int64]:
+        """Return the references of all blocks."""
+        parts = [tensor.references for tensor in self.tensors]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def digest(self) -> bytes:
+        """Return 16 bytes that name the content: names, dtypes, shapes and block digests."""
+        content = hashlib.blake2b(digest_size=16)
+        for tensor in self.tensors:
+            entry = tensor.entry
+            head = [entry.name, entry.dtype.label, list(entry.shape), list(_block_shape(tensor))]
+            content.update(json.dumps(head).encode())
+            content.update(np.ascontiguousarray(tensor.digests, "<u8").tobytes())
+        return content.digest()
+
+
+def plan_layout(models: Sequence[MatchedModel], spool: Spool) -> list[NDArray[np.int64]]:
+    """Return the pages of the spooled blocks: per page, block numbers in slot order."""
+    if spool.count == 0:
+        return []
+    owners = []
+    for model in models:
+        references = model.references()
+        owners.append(np.unique(references[references >= 0]))
+    used = np.unique(np.concatenate(owners))
+    if len(used) == 0:
+        return []
+    layout = pack(owners, PAGE_CAPACITY, sizes=spool.costs[used])
+    return list(layout.pages)
+
+
+class Stager:
+    """Stages and publishes one batch of matched models."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        models: Sequence[MatchedModel],
+        spool: Spool,
+        stored: StoredTable,
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
+        self._adapter = adapter
+        self._models = models
+        self._spool = spool
+        self._stored = stored
+        self._advance = advance
+        self._job = uuid.uuid4().hex
+        self.page_ids: list[int] = []
+        self._page_of = np.empty(0, np.int64)
+        self._slot_of = np.empty(0, np.uint32)
+
+    # ---- staging ------------------------------------------------------------------------------
+
+    def stage(self, layout: Sequence[NDArray[np.int64]]) -> None:
+        """Write everything in state ``staging``."""
+        adapter = self._adapter
+        with adapter.transaction():
+            for model in self._models:
+                model.model_id = adapter.insert_model(self._model_row(model))
+            self._heartbeat()
+        self._stage_pages(layout)
+        for model in self._models:
+            self._stage_model(model)
+
+    def discard(self) -> None:
+        """Remove what was staged; leaves nothing behind but a gap in the ids."""
+        adapter = self._adapter
+        for model in self._models:
+            if model.model_id:
+                with adapter.transaction():
+                    adapter.delete_model(model.model_id)
+                model.model_id = 0
+        for start in range(0, len(self.page_ids), _PAGES_PER_TRANSACTION):
+            with adapter.transaction():
+                adapter.delete_pages(self.page_ids[start : start + _PAGES_PER_TRANSACTION])
+        self.page_ids = []
+        with adapter.transaction():
+            adapter.delete_job(self._job)
+
+    def publish(self, epoch: int | None) -> bool:
+        """Make everything live in one transaction, if the epoch is still ``epoch``.
+
+        Raises DuplicateError when somebody published the same ``name@version`` meanwhile and
+        ConflictError when a vacuum took this staging for abandoned.
+        """
+        adapter = self._adapter
+        with adapter.transaction():
+            if not adapter.bump_epoch(epoch):
+                return False
+            adapter.set_page_state(self.page_ids, LIVE)
+            for model in self._models:
+                if not adapter.update_model(model.model_id, state=LIVE, created_at=time.time()):
+                    raise ConflictError(
+                        f"the staging of {model.request.address} was collected by a vacuum: it gave "
+                        f"no sign of life for {LEASE_SECONDS:.0f} s; add it again"
+                    )
+            adapter.delete_job(self._job)
+        return True
+
+    def _heartbeat(self) -> None:
+        spec = job_spec("add", [model.model_id for model in self._models])
+        self._adapter.put_job(self._job, spec, repr(time.time()), "running")
+
+    def _model_row(self, model: MatchedModel) -> ModelRow:
+        request = model.request
+        return ModelRow(
+            id=0,
+            name=request.name,
+            version=request.version,
+            state=STAGING,
+            created_at=time.time(),
+            policy=request.policy.name,
+            certificate=json.dumps({"policy": request.policy.name, "max_rel_error": 0.0}),
+            metadata=request.metadata_json(),
+            logical_bytes=request.logical_bytes,
+            digest=model.digest(),
+        )
+
+    def _stage_pages(self, layout: Sequence[NDArray[np.int64]]) -> None:
+        keys = hash_keys(self._spool.hashes)
+        self._page_of = np.zeros(self._spool.count, np.int64)
+        self._slot_of = np.zeros(self._spool.count, np.uint32)
+        for start in range(0, len(layout), _PAGES_PER_TRANSACTION):
+            group = layout[start : start + _PAGES_PER_TRANSACTION]
+            images = [self._spool.image(numbers) for numbers in group]
+            payloads = [(codec.page_checksum(image), image) for image in images]
+            with self._adapter.transaction():
+                ids = self._adapter.insert_pages(payloads, state=STAGING)
+                self._adapter.insert_blocks(
+                    (keys[number], page_id, slot, None)
+                    for page_id, numbers in zip(ids, group, strict=True)
+                    for slot, number in enumerate(numbers.tolist())
+                )
+                self._heartbeat()
+            self.page_ids.extend(ids)
+            for page_id, numbers in zip(ids, group, strict=True):
+                self._page_of[numbers] = page_id
+                self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
+            if self._advance is not None:
+                self._advance(sum(len(image) for image in images))
+
+    def _stage_model(self, model: MatchedModel) -> None:
+        adapter = self._adapter
+        model_id = model.model_id
+        with adapter.transaction():
+            adapter.insert_tensors(
+                TensorRow(
+                    model_id,
+                    ordinal,
+                    tensor.entry.name,
+                    tensor.entry.dtype.label,
+                    json.dumps(list(tensor.entry.shape)),
+                    json.dumps(list(_block_shape(tensor))),
+                )
+                for ordinal, tensor in enumerate(model.tensors)
+            )
+            self._heartbeat()
+        maps = [self._block_map(tensor) for tensor in model.tensors]
+        for batch in _batches(self._map_rows(model, maps)):
+            with adapter.transaction():
+                adapter.insert_block_maps(row for kind, row in batch if kind == "map")
+                adapter.insert_source_hashes(row for kind, row in batch if kind == "hash")
+                self._heartbeat()
+        with adapter.transaction():
+            adapter.insert_model_pages(
+                (model_id, page_id, blocks, size)
+                for page_id, blocks, size in pages_read(maps, [self._costs(t) for t in model.tensors])
+            )
+            self._heartbeat()
+        with adapter.transaction():
+            items = [(a.name, a.media_type, a.payload) for a in model.request.source.artifacts()]
+            if model.request.graph is not None:
+                payload = model.request.graph.to_json().encode()
+                items.append((GRAPH_ARTIFACT, "application/json", payload))
+            adapter.insert_artifacts(model_id, items)
+            self._heartbeat()
+
+    def _block_map(self, tensor: MatchedTensor) -> BlockMap:
+        references = tensor.references
+        page_ids = np.empty(len(references), np.int64)
+        slots = np.empty(len(references), np.uint32)
+        new = references >= 0
+        page_ids[new] = self._page_of[references[new]]
+        slots[new] = self._slot_of[references[new]]
+        if not new.all():
+            numbers = -references[~new] - 1
+            page_ids[~new] = np.array(self._stored.page_ids, np.int64)[numbers]
+            slots[~new] = np.array(self._stored.slots, np.uint32)[numbers]
+        return BlockMap(tensor.grid, tensor.entry.dtype, page_ids, slots)
+
+    def _costs(self, tensor: MatchedTensor) -> NDArray[np.int64]:
+        """Return what each block of a tensor takes on its page, in bytes."""
+        references = tensor.references
+        costs = np.empty(len(references), np.int64)
+        new = references >= 0
+        costs[new] = self._spool.costs[references[new]]
+        if not new.all():
+            costs[~new] = np.array(self._stored.costs, np.int64)[-references[~new] - 1]
+        return costs
+
+    def _map_rows(
+        self, model: MatchedModel, maps: Sequence[BlockMap]
+    ) -> Iterator[_MapRow]:
+        for ordinal, (tensor, block_map) in enumerate(zip(model.tensors, maps, strict=True)):
+            for part, payload in enumerate(block_map.parts()):
+                yield "map", (model.model_id, ordinal, part, payload)
+            hashes = np.ascontiguousarray(tensor.digests, "<u8").tobytes()
+            for part, start in enumerate(range(0, len(hashes), _HASH_PART_BYTES)):
+                yield "hash", (model.model_id, ordinal, part, hashes[start : start + _HASH_PART_BYTES])
+
+
+def _block_shape(tensor: MatchedTensor) -> tuple[int, int]:
+    return tensor.grid.block_rows, tensor.grid.block_cols
+
+
+def _batches(rows: Iterator[_MapRow]) -> Iterator[list[_MapRow]]:
+    """Group rows into transactions of bounded bytes."""
+    batch: list[_MapRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row[1][3])
+        if size >= _BYTES_PER_TRANSACTION:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks on the pages of a store: capacity, and what a model reads of them.
+
+The packer itself is `pydedup.packing`; here is what the way in and the upkeep both need to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.blocks import BlockMap
+from pydedup.pool import PagePool
+
+__all__ = [
+    "PAGE_BYTES",
+    "PAGE_CAPACITY",
+    "SLOT_BITS",
+    "block_costs",
+    "block_places",
+    "by_page",
+    "copy_page",
+    "least_pages",
+    "pages_read",
+]
+
+#: Bytes of a full page, its header included.
+PAGE_BYTES = 1024 * 1024
+#: Bytes of blocks and slots that a page holds.
+PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES
+#: Slots of a page number fewer than 2 ** SLOT_BITS: each takes at least 32 bytes.
+SLOT_BITS = 20
+
+
+def least_pages(block_bytes: int) -> int:
+    """Return the fewest pages that can hold blocks of so many bytes, slots included."""
+    return -(-block_bytes // PAGE_CAPACITY)
+
+
+def block_places(page_ids: NDArray[np.int64], slots: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Return one sortable int64 per block: its page id and slot."""
+    return (page_ids << SLOT_BITS) | slots.astype(np.int64)
+
+
+def block_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what each of these blocks takes on its page, its slot included, in bytes."""
+    costs = np.empty(len(places), np.int64)
+    slots = places & ((1 << SLOT_BITS) - 1)
+    for rows, pages, page_index in pool.windows(places >> SLOT_BITS):
+        tables = [codec.page_cost(page.slots["length"]) for page in pages]
+        costs[rows] = [
+            tables[page][slot] for page, slot in zip(page_index, slots[rows], strict=True)
+        ]
+    return costs
+
+
+def by_page(page_ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield (page id, positions with that id, ascending), by ascending page id."""
+    if len(page_ids) == 0:
+        return
+    order = np.argsort(page_ids, kind="stable")
+    ids, starts = np.unique(page_ids[order], return_index=True)
+    yield from zip(ids.tolist(), np.split(order, starts[1:]), strict=True)
+
+
+def pages_read(
+    maps: Sequence[BlockMap], costs: Sequence[NDArray[np.int64]]
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (page id, distinct blocks, their bytes on the page) that a model reads, by page id.
+
+    ``costs`` holds, per map, what each block takes on its page (`codec.page_cost`).
+    """
+    if not any(len(block_map.page_ids) for block_map in maps):
+        return
+    page_ids = np.concatenate([block_map.page_ids for block_map in maps])
+    slots = np.concatenate([block_map.slots for block_map in maps]).astype(np.int64)
+    places, first = np.unique(np.stack([page_ids, slots], axis=1), axis=0, return_index=True)
+    pages, starts, counts = np.unique(places[:, 0], return_index=True, return_counts=True)
+    totals = np.add.reduceat(np.concatenate(costs)[first], starts)
+    yield from zip(pages.tolist(), counts.tolist(), totals.tolist(), strict=True)
+
+
+def copy_page(pool: PagePool, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> bytes:
+    """Return a new page of these blocks in this order, copied as they are encoded."""
+    pieces: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(page_ids)
+    columns = np.empty(len(page_ids), codec.SLOT_DTYPE)
+    for rows, pages, page_index in pool.windows(page_ids):
+        tables = [page.slots for page in pages]
+        for row, number, slot in zip(rows.tolist(), page_index.tolist(), slots[rows], strict=True):
+            entry = tables[number][slot]
+            columns[row] = entry
+            payload = np.frombuffer(pages[number].payload, np.uint8)
+            start = int(entry["offset"])
+            pieces[row] = payload[start : start + int(entry["length"])].copy()
+    lengths = columns["length"].astype(np.int64)
+    return codec.build_page(
+        np.concatenate(pieces),
+        np.cumsum(lengths) - lengths,
+        lengths,
+        columns["encoding"],
+        columns["dtype"],
+        columns["rows"],
+        columns["cols"],
+        columns["base"],
+    )

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model addresses: ``name``, ``name@version``, ``name@alias``."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+
+from pydedup.errors import ArgumentError
+
+__all__ = ["Address", "check_name", "parse_address"]
+
+_MAX_LENGTH = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A parsed address; ``selector`` is a version or an alias, ``None`` for the newest version."""
+
+    name: str
+    selector: str | None
+
+    def __str__(self) -> str:
+        return self.name if self.selector is None else f"{self.name}@{self.selector}"
+
+
+def check_name(text: str, what: str) -> str:
+    """Return ``text`` if it can name a model, version, alias or tensor owner.
+
+    Raises
+    ------
+    ArgumentError
+        Unless it is 1 to 255 NFC characters without ``@``, control characters or outer space.
+    """
+    if not isinstance(text, str):
+        raise ArgumentError(f"{what} must be a string, got {type(text).__name__}")
+    reason = None
+    if not text:
+        reason = "is empty"
+    elif len(text) > _MAX_LENGTH:
+        reason = f"has {len(text)} characters; at most {_MAX_LENGTH} are allowed"
+    elif text != text.strip():
+        reason = "starts or ends with space"
+    elif "@" in text:
+        reason = "holds '@', which separates a name from its version"
+    elif any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        reason = "holds control characters or half of a surrogate pair"
+    elif not unicodedata.is_normalized("NFC", text):
+        reason = "is not in Unicode normal form C; apply unicodedata.normalize('NFC', ...)"
+    if reason:
+        raise ArgumentError(f"{what} {text[:60]!r} {reason}")
+    return text
+
+
+def parse_address(text: str) -> Address:
+    """Parse ``name`` or ``name@selector``.
+
+    Raises
+    ------
+    ArgumentError
+        When either part breaks the rules of `check_name`.
+    """
+    if not isinstance(text, str):
+        raise ArgumentError(f"a model address must be a string, got {type(text).__name__}")
+    name, at, selector = text.partition("@")
+    check_name(name, "model name")
+    return Address(name, check_name(selector, "version or alias") if at else None)

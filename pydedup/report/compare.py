@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who shares which blocks, and how two models differ, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import matmul
+from pydedup.adapter import Adapter
+from pydedup.catalog import Catalog, StoredModel
+from pydedup.layout import block_costs, block_places
+from pydedup.pool import PagePool
+from pydedup.types import Progress, TensorInfo
+
+__all__ = [
+    "Diff",
+    "Explanation",
+    "SharedWith",
+    "TensorDiff",
+    "TensorSharing",
+    "diff_models",
+    "explain_model",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSharing:
+    """How much of one tensor other models use too."""
+
+    tensor: TensorInfo
+    blocks: int
+    distinct_blocks: int
+    shared_blocks: int
+    used_bytes: int
+    shared_bytes: int
+    shared_with: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWith:
+    """What one other model has in common with the explained one."""
+
+    model: str
+    blocks: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Where a model's bytes are and what removing it would free.
+
+    ``removal_frees_bytes`` counts blocks that no other live model uses; those that lie on pages
+    of others are given back by ``vacuum``.
+    """
+
+    model: str
+    tensors: tuple[TensorSharing, ...]
+    shared_with: tuple[SharedWith, ...]
+    logical_bytes: int
+    used_bytes: int
+    shared_bytes: int
+    removal_frees_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDiff:
+    """One tensor in two models.
+
+    ``status`` is ``same``, ``changed``, ``reshaped`` (other shape or dtype), ``added`` (only in
+    the second) or ``removed`` (only in the first). Differences are over elements, in float64.
+    """
+
+    name: str
+    status: str
+    blocks: int = 0
+    changed_blocks: int = 0
+    max_abs: float = 0.0
+    relative_l2: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """Two models, tensor by tensor."""
+
+    first: str
+    second: str
+    tensors: tuple[TensorDiff, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether all tensors have the same bits."""
+        return all(tensor.status == "same" for tensor in self.tensors)
+
+
+def explain_model(
+    adapter: Adapter, catalog: Catalog, pool: PagePool, address: str
+) -> Explanation:
+    """Say which blocks of a model are shared with whom. Raises NotFoundError."""
+    with adapter.snapshot():
+        model = catalog.model(address)
+        pages = {page for _, page, _, _ in adapter.model_pages(model.row.id)}
+        neighbours = {owner for owner, page, _, _ in adapter.model_pages() if page in pages}
+        others = [
+            catalog.of_row(row)
+            for row in adapter.models()
+            if row.id in neighbours and row.id != model.row.id
+        ]
+        mine = [block_places(m.page_ids, m.slots) for m in model.block_maps()]
+        used = np.unique(np.concatenate(mine)) if mine else np.empty(0, np.int64)
+        costs = block_costs(pool, used)
+        per_other = [(other.address, np.isin(used, _model_places(other))) for other in others]
+    shared = np.zeros(len(used), np.bool_)
+    for _, common in per_other:
+        shared |= common
+    tensors = []
+    for info, places in zip(model.tensors, mine, strict=True):
+        distinct = np.unique(places)
+        at = np.searchsorted(used, distinct)
+        tensors.append(
+            TensorSharing(
+                tensor=info,
+                blocks=len(places),
+                distinct_blocks=len(distinct),
+                shared_blocks=int(shared[at].sum()),
+                used_bytes=int(costs[at].sum()),
+                shared_bytes=int(costs[at][shared[at]].sum()),
+                shared_with=tuple(name for name, common in per_other if common[at].any()),
+            )
+        )
+    sharing = [
+        SharedWith(name, int(common.sum()), int(costs[common].sum()))
+        for name, common in per_other
+        if common.any()
+    ]
+    return Explanation(
+        model=model.address,
+        tensors=tuple(tensors),
+        shared_with=tuple(sorted(sharing, key=lambda s: (-s.bytes, s.model))),
+        logical_bytes=model.row.logical_bytes,
+        used_bytes=int(costs.sum()),
+        shared_bytes=int(costs[shared].sum()),
+        removal_frees_bytes=int(costs[~shared].sum()),
+    )
+
+
+def diff_models(
+    adapter: Adapter,
+    catalog: Catalog,
+    pool: PagePool,
+    first: str,
+    second: str,
+    *,
+    progress: Progress | None = None,
+) -> Diff:
+    """Compare two models tensor by tensor. Memory: two tensors. Raises NotFoundError."""
+    a, b = catalog.model(first), catalog.model(second)
+    names_b = {info.name for info in b.tensors}
+    diffs = []
+    for number, info in enumerate(a.tensors):
+        if info.name in names_b:
+            diffs.append(_diff_tensor(pool, a, b, info))
+        else:
+            diffs.append(TensorDiff(info.name, "removed"))
+        if progress is not None:
+            progress("comparing", number + 1, len(a.tensors))
+    names_a = {info.name for info in a.tensors}
+    diffs.extend(TensorDiff(i.name, "added") for i in b.tensors if i.name not in names_a)
+    return Diff(a.address, b.address, tuple(diffs))
+
+
+def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInfo) -> TensorDiff:
+    other = b.tensor(info.name)
+    if (info.shape, info.dtype) != (other.shape, other.dtype):
+        return TensorDiff(info.name, "reshaped")
+    map_a, map_b = a.block_map(info.name), b.block_map(info.name)
+    blocks, changed = map_a.grid.count, 0
+    if map_a.grid == map_b.grid:
+        apart = block_places(map_a.page_ids, map_a.slots) != block_places(map_b.page_ids, map_b.slots)
+        if not apart.any():
+            return TensorDiff(info.name, "same", blocks)
+        changed = int(apart.sum())
+    bytes_a, bytes_b = matmul.read(map_a, pool), matmul.read(map_b, pool)
+    if np.array_equal(bytes_a.view(np.uint8), bytes_b.view(np.uint8)):
+        return TensorDiff(info.name, "same", blocks)
+    value_a, value_b = bytes_a.astype(np.float64), bytes_b.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        delta = value_b - value_a
+        norm = float(np.linalg.norm(value_a))
+        distance = float(np.linalg.norm(delta))
+    return TensorDiff(
+        info.name,
+        "changed",
+        blocks,
+        changed or blocks,
+        float(np.max(np.abs(delta))),
+        distance / norm if norm else float("inf"),
+    )
+
+
+def _model_places(model: StoredModel) -> NDArray[np.int64]:
+    maps = model.block_maps()
+    if not maps:
+        return np.empty(0, np.int64)
+    return np.unique(np.concatenate([block_places(m.page_ids, m.slots) for m in maps]))

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of models and of a store, from the tables alone; no page is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydedup.adapter import LIVE, Adapter
+from pydedup.catalog import Catalog, StoredModel, model_info
+from pydedup.layout import least_pages
+from pydedup.types import ModelInfo, TensorInfo
+
+__all__ = ["ModelFigures", "StoreStats", "model_figures", "store_stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFigures:
+    """One model in numbers.
+
+    Attributes
+    ----------
+    used_bytes
+        What its distinct blocks take on their pages.
+    exclusive_bytes
+        The part of it on pages that no other model reads: what removing it frees at once.
+    pages, least_pages, read_amplification
+        Pages it reads, the fewest that could hold its blocks, and their ratio.
+    """
+
+    info: ModelInfo
+    certificate: Mapping[str, Any]
+    tensors: tuple[TensorInfo, ...]
+    artifacts: tuple[str, ...]
+    has_graph: bool
+    used_bytes: int
+    exclusive_bytes: int
+    pages: int
+    least_pages: int
+
+    @property
+    def read_amplification(self) -> float:
+        """Pages read / least possible; 1.0 for a model without blocks."""
+        return self.pages / self.least_pages if self.least_pages else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """A store in numbers; ``stored_bytes`` is all it occupies in its database."""
+
+    url: str
+    models: int
+    versions: int
+    tensors: int
+    pages: int
+    page_bytes: int
+    retired_pages: int
+    distinct_blocks: int
+    logical_bytes: int
+    stored_bytes: int
+    schema_version: int
+    pool: Mapping[str, int]
+
+    @property
+    def saved_share(self) -> float:
+        """Share of the logical bytes that the store does without; negative when it is larger."""
+        return 1.0 - self.stored_bytes / self.logical_bytes if self.logical_bytes else 0.0
+
+
+def model_figures(adapter: Adapter, catalog: Catalog, address: str) -> ModelFigures:
+    """Return one model in numbers. Raises NotFoundError."""
+    with adapter.snapshot():
+        model: StoredModel = catalog.model(address)
+        row = model.row
+        aliases = [alias for _, alias, model_id in adapter.aliases(row.name) if model_id == row.id]
+        mine = {page: size for _, page, _, size in adapter.model_pages(row.id)}
+        live = {other.id for other in adapter.models()} - {row.id}
+        others = {page for owner, page, _, _ in adapter.model_pages() if owner in live}
+        artifacts = tuple(name for name, _ in adapter.artifacts(row.id))
+    return ModelFigures(
+        info=model_info(row, aliases),
+        certificate=json.loads(row.certificate or "{}"),
+        tensors=model.tensors,
+        artifacts=artifacts,
+        has_graph=model.graph() is not None,
+        used_bytes=sum(mine.values()),
+        exclusive_bytes=sum(size for page, size in mine.items() if page not in others),
+        pages=len(mine),
+        least_pages=least_pages(sum(mine.values())),
+    )
+
+
+def store_stats(adapter: Adapter, pool: Mapping[str, int]) -> StoreStats:
+    """Return a store in numbers."""
+    with adapter.snapshot():
+        rows = adapter.models()
+        pages = adapter.page_rows()
+        live = [page for page in pages if page.state == LIVE]
+        return StoreStats(
+            url=adapter.url,
+            models=len({row.name for row in rows}),
+            versions=len(rows),
+            tensors=sum(len(adapter.tensors(row.id)) for row in rows),
+            pages=len(live),
+            page_bytes=sum(page.payload_bytes for page in live),
+            retired_pages=len(pages) - len(live),
+            distinct_blocks=adapter.count_blocks(),
+            logical_bytes=sum(row.logical_bytes for row in rows),
+            stored_bytes=adapter.stored_bytes(),
+            schema_version=adapter.schema_version() or 0,
+            pool=dict(pool),
+        )

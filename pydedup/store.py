@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Store`: what users hold. It delegates; the work is done in ingest, serving, maintenance, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pydedup import config, formats, registry
+from pydedup.adapter import SCHEMA_VERSION, Adapter
+from pydedup.catalog import Catalog, StoredModel
+from pydedup.errors import (
+    ArgumentError,
+    NotAStoreError,
+    NotFoundError,
+    ReadOnlyError,
+    SchemaVersionError,
+)
+from pydedup.formats.base import Artifact, TensorEntry
+from pydedup.graph import Graph
+from pydedup.ingest.add import add_models
+from pydedup.ingest.plan import Request, plan_address
+from pydedup.jobs import LEASE_SECONDS
+from pydedup.maintenance.vacuum import VacuumReport, retire_orphans, vacuum_store
+from pydedup.maintenance.verify import VerifyReport, verify_store
+from pydedup.names import check_name, parse_address
+from pydedup.policies import Lossless, Policy
+from pydedup.pool import PagePool
+from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
+from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
+from pydedup.serving.engine import run_graph
+from pydedup.serving.tensor import StoredTensor
+from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ModelInput", "Store", "open"]
+
+#: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
+ModelInput = Any
+
+
+def open(  # noqa: A001 - the public name, as in gzip.open
+    url: str | os.PathLike[str],
+    *,
+    mode: str = "a",
+    memory: str | int = "512MiB",
+    schema: str | None = None,
+) -> Store:
+    """Open a store, or create it.
+
+    Parameters
+    ----------
+    url
+        ``sqlite:///models.db`` (a relative path), ``sqlite:////abs/models.db``; a plain path is a
+        SQLite file.
+    mode
+        ``"a"`` reads and writes and creates what is missing; ``"r"`` never creates or writes.
+    memory
+        Budget of the buffer pool, e.g. ``"512MiB"``.
+    schema
+        Schema to live in, where the database has such a thing.
+
+    Raises
+    ------
+    ArgumentError
+        For a URL, mode or size that cannot be understood.
+    NotAStoreError, SchemaVersionError, UnavailableError, ReadOnlyError
+        When there is no store, one of a newer pydedup, no database, or no way to write it.
+    """
+    if mode not in ("a", "r"):
+        raise ArgumentError(f"mode {mode!r} is unknown; use 'a' (read and write) or 'r' (read only)")
+    budget = config.parse_bytes(memory)
+    adapter = registry.connect(str(os.fspath(url)), mode=mode, schema=schema)
+    try:
+        _check_schema(adapter, mode)
+        return Store(adapter, budget)
+    except BaseException:
+        adapter.close()
+        raise
+
+
+def _check_schema(adapter: Adapter, mode: str) -> None:
+    version = adapter.schema_version()
+    if version is None:
+        if mode == "r":
+            raise NotAStoreError(
+                f"{adapter.url} holds no pydedup store; open it with mode 'a' to create one"
+            )
+        adapter.create_schema({"hash_version": "1", "page_format": "1"})
+    elif version > SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{adapter.url} was written by a newer pydedup (schema {version}, this one knows "
+            f"{SCHEMA_VERSION}); upgrade pydedup"
+        )
+
+
+class Store:
+    """One pydedup store. Safe between threads; usable after a fork; a context manager."""
+
+    def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
+        self._adapter = adapter
+        self._catalog = Catalog(adapter)
+        self._pool = PagePool(adapter.read_pages, memory_bytes)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<pydedup.Store {self._adapter.url}>"
+
+    @property
+    def url(self) -> str:
+        """The URL, without credentials."""
+        return self._adapter.url
+
+    @property
+    def read_only(self) -> bool:
+        """Whether changes are refused."""
+        return self._adapter.read_only
+
+    def close(self) -> None:
+        """Close the database and drop the pool. Idempotent."""
+        self._pool.clear()
+        self._adapter.close()
+
+    # ---- in -----------------------------------------------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        source: ModelInput,
+        *,
+        policy: Policy | None = None,
+        version: str | None = None,
+        graph: Graph | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        block_shape: tuple[int, int] | None = None,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> AddReport:
+        """Add a model, all of it or nothing.
+
+        Parameters
+        ----------
+        name
+            ``name`` (gets the next whole number as its version) or ``name@version``.
+        source
+            Path of a known format, mapping of tensor names to arrays, or torch module.
+        policy
+            The guarantee; `policies.Lossless` by default.
+        graph
+            Layers naming tensors, for `predict`; inferred where the source tells.
+        metadata
+            JSON-able; kept with the model.
+        block_shape
+            (rows, cols) of blocks; by default near-square blocks of at most 16 KiB.
+        dry_run
+            Say what would be stored, and write nothing.
+        progress
+            Called as ``progress(stage, done, total)``, in bytes.
+
+        Raises
+        ------
+        DuplicateError, ArgumentError, FormatError, NotFoundError, ReadOnlyError,
+        ConflictError, StorageFullError
+            The store is as it was before.
+        """
+        return self._add(
+            {name: source}, policy, version, graph, metadata, block_shape, dry_run, progress
+        )[0]
+
+    def add_many(
+        self,
+        models: Mapping[str, ModelInput],
+        *,
+        policy: Policy | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        block_shape: tuple[int, int] | None = None,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> list[AddReport]:
+        """Add several models with one joint layout, all of them or none; see `add`."""
+        return self._add(models, policy, None, None, metadata, block_shape, dry_run, progress)
+
+    def _add(
+        self,
+        models: Mapping[str, ModelInput],
+        policy: Policy | None,
+        version: str | None,
+        graph: Graph | None,
+        metadata: Mapping[str, Any] | None,
+        block_shape: tuple[int, int] | None,
+        dry_run: bool,
+        progress: Progress | None,
+    ) -> list[AddReport]:
+        if not dry_run:
+            self._check_writable("add a model")
+        with formats.open_sources(models.values()) as sources:
+            requests: list[Request] = []
+            for name, source in zip(models, sources, strict=True):
+                base, number = plan_address(self._adapter, name, version)
+                request = Request(
+                    name=base,
+                    version=number,
+                    source=source,
+                    policy=policy or Lossless(),
+                    graph=graph or source.graph,
+                    metadata=metadata or {},
+                    block_shape=block_shape,
+                )
+                request.metadata_json()
+                if graph is not None:
+                    graph.validate({entry.name: entry.shape for entry in source.entries})
+                if any(other.address == request.address for other in requests):
+                    raise ArgumentError(f"{request.address} is named twice in one add")
+                requests.append(request)
+            return add_models(
+                self._adapter, self._pool, requests, dry_run=dry_run, progress=progress
+            )
+
+    # ---- out ----------------------------------------------------------------------------------
+
+    def load(self, name: str, dtype: str | None = None) -> dict[str, NDArray[Any]]:
+        """Return all tensors of a model as numpy arrays (bf16 and f8 as ml_dtypes).
+
+        ``dtype`` (e.g. ``"f32"``) converts floating-point tensors; others stay as they are.
+        Raises NotFoundError, CorruptStoreError.
+        """
+        model = self._catalog.model(name)
+        wanted = None if dtype is None else DType.of_label(dtype)
+        return {info.name: self._read(model, info.name, wanted) for info in model.tensors}
+
+    def load_torch(
+        self, name: str, dtype: str | None = None, device: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return a state dict of torch tensors; needs the extra ``torch``. See `load`."""
+        from pydedup.formats.torch import to_torch
+
+        return {key: to_torch(array, device) for key, array in self.load(name, dtype).items()}
+
+    def export(
+        self, name: str, path: str | os.PathLike[str], *, format: str | None = None  # noqa: A002
+    ) -> None:
+        """Write a model to a file or folder of any known format, tensor by tensor.
+
+        The format follows from the name (``.safetensors``, ``.npz``, ..., a folder for Hugging
+        Face) or from ``format``. Nothing is left behind on failure. Raises UnsupportedFormatError.
+        """
+        model = self._catalog.model(name)
+        entries = [TensorEntry(info.name, info.dtype, info.shape, info.name) for info in model.tensors]
+        formats.write_model(
+            path,
+            lambda tensor: self._read(model, tensor, None),
+            entries,
+            self._artifacts(model),
+            model.graph(),
+            format=format,
+        )
+
+    def tensor(self, name: str, tensor: str) -> StoredTensor:
+        """Return one tensor to compute with where it lies. Raises NotFoundError."""
+        return self._stored_tensor(self._catalog.model(name), tensor)
+
+    def predict(self, name: str, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
+        """Predict with a model whose graph the store knows, streaming its weights.
+
+        ``x`` is an array, or a mapping of input names to arrays; the result takes the same form.
+        Raises NotFoundError (also when the model has no graph), ArgumentError for inputs that do
+        not fit.
+        """
+        model = self._catalog.model(name)
+        graph = model.graph()
+        if graph is None:
+            raise NotFoundError(
+                f"{model.address} has no graph to predict with; give add(..., graph=...), or add it "
+                "from a torch.nn.Sequential, Keras or ONNX model"
+            )
+        if isinstance(x, Mapping):
+            inputs = {key: np.asarray(value) for key, value in x.items()}
+        elif len(graph.inputs) == 1:
+            inputs = {graph.inputs[0]: np.asarray(x)}
+        else:
+            raise ArgumentError(f"{model.address} takes several inputs: {', '.join(graph.inputs)}")
+        outputs = run_graph(graph, lambda tensor: self._stored_tensor(model, tensor), inputs)
+        if isinstance(x, Mapping):
+            return outputs
+        return outputs[graph.outputs[0]] if len(graph.outputs) == 1 else outputs
+
+    def graph(self, name: str) -> Graph | None:
+        """Return the graph that `predict` runs, if the store knows one."""
+        return self._catalog.model(name).graph()
+
+    def warm(self, name: str) -> int:
+        """Read a model's pages into the pool, as many as fit; returns how many it holds."""
+        model = self._catalog.model(name)
+        pages = [page for _, page, _, _ in self._adapter.model_pages(model.row.id)]
+        return self._pool.warm(pages)
+
+    # ---- names --------------------------------------------------------------------------------
+
+    def models(self) -> list[ModelInfo]:
+        """Return all versions of all models, ordered by name, then age."""
+        return self._catalog.infos()
+
+    def versions(self, name: str) -> list[ModelInfo]:
+        """Return the versions of one model, oldest first. Raises NotFoundError."""
+        self._catalog.resolve(check_name(name, "model name"))
+        return self._catalog.infos(name)
+
+    def alias(self, name: str, alias: str, version: str | None) -> None:
+        """Point ``name@alias`` at a version; ``None`` removes the alias.
+
+        Raises NotFoundError for an unknown version or alias, ArgumentError when the alias is
+        also a version.
+        """
+        self._check_writable("change an alias")
+        check_name(name, "model name")
+        check_name(alias, "alias")
+        with self._adapter.transaction():
+            rows = {row.version: row for row in self._adapter.models(name=name)}
+            if not rows:
+                self._catalog.resolve(name)
+            if alias in rows:
+                raise ArgumentError(f"{alias!r} is a version of {name}; choose another alias")
+            if version is None:
+                if not self._adapter.delete_alias(name, alias):
+                    raise NotFoundError(f"{name!r} has no alias {alias!r}")
+            elif version not in rows:
+                raise NotFoundError(f"{name!r} has no version {version!r}; it has: {', '.join(rows)}")
+            else:
+                self._adapter.set_alias(name, alias, rows[version].id)
+
+    def remove(self, name: str, *, all_versions: bool = False) -> list[str]:
+        """Remove a version, or all versions of a model; returns their addresses.
+
+        Space is given back by `vacuum`. Raises NotFoundError; ArgumentError when a bare name has
+        several versions and ``all_versions`` is not set, or when an alias still points there.
+        """
+        self._check_writable("remove a model")
+        address = parse_address(name)
+        with self._adapter.transaction():
+            self._adapter.bump_epoch()
+            row = self._catalog.resolve(name)
+            rows = self._adapter.models(name=address.name)
+            aliases = self._adapter.aliases(address.name)
+            if address.selector is None and len(rows) > 1 and not all_versions:
+                raise ArgumentError(
+                    f"{name!r} has {len(rows)} versions; name one, e.g. {name}@{rows[0].version}, "
+                    "or remove all of them (all_versions=True, --all-versions)"
+                )
+            if address.selector is None:
+                doomed = rows
+            else:
+                if row.version != address.selector:
+                    raise ArgumentError(
+                        f"{name!r} is an alias of {row.name}@{row.version}; name the version to remove"
+                    )
+                doomed = [row]
+                pointing = [alias for _, alias, model_id in aliases if model_id == row.id]
+                if pointing:
+                    raise ArgumentError(
+                        f"alias {pointing[0]!r} points at {name}; move or delete the alias first"
+                    )
+            for victim in doomed:
+                self._adapter.delete_model(victim.id)
+            retire_orphans(self._adapter)
+        for victim in doomed:
+            self._catalog.forget(victim.id)
+        self._adapter.checkpoint()
+        return [f"{victim.name}@{victim.version}" for victim in doomed]
+
+    # ---- looking ------------------------------------------------------------------------------
+
+    def info(self, name: str) -> ModelFigures:
+        """Return one model in numbers. Raises NotFoundError."""
+        return model_figures(self._adapter, self._catalog, name)
+
+    def stats(self) -> StoreStats:
+        """Return the store in numbers."""
+        return store_stats(self._adapter, self._pool.stats())
+
+    def sharing(self) -> list[dict[str, object]]:
+        """Return which pairs of models share pages, as the SQL view ``sharing`` has it."""
+        return self._adapter.view("sharing")
+
+    def explain(self, name: str) -> Explanation:
+        """Say which tensors and blocks are shared with whom, and what removing would free."""
+        return explain_model(self._adapter, self._catalog, self._pool, name)
+
+    def diff(self, a: str, b: str, *, progress: Progress | None = None) -> Diff:
+        """Compare two models tensor by tensor."""
+        return diff_models(self._adapter, self._catalog, self._pool, a, b, progress=progress)
+
+    # ---- upkeep -------------------------------------------------------------------------------
+
+    def verify(self, *, progress: Progress | None = None) -> VerifyReport:
+        """Check every page, block and block map against what was recorded; changes nothing."""
+        return verify_store(self._adapter, self._catalog, progress=progress)
+
+    def vacuum(
+        self,
+        *,
+        grace_seconds: float = 0.0,
+        lease_seconds: float = LEASE_SECONDS,
+        progress: Progress | None = None,
+    ) -> VacuumReport:
+        """Free what nobody uses and repack where models read too many pages."""
+        self._check_writable("vacuum")
+        report = vacuum_store(
+            self._adapter,
+            self._catalog,
+            self._pool,
+            grace_seconds=grace_seconds,
+            lease_seconds=lease_seconds,
+            progress=progress,
+        )
+        self._pool.clear()
+        return report
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _check_writable(self, what: str) -> None:
+        if self._adapter.read_only:
+            raise ReadOnlyError(f"cannot {what}: {self._adapter.url} is open for reading only")
+
+    def _stored_tensor(self, model: StoredModel, name: str) -> StoredTensor:
+        info = model.tensor(name)
+        return StoredTensor(info, lambda: model.block_map(name), self._pool, model.refresh)
+
+    def _read(self, model: StoredModel, name: str, dtype: DType | None) -> NDArray[Any]:
+        array = self._stored_tensor(model, name).numpy()
+        if dtype is not None and array.dtype != dtype.numpy and DType.of(array.dtype).is_float:
+            return array.astype(dtype.numpy)
+        return array
+
+    def _artifacts(self, model: StoredModel) -> list[Artifact]:
+        artifacts = []
+        for name, media_type in self._adapter.artifacts(model.row.id):
+            payload = self._adapter.artifact(model.row.id, name)
+            if payload is not None and name != GRAPH_ARTIFACT:
+                artifacts.append(Artifact(name, media_type, payload))
+        return artifacts
