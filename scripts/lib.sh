@@ -88,14 +88,12 @@ apt_install() {
     # A machine may hold package lists that are too old, or none at all: they are fetched when the
     # names are not in them. (apt-get alone cannot be asked: it takes the + of an unknown g++ for a
     # pattern, installs what matches, and is content.)
-    if ! compgen -G "/var/lib/apt/lists/*Packages*" >/dev/null ||
-        ! apt_run --dry-run --no-install-recommends install "$@" >/dev/null 2>&1; then
-        step "package lists" apt-update apt_run update || die "apt-get update failed"
-    elif step "system packages: $*" apt apt_run --no-install-recommends install "$@"; then
+    if compgen -G "/var/lib/apt/lists/*Packages*" >/dev/null &&
+        apt_run --dry-run --no-install-recommends install "$@" >/dev/null 2>&1 &&
+        step "system packages: $*" apt apt_run --no-install-recommends install "$@"; then
         return 0
-    else
-        step "package lists" apt-update apt_run update || die "apt-get update failed"
     fi
+    step "package lists" apt-update apt_run update || die "apt-get update failed"
     step "system packages: $*" apt apt_run --no-install-recommends install "$@" ||
         die "apt-get could not install: $*"
 }
