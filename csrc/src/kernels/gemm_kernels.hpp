@@ -1,4 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
+// Kernels of the streaming matrix product. A block w is rows x cols, row-major, where it lies in its
+// page or in a scratch tile; leading dimensions are in elements. All kernels add to their output.
+//
+// Two shapes of work, x @ W.T (nt) and x @ W (nn), and for nt two ways:
+//   dot_nt    few rows of x: vectors run along the columns of w; w is read once, at memory speed.
+//   tile_nt   many rows of x: x was packed so that vectors run along its rows (`width` lanes), and
+//             each element of w is broadcast from where it lies. So w is never packed, only x is,
+//             once per product.
+// Sums are not bit-stable across kernels (FMA, other lane counts): results are never persisted.
 #pragma once
 
 #include <cstddef>
@@ -6,16 +15,38 @@
 
 namespace pydedup {
 
+inline constexpr std::size_t kMaxGemmTiles = 3;
+
+template <class T>
+struct GemmKernelsOf {
+    /// y[i, r] += sum over c of x[i, c] * w[r, c], for i < m.
+    void (*dot_nt)(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size_t rows,
+                   std::size_t cols, std::size_t ldw, T* y, std::size_t ldy) noexcept;
+    /// y[i, c] += sum over r of x[i, r] * w[r, c], for i < m.
+    void (*block_nn)(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size_t rows,
+                     std::size_t cols, std::size_t ldw, T* y, std::size_t ldy) noexcept;
+    struct Tile {
+        std::size_t width;  ///< rows of x in one tile; 0 ends the list
+        /// acc[r * width + i] += sum over c of x[c * width + i] * w[r, c], for i < width, summed in
+        /// the order of c in every lane and for every width. Unless nullptr, rows * cols elements
+        /// from `next` on (need not exist) are prefetched meanwhile.
+        void (*tile_nt)(const T* x, const T* w, std::size_t rows, std::size_t cols,
+                        std::size_t ldw, const T* next, T* acc) noexcept;
+    };
+    Tile tiles[kMaxGemmTiles];  ///< widest first
+    std::size_t dot_max_m;      ///< up to this m dot_nt is the faster way (measured)
+};
+
 struct GemmKernels {
-    /// y[i, r] += sum over c of x[i, c] * w[r, c], for an f32 block w of rows x cols (x @ W.T).
-    /// Leading dimensions in elements. Row sums are not bit-stable across kernels.
-    void (*block_nt_f32)(const float* x, std::size_t ldx, std::size_t m, const float* w,
-                         std::size_t rows, std::size_t cols, std::size_t ldw, float* y,
-                         std::size_t ldy, float* scratch) noexcept;
-    /// y[i, c] += sum over r of x[i, r] * w[r, c] (x @ W).
-    void (*block_nn_f32)(const float* x, std::size_t ldx, std::size_t m, const float* w,
-                         std::size_t rows, std::size_t cols, std::size_t ldw, float* y,
-                         std::size_t ldy) noexcept;
+    GemmKernelsOf<float> f32;
+    GemmKernelsOf<double> f64;
+    /// dot_nt with w in 16-bit floats, widened as it is read.
+    void (*dot_nt_bf16)(const float* x, std::size_t ldx, std::size_t m, const std::uint16_t* w,
+                        std::size_t rows, std::size_t cols, std::size_t ldw, float* y,
+                        std::size_t ldy) noexcept;
+    void (*dot_nt_f16)(const float* x, std::size_t ldx, std::size_t m, const std::uint16_t* w,
+                       std::size_t rows, std::size_t cols, std::size_t ldw, float* y,
+                       std::size_t ldy) noexcept;
     void (*bf16_to_f32)(const std::uint16_t* src, std::size_t count, float* dst) noexcept;
     void (*f16_to_f32)(const std::uint16_t* src, std::size_t count, float* dst) noexcept;
 };

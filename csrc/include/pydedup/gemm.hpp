@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with a matrix that is never materialised: its blocks arrive in order, each is used where
+// it lies in its page (raw) or in a scratch tile of one thread (any other encoding), and forgotten.
+// Nothing here is global: threads live for one call, so a forked child needs no care.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string_view>
+
+#include "pydedup/codec.hpp"
+#include "pydedup/types.hpp"
+
+namespace pydedup {
+
+/// f64 for weights of f64 and of 32- or 64-bit integers, f32 for all others: the narrower of the two
+/// that holds every weight exactly (only 64-bit integers beyond 2^53 are rounded).
+[[nodiscard]] Dtype compute_dtype(Dtype weights) noexcept;
+
+enum class Activation : std::uint8_t { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
+
+/// The activation of that name; nothing for an unknown one.
+[[nodiscard]] std::optional<Activation> activation_named(std::string_view name) noexcept;
+
+/// y = activation(x @ W.T + bias), or x @ W + bias when `transpose`, with W streamed.
+///
+/// Every element of y is summed by one thread in the order of the blocks: the result depends on
+/// neither the number of threads nor how the blocks were dealt out to feed(). It may differ in the
+/// last bits between kernels, and between few and many rows of x.
+///
+/// x, bias and y are in compute_dtype(weights), contiguous, and stay alive and, but for y, unchanged
+/// until the last block was fed. Not safe between threads; distinct objects are independent.
+class Matmul {
+  public:
+    struct Problem {
+        BlockGrid grid;  ///< of W, (out, in) as torch's Linear has it
+        Dtype weights;
+        const std::byte* x;  ///< m x cols, or m x rows when transpose
+        std::size_t m;
+        const std::byte* bias;  ///< one element per column of y, or nullptr
+        Activation activation;
+        bool transpose;
+        std::byte* y;      ///< m x rows, or m x cols when transpose; written, not read
+        unsigned threads;  ///< 0 = one per core
+    };
+
+    explicit Matmul(const Problem& problem);
+    ~Matmul();
+    Matmul(Matmul&&) noexcept;
+    Matmul& operator=(Matmul&&) noexcept;
+
+    /// Takes the next blocks, row-major over the grid. y is complete when all were fed. Throws
+    /// Error{corrupt_page} when a block has another dtype or shape than the grid says (y is then
+    /// undefined), Error{invalid_argument} when there are more blocks than the grid has.
+    void feed(std::span<const BlockView> blocks);
+
+    /// Blocks fed so far.
+    [[nodiscard]] std::size_t fed() const noexcept;
+
+  private:
+    class Impl;
+    template <class T>
+    class Typed;
+    std::unique_ptr<Impl> impl_;
+};
+
+/// Blocks of a matrix that are at hand: blocks[i] is number indices[i], ascending.
+struct BlockSet {
+    BlockGrid grid;
+    Dtype dtype;
+    std::span<const std::int64_t> indices;
+    std::span<const BlockView> blocks;
+};
+
+/// Copies row ids[i] into row positions[i] of `out` (rows of the matrix's width, its dtype), as far
+/// as its blocks are in the set: columns of other blocks are left alone. Encoded blocks are decoded
+/// once, all of the set at a time. Throws as Matmul::feed does, Error{invalid_argument} for a row or
+/// position outside of the matrix or of `out_rows`.
+void take_rows(const BlockSet& set, std::span<const std::int64_t> ids,
+               std::span<const std::int64_t> positions, std::byte* out, std::size_t out_rows,
+               unsigned threads = 0);
+
+enum class BagMode : std::uint8_t { sum, max };
+
+/// out[bags[i]] += row ids[i], or its maximum (a NaN wins), over the columns whose blocks are in the
+/// set; `out` has out_rows rows in compute_dtype. `bags` ascends: a bag belongs to one thread, which
+/// adds its rows in the order given. Throws as take_rows does.
+void bag_rows(const BlockSet& set, std::span<const std::int64_t> ids,
+              std::span<const std::int64_t> bags, BagMode mode, std::byte* out,
+              std::size_t out_rows, unsigned threads = 0);
+
+}  // namespace pydedup

@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0
+// The frame around the micro-kernels: which thread computes what, on which block, in which order.
+//
+// A task is a range of columns of y (a panel of W: one row of blocks, or one column of blocks when
+// transposed) by a chunk of rows of x. Tasks share nothing that they write, and each walks its
+// blocks in order, so neither the threads nor the cuts between calls of feed() show in the result.
+// A panel that is cut by the end of a call keeps its sums in y, as they are: exact.
+#include "pydedup/gemm.hpp"
+
+#include <algorithm>
+#include <string>
+
+#include "base/parallel.hpp"
+#include "dispatch/dispatch.hpp"
+#include "gemm/activation.hpp"
+#include "gemm/packed_x.hpp"
+#include "gemm/weights.hpp"
+#include "pydedup/error.hpp"
+
+namespace pydedup {
+namespace {
+
+using detail::PackedX;
+using detail::RowTile;
+using detail::Scratch;
+using detail::WeightReader;
+
+// Multiply-adds below which a second thread costs more than it brings (about 50 us to make one;
+// measured on an EPYC with 2 cores).
+constexpr std::size_t kMinWorkPerThread = std::size_t{1} << 19;
+// Rows of x in one task. At most: their sums for a panel of 64 rows are 128 KiB of f32, which stays
+// in the second-level cache beside the block. At least: fewer would read W more often for nothing.
+constexpr std::size_t kMaxTaskRows = 512;
+constexpr std::size_t kMinTaskRows = 32;
+// Rows of x up to which the next block is prefetched: above, computing hides the memory anyway.
+constexpr std::size_t kMaxPrefetchRows = 16;
+// Columns of a block that one pass of a tile covers: 32 lanes of x for them fill half of a 32 KiB
+// first-level cache.
+constexpr std::size_t kStripBytes = 512;
+// Pieces per thread that a call should have, so that one late thread does not hold up the rest.
+constexpr std::size_t kPiecesPerThread = 4;
+
+[[nodiscard]] std::size_t ceil_div(std::size_t a, std::size_t b) noexcept { return (a + b - 1) / b; }
+
+}  // namespace
+
+class Matmul::Impl {
+  public:
+    explicit Impl(const Problem& problem) : p_(problem) {}
+    virtual ~Impl() = default;
+
+    void feed(std::span<const BlockView> blocks) {
+        if (blocks.size() > p_.grid.count() - fed_) {
+            throw Error(ErrorCode::invalid_argument,
+                        std::to_string(fed_ + blocks.size()) + " blocks were fed to a matrix of " +
+                            std::to_string(p_.grid.count()));
+        }
+        for (std::size_t i = 0; i < blocks.size(); ++i) {
+            detail::check_block(blocks[i], p_.grid, p_.weights, fed_ + i);
+        }
+        if (!blocks.empty() && p_.m != 0) multiply(blocks);
+        fed_ += blocks.size();
+    }
+
+    [[nodiscard]] std::size_t fed() const noexcept { return fed_; }
+
+  protected:
+    virtual void multiply(std::span<const BlockView> blocks) = 0;
+
+    const Problem p_;
+    std::size_t fed_ = 0;
+};
+
+template <class T>
+class Matmul::Typed final : public Matmul::Impl {
+  public:
+    explicit Typed(const Problem& problem)
+        : Impl(problem),
+          kernels_(kernels().gemm),
+          x_(reinterpret_cast<const T*>(problem.x)),
+          bias_(reinterpret_cast<const T*>(problem.bias)),
+          y_(reinterpret_cast<T*>(problem.y)),
+          n_(problem.transpose ? problem.grid.cols : problem.grid.rows) {
+        if (p_.grid.count() == 0) {  // no weights: an empty sum
+            std::fill_n(y_, p_.m * n_, T{0});
+            finish(0, p_.m, 0, n_);
+        } else if (!p_.transpose && p_.m > own().dot_max_m) {
+            packed_.emplace(x_, p_.m, p_.grid.cols, p_.grid.block_cols, own(),
+                            threads_for(p_.m * p_.grid.cols));
+        }
+    }
+
+  protected:
+    void multiply(std::span<const BlockView> blocks) override {
+        const BlockGrid& grid = p_.grid;
+        std::size_t weights = 0;
+        for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
+        const unsigned threads = threads_for(weights * p_.m);
+        if (p_.transpose) {
+            const std::size_t panels = std::min(grid.grid_cols(), blocks.size());
+            run(panels, p_.m, 1, threads, [&](const Task& task, Worker& worker) {
+                const std::size_t column = (fed_ + task.panel) % grid.grid_cols();
+                multiply_nn(blocks, column, task.unit0, task.unit1, worker.reader);
+            });
+            return;
+        }
+        const std::size_t first = fed_ / grid.grid_cols();
+        const std::size_t panels = (fed_ + blocks.size() - 1) / grid.grid_cols() - first + 1;
+        if (!packed_) {
+            run(panels, p_.m, 1, threads, [&](const Task& task, Worker& worker) {
+                multiply_dots(blocks, first + task.panel, task.unit0, task.unit1, worker.reader);
+            });
+            return;
+        }
+        run(panels, packed_->n_tiles(), own().tiles[0].width, threads,
+            [&](const Task& task, Worker& worker) {
+                multiply_tiles(blocks, first + task.panel, task.unit0, task.unit1, worker.reader,
+                               worker.sums);
+            });
+    }
+
+  private:
+    [[nodiscard]] const GemmKernelsOf<T>& own() const noexcept {
+        if constexpr (sizeof(T) == 4) {
+            return kernels_.f32;
+        } else {
+            return kernels_.f64;
+        }
+    }
+
+    [[nodiscard]] unsigned threads_for(std::size_t work) const noexcept {
+        const std::size_t useful = std::max<std::size_t>(work / kMinWorkPerThread, 1);
+        return static_cast<unsigned>(std::min<std::size_t>(thread_count(p_.threads), useful));
+    }
+
+    // One panel by rows (or tiles of rows) of x [unit0, unit1).
+    struct Task {
+        std::size_t panel, unit0, unit1;
+    };
+    struct Worker {
+        WeightReader<T> reader;
+        Scratch<T> sums;
+    };
+
+    // Deals out panels by `units` of `unit_rows` rows of x each: as many as fit a task, fewer where
+    // there would be too few pieces for the threads.
+    template <class Body>
+    void run(std::size_t panels, std::size_t units, std::size_t unit_rows, unsigned threads,
+             const Body& body) const {
+        const std::size_t rows = units * unit_rows;
+        const std::size_t wanted = threads == 1 ? 1 : ceil_div(kPiecesPerThread * threads, panels);
+        const std::size_t chunks = std::max(ceil_div(rows, kMaxTaskRows),
+                                            std::min(wanted, ceil_div(rows, kMinTaskRows)));
+        const std::size_t chunk = ceil_div(units, chunks);
+        const std::size_t per_panel = ceil_div(units, chunk);
+        parallel_for(panels * per_panel, 1, threads, [&](std::size_t begin, std::size_t end) {
+            Worker worker{WeightReader<T>(kernels_), {}};
+            for (std::size_t i = begin; i < end; ++i) {
+                const std::size_t unit = i % per_panel * chunk;
+                body(Task{i / per_panel, unit, std::min(units, unit + chunk)}, worker);
+            }
+        });
+    }
+
+    void finish(std::size_t i0, std::size_t i1, std::size_t j0, std::size_t count) const noexcept {
+        for (std::size_t i = i0; i < i1; ++i) {
+            detail::finish_row(y_ + i * n_ + j0, count, bias_ == nullptr ? nullptr : bias_ + j0,
+                               p_.activation);
+        }
+    }
+
+    // The part of block row `row` that this call brings: columns [begin, end) of the grid.
+    struct Part {
+        std::size_t begin, end;
+        bool starts, ends;  // whether it holds the first and the last block of the row
+    };
+    [[nodiscard]] Part part_of_row(std::size_t row, std::size_t n_blocks) const noexcept {
+        const std::size_t width = p_.grid.grid_cols();
+        const std::size_t begin = std::max(fed_, row * width) - row * width;
+        const std::size_t end = std::min(fed_ + n_blocks, (row + 1) * width) - row * width;
+        return {begin, end, begin == 0, end == width};
+    }
+
+    void multiply_dots(std::span<const BlockView> blocks, std::size_t row, std::size_t i0,
+                       std::size_t i1, WeightReader<T>& reader) const {
+        const Part part = part_of_row(row, blocks.size());
+        const BlockRect rect = block_rect(p_.grid, row * p_.grid.grid_cols());
+        T* const y = y_ + i0 * n_ + rect.row0;
+        if (part.starts) {
+            for (std::size_t i = 0; i < i1 - i0; ++i) std::fill_n(y + i * n_, rect.rows, T{0});
+        }
+        const T* const x = x_ + i0 * p_.grid.cols;
+        for (std::size_t column = part.begin; column < part.end; ++column) {
+            const BlockView& block = blocks[row * p_.grid.grid_cols() + column - fed_];
+            dot(x + column * p_.grid.block_cols, i1 - i0, block, y, reader);
+        }
+        if (part.ends) finish(i0, i1, rect.row0, rect.rows);
+    }
+
+    void dot(const T* x, std::size_t m, const BlockView& block, T* y,
+             WeightReader<T>& reader) const {
+        const std::size_t ldx = p_.grid.cols;
+        if constexpr (sizeof(T) == 4) {
+            // Widened as it is read: no scratch between the page and the registers.
+            if (block.dtype == Dtype::bf16 || block.dtype == Dtype::f16) {
+                const auto* const w = reinterpret_cast<const std::uint16_t*>(reader.stored(block));
+                const auto kernel =
+                    block.dtype == Dtype::bf16 ? kernels_.dot_nt_bf16 : kernels_.dot_nt_f16;
+                kernel(x, ldx, m, w, block.rows, block.cols, block.cols, y, n_);
+                return;
+            }
+        }
+        own().dot_nt(x, ldx, m, reader.read(block), block.rows, block.cols, block.cols, y, n_);
+    }
+
+    void multiply_tiles(std::span<const BlockView> blocks, std::size_t row, std::size_t t0,
+                        std::size_t t1, WeightReader<T>& reader, Scratch<T>& scratch) const {
+        const Part part = part_of_row(row, blocks.size());
+        const BlockRect rect = block_rect(p_.grid, row * p_.grid.grid_cols());
+        const std::size_t lane0 = packed_->lanes_before(t0);
+        const std::size_t lanes = packed_->lanes_before(t1) - lane0;
+        T* const sums = scratch.at_least(rect.rows * lanes);
+        const auto sums_of = [&](std::size_t t) {
+            return sums + (packed_->lanes_before(t) - lane0) * rect.rows;
+        };
+        std::fill_n(sums, rect.rows * lanes, T{0});
+        if (!part.starts) {
+            for (std::size_t t = t0; t < t1; ++t) load_sums(packed_->tile(t), rect, sums_of(t));
+        }
+        for (std::size_t column = part.begin; column < part.end; ++column) {
+            const BlockView& block = blocks[row * p_.grid.grid_cols() + column - fed_];
+            const T* const next = next_in_place(blocks, row, column);
+            const T* const w = reader.read(block);
+            constexpr std::size_t kStrip = kStripBytes / sizeof(T);
+            for (std::size_t c = 0; c < block.cols; c += kStrip) {
+                const std::size_t n = std::min<std::size_t>(kStrip, block.cols - c);
+                for (std::size_t t = t0; t < t1; ++t) {
+                    packed_->tile(t).kernel->tile_nt(packed_->at(column, t, c), w + c, block.rows,
+                                                     n, block.cols, next, sums_of(t));
+                }
+            }
+        }
+        for (std::size_t t = t0; t < t1; ++t) store_sums(packed_->tile(t), rect, sums_of(t));
+        if (part.ends) {
+            const RowTile<T>& last = packed_->tile(t1 - 1);
+            finish(lane0, last.row0 + last.rows, rect.row0, rect.rows);
+        }
+    }
+
+    // Where the block after this one lies, if its memory is worth asking for ahead of time.
+    [[nodiscard]] const T* next_in_place(std::span<const BlockView> blocks, std::size_t row,
+                                         std::size_t column) const noexcept {
+        const std::size_t next = row * p_.grid.grid_cols() + column + 1 - fed_;
+        if (p_.m > kMaxPrefetchRows || next == blocks.size()) return nullptr;
+        return reinterpret_cast<const T*>(blocks[next].data);
+    }
+
+    void load_sums(const RowTile<T>& tile, const BlockRect& rect, T* sums) const noexcept {
+        const std::size_t width = tile.kernel->width;
+        for (std::size_t i = 0; i < tile.rows; ++i) {
+            const T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
+            for (std::size_t r = 0; r < rect.rows; ++r) sums[r * width + i] = y[r];
+        }
+    }
+
+    void store_sums(const RowTile<T>& tile, const BlockRect& rect, const T* sums) const noexcept {
+        const std::size_t width = tile.kernel->width;
+        for (std::size_t i = 0; i < tile.rows; ++i) {
+            T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
+            for (std::size_t r = 0; r < rect.rows; ++r) y[r] = sums[r * width + i];
+        }
+    }
+
+    void multiply_nn(std::span<const BlockView> blocks, std::size_t column, std::size_t i0,
+                     std::size_t i1, WeightReader<T>& reader) const {
+        const std::size_t width = p_.grid.grid_cols();
+        const BlockRect rect = block_rect(p_.grid, column);
+        T* const y = y_ + i0 * n_ + rect.col0;
+        std::size_t index = fed_ / width * width + column;
+        if (index < fed_) index += width;
+        if (index == column) {
+            for (std::size_t i = 0; i < i1 - i0; ++i) std::fill_n(y + i * n_, rect.cols, T{0});
+        }
+        const std::size_t end = fed_ + blocks.size();
+        for (; index < end; index += width) {
+            const BlockView& block = blocks[index - fed_];
+            const T* const x = x_ + i0 * p_.grid.rows + index / width * p_.grid.block_rows;
+            own().block_nn(x, p_.grid.rows, i1 - i0, reader.read(block), block.rows, block.cols,
+                           block.cols, y, n_);
+        }
+        // The last block of the column was among them exactly when the next one is off the grid and
+        // something was computed.
+        if (index >= p_.grid.count()) finish(i0, i1, rect.col0, rect.cols);
+    }
+
+    const GemmKernels& kernels_;
+    const T* const x_;
+    const T* const bias_;
+    T* const y_;
+    const std::size_t n_;  // columns of y
+    std::optional<PackedX<T>> packed_;
+};
+
+Matmul::Matmul(const Problem& problem) {
+    if (compute_dtype(problem.weights) == Dtype::f64) {
+        impl_ = std::make_unique<Typed<double>>(problem);
+    } else {
+        impl_ = std::make_unique<Typed<float>>(problem);
+    }
+}
+
+Matmul::~Matmul() = default;
+Matmul::Matmul(Matmul&&) noexcept = default;
+Matmul& Matmul::operator=(Matmul&&) noexcept = default;
+
+void Matmul::feed(std::span<const BlockView> blocks) { impl_->feed(blocks); }
+
+std::size_t Matmul::fed() const noexcept { return impl_->fed(); }
+
+}  // namespace pydedup

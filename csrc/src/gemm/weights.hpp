@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// One stored block as numbers to compute with: checked against the grid, used in place where it can
+// be, else decoded and widened into scratch of the calling thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dispatch/dispatch.hpp"
+#include "gemm/aligned_array.hpp"
+#include "pydedup/codec.hpp"
+#include "pydedup/types.hpp"
+
+namespace pydedup::detail {
+
+/// Throws Error{corrupt_page} unless `block` is block `index` of a matrix with that grid and dtype.
+void check_block(const BlockView& block, const BlockGrid& grid, Dtype dtype, std::size_t index);
+
+/// Whether the elements can be read where they lie.
+[[nodiscard]] bool is_in_place(const BlockView& block) noexcept;
+
+/// `count` elements of `dtype` at `from` as T, exactly except for 64-bit integers.
+template <class T>
+void widen(const std::byte* from, Dtype dtype, std::size_t count, T* to,
+           const GemmKernels& kernels);
+
+/// Blocks as T, through scratch that lives as long as this object: one per thread.
+template <class T>
+class WeightReader {
+  public:
+    explicit WeightReader(const GemmKernels& kernels) : kernels_(kernels) {}
+
+    /// The elements, row-major without gaps, in their stored dtype.
+    [[nodiscard]] const std::byte* stored(const BlockView& block) {
+        if (is_in_place(block)) return block.data;
+        std::byte* const to = bytes_.at_least(block.raw_bytes());
+        decode_block(block, to, block.row_bytes());
+        return to;
+    }
+
+    /// The elements as T, row-major without gaps. Valid until the next call.
+    [[nodiscard]] const T* read(const BlockView& block) {
+        const std::byte* const from = stored(block);
+        if (block.dtype == (sizeof(T) == 4 ? Dtype::f32 : Dtype::f64)) {
+            return reinterpret_cast<const T*>(from);
+        }
+        const std::size_t count = std::size_t{block.rows} * block.cols;
+        T* const to = wide_.at_least(count);
+        widen(from, block.dtype, count, to, kernels_);
+        return to;
+    }
+
+  private:
+    const GemmKernels& kernels_;
+    Scratch<std::byte> bytes_;
+    Scratch<T> wide_;
+};
+
+}  // namespace pydedup::detail

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 with FMA and F16C: 16 registers of 8 floats; tails are masked loads and stores.
+#include "kernels/gemm_kernels.hpp"
+
+namespace pydedup::isa_avx2 {
+namespace {
+
+struct F32 {
+    using Elem = float;
+    using Reg = __m256;
+    static constexpr std::size_t kLanes = 8;
+    static __m256i first(std::size_t n) noexcept {
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                                  _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+    static Reg zero() noexcept { return _mm256_setzero_ps(); }
+    static Reg load(const Elem* p) noexcept { return _mm256_loadu_ps(p); }
+    static Reg load_n(const Elem* p, std::size_t n) noexcept {
+        return _mm256_maskload_ps(p, first(n));
+    }
+    static void store(Elem* p, Reg v) noexcept { _mm256_storeu_ps(p, v); }
+    static void store_n(Elem* p, Reg v, std::size_t n) noexcept {
+        _mm256_maskstore_ps(p, first(n), v);
+    }
+    static Reg set1(Elem value) noexcept { return _mm256_set1_ps(value); }
+    static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm256_fmadd_ps(a, b, c); }
+    static Elem sum(Reg v) noexcept {
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+    }
+    static void sum4(Reg a, Reg b, Reg c, Reg d, Elem* out) noexcept {
+        const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+    }
+};
+
+struct F64 {
+    using Elem = double;
+    using Reg = __m256d;
+    static constexpr std::size_t kLanes = 4;
+    static __m256i first(std::size_t n) noexcept {
+        return _mm256_cmpgt_epi64(_mm256_set1_epi64x(static_cast<long long>(n)),
+                                  _mm256_setr_epi64x(0, 1, 2, 3));
+    }
+    static Reg zero() noexcept { return _mm256_setzero_pd(); }
+    static Reg load(const Elem* p) noexcept { return _mm256_loadu_pd(p); }
+    static Reg load_n(const Elem* p, std::size_t n) noexcept {
+        return _mm256_maskload_pd(p, first(n));
+    }
+    static void store(Elem* p, Reg v) noexcept { _mm256_storeu_pd(p, v); }
+    static void store_n(Elem* p, Reg v, std::size_t n) noexcept {
+        _mm256_maskstore_pd(p, first(n), v);
+    }
+    static Reg set1(Elem value) noexcept { return _mm256_set1_pd(value); }
+    static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm256_fmadd_pd(a, b, c); }
+    static Elem sum(Reg v) noexcept {
+        const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+    }
+    static void sum4(Reg a, Reg b, Reg c, Reg d, Elem* out) noexcept {
+        const __m256d ab = _mm256_hadd_pd(a, b);  // a01 b01 a23 b23
+        const __m256d cd = _mm256_hadd_pd(c, d);
+        _mm256_storeu_pd(out, _mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20),
+                                            _mm256_permute2f128_pd(ab, cd, 0x31)));
+    }
+};
+
+// A load of fewer than 8 16-bit elements: there is no masked one, and reading past them could
+// leave the page.
+__m128i load_halves(const std::uint16_t* p, std::size_t n) noexcept {
+    std::uint16_t copy[8] = {};
+    for (std::size_t i = 0; i < n && i < 8; ++i) copy[i] = p[i];
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(copy));
+}
+
+__m256 widen_bf16(__m128i bits) noexcept {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+struct Bf16Weight {
+    using Elem = std::uint16_t;
+    static __m256 load(const Elem* p) noexcept {
+        return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static __m256 load_n(const Elem* p, std::size_t n) noexcept {
+        return widen_bf16(load_halves(p, n));
+    }
+};
+
+struct F16Weight {
+    using Elem = std::uint16_t;
+    static __m256 load(const Elem* p) noexcept {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static __m256 load_n(const Elem* p, std::size_t n) noexcept {
+        return _mm256_cvtph_ps(load_halves(p, n));
+    }
+};
+
+template <class Weight>
+void widen(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
+    std::size_t i = 0;
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(dst + i, Weight::load(src + i));
+    if (i < count) F32::store_n(dst + i, Weight::load_n(src + i, count - i), count - i);
+}
+
+constexpr std::size_t kDotRows4 = 2;  // 8 sums, 4 of x, 1 of w: 16 sums would not fit
+constexpr std::size_t kNnRows = 6;
+constexpr std::size_t kNnVectors = 2;
+
+#include "kernels/gemm_vector-inl.hpp"
+
+constexpr GemmKernels kGemm = {
+    {dot_nt<F32, SameWeight<F32>>,
+     block_nn<F32>,
+     {{16, tile_nt<F32, 2, 6>}, {8, tile_nt<F32, 1, 8>}},
+     4},
+    {dot_nt<F64, SameWeight<F64>>,
+     block_nn<F64>,
+     {{8, tile_nt<F64, 2, 6>}, {4, tile_nt<F64, 1, 8>}},
+     4},
+    dot_nt<F32, Bf16Weight>,
+    dot_nt<F32, F16Weight>,
+    widen<Bf16Weight>,
+    widen<F16Weight>,
+};
+
+}  // namespace
+}  // namespace pydedup::isa_avx2

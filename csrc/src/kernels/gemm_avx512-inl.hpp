@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512: 32 registers of 16 floats; tails are masked loads and stores.
+#include "kernels/gemm_kernels.hpp"
+
+namespace pydedup::isa_avx512 {
+namespace {
+
+struct F32 {
+    using Elem = float;
+    using Reg = __m512;
+    static constexpr std::size_t kLanes = 16;
+    static __mmask16 first(std::size_t n) noexcept {
+        return static_cast<__mmask16>((1U << n) - 1U);
+    }
+    static Reg zero() noexcept { return _mm512_setzero_ps(); }
+    static Reg load(const Elem* p) noexcept { return _mm512_loadu_ps(p); }
+    static Reg load_n(const Elem* p, std::size_t n) noexcept {
+        return _mm512_maskz_loadu_ps(first(n), p);
+    }
+    static void store(Elem* p, Reg v) noexcept { _mm512_storeu_ps(p, v); }
+    static void store_n(Elem* p, Reg v, std::size_t n) noexcept {
+        _mm512_mask_storeu_ps(p, first(n), v);
+    }
+    static Reg set1(Elem value) noexcept { return _mm512_set1_ps(value); }
+    static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm512_fmadd_ps(a, b, c); }
+    static Elem sum(Reg v) noexcept { return _mm512_reduce_add_ps(v); }
+    static __m256 halves(Reg v) noexcept {
+        return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    }
+    static void sum4(Reg a, Reg b, Reg c, Reg d, Elem* out) noexcept {
+        const __m256 ab = _mm256_hadd_ps(halves(a), halves(b));
+        const __m256 cd = _mm256_hadd_ps(halves(c), halves(d));
+        const __m256 abcd = _mm256_hadd_ps(ab, cd);
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+    }
+};
+
+struct F64 {
+    using Elem = double;
+    using Reg = __m512d;
+    static constexpr std::size_t kLanes = 8;
+    static __mmask8 first(std::size_t n) noexcept { return static_cast<__mmask8>((1U << n) - 1U); }
+    static Reg zero() noexcept { return _mm512_setzero_pd(); }
+    static Reg load(const Elem* p) noexcept { return _mm512_loadu_pd(p); }
+    static Reg load_n(const Elem* p, std::size_t n) noexcept {
+        return _mm512_maskz_loadu_pd(first(n), p);
+    }
+    static void store(Elem* p, Reg v) noexcept { _mm512_storeu_pd(p, v); }
+    static void store_n(Elem* p, Reg v, std::size_t n) noexcept {
+        _mm512_mask_storeu_pd(p, first(n), v);
+    }
+    static Reg set1(Elem value) noexcept { return _mm512_set1_pd(value); }
+    static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm512_fmadd_pd(a, b, c); }
+    static Elem sum(Reg v) noexcept { return _mm512_reduce_add_pd(v); }
+    static void sum4(Reg a, Reg b, Reg c, Reg d, Elem* out) noexcept {
+        out[0] = sum(a);
+        out[1] = sum(b);
+        out[2] = sum(c);
+        out[3] = sum(d);
+    }
+};
+
+// Half a register: for 5 to 8 rows of x a full one would compute padding.
+struct F32Half {
+    using Elem = float;
+    using Reg = __m256;
+    static constexpr std::size_t kLanes = 8;
+    static Reg load(const Elem* p) noexcept { return _mm256_loadu_ps(p); }
+    static void store(Elem* p, Reg v) noexcept { _mm256_storeu_ps(p, v); }
+    static Reg set1(Elem value) noexcept { return _mm256_set1_ps(value); }
+    static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm256_fmadd_ps(a, b, c); }
+};
+
+__m512 widen_bf16(__m256i bits) noexcept {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+struct Bf16Weight {
+    using Elem = std::uint16_t;
+    static __m512 load(const Elem* p) noexcept {
+        return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static __m512 load_n(const Elem* p, std::size_t n) noexcept {
+        return widen_bf16(_mm256_maskz_loadu_epi16(F32::first(n), p));
+    }
+};
+
+struct F16Weight {
+    using Elem = std::uint16_t;
+    static __m512 load(const Elem* p) noexcept {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static __m512 load_n(const Elem* p, std::size_t n) noexcept {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(F32::first(n), p));
+    }
+};
+
+template <class Weight>
+void widen(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
+    std::size_t i = 0;
+    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(dst + i, Weight::load(src + i));
+    if (i < count) F32::store_n(dst + i, Weight::load_n(src + i, count - i), count - i);
+}
+
+constexpr std::size_t kDotRows4 = 4;
+constexpr std::size_t kNnRows = 6;
+constexpr std::size_t kNnVectors = 4;
+
+#include "kernels/gemm_vector-inl.hpp"
+
+constexpr GemmKernels kGemm = {
+    {dot_nt<F32, SameWeight<F32>>,
+     block_nn<F32>,
+     {{32, tile_nt<F32, 2, 8>}, {16, tile_nt<F32, 1, 8>}, {8, tile_nt<F32Half, 1, 8>}},
+     4},
+    {dot_nt<F64, SameWeight<F64>>,
+     block_nn<F64>,
+     {{16, tile_nt<F64, 2, 8>}, {8, tile_nt<F64, 1, 8>}},
+     4},
+    dot_nt<F32, Bf16Weight>,
+    dot_nt<F32, F16Weight>,
+    widen<Bf16Weight>,
+    widen<F16Weight>,
+};
+
+}  // namespace
+}  // namespace pydedup::isa_avx512

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// The reference: plain loops, one accumulator per output, columns in order.
+#include "kernels/gemm_kernels.hpp"
+
+namespace pydedup::isa_scalar {
+namespace {
+
+float widen_bf16(std::uint16_t bits) noexcept {
+    const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// Subnormals are exact products with 2^-24; everything else is a shift and a change of the bias.
+float widen_f16(std::uint16_t bits) noexcept {
+    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000U) << 16;
+    const std::uint32_t exponent = (bits >> 10) & 0x1FU;
+    const std::uint32_t mantissa = bits & 0x3FFU;
+    std::uint32_t wide;
+    if (exponent == 0) {
+        const float magnitude = static_cast<float>(mantissa) * 0x1p-24F;
+        __builtin_memcpy(&wide, &magnitude, sizeof wide);
+        wide |= sign;
+    } else if (exponent == 31) {
+        wide = sign | 0x7F800000U | (mantissa << 13);
+    } else {
+        wide = sign | ((exponent + 112U) << 23) | (mantissa << 13);
+    }
+    float value;
+    __builtin_memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+template <class T, class W, class Widen>
+void dot_rows(const T* x, std::size_t ldx, std::size_t m, const W* w, std::size_t rows,
+              std::size_t cols, std::size_t ldw, T* y, std::size_t ldy, Widen widen) noexcept {
+    for (std::size_t i = 0; i < m; ++i) {
+        for (std::size_t r = 0; r < rows; ++r) {
+            T sum = 0;
+            for (std::size_t c = 0; c < cols; ++c) sum += x[i * ldx + c] * widen(w[r * ldw + c]);
+            y[i * ldy + r] += sum;
+        }
+    }
+}
+
+template <class T>
+void dot_nt(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size_t rows,
+            std::size_t cols, std::size_t ldw, T* y, std::size_t ldy) noexcept {
+    dot_rows(x, ldx, m, w, rows, cols, ldw, y, ldy, [](T value) noexcept { return value; });
+}
+
+void dot_nt_bf16(const float* x, std::size_t ldx, std::size_t m, const std::uint16_t* w,
+                 std::size_t rows, std::size_t cols, std::size_t ldw, float* y,
+                 std::size_t ldy) noexcept {
+    dot_rows(x, ldx, m, w, rows, cols, ldw, y, ldy, widen_bf16);
+}
+
+void dot_nt_f16(const float* x, std::size_t ldx, std::size_t m, const std::uint16_t* w,
+                std::size_t rows, std::size_t cols, std::size_t ldw, float* y,
+                std::size_t ldy) noexcept {
+    dot_rows(x, ldx, m, w, rows, cols, ldw, y, ldy, widen_f16);
+}
+
+template <class T>
+void block_nn(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size_t rows,
+              std::size_t cols, std::size_t ldw, T* y, std::size_t ldy) noexcept {
+    for (std::size_t i = 0; i < m; ++i) {
+        for (std::size_t r = 0; r < rows; ++r) {
+            const T factor = x[i * ldx + r];
+            for (std::size_t c = 0; c < cols; ++c) y[i * ldy + c] += factor * w[r * ldw + c];
+        }
+    }
+}
+
+constexpr std::size_t kWidth = 8;
+
+template <class T>
+void tile_nt(const T* x, const T* w, std::size_t rows, std::size_t cols, std::size_t ldw,
+             const T*, T* acc) noexcept {
+    for (std::size_t r = 0; r < rows; ++r) {
+        T sums[kWidth] = {};
+        for (std::size_t c = 0; c < cols; ++c) {
+            for (std::size_t i = 0; i < kWidth; ++i) sums[i] += x[c * kWidth + i] * w[r * ldw + c];
+        }
+        for (std::size_t i = 0; i < kWidth; ++i) acc[r * kWidth + i] += sums[i];
+    }
+}
+
+void bf16_to_f32(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
+    for (std::size_t i = 0; i < count; ++i) dst[i] = widen_bf16(src[i]);
+}
+
+void f16_to_f32(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
+    for (std::size_t i = 0; i < count; ++i) dst[i] = widen_f16(src[i]);
+}
+
+template <class T>
+constexpr GemmKernelsOf<T> kGemmOf = {dot_nt<T>, block_nn<T>, {{kWidth, tile_nt<T>}}, 4};
+
+constexpr GemmKernels kGemm = {kGemmOf<float>, kGemmOf<double>, dot_nt_bf16,
+                               dot_nt_f16,     bf16_to_f32,     f16_to_f32};
+
+}  // namespace
+}  // namespace pydedup::isa_scalar
