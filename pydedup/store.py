@@ -33,6 +33,7 @@ from pydedup.policies import Lossless, Policy
 from pydedup.pool import PagePool
 from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
 from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
+from pydedup.report.sizes import ModelSize, model_sizes
 from pydedup.serving.engine import run_graph
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress
@@ -254,7 +255,12 @@ class Store:
         return {key: to_torch(array, device) for key, array in self.load(name, dtype).items()}
 
     def export(
-        self, name: str, path: str | os.PathLike[str], *, format: str | None = None  # noqa: A002
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        format: str | None = None,  # noqa: A002
+        progress: Progress | None = None,
     ) -> None:
         """Write a model to a file or folder of any known format, tensor by tensor.
 
@@ -263,9 +269,19 @@ class Store:
         """
         model = self._catalog.model(name)
         entries = [TensorEntry(info.name, info.dtype, info.shape, info.name) for info in model.tensors]
+        done = 0
+
+        def read(tensor: str) -> NDArray[Any]:
+            nonlocal done
+            array = self._read(model, tensor, None)
+            done += array.nbytes
+            if progress is not None:
+                progress("reading", done, model.row.logical_bytes)
+            return array
+
         formats.write_model(
             path,
-            lambda tensor: self._read(model, tensor, None),
+            read,
             entries,
             self._artifacts(model),
             model.graph(),
@@ -393,6 +409,10 @@ class Store:
     def stats(self) -> StoreStats:
         """Return the store in numbers."""
         return store_stats(self._adapter, self._pool.stats())
+
+    def sizes(self) -> list[ModelSize]:
+        """Return what each version of each model takes, ordered by name, then age."""
+        return model_sizes(self._adapter, self._catalog)
 
     def sharing(self) -> list[dict[str, object]]:
         """Return which pairs of models share pages, as the SQL view ``sharing`` has it."""

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup add``: models in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pydedup.cli import options, output, text
+from pydedup.cli.progress import Watch
+from pydedup.cli.tables import Column, print_table
+from pydedup.errors import NotFoundError
+from pydedup.policies import Exact, Lossless, Policy
+from pydedup.types import AddReport
+
+__all__ = ["add"]
+
+_POLICIES: Mapping[str, type[Exact | Lossless]] = {"exact": Exact, "lossless": Lossless}
+
+_COLUMNS = (
+    Column("Model", number=False, name=True, style="cyan"),
+    Column("Size"),
+    Column("New bytes"),
+    Column("Saved", style="green"),
+    Column("Blocks", rank=2),
+    Column("Shared", rank=1),
+    Column("New pages", rank=3),
+)
+
+
+@click.command(short_help="Add models from files or folders.")
+@options.store_argument
+@click.argument("pairs", metavar="NAME SOURCE [NAME SOURCE]...", nargs=-1, required=True)
+@click.option(
+    "--policy",
+    type=click.Choice(list(_POLICIES)),
+    default="lossless",
+    show_default=True,
+    help="exact: identical blocks are shared, all others are raw. lossless: the same, and blocks "
+    "are compressed where that saves at least 5 %. Both give back the same bits.",
+)
+@click.option(
+    "--metadata",
+    metavar="KEY=VALUE|JSON",
+    multiple=True,
+    help="Kept with the models; may be repeated. VALUE stays text; a JSON object keeps its types.",
+)
+@click.option(
+    "--block-shape",
+    metavar="ROWSxCOLS",
+    callback=lambda _context, _option, value: value and options.parse_block_shape(value),
+    help="Shape of blocks, the unit of sharing.  [default: near-square, at most 16 KiB]",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be stored; write nothing.")
+@options.memory_option
+@options.json_option
+@options.quiet_option
+def add(
+    url: str,
+    pairs: tuple[str, ...],
+    policy: str,
+    metadata: tuple[str, ...],
+    block_shape: tuple[int, int] | None,
+    dry_run: bool,
+    memory: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Add models from files or folders, all of them or none.
+
+    STORE is created when it is not there. NAME is NAME or NAME@VERSION; without a version a model
+    gets the next whole number. SOURCE is a model of a known format (safetensors, torch, npz, npy,
+    ONNX, Keras, word2vec, GloVe) or a Hugging Face folder. Several pairs get one joint layout.
+    """
+    models = _named_sources(pairs)
+    kept = parse_metadata(metadata)
+    opened = options.trial_store if dry_run else options.writable_store
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(opened(url, memory))
+        watch = stack.enter_context(Watch("reading", quiet=quiet))
+        guarantee: Policy = _POLICIES[policy]()
+        if len(models) == 1:
+            (name, source), *_ = models.items()
+            reports = [
+                store.add(
+                    name,
+                    source,
+                    policy=guarantee,
+                    metadata=kept,
+                    block_shape=block_shape,
+                    dry_run=dry_run,
+                    progress=watch,
+                )
+            ]
+        else:
+            reports = store.add_many(
+                models,
+                policy=guarantee,
+                metadata=kept,
+                block_shape=block_shape,
+                dry_run=dry_run,
+                progress=watch,
+            )
+    if as_json:
+        output.emit_json(_document(reports, dry_run))
+    else:
+        _print(reports, dry_run, watch.seconds)
+
+
+def parse_metadata(items: Sequence[str]) -> dict[str, Any]:
+    """Return what ``--metadata`` says, later items over earlier ones."""
+    metadata: dict[str, Any] = {}
+    for item in items:
+        if item.lstrip().startswith("{"):
+            try:
+                metadata.update(json.loads(item))
+            except ValueError as error:
+                raise click.BadParameter(f"--metadata {item!r} is no JSON object: {error}") from None
+        else:
+            key, equals, value = item.partition("=")
+            if not equals or not key:
+                raise click.BadParameter(
+                    f"--metadata {item!r} is neither KEY=VALUE nor a JSON object"
+                )
+            metadata[key] = value
+    return metadata
+
+
+def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
+    if len(pairs) % 2:
+        raise click.UsageError(
+            f"models come as pairs NAME SOURCE; {text.plural(len(pairs), 'word')} is an odd number"
+        )
+    models: dict[str, str] = {}
+    for name, source in zip(pairs[::2], pairs[1::2], strict=True):
+        if name in models:
+            raise click.UsageError(f"{name!r} is named twice; give each model its own name@version")
+        # Before the store is opened: a mistyped path must not create one.
+        if not os.path.lexists(source):
+            if Path(name).exists():
+                raise click.UsageError(f"the name comes before the file: {source!r} {name!r}")
+            raise NotFoundError(f"there is no file or folder {source!r} to add as {name!r}")
+        models[name] = source
+    return models
+
+
+def _document(reports: Sequence[AddReport], dry_run: bool) -> dict[str, Any]:
+    return {
+        "dry_run": dry_run,
+        "logical_bytes": sum(report.logical_bytes for report in reports),
+        "stored_bytes": sum(report.stored_bytes for report in reports),
+        "models": [dataclasses.asdict(report) for report in reports],
+    }
+
+
+def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
+    rows = [_row(report.model, [report]) for report in reports]
+    if len(reports) > 1:
+        rows.append(_row("together", reports))
+    print_table(_COLUMNS, rows)
+    if dry_run:
+        output.print_line("dry run: nothing was written", "yellow")
+    else:
+        output.print_line(f"added in {text.duration(seconds)}", "dim")
+
+
+def _row(title: str, reports: Sequence[AddReport]) -> list[str]:
+    logical = sum(report.logical_bytes for report in reports)
+    stored = sum(report.stored_bytes for report in reports)
+    blocks = sum(report.blocks for report in reports)
+    shared = sum(report.shared_blocks for report in reports)
+    return [
+        title,
+        text.size(logical),
+        text.size(stored),
+        text.percent(1 - stored / logical) if logical else "-",
+        text.count(blocks),
+        text.count(shared),
+        text.count(sum(report.pages for report in reports)),
+    ]

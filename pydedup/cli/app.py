@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program: its commands in groups, its help, and the one place where exceptions end."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from pydedup import __version__
+from pydedup.cli import adding, comparing, demo, looking, naming, predicting, taking, upkeep
+from pydedup.cli.errors import TRACEBACK_VARIABLE, Exit, report, warn
+
+__all__ = ["main", "program"]
+
+#: Commands as ``pydedup --help`` lists them.
+SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
+    ("Models in and out", (adding.add, taking.load, taking.export, predicting.predict)),
+    ("Looking", (looking.ls, looking.info, looking.stats, comparing.explain, comparing.diff)),
+    ("Names", (naming.alias, naming.rm)),
+    ("Upkeep", (upkeep.verify, upkeep.vacuum)),
+    ("pydedup itself", (demo.demo, looking.kernels)),
+)
+
+_EXAMPLES = (
+    "pydedup add sqlite:///models.db sentiment@1 sentiment.safetensors",
+    "pydedup ls sqlite:///models.db",
+    "pydedup export sqlite:///models.db sentiment@1 back.safetensors",
+)
+
+
+class Program(click.Group):
+    """The group of all commands."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands in their sections."""
+        widest = max(len(name) for name in self.commands)
+        for title, commands in SECTIONS:
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (str(command.name).ljust(widest), command.get_short_help_str(100))
+                        for command in commands
+                    ]
+                )
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Show examples and exit statuses."""
+        with formatter.section("Examples"):
+            for line in _EXAMPLES:
+                formatter.write_text(line)
+        with formatter.section("Exit status"):
+            formatter.write_dl([(str(status.value), status.meaning) for status in Exit])
+        with formatter.section("Environment"):
+            formatter.write_dl(
+                [
+                    ("PYDEDUP_KERNEL", "demands a kernel by name, e.g. scalar"),
+                    (TRACEBACK_VARIABLE, "1 shows tracebacks of errors"),
+                    ("NO_COLOR", "anything turns colours off"),
+                ]
+            )
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; what was meant is guessed, and no URL is repeated."""
+        word = args[0]
+        if self.get_command(ctx, word) is None and not word.startswith("-"):
+            if "://" in word:
+                raise click.UsageError(
+                    "the command comes first, then the store: pydedup COMMAND STORE ...", ctx
+                )
+            close = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise click.UsageError(f"no command {word!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Program,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    subcommand_metavar="COMMAND [ARGUMENTS]...",
+)
+@click.version_option(__version__, message="pydedup %(version)s")
+def program() -> None:
+    """Store families of similar deep-learning models once, in a database, and predict from it.
+
+    Each command takes the store first: a URL such as sqlite:///models.db (sqlite:////abs/models.db
+    for an absolute path), or the path of a SQLite file. A model is addressed as NAME (its newest
+    version), NAME@VERSION or NAME@ALIAS. Commands that print data print JSON with --json.
+    """
+
+
+for _, _commands in SECTIONS:
+    for _command in _commands:
+        program.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status (`errors.Exit`).
+
+    Parameters
+    ----------
+    arguments
+        What follows the program's name; by default what the process was given.
+    """
+    _prepare_streams()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # they address developers; users get results or errors
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    status: int | None = Exit.OK
+    context: click.Context | None = None
+    try:
+        with program.make_context("pydedup", words) as context:
+            status = program.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as error:
+        status = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        command = "" if context is None else context.invoked_subcommand or ""
+        warn("interrupted, " + _INTERRUPTED.get(command, "the store is as it was before"))
+        status = Exit.INTERRUPTED
+    except BrokenPipeError:
+        status = Exit.BROKEN_PIPE
+    except Exception as error:
+        status = report(error)
+    return _flush(int(status or Exit.OK))
+
+
+#: What is true after Ctrl-C where it is not that nothing has changed.
+_INTERRUPTED = {
+    "vacuum": "all models are as they were before; the next vacuum does what is left",
+    "demo": "what was downloaded is kept for the next time",
+}
+
+
+def _prepare_streams() -> None:
+    """Make printing safe: a closed standard output, names that its encoding lacks."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - lives on
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush(status: int) -> int:
+    """Write out what is left. Where that fails, Python must not try again when it exits."""
+    try:
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        failed: int = Exit.BROKEN_PIPE
+    except OSError as error:
+        failed = status if status else report(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return failed

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exceptions as one line on standard error, and the exit status that goes with each.
+
+``PYDEDUP_TRACEBACK=1`` shows the traceback as well. Credentials are taken out of both.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+import traceback
+
+import click
+
+from pydedup.cli.text import clean, without_secrets
+from pydedup.errors import (
+    ArgumentError,
+    BudgetError,
+    DuplicateError,
+    FormatError,
+    NotFoundError,
+    PydedupError,
+)
+
+__all__ = ["TRACEBACK_VARIABLE", "Exit", "report", "warn"]
+
+TRACEBACK_VARIABLE = "PYDEDUP_TRACEBACK"
+
+
+class Exit(enum.IntEnum):
+    """The exit statuses, as ``pydedup --help`` lists them."""
+
+    OK = 0
+    DIFFERENT = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    STORE = 4
+    BAD_FILE = 5
+    DUPLICATE = 6
+    FAULT = 70
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+
+    @property
+    def meaning(self) -> str:
+        """What it means, in a few words."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Exit.OK: "all went well",
+    Exit.DIFFERENT: "verify found damage, diff found differences, or rm was declined",
+    Exit.USAGE: "the command line or a value on it is wrong",
+    Exit.NOT_FOUND: "no such model, version, alias, tensor or file",
+    Exit.STORE: "the store, its database or the file system failed",
+    Exit.BAD_FILE: "a model or input file is damaged, unsafe or of no known format",
+    Exit.DUPLICATE: "that name@version is in the store already",
+    Exit.FAULT: "a fault of pydedup's own",
+    Exit.INTERRUPTED: "interrupted by Ctrl-C",
+    Exit.BROKEN_PIPE: "whoever read the output went away",
+}
+
+
+def report(error: BaseException) -> Exit:
+    """Say in one line what went wrong and return the exit status for it."""
+    status, text = _describe(error)
+    if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+        lines = "".join(traceback.format_exception(error))
+        _write("\n".join(clean(line) for line in without_secrets(lines).splitlines()))
+    _write(f"pydedup: error: {_one_line(text)}")
+    return status
+
+
+def warn(text: str) -> None:
+    """Say something on standard error that is no result."""
+    _write(f"pydedup: {_one_line(text)}")
+
+
+def _describe(error: BaseException) -> tuple[Exit, str]:
+    if isinstance(error, click.ClickException):
+        return Exit.USAGE, _usage(error)
+    if isinstance(error, PydedupError):
+        return _status(error), str(error) or type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        return Exit.NOT_FOUND, _os_error(error)
+    if isinstance(error, OSError):
+        return Exit.STORE, _os_error(error)
+    if isinstance(error, MemoryError):
+        return Exit.STORE, "there is not enough memory; give less of it to --memory, or free some"
+    return Exit.FAULT, (
+        f"unexpected {type(error).__name__}: {error}; this is a fault of pydedup: please report it "
+        f"with what {TRACEBACK_VARIABLE}=1 shows"
+    )
+
+
+def _status(error: PydedupError) -> Exit:
+    if isinstance(error, NotFoundError):
+        return Exit.NOT_FOUND
+    if isinstance(error, DuplicateError):
+        return Exit.DUPLICATE
+    if isinstance(error, FormatError):
+        return Exit.BAD_FILE
+    if isinstance(error, (ArgumentError, BudgetError)):
+        return Exit.USAGE
+    return Exit.STORE
+
+
+def _usage(error: click.ClickException) -> str:
+    text = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    return text if context is None else f"{text}; see '{context.command_path} --help'"
+
+
+def _os_error(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{reason}: {error.filename!r}"
+
+
+def _one_line(text: str) -> str:
+    return clean(" ".join(without_secrets(text).split()))
+
+
+def _write(text: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup alias`` and ``rm``: what models are called, and which are there at all."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from pydedup import Store
+from pydedup.cli import options, output, text
+from pydedup.cli.errors import Exit, warn
+from pydedup.names import parse_address
+
+__all__ = ["alias", "rm"]
+
+
+@click.command(short_help="Point NAME@ALIAS at a version.")
+@options.store_argument
+@options.model_argument
+@click.argument("alias", metavar="ALIAS")
+@click.argument("version", metavar="[VERSION]", required=False)
+@click.option("--delete", is_flag=True, help="Delete the alias instead.")
+@options.json_option
+def alias(
+    url: str, name: str, alias: str, version: str | None, delete: bool, as_json: bool
+) -> None:
+    """Point NAME@ALIAS at VERSION, whatever it pointed at before; or delete it."""
+    if delete == (version is not None):
+        raise click.UsageError("give either a VERSION to point at or --delete")
+    with options.existing_store(url) as store:
+        before = next((info for info in store.versions(name) if alias in info.aliases), None)
+        store.alias(name, alias, version)
+    was = None if before is None else before.version
+    if as_json:
+        output.emit_json({"name": name, "alias": alias, "version": version, "previous": was})
+    elif delete:
+        output.print_line(text.clean(f"{name}@{alias} is gone (it was version {was})"))
+    else:
+        moved = f" (it was {was})" if was not in (None, version) else ""
+        output.print_line(text.clean(f"{name}@{alias} is version {version}{moved}"))
+
+
+@click.command(short_help="Remove a version, or all versions of a model.")
+@options.store_argument
+@options.model_argument
+@click.option("--all-versions", is_flag=True, help="All versions of NAME, and its aliases.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@options.json_option
+def rm(url: str, name: str, all_versions: bool, yes: bool, as_json: bool) -> int:
+    """Remove a version, or all versions of a model. `pydedup vacuum` then gives the space back.
+
+    Asks first when it is run on a terminal.
+    """
+    with options.existing_store(url) as store:
+        asks = not yes and sys.stdin is not None and sys.stdin.isatty()
+        if asks and not _agreed(store, name, all_versions):
+            warn("nothing was removed")
+            return Exit.DIFFERENT
+        removed = store.remove(name, all_versions=all_versions)
+    if as_json:
+        output.emit_json({"removed": removed})
+    else:
+        for address in removed:
+            output.print_line(text.clean(f"removed {address}"))
+    return Exit.OK
+
+
+def _agreed(store: Store, name: str, all_versions: bool) -> bool:
+    """Ask on standard error whether the versions that an address means may go."""
+    address = parse_address(name)
+    meant = (
+        store.versions(address.name) if address.selector is None else [store.info(name).info]
+    )
+    if len(meant) > 1 and not all_versions:
+        return True  # which the store refuses, and says why
+    size = text.size(sum(info.logical_bytes for info in meant))
+    what = ", ".join(info.address for info in meant)
+    return click.confirm(text.clean(f"Remove {what} ({size}) from {store.url}?"), err=True)

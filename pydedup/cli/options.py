@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments and options that several commands share, and how a command gets its store."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import pydedup
+from pydedup import Store
+from pydedup.errors import NotAStoreError
+
+__all__ = [
+    "existing_store",
+    "json_option",
+    "memory_option",
+    "model_argument",
+    "parse_block_shape",
+    "quiet_option",
+    "read_store",
+    "store_argument",
+    "trial_store",
+    "writable_store",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+DEFAULT_MEMORY = "512MiB"
+
+
+def store_argument(command: _F) -> _F:
+    """The first argument of every command."""
+    return click.argument("url", metavar="STORE")(command)
+
+
+def model_argument(command: _F) -> _F:
+    """A model's address."""
+    return click.argument("name", metavar="NAME")(command)
+
+
+def json_option(command: _F) -> _F:
+    """``--json``: the same as one JSON document."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document; sizes are in bytes."
+    )(command)
+
+
+def quiet_option(command: _F) -> _F:
+    """``--quiet``: no progress."""
+    return click.option("-q", "--quiet", is_flag=True, help="Show no progress.")(command)
+
+
+def memory_option(command: _F) -> _F:
+    """``--memory``: budget of the buffer pool."""
+    return click.option(
+        "--memory",
+        metavar="SIZE",
+        default=DEFAULT_MEMORY,
+        show_default=True,
+        help="Memory for pages of the store.",
+    )(command)
+
+
+def read_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
+    """Open a store for reading; a mistyped URL creates nothing."""
+    return pydedup.open(url, mode="r", memory=memory)
+
+
+def writable_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
+    """Open a store for writing, or create it."""
+    return pydedup.open(url, memory=memory)
+
+
+def existing_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
+    """Open a store for writing that must be there: removing from a new one makes no sense."""
+    read_store(url).close()
+    return writable_store(url, memory)
+
+
+@contextlib.contextmanager
+def trial_store(url: str, memory: str = DEFAULT_MEMORY) -> Iterator[Store]:
+    """Open a store for a dry run: the one that is there, else an empty one that goes away."""
+    try:
+        store = read_store(url, memory)
+    except NotAStoreError:
+        if not _may_become_a_store(url):
+            raise
+    else:
+        with store:
+            yield store
+        return
+    with tempfile.TemporaryDirectory(prefix="pydedup-") as folder:
+        with writable_store(str(Path(folder) / "dry-run.db"), memory) as store:
+            yield store
+
+
+def _may_become_a_store(url: str) -> bool:
+    """Whether an add would create a store where opening one for reading found none."""
+    scheme, mark, rest = url.partition("://")
+    if mark and scheme != "sqlite":
+        return True
+    path = Path(rest.partition("?")[0].removeprefix("/") if mark else url)
+    try:
+        return path.stat().st_size == 0
+    except OSError:
+        return path.parent.is_dir()
+
+
+def parse_block_shape(text: str) -> tuple[int, int]:
+    """Parse e.g. ``64x64``."""
+    match = re.fullmatch(r"([1-9]\d{0,8})[xX]([1-9]\d{0,8})", text.strip(), re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no block shape; write ROWSxCOLUMNS, e.g. 64x64")
+    return int(match.group(1)), int(match.group(2))

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results on standard output: styled lines for people, one JSON document for programs.
+
+JSON is ASCII, so it is the same under every locale and no name in it can steer a terminal. Where a
+number is not finite, JSON has ``null``: it knows neither NaN nor infinity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydedup.cli.text import clean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "console",
+    "emit_json",
+    "jsonable",
+    "print_fields",
+    "print_heading",
+    "print_line",
+    "width",
+]
+
+#: A line of fields is folded at this width where the terminal is wider or unknown.
+_FOLD = 100
+
+
+def console() -> Console:
+    """Return a console on standard output that prints text as it is given."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the program here, with its own exit status
+
+    return Output(
+        file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=False
+    )
+
+
+def width() -> int | None:
+    """Return how wide a line may be: the terminal, or COLUMNS; ``None`` for a pipe or a file."""
+    named = os.environ.get("COLUMNS", "")
+    if named.isdigit() and int(named) > 0:
+        return int(named)
+    if sys.stdout.isatty():
+        return console().width
+    return None
+
+
+def print_line(text: str = "", style: str | None = None) -> None:
+    """Print one line."""
+    from rich.text import Text
+
+    console().print(Text(text, style=style or ""))
+
+
+def print_heading(text: str) -> None:
+    """Print the line above a table or a list of fields."""
+    print_line(clean(text), "bold")
+
+
+def print_fields(fields: Iterable[tuple[str, str]]) -> None:
+    """Print labelled values, one a line; long values are folded below themselves."""
+    from rich.text import Text
+
+    rows = [(label, clean(value)) for label, value in fields]
+    indent = max((len(label) for label, _ in rows), default=0) + 4
+    room = max((width() or _FOLD) - indent, 16)
+    screen = console()
+    for label, value in rows:
+        folded = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or ["-"]
+        for number, line in enumerate(folded):
+            head = f"  {label}" if number == 0 else ""
+            screen.print(Text.assemble((head.ljust(indent), "dim"), line))
+
+
+def emit_json(value: Any) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def jsonable(value: Any) -> Any:
+    """Return a value as JSON has it; numbers that are not finite become ``null``."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [jsonable(item) for item in value]
+    return value

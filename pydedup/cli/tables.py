@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables that fit: into a terminal of any width, and whole into a pipe.
+
+Where a table is too wide, names are shortened in their middle, then columns that say least are left
+out, and when that is not enough each row is printed as a list of its values. Nothing is wrapped.
+A pipe gets all columns, whatever their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydedup.cli.output import console, print_fields, print_line, width
+from pydedup.cli.text import clean
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+__all__ = ["Column", "print_table"]
+
+_GAP = "  "
+#: A name is shortened to no less than this; below, nobody could tell it from its siblings.
+_SHORTEST_NAME = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column.
+
+    Attributes
+    ----------
+    title
+        Its heading.
+    number
+        Aligned to the right.
+    name
+        May be shortened in the middle.
+    rank
+        Columns of rank 0 stay; of the others the highest rank is left out first.
+    style
+        Style of its values.
+    """
+
+    title: str
+    number: bool = True
+    name: bool = False
+    rank: int = 0
+    style: str = ""
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; every row has one value per column."""
+    cells = [[clean(value) for value in row] for row in rows]
+    limit = width()
+    kept = list(range(len(columns)))
+    while True:
+        widths = _fit(columns, cells, kept, limit)
+        if widths is not None:
+            _print_rows(columns, cells, kept, widths)
+            return
+        spare = max(kept, key=lambda index: (columns[index].rank, index))
+        if columns[spare].rank == 0:
+            _print_cards(columns, cells)
+            return
+        kept.remove(spare)
+
+
+def _fit(
+    columns: Sequence[Column], cells: Sequence[Sequence[str]], kept: Sequence[int], limit: int | None
+) -> list[int] | None:
+    """Return the widths of the kept columns, ``None`` when they do not fit."""
+    from rich.cells import cell_len
+
+    widths = [
+        max(cell_len(text) for text in (columns[index].title, *(row[index] for row in cells)))
+        for index in kept
+    ]
+    if limit is None:
+        return widths
+    excess = sum(widths) + len(_GAP) * (len(widths) - 1) - limit
+    for place, index in enumerate(kept):
+        if excess > 0 and columns[index].name:
+            cut = min(excess, max(widths[place] - _SHORTEST_NAME, 0))
+            widths[place] -= cut
+            excess -= cut
+    return widths if excess <= 0 else None
+
+
+def _print_rows(
+    columns: Sequence[Column],
+    cells: Sequence[Sequence[str]],
+    kept: Sequence[int],
+    widths: Sequence[int],
+) -> None:
+    screen = console()
+    screen.print(_line(columns, [column.title for column in columns], kept, widths, "bold"))
+    for row in cells:
+        screen.print(_line(columns, row, kept, widths, None))
+
+
+def _line(
+    columns: Sequence[Column],
+    row: Sequence[str],
+    kept: Sequence[int],
+    widths: Sequence[int],
+    style: str | None,
+) -> Text:
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    line = Text()
+    for place, (index, room) in enumerate(zip(kept, widths, strict=True)):
+        text = shorten(row[index], room)
+        padding = " " * (room - cell_len(text))
+        if place:
+            line.append(_GAP)
+        if columns[index].number:
+            line.append(padding)
+        line.append(text, style=style or columns[index].style)
+        if not columns[index].number:
+            line.append(padding)
+    line.rstrip()
+    return line
+
+
+def _print_cards(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> None:
+    for row in cells:
+        print_line(row[0], columns[0].style or "bold")
+        print_fields(
+            (column.title.lower(), value)
+            for column, value in zip(columns[1:], row[1:], strict=True)
+            if value
+        )
+
+
+def shorten(text: str, room: int) -> str:
+    """Return text of at most so many terminal cells, its middle replaced by an ellipsis."""
+    from rich.cells import cell_len
+
+    if cell_len(text) <= room:
+        return text
+    head, tail = 0, 0
+    used = 1
+    # Beginnings tell the layer, ends the role of a tensor: keep as much of both.
+    while head + tail < len(text):
+        front = head <= tail
+        char = text[head] if front else text[-1 - tail]
+        used += cell_len(char)
+        if used > room:
+            break
+        head, tail = (head + 1, tail) if front else (head, tail + 1)
+    return text[:head] + "…" + (text[-tail:] if tail else "")

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values as people read them, and text from outside made fit for a terminal and a log."""
+
+from __future__ import annotations
+
+import re
+import time
+import unicodedata
+from collections.abc import Iterable
+
+__all__ = [
+    "clean",
+    "count",
+    "duration",
+    "moment",
+    "percent",
+    "plural",
+    "ratio",
+    "shape",
+    "size",
+    "without_secrets",
+]
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
+# Controls, halves of surrogate pairs, and what reorders or breaks a line of text.
+_STEERING = ("Cc", "Cs", "Zl", "Zp")
+_REORDERING = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# A password may hold '@' and '/' by mistake: everything up to the last '@' of the word goes.
+_LOGIN = re.compile(r"\b(?!sqlite:|file:)([A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"]*@")
+_SECRET_OPTION = re.compile(r"(?i)([?&](?:password|passwd|pwd|sslpassword|token)=)[^&\s'\"]*")
+
+
+def clean(text: str) -> str:
+    """Return text without anything that steers a terminal; what is taken out shows as an escape."""
+    if text.isprintable() and not _REORDERING.search(text):
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _STEERING or _REORDERING.match(char)
+        else char
+        for char in text
+    )
+
+
+def without_secrets(text: str) -> str:
+    """Return text with user names and passwords of URLs replaced by stars."""
+    return _SECRET_OPTION.sub(r"\1***", _LOGIN.sub(r"\1***@", text))
+
+
+def size(n_bytes: int) -> str:
+    """Return a number of bytes, e.g. ``512 B`` or ``12.3 MiB``."""
+    if abs(n_bytes) < 1024:
+        return f"{n_bytes} B"
+    value = float(n_bytes)
+    for unit in _UNITS:
+        value /= 1024
+        # 1023.95 would be printed as 1024.0: that is one of the next unit.
+        if abs(value) < 1023.95 or unit == _UNITS[-1]:
+            return f"{value:,.1f} {unit}"
+    raise AssertionError("unreachable")
+
+
+def count(number: int) -> str:
+    """Return a whole number with separators, e.g. ``12,345``."""
+    return f"{number:,}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return e.g. ``1 page`` or ``12,345 pages``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def percent(share: float) -> str:
+    """Return a share, e.g. ``62.4 %``; 100.0 and 0.0 only when it is exactly that."""
+    value = 100 * share
+    if 99.95 <= value < 100:
+        return "99.9 %"
+    if 0 < value < 0.05:
+        return "<0.1 %"
+    return f"{value + 0.0:.1f} %".replace("-0.0 %", "0.0 %")
+
+
+def ratio(value: float) -> str:
+    """Return a ratio, e.g. ``1.08``."""
+    return f"{value:.2f}"
+
+
+def shape(extents: Iterable[int]) -> str:
+    """Return a shape, e.g. ``400000x50``; ``scalar`` for no axes."""
+    return "x".join(str(extent) for extent in extents) or "scalar"
+
+
+def duration(seconds: float) -> str:
+    """Return a span of time, e.g. ``0.42 s`` or ``3 min 20 s``."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def moment(timestamp: float) -> str:
+    """Return a point in time, local, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(timestamp))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup verify`` and ``vacuum``: whether a store is sound, and keeping it small."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from pydedup.cli import options, output, text
+from pydedup.cli.errors import Exit
+from pydedup.cli.progress import Watch
+
+__all__ = ["vacuum", "verify"]
+
+_SHOWN_NOTES = 10
+
+
+@click.command(short_help="Check every page, block and block map; change nothing.")
+@options.store_argument
+@options.json_option
+@options.quiet_option
+def verify(url: str, as_json: bool, quiet: bool) -> int:
+    """Check every page, block and block map against what was recorded. Changes nothing.
+
+    The exit status is 1 when something is damaged.
+    """
+    with options.read_store(url) as store, Watch("opening", quiet=quiet) as watch:
+        report = store.verify(progress=watch)
+    if as_json:
+        output.emit_json({"ok": report.ok, **dataclasses.asdict(report)})
+        return Exit.OK if report.ok else Exit.DIFFERENT
+    for complaint in report.errors:
+        output.print_line(text.clean(f"damaged: {complaint}"), "red")
+    for note in report.notes[:_SHOWN_NOTES]:
+        output.print_line(text.clean(f"note: {note}"), "dim")
+    if len(report.notes) > _SHOWN_NOTES:
+        output.print_line(f"and {len(report.notes) - _SHOWN_NOTES} more notes (see --json)", "dim")
+    checked = ", ".join(
+        [
+            text.plural(report.models, "model"),
+            f"{text.plural(report.pages, 'page')} ({text.size(report.page_bytes)})",
+            text.plural(report.blocks, "block"),
+        ]
+    )
+    verdict, style = ("sound", "green") if report.ok else ("DAMAGED", "bold red")
+    output.print_line(f"{verdict}: {checked}, checked in {text.duration(watch.seconds)}", style)
+    return Exit.OK if report.ok else Exit.DIFFERENT
+
+
+@click.command(short_help="Free what nobody uses, and repack pages.")
+@options.store_argument
+@click.option(
+    "--grace",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Keep pages that were retired less than this long ago.",
+)
+@options.memory_option
+@options.json_option
+@options.quiet_option
+def vacuum(url: str, grace: float, memory: str, as_json: bool, quiet: bool) -> None:
+    """Free what nobody uses, and repack pages where models read more of them than they must.
+
+    What abandoned adds left behind goes as well. Reading goes on meanwhile.
+    """
+    with options.existing_store(url, memory) as store, Watch("vacuum", quiet=quiet) as watch:
+        report = store.vacuum(grace_seconds=grace, progress=watch)
+    if as_json:
+        output.emit_json(dataclasses.asdict(report))
+        return
+    output.print_fields(
+        [
+            ("freed", f"{text.plural(report.freed_pages, 'page')}, {text.size(report.freed_bytes)}"),
+            ("repacked", text.plural(report.repacked_pages, "new page")),
+            ("pages", f"{text.count(report.pages_before)} -> {text.count(report.pages_after)}"),
+            (
+                "read amplification",
+                f"{text.ratio(report.amplification_before)} -> "
+                f"{text.ratio(report.amplification_after)} (pages read / least possible, worst "
+                "model)",
+            ),
+            (
+                "store",
+                f"{text.size(report.stored_bytes_before)} -> "
+                f"{text.size(report.stored_bytes_after)}",
+            ),
+            *(
+                [("abandoned adds", text.count(report.abandoned_adds))]
+                if report.abandoned_adds
+                else []
+            ),
+            *(
+                [("in grace", f"{text.plural(report.waiting_pages, 'page')} wait for --grace")]
+                if report.waiting_pages
+                else []
+            ),
+        ]
+    )
