@@ -1,8 +1,255 @@
 // SPDX-License-Identifier: Apache-2.0
+// Block encodings and pages.
+#include <memory>
+#include <vector>
+
 #include "bindings.hpp"
+#include "pydedup/codec.hpp"
+#include "pydedup/page_content.hpp"
+#include "pydedup/page_format.hpp"
+#include "python_bytes.hpp"
 
 namespace pydedup {
+namespace {
 
-void bind_codec(py::module_&) {}
+// A slot as it lies in a page, for numpy (docs/format.md, "Page").
+struct SlotRecord {
+    std::uint8_t encoding;
+    std::uint8_t dtype;
+    std::uint16_t reserved;
+    std::uint32_t rows;
+    std::uint32_t cols;
+    std::uint32_t length;
+    std::uint64_t offset;
+    std::uint64_t base;
+};
+static_assert(sizeof(SlotRecord) == kSlotBytes);
+
+using PageList = std::vector<std::shared_ptr<Page>>;
+
+PageList as_pages(const py::sequence& pages) {
+    PageList list;
+    list.reserve(pages.size());
+    for (const py::handle page : pages) {
+        if (page.is_none()) throw Error(ErrorCode::invalid_argument, "pages holds a None");
+        list.push_back(py::cast<std::shared_ptr<Page>>(page));
+    }
+    return list;
+}
+
+std::vector<const Page*> pointers(const PageList& pages) {
+    std::vector<const Page*> list;
+    list.reserve(pages.size());
+    for (const auto& page : pages) list.push_back(page.get());
+    return list;
+}
+
+std::vector<StoredBlock> as_stored(const Array<std::uint32_t>& page_index,
+                                   const Array<std::uint32_t>& slots) {
+    const auto pages = as_span(page_index, "page_index");
+    const auto on_page = as_span(slots, "slots");
+    if (pages.size() != on_page.size()) {
+        throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
+    }
+    std::vector<StoredBlock> stored;
+    stored.reserve(pages.size());
+    for (std::size_t i = 0; i < pages.size(); ++i) stored.push_back({pages[i], on_page[i]});
+    return stored;
+}
+
+py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
+                           std::size_t block_cols, const Array<std::int64_t>& indices, bool planes,
+                           unsigned threads) {
+    const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
+    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
+    const auto chosen = as_span(indices, "indices");
+    const std::size_t room = raw_bytes_of(matrix, grid, chosen);
+    py::array_t<std::uint8_t> arena(static_cast<py::ssize_t>(room));
+    const auto n = static_cast<py::ssize_t>(chosen.size());
+    py::array_t<std::int64_t> offsets(n);
+    py::array_t<std::int64_t> lengths(n);
+    py::array_t<std::uint8_t> encodings(n);
+    const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(arena.mutable_data()), room);
+    const std::span<std::int64_t> starts(offsets.mutable_data(), chosen.size());
+    std::int64_t* const length_of = lengths.mutable_data();
+    std::uint8_t* const encoding_of = encodings.mutable_data();
+    std::size_t used = 0;
+    {
+        const py::gil_scoped_release release;
+        std::vector<EncodedBlock> encoded(chosen.size());
+        used = encode_blocks(matrix, grid, chosen, planes, bytes, starts, encoded, threads);
+        for (std::size_t i = 0; i < encoded.size(); ++i) {
+            length_of[i] = encoded[i].length;
+            encoding_of[i] = static_cast<std::uint8_t>(encoded[i].encoding);
+        }
+    }
+    arena.resize({static_cast<py::ssize_t>(used)}, false);
+    return py::make_tuple(std::move(arena), std::move(offsets), std::move(lengths),
+                          std::move(encodings));
+}
+
+py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64_t>& offsets,
+                        const Array<std::int64_t>& lengths, const Array<std::uint8_t>& encodings,
+                        const Array<std::uint8_t>& dtypes, const Array<std::uint32_t>& rows,
+                        const Array<std::uint32_t>& cols, const Array<std::uint64_t>& bases) {
+    const auto memory = as_span(arena, "arena");
+    const auto at = as_span(offsets, "offsets");
+    const auto length_of = as_span(lengths, "lengths");
+    const auto encoding_of = as_span(encodings, "encodings");
+    const auto dtype_of = as_span(dtypes, "dtypes");
+    const auto rows_of = as_span(rows, "rows");
+    const auto cols_of = as_span(cols, "cols");
+    const auto base_of = as_span(bases, "bases");
+    const std::size_t n = at.size();
+    if (length_of.size() != n || encoding_of.size() != n || dtype_of.size() != n ||
+        rows_of.size() != n || cols_of.size() != n || base_of.size() != n) {
+        throw Error(ErrorCode::invalid_argument, "the columns of a new page differ in length");
+    }
+    std::vector<BlockView> blocks;
+    blocks.reserve(n);
+    for (std::size_t i = 0; i < n; ++i) {
+        const auto start = static_cast<std::uint64_t>(at[i]);
+        const auto length = static_cast<std::uint64_t>(length_of[i]);
+        if (start > memory.size() || length > memory.size() - start || length > UINT32_MAX) {
+            throw Error(ErrorCode::invalid_argument,
+                        "block " + std::to_string(i) + " of a new page lies outside of the arena");
+        }
+        blocks.push_back({reinterpret_cast<const std::byte*>(memory.data()) + start,
+                          static_cast<std::uint32_t>(length), static_cast<Encoding>(encoding_of[i]),
+                          static_cast<Dtype>(dtype_of[i]), rows_of[i], cols_of[i], base_of[i]});
+    }
+    const std::size_t total = page_bytes(blocks);
+    auto page = py::reinterpret_steal<py::bytes>(
+        PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(total)));
+    if (!page) throw py::error_already_set();
+    const std::span<std::byte> out(reinterpret_cast<std::byte*>(PyBytes_AS_STRING(page.ptr())),
+                                   total);
+    {
+        const py::gil_scoped_release release;
+        build_page(blocks, out);
+    }
+    return page;
+}
+
+std::shared_ptr<Page> page_of(const py::bytes& payload) {
+    const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(payload.ptr()));
+    std::shared_ptr<const std::byte> memory = share_bytes(payload);
+    const py::gil_scoped_release release;
+    return std::make_shared<Page>(std::move(memory), size);
+}
+
+py::bytes digest_bytes(const Digest& digest) {
+    return {reinterpret_cast<const char*>(&digest), sizeof digest};
+}
+
+py::bytes payload_of(const Page& page) {
+    if (PyObject* object = bytes_behind(page.owner())) {
+        return py::reinterpret_borrow<py::bytes>(object);
+    }
+    return {reinterpret_cast<const char*>(page.view().bytes().data()), page.nbytes()};
+}
+
+// A read-only view of the slot table; it keeps the bytes alive, not the Page.
+py::array slots_of(const Page& page) {
+    const py::bytes payload = payload_of(page);
+    const auto* first =
+        reinterpret_cast<const SlotRecord*>(PyBytes_AS_STRING(payload.ptr()) + kPageHeaderBytes);
+    py::array slots(py::dtype::of<SlotRecord>(), {static_cast<py::ssize_t>(page.n_slots())},
+                    {static_cast<py::ssize_t>(kSlotBytes)}, first, payload);
+    slots.attr("flags").attr("writeable") = false;
+    return slots;
+}
+
+void read_blocks_into(const py::sequence& pages, const Array<std::uint32_t>& page_index,
+                      const Array<std::uint32_t>& slots, const Array<std::int64_t>& indices,
+                      Array<std::uint8_t> out, int dtype, std::size_t block_rows,
+                      std::size_t block_cols, unsigned threads) {
+    const MatrixRef matrix = as_matrix(out, as_dtype(dtype));
+    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
+    const auto chosen = as_span(indices, "indices");
+    auto* const to = reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
+    const PageList held = as_pages(pages);
+    const std::vector<StoredBlock> stored = as_stored(page_index, slots);
+    const py::gil_scoped_release release;
+    read_blocks(pointers(held), stored, chosen, grid, matrix.dtype, to, matrix.stride_bytes,
+                threads);
+}
+
+py::array_t<bool> blocks_equal_to(const Array<std::uint8_t>& data, int dtype,
+                                  std::size_t block_rows, std::size_t block_cols,
+                                  const Array<std::int64_t>& indices, const py::sequence& pages,
+                                  const Array<std::uint32_t>& page_index,
+                                  const Array<std::uint32_t>& slots, unsigned threads) {
+    const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
+    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
+    const auto chosen = as_span(indices, "indices");
+    const PageList held = as_pages(pages);
+    const std::vector<StoredBlock> stored = as_stored(page_index, slots);
+    py::array_t<bool> equal(static_cast<py::ssize_t>(chosen.size()));
+    const std::span<bool> out(equal.mutable_data(), chosen.size());
+    {
+        const py::gil_scoped_release release;
+        blocks_equal(pointers(held), stored, chosen, matrix, grid, out, threads);
+    }
+    return equal;
+}
+
+py::array_t<std::uint64_t> page_digests_of(const std::shared_ptr<Page>& page, unsigned threads) {
+    py::array_t<std::uint64_t> digests({page->n_slots(), std::size_t{2}});
+    const std::span<Digest> out(reinterpret_cast<Digest*>(digests.mutable_data()), page->n_slots());
+    {
+        const py::gil_scoped_release release;
+        page_digests(*page, out, threads);
+    }
+    return digests;
+}
+
+bool same_block_on(const std::shared_ptr<Page>& page_a, std::size_t slot_a,
+                   const std::shared_ptr<Page>& page_b, std::size_t slot_b) {
+    const py::gil_scoped_release release;
+    return same_block(page_a->block(slot_a), page_b->block(slot_b));
+}
+
+}  // namespace
+
+void bind_codec(py::module_& m) {
+    PYBIND11_NUMPY_DTYPE(SlotRecord, encoding, dtype, rows, cols, length, offset, base);
+    m.attr("PAGE_HEADER_BYTES") = kPageHeaderBytes;
+    m.attr("SLOT_BYTES") = kSlotBytes;
+    m.attr("BLOCK_ALIGNMENT") = kBlockAlignment;
+    m.attr("PAGE_VERSION") = kPageVersion;
+    m.attr("SLOT_DTYPE") = py::dtype::of<SlotRecord>();
+
+    m.def("encode_blocks", &encode_blocks_of, py::arg("data").noconvert(), py::arg("dtype"),
+          py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
+          py::arg("planes"), py::arg("threads") = 0);
+    m.def("build_page", &build_page_of, py::arg("arena").noconvert(),
+          py::arg("offsets").noconvert(), py::arg("lengths").noconvert(),
+          py::arg("encodings").noconvert(), py::arg("dtypes").noconvert(),
+          py::arg("rows").noconvert(), py::arg("cols").noconvert(), py::arg("bases").noconvert());
+    m.def("page_checksum", [](const py::bytes& payload) {
+        const Bytes bytes(reinterpret_cast<const std::byte*>(PyBytes_AS_STRING(payload.ptr())),
+                          static_cast<std::size_t>(PyBytes_GET_SIZE(payload.ptr())));
+        return digest_bytes(PageView::parse(bytes, false).checksum());
+    });
+    py::class_<Page, std::shared_ptr<Page>>(m, "Page")
+        .def(py::init(&page_of), py::arg("payload"))
+        .def_property_readonly("nbytes", &Page::nbytes)
+        .def_property_readonly("n_slots", &Page::n_slots)
+        .def_property_readonly("checksum",
+                               [](const Page& page) { return digest_bytes(page.checksum()); })
+        .def_property_readonly("slots", &slots_of)
+        .def_property_readonly("payload", &payload_of);
+    m.def("read_blocks", &read_blocks_into, py::arg("pages"), py::arg("page_index").noconvert(),
+          py::arg("slots").noconvert(), py::arg("indices").noconvert(), py::arg("out").noconvert(),
+          py::arg("dtype"), py::arg("block_rows"), py::arg("block_cols"), py::arg("threads") = 0);
+    m.def("blocks_equal", &blocks_equal_to, py::arg("data").noconvert(), py::arg("dtype"),
+          py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
+          py::arg("pages"), py::arg("page_index").noconvert(), py::arg("slots").noconvert(),
+          py::arg("threads") = 0);
+    m.def("page_digests", &page_digests_of, py::arg("page").none(false), py::arg("threads") = 0);
+    m.def("same_block", &same_block_on, py::arg("page_a").none(false), py::arg("slot_a"),
+          py::arg("page_b").none(false), py::arg("slot_b"));
+}
 
 }  // namespace pydedup

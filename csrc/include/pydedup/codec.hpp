@@ -53,13 +53,13 @@ struct EncodedBlock {
 /// rectangle is written), Error{unsupported_format} for a newer version of the encoding.
 void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride_bytes);
 
-/// Encodes the blocks `indices` of a matrix. Block i is written at arena[offsets[i]], offsets being
-/// those of the raw blocks one after another, so the arena has gaps; `arena.size()` is
-/// raw_bytes_of(matrix, grid, indices). `threads` 0 means one per core for large inputs.
-void encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
-                   std::span<const std::int64_t> indices, bool planes, std::span<std::byte> arena,
-                   std::span<std::int64_t> offsets, std::span<EncodedBlock> encoded,
-                   unsigned threads = 0);
+/// Encodes the blocks `indices` of a matrix into `arena`, one after another without gaps, block i
+/// at offsets[i]. `arena` has room for the raw bytes of all of them (raw_bytes_of); returns how many
+/// bytes of it were used. `threads` 0 means one per core for large inputs.
+[[nodiscard]] std::size_t encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
+                                        std::span<const std::int64_t> indices, bool planes,
+                                        std::span<std::byte> arena, std::span<std::int64_t> offsets,
+                                        std::span<EncodedBlock> encoded, unsigned threads = 0);
 
 /// Raw bytes of the blocks `indices`. Throws Error{invalid_argument} for an index outside the grid.
 [[nodiscard]] std::size_t raw_bytes_of(const MatrixRef& matrix, const BlockGrid& grid,

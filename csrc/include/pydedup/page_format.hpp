@@ -59,6 +59,7 @@ class Page {
     Page(std::shared_ptr<const std::byte> owner, std::size_t size, bool verify_checksum = true);
 
     [[nodiscard]] const PageView& view() const noexcept { return view_; }
+    [[nodiscard]] const std::shared_ptr<const std::byte>& owner() const noexcept { return owner_; }
     [[nodiscard]] BlockView block(std::size_t slot) const { return view_.block(slot); }
     [[nodiscard]] std::size_t n_slots() const noexcept { return view_.n_slots(); }
     [[nodiscard]] std::size_t nbytes() const noexcept { return view_.bytes().size(); }

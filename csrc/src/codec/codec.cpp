@@ -265,12 +265,12 @@ std::size_t raw_bytes_of(const MatrixRef& matrix, const BlockGrid& grid,
     return total;
 }
 
-void encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
-                   std::span<const std::int64_t> indices, bool planes, std::span<std::byte> arena,
-                   std::span<std::int64_t> offsets, std::span<EncodedBlock> encoded,
-                   unsigned threads) {
+std::size_t encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
+                          std::span<const std::int64_t> indices, bool planes,
+                          std::span<std::byte> arena, std::span<std::int64_t> offsets,
+                          std::span<EncodedBlock> encoded, unsigned threads) {
     const std::size_t total = raw_bytes_of(matrix, grid, indices);
-    if (arena.size() != total || offsets.size() != indices.size() ||
+    if (arena.size() < total || offsets.size() != indices.size() ||
         encoded.size() != indices.size()) {
         throw Error(ErrorCode::invalid_argument, "encode_blocks was given results of a wrong size");
     }
@@ -281,6 +281,8 @@ void encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
         offsets[i] = static_cast<std::int64_t>(at);
         at += rect.rows * rect.cols * item;
     }
+    // Each block first goes where it would begin if all were raw, so that threads need not wait for
+    // each other's lengths.
     const unsigned workers = threads == 0 && total < kParallelBytes ? 1 : thread_count(threads);
     parallel_for(indices.size(), kParallelGrain, workers, [&](std::size_t begin, std::size_t end) {
         for (std::size_t i = begin; i < end; ++i) {
@@ -292,6 +294,14 @@ void encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
                 arena.subspan(static_cast<std::size_t>(offsets[i]), rect.rows * rect.cols * item));
         }
     });
+    std::size_t used = 0;
+    for (std::size_t i = 0; i < indices.size(); ++i) {
+        const auto from = static_cast<std::size_t>(offsets[i]);
+        if (from != used) std::memmove(arena.data() + used, arena.data() + from, encoded[i].length);
+        offsets[i] = static_cast<std::int64_t>(used);
+        used += encoded[i].length;
+    }
+    return used;
 }
 
 }  // namespace pydedup

@@ -70,36 +70,40 @@ std::uint8_t* write_code_table(const HuffmanPlan& plan, std::uint8_t* to) noexce
     return nibbles + (n + 1) / 2;
 }
 
-// Reads lengths 0 .. 15 and moves `payload` behind them. Whether they form a code is seen later.
-const char* read_code_table(std::span<const std::uint8_t>& payload,
-                            std::array<std::uint8_t, 256>& code_bits) noexcept {
-    code_bits.fill(0);
+// The code bits of the bytes that have a code, by ascending byte.
+struct UsedSymbols {
+    std::array<std::uint8_t, 256> symbol;
+    std::array<std::uint8_t, 256> bits;  // 0 .. 15
+    std::size_t n = 0;
+};
+
+// Moves `payload` behind the table. Whether the lengths form a code is seen later.
+const char* read_code_table(std::span<const std::uint8_t>& payload, UsedSymbols& used) noexcept {
     if (payload.empty()) return "a Huffman plane has no code table";
     const std::uint8_t form = payload[0];
     payload = payload.subspan(1);
-    std::array<std::uint8_t, 256> symbols;
     std::size_t n = 0;
     if (form == kRangeForm) {
         if (payload.size() < 2 || payload[0] >= payload[1]) return "a code table names a bad range";
         for (unsigned s = payload[0]; s <= payload[1]; ++s) {
-            symbols[n++] = static_cast<std::uint8_t>(s);
+            used.symbol[n++] = static_cast<std::uint8_t>(s);
         }
         payload = payload.subspan(2);
     } else if (form == kBitmapForm) {
         if (payload.size() < kBitmapBytes) return "a code table is cut off";
         for (unsigned s = 0; s < 256; ++s) {
-            if ((payload[s / 8] >> (s % 8) & 1) != 0) symbols[n++] = static_cast<std::uint8_t>(s);
+            if ((payload[s / 8] >> (s % 8) & 1) != 0)
+                used.symbol[n++] = static_cast<std::uint8_t>(s);
         }
         payload = payload.subspan(kBitmapBytes);
     } else {
         return "a code table has an unknown form";
     }
     if (payload.size() < (n + 1) / 2) return "a code table is cut off";
-    for (std::size_t i = 0; i < n; ++i) {
-        code_bits[symbols[i]] = payload[i / 2] >> (4 * (i % 2)) & 15;
-    }
+    for (std::size_t i = 0; i < n; ++i) used.bits[i] = payload[i / 2] >> (4 * (i % 2)) & 15;
     if (n % 2 == 1 && payload[n / 2] >> 4 != 0) return "a code table ends with stray bits";
     payload = payload.subspan((n + 1) / 2);
+    used.n = n;
     return nullptr;
 }
 
@@ -111,9 +115,11 @@ struct CanonicalCode {
         complete;  // every sequence of bits is a sequence of codes, and none is longer than allowed
 };
 
-CanonicalCode canonical_code(const std::array<std::uint8_t, 256>& code_bits) noexcept {
+CanonicalCode canonical_code(std::span<const std::uint8_t> code_bits) noexcept {
     std::array<std::uint32_t, 16> of_length{};
-    for (const std::uint8_t bits : code_bits) ++of_length[bits];
+    for (const std::uint8_t bits : code_bits) {
+        if (bits != 0) ++of_length[bits];
+    }
     CanonicalCode code{};
     for (unsigned bits = 1; bits < 16; ++bits) {
         if (of_length[bits] != 0) code.max_bits = bits;
@@ -244,9 +250,9 @@ void huffman_encode(std::span<const std::uint8_t> plane, const HuffmanPlan& plan
 
 const char* huffman_decode(std::span<const std::uint8_t> payload, const std::uint8_t* readable_end,
                            const CodecKernels& codec, std::span<std::uint8_t> plane) noexcept {
-    std::array<std::uint8_t, 256> code_bits;
-    if (const char* wrong = read_code_table(payload, code_bits)) return wrong;
-    CanonicalCode canonical = canonical_code(code_bits);
+    UsedSymbols used;
+    if (const char* wrong = read_code_table(payload, used)) return wrong;
+    CanonicalCode canonical = canonical_code(std::span(used.bits).first(used.n));
     if (!canonical.complete) return "a code table is not a complete prefix code";
     if (payload.size() < kStreamSizesBytes) return "a Huffman plane has no stream sizes";
     std::array<std::uint32_t, 3> sizes;
@@ -256,12 +262,12 @@ const char* huffman_decode(std::span<const std::uint8_t> payload, const std::uin
     if (in_front > payload.size()) return "the streams of a Huffman plane are longer than it";
 
     std::array<std::uint16_t, 1U << kMaxCodeBits> table;
-    for (unsigned s = 0; s < 256; ++s) {
-        const unsigned bits = code_bits[s];
+    for (std::size_t i = 0; i < used.n; ++i) {
+        const unsigned bits = used.bits[i];
         if (bits == 0) continue;
         const std::uint32_t run = 1U << (canonical.max_bits - bits);
         std::fill_n(table.data() + canonical.start[bits], run,
-                    static_cast<std::uint16_t>(s << 8 | bits));
+                    static_cast<std::uint16_t>(used.symbol[i] << 8 | bits));
         canonical.start[bits] += run;
     }
     HuffmanStreams streams{};

@@ -13,30 +13,89 @@ inline Word rotate_right_1(Word value) noexcept {
     return static_cast<Word>((value >> 1) | (value << (8 * sizeof(Word) - 1)));
 }
 
-// One row. Words are little-endian in memory (csrc/src/base/endian.hpp asserts the machine is).
-template <class Word>
-inline void split_row(const std::uint8_t* elements, std::size_t cols, std::size_t plane_bytes,
+// One row at a time, in plain C++. Words are little-endian in memory (csrc/src/base/endian.hpp
+// asserts that the machine is).
+struct ScalarRows {
+    template <class Word>
+    static void split(const std::uint8_t* elements, std::size_t cols, std::size_t plane_bytes,
                       bool rotate, std::uint8_t* planes) noexcept {
-    for (std::size_t i = 0; i < cols; ++i) {
-        Word word;
-        __builtin_memcpy(&word, elements + i * sizeof(Word), sizeof(Word));
-        if (rotate) word = rotate_left_1(word);
-        for (std::size_t p = 0; p < sizeof(Word); ++p) {
-            planes[p * plane_bytes + i] = static_cast<std::uint8_t>(word >> (8 * p));
+        for (std::size_t i = 0; i < cols; ++i) {
+            Word word;
+            __builtin_memcpy(&word, elements + i * sizeof(Word), sizeof(Word));
+            if (rotate) word = rotate_left_1(word);
+            for (std::size_t p = 0; p < sizeof(Word); ++p) {
+                planes[p * plane_bytes + i] = static_cast<std::uint8_t>(word >> (8 * p));
+            }
         }
+    }
+
+    template <class Word>
+    static void merge(const std::uint8_t* const* planes, std::size_t at, std::size_t cols,
+                      bool rotate, std::uint8_t* elements) noexcept {
+        for (std::size_t i = 0; i < cols; ++i) {
+            Word word = 0;
+            for (std::size_t p = 0; p < sizeof(Word); ++p) {
+                word = static_cast<Word>(word | (static_cast<Word>(planes[p][at + i]) << (8 * p)));
+            }
+            if (rotate) word = rotate_right_1(word);
+            __builtin_memcpy(elements + i * sizeof(Word), &word, sizeof(Word));
+        }
+    }
+};
+
+template <class Rows, class Word>
+void split_matrix(const std::uint8_t* elements, std::size_t stride, std::size_t rows,
+                  std::size_t cols, bool rotate, std::uint8_t* planes) noexcept {
+    const std::size_t count = rows * cols;
+    if (stride == cols * sizeof(Word)) {  // one long row has one tail
+        Rows::template split<Word>(elements, count, count, rotate, planes);
+        return;
+    }
+    for (std::size_t r = 0; r < rows; ++r) {
+        Rows::template split<Word>(elements + r * stride, cols, count, rotate, planes + r * cols);
     }
 }
 
-template <class Word>
-inline void merge_row(const std::uint8_t* const* planes, std::size_t at, std::size_t cols,
-                      bool rotate, std::uint8_t* elements) noexcept {
-    for (std::size_t i = 0; i < cols; ++i) {
-        Word word = 0;
-        for (std::size_t p = 0; p < sizeof(Word); ++p) {
-            word = static_cast<Word>(word | (static_cast<Word>(planes[p][at + i]) << (8 * p)));
-        }
-        if (rotate) word = rotate_right_1(word);
-        __builtin_memcpy(elements + i * sizeof(Word), &word, sizeof(Word));
+template <class Rows, class Word>
+void merge_matrix(const std::uint8_t* const* planes, std::size_t rows, std::size_t cols,
+                  bool rotate, std::uint8_t* elements, std::size_t stride) noexcept {
+    if (stride == cols * sizeof(Word)) {
+        Rows::template merge<Word>(planes, 0, rows * cols, rotate, elements);
+        return;
+    }
+    for (std::size_t r = 0; r < rows; ++r) {
+        Rows::template merge<Word>(planes, r * cols, cols, rotate, elements + r * stride);
+    }
+}
+
+template <class Rows>
+void split_planes(const std::uint8_t* from, std::size_t stride, std::size_t rows, std::size_t cols,
+                  std::size_t item_bytes, bool rotate, std::uint8_t* planes) noexcept {
+    switch (item_bytes) {
+        case 8:
+            return split_matrix<Rows, std::uint64_t>(from, stride, rows, cols, rotate, planes);
+        case 4:
+            return split_matrix<Rows, std::uint32_t>(from, stride, rows, cols, rotate, planes);
+        case 2:
+            return split_matrix<Rows, std::uint16_t>(from, stride, rows, cols, rotate, planes);
+        default:
+            return split_matrix<Rows, std::uint8_t>(from, stride, rows, cols, false, planes);
+    }
+}
+
+template <class Rows>
+void merge_planes(const std::uint8_t* const* planes, std::size_t rows, std::size_t cols,
+                  std::size_t item_bytes, bool rotate, std::uint8_t* to,
+                  std::size_t stride) noexcept {
+    switch (item_bytes) {
+        case 8:
+            return merge_matrix<Rows, std::uint64_t>(planes, rows, cols, rotate, to, stride);
+        case 4:
+            return merge_matrix<Rows, std::uint32_t>(planes, rows, cols, rotate, to, stride);
+        case 2:
+            return merge_matrix<Rows, std::uint16_t>(planes, rows, cols, rotate, to, stride);
+        default:
+            return merge_matrix<Rows, std::uint8_t>(planes, rows, cols, false, to, stride);
     }
 }
 
@@ -87,6 +146,11 @@ inline std::uint8_t take_symbol(BitWindow& window, const std::uint16_t* table,
     return static_cast<std::uint8_t>(entry >> 8);
 }
 
+inline std::uint64_t position_of(const BitWindow& window, const std::uint8_t* begin) noexcept {
+    return static_cast<std::uint64_t>(window.at - begin) * 8 +
+           static_cast<std::uint64_t>(__builtin_ctzll(window.bits));
+}
+
 // After a refill at least 56 bits are valid: kRound codes of at most 56 / kRound bits.
 template <unsigned kRound>
 inline void decode_rounds(const HuffmanStreams& in, std::size_t count, std::uint8_t* out,
@@ -128,9 +192,7 @@ inline void decode_rounds(const HuffmanStreams& in, std::size_t count, std::uint
     for (std::size_t j = 0; j < 4; ++j) {
         const std::size_t first = j * segment < count ? j * segment : count;
         const std::size_t symbols = count - first < segment ? count - first : segment;
-        const std::uint64_t position =
-            static_cast<std::uint64_t>(windows[j]->at - in.begin[j]) * 8 +
-            static_cast<std::uint64_t>(__builtin_ctzll(windows[j]->bits));
+        const std::uint64_t position = position_of(*windows[j], in.begin[j]);
         consumed[j] = decode_tail(in, in.begin[j], position, symbols - done, out + first + done);
     }
 }
