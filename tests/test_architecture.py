@@ -26,7 +26,7 @@ CSRC = ROOT / "csrc"
 FACADES = {"hashing", "similarity", "packing", "codec", "pool", "matmul", "config"}
 VALUES = {"errors", "types"}
 MODEL = VALUES | {"names", "policies", "graph", "adapter", "blocks"}
-CORE = MODEL | FACADES | {"formats", "catalog"}
+CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout"}
 INNER = CORE | {"ingest", "serving", "maintenance", "report", "registry"}
 PUBLIC = {"", "store"} | CORE | {"registry", "report", "maintenance"}
 
@@ -52,6 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "pool": VALUES | {"_core", "blocks", "codec", "config"},
     "matmul": VALUES | {"_core", "blocks", "codec", "config", "pool"},
     "formats": VALUES | {"names", "graph", "blocks"},
+    "layout": VALUES | {"blocks", "codec", "packing", "pool"},
+    "jobs": VALUES | {"adapter"},
     "catalog": MODEL,
     "ingest": CORE,
     "serving": CORE,
