@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a file by position, and replacing a file or folder in one step.
+
+Why a mapping per tensor: one mapping of the whole file keeps every page that was touched in the
+process's resident set, so that a pass over a model would end with all of it resident. A mapping
+that lives exactly as long as the array over it is zero-copy, costs at most one tensor, and gives
+its pages back when the array goes. Small or misaligned tensors are copied with ``pread``.
+
+A mapped file that somebody truncates meanwhile cannot be read safely by any program; the size is
+checked again before each mapping, which leaves only that moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pydedup.errors import ArgumentError, FormatError, NotFoundError, StorageFullError
+from pydedup.formats.base import Array, count
+
+__all__ = ["RawFile", "atomic_file", "atomic_folder", "contiguous_bytes", "open_raw", "write_array"]
+
+#: Below this a copy is cheaper than a mapping (page table work and a system call each way).
+_MAP_FROM = 256 * 1024
+#: One system call moves less than 2 GiB on Linux.
+_IO_CHUNK = 1 << 30
+_WRITE_CHUNK = 8 << 20
+
+
+class RawFile:
+    """A regular file opened for reading by position. Safe between threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+        try:
+            # O_NONBLOCK: opening a FIFO must not wait for a writer before fstat can refuse it.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            status = os.fstat(self._fd)
+        except FileNotFoundError as exc:
+            raise NotFoundError(f"{path} does not exist") from exc
+        except OSError as exc:
+            raise FormatError(f"{path} cannot be read: {exc.strerror}") from exc
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise FormatError(f"{path} is no regular file; give the path of a model file")
+        self.size = status.st_size
+
+    def close(self) -> None:
+        """Close the file; arrays from it stay valid."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def read_at(self, offset: int, n_bytes: int) -> bytes:
+        """Return exactly ``n_bytes`` from ``offset``.
+
+        Raises
+        ------
+        FormatError
+            When the file ends before.
+        """
+        return self._copy(offset, n_bytes).tobytes()
+
+    def array(self, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """Return the elements at ``offset`` in native byte order, read-only.
+
+        A view of the file where alignment and byte order allow it, else a copy.
+        """
+        n_bytes = count(shape) * dtype.itemsize
+        native = dtype.newbyteorder("=")
+        if n_bytes >= _MAP_FROM and dtype == native and offset % dtype.itemsize == 0:
+            mapped = self._map(offset, n_bytes)
+            if mapped is not None:
+                return mapped.view(dtype).reshape(shape)
+        array = self._copy(offset, n_bytes).view(dtype).reshape(shape)
+        if dtype != native:
+            array = array.astype(native)
+        array.flags.writeable = False
+        return array
+
+    def _check(self, offset: int, n_bytes: int) -> None:
+        if self._fd < 0:
+            raise ArgumentError(f"{self.path} is closed; read its tensors before leaving it")
+        size = os.fstat(self._fd).st_size
+        if offset < 0 or n_bytes < 0 or offset + n_bytes > size:
+            raise FormatError(
+                f"{self.path} is truncated: bytes {offset} to {offset + n_bytes} are needed, "
+                f"it has {size}"
+            )
+
+    def _map(self, offset: int, n_bytes: int) -> Array | None:
+        self._check(offset, n_bytes)
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        try:
+            mapping = mmap.mmap(
+                self._fd, offset - start + n_bytes, access=mmap.ACCESS_READ, offset=start
+            )
+        except (OSError, ValueError):
+            return None  # file systems without mappings, and a process that used all of its own
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_SEQUENTIAL)
+        return np.frombuffer(mapping, np.uint8, n_bytes, offset - start)
+
+    def _copy(self, offset: int, n_bytes: int) -> Array:
+        self._check(offset, n_bytes)
+        buffer = np.empty(n_bytes, np.uint8)
+        view = buffer.data
+        done = 0
+        while done < n_bytes:
+            try:
+                got = os.preadv(self._fd, [view[done : done + _IO_CHUNK]], offset + done)
+            except OSError as exc:
+                raise FormatError(f"{self.path} cannot be read: {exc.strerror}") from exc
+            if got == 0:
+                raise FormatError(f"{self.path} ended early, at byte {offset + done}")
+            done += got
+        return buffer
+
+
+@contextlib.contextmanager
+def open_raw(path: Path) -> Iterator[RawFile]:
+    """Open for the length of a ``with`` block."""
+    raw = RawFile(path)
+    try:
+        yield raw
+    finally:
+        raw.close()
+
+
+def contiguous_bytes(array: Array) -> memoryview:
+    """Return the bytes of a C-contiguous array of any dtype, without copying."""
+    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+
+
+def write_array(file: IO[bytes], array: Array) -> None:
+    """Write the elements of a C-contiguous array in pieces, so that the file keeps no copy."""
+    data = contiguous_bytes(array)
+    for start in range(0, len(data), _WRITE_CHUNK):
+        file.write(data[start : start + _WRITE_CHUNK])
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it becomes ``path`` in one step.
+
+    Raises
+    ------
+    ArgumentError
+        When the target cannot be written there.
+    StorageFullError
+        When there is no room.
+    """
+    with _write_errors(path):
+        target = path.resolve() if path.is_symlink() else path
+        if target.is_dir():
+            raise ArgumentError(f"{path} is a folder; give the path of a file")
+        _check_parent(path, target.parent)
+        scratch = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+        try:
+            # O_EXCL with the usual mode: the umask of the user applies, unlike with mkstemp.
+            os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            yield scratch
+            _sync(scratch)
+            scratch.replace(target)
+            _sync(target.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``; on success it becomes ``path`` in one step.
+
+    Raises
+    ------
+    ArgumentError
+        When ``path`` is a file or a folder with something in it.
+    StorageFullError
+        When there is no room.
+    """
+    with _write_errors(path):
+        target = path.resolve() if path.is_symlink() else path
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ArgumentError(f"{path} exists and is no empty folder; choose another path")
+        _check_parent(path, target.parent)
+        scratch = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+        try:
+            scratch.mkdir()
+            yield scratch
+            for folder, _, names in os.walk(scratch):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            # Renaming onto an empty folder replaces it; onto one filled meanwhile it fails.
+            scratch.rename(target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_parent(path: Path, parent: Path) -> None:
+    if not parent.is_dir():
+        raise ArgumentError(f"{path} cannot be written: folder {parent} does not exist")
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFullError(f"no space left while writing {path}") from exc
+        reason = exc.strerror or str(exc)
+        raise ArgumentError(f"{path} cannot be written: {reason}; choose another path") from exc
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        # Some network file systems refuse fsync on folders; the data itself is in the file.
+        if exc.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)

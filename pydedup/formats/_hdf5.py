@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An HDF5 file taken apart into numeric datasets and everything else, and put together again.
+
+Everything else (groups, attributes with their exact types, datasets that are no numbers) is kept
+as a *skeleton*: an HDF5 file in which the numeric datasets are declared but have no data. Filling
+a copy of it gives back the file that Keras wrote, whatever version of Keras that was.
+
+Links that lead to other files, external storage and virtual datasets are refused: they would read
+files that nobody named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
+from pydedup.formats.base import Array, count
+from pydedup.types import DType
+
+__all__ = [
+    "Dataset",
+    "build_skeleton",
+    "fill_skeleton",
+    "hdf5_errors",
+    "import_h5py",
+    "is_group",
+    "numeric",
+    "open_window",
+    "read_dataset",
+]
+
+#: Text datasets of layers (vocabularies) are kept in the skeleton up to this size.
+_MAX_INLINE = 64 << 20
+#: Compressed datasets that claim more than this times their stored size are bombs or damaged.
+_MAX_EXPANSION = 1100
+#: What Keras (the first) and we write as opaque bytes and name in an attribute.
+_OVERLAYS = {
+    "bfloat16": DType.BF16,
+    "float8_e4m3fn": DType.F8_E4M3,
+    "float8_e5m2": DType.F8_E5M2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A numeric dataset: its path, type, and where its bytes are when they lie together."""
+
+    path: str
+    dtype: DType
+    shape: tuple[int, ...]
+    stored: np.dtype[Any]
+    offset: int | None
+    address: int
+
+
+def import_h5py() -> Any:
+    """Return the module h5py.
+
+    Raises
+    ------
+    UnsupportedFormatError
+        When it is not installed.
+    """
+    try:
+        import h5py  # type: ignore[import-untyped]
+    except ImportError as exc:
+        raise UnsupportedFormatError(
+            "Keras and HDF5 files need h5py, which is not installed; "
+            "run: pip install 'pydedup[keras]'"
+        ) from exc
+    return h5py
+
+
+@contextlib.contextmanager
+def hdf5_errors(where: str) -> Iterator[None]:
+    """Turn what h5py raises on damaged files into FormatError."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, UnicodeDecodeError) as exc:
+        if isinstance(exc, ArgumentError):
+            raise
+        reason = str(exc).splitlines()[0][:200] if str(exc) else type(exc).__name__
+        raise FormatError(f"{where} is a damaged or truncated HDF5 file: {reason}") from exc
+
+
+def numeric(file: Any, skip: Callable[[str], bool], where: str) -> Iterator[Dataset]:
+    """Yield the numeric datasets outside of groups that ``skip`` names.
+
+    A dataset that is reachable by two names (a hard link) is yielded once per name, with the same
+    ``address``.
+    """
+    for path, item in _walk(file, "", skip, where):
+        if is_group(item):
+            continue
+        dtype = _dtype_of(item)
+        if dtype is None:
+            continue
+        _check_layout(item, path, where)
+        offset = None
+        if item.chunks is None and not item.compression and file.userblock_size == 0:
+            offset = item.id.get_offset()
+        info = import_h5py().h5o.get_info(item.id)
+        yield Dataset(path, dtype, tuple(item.shape), item.dtype, offset, int(info.addr))
+
+
+def build_skeleton(file: Any, skip: Callable[[str], bool], where: str) -> bytes:
+    """Return the skeleton of an open file, compressed, the same for the same content."""
+    h5py = import_h5py()
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as target:
+        _copy_attributes(file, target, where)
+        made: dict[int, Any] = {}
+        for path, item in _walk(file, "", skip, where):
+            address = int(h5py.h5o.get_info(item.id).addr)
+            if address in made:
+                target[path] = made[address]
+                continue
+            if is_group(item):
+                copy = target.create_group(path)
+            elif _dtype_of(item) is not None:
+                copy = target.create_dataset(path, shape=item.shape, dtype=item.dtype)
+            else:
+                copy = _copy_inline(item, target, path, where)
+            _copy_attributes(item, copy, where)
+            made[address] = copy
+    return gzip.compress(buffer.getvalue(), mtime=0)
+
+
+def fill_skeleton(
+    path: Path,
+    skeleton: bytes,
+    name_of: Callable[[str], str],
+    fetch: Callable[[str, Dataset], Array],
+) -> None:
+    """Write the skeleton to ``path`` and each numeric dataset's data into it, one at a time.
+
+    ``fetch`` gets the tensor's name and the dataset that it must fit.
+    """
+    h5py = import_h5py()
+    with path.open("wb") as file, gzip.open(io.BytesIO(skeleton)) as packed:
+        while piece := packed.read(1 << 20):
+            file.write(piece)
+    with hdf5_errors(str(path)), h5py.File(path, "r+") as target:
+        done: set[int] = set()
+        for dataset in list(numeric(target, lambda _: False, str(path))):
+            if dataset.address in done or not count(dataset.shape):
+                continue
+            done.add(dataset.address)
+            array = fetch(name_of(dataset.path), dataset)
+            item = target[dataset.path]
+            data = array.view(dataset.stored) if array.dtype != item.dtype else array
+            item.write_direct(np.ascontiguousarray(data).reshape(dataset.shape))
+
+
+def is_group(item: Any) -> bool:
+    """Return whether an HDF5 object is a group."""
+    return isinstance(item, import_h5py().Group)
+
+
+def read_dataset(file: Any, dataset: Dataset) -> Array:
+    """Return one dataset through HDF5 (chunked or compressed ones have no single place)."""
+    item = file[dataset.path]
+    array = np.empty(dataset.shape, item.dtype.newbyteorder("="))
+    if array.size:
+        item.read_direct(array)
+    return array if dataset.stored.kind != "V" else array.view(dataset.dtype.numpy)
+
+
+def open_window(raw: Any, offset: int, size: int) -> BinaryIO:
+    """Return a seekable file over a range of a RawFile, for h5py to read from."""
+    return io.BufferedReader(_Window(raw, offset, size), 1 << 16)
+
+
+class _Window(io.RawIOBase):
+    def __init__(self, raw: Any, offset: int, size: int) -> None:
+        self._raw, self._offset, self._size, self._at = raw, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        base = (0, self._at, self._size)[whence]
+        self._at = max(0, base + position)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        n_bytes = max(0, min(len(buffer), self._size - self._at))
+        buffer[:n_bytes] = self._raw.read_at(self._offset + self._at, n_bytes)
+        self._at += n_bytes
+        return n_bytes
+
+
+def _walk(
+    group: Any, prefix: str, skip: Callable[[str], bool], where: str
+) -> Iterator[tuple[str, Any]]:
+    """Yield (path, object) of all groups and datasets, parents first."""
+    h5py = import_h5py()
+    pending = [(group, prefix)]
+    seen = {int(h5py.h5o.get_info(group.id).addr)}
+    while pending:
+        current, base = pending.pop(0)
+        for name in current:
+            path = f"{base}/{name}" if base else name
+            if skip(path):
+                continue
+            link = current.get(name, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                raise FormatError(
+                    f"{where}: {path!r} is a {type(link).__name__}, which could lead to other "
+                    "files; it is refused"
+                )
+            item = current[name]
+            if isinstance(item, h5py.Group):
+                address = int(h5py.h5o.get_info(item.id).addr)
+                if address in seen:
+                    raise FormatError(f"{where}: group {path!r} is linked twice; it is refused")
+                seen.add(address)
+                yield path, item
+                pending.append((item, path))
+            elif isinstance(item, h5py.Dataset):
+                yield path, item
+            # A named datatype has no data.
+
+
+def _dtype_of(dataset: Any) -> DType | None:
+    """Return the element type, or ``None`` for datasets that are no numbers."""
+    overlay = dataset.attrs.get("dtype")
+    if isinstance(overlay, bytes):
+        overlay = overlay.decode("ascii", "replace")
+    if dataset.dtype.kind == "V" and isinstance(overlay, str):
+        found = _OVERLAYS.get(overlay)
+        return found if found is not None and found.itemsize == dataset.dtype.itemsize else None
+    if dataset.shape is None:
+        return None
+    try:
+        return DType.of(dataset.dtype)
+    except ArgumentError:
+        return None
+
+
+def _check_layout(item: Any, path: str, where: str) -> None:
+    if item.external or item.is_virtual:
+        raise FormatError(f"{where}: dataset {path!r} keeps its data in other files; it is refused")
+    n_bytes = count(item.shape) * item.dtype.itemsize
+    stored = item.id.get_storage_size()
+    if item.chunks is not None and n_bytes > (1 << 20) + _MAX_EXPANSION * stored:
+        raise FormatError(
+            f"{where}: dataset {path!r} claims {n_bytes} bytes out of {stored}; it is damaged"
+        )
+
+
+def _copy_attributes(source: Any, target: Any, where: str) -> None:
+    h5py = import_h5py()
+    for name in source.attrs:
+        attribute = source.attrs.get_id(name)
+        if attribute.get_type().get_class() == h5py.h5t.REFERENCE:
+            raise UnsupportedFormatError(
+                f"{where}: attribute {name!r} refers to another object, which no Keras file does"
+            )
+        # The low-level copy keeps fixed-length, padded and variable-length text apart.
+        copy = h5py.h5a.create(
+            target.id, attribute.name, attribute.get_type(), attribute.get_space()
+        )
+        if attribute.get_space().get_simple_extent_type() == h5py.h5s.NULL:
+            continue
+        value = np.empty(attribute.shape, attribute.dtype)
+        attribute.read(value)
+        copy.write(value)
+
+
+def _copy_inline(item: Any, target: Any, path: str, where: str) -> Any:
+    _check_layout(item, path, where)
+    if item.shape is None:
+        return target.create_dataset(path, data=import_h5py().Empty(item.dtype))
+    if item.id.get_storage_size() > _MAX_INLINE:
+        raise UnsupportedFormatError(
+            f"{where}: dataset {path!r} has dtype {item.dtype}, which cannot be stored"
+        )
+    return target.create_dataset(path, data=item[()], dtype=item.dtype)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a file that a model names may be read: following links must not lead out of its folder.
+
+A folder from a stranger could link a tokenizer file to a private one, and the store would hand
+its content out. The cache of the Hugging Face hub links files of ``snapshots/<revision>`` to
+``blobs`` beside it, so for such a folder the whole repository counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["is_inside"]
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return whether ``path``, links resolved, lies in ``folder`` or its hub cache entry."""
+    target = path.resolve()
+    root = folder.resolve()
+    if target.is_relative_to(root):
+        return True
+    for parent in (root, *root.parents):
+        if parent.parent.name == "snapshots":
+            return target.is_relative_to(parent.parent.parent / "blobs")
+    return False

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models given as a mapping of names to numpy arrays, torch tensors or what converts to arrays.
+
+Nothing is copied until a tensor is read, and then only what is not already contiguous and in
+native byte order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+
+from pydedup.errors import ArgumentError
+from pydedup.formats import torch as torch_format
+from pydedup.formats.base import Array, SourceBase, TensorEntry, name_problem
+from pydedup.types import DType
+
+__all__ = ["MappingSource"]
+
+
+class MappingSource(SourceBase):
+    """A mapping of names to arrays or tensors; it must not change while the source is open."""
+
+    format = "mapping"
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__("the given mapping")
+        self._arrays: dict[str, Any] = {}
+        # Otherwise wrong input is the caller's slip here, not a damaged file.
+        for name in values:
+            problem = name_problem(name)
+            if problem:
+                raise ArgumentError(f"tensor name {name!r:.80} {problem}")
+        entries = []
+        for name, value in values.items():
+            if torch_format.is_tensor(value):
+                self._arrays[name] = value
+                entries.append(torch_format.torch_entry(name, value, f"tensor {name!r}"))
+                continue
+            array = _as_array(name, value)
+            # The key may name temporary memory of a conversion: keeping the array keeps it valid.
+            self._arrays[name] = array
+            entries.append(TensorEntry(name, _dtype(name, array), array.shape, _key(name, array)))
+        self._set_entries(entries)
+
+    def close(self) -> None:
+        """Let go of the arrays."""
+        self._arrays = {}
+
+    def _read(self, entry: TensorEntry) -> Array:
+        value = self._arrays[entry.name]
+        if not isinstance(value, np.ndarray):
+            return torch_format.to_numpy(value)
+        array = value.astype(entry.dtype.numpy, copy=False)
+        return array if array.flags.c_contiguous else array.copy("C")
+
+
+def _as_array(name: str, value: object) -> Array:
+    try:
+        array = np.asarray(value)
+    except Exception as exc:  # __array__ of foreign classes may raise anything
+        raise ArgumentError(
+            f"tensor {name!r} is a {type(value).__name__}, which numpy cannot read: {exc}"
+        ) from exc
+    if array.dtype.hasobject:
+        raise ArgumentError(
+            f"tensor {name!r} is a {type(value).__name__}, which is no array of numbers"
+        )
+    return array
+
+
+def _dtype(name: str, array: Array) -> DType:
+    try:
+        return DType.of(array.dtype)
+    except ArgumentError as exc:
+        raise ArgumentError(f"tensor {name!r}: {exc}") from exc
+
+
+def _key(name: str, array: Array) -> Hashable:
+    if not array.size:
+        return name
+    address = array.__array_interface__["data"][0]
+    return (address, array.dtype.str, array.dtype.name, array.shape, array.strides)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every reader gives and every writer takes: tensor entries, artifacts, a source.
+
+Readers never hold a whole model: ``read`` returns one tensor, as a read-only view of the file
+where its bytes lie there as they are, else as a copy of that tensor alone. Names of artifacts
+that were files keep their path inside the model's folder; artifacts that pydedup derives (a graph
+without weights, a vocabulary) start with ``pydedup:`` so that no file can be mistaken for one.
+
+Deliberately not here: bytes of any particular format, and the choice between formats
+(:mod:`pydedup.formats.registry`).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from pydedup.errors import ArgumentError, FormatError, NotFoundError
+from pydedup.graph import Graph
+from pydedup.types import DType
+
+__all__ = [
+    "DERIVED",
+    "Array",
+    "Artifact",
+    "LazyTensors",
+    "ModelSource",
+    "SourceBase",
+    "TensorEntry",
+    "checked_entries",
+    "fetch_tensor",
+    "find_artifact",
+]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+#: What numpy 1.26 can hold.
+_MAX_AXES = 32
+
+#: Prefix of artifacts that were no file of their own.
+DERIVED = "pydedup:"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor that a source can read.
+
+    Attributes
+    ----------
+    name
+        Unique within the source.
+    dtype, shape
+        As stored; a scalar has the shape ``()``.
+    key
+        Two entries with equal keys are the same view of the same storage (tied weights).
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    key: Hashable
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's elements."""
+        return count(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Something that belongs to a model and is no tensor: config, tokenizer, vocabulary."""
+
+    name: str
+    media_type: str
+    payload: bytes
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+    """An open model, to be used as a context manager. Arrays read from it outlive it."""
+
+    @property
+    def format(self) -> str:
+        """Name of the format, e.g. ``"safetensors"``."""
+
+    @property
+    def description(self) -> str:
+        """What messages call this source, usually its path."""
+
+    @property
+    def entries(self) -> Sequence[TensorEntry]:
+        """All tensors, in the order of the file."""
+
+    @property
+    def graph(self) -> Graph | None:
+        """The layers, when they are certain."""
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """What the source holds and pydedup does not take, e.g. optimizer state."""
+
+    def read(self, name: str) -> Array:
+        """Return one tensor: C-contiguous, native byte order, read-only.
+
+        Raises
+        ------
+        NotFoundError
+            When the source has no tensor of that name.
+        FormatError
+            When its bytes are missing or damaged.
+        """
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Yield what belongs to the model besides tensors, one at a time."""
+
+    def close(self) -> None:
+        """Give back files and temporary space. Idempotent."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class LazyTensors(Protocol):
+    """What a writer takes tensors from: any mapping whose look-up may load on demand."""
+
+    def __getitem__(self, name: str, /) -> Array:
+        """Return one tensor."""
+
+
+class SourceBase(abc.ABC):
+    """Shared behaviour of all sources; a subclass fills ``_set_entries`` and ``_read``."""
+
+    format: str = ""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.left_out: tuple[str, ...] = ()
+        self._entries: tuple[TensorEntry, ...] = ()
+        self._by_name: dict[str, TensorEntry] = {}
+
+    @property
+    def entries(self) -> Sequence[TensorEntry]:
+        """All tensors, in the order of the file."""
+        return self._entries
+
+    @property
+    def graph(self) -> Graph | None:
+        """The layers, when they are certain."""
+        return None
+
+    def read(self, name: str) -> Array:
+        """Return one tensor: C-contiguous, native byte order, read-only."""
+        entry = self._by_name.get(name)
+        if entry is None:
+            raise NotFoundError(f"{self.description} has no tensor {name!r}")
+        array = self._read(entry)
+        # An overlay dtype (bfloat16 over raw bits) or a damaged reader would show here, before
+        # wrong bytes reach a store.
+        if array.shape != entry.shape or array.dtype != entry.dtype.numpy:
+            raise FormatError(
+                f"{self.description}: tensor {name!r} read as {array.dtype} {array.shape}, "
+                f"but its header says {entry.dtype.label} {entry.shape}"
+            )
+        if array.flags.writeable:
+            array = array.view()
+            array.flags.writeable = False
+        return array
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Yield what belongs to the model besides tensors, one at a time."""
+        return iter(())
+
+    def close(self) -> None:  # noqa: B027 - a source without files has nothing to give back
+        """Give back files and temporary space. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _set_entries(self, entries: Iterable[TensorEntry]) -> None:
+        self._entries = checked_entries(self.description, entries)
+        self._by_name = {entry.name: entry for entry in self._entries}
+
+    @abc.abstractmethod
+    def _read(self, entry: TensorEntry) -> Array:
+        """Return the tensor, C-contiguous and in native byte order."""
+
+
+def count(shape: Iterable[int]) -> int:
+    """Return the number of elements, in Python integers that cannot overflow."""
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total
+
+
+def checked_entries(description: str, entries: Iterable[TensorEntry]) -> tuple[TensorEntry, ...]:
+    """Return the entries if their names can be stored and are unique.
+
+    Raises
+    ------
+    FormatError
+        Naming the first name that is empty, repeated or no valid Unicode text.
+    """
+    result = tuple(entries)
+    seen: set[str] = set()
+    for entry in result:
+        problem = name_problem(entry.name)
+        if problem is None and entry.name in seen:
+            problem = "occurs twice"
+        if problem is None and len(entry.shape) > _MAX_AXES:
+            problem = f"has {len(entry.shape)} axes; at most {_MAX_AXES} can be stored"
+        if problem is not None:
+            raise FormatError(f"{description}: tensor name {entry.name!r:.80} {problem}")
+        seen.add(entry.name)
+    return result
+
+
+def name_problem(name: object) -> str | None:
+    """Return why ``name`` cannot be a tensor's name, or ``None``."""
+    if not isinstance(name, str):
+        return "is no text"
+    if not name:
+        return "is empty"
+    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+        return "holds control characters"
+    try:
+        encoded = name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is no valid Unicode text"
+    if len(encoded) > 1024:
+        return f"has {len(encoded)} bytes; at most 1024 can be stored"
+    return None
+
+
+def fetch_tensor(tensors: LazyTensors, entry: TensorEntry) -> Array:
+    """Return ``tensors[entry.name]``, C-contiguous, after checking that it is what was announced.
+
+    Raises
+    ------
+    ArgumentError
+        When its dtype or shape is not that of the entry.
+    """
+    array = np.asarray(tensors[entry.name])
+    if array.dtype != entry.dtype.numpy or array.shape != entry.shape:
+        raise ArgumentError(
+            f"tensor {entry.name!r} is {array.dtype} {array.shape}, announced as "
+            f"{entry.dtype.label} {entry.shape}"
+        )
+    return np.ascontiguousarray(array).reshape(entry.shape)
+
+
+def find_artifact(artifacts: Iterable[Artifact], name: str) -> bytes | None:
+    """Return the payload of the artifact with that name, or ``None``."""
+    for artifact in artifacts:
+        if artifact.name == name:
+            return artifact.payload
+    return None

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face model folders: weights in one or several files, with config and tokenizer.
+
+Each folder of the model may have weights: the first of a safetensors index, ``model.safetensors``
+or the only other safetensors file, a torch index, ``pytorch_model.bin`` or the only other torch
+file. Tensors of subfolders (parts of a diffusion pipeline, dense modules of a sentence encoder)
+have the folder before their names: ``unet/conv_in.weight``.
+
+All other small files are artifacts under their path. The same weights in further formats, states
+of training and large files of unknown kind are left out, and listed.
+
+Writing gives back the same files: which weights were in which file is an artifact too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydedup.errors import ArgumentError, FormatError
+from pydedup.formats import safetensors, torch
+from pydedup.formats._paths import is_inside
+from pydedup.formats.base import (
+    DERIVED,
+    Array,
+    Artifact,
+    LazyTensors,
+    SourceBase,
+    TensorEntry,
+    find_artifact,
+)
+from pydedup.graph import Graph
+
+__all__ = ["LAYOUT", "FolderSource", "write"]
+
+#: The artifact that says which weights were in which file.
+LAYOUT = DERIVED + "folder-layout"
+#: A file for models whose layers are known, so that they stay known.
+GRAPH_FILE = "pydedup_graph.json"
+
+_MAX_ARTIFACT = 64 << 20
+_MAX_INDEX = 256 << 20
+_SAFE_SUFFIX = ".safetensors"
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+_WEIGHT_SUFFIXES = {
+    *(_SAFE_SUFFIX, *_TORCH_SUFFIXES, ".ckpt", ".gguf", ".h5", ".keras", ".mlmodel", ".msgpack"),
+    *(".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".pb", ".tflite"),
+}
+_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
+_SKIPPED_FOLDERS = re.compile(r"\.git|\.cache|__pycache__|checkpoint-\d+")
+_MEDIA_TYPES = {
+    ".json": "application/json",
+    ".md": "text/markdown",
+    ".txt": "text/plain",
+    ".py": "text/x-python",
+    ".yaml": "application/yaml",
+    ".yml": "application/yaml",
+}
+
+
+@dataclass(slots=True)
+class _Part:
+    """The weights of one folder: an index or none, and the files."""
+
+    folder: str
+    index: str | None
+    files: list[str]
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+
+
+class FolderSource(SourceBase):
+    """Reader of a model folder. Safe between threads."""
+
+    format = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        self._files: dict[str, SourceBase] = {}
+        self._where: dict[str, tuple[SourceBase, str]] = {}
+        try:
+            names, skipped = _list_files(path)
+            self._parts = list(_parts(path, names))
+            if not self._parts:
+                raise FormatError(f"{path} holds no model weights{_hint(names)}")
+            self._layout: list[dict[str, Any]] = []
+            self._set_entries(list(self._open_parts()))
+            self._artifact_files, left_out = self._choose_artifacts(names)
+            self.left_out = tuple(skipped + left_out)
+            self._graph = self._read_graph(names)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def graph(self) -> Graph | None:
+        """The layers, when pydedup wrote the folder and knew them."""
+        return self._graph
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Yield all small files, and the layout of the weights."""
+        layout = {"version": 1, "parts": self._layout}
+        yield Artifact(LAYOUT, "application/json", json.dumps(layout).encode())
+        for name in self._artifact_files:
+            suffix = PurePosixPath(name).suffix.lower()
+            media_type = _MEDIA_TYPES.get(suffix, "application/octet-stream")
+            yield Artifact(name, media_type, _read_file(self._path / name, _MAX_INDEX))
+
+    def close(self) -> None:
+        """Close the files; arrays from them stay valid."""
+        for source in self._files.values():
+            source.close()
+
+    def _read(self, entry: TensorEntry) -> Array:
+        source, name = self._where[entry.name]
+        return source.read(name)
+
+    def _open_parts(self) -> Iterator[TensorEntry]:
+        for part in self._parts:
+            prefix = f"{part.folder}/" if part.folder else ""
+            files = []
+            found: set[str] = set()
+            for file in part.files:
+                source = _open_weights(self._path / part.folder / file)
+                self._files[prefix + file] = source
+                also = []
+                for entry in source.entries:
+                    if part.index and part.weight_map.get(entry.name) != file:
+                        if entry.name in part.weight_map:
+                            continue  # the index prefers the copy in another file
+                        also.append(entry.name)
+                    found.add(entry.name)
+                    self._check_prefix(part, entry.name)
+                    self._where[prefix + entry.name] = source, entry.name
+                    key = (prefix + file, entry.key)
+                    yield TensorEntry(prefix + entry.name, entry.dtype, entry.shape, key)
+                self.left_out += source.left_out
+                payload = find_artifact(source.artifacts(), safetensors.METADATA)
+                metadata = None if payload is None else json.loads(payload)
+                files.append({"name": file, "metadata": metadata, "also": also})
+            missing = sorted(set(part.weight_map) - found)
+            if missing:
+                raise FormatError(
+                    f"{self._path / prefix}{part.index} lists tensor {missing[0]!r} in "
+                    f"{part.weight_map[missing[0]]!r}, which does not have it"
+                )
+            self._layout.append({"folder": part.folder, "index": part.index, "files": files})
+
+    def _check_prefix(self, part: _Part, name: str) -> None:
+        full = f"{part.folder}/{name}" if part.folder else name
+        for other in self._parts:
+            if len(other.folder) > len(part.folder) and full.startswith(other.folder + "/"):
+                raise FormatError(
+                    f"{self.description}: tensor {name!r} of folder {part.folder or '.'!r} is "
+                    f"named like one of folder {other.folder!r}; add the folders separately"
+                )
+
+    def _choose_artifacts(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        kept, left_out = [], []
+        for name in names:
+            if name in self._files or name == GRAPH_FILE:
+                continue
+            indexes = {str(PurePosixPath(p.folder, p.index)) for p in self._parts if p.index}
+            stale = name.endswith(".index.json") and name not in indexes
+            weights = PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES
+            inside = is_inside(self._path / name, self._path)
+            if stale or weights or not inside or _size(self._path / name) > _MAX_ARTIFACT:
+                left_out.append(name)
+            else:
+                kept.append(name)
+        return kept, left_out
+
+    def _read_graph(self, names: Sequence[str]) -> Graph | None:
+        if GRAPH_FILE not in names:
+            return None
+        try:
+            graph = Graph.from_json(_read_file(self._path / GRAPH_FILE, _MAX_INDEX))
+            graph.validate({entry.name: entry.shape for entry in self._entries})
+        except ArgumentError as exc:
+            raise FormatError(f"{self._path / GRAPH_FILE} is damaged: {exc}") from exc
+        return graph
+
+
+def write(
+    path: Path,
+    tensors: LazyTensors,
+    entries: Sequence[TensorEntry],
+    artifacts: Sequence[Artifact],
+    graph: Graph | None,
+) -> None:
+    """Fill the empty folder ``path``: artifacts that were files, and the weights as they were."""
+    for item in artifacts:
+        if not item.name.startswith(DERIVED):
+            target = _safe_target(path, item.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(item.payload)
+    if graph is not None:
+        (path / GRAPH_FILE).write_text(graph.to_json(), encoding="utf-8")
+    payload = find_artifact(artifacts, LAYOUT)
+    if payload is None:
+        safetensors.write(
+            _safe_target(path, "model.safetensors"), tensors, entries, artifacts, {"format": "pt"}
+        )
+        return
+    by_name = {entry.name: entry for entry in entries}
+    parts = json.loads(payload)["parts"]
+    for part in sorted(parts, key=lambda item: -len(item["folder"])):
+        prefix = f"{part['folder']}/" if part["folder"] else ""
+        for file, names in _assign(path, part, prefix, by_name):
+            chosen = [by_name.pop(name) for name in names]
+            inner = [
+                TensorEntry(e.name.removeprefix(prefix), e.dtype, e.shape, e.key) for e in chosen
+            ]
+            target = _safe_target(path, prefix + file["name"])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            view = _Prefixed(tensors, prefix)
+            if target.suffix == _SAFE_SUFFIX:
+                safetensors.write(target, view, inner, (), file["metadata"])
+            else:
+                torch.write(target, view, inner)
+    if by_name:
+        raise ArgumentError(
+            f"tensor {min(by_name)!r} belongs to none of the files this model came from; "
+            "export to one .safetensors file"
+        )
+
+
+class _Prefixed:
+    """The tensors of one folder under their names in its files."""
+
+    def __init__(self, tensors: LazyTensors, prefix: str) -> None:
+        self._tensors, self._prefix = tensors, prefix
+
+    def __getitem__(self, name: str, /) -> Array:
+        return self._tensors[self._prefix + name]
+
+
+def _assign(
+    path: Path, part: Mapping[str, Any], prefix: str, by_name: Mapping[str, TensorEntry]
+) -> list[tuple[Mapping[str, Any], list[str]]]:
+    """Return which tensors go into which file of a part."""
+    mine = [name for name in by_name if name.startswith(prefix)]
+    files = part["files"]
+    if part["index"] is None:
+        return [(files[0], mine)]
+    weight_map = dict(_weight_map(path / prefix / part["index"]))
+    weight_map.update({name: file["name"] for file in files for name in file["also"]})
+    result = []
+    for file in files:
+        names = [name for name in mine if weight_map.get(name.removeprefix(prefix)) == file["name"]]
+        result.append((file, names))
+    return result
+
+
+def _list_files(path: Path) -> tuple[list[str], list[str]]:
+    """Return all files by path inside the folder, and the folders that were skipped."""
+    names: list[str] = []
+    skipped: list[str] = []
+
+    def fail(exc: OSError) -> None:
+        raise FormatError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
+
+    for folder, folders, files in os.walk(path, onerror=fail):
+        relative = Path(folder).relative_to(path)
+        for name in list(folders):
+            if _SKIPPED_FOLDERS.fullmatch(name) or Path(folder, name).is_symlink():
+                folders.remove(name)
+                if not name.startswith((".", "__")):
+                    skipped.append(f"{(relative / name).as_posix()}/")
+        names += [(relative / name).as_posix() for name in files if Path(folder, name).is_file()]
+    for name in names:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as exc:
+            raise FormatError(f"{path} holds a file whose name {name!r} is no valid text") from exc
+    return sorted(names), sorted(skipped)
+
+
+def _parts(path: Path, names: Sequence[str]) -> Iterator[_Part]:
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        folder = PurePosixPath(name).parent.as_posix()
+        by_folder.setdefault("" if folder == "." else folder, []).append(PurePosixPath(name).name)
+    for folder in sorted(by_folder):
+        part = _part(path, folder, by_folder[folder])
+        if part is not None:
+            yield part
+
+
+def _part(path: Path, folder: str, files: Sequence[str]) -> _Part | None:
+    safe = [name for name in files if name.endswith(_SAFE_SUFFIX)]
+    other = [
+        name for name in files if name.endswith(_TORCH_SUFFIXES) and not _TRAINING.fullmatch(name)
+    ]
+    for suffix, found, usual in (
+        (_SAFE_SUFFIX, safe, ("model.safetensors", "diffusion_pytorch_model.safetensors")),
+        (".bin", other, ("pytorch_model.bin", "diffusion_pytorch_model.bin")),
+    ):
+        indexes = [name for name in files if name.endswith(suffix + ".index.json")]
+        for index in sorted(indexes, key=len)[:1]:  # variants have longer names
+            weight_map = _weight_map(path / folder / index)
+            for file in weight_map.values():
+                if file not in files:
+                    raise FormatError(f"{path / folder / index} names {file!r}, which is missing")
+            return _Part(folder, index, sorted(set(weight_map.values())), weight_map)
+        if not found or (suffix == ".bin" and folder and not set(usual) & set(found)):
+            continue  # in a subfolder, any other .bin or .pt may be anything
+        chosen = next((name for name in usual if name in found), None)
+        if chosen is None and len(found) > 1:
+            raise FormatError(
+                f"{path / folder} holds several weight files ({', '.join(found[:4])}) and no "
+                "index; give the path of one of them"
+            )
+        return _Part(folder, None, [chosen or found[0]])
+    return None
+
+
+def _weight_map(path: Path) -> Mapping[str, str]:
+    try:
+        weight_map = json.loads(_read_file(path, _MAX_INDEX))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        if isinstance(exc, FormatError):
+            raise
+        raise FormatError(f"{path} is no index of weights: {exc!r:.100}") from exc
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{path} is no index of weights: 'weight_map' is empty or no object")
+    for file in weight_map.values():
+        if not isinstance(file, str) or PurePosixPath(file).name != file:
+            raise FormatError(f"{path} names the file {file!r:.80}, which is not in its folder")
+    return weight_map
+
+
+def _open_weights(path: Path) -> SourceBase:
+    if not is_inside(path, path.parent):
+        raise FormatError(
+            f"{path} leads outside of the model's folder; copy it with its links resolved (cp -rL)"
+        )
+    with path.open("rb") as file:
+        head = file.read(16)
+    if safetensors.looks_like(head, path.stat().st_size) or path.suffix == _SAFE_SUFFIX:
+        return safetensors.SafetensorsSource(path)
+    if head[:2] != b"PK" and not torch.looks_like_legacy(head):
+        raise FormatError(f"{path} is no torch checkpoint")
+    return torch.TorchSource(path)
+
+
+def _hint(names: Sequence[str]) -> str:
+    others = [name for name in names if PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES]
+    if others:
+        return f" of its own; give the path of a file, such as {others[0]!r}"
+    return ": no .safetensors and no pytorch_model.bin"
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as exc:
+        raise FormatError(f"{path} cannot be read: {exc.strerror}") from exc
+    if len(data) > limit:
+        raise FormatError(f"{path} has over {limit} bytes, too many for a file of its kind")
+    return data
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as exc:
+        raise FormatError(f"{path} cannot be read: {exc.strerror}") from exc
+
+
+def _safe_target(folder: Path, name: str) -> Path:
+    """Return where a stored file goes; names that would leave the folder are refused."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\x00" in name:
+        raise ArgumentError(f"artifact {name!r:.80} would be written outside of the folder")
+    target = folder / pure
+    if target.exists():
+        raise ArgumentError(f"artifact {name!r:.80} and another file want the same place")
+    return target

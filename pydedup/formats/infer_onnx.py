@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of an ONNX model, when every one of its operations has an exact counterpart.
+
+Anything else (an unknown operation, a control flow, a semantic that differs, such as a Gemm with
+alpha) gives no graph rather than an approximate one. Of initialisers only shapes are needed,
+except for small constants (shapes, axes) that must have their data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from pydedup.errors import ArgumentError
+from pydedup.graph import AttrValue, Graph, Node
+
+__all__ = ["infer"]
+
+#: Operations that map one to one, without attributes.
+_PLAIN = {
+    "Relu": "relu",
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "Softplus": "softplus",
+    "Identity": "identity",
+    "Add": "add",
+    "Mul": "mul",
+    "Sub": "sub",
+}
+_TRAINING = "training_mode"
+
+
+class _UnknownError(Exception):
+    """An operation has no exact counterpart."""
+
+
+def infer(model: Any) -> Graph | None:
+    """Return the graph of an ``onnx.ModelProto``, or ``None`` when it cannot be exact."""
+    try:
+        return _Translation(model).graph()
+    except (_UnknownError, ArgumentError):
+        return None
+
+
+class _Translation:
+    """One pass over the nodes of a model."""
+
+    def __init__(self, model: Any) -> None:
+        graph = model.graph
+        self._proto = graph
+        self._opset = max((o.version for o in model.opset_import if not o.domain), default=0)
+        self._shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+        self._tensors = {t.name: t for t in graph.initializer}
+        self._inputs = tuple(i.name for i in graph.input if i.name not in self._tensors)
+        self._ranks = {
+            v.name: len(v.type.tensor_type.shape.dim)
+            for v in (*graph.input, *graph.value_info, *graph.output)
+            if v.type.tensor_type.HasField("shape")
+        }
+        self._constants: dict[str, Any] = {}
+        self._uses: dict[str, int] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._uses[name] = self._uses.get(name, 0) + 1
+        for value in graph.output:
+            self._uses[value.name] = self._uses.get(value.name, 0) + 1
+        #: Values that are another value under a new name (dropout does nothing here).
+        self._alias: dict[str, str] = {}
+        #: Outputs of a MatMul by a weight, to which a following Add may bring a bias.
+        self._open_linear: dict[str, int] = {}
+        self._nodes: list[Node] = []
+
+    def graph(self) -> Graph:
+        for node in self._proto.node:
+            if node.domain not in ("", "ai.onnx") or len(node.output) < 1:
+                raise _UnknownError
+            if any(name for name in node.output[1:]) and node.op_type != "Dropout":
+                raise _UnknownError
+            translate = _TRANSLATE.get(node.op_type)
+            if node.op_type in _PLAIN:
+                self._plain(node)
+            elif translate is None:
+                raise _UnknownError
+            else:
+                translate(self, node, {a.name: a for a in node.attribute})
+        outputs = tuple(self._value(v.name) for v in self._proto.output)
+        return Graph(self._inputs, outputs, tuple(self._nodes))
+
+    # ---- helpers ------------------------------------------------------------------------------
+
+    def _value(self, name: str) -> str:
+        """Return the activation with that name; an initialiser is none."""
+        if name in self._tensors or name in self._constants or not name:
+            raise _UnknownError
+        return self._alias.get(name, name)
+
+    def _weight(self, name: str, rank: int | None = None) -> str:
+        shape = self._shapes.get(name)
+        if shape is None or (rank is not None and len(shape) != rank):
+            raise _UnknownError
+        return name
+
+    def _constant(self, name: str) -> list[int]:
+        """Return the integers of a small constant."""
+        tensor = self._constants.get(name, self._tensors.get(name))
+        if tensor is None:
+            raise _UnknownError
+        import onnx.numpy_helper
+
+        try:
+            values = np.asarray(onnx.numpy_helper.to_array(tensor))
+        except (ValueError, TypeError) as exc:
+            raise _UnknownError from exc
+        if values.dtype.kind not in "iu" or values.ndim > 1:
+            raise _UnknownError
+        return [int(value) for value in values.reshape(-1)]
+
+    def _add(
+        self,
+        op: str,
+        node: Any,
+        inputs: tuple[str, ...],
+        weights: Mapping[str, str] | None = None,
+        attrs: Mapping[str, AttrValue] | None = None,
+    ) -> None:
+        values = tuple(self._value(name) for name in inputs)
+        self._nodes.append(Node(op, values, node.output[0], weights or {}, attrs or {}))
+
+    # ---- operations ---------------------------------------------------------------------------
+
+    def _plain(self, node: Any) -> None:
+        if node.op_type == "Add" and self._add_bias(node):
+            return
+        self._add(_PLAIN[node.op_type], node, tuple(node.input))
+
+    def _add_bias(self, node: Any) -> bool:
+        """Fold the Add of a 1-D initialiser into the MatMul before it."""
+        for value, bias in (tuple(node.input), tuple(node.input)[::-1]):
+            at = self._open_linear.get(value)
+            if at is None or bias not in self._shapes or self._uses[value] != 1:
+                continue
+            linear = self._nodes[at]
+            out = self._shapes[linear.weights["weight"]][1]
+            if self._shapes[bias] != (out,):
+                raise _UnknownError
+            weights = {**linear.weights, "bias": bias}
+            self._nodes[at] = Node("linear", linear.inputs, node.output[0], weights, linear.attrs)
+            return True
+        return False
+
+    def _gemm(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        if _float(attrs, "alpha", 1.0) != 1.0 or _int(attrs, "transA", 0):
+            raise _UnknownError
+        weights = {"weight": self._weight(node.input[1], 2)}
+        transposed = bool(_int(attrs, "transB", 0))
+        if len(node.input) > 2 and node.input[2]:
+            out = self._shapes[node.input[1]][0 if transposed else 1]
+            if _float(attrs, "beta", 1.0) != 1.0 or self._shapes.get(node.input[2]) != (out,):
+                raise _UnknownError
+            weights["bias"] = node.input[2]
+        self._add("linear", node, (node.input[0],), weights, _transpose(not transposed))
+
+    def _matmul(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        weights = {"weight": self._weight(node.input[1], 2)}
+        self._add("linear", node, (node.input[0],), weights, _transpose(True))
+        self._open_linear[node.output[0]] = len(self._nodes) - 1
+
+    def _gather(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        if _int(attrs, "axis", 0) != 0:
+            raise _UnknownError
+        weights = {"weight": self._weight(node.input[0], 2)}
+        self._add("embedding", node, (node.input[1],), weights)
+
+    def _gelu(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        mode = attrs["approximate"].s.decode() if "approximate" in attrs else "none"
+        self._add("gelu", node, (node.input[0],), attrs={"approximate": mode})
+
+    def _softmax(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        op = "softmax" if node.op_type == "Softmax" else "log_softmax"
+        axis = _int(attrs, "axis", -1 if self._opset >= 13 else 1)
+        if self._opset < 13:
+            # It used to flatten all axes from `axis` on, which is the same only for the last.
+            rank = self._ranks.get(node.input[0], self._ranks.get(node.output[0]))
+            if axis != -1 and (rank is None or axis != rank - 1):
+                raise _UnknownError
+        self._add(op, node, (node.input[0],), attrs={"axis": axis})
+
+    def _leaky_relu(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        alpha = _float(attrs, "alpha", 0.01)
+        self._add("leaky_relu", node, (node.input[0],), attrs={"alpha": alpha})
+
+    def _elu(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        self._add("elu", node, (node.input[0],), attrs={"alpha": _float(attrs, "alpha", 1.0)})
+
+    def _flatten(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        if _int(attrs, "axis", 1) != 1:  # any other axis flattens what lies before it, too
+            raise _UnknownError
+        self._add("flatten", node, (node.input[0],), attrs={"start_axis": 1})
+
+    def _reshape(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        shape = self._constant(node.input[1])
+        if 0 in shape:
+            # 0 copies the input's size there; only in front can that be said otherwise.
+            if _int(attrs, "allowzero", 0) or shape[0] != 0 or 0 in shape[1:]:
+                raise _UnknownError
+            if shape == [0, -1]:
+                self._add("flatten", node, (node.input[0],), attrs={"start_axis": 1})
+                return
+            if -1 in shape:
+                raise _UnknownError
+            shape[0] = -1
+        self._add("reshape", node, (node.input[0],), attrs={"shape": shape})
+
+    def _layer_norm(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        if len(node.input) < 3 or _int(attrs, "stash_type", 1) != 1:
+            raise _UnknownError
+        scale, bias = self._weight(node.input[1]), self._weight(node.input[2])
+        axes = len(self._shapes[scale])
+        axis = _int(attrs, "axis", -1)
+        rank = self._ranks.get(node.input[0])
+        if axis != -axes and (rank is None or axis != rank - axes):
+            raise _UnknownError
+        eps = _float(attrs, "epsilon", 1e-5)
+        weights = {"weight": scale, "bias": bias}
+        self._add("layer_norm", node, (node.input[0],), weights, {"axes": axes, "eps": eps})
+
+    def _batch_norm(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        if _int(attrs, _TRAINING, 0) or _int(attrs, "spatial", 1) != 1:
+            raise _UnknownError
+        roles = ("weight", "bias", "mean", "var")
+        weights = {
+            role: self._weight(name, 1) for role, name in zip(roles, node.input[1:], strict=True)
+        }
+        eps = _float(attrs, "epsilon", 1e-5)
+        self._add("batch_norm", node, (node.input[0],), weights, {"eps": eps, "axis": 1})
+
+    def _concat(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        self._add("concat", node, tuple(node.input), attrs={"axis": _int(attrs, "axis", 1)})
+
+    def _reduce_mean(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        if len(node.input) > 1 and node.input[1]:
+            axes = self._constant(node.input[1])
+        elif "axes" in attrs:
+            axes = list(attrs["axes"].ints)
+        else:
+            raise _UnknownError
+        keep = bool(_int(attrs, "keepdims", 1))
+        axis: AttrValue = axes[0] if len(axes) == 1 else axes
+        self._add("mean", node, (node.input[0],), attrs={"axis": axis, "keepdims": keep})
+
+    def _transpose_axes(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        if "perm" in attrs:
+            perm = list(attrs["perm"].ints)
+        elif node.input[0] in self._ranks:
+            perm = list(range(self._ranks[node.input[0]]))[::-1]
+        else:
+            raise _UnknownError
+        self._add("transpose", node, (node.input[0],), attrs={"perm": perm})
+
+    def _dropout(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        if any(name and self._uses.get(name) for name in node.output[1:]):
+            raise _UnknownError  # somebody wants the mask
+        if len(node.input) > 2 and node.input[2]:
+            raise _UnknownError  # may drop while predicting
+        self._alias[node.output[0]] = self._value(node.input[0])
+
+    def _constant_node(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        import onnx
+
+        if "value" in attrs:
+            self._constants[node.output[0]] = attrs["value"].t
+        elif "value_ints" in attrs:
+            values = np.array(list(attrs["value_ints"].ints), np.int64)
+            self._constants[node.output[0]] = onnx.numpy_helper.from_array(values)
+        elif "value_int" in attrs:
+            value = np.array(attrs["value_int"].i, np.int64)
+            self._constants[node.output[0]] = onnx.numpy_helper.from_array(value)
+        else:
+            raise _UnknownError
+
+
+def _int(attrs: Mapping[str, Any], name: str, default: int) -> int:
+    return int(attrs[name].i) if name in attrs else default
+
+
+def _float(attrs: Mapping[str, Any], name: str, default: float) -> float:
+    return float(attrs[name].f) if name in attrs else default
+
+
+def _transpose(needed: bool) -> Mapping[str, AttrValue]:
+    return {"transpose": True} if needed else {}
+
+
+_TRANSLATE: Mapping[str, Callable[[_Translation, Any, Mapping[str, Any]], None]] = {
+    "Gemm": _Translation._gemm,
+    "MatMul": _Translation._matmul,
+    "Gather": _Translation._gather,
+    "Gelu": _Translation._gelu,
+    "Softmax": _Translation._softmax,
+    "LogSoftmax": _Translation._softmax,
+    "LeakyRelu": _Translation._leaky_relu,
+    "Elu": _Translation._elu,
+    "Flatten": _Translation._flatten,
+    "Reshape": _Translation._reshape,
+    "LayerNormalization": _Translation._layer_norm,
+    "BatchNormalization": _Translation._batch_norm,
+    "Concat": _Translation._concat,
+    "ReduceMean": _Translation._reduce_mean,
+    "Transpose": _Translation._transpose_axes,
+    "Dropout": _Translation._dropout,
+    "Constant": _Translation._constant_node,
+}

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of a torch module, when they are certain without running it.
+
+Certain means: ``nn.Sequential``, nested or subclassed without a ``forward`` of its own, over
+exactly the classes below, without hooks. A subclass of a layer may compute anything, so classes
+are compared, never ``isinstance``; they are compared by name, so that torch need not be imported
+to say no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from pydedup.graph import AttrValue, Graph, Node
+
+__all__ = ["infer"]
+
+#: Operation, pairs of (role, attribute of the module), attributes of the node.
+_Layer: TypeAlias = tuple[str, tuple[tuple[str, str], ...], dict[str, AttrValue]]
+
+_MODULES = "torch.nn.modules."
+_SEQUENTIAL = _MODULES + "container.Sequential"
+_DROPPED = {
+    f"{_MODULES}dropout.{name}"
+    for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout")
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+
+
+class _UncertainError(Exception):
+    """The module does something that a graph cannot say."""
+
+
+def infer(module: object) -> Graph | None:
+    """Return the graph of a module, or ``None`` unless it is certain."""
+    if not _is_sequential(module):
+        return None
+    nodes: list[Node] = []
+    value = "input"
+    try:
+        for path, layer in _layers(module, ""):
+            found = _layer(layer)
+            if found is None:
+                continue
+            op, roles, attrs = found
+            weights = {role: f"{path}.{name}" for role, name in roles}
+            nodes.append(Node(op, (value,), path, weights, attrs))
+            value = path
+    except _UncertainError:
+        return None
+    return Graph(("input",), (value,), tuple(nodes)) if nodes else None
+
+
+def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield (path, layer) in the order of computation, a shared layer each time it is used."""
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        raise _UncertainError
+    for name, child in module._modules.items():
+        if _is_sequential(child):
+            yield from _layers(child, f"{prefix}{name}.")
+        elif any(getattr(child, hooks, None) for hooks in _HOOKS):
+            raise _UncertainError
+        else:
+            yield f"{prefix}{name}", child
+
+
+def _is_sequential(module: object) -> bool:
+    for base in type(module).__mro__:
+        if _name(base) == _SEQUENTIAL:
+            own = type(module)
+            # A subclass that computes otherwise says so in one of these, and an instance can
+            # carry a forward of its own.
+            same = all(
+                getattr(own, name) is getattr(base, name) for name in ("forward", "__call__")
+            )
+            return same and "forward" not in vars(module)
+    return False
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _layer(layer: Any) -> _Layer | None:
+    """Return what a layer computes, ``None`` for one that does nothing when predicting."""
+    kind = _name(type(layer))
+    if "forward" in vars(layer):
+        raise _UncertainError
+    if kind in _DROPPED:
+        return None
+    describe = _DESCRIBE.get(kind)
+    if describe is None:
+        raise _UncertainError
+    return describe(layer)
+
+
+def _plain(op: str) -> Callable[[Any], _Layer]:
+    return lambda layer: (op, (), {})
+
+
+def _linear(layer: Any) -> _Layer:
+    roles = [("weight", "weight")]
+    if layer.bias is not None:
+        roles.append(("bias", "bias"))
+    return "linear", tuple(roles), {}
+
+
+def _embedding(layer: Any) -> _Layer:
+    if layer.max_norm is not None:  # changes rows when they are looked up
+        raise _UncertainError
+    return "embedding", (("weight", "weight"),), {}
+
+
+def _embedding_bag(layer: Any) -> _Layer:
+    if layer.max_norm is not None:
+        raise _UncertainError
+    attrs: dict[str, AttrValue] = {"mode": layer.mode}
+    if layer.padding_idx is not None:
+        attrs["padding_idx"] = int(layer.padding_idx)
+    if layer.include_last_offset:
+        attrs["include_last_offset"] = True
+    return "embedding_bag", (("weight", "weight"),), attrs
+
+
+def _flatten(layer: Any) -> _Layer:
+    if layer.end_dim != -1:
+        raise _UncertainError
+    return "flatten", (), {"start_axis": int(layer.start_dim)}
+
+
+def _softmax(op: str) -> Callable[[Any], _Layer]:
+    def describe(layer: Any) -> _Layer:
+        if layer.dim is None:  # torch then guesses from the input's rank
+            raise _UncertainError
+        return op, (), {"axis": int(layer.dim)}
+
+    return describe
+
+
+def _softplus(layer: Any) -> _Layer:
+    # Above the threshold torch returns x itself, which at 20 is log(1 + exp(x)) in float32.
+    if layer.beta != 1 or layer.threshold != 20:
+        raise _UncertainError
+    return "softplus", (), {}
+
+
+def _layer_norm(layer: Any) -> _Layer:
+    if layer.weight is None or layer.bias is None:
+        raise _UncertainError
+    attrs: dict[str, AttrValue] = {"axes": len(layer.normalized_shape), "eps": float(layer.eps)}
+    return "layer_norm", (("weight", "weight"), ("bias", "bias")), attrs
+
+
+def _batch_norm(layer: Any) -> _Layer:
+    if layer.weight is None or layer.bias is None or layer.running_mean is None:
+        raise _UncertainError
+    roles = (
+        ("weight", "weight"),
+        ("bias", "bias"),
+        ("mean", "running_mean"),
+        ("var", "running_var"),
+    )
+    return "batch_norm", roles, {"eps": float(layer.eps), "axis": 1}
+
+
+_DESCRIBE: Mapping[str, Callable[[Any], _Layer]] = {
+    _MODULES + "linear.Linear": _linear,
+    _MODULES + "linear.Identity": _plain("identity"),
+    _MODULES + "sparse.Embedding": _embedding,
+    _MODULES + "sparse.EmbeddingBag": _embedding_bag,
+    _MODULES + "flatten.Flatten": _flatten,
+    _MODULES + "activation.ReLU": _plain("relu"),
+    _MODULES + "activation.Sigmoid": _plain("sigmoid"),
+    _MODULES + "activation.Tanh": _plain("tanh"),
+    _MODULES + "activation.SiLU": _plain("silu"),
+    _MODULES + "activation.GELU": lambda layer: ("gelu", (), {"approximate": layer.approximate}),
+    _MODULES + "activation.LeakyReLU": lambda layer: (
+        "leaky_relu",
+        (),
+        {"alpha": float(layer.negative_slope)},
+    ),
+    _MODULES + "activation.ELU": lambda layer: ("elu", (), {"alpha": float(layer.alpha)}),
+    _MODULES + "activation.Softplus": _softplus,
+    _MODULES + "activation.Softmax": _softmax("softmax"),
+    _MODULES + "activation.LogSoftmax": _softmax("log_softmax"),
+    _MODULES + "normalization.LayerNorm": _layer_norm,
+    _MODULES + "batchnorm.BatchNorm1d": _batch_norm,
+}

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which reader opens a source, and which writer makes a file.
+
+Readers are chosen by what a file holds. Its name is only asked when the content says nothing, to
+give the error that the user expects: a damaged ``x.onnx`` is reported as a damaged ONNX model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydedup.errors import ArgumentError, FormatError, NotFoundError, UnsupportedFormatError
+from pydedup.formats import folder, keras, npz, onnx, safetensors, torch, wordvec
+from pydedup.formats._files import RawFile, atomic_file, atomic_folder, open_raw
+from pydedup.formats._zip import ZipMembers
+from pydedup.formats.arrays import MappingSource
+from pydedup.formats.base import (
+    Artifact,
+    LazyTensors,
+    ModelSource,
+    SourceBase,
+    TensorEntry,
+    checked_entries,
+)
+from pydedup.graph import Graph
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+__all__ = ["WRITABLE", "detect", "open_source", "write_model"]
+
+#: What ``write_model`` can write, by name.
+WRITABLE = (
+    "safetensors",
+    "torch",
+    "npz",
+    "npy",
+    "huggingface",
+    "onnx",
+    "keras",
+    "keras-h5",
+    "glove",
+    "word2vec",
+    "word2vec-binary",
+)
+
+_READERS: Mapping[str, Callable[[Path], SourceBase]] = {
+    "safetensors": safetensors.SafetensorsSource,
+    "torch": torch.TorchSource,
+    "npz": npz.NpzSource,
+    "npy": npz.NpySource,
+    "huggingface": folder.FolderSource,
+    "onnx": onnx.OnnxSource,
+    "keras": keras.KerasSource,
+    "keras-h5": keras.KerasSource,
+    **{
+        kind: lambda path, kind=kind: wordvec.WordVectorSource(path, kind)  # type: ignore[misc]
+        for kind in ("glove", "word2vec", "word2vec-binary")
+    },
+}
+
+_SUFFIXES = {
+    ".safetensors": "safetensors",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".ckpt": "torch",
+    ".bin": "torch",
+    ".npz": "npz",
+    ".npy": "npy",
+    ".onnx": "onnx",
+    ".keras": "keras",
+    ".h5": "keras-h5",
+    ".hdf5": "keras-h5",
+    ".vec": "word2vec",
+    ".txt": "glove",
+}
+
+_HEAD = 1 << 20
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+#: Beginnings of files that people mistake for models, or that are models we cannot read.
+_FOREIGN: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer; run: git lfs pull"),
+    (b"<!DOCTYPE html", "is a web page, not a model; download the file itself"),
+    (b"<html", "is a web page, not a model; download the file itself"),
+    (b"GGUF", "is a GGUF file, which is not supported; use the safetensors of that model"),
+    (b"\x1f\x8b", "is compressed by gzip; unpack it first"),
+    (b"BZh", "is compressed by bzip2; unpack it first"),
+    (b"\xfd7zXZ\x00", "is compressed by xz; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstandard; unpack it first"),
+)
+
+
+def open_source(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Module,
+) -> ModelSource:
+    """Open a model for reading.
+
+    Parameters
+    ----------
+    source
+        Path of a file or folder in any known format, a mapping of names to arrays or tensors, or
+        a torch module.
+
+    Raises
+    ------
+    NotFoundError
+        When the path does not exist.
+    FormatError
+        When the file is damaged, unsafe, or of no known format.
+    ArgumentError
+        When ``source`` is something else.
+    """
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        return _READERS[detect(path)](path)
+    if torch.is_module(source):
+        return torch.ModuleSource(source)  # type: ignore[arg-type]
+    if isinstance(source, Mapping):
+        return MappingSource(source)
+    raise ArgumentError(
+        f"a model must be a path, a mapping of names to arrays or a torch module, "
+        f"not {type(source).__name__}"
+    )
+
+
+def detect(path: Path) -> str:
+    """Return the name of the format of a file or folder, judged by its content.
+
+    Raises
+    ------
+    NotFoundError, FormatError
+        As `open_source`.
+    """
+    try:
+        if not path.exists():
+            raise NotFoundError(f"{path} does not exist")
+        if path.is_dir():
+            return "huggingface"
+    except (OSError, ValueError) as exc:  # a name too long, a zero byte, no permission
+        reason = getattr(exc, "strerror", None) or exc
+        raise FormatError(f"{str(path)!r:.200} cannot be read: {reason}") from exc
+    with open_raw(path) as raw:
+        if raw.size == 0:
+            raise FormatError(f"{path} is empty")
+        head = raw.read_at(0, min(raw.size, _HEAD))
+        found = _by_content(path, raw, head)
+    if found is None:
+        # Not recognised: let the reader that the name promises say what is wrong.
+        found = _SUFFIXES.get(path.suffix.lower())
+        if found is None or found in ("glove", "word2vec"):
+            raise UnsupportedFormatError(
+                f"{path} is in no format that pydedup knows; it reads safetensors, torch "
+                "checkpoints, npz and npy, ONNX, Keras, word2vec and GloVe files, and Hugging "
+                "Face folders"
+            )
+        if found == "torch":
+            raise FormatError(f"{path} is no torch checkpoint: it is no zip archive and no pickle")
+        if found in ("keras", "npz"):
+            raise FormatError(f"{path} is damaged or truncated: it is no zip archive")
+    return found
+
+
+def write_model(
+    path: str | os.PathLike[str],
+    tensors: LazyTensors,
+    entries: Sequence[TensorEntry],
+    artifacts: Iterable[Artifact] = (),
+    graph: Graph | None = None,
+    *,
+    format: str | None = None,
+) -> None:
+    """Write a model to a file or folder, in one step: nothing is seen of it until it is complete.
+
+    Parameters
+    ----------
+    path
+        Target. A file that exists is replaced; a folder must not exist or be empty.
+    tensors
+        ``tensors[name]`` gives one array; it may load on demand, and is asked for one at a time
+        in the order of ``entries`` (or of the file, where the format dictates it).
+    entries
+        Names, dtypes and shapes. Equal keys are stored once where the format can.
+    artifacts
+        What the source of the model gave; formats take what they understand.
+    graph
+        Kept in a folder; other formats have no place for it.
+    format
+        One of `WRITABLE`; by default chosen by the suffix of ``path``, none meaning a folder.
+
+    Raises
+    ------
+    UnsupportedFormatError
+        When the format cannot hold this model, or no format fits the suffix.
+    ArgumentError
+        When the target cannot be written, or a tensor is not what its entry says.
+    StorageFullError
+        When there is no room.
+    """
+    text = os.fspath(path)
+    target = Path(text)
+    artifacts = list(artifacts)
+    entries = checked_entries("the model", entries)
+    kind = format or _format_of(text, target, artifacts)
+    if kind not in WRITABLE:
+        known = ", ".join(WRITABLE)
+        raise UnsupportedFormatError(f"unknown format {kind!r}; choose one of {known}")
+    if kind == "huggingface":
+        with atomic_folder(target) as scratch:
+            folder.write(scratch, tensors, entries, artifacts, graph)
+        return
+    with atomic_file(target) as scratch:
+        _write_file(kind, scratch, target, tensors, entries, artifacts)
+
+
+def _write_file(
+    kind: str,
+    scratch: Path,
+    target: Path,
+    tensors: LazyTensors,
+    entries: Sequence[TensorEntry],
+    artifacts: Sequence[Artifact],
+) -> None:
+    match kind:
+        case "safetensors":
+            safetensors.write(scratch, tensors, entries, artifacts)
+        case "torch":
+            torch.write(scratch, tensors, entries)
+        case "npz":
+            npz.write_npz(scratch, tensors, entries)
+        case "npy":
+            npz.write_npy(scratch, tensors, entries)
+        case "onnx":
+            onnx.write(scratch, tensors, entries, artifacts, final_path=target)
+        case "keras":
+            keras.write_archive(scratch, tensors, entries, artifacts)
+        case "keras-h5":
+            keras.write_hdf5(scratch, tensors, entries, artifacts)
+        case "glove":
+            wordvec.write_glove(scratch, tensors, entries, artifacts)
+        case "word2vec":
+            wordvec.write_word2vec_text(scratch, tensors, entries, artifacts)
+        case _:
+            wordvec.write_word2vec_binary(scratch, tensors, entries, artifacts)
+
+
+def _format_of(text: str, target: Path, artifacts: Sequence[Artifact]) -> str:
+    suffix = target.suffix.lower()
+    if text.endswith(os.sep) or target.is_dir() or not suffix:
+        return "huggingface"
+    if suffix == ".bin" and any(item.name == wordvec.VOCABULARY for item in artifacts):
+        return "word2vec-binary"
+    if suffix not in _SUFFIXES:
+        raise UnsupportedFormatError(
+            f"no format for the suffix {suffix!r} of {target}; use one of "
+            f"{', '.join(_SUFFIXES)}, none for a folder, or name the format"
+        )
+    return _SUFFIXES[suffix]
+
+
+def _by_content(path: Path, raw: RawFile, head: bytes) -> str | None:
+    for magic, message in _FOREIGN:
+        if head[:64].lower().startswith(magic.lower()):
+            raise UnsupportedFormatError(f"{path} {message}")
+    if head[:2] == b"PK" and head[2:4] in (b"\x03\x04", b"\x05\x06"):
+        return _zip_kind(path)
+    if head.startswith(b"\x93NUMPY"):
+        return "npy"
+    if head.startswith(_HDF5_MAGIC) or _late_hdf5(raw):
+        return "keras-h5"
+    if torch.looks_like_legacy(head):
+        return "torch"
+    if safetensors.looks_like(head, raw.size):
+        return "safetensors"
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+        raise FormatError(
+            f"{path} is a Python pickle; it is refused because unpickling it can run code. "
+            "Save the weights as safetensors, or with torch.save(model.state_dict(), ...)"
+        )
+    if onnx.looks_like(raw):
+        return "onnx"
+    # A damaged file of a binary format may well begin like a word and a number.
+    suffix = path.suffix.lower()
+    if _SUFFIXES.get(suffix, "glove") in ("glove", "word2vec") or suffix == ".bin":
+        return wordvec.detect(head)
+    return None
+
+
+def _late_hdf5(raw: RawFile) -> bool:
+    """Return whether an HDF5 file begins after a block of the user's own."""
+    start = 512
+    while start + len(_HDF5_MAGIC) <= raw.size and start <= 1 << 20:
+        if raw.read_at(start, len(_HDF5_MAGIC)) == _HDF5_MAGIC:
+            return True
+        start *= 2
+    return False
+
+
+def _zip_kind(path: Path) -> str:
+    archive = ZipMembers(path)
+    try:
+        names = list(archive.members)
+    finally:
+        archive.close()
+    if any(name.rpartition("/")[2] in ("data.pkl", "constants.pkl") for name in names):
+        return "torch"
+    if "model.weights.h5" in names:
+        return "keras"
+    if any(name.endswith(".npy") for name in names):
+        return "npz"
+    if not names and path.suffix.lower() == ".npz":
+        return "npz"  # numpy.savez without arrays
+    found = ", ".join(names[:4]) or "nothing"
+    raise UnsupportedFormatError(f"{path} is a zip archive but holds no model; it holds {found}")

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch checkpoints (``.pt``, ``.pth``, ``.bin``), torch modules and torch tensors in mappings.
+
+A checkpoint is a pickle with the bytes of its storages beside it. The pickle goes through
+``torch.load(weights_only=True)`` and nothing else, so code in it never runs. For the zip format
+``torch.load`` maps the file; from where its storages lie in that mapping we learn where they lie
+in the file, drop the mapping, and then read each tensor as a range of the file with the zip
+checksum verified. (Reading through torch's own mapping would leave every page that was ever
+touched resident.) The old format without zip cannot be read in parts: its tensors are in memory
+while the source is open.
+
+Of all of pydedup's readers only this file imports torch, and only when it is used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import re
+import sys
+import tempfile
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pydedup.errors import FormatError, UnsupportedFormatError
+from pydedup.formats._files import open_raw, write_array
+from pydedup.formats._zip import ZipMembers
+from pydedup.formats.base import Array, LazyTensors, SourceBase, TensorEntry, fetch_tensor
+from pydedup.graph import Graph, infer_from_torch
+from pydedup.types import DType
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ModuleSource",
+    "TorchSource",
+    "is_module",
+    "is_tensor",
+    "looks_like_legacy",
+    "to_numpy",
+    "torch_entry",
+    "write",
+]
+
+#: Keys under which training scripts put the state dict, in the order in which they are tried.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+#: The number with which files of the old format begin, as pickled.
+_LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_ALIGNMENT = 64
+_PAGE = mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor's elements are: a zip member, and a view of its storage in elements."""
+
+    member: str
+    start: int
+    stride: tuple[int, ...]
+
+
+class TorchSource(SourceBase):
+    """Reader of a checkpoint file. Safe between threads."""
+
+    format = "torch"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        _require_torch()
+        self._zip: ZipMembers | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._places: dict[str, _Place] = {}
+        try:
+            with open_raw(path) as raw:
+                head = raw.read_at(0, min(raw.size, 4))
+            if head[:2] == b"PK":
+                self._zip = ZipMembers(path)
+            self._open(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; arrays from it stay valid."""
+        self._tensors = {}
+        if self._zip is not None:
+            self._zip.close()
+
+    def _open(self, path: Path) -> None:
+        mapped = self._zip is not None and _can_map(self._zip, path)
+        loaded = _load(path, mapped)
+        state, self.left_out = _state_dict(loaded, str(path))
+        self._set_entries(
+            torch_entry(name, tensor, f"{path}: tensor {name!r}") for name, tensor in state.items()
+        )
+        if mapped and self._zip is not None:
+            members = _members_of(loaded, self._zip)
+            if members is not None:
+                for name, tensor in state.items():
+                    self._places[name] = _Place(
+                        members.get(tensor.untyped_storage().data_ptr(), ""),
+                        int(tensor.storage_offset()),
+                        tuple(int(step) for step in tensor.stride()),
+                    )
+                return
+        self._tensors = state
+
+    def _read(self, entry: TensorEntry) -> Array:
+        place = self._places.get(entry.name)
+        if place is None:
+            return to_numpy(self._tensors[entry.name])
+        if entry.nbytes == 0:
+            return np.empty(entry.shape, entry.dtype.numpy)
+        assert self._zip is not None
+        # torch can be told to write no checksums; it leaves zeros then.
+        self._zip.verify(place.member, trust_zero=True)
+        itemsize = entry.dtype.itemsize
+        start = self._zip.offset(place.member) + place.start * itemsize
+        extent = 1 + sum((n - 1) * s for n, s in zip(entry.shape, place.stride, strict=True))
+        if place.start * itemsize + extent * itemsize > self._zip.members[place.member].file_size:
+            raise FormatError(f"{self.description}: tensor {entry.name!r} leaves its storage")
+        flat = self._zip.raw.array(start, entry.dtype.numpy, (extent,))
+        view = np.lib.stride_tricks.as_strided(
+            flat, entry.shape, [s * itemsize for s in place.stride], writeable=False
+        )
+        return view if view.flags.c_contiguous else view.copy("C")
+
+
+class ModuleSource(SourceBase):
+    """Parameters and persistent buffers of a ``torch.nn.Module``."""
+
+    format = "torch-module"
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(f"torch module {type(module).__name__}")
+        import torch
+
+        self._module = module
+        self._tensors: dict[str, torch.Tensor] = {}
+        left_out = []
+        for name, value in module.state_dict(keep_vars=True).items():
+            if isinstance(value, torch.Tensor):
+                self._tensors[name] = value
+            else:
+                left_out.append(name)
+        self.left_out = tuple(left_out)
+        self._set_entries(
+            torch_entry(name, tensor, f"{self.description}: tensor {name!r}")
+            for name, tensor in self._tensors.items()
+        )
+
+    @property
+    def graph(self) -> Graph | None:
+        """The layers, for plain ``nn.Sequential`` models."""
+        return infer_from_torch(self._module)
+
+    def _read(self, entry: TensorEntry) -> Array:
+        return to_numpy(self._tensors[entry.name])
+
+
+def looks_like_legacy(head: bytes) -> bool:
+    """Return whether a file begins like torch's format before zip files."""
+    return head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]
+
+
+def torch_entry(name: str, tensor: torch.Tensor, where: str) -> TensorEntry:
+    """Return the entry of a tensor; tied tensors get equal keys.
+
+    Raises
+    ------
+    UnsupportedFormatError
+        When it is sparse, quantised, without data, or of a dtype that cannot be stored.
+    """
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        kind = "without data (meta)" if tensor.device.type == "meta" else str(tensor.layout)
+        raise UnsupportedFormatError(f"{where} is {kind}; convert it to a dense tensor")
+    if tensor.is_neg() or tensor.is_conj():
+        raise UnsupportedFormatError(f"{where} is a lazily negated view; clone() it first")
+    dtype = _dtypes().get(tensor.dtype)
+    if dtype is None:
+        raise UnsupportedFormatError(f"{where} has dtype {tensor.dtype}, which cannot be stored")
+    shape = tuple(tensor.shape)
+    key: Hashable = name
+    if tensor.numel():
+        storage = tensor.untyped_storage().data_ptr()
+        key = (storage, tensor.storage_offset(), tensor.dtype, shape, tensor.stride())
+    return TensorEntry(name, dtype, shape, key)
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """Return the elements, C-contiguous; a view where the tensor is contiguous on the CPU."""
+    import torch
+
+    dtype = _dtypes()[tensor.dtype].numpy
+    if tensor.numel() == 0:
+        return np.empty(tuple(tensor.shape), dtype)
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    array: Array = flat.numpy().view(dtype).reshape(tuple(tensor.shape))
+    return array
+
+
+def write(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> None:
+    """Write a state dict with ``torch.save``; tied tensors share one storage in the file.
+
+    ``torch.save`` wants all tensors at once. They are spooled, one at a time, to an unnamed
+    temporary file beside the target, and given to torch as views of it: memory stays at one
+    tensor, disk space is needed twice for the moment.
+    """
+    _require_torch()
+    import torch
+
+    dtypes = {label: dtype for dtype, label in _dtypes().items()}
+    places: dict[Hashable, int] = {}
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        for entry in entries:
+            if entry.nbytes and entry.key not in places:
+                spool.write(bytes(-spool.tell() % _ALIGNMENT))
+                places[entry.key] = spool.tell()
+                write_array(spool, fetch_tensor(tensors, entry))
+        spool.flush()
+        size = spool.tell()
+        mapping = mmap.mmap(spool.fileno(), size) if size else None
+        state: dict[str, torch.Tensor] = {}
+        views: dict[Hashable, torch.Tensor] = {}
+        for entry in entries:
+            if mapping is None or not entry.nbytes:
+                state[entry.name] = torch.empty(entry.shape, dtype=dtypes[entry.dtype])
+                continue
+            if entry.key not in views:
+                raw = np.frombuffer(mapping, np.uint8, entry.nbytes, places[entry.key])
+                views[entry.key] = torch.from_numpy(raw).view(dtypes[entry.dtype])
+            state[entry.name] = views[entry.key].reshape(entry.shape)
+        torch.save(state, path)
+
+
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError as exc:
+        raise UnsupportedFormatError(
+            "torch files need torch, which is not installed; run: pip install 'pydedup[torch]'"
+        ) from exc
+
+
+def _dtypes() -> dict[torch.dtype, DType]:
+    import torch
+
+    return {
+        torch.float64: DType.F64,
+        torch.float32: DType.F32,
+        torch.float16: DType.F16,
+        torch.bfloat16: DType.BF16,
+        torch.float8_e4m3fn: DType.F8_E4M3,
+        torch.float8_e5m2: DType.F8_E5M2,
+        torch.int8: DType.I8,
+        torch.int16: DType.I16,
+        torch.int32: DType.I32,
+        torch.int64: DType.I64,
+        torch.uint8: DType.U8,
+        torch.uint16: DType.U16,
+        torch.uint32: DType.U32,
+        torch.uint64: DType.U64,
+        torch.bool: DType.BOOL,
+    }
+
+
+def _can_map(archive: ZipMembers, path: Path) -> bool:
+    """Return whether the storages' bytes in the file are the tensors' bytes."""
+    if any(name.rpartition("/")[2] == "constants.pkl" for name in archive.members):
+        raise UnsupportedFormatError(
+            f"{path} is a TorchScript archive, a program with its weights; load it with "
+            "torch.jit.load and give its state_dict()"
+        )
+    for name in archive.members:
+        if name.rpartition("/")[2] == "byteorder" and (
+            archive.read(name, 16).decode("ascii", "replace") != sys.byteorder
+        ):
+            return False
+    # torch takes a path with this suffix for a safetensors file, whatever is in it.
+    if path.suffix == ".safetensors":
+        return False
+    return all(archive.is_stored(name) for name in archive.members)
+
+
+def _load(path: Path, mapped: bool) -> object:
+    import torch
+
+    try:
+        if mapped:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    # Whatever a damaged pickle makes torch raise (from AssertionError to struct.error), it is
+    # the file's fault. Running out of memory and Ctrl-C are not, and pass.
+    except MemoryError:
+        raise
+    except Exception as exc:
+        found = _GLOBAL.search(str(exc)) if isinstance(exc, pickle.UnpicklingError) else None
+        if found:
+            raise FormatError(
+                f"{path} holds the Python object {found.group(1)} and not only tensors; it is "
+                "refused because unpickling it can run code. Save model.state_dict() instead"
+            ) from exc
+        reason = (str(exc) or type(exc).__name__).splitlines()[0][:200]
+        raise FormatError(f"{path} is no readable torch checkpoint: {reason}") from exc
+
+
+def _state_dict(loaded: object, where: str) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """Unwrap a checkpoint; also return the keys beside the state dict."""
+    import torch
+
+    left_out: list[str] = []
+    value = loaded
+    for _ in range(len(_WRAPPERS)):
+        if not isinstance(value, Mapping):
+            break
+        wrapper = next((k for k in _WRAPPERS if isinstance(value.get(k), Mapping)), None)
+        if wrapper is None:
+            break
+        left_out += [str(key) for key in value if key != wrapper]
+        value = value[wrapper]
+    if not isinstance(value, Mapping):
+        raise FormatError(
+            f"{where} holds a {type(value).__name__}, not a state dict; save model.state_dict()"
+        )
+    state: dict[str, torch.Tensor] = {}
+    for name, item in value.items():
+        if not isinstance(name, str):
+            raise FormatError(f"{where} has the key {name!r:.60}; names of tensors must be text")
+        if isinstance(item, torch.Tensor):
+            state[name] = item
+        elif name.rpartition(".")[2] == "_extra_state":
+            left_out.append(name)
+        else:
+            raise FormatError(
+                f"{where}: {name!r} is a {type(item).__name__}, not a tensor; "
+                "save model.state_dict() alone, or under the key 'state_dict'"
+            )
+    return state, tuple(left_out)
+
+
+def _storages(value: object) -> Iterator[tuple[int, int]]:
+    """Yield (address, bytes) of every storage in a loaded checkpoint."""
+    import torch
+
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor):
+            if item.layout == torch.strided and item.device.type == "cpu":
+                storage = item.untyped_storage()
+                yield storage.data_ptr(), storage.nbytes()
+        elif isinstance(item, Mapping):
+            pending.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            pending.extend(item)
+
+
+def _members_of(loaded: object, archive: ZipMembers) -> dict[int, str] | None:
+    """Return which zip member each storage's address belongs to, ``None`` unless it is certain.
+
+    All storages are slices of one page-aligned mapping of the file, so address minus file offset
+    is the same for all. Only one such difference may fit all addresses and sizes.
+    """
+    addresses = {ptr: size for ptr, size in _storages(loaded) if size}
+    if not addresses:
+        return {}
+    records = {
+        archive.offset(name): name
+        for name, info in archive.members.items()
+        if info.file_size and name.rpartition("/")[0].endswith("data")
+    }
+    first = min(addresses)
+    fitting = [
+        base
+        for base in (first - offset for offset in records)
+        if base % _PAGE == 0
+        and all(
+            ptr - base in records
+            and archive.members[records[ptr - base]].file_size == addresses[ptr]
+            for ptr in addresses
+        )
+    ]
+    if len(fitting) != 1:
+        return None
+    return {ptr: records[ptr - fitting[0]] for ptr in addresses}
+
+
+def is_tensor(value: object) -> bool:
+    """Return whether ``value`` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_module(value: object) -> bool:
+    """Return whether ``value`` is a torch module, without importing torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "nn"):
+        return False
+    return isinstance(value, torch.nn.Module)
