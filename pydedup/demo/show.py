@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the demo looks: headings, progress, tables. Nothing is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pydedup.types import AddReport
+
+if TYPE_CHECKING:
+    from pydedup.demo.run import Prediction
+    from pydedup.report.figures import StoreStats
+
+__all__ = [
+    "counter",
+    "facts",
+    "heading",
+    "next_commands",
+    "pair",
+    "predictions",
+    "seconds",
+    "size",
+    "sizes",
+    "spinner",
+    "watch",
+]
+
+
+def size(n_bytes: int) -> str:
+    """Return a number of bytes in MiB, e.g. ``1,234.5 MiB``."""
+    return f"{n_bytes / 2**20:,.1f} MiB"
+
+
+def heading(console: Console, text: str) -> None:
+    """Begin a phase."""
+    console.print()
+    console.print(text, style="bold")
+
+
+def facts(console: Console, values: Mapping[str, str]) -> None:
+    """Print labelled facts, one a line."""
+    width = max(map(len, values))
+    for label, value in values.items():
+        console.print(f"  {label:<{width}}  {value}")
+
+
+def spinner(console: Console, text: str) -> AbstractContextManager[object]:
+    """Show that something whose length is unknown is under way."""
+    return console.status(text)
+
+
+@contextmanager
+def watch(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callback for the API's ``progress``: one bar per stage."""
+    stages: dict[str, TaskID] = {}
+    with _bars(console) as bars:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage.capitalize(), total=total)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def counter(console: Console, text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a callback that takes how many more are done."""
+    with _bars(console) as bars:
+        bar = bars.add_task(text, total=total)
+
+        def step(count: int) -> None:
+            bars.advance(bar, count)
+
+        yield step
+
+
+def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> None:
+    """Print what each model and all of them together took."""
+    table = _table("Model", "Weights", "New in store", "of its size", "Shared blocks", "New pages")
+    for report in reports:
+        table.add_row(
+            report.model,
+            size(report.logical_bytes),
+            size(report.stored_bytes),
+            _percent(report.stored_bytes, report.logical_bytes),
+            _percent(report.shared_blocks, report.blocks),
+            f"{report.pages:,}",
+        )
+    table.add_section()
+    table.add_row(
+        "all of them",
+        size(sum(report.logical_bytes for report in reports)),
+        size(sum(report.stored_bytes for report in reports)),
+        _percent(
+            sum(report.stored_bytes for report in reports),
+            sum(report.logical_bytes for report in reports),
+        ),
+        _percent(
+            sum(report.shared_blocks for report in reports),
+            sum(report.blocks for report in reports),
+        ),
+        f"{sum(report.pages for report in reports):,}",
+        style="bold",
+    )
+    console.print(table)
+    console.print(
+        f"  Before: {size(stats.logical_bytes)} of weights. After: {size(stats.stored_bytes)}, the "
+        f"whole database. Saved: {100 * stats.saved_share:.1f} %, without loss.",
+        style="bold green" if stats.saved_share > 0 else "bold red",
+    )
+
+
+def pair(console: Console, base: str, tuned: str, reports: Sequence[AddReport]) -> None:
+    """Say plainly how little exact blocks do for a full fine-tune."""
+    by_model = {report.model: report for report in reports}
+    report = by_model[tuned]
+    console.print(
+        f"  {tuned} is a full fine-tune of {base}: every weight moved, so only "
+        f"{_percent(report.shared_blocks, report.blocks)} of its blocks are shared, and it still "
+        f"takes {_percent(report.stored_bytes, report.logical_bytes)} of its size. Storing such a "
+        "model as differences to its base is not built yet.",
+        style="dim",
+    )
+
+
+def predictions(console: Console, outcomes: Sequence[Prediction]) -> None:
+    """Print the store against torch in memory, per classifier."""
+    table = _table(
+        "Model", "Texts", "Accuracy, torch", "from store", "max |dlogit|", "Same class", "Time"
+    )
+    for outcome in outcomes:
+        outputs = outcome.outputs
+        table.add_row(
+            outcome.model,
+            f"{outputs.texts:,}",
+            f"{outcome.accuracy_in_memory:.4f}",
+            f"{outcome.accuracy_from_store:.4f}",
+            f"{outputs.max_difference:.1e}",
+            f"{outputs.same_class:,}" if outputs.agrees else f"{outputs.same_class:,} FAILED",
+            f"{outcome.seconds_from_store:.2f} s",
+        )
+    console.print(table)
+    ties = sum(outcome.outputs.ties for outcome in outcomes)
+    if ties:
+        console.print(f"  {ties} texts have two classes that are equal but for rounding.")
+
+
+def seconds(console: Console, phases: Mapping[str, float]) -> None:
+    """Print where the time went."""
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in phases.items())
+    console.print()
+    console.print(f"Done in {sum(phases.values()):.0f} s ({parts})")
+
+
+def next_commands(console: Console, url: str) -> None:
+    """Print what can be tried on the store that the demo left."""
+    heading(console, "The store is yours to look at")
+    for command, why in (
+        ("ls", "all models"),
+        ("info {} imdb@2", "one model: sizes, pages read"),
+        ("explain {} imdb@2", "whom it shares blocks with, and what removing it would free"),
+        ("diff {} imdb@1 imdb@2", "what two more epochs changed"),
+        ("export {} bbc@1 bbc.safetensors", "back to a file"),
+        ("verify {}", "check every byte again"),
+    ):
+        line = command.format(url) if "{}" in command else f"{command} {url}"
+        console.print(f"  pydedup {line}", style="cyan", highlight=False, soft_wrap=True)
+        console.print(f"      {why}", style="dim")
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=True, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for title in others:
+        table.add_column(title, justify="right")
+    return table
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("  {task.description:<22}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=console,
+    )
