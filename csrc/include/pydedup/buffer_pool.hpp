@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pages in memory under a hard budget. The pool never reads a page itself: who misses one fetches it,
+// outside of any lock, and inserts it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "pydedup/page_format.hpp"
+
+namespace pydedup {
+
+/// Safe between threads. Pages are immutable, so a pinned page may be read without any lock.
+class BufferPool {
+  public:
+    using PageId = std::int64_t;
+    /// Holds a page in the pool for as long as a copy of it lives; may outlive the pool, and may be
+    /// dropped on any thread.
+    using Pin = std::shared_ptr<const Page>;
+
+    struct Stats {
+        std::uint64_t hits;       ///< pages that pin() found
+        std::uint64_t misses;     ///< pages that pin() did not find
+        std::uint64_t inserts;    ///< pages taken in
+        std::uint64_t evictions;  ///< pages given up for others
+        std::size_t pages;        ///< in memory, those dropped but still pinned included
+        std::size_t bytes;        ///< of these pages; never above the budget
+        std::size_t pinned_bytes;
+        std::size_t budget_bytes;
+    };
+
+    /// Throws Error{invalid_argument} for a budget of 0.
+    explicit BufferPool(std::size_t budget_bytes);
+    ~BufferPool();
+    BufferPool(const BufferPool&) = delete;
+    BufferPool& operator=(const BufferPool&) = delete;
+
+    /// Pins those of `ids` that are here: pins[i] is empty for the others. Constant time each.
+    void pin(std::span<const PageId> ids, std::span<Pin> pins);
+
+    /// Takes a page in and pins it. When a page of that id is here already, that one is pinned and
+    /// `page` is given up: there is one copy. Evicts unpinned pages, least recently used first, as
+    /// far as the budget needs. Throws Error{out_of_budget} when pinned pages leave too little room
+    /// (nothing is evicted then), or the page is larger than the budget.
+    [[nodiscard]] Pin insert(PageId id, Page page);
+
+    /// How many of `ids` are here. Neither counts nor touches them.
+    [[nodiscard]] std::size_t count_resident(std::span<const PageId> ids) const;
+
+    /// Forgets pages. Pinned ones are not found any more, but count until their last pin goes.
+    void drop(std::span<const PageId> ids);
+    void clear();
+
+    [[nodiscard]] Stats stats() const;
+
+    /// To be called around fork(), on the thread that forks: between the two no other thread is
+    /// inside the pool, so the child's copy is consistent. after_fork() in parent and child.
+    void before_fork();
+    void after_fork();
+
+  private:
+    class State;
+    std::shared_ptr<State> state_;
+};
+
+}  // namespace pydedup

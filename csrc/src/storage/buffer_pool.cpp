@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pool keeps an entry per page. An entry is always in exactly one of three lists:
+//
+//     idle      in the table, no pins                 may be evicted
+//     pinned    in the table, one pin or more         never evicted
+//     orphans   not in the table, one pin or more     dropped while pinned
+//
+//     insert:             -> pinned
+//     pin:         idle   -> pinned
+//     last unpin:  pinned -> idle (its young end);  orphans -> gone
+//     evict:       idle (its old end) -> gone
+//     drop, clear: idle -> gone;  pinned -> orphans
+//
+// Bytes of all three count against the budget. `idle` is ordered by the time of the last unpin, which
+// is what makes eviction least-recently-used. Entries move between lists by splicing: once a page is
+// in, no move allocates, so none can fail.
+//
+// One mutex guards all of it. Pages are destroyed after it was released: that may run foreign code
+// (the owner of a page's memory may be a Python object, whose release waits for the GIL).
+#include "pydedup/buffer_pool.hpp"
+
+#include <list>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "pydedup/error.hpp"
+
+namespace pydedup {
+
+class BufferPool::State : public std::enable_shared_from_this<BufferPool::State> {
+  public:
+    explicit State(std::size_t budget_bytes) : budget_bytes_(budget_bytes) {}
+
+    void pin(std::span<const PageId> ids, std::span<Pin> pins) {
+        std::vector<Place> found(ids.size());
+        std::vector<bool> is_found(ids.size());
+        {
+            const std::scoped_lock lock(mutex_);
+            for (std::size_t i = 0; i < ids.size(); ++i) {
+                const auto at = table_.find(ids[i]);
+                if (at == table_.end()) {
+                    ++misses_;
+                    continue;
+                }
+                ++hits_;
+                found[i] = at->second;
+                is_found[i] = true;
+                add_pin(found[i]);
+            }
+        }
+        std::size_t i = 0;
+        try {
+            for (; i < ids.size(); ++i) pins[i] = is_found[i] ? handle(found[i]) : Pin();
+        } catch (...) {  // handle() took its own pin back
+            for (++i; i < ids.size(); ++i) {
+                if (is_found[i]) unpin(found[i]);
+            }
+            throw;
+        }
+    }
+
+    Pin insert(PageId id, Page page) {
+        const std::size_t bytes = page.nbytes();
+        List gone;  // destroyed last, without the lock
+        List fresh;
+        fresh.push_back({id, std::move(page), 0, false});
+        Place place;
+        {
+            const std::scoped_lock lock(mutex_);
+            if (const auto at = table_.find(id); at != table_.end()) {
+                place = at->second;
+            } else {
+                make_room(bytes, gone);
+                place = fresh.begin();
+                table_.emplace(id, place);
+                idle_.splice(idle_.end(), fresh);
+                bytes_ += bytes;
+                ++inserts_;
+            }
+            add_pin(place);
+        }
+        return handle(place);
+    }
+
+    [[nodiscard]] std::size_t count_resident(std::span<const PageId> ids) const {
+        const std::scoped_lock lock(mutex_);
+        std::size_t count = 0;
+        for (const PageId id : ids) count += table_.count(id);
+        return count;
+    }
+
+    void drop(std::span<const PageId> ids) {
+        List gone;
+        {
+            const std::scoped_lock lock(mutex_);
+            for (const PageId id : ids) {
+                if (const auto at = table_.find(id); at != table_.end()) forget(at, gone);
+            }
+        }
+    }
+
+    void clear() {
+        List gone;
+        {
+            const std::scoped_lock lock(mutex_);
+            while (!table_.empty()) forget(table_.begin(), gone);
+        }
+    }
+
+    [[nodiscard]] Stats stats() const {
+        const std::scoped_lock lock(mutex_);
+        const std::size_t pages = idle_.size() + pinned_.size() + orphans_.size();
+        return {hits_, misses_, inserts_, evictions_, pages, bytes_, pinned_bytes_, budget_bytes_};
+    }
+
+    void lock() { mutex_.lock(); }
+    void unlock() { mutex_.unlock(); }
+
+  private:
+    struct Entry {
+        PageId id;
+        Page page;
+        std::size_t pins;
+        bool orphan;
+    };
+    using List = std::list<Entry>;
+    using Place = List::iterator;
+    using Table = std::unordered_map<PageId, Place>;
+
+    // The functions below want the mutex held.
+
+    void add_pin(Place place) noexcept {
+        if (place->pins++ != 0) return;
+        pinned_.splice(pinned_.end(), idle_, place);
+        pinned_bytes_ += place->page.nbytes();
+    }
+
+    void make_room(std::size_t bytes, List& gone) {
+        if (bytes > budget_bytes_ - pinned_bytes_) {
+            throw Error(ErrorCode::out_of_budget,
+                        "a page of " + std::to_string(bytes) + " bytes does not fit: of a budget of " +
+                            std::to_string(budget_bytes_) + " bytes, " +
+                            std::to_string(pinned_bytes_) +
+                            " are in use; open the store with more memory");
+        }
+        while (bytes > budget_bytes_ - bytes_) {
+            forget(table_.find(idle_.front().id), gone);
+            ++evictions_;
+        }
+    }
+
+    void forget(Table::iterator at, List& gone) noexcept {
+        const Place place = at->second;
+        table_.erase(at);
+        if (place->pins != 0) {
+            place->orphan = true;
+            orphans_.splice(orphans_.end(), pinned_, place);
+        } else {
+            bytes_ -= place->page.nbytes();
+            gone.splice(gone.end(), idle_, place);
+        }
+    }
+
+    // These two do not.
+
+    // Its pin was counted already. Should there be no memory for the handle, the standard library
+    // calls the deleter, which takes the pin back.
+    Pin handle(Place place) {
+        return {&place->page,
+                [state = shared_from_this(), place](const Page*) { state->unpin(place); }};
+    }
+
+    void unpin(Place place) noexcept {
+        List gone;
+        const std::scoped_lock lock(mutex_);
+        if (--place->pins != 0) return;
+        pinned_bytes_ -= place->page.nbytes();
+        if (place->orphan) {
+            bytes_ -= place->page.nbytes();
+            gone.splice(gone.end(), orphans_, place);
+        } else {
+            idle_.splice(idle_.end(), pinned_, place);
+        }
+    }
+
+    mutable std::mutex mutex_;
+    const std::size_t budget_bytes_;
+    Table table_;
+    List idle_;
+    List pinned_;
+    List orphans_;
+    std::size_t bytes_ = 0;
+    std::size_t pinned_bytes_ = 0;
+    std::uint64_t hits_ = 0;
+    std::uint64_t misses_ = 0;
+    std::uint64_t inserts_ = 0;
+    std::uint64_t evictions_ = 0;
+};
+
+BufferPool::BufferPool(std::size_t budget_bytes) {
+    if (budget_bytes == 0) {
+        throw Error(ErrorCode::invalid_argument, "the budget of a buffer pool must not be 0 bytes");
+    }
+    state_ = std::make_shared<State>(budget_bytes);
+}
+
+BufferPool::~BufferPool() { state_->clear(); }
+
+void BufferPool::pin(std::span<const PageId> ids, std::span<Pin> pins) { state_->pin(ids, pins); }
+
+BufferPool::Pin BufferPool::insert(PageId id, Page page) {
+    return state_->insert(id, std::move(page));
+}
+
+std::size_t BufferPool::count_resident(std::span<const PageId> ids) const {
+    return state_->count_resident(ids);
+}
+
+void BufferPool::drop(std::span<const PageId> ids) { state_->drop(ids); }
+
+void BufferPool::clear() { state_->clear(); }
+
+BufferPool::Stats BufferPool::stats() const { return state_->stats(); }
+
+void BufferPool::before_fork() { state_->lock(); }
+
+void BufferPool::after_fork() { state_->unlock(); }
+
+}  // namespace pydedup
