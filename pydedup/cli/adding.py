@@ -122,7 +122,9 @@ def parse_metadata(items: Sequence[str]) -> dict[str, Any]:
             try:
                 metadata.update(json.loads(item))
             except ValueError as error:
-                raise click.BadParameter(f"--metadata {item!r} is no JSON object: {error}") from None
+                raise click.BadParameter(
+                    f"--metadata {item!r} is no JSON object: {error}"
+                ) from None
         else:
             key, equals, value = item.partition("=")
             if not equals or not key:

@@ -54,7 +54,7 @@ _MEANINGS = {
     Exit.USAGE: "the command line or a value on it is wrong",
     Exit.NOT_FOUND: "no such model, version, alias, tensor or file",
     Exit.STORE: "the store, its database or the file system failed",
-    Exit.BAD_FILE: "a model or input file is damaged, unsafe or of no known format",
+    Exit.BAD_FILE: "a file is damaged, unsafe or of no known format, or an extra is missing",
     Exit.DUPLICATE: "that name@version is in the store already",
     Exit.FAULT: "a fault of pydedup's own",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",

@@ -69,9 +69,7 @@ def rm(url: str, name: str, all_versions: bool, yes: bool, as_json: bool) -> int
 def _agreed(store: Store, name: str, all_versions: bool) -> bool:
     """Ask on standard error whether the versions that an address means may go."""
     address = parse_address(name)
-    meant = (
-        store.versions(address.name) if address.selector is None else [store.info(name).info]
-    )
+    meant = store.versions(address.name) if address.selector is None else [store.info(name).info]
     if len(meant) > 1 and not all_versions:
         return True  # which the store refuses, and says why
     size = text.size(sum(info.logical_bytes for info in meant))

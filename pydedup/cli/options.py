@@ -35,29 +35,29 @@ DEFAULT_MEMORY = "512MiB"
 
 
 def store_argument(command: _F) -> _F:
-    """The first argument of every command."""
+    """Add the store, the first argument of nearly every command."""
     return click.argument("url", metavar="STORE")(command)
 
 
 def model_argument(command: _F) -> _F:
-    """A model's address."""
+    """Add the address of a model."""
     return click.argument("name", metavar="NAME")(command)
 
 
 def json_option(command: _F) -> _F:
-    """``--json``: the same as one JSON document."""
+    """Add ``--json``: the same as one JSON document."""
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document; sizes are in bytes."
     )(command)
 
 
 def quiet_option(command: _F) -> _F:
-    """``--quiet``: no progress."""
+    """Add ``--quiet``: no progress."""
     return click.option("-q", "--quiet", is_flag=True, help="Show no progress.")(command)
 
 
 def memory_option(command: _F) -> _F:
-    """``--memory``: budget of the buffer pool."""
+    """Add ``--memory``: budget of the buffer pool."""
     return click.option(
         "--memory",
         metavar="SIZE",
@@ -95,9 +95,11 @@ def trial_store(url: str, memory: str = DEFAULT_MEMORY) -> Iterator[Store]:
         with store:
             yield store
         return
-    with tempfile.TemporaryDirectory(prefix="pydedup-") as folder:
-        with writable_store(str(Path(folder) / "dry-run.db"), memory) as store:
-            yield store
+    with (
+        tempfile.TemporaryDirectory(prefix="pydedup-") as folder,
+        writable_store(str(Path(folder) / "dry-run.db"), memory) as store,
+    ):
+        yield store
 
 
 def _may_become_a_store(url: str) -> bool:

@@ -15,15 +15,20 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pydedup.cli.text import clean
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "array_text",
     "console",
     "emit_json",
     "jsonable",
+    "plain_array",
     "print_fields",
     "print_heading",
     "print_line",
@@ -34,8 +39,8 @@ __all__ = [
 _FOLD = 100
 
 
-def console() -> Console:
-    """Return a console on standard output that prints text as it is given."""
+def console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """Return a console that prints text as it is given, into a terminal or elsewhere."""
     from rich.console import Console
 
     class Output(Console):
@@ -43,7 +48,7 @@ def console() -> Console:
             raise BrokenPipeError  # rich would end the program here, with its own exit status
 
     return Output(
-        file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=False
+        stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True
     )
 
 
@@ -82,6 +87,17 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
         for number, line in enumerate(folded):
             head = f"  {label}" if number == 0 else ""
             screen.print(Text.assemble((head.ljust(indent), "dim"), line))
+
+
+def array_text(array: NDArray[Any]) -> str:
+    """Return an array's values, the middle of a large one left out, to fit the terminal."""
+    with np.printoptions(precision=6, threshold=200, edgeitems=4, linewidth=width() or _FOLD):
+        return str(array)
+
+
+def plain_array(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array in a dtype that JSON has numbers for; those of ml_dtypes become f32."""
+    return array if array.dtype.kind in "biuf" else array.astype(np.float32)
 
 
 def emit_json(value: Any) -> None:

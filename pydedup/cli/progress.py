@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from pydedup.cli.text import clean, count, duration, percent, size
 
@@ -42,7 +42,7 @@ class Watch:
         """Take note of how far a stage is."""
         self._state = (stage, done, total)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         if not self._quiet:
             self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
             self._thread.start()
@@ -107,7 +107,13 @@ def _amounts(stage: str, done: int, total: int) -> str:
 
 def _bars() -> Bars:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     columns = [

@@ -68,7 +68,10 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
 
 
 def _fit(
-    columns: Sequence[Column], cells: Sequence[Sequence[str]], kept: Sequence[int], limit: int | None
+    columns: Sequence[Column],
+    cells: Sequence[Sequence[str]],
+    kept: Sequence[int],
+    limit: int | None,
 ) -> list[int] | None:
     """Return the widths of the kept columns, ``None`` when they do not fit."""
     from rich.cells import cell_len

@@ -73,7 +73,10 @@ def vacuum(url: str, grace: float, memory: str, as_json: bool, quiet: bool) -> N
         return
     output.print_fields(
         [
-            ("freed", f"{text.plural(report.freed_pages, 'page')}, {text.size(report.freed_bytes)}"),
+            (
+                "freed",
+                f"{text.plural(report.freed_pages, 'page')}, {text.size(report.freed_bytes)}",
+            ),
             ("repacked", text.plural(report.repacked_pages, "new page")),
             ("pages", f"{text.count(report.pages_before)} -> {text.count(report.pages_after)}"),
             (

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup ls``, ``info``, ``stats``, ``kernels``: what there is, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+from pydedup.cli import options, output, text
+from pydedup.cli.tables import Column, print_table
+from pydedup.names import check_name
+from pydedup.report.figures import ModelFigures, StoreStats
+from pydedup.report.sizes import ModelSize
+from pydedup.types import ModelInfo, TensorInfo
+
+__all__ = ["info", "kernels", "ls", "stats", "tensor_document"]
+
+_MODEL_COLUMNS = (
+    Column("Model", number=False, name=True, style="cyan"),
+    Column("Aliases", number=False, rank=1),
+    Column("Size"),
+    Column("Takes"),
+    Column("Saved", style="green"),
+    Column("Pages", rank=4),
+    Column("Policy", number=False, rank=3),
+    Column("Added", number=False, rank=2),
+)
+
+_TENSOR_COLUMNS = (
+    Column("Tensor", number=False, name=True, style="cyan"),
+    Column("Dtype", number=False),
+    Column("Shape"),
+    Column("Size", rank=1),
+    Column("Blocks of", rank=2),
+)
+
+_KERNEL_COLUMNS = (
+    Column("Kernel", number=False, style="cyan"),
+    Column("Built", number=False),
+    Column("Runs here", number=False),
+    Column("Note", number=False, rank=1),
+)
+
+
+@click.command(short_help="List models, versions, aliases and sizes.")
+@options.store_argument
+@click.argument("name", metavar="[NAME]", required=False)
+@options.json_option
+def ls(url: str, name: str | None, as_json: bool) -> None:
+    """List models, their versions, aliases and sizes; with NAME the versions of one model.
+
+    "Takes" counts each page in equal parts for the models that read it, so it adds up to the size
+    of all pages; "Saved" is what that is less than the size of the weights.
+    """
+    with options.read_store(url) as store:
+        if name is not None:
+            store.versions(check_name(name, "model name"))  # raises for a name that is not there
+        sizes = [size for size in store.sizes() if name in (None, size.info.name)]
+        figures = store.stats()
+    if as_json:
+        models = [_size_document(size) for size in sizes]
+        output.emit_json({"url": figures.url, "models": models, "store": _totals(figures)})
+        return
+    if not sizes:
+        output.print_line("no models yet; `pydedup add` puts them in", "dim")
+        return
+    print_table(_MODEL_COLUMNS, [_model_row(size) for size in sizes])
+    if name is None:
+        output.print_line(_summary(figures), "dim")
+
+
+@click.command(short_help="Show one model: sizes, pages, guarantee, metadata.")
+@options.store_argument
+@options.model_argument
+@click.option("--tensors", is_flag=True, help="List its tensors as well.")
+@options.json_option
+def info(url: str, name: str, tensors: bool, as_json: bool) -> None:
+    """Show one model: sizes, what reading it costs, its guarantee, aliases and metadata.
+
+    Read amplification is the number of pages that the model reads over the fewest that could hold
+    its blocks; `pydedup vacuum` lowers it.
+    """
+    with options.read_store(url) as store:
+        figures = store.info(name)
+    if as_json:
+        output.emit_json(_figures_document(figures, tensors))
+        return
+    output.print_heading(figures.info.address)
+    output.print_fields(_figure_fields(figures))
+    if tensors:
+        output.print_line()
+        print_table(_TENSOR_COLUMNS, [_tensor_row(tensor) for tensor in figures.tensors])
+
+
+@click.command(short_help="Show the store in numbers.")
+@options.store_argument
+@options.json_option
+def stats(url: str, as_json: bool) -> None:
+    """Show the store in numbers: what is in it, and what it occupies in its database."""
+    with options.read_store(url) as store:
+        figures = store.stats()
+    if as_json:
+        output.emit_json({"url": figures.url, **_totals(figures)})
+        return
+    output.print_heading(figures.url)
+    retired = f", and {text.count(figures.retired_pages)} not live" if figures.retired_pages else ""
+    output.print_fields(
+        [
+            (
+                "models",
+                f"{text.count(figures.models)} in {text.plural(figures.versions, 'version')}, "
+                f"{text.plural(figures.tensors, 'tensor')}",
+            ),
+            ("weights", text.size(figures.logical_bytes)),
+            ("database", text.size(figures.stored_bytes)),
+            ("saved", text.percent(figures.saved_share)),
+            ("pages", f"{text.count(figures.pages)} ({text.size(figures.page_bytes)}){retired}"),
+            ("distinct blocks", text.count(figures.distinct_blocks)),
+            ("schema", f"version {figures.schema_version}"),
+        ]
+    )
+
+
+@click.command(short_help="Show which native kernels there are, and which is used.")
+@options.json_option
+def kernels(as_json: bool) -> None:
+    """Show which native kernels this build has, which one is used, and why."""
+    from pydedup import config
+
+    found = config.kernels()
+    if as_json:
+        output.emit_json(dataclasses.asdict(found))
+        return
+    print_table(
+        _KERNEL_COLUMNS,
+        [
+            [kernel.name, _yes(kernel.built), _yes(kernel.runnable), kernel.note]
+            for kernel in found.available
+        ],
+    )
+    output.print_line(text.clean(f"in use: {found.in_use} ({found.reason})"), "bold")
+
+
+def tensor_document(tensor: TensorInfo) -> dict[str, Any]:
+    """Return a tensor's description as JSON has it."""
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype.label,
+        "shape": list(tensor.shape),
+        "bytes": _tensor_bytes(tensor),
+        "block_shape": list(tensor.block_shape),
+    }
+
+
+def _model_row(size: ModelSize) -> list[str]:
+    model = size.info
+    return [
+        model.address,
+        ", ".join(model.aliases),
+        text.size(model.logical_bytes),
+        text.size(size.share_bytes),
+        text.percent(size.saved_share) if model.logical_bytes else "-",
+        text.count(size.pages),
+        model.policy,
+        text.moment(model.created_at),
+    ]
+
+
+def _summary(figures: StoreStats) -> str:
+    what = text.plural(figures.versions, "version")
+    if figures.models != figures.versions:
+        what = f"{text.plural(figures.models, 'model')} in {what}"
+    return (
+        f"{what}: {text.size(figures.logical_bytes)} of weights in a database of "
+        f"{text.size(figures.stored_bytes)}, {text.percent(figures.saved_share)} saved"
+    )
+
+
+def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
+    model = figures.info
+    logical = model.logical_bytes
+    guarantee = figures.certificate.get("max_rel_error")
+    fields = [
+        ("size", f"{text.size(logical)} in {text.plural(len(figures.tensors), 'tensor')}"),
+        ("its blocks take", text.size(figures.used_bytes)),
+        ("of it on own pages", text.size(figures.exclusive_bytes)),
+        ("pages read", text.count(figures.pages)),
+        (
+            "read amplification",
+            f"{text.ratio(figures.read_amplification)} ({text.count(figures.pages)} read / "
+            f"{text.count(figures.least_pages)} least possible)",
+        ),
+        ("policy", model.policy + (": the same bits" if guarantee == 0 else "")),
+        ("certificate", json.dumps(dict(figures.certificate), ensure_ascii=False)),
+        ("predicts", "yes" if figures.has_graph else "no, its layers are not known"),
+        ("added", text.moment(model.created_at)),
+        ("digest", model.digest),
+    ]
+    if model.aliases:
+        fields.insert(0, ("aliases", ", ".join(model.aliases)))
+    if figures.artifacts:
+        fields.append(("artifacts", ", ".join(figures.artifacts)))
+    for key, value in model.metadata.items():
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        fields.append((f"metadata {text.clean(key)}", shown))
+    return fields
+
+
+def _tensor_row(tensor: TensorInfo) -> list[str]:
+    return [
+        tensor.name,
+        tensor.dtype.label,
+        text.shape(tensor.shape),
+        text.size(_tensor_bytes(tensor)),
+        text.shape(tensor.block_shape),
+    ]
+
+
+def _tensor_bytes(tensor: TensorInfo) -> int:
+    total = tensor.dtype.itemsize
+    for extent in tensor.shape:
+        total *= extent
+    return total
+
+
+def _model_document(model: ModelInfo) -> dict[str, Any]:
+    return {
+        "model": model.address,
+        "name": model.name,
+        "version": model.version,
+        "aliases": list(model.aliases),
+        "policy": model.policy,
+        "created_at": model.created_at,
+        "logical_bytes": model.logical_bytes,
+        "digest": model.digest,
+        "metadata": dict(model.metadata),
+    }
+
+
+def _size_document(size: ModelSize) -> dict[str, Any]:
+    return {
+        **_model_document(size.info),
+        "pages": size.pages,
+        "page_bytes": size.page_bytes,
+        "exclusive_bytes": size.exclusive_bytes,
+        "share_bytes": size.share_bytes,
+        "saved_share": size.saved_share,
+    }
+
+
+def _figures_document(figures: ModelFigures, tensors: bool) -> dict[str, Any]:
+    document = {
+        **_model_document(figures.info),
+        "certificate": dict(figures.certificate),
+        "artifacts": list(figures.artifacts),
+        "has_graph": figures.has_graph,
+        "n_tensors": len(figures.tensors),
+        "used_bytes": figures.used_bytes,
+        "exclusive_bytes": figures.exclusive_bytes,
+        "pages": figures.pages,
+        "least_pages": figures.least_pages,
+        "read_amplification": figures.read_amplification,
+    }
+    if tensors:
+        document["tensors"] = [tensor_document(tensor) for tensor in figures.tensors]
+    return document
+
+
+def _totals(figures: StoreStats) -> dict[str, Any]:
+    """Return the numbers of a store; its pool is left out: it dies with this process."""
+    return {
+        "models": figures.models,
+        "versions": figures.versions,
+        "tensors": figures.tensors,
+        "logical_bytes": figures.logical_bytes,
+        "stored_bytes": figures.stored_bytes,
+        "saved_share": figures.saved_share,
+        "pages": figures.pages,
+        "page_bytes": figures.page_bytes,
+        "retired_pages": figures.retired_pages,
+        "distinct_blocks": figures.distinct_blocks,
+        "schema_version": figures.schema_version,
+    }
+
+
+def _yes(truth: bool) -> str:
+    return "yes" if truth else "no"

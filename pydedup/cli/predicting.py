@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup predict``: answers from a stored model."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.cli import options, output, text
+from pydedup.cli.progress import Watch
+from pydedup.errors import ArgumentError, FormatError
+from pydedup.formats.base import TensorEntry
+from pydedup.formats.registry import write_model
+from pydedup.types import DType
+
+__all__ = ["predict"]
+
+Array = NDArray[Any]
+
+
+@click.command(short_help="Predict with a model whose layers the store knows.")
+@options.store_argument
+@options.model_argument
+@click.argument("inputs", metavar="[INPUT=]FILE...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    "target",
+    metavar="PATH",
+    help="Write the result to a .npy, .npz or .json file instead of printing it.",
+)
+@options.memory_option
+@options.json_option
+@options.quiet_option
+def predict(
+    url: str,
+    name: str,
+    inputs: tuple[str, ...],
+    target: str | None,
+    memory: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Predict with a model whose layers the store knows, streaming its weights from its pages.
+
+    FILE is .npy, .npz or .json (nested lists, or an object of them by input), or '-' for any of
+    these on standard input. Several inputs are given as INPUT=FILE each. In JSON numbers with a
+    point become f32, others i64.
+    """
+    suffix = None if target is None else Path(target).suffix.lower()
+    if suffix not in (None, ".npy", ".npz", ".json"):
+        raise click.UsageError(f"{target!r} must end in .npy, .npz or .json")
+    given = _read_inputs(inputs)
+    with options.read_store(url, memory) as store, Watch("predicting", quiet=quiet):
+        found = store.predict(name, given)
+    outputs: dict[str, Array] = (
+        {str(key): np.asarray(value) for key, value in found.items()}
+        if isinstance(found, Mapping)
+        else {"output": np.asarray(found)}
+    )
+    if target is not None:
+        _write(Path(target), outputs)
+    if as_json:
+        output.emit_json({"model": name, "outputs": _document(outputs)})
+    elif target is not None:
+        output.print_line(text.clean(f"wrote {', '.join(outputs)} to {target}"))
+    else:
+        for key, array in outputs.items():
+            label = DType.of(array.dtype).label
+            output.print_heading(f"{key}: {label} {text.shape(array.shape)}")
+            output.print_line(output.array_text(array))
+
+
+def _read_inputs(items: Sequence[str]) -> Array | dict[str, Array]:
+    """Return one array, or arrays by input name."""
+    if len(items) == 1 and _named(items[0]) is None:
+        return _read(items[0])
+    values: dict[str, Array] = {}
+    for item in items:
+        named = _named(item)
+        if named is None:
+            raise click.UsageError(f"several inputs need names: write INPUT={item}")
+        key, path = named
+        if key in values:
+            raise click.UsageError(f"input {key!r} is given twice")
+        value = _read(path)
+        if isinstance(value, dict):
+            raise click.UsageError(f"{path!r} holds several arrays; {key!r} takes one")
+        values[key] = value
+    return values
+
+
+def _named(item: str) -> tuple[str, str] | None:
+    """Split ``INPUT=FILE``; a file whose own name has a '=' is a file."""
+    key, equals, path = item.partition("=")
+    return (key, path) if equals and key and path and not Path(item).exists() else None
+
+
+def _read(path: str) -> Array | dict[str, Array]:
+    if path == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise click.UsageError("'-' reads standard input: send a file or a program's output")
+        return _parse(sys.stdin.buffer.read(), "standard input")
+    return _parse(Path(path).read_bytes(), path)
+
+
+def _parse(payload: bytes, where: str) -> Array | dict[str, Array]:
+    """Tell .npy, .npz and JSON apart by their first bytes, and read them without unpickling."""
+    if payload[:6] == b"\x93NUMPY" or payload[:2] == b"PK":
+        try:
+            loaded = np.load(io.BytesIO(payload), allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            return {key: loaded[key] for key in loaded.files}
+        except Exception as error:  # zipfile, zlib and numpy raise what they like at bad bytes
+            raise FormatError(f"{where} is a damaged .npy or .npz file: {error}") from error
+    try:
+        value = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is neither .npy, .npz nor JSON: {error}") from error
+    if isinstance(value, dict):
+        return {key: _array(item, f"{where}, {key!r}") for key, item in value.items()}
+    return _array(value, where)
+
+
+def _array(value: Any, where: str) -> Array:
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError) as error:
+        raise ArgumentError(f"{where} is no array, its lists differ in length: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise ArgumentError(f"{where} is no array of numbers")
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
+def _write(path: Path, outputs: Mapping[str, Array]) -> None:
+    """Write what was predicted, all of it or nothing."""
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix == "npy" and len(outputs) > 1:
+        raise ArgumentError(
+            f"a .npy file holds one array, there are: {', '.join(outputs)}; use .npz"
+        )
+    if suffix == "json":
+        path.write_text(json.dumps(output.jsonable(_document(outputs))) + "\n", encoding="utf-8")
+        return
+    entries = [
+        TensorEntry(key, DType.of(array.dtype), array.shape, key) for key, array in outputs.items()
+    ]
+    write_model(path, outputs, entries, format=suffix)
+
+
+def _document(outputs: Mapping[str, Array]) -> dict[str, Any]:
+    return {
+        key: {
+            "dtype": DType.of(array.dtype).label,
+            "shape": list(array.shape),
+            "values": output.plain_array(array).tolist(),
+        }
+        for key, array in outputs.items()
+    }

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup load`` and ``export``: tensors and models out."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import Store
+from pydedup.cli import options, output, text
+from pydedup.cli.looking import tensor_document
+from pydedup.cli.progress import Watch
+from pydedup.cli.tables import Column, print_table
+from pydedup.formats.base import TensorEntry
+from pydedup.formats.registry import WRITABLE, write_model
+from pydedup.types import DType, TensorInfo
+
+__all__ = ["export", "load"]
+
+#: Elements of which extremes and mean are taken at a time: bounds what converting them costs.
+_CHUNK = 1 << 20
+
+_COLUMNS = (
+    Column("Tensor", number=False, name=True, style="cyan"),
+    Column("Dtype", number=False),
+    Column("Shape"),
+    Column("Size", rank=4),
+    Column("Min", rank=1),
+    Column("Mean", rank=3),
+    Column("Max", rank=2),
+)
+
+
+@click.command(short_help="Read tensors: print them, or write .npz, .npy, .safetensors.")
+@options.store_argument
+@options.model_argument
+@click.option("-t", "--tensor", "tensor", metavar="TENSOR", help="Only this tensor.")
+@click.option(
+    "-o",
+    "--output",
+    "target",
+    metavar="PATH",
+    help="Write the tensors to a .npz or .safetensors file, or one tensor to .npy; '-' writes one "
+    "tensor as .npy to standard output.",
+)
+@click.option(
+    "--dtype", metavar="DTYPE", help="Convert floating-point tensors, e.g. to f32, f16 or bf16."
+)
+@options.memory_option
+@options.json_option
+@options.quiet_option
+def load(
+    url: str,
+    name: str,
+    tensor: str | None,
+    target: str | None,
+    dtype: str | None,
+    memory: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Read the tensors of a model.
+
+    Without -o it prints what they are and the extremes of their values, and with --tensor also
+    the values themselves. One tensor at a time is held in memory.
+    """
+    wanted = None if dtype is None else DType.of_label(dtype)
+    _check_target(target, tensor)
+    with options.read_store(url, memory) as store, Watch("reading", quiet=quiet) as watch:
+        figures = store.info(name)
+        # Pinned: the alias or the newest version may change while its tensors are read.
+        address = figures.info.address
+        infos = [info for info in figures.tensors if tensor in (None, info.name)]
+        if not infos and tensor is not None:
+            store.tensor(address, tensor)  # raises, and names those that are like it
+        read = _Reader(store, address, infos, wanted, watch)
+        if target == "-":
+            array = read[infos[0].name]
+        elif target is not None:
+            _write(Path(target), read)
+        else:
+            values = read[infos[0].name] if tensor is not None else None
+            rows = [_figures(info, read[info.name]) for info in infos]
+    if target == "-":
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        sys.stdout.buffer.write(buffer.getbuffer())
+    elif target is not None:
+        done = {"model": address, "path": target, "tensors": len(infos), "bytes": read.done}
+        _say_written(done, as_json)
+    elif as_json:
+        document: dict[str, Any] = {"model": address, "tensors": rows}
+        if values is not None:
+            document["values"] = output.plain_array(values).tolist()
+        output.emit_json(document)
+    else:
+        print_table(_COLUMNS, [_row(row) for row in rows])
+        if values is not None:
+            output.print_line(output.array_text(values))
+
+
+@click.command(short_help="Write a model to a file or folder of any known format.")
+@options.store_argument
+@options.model_argument
+@click.argument("path", metavar="PATH")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(WRITABLE),
+    metavar="FORMAT",
+    help=f"One of {', '.join(WRITABLE)}.  [default: by the suffix of PATH; none means a folder]",
+)
+@options.memory_option
+@options.json_option
+@options.quiet_option
+def export(
+    url: str, name: str, path: str, kind: str | None, memory: str, as_json: bool, quiet: bool
+) -> None:
+    """Write a model to a file or folder of any known format, tensor by tensor.
+
+    What came with the model (config, tokenizer) goes along where the format has a place for it. A
+    file that exists is replaced once the new one is complete; on failure nothing is left behind.
+    """
+    with options.read_store(url, memory) as store, Watch("reading", quiet=quiet) as watch:
+        figures = store.info(name)
+        store.export(figures.info.address, path, format=kind, progress=watch)
+    done = {
+        "model": figures.info.address,
+        "path": path,
+        "tensors": len(figures.tensors),
+        "bytes": figures.info.logical_bytes,
+    }
+    _say_written(done, as_json)
+
+
+class _Reader:
+    """Tensors by name, read when they are asked for."""
+
+    def __init__(
+        self,
+        store: Store,
+        address: str,
+        infos: Sequence[TensorInfo],
+        dtype: DType | None,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self._store, self._address, self._progress = store, address, progress
+        self.entries = [
+            TensorEntry(info.name, _stored_as(info.dtype, dtype), info.shape, info.name)
+            for info in infos
+        ]
+        self._dtype = {entry.name: entry.dtype for entry in self.entries}
+        self._total = sum(entry.nbytes for entry in self.entries)
+        self.done = 0
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        array: NDArray[Any] = self._store.tensor(self._address, name).numpy()
+        array = array.astype(self._dtype[name].numpy, copy=False)
+        self.done += array.nbytes
+        self._progress("reading", self.done, self._total)
+        return array
+
+
+def _stored_as(dtype: DType, wanted: DType | None) -> DType:
+    return wanted if wanted is not None and dtype.is_float else dtype
+
+
+def _check_target(target: str | None, tensor: str | None) -> None:
+    """Refuse what cannot be written before anything is read."""
+    if target is None:
+        return
+    if target == "-":
+        if tensor is None:
+            raise click.UsageError("'-o -' writes one tensor: name it with --tensor")
+        if sys.stdout.isatty():
+            raise click.UsageError("'-o -' writes bytes: send them to a file or a program")
+        return
+    suffix = Path(target).suffix.lower()
+    if suffix not in (".npz", ".safetensors", ".npy"):
+        raise click.UsageError(
+            f"{target!r} must end in .npz, .safetensors or .npy; `pydedup export` writes others"
+        )
+    if suffix == ".npy" and tensor is None:
+        raise click.UsageError("a .npy file holds one tensor: name it with --tensor, or use .npz")
+
+
+def _write(path: Path, read: _Reader) -> None:
+    write_model(path, read, read.entries, format=path.suffix.lower().removeprefix("."))
+
+
+def _say_written(done: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        output.emit_json(done)
+    else:
+        what = f"{text.plural(done['tensors'], 'tensor')}, {text.size(done['bytes'])}"
+        output.print_line(text.clean(f"wrote {done['model']} to {done['path']}: {what}"))
+
+
+def _figures(info: TensorInfo, array: NDArray[Any]) -> dict[str, Any]:
+    """Return a tensor's description with the extremes and the mean of its values."""
+    flat = array.reshape(-1)
+    low, high, total = math.inf, -math.inf, 0.0
+    with np.errstate(all="ignore"):
+        for start in range(0, flat.size, _CHUNK):
+            chunk = flat[start : start + _CHUNK].astype(np.float64)
+            # np.minimum hands NaN on: a tensor that holds one says so.
+            low = float(np.minimum(low, chunk.min()))
+            high = float(np.maximum(high, chunk.max()))
+            total += float(chunk.sum())
+    described = tensor_document(info)
+    described.update(dtype=DType.of(array.dtype).label, bytes=array.nbytes)
+    empty = flat.size == 0
+    described.update(
+        min=None if empty else low,
+        mean=None if empty else total / flat.size,
+        max=None if empty else high,
+    )
+    return described
+
+
+def _row(described: dict[str, Any]) -> list[str]:
+    numbers = (described["min"], described["mean"], described["max"])
+    low, mean, high = ("-" if number is None else f"{number:.4g}" for number in numbers)
+    return [
+        described["name"],
+        described["dtype"],
+        text.shape(described["shape"]),
+        text.size(described["bytes"]),
+        low,
+        mean,
+        high,
+    ]

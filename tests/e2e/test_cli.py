@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program as it is run: child processes on tiny stores, what they print and how they end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import pydedup
+from pydedup.graph import Graph, Node
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+COMMANDS = (
+    *("add", "load", "export", "predict", "ls", "info", "stats", "explain", "diff", "alias", "rm"),
+    *("verify", "vacuum", "demo", "kernels"),
+)
+
+
+def run_program(
+    *arguments: object, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run the program; whatever happens, nobody is shown a traceback."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pydedup", *map(str, arguments)],
+        env={**clean, "PYTHONWARNINGS": "default", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **({"stdin": subprocess.DEVNULL} if "input" not in options else {}),
+        **options,
+    )
+    if "PYDEDUP_TRACEBACK" not in (env or {}):
+        assert "Traceback" not in done.stderr + done.stdout
+    return done
+
+
+def succeed(*arguments: object, status: int = 0, **options: Any) -> str:
+    done = run_program(*arguments, **options)
+    assert done.returncode == status, (done.stdout, done.stderr)
+    assert done.stderr == "" or done.stderr.startswith("pydedup: "), done.stderr
+    return done.stdout
+
+
+def document(*arguments: object, status: int = 0, **options: Any) -> Any:
+    return json.loads(succeed(*arguments, "--json", status=status, **options))
+
+
+def fail(*arguments: object, status: int, **options: Any) -> str:
+    """Run a command that fails; returns its one line."""
+    done = run_program(*arguments, **options)
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    assert re.fullmatch(r"pydedup: error: [^\n]+\n", done.stderr), done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def weights(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "dense.weight": rng.standard_normal((40, 60)).astype(np.float32),
+        "dense.bias": np.arange(40, dtype=np.float32),
+        "embedding.weight": rng.standard_normal((1000, 64)).astype(np.float32),
+    }
+
+
+def tuned(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    changed = {name: array.copy() for name, array in arrays.items()}
+    changed["embedding.weight"][:10] += 0.5
+    changed["extra"] = np.ones((3, 3), np.float16)
+    return changed
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    save_file(weights(), folder / "base.safetensors")
+    save_file(tuned(weights()), folder / "tuned.safetensors")
+    np.savez(folder / "base.npz", **weights())
+    (folder / "broken.safetensors").write_bytes((folder / "base.safetensors").read_bytes()[:5000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def family(files: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store of base@1, base@2 (an alias prod), and a classifier that predicts; for reading."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'family.db'}"
+    succeed("add", url, "base@1", files / "base.safetensors", "--metadata", "task=imdb")
+    succeed("add", url, "base@2", files / "tuned.safetensors", "--metadata", '{"epoch": 3}')
+    succeed("alias", url, "base", "prod", "2")
+    graph = Graph(
+        inputs=("x",),
+        outputs=("y",),
+        nodes=(
+            Node("linear", ("x",), "h", {"weight": "dense.weight", "bias": "dense.bias"}),
+            Node("relu", ("h",), "y"),
+        ),
+    )
+    with pydedup.open(url) as store:
+        store.add("net@1", weights(), graph=graph)
+    return url
+
+
+def expected(x: np.ndarray) -> np.ndarray:
+    arrays = weights()
+    return np.maximum(x @ arrays["dense.weight"].T + arrays["dense.bias"], 0)
+
+
+# ---- help ---------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_exit_status() -> None:
+    text = succeed("--help")
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", text, re.MULTILINE), command
+    for status in (0, 1, 2, 3, 4, 5, 6, 70, 130, 141):
+        assert re.search(rf"^  {status} ", text, re.MULTILINE), status
+    assert succeed() == text
+    assert succeed("-h") == text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command: str) -> None:
+    text = succeed(command, "--help")
+    assert text.startswith(f"Usage: pydedup {command} ")
+    assert "--json" in text
+
+
+def test_help_starts_fast_and_loads_nothing_big() -> None:
+    code = (
+        "import sys; from pydedup.cli import main; main(['--help']);"
+        "print([m for m in ('torch','onnx','onnxruntime','h5py','pyarrow','rich') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version() -> None:
+    assert succeed("--version") == f"pydedup {pydedup.__version__}\n"
+
+
+# ---- in -----------------------------------------------------------------------------------------
+
+
+def test_add_reports_what_was_stored(files: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    report = document("add", url, "m", files / "base.safetensors")
+    assert report["dry_run"] is False
+    (model,) = report["models"]
+    assert model["model"] == "m@1"
+    assert report["logical_bytes"] == model["logical_bytes"]
+    assert model["logical_bytes"] == sum(array.nbytes for array in weights().values())
+    assert model["shared_blocks"] == 0
+    again = document("add", url, "m", files / "base.npz")
+    assert again["models"][0]["model"] == "m@2"
+    assert again["stored_bytes"] == 0
+    assert again["models"][0]["shared_blocks"] == model["blocks"]
+
+
+def test_add_several_prints_a_row_each_and_the_sum(files: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    sources = ("a@1", files / "base.safetensors", "b@1", files / "tuned.safetensors")
+    text = succeed("add", url, *sources, "--policy", "exact", "--block-shape", "64x64")
+    assert [line.split()[0] for line in text.splitlines()] == [
+        *("Model", "a@1", "b@1", "together", "added")
+    ]
+    assert document("info", url, "b")["policy"] == "exact"
+    tensors = document("info", url, "a", "--tensors")["tensors"]
+    assert {tensor["name"]: tensor["block_shape"] for tensor in tensors}["embedding.weight"] == [
+        64,
+        64,
+    ]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_dry_run_writes_nothing(files: Path, tmp_path: Path, exists: bool) -> None:
+    path = tmp_path / "s.db"
+    if exists:
+        succeed("add", path, "m", files / "base.safetensors")
+    before = path.read_bytes() if exists else None
+    report = document("add", path, "n", files / "base.safetensors", "--dry-run")
+    assert report["dry_run"] is True
+    assert (report["stored_bytes"] == 0) == exists
+    assert "nothing was written" in succeed("add", path, "n", files / "base.npz", "--dry-run")
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == (["s.db"] if exists else [])
+
+
+def test_a_plain_path_is_a_store_too(files: Path, tmp_path: Path) -> None:
+    succeed("add", "plain.db", "m", files / "base.npz", cwd=tmp_path)
+    assert document("ls", "sqlite:///plain.db", cwd=tmp_path)["models"][0]["model"] == "m@1"
+
+
+# ---- looking ------------------------------------------------------------------------------------
+
+
+def test_ls(family: str) -> None:
+    found = document("ls", family)
+    by_model = {model["model"]: model for model in found["models"]}
+    assert list(by_model) == ["base@1", "base@2", "net@1"]
+    assert by_model["base@2"]["aliases"] == ["prod"]
+    assert by_model["base@1"]["metadata"] == {"task": "imdb"}
+    assert by_model["base@2"]["metadata"] == {"epoch": 3}
+    shares = sum(model["share_bytes"] for model in found["models"])
+    assert abs(shares - found["store"]["page_bytes"]) <= len(found["models"])
+    lines = succeed("ls", family).splitlines()
+    assert len(lines) == 5
+    assert lines[0].split()[0] == "Model"
+    assert "prod" in lines[2]
+    assert lines[4].startswith("2 models in 3 versions: ")
+    assert [m["model"] for m in document("ls", family, "net")["models"]] == ["net@1"]
+
+
+def test_info(family: str) -> None:
+    found = document("info", family, "base@prod")
+    assert found["model"] == "base@2"
+    assert found["read_amplification"] == found["pages"] / found["least_pages"]
+    assert found["certificate"]["policy"] == "lossless"
+    assert found["n_tensors"] == 4
+    text = succeed("info", family, "base", "--tensors")
+    for word in ("read amplification", "prod", "lossless: the same bits", "embedding.weight"):
+        assert word in text
+    assert "1000x64" in text
+    assert "metadata task" in succeed("info", family, "base@1")
+
+
+def test_stats(family: str) -> None:
+    found = document("stats", family)
+    assert (found["models"], found["versions"], found["tensors"]) == (2, 3, 10)
+    assert found["logical_bytes"] > found["page_bytes"] > 0
+    assert "2 in 3 versions" in succeed("stats", family)
+
+
+def test_explain(family: str) -> None:
+    found = document("explain", family, "base@1")
+    assert {other["model"] for other in found["shared_with"]} == {"base@2", "net@1"}
+    assert found["removal_frees_bytes"] == 0
+    assert found["shared_bytes"] == found["used_bytes"]
+    text = succeed("explain", family, "base@2")
+    assert "removing it frees" in text
+    assert "extra" in text
+
+
+def test_diff_tells_by_its_exit_status(family: str) -> None:
+    assert document("diff", family, "base@1", "net")["same"] is True
+    found = document("diff", family, "base@1", "base@2", status=1)
+    states = {tensor["name"]: tensor["status"] for tensor in found["tensors"]}
+    assert states == {
+        "dense.bias": "same",
+        "dense.weight": "same",
+        "embedding.weight": "changed",
+        "extra": "added",
+    }
+    text = succeed("diff", family, "base@1", "base@2", status=1)
+    assert "they differ (2 same, 1 changed, 1 added)" in text
+    assert "dense.bias" not in text
+    assert "dense.bias" in succeed("diff", family, "base@1", "base@2", "--all", status=1)
+
+
+def test_kernels() -> None:
+    found = document("kernels", env={"PYDEDUP_KERNEL": "scalar"})
+    assert found["in_use"] == "scalar"
+    assert "scalar" in {kernel["name"] for kernel in found["available"]}
+    assert "in use: scalar" in succeed("kernels", env={"PYDEDUP_KERNEL": "scalar"})
+
+
+# ---- out ----------------------------------------------------------------------------------------
+
+
+def test_export_gives_the_file_back(family: str, files: Path, tmp_path: Path) -> None:
+    target = tmp_path / "back.safetensors"
+    assert "wrote base@2" in succeed("export", family, "base@prod", target)
+    original, back = load_file(files / "tuned.safetensors"), load_file(target)
+    assert back.keys() == original.keys()
+    assert all(back[name].tobytes() == array.tobytes() for name, array in original.items())
+    done = document("export", family, "base@1", tmp_path / "x.weights", "--format", "npz")
+    assert done["tensors"] == 3
+    with np.load(tmp_path / "x.weights") as archive:
+        assert archive["dense.weight"].tobytes() == weights()["dense.weight"].tobytes()
+
+
+def test_load_prints_or_writes_tensors(family: str, tmp_path: Path) -> None:
+    rows = {row["name"]: row for row in document("load", family, "base@1")["tensors"]}
+    assert rows["dense.bias"]["max"] == 39.0
+    assert rows["embedding.weight"]["shape"] == [1000, 64]
+    assert "dense.bias" in succeed("load", family, "base@1")
+    succeed("load", family, "base@1", "-o", tmp_path / "all.npz", "--dtype", "f16")
+    with np.load(tmp_path / "all.npz") as archive:
+        assert archive["dense.bias"].dtype == np.float16
+    one = document("load", family, "base@1", "--tensor", "dense.bias")
+    assert one["values"] == weights()["dense.bias"].tolist()
+    succeed("load", family, "base@1", "-t", "dense.weight", "-o", tmp_path / "w.npy")
+    assert np.load(tmp_path / "w.npy").tobytes() == weights()["dense.weight"].tobytes()
+
+
+def test_load_writes_npy_to_standard_output(family: str) -> None:
+    command = [sys.executable, "-P", "-m", "pydedup", "load", family, "base@1"]
+    done = subprocess.run(
+        [*command, "-t", "dense.bias", "-o", "-"], capture_output=True, check=True
+    )
+    assert np.load(io.BytesIO(done.stdout)).tolist() == weights()["dense.bias"].tolist()
+
+
+def test_predict(family: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(1).standard_normal((5, 60)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", x=x)
+    (tmp_path / "x.json").write_text(json.dumps(x.tolist()))
+    for source in ("x.npy", "x.npz", "x=x.npy", "x.json"):
+        found = document("predict", family, "net", source, cwd=tmp_path)
+        (output,) = found["outputs"].values()
+        assert (output["dtype"], output["shape"]) == ("f32", [5, 40])
+        np.testing.assert_allclose(output["values"], expected(x), rtol=1e-4, atol=1e-4)
+    piped = document("predict", family, "net", "-", input=json.dumps({"x": x.tolist()}))
+    np.testing.assert_allclose(piped["outputs"]["y"]["values"], expected(x), rtol=1e-4, atol=1e-4)
+    assert "f32 5x40" in succeed("predict", family, "net", "x.npy", cwd=tmp_path)
+    for target in ("y.npy", "y.npz", "y.json"):
+        succeed("predict", family, "net", "x.npy", "-o", target, cwd=tmp_path)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected(x), rtol=1e-4, atol=1e-4)
+
+
+# ---- names and upkeep ---------------------------------------------------------------------------
+
+
+def test_alias_rm_vacuum_verify(files: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    for version in ("1", "2"):
+        succeed("add", url, f"m@{version}", files / "base.safetensors")
+    succeed("add", url, "other@1", files / "tuned.safetensors")
+    assert document("alias", url, "m", "prod", "1")["previous"] is None
+    assert "m@prod is version 2 (it was 1)" in succeed("alias", url, "m", "prod", "2")
+    assert "points at" in fail("rm", url, "m@2", status=2)
+    assert "is gone" in succeed("alias", url, "m", "prod", "--delete")
+    assert "--all-versions" in fail("rm", url, "m", status=2)
+    assert "removed m@1" in succeed("rm", url, "m@1")
+    assert document("rm", url, "m", "--all-versions", "--yes") == {"removed": ["m@2"]}
+    report = document("vacuum", url)
+    assert report["amplification_after"] <= 1.1
+    assert "read amplification" in succeed("vacuum", url, "--grace", "60")
+    checked = document("verify", url)
+    assert (checked["ok"], checked["models"], checked["errors"]) == (True, 1, [])
+    assert succeed("verify", url).startswith("sound: 1 model, ")
