@@ -134,16 +134,17 @@ class Adapter(Protocol):
         """
 
     def create_schema(self, meta: Mapping[str, str]) -> None:
-        """Create tables and views and fill ``meta``, in one transaction; a no-op when another
-        process was faster.
+        """Create tables and views and fill ``meta``, in one transaction.
+
+        A no-op when another process was faster.
         """
 
     # ---- transactions -------------------------------------------------------------------------
 
     def transaction(self) -> AbstractContextManager[None]:
-        """Write transaction of the calling thread; commits on success, rolls back on any
-        exception. Not nested. Raises ReadOnlyError, ConflictError (lock wait ran out),
-        StorageFullError.
+        """Write transaction of the calling thread; commits, or rolls back on any exception.
+
+        Not nested. Raises ReadOnlyError, ConflictError (lock wait ran out), StorageFullError.
         """
 
     def snapshot(self) -> AbstractContextManager[None]:
@@ -161,16 +162,19 @@ class Adapter(Protocol):
         """Return the epoch: it grows with every publish, removal and vacuum."""
 
     def bump_epoch(self, expected: int | None = None) -> bool:
-        """Add one to the epoch, the first statement of any publishing transaction: its row lock
-        is the fence between writers. With ``expected``, only if the epoch is that; returns
-        whether it was.
+        """Add one to the epoch, the first statement of any publishing transaction.
+
+        Its row lock is the fence between writers. With ``expected``, only if the epoch is that;
+        returns whether it was.
         """
 
     # ---- models -------------------------------------------------------------------------------
 
     def insert_model(self, row: ModelRow) -> int:
-        """Insert and return the id. Raises DuplicateError when a *live* model has this name and
-        version (a staged one may coexist; publishing decides).
+        """Insert and return the id.
+
+        Raises DuplicateError when a *live* model has this name and version (a staged one may
+        coexist; publishing decides).
         """
 
     def update_model(
@@ -183,16 +187,19 @@ class Adapter(Protocol):
         digest: bytes | None = None,
         created_at: float | None = None,
     ) -> bool:
-        """Change what is given; returns whether the row existed. Raises DuplicateError when
-        ``state="live"`` would make two live models of one name and version.
+        """Change what is given; returns whether the row existed.
+
+        Raises DuplicateError when ``state="live"`` would make two live models of one name and
+        version.
         """
 
     def models(self, *, name: str | None = None, state: str | None = LIVE) -> list[ModelRow]:
         """Return model rows by ascending id; ``state=None`` means all states."""
 
     def delete_model(self, model_id: int) -> None:
-        """Delete the row and all of its aliases, artifacts, tensors, block maps, source hashes
-        and model_pages.
+        """Delete the row and all that hangs on it.
+
+        That is aliases, artifacts, tensors, block maps, source hashes and model_pages.
         """
 
     def aliases(self, name: str | None = None) -> list[tuple[str, str, int]]:
@@ -245,12 +252,18 @@ class Adapter(Protocol):
         """Yield (id, payload) for the ids that exist, in any order."""
 
     def page_rows(
-        self, *, ids: Sequence[int] | None = None, state: str | None = None, after: int = 0,
+        self,
+        *,
+        ids: Sequence[int] | None = None,
+        state: str | None = None,
+        after: int = 0,
         limit: int | None = None,
     ) -> list[PageRow]:
         """Return page rows by ascending id, only those with id > ``after``."""
 
-    def set_page_state(self, ids: Sequence[int], state: str, retired_at: float | None = None) -> None:
+    def set_page_state(
+        self, ids: Sequence[int], state: str, retired_at: float | None = None
+    ) -> None:
         """Change the state of pages."""
 
     def delete_pages(self, ids: Sequence[int]) -> None:

@@ -125,7 +125,9 @@ class MatrixView:
     grid: BlockGrid
 
     @classmethod
-    def of(cls, array: NDArray[np.generic], block_shape: tuple[int, int] | None = None) -> MatrixView:
+    def of(
+        cls, array: NDArray[np.generic], block_shape: tuple[int, int] | None = None
+    ) -> MatrixView:
         """Return the view of an array of any rank and byte order; copies only when it must."""
         dtype = DType.of(array.dtype)
         rows, cols = matrix_shape(array.shape)
@@ -185,7 +187,12 @@ class BlockMap:
             except struct.error as exc:
                 raise CorruptStoreError("a block map is shorter than its header") from exc
             size = _MAP_HEADER.size + 8 * n_pages + 2 * wide * n_blocks
-            if magic != _MAP_MAGIC or version != _MAP_VERSION or wide not in (2, 4) or size != len(part):
+            if (
+                magic != _MAP_MAGIC
+                or version != _MAP_VERSION
+                or wide not in (2, 4)
+                or size != len(part)
+            ):
                 raise CorruptStoreError(f"a block map of {len(part)} bytes does not parse")
             kind = f"<u{wide}"
             pages = np.frombuffer(part, "<i8", n_pages, _MAP_HEADER.size)
@@ -194,7 +201,9 @@ class BlockMap:
             if n_blocks and int(index.max()) >= n_pages:
                 raise CorruptStoreError("a block map names a page outside of its own list")
             page_ids.append(pages[index].astype(np.int64, copy=False))
-            slots.append(np.frombuffer(part, kind, n_blocks, at + wide * n_blocks).astype(np.uint32))
+            slots.append(
+                np.frombuffer(part, kind, n_blocks, at + wide * n_blocks).astype(np.uint32)
+            )
         all_pages = np.concatenate(page_ids) if page_ids else np.empty(0, np.int64)
         all_slots = np.concatenate(slots) if slots else np.empty(0, np.uint32)
         if len(all_pages) != grid.count:

@@ -111,7 +111,8 @@ class Catalog:
         if not rows:
             names = sorted({row.name for row in self._adapter.models()})
             raise NotFoundError(
-                f"no model {parsed.name!r} in {self._adapter.url}{_did_you_mean(parsed.name, names)}"
+                f"no model {parsed.name!r} in {self._adapter.url}"
+                f"{_did_you_mean(parsed.name, names)}"
             )
         if parsed.selector is None:
             return rows[-1]
@@ -124,7 +125,8 @@ class Catalog:
                 return row
         known = [row.version for row in rows] + sorted(aliases)
         raise NotFoundError(
-            f"{parsed.name!r} has no version or alias {parsed.selector!r}; it has: {', '.join(known)}"
+            f"{parsed.name!r} has no version or alias {parsed.selector!r}; "
+            f"it has: {', '.join(known)}"
         )
 
     def model(self, address: str) -> StoredModel:

@@ -57,6 +57,8 @@ def hash_view(view: MatrixView, *, seed: int = 0, threads: int = 0) -> NDArray[n
     )
 
 
-def hash_buffer(buffer: bytes | bytearray | memoryview | NDArray[np.uint8], *, seed: int = 0) -> bytes:
+def hash_buffer(
+    buffer: bytes | bytearray | memoryview | NDArray[np.uint8], *, seed: int = 0
+) -> bytes:
     """Return the 16-byte digest of contiguous bytes, little-endian."""
     return _core.hash_bytes(buffer, seed)

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Store`: what users hold. It delegates; the work is done in ingest, serving, maintenance, report."""
+"""`Store`: what users hold. It delegates to ingest, serving, maintenance and report."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup import config, formats, registry
+from pydedup import config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import (
@@ -22,6 +23,7 @@ from pydedup.errors import (
     SchemaVersionError,
 )
 from pydedup.formats.base import Artifact, TensorEntry
+from pydedup.formats.registry import open_source, write_model
 from pydedup.graph import Graph
 from pydedup.ingest.add import add_models
 from pydedup.ingest.plan import Request, plan_address
@@ -47,7 +49,7 @@ __all__ = ["ModelInput", "Store", "open"]
 ModelInput = Any
 
 
-def open(  # noqa: A001 - the public name, as in gzip.open
+def open(
     url: str | os.PathLike[str],
     *,
     mode: str = "a",
@@ -76,7 +78,9 @@ def open(  # noqa: A001 - the public name, as in gzip.open
         When there is no store, one of a newer pydedup, no database, or no way to write it.
     """
     if mode not in ("a", "r"):
-        raise ArgumentError(f"mode {mode!r} is unknown; use 'a' (read and write) or 'r' (read only)")
+        raise ArgumentError(
+            f"mode {mode!r} is unknown; use 'a' (read and write) or 'r' (read only)"
+        )
     budget = config.parse_bytes(memory)
     adapter = registry.connect(str(os.fspath(url)), mode=mode, schema=schema)
     try:
@@ -110,7 +114,7 @@ class Store:
         self._catalog = Catalog(adapter)
         self._pool = PagePool(adapter.read_pages, memory_bytes)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -211,10 +215,11 @@ class Store:
     ) -> list[AddReport]:
         if not dry_run:
             self._check_writable("add a model")
-        with formats.open_sources(models.values()) as sources:
+        with contextlib.ExitStack() as opened:
             requests: list[Request] = []
-            for name, source in zip(models, sources, strict=True):
+            for name, given in models.items():
                 base, number = plan_address(self._adapter, name, version)
+                source = opened.enter_context(open_source(given))
                 request = Request(
                     name=base,
                     version=number,
@@ -259,7 +264,7 @@ class Store:
         name: str,
         path: str | os.PathLike[str],
         *,
-        format: str | None = None,  # noqa: A002
+        format: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Write a model to a file or folder of any known format, tensor by tensor.
@@ -268,20 +273,12 @@ class Store:
         Face) or from ``format``. Nothing is left behind on failure. Raises UnsupportedFormatError.
         """
         model = self._catalog.model(name)
-        entries = [TensorEntry(info.name, info.dtype, info.shape, info.name) for info in model.tensors]
-        done = 0
-
-        def read(tensor: str) -> NDArray[Any]:
-            nonlocal done
-            array = self._read(model, tensor, None)
-            done += array.nbytes
-            if progress is not None:
-                progress("reading", done, model.row.logical_bytes)
-            return array
-
-        formats.write_model(
+        entries = [
+            TensorEntry(info.name, info.dtype, info.shape, info.name) for info in model.tensors
+        ]
+        write_model(
             path,
-            read,
+            _LazyTensors(lambda tensor: self._read(model, tensor, None), model, progress),
             entries,
             self._artifacts(model),
             model.graph(),
@@ -303,8 +300,8 @@ class Store:
         graph = model.graph()
         if graph is None:
             raise NotFoundError(
-                f"{model.address} has no graph to predict with; give add(..., graph=...), or add it "
-                "from a torch.nn.Sequential, Keras or ONNX model"
+                f"{model.address} has no graph to predict with; give add(..., graph=...), "
+                "or add it from a torch.nn.Sequential, Keras or ONNX model"
             )
         if isinstance(x, Mapping):
             inputs = {key: np.asarray(value) for key, value in x.items()}
@@ -357,7 +354,9 @@ class Store:
                 if not self._adapter.delete_alias(name, alias):
                     raise NotFoundError(f"{name!r} has no alias {alias!r}")
             elif version not in rows:
-                raise NotFoundError(f"{name!r} has no version {version!r}; it has: {', '.join(rows)}")
+                raise NotFoundError(
+                    f"{name!r} has no version {version!r}; it has: {', '.join(rows)}"
+                )
             else:
                 self._adapter.set_alias(name, alias, rows[version].id)
 
@@ -384,7 +383,8 @@ class Store:
             else:
                 if row.version != address.selector:
                     raise ArgumentError(
-                        f"{name!r} is an alias of {row.name}@{row.version}; name the version to remove"
+                        f"{name!r} is an alias of {row.name}@{row.version}; "
+                        "name the version to remove"
                     )
                 doomed = [row]
                 pointing = [alias for _, alias, model_id in aliases if model_id == row.id]
@@ -475,3 +475,25 @@ class Store:
             if payload is not None and name != GRAPH_ARTIFACT:
                 artifacts.append(Artifact(name, media_type, payload))
         return artifacts
+
+
+class _LazyTensors:
+    """A model's tensors, each loaded when a writer asks for it."""
+
+    def __init__(
+        self,
+        read: Callable[[str], NDArray[Any]],
+        model: StoredModel,
+        progress: Progress | None,
+    ) -> None:
+        self._read = read
+        self._total = model.row.logical_bytes
+        self._done = 0
+        self._progress = progress
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        array = self._read(name)
+        self._done += array.nbytes
+        if self._progress is not None:
+            self._progress("reading", self._done, self._total)
+        return array

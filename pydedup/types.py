@@ -19,13 +19,14 @@ from pydedup.errors import ArgumentError
 __all__ = ["GRAPH_ARTIFACT", "AddReport", "DType", "ModelInfo", "Progress", "TensorInfo"]
 
 #: Name of the artifact that holds a model's graph.
-GRAPH_ARTIFACT = "pydedup/graph.json"
+GRAPH_ARTIFACT = "pydedup:graph.json"
 
 
 class Progress(Protocol):
     """Called with what is being done and how much of it is; ``total`` may be 0 at first."""
 
-    def __call__(self, stage: str, done: int, total: int, /) -> None: ...
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """Take notice; an exception ends the work, which is then undone."""
 
 
 class DType(enum.Enum):

@@ -43,6 +43,7 @@ __all__ = [
     "is_tensor",
     "looks_like_legacy",
     "to_numpy",
+    "to_torch",
     "torch_entry",
     "write",
 ]
@@ -205,6 +206,24 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     array: Array = flat.numpy().view(dtype).reshape(tuple(tensor.shape))
     return array
+
+
+def to_torch(array: Array, device: str | None = None) -> torch.Tensor:
+    """Return a tensor of an array's elements; on the CPU it uses the array's memory.
+
+    Raises
+    ------
+    UnsupportedFormatError
+        When torch is not installed.
+    """
+    _require_torch()
+    import torch
+
+    dtype = {label: dtype for dtype, label in _dtypes().items()}[DType.of(array.dtype)]
+    if array.size == 0:
+        return torch.empty(array.shape, dtype=dtype, device=device)
+    flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return flat.view(dtype).reshape(array.shape).to(device)
 
 
 def write(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adding a batch of models: match, lay out, stage, publish, and start over where others were faster."""
+"""Adding a batch of models: match, lay out, stage, publish; again where others were faster."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _shared_pages_live(adapter: Adapter, matcher: Matcher) -> bool:
 def _match_again(
     adapter: Adapter, pool: PagePool, matcher: Matcher, models: Sequence[MatchedModel], spool: Spool
 ) -> bool:
-    """Point references at blocks that others published meanwhile; returns whether there were any."""
+    """Point references at blocks that others published meanwhile; return whether any were."""
     used = np.unique(np.concatenate([model.references() for model in models]))
     used = used[used >= 0]
     keys = hash_keys(spool.hashes[used])
@@ -156,8 +156,7 @@ def _match_again(
     for row in adapter.find_blocks(list(number_of)):
         (stored,) = pool.pages([row.page_id])
         for number in number_of[row.hash128]:
-            pages, page_index, slots = spool.locate(np.array([number], np.int64))
-            if codec.same_block(pages[page_index[0]], int(slots[0]), stored, row.slot):
+            if codec.same_block(*spool.block(number), stored, row.slot):
                 moved[number] = matcher.stored.reference(row)
     if np.array_equal(moved, np.arange(spool.count)):
         return False

@@ -176,8 +176,7 @@ class Matcher:
         equal = np.zeros(len(indices), np.bool_)
         spooled = np.flatnonzero(candidates >= 0)
         if len(spooled):
-            pages, page_index, slots = self._spool.locate(candidates[spooled])
-            equal[spooled] = codec.blocks_equal(view, indices[spooled], pages, page_index, slots)
+            equal[spooled] = self._spool.equal(view, indices[spooled], candidates[spooled])
         stored = np.flatnonzero(candidates < 0)
         if len(stored):
             numbers = -candidates[stored] - 1

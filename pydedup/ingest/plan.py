@@ -43,7 +43,9 @@ class Request:
     def metadata_json(self) -> str:
         """Return the metadata as canonical JSON."""
         try:
-            return json.dumps(dict(self.metadata), sort_keys=True, ensure_ascii=False, allow_nan=False)
+            return json.dumps(
+                dict(self.metadata), sort_keys=True, ensure_ascii=False, allow_nan=False
+            )
         except (TypeError, ValueError) as exc:
             raise ArgumentError(f"metadata of {self.address} is not JSON: {exc}") from exc
 
@@ -81,7 +83,8 @@ def plan_address(adapter: Adapter, text: str, version: str | None) -> tuple[str,
         wanted = str(max(numbers, default=0) + 1)
     if wanted in taken:
         raise DuplicateError(
-            f"{address.name}@{wanted} is in the store already; add another version or remove it first"
+            f"{address.name}@{wanted} is in the store already; "
+            "add another version or remove it first"
         )
     for _, alias, _ in adapter.aliases(address.name):
         if alias == wanted:
@@ -89,5 +92,3 @@ def plan_address(adapter: Adapter, text: str, version: str | None) -> tuple[str,
                 f"{wanted!r} is an alias of {address.name}; a version cannot have the same name"
             )
     return address.name, wanted
-
-

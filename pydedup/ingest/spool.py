@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,8 @@ class Spool:
     """Append-only pages of new blocks. Not thread-safe; a context manager."""
 
     def __init__(self, memory_bytes: int) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=_spool_folder(), prefix="pydedup-spool-")
+        # Closed by __exit__; it has no name, so it vanishes with the process whatever happens.
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=_spool_folder())  # noqa: SIM115
         self._pages = PagePool(self._read_pages, memory_bytes)
         self._extents: list[tuple[int, int]] = []
         self._end = 0
@@ -46,7 +47,7 @@ class Spool:
         self._hashes: list[NDArray[np.uint64]] = []
         self.count = 0
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -59,7 +60,12 @@ class Spool:
         self._pages.clear()
 
     def append(
-        self, view: MatrixView, indices: NDArray[np.int64], digests: NDArray[np.uint64], *, planes: bool
+        self,
+        view: MatrixView,
+        indices: NDArray[np.int64],
+        digests: NDArray[np.uint64],
+        *,
+        planes: bool,
     ) -> None:
         """Encode and append these blocks of a matrix; they get the next numbers."""
         encoded = codec.encode_blocks(view, indices, planes=planes)
@@ -107,16 +113,31 @@ class Spool:
         """Digests of all blocks, shape (count, 2)."""
         return _joined(self._hashes, np.empty((0, 2), np.uint64))
 
-    def locate(self, numbers: NDArray[np.int64]) -> tuple[list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the pages that hold these blocks, and per block its page index and slot."""
+    def equal(
+        self, view: MatrixView, indices: NDArray[np.int64], numbers: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Compare blocks of a matrix with spooled ones, byte by byte."""
         page_of = _joined(self._page_of, np.empty(0, np.int64))[numbers]
-        slot_of = _joined(self._slot_of, np.empty(0, np.uint32))[numbers]
-        ids, index = np.unique(page_of, return_inverse=True)
-        sealed = [int(i) for i in ids if i < len(self._extents)]
-        pages = self._pages.pages(sealed)
-        if len(sealed) < len(ids):
-            pages.append(codec.Page(self._open.image()))
-        return pages, index.astype(np.uint32), slot_of
+        slots = _joined(self._slot_of, np.empty(0, np.uint32))[numbers]
+        equal = np.zeros(len(numbers), np.bool_)
+        last = np.flatnonzero(page_of == len(self._extents))
+        if len(last):
+            page = codec.Page(self._open.image())
+            equal[last] = codec.blocks_equal(
+                view, indices[last], [page], np.zeros(len(last), np.uint32), slots[last]
+            )
+        sealed = np.flatnonzero(page_of < len(self._extents))
+        for rows, pages, page_index in self._pages.windows(page_of[sealed]):
+            at = sealed[rows]
+            equal[at] = codec.blocks_equal(view, indices[at], pages, page_index, slots[at])
+        return equal
+
+    def block(self, number: int) -> tuple[codec.Page, int]:
+        """Return the page and slot of one block; only when frozen."""
+        page_of = _joined(self._page_of, np.empty(0, np.int64))
+        slot_of = _joined(self._slot_of, np.empty(0, np.uint32))
+        (page,) = self._pages.pages([int(page_of[number])])
+        return page, int(slot_of[number])
 
     def image(self, numbers: NDArray[np.int64]) -> bytes:
         """Return the page that holds exactly these blocks, in this order; only when frozen."""

@@ -153,8 +153,8 @@ class Stager:
             for model in self._models:
                 if not adapter.update_model(model.model_id, state=LIVE, created_at=time.time()):
                     raise ConflictError(
-                        f"the staging of {model.request.address} was collected by a vacuum: it gave "
-                        f"no sign of life for {LEASE_SECONDS:.0f} s; add it again"
+                        f"the staging of {model.request.address} was collected by a vacuum: "
+                        f"it gave no sign of life for {LEASE_SECONDS:.0f} s; add it again"
                     )
             adapter.delete_job(self._job)
         return True
@@ -226,7 +226,9 @@ class Stager:
         with adapter.transaction():
             adapter.insert_model_pages(
                 (model_id, page_id, blocks, size)
-                for page_id, blocks, size in pages_read(maps, [self._costs(t) for t in model.tensors])
+                for page_id, blocks, size in pages_read(
+                    maps, [self._costs(t) for t in model.tensors]
+                )
             )
             self._heartbeat()
         with adapter.transaction():
@@ -260,15 +262,16 @@ class Stager:
             costs[~new] = np.array(self._stored.costs, np.int64)[-references[~new] - 1]
         return costs
 
-    def _map_rows(
-        self, model: MatchedModel, maps: Sequence[BlockMap]
-    ) -> Iterator[_MapRow]:
+    def _map_rows(self, model: MatchedModel, maps: Sequence[BlockMap]) -> Iterator[_MapRow]:
         for ordinal, (tensor, block_map) in enumerate(zip(model.tensors, maps, strict=True)):
             for part, payload in enumerate(block_map.parts()):
                 yield "map", (model.model_id, ordinal, part, payload)
             hashes = np.ascontiguousarray(tensor.digests, "<u8").tobytes()
             for part, start in enumerate(range(0, len(hashes), _HASH_PART_BYTES)):
-                yield "hash", (model.model_id, ordinal, part, hashes[start : start + _HASH_PART_BYTES])
+                yield (
+                    "hash",
+                    (model.model_id, ordinal, part, hashes[start : start + _HASH_PART_BYTES]),
+                )
 
 
 def _block_shape(tensor: MatchedTensor) -> tuple[int, int]:

@@ -51,7 +51,9 @@ class _Places:
 
     def numbers(self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return the numbers of blocks at these places, all of which exist."""
-        return np.searchsorted(block_places(self.page_ids, self.slots), block_places(page_ids, slots))
+        return np.searchsorted(
+            block_places(self.page_ids, self.slots), block_places(page_ids, slots)
+        )
 
 
 def repack(
@@ -172,7 +174,8 @@ def _publish(
                 costs.append(places.costs[numbers])
             adapter.delete_model_pages(model.row.id)
             adapter.insert_model_pages(
-                (model.row.id, page_id, blocks, size) for page_id, blocks, size in pages_read(maps, costs)
+                (model.row.id, page_id, blocks, size)
+                for page_id, blocks, size in pages_read(maps, costs)
             )
         old_ids = [row.id for row in adapter.page_rows(state=LIVE)]
         adapter.set_page_state(old_ids, RETIRED, time.time())

@@ -134,7 +134,9 @@ def _note_twin(
     if twin != (page_id, slot):
         mine, other = contents[page_id], contents[twin[0]]
         if mine.dtypes[slot] == other.dtypes[twin[1]]:
-            report.notes.append(f"page {page_id}, slot {slot}: same block as page {twin[0]}, slot {twin[1]}")
+            report.notes.append(
+                f"page {page_id}, slot {slot}: same block as page {twin[0]}, slot {twin[1]}"
+            )
 
 
 def _verify_model(

@@ -95,9 +95,7 @@ class Diff:
         return all(tensor.status == "same" for tensor in self.tensors)
 
 
-def explain_model(
-    adapter: Adapter, catalog: Catalog, pool: PagePool, address: str
-) -> Explanation:
+def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: str) -> Explanation:
     """Say which blocks of a model are shared with whom. Raises NotFoundError."""
     with adapter.snapshot():
         model = catalog.model(address)
@@ -178,7 +176,9 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
     map_a, map_b = a.block_map(info.name), b.block_map(info.name)
     blocks, changed = map_a.grid.count, 0
     if map_a.grid == map_b.grid:
-        apart = block_places(map_a.page_ids, map_a.slots) != block_places(map_b.page_ids, map_b.slots)
+        apart = block_places(map_a.page_ids, map_a.slots) != block_places(
+            map_b.page_ids, map_b.slots
+        )
         if not apart.any():
             return TensorDiff(info.name, "same", blocks)
         changed = int(apart.sum())

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input through the front door: a clear error each time, and the store still verifies."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.errors import (
+    ConflictError,
+    FormatError,
+    NotAStoreError,
+    NotFoundError,
+    PydedupError,
+    ReadOnlyError,
+    StorageFullError,
+    StoreError,
+)
+
+MODEL = {"w": np.arange(6000.0, dtype=np.float32).reshape(60, 100)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[pydedup.Store]:
+    """A store with one model; afterwards that model must still be whole."""
+    with pydedup.open(f"sqlite:///{tmp_path / 'store.db'}") as opened:
+        opened.add("good", MODEL)
+        yield opened
+        assert [info.name for info in opened.models()] == ["good"]
+        assert np.array_equal(opened.load("good")["w"], MODEL["w"])
+        report = opened.verify()
+        assert (report.errors, report.notes) == ([], [])
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """One good file of each format that can be written here."""
+    with pydedup.open(f"sqlite:///{folder / 'maker.db'}") as maker:
+        maker.add("m", {"embedding": MODEL["w"]})
+        made = {}
+        for suffix in ("safetensors", "pt", "npz", "npy", "onnx", "weights.h5"):
+            path = folder / f"model.{suffix}"
+            if suffix == "npy":
+                np.save(path, MODEL["w"])
+            else:
+                try:
+                    maker.export("m", path)
+                except FormatError:
+                    continue  # formats that need a graph of their own have their own tests
+            made[suffix] = path
+    assert {"safetensors", "pt", "npz", "npy"} <= set(made)
+    return made
+
+
+def test_truncated_files_of_each_format(store: pydedup.Store, tmp_path: Path) -> None:
+    for suffix, path in _files(tmp_path).items():
+        whole = path.read_bytes()
+        for keep in (0, 1, 7, len(whole) // 2, len(whole) - 1):
+            broken = tmp_path / f"cut-{keep}.{suffix}"
+            broken.write_bytes(whole[:keep])
+            with pytest.raises(FormatError) as caught:
+                store.add("bad", broken)
+            message = str(caught.value)
+            assert broken.name in message, f"{suffix}: {message}"
+            assert "\n" not in message
+
+
+def test_a_pickle_with_code_never_runs(store: pydedup.Store, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {ran}",)
+
+    for name in ("evil.pt", "evil.bin", "evil.npy", "evil.safetensors"):
+        path = tmp_path / name
+        path.write_bytes(pickle.dumps({"w": Evil()}))
+        with pytest.raises(FormatError, match=r"evil"):
+            store.add("bad", path)
+    import torch
+
+    path = tmp_path / "zip.pt"
+    torch.save({"w": Evil()}, path)
+    with pytest.raises(FormatError, match=r"zip\.pt"):
+        store.add("bad", path)
+    assert not ran.exists()
+
+
+def test_a_wrong_extension_is_read_right_or_refused(store: pydedup.Store, tmp_path: Path) -> None:
+    made = _files(tmp_path)
+    disguised = tmp_path / "really-safetensors.pt"
+    disguised.write_bytes(made["safetensors"].read_bytes())
+    try:
+        store.add("disguised", disguised)
+    except FormatError as exc:
+        assert "really-safetensors.pt" in str(exc)
+    else:
+        assert np.array_equal(store.load("disguised")["embedding"], MODEL["w"])
+        store.remove("disguised")
+        store.vacuum()
+    text = tmp_path / "notes.safetensors"
+    text.write_text("these are not tensors\n")
+    with pytest.raises(FormatError, match="notes"):
+        store.add("bad", text)
+
+
+def test_sources_that_are_not_there_or_nothing(store: pydedup.Store, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="missing"):
+        store.add("bad", tmp_path / "missing.safetensors")
+    (tmp_path / "empty-folder").mkdir()
+    with pytest.raises(FormatError, match="empty-folder"):
+        store.add("bad", tmp_path / "empty-folder")
+    for nonsense in (42, None, object(), [1, 2]):
+        with pytest.raises(PydedupError):
+            store.add("bad", nonsense)
+    with pytest.raises(PydedupError, match="complex128"):
+        store.add("bad", {"w": np.zeros(3, complex)})
+    with pytest.raises(PydedupError, match="object"):
+        store.add("bad", {"w": np.array([{}, []], object)})
+
+
+def test_nan_and_infinity_are_kept(store: pydedup.Store) -> None:
+    odd = {"w": np.array([[np.nan, np.inf], [-np.inf, -0.0]], np.float32)}
+    odd["w"].view(np.uint32)[0, 0] = 0x7FC12345  # a NaN with a payload
+    store.add("odd", odd)
+    assert store.load("odd")["w"].tobytes() == odd["w"].tobytes()
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(store.tensor("odd", "w").matmul(np.ones((1, 2), np.float32))).any()
+    store.remove("odd")
+    store.vacuum()
+
+
+def test_a_database_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / "other.db"
+    with sqlite3.connect(other) as raw:
+        raw.execute("CREATE TABLE pydedup_meta (x)")
+        raw.execute("CREATE TABLE customers (name)")
+    raw.close()
+    text = tmp_path / "text.db"
+    text.write_text("just some text, long enough to be looked at " * 40)
+    for path in (other, text):
+        before = path.read_bytes()
+        for mode in ("a", "r"):
+            with pytest.raises(StoreError, match=path.name):
+                pydedup.open(f"sqlite:///{path}", mode=mode)
+        assert path.read_bytes() == before
+    with pytest.raises(NotAStoreError, match=r"nothing\.db"):
+        pydedup.open(f"sqlite:///{tmp_path / 'nothing.db'}", mode="r")
+    assert not (tmp_path / "nothing.db").exists()
+
+
+def test_a_plain_database_of_the_user_can_hold_a_store(tmp_path: Path) -> None:
+    """Features and models live side by side: the point of it all."""
+    path = tmp_path / "features.db"
+    with sqlite3.connect(path) as raw:
+        raw.execute("CREATE TABLE features (id INTEGER PRIMARY KEY, f1 REAL)")
+        raw.execute("INSERT INTO features (f1) VALUES (1.5)")
+    raw.close()
+    with pydedup.open(f"sqlite:///{path}") as store:
+        store.add("m", MODEL)
+        assert store.verify().errors == []
+    with sqlite3.connect(path) as raw:
+        assert raw.execute("SELECT f1 FROM features").fetchall() == [(1.5,)]
+    raw.close()
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        rng = np.random.default_rng(0)
+        with pydedup.open(f"sqlite:///{disk / 'store.db'}") as store:
+            store.add("good", MODEL)
+            with pytest.raises(StorageFullError, match=r"store\.db"):
+                store.add("large", {"w": rng.standard_normal((2000, 1000))})
+            assert [info.name for info in store.models()] == ["good"]
+            assert store.verify().errors == []
+            store.vacuum()
+            assert store.verify().notes == []
+            store.add("small", {"w": rng.standard_normal(100)})
+            assert np.array_equal(store.load("good")["w"], MODEL["w"])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_second_writer_waits_or_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    pydedup.open(f"sqlite:///{path}").close()
+    raw = sqlite3.connect(path, isolation_level=None)
+    raw.execute("BEGIN IMMEDIATE")
+    try:
+        with (
+            pydedup.open(f"sqlite:///{path}?timeout=0.2") as store,
+            pytest.raises(ConflictError, match=r"store\.db"),
+        ):
+            store.add("m", MODEL)
+    finally:
+        raw.execute("ROLLBACK")
+        raw.close()
+    with pydedup.open(f"sqlite:///{path}") as store:
+        store.vacuum()
+        store.add("m", MODEL)
+        assert store.verify().errors == []
+        assert store.verify().notes == []
+
+
+def test_folders_that_do_not_allow_it(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no-such-folder"):
+        pydedup.open(f"sqlite:///{tmp_path / 'no-such-folder' / 'store.db'}")
+    with pytest.raises(PydedupError):
+        pydedup.open(f"sqlite:///{tmp_path}")
+    with pytest.raises(PydedupError, match="oracle"):
+        pydedup.open("oracle://scott:tiger@host/db")
+    with pytest.raises(PydedupError) as caught:
+        pydedup.open("oracle://scott:tiger@host/db")
+    assert "tiger" not in str(caught.value)
+
+
+def _as_nobody(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    prefix = (
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    )
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HOME": "/nonexistent"},
+    )
+
+
+def test_a_read_only_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """root may write anywhere, so a child without rights does the asking."""
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="pydedup-ro-", dir="/var/tmp"))
+    try:
+        folder.chmod(0o755)
+        with pydedup.open(f"sqlite:///{folder / 'store.db'}") as store:
+            store.add("m", MODEL)
+        (folder / "store.db").chmod(0o644)
+        if os.geteuid() != 0:
+            folder.chmod(0o555)
+        probe = _as_nobody("import pydedup")
+        if probe.returncode != 0:
+            pytest.skip("the interpreter cannot be run by an unprivileged user here")
+        script = (
+            "import sys, pydedup\n"
+            "store = pydedup.open(sys.argv[1], mode=sys.argv[2])\n"
+            "print(store.load('m')['w'].sum(), flush=True)\n"
+            "store.add('n', {'w': store.load('m')['w']})\n"
+        )
+        done = _as_nobody(script, f"sqlite:///{folder / 'store.db'}", "r")
+        assert float(done.stdout) == MODEL["w"].sum()
+        assert ReadOnlyError.__name__ in done.stderr
+        done = _as_nobody(script, f"sqlite:///{folder / 'store.db'}", "a")
+        assert done.returncode != 0
+        assert "pydedup.errors." in done.stderr.splitlines()[-1]
+        done = _as_nobody(
+            "import sys, pydedup; pydedup.open(sys.argv[1])", f"sqlite:///{folder / 'new.db'}"
+        )
+        assert "pydedup.errors." in done.stderr.splitlines()[-1]
+        assert sorted(p.name for p in folder.iterdir()) == ["store.db"]
+    finally:
+        folder.chmod(0o755)
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with pydedup.open(url) as store:
+        store.add("good", MODEL)
+    source = tmp_path / "large.npy"
+    np.save(source, np.random.default_rng(0).standard_normal((6000, 1000)).astype(np.float32))
+    for delay in (0.3, 0.6, 0.9):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pydedup", "add", url, "large", str(source)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(delay)
+        child.send_signal(signal.SIGINT)
+        _, stderr = child.communicate()
+        assert child.returncode in (0, 130, -signal.SIGINT), stderr
+        assert "Traceback" not in stderr or delay < 0.5, stderr
+        with pydedup.open(url) as store:
+            assert store.verify().errors == []
+            assert np.array_equal(store.load("good")["w"], MODEL["w"])
+            if child.returncode == 0:
+                store.remove("large")
+    with pydedup.open(url) as store:
+        store.vacuum()
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])

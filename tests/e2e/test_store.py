@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store as its users see it: in, out, names, sharing, upkeep."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies
+from pydedup.errors import (
+    ArgumentError,
+    DuplicateError,
+    NotFoundError,
+    PydedupError,
+    ReadOnlyError,
+    SchemaVersionError,
+)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'store.db'}"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[pydedup.Store]:
+    with pydedup.open(url) as opened:
+        yield opened
+
+
+def variants(count: int, rows: int = 4000, cols: int = 50) -> dict[str, dict[str, np.ndarray]]:
+    """A base table and copies of it with some rows changed, as sparse fine-tunes have it."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((rows, cols)).astype(np.float32)
+    models = {}
+    for number in range(count):
+        mine = table.copy()
+        changed = rng.choice(rows // 4, rows // 40, replace=False)
+        mine[changed] += 0.1
+        head = rng.standard_normal((5, cols)).astype(np.float32)
+        models[f"tenant-{number}"] = {
+            "embedding": mine,
+            "head.weight": head,
+            "head.bias": head[:, 0].copy(),
+        }
+    return models
+
+
+def assert_same(loaded: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert list(loaded) == list(wanted)
+    for name, array in wanted.items():
+        array = np.asarray(array)
+        assert loaded[name].dtype == array.dtype, name
+        assert loaded[name].shape == array.shape, name
+        assert loaded[name].tobytes() == array.tobytes(), name
+
+
+def test_every_dtype_and_shape_comes_back_bit_for_bit(store: pydedup.Store) -> None:
+    rng = np.random.default_rng(3)
+    dtypes = [
+        np.float64,
+        np.float32,
+        np.float16,
+        ml_dtypes.bfloat16,
+        np.int8,
+        np.int16,
+        np.int32,
+        np.int64,
+        np.uint8,
+        np.uint16,
+        np.uint32,
+        np.uint64,
+        np.bool_,
+        ml_dtypes.float8_e4m3fn,
+        ml_dtypes.float8_e5m2,
+    ]
+    shapes = [
+        (),
+        (1,),
+        (7,),
+        (0,),
+        (3, 0),
+        (0, 5),
+        (65, 67),
+        (130, 1),
+        (1, 9000),
+        (3, 4, 5),
+        (2, 3, 1, 7, 2),
+    ]
+    model = {}
+    for dtype in dtypes:
+        for shape in shapes:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            data = rng.integers(0, 256, size, np.uint8)
+            if dtype is np.bool_:
+                data &= 1
+            model[f"{np.dtype(dtype).name}/{'x'.join(map(str, shape))}"] = data.view(dtype).reshape(
+                shape
+            )
+    model["nan"] = np.array([np.nan, np.inf, -np.inf, -0.0, 5e-324])
+    store.add("zoo", model)
+    assert_same(store.load("zoo"), model)
+    assert store.verify().errors == []
+
+
+def test_block_shapes_do_not_change_what_comes_back(store: pydedup.Store) -> None:
+    model = {"w": np.random.default_rng(0).standard_normal((100, 70)).astype(np.float32)}
+    for number, shape in enumerate([(1, 1), (7, 3), (64, 64), (100, 70), (1000, 1000)]):
+        store.add(f"m{number}", model, block_shape=shape)
+        assert_same(store.load(f"m{number}"), model)
+    assert store.verify().errors == []
+
+
+def test_variants_share_what_they_have_in_common(store: pydedup.Store) -> None:
+    models = variants(5)
+    reports = store.add_many(models, policy=policies.Exact())
+    logical = sum(report.logical_bytes for report in reports)
+    assert sum(report.stored_bytes for report in reports) < 0.55 * logical
+    assert store.stats().stored_bytes < 0.75 * logical
+    for name, model in models.items():
+        assert_same(store.load(name), model)
+        info = store.info(name)
+        assert info.read_amplification <= 2.0
+    again = store.add("tenant-0", models["tenant-0"])
+    assert again.model == "tenant-0@2"
+    assert (again.stored_bytes, again.pages, again.shared_blocks) == (0, 0, again.blocks)
+    assert store.diff("tenant-0@1", "tenant-0@2").same
+
+
+def test_joint_layout_keeps_stored_pages_at_the_bound(store: pydedup.Store) -> None:
+    reports = store.add_many(variants(6, rows=20000), policy=policies.Exact())
+    stats = store.stats()
+    assert sum(report.pages for report in reports) == stats.pages
+    payload = stats.page_bytes / stats.pages
+    assert payload > 0.9 * 1024 * 1024 or stats.pages <= 2
+    worst = max(store.info(info.address).read_amplification for info in store.models())
+    assert worst <= 1.5
+
+
+def test_tied_and_equal_tensors_are_stored_once(store: pydedup.Store) -> None:
+    weight = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
+    report = store.add(
+        "tied", {"in": weight, "out": weight, "copy": weight.copy()}, policy=policies.Exact()
+    )
+    assert report.stored_bytes == weight.nbytes
+    assert report.shared_blocks == report.blocks * 2 // 3
+    assert_same(store.load("tied"), {"in": weight, "out": weight, "copy": weight})
+
+
+def test_equal_bytes_of_another_dtype_are_not_confused(store: pydedup.Store) -> None:
+    zeros = {"f": np.zeros((64, 64), np.float32), "i": np.zeros((64, 64), np.int32)}
+    store.add("zeros", zeros)
+    assert_same(store.load("zeros"), zeros)
+    assert store.verify().errors == []
+
+
+def test_versions_and_aliases(store: pydedup.Store) -> None:
+    for number in range(3):
+        store.add("m", {"w": np.full(3, number, np.float32)})
+    assert [info.version for info in store.versions("m")] == ["1", "2", "3"]
+    assert store.load("m")["w"][0] == 2
+    store.alias("m", "prod", "2")
+    assert store.load("m@prod")["w"][0] == 1
+    store.alias("m", "prod", "1")
+    assert store.load("m@prod")["w"][0] == 0
+    with pytest.raises(ArgumentError, match="is a version"):
+        store.alias("m", "2", "1")
+    with pytest.raises(ArgumentError, match="is an alias"):
+        store.add("m@prod", {"w": np.zeros(1)})
+    with pytest.raises(NotFoundError, match="it has: 1, 2, 3"):
+        store.alias("m", "prod", "9")
+    with pytest.raises(ArgumentError, match="points at m@1"):
+        store.remove("m@1")
+    with pytest.raises(ArgumentError, match="3 versions"):
+        store.remove("m")
+    store.alias("m", "prod", None)
+    assert store.remove("m@1") == ["m@1"]
+    assert store.remove("m", all_versions=True) == ["m@2", "m@3"]
+    assert store.models() == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "naïve modèle",
+        "模型",
+        "🙂",
+        "a'b\"c",
+        "x; DROP TABLE pydedup_models; --",
+        "a" * 255,
+        "a/b\\c",
+        "%_?",
+        "-rf",
+    ],
+)
+def test_hostile_names(store: pydedup.Store, name: str) -> None:
+    store.add(f"{name}@{name}", {name: np.arange(5.0)})
+    store.alias(name, "prod", name)
+    assert_same(store.load(f"{name}@prod"), {name: np.arange(5.0)})
+    assert [info.name for info in store.models()] == [name]
+    store.alias(name, "prod", None)
+    store.remove(name)
+    assert store.verify().errors == []
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a" * 256, " a", "a ", "a@b@c", "a\nb", "e\u0301", "a\0", "@", "a@", "\ud800"]
+)
+def test_bad_names_are_refused(store: pydedup.Store, name: str) -> None:
+    with pytest.raises(ArgumentError):
+        store.add(name, {"w": np.zeros(1)})
+    assert store.models() == []
+
+
+def test_duplicates_are_refused_and_change_nothing(store: pydedup.Store) -> None:
+    store.add("m@1", {"w": np.zeros(4)})
+    with pytest.raises(DuplicateError, match="m@1"):
+        store.add("m@1", {"w": np.ones(4)})
+    with pytest.raises(PydedupError):
+        store.add_many({"new": {"w": np.ones(4)}, "m@1": {"w": np.ones(4)}})
+    assert [info.address for info in store.models()] == ["m@1"]
+    assert_same(store.load("m"), {"w": np.zeros(4)})
+    assert store.verify().notes == []
+
+
+def test_unknown_names_are_helped(store: pydedup.Store) -> None:
+    store.add("resnet", {"conv1.weight": np.zeros((2, 3, 3, 3))})
+    with pytest.raises(NotFoundError, match="did you mean 'resnet'"):
+        store.load("resnt")
+    with pytest.raises(NotFoundError, match=r"conv1\.weight"):
+        store.tensor("resnet", "conv1.weigth")
+    with pytest.raises(NotFoundError, match="no graph"):
+        store.predict("resnet", np.zeros((1, 3)))
+
+
+def test_dry_run_writes_nothing(store: pydedup.Store) -> None:
+    models = variants(2)
+    dry = store.add("m", models["tenant-0"], dry_run=True)
+    assert dry.dry_run
+    assert store.models() == []
+    assert store.stats().pages == 0
+    wet = store.add("m", models["tenant-0"])
+    assert (dry.stored_bytes, dry.pages, dry.blocks) == (wet.stored_bytes, wet.pages, wet.blocks)
+
+
+def test_explain_says_what_removal_frees(store: pydedup.Store) -> None:
+    store.add_many(variants(3), policy=policies.Exact())
+    before = store.explain("tenant-1")
+    assert {other.model for other in before.shared_with} == {"tenant-0@1", "tenant-2@1"}
+    assert 0 < before.removal_frees_bytes < before.used_bytes
+    assert before.removal_frees_bytes + before.shared_bytes == before.used_bytes
+    pages = store.stats().page_bytes
+    store.remove("tenant-1")
+    store.vacuum()
+    freed = pages - store.stats().page_bytes
+    assert freed == pytest.approx(before.removal_frees_bytes, rel=0.1)
+    assert store.explain("tenant-0").tensors[0].shared_with == ("tenant-2@1",)
+
+
+def test_diff_names_what_changed(store: pydedup.Store) -> None:
+    a = {
+        "same": np.arange(9.0),
+        "moved": np.ones((80, 80)),
+        "gone": np.zeros(2),
+        "shape": np.zeros((2, 3)),
+    }
+    b = {
+        "same": np.arange(9.0),
+        "moved": np.ones((80, 80)),
+        "new": np.zeros(2),
+        "shape": np.zeros((3, 2)),
+    }
+    b["moved"] = b["moved"].copy()
+    b["moved"][3, 3] = 3.0
+    store.add_many({"a": a, "b": b})
+    diff = store.diff("a", "b")
+    by_name = {tensor.name: tensor for tensor in diff.tensors}
+    assert {name: tensor.status for name, tensor in by_name.items()} == {
+        "same": "same",
+        "moved": "changed",
+        "gone": "removed",
+        "new": "added",
+        "shape": "reshaped",
+    }
+    assert by_name["moved"].max_abs == 2.0
+    assert by_name["moved"].relative_l2 == pytest.approx(2.0 / 80.0)
+    assert 1 <= by_name["moved"].changed_blocks < by_name["moved"].blocks
+
+
+def test_vacuum_repacks_to_low_read_amplification(store: pydedup.Store) -> None:
+    models = variants(6, rows=30000)
+    for name, model in models.items():
+        store.add(name, model, policy=policies.Exact())
+    for name in list(models)[:3]:
+        store.remove(name)
+        del models[name]
+    report = store.vacuum()
+    assert report.stored_bytes_after < report.stored_bytes_before
+    for name, model in models.items():
+        assert_same(store.load(name), model)
+        info = store.info(name)
+        assert info.pages <= max(1.1 * info.least_pages, info.least_pages + 1)
+    assert store.verify().errors == []
+    assert store.verify().notes == []
+    assert store.vacuum().repacked_pages == 0, "a second vacuum has nothing to do"
+
+
+def test_removing_everything_gives_the_space_back(store: pydedup.Store, tmp_path: Path) -> None:
+    empty = store.stats().stored_bytes
+    store.add_many(variants(4, rows=20000))
+    full = store.stats().stored_bytes
+    for info in store.models():
+        store.remove(info.address)
+    store.vacuum()
+    assert store.stats().pages == 0
+    assert store.stats().stored_bytes < empty + 0.1 * full
+
+
+def test_readers_go_on_while_a_vacuum_repacks(url: str) -> None:
+    models = variants(4, rows=20000)
+    with pydedup.open(url) as writer, pydedup.open(url, mode="r", memory="2MiB") as reader:
+        for name, model in models.items():
+            writer.add(name, model, policy=policies.Exact())
+        errors: list[BaseException] = []
+        stop = threading.Event()
+
+        def read() -> None:
+            try:
+                while not stop.is_set():
+                    assert_same(reader.load("tenant-3"), models["tenant-3"])
+            except BaseException as exc:  # noqa: BLE001 - reported by the test
+                errors.append(exc)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        for name in ("tenant-0", "tenant-1"):
+            writer.remove(name)
+            writer.vacuum()
+        stop.set()
+        thread.join()
+        assert errors == []
+        assert_same(reader.load("tenant-3"), models["tenant-3"])
+
+
+def test_read_only_media(url: str, tmp_path: Path) -> None:
+    model = {"w": np.arange(100.0)}
+    with pydedup.open(url) as store:
+        store.add("m", model)
+    path = tmp_path / "store.db"
+    before = path.read_bytes()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    with pydedup.open(url, mode="r") as store:
+        assert_same(store.load("m"), model)
+        for change in (
+            lambda: store.add("n", model),
+            lambda: store.remove("m"),
+            lambda: store.alias("m", "prod", "1"),
+            store.vacuum,
+        ):
+            with pytest.raises(ReadOnlyError, match="reading only"):
+                change()
+        assert store.add("n", model, dry_run=True).stored_bytes == 0
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_a_store_of_a_newer_schema_is_refused(url: str, tmp_path: Path) -> None:
+    pydedup.open(url).close()
+    with sqlite3.connect(tmp_path / "store.db") as raw:
+        raw.execute("UPDATE pydedup_meta SET value = '99' WHERE name = 'schema_version'")
+    raw.close()
+    for mode in ("a", "r"):
+        with pytest.raises(SchemaVersionError, match="99"):
+            pydedup.open(url, mode=mode)
+
+
+def test_use_after_fork(url: str) -> None:
+    model = {"w": np.arange(10000.0).reshape(100, 100)}
+    with pydedup.open(url) as store:
+        store.add("m", model)
+        assert_same(store.load("m"), model)
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                assert_same(store.load("m"), model)
+                store.add("from-child", model)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(reader)
+        os.close(writer)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert {info.name for info in store.models()} == {"m", "from-child"}
+        assert_same(store.load("from-child"), model)
+        assert store.verify().errors == []
+
+
+def _add_variant(url: str, name: str, barrier: object) -> None:
+    model = variants(6)[name]
+    with pydedup.open(url) as store:
+        barrier.wait()  # type: ignore[attr-defined]
+        store.add(name, model, policy=policies.Exact())
+
+
+def test_two_processes_adding_at_once_store_no_block_twice(url: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    models = variants(6)
+    pydedup.open(url).close()
+    for pair in (("tenant-0", "tenant-1"), ("tenant-2", "tenant-3"), ("tenant-4", "tenant-5")):
+        barrier = context.Barrier(2)
+        children = [
+            context.Process(target=_add_variant, args=(url, name, barrier)) for name in pair
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+            assert child.exitcode == 0
+    with pydedup.open(url) as store:
+        report = store.verify()
+        assert report.errors == []
+        assert report.notes == [], "no block is stored twice"
+        for name, model in models.items():
+            assert_same(store.load(name), model)
+        assert len(store.models()) == 6
+
+
+def test_many_threads_share_a_store(store: pydedup.Store) -> None:
+    models = variants(4)
+    store.add_many(models)
+    errors: list[BaseException] = []
+
+    def work(name: str) -> None:
+        try:
+            for _ in range(5):
+                assert_same(store.load(name), models[name])
+            store.add(f"again-{name}", models[name])
+        except BaseException as exc:  # noqa: BLE001 - reported by the test
+            errors.append(exc)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(store.models()) == 8
+    assert store.verify().errors == []
+
+
+def test_damage_is_found(store: pydedup.Store, tmp_path: Path) -> None:
+    store.add("m", variants(1)["tenant-0"])
+    assert store.verify().ok
+    with sqlite3.connect(tmp_path / "store.db") as raw:
+        page, payload = raw.execute("SELECT id, payload FROM pydedup_pages LIMIT 1").fetchone()
+        broken = bytearray(payload)
+        broken[len(broken) // 2] ^= 1
+        raw.execute("UPDATE pydedup_pages SET payload = ? WHERE id = ?", (bytes(broken), page))
+    raw.close()
+    report = store.verify()
+    assert not report.ok
+    assert f"page {page}" in report.errors[0]
+    with pydedup.open(store.url) as fresh, pytest.raises(PydedupError, match=f"{page}|checksum"):
+        fresh.load("m")
+
+
+def test_metadata_and_certificate_are_kept(store: pydedup.Store) -> None:
+    store.add(
+        "m", {"w": np.zeros(3)}, metadata={"tenant": "żółw", "lr": 0.1}, policy=policies.Exact()
+    )
+    info = store.info("m")
+    assert info.info.metadata == {"tenant": "żółw", "lr": 0.1}
+    assert info.info.policy == "exact"
+    assert info.certificate["policy"] == "exact"
+    with pytest.raises(ArgumentError, match="JSON"):
+        store.add("n", {"w": np.zeros(3)}, metadata={"bad": object()})
+    json.dumps(dict(info.certificate))
+
+
+def test_sharing_view_is_plain_sql(store: pydedup.Store, tmp_path: Path) -> None:
+    store.add_many(variants(2))
+    assert store.sharing()
+    with sqlite3.connect(tmp_path / "store.db") as raw:
+        for view in ("pydedup_model_sizes", "pydedup_sharing", "pydedup_page_owners"):
+            assert raw.execute(f"SELECT count(*) FROM {view}").fetchone()[0] > 0  # noqa: S608
+    raw.close()
+
+
+def test_no_temporary_file_or_staging_is_left(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    monkeypatch.setenv("TMPDIR", str(spool))
+    store.add_many(variants(2))
+    assert list(spool.iterdir()) == []
+    assert store.verify().notes == []
+
+
+def test_interrupt_in_the_middle_of_an_add(store: pydedup.Store) -> None:
+    models = variants(2, rows=30000)
+    store.add("base", models["tenant-0"])
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "writing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.add("second", models["tenant-1"], progress=interrupt)
+    assert [info.name for info in store.models()] == ["base"]
+    report = store.verify()
+    assert (report.errors, report.notes) == ([], [])
+    store.add("second", models["tenant-1"])
+    assert_same(store.load("second"), models["tenant-1"])
