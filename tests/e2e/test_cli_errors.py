@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the program says and how it ends when something is wrong: one line, a status, no secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import pydedup
+
+PROGRAM = [sys.executable, "-P", "-m", "pydedup"]
+
+
+def run_program(
+    *arguments: object, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *map(str, arguments)],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **({"stdin": subprocess.DEVNULL} if "input" not in options else {}),
+        **options,
+    )
+
+
+def fail(*arguments: object, status: int, **options: Any) -> str:
+    """Run a command that must fail with one line on standard error, and return the line."""
+    done = run_program(*arguments, **options)
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    assert re.fullmatch(r"pydedup: error: [^\n]+\n", done.stderr), done.stderr
+    assert done.stdout == ""
+    assert done.stderr.strip().isprintable()
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_file({"w": np.arange(4096, dtype=np.float32).reshape(64, 64)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def kept(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store of m@1 and m@2 that tests leave as it is."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'kept.db'}"
+    with pydedup.open(url) as store:
+        store.add("m@1", model)
+        store.add("m@2", {"w": np.ones((64, 64), np.float32)})
+    return url
+
+
+@pytest.fixture
+def url(kept: str, tmp_path: Path) -> str:
+    """A copy of that store, to be changed."""
+    path = tmp_path / "copy.db"
+    shutil.copy(kept.removeprefix("sqlite:///"), path)
+    return f"sqlite:///{path}"
+
+
+def path_of(url: str) -> Path:
+    return Path(url.removeprefix("sqlite:///"))
+
+
+# ---- 2: usage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["lst"], "did you mean 'ls'"),
+        (["sqlite:///m.db", "ls"], "the command comes first"),
+        (["--wrong"], "--wrong"),
+        (["add"], "see 'pydedup add --help'"),
+        (["ls"], "STORE"),
+        (["add", "m.db", "name"], "pairs"),
+        (["add", "m.db", "a", __file__, "a", __file__], "named twice"),
+        (["add", "m.db", "a", __file__, "--metadata", "novalue"], "KEY=VALUE"),
+        (["add", "m.db", "a", __file__, "--metadata", "{bad"], "JSON"),
+        (["add", "m.db", "a", __file__, "--block-shape", "0x8"], "ROWSxCOLUMNS"),
+        (["add", "m.db", "a", __file__, "--policy", "loose"], "loose"),
+        (["add", "m.db", "a", __file__, "--memory", "lots"], "512MiB"),
+        (["add", "m.db", __file__, "a"], "the name comes before the file"),
+        (["alias", "m.db", "a", "prod"], "--delete"),
+        (["vacuum", "m.db", "--grace", "-1"], "grace"),
+        (["load", "m.db", "a", "-o", "x.onnx"], ".npz"),
+        (["load", "m.db", "a", "-o", "x.npy"], "--tensor"),
+        (["load", "m.db", "a", "-o", "-"], "--tensor"),
+        (["load", "m.db", "a", "--dtype", "f33"], "f33"),
+        (["export", "m.db", "a", "x", "--format", "gguf"], "gguf"),
+        (["predict", "m.db", "a", "x.npy", "y.npy"], "INPUT="),
+        (["predict", "m.db", "a", "x.npy", "-o", "y.txt"], ".json"),
+        (["ls", "oracle://db"], "oracle"),
+        (["ls", "sqlite://host/m.db"], "sqlite:///"),
+    ],
+)
+def test_usage(arguments: list[str], says: str, tmp_path: Path) -> None:
+    assert says in fail(*arguments, status=2, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_the_store_refuses(url: str) -> None:
+    assert "--all-versions" in fail("rm", url, "m", status=2)
+    assert "alias" in fail("alias", url, "m", "1", "2", status=2)
+    assert "size" in fail("explain", url, "m", "--memory", "-5", status=2)
+    assert "two-tone" in fail("kernels", env={"PYDEDUP_KERNEL": "two-tone"}, status=2)
+
+
+@pytest.mark.parametrize(
+    "name", ["", " outer", "a@b@c", "line\nbreak", "bell\x07", "e\u0301", "x" * 300]
+)
+def test_names_that_cannot_be(name: str, kept: str, model: Path) -> None:
+    fail("add", kept, name, model, status=2)
+    fail("info", kept, name, status=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="arguments are bytes on Linux alone")
+def test_a_name_that_is_no_text(kept: str) -> None:
+    done = subprocess.run(
+        [*map(os.fsencode, PROGRAM), b"info", kept.encode(), b"\xff"],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"pydedup: error: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a'b\"; DROP TABLE pydedup_models; --",
+        "模型 é 🙂",
+        "[red]x[/red]",
+        "-v",
+        "../../etc",
+        "%s{}\\n",
+    ],
+)
+def test_names_that_look_hostile_are_names(name: str, url: str, model: Path) -> None:
+    add = run_program("add", url, "--", f"{name}@1", model)
+    assert add.returncode == 0, add.stderr
+    assert f"{name}@1" in add.stdout
+    listed = run_program("ls", url, "--json")
+    assert f"{name}@1" in [found["model"] for found in json.loads(listed.stdout)["models"]]
+    assert listed.stdout.isascii()
+    assert f"{name}@1" in run_program("info", url, "--", name).stdout
+    assert run_program("rm", url, "--", name).returncode == 0
+    assert run_program("verify", url).returncode == 0
+
+
+def test_names_from_files_cannot_steer_the_terminal(url: str, tmp_path: Path) -> None:
+    hostile = {"a\u202eb": np.zeros(3, np.float32), "[bold]b[/bold]": np.zeros(3, np.float32)}
+    save_file(hostile, tmp_path / "h.safetensors")
+    assert run_program("add", url, "h", tmp_path / "h.safetensors").returncode == 0
+    shown = run_program("info", url, "h", "--tensors").stdout
+    assert "\\u202e" in shown
+    assert "\u202e" not in shown
+    assert "[bold]b[/bold]" in shown
+    name = json.loads(run_program("info", url, "h", "--tensors", "--json").stdout)["tensors"][0][
+        "name"
+    ]
+    assert name in hostile
+    assert "\x1b" not in fail("info", url, "--", "\x1b[31m", status=2)
+
+
+# ---- 3: not found -------------------------------------------------------------------------------
+
+
+def test_not_found(kept: str, tmp_path: Path) -> None:
+    assert "did you mean 'm'" in fail("info", kept, "mm", status=3)
+    for command in (
+        *(("load", kept, "x"), ("export", kept, "x", tmp_path / "x.npz"), ("rm", kept, "x")),
+        *(("explain", kept, "x"), ("diff", kept, "m@1", "m@7"), ("ls", kept, "x")),
+        *(("alias", kept, "m", "prod", "7"), ("alias", kept, "m", "prod", "--delete")),
+        *(("load", kept, "m", "-t", "v"), ("predict", kept, "m", tmp_path / "none.npy")),
+    ):
+        fail(*command, status=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_is_not_there_creates_no_store(tmp_path: Path) -> None:
+    assert "nothing.npz" in fail("add", "new.db", "m", "nothing.npz", status=3, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- 4: the store -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["ls"], ["rm", "m"], ["vacuum"], ["alias", "m", "a", "1"]])
+def test_a_mistyped_store_is_not_created(command: list[str], tmp_path: Path) -> None:
+    fail(command[0], "sqlite:///typo.db", *command[1:], status=4, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stores_that_are_not_ours(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "noise.db").write_bytes(b"no database at all" * 1000)
+    with sqlite3.connect(tmp_path / "other.db") as connection:
+        connection.execute("CREATE TABLE cats (name TEXT)")
+    for name in ("noise.db", "other.db"):
+        before = (tmp_path / name).read_bytes()
+        fail("ls", tmp_path / name, status=4)
+        fail("add", tmp_path / name, "m", model, status=4)
+        fail("add", tmp_path / name, "m", model, "--dry-run", status=4)
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_store_of_a_newer_schema(url: str) -> None:
+    with sqlite3.connect(path_of(url)) as connection:
+        connection.execute("UPDATE pydedup_meta SET value = '99' WHERE name = 'schema_version'")
+    assert "newer" in fail("ls", url, status=4)
+
+
+def test_damage_is_found_and_said(url: str) -> None:
+    with sqlite3.connect(path_of(url)) as connection:
+        ((page, payload),) = connection.execute("SELECT id, payload FROM pydedup_pages LIMIT 1")
+        broken = bytearray(payload)
+        broken[len(broken) // 2] ^= 1
+        connection.execute("UPDATE pydedup_pages SET payload = ? WHERE id = ?", (broken, page))
+    done = run_program("verify", url)
+    assert done.returncode == 1
+    assert f"damaged: page {page}" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("DAMAGED: 2 models")
+    found = run_program("verify", url, "--json")
+    assert found.returncode == 1
+    assert json.loads(found.stdout)["ok"] is False
+    fail("load", url, "m@1", status=4)
+
+
+# ---- 5 and 6: files, duplicates -----------------------------------------------------------------
+
+
+def test_bad_model_files(url: str, model: Path, tmp_path: Path) -> None:
+    bad = {
+        "cut.safetensors": model.read_bytes()[:-100],
+        "text.txt": b"hello\n",
+        "code.pkl": b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.",
+        "empty.npz": b"",
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        fail("add", url, "bad", tmp_path / name, status=5, cwd=tmp_path)
+    fail("add", url, "good@1", model, "bad@1", tmp_path / "cut.safetensors", status=5)
+    (tmp_path / "in.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
+    fail("predict", url, "m", tmp_path / "in.npy", status=5)
+    fail("predict", url, "m", "-", input="[1, 2", status=5)
+    fail("export", url, "m", tmp_path / "m.unknown", status=5)
+    assert not (tmp_path / "pwned").exists()
+    listed = json.loads(run_program("ls", url, "--json").stdout)["models"]
+    assert [found["model"] for found in listed] == ["m@1", "m@2"]
+    assert run_program("verify", url).returncode == 0
+
+
+def test_duplicate(url: str, model: Path) -> None:
+    assert "m@1" in fail("add", url, "m@1", model, status=6)
+
+
+# ---- secrets, tracebacks, faults ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ls", "postgresql://ann:s3cret@host/db"],
+        ["ls", "oracle://ann:s3cret@host/db"],
+        ["postgresql://ann:s3cret@host/db", "ls"],
+        ["ls", "a.db", "b", "mysql://ann:s3cret@host/db"],
+        ["ls", "mysql://host/db?password=s3cret"],
+        ["ls", "mysql://ann:s3cret@/half@host/db"],
+    ],
+)
+@pytest.mark.parametrize("traceback", ["0", "1"])
+def test_credentials_are_never_printed(
+    arguments: list[str], traceback: str, tmp_path: Path
+) -> None:
+    done = run_program(*arguments, env={"PYDEDUP_TRACEBACK": traceback}, cwd=tmp_path)
+    assert done.returncode in (2, 4)
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_a_traceback_when_it_is_asked_for(kept: str) -> None:
+    done = run_program("info", kept, "x", env={"PYDEDUP_TRACEBACK": "1"})
+    assert done.returncode == 3
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert done.stderr.splitlines()[-1].startswith("pydedup: error: no model 'x'")
+
+
+def test_a_fault_of_ours_asks_to_be_reported(kept: str) -> None:
+    code = (
+        "import sys, pydedup\n"
+        "def broken(self): raise KeyError('a\\nb')\n"
+        "pydedup.Store.stats = broken\n"
+        "from pydedup.cli import main\n"
+        f"sys.exit(main(['stats', {kept!r}]))"
+    )
+    for value, lines in (("0", 1), ("1", None)):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYDEDUP_TRACEBACK": value},
+            check=False,
+        )
+        assert done.returncode == 70
+        assert "please report it" in done.stderr.splitlines()[-1]
+        assert lines is None or len(done.stderr.splitlines()) == lines
+        assert ("Traceback" in done.stderr) == (value == "1")
+
+
+# ---- interrupted, and nobody listening -----------------------------------------------------------
+
+
+def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
+    blocker = sqlite3.connect(path_of(url), isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")  # the add has to wait for this one, so it is under way
+    process = subprocess.Popen(
+        [*PROGRAM, "add", f"{url}?timeout=60", "n@1", str(model)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    assert re.match(r"pydedup: \w+", first), first  # progress: not on a terminal, a line at times
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "pydedup: interrupted, the store is as it was before"
+    assert "Traceback" not in err
+    assert out == ""
+    assert run_program("verify", url).returncode == 0
+    listed = json.loads(run_program("ls", url, "--json").stdout)["models"]
+    assert [found["model"] for found in listed] == ["m@1", "m@2"]
+
+
+@pytest.mark.parametrize("command", ["--help", "info", "info --json", "ls", "load"])
+def test_a_reader_that_goes_away_is_no_error(command: str, url: str, tmp_path: Path) -> None:
+    many = {f"layer.{number}.weight": np.zeros(1, np.float32) for number in range(2000)}
+    save_file(many, tmp_path / "many.safetensors")
+    with pydedup.open(url) as store:
+        store.add("many", tmp_path / "many.safetensors")
+    words = {
+        "info": f"info {url} many --tensors",
+        "info --json": f"info {url} many --tensors --json",
+        "ls": f"ls {url}",
+        "load": f"load {url} many",
+    }.get(command, command)
+    done = subprocess.run(
+        ["bash", "-c", f"{' '.join(PROGRAM)} {words} | head -n 1; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)
+    assert done.stdout.count("\n") == 1
+    if command in ("info", "info --json", "load"):
+        assert done.returncode == 141
+
+
+def test_standard_output_that_cannot_be_written(kept: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PROGRAM, "ls", kept], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 4
+    assert re.fullmatch(r"pydedup: error: No space left on device[^\n]*\n", done.stderr)
+    closed = subprocess.run(["bash", "-c", f"{' '.join(PROGRAM)} ls {kept} >&-"], check=False)
+    assert closed.returncode == 0

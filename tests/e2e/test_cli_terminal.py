@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How it looks: on terminals of any width, in pipes, without colour, in poor locales."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+from fcntl import ioctl
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.cli import tables, text
+
+PROGRAM = [sys.executable, "-P", "-m", "pydedup"]
+LONG = "encoder.layer.11.attention.self.query.weight"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    found = f"sqlite:///{tmp_path_factory.mktemp('s') / 's.db'}"
+    with pydedup.open(found) as store:
+        arrays = {LONG: np.arange(60000, dtype=np.float32).reshape(300, 200), "bias": np.ones(200)}
+        store.add("sentiment-classifier-for-film-reviews@2026-01-31", arrays)
+        store.add("small@1", {"bias": np.ones(200)}, metadata={"note": "plain words " * 20})
+        store.alias("small", "prod", "1")
+    return found
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    dropped = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TERM", "COLORTERM")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {**kept, "TERM": "xterm-256color", **extra}
+
+
+def on_terminal(*words: str, columns: int = 80, answer: str = "", **extra: str) -> tuple[int, str]:
+    """Run the program on a terminal of its own; returns its status and all that it wrote."""
+    master, slave = pty.openpty()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    process = subprocess.Popen(
+        [*PROGRAM, *words], stdin=slave, stdout=slave, stderr=slave, env=clean_environment(**extra)
+    )
+    os.close(slave)
+    if answer:
+        os.write(master, answer.encode())
+    written = bytearray()
+    while True:
+        try:
+            piece = os.read(master, 65536)
+        except OSError:  # EIO: Linux says so when the last writer is gone
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(master)
+    return process.wait(60), written.decode()
+
+
+def in_pipe(*words: str, **extra: str) -> str:
+    done = subprocess.run(
+        [*PROGRAM, *words],
+        capture_output=True,
+        env=clean_environment(**extra),
+        stdin=subprocess.DEVNULL,
+        check=True,
+    )
+    assert done.stderr == b""
+    return done.stdout.decode()
+
+
+def plain(shown: str) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "").splitlines()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("ls",),
+        ("info", "small"),
+        ("info", "sentiment-classifier-for-film-reviews", "--tensors"),
+        ("explain", "sentiment-classifier-for-film-reviews"),
+        ("load", "sentiment-classifier-for-film-reviews"),
+    ],
+)
+@pytest.mark.parametrize("columns", [40, 60, 80, 132])
+def test_no_line_is_wider_than_the_terminal(words: tuple[str, ...], columns: int, url: str) -> None:
+    status, shown = on_terminal(words[0], url, *words[1:], columns=columns)
+    assert status == 0
+    lines = plain(shown)
+    assert lines
+    # Words are never broken: a digest or a name alone in its line may be wider.
+    assert [line for line in lines if len(line) > columns and len(line.split()) > 1] == []
+    piped = in_pipe(words[0], url, *words[1:], COLUMNS=str(columns)).splitlines()
+    assert [line for line in piped if len(line) > columns and len(line.split()) > 1] == []
+
+
+def test_a_narrow_table_becomes_a_list_that_loses_nothing(url: str) -> None:
+    shown = in_pipe("ls", url, COLUMNS="30")
+    for word in ("sentiment-classifier-for-film-reviews@2026-01-31", "lossless", "saved", "prod"):
+        assert word in shown
+    assert "…" not in shown
+
+
+def test_a_pipe_gets_whole_lines_without_escapes(url: str) -> None:
+    shown = in_pipe("ls", url)
+    assert "\x1b" not in shown
+    assert "…" not in shown
+    assert "sentiment-classifier-for-film-reviews@2026-01-31" in shown
+    assert all(line == line.rstrip() for line in shown.splitlines())
+    header, first, second, _ = shown.splitlines()
+    assert header.index("Size") + len("Size") == first.index("iB") + 2 == second.index("iB") + 2
+    assert LONG in in_pipe("info", url, "sentiment-classifier-for-film-reviews", "--tensors")
+
+
+def test_a_terminal_gets_colours_unless_they_are_not_wanted(url: str) -> None:
+    assert "\x1b[36m" in on_terminal("ls", url)[1]
+    without = on_terminal("ls", url, NO_COLOR="1")[1]
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", without)
+    assert "\x1b[36m" in in_pipe("ls", url, FORCE_COLOR="1")
+
+
+def test_locales_that_lack_letters(url: str) -> None:
+    shown = in_pipe("ls", url, PYTHONIOENCODING="ascii", COLUMNS="60")
+    assert "\\u2026" in shown or "\\x85" in shown
+
+
+def test_rm_asks_on_a_terminal(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    with pydedup.open(url) as store:
+        store.add("m@1", {"w": np.ones(3)})
+        store.add("n@1", {"w": np.ones(3)})
+    status, shown = on_terminal("rm", url, "m", answer="n\n")
+    assert status == 1
+    assert "Remove m@1 (24 B) from" in shown
+    assert "nothing was removed" in shown
+    status, shown = on_terminal("rm", url, "m", answer="y\n")
+    assert status == 0
+    assert "removed m@1" in shown
+    status, shown = on_terminal("rm", url, "n", "--yes")
+    assert (status, plain(shown)) == (0, ["removed n@1"])
+
+
+def slow(seconds: float, stages: list[tuple[str, int, int]]) -> str:
+    return (
+        "import sys, time; from pydedup.cli.progress import Watch\n"
+        f"with Watch('opening') as watch:\n"
+        f"    for stage in {stages!r}:\n"
+        f"        watch(*stage); time.sleep({seconds / len(stages)})\n"
+        "print('result')"
+    )
+
+
+def test_progress_is_a_bar_that_goes_away() -> None:
+    code = slow(1.6, [("matching", 1 << 20, 4 << 20), ("writing", 1, 2)])
+    master, slave = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        check=True,
+        env=clean_environment(),
+    )
+    os.close(slave)
+    shown = os.read(master, 1 << 20).decode()
+    os.close(master)
+    assert done.stdout == b"result\n"
+    assert "matching" in shown
+    assert "1.0 MiB of 4.0 MiB" in shown
+    assert plain(shown)[-1].strip() == "" or "\x1b[2K" in shown
+
+
+def test_progress_says_nothing_when_it_is_quick_or_unwanted() -> None:
+    for code in (
+        slow(0.1, [("matching", 1, 2)]),
+        slow(1.5, [("a", 1, 2)]).replace("g')", "g', quiet=True)"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+        )
+        assert (done.stdout, done.stderr) == ("result\n", "")
+
+
+# ---- the pieces ---------------------------------------------------------------------------------
+
+
+def test_sizes_shares_times() -> None:
+    sizes = {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1048575: "1.0 MiB", -2048: "-2.0 KiB"}
+    assert {number: text.size(number) for number in sizes} == sizes
+    assert text.size(3 << 30) == "3.0 GiB"
+    assert text.size(5 << 60) == "5,120.0 PiB"
+    shares = {
+        0: "0.0 %",
+        1: "100.0 %",
+        0.9999: "99.9 %",
+        0.0001: "<0.1 %",
+        -0.5: "-50.0 %",
+        0.624: "62.4 %",
+    }
+    assert {share: text.percent(share) for share in shares} == shares
+    assert (text.duration(0.421), text.duration(59), text.duration(200)) == (
+        "0.42 s",
+        "59.0 s",
+        "3 min 20 s",
+    )
+    assert text.moment(time.time())[:2] == "20"
+
+
+@pytest.mark.parametrize(
+    ("room", "wanted"), [(44, LONG), (21, "encoder.la…ery.weight"), (3, "e…t"), (1, "…")]
+)
+def test_shorten_keeps_both_ends(room: int, wanted: str) -> None:
+    assert tables.shorten(LONG, room) == wanted
+    assert len(tables.shorten("模" * 30, 9)) == 5  # wide letters take two cells each
+
+
+def test_secrets() -> None:
+    hidden = text.without_secrets(
+        "at mysql://a:b@c@h/d?password=x&y=1 and sqlite:////home/u@h/m.db"
+    )
+    assert hidden == "at mysql://***@h/d?password=***&y=1 and sqlite:////home/u@h/m.db"
+    assert text.clean("a\x1b[0m\u202eb\n") == "a\\x1b[0m\\u202eb\\n"
+    assert text.clean("é模🙂 ok") == "é模🙂 ok"
