@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelInput", "Store", "open"]
 
+# Part of the memory budget that is not the pool's: buffers of adds and of kernels.
+_SCRATCH_BYTES = 16 * 1024 * 1024
+
 #: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
 ModelInput = Any
 
@@ -66,7 +69,8 @@ def open(
     mode
         ``"a"`` reads and writes and creates what is missing; ``"r"`` never creates or writes.
     memory
-        Budget of the buffer pool, e.g. ``"512MiB"``.
+        Budget, e.g. ``"512MiB"``: the buffer pool, and buffers of adds (beside the one tensor
+        that an add reads at a time).
     schema
         Schema to live in, where the database has such a thing.
 
@@ -112,7 +116,8 @@ class Store:
     def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
         self._adapter = adapter
         self._catalog = Catalog(adapter)
-        self._pool = PagePool(adapter.read_pages, memory_bytes)
+        scratch = min(_SCRATCH_BYTES, memory_bytes // 4)
+        self._pool = PagePool(adapter.read_pages, memory_bytes - scratch)
 
     def __enter__(self) -> Self:
         return self

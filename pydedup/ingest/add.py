@@ -23,7 +23,7 @@ from pydedup.types import AddReport, Progress
 
 __all__ = ["add_models"]
 
-_SPOOL_MEMORY_BYTES = 32 * 1024 * 1024
+_SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
 _ATTEMPTS = 8
 
 

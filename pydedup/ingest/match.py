@@ -25,7 +25,7 @@ from pydedup.pool import PagePool
 __all__ = ["Matcher", "StoredTable", "hash_keys"]
 
 # Blocks encoded in one go: bounds the arena beside the tensor to a few MiB.
-_ENCODE_BLOCKS = 512
+_ENCODE_BLOCKS = 256
 _LOOKUP_BLOCKS = 8192
 
 

@@ -116,10 +116,16 @@ class Stager:
     def stage(self, layout: Sequence[NDArray[np.int64]]) -> None:
         """Write everything in state ``staging``."""
         adapter = self._adapter
-        with adapter.transaction():
+        try:
+            with adapter.transaction():
+                for model in self._models:
+                    model.model_id = adapter.insert_model(self._model_row(model))
+                self._heartbeat()
+        except BaseException:
+            # Ids of a transaction that failed may become another writer's.
             for model in self._models:
-                model.model_id = adapter.insert_model(self._model_row(model))
-            self._heartbeat()
+                model.model_id = 0
+            raise
         self._stage_pages(layout)
         for model in self._models:
             self._stage_model(model)
@@ -183,23 +189,24 @@ class Stager:
         self._page_of = np.zeros(self._spool.count, np.int64)
         self._slot_of = np.zeros(self._spool.count, np.uint32)
         for start in range(0, len(layout), _PAGES_PER_TRANSACTION):
-            group = layout[start : start + _PAGES_PER_TRANSACTION]
-            images = [self._spool.image(numbers) for numbers in group]
-            payloads = [(codec.page_checksum(image), image) for image in images]
             with self._adapter.transaction():
-                ids = self._adapter.insert_pages(payloads, state=STAGING)
-                self._adapter.insert_blocks(
-                    (keys[number], page_id, slot, None)
-                    for page_id, numbers in zip(ids, group, strict=True)
-                    for slot, number in enumerate(numbers.tolist())
-                )
+                group = layout[start : start + _PAGES_PER_TRANSACTION]
+                ids = [self._stage_page(numbers, keys) for numbers in group]
                 self._heartbeat()
+            # Only now, for the same reason.
             self.page_ids.extend(ids)
-            for page_id, numbers in zip(ids, group, strict=True):
-                self._page_of[numbers] = page_id
-                self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
-            if self._advance is not None:
-                self._advance(sum(len(image) for image in images))
+
+    def _stage_page(self, numbers: NDArray[np.int64], keys: Sequence[bytes]) -> int:
+        image = self._spool.image(numbers)
+        (page_id,) = self._adapter.insert_pages([(codec.page_checksum(image), image)], state=STAGING)
+        self._adapter.insert_blocks(
+            (keys[number], page_id, slot, None) for slot, number in enumerate(numbers.tolist())
+        )
+        self._page_of[numbers] = page_id
+        self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
+        if self._advance is not None:
+            self._advance(len(image))
+        return page_id
 
     def _stage_model(self, model: MatchedModel) -> None:
         adapter = self._adapter

@@ -174,9 +174,8 @@ def _verify_model(
                 & (content.digests[slots] == wanted[blocks]).all(axis=1)
             )
             if not good.all():
-                report.add_error(
-                    f"{where}: {int((~good).sum())} blocks on page {page_id} are not those of the source"
-                )
+                wrong = int((~good).sum())
+                report.add_error(f"{where}: {wrong} blocks on page {page_id} are not the source's")
 
 
 def _verify_aliases(adapter: Adapter, live: set[int], report: VerifyReport) -> None:
