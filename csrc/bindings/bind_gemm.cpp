@@ -62,6 +62,23 @@ std::byte* data_of(const py::array& array, Dtype compute, std::size_t size, bool
     return static_cast<std::byte*>(const_cast<void*>(array.data()));
 }
 
+Activation as_activation(const std::string& name) {
+    const std::optional<Activation> activation = activation_named(name);
+    if (!activation) {
+        throw Error(ErrorCode::invalid_argument, "unknown activation '" + name + "'");
+    }
+    return *activation;
+}
+
+void activate_array(const py::array& values, const std::string& activation, unsigned threads) {
+    const Dtype dtype = py::isinstance<py::array_t<double>>(values) ? Dtype::f64 : Dtype::f32;
+    const auto count = static_cast<std::size_t>(values.size());
+    std::byte* const data = data_of(values, dtype, count, true, "values");
+    const Activation chosen = as_activation(activation);
+    const py::gil_scoped_release release;
+    activate(data, dtype, count, chosen, threads);
+}
+
 BlockGrid grid_of(std::size_t rows, std::size_t cols, std::size_t block_rows,
                   std::size_t block_cols) {
     if (block_rows == 0 || block_cols == 0) {
@@ -80,10 +97,6 @@ class BoundMatmul {
         const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
         const Dtype weights = as_dtype(dtype);
         const Dtype compute = compute_dtype(weights);
-        const std::optional<Activation> chosen = activation_named(activation);
-        if (!chosen) {
-            throw Error(ErrorCode::invalid_argument, "unknown activation '" + activation + "'");
-        }
         if (x_.ndim() != 2) throw Error(ErrorCode::invalid_argument, "x must be a 2-D array");
         const auto m = static_cast<std::size_t>(x_.shape(0));
         const std::size_t in = transpose ? rows : cols;
@@ -94,7 +107,7 @@ class BoundMatmul {
             data_of(x_, compute, m * in, false, "x"),
             m,
             bias_ ? data_of(*bias_, compute, out, false, "bias") : nullptr,
-            *chosen,
+            as_activation(activation),
             transpose,
             data_of(y_, compute, m * out, true, "y"),
             threads};
@@ -173,6 +186,8 @@ void bind_gemm(py::module_& m) {
         .def("feed", &BoundMatmul::feed, py::arg("pages"), py::arg("page_index").noconvert(),
              py::arg("slots").noconvert())
         .def_property_readonly("fed", &BoundMatmul::fed);
+    m.def("activate", &activate_array, py::arg("values").noconvert(), py::arg("activation"),
+          py::arg("threads") = 0);
     m.def("take_rows", &take_rows_into, py::arg("rows"), py::arg("cols"), py::arg("block_rows"),
           py::arg("block_cols"), py::arg("dtype"), py::arg("indices").noconvert(),
           py::arg("pages"), py::arg("page_index").noconvert(), py::arg("slots").noconvert(),

@@ -66,9 +66,7 @@ void bind_storage(py::module_& m) {
              [](BufferPool& pool, const Array<std::int64_t>& ids) { pool.drop(as_span(ids, "ids")); },
              py::arg("ids").noconvert())
         .def("clear", &BufferPool::clear)
-        .def("stats", &stats_of)
-        .def("before_fork", &BufferPool::before_fork)
-        .def("after_fork", &BufferPool::after_fork);
+        .def("stats", &stats_of);
 }
 
 }  // namespace pydedup

@@ -13,6 +13,10 @@
 namespace pydedup {
 
 /// Safe between threads. Pages are immutable, so a pinned page may be read without any lock.
+///
+/// A forked child may keep using the pins it has and destroy the pool, which is all: it makes a pool
+/// of its own. (A thread that was inside the pool does not exist in the child, so its mutex may be
+/// locked there forever, and its lists half moved.)
 class BufferPool {
   public:
     using PageId = std::int64_t;
@@ -54,11 +58,6 @@ class BufferPool {
     void clear();
 
     [[nodiscard]] Stats stats() const;
-
-    /// To be called around fork(), on the thread that forks: between the two no other thread is
-    /// inside the pool, so the child's copy is consistent. after_fork() in parent and child.
-    void before_fork();
-    void after_fork();
 
   private:
     class State;

@@ -25,6 +25,11 @@ enum class Activation : std::uint8_t { none, relu, gelu, gelu_tanh, silu, sigmoi
 /// The activation of that name; nothing for an unknown one.
 [[nodiscard]] std::optional<Activation> activation_named(std::string_view name) noexcept;
 
+/// Applies the activation that a product can end with to `count` values of `dtype` (f32 or f64) by
+/// itself, in place. NaN stays NaN. Throws Error{invalid_argument} for another dtype.
+void activate(std::byte* values, Dtype dtype, std::size_t count, Activation activation,
+              unsigned threads = 0);
+
 /// y = activation(x @ W.T + bias), or x @ W + bias when `transpose`, with W streamed.
 ///
 /// Every element of y is summed by one thread in the order of the blocks: the result depends on

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <numbers>
 
+#include "base/parallel.hpp"
+#include "pydedup/error.hpp"
+
 namespace pydedup {
 
 std::optional<Activation> activation_named(std::string_view name) noexcept {
@@ -67,4 +70,32 @@ template void finish_row<float>(float*, std::size_t, const float*, Activation) n
 template void finish_row<double>(double*, std::size_t, const double*, Activation) noexcept;
 
 }  // namespace detail
+
+namespace {
+
+// About 100 us of the dearest activation: below, a second thread is not worth making.
+constexpr std::size_t kValuesPerPiece = 16384;
+
+template <class T>
+void activate_all(T* values, std::size_t count, Activation activation, unsigned threads) {
+    parallel_for(count, kValuesPerPiece, thread_count(threads),
+                 [&](std::size_t begin, std::size_t end) {
+                     detail::finish_row<T>(values + begin, end - begin, nullptr, activation);
+                 });
+}
+
+}  // namespace
+
+void activate(std::byte* values, Dtype dtype, std::size_t count, Activation activation,
+              unsigned threads) {
+    switch (dtype) {
+        case Dtype::f32:
+            return activate_all(reinterpret_cast<float*>(values), count, activation, threads);
+        case Dtype::f64:
+            return activate_all(reinterpret_cast<double*>(values), count, activation, threads);
+        default:
+            throw Error(ErrorCode::invalid_argument, "activations take f32 or f64 values");
+    }
+}
+
 }  // namespace pydedup

@@ -19,6 +19,9 @@
 // (the owner of a page's memory may be a Python object, whose release waits for the GIL).
 #include "pydedup/buffer_pool.hpp"
 
+#include <pthread.h>
+
+#include <atomic>
 #include <list>
 #include <mutex>
 #include <string>
@@ -29,6 +32,19 @@
 #include "pydedup/error.hpp"
 
 namespace pydedup {
+namespace {
+
+std::atomic<unsigned> fork_count{0};
+
+/// How often this process was forked from another since the pool's code was loaded.
+unsigned fork_generation() noexcept {
+    static const int registered = pthread_atfork(
+        nullptr, nullptr, [] { fork_count.fetch_add(1, std::memory_order_relaxed); });
+    static_cast<void>(registered);
+    return fork_count.load(std::memory_order_relaxed);
+}
+
+}  // namespace
 
 class BufferPool::State : public std::enable_shared_from_this<BufferPool::State> {
   public:
@@ -116,8 +132,14 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         return {hits_, misses_, inserts_, evictions_, pages, bytes_, pinned_bytes_, budget_bytes_};
     }
 
-    void lock() { mutex_.lock(); }
-    void unlock() { mutex_.unlock(); }
+    [[nodiscard]] bool is_inherited() const noexcept { return generation_ != fork_generation(); }
+
+    /// In a forked child: gives back what nobody has pinned, if the lists are whole.
+    void give_up() {
+        List gone;
+        const std::unique_lock lock(mutex_, std::try_to_lock);
+        if (lock.owns_lock()) gone.splice(gone.end(), idle_);
+    }
 
   private:
     struct Entry {
@@ -174,6 +196,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     }
 
     void unpin(Place place) noexcept {
+        if (is_inherited()) return;
         List gone;
         const std::scoped_lock lock(mutex_);
         if (--place->pins != 0) return;
@@ -187,6 +210,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     }
 
     mutable std::mutex mutex_;
+    const unsigned generation_ = fork_generation();
     const std::size_t budget_bytes_;
     Table table_;
     List idle_;
@@ -207,7 +231,15 @@ BufferPool::BufferPool(std::size_t budget_bytes) {
     state_ = std::make_shared<State>(budget_bytes);
 }
 
-BufferPool::~BufferPool() { state_->clear(); }
+BufferPool::~BufferPool() {
+    if (state_->is_inherited()) {
+        state_->give_up();
+        // Leaked: its destructor would walk lists that may be half moved.
+        static_cast<void>(new std::shared_ptr<State>(std::move(state_)));
+    } else {
+        state_->clear();
+    }
+}
 
 void BufferPool::pin(std::span<const PageId> ids, std::span<Pin> pins) { state_->pin(ids, pins); }
 
@@ -224,9 +256,5 @@ void BufferPool::drop(std::span<const PageId> ids) { state_->drop(ids); }
 void BufferPool::clear() { state_->clear(); }
 
 BufferPool::Stats BufferPool::stats() const { return state_->stats(); }
-
-void BufferPool::before_fork() { state_->lock(); }
-
-void BufferPool::after_fork() { state_->unlock(); }
 
 }  // namespace pydedup

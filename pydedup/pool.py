@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages in memory, under one hard budget per store.
+
+Here: fetching what is missing (once, in one batch, outside of any lock), pinning, and walking over
+many blocks in windows that a small budget can hold. The pool itself is native; an unpinned page is
+evicted least recently used first. Deliberately not here: what is done with the blocks of a page.
+
+A `Page` is pinned for as long as anything refers to it. Pages are counted with their payload bytes;
+the tables around them (about 200 bytes per page) and a payload on its way in are not.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import _core
+from pydedup._core import Page
+from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
+
+__all__ = ["Fetch", "Page", "PagePool", "Window"]
+
+#: Reads pages: given ids, gives (id, payload) for those that exist, in any order.
+Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
+
+# Part of the budget that one walk pins at a time: four threads can walk at once before one waits.
+_WINDOW_PARTS = 4
+# Bytes of a page before one was seen: the default capacity.
+_USUAL_PAGE_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Blocks of a walk whose pages are pinned together.
+
+    ``rows`` selects them from the walk's ``page_ids``; block ``rows[i]`` is on page
+    ``ids[page_index[i]]``.
+    """
+
+    rows: slice | NDArray[np.int64]
+    ids: NDArray[np.int64]
+    page_index: NDArray[np.uint32]
+
+
+class PagePool:
+    """The pages of one store. Safe between threads; empty in a forked child.
+
+    Parameters
+    ----------
+    fetch
+        Reads pages; called without any lock held, by several threads at once.
+    memory_bytes
+        Bytes of pages to hold at most.
+
+    Raises
+    ------
+    ArgumentError
+        When the budget is not positive.
+    """
+
+    def __init__(self, fetch: Fetch, memory_bytes: int) -> None:
+        if memory_bytes <= 0:
+            raise ArgumentError(f"memory_bytes is {memory_bytes}; a pool needs a positive budget")
+        self._fetch = fetch
+        self._budget = memory_bytes
+        self._largest = _USUAL_PAGE_BYTES
+        # id of an array -> the array, the window size, and how the array is cut for it
+        self._plans: dict[int, tuple[weakref.ref[NDArray[np.int64]], int, list[Window]]] = {}
+        self._start()
+        _pools.add(self)
+
+    def _start(self) -> None:
+        """Begin with nothing in memory and nobody at work: at first, and in a forked child."""
+        self._core = _core.BufferPool(self._budget)
+        self._lock = threading.Lock()
+        self._loading: dict[int, threading.Event] = {}
+        self._gate = _Gate(self._budget)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The budget."""
+        return self._budget
+
+    @property
+    def window_pages(self) -> int:
+        """How many pages a walk pins at once."""
+        return max(1, self._budget // (_WINDOW_PARTS * self._largest))
+
+    def pages(self, ids: Sequence[int] | NDArray[np.int64]) -> list[Page]:
+        """Return these pages, pinned, in order.
+
+        Parameters
+        ----------
+        ids
+            Page ids, shape (n,); repeats are allowed.
+
+        Raises
+        ------
+        PageNotFoundError
+            When pages do not exist; the message lists them.
+        BudgetError
+            When the pages, with what is pinned otherwise, exceed the budget.
+        CorruptStoreError
+            When the bytes of a page are damaged.
+        """
+        wanted = np.ascontiguousarray(ids, np.int64)
+        pages = self._core.pin(wanted)
+        missing = {int(wanted[i]) for i, page in enumerate(pages) if page is None}
+        if missing:
+            loaded = self._load_missing(sorted(missing))
+            pages = [
+                loaded[number] if page is None else page
+                for number, page in zip(wanted.tolist(), pages, strict=True)
+            ]
+        return pages  # type: ignore[return-value]  # no None is left
+
+    def windows(
+        self, page_ids: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], list[Page], NDArray[np.uint32]]]:
+        """Walk over blocks in any order, reading each page once.
+
+        Parameters
+        ----------
+        page_ids
+            The page of each block, int64 (n,).
+
+        Yields
+        ------
+        rows
+            Which of the blocks, int64; over all windows each block once.
+        pages
+            Pages that hold them, pinned until the walk goes on: the list is emptied then.
+        page_index
+            uint32: block ``rows[i]`` is on ``pages[page_index[i]]``.
+
+        Raises
+        ------
+        PageNotFoundError, BudgetError, CorruptStoreError
+            As `pages` does; BudgetError only when a single page does not fit.
+        """
+        for window, pages in self._walk(page_ids, _windows_by_page, None):
+            assert isinstance(window.rows, np.ndarray)
+            yield window.rows, pages, window.page_index
+
+    def stream(
+        self, page_ids: NDArray[np.int64]
+    ) -> Iterator[tuple[slice, list[Page], NDArray[np.uint32]]]:
+        """Walk over blocks in their order; a page may be needed by several windows.
+
+        As `windows`, but ``rows`` is a slice, each beginning where the one before ended. How an
+        array is cut is remembered for as long as the array lives, so it must not change.
+        """
+        limit = self.window_pages
+        key = id(page_ids)
+        known = self._plans.get(key)
+        if known is not None and known[0]() is page_ids and known[1] == limit:
+            plan = known[2]
+        else:
+            plan = _windows_in_order(page_ids, limit)
+            plans = self._plans
+            gone = weakref.ref(page_ids, lambda _: plans.pop(key, None))
+            plans[key] = (gone, limit, plan)
+        for window, pages in self._walk(page_ids, _windows_in_order, plan):
+            assert isinstance(window.rows, slice)
+            yield window.rows, pages, window.page_index
+
+    def warm(self, ids: Sequence[int] | NDArray[np.int64]) -> int:
+        """Bring pages in, in order, as many as the budget holds; return how many are here."""
+        wanted = np.unique(np.ascontiguousarray(ids, np.int64))
+        at, total = 0, 0
+        while at < len(wanted):
+            count = min(self.window_pages, (self._budget - total) // self._largest)
+            if count < 1:
+                break
+            with self._gate.hold(count * self._largest):
+                total += sum(page.nbytes for page in self.pages(wanted[at : at + count]))
+            at += count
+        return self._core.count_resident(wanted)
+
+    def stats(self) -> dict[str, int]:
+        """Return hits, misses, inserts, evictions, pages, bytes, pinned_bytes, budget_bytes."""
+        return self._core.stats()
+
+    def drop(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
+        """Forget these pages; those in use go when their last user is done."""
+        self._core.drop(np.ascontiguousarray(ids, np.int64))
+
+    def clear(self) -> None:
+        """Forget all pages; those in use go when their last user is done."""
+        self._core.clear()
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _walk(
+        self,
+        page_ids: NDArray[np.int64],
+        cut: Callable[[NDArray[np.int64], int], list[Window]],
+        plan: list[Window] | None,
+    ) -> Iterator[tuple[Window, list[Page]]]:
+        windows = cut(page_ids, self.window_pages) if plan is None else plan
+        ahead = windows[::-1]
+        while ahead:
+            window = ahead.pop()
+            with self._gate.hold(len(window.ids) * self._largest):
+                pages = self._pages_if_fit(window.ids)
+                if pages is not None:
+                    yield window, pages
+                    # The caller's variable still refers to the list: unpin before the next window.
+                    pages.clear()
+                    continue
+            # Pages are larger than those before made believe, or others pin without a walk.
+            parts = cut(page_ids[window.rows], max(1, len(window.ids) // 2))
+            ahead.extend(_within(window, part) for part in reversed(parts))
+
+    def _pages_if_fit(self, ids: NDArray[np.int64]) -> list[Page] | None:
+        """Return the pages, or None when they do not fit but fewer might."""
+        try:
+            return self.pages(ids)
+        except BudgetError:
+            if len(ids) == 1:
+                raise
+        return None
+
+    def _load_missing(self, ids: list[int]) -> dict[int, Page]:
+        """Fetch pages, leaving to other threads what they are fetching already."""
+        pages: dict[int, Page] = {}
+        while ids:
+            with self._lock:
+                waits = {number: self._loading[number] for number in ids if number in self._loading}
+                mine = [number for number in ids if number not in waits]
+                done = threading.Event()
+                self._loading.update(dict.fromkeys(mine, done))
+            try:
+                if mine:
+                    pages.update(self._load(mine))
+            finally:
+                with self._lock:
+                    for number in mine:
+                        del self._loading[number]
+                done.set()
+            for event in waits.values():
+                event.wait()
+            # Not there after all when its fetch failed, or it was evicted again: then it is ours.
+            others = list(waits)
+            found = self._core.pin(np.array(others, np.int64))
+            pages.update((n, page) for n, page in zip(others, found, strict=True) if page is not None)
+            ids = [number for number in others if number not in pages]
+        return pages
+
+    def _load(self, ids: list[int]) -> dict[int, Page]:
+        pages: dict[int, Page] = {}
+        for number, payload in self._fetch(ids):
+            self._largest = max(self._largest, len(payload))
+            try:
+                pages[number] = self._core.insert(number, payload)
+            except CorruptStoreError as exc:
+                raise CorruptStoreError(f"page {number}: {exc}; run verify on the store") from exc
+        missing = [number for number in ids if number not in pages]
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            raise PageNotFoundError(
+                f"{len(missing)} pages do not exist: {shown}; "
+                "if this stays so after reopening the store, run verify on it"
+            )
+        return pages
+
+
+class _Gate:
+    """Lets walks in as far as the sum of what they pin fits the budget.
+
+    A thread that is inside already is always let in: making it wait for others, who may wait for
+    it, could go on forever. Then the budget itself decides.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._inside: dict[int, int] = {}  # thread -> how often
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, amount: int) -> Iterator[None]:
+        amount = min(amount, self._limit)
+        thread = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: thread in self._inside or self._used + amount <= self._limit
+            )
+            self._used += amount
+            self._inside[thread] = self._inside.get(thread, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= amount
+                self._inside[thread] -= 1
+                if not self._inside[thread]:
+                    del self._inside[thread]
+                self._changed.notify_all()
+
+
+def _within(window: Window, part: Window) -> Window:
+    """Return a window that was cut from the blocks of another, as one of the whole walk."""
+    if isinstance(window.rows, slice):
+        assert isinstance(part.rows, slice)
+        start = window.rows.start
+        rows: Any = slice(start + part.rows.start, start + part.rows.stop)
+    else:
+        rows = window.rows[part.rows]
+    return Window(rows, part.ids, part.page_index)
+
+
+def _windows_by_page(page_ids: NDArray[np.int64], limit: int) -> list[Window]:
+    ids, index = np.unique(page_ids, return_inverse=True)
+    order = np.argsort(index, kind="stable")
+    starts = np.searchsorted(index[order], np.arange(0, len(ids) + limit, limit))
+    windows = []
+    for number, first in enumerate(range(0, len(ids), limit)):
+        rows = order[starts[number] : starts[number + 1]]
+        page_index = (index[rows] - first).astype(np.uint32)
+        windows.append(Window(rows, ids[first : first + limit], page_index))
+    return windows
+
+
+def _windows_in_order(page_ids: NDArray[np.int64], limit: int) -> list[Window]:
+    if len(page_ids) == 0:
+        return []
+    # Runs of blocks on one page, which are long where blocks lie in the order of their tensor.
+    starts = np.concatenate(([0], np.flatnonzero(page_ids[1:] != page_ids[:-1]) + 1))
+    lengths = np.diff(starts, append=len(page_ids))
+    windows: list[Window] = []
+    first, known, numbers = 0, {}, []  # type: int, dict[int, int], list[int]
+    for run, page in enumerate(page_ids[starts].tolist()):
+        if page not in known and len(known) == limit:
+            windows.append(_in_order(starts, lengths, first, run, known, numbers))
+            first, known, numbers = run, {}, []
+        numbers.append(known.setdefault(page, len(known)))
+    windows.append(_in_order(starts, lengths, first, len(starts), known, numbers))
+    return windows
+
+
+def _in_order(
+    starts: NDArray[np.intp],
+    lengths: NDArray[np.intp],
+    first: int,
+    end: int,
+    known: dict[int, int],
+    numbers: list[int],
+) -> Window:
+    start = int(starts[first])
+    stop = int(starts[end - 1] + lengths[end - 1])
+    page_index = np.repeat(np.array(numbers, np.uint32), lengths[first:end])
+    return Window(slice(start, stop), np.fromiter(known, np.int64, len(known)), page_index)
+
+
+# ---- fork ---------------------------------------------------------------------------------------
+# A child starts with new, empty pools: the threads that were filling the old ones, or waiting at
+# their gates, do not exist there. Pages that the forking thread itself holds stay valid.
+
+_pools: weakref.WeakSet[PagePool] = weakref.WeakSet()
+
+
+def _restart_pools() -> None:
+    for pool in list(_pools):
+        pool._start()
+
+
+os.register_at_fork(after_in_child=_restart_pools)

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions from a graph whose weights stay in the store. Needs no framework.
+
+Weights of ``linear``, ``embedding`` and ``embedding_bag`` are streamed; vectors (bias, norms) are
+read whole, once per run. Arithmetic is float32, or float64 where weights or inputs are; the
+functions follow torch, NaN and infinities included. Deliberately not here: where graphs come from
+(:mod:`pydedup.graph`), which also says what each operation means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pydedup.errors import ArgumentError
+from pydedup.graph import Graph, Node
+from pydedup.matmul import activate, compute_dtype
+from pydedup.serving.tensor import StoredTensor
+from pydedup.types import DType
+
+__all__ = ["run_graph"]
+
+_Array: TypeAlias = NDArray[Any]
+
+
+def run_graph(
+    graph: Graph,
+    tensors: Callable[[str], StoredTensor],
+    inputs: Mapping[str, ArrayLike],
+) -> dict[str, _Array]:
+    """Compute the outputs of a graph.
+
+    Parameters
+    ----------
+    graph
+        The layers.
+    tensors
+        Returns a tensor of the model by name.
+    inputs
+        An array for each of the graph's inputs. Ids and offsets must be integers; other inputs
+        are computed with as float32, float64 ones as float64.
+
+    Returns
+    -------
+    dict
+        An array for each of the graph's outputs.
+
+    Raises
+    ------
+    ArgumentError
+        When inputs are missing, unknown or do not fit the layers; the message names the node.
+    """
+    unknown = [name for name in inputs if name not in graph.inputs]
+    missing = [name for name in graph.inputs if name not in inputs]
+    if unknown or missing:
+        problem = f"unknown input {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
+        raise ArgumentError(f"{problem}; the model takes: {', '.join(graph.inputs)}")
+    run = _Run(tensors)
+    values = {name: np.asarray(inputs[name]) for name in graph.inputs}
+    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    fused = _fusable(graph)
+    with np.errstate(all="ignore"):  # NaN and infinities are results here, not mistakes
+        for i, node in enumerate(graph.nodes):
+            if node.output not in values:
+                follower = fused.get(node.output)
+                activation = None if follower is None else _activation_of(follower)
+                to = node.output if follower is None else follower.output
+                values[to] = run.compute(node, [values[name] for name in node.inputs], activation)
+            for name in node.inputs:
+                if last_use[name] == i and name not in graph.outputs:
+                    values.pop(name, None)
+    return {name: np.asarray(values[name]) for name in graph.outputs}
+
+
+def _activation_of(node: Node) -> str | None:
+    """Return the fused form of a node, if it has one."""
+    if node.op == "gelu":
+        return "gelu_tanh" if node.attr("approximate") == "tanh" else "gelu"
+    return node.op if node.op in ("relu", "silu", "sigmoid", "tanh") else None
+
+
+def _fusable(graph: Graph) -> dict[str, Node]:
+    """Return, per output of a linear node that only an activation uses, that activation."""
+    users: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for name in node.inputs:
+            users.setdefault(name, []).append(node)
+    found = {}
+    for node in graph.nodes:
+        using = users.get(node.output, [])
+        if node.op == "linear" and len(using) == 1 and node.output not in graph.outputs:
+            if _activation_of(using[0]) is not None:
+                found[node.output] = using[0]
+    return found
+
+
+class _Run:
+    """One run: the tensors and what was read of them."""
+
+    def __init__(self, tensors: Callable[[str], StoredTensor]) -> None:
+        self._tensors = tensors
+        self._vectors: dict[str, _Array] = {}
+
+    def compute(self, node: Node, values: list[_Array], activation: str | None) -> _Array:
+        """Compute a node, followed by an activation."""
+        try:
+            if node.op == "linear":
+                return self._linear(node, values[0], activation)
+            return _OPS[node.op](self, node, *values)
+        except ArgumentError as exc:
+            raise ArgumentError(f"node {node.op!r} that makes {node.output!r}: {exc}") from exc
+        except ValueError as exc:  # numpy: axes or shapes that do not go together
+            shapes = ", ".join(str(value.shape) for value in values)
+            raise ArgumentError(
+                f"node {node.op!r} that makes {node.output!r} does not fit inputs of shape "
+                f"{shapes}: {exc}"
+            ) from exc
+
+    def _vector(self, name: str) -> _Array:
+        if name not in self._vectors:
+            self._vectors[name] = _widen(self._tensors(name).numpy())
+        return self._vectors[name]
+
+    def _linear(self, node: Node, x: _Array, activation: str | None) -> _Array:
+        bias = node.weights.get("bias")
+        return self._tensors(node.weights["weight"]).matmul(
+            x,
+            bias=None if bias is None else self._vector(bias),
+            activation=activation,
+            transpose=bool(node.attr("transpose")),
+        )
+
+    def embedding(self, node: Node, ids: _Array) -> _Array:
+        return _widen(self._tensors(node.weights["weight"]).take(ids))
+
+    def embedding_bag(self, node: Node, ids: _Array, offsets: _Array | None = None) -> _Array:
+        weight = self._tensors(node.weights["weight"])
+        if offsets is not None and node.attr("include_last_offset"):
+            if offsets.ndim != 1 or len(offsets) == 0:
+                raise ArgumentError("offsets with the end of the last bag must be 1-D, not empty")
+            if offsets[-1] != len(ids):
+                raise ArgumentError(
+                    f"the last offset is {offsets[-1]}; with include_last_offset it must be the "
+                    f"number of ids, {len(ids)}"
+                )
+            offsets = offsets[:-1]
+        padding = node.attr("padding_idx")
+        if padding is not None:
+            ids, offsets = _without(ids, offsets, padding % weight.shape[0])
+        return weight.bag(ids, offsets, node.attr("mode"))
+
+    def layer_norm(self, node: Node, x: _Array) -> _Array:
+        x = _real(x)
+        weight = self._vector(node.weights["weight"])
+        if x.shape[-weight.ndim :] != weight.shape:
+            raise ArgumentError(f"x has shape {x.shape}; its last axes must be {weight.shape}")
+        axes = tuple(range(-weight.ndim, 0))
+        centred = x - x.mean(axis=axes, keepdims=True)
+        variance = np.square(centred).mean(axis=axes, keepdims=True)
+        return centred / np.sqrt(variance + node.attr("eps")) * weight + self._vector(
+            node.weights["bias"]
+        )
+
+    def batch_norm(self, node: Node, x: _Array) -> _Array:
+        x = _real(x)
+        axis = _axis(node.attr("axis"), x)
+        vectors = {role: self._vector(name) for role, name in node.weights.items()}
+        if x.shape[axis] != len(vectors["weight"]):
+            raise ArgumentError(
+                f"x has shape {x.shape}; axis {axis} must have {len(vectors['weight'])} entries"
+            )
+        along = [1] * x.ndim
+        along[axis] = -1
+        weight, bias, mean, var = (
+            vectors[role].reshape(along) for role in ("weight", "bias", "mean", "var")
+        )
+        return (x - mean) / np.sqrt(var + node.attr("eps")) * weight + bias
+
+
+# ---- operations without weights -----------------------------------------------------------------
+
+
+def _widen(array: _Array) -> _Array:
+    """Return stored values as float32 or float64, whichever holds them exactly."""
+    return array.astype(compute_dtype(DType.of(array.dtype)), copy=False)
+
+
+def _real(x: _Array) -> _Array:
+    """Return an input to compute with: float64 stays, all other numbers become float32."""
+    if x.dtype in (np.float32, np.float64):
+        return x
+    if x.dtype.kind not in "biuf":
+        try:
+            DType.of(x.dtype)  # bf16 and f8 have kinds of their own
+        except ArgumentError:
+            raise ArgumentError(f"numbers are needed, not {x.dtype}") from None
+    return x.astype(np.float32)
+
+
+def _axis(axis: int, x: _Array) -> int:
+    if not -x.ndim <= axis < x.ndim:
+        raise ArgumentError(f"axis {axis} does not exist in an input of shape {x.shape}")
+    return axis % x.ndim
+
+
+def _without(
+    ids: _Array, offsets: _Array | None, padding: int
+) -> tuple[_Array, _Array | None]:
+    """Return bags as 1-D ids and offsets, without the entries that are padding."""
+    if ids.dtype.kind not in "iu" or (ids.ndim != 2 and offsets is None):
+        return ids, offsets  # `bag` says what is wrong
+    kept = ids != padding
+    if ids.ndim == 2 and offsets is None:
+        starts = np.arange(ids.shape[0]) * ids.shape[1]
+    elif offsets is not None and offsets.ndim == 1 and offsets.dtype.kind in "iu":
+        if ids.ndim != 1 or (offsets.size and not 0 <= offsets.min() <= offsets.max() <= len(ids)):
+            return ids, offsets
+        starts = offsets
+    else:
+        return ids, offsets
+    before = np.concatenate(([0], np.cumsum(kept.reshape(-1))))
+    return ids[kept], before[starts]
+
+
+def _activation(run: _Run, node: Node, x: _Array) -> _Array:
+    name = _activation_of(node)
+    assert name is not None
+    return activate(_real(x), name)
+
+
+def _softmax(run: _Run, node: Node, x: _Array) -> _Array:
+    x = _real(x)
+    axis = _axis(node.attr("axis"), x)
+    powers = np.exp(x - x.max(axis=axis, keepdims=True, initial=-np.inf))
+    return powers / powers.sum(axis=axis, keepdims=True)
+
+
+def _log_softmax(run: _Run, node: Node, x: _Array) -> _Array:
+    x = _real(x)
+    axis = _axis(node.attr("axis"), x)
+    shifted = x - x.max(axis=axis, keepdims=True, initial=-np.inf)
+    return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
+
+
+def _leaky_relu(run: _Run, node: Node, x: _Array) -> _Array:
+    x = _real(x)
+    return np.where(x > 0, x, x * x.dtype.type(node.attr("alpha")))
+
+
+def _elu(run: _Run, node: Node, x: _Array) -> _Array:
+    x = _real(x)
+    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)) * x.dtype.type(node.attr("alpha")))
+
+
+def _softplus(run: _Run, node: Node, x: _Array) -> _Array:
+    x = _real(x)
+    return np.logaddexp(x.dtype.type(0), x)
+
+
+def _identity(run: _Run, node: Node, x: _Array) -> _Array:
+    return x
+
+
+def _flatten(run: _Run, node: Node, x: _Array) -> _Array:
+    start = node.attr("start_axis")
+    if x.ndim == 0:
+        return x.reshape(1)
+    return x.reshape(*x.shape[: _axis(start, x)], -1) if x.size else _flatten_empty(x, start)
+
+
+def _flatten_empty(x: _Array, start: int) -> _Array:
+    # numpy cannot infer -1 where there is nothing.
+    lead = x.shape[: _axis(start, x)]
+    rest = int(np.prod(x.shape[len(lead) :], dtype=np.int64))
+    return x.reshape(*lead, rest)
+
+
+def _reshape(run: _Run, node: Node, x: _Array) -> _Array:
+    return x.reshape(node.attr("shape"))
+
+
+def _add(run: _Run, node: Node, x: _Array, y: _Array) -> _Array:
+    return np.asarray(_real(x) + _real(y))
+
+
+def _sub(run: _Run, node: Node, x: _Array, y: _Array) -> _Array:
+    return np.asarray(_real(x) - _real(y))
+
+
+def _mul(run: _Run, node: Node, x: _Array, y: _Array) -> _Array:
+    return np.asarray(_real(x) * _real(y))
+
+
+def _concat(run: _Run, node: Node, *parts: _Array) -> _Array:
+    return np.concatenate(parts, axis=_axis(node.attr("axis"), parts[0]))
+
+
+def _mean(run: _Run, node: Node, x: _Array) -> _Array:
+    given = node.attr("axis")
+    axes = tuple(_axis(axis, x) for axis in (given if isinstance(given, list) else [given]))
+    return np.asarray(_real(x).mean(axis=axes, keepdims=bool(node.attr("keepdims"))))
+
+
+def _transpose(run: _Run, node: Node, x: _Array) -> _Array:
+    return x.transpose(node.attr("perm"))
+
+
+_OPS: Mapping[str, Callable[..., _Array]] = {
+    "embedding": _Run.embedding,
+    "embedding_bag": _Run.embedding_bag,
+    "layer_norm": _Run.layer_norm,
+    "batch_norm": _Run.batch_norm,
+    "relu": _activation,
+    "gelu": _activation,
+    "silu": _activation,
+    "sigmoid": _activation,
+    "tanh": _activation,
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "leaky_relu": _leaky_relu,
+    "elu": _elu,
+    "softplus": _softplus,
+    "identity": _identity,
+    "flatten": _flatten,
+    "reshape": _reshape,
+    "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "concat": _concat,
+    "mean": _mean,
+    "transpose": _transpose,
+}
