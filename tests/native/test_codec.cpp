@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: Apache-2.0
+// Block encodings: every kernel against the scalar one, round trips, optimal codes, and bytes that
+// nobody wrote (the same cases under ASan and UBSan are the memory-safety test).
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "check.hpp"
+#include "codec/code_lengths.hpp"
+#include "codec/huffman.hpp"
+#include "dispatch/dispatch.hpp"
+#include "pydedup/codec.hpp"
+#include "pydedup/cpu.hpp"
+
+using namespace pydedup;
+
+namespace {
+
+using Buffer = std::vector<std::uint8_t>;
+
+std::vector<const KernelTable*> runnable_kernels() {
+    std::vector<const KernelTable*> tables;
+    for (const KernelInfo& info : kernel_infos()) {
+        if (info.built && info.runnable) tables.push_back(&kernels_named(info.name));
+    }
+    return tables;
+}
+
+Buffer random_bytes(std::size_t n, std::mt19937_64& random) {
+    Buffer bytes(n);
+    for (std::uint8_t& byte : bytes) byte = static_cast<std::uint8_t>(random());
+    return bytes;
+}
+
+// Bytes of a geometric distribution: about `bits` bits of entropy each.
+Buffer skewed_bytes(std::size_t n, double decay, std::mt19937_64& random) {
+    std::geometric_distribution<int> draw(decay);
+    Buffer bytes(n);
+    for (std::uint8_t& byte : bytes)
+        byte = static_cast<std::uint8_t>(90 + std::min(draw(random), 160));
+    return bytes;
+}
+
+Buffer weights(Dtype dtype, std::size_t n, std::mt19937_64& random) {
+    std::normal_distribution<float> draw(0.0F, 0.02F);
+    const std::size_t item = item_bytes(dtype);
+    Buffer bytes(n * item);
+    for (std::size_t i = 0; i < n; ++i) {
+        const float value = draw(random);
+        const double wide = value;
+        std::uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        const auto half = static_cast<std::uint16_t>(bits >> 16);
+        const auto small = static_cast<std::int64_t>(value * 1000);
+        switch (dtype) {
+            case Dtype::f64:
+                std::memcpy(&bytes[i * item], &wide, 8);
+                break;
+            case Dtype::f32:
+                std::memcpy(&bytes[i * item], &value, 4);
+                break;
+            case Dtype::f16:
+            case Dtype::bf16:
+                std::memcpy(&bytes[i * item], &half, 2);
+                break;
+            default:
+                std::memcpy(&bytes[i * item], &small, item);
+        }
+    }
+    return bytes;
+}
+
+const std::byte* at(const Buffer& bytes) {
+    return reinterpret_cast<const std::byte*>(bytes.data());
+}
+std::byte* at(Buffer& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
+
+constexpr std::array kDtypes = {Dtype::f64,     Dtype::f32,     Dtype::f16,    Dtype::bf16,
+                                Dtype::i8,      Dtype::i16,     Dtype::i32,    Dtype::i64,
+                                Dtype::u8,      Dtype::u16,     Dtype::u32,    Dtype::u64,
+                                Dtype::boolean, Dtype::f8_e4m3, Dtype::f8_e5m2};
+
+BlockView view_of(const Buffer& bytes, const EncodedBlock& encoded, Dtype dtype, std::size_t rows,
+                  std::size_t cols) {
+    return {at(bytes),
+            encoded.length,
+            encoded.encoding,
+            dtype,
+            static_cast<std::uint32_t>(rows),
+            static_cast<std::uint32_t>(cols),
+            0};
+}
+
+TEST(planes_of_every_kernel_are_those_of_the_reference) {
+    std::mt19937_64 random(1);
+    const auto tables = runnable_kernels();
+    CHECK(!tables.empty() && tables.front() == &kernels_named("scalar"));
+    for (const std::size_t item : {1, 2, 4, 8}) {
+        for (const auto& [rows, cols] : {std::pair<std::size_t, std::size_t>{1, 1},
+                                         {1, 15},
+                                         {3, 16},
+                                         {2, 17},
+                                         {5, 31},
+                                         {3, 33},
+                                         {7, 50},
+                                         {4, 64},
+                                         {2, 113}}) {
+            for (const std::size_t gap : {0, 5}) {
+                const std::size_t stride = cols * item + gap;
+                const Buffer source = random_bytes(rows * stride, random);
+                for (const bool rotate : {false, true}) {
+                    Buffer want(rows * cols * item);
+                    tables.front()->codec.split_planes(source.data(), stride, rows, cols, item,
+                                                       rotate, want.data());
+                    for (const KernelTable* table : tables) {
+                        Buffer planes(want.size());
+                        table->codec.split_planes(source.data(), stride, rows, cols, item, rotate,
+                                                  planes.data());
+                        CHECK(planes == want);
+                        // Gaps between rows must stay as they are.
+                        Buffer merged = source;
+                        std::array<const std::uint8_t*, 8> parts{};
+                        for (std::size_t p = 0; p < item; ++p) {
+                            parts[p] = planes.data() + p * rows * cols;
+                        }
+                        for (std::size_t r = 0; r < rows; ++r) {
+                            std::memset(&merged[r * stride], 0xAA, cols * item);
+                        }
+                        table->codec.merge_planes(parts.data(), rows, cols, item, rotate,
+                                                  merged.data(), stride);
+                        CHECK(merged == source);
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(rotation_puts_the_exponent_of_f32_into_the_last_plane) {
+    const std::array<float, 4> values = {1.0F, -1.0F, 1.9999F, -1.5F};
+    std::array<std::uint8_t, 16> planes{};
+    kernels().codec.split_planes(reinterpret_cast<const std::uint8_t*>(values.data()), 16, 1, 4, 4,
+                                 true, planes.data());
+    for (std::size_t i = 12; i < 16; ++i) CHECK(planes[i] == 127);
+}
+
+TEST(code_lengths_are_optimal_and_limited) {
+    std::mt19937_64 random(2);
+    for (int round = 0; round < 200; ++round) {
+        std::array<std::uint32_t, 256> counts{};
+        const std::size_t used = 2 + random() % 255;
+        for (std::size_t i = 0; i < used; ++i) {
+            // From flat to steeper than Fibonacci, which forces long codes.
+            const double steep = static_cast<double>(round % 10) * 0.1;
+            counts[random() % 256] +=
+                1 + static_cast<std::uint32_t>(std::pow(2.0, steep * static_cast<double>(i % 28)));
+        }
+        if (std::count(counts.begin(), counts.end(), 0U) > 254) continue;
+        const auto cost_under = [&](unsigned limit) {
+            std::array<std::uint8_t, 256> bits{};
+            detail::optimal_code_lengths(counts, limit, bits);
+            std::uint64_t cost = 0;
+            std::uint64_t kraft = 0;
+            for (std::size_t s = 0; s < 256; ++s) {
+                CHECK((bits[s] == 0) == (counts[s] == 0));
+                CHECK(bits[s] <= limit);
+                cost += std::uint64_t{counts[s]} * bits[s];
+                if (bits[s] != 0) kraft += std::uint64_t{1} << (15 - bits[s]);
+            }
+            CHECK(kraft == std::uint64_t{1} << 15);
+            return cost;
+        };
+        // A tighter limit costs, or the looser one was not optimal.
+        const std::uint64_t loose = cost_under(15);
+        const std::uint64_t tight = cost_under(kMaxCodeBits);
+        const std::uint64_t tightest = cost_under(8);
+        CHECK(loose <= tight && tight <= tightest);
+        const std::uint64_t total = [&] {
+            std::uint64_t sum = 0;
+            for (const std::uint32_t n : counts) sum += n;
+            return sum;
+        }();
+        double entropy = 0;
+        for (const std::uint32_t n : counts) {
+            if (n != 0)
+                entropy -= n * std::log2(static_cast<double>(n) / static_cast<double>(total));
+        }
+        CHECK(static_cast<double>(loose) >= entropy - 1e-6);
+        CHECK(static_cast<double>(tightest) <= 8.0 * static_cast<double>(total) + 1e-6);
+    }
+}
+
+TEST(huffman_planes_come_back_from_every_kernel) {
+    std::mt19937_64 random(3);
+    for (const std::size_t n :
+         {2, 3, 4, 5, 8, 9, 63, 64, 100, 1023, 1024, 1025, 4096, 5000, 70001}) {
+        for (const double decay : {0.9, 0.5, 0.25, 0.1, 0.02}) {
+            Buffer plane = skewed_bytes(n, decay, random);
+            plane[0] = 1;  // two different bytes at least
+            plane[n - 1] = 2;
+            detail::PlaneHistogram histogram;
+            detail::count_bytes(plane, histogram);
+            detail::HuffmanPlan plan;
+            detail::plan_huffman(histogram, plan);
+            // Exactly as much room as planned: a byte more is seen by ASan.
+            Buffer payload(plan.payload_bytes);
+            detail::huffman_encode(plane, plan, payload);
+            for (const KernelTable* table : runnable_kernels()) {
+                Buffer back(n);
+                const char* wrong = detail::huffman_decode(payload, payload.data() + payload.size(),
+                                                           table->codec, back);
+                CHECK(wrong == nullptr);
+                CHECK(back == plane);
+            }
+            if (detail::is_incompressible(histogram, n)) CHECK(plan.payload_bytes >= n);
+        }
+    }
+}
+
+TEST(streams_of_very_different_speed_come_back) {
+    // One quarter takes 1 bit a symbol, another 11: the pair decoder's streams drift apart.
+    std::mt19937_64 random(4);
+    for (int slow = 0; slow < 4; ++slow) {
+        Buffer plane(20000, 7);
+        for (std::size_t i = 0; i < 5000; ++i) {
+            plane[static_cast<std::size_t>(slow) * 5000 + i] =
+                static_cast<std::uint8_t>(random() % 200);
+        }
+        detail::PlaneHistogram histogram;
+        detail::count_bytes(plane, histogram);
+        detail::HuffmanPlan plan;
+        detail::plan_huffman(histogram, plan);
+        Buffer payload(plan.payload_bytes);
+        detail::huffman_encode(plane, plan, payload);
+        for (const KernelTable* table : runnable_kernels()) {
+            Buffer back(plane.size());
+            CHECK(detail::huffman_decode(payload, payload.data() + payload.size(), table->codec,
+                                         back) == nullptr);
+            CHECK(back == plane);
+        }
+    }
+}
+
+TEST(random_planes_are_proven_incompressible_without_a_code) {
+    std::mt19937_64 random(5);
+    const Buffer plane = random_bytes(4096, random);
+    detail::PlaneHistogram histogram;
+    detail::count_bytes(plane, histogram);
+    CHECK(detail::is_incompressible(histogram, plane.size()));
+}
+
+TEST(blocks_of_every_dtype_and_shape_come_back) {
+    std::mt19937_64 random(6);
+    for (const Dtype dtype : kDtypes) {
+        const std::size_t item = item_bytes(dtype);
+        for (const auto& [rows, cols] : {std::pair<std::size_t, std::size_t>{1, 1},
+                                         {1, 7},
+                                         {3, 5},
+                                         {17, 33},
+                                         {64, 64},
+                                         {1, 4097},
+                                         {200, 50}}) {
+            for (int kind = 0; kind < 4; ++kind) {
+                const std::size_t stride = cols * item + (kind == 3 ? 24 : 0);
+                Buffer source = kind == 0   ? Buffer(rows * stride, 0)
+                                : kind == 1 ? random_bytes(rows * stride, random)
+                                : kind == 2 ? weights(dtype, rows * cols, random)
+                                            : skewed_bytes(rows * stride, 0.3, random);
+                const std::size_t raw = rows * cols * item;
+                Buffer encoded(raw);
+                const EncodedBlock result =
+                    encode_block({at(source), rows, cols, stride, dtype}, true, {at(encoded), raw});
+                if (result.encoding == Encoding::planes) {
+                    CHECK(result.length * 20 <= raw * 19);
+                } else {
+                    CHECK(result.length == raw);
+                }
+                encoded.resize(result.length);  // decoding must not look behind
+                encoded.shrink_to_fit();
+                Buffer back(rows * stride, 0xEE);
+                decode_block(view_of(encoded, result, dtype, rows, cols), at(back), stride);
+                for (std::size_t r = 0; r < rows; ++r) {
+                    CHECK(std::memcmp(&back[r * stride], &source[r * stride], cols * item) == 0);
+                    const std::size_t end = (r + 1) * stride;
+                    for (std::size_t b = r * stride + cols * item; b < end; ++b) {
+                        CHECK(back[b] == 0xEE);
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(weights_save_what_their_exponents_can) {
+    std::mt19937_64 random(7);
+    const auto ratio = [&](Dtype dtype) {
+        const std::size_t n = 8192;
+        const Buffer source = weights(dtype, n, random);
+        Buffer encoded(source.size());
+        const EncodedBlock result =
+            encode_block({at(source), 128, 64, 64 * item_bytes(dtype), dtype}, true,
+                         {at(encoded), encoded.size()});
+        CHECK(result.encoding == Encoding::planes);
+        return static_cast<double>(result.length) / static_cast<double>(source.size());
+    };
+    CHECK(ratio(Dtype::f32) < 0.85);
+    CHECK(ratio(Dtype::bf16) < 0.69);
+    CHECK(ratio(Dtype::i64) < 0.25);  // seven planes of sign bytes, about a bit each
+}
+
+TEST(an_encoded_block_is_never_trusted) {
+    std::mt19937_64 random(8);
+    const std::size_t rows = 40;
+    const std::size_t cols = 64;
+    const Buffer source = weights(Dtype::f32, rows * cols, random);
+    Buffer encoded(source.size());
+    const EncodedBlock result = encode_block({at(source), rows, cols, cols * 4, Dtype::f32}, true,
+                                             {at(encoded), encoded.size()});
+    CHECK(result.encoding == Encoding::planes);
+    encoded.resize(result.length);
+    Buffer out(source.size());
+    const auto decodes = [&](const Buffer& bytes, Dtype dtype, std::size_t r, std::size_t c) {
+        const Buffer exact(bytes);  // no slack behind the block
+        Buffer to(r * c * item_bytes(dtype) + 1);
+        try {
+            decode_block(
+                view_of(exact, {Encoding::planes, static_cast<std::uint32_t>(exact.size())}, dtype,
+                        r, c),
+                at(to), c * item_bytes(dtype));
+            return true;
+        } catch (const Error& error) {
+            CHECK(error.code() == ErrorCode::corrupt_page ||
+                  error.code() == ErrorCode::unsupported_format);
+            return false;
+        }
+    };
+    CHECK(decodes(encoded, Dtype::f32, rows, cols));
+    CHECK(!decodes(encoded, Dtype::u32, rows, cols));
+    CHECK(!decodes(encoded, Dtype::f32, rows, cols + 1));
+    CHECK(!decodes(encoded, Dtype::f64, rows, cols / 2));
+    for (std::size_t n = 0; n < encoded.size(); ++n) {
+        CHECK(!decodes(Buffer(encoded.begin(), encoded.begin() + static_cast<std::ptrdiff_t>(n)),
+                       Dtype::f32, rows, cols));
+    }
+    Buffer longer = encoded;
+    longer.push_back(0);
+    CHECK(!decodes(longer, Dtype::f32, rows, cols));
+    // Flipped bits may decode to something (the page's checksum finds them), never do harm.
+    for (int round = 0; round < 20000; ++round) {
+        Buffer damaged = encoded;
+        // Most of the damage where the structure is: headers, code table, stream sizes.
+        const std::size_t reach = round % 4 == 0 ? damaged.size() : 96;
+        for (std::uint64_t flips = 1 + random() % 3; flips-- > 0;) {
+            damaged[random() % reach] ^= static_cast<std::uint8_t>(1U << random() % 8);
+        }
+        static_cast<void>(decodes(damaged, Dtype::f32, rows, cols));
+    }
+    // Valid headers in front of noise reach the code table and the decoder.
+    for (int round = 0; round < 5000; ++round) {
+        Buffer noise = random_bytes(16 + random() % 2000, random);
+        const Buffer frame = {1, 1, 0, 0, 0, 8, 0, 0, 2, 0, 0, 0};
+        std::copy(frame.begin(), frame.end(), noise.begin());
+        const auto length = static_cast<std::uint32_t>(noise.size() - 16);
+        std::memcpy(&noise[12], &length, 4);
+        if (round % 2 == 0 && noise.size() > 20) {
+            noise[16] = 0;  // a complete code over the range 0 .. 1: streams of noise
+            noise[17] = 0;
+            noise[18] = 1;
+            noise[19] = 0x11;
+        }
+        static_cast<void>(decodes(noise, Dtype::u8, 1, 2048));
+    }
+}
+
+TEST(versions_and_arguments_are_checked) {
+    const Buffer zeros(4096, 0);
+    Buffer encoded(4096);
+    const EncodedBlock result =
+        encode_block({at(zeros), 32, 32, 128, Dtype::f32}, true, {at(encoded), encoded.size()});
+    CHECK(result.encoding == Encoding::planes);
+    CHECK(result.length == 8 + 4 * 8);  // four constant planes
+    Buffer out(4096);
+    encoded[0] = 2;
+    CHECK_THROWS(ErrorCode::unsupported_format,
+                 decode_block(view_of(encoded, result, Dtype::f32, 32, 32), at(out), 128));
+    encoded[0] = 0;
+    CHECK_THROWS(ErrorCode::corrupt_page,
+                 decode_block(view_of(encoded, result, Dtype::f32, 32, 32), at(out), 128));
+    encoded[0] = 1;
+    CHECK_THROWS(ErrorCode::invalid_argument,
+                 decode_block(view_of(encoded, result, Dtype::f32, 32, 32), at(out), 127));
+    BlockView unknown = view_of(encoded, result, Dtype::f32, 32, 32);
+    unknown.encoding = static_cast<Encoding>(2);
+    CHECK_THROWS(ErrorCode::corrupt_page, decode_block(unknown, at(out), 128));
+    unknown = view_of(encoded, result, static_cast<Dtype>(0), 32, 32);
+    CHECK_THROWS(ErrorCode::corrupt_page, decode_block(unknown, at(out), 128));
+    unknown = view_of(encoded, result, Dtype::f32, 0xFFFFFFFF, 0xFFFFFFFF);
+    CHECK_THROWS(ErrorCode::corrupt_page, decode_block(unknown, at(out), SIZE_MAX));
+    CHECK_THROWS(ErrorCode::invalid_argument,
+                 static_cast<void>(encode_block({at(zeros), 0, 32, 128, Dtype::f32}, true,
+                                                {at(encoded), encoded.size()})));
+    CHECK_THROWS(ErrorCode::invalid_argument,
+                 static_cast<void>(
+                     encode_block({at(zeros), 32, 32, 128, Dtype::f32}, true, {at(encoded), 100})));
+    Buffer arena(4096);
+    std::vector<std::int64_t> offsets(1);
+    std::vector<EncodedBlock> blocks(1);
+    for (const std::int64_t index : {std::int64_t{-1}, std::int64_t{4}}) {
+        CHECK_THROWS(ErrorCode::invalid_argument,
+                     static_cast<void>(encode_blocks({at(zeros), 32, 32, 128, Dtype::f32},
+                                                     {32, 32, 16, 16}, std::array{index}, true,
+                                                     {at(arena), arena.size()}, offsets, blocks)));
+    }
+}
+
+TEST(many_blocks_are_the_blocks_one_by_one_whatever_the_threads) {
+    std::mt19937_64 random(9);
+    const std::size_t rows = 150;
+    const std::size_t cols = 130;
+    Buffer source = weights(Dtype::bf16, rows * cols, random);
+    const MatrixRef matrix{at(source), rows, cols, cols * 2, Dtype::bf16};
+    const BlockGrid grid{rows, cols, 32, 48};
+    std::vector<std::int64_t> indices;
+    for (std::size_t i = grid.count(); i-- > 0;) indices.push_back(static_cast<std::int64_t>(i));
+    const std::size_t room = raw_bytes_of(matrix, grid, indices);
+    CHECK(room == source.size());
+    Buffer first;
+    for (const unsigned threads : {1U, 4U}) {
+        Buffer arena(room);
+        std::vector<std::int64_t> offsets(indices.size());
+        std::vector<EncodedBlock> encoded(indices.size());
+        const std::size_t used = encode_blocks(matrix, grid, indices, true, {at(arena), room},
+                                               offsets, encoded, threads);
+        arena.resize(used);
+        if (first.empty()) first = arena;
+        CHECK(arena == first);
+        std::size_t end = 0;
+        for (std::size_t i = 0; i < indices.size(); ++i) {
+            const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
+            CHECK(static_cast<std::size_t>(offsets[i]) == end);
+            end += encoded[i].length;
+            Buffer one(rect.rows * rect.cols * 2);
+            const EncodedBlock alone =
+                encode_block({matrix.data + rect.row0 * cols * 2 + rect.col0 * 2, rect.rows,
+                              rect.cols, cols * 2, Dtype::bf16},
+                             true, {at(one), one.size()});
+            CHECK(alone.length == encoded[i].length && alone.encoding == encoded[i].encoding);
+            CHECK(std::memcmp(one.data(), &arena[static_cast<std::size_t>(offsets[i])],
+                              alone.length) == 0);
+        }
+        CHECK(end == used);
+    }
+}
+
+}  // namespace
+
+PYDEDUP_TEST_MAIN
