@@ -44,11 +44,12 @@ HeldBlocks hold_blocks(const py::sequence& pages, const Array<std::uint32_t>& pa
 }
 
 // A C-contiguous array of the compute dtype, borrowed.
-std::byte* data_of(const py::array& array, Dtype compute, std::size_t size, bool writes,
+std::byte* data_of(const py::object& object, Dtype compute, std::size_t size, bool writes,
                    const char* name) {
     const bool wide = compute == Dtype::f64;
-    const bool same = wide ? py::isinstance<py::array_t<double>>(array)
-                           : py::isinstance<py::array_t<float>>(array);
+    const bool same = wide ? py::isinstance<py::array_t<double>>(object)
+                           : py::isinstance<py::array_t<float>>(object);
+    const auto array = same ? py::reinterpret_borrow<py::array>(object) : py::array();
     const bool contiguous = (array.flags() & py::array::c_style) != 0;
     if (!same || !contiguous || static_cast<std::size_t>(array.size()) != size) {
         throw Error(ErrorCode::invalid_argument, std::string(name) + " must be a C-contiguous " +
@@ -91,7 +92,7 @@ BlockGrid grid_of(std::size_t rows, std::size_t cols, std::size_t block_rows,
 class BoundMatmul {
   public:
     BoundMatmul(std::size_t rows, std::size_t cols, std::size_t block_rows, std::size_t block_cols,
-                int dtype, py::array x, std::optional<py::array> bias,
+                int dtype, py::array x, py::object bias,
                 const std::string& activation, bool transpose, py::array y, unsigned threads)
         : x_(std::move(x)), bias_(std::move(bias)), y_(std::move(y)) {
         const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
@@ -106,7 +107,7 @@ class BoundMatmul {
             weights,
             data_of(x_, compute, m * in, false, "x"),
             m,
-            bias_ ? data_of(*bias_, compute, out, false, "bias") : nullptr,
+            bias_.is_none() ? nullptr : data_of(bias_, compute, out, false, "bias"),
             as_activation(activation),
             transpose,
             data_of(y_, compute, m * out, true, "y"),
@@ -126,7 +127,7 @@ class BoundMatmul {
 
   private:
     py::array x_;
-    std::optional<py::array> bias_;
+    py::object bias_;  // an array or None
     py::array y_;
     std::unique_ptr<Matmul> matmul_;
 };
@@ -178,9 +179,9 @@ void bind_gemm(py::module_& m) {
     m.def("compute_dtype", [](int dtype) { return static_cast<int>(compute_dtype(as_dtype(dtype))); });
     py::class_<BoundMatmul>(m, "Matmul")
         .def(py::init<std::size_t, std::size_t, std::size_t, std::size_t, int, py::array,
-                      std::optional<py::array>, const std::string&, bool, py::array, unsigned>(),
+                      py::object, const std::string&, bool, py::array, unsigned>(),
              py::arg("rows"), py::arg("cols"), py::arg("block_rows"), py::arg("block_cols"),
-             py::arg("dtype"), py::arg("x").noconvert(), py::arg("bias").noconvert(),
+             py::arg("dtype"), py::arg("x").noconvert(), py::arg("bias"),
              py::arg("activation"), py::arg("transpose"), py::arg("y").noconvert(),
              py::arg("threads") = 0)
         .def("feed", &BoundMatmul::feed, py::arg("pages"), py::arg("page_index").noconvert(),
