@@ -24,6 +24,8 @@ _DROPPED = {
     "AlphaDropout",
     "ActivityRegularization",
 }
+#: Options under which a layer computes with other weights than its kernel.
+_REWRITES = ("lora_rank", "quantization_mode", "quantization_config")
 _MERGES = {"Add": "add", "Multiply": "mul", "Subtract": "sub"}
 #: Names of activations -> operation and attributes.
 _ACTIVATIONS: Mapping[str, tuple[str, dict[str, AttrValue]]] = {
@@ -159,7 +161,7 @@ class _Translation:
     # ---- layers -------------------------------------------------------------------------------
 
     def _dense(self, name: str, config: Mapping[str, Any], source: str) -> str:
-        if config.get("lora_rank") or config.get("quantization_mode"):
+        if any(config.get(option) for option in _REWRITES):
             raise _UnknownError
         roles = ("weight", "bias") if config["use_bias"] else ("weight",)
         activation = config["activation"]
@@ -175,8 +177,9 @@ class _Translation:
         return self._activate(name, activation, output)
 
     def _embedding(self, name: str, config: Mapping[str, Any], source: str) -> str:
-        if config.get("mask_zero") or config.get("lora_rank") or config.get("quantization_mode"):
-            raise _UnknownError  # later layers would leave masked words out
+        # With mask_zero, later layers leave masked words out.
+        if config.get("mask_zero") or any(config.get(option) for option in _REWRITES):
+            raise _UnknownError
         rank = self._ranks.get(source)
         weights = self._tensors(name, ("weight",))
         return self._add(

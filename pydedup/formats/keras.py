@@ -58,6 +58,8 @@ CONFIG = DERIVED + "keras-config"
 MEMBER = DERIVED + "keras-member/"
 
 _WEIGHTS = "model.weights.h5"
+_CONFIG = "config.json"
+_METADATA = "metadata.json"
 _LEGACY_ROOT = "model_weights"
 _MAX_CONFIG = 256 << 20
 
@@ -83,7 +85,8 @@ class KerasSource(SourceBase):
             with hdf5_errors(self.description):
                 self._file = h5py.File(open_window(self._raw, self._base, size), "r")
                 self._legacy = _LEGACY_ROOT in self._file
-                self._config = self._read_config()
+                self._config_text = self._read_config()
+                self._config = self._parse_config()
                 self.left_out = tuple(key for key in self._file if _skip(key))
                 datasets = list(numeric(self._file, _skip, self.description))
                 self._structure = build_skeleton(self._file, _skip, self.description)
@@ -108,15 +111,13 @@ class KerasSource(SourceBase):
     def artifacts(self) -> Iterator[Artifact]:
         """Yield structure, config, and the other members of an archive."""
         yield Artifact(STRUCTURE, "application/x-hdf5+gzip", self._structure)
-        if self._config is not None:
-            payload = json.dumps(self._config, ensure_ascii=False, separators=(",", ":")).encode()
-            yield Artifact(CONFIG, "application/json", payload)
+        if self._config_text is not None:
+            yield Artifact(CONFIG, "application/json", self._config_text)
         if self._zip is not None:
             for name in self._zip.members:
-                if name != _WEIGHTS:
-                    yield Artifact(
-                        MEMBER + name, "application/octet-stream", self._zip.read(name, _MAX_CONFIG)
-                    )
+                if name not in (_WEIGHTS, _CONFIG):
+                    payload = self._zip.read(name, _MAX_CONFIG)
+                    yield Artifact(MEMBER + name, "application/octet-stream", payload)
 
     def close(self) -> None:
         """Close the files; arrays from them stay valid."""
@@ -157,17 +158,20 @@ class KerasSource(SourceBase):
     def _name(self, path: str) -> str:
         return tensor_name(path, self._legacy)
 
-    def _read_config(self) -> Any:
-        if self._zip is None:
-            text = self._file.attrs.get("model_config")
-        elif "config.json" in self._zip.members:
-            text = self._zip.read("config.json", _MAX_CONFIG)
-        else:
-            text = None
-        if text is None:
+    def _read_config(self) -> bytes | None:
+        if self._zip is not None:
+            found = _CONFIG in self._zip.members
+            return self._zip.read(_CONFIG, _MAX_CONFIG) if found else None
+        text = self._file.attrs.get("model_config")
+        if isinstance(text, str):
+            return text.encode()
+        return bytes(text) if isinstance(text, bytes) else None
+
+    def _parse_config(self) -> Any:
+        if self._config_text is None:
             return None
         try:
-            return json.loads(text)
+            return json.loads(self._config_text)
         except (ValueError, TypeError, RecursionError) as exc:
             raise FormatError(f"{self.description}: the Keras config is damaged: {exc}") from exc
 
@@ -188,6 +192,9 @@ class KerasSource(SourceBase):
         for name, folder in _layer_folders(layers if isinstance(layers, list) else []):
             variables = f"layers/{folder}/vars"
             if variables in self._file and is_group(self._file[variables]):
+                # Newer versions write the layer's name; the folder must then be that layer's.
+                if self._file[variables].attrs.get("name", name) != name:
+                    return {}
                 keys = sorted(self._file[variables], key=_numeric_key)
                 result[name] = [f"{variables}/{key}" for key in keys]
         return result
@@ -232,7 +239,10 @@ def write_archive(
     """Write a ``.keras`` archive of a model that was added from one."""
     structure = find_artifact(artifacts, STRUCTURE)
     members = [item for item in artifacts if item.name.startswith(MEMBER)]
-    if structure is None or not any(item.name == MEMBER + "config.json" for item in members):
+    config = find_artifact(artifacts, CONFIG)
+    # A legacy file has a config too, but one that only the legacy loader understands.
+    metadata = any(item.name == MEMBER + _METADATA for item in members)
+    if structure is None or config is None or not metadata:
         raise UnsupportedFormatError(
             "a .keras archive needs the Keras config, which is kept for models that were added "
             "from one; export to .h5 or safetensors"
@@ -243,6 +253,7 @@ def write_archive(
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for item in members:
                 archive.writestr(zipfile.ZipInfo(item.name.removeprefix(MEMBER)), item.payload)
+            archive.writestr(zipfile.ZipInfo(_CONFIG), config)
             info = zipfile.ZipInfo(_WEIGHTS)
             with weights.open("rb") as source, archive.open(info, "w", force_zip64=True) as target:
                 while piece := source.read(1 << 20):

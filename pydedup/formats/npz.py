@@ -74,13 +74,13 @@ class NpySource(SourceBase):
         try:
             head = io.BytesIO(self._raw.read_at(0, min(self._raw.size, 16 + _MAX_HEADER)))
             self._header = _read_header(head, self.description)
+            dtype = _dtype(self._header.dtype, f"{path}")
             expected = self._header.data_start + self._header.nbytes
             if expected != self._raw.size:
                 raise FormatError(
                     f"{path} has {self._raw.size} bytes, its header describes {expected}; it is "
                     "truncated or holds more than one array"
                 )
-            dtype = _dtype(self._header.dtype, f"{path}")
             self._set_entries([TensorEntry(NPY_NAME, dtype, self._header.shape, key=NPY_NAME)])
         except BaseException:
             self._raw.close()
@@ -123,13 +123,13 @@ class NpzSource(SourceBase):
                     continue
             with self._zip.stream(member) as stream:
                 header = _read_header(stream, f"{self.description}: array {name!r}")
+            dtype = _dtype(header.dtype, f"{self.description}: array {name!r}")
             if header.data_start + header.nbytes != info.file_size:
                 raise FormatError(
                     f"{self.description}: array {name!r} should have {header.nbytes} bytes, "
                     f"{info.file_size - header.data_start} are there"
                 )
             self._headers[name] = member, header
-            dtype = _dtype(header.dtype, f"{self.description}: array {name!r}")
             yield TensorEntry(name, dtype, header.shape, key=member)
         self.left_out = tuple(left_out)
 
@@ -212,6 +212,11 @@ def _read_header(stream: IO[bytes], where: str) -> _Header:
     except FormatError:
         raise
     except (ValueError, TypeError, RecursionError, MemoryError, SyntaxError) as exc:
+        if "not a valid dtype" in str(exc):
+            raise UnsupportedFormatError(
+                f"{where} has an element type that numpy cannot name back ({exc}); save it as "
+                "safetensors"
+            ) from exc
         raise FormatError(f"{where} has a damaged npy header: {exc}") from exc
     if any(extent < 0 for extent in shape):
         raise FormatError(f"{where} has the impossible shape {shape}")

@@ -126,11 +126,14 @@ class TorchSource(SourceBase):
         extent = 1 + sum((n - 1) * s for n, s in zip(entry.shape, place.stride, strict=True))
         if place.start * itemsize + extent * itemsize > self._zip.members[place.member].file_size:
             raise FormatError(f"{self.description}: tensor {entry.name!r} leaves its storage")
-        flat = self._zip.raw.array(start, entry.dtype.numpy, (extent,))
-        view = np.lib.stride_tricks.as_strided(
-            flat, entry.shape, [s * itemsize for s in place.stride], writeable=False
-        )
-        return view if view.flags.c_contiguous else view.copy("C")
+        # Strides are applied to plain unsigned integers: numpy loses the names of bfloat16 and
+        # 8-bit floats on the way.
+        flat = self._zip.raw.array(start, np.dtype(f"u{itemsize}"), (extent,))
+        if _is_contiguous(entry.shape, place.stride):
+            return flat.view(entry.dtype.numpy).reshape(entry.shape)
+        steps = [step * itemsize for step in place.stride]
+        view = np.lib.stride_tricks.as_strided(flat, entry.shape, steps, writeable=False)
+        return view.copy("C").view(entry.dtype.numpy)
 
 
 class ModuleSource(SourceBase):
@@ -260,6 +263,15 @@ def write(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> N
         torch.save(state, path)
 
 
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for extent, step in zip(reversed(shape), reversed(stride), strict=True):
+        if extent != 1 and step != expected:
+            return False
+        expected *= extent
+    return True
+
+
 def _require_torch() -> None:
     try:
         import torch  # noqa: F401
@@ -298,15 +310,14 @@ def _can_map(archive: ZipMembers, path: Path) -> bool:
             f"{path} is a TorchScript archive, a program with its weights; load it with "
             "torch.jit.load and give its state_dict()"
         )
-    for name in archive.members:
-        if name.rpartition("/")[2] == "byteorder" and (
-            archive.read(name, 16).decode("ascii", "replace") != sys.byteorder
-        ):
-            return False
     # torch takes a path with this suffix for a safetensors file, whatever is in it.
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or not all(map(archive.is_stored, archive.members)):
         return False
-    return all(archive.is_stored(name) for name in archive.members)
+    for name, info in archive.members.items():
+        if name.rpartition("/")[2] == "byteorder":
+            order = archive.raw.read_at(archive.offset(name), min(info.file_size, 16))
+            return order == sys.byteorder.encode()
+    return True
 
 
 def _load(path: Path, mapped: bool) -> object:

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch checkpoints, modules and tensors in mappings, against torch."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
+from pydedup.formats.registry import open_source, write_model
+from pydedup.types import DType
+
+
+def model() -> dict[str, torch.Tensor]:
+    """Return tensors of all dtypes and layouts; some are views of others."""
+    torch.manual_seed(0)
+    big = torch.randn(700, 401)
+    return {
+        "big": big,
+        "tied": big,
+        "transposed": big.t(),
+        "strided": big[3:90:2, 5::7],
+        "offset": big[100:200],
+        "expanded": torch.randn(1, 9).expand(5, 9),
+        "half": torch.randn(7).half(),
+        "brain": torch.randn(300, 500).bfloat16(),
+        "double": torch.tensor([float("nan"), float("-inf")], dtype=torch.float64),
+        "flags": torch.tensor([True, False]),
+        "ids": torch.arange(6).reshape(2, 3),
+        "unsigned": torch.arange(4).to(torch.uint16),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "parameter": nn.Parameter(torch.randn(3, 3)),
+        "deep": torch.randn(2, 3, 4, 5).permute(3, 1, 0, 2),
+    }
+
+
+EIGHT_BIT = {
+    "e4m3": torch.randn(33).to(torch.float8_e4m3fn),
+    "e5m2": torch.randn(33).to(torch.float8_e5m2),
+}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    if not tensor.numel():
+        return b""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def check(source: Any, expected: dict[str, torch.Tensor]) -> None:
+    assert [entry.name for entry in source.entries] == list(expected)
+    for entry in source.entries:
+        array = source.read(entry.name)
+        assert array.shape == entry.shape == tuple(expected[entry.name].shape)
+        assert array.dtype == entry.dtype.numpy
+        assert array.flags.c_contiguous
+        assert not array.flags.writeable
+        assert array.tobytes() == bits(expected[entry.name]), entry.name
+
+
+def is_mapped(array: Any) -> bool:
+    """Return whether an array is a view of a memory-mapped file."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array.obj if isinstance(array, memoryview) else array, mmap.mmap)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors", ".odd"])
+def test_reads_what_torch_wrote(suffix: str, tmp_path: Path) -> None:
+    expected = {**model(), **EIGHT_BIT}
+    torch.save(expected, tmp_path / f"m{suffix}")
+    with open_source(tmp_path / f"m{suffix}") as source:
+        assert source.format == "torch"
+        assert source.left_out == ()
+        check(source, expected)
+
+
+def test_reads_the_format_before_zip(tmp_path: Path) -> None:
+    expected = model()
+    del expected["unsigned"]  # has no storage class of its own, which that format needs
+    torch.save(expected, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    with open_source(tmp_path / "m.pt") as source:
+        check(source, expected)
+        keys = {entry.name: entry.key for entry in source.entries}
+        assert keys["big"] == keys["tied"] != keys["transposed"]
+
+
+def test_large_contiguous_tensors_are_views_of_the_file(tmp_path: Path) -> None:
+    torch.save(model(), tmp_path / "m.pt")
+    with open_source(tmp_path / "m.pt") as source:
+        for name in ("big", "tied", "brain"):
+            assert is_mapped(source.read(name))
+        assert not is_mapped(source.read("transposed"))
+
+
+def test_only_the_same_view_of_the_same_storage_is_tied(tmp_path: Path) -> None:
+    torch.save(model(), tmp_path / "m.pt")
+    for given in (tmp_path / "m.pt", model()):
+        with open_source(given) as source:
+            keys = {entry.name: entry.key for entry in source.entries}
+        assert keys["big"] == keys["tied"]
+        assert len(set(keys.values())) == len(keys) - 1
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "module"])
+def test_checkpoints_are_unwrapped(wrapper: str, tmp_path: Path) -> None:
+    expected = OrderedDict(model())
+    moments = {0: {"exp_avg": torch.zeros(700, 401), "step": torch.tensor(1.0)}}
+    checkpoint = {"epoch": 3, "optimizer": {"state": moments, "lr": [0.1]}, wrapper: expected}
+    torch.save(checkpoint, tmp_path / "m.pt")
+    with open_source(tmp_path / "m.pt") as source:
+        check(source, expected)
+        assert source.left_out == ("epoch", "optimizer")
+
+
+def test_nested_wrappers_and_extra_state(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2), "layer._extra_state": {"version": 1}}
+    torch.save({"model": {"state_dict": state, "arch": "x"}}, tmp_path / "m.pt")
+    with open_source(tmp_path / "m.pt") as source:
+        check(source, {"w": torch.ones(2)})
+        assert source.left_out == ("arch", "layer._extra_state")
+
+
+def test_torch_reads_an_export_with_ties(tmp_path: Path) -> None:
+    expected = {**model(), **EIGHT_BIT}
+    torch.save(expected, tmp_path / "m.pt")
+    with open_source(tmp_path / "m.pt") as source:
+        tensors = {entry.name: source.read(entry.name) for entry in source.entries}
+        write_model(tmp_path / "out.pth", tensors, source.entries)
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert list(loaded) == list(expected)
+    for name, tensor in expected.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].shape == tensor.shape
+        assert bits(loaded[name]) == bits(tensor)
+    assert loaded["big"].data_ptr() == loaded["tied"].data_ptr()
+    assert loaded["offset"].untyped_storage().nbytes() == 100 * 401 * 4
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["m.pt", "out.pth"]
+
+
+def test_an_export_reads_one_tensor_at_a_time(tmp_path: Path) -> None:
+    source = {f"w{index}": np.full(9, index, np.float32) for index in range(5)}
+    asked: list[str] = []
+
+    class Lazy:
+        def __getitem__(self, name: str) -> Any:
+            asked.append(name)
+            return source[name]
+
+    with open_source(source) as opened:
+        write_model(tmp_path / "out.pt", Lazy(), opened.entries)
+    assert asked == list(source)
+
+
+def test_a_module_gives_parameters_and_persistent_buffers(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    module.register_buffer("scratch", torch.zeros(2), persistent=False)
+    module[2].weight = nn.Parameter(module[0].weight.detach().t().contiguous())
+    with open_source(module) as source:
+        assert source.format == "torch-module"
+        check(source, dict(module.state_dict()))
+        assert source.graph is not None
+
+
+def test_tied_parameters_of_a_module_share_a_key() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5, 3)
+            self.head = nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    with open_source(Tied()) as source:
+        keys = [entry.key for entry in source.entries]
+        assert len(keys) == 2
+        assert len(set(keys)) == 1
+        assert source.graph is None
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.zeros(2, device="meta"), "meta"),
+        (torch.zeros(2, dtype=torch.complex64), "complex64"),
+        (torch.tensor([1 + 2j]).conj().imag, "negated"),
+    ],
+)
+def test_tensors_that_cannot_be_stored(tensor: torch.Tensor, says: str) -> None:
+    with pytest.raises(UnsupportedFormatError, match=f"'w' .*{says}"):
+        open_source({"w": tensor})
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("exploded",))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["alone", "beside", "inside"])
+def test_code_in_a_pickle_never_runs(
+    zipped: bool, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {
+        "alone": Bomb(),
+        "beside": {"epoch": Bomb(), "state_dict": {"w": torch.ones(2)}},
+        "inside": {"w": torch.ones(2), "b": Bomb()},
+    }
+    torch.save(values[place], "m.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FormatError, match=r"m\.pt holds the Python object \w+\.mkdir .*run code"):
+        open_source("m.pt")
+    assert not Path("exploded").exists()
+    torch.load("m.pt", weights_only=False)  # the bomb would have worked
+    assert Path("exploded").exists()
+
+
+def test_a_plain_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for protocol in range(2, 6):
+        Path("m.bin").write_bytes(pickle.dumps({"w": Bomb()}, protocol))
+        with pytest.raises(FormatError, match=r"Python pickle.*run code"):
+            open_source("m.bin")
+    assert not Path("exploded").exists()
+
+
+class Whole(nn.Module):
+    """A module saved whole, as people do."""
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (Whole(), r"holds the Python object [\w.]*Whole"),
+        ([torch.ones(2)], "holds a list, not a state dict"),
+        (torch.ones(2), "holds a Tensor, not a state dict"),
+        (3, "holds a int"),
+        ({"w": torch.ones(2), "epoch": 3}, "'epoch' is a int, not a tensor"),
+        ({"w": {"x": torch.ones(2)}}, "'w' is a dict, not a tensor"),
+        ({1: torch.ones(2)}, "has the key 1"),
+        ({"": torch.ones(2)}, "name '' is empty"),
+        ({"w": torch.eye(3).to_sparse()}, "sparse"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, "complex64"),
+    ],
+)
+def test_what_is_no_state_dict_is_named(value: Any, says: str, tmp_path: Path) -> None:
+    torch.save(value, tmp_path / "m.pt")
+    with pytest.raises(FormatError, match=says) as caught:
+        open_source(tmp_path / "m.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        archive.writestr("m/constants.pkl", b"")
+        archive.writestr("m/data.pkl", b"")
+    with pytest.raises(UnsupportedFormatError, match="TorchScript"):
+        open_source(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncation_is_noticed(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    torch.save(
+        {"a": torch.randn(9), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=zipped
+    )
+    raw = path.read_bytes()
+    for length in range(0, len(raw), 11):
+        path.write_bytes(raw[:length])
+        with pytest.raises(FormatError) as caught:
+            open_source(path)
+        assert "\n" not in str(caught.value)
+
+
+def _flipped(raw: bytes, path: Path, step: int) -> tuple[int, int]:
+    """Flip bits one at a time; return how many were refused, and tried."""
+    refused = tried = 0
+    for position in range(0, len(raw), step):
+        changed = bytearray(raw)
+        changed[position] ^= 0x04
+        path.write_bytes(changed)
+        tried += 1
+        try:
+            with open_source(path) as source:
+                for entry in source.entries:
+                    source.read(entry.name)
+        except FormatError:
+            refused += 1
+    return refused, tried
+
+
+def test_flipped_bits_never_crash(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    torch.save({"a": torch.randn(9), "b": torch.ones(3)}, path)
+    raw = path.read_bytes()
+    refused, tried = _flipped(raw, path, 5)
+    assert refused > tried // 20  # most of a small file is padding and unused zip fields
+    at = raw.index(torch.ones(3).numpy().tobytes())
+    for position in range(at, at + 12):
+        changed = bytearray(raw)
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        with open_source(path) as source:
+            source.read("a")
+            with pytest.raises(FormatError, match="checksum"):
+                source.read("b")
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(model(), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with open_source(path) as source:
+        check(source, model())
+
+
+def test_a_repacked_and_compressed_archive_is_read_right(tmp_path: Path) -> None:
+    expected = model()
+    torch.save(expected, tmp_path / "m.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "m.pt") as old,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with open_source(tmp_path / "packed.pt") as source:
+        check(source, expected)
+
+
+def test_a_view_that_leaves_its_storage_is_refused(tmp_path: Path) -> None:
+    """The pickle claims more elements than the storage has bytes for."""
+    path = tmp_path / "m.pt"
+    torch.save({"a": torch.arange(64, dtype=torch.uint8)}, path)
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    pickled = next(name for name in members if name.endswith("data.pkl"))
+    # BININT1 64 as the tensor's size becomes 65; the storage keeps its 64.
+    at = members[pickled].rindex(b"K@")
+    members[pickled] = members[pickled][:at] + b"KA" + members[pickled][at + 2 :]
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in members.items():
+            new.writestr(name, data)
+    with pytest.raises(FormatError), open_source(path) as source:
+        source.read("a")
+
+
+@pytest.mark.parametrize("make", [lambda: 3, lambda: None, lambda: torch.ones(2), lambda: [1]])
+def test_other_things_are_no_models(make: Callable[[], Any]) -> None:
+    with pytest.raises(ArgumentError, match="a model must be a path, a mapping"):
+        open_source(make())
+
+
+def test_every_dtype_of_a_store_goes_through_torch(tmp_path: Path) -> None:
+    tensors = {member.label: np.ones(3).astype(member.numpy) for member in DType}
+    with open_source(tensors) as source:
+        write_model(tmp_path / "m.pt", tensors, source.entries)
+    with open_source(tmp_path / "m.pt") as source:
+        assert {entry.name: entry.dtype.label for entry in source.entries} == {
+            member.label: member.label for member in DType
+        }
+        for name, array in tensors.items():
+            assert source.read(name).tobytes() == array.tobytes()
