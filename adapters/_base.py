@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every DB-API adapter stands on: hooks, running statements, schema, transactions.
+
+The calls of :class:`pydedup.adapter.Adapter` are built on it in ``_catalog`` and ``_dbapi``;
+statements are in ``_sql``, threads and forks in ``_sessions``.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from pydedup.adapter import LIVE, RETIRED, SCHEMA_VERSION, STAGING, Capabilities
+from pydedup.errors import (
+    ArgumentError,
+    NotAStoreError,
+    PydedupError,
+    ReadOnlyError,
+    StoreError,
+)
+
+from ._schema import TABLES, Dialect, create_statements
+from ._sessions import READ, WRITE, Session, SessionPool
+from ._sql import Statements, batches
+
+__all__ = ["DbApiBase", "KeyTakenError", "Row", "check_state", "fetch_all", "text"]
+
+T = TypeVar("T", int, bytes)
+R = TypeVar("R")
+Row = tuple[Any, ...]
+
+
+class KeyTakenError(StoreError):
+    """A row of this key exists already; what a unique index reports."""
+
+
+def text(value: str | bytes | bytearray | memoryview) -> str:
+    """Return text that a driver may deliver as bytes (MySQL's VARBINARY names)."""
+    return value if isinstance(value, str) else str(value, "utf-8")
+
+
+class DbApiBase(abc.ABC):
+    """An open database. Subclasses set the attributes below before anything else is called.
+
+    Attributes
+    ----------
+    driver_error
+        The base class of the driver's exceptions, given to :meth:`_translate`.
+    """
+
+    driver_error: type[Exception]
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        dialect: Dialect,
+        read_only: bool,
+        capabilities: Capabilities,
+        pool: SessionPool,
+    ) -> None:
+        self._url = url
+        self._read_only = read_only
+        self._capabilities = capabilities
+        self._sql = Statements(dialect)
+        self._pool = pool
+
+    @property
+    def url(self) -> str:
+        """The URL, without credentials."""
+        return self._url
+
+    @property
+    def read_only(self) -> bool:
+        """Whether changes are refused."""
+        return self._read_only
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this database can do."""
+        return self._capabilities
+
+    def close(self) -> None:
+        """Close all connections of this process. Idempotent."""
+        self._pool.close()
+
+    # ---- hooks --------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _translate(self, error: Exception) -> PydedupError:
+        """Return the pydedup error that says what a driver's error means."""
+
+    @abc.abstractmethod
+    def stored_bytes(self) -> int:
+        """Return what the store occupies in its database, in bytes."""
+
+    @abc.abstractmethod
+    def checkpoint(self) -> None:
+        """Fold write-ahead data into the main file where there is such a thing."""
+
+    @abc.abstractmethod
+    def compact(self) -> None:
+        """Give freed space back where the database can."""
+
+    @abc.abstractmethod
+    def integrity_errors(self) -> list[str]:
+        """Return what the database's own consistency check complains about."""
+
+    def _begin(self, session: Session, statements: Sequence[str]) -> None:
+        """Begin a transaction, waiting for other writers as long as the URL allows."""
+        for statement in statements:
+            with session.use():
+                self._run(session, statement, (), _nothing)
+
+    # ---- running statements -------------------------------------------------------------------
+
+    def _run(
+        self, session: Session, sql: str, parameters: Sequence[Any], result: Callable[[Any], R]
+    ) -> R:
+        """Run one statement in a locked session and return what ``result`` makes of its cursor."""
+        try:
+            cursor = session.connection.cursor()
+            try:
+                cursor.execute(sql, parameters)
+                return result(cursor)
+            finally:
+                cursor.close()
+        except self.driver_error as error:
+            raise self._translate(error) from error
+
+    def _query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """Return all rows that a SELECT finds."""
+        with self._pool.acquire() as session:
+            return self._run(session, sql, parameters, fetch_all)
+
+    def _writer(self) -> Session:
+        """Return this thread's session, locked and in a write transaction."""
+        session = self._pool.acquire()
+        if session.scope == WRITE:
+            return session
+        session.lock.release()
+        self._refuse_when_read_only()
+        raise StoreError("changes are made inside of transaction(); this call was made outside")
+
+    def _write(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Run one change; return the number of rows it concerned."""
+        with self._writer() as session:
+            return self._run(session, sql, parameters, _row_count)
+
+    def _write_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Run one change for each of many rows."""
+        with self._writer() as session:
+            try:
+                cursor = session.connection.cursor()
+                try:
+                    cursor.executemany(sql, rows)
+                finally:
+                    cursor.close()
+            except self.driver_error as error:
+                raise self._translate(error) from error
+
+    def _insert(self, sql: str, parameters: Sequence[Any]) -> int:
+        """Insert one row and return its new id."""
+        returning = self._sql.dialect.returning_id
+        with self._writer() as session:
+            return self._run(session, sql, parameters, _returned if returning else _last_id)
+
+    def _members(self, values: Sequence[T], reserved: int = 0) -> Iterator[Sequence[T]]:
+        """Yield pieces of distinct values, ascending, each within the limit on parameters."""
+        limit = self.capabilities.max_parameters - reserved
+        return batches(sorted(set(values)), limit)
+
+    def _refuse_when_read_only(self) -> None:
+        if self._read_only:
+            raise ReadOnlyError(
+                f'{self._url} cannot be changed: it was opened with mode "r", or where it lies is '
+                "read-only"
+            )
+
+    def _sized(self, payload: bytes, what: str) -> bytes:
+        """Return the payload; raises ArgumentError when it is too large for the database."""
+        limit = self.capabilities.max_payload_bytes
+        if len(payload) > limit:
+            raise ArgumentError(
+                f"{what} has {len(payload)} bytes, and {self._url} takes at most {limit} in one "
+                "value; write it in smaller pieces"
+            )
+        return payload
+
+    # ---- schema -------------------------------------------------------------------------------
+
+    def schema_version(self) -> int | None:
+        """Return the version of the store's tables, or ``None`` when there are none."""
+        there = {text(name) for (name,) in self._query(self._sql.dialect.list_tables)}
+        prefix = self._sql.dialect.prefix
+        ours = [table for table in TABLES if prefix + table in there]
+        if not ours:
+            return None
+        if "meta" not in ours or not self._has_shape("meta"):
+            self._refuse_tables("meta")
+        found = self._query(self._sql.meta_value, ["schema_version"])
+        version = text(found[0][0]) if found else ""
+        if not (version.isascii() and version.isdigit()):
+            self._refuse_tables("meta")
+        if int(version) == SCHEMA_VERSION:
+            for table in TABLES:
+                if table not in ours or not self._has_shape(table):
+                    self._refuse_tables(table)
+        return int(version)
+
+    def _has_shape(self, table: str) -> bool:
+        with self._pool.acquire() as session:
+            columns: set[str] = self._run(session, self._sql.columns_of(table), (), _column_names)
+        return columns.issuperset(TABLES[table].names)
+
+    def _refuse_tables(self, table: str) -> NoReturn:
+        raise NotAStoreError(
+            f"{self._url} has tables named like those of pydedup that are not its own (see "
+            f"{self._sql.dialect.name(table)}); give the store another place"
+        )
+
+    def create_schema(self, meta: Mapping[str, str]) -> None:
+        """Create tables and views and fill ``meta``; a no-op when they exist."""
+        with self.transaction():
+            if self.schema_version() is not None:
+                return
+            for statement in create_statements(self._sql.dialect):
+                self._write(statement)
+            first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
+            self._write_many(self._sql.insert("meta"), list({**first, **meta}.items()))
+
+    # ---- transactions -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Write transaction of the calling thread; commits, or rolls back on any exception.
+
+        Raises
+        ------
+        ReadOnlyError, ConflictError, StorageFullError
+        """
+        self._refuse_when_read_only()
+        with self._scope(WRITE, self._sql.dialect.begin_write):
+            yield
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read transaction: all reads of this thread inside see one committed state.
+
+        A snapshot within a snapshot is part of the outer one.
+        """
+        with self._pool.acquire() as session:
+            scope = session.scope
+        if scope == READ:
+            yield
+            return
+        with self._scope(READ, self._sql.dialect.begin_snapshot):
+            yield
+
+    @contextlib.contextmanager
+    def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:
+        session = self._pool.enter(scope)
+        try:
+            self._begin(session, begin)
+            yield
+            with session.use():
+                self._run(session, "COMMIT", (), _nothing)
+        except BaseException:
+            self._roll_back(session)
+            raise
+        finally:
+            session.scope = None
+
+    def _roll_back(self, session: Session) -> None:
+        with session.lock:
+            if not session.closed:
+                try:
+                    self._run(session, "ROLLBACK", (), _nothing)
+                except PydedupError:
+                    # Some failures end the transaction by themselves. Whatever the state of the
+                    # connection is, closing it rolls back.
+                    self._pool.discard(session)
+
+
+def check_state(state: str) -> None:
+    """Raise ArgumentError for a state that models and pages do not have."""
+    if state not in (STAGING, LIVE, RETIRED):
+        raise ArgumentError(f"there is no state {state!r}; choose {STAGING}, {LIVE} or {RETIRED}")
+
+
+def fetch_all(cursor: Any) -> list[Row]:
+    """Return all rows of a cursor."""
+    return list(cursor.fetchall())
+
+
+def _row_count(cursor: Any) -> int:
+    return int(cursor.rowcount)
+
+
+def _last_id(cursor: Any) -> int:
+    return int(cursor.lastrowid)
+
+
+def _returned(cursor: Any) -> int:
+    return int(cursor.fetchone()[0])
+
+
+def _column_names(cursor: Any) -> set[str]:
+    names = {text(column[0]) for column in cursor.description}
+    cursor.fetchall()
+    return names
+
+
+def _nothing(cursor: Any) -> None:
+    """Leave the result of a statement that has none."""

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls on what describes models: meta, models, aliases, artifacts, tensors, maps and jobs.
+
+Rows of pages and blocks, whose number grows with the weights, are in ``_dbapi``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pydedup._pages import join_parts, split_payload
+from pydedup.adapter import LIVE, ModelRow, TensorRow
+from pydedup.errors import CorruptStoreError, DuplicateError
+
+from ._base import DbApiBase, KeyTakenError, Row, check_state, text
+from ._schema import TABLES
+
+__all__ = ["CatalogCalls"]
+
+#: Artifacts are stored in parts of this size, as block maps are.
+ARTIFACT_PART_BYTES = 1 << 20
+
+
+class CatalogCalls(DbApiBase):
+    """The part of the adapter protocol that moves descriptions."""
+
+    # ---- meta ---------------------------------------------------------------------------------
+
+    def meta(self) -> dict[str, str]:
+        """Return all of ``meta``."""
+        return {text(name): text(value) for name, value in self._query(self._sql.meta)}
+
+    def set_meta(self, name: str, value: str) -> None:
+        """Insert or replace one value."""
+        self._write(self._sql.set_meta, [name, value])
+
+    def epoch(self) -> int:
+        """Return the epoch."""
+        found = self._query(self._sql.meta_value, ["epoch"])
+        value = text(found[0][0]) if found else None
+        if value is None or not (value.isascii() and value.isdigit()):
+            raise CorruptStoreError(
+                f"{self._url} has {value!r} as its epoch where a number must be; restore a backup"
+            )
+        return int(value)
+
+    def bump_epoch(self, expected: int | None = None) -> bool:
+        """Add one to the epoch, if it is the one expected; returns whether it was."""
+        if expected is None:
+            changed = self._write(self._sql.bump_epoch)
+        else:
+            changed = self._write(self._sql.bump_epoch_from, [str(expected)])
+        if not changed:
+            self.epoch()  # raises when there is none
+        return changed > 0
+
+    # ---- models -------------------------------------------------------------------------------
+
+    def insert_model(self, row: ModelRow) -> int:
+        """Insert and return the id."""
+        check_state(row.state)
+        taken = DuplicateError(f"the store has a model {row.name}@{row.version} already")
+        values = [getattr(row, column) for column in TABLES["models"].names[1:]]
+        with self._writer():
+            if self._query(self._sql.live_model, [row.name, row.version, LIVE]):
+                raise taken
+            try:
+                return self._insert(self._sql.insert_model, values)
+            except KeyTakenError as error:
+                raise taken from error
+
+    def update_model(
+        self,
+        model_id: int,
+        *,
+        state: str | None = None,
+        certificate: str | None = None,
+        logical_bytes: int | None = None,
+        digest: bytes | None = None,
+        created_at: float | None = None,
+    ) -> bool:
+        """Change what is given; returns whether the row existed."""
+        given = {
+            "state": state,
+            "created_at": created_at,
+            "certificate": certificate,
+            "logical_bytes": logical_bytes,
+            "digest": digest,
+        }
+        changes = {column: value for column, value in given.items() if value is not None}
+        if state is not None:
+            check_state(state)
+        with self._writer():
+            if not changes:
+                return bool(self._query(self._sql.model_exists, [model_id]))
+            if state == LIVE:
+                for name, version in self._query(self._sql.live_rival, [model_id]):
+                    raise DuplicateError(
+                        f"the store has a model {text(name)}@{text(version)} already"
+                    )
+            try:
+                sql = self._sql.update_model(list(changes))
+                return self._write(sql, [*changes.values(), model_id]) > 0
+            except KeyTakenError as error:
+                raise DuplicateError(
+                    f"the name and version of the model with id {model_id} were taken meanwhile"
+                ) from error
+
+    def models(self, *, name: str | None = None, state: str | None = LIVE) -> list[ModelRow]:
+        """Return model rows by ascending id; ``state=None`` means all states."""
+        sql = self._sql.models(name=name is not None, state=state is not None)
+        parameters = [value for value in (name, state) if value is not None]
+        return [_model_row(row) for row in self._query(sql, parameters)]
+
+    def delete_model(self, model_id: int) -> None:
+        """Delete the row and what belongs to it."""
+        for statement in self._sql.delete_model:
+            self._write(statement, [model_id])
+
+    def aliases(self, name: str | None = None) -> list[tuple[str, str, int]]:
+        """Return (name, alias, model_id), ordered."""
+        if name is None:
+            rows = self._query(self._sql.aliases)
+        else:
+            rows = self._query(self._sql.aliases_of, [name])
+        return [(text(row[0]), text(row[1]), row[2]) for row in rows]
+
+    def set_alias(self, name: str, alias: str, model_id: int) -> None:
+        """Insert or move an alias."""
+        self._write(self._sql.set_alias, [name, alias, model_id])
+
+    def delete_alias(self, name: str, alias: str) -> bool:
+        """Delete; returns whether it existed."""
+        return self._write(self._sql.delete_alias, [name, alias]) > 0
+
+    def insert_artifacts(self, model_id: int, items: Iterable[tuple[str, str, bytes]]) -> None:
+        """Insert (name, media_type, payload), large ones in parts."""
+        part_bytes = min(ARTIFACT_PART_BYTES, self.capabilities.max_payload_bytes)
+        for name, media_type, payload in items:
+            parts = split_payload(payload, part_bytes)
+            self._write_many(
+                self._sql.insert("artifacts"),
+                [(model_id, name, i, media_type, part) for i, part in enumerate(parts)],
+            )
+
+    def artifacts(self, model_id: int) -> list[tuple[str, str]]:
+        """Return (name, media_type), ordered by name."""
+        rows = self._query(self._sql.artifacts, [model_id, 0])
+        return [(text(name), text(media_type)) for name, media_type in rows]
+
+    def artifact(self, model_id: int, name: str) -> bytes | None:
+        """Return one payload."""
+        parts = self._query(self._sql.artifact, [model_id, name])
+        return join_parts(part for (part,) in parts) if parts else None
+
+    # ---- tensors and block maps ---------------------------------------------------------------
+
+    def insert_tensors(self, rows: Iterable[TensorRow]) -> None:
+        """Insert tensor rows."""
+        columns = TABLES["tensors"].names
+        self._write_many(
+            self._sql.insert("tensors"),
+            ([getattr(row, column) for column in columns] for row in rows),
+        )
+
+    def tensors(self, model_id: int) -> list[TensorRow]:
+        """Return tensor rows by ordinal."""
+        return [
+            TensorRow(row[0], row[1], *map(text, row[2:]))
+            for row in self._query(self._sql.tensors, [model_id])
+        ]
+
+    def insert_block_maps(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
+        """Insert (model_id, ordinal, part, payload)."""
+        self._insert_parts("block_maps", rows)
+
+    def replace_block_map(self, model_id: int, ordinal: int, parts: Sequence[bytes]) -> None:
+        """Replace all parts of one tensor."""
+        self._write(self._sql.delete("block_maps", ("model_id", "ordinal")), [model_id, ordinal])
+        self._insert_parts(
+            "block_maps", ((model_id, ordinal, i, part) for i, part in enumerate(parts))
+        )
+
+    def block_map(self, model_id: int, ordinal: int) -> list[bytes]:
+        """Return the parts of one tensor in order."""
+        return self._parts("block_maps", model_id, ordinal)
+
+    def insert_source_hashes(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
+        """Insert (model_id, ordinal, part, payload)."""
+        self._insert_parts("source_hashes", rows)
+
+    def source_hashes(self, model_id: int, ordinal: int) -> list[bytes]:
+        """Return the parts of one tensor in order."""
+        return self._parts("source_hashes", model_id, ordinal)
+
+    def _insert_parts(self, table: str, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
+        what = f"a part of {table}"
+        self._write_many(
+            self._sql.insert(table), ((*row[:3], self._sized(row[3], what)) for row in rows)
+        )
+
+    def _parts(self, table: str, model_id: int, ordinal: int) -> list[bytes]:
+        rows = self._query(self._sql.parts(table), [model_id, ordinal])
+        return [join_parts(row) for row in rows]
+
+    # ---- jobs ---------------------------------------------------------------------------------
+
+    def put_job(self, job_id: str, spec: str, cursor: str, state: str) -> None:
+        """Insert or replace a job."""
+        self._write(self._sql.put_job, [job_id, spec, cursor, state])
+
+    def jobs(self) -> list[tuple[str, str, str, str]]:
+        """Return (id, spec, cursor, state) ordered by id."""
+        rows = self._query(self._sql.jobs)
+        return [(text(row[0]), text(row[1]), text(row[2]), text(row[3])) for row in rows]
+
+    def delete_job(self, job_id: str) -> None:
+        """Delete a job."""
+        self._write(self._sql.delete_job, [job_id])
+
+
+def _model_row(row: Row) -> ModelRow:
+    number, name, version, state, created_at, policy, certificate, metadata, size, digest = row
+    return ModelRow(
+        id=number,
+        name=text(name),
+        version=text(version),
+        state=text(state),
+        created_at=created_at,
+        policy=text(policy),
+        certificate=text(certificate),
+        metadata=text(metadata),
+        logical_bytes=size,
+        digest=bytes(digest),
+    )

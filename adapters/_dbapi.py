@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter protocol over any DB-API 2 driver: here the calls on pages, blocks and views.
+
+A database adds its dialect, how to connect, what its errors mean, and the few things it does
+better, as the hooks of :class:`DbApiBase` and :meth:`DbApiAdapter._read_payloads`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
+from typing import Any, TypeVar
+
+from pydedup._pages import join_parts
+from pydedup.adapter import BlockRow, PageRow
+from pydedup.errors import ArgumentError
+
+from ._base import Row, check_state, text
+from ._catalog import CatalogCalls
+from ._schema import TABLES, VIEWS
+from ._sql import batches
+
+__all__ = ["DbApiAdapter"]
+
+T = TypeVar("T", int, bytes)
+
+#: Payloads fetched by one statement, where they are not read one by one.
+PAYLOADS_PER_READ = 16
+
+
+class DbApiAdapter(CatalogCalls):
+    """The whole adapter protocol, but for the hooks of a database."""
+
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield the payloads of pages that exist; ids come without repetitions."""
+        for piece in batches(ids, min(PAYLOADS_PER_READ, self.capabilities.max_parameters)):
+            for page_id, payload in self._query(self._sql.read_pages(len(piece)), piece):
+                yield page_id, join_parts([payload])
+
+    # ---- pages --------------------------------------------------------------------------------
+
+    def insert_pages(self, pages: Sequence[tuple[bytes, bytes]], *, state: str) -> list[int]:
+        """Insert (checksum, payload) and return their ids, in order."""
+        check_state(state)
+        pad = self._sql.dialect.pad(state, None)
+        return [
+            self._insert(
+                self._sql.insert_page, [state, *pad, checksum, self._sized(payload, "a page")]
+            )
+            for checksum, payload in pages
+        ]
+
+    def read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield (id, payload) once for each of the ids that exists."""
+        return self._read_payloads(list(dict.fromkeys(ids)))
+
+    def page_rows(
+        self,
+        *,
+        ids: Sequence[int] | None = None,
+        state: str | None = None,
+        after: int = 0,
+        limit: int | None = None,
+    ) -> list[PageRow]:
+        """Return page rows by ascending id, only those with id > ``after``."""
+        pieces: Iterable[Sequence[int]] = [()] if ids is None else self._members(ids, reserved=3)
+        rows: list[Row] = []
+        for piece in pieces:
+            left = None if limit is None else limit - len(rows)
+            if left is not None and left <= 0:
+                break
+            sql = self._sql.page_rows(
+                members=len(piece), state=state is not None, limit=left is not None
+            )
+            found = [after, *([] if state is None else [state]), *piece]
+            rows += self._query(sql, found if left is None else [*found, left])
+        return [PageRow(row[0], text(row[1]), row[2], bytes(row[3]), row[4]) for row in rows]
+
+    def set_page_state(
+        self, ids: Sequence[int], state: str, retired_at: float | None = None
+    ) -> None:
+        """Change the state of pages."""
+        check_state(state)
+        values = [state, retired_at, *self._sql.dialect.pad(state, retired_at)]
+        for piece in self._members(ids, reserved=len(values)):
+            self._write(self._sql.set_page_state(len(piece)), [*values, *piece])
+
+    def delete_pages(self, ids: Sequence[int]) -> None:
+        """Delete pages and the distinct blocks on them."""
+        for piece in self._members(ids):
+            for statement in self._sql.delete_pages(len(piece)):
+                self._write(statement, piece)
+
+    def orphan_pages(self) -> list[int]:
+        """Return ids of pages that no row of ``model_pages`` names, whatever their state."""
+        return [row[0] for row in self._query(self._sql.orphan_pages)]
+
+    # ---- who reads what -----------------------------------------------------------------------
+
+    def insert_model_pages(self, rows: Iterable[tuple[int, int, int, int]]) -> None:
+        """Insert (model_id, page_id, blocks, bytes)."""
+        self._write_many(self._sql.insert("model_pages"), rows)
+
+    def model_pages(self, model_id: int | None = None) -> list[tuple[int, int, int, int]]:
+        """Return (model_id, page_id, blocks, bytes) ordered by model and page."""
+        if model_id is None:
+            rows = self._query(self._sql.model_pages)
+        else:
+            rows = self._query(self._sql.model_pages_of, [model_id])
+        return [(row[0], row[1], row[2], row[3]) for row in rows]
+
+    def delete_model_pages(self, model_id: int) -> None:
+        """Delete the rows of one model."""
+        self._write(self._sql.delete_model_pages, [model_id])
+
+    # ---- distinct blocks ----------------------------------------------------------------------
+
+    def insert_blocks(self, rows: Iterable[tuple[bytes, int, int, int | None]]) -> None:
+        """Insert (hash128, page_id, slot, base_id)."""
+        self._write_many(
+            self._sql.insert("distinct_blocks", TABLES["distinct_blocks"].names[1:]), rows
+        )
+
+    def find_blocks(self, hashes: Sequence[bytes]) -> list[BlockRow]:
+        """Return rows on *live* pages whose hash is one of these, in any order."""
+        return self._blocks(self._sql.find_blocks, hashes)
+
+    def blocks_on_pages(self, page_ids: Sequence[int]) -> list[BlockRow]:
+        """Return rows on these pages, ordered by page and slot, whatever the pages' state."""
+        return self._blocks(self._sql.blocks_on_pages, page_ids)
+
+    def _blocks(self, sql: Callable[[int], str], values: Sequence[T]) -> list[BlockRow]:
+        found: list[Row] = []
+        for piece in self._members(values):
+            found += self._query(sql(len(piece)), piece)
+        return [BlockRow(row[0], bytes(row[1]), row[2], row[3], row[4]) for row in found]
+
+    def count_blocks(self) -> int:
+        """Return the number of distinct blocks on live pages."""
+        count: int = self._query(self._sql.count_blocks)[0][0]
+        return count
+
+    # ---- views --------------------------------------------------------------------------------
+
+    def view(self, name: str) -> list[dict[str, object]]:
+        """Return all rows of ``model_sizes``, ``sharing`` or ``page_owners``."""
+        if name not in VIEWS:
+            raise ArgumentError(f"there is no view {name!r}; choose one of: {', '.join(VIEWS)}")
+        rows = self._query(self._sql.view(name))
+        return [dict(zip(VIEWS[name], map(_plain, row), strict=True)) for row in rows]
+
+
+def _plain(value: Any) -> object:
+    """Return a value of a view as int, float, str or None."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return text(value)
+    return int(value) if isinstance(value, Decimal) else value

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (identifiers come from TABLES, VIEWS and a Dialect; values are always bound)
+"""Every statement that an adapter runs, as finished texts for one dialect.
+
+No connection, no driver and no value of a user is ever seen here; the tables are in ``_schema``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, TypeVar
+
+from pydedup.adapter import LIVE, RETIRED, STAGING
+
+from ._schema import TABLES, VIEWS, Dialect, literal
+
+__all__ = ["Statements", "batches"]
+
+T = TypeVar("T")
+
+MODEL_COLUMNS: Final = TABLES["models"].names
+
+#: Most values in one ``IN (...)``: more would make texts that cost more to parse than to run.
+MAX_MEMBERS: Final = 8192
+
+
+def batches(values: Sequence[T], limit: int) -> Iterator[Sequence[T]]:
+    """Yield pieces of ``values`` for ``IN (...)``, each at most ``limit`` long.
+
+    The length of a piece is a power of two, reached by repeating its last value, which changes
+    no result: a driver then sees a dozen statements to keep prepared, not one per length.
+    """
+    size = 1 << (max(1, min(limit, MAX_MEMBERS)).bit_length() - 1)
+    for start in range(0, len(values), size):
+        piece = values[start : start + size]
+        missing = (1 << (len(piece) - 1).bit_length()) - len(piece)
+        yield [*piece, *([piece[-1]] * missing)] if missing else piece
+
+
+class Statements:
+    """Every statement that an adapter runs, for one dialect."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self._name, self._columns = dialect.name, dialect.columns
+        self.meta = self.select("meta", ("name", "value"))
+        self.meta_value = self.select("meta", ("value",), where=("name",))
+        self.set_meta = self.upsert("meta")
+        bump = f"UPDATE {self._name('meta')} SET value = {dialect.increment} WHERE name = 'epoch'"
+        self.bump_epoch = bump
+        self.bump_epoch_from = f"{bump} AND value = {dialect.placeholder}"
+
+        self.insert_model = self.insert("models", MODEL_COLUMNS[1:], returning=True)
+        self.model_exists = self.select("models", ("id",), where=("id",))
+        self.live_model = self.select("models", ("id",), where=("name", "version", "state"))
+        models = self._name("models")
+        self.live_rival = (
+            f"SELECT other.name, other.version FROM {models} me JOIN {models} other "
+            "ON other.name = me.name AND other.version = me.version AND other.id <> me.id "
+            f"WHERE other.state = {literal(LIVE)} AND me.id = {dialect.placeholder}"
+        )
+        self.delete_model = [self.delete("models", ("id",))] + [
+            self.delete(table, ("model_id",))
+            for table, spec in TABLES.items()
+            if "model_id" in spec.names
+        ]
+        alias_order = {"order": ("name", "alias")}
+        self.aliases = self.select("aliases", ("name", "alias", "model_id"), **alias_order)
+        self.aliases_of = self.select(
+            "aliases", ("name", "alias", "model_id"), where=("name",), **alias_order
+        )
+        self.set_alias = self.upsert("aliases")
+        self.delete_alias = self.delete("aliases", ("name", "alias"))
+        self.artifacts = self.select(
+            "artifacts", ("name", "media_type"), where=("model_id", "part"), order=("name",)
+        )
+        self.artifact = self.select(
+            "artifacts", ("payload",), where=("model_id", "name"), order=("part",)
+        )
+        self.tensors = self.select(
+            "tensors", TABLES["tensors"].names, where=("model_id",), order=("ordinal",)
+        )
+        self.model_pages = self.select(
+            "model_pages", TABLES["model_pages"].names, order=("model_id", "page_id")
+        )
+        self.model_pages_of = self.select(
+            "model_pages", TABLES["model_pages"].names, where=("model_id",), order=("page_id",)
+        )
+        self.delete_model_pages = self.delete("model_pages", ("model_id",))
+
+        page_columns = ["state", *(["pad"] if dialect.page_pad else []), "checksum", "payload"]
+        self.insert_page = self.insert("pages", page_columns, returning=True)
+        states = f"({literal(STAGING)}, {literal(LIVE)}, {literal(RETIRED)})"
+        self.orphan_pages = (  # naming every state leads to the index on states
+            f"SELECT p.id FROM {self._name('pages')} p WHERE p.state IN {states} AND NOT EXISTS "
+            f"(SELECT 1 FROM {self._name('model_pages')} r WHERE r.page_id = p.id) ORDER BY p.id"
+        )
+        # Pages that are not live are few, so this inner list is short and read from an index;
+        # a join would fetch the row of a page, beside its payload, for every block.
+        hidden = (
+            f"SELECT id FROM {self._name('pages')} WHERE state IN "
+            f"({literal(STAGING)}, {literal(RETIRED)})"
+        )
+        self._on_live_pages = f"page_id NOT IN ({hidden})"
+        blocks = self._name("distinct_blocks")
+        self.count_blocks = f"SELECT COUNT(*) FROM {blocks} WHERE {self._on_live_pages}"
+        self._blocks = f"SELECT {', '.join(TABLES['distinct_blocks'].names)} FROM {blocks}"
+
+        self.put_job = self.upsert("jobs")
+        self.jobs = self.select("jobs", TABLES["jobs"].names, order=("id",))
+        self.delete_job = self.delete("jobs", ("id",))
+
+    # ---- generic forms --------------------------------------------------------------------------
+
+    def _where(self, columns: Sequence[str]) -> str:
+        tests = (
+            f"{self.dialect.column(column)} = {self.dialect.placeholder}" for column in columns
+        )
+        return f" WHERE {' AND '.join(tests)}" if columns else ""
+
+    def select(
+        self,
+        table: str,
+        columns: Sequence[str],
+        *,
+        where: Sequence[str] = (),
+        order: Sequence[str] = (),
+    ) -> str:
+        """Return a SELECT with equality tests."""
+        ordered = f" ORDER BY {self._columns(order)}" if order else ""
+        return (
+            f"SELECT {self._columns(columns)} FROM {self._name(table)}{self._where(where)}{ordered}"
+        )
+
+    def delete(self, table: str, where: Sequence[str]) -> str:
+        """Return a DELETE with equality tests."""
+        return f"DELETE FROM {self._name(table)}{self._where(where)}"
+
+    def insert(
+        self, table: str, columns: Sequence[str] | None = None, *, returning: bool = False
+    ) -> str:
+        """Return an INSERT of one row; of all columns unless told otherwise."""
+        columns = TABLES[table].names if columns is None else columns
+        marks = ", ".join([self.dialect.placeholder] * len(columns))
+        tail = " RETURNING id" if returning and self.dialect.returning_id else ""
+        return f"INSERT INTO {self._name(table)} ({self._columns(columns)}) VALUES ({marks}){tail}"
+
+    def upsert(self, table: str) -> str:
+        """Return an INSERT that replaces the row of the same key."""
+        spec = TABLES[table]
+        changes = ", ".join(
+            self.dialect.upsert_change.format(column=self.dialect.column(column))
+            for column in spec.names
+            if column not in spec.key
+        )
+        clause = self.dialect.upsert.format(key=self._columns(spec.key), changes=changes)
+        return f"{self.insert(table)} {clause}"
+
+    def members(self, count: int) -> str:
+        """Return ``IN (...)`` for that many values."""
+        return f"IN ({', '.join([self.dialect.placeholder] * count)})"
+
+    # ---- statements whose shape depends on the call -------------------------------------------
+
+    def models(self, *, name: bool, state: bool) -> str:
+        """Return the listing of models."""
+        where = (["name"] if name else []) + (["state"] if state else [])
+        return self.select("models", MODEL_COLUMNS, where=where, order=("id",))
+
+    def update_model(self, columns: Sequence[str]) -> str:
+        """Return an UPDATE of these columns of one model."""
+        if not set(columns) <= set(MODEL_COLUMNS):
+            raise KeyError(columns)
+        changes = ", ".join(f"{column} = {self.dialect.placeholder}" for column in columns)
+        return f"UPDATE {self._name('models')} SET {changes}{self._where(('id',))}"
+
+    def parts(self, table: str) -> str:
+        """Return the reading of the parts of one tensor."""
+        return self.select(table, ("payload",), where=("model_id", "ordinal"), order=("part",))
+
+    def page_rows(self, *, members: int, state: bool, limit: bool) -> str:
+        """Return the listing of pages; parameters: after, state, members, limit."""
+        mark = self.dialect.placeholder
+        length = self.dialect.byte_length.format(value="payload")
+        return (
+            f"SELECT id, state, retired_at, checksum, {length} FROM {self._name('pages')} "
+            f"WHERE id > {mark}"
+            + (f" AND state = {mark}" if state else "")
+            + (f" AND id {self.members(members)}" if members else "")
+            + " ORDER BY id"
+            + (f" LIMIT {mark}" if limit else "")
+        )
+
+    def read_pages(self, members: int) -> str:
+        """Return the reading of payloads."""
+        return f"SELECT id, payload FROM {self._name('pages')} WHERE id {self.members(members)}"
+
+    def set_page_state(self, members: int) -> str:
+        """Return the change of state; parameters: state, retired_at, pad if any, members."""
+        mark = self.dialect.placeholder
+        pad = f", pad = {mark}" if self.dialect.page_pad else ""
+        return (
+            f"UPDATE {self._name('pages')} SET state = {mark}, retired_at = {mark}{pad} "
+            f"WHERE id {self.members(members)}"
+        )
+
+    def delete_pages(self, members: int) -> tuple[str, str]:
+        """Return the two statements that delete pages and the blocks on them."""
+        return (
+            f"DELETE FROM {self._name('distinct_blocks')} WHERE page_id {self.members(members)}",
+            f"DELETE FROM {self._name('pages')} WHERE id {self.members(members)}",
+        )
+
+    def find_blocks(self, members: int) -> str:
+        """Return the lookup of blocks by hash, on live pages."""
+        return f"{self._blocks} WHERE hash128 {self.members(members)} AND {self._on_live_pages}"
+
+    def blocks_on_pages(self, members: int) -> str:
+        """Return the listing of blocks by page."""
+        return f"{self._blocks} WHERE page_id {self.members(members)} ORDER BY page_id, slot"
+
+    def view(self, view: str) -> str:
+        """Return the reading of a view, in a stable order."""
+        return f"SELECT {', '.join(VIEWS[view])} FROM {self._name(view)} ORDER BY 1, 2, 3"
+
+    def columns_of(self, table: str) -> str:
+        """Return a SELECT that yields no row but describes the columns of a table."""
+        return f"SELECT * FROM {self._name(table)} WHERE 1 = 0"

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SQLite beside its driver: dialect, waiting for the writer's lock, upkeep of the file."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from pydedup.errors import (
+    ConflictError,
+    CorruptStoreError,
+    PydedupError,
+    StorageFullError,
+    StoreError,
+)
+
+from ._base import Row, fetch_all
+from ._dbapi import DbApiAdapter
+from ._schema import Dialect
+from ._sessions import READ, Connection, Session
+from ._sqlite_errors import meaning
+from ._sqlite_file import Stamp, StoreFile
+
+__all__ = ["ANY_READ", "DIALECT", "SqliteBase"]
+
+#: The cheapest statement that really reads the database.
+ANY_READ: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
+
+DIALECT: Final = Dialect(
+    types=dict.fromkeys(("word", "name", "text"), "TEXT")
+    | {"int": "INTEGER", "float": "REAL", "hash": "BLOB", "blob": "BLOB"},
+    identity="INTEGER PRIMARY KEY AUTOINCREMENT",
+    table_options=" STRICT",
+    page_pad=True,
+    list_tables="SELECT name FROM sqlite_master WHERE type IN ('table', 'view')",
+    begin_write=("BEGIN IMMEDIATE",),
+    begin_snapshot=("BEGIN", ANY_READ),
+)
+
+#: Between slices of waiting for the writer's lock, Ctrl-C is heard.
+WAIT_SLICE_SECONDS: Final = 0.25
+#: A checkpoint that readers hold up is not worth a longer wait.
+CHECKPOINT_SECONDS: Final = 1.0
+#: Pages of the file given back in one transaction: 16 MiB.
+COMPACT_STEP: Final = 256
+
+
+class SqliteBase(DbApiAdapter):
+    """A store in a SQLite file, but for what needs the driver.
+
+    Attributes
+    ----------
+    _file, _timeout
+        Set before the first connection is opened.
+    """
+
+    _file: StoreFile
+    _timeout: float
+
+    def _translate(self, error: Exception) -> PydedupError:
+        return meaning(error, self._file.path)
+
+    # ---- files that nobody changes ------------------------------------------------------------
+
+    def _is_stale(self, connection: Connection) -> bool:
+        """Whether a file that was opened as one that nobody changes has been changed."""
+        stamp = _stamp_of(connection)
+        return stamp is not None and (stamp != self._file.stamp() or self._file.wal_bytes() > 0)
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read transaction; raises ConflictError when what was read is no one state."""
+        with super().snapshot():
+            yield
+            with self._pool.acquire() as session:
+                stamp = _stamp_of(session.connection)
+            if stamp is not None and stamp != self._file.stamp():
+                raise ConflictError(f"{self._file.path} was changed while it was read; read again")
+
+    # ---- waiting ------------------------------------------------------------------------------
+
+    def _begin(self, session: Session, statements: Sequence[str]) -> None:
+        if session.scope == READ:
+            super()._begin(session, statements)
+            return
+        deadline = time.monotonic() + self._timeout
+        with self._patience(session, min(WAIT_SLICE_SECONDS, self._timeout)):
+            while True:
+                try:
+                    super()._begin(session, statements)
+                    return
+                except ConflictError:
+                    if time.monotonic() >= deadline:
+                        raise
+
+    @contextlib.contextmanager
+    def _patience(self, session: Session, seconds: float) -> Iterator[None]:
+        """Wait that long for locks of others, inside."""
+        self._pragma(session, f"busy_timeout = {int(seconds * 1000)}")
+        try:
+            yield
+        finally:
+            if not session.closed:
+                self._pragma(session, f"busy_timeout = {int(self._timeout * 1000)}")
+
+    def _pragma(self, session: Session, pragma: str) -> list[Row]:
+        with session.use():
+            return self._run(session, f"PRAGMA {pragma}", (), fetch_all)
+
+    # ---- upkeep -------------------------------------------------------------------------------
+
+    def stored_bytes(self) -> int:
+        """Return the size of the file and of the log beside it."""
+        return self._file.stored_bytes()
+
+    def checkpoint(self) -> None:
+        """Move the log into the main file, as far as readers let it, and cut it to nothing."""
+        if self._read_only:
+            return
+        with (
+            contextlib.suppress(ConflictError, StorageFullError),
+            self._pool.acquire() as session,
+            self._patience(session, min(CHECKPOINT_SECONDS, self._timeout)),
+        ):
+            self._pragma(session, "wal_checkpoint(TRUNCATE)")
+
+    def compact(self) -> None:
+        """Shrink the file by its free pages, in steps between which others may write.
+
+        Raises
+        ------
+        ReadOnlyError
+            When changes are refused.
+        StoreError
+            Inside of a transaction or snapshot.
+        """
+        self._refuse_when_read_only()
+        while True:
+            with self._pool.acquire() as session:
+                if session.scope is not None:
+                    raise StoreError(f"compact() cannot run inside of a {session.scope}")
+                ((free,),) = self._pragma(session, "freelist_count")
+                self._give_back(session)
+                ((left,),) = self._pragma(session, "freelist_count")
+            if left == 0 or left >= free:
+                break
+        self.checkpoint()
+
+    def _give_back(self, session: Session) -> None:
+        try:
+            # One page is freed per step, and only a script is stepped to its end.
+            script = f"PRAGMA incremental_vacuum({COMPACT_STEP})"
+            session.connection.cursor().executescript(script)
+        except self.driver_error as error:
+            raise self._translate(error) from error
+
+    def integrity_errors(self) -> list[str]:
+        """Return what SQLite's own check finds wrong."""
+        try:
+            with self._pool.acquire() as session:
+                rows = self._pragma(session, "integrity_check")
+        except CorruptStoreError as error:
+            return [str(error)]
+        return [complaint for (complaint,) in rows if complaint != "ok"]
+
+
+def _stamp_of(connection: Connection) -> Stamp | None:
+    """Return what the file looked like when it was opened as one that nobody changes."""
+    stamp: Stamp | None = getattr(connection, "stamp", None)
+    return stamp

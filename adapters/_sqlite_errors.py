@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SQLite's result codes mean to a user."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Final
+
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    CorruptStoreError,
+    NotAStoreError,
+    PydedupError,
+    ReadOnlyError,
+    StorageFullError,
+    StoreError,
+    UnavailableError,
+)
+
+from ._base import KeyTakenError
+
+__all__ = ["meaning"]
+
+#: Free space under which a failed write is taken for a full disk.
+SPARE_BYTES: Final = 1 << 20
+
+_FREE: Final = "free some space; the store is as it was before"
+
+#: Result code -> error and what to do. An extended code that is not here counts as its lowest
+#: byte. The numbers are part of SQLite's interface (https://sqlite.org/rescode.html).
+_MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
+    3: (ReadOnlyError, "make the file and its folder accessible"),  # PERM
+    5: (  # BUSY
+        ConflictError,
+        "another process or thread is writing; try again, or wait longer with ?timeout=seconds",
+    ),
+    6: (ConflictError, "end the transaction that is open in this thread first"),  # LOCKED
+    8: (ReadOnlyError, "make the file and its folder writable"),  # READONLY
+    8 | 4 << 8: (  # READONLY_DBMOVED
+        UnavailableError,
+        "the file was moved or deleted while it was open; open it again",
+    ),
+    10: (UnavailableError, "check the medium it lies on"),  # IOERR
+    10 | 19 << 8: (StorageFullError, _FREE),  # IOERR_SHMSIZE
+    11: (CorruptStoreError, "run `pydedup verify`, or restore a backup"),  # CORRUPT
+    13: (StorageFullError, _FREE),  # FULL
+    14: (  # CANTOPEN
+        UnavailableError,
+        "check that the file exists and that this user may read it, and its folder",
+    ),
+    15: (UnavailableError, "check that its file system supports locks"),  # PROTOCOL
+    18: (ArgumentError, "write it in smaller pieces"),  # TOOBIG
+    19: (ArgumentError, "a column does not take this value"),  # CONSTRAINT
+    19 | 6 << 8: (KeyTakenError, "there is a row of this key"),  # CONSTRAINT_PRIMARYKEY
+    19 | 8 << 8: (KeyTakenError, "there is a row of this key"),  # CONSTRAINT_UNIQUE
+    26: (NotAStoreError, "give the store another place; the file was left as it is"),  # NOTADB
+}
+
+
+def meaning(error: Exception, path: str) -> PydedupError:
+    """Return what an exception of the ``sqlite3`` module means for the store at ``path``."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        # The module refused before it asked SQLite: a parameter of a type that it does not know.
+        return ArgumentError(f"{path}: {error}")
+    if code & 0xFF == 10 and _is_full(path):
+        code = 13
+    kind, advice = _MEANINGS.get(code) or _MEANINGS.get(code & 0xFF) or (StoreError, "")
+    return kind(f"{path}: {error}" + (f"; {advice}" if advice else f" (code {code})"))
+
+
+def _is_full(path: str) -> bool:
+    try:
+        return shutil.disk_usage(Path(path).parent).free < SPARE_BYTES
+    except OSError:
+        return False

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SQLite: a store in one file, which nothing has to be installed for.
+
+Here: all that needs the driver, which is connecting, capabilities and reading of payloads. The
+file is in WAL mode, so that reading never waits for writing, and every commit is synced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+from pydedup.adapter import Adapter, Capabilities
+from pydedup.errors import (
+    ArgumentError,
+    NotAStoreError,
+    StoreError,
+)
+
+from ._sessions import Connection, SessionPool
+from ._sqlite_base import ANY_READ, DIALECT, SqliteBase
+from ._sqlite_errors import meaning
+from ._sqlite_file import Stamp, StoreFile, configure, is_ours, locate, make_ours
+
+__all__ = ["SqliteAdapter", "connect"]
+
+#: What a row of ``pages`` needs beside its payload, generously.
+ROW_BYTES = 1024
+
+
+def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
+    """Open ``sqlite:///relative.db`` or ``sqlite:////absolute.db``; ``?timeout=`` in seconds.
+
+    Raises
+    ------
+    ArgumentError
+        For a URL that is none of these, a ``schema``, or a missing folder.
+    NotAStoreError
+        When the file is something else, which is then left as it is, or, with mode ``"r"``,
+        when it does not exist.
+    ReadOnlyError, UnavailableError
+        When it cannot be created or opened.
+    """
+    if schema is not None:
+        raise ArgumentError(f"SQLite has no schemas; leave out schema={schema!r}")
+    if sqlite3.sqlite_version_info < (3, 37):
+        raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed")
+    file, timeout = locate(url)
+    size = file.size(create=mode == "a")
+    if size:
+        _refuse_others(file)
+    if size is None:
+        return SqliteAdapter(url, file, "mode=rwc", timeout)
+    writes = mode == "a" and file.is_writable()
+    return SqliteAdapter(url, file, "mode=rw" if writes else "mode=ro", timeout)
+
+
+class _Connection(sqlite3.Connection):
+    stamp: Stamp | None = None
+    """What the file looked like when it was taken for one that nobody changes."""
+
+
+def _open(file: StoreFile, options: str, timeout: float = 0.0) -> _Connection:
+    return sqlite3.connect(
+        file.uri(options),
+        timeout,
+        isolation_level=None,
+        check_same_thread=False,  # each thread has its own, but any may close it
+        factory=_Connection,
+        uri=True,
+    )
+
+
+@contextlib.contextmanager
+def _closed_on_error(connection: _Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _code(error: sqlite3.Error) -> int:
+    return error.sqlite_errorcode & 0xFF  # without what extends it
+
+
+def _refuse_others(file: StoreFile) -> None:
+    """Raise NotAStoreError for a file that is no store, without changing anything."""
+    try:
+        # As one that nobody changes, it is opened without recovery or a file beside it.
+        with contextlib.closing(_open(file, "mode=ro&immutable=1")) as connection:
+            ours = is_ours(connection)
+    except sqlite3.Error as error:
+        raise meaning(error, file.path) from error
+    if not ours:
+        raise NotAStoreError(
+            f"{file.path} is a SQLite database of something else; give the store its own file"
+        )
+
+
+class SqliteAdapter(SqliteBase):
+    """A store in a SQLite file, opened with these options of a SQLite URI."""
+
+    driver_error = sqlite3.Error
+
+    def __init__(self, url: str, file: StoreFile, options: str, timeout: float) -> None:
+        self._file, self._options, self._timeout = file, options, timeout
+        read_only = options == "mode=ro"
+        is_stale = self._is_stale if read_only else None
+        pool = SessionPool(self._connect, name=url, file=file.path, is_stale=is_stale)
+        with pool.acquire() as session:
+            limit = cast(_Connection, session.connection).getlimit
+            capabilities = Capabilities(
+                max_payload_bytes=limit(sqlite3.SQLITE_LIMIT_LENGTH) - ROW_BYTES,
+                max_parameters=limit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER),
+                concurrent_writers=False,
+                incremental_read=True,
+                shrinks=True,
+            )
+        super().__init__(
+            url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool
+        )
+        # Of a file that is deleted from now on, another thread makes no new one.
+        self._options = "mode=ro" if read_only else "mode=rw"
+
+    def _connect(self) -> Connection:
+        try:
+            if self._options == "mode=ro":
+                connection = self._open_to_read()
+            else:
+                connection = _open(self._file, self._options, self._timeout)
+            with _closed_on_error(connection):
+                if self._options != "mode=ro":
+                    self._make_ours(connection)
+                configure(connection)
+            return connection
+        except sqlite3.Error as error:
+            raise self._translate(error) from error
+
+    def _make_ours(self, connection: _Connection) -> None:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                make_ours(connection)
+                return
+            except sqlite3.OperationalError as error:
+                # Two that switch to WAL at once get in each other's way without waiting.
+                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    def _open_to_read(self) -> _Connection:
+        connection = _open(self._file, "mode=ro", self._timeout)
+        try:
+            with _closed_on_error(connection):
+                connection.execute(ANY_READ).fetchall()
+            return connection
+        except sqlite3.OperationalError as error:
+            # Reading in WAL mode needs a file beside the database, to agree with writers.
+            if _code(error) != sqlite3.SQLITE_CANTOPEN or os.access(self._file.folder, os.W_OK):
+                raise
+        self._file.refuse_unmerged_wal()
+        stamp = self._file.stamp()
+        connection = _open(self._file, "mode=ro&immutable=1")
+        connection.stamp = stamp
+        return connection
+
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        table = DIALECT.name("pages")
+        for page_id in ids:
+            try:
+                with self._pool.acquire() as session:
+                    connection = cast(_Connection, session.connection)
+                    with connection.blobopen(table, "payload", page_id, readonly=True) as blob:
+                        payload = blob.read()
+            except sqlite3.Error as error:
+                if self.page_rows(ids=[page_id]):
+                    raise self._translate(error) from error
+                continue  # there is no such page
+            yield page_id, payload
+
+    def close(self) -> None:
+        """Close all connections of this process. Idempotent."""
+        first = self._pool.close()
+        if first and self._read_only and self._file.has_empty_wal() and self._file.is_writable():
+            # Reading left an empty log; a writer, when it is the last to leave, takes it along.
+            with (
+                contextlib.suppress(sqlite3.Error),
+                contextlib.closing(_open(self._file, "mode=rw")) as connection,
+            ):
+                connection.execute(ANY_READ).fetchall()

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the URL of a store to the adapter that opens it.
+
+Adapters are named by strings and imported when a URL asks for them, so neither a driver nor
+:mod:`pydedup.adapters` is loaded before. Packages of others register theirs in the entry-point
+group ``pydedup.adapters``: the scheme of the URL as the name, and a function like
+``connect(url, *, mode, schema=None) -> Adapter`` as the object. Names of ours cannot be taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Final, Protocol, cast
+
+from pydedup.adapter import Adapter
+from pydedup.errors import ArgumentError
+
+__all__ = ["ENTRY_POINT_GROUP", "Connect", "connect", "redact", "schemes"]
+
+ENTRY_POINT_GROUP: Final = "pydedup.adapters"
+
+
+class Connect(Protocol):
+    """What an adapter's package gives: a function that opens a database."""
+
+    def __call__(self, url: str, *, mode: str, schema: str | None = None) -> Adapter:
+        """Open the database at ``url``; ``mode`` is ``"a"`` or ``"r"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _BuiltIn:
+    """An adapter of ours: where it is, and how to get what it needs."""
+
+    target: str
+    install: str
+
+
+_POSTGRES = _BuiltIn("pydedup.adapters.postgres:connect", "pip install -U 'pydedup[postgres]'")
+_MYSQL = _BuiltIn("pydedup.adapters.mysql:connect", "pip install -U 'pydedup[mysql]'")
+_BUILT_IN: Final = {
+    "sqlite": _BuiltIn("pydedup.adapters.sqlite:connect", "pip install -U pydedup"),
+    "postgresql": _POSTGRES,
+    "postgres": _POSTGRES,
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
+}
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_SECRETS = re.compile(r"(?i)([?&;](?:password|passwd|pwd|passphrase|sslpassword|token)=)[^&;#]*")
+
+
+def schemes() -> list[str]:
+    """Return the URL schemes that are known, those of other packages included."""
+    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
+    """Open a database.
+
+    Parameters
+    ----------
+    url
+        ``scheme://...``, or a plain path, which is a SQLite file.
+    mode
+        ``"a"`` to read and write, ``"r"`` to read alone.
+    schema
+        Schema to live in, where the database has such a thing.
+
+    Raises
+    ------
+    ArgumentError
+        For an unknown scheme or mode, or when what the scheme needs is not installed; the
+        message says how to install it.
+    StoreError
+        Whatever the adapter finds wrong, see :mod:`pydedup.errors`.
+    """
+    if mode not in ("a", "r"):
+        raise ArgumentError(f'mode is {mode!r}; use "a" (read and write) or "r" (read alone)')
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        found = _SCHEME.match(url)
+        if found or not url:
+            raise ArgumentError(
+                f"{redact(url)!r} is no URL of a store; write scheme://... (known: "
+                f"{', '.join(schemes())}) or the path of a SQLite file"
+            )
+        scheme, url = "sqlite", f"sqlite:///{url}"
+    return _find(scheme.lower())(url, mode=mode, schema=schema)
+
+
+def redact(url: str) -> str:
+    """Return the URL with any password replaced by ``***``, for messages.
+
+    A password that holds ``@`` or ``/`` unescaped is still hidden, at the worst with the host.
+    """
+    head, separator, rest = url.partition("://")
+    if separator and not rest.startswith("/"):
+        location, mark, query = rest.partition("?")
+        if "@" in query and "=" not in query.partition("@")[0]:
+            # No option has an "@" before any "=": the "?" was part of the password.
+            location, mark, query = rest, "", ""
+        user, at, place = location.rpartition("@")
+        if at and ":" in user:
+            location = f"{user.partition(':')[0]}:***@{place}"
+        rest = f"{location}{mark}{query}"
+    return _SECRETS.sub(r"\1***", f"{head}{separator}{rest}")
+
+
+def _find(scheme: str) -> Connect:
+    built_in = _BUILT_IN.get(scheme)
+    if built_in is not None:
+        return _load(scheme, built_in)
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == scheme:
+            return _load_point(point)
+    raise ArgumentError(f"{scheme}:// is not known; there are adapters for: {', '.join(schemes())}")
+
+
+def _load(scheme: str, built_in: _BuiltIn) -> Connect:
+    module, _, name = built_in.target.partition(":")
+    try:
+        return cast(Connect, getattr(importlib.import_module(module), name))
+    except ImportError as error:
+        raise ArgumentError(
+            f"{scheme}:// needs something that is not installed ({error}); install it with: "
+            f"{built_in.install}"
+        ) from error
+
+
+def _load_point(point: EntryPoint) -> Connect:
+    try:
+        return cast(Connect, point.load())
+    except (ImportError, AttributeError) as error:
+        package = point.dist.name if point.dist is not None else point.value
+        raise ArgumentError(
+            f"the adapter for {point.name}:// of package {package} cannot be loaded ({error}); "
+            "install it again, with what it needs"
+        ) from error

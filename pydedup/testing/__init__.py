@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Helpers for tests, ours and those of packages that extend pydedup.
+
+- :mod:`pydedup.testing.adapter_contract`: the suite that every database adapter must pass.
+- :mod:`pydedup.testing.faults`: an adapter that fails where a test wants it to.
+
+Nothing is imported here: the modules need pytest, which users of pydedup may not have.
+"""

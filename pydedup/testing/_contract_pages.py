@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter contract for pages, distinct blocks, who reads what, views and limits."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
+from pydedup.errors import ArgumentError
+from pydedup.testing._contract_base import (
+    EVERY_BYTE,
+    ContractBase,
+    add_pages,
+    checksum_of,
+    model_row,
+)
+
+__all__ = ["PagesContract"]
+
+KIB, MIB = 1 << 10, 1 << 20
+
+#: Around the limits of drivers' buffers, packets, pages of databases, and of our own pages.
+SIZES = sorted(
+    {0, 1, 255, 256, 257, 15 * MIB, 17 * MIB}
+    | {size + d for size in (4 * KIB, 16 * KIB, 64 * KIB, MIB, 4 * MIB) for d in (-1, 0, 1)}
+)
+
+#: A limit up to here is written to the full.
+LARGEST_PROBE_BYTES = 64 * MIB
+
+
+class PagesContract(ContractBase):
+    """Payloads survive to the bit; states decide what is found."""
+
+    # ---- binary round trips -------------------------------------------------------------------
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_a_payload_survives(self, adapter: Adapter, url: str, size: int) -> None:
+        """Every byte value, in sizes around every limit, read by the adapter and behind it."""
+        payload = random.Random(size).randbytes(size)
+        payload = (EVERY_BYTE + payload)[:size] if size > 256 else payload
+        checksum = random.Random(size + 1).randbytes(16)
+        with adapter.transaction():
+            (page_id,) = adapter.insert_pages([(checksum, payload)], state=LIVE)
+        ((found_id, found),) = adapter.read_pages([page_id])
+        assert found_id == page_id
+        assert type(found) is bytes
+        assert found == payload
+        assert self.raw_rows(url, "pages", ["checksum", "payload"]) == [(checksum, payload)]
+        (row,) = adapter.page_rows()
+        assert (row.checksum, row.payload_bytes, row.retired_at) == (checksum, size, None)
+
+    @pytest.mark.parametrize(
+        "payload",
+        [bytes([value]) * 32 for value in (0, 0x27, 0x5C, 0x25, 0x3F, 0x3A, 0x80, 0xC3, 0xFF)],
+        ids=lambda payload: payload[:1].hex(),
+    )
+    def test_bytes_are_not_text(self, adapter: Adapter, payload: bytes) -> None:
+        """Bytes that are special in SQL or in an encoding, alone and as hashes."""
+        with adapter.transaction():
+            (page_id,) = adapter.insert_pages([(payload[:16], payload)], state=LIVE)
+            adapter.insert_blocks([(payload[:16], page_id, 0, None)])
+        assert list(adapter.read_pages([page_id])) == [(page_id, payload)]
+        (block,) = adapter.find_blocks([payload[:16]])
+        assert block.hash128 == payload[:16]
+        assert type(block.hash128) is bytes
+
+    def test_the_largest_payload(self, adapter: Adapter) -> None:
+        """What capabilities promise is taken, and one byte more refused before it is sent."""
+        limit = adapter.capabilities.max_payload_bytes
+        assert limit >= 16 * MIB - 64 * KIB, "a page of 1 MiB must fit well"
+        if limit <= LARGEST_PROBE_BYTES:
+            payload = random.Random(1).randbytes(limit)
+            with adapter.transaction():
+                ids = adapter.insert_pages([(bytes(16), payload)], state=LIVE)
+            assert list(adapter.read_pages(ids)) == [(ids[0], payload)]
+        too_large = bytes(limit + 1)
+        with pytest.raises(ArgumentError, match=str(limit)), adapter.transaction():
+            adapter.insert_pages([(bytes(16), too_large)], state=LIVE)
+        with pytest.raises(ArgumentError, match=str(limit)), adapter.transaction():
+            adapter.insert_block_maps([(1, 0, 0, too_large)])
+        assert adapter.block_map(1, 0) == []
+
+    # ---- pages --------------------------------------------------------------------------------
+
+    def test_ids_come_in_order_and_once(self, adapter: Adapter) -> None:
+        """Ids grow, also after the last page was deleted."""
+        ids = add_pages(adapter, 5)
+        assert ids == sorted(set(ids))
+        assert min(ids) > 0
+        with adapter.transaction():
+            adapter.delete_pages(ids[3:])
+        assert min(add_pages(adapter, 1)) > ids[-1]
+
+    def test_reading_skips_what_is_not_there(self, adapter: Adapter) -> None:
+        """Missing ids are left out, repeated ones are read once."""
+        ids = add_pages(adapter, 40)
+        with adapter.transaction():
+            adapter.delete_pages([ids[3]])
+        wanted = [*reversed(ids), ids[0], ids[-1] + 100, 2**40]
+        found = dict(adapter.read_pages(wanted))
+        assert sorted(found) == [*ids[:3], *ids[4:]]
+        assert all(found[page_id] == bytes([i]) * 100 for i, page_id in enumerate(ids) if i != 3)
+        assert len(list(adapter.read_pages(wanted))) == 39
+        assert list(adapter.read_pages([])) == []
+
+    def test_pages_are_listed_in_parts(self, adapter: Adapter) -> None:
+        """Ascending ids after a given one, filtered and cut as asked."""
+        ids = add_pages(adapter, 30)
+        with adapter.transaction():
+            adapter.set_page_state(ids[::3], RETIRED, 12.5)
+        assert [row.id for row in adapter.page_rows()] == ids
+        assert [row.id for row in adapter.page_rows(after=ids[9], limit=5)] == ids[10:15]
+        retired = adapter.page_rows(state=RETIRED, after=ids[0], limit=3)
+        assert [(row.id, row.state, row.retired_at) for row in retired] == [
+            (page_id, RETIRED, 12.5) for page_id in (ids[3], ids[6], ids[9])
+        ]
+        some = [ids[20], ids[3], ids[20], ids[5], 2**40]
+        assert [row.id for row in adapter.page_rows(ids=some)] == [ids[3], ids[5], ids[20]]
+        assert [row.id for row in adapter.page_rows(ids=some, state=LIVE)] == [ids[5], ids[20]]
+        assert [row.id for row in adapter.page_rows(ids=some, limit=2)] == [ids[3], ids[5]]
+        assert [row.id for row in adapter.page_rows(ids=some, after=ids[3])] == [ids[5], ids[20]]
+        assert adapter.page_rows(ids=[]) == []
+        assert adapter.page_rows(limit=0) == []
+        seen: list[int] = []
+        while part := adapter.page_rows(after=seen[-1] if seen else 0, limit=7):
+            seen += [row.id for row in part]
+        assert seen == ids
+
+    def test_states_change_and_payloads_do_not(self, adapter: Adapter) -> None:
+        """Every change of state leaves the bytes alone, at a size that is stored apart."""
+        payloads = [random.Random(i).randbytes(300_000 + i) for i in range(3)]
+        with adapter.transaction():
+            ids = adapter.insert_pages(
+                [(checksum_of(i), payload) for i, payload in enumerate(payloads)], state=STAGING
+            )
+        steps = [(LIVE, None), (RETIRED, 1_700_000_000.25), (RETIRED, 1e9), (LIVE, None)]
+        for state, retired_at in [*steps, (STAGING, None)]:
+            with adapter.transaction():
+                adapter.set_page_state(ids[:2], state, retired_at)
+            changed, also, other = adapter.page_rows()
+            assert (changed.state, changed.retired_at) == (state, retired_at)
+            assert (also.state, also.retired_at) == (state, retired_at)
+            assert (other.state, other.retired_at) == (STAGING, None)
+            assert dict(adapter.read_pages(ids)) == dict(zip(ids, payloads, strict=True))
+            assert [row.checksum for row in adapter.page_rows()] == [
+                checksum_of(i) for i in (0, 1, 2)
+            ]
+
+    def test_deleting_pages_deletes_their_blocks(self, adapter: Adapter) -> None:
+        """Blocks on other pages stay."""
+        ids = add_pages(adapter, 4)
+        with adapter.transaction():
+            adapter.delete_pages([ids[0], ids[2], 2**40])
+            adapter.delete_pages([])
+        assert [row.id for row in adapter.page_rows()] == [ids[1], ids[3]]
+        assert [row.page_id for row in adapter.blocks_on_pages(ids)] == [ids[1]] * 2 + [ids[3]] * 2
+        assert adapter.count_blocks() == 4
+
+    def test_orphans_are_pages_that_nobody_reads(self, adapter: Adapter) -> None:
+        """Whatever the state of the page or of the model."""
+        ids = add_pages(adapter, 6)
+        with adapter.transaction():
+            model_id = adapter.insert_model(model_row())
+            adapter.insert_model_pages([(model_id, ids[1], 1, 1), (model_id, ids[4], 1, 1)])
+            adapter.set_page_state(ids[:2], RETIRED, 1.0)
+            adapter.set_page_state(ids[2:3], STAGING)
+        assert adapter.orphan_pages() == [ids[0], ids[2], ids[3], ids[5]]
+
+    # ---- blocks -------------------------------------------------------------------------------
+
+    def test_blocks_are_found_on_live_pages(self, adapter: Adapter) -> None:
+        """Hashes are not unique; staged and retired pages are invisible to a search."""
+        ids = add_pages(adapter, 3)
+        with adapter.transaction():
+            adapter.insert_blocks([(checksum_of(0), ids[1], 9, 5)])
+        found = sorted(adapter.find_blocks([checksum_of(0), checksum_of(77)]), key=lambda b: b.id)
+        assert [(b.page_id, b.slot, b.base_id) for b in found] == [
+            (ids[0], 1, None),
+            (ids[0], 0, None),
+            (ids[1], 9, 5),
+        ]
+        assert len({b.id for b in found}) == 3
+        assert adapter.count_blocks() == 7
+        for state in (STAGING, RETIRED):
+            with adapter.transaction():
+                adapter.set_page_state([ids[0]], state)
+            assert [b.page_id for b in adapter.find_blocks([checksum_of(0)])] == [ids[1]]
+            assert adapter.count_blocks() == 5
+        assert adapter.find_blocks([]) == []
+
+    def test_blocks_are_listed_by_page_and_slot(self, adapter: Adapter) -> None:
+        """Whatever the order of insertion and the state of the page."""
+        ids = add_pages(adapter, 3, state=STAGING)
+        listed = adapter.blocks_on_pages([ids[2], ids[0], ids[2]])
+        assert [(b.page_id, b.slot) for b in listed] == [
+            (ids[0], 0), (ids[0], 1), (ids[2], 0), (ids[2], 1)
+        ]  # fmt: skip
+        assert all(isinstance(b, BlockRow) for b in listed)
+        assert adapter.blocks_on_pages([]) == []
+
+    def test_many_values_at_once(self, adapter: Adapter) -> None:
+        """More ids and hashes than fit into one statement."""
+        count = 10_000
+        ids = add_pages(adapter, count, size=1)
+        hashes = [checksum_of(i) for i in range(-5 + 5, count + 5)]
+        random.Random(0).shuffle(hashes)
+        assert len(adapter.find_blocks(hashes)) == 2 * count
+        assert len(adapter.blocks_on_pages(ids)) == 2 * count
+        assert [row.id for row in adapter.page_rows(ids=ids)] == ids
+        assert sum(1 for _ in adapter.read_pages(ids[::10])) == count // 10
+        with adapter.transaction():
+            adapter.set_page_state(ids[: count // 2], RETIRED, 2.0)
+            adapter.delete_pages(ids[count - 100 :])
+        assert adapter.count_blocks() == count - 200
+        assert len(adapter.page_rows(state=RETIRED)) == count // 2
+
+    # ---- who reads what -----------------------------------------------------------------------
+
+    def test_readers_are_listed_by_model_and_page(self, adapter: Adapter) -> None:
+        """Rows are returned in order, of one model or of all, and deleted by model."""
+        rows = [(2, 1, 5, 50), (1, 9, 2, 2**40), (1, 3, 1, 0)]
+        with adapter.transaction():
+            adapter.insert_model_pages(iter(rows))
+        assert adapter.model_pages() == sorted(rows)
+        assert adapter.model_pages(1) == sorted(rows[1:])
+        with adapter.transaction():
+            adapter.delete_model_pages(1)
+        assert adapter.model_pages() == rows[:1]
+
+    def test_views_show_sizes_and_sharing(self, adapter: Adapter) -> None:
+        """Only live models count; figures are those of the pages."""
+        ids = add_pages(adapter, 3)
+        with adapter.transaction():
+            a, b, c = (
+                adapter.insert_model(model_row(name, "1", state, logical_bytes=1000))
+                for name, state in (("a", LIVE), ("b", LIVE), ("c", STAGING))
+            )
+            adapter.insert_model(model_row("none", "1", LIVE, logical_bytes=0))
+            adapter.insert_model_pages(
+                [(a, ids[0], 2, 60), (a, ids[1], 1, 40), (b, ids[1], 2, 30), (c, ids[2], 2, 9)]
+            )
+        assert adapter.view("model_sizes") == [
+            {
+                "name": name,
+                "version": "1",
+                "logical_bytes": logical,
+                "pages": pages,
+                "page_bytes": 100 * pages,
+                "exclusive_bytes": exclusive,
+                "shared_bytes": shared,
+            }
+            for name, logical, pages, exclusive, shared in (
+                ("a", 1000, 2, 100, 100),
+                ("b", 1000, 1, 0, 100),
+                ("none", 0, 0, 0, 0),
+            )
+        ]
+        assert adapter.view("sharing") == [
+            {
+                "name": "a",
+                "version": "1",
+                "other_name": "b",
+                "other_version": "1",
+                "shared_pages": 1,
+                "shared_blocks": 1,
+                "shared_bytes": 30,
+            }
+        ]
+        assert adapter.view("page_owners") == [
+            {"page_id": ids[0], "owners": 1, "models": "a@1"},
+            {"page_id": ids[1], "owners": 2, "models": "a@1, b@1"},
+        ]
+        with pytest.raises(ArgumentError, match="models; DROP"):
+            adapter.view("models; DROP")
+
+    # ---- upkeep -------------------------------------------------------------------------------
+
+    def test_space_comes_back(self, adapter: Adapter) -> None:
+        """Deleting and compacting frees what was taken, where the database can."""
+        adapter.checkpoint()
+        before = adapter.stored_bytes()
+        with adapter.transaction():
+            ids = adapter.insert_pages(
+                [(checksum_of(i), random.Random(i).randbytes(MIB)) for i in range(16)], state=LIVE
+            )
+        adapter.checkpoint()
+        full = adapter.stored_bytes()
+        assert full >= before + 15 * MIB
+        with adapter.transaction():
+            adapter.delete_pages(ids[:-1])
+        adapter.compact()
+        if adapter.capabilities.shrinks:
+            assert adapter.stored_bytes() <= before + 2 * MIB
+        ((_, payload),) = adapter.read_pages(ids)
+        assert payload == random.Random(15).randbytes(MIB)
+        assert adapter.integrity_errors() == []

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter contract for meta, models, aliases, artifacts, tensors, block maps and jobs."""
+
+from __future__ import annotations
+
+import pytest
+
+from pydedup.adapter import LIVE, RETIRED, SCHEMA_VERSION, STAGING, Adapter
+from pydedup.errors import ArgumentError, DuplicateError, StoreError
+from pydedup.testing._contract_base import (
+    EVERY_BYTE,
+    HOSTILE_NAMES,
+    META,
+    ContractBase,
+    add_pages,
+    model_row,
+    tensor_row,
+)
+
+__all__ = ["RowsContract"]
+
+
+class RowsContract(ContractBase):
+    """Descriptions come back as they were given, in the order that is promised."""
+
+    # ---- schema and meta ----------------------------------------------------------------------
+
+    def test_an_empty_place_has_no_schema(self, url: str) -> None:
+        """An empty place is told from a store."""
+        from pydedup import registry
+
+        adapter = registry.connect(url, mode="a")
+        try:
+            assert adapter.schema_version() is None
+            adapter.create_schema(META)
+            assert adapter.schema_version() == SCHEMA_VERSION
+        finally:
+            adapter.close()
+
+    def test_creating_twice_changes_nothing(self, adapter: Adapter) -> None:
+        """The second of two creators finds the work done."""
+        with adapter.transaction():
+            adapter.insert_model(model_row())
+            adapter.bump_epoch()
+        adapter.create_schema({**META, "greeting": "other"})
+        assert adapter.meta()["greeting"] == META["greeting"]
+        assert len(adapter.models(state=None)) == 1
+        assert adapter.epoch() == 1
+
+    def test_meta_holds_text(self, adapter: Adapter) -> None:
+        """Values are inserted, replaced and returned."""
+        assert META.items() <= adapter.meta().items()
+        assert adapter.epoch() == 0
+        with adapter.transaction():
+            adapter.set_meta("new", "")
+            adapter.set_meta("greeting", "\N{ROCKET}" * 10_000)
+        assert adapter.meta()["new"] == ""
+        assert adapter.meta()["greeting"] == "\N{ROCKET}" * 10_000
+
+    def test_epoch_is_compared_and_set(self, adapter: Adapter) -> None:
+        """The epoch grows by one, and only from the expected value."""
+        with adapter.transaction():
+            assert adapter.bump_epoch()
+            assert adapter.epoch() == 1
+            assert adapter.bump_epoch(1)
+            assert not adapter.bump_epoch(1)
+            assert not adapter.bump_epoch(7)
+        assert adapter.epoch() == 2
+        for expected in range(2, 12):  # also where the number of digits grows
+            with adapter.transaction():
+                assert adapter.bump_epoch(expected)
+        assert adapter.epoch() == 12
+
+    # ---- models -------------------------------------------------------------------------------
+
+    def test_a_model_comes_back_as_given(self, adapter: Adapter) -> None:
+        """Every column survives."""
+        row = model_row(state=LIVE, created_at=0.1 + 0.2, logical_bytes=2**62, digest=EVERY_BYTE)
+        with adapter.transaction():
+            model_id = adapter.insert_model(row)
+        (found,) = adapter.models()
+        assert found.id == model_id > 0
+        assert (found.name, found.version, found.state) == (row.name, row.version, row.state)
+        assert found.created_at == row.created_at
+        assert (found.policy, found.certificate) == (row.policy, row.certificate)
+        assert (found.metadata, found.logical_bytes) == (row.metadata, row.logical_bytes)
+        assert found.digest == row.digest
+        assert type(found.digest) is bytes
+
+    @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=lambda name: ascii(name)[:20])
+    def test_hostile_names_are_only_names(self, adapter: Adapter, name: str) -> None:
+        """Nothing in a name is SQL, a wildcard, or the same as another name."""
+        with adapter.transaction():
+            model_id = adapter.insert_model(model_row(name, name, LIVE, metadata=name))
+            adapter.set_alias(name, name, model_id)
+            adapter.insert_tensors([tensor_row(model_id, 0, name)])
+            adapter.insert_artifacts(model_id, [(name, name, name.encode())])
+            adapter.put_job(name, name, name, "running")
+            for other in HOSTILE_NAMES:
+                if other != name:
+                    adapter.insert_model(model_row(other, "1", LIVE))
+        (found,) = adapter.models(name=name)
+        assert (found.id, found.name, found.version) == (model_id, name, name)
+        assert found.metadata == name
+        assert adapter.aliases(name) == [(name, name, model_id)]
+        assert adapter.tensors(model_id)[0].name == name
+        assert adapter.artifacts(model_id) == [(name, name)]
+        assert adapter.artifact(model_id, name) == name.encode()
+        assert adapter.artifact(model_id, name + "x") is None
+        assert adapter.jobs() == [(name, name, name, "running")]
+        assert len(adapter.models()) == len(HOSTILE_NAMES)
+
+    def test_models_are_listed_by_id(self, adapter: Adapter) -> None:
+        """Filters hold, and the order is that of insertion."""
+        with adapter.transaction():
+            ids = [
+                adapter.insert_model(model_row(name, version, state))
+                for version in ("2", "1")
+                for name in ("b", "a")
+                for state in (STAGING, RETIRED, LIVE)
+            ]
+        assert ids == sorted(set(ids))
+        assert [row.id for row in adapter.models(state=None)] == ids
+        assert [row.id for row in adapter.models()] == ids[2::3]
+        assert [row.version for row in adapter.models(name="a")] == ["2", "1"]
+        assert [row.state for row in adapter.models(name="a", state=STAGING)] == [STAGING] * 2
+        assert len(adapter.models(name="a", state=None)) == 6
+        assert adapter.models(name="c", state=None) == []
+
+    def test_a_live_name_and_version_is_unique(self, adapter: Adapter) -> None:
+        """A second one is refused, whether inserted or published; staged ones may coexist."""
+        with adapter.transaction():
+            first = adapter.insert_model(model_row())
+            second = adapter.insert_model(model_row())
+            assert adapter.update_model(first, state=LIVE)
+        for state in (STAGING, LIVE):
+            with pytest.raises(DuplicateError, match="m@1"), adapter.transaction():
+                adapter.insert_model(model_row(state=state))
+        with pytest.raises(DuplicateError, match="m@1"), adapter.transaction():
+            adapter.update_model(second, state=LIVE)
+        assert [row.id for row in adapter.models()] == [first]
+        with adapter.transaction():
+            adapter.insert_model(model_row("M", "1", LIVE))
+            adapter.insert_model(model_row("m", "1 ", LIVE))
+            adapter.update_model(first, state=RETIRED)
+            assert adapter.update_model(second, state=LIVE)
+        assert second in [row.id for row in adapter.models()]
+
+    def test_only_what_is_given_is_updated(self, adapter: Adapter) -> None:
+        """Each column can be changed alone; a missing row is told."""
+        with adapter.transaction():
+            model_id = adapter.insert_model(model_row())
+            other = adapter.insert_model(model_row("other"))
+            assert adapter.update_model(model_id, certificate="c")
+            assert adapter.update_model(model_id, logical_bytes=0, digest=b"")
+            assert adapter.update_model(model_id, created_at=5.5)
+            assert adapter.update_model(model_id)
+            assert not adapter.update_model(model_id + other, state=LIVE)
+            assert not adapter.update_model(model_id + other)
+        changed, same = adapter.models(state=None)
+        assert (changed.certificate, changed.logical_bytes, changed.digest) == ("c", 0, b"")
+        assert (changed.created_at, changed.state) == (5.5, STAGING)
+        assert changed.policy == same.policy
+        assert same.certificate == model_row().certificate
+
+    def test_unknown_states_are_refused(self, adapter: Adapter) -> None:
+        """States are a fixed set."""
+        with adapter.transaction():
+            model_id = adapter.insert_model(model_row())
+            with pytest.raises(ArgumentError, match="gone"):
+                adapter.insert_model(model_row(state="gone"))
+            with pytest.raises(ArgumentError, match="gone"):
+                adapter.update_model(model_id, state="gone")
+            with pytest.raises(ArgumentError, match="gone"):
+                adapter.insert_pages([], state="gone")
+            with pytest.raises(ArgumentError, match="gone"):
+                adapter.set_page_state([1], "gone")
+
+    def test_deleting_a_model_deletes_what_is_its_own(self, adapter: Adapter) -> None:
+        """Rows of other models, pages and blocks stay."""
+        (page,) = add_pages(adapter, 1)
+        with adapter.transaction():
+            gone, kept = (adapter.insert_model(model_row(name, "1", LIVE)) for name in "ab")
+            for model_id in (gone, kept):
+                adapter.set_alias("a" if model_id == gone else "b", "prod", model_id)
+                adapter.insert_artifacts(model_id, [("config.json", "application/json", b"{}")])
+                adapter.insert_tensors([tensor_row(model_id, 0)])
+                adapter.insert_block_maps([(model_id, 0, 0, b"map")])
+                adapter.insert_source_hashes([(model_id, 0, 0, b"hash")])
+                adapter.insert_model_pages([(model_id, page, 2, 100)])
+        with adapter.transaction():
+            adapter.delete_model(gone)
+        assert [row.id for row in adapter.models(state=None)] == [kept]
+        assert adapter.aliases() == [("b", "prod", kept)]
+        assert adapter.model_pages() == [(kept, page, 2, 100)]
+        for model_id, count in ((gone, 0), (kept, 1)):
+            assert len(adapter.artifacts(model_id)) == count
+            assert len(adapter.tensors(model_id)) == count
+            assert len(adapter.block_map(model_id, 0)) == count
+            assert len(adapter.source_hashes(model_id, 0)) == count
+        assert adapter.count_blocks() == 2
+        with adapter.transaction():
+            again = adapter.insert_model(model_row("a", "1", LIVE))
+        assert again > kept, "an id was used twice"
+
+    # ---- aliases, artifacts, jobs -------------------------------------------------------------
+
+    def test_aliases_move(self, adapter: Adapter) -> None:
+        """An alias is inserted, moved, listed in order and deleted."""
+        with adapter.transaction():
+            for name, alias, model_id in (("b", "x", 1), ("a", "y", 2), ("a", "x", 3)):
+                adapter.set_alias(name, alias, model_id)
+            adapter.set_alias("a", "y", 9)
+        assert adapter.aliases() == [("a", "x", 3), ("a", "y", 9), ("b", "x", 1)]
+        assert adapter.aliases("a") == [("a", "x", 3), ("a", "y", 9)]
+        with adapter.transaction():
+            assert adapter.delete_alias("a", "x")
+            assert not adapter.delete_alias("a", "x")
+        assert adapter.aliases() == [("a", "y", 9), ("b", "x", 1)]
+
+    @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (5 << 20) + 7])
+    def test_artifacts_may_be_large(self, adapter: Adapter, size: int) -> None:
+        """Artifacts are cut and joined where needed."""
+        payload = (EVERY_BYTE * (size // 256 + 1))[:size]
+        with adapter.transaction():
+            adapter.insert_artifacts(7, [("z", "text/plain", payload), ("a", "a/b", b"!")])
+        assert adapter.artifacts(7) == [("a", "a/b"), ("z", "text/plain")]
+        found = adapter.artifact(7, "z")
+        assert type(found) is bytes
+        assert found == payload
+        assert adapter.artifact(7, "missing") is None
+        assert adapter.artifact(8, "z") is None
+
+    def test_jobs_are_replaced(self, adapter: Adapter) -> None:
+        """A job is inserted, replaced and deleted."""
+        with adapter.transaction():
+            adapter.put_job("b", "{}", "", "running")
+            adapter.put_job("a", "spec", "1", "running")
+            adapter.put_job("b", "{}", "2", "paused")
+        assert adapter.jobs() == [("a", "spec", "1", "running"), ("b", "{}", "2", "paused")]
+        with adapter.transaction():
+            adapter.delete_job("a")
+            adapter.delete_job("missing")
+        assert adapter.jobs() == [("b", "{}", "2", "paused")]
+
+    # ---- tensors and block maps ---------------------------------------------------------------
+
+    def test_tensors_are_listed_by_ordinal(self, adapter: Adapter) -> None:
+        """The order of insertion does not matter, and models do not mix."""
+        with adapter.transaction():
+            adapter.insert_tensors(tensor_row(1, i, f"t{i}") for i in (2, 10, 0, 1))
+            adapter.insert_tensors([tensor_row(2, 0, "other")])
+            adapter.insert_tensors([])
+        assert [row.ordinal for row in adapter.tensors(1)] == [0, 1, 2, 10]
+        assert adapter.tensors(2) == [tensor_row(2, 0, "other")]
+        assert adapter.tensors(3) == []
+
+    def test_parts_come_back_in_order(self, adapter: Adapter) -> None:
+        """Block maps and source hashes keep their parts, bytes and order."""
+        parts = [EVERY_BYTE, b"", b"\0" * 70_000, b"'; --", b"\xff" * (1 << 20)]
+        rows = [(1, 0, i, part) for i, part in enumerate(parts)]
+        with adapter.transaction():
+            adapter.insert_block_maps([*reversed(rows), (1, 1, 0, b"x"), (2, 0, 0, b"y")])
+            adapter.insert_source_hashes(iter(reversed(rows)))
+        assert adapter.block_map(1, 0) == parts
+        assert adapter.source_hashes(1, 0) == parts
+        assert {type(part) for part in adapter.block_map(1, 0)} == {bytes}
+        assert (adapter.block_map(1, 1), adapter.block_map(2, 0)) == ([b"x"], [b"y"])
+        assert (adapter.block_map(3, 0), adapter.source_hashes(1, 1)) == ([], [])
+
+    def test_a_block_map_is_replaced_whole(self, adapter: Adapter) -> None:
+        """Fewer parts than before leave no old one behind."""
+        with adapter.transaction():
+            adapter.insert_block_maps((1, ordinal, i, b"old") for ordinal in (0, 1) for i in (0, 1))
+        with adapter.transaction():
+            adapter.replace_block_map(1, 0, [b"new"])
+        assert adapter.block_map(1, 0) == [b"new"]
+        assert adapter.block_map(1, 1) == [b"old", b"old"]
+        with adapter.transaction():
+            adapter.replace_block_map(1, 0, [])
+        assert adapter.block_map(1, 0) == []
+
+    def test_a_key_is_taken_once(self, adapter: Adapter) -> None:
+        """The same part twice is an error, and none of it is kept."""
+        with pytest.raises(StoreError), adapter.transaction():
+            adapter.insert_block_maps([(1, 0, 0, b"a"), (1, 0, 0, b"b")])
+        assert adapter.block_map(1, 0) == []

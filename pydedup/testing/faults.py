@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter that fails where a test wants it to.
+
+A full disk, a lost connection or a killed process at a chosen call: wrap an adapter, name the
+method and which of its calls, and what happens there. Everything else is passed on unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydedup.adapter import Adapter
+
+__all__ = ["Fault", "FaultyAdapter", "inject"]
+
+_SCOPES = ("transaction", "snapshot")
+_NOT_CALLS = ("url", "read_only", "capabilities")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One failure.
+
+    Attributes
+    ----------
+    method
+        Name of a method of the adapter, or ``"commit"``: the end of a transaction.
+    error
+        Raised; or called, when it is a function, and what it returns is raised, if anything (so
+        a test can also kill the process, or just look).
+    call
+        Which call of the method fails, counted from 1; 0 means every call.
+    after
+        Fail when the call has had its effect, as if only its answer were lost. For ``"commit"``:
+        after the transaction was committed. For ``"read_pages"``: after the first page.
+    """
+
+    method: str
+    error: BaseException | Callable[[], BaseException | None]
+    call: int = 1
+    after: bool = False
+
+    def __post_init__(self) -> None:
+        known = self.method == "commit" or callable(getattr(Adapter, self.method, None))
+        if not known or self.method in _NOT_CALLS:
+            raise ValueError(f"an adapter has no method {self.method!r} that could fail")
+
+    def strike(self) -> None:
+        """Raise the error."""
+        error = self.error if isinstance(self.error, BaseException) else self.error()
+        if error is not None:
+            raise error
+
+
+class FaultyAdapter:
+    """Passes calls on to an adapter, but for the faults; :func:`inject` gives it the right type.
+
+    Attributes
+    ----------
+    calls
+        How often each method was called so far, by name, ``"commit"`` included.
+    """
+
+    def __init__(self, adapter: Adapter, *faults: Fault) -> None:
+        self._adapter = adapter
+        self._faults = list(faults)
+        self._lock = threading.Lock()
+        self.calls: Counter[str] = Counter()
+
+    def add_fault(self, fault: Fault) -> None:
+        """Add a fault; its calls are counted from the beginning, not from now."""
+        self._faults.append(fault)
+
+    def clear_faults(self) -> None:
+        """Behave well from now on."""
+        self._faults.clear()
+
+    def _due(self, method: str) -> list[Fault]:
+        """Count a call and return the faults that it meets."""
+        with self._lock:
+            self.calls[method] += 1
+            count = self.calls[method]
+            return [f for f in self._faults if f.method == method and f.call in (0, count)]
+
+    def __getattr__(self, name: str) -> Any:
+        target = getattr(self._adapter, name)
+        if not callable(target):
+            return target
+        if name in _SCOPES:
+            return functools.partial(self._scope, name, target)
+        if name == "read_pages":
+            return functools.partial(self._read_pages, target)
+        return functools.partial(self._call, name, target)
+
+    def _call(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        faults = self._due(name)
+        _strike(faults, after=False)
+        result = target(*args, **kwargs)
+        _strike(faults, after=True)
+        return result
+
+    def _read_pages(self, target: Callable[..., Any], *args: Any) -> Iterator[tuple[int, bytes]]:
+        faults = self._due("read_pages")
+        _strike(faults, after=False)
+        for page in target(*args):
+            yield page
+            _strike(faults, after=True)
+
+    @contextlib.contextmanager
+    def _scope(self, name: str, target: Callable[[], Any]) -> Iterator[None]:
+        faults = self._due(name)
+        _strike(faults, after=False)
+        commit: list[Fault] = []
+        with target():
+            yield
+            if name == "transaction":
+                commit = self._due("commit")
+            _strike(commit, after=False)
+        _strike(commit, after=True)
+        _strike(faults, after=True)
+
+
+def inject(adapter: Adapter, *faults: Fault) -> tuple[Adapter, FaultyAdapter]:
+    """Return the adapter with these faults, once as an Adapter and once as what controls them."""
+    faulty = FaultyAdapter(adapter, *faults)
+    return cast(Adapter, faulty), faulty
+
+
+def _strike(faults: list[Fault], *, after: bool) -> None:
+    for fault in faults:
+        if fault.after == after:
+            fault.strike()

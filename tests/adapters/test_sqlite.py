@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SQLite: the adapter contract, and how the database is set up and behaves among processes.
+
+What concerns the file itself (other people's files, read-only media, full disks) is in
+test_sqlite_files.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pydedup import registry
+from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
+from pydedup.errors import ArgumentError, ConflictError
+from pydedup.testing.adapter_contract import AdapterContract
+
+MIB = 1 << 20
+
+
+class TestSqlite(AdapterContract):
+    def make_url(self, folder: Path) -> str:
+        return f"sqlite:///{folder}/store.db"
+
+    def with_lock_wait(self, url: str, seconds: float) -> str:
+        return f"{url}?timeout={seconds}"
+
+    def raw_rows(self, url: str, table: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
+        path = url.removeprefix("sqlite:///")
+        query = f"SELECT {', '.join(columns)} FROM pydedup_{table} ORDER BY 1"  # noqa: S608
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            return connection.execute(query).fetchall()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.db"
+
+
+@pytest.fixture
+def adapter(path: Path) -> Iterator[Adapter]:
+    adapter = open_store(path)
+    yield adapter
+    adapter.close()
+
+
+def open_store(path: Path, query: str = "") -> Adapter:
+    adapter = registry.connect(f"sqlite:///{path}{query}", mode="a")
+    adapter.create_schema({})
+    return adapter
+
+
+def add_pages(adapter: Adapter, count: int, state: str = LIVE) -> list[int]:
+    with adapter.transaction():
+        return adapter.insert_pages(
+            [(bytes(16), random.Random(i).randbytes(MIB)) for i in range(count)], state=state
+        )
+
+
+def ask(path: Path, sql: str) -> Any:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchone()[0]
+
+
+# ---- how it is set up ---------------------------------------------------------------------------
+
+
+def test_the_file_is_shaped_for_pages(adapter: Adapter, path: Path) -> None:
+    assert ask(path, "PRAGMA page_size") == 65536
+    assert ask(path, "PRAGMA auto_vacuum") == 2
+    assert ask(path, "PRAGMA journal_mode") == "wal"
+    assert ask(path, "PRAGMA application_id") == int.from_bytes(b"pydd", "big")
+    tables = "SELECT group_concat(sql) FROM sqlite_master WHERE type = 'table'"
+    assert ask(path, tables).count("AUTOINCREMENT") == 3
+    with contextlib.closing(sqlite3.connect(path)) as connection, pytest.raises(sqlite3.Error):
+        connection.execute("UPDATE pydedup_meta SET value = x'00'")  # STRICT
+
+
+def test_an_empty_database_of_another_shape_is_adopted(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript("PRAGMA journal_mode = WAL; VACUUM")
+    assert ask(path, "PRAGMA page_size") == 4096
+    assert path.stat().st_size > 0
+    open_store(path).close()
+    assert ask(path, "PRAGMA page_size") == 65536
+    assert ask(path, "PRAGMA auto_vacuum") == 2
+
+
+def test_every_connection_syncs_commits(adapter: Adapter) -> None:
+    # The setting is not kept in the file, so a thread's connection could lack it.
+    found: list[Any] = []
+
+    def look() -> None:
+        found.append(adapter._query("PRAGMA synchronous")[0][0])  # type: ignore[attr-defined]
+
+    look()
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [2, 2]
+
+
+def test_capabilities_are_those_of_the_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With the library's limit at 16 MiB, the contract's test writes a payload of that size.
+    from pydedup.adapters import sqlite
+
+    original = sqlite._open
+
+    def limited(*args: Any) -> sqlite3.Connection:
+        connection = original(*args)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 16 * MIB)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 100)
+        return connection
+
+    monkeypatch.setattr(sqlite, "_open", limited)
+    adapter = open_store(path)
+    try:
+        capabilities = adapter.capabilities
+        assert 15 * MIB < capabilities.max_payload_bytes < 16 * MIB
+        assert capabilities.max_parameters == 100
+        assert not capabilities.concurrent_writers
+        TestSqlite().test_the_largest_payload(adapter)
+        with adapter.transaction():
+            adapter.delete_pages([row.id for row in adapter.page_rows()])
+        TestSqlite().test_many_values_at_once(adapter)
+    finally:
+        adapter.close()
+
+
+def test_publishing_does_not_write_payloads_again(adapter: Adapter, path: Path) -> None:
+    log = Path(f"{path}-wal")
+    ids = add_pages(adapter, 48, STAGING)
+    for state, retired_at in ((LIVE, None), (RETIRED, 1_700_000_000.5), (LIVE, None)):
+        adapter.checkpoint()
+        assert log.stat().st_size == 0
+        with adapter.transaction():
+            adapter.bump_epoch()
+            adapter.set_page_state(ids, state, retired_at)
+        assert log.stat().st_size < 10 * MIB, "48 MiB of payloads were rewritten"
+    assert len({payload for _, payload in adapter.read_pages(ids)}) == 48
+
+
+def test_the_file_shrinks(adapter: Adapter, path: Path) -> None:
+    ids = add_pages(adapter, 40)
+    adapter.checkpoint()
+    assert path.stat().st_size > 40 * MIB
+    with adapter.transaction():
+        adapter.delete_pages(ids[::2])  # holes: the rest has to be moved
+    adapter.compact()
+    assert path.stat().st_size < 24 * MIB
+    assert Path(f"{path}-wal").stat().st_size == 0
+    assert adapter.stored_bytes() == path.stat().st_size
+    kept = dict(adapter.read_pages(ids))
+    assert kept == {ids[i]: random.Random(i).randbytes(MIB) for i in range(1, 40, 2)}
+
+
+def test_a_busy_reader_does_not_hold_up_a_checkpoint(adapter: Adapter) -> None:
+    add_pages(adapter, 1)
+    begun, done = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with adapter.snapshot():
+            begun.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        assert begun.wait(30)
+        add_pages(adapter, 1)
+        start = time.monotonic()
+        adapter.checkpoint()
+        assert time.monotonic() - start < 10
+    finally:
+        done.set()
+        thread.join()
+
+
+# ---- URLs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("sqlite:///:memory:", "memory"),
+        ("sqlite://", "memory"),
+        ("sqlite:///", "memory"),
+        ("sqlite:///?timeout=1", "memory"),
+        ("sqlite://models.db", "sqlite:////absolute.db"),
+        ("sqlite://host/models.db", "sqlite:////absolute.db"),
+        ("sqlite:///x.db?mode=ro", "'mode'"),
+        ("sqlite:///x.db?timeout=soon", "soon"),
+        ("sqlite:///x.db?timeout=-1", "-1"),
+        ("sqlite:///x.db?timeout=nan", "nan"),
+        ("sqlite:///x.db?timeout=", "timeout="),
+        ("sqlite:///x\0.db", "names no file"),
+        ("sqlite:///missing/folder/x.db", "missing/folder"),
+    ],
+)
+def test_urls_that_mean_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=complaint):
+        registry.connect(url, mode="a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_are_no_schemas(path: Path) -> None:
+    with pytest.raises(ArgumentError, match="mine"):
+        registry.connect(f"sqlite:///{path}", mode="a", schema="mine")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.db", "a%41#b.db", "\N{SNOWMAN}'\".db", "file:x.db", "x" * 200], ids=ascii
+)
+def test_any_name_of_a_file_will_do(tmp_path: Path, name: str) -> None:
+    adapter = open_store(tmp_path / name)
+    add_pages(adapter, 1)
+    adapter.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    reader = registry.connect(f"sqlite:///{tmp_path / name}", mode="r")
+    assert len(reader.page_rows()) == 1
+    reader.close()
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.db")
+    adapter = open_store(Path(path))
+    assert adapter.epoch() == 0
+    adapter.close()
+    assert Path(path).stat().st_size > 0
+
+
+def test_a_relative_path_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = registry.connect("sqlite:///here.db", mode="a")
+    adapter.create_schema({})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    thread = threading.Thread(target=lambda: add_pages(adapter, 1))  # opens a connection
+    thread.start()
+    thread.join()
+    assert len(adapter.page_rows()) == 1
+    adapter.close()
+    assert (tmp_path / "here.db").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+# ---- threads and other processes ----------------------------------------------------------------
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - pathlib would make 100 paths
+
+
+def test_threads_that_end_leave_no_connection(adapter: Adapter) -> None:
+    add_pages(adapter, 1)
+    before = open_files()
+    for _ in range(30):
+        thread = threading.Thread(target=adapter.models)
+        thread.start()
+        thread.join()
+    assert open_files() <= before + 3
+
+
+def test_an_adapter_that_is_dropped_leaves_no_connection(path: Path) -> None:
+    open_store(path).close()
+    before = open_files()
+    for _ in range(5):
+        open_store(path).models()
+    gc.collect()
+    assert open_files() <= before
+
+
+def test_a_second_writer_waits_as_long_as_told(adapter: Adapter, path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pydedup import errors, registry\n"
+        "adapter = registry.connect(sys.argv[1], mode='a')\n"
+        "try:\n"
+        "    with adapter.transaction(): adapter.bump_epoch()\n"
+        "except errors.ConflictError as error: print(error)\n"
+    )
+    with adapter.transaction():
+        adapter.bump_epoch()
+        url = f"sqlite:///{path}?timeout=0.2"
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, url], capture_output=True, text=True, check=True
+        )
+        assert str(path) in done.stdout
+        assert "timeout" in done.stdout
+        hasty = registry.connect(f"sqlite:///{path}?timeout=0", mode="a")
+        start = time.monotonic()
+        with pytest.raises(ConflictError), hasty.transaction():
+            pass
+        assert time.monotonic() - start < 2
+        hasty.close()
+    assert adapter.epoch() == 1
+
+
+def test_ctrl_c_ends_the_wait_for_a_lock(adapter: Adapter, path: Path) -> None:
+    patient = registry.connect(f"sqlite:///{path}?timeout=60", mode="a")
+    begun, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with adapter.transaction():
+            begun.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert begun.wait(30)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    start = time.monotonic()
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), patient.transaction():
+            pass
+        assert time.monotonic() - start < 10
+    finally:
+        timer.join()
+        done.set()
+        holder.join()
+    with patient.transaction():
+        patient.bump_epoch()
+    patient.close()
+
+
+def test_a_killed_writer_leaves_whole_transactions(path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pydedup import registry\n"
+        "adapter = registry.connect(sys.argv[1], mode='a')\n"
+        "adapter.create_schema({})\n"
+        "for i in range(3):\n"
+        "    with adapter.transaction():\n"
+        "        adapter.bump_epoch()\n"
+        "        adapter.insert_pages([(bytes(16), bytes(1 << 20))] * 30, state='live')\n"
+        "        if i == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    url = f"sqlite:///{path}"
+    done = subprocess.run([sys.executable, "-P", "-c", code, url], check=False)
+    assert done.returncode == -signal.SIGKILL
+    log = Path(f"{path}-wal")
+    assert log.stat().st_size > MIB
+    # Reading recovers without writing to either file; writing goes on from there.
+    before = path.read_bytes(), log.read_bytes()
+    reader = registry.connect(url, mode="r")
+    assert (reader.epoch(), len(reader.page_rows())) == (2, 60)
+    reader.close()
+    assert (path.read_bytes(), log.read_bytes()) == before
+    adapter = open_store(path)
+    assert (adapter.epoch(), len(adapter.page_rows())) == (2, 60)
+    assert adapter.integrity_errors() == []
+    adapter.close()
+    assert not log.exists()

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SQLite and the file system: files that are not ours, read-only media, full disks, damage."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pydedup import registry
+from pydedup.adapter import LIVE, Adapter
+from pydedup.errors import (
+    ConflictError,
+    CorruptStoreError,
+    NotAStoreError,
+    ReadOnlyError,
+    StorageFullError,
+    StoreError,
+    UnavailableError,
+)
+
+MIB = 1 << 20
+
+
+def open_store(path: Path) -> Adapter:
+    adapter = registry.connect(f"sqlite:///{path}", mode="a")
+    adapter.create_schema({})
+    return adapter
+
+
+def add_pages(adapter: Adapter, count: int) -> list[int]:
+    with adapter.transaction():
+        adapter.bump_epoch()
+        return adapter.insert_pages(
+            [(bytes(16), random.Random(i).randbytes(MIB)) for i in range(count)], state=LIVE
+        )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- files that are not ours --------------------------------------------------------------------
+
+
+def foreign_database(path: Path, script: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(script)
+
+
+def foreign_log(path: Path) -> None:
+    """A database whose program was killed: its log lies beside it."""
+    there = path.with_name("original")
+    with contextlib.closing(sqlite3.connect(there)) as connection:
+        connection.executescript("PRAGMA journal_mode = WAL; CREATE TABLE t (x)")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.executescript("INSERT INTO t VALUES (1)")
+        for end in ("", "-wal"):
+            shutil.copy(f"{there}{end}", f"{path}{end}")
+    there.unlink()
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_text("hello, world\n" * 100),
+    "one letter": lambda path: path.write_text("x"),
+    "binary": lambda path: path.write_bytes(random.Random(1).randbytes(100_000)),
+    "database": lambda path: foreign_database(path, "CREATE TABLE t (x)"),
+    "database with our names": lambda path: foreign_database(
+        path, "CREATE TABLE pydedup_meta (name, value); CREATE TABLE pydedup_pages (id)"
+    ),
+    "database with a mark": lambda path: foreign_database(path, "PRAGMA application_id = 7"),
+    "database with a log": foreign_log,
+    "start of a database": lambda path: path.write_bytes(b"SQLite format 3\0"),
+    "folder": lambda path: path.mkdir(),
+    "pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("mode", ["a", "r"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_not_ours_is_left_alone(tmp_path: Path, kind: str, mode: str) -> None:
+    path = tmp_path / "models.db"
+    FOREIGN[kind](path)
+    special = kind in ("folder", "pipe")
+    before = sorted(os.listdir(tmp_path)) if special else contents(tmp_path)  # noqa: PTH208
+    stamp = path.stat().st_mtime_ns
+    with pytest.raises(NotAStoreError, match=r"models\.db"):
+        registry.connect(f"sqlite:///{path}", mode=mode)
+    after = sorted(os.listdir(tmp_path)) if special else contents(tmp_path)  # noqa: PTH208
+    assert after == before
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for name in ("missing.db", "missing/missing.db"):
+        with pytest.raises(NotAStoreError, match=name):
+            registry.connect(f"sqlite:///{tmp_path}/{name}", mode="r")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_file_is_a_place_for_a_store(tmp_path: Path) -> None:
+    path = tmp_path / "models.db"
+    path.touch()
+    reader = registry.connect(f"sqlite:///{path}", mode="r")
+    assert reader.schema_version() is None
+    reader.close()
+    assert path.stat().st_size == 0
+    open_store(path).close()
+    assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE pydedup_pages DROP COLUMN checksum",
+        "ALTER TABLE pydedup_meta RENAME COLUMN value TO wert",
+        "DROP TABLE pydedup_jobs",
+        "DROP TABLE pydedup_meta",
+        "DELETE FROM pydedup_meta",
+        "UPDATE pydedup_meta SET value = '-1' WHERE name = 'schema_version'",
+        "UPDATE pydedup_meta SET value = 'x' WHERE name = 'schema_version'",
+    ],
+)
+def test_tables_that_are_not_ours(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "models.db"
+    open_store(path).close()
+    foreign_database(path, f"DROP VIEW pydedup_model_sizes; {change}")
+    adapter = registry.connect(f"sqlite:///{path}", mode="a")
+    try:
+        with pytest.raises(NotAStoreError, match="pydedup_"):
+            adapter.schema_version()
+        with pytest.raises(NotAStoreError):
+            adapter.create_schema({})
+    finally:
+        adapter.close()
+
+
+def test_a_newer_schema_is_told(tmp_path: Path) -> None:
+    # Its tables may look different, so only the version is asked for.
+    path = tmp_path / "models.db"
+    open_store(path).close()
+    foreign_database(
+        path,
+        "UPDATE pydedup_meta SET value = '99' WHERE name = 'schema_version';"
+        "DROP TABLE pydedup_jobs",
+    )
+    adapter = registry.connect(f"sqlite:///{path}", mode="r")
+    assert adapter.schema_version() == 99
+    adapter.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM pydedup_meta WHERE name = 'epoch'",
+        "UPDATE pydedup_meta SET value = 'x' WHERE name = 'epoch'",
+    ],
+)
+def test_a_lost_epoch_is_told(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "models.db"
+    open_store(path).close()
+    foreign_database(path, change)
+    adapter = open_store(path)
+    with pytest.raises(CorruptStoreError, match="epoch"):
+        adapter.epoch()
+    with pytest.raises(CorruptStoreError, match="epoch"), adapter.transaction():
+        adapter.bump_epoch(0)
+    adapter.close()
+
+
+# ---- damage -------------------------------------------------------------------------------------
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "models.db"
+    adapter = open_store(path)
+    add_pages(adapter, 2)
+    with adapter.transaction():
+        adapter.insert_blocks((os.urandom(16), i % 7 + 1, i, None) for i in range(20_000))
+    adapter.close()
+    with path.open("r+b") as file:
+        for page in range(2, path.stat().st_size // 65536):
+            file.seek(page * 65536)
+            file.write(b"\xa5" * 64)
+    adapter = registry.connect(f"sqlite:///{path}", mode="a")
+    assert adapter.integrity_errors()
+    with pytest.raises(CorruptStoreError, match=r"models\.db"):
+        adapter.blocks_on_pages([1, 2, 3])
+    adapter.close()
+
+
+def test_a_file_that_is_deleted_is_not_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "models.db"
+    adapter = open_store(path)
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            adapter.models()
+        except StoreError as error:
+            errors.append(error)
+
+    for end in ("", "-wal", "-shm"):
+        Path(f"{path}{end}").unlink()
+    thread = threading.Thread(target=read)  # needs a new connection
+    thread.start()
+    thread.join()
+    assert [type(error) for error in errors] == [UnavailableError]
+    assert str(path) in str(errors[0])
+    with pytest.raises(UnavailableError):
+        adapter.stored_bytes()
+    adapter.close()
+    assert not path.exists()
+
+
+# ---- reading alone ------------------------------------------------------------------------------
+
+
+def test_reading_leaves_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "models.db"
+    adapter = open_store(path)
+    ids = add_pages(adapter, 2)
+    adapter.close()
+    before, stamp = contents(tmp_path), path.stat().st_mtime_ns
+    first = registry.connect(f"sqlite:///{path}", mode="r")
+    second = registry.connect(f"sqlite:///{path}", mode="r")
+    for reader in (first, second):
+        assert len(list(reader.read_pages(ids))) == 2
+    first.close()
+    assert len(list(second.read_pages(ids))) == 2
+    second.close()
+    assert contents(tmp_path) == before
+    assert path.stat().st_mtime_ns == stamp
+
+
+class Disk:
+    """A small file system in memory, which can be made read-only."""
+
+    def __init__(self, folder: Path, mib: int) -> None:
+        self.folder = folder
+        folder.mkdir()
+        options = ["-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)]
+        if (
+            shutil.which("mount") is None
+            or subprocess.run(["mount", *options], check=False).returncode
+        ):
+            pytest.skip("this test mounts a small tmpfs, which needs root and the right to mount")
+
+    def remount(self, option: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{option}", str(self.folder)], check=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    disk = Disk(tmp_path / "disk", 16)
+    yield disk
+    disk.unmount()
+
+
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_a_store_on_read_only_media(disk: Disk, mode: str) -> None:
+    path = disk.folder / "models.db"
+    adapter = open_store(path)
+    ids = add_pages(adapter, 3)
+    adapter.close()
+    disk.remount("ro")
+    before = contents(disk.folder)
+    reader = registry.connect(f"sqlite:///{path}", mode=mode)
+    assert reader.read_only
+    assert reader.schema_version() == 1
+    with reader.snapshot():
+        assert [payload for _, payload in reader.read_pages(ids)] == [
+            random.Random(i).randbytes(MIB) for i in range(3)
+        ]
+    with pytest.raises(ReadOnlyError, match=r"models\.db"), reader.transaction():
+        pass
+    with pytest.raises(ReadOnlyError):
+        reader.compact()
+    reader.checkpoint()
+    assert reader.stored_bytes() == path.stat().st_size
+    assert reader.integrity_errors() == []
+    reader.close()
+    assert contents(disk.folder) == before
+    for missing, error in (("a", ReadOnlyError), ("r", NotAStoreError)):
+        with pytest.raises(error, match=r"new\.db"):
+            registry.connect(f"sqlite:///{disk.folder}/new.db", mode=missing)
+
+
+def test_a_log_on_read_only_media_is_not_passed_over(disk: Disk, tmp_path: Path) -> None:
+    # What is in the log is committed; reading the main file alone would lose it silently.
+    original = tmp_path / "models.db"
+    adapter = open_store(original)
+    add_pages(adapter, 1)
+    for end in ("", "-wal"):
+        shutil.copy(f"{original}{end}", disk.folder)
+    adapter.close()
+    disk.remount("ro")
+    for mode in ("r", "a"):
+        with pytest.raises(UnavailableError, match=r"models\.db-wal holds changes"):
+            registry.connect(f"sqlite:///{disk.folder}/models.db", mode=mode)
+
+
+def test_media_that_were_read_only_may_change(disk: Disk) -> None:
+    path = disk.folder / "models.db"
+    adapter = open_store(path)
+    add_pages(adapter, 1)
+    adapter.close()
+    disk.remount("ro")
+    reader = registry.connect(f"sqlite:///{path}", mode="r")
+    assert len(reader.page_rows()) == 1
+    disk.remount("rw")
+    writer = open_store(path)
+    add_pages(writer, 1)
+    assert len(reader.page_rows()) == 2, "the log of the writer was not read"
+    reader.close()
+    writer.close()
+    disk.remount("ro")
+    reader = registry.connect(f"sqlite:///{path}", mode="r")
+
+    def change() -> None:
+        disk.remount("rw")
+        writer = open_store(path)
+        add_pages(writer, 1)
+        writer.close()
+
+    assert len(reader.page_rows()) == 2
+    with pytest.raises(ConflictError, match="read again"), reader.snapshot():
+        change()
+    assert len(reader.page_rows()) == 3
+    reader.close()
+
+
+# ---- full disks ---------------------------------------------------------------------------------
+
+
+def test_a_full_disk_loses_nothing(disk: Disk) -> None:
+    path = disk.folder / "models.db"
+    adapter = open_store(path)
+    ids = add_pages(adapter, 2)
+    adapter.checkpoint()
+    for _ in range(3):
+        with pytest.raises(StorageFullError, match=r"models\.db.*space"):
+            add_pages(adapter, 20)
+        assert adapter.epoch() == 1
+        assert [row.id for row in adapter.page_rows()] == ids
+        assert adapter.integrity_errors() == []
+    adapter.close()
+    adapter = open_store(path)
+    assert [payload for _, payload in adapter.read_pages(ids)] == [
+        random.Random(i).randbytes(MIB) for i in range(2)
+    ]
+    add_pages(adapter, 1)  # as much as does fit
+    assert adapter.epoch() == 2
+    adapter.close()
+
+
+def test_a_disk_that_is_full_already(disk: Disk) -> None:
+    filler = disk.folder / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(StorageFullError, match=r"models\.db"):
+        open_store(disk.folder / "models.db")
+    filler.unlink()
+    adapter = open_store(disk.folder / "models.db")
+    assert adapter.epoch() == 0
+    adapter.close()
