@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks as stored bytes, and pages of them (docs/format.md, "Block encodings" and "Page").
+
+Here: encoding the blocks of a matrix view, building a page, parsing one, reading blocks back into
+a matrix and comparing them with one. All of it runs without the GIL and gives the same bytes on
+every machine. Deliberately not here: which block goes on which page (`pydedup.packing`), and where
+pages come from (`pydedup.pool`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pydedup import _core
+from pydedup._core import Page
+from pydedup.blocks import MatrixView
+from pydedup.errors import ArgumentError
+
+__all__ = [
+    "BLOCK_ALIGNMENT",
+    "PAGE_HEADER_BYTES",
+    "PAGE_VERSION",
+    "SLOT_BYTES",
+    "SLOT_DTYPE",
+    "EncodedBlocks",
+    "Encoding",
+    "Page",
+    "blocks_equal",
+    "build_page",
+    "encode_blocks",
+    "page_checksum",
+    "page_cost",
+    "page_digests",
+    "read_blocks",
+    "same_block",
+]
+
+#: Version of the page format that this pydedup writes.
+PAGE_VERSION: int = _core.PAGE_VERSION
+#: Bytes of a page before its slot table.
+PAGE_HEADER_BYTES: int = _core.PAGE_HEADER_BYTES
+#: Bytes that each slot takes in the slot table.
+SLOT_BYTES: int = _core.SLOT_BYTES
+#: Blocks begin at multiples of this many bytes.
+BLOCK_ALIGNMENT: int = _core.BLOCK_ALIGNMENT
+#: dtype of `Page.slots`, with the fields encoding, dtype, rows, cols, length, offset and base.
+SLOT_DTYPE: np.dtype[np.void] = _core.SLOT_DTYPE
+
+
+class Encoding(enum.IntEnum):
+    """How a block is kept. Codes are persisted in pages: never renumber."""
+
+    RAW = 0
+    """The elements, row-major, without gaps."""
+    PLANES = 1
+    """Byte planes, each raw, constant or Huffman-coded."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBlocks:
+    """Encoded blocks, one after another without gaps.
+
+    Attributes
+    ----------
+    arena
+        uint8 (n_bytes,), all encoded bytes.
+    offsets, lengths
+        int64 (n_blocks,): where in ``arena`` each block lies.
+    encodings
+        uint8 (n_blocks,): an `Encoding` each.
+    """
+
+    arena: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    encodings: NDArray[np.uint8]
+
+
+def encode_blocks(
+    view: MatrixView, indices: ArrayLike, *, planes: bool, threads: int = 0
+) -> EncodedBlocks:
+    """Encode blocks of a matrix view.
+
+    Parameters
+    ----------
+    view
+        The matrix; its memory is borrowed for the call.
+    indices
+        Numbers of the blocks, row-major over the grid, shape (n_blocks,).
+    planes
+        Whether to store a block as compressed byte planes where that saves at least 5 % of its
+        bytes. False stores all blocks raw.
+    threads
+        0 chooses by size.
+
+    Returns
+    -------
+    EncodedBlocks
+        In the order of ``indices``; the same bytes on every machine.
+
+    Raises
+    ------
+    ArgumentError
+        When an index is outside of the grid or a block has 4 GiB or more.
+    """
+    grid = view.grid
+    arena, offsets, lengths, encodings = _core.encode_blocks(
+        view.data,
+        view.dtype.code,
+        grid.block_rows,
+        grid.block_cols,
+        _column(indices, np.int64, "indices"),
+        planes,
+        threads,
+    )
+    return EncodedBlocks(arena, offsets, lengths, encodings)
+
+
+def page_cost(lengths: ArrayLike) -> NDArray[np.int64]:
+    """Return the bytes that blocks of these encoded lengths take on a page, slots included.
+
+    A page of blocks with these costs has at most ``PAGE_HEADER_BYTES + sum(costs)`` bytes, which
+    is what packing by bytes relies on. The result is int64 of the shape of ``lengths``.
+    """
+    sizes = np.asarray(lengths, np.int64)
+    return SLOT_BYTES + (sizes + BLOCK_ALIGNMENT - 1) // BLOCK_ALIGNMENT * BLOCK_ALIGNMENT
+
+
+def build_page(
+    arena: NDArray[np.uint8],
+    offsets: ArrayLike,
+    lengths: ArrayLike,
+    encodings: ArrayLike,
+    dtypes: ArrayLike,
+    rows: ArrayLike,
+    cols: ArrayLike,
+    bases: ArrayLike | None = None,
+) -> bytes:
+    """Return the page that holds these encoded blocks, in this order, one per slot.
+
+    Parameters
+    ----------
+    arena
+        Contiguous uint8 array that holds the encoded bytes.
+    offsets, lengths
+        Where in ``arena`` each block lies, shape (n_blocks,).
+    encodings, dtypes
+        Codes of `Encoding` and `pydedup.types.DType` of each block.
+    rows, cols
+        Shape of each block.
+    bases
+        Id of the block that each is a delta of; 0 or ``None`` where it is none.
+
+    Raises
+    ------
+    ArgumentError
+        When the columns differ in length, a block lies outside of the arena, or a length does not
+        fit dtype, shape and encoding.
+    """
+    starts = _column(offsets, np.int64, "offsets")
+    no_bases = np.zeros(len(starts), np.uint64)
+    return _core.build_page(
+        arena,
+        starts,
+        _column(lengths, np.int64, "lengths"),
+        _column(encodings, np.uint8, "encodings"),
+        _column(dtypes, np.uint8, "dtypes"),
+        _column(rows, np.uint32, "rows"),
+        _column(cols, np.uint32, "cols"),
+        no_bases if bases is None else _column(bases, np.uint64, "bases"),
+    )
+
+
+def page_checksum(payload: bytes) -> bytes:
+    """Return the 16-byte checksum that a page carries, without computing it again.
+
+    Raises
+    ------
+    CorruptStoreError
+        When the bytes are not a page.
+    SchemaVersionError
+        When the page has a newer format version.
+    """
+    return _core.page_checksum(payload)
+
+
+def page_digests(page: Page, *, threads: int = 0) -> NDArray[np.uint64]:
+    """Return the digest of the content of each slot, as `pydedup.hashing.hash_blocks` would.
+
+    The result is uint64 of shape (n_slots, 2). Raises CorruptStoreError when a block does not
+    decode.
+    """
+    return _core.page_digests(page, threads)
+
+
+def read_blocks(
+    view: MatrixView,
+    indices: ArrayLike,
+    pages: Sequence[Page],
+    page_index: ArrayLike,
+    slots: ArrayLike,
+    *,
+    threads: int = 0,
+) -> None:
+    """Decode stored blocks into their places in a matrix view.
+
+    Parameters
+    ----------
+    view
+        The matrix; its memory must be writable.
+    indices
+        Numbers of the blocks to fill in, shape (n_blocks,), without repeats.
+    pages
+        The pages that hold them.
+    page_index, slots
+        Per block: which of ``pages``, and the slot on it.
+    threads
+        0 chooses by size.
+
+    Raises
+    ------
+    ArgumentError
+        When an index is outside of the grid or of ``pages``, or the matrix is read-only.
+    CorruptStoreError
+        When a slot does not exist, holds a block of another dtype or shape, or does not decode.
+    """
+    if not view.data.flags.writeable:
+        raise ArgumentError("read_blocks needs a writable matrix; this one is read-only")
+    grid = view.grid
+    _core.read_blocks(
+        pages,
+        _column(page_index, np.uint32, "page_index"),
+        _column(slots, np.uint32, "slots"),
+        _column(indices, np.int64, "indices"),
+        view.data,
+        view.dtype.code,
+        grid.block_rows,
+        grid.block_cols,
+        threads,
+    )
+
+
+def blocks_equal(
+    view: MatrixView,
+    indices: ArrayLike,
+    pages: Sequence[Page],
+    page_index: ArrayLike,
+    slots: ArrayLike,
+    *,
+    threads: int = 0,
+) -> NDArray[np.bool_]:
+    """Compare blocks of a matrix view with stored blocks, byte by byte.
+
+    Parameters are those of `read_blocks`; the matrix may be read-only and indices may repeat.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool (n_blocks,): whether dtype, shape and all bytes are the same. So NaN equals itself
+        and 0.0 differs from -0.0.
+    """
+    grid = view.grid
+    return _core.blocks_equal(
+        view.data,
+        view.dtype.code,
+        grid.block_rows,
+        grid.block_cols,
+        _column(indices, np.int64, "indices"),
+        pages,
+        _column(page_index, np.uint32, "page_index"),
+        _column(slots, np.uint32, "slots"),
+        threads,
+    )
+
+
+def same_block(page_a: Page, slot_a: int, page_b: Page, slot_b: int) -> bool:
+    """Return whether two stored blocks have the same dtype, shape and content."""
+    return _core.same_block(page_a, slot_a, page_b, slot_b)
+
+
+def _column(values: ArrayLike, dtype: type[np.integer[Any]], name: str) -> NDArray[Any]:
+    """Return a contiguous 1-D array of that dtype with exactly these values."""
+    given = np.asarray(values)
+    if given.ndim == 1 and given.size == 0:
+        return np.empty(0, dtype)
+    if given.ndim != 1 or given.dtype.kind not in "iu":
+        raise ArgumentError(
+            f"{name} must be a 1-D array of integers, got {given.dtype} of shape {given.shape}"
+        )
+    limits = np.iinfo(dtype)
+    if int(given.min()) < limits.min or int(given.max()) > limits.max:
+        raise ArgumentError(f"{name} has values that do not fit {limits.dtype}")
+    return np.ascontiguousarray(given, dtype)
