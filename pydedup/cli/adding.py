@@ -168,9 +168,9 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
         rows.append(_row("together", reports))
     print_table(_COLUMNS, rows)
     if dry_run:
-        output.print_line("dry run: nothing was written", "yellow")
+        output.print_note("dry run: nothing was written", "yellow")
     else:
-        output.print_line(f"added in {text.duration(seconds)}", "dim")
+        output.print_note(f"added in {text.duration(seconds)}", "dim")
 
 
 def _row(title: str, reports: Sequence[AddReport]) -> list[str]:
@@ -182,7 +182,7 @@ def _row(title: str, reports: Sequence[AddReport]) -> list[str]:
         title,
         text.size(logical),
         text.size(stored),
-        text.percent(1 - stored / logical) if logical else "-",
+        text.saved(1 - stored / logical) if logical else "-",
         text.count(blocks),
         text.count(shared),
         text.count(sum(report.pages for report in reports)),

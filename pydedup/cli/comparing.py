@@ -122,8 +122,8 @@ def _print_diff(found: Diff, show_all: bool) -> None:
     states = ("same", "changed", "reshaped", "added", "removed")
     summary = ", ".join(f"{counts[state]:,} {state}" for state in states if counts[state])
     verdict = "the same bits" if found.same else "they differ"
-    output.print_line(
-        text.clean(f"{found.first} and {found.second}: {verdict} ({summary or 'no tensors'})"),
+    output.print_note(
+        f"{found.first} and {found.second}: {verdict} ({summary or 'no tensors'})",
         "green" if found.same else "yellow",
     )
 

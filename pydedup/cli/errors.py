@@ -26,6 +26,8 @@ from pydedup.errors import (
 __all__ = ["TRACEBACK_VARIABLE", "Exit", "report", "warn"]
 
 TRACEBACK_VARIABLE = "PYDEDUP_TRACEBACK"
+#: Of what an unexpected exception says, a line shows no more than this; a traceback shows all.
+_LONGEST_FAULT = 200
 
 
 class Exit(enum.IntEnum):
@@ -88,9 +90,12 @@ def _describe(error: BaseException) -> tuple[Exit, str]:
         return Exit.STORE, _os_error(error)
     if isinstance(error, MemoryError):
         return Exit.STORE, "there is not enough memory; give less of it to --memory, or free some"
+    said = f"{type(error).__name__}: {error}"
+    if len(said) > _LONGEST_FAULT:
+        said = said[:_LONGEST_FAULT] + "..."
     return Exit.FAULT, (
-        f"unexpected {type(error).__name__}: {error}; this is a fault of pydedup: please report it "
-        f"with what {TRACEBACK_VARIABLE}=1 shows"
+        f"unexpected {said}; this is a fault of pydedup: please report it with what "
+        f"{TRACEBACK_VARIABLE}=1 shows"
     )
 
 

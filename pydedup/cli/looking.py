@@ -52,8 +52,8 @@ _KERNEL_COLUMNS = (
 def ls(url: str, name: str | None, as_json: bool) -> None:
     """List models, their versions, aliases and sizes; with NAME the versions of one model.
 
-    "Takes" counts each page in equal parts for the models that read it, so it adds up to the size
-    of all pages; "Saved" is what that is less than the size of the weights.
+    "Takes" counts each page for the models that read it, by how much of it they use, so it adds up
+    to the size of all pages; "Saved" is what that is less than the size of the weights.
     """
     with options.read_store(url) as store:
         if name is not None:
@@ -65,11 +65,11 @@ def ls(url: str, name: str | None, as_json: bool) -> None:
         output.emit_json({"url": figures.url, "models": models, "store": _totals(figures)})
         return
     if not sizes:
-        output.print_line("no models yet; `pydedup add` puts them in", "dim")
+        output.print_note("no models yet; `pydedup add` puts them in", "dim")
         return
     print_table(_MODEL_COLUMNS, [_model_row(size) for size in sizes])
     if name is None:
-        output.print_line(_summary(figures), "dim")
+        output.print_note(_summary(figures), "dim")
 
 
 @click.command(short_help="Show one model: sizes, pages, guarantee, metadata.")
@@ -116,7 +116,7 @@ def stats(url: str, as_json: bool) -> None:
             ),
             ("weights", text.size(figures.logical_bytes)),
             ("database", text.size(figures.stored_bytes)),
-            ("saved", text.percent(figures.saved_share)),
+            ("saved", text.saved(figures.saved_share)),
             ("pages", f"{text.count(figures.pages)} ({text.size(figures.page_bytes)}){retired}"),
             ("distinct blocks", text.count(figures.distinct_blocks)),
             ("schema", f"version {figures.schema_version}"),
@@ -141,7 +141,7 @@ def kernels(as_json: bool) -> None:
             for kernel in found.available
         ],
     )
-    output.print_line(text.clean(f"in use: {found.in_use} ({found.reason})"), "bold")
+    output.print_note(f"in use: {found.in_use} ({found.reason})", "bold")
 
 
 def tensor_document(tensor: TensorInfo) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _model_row(size: ModelSize) -> list[str]:
         ", ".join(model.aliases),
         text.size(model.logical_bytes),
         text.size(size.share_bytes),
-        text.percent(size.saved_share) if model.logical_bytes else "-",
+        text.saved(size.saved_share) if model.logical_bytes else "-",
         text.count(size.pages),
         model.policy,
         text.moment(model.created_at),
@@ -173,9 +173,10 @@ def _summary(figures: StoreStats) -> str:
     what = text.plural(figures.versions, "version")
     if figures.models != figures.versions:
         what = f"{text.plural(figures.models, 'model')} in {what}"
+    saved = f", {text.percent(figures.saved_share)} saved" if figures.saved_share > 0 else ""
     return (
         f"{what}: {text.size(figures.logical_bytes)} of weights in a database of "
-        f"{text.size(figures.stored_bytes)}, {text.percent(figures.saved_share)} saved"
+        f"{text.size(figures.stored_bytes)}{saved}"
     )
 
 
@@ -194,19 +195,27 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
             f"{text.count(figures.least_pages)} least possible)",
         ),
         ("policy", model.policy + (": the same bits" if guarantee == 0 else "")),
-        ("certificate", json.dumps(dict(figures.certificate), ensure_ascii=False)),
         ("predicts", "yes" if figures.has_graph else "no, its layers are not known"),
         ("added", text.moment(model.created_at)),
         ("digest", model.digest),
     ]
     if model.aliases:
         fields.insert(0, ("aliases", ", ".join(model.aliases)))
+    fields += [
+        (f"certificate {text.clean(key)}", _shown(value))
+        for key, value in figures.certificate.items()
+        if key not in ("policy", "max_rel_error")
+    ]
     if figures.artifacts:
         fields.append(("artifacts", ", ".join(figures.artifacts)))
-    for key, value in model.metadata.items():
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        fields.append((f"metadata {text.clean(key)}", shown))
+    fields += [
+        (f"metadata {text.clean(key)}", _shown(value)) for key, value in model.metadata.items()
+    ]
     return fields
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _tensor_row(tensor: TensorInfo) -> list[str]:

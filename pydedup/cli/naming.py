@@ -35,10 +35,10 @@ def alias(
     if as_json:
         output.emit_json({"name": name, "alias": alias, "version": version, "previous": was})
     elif delete:
-        output.print_line(text.clean(f"{name}@{alias} is gone (it was version {was})"))
+        output.print_note(f"{name}@{alias} is gone (it was version {was})")
     else:
         moved = f" (it was {was})" if was not in (None, version) else ""
-        output.print_line(text.clean(f"{name}@{alias} is version {version}{moved}"))
+        output.print_note(f"{name}@{alias} is version {version}{moved}")
 
 
 @click.command(short_help="Remove a version, or all versions of a model.")
@@ -62,7 +62,7 @@ def rm(url: str, name: str, all_versions: bool, yes: bool, as_json: bool) -> int
         output.emit_json({"removed": removed})
     else:
         for address in removed:
-            output.print_line(text.clean(f"removed {address}"))
+            output.print_note(f"removed {address}")
     return Exit.OK
 
 

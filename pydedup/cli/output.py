@@ -32,6 +32,7 @@ __all__ = [
     "print_fields",
     "print_heading",
     "print_line",
+    "print_note",
     "width",
 ]
 
@@ -74,6 +75,14 @@ def print_heading(text: str) -> None:
     print_line(clean(text), "bold")
 
 
+def print_note(text: str, style: str | None = None) -> None:
+    """Print a sentence, folded where the terminal is narrower."""
+    limit = width()
+    text = clean(text)
+    for line in [text] if limit is None else _fold(text, limit):
+        print_line(line, style)
+
+
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     """Print labelled values, one a line; long values are folded below themselves."""
     from rich.text import Text
@@ -83,10 +92,15 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     room = max((width() or _FOLD) - indent, 16)
     screen = console()
     for label, value in rows:
-        folded = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or ["-"]
-        for number, line in enumerate(folded):
-            head = f"  {label}" if number == 0 else ""
-            screen.print(Text.assemble((head.ljust(indent), "dim"), line))
+        folded = _fold(value, room)
+        head = f"  {label}".ljust(indent)
+        if any(len(line) > room for line in folded):
+            # A word that does not fit beside its label gets lines of its own.
+            screen.print(Text(head.rstrip(), "dim"))
+            head, folded = "    ", _fold(value, room + indent - 4)
+        for line in folded:
+            screen.print(Text.assemble((head, "dim"), line))
+            head = " " * len(head)
 
 
 def array_text(array: NDArray[Any]) -> str:
@@ -98,6 +112,10 @@ def array_text(array: NDArray[Any]) -> str:
 def plain_array(array: NDArray[Any]) -> NDArray[Any]:
     """Return an array in a dtype that JSON has numbers for; those of ml_dtypes become f32."""
     return array if array.dtype.kind in "biuf" else array.astype(np.float32)
+
+
+def _fold(text: str, room: int) -> list[str]:
+    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or ["-"]
 
 
 def emit_json(value: Any) -> None:

@@ -71,7 +71,7 @@ def predict(
     if as_json:
         output.emit_json({"model": name, "outputs": _document(outputs)})
     elif target is not None:
-        output.print_line(text.clean(f"wrote {', '.join(outputs)} to {target}"))
+        output.print_note(f"wrote {', '.join(outputs)} to {target}")
     else:
         for key, array in outputs.items():
             label = DType.of(array.dtype).label

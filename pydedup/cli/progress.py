@@ -89,7 +89,7 @@ class Watch:
                 if task is None or stage != shown:
                     if task is not None:
                         bars.remove_task(task)
-                    task, shown = bars.add_task(clean(stage), total=None), stage
+                    task, shown = bars.add_task(clean(stage), total=None, amounts=""), stage
                 bars.update(
                     task,
                     total=total or None,

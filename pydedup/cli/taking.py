@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -19,6 +19,7 @@ from pydedup.cli import options, output, text
 from pydedup.cli.looking import tensor_document
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
+from pydedup.errors import ArgumentError
 from pydedup.formats.base import TensorEntry
 from pydedup.formats.registry import WRITABLE, write_model
 from pydedup.types import DType, TensorInfo
@@ -90,9 +91,7 @@ def load(
             values = read[infos[0].name] if tensor is not None else None
             rows = [_figures(info, read[info.name]) for info in infos]
     if target == "-":
-        buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        sys.stdout.buffer.write(buffer.getbuffer())
+        _write_to_stdout(array)
     elif target is not None:
         done = {"model": address, "path": target, "tensors": len(infos), "bytes": read.done}
         _say_written(done, as_json)
@@ -196,12 +195,25 @@ def _write(path: Path, read: _Reader) -> None:
     write_model(path, read, read.entries, format=path.suffix.lower().removeprefix("."))
 
 
+def _write_to_stdout(array: NDArray[Any]) -> None:
+    """Write an array as .npy, piece by piece."""
+    if array.dtype.kind == "V":
+        label = DType.of(array.dtype).label
+        raise ArgumentError(
+            f".npy files cannot name {label}: add --dtype f32, or write .safetensors"
+        )
+    # Not sys.stdout.buffer: under PYTHONUNBUFFERED it may write a part and say nothing. And not the
+    # stream itself: numpy would ask it for its position, which a pipe does not have.
+    with open(sys.stdout.fileno(), "wb", closefd=False) as stream:
+        np.save(SimpleNamespace(write=stream.write), array, allow_pickle=False)
+
+
 def _say_written(done: dict[str, Any], as_json: bool) -> None:
     if as_json:
         output.emit_json(done)
     else:
         what = f"{text.plural(done['tensors'], 'tensor')}, {text.size(done['bytes'])}"
-        output.print_line(text.clean(f"wrote {done['model']} to {done['path']}: {what}"))
+        output.print_note(f"wrote {done['model']} to {done['path']}: {what}")
 
 
 def _figures(info: TensorInfo, array: NDArray[Any]) -> dict[str, Any]:

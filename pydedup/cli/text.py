@@ -16,6 +16,7 @@ __all__ = [
     "percent",
     "plural",
     "ratio",
+    "saved",
     "shape",
     "size",
     "without_secrets",
@@ -78,6 +79,11 @@ def percent(share: float) -> str:
     if 0 < value < 0.05:
         return "<0.1 %"
     return f"{value + 0.0:.1f} %".replace("-0.0 %", "0.0 %")
+
+
+def saved(share: float) -> str:
+    """Return what is saved; where more is taken than given, that nothing is."""
+    return percent(share) if share >= 0 else "nothing"
 
 
 def ratio(value: float) -> str:

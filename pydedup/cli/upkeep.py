@@ -31,11 +31,11 @@ def verify(url: str, as_json: bool, quiet: bool) -> int:
         output.emit_json({"ok": report.ok, **dataclasses.asdict(report)})
         return Exit.OK if report.ok else Exit.DIFFERENT
     for complaint in report.errors:
-        output.print_line(text.clean(f"damaged: {complaint}"), "red")
+        output.print_note(f"damaged: {complaint}", "red")
     for note in report.notes[:_SHOWN_NOTES]:
-        output.print_line(text.clean(f"note: {note}"), "dim")
+        output.print_note(f"note: {note}", "dim")
     if len(report.notes) > _SHOWN_NOTES:
-        output.print_line(f"and {len(report.notes) - _SHOWN_NOTES} more notes (see --json)", "dim")
+        output.print_note(f"and {len(report.notes) - _SHOWN_NOTES} more notes (see --json)", "dim")
     checked = ", ".join(
         [
             text.plural(report.models, "model"),
@@ -44,7 +44,7 @@ def verify(url: str, as_json: bool, quiet: bool) -> int:
         ]
     )
     verdict, style = ("sound", "green") if report.ok else ("DAMAGED", "bold red")
-    output.print_line(f"{verdict}: {checked}, checked in {text.duration(watch.seconds)}", style)
+    output.print_note(f"{verdict}: {checked}, checked in {text.duration(watch.seconds)}", style)
     return Exit.OK if report.ok else Exit.DIFFERENT
 
 

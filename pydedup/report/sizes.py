@@ -24,8 +24,9 @@ class ModelSize:
     exclusive_bytes
         The part of ``page_bytes`` that no other model reads.
     share_bytes
-        Its part of all pages, when each page counts in equal parts for the models that read it.
-        The shares of all models add up to the size of all pages (to within a byte per model).
+        Its part of all pages, when each page counts for the models that read it by how much of it
+        they use. The shares of all models add up to the size of all pages (to within a byte per
+        model).
     """
 
     info: ModelInfo
@@ -48,18 +49,24 @@ def model_sizes(adapter: Adapter, catalog: Catalog) -> list[ModelSize]:
         reads = adapter.model_pages()
         size = {page.id: page.payload_bytes for page in adapter.page_rows()}
     live = {info.id for info in infos}
-    pages: dict[int, list[int]] = {model_id: [] for model_id in live}
-    for model_id, page_id, _, _ in reads:
+    # Per model, what it uses of each page.
+    uses: dict[int, dict[int, int]] = {model_id: {} for model_id in live}
+    for model_id, page_id, _, used in reads:
         if model_id in live and page_id in size:
-            pages[model_id].append(page_id)
-    owners = Counter(page_id for read in pages.values() for page_id in read)
+            uses[model_id][page_id] = used
+    owners = Counter(page for pages in uses.values() for page in pages)
+    whole: Counter[int] = Counter()
+    for pages in uses.values():
+        whole.update(pages)
     return [
         ModelSize(
             info=info,
-            pages=len(pages[info.id]),
-            page_bytes=sum(size[page] for page in pages[info.id]),
-            exclusive_bytes=sum(size[page] for page in pages[info.id] if owners[page] == 1),
-            share_bytes=round(sum(size[page] / owners[page] for page in pages[info.id])),
+            pages=len(uses[info.id]),
+            page_bytes=sum(size[page] for page in uses[info.id]),
+            exclusive_bytes=sum(size[page] for page in uses[info.id] if owners[page] == 1),
+            share_bytes=round(
+                sum(size[page] * used / whole[page] for page, used in uses[info.id].items())
+            ),
         )
         for info in infos
     ]
