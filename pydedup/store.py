@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelInput", "Store", "open"]
 
 # Part of the memory budget that is not the pool's: buffers of adds and of kernels.
-_SCRATCH_BYTES = 16 * 1024 * 1024
+_SCRATCH_BYTES = 48 * 1024 * 1024
 
 #: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
 ModelInput = Any
@@ -116,7 +116,7 @@ class Store:
     def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
         self._adapter = adapter
         self._catalog = Catalog(adapter)
-        scratch = min(_SCRATCH_BYTES, memory_bytes // 4)
+        scratch = min(_SCRATCH_BYTES, memory_bytes // 2)
         self._pool = PagePool(adapter.read_pages, memory_bytes - scratch)
 
     def __enter__(self) -> Self:

@@ -24,8 +24,8 @@ from pydedup.pool import PagePool
 
 __all__ = ["Matcher", "StoredTable", "hash_keys"]
 
-# Blocks encoded in one go: bounds the arena beside the tensor to a few MiB.
-_ENCODE_BLOCKS = 256
+# Blocks encoded in one go: bounds the arena beside the tensor to 2 MiB or so.
+_ENCODE_BLOCKS = 128
 _LOOKUP_BLOCKS = 8192
 
 

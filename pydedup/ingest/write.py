@@ -131,8 +131,16 @@ class Stager:
             self._stage_model(model)
 
     def discard(self) -> None:
-        """Remove what was staged; leaves nothing behind but a gap in the ids."""
+        """Remove what was staged; leaves nothing behind but a gap in the ids.
+
+        Does nothing when the publishing transaction was committed after all: an interrupt, or a
+        connection that broke, can hide a commit from whoever made it.
+        """
         adapter = self._adapter
+        mine = {model.model_id for model in self._models if model.model_id}
+        staged = {row.id for row in adapter.models(state=STAGING)}
+        if not mine <= staged:
+            return
         for model in self._models:
             if model.model_id:
                 with adapter.transaction():

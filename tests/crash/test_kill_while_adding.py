@@ -80,7 +80,8 @@ def test_a_killed_add_leaves_a_sound_store(tmp_path: Path) -> None:
     began = time.monotonic()
     wait_for(writer, "added")
     duration = time.monotonic() - began
-    assert writer.wait() == 0
+    writer.communicate()
+    assert writer.returncode == 0
 
     chance = random.Random(20220815)
     killed_inside = 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -125,7 +126,7 @@ def test_sources_that_are_not_there_or_nothing(store: pydedup.Store, tmp_path: P
             store.add("bad", nonsense)
     with pytest.raises(PydedupError, match="complex128"):
         store.add("bad", {"w": np.zeros(3, complex)})
-    with pytest.raises(PydedupError, match="object"):
+    with pytest.raises(PydedupError, match="'w'"):
         store.add("bad", {"w": np.array([{}, []], object)})
 
 
@@ -148,7 +149,11 @@ def test_a_database_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     raw.close()
     text = tmp_path / "text.db"
     text.write_text("just some text, long enough to be looked at " * 40)
-    for path in (other, text):
+    plain = tmp_path / "plain.db"
+    with sqlite3.connect(plain) as raw:
+        raw.execute("CREATE TABLE customers (name)")
+    raw.close()
+    for path in (other, text, plain):
         before = path.read_bytes()
         for mode in ("a", "r"):
             with pytest.raises(StoreError, match=path.name):
@@ -157,21 +162,6 @@ def test_a_database_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(NotAStoreError, match=r"nothing\.db"):
         pydedup.open(f"sqlite:///{tmp_path / 'nothing.db'}", mode="r")
     assert not (tmp_path / "nothing.db").exists()
-
-
-def test_a_plain_database_of_the_user_can_hold_a_store(tmp_path: Path) -> None:
-    """Features and models live side by side: the point of it all."""
-    path = tmp_path / "features.db"
-    with sqlite3.connect(path) as raw:
-        raw.execute("CREATE TABLE features (id INTEGER PRIMARY KEY, f1 REAL)")
-        raw.execute("INSERT INTO features (f1) VALUES (1.5)")
-    raw.close()
-    with pydedup.open(f"sqlite:///{path}") as store:
-        store.add("m", MODEL)
-        assert store.verify().errors == []
-    with sqlite3.connect(path) as raw:
-        assert raw.execute("SELECT f1 FROM features").fetchall() == [(1.5,)]
-    raw.close()
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
@@ -222,7 +212,7 @@ def test_a_second_writer_waits_or_is_told(tmp_path: Path) -> None:
 
 
 def test_folders_that_do_not_allow_it(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no-such-folder"):
+    with pytest.raises(PydedupError, match="no-such-folder"):
         pydedup.open(f"sqlite:///{tmp_path / 'no-such-folder' / 'store.db'}")
     with pytest.raises(PydedupError):
         pydedup.open(f"sqlite:///{tmp_path}")
@@ -285,28 +275,41 @@ def test_a_read_only_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
         folder.rmdir()
 
 
+def _has_open(pid: int, path: Path) -> bool:
+    links = []
+    for fd in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            links.append(fd.readlink())
+    return path in links
+
+
 def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'store.db'}"
     with pydedup.open(url) as store:
         store.add("good", MODEL)
     source = tmp_path / "large.npy"
     np.save(source, np.random.default_rng(0).standard_normal((6000, 1000)).astype(np.float32))
-    for delay in (0.3, 0.6, 0.9):
+    for delay in (0.0, 0.1, 0.3):
         child = subprocess.Popen(
             [sys.executable, "-m", "pydedup", "add", url, "large", str(source)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        while child.poll() is None and not _has_open(child.pid, source):
+            time.sleep(0.005)
         time.sleep(delay)
         child.send_signal(signal.SIGINT)
         _, stderr = child.communicate()
-        assert child.returncode in (0, 130, -signal.SIGINT), stderr
-        assert "Traceback" not in stderr or delay < 0.5, stderr
+        assert child.returncode in (0, 130), stderr
+        assert "Traceback" not in stderr
+        assert child.returncode == 0 or "interrupted" in stderr
         with pydedup.open(url) as store:
             assert store.verify().errors == []
             assert np.array_equal(store.load("good")["w"], MODEL["w"])
-            if child.returncode == 0:
+            # Interrupted after its publishing transaction, an add is complete all the same.
+            if "large" in {info.name for info in store.models()}:
+                assert np.array_equal(store.load("large")["array"], np.load(source))
                 store.remove("large")
     with pydedup.open(url) as store:
         store.vacuum()

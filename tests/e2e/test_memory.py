@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adding a large model takes one tensor plus the pool, measured as RSS of a child process.
+
+Synthetic weights: they imitate a network of equal dense layers and a fine-tune of its last half.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+TENSOR_BYTES = 48 * 1024 * 1024
+TENSORS = 6
+POOL_BYTES = 128 * 1024 * 1024
+
+CHILD = """
+import json, sys, threading, time
+import psutil
+import pydedup
+
+url, small, first, second, pool = sys.argv[1:6]
+me = psutil.Process()
+peak = 0
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, me.memory_info().rss)
+        time.sleep(0.002)
+
+with pydedup.open(url, memory=int(pool)) as store:
+    store.add("warm-up", small)
+    before = me.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    peaks = []
+    for name, path in (("first", first), ("second", second)):
+        peak = 0
+        store.add(name, path)
+        peaks.append(peak - before)
+    done.set()
+    watcher.join()
+    print(json.dumps({"peaks": peaks, "errors": store.verify().errors}))
+"""
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "pt"])
+def test_adding_takes_one_tensor_plus_the_pool(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = TENSOR_BYTES // 4 // 1024
+    layers = {
+        f"layer{n}.weight": rng.standard_normal((rows, 1024), np.float32) for n in range(TENSORS)
+    }
+    # The first file is small: it loads what libraries the format needs before the measurement.
+    whole, layers = layers, {"w": np.ones((64, 64), np.float32)}
+    paths = []
+    for number in range(3):
+        path = tmp_path / f"{number}.{suffix}"
+        if suffix == "safetensors":
+            save_file(layers, path)
+        elif suffix == "npz":
+            np.savez(path, **layers)
+        else:
+            import torch
+
+            torch.save({name: torch.from_numpy(array) for name, array in layers.items()}, path)
+        paths.append(path)
+        layers = whole
+        if number == 1:
+            for name in list(layers)[TENSORS // 2 :]:
+                layers[name][::7] += 0.5
+    del layers, whole
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, url, *map(str, paths), str(POOL_BYTES)],
+        capture_output=True, text=True, check=True,
+    )
+    result = json.loads(done.stdout)
+    assert result["errors"] == []
+    for peak in result["peaks"]:
+        assert peak < TENSOR_BYTES + POOL_BYTES, result
+        assert peak > TENSOR_BYTES // 4, "the measurement saw nothing"
