@@ -53,9 +53,8 @@ std::byte* data_of(const py::object& object, Dtype compute, std::size_t size, bo
     const bool contiguous = (array.flags() & py::array::c_style) != 0;
     if (!same || !contiguous || static_cast<std::size_t>(array.size()) != size) {
         throw Error(ErrorCode::invalid_argument, std::string(name) + " must be a C-contiguous " +
-                                                     (wide ? "float64" : "float32") +
-                                                     " array of " + std::to_string(size) +
-                                                     " elements");
+                                                     (wide ? "float64" : "float32") + " array of " +
+                                                     std::to_string(size) + " elements");
     }
     if (writes && !array.writeable()) {
         throw Error(ErrorCode::invalid_argument, std::string(name) + " is read-only");
@@ -92,8 +91,8 @@ BlockGrid grid_of(std::size_t rows, std::size_t cols, std::size_t block_rows,
 class BoundMatmul {
   public:
     BoundMatmul(std::size_t rows, std::size_t cols, std::size_t block_rows, std::size_t block_cols,
-                int dtype, py::array x, py::object bias,
-                const std::string& activation, bool transpose, py::array y, unsigned threads)
+                int dtype, py::array x, py::object bias, const std::string& activation,
+                bool transpose, py::array y, unsigned threads)
         : x_(std::move(x)), bias_(std::move(bias)), y_(std::move(y)) {
         const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
         const Dtype weights = as_dtype(dtype);
@@ -176,27 +175,27 @@ void bag_rows_into(std::size_t rows, std::size_t cols, std::size_t block_rows,
 }  // namespace
 
 void bind_gemm(py::module_& m) {
-    m.def("compute_dtype", [](int dtype) { return static_cast<int>(compute_dtype(as_dtype(dtype))); });
+    m.def("compute_dtype",
+          [](int dtype) { return static_cast<int>(compute_dtype(as_dtype(dtype))); });
     py::class_<BoundMatmul>(m, "Matmul")
         .def(py::init<std::size_t, std::size_t, std::size_t, std::size_t, int, py::array,
                       py::object, const std::string&, bool, py::array, unsigned>(),
              py::arg("rows"), py::arg("cols"), py::arg("block_rows"), py::arg("block_cols"),
-             py::arg("dtype"), py::arg("x").noconvert(), py::arg("bias"),
-             py::arg("activation"), py::arg("transpose"), py::arg("y").noconvert(),
-             py::arg("threads") = 0)
+             py::arg("dtype"), py::arg("x").noconvert(), py::arg("bias"), py::arg("activation"),
+             py::arg("transpose"), py::arg("y").noconvert(), py::arg("threads") = 0)
         .def("feed", &BoundMatmul::feed, py::arg("pages"), py::arg("page_index").noconvert(),
              py::arg("slots").noconvert())
         .def_property_readonly("fed", &BoundMatmul::fed);
     m.def("activate", &activate_array, py::arg("values").noconvert(), py::arg("activation"),
           py::arg("threads") = 0);
     m.def("take_rows", &take_rows_into, py::arg("rows"), py::arg("cols"), py::arg("block_rows"),
-          py::arg("block_cols"), py::arg("dtype"), py::arg("indices").noconvert(),
-          py::arg("pages"), py::arg("page_index").noconvert(), py::arg("slots").noconvert(),
-          py::arg("ids").noconvert(), py::arg("positions").noconvert(),
-          py::arg("out").noconvert(), py::arg("threads") = 0);
+          py::arg("block_cols"), py::arg("dtype"), py::arg("indices").noconvert(), py::arg("pages"),
+          py::arg("page_index").noconvert(), py::arg("slots").noconvert(),
+          py::arg("ids").noconvert(), py::arg("positions").noconvert(), py::arg("out").noconvert(),
+          py::arg("threads") = 0);
     m.def("bag_rows", &bag_rows_into, py::arg("rows"), py::arg("cols"), py::arg("block_rows"),
-          py::arg("block_cols"), py::arg("dtype"), py::arg("indices").noconvert(),
-          py::arg("pages"), py::arg("page_index").noconvert(), py::arg("slots").noconvert(),
+          py::arg("block_cols"), py::arg("dtype"), py::arg("indices").noconvert(), py::arg("pages"),
+          py::arg("page_index").noconvert(), py::arg("slots").noconvert(),
           py::arg("ids").noconvert(), py::arg("bags").noconvert(), py::arg("mode"),
           py::arg("out").noconvert(), py::arg("threads") = 0);
 }

@@ -57,14 +57,18 @@ void bind_storage(py::module_& m) {
         .def(py::init<std::size_t>(), py::arg("budget_bytes"))
         .def("pin", &pin_pages, py::arg("ids").noconvert())
         .def("insert", &insert_page, py::arg("id"), py::arg("payload"))
-        .def("count_resident",
-             [](const BufferPool& pool, const Array<std::int64_t>& ids) {
-                 return pool.count_resident(as_span(ids, "ids"));
-             },
-             py::arg("ids").noconvert())
-        .def("drop",
-             [](BufferPool& pool, const Array<std::int64_t>& ids) { pool.drop(as_span(ids, "ids")); },
-             py::arg("ids").noconvert())
+        .def(
+            "count_resident",
+            [](const BufferPool& pool, const Array<std::int64_t>& ids) {
+                return pool.count_resident(as_span(ids, "ids"));
+            },
+            py::arg("ids").noconvert())
+        .def(
+            "drop",
+            [](BufferPool& pool, const Array<std::int64_t>& ids) {
+                pool.drop(as_span(ids, "ids"));
+            },
+            py::arg("ids").noconvert())
         .def("clear", &BufferPool::clear)
         .def("stats", &stats_of);
 }

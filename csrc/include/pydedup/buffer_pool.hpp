@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pages in memory under a hard budget. The pool never reads a page itself: who misses one fetches it,
-// outside of any lock, and inserts it.
+// Pages in memory under a hard budget. The pool never reads a page itself: who misses one fetches
+// it, outside of any lock, and inserts it.
 #pragma once
 
 #include <cstddef>
@@ -14,9 +14,9 @@ namespace pydedup {
 
 /// Safe between threads. Pages are immutable, so a pinned page may be read without any lock.
 ///
-/// A forked child may keep using the pins it has and destroy the pool, which is all: it makes a pool
-/// of its own. (A thread that was inside the pool does not exist in the child, so its mutex may be
-/// locked there forever, and its lists half moved.)
+/// A forked child may keep using the pins it has and destroy the pool, which is all: it makes a
+/// pool of its own. (A thread that was inside the pool does not exist in the child, so its mutex
+/// may be locked there forever, and its lists half moved.)
 class BufferPool {
   public:
     using PageId = std::int64_t;

@@ -16,8 +16,8 @@
 
 namespace pydedup {
 
-/// f64 for weights of f64 and of 32- or 64-bit integers, f32 for all others: the narrower of the two
-/// that holds every weight exactly (only 64-bit integers beyond 2^53 are rounded).
+/// f64 for weights of f64 and of 32- or 64-bit integers, f32 for all others: the narrower of the
+/// two that holds every weight exactly (only 64-bit integers beyond 2^53 are rounded).
 [[nodiscard]] Dtype compute_dtype(Dtype weights) noexcept;
 
 enum class Activation : std::uint8_t { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
@@ -36,8 +36,9 @@ void activate(std::byte* values, Dtype dtype, std::size_t count, Activation acti
 /// neither the number of threads nor how the blocks were dealt out to feed(). It may differ in the
 /// last bits between kernels, and between few and many rows of x.
 ///
-/// x, bias and y are in compute_dtype(weights), contiguous, and stay alive and, but for y, unchanged
-/// until the last block was fed. Not safe between threads; distinct objects are independent.
+/// x, bias and y are in compute_dtype(weights), contiguous, and stay alive and, but for y,
+/// unchanged until the last block was fed. Not safe between threads; distinct objects are
+/// independent.
 class Matmul {
   public:
     struct Problem {
@@ -82,17 +83,17 @@ struct BlockSet {
 
 /// Copies row ids[i] into row positions[i] of `out` (rows of the matrix's width, its dtype), as far
 /// as its blocks are in the set: columns of other blocks are left alone. Encoded blocks are decoded
-/// once, all of the set at a time. Throws as Matmul::feed does, Error{invalid_argument} for a row or
-/// position outside of the matrix or of `out_rows`.
+/// once, all of the set at a time. Throws as Matmul::feed does, Error{invalid_argument} for a row
+/// or position outside of the matrix or of `out_rows`.
 void take_rows(const BlockSet& set, std::span<const std::int64_t> ids,
                std::span<const std::int64_t> positions, std::byte* out, std::size_t out_rows,
                unsigned threads = 0);
 
 enum class BagMode : std::uint8_t { sum, max };
 
-/// out[bags[i]] += row ids[i], or its maximum (a NaN wins), over the columns whose blocks are in the
-/// set; `out` has out_rows rows in compute_dtype. `bags` ascends: a bag belongs to one thread, which
-/// adds its rows in the order given. Throws as take_rows does.
+/// out[bags[i]] += row ids[i], or its maximum (a NaN wins), over the columns whose blocks are in
+/// the set; `out` has out_rows rows in compute_dtype. `bags` ascends: a bag belongs to one thread,
+/// which adds its rows in the order given. Throws as take_rows does.
 void bag_rows(const BlockSet& set, std::span<const std::int64_t> ids,
               std::span<const std::int64_t> bags, BagMode mode, std::byte* out,
               std::size_t out_rows, unsigned threads = 0);

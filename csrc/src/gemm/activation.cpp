@@ -53,14 +53,18 @@ void finish_row(T* row, std::size_t count, const T* bias, Activation activation)
         for (std::size_t j = 0; j < count; ++j) row[j] += bias[j];
     }
     switch (activation) {
-        case Activation::none: return;
+        case Activation::none:
+            return;
         case Activation::relu:  // a NaN is not below 0 and stays
             return apply(row, count, [](T v) noexcept { return v < T{0} ? T{0} : v; });
-        case Activation::gelu: return apply(row, count, gelu<T>);
-        case Activation::gelu_tanh: return apply(row, count, gelu_tanh<T>);
+        case Activation::gelu:
+            return apply(row, count, gelu<T>);
+        case Activation::gelu_tanh:
+            return apply(row, count, gelu_tanh<T>);
         case Activation::silu:
             return apply(row, count, [](T v) noexcept { return v / (T{1} + std::exp(-v)); });
-        case Activation::sigmoid: return apply(row, count, sigmoid<T>);
+        case Activation::sigmoid:
+            return apply(row, count, sigmoid<T>);
         case Activation::tanh:
             return apply(row, count, [](T v) noexcept { return std::tanh(v); });
     }

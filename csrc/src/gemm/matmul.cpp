@@ -40,7 +40,9 @@ constexpr std::size_t kStripBytes = 512;
 // Pieces per thread that a call should have, so that one late thread does not hold up the rest.
 constexpr std::size_t kPiecesPerThread = 4;
 
-[[nodiscard]] std::size_t ceil_div(std::size_t a, std::size_t b) noexcept { return (a + b - 1) / b; }
+[[nodiscard]] std::size_t ceil_div(std::size_t a, std::size_t b) noexcept {
+    return (a + b - 1) / b;
+}
 
 }  // namespace
 
@@ -51,9 +53,9 @@ class Matmul::Impl {
 
     void feed(std::span<const BlockView> blocks) {
         if (blocks.size() > p_.grid.count() - fed_) {
-            throw Error(ErrorCode::invalid_argument,
-                        std::to_string(fed_ + blocks.size()) + " blocks were fed to a matrix of " +
-                            std::to_string(p_.grid.count()));
+            throw Error(ErrorCode::invalid_argument, std::to_string(fed_ + blocks.size()) +
+                                                         " blocks were fed to a matrix of " +
+                                                         std::to_string(p_.grid.count()));
         }
         for (std::size_t i = 0; i < blocks.size(); ++i) {
             detail::check_block(blocks[i], p_.grid, p_.weights, fed_ + i);
@@ -149,8 +151,8 @@ class Matmul::Typed final : public Matmul::Impl {
              const Body& body) const {
         const std::size_t rows = units * unit_rows;
         const std::size_t wanted = threads == 1 ? 1 : ceil_div(kPiecesPerThread * threads, panels);
-        const std::size_t chunks = std::max(ceil_div(rows, kMaxTaskRows),
-                                            std::min(wanted, ceil_div(rows, kMinTaskRows)));
+        const std::size_t chunks =
+            std::max(ceil_div(rows, kMaxTaskRows), std::min(wanted, ceil_div(rows, kMinTaskRows)));
         const std::size_t chunk = ceil_div(units, chunks);
         const std::size_t per_panel = ceil_div(units, chunk);
         parallel_for(panels * per_panel, 1, threads, [&](std::size_t begin, std::size_t end) {

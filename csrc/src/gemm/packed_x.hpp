@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// x, packed for tile_nt: cut into strips of columns (one per column of blocks of W), each strip into
-// tiles of rows, and in a tile the rows run along the lanes of a vector. So all that one block is
-// multiplied with lies together. Rows that only fill up the last tile are zero.
+// x, packed for tile_nt: cut into strips of columns (one per column of blocks of W), each strip
+// into tiles of rows, and in a tile the rows run along the lanes of a vector. So all that one block
+// is multiplied with lies together. Rows that only fill up the last tile are zero.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,8 @@ namespace pydedup::detail {
 template <class T>
 struct RowTile {
     const typename GemmKernelsOf<T>::Tile* kernel;
-    std::size_t row0;  ///< first row of x; also the lanes before this tile, as only the last is padded
+    std::size_t
+        row0;  ///< first row of x; also the lanes before this tile, as only the last is padded
     std::size_t rows;  ///< rows of x in it, at most kernel->width
 };
 

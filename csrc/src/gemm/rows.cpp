@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a matrix by number, out of the blocks at hand: gather, and sums or maxima of bags of them.
+// Rows of a matrix by number, out of the blocks at hand: gather, and sums or maxima of bags of
+// them.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -47,11 +48,12 @@ class Rows {
         for (const std::int64_t index : set.indices) {
             ++first_of_row_[static_cast<std::size_t>(index) / set.grid.grid_cols() + 1];
         }
-        for (std::size_t g = 1; g < first_of_row_.size(); ++g) first_of_row_[g] += first_of_row_[g - 1];
+        for (std::size_t g = 1; g < first_of_row_.size(); ++g)
+            first_of_row_[g] += first_of_row_[g - 1];
     }
 
-    /// Calls use(first byte, bytes, first column, columns) for each block at hand that holds a piece
-    /// of row `id`.
+    /// Calls use(first byte, bytes, first column, columns) for each block at hand that holds a
+    /// piece of row `id`.
     template <class Use>
     void each_piece(std::size_t id, const Use& use) const {
         const std::size_t block_row = id / set_.grid.block_rows;
@@ -76,20 +78,22 @@ class Rows {
         }
         decoded_ = AlignedArray<std::byte>(bytes);
         if (bytes < kMinBytesPerThread) threads = 1;
-        parallel_for(encoded.size(), 4, thread_count(threads), [&](std::size_t begin, std::size_t end) {
-            for (std::size_t e = begin; e < end; ++e) {
-                const BlockView& block = set_.blocks[encoded[e]];
-                std::byte* const to = decoded_.data() + at[e];
-                decode_block(block, to, block.row_bytes());
-                rows_of_[encoded[e]] = to;
-            }
-        });
+        parallel_for(encoded.size(), 4, thread_count(threads),
+                     [&](std::size_t begin, std::size_t end) {
+                         for (std::size_t e = begin; e < end; ++e) {
+                             const BlockView& block = set_.blocks[encoded[e]];
+                             std::byte* const to = decoded_.data() + at[e];
+                             decode_block(block, to, block.row_bytes());
+                             rows_of_[encoded[e]] = to;
+                         }
+                     });
     }
 
     const BlockSet& set_;
     std::vector<const std::byte*> rows_of_;
     AlignedArray<std::byte> decoded_;
-    std::vector<std::uint32_t> first_of_row_;  // index into the set, per block row; one more at the end
+    std::vector<std::uint32_t>
+        first_of_row_;  // index into the set, per block row; one more at the end
 };
 
 void check_rows(const BlockSet& set, std::span<const std::int64_t> ids,
@@ -101,9 +105,10 @@ void check_rows(const BlockSet& set, std::span<const std::int64_t> ids,
     }
     for (std::size_t i = 0; i < ids.size(); ++i) {
         if (ids[i] < 0 || static_cast<std::size_t>(ids[i]) >= set.grid.rows) {
-            throw Error(ErrorCode::invalid_argument,
-                        "id " + std::to_string(ids[i]) + " at position " + std::to_string(i) +
-                            " is outside of the matrix's " + std::to_string(set.grid.rows) + " rows");
+            throw Error(ErrorCode::invalid_argument, "id " + std::to_string(ids[i]) +
+                                                         " at position " + std::to_string(i) +
+                                                         " is outside of the matrix's " +
+                                                         std::to_string(set.grid.rows) + " rows");
         }
         if (to[i] < 0 || static_cast<std::size_t>(to[i]) >= out_rows) {
             throw Error(ErrorCode::invalid_argument, "destination " + std::to_string(to[i]) +
@@ -143,20 +148,21 @@ void reduce_bags(const BlockSet& set, const Rows& rows, std::span<const std::int
         detail::Scratch<T> scratch;
         for (std::size_t i = begin; i < end; ++i) {
             T* const to = out + static_cast<std::size_t>(bags[i]) * set.grid.cols;
-            rows.each_piece(static_cast<std::size_t>(ids[i]), [&](const std::byte* from, std::size_t,
-                                                                  std::size_t col0, std::size_t cols) {
-                const T* values = reinterpret_cast<const T*>(from);
-                if (!same) {
-                    T* const wide = scratch.at_least(cols);
-                    detail::widen(from, set.dtype, cols, wide, kernel);
-                    values = wide;
-                }
-                if (mode == BagMode::sum) {
-                    add_row(values, cols, to + col0);
-                } else {
-                    max_row(values, cols, to + col0);
-                }
-            });
+            rows.each_piece(
+                static_cast<std::size_t>(ids[i]),
+                [&](const std::byte* from, std::size_t, std::size_t col0, std::size_t cols) {
+                    const T* values = reinterpret_cast<const T*>(from);
+                    if (!same) {
+                        T* const wide = scratch.at_least(cols);
+                        detail::widen(from, set.dtype, cols, wide, kernel);
+                        values = wide;
+                    }
+                    if (mode == BagMode::sum) {
+                        add_row(values, cols, to + col0);
+                    } else {
+                        max_row(values, cols, to + col0);
+                    }
+                });
         }
     });
 }
@@ -170,18 +176,16 @@ void take_rows(const BlockSet& set, std::span<const std::int64_t> ids,
     const Rows rows(set, threads);
     const std::size_t item = item_bytes(set.dtype);
     const std::size_t row_bytes = set.grid.cols * item;
-    parallel_for(ids.size(), kRowsPerPiece, threads_for(ids.size() * row_bytes, threads),
-                 [&](std::size_t begin, std::size_t end) {
-                     for (std::size_t i = begin; i < end; ++i) {
-                         std::byte* const to =
-                             out + static_cast<std::size_t>(positions[i]) * row_bytes;
-                         rows.each_piece(static_cast<std::size_t>(ids[i]),
-                                         [&](const std::byte* from, std::size_t bytes,
-                                             std::size_t col0, std::size_t) {
-                                             std::memcpy(to + col0 * item, from, bytes);
-                                         });
-                     }
-                 });
+    parallel_for(
+        ids.size(), kRowsPerPiece, threads_for(ids.size() * row_bytes, threads),
+        [&](std::size_t begin, std::size_t end) {
+            for (std::size_t i = begin; i < end; ++i) {
+                std::byte* const to = out + static_cast<std::size_t>(positions[i]) * row_bytes;
+                rows.each_piece(static_cast<std::size_t>(ids[i]),
+                                [&](const std::byte* from, std::size_t bytes, std::size_t col0,
+                                    std::size_t) { std::memcpy(to + col0 * item, from, bytes); });
+            }
+        });
 }
 
 void bag_rows(const BlockSet& set, std::span<const std::int64_t> ids,
@@ -192,7 +196,8 @@ void bag_rows(const BlockSet& set, std::span<const std::int64_t> ids,
         throw Error(ErrorCode::invalid_argument, "bags must ascend");
     }
     const Rows rows(set, threads);
-    const unsigned workers = threads_for(ids.size() * set.grid.cols * item_bytes(set.dtype), threads);
+    const unsigned workers =
+        threads_for(ids.size() * set.grid.cols * item_bytes(set.dtype), threads);
     if (compute_dtype(set.dtype) == Dtype::f64) {
         reduce_bags(set, rows, ids, bags, mode, reinterpret_cast<double*>(out), workers);
     } else {

@@ -17,8 +17,10 @@ Dtype compute_dtype(Dtype weights) noexcept {
         case Dtype::i32:
         case Dtype::u32:
         case Dtype::i64:
-        case Dtype::u64: return Dtype::f64;
-        default: return Dtype::f32;
+        case Dtype::u64:
+            return Dtype::f64;
+        default:
+            return Dtype::f32;
     }
 }
 
@@ -101,8 +103,10 @@ template <class T>
 void widen(const std::byte* from, Dtype dtype, std::size_t count, T* to,
            const GemmKernels& kernels) {
     switch (dtype) {
-        case Dtype::f64: return convert<double>(from, count, to);
-        case Dtype::f32: return convert<float>(from, count, to);
+        case Dtype::f64:
+            return convert<double>(from, count, to);
+        case Dtype::f32:
+            return convert<float>(from, count, to);
         case Dtype::f16:
         case Dtype::bf16:
             if constexpr (sizeof(T) == 4) {
@@ -111,15 +115,23 @@ void widen(const std::byte* from, Dtype dtype, std::size_t count, T* to,
                 return;
             }
             break;  // never with T = double: compute_dtype
-        case Dtype::i8: return convert<std::int8_t>(from, count, to);
-        case Dtype::i16: return convert<std::int16_t>(from, count, to);
-        case Dtype::i32: return convert<std::int32_t>(from, count, to);
-        case Dtype::i64: return convert<std::int64_t>(from, count, to);
+        case Dtype::i8:
+            return convert<std::int8_t>(from, count, to);
+        case Dtype::i16:
+            return convert<std::int16_t>(from, count, to);
+        case Dtype::i32:
+            return convert<std::int32_t>(from, count, to);
+        case Dtype::i64:
+            return convert<std::int64_t>(from, count, to);
         case Dtype::u8:
-        case Dtype::boolean: return convert<std::uint8_t>(from, count, to);
-        case Dtype::u16: return convert<std::uint16_t>(from, count, to);
-        case Dtype::u32: return convert<std::uint32_t>(from, count, to);
-        case Dtype::u64: return convert<std::uint64_t>(from, count, to);
+        case Dtype::boolean:
+            return convert<std::uint8_t>(from, count, to);
+        case Dtype::u16:
+            return convert<std::uint16_t>(from, count, to);
+        case Dtype::u32:
+            return convert<std::uint32_t>(from, count, to);
+        case Dtype::u64:
+            return convert<std::uint64_t>(from, count, to);
         case Dtype::f8_e4m3: {
             static const std::array<float, 256> table = make_f8_table(3, 7, false);
             return look_up(table, from, count, to);

@@ -31,7 +31,8 @@ struct F32 {
     }
     static void sum4(Reg a, Reg b, Reg c, Reg d, Elem* out) noexcept {
         const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+        _mm_storeu_ps(out,
+                      _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
     }
 };
 

@@ -31,7 +31,8 @@ struct F32 {
         const __m256 ab = _mm256_hadd_ps(halves(a), halves(b));
         const __m256 cd = _mm256_hadd_ps(halves(c), halves(d));
         const __m256 abcd = _mm256_hadd_ps(ab, cd);
-        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+        _mm_storeu_ps(out,
+                      _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
     }
 };
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels of the streaming matrix product. A block w is rows x cols, row-major, where it lies in its
-// page or in a scratch tile; leading dimensions are in elements. All kernels add to their output.
+// Kernels of the streaming matrix product. A block w is rows x cols, row-major, where it lies in
+// its page or in a scratch tile; leading dimensions are in elements. All kernels add to their
+// output.
 //
 // Two shapes of work, x @ W.T (nt) and x @ W (nn), and for nt two ways:
 //   dot_nt    few rows of x: vectors run along the columns of w; w is read once, at memory speed.
@@ -30,8 +31,8 @@ struct GemmKernelsOf {
         /// acc[r * width + i] += sum over c of x[c * width + i] * w[r, c], for i < width, summed in
         /// the order of c in every lane and for every width. Unless nullptr, rows * cols elements
         /// from `next` on (need not exist) are prefetched meanwhile.
-        void (*tile_nt)(const T* x, const T* w, std::size_t rows, std::size_t cols,
-                        std::size_t ldw, const T* next, T* acc) noexcept;
+        void (*tile_nt)(const T* x, const T* w, std::size_t rows, std::size_t cols, std::size_t ldw,
+                        const T* next, T* acc) noexcept;
     };
     Tile tiles[kMaxGemmTiles];  ///< widest first
     std::size_t dot_max_m;      ///< up to this m dot_nt is the faster way (measured)

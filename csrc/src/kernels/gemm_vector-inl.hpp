@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bodies of the vector kernels, written once over a vector type V and compiled once per instruction
 // set: an -inl file of an ISA defines its vector types, then includes this file INSIDE its own
-// anonymous namespace. So no include guard and no include here, and every name has internal linkage.
+// anonymous namespace. So no include guard and no include here, and every name has internal
+// linkage.
 //
 // V:      Elem, Reg, kLanes, zero(), load(p), load_n(p, n), store(p, v), store_n(p, v, n), set1(e),
 //         fma(a, b, c) = a*b+c, sum(v), sum4(a, b, c, d, out[4]).
@@ -40,7 +41,8 @@ void dot_nt_fixed(const typename V::Elem* x, std::size_t ldx, const typename Wei
         for (std::size_t r = 0; r < R; ++r) {
             const Reg ws = Weight::load(w + r * ldw + c);
 #pragma GCC unroll 8
-            for (std::size_t i = 0; i < M; ++i) sums[i * R + r] = V::fma(xs[i], ws, sums[i * R + r]);
+            for (std::size_t i = 0; i < M; ++i)
+                sums[i * R + r] = V::fma(xs[i], ws, sums[i * R + r]);
         }
     }
     if (const std::size_t rest = cols - c; rest != 0) {
@@ -88,18 +90,24 @@ void dot_nt(const typename V::Elem* x, std::size_t ldx, std::size_t m,
         dot_nt_rows<V, Weight, 4, kDotRows4>(x, ldx, w, rows, cols, ldw, y, ldy);
     }
     switch (m) {
-        case 3: dot_nt_rows<V, Weight, 3, 4>(x, ldx, w, rows, cols, ldw, y, ldy); break;
-        case 2: dot_nt_rows<V, Weight, 2, 4>(x, ldx, w, rows, cols, ldw, y, ldy); break;
-        case 1: dot_nt_rows<V, Weight, 1, 2>(x, ldx, w, rows, cols, ldw, y, ldy); break;
-        default: break;
+        case 3:
+            dot_nt_rows<V, Weight, 3, 4>(x, ldx, w, rows, cols, ldw, y, ldy);
+            break;
+        case 2:
+            dot_nt_rows<V, Weight, 2, 4>(x, ldx, w, rows, cols, ldw, y, ldy);
+            break;
+        case 1:
+            dot_nt_rows<V, Weight, 1, 2>(x, ldx, w, rows, cols, ldw, y, ldy);
+            break;
+        default:
+            break;
     }
 }
 
 // VN vectors along the rows of x by R rows of w; one element of w is broadcast to VN products.
 template <class V, std::size_t VN, std::size_t R>
 void tile_nt_fixed(const typename V::Elem* x, const typename V::Elem* w, std::size_t cols,
-                   std::size_t ldw, const typename V::Elem* next,
-                   typename V::Elem* acc) noexcept {
+                   std::size_t ldw, const typename V::Elem* next, typename V::Elem* acc) noexcept {
     using Reg = typename V::Reg;
     constexpr std::size_t kWidth = VN * V::kLanes;
     if (next != nullptr) {
@@ -208,9 +216,9 @@ void block_nn_rows(const typename V::Elem* x, std::size_t ldx, const typename V:
 }
 
 template <class V>
-void block_nn(const typename V::Elem* x, std::size_t ldx, std::size_t m,
-              const typename V::Elem* w, std::size_t rows, std::size_t cols, std::size_t ldw,
-              typename V::Elem* y, std::size_t ldy) noexcept {
+void block_nn(const typename V::Elem* x, std::size_t ldx, std::size_t m, const typename V::Elem* w,
+              std::size_t rows, std::size_t cols, std::size_t ldw, typename V::Elem* y,
+              std::size_t ldy) noexcept {
     std::size_t i = 0;
     for (; i + kNnRows <= m; i += kNnRows) {
         block_nn_rows<V, kNnRows>(x + i * ldx, ldx, w, rows, cols, ldw, y + i * ldy, ldy);

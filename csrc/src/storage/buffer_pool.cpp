@@ -11,9 +11,9 @@
 //     evict:       idle (its old end) -> gone
 //     drop, clear: idle -> gone;  pinned -> orphans
 //
-// Bytes of all three count against the budget. `idle` is ordered by the time of the last unpin, which
-// is what makes eviction least-recently-used. Entries move between lists by splicing: once a page is
-// in, no move allocates, so none can fail.
+// Bytes of all three count against the budget. `idle` is ordered by the time of the last unpin,
+// which is what makes eviction least-recently-used. Entries move between lists by splicing: once a
+// page is in, no move allocates, so none can fail.
 //
 // One mutex guards all of it. Pages are destroyed after it was released: that may run foreign code
 // (the owner of a page's memory may be a Python object, whose release waits for the GIL).
@@ -163,9 +163,9 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     void make_room(std::size_t bytes, List& gone) {
         if (bytes > budget_bytes_ - pinned_bytes_) {
             throw Error(ErrorCode::out_of_budget,
-                        "a page of " + std::to_string(bytes) + " bytes does not fit: of a budget of " +
-                            std::to_string(budget_bytes_) + " bytes, " +
-                            std::to_string(pinned_bytes_) +
+                        "a page of " + std::to_string(bytes) +
+                            " bytes does not fit: of a budget of " + std::to_string(budget_bytes_) +
+                            " bytes, " + std::to_string(pinned_bytes_) +
                             " are in use; open the store with more memory");
         }
         while (bytes > budget_bytes_ - bytes_) {

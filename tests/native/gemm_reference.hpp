@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the tests of products compare with: long sums in extended precision, and the error bound of
+// any order of summation.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+namespace pydedup::testing {
+
+inline std::mt19937_64& rng() {
+    static std::mt19937_64 engine(7);
+    return engine;
+}
+
+template <class T>
+std::vector<T> normal(std::size_t count) {
+    std::normal_distribution<double> draw(0.0, 1.0);
+    std::vector<T> values(count);
+    for (T& value : values) value = static_cast<T>(draw(rng()));
+    return values;
+}
+
+// |computed - exact| <= gamma * sum of |terms| for any order of adding n terms (Higham, Accuracy
+// and Stability of Numerical Algorithms, 2002, section 3.1); 2 for the rounding of each product.
+template <class T>
+double bound(std::size_t n, double magnitude) {
+    return static_cast<double>(n + 2) * std::numeric_limits<T>::epsilon() * magnitude +
+           std::numeric_limits<T>::min();
+}
+
+template <class T>
+struct Exact {
+    std::vector<double> value, magnitude;
+    std::size_t terms;
+
+    [[nodiscard]] bool agrees(const std::vector<T>& y) const {
+        for (std::size_t i = 0; i < y.size(); ++i) {
+            if (!(std::abs(y[i] - value[i]) <= bound<T>(terms, magnitude[i]))) return false;
+        }
+        return y.size() == value.size();
+    }
+};
+
+// x (m x k) times w: w is n x k, or k x n when transposed; added to y0.
+template <class T>
+Exact<T> exact(const std::vector<T>& x, const std::vector<T>& w, std::size_t m, std::size_t n,
+               std::size_t k, bool transpose, const std::vector<T>& y0) {
+    Exact<T> sums{std::vector<double>(m * n), std::vector<double>(m * n), k + 1};
+    for (std::size_t i = 0; i < m; ++i) {
+        for (std::size_t j = 0; j < n; ++j) {
+            long double sum = y0[i * n + j];
+            long double magnitude = std::abs(y0[i * n + j]);
+            for (std::size_t c = 0; c < k; ++c) {
+                const long double term = static_cast<long double>(x[i * k + c]) *
+                                         (transpose ? w[c * n + j] : w[j * k + c]);
+                sum += term;
+                magnitude += std::abs(term);
+            }
+            sums.value[i * n + j] = static_cast<double>(sum);
+            sums.magnitude[i * n + j] = static_cast<double>(magnitude);
+        }
+    }
+    return sums;
+}
+
+}  // namespace pydedup::testing

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+// Streaming products, rows and bags: shapes, encodings, cuts, threads, and blocks that do not fit.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "check.hpp"
+#include "gemm_reference.hpp"
+#include "pydedup/gemm.hpp"
+
+using namespace pydedup;
+using namespace pydedup::testing;
+
+namespace {
+
+// A matrix as blocks in memory of their own.
+struct Stored {
+    BlockGrid grid;
+    Dtype dtype;
+    std::vector<std::vector<std::byte>> memory;
+    std::vector<BlockView> blocks;
+};
+
+template <class T>
+Stored store(const std::vector<T>& w, const BlockGrid& grid, Dtype dtype, bool planes) {
+    Stored stored{grid, dtype, {}, {}};
+    for (std::size_t i = 0; i < grid.count(); ++i) {
+        const BlockRect rect = block_rect(grid, i);
+        const MatrixRef block{
+            reinterpret_cast<const std::byte*>(w.data() + rect.row0 * grid.cols + rect.col0),
+            rect.rows, rect.cols, grid.cols * sizeof(T), dtype};
+        std::vector<std::byte> bytes(rect.rows * rect.cols * sizeof(T));
+        const EncodedBlock encoded = encode_block(block, planes, bytes);
+        bytes.resize(encoded.length);
+        stored.memory.push_back(std::move(bytes));
+        stored.blocks.push_back({stored.memory.back().data(), encoded.length, encoded.encoding,
+                                 dtype, static_cast<std::uint32_t>(rect.rows),
+                                 static_cast<std::uint32_t>(rect.cols), 0});
+    }
+    return stored;
+}
+
+template <class T>
+std::vector<T> multiply(const Stored& w, const std::vector<T>& x, std::size_t m, bool transpose,
+                        Activation activation = Activation::none, const T* bias = nullptr,
+                        unsigned threads = 1, std::size_t piece = static_cast<std::size_t>(-1)) {
+    // Begins as NaN: what is not written shows.
+    std::vector<T> y(m * (transpose ? w.grid.cols : w.grid.rows),
+                     std::numeric_limits<T>::quiet_NaN());
+    Matmul matmul({w.grid, w.dtype, reinterpret_cast<const std::byte*>(x.data()), m,
+                   reinterpret_cast<const std::byte*>(bias), activation, transpose,
+                   reinterpret_cast<std::byte*>(y.data()), threads});
+    for (std::size_t at = 0; at < w.blocks.size();) {
+        const std::size_t n = std::min(piece, w.blocks.size() - at);
+        matmul.feed(std::span(w.blocks).subspan(at, n));
+        at += n;
+    }
+    CHECK(matmul.fed() == w.grid.count());
+    return y;
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+template <class T>
+void check_frame(const BlockGrid& grid, std::size_t m, bool planes) {
+    const Dtype dtype = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
+    const auto w = normal<T>(grid.rows * grid.cols);
+    const Stored stored = store(w, grid, dtype, planes);
+    for (const bool transpose : {false, true}) {
+        const std::size_t k = transpose ? grid.rows : grid.cols;
+        const std::size_t n = transpose ? grid.cols : grid.rows;
+        const auto x = normal<T>(m * k);
+        const auto y = multiply(stored, x, m, transpose);
+        CHECK(exact(x, w, m, n, k, transpose, std::vector<T>(m * n)).agrees(y));
+        CHECK(same_bits(y, multiply(stored, x, m, transpose, Activation::none,
+                                    static_cast<const T*>(nullptr), 3)));
+        for (const std::size_t piece : {1, 3, 7}) {
+            CHECK(same_bits(y, multiply(stored, x, m, transpose, Activation::none,
+                                        static_cast<const T*>(nullptr), 2, piece)));
+        }
+        const auto bias = normal<T>(n);
+        const auto with_bias = multiply(stored, x, m, transpose, Activation::relu, bias.data());
+        bool holds = true;
+        for (std::size_t i = 0; i < y.size(); ++i) {
+            holds = holds && with_bias[i] == std::max(y[i] + bias[i % n], T{0});
+        }
+        CHECK(holds);
+    }
+}
+
+TEST(any_shape_any_cut_any_number_of_threads) {
+    const BlockGrid grids[] = {{1, 1, 1, 1},       {1, 300, 1, 64},    {300, 1, 64, 1},
+                               {65, 67, 16, 8},    {64, 64, 64, 64},   {130, 190, 64, 64},
+                               {37, 700, 10, 300}, {20, 30, 100, 100}, {129, 140, 5, 3}};
+    for (const BlockGrid& grid : grids) {
+        for (const std::size_t m : {1, 3, 4, 5, 9, 40, 77}) {
+            for (const bool planes : {false, true}) {
+                check_frame<float>(grid, m, planes);
+                check_frame<double>(grid, m, planes);
+            }
+        }
+    }
+}
+
+// Large enough that threads are made and rows of x are dealt out in chunks.
+TEST(threads_do_not_show) {
+    const BlockGrid grid{64, 1024, 32, 64};
+    const auto w = normal<float>(grid.rows * grid.cols);
+    const Stored stored = store(w, grid, Dtype::f32, false);
+    for (const std::size_t m : {33, 700}) {
+        for (const bool transpose : {false, true}) {
+            const auto x = normal<float>(m * (transpose ? grid.rows : grid.cols));
+            const auto one = multiply(stored, x, m, transpose);
+            for (const unsigned threads : {2, 5}) {
+                CHECK(same_bits(one, multiply(stored, x, m, transpose, Activation::none,
+                                              static_cast<const float*>(nullptr), threads)));
+            }
+        }
+    }
+}
+
+TEST(rows_of_x_do_not_influence_each_other) {
+    const BlockGrid grid{70, 90, 16, 32};
+    const auto w = normal<float>(grid.rows * grid.cols);
+    const Stored stored = store(w, grid, Dtype::f32, false);
+    for (const std::size_t m : {2, 9, 50}) {
+        auto x = normal<float>(m * grid.cols);
+        const auto clean = multiply(stored, x, m, false);
+        x[3] = std::numeric_limits<float>::quiet_NaN();
+        x[7] = std::numeric_limits<float>::infinity();
+        auto dirty = multiply(stored, x, m, false);
+        CHECK(
+            std::all_of(dirty.begin(), dirty.begin() + 70, [](float v) { return std::isnan(v); }));
+        std::copy_n(clean.begin(), 70, dirty.begin());
+        CHECK(same_bits(clean, dirty));
+    }
+}
+
+TEST(stored_nan_and_infinity_come_through) {
+    const BlockGrid grid{67, 41, 16, 16};
+    for (const std::size_t m : {1, 3, 6, 40}) {
+        auto w = normal<float>(grid.rows * grid.cols);
+        w[5 * grid.cols + 40] = std::numeric_limits<float>::quiet_NaN();
+        w[66 * grid.cols + 0] = std::numeric_limits<float>::infinity();
+        const Stored stored = store(w, grid, Dtype::f32, false);
+        const std::vector<float> x(m * grid.cols, 1.0F);
+        const auto y = multiply(stored, x, m, false);
+        bool holds = true;
+        for (std::size_t i = 0; i < m; ++i) {
+            for (std::size_t r = 0; r < grid.rows; ++r) {
+                const float v = y[i * grid.rows + r];
+                holds = holds && (r == 5    ? std::isnan(v)
+                                  : r == 66 ? v == INFINITY
+                                            : std::isfinite(v));
+            }
+        }
+        CHECK(holds);
+    }
+}
+
+TEST(no_columns_is_an_empty_sum) {
+    const std::vector<float> bias{1.0F, -2.0F, 3.0F};
+    const Stored none{{3, 0, 1, 1}, Dtype::f32, {}, {}};
+    const auto y = multiply(none, std::vector<float>(), 2, false, Activation::relu, bias.data());
+    CHECK((y == std::vector<float>{1, 0, 3, 1, 0, 3}));
+    CHECK(multiply(none, std::vector<float>(6), 2, true).empty());
+}
+
+TEST(blocks_that_do_not_fit_are_refused) {
+    const BlockGrid grid{8, 8, 4, 4};
+    const Stored stored = store(normal<float>(64), grid, Dtype::f32, false);
+    const auto x = normal<float>(8);
+    std::vector<float> y(8);
+    const auto make = [&] {
+        return Matmul({grid, Dtype::f32, reinterpret_cast<const std::byte*>(x.data()), 1, nullptr,
+                       Activation::none, false, reinterpret_cast<std::byte*>(y.data()), 1});
+    };
+    for (const auto& damage : std::vector<void (*)(BlockView&)>{
+             [](BlockView& b) { b.rows = 5; }, [](BlockView& b) { b.cols = 3; },
+             [](BlockView& b) { b.dtype = Dtype::i32; }, [](BlockView& b) { b.length -= 1; }}) {
+        auto blocks = stored.blocks;
+        damage(blocks[2]);
+        CHECK_THROWS(ErrorCode::corrupt_page, make().feed(blocks));
+    }
+    auto blocks = stored.blocks;
+    blocks.push_back(blocks[0]);
+    CHECK_THROWS(ErrorCode::invalid_argument, make().feed(blocks));
+}
+
+TEST(unaligned_blocks_are_read) {
+    const BlockGrid grid{6, 10, 6, 10};
+    const auto w = normal<float>(60);
+    const auto x = normal<float>(5 * 10);
+    std::vector<std::byte> memory(60 * 4 + 1);
+    std::memcpy(memory.data() + 1, w.data(), 240);
+    Stored stored = store(w, grid, Dtype::f32, false);
+    const auto want = multiply(stored, x, 5, false);
+    stored.blocks[0].data = memory.data() + 1;
+    CHECK(same_bits(want, multiply(stored, x, 5, false)));
+}
+
+// ---- rows and bags -----------------------------------------------------------------------------
+
+TEST(rows_and_bags_come_from_the_blocks_at_hand) {
+    const BlockGrid grid{50, 30, 8, 7};
+    const auto w = normal<float>(grid.rows * grid.cols);
+    std::uniform_int_distribution<std::int64_t> row(0, 49);
+    std::vector<std::int64_t> ids(700), places(700), bags(700);
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+        ids[i] = row(rng());
+        places[i] = static_cast<std::int64_t>(ids.size() - 1 - i);
+        bags[i] = static_cast<std::int64_t>(i / 9);
+    }
+    for (const bool planes : {false, true}) {
+        const Stored stored = store(w, grid, Dtype::f32, planes);
+        std::vector<std::int64_t> indices(grid.count());
+        for (std::size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<std::int64_t>(i);
+        for (const unsigned threads : {1U, 3U}) {
+            // In two halves: each fills in the pieces that it has.
+            std::vector<float> out(ids.size() * grid.cols, -1.0F);
+            std::vector<float> sums(78 * grid.cols, 0.0F);
+            std::vector<float> tops(78 * grid.cols, -INFINITY);
+            const std::size_t half = grid.count() / 2 + 3;
+            for (const auto& [at, n] :
+                 {std::pair{std::size_t{0}, half}, {half, grid.count() - half}}) {
+                const BlockSet set{grid, Dtype::f32, std::span(indices).subspan(at, n),
+                                   std::span(stored.blocks).subspan(at, n)};
+                take_rows(set, ids, places, reinterpret_cast<std::byte*>(out.data()), ids.size(),
+                          threads);
+                bag_rows(set, ids, bags, BagMode::sum, reinterpret_cast<std::byte*>(sums.data()),
+                         78, threads);
+                bag_rows(set, ids, bags, BagMode::max, reinterpret_cast<std::byte*>(tops.data()),
+                         78, threads);
+            }
+            bool rows_hold = true;
+            std::vector<float> want_sums(sums.size(), 0.0F), want_tops(tops.size(), -INFINITY);
+            for (std::size_t i = 0; i < ids.size(); ++i) {
+                for (std::size_t c = 0; c < grid.cols; ++c) {
+                    const float value = w[static_cast<std::size_t>(ids[i]) * grid.cols + c];
+                    rows_hold = rows_hold && out[(ids.size() - 1 - i) * grid.cols + c] == value;
+                    const std::size_t at = static_cast<std::size_t>(bags[i]) * grid.cols + c;
+                    want_sums[at] += value;
+                    want_tops[at] = std::max(want_tops[at], value);
+                }
+            }
+            CHECK(rows_hold);
+            CHECK(same_bits(tops, want_tops));
+            bool sums_hold = true;
+            for (std::size_t i = 0; i < sums.size(); ++i) {
+                sums_hold = sums_hold && std::abs(sums[i] - want_sums[i]) < 1e-4F;
+            }
+            CHECK(sums_hold);
+        }
+    }
+}
+
+TEST(row_numbers_are_checked) {
+    const BlockGrid grid{4, 4, 2, 2};
+    const Stored stored = store(normal<float>(16), grid, Dtype::f32, false);
+    const std::vector<std::int64_t> indices{0, 1, 2, 3};
+    const BlockSet set{grid, Dtype::f32, indices, stored.blocks};
+    std::vector<float> out(8);
+    const auto take = [&](const BlockSet& from, std::vector<std::int64_t> ids,
+                          std::vector<std::int64_t> places) {
+        take_rows(from, ids, places, reinterpret_cast<std::byte*>(out.data()), 2);
+    };
+    CHECK_THROWS(ErrorCode::invalid_argument, take(set, {4}, {0}));
+    CHECK_THROWS(ErrorCode::invalid_argument, take(set, {-1}, {0}));
+    CHECK_THROWS(ErrorCode::invalid_argument, take(set, {0}, {2}));
+    CHECK_THROWS(ErrorCode::invalid_argument, take(set, {0, 1}, {0}));
+    const std::vector<std::int64_t> unordered{1, 0, 2, 3}, beyond{0, 1, 2, 4};
+    CHECK_THROWS(ErrorCode::invalid_argument,
+                 take({grid, Dtype::f32, unordered, stored.blocks}, {0}, {0}));
+    CHECK_THROWS(ErrorCode::invalid_argument,
+                 take({grid, Dtype::f32, beyond, stored.blocks}, {0}, {0}));
+    CHECK_THROWS(ErrorCode::corrupt_page,
+                 take({grid, Dtype::i32, indices, stored.blocks}, {0}, {0}));
+    const std::vector<std::int64_t> ids{0, 1}, descending{1, 0};
+    CHECK_THROWS(
+        ErrorCode::invalid_argument,
+        bag_rows(set, ids, descending, BagMode::sum, reinterpret_cast<std::byte*>(out.data()), 2));
+}
+
+TEST(activations_have_names) {
+    CHECK(activation_named("gelu_tanh") == Activation::gelu_tanh);
+    CHECK(!activation_named("swish"));
+    float value = -1.0F;
+    CHECK_THROWS(ErrorCode::invalid_argument,
+                 activate(reinterpret_cast<std::byte*>(&value), Dtype::i32, 1, Activation::relu));
+}
+
+}  // namespace
+
+PYDEDUP_TEST_MAIN

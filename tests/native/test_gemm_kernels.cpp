@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// The product kernels of every instruction set that runs here, against long sums.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "check.hpp"
+#include "dispatch/dispatch.hpp"
+#include "gemm_reference.hpp"
+#include "pydedup/cpu.hpp"
+
+using namespace pydedup;
+using namespace pydedup::testing;
+
+namespace {
+
+// Memory that ends where the values end: a read beyond is seen by the address sanitizer.
+template <class T>
+std::unique_ptr<T[]> tight(const std::vector<T>& values) {
+    auto memory = std::make_unique<T[]>(values.size());
+    std::copy(values.begin(), values.end(), memory.get());
+    return memory;
+}
+
+template <class T>
+const GemmKernelsOf<T>& of_type(const KernelTable& table) {
+    if constexpr (sizeof(T) == 4) {
+        return table.gemm.f32;
+    } else {
+        return table.gemm.f64;
+    }
+}
+
+template <class T>
+void check_kernels(const KernelTable& table, std::size_t m, std::size_t n, std::size_t k) {
+    const GemmKernelsOf<T>& kernels = of_type<T>(table);
+    const auto x = normal<T>(m * k);
+    const auto w = normal<T>(n * k);
+    const auto y0 = normal<T>(m * n);
+    const auto px = tight(x);
+    const auto pw = tight(w);
+
+    auto y = y0;
+    kernels.dot_nt(px.get(), k, m, pw.get(), n, k, k, y.data(), n);
+    CHECK(exact(x, w, m, n, k, false, y0).agrees(y));
+
+    y = y0;
+    kernels.block_nn(px.get(), k, m, pw.get(), k, n, n, y.data(), n);
+    CHECK(exact(x, w, m, n, k, true, y0).agrees(y));
+
+    for (const auto& tile : kernels.tiles) {
+        if (tile.width == 0) break;
+        const std::size_t width = tile.width;
+        const auto xt = normal<T>(width * k);
+        const auto start = normal<T>(width * n);
+        std::vector<T> packed(width * k), acc(width * n);
+        for (std::size_t i = 0; i < width; ++i) {
+            for (std::size_t c = 0; c < k; ++c) packed[c * width + i] = xt[i * k + c];
+            for (std::size_t r = 0; r < n; ++r) acc[r * width + i] = start[i * n + r];
+        }
+        tile.tile_nt(packed.data(), pw.get(), n, k, k, nullptr, acc.data());
+        std::vector<T> got(width * n);
+        for (std::size_t i = 0; i < width; ++i) {
+            for (std::size_t r = 0; r < n; ++r) got[i * n + r] = acc[r * width + i];
+        }
+        CHECK(exact(xt, w, width, n, k, false, start).agrees(got));
+    }
+}
+
+std::vector<const KernelTable*> runnable_kernels() {
+    std::vector<const KernelTable*> tables;
+    for (const KernelInfo& info : kernel_infos()) {
+        if (info.built && info.runnable) tables.push_back(&kernels_named(info.name));
+    }
+    return tables;
+}
+
+TEST(kernels_agree_with_long_sums) {
+    const std::size_t sizes[] = {1, 2, 3, 5, 8, 13, 17, 33, 64, 70};
+    for (const KernelTable* table : runnable_kernels()) {
+        for (const std::size_t m : {1, 2, 3, 4, 5, 7, 13}) {
+            for (const std::size_t n : sizes) {
+                for (const std::size_t k : sizes) {
+                    check_kernels<float>(*table, m, n, k);
+                    check_kernels<double>(*table, m, n, k);
+                }
+            }
+        }
+    }
+}
+
+TEST(sixteen_bit_kernels_widen_every_value) {
+    std::vector<std::uint16_t> codes(65536);
+    for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint16_t>(i);
+    std::vector<float> want(codes.size());
+    std::vector<float> got(codes.size());
+    const GemmKernels& reference = kernels_named("scalar").gemm;
+    for (const KernelTable* table : runnable_kernels()) {
+        for (const bool half : {true, false}) {
+            const auto pick = [half](const GemmKernels& k) {
+                return half ? k.f16_to_f32 : k.bf16_to_f32;
+            };
+            pick(reference)(codes.data(), codes.size(), want.data());
+            pick(table->gemm)(codes.data(), codes.size(), got.data());
+            bool same = true;
+            for (std::size_t i = 0; i < codes.size(); ++i) {
+                same = same && (std::memcmp(&want[i], &got[i], 4) == 0 ||
+                                (std::isnan(want[i]) && std::isnan(got[i])));
+            }
+            CHECK(same);
+            // Tails: the dot product of one value with 1 is that value.
+            const auto dot = half ? table->gemm.dot_nt_f16 : table->gemm.dot_nt_bf16;
+            for (std::size_t k = 1; k < 40; ++k) {
+                const std::vector<float> x(k, 1.0F);
+                const auto w = tight(
+                    std::vector<std::uint16_t>(codes.begin() + 15000, codes.begin() + 15000 + k));
+                float y = 0.0F;
+                dot(x.data(), k, 1, w.get(), 1, k, k, &y, 1);
+                double sum = 0.0;
+                for (std::size_t c = 0; c < k; ++c) sum += want[15000 + c];
+                CHECK(std::abs(y - sum) <= bound<float>(k, std::abs(sum)));
+            }
+        }
+    }
+}
+
+TEST(scalar_widening_knows_the_special_values) {
+    const GemmKernels& scalar = kernels_named("scalar").gemm;
+    const std::uint16_t halves[] = {0x0000, 0x8000, 0x0001, 0x03FF, 0x0400,
+                                    0x3C00, 0xC000, 0x7BFF, 0x7C00, 0xFC00};
+    const float want[] = {0.0F, -0.0F, 0x1p-24F, 1023 * 0x1p-24F, 0x1p-14F,
+                          1.0F, -2.0F, 65504.F,  INFINITY,        -INFINITY};
+    float got[10];
+    scalar.f16_to_f32(halves, 10, got);
+    CHECK(std::memcmp(want, got, sizeof want) == 0);
+    const std::uint16_t nan = 0x7E01;
+    scalar.f16_to_f32(&nan, 1, got);
+    CHECK(std::isnan(got[0]));
+}
+
+}  // namespace
+
+PYDEDUP_TEST_MAIN
