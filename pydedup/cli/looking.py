@@ -188,7 +188,6 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
         ("size", f"{text.size(logical)} in {text.plural(len(figures.tensors), 'tensor')}"),
         ("its blocks take", text.size(figures.used_bytes)),
         ("of it on own pages", text.size(figures.exclusive_bytes)),
-        ("pages read", text.count(figures.pages)),
         (
             "read amplification",
             f"{text.ratio(figures.read_amplification)} ({text.count(figures.pages)} read / "
