@@ -326,7 +326,8 @@ def _run_apart(kernel: str) -> list[tuple[str, bool, str]]:
     """Run all checks in a process that demands a kernel."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "pydedup.selftest", "--here"],
+            # -P: what is installed, also where this is called from the sources.
+            [sys.executable, "-P", "-m", "pydedup.selftest", "--here"],
             env={**os.environ, "PYDEDUP_KERNEL": kernel},
             stdin=subprocess.DEVNULL,
             capture_output=True,
