@@ -11,6 +11,7 @@ What the files mean is not known here; see ``data.py``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -44,6 +45,16 @@ CACHE_VARIABLE = "PYDEDUP_CACHE"
 
 _CHUNK_BYTES = 1 << 20
 _POLL_SECONDS = 0.1
+#: What pip and its HTTP library say when there is no way to an index.
+_UNREACHABLE = (
+    "Failed to establish a new connection",
+    "Failed to resolve",
+    "Name or service not known",
+    "Temporary failure in name resolution",
+    "Network is unreachable",
+    "Cannot connect to proxy",
+    "ConnectTimeoutError",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +209,7 @@ def _download(package: Package, folder: Path, show: Callable[[int], None]) -> No
         parts = Path(temporary) / "parts"
         arrived = Path(temporary) / "arrived"
         parts.mkdir()
-        _run_pip(package, parts, arrived, lambda: show(_bytes_below(Path(temporary), package)))
+        _run_pip(package, parts, arrived, lambda: show(_arrived_bytes(package, parts, arrived)))
         path = arrived / package.wheel
         digest = _sha256(path) if path.exists() else "no such file"
         if digest != package.sha256:
@@ -243,24 +254,25 @@ def _run_pip(package: Package, parts: Path, arrived: Path, tick: Callable[[], No
 
 
 def _reason(log: Path) -> str:
-    """Return the line of pip's output that tells most."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    for mark in ("Failed to establish", "Temporary failure in name", "No module named pip"):
-        if any(mark in line for line in lines):
-            return "no package index can be reached" if "pip" not in mark else "pip is missing"
+    """Return in a few words why pip failed."""
+    text = log.read_text(errors="replace")
+    if "No module named pip" in text:
+        return f"{sys.executable} has no pip (try: {sys.executable} -m ensurepip)"
+    if any(mark in text for mark in _UNREACHABLE):
+        return "no package index can be reached"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     return (errors or lines or ["pip failed without a word"])[-1].rstrip(".")
 
 
-def _bytes_below(folder: Path, package: Package) -> int:
-    """Return how much of the wheel has arrived, counting files that pip may move meanwhile."""
+def _arrived_bytes(package: Package, *folders: Path) -> int:
+    """Return how much of a wheel is there, counting files that pip may move meanwhile."""
     total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += (Path(root) / name).stat().st_size
-            except FileNotFoundError:
-                continue
+    for folder in folders:
+        for root, _, names in os.walk(folder):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += (Path(root) / name).stat().st_size
     return min(total, package.wheel_bytes)
 
 

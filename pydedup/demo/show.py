@@ -83,7 +83,9 @@ def counter(console: Console, text: str, total: int) -> Iterator[Callable[[int],
 
 def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> None:
     """Print what each model and all of them together took."""
-    table = _table("Model", "Weights", "New in store", "of its size", "Shared blocks", "New pages")
+    table = _table(
+        "Model", "Weights", "New in\nstore", "Of its\nsize", "Shared\nblocks", "New\npages"
+    )
     for report in reports:
         table.add_row(
             report.model,
@@ -122,18 +124,26 @@ def pair(console: Console, base: str, tuned: str, reports: Sequence[AddReport]) 
     by_model = {report.model: report for report in reports}
     report = by_model[tuned]
     console.print(
-        f"  {tuned} is a full fine-tune of {base}: every weight moved, so only "
+        f"  {tuned} is a full fine-tune of {base}: nearly every weight moved, so only "
         f"{_percent(report.shared_blocks, report.blocks)} of its blocks are shared, and it still "
         f"takes {_percent(report.stored_bytes, report.logical_bytes)} of its size. Storing such a "
         "model as differences to its base is not built yet.",
         style="dim",
+        soft_wrap=False,
     )
 
 
 def predictions(console: Console, outcomes: Sequence[Prediction]) -> None:
     """Print the store against torch in memory, per classifier."""
     table = _table(
-        "Model", "Texts", "Accuracy, torch", "from store", "max |dlogit|", "Same class", "Time"
+        "Model",
+        "Texts",
+        "Accuracy\ntorch",
+        "Accuracy\nstore",
+        "Largest logit\ndifference",
+        "Same\nclass",
+        "Seconds\ntorch",
+        "Seconds\nstore",
     )
     for outcome in outcomes:
         outputs = outcome.outputs
@@ -144,9 +154,15 @@ def predictions(console: Console, outcomes: Sequence[Prediction]) -> None:
             f"{outcome.accuracy_from_store:.4f}",
             f"{outputs.max_difference:.1e}",
             f"{outputs.same_class:,}" if outputs.agrees else f"{outputs.same_class:,} FAILED",
-            f"{outcome.seconds_from_store:.2f} s",
+            f"{outcome.seconds_in_memory:.2f}",
+            f"{outcome.seconds_from_store:.2f}",
         )
     console.print(table)
+    console.print(
+        "  Seconds are of this one run, the machine's other work included: no benchmark.",
+        style="dim",
+        soft_wrap=False,
+    )
     ties = sum(outcome.outputs.ties for outcome in outcomes)
     if ties:
         console.print(f"  {ties} texts have two classes that are equal but for rounding.")
@@ -180,7 +196,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=True, header_style="bold")
+    table = Table(box=None, header_style="bold")
     table.add_column(first, no_wrap=True)
     for title in others:
         table.add_column(title, justify="right")
