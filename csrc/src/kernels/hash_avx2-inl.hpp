@@ -76,6 +76,8 @@ void hash_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes
         std::size_t stripe = 0;
         for (std::size_t r = 0; r < rows; ++r) {
             const std::uint8_t* row = data + r * stride_bytes;
+            // Strides of a large matrix are beyond the hardware's prefetcher.
+            if (rows - r > kRowsAhead) prefetch_row(row + kRowsAhead * stride_bytes, row_bytes);
             std::size_t at = 0;
             for (; row_bytes - at >= kStripeBytes; at += kStripeBytes) {
                 hash_stripe(row + at, keys[stripe], state);
