@@ -122,9 +122,7 @@ def matmul(
     return y.reshape(*lead, outer)
 
 
-def take(
-    block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 0
-) -> NDArray[Any]:
+def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 0) -> NDArray[Any]:
     """Return rows of the matrix, reading only the pages that hold them.
 
     Parameters
@@ -297,9 +295,7 @@ def _bag_sizes(ids: NDArray[np.int64], offsets: ArrayLike | None) -> NDArray[np.
     edges = np.append(starts.astype(np.int64), len(ids))
     sizes = np.diff(edges)
     if edges[0] != 0 or sizes.min() < 0:
-        raise ArgumentError(
-            f"offsets must begin with 0, ascend and stay within the {len(ids)} ids"
-        )
+        raise ArgumentError(f"offsets must begin with 0, ascend and stay within the {len(ids)} ids")
     return sizes
 
 

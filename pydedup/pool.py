@@ -251,7 +251,9 @@ class PagePool:
             # Not there after all when its fetch failed, or it was evicted again: then it is ours.
             others = list(waits)
             found = self._core.pin(np.array(others, np.int64))
-            pages.update((n, page) for n, page in zip(others, found, strict=True) if page is not None)
+            pages.update(
+                (n, page) for n, page in zip(others, found, strict=True) if page is not None
+            )
             ids = [number for number in others if number not in pages]
         return pages
 

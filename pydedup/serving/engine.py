@@ -9,6 +9,7 @@ functions follow torch, NaN and infinities included. Deliberately not here: wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -91,9 +92,9 @@ def _fusable(graph: Graph) -> dict[str, Node]:
     found = {}
     for node in graph.nodes:
         using = users.get(node.output, [])
-        if node.op == "linear" and len(using) == 1 and node.output not in graph.outputs:
-            if _activation_of(using[0]) is not None:
-                found[node.output] = using[0]
+        alone = len(using) == 1 and node.output not in graph.outputs
+        if node.op == "linear" and alone and _activation_of(using[0]) is not None:
+            found[node.output] = using[0]
     return found
 
 
@@ -139,14 +140,7 @@ class _Run:
     def embedding_bag(self, node: Node, ids: _Array, offsets: _Array | None = None) -> _Array:
         weight = self._tensors(node.weights["weight"])
         if offsets is not None and node.attr("include_last_offset"):
-            if offsets.ndim != 1 or len(offsets) == 0:
-                raise ArgumentError("offsets with the end of the last bag must be 1-D, not empty")
-            if offsets[-1] != len(ids):
-                raise ArgumentError(
-                    f"the last offset is {offsets[-1]}; with include_last_offset it must be the "
-                    f"number of ids, {len(ids)}"
-                )
-            offsets = offsets[:-1]
+            ids, offsets = _until_last(ids, offsets)
         padding = node.attr("padding_idx")
         if padding is not None:
             ids, offsets = _without(ids, offsets, padding % weight.shape[0])
@@ -160,9 +154,8 @@ class _Run:
         axes = tuple(range(-weight.ndim, 0))
         centred = x - x.mean(axis=axes, keepdims=True)
         variance = np.square(centred).mean(axis=axes, keepdims=True)
-        return centred / np.sqrt(variance + node.attr("eps")) * weight + self._vector(
-            node.weights["bias"]
-        )
+        scaled: _Array = centred / np.sqrt(variance + node.attr("eps"))
+        return np.asarray(scaled * weight + self._vector(node.weights["bias"]))
 
     def batch_norm(self, node: Node, x: _Array) -> _Array:
         x = _real(x)
@@ -177,7 +170,7 @@ class _Run:
         weight, bias, mean, var = (
             vectors[role].reshape(along) for role in ("weight", "bias", "mean", "var")
         )
-        return (x - mean) / np.sqrt(var + node.attr("eps")) * weight + bias
+        return np.asarray((x - mean) / np.sqrt(var + node.attr("eps")) * weight + bias)
 
 
 # ---- operations without weights -----------------------------------------------------------------
@@ -206,9 +199,20 @@ def _axis(axis: int, x: _Array) -> int:
     return axis % x.ndim
 
 
-def _without(
-    ids: _Array, offsets: _Array | None, padding: int
-) -> tuple[_Array, _Array | None]:
+def _until_last(ids: _Array, offsets: _Array) -> tuple[_Array, _Array]:
+    """Return ids and offsets whose last offset, the end of the last bag, was applied."""
+    if offsets.ndim != 1 or len(offsets) == 0 or offsets.dtype.kind not in "iu":
+        raise ArgumentError(
+            "with include_last_offset, offsets must be 1-D integers and hold at least the end of "
+            f"the last bag; got {offsets.dtype} of shape {offsets.shape}"
+        )
+    end = int(offsets[-1])
+    if ids.ndim != 1 or not 0 <= end <= len(ids):
+        raise ArgumentError(f"the last bag cannot end at {end} of ids of shape {ids.shape}")
+    return ids[:end], offsets[:-1]
+
+
+def _without(ids: _Array, offsets: _Array | None, padding: int) -> tuple[_Array, _Array | None]:
     """Return bags as 1-D ids and offsets, without the entries that are padding."""
     if ids.dtype.kind not in "iu" or (ids.ndim != 2 and offsets is None):
         return ids, offsets  # `bag` says what is wrong
@@ -235,14 +239,14 @@ def _softmax(run: _Run, node: Node, x: _Array) -> _Array:
     x = _real(x)
     axis = _axis(node.attr("axis"), x)
     powers = np.exp(x - x.max(axis=axis, keepdims=True, initial=-np.inf))
-    return powers / powers.sum(axis=axis, keepdims=True)
+    return np.asarray(powers / powers.sum(axis=axis, keepdims=True))
 
 
 def _log_softmax(run: _Run, node: Node, x: _Array) -> _Array:
     x = _real(x)
     axis = _axis(node.attr("axis"), x)
     shifted = x - x.max(axis=axis, keepdims=True, initial=-np.inf)
-    return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True)))
 
 
 def _leaky_relu(run: _Run, node: Node, x: _Array) -> _Array:
@@ -257,7 +261,7 @@ def _elu(run: _Run, node: Node, x: _Array) -> _Array:
 
 def _softplus(run: _Run, node: Node, x: _Array) -> _Array:
     x = _real(x)
-    return np.logaddexp(x.dtype.type(0), x)
+    return np.asarray(np.logaddexp(x.dtype.type(0), x))
 
 
 def _identity(run: _Run, node: Node, x: _Array) -> _Array:
@@ -265,17 +269,10 @@ def _identity(run: _Run, node: Node, x: _Array) -> _Array:
 
 
 def _flatten(run: _Run, node: Node, x: _Array) -> _Array:
-    start = node.attr("start_axis")
     if x.ndim == 0:
         return x.reshape(1)
-    return x.reshape(*x.shape[: _axis(start, x)], -1) if x.size else _flatten_empty(x, start)
-
-
-def _flatten_empty(x: _Array, start: int) -> _Array:
-    # numpy cannot infer -1 where there is nothing.
-    lead = x.shape[: _axis(start, x)]
-    rest = int(np.prod(x.shape[len(lead) :], dtype=np.int64))
-    return x.reshape(*lead, rest)
+    start = _axis(node.attr("start_axis"), x)
+    return x.reshape(*x.shape[:start], math.prod(x.shape[start:]))
 
 
 def _reshape(run: _Run, node: Node, x: _Array) -> _Array:
@@ -295,6 +292,8 @@ def _mul(run: _Run, node: Node, x: _Array, y: _Array) -> _Array:
 
 
 def _concat(run: _Run, node: Node, *parts: _Array) -> _Array:
+    if any(part.dtype.kind not in "iu" for part in parts):  # ids stay ids
+        parts = tuple(_real(part) for part in parts)
     return np.concatenate(parts, axis=_axis(node.attr("axis"), parts[0]))
 
 

@@ -130,7 +130,9 @@ class StoredTensor:
         result has shape ``(n_bags,) + shape[1:]``, float32 or float64. Raises ArgumentError.
         """
         self._check_rows("bag")
-        bags = self._with_map(lambda block_map: matmul.bag(block_map, self._pool, ids, offsets, mode))
+        bags = self._with_map(
+            lambda block_map: matmul.bag(block_map, self._pool, ids, offsets, mode)
+        )
         return bags.reshape(len(bags), *self.shape[1:])
 
     def numpy(self) -> NDArray[Any]:

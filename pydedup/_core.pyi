@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+# Types of the native module. Private: only the facades import it. One part per area, in the order
+# of csrc/bindings/bind_<area>.cpp.
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# ---- codec and pages -----------------------------------------------------------------------------
+
+PAGE_VERSION: int
+PAGE_HEADER_BYTES: int
+SLOT_BYTES: int
+BLOCK_ALIGNMENT: int
+SLOT_DTYPE: np.dtype[np.void]
+
+class Page:
+    def __init__(self, payload: bytes) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def n_slots(self) -> int: ...
+    @property
+    def checksum(self) -> bytes: ...
+    @property
+    def slots(self) -> NDArray[np.void]: ...
+    @property
+    def payload(self) -> bytes: ...
+
+def encode_blocks(
+    data: NDArray[np.uint8],
+    dtype: int,
+    block_rows: int,
+    block_cols: int,
+    indices: NDArray[np.int64],
+    planes: bool,
+    threads: int = 0,
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]: ...
+def build_page(
+    arena: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    encodings: NDArray[np.uint8],
+    dtypes: NDArray[np.uint8],
+    rows: NDArray[np.uint32],
+    cols: NDArray[np.uint32],
+    bases: NDArray[np.uint64],
+) -> bytes: ...
+def page_checksum(payload: bytes) -> bytes: ...
+def page_digests(page: Page, threads: int = 0) -> NDArray[np.uint64]: ...
+def read_blocks(
+    pages: Sequence[Page],
+    page_index: NDArray[np.uint32],
+    slots: NDArray[np.uint32],
+    indices: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    dtype: int,
+    block_rows: int,
+    block_cols: int,
+    threads: int = 0,
+) -> None: ...
+def blocks_equal(
+    data: NDArray[np.uint8],
+    dtype: int,
+    block_rows: int,
+    block_cols: int,
+    indices: NDArray[np.int64],
+    pages: Sequence[Page],
+    page_index: NDArray[np.uint32],
+    slots: NDArray[np.uint32],
+    threads: int = 0,
+) -> NDArray[np.bool_]: ...
+def same_block(page_a: Page, slot_a: int, page_b: Page, slot_b: int) -> bool: ...
+
+# ---- storage: the buffer pool ---------------------------------------------------------------------
+
+class BufferPool:
+    def __init__(self, budget_bytes: int) -> None: ...
+    def pin(self, ids: NDArray[np.int64]) -> list[Page | None]: ...
+    def insert(self, id: int, payload: bytes) -> Page: ...
+    def count_resident(self, ids: NDArray[np.int64]) -> int: ...
+    def drop(self, ids: NDArray[np.int64]) -> None: ...
+    def clear(self) -> None: ...
+    def stats(self) -> dict[str, int]: ...
+
+# ---- gemm: products, rows, bags -------------------------------------------------------------------
+
+class Matmul:
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        block_rows: int,
+        block_cols: int,
+        dtype: int,
+        x: NDArray[Any],
+        bias: NDArray[Any] | None,
+        activation: str,
+        transpose: bool,
+        y: NDArray[Any],
+        threads: int = 0,
+    ) -> None: ...
+    def feed(
+        self,
+        pages: Sequence[Page],
+        page_index: NDArray[np.uint32],
+        slots: NDArray[np.uint32],
+    ) -> None: ...
+    @property
+    def fed(self) -> int: ...
+
+def compute_dtype(dtype: int) -> int: ...
+def activate(values: NDArray[Any], activation: str, threads: int = 0) -> None: ...
+def take_rows(
+    rows: int,
+    cols: int,
+    block_rows: int,
+    block_cols: int,
+    dtype: int,
+    indices: NDArray[np.int64],
+    pages: Sequence[Page],
+    page_index: NDArray[np.uint32],
+    slots: NDArray[np.uint32],
+    ids: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    threads: int = 0,
+) -> None: ...
+def bag_rows(
+    rows: int,
+    cols: int,
+    block_rows: int,
+    block_cols: int,
+    dtype: int,
+    indices: NDArray[np.int64],
+    pages: Sequence[Page],
+    page_index: NDArray[np.uint32],
+    slots: NDArray[np.uint32],
+    ids: NDArray[np.int64],
+    bags: NDArray[np.int64],
+    mode: str,
+    out: NDArray[Any],
+    threads: int = 0,
+) -> None: ...

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products, rows and bags of stored matrices against numpy in float64, with every kernel.
+
+Sums are compared within the bound that holds for any order of adding (Higham 2002, section 3.1),
+so a kernel may add as it likes, and no more.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pydedup import config, matmul
+from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
+from pydedup.testing.memory_pages import MemoryPages
+from pydedup.types import DType
+
+RUNNABLE = [
+    kernel.name for kernel in config.kernels().available if kernel.built and kernel.runnable
+]
+DTYPES = list(DType)
+
+
+def weights(rng: np.random.Generator, shape: tuple[int, int], dtype: DType) -> NDArray[Any]:
+    if dtype is DType.BOOL:
+        return rng.random(shape) < 0.5
+    if dtype.is_float:
+        return rng.standard_normal(shape).astype(dtype.numpy)
+    limits = np.iinfo(dtype.numpy)
+    # Sums of products must stay far from the limits of int64 for the reference to be exact.
+    low, high = max(limits.min, -(1 << 40)), min(limits.max, 1 << 40)
+    return rng.integers(low, high, shape, dtype=dtype.numpy, endpoint=True)
+
+
+def assert_close(got: NDArray[Any], x: NDArray[Any], w: NDArray[Any]) -> None:
+    """Whether ``got`` is ``x @ w.T`` up to what rounding may do."""
+    wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
+    exact = wide_x @ wide_w.T
+    magnitude = np.abs(wide_x) @ np.abs(wide_w.T)
+    eps, tiny = np.finfo(got.dtype).eps, np.finfo(got.dtype).tiny
+    # The reference is itself a float64 sum: it may be off by as much again.
+    allowed = (w.shape[1] + 2) * (eps + np.finfo(np.float64).eps) * magnitude + tiny
+    assert got.shape == exact.shape
+    worst = np.max(np.abs(got - exact) / allowed, initial=0.0)
+    assert worst <= 1.0, f"{worst:.2f} times the bound"
+
+
+def check_products(dtype: DType, m: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = weights(rng, (70, 135), dtype)
+    compute = matmul.compute_dtype(dtype)
+    for planes in (False, True):
+        pages = MemoryPages()
+        block_map = pages.add(w, (16, 32), planes=planes)
+        x = rng.standard_normal((m, 135)).astype(compute)
+        assert_close(matmul.matmul(block_map, pages.pool(), x), x, w)
+        x = rng.standard_normal((m, 70)).astype(compute)
+        assert_close(matmul.matmul(block_map, pages.pool(), x, transpose=True), x, w.T)
+
+
+@pytest.mark.parametrize("kernel", RUNNABLE)
+def test_every_kernel_multiplies_every_dtype(kernel: str) -> None:
+    # The kernel is chosen once per process, so each needs one of its own.
+    code = (
+        "import runpy\n"
+        "from pydedup import config\n"
+        f"assert config.kernels().in_use == {kernel!r}\n"
+        f"check = runpy.run_path({__file__!r})\n"
+        "for dtype in check['DTYPES']:\n"
+        "    for m in (1, 2, 3, 4, 6, 20, 33):\n"
+        "        check['check_products'](dtype, m, m)\n"
+        "print('all hold')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYDEDUP_KERNEL": kernel},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "all hold\n", done.stderr
+
+
+sizes = st.integers(1, 90)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(0, 40),
+    rows=sizes,
+    cols=sizes,
+    block=st.tuples(st.integers(1, 100), st.integers(1, 100)),
+    dtype=st.sampled_from([DType.F32, DType.F64, DType.BF16, DType.F16, DType.I8, DType.F8_E4M3]),
+    planes=st.booleans(),
+    transpose=st.booleans(),
+    seed=st.integers(0, 1 << 30),
+)
+def test_any_shape(
+    m: int,
+    rows: int,
+    cols: int,
+    block: tuple[int, int],
+    dtype: DType,
+    planes: bool,
+    transpose: bool,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    w = weights(rng, (rows, cols), dtype)
+    pages = MemoryPages()
+    block_map = pages.add(w, block, planes=planes, per_page=3, scattered=bool(seed % 2))
+    x = rng.standard_normal((m, rows if transpose else cols))
+    x = x.astype(matmul.compute_dtype(dtype))
+    y = matmul.matmul(block_map, pages.pool(), x, transpose=transpose)
+    assert_close(y, x, w.T if transpose else w)
+
+
+def test_result_depends_on_neither_threads_nor_memory() -> None:
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal((300, 700)).astype(np.float32)
+    pages = MemoryPages()
+    block_map = pages.add(w, (64, 64), per_page=2, scattered=True)
+    small = 3 * max(map(len, pages.payloads.values()))
+    for m in (1, 30):
+        for transpose in (False, True):
+            x = rng.standard_normal((m, 300 if transpose else 700)).astype(np.float32)
+            want = matmul.matmul(block_map, pages.pool(), x, transpose=transpose, threads=1)
+            for threads, memory in ((2, 1 << 30), (1, small), (3, small)):
+                pool = pages.pool(memory)
+                got = matmul.matmul(block_map, pool, x, transpose=transpose, threads=threads)
+                assert np.array_equal(got, want)
+                assert pool.stats()["bytes"] <= memory
+
+
+def test_x_of_any_rank_and_dtype() -> None:
+    rng = np.random.default_rng(5)
+    w = rng.standard_normal((7, 11)).astype(np.float32)
+    pages = MemoryPages()
+    block_map, pool = pages.add(w, (4, 4)), pages.pool()
+    x = rng.standard_normal((2, 3, 5, 11)).astype(np.float32)
+    whole = matmul.matmul(block_map, pool, x)
+    assert whole.shape == (2, 3, 5, 7)
+    assert np.array_equal(whole.reshape(30, 7), matmul.matmul(block_map, pool, x.reshape(30, 11)))
+    one = matmul.matmul(block_map, pool, x[0, 0, 0])
+    assert one.shape == (7,)
+    assert_close(one[None], x[0, 0, 0][None], w)
+    for given_as in (
+        x[0].astype(np.float64),
+        x[0][..., ::-1][..., ::-1],  # not contiguous
+        np.asfortranarray(x[0]),
+        x[0].tolist(),
+    ):
+        assert np.array_equal(matmul.matmul(block_map, pool, given_as), whole[0])
+    half = x[0].astype(ml_dtypes.bfloat16)
+    assert np.array_equal(
+        matmul.matmul(block_map, pool, half),
+        matmul.matmul(block_map, pool, half.astype(np.float32)),
+    )
+    assert matmul.matmul(block_map, pool, np.ones((2, 11), np.int64)).dtype == np.float32
+
+
+def test_bias_and_activations_match_torch() -> None:
+    torch = pytest.importorskip("torch")
+    functions = {
+        "relu": torch.relu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
+        "silu": torch.nn.functional.silu,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+    }
+    assert set(functions) == set(matmul.ACTIVATIONS)
+    rng = np.random.default_rng(8)
+    for dtype, tolerance in ((np.float32, 4e-6), (np.float64, 1e-14)):
+        w = rng.standard_normal((33, 40)).astype(dtype)
+        bias = rng.standard_normal(33).astype(dtype)
+        pages = MemoryPages()
+        block_map, pool = pages.add(w, (8, 16)), pages.pool()
+        for m in (1, 9):
+            x = rng.standard_normal((m, 40)).astype(dtype)
+            linear = torch.from_numpy(x) @ torch.from_numpy(w).T + torch.from_numpy(bias)
+            for name, function in functions.items():
+                y = matmul.matmul(block_map, pool, x, bias=bias, activation=name)
+                np.testing.assert_allclose(
+                    y, function(linear).numpy(), rtol=tolerance, atol=8 * tolerance
+                )
+        extremes = np.array([0.0, -0.0, 1e30, -1e30, np.inf, -np.inf, np.nan, 88.0, -88.0], dtype)
+        for name, function in functions.items():
+            got = matmul.activate(extremes, name)
+            want = function(torch.from_numpy(extremes)).numpy()
+            if name == "gelu":
+                # torch's vector erf makes NaN of infinity, where the function tends to infinity.
+                assert got[4] == np.inf
+                got[4] = want[4]
+            np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 40])
+def test_nan_and_infinity_stay_in_their_rows(m: int) -> None:
+    rng = np.random.default_rng(9)
+    w = rng.standard_normal((20, 37)).astype(np.float32)
+    w[4, 36], w[11, 0] = np.nan, np.inf
+    x = np.abs(rng.standard_normal((m, 37))).astype(np.float32)
+    x[0, 5] = -np.inf
+    pages = MemoryPages()
+    y = matmul.matmul(pages.add(w, (8, 8)), pages.pool(), x)
+    with np.errstate(invalid="ignore"):
+        want = x.astype(np.float64) @ w.T.astype(np.float64)
+    assert np.array_equal(np.isnan(y), np.isnan(want))
+    assert np.array_equal(np.isposinf(y), np.isposinf(want))
+    assert np.array_equal(np.isneginf(y), np.isneginf(want))
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "transpose"), [(0, 4, False), (4, 0, False), (0, 4, True), (4, 0, True)]
+)
+def test_empty_matrices(rows: int, cols: int, transpose: bool) -> None:
+    pages = MemoryPages()
+    block_map = pages.add(np.empty((rows, cols), np.float32), (2, 2))
+    inner, outer = (rows, cols) if transpose else (cols, rows)
+    bias = np.arange(outer, dtype=np.float32)
+    y = matmul.matmul(block_map, pages.pool(), np.ones((3, inner)), bias=bias, transpose=transpose)
+    assert np.array_equal(y, np.tile(bias, (3, 1)))
+    assert matmul.read(block_map, pages.pool()).shape == (rows, cols)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    pages = MemoryPages()
+    block_map = pages.add(np.ones((3, 4), np.float32))
+    pool = pages.pool()
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("last axis must be 4", {"x": np.ones((2, 3))}),
+        ("last axis must be 3", {"x": np.ones((2, 4)), "transpose": True}),
+        ("last axis", {"x": np.float32(1.0)}),
+        ("real numbers", {"x": np.ones((2, 4), np.complex64)}),
+        ("real numbers", {"x": np.array([["a"] * 4])}),
+        (r"bias has shape \(4,\)", {"x": np.ones((2, 4)), "bias": np.ones(4)}),
+        ("unknown activation 'swish'", {"x": np.ones((2, 4)), "activation": "swish"}),
+    ]
+    for message, arguments in cases:
+        with pytest.raises(ArgumentError, match=message):
+            matmul.matmul(block_map, pool, **arguments)
+    with pytest.raises(ArgumentError, match="unknown activation"):
+        matmul.activate(np.ones(3, np.float32), "swish")
+    with pytest.raises(ArgumentError, match="float32 or float64"):
+        matmul.activate(np.ones(3, np.int32), "relu")
+
+
+def test_what_is_stored_must_be_what_the_map_says() -> None:
+    pages = MemoryPages()
+    rng = np.random.default_rng(1)
+    block_map = pages.add(rng.standard_normal((8, 8)).astype(np.float32), (4, 4))
+    other = pages.add(rng.standard_normal((6, 8)).astype(np.float32), (3, 4))
+    swapped = type(block_map)(block_map.grid, block_map.dtype, other.page_ids, other.slots)
+    for use in (
+        lambda: matmul.matmul(swapped, pages.pool(), np.ones((1, 8))),
+        lambda: matmul.take(swapped, pages.pool(), [0]),
+        lambda: matmul.bag(swapped, pages.pool(), [[0]]),
+        lambda: matmul.read(swapped, pages.pool()),
+    ):
+        with pytest.raises(CorruptStoreError):
+            use()
+    beyond = type(block_map)(
+        block_map.grid, block_map.dtype, block_map.page_ids, block_map.slots + np.uint32(100)
+    )
+    with pytest.raises(CorruptStoreError):
+        matmul.matmul(beyond, pages.pool(), np.ones((1, 8)))
+    with pytest.raises(BudgetError, match="more memory"):
+        matmul.matmul(block_map, pages.pool(10), np.ones((1, 8)))
+    del pages.payloads[1]
+    with pytest.raises(PageNotFoundError, match="1 pages do not exist: 1;"):
+        matmul.matmul(block_map, pages.pool(), np.ones((1, 8)))
+
+
+# ---- rows and bags ------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=sizes,
+    cols=sizes,
+    block=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    dtype=st.sampled_from(DTYPES),
+    planes=st.booleans(),
+    shape=st.sampled_from([(), (0,), (1,), (17,), (3, 5), (2, 0, 3), (2, 3, 4)]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_take_gives_the_stored_rows(
+    rows: int,
+    cols: int,
+    block: tuple[int, int],
+    dtype: DType,
+    planes: bool,
+    shape: tuple[int, ...],
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    w = weights(rng, (rows, cols), dtype)
+    pages = MemoryPages()
+    block_map = pages.add(w, block, planes=planes, per_page=3, scattered=bool(seed % 2))
+    largest = max(map(len, pages.payloads.values()))
+    ids = rng.integers(0, rows, shape)
+    got = matmul.take(block_map, pages.pool(4 * largest), ids)
+    assert got.dtype == w.dtype
+    assert np.array_equal(got.view(np.uint8), w[ids].view(np.uint8))
+    whole = matmul.read(block_map, pages.pool(4 * largest))
+    assert np.array_equal(whole.view(np.uint8), w.view(np.uint8))
+
+
+def bags_of(w: NDArray[Any], ids: NDArray[Any], sizes_: list[int], mode: str) -> NDArray[Any]:
+    wide, at, out = w.astype(np.float64), 0, []
+    for size in sizes_:
+        rows = wide[ids[at : at + size]]
+        at += size
+        out.append(getattr(rows, mode)(axis=0) if size else np.zeros(w.shape[1]))
+    return np.array(out).reshape(len(sizes_), w.shape[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bag_sizes=st.lists(st.integers(0, 12), max_size=30),
+    dtype=st.sampled_from([DType.F32, DType.F64, DType.BF16, DType.F16, DType.I8, DType.BOOL]),
+    planes=st.booleans(),
+    mode=st.sampled_from(matmul.BAG_MODES),
+    seed=st.integers(0, 1 << 30),
+)
+def test_bags(bag_sizes: list[int], dtype: DType, planes: bool, mode: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = weights(rng, (61, 19), dtype)
+    pages = MemoryPages()
+    block_map = pages.add(w, (8, 7), planes=planes, per_page=3, scattered=bool(seed % 2))
+    pool = pages.pool(4 * max(map(len, pages.payloads.values())))
+    ids = rng.integers(0, 61, sum(bag_sizes))
+    offsets = np.cumsum([0, *bag_sizes], dtype=np.int64)[:-1]
+    got = matmul.bag(block_map, pool, ids, offsets, mode)
+    assert got.dtype == matmul.compute_dtype(dtype)
+    want = bags_of(w, ids, bag_sizes, mode)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    if mode == "max":
+        assert np.array_equal(got, want)
+
+
+def test_bags_of_two_axes_and_of_many_threads() -> None:
+    rng = np.random.default_rng(4)
+    w = rng.standard_normal((500, 64)).astype(np.float32)
+    pages = MemoryPages()
+    block_map = pages.add(w, (32, 64))
+    ids = rng.integers(0, 500, (300, 40))
+    one = matmul.bag(block_map, pages.pool(), ids, threads=1)
+    assert np.array_equal(one, matmul.bag(block_map, pages.pool(), ids, threads=3))
+    np.testing.assert_allclose(one, w[ids].mean(axis=1), rtol=1e-4, atol=1e-6)
+    assert (
+        matmul.bag(block_map, pages.pool(), np.empty((3, 0), np.int64)).tolist() == [[0.0] * 64] * 3
+    )
+
+
+def test_the_maximum_keeps_nan_in_any_order() -> None:
+    w = np.array([[1.0], [np.nan], [3.0], [-np.inf]], np.float32)
+    pages = MemoryPages()
+    block_map, pool = pages.add(w, (1, 1)), pages.pool()
+    for ids in ([0, 1, 2], [1, 0, 2], [0, 2, 1]):
+        assert np.isnan(matmul.bag(block_map, pool, [ids], mode="max")).all()
+    assert matmul.bag(block_map, pool, [[3, 3]], mode="max") == -np.inf
+    assert matmul.bag(block_map, pool, [[0, 2]], mode="max") == 3.0
+
+
+def test_only_the_pages_of_the_rows_are_read() -> None:
+    w = np.arange(6400, dtype=np.float32).reshape(400, 16)
+    pages = MemoryPages()
+    block_map = pages.add(w, (10, 16), per_page=2)
+    matmul.take(block_map, pages.pool(), [0, 19, 395])
+    assert pages.fetches == [[1, 20]]
+    matmul.bag(block_map, pages.pool(), [[25], [30]])
+    assert pages.fetches[1:] == [[2]]
+
+
+def test_wrong_rows_and_bags_are_refused() -> None:
+    pages = MemoryPages()
+    block_map, pool = pages.add(np.ones((3, 4), np.float32)), pages.pool()
+    for ids, message in (
+        ([3], "id 3 is out of range"),
+        ([0, -1], "id -1 is out of range"),
+        ([0.5], "integers"),
+        ([True], "integers"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            matmul.take(block_map, pool, ids)
+        with pytest.raises(ArgumentError, match=message):
+            matmul.bag(block_map, pool, ids, [0])
+    cases: list[tuple[Any, Any, str]] = [
+        ([0, 1], None, "rank 1 without offsets"),
+        ([[0, 1]], [0], "rank 2 with offsets"),
+        ([0, 1], [1], "begin with 0"),
+        ([0, 1], [0, 2, 1], "ascend"),
+        ([0, 1], [0, 3], "stay within the 2 ids"),
+        ([0, 1], [], "no bag for 2 ids"),
+        ([0, 1], [[0]], "1-D array of integers"),
+        ([0, 1], [0.0], "1-D array of integers"),
+    ]
+    for ids_, offsets, message in cases:
+        with pytest.raises(ArgumentError, match=message):
+            matmul.bag(block_map, pool, ids_, offsets)
+    with pytest.raises(ArgumentError, match="unknown mode 'min'"):
+        matmul.bag(block_map, pool, [[0]], mode="min")
+    assert matmul.take(block_map, pool, []).shape == (0, 4)
