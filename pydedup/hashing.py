@@ -14,7 +14,10 @@ from pydedup import _core
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError
 
-__all__ = ["hash_blocks", "hash_buffer", "hash_view"]
+__all__ = ["HASH_VERSION", "hash_blocks", "hash_buffer", "hash_view"]
+
+#: Version of the digest, recorded with each store.
+HASH_VERSION = 1
 
 
 def hash_blocks(

@@ -30,8 +30,8 @@ __all__ = [
 
 #: Bytes of a full page, its header included.
 PAGE_BYTES = 1024 * 1024
-#: Bytes of blocks and slots that a page holds.
-PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES
+#: Bytes of blocks and slots that a page holds: less its header, and what aligns the first block.
+PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES - codec.BLOCK_ALIGNMENT
 #: Slots of a page number fewer than 2 ** SLOT_BITS: each takes at least 32 bytes.
 SLOT_BITS = 20
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup import config, registry
+from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import (
@@ -25,6 +26,7 @@ from pydedup.errors import (
 from pydedup.formats.base import Artifact, TensorEntry
 from pydedup.formats.registry import open_source, write_model
 from pydedup.graph import Graph
+from pydedup.hashing import HASH_VERSION
 from pydedup.ingest.add import add_models
 from pydedup.ingest.plan import Request, plan_address
 from pydedup.jobs import LEASE_SECONDS
@@ -102,7 +104,13 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
             raise NotAStoreError(
                 f"{adapter.url} holds no pydedup store; open it with mode 'a' to create one"
             )
-        adapter.create_schema({"hash_version": "1", "page_format": "1"})
+        adapter.create_schema(
+            {
+                "store_id": uuid.uuid4().hex,
+                "hash_version": str(HASH_VERSION),
+                "page_format": str(codec.PAGE_VERSION),
+            }
+        )
     elif version > SCHEMA_VERSION:
         raise SchemaVersionError(
             f"{adapter.url} was written by a newer pydedup (schema {version}, this one knows "
