@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -261,12 +262,13 @@ def test_what_is_stored_must_be_what_the_map_says() -> None:
     block_map = pages.add(rng.standard_normal((8, 8)).astype(np.float32), (4, 4))
     other = pages.add(rng.standard_normal((6, 8)).astype(np.float32), (3, 4))
     swapped = type(block_map)(block_map.grid, block_map.dtype, other.page_ids, other.slots)
-    for use in (
+    uses: list[Callable[[], object]] = [
         lambda: matmul.matmul(swapped, pages.pool(), np.ones((1, 8))),
         lambda: matmul.take(swapped, pages.pool(), [0]),
         lambda: matmul.bag(swapped, pages.pool(), [[0]]),
         lambda: matmul.read(swapped, pages.pool()),
-    ):
+    ]
+    for use in uses:
         with pytest.raises(CorruptStoreError):
             use()
     beyond = type(block_map)(

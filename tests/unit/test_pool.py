@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page pool: budget, one batched fetch per request, one copy per page, walks, forks."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydedup import matmul
+from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
+from pydedup.pool import PagePool
+from pydedup.testing.memory_pages import MemoryPages
+
+MIB = 1 << 20
+
+
+def pages_of(count: int, elements: int = 1000) -> tuple[MemoryPages, int]:
+    """Return pages 1 to ``count``, each of one row that holds its number, and their size."""
+    pages = MemoryPages()
+    rows = np.repeat(np.arange(1, count + 1, dtype=np.float32)[:, None], elements, axis=1)
+    pages.add(rows, (1, elements), per_page=1)
+    assert sorted(pages.payloads) == list(range(1, count + 1))
+    return pages, len(pages.payloads[1])
+
+
+def number_on(page: Any) -> int:
+    return int(np.frombuffer(page.payload, np.float32, 1, int(page.slots["offset"][0]))[0])
+
+
+def test_pages_come_in_the_order_asked_for() -> None:
+    pages, _ = pages_of(9)
+    pool = pages.pool()
+    for ids in ([3, 1, 2], [9, 3, 3, 8], [1]):
+        assert [number_on(page) for page in pool.pages(ids)] == ids
+    assert pages.fetches == [[1, 2, 3], [8, 9]]
+    assert pool.pages([]) == []
+    stats = pool.stats()
+    assert (stats["inserts"], stats["pages"], stats["pinned_bytes"]) == (5, 5, 0)
+
+
+def test_missing_pages_are_listed() -> None:
+    pages, _ = pages_of(3)
+    with pytest.raises(PageNotFoundError, match="2 pages do not exist: 7, 9;"):
+        pages.pool().pages([1, 9, 7])
+    with pytest.raises(PageNotFoundError, match=r"19, \.\.\.;"):
+        pages.pool().pages(list(range(10, 40)))
+
+
+def test_the_budget_is_never_exceeded() -> None:
+    pages, size = pages_of(20)
+    pool = pages.pool(3 * size + 10)
+    for number in range(1, 21):
+        pool.pages([number])
+        assert pool.stats()["bytes"] <= 3 * size
+    held = pool.pages([1, 2, 3])
+    with pytest.raises(BudgetError, match="open the store with more memory"):
+        pool.pages([4])
+    assert [number_on(page) for page in held] == [1, 2, 3]
+    del held
+    assert number_on(pool.pages([4])[0]) == 4
+    with pytest.raises(BudgetError):
+        pool.pages([5, 6, 7, 8])
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+def test_a_budget_must_be_positive() -> None:
+    for memory in (0, -1):
+        with pytest.raises(ArgumentError, match="positive"):
+            PagePool(MemoryPages().fetch, memory)
+
+
+def test_a_damaged_page_is_named() -> None:
+    pages, _ = pages_of(2)
+    damaged = bytearray(pages.payloads[2])
+    damaged[-1] ^= 1
+    pages.payloads[2] = bytes(damaged)
+    pool = pages.pool()
+    with pytest.raises(CorruptStoreError, match=r"^page 2: .*verify"):
+        pool.pages([1, 2])
+    pages.payloads[2] = b"short"
+    with pytest.raises(CorruptStoreError, match="page 2"):
+        pool.pages([2])
+
+
+def test_drop_and_clear_forget_pages() -> None:
+    pages, _ = pages_of(3)
+    pool = pages.pool()
+    held = pool.pages([1, 2, 3])
+    pool.drop([2])
+    pool.pages([1, 2, 3])
+    assert pages.fetches == [[1, 2, 3], [2]]
+    pool.clear()
+    assert [number_on(page) for page in held] == [1, 2, 3]
+    del held
+    assert pool.stats()["bytes"] == 0
+
+
+def test_warm_takes_what_fits() -> None:
+    pages, size = pages_of(40, elements=MIB // 4)
+    assert pages.pool(10 * size).warm(range(1, 41)) == 10
+    roomy = pages.pool(60 * size)
+    assert roomy.warm(range(1, 41)) == 40
+    before = len(pages.fetches)
+    roomy.pages(list(range(1, 41)))
+    assert len(pages.fetches) == before
+    assert pages.pool(size).warm([]) == 0
+
+
+# ---- walks --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    page_ids=st.lists(st.integers(1, 9), max_size=60),
+    budget_pages=st.integers(1, 12),
+)
+def test_walks_visit_every_block_once(page_ids: list[int], budget_pages: int) -> None:
+    pages, size = pages_of(9)
+    ids = np.array(page_ids, np.int64)
+    pool = pages.pool(budget_pages * size)
+    seen = np.zeros(len(ids), int)
+    for rows, held, index in pool.windows(ids):
+        assert len(held) <= budget_pages
+        assert [number_on(held[i]) for i in index] == ids[rows].tolist()
+        seen[rows] += 1
+        del held
+    assert (seen == 1).all()
+    at = 0
+    for part, held, index in pool.stream(ids):
+        assert part.start == at
+        at = part.stop
+        assert [number_on(held[i]) for i in index] == ids[part].tolist()
+        assert held.count(held[0]) == 1
+    assert at == len(ids)
+
+
+def test_windows_read_each_page_once() -> None:
+    pages, _ = pages_of(9)
+    ids = np.tile(np.arange(1, 10), 5)
+    pool = pages.pool(9 * MIB)  # windows of two pages of the usual size
+    for _ in pool.windows(ids):
+        pass
+    assert sorted(number for batch in pages.fetches for number in batch) == list(range(1, 10))
+    assert len(pages.fetches) > 1
+
+
+def test_windows_shrink_when_pages_are_larger_than_usual() -> None:
+    pages, size = pages_of(8, elements=MIB)  # 4 MiB each, taken for 1 MiB at first
+    pool = pages.pool(9 * MIB)
+    assert pool.window_pages == 2
+    ids = np.arange(1, 9, dtype=np.int64)
+    seen = [(rows.tolist(), len(held)) for rows, held, _ in pool.windows(ids)]
+    assert sorted(row for rows, _ in seen for row in rows) == list(range(8))
+    assert pool.window_pages == 1
+    with pytest.raises(BudgetError):
+        list(pages.pool(size - 1).windows(ids))
+
+
+def test_a_walk_lets_its_pages_go() -> None:
+    pages, size = pages_of(6)
+    pool = pages.pool(6 * size)
+    for _, held, _ in pool.windows(np.arange(1, 7, dtype=np.int64)):
+        assert held
+    assert held == []
+    assert pool.stats()["pinned_bytes"] == 0
+    walk = pool.windows(np.arange(1, 7, dtype=np.int64))
+    next(walk)
+    del walk  # given up half way
+    gc.collect()
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+def test_the_cut_of_an_array_is_remembered_while_it_lives() -> None:
+    pages, _ = pages_of(6)
+    pool = pages.pool()
+    ids = np.arange(1, 7, dtype=np.int64)
+    for _ in range(3):
+        assert sum(part.stop - part.start for part, _, _ in pool.stream(ids)) == 6
+    assert len(pool._plans) == 1
+    del ids
+    gc.collect()
+    assert not pool._plans
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+def in_threads(count: int, work: Any) -> None:
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:  # an assertion in a thread must fail the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+def test_a_page_that_several_threads_miss_is_fetched_once() -> None:
+    pages, _ = pages_of(6)
+    all_ask = threading.Barrier(4)
+
+    def slow(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        time.sleep(0.05)
+        return pages.fetch(ids)
+
+    pool = PagePool(slow, MIB)
+
+    def work(number: int) -> None:
+        all_ask.wait(10)
+        wanted = [(number + i) % 6 + 1 for i in range(4)]
+        assert [number_on(page) for page in pool.pages(wanted)] == wanted
+
+    in_threads(4, work)
+    assert sorted(number for batch in pages.fetches for number in batch) == list(range(1, 7))
+
+
+def test_a_failing_fetch_does_not_strand_those_who_wait() -> None:
+    pages, _ = pages_of(2)
+    failed = threading.Event()
+
+    def first_fails(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        if not failed.is_set():
+            failed.set()
+            time.sleep(0.1)
+            raise OSError("the database went away")
+        return pages.fetch(ids)
+
+    pool = PagePool(first_fails, MIB)
+    outcomes: list[str] = []
+
+    def work(number: int) -> None:
+        if number:
+            failed.wait(10)
+        try:
+            outcomes.append(str(number_on(pool.pages([1])[0])))
+        except OSError as error:
+            outcomes.append(str(error))
+
+    in_threads(3, work)
+    assert sorted(outcomes) == ["1", "1", "the database went away"]
+
+
+def test_many_threads_share_a_small_budget() -> None:
+    # Each walk takes a quarter of the budget; eight at once would not fit, so some wait.
+    pages = MemoryPages()
+    rng = np.random.default_rng(1)
+    w = rng.standard_normal((256, 256)).astype(np.float32)
+    block_map = pages.add(w, (8, 256), per_page=1)
+    size = max(map(len, pages.payloads.values()))
+    pool = pages.pool(8 * size)
+    pool._largest = size
+    x = rng.standard_normal((2, 256)).astype(np.float32)
+    want = matmul.matmul(block_map, pages.pool(), x)
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            assert np.array_equal(matmul.matmul(block_map, pool, x), want)
+            assert pool.stats()["bytes"] <= 8 * size
+
+    in_threads(8, work)
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+def test_walks_inside_walks_do_not_wait_for_each_other() -> None:
+    pages, size = pages_of(8)
+    pool = pages.pool(8 * size)
+    pool._largest = size
+    both = threading.Barrier(2)
+    ids = np.arange(1, 9, dtype=np.int64)
+
+    def work(number: int) -> None:
+        for _, held, _ in pool.windows(ids[:2]):
+            both.wait(10)
+            for _, inner, _ in pool.windows(ids[2:4]):
+                assert len(inner) == 2
+            assert len(held) == 2
+
+    in_threads(2, work)
+
+
+# ---- forks --------------------------------------------------------------------------------------
+
+
+def _child(pool: PagePool, held: list[Any], results: Any) -> None:
+    stats = pool.stats()
+    results.put((stats["pages"], stats["inserts"]))
+    results.put([number_on(page) for page in held])
+    results.put([number_on(page) for page in pool.pages([2, 5])])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_starts_empty_and_works() -> None:
+    pages, _ = pages_of(6)
+    pool = pages.pool()
+    held = pool.pages([1, 2])
+    stop = threading.Event()
+
+    def keep_busy() -> None:
+        while not stop.is_set():
+            pool.pages([3, 4])
+            pool.drop([3])
+
+    thread = threading.Thread(target=keep_busy)
+    thread.start()
+    try:
+        context = multiprocessing.get_context("fork")
+        for _ in range(5):
+            results = context.SimpleQueue()
+            child = context.Process(target=_child, args=(pool, held, results))
+            child.start()
+            child.join(60)
+            assert child.exitcode == 0
+            assert results.get() == (0, 0)
+            assert results.get() == [1, 2]
+            assert results.get() == [2, 5]
+    finally:
+        stop.set()
+        thread.join()
+    assert [number_on(page) for page in pool.pages([1, 2])] == [1, 2]

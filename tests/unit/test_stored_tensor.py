@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stored tensor: what it tells, gives back, and does when its pages have moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pydedup.blocks import BlockMap
+from pydedup.errors import ArgumentError, PageNotFoundError
+from pydedup.serving.tensor import StoredTensor
+from pydedup.testing.memory_pages import MemoryPages
+from pydedup.types import DType, TensorInfo
+
+RNG = np.random.default_rng(12)
+
+
+def stored(array: NDArray[Any]) -> StoredTensor:
+    pages = MemoryPages()
+    block_map = pages.add(array, (8, 8))
+    info = TensorInfo("t", DType.of(array.dtype), array.shape, (8, 8))
+    return StoredTensor(info, lambda: block_map, pages.pool(), lambda: None)
+
+
+def test_a_tensor_tells_what_it_is() -> None:
+    tensor = stored(np.ones((3, 4, 5), ml_dtypes.bfloat16))
+    assert (tensor.name, tensor.shape, tensor.dtype) == ("t", (3, 4, 5), DType.BF16)
+    assert repr(tensor) == "<StoredTensor 't' bf16 (3, 4, 5)>"
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (0,), (3, 0), (5, 6), (4, 3, 2, 2)])
+def test_a_tensor_comes_back_bit_for_bit(shape: tuple[int, ...]) -> None:
+    for dtype in DType:
+        array = RNG.integers(0, 2, shape).astype(dtype.numpy)
+        back = stored(array).numpy()
+        assert back.dtype == array.dtype
+        assert back.shape == array.shape
+        assert back.tobytes() == array.tobytes()
+
+
+def test_tensors_of_more_axes_are_matrices_by_their_first() -> None:
+    w = RNG.standard_normal((6, 2, 3)).astype(np.float32)
+    tensor = stored(w)
+    x = RNG.standard_normal((4, 6)).astype(np.float32)
+    np.testing.assert_allclose(
+        tensor.matmul(x, transpose=True), x @ w.reshape(6, 6), rtol=1e-4, atol=1e-5
+    )
+    assert np.array_equal(tensor.take([[5, 0]]), w[[[5, 0]]])
+    np.testing.assert_allclose(tensor.bag([[5, 0]], mode="sum"), w[[5]] + w[[0]], rtol=1e-6)
+    uses: list[Callable[[StoredTensor], Any]] = [lambda t: t.take([0]), lambda t: t.bag([[0]])]
+    for use in uses:
+        with pytest.raises(ArgumentError, match=r"needs a tensor of 2 axes or more; 't' has"):
+            use(stored(np.ones(4, np.float32)))
+
+
+def test_a_missed_page_makes_the_map_be_read_again_once() -> None:
+    w = RNG.standard_normal((6, 4)).astype(np.float32)
+    pages = MemoryPages()
+    old, new = pages.add(w, (2, 2)), pages.add(w, (3, 4))
+    del pages.payloads[1]  # what a vacuum does to pages that it emptied
+    info = TensorInfo("t", DType.F32, w.shape, (2, 2))
+    current: list[BlockMap] = [old]
+    refreshed: list[int] = []
+
+    def refresh_to(block_map: BlockMap) -> Callable[[], None]:
+        def refresh() -> None:
+            refreshed.append(1)
+            current[0] = block_map
+
+        return refresh
+
+    x = np.ones((1, 4), np.float32)
+    uses: list[Callable[[StoredTensor], Any]] = [
+        lambda t: t.matmul(x),
+        lambda t: t.take([1]),
+        lambda t: t.bag([[1]]),
+        lambda t: t.numpy(),
+    ]
+    for use in uses:
+        current[0] = old
+        refreshed.clear()
+        tensor = StoredTensor(info, lambda: current[0], pages.pool(), refresh_to(new))
+        assert np.size(use(tensor)) > 0
+        assert refreshed == [1]
+        current[0] = old
+        lost = StoredTensor(info, lambda: current[0], pages.pool(), refresh_to(old))
+        with pytest.raises(PageNotFoundError):
+            use(lost)
+        assert refreshed == [1, 1]
