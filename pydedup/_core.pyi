@@ -144,3 +144,36 @@ def bag_rows(
     out: NDArray[Any],
     threads: int = 0,
 ) -> None: ...
+
+# ---- packing -------------------------------------------------------------------------------------
+
+def pack_pages(
+    owner_indptr: NDArray[np.int64],
+    owner_ids: NDArray[np.int64],
+    capacity: int,
+    sizes: NDArray[np.int64] | None,
+    existing_indptr: NDArray[np.int64],
+    existing_ids: NDArray[np.int64],
+    weights: NDArray[np.float64] | None,
+    algorithm: str,
+) -> tuple[
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    int,
+]: ...
+def check_layout(
+    owner_indptr: NDArray[np.int64],
+    owner_ids: NDArray[np.int64],
+    capacity: int,
+    sizes: NDArray[np.int64] | None,
+    existing_indptr: NDArray[np.int64],
+    existing_ids: NDArray[np.int64],
+    algorithm: str,
+    page_indptr: NDArray[np.int64],
+    page_ids: NDArray[np.int64],
+    read_indptr: NDArray[np.int64],
+    read_pages: NDArray[np.int64],
+) -> None: ...

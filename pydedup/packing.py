@@ -8,6 +8,7 @@ Deliberately not here: pages as bytes (`pydedup.codec`) and where they are store
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class Layout:
             unit = "bytes" if self.in_bytes else "blocks"
             raise ArgumentError(f"sizes must be given to check exactly when to pack (by {unit})")
         owner_indptr, owner_ids = _as_rows(owners, "owners")
-        existing_indptr, existing_ids = _as_rows(existing or [], "existing")
+        existing_indptr, existing_ids = _as_rows(() if existing is None else existing, "existing")
         if len(existing_indptr) - 1 != self.existing_pages:
             raise ArgumentError(
                 f"layout violates its request: it counts {self.existing_pages} existing pages, "
@@ -192,7 +193,7 @@ def pack(
         known = ", ".join(get_args(Algorithm))
         raise ArgumentError(f"unknown packing algorithm {algorithm!r}; choose one of: {known}")
     owner_indptr, owner_ids = _as_rows(owners, "owners")
-    existing_indptr, existing_ids = _as_rows(existing if existing is not None else [], "existing")
+    existing_indptr, existing_ids = _as_rows(() if existing is None else existing, "existing")
     page_capacity = _as_capacity(capacity)
     page_indptr, page_ids, read_indptr, read_pages, least_reads, lower_bound = _core.pack_pages(
         owner_indptr,
@@ -221,11 +222,10 @@ def pack(
 
 
 def _split(indptr: NDArray[np.int64], values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    bounds = indptr.tolist()
-    return [values[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [values[start:end] for start, end in itertools.pairwise(indptr.tolist())]
 
 
-def _as_rows(rows: Owners, name: str) -> _Rows:
+def _as_rows(rows: object, name: str) -> _Rows:
     if isinstance(rows, Mapping | str | bytes | np.ndarray) or not isinstance(rows, Sequence):
         raise ArgumentError(
             f"{name} must be a sequence of block id sets or a CSR pair (indptr, ids), not a "

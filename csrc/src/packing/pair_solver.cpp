@@ -146,7 +146,7 @@ void PairSolver::weigh() {
     }
 }
 
-void PairSolver::search(Choice& best) const {
+void PairSolver::search(Choice& best) {
     const std::uint64_t capacity = mixed_.problem.capacity;
     const std::size_t all = (std::size_t{1} << groups_.size()) - 1;
     const auto better = [&](std::int64_t reads, std::size_t incidences) {
@@ -175,10 +175,10 @@ void PairSolver::search(Choice& best) const {
 
 // Where to cut a group so that its front amounts to `least` to `most` and its back is not empty; 0
 // when that cannot be.
-std::size_t PairSolver::split_point(const Run& group, std::uint64_t least,
-                                    std::uint64_t most) const {
+std::size_t PairSolver::split_point(const Run& group, std::uint64_t least, std::uint64_t most) {
     if (least > most || least >= group.amount) return 0;
     if (mixed_.problem.unit()) return group.begin + static_cast<std::size_t>(least);
+    work_ += group.end - group.begin;
     std::uint64_t front = 0;
     for (std::size_t i = group.begin; i + 1 < group.end; ++i) {
         front += mixed_.problem.amount(blocks_[i]);

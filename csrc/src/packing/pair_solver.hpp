@@ -45,12 +45,12 @@ class PairSolver {
     void count_reads(const PageBlocks& page, std::uint32_t side);
     void group();
     void weigh();
-    void search(Choice& best) const;
+    void search(Choice& best);
     void apply(const Choice& choice, PageBlocks& first, PageBlocks& second) const;
     [[nodiscard]] std::span<const Index> owners_of(std::size_t c) const;
     [[nodiscard]] std::int64_t difference(std::size_t a, std::size_t b) const;
     [[nodiscard]] std::size_t split_point(const Run& group, std::uint64_t least,
-                                          std::uint64_t most) const;
+                                          std::uint64_t most);
 
     const Mixed& mixed_;
     unsigned most_groups_;

@@ -153,7 +153,11 @@ Rows renumber(const IdRows& rows, IdIndex& index, const char* name, bool strange
 }
 
 void take_sizes(const PackRequest& request, Problem& problem) {
-    if (request.capacity == 0) fail("capacity must be at least 1");
+    constexpr auto kMostCapacity =
+        static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+    if (request.capacity == 0 || request.capacity > kMostCapacity) {
+        fail("capacity must be 1 to 2^63 - 1, not " + std::to_string(request.capacity));
+    }
     problem.capacity = request.capacity;
     if (request.sizes.empty()) return;
     if (request.sizes.size() != problem.blocks()) {
@@ -171,9 +175,7 @@ void take_sizes(const PackRequest& request, Problem& problem) {
                  " bytes to fit a page; use smaller blocks or larger pages");
         }
         total += static_cast<std::uint64_t>(size);
-        if (total > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
-            fail("sizes add up to more than 2^63 bytes");
-        }
+        if (total > kMostCapacity) fail("sizes add up to 2^63 bytes or more");
         problem.sizes.push_back(static_cast<std::uint64_t>(size));
     }
 }

@@ -73,13 +73,18 @@ class Refiner {
         std::vector<PageBlocks> best = pages_;
         std::int64_t best_reads = weighted_reads(mixed_, pages_);
         const std::int64_t bound = least_reads();
-        const std::uint64_t most_work = solver_.work() + kShuffleWork;
+        std::size_t blocks = 0;
+        for (const PageBlocks& page : pages_) blocks += page.size();
+        std::uint64_t rounds_work = 0;
         Random random(pages_.size());
-        // Rounds are bounded too, as some do no work.
+        const std::uint64_t start = solver_.work();
+        std::ranges::fill(checked_, now_);  // descend() was here before
+        // Rounds are bounded too, for pages with few blocks.
         for (int round = 0; round < 4096 && best_reads > bound; ++round) {
-            if (solver_.work() > most_work) break;
+            rounds_work += 4 * blocks;
+            if (solver_.work() - start + rounds_work > kShuffleWork) break;
             if (!shuffle(random)) continue;
-            descend(most_work);
+            descend(start + kShuffleWork);
             const std::int64_t reads = weighted_reads(mixed_, pages_);
             for (std::size_t p = 0; p < pages_.size(); ++p) {
                 if (pages_[p] == best[p]) continue;
@@ -150,6 +155,11 @@ class Refiner {
     std::uint64_t now_ = 1;
 };
 
+// Blocks of unequal size may leave room for one page on another.
+void drop_empty(std::vector<PageBlocks>& pages) {
+    std::erase_if(pages, [](const PageBlocks& page) { return page.empty(); });
+}
+
 }  // namespace
 
 std::vector<PageBlocks> cut_pages(const Mixed& mixed, std::span<const Index> blocks) {
@@ -179,11 +189,15 @@ std::int64_t weighted_reads(const Mixed& mixed, std::span<const PageBlocks> page
 }
 
 void refine_pairs(const Mixed& mixed, std::vector<PageBlocks>& pages) {
-    if (pages.size() > 1) Refiner(mixed, pages).descend(kPairWork);
+    if (pages.size() < 2) return;
+    Refiner(mixed, pages).descend(kPairWork);
+    drop_empty(pages);
 }
 
 void refine_further(const Mixed& mixed, std::vector<PageBlocks>& pages) {
-    if (pages.size() > 1 && pages.size() <= kFewPages) Refiner(mixed, pages).wander();
+    if (pages.size() < 2 || pages.size() > kFewPages) return;
+    Refiner(mixed, pages).wander();
+    drop_empty(pages);
 }
 
 }  // namespace pydedup::packing
