@@ -185,9 +185,9 @@ def make_ours(connection: Any) -> None:
 def configure(connection: Any) -> None:
     """Set what SQLite does not keep in the file."""
     for setting in (
-        "synchronous = FULL",
-        "cache_size = -16384",  # KiB; payloads go round it
-        "secure_delete = FAST",  # to overwrite what is deleted would double the work
-        "trusted_schema = OFF",  # the file may come from anybody
+        "PRAGMA synchronous = FULL",
+        "PRAGMA cache_size = -16384",  # KiB; payloads go round it
+        "PRAGMA secure_delete = FAST",  # to overwrite what is deleted would double the work
+        "PRAGMA trusted_schema = OFF",  # the file may come from anybody
     ):
-        connection.execute(f"PRAGMA {setting}")
+        connection.execute(setting)

@@ -67,7 +67,7 @@ class _Connection(sqlite3.Connection):
 def _open(file: StoreFile, options: str, timeout: float = 0.0) -> _Connection:
     return sqlite3.connect(
         file.uri(options),
-        timeout,
+        timeout=timeout,
         isolation_level=None,
         check_same_thread=False,  # each thread has its own, but any may close it
         factory=_Connection,
@@ -161,7 +161,8 @@ class SqliteAdapter(SqliteBase):
             return connection
         except sqlite3.OperationalError as error:
             # Reading in WAL mode needs a file beside the database, to agree with writers.
-            if _code(error) != sqlite3.SQLITE_CANTOPEN or os.access(self._file.folder, os.W_OK):
+            refusals = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+            if _code(error) not in refusals or os.access(self._file.folder, os.W_OK):
                 raise
         self._file.refuse_unmerged_wal()
         stamp = self._file.stamp()

@@ -144,11 +144,17 @@ class Adapter(Protocol):
     def transaction(self) -> AbstractContextManager[None]:
         """Write transaction of the calling thread; commits, or rolls back on any exception.
 
-        Not nested. Raises ReadOnlyError, ConflictError (lock wait ran out), StorageFullError.
+        Neither a transaction nor a snapshot may begin inside (StoreError). Let an error of the
+        adapter end it: some databases accept nothing more after one. Raises ReadOnlyError,
+        ConflictError (lock wait ran out), StorageFullError.
         """
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Read transaction: all reads of this thread inside see one committed state."""
+        """Read transaction: all reads of this thread inside see one committed state.
+
+        It is the state of the moment when the snapshot begins. A snapshot inside a snapshot is
+        part of the outer one.
+        """
 
     # ---- meta ---------------------------------------------------------------------------------
 
@@ -249,7 +255,7 @@ class Adapter(Protocol):
         """Insert (checksum, payload) and return their ids, in order."""
 
     def read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Yield (id, payload) for the ids that exist, in any order."""
+        """Yield (id, payload) once for each of the ids that exists, in any order."""
 
     def page_rows(
         self,

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
-import pickle
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -39,28 +40,29 @@ def _write(url: str, number: int, rounds: int) -> None:
 
 
 def in_fork(function: Callable[[], Any]) -> Any:
-    """Return what the function returns in a forked child, which then ends without clean-up."""
+    """Return what the function returns (as JSON) in a forked child that ends without clean-up."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:  # here pytest must not see what happens
         status = 1
+        signal.alarm(int(PATIENCE_SECONDS))  # rather than hang, and its parent with it
         try:
             os.close(reading)
             try:
                 result: tuple[str, Any] = ("ok", function())
             except BaseException as error:  # told to the parent
                 result = (type(error).__name__, str(error))
-            with os.fdopen(writing, "wb") as pipe:
-                pipe.write(pickle.dumps(result))
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(result, pipe)
             status = 0
         finally:
             os._exit(status)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
+    with os.fdopen(reading) as pipe:
         told = pipe.read()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-    kind, result = pickle.loads(told)  # noqa: S301 - our own child's
+    kind, result = json.loads(told)
     if kind == "UnavailableError":
         raise UnavailableError(result)
     assert kind == "ok", f"{kind}: {result}"

@@ -8,10 +8,9 @@ method and which of its calls, and what happens there. Everything else is passed
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -88,42 +87,48 @@ class FaultyAdapter:
             count = self.calls[method]
             return [f for f in self._faults if f.method == method and f.call in (0, count)]
 
-    def __getattr__(self, name: str) -> Any:
-        target = getattr(self._adapter, name)
-        if not callable(target):
-            return target
-        if name in _SCOPES:
-            return functools.partial(self._scope, name, target)
-        if name == "read_pages":
-            return functools.partial(self._read_pages, target)
-        return functools.partial(self._call, name, target)
-
-    def _call(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         faults = self._due(name)
         _strike(faults, after=False)
-        result = target(*args, **kwargs)
+        result = getattr(self._adapter, name)(*args, **kwargs)
         _strike(faults, after=True)
         return result
 
-    def _read_pages(self, target: Callable[..., Any], *args: Any) -> Iterator[tuple[int, bytes]]:
+    def _read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         faults = self._due("read_pages")
         _strike(faults, after=False)
-        for page in target(*args):
+        for page in self._adapter.read_pages(ids):
             yield page
             _strike(faults, after=True)
 
     @contextlib.contextmanager
-    def _scope(self, name: str, target: Callable[[], Any]) -> Iterator[None]:
+    def _scope(self, name: str) -> Iterator[None]:
         faults = self._due(name)
         _strike(faults, after=False)
         commit: list[Fault] = []
-        with target():
+        with getattr(self._adapter, name)():
             yield
             if name == "transaction":
                 commit = self._due("commit")
             _strike(commit, after=False)
         _strike(commit, after=True)
         _strike(faults, after=True)
+
+
+def _passed_on(name: str) -> Any:
+    """Return the attribute of FaultyAdapter that stands for one of the protocol."""
+    if name in _NOT_CALLS:
+        return property(lambda self: getattr(self._adapter, name))
+    if name in _SCOPES:
+        return lambda self: self._scope(name)
+    if name == "read_pages":
+        return FaultyAdapter._read_pages
+    return lambda self, *args, **kwargs: self._call(name, *args, **kwargs)
+
+
+# Written into the class, not found by __getattr__, so that isinstance sees the protocol.
+for _name in [name for name in vars(Adapter) if not name.startswith("_")]:
+    setattr(FaultyAdapter, _name, _passed_on(_name))
 
 
 def inject(adapter: Adapter, *faults: Fault) -> tuple[Adapter, FaultyAdapter]:

@@ -37,6 +37,7 @@ class TestOtherDialect(PagesContract, RowsContract):
     @pytest.fixture(autouse=True)
     def _dialect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sqlite, "DIALECT", OTHER)
+        monkeypatch.delattr(sqlite.SqliteAdapter, "_read_payloads")  # by statements, as others
 
     def make_url(self, folder: Path) -> str:
         return f"sqlite:///{folder}/store.db"

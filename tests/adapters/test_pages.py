@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 from array import array
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -76,7 +77,7 @@ def test_threads_join_at_once() -> None:
         own = random.Random(number).randbytes(300_001)
         expected = hashlib.sha256(own + shared + own).digest()
         for _ in range(20):
-            parts = [*split_payload(own, 1 << 12), shared, bytearray(own)]
+            parts: list[Any] = [*split_payload(own, 1 << 12), shared, bytearray(own)]
             if hashlib.sha256(join_parts(parts)).digest() != expected:
                 wrong.append(number)
 

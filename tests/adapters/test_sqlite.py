@@ -120,7 +120,7 @@ def test_capabilities_are_those_of_the_library(path: Path, monkeypatch: pytest.M
     original = sqlite._open
 
     def limited(*args: Any) -> sqlite3.Connection:
-        connection = original(*args)
+        connection: sqlite3.Connection = original(*args)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 16 * MIB)
         connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 100)
         return connection
@@ -369,3 +369,39 @@ def test_a_killed_writer_leaves_whole_transactions(path: Path) -> None:
     assert adapter.integrity_errors() == []
     adapter.close()
     assert not log.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_holds_locks_of_its_own(path: Path) -> None:
+    # SQLite counts the locks of a process in memory. A child that inherited the count would take
+    # none, and its parent, believing to be alone, would fold the log in under the child's feet.
+    adapter = open_store(path)
+    (page,) = add_pages(adapter, 1)
+    adapter.models()
+    to_child, to_parent = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with adapter.snapshot():
+                seen = [row.id for row in adapter.page_rows()]
+                os.write(to_parent[1], b"r")
+                os.read(to_child[0], 1)
+                same = [row.id for row in adapter.page_rows()] == seen == [page]
+                same = same and len(list(adapter.read_pages(seen))) == 1
+            os.write(to_parent[1], b"y" if same else b"n")
+        finally:
+            os._exit(0)
+    try:
+        assert os.read(to_parent[0], 1) == b"r"
+        with adapter.transaction():
+            adapter.delete_pages([page])
+        adapter.checkpoint()
+        adapter.close()
+        assert Path(f"{path}-wal").exists(), "the parent believed to be the last one"
+        os.write(to_child[1], b"g")
+        assert os.read(to_parent[0], 1) == b"y"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for end in (*to_child, *to_parent):
+            os.close(end)
