@@ -32,12 +32,12 @@ def test_every_kernel_passes_every_check() -> None:
     runnable = [kernel.name for kernel in config.kernels().available if kernel.runnable]
     lines = done.stdout.splitlines()
     assert lines[1].startswith(f"kernel in use: {config.kernels().in_use} (")
-    passed = [line for line in lines if line.startswith("  ok ")]
+    for kernel in runnable:
+        for name in selftest.CHECKS:
+            begin = f"  ok      {kernel:<8} {name:<16} "
+            assert sum(line.startswith(begin) for line in lines) == 1, begin
     total = len(runnable) * len(selftest.CHECKS)
-    assert len(passed) == total > 0
     assert lines[-1] == f"{total} of {total} checks passed"
-    for name in selftest.CHECKS:
-        assert sum(f" {name} " in line for line in lines) == len(runnable), name
 
 
 def test_a_kernel_that_cannot_be_had_fails() -> None:
