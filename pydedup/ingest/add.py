@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.adapter import LIVE, Adapter
 from pydedup.blocks import MatrixView
-from pydedup.errors import ConflictError, PydedupError
+from pydedup.errors import ConflictError, PageNotFoundError, PydedupError
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import Spool
@@ -47,7 +47,13 @@ def add_models(
     """
     started = time.monotonic()
     for _ in range(_ATTEMPTS):
-        reports = _attempt(adapter, pool, requests, dry_run, progress, started)
+        epoch = adapter.epoch()
+        try:
+            reports = _attempt(adapter, pool, requests, dry_run, progress, started)
+        except PageNotFoundError:
+            if adapter.epoch() == epoch:
+                raise  # nobody took it away: the store is damaged
+            continue
         if reports is not None:
             return reports
     raise ConflictError(

@@ -20,7 +20,7 @@ from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
 from pydedup.blocks import BlockMap
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import PydedupError
+from pydedup.errors import PageNotFoundError, PydedupError
 from pydedup.jobs import job_spec
 from pydedup.layout import (
     PAGE_CAPACITY,
@@ -64,8 +64,9 @@ def repack(
     Gives way (returns 0) when another writer publishes meanwhile: the next vacuum tries again.
     """
     epoch = adapter.epoch()
-    models = [StoredModel(adapter, row) for row in adapter.models()]
-    places = _places(adapter, pool, models)
+    with adapter.snapshot():
+        models = [StoredModel(adapter, row) for row in adapter.models()]
+        places = _places(adapter, pool, models)
     if not len(places.page_ids):
         return 0
     layout = pack(places.owners, PAGE_CAPACITY, sizes=places.costs)
@@ -82,6 +83,11 @@ def repack(
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
         published = _publish(adapter, models, places, page_of, slot_of, new_ids, epoch)
+    except PageNotFoundError:
+        _discard(adapter, new_ids, job_id)
+        if adapter.epoch() == epoch:
+            raise
+        return 0
     except BaseException:
         # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
         with contextlib.suppress(PydedupError):

@@ -124,22 +124,27 @@ def _retire_orphans(adapter: Adapter) -> None:
 
 
 def _collect_stagings(adapter: Adapter, lease_seconds: float) -> int:
-    """Delete what dead adds left; returns how many there were."""
-    jobs = adapter.jobs()
-    dead = [job for job in jobs if job_is_dead(job[1], job[2], lease_seconds)]
-    running = {m for job in jobs if job not in dead for m in models_of_job(job[1])}
-    staged = [row.id for row in adapter.models(state=STAGING) if row.id not in running]
-    for model_id in staged:
-        with adapter.transaction():
+    """Delete what dead adds left; returns how many models there were.
+
+    One transaction: an add that begins or publishes in between must be seen whole or not at all.
+    """
+    with adapter.transaction():
+        staged_pages = {row.id for row in adapter.page_rows(state=STAGING)}
+        staged = [row.id for row in adapter.models(state=STAGING)]
+        jobs = adapter.jobs()
+        dead = [job for job in jobs if job_is_dead(job[1], job[2], lease_seconds)]
+        running = {m for job in jobs if job not in dead for m in models_of_job(job[1])}
+        abandoned = [model_id for model_id in staged if model_id not in running]
+        for model_id in abandoned:
             adapter.delete_model(model_id)
-    for job_id, _, _, _ in dead:
-        with adapter.transaction():
+        for job_id, _, _, _ in dead:
             adapter.delete_job(job_id)
-    if len(dead) == len(jobs):
-        # Staged pages have no owner until late: only when nothing runs are they surely left over.
-        staging = {row.id for row in adapter.page_rows(state=STAGING)}
-        _delete_pages(adapter, [page for page in adapter.orphan_pages() if page in staging])
-    return len(staged)
+        if len(dead) == len(jobs):
+            # Staged pages have no owner until late: only when nothing runs are they left over,
+            # those whose owner was deleted above included.
+            orphans = staged_pages.intersection(adapter.orphan_pages())
+            adapter.set_page_state(sorted(orphans), RETIRED, time.time())
+    return len(abandoned)
 
 
 def _wants_repack(adapter: Adapter) -> bool:

@@ -98,11 +98,11 @@ class Diff:
 def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: str) -> Explanation:
     """Say which blocks of a model are shared with whom. Raises NotFoundError."""
     with adapter.snapshot():
-        model = catalog.model(address)
+        model = StoredModel(adapter, catalog.resolve(address))
         pages = {page for _, page, _, _ in adapter.model_pages(model.row.id)}
         neighbours = {owner for owner, page, _, _ in adapter.model_pages() if page in pages}
         others = [
-            catalog.of_row(row)
+            StoredModel(adapter, row)
             for row in adapter.models()
             if row.id in neighbours and row.id != model.row.id
         ]
@@ -154,17 +154,20 @@ def diff_models(
     progress: Progress | None = None,
 ) -> Diff:
     """Compare two models tensor by tensor. Memory: two tensors. Raises NotFoundError."""
-    a, b = catalog.model(first), catalog.model(second)
-    names_b = {info.name for info in b.tensors}
-    diffs = []
-    for number, info in enumerate(a.tensors):
-        if info.name in names_b:
-            diffs.append(_diff_tensor(pool, a, b, info))
-        else:
-            diffs.append(TensorDiff(info.name, "removed"))
-        if progress is not None:
-            progress("comparing", number + 1, len(a.tensors))
-    names_a = {info.name for info in a.tensors}
+    with adapter.snapshot():
+        # Block maps of this snapshot, not cached ones: a vacuum may have moved blocks since.
+        a = StoredModel(adapter, catalog.resolve(first))
+        b = StoredModel(adapter, catalog.resolve(second))
+        names_a = {info.name for info in a.tensors}
+        names_b = {info.name for info in b.tensors}
+        diffs = []
+        for number, info in enumerate(a.tensors):
+            if info.name in names_b:
+                diffs.append(_diff_tensor(pool, a, b, info))
+            else:
+                diffs.append(TensorDiff(info.name, "removed"))
+            if progress is not None:
+                progress("comparing", number + 1, len(a.tensors))
     diffs.extend(TensorDiff(i.name, "added") for i in b.tensors if i.name not in names_a)
     return Diff(a.address, b.address, tuple(diffs))
 
