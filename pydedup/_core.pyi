@@ -8,6 +8,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# ---- cpu -----------------------------------------------------------------------------------------
+
+def version() -> str: ...
+def active_kernel() -> str: ...
+def active_kernel_reason() -> str: ...
+def kernel_infos() -> list[tuple[str, bool, bool, str]]: ...
+
+# ---- hash ----------------------------------------------------------------------------------------
+
+def hash_blocks(
+    data: NDArray[np.uint8],
+    dtype: int,
+    block_rows: int,
+    block_cols: int,
+    seed: int = 0,
+    threads: int = 0,
+) -> NDArray[np.uint64]: ...
+def hash_bytes(
+    buffer: bytes | bytearray | memoryview | NDArray[np.uint8], seed: int = 0
+) -> bytes: ...
+
 # ---- codec and pages -----------------------------------------------------------------------------
 
 PAGE_VERSION: int

@@ -25,6 +25,7 @@ from pydedup.errors import ArgumentError
 __all__ = [
     "BLOCK_ALIGNMENT",
     "PAGE_HEADER_BYTES",
+    "PAGE_OVERHEAD_BYTES",
     "PAGE_VERSION",
     "SLOT_BYTES",
     "SLOT_DTYPE",
@@ -45,6 +46,9 @@ __all__ = [
 PAGE_VERSION: int = _core.PAGE_VERSION
 #: Bytes of a page before its slot table.
 PAGE_HEADER_BYTES: int = _core.PAGE_HEADER_BYTES
+#: Most bytes of a page beyond the `page_cost` of its blocks: the header, and what is left free
+#: behind a slot table so that the first block is aligned.
+PAGE_OVERHEAD_BYTES: int = _core.PAGE_HEADER_BYTES + _core.BLOCK_ALIGNMENT - _core.SLOT_BYTES
 #: Bytes that each slot takes in the slot table.
 SLOT_BYTES: int = _core.SLOT_BYTES
 #: Blocks begin at multiples of this many bytes.
@@ -125,7 +129,7 @@ def encode_blocks(
 def page_cost(lengths: ArrayLike) -> NDArray[np.int64]:
     """Return the bytes that blocks of these encoded lengths take on a page, slots included.
 
-    A page of blocks with these costs has at most ``PAGE_HEADER_BYTES + sum(costs)`` bytes, which
+    A page of blocks with these costs has at most ``PAGE_OVERHEAD_BYTES + sum(costs)`` bytes, which
     is what packing by bytes relies on. The result is int64 of the shape of ``lengths``.
     """
     sizes = np.asarray(lengths, np.int64)

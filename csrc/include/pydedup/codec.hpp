@@ -20,8 +20,9 @@ enum class Encoding : std::uint8_t {
 /// Version of the `planes` encoding, persisted in each such block.
 inline constexpr std::uint8_t kPlanesVersion = 1;
 
-/// `planes` is chosen only where it saves at least 1/20 of the raw bytes (5 %): less is not worth
-/// that the kernels cannot compute on the block where it lies.
+/// Compression must save at least 1/20 of the raw bytes (5 %). Of a block: less is not worth that
+/// the kernels cannot compute on it where it lies. Of a plane: decoding one costs more than reading
+/// it, so one that saves less stays raw.
 inline constexpr std::size_t kMinPlaneSaving = 20;
 
 /// One stored block. `data` belongs to whoever made the view (a page).
@@ -54,8 +55,8 @@ struct EncodedBlock {
 void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride_bytes);
 
 /// Encodes the blocks `indices` of a matrix into `arena`, one after another without gaps, block i
-/// at offsets[i]. `arena` has room for the raw bytes of all of them (raw_bytes_of); returns how many
-/// bytes of it were used. `threads` 0 means one per core for large inputs.
+/// at offsets[i]. `arena` has room for the raw bytes of all of them (raw_bytes_of); returns how
+/// many bytes of it were used. `threads` 0 means one per core for large inputs.
 [[nodiscard]] std::size_t encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
                                         std::span<const std::int64_t> indices, bool planes,
                                         std::span<std::byte> arena, std::span<std::int64_t> offsets,

@@ -76,6 +76,11 @@ void copy_rows(const std::byte* from, std::size_t from_stride, std::size_t rows,
     }
 }
 
+// The most bytes that may stand in for `raw` ones.
+std::size_t worth_it(std::size_t raw) noexcept {
+    return raw - (raw + kMinPlaneSaving - 1) / kMinPlaneSaving;
+}
+
 struct PlanePlan {
     PlaneKind kind;
     std::uint8_t value;  // of a constant plane
@@ -97,7 +102,7 @@ void plan_plane(std::span<const std::uint8_t> plane, PlanePlan& plan) noexcept {
     plan.length = static_cast<std::uint32_t>(plane.size());
     if (detail::is_incompressible(histogram, plane.size())) return;
     detail::plan_huffman(histogram, plan.huffman);
-    if (plan.huffman.payload_bytes < plane.size()) {
+    if (plan.huffman.payload_bytes <= worth_it(plane.size())) {
         plan.kind = PlaneKind::huffman;
         plan.length = static_cast<std::uint32_t>(plan.huffman.payload_bytes);
     }
@@ -117,7 +122,7 @@ std::uint32_t encode_planes(const MatrixRef& block, std::span<std::byte> out) {
         total += plans[p].length;
     }
     const std::size_t raw = count * n_planes;
-    if (total > raw - (raw + kMinPlaneSaving - 1) / kMinPlaneSaving) return 0;
+    if (total > worth_it(raw)) return 0;
 
     std::byte* const frame = out.data();
     frame[0] = std::byte{kPlanesVersion};

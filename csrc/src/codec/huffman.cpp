@@ -102,6 +102,12 @@ const char* read_code_table(std::span<const std::uint8_t>& payload, UsedSymbols&
     if (payload.size() < (n + 1) / 2) return "a code table is cut off";
     for (std::size_t i = 0; i < n; ++i) used.bits[i] = payload[i / 2] >> (4 * (i % 2)) & 15;
     if (n % 2 == 1 && payload[n / 2] >> 4 != 0) return "a code table ends with stray bits";
+    const bool every = form == kBitmapForm;
+    for (std::size_t i = 0; i < n; ++i) {
+        if (used.bits[i] == 0 && (every || i == 0 || i + 1 == n)) {
+            return "a code table names a byte that has no code";
+        }
+    }
     payload = payload.subspan((n + 1) / 2);
     used.n = n;
     return nullptr;
