@@ -40,7 +40,7 @@ def job_is_dead(spec: str, cursor: str, lease_seconds: float = LEASE_SECONDS) ->
     here = _identity(os.getpid())
     if here is None or (process["boot"], process["namespace"]) != (here["boot"], here["namespace"]):
         return False  # on another machine: only the lease can tell
-    return _identity(int(process["pid"])) != process
+    return bool(_identity(int(process["pid"])) != process)
 
 
 def _identity(pid: int) -> dict[str, str | int] | None:

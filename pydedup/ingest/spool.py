@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ from pydedup.pool import PagePool
 
 __all__ = ["Spool"]
 
+_Item = TypeVar("_Item", bound=np.generic)
+
 
 class Spool:
     """Append-only pages of new blocks. Not thread-safe; a context manager."""
@@ -40,11 +42,11 @@ class Spool:
         self._extents: list[tuple[int, int]] = []
         self._end = 0
         self._open = _OpenPage()
-        self._page_of: list[NDArray[np.int64]] = []
-        self._slot_of: list[NDArray[np.uint32]] = []
-        self._cost: list[NDArray[np.int64]] = []
-        self._length: list[NDArray[np.int64]] = []
-        self._hashes: list[NDArray[np.uint64]] = []
+        self._page_of = _Column(np.empty(0, np.int64))
+        self._slot_of = _Column(np.empty(0, np.uint32))
+        self._cost = _Column(np.empty(0, np.int64))
+        self._length = _Column(np.empty(0, np.int64))
+        self._hashes = _Column(np.empty((0, 2), np.uint64))
         self.count = 0
 
     def __enter__(self) -> Self:
@@ -101,24 +103,24 @@ class Spool:
     @property
     def costs(self) -> NDArray[np.int64]:
         """Bytes that each block takes on a page, its slot included."""
-        return _joined(self._cost, np.empty(0, np.int64))
+        return self._cost.values()
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Encoded bytes of each block."""
-        return _joined(self._length, np.empty(0, np.int64))
+        return self._length.values()
 
     @property
     def hashes(self) -> NDArray[np.uint64]:
         """Digests of all blocks, shape (count, 2)."""
-        return _joined(self._hashes, np.empty((0, 2), np.uint64))
+        return self._hashes.values()
 
     def equal(
         self, view: MatrixView, indices: NDArray[np.int64], numbers: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Compare blocks of a matrix with spooled ones, byte by byte."""
-        page_of = _joined(self._page_of, np.empty(0, np.int64))[numbers]
-        slots = _joined(self._slot_of, np.empty(0, np.uint32))[numbers]
+        page_of = self._page_of.values()[numbers]
+        slots = self._slot_of.values()[numbers]
         equal = np.zeros(len(numbers), np.bool_)
         last = np.flatnonzero(page_of == len(self._extents))
         if len(last):
@@ -134,15 +136,15 @@ class Spool:
 
     def block(self, number: int) -> tuple[codec.Page, int]:
         """Return the page and slot of one block; only when frozen."""
-        page_of = _joined(self._page_of, np.empty(0, np.int64))
-        slot_of = _joined(self._slot_of, np.empty(0, np.uint32))
+        page_of = self._page_of.values()
+        slot_of = self._slot_of.values()
         (page,) = self._pages.pages([int(page_of[number])])
         return page, int(slot_of[number])
 
     def image(self, numbers: NDArray[np.int64]) -> bytes:
         """Return the page that holds exactly these blocks, in this order; only when frozen."""
-        page_of = _joined(self._page_of, np.empty(0, np.int64))
-        slot_of = _joined(self._slot_of, np.empty(0, np.uint32))
+        page_of = self._page_of.values()
+        slot_of = self._slot_of.values()
         return copy_page(self._pages, page_of[numbers], slot_of[numbers])
 
     def _seal(self) -> None:
@@ -222,10 +224,19 @@ class _OpenPage:
         return self._image
 
 
-def _joined(table: list[NDArray[np.generic]], empty: NDArray[np.generic]) -> NDArray[np.generic]:
-    if len(table) > 1:
-        table[:] = [np.concatenate(table)]
-    return table[0] if table else empty
+class _Column(Generic[_Item]):
+    """A growing array."""
+
+    def __init__(self, empty: NDArray[_Item]) -> None:
+        self._parts = [empty]
+
+    def append(self, part: NDArray[_Item]) -> None:
+        self._parts.append(part)
+
+    def values(self) -> NDArray[_Item]:
+        if len(self._parts) > 1:
+            self._parts = [np.concatenate(self._parts)]
+        return self._parts[0]
 
 
 def _spool_folder() -> str:

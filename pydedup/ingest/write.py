@@ -206,7 +206,7 @@ class Stager:
 
     def _stage_page(self, numbers: NDArray[np.int64], keys: Sequence[bytes]) -> int:
         image = self._spool.image(numbers)
-                yield "hash", (model.model_id, ordinal, part, hashes[start : start + _HASH_PART_BYTES])
+        (page_id,) = self._adapter.insert_pages(
             [(codec.page_checksum(image), image)], state=STAGING
         )
         self._adapter.insert_blocks(
