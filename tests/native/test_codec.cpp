@@ -1,33 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block encodings: every kernel against the scalar one, round trips, optimal codes, and bytes that
-// nobody wrote (the same cases under ASan and UBSan are the memory-safety test).
+// Block encodings: round trips, and bytes that nobody wrote (the same cases under ASan and UBSan
+// are the memory-safety test). Planes and Huffman coding by themselves are in test_huffman.cpp.
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <random>
 #include <vector>
 
 #include "check.hpp"
-#include "codec/code_lengths.hpp"
-#include "codec/huffman.hpp"
-#include "dispatch/dispatch.hpp"
 #include "pydedup/codec.hpp"
-#include "pydedup/cpu.hpp"
 
 using namespace pydedup;
 
 namespace {
 
 using Buffer = std::vector<std::uint8_t>;
-
-std::vector<const KernelTable*> runnable_kernels() {
-    std::vector<const KernelTable*> tables;
-    for (const KernelInfo& info : kernel_infos()) {
-        if (info.built && info.runnable) tables.push_back(&kernels_named(info.name));
-    }
-    return tables;
-}
 
 Buffer random_bytes(std::size_t n, std::mt19937_64& random) {
     Buffer bytes(n);
@@ -92,164 +79,6 @@ BlockView view_of(const Buffer& bytes, const EncodedBlock& encoded, Dtype dtype,
             static_cast<std::uint32_t>(rows),
             static_cast<std::uint32_t>(cols),
             0};
-}
-
-TEST(planes_of_every_kernel_are_those_of_the_reference) {
-    std::mt19937_64 random(1);
-    const auto tables = runnable_kernels();
-    CHECK(!tables.empty() && tables.front() == &kernels_named("scalar"));
-    for (const std::size_t item : {1, 2, 4, 8}) {
-        for (const auto& [rows, cols] : {std::pair<std::size_t, std::size_t>{1, 1},
-                                         {1, 15},
-                                         {3, 16},
-                                         {2, 17},
-                                         {5, 31},
-                                         {3, 33},
-                                         {7, 50},
-                                         {4, 64},
-                                         {2, 113}}) {
-            for (const std::size_t gap : {0, 5}) {
-                const std::size_t stride = cols * item + gap;
-                const Buffer source = random_bytes(rows * stride, random);
-                for (const bool rotate : {false, true}) {
-                    Buffer want(rows * cols * item);
-                    tables.front()->codec.split_planes(source.data(), stride, rows, cols, item,
-                                                       rotate, want.data());
-                    for (const KernelTable* table : tables) {
-                        Buffer planes(want.size());
-                        table->codec.split_planes(source.data(), stride, rows, cols, item, rotate,
-                                                  planes.data());
-                        CHECK(planes == want);
-                        // Gaps between rows must stay as they are.
-                        Buffer merged = source;
-                        std::array<const std::uint8_t*, 8> parts{};
-                        for (std::size_t p = 0; p < item; ++p) {
-                            parts[p] = planes.data() + p * rows * cols;
-                        }
-                        for (std::size_t r = 0; r < rows; ++r) {
-                            std::memset(&merged[r * stride], 0xAA, cols * item);
-                        }
-                        table->codec.merge_planes(parts.data(), rows, cols, item, rotate,
-                                                  merged.data(), stride);
-                        CHECK(merged == source);
-                    }
-                }
-            }
-        }
-    }
-}
-
-TEST(rotation_puts_the_exponent_of_f32_into_the_last_plane) {
-    const std::array<float, 4> values = {1.0F, -1.0F, 1.9999F, -1.5F};
-    std::array<std::uint8_t, 16> planes{};
-    kernels().codec.split_planes(reinterpret_cast<const std::uint8_t*>(values.data()), 16, 1, 4, 4,
-                                 true, planes.data());
-    for (std::size_t i = 12; i < 16; ++i) CHECK(planes[i] == 127);
-}
-
-TEST(code_lengths_are_optimal_and_limited) {
-    std::mt19937_64 random(2);
-    for (int round = 0; round < 200; ++round) {
-        std::array<std::uint32_t, 256> counts{};
-        const std::size_t used = 2 + random() % 255;
-        for (std::size_t i = 0; i < used; ++i) {
-            // From flat to steeper than Fibonacci, which forces long codes.
-            const double steep = static_cast<double>(round % 10) * 0.1;
-            counts[random() % 256] +=
-                1 + static_cast<std::uint32_t>(std::pow(2.0, steep * static_cast<double>(i % 28)));
-        }
-        if (std::count(counts.begin(), counts.end(), 0U) > 254) continue;
-        const auto cost_under = [&](unsigned limit) {
-            std::array<std::uint8_t, 256> bits{};
-            detail::optimal_code_lengths(counts, limit, bits);
-            std::uint64_t cost = 0;
-            std::uint64_t kraft = 0;
-            for (std::size_t s = 0; s < 256; ++s) {
-                CHECK((bits[s] == 0) == (counts[s] == 0));
-                CHECK(bits[s] <= limit);
-                cost += std::uint64_t{counts[s]} * bits[s];
-                if (bits[s] != 0) kraft += std::uint64_t{1} << (15 - bits[s]);
-            }
-            CHECK(kraft == std::uint64_t{1} << 15);
-            return cost;
-        };
-        // A tighter limit costs, or the looser one was not optimal.
-        const std::uint64_t loose = cost_under(15);
-        const std::uint64_t tight = cost_under(kMaxCodeBits);
-        const std::uint64_t tightest = cost_under(8);
-        CHECK(loose <= tight && tight <= tightest);
-        const std::uint64_t total = [&] {
-            std::uint64_t sum = 0;
-            for (const std::uint32_t n : counts) sum += n;
-            return sum;
-        }();
-        double entropy = 0;
-        for (const std::uint32_t n : counts) {
-            if (n != 0)
-                entropy -= n * std::log2(static_cast<double>(n) / static_cast<double>(total));
-        }
-        CHECK(static_cast<double>(loose) >= entropy - 1e-6);
-        CHECK(static_cast<double>(tightest) <= 8.0 * static_cast<double>(total) + 1e-6);
-    }
-}
-
-TEST(huffman_planes_come_back_from_every_kernel) {
-    std::mt19937_64 random(3);
-    for (const std::size_t n :
-         {2, 3, 4, 5, 8, 9, 63, 64, 100, 1023, 1024, 1025, 4096, 5000, 70001}) {
-        for (const double decay : {0.9, 0.5, 0.25, 0.1, 0.02}) {
-            Buffer plane = skewed_bytes(n, decay, random);
-            plane[0] = 1;  // two different bytes at least
-            plane[n - 1] = 2;
-            detail::PlaneHistogram histogram;
-            detail::count_bytes(plane, histogram);
-            detail::HuffmanPlan plan;
-            detail::plan_huffman(histogram, plan);
-            // Exactly as much room as planned: a byte more is seen by ASan.
-            Buffer payload(plan.payload_bytes);
-            detail::huffman_encode(plane, plan, payload);
-            for (const KernelTable* table : runnable_kernels()) {
-                Buffer back(n);
-                const char* wrong = detail::huffman_decode(payload, payload.data() + payload.size(),
-                                                           table->codec, back);
-                CHECK(wrong == nullptr);
-                CHECK(back == plane);
-            }
-            if (detail::is_incompressible(histogram, n)) CHECK(plan.payload_bytes >= n);
-        }
-    }
-}
-
-TEST(streams_of_very_different_speed_come_back) {
-    // One quarter takes 1 bit a symbol, another 11: the pair decoder's streams drift apart.
-    std::mt19937_64 random(4);
-    for (int slow = 0; slow < 4; ++slow) {
-        Buffer plane(20000, 7);
-        for (std::size_t i = 0; i < 5000; ++i) {
-            plane[static_cast<std::size_t>(slow) * 5000 + i] =
-                static_cast<std::uint8_t>(random() % 200);
-        }
-        detail::PlaneHistogram histogram;
-        detail::count_bytes(plane, histogram);
-        detail::HuffmanPlan plan;
-        detail::plan_huffman(histogram, plan);
-        Buffer payload(plan.payload_bytes);
-        detail::huffman_encode(plane, plan, payload);
-        for (const KernelTable* table : runnable_kernels()) {
-            Buffer back(plane.size());
-            CHECK(detail::huffman_decode(payload, payload.data() + payload.size(), table->codec,
-                                         back) == nullptr);
-            CHECK(back == plane);
-        }
-    }
-}
-
-TEST(random_planes_are_proven_incompressible_without_a_code) {
-    std::mt19937_64 random(5);
-    const Buffer plane = random_bytes(4096, random);
-    detail::PlaneHistogram histogram;
-    detail::count_bytes(plane, histogram);
-    CHECK(detail::is_incompressible(histogram, plane.size()));
 }
 
 TEST(blocks_of_every_dtype_and_shape_come_back) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block encodings and pages: the golden page, a second reader from docs/format.md, damage."""
+"""Block encodings: the golden page, a second reader from docs/format.md, arguments, savings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec, config
 from pydedup.blocks import MatrixView
-from pydedup.errors import ArgumentError, CorruptStoreError, SchemaVersionError
+from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.hashing import hash_blocks, hash_buffer
 from pydedup.types import DType
 
@@ -206,111 +205,6 @@ def test_raw_blocks_are_the_elements() -> None:
     assert b"".join(slot[4] for slot in slots) == GOLDEN_CONTENT.read_bytes()
 
 
-# ---- what a Page is -----------------------------------------------------------------------------
-
-
-def small_page() -> bytes:
-    rng = np.random.default_rng(3)
-    return build(
-        [
-            rng.normal(0, 0.02, (24, 40)).astype(np.float32),
-            rng.integers(0, 256, (3, 5), np.uint8),
-            np.zeros((16, 16), np.int64),
-        ]
-    )
-
-
-def test_page_borrows_the_bytes() -> None:
-    payload = small_page()
-    page = codec.Page(payload)
-    before = sys.getrefcount(payload)
-    assert page.payload is payload
-    slots = page.slots
-    assert sys.getrefcount(payload) == before + 1
-    del page
-    assert slots.dtype == codec.SLOT_DTYPE
-    assert slots["rows"].tolist() == [24, 3, 16]
-    assert slots["length"].tolist()[1] == 15
-    assert sys.getrefcount(payload) == before
-    del slots
-    assert sys.getrefcount(payload) == before - 1
-
-
-def test_page_figures() -> None:
-    payload = small_page()
-    page = codec.Page(payload)
-    assert (page.nbytes, page.n_slots) == (len(payload), 3)
-    assert page.checksum == codec.page_checksum(payload) == payload[8:24]
-    assert not page.slots.flags.writeable
-    with pytest.raises(ValueError, match="read-only"):
-        page.slots["rows"][0] = 1
-    most = codec.PAGE_OVERHEAD_BYTES + int(codec.page_cost(page.slots["length"]).sum())
-    assert len(payload) <= most < len(payload) + codec.PAGE_OVERHEAD_BYTES
-
-
-@pytest.mark.parametrize("payload", [bytearray(64), memoryview(bytes(64)), "text", None])
-def test_page_takes_bytes_alone(payload: object) -> None:
-    with pytest.raises(TypeError):
-        codec.Page(payload)
-
-
-def test_empty_page() -> None:
-    nothing = np.empty(0, np.uint8)
-    page = codec.Page(codec.build_page(nothing, [], [], [], [], [], []))
-    assert (page.nbytes, page.n_slots, len(page.slots)) == (64, 0, 0)
-    assert codec.page_digests(page).shape == (0, 2)
-
-
-def test_every_changed_byte_is_noticed() -> None:
-    payload = small_page()
-    for at in range(len(payload)):
-        for change in (1, 0x80, 0xFF):
-            damaged = bytearray(payload)
-            damaged[at] ^= change
-            newer = at in (4, 5) and damaged[4:6] != b"\0\0"
-            error = SchemaVersionError if newer else CorruptStoreError
-            with pytest.raises(error):
-                codec.Page(bytes(damaged))
-
-
-def test_every_truncation_is_noticed() -> None:
-    payload = small_page()
-    for length in range(len(payload)):
-        with pytest.raises(CorruptStoreError):
-            codec.Page(payload[:length])
-    with pytest.raises(CorruptStoreError, match=f"should have {len(payload)} bytes"):
-        codec.Page(payload + b"\0")
-
-
-def test_newer_version_is_told_apart() -> None:
-    payload = bytearray(small_page())
-    payload[4:6] = b"\x02\0"
-    with pytest.raises(SchemaVersionError, match=r"format version 2.*use a newer pydedup"):
-        codec.Page(bytes(payload))
-    with pytest.raises(SchemaVersionError, match="format version 2"):
-        codec.page_checksum(bytes(payload))
-
-
-def test_pages_are_read_and_dropped_by_many_threads() -> None:
-    payload = small_page()
-    before = sys.getrefcount(payload)
-    wanted = codec.page_digests(codec.Page(payload))
-    wrong: list[int] = []
-
-    def read() -> None:
-        for _ in range(200):
-            if not (codec.page_digests(codec.Page(payload)) == wanted).all():
-                wrong.append(1)
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert sys.getrefcount(payload) == before
-
-
 # ---- arguments ----------------------------------------------------------------------------------
 
 
@@ -399,40 +293,6 @@ def test_bad_arguments(view: MatrixView) -> None:
     fixed.data.flags.writeable = False
     with pytest.raises(ArgumentError, match="read-only"):
         codec.read_blocks(fixed, [0], [page], [0], [0])
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"offsets": [1]}, "outside of the arena"),
-        ({"offsets": [-1]}, "outside of the arena"),
-        ({"lengths": [63]}, "does not fit its shape"),
-        ({"lengths": [-1]}, "outside of the arena"),
-        ({"encodings": [2]}, "unknown encoding"),
-        ({"encodings": [1]}, "longer than its raw block"),
-        ({"encodings": [256]}, "encodings has values that do not fit uint8"),
-        ({"dtypes": [0]}, "unknown dtype"),
-        ({"rows": [5]}, "does not fit its shape"),
-        ({"rows": [0]}, "no elements"),
-        ({"rows": [4, 4]}, "differ in length"),
-        ({"bases": [1]}, "base"),
-        ({"bases": [-1]}, "bases has values that do not fit uint64"),
-    ],
-)
-def test_blocks_that_no_page_can_hold(changed: dict[str, list[int]], message: str) -> None:
-    columns: dict[str, list[int]] = {
-        "offsets": [0],
-        "lengths": [64],
-        "encodings": [0],
-        "dtypes": [DType.F32.code],
-        "rows": [4],
-        "cols": [4],
-        "bases": [0],
-    }
-    arena = np.arange(64, dtype=np.uint8)
-    assert len(codec.build_page(arena, **columns)) == 192
-    with pytest.raises(ArgumentError, match=message):
-        codec.build_page(arena, **{**columns, **changed})
 
 
 # ---- what compression is worth ------------------------------------------------------------------

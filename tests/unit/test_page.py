@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages: what a Page is, that it borrows its bytes, and that damage is noticed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.blocks import MatrixView
+from pydedup.errors import ArgumentError, CorruptStoreError, SchemaVersionError
+from pydedup.types import DType
+
+
+def small_page() -> bytes:
+    rng = np.random.default_rng(3)
+    blocks: list[NDArray[np.generic]] = [
+        rng.normal(0, 0.02, (24, 40)).astype(np.float32),
+        rng.integers(0, 256, (3, 5), np.uint8),
+        np.zeros((16, 16), np.int64),
+    ]
+    views = [MatrixView.of(block, (24, 40)) for block in blocks]
+    encoded = [codec.encode_blocks(view, [0], planes=True) for view in views]
+    lengths = np.array([len(one.arena) for one in encoded])
+    return codec.build_page(
+        np.concatenate([one.arena for one in encoded]),
+        np.cumsum(lengths) - lengths,
+        lengths,
+        [int(one.encodings[0]) for one in encoded],
+        [view.dtype.code for view in views],
+        [view.grid.rows for view in views],
+        [view.grid.cols for view in views],
+    )
+
+
+def test_page_borrows_the_bytes() -> None:
+    payload = small_page()
+    page = codec.Page(payload)
+    before = sys.getrefcount(payload)
+    assert page.payload is payload
+    slots = page.slots
+    assert sys.getrefcount(payload) == before + 1
+    del page
+    assert slots.dtype == codec.SLOT_DTYPE
+    assert slots["rows"].tolist() == [24, 3, 16]
+    assert slots["length"].tolist()[1] == 15
+    assert sys.getrefcount(payload) == before
+    del slots
+    assert sys.getrefcount(payload) == before - 1
+
+
+def test_page_figures() -> None:
+    payload = small_page()
+    page = codec.Page(payload)
+    assert (page.nbytes, page.n_slots) == (len(payload), 3)
+    assert page.checksum == codec.page_checksum(payload) == payload[8:24]
+    assert not page.slots.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        page.slots["rows"][0] = 1
+    most = codec.PAGE_OVERHEAD_BYTES + int(codec.page_cost(page.slots["length"]).sum())
+    assert len(payload) <= most < len(payload) + codec.PAGE_OVERHEAD_BYTES
+
+
+@pytest.mark.parametrize("payload", [bytearray(64), memoryview(bytes(64)), "text", None])
+def test_page_takes_bytes_alone(payload: object) -> None:
+    with pytest.raises(TypeError):
+        codec.Page(payload)  # type: ignore[arg-type]
+
+
+def test_empty_page() -> None:
+    nothing = np.empty(0, np.uint8)
+    page = codec.Page(codec.build_page(nothing, [], [], [], [], [], []))
+    assert (page.nbytes, page.n_slots, len(page.slots)) == (64, 0, 0)
+    assert codec.page_digests(page).shape == (0, 2)
+
+
+def test_every_changed_byte_is_noticed() -> None:
+    payload = small_page()
+    for at in range(len(payload)):
+        for change in (1, 0x80, 0xFF):
+            damaged = bytearray(payload)
+            damaged[at] ^= change
+            newer = at in (4, 5) and damaged[4:6] != b"\0\0"
+            error = SchemaVersionError if newer else CorruptStoreError
+            with pytest.raises(error):
+                codec.Page(bytes(damaged))
+
+
+def test_every_truncation_is_noticed() -> None:
+    payload = small_page()
+    for length in range(len(payload)):
+        with pytest.raises(CorruptStoreError):
+            codec.Page(payload[:length])
+    with pytest.raises(CorruptStoreError, match=f"should have {len(payload)} bytes"):
+        codec.Page(payload + b"\0")
+
+
+def test_newer_version_is_told_apart() -> None:
+    payload = bytearray(small_page())
+    payload[4:6] = b"\x02\0"
+    with pytest.raises(SchemaVersionError, match=r"format version 2.*use a newer pydedup"):
+        codec.Page(bytes(payload))
+    with pytest.raises(SchemaVersionError, match="format version 2"):
+        codec.page_checksum(bytes(payload))
+
+
+def test_pages_are_read_and_dropped_by_many_threads() -> None:
+    payload = small_page()
+    before = sys.getrefcount(payload)
+    wanted = codec.page_digests(codec.Page(payload))
+    wrong: list[int] = []
+
+    def read() -> None:
+        for _ in range(200):
+            if not (codec.page_digests(codec.Page(payload)) == wanted).all():
+                wrong.append(1)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert sys.getrefcount(payload) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"offsets": [1]}, "outside of the arena"),
+        ({"offsets": [-1]}, "outside of the arena"),
+        ({"lengths": [63]}, "does not fit its shape"),
+        ({"lengths": [-1]}, "outside of the arena"),
+        ({"encodings": [2]}, "unknown encoding"),
+        ({"encodings": [1]}, "longer than its raw block"),
+        ({"encodings": [256]}, "encodings has values that do not fit uint8"),
+        ({"dtypes": [0]}, "unknown dtype"),
+        ({"rows": [5]}, "does not fit its shape"),
+        ({"rows": [0]}, "no elements"),
+        ({"rows": [4, 4]}, "differ in length"),
+        ({"bases": [1]}, "base"),
+        ({"bases": [-1]}, "bases has values that do not fit uint64"),
+    ],
+)
+def test_blocks_that_no_page_can_hold(changed: dict[str, list[int]], message: str) -> None:
+    columns: dict[str, list[int]] = {
+        "offsets": [0],
+        "lengths": [64],
+        "encodings": [0],
+        "dtypes": [DType.F32.code],
+        "rows": [4],
+        "cols": [4],
+        "bases": [0],
+    }
+    arena = np.arange(64, dtype=np.uint8)
+    assert len(codec.build_page(arena, **columns)) == 192
+    with pytest.raises(ArgumentError, match=message):
+        codec.build_page(arena, **{**columns, **changed})
