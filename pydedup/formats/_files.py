@@ -65,6 +65,10 @@ class RawFile:
     def __del__(self) -> None:
         self.close()
 
+    def fileno(self) -> int:
+        """Return the descriptor, for a child process to inherit."""
+        return self._fd
+
     def read_at(self, offset: int, n_bytes: int) -> bytes:
         """Return exactly ``n_bytes`` from ``offset``.
 

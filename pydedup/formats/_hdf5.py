@@ -17,15 +17,18 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
+from pydedup.formats._files import RawFile
+from pydedup.formats._hdf5_probe import Window, survives
 from pydedup.formats.base import Array, count
 from pydedup.types import DType
 
 __all__ = [
+    "OVERLAYS",
     "Dataset",
     "build_skeleton",
     "fill_skeleton",
@@ -33,7 +36,7 @@ __all__ = [
     "import_h5py",
     "is_group",
     "numeric",
-    "open_window",
+    "open_file",
     "read_dataset",
 ]
 
@@ -42,7 +45,7 @@ _MAX_INLINE = 64 << 20
 #: Compressed datasets that claim more than this times their stored size are bombs or damaged.
 _MAX_EXPANSION = 1100
 #: What Keras (the first) and we write as opaque bytes and name in an attribute.
-_OVERLAYS = {
+OVERLAYS = {
     "bfloat16": DType.BF16,
     "float8_e4m3fn": DType.F8_E4M3,
     "float8_e5m2": DType.F8_E5M2,
@@ -158,7 +161,7 @@ def fill_skeleton(
             done.add(dataset.address)
             array = fetch(name_of(dataset.path), dataset)
             item = target[dataset.path]
-            data = array.view(dataset.stored) if array.dtype != item.dtype else array
+            data = array.view(dataset.stored) if dataset.stored.kind == "V" else array
             item.write_direct(np.ascontiguousarray(data).reshape(dataset.shape))
 
 
@@ -176,34 +179,19 @@ def read_dataset(file: Any, dataset: Dataset) -> Array:
     return array if dataset.stored.kind != "V" else array.view(dataset.dtype.numpy)
 
 
-def open_window(raw: Any, offset: int, size: int) -> BinaryIO:
-    """Return a seekable file over a range of a RawFile, for h5py to read from."""
-    return io.BufferedReader(_Window(raw, offset, size), 1 << 16)
+def open_file(raw: RawFile, offset: int, size: int) -> Any:
+    """Open the HDF5 file in a range of a file, after a trial run in another process.
 
-
-class _Window(io.RawIOBase):
-    def __init__(self, raw: Any, offset: int, size: int) -> None:
-        self._raw, self._offset, self._size, self._at = raw, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        base = (0, self._at, self._size)[whence]
-        self._at = max(0, base + position)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        n_bytes = max(0, min(len(buffer), self._size - self._at))
-        buffer[:n_bytes] = self._raw.read_at(self._offset + self._at, n_bytes)
-        self._at += n_bytes
-        return n_bytes
+    Raises
+    ------
+    FormatError
+        When the HDF5 library refuses the file, or crashes over it.
+    """
+    if not survives(raw.fileno(), offset, size):
+        raise FormatError(f"{raw.path} makes the HDF5 library crash or hang; it is damaged")
+    window = Window(lambda at, n_bytes: raw.read_at(offset + at, n_bytes), size)
+    with hdf5_errors(str(raw.path)):
+        return import_h5py().File(io.BufferedReader(window, 1 << 16), "r")
 
 
 def _walk(
@@ -244,7 +232,7 @@ def _dtype_of(dataset: Any) -> DType | None:
     if isinstance(overlay, bytes):
         overlay = overlay.decode("ascii", "replace")
     if dataset.dtype.kind == "V" and isinstance(overlay, str):
-        found = _OVERLAYS.get(overlay)
+        found = OVERLAYS.get(overlay)
         return found if found is not None and found.itemsize == dataset.dtype.itemsize else None
     if dataset.shape is None:
         return None
@@ -285,9 +273,9 @@ def _copy_attributes(source: Any, target: Any, where: str) -> None:
 
 
 def _copy_inline(item: Any, target: Any, path: str, where: str) -> Any:
-    _check_layout(item, path, where)
     if item.shape is None:
         return target.create_dataset(path, data=import_h5py().Empty(item.dtype))
+    _check_layout(item, path, where)
     if item.id.get_storage_size() > _MAX_INLINE:
         raise UnsupportedFormatError(
             f"{where}: dataset {path!r} has dtype {item.dtype}, which cannot be stored"

@@ -25,6 +25,7 @@ from typing import Any
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats._files import RawFile
 from pydedup.formats._hdf5 import (
+    OVERLAYS,
     Dataset,
     build_skeleton,
     fill_skeleton,
@@ -32,7 +33,7 @@ from pydedup.formats._hdf5 import (
     import_h5py,
     is_group,
     numeric,
-    open_window,
+    open_file,
     read_dataset,
 )
 from pydedup.formats._zip import ZipMembers
@@ -74,7 +75,7 @@ class KerasSource(SourceBase):
         self._zip: ZipMembers | None = None
         self._file: Any = None
         self._base = 0
-        h5py = import_h5py()
+        import_h5py()
         self._raw = RawFile(path)
         try:
             size = self._raw.size
@@ -82,8 +83,8 @@ class KerasSource(SourceBase):
                 self.format = "keras"
                 self._zip = ZipMembers(path)
                 size = self._open_weights(self._zip)
+            self._file = open_file(self._raw, self._base, size)
             with hdf5_errors(self.description):
-                self._file = h5py.File(open_window(self._raw, self._base, size), "r")
                 self._legacy = _LEGACY_ROOT in self._file
                 self._config_text = self._read_config()
                 self._config = self._parse_config()
@@ -164,7 +165,7 @@ class KerasSource(SourceBase):
             return self._zip.read(_CONFIG, _MAX_CONFIG) if found else None
         text = self._file.attrs.get("model_config")
         if isinstance(text, str):
-            return text.encode()
+            return text.encode("utf-8", "surrogateescape")
         return bytes(text) if isinstance(text, bytes) else None
 
     def _parse_config(self) -> Any:
@@ -220,14 +221,17 @@ def write_hdf5(
     with h5py.File(path, "w") as target:
         for entry in entries:
             array = fetch_tensor(tensors, entry)
+            name = entry.dtype.numpy.name
+            if name in OVERLAYS:
+                array = array.view(f"V{array.itemsize}")
             try:
                 dataset = target.create_dataset(entry.name, data=array)
             except (ValueError, TypeError) as exc:
                 raise UnsupportedFormatError(
                     f"tensor {entry.name!r} cannot be written to HDF5, where names are paths: {exc}"
                 ) from exc
-            if dataset.dtype.kind == "V":
-                dataset.attrs["dtype"] = entry.dtype.numpy.name
+            if name in OVERLAYS:
+                dataset.attrs["dtype"] = name
 
 
 def write_archive(

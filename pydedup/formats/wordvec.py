@@ -233,8 +233,8 @@ def _word2vec_header(head: bytes) -> tuple[int, int, int] | None:
 def _glove_columns(head: bytes) -> int | None:
     """Return how many numbers end the first line."""
     line = head.partition(b"\n")[0]
-    if b"\x00" in line:
-        return None
+    if b"\x00" in line or _word2vec_header(line + b"\n"):
+        return None  # two integers begin (or are all that is left of) the other format
     fields = line.replace(b"\t", b" ").rstrip().split(b" ")
     columns = 0
     for field in reversed(fields[1:]):
