@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -35,6 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             default=os.environ.get(f"PYDEDUP_TEST_{backend.upper()}_URL"),
             help=f"use this {backend} server instead of starting a private one",
         )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts us in the background has SIGINT ignored, children inherit that, and the
+    # tests that interrupt one would wait for ever.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
