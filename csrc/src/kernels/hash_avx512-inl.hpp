@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// hash_rows with 2 registers of 8 lanes. The sums stay unswapped until a scramble
+// The hash with 2 registers of 8 lanes. The sums stay unswapped until a scramble
 // (addition commutes), which saves a shuffle per load.
 #pragma once
 
@@ -58,57 +58,15 @@ inline void hash_scramble(HashState& state) noexcept {
     }
 }
 
-inline void hash_group(const std::uint8_t* data, const std::uint64_t (*keys)[kLanes],
-                       HashState& state) noexcept {
-    for (std::size_t s = 0; s < kGroupStripes; ++s) {
-        hash_stripe(data + s * kStripeBytes, keys[s], state);
-    }
-    hash_scramble(state);
-}
-
-void hash_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes,
-               std::size_t stride_bytes, std::uint64_t seed, std::uint64_t* out) noexcept {
-    std::uint64_t storage[kGroupStripes][kLanes];
-    const std::uint64_t(*keys)[kLanes] = seeded_keys(seed, storage);
-    HashState state;
+inline void hash_start(HashState& state) noexcept {
     for (int j = 0; j < 2; ++j) {
-        state.product[j] =
-            _mm512_load_si512(kHashKeys.start + 8 * j);
+        state.product[j] = _mm512_load_si512(kHashKeys.start + 8 * j);
         state.sum[j] = _mm512_setzero_si512();
     }
-    // Dense rows of whole stripes are one long row to the stripes.
-    if (row_bytes % kStripeBytes == 0 && (stride_bytes == row_bytes || rows == 1)) {
-        const std::uint8_t* end = data + rows * row_bytes;
-        for (; static_cast<std::size_t>(end - data) >= kGroupStripes * kStripeBytes;
-             data += kGroupStripes * kStripeBytes) {
-            hash_group(data, keys, state);
-        }
-        for (std::size_t s = 0; data != end; ++s, data += kStripeBytes) {
-            hash_stripe(data, keys[s], state);
-        }
-    } else {
-        std::size_t stripe = 0;
-        for (std::size_t r = 0; r < rows; ++r) {
-            const std::uint8_t* row = data + r * stride_bytes;
-            // Strides of a large matrix are beyond the hardware's prefetcher.
-            if (rows - r > kRowsAhead) prefetch_row(row + kRowsAhead * stride_bytes, row_bytes);
-            std::size_t at = 0;
-            for (; row_bytes - at >= kStripeBytes; at += kStripeBytes) {
-                hash_stripe(row + at, keys[stripe], state);
-                if (++stripe == kGroupStripes) {
-                    hash_scramble(state);
-                    stripe = 0;
-                }
-            }
-            if (at != row_bytes) {
-                hash_tail(row + at, row_bytes - at, keys[stripe], state);
-                if (++stripe == kGroupStripes) {
-                    hash_scramble(state);
-                    stripe = 0;
-                }
-            }
-        }
-    }
+}
+
+inline void hash_finish(const HashState& state, std::size_t rows, std::size_t row_bytes,
+                        std::uint64_t seed, std::uint64_t* out) noexcept {
     alignas(64) std::uint64_t product[kLanes];
     alignas(64) std::uint64_t sum[kLanes];
     for (int j = 0; j < 2; ++j) {
@@ -118,7 +76,7 @@ void hash_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes
     finish_hash(product, sum, rows, row_bytes, seed, out);
 }
 
-constexpr HashKernels kHash = {hash_rows};
+#include "kernels/hash_vector-inl.hpp"
 
 }  // namespace
 }  // namespace pydedup::isa_avx512

@@ -65,15 +65,6 @@ inline const std::uint64_t (*seeded_keys(std::uint64_t seed,
     return storage;
 }
 
-// Measured on EPYC, 64x64 f32 blocks of a 1024-wide matrix in memory: see bench/RESULTS.md.
-constexpr std::size_t kRowsAhead = 12;
-constexpr std::size_t kPrefetchBytes = 1024;
-
-inline void prefetch_row(const std::uint8_t* row, std::size_t row_bytes) noexcept {
-    const std::size_t bytes = row_bytes < kPrefetchBytes ? row_bytes : kPrefetchBytes;
-    for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-}
-
 inline std::uint64_t fold_multiply(std::uint64_t a, std::uint64_t b) noexcept {
     __extension__ using Wide = unsigned __int128;
     const Wide product = static_cast<Wide>(a) * b;

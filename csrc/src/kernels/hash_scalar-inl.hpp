@@ -53,7 +53,15 @@ void hash_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes
     finish_hash(product, sum, rows, row_bytes, seed, out);
 }
 
-constexpr HashKernels kHash = {hash_rows};
+void hash_panel(const std::uint8_t* data, std::size_t blocks, std::size_t rows,
+                std::size_t row_bytes, std::size_t stride_bytes, std::uint64_t seed,
+                std::uint64_t* out) noexcept {
+    for (std::size_t b = 0; b < blocks; ++b) {
+        hash_rows(data + b * row_bytes, rows, row_bytes, stride_bytes, seed, out + 2 * b);
+    }
+}
+
+constexpr HashKernels kHash = {hash_rows, hash_panel};
 
 }  // namespace
 }  // namespace pydedup::isa_scalar

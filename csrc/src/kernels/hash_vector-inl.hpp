@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the vector kernels share: walking rows. Included INSIDE the namespace of an instruction set
+// (no guard on purpose), after HashState and hash_start, hash_stripe, hash_tail, hash_scramble and
+// hash_finish were defined for its registers.
+
+using Keys = const std::uint64_t (*)[kLanes];
+
+inline void hash_group(const std::uint8_t* data, Keys keys, HashState& state) noexcept {
+    for (std::size_t s = 0; s < kGroupStripes; ++s) {
+        hash_stripe(data + s * kStripeBytes, keys[s], state);
+    }
+    hash_scramble(state);
+}
+
+// One row of a block; returns the number of the next stripe in its group.
+inline std::size_t hash_row(const std::uint8_t* row, std::size_t row_bytes, Keys keys,
+                            std::size_t stripe, HashState& state) noexcept {
+    std::size_t at = 0;
+    for (; row_bytes - at >= kStripeBytes; at += kStripeBytes) {
+        hash_stripe(row + at, keys[stripe], state);
+        if (++stripe == kGroupStripes) {
+            hash_scramble(state);
+            stripe = 0;
+        }
+    }
+    if (at != row_bytes) {
+        hash_tail(row + at, row_bytes - at, keys[stripe], state);
+        if (++stripe == kGroupStripes) {
+            hash_scramble(state);
+            stripe = 0;
+        }
+    }
+    return stripe;
+}
+
+void hash_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes,
+               std::size_t stride_bytes, std::uint64_t seed, std::uint64_t* out) noexcept {
+    std::uint64_t storage[kGroupStripes][kLanes];
+    const Keys keys = seeded_keys(seed, storage);
+    HashState state;
+    hash_start(state);
+    // Dense rows of whole stripes are one long row to the stripes.
+    if (row_bytes % kStripeBytes == 0 && (stride_bytes == row_bytes || rows == 1)) {
+        const std::uint8_t* end = data + rows * row_bytes;
+        for (; static_cast<std::size_t>(end - data) >= kGroupStripes * kStripeBytes;
+             data += kGroupStripes * kStripeBytes) {
+            hash_group(data, keys, state);
+        }
+        for (std::size_t s = 0; data != end; ++s, data += kStripeBytes) {
+            hash_stripe(data, keys[s], state);
+        }
+    } else {
+        std::size_t stripe = 0;
+        for (std::size_t r = 0; r < rows; ++r) {
+            stripe = hash_row(data + r * stride_bytes, row_bytes, keys, stripe, state);
+        }
+    }
+    hash_finish(state, rows, row_bytes, seed, out);
+}
+
+// Blocks side by side are hashed row by row, all at once: memory is read in its own order, which
+// the hardware prefetches. Their states stay in the first-level cache.
+void hash_panel(const std::uint8_t* data, std::size_t blocks, std::size_t rows,
+                std::size_t row_bytes, std::size_t stride_bytes, std::uint64_t seed,
+                std::uint64_t* out) noexcept {
+    std::uint64_t storage[kGroupStripes][kLanes];
+    const Keys keys = seeded_keys(seed, storage);
+    HashState states[kPanelBlocks];
+    for (std::size_t b = 0; b < blocks; ++b) hash_start(states[b]);
+    std::size_t stripe = 0;
+    for (std::size_t r = 0; r < rows; ++r) {
+        const std::uint8_t* row = data + r * stride_bytes;
+        std::size_t next = stripe;
+        for (std::size_t b = 0; b < blocks; ++b) {
+            HashState state = states[b];
+            next = hash_row(row + b * row_bytes, row_bytes, keys, stripe, state);
+            states[b] = state;
+        }
+        stripe = next;
+    }
+    for (std::size_t b = 0; b < blocks; ++b) {
+        hash_finish(states[b], rows, row_bytes, seed, out + 2 * b);
+    }
+}
+
+constexpr HashKernels kHash = {hash_rows, hash_panel};
