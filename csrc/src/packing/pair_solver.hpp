@@ -23,7 +23,7 @@ class PairSolver {
     /// much with fewer classes on both pages.
     bool improve(PageBlocks& first, PageBlocks& second);
 
-    /// Steps done so far: a clock that runs alike on every machine, roughly in ns.
+    /// Steps done so far: a clock that runs alike on every machine, at about 3 ns.
     [[nodiscard]] std::uint64_t work() const noexcept { return work_; }
 
   private:

@@ -11,8 +11,9 @@ namespace pydedup::packing {
 namespace {
 
 // Every pair is tried up to so many pages, neighbours on the line beyond. The more pairs, the fewer
-// choices per pair: each step is 2^groups. Measured on random and family-shaped owner sets, larger
-// values gain under 0.5 % of the reads.
+// choices per pair: each step is 2^groups. Measured on twelve random and family-shaped problems of
+// 60 to 20,000 blocks: larger values with ten times the work gain 0 to 2.4 % of the reads, in nine
+// of them under 0.3 %.
 constexpr std::size_t kFewPages = 256;
 constexpr std::size_t kReach = 8;
 constexpr std::uint64_t kPairWork = 200'000'000;
