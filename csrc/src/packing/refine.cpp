@@ -18,6 +18,7 @@ constexpr std::size_t kFewPages = 256;
 constexpr std::size_t kReach = 8;
 constexpr std::uint64_t kPairWork = 200'000'000;
 constexpr std::uint64_t kShuffleWork = 25'000'000;
+constexpr std::size_t kRoundsPerPage = 64;
 
 unsigned groups_for(std::size_t pages) noexcept {
     return pages <= 64 ? 12 : pages <= kFewPages ? 9 : 8;
@@ -80,8 +81,8 @@ class Refiner {
         Random random(pages_.size());
         const std::uint64_t start = solver_.work();
         std::ranges::fill(checked_, now_);  // descend() was here before
-        // Rounds are bounded too, for pages with few blocks.
-        for (int round = 0; round < 4096 && best_reads > bound; ++round) {
+        const std::size_t rounds = kRoundsPerPage * pages_.size();
+        for (std::size_t round = 0; round < rounds && best_reads > bound; ++round) {
             rounds_work += 4 * blocks;
             if (solver_.work() - start + rounds_work > kShuffleWork) break;
             if (!shuffle(random)) continue;
