@@ -101,14 +101,10 @@ def test_a_wrong_extension_is_read_right_or_refused(store: pydedup.Store, tmp_pa
     made = _files(tmp_path)
     disguised = tmp_path / "really-safetensors.pt"
     disguised.write_bytes(made["safetensors"].read_bytes())
-    try:
-        store.add("disguised", disguised)
-    except FormatError as exc:
-        assert "really-safetensors.pt" in str(exc)
-    else:
-        assert np.array_equal(store.load("disguised")["embedding"], MODEL["w"])
-        store.remove("disguised")
-        store.vacuum()
+    store.add("disguised", disguised)
+    assert np.array_equal(store.load("disguised")["embedding"], MODEL["w"])
+    store.remove("disguised")
+    store.vacuum()
     text = tmp_path / "notes.safetensors"
     text.write_text("these are not tensors\n")
     with pytest.raises(FormatError, match="notes"):

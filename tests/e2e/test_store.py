@@ -338,7 +338,7 @@ def test_readers_go_on_while_a_vacuum_repacks(url: str) -> None:
             try:
                 while not stop.is_set():
                     assert_same(reader.load("tenant-3"), models["tenant-3"])
-            except BaseException as exc:  # noqa: BLE001 - reported by the test
+            except BaseException as exc:
                 errors.append(exc)
 
         thread = threading.Thread(target=read)
@@ -447,7 +447,7 @@ def test_many_threads_share_a_store(store: pydedup.Store) -> None:
             for _ in range(5):
                 assert_same(store.load(name), models[name])
             store.add(f"again-{name}", models[name])
-        except BaseException as exc:  # noqa: BLE001 - reported by the test
+        except BaseException as exc:
             errors.append(exc)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in models]
