@@ -10,7 +10,7 @@ from importlib.metadata import version as _version
 
 from pydedup import policies
 from pydedup.errors import PydedupError
-from pydedup.store import Store, open  # noqa: A004
+from pydedup.store import Store, open
 
 __version__ = _version("pydedup")
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# ---- cpu -----------------------------------------------------------------------------------------
+# ---- cpu ----
 
 def version() -> str: ...
 def active_kernel() -> str: ...
 def active_kernel_reason() -> str: ...
 def kernel_infos() -> list[tuple[str, bool, bool, str]]: ...
 
-# ---- hash ----------------------------------------------------------------------------------------
+# ---- hash ----
 
 def hash_blocks(
     data: NDArray[np.uint8],
@@ -29,7 +29,7 @@ def hash_bytes(
     buffer: bytes | bytearray | memoryview | NDArray[np.uint8], seed: int = 0
 ) -> bytes: ...
 
-# ---- codec and pages -----------------------------------------------------------------------------
+# ---- codec and pages ----
 
 PAGE_VERSION: int
 PAGE_HEADER_BYTES: int
@@ -95,7 +95,7 @@ def blocks_equal(
 ) -> NDArray[np.bool_]: ...
 def same_block(page_a: Page, slot_a: int, page_b: Page, slot_b: int) -> bool: ...
 
-# ---- storage: the buffer pool ---------------------------------------------------------------------
+# ---- storage: the buffer pool ----
 
 class BufferPool:
     def __init__(self, budget_bytes: int) -> None: ...
@@ -106,7 +106,7 @@ class BufferPool:
     def clear(self) -> None: ...
     def stats(self) -> dict[str, int]: ...
 
-# ---- gemm: products, rows, bags -------------------------------------------------------------------
+# ---- gemm: products, rows, bags ----
 
 class Matmul:
     def __init__(
@@ -166,7 +166,7 @@ def bag_rows(
     threads: int = 0,
 ) -> None: ...
 
-# ---- packing -------------------------------------------------------------------------------------
+# ---- packing ----
 
 def pack_pages(
     owner_indptr: NDArray[np.int64],

@@ -30,8 +30,8 @@ attributes. What the operations compute (``x`` is the first input, ``y`` the sec
 ``transpose``      axes in the order ``perm``
 =================  =============================================================================
 
-Deliberately not here: computing anything (:mod:`pydedup.serving`), and framework code; the
-``infer_from_*`` functions delegate to the readers of those frameworks' formats.
+Deliberately not here: computing anything (:mod:`pydedup.serving`), and inferring a graph from a
+framework's model (``pydedup/formats/infer_*.py``).
 """
 
 from __future__ import annotations
@@ -52,9 +52,6 @@ __all__ = [
     "Graph",
     "Node",
     "OpSpec",
-    "infer_from_keras",
-    "infer_from_onnx",
-    "infer_from_torch",
 ]
 
 #: Version of the JSON form. Newer ones are refused.
@@ -294,44 +291,6 @@ class Graph:
             _names(data.get("outputs"), "'outputs' of a graph"),
             tuple(_node(node) for node in nodes),
         )
-
-
-def infer_from_torch(module: object) -> Graph | None:
-    """Return the graph of a torch module, or ``None`` unless it is certain.
-
-    Certain are ``nn.Sequential`` (nested, and subclasses without a forward of their own) over
-    exactly the layer classes listed in :mod:`pydedup.formats.infer_torch`.
-    """
-    from pydedup.formats.infer_torch import infer
-
-    return infer(module)
-
-
-def infer_from_onnx(model: Any) -> Graph | None:
-    """Return the graph of an ``onnx.ModelProto``, or ``None`` when an operation is unknown.
-
-    Large initialisers may be without data: only their shapes are looked at.
-    """
-    from pydedup.formats.infer_onnx import infer
-
-    return infer(model)
-
-
-def infer_from_keras(
-    config: Mapping[str, Any], layer_weights: Mapping[str, Sequence[str]]
-) -> Graph | None:
-    """Return the graph of a Keras model's config, or ``None`` when a layer is unknown.
-
-    Parameters
-    ----------
-    config
-        The parsed ``model_config`` or ``config.json``.
-    layer_weights
-        Layer name -> names of its tensors, in the order of ``layer.weights``.
-    """
-    from pydedup.formats.infer_keras import infer
-
-    return infer(config, layer_weights)
 
 
 def _node(data: Mapping[str, Any]) -> Node:

@@ -13,7 +13,7 @@ from typing import Any
 from pydedup.errors import ArgumentError
 from pydedup.graph import AttrValue, Graph, Node
 
-__all__ = ["infer"]
+__all__ = ["infer_from_keras"]
 
 _DROPPED = {
     "Dropout",
@@ -46,7 +46,9 @@ class _UnknownError(Exception):
     """A layer or option has no exact counterpart."""
 
 
-def infer(config: Mapping[str, Any], layer_weights: Mapping[str, Sequence[str]]) -> Graph | None:
+def infer_from_keras(
+    config: Mapping[str, Any], layer_weights: Mapping[str, Sequence[str]]
+) -> Graph | None:
     """Return the graph of a Keras config, or ``None`` when it cannot be exact.
 
     ``layer_weights`` maps layer names to tensor names in the order of ``layer.weights``.

@@ -16,7 +16,7 @@ import numpy as np
 from pydedup.errors import ArgumentError
 from pydedup.graph import AttrValue, Graph, Node
 
-__all__ = ["infer"]
+__all__ = ["infer_from_onnx"]
 
 #: Operations that map one to one, without attributes.
 _PLAIN = {
@@ -36,7 +36,7 @@ class _UnknownError(Exception):
     """An operation has no exact counterpart."""
 
 
-def infer(model: Any) -> Graph | None:
+def infer_from_onnx(model: Any) -> Graph | None:
     """Return the graph of an ``onnx.ModelProto``, or ``None`` when it cannot be exact."""
     try:
         return _Translation(model).graph()

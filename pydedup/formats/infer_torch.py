@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from pydedup.graph import AttrValue, Graph, Node
 
-__all__ = ["infer"]
+__all__ = ["infer_from_torch"]
 
 #: Operation, pairs of (role, attribute of the module), attributes of the node.
 _Layer: TypeAlias = tuple[str, tuple[tuple[str, str], ...], dict[str, AttrValue]]
@@ -32,7 +32,7 @@ class _UncertainError(Exception):
     """The module does something that a graph cannot say."""
 
 
-def infer(module: object) -> Graph | None:
+def infer_from_torch(module: object) -> Graph | None:
     """Return the graph of a module, or ``None`` unless it is certain."""
     if not _is_sequential(module):
         return None

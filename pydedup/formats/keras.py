@@ -47,7 +47,8 @@ from pydedup.formats.base import (
     fetch_tensor,
     find_artifact,
 )
-from pydedup.graph import Graph, infer_from_keras
+from pydedup.formats.infer_keras import infer_from_keras
+from pydedup.graph import Graph
 
 __all__ = ["CONFIG", "MEMBER", "STRUCTURE", "KerasSource", "write_archive", "write_hdf5"]
 

@@ -37,7 +37,8 @@ from pydedup.formats.base import (
     fetch_tensor,
     find_artifact,
 )
-from pydedup.graph import Graph, infer_from_onnx
+from pydedup.formats.infer_onnx import infer_from_onnx
+from pydedup.graph import Graph
 from pydedup.types import DType
 
 __all__ = ["GRAPH", "OnnxSource", "looks_like", "write"]

@@ -30,7 +30,8 @@ from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats._files import open_raw, write_array
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.base import Array, LazyTensors, SourceBase, TensorEntry, fetch_tensor
-from pydedup.graph import Graph, infer_from_torch
+from pydedup.formats.infer_torch import infer_from_torch
+from pydedup.graph import Graph
 from pydedup.types import DType
 
 if TYPE_CHECKING:

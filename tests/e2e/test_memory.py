@@ -80,7 +80,9 @@ def test_adding_takes_one_tensor_plus_the_pool(tmp_path: Path, suffix: str) -> N
     url = f"sqlite:///{tmp_path / 'store.db'}"
     done = subprocess.run(
         [sys.executable, "-c", CHILD, url, *map(str, paths), str(POOL_BYTES)],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     result = json.loads(done.stdout)
     assert result["errors"] == []

@@ -17,7 +17,9 @@ FOLDER = Path(__file__).parent
 
 
 def _maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_store_golden", FOLDER / "make_store_golden.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_store_golden", FOLDER / "make_store_golden.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -23,7 +23,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from pydedup.errors import ArgumentError
-from pydedup.graph import OPS, Graph, Node, infer_from_keras, infer_from_onnx, infer_from_torch
+from pydedup.formats.infer_keras import infer_from_keras
+from pydedup.formats.infer_onnx import infer_from_onnx
+from pydedup.formats.infer_torch import infer_from_torch
+from pydedup.graph import OPS, Graph, Node
 
 Array = npt.NDArray[Any]
 _erf = np.vectorize(math.erf)
