@@ -33,9 +33,6 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
 #: How the rows of a bag become one.
 BAG_MODES = ("sum", "mean", "max")
 
-# Raw bytes of blocks that `take` and `bag` look at together: what is encoded is decoded into this.
-_TILE_BYTES = 16 * 1024 * 1024
-
 _Grid: TypeAlias = tuple[int, int, int, int, int]
 
 
@@ -317,16 +314,12 @@ def _rows_at_hand(
     needed[block_rows] = True
     columns = np.arange(grid.grid_cols)
     numbers = (np.flatnonzero(needed)[:, None] * grid.grid_cols + columns).reshape(-1)
-    block_bytes = grid.block_rows * grid.block_cols * block_map.dtype.itemsize
-    step = max(1, _TILE_BYTES // block_bytes)
     for rows, pages, page_index in pool.windows(block_map.page_ids[numbers]):
         order = np.argsort(rows)
-        for start in range(0, len(rows), step):
-            part = order[start : start + step]
-            blocks = numbers[rows[part]]
-            chosen: NDArray[np.bool_] | slice = slice(None)
-            if len(part) < len(numbers):
-                here = np.zeros(grid.grid_rows, np.bool_)
-                here[blocks // grid.grid_cols] = True
-                chosen = here[block_rows]
-            yield (blocks, pages, page_index[part], block_map.slots[blocks]), chosen
+        blocks = numbers[rows[order]]
+        chosen: NDArray[np.bool_] | slice = slice(None)
+        if len(blocks) < len(numbers):
+            here = np.zeros(grid.grid_rows, np.bool_)
+            here[blocks // grid.grid_cols] = True
+            chosen = here[block_rows]
+        yield (blocks, pages, page_index[order], block_map.slots[blocks]), chosen

@@ -375,6 +375,20 @@ def test_the_maximum_keeps_nan_in_any_order() -> None:
     assert matmul.bag(block_map, pool, [[0, 2]], mode="max") == 3.0
 
 
+def test_encoded_blocks_are_decoded_a_part_at_a_time() -> None:
+    # 19 MiB of blocks that take next to nothing on their pages; parts have 16 MiB at most.
+    rows = 1_200_000
+    w = np.repeat(np.arange(rows, dtype=np.float32)[:, None] // 4096, 4, axis=1)
+    pages = MemoryPages()
+    block_map = pages.add(w, (4096, 4), planes=True, per_page=1000)
+    assert sum(map(len, pages.payloads.values())) < w.nbytes // 20
+    ids = np.random.default_rng(2).integers(0, rows, (60, 30))
+    assert np.array_equal(matmul.take(block_map, pages.pool(), ids), w[ids])
+    got = matmul.bag(block_map, pages.pool(), ids, mode="sum")
+    assert np.array_equal(got, w[ids].sum(axis=1))  # small whole numbers: exact in any order
+    assert np.array_equal(matmul.bag(block_map, pages.pool(), ids, mode="max"), w[ids].max(axis=1))
+
+
 def test_only_the_pages_of_the_rows_are_read() -> None:
     w = np.arange(6400, dtype=np.float32).reshape(400, 16)
     pages = MemoryPages()

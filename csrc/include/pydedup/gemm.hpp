@@ -83,8 +83,8 @@ struct BlockSet {
 
 /// Copies row ids[i] into row positions[i] of `out` (rows of the matrix's width, its dtype), as far
 /// as its blocks are in the set: columns of other blocks are left alone. Encoded blocks are decoded
-/// once, all of the set at a time. Throws as Matmul::feed does, Error{invalid_argument} for a row
-/// or position outside of the matrix or of `out_rows`.
+/// once, up to 16 MiB of them at a time. Throws as Matmul::feed does, Error{invalid_argument} for a
+/// row or position outside of the matrix or of `out_rows`.
 void take_rows(const BlockSet& set, std::span<const std::int64_t> ids,
                std::span<const std::int64_t> positions, std::byte* out, std::size_t out_rows,
                unsigned threads = 0);

@@ -123,11 +123,7 @@ class Matmul::Typed final : public Matmul::Impl {
 
   private:
     [[nodiscard]] const GemmKernelsOf<T>& own() const noexcept {
-        if constexpr (sizeof(T) == 4) {
-            return kernels_.f32;
-        } else {
-            return kernels_.f64;
-        }
+        return detail::of_type<T>(kernels_);
     }
 
     [[nodiscard]] unsigned threads_for(std::size_t work) const noexcept {

@@ -19,6 +19,16 @@ void check_block(const BlockView& block, const BlockGrid& grid, Dtype dtype, std
 /// Whether the elements can be read where they lie.
 [[nodiscard]] bool is_in_place(const BlockView& block) noexcept;
 
+/// The kernels that compute with T.
+template <class T>
+[[nodiscard]] const GemmKernelsOf<T>& of_type(const GemmKernels& kernels) noexcept {
+    if constexpr (sizeof(T) == 4) {
+        return kernels.f32;
+    } else {
+        return kernels.f64;
+    }
+}
+
 /// `count` elements of `dtype` at `from` as T, exactly except for 64-bit integers.
 template <class T>
 void widen(const std::byte* from, Dtype dtype, std::size_t count, T* to,

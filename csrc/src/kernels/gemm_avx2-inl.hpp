@@ -24,6 +24,7 @@ struct F32 {
     }
     static Reg set1(Elem value) noexcept { return _mm256_set1_ps(value); }
     static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm256_fmadd_ps(a, b, c); }
+    static Reg add(Reg a, Reg b) noexcept { return _mm256_add_ps(a, b); }
     static Elem sum(Reg v) noexcept {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -55,6 +56,7 @@ struct F64 {
     }
     static Reg set1(Elem value) noexcept { return _mm256_set1_pd(value); }
     static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm256_fmadd_pd(a, b, c); }
+    static Reg add(Reg a, Reg b) noexcept { return _mm256_add_pd(a, b); }
     static Elem sum(Reg v) noexcept {
         const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
         return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
@@ -115,10 +117,12 @@ constexpr std::size_t kNnVectors = 2;
 constexpr GemmKernels kGemm = {
     {dot_nt<F32, SameWeight<F32>>,
      block_nn<F32>,
+     add_to<F32>,
      {{16, tile_nt<F32, 2, 6>}, {8, tile_nt<F32, 1, 8>}},
      4},
     {dot_nt<F64, SameWeight<F64>>,
      block_nn<F64>,
+     add_to<F64>,
      {{8, tile_nt<F64, 2, 6>}, {4, tile_nt<F64, 1, 8>}},
      4},
     dot_nt<F32, Bf16Weight>,

@@ -23,6 +23,7 @@ struct F32 {
     }
     static Reg set1(Elem value) noexcept { return _mm512_set1_ps(value); }
     static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm512_fmadd_ps(a, b, c); }
+    static Reg add(Reg a, Reg b) noexcept { return _mm512_add_ps(a, b); }
     static Elem sum(Reg v) noexcept { return _mm512_reduce_add_ps(v); }
     static __m256 halves(Reg v) noexcept {
         return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -52,6 +53,7 @@ struct F64 {
     }
     static Reg set1(Elem value) noexcept { return _mm512_set1_pd(value); }
     static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm512_fmadd_pd(a, b, c); }
+    static Reg add(Reg a, Reg b) noexcept { return _mm512_add_pd(a, b); }
     static Elem sum(Reg v) noexcept { return _mm512_reduce_add_pd(v); }
     static void sum4(Reg a, Reg b, Reg c, Reg d, Elem* out) noexcept {
         out[0] = sum(a);
@@ -112,10 +114,12 @@ constexpr std::size_t kNnVectors = 4;
 constexpr GemmKernels kGemm = {
     {dot_nt<F32, SameWeight<F32>>,
      block_nn<F32>,
+     add_to<F32>,
      {{32, tile_nt<F32, 2, 8>}, {16, tile_nt<F32, 1, 8>}, {8, tile_nt<F32Half, 1, 8>}},
      4},
     {dot_nt<F64, SameWeight<F64>>,
      block_nn<F64>,
+     add_to<F64>,
      {{16, tile_nt<F64, 2, 8>}, {8, tile_nt<F64, 1, 8>}},
      4},
     dot_nt<F32, Bf16Weight>,

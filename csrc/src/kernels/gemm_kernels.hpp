@@ -26,6 +26,8 @@ struct GemmKernelsOf {
     /// y[i, c] += sum over r of x[i, r] * w[r, c], for i < m.
     void (*block_nn)(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size_t rows,
                      std::size_t cols, std::size_t ldw, T* y, std::size_t ldy) noexcept;
+    /// sum[i] += from[i], for i < count.
+    void (*add_to)(const T* from, std::size_t count, T* sum) noexcept;
     struct Tile {
         std::size_t width;  ///< rows of x in one tile; 0 ends the list
         /// acc[r * width + i] += sum over c of x[c * width + i] * w[r, c], for i < width, summed in

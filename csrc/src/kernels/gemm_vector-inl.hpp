@@ -5,7 +5,7 @@
 // linkage.
 //
 // V:      Elem, Reg, kLanes, zero(), load(p), load_n(p, n), store(p, v), store_n(p, v, n), set1(e),
-//         fma(a, b, c) = a*b+c, sum(v), sum4(a, b, c, d, out[4]).
+//         fma(a, b, c) = a*b+c, add(a, b), sum(v), sum4(a, b, c, d, out[4]).
 //         load_n reads only the first n < kLanes elements and fills with zeros.
 // Weight: Elem (as stored), load(p), load_n(p, n) giving a V::Reg.
 //
@@ -227,4 +227,15 @@ void block_nn(const typename V::Elem* x, std::size_t ldx, std::size_t m, const t
         block_nn_rows<V, 2>(x + i * ldx, ldx, w, rows, cols, ldw, y + i * ldy, ldy);
     }
     if (i < m) block_nn_rows<V, 1>(x + i * ldx, ldx, w, rows, cols, ldw, y + i * ldy, ldy);
+}
+
+template <class V>
+void add_to(const typename V::Elem* from, std::size_t count, typename V::Elem* sum) noexcept {
+    std::size_t i = 0;
+    for (; i + V::kLanes <= count; i += V::kLanes) {
+        V::store(sum + i, V::add(V::load(from + i), V::load(sum + i)));
+    }
+    if (const std::size_t rest = count - i; rest != 0) {
+        V::store_n(sum + i, V::add(V::load_n(from + i, rest), V::load_n(sum + i, rest)), rest);
+    }
 }
