@@ -43,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # tests that interrupt one would wait for ever.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # `python -c` in a child would look into the working folder first, and find the sources, which
+    # have no compiled core, instead of what is installed.
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
