@@ -89,15 +89,23 @@ class Watch:
                 if task is None or stage != shown:
                     if task is not None:
                         bars.remove_task(task)
-                    task, shown = bars.add_task(clean(stage), total=None, amounts=""), stage
+                    task = bars.add_task(clean(stage), total=None, amounts="", times="")
+                    shown = stage
                 bars.update(
                     task,
                     total=total or None,
                     completed=done,
                     amounts=_amounts(stage, done, total) if total else "",
+                    times=self._times(bars.tasks[0].time_remaining),
                 )
                 if self._done.wait(_REDRAW_SECONDS):
                     return
+
+    def _times(self, left: float | None) -> str:
+        """Return how long it will take, or has taken when nobody knows that."""
+        if left is None:
+            return f"{self.seconds:.0f} s"
+        return f"{max(round(left), 1)} s left" if left < 60 else f"{round(left / 60)} min left"
 
 
 def _amounts(stage: str, done: int, total: int) -> str:
@@ -107,13 +115,7 @@ def _amounts(stage: str, done: int, total: int) -> str:
 
 def _bars() -> Bars:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     columns = [
@@ -122,5 +124,5 @@ def _bars() -> Bars:
         TextColumn("{task.fields[amounts]}", markup=False),
     ]
     if console.width >= 60:
-        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+        columns.append(TextColumn("{task.fields[times]}", markup=False, style="dim"))
     return Progress(*columns, console=console, transient=True, redirect_stdout=False)

@@ -41,16 +41,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**kept, "TERM": "xterm-256color", **extra}
 
 
-def on_terminal(*words: str, columns: int = 80, answer: str = "", **extra: str) -> tuple[int, str]:
-    """Run the program on a terminal of its own; returns its status and all that it wrote."""
-    master, slave = pty.openpty()
-    ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = subprocess.Popen(
-        [*PROGRAM, *words], stdin=slave, stdout=slave, stderr=slave, env=clean_environment(**extra)
-    )
-    os.close(slave)
-    if answer:
-        os.write(master, answer.encode())
+def read_all(master: int) -> str:
+    """Return what is written to a terminal until its last writer has gone."""
     written = bytearray()
     while True:
         try:
@@ -61,7 +53,21 @@ def on_terminal(*words: str, columns: int = 80, answer: str = "", **extra: str) 
             break
         written += piece
     os.close(master)
-    return process.wait(60), written.decode()
+    return written.decode()
+
+
+def on_terminal(*words: str, columns: int = 80, answer: str = "", **extra: str) -> tuple[int, str]:
+    """Run the program on a terminal of its own; returns its status and all that it wrote."""
+    master, slave = pty.openpty()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    process = subprocess.Popen(
+        [*PROGRAM, *words], stdin=slave, stdout=slave, stderr=slave, env=clean_environment(**extra)
+    )
+    os.close(slave)
+    if answer:
+        os.write(master, answer.encode())
+    shown = read_all(master)
+    return process.wait(60), shown
 
 
 def in_pipe(*words: str, **extra: str) -> str:
@@ -163,20 +169,22 @@ def slow(seconds: float, stages: list[tuple[str, int, int]], delay: float = 0.7)
 def test_progress_is_a_bar_that_goes_away() -> None:
     code = slow(2.4, [("matching", 1 << 20, 4 << 20), ("writing", 1, 2)], delay=0)
     master, slave = pty.openpty()
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-P", "-c", code],
         stdout=subprocess.PIPE,
         stderr=slave,
-        check=True,
         env=clean_environment(),
-    )
-    os.close(slave)
-    shown = os.read(master, 1 << 20).decode()
-    os.close(master)
-    assert done.stdout == b"result\n"
-    assert "matching" in shown
+    ) as process:
+        os.close(slave)
+        shown = read_all(master)
+        assert process.stdout is not None
+        assert process.stdout.read() == b"result\n"
+    assert process.returncode == 0
+    assert "Traceback" not in shown
     assert "1.0 MiB of 4.0 MiB" in shown
-    assert plain(shown)[-1].strip() == "" or "\x1b[2K" in shown
+    assert shown.index("matching") < shown.index("writing")
+    # The last thing it does is to clear its line and go back to its beginning.
+    assert shown.endswith("\x1b[1A\x1b[2K")
 
 
 def test_progress_says_nothing_when_it_is_quick_or_unwanted() -> None:
