@@ -121,7 +121,12 @@ class RawFile:
 
     def _copy(self, offset: int, n_bytes: int) -> Array:
         self._check(offset, n_bytes)
-        buffer = np.empty(n_bytes, np.uint8)
+        # A mapping of its own goes back to the system with the array; the heap might keep it, and
+        # a model that alternates between copies and views would need both.
+        large = n_bytes >= _MAP_FROM
+        buffer = (
+            np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8) if large else np.empty(n_bytes, "u1")
+        )
         view = buffer.data
         done = 0
         while done < n_bytes:

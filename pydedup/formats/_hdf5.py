@@ -153,16 +153,18 @@ def fill_skeleton(
     with path.open("wb") as file, gzip.open(io.BytesIO(skeleton)) as packed:
         while piece := packed.read(1 << 20):
             file.write(piece)
-    with hdf5_errors(str(path)), h5py.File(path, "r+") as target:
+    with h5py.File(path, "r+") as target:
         done: set[int] = set()
         for dataset in list(numeric(target, lambda _: False, str(path))):
             if dataset.address in done or not count(dataset.shape):
                 continue
             done.add(dataset.address)
-            array = fetch(name_of(dataset.path), dataset)
-            item = target[dataset.path]
-            data = array.view(dataset.stored) if dataset.stored.kind == "V" else array
-            item.write_direct(np.ascontiguousarray(data).reshape(dataset.shape))
+            _fill_dataset(target, dataset, fetch(name_of(dataset.path), dataset))
+
+
+def _fill_dataset(target: Any, dataset: Dataset, array: Array) -> None:
+    data = array.view(dataset.stored) if dataset.stored.kind == "V" else array
+    target[dataset.path].write_direct(data)
 
 
 def is_group(item: Any) -> bool:
@@ -208,6 +210,8 @@ def _walk(
             if skip(path):
                 continue
             link = current.get(name, getlink=True)
+            if link is None:
+                raise FormatError(f"{where} is a damaged HDF5 file: {path!r} leads nowhere")
             if not isinstance(link, h5py.HardLink):
                 raise FormatError(
                     f"{where}: {path!r} is a {type(link).__name__}, which could lead to other "

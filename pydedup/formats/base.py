@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from pydedup.errors import ArgumentError, FormatError, NotFoundError
+from pydedup.errors import ArgumentError, BudgetError, FormatError, NotFoundError
 from pydedup.graph import Graph
 from pydedup.types import DType
 
@@ -165,7 +165,12 @@ class SourceBase(abc.ABC):
         entry = self._by_name.get(name)
         if entry is None:
             raise NotFoundError(f"{self.description} has no tensor {name!r}")
-        array = self._read(entry)
+        try:
+            array = self._read(entry)
+        except MemoryError as exc:
+            raise BudgetError(
+                f"{self.description}: no memory for the {entry.nbytes} bytes of tensor {name!r}"
+            ) from exc
         # An overlay dtype (bfloat16 over raw bits) or a damaged reader would show here, before
         # wrong bytes reach a store.
         if array.shape != entry.shape or array.dtype != entry.dtype.numpy:

@@ -249,6 +249,12 @@ def _assign(
     if part["index"] is None:
         return [(files[0], mine)]
     weight_map = dict(_weight_map(path / prefix / part["index"]))
+    missing = set(weight_map) - {name.removeprefix(prefix) for name in mine}
+    if missing:
+        raise ArgumentError(
+            f"tensor {prefix + min(missing)!r} is missing, which {part['index']} lists; export to "
+            "one .safetensors file"
+        )
     weight_map.update({name: file["name"] for file in files for name in file["also"]})
     result = []
     for file in files:

@@ -221,18 +221,21 @@ def write_hdf5(
         return
     with h5py.File(path, "w") as target:
         for entry in entries:
-            array = fetch_tensor(tensors, entry)
-            name = entry.dtype.numpy.name
-            if name in OVERLAYS:
-                array = array.view(f"V{array.itemsize}")
-            try:
-                dataset = target.create_dataset(entry.name, data=array)
-            except (ValueError, TypeError) as exc:
-                raise UnsupportedFormatError(
-                    f"tensor {entry.name!r} cannot be written to HDF5, where names are paths: {exc}"
-                ) from exc
-            if name in OVERLAYS:
-                dataset.attrs["dtype"] = name
+            _write_dataset(target, entry, fetch_tensor(tensors, entry))
+
+
+def _write_dataset(target: Any, entry: TensorEntry, array: Array) -> None:
+    name = entry.dtype.numpy.name
+    if name in OVERLAYS:
+        array = array.view(f"V{array.itemsize}")
+    try:
+        dataset = target.create_dataset(entry.name, data=array)
+    except (ValueError, TypeError) as exc:
+        raise UnsupportedFormatError(
+            f"tensor {entry.name!r} cannot be written to HDF5, where names are paths: {exc}"
+        ) from exc
+    if name in OVERLAYS:
+        dataset.attrs["dtype"] = name
 
 
 def write_archive(

@@ -261,7 +261,15 @@ def write(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> N
                 raw = np.frombuffer(mapping, np.uint8, entry.nbytes, places[entry.key])
                 views[entry.key] = torch.from_numpy(raw).view(dtypes[entry.dtype])
             state[entry.name] = views[entry.key].reshape(entry.shape)
-        torch.save(state, path)
+        # Through a file of ours, so that a full disk is first of all an OSError; torch then fails
+        # to finish the archive, too, and says only that.
+        try:
+            with path.open("wb") as file:
+                torch.save(state, file)
+        except RuntimeError as exc:
+            if isinstance(exc.__context__, OSError):
+                raise exc.__context__ from exc
+            raise
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import mmap
 import os
 import pickle
@@ -17,7 +19,12 @@ import pytest
 import torch
 from torch import nn
 
-from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
+from pydedup.errors import (
+    ArgumentError,
+    FormatError,
+    StorageFullError,
+    UnsupportedFormatError,
+)
 from pydedup.formats.registry import open_source, write_model
 from pydedup.types import DType
 
@@ -379,3 +386,21 @@ def test_every_dtype_of_a_store_goes_through_torch(tmp_path: Path) -> None:
         }
         for name, array in tensors.items():
             assert source.read(name).tobytes() == array.tobytes()
+
+
+def test_a_disk_that_fills_while_torch_writes_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def open_full(path: Path, mode: str = "r", **more: Any) -> Any:
+        return Full(path, "w") if mode == "wb" else opened(path, mode, **more)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with open_source({"w": torch.ones(9)}) as source, pytest.raises(StorageFullError):
+        write_model(tmp_path / "m.pt", {"w": np.ones(9, np.float32)}, source.entries)
+    assert list(tmp_path.iterdir()) == []
