@@ -42,7 +42,8 @@ def main() -> None:
             report = store.add(name, model, graph=graph)
             print(
                 f"{report.model}: {report.logical_bytes:,} bytes of weights, "
-                f"{report.stored_bytes:,} new in the store; {report.shared_blocks} of {report.blocks} blocks were there"
+                f"{report.stored_bytes:,} new in the store; "
+                f"{report.shared_blocks} of {report.blocks} blocks were there"
             )
         words = rng.integers(0, 20_000, (3, 12))
         logits = store.predict("tenant-a", words)
