@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The frame around the micro-kernels: which thread computes what, on which block, in which order.
 //
-// A task is a range of columns of y (a panel of W: one row of blocks, or one column of blocks when
-// transposed) by a chunk of rows of x. Tasks share nothing that they write, and each walks its
+// A task is a range of columns of y (a panel of W: one row of blocks, or a few columns of blocks
+// when transposed) by a chunk of rows of x. Tasks share nothing that they write, and each walks its
 // blocks in order, so neither the threads nor the cuts between calls of feed() show in the result.
 // A panel that is cut by the end of a call keeps its sums in y, as they are: exact.
 #include "pydedup/gemm.hpp"
@@ -32,6 +32,8 @@ constexpr std::size_t kMinWorkPerThread = std::size_t{1} << 19;
 // in the second-level cache beside the block. At least: fewer would read W more often for nothing.
 constexpr std::size_t kMaxTaskRows = 512;
 constexpr std::size_t kMinTaskRows = 32;
+// Bytes of y that a task of a transposed product adds to.
+constexpr std::size_t kMaxSumBytes = std::size_t{256} << 10;
 // Rows of x up to which the next block is prefetched: above, computing hides the memory anyway.
 constexpr std::size_t kMaxPrefetchRows = 16;
 // Columns of a block that one pass of a tile covers: 32 lanes of x for them fill half of a 32 KiB
@@ -99,11 +101,13 @@ class Matmul::Typed final : public Matmul::Impl {
         for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
         const unsigned threads = threads_for(weights * p_.m);
         if (p_.transpose) {
-            const std::size_t panels = std::min(grid.grid_cols(), blocks.size());
-            run(panels, p_.m, 1, threads, [&](const Task& task, Worker& worker) {
-                const std::size_t column = (fed_ + task.panel) % grid.grid_cols();
-                multiply_nn(blocks, column, task.unit0, task.unit1, worker.reader);
-            });
+            const std::size_t group = columns_together(threads);
+            run(ceil_div(grid.grid_cols(), group), p_.m, 1, threads,
+                [&](const Task& task, Worker& worker) {
+                    const std::size_t column = task.panel * group;
+                    multiply_nn(blocks, column, std::min(column + group, grid.grid_cols()),
+                                task.unit0, task.unit1, worker.reader);
+                });
             return;
         }
         const std::size_t first = fed_ / grid.grid_cols();
@@ -269,26 +273,37 @@ class Matmul::Typed final : public Matmul::Impl {
         }
     }
 
-    void multiply_nn(std::span<const BlockView> blocks, std::size_t column, std::size_t i0,
-                     std::size_t i1, WeightReader<T>& reader) const {
-        const std::size_t width = p_.grid.grid_cols();
-        const BlockRect rect = block_rect(p_.grid, column);
-        T* const y = y_ + i0 * n_ + rect.col0;
-        std::size_t index = fed_ / width * width + column;
-        if (index < fed_) index += width;
-        if (index == column) {
-            for (std::size_t i = 0; i < i1 - i0; ++i) std::fill_n(y + i * n_, rect.cols, T{0});
-        }
+    // Columns of blocks in one panel. Neighbours in a row of blocks lie together in memory, so more
+    // columns are longer reads; but their part of y should stay in the second-level cache.
+    [[nodiscard]] std::size_t columns_together(unsigned threads) const noexcept {
+        const std::size_t rows = std::min(p_.m, kMaxTaskRows);
+        const std::size_t fitting = kMaxSumBytes / (rows * p_.grid.block_cols * sizeof(T));
+        const std::size_t enough = p_.grid.grid_cols() / (kPiecesPerThread * threads);
+        return std::max<std::size_t>(std::min(fitting, enough), 1);
+    }
+
+    // Columns [column0, column1) of blocks, for rows [i0, i1) of x.
+    void multiply_nn(std::span<const BlockView> blocks, std::size_t column0, std::size_t column1,
+                     std::size_t i0, std::size_t i1, WeightReader<T>& reader) const {
+        const BlockGrid& grid = p_.grid;
         const std::size_t end = fed_ + blocks.size();
-        for (; index < end; index += width) {
-            const BlockView& block = blocks[index - fed_];
-            const T* const x = x_ + i0 * p_.grid.rows + index / width * p_.grid.block_rows;
-            own().block_nn(x, p_.grid.rows, i1 - i0, reader.read(block), block.rows, block.cols,
-                           block.cols, y, n_);
+        for (std::size_t row = fed_ / grid.grid_cols(); row * grid.grid_cols() < end; ++row) {
+            const T* const x = x_ + i0 * grid.rows + row * grid.block_rows;
+            for (std::size_t column = column0; column < column1; ++column) {
+                const std::size_t index = row * grid.grid_cols() + column;
+                if (index < fed_ || index >= end) continue;
+                const BlockView& block = blocks[index - fed_];
+                const std::size_t col0 = column * grid.block_cols;
+                T* const y = y_ + i0 * n_ + col0;
+                if (row == 0) {
+                    for (std::size_t i = 0; i < i1 - i0; ++i)
+                        std::fill_n(y + i * n_, block.cols, T{0});
+                }
+                own().block_nn(x, grid.rows, i1 - i0, reader.read(block), block.rows, block.cols,
+                               block.cols, y, n_);
+                if (row + 1 == grid.grid_rows()) finish(i0, i1, col0, block.cols);
+            }
         }
-        // The last block of the column was among them exactly when the next one is off the grid and
-        // something was computed.
-        if (index >= p_.grid.count()) finish(i0, i1, rect.col0, rect.cols);
     }
 
     const GemmKernels& kernels_;
