@@ -52,13 +52,17 @@ std::shared_ptr<Data> weights(Dtype dtype) {
 }
 
 void encode(Data& data) {
-    keep(encode_blocks(data.ref, data.grid, data.indices, true, data.arena, data.offsets, data.encoded, 1));
+    keep(encode_blocks(data.ref, data.grid, data.indices, true, data.arena, data.offsets,
+                       data.encoded, 1));
 }
 
 Workload encoding(const char* name, Dtype dtype) {
     auto data = weights(dtype);
-    return {name, "16 KiB blocks of normal weights to planes, one thread",
-            static_cast<double>(data->matrix.size()), 0, static_cast<double>(data->indices.size()),
+    return {name,
+            "16 KiB blocks of normal weights to planes, one thread",
+            static_cast<double>(data->matrix.size()),
+            0,
+            static_cast<double>(data->indices.size()),
             [data] { encode(*data); }};
 }
 
@@ -66,12 +70,20 @@ Workload decoding(const char* name, Dtype dtype) {
     auto data = weights(dtype);
     encode(*data);
     const auto rows = static_cast<std::uint32_t>(data->grid.block_rows);
-    return {name, "and back, into one scratch block", static_cast<double>(data->matrix.size()), 0,
-            static_cast<double>(data->indices.size()), [data, dtype, rows] {
+    return {name,
+            "and back, into one scratch block",
+            static_cast<double>(data->matrix.size()),
+            0,
+            static_cast<double>(data->indices.size()),
+            [data, dtype, rows] {
                 for (std::size_t i = 0; i < data->indices.size(); ++i) {
                     const BlockView block{data->arena.data() + data->offsets[i],
-                                          data->encoded[i].length, data->encoded[i].encoding,
-                                          dtype, rows, 64, 0};
+                                          data->encoded[i].length,
+                                          data->encoded[i].encoding,
+                                          dtype,
+                                          rows,
+                                          64,
+                                          0};
                     decode_block(block, data->decoded.data(), block.row_bytes());
                 }
                 keep(data->decoded.data());

@@ -27,7 +27,8 @@ std::shared_ptr<Problem> problem(std::size_t models, std::size_t blocks) {
         if (kind < 0.5 && models <= 16) {  // all models: an untouched part of the base
             for (auto& list : owned) list.push_back(static_cast<std::int64_t>(block));
         } else if (kind < 0.7) {  // a family of neighbours
-            const auto first = static_cast<std::size_t>(uniform(random) * static_cast<double>(models));
+            const auto first =
+                static_cast<std::size_t>(uniform(random) * static_cast<double>(models));
             for (std::size_t i = 0; i < 3; ++i) {
                 auto& list = owned[(first + i) % models];
                 if (list.empty() || list.back() != static_cast<std::int64_t>(block)) {
@@ -35,8 +36,8 @@ std::shared_ptr<Problem> problem(std::size_t models, std::size_t blocks) {
                 }
             }
         } else {  // one model's own
-            owned[static_cast<std::size_t>(uniform(random) * static_cast<double>(models))].push_back(
-                static_cast<std::int64_t>(block));
+            owned[static_cast<std::size_t>(uniform(random) * static_cast<double>(models))]
+                .push_back(static_cast<std::int64_t>(block));
         }
     }
     for (const auto& list : owned) {
@@ -49,8 +50,12 @@ std::shared_ptr<Problem> problem(std::size_t models, std::size_t blocks) {
 Workload packing(const std::string& name, std::size_t models, std::size_t blocks,
                  pydedup::PackAlgorithm algorithm) {
     auto made = problem(models, blocks);
-    return {name, std::to_string(models) + " models, " + std::to_string(blocks) + " blocks, pages of 64",
-            0, 0, static_cast<double>(blocks), [made, algorithm] {
+    return {name,
+            std::to_string(models) + " models, " + std::to_string(blocks) + " blocks, pages of 64",
+            0,
+            0,
+            static_cast<double>(blocks),
+            [made, algorithm] {
                 pydedup::PackRequest request{{made->indptr, made->ids}, 64};
                 request.algorithm = algorithm;
                 keep(pack_pages(request).page_ids.size());

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <numeric>
 
-
 namespace bench {
 namespace {
 
@@ -59,10 +58,14 @@ Result run(const Workload& workload, double seconds) {
     std::sort(times.begin(), times.end());
     const double median = at_quantile(times, 0.5);
     const double spread = 50.0 * (at_quantile(times, 0.75) - at_quantile(times, 0.25)) / median;
-    return {workload.name,          workload.what,
-            median,                 spread,
-            times.size(),           workload.bytes / median / 1e9,
-            workload.flops / median / 1e9, workload.items / median};
+    return {workload.name,
+            workload.what,
+            median,
+            spread,
+            times.size(),
+            workload.bytes / median / 1e9,
+            workload.flops / median / 1e9,
+            workload.items / median};
 }
 
 Machine measure_machine(double seconds) {
@@ -72,8 +75,8 @@ Machine measure_machine(double seconds) {
                             seconds);
     constexpr std::size_t kRepeats = 200000;
     const double flops = 2.0 * 16 * kChains * kRepeats;
-    const Result compute = run({"machine.flops", "", 0, flops, 0, [] { keep(multiply_add(kRepeats)); }},
-                               seconds);
+    const Result compute =
+        run({"machine.flops", "", 0, flops, 0, [] { keep(multiply_add(kRepeats)); }}, seconds);
     return {read.gb_per_second, compute.gflop_per_second};
 }
 

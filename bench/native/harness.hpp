@@ -47,7 +47,7 @@ void keep(const T& value) {
 
 /// The machine's own limits, measured like any workload.
 struct Machine {
-    double read_gb_per_second;   ///< summing a buffer far larger than the caches, one thread
+    double read_gb_per_second;     ///< summing a buffer far larger than the caches, one thread
     double peak_gflop_per_second;  ///< independent f32 multiply-adds in registers, one thread
 };
 [[nodiscard]] Machine measure_machine(double seconds);

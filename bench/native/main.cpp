@@ -33,7 +33,8 @@ Options parse(int argc, char** argv) {
         } else if (argument == "--seconds" && i + 1 < argc) {
             options.seconds = std::atof(argv[++i]);
         } else if (argument.starts_with("-")) {
-            std::fprintf(stderr, "usage: pydedup_bench [--list] [--json] [--seconds S] [NAME-PREFIX ...]\n");
+            std::fprintf(
+                stderr, "usage: pydedup_bench [--list] [--json] [--seconds S] [NAME-PREFIX ...]\n");
             std::exit(argument == "--help" ? 0 : 2);
         } else {
             options.prefixes.push_back(argument);
@@ -64,7 +65,8 @@ void print(const bench::Result& r, const bench::Machine& machine, bool json) {
     }
     std::printf("%-24s %10.3f ms  +-%4.1f %%", r.name.c_str(), 1e3 * r.seconds, r.spread);
     if (r.gb_per_second > 0) std::printf("  %7.2f GB/s (%4.0f %%)", r.gb_per_second, of_read);
-    if (r.gflop_per_second > 0) std::printf("  %7.1f GFLOP/s (%4.0f %%)", r.gflop_per_second, of_peak);
+    if (r.gflop_per_second > 0)
+        std::printf("  %7.1f GFLOP/s (%4.0f %%)", r.gflop_per_second, of_peak);
     if (r.items_per_second > 0) std::printf("  %8.3g items/s", r.items_per_second);
     std::printf("  %s\n", r.what.c_str());
     std::fflush(stdout);
@@ -72,8 +74,8 @@ void print(const bench::Result& r, const bench::Machine& machine, bool json) {
 
 int run(const Options& options) {
     std::vector<bench::Entry> entries;
-    for (const auto& group : {bench::hash_entries(), bench::codec_entries(), bench::packing_entries(),
-                              bench::gemm_entries()}) {
+    for (const auto& group : {bench::hash_entries(), bench::codec_entries(),
+                              bench::packing_entries(), bench::gemm_entries()}) {
         entries.insert(entries.end(), group.begin(), group.end());
     }
     if (options.list) {

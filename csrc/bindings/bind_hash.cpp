@@ -19,8 +19,8 @@ void bind_hash(py::module_& m) {
             }
             return digests;
         },
-        py::arg("data").noconvert(), py::arg("dtype"), py::arg("block_rows"),
-        py::arg("block_cols"), py::arg("seed") = 0, py::arg("threads") = 0);
+        py::arg("data").noconvert(), py::arg("dtype"), py::arg("block_rows"), py::arg("block_cols"),
+        py::arg("seed") = 0, py::arg("threads") = 0);
     m.def(
         "hash_bytes",
         [](const py::buffer& buffer, std::uint64_t seed) {

@@ -7,11 +7,16 @@ namespace {
 
 const char* class_of(ErrorCode code) noexcept {
     switch (code) {
-        case ErrorCode::invalid_argument: return "ArgumentError";
-        case ErrorCode::corrupt_page: return "CorruptStoreError";
-        case ErrorCode::unsupported_format: return "SchemaVersionError";
-        case ErrorCode::out_of_budget: return "BudgetError";
-        case ErrorCode::kernel_unavailable: return "KernelUnavailableError";
+        case ErrorCode::invalid_argument:
+            return "ArgumentError";
+        case ErrorCode::corrupt_page:
+            return "CorruptStoreError";
+        case ErrorCode::unsupported_format:
+            return "SchemaVersionError";
+        case ErrorCode::out_of_budget:
+            return "BudgetError";
+        case ErrorCode::kernel_unavailable:
+            return "KernelUnavailableError";
     }
     return "PydedupError";
 }
@@ -23,7 +28,8 @@ void bind_errors(py::module_&) {
         try {
             if (pending) std::rethrow_exception(pending);
         } catch (const Error& error) {
-            const py::object type = py::module_::import("pydedup.errors").attr(class_of(error.code()));
+            const py::object type =
+                py::module_::import("pydedup.errors").attr(class_of(error.code()));
             py::set_error(type, error.what());
         }
     });

@@ -88,8 +88,8 @@ TEST(blocks_of_a_matrix_hash_like_their_copies_for_any_number_of_threads) {
         const std::size_t cols = 1 + random() % 2500;
         const std::vector<std::uint8_t> data = random_bytes(rows * cols * 2, random);
         const BlockGrid grid{rows, cols, 1 + random() % 80, 1 + random() % 80};
-        const MatrixRef matrix{reinterpret_cast<const std::byte*>(data.data()), rows, cols, cols * 2,
-                               Dtype::bf16};
+        const MatrixRef matrix{reinterpret_cast<const std::byte*>(data.data()), rows, cols,
+                               cols * 2, Dtype::bf16};
         std::vector<Digest> digests(grid.count());
         hash_blocks(matrix, grid, 5, digests, static_cast<unsigned>(1 + round % 4));
         for (std::size_t i = 0; i < grid.count(); i += 1 + random() % 9) {
@@ -101,6 +101,15 @@ TEST(blocks_of_a_matrix_hash_like_their_copies_for_any_number_of_threads) {
             }
             CHECK(hash_rows(copy.data(), rect.rows, rect.cols * 2, rect.cols * 2, 5) == digests[i]);
         }
+    }
+}
+
+TEST(a_matrix_without_elements_has_no_digests) {
+    const std::byte nothing{};
+    for (const BlockGrid& grid :
+         {BlockGrid{3, 0, 4, 4}, BlockGrid{0, 3, 4, 4}, BlockGrid{0, 0, 1, 1}}) {
+        hash_blocks({&nothing, grid.rows, grid.cols, 0, Dtype::u8}, grid, 0, {});
+        CHECK(grid.count() == 0);
     }
 }
 

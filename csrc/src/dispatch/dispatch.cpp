@@ -84,7 +84,8 @@ bool answers_like_reference(const KernelTable& table) noexcept {
 
 std::string names() {
     std::string list;
-    for (const Candidate& c : candidates()) list += (list.empty() ? "" : ", ") + std::string(c.name);
+    for (const Candidate& c : candidates())
+        list += (list.empty() ? "" : ", ") + std::string(c.name);
     return list;
 }
 

@@ -21,8 +21,8 @@ void hash_block_row(const MatrixRef& matrix, const BlockGrid& grid, std::size_t 
     const std::size_t inner = grid.cols / grid.block_cols;  // blocks of full width
     const std::size_t row_bytes = grid.block_cols * item;
     const BlockRect first = block_rect(grid, grid_row * grid.grid_cols());
-    const auto* data = reinterpret_cast<const std::uint8_t*>(matrix.data) +
-                       first.row0 * matrix.stride_bytes;
+    const auto* data =
+        reinterpret_cast<const std::uint8_t*>(matrix.data) + first.row0 * matrix.stride_bytes;
     auto* digests = reinterpret_cast<std::uint64_t*>(out.data() + grid_row * grid.grid_cols());
     for (std::size_t b = 0; b < inner; b += kPanelBlocks) {
         const std::size_t blocks = std::min(kPanelBlocks, inner - b);
@@ -57,10 +57,11 @@ Digest hash_bytes(Bytes bytes, std::uint64_t seed) {
 void hash_blocks(const MatrixRef& matrix, const BlockGrid& grid, std::uint64_t seed,
                  std::span<Digest> out, unsigned threads) {
     if (out.size() != grid.count()) {
-        throw Error(ErrorCode::invalid_argument,
-                    "hash_blocks: " + std::to_string(out.size()) + " digests for " +
-                        std::to_string(grid.count()) + " blocks");
+        throw Error(ErrorCode::invalid_argument, "hash_blocks: " + std::to_string(out.size()) +
+                                                     " digests for " +
+                                                     std::to_string(grid.count()) + " blocks");
     }
+    if (grid.count() == 0) return;
     const std::size_t item = item_bytes(matrix.dtype);
     const std::size_t total_bytes = matrix.rows * matrix.cols * item;
     const std::size_t useful = total_bytes / kBytesPerThread + 1;
@@ -69,7 +70,8 @@ void hash_blocks(const MatrixRef& matrix, const BlockGrid& grid, std::uint64_t s
     const std::size_t grain =
         std::max<std::size_t>(1, grid.grid_rows() / (std::size_t{workers} * 8));
     parallel_for(grid.grid_rows(), grain, workers, [&](std::size_t begin, std::size_t end) {
-        for (std::size_t row = begin; row < end; ++row) hash_block_row(matrix, grid, row, seed, out);
+        for (std::size_t row = begin; row < end; ++row)
+            hash_block_row(matrix, grid, row, seed, out);
     });
 }
 

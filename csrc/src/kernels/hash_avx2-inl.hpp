@@ -32,8 +32,8 @@ inline void hash_scramble(HashState& state) noexcept {
     for (int j = 0; j < 4; ++j) {
         const __m256i swapped = _mm256_shuffle_epi32(state.sum[j], _MM_SHUFFLE(1, 0, 3, 2));
         const __m256i mixed = _mm256_add_epi64(state.product[j], swapped);
-        const __m256i k = _mm256_load_si256(
-            reinterpret_cast<const __m256i*>(kHashKeys.scramble + 4 * j));
+        const __m256i k =
+            _mm256_load_si256(reinterpret_cast<const __m256i*>(kHashKeys.scramble + 4 * j));
         const __m256i keyed =
             _mm256_xor_si256(_mm256_xor_si256(mixed, _mm256_srli_epi64(mixed, 47)), k);
         // 64 x 32 bit product from two 32 x 32 ones.

@@ -88,7 +88,8 @@ inline void finish_hash(const std::uint64_t* product, const std::uint64_t* sum, 
             const std::uint64_t even = product[i] + sum[i + 1];
             const std::uint64_t odd = product[i + 1] + sum[i];
             // Rotating between additions makes the pairs of lanes not interchangeable.
-            folded = ((folded << 23) | (folded >> 41)) + fold_multiply(even ^ key[i], odd ^ key[i + 1]);
+            folded =
+                ((folded << 23) | (folded >> 41)) + fold_multiply(even ^ key[i], odd ^ key[i + 1]);
         }
         out[h] = avalanche(folded);
     }

@@ -32,7 +32,7 @@ void hash_scramble(std::uint64_t* product, std::uint64_t* sum) noexcept {
 void hash_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes,
                std::size_t stride_bytes, std::uint64_t seed, std::uint64_t* out) noexcept {
     std::uint64_t storage[kGroupStripes][kLanes];
-    const std::uint64_t(*keys)[kLanes] = seeded_keys(seed, storage);
+    const std::uint64_t (*keys)[kLanes] = seeded_keys(seed, storage);
     std::uint64_t product[kLanes];
     std::uint64_t sum[kLanes] = {};
     for (std::size_t i = 0; i < kLanes; ++i) product[i] = kHashKeys.start[i];

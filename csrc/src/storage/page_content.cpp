@@ -26,14 +26,16 @@ void page_digests(const Page& page, std::span<Digest> digests, unsigned threads)
     if (digests.size() != page.n_slots()) {
         throw Error(ErrorCode::invalid_argument, "page_digests: one digest per slot is needed");
     }
-    parallel_for(page.n_slots(), 16, thread_count(threads), [&](std::size_t begin, std::size_t end) {
-        std::vector<std::byte> scratch;
-        for (std::size_t slot = begin; slot < end; ++slot) {
-            const BlockView block = page.block(slot);
-            const std::size_t row_bytes = block.cols * item_bytes(block.dtype);
-            digests[slot] = hash_rows(content(block, scratch), block.rows, row_bytes, row_bytes);
-        }
-    });
+    parallel_for(page.n_slots(), 16, thread_count(threads),
+                 [&](std::size_t begin, std::size_t end) {
+                     std::vector<std::byte> scratch;
+                     for (std::size_t slot = begin; slot < end; ++slot) {
+                         const BlockView block = page.block(slot);
+                         const std::size_t row_bytes = block.cols * item_bytes(block.dtype);
+                         digests[slot] =
+                             hash_rows(content(block, scratch), block.rows, row_bytes, row_bytes);
+                     }
+                 });
 }
 
 bool same_block(const BlockView& a, const BlockView& b) {
