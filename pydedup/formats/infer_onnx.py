@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pydedup.errors import ArgumentError
+from pydedup.formats._onnx_tensors import is_constant_weight
 from pydedup.graph import AttrValue, Graph, Node
 
 __all__ = ["infer_from_onnx"]
@@ -269,7 +270,10 @@ class _Translation:
     def _constant_node(self, node: Any, attrs: Mapping[str, Any]) -> None:
         import onnx
 
-        if "value" in attrs:
+        if "value" in attrs and is_constant_weight(attrs["value"].t):
+            self._tensors[node.output[0]] = attrs["value"].t
+            self._shapes[node.output[0]] = tuple(attrs["value"].t.dims)
+        elif "value" in attrs:
             self._constants[node.output[0]] = attrs["value"].t
         elif "value_ints" in attrs:
             values = np.array(list(attrs["value_ints"].ints), np.int64)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX models: the initialisers of the main graph are the tensors, the rest is an artifact.
+"""ONNX models: initialisers and other weights are the tensors, the rest is an artifact.
 
 Reading walks the protobuf wire format to find where the initialisers' bytes lie in the file (or
 in files of external data) and parses only what remains, so that memory holds the graph and one
 tensor. What protobuf makes impossible to read in parts stays whole: a tensor whose values are
-coded as variable-length integers is parsed when it is read, and constants inside nodes or
-subgraphs and element types that a store does not keep (strings, 4-bit) remain in the artifact.
+coded as variable-length integers is parsed when it is read, weights inside nodes and subgraphs
+are in memory while the source is open, and element types that a store does not keep (strings,
+4-bit) remain in the artifact.
 
 Writing streams too: everything except the tensors is known, hence every length. A model beyond
 protobuf's 2 GiB gets its tensors in a file of external data beside it.
@@ -20,10 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import numpy as np
-
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats._files import RawFile, write_array
+from pydedup.formats._onnx_tensors import (
+    DTYPES,
+    EXTERNAL,
+    clear_values,
+    has_values,
+    nested_tensors,
+    typed_values,
+)
 from pydedup.formats._paths import is_inside
 from pydedup.formats._protobuf import BYTES, VARINT, Field, tag, varint, walk
 from pydedup.formats.base import (
@@ -36,10 +43,10 @@ from pydedup.formats.base import (
     count,
     fetch_tensor,
     find_artifact,
+    name_problem,
 )
 from pydedup.formats.infer_onnx import infer_from_onnx
 from pydedup.graph import Graph
-from pydedup.types import DType
 
 __all__ = ["GRAPH", "OnnxSource", "looks_like", "write"]
 
@@ -55,24 +62,6 @@ _TENSOR_DATA_TYPE, _TENSOR_STRINGS = 2, 6
 #: Field number -> wire type of ModelProto, by which a file is recognised.
 _MODEL_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
 
-_DTYPES = {
-    1: DType.F32,
-    2: DType.U8,
-    3: DType.I8,
-    4: DType.U16,
-    5: DType.I16,
-    6: DType.I32,
-    7: DType.I64,
-    9: DType.BOOL,
-    10: DType.F16,
-    11: DType.F64,
-    12: DType.U32,
-    13: DType.U64,
-    16: DType.BF16,
-    17: DType.F8_E4M3,
-    19: DType.F8_E5M2,
-}
-_EXTERNAL = 1
 #: protobuf messages end here; tests lower it.
 _MAX_MESSAGE = (1 << 31) - 1
 _EXTERNAL_ALIGNMENT = 4096
@@ -104,12 +93,14 @@ class OnnxSource(SourceBase):
         self._raw = RawFile(path)
         self._external: dict[str, RawFile] = {}
         self._places: dict[str, _Place] = {}
+        self._nested: dict[str, Array] = {}
         self._graph: Graph | None = None
         self._inferred = False
         try:
             stripped, places = _strip(self._raw)
             self._model = _parse(self._onnx.ModelProto, stripped, self.description)
-            self._set_entries(list(self._collect(places)))
+            initializers = list(self._collect(places))
+            self._set_entries([*initializers, *self._collect_nested()])
         except BaseException:
             self.close()
             raise
@@ -141,7 +132,7 @@ class OnnxSource(SourceBase):
 
     def _collect(self, places: Sequence[_Place]) -> Iterator[TensorEntry]:
         for tensor, place in zip(self._model.graph.initializer, places, strict=True):
-            dtype = _DTYPES.get(tensor.data_type)
+            dtype = DTYPES.get(tensor.data_type)
             if dtype is None:
                 continue  # its data is still in the artifact
             shape = tuple(tensor.dims)
@@ -149,10 +140,9 @@ class OnnxSource(SourceBase):
             if any(extent < 0 for extent in shape):
                 raise FormatError(f"{where} has the impossible shape {shape}")
             n_bytes = count(shape) * dtype.itemsize
-            if tensor.data_location == _EXTERNAL:
+            if tensor.data_location == EXTERNAL:
                 place = self._external_place(tensor, n_bytes, where)
-                del tensor.external_data[:]
-                tensor.ClearField("data_location")
+                clear_values(tensor)
             if not place.parse and place.length != n_bytes:
                 raise FormatError(
                     f"{where} is {dtype.label} {shape} but has {place.length} bytes, "
@@ -161,6 +151,22 @@ class OnnxSource(SourceBase):
             self._places[tensor.name] = place
             key = (place.location, place.offset, dtype, shape) if n_bytes else tensor.name
             yield TensorEntry(tensor.name, dtype, shape, key)
+
+    def _collect_nested(self) -> Iterator[TensorEntry]:
+        for name, tensor in nested_tensors(self._model.graph):
+            if name in self._places or name in self._nested or name_problem(name):
+                if tensor.data_location == EXTERNAL:
+                    raise FormatError(f"{self.description}: external tensor {name!r} has no name")
+                continue  # stays where it is
+            dtype, shape = DTYPES[tensor.data_type], tuple(tensor.dims)
+            where = f"{self.description}: tensor {name!r}"
+            entry = TensorEntry(name, dtype, shape, key=name)
+            if tensor.data_location == EXTERNAL:
+                self._places[name] = self._external_place(tensor, entry.nbytes, where)
+            else:
+                self._nested[name] = typed_values(tensor, entry, self.description)
+            clear_values(tensor)
+            yield entry
 
     def _external_place(self, tensor: Any, n_bytes: int, where: str) -> _Place:
         fields = {item.key: item.value for item in tensor.external_data}
@@ -191,13 +197,15 @@ class OnnxSource(SourceBase):
         return _Place(location, offset, length)
 
     def _read(self, entry: TensorEntry) -> Array:
+        if entry.name in self._nested:
+            return self._nested[entry.name]
         place = self._places[entry.name]
         raw = self._external[place.location] if place.location else self._raw
         if not place.parse:
             return raw.array(place.offset, entry.dtype.numpy, entry.shape)
         message = raw.read_at(place.offset, place.length)
         tensor = _parse(self._onnx.TensorProto, message, self.description)
-        return _typed_values(tensor, entry, self.description)
+        return typed_values(tensor, entry, self.description)
 
 
 def looks_like(raw: RawFile) -> bool:
@@ -237,11 +245,14 @@ def write(
     by_name = {entry.name: entry for entry in entries}
     initializers = [tensor for tensor in model.graph.initializer if tensor.name in by_name]
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in by_name]
-    _check_complete(initializers, kept, by_name)
+    nested = {name: t for name, t in nested_tensors(model.graph) if not has_values(t)}
+    _check_complete({**{t.name: t for t in initializers}, **nested}, kept, by_name)
+    for name, tensor in nested.items():
+        tensor.raw_data = fetch_tensor(tensors, by_name[name]).tobytes()
     sizes = {tensor.name: by_name[tensor.name].nbytes for tensor in initializers}
     data_path: Path | None = None
     try:
-        if sum(sizes.values()) + len(payload) + 32 * len(sizes) > _MAX_MESSAGE:
+        if model.ByteSize() + sum(sizes.values()) + 32 * len(sizes) > _MAX_MESSAGE:
             data_path = _external_path(final_path)
             large = [tensor for tensor in initializers if sizes[tensor.name] >= _EXTERNAL_FROM]
             _write_external(data_path, tensors, by_name, large)
@@ -288,19 +299,22 @@ def _initializer_head(tensor: Any, sizes: dict[str, int]) -> bytes:
 
 
 def _check_complete(
-    initializers: Sequence[Any], kept: Sequence[Any], by_name: dict[str, TensorEntry]
+    wanted: dict[str, Any], kept: Sequence[Any], by_name: dict[str, TensorEntry]
 ) -> None:
-    for tensor in initializers:
-        entry = by_name[tensor.name]
-        if _DTYPES.get(tensor.data_type) != entry.dtype or tuple(tensor.dims) != entry.shape:
+    """Check that the tensors are exactly those that the graph wants."""
+    for name, tensor in wanted.items():
+        entry = by_name.get(name)
+        if entry is None:
+            continue
+        if DTYPES.get(tensor.data_type) != entry.dtype or tuple(tensor.dims) != entry.shape:
             raise ArgumentError(
                 f"tensor {entry.name!r} is {entry.dtype.label} {entry.shape}, which the stored "
                 "ONNX graph does not expect; export without converting"
             )
-    missing = [tensor.name for tensor in kept if tensor.data_type in _DTYPES]
-    unplaced = set(by_name) - {tensor.name for tensor in initializers}
-    if missing or unplaced:
-        name = missing[0] if missing else sorted(unplaced)[0]
+    missing = [tensor.name for tensor in kept if tensor.data_type in DTYPES]
+    wrong = sorted({*missing, *(set(wanted) ^ set(by_name))})
+    if wrong:
+        name = wrong[0]
         raise ArgumentError(f"tensors and the stored ONNX graph do not belong together: {name!r}")
 
 
@@ -325,7 +339,7 @@ def _write_external(
 
 def _place_external(file: IO[bytes], tensor: Any, location: str, n_bytes: int) -> None:
     file.write(bytes(-file.tell() % _EXTERNAL_ALIGNMENT))
-    tensor.data_location = _EXTERNAL
+    tensor.data_location = EXTERNAL
     place = {"location": location, "offset": str(file.tell()), "length": str(n_bytes)}
     for key, value in place.items():
         item = tensor.external_data.add()
@@ -385,7 +399,7 @@ def _strip_initializer(raw: RawFile, tensor: Field) -> tuple[bytes, _Place]:
         if field.number == _TENSOR_DATA_TYPE and field.wire == VARINT:
             coded = raw.read_at(field.value, field.end - field.value)
             data_type = sum((byte & 0x7F) << (7 * i) for i, byte in enumerate(coded))
-    if data_type not in _DTYPES:
+    if data_type not in DTYPES:
         return raw.read_at(tensor.value, tensor.length), whole
     data = [field for field in fields if field.number in _TYPED_DATA | {_RAW_DATA}]
     rest = b"".join(
@@ -398,30 +412,3 @@ def _strip_initializer(raw: RawFile, tensor: Field) -> tuple[bytes, _Place]:
         # Packed float32 and float64 are coded exactly as raw data.
         return rest, _Place("", data[0].value, data[0].length)
     return rest, whole
-
-
-def _typed_values(tensor: Any, entry: TensorEntry, where: str) -> Array:
-    if tensor.raw_data:
-        values = np.frombuffer(tensor.raw_data, entry.dtype.numpy)
-    elif entry.dtype in (DType.F16, DType.BF16):  # bit patterns in int32_data
-        values = np.array(tensor.int32_data, np.uint16).view(entry.dtype.numpy)
-    elif entry.dtype in (DType.F8_E4M3, DType.F8_E5M2):
-        values = np.array(tensor.int32_data, np.uint8).view(entry.dtype.numpy)
-    else:
-        source = {
-            DType.F32: "float_data",
-            DType.F64: "double_data",
-            DType.I64: "int64_data",
-            DType.U32: "uint64_data",
-            DType.U64: "uint64_data",
-        }.get(entry.dtype, "int32_data")
-        try:
-            values = np.array(getattr(tensor, source), entry.dtype.numpy)
-        except OverflowError as exc:
-            raise FormatError(f"{where}: initialiser {entry.name!r} overflows its type") from exc
-    if values.size != count(entry.shape):
-        raise FormatError(
-            f"{where}: initialiser {entry.name!r} has {values.size} values, its shape "
-            f"{entry.shape} needs {count(entry.shape)}"
-        )
-    return values.reshape(entry.shape)

@@ -230,6 +230,71 @@ def test_element_types_no_store_keeps_stay_in_the_graph(tmp_path: Path) -> None:
     assert numpy_helper.to_array(again["w"]).tolist() == [1, 1, 1]
 
 
+def constant(name: str, values: Any) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(values))
+
+
+def test_weights_in_constants_are_tensors(tmp_path: Path) -> None:
+    nodes = [
+        constant("w", W1),
+        constant("b", B1[:300]),
+        constant("shape", np.array([-1, 300])),
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"], transB=1),
+        helper.make_node("Reshape", ["h", "shape"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 20])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 300])
+    graph = helper.make_graph(nodes, "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    path, target = tmp_path / "m.onnx", tmp_path / "out.onnx"
+    onnx.save(model, path)
+    with open_source(path) as source:
+        assert [entry.name for entry in source.entries] == ["w", "b"]
+        assert source.read("w").tobytes() == W1.tobytes()
+        assert source.graph is not None
+        assert source.graph.nodes[0].weights == {"weight": "w", "bias": "b"}
+        assert all(len(artifact.payload) < 1000 for artifact in source.artifacts())
+        artifacts, entries = list(source.artifacts()), source.entries
+    export(path, target)
+    assert onnx.load(target) == model
+    assert run(target).tobytes() == run(path).tobytes()
+    with pytest.raises(ArgumentError, match="do not belong together: 'b'"):
+        write_model(target, {"w": W1}, entries[:1], artifacts)
+
+
+def test_weights_in_subgraphs_are_tensors(tmp_path: Path) -> None:
+    h = helper.make_tensor_value_info("h", TensorProto.FLOAT, None)
+    branches = {}
+    for branch, sign in (("then_branch", 1), ("else_branch", -1)):
+        nodes = [
+            constant("b", B1 * sign),
+            helper.make_node("Gemm", ["x", "w", "b"], ["h"], transB=1),
+        ]
+        weights = [numpy_helper.from_array(W1 * sign, "w")]
+        branches[branch] = helper.make_graph(nodes, branch, [], [h], weights)
+    choose = helper.make_node("If", ["flag"], ["y"], **branches)
+    flag = numpy_helper.from_array(np.array(True), "flag")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 20])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([choose], "g", [x], [y], [flag])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    path, target = tmp_path / "m.onnx", tmp_path / "out.onnx"
+    onnx.save(model, path)
+    with open_source(path) as source:
+        assert {entry.name for entry in source.entries} == {
+            "flag",
+            "y/then_branch/w",
+            "y/then_branch/b",
+            "y/else_branch/w",
+            "y/else_branch/b",
+        }
+        assert source.read("y/else_branch/w").tobytes() == (-W1).tobytes()
+        assert source.graph is None
+    export(path, target)
+    assert onnx.load(target) == model
+    assert run(target).tobytes() == run(path).tobytes()
+
+
 def test_models_of_other_formats_have_no_onnx_graph(tmp_path: Path) -> None:
     with (
         open_source({"w": np.ones(2)}) as source,

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of a parsed ONNX model: their values, and those that are not initialisers of the graph.
+
+Exporters also keep weights in ``Constant`` nodes and in the graphs of ``If`` and ``Loop`` nodes.
+Protobuf has them in memory anyway when the model is parsed; they are taken out all the same, so
+that they are deduplicated like any other tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pydedup.errors import FormatError
+from pydedup.formats.base import Array, TensorEntry, count
+from pydedup.types import DType
+
+__all__ = [
+    "DTYPES",
+    "EXTERNAL",
+    "clear_values",
+    "has_values",
+    "is_constant_weight",
+    "nested_tensors",
+    "typed_values",
+]
+
+#: TensorProto.DataType -> element type.
+DTYPES = {
+    1: DType.F32,
+    2: DType.U8,
+    3: DType.I8,
+    4: DType.U16,
+    5: DType.I16,
+    6: DType.I32,
+    7: DType.I64,
+    9: DType.BOOL,
+    10: DType.F16,
+    11: DType.F64,
+    12: DType.U32,
+    13: DType.U64,
+    16: DType.BF16,
+    17: DType.F8_E4M3,
+    19: DType.F8_E5M2,
+}
+#: TensorProto.DataLocation.
+EXTERNAL = 1
+
+#: AttributeProto.AttributeType.
+_GRAPH, _GRAPHS = 5, 10
+_VALUE_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+#: Smaller ones inside nodes and subgraphs are shapes, axes and scalars, which belong to the graph.
+_NESTED_FROM = 1024
+
+
+def nested_tensors(graph: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (name, TensorProto) of weights in nodes and subgraphs, always in the same order.
+
+    A constant is named by the value it makes; what is inside the graph of a node has the node's
+    output and attribute before its name.
+    """
+    if prefix:
+        for tensor in graph.initializer:
+            if _is_weight(tensor, top=False):
+                yield prefix + tensor.name, tensor
+    for node in graph.node:
+        name = node.output[0] if node.output else node.name
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                if _is_weight(attribute.t, top=not prefix):
+                    yield prefix + name, attribute.t
+            elif attribute.type == _GRAPH:
+                yield from nested_tensors(attribute.g, f"{prefix}{name}/{attribute.name}/")
+            elif attribute.type == _GRAPHS:
+                for index, inner in enumerate(attribute.graphs):
+                    path = f"{prefix}{name}/{attribute.name}/{index}/"
+                    yield from nested_tensors(inner, path)
+
+
+def is_constant_weight(tensor: Any) -> bool:
+    """Return whether a tensor in a ``Constant`` of the main graph counts as a weight."""
+    return _is_weight(tensor, top=True)
+
+
+def has_values(tensor: Any) -> bool:
+    """Return whether a TensorProto holds its own values."""
+    return any(getattr(tensor, name) for name in _VALUE_FIELDS)
+
+
+def clear_values(tensor: Any) -> None:
+    """Remove the values of a TensorProto, and where they are."""
+    for name in (*_VALUE_FIELDS, "external_data", "data_location"):
+        tensor.ClearField(name)
+
+
+def typed_values(tensor: Any, entry: TensorEntry, where: str) -> Array:
+    """Return the values of a TensorProto, however they are coded.
+
+    Raises
+    ------
+    FormatError
+        When there are not as many as the shape says, or they overflow the element type.
+    """
+    wrong = f"{where}: tensor {entry.name!r}"
+    if tensor.raw_data:
+        if len(tensor.raw_data) != entry.nbytes:
+            raise FormatError(f"{wrong} has {len(tensor.raw_data)} bytes, not {entry.nbytes}")
+        values = np.frombuffer(tensor.raw_data, entry.dtype.numpy)
+    elif entry.dtype in (DType.F16, DType.BF16):  # bit patterns
+        values = _integers(tensor.int32_data, np.uint16, wrong).view(entry.dtype.numpy)
+    elif entry.dtype in (DType.F8_E4M3, DType.F8_E5M2):
+        values = _integers(tensor.int32_data, np.uint8, wrong).view(entry.dtype.numpy)
+    else:
+        source = {
+            DType.F32: "float_data",
+            DType.F64: "double_data",
+            DType.I64: "int64_data",
+            DType.U32: "uint64_data",
+            DType.U64: "uint64_data",
+        }.get(entry.dtype, "int32_data")
+        values = _integers(getattr(tensor, source), entry.dtype.numpy, wrong)
+    if values.size != count(entry.shape):
+        raise FormatError(
+            f"{wrong} has {values.size} values, its shape {entry.shape} needs {count(entry.shape)}"
+        )
+    return values.reshape(entry.shape)
+
+
+def _integers(values: Any, dtype: Any, wrong: str) -> Array:
+    try:
+        return np.array(values, dtype)
+    except OverflowError as exc:
+        raise FormatError(f"{wrong} holds a value that its element type cannot") from exc
+
+
+def _is_weight(tensor: Any, *, top: bool) -> bool:
+    dtype = DTYPES.get(tensor.data_type)
+    if dtype is None or any(extent < 0 for extent in tensor.dims) or not count(tensor.dims):
+        return False
+    if tensor.data_location == EXTERNAL:
+        return True
+    # In the main graph also short vectors: a bias is what a layer's weight needs beside it.
+    if top and dtype.is_float and tensor.dims:
+        return True
+    return count(tensor.dims) * dtype.itemsize >= _NESTED_FROM
