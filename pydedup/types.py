@@ -134,6 +134,8 @@ class AddReport:
         Wall time.
     certificate
         The guarantee that holds for what was stored.
+    left_out
+        What the source holds beside the model, e.g. optimizer state, and is not stored.
     """
 
     model: str
@@ -146,3 +148,4 @@ class AddReport:
     seconds: float
     certificate: Mapping[str, Any]
     dry_run: bool = False
+    left_out: tuple[str, ...] = ()

@@ -167,6 +167,10 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
     if len(reports) > 1:
         rows.append(_row("together", reports))
     print_table(_COLUMNS, rows)
+    for report in reports:
+        if report.left_out:
+            shown = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
+            output.print_note(f"{report.model}: not part of the model, left out: {shown}", "yellow")
     if dry_run:
         output.print_note("dry run: nothing was written", "yellow")
     else:

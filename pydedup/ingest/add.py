@@ -206,6 +206,7 @@ def _reports(
                 seconds=time.monotonic() - started,
                 certificate=certificate,
                 dry_run=dry_run,
+                left_out=tuple(model.request.source.left_out),
             )
         )
     return reports

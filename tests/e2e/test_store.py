@@ -524,3 +524,17 @@ def test_interrupt_in_the_middle_of_an_add(store: pydedup.Store) -> None:
     assert (report.errors, report.notes) == ([], [])
     store.add("second", models["tenant-1"])
     assert_same(store.load("second"), models["tenant-1"])
+
+
+def test_what_a_source_holds_beside_the_model_is_reported(
+    store: pydedup.Store, tmp_path: Path
+) -> None:
+    import torch
+
+    layer = torch.nn.Linear(3, 2)
+    checkpoint = {"state_dict": layer.state_dict(), "optimizer": {"lr": 0.1}, "epoch": 3}
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    report = store.add("m", tmp_path / "checkpoint.pt")
+    assert report.left_out == ("optimizer", "epoch")
+    assert sorted(store.load("m")) == ["bias", "weight"]
+    assert store.add("n", {"w": np.zeros(3)}).left_out == ()

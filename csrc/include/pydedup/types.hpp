@@ -31,19 +31,23 @@ enum class Dtype : std::uint8_t {
     switch (dtype) {
         case Dtype::f64:
         case Dtype::i64:
-        case Dtype::u64: return 8;
+        case Dtype::u64:
+            return 8;
         case Dtype::f32:
         case Dtype::i32:
-        case Dtype::u32: return 4;
+        case Dtype::u32:
+            return 4;
         case Dtype::f16:
         case Dtype::bf16:
         case Dtype::i16:
-        case Dtype::u16: return 2;
+        case Dtype::u16:
+            return 2;
         case Dtype::i8:
         case Dtype::u8:
         case Dtype::boolean:
         case Dtype::f8_e4m3:
-        case Dtype::f8_e5m2: return 1;
+        case Dtype::f8_e5m2:
+            return 1;
     }
     return 0;
 }
