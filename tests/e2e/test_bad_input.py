@@ -305,7 +305,8 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
             assert np.array_equal(store.load("good")["w"], MODEL["w"])
             # Interrupted after its publishing transaction, an add is complete all the same.
             if "large" in {info.name for info in store.models()}:
-                assert np.array_equal(store.load("large")["array"], np.load(source))
+                (loaded,) = store.load("large").values()
+                assert np.array_equal(loaded, np.load(source))
                 store.remove("large")
     with pydedup.open(url) as store:
         store.vacuum()

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -407,27 +409,32 @@ def test_use_after_fork(url: str) -> None:
         assert store.verify().errors == []
 
 
-def _add_variant(url: str, name: str, barrier: object) -> None:
-    model = variants(6)[name]
-    with pydedup.open(url) as store:
-        barrier.wait()  # type: ignore[attr-defined]
-        store.add(name, model, policy=policies.Exact())
+ADD_AT_ONCE = """
+import sys, time
+import numpy as np
+import pydedup
+from pydedup import policies
+
+url, name, path, start = sys.argv[1:5]
+model = dict(np.load(path))
+with pydedup.open(url) as store:
+    time.sleep(max(0.0, float(start) - time.time()))
+    store.add(name, model, policy=policies.Exact())
+"""
 
 
-def test_two_processes_adding_at_once_store_no_block_twice(url: str) -> None:
-    context = multiprocessing.get_context("spawn")
+def test_two_processes_adding_at_once_store_no_block_twice(url: str, tmp_path: Path) -> None:
     models = variants(6)
     pydedup.open(url).close()
     for pair in (("tenant-0", "tenant-1"), ("tenant-2", "tenant-3"), ("tenant-4", "tenant-5")):
-        barrier = context.Barrier(2)
-        children = [
-            context.Process(target=_add_variant, args=(url, name, barrier)) for name in pair
-        ]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join()
-            assert child.exitcode == 0
+        # Both begin at the same moment, late enough for both to have started.
+        start = str(time.time() + 3.0)
+        children = []
+        for name in pair:
+            np.savez(tmp_path / f"{name}.npz", **models[name])
+            arguments = [url, name, str(tmp_path / f"{name}.npz"), start]
+            children.append(subprocess.Popen([sys.executable, "-c", ADD_AT_ONCE, *arguments]))
+        assert [child.wait() for child in children] == [0, 0]
     with pydedup.open(url) as store:
         report = store.verify()
         assert report.errors == []
