@@ -9,6 +9,19 @@ include(UseCython)
 file(GLOB PYDEDUP_BINDING_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/*.cpp)
 pybind11_add_module(_core MODULE NO_EXTRAS ${PYDEDUP_BINDING_SOURCES})
 target_link_libraries(_core PRIVATE pydedup_core)
+# A hidden copy of libstdc++ of its own: wheels then run on older systems, and other extension
+# modules load beside it. (mysql-connector's wants libstdc++ in the static TLS block, which fails
+# once another module has thrown an exception or used std::call_once through the shared one.)
+include(CheckCXXSourceCompiles)
+set(CMAKE_REQUIRED_LINK_OPTIONS
+  -static-libstdc++ -Wl,--version-script=${CMAKE_CURRENT_LIST_DIR}/core.map)
+check_cxx_source_compiles("#include <string>
+int main(int n, char**) { return static_cast<int>(std::string(static_cast<unsigned>(n), 'x').size()); }"
+  PYDEDUP_STATIC_LIBSTDCXX)
+if(PYDEDUP_STATIC_LIBSTDCXX)
+  target_link_options(_core PRIVATE ${CMAKE_REQUIRED_LINK_OPTIONS})
+endif()
+unset(CMAKE_REQUIRED_LINK_OPTIONS)
 target_compile_definitions(_core PRIVATE PYDEDUP_VERSION="${SKBUILD_PROJECT_VERSION}")
 install(TARGETS _core LIBRARY DESTINATION pydedup)
 
