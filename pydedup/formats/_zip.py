@@ -146,6 +146,8 @@ class ZipMembers:
     def _checked(self) -> dict[str, zipfile.ZipInfo]:
         members: dict[str, zipfile.ZipInfo] = {}
         for info in self._zip.infolist():
+            if not info.filename:
+                raise FormatError(f"{self.path} is a damaged zip archive: a member has no name")
             if info.is_dir():
                 continue
             if info.filename in members:

@@ -211,7 +211,9 @@ def _read_header(stream: IO[bytes], where: str) -> _Header:
             )
     except FormatError:
         raise
-    except (ValueError, TypeError, RecursionError, MemoryError, SyntaxError) as exc:
+    # numpy tokenises and evaluates the header as a Python literal, which can raise anything from
+    # TokenError to RecursionError.
+    except Exception as exc:
         if "not a valid dtype" in str(exc):
             raise UnsupportedFormatError(
                 f"{where} has an element type that numpy cannot name back ({exc}); save it as "

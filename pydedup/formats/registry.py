@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydedup.errors import ArgumentError, FormatError, NotFoundError, UnsupportedFormatError
+from pydedup.errors import (
+    ArgumentError,
+    BudgetError,
+    FormatError,
+    NotFoundError,
+    UnsupportedFormatError,
+)
 from pydedup.formats import folder, keras, npz, onnx, safetensors, torch, wordvec
 from pydedup.formats._files import RawFile, atomic_file, atomic_folder, open_raw
 from pydedup.formats._zip import ZipMembers
@@ -112,10 +118,17 @@ def open_source(
         When the file is damaged, unsafe, or of no known format.
     ArgumentError
         When ``source`` is something else.
+    BudgetError
+        When a format that cannot be read in parts does not fit into memory.
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        return _READERS[detect(path)](path)
+        try:
+            return _READERS[detect(path)](path)
+        except MemoryError as exc:
+            if isinstance(exc, BudgetError):
+                raise
+            raise BudgetError(f"no memory to open {path}") from exc
     if torch.is_module(source):
         return torch.ModuleSource(source)  # type: ignore[arg-type]
     if isinstance(source, Mapping):

@@ -158,6 +158,8 @@ RECORD = "[('a', '<f4')]"
 BAD_NPY = {
     "header-only-magic": (b"\x93NUMPY", "damaged npy header"),
     "cut-header": (_npy("{'descr': '<f4'")[:40], "damaged npy header"),
+    "unfinished": (_npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3,"), "damaged"),
+    "unfinished-long": (_npy("{'descr': '<f4', 'shape': (3L,"), "damaged"),
     "no-dict": (_npy("[1, 2]"), "damaged npy header"),
     "code": (_npy("__import__('os').system('true')"), "damaged npy header"),
     "unknown-version": (_npy("{}", version=b"\x09\x00"), "damaged npy header|version"),
@@ -261,3 +263,13 @@ def test_a_decompression_bomb_is_refused_before_memory_is_taken(tmp_path: Path) 
     path.write_bytes(raw)
     with pytest.raises(FormatError, match="claims"):
         open_source(path)
+
+
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "m.npz", a=np.ones(2))
+    raw = bytearray((tmp_path / "m.npz").read_bytes())
+    at = raw.rindex(b"PK\x01\x02")
+    raw[at + 46 : at + 46 + 5] = b"\0.npy"  # zipfile cuts names at a zero byte
+    (tmp_path / "m.npz").write_bytes(raw)
+    with pytest.raises(FormatError, match="has no name"):
+        open_source(tmp_path / "m.npz")

@@ -253,6 +253,18 @@ def test_memory_that_is_not_there_is_a_budget_error() -> None:
         source.read("w")
 
 
+def test_a_checkpoint_that_does_not_fit_is_a_budget_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **more: Any) -> Any:
+        raise MemoryError
+
+    _torch_old(tmp_path / "m.pt")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(BudgetError, match="no memory to open"):
+        open_source(tmp_path / "m.pt")
+
+
 def test_reading_after_closing_says_so(tmp_path: Path) -> None:
     for kind in ("safetensors", "npz", "onnx", "glove"):
         path = tmp_path / f"m{NATURAL[kind]}"
