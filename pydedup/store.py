@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,16 +30,17 @@ from pydedup.hashing import HASH_VERSION
 from pydedup.ingest.add import add_models
 from pydedup.ingest.plan import Request, plan_address
 from pydedup.jobs import LEASE_SECONDS
-from pydedup.maintenance.vacuum import VacuumReport, retire_orphans, vacuum_store
+from pydedup.maintenance import versions
+from pydedup.maintenance.vacuum import VacuumReport, vacuum_store
 from pydedup.maintenance.verify import VerifyReport, verify_store
-from pydedup.names import check_name, parse_address
+from pydedup.names import check_name
 from pydedup.policies import Lossless, Policy
 from pydedup.pool import PagePool
 from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
 from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
 from pydedup.report.sizes import ModelSize, model_sizes
 from pydedup.serving.engine import run_graph
-from pydedup.serving.tensor import StoredTensor
+from pydedup.serving.tensor import StoredTensor, TensorsOnDemand
 from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress
 
 if TYPE_CHECKING:
@@ -291,7 +292,9 @@ class Store:
         ]
         write_model(
             path,
-            _LazyTensors(lambda tensor: self._read(model, tensor, None), model, progress),
+            TensorsOnDemand(
+                lambda tensor: self._read(model, tensor, None), model.row.logical_bytes, progress
+            ),
             entries,
             self._artifacts(model),
             model.graph(),
@@ -355,23 +358,7 @@ class Store:
         also a version.
         """
         self._check_writable("change an alias")
-        check_name(name, "model name")
-        check_name(alias, "alias")
-        with self._adapter.transaction():
-            rows = {row.version: row for row in self._adapter.models(name=name)}
-            if not rows:
-                self._catalog.resolve(name)
-            if alias in rows:
-                raise ArgumentError(f"{alias!r} is a version of {name}; choose another alias")
-            if version is None:
-                if not self._adapter.delete_alias(name, alias):
-                    raise NotFoundError(f"{name!r} has no alias {alias!r}")
-            elif version not in rows:
-                raise NotFoundError(
-                    f"{name!r} has no version {version!r}; it has: {', '.join(rows)}"
-                )
-            else:
-                self._adapter.set_alias(name, alias, rows[version].id)
+        versions.set_alias(self._adapter, self._catalog, name, alias, version)
 
     def remove(self, name: str, *, all_versions: bool = False) -> list[str]:
         """Remove a version, or all versions of a model; returns their addresses.
@@ -380,38 +367,7 @@ class Store:
         several versions and ``all_versions`` is not set, or when an alias still points there.
         """
         self._check_writable("remove a model")
-        address = parse_address(name)
-        with self._adapter.transaction():
-            self._adapter.bump_epoch()
-            row = self._catalog.resolve(name)
-            rows = self._adapter.models(name=address.name)
-            aliases = self._adapter.aliases(address.name)
-            if address.selector is None and len(rows) > 1 and not all_versions:
-                raise ArgumentError(
-                    f"{name!r} has {len(rows)} versions; name one, e.g. {name}@{rows[0].version}, "
-                    "or remove all of them (all_versions=True, --all-versions)"
-                )
-            if address.selector is None:
-                doomed = rows
-            else:
-                if row.version != address.selector:
-                    raise ArgumentError(
-                        f"{name!r} is an alias of {row.name}@{row.version}; "
-                        "name the version to remove"
-                    )
-                doomed = [row]
-                pointing = [alias for _, alias, model_id in aliases if model_id == row.id]
-                if pointing:
-                    raise ArgumentError(
-                        f"alias {pointing[0]!r} points at {name}; move or delete the alias first"
-                    )
-            for victim in doomed:
-                self._adapter.delete_model(victim.id)
-            retire_orphans(self._adapter)
-        for victim in doomed:
-            self._catalog.forget(victim.id)
-        self._adapter.checkpoint()
-        return [f"{victim.name}@{victim.version}" for victim in doomed]
+        return versions.remove(self._adapter, self._catalog, name, all_versions=all_versions)
 
     # ---- looking ------------------------------------------------------------------------------
 
@@ -488,25 +444,3 @@ class Store:
             if payload is not None and name != GRAPH_ARTIFACT:
                 artifacts.append(Artifact(name, media_type, payload))
         return artifacts
-
-
-class _LazyTensors:
-    """A model's tensors, each loaded when a writer asks for it."""
-
-    def __init__(
-        self,
-        read: Callable[[str], NDArray[Any]],
-        model: StoredModel,
-        progress: Progress | None,
-    ) -> None:
-        self._read = read
-        self._total = model.row.logical_bytes
-        self._done = 0
-        self._progress = progress
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        array = self._read(name)
-        self._done += array.nbytes
-        if self._progress is not None:
-            self._progress("reading", self._done, self._total)
-        return array

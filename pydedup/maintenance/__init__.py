@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeping a store sound and small: verify.py checks it, vacuum.py frees and repacks it."""
+"""Keeping a store sound and small.
+
+verify.py checks it, vacuum.py and repack.py free and repack it, versions.py moves aliases and
+removes versions.
+"""

@@ -15,9 +15,9 @@ from pydedup import matmul
 from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError, PageNotFoundError
 from pydedup.pool import PagePool
-from pydedup.types import DType, TensorInfo
+from pydedup.types import DType, Progress, TensorInfo
 
-__all__ = ["StoredTensor"]
+__all__ = ["StoredTensor", "TensorsOnDemand"]
 
 _T = TypeVar("_T")
 
@@ -153,3 +153,25 @@ class StoredTensor:
             pass  # not retried here: the exception would keep pages pinned meanwhile
         self._refresh()
         return use(self._block_map())
+
+
+class TensorsOnDemand:
+    """A model's tensors by name, each loaded when a writer asks for it, with progress in bytes."""
+
+    def __init__(
+        self,
+        read: Callable[[str], NDArray[Any]],
+        total_bytes: int,
+        progress: Progress | None,
+    ) -> None:
+        self._read = read
+        self._total = total_bytes
+        self._done = 0
+        self._progress = progress
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        array = self._read(name)
+        self._done += array.nbytes
+        if self._progress is not None:
+            self._progress("reading", self._done, self._total)
+        return array
