@@ -263,6 +263,7 @@ class DbApiBase(abc.ABC):
     def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:
         session = self._pool.enter(scope)
         try:
+            session.scope = scope
             self._begin(session, begin)
             yield
             with session.use():
@@ -274,14 +275,17 @@ class DbApiBase(abc.ABC):
             session.scope = None
 
     def _roll_back(self, session: Session) -> None:
-        with session.lock:
-            if not session.closed:
-                try:
+        try:
+            with session.lock:
+                if not session.closed:
                     self._run(session, "ROLLBACK", (), _nothing)
-                except PydedupError:
-                    # Some failures end the transaction by themselves. Whatever the state of the
-                    # connection is, closing it rolls back.
-                    self._pool.discard(session)
+        except PydedupError:
+            # Some failures end the transaction by themselves. Whatever the state of the
+            # connection is, closing it rolls back.
+            self._pool.discard(session)
+        except BaseException:
+            self._pool.discard(session)  # interrupted: never keep a lock that nobody ends
+            raise
 
 
 def check_state(state: str) -> None:

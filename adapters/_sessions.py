@@ -168,7 +168,9 @@ class SessionPool:
             self._local.anchor = None
 
     def enter(self, scope: str) -> Session:
-        """Return this thread's session for a transaction or snapshot; the caller ends it.
+        """Return this thread's session for a transaction or snapshot.
+
+        The caller sets its scope, where it is sure to clear it whatever happens.
 
         Raises
         ------
@@ -178,7 +180,6 @@ class SessionPool:
         with self.acquire() as session:
             if session.scope is not None:
                 raise StoreError(f"a {scope} cannot begin inside of a {session.scope}")
-            session.scope = scope
             return session
 
     def _open(self) -> Session:

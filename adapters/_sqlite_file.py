@@ -186,7 +186,7 @@ def configure(connection: Any) -> None:
     """Set what SQLite does not keep in the file."""
     for setting in (
         "PRAGMA synchronous = FULL",
-        "PRAGMA cache_size = -16384",  # KiB; payloads go round it
+        "PRAGMA cache_size = -4096",  # KiB; payloads are read past it
         "PRAGMA secure_delete = FAST",  # to overwrite what is deleted would double the work
         "PRAGMA trusted_schema = OFF",  # the file may come from anybody
     ):

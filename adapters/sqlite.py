@@ -52,7 +52,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     file, timeout = locate(url)
     size = file.size(create=mode == "a")
     if size:
-        _refuse_others(file)
+        _refuse_others(file, timeout)
     if size is None:
         return SqliteAdapter(url, file, "mode=rwc", timeout)
     writes = mode == "a" and file.is_writable()
@@ -88,12 +88,20 @@ def _code(error: sqlite3.Error) -> int:
     return error.sqlite_errorcode & 0xFF  # without what extends it
 
 
-def _refuse_others(file: StoreFile) -> None:
+def _refuse_others(file: StoreFile, timeout: float) -> None:
     """Raise NotAStoreError for a file that is no store, without changing anything."""
     try:
-        # As one that nobody changes, it is opened without recovery or a file beside it.
-        with contextlib.closing(_open(file, "mode=ro&immutable=1")) as connection:
-            ours = is_ours(connection)
+        try:
+            # As one that nobody changes, it is opened without recovery or a file beside it.
+            with contextlib.closing(_open(file, "mode=ro&immutable=1")) as connection:
+                ours = is_ours(connection)
+        except sqlite3.DatabaseError as error:
+            if _code(error) != sqlite3.SQLITE_CORRUPT:
+                raise
+            # Without its log a file looks damaged while, or after a writer was killed while,
+            # pages go from the one to the other.
+            with contextlib.closing(_open(file, "mode=ro", timeout)) as connection:
+                ours = is_ours(connection)
     except sqlite3.Error as error:
         raise meaning(error, file.path) from error
     if not ours:

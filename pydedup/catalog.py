@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from pydedup.adapter import Adapter, ModelRow, TensorRow
@@ -32,10 +30,11 @@ class StoredModel:
     def __init__(self, adapter: Adapter, row: ModelRow) -> None:
         self.row = row
         self._adapter = adapter
-        self._lock = threading.Lock()
         self._maps: dict[int, BlockMap] = {}
         self._graph: Graph | None = None
         self.tensors = tuple(_tensor_info(tensor) for tensor in adapter.tensors(row.id))
+        if not self.tensors and all(live.id != row.id for live in adapter.models(name=row.name)):
+            raise NotFoundError(f"{row.name}@{row.version} was removed from the store")
         self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
 
     @property
@@ -55,8 +54,7 @@ class StoredModel:
         """Return where the blocks of one tensor are. Raises NotFoundError, CorruptStoreError."""
         info = self.tensor(name)
         ordinal = self._ordinal[name]
-        with self._lock:
-            block_map = self._maps.get(ordinal)
+        block_map = self._maps.get(ordinal)
         if block_map is None:
             grid = BlockGrid(*matrix_shape(info.shape), *info.block_shape)
             parts = self._adapter.block_map(self.row.id, ordinal)
@@ -66,8 +64,7 @@ class StoredModel:
                 if not self._adapter.tensors(self.row.id):
                     raise NotFoundError(f"{self.address} was removed from the store") from exc
                 raise CorruptStoreError(f"{self.address}, tensor {name!r}: {exc}") from exc
-            with self._lock:
-                self._maps[ordinal] = block_map
+            self._maps[ordinal] = block_map
         return block_map
 
     def block_maps(self) -> list[BlockMap]:
@@ -76,8 +73,7 @@ class StoredModel:
 
     def refresh(self) -> None:
         """Forget the block maps: a vacuum has moved blocks."""
-        with self._lock:
-            self._maps.clear()
+        self._maps.clear()
 
     def graph(self) -> Graph | None:
         """Return the model's graph, if the store knows it."""
@@ -93,8 +89,8 @@ class Catalog:
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
-        self._lock = threading.Lock()
-        self._models: OrderedDict[int, StoredModel] = OrderedDict()
+        # No lock, which a fork could leave held: each use is one operation on the dict.
+        self._models: dict[int, StoredModel] = {}
 
     def resolve(self, address: str) -> ModelRow:
         """Return the live model that an address means.
@@ -135,16 +131,12 @@ class Catalog:
 
     def of_row(self, row: ModelRow) -> StoredModel:
         """Return the model of a row, with what is cached of it."""
-        with self._lock:
-            model = self._models.get(row.id)
-            if model is not None:
-                self._models.move_to_end(row.id)
-                return model
-        model = StoredModel(self._adapter, row)
-        with self._lock:
+        model = self._models.get(row.id)
+        if model is None:
+            model = StoredModel(self._adapter, row)
             self._models[row.id] = model
-            while len(self._models) > _CACHED_MODELS:
-                self._models.popitem(last=False)
+            for oldest in list(self._models)[:-_CACHED_MODELS]:
+                self._models.pop(oldest, None)
         return model
 
     def infos(self, name: str | None = None) -> list[ModelInfo]:
@@ -157,14 +149,11 @@ class Catalog:
 
     def forget(self, model_id: int) -> None:
         """Drop what is cached of a model."""
-        with self._lock:
-            self._models.pop(model_id, None)
+        self._models.pop(model_id, None)
 
     def refresh(self) -> None:
         """Forget all block maps."""
-        with self._lock:
-            models = list(self._models.values())
-        for model in models:
+        for model in list(self._models.values()):
             model.refresh()
 
 

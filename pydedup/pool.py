@@ -233,19 +233,21 @@ class PagePool:
         """Fetch pages, leaving to other threads what they are fetching already."""
         pages: dict[int, Page] = {}
         while ids:
-            with self._lock:
-                waits = {number: self._loading[number] for number in ids if number in self._loading}
-                mine = [number for number in ids if number not in waits]
-                done = threading.Event()
-                self._loading.update(dict.fromkeys(mine, done))
+            done = threading.Event()
+            # Within the try from the first entry on: an interrupt must leave no event unset.
             try:
+                with self._lock:
+                    waits = {n: self._loading[n] for n in ids if n in self._loading}
+                    mine = [number for number in ids if number not in waits]
+                    self._loading.update(dict.fromkeys(mine, done))
                 if mine:
                     pages.update(self._load(mine))
             finally:
-                with self._lock:
-                    for number in mine:
-                        del self._loading[number]
                 done.set()
+                with self._lock:
+                    for number in ids:
+                        if self._loading.get(number) is done:
+                            del self._loading[number]
             for event in waits.values():
                 event.wait()
             # Not there after all when its fetch failed, or it was evicted again: then it is ours.
@@ -292,21 +294,23 @@ class _Gate:
     def hold(self, amount: int) -> Iterator[None]:
         amount = min(amount, self._limit)
         thread = threading.get_ident()
-        with self._changed:
-            self._changed.wait_for(
-                lambda: thread in self._inside or self._used + amount <= self._limit
-            )
-            self._used += amount
-            self._inside[thread] = self._inside.get(thread, 0) + 1
+        held = False
         try:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: thread in self._inside or self._used + amount <= self._limit
+                )
+                self._inside[thread] = self._inside.get(thread, 0) + 1
+                self._used, held = self._used + amount, True
             yield
         finally:
-            with self._changed:
-                self._used -= amount
-                self._inside[thread] -= 1
-                if not self._inside[thread]:
-                    del self._inside[thread]
-                self._changed.notify_all()
+            if held:
+                with self._changed:
+                    self._used -= amount
+                    self._inside[thread] -= 1
+                    if not self._inside[thread]:
+                        del self._inside[thread]
+                    self._changed.notify_all()
 
 
 def _within(window: Window, part: Window) -> Window:

@@ -164,6 +164,8 @@ def _match_again(
         for number in number_of[row.hash128]:
             if codec.same_block(*spool.block(number), stored, row.slot):
                 moved[number] = matcher.stored.reference(row)
+                cost = codec.page_cost(stored.slots["length"])[row.slot]
+                matcher.stored.costs[-int(moved[number]) - 1] = int(cost)
     if np.array_equal(moved, np.arange(spool.count)):
         return False
     for model in models:

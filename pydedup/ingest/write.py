@@ -138,17 +138,19 @@ class Stager:
         """
         adapter = self._adapter
         mine = {model.model_id for model in self._models if model.model_id}
-        staged = {row.id for row in adapter.models(state=STAGING)}
-        if not mine <= staged:
+        if mine & {row.id for row in adapter.models(state=LIVE)}:
             return
         for model in self._models:
             if model.model_id:
+                # Also what was written under an id that a vacuum has collected meanwhile.
                 with adapter.transaction():
                     adapter.delete_model(model.model_id)
                 model.model_id = 0
         for start in range(0, len(self.page_ids), _PAGES_PER_TRANSACTION):
             with adapter.transaction():
-                adapter.delete_pages(self.page_ids[start : start + _PAGES_PER_TRANSACTION])
+                group = self.page_ids[start : start + _PAGES_PER_TRANSACTION]
+                unpublished = [row.id for row in adapter.page_rows(ids=group) if row.state != LIVE]
+                adapter.delete_pages(unpublished)
         self.page_ids = []
         with adapter.transaction():
             adapter.delete_job(self._job)
@@ -197,12 +199,14 @@ class Stager:
         self._page_of = np.zeros(self._spool.count, np.int64)
         self._slot_of = np.zeros(self._spool.count, np.uint32)
         for start in range(0, len(layout), _PAGES_PER_TRANSACTION):
+            group = layout[start : start + _PAGES_PER_TRANSACTION]
             with self._adapter.transaction():
-                group = layout[start : start + _PAGES_PER_TRANSACTION]
                 ids = [self._stage_page(numbers, keys) for numbers in group]
                 self._heartbeat()
             # Only now, for the same reason.
             self.page_ids.extend(ids)
+            if self._advance is not None:
+                self._advance(sum(int(self._spool.costs[numbers].sum()) for numbers in group))
 
     def _stage_page(self, numbers: NDArray[np.int64], keys: Sequence[bytes]) -> int:
         image = self._spool.image(numbers)
@@ -214,8 +218,6 @@ class Stager:
         )
         self._page_of[numbers] = page_id
         self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
-        if self._advance is not None:
-            self._advance(len(image))
         return page_id
 
     def _stage_model(self, model: MatchedModel) -> None:

@@ -92,6 +92,7 @@ def repack(
         # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
         with contextlib.suppress(PydedupError):
             _discard(adapter, new_ids, job_id)
+        catalog.refresh()
         raise
     if not published:
         _discard(adapter, new_ids, job_id)
@@ -190,8 +191,11 @@ def _publish(
 
 
 def _discard(adapter: Adapter, page_ids: Sequence[int], job_id: str) -> None:
+    """Remove what was staged; never what an interrupt hid the publishing of."""
     for start in range(0, len(page_ids), _PAGES_PER_TRANSACTION):
         with adapter.transaction():
-            adapter.delete_pages(page_ids[start : start + _PAGES_PER_TRANSACTION])
+            group = page_ids[start : start + _PAGES_PER_TRANSACTION]
+            staged = adapter.page_rows(ids=group, state=STAGING)
+            adapter.delete_pages([row.id for row in staged])
     with adapter.transaction():
         adapter.delete_job(job_id)

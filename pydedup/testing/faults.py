@@ -87,7 +87,7 @@ class FaultyAdapter:
             count = self.calls[method]
             return [f for f in self._faults if f.method == method and f.call in (0, count)]
 
-    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         faults = self._due(name)
         _strike(faults, after=False)
         result = getattr(self._adapter, name)(*args, **kwargs)
@@ -123,7 +123,7 @@ def _passed_on(name: str) -> Any:
         return lambda self: self._scope(name)
     if name == "read_pages":
         return FaultyAdapter._read_pages
-    return lambda self, *args, **kwargs: self._call(name, *args, **kwargs)
+    return lambda self, /, *args, **kwargs: self._call(name, *args, **kwargs)
 
 
 # Written into the class, not found by __getattr__, so that isinstance sees the protocol.

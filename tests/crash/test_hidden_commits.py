@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interrupts and lost answers around every commit: before it, and after it as if it had failed.
+
+A commit that happened but was never heard of (Ctrl-C inside of it, a connection that broke) must
+not be undone by whoever made it, and one that did not happen must leave nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies, registry
+from pydedup.errors import ConflictError, UnavailableError
+from pydedup.store import Store
+from pydedup.testing.faults import Fault, inject
+
+MEMORY = 64 * 1024 * 1024
+
+
+def family() -> dict[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((6000, 50)).astype(np.float32)
+    models = {}
+    for number in range(3):
+        mine = table.copy()
+        mine[rng.choice(6000, 900, replace=False)] += 0.1
+        models[f"m{number}"] = {"embedding": mine}
+    return models
+
+
+MODELS = family()
+
+
+def prepared(path: Path) -> None:
+    with pydedup.open(path) as store:
+        for name, model in MODELS.items():
+            store.add(name, model, policy=policies.Exact())
+        store.remove("m1")
+
+
+def add(store: Store) -> None:
+    store.add("new", {"embedding": MODELS["m1"]["embedding"] * 2}, policy=policies.Exact())
+
+
+def vacuum(store: Store) -> None:
+    store.vacuum()
+
+
+def remove(store: Store) -> None:
+    store.remove("m2")
+
+
+def assert_sound(path: Path) -> None:
+    with pydedup.open(path) as store:
+        assert store.verify().errors == []
+        names = {info.name for info in store.models()}
+        assert names >= {"m0"}
+        for name in names & MODELS.keys():
+            loaded = store.load(name)["embedding"]
+            assert np.array_equal(loaded, MODELS[name]["embedding"])
+        if "new" in names:
+            assert np.array_equal(store.load("new")["embedding"], MODELS["m1"]["embedding"] * 2)
+        store.vacuum(lease_seconds=0)
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+        assert store.stats().retired_pages == 0
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), UnavailableError("gone")], ids=["^C", "lost"]
+)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("work", [add, vacuum, remove])
+def test_every_commit_may_be_interrupted(
+    tmp_path: Path, work: Callable[[Store], None], after: bool, error: BaseException
+) -> None:
+    base = tmp_path / "base.db"
+    prepared(base)
+    content = base.read_bytes()
+    interrupted = 0
+    for call in range(1, 40):
+        path = tmp_path / f"{call}.db"
+        path.write_bytes(content)
+        adapter = registry.connect(str(path), mode="a")
+        faulty, _ = inject(adapter, Fault("commit", error, call=call, after=after))
+        with Store(faulty, MEMORY) as store:
+            try:
+                work(store)
+            except type(error):
+                interrupted += 1
+            else:
+                break  # there was no such commit any more
+        assert_sound(path)
+        path.unlink()
+    assert interrupted >= 1
+    assert interrupted < 39
+
+
+def test_a_staging_that_a_vacuum_collected_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    prepared(path)
+    with pydedup.open(path) as writer, pydedup.open(path) as other:
+
+        def collect(stage: str, done: int, total: int) -> None:
+            if stage == "writing":
+                other.vacuum(lease_seconds=-1)  # as if this writer had slept for long
+
+        with pytest.raises(ConflictError, match="collected by a vacuum"):
+            writer.add("new", {"embedding": MODELS["m0"]["embedding"] * 3}, progress=collect)
+    assert_sound(path)
+    with pydedup.open(path) as store:
+        for info in store.models():
+            store.remove(info.address)
+        store.vacuum()
+        assert store.stats().pages == 0, "no row of the lost staging keeps a page alive"
+
+
+def test_what_a_lost_race_shares_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    model = {"w": np.random.default_rng(1).standard_normal((600, 300)).astype(np.float32)}
+    with pydedup.open(path) as loser, pydedup.open(path) as winner:
+        raced = False
+
+        def race(stage: str, done: int, total: int) -> None:
+            nonlocal raced
+            if stage == "writing" and not raced:
+                raced = True
+                winner.add("winner", model)
+
+        # Between two of its transactions another writer publishes the same blocks.
+        loser.add_many({"loser": model, "own": {"w": model["w"] + 1}}, progress=race)
+        assert raced
+        report = loser.verify()
+        assert (report.errors, report.notes) == ([], [])
+        assert loser.info("loser").used_bytes == loser.info("winner").used_bytes > 0
