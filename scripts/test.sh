@@ -40,7 +40,7 @@ stage "python" python_tests "$@"
 
 say "" "== summary (all of it took $((SECONDS / 60)) min $((SECONDS % 60)) s)"
 printf '  %s\n' "${summary[@]}"
-say "  $(grep -E 'tests passed,.* tests failed' "$LOGS/native-test.log" 2>/dev/null | tail -n 1)"
+say "  $(grep -E '^[0-9]+% tests passed' "$LOGS/native-test.log" 2>/dev/null | tail -n 1)"
 say "  $(grep -E '^=+ .*(passed|failed|error).* =+$' "$LOGS/pytest.log" 2>/dev/null | tail -n 1 | tr -d '=' | sed 's/^ *//')"
 if [ "$failed" -ne 0 ]; then
     say "FAILED: $failed of ${#summary[@]} stages; logs are in build/logs"
