@@ -190,6 +190,9 @@ class SqliteAdapter(SqliteBase):
                 if self.page_rows(ids=[page_id]):
                     raise self._translate(error) from error
                 continue  # there is no such page
+            except OverflowError:  # Debian 12's Python 3.11.2 takes ids of 31 bits here
+                yield from super()._read_payloads([page_id])
+                continue
             yield page_id, payload
 
     def close(self) -> None:
