@@ -13,13 +13,15 @@ for preset in "$@"; do
         tsan) have setarch && runner=(setarch "$(uname -m)" -R) ;;
         # Its checks are read from .clang-tidy when a file is compiled, so that all are again.
         tidy)
-            "$VENV/bin/pip" --version >/dev/null
             have clang-tidy || step "clang-tidy" tidy-install "$VENV/bin/pip" install "$(sed -n 's/.*"\(clang-tidy[^"]*\)".*/\1/p' pyproject.toml)"
             rm -rf build/tidy ;;
     esac
     step "configure $preset" "$preset-configure" cmake --preset "$preset"
-    step "compile $preset" "$preset-build" cmake --build --preset "$preset"
-    if [ "$preset" != tidy ]; then
+    if [ "$preset" = tidy ]; then
+        # -k 0: every file, also after one had something to mend.
+        step "clang-tidy" tidy-build cmake --build --preset tidy -- -k 0
+    else
+        step "compile $preset" "$preset-build" cmake --build --preset "$preset"
         "${runner[@]}" ctest --preset "$preset" | tee "$LOGS/$preset-test.log"
     fi
 done

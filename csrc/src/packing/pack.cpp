@@ -12,7 +12,6 @@ namespace {
 using packing::ExactPages;
 using packing::Index;
 using packing::Problem;
-using packing::Rows;
 
 ExactPages run(const Problem& problem, PackAlgorithm algorithm) {
     switch (algorithm) {

@@ -234,7 +234,8 @@ BufferPool::BufferPool(std::size_t budget_bytes) {
 BufferPool::~BufferPool() {
     if (state_->is_inherited()) {
         state_->give_up();
-        // Leaked: its destructor would walk lists that may be half moved.
+        // Leaked: its destructor would walk lists that may be half moved. Without memory for that a
+        // forked child ends here. NOLINTNEXTLINE(bugprone-unhandled-exception-at-new)
         static_cast<void>(new std::shared_ptr<State>(std::move(state_)));
     } else {
         state_->clear();
