@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README says what is so: its Python and its commands run as they stand there, its links lead
+somewhere, and its make targets exist. The numbers in it are not checked here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import pydedup
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the README speaks of."""
+    rng = np.random.default_rng(0)
+    model = {
+        "embedding.weight": rng.standard_normal((3000, 50), dtype=np.float32),
+        "dense.weight": rng.standard_normal((16, 50), dtype=np.float32),
+    }
+    save_file(model, tmp_path / "sentiment.safetensors")
+    save_file({**model, "dense.weight": model["dense.weight"] + 1}, tmp_path / "next.safetensors")
+    (tmp_path / "next.safetensors").rename(tmp_path / "sentiment-next.safetensors")
+    encoder = tmp_path / "all-MiniLM-L6-v2"
+    encoder.mkdir()
+    save_file(model, encoder / "model.safetensors")
+    (encoder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def commands() -> list[list[str]]:
+    """Return the indented lines that call the program on the store."""
+    lines = re.findall(r"^    pydedup ((?:\w+) sqlite:.*)$", README, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_the_python_of_the_readme_runs(folder: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    x = np.ones((2, 50), np.float32)
+    names: dict[str, object] = {"x": x}
+    exec(compile(code, "README.md", "exec"), names)
+    with pydedup.open("sqlite:///models.db", mode="r") as store:
+        weights = store.load("sentiment@2")["dense.weight"]
+        # The second version shares all but its dense layer with the first.
+        assert store.stats().page_bytes < (folder / "sentiment.safetensors").stat().st_size
+    np.testing.assert_allclose(names["hidden"], x @ weights.T, rtol=1e-5)  # type: ignore[arg-type]
+
+
+def test_the_commands_of_the_readme_run(folder: Path) -> None:
+    assert len(commands()) >= 7
+    for arguments in commands():
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pydedup", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        # Like diff(1), `pydedup diff` says with 1 that there are differences.
+        wanted = 1 if arguments[0] == "diff" else 0
+        assert done.returncode == wanted, f"pydedup {' '.join(arguments)}: {done.stderr}"
+        assert done.stdout.strip(), f"pydedup {' '.join(arguments)} said nothing"
+    assert (folder / "back.safetensors").stat().st_size > 600_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page} links to {link}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {title.lower().replace(" ", "-") for title in titles}, link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"(?:^ {4}|`)make ([a-z]+)", text, re.MULTILINE)
+    assert set(named) <= targets
