@@ -101,15 +101,20 @@ class BlockGrid:
         """Number of blocks."""
         return self.grid_rows * self.grid_cols
 
+    def shapes(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows and the columns of these blocks."""
+        grid_row, grid_col = np.divmod(indices, max(self.grid_cols, 1))
+        heights = np.minimum(self.block_rows, self.rows - grid_row * self.block_rows)
+        widths = np.minimum(self.block_cols, self.cols - grid_col * self.block_cols)
+        return heights, widths
+
     def heights(self) -> NDArray[np.int64]:
         """Rows of each block, in block order."""
-        tops = np.arange(self.grid_rows, dtype=np.int64) * self.block_rows
-        return np.repeat(np.minimum(self.block_rows, self.rows - tops), self.grid_cols)
+        return self.shapes(np.arange(self.count, dtype=np.int64))[0]
 
     def widths(self) -> NDArray[np.int64]:
         """Columns of each block, in block order."""
-        lefts = np.arange(self.grid_cols, dtype=np.int64) * self.block_cols
-        return np.tile(np.minimum(self.block_cols, self.cols - lefts), self.grid_rows)
+        return self.shapes(np.arange(self.count, dtype=np.int64))[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,18 +11,60 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["LEASE_SECONDS", "job_is_dead", "job_spec", "models_of_job"]
+from pydedup.adapter import LIVE, STAGING, Adapter
+
+__all__ = ["LEASE_SECONDS", "Job", "job_is_dead", "models_of_job"]
 
 #: A job that gave no sign of life for this long is abandoned.
 LEASE_SECONDS = 600.0
 
 
-def job_spec(kind: str, model_ids: Sequence[int] = ()) -> str:
-    """Return the spec of a job of this process that stages these models."""
-    return json.dumps({"kind": kind, "models": list(model_ids), "process": _identity(os.getpid())})
+_PAGES_PER_TRANSACTION = 16
+
+
+class Job:
+    """Staging work of this process: its sign of life, and the pages that it writes unseen."""
+
+    def __init__(self, adapter: Adapter, kind: str) -> None:
+        self._adapter = adapter
+        self._kind = kind
+        self._id = uuid.uuid4().hex
+
+    def beat(self, model_ids: Sequence[int] = ()) -> None:
+        """Say that this process is at it, staging these models; inside a transaction."""
+        process = _identity(os.getpid())
+        spec = json.dumps({"kind": self._kind, "models": list(model_ids), "process": process})
+        self._adapter.put_job(self._id, spec, repr(time.time()), "running")
+
+    def stage_page(self, checksum: bytes, payload: bytes, hashes: Sequence[bytes]) -> int:
+        """Insert a page and its distinct blocks, in slot order; inside a transaction."""
+        (page_id,) = self._adapter.insert_pages([(checksum, payload)], state=STAGING)
+        self._adapter.insert_blocks(
+            (digest, page_id, slot, None) for slot, digest in enumerate(hashes)
+        )
+        return page_id
+
+    def end(self) -> None:
+        """Take the job back; inside a transaction."""
+        self._adapter.delete_job(self._id)
+
+    def discard(self, page_ids: Sequence[int]) -> None:
+        """Delete staged pages and end, in bounded transactions.
+
+        A page that is live stays: an interrupt, or a connection that broke, can hide a commit
+        from whoever made it.
+        """
+        for start in range(0, len(page_ids), _PAGES_PER_TRANSACTION):
+            group = page_ids[start : start + _PAGES_PER_TRANSACTION]
+            with self._adapter.transaction():
+                rows = self._adapter.page_rows(ids=group)
+                self._adapter.delete_pages([row.id for row in rows if row.state != LIVE])
+        with self._adapter.transaction():
+            self.end()
 
 
 def models_of_job(spec: str) -> list[int]:

@@ -19,21 +19,21 @@ from pydedup.pool import PagePool
 __all__ = [
     "PAGE_BYTES",
     "PAGE_CAPACITY",
-    "SLOT_BITS",
     "block_costs",
     "block_places",
     "by_page",
     "copy_page",
     "least_pages",
     "pages_read",
+    "split_places",
 ]
 
 #: Bytes of a full page, its header included.
 PAGE_BYTES = 1024 * 1024
 #: Bytes of blocks and slots that a page holds: less its header, and what aligns the first block.
 PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES - codec.BLOCK_ALIGNMENT
-#: Slots of a page number fewer than 2 ** SLOT_BITS: each takes at least 32 bytes.
-SLOT_BITS = 20
+# Slots of a page number fewer than 2 ** _SLOT_BITS: each takes at least 32 bytes.
+_SLOT_BITS = 20
 
 
 def least_pages(block_bytes: int) -> int:
@@ -43,14 +43,19 @@ def least_pages(block_bytes: int) -> int:
 
 def block_places(page_ids: NDArray[np.int64], slots: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """Return one sortable int64 per block: its page id and slot."""
-    return (page_ids << SLOT_BITS) | slots.astype(np.int64)
+    return (page_ids << _SLOT_BITS) | slots.astype(np.int64)
+
+
+def split_places(places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Return the page ids and slots of places: `block_places` undone."""
+    return places >> _SLOT_BITS, (places & ((1 << _SLOT_BITS) - 1)).astype(np.uint32)
 
 
 def block_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return what each of these blocks takes on its page, its slot included, in bytes."""
     costs = np.empty(len(places), np.int64)
-    slots = places & ((1 << SLOT_BITS) - 1)
-    for rows, pages, page_index in pool.windows(places >> SLOT_BITS):
+    page_ids, slots = split_places(places)
+    for rows, pages, page_index in pool.windows(page_ids):
         tables = [codec.page_cost(page.slots["length"]) for page in pages]
         costs[rows] = [
             tables[page][slot] for page, slot in zip(page_index, slots[rows], strict=True)

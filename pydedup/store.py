@@ -399,7 +399,7 @@ class Store:
 
     def verify(self, *, progress: Progress | None = None) -> VerifyReport:
         """Check every page, block and block map against what was recorded; changes nothing."""
-        return verify_store(self._adapter, self._catalog, progress=progress)
+        return verify_store(self._adapter, progress=progress)
 
     def vacuum(
         self,

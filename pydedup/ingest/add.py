@@ -49,7 +49,7 @@ def add_models(
     for _ in range(_ATTEMPTS):
         epoch = adapter.epoch()
         try:
-            reports = _attempt(adapter, pool, requests, dry_run, progress, started)
+            reports = _attempt(adapter, pool, requests, dry_run, progress, started, epoch)
         except PageNotFoundError:
             if adapter.epoch() == epoch:
                 raise  # nobody took it away: the store is damaged
@@ -68,9 +68,9 @@ def _attempt(
     dry_run: bool,
     progress: Progress | None,
     started: float,
+    epoch: int,
 ) -> list[AddReport] | None:
     """Add once; ``None`` when pages that this add shares went away meanwhile."""
-    epoch = adapter.epoch()
     with Spool(_SPOOL_MEMORY_BYTES) as spool:
         matcher = Matcher(adapter, pool, spool)
         models = _match(matcher, requests, progress)
@@ -195,7 +195,6 @@ def _reports(
     for number, model in enumerate(models):
         mine = first_owner == number
         blocks = sum(len(tensor.references) for tensor in model.tensors)
-        certificate = {"policy": model.request.policy.name, "max_rel_error": 0.0}
         reports.append(
             AddReport(
                 model=model.request.address,
@@ -206,7 +205,7 @@ def _reports(
                 delta_blocks=0,
                 pages=page_owner.count(number),
                 seconds=time.monotonic() - started,
-                certificate=certificate,
+                certificate=model.request.certificate(),
                 dry_run=dry_run,
                 left_out=tuple(model.request.source.left_out),
             )

@@ -56,9 +56,17 @@ class StoredTable:
             self.costs.append(0)
         return -(number + 1)
 
-    def place(self, reference: int) -> tuple[int, int]:
-        """Return (page id, slot) of a negative reference."""
-        return self.page_ids[-reference - 1], self.slots[-reference - 1]
+    def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Return page ids and slots of (negative) references; the table itself is not walked."""
+        numbers = (-references - 1).tolist()
+        page_ids = np.fromiter((self.page_ids[n] for n in numbers), np.int64, len(numbers))
+        slots = np.fromiter((self.slots[n] for n in numbers), np.uint32, len(numbers))
+        return page_ids, slots
+
+    def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what the blocks of (negative) references take on their pages."""
+        numbers = (-references - 1).tolist()
+        return np.fromiter((self.costs[n] for n in numbers), np.int64, len(numbers))
 
 
 class Matcher:
@@ -179,26 +187,25 @@ class Matcher:
             equal[spooled] = self._spool.equal(view, indices[spooled], candidates[spooled])
         stored = np.flatnonzero(candidates < 0)
         if len(stored):
-            numbers = -candidates[stored] - 1
-            page_ids = np.array(self.stored.page_ids, np.int64)[numbers]
-            slots = np.array(self.stored.slots, np.uint32)[numbers]
+            references = candidates[stored]
+            page_ids, slots = self.stored.places(references)
             for rows, pages, page_index in self._pool.windows(page_ids):
                 at = stored[rows]
                 equal[at] = codec.blocks_equal(view, indices[at], pages, page_index, slots[rows])
-                self._note_costs(numbers[rows], pages, page_index, slots[rows])
+                self._note_costs(references[rows], pages, page_index, slots[rows])
         return equal
 
     def _note_costs(
         self,
-        numbers: NDArray[np.int64],
+        references: NDArray[np.int64],
         pages: list[codec.Page],
         page_index: NDArray[np.uint32],
         slots: NDArray[np.uint32],
     ) -> None:
         """Remember what stored blocks take on their pages, while the pages are at hand."""
         costs = [codec.page_cost(page.slots["length"]) for page in pages]
-        for number, page, slot in zip(numbers.tolist(), page_index, slots, strict=True):
-            self.stored.costs[number] = int(costs[page][slot])
+        for reference, page, slot in zip(references.tolist(), page_index, slots, strict=True):
+            self.stored.costs[-reference - 1] = int(costs[page][slot])
 
 
 def _same_bytes(view: MatrixView, a: int, b: int) -> bool:

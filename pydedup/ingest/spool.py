@@ -72,8 +72,7 @@ class Spool:
         """Encode and append these blocks of a matrix; they get the next numbers."""
         encoded = codec.encode_blocks(view, indices, planes=planes)
         costs = codec.page_cost(encoded.lengths)
-        heights = view.grid.heights()[indices].astype(np.uint32)
-        widths = view.grid.widths()[indices].astype(np.uint32)
+        heights, widths = view.grid.shapes(indices)
         pages = np.empty(len(indices), np.int64)
         slots = np.empty(len(indices), np.uint32)
         start = 0
@@ -188,8 +187,8 @@ class _OpenPage:
         self,
         encoded: codec.EncodedBlocks,
         dtype: int,
-        rows: NDArray[np.uint32],
-        cols: NDArray[np.uint32],
+        rows: NDArray[np.int64],
+        cols: NDArray[np.int64],
         start: int,
         stop: int,
         costs: NDArray[np.int64],
@@ -205,8 +204,8 @@ class _OpenPage:
                 lengths,
                 encoded.encodings[start:stop].astype(np.int64),
                 np.full(stop - start, dtype, np.int64),
-                rows[start:stop].astype(np.int64),
-                cols[start:stop].astype(np.int64),
+                rows[start:stop],
+                cols[start:stop],
             )
         )
         self.count += stop - start

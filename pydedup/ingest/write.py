@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +25,7 @@ from pydedup.formats.base import TensorEntry
 from pydedup.ingest.match import StoredTable, hash_keys
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import Spool
-from pydedup.jobs import LEASE_SECONDS, job_spec
+from pydedup.jobs import LEASE_SECONDS, Job
 from pydedup.layout import PAGE_CAPACITY, pages_read
 from pydedup.packing import pack
 from pydedup.types import GRAPH_ARTIFACT
@@ -106,7 +105,7 @@ class Stager:
         self._spool = spool
         self._stored = stored
         self._advance = advance
-        self._job = uuid.uuid4().hex
+        self._job = Job(adapter, "add")
         self.page_ids: list[int] = []
         self._page_of = np.empty(0, np.int64)
         self._slot_of = np.empty(0, np.uint32)
@@ -146,14 +145,8 @@ class Stager:
                 with adapter.transaction():
                     adapter.delete_model(model.model_id)
                 model.model_id = 0
-        for start in range(0, len(self.page_ids), _PAGES_PER_TRANSACTION):
-            with adapter.transaction():
-                group = self.page_ids[start : start + _PAGES_PER_TRANSACTION]
-                unpublished = [row.id for row in adapter.page_rows(ids=group) if row.state != LIVE]
-                adapter.delete_pages(unpublished)
+        self._job.discard(self.page_ids)
         self.page_ids = []
-        with adapter.transaction():
-            adapter.delete_job(self._job)
 
     def publish(self, epoch: int | None) -> bool:
         """Make everything live in one transaction, if the epoch is still ``epoch``.
@@ -172,12 +165,11 @@ class Stager:
                         f"the staging of {model.request.address} was collected by a vacuum: "
                         f"it gave no sign of life for {LEASE_SECONDS:.0f} s; add it again"
                     )
-            adapter.delete_job(self._job)
+            self._job.end()
         return True
 
     def _heartbeat(self) -> None:
-        spec = job_spec("add", [model.model_id for model in self._models])
-        self._adapter.put_job(self._job, spec, repr(time.time()), "running")
+        self._job.beat([model.model_id for model in self._models])
 
     def _model_row(self, model: MatchedModel) -> ModelRow:
         request = model.request
@@ -188,7 +180,7 @@ class Stager:
             state=STAGING,
             created_at=time.time(),
             policy=request.policy.name,
-            certificate=json.dumps({"policy": request.policy.name, "max_rel_error": 0.0}),
+            certificate=json.dumps(request.certificate()),
             metadata=request.metadata_json(),
             logical_bytes=request.logical_bytes,
             digest=model.digest(),
@@ -210,12 +202,8 @@ class Stager:
 
     def _stage_page(self, numbers: NDArray[np.int64], keys: Sequence[bytes]) -> int:
         image = self._spool.image(numbers)
-        (page_id,) = self._adapter.insert_pages(
-            [(codec.page_checksum(image), image)], state=STAGING
-        )
-        self._adapter.insert_blocks(
-            (keys[number], page_id, slot, None) for slot, number in enumerate(numbers.tolist())
-        )
+        hashes = [keys[number] for number in numbers.tolist()]
+        page_id = self._job.stage_page(codec.page_checksum(image), image, hashes)
         self._page_of[numbers] = page_id
         self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
         return page_id
@@ -266,9 +254,7 @@ class Stager:
         page_ids[new] = self._page_of[references[new]]
         slots[new] = self._slot_of[references[new]]
         if not new.all():
-            numbers = -references[~new] - 1
-            page_ids[~new] = np.array(self._stored.page_ids, np.int64)[numbers]
-            slots[~new] = np.array(self._stored.slots, np.uint32)[numbers]
+            page_ids[~new], slots[~new] = self._stored.places(references[~new])
         return BlockMap(tensor.grid, tensor.entry.dtype, page_ids, slots)
 
     def _costs(self, tensor: MatchedTensor) -> NDArray[np.int64]:
@@ -278,7 +264,7 @@ class Stager:
         new = references >= 0
         costs[new] = self._spool.costs[references[new]]
         if not new.all():
-            costs[~new] = np.array(self._stored.costs, np.int64)[-references[~new] - 1]
+            costs[~new] = self._stored.costs_of(references[~new])
         return costs
 
     def _map_rows(self, model: MatchedModel, maps: Sequence[BlockMap]) -> Iterator[_MapRow]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,18 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
+from pydedup.adapter import LIVE, RETIRED, Adapter
 from pydedup.blocks import BlockMap
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import PageNotFoundError, PydedupError
-from pydedup.jobs import job_spec
+from pydedup.jobs import Job
 from pydedup.layout import (
     PAGE_CAPACITY,
-    SLOT_BITS,
     block_costs,
     block_places,
     copy_page,
     pages_read,
+    split_places,
 )
 from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
@@ -41,19 +40,29 @@ _PAGES_PER_TRANSACTION = 16
 
 @dataclass(slots=True)
 class _Places:
-    """All blocks that live models use: sorted by (page, slot), numbered 0 to n - 1."""
+    """All blocks that live models use, numbered 0 to n - 1 by ascending place (`block_places`)."""
 
-    page_ids: NDArray[np.int64]
-    slots: NDArray[np.int64]
+    places: NDArray[np.int64]
     costs: NDArray[np.int64]
     hashes: list[bytes]
     owners: list[NDArray[np.int64]]
 
+    def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Return the page ids and slots of these blocks."""
+        return split_places(self.places[numbers])
+
     def numbers(self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return the numbers of blocks at these places, all of which exist."""
-        return np.searchsorted(
-            block_places(self.page_ids, self.slots), block_places(page_ids, slots)
-        )
+        return np.searchsorted(self.places, block_places(page_ids, slots))
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """What a new layout changes for one model: its block maps, and what it reads."""
+
+    model_id: int
+    maps: list[BlockMap]
+    reads: list[tuple[int, int, int]]
 
 
 def repack(
@@ -67,38 +76,37 @@ def repack(
     with adapter.snapshot():
         models = [StoredModel(adapter, row) for row in adapter.models()]
         places = _places(adapter, pool, models)
-    if not len(places.page_ids):
+    if not len(places.places):
         return 0
     layout = pack(places.owners, PAGE_CAPACITY, sizes=places.costs)
     if not _better(layout, places, len(adapter.page_rows(state=LIVE))):
         return 0
-    page_of = np.empty(len(places.page_ids), np.int64)
-    slot_of = np.empty(len(places.page_ids), np.uint32)
+    page_of = np.empty(len(places.places), np.int64)
+    slot_of = np.empty(len(places.places), np.uint32)
     new_ids: list[int] = []
-    job_id = uuid.uuid4().hex
+    job = Job(adapter, "repack")
     try:
         for start in range(0, len(layout.pages), _PAGES_PER_TRANSACTION):
             group = layout.pages[start : start + _PAGES_PER_TRANSACTION]
-            new_ids.extend(_stage(adapter, pool, places, group, page_of, slot_of, job_id))
+            new_ids.extend(_stage(adapter, pool, places, group, page_of, slot_of, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
-        published = _publish(adapter, models, places, page_of, slot_of, new_ids, epoch)
+        moves = [_move(model, places, page_of, slot_of) for model in models]
+        published = _publish(adapter, moves, new_ids, epoch, job)
     except PageNotFoundError:
-        _discard(adapter, new_ids, job_id)
+        job.discard(new_ids)
         if adapter.epoch() == epoch:
             raise
         return 0
     except BaseException:
         # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
         with contextlib.suppress(PydedupError):
-            _discard(adapter, new_ids, job_id)
+            job.discard(new_ids)
         catalog.refresh()
         raise
     if not published:
-        _discard(adapter, new_ids, job_id)
+        job.discard(new_ids)
         return 0
-    with adapter.transaction():
-        adapter.delete_job(job_id)
     catalog.refresh()
     return len(new_ids)
 
@@ -111,20 +119,19 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
         for model in models
     ]
     used = np.unique(np.concatenate(keys)) if keys else np.empty(0, np.int64)
-    page_ids, slots = used >> SLOT_BITS, used & ((1 << SLOT_BITS) - 1)
-    costs = block_costs(pool, used)
+    page_ids, slots = split_places(used)
     recorded = {
         (block.page_id, block.slot): block.hash128
         for block in adapter.blocks_on_pages(np.unique(page_ids).tolist())
     }
     hashes = [recorded[place] for place in zip(page_ids.tolist(), slots.tolist(), strict=True)]
     owners = [np.searchsorted(used, key) for key in keys]
-    return _Places(page_ids, slots, costs, hashes, owners)
+    return _Places(used, block_costs(pool, used), hashes, owners)
 
 
 def _better(layout: Layout, places: _Places, live_pages: int) -> bool:
     """Whether fewer pages are stored, or fewer read at no more stored."""
-    reads_now = sum(len(np.unique(places.page_ids[owned])) for owned in places.owners)
+    reads_now = sum(len(np.unique(places.at(owned)[0])) for owned in places.owners)
     reads_then = int(layout.page_reads.sum())
     if layout.stored_pages > live_pages:
         return False
@@ -138,64 +145,48 @@ def _stage(
     group: Sequence[NDArray[np.int64]],
     page_of: NDArray[np.int64],
     slot_of: NDArray[np.uint32],
-    job_id: str,
+    job: Job,
 ) -> list[int]:
-    images = []
-    for numbers in group:
-        slots = places.slots[numbers].astype(np.uint32)
-        images.append(copy_page(pool, places.page_ids[numbers], slots))
+    images = [copy_page(pool, *places.at(numbers)) for numbers in group]
+    new_ids = []
     with adapter.transaction():
-        payloads = [(codec.page_checksum(image), image) for image in images]
-        page_ids = adapter.insert_pages(payloads, state=STAGING)
-        adapter.insert_blocks(
-            (places.hashes[number], page_id, slot, None)
-            for page_id, numbers in zip(page_ids, group, strict=True)
-            for slot, number in enumerate(numbers.tolist())
-        )
-        adapter.put_job(job_id, job_spec("repack"), repr(time.time()), "running")
-    for page_id, numbers in zip(page_ids, group, strict=True):
+        for image, numbers in zip(images, group, strict=True):
+            hashes = [places.hashes[number] for number in numbers.tolist()]
+            new_ids.append(job.stage_page(codec.page_checksum(image), image, hashes))
+        job.beat()
+    for page_id, numbers in zip(new_ids, group, strict=True):
         page_of[numbers] = page_id
         slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
-    return page_ids
+    return new_ids
 
 
-def _publish(
-    adapter: Adapter,
-    models: Sequence[StoredModel],
+def _move(
+    model: StoredModel,
     places: _Places,
     page_of: NDArray[np.int64],
     slot_of: NDArray[np.uint32],
-    new_ids: Sequence[int],
-    epoch: int,
+) -> _Move:
+    maps, costs = [], []
+    for old in model.block_maps():
+        numbers = places.numbers(old.page_ids, old.slots)
+        maps.append(BlockMap(old.grid, old.dtype, page_of[numbers], slot_of[numbers]))
+        costs.append(places.costs[numbers])
+    return _Move(model.row.id, maps, list(pages_read(maps, costs)))
+
+
+def _publish(
+    adapter: Adapter, moves: Sequence[_Move], new_ids: Sequence[int], epoch: int, job: Job
 ) -> bool:
     with adapter.transaction():
         if not adapter.bump_epoch(epoch):
             return False
-        for model in models:
-            maps, costs = [], []
-            for ordinal, old in enumerate(model.block_maps()):
-                numbers = places.numbers(old.page_ids, old.slots)
-                new = BlockMap(old.grid, old.dtype, page_of[numbers], slot_of[numbers])
-                adapter.replace_block_map(model.row.id, ordinal, list(new.parts()))
-                maps.append(new)
-                costs.append(places.costs[numbers])
-            adapter.delete_model_pages(model.row.id)
-            adapter.insert_model_pages(
-                (model.row.id, page_id, blocks, size)
-                for page_id, blocks, size in pages_read(maps, costs)
-            )
+        for move in moves:
+            for ordinal, block_map in enumerate(move.maps):
+                adapter.replace_block_map(move.model_id, ordinal, list(block_map.parts()))
+            adapter.delete_model_pages(move.model_id)
+            adapter.insert_model_pages((move.model_id, *read) for read in move.reads)
         old_ids = [row.id for row in adapter.page_rows(state=LIVE)]
         adapter.set_page_state(old_ids, RETIRED, time.time())
         adapter.set_page_state(new_ids, LIVE)
+        job.end()
     return True
-
-
-def _discard(adapter: Adapter, page_ids: Sequence[int], job_id: str) -> None:
-    """Remove what was staged; never what an interrupt hid the publishing of."""
-    for start in range(0, len(page_ids), _PAGES_PER_TRANSACTION):
-        with adapter.transaction():
-            group = page_ids[start : start + _PAGES_PER_TRANSACTION]
-            staged = adapter.page_rows(ids=group, state=STAGING)
-            adapter.delete_pages([row.id for row in staged])
-    with adapter.transaction():
-        adapter.delete_job(job_id)

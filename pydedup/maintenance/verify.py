@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
-from pydedup.catalog import Catalog, StoredModel
+from pydedup.catalog import StoredModel
 from pydedup.errors import PydedupError
 from pydedup.layout import by_page
 from pydedup.types import Progress
@@ -59,9 +59,7 @@ class _PageContent:
     digests: NDArray[np.uint64]
 
 
-def verify_store(
-    adapter: Adapter, catalog: Catalog, *, progress: Progress | None = None
-) -> VerifyReport:
+def verify_store(adapter: Adapter, *, progress: Progress | None = None) -> VerifyReport:
     """Verify everything that is live. Memory: a few pages, and 26 bytes per distinct block."""
     report = VerifyReport()
     for complaint in adapter.integrity_errors():

@@ -8,28 +8,15 @@
 #include <vector>
 
 #include "check.hpp"
+#include "kernels.hpp"
 #include "pydedup/codec.hpp"
 
 using namespace pydedup;
+using namespace pydedup::testing;
 
 namespace {
 
 using Buffer = std::vector<std::uint8_t>;
-
-Buffer random_bytes(std::size_t n, std::mt19937_64& random) {
-    Buffer bytes(n);
-    for (std::uint8_t& byte : bytes) byte = static_cast<std::uint8_t>(random());
-    return bytes;
-}
-
-// Bytes of a geometric distribution: about `bits` bits of entropy each.
-Buffer skewed_bytes(std::size_t n, double decay, std::mt19937_64& random) {
-    std::geometric_distribution<int> draw(decay);
-    Buffer bytes(n);
-    for (std::uint8_t& byte : bytes)
-        byte = static_cast<std::uint8_t>(90 + std::min(draw(random), 160));
-    return bytes;
-}
 
 Buffer weights(Dtype dtype, std::size_t n, std::mt19937_64& random) {
     std::normal_distribution<float> draw(0.0F, 0.02F);

@@ -7,9 +7,8 @@
 #include <vector>
 
 #include "check.hpp"
-#include "dispatch/dispatch.hpp"
 #include "gemm_reference.hpp"
-#include "pydedup/cpu.hpp"
+#include "kernels.hpp"
 
 using namespace pydedup;
 using namespace pydedup::testing;
@@ -74,14 +73,6 @@ void check_kernels(const KernelTable& table, std::size_t m, std::size_t n, std::
         }
         CHECK(exact(xt, w, width, n, k, false, start).agrees(got));
     }
-}
-
-std::vector<const KernelTable*> runnable_kernels() {
-    std::vector<const KernelTable*> tables;
-    for (const KernelInfo& info : kernel_infos()) {
-        if (info.built && info.runnable) tables.push_back(&kernels_named(info.name));
-    }
-    return tables;
 }
 
 TEST(kernels_agree_with_long_sums) {

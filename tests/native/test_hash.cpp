@@ -7,31 +7,17 @@
 #include <vector>
 
 #include "check.hpp"
-#include "dispatch/dispatch.hpp"
-#include "pydedup/cpu.hpp"
+#include "kernels.hpp"
 #include "pydedup/hash.hpp"
 
 using namespace pydedup;
+using namespace pydedup::testing;
 
 namespace {
 
 struct Shape {
     std::size_t rows, row_bytes, stride;
 };
-
-std::vector<const KernelTable*> runnable_kernels() {
-    std::vector<const KernelTable*> tables;
-    for (const KernelInfo& info : kernel_infos()) {
-        if (info.built && info.runnable) tables.push_back(&kernels_named(info.name));
-    }
-    return tables;
-}
-
-std::vector<std::uint8_t> random_bytes(std::size_t count, std::mt19937_64& random) {
-    std::vector<std::uint8_t> bytes(count);
-    for (std::uint8_t& byte : bytes) byte = static_cast<std::uint8_t>(random());
-    return bytes;
-}
 
 Digest digest_of(const KernelTable& table, const std::uint8_t* data, const Shape& shape,
                  std::uint64_t seed) {

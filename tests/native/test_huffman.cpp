@@ -11,37 +11,14 @@
 #include "check.hpp"
 #include "codec/code_lengths.hpp"
 #include "codec/huffman.hpp"
-#include "dispatch/dispatch.hpp"
-#include "pydedup/cpu.hpp"
+#include "kernels.hpp"
 
 using namespace pydedup;
+using namespace pydedup::testing;
 
 namespace {
 
 using Buffer = std::vector<std::uint8_t>;
-
-std::vector<const KernelTable*> runnable_kernels() {
-    std::vector<const KernelTable*> tables;
-    for (const KernelInfo& info : kernel_infos()) {
-        if (info.built && info.runnable) tables.push_back(&kernels_named(info.name));
-    }
-    return tables;
-}
-
-Buffer random_bytes(std::size_t n, std::mt19937_64& random) {
-    Buffer bytes(n);
-    for (std::uint8_t& byte : bytes) byte = static_cast<std::uint8_t>(random());
-    return bytes;
-}
-
-// Bytes of a geometric distribution: about `bits` bits of entropy each.
-Buffer skewed_bytes(std::size_t n, double decay, std::mt19937_64& random) {
-    std::geometric_distribution<int> draw(decay);
-    Buffer bytes(n);
-    for (std::uint8_t& byte : bytes)
-        byte = static_cast<std::uint8_t>(90 + std::min(draw(random), 160));
-    return bytes;
-}
 
 TEST(planes_of_every_kernel_are_those_of_the_reference) {
     std::mt19937_64 random(1);
