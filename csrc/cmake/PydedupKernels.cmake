@@ -10,8 +10,10 @@ set(PYDEDUP_AVX512_FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma
 function(pydedup_add_isa core isa source)
   add_library(pydedup_kernels_${isa} OBJECT ${source})
   target_include_directories(pydedup_kernels_${isa} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/src)
+  # -ffp-contract=off: what is persisted must not depend on where a compiler fuses; kernels that
+  # may fuse say so with intrinsics. -fno-lto: the gate below reads real symbols.
   target_compile_options(pydedup_kernels_${isa} PRIVATE -O3 -Wall -Wextra -Wshadow
-    -fno-exceptions -fno-rtti -fno-asynchronous-unwind-tables ${ARGN})
+    -fno-exceptions -fno-rtti -fno-asynchronous-unwind-tables -ffp-contract=off -fno-lto ${ARGN})
   set_target_properties(pydedup_kernels_${isa} PROPERTIES
     POSITION_INDEPENDENT_CODE ON INTERPROCEDURAL_OPTIMIZATION OFF)
   if(PYDEDUP_SANITIZE)
@@ -29,8 +31,8 @@ function(pydedup_add_isa core isa source)
 endfunction()
 
 function(pydedup_add_kernels core)
-  # The reference stays plain: no vectoriser, no contraction.
-  pydedup_add_isa(${core} scalar src/kernels/scalar.cpp -fno-tree-vectorize -ffp-contract=off)
+  # The reference stays plain: no vectoriser.
+  pydedup_add_isa(${core} scalar src/kernels/scalar.cpp -fno-tree-vectorize)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     check_cxx_compiler_flag("-mavx2 -mfma -mf16c" PYDEDUP_CXX_AVX2)
     if(PYDEDUP_CXX_AVX2)
@@ -40,5 +42,7 @@ function(pydedup_add_kernels core)
     if(PYDEDUP_CXX_AVX512)
       pydedup_add_isa(${core} avx512 src/kernels/avx512.cpp ${PYDEDUP_AVX512_FLAGS})
     endif()
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
+    pydedup_add_isa(${core} neon src/kernels/neon.cpp)  # in every aarch64: no flags
   endif()
 endfunction()

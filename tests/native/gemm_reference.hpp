@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 namespace pydedup::testing {
@@ -48,14 +49,16 @@ struct Exact {
 template <class T>
 Exact<T> exact(const std::vector<T>& x, const std::vector<T>& w, std::size_t m, std::size_t n,
                std::size_t k, bool transpose, const std::vector<T>& y0) {
+    // For f32 double is long enough; where long double is more than 80 bits it is slow.
+    using Wide = std::conditional_t<sizeof(T) == 4, double, long double>;
     Exact<T> sums{std::vector<double>(m * n), std::vector<double>(m * n), k + 1};
     for (std::size_t i = 0; i < m; ++i) {
         for (std::size_t j = 0; j < n; ++j) {
-            long double sum = y0[i * n + j];
-            long double magnitude = std::abs(y0[i * n + j]);
+            Wide sum = y0[i * n + j];
+            Wide magnitude = std::abs(y0[i * n + j]);
             for (std::size_t c = 0; c < k; ++c) {
-                const long double term = static_cast<long double>(x[i * k + c]) *
-                                         (transpose ? w[c * n + j] : w[j * k + c]);
+                const Wide term =
+                    static_cast<Wide>(x[i * k + c]) * (transpose ? w[c * n + j] : w[j * k + c]);
                 sum += term;
                 magnitude += std::abs(term);
             }

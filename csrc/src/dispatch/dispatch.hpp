@@ -2,6 +2,8 @@
 // Access to the chosen kernel table, for the areas of the core.
 #pragma once
 
+#include <span>
+#include <string>
 #include <string_view>
 
 #include "kernels/kernel_table.hpp"
@@ -13,5 +15,26 @@ namespace pydedup {
 
 /// The table of that name, for tests and benchmarks. Throws Error{kernel_unavailable}.
 [[nodiscard]] const KernelTable& kernels_named(std::string_view name);
+
+struct KernelCandidate {
+    const char* name;
+    const KernelTable* table;  ///< nullptr: not built
+    bool runnable;
+    const char* needs;
+};
+
+/// Every kernel that this version knows, in order of preference: the fastest measured one last.
+[[nodiscard]] std::span<const KernelCandidate> kernel_candidates();
+
+struct KernelChoice {
+    const KernelTable* table = nullptr;
+    std::string reason;  ///< why this one
+    std::string error;   ///< why none
+};
+
+/// Chooses among candidates; `demand` is the value of PYDEDUP_KERNEL, nullptr or empty for none.
+/// The rule behind kernels(), without its state, so that tests can ask about other machines.
+[[nodiscard]] KernelChoice choose_kernel(std::span<const KernelCandidate> candidates,
+                                         const char* demand);
 
 }  // namespace pydedup

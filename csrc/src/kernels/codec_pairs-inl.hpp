@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Huffman decoding by two symbols a lookup. Included INSIDE the namespaces of avx2 and avx512 (no
-// guard on purpose).
+// Huffman decoding by two symbols a lookup. Included INSIDE the namespaces of the vector kernels
+// (no guard on purpose).
 //
 // Looking up one symbol is a chain of shift, load, shift: about 7 cycles that four streams share.
 // An entry here holds the second symbol too whenever both codes fit into the bits looked at, so the

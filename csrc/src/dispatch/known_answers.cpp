@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// A vector table is trusted only after it gave the reference's answers: a miscompiled kernel, or a
+// CPU or emulator that errs, must not write hashes and pages that nobody else can read. Products
+// are asked in small integers, whose sums are exact in every order.
+#include "dispatch/known_answers.hpp"
+
+#include <array>
+#include <cstring>
+
+namespace pydedup {
+namespace {
+
+using Question = std::array<std::uint8_t, 700>;
+
+Question fixed_question() noexcept {
+    Question question{};
+    std::uint32_t state = 1;
+    for (std::uint8_t& byte : question) {
+        state = state * 1664525U + 1013904223U;
+        byte = static_cast<std::uint8_t>(state >> 24);
+    }
+    return question;
+}
+
+bool same_rows(const KernelTable& table, const Question& question) noexcept {
+    for (const std::size_t row_bytes : {std::size_t{700}, std::size_t{200}, std::size_t{128}}) {
+        std::array<std::uint64_t, 2> want{};
+        std::array<std::uint64_t, 2> got{};
+        const std::size_t rows = question.size() / row_bytes;
+        kScalarKernels.hash.hash_rows(question.data(), rows, row_bytes, row_bytes, 7, want.data());
+        table.hash.hash_rows(question.data(), rows, row_bytes, row_bytes, 7, got.data());
+        if (want != got) return false;
+    }
+    return true;
+}
+
+// Three blocks side by side, of rows that are no whole stripes.
+bool same_panel(const KernelTable& table, const Question& question) noexcept {
+    std::array<std::uint64_t, 6> want{};
+    std::array<std::uint64_t, 6> got{};
+    kScalarKernels.hash.hash_panel(question.data(), 3, 2, 110, 350, 0, want.data());
+    table.hash.hash_panel(question.data(), 3, 2, 110, 350, 0, got.data());
+    return want == got;
+}
+
+bool same_planes(const KernelTable& table, const Question& question) noexcept {
+    for (const std::size_t item : {std::size_t{2}, std::size_t{4}, std::size_t{8}}) {
+        Question want{};
+        Question got{};
+        const std::size_t cols = 100 / item;
+        kScalarKernels.codec.split_planes(question.data(), 100, 7, cols, item, true, want.data());
+        table.codec.split_planes(question.data(), 100, 7, cols, item, true, got.data());
+        if (want != got) return false;
+
+        std::array<const std::uint8_t*, 8> planes{};
+        for (std::size_t p = 0; p < item; ++p) planes[p] = got.data() + p * 7 * cols;
+        Question back{};
+        table.codec.merge_planes(planes.data(), 7, cols, item, true, back.data(), 100);
+        for (std::size_t r = 0; r < 7; ++r) {
+            if (std::memcmp(&back[r * 100], &question[r * 100], cols * item) != 0) return false;
+        }
+    }
+    return true;
+}
+
+// Any bits are a valid stream of this code: a is 0, b is 10, c is 11. Long and short streams reach
+// the vector kernels' decoders by pairs and by one.
+bool same_symbols(const KernelTable& table, const Question& question) noexcept {
+    constexpr std::array<std::uint16_t, 4> kTable = {'a' << 8 | 1, 'a' << 8 | 1, 'b' << 8 | 2,
+                                                     'c' << 8 | 2};
+    for (const std::size_t count : {std::size_t{1700}, std::size_t{301}}) {
+        const std::size_t apart = count / 10;
+        HuffmanStreams streams{};
+        for (std::size_t j = 0; j < 4; ++j) streams.begin[j] = question.data() + j * apart;
+        streams.end = question.data() + question.size();
+        streams.table = kTable.data();
+        streams.table_bits = 2;
+        std::array<std::uint8_t, 1700> want{};
+        std::array<std::uint8_t, 1700> got{};
+        std::array<std::uint64_t, 4> want_bits{};
+        std::array<std::uint64_t, 4> got_bits{};
+        kScalarKernels.codec.huffman_decode(streams, count, want.data(), want_bits.data());
+        table.codec.huffman_decode(streams, count, got.data(), got_bits.data());
+        if (want != got || want_bits != got_bits) return false;
+    }
+    return true;
+}
+
+constexpr std::size_t kSide = 19;  // a whole vector, half of one, and a tail
+
+template <class T>
+struct Products {
+    std::array<T, kSide * kSide> x{};
+    std::array<T, kSide * kSide> w{};
+
+    explicit Products(const Question& question) noexcept {
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            x[i] = static_cast<T>(question[i] % 15) - T{7};
+            w[i] = static_cast<T>(question[i + 200] % 13) - T{6};
+        }
+    }
+};
+
+template <class T>
+bool same_products(const GemmKernelsOf<T>& gemm, const GemmKernelsOf<T>& reference,
+                   const Question& question) noexcept {
+    constexpr std::size_t n = kSide;
+    const Products<T> in(question);
+    for (const std::size_t m : {std::size_t{1}, std::size_t{7}}) {
+        auto want = in.w;
+        auto got = in.w;
+        reference.dot_nt(in.x.data(), n, m, in.w.data(), n, n, n, want.data(), n);
+        gemm.dot_nt(in.x.data(), n, m, in.w.data(), n, n, n, got.data(), n);
+        if (want != got) return false;
+        reference.block_nn(in.x.data(), n, m, in.w.data(), n, n, n, want.data(), n);
+        gemm.block_nn(in.x.data(), n, m, in.w.data(), n, n, n, got.data(), n);
+        if (want != got) return false;
+        reference.add_to(in.x.data(), m * n, want.data());
+        gemm.add_to(in.x.data(), m * n, got.data());
+        if (want != got) return false;
+    }
+    for (const auto& tile : gemm.tiles) {
+        if (tile.width == 0) break;
+        // As many columns as the question fills, 14 rows: whole register tiles and single rows.
+        const std::size_t cols = in.x.size() / tile.width < 7 ? in.x.size() / tile.width : 7;
+        std::array<T, 14 * 64> acc{};
+        if (tile.width > 64) return false;
+        tile.tile_nt(in.x.data(), in.w.data(), 14, cols, n, nullptr, acc.data());
+        for (std::size_t r = 0; r < 14; ++r) {
+            for (std::size_t i = 0; i < tile.width; ++i) {
+                T sum = 0;
+                for (std::size_t c = 0; c < cols; ++c) {
+                    sum += in.x[c * tile.width + i] * in.w[r * n + c];
+                }
+                if (acc[r * tile.width + i] != sum) return false;
+            }
+        }
+    }
+    return true;
+}
+
+bool same_halves(const GemmKernels& gemm, const GemmKernels& reference,
+                 const Question& question) noexcept {
+    std::array<std::uint16_t, 35> codes{};  // both signs, subnormals, infinity; no NaN
+    for (std::size_t i = 0; i < codes.size(); ++i) {
+        codes[i] = static_cast<std::uint16_t>((question[2 * i] & 0xFBU) << 8 | question[2 * i + 1]);
+    }
+    codes[0] = 0x0001;
+    codes[1] = 0xFC00;
+    std::array<float, 35> want{};
+    std::array<float, 35> got{};
+    const auto same = [&] { return std::memcmp(want.data(), got.data(), sizeof want) == 0; };
+    reference.bf16_to_f32(codes.data(), codes.size(), want.data());
+    gemm.bf16_to_f32(codes.data(), codes.size(), got.data());
+    if (!same()) return false;
+    reference.f16_to_f32(codes.data(), codes.size(), want.data());
+    gemm.f16_to_f32(codes.data(), codes.size(), got.data());
+    if (!same()) return false;
+
+    // Small whole numbers in either format.
+    std::array<float, 35> x{};
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(question[i] % 15) - 7.0F;
+    for (const bool f16 : {true, false}) {
+        for (std::size_t i = 0; i < codes.size(); ++i) {  // 1, -2, 0.5, 4
+            constexpr std::array<std::uint16_t, 4> kF16 = {0x3C00, 0xC000, 0x3800, 0x4400};
+            constexpr std::array<std::uint16_t, 4> kBf16 = {0x3F80, 0xC000, 0x3F00, 0x4080};
+            codes[i] = (f16 ? kF16 : kBf16)[question[i + 50] % 4];
+        }
+        const auto dot = [f16](const GemmKernels& k) { return f16 ? k.dot_nt_f16 : k.dot_nt_bf16; };
+        float want_sum = 1.0F;
+        float got_sum = 1.0F;
+        dot(reference)(x.data(), 35, 1, codes.data(), 1, 35, 35, &want_sum, 1);
+        dot(gemm)(x.data(), 35, 1, codes.data(), 1, 35, 35, &got_sum, 1);
+        if (want_sum != got_sum) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+const char* first_wrong_group(const KernelTable& table) noexcept {
+    const Question question = fixed_question();
+    if (!same_rows(table, question) || !same_panel(table, question)) return "hash";
+    if (!same_planes(table, question) || !same_symbols(table, question)) return "codec";
+    if (!same_products(table.gemm.f32, kScalarKernels.gemm.f32, question) ||
+        !same_products(table.gemm.f64, kScalarKernels.gemm.f64, question) ||
+        !same_halves(table.gemm, kScalarKernels.gemm, question)) {
+        return "gemm";
+    }
+    return nullptr;
+}
+
+}  // namespace pydedup

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a kernel is chosen: demands and their three refusals, kernels that give wrong answers, and
+// what the CPU and the operating system say.
+#include <cstring>
+#include <string>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "check.hpp"
+#include "dispatch/cpu_features.hpp"
+#include "dispatch/known_answers.hpp"
+#include "kernels.hpp"
+
+using namespace pydedup;
+using namespace pydedup::testing;
+
+namespace {
+
+bool says(const std::string& text, const char* part) {
+    return text.find(part) != std::string::npos;
+}
+
+// A wrong answer of each function, given right after the reference's.
+void wrong_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes,
+                std::size_t stride, std::uint64_t seed, std::uint64_t* out) noexcept {
+    kScalarKernels.hash.hash_rows(data, rows, row_bytes, stride, seed, out);
+    if (row_bytes == 200) out[1] ^= 1;
+}
+void wrong_panel(const std::uint8_t* data, std::size_t blocks, std::size_t rows,
+                 std::size_t row_bytes, std::size_t stride, std::uint64_t seed,
+                 std::uint64_t* out) noexcept {
+    kScalarKernels.hash.hash_panel(data, blocks, rows, row_bytes, stride, seed, out);
+    out[2 * blocks - 1] ^= std::uint64_t{1} << 63;
+}
+void wrong_split(const std::uint8_t* elements, std::size_t stride, std::size_t rows,
+                 std::size_t cols, std::size_t item, bool rotate, std::uint8_t* planes) noexcept {
+    kScalarKernels.codec.split_planes(elements, stride, rows, cols, item, rotate, planes);
+    if (item == 8) planes[rows * cols * item - 1] ^= 1;
+}
+void wrong_merge(const std::uint8_t* const* planes, std::size_t rows, std::size_t cols,
+                 std::size_t item, bool, std::uint8_t* elements, std::size_t stride) noexcept {
+    kScalarKernels.codec.merge_planes(planes, rows, cols, item, false, elements, stride);
+}
+void wrong_decode(const HuffmanStreams& streams, std::size_t count, std::uint8_t* out,
+                  std::uint64_t* consumed) noexcept {
+    kScalarKernels.codec.huffman_decode(streams, count, out, consumed);
+    ++consumed[3];
+}
+template <class T>
+void wrong_dot(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size_t rows,
+               std::size_t cols, std::size_t ldw, T* y, std::size_t ldy) noexcept {
+    const auto& reference = [] {
+        if constexpr (sizeof(T) == 4) {
+            return kScalarKernels.gemm.f32;
+        } else {
+            return kScalarKernels.gemm.f64;
+        }
+    }();
+    reference.dot_nt(x, ldx, m, w, rows, cols - 1, ldw, y, ldy);
+}
+void wrong_add(const float* from, std::size_t count, float* sum) noexcept {
+    kScalarKernels.gemm.f32.add_to(from, count - 1, sum);
+}
+void wrong_tile(const float* x, const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
+                const float* next, float* acc) noexcept {
+    kScalarKernels.gemm.f32.tiles[0].tile_nt(x, w, rows - 1, cols, ldw, next, acc);
+}
+void wrong_half(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
+    kScalarKernels.gemm.f16_to_f32(src, count, dst);
+    dst[count - 1] = -dst[count - 1];
+}
+void wrong_half_dot(const float* x, std::size_t ldx, std::size_t m, const std::uint16_t* w,
+                    std::size_t rows, std::size_t cols, std::size_t ldw, float* y,
+                    std::size_t ldy) noexcept {
+    kScalarKernels.gemm.dot_nt_bf16(x, ldx, m, w, rows, cols - 1, ldw, y, ldy);
+}
+
+template <class Change>
+std::string group_of(Change change) {
+    KernelTable table = kScalarKernels;
+    change(table);
+    const char* group = first_wrong_group(table);
+    return group == nullptr ? "none" : group;
+}
+
+}  // namespace
+
+TEST(every_kernel_that_runs_here_gives_the_known_answers) {
+    CHECK(!runnable_kernels().empty());
+    for (const KernelTable* table : runnable_kernels()) {
+        const char* group = first_wrong_group(*table);
+        if (group != nullptr) fail(table->name, 0, std::string("wrong group: ") + group);
+    }
+}
+
+TEST(a_wrong_answer_of_any_function_is_found) {
+    CHECK(group_of([](KernelTable&) {}) == "none");
+    CHECK(group_of([](KernelTable& t) { t.hash.hash_rows = wrong_rows; }) == "hash");
+    CHECK(group_of([](KernelTable& t) { t.hash.hash_panel = wrong_panel; }) == "hash");
+    CHECK(group_of([](KernelTable& t) { t.codec.split_planes = wrong_split; }) == "codec");
+    CHECK(group_of([](KernelTable& t) { t.codec.merge_planes = wrong_merge; }) == "codec");
+    CHECK(group_of([](KernelTable& t) { t.codec.huffman_decode = wrong_decode; }) == "codec");
+    CHECK(group_of([](KernelTable& t) { t.gemm.f32.dot_nt = wrong_dot<float>; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.f64.dot_nt = wrong_dot<double>; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.f32.block_nn = wrong_dot<float>; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.f64.block_nn = wrong_dot<double>; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.f32.add_to = wrong_add; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.f32.tiles[0].tile_nt = wrong_tile; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.f16_to_f32 = wrong_half; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16_to_f32 = wrong_half; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_bf16 = wrong_half_dot; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_f16 = wrong_half_dot; }) == "gemm");
+}
+
+TEST(a_demand_is_met_or_refused_with_its_reason) {
+    KernelTable liar = kScalarKernels;
+    liar.hash.hash_rows = wrong_rows;
+    const KernelTable& good = kScalarKernels;
+    const KernelCandidate machine[] = {{"plain", &good, true, "any CPU"},
+                                       {"other", nullptr, true, "another CPU"},
+                                       {"large", &good, false, "a larger CPU"},
+                                       {"wrong", &liar, true, "luck"}};
+    const auto error_of = [&](const char* demand) {
+        const KernelChoice choice = choose_kernel(machine, demand);
+        CHECK(choice.table == nullptr && says(choice.error, "PYDEDUP_KERNEL"));
+        return choice.error;
+    };
+    CHECK(says(error_of("Plain"), "'Plain' is unknown; here run: plain, wrong"));
+    CHECK(says(error_of("other"), "'other' is not built into this pydedup"));
+    CHECK(says(error_of("large"), "'large' cannot run on this machine: it needs a larger CPU"));
+    CHECK(says(error_of("wrong"), "'wrong' gives wrong answers (hash)"));
+
+    const KernelChoice demanded = choose_kernel(machine, "plain");
+    CHECK(demanded.table == &good && demanded.error.empty());
+    CHECK(demanded.reason == "demanded by PYDEDUP_KERNEL");
+
+    for (const char* no_demand : {static_cast<const char*>(nullptr), ""}) {
+        const KernelChoice found = choose_kernel(machine, no_demand);
+        CHECK(found.table == &good && found.error.empty());
+        CHECK(says(found.reason, "fastest measured"));
+        CHECK(says(found.reason, "wrong gave wrong answers (hash)"));
+        CHECK(says(found.reason, "large needs a larger CPU"));
+        CHECK(!says(found.reason, "other"));
+    }
+
+    const KernelChoice none = choose_kernel({machine + 3, 1}, nullptr);
+    CHECK(none.table == nullptr && says(none.error, "no kernel gives right answers"));
+}
+
+TEST(the_last_that_runs_is_taken_by_default) {
+    const KernelTable first = kScalarKernels;
+    const KernelTable second = kScalarKernels;
+    const KernelCandidate machine[] = {{"first", &first, true, ""}, {"second", &second, true, ""}};
+    CHECK(choose_kernel(machine, nullptr).table == &second);
+    CHECK(choose_kernel(machine, "first").table == &first);
+}
+
+TEST(infos_tell_what_candidates_are) {
+    const auto infos = kernel_infos();
+    CHECK(infos.size() == kernel_candidates().size() && infos.front().name == "scalar");
+    for (std::size_t i = 0; i < infos.size(); ++i) {
+        const KernelCandidate& c = kernel_candidates()[i];
+        CHECK(infos[i].name == c.name && infos[i].built == (c.table != nullptr));
+        CHECK(infos[i].runnable == c.runnable && says(infos[i].note, c.needs));
+        CHECK(says(infos[i].note, "not built") == (c.table == nullptr));
+        if (c.table != nullptr) CHECK(std::strcmp(c.table->name, c.name) == 0);
+        if (c.table != nullptr && c.runnable) {
+            CHECK(&kernels_named(c.name) == c.table);
+        } else {
+            CHECK_THROWS(ErrorCode::kernel_unavailable, static_cast<void>(kernels_named(c.name)));
+        }
+    }
+    CHECK_THROWS(ErrorCode::kernel_unavailable, static_cast<void>(kernels_named("avx1024")));
+}
+
+TEST(features_need_the_cpu_and_the_operating_system) {
+    const CpuFeatures has = cpu_features();
+#if defined(__x86_64__)
+    CHECK(!has.neon);
+    CHECK(!has.avx512 || has.avx2);
+    CHECK(!has.avx512_in_halves || has.avx512);
+    unsigned eax = 0;
+    unsigned ebx = 0;
+    unsigned ecx = 0;
+    unsigned edx = 0;
+    CHECK(__get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0);
+    constexpr unsigned kOsxsave = 1U << 27;
+    std::uint32_t saved = 0;  // XCR0: bits 1, 2 for YMM; 5, 6, 7 for ZMM and masks besides
+    if ((ecx & kOsxsave) != 0) {
+        std::uint32_t high = 0;
+        __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    }
+    if ((saved & 0x06U) != 0x06U) CHECK(!has.avx2);
+    if ((saved & 0xE6U) != 0xE6U) CHECK(!has.avx512);
+    unsigned leaf7 = 0;
+    CHECK(__get_cpuid_count(7, 0, &eax, &leaf7, &ecx, &edx) != 0);
+    if ((leaf7 & bit_AVX2) == 0) CHECK(!has.avx2);
+    if ((leaf7 & bit_AVX512F) == 0) CHECK(!has.avx512);
+#elif defined(__aarch64__)
+    CHECK(has.neon && !has.avx2 && !has.avx512);
+#endif
+}
+
+PYDEDUP_TEST_MAIN
