@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 # ---- cpu ----
 
@@ -25,9 +26,7 @@ def hash_blocks(
     seed: int = 0,
     threads: int = 0,
 ) -> NDArray[np.uint64]: ...
-def hash_bytes(
-    buffer: bytes | bytearray | memoryview | NDArray[np.uint8], seed: int = 0
-) -> bytes: ...
+def hash_buffer(buffer: Buffer, /, *, seed: int = 0) -> bytes: ...
 
 # ---- codec and pages ----
 
@@ -134,37 +133,56 @@ class Matmul:
 
 def compute_dtype(dtype: int) -> int: ...
 def activate(values: NDArray[Any], activation: str, threads: int = 0) -> None: ...
-def take_rows(
-    rows: int,
-    cols: int,
-    block_rows: int,
-    block_cols: int,
-    dtype: int,
-    indices: NDArray[np.int64],
-    pages: Sequence[Page],
-    page_index: NDArray[np.uint32],
-    slots: NDArray[np.uint32],
-    ids: NDArray[np.int64],
-    positions: NDArray[np.int64],
-    out: NDArray[np.uint8],
-    threads: int = 0,
-) -> None: ...
-def bag_rows(
-    rows: int,
-    cols: int,
-    block_rows: int,
-    block_cols: int,
-    dtype: int,
-    indices: NDArray[np.int64],
-    pages: Sequence[Page],
-    page_index: NDArray[np.uint32],
-    slots: NDArray[np.uint32],
-    ids: NDArray[np.int64],
-    bags: NDArray[np.int64],
-    mode: str,
-    out: NDArray[Any],
-    threads: int = 0,
-) -> None: ...
+
+# ---- rows: gather and bags ----
+
+class RowTable:
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        block_rows: int,
+        block_cols: int,
+        dtype: int,
+        page_ids: NDArray[np.int64],
+        slots: NDArray[np.uint32],
+    ) -> None: ...
+    def take(
+        self,
+        pool: BufferPool,
+        ids: NDArray[np.int64],
+        out: NDArray[np.uint8],
+        threads: int = 0,
+    ) -> NDArray[np.int64] | None: ...
+    def take_from(
+        self,
+        page_ids: NDArray[np.int64],
+        pages: Sequence[Page],
+        ids: NDArray[np.int64],
+        out: NDArray[np.uint8],
+        threads: int = 0,
+    ) -> None: ...
+    def bag(
+        self,
+        pool: BufferPool,
+        ids: NDArray[np.int64],
+        edges: NDArray[np.int64],
+        weights: NDArray[Any] | None,
+        mode: str,
+        out: NDArray[Any],
+        threads: int = 0,
+    ) -> NDArray[np.int64] | None: ...
+    def bag_from(
+        self,
+        page_ids: NDArray[np.int64],
+        pages: Sequence[Page],
+        ids: NDArray[np.int64],
+        edges: NDArray[np.int64],
+        weights: NDArray[Any] | None,
+        mode: str,
+        out: NDArray[Any],
+        threads: int = 0,
+    ) -> None: ...
 
 # ---- packing ----
 
@@ -184,6 +202,7 @@ def pack_pages(
     NDArray[np.int64],
     NDArray[np.int64],
     int,
+    bool,
 ]: ...
 def check_layout(
     owner_indptr: NDArray[np.int64],
@@ -198,3 +217,52 @@ def check_layout(
     read_indptr: NDArray[np.int64],
     read_pages: NDArray[np.int64],
 ) -> None: ...
+
+# ---- similarity ----
+
+class L2Index:
+    def __init__(
+        self,
+        dtype: int,
+        rows: int,
+        cols: int,
+        r: float,
+        bands: int,
+        band_rows: int,
+        seed: int,
+    ) -> None: ...
+    def add(
+        self, blocks: NDArray[Any], ids: NDArray[np.int64], whole: bool, threads: int = 0
+    ) -> None: ...
+    def remove(self, ids: NDArray[np.int64]) -> None: ...
+    def query(
+        self, blocks: NDArray[Any], k: int, whole: bool, threads: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
+    def hashes(self, blocks: NDArray[Any], whole: bool, threads: int = 0) -> NDArray[np.int32]: ...
+    def contains(self, id: int) -> bool: ...
+    def ids(self) -> NDArray[np.int64]: ...
+    def save(self) -> bytes: ...
+    @staticmethod
+    def load(payload: bytes, threads: int = 0) -> L2Index: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def parameters(self) -> tuple[int, int, int, float, int, int, int]: ...
+
+def compare_blocks(
+    a: NDArray[Any],
+    b: NDArray[Any],
+    dtype: int,
+    rows: int,
+    cols: int,
+    left: NDArray[np.int64],
+    right: NDArray[np.int64],
+    eps: float,
+    limit: float,
+    threads: int = 0,
+) -> NDArray[np.float64]: ...
+def block_magnitudes(
+    blocks: NDArray[Any], dtype: int, rows: int, cols: int, whole: bool, threads: int = 0
+) -> NDArray[np.float64]: ...

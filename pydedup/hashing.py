@@ -7,6 +7,8 @@ compares bytes before it shares a block. Deliberately not here: what is done wit
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,7 +47,8 @@ def hash_blocks(
     Raises
     ------
     ArgumentError
-        When the array is not 2-D, its dtype cannot be stored, or the block shape is not positive.
+        When the array is not 2-D, its dtype cannot be stored, the block shape is not positive, or
+        seed or threads is out of range.
     """
     if matrix.ndim != 2:
         raise ArgumentError(f"hash_blocks takes a 2-D array, got {matrix.ndim}-D")
@@ -56,12 +59,25 @@ def hash_view(view: MatrixView, *, seed: int = 0, threads: int = 0) -> NDArray[n
     """Return the digests of a matrix view's blocks, as `hash_blocks` does."""
     grid = view.grid
     return _core.hash_blocks(
-        view.data, view.dtype.code, grid.block_rows, grid.block_cols, seed, threads
+        view.data,
+        view.dtype.code,
+        grid.block_rows,
+        grid.block_cols,
+        _unsigned("seed", seed, 64),
+        _unsigned("threads", threads, 31),
     )
 
 
-def hash_buffer(
-    buffer: bytes | bytearray | memoryview | NDArray[np.uint8], *, seed: int = 0
-) -> bytes:
-    """Return the 16-byte digest of contiguous bytes, little-endian."""
-    return _core.hash_bytes(buffer, seed)
+def _unsigned(name: str, value: int, bits: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise ArgumentError(f"{name} must be an integer, got {value!r}") from error
+    if not 0 <= number < 1 << bits:
+        raise ArgumentError(f"{name} must be from 0 to 2**{bits} - 1, got {number}")
+    return number
+
+
+#: Return the 16-byte digest of contiguous bytes (``help(hash_buffer)``). The native function as it
+#: is: a Python function around it would cost more than the hash of a small piece.
+hash_buffer = _core.hash_buffer

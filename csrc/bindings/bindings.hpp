@@ -25,6 +25,12 @@ void bind_codec(py::module_& m);
 void bind_storage(py::module_& m);
 void bind_packing(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_similarity(py::module_& m);
+void bind_rows(py::module_& m);
+
+/// For functions that bypass pybind11: turns the exception being handled into a Python error, as
+/// pybind11 would. Call inside a catch block, with the GIL; the caller returns nullptr.
+void raise_in_python() noexcept;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;

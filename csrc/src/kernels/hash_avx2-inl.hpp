@@ -62,13 +62,17 @@ inline void hash_tail(const std::uint8_t* data, std::size_t left, const std::uin
 
 inline void hash_finish(const HashState& state, std::size_t rows, std::size_t row_bytes,
                         std::uint64_t seed, std::uint64_t* out) noexcept {
-    alignas(64) std::uint64_t product[kLanes];
-    alignas(64) std::uint64_t sum[kLanes];
-    for (int j = 0; j < 4; ++j) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(product + 4 * j), state.product[j]);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(sum + 4 * j), state.sum[j]);
+    alignas(64) std::uint64_t keyed[2][kLanes];
+    for (std::size_t j = 0; j < 4; ++j) {
+        const __m256i swapped = _mm256_shuffle_epi32(state.sum[j], _MM_SHUFFLE(1, 0, 3, 2));
+        const __m256i mixed = _mm256_add_epi64(state.product[j], swapped);
+        for (std::size_t h = 0; h < 2; ++h) {
+            const auto* key = reinterpret_cast<const __m256i*>(kHashKeys.fold[h] + 4 * j);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(keyed[h] + 4 * j),
+                               _mm256_xor_si256(mixed, _mm256_load_si256(key)));
+        }
     }
-    finish_hash(product, sum, rows, row_bytes, seed, out);
+    fold_lanes(keyed, rows, row_bytes, seed, out);
 }
 
 #include "kernels/hash_vector-inl.hpp"

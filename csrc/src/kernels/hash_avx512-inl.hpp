@@ -18,7 +18,10 @@ struct HashState {
 inline void hash_stripe(const std::uint8_t* data, const std::uint64_t* key,
                         HashState& state) noexcept {
     for (int j = 0; j < 2; ++j) {
-        const __m512i d = _mm512_loadu_si512(data + 64 * j);
+        __m512i d = _mm512_loadu_si512(data + 64 * j);
+        // Keeps the order of the loads. GCC gathers them, which costs a tenth where data is not
+        // aligned to 32 bytes (Zen 4: 65 instead of 58 GB/s, against 68 and 70 where it is).
+        asm volatile("" : "+v"(d));
         const __m512i k = _mm512_loadu_si512(key + 8 * j);
         const __m512i keyed = _mm512_xor_si512(d, k);
         const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
@@ -67,13 +70,16 @@ inline void hash_start(HashState& state) noexcept {
 
 inline void hash_finish(const HashState& state, std::size_t rows, std::size_t row_bytes,
                         std::uint64_t seed, std::uint64_t* out) noexcept {
-    alignas(64) std::uint64_t product[kLanes];
-    alignas(64) std::uint64_t sum[kLanes];
-    for (int j = 0; j < 2; ++j) {
-        _mm512_store_si512(product + 8 * j, state.product[j]);
-        _mm512_store_si512(sum + 8 * j, state.sum[j]);
+    alignas(64) std::uint64_t keyed[2][kLanes];
+    for (std::size_t j = 0; j < 2; ++j) {
+        const __m512i swapped = _mm512_shuffle_epi32(state.sum[j], _MM_PERM_BADC);
+        const __m512i mixed = _mm512_add_epi64(state.product[j], swapped);
+        for (std::size_t h = 0; h < 2; ++h) {
+            const __m512i key = _mm512_load_si512(kHashKeys.fold[h] + 8 * j);
+            _mm512_store_si512(keyed[h] + 8 * j, _mm512_xor_si512(mixed, key));
+        }
     }
-    finish_hash(product, sum, rows, row_bytes, seed, out);
+    fold_lanes(keyed, rows, row_bytes, seed, out);
 }
 
 #include "kernels/hash_vector-inl.hpp"
