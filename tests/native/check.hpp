@@ -4,7 +4,9 @@
 // without a case fails too, so broken registration is noticed.
 #pragma once
 
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <string>
 #include <vector>
@@ -52,6 +54,26 @@ void check_throws(ErrorCode code, const Call& call, const char* file, int line, 
         return;
     }
     fail(file, line, std::string("no error from ") + what);
+}
+
+/// Share of long tests to run, PYDEDUP_TEST_PERCENT, for emulators, where a second takes a minute.
+inline std::size_t test_percent() {
+    const char* percent = std::getenv("PYDEDUP_TEST_PERCENT");
+    return percent == nullptr ? 100 : std::strtoul(percent, nullptr, 10);
+}
+
+/// That share of `count` rounds, at least one.
+inline std::size_t scaled(std::size_t count) {
+    const std::size_t share = count * test_percent() / 100;
+    return share == 0 ? 1 : share;
+}
+
+/// Whether to run the next one of many cases: true for that share of the calls, the first included.
+inline bool sampled() {
+    static std::uint32_t position = 0;
+    const std::uint64_t here = position;
+    position += 0x9E3779B9U;  // steps of the golden ratio are in tune with no loop around the cases
+    return here * 100 >> 32 < test_percent();
 }
 
 inline int run_all() {

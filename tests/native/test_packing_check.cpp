@@ -12,7 +12,7 @@ using namespace pydedup::testing;
 
 TEST(every_algorithm_passes_the_checker) {
     std::mt19937 random(2);
-    for (int round = 0; round < 100; ++round) {
+    for (std::size_t round = 0; round < scaled(100); ++round) {
         const int models = 1 + static_cast<int>(random() % 8);
         const auto masks = random_masks(random, models, 1 + static_cast<int>(random() % 120));
         const Input input = from_masks(masks, models);
