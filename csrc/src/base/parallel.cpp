@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// The threads behind parallel_for. One pool per process, never destroyed: its threads sleep until
+// the process ends. A forked child has none of them, and its copy of the mutex may be locked, so it
+// makes a pool of its own and leaves the old one alone.
+//
+// A job lies on the stack of its caller, and in the queue for as long as it wants more helpers. Its
+// fields are read and written under the mutex only; so when its caller has taken it out of the
+// queue and sees no helper active, nobody refers to it any more.
+#include "base/parallel.hpp"
+
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <new>
+#include <system_error>
+
+namespace pydedup::detail {
+namespace {
+
+// How long a thread looks for more work, or its caller for the end of the last piece, before it
+// sleeps: about what waking it costs. Layers of a model follow each other faster than this.
+constexpr std::chrono::microseconds kSpin{50};
+// More threads are never made, whatever is asked for.
+constexpr unsigned kMaxThreads = 256;
+
+void pause_briefly() noexcept {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+template <class Condition>
+void spin_until(const Condition& condition) noexcept {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (condition()) return;
+            pause_briefly();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+}
+
+struct Job {
+    void (*run)(void*) noexcept;
+    void* context;
+    unsigned wanted;     // helpers that it could still use
+    unsigned active{0};  // helpers at work
+};
+
+class Pool {
+  public:
+    [[nodiscard]] bool is_of_this_process() const noexcept { return process_ == ::getpid(); }
+
+    void run(unsigned helpers, void (*body)(void*) noexcept, void* context) noexcept {
+        Job job{body, context, helpers};
+        const bool queued = enqueue(job, helpers);
+        body(context);
+        if (queued) finish(job);
+    }
+
+  private:
+    bool enqueue(Job& job, unsigned helpers) noexcept {
+        unsigned sleeping = 0;
+        try {
+            const std::lock_guard lock(mutex_);
+            make_threads(std::min(helpers, kMaxThreads));
+            if (threads_ == 0) return false;
+            queue_.push_back(&job);
+            sleeping = sleeping_;
+        } catch (...) {  // no memory for the queue: then the caller works alone
+            return false;
+        }
+        arrivals_.fetch_add(1, std::memory_order_release);
+        if (sleeping == 0) return true;
+        if (helpers == 1) {
+            work_.notify_one();
+        } else {
+            work_.notify_all();
+        }
+        return true;
+    }
+
+    void finish(Job& job) noexcept {
+        std::unique_lock lock(mutex_);
+        std::erase(queue_, &job);
+        while (job.active != 0) {
+            const std::uint64_t seen = ended_.load(std::memory_order_relaxed);
+            lock.unlock();
+            spin_until([&] { return ended_.load(std::memory_order_acquire) != seen; });
+            lock.lock();
+            if (job.active != 0 && ended_.load(std::memory_order_relaxed) == seen) {
+                done_.wait(lock);
+            }
+        }
+    }
+
+    // As many as asked for, or as the system grants. Signals are for the threads of the program.
+    void make_threads(unsigned count) noexcept {
+        if (threads_ >= count) return;
+        sigset_t all;
+        sigset_t before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        try {
+            for (; threads_ < count; ++threads_) std::thread([this] { work(); }).detach();
+        } catch (const std::system_error&) {
+        } catch (const std::bad_alloc&) {
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    [[noreturn]] void work() noexcept {
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            if (!queue_.empty()) {
+                help(*queue_.front(), lock);
+                continue;
+            }
+            const std::uint64_t seen = arrivals_.load(std::memory_order_relaxed);
+            lock.unlock();
+            spin_until([&] { return arrivals_.load(std::memory_order_acquire) != seen; });
+            lock.lock();
+            ++sleeping_;
+            work_.wait(lock, [&] { return !queue_.empty(); });
+            --sleeping_;
+        }
+    }
+
+    void help(Job& job, std::unique_lock<std::mutex>& lock) noexcept {
+        if (--job.wanted == 0) queue_.pop_front();
+        ++job.active;
+        lock.unlock();
+        job.run(job.context);
+        lock.lock();
+        --job.active;
+        ended_.fetch_add(1, std::memory_order_release);
+        done_.notify_all();
+    }
+
+    const pid_t process_ = ::getpid();
+    std::mutex mutex_;
+    std::condition_variable work_;  // the queue is not empty
+    std::condition_variable done_;  // a helper has ended
+    std::deque<Job*> queue_;
+    unsigned threads_ = 0;
+    unsigned sleeping_ = 0;
+    // Counters to look at without the mutex: jobs that came, helpers that ended.
+    std::atomic<std::uint64_t> arrivals_{0};
+    std::atomic<std::uint64_t> ended_{0};
+};
+
+Pool* pool() noexcept {
+    static std::atomic<Pool*> current{nullptr};
+    Pool* made = current.load(std::memory_order_acquire);
+    while (made == nullptr || !made->is_of_this_process()) {
+        Pool* const fresh = new (std::nothrow) Pool;
+        if (fresh == nullptr) return nullptr;
+        if (current.compare_exchange_strong(made, fresh, std::memory_order_acq_rel)) return fresh;
+        delete fresh;  // another thread was first, and it has no threads yet
+    }
+    return made;
+}
+
+}  // namespace
+
+void run_with_helpers(unsigned helpers, void (*run)(void*) noexcept, void* context) noexcept {
+    Pool* const threads = helpers == 0 ? nullptr : pool();
+    if (threads == nullptr) {
+        run(context);
+    } else {
+        threads->run(helpers, run, context);
+    }
+}
+
+}  // namespace pydedup::detail

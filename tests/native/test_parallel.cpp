@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// parallel_for: every index once, errors, nesting, many callers at once, and children of a fork.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/parallel.hpp"
+#include "check.hpp"
+
+using namespace pydedup;
+
+namespace {
+
+bool covers(std::size_t count, std::size_t grain, unsigned threads) {
+    std::vector<std::atomic<int>> seen(count);
+    parallel_for(count, grain, threads, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t i = begin; i < end; ++i) ++seen[i];
+    });
+    for (const auto& times : seen) {
+        if (times != 1) return false;
+    }
+    return true;
+}
+
+TEST(every_index_comes_once) {
+    for (const std::size_t count : {0, 1, 2, 7, 64, 1000}) {
+        for (const std::size_t grain : {1, 3, 64, 5000}) {
+            for (const unsigned threads : {1U, 2U, 5U}) CHECK(covers(count, grain, threads));
+        }
+    }
+}
+
+TEST(the_end_of_the_range_does_not_overflow) {
+    const auto most = static_cast<std::size_t>(-1);
+    std::size_t last = 0;
+    parallel_for(most, most - 1, 1, [&](std::size_t, std::size_t end) { last = end; });
+    CHECK(last == most);
+}
+
+TEST(the_first_error_reaches_the_caller) {
+    for (int round = 0; round < 20; ++round) {
+        std::atomic<int> ended{0};
+        bool caught = false;
+        try {
+            parallel_for(100, 1, 4, [&](std::size_t begin, std::size_t) {
+                if (begin == 10) throw std::runtime_error("ten");
+                ++ended;
+            });
+        } catch (const std::runtime_error& error) {
+            caught = std::string(error.what()) == "ten";
+        }
+        CHECK(caught);
+        CHECK(ended < 100);
+    }
+}
+
+TEST(work_inside_of_work) {
+    std::atomic<int> sum{0};
+    parallel_for(8, 1, 4, [&](std::size_t, std::size_t) {
+        parallel_for(100, 7, 3, [&](std::size_t begin, std::size_t end) {
+            sum += static_cast<int>(end - begin);
+        });
+    });
+    CHECK(sum == 800);
+}
+
+TEST(many_callers_share_the_threads) {
+    std::vector<std::thread> callers;
+    std::atomic<int> right{0};
+    for (unsigned caller = 0; caller < 6; ++caller) {
+        callers.emplace_back([&right, caller] {
+            for (int round = 0; round < 200; ++round) right += covers(40, 1, 2 + caller) ? 1 : 0;
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+    CHECK(right == 6 * 200);
+}
+
+TEST(helpers_do_come) {
+    // Each piece waits until another thread has begun one: with helpers that ends, however late
+    // they are.
+    std::atomic<int> begun{0};
+    parallel_for(2, 1, 2, [&](std::size_t, std::size_t) {
+        ++begun;
+        while (begun < 2) std::this_thread::yield();
+    });
+    CHECK(begun == 2);
+}
+
+TEST(after_a_pause_they_come_again) {
+    for (int round = 0; round < 5; ++round) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));  // long enough to fall asleep
+        std::atomic<int> begun{0};
+        parallel_for(3, 1, 3, [&](std::size_t, std::size_t) {
+            ++begun;
+            while (begun < 3) std::this_thread::yield();
+        });
+        CHECK(begun == 3);
+    }
+}
+
+#if !defined(__SANITIZE_THREAD__)  // which allows no threads after a fork
+TEST(a_forked_child_has_threads_of_its_own) {
+    CHECK(covers(100, 1, 3));
+    const pid_t child = fork();
+    if (child == 0) {
+        std::atomic<int> begun{0};
+        parallel_for(2, 1, 2, [&](std::size_t, std::size_t) {
+            ++begun;
+            while (begun < 2) std::this_thread::yield();
+        });
+        _exit(covers(100, 1, 3) ? 0 : 1);
+    }
+    int status = -1;
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK(covers(100, 1, 3));
+}
+#endif
+
+}  // namespace
+
+PYDEDUP_TEST_MAIN
