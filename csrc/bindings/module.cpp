@@ -11,4 +11,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     pydedup::bind_storage(m);
     pydedup::bind_packing(m);
     pydedup::bind_gemm(m);
+    pydedup::bind_similarity(m);
 }

@@ -10,6 +10,7 @@
 #include "kernels/codec_kernels.hpp"
 #include "kernels/gemm_kernels.hpp"
 #include "kernels/hash_kernels.hpp"
+#include "kernels/similarity_kernels.hpp"
 
 namespace pydedup {
 
@@ -18,6 +19,7 @@ struct KernelTable {
     HashKernels hash;
     CodecKernels codec;
     GemmKernels gemm;
+    SimilarityKernels similarity;
 };
 
 // One per translation unit of this folder; which of them exist is said by PYDEDUP_HAVE_<ISA>.

@@ -7,6 +7,7 @@
 #include "kernels/codec_neon-inl.hpp"
 #include "kernels/gemm_neon-inl.hpp"
 #include "kernels/hash_neon-inl.hpp"
+#include "kernels/similarity_scalar-inl.hpp"  // no vector form of these yet
 
 namespace pydedup {
 
@@ -15,6 +16,7 @@ const KernelTable kNeonKernels = {
     isa_neon::kHash,
     isa_neon::kCodec,
     isa_neon::kGemm,
+    isa_scalar::kSimilarity,
 };
 
 }  // namespace pydedup

@@ -5,6 +5,7 @@
 #include "kernels/codec_scalar-inl.hpp"
 #include "kernels/gemm_scalar-inl.hpp"
 #include "kernels/hash_scalar-inl.hpp"
+#include "kernels/similarity_scalar-inl.hpp"
 
 namespace pydedup {
 
@@ -13,6 +14,7 @@ const KernelTable kScalarKernels = {
     isa_scalar::kHash,
     isa_scalar::kCodec,
     isa_scalar::kGemm,
+    isa_scalar::kSimilarity,
 };
 
 }  // namespace pydedup

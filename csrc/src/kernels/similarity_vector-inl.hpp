@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the vector kernels share, written on registers of 16 logical lanes. Included INSIDE the
+// namespace of an instruction set (no guard on purpose), after these were defined:
+//
+// V: 16 f32 lanes. Reg, Words (16 sign words), Move (a lane permutation i -> i ^ m); kFoldStrips
+//    strips and kRadix (4 or 8) groups fit into registers at once; zero, load, store, add, sub,
+//    mul; load_words, shift (left), flip (negate where the highest bit is set), make_move, move;
+//    butterfly<d> (lanes d apart); add_to_f64 (to 16 doubles in memory).
+// F32, F64, F16, Bf16: kBytes; fold, fold_n (n elements, zeros behind) give V::Reg; value, value_n
+//    give Num::Reg. Num is V or the same for f64, which also has set1, abs, greatest(a, b) (b where
+//    a is NaN), count_within, max_of and Wide: 16 f64 sums with clear, add, total.
+// Keys32, Keys64 (see the end of this file), and sketch_distance.
+//
+// Each sum is over the same terms in the same order as in the scalar form, because lanes never mix:
+// results are equal bit by bit.
+
+// ---- folding ------------------------------------------------------------------------------------
+
+template <class V, class Element, std::size_t S>
+void fold_full(const std::uint8_t* data, const FoldStrip& strip, std::size_t pitch,
+               const std::uint32_t* signs, const std::uint16_t* moves, float* buckets,
+               double* squares) noexcept {
+    typename V::Reg strip_squares[S];
+    typename V::Move lane_moves[S];
+    std::size_t group_moves[S];
+#pragma GCC unroll 4
+    for (std::size_t s = 0; s < S; ++s) {
+        strip_squares[s] = V::zero();
+        lane_moves[s] = V::make_move(moves[s] % kSimLanes);
+        group_moves[s] = moves[s] / kSimLanes;
+    }
+    for (std::size_t half = 0; half < 2; ++half) {
+        typename V::Words words[S];
+#pragma GCC unroll 4
+        for (std::size_t s = 0; s < S; ++s) {
+            words[s] = V::load_words(signs + s * kSignWords + half * kSimLanes);
+        }
+        for (std::size_t g = half * 32; g < half * 32 + 32; ++g) {
+            typename V::Reg sum = V::load(buckets + g * kSimLanes);
+#pragma GCC unroll 4
+            for (std::size_t s = 0; s < S; ++s) {
+                const std::uint8_t* at = data + s * pitch + strip.offset[g ^ group_moves[s]];
+                const typename V::Reg x = V::move(Element::fold(at), lane_moves[s]);
+                sum = V::add(sum, V::flip(x, words[s]));
+                strip_squares[s] = V::add(strip_squares[s], V::mul(x, x));
+                words[s] = V::shift(words[s], 1);
+            }
+            V::store(buckets + g * kSimLanes, sum);
+        }
+    }
+#pragma GCC unroll 4
+    for (std::size_t s = 0; s < S; ++s) V::add_to_f64(squares, strip_squares[s]);
+}
+
+template <class V, class Element>
+void fold_part(const std::uint8_t* data, const FoldStrip& strip, const std::uint32_t* signs,
+               std::size_t move, float* buckets, double* squares) noexcept {
+    const typename V::Words words[2] = {V::load_words(signs), V::load_words(signs + kSimLanes)};
+    const typename V::Move lane_move = V::make_move(move % kSimLanes);
+    const std::size_t group_move = move / kSimLanes;
+    typename V::Reg strip_squares = V::zero();
+    for (std::size_t g = 0; g < kFoldGroups; ++g) {
+        const std::size_t t = g ^ group_move;
+        if (t >= strip.groups) continue;
+        const std::uint8_t* at = data + strip.offset[t];
+        const typename V::Reg x = V::move(Element::fold_n(at, strip.lanes[t]), lane_move);
+        const typename V::Reg signed_x = V::flip(x, V::shift(words[g / 32], g % 32));
+        float* bucket = buckets + g * kSimLanes;
+        V::store(bucket, V::add(V::load(bucket), signed_x));
+        strip_squares = V::add(strip_squares, V::mul(x, x));
+    }
+    V::add_to_f64(squares, strip_squares);
+}
+
+template <class V, class Element>
+void fold(const std::uint8_t* data, const FoldStrip& strip, std::size_t strips, std::size_t pitch,
+          const std::uint32_t* signs, const std::uint16_t* moves, float* buckets,
+          double* squares) noexcept {
+    std::size_t s = 0;
+    if (strip.full) {
+        for (; s + V::kFoldStrips <= strips; s += V::kFoldStrips) {
+            fold_full<V, Element, V::kFoldStrips>(data + s * pitch, strip, pitch,
+                                                  signs + s * kSignWords, moves + s, buckets,
+                                                  squares);
+        }
+    }
+    for (; s < strips; ++s) {
+        fold_part<V, Element>(data + s * pitch, strip, signs + s * kSignWords, moves[s], buckets,
+                              squares);
+    }
+}
+
+// ---- Walsh-Hadamard transforms ------------------------------------------------------------------
+
+template <class V>
+void cross(typename V::Reg& a, typename V::Reg& b) noexcept {
+    const typename V::Reg sum = V::add(a, b);
+    b = V::sub(a, b);
+    a = sum;
+}
+
+template <class V>
+typename V::Reg cross_lanes(typename V::Reg x) noexcept {
+    x = V::template butterfly<1>(x);
+    x = V::template butterfly<2>(x);
+    x = V::template butterfly<4>(x);
+    return V::template butterfly<8>(x);
+}
+
+// Butterflies A, then B groups apart, on the groups whose bits A and B are 0.
+template <class V, std::size_t A, std::size_t B, bool Last>
+void hadamard_pass4(float* x, const std::uint32_t* signs) noexcept {
+    for (std::size_t g = 0; g < kFoldGroups; ++g) {
+        if ((g & (A | B)) != 0) continue;
+        const std::size_t at[4] = {g, g + A, g + B, g + A + B};
+        typename V::Reg r[4];
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < 4; ++i) r[i] = V::load(x + at[i] * kSimLanes);
+        cross<V>(r[0], r[1]);
+        cross<V>(r[2], r[3]);
+        cross<V>(r[0], r[2]);
+        cross<V>(r[1], r[3]);
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < 4; ++i) {
+            if (Last) {
+                const auto words = V::load_words(signs + at[i] / 32 * kSimLanes);
+                r[i] = V::flip(cross_lanes<V>(r[i]), V::shift(words, at[i] % 32));
+            }
+            V::store(x + at[i] * kSimLanes, r[i]);
+        }
+    }
+}
+
+// Butterflies A, 2 A and 4 A groups apart.
+template <class V, std::size_t A, bool Last>
+void hadamard_pass8(float* x, const std::uint32_t* signs) noexcept {
+    for (std::size_t g = 0; g < kFoldGroups; ++g) {
+        if ((g & (7 * A)) != 0) continue;
+        typename V::Reg r[8];
+#pragma GCC unroll 8
+        for (std::size_t i = 0; i < 8; ++i) r[i] = V::load(x + (g + i * A) * kSimLanes);
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < 8; i += 2) cross<V>(r[i], r[i + 1]);
+        cross<V>(r[0], r[2]);
+        cross<V>(r[1], r[3]);
+        cross<V>(r[4], r[6]);
+        cross<V>(r[5], r[7]);
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < 4; ++i) cross<V>(r[i], r[i + 4]);
+#pragma GCC unroll 8
+        for (std::size_t i = 0; i < 8; ++i) {
+            const std::size_t at = g + i * A;
+            if (Last) {
+                const auto words = V::load_words(signs + at / 32 * kSimLanes);
+                r[i] = V::flip(cross_lanes<V>(r[i]), V::shift(words, at % 32));
+            }
+            V::store(x + at * kSimLanes, r[i]);
+        }
+    }
+}
+
+template <class V>
+void hadamard_and_flip(float* x, const std::uint32_t* signs) noexcept {
+    if constexpr (V::kRadix == 8) {
+        hadamard_pass8<V, 8, false>(x, signs);
+        hadamard_pass8<V, 1, true>(x, signs);
+    } else {
+        hadamard_pass4<V, 8, 16, false>(x, signs);
+        hadamard_pass4<V, 32, 1, false>(x, signs);
+        hadamard_pass4<V, 2, 4, true>(x, signs);
+    }
+}
+
+template <class V>
+void mix(float* buckets, const std::uint32_t* signs, std::size_t outputs, float* out) noexcept {
+    hadamard_and_flip<V>(buckets, signs);
+    hadamard_and_flip<V>(buckets, signs + kSignWords);
+    std::size_t left = kFoldBuckets;
+    for (; left > outputs; left /= 2) {
+        for (std::size_t i = 0; i < left / 2; i += kSimLanes) {
+            V::store(buckets + i, V::add(V::load(buckets + i), V::load(buckets + i + left / 2)));
+        }
+    }
+    for (std::size_t apart = outputs / 2; apart >= kSimLanes; apart /= 2) {
+        for (std::size_t i = 0; i < outputs; i += kSimLanes) {
+            if ((i & apart) != 0) continue;
+            typename V::Reg a = V::load(buckets + i);
+            typename V::Reg b = V::load(buckets + i + apart);
+            cross<V>(a, b);
+            V::store(buckets + i, a);
+            V::store(buckets + i + apart, b);
+        }
+    }
+    for (std::size_t i = 0; i < outputs; i += kSimLanes) {
+        V::store(out + i, cross_lanes<V>(V::load(buckets + i)));
+    }
+}
+
+// ---- comparing ----------------------------------------------------------------------------------
+
+template <class Element>
+void compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8_t* b,
+             std::size_t b_stride, std::size_t rows, std::size_t cols, double eps, double limit,
+             Comparison& out) noexcept {
+    using Num = typename Element::Num;
+    using Reg = typename Num::Reg;
+    const Reg close = Num::set1(eps);
+    typename Num::Wide whole_squares;
+    typename Num::Wide whole_differences;
+    whole_squares.clear();
+    whole_differences.clear();
+    Reg squares = Num::zero();
+    Reg differences = Num::zero();
+    Reg greatest = Num::zero();
+    std::uint64_t within = 0;
+    std::size_t groups = 0;
+    double total = 0;
+    for (std::size_t r = 0; r < rows && !(total > limit); ++r, a += a_stride, b += b_stride) {
+        for (std::size_t c = 0; c < cols; c += kSimLanes) {
+            const std::uint8_t* left_at = a + c * Element::kBytes;
+            const std::uint8_t* right_at = b + c * Element::kBytes;
+            const std::size_t n = cols - c;
+            Reg left;
+            Reg difference;
+            if (n >= kSimLanes) {
+                left = Element::value(left_at);
+                difference = Num::sub(left, Element::value(right_at));
+            } else {
+                left = Element::value_n(left_at, n);
+                difference = Num::sub(left, Element::value_n(right_at, n));
+            }
+            const Reg size = Num::abs(difference);
+            squares = Num::add(squares, Num::mul(left, left));
+            differences = Num::add(differences, Num::mul(difference, difference));
+            greatest = Num::greatest(size, greatest);
+            within += Num::count_within(size, close, n < kSimLanes ? n : kSimLanes);
+            if (++groups != kFoldGroups) continue;
+            groups = 0;
+            whole_squares.add(squares);
+            whole_differences.add(differences);
+            squares = Num::zero();
+            differences = Num::zero();
+            total = whole_differences.total();
+            if (total > limit) break;
+        }
+    }
+    whole_squares.add(squares);
+    whole_differences.add(differences);
+    out.squares = whole_squares.total();
+    out.squared_difference = whole_differences.total();
+    out.greatest_difference = Num::max_of(greatest);
+    out.within = within;
+}
+
+template <class Element>
+double sum_squares(const std::uint8_t* data, std::size_t stride, std::size_t rows,
+                   std::size_t cols) noexcept {
+    using Num = typename Element::Num;
+    typename Num::Wide whole;
+    whole.clear();
+    typename Num::Reg squares = Num::zero();
+    std::size_t groups = 0;
+    for (std::size_t r = 0; r < rows; ++r, data += stride) {
+        for (std::size_t c = 0; c < cols; c += kSimLanes) {
+            const std::uint8_t* at = data + c * Element::kBytes;
+            const auto x =
+                cols - c >= kSimLanes ? Element::value(at) : Element::value_n(at, cols - c);
+            squares = Num::add(squares, Num::mul(x, x));
+            if (++groups != kFoldGroups) continue;
+            groups = 0;
+            whole.add(squares);
+            squares = Num::zero();
+        }
+    }
+    whole.add(squares);
+    return whole.total();
+}
+
+// ---- selection ----------------------------------------------------------------------------------
+
+// Keys: Key, kLanes, Reg; load, set1 (of keys, biased where the compare is signed), and
+// below(a, b): how many lanes of a are less than those of b; store_between(x, low, high, out,
+// below) appends the lanes in [low, high) to out and returns how many; min.
+
+template <class Keys>
+std::size_t count_below(const typename Keys::Key* keys, std::size_t count,
+                        typename Keys::Key pivot) noexcept {
+    const typename Keys::Reg limit = Keys::set1(pivot);
+    std::size_t below = 0;
+    std::size_t i = 0;
+    for (; i + 2 * Keys::kLanes <= count; i += 2 * Keys::kLanes) {
+        below += Keys::below(Keys::load(keys + i), limit);
+        below += Keys::below(Keys::load(keys + i + Keys::kLanes), limit);
+    }
+    for (; i < count; ++i) below += keys[i] < pivot ? 1 : 0;
+    return below;
+}
+
+template <class Keys>
+Filtered filter(const typename Keys::Key* keys, std::size_t count, typename Keys::Key low,
+                typename Keys::Key high, typename Keys::Key* out) noexcept {
+    const typename Keys::Reg from = Keys::set1(low);
+    const typename Keys::Reg to = Keys::set1(high);
+    Filtered found{0, 0};
+    std::size_t i = 0;
+    for (; i + Keys::kLanes <= count; i += Keys::kLanes) {
+        found.kept += Keys::store_between(keys + i, from, to, out + found.kept, found.below);
+    }
+    for (; i < count; ++i) {
+        const typename Keys::Key key = keys[i];
+        if (key < low) {
+            ++found.below;
+        } else if (key < high) {
+            out[found.kept++] = key;
+        }
+    }
+    return found;
+}
+
+// Not worth registers: it runs once per block, on what a filter left.
+template <class Key>
+Key next_above(const Key* keys, std::size_t count, Key pivot) noexcept {
+    Key next = ~Key{0};
+    for (std::size_t i = 0; i < count; ++i) {
+        const Key key = keys[i] > pivot ? keys[i] : ~Key{0};
+        next = key < next ? key : next;
+    }
+    return next;
+}
+
+template <class V, class Element>
+constexpr ElementKernels kElement = {fold<V, Element>, compare<Element>, sum_squares<Element>};
+
+template <class Keys>
+constexpr SelectKernels<typename Keys::Key> kSelect = {count_below<Keys>, filter<Keys>,
+                                                       next_above<typename Keys::Key>};
