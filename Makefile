@@ -60,6 +60,11 @@ native:  ## the C++ core alone, and its tests
 	@scripts/setup.sh
 	@scripts/native.sh dev
 
+.PHONY: cross
+cross:  ## the native tests on emulated CPUs: 64-bit Arm, and x86-64 without AVX
+	@scripts/setup.sh
+	@scripts/cross.sh
+
 .PHONY: sanitize
 sanitize:  ## the native tests under ASan + UBSan and under TSan
 	@scripts/setup.sh

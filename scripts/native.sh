@@ -4,13 +4,15 @@
 # A preset without tests (tidy) is only compiled. Needs nothing of Python but cmake and ninja.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
-[ $# -gt 0 ] || die "which preset? dev, asan-ubsan, tsan, tidy"
+[ $# -gt 0 ] || die "which preset? dev, asan-ubsan, tsan, tidy, aarch64"
 
 for preset in "$@"; do
     runner=()
+    tests=("$preset")
     case $preset in
         # TSan's shadow memory does not fit every random address layout that new kernels choose.
         tsan) have setarch && runner=(setarch "$(uname -m)" -R) ;;
+        aarch64) tests=(aarch64-scalar aarch64-neon) ;;
         # Its checks are read from .clang-tidy when a file is compiled, so that all are again.
         tidy)
             have clang-tidy || step "clang-tidy" tidy-install "$VENV/bin/pip" install "$(sed -n 's/.*"\(clang-tidy[^"]*\)".*/\1/p' pyproject.toml)"
@@ -22,6 +24,9 @@ for preset in "$@"; do
         step "clang-tidy" tidy-build cmake --build --preset tidy -- -k 0
     else
         step "compile $preset" "$preset-build" cmake --build --preset "$preset"
-        "${runner[@]}" ctest --preset "$preset" | tee "$LOGS/$preset-test.log"
+        for test in "${tests[@]}"; do
+            say "" "== tests of $test"
+            "${runner[@]}" ctest --preset "$test" | tee "$LOGS/$test-test.log"
+        done
     fi
 done

@@ -69,13 +69,17 @@ inline void hash_tail(const std::uint8_t* data, std::size_t left, const std::uin
 
 inline void hash_finish(const HashState& state, std::size_t rows, std::size_t row_bytes,
                         std::uint64_t seed, std::uint64_t* out) noexcept {
-    alignas(64) std::uint64_t product[kLanes];
-    alignas(64) std::uint64_t sum[kLanes];
+    std::uint64_t keyed[2][kLanes];
+#pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-        vst1q_u64(product + 2 * j, state.product[j]);
-        vst1q_u64(sum + 2 * j, state.sum[j]);
+        const uint64x2_t swapped = vextq_u64(state.sum[j], state.sum[j], 1);
+        const uint64x2_t mixed = vaddq_u64(state.product[j], swapped);
+        for (int h = 0; h < 2; ++h) {
+            const uint64x2_t key = vld1q_u64(kHashKeys.fold[h] + 2 * j);
+            vst1q_u64(keyed[h] + 2 * j, veorq_u64(mixed, key));
+        }
     }
-    finish_hash(product, sum, rows, row_bytes, seed, out);
+    fold_lanes(keyed, rows, row_bytes, seed, out);
 }
 
 #include "kernels/hash_vector-inl.hpp"
