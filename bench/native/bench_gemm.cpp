@@ -55,7 +55,8 @@ Workload matmul(const std::string& name, std::size_t m, unsigned threads) {
                                 threads});
                 product.feed(data->blocks);
                 keep(data->y.data());
-            }};
+            },
+            threads};
 }
 
 }  // namespace

@@ -1,41 +1,93 @@
 // SPDX-License-Identifier: Apache-2.0
-// pydedup_bench [--list] [--json] [--seconds S] [NAME-PREFIX ...]
-//
-// Runs the workloads whose names begin with one of the prefixes (all without). GB/s and GFLOP/s are
-// also given as a share of what this machine was just measured to read and to compute per thread.
+// pydedup_bench: the native benchmark harness. kHelp says what it does; workloads are in
+// bench_<area>.cpp, timing is in harness.cpp, the machine's limits in machine.cpp.
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "harness.hpp"
+#include "machine.hpp"
 #include "pydedup/cpu.hpp"
+#include "pydedup/error.hpp"
+#include "report.hpp"
 
 namespace {
 
+constexpr const char* kHelp =
+    R"(usage: pydedup_bench [OPTION...] [NAME-PREFIX...]
+
+Runs the native workloads whose names begin with one of the prefixes; without any, all of them.
+Each is run once to warm up, then for the given time. Shown are the median of a round, half of the
+distance between the quartiles in percent of it, and what of these the workload has: GB/s it reads,
+GFLOP/s it computes (each also in percent of what this machine was just measured to do with the
+same number of threads, one or two), items/s.
+
+  --list           print the names and what they are
+  --filter TEXT    of those, run the ones with TEXT in their name; may be given several times
+  --kernel NAME    the kernel to run with: a demand, as PYDEDUP_KERNEL is (scalar, avx2, ...)
+  --seconds S      time for each workload (0.5)
+  --json           print one JSON document instead of lines
+  --smoke          run each once, on little data where it can; the numbers mean nothing
+  --help           print this
+
+Compare two JSON documents with bench/compare.py. Exit status: 0, 1 for a failure, 2 for wrong
+arguments.
+)";
+
+struct BadArguments : std::runtime_error {
+    using runtime_error::runtime_error;
+};
+
 struct Options {
+    bool help = false;
     bool list = false;
     bool json = false;
+    bool smoke = false;
     double seconds = 0.5;
+    std::string kernel;
+    std::vector<std::string> filters;
     std::vector<std::string> prefixes;
 };
 
-Options parse(int argc, char** argv) {
+double as_seconds(const std::string& value) {
+    double seconds = 0;
+    const char* end = value.data() + value.size();
+    const auto [stop, error] = std::from_chars(value.data(), end, seconds);
+    if (error != std::errc{} || stop != end || !(seconds > 0) || seconds > 3600) {
+        throw BadArguments("--seconds takes a number above 0, up to 3600, got '" + value + "'");
+    }
+    return seconds;
+}
+
+Options parse(const std::vector<std::string>& arguments) {
     Options options;
-    for (int i = 1; i < argc; ++i) {
-        const std::string argument = argv[i];
-        if (argument == "--list") {
+    for (std::size_t i = 0; i < arguments.size(); ++i) {
+        const std::string& argument = arguments[i];
+        const auto value = [&]() -> const std::string& {
+            if (i + 1 == arguments.size()) throw BadArguments(argument + " needs a value");
+            return arguments[++i];
+        };
+        if (argument == "--help") {
+            options.help = true;
+        } else if (argument == "--list") {
             options.list = true;
         } else if (argument == "--json") {
             options.json = true;
-        } else if (argument == "--seconds" && i + 1 < argc) {
-            options.seconds = std::atof(argv[++i]);
-        } else if (argument.starts_with("-")) {
-            std::fprintf(
-                stderr, "usage: pydedup_bench [--list] [--json] [--seconds S] [NAME-PREFIX ...]\n");
-            std::exit(argument == "--help" ? 0 : 2);
+        } else if (argument == "--smoke") {
+            options.smoke = true;
+        } else if (argument == "--seconds") {
+            options.seconds = as_seconds(value());
+        } else if (argument == "--kernel") {
+            options.kernel = value();
+        } else if (argument == "--filter") {
+            options.filters.push_back(value());
+        } else if (argument.starts_with("-") || argument.empty()) {
+            throw BadArguments("unknown option '" + argument + "'");
         } else {
             options.prefixes.push_back(argument);
         }
@@ -43,75 +95,92 @@ Options parse(int argc, char** argv) {
     return options;
 }
 
-bool wanted(const Options& options, const std::string& name) {
-    if (options.prefixes.empty()) return true;
-    for (const std::string& prefix : options.prefixes) {
-        if (name.starts_with(prefix)) return true;
-    }
-    return false;
-}
-
-void print(const bench::Result& r, const bench::Machine& machine, bool json) {
-    const double of_read = 100.0 * r.gb_per_second / machine.read_gb_per_second;
-    const double of_peak = 100.0 * r.gflop_per_second / machine.peak_gflop_per_second;
-    if (json) {
-        std::printf(
-            "{\"name\": \"%s\", \"what\": \"%s\", \"seconds\": %.9g, \"spread_percent\": %.3g, "
-            "\"rounds\": %zu, \"gb_per_second\": %.5g, \"gflop_per_second\": %.5g, "
-            "\"items_per_second\": %.5g}",
-            r.name.c_str(), r.what.c_str(), r.seconds, r.spread, r.rounds, r.gb_per_second,
-            r.gflop_per_second, r.items_per_second);
-        return;
-    }
-    std::printf("%-24s %10.3f ms  +-%4.1f %%", r.name.c_str(), 1e3 * r.seconds, r.spread);
-    if (r.gb_per_second > 0) std::printf("  %7.2f GB/s (%4.0f %%)", r.gb_per_second, of_read);
-    if (r.gflop_per_second > 0)
-        std::printf("  %7.1f GFLOP/s (%4.0f %%)", r.gflop_per_second, of_peak);
-    if (r.items_per_second > 0) std::printf("  %8.3g items/s", r.items_per_second);
-    std::printf("  %s\n", r.what.c_str());
-    std::fflush(stdout);
-}
-
-int run(const Options& options) {
+std::vector<bench::Entry> all_entries() {
     std::vector<bench::Entry> entries;
-    for (const auto& group : {bench::hash_entries(), bench::codec_entries(),
+    for (const auto& group : {bench::hash_entries(), bench::xxh3_entries(), bench::codec_entries(),
                               bench::packing_entries(), bench::gemm_entries()}) {
         entries.insert(entries.end(), group.begin(), group.end());
     }
-    if (options.list) {
-        for (const bench::Entry& entry : entries) std::printf("%s\n", entry.name.c_str());
+    return entries;
+}
+
+// Each prefix and each filter must fit something: a name that was mistyped is no empty run.
+std::vector<bench::Entry> chosen(const Options& options) {
+    std::vector<bench::Entry> entries = all_entries();
+    const auto narrow = [&entries](const std::vector<std::string>& wanted, const char* kind,
+                                   auto fits) {
+        if (wanted.empty()) return;
+        for (const std::string& text : wanted) {
+            bool any = false;
+            for (const bench::Entry& entry : entries) any = any || fits(entry.name, text);
+            if (!any)
+                throw BadArguments("no workload " + std::string(kind) + " '" + text +
+                                   "'; see --list");
+        }
+        std::erase_if(entries, [&](const bench::Entry& entry) {
+            for (const std::string& text : wanted) {
+                if (fits(entry.name, text)) return false;
+            }
+            return true;
+        });
+    };
+    narrow(options.prefixes, "begins with",
+           [](std::string_view name, const std::string& text) { return name.starts_with(text); });
+    narrow(options.filters, "that was chosen contains",
+           [](std::string_view name, const std::string& text) {
+               return name.find(text) != std::string_view::npos;
+           });
+    return entries;
+}
+
+std::string kernel_in_use() {
+    try {
+        return pydedup::active_kernel();
+    } catch (const pydedup::Error& error) {
+        throw BadArguments(error.what());
+    }
+}
+
+int run(const Options& options) {
+    if (options.help) {
+        std::fputs(kHelp, stdout);
         return 0;
     }
-    const bench::Machine machine = bench::measure_machine(options.seconds);
-    if (options.json) {
-        std::printf(
-            "{\"kernel\": \"%s\", \"machine\": {\"read_gb_per_second\": %.5g, "
-            "\"peak_gflop_per_second\": %.5g}, \"results\": [\n",
-            pydedup::active_kernel().c_str(), machine.read_gb_per_second,
-            machine.peak_gflop_per_second);
-    } else {
-        std::printf("kernel %s; one thread reads %.1f GB/s from memory and computes %.1f GFLOP/s\n",
-                    pydedup::active_kernel().c_str(), machine.read_gb_per_second,
-                    machine.peak_gflop_per_second);
+    if (!options.kernel.empty()) setenv("PYDEDUP_KERNEL", options.kernel.c_str(), 1);
+    bench::set_smoke(options.smoke);
+    const std::vector<bench::Entry> entries = chosen(options);
+    if (options.list) {
+        bench::set_smoke(true);
+        for (const bench::Entry& entry : entries) {
+            std::printf("%-26s %s\n", entry.name.c_str(), entry.make().what.c_str());
+        }
+        return 0;
     }
-    bool first = true;
+    const std::string kernel = kernel_in_use();
+    const double seconds = options.smoke ? 0 : options.seconds;
+    const bench::Machine machine = bench::measure_machine(seconds);
+    if (!options.json) std::fputs(bench::heading(machine, kernel).c_str(), stdout);
+    std::vector<bench::Result> results;
     for (const bench::Entry& entry : entries) {
-        if (!wanted(options, entry.name)) continue;
-        const bench::Result result = bench::run(entry.make(), options.seconds);
-        if (options.json && !first) std::printf(",\n");
-        first = false;
-        print(result, machine, options.json);
+        results.push_back(bench::run(entry.make(), seconds));
+        std::FILE* out = options.json ? stderr : stdout;  // progress, or the result itself
+        std::fputs(bench::line(results.back(), machine).c_str(), out);
+        std::fflush(out);
     }
-    if (options.json) std::printf("\n]}\n");
-    if (first) std::fprintf(stderr, "no workload begins with that; see --list\n");
-    return first ? 2 : 0;
+    if (options.json) {
+        std::fputs(bench::json_document(results, machine, kernel, seconds).c_str(), stdout);
+    }
+    return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
     try {
-        return run(parse(argc, argv));
+        return run(parse({argv + 1, argv + argc}));
+    } catch (const BadArguments& error) {
+        std::fprintf(stderr, "pydedup_bench: %s\n(--help says what there is)\n", error.what());
+        return 2;
     } catch (const std::exception& error) {
         std::fprintf(stderr, "pydedup_bench: %s\n", error.what());
         return 1;
