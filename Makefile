@@ -21,7 +21,7 @@ SANITIZERS ?= asan-ubsan tsan
 .PHONY: help
 help:  ## say what the commands are
 	@echo "pydedup: make <command>"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  %-17s %s\n' "$$name" "$$text"; done
 
 # -- The two commands for everybody ---------------------------------------------------------------
 
@@ -79,6 +79,16 @@ crash:  ## kill a writing process at random moments, 200 times; the store must v
 bench:  ## the benchmarks of bench/ (an idle machine gives better numbers)
 	@scripts/setup.sh bench
 	@scripts/bench.sh $(ARGS)
+
+.PHONY: bench-gate
+bench-gate:  ## instruction counts of the kernels against bench/callgrind/baseline.json (valgrind)
+	@scripts/setup.sh
+	@scripts/bench-gate.sh $(ARGS)
+
+.PHONY: bench-gate-update
+bench-gate-update:  ## make the counts of this compiler the baseline
+	@scripts/setup.sh
+	@scripts/bench-gate.sh --update $(ARGS)
 
 .PHONY: wheel
 wheel:  ## manylinux wheels for each Python found here, each tried in an empty environment
