@@ -58,10 +58,15 @@ class Layout:
     page_reads
         int64 per model: how many those are.
     least_reads
-        int64 per model: pages needed if it were alone, ceil(its blocks or bytes / capacity).
+        int64 per model: the bound on pages if it were alone, computed like ``lower_bound``.
     lower_bound
-        No layout stores fewer pages: the existing ones + ceil(new blocks or bytes / capacity).
-        Blocks whose sizes do not add up to full pages may need more.
+        No layout stores fewer pages: the existing ones, and for the new blocks ceil(blocks or
+        bytes / capacity), or more where large blocks leave room that no small one fills (bound L2
+        of Martello and Toth). Reached with blocks of equal size; others may need more.
+    optimal
+        Proved: no layout of the new blocks stores fewer pages, nor, with as many, has less
+        weighted page reads (weights to 24 bits). False when not proved, which happens with many
+        blocks, and always for the other algorithms than ``layout``.
     """
 
     algorithm: Algorithm
@@ -73,6 +78,7 @@ class Layout:
     page_reads: NDArray[np.int64]
     least_reads: NDArray[np.int64]
     lower_bound: int
+    optimal: bool
 
     @property
     def stored_pages(self) -> int:
@@ -155,7 +161,9 @@ def pack(
         Bytes per block, each 1 to ``capacity``; see `Sizes`.
     existing
         Pages already stored, as block ids in page order; ids that nobody owns may occur. They
-        stay as they are: owners of their blocks read them, and no new page holds such a block.
+        stay as they are: owners of their blocks read them, no new page holds such a block, and
+        room left on them is not used, since a page once stored never changes. A block on several
+        of them is read from where its owners read few pages.
     algorithm
         ``layout`` stores each block once, on as few pages as possible, and under that with the
         fewest page reads. The others are those of the paper: a model is exactly the union of its
@@ -177,13 +185,26 @@ def pack(
     ------
     ArgumentError
         When ids are negative or repeat within a model or page, a block is larger than a page, or
-        sizes or weights do not fit the owners.
+        sizes or weights do not fit the owners; the message names the argument.
 
     Notes
     -----
-    Near-linear in the number of (model, block) pairs; releases the GIL. Pages of one class hold
-    ids in ascending order and the blocks that do not fill a page are its last ones, so one pass
-    over a model in id order meets each of its pages in one stretch per class.
+    Near-linear in the number of (model, block) pairs; releases the GIL. CSR pairs of contiguous
+    int64 arrays are read where they are. Blocks of a class lie in id order over the pages, so one
+    pass over a model in id order meets each of its pages in one stretch per class.
+
+    How good ``layout`` is: with blocks of equal size the pages are always the fewest possible.
+    Page reads are found by a heuristic; what it is worth is measured in bench/RESULTS.md. Up to 32
+    new blocks a search over all placements follows, which nearly always ends, and then pages and
+    weighted reads are the least there can be, for blocks of unequal size too. Of larger problems
+    those are optimal whose reads reach a lower bound. ``optimal`` says which it was. With more
+    than 32 blocks of unequal size, pages are within one of the bound or no more than first fit
+    needs.
+
+    What the layout depends on: only the arguments, not on hash seeds, threads, the kernel in use
+    or the order of ids within a set. Ids are names: renaming them in a way that keeps their order
+    renames the layout. The order of the models decides between equals, but not the number of
+    pages with blocks of equal size.
 
     ``two_stage``, ``greedy1``, ``greedy2`` and ``baseline`` follow Zhou et al., "Serving Deep
     Learning Models with Deduplication from Relational Databases", PVLDB 15(10), 2022; there a page
@@ -195,7 +216,7 @@ def pack(
     owner_indptr, owner_ids = _as_rows(owners, "owners")
     existing_indptr, existing_ids = _as_rows(() if existing is None else existing, "existing")
     page_capacity = _as_capacity(capacity)
-    page_indptr, page_ids, read_indptr, read_pages, least_reads, lower_bound = _core.pack_pages(
+    indptr, page_ids, read_indptr, read_pages, least_reads, lower_bound, optimal = _core.pack_pages(
         owner_indptr,
         owner_ids,
         page_capacity,
@@ -213,11 +234,12 @@ def pack(
         capacity=page_capacity,
         in_bytes=sizes is not None,
         existing_pages=len(existing_indptr) - 1,
-        pages=_split(page_indptr, page_ids),
+        pages=_split(indptr, page_ids),
         reads=_split(read_indptr, read_pages),
         page_reads=page_reads,
         least_reads=least_reads,
         lower_bound=lower_bound,
+        optimal=optimal,
     )
 
 
@@ -232,7 +254,10 @@ def _as_rows(rows: object, name: str) -> _Rows:
             f"{type(rows).__name__}"
         )
     if isinstance(rows, tuple) and len(rows) == 2 and _is_csr(rows):
-        return _as_integers(rows[0], f"indptr of {name}"), _as_integers(rows[1], f"ids of {name}")
+        indptr, ids = _as_integers(rows[0], f"indptr of {name}"), _as_integers(rows[1], name)
+        if len(indptr) == 0:
+            raise ArgumentError(f"indptr of {name} is empty; row pointers begin with 0")
+        return indptr, ids
     parts = [_as_integers(row, f"{name}[{number}]") for number, row in enumerate(rows)]
     indptr = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=indptr[1:])
@@ -258,7 +283,7 @@ def _as_integers(values: Any, name: str) -> NDArray[np.int64]:
         array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max
     ):
         raise ArgumentError(f"{name} must hold 64-bit integers, not {array.dtype}")
-    return np.ascontiguousarray(array, np.int64)
+    return np.require(array, np.int64, ["C", "A"])
 
 
 def _as_capacity(capacity: int) -> int:
@@ -287,7 +312,7 @@ def _as_sizes(sizes: Sizes, owner_ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _as_weights(weights: ArrayLike, models: int) -> NDArray[np.float64]:
     try:
-        array = np.ascontiguousarray(weights, np.float64)
+        array = np.require(weights, np.float64, ["C", "A"])
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"weights must be numbers, one per model, not {weights!r}") from error
     if array.shape != (models,):

@@ -70,7 +70,7 @@ void bind_packing(py::module_& m) {
             return py::make_tuple(
                 as_array(std::move(result.page_indptr)), as_array(std::move(result.page_ids)),
                 as_array(std::move(result.read_indptr)), as_array(std::move(result.read_pages)),
-                as_array(std::move(result.least_reads)), result.lower_bound);
+                as_array(std::move(result.least_reads)), result.lower_bound, result.optimal);
         },
         py::arg("owner_indptr").noconvert(), py::arg("owner_ids").noconvert(), py::arg("capacity"),
         py::arg("sizes").noconvert(), py::arg("existing_indptr").noconvert(),

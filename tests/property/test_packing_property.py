@@ -86,7 +86,7 @@ def test_sizes_are_kept_within_the_capacity(
     sizes = {block: data.draw(st.integers(1, 20)) for block in ids}
     layout = pack(owners, capacity, sizes=sizes, algorithm=algorithm)
     layout.check(owners, sizes=sizes)
-    assert layout.lower_bound == ceil_div(sum(sizes.values()), capacity)
+    assert layout.lower_bound >= ceil_div(sum(sizes.values()), capacity)
     for page in layout.pages:
         assert sum(sizes[block] for block in page.tolist()) <= capacity
     if algorithm == "layout":

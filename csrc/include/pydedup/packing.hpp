@@ -44,8 +44,9 @@ struct PackResult {
     std::vector<std::int64_t> page_ids;
     std::vector<std::int64_t> read_indptr;  ///< rows per model
     std::vector<std::int64_t> read_pages;   ///< the pages that a model reads, ascending
-    std::vector<std::int64_t> least_reads;  ///< per model ceil(its blocks or bytes / capacity)
-    std::int64_t lower_bound;  ///< existing pages + ceil(new blocks or bytes / capacity)
+    std::vector<std::int64_t> least_reads;  ///< per model, the bound on pages for it alone
+    std::int64_t lower_bound;  ///< no layout has fewer pages, the existing ones included
+    bool optimal = false;  ///< proved, for `layout`: no fewer pages, nor with as many fewer reads
 };
 
 /// Packs the blocks that are on no existing page into new pages. Near-linear in the number of

@@ -34,6 +34,9 @@ class Checker {
             violation("sizes are given for " + std::to_string(request.sizes.size()) + " of " +
                       std::to_string(ids_.size()) + " distinct blocks");
         }
+        if (std::ranges::any_of(request.sizes, [](std::int64_t size) { return size < 1; })) {
+            violation("sizes has an entry below 1");
+        }
         existing_ = rows(request.existing);
         if (rows(claim.reads) != rows(request.owners)) {
             violation("it has reads of " + text(rows(claim.reads)) + " models, not of " +

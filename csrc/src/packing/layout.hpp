@@ -6,8 +6,14 @@
 
 namespace pydedup::packing {
 
+struct PackedLayout {
+    Rows pages;
+    bool optimal = false;  // proved: no layout of the new blocks has fewer pages, or as many and
+                           // less weighted reads of them
+};
+
 /// Pages that hold every new block once. Blocks of equal size: exactly the least number of pages.
 /// Otherwise never more than first fit needs for the same order of blocks.
-[[nodiscard]] Rows pack_layout(const Problem& problem);
+[[nodiscard]] PackedLayout pack_layout(const Problem& problem);
 
 }  // namespace pydedup::packing

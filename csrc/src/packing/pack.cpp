@@ -13,7 +13,7 @@ using packing::ExactPages;
 using packing::Index;
 using packing::Problem;
 
-ExactPages run(const Problem& problem, PackAlgorithm algorithm) {
+ExactPages run(const Problem& problem, PackAlgorithm algorithm, bool& optimal) {
     switch (algorithm) {
         case PackAlgorithm::two_stage:
             return packing::pack_two_stage(problem);
@@ -26,7 +26,9 @@ ExactPages run(const Problem& problem, PackAlgorithm algorithm) {
         case PackAlgorithm::layout:
             break;
     }
-    ExactPages out{packing::pack_layout(problem), {}};
+    packing::PackedLayout packed = packing::pack_layout(problem);
+    optimal = packed.optimal && problem.existing_reads_are_forced;
+    ExactPages out{std::move(packed.pages), {}};
     std::vector<Index> page_of(problem.blocks(), packing::kNone);
     for (std::size_t p = 0; p < out.pages.size(); ++p) {
         for (const Index b : out.pages.row(p)) page_of[b] = static_cast<Index>(p);
@@ -48,8 +50,8 @@ ExactPages run(const Problem& problem, PackAlgorithm algorithm) {
 
 PackResult pack_pages(const PackRequest& request) {
     Problem problem = packing::make_problem(request);
-    const ExactPages packed = run(problem, request.algorithm);
     PackResult result;
+    const ExactPages packed = run(problem, request.algorithm, result.optimal);
     result.least_reads = std::move(problem.least_reads);
     result.lower_bound = problem.lower_bound;
     result.page_indptr.assign(packed.pages.indptr.begin(), packed.pages.indptr.end());

@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "packing/bound.hpp"
 #include "packing/existing.hpp"
 #include "pydedup/error.hpp"
 
@@ -144,7 +145,7 @@ Rows renumber(const IdRows& rows, IdIndex& index, const char* name, bool strange
                 id = rows.ids[static_cast<std::size_t>(i)];
                 if (index.find(id) == *twice) break;
             }
-            fail(std::string(name) + " " + std::to_string(r) + " lists block " +
+            fail(std::string(name) + "[" + std::to_string(r) + "] lists block " +
                  std::to_string(id) + " twice; ids within one must be distinct");
         }
         out.close_row();
@@ -170,18 +171,14 @@ void take_sizes(const PackRequest& request, Problem& problem) {
     for (std::size_t b = 0; b < problem.blocks(); ++b) {
         const std::int64_t size = request.sizes[b];
         if (size < 1 || static_cast<std::uint64_t>(size) > request.capacity) {
-            fail("block " + std::to_string(problem.ids[b]) + " has size " + std::to_string(size) +
-                 ", but must have 1 to " + std::to_string(request.capacity) +
+            fail("sizes: block " + std::to_string(problem.ids[b]) + " has size " +
+                 std::to_string(size) + ", but must have 1 to " + std::to_string(request.capacity) +
                  " bytes to fit a page; use smaller blocks or larger pages");
         }
         total += static_cast<std::uint64_t>(size);
         if (total > kMostCapacity) fail("sizes add up to 2^63 bytes or more");
         problem.sizes.push_back(static_cast<std::uint64_t>(size));
     }
-}
-
-std::int64_t pages_for(std::uint64_t amount, std::uint64_t capacity) noexcept {
-    return static_cast<std::int64_t>(amount / capacity + (amount % capacity != 0 ? 1 : 0));
 }
 
 /// Weights as integers of 24 bits, so that sums are exact and ties are ties on every machine. A
@@ -195,7 +192,7 @@ std::vector<std::int64_t> take_weights(std::span<const double> weights, std::siz
     double top = 0;
     for (std::size_t m = 0; m < models; ++m) {
         if (!std::isfinite(weights[m]) || weights[m] < 0) {
-            fail("weight of model " + std::to_string(m) + " is " + std::to_string(weights[m]) +
+            fail("weights[" + std::to_string(m) + "] is " + std::to_string(weights[m]) +
                  "; weights are finite and not negative");
         }
         top = std::max(top, weights[m]);
@@ -232,37 +229,41 @@ Problem make_problem(const PackRequest& request) {
     check_rows(request.existing, "existing");
     Problem problem;
     IdIndex index(request.owners.ids, problem.ids);
-    problem.owned = renumber(request.owners, index, "owner", false);
+    problem.owned = renumber(request.owners, index, "owners", false);
     take_sizes(request, problem);
     problem.weights = take_weights(request.weights, problem.models());
-    problem.least_reads.reserve(problem.models());
-    for (std::size_t m = 0; m < problem.models(); ++m) {
-        std::uint64_t total = 0;
-        for (const Index b : problem.owned.row(m)) total += problem.amount(b);
-        problem.least_reads.push_back(pages_for(total, problem.capacity));
-    }
-
-    const Rows pages = renumber(request.existing, index, "existing page", true);
-    problem.existing_pages = pages.size();
-    std::vector<bool> placed(problem.blocks(), false);
-    for (const Index b : pages.items) placed[b] = true;
-    problem.existing_reads = choose_existing(problem.owned, pages, problem.blocks());
-    if (!pages.items.empty()) problem.owned = without(problem.owned, placed);
-
-    std::uint64_t total = 0;
-    for (Index b = 0; b < problem.blocks(); ++b) {
-        if (placed[b]) continue;
-        ++problem.new_blocks;
-        total += problem.amount(b);
-    }
-    problem.lower_bound =
-        static_cast<std::int64_t>(problem.existing_pages) + pages_for(total, problem.capacity);
     // Equal sizes are block counts in disguise, and those pack to the bound exactly.
     if (!problem.unit() &&
         std::ranges::adjacent_find(problem.sizes, std::not_equal_to{}) == problem.sizes.end()) {
         problem.capacity /= problem.sizes.front();
         problem.sizes.clear();
     }
+    std::vector<std::uint64_t> amounts;
+    problem.least_reads.reserve(problem.models());
+    for (std::size_t m = 0; m < problem.models(); ++m) {
+        amounts.clear();
+        for (const Index b : problem.owned.row(m)) amounts.push_back(problem.amount(b));
+        problem.least_reads.push_back(
+            static_cast<std::int64_t>(least_pages(amounts, problem.capacity)));
+    }
+
+    const Rows pages = renumber(request.existing, index, "existing", true);
+    problem.existing_pages = pages.size();
+    std::vector<bool> placed(problem.blocks(), false);
+    for (const Index b : pages.items) {
+        if (placed[b]) problem.existing_reads_are_forced = false;
+        placed[b] = true;
+    }
+    problem.existing_reads = choose_existing(problem.owned, pages, problem.blocks());
+    if (!pages.items.empty()) problem.owned = without(problem.owned, placed);
+
+    amounts.clear();
+    for (Index b = 0; b < problem.blocks(); ++b) {
+        if (!placed[b]) amounts.push_back(problem.amount(b));
+    }
+    problem.new_blocks = amounts.size();
+    problem.lower_bound =
+        static_cast<std::int64_t>(problem.existing_pages + least_pages(amounts, problem.capacity));
     return problem;
 }
 

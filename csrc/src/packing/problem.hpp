@@ -38,6 +38,7 @@ struct Problem {
     std::vector<std::int64_t> least_reads;
     std::int64_t lower_bound = 0;
     std::size_t existing_pages = 0;
+    bool existing_reads_are_forced = true;  // no owned block is on two existing pages
     std::size_t new_blocks = 0;
     std::vector<std::uint64_t> sizes;   // per block; empty: every block counts 1
     std::uint64_t capacity = 0;         // in the unit of `sizes`

@@ -31,8 +31,10 @@ using PageBlocks = std::vector<Index>;
 void refine_pairs(const Mixed& mixed, std::vector<PageBlocks>& pages);
 
 /// Goes on where no pair gains: shuffles a few pages, repacks, and keeps what is not worse. For few
-/// pages; with many it returns at once. Stops when no better layout can be had or after a fixed
-/// amount of work (about 0.1 s).
-void refine_further(const Mixed& mixed, std::vector<PageBlocks>& pages);
+/// pages; with many it returns at once. Stops at `least_reads`, which no layout of these blocks
+/// goes below (bound.hpp), or after a fixed amount of work: up to about 0.1 s, less where the gap
+/// to it is small beside all reads, `other_reads` of other pages included.
+void refine_further(const Mixed& mixed, std::vector<PageBlocks>& pages, std::int64_t least_reads,
+                    std::int64_t other_reads);
 
 }  // namespace pydedup::packing
