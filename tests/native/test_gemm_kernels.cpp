@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "check.hpp"
@@ -59,17 +60,26 @@ void check_kernels(const KernelTable& table, std::size_t m, std::size_t n, std::
     for (const auto& tile : kernels.tiles) {
         if (tile.width == 0) break;
         const std::size_t width = tile.width;
+        const std::size_t group = tile.group;
+        const std::size_t lanes = width * group;
         const auto xt = normal<T>(width * k);
         const auto start = normal<T>(width * n);
-        std::vector<T> packed(width * k), acc(width * n);
+        std::vector<T> packed((k + group - 1) / group * lanes), acc(n * lanes);
         for (std::size_t i = 0; i < width; ++i) {
-            for (std::size_t c = 0; c < k; ++c) packed[c * width + i] = xt[i * k + c];
-            for (std::size_t r = 0; r < n; ++r) acc[r * width + i] = start[i * n + r];
+            for (std::size_t c = 0; c < k; ++c) {
+                packed[c / group * lanes + i * group + c % group] = xt[i * k + c];
+            }
+            for (std::size_t r = 0; r < n; ++r) acc[r * lanes + i * group] = start[i * n + r];
         }
-        tile.tile_nt(packed.data(), pw.get(), n, k, k, nullptr, acc.data());
+        const auto ppacked = tight(packed);
+        // What is prefetched changes nothing.
+        tile.tile_nt(ppacked.get(), pw.get(), n, k, k, n % 2 == 0 ? pw.get() : nullptr, acc.data());
         std::vector<T> got(width * n);
         for (std::size_t i = 0; i < width; ++i) {
-            for (std::size_t r = 0; r < n; ++r) got[i * n + r] = acc[r * width + i];
+            for (std::size_t r = 0; r < n; ++r) {
+                const T* const sums = acc.data() + r * lanes + i * group;
+                got[i * n + r] = std::accumulate(sums, sums + group, T{0});
+            }
         }
         CHECK(exact(xt, w, width, n, k, false, start).agrees(got));
     }

@@ -4,6 +4,7 @@
 // are asked in small integers, whose sums are exact in every order.
 #include "dispatch/known_answers.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -122,17 +123,18 @@ bool same_products(const GemmKernelsOf<T>& gemm, const GemmKernelsOf<T>& referen
     for (const auto& tile : gemm.tiles) {
         if (tile.width == 0) break;
         // As many columns as the question fills, 14 rows: whole register tiles and single rows.
-        const std::size_t cols = in.x.size() / tile.width < 7 ? in.x.size() / tile.width : 7;
+        const std::size_t lanes = tile.width * tile.group;
+        const std::size_t cols = std::min(in.x.size() / lanes * tile.group, kSide);
         std::array<T, 14 * 64> acc{};
-        if (tile.width > 64) return false;
+        if (lanes > 64) return false;
         tile.tile_nt(in.x.data(), in.w.data(), 14, cols, n, nullptr, acc.data());
         for (std::size_t r = 0; r < 14; ++r) {
-            for (std::size_t i = 0; i < tile.width; ++i) {
+            for (std::size_t lane = 0; lane < lanes; ++lane) {
                 T sum = 0;
-                for (std::size_t c = 0; c < cols; ++c) {
-                    sum += in.x[c * tile.width + i] * in.w[r * n + c];
+                for (std::size_t c = lane % tile.group; c < cols; c += tile.group) {
+                    sum += in.x[c / tile.group * lanes + lane] * in.w[r * n + c];
                 }
-                if (acc[r * tile.width + i] != sum) return false;
+                if (acc[r * lanes + lane] != sum) return false;
             }
         }
     }

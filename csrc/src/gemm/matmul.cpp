@@ -4,7 +4,7 @@
 // A task is a range of columns of y (a panel of W: one row of blocks, or a few columns of blocks
 // when transposed) by a chunk of rows of x. Tasks share nothing that they write, and each walks its
 // blocks in order, so neither the threads nor the cuts between calls of feed() show in the result.
-// A panel that is cut by the end of a call keeps its sums in y, as they are: exact.
+// A panel that is cut by the end of a call keeps its sums, as they are.
 #include "pydedup/gemm.hpp"
 
 #include <algorithm>
@@ -20,13 +20,14 @@
 namespace pydedup {
 namespace {
 
+using detail::AlignedArray;
 using detail::PackedX;
 using detail::RowTile;
 using detail::Scratch;
 using detail::WeightReader;
 
-// Multiply-adds below which a second thread costs more than it brings (about 50 us to make one;
-// measured on an EPYC with 2 cores).
+// Multiply-adds below which a second thread costs more than it brings (25 us to wake one; measured
+// on an EPYC with 2 cores).
 constexpr std::size_t kMinWorkPerThread = std::size_t{1} << 19;
 // Rows of x in one task. At most: their sums for a panel of 64 rows are 128 KiB of f32, which stays
 // in the second-level cache beside the block. At least: fewer would read W more often for nothing.
@@ -34,11 +35,11 @@ constexpr std::size_t kMaxTaskRows = 512;
 constexpr std::size_t kMinTaskRows = 32;
 // Bytes of y that a task of a transposed product adds to.
 constexpr std::size_t kMaxSumBytes = std::size_t{256} << 10;
-// Rows of x up to which the next block is prefetched: above, computing hides the memory anyway.
-constexpr std::size_t kMaxPrefetchRows = 16;
-// Columns of a block that one pass of a tile covers: 32 lanes of x for them fill half of a 32 KiB
-// first-level cache.
-constexpr std::size_t kStripBytes = 512;
+// Bytes of x that one pass of a tile reads: half of a 32 KiB first-level cache.
+constexpr std::size_t kPassBytes = std::size_t{16} << 10;
+// Largest block to ask for while the one before is computed with: it has to stay in the
+// second-level cache until then.
+constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
 // Pieces per thread that a call should have, so that one late thread does not hold up the rest.
 constexpr std::size_t kPiecesPerThread = 4;
 
@@ -118,11 +119,18 @@ class Matmul::Typed final : public Matmul::Impl {
             });
             return;
         }
-        run(panels, packed_->n_tiles(), own().tiles[0].width, threads,
+        // Of the last panel what comes later will need the sums.
+        if (!part_of_row(first + panels - 1, blocks.size()).ends) {
+            to_go_on_ =
+                AlignedArray<T>(packed_->lanes_before(packed_->n_tiles()) *
+                                block_rect(grid, (first + panels - 1) * grid.grid_cols()).rows);
+        }
+        run(panels, packed_->n_tiles(), packed_->tile(0).kernel->width, threads,
             [&](const Task& task, Worker& worker) {
                 multiply_tiles(blocks, first + task.panel, task.unit0, task.unit1, worker.reader,
                                worker.sums);
             });
+        begun_ = std::move(to_go_on_);
     }
 
   private:
@@ -193,8 +201,8 @@ class Matmul::Typed final : public Matmul::Impl {
         }
         const T* const x = x_ + i0 * p_.grid.cols;
         for (std::size_t column = part.begin; column < part.end; ++column) {
-            const BlockView& block = blocks[row * p_.grid.grid_cols() + column - fed_];
-            dot(x + column * p_.grid.block_cols, i1 - i0, block, y, reader);
+            const std::size_t index = row * p_.grid.grid_cols() + column - fed_;
+            dot(x + column * p_.grid.block_cols, i1 - i0, blocks[index], y, reader);
         }
         if (part.ends) finish(i0, i1, rect.row0, rect.rows);
     }
@@ -220,56 +228,71 @@ class Matmul::Typed final : public Matmul::Impl {
         const Part part = part_of_row(row, blocks.size());
         const BlockRect rect = block_rect(p_.grid, row * p_.grid.grid_cols());
         const std::size_t lane0 = packed_->lanes_before(t0);
-        const std::size_t lanes = packed_->lanes_before(t1) - lane0;
-        T* const sums = scratch.at_least(rect.rows * lanes);
+        const std::size_t count = (packed_->lanes_before(t1) - lane0) * rect.rows;
+        T* const sums = part.ends ? scratch.at_least(count) : to_go_on_.data() + lane0 * rect.rows;
+        if (part.starts) {
+            std::fill_n(sums, count, T{0});
+        } else {
+            std::copy_n(begun_.data() + lane0 * rect.rows, count, sums);
+        }
         const auto sums_of = [&](std::size_t t) {
             return sums + (packed_->lanes_before(t) - lane0) * rect.rows;
         };
-        std::fill_n(sums, rect.rows * lanes, T{0});
-        if (!part.starts) {
-            for (std::size_t t = t0; t < t1; ++t) load_sums(packed_->tile(t), rect, sums_of(t));
-        }
+        const std::size_t strip = columns_in_a_pass(packed_->tile(t0).kernel->width);
         for (std::size_t column = part.begin; column < part.end; ++column) {
-            const BlockView& block = blocks[row * p_.grid.grid_cols() + column - fed_];
-            const T* const next = next_in_place(blocks, row, column);
+            const std::size_t index = row * p_.grid.grid_cols() + column - fed_;
+            const BlockView& block = blocks[index];
+            const T* const next = next_block(blocks, index);
+            const T* next_x = column + 1 < part.end ? packed_->at(column + 1, t0, 0) : nullptr;
+            const T* const next_x_end =
+                column + 1 < part.end ? packed_->end_of(column + 1, t1 - 1) : nullptr;
             const T* const w = reader.read(block);
-            constexpr std::size_t kStrip = kStripBytes / sizeof(T);
-            for (std::size_t c = 0; c < block.cols; c += kStrip) {
-                const std::size_t n = std::min<std::size_t>(kStrip, block.cols - c);
+            for (std::size_t c = 0; c < block.cols; c += strip) {
+                const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
                 for (std::size_t t = t0; t < t1; ++t) {
+                    const T* ahead = nullptr;
+                    if (t == t0 && next != nullptr) {
+                        ahead = next + c * block.rows;
+                    } else if (next_x < next_x_end) {
+                        ahead = next_x;
+                        next_x += n * block.rows;
+                    }
                     packed_->tile(t).kernel->tile_nt(packed_->at(column, t, c), w + c, block.rows,
-                                                     n, block.cols, next, sums_of(t));
+                                                     n, block.cols, ahead, sums_of(t));
                 }
             }
         }
+        if (!part.ends) return;
         for (std::size_t t = t0; t < t1; ++t) store_sums(packed_->tile(t), rect, sums_of(t));
-        if (part.ends) {
-            const RowTile<T>& last = packed_->tile(t1 - 1);
-            finish(lane0, last.row0 + last.rows, rect.row0, rect.rows);
-        }
+        const RowTile<T>& last = packed_->tile(t1 - 1);
+        finish(packed_->tile(t0).row0, last.row0 + last.rows, rect.row0, rect.rows);
     }
 
-    // Where the block after this one lies, if its memory is worth asking for ahead of time.
-    [[nodiscard]] const T* next_in_place(std::span<const BlockView> blocks, std::size_t row,
-                                         std::size_t column) const noexcept {
-        const std::size_t next = row * p_.grid.grid_cols() + column + 1 - fed_;
-        if (p_.m > kMaxPrefetchRows || next == blocks.size()) return nullptr;
-        return reinterpret_cast<const T*>(blocks[next].data);
+    // A multiple of every tile's group.
+    [[nodiscard]] static std::size_t columns_in_a_pass(std::size_t tile_width) noexcept {
+        constexpr std::size_t kGroups = 64 / sizeof(T);
+        const std::size_t fitting = kPassBytes / (tile_width * sizeof(T));
+        return std::max<std::size_t>(fitting / kGroups, 1) * kGroups;
     }
 
-    void load_sums(const RowTile<T>& tile, const BlockRect& rect, T* sums) const noexcept {
-        const std::size_t width = tile.kernel->width;
-        for (std::size_t i = 0; i < tile.rows; ++i) {
-            const T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
-            for (std::size_t r = 0; r < rect.rows; ++r) sums[r * width + i] = y[r];
-        }
+    // The block after this one in its row of blocks, when its memory is worth asking for.
+    [[nodiscard]] const T* next_block(std::span<const BlockView> blocks,
+                                      std::size_t index) const noexcept {
+        if (index + 1 == blocks.size() || blocks[index + 1].length > kMaxAheadBytes) return nullptr;
+        return reinterpret_cast<const T*>(blocks[index + 1].data);
     }
 
     void store_sums(const RowTile<T>& tile, const BlockRect& rect, const T* sums) const noexcept {
-        const std::size_t width = tile.kernel->width;
+        const std::size_t group = tile.kernel->group;
+        const std::size_t lanes = tile.lanes();
         for (std::size_t i = 0; i < tile.rows; ++i) {
             T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
-            for (std::size_t r = 0; r < rect.rows; ++r) y[r] = sums[r * width + i];
+            for (std::size_t r = 0; r < rect.rows; ++r) {
+                const T* const from = sums + r * lanes + i * group;
+                T sum = from[0];
+                for (std::size_t j = 1; j < group; ++j) sum += from[j];
+                y[r] = sum;
+            }
         }
     }
 
@@ -312,6 +335,9 @@ class Matmul::Typed final : public Matmul::Impl {
     T* const y_;
     const std::size_t n_;  // columns of y
     std::optional<PackedX<T>> packed_;
+    // Sums of the panel that a call of feed() began or went on with, but did not end: of the call
+    // before, and of this one.
+    AlignedArray<T> begun_, to_go_on_;
 };
 
 Matmul::Matmul(const Problem& problem) {

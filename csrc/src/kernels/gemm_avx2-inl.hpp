@@ -25,6 +25,21 @@ struct F32 {
     static Reg set1(Elem value) noexcept { return _mm256_set1_ps(value); }
     static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm256_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) noexcept { return _mm256_add_ps(a, b); }
+    template <std::size_t G>
+    static Reg repeat(const Elem* p) noexcept {
+        if constexpr (G == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+        if constexpr (G == 2) {
+            double both;
+            __builtin_memcpy(&both, p, sizeof both);
+            return _mm256_castpd_ps(_mm256_set1_pd(both));
+        }
+    }
+    template <std::size_t G>
+    static Reg repeat_n(const Elem* p, std::size_t n) noexcept {
+        const __m128 some = _mm_maskload_ps(p, _mm256_castsi256_si128(first(n)));
+        if constexpr (G == 4) return _mm256_broadcast_ps(&some);
+        if constexpr (G == 2) return _mm256_castpd_ps(_mm256_broadcastsd_pd(_mm_castps_pd(some)));
+    }
     static Elem sum(Reg v) noexcept {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -57,6 +72,17 @@ struct F64 {
     static Reg set1(Elem value) noexcept { return _mm256_set1_pd(value); }
     static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm256_fmadd_pd(a, b, c); }
     static Reg add(Reg a, Reg b) noexcept { return _mm256_add_pd(a, b); }
+    template <std::size_t G>
+    static Reg repeat(const Elem* p) noexcept {
+        if constexpr (G == 2) return _mm256_broadcast_pd(reinterpret_cast<const __m128d*>(p));
+    }
+    template <std::size_t G>
+    static Reg repeat_n(const Elem* p, std::size_t) noexcept {
+        if constexpr (G == 2) {
+            const __m128d some = _mm_load_sd(p);  // n is 1
+            return _mm256_broadcast_pd(&some);
+        }
+    }
     static Elem sum(Reg v) noexcept {
         const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
         return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
@@ -118,13 +144,20 @@ constexpr GemmKernels kGemm = {
     {dot_nt<F32, SameWeight<F32>>,
      block_nn<F32>,
      add_to<F32>,
-     {{16, tile_nt<F32, 2, 6>}, {8, tile_nt<F32, 1, 8>}},
-     4},
+     {{16, tile_nt<F32, 2, 6>},
+      {8, tile_nt<F32, 2, 6, 2>, 2},
+      {4, tile_nt<F32, 2, 6, 4>, 4},
+      {2, tile_nt<F32, 2, 6, 8>, 8},
+      {1, tile_nt<F32, 1, 8, 8>, 8}},
+     1},
     {dot_nt<F64, SameWeight<F64>>,
      block_nn<F64>,
      add_to<F64>,
-     {{8, tile_nt<F64, 2, 6>}, {4, tile_nt<F64, 1, 8>}},
-     4},
+     {{8, tile_nt<F64, 2, 6>},
+      {4, tile_nt<F64, 2, 6, 2>, 2},
+      {2, tile_nt<F64, 2, 6, 4>, 4},
+      {1, tile_nt<F64, 1, 8, 4>, 4}},
+     1},
     dot_nt<F32, Bf16Weight>,
     dot_nt<F32, F16Weight>,
     widen<Bf16Weight>,

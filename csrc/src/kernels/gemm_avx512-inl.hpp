@@ -24,6 +24,26 @@ struct F32 {
     static Reg set1(Elem value) noexcept { return _mm512_set1_ps(value); }
     static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm512_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) noexcept { return _mm512_add_ps(a, b); }
+    template <std::size_t G>
+    static Reg repeat(const Elem* p) noexcept {
+        if constexpr (G == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+        if constexpr (G == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+        if constexpr (G == 2) {
+            double both;
+            __builtin_memcpy(&both, p, sizeof both);
+            return _mm512_castpd_ps(_mm512_set1_pd(both));
+        }
+    }
+    template <std::size_t G>
+    static Reg repeat_n(const Elem* p, std::size_t n) noexcept {
+        const __m256 some = _mm256_maskz_loadu_ps(static_cast<__mmask8>(first(n)), p);
+        if constexpr (G == 8) return _mm512_broadcast_f32x8(some);
+        if constexpr (G == 4) return _mm512_broadcast_f32x4(_mm256_castps256_ps128(some));
+        if constexpr (G == 2) {
+            return _mm512_castpd_ps(
+                _mm512_broadcastsd_pd(_mm_castps_pd(_mm256_castps256_ps128(some))));
+        }
+    }
     static Elem sum(Reg v) noexcept { return _mm512_reduce_add_ps(v); }
     static __m256 halves(Reg v) noexcept {
         return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -54,6 +74,17 @@ struct F64 {
     static Reg set1(Elem value) noexcept { return _mm512_set1_pd(value); }
     static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm512_fmadd_pd(a, b, c); }
     static Reg add(Reg a, Reg b) noexcept { return _mm512_add_pd(a, b); }
+    template <std::size_t G>
+    static Reg repeat(const Elem* p) noexcept {
+        if constexpr (G == 4) return _mm512_broadcast_f64x4(_mm256_loadu_pd(p));
+        if constexpr (G == 2) return _mm512_broadcast_f64x2(_mm_loadu_pd(p));
+    }
+    template <std::size_t G>
+    static Reg repeat_n(const Elem* p, std::size_t n) noexcept {
+        const __m256d some = _mm256_maskz_loadu_pd(first(n), p);
+        if constexpr (G == 4) return _mm512_broadcast_f64x4(some);
+        if constexpr (G == 2) return _mm512_broadcast_f64x2(_mm256_castpd256_pd128(some));
+    }
     static Elem sum(Reg v) noexcept { return _mm512_reduce_add_pd(v); }
     static void sum4(Reg a, Reg b, Reg c, Reg d, Elem* out) noexcept {
         out[0] = sum(a);
@@ -61,17 +92,6 @@ struct F64 {
         out[2] = sum(c);
         out[3] = sum(d);
     }
-};
-
-// Half a register: for 5 to 8 rows of x a full one would compute padding.
-struct F32Half {
-    using Elem = float;
-    using Reg = __m256;
-    static constexpr std::size_t kLanes = 8;
-    static Reg load(const Elem* p) noexcept { return _mm256_loadu_ps(p); }
-    static void store(Elem* p, Reg v) noexcept { _mm256_storeu_ps(p, v); }
-    static Reg set1(Elem value) noexcept { return _mm256_set1_ps(value); }
-    static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm256_fmadd_ps(a, b, c); }
 };
 
 __m512 widen_bf16(__m256i bits) noexcept {
@@ -115,13 +135,22 @@ constexpr GemmKernels kGemm = {
     {dot_nt<F32, SameWeight<F32>>,
      block_nn<F32>,
      add_to<F32>,
-     {{32, tile_nt<F32, 2, 8>}, {16, tile_nt<F32, 1, 8>}, {8, tile_nt<F32Half, 1, 8>}},
-     4},
+     {{32, tile_nt<F32, 2, 8>},
+      {16, tile_nt<F32, 2, 8, 2>, 2},
+      {8, tile_nt<F32, 2, 8, 4>, 4},
+      {4, tile_nt<F32, 2, 8, 8>, 8},
+      {2, tile_nt<F32, 2, 8, 16>, 16},
+      {1, tile_nt<F32, 1, 8, 16>, 16}},
+     1},
     {dot_nt<F64, SameWeight<F64>>,
      block_nn<F64>,
      add_to<F64>,
-     {{16, tile_nt<F64, 2, 8>}, {8, tile_nt<F64, 1, 8>}},
-     4},
+     {{16, tile_nt<F64, 2, 8>},
+      {8, tile_nt<F64, 2, 8, 2>, 2},
+      {4, tile_nt<F64, 2, 8, 4>, 4},
+      {2, tile_nt<F64, 2, 8, 8>, 8},
+      {1, tile_nt<F64, 1, 8, 8>, 8}},
+     1},
     dot_nt<F32, Bf16Weight>,
     dot_nt<F32, F16Weight>,
     widen<Bf16Weight>,

@@ -5,9 +5,10 @@
 //
 // Two shapes of work, x @ W.T (nt) and x @ W (nn), and for nt two ways:
 //   dot_nt    few rows of x: vectors run along the columns of w; w is read once, at memory speed.
-//   tile_nt   many rows of x: x was packed so that vectors run along its rows (`width` lanes), and
-//             each element of w is broadcast from where it lies. So w is never packed, only x is,
-//             once per product.
+//   tile_nt   more rows of x: x was packed so that vectors run along its rows, and each element of
+//             w is broadcast from where it lies. So w is never packed, only x is, once per product.
+//             With fewer rows than lanes, a group of neighbouring columns lies side by side: then
+//             one read of w brings a group of its elements, and serves as many products as before.
 // Sums are not bit-stable across kernels (FMA, other lane counts): results are never persisted.
 #pragma once
 
@@ -16,7 +17,7 @@
 
 namespace pydedup {
 
-inline constexpr std::size_t kMaxGemmTiles = 3;
+inline constexpr std::size_t kMaxGemmTiles = 6;
 
 template <class T>
 struct GemmKernelsOf {
@@ -30,11 +31,14 @@ struct GemmKernelsOf {
     void (*add_to)(const T* from, std::size_t count, T* sum) noexcept;
     struct Tile {
         std::size_t width;  ///< rows of x in one tile; 0 ends the list
-        /// acc[r * width + i] += sum over c of x[c * width + i] * w[r, c], for i < width, summed in
-        /// the order of c in every lane and for every width. Unless nullptr, rows * cols elements
-        /// from `next` on (need not exist) are prefetched meanwhile.
+        /// Adds to acc (rows x width x group) what it makes of x (ceil(cols / group) x width x
+        /// group, filled up with zeros):
+        ///   acc[r, i, j] += sum over c = j, j + group, ... of x[c / group, i, j] * w[r, c]
+        /// in the order of c. The sum over j is the caller's, after the last block. Unless nullptr,
+        /// rows * cols elements from `next` on (need not exist) are prefetched meanwhile.
         void (*tile_nt)(const T* x, const T* w, std::size_t rows, std::size_t cols, std::size_t ldw,
                         const T* next, T* acc) noexcept;
+        std::size_t group = 1;  ///< neighbouring columns that lie beside each other in a vector
     };
     Tile tiles[kMaxGemmTiles];  ///< widest first
     std::size_t dot_max_m;      ///< up to this m dot_nt is the faster way (measured)

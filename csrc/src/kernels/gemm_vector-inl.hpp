@@ -6,7 +6,9 @@
 //
 // V:      Elem, Reg, kLanes, zero(), load(p), load_n(p, n), store(p, v), store_n(p, v, n), set1(e),
 //         fma(a, b, c) = a*b+c, add(a, b), sum(v), sum4(a, b, c, d, out[4]).
-//         load_n reads only the first n < kLanes elements and fills with zeros.
+//         load_n reads only the first n < kLanes elements and fills with zeros. Where tiles of
+//         groups are instantiated, also repeat<G>(p) and repeat_n<G>(p, n): G elements, or n < G
+//         and zeros, over and over.
 // Weight: Elem (as stored), load(p), load_n(p, n) giving a V::Reg.
 //
 // Tails: columns beyond the last whole vector go through load_n, for x as for w, so no lane ever
@@ -104,57 +106,97 @@ void dot_nt(const typename V::Elem* x, std::size_t ldx, std::size_t m,
     }
 }
 
-// VN vectors along the rows of x by R rows of w; one element of w is broadcast to VN products.
-template <class V, std::size_t VN, std::size_t R>
+// G neighbouring elements of a row of w, repeated over a register; the n < G first and zeros.
+template <class V, std::size_t G>
+typename V::Reg repeat(const typename V::Elem* w) noexcept {
+    if constexpr (G == 1) {
+        return V::set1(*w);
+    } else if constexpr (G == V::kLanes) {
+        return V::load(w);
+    } else {
+        return V::template repeat<G>(w);
+    }
+}
+
+template <class V, std::size_t G>
+typename V::Reg repeat_n(const typename V::Elem* w, std::size_t n) noexcept {
+    if constexpr (G == V::kLanes) {
+        return V::load_n(w, n);
+    } else {
+        return V::template repeat_n<G>(w, n);
+    }
+}
+
+// VN vectors of x by R rows of w; what is read of w at once is used in VN products. With Ahead, as
+// many bytes as are read of w are prefetched from `next` on: evenly, since a burst of prefetches
+// fills the queue that loads need, too.
+template <class V, std::size_t VN, std::size_t R, std::size_t G, bool Ahead>
 void tile_nt_fixed(const typename V::Elem* x, const typename V::Elem* w, std::size_t cols,
                    std::size_t ldw, const typename V::Elem* next, typename V::Elem* acc) noexcept {
     using Reg = typename V::Reg;
-    constexpr std::size_t kWidth = VN * V::kLanes;
-    if (next != nullptr) {
-        constexpr std::size_t kLine = 64 / sizeof(typename V::Elem);
-        for (std::size_t k = 0; k < R * cols; k += kLine) __builtin_prefetch(next + k, 0, 2);
-    }
+    constexpr std::size_t kLanes = VN * V::kLanes;
+    constexpr std::size_t kLine = 64 / sizeof(typename V::Elem);
     Reg sums[R][VN];
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (std::size_t v = 0; v < VN; ++v) sums[r][v] = V::load(acc + r * kWidth + v * V::kLanes);
+        for (std::size_t v = 0; v < VN; ++v) sums[r][v] = V::load(acc + r * kLanes + v * V::kLanes);
     }
-    for (std::size_t c = 0; c < cols; ++c) {
+    const auto multiply = [&](std::size_t r, const Reg* xs, Reg ws) noexcept {
+#pragma GCC unroll 4
+        for (std::size_t v = 0; v < VN; ++v) sums[r][v] = V::fma(xs[v], ws, sums[r][v]);
+    };
+    std::size_t c = 0;
+    for (; c + G <= cols; c += G, x += kLanes) {
+        if constexpr (Ahead) {
+#pragma GCC unroll 16
+            for (std::size_t k = 0; k < R * G; k += kLine) __builtin_prefetch(next + k, 0, 2);
+            next += R * G;
+        }
         Reg xs[VN];
 #pragma GCC unroll 4
-        for (std::size_t v = 0; v < VN; ++v) xs[v] = V::load(x + c * kWidth + v * V::kLanes);
+        for (std::size_t v = 0; v < VN; ++v) xs[v] = V::load(x + v * V::kLanes);
 #pragma GCC unroll 16
-        for (std::size_t r = 0; r < R; ++r) {
-            const Reg ws = V::set1(w[r * ldw + c]);
+        for (std::size_t r = 0; r < R; ++r) multiply(r, xs, repeat<V, G>(w + r * ldw + c));
+    }
+    if constexpr (G > 1) {
+        if (c < cols) {
+            Reg xs[VN];
 #pragma GCC unroll 4
-            for (std::size_t v = 0; v < VN; ++v) sums[r][v] = V::fma(xs[v], ws, sums[r][v]);
+            for (std::size_t v = 0; v < VN; ++v) xs[v] = V::load(x + v * V::kLanes);
+#pragma GCC unroll 16
+            for (std::size_t r = 0; r < R; ++r) {
+                multiply(r, xs, repeat_n<V, G>(w + r * ldw + c, cols - c));
+            }
         }
     }
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (std::size_t v = 0; v < VN; ++v) V::store(acc + r * kWidth + v * V::kLanes, sums[r][v]);
+        for (std::size_t v = 0; v < VN; ++v) V::store(acc + r * kLanes + v * V::kLanes, sums[r][v]);
     }
 }
 
-template <class V, std::size_t VN, std::size_t R>
+template <class V, std::size_t VN, std::size_t R, std::size_t G = 1>
 void tile_nt(const typename V::Elem* x, const typename V::Elem* w, std::size_t rows,
              std::size_t cols, std::size_t ldw, const typename V::Elem* next,
              typename V::Elem* acc) noexcept {
-    constexpr std::size_t kWidth = VN * V::kLanes;
-    const auto ahead = [next, cols](std::size_t r) noexcept {
-        return next == nullptr ? nullptr : next + r * cols;
-    };
+    constexpr std::size_t kLanes = VN * V::kLanes;
     std::size_t r = 0;
+    if (next != nullptr) {
+        for (; r + R <= rows; r += R) {
+            tile_nt_fixed<V, VN, R, G, true>(x, w + r * ldw, cols, ldw, next + r * cols,
+                                             acc + r * kLanes);
+        }
+    }
     for (; r + R <= rows; r += R) {
-        tile_nt_fixed<V, VN, R>(x, w + r * ldw, cols, ldw, ahead(r), acc + r * kWidth);
+        tile_nt_fixed<V, VN, R, G, false>(x, w + r * ldw, cols, ldw, nullptr, acc + r * kLanes);
     }
     for (; r + 4 <= rows; r += 4) {
-        tile_nt_fixed<V, VN, 4>(x, w + r * ldw, cols, ldw, ahead(r), acc + r * kWidth);
+        tile_nt_fixed<V, VN, 4, G, false>(x, w + r * ldw, cols, ldw, nullptr, acc + r * kLanes);
     }
     for (; r < rows; ++r) {
-        tile_nt_fixed<V, VN, 1>(x, w + r * ldw, cols, ldw, ahead(r), acc + r * kWidth);
+        tile_nt_fixed<V, VN, 1, G, false>(x, w + r * ldw, cols, ldw, nullptr, acc + r * kLanes);
     }
 }
 
