@@ -17,6 +17,7 @@ export PYTHON VENV JOBS
 ARGS ?=
 CRASH_ROUNDS ?= 200
 SANITIZERS ?= asan-ubsan tsan
+export FUZZ_SECONDS
 
 .PHONY: help
 help:  ## say what the commands are
@@ -74,6 +75,11 @@ sanitize:  ## the native tests under ASan + UBSan and under TSan
 crash:  ## kill a writing process at random moments, 200 times; the store must verify
 	@scripts/setup.sh test
 	@PYDEDUP_CRASH_ROUNDS=$(CRASH_ROUNDS) "$(VENV)/bin/pytest" --timeout=7200 tests/crash $(ARGS)
+
+.PHONY: fuzz
+fuzz:  ## libFuzzer on everything that reads stored bytes, FUZZ_SECONDS (600) for each target (clang)
+	@scripts/setup.sh
+	@scripts/fuzz.sh $(ARGS)
 
 .PHONY: bench
 bench:  ## the benchmarks of bench/ (an idle machine gives better numbers)

@@ -26,6 +26,15 @@ bool is_amd_family_19h() noexcept {
     const unsigned extended = (eax >> 20) & 0xFFU;
     return base == 0xF && base + extended == 0x19;
 }
+
+// Clang before 18 does not know the name "f16c". It uses the registers of AVX, no others.
+bool has_f16c() noexcept {
+    unsigned eax = 0;
+    unsigned ebx = 0;
+    unsigned ecx = 0;
+    unsigned edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
 #endif
 
 }  // namespace
@@ -34,8 +43,8 @@ CpuFeatures cpu_features() noexcept {
     CpuFeatures has;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    has.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+    has.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
+               __builtin_cpu_supports("bmi2");
     has.avx512 = has.avx2 && __builtin_cpu_supports("avx512f") &&
                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                  __builtin_cpu_supports("avx512vl");
