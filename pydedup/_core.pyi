@@ -31,6 +31,7 @@ def hash_buffer(buffer: Buffer, /, *, seed: int = 0) -> bytes: ...
 # ---- codec and pages ----
 
 PAGE_VERSION: int
+DELTA_PAGE_VERSION: int
 PAGE_HEADER_BYTES: int
 SLOT_BYTES: int
 BLOCK_ALIGNMENT: int
@@ -58,6 +59,35 @@ def encode_blocks(
     planes: bool,
     threads: int = 0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]: ...
+def encode_deltas(
+    data: NDArray[np.uint8],
+    dtype: int,
+    block_rows: int,
+    block_cols: int,
+    indices: NDArray[np.int64],
+    base_data: NDArray[np.uint8],
+    base_dtype: int,
+    base_block_rows: int,
+    base_block_cols: int,
+    base_indices: NDArray[np.int64],
+    limits: NDArray[np.int64],
+    max_rel_error: float | None,
+    threads: int = 0,
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]: ...
+def estimate_deltas(
+    data: NDArray[np.uint8],
+    dtype: int,
+    block_rows: int,
+    block_cols: int,
+    indices: NDArray[np.int64],
+    base_data: NDArray[np.uint8],
+    base_dtype: int,
+    base_block_rows: int,
+    base_block_cols: int,
+    base_indices: NDArray[np.int64],
+    max_rel_error: float | None,
+    threads: int = 0,
+) -> NDArray[np.int64]: ...
 def build_page(
     arena: NDArray[np.uint8],
     offsets: NDArray[np.int64],
@@ -74,6 +104,20 @@ def read_blocks(
     pages: Sequence[Page],
     page_index: NDArray[np.uint32],
     slots: NDArray[np.uint32],
+    indices: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    dtype: int,
+    block_rows: int,
+    block_cols: int,
+    threads: int = 0,
+) -> None: ...
+def read_deltas(
+    pages: Sequence[Page],
+    page_index: NDArray[np.uint32],
+    slots: NDArray[np.uint32],
+    base_pages: Sequence[Page],
+    base_page_index: NDArray[np.int64],
+    base_slots: NDArray[np.uint32],
     indices: NDArray[np.int64],
     out: NDArray[np.uint8],
     dtype: int,

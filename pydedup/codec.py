@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks as stored bytes, and pages of them (docs/format.md, "Block encodings" and "Page").
 
-Here: encoding the blocks of a matrix view, building a page, parsing one, reading blocks back into
-a matrix and comparing them with one. All of it runs without the GIL and gives the same bytes on
-every machine. Deliberately not here: which block goes on which page (`pydedup.packing`), and where
-pages come from (`pydedup.pool`).
+Here: encoding the blocks of a matrix view, by themselves or as deltas on base blocks, building a
+page, parsing one, reading blocks back into a matrix and comparing them with one. All of it runs
+without the GIL and gives the same bytes on every machine. Deliberately not here: which block is
+whose base, which goes on which page (`pydedup.packing`), and where pages come from
+(`pydedup.pool`).
 """
 
 from __future__ import annotations
 
 import enum
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ from pydedup.errors import ArgumentError
 
 __all__ = [
     "BLOCK_ALIGNMENT",
+    "DELTA_PAGE_VERSION",
     "PAGE_HEADER_BYTES",
     "PAGE_OVERHEAD_BYTES",
     "PAGE_VERSION",
@@ -32,9 +35,12 @@ __all__ = [
     "EncodedBlocks",
     "Encoding",
     "Page",
+    "StoredBases",
     "blocks_equal",
     "build_page",
     "encode_blocks",
+    "encode_deltas",
+    "estimate_deltas",
     "page_checksum",
     "page_cost",
     "page_digests",
@@ -42,8 +48,10 @@ __all__ = [
     "same_block",
 ]
 
-#: Version of the page format that this pydedup writes.
+#: Newest version of the page format that this pydedup reads and writes.
 PAGE_VERSION: int = _core.PAGE_VERSION
+#: Version of pages that hold deltas; all others are written with version 1.
+DELTA_PAGE_VERSION: int = _core.DELTA_PAGE_VERSION
 #: Bytes of a page before its slot table.
 PAGE_HEADER_BYTES: int = _core.PAGE_HEADER_BYTES
 #: Most bytes of a page beyond the `page_cost` of its blocks: the header, and what is left free
@@ -64,6 +72,15 @@ class Encoding(enum.IntEnum):
     """The elements, row-major, without gaps."""
     PLANES = 1
     """Byte planes, each raw, constant or Huffman-coded."""
+    DELTA = 2
+    """The exact difference to a base block."""
+    QUANTISED = 3
+    """The difference to a base block, within an error bound."""
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether a block of this encoding says nothing without its base."""
+        return self in (Encoding.DELTA, Encoding.QUANTISED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +101,25 @@ class EncodedBlocks:
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
     encodings: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBases:
+    """Where the bases of stored blocks are.
+
+    Attributes
+    ----------
+    pages
+        The pages that hold them.
+    page_index
+        Per block: which of ``pages``, or -1 where the block is no delta, shape (n_blocks,).
+    slots
+        Per block: the slot on it, shape (n_blocks,).
+    """
+
+    pages: Sequence[Page]
+    page_index: ArrayLike
+    slots: ArrayLike
 
 
 def encode_blocks(
@@ -124,6 +160,104 @@ def encode_blocks(
         threads,
     )
     return EncodedBlocks(arena, offsets, lengths, encodings)
+
+
+def encode_deltas(
+    view: MatrixView,
+    indices: ArrayLike,
+    base_view: MatrixView,
+    base_indices: ArrayLike,
+    *,
+    limits: ArrayLike | None = None,
+    max_rel_error: float | None = None,
+    threads: int = 0,
+) -> EncodedBlocks:
+    """Encode blocks of a matrix view as deltas on blocks of another.
+
+    Parameters
+    ----------
+    view
+        The matrix; its memory is borrowed for the call, as is that of ``base_view``.
+    indices
+        Numbers of the blocks, row-major over the grid, shape (n_blocks,).
+    base_view
+        A matrix that holds the bases. A base has the shape of its block, and its dtype, or another
+        where both are among f64, f32, f16 and bf16: it is then rounded to that of the block.
+    base_indices
+        The number of each block's base in the grid of ``base_view``, shape (n_blocks,).
+    limits
+        The most bytes that each delta may take, shape (n_blocks,): what the block would take
+        without a base, for instance. By default one byte less than the raw block.
+    max_rel_error
+        ``None`` for exact deltas. Otherwise what is read back differs from the block by at most
+        this share of its Euclidean norm (checked on each block), and elements that are 0 stay 0.
+        Blocks that cannot be quantised so, or would not be smaller, become exact deltas.
+    threads
+        0 chooses by size.
+
+    Returns
+    -------
+    EncodedBlocks
+        In the order of ``indices``, each `Encoding.DELTA` or `Encoding.QUANTISED`; the same bytes
+        on every machine. ``lengths`` is 0 where the limit is not enough.
+
+    Raises
+    ------
+    ArgumentError
+        When an index is outside of its grid, a base has another shape or a dtype that is not
+        converted, a limit is negative, or ``max_rel_error`` is not within 0 and 1.
+    """
+    chosen = _column(indices, np.int64, "indices")
+    if limits is None:
+        item = view.dtype.itemsize
+        cells = np.asarray(view.grid.heights(), np.int64) * np.asarray(view.grid.widths(), np.int64)
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= cells.size):
+            raise ArgumentError(
+                f"indices has blocks outside of a grid of {cells.size} blocks; "
+                f"it goes from {chosen.min()} to {chosen.max()}"
+            )
+        most = cells[chosen] * item - 1
+    else:
+        most = _column(limits, np.int64, "limits")
+    arena, offsets, lengths, encodings = _core.encode_deltas(
+        *_blocks(view),
+        chosen,
+        *_blocks(base_view),
+        _column(base_indices, np.int64, "base_indices"),
+        most,
+        _error_bound(max_rel_error),
+        threads,
+    )
+    return EncodedBlocks(arena, offsets, lengths, encodings)
+
+
+def estimate_deltas(
+    view: MatrixView,
+    indices: ArrayLike,
+    base_view: MatrixView,
+    base_indices: ArrayLike,
+    *,
+    max_rel_error: float | None = None,
+    threads: int = 0,
+) -> NDArray[np.int64]:
+    """Estimate what `encode_deltas` would need, for choosing among several bases.
+
+    Parameters are those of `encode_deltas`. A quarter of the elements is looked at, so that this
+    is several times faster.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64 (n_blocks,): bytes, at most those of the raw block.
+    """
+    return _core.estimate_deltas(
+        *_blocks(view),
+        _column(indices, np.int64, "indices"),
+        *_blocks(base_view),
+        _column(base_indices, np.int64, "base_indices"),
+        _error_bound(max_rel_error),
+        threads,
+    )
 
 
 def page_cost(lengths: ArrayLike) -> NDArray[np.int64]:
@@ -210,6 +344,7 @@ def read_blocks(
     page_index: ArrayLike,
     slots: ArrayLike,
     *,
+    bases: StoredBases | None = None,
     threads: int = 0,
 ) -> None:
     """Decode stored blocks into their places in a matrix view.
@@ -224,6 +359,8 @@ def read_blocks(
         The pages that hold them.
     page_index, slots
         Per block: which of ``pages``, and the slot on it.
+    bases
+        Where the bases of the deltas among the blocks are; needed when there are any.
     threads
         0 chooses by size.
 
@@ -232,11 +369,29 @@ def read_blocks(
     ArgumentError
         When an index is outside of the grid or of ``pages``, or the matrix is read-only.
     CorruptStoreError
-        When a slot does not exist, holds a block of another dtype or shape, or does not decode.
+        When a slot does not exist, holds a block of another dtype or shape, or does not decode; or
+        when a delta comes without its base, with another block than it was made from, or with a
+        base that is a delta itself.
     """
     if not view.data.flags.writeable:
         raise ArgumentError("read_blocks needs a writable matrix; this one is read-only")
     grid = view.grid
+    if bases is not None:
+        _core.read_deltas(
+            pages,
+            _column(page_index, np.uint32, "page_index"),
+            _column(slots, np.uint32, "slots"),
+            bases.pages,
+            _column(bases.page_index, np.int64, "bases.page_index"),
+            _column(bases.slots, np.uint32, "bases.slots"),
+            _column(indices, np.int64, "indices"),
+            view.data,
+            view.dtype.code,
+            grid.block_rows,
+            grid.block_cols,
+            threads,
+        )
+        return
     _core.read_blocks(
         pages,
         _column(page_index, np.uint32, "page_index"),
@@ -286,6 +441,21 @@ def blocks_equal(
 def same_block(page_a: Page, slot_a: int, page_b: Page, slot_b: int) -> bool:
     """Return whether two stored blocks have the same dtype, shape and content."""
     return _core.same_block(page_a, slot_a, page_b, slot_b)
+
+
+def _blocks(view: MatrixView) -> tuple[NDArray[np.uint8], int, int, int]:
+    """Return a view as the first arguments of the core's functions."""
+    return view.data, view.dtype.code, view.grid.block_rows, view.grid.block_cols
+
+
+def _error_bound(max_rel_error: float | None) -> float | None:
+    if max_rel_error is None:
+        return None
+    if isinstance(max_rel_error, bool) or not isinstance(max_rel_error, numbers.Real):
+        raise ArgumentError(
+            f"max_rel_error must be a number above 0 and below 1, got {max_rel_error!r}"
+        )
+    return float(max_rel_error)
 
 
 def _column(values: ArrayLike, dtype: type[np.integer[Any]], name: str) -> NDArray[Any]:

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block encodings and pages.
 #include <memory>
+#include <optional>
 #include <vector>
+
+#include <pybind11/stl.h>
 
 #include "bindings.hpp"
 #include "pydedup/codec.hpp"
@@ -86,6 +89,78 @@ py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size
     arena.resize({static_cast<py::ssize_t>(used)}, false);
     return py::make_tuple(std::move(arena), std::move(offsets), std::move(lengths),
                           std::move(encodings));
+}
+
+BaseBlocks as_bases(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
+                    std::size_t block_cols, const Array<std::int64_t>& indices) {
+    const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
+    return {matrix, as_grid(matrix, block_rows, block_cols), as_span(indices, "base_indices")};
+}
+
+py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
+                           std::size_t block_cols, const Array<std::int64_t>& indices,
+                           const Array<std::uint8_t>& base_data, int base_dtype,
+                           std::size_t base_block_rows, std::size_t base_block_cols,
+                           const Array<std::int64_t>& base_indices,
+                           const Array<std::int64_t>& limits, std::optional<double> max_rel_error,
+                           unsigned threads) {
+    const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
+    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
+    const auto chosen = as_span(indices, "indices");
+    const BaseBlocks bases =
+        as_bases(base_data, base_dtype, base_block_rows, base_block_cols, base_indices);
+    const auto most = as_span(limits, "limits");
+    std::uint64_t room = 0;
+    for (const std::int64_t limit : most) {
+        if (limit < 0 || limit > INT64_MAX / 2 - static_cast<std::int64_t>(room)) {
+            throw Error(ErrorCode::invalid_argument,
+                        "limits must not be negative, got " + std::to_string(limit));
+        }
+        room += static_cast<std::uint64_t>(limit);
+    }
+    py::array_t<std::uint8_t> arena(static_cast<py::ssize_t>(room));
+    const auto n = static_cast<py::ssize_t>(chosen.size());
+    py::array_t<std::int64_t> offsets(n);
+    py::array_t<std::int64_t> lengths(n);
+    py::array_t<std::uint8_t> encodings(n);
+    const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(arena.mutable_data()), room);
+    const std::span<std::int64_t> starts(offsets.mutable_data(), chosen.size());
+    std::int64_t* const length_of = lengths.mutable_data();
+    std::uint8_t* const encoding_of = encodings.mutable_data();
+    std::size_t used = 0;
+    {
+        const py::gil_scoped_release release;
+        std::vector<EncodedBlock> encoded(chosen.size());
+        used = encode_deltas(matrix, grid, chosen, bases, most, max_rel_error, bytes, starts,
+                             encoded, threads);
+        for (std::size_t i = 0; i < encoded.size(); ++i) {
+            length_of[i] = encoded[i].length;
+            encoding_of[i] = static_cast<std::uint8_t>(encoded[i].encoding);
+        }
+    }
+    arena.resize({static_cast<py::ssize_t>(used)}, false);
+    return py::make_tuple(std::move(arena), std::move(offsets), std::move(lengths),
+                          std::move(encodings));
+}
+
+py::array_t<std::int64_t> estimate_deltas_of(
+    const Array<std::uint8_t>& data, int dtype, std::size_t block_rows, std::size_t block_cols,
+    const Array<std::int64_t>& indices, const Array<std::uint8_t>& base_data, int base_dtype,
+    std::size_t base_block_rows, std::size_t base_block_cols,
+    const Array<std::int64_t>& base_indices, std::optional<double> max_rel_error,
+    unsigned threads) {
+    const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
+    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
+    const auto chosen = as_span(indices, "indices");
+    const BaseBlocks bases =
+        as_bases(base_data, base_dtype, base_block_rows, base_block_cols, base_indices);
+    py::array_t<std::int64_t> estimates(static_cast<py::ssize_t>(chosen.size()));
+    const std::span<std::int64_t> out(estimates.mutable_data(), chosen.size());
+    {
+        const py::gil_scoped_release release;
+        estimate_deltas(matrix, grid, chosen, bases, max_rel_error, out, threads);
+    }
+    return estimates;
 }
 
 py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64_t>& offsets,
@@ -175,6 +250,40 @@ void read_blocks_into(const py::sequence& pages, const Array<std::uint32_t>& pag
                 threads);
 }
 
+void read_deltas_into(const py::sequence& pages, const Array<std::uint32_t>& page_index,
+                      const Array<std::uint32_t>& slots, const py::sequence& base_pages,
+                      const Array<std::int64_t>& base_page_index,
+                      const Array<std::uint32_t>& base_slots, const Array<std::int64_t>& indices,
+                      Array<std::uint8_t> out, int dtype, std::size_t block_rows,
+                      std::size_t block_cols, unsigned threads) {
+    const MatrixRef matrix = as_matrix(out, as_dtype(dtype));
+    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
+    const auto chosen = as_span(indices, "indices");
+    auto* const to = reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
+    const PageList held = as_pages(pages);
+    const PageList held_bases = as_pages(base_pages);
+    const std::vector<StoredBlock> stored = as_stored(page_index, slots);
+    const auto base_at = as_span(base_page_index, "base_page_index");
+    const auto base_slot = as_span(base_slots, "base_slots");
+    if (base_at.size() != base_slot.size()) {
+        throw Error(ErrorCode::invalid_argument, "base_page_index and base_slots differ in length");
+    }
+    std::vector<StoredBlock> bases;
+    bases.reserve(base_at.size());
+    for (std::size_t i = 0; i < base_at.size(); ++i) {
+        if (base_at[i] < -1 || base_at[i] >= std::int64_t{kNoPage}) {
+            throw Error(ErrorCode::invalid_argument,
+                        "base_page_index has the impossible value " + std::to_string(base_at[i]));
+        }
+        bases.push_back(
+            {base_at[i] < 0 ? kNoPage : static_cast<std::uint32_t>(base_at[i]), base_slot[i]});
+    }
+    const py::gil_scoped_release release;
+    const std::vector<const Page*> base_list = pointers(held_bases);
+    read_blocks(pointers(held), stored, {base_list, bases}, chosen, grid, matrix.dtype, to,
+                matrix.stride_bytes, threads);
+}
+
 py::array_t<bool> blocks_equal_to(const Array<std::uint8_t>& data, int dtype,
                                   std::size_t block_rows, std::size_t block_cols,
                                   const Array<std::int64_t>& indices, const py::sequence& pages,
@@ -218,11 +327,22 @@ void bind_codec(py::module_& m) {
     m.attr("SLOT_BYTES") = kSlotBytes;
     m.attr("BLOCK_ALIGNMENT") = kBlockAlignment;
     m.attr("PAGE_VERSION") = kPageVersion;
+    m.attr("DELTA_PAGE_VERSION") = kDeltaPageVersion;
     m.attr("SLOT_DTYPE") = py::dtype::of<SlotRecord>();
 
     m.def("encode_blocks", &encode_blocks_of, py::arg("data").noconvert(), py::arg("dtype"),
           py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
           py::arg("planes"), py::arg("threads") = 0);
+    m.def("encode_deltas", &encode_deltas_of, py::arg("data").noconvert(), py::arg("dtype"),
+          py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
+          py::arg("base_data").noconvert(), py::arg("base_dtype"), py::arg("base_block_rows"),
+          py::arg("base_block_cols"), py::arg("base_indices").noconvert(),
+          py::arg("limits").noconvert(), py::arg("max_rel_error"), py::arg("threads") = 0);
+    m.def("estimate_deltas", &estimate_deltas_of, py::arg("data").noconvert(), py::arg("dtype"),
+          py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
+          py::arg("base_data").noconvert(), py::arg("base_dtype"), py::arg("base_block_rows"),
+          py::arg("base_block_cols"), py::arg("base_indices").noconvert(), py::arg("max_rel_error"),
+          py::arg("threads") = 0);
     m.def("build_page", &build_page_of, py::arg("arena").noconvert(),
           py::arg("offsets").noconvert(), py::arg("lengths").noconvert(),
           py::arg("encodings").noconvert(), py::arg("dtypes").noconvert(),
@@ -243,6 +363,11 @@ void bind_codec(py::module_& m) {
     m.def("read_blocks", &read_blocks_into, py::arg("pages"), py::arg("page_index").noconvert(),
           py::arg("slots").noconvert(), py::arg("indices").noconvert(), py::arg("out").noconvert(),
           py::arg("dtype"), py::arg("block_rows"), py::arg("block_cols"), py::arg("threads") = 0);
+    m.def("read_deltas", &read_deltas_into, py::arg("pages"), py::arg("page_index").noconvert(),
+          py::arg("slots").noconvert(), py::arg("base_pages"),
+          py::arg("base_page_index").noconvert(), py::arg("base_slots").noconvert(),
+          py::arg("indices").noconvert(), py::arg("out").noconvert(), py::arg("dtype"),
+          py::arg("block_rows"), py::arg("block_cols"), py::arg("threads") = 0);
     m.def("blocks_equal", &blocks_equal_to, py::arg("data").noconvert(), py::arg("dtype"),
           py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
           py::arg("pages"), py::arg("page_index").noconvert(), py::arg("slots").noconvert(),

@@ -209,7 +209,7 @@ TEST(versions_and_arguments_are_checked) {
     CHECK_THROWS(ErrorCode::invalid_argument,
                  decode_block(view_of(encoded, result, Dtype::f32, 32, 32), at(out), 127));
     BlockView unknown = view_of(encoded, result, Dtype::f32, 32, 32);
-    unknown.encoding = static_cast<Encoding>(2);
+    unknown.encoding = static_cast<Encoding>(4);
     CHECK_THROWS(ErrorCode::corrupt_page, decode_block(unknown, at(out), 128));
     unknown = view_of(encoded, result, static_cast<Dtype>(0), 32, 32);
     CHECK_THROWS(ErrorCode::corrupt_page, decode_block(unknown, at(out), 128));

@@ -1,21 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// How one block is kept in bytes (docs/format.md, "Block encodings"). Everything here is a pure
-// function, safe between threads, and gives the same bytes with every kernel.
+// How one block is kept in bytes (docs/format.md, "Block encodings"): by itself, or as a delta on a
+// base block. Everything here is a pure function, safe between threads, and gives the same bytes
+// with every kernel. Which block is whose base, and where it is stored, is for callers to know.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "pydedup/types.hpp"
 
 namespace pydedup {
 
-/// Codes are persisted in pages: never renumber. 2 and up are kept for deltas on a base block.
+/// Codes are persisted in pages: never renumber.
 enum class Encoding : std::uint8_t {
-    raw = 0,     ///< rows * cols elements, row-major, without gaps
-    planes = 1,  ///< byte planes, each raw, constant or Huffman-coded
+    raw = 0,        ///< rows * cols elements, row-major, without gaps
+    planes = 1,     ///< byte planes, each raw, constant or Huffman-coded
+    delta = 2,      ///< exact difference to a base block
+    quantised = 3,  ///< difference to a base block within an error bound
 };
+
+/// Whether a block of this encoding says nothing without its base. A base is never itself one.
+[[nodiscard]] constexpr bool is_delta(Encoding encoding) noexcept {
+    return encoding == Encoding::delta || encoding == Encoding::quantised;
+}
 
 /// Version of the `planes` encoding, persisted in each such block.
 inline constexpr std::uint8_t kPlanesVersion = 1;
@@ -51,7 +60,8 @@ struct EncodedBlock {
 
 /// Writes the elements of a block to `dst`, rows `dst_stride_bytes` apart. Throws
 /// Error{corrupt_page} when the bytes are no such block (whatever they are, nothing but the block's
-/// rectangle is written), Error{unsupported_format} for a newer version of the encoding.
+/// rectangle is written) or are a delta, Error{unsupported_format} for a newer version of the
+/// encoding.
 void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride_bytes);
 
 /// Encodes the blocks `indices` of a matrix into `arena`, one after another without gaps, block i
@@ -65,5 +75,53 @@ void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride
 /// Raw bytes of the blocks `indices`. Throws Error{invalid_argument} for an index outside the grid.
 [[nodiscard]] std::size_t raw_bytes_of(const MatrixRef& matrix, const BlockGrid& grid,
                                        std::span<const std::int64_t> indices);
+
+/// Encodes a block as a delta on `base`, which has its shape and dtype, or another dtype where both
+/// are among f64, f32, f16 and bf16 (the base is first rounded to the block's dtype). Without
+/// `max_rel_error` (above 0, below 1), or where no quantised delta keeps it or is smaller, the
+/// delta is exact. With it, |decoded - block| <= max_rel_error * |block| in Euclidean norm, and
+/// elements that are 0 stay 0 (their sign may be lost). Returns nullopt when the delta takes more
+/// than out.size() bytes or is no smaller than the raw block. Throws Error{invalid_argument}.
+[[nodiscard]] std::optional<EncodedBlock> encode_delta(const MatrixRef& block,
+                                                       const MatrixRef& base,
+                                                       std::optional<double> max_rel_error,
+                                                       std::span<std::byte> out);
+
+/// About how many bytes encode_delta() would write, from a sample of the elements: for choosing
+/// among several bases. At most the block's raw bytes.
+[[nodiscard]] std::size_t estimate_delta(const MatrixRef& block, const MatrixRef& base,
+                                         std::optional<double> max_rel_error);
+
+/// Writes the elements of a delta to `dst`, rows `dst_stride_bytes` apart. `base` is the block that
+/// it was made from, in whatever encoding but a delta's. Throws as decode_block() does, also
+/// Error{corrupt_page} for another base.
+void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
+                  std::size_t dst_stride_bytes);
+
+/// The base of one block of a matrix: block `index` of a matrix of bases, whose grid may be
+/// another's.
+struct BaseBlocks {
+    MatrixRef matrix;
+    BlockGrid grid;
+    std::span<const std::int64_t> indices;  ///< one for each block
+};
+
+/// encode_delta() for blocks `indices` of a matrix, into `arena`, one after another without gaps,
+/// block i at offsets[i]. limits[i] is the most bytes that block i may take; encoded[i].length is
+/// 0 where that is not enough. `arena` has room for the sum of the limits; returns how many bytes
+/// of it were used. `threads` 0 means one per core for large inputs.
+[[nodiscard]] std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
+                                        std::span<const std::int64_t> indices,
+                                        const BaseBlocks& bases,
+                                        std::span<const std::int64_t> limits,
+                                        std::optional<double> max_rel_error,
+                                        std::span<std::byte> arena, std::span<std::int64_t> offsets,
+                                        std::span<EncodedBlock> encoded, unsigned threads = 0);
+
+/// estimates[i] = estimate_delta() of block indices[i] and its base.
+void estimate_deltas(const MatrixRef& matrix, const BlockGrid& grid,
+                     std::span<const std::int64_t> indices, const BaseBlocks& bases,
+                     std::optional<double> max_rel_error, std::span<std::int64_t> estimates,
+                     unsigned threads = 0);
 
 }  // namespace pydedup

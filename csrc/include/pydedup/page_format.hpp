@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pages, version 1: the unit of storage and I/O (docs/format.md, "Page"). A page is built once and
-// never changes; a parsed page is immutable and safe between threads.
+// Pages: the unit of storage and I/O (docs/format.md, "Page"). A page is built once and never
+// changes; a parsed page is immutable and safe between threads.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,10 @@
 
 namespace pydedup {
 
-inline constexpr std::uint16_t kPageVersion = 1;
+/// The newest version that is read. Pages are written with the oldest one that can describe them.
+inline constexpr std::uint16_t kPageVersion = 2;
+/// From this version on, pages hold deltas, and every page of it does.
+inline constexpr std::uint16_t kDeltaPageVersion = 2;
 inline constexpr std::size_t kPageHeaderBytes = 64;
 inline constexpr std::size_t kSlotBytes = 32;
 inline constexpr std::size_t kBlockAlignment = 64;
@@ -64,10 +67,14 @@ class Page {
     [[nodiscard]] std::size_t n_slots() const noexcept { return view_.n_slots(); }
     [[nodiscard]] std::size_t nbytes() const noexcept { return view_.bytes().size(); }
     [[nodiscard]] Digest checksum() const noexcept { return view_.checksum(); }
+    /// Different for each page that this process ever made, copies apart; never 0. So whoever
+    /// remembers what a page holds can tell that it is still the same.
+    [[nodiscard]] std::uint64_t serial() const noexcept { return serial_; }
 
   private:
     std::shared_ptr<const std::byte> owner_;
     PageView view_;
+    std::uint64_t serial_;
 };
 
 /// Where a block of a matrix is stored: `pages[page]`, slot `slot`.
@@ -76,12 +83,29 @@ struct StoredBlock {
     std::uint32_t slot;
 };
 
+/// The page of a block that has no base.
+inline constexpr std::uint32_t kNoPage = UINT32_MAX;
+
+/// The bases of stored blocks: that of block i is bases[i], `page` counting in `pages`; kNoPage for
+/// blocks that are no deltas.
+struct StoredBases {
+    std::span<const Page* const> pages;
+    std::span<const StoredBlock> bases;
+};
+
 /// Decodes stored[i] into block indices[i] of the matrix at `out`, whose shape is that of the grid.
 /// Throws Error{corrupt_page} when a slot has another dtype or shape than the block,
 /// Error{invalid_argument} for an index outside grid or pages.
 void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
                  std::span<const std::int64_t> indices, const BlockGrid& grid, Dtype dtype,
                  std::byte* out, std::size_t out_stride_bytes, unsigned threads = 0);
+
+/// The same with deltas among them. Throws Error{corrupt_page} for a delta whose base is kNoPage, a
+/// delta itself, or another block than it was made from.
+void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
+                 const StoredBases& bases, std::span<const std::int64_t> indices,
+                 const BlockGrid& grid, Dtype dtype, std::byte* out, std::size_t out_stride_bytes,
+                 unsigned threads = 0);
 
 /// equal[i] = whether stored[i] holds the very bytes of block indices[i], dtype and shape included.
 /// Raw blocks are compared where they lie.

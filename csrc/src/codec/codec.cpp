@@ -249,6 +249,9 @@ void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride
         case Encoding::planes:
             decode_planes(block, dst, dst_stride_bytes);
             return;
+        case Encoding::delta:
+        case Encoding::quantised:
+            corrupt(block, "it is a delta, and came without its base");
     }
     corrupt(block,
             "encoding " + std::to_string(static_cast<unsigned>(block.encoding)) + " is unknown");

@@ -10,9 +10,10 @@ namespace {
 #include "kernels/codec_common-inl.hpp"
 #include "kernels/codec_pairs-inl.hpp"
 #include "kernels/codec_planes-inl.hpp"
+#include "kernels/delta_common-inl.hpp"
 
 constexpr CodecKernels kCodec = {split_planes<VectorRows>, merge_planes<VectorRows>,
-                                 huffman_decode_fast};
+                                 huffman_decode_fast, kDelta};
 
 }  // namespace
 }  // namespace pydedup::isa_avx512

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/delta_kernels.hpp"
+
 namespace pydedup {
 
 /// Longest Huffman code, so that a decoding table of 16-bit entries stays in 4 KiB.
@@ -35,6 +37,7 @@ struct CodecKernels {
     /// `end` read as 0, and the caller judges by `consumed`.
     void (*huffman_decode)(const HuffmanStreams& streams, std::size_t count, std::uint8_t* out,
                            std::uint64_t* consumed) noexcept;
+    DeltaKernels delta;
 };
 
 }  // namespace pydedup

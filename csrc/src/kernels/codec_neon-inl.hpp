@@ -12,6 +12,7 @@ namespace {
 
 #include "kernels/codec_common-inl.hpp"
 #include "kernels/codec_pairs-inl.hpp"
+#include "kernels/delta_common-inl.hpp"
 
 constexpr std::size_t kElements = 16;  // elements, whatever their size
 
@@ -112,7 +113,7 @@ struct NeonRows {
 };
 
 constexpr CodecKernels kCodec = {split_planes<NeonRows>, merge_planes<NeonRows>,
-                                 huffman_decode_fast};
+                                 huffman_decode_fast, kDelta};
 
 }  // namespace
 }  // namespace pydedup::isa_neon

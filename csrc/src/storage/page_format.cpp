@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -70,6 +71,10 @@ const char* block_fault(const BlockView& block) noexcept {
         case Encoding::planes:
             if (block.length >= count * item) return "is longer than its raw block";
             break;
+        case Encoding::delta:
+        case Encoding::quantised:
+            if (block.length >= count * item) return "is longer than its raw block";
+            return block.base != 0 ? nullptr : "is a delta and names no base";
         default:
             return "has an unknown encoding";
     }
@@ -91,6 +96,19 @@ BlockView read_slot(Bytes page, std::size_t slot) noexcept {
             load_le<std::uint64_t>(at + kBaseAt)};
 }
 
+std::uint64_t next_serial() noexcept {
+    static std::atomic<std::uint64_t> last{0};
+    return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
+// The oldest version that has all these encodings.
+std::uint16_t version_for(std::span<const BlockView> blocks) noexcept {
+    for (const BlockView& block : blocks) {
+        if (is_delta(block.encoding)) return kDeltaPageVersion;
+    }
+    return 1;
+}
+
 void check_header(Bytes page) {
     if (page.size() < kPageHeaderBytes) {
         corrupt(std::to_string(page.size()) + " bytes are fewer than a page header");
@@ -105,7 +123,7 @@ void check_header(Bytes page) {
                         ", this pydedup reads up to " + std::to_string(kPageVersion) +
                         "; use a newer pydedup");
     }
-    if (version != kPageVersion) corrupt("format version 0 does not exist");
+    if (version == 0) corrupt("format version 0 does not exist");
     if (load_le<std::uint16_t>(page.data() + kHeaderBytesAt) != kPageHeaderBytes) {
         corrupt("the header has a wrong length");
     }
@@ -136,7 +154,7 @@ void build_page(std::span<const BlockView> blocks, std::span<std::byte> out) {
     std::size_t end = kPageHeaderBytes + blocks.size() * kSlotBytes;
     std::memset(page, 0, end);
     std::memcpy(page, kMagic.data(), kMagic.size());
-    store_le(page + kVersionAt, kPageVersion);
+    store_le(page + kVersionAt, version_for(blocks));
     store_le(page + kHeaderBytesAt, static_cast<std::uint16_t>(kPageHeaderBytes));
     store_le(page + kSlotsAt, static_cast<std::uint32_t>(blocks.size()));
     store_le(page + kSlotBytesAt, static_cast<std::uint32_t>(kSlotBytes));
@@ -181,6 +199,7 @@ PageView PageView::parse(Bytes page, bool verify_checksum) {
         corrupt("its " + std::to_string(view.n_slots_) + " slots do not fit into it");
     }
     std::size_t end = kPageHeaderBytes + view.n_slots_ * kSlotBytes;
+    bool has_deltas = false;
     for (std::size_t slot = 0; slot < view.n_slots_; ++slot) {
         const std::byte* const at = slot_at(page, slot);
         const std::size_t offset = align_up(end);
@@ -194,8 +213,14 @@ PageView PageView::parse(Bytes page, bool verify_checksum) {
         if (offset > page.size() || length > page.size() - offset) {
             corrupt_slot(slot, "reaches behind the end of the page");
         }
-        if (const char* fault = block_fault(read_slot(page, slot))) corrupt_slot(slot, fault);
+        const BlockView block = read_slot(page, slot);
+        if (const char* fault = block_fault(block)) corrupt_slot(slot, fault);
+        has_deltas |= is_delta(block.encoding);
         end = offset + length;
+    }
+    const auto version = load_le<std::uint16_t>(page.data() + kVersionAt);
+    if (has_deltas != (version >= kDeltaPageVersion)) {
+        corrupt(has_deltas ? "version 1 has no deltas" : "version 2 is for pages with deltas");
     }
     if (end != page.size()) {
         corrupt("its blocks end at byte " + std::to_string(end) + " of " +
@@ -226,6 +251,8 @@ std::size_t PageView::offset(std::size_t slot) const {
 }
 
 Page::Page(std::shared_ptr<const std::byte> owner, std::size_t size, bool verify_checksum)
-    : owner_(std::move(owner)), view_(PageView::parse({owner_.get(), size}, verify_checksum)) {}
+    : owner_(std::move(owner)),
+      view_(PageView::parse({owner_.get(), size}, verify_checksum)),
+      serial_(next_serial()) {}
 
 }  // namespace pydedup

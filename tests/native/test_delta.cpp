@@ -1,0 +1,556 @@
+// SPDX-License-Identifier: Apache-2.0
+// Delta encodings: round trips of every dtype, error bounds, sizes, other bases, and bytes that
+// nobody wrote (the same cases under ASan and UBSan are the memory-safety test).
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "check.hpp"
+#include "codec/convert.hpp"
+#include "codec/logarithm.hpp"
+#include "kernels.hpp"
+#include "pydedup/codec.hpp"
+
+using namespace pydedup;
+using namespace pydedup::testing;
+
+namespace {
+
+using Buffer = std::vector<std::uint8_t>;
+
+constexpr std::array kDtypes = {Dtype::f64,     Dtype::f32,     Dtype::f16,    Dtype::bf16,
+                                Dtype::i8,      Dtype::i16,     Dtype::i32,    Dtype::i64,
+                                Dtype::u8,      Dtype::u16,     Dtype::u32,    Dtype::u64,
+                                Dtype::boolean, Dtype::f8_e4m3, Dtype::f8_e5m2};
+
+const std::byte* at(const Buffer& bytes) {
+    return reinterpret_cast<const std::byte*>(bytes.data());
+}
+std::byte* at(Buffer& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
+
+MatrixRef matrix(const Buffer& bytes, std::size_t rows, std::size_t cols, Dtype dtype,
+                 std::size_t stride = 0) {
+    return {at(bytes), rows, cols, stride != 0 ? stride : cols * item_bytes(dtype), dtype};
+}
+
+BlockView view(const Buffer& bytes, std::size_t rows, std::size_t cols, Dtype dtype,
+               Encoding encoding = Encoding::raw) {
+    return {at(bytes),
+            static_cast<std::uint32_t>(bytes.size()),
+            encoding,
+            dtype,
+            static_cast<std::uint32_t>(rows),
+            static_cast<std::uint32_t>(cols),
+            is_delta(encoding) ? 1U : 0U};
+}
+
+Buffer as_dtype(const std::vector<double>& values, Dtype dtype) {
+    Buffer bytes(values.size() * item_bytes(dtype));
+    detail::convert_floats(reinterpret_cast<const std::uint8_t*>(values.data()), Dtype::f64,
+                           values.size(), bytes.data(), dtype);
+    return bytes;
+}
+
+std::vector<double> as_doubles(const Buffer& bytes, Dtype dtype) {
+    std::vector<double> values(bytes.size() / item_bytes(dtype));
+    detail::convert_floats(bytes.data(), dtype, values.size(),
+                           reinterpret_cast<std::uint8_t*>(values.data()), Dtype::f64);
+    return values;
+}
+
+std::vector<double> normal(std::size_t n, double spread, std::mt19937_64& random) {
+    std::normal_distribution<double> draw(0.0, spread);
+    std::vector<double> values(n);
+    for (double& value : values) value = draw(random);
+    return values;
+}
+
+struct Encoded {
+    Buffer bytes;
+    Encoding encoding = Encoding::raw;
+};
+
+Encoded encode(const MatrixRef& block, const MatrixRef& base,
+               std::optional<double> max_rel_error = std::nullopt) {
+    Encoded result;
+    result.bytes.resize(block.rows * block.cols * item_bytes(block.dtype));
+    const auto encoded =
+        encode_delta(block, base, max_rel_error, {at(result.bytes), result.bytes.size()});
+    if (!encoded) return {};
+    result.bytes.resize(encoded->length);
+    result.bytes.shrink_to_fit();  // decoding must not look behind
+    result.encoding = encoded->encoding;
+    return result;
+}
+
+Buffer decode(const Encoded& delta, const BlockView& base, Dtype dtype) {
+    Buffer out(std::size_t{base.rows} * base.cols * item_bytes(dtype));
+    decode_delta(view(delta.bytes, base.rows, base.cols, dtype, delta.encoding), base, at(out),
+                 base.cols * item_bytes(dtype));
+    return out;
+}
+
+TEST(exact_deltas_of_every_dtype_and_shape_come_back) {
+    std::mt19937_64 random(1);
+    std::size_t n_smaller = 0;
+    for (const Dtype dtype : kDtypes) {
+        const std::size_t item = item_bytes(dtype);
+        for (const auto& [rows, cols] : {std::pair<std::size_t, std::size_t>{1, 1},
+                                         {1, 7},
+                                         {3, 5},
+                                         {17, 33},
+                                         {64, 64},
+                                         {1, 4097},
+                                         {200, 50},
+                                         {700, 3}}) {
+            for (int kind = 0; kind < 8; ++kind) {
+                const std::size_t stride = cols * item + (kind == 3 ? 24 : 0);
+                const Buffer base =
+                    kind == 6 ? Buffer(rows * stride, 0) : random_bytes(rows * stride, random);
+                Buffer block = base;
+                if (kind == 1) {  // any bits at all
+                    block = random_bytes(rows * stride, random);
+                } else if (kind == 2) {  // a few changes
+                    block[random() % block.size()] ^= 1;
+                    block[random() % block.size()] ^= 128;
+                } else if (kind >= 3) {  // low bits everywhere, or in every third row
+                    for (std::size_t r = 0; r < rows; r += kind == 4 ? 3 : 1) {
+                        for (std::size_t c = 0; c < cols; ++c) {
+                            block[r * stride + c * item] ^=
+                                static_cast<std::uint8_t>(random() % (kind == 5 ? 2 : 16));
+                        }
+                    }
+                }
+                const Encoded delta = encode({at(block), rows, cols, stride, dtype},
+                                             {at(base), rows, cols, stride, dtype});
+                if (delta.bytes.empty()) continue;
+                ++n_smaller;
+                CHECK(delta.encoding == Encoding::delta);
+                Buffer dense(rows * cols * item);
+                for (std::size_t r = 0; r < rows; ++r) {
+                    std::memcpy(&dense[r * cols * item], &base[r * stride], cols * item);
+                }
+                Buffer back(rows * stride, 0xEE);
+                decode_delta(view(delta.bytes, rows, cols, dtype, delta.encoding),
+                             view(dense, rows, cols, dtype), at(back), stride);
+                for (std::size_t r = 0; r < rows; ++r) {
+                    CHECK(std::memcmp(&back[r * stride], &block[r * stride], cols * item) == 0);
+                    for (std::size_t b = r * stride + cols * item; b < (r + 1) * stride; ++b) {
+                        CHECK(back[b] == 0xEE);
+                    }
+                }
+                const std::size_t estimate =
+                    estimate_delta({at(block), rows, cols, stride, dtype},
+                                   {at(base), rows, cols, stride, dtype}, std::nullopt);
+                CHECK(estimate <= rows * cols * item);
+            }
+        }
+    }
+    CHECK(n_smaller > 300);
+}
+
+TEST(a_base_of_planes_or_of_another_dtype) {
+    std::mt19937_64 random(2);
+    const std::size_t rows = 48;
+    const std::size_t cols = 64;
+    constexpr std::array kFloats = {Dtype::f64, Dtype::f32, Dtype::f16, Dtype::bf16};
+    const std::vector<double> values = normal(rows * cols, 0.02, random);
+    std::vector<double> moved = values;
+    for (double& value : moved) value *= 1.0 + 1e-3 * static_cast<double>(random() % 3);
+    for (const Dtype from : kFloats) {
+        const Buffer base = as_dtype(values, from);
+        Buffer planes(base.size());
+        const EncodedBlock packed =
+            encode_block(matrix(base, rows, cols, from), true, {at(planes), planes.size()});
+        planes.resize(packed.length);
+        CHECK(packed.encoding == Encoding::planes);
+        for (const Dtype to : kFloats) {
+            const Buffer block = as_dtype(moved, to);
+            for (const auto bound : {std::optional<double>(), std::optional<double>(0.01)}) {
+                const Encoded delta =
+                    encode(matrix(block, rows, cols, to), matrix(base, rows, cols, from), bound);
+                CHECK(!delta.bytes.empty());
+                const Buffer raw = decode(delta, view(base, rows, cols, from), to);
+                CHECK(raw == decode(delta, view(planes, rows, cols, from, Encoding::planes), to));
+                if (delta.encoding == Encoding::delta) CHECK(raw == block);
+            }
+        }
+    }
+}
+
+double relative_error(const std::vector<double>& want, const std::vector<double>& got) {
+    double error = 0;
+    double norm = 0;
+    for (std::size_t i = 0; i < want.size(); ++i) {
+        error += (want[i] - got[i]) * (want[i] - got[i]);
+        norm += want[i] * want[i];
+    }
+    return std::sqrt(error / norm);
+}
+
+TEST(quantised_deltas_keep_their_bound_and_zeros) {
+    std::mt19937_64 random(3);
+    for (const Dtype dtype : {Dtype::f64, Dtype::f32, Dtype::f16, Dtype::bf16}) {
+        for (const auto& [rows, cols] :
+             {std::pair<std::size_t, std::size_t>{1, 3}, {5, 7}, {64, 64}, {1, 5000}}) {
+            for (const double bound : {1e-6, 1e-3, 0.05, 0.9}) {
+                for (int kind = 0; kind < 4; ++kind) {
+                    const std::vector<double> values = normal(rows * cols, 0.02, random);
+                    const std::vector<double> noise =
+                        normal(rows * cols, kind == 1 ? 0.1 : 2e-4, random);
+                    std::vector<double> moved = values;
+                    for (std::size_t i = 0; i < moved.size(); ++i) {
+                        if (kind != 2 || i / cols % 4 == 0) moved[i] += noise[i];
+                        if (kind == 3 && random() % 4 == 0) moved[i] = 0;
+                    }
+                    const Buffer base = as_dtype(values, dtype);
+                    const Buffer block = as_dtype(moved, dtype);
+                    const Encoded delta = encode(matrix(block, rows, cols, dtype),
+                                                 matrix(base, rows, cols, dtype), bound);
+                    if (delta.bytes.empty()) continue;
+                    const Buffer back = decode(delta, view(base, rows, cols, dtype), dtype);
+                    if (delta.encoding == Encoding::delta) {
+                        CHECK(back == block);
+                        continue;
+                    }
+                    const std::vector<double> want = as_doubles(block, dtype);
+                    const std::vector<double> got = as_doubles(back, dtype);
+                    CHECK(relative_error(want, got) <= bound);
+                    for (std::size_t i = 0; i < want.size(); ++i) {
+                        CHECK(want[i] != 0 || got[i] == 0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(what_cannot_be_quantised_is_exact) {
+    std::mt19937_64 random(4);
+    const std::size_t rows = 32;
+    const std::size_t cols = 32;
+    const std::vector<double> values = normal(rows * cols, 0.02, random);
+    const double inf = std::numeric_limits<double>::infinity();
+    for (const double strange : {inf, -inf, std::nan(""), 1e38, 1e-44}) {
+        for (const bool in_base : {false, true}) {
+            std::vector<double> moved = values;
+            for (double& value : moved) value *= 1.0001;
+            std::vector<double> from = values;
+            (in_base ? from : moved)[77] = strange;
+            const Buffer base = as_dtype(from, Dtype::f32);
+            const Buffer block = as_dtype(moved, Dtype::f32);
+            const Encoded delta = encode(matrix(block, rows, cols, Dtype::f32),
+                                         matrix(base, rows, cols, Dtype::f32), 1e-3);
+            CHECK(!delta.bytes.empty());
+            const Buffer back = decode(delta, view(base, rows, cols, Dtype::f32), Dtype::f32);
+            if (delta.encoding == Encoding::delta) {
+                CHECK(back == block);
+            } else {
+                CHECK(relative_error(as_doubles(block, Dtype::f32), as_doubles(back, Dtype::f32)) <=
+                      1e-3);
+            }
+        }
+    }
+    // A block of zeros has no error to spare.
+    const Buffer zeros(rows * cols * 4, 0);
+    const Buffer base = as_dtype(values, Dtype::f32);
+    const Encoded delta =
+        encode(matrix(zeros, rows, cols, Dtype::f32), matrix(base, rows, cols, Dtype::f32), 0.5);
+    if (!delta.bytes.empty()) {
+        CHECK(decode(delta, view(base, rows, cols, Dtype::f32), Dtype::f32) == zeros);
+    }
+}
+
+double share(Dtype dtype, double spread, std::optional<double> bound, std::mt19937_64& random) {
+    const std::vector<double> values = normal(64 * 64, 0.02, random);
+    const std::vector<double> noise = normal(64 * 64, spread, random);
+    std::vector<double> moved = values;
+    for (std::size_t i = 0; i < moved.size(); ++i) moved[i] += noise[i];
+    const Buffer base = as_dtype(values, dtype);
+    const Buffer block = as_dtype(moved, dtype);
+    const Encoded delta = encode(matrix(block, 64, 64, dtype), matrix(base, 64, 64, dtype), bound);
+    CHECK(!delta.bytes.empty());
+    const double bytes = static_cast<double>(delta.bytes.size());
+    const double estimate = static_cast<double>(
+        estimate_delta(matrix(block, 64, 64, dtype), matrix(base, 64, 64, dtype), bound));
+    CHECK(std::abs(estimate / bytes - 1.0) < 0.15);
+    return bytes / static_cast<double>(block.size());
+}
+
+TEST(deltas_are_as_small_as_promised) {
+    std::mt19937_64 random(5);
+    CHECK(share(Dtype::f32, 2e-4, std::nullopt, random) < 0.636);
+    CHECK(share(Dtype::bf16, 2e-4, std::nullopt, random) < 0.275);
+    CHECK(share(Dtype::f32, 2e-4, 1e-3, random) < 0.13);
+}
+
+TEST(few_changes_cost_few_bytes) {
+    std::mt19937_64 random(6);
+    const Buffer base = as_dtype(normal(4096, 0.02, random), Dtype::f32);
+    const auto bytes_of = [&](const Buffer& block) {
+        const Encoded delta =
+            encode(matrix(block, 64, 64, Dtype::f32), matrix(base, 64, 64, Dtype::f32));
+        CHECK(decode(delta, view(base, 64, 64, Dtype::f32), Dtype::f32) == block);
+        return delta.bytes.size();
+    };
+    CHECK(bytes_of(base) <= 16);
+    Buffer one = base;
+    one[4 * 1000] ^= 1;
+    CHECK(bytes_of(one) <= 24);
+    Buffer rows = base;  // three rows of 64 changed by at most a byte
+    for (const std::size_t r : {3U, 30U, 63U}) {
+        for (std::size_t c = 0; c < 64; ++c)
+            rows[(r * 64 + c) * 4] ^= static_cast<std::uint8_t>(random());
+    }
+    CHECK(bytes_of(rows) <= 3 * 64 + 160);
+    Buffer decay = base;  // the same relative change everywhere: a function of the mantissa
+    for (std::size_t i = 0; i < 4096; ++i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, &decay[4 * i], 4);
+        bits -= 900U + (bits & 0x7FFFFFU) / 0x200000U * 300U;
+        std::memcpy(&decay[4 * i], &bits, 4);
+    }
+    CHECK(bytes_of(decay) <= 500);
+}
+
+TEST(another_base_is_noticed) {
+    std::mt19937_64 random(7);
+    const Buffer base = as_dtype(normal(1024, 0.02, random), Dtype::f32);
+    Buffer block = base;
+    for (std::size_t i = 0; i < block.size(); i += 4) block[i] ^= 3;
+    const Encoded delta =
+        encode(matrix(block, 32, 32, Dtype::f32), matrix(base, 32, 32, Dtype::f32));
+    Buffer other = base;
+    other[555] ^= 4;
+    Buffer out(block.size());
+    const BlockView stored = view(delta.bytes, 32, 32, Dtype::f32, delta.encoding);
+    const auto with = [&](const BlockView& from) { decode_delta(stored, from, at(out), 128); };
+    CHECK_THROWS(ErrorCode::corrupt_page, with(view(other, 32, 32, Dtype::f32)));
+    CHECK_THROWS(ErrorCode::corrupt_page, with(view(base, 16, 64, Dtype::f32)));
+    CHECK_THROWS(ErrorCode::corrupt_page, with(view(base, 32, 32, Dtype::u32)));
+    CHECK_THROWS(ErrorCode::corrupt_page, with(stored));
+    BlockView cut = view(base, 32, 32, Dtype::f32);
+    cut.length -= 4;
+    CHECK_THROWS(ErrorCode::corrupt_page, with(cut));
+    CHECK_THROWS(ErrorCode::corrupt_page, decode_block(stored, at(out), 128));
+    CHECK_THROWS(ErrorCode::invalid_argument,
+                 decode_delta(stored, view(base, 32, 32, Dtype::f32), at(out), 127));
+    BlockView as_raw = stored;
+    as_raw.encoding = Encoding::raw;
+    CHECK_THROWS(ErrorCode::corrupt_page,
+                 decode_delta(as_raw, view(base, 32, 32, Dtype::f32), at(out), 128));
+}
+
+TEST(arguments_are_checked) {
+    const Buffer zeros(4096, 0);
+    Buffer out(4096);
+    const std::span<std::byte> room(at(out), out.size());
+    const MatrixRef f32 = matrix(zeros, 32, 32, Dtype::f32);
+    const auto refused = [&](const MatrixRef& block, const MatrixRef& base,
+                             std::optional<double> bound) {
+        CHECK_THROWS(ErrorCode::invalid_argument,
+                     static_cast<void>(encode_delta(block, base, bound, room)));
+        CHECK_THROWS(ErrorCode::invalid_argument,
+                     static_cast<void>(estimate_delta(block, base, bound)));
+    };
+    refused(f32, matrix(zeros, 16, 64, Dtype::f32), std::nullopt);
+    refused(f32, matrix(zeros, 32, 32, Dtype::u32), std::nullopt);
+    refused(matrix(zeros, 32, 32, Dtype::f8_e4m3), f32, std::nullopt);
+    refused({at(zeros), 0, 32, 128, Dtype::f32}, {at(zeros), 0, 32, 128, Dtype::f32}, std::nullopt);
+    for (const double bound : {0.0, -1.0, 1.0, std::nan("")}) refused(f32, f32, bound);
+    // A limit that is too small is no error.
+    CHECK(!encode_delta(f32, f32, std::nullopt, room.first(3)).has_value());
+    CHECK(encode_delta(f32, f32, std::nullopt, room.first(16)).has_value());
+}
+
+TEST(a_delta_is_never_trusted) {
+    std::mt19937_64 random(8);
+    const std::size_t rows = 24;
+    const std::size_t cols = 64;
+    for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64, Dtype::i8}) {
+        const std::size_t item = item_bytes(dtype);
+        const bool is_float = dtype != Dtype::i8;
+        const std::vector<double> values = normal(rows * cols, 0.02, random);
+        std::vector<double> moved = values;
+        for (std::size_t i = 0; i < moved.size(); ++i) {
+            if (i / cols % 5 != 0) moved[i] *= 1.0 + 1e-4 * static_cast<double>(random() % 20);
+        }
+        Buffer base = is_float ? as_dtype(values, dtype) : random_bytes(rows * cols, random);
+        Buffer block = is_float ? as_dtype(moved, dtype) : base;
+        if (!is_float) {
+            for (std::size_t i = 0; i < block.size(); i += 2) block[i] ^= 5;
+        }
+        for (int kind = 0; kind < 3; ++kind) {
+            Buffer source = block;
+            if (kind == 2) {
+                source = base;
+                for (std::size_t i = 0; i < source.size(); i += 97) source[i] ^= 9;
+            }
+            const Encoded delta =
+                encode(matrix(source, rows, cols, dtype), matrix(base, rows, cols, dtype),
+                       kind == 1 && is_float ? std::optional<double>(0.002) : std::nullopt);
+            CHECK(!delta.bytes.empty());
+            const auto decodes = [&](const Buffer& bytes, Encoding encoding) {
+                Buffer exact(bytes);
+                exact.shrink_to_fit();
+                Buffer out(rows * cols * item);
+                try {
+                    decode_delta(view(exact, rows, cols, dtype, encoding),
+                                 view(base, rows, cols, dtype), at(out), cols * item);
+                    return true;
+                } catch (const Error& error) {
+                    CHECK(error.code() == ErrorCode::corrupt_page ||
+                          error.code() == ErrorCode::unsupported_format);
+                    return false;
+                }
+            };
+            CHECK(decodes(delta.bytes, delta.encoding));
+            for (std::size_t n = 0; n < delta.bytes.size(); n += n < 300 ? 1 : 37) {
+                CHECK(!decodes(Buffer(delta.bytes.begin(),
+                                      delta.bytes.begin() + static_cast<std::ptrdiff_t>(n)),
+                               delta.encoding));
+            }
+            Buffer longer = delta.bytes;
+            longer.push_back(0);
+            CHECK(!decodes(longer, delta.encoding));
+            for (int round = 0; round < 3000; ++round) {
+                Buffer damaged = delta.bytes;
+                // Most of the damage where the structure is.
+                const std::size_t reach =
+                    round % 4 == 0 ? damaged.size() : std::min<std::size_t>(damaged.size(), 200);
+                for (std::uint64_t flips = 1 + random() % 3; flips-- > 0;) {
+                    const std::size_t where = random() % reach;
+                    if (where >= 8 && where < 12) continue;  // the base's check: noticed at once
+                    damaged[where] ^= static_cast<std::uint8_t>(1U << random() % 8);
+                }
+                static_cast<void>(
+                    decodes(damaged, round % 8 == 7 ? Encoding::quantised : delta.encoding));
+            }
+            for (int round = 0; round < 1000; ++round) {  // a valid header in front of noise
+                Buffer noise = random_bytes(12 + random() % 600, random);
+                std::memcpy(noise.data(), delta.bytes.data(), 12);
+                noise[1] = static_cast<std::uint8_t>(round % 2);
+                if (delta.encoding == Encoding::quantised && noise.size() >= 20) {
+                    std::memcpy(&noise[12], &delta.bytes[12], 8);
+                }
+                const std::size_t body = delta.encoding == Encoding::quantised ? 20 : 12;
+                if (round % 2 == 1 && noise.size() > body + 8) {
+                    noise[body] = static_cast<std::uint8_t>(1 + random() % 2);
+                    noise[body + 1] = 0;
+                }
+                static_cast<void>(decodes(noise, delta.encoding));
+            }
+            Buffer newer = delta.bytes;
+            newer[0] = 2;
+            CHECK(!decodes(newer, delta.encoding));
+        }
+    }
+}
+
+TEST(many_deltas_are_the_deltas_one_by_one_whatever_the_threads) {
+    std::mt19937_64 random(9);
+    const std::size_t rows = 150;
+    const std::size_t cols = 130;
+    const std::vector<double> values = normal(rows * cols, 0.02, random);
+    std::vector<double> moved = values;
+    for (double& value : moved) value *= 1.0 + 1e-3 * static_cast<double>(random() % 9);
+    const Buffer base = as_dtype(values, Dtype::f32);
+    const Buffer block = as_dtype(moved, Dtype::f32);
+    const MatrixRef to = matrix(block, rows, cols, Dtype::f32);
+    const MatrixRef from = matrix(base, rows, cols, Dtype::f32);
+    const BlockGrid grid{rows, cols, 32, 48};
+    std::vector<std::int64_t> indices;
+    for (std::size_t i = grid.count(); i-- > 0;) indices.push_back(static_cast<std::int64_t>(i));
+    const std::vector<std::int64_t> limits(indices.size(), 32 * 48 * 4);
+    Buffer first;
+    for (const unsigned threads : {1U, 4U}) {
+        Buffer arena(limits.size() * 32 * 48 * 4);
+        std::vector<std::int64_t> offsets(indices.size());
+        std::vector<EncodedBlock> encoded(indices.size());
+        const std::size_t used =
+            encode_deltas(to, grid, indices, {from, grid, indices}, limits, std::nullopt,
+                          {at(arena), arena.size()}, offsets, encoded, threads);
+        arena.resize(used);
+        if (first.empty()) first = arena;
+        CHECK(arena == first);
+        for (std::size_t i = 0; i < indices.size(); ++i) {
+            const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
+            const std::size_t skip = rect.row0 * cols * 4 + rect.col0 * 4;
+            const Encoded alone =
+                encode({to.data + skip, rect.rows, rect.cols, cols * 4, Dtype::f32},
+                       {from.data + skip, rect.rows, rect.cols, cols * 4, Dtype::f32});
+            CHECK(alone.bytes.size() == encoded[i].length);
+            CHECK(std::memcmp(alone.bytes.data(), &arena[static_cast<std::size_t>(offsets[i])],
+                              alone.bytes.size()) == 0);
+        }
+    }
+    std::vector<std::int64_t> estimates(indices.size());
+    estimate_deltas(to, grid, indices, {from, grid, indices}, std::nullopt, estimates, 2);
+    for (const std::int64_t estimate : estimates) CHECK(estimate > 0);
+    // Bases of another shape, too few bases, a limit that leaves the arena.
+    Buffer arena(100);
+    std::vector<std::int64_t> offsets(1);
+    std::vector<EncodedBlock> encoded(1);
+    const auto refused = [&](std::int64_t base_index, std::int64_t limit) {
+        const std::array index{std::int64_t{0}};
+        const std::array base_indices{base_index};
+        const std::array most{limit};
+        CHECK_THROWS(ErrorCode::invalid_argument,
+                     static_cast<void>(encode_deltas(to, grid, index, {from, grid, base_indices},
+                                                     most, std::nullopt, {at(arena), arena.size()},
+                                                     offsets, encoded)));
+    };
+    refused(static_cast<std::int64_t>(grid.count()) - 1, 50);
+    refused(-1, 50);
+    refused(0, 101);
+    refused(0, -1);
+}
+
+TEST(logarithms_are_those_of_mathematics) {
+    for (std::uint32_t value = 1; value < 100000; value = value * 3 / 2 + 1) {
+        const double want = std::log2(static_cast<double>(value)) * 4096;
+        const double got = detail::log2_fixed(value);
+        CHECK(got <= want + 1e-6 && got > want - 8);
+    }
+}
+
+TEST(conversions_round_once_to_nearest_even) {
+    std::mt19937_64 random(10);
+    for (int round = 0; round < 200000; ++round) {
+        // Mostly around halves of f16, bf16 and f32.
+        std::uint64_t bits = random();
+        if (round % 4 != 0) bits &= ~0ULL << (random() % 48);
+        const double value = std::bit_cast<double>(bits);
+        if (std::isnan(value)) continue;
+        std::uint32_t single = 0;
+        detail::convert_floats(reinterpret_cast<const std::uint8_t*>(&value), Dtype::f64, 1,
+                               reinterpret_cast<std::uint8_t*>(&single), Dtype::f32);
+        CHECK(single == std::bit_cast<std::uint32_t>(static_cast<float>(value)));
+        double back = 0;
+        detail::convert_floats(reinterpret_cast<const std::uint8_t*>(&single), Dtype::f32, 1,
+                               reinterpret_cast<std::uint8_t*>(&back), Dtype::f64);
+        CHECK(back == static_cast<double>(std::bit_cast<float>(single)));
+    }
+    for (std::uint32_t half = 0; half < 0x10000; ++half) {
+        for (const Dtype dtype : {Dtype::f16, Dtype::bf16}) {
+            const auto word = static_cast<std::uint16_t>(half);
+            std::uint32_t single = 0;
+            std::uint16_t again = 0;
+            detail::convert_floats(reinterpret_cast<const std::uint8_t*>(&word), dtype, 1,
+                                   reinterpret_cast<std::uint8_t*>(&single), Dtype::f32);
+            const float value = std::bit_cast<float>(single);
+            detail::convert_floats(reinterpret_cast<const std::uint8_t*>(&single), Dtype::f32, 1,
+                                   reinterpret_cast<std::uint8_t*>(&again), dtype);
+            if (!std::isnan(value)) CHECK(again == word);
+            if (dtype == Dtype::bf16 && !std::isnan(value)) CHECK(single == half << 16);
+        }
+    }
+}
+
+}  // namespace
+
+PYDEDUP_TEST_MAIN
