@@ -16,6 +16,7 @@ namespace {
 }
 
 std::size_t step_of(const py::array& array, py::ssize_t axis, const char* name) {
+    if (array.size() == 0) return 0;  // its strides say nothing
     if (array.shape(axis) > 1 && array.strides(axis) < 0) {
         refuse(std::string(name) + " has a negative stride; pass numpy.ascontiguousarray of it");
     }
@@ -28,7 +29,8 @@ void check_items(const py::array& array, std::size_t item, const char* name) {
                " bytes instead of " + std::to_string(item));
     }
     const py::ssize_t last = array.ndim() - 1;
-    if (array.shape(last) > 1 && static_cast<std::size_t>(array.strides(last)) != item) {
+    if (array.size() != 0 && array.shape(last) > 1 &&
+        static_cast<std::size_t>(array.strides(last)) != item) {
         refuse(std::string(name) +
                " is not dense in its last axis; pass numpy.ascontiguousarray of it");
     }

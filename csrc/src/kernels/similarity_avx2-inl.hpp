@@ -94,7 +94,6 @@ struct V {
         bool swap;
     };
     static constexpr std::size_t kFoldStrips = 2;
-    static constexpr std::size_t kRadix = 4;
 
     static Reg zero() noexcept { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static Reg set1(double x) noexcept {

@@ -42,10 +42,11 @@ struct Filtered {
 
 /// Adds `strips` strips, `pitch` bytes apart, to `buckets`. Element (t, lane) of strip s goes to
 /// bucket (t * 16 + lane) ^ moves[s], negated where the strip's sign of that bucket is set. The sum
-/// of squares is added to `squares`, per lane of buckets: in f32 over a strip, then in f64.
+/// of squares is added to `squares`, per lane of buckets: in f32 over a strip, then in f64. `ahead`
+/// is where what is folded next begins, laid out alike; it is asked for and never read.
 using Fold = void (*)(const std::uint8_t* data, const FoldStrip& strip, std::size_t strips,
-                      std::size_t pitch, const std::uint32_t* signs, const std::uint16_t* moves,
-                      float* buckets, double* squares) noexcept;
+                      std::size_t pitch, const std::uint8_t* ahead, const std::uint32_t* signs,
+                      const std::uint16_t* moves, float* buckets, double* squares) noexcept;
 
 /// Compares two rectangles of rows x cols elements, rows a_stride and b_stride bytes apart. Stops
 /// early once the squared difference is above `limit`; the other results are then of a part.
@@ -77,9 +78,10 @@ struct SelectKernels {
 struct SimilarityKernels {
     ElementKernels f32, f64, f16, bf16;
 
-    /// Replaces the buckets by H D2 H buckets, and writes the first `outputs` (64 to 512, a power
-    /// of two) entries of H D3 of that. H is the Walsh-Hadamard matrix without a factor, D2 and D3
-    /// negate where `signs` and `signs + kSignWords` say so. `buckets` is aligned to 64 bytes.
+    /// Writes the first `outputs` (64 to 512, a power of two) entries of H D3 H D2 G buckets, and
+    /// leaves the buckets undefined. H is the Walsh-Hadamard matrix without a factor, G the same
+    /// over groups (each lane by itself), D2 and D3 negate where `signs` and `signs + kSignWords`
+    /// say so. `buckets` is aligned to 64 bytes.
     void (*mix)(float* buckets, const std::uint32_t* signs, std::size_t outputs,
                 float* out) noexcept;
 

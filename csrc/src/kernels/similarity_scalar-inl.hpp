@@ -71,8 +71,8 @@ bool sign_at(const std::uint32_t* words, std::size_t group, std::size_t lane) no
 
 template <class Element>
 void fold(const std::uint8_t* data, const FoldStrip& strip, std::size_t strips, std::size_t pitch,
-          const std::uint32_t* signs, const std::uint16_t* moves, float* buckets,
-          double* squares) noexcept {
+          const std::uint8_t*, const std::uint32_t* signs, const std::uint16_t* moves,
+          float* buckets, double* squares) noexcept {
     for (std::size_t s = 0; s < strips; ++s, data += pitch, signs += kSignWords) {
         const std::size_t group_move = moves[s] / kSimLanes;
         const std::size_t lane_move = moves[s] % kSimLanes;
@@ -105,13 +105,6 @@ void butterfly(float* x, std::size_t count, std::size_t apart) noexcept {
     }
 }
 
-// Distances of 8, 16, 32, 1, 2 and 4 groups, then of 1, 2, 4 and 8 lanes.
-void hadamard(float* x) noexcept {
-    constexpr std::size_t kGroupsApart[] = {8, 16, 32, 1, 2, 4};
-    for (const std::size_t groups : kGroupsApart) butterfly(x, kFoldBuckets, groups * kSimLanes);
-    for (std::size_t lanes = 1; lanes < kSimLanes; lanes *= 2) butterfly(x, kFoldBuckets, lanes);
-}
-
 void negate(float* x, const std::uint32_t* signs) noexcept {
     for (std::size_t i = 0; i < kFoldBuckets; ++i) {
         x[i] = flip(x[i], sign_at(signs, i / kSimLanes, i % kSimLanes));
@@ -119,9 +112,16 @@ void negate(float* x, const std::uint32_t* signs) noexcept {
 }
 
 void mix(float* buckets, const std::uint32_t* signs, std::size_t outputs, float* out) noexcept {
-    hadamard(buckets);
+    constexpr std::size_t kFar[] = {8 * kSimLanes, 16 * kSimLanes, 32 * kSimLanes};
+    constexpr std::size_t kNear[] = {1 * kSimLanes, 2 * kSimLanes, 4 * kSimLanes};
+    for (const std::size_t apart : kFar) butterfly(buckets, kFoldBuckets, apart);
+    for (const std::size_t apart : kNear) butterfly(buckets, kFoldBuckets, apart);
     negate(buckets, signs);
-    hadamard(buckets);
+    for (const std::size_t apart : kNear) butterfly(buckets, kFoldBuckets, apart);
+    for (std::size_t lanes = 1; lanes < kSimLanes; lanes *= 2) {
+        butterfly(buckets, kFoldBuckets, lanes);
+    }
+    for (const std::size_t apart : kFar) butterfly(buckets, kFoldBuckets, apart);
     negate(buckets, signs + kSignWords);
     std::size_t left = kFoldBuckets;
     for (; left > outputs; left /= 2) {  // of these butterflies only the sums are asked for

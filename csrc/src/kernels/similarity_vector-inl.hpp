@@ -3,7 +3,7 @@
 // namespace of an instruction set (no guard on purpose), after these were defined:
 //
 // V: 16 f32 lanes. Reg, Words (16 sign words), Move (a lane permutation i -> i ^ m); kFoldStrips
-//    strips and kRadix (4 or 8) groups fit into registers at once; zero, load, store, add, sub,
+//    strips are folded at once; zero, load, store, add, sub,
 //    mul; load_words, shift (left), flip (negate where the highest bit is set), make_move, move;
 //    butterfly<d> (lanes d apart); add_to_f64 (to 16 doubles in memory).
 // F32, F64, F16, Bf16: kBytes; fold, fold_n (n elements, zeros behind) give V::Reg; value, value_n
@@ -18,8 +18,8 @@
 
 template <class V, class Element, std::size_t S>
 void fold_full(const std::uint8_t* data, const FoldStrip& strip, std::size_t pitch,
-               const std::uint32_t* signs, const std::uint16_t* moves, float* buckets,
-               double* squares) noexcept {
+               const std::uint8_t* ahead, const std::uint32_t* signs, const std::uint16_t* moves,
+               float* buckets, double* squares) noexcept {
     typename V::Reg strip_squares[S];
     typename V::Move lane_moves[S];
     std::size_t group_moves[S];
@@ -41,6 +41,7 @@ void fold_full(const std::uint8_t* data, const FoldStrip& strip, std::size_t pit
             for (std::size_t s = 0; s < S; ++s) {
                 const std::uint8_t* at = data + s * pitch + strip.offset[g ^ group_moves[s]];
                 const typename V::Reg x = V::move(Element::fold(at), lane_moves[s]);
+                __builtin_prefetch(ahead + s * pitch + strip.offset[g], 0, 2);
                 sum = V::add(sum, V::flip(x, words[s]));
                 strip_squares[s] = V::add(strip_squares[s], V::mul(x, x));
                 words[s] = V::shift(words[s], 1);
@@ -53,8 +54,9 @@ void fold_full(const std::uint8_t* data, const FoldStrip& strip, std::size_t pit
 }
 
 template <class V, class Element>
-void fold_part(const std::uint8_t* data, const FoldStrip& strip, const std::uint32_t* signs,
-               std::size_t move, float* buckets, double* squares) noexcept {
+void fold_part(const std::uint8_t* data, const FoldStrip& strip, const std::uint8_t* ahead,
+               const std::uint32_t* signs, std::size_t move, float* buckets,
+               double* squares) noexcept {
     const typename V::Words words[2] = {V::load_words(signs), V::load_words(signs + kSimLanes)};
     const typename V::Move lane_move = V::make_move(move % kSimLanes);
     const std::size_t group_move = move / kSimLanes;
@@ -63,6 +65,7 @@ void fold_part(const std::uint8_t* data, const FoldStrip& strip, const std::uint
         const std::size_t t = g ^ group_move;
         if (t >= strip.groups) continue;
         const std::uint8_t* at = data + strip.offset[t];
+        __builtin_prefetch(ahead + strip.offset[t], 0, 2);
         const typename V::Reg x = V::move(Element::fold_n(at, strip.lanes[t]), lane_move);
         const typename V::Reg signed_x = V::flip(x, V::shift(words[g / 32], g % 32));
         float* bucket = buckets + g * kSimLanes;
@@ -74,111 +77,111 @@ void fold_part(const std::uint8_t* data, const FoldStrip& strip, const std::uint
 
 template <class V, class Element>
 void fold(const std::uint8_t* data, const FoldStrip& strip, std::size_t strips, std::size_t pitch,
-          const std::uint32_t* signs, const std::uint16_t* moves, float* buckets,
-          double* squares) noexcept {
+          const std::uint8_t* ahead, const std::uint32_t* signs, const std::uint16_t* moves,
+          float* buckets, double* squares) noexcept {
     std::size_t s = 0;
     if (strip.full) {
         for (; s + V::kFoldStrips <= strips; s += V::kFoldStrips) {
-            fold_full<V, Element, V::kFoldStrips>(data + s * pitch, strip, pitch,
+            fold_full<V, Element, V::kFoldStrips>(data + s * pitch, strip, pitch, ahead + s * pitch,
                                                   signs + s * kSignWords, moves + s, buckets,
                                                   squares);
         }
     }
     for (; s < strips; ++s) {
-        fold_part<V, Element>(data + s * pitch, strip, signs + s * kSignWords, moves[s], buckets,
-                              squares);
+        fold_part<V, Element>(data + s * pitch, strip, ahead + s * pitch, signs + s * kSignWords,
+                              moves[s], buckets, squares);
     }
 }
 
 // ---- Walsh-Hadamard transforms ------------------------------------------------------------------
 
 template <class V>
-void cross(typename V::Reg& a, typename V::Reg& b) noexcept {
+[[gnu::always_inline]] inline void cross(typename V::Reg& a, typename V::Reg& b) noexcept {
     const typename V::Reg sum = V::add(a, b);
     b = V::sub(a, b);
     a = sum;
 }
 
 template <class V>
-typename V::Reg cross_lanes(typename V::Reg x) noexcept {
+[[gnu::always_inline]] inline typename V::Reg cross_lanes(typename V::Reg x) noexcept {
     x = V::template butterfly<1>(x);
     x = V::template butterfly<2>(x);
     x = V::template butterfly<4>(x);
     return V::template butterfly<8>(x);
 }
 
-// Butterflies A, then B groups apart, on the groups whose bits A and B are 0.
-template <class V, std::size_t A, std::size_t B, bool Last>
-void hadamard_pass4(float* x, const std::uint32_t* signs) noexcept {
-    for (std::size_t g = 0; g < kFoldGroups; ++g) {
-        if ((g & (A | B)) != 0) continue;
-        const std::size_t at[4] = {g, g + A, g + B, g + A + B};
-        typename V::Reg r[4];
+// Butterflies A, 2 A and 4 A groups apart on r[i], which are groups i * A apart.
+template <class V>
+[[gnu::always_inline]] inline void cross8(typename V::Reg* r) noexcept {
 #pragma GCC unroll 4
-        for (std::size_t i = 0; i < 4; ++i) r[i] = V::load(x + at[i] * kSimLanes);
-        cross<V>(r[0], r[1]);
-        cross<V>(r[2], r[3]);
-        cross<V>(r[0], r[2]);
-        cross<V>(r[1], r[3]);
+    for (std::size_t i = 0; i < 8; i += 2) cross<V>(r[i], r[i + 1]);
+    cross<V>(r[0], r[2]);
+    cross<V>(r[1], r[3]);
+    cross<V>(r[4], r[6]);
+    cross<V>(r[5], r[7]);
 #pragma GCC unroll 4
-        for (std::size_t i = 0; i < 4; ++i) {
-            if (Last) {
-                const auto words = V::load_words(signs + at[i] / 32 * kSimLanes);
-                r[i] = V::flip(cross_lanes<V>(r[i]), V::shift(words, at[i] % 32));
-            }
-            V::store(x + at[i] * kSimLanes, r[i]);
-        }
-    }
+    for (std::size_t i = 0; i < 4; ++i) cross<V>(r[i], r[i + 4]);
 }
 
-// Butterflies A, 2 A and 4 A groups apart.
-template <class V, std::size_t A, bool Last>
-void hadamard_pass8(float* x, const std::uint32_t* signs) noexcept {
-    for (std::size_t g = 0; g < kFoldGroups; ++g) {
-        if ((g & (7 * A)) != 0) continue;
+// The last step: groups 8, 16 and 32 apart, signs, and of the next transform the sums that leave
+// `Kept` of 8 groups.
+template <class V, std::size_t Kept>
+void mix_far(float* x, const std::uint32_t* signs) noexcept {
+    for (std::size_t g = 0; g < 8; ++g) {
         typename V::Reg r[8];
 #pragma GCC unroll 8
-        for (std::size_t i = 0; i < 8; ++i) r[i] = V::load(x + (g + i * A) * kSimLanes);
-#pragma GCC unroll 4
-        for (std::size_t i = 0; i < 8; i += 2) cross<V>(r[i], r[i + 1]);
-        cross<V>(r[0], r[2]);
-        cross<V>(r[1], r[3]);
-        cross<V>(r[4], r[6]);
-        cross<V>(r[5], r[7]);
-#pragma GCC unroll 4
-        for (std::size_t i = 0; i < 4; ++i) cross<V>(r[i], r[i + 4]);
+        for (std::size_t i = 0; i < 8; ++i) r[i] = V::load(x + (g + 8 * i) * kSimLanes);
+        cross8<V>(r);
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i) {
-            const std::size_t at = g + i * A;
-            if (Last) {
-                const auto words = V::load_words(signs + at / 32 * kSimLanes);
-                r[i] = V::flip(cross_lanes<V>(r[i]), V::shift(words, at % 32));
-            }
-            V::store(x + at * kSimLanes, r[i]);
+            const std::size_t at = g + 8 * i;
+            const auto words = V::load_words(signs + at / 32 * kSimLanes);
+            r[i] = V::flip(r[i], V::shift(words, at % 32));
         }
-    }
-}
-
-template <class V>
-void hadamard_and_flip(float* x, const std::uint32_t* signs) noexcept {
-    if constexpr (V::kRadix == 8) {
-        hadamard_pass8<V, 8, false>(x, signs);
-        hadamard_pass8<V, 1, true>(x, signs);
-    } else {
-        hadamard_pass4<V, 8, 16, false>(x, signs);
-        hadamard_pass4<V, 32, 1, false>(x, signs);
-        hadamard_pass4<V, 2, 4, true>(x, signs);
+#pragma GCC unroll 3
+        for (std::size_t left = 4; left >= Kept; left /= 2) {
+            for (std::size_t i = 0; i < left; ++i) r[i] = V::add(r[i], r[i + left]);
+        }
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < Kept; ++i) V::store(x + (g + 8 * i) * kSimLanes, r[i]);
     }
 }
 
 template <class V>
 void mix(float* buckets, const std::uint32_t* signs, std::size_t outputs, float* out) noexcept {
-    hadamard_and_flip<V>(buckets, signs);
-    hadamard_and_flip<V>(buckets, signs + kSignWords);
-    std::size_t left = kFoldBuckets;
-    for (; left > outputs; left /= 2) {
-        for (std::size_t i = 0; i < left / 2; i += kSimLanes) {
-            V::store(buckets + i, V::add(V::load(buckets + i), V::load(buckets + i + left / 2)));
+    for (std::size_t g = 0; g < 8; ++g) {
+        typename V::Reg r[8];
+#pragma GCC unroll 8
+        for (std::size_t i = 0; i < 8; ++i) r[i] = V::load(buckets + (g + 8 * i) * kSimLanes);
+        cross8<V>(r);
+#pragma GCC unroll 8
+        for (std::size_t i = 0; i < 8; ++i) V::store(buckets + (g + 8 * i) * kSimLanes, r[i]);
+    }
+    // The end of the first transform and the beginning of the second are on the same groups.
+    for (std::size_t g = 0; g < kFoldGroups; g += 8) {
+        typename V::Reg r[8];
+        const auto words = V::shift(V::load_words(signs + g / 32 * kSimLanes), g % 32);
+#pragma GCC unroll 8
+        for (std::size_t i = 0; i < 8; ++i) r[i] = V::load(buckets + (g + i) * kSimLanes);
+        cross8<V>(r);
+#pragma GCC unroll 8
+        for (std::size_t i = 0; i < 8; ++i) r[i] = V::flip(r[i], V::shift(words, i));
+        cross8<V>(r);
+#pragma GCC unroll 8
+        for (std::size_t i = 0; i < 8; ++i) {
+            V::store(buckets + (g + i) * kSimLanes, cross_lanes<V>(r[i]));
+        }
+    }
+    if (outputs <= 128) {
+        mix_far<V, 1>(buckets, signs + kSignWords);
+    } else if (outputs == 256) {
+        mix_far<V, 2>(buckets, signs + kSignWords);
+    } else {
+        mix_far<V, 4>(buckets, signs + kSignWords);
+    }
+    if (outputs == 64) {
+        for (std::size_t i = 0; i < outputs; i += kSimLanes) {
+            V::store(buckets + i, V::add(V::load(buckets + i), V::load(buckets + i + outputs)));
         }
     }
     for (std::size_t apart = outputs / 2; apart >= kSimLanes; apart /= 2) {

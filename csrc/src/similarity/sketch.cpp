@@ -14,6 +14,10 @@ constexpr std::uint64_t kSignStream = 1;
 constexpr std::uint64_t kMoveStream = 2;
 constexpr std::uint64_t kMixStream = 3;
 
+// Two blocks up to this large fit the second-level cache with room to spare.
+constexpr std::size_t kLargeBlock = 64 * 1024;
+constexpr std::size_t kAheadBytes = 16 * 1024;
+
 constexpr std::size_t round_up(std::size_t value, std::size_t to) noexcept {
     return (value + to - 1) / to * to;
 }
@@ -75,18 +79,21 @@ Sketcher::Sketcher(std::size_t rows, std::size_t cols, Dtype dtype, std::size_t 
 }
 
 Sketcher::Plan Sketcher::plan(std::size_t row_stride, std::size_t item) const {
-    Plan plan{{}, {}, row_stride};
+    Plan plan{};
+    plan.stride = row_stride;
     if (rows_per_strip_ != 0) {
+        plan.pitch = rows_per_strip_ * row_stride;
         plan.strip = make_strip(rows_per_strip_, cols_, row_stride, item);
         plan.last = make_strip(rows_ % rows_per_strip_, cols_, row_stride, item);
     } else {
+        plan.pitch = kFoldBuckets * item;
         plan.strip = make_strip(1, kFoldBuckets, row_stride, item);
         plan.last = make_strip(1, cols_ % kFoldBuckets, row_stride, item);
     }
     return plan;
 }
 
-void Sketcher::fold(const std::byte* block, const Plan& plan, Fold kernel, std::size_t item,
+void Sketcher::fold(const std::byte* block, const Plan& plan, Fold kernel, std::ptrdiff_t ahead,
                     float* buckets, double* squares) const {
     const auto* data = reinterpret_cast<const std::uint8_t*>(block);
     const std::uint32_t* signs = signs_.data();
@@ -94,30 +101,29 @@ void Sketcher::fold(const std::byte* block, const Plan& plan, Fold kernel, std::
     const auto run = [&](const std::uint8_t* from, const FoldStrip& strip, std::size_t strips,
                          std::size_t pitch) {
         if (strips == 0 || strip.groups == 0) return;
-        kernel(from, strip, strips, pitch, signs, moves, buckets, squares);
+        kernel(from, strip, strips, pitch, from + ahead, signs, moves, buckets, squares);
         signs += strips * kSignWords;
         moves += strips;
     };
     if (rows_per_strip_ != 0) {
         const std::size_t whole = rows_ / rows_per_strip_;
-        const std::size_t pitch = rows_per_strip_ * plan.stride;
-        run(data, plan.strip, whole, pitch);
-        run(data + whole * pitch, plan.last, 1, 0);
+        run(data, plan.strip, whole, plan.pitch);
+        run(data + whole * plan.pitch, plan.last, 1, 0);
         return;
     }
     const std::size_t whole = cols_ / kFoldBuckets;
-    const std::size_t pitch = kFoldBuckets * item;
     for (std::size_t r = 0; r < rows_; ++r, data += plan.stride) {
-        run(data, plan.strip, whole, pitch);
-        run(data + whole * pitch, plan.last, 1, 0);
+        run(data, plan.strip, whole, plan.pitch);
+        run(data + whole * plan.pitch, plan.last, 1, 0);
     }
 }
 
 void Sketcher::finish(float* buckets, double squares, std::int16_t* out) const {
     alignas(64) float raw[kFoldBuckets / 2];
     kernels().similarity.mix(buckets, signs_.data() + strips_ * kSignWords, outputs_, raw);
-    // An output is the projection times 1,024 (two transforms of 32 each; the third sums up).
-    const auto scale = static_cast<float>(kSketchUnit / 1024.0 / std::sqrt(squares));
+    // An output is the projection times 256: the transforms of 64 and 1,024 entries make lengths 8
+    // and 32 times larger, and the third one sums up.
+    const auto scale = static_cast<float>(kSketchUnit / 256.0 / std::sqrt(squares));
     constexpr auto kOffset = static_cast<float>(kSketchMost + 1);
     for (std::size_t i = 0; i < projections_; ++i) {
         // Truncation of a positive number rounds down: the same on every machine.
@@ -131,7 +137,15 @@ Kind Sketcher::sketch(const BlockBatch& blocks, const Plan& plan, std::size_t in
     alignas(64) float buckets[kFoldBuckets] = {};
     double lanes[kSimLanes] = {};
     const std::byte* block = blocks.block(index);
-    fold(block, plan, element_kernels(dtype_).fold, item_bytes(dtype_), buckets, lanes);
+    // While this block is folded the next one is asked for, or of a large one what comes soon: the
+    // order within a strip is no stream that hardware would follow.
+    std::ptrdiff_t ahead = 0;
+    if (block_bytes(blocks) > kLargeBlock) {
+        ahead = static_cast<std::ptrdiff_t>((kAheadBytes / plan.pitch + 1) * plan.pitch);
+    } else if (index + 1 < blocks.count) {
+        ahead = blocks.block(index + 1) - block;
+    }
+    fold(block, plan, element_kernels(dtype_).fold, ahead, buckets, lanes);
     const double squares = sum_lanes(lanes);
     if (!is_safe(squares, rows_ * cols_)) return sketch_rare(block, blocks, out, rms);
     rms = std::sqrt(squares / static_cast<double>(rows_ * cols_));

@@ -6,10 +6,10 @@
 // goes to bucket p ^ move[s] with a random sign. For any difference of two blocks that is a count
 // sketch (Charikar, Chen, Farach-Colton 2002): two positions meet with a chance of at most 1/1,024,
 // so the squared length is kept with a relative variance of at most 2/1,024, whatever the
-// difference looks like. Then H D3 H D2 H mixes the buckets, H the Walsh-Hadamard transform and D
-// random signs, as in Ailon and Chazelle 2009 (and with three rounds as in Andoni et al. 2015):
-// each output is a sum of 1,024 entries of about equal size with random signs. Two rounds would not
-// do: for a difference of two equal entries their outputs come in equal pairs.
+// difference looks like. Then H D3 H D2 G mixes the buckets, H the Walsh-Hadamard transform, G one
+// within each lane, and D random signs, as in Ailon and Chazelle 2009 (and with three rounds as in
+// Andoni et al. 2015): each output is a sum of 1,024 entries of about equal size with random signs.
+// Two rounds would not do: for a difference of two equal entries, outputs come in equal pairs.
 //
 // So a projection of a unit difference is Gaussian for all that a hash can tell, and different
 // projections are uncorrelated. Only additions, sign changes, one multiplication and one division
@@ -47,7 +47,8 @@ class Sketcher {
     /// Where the elements of strips lie for a distance of rows; made once per batch.
     struct Plan {
         FoldStrip strip, last;
-        std::size_t stride;
+        std::size_t stride;  // of rows, in bytes
+        std::size_t pitch;   // of strips
     };
     [[nodiscard]] Plan plan(std::size_t row_stride, std::size_t item) const;
 
@@ -57,7 +58,7 @@ class Sketcher {
                 double& rms) const;
 
   private:
-    void fold(const std::byte* block, const Plan& plan, Fold kernel, std::size_t item,
+    void fold(const std::byte* block, const Plan& plan, Fold kernel, std::ptrdiff_t ahead,
               float* buckets, double* squares) const;
     Kind sketch_rare(const std::byte* block, const BlockBatch& blocks, std::int16_t* out,
                      double& rms) const;
