@@ -20,10 +20,12 @@ __all__ = [
     "PAGE_BYTES",
     "PAGE_CAPACITY",
     "block_costs",
+    "block_lengths",
     "block_places",
     "by_page",
     "copy_page",
     "least_pages",
+    "page_bytes",
     "pages_read",
     "split_places",
 ]
@@ -51,16 +53,29 @@ def split_places(places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[
     return places >> _SLOT_BITS, (places & ((1 << _SLOT_BITS) - 1)).astype(np.uint32)
 
 
-def block_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return what each of these blocks takes on its page, its slot included, in bytes."""
-    costs = np.empty(len(places), np.int64)
+def block_lengths(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many bytes each of these blocks has as it is encoded."""
+    lengths = np.empty(len(places), np.int64)
     page_ids, slots = split_places(places)
     for rows, pages, page_index in pool.windows(page_ids):
-        tables = [codec.page_cost(page.slots["length"]) for page in pages]
-        costs[rows] = [
+        tables = [page.slots["length"] for page in pages]
+        lengths[rows] = [
             tables[page][slot] for page, slot in zip(page_index, slots[rows], strict=True)
         ]
-    return costs
+    return lengths
+
+
+def block_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what each of these blocks takes on its page, its slot included, in bytes."""
+    return codec.page_cost(block_lengths(pool, places))
+
+
+def page_bytes(lengths: NDArray[np.int64]) -> int:
+    """Return the bytes of a page of blocks with these encoded lengths, in this order."""
+    aligned = codec.page_cost(lengths) - codec.SLOT_BYTES
+    head = codec.PAGE_HEADER_BYTES + codec.SLOT_BYTES * len(lengths)
+    head += -head % codec.BLOCK_ALIGNMENT
+    return int(head + aligned[:-1].sum() + lengths[-1])
 
 
 def by_page(page_ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -31,7 +31,7 @@ from pydedup.ingest.add import add_models
 from pydedup.ingest.plan import Request, plan_address
 from pydedup.jobs import LEASE_SECONDS
 from pydedup.maintenance import versions
-from pydedup.maintenance.vacuum import VacuumReport, vacuum_store
+from pydedup.maintenance.vacuum import VacuumReport, plan_vacuum, vacuum_store
 from pydedup.maintenance.verify import VerifyReport, verify_store
 from pydedup.names import check_name
 from pydedup.policies import Lossless, Policy
@@ -406,9 +406,17 @@ class Store:
         *,
         grace_seconds: float = 0.0,
         lease_seconds: float = LEASE_SECONDS,
+        dry_run: bool = False,
         progress: Progress | None = None,
     ) -> VacuumReport:
-        """Free what nobody uses and repack where models read too many pages."""
+        """Free what nobody uses and repack where models read too many pages.
+
+        With ``dry_run`` only say what that would save; the store may be open for reading only.
+        """
+        if dry_run:
+            return plan_vacuum(
+                self._adapter, self._pool, grace_seconds=grace_seconds, lease_seconds=lease_seconds
+            )
         self._check_writable("vacuum")
         report = vacuum_store(
             self._adapter,

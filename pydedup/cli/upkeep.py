@@ -10,10 +10,17 @@ import click
 from pydedup.cli import options, output, text
 from pydedup.cli.errors import Exit
 from pydedup.cli.progress import Watch
+from pydedup.cli.tables import Column, print_table
 
 __all__ = ["vacuum", "verify"]
 
 _SHOWN_NOTES = 10
+_READS_COLUMNS = (
+    Column("Model", number=False, name=True, style="cyan"),
+    Column("Pages read"),
+    Column("Then"),
+    Column("Least", rank=1),
+)
 
 
 @click.command(short_help="Check every page, block and block map; change nothing.")
@@ -58,19 +65,28 @@ def verify(url: str, as_json: bool, quiet: bool) -> int:
     show_default=True,
     help="Keep pages that were retired less than this long ago.",
 )
+@click.option("--dry-run", is_flag=True, help="Say what it would save; change nothing.")
 @options.memory_option
 @options.json_option
 @options.quiet_option
-def vacuum(url: str, grace: float, memory: str, as_json: bool, quiet: bool) -> None:
+def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, quiet: bool) -> None:
     """Free what nobody uses, and repack pages where models read more of them than they must.
 
-    What abandoned adds left behind goes as well. Reading goes on meanwhile.
+    What abandoned adds left behind goes as well. Reading goes on meanwhile. With --dry-run the
+    figures are what vacuum would do now: exact, but for the size of the store.
     """
-    with options.existing_store(url, memory) as store, Watch("vacuum", quiet=quiet) as watch:
-        report = store.vacuum(grace_seconds=grace, progress=watch)
+    opened = (options.read_store if dry_run else options.existing_store)(url, memory)
+    with opened as store, Watch("vacuum", quiet=quiet) as watch:
+        report = store.vacuum(grace_seconds=grace, dry_run=dry_run, progress=watch)
     if as_json:
         output.emit_json(dataclasses.asdict(report))
         return
+    changed = [model for model in report.models if model.before != model.after]
+    if dry_run and changed:
+        rows = [[m.model, *map(text.count, (m.before, m.after, m.least))] for m in changed]
+        print_table(_READS_COLUMNS, rows)
+    if dry_run:
+        output.print_note("nothing was changed: without --dry-run, vacuum would do this", "yellow")
     output.print_fields(
         [
             (
@@ -78,7 +94,16 @@ def vacuum(url: str, grace: float, memory: str, as_json: bool, quiet: bool) -> N
                 f"{text.plural(report.freed_pages, 'page')}, {text.size(report.freed_bytes)}",
             ),
             ("repacked", text.plural(report.repacked_pages, "new page")),
-            ("pages", f"{text.count(report.pages_before)} -> {text.count(report.pages_after)}"),
+            (
+                "pages",
+                f"{text.count(report.pages_before)} -> {text.count(report.pages_after)}, "
+                f"{text.size(report.page_bytes_before)} -> {text.size(report.page_bytes_after)}",
+            ),
+            (
+                "page reads",
+                f"{text.count(sum(model.before for model in report.models))} -> "
+                f"{text.count(sum(model.after for model in report.models))} (all models)",
+            ),
             (
                 "read amplification",
                 f"{text.ratio(report.amplification_before)} -> "
@@ -87,7 +112,7 @@ def vacuum(url: str, grace: float, memory: str, as_json: bool, quiet: bool) -> N
             ),
             (
                 "store",
-                f"{text.size(report.stored_bytes_before)} -> "
+                f"{text.size(report.stored_bytes_before)} -> {'about ' if dry_run else ''}"
                 f"{text.size(report.stored_bytes_after)}",
             ),
             *(

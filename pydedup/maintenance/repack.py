@@ -2,7 +2,8 @@
 """A new layout for all live blocks, published in one transaction.
 
 Blocks are copied as they are encoded; blocks that no model uses any more are left behind. Old
-pages are retired, not deleted: readers under way still find them.
+pages are retired, not deleted: readers under way still find them. `plan_repack` says what it would
+be, to the byte, and changes nothing.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from pydedup.errors import PageNotFoundError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import (
     PAGE_CAPACITY,
-    block_costs,
+    block_lengths,
     block_places,
     copy_page,
+    page_bytes,
     pages_read,
     split_places,
 )
@@ -33,7 +35,7 @@ from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
 from pydedup.types import Progress
 
-__all__ = ["repack"]
+__all__ = ["RepackPlan", "plan_repack", "repack"]
 
 _PAGES_PER_TRANSACTION = 16
 
@@ -43,7 +45,7 @@ class _Places:
     """All blocks that live models use, numbered 0 to n - 1 by ascending place (`block_places`)."""
 
     places: NDArray[np.int64]
-    costs: NDArray[np.int64]
+    lengths: NDArray[np.int64]
     hashes: list[bytes]
     owners: list[NDArray[np.int64]]
 
@@ -57,12 +59,55 @@ class _Places:
 
 
 @dataclass(frozen=True, slots=True)
+class RepackPlan:
+    """A layout that is better than the one there is, and the state of the store it is for."""
+
+    epoch: int
+    models: list[StoredModel]
+    places: _Places
+    layout: Layout
+
+    @property
+    def pages(self) -> int:
+        """How many pages there will be."""
+        return len(self.layout.pages)
+
+    @property
+    def page_bytes(self) -> int:
+        """What these pages will have, in bytes."""
+        return sum(page_bytes(self.places.lengths[numbers]) for numbers in self.layout.pages)
+
+    @property
+    def reads(self) -> dict[int, int]:
+        """How many of them each model will read."""
+        ids = [model.row.id for model in self.models]
+        return dict(zip(ids, self.layout.page_reads.tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
 class _Move:
     """What a new layout changes for one model: its block maps, and what it reads."""
 
     model_id: int
     maps: list[BlockMap]
     reads: list[tuple[int, int, int]]
+
+
+def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackPlan | None:
+    """Return a layout that is better than the ``live_pages`` pages there are, if there is one.
+
+    Reads every page in use once, for the sizes of the blocks on it.
+    """
+    epoch = adapter.epoch()
+    with adapter.snapshot():
+        models = [StoredModel(adapter, row) for row in adapter.models()]
+        places = _places(adapter, pool, models)
+    if not len(places.places):
+        return None
+    layout = pack(places.owners, PAGE_CAPACITY, sizes=codec.page_cost(places.lengths))
+    if not _better(layout, places, live_pages):
+        return None
+    return RepackPlan(epoch, models, places, layout)
 
 
 def repack(
@@ -72,15 +117,10 @@ def repack(
 
     Gives way (returns 0) when another writer publishes meanwhile: the next vacuum tries again.
     """
-    epoch = adapter.epoch()
-    with adapter.snapshot():
-        models = [StoredModel(adapter, row) for row in adapter.models()]
-        places = _places(adapter, pool, models)
-    if not len(places.places):
+    plan = plan_repack(adapter, pool, live_pages=len(adapter.page_rows(state=LIVE)))
+    if plan is None:
         return 0
-    layout = pack(places.owners, PAGE_CAPACITY, sizes=places.costs)
-    if not _better(layout, places, len(adapter.page_rows(state=LIVE))):
-        return 0
+    places, layout = plan.places, plan.layout
     page_of = np.empty(len(places.places), np.int64)
     slot_of = np.empty(len(places.places), np.uint32)
     new_ids: list[int] = []
@@ -91,11 +131,11 @@ def repack(
             new_ids.extend(_stage(adapter, pool, places, group, page_of, slot_of, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
-        moves = [_move(model, places, page_of, slot_of) for model in models]
-        published = _publish(adapter, moves, new_ids, epoch, job)
+        moves = [_move(model, places, page_of, slot_of) for model in plan.models]
+        published = _publish(adapter, moves, new_ids, plan.epoch, job)
     except PageNotFoundError:
         job.discard(new_ids)
-        if adapter.epoch() == epoch:
+        if adapter.epoch() == plan.epoch:
             raise
         return 0
     except BaseException:
@@ -126,7 +166,7 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
     }
     hashes = [recorded[place] for place in zip(page_ids.tolist(), slots.tolist(), strict=True)]
     owners = [np.searchsorted(used, key) for key in keys]
-    return _Places(used, block_costs(pool, used), hashes, owners)
+    return _Places(used, block_lengths(pool, used), hashes, owners)
 
 
 def _better(layout: Layout, places: _Places, live_pages: int) -> bool:
@@ -170,7 +210,7 @@ def _move(
     for old in model.block_maps():
         numbers = places.numbers(old.page_ids, old.slots)
         maps.append(BlockMap(old.grid, old.dtype, page_of[numbers], slot_of[numbers]))
-        costs.append(places.costs[numbers])
+        costs.append(codec.page_cost(places.lengths[numbers]))
     return _Move(model.row.id, maps, list(pages_read(maps, costs)))
 
 

@@ -4,23 +4,24 @@
 In order: stagings of dead adds, pages without an owner, a new layout where it helps, retired
 pages whose grace period is over, and space given back to the file system. Every step is a series
 of bounded transactions but the one that publishes a new layout; readers go on throughout.
+`plan_vacuum` says beforehand what that would save, and writes nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
+from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
 from pydedup.catalog import Catalog
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job
 from pydedup.layout import least_pages
-from pydedup.maintenance.repack import repack
+from pydedup.maintenance.repack import RepackPlan, plan_repack, repack
 from pydedup.pool import PagePool
 from pydedup.types import Progress
 
-__all__ = ["VacuumReport", "read_amplification", "vacuum_store"]
+__all__ = ["ModelReads", "VacuumReport", "plan_vacuum", "read_amplification", "vacuum_store"]
 
 #: Pages read by a model over the fewest that could hold its blocks: repack above this.
 TARGET_AMPLIFICATION = 1.1
@@ -28,8 +29,23 @@ _ROWS_PER_TRANSACTION = 64
 
 
 @dataclass(frozen=True, slots=True)
+class ModelReads:
+    """Pages that a model reads, before and after, and the fewest that could hold its blocks."""
+
+    model: str
+    before: int
+    after: int
+    least: int
+
+
+@dataclass(frozen=True, slots=True)
 class VacuumReport:
-    """What a vacuum did. Amplification is the worst of all models, before and after."""
+    """What a vacuum did, or would do. Amplification is the worst of all models.
+
+    ``pages_*`` and ``page_bytes_*`` count live pages, ``freed_*`` also what dead adds and earlier
+    vacuums left. After a dry run ``stored_bytes_after`` is an estimate: what the database needs
+    beside pages is not foreseen.
+    """
 
     abandoned_adds: int
     freed_pages: int
@@ -38,10 +54,14 @@ class VacuumReport:
     repacked_pages: int
     pages_before: int
     pages_after: int
+    page_bytes_before: int
+    page_bytes_after: int
     amplification_before: float
     amplification_after: float
     stored_bytes_before: int
     stored_bytes_after: int
+    models: tuple[ModelReads, ...]
+    dry_run: bool
 
 
 def read_amplification(adapter: Adapter) -> dict[int, tuple[int, int]]:
@@ -55,10 +75,9 @@ def read_amplification(adapter: Adapter) -> dict[int, tuple[int, int]]:
     return {model_id: (pages[model_id], least_pages(size[model_id])) for model_id in pages}
 
 
-def worst_amplification(adapter: Adapter) -> float:
+def worst_amplification(reads: dict[int, tuple[int, int]]) -> float:
     """Return the largest pages read / least possible of all models; 1.0 for an empty store."""
-    ratios = [read / least for read, least in read_amplification(adapter).values() if least]
-    return max(ratios, default=1.0)
+    return max((read / least for read, least in reads.values() if least), default=1.0)
 
 
 def vacuum_store(
@@ -84,29 +103,102 @@ def vacuum_store(
     ------
     ReadOnlyError, ConflictError, StorageFullError
     """
-    before = adapter.stored_bytes()
-    amplification = worst_amplification(adapter)
-    pages_before = len(adapter.page_rows(state=LIVE))
+    stored_before = adapter.stored_bytes()
+    reads_before = read_amplification(adapter)
+    live_before = adapter.page_rows(state=LIVE)
     abandoned = _collect_stagings(adapter, lease_seconds)
     _retire_orphans(adapter)
     repacked = 0
-    if _wants_repack(adapter):
+    if _wants_repack(adapter, adapter.page_rows(state=LIVE)):
         repacked = repack(adapter, catalog, pool, progress=progress)
     freed, freed_bytes, waiting = _free_retired(adapter, grace_seconds, progress)
     adapter.compact()
+    live_after = adapter.page_rows(state=LIVE)
+    reads_after = read_amplification(adapter)
     return VacuumReport(
         abandoned_adds=abandoned,
         freed_pages=freed,
         freed_bytes=freed_bytes,
         waiting_pages=waiting,
         repacked_pages=repacked,
-        pages_before=pages_before,
-        pages_after=len(adapter.page_rows(state=LIVE)),
-        amplification_before=amplification,
-        amplification_after=worst_amplification(adapter),
-        stored_bytes_before=before,
+        pages_before=len(live_before),
+        pages_after=len(live_after),
+        page_bytes_before=_bytes_of(live_before),
+        page_bytes_after=_bytes_of(live_after),
+        amplification_before=worst_amplification(reads_before),
+        amplification_after=worst_amplification(reads_after),
+        stored_bytes_before=stored_before,
         stored_bytes_after=adapter.stored_bytes(),
+        models=_model_reads(adapter, reads_before, reads_after),
+        dry_run=False,
     )
+
+
+def plan_vacuum(
+    adapter: Adapter,
+    pool: PagePool,
+    *,
+    grace_seconds: float = 0.0,
+    lease_seconds: float = LEASE_SECONDS,
+) -> VacuumReport:
+    """Return the report that `vacuum_store` would give now; writes nothing.
+
+    Exact, but for ``stored_bytes_after``, unless another writer comes in between. Where a new
+    layout may pay, every page in use is read once.
+    """
+    with adapter.snapshot():
+        abandoned, _, nothing_runs = _dead_stagings(adapter, lease_seconds)
+        gone = set(abandoned)
+        owned = {page for model, page, _, _ in adapter.model_pages() if model not in gone}
+        live_before = adapter.page_rows(state=LIVE)
+        live = [row for row in live_before if row.id in owned]
+        retired = adapter.page_rows(state=RETIRED)
+        due = [row for row in retired if _is_due(row, grace_seconds)]
+        newly = [row for row in live_before if row.id not in owned]
+        if nothing_runs:
+            newly += [row for row in adapter.page_rows(state=STAGING) if row.id not in owned]
+        reads_before = reads_after = read_amplification(adapter)
+        plan: RepackPlan | None = None
+        if _wants_repack(adapter, live, gone):
+            plan = plan_repack(adapter, pool, live_pages=len(live))
+        if plan is not None:
+            newly += live
+            reads_after = {m: (plan.reads[m], least) for m, (_, least) in reads_before.items()}
+        freed = due if grace_seconds > 0 else due + newly
+        stored = adapter.stored_bytes()
+        new_bytes = 0 if plan is None else plan.page_bytes
+        return VacuumReport(
+            abandoned_adds=len(abandoned),
+            freed_pages=len(freed),
+            freed_bytes=_bytes_of(freed),
+            waiting_pages=len(retired) + len(newly) - len(freed),
+            repacked_pages=0 if plan is None else plan.pages,
+            pages_before=len(live_before),
+            pages_after=len(live) if plan is None else plan.pages,
+            page_bytes_before=_bytes_of(live_before),
+            page_bytes_after=_bytes_of(live) if plan is None else new_bytes,
+            amplification_before=worst_amplification(reads_before),
+            amplification_after=worst_amplification(reads_after),
+            stored_bytes_before=stored,
+            stored_bytes_after=stored - _bytes_of(freed) + new_bytes,
+            models=_model_reads(adapter, reads_before, reads_after),
+            dry_run=True,
+        )
+
+
+def _model_reads(
+    adapter: Adapter, before: dict[int, tuple[int, int]], after: dict[int, tuple[int, int]]
+) -> tuple[ModelReads, ...]:
+    """Return one entry per model that was there before and is there now, by address."""
+    both = [row for row in adapter.models() if row.id in before and row.id in after]
+    entries = [
+        ModelReads(f"{row.name}@{row.version}", before[row.id][0], *after[row.id]) for row in both
+    ]
+    return tuple(sorted(entries, key=lambda entry: entry.model))
+
+
+def _bytes_of(rows: Sequence[PageRow]) -> int:
+    return sum(row.payload_bytes for row in rows)
 
 
 def retire_orphans(adapter: Adapter) -> None:
@@ -130,16 +222,12 @@ def _collect_stagings(adapter: Adapter, lease_seconds: float) -> int:
     """
     with adapter.transaction():
         staged_pages = {row.id for row in adapter.page_rows(state=STAGING)}
-        staged = [row.id for row in adapter.models(state=STAGING)]
-        jobs = adapter.jobs()
-        dead = [job for job in jobs if job_is_dead(job[1], job[2], lease_seconds)]
-        running = {m for job in jobs if job not in dead for m in models_of_job(job[1])}
-        abandoned = [model_id for model_id in staged if model_id not in running]
+        abandoned, dead, nothing_runs = _dead_stagings(adapter, lease_seconds)
         for model_id in abandoned:
             adapter.delete_model(model_id)
-        for job_id, _, _, _ in dead:
+        for job_id in dead:
             adapter.delete_job(job_id)
-        if len(dead) == len(jobs):
+        if nothing_runs:
             # Staged pages have no owner until late: only when nothing runs are they left over,
             # those whose owner was deleted above included.
             orphans = staged_pages.intersection(adapter.orphan_pages())
@@ -147,15 +235,28 @@ def _collect_stagings(adapter: Adapter, lease_seconds: float) -> int:
     return len(abandoned)
 
 
-def _wants_repack(adapter: Adapter) -> bool:
-    """Whether a new layout may pay: too many pages read, too many stored, or much of them dead."""
-    if worst_amplification(adapter) > TARGET_AMPLIFICATION:
+def _dead_stagings(adapter: Adapter, lease_seconds: float) -> tuple[list[int], list[str], bool]:
+    """Return the models and jobs that nobody works on any more, and whether no job goes on."""
+    staged = [row.id for row in adapter.models(state=STAGING)]
+    jobs = adapter.jobs()
+    dead = [job for job in jobs if job_is_dead(job[1], job[2], lease_seconds)]
+    running = {m for job in jobs if job not in dead for m in models_of_job(job[1])}
+    abandoned = [model_id for model_id in staged if model_id not in running]
+    return abandoned, [job[0] for job in dead], len(dead) == len(jobs)
+
+
+def _wants_repack(adapter: Adapter, live: Sequence[PageRow], gone: Collection[int] = ()) -> bool:
+    """Whether a new layout may pay: too many pages read, too many stored, or much of them dead.
+
+    ``gone`` are models to leave out of account.
+    """
+    if worst_amplification(read_amplification(adapter)) > TARGET_AMPLIFICATION:
         return True
     largest: dict[int, int] = {}
-    for _, page_id, _, block_bytes in adapter.model_pages():
-        largest[page_id] = max(largest.get(page_id, 0), block_bytes)
-    live = adapter.page_rows(state=LIVE)
-    stored = sum(row.payload_bytes for row in live)
+    for model_id, page_id, _, block_bytes in adapter.model_pages():
+        if model_id not in gone:
+            largest[page_id] = max(largest.get(page_id, 0), block_bytes)
+    stored = _bytes_of(live)
     if len(live) > TARGET_AMPLIFICATION * max(least_pages(stored), 1):
         return True
     # What one model uses of a page is a lower bound of what all use: cheap, and repack decides.
@@ -167,10 +268,13 @@ def _free_retired(
 ) -> tuple[int, int, int]:
     """Delete retired pages whose grace is over; returns (pages, bytes, pages still waiting)."""
     retired = adapter.page_rows(state=RETIRED)
-    deadline = time.time() - grace_seconds
-    due = [row for row in retired if row.retired_at is None or row.retired_at <= deadline]
+    due = [row for row in retired if _is_due(row, grace_seconds)]
     _delete_pages(adapter, [row.id for row in due], progress)
-    return len(due), sum(row.payload_bytes for row in due), len(retired) - len(due)
+    return len(due), _bytes_of(due), len(retired) - len(due)
+
+
+def _is_due(row: PageRow, grace_seconds: float) -> bool:
+    return row.retired_at is None or row.retired_at <= time.time() - grace_seconds
 
 
 def _delete_pages(

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dry run of vacuum says is what vacuum then does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies
+from pydedup.adapter import STAGING
+from pydedup.errors import ReadOnlyError
+from pydedup.maintenance.vacuum import VacuumReport
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'store.db'}"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[pydedup.Store]:
+    with pydedup.open(url) as opened:
+        yield opened
+
+
+def add_family(store: pydedup.Store, count: int, *, rows: int = 24000) -> None:
+    """Tables that differ in a tenth of their rows, added one by one: their pages fill badly."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((rows, 50)).astype(np.float32)
+    for number in range(count):
+        mine = table.copy()
+        changed = rng.choice(rows // 4, rows // 40, replace=False)
+        mine[changed] += 0.1
+        store.add(f"tenant-{number}", {"embedding": mine}, policy=policies.Exact())
+
+
+def same_but_for_the_file(dry: VacuumReport, wet: VacuumReport) -> None:
+    assert dry.dry_run
+    assert not wet.dry_run
+    foreseen = dataclasses.replace(dry, dry_run=False, stored_bytes_after=wet.stored_bytes_after)
+    assert foreseen == wet
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def test_a_repack_saves_what_was_foreseen(store: pydedup.Store) -> None:
+    add_family(store, 6)
+    for number in (0, 2):
+        store.remove(f"tenant-{number}")
+    pages = store.stats().pages
+    dry = store.vacuum(dry_run=True)
+    assert store.stats().pages == pages
+    assert dry.repacked_pages > 0
+    assert dry.page_bytes_after < dry.page_bytes_before
+    assert [m.model for m in dry.models] == [f"tenant-{n}@1" for n in (1, 3, 4, 5)]
+    assert sum(m.after for m in dry.models) < sum(m.before for m in dry.models)
+    wet = store.vacuum()
+    same_but_for_the_file(dry, wet)
+    stats = store.stats()
+    assert (stats.pages, stats.page_bytes) == (dry.pages_after, dry.page_bytes_after)
+    for model in dry.models:
+        assert store.info(model.model).pages == model.after
+    assert wet.stored_bytes_before - wet.stored_bytes_after == pytest.approx(
+        dry.stored_bytes_before - dry.stored_bytes_after, rel=0.2
+    )
+    nothing = store.vacuum(dry_run=True)
+    assert (nothing.repacked_pages, nothing.freed_pages, nothing.freed_bytes) == (0, 0, 0)
+    same_but_for_the_file(nothing, store.vacuum())
+
+
+def test_pages_in_grace_wait_in_the_plan_too(store: pydedup.Store) -> None:
+    add_family(store, 4)
+    store.remove("tenant-1")
+    dry = store.vacuum(dry_run=True, grace_seconds=3600)
+    assert dry.freed_pages == 0
+    assert dry.waiting_pages > 0
+    same_but_for_the_file(dry, store.vacuum(grace_seconds=3600))
+    dry = store.vacuum(dry_run=True)
+    assert dry.freed_pages > 0
+    assert dry.repacked_pages == 0
+    same_but_for_the_file(dry, store.vacuum())
+
+
+def test_pages_of_nobody_are_foreseen(store: pydedup.Store) -> None:
+    add_family(store, 2)
+    stored = store.stats().page_bytes
+    store.remove("tenant-0")
+    store.remove("tenant-1")
+    dry = store.vacuum(dry_run=True)
+    assert dry.pages_after == dry.page_bytes_after == 0
+    assert dry.freed_bytes == stored > 0
+    assert dry.models == ()
+    same_but_for_the_file(dry, store.vacuum())
+    assert store.stats().pages == 0
+
+
+def test_abandoned_adds_are_foreseen(store: pydedup.Store) -> None:
+    add_family(store, 2)
+    store.vacuum()
+    adapter = store._adapter
+    live = adapter.models()[0]
+    with adapter.transaction():
+        row = dataclasses.replace(live, id=0, name="half-written", state=STAGING)
+        staged = adapter.insert_model(row)
+        (page,) = adapter.insert_pages([(b"c" * 16, b"left over")], state=STAGING)
+        # It read a page of its own, and one that live models read too.
+        shared = adapter.model_pages(live.id)[0][1]
+        adapter.insert_model_pages([(staged, page, 1, 9), (staged, shared, 1, 9)])
+        adapter.put_job("dead", json.dumps({"models": [staged]}), "0", "running")
+    dry = store.vacuum(dry_run=True)
+    assert dry.abandoned_adds == 1
+    assert dry.freed_pages == 1
+    assert dry.freed_bytes == len(b"left over")
+    same_but_for_the_file(dry, store.vacuum())
+
+
+def test_work_in_progress_stays(store: pydedup.Store) -> None:
+    add_family(store, 1)
+    adapter = store._adapter
+    with adapter.transaction():
+        adapter.insert_pages([(b"c" * 16, b"soon live")], state=STAGING)
+        adapter.put_job("busy", json.dumps({"models": []}), repr(time.time()), "running")
+    dry = store.vacuum(dry_run=True)
+    assert (dry.abandoned_adds, dry.freed_pages) == (0, 0)
+    same_but_for_the_file(dry, store.vacuum())
+    assert len(adapter.page_rows(state=STAGING)) == 1
+
+
+def test_an_empty_store_has_nothing_to_save(store: pydedup.Store) -> None:
+    dry = store.vacuum(dry_run=True)
+    assert (dry.pages_before, dry.pages_after, dry.amplification_after) == (0, 0, 1.0)
+    same_but_for_the_file(dry, store.vacuum())
+
+
+def test_a_dry_run_needs_no_right_to_write(store: pydedup.Store, url: str, tmp_path: Path) -> None:
+    add_family(store, 3)
+    store.remove("tenant-0")
+    store.close()
+    before = content(tmp_path / "store.db")
+    with pydedup.open(url, mode="r") as reader:
+        assert reader.vacuum(dry_run=True).freed_pages > 0
+        with pytest.raises(ReadOnlyError, match="cannot vacuum"):
+            reader.vacuum()
+    assert content(tmp_path / "store.db") == before
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-P", "-m", "pydedup", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_the_command_shows_what_it_would_save(store: pydedup.Store, url: str) -> None:
+    add_family(store, 6)
+    store.remove("tenant-0")
+    store.close()
+    shown = run("vacuum", url, "--dry-run", "-q")
+    foreseen = json.loads(run("vacuum", url, "--dry-run", "--json", "-q"))
+    assert foreseen["dry_run"]
+    assert "nothing was changed" in shown
+    for model in foreseen["models"]:
+        line = next((line for line in shown.splitlines() if model["model"] in line), None)
+        if model["before"] == model["after"]:
+            assert line is None
+        else:
+            assert line is not None
+            assert line.split()[1:] == [str(model[k]) for k in ("before", "after", "least")]
+    done = json.loads(run("vacuum", url, "--json", "-q"))
+    for key in ("freed_pages", "freed_bytes", "repacked_pages", "page_bytes_after", "models"):
+        assert done[key] == foreseen[key], key
