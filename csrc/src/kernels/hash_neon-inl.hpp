@@ -84,5 +84,7 @@ inline void hash_finish(const HashState& state, std::size_t rows, std::size_t ro
 
 #include "kernels/hash_vector-inl.hpp"
 
+constexpr HashKernels kHash = {hash_rows, hash_panel};
+
 }  // namespace
 }  // namespace pydedup::isa_neon

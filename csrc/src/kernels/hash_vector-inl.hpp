@@ -82,5 +82,3 @@ void hash_panel(const std::uint8_t* data, std::size_t blocks, std::size_t rows,
         hash_finish(states[b], rows, row_bytes, seed, out + 2 * b);
     }
 }
-
-constexpr HashKernels kHash = {hash_rows, hash_panel};
