@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes page_v2.page. Run only for a NEW page format: old files stay.
+
+The first slots are bases, every other one a delta on one of them; the base id of a slot is the
+number of its base's slot plus one. The content comes from a congruential generator, so that no
+library's random numbers are in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["PYDEDUP_KERNEL"] = "scalar"
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.blocks import MatrixView
+from pydedup.types import DType
+
+Block = NDArray[np.generic]
+
+
+def noise(n: int, seed: int) -> NDArray[np.uint8]:
+    """Return n bytes without structure."""
+    state, out = seed, bytearray()
+    for _ in range(n):
+        state = (state * 1664525 + 1013904223) & 0xFFFFFFFF
+        out.append(state >> 24)
+    return np.frombuffer(bytes(out), np.uint8)
+
+
+def weights(seed: int) -> NDArray[np.float64]:
+    """Return 64 x 64 numbers that look like weights: sums of twelve uniform ones, exact in f32."""
+    sums = noise(12 * 4096, seed).reshape(4096, 12).astype(np.int64) @ (256 ** np.arange(12) % 257)
+    return ((sums - int(sums.mean())) / 2.0**22).reshape(64, 64)
+
+
+def golden_blocks() -> list[tuple[Block, int | None, float | None]]:
+    """Return (block, slot of its base, error bound) of each slot."""
+    base = weights(1)
+    f32 = base.astype(np.float32)
+    moved = (base * 65536 + (noise(4096, 2).reshape(64, 64).astype(np.float64) - 128) / 64) / 65536
+    rows = f32.copy()
+    rows[::9] = moved[::9]
+    bits = f32.view(np.uint32)
+    decayed = (bits - 700 - (bits >> 21 & 3) * 150).astype(np.uint32).view(np.float32)
+    few = f32.copy()
+    few.reshape(-1)[::500] = 1.0
+    pruned = moved.astype(np.float32)
+    pruned[:, ::5] = 0.0
+    coarse = f32.astype(DType.BF16.numpy).astype(np.float32)
+    ints = (noise(4096, 3).reshape(64, 64).astype(np.int32) - 128) * 1000
+    return [
+        (f32, None, None),
+        (ints, None, None),
+        (coarse, None, None),
+        (f32, 0, None),  # no change
+        (few, 0, None),  # sparse
+        (moved.astype(np.float32), 0, None),  # contexts by exponent
+        (rows, 0, None),  # row groups
+        (decayed, 0, None),  # contexts by mantissa
+        ((coarse.view(np.uint32) + (1 << 16)).view(np.float32), 2, None),  # shifted
+        (moved, 0, None),  # f64 on f32
+        (moved.astype(DType.BF16.numpy), 0, None),
+        (moved.astype(np.float16), 0, None),
+        (ints + (noise(4096, 4).reshape(64, 64) % 3).astype(np.int32), 1, None),
+        (moved.astype(np.float32), 0, 0.001),
+        (rows, 0, 0.001),
+        (pruned, 0, 0.01),
+        (moved, 0, 0.001),
+        (moved.astype(DType.BF16.numpy), 0, 0.004),
+    ]
+
+
+def build_golden(blocks: list[tuple[Block, int | None, float | None]]) -> bytes:
+    """Return the page of these blocks, every one with a base as a delta."""
+    views = [MatrixView.of(block, block.shape) for block, _, _ in blocks]
+    encoded = []
+    for view, (_, base, bound) in zip(views, blocks, strict=True):
+        if base is None:
+            encoded.append(codec.encode_blocks(view, [0], planes=True))
+        else:
+            encoded.append(codec.encode_deltas(view, [0], views[base], [0], max_rel_error=bound))
+    lengths = np.array([len(one.arena) for one in encoded])
+    return codec.build_page(
+        np.concatenate([one.arena for one in encoded]),
+        np.cumsum(lengths) - lengths,
+        lengths,
+        [int(one.encodings[0]) for one in encoded],
+        [view.dtype.code for view in views],
+        [block.shape[0] for block, _, _ in blocks],
+        [block.shape[1] for block, _, _ in blocks],
+        [0 if base is None else base + 1 for _, base, _ in blocks],
+    )
+
+
+def read_golden(payload: bytes) -> bytes:
+    """Return what the slots of such a page decode to."""
+    page, content = codec.Page(payload), []
+    for number, slot in enumerate(page.slots):
+        numpy = next(dtype.numpy for dtype in DType if dtype.code == slot["dtype"])
+        out = MatrixView.of(np.zeros((slot["rows"], slot["cols"]), numpy), (64, 64))
+        base = int(slot["base"])
+        bases = codec.StoredBases([page], [0 if base else -1], [max(base - 1, 0)])
+        codec.read_blocks(out, [0], [page], [0], [number], bases=bases)
+        content.append(out.data.tobytes())
+    return b"".join(content)
+
+
+def main() -> None:
+    """Write the file, or refuse."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    target = folder / "page_v2.page"
+    if target.exists():
+        sys.exit(f"{target} exists; golden files are never rewritten")
+    target.write_bytes(build_golden(golden_blocks()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever two blocks are: an exact delta gives the very bytes back, a bounded one keeps its bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.blocks import MatrixView
+from pydedup.types import DType
+
+FLOATS = [DType.F64, DType.F32, DType.F16, DType.BF16]
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[DType, NDArray[np.uint8], NDArray[np.uint8]]:
+    """Draw a dtype and the bytes of a block and of its base."""
+    dtype = draw(st.sampled_from(list(DType)))
+    rows, cols = draw(st.integers(1, 40)), draw(st.integers(1, 80))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    width = cols * dtype.itemsize
+    base = rng.integers(0, 256, (rows, width), np.uint8)
+    kind = draw(st.sampled_from(["few", "rows", "low", "scaled", "any"]))
+    block = base.copy()
+    if kind == "few":
+        block.reshape(-1)[rng.integers(0, base.size, 3)] ^= 5
+    elif kind == "rows":
+        block[:: draw(st.integers(1, 9))] ^= 3
+    elif kind == "low":
+        block[:, :: dtype.itemsize] ^= rng.integers(0, 8, (rows, cols), np.uint8)
+    elif kind == "scaled" and dtype in FLOATS:
+        values = rng.normal(0, 0.02, (rows, cols))
+        base = values.astype(dtype.numpy).view(np.uint8)
+        block = (values * (1 - 1e-4)).astype(dtype.numpy).view(np.uint8)
+    else:
+        block = rng.integers(0, 256, (rows, width), np.uint8)
+    return dtype, block, base
+
+
+def read(
+    dtype: DType, shape: tuple[int, int], encoded: codec.EncodedBlocks, base: MatrixView
+) -> NDArray[np.uint8]:
+    rows, cols = shape
+    pages = []
+    for one, ids in ((codec.encode_blocks(base, [0], planes=True), None), (encoded, [9])):
+        columns = ([0], one.lengths, one.encodings, [dtype.code], [rows], [cols])
+        pages.append(codec.Page(codec.build_page(one.arena, *columns, ids)))
+    out = MatrixView(np.zeros((rows, cols * dtype.itemsize), np.uint8), dtype, base.grid)
+    bases = codec.StoredBases([pages[0]], [0], [0])
+    codec.read_blocks(out, [0], [pages[1]], [0], [0], bases=bases)
+    return out.data
+
+
+@settings(max_examples=150, deadline=None)
+@given(pairs(), st.sampled_from([None, 1e-4, 0.01, 0.5]))
+def test_what_was_encoded_comes_back(
+    case: tuple[DType, NDArray[Any], NDArray[Any]], bound: float | None
+) -> None:
+    dtype, block, base = case
+    shape = (len(block), block.shape[1] // dtype.itemsize)
+    views = [MatrixView.of(array.view(dtype.numpy), shape) for array in (block, base)]
+    encoded = codec.encode_deltas(views[0], [0], views[1], [0], max_rel_error=bound)
+    estimate = codec.estimate_deltas(views[0], [0], views[1], [0], max_rel_error=bound)
+    assert 0 < estimate[0] <= block.nbytes
+    if not encoded.lengths[0]:
+        return
+    assert encoded.lengths[0] < block.nbytes
+    back = read(dtype, shape, encoded, views[1])
+    if encoded.encodings[0] == codec.Encoding.DELTA:
+        assert back.tobytes() == block.tobytes()
+        return
+    assert bound is not None
+    want, got = (array.view(dtype.numpy).astype(np.float64) for array in (block, back))
+    assert np.linalg.norm(want - got) <= bound * np.linalg.norm(want)
+    assert (got[want == 0] == 0).all()
