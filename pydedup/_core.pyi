@@ -228,6 +228,36 @@ class RowTable:
         threads: int = 0,
     ) -> None: ...
 
+# ---- conv ----
+
+class Conv2d:
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        block_rows: int,
+        block_cols: int,
+        dtype: int,
+        x: NDArray[Any],
+        bias: NDArray[Any] | None,
+        activation: str,
+        y: NDArray[Any],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        threads: int = 0,
+    ) -> None: ...
+    def feed(
+        self,
+        pages: Sequence[Page],
+        page_index: NDArray[np.uint32],
+        slots: NDArray[np.uint32],
+    ) -> None: ...
+    @property
+    def fed(self) -> int: ...
+
 # ---- packing ----
 
 def pack_pages(

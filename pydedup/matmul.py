@@ -14,7 +14,9 @@ Deliberately not here: names of tensors and models (:mod:`pydedup.serving`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,12 +28,24 @@ from pydedup.errors import ArgumentError
 from pydedup.pool import Page, PagePool
 from pydedup.types import DType
 
-__all__ = ["ACTIVATIONS", "BAG_MODES", "activate", "bag", "compute_dtype", "matmul", "read", "take"]
+__all__ = [
+    "ACTIVATIONS",
+    "BAG_MODES",
+    "activate",
+    "bag",
+    "compute_dtype",
+    "matmul",
+    "read",
+    "real_array",
+    "take",
+]
 
 #: Activations that a product can end with. ``gelu`` is the exact form, ``gelu_tanh`` the other.
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
 #: How the rows of a bag become one.
 BAG_MODES = ("sum", "mean", "max")
+
+_INT64_MAX = np.iinfo(np.int64).max
 
 _Grid: TypeAlias = tuple[int, int, int, int, int]
 
@@ -86,7 +100,7 @@ def matmul(
     grid = block_map.grid
     dtype = compute_dtype(block_map.dtype)
     inner, outer = (grid.rows, grid.cols) if transpose else (grid.cols, grid.rows)
-    given = _real(x, dtype, "x")
+    given = real_array(x, dtype, "x")
     if given.ndim == 0 or given.shape[-1] != inner:
         raise ArgumentError(
             f"x has shape {given.shape}; its last axis must be {inner} for a matrix of shape "
@@ -98,7 +112,7 @@ def matmul(
         )
     offset = None
     if bias is not None:
-        offset = _real(bias, dtype, "bias")
+        offset = real_array(bias, dtype, "bias")
         if offset.shape != (outer,):
             raise ArgumentError(f"bias has shape {offset.shape}; ({outer},) is needed")
     lead = given.shape[:-1]
@@ -139,18 +153,16 @@ def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 
     PageNotFoundError, CorruptStoreError, BudgetError
         When the pages cannot be had.
     """
-    grid = block_map.grid
-    wanted = _ids(ids, grid.rows)
+    wanted = _ids(ids)
     flat = wanted.reshape(-1)
-    out = np.empty((len(flat), grid.cols), block_map.dtype.numpy)
-    places = np.arange(len(flat))
-    if out.size:
-        to = out.view(np.uint8).reshape(len(flat), -1)
-        for blocks, chosen in _rows_at_hand(block_map, pool, flat):
-            _core.take_rows(
-                *_shape_of(block_map), *blocks, flat[chosen], places[chosen], to, threads
-            )
-    return out.reshape(*wanted.shape, grid.cols)
+    cols = block_map.grid.cols
+    out = np.empty((len(flat), cols * block_map.dtype.itemsize), np.uint8)
+    table = _row_table(block_map)
+    missing = table.take(pool.native, flat, out, threads)
+    if missing is not None:
+        for page_ids, pages in _windows(pool, missing):
+            table.take_from(page_ids, pages, flat, out, threads)
+    return out.reshape(-1).view(block_map.dtype.numpy).reshape(*wanted.shape, cols)
 
 
 def bag(
@@ -160,6 +172,7 @@ def bag(
     offsets: ArrayLike | None = None,
     mode: str = "mean",
     *,
+    weights: ArrayLike | None = None,
     threads: int = 0,
 ) -> NDArray[Any]:
     """Return the sum, mean or maximum of the rows of each bag, without gathering them first.
@@ -173,6 +186,8 @@ def bag(
         next one begins, the last one with ``ids``.
     mode
         ``"sum"``, ``"mean"`` or ``"max"`` (a NaN wins).
+    weights
+        A factor for each of the ids, in their shape; with ``"sum"`` only.
 
     Returns
     -------
@@ -183,27 +198,37 @@ def bag(
     Raises
     ------
     ArgumentError
-        When ids or offsets are no integers, out of range or of the wrong rank, or for an unknown
-        mode.
+        When ids or offsets are no integers, out of range or of the wrong rank, when weights do not
+        have the shape of ids or come with another mode than ``"sum"``, or for an unknown mode.
     PageNotFoundError, CorruptStoreError, BudgetError
         When the pages cannot be had.
     """
     if mode not in BAG_MODES:
         raise ArgumentError(f"unknown mode {mode!r}; choose one of: {', '.join(BAG_MODES)}")
-    grid = block_map.grid
-    wanted = _ids(ids, grid.rows)
-    counts = _bag_sizes(wanted, offsets)
+    wanted = _ids(ids)
+    edges = _bag_edges(wanted, offsets)
+    dtype = compute_dtype(block_map.dtype)
+    factors = None
+    if weights is not None:
+        factors = real_array(weights, dtype, "weights")
+        if mode != "sum":
+            raise ArgumentError(f"weights go with mode 'sum' only, not {mode!r}")
+        if factors.shape != wanted.shape:
+            raise ArgumentError(
+                f"weights have shape {factors.shape}; that of ids, {wanted.shape}, is needed"
+            )
+        factors = factors.reshape(-1)
     flat = wanted.reshape(-1)
-    out = np.zeros((len(counts), grid.cols), compute_dtype(block_map.dtype))
+    counts = np.diff(edges)
+    out = np.zeros((len(counts), block_map.grid.cols), dtype)
     if mode == "max":
         out[counts > 0] = -np.inf
-    if out.size and len(flat):
-        bags = np.repeat(np.arange(len(counts)), counts)
-        how = "max" if mode == "max" else "sum"
-        for blocks, chosen in _rows_at_hand(block_map, pool, flat):
-            _core.bag_rows(
-                *_shape_of(block_map), *blocks, flat[chosen], bags[chosen], how, out, threads
-            )
+    table = _row_table(block_map)
+    how = "max" if mode == "max" else "sum"
+    missing = table.bag(pool.native, flat, edges, factors, how, out, threads)
+    if missing is not None:
+        for page_ids, pages in _windows(pool, missing):
+            table.bag_from(page_ids, pages, flat, edges, factors, how, out, threads)
     if mode == "mean":
         out /= np.maximum(counts, 1)[:, None]
     return out
@@ -245,11 +270,11 @@ def _shape_of(block_map: BlockMap) -> _Grid:
     return grid.rows, grid.cols, grid.block_rows, grid.block_cols, block_map.dtype.code
 
 
-def _real(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
-    """Return a C-contiguous array of ``dtype``; the same one if it is one already."""
+def real_array(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    """Return a C-contiguous, aligned array of ``dtype``; the same one if it is one already."""
     given = np.asarray(values)
     if given.dtype == dtype:
-        return np.ascontiguousarray(given) if given.ndim else given
+        return np.require(given, requirements=["C", "A"])
     if given.dtype.kind not in "biuf":
         try:
             DType.of(given.dtype)  # bf16 and f8 have kinds of their own
@@ -259,24 +284,24 @@ def _real(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
         return given.astype(dtype, order="C")
 
 
-def _ids(ids: ArrayLike, rows: int) -> NDArray[np.int64]:
+def _ids(ids: ArrayLike) -> NDArray[np.int64]:
+    """Return ids as int64; that they are in range, the core checks."""
     given = np.asarray(ids)
     if given.size == 0 and given.dtype == np.float64:
         given = given.astype(np.int64)  # what numpy makes of an empty list
     if given.dtype.kind not in "iu":
         raise ArgumentError(f"ids must be integers, not {given.dtype}")
-    if given.size:
-        low, high = int(given.min()), int(given.max())
-        if low < 0 or high >= rows:
-            raise ArgumentError(
-                f"id {low if low < 0 else high} is out of range; the matrix has {rows} rows"
-            )
-    return np.ascontiguousarray(given, np.int64) if given.ndim else given.astype(np.int64)
+    if given.dtype == np.uint64 and given.size and int(given.max()) > _INT64_MAX:
+        raise ArgumentError(f"id {int(given.max())} is out of range")
+    ready: NDArray[np.int64] = np.require(given, np.int64, ["C", "A"])
+    return ready
 
 
-def _bag_sizes(ids: NDArray[np.int64], offsets: ArrayLike | None) -> NDArray[np.int64]:
+def _bag_edges(ids: NDArray[np.int64], offsets: ArrayLike | None) -> NDArray[np.int64]:
+    """Return where each bag begins in the flat ids, and the end of the last one."""
     if ids.ndim == 2 and offsets is None:
-        return np.full(ids.shape[0], ids.shape[1], np.int64)
+        regular: NDArray[np.int64] = np.arange(ids.shape[0] + 1, dtype=np.int64) * ids.shape[1]
+        return regular
     if ids.ndim != 1 or offsets is None:
         raise ArgumentError(
             f"ids of rank {ids.ndim} {'with' if offsets is not None else 'without'} offsets; "
@@ -288,38 +313,46 @@ def _bag_sizes(ids: NDArray[np.int64], offsets: ArrayLike | None) -> NDArray[np.
     if len(starts) == 0:
         if len(ids):
             raise ArgumentError(f"offsets name no bag for {len(ids)} ids")
-        return np.empty(0, np.int64)
+        return np.zeros(1, np.int64)
     edges = np.append(starts.astype(np.int64), len(ids))
-    sizes = np.diff(edges)
-    if edges[0] != 0 or sizes.min() < 0:
+    if edges[0] != 0 or np.diff(edges).min() < 0:
         raise ArgumentError(f"offsets must begin with 0, ascend and stay within the {len(ids)} ids")
-    return sizes
+    return edges
 
 
-def _rows_at_hand(
-    block_map: BlockMap, pool: PagePool, ids: NDArray[np.int64]
-) -> Iterator[
-    tuple[
-        tuple[NDArray[np.int64], list[Page], NDArray[np.uint32], NDArray[np.uint32]],
-        NDArray[np.bool_] | slice,
-    ]
-]:
-    """Yield sets of blocks (their numbers, pages, page index, slots) and which ids they serve.
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The table of a block map, as long as its page ids live: they and the slots never change."""
 
-    Over all sets every block with a piece of a wanted row comes once.
-    """
-    grid = block_map.grid
-    block_rows = ids // grid.block_rows
-    needed = np.zeros(grid.grid_rows, np.bool_)
-    needed[block_rows] = True
-    columns = np.arange(grid.grid_cols)
-    numbers = (np.flatnonzero(needed)[:, None] * grid.grid_cols + columns).reshape(-1)
-    for rows, pages, page_index in pool.windows(block_map.page_ids[numbers]):
-        order = np.argsort(rows)
-        blocks = numbers[rows[order]]
-        chosen: NDArray[np.bool_] | slice = slice(None)
-        if len(blocks) < len(numbers):
-            here = np.zeros(grid.grid_rows, np.bool_)
-            here[blocks // grid.grid_cols] = True
-            chosen = here[block_rows]
-        yield (blocks, pages, page_index[order], block_map.slots[blocks]), chosen
+    page_ids: weakref.ref[NDArray[np.int64]]
+    slots: NDArray[np.uint32]
+    shape: _Grid
+    table: _core.RowTable
+
+
+_tables: dict[int, _Known] = {}
+
+
+def _row_table(block_map: BlockMap) -> _core.RowTable:
+    page_ids, shape = block_map.page_ids, _shape_of(block_map)
+    key = id(page_ids)
+    known = _tables.get(key)
+    if (
+        known is not None
+        and known.page_ids() is page_ids
+        and known.slots is block_map.slots
+        and known.shape == shape
+    ):
+        return known.table
+    table = _core.RowTable(*shape, page_ids, block_map.slots)
+    gone = weakref.ref(page_ids, lambda _: _tables.pop(key, None))
+    _tables[key] = _Known(gone, block_map.slots, shape, table)
+    return table
+
+
+def _windows(
+    pool: PagePool, page_ids: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], list[Page]]]:
+    """Yield these pages, given in ascending order, as many together as the budget lets in."""
+    for rows, pages, _ in pool.windows(page_ids):
+        yield page_ids[rows], pages

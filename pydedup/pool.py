@@ -90,6 +90,11 @@ class PagePool:
         return self._budget
 
     @property
+    def native(self) -> _core.BufferPool:
+        """The pool itself, for kernels that pin pages on their own."""
+        return self._core
+
+    @property
     def window_pages(self) -> int:
         """How many pages a walk pins at once."""
         return max(1, self._budget // (_WINDOW_PARTS * self._largest))

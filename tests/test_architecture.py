@@ -23,7 +23,7 @@ CSRC = ROOT / "csrc"
 
 # ---- Python: who may import whom ----------------------------------------------------------------
 
-FACADES = {"hashing", "similarity", "packing", "codec", "pool", "matmul", "config"}
+FACADES = {"hashing", "similarity", "packing", "codec", "pool", "matmul", "conv", "config"}
 VALUES = {"errors", "types"}
 MODEL = VALUES | {"names", "policies", "graph", "adapter", "blocks"}
 CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout"}
@@ -51,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "codec": VALUES | {"_core", "blocks", "config", "hashing"},
     "pool": VALUES | {"_core", "blocks", "codec", "config"},
     "matmul": VALUES | {"_core", "blocks", "codec", "config", "pool"},
+    "conv": VALUES | {"_core", "blocks", "config", "matmul", "pool"},
     "formats": VALUES | {"names", "graph", "blocks"},
     "layout": VALUES | {"blocks", "codec", "packing", "pool"},
     "jobs": VALUES | {"adapter"},

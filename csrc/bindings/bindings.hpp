@@ -27,6 +27,7 @@ void bind_packing(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_similarity(py::module_& m);
 void bind_rows(py::module_& m);
+void bind_conv(py::module_& m);
 
 /// For functions that bypass pybind11: turns the exception being handled into a Python error, as
 /// pybind11 would. Call inside a catch block, with the GIL; the caller returns nullptr.

@@ -12,4 +12,6 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     pydedup::bind_packing(m);
     pydedup::bind_gemm(m);
     pydedup::bind_similarity(m);
+    pydedup::bind_rows(m);
+    pydedup::bind_conv(m);
 }

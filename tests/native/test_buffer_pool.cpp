@@ -206,6 +206,45 @@ TEST(a_forked_child_keeps_its_pins_and_may_leave) {
 }
 #endif
 
+TEST(pages_are_pinned_together_or_not_at_all) {
+    BufferPool pool(3 * page_size());
+    for (const PageId id : {1, 2, 3}) {
+        static_cast<void>(pool.insert(id, make_page(static_cast<std::uint32_t>(id))));
+    }
+    const std::vector<PageId> some{3, 1, 3}, one_missing{1, 4}, none;
+    const auto before = pool.stats();
+    CHECK(pool.pin_all(one_missing) == nullptr);
+    CHECK(pool.stats().hits == before.hits && pool.stats().misses == before.misses);
+    CHECK(pool.stats().pinned_bytes == 0);
+    CHECK(pool.pin_all(none) != nullptr && pool.pin_all(none)->empty());
+    {
+        const BufferPool::Pins pins = pool.pin_all(some);
+        CHECK(pins->size() == 3 && (*pins)[0] == (*pins)[2]);
+        CHECK(*reinterpret_cast<const std::uint32_t*>((*pins)[1]->block(0).data) == 1);
+        CHECK(pool.stats().hits == before.hits + 3);
+        CHECK(pool.stats().pinned_bytes == 2 * page_size());
+        // Only the one that is not pinned may go.
+        static_cast<void>(pool.insert(5, make_page(5)));
+        CHECK(!resident(pool, 2) && resident(pool, 1) && resident(pool, 3));
+        // A dropped page stays until its last pin goes.
+        const PageId dropped = 1;
+        const int freed_before = freed();
+        pool.drop({&dropped, 1});
+        CHECK(!resident(pool, 1) && freed() == freed_before);
+        CHECK(*reinterpret_cast<const std::uint32_t*>((*pins)[1]->block(0).data) == 1);
+    }
+    CHECK(pool.stats().pinned_bytes == 0 && pool.stats().pages == 2);
+    // They outlive the pool.
+    BufferPool::Pins pins;
+    {
+        BufferPool short_lived(page_size());
+        static_cast<void>(short_lived.insert(7, make_page(7)));
+        const PageId id = 7;
+        pins = short_lived.pin_all({&id, 1});
+    }
+    CHECK(*reinterpret_cast<const std::uint32_t*>((*pins)[0]->block(0).data) == 7);
+}
+
 }  // namespace
 
 PYDEDUP_TEST_MAIN

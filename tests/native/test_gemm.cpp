@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Streaming products, rows and bags: shapes, encodings, cuts, threads, and blocks that do not fit.
+// Streaming products: shapes, encodings, cuts, threads, and blocks that do not fit.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -203,88 +203,6 @@ TEST(unaligned_blocks_are_read) {
     const auto want = multiply(stored, x, 5, false);
     stored.blocks[0].data = memory.data() + 1;
     CHECK(same_bits(want, multiply(stored, x, 5, false)));
-}
-
-// ---- rows and bags -----------------------------------------------------------------------------
-
-TEST(rows_and_bags_come_from_the_blocks_at_hand) {
-    const BlockGrid grid{50, 30, 8, 7};
-    const auto w = normal<float>(grid.rows * grid.cols);
-    std::uniform_int_distribution<std::int64_t> row(0, 49);
-    std::vector<std::int64_t> ids(700), places(700), bags(700);
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-        ids[i] = row(rng());
-        places[i] = static_cast<std::int64_t>(ids.size() - 1 - i);
-        bags[i] = static_cast<std::int64_t>(i / 9);
-    }
-    for (const bool planes : {false, true}) {
-        const Stored stored = store(w, grid, Dtype::f32, planes);
-        std::vector<std::int64_t> indices(grid.count());
-        for (std::size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<std::int64_t>(i);
-        for (const unsigned threads : {1U, 3U}) {
-            // In two halves: each fills in the pieces that it has.
-            std::vector<float> out(ids.size() * grid.cols, -1.0F);
-            std::vector<float> sums(78 * grid.cols, 0.0F);
-            std::vector<float> tops(78 * grid.cols, -INFINITY);
-            const std::size_t half = grid.count() / 2 + 3;
-            for (const auto& [at, n] :
-                 {std::pair{std::size_t{0}, half}, {half, grid.count() - half}}) {
-                const BlockSet set{grid, Dtype::f32, std::span(indices).subspan(at, n),
-                                   std::span(stored.blocks).subspan(at, n)};
-                take_rows(set, ids, places, reinterpret_cast<std::byte*>(out.data()), ids.size(),
-                          threads);
-                bag_rows(set, ids, bags, BagMode::sum, reinterpret_cast<std::byte*>(sums.data()),
-                         78, threads);
-                bag_rows(set, ids, bags, BagMode::max, reinterpret_cast<std::byte*>(tops.data()),
-                         78, threads);
-            }
-            bool rows_hold = true;
-            std::vector<float> want_sums(sums.size(), 0.0F), want_tops(tops.size(), -INFINITY);
-            for (std::size_t i = 0; i < ids.size(); ++i) {
-                for (std::size_t c = 0; c < grid.cols; ++c) {
-                    const float value = w[static_cast<std::size_t>(ids[i]) * grid.cols + c];
-                    rows_hold = rows_hold && out[(ids.size() - 1 - i) * grid.cols + c] == value;
-                    const std::size_t at = static_cast<std::size_t>(bags[i]) * grid.cols + c;
-                    want_sums[at] += value;
-                    want_tops[at] = std::max(want_tops[at], value);
-                }
-            }
-            CHECK(rows_hold);
-            CHECK(same_bits(tops, want_tops));
-            bool sums_hold = true;
-            for (std::size_t i = 0; i < sums.size(); ++i) {
-                sums_hold = sums_hold && std::abs(sums[i] - want_sums[i]) < 1e-4F;
-            }
-            CHECK(sums_hold);
-        }
-    }
-}
-
-TEST(row_numbers_are_checked) {
-    const BlockGrid grid{4, 4, 2, 2};
-    const Stored stored = store(normal<float>(16), grid, Dtype::f32, false);
-    const std::vector<std::int64_t> indices{0, 1, 2, 3};
-    const BlockSet set{grid, Dtype::f32, indices, stored.blocks};
-    std::vector<float> out(8);
-    const auto take = [&](const BlockSet& from, std::vector<std::int64_t> ids,
-                          std::vector<std::int64_t> places) {
-        take_rows(from, ids, places, reinterpret_cast<std::byte*>(out.data()), 2);
-    };
-    CHECK_THROWS(ErrorCode::invalid_argument, take(set, {4}, {0}));
-    CHECK_THROWS(ErrorCode::invalid_argument, take(set, {-1}, {0}));
-    CHECK_THROWS(ErrorCode::invalid_argument, take(set, {0}, {2}));
-    CHECK_THROWS(ErrorCode::invalid_argument, take(set, {0, 1}, {0}));
-    const std::vector<std::int64_t> unordered{1, 0, 2, 3}, beyond{0, 1, 2, 4};
-    CHECK_THROWS(ErrorCode::invalid_argument,
-                 take({grid, Dtype::f32, unordered, stored.blocks}, {0}, {0}));
-    CHECK_THROWS(ErrorCode::invalid_argument,
-                 take({grid, Dtype::f32, beyond, stored.blocks}, {0}, {0}));
-    CHECK_THROWS(ErrorCode::corrupt_page,
-                 take({grid, Dtype::i32, indices, stored.blocks}, {0}, {0}));
-    const std::vector<std::int64_t> ids{0, 1}, descending{1, 0};
-    CHECK_THROWS(
-        ErrorCode::invalid_argument,
-        bag_rows(set, ids, descending, BagMode::sum, reinterpret_cast<std::byte*>(out.data()), 2));
 }
 
 TEST(activations_have_names) {

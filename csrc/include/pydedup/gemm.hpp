@@ -73,29 +73,4 @@ class Matmul {
     std::unique_ptr<Impl> impl_;
 };
 
-/// Blocks of a matrix that are at hand: blocks[i] is number indices[i], ascending.
-struct BlockSet {
-    BlockGrid grid;
-    Dtype dtype;
-    std::span<const std::int64_t> indices;
-    std::span<const BlockView> blocks;
-};
-
-/// Copies row ids[i] into row positions[i] of `out` (rows of the matrix's width, its dtype), as far
-/// as its blocks are in the set: columns of other blocks are left alone. Encoded blocks are decoded
-/// once, up to 16 MiB of them at a time. Throws as Matmul::feed does, Error{invalid_argument} for a
-/// row or position outside of the matrix or of `out_rows`.
-void take_rows(const BlockSet& set, std::span<const std::int64_t> ids,
-               std::span<const std::int64_t> positions, std::byte* out, std::size_t out_rows,
-               unsigned threads = 0);
-
-enum class BagMode : std::uint8_t { sum, max };
-
-/// out[bags[i]] += row ids[i], or its maximum (a NaN wins), over the columns whose blocks are in
-/// the set; `out` has out_rows rows in compute_dtype. `bags` ascends: a bag belongs to one thread,
-/// which adds its rows in the order given. Throws as take_rows does.
-void bag_rows(const BlockSet& set, std::span<const std::int64_t> ids,
-              std::span<const std::int64_t> bags, BagMode mode, std::byte* out,
-              std::size_t out_rows, unsigned threads = 0);
-
 }  // namespace pydedup

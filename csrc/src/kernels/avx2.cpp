@@ -7,6 +7,7 @@
 #include "kernels/codec_avx2-inl.hpp"
 #include "kernels/gemm_avx2-inl.hpp"
 #include "kernels/hash_avx2-inl.hpp"
+#include "kernels/rows_avx2-inl.hpp"
 #include "kernels/similarity_avx2-inl.hpp"
 
 namespace pydedup {
@@ -16,6 +17,7 @@ const KernelTable kAvx2Kernels = {
     isa_avx2::kHash,
     isa_avx2::kCodec,
     isa_avx2::kGemm,
+    isa_avx2::kRows,
     isa_avx2::kSimilarity,
 };
 

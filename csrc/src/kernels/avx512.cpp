@@ -7,6 +7,7 @@
 #include "kernels/codec_avx512-inl.hpp"
 #include "kernels/gemm_avx512-inl.hpp"
 #include "kernels/hash_avx512-inl.hpp"
+#include "kernels/rows_avx512-inl.hpp"
 #include "kernels/similarity_avx512-inl.hpp"
 
 namespace pydedup {
@@ -16,6 +17,7 @@ const KernelTable kAvx512Kernels = {
     isa_avx512::kHash,
     isa_avx512::kCodec,
     isa_avx512::kGemm,
+    isa_avx512::kRows,
     isa_avx512::kSimilarity,
 };
 

@@ -10,6 +10,7 @@
 #include "kernels/codec_kernels.hpp"
 #include "kernels/gemm_kernels.hpp"
 #include "kernels/hash_kernels.hpp"
+#include "kernels/rows_kernels.hpp"
 #include "kernels/similarity_kernels.hpp"
 
 namespace pydedup {
@@ -19,6 +20,7 @@ struct KernelTable {
     HashKernels hash;
     CodecKernels codec;
     GemmKernels gemm;
+    RowsKernels rows;
     SimilarityKernels similarity;
 };
 

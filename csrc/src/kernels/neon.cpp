@@ -7,12 +7,14 @@
 #include "kernels/codec_neon-inl.hpp"
 #include "kernels/gemm_neon-inl.hpp"
 #include "kernels/hash_neon-inl.hpp"
+#include "kernels/rows_neon-inl.hpp"
 #include "kernels/similarity_neon-inl.hpp"
 
 namespace pydedup {
 
 const KernelTable kNeonKernels = {
-    "neon", isa_neon::kHash, isa_neon::kCodec, isa_neon::kGemm, isa_neon::kSimilarity,
+    "neon",          isa_neon::kHash, isa_neon::kCodec,
+    isa_neon::kGemm, isa_neon::kRows, isa_neon::kSimilarity,
 };
 
 }  // namespace pydedup

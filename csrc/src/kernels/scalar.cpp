@@ -5,6 +5,7 @@
 #include "kernels/codec_scalar-inl.hpp"
 #include "kernels/gemm_scalar-inl.hpp"
 #include "kernels/hash_scalar-inl.hpp"
+#include "kernels/rows_scalar-inl.hpp"
 #include "kernels/similarity_scalar-inl.hpp"
 
 namespace pydedup {
@@ -14,6 +15,7 @@ const KernelTable kScalarKernels = {
     isa_scalar::kHash,
     isa_scalar::kCodec,
     isa_scalar::kGemm,
+    isa_scalar::kRows,
     isa_scalar::kSimilarity,
 };
 

@@ -78,6 +78,28 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         }
     }
 
+    Pins pin_all(std::span<const PageId> ids) {
+        // Of one piece, so that nothing can fail once a page is pinned.
+        const auto group = std::make_shared<Group>();
+        group->pages.reserve(ids.size());
+        group->places.reserve(ids.size());
+        {
+            const std::scoped_lock lock(mutex_);
+            for (const PageId id : ids) {
+                const auto at = table_.find(id);
+                if (at == table_.end()) return nullptr;
+                group->places.push_back(at->second);
+            }
+            hits_ += ids.size();
+            for (const Place place : group->places) {
+                add_pin(place);
+                group->pages.push_back(&place->page);
+            }
+            group->state = shared_from_this();
+        }
+        return {group, &group->pages};
+    }
+
     Pin insert(PageId id, Page page) {
         const std::size_t bytes = page.nbytes();
         List gone;  // destroyed last, without the lock
@@ -152,6 +174,20 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     using Place = List::iterator;
     using Table = std::unordered_map<PageId, Place>;
 
+    // What pin_all() gives out: unpins when the last copy goes, if it came to pinning.
+    struct Group {
+        std::vector<const Page*> pages;
+        std::vector<Place> places;
+        std::shared_ptr<State> state;
+
+        Group() = default;
+        Group(const Group&) = delete;
+        Group& operator=(const Group&) = delete;
+        ~Group() {
+            if (state) state->unpin(places);
+        }
+    };
+
     // The functions below want the mutex held.
 
     void add_pin(Place place) noexcept {
@@ -195,17 +231,21 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
                 [state = shared_from_this(), place](const Page*) { state->unpin(place); }};
     }
 
-    void unpin(Place place) noexcept {
+    void unpin(Place place) noexcept { unpin(std::span(&place, 1)); }
+
+    void unpin(std::span<const Place> places) noexcept {
         if (is_inherited()) return;
         List gone;
         const std::scoped_lock lock(mutex_);
-        if (--place->pins != 0) return;
-        pinned_bytes_ -= place->page.nbytes();
-        if (place->orphan) {
-            bytes_ -= place->page.nbytes();
-            gone.splice(gone.end(), orphans_, place);
-        } else {
-            idle_.splice(idle_.end(), pinned_, place);
+        for (const Place place : places) {
+            if (--place->pins != 0) continue;
+            pinned_bytes_ -= place->page.nbytes();
+            if (place->orphan) {
+                bytes_ -= place->page.nbytes();
+                gone.splice(gone.end(), orphans_, place);
+            } else {
+                idle_.splice(idle_.end(), pinned_, place);
+            }
         }
     }
 
@@ -243,6 +283,8 @@ BufferPool::~BufferPool() {
 }
 
 void BufferPool::pin(std::span<const PageId> ids, std::span<Pin> pins) { state_->pin(ids, pins); }
+
+BufferPool::Pins BufferPool::pin_all(std::span<const PageId> ids) { return state_->pin_all(ids); }
 
 BufferPool::Pin BufferPool::insert(PageId id, Page page) {
     return state_->insert(id, std::move(page));

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows by number and bags of rows, out of a pool or of pages at hand.
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings.hpp"
+#include "blocks.hpp"
+#include "pydedup/buffer_pool.hpp"
+#include "pydedup/row_table.hpp"
+
+namespace pydedup {
+namespace {
+
+// The bags of one call: checked, borrowed.
+struct Bags {
+    std::span<const std::int64_t> ids, edges;
+    const std::byte* weights;
+    BagMode mode;
+    std::byte* out;
+};
+
+std::unique_ptr<RowTable> make_table(std::size_t rows, std::size_t cols, std::size_t block_rows,
+                                     std::size_t block_cols, int dtype,
+                                     const Array<std::int64_t>& page_ids,
+                                     const Array<std::uint32_t>& slots) {
+    const auto pages = as_span(page_ids, "page_ids");
+    const auto slot_of = as_span(slots, "slots");
+    const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
+    const Dtype type = as_dtype(dtype);
+    const py::gil_scoped_release release;
+    return std::make_unique<RowTable>(grid, type, pages, slot_of);
+}
+
+std::byte* rows_out(const RowTable& table, Array<std::uint8_t>& out, std::size_t rows) {
+    const std::size_t row_bytes = table.grid().cols * item_bytes(table.dtype());
+    if (out.ndim() != 2 || static_cast<std::size_t>(out.shape(0)) != rows ||
+        static_cast<std::size_t>(out.shape(1)) != row_bytes) {
+        throw Error(ErrorCode::invalid_argument, "out must be uint8 of shape (" +
+                                                     std::to_string(rows) + ", " +
+                                                     std::to_string(row_bytes) + ")");
+    }
+    return reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
+}
+
+Bags bags_of(const RowTable& table, const Array<std::int64_t>& ids,
+             const Array<std::int64_t>& edges, const py::object& weights, const std::string& mode,
+             const py::array& out) {
+    if (mode != "sum" && mode != "max") {
+        throw Error(ErrorCode::invalid_argument, "unknown bag mode '" + mode + "'");
+    }
+    const Dtype compute = compute_dtype(table.dtype());
+    Bags bags{as_span(ids, "ids"), as_span(edges, "edges"), nullptr,
+              mode == "sum" ? BagMode::sum : BagMode::max, nullptr};
+    if (bags.edges.empty()) throw Error(ErrorCode::invalid_argument, "edges must not be empty");
+    if (!weights.is_none()) {
+        if (bags.mode != BagMode::sum) {
+            throw Error(ErrorCode::invalid_argument, "weights are for mode 'sum'");
+        }
+        bags.weights = data_of(weights, compute, bags.ids.size(), false, "weights");
+    }
+    bags.out = data_of(out, compute, (bags.edges.size() - 1) * table.grid().cols, true, "out");
+    return bags;
+}
+
+// Calls use(page ids, pages) with all pages of these rows out of the pool and returns None; or
+// returns the ids of the pages, when not all of them are in the pool.
+template <class Use>
+py::object with_pool(const RowTable& table, BufferPool& pool, std::span<const std::int64_t> ids,
+                     const Use& use) {
+    std::vector<std::int64_t> wanted;
+    bool done = false;
+    {
+        const py::gil_scoped_release release;
+        wanted = table.pages_of(ids);
+        if (const BufferPool::Pins pins = pool.pin_all(wanted)) {
+            use(std::span<const std::int64_t>(wanted), std::span<const Page* const>(*pins));
+            done = true;
+        }
+    }
+    if (done) return py::none();
+    Array<std::int64_t> missing(static_cast<py::ssize_t>(wanted.size()));
+    std::copy(wanted.begin(), wanted.end(), missing.mutable_data());
+    return missing;
+}
+
+// Calls use(page ids, pages) with pages at hand.
+template <class Use>
+void with_pages(const Array<std::int64_t>& page_ids, const py::sequence& pages, const Use& use) {
+    const auto numbers = as_span(page_ids, "page_ids");
+    std::vector<std::shared_ptr<Page>> held;
+    std::vector<const Page*> plain;
+    for (const py::handle page : pages) {
+        if (page.is_none()) throw Error(ErrorCode::invalid_argument, "pages holds a None");
+        held.push_back(py::cast<std::shared_ptr<Page>>(page));
+        plain.push_back(held.back().get());
+    }
+    const py::gil_scoped_release release;
+    use(numbers, std::span<const Page* const>(plain));
+}
+
+py::object take(const RowTable& table, BufferPool& pool, const Array<std::int64_t>& ids,
+                Array<std::uint8_t> out, unsigned threads) {
+    const auto wanted = as_span(ids, "ids");
+    std::byte* const to = rows_out(table, out, wanted.size());
+    return with_pool(table, pool, wanted, [&](auto page_ids, auto pages) {
+        table.take(page_ids, pages, wanted, to, threads);
+    });
+}
+
+void take_from(const RowTable& table, const Array<std::int64_t>& page_ids,
+               const py::sequence& pages, const Array<std::int64_t>& ids, Array<std::uint8_t> out,
+               unsigned threads) {
+    const auto wanted = as_span(ids, "ids");
+    std::byte* const to = rows_out(table, out, wanted.size());
+    with_pages(page_ids, pages,
+               [&](auto numbers, auto held) { table.take(numbers, held, wanted, to, threads); });
+}
+
+py::object bag(const RowTable& table, BufferPool& pool, const Array<std::int64_t>& ids,
+               const Array<std::int64_t>& edges, const py::object& weights, const std::string& mode,
+               const py::array& out, unsigned threads) {
+    const Bags bags = bags_of(table, ids, edges, weights, mode, out);
+    return with_pool(table, pool, bags.ids, [&](auto page_ids, auto pages) {
+        table.bag(page_ids, pages, bags.ids, bags.edges, bags.weights, bags.mode, bags.out,
+                  threads);
+    });
+}
+
+void bag_from(const RowTable& table, const Array<std::int64_t>& page_ids, const py::sequence& pages,
+              const Array<std::int64_t>& ids, const Array<std::int64_t>& edges,
+              const py::object& weights, const std::string& mode, const py::array& out,
+              unsigned threads) {
+    const Bags bags = bags_of(table, ids, edges, weights, mode, out);
+    with_pages(page_ids, pages, [&](auto numbers, auto held) {
+        table.bag(numbers, held, bags.ids, bags.edges, bags.weights, bags.mode, bags.out, threads);
+    });
+}
+
+}  // namespace
+
+void bind_rows(py::module_& m) {
+    py::class_<RowTable>(m, "RowTable")
+        .def(py::init(&make_table), py::arg("rows"), py::arg("cols"), py::arg("block_rows"),
+             py::arg("block_cols"), py::arg("dtype"), py::arg("page_ids").noconvert(),
+             py::arg("slots").noconvert())
+        .def("take", &take, py::arg("pool"), py::arg("ids").noconvert(), py::arg("out").noconvert(),
+             py::arg("threads") = 0)
+        .def("take_from", &take_from, py::arg("page_ids").noconvert(), py::arg("pages"),
+             py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("threads") = 0)
+        .def("bag", &bag, py::arg("pool"), py::arg("ids").noconvert(), py::arg("edges").noconvert(),
+             py::arg("weights"), py::arg("mode"), py::arg("out").noconvert(),
+             py::arg("threads") = 0)
+        .def("bag_from", &bag_from, py::arg("page_ids").noconvert(), py::arg("pages"),
+             py::arg("ids").noconvert(), py::arg("edges").noconvert(), py::arg("weights"),
+             py::arg("mode"), py::arg("out").noconvert(), py::arg("threads") = 0);
+}
+
+}  // namespace pydedup

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the bindings that compute on stored blocks share: blocks on pinned pages, arrays of the
+// compute dtype, block grids and names of activations.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings.hpp"
+#include "pydedup/gemm.hpp"
+#include "pydedup/page_format.hpp"
+
+namespace pydedup {
+
+/// Blocks on pages; keeps the pages alive.
+struct HeldBlocks {
+    std::vector<std::shared_ptr<Page>> pages;
+    std::vector<BlockView> blocks;
+};
+
+[[nodiscard]] inline HeldBlocks hold_blocks(const py::sequence& pages,
+                                            const Array<std::uint32_t>& page_index,
+                                            const Array<std::uint32_t>& slots) {
+    const auto page_of = as_span(page_index, "page_index");
+    const auto slot_of = as_span(slots, "slots");
+    if (page_of.size() != slot_of.size()) {
+        throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
+    }
+    HeldBlocks held;
+    held.pages.reserve(pages.size());
+    for (const py::handle page : pages) {
+        if (page.is_none()) throw Error(ErrorCode::invalid_argument, "pages holds a None");
+        held.pages.push_back(py::cast<std::shared_ptr<Page>>(page));
+    }
+    held.blocks.reserve(page_of.size());
+    for (std::size_t i = 0; i < page_of.size(); ++i) {
+        if (page_of[i] >= held.pages.size()) {
+            throw Error(ErrorCode::invalid_argument,
+                        "page_index " + std::to_string(page_of[i]) + " is outside of " +
+                            std::to_string(held.pages.size()) + " pages");
+        }
+        held.blocks.push_back(held.pages[page_of[i]]->block(slot_of[i]));
+    }
+    return held;
+}
+
+/// A C-contiguous array of the compute dtype, borrowed.
+[[nodiscard]] inline std::byte* data_of(const py::object& object, Dtype compute, std::size_t size,
+                                        bool writes, const char* name) {
+    const bool wide = compute == Dtype::f64;
+    const bool same = wide ? py::isinstance<py::array_t<double>>(object)
+                           : py::isinstance<py::array_t<float>>(object);
+    const auto array = same ? py::reinterpret_borrow<py::array>(object) : py::array();
+    const bool contiguous = (array.flags() & py::array::c_style) != 0;
+    if (!same || !contiguous || static_cast<std::size_t>(array.size()) != size) {
+        throw Error(ErrorCode::invalid_argument, std::string(name) + " must be a C-contiguous " +
+                                                     (wide ? "float64" : "float32") + " array of " +
+                                                     std::to_string(size) + " elements");
+    }
+    if (reinterpret_cast<std::uintptr_t>(array.data()) % (wide ? 8 : 4) != 0) {
+        throw Error(ErrorCode::invalid_argument, std::string(name) + " is misaligned");
+    }
+    if (writes && !array.writeable()) {
+        throw Error(ErrorCode::invalid_argument, std::string(name) + " is read-only");
+    }
+    return static_cast<std::byte*>(const_cast<void*>(array.data()));
+}
+
+[[nodiscard]] inline Activation as_activation(const std::string& name) {
+    const std::optional<Activation> activation = activation_named(name);
+    if (!activation) {
+        throw Error(ErrorCode::invalid_argument, "unknown activation '" + name + "'");
+    }
+    return *activation;
+}
+
+[[nodiscard]] inline BlockGrid grid_of(std::size_t rows, std::size_t cols, std::size_t block_rows,
+                                       std::size_t block_cols) {
+    if (block_rows == 0 || block_cols == 0) {
+        throw Error(ErrorCode::invalid_argument, "a block shape must be at least (1, 1)");
+    }
+    std::size_t elements = 0;
+    if (__builtin_mul_overflow(rows, cols, &elements)) {
+        throw Error(ErrorCode::invalid_argument, "a matrix of " + std::to_string(rows) + " x " +
+                                                     std::to_string(cols) + " is too large");
+    }
+    // A block larger than its matrix is the matrix: nothing behind has to fear an overflow.
+    return {rows, cols, std::min(block_rows, std::max<std::size_t>(rows, 1)),
+            std::min(block_cols, std::max<std::size_t>(cols, 1))};
+}
+
+}  // namespace pydedup

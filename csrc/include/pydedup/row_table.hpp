@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of a stored matrix by number: gather, and sums or maxima of bags of rows. What a table
+// learned about its pages (where on a page each block begins, that it is the right block) it keeps,
+// so that a call touches little beyond the rows themselves. Pages are never kept.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "pydedup/page_format.hpp"
+#include "pydedup/types.hpp"
+
+namespace pydedup {
+
+enum class BagMode : std::uint8_t { sum, max };
+
+/// Safe between threads.
+///
+/// take() and bag() work with the pages that they are given and leave out what lies on others: with
+/// all of pages_of(ids) they do everything; with a part of them at a time, each call does its part.
+/// They throw Error{corrupt_page} when a page does not hold what the table says, or not what it
+/// held before, and Error{invalid_argument} for ids outside of the matrix.
+class RowTable {
+  public:
+    /// Block b of the grid, row-major, is in slot slots[b] of page page_ids[b]. Throws
+    /// Error{invalid_argument} when there is not one of each for every block.
+    RowTable(const BlockGrid& grid, Dtype dtype, std::span<const std::int64_t> page_ids,
+             std::span<const std::uint32_t> slots);
+    ~RowTable();
+    RowTable(const RowTable&) = delete;
+    RowTable& operator=(const RowTable&) = delete;
+
+    [[nodiscard]] const BlockGrid& grid() const noexcept;
+    [[nodiscard]] Dtype dtype() const noexcept;
+
+    /// Pages with a piece of these rows, ascending. Throws Error{invalid_argument} as above.
+    [[nodiscard]] std::vector<std::int64_t> pages_of(std::span<const std::int64_t> ids) const;
+
+    /// Copies row ids[i] into row i of `out`: ids.size() rows of the matrix's width and dtype.
+    /// `page_ids` ascend and name `pages`. Encoded blocks are decoded once, up to 16 MiB of them
+    /// at a time.
+    void take(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
+              std::span<const std::int64_t> ids, std::byte* out, unsigned threads = 0) const;
+
+    /// Rows ids[edges[b]] to ids[edges[b + 1] - 1] are bag b. Adds them to row b of `out`, each
+    /// times its weight unless `weights` is nullptr (one per id; for BagMode::sum only), or raises
+    /// the row to their maxima (a NaN wins). `out` and weights are in compute_dtype(dtype()). One
+    /// thread adds up a bag: raw blocks in the order of ids, then encoded ones. Throws
+    /// Error{invalid_argument} when edges do not ascend from 0 to ids.size().
+    void bag(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
+             std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
+             const std::byte* weights, BagMode mode, std::byte* out, unsigned threads = 0) const;
+
+  private:
+    class Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace pydedup

@@ -1,0 +1,445 @@
+// SPDX-License-Identifier: Apache-2.0
+// A task is a chunk of output positions by some rows of blocks. It walks over W's columns in
+// strips: gathers the chunk's part of the unfolded image for one strip into scratch, and multiplies
+// it with all blocks of the strip, row of blocks after row of blocks. So the image is gathered once
+// per task, and W is read once per chunk; between two strips the sums rest in y, as they are.
+#include "pydedup/conv.hpp"
+
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/parallel.hpp"
+#include "dispatch/dispatch.hpp"
+#include "gemm/activation.hpp"
+#include "gemm/image_tiles.hpp"
+#include "gemm/weights.hpp"
+#include "pydedup/error.hpp"
+
+namespace pydedup {
+namespace {
+
+using detail::ImageTiles;
+using detail::Scratch;
+using detail::WeightReader;
+
+// Gathered image per thread: with a block and its sums it stays in a second-level cache that two
+// threads share.
+constexpr std::size_t kGatherBytes = std::size_t{256} << 10;
+// Tiles of a chunk. Each block is read once per chunk: 4 tiles of 32 positions are 64
+// multiply-adds per byte of it, so that even memory keeps up.
+constexpr std::size_t kChunkTiles = 4;
+// Rows of a block that are multiplied at a time: sums of 32 KiB for 4 tiles of 32 positions.
+constexpr std::size_t kRowsAtOnce = 64;
+// Columns of a block that one pass of a tile covers: 32 lanes for them fill half of a 32 KiB
+// first-level cache.
+constexpr std::size_t kPassBytes = 512;
+// Multiply-adds below which a second thread costs more than it brings.
+constexpr std::size_t kMinWorkPerThread = std::size_t{1} << 19;
+// Tasks per thread that a call should have, so that one late thread does not hold up the rest.
+constexpr std::size_t kTasksPerThread = 3;
+
+[[nodiscard]] std::size_t ceil_div(std::size_t a, std::size_t b) noexcept {
+    return (a + b - 1) / b;
+}
+
+struct Named {
+    const char* name;
+    std::size_t value;
+};
+
+void check_count(const char* what, std::initializer_list<std::size_t> factors) {
+    std::size_t count = 8;  // bytes of the largest element
+    for (const std::size_t factor : factors) {
+        if (__builtin_mul_overflow(count, factor, &count)) {
+            throw Error(ErrorCode::invalid_argument,
+                        std::string("the ") + what + " has more elements than memory can hold");
+        }
+    }
+}
+
+void check_axis(const char* axis, std::size_t size, std::size_t before, std::size_t after,
+                std::size_t kernel, std::size_t dilation) {
+    const std::size_t reach = (kernel - 1) * dilation + 1;
+    if (reach > size + before + after) {
+        throw Error(ErrorCode::invalid_argument,
+                    std::string("the kernel covers ") + std::to_string(reach) + " of the image's " +
+                        axis + ", which is " + std::to_string(size + before + after) +
+                        " with its padding");
+    }
+}
+
+}  // namespace
+
+void check_shape(const ConvShape& s) {
+    constexpr std::size_t kLargest = std::numeric_limits<std::int32_t>::max();
+    for (const Named& size : {Named{"channels", s.channels},
+                              {"out_channels", s.out_channels},
+                              {"kernel_h", s.kernel_h},
+                              {"kernel_w", s.kernel_w},
+                              {"stride_h", s.stride_h},
+                              {"stride_w", s.stride_w},
+                              {"dilation_h", s.dilation_h},
+                              {"dilation_w", s.dilation_w},
+                              {"groups", s.groups}}) {
+        if (size.value == 0) {
+            throw Error(ErrorCode::invalid_argument,
+                        std::string(size.name) + " is 0; it must be at least 1");
+        }
+    }
+    for (const Named& size : {Named{"batch", s.batch},
+                              {"channels", s.channels},
+                              {"height", s.height},
+                              {"width", s.width},
+                              {"out_channels", s.out_channels},
+                              {"kernel_h", s.kernel_h},
+                              {"kernel_w", s.kernel_w},
+                              {"stride_h", s.stride_h},
+                              {"stride_w", s.stride_w},
+                              {"dilation_h", s.dilation_h},
+                              {"dilation_w", s.dilation_w},
+                              {"padding", s.pad_top},
+                              {"padding", s.pad_left},
+                              {"padding", s.pad_bottom},
+                              {"padding", s.pad_right}}) {
+        if (size.value > kLargest) {
+            throw Error(ErrorCode::invalid_argument, std::string(size.name) + " is " +
+                                                         std::to_string(size.value) +
+                                                         "; at most 2^31 - 1 is supported");
+        }
+    }
+    if (s.channels % s.groups != 0 || s.out_channels % s.groups != 0) {
+        throw Error(ErrorCode::invalid_argument,
+                    std::to_string(s.groups) + " groups do not divide " +
+                        std::to_string(s.channels) + " channels and " +
+                        std::to_string(s.out_channels) + " output channels");
+    }
+    check_axis("height", s.height, s.pad_top, s.pad_bottom, s.kernel_h, s.dilation_h);
+    check_axis("width", s.width, s.pad_left, s.pad_right, s.kernel_w, s.dilation_w);
+    check_count("image", {s.batch, s.channels, s.height, s.width});
+    check_count("weight", {s.out_channels, s.channels, s.kernel_h, s.kernel_w});
+    check_count("result",
+                {std::max<std::size_t>(s.batch, 1), s.out_channels, s.out_h(), s.out_w()});
+}
+
+class Conv2d::Impl {
+  public:
+    explicit Impl(const Problem& problem) : p_(problem) {}
+    virtual ~Impl() = default;
+
+    void feed(std::span<const BlockView> blocks) {
+        if (blocks.size() > p_.grid.count() - fed_) {
+            throw Error(ErrorCode::invalid_argument, std::to_string(fed_ + blocks.size()) +
+                                                         " blocks were fed to a matrix of " +
+                                                         std::to_string(p_.grid.count()));
+        }
+        for (std::size_t i = 0; i < blocks.size(); ++i) {
+            detail::check_block(blocks[i], p_.grid, p_.weights, fed_ + i);
+        }
+        if (!blocks.empty() && p_.shape.batch != 0) convolve(blocks);
+        fed_ += blocks.size();
+    }
+
+    [[nodiscard]] std::size_t fed() const noexcept { return fed_; }
+
+  protected:
+    virtual void convolve(std::span<const BlockView> blocks) = 0;
+
+    const Problem p_;
+    std::size_t fed_ = 0;
+};
+
+template <class T>
+class Conv2d::Typed final : public Conv2d::Impl {
+  public:
+    explicit Typed(const Problem& problem)
+        : Impl(problem),
+          kernels_(kernels().gemm),
+          tile_(widest_tile(detail::of_type<T>(kernels_))),
+          image_(reinterpret_cast<const T*>(problem.x), problem.shape, tile_.width),
+          bias_(reinterpret_cast<const T*>(problem.bias)),
+          y_(reinterpret_cast<T*>(problem.y)),
+          plane_(problem.shape.out_h() * problem.shape.out_w()),
+          positions_(problem.shape.batch * plane_),
+          tiles_(ceil_div(positions_, tile_.width)) {}
+
+  protected:
+    void convolve(std::span<const BlockView> blocks) override {
+        const std::size_t first = fed_ / p_.grid.grid_cols();
+        const std::size_t panels = (fed_ + blocks.size() - 1) / p_.grid.grid_cols() - first + 1;
+        std::size_t weights = 0;
+        for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
+        const double useful = static_cast<double>(weights) * static_cast<double>(positions_) /
+                              static_cast<double>(kMinWorkPerThread);
+        const unsigned threads =
+            useful < 2.0
+                ? 1
+                : static_cast<unsigned>(std::min<double>(thread_count(p_.threads), useful));
+        // Fewer tiles per chunk, then fewer rows of blocks per task, where there would be too few
+        // tasks: both make more of the gathering.
+        const std::size_t wanted = threads == 1 ? 1 : kTasksPerThread * threads;
+        const std::size_t chunk = std::clamp<std::size_t>(tiles_ / wanted, 1, kChunkTiles);
+        const std::size_t chunks = ceil_div(tiles_, chunk);
+        const std::size_t cuts = std::min(ceil_div(wanted, chunks), panels);
+        const std::size_t per_cut = ceil_div(panels, cuts);
+        idle_.reserve(threads);
+        parallel_for(chunks * cuts, 1, threads, [&](std::size_t begin, std::size_t end) {
+            const Borrowed borrowed(*this);
+            Worker& worker = *borrowed.worker;
+            for (std::size_t i = begin; i < end; ++i) {
+                const std::size_t panel0 = first + i % cuts * per_cut;
+                const std::size_t panel1 = std::min(panel0 + per_cut, first + panels);
+                const std::size_t tile0 = i / cuts * chunk;
+                worker.gathered = {};
+                run_task(blocks, {tile0, std::min(tile0 + chunk, tiles_)}, panel0, panel1, worker);
+            }
+        });
+    }
+
+  private:
+    using Tile = typename GemmKernelsOf<T>::Tile;
+
+    struct Range {
+        std::size_t begin, end;
+        [[nodiscard]] std::size_t size() const noexcept { return end - begin; }
+    };
+    // What lies gathered in a worker's scratch: columns of a group; none at first.
+    struct Gathered {
+        std::size_t group = 0;
+        Range columns{0, 0};
+    };
+    struct Worker {
+        WeightReader<T> reader;
+        Scratch<T> image;
+        Scratch<T> sums;
+        Gathered gathered{};
+        const std::byte* read = nullptr;  // the block that was read last,
+        const T* numbers = nullptr;       // and what it is as numbers
+    };
+    // Scratch is made once per thread, not once per task.
+    struct Borrowed {
+        explicit Borrowed(Typed& from) : owner(from) {
+            {
+                const std::scoped_lock lock(owner.mutex_);
+                if (!owner.idle_.empty()) {
+                    worker = std::move(owner.idle_.back());
+                    owner.idle_.pop_back();
+                }
+            }
+            if (!worker) worker.reset(new Worker{WeightReader<T>(owner.kernels_), {}, {}});
+            worker->read = nullptr;  // its page may be gone
+        }
+        ~Borrowed() {
+            const std::scoped_lock lock(owner.mutex_);
+            if (owner.idle_.size() < owner.idle_.capacity()) {
+                owner.idle_.push_back(std::move(worker));
+            }
+        }
+        Borrowed(const Borrowed&) = delete;
+        Borrowed& operator=(const Borrowed&) = delete;
+
+        Typed& owner;
+        std::unique_ptr<Worker> worker;
+    };
+
+    // The widest of those whose vectors run along positions alone.
+    static const Tile& widest_tile(const GemmKernelsOf<T>& of) noexcept {
+        const Tile* found = nullptr;
+        for (const Tile& tile : of.tiles) {
+            if (tile.group == 1 && (found == nullptr || tile.width > found->width)) found = &tile;
+        }
+        return *found;  // every table has one
+    }
+
+    // Columns of W in one strip: whole blocks if one fits.
+    [[nodiscard]] std::size_t strip_columns(std::size_t tiles) const noexcept {
+        const std::size_t fitting =
+            std::max<std::size_t>(kGatherBytes / (tiles * tile_.width * sizeof(T)), 1);
+        const std::size_t block = p_.grid.block_cols;
+        return block <= fitting ? fitting / block * block : fitting;
+    }
+
+    void run_task(std::span<const BlockView> blocks, Range tiles, std::size_t panel0,
+                  std::size_t panel1, Worker& worker) const {
+        const std::size_t strip = strip_columns(tiles.size());
+        for (std::size_t c0 = 0; c0 < p_.grid.cols; c0 += strip) {
+            const Range columns{c0, std::min(c0 + strip, p_.grid.cols)};
+            for (std::size_t panel = panel0; panel < panel1; ++panel) {
+                run_panel(blocks, tiles, panel, columns, worker);
+            }
+        }
+    }
+
+    // The blocks of one row of blocks that this call brings, as far as they lie in the columns.
+    void run_panel(std::span<const BlockView> blocks, Range tiles, std::size_t panel, Range columns,
+                   Worker& worker) const {
+        const BlockGrid& grid = p_.grid;
+        const std::size_t first_block = panel * grid.grid_cols();
+        const std::size_t begin = std::max(fed_, first_block) - first_block;
+        const std::size_t end =
+            std::min(fed_ + blocks.size(), first_block + grid.grid_cols()) - first_block;
+        const Range part{std::max(begin * grid.block_cols, columns.begin),
+                         std::min(end * grid.block_cols, columns.end)};
+        if (part.begin >= part.end) return;
+        const BlockRect rect = block_rect(grid, first_block);
+        const std::size_t group_rows = p_.shape.out_channels / p_.shape.groups;
+        for (std::size_t row = rect.row0; row < rect.row0 + rect.rows;) {
+            const std::size_t group = row / group_rows;
+            const std::size_t stop =
+                std::min({rect.row0 + rect.rows, (group + 1) * group_rows, row + kRowsAtOnce});
+            gather(group, tiles, columns, worker);
+            run_rows(blocks, tiles, {row, stop}, rect.row0, columns, part, worker);
+            row = stop;
+        }
+    }
+
+    void gather(std::size_t group, Range tiles, Range columns, Worker& worker) const {
+        Gathered& have = worker.gathered;
+        if (have.columns.end != 0 && have.group == group && have.columns.begin == columns.begin &&
+            have.columns.end == columns.end) {
+            return;
+        }
+        T* const to = worker.image.at_least(tiles.size() * columns.size() * tile_.width);
+        for (std::size_t t = tiles.begin; t < tiles.end; ++t) {
+            image_.gather(group, columns.begin, columns.end, t * tile_.width, positions_of(t),
+                          to + (t - tiles.begin) * columns.size() * tile_.width);
+        }
+        have = {group, columns};
+    }
+
+    // Positions in tile t: all of its lanes, but for the last tile.
+    [[nodiscard]] std::size_t positions_of(std::size_t t) const noexcept {
+        return std::min(tile_.width, positions_ - t * tile_.width);
+    }
+
+    // Rows of one group and one row of blocks, for the columns `part` of what was gathered.
+    void run_rows(std::span<const BlockView> blocks, Range tiles, Range rows, std::size_t row0,
+                  Range gathered, Range part, Worker& worker) const {
+        const BlockGrid& grid = p_.grid;
+        const std::size_t per_tile = rows.size() * tile_.width;
+        T* const sums = worker.sums.at_least(tiles.size() * per_tile);
+        if (part.begin == 0) {
+            std::fill_n(sums, tiles.size() * per_tile, T{0});
+        } else {
+            for (std::size_t t = tiles.begin; t < tiles.end; ++t) {
+                load_sums(t, rows, sums + (t - tiles.begin) * per_tile);
+            }
+        }
+        const T* const image = worker.image.at_least(0);
+        constexpr std::size_t kPass = kPassBytes / sizeof(T);
+        for (std::size_t c = part.begin; c < part.end;) {
+            const std::size_t column = c / grid.block_cols;
+            const std::size_t col0 = column * grid.block_cols;
+            const BlockView& block =
+                blocks[row0 / grid.block_rows * grid.grid_cols() + column - fed_];
+            const T* const w = read(block, worker) + (rows.begin - row0) * block.cols;
+            const std::size_t stop = std::min(part.end, col0 + block.cols);
+            for (; c < stop; c += std::min(kPass, stop - c)) {
+                for (std::size_t t = 0; t < tiles.size(); ++t) {
+                    const T* const x =
+                        image + (t * gathered.size() + c - gathered.begin) * tile_.width;
+                    tile_.tile_nt(x, w + (c - col0), rows.size(), std::min(kPass, stop - c),
+                                  block.cols, nullptr, sums + t * per_tile);
+                }
+            }
+        }
+        const bool complete = part.end == grid.cols;
+        for (std::size_t t = tiles.begin; t < tiles.end; ++t) {
+            store_sums(t, rows, sums + (t - tiles.begin) * per_tile, complete);
+        }
+    }
+
+    // The block as numbers; one that several groups of rows use is decoded once.
+    [[nodiscard]] const T* read(const BlockView& block, Worker& worker) const {
+        if (worker.read != block.data) {
+            worker.read = nullptr;  // should reading fail
+            worker.numbers = worker.reader.read(block);
+            worker.read = block.data;
+        }
+        return worker.numbers;
+    }
+
+    // Calls use(lane, count, first element of y) for each image that tile t has positions of.
+    template <class Use>
+    void each_image(std::size_t t, const Use& use) const {
+        const std::size_t p0 = t * tile_.width;
+        const std::size_t p1 = p0 + positions_of(t);
+        for (std::size_t p = p0; p < p1;) {
+            const std::size_t image = p / plane_;
+            const std::size_t n = std::min(p1, (image + 1) * plane_) - p;
+            use(p - p0, n, y_ + image * p_.shape.out_channels * plane_ + p % plane_);
+            p += n;
+        }
+    }
+
+    void load_sums(std::size_t t, Range rows, T* sums) const {
+        each_image(t, [&](std::size_t lane, std::size_t n, const T* y) {
+            for (std::size_t r = rows.begin; r < rows.end; ++r) {
+                std::copy_n(y + r * plane_, n, sums + (r - rows.begin) * tile_.width + lane);
+            }
+        });
+        // Lanes without a position hold what nobody reads, but must hold something.
+        for (std::size_t r = 0; r < rows.size(); ++r) {
+            std::fill(sums + r * tile_.width + positions_of(t), sums + (r + 1) * tile_.width, T{0});
+        }
+    }
+
+    void store_sums(std::size_t t, Range rows, T* sums, bool complete) const {
+        const std::size_t n_positions = positions_of(t);
+        if (complete) {
+            for (std::size_t r = rows.begin; r < rows.end; ++r) {
+                T* const row = sums + (r - rows.begin) * tile_.width;
+                if (bias_ != nullptr) {
+                    for (std::size_t i = 0; i < n_positions; ++i) row[i] += bias_[r];
+                }
+                detail::finish_row<T>(row, n_positions, nullptr, p_.activation);
+            }
+        }
+        each_image(t, [&](std::size_t lane, std::size_t n, T* y) {
+            for (std::size_t r = rows.begin; r < rows.end; ++r) {
+                std::copy_n(sums + (r - rows.begin) * tile_.width + lane, n, y + r * plane_);
+            }
+        });
+    }
+
+    const GemmKernels& kernels_;
+    const Tile& tile_;
+    const ImageTiles<T> image_;
+    const T* const bias_;
+    T* const y_;
+    const std::size_t plane_;      // elements of one output channel of one image
+    const std::size_t positions_;  // of the batch
+    const std::size_t tiles_;
+    std::mutex mutex_;  // of idle_
+    std::vector<std::unique_ptr<Worker>> idle_;
+};
+
+Conv2d::Conv2d(const Problem& problem) {
+    check_shape(problem.shape);
+    const ConvShape& s = problem.shape;
+    const std::size_t cols = s.channels / s.groups * s.kernel_h * s.kernel_w;
+    if (problem.grid.rows != s.out_channels || problem.grid.cols != cols) {
+        throw Error(ErrorCode::invalid_argument,
+                    "the weight is a matrix of " + std::to_string(problem.grid.rows) + " x " +
+                        std::to_string(problem.grid.cols) + " where the shape needs " +
+                        std::to_string(s.out_channels) + " x " + std::to_string(cols));
+    }
+    if (compute_dtype(problem.weights) == Dtype::f64) {
+        impl_ = std::make_unique<Typed<double>>(problem);
+    } else {
+        impl_ = std::make_unique<Typed<float>>(problem);
+    }
+}
+
+Conv2d::~Conv2d() = default;
+Conv2d::Conv2d(Conv2d&&) noexcept = default;
+Conv2d& Conv2d::operator=(Conv2d&&) noexcept = default;
+
+void Conv2d::feed(std::span<const BlockView> blocks) { impl_->feed(blocks); }
+
+std::size_t Conv2d::fed() const noexcept { return impl_->fed(); }
+
+}  // namespace pydedup

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels of bags of rows: rows lie anywhere in memory, so they come as pointers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pydedup {
+
+struct RowsKernels {
+    /// sum[j] += from[i][j], or from[i][j] * scale[i] unless `scale` is nullptr, for i < n in
+    /// order and j < count. W is T, or a 16-bit float that is widened as it is read.
+    template <class T, class W>
+    using Sum = void (*)(const W* const* from, std::size_t n, const T* scale, std::size_t count,
+                         T* sum) noexcept;
+    Sum<float, float> sum_f32;
+    Sum<double, double> sum_f64;
+    Sum<float, std::uint16_t> sum_bf16;
+    Sum<float, std::uint16_t> sum_f16;
+};
+
+}  // namespace pydedup

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bodies of the vector kernels, over the vector and weight types of gemm_<isa>-inl.hpp (described
+// in gemm_vector-inl.hpp). An -inl file of an ISA includes this one INSIDE its anonymous namespace:
+// no include guard, no include here.
+
+// Rows that are asked of memory ahead of their use. Rows of a bag lie anywhere, so the hardware
+// cannot know the next one.
+constexpr std::size_t kRowsAhead = 8;
+
+// VN vectors of the sum stay in registers while all rows pass; `last` is the number of columns in
+// the last vector, below kLanes only when Tail.
+template <class V, class Weight, std::size_t VN, bool Tail, bool Scaled>
+void sum_rows_fixed(const typename Weight::Elem* const* from, std::size_t n,
+                    const typename V::Elem* scale, std::size_t column, std::size_t last,
+                    typename V::Elem* sum) noexcept {
+    using Reg = typename V::Reg;
+    constexpr std::size_t kLine = 64 / sizeof(typename Weight::Elem);
+    Reg sums[VN];
+#pragma GCC unroll 4
+    for (std::size_t v = 0; v < VN; ++v) {
+        sums[v] = Tail && v == VN - 1 ? V::load_n(sum + v * V::kLanes, last)
+                                      : V::load(sum + v * V::kLanes);
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+        if (i + kRowsAhead < n) {
+            const typename Weight::Elem* const ahead = from[i + kRowsAhead] + column;
+#pragma GCC unroll 8
+            for (std::size_t c = 0; c < VN * V::kLanes; c += kLine) __builtin_prefetch(ahead + c);
+        }
+        const typename Weight::Elem* const row = from[i] + column;
+        Reg factor{};
+        if constexpr (Scaled) factor = V::set1(scale[i]);
+#pragma GCC unroll 4
+        for (std::size_t v = 0; v < VN; ++v) {
+            const Reg values = Tail && v == VN - 1 ? Weight::load_n(row + v * V::kLanes, last)
+                                                   : Weight::load(row + v * V::kLanes);
+            sums[v] = Scaled ? V::fma(values, factor, sums[v]) : V::add(values, sums[v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (std::size_t v = 0; v < VN; ++v) {
+        if (Tail && v == VN - 1) {
+            V::store_n(sum + v * V::kLanes, sums[v], last);
+        } else {
+            V::store(sum + v * V::kLanes, sums[v]);
+        }
+    }
+}
+
+template <class V, class Weight, bool Scaled>
+void sum_rows_all(const typename Weight::Elem* const* from, std::size_t n,
+                  const typename V::Elem* scale, std::size_t count,
+                  typename V::Elem* sum) noexcept {
+    constexpr std::size_t kVectors = 4;
+    std::size_t c = 0;
+    for (; c + kVectors * V::kLanes <= count; c += kVectors * V::kLanes) {
+        sum_rows_fixed<V, Weight, kVectors, false, Scaled>(from, n, scale, c, V::kLanes, sum + c);
+    }
+    for (; c + V::kLanes <= count; c += V::kLanes) {
+        sum_rows_fixed<V, Weight, 1, false, Scaled>(from, n, scale, c, V::kLanes, sum + c);
+    }
+    if (c < count) {
+        sum_rows_fixed<V, Weight, 1, true, Scaled>(from, n, scale, c, count - c, sum + c);
+    }
+}
+
+template <class V, class Weight>
+void sum_rows(const typename Weight::Elem* const* from, std::size_t n,
+              const typename V::Elem* scale, std::size_t count, typename V::Elem* sum) noexcept {
+    if (scale == nullptr) {
+        sum_rows_all<V, Weight, false>(from, n, scale, count, sum);
+    } else {
+        sum_rows_all<V, Weight, true>(from, n, scale, count, sum);
+    }
+}
+
+constexpr RowsKernels kRows = {
+    sum_rows<F32, SameWeight<F32>>,
+    sum_rows<F64, SameWeight<F64>>,
+    sum_rows<F32, Bf16Weight>,
+    sum_rows<F32, F16Weight>,
+};
