@@ -26,6 +26,13 @@ constexpr std::size_t round_up(std::size_t value, std::size_t to) noexcept {
 
 const LshParameters& checked(const LshParameters& p) {
     static_cast<void>(dense_blocks(nullptr, 1, p.rows, p.cols, p.dtype));
+    // A row takes whole groups of lanes; the signs of all are kept. (Also: a few damaged bytes must
+    // not ask for gigabytes.)
+    if (p.rows > (std::size_t{1} << 31) / round_up(p.cols, kSimLanes)) {
+        refuse("block shape (" + std::to_string(p.rows) + ", " + std::to_string(p.cols) +
+               ") has more than 2**31 elements, rows taken up to a multiple of " +
+               std::to_string(kSimLanes));
+    }
     if (!(p.r >= 1.0 / 128 && p.r <= 16)) {
         refuse("r is " + std::to_string(p.r) + "; choose a relative distance from 1/128 to 16");
     }
@@ -126,10 +133,10 @@ void IndexState::check_new(std::span<const std::int64_t> new_ids) const {
     }
 }
 
-// Room for `more` members that are all new groups.
-void IndexState::make_room(std::size_t more, unsigned threads) {
-    const std::size_t n_groups = rms.size() + more;
-    const std::size_t n_members = member_ids.size() + more;
+// Room for that many more. Whatever comes of it, all groups are in all bands afterwards.
+void IndexState::make_room(std::size_t more_groups, std::size_t more_members, unsigned threads) {
+    const std::size_t n_groups = rms.size() + more_groups;
+    const std::size_t n_members = member_ids.size() + more_members;
     if (n_members >= kNone) refuse("an index holds at most 2**32 - 2 blocks");
     reserve_more(sketches, n_groups * sketcher.projections());
     reserve_more(rms, n_groups);
@@ -138,8 +145,13 @@ void IndexState::make_room(std::size_t more, unsigned threads) {
     reserve_more(member_ids, n_members);
     reserve_more(members, n_members);
     numbers.grow(n_members, member_ids);
-    for (std::size_t band = 0; band < bands.size(); ++band) {
-        if (bands[band].grow(n_groups)) linked[band] = 0;
+    try {
+        for (std::size_t band = 0; band < bands.size(); ++band) {
+            if (bands[band].grow(n_groups)) linked[band] = 0;
+        }
+    } catch (...) {  // those that grew are empty: nothing could be erased from them
+        link_groups(threads);
+        throw;
     }
     link_groups(threads);
 }
@@ -257,7 +269,7 @@ void IndexState::add(const BlockBatch& blocks, std::span<const std::int64_t> new
                         probe.twin_key = twin_key(sketch, probe.rms);
                     }
                 });
-            make_room(count, threads);
+            make_room(count, count, threads);
             for (std::size_t i = 0; i < count; ++i) {
                 if (i + 8 < count) bands.back().prefetch_head(probes[i + 8].twin_key);
                 insert(new_ids[start + i], found.data() + i * length, probes[i]);

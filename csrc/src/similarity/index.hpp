@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstdint>
+#include <mutex>
 #include <shared_mutex>
 #include <vector>
 
@@ -64,6 +65,26 @@ struct Member {
     std::uint32_t next, prev;
 };
 
+/// A shared mutex at which nobody starves: who comes after a waiting writer waits behind it. (That
+/// of glibc lets readers pass, so a writer could wait for as long as queries overlap.)
+class FairMutex {
+  public:
+    void lock() {
+        const std::lock_guard turn(gate_);
+        mutex_.lock();
+    }
+    void unlock() { mutex_.unlock(); }
+    void lock_shared() {
+        const std::lock_guard turn(gate_);
+        mutex_.lock_shared();
+    }
+    void unlock_shared() { mutex_.unlock_shared(); }
+
+  private:
+    std::mutex gate_;
+    std::shared_mutex mutex_;
+};
+
 struct IndexState {
     explicit IndexState(const LshParameters& p);
 
@@ -72,7 +93,7 @@ struct IndexState {
     void add(const BlockBatch& blocks, std::span<const std::int64_t> new_ids, unsigned threads);
     void remove(std::span<const std::int64_t> old_ids);
     void check_new(std::span<const std::int64_t> new_ids) const;
-    void make_room(std::size_t more, unsigned threads);
+    void make_room(std::size_t more_groups, std::size_t more_members, unsigned threads);
     void insert(std::int64_t id, const std::int16_t* sketch, const Probe& probe) noexcept;
     std::uint32_t append_group(const std::int16_t* sketch, const Probe& probe) noexcept;
     void append_member(std::int64_t id, std::uint32_t group) noexcept;
@@ -101,7 +122,7 @@ struct IndexState {
     LshParameters parameters;
     Sketcher sketcher;
     Hashing hashing;
-    mutable std::shared_mutex mutex;
+    mutable FairMutex mutex;
 
     // groups
     std::vector<std::int16_t> sketches;

@@ -232,7 +232,7 @@ std::unique_ptr<L2Index> L2Index::load(Bytes bytes, unsigned threads) {
     }
     if (total != header.members) corrupt("its sketches have too few blocks");
 
-    index->make_room(std::max<std::size_t>(header.groups, header.members + header.others), threads);
+    index->make_room(header.groups, header.members + header.others, threads);
     std::vector<std::int16_t> sketch(length);
     const auto take_id = [&] {
         const std::int64_t id = in.get_id();

@@ -181,8 +181,9 @@ Kind Sketcher::sketch_rare(const std::byte* block, const BlockBatch& blocks, std
          plan(cols_ * sizeof(float), sizeof(float)), kernels().similarity.f32.fold, sizeof(float),
          buckets, lanes);
     const double squares = sum_lanes(lanes);
-    rms = std::max(std::ldexp(std::sqrt(squares / static_cast<double>(wide.size())), exponent),
-                   std::numeric_limits<double>::denorm_min());  // 0 means a zero block
+    // 0 means a zero block; rounding the largest elements to f32 may lead beyond the last number.
+    rms = std::clamp(std::ldexp(std::sqrt(squares / static_cast<double>(wide.size())), exponent),
+                     std::numeric_limits<double>::denorm_min(), std::numeric_limits<double>::max());
     finish(buckets, squares, out);
     return Kind::normal;
 }
