@@ -178,6 +178,38 @@ bool same_halves(const GemmKernels& gemm, const GemmKernels& reference,
     return true;
 }
 
+// A strip with short groups is folded and mixed: sketches are persisted.
+bool same_sketch(const SimilarityKernels& similarity, const SimilarityKernels& reference,
+                 const Question& question) noexcept {
+    std::array<float, 150> data{};
+    for (std::size_t i = 0; i < data.size(); ++i) {
+        data[i] = static_cast<float>(question[i]) / 3.0F - static_cast<float>(question[i + 150]);
+    }
+    FoldStrip strip{};
+    for (std::size_t row = 0; row < 3; ++row) {
+        for (std::size_t c = 0; c < 50; c += kSimLanes) {
+            strip.offset[strip.groups] = (row * 50 + c) * sizeof(float);
+            strip.lanes[strip.groups++] = static_cast<std::uint8_t>(50 - c < 16 ? 50 - c : 16);
+        }
+    }
+    std::array<std::uint32_t, 2 * kSignWords> signs{};
+    std::memcpy(signs.data(), question.data(), sizeof signs);
+    const std::uint16_t move = 0x2A5;
+    const auto answer = [&](const SimilarityKernels& kernels, float* out, double* squares) {
+        alignas(64) std::array<float, kFoldBuckets> buckets{};
+        const auto* bytes = reinterpret_cast<const std::uint8_t*>(data.data());
+        kernels.f32.fold(bytes, strip, 1, 0, bytes, signs.data(), &move, buckets.data(), squares);
+        kernels.mix(buckets.data(), signs.data(), 64, out);
+    };
+    alignas(64) std::array<float, 64> want{};
+    alignas(64) std::array<float, 64> got{};
+    std::array<double, kSimLanes> want_squares{};
+    std::array<double, kSimLanes> got_squares{};
+    answer(reference, want.data(), want_squares.data());
+    answer(similarity, got.data(), got_squares.data());
+    return want == got && want_squares == got_squares;
+}
+
 }  // namespace
 
 const char* first_wrong_group(const KernelTable& table) noexcept {
@@ -189,6 +221,7 @@ const char* first_wrong_group(const KernelTable& table) noexcept {
         !same_halves(table.gemm, kScalarKernels.gemm, question)) {
         return "gemm";
     }
+    if (!same_sketch(table.similarity, kScalarKernels.similarity, question)) return "similarity";
     return nullptr;
 }
 

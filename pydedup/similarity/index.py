@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that are nearly equal: an index of sketches, exact distances, and magnitudes.
+"""The index of sketches that finds near duplicates.
 
-All results are the same from every kernel, for any number of threads, and for any cut of a batch
-into calls (docs/kernels.md, "Similarity"). Deliberately not here: what is done with similar blocks
-(`pydedup.ingest`), and blocks themselves: the index keeps sketches only.
+Deliberately not here: the sketches, which the native core makes, and blocks: they stay where they
+are, and come back through ``fetch`` when exact distances are asked for.
 """
 
 from __future__ import annotations
@@ -11,16 +10,24 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pydedup import _core
 from pydedup.errors import ArgumentError
+from pydedup.similarity._arguments import (
+    as_count,
+    as_float,
+    as_ids,
+    as_number,
+    as_shape,
+    check_array,
+)
 from pydedup.types import DType
 
-__all__ = ["L2LSH", "SIMILARITY_VERSION", "Distances", "Fetch", "distances", "magnitude"]
+__all__ = ["L2LSH", "SIMILARITY_VERSION", "Fetch"]
 
 #: Version of sketches and of what `L2LSH.save` returns.
 SIMILARITY_VERSION = 1
@@ -31,7 +38,6 @@ Fetch: TypeAlias = Callable[[NDArray[np.int64]], NDArray[Any]]
 
 _Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 
-_FLOATS = (DType.F32, DType.F64, DType.F16, DType.BF16)
 #: Blocks fetched at a time take about this much.
 _FETCH_BYTES = 64 << 20
 
@@ -92,15 +98,15 @@ class L2LSH:
         rows: int = 8,
         seed: int = 0,
     ) -> None:
-        self._dtype = _as_float(np.dtype(dtype), "dtype")
-        self._shape = _as_shape(block_shape)
+        self._dtype = as_float(np.dtype(dtype), "dtype")
+        self._shape = as_shape(block_shape)
         self._index = _core.L2Index(
             self._dtype.code,
             *self._shape,
-            _as_number(r, "r"),
-            _as_count(bands, "bands"),
-            _as_count(rows, "rows"),
-            _as_count(seed, "seed", most=2**64 - 1),
+            as_number(r, "r"),
+            as_count(bands, "bands"),
+            as_count(rows, "rows"),
+            as_count(seed, "seed", most=2**64 - 1),
         )
 
     @classmethod
@@ -202,7 +208,7 @@ class L2LSH:
             When shapes or dtypes do not fit, or an id is negative, taken or given twice.
         """
         self._check(blocks, "blocks")
-        self._index.add(blocks, _as_ids(ids), False, _as_count(threads, "threads"))
+        self._index.add(blocks, as_ids(ids), False, as_count(threads, "threads"))
 
     def add_matrix(self, matrix: NDArray[Any], ids: _Ids, *, threads: int = 0) -> None:
         """Add the whole blocks of a matrix, row-major, without copying them.
@@ -211,7 +217,7 @@ class L2LSH:
         columns // columns) ids. Raises as `add` does.
         """
         self._check(matrix, "matrix")
-        self._index.add(matrix, _as_ids(ids), True, _as_count(threads, "threads"))
+        self._index.add(matrix, as_ids(ids), True, as_count(threads, "threads"))
 
     def remove(self, ids: _Ids) -> None:
         """Remove blocks; all or none.
@@ -221,7 +227,7 @@ class L2LSH:
         ArgumentError
             When an id is not in the index or given twice.
         """
-        self._index.remove(_as_ids(ids))
+        self._index.remove(as_ids(ids))
 
     def query(
         self, blocks: NDArray[Any], k: int = 1, fetch: Fetch | None = None, *, threads: int = 0
@@ -269,26 +275,24 @@ class L2LSH:
         Those of a block that is zero or not finite are the least int32.
         """
         self._check(blocks, "blocks")
-        return self._index.hashes(blocks, False, _as_count(threads, "threads"))
+        return self._index.hashes(blocks, False, as_count(threads, "threads"))
 
     def _query(
         self, blocks: NDArray[Any], k: int, fetch: Fetch | None, whole: bool, threads: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        wanted = _as_count(k, "k", least=1, most=1 << 20)
-        workers = _as_count(threads, "threads")
+        wanted = as_count(k, "k", least=1, most=1 << 20)
+        workers = as_count(threads, "threads")
         if fetch is None:
             return self._index.query(blocks, wanted, whole, workers)
         candidates, _ = self._index.query(blocks, max(8, 4 * wanted), whole, workers)
-        asked = _whole_blocks(blocks, self._shape) if whole else _cut(blocks, self._shape)
         ids = np.full((len(candidates), wanted), -1, np.int64)
         exact = np.full((len(candidates), wanted), np.inf)
         block_bytes = math.prod(self._shape) * self._dtype.itemsize
         step = max(1, _FETCH_BYTES // (block_bytes * candidates.shape[1]))
         for start in range(0, len(candidates), step):
             part = slice(start, start + step)
-            ids[part], exact[part] = self._exact(
-                asked[part], candidates[part], wanted, fetch, workers
-            )
+            asked = _blocks_of_matrix(blocks, self._shape, part) if whole else blocks[part]
+            ids[part], exact[part] = self._exact(asked, candidates[part], wanted, fetch, workers)
         return ids, exact
 
     def _exact(
@@ -311,7 +315,7 @@ class L2LSH:
                 )
             found[rows, cols] = _core.compare_blocks(
                 asked,
-                _cut(blocks, self._shape),
+                blocks,
                 self._dtype.code,
                 *self._shape,
                 rows.astype(np.int64),
@@ -326,7 +330,7 @@ class L2LSH:
         return np.where(np.isfinite(exact), ids, -1), exact
 
     def _check(self, blocks: object, name: str) -> None:
-        _check_array(blocks, name)
+        check_array(blocks, name)
         if blocks.dtype != self._dtype.numpy:  # type: ignore[attr-defined]
             raise ArgumentError(
                 f"{name} has dtype {blocks.dtype}, but the index is of "  # type: ignore[attr-defined]
@@ -334,218 +338,14 @@ class L2LSH:
             )
 
 
-class Distances(NamedTuple):
-    """What `distances` found, one entry per pair.
-
-    Attributes
-    ----------
-    relative_l2
-        float64: |a - b| / |a|; 0 for two zero blocks, infinity where only a is zero.
-    max_difference
-        float64: greatest |a - b|.
-    share_within
-        float64: entries with |a - b| <= eps / entries; None without ``eps``.
-    """
-
-    relative_l2: NDArray[np.float64]
-    max_difference: NDArray[np.float64]
-    share_within: NDArray[np.float64] | None
-
-
-def distances(
-    a: NDArray[Any],
-    b: NDArray[Any],
-    *,
-    eps: float | None = None,
-    limit: float | None = None,
-    threads: int = 0,
-) -> Distances:
-    """Compare blocks pair by pair, in one pass over each pair.
-
-    Parameters
-    ----------
-    a
-        Blocks (n, ...) of float32, float64, float16 or bfloat16. Up to three axes are read where
-        they lie if the last is dense; more must be C-contiguous.
-    b
-        Blocks of the same shape, or one block (...) for all of a.
-    eps
-        Also count the entries that differ by at most this.
-    limit
-        Stop at pairs that are farther than this relative distance: their ``relative_l2`` is
-        infinity, and the rest NaN.
-    threads
-        0 chooses by size.
-
-    Returns
-    -------
-    Distances
-        A pair in which a NaN or an infinity occurs is infinitely far, and never within a limit. The
-        same bits from every kernel.
-
-    Raises
-    ------
-    ArgumentError
-        When shapes or dtypes differ, or eps or limit is negative or no number.
-    """
-    _check_array(a, "a")
-    _check_array(b, "b")
-    dtype = _as_float(a.dtype, "a")
-    if b.dtype != a.dtype:
-        raise ArgumentError(f"b has dtype {b.dtype}, but a has {a.dtype}")
-    if b.shape not in (a.shape, a.shape[1:]):
-        raise ArgumentError(f"b has shape {b.shape}; with a of {a.shape}, give that or one block")
-    one = b.shape != a.shape
-    left, shape = _blocks_of(a, "a")
-    right, _ = _blocks_of(b[np.newaxis] if one else b, "b")
-    pairs = np.arange(len(left), dtype=np.int64)
-    found = _core.compare_blocks(
-        left,
-        right,
-        dtype.code,
-        *shape,
-        pairs,
-        np.zeros_like(pairs) if one else pairs,
-        0.0 if eps is None else _as_number(eps, "eps"),
-        math.inf if limit is None else _as_number(limit, "limit"),
-        _as_count(threads, "threads"),
-    )
-    return Distances(found[:, 0], found[:, 1], None if eps is None else found[:, 2])
-
-
-def magnitude(
-    blocks: NDArray[Any], block_shape: tuple[int, int] | None = None, *, threads: int = 0
-) -> NDArray[np.float64]:
-    """Return the third quartile of the absolute values of each block.
-
-    Parameters
-    ----------
-    blocks
-        Blocks (n, ...) of float32, float64, float16 or bfloat16; or, with ``block_shape``, a matrix
-        whose blocks are looked at where they lie, edge blocks in their true size.
-    block_shape
-        (rows, cols) of a block of the matrix.
-    threads
-        0 chooses by size.
-
-    Returns
-    -------
-    numpy.ndarray
-        float64 per block (of a matrix: row-major), what ``numpy.percentile(abs(block), 75)`` gives
-        in float64: linear between the two elements around the rank. NaN for a block with a NaN.
-
-    Notes
-    -----
-    By selection, in time linear in the elements (Floyd and Rivest 1975: a sample brackets the
-    rank, one pass keeps what is between).
-    """
-    _check_array(blocks, "blocks")
-    dtype = _as_float(blocks.dtype, "blocks")
-    workers = _as_count(threads, "threads")
-    if block_shape is None:
-        batch, shape = _blocks_of(blocks, "blocks")
-        return _core.block_magnitudes(batch, dtype.code, *shape, False, workers)
-    if blocks.ndim != 2:
-        raise ArgumentError(f"blocks is {blocks.ndim}-D; with a block_shape give a matrix")
-    height, width = _as_shape(block_shape)
-    down, across = blocks.shape[0] // height, blocks.shape[1] // width
-    bottom, right = blocks.shape[0] - down * height, blocks.shape[1] - across * width
-    out = np.empty((down + (bottom > 0), across + (right > 0)))
-    for rows, height_here, n_rows in (
-        (slice(0, down), height, down),
-        (slice(down, None), bottom, 1),
-    ):
-        for cols, width_here, n_cols in (
-            (slice(0, across), width, across),
-            (slice(across, None), right, 1),
-        ):
-            if height_here == 0 or width_here == 0 or n_rows == 0 or n_cols == 0:
-                continue
-            top, left = rows.start * height, cols.start * width
-            part = blocks[top : top + n_rows * height_here, left : left + n_cols * width_here]
-            found = _core.block_magnitudes(part, dtype.code, height_here, width_here, True, workers)
-            out[rows, cols] = found.reshape(n_rows, n_cols)
-    return out.reshape(-1)
-
-
-def _cut(blocks: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
-    """Blocks as (n, rows, cols), without a copy where that can be."""
-    return blocks if blocks.ndim == 3 else blocks.reshape(len(blocks), *shape)
-
-
-def _whole_blocks(matrix: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
-    """Return the whole blocks of a matrix as (n, rows, cols): a copy."""
-    down, across = matrix.shape[0] // shape[0], matrix.shape[1] // shape[1]
-    inner = matrix[: down * shape[0], : across * shape[1]]
-    cut = inner.reshape(down, shape[0], across, shape[1]).swapaxes(1, 2)
-    return cut.reshape(down * across, *shape)
-
-
-def _blocks_of(array: NDArray[Any], name: str) -> tuple[NDArray[Any], tuple[int, int]]:
-    """Return (n, ...) as (n, rows, cols) or (n, cols), and the shape of a block."""
-    if array.ndim == 0:
-        raise ArgumentError(f"{name} is a scalar; give blocks along the first axis")
-    if math.prod(array.shape[1:]) == 0:
-        raise ArgumentError(f"{name} has shape {array.shape}: blocks without elements")
-    if array.ndim == 3:
-        return array, (array.shape[1], array.shape[2])
-    if array.ndim > 3 and not array.flags.c_contiguous:
-        raise ArgumentError(f"{name} has {array.ndim} axes and must then be C-contiguous")
-    flat = array if array.ndim == 2 else array.reshape(len(array), math.prod(array.shape[1:]))
-    return flat, (1, flat.shape[1])
-
-
-def _check_array(array: object, name: str) -> None:
-    if not isinstance(array, np.ndarray):
-        raise ArgumentError(f"{name} must be a numpy array, not {type(array).__name__}")
-
-
-def _as_float(dtype: np.dtype[Any], name: str) -> DType:
-    for member in _FLOATS:
-        if member.numpy == dtype:
-            return member
-    known = ", ".join(member.label for member in _FLOATS)
-    raise ArgumentError(f"{name} has dtype {dtype}; similarity takes {known} in native byte order")
-
-
-def _as_shape(shape: object) -> tuple[int, int]:
-    if not isinstance(shape, Sequence) or len(shape) != 2:
-        raise ArgumentError(f"block_shape must be (rows, cols), not {shape!r}")
-    rows, cols = (_as_count(side, "block_shape", least=1) for side in shape)
-    return rows, cols
-
-
-def _as_count(value: object, name: str, *, least: int = 0, most: int = 2**31 - 1) -> int:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ArgumentError(f"{name} must be an integer, not {value!r}") from error
-    if isinstance(value, bool) or not least <= number <= most:
-        raise ArgumentError(f"{name} must be an integer from {least} to {most}, not {value!r}")
-    return number
-
-
-def _as_number(value: object, name: str) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{name} must be a number, not {value!r}") from error
-    if math.isnan(number) or number < 0:
-        raise ArgumentError(f"{name} must be a number from 0 on, not {value!r}")
-    return number
-
-
-def _as_ids(ids: object) -> NDArray[np.int64]:
-    try:
-        array = np.asarray(ids)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError("ids must hold integers in one dimension") from error
-    if array.ndim != 1:
-        raise ArgumentError(f"ids must hold integers in one dimension, not {array.ndim}")
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu" or (
-        array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max
-    ):
-        raise ArgumentError(f"ids must hold 64-bit integers, not {array.dtype}")
-    return np.ascontiguousarray(array, np.int64)
+def _blocks_of_matrix(matrix: NDArray[Any], shape: tuple[int, int], part: slice) -> NDArray[Any]:
+    """Copy some of a matrix's whole blocks into an array (n, rows, cols)."""
+    rows, cols = shape
+    across = matrix.shape[1] // cols
+    count = matrix.shape[0] // rows * across
+    places = range(count)[part]
+    out = np.empty((len(places), rows, cols), matrix.dtype)
+    for block, place in zip(out, places, strict=True):
+        top, left = place // across * rows, place % across * cols
+        block[:] = matrix[top : top + rows, left : left + cols]
+    return out

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what callers give: each returns the plain value, or says what was wrong, by name.
+
+Deliberately not here: strides and sizes of arrays, which the native core checks.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.errors import ArgumentError
+from pydedup.types import DType
+
+_FLOATS = (DType.F32, DType.F64, DType.F16, DType.BF16)
+
+
+def blocks_of(array: NDArray[Any], name: str) -> tuple[NDArray[Any], tuple[int, int]]:
+    """Return (n, ...) as (n, rows, cols) or (n, cols), and the shape of a block."""
+    if array.ndim == 0:
+        raise ArgumentError(f"{name} is a scalar; give blocks along the first axis")
+    if math.prod(array.shape[1:]) == 0:
+        raise ArgumentError(f"{name} has shape {array.shape}: blocks without elements")
+    if array.ndim == 3:
+        return array, (array.shape[1], array.shape[2])
+    if array.ndim > 3 and not array.flags.c_contiguous:
+        raise ArgumentError(f"{name} has {array.ndim} axes and must then be C-contiguous")
+    flat = array if array.ndim == 2 else array.reshape(len(array), math.prod(array.shape[1:]))
+    return flat, (1, flat.shape[1])
+
+
+def check_array(array: object, name: str) -> None:
+    if not isinstance(array, np.ndarray):
+        raise ArgumentError(f"{name} must be a numpy array, not {type(array).__name__}")
+
+
+def as_float(dtype: np.dtype[Any], name: str) -> DType:
+    for member in _FLOATS:
+        if member.numpy == dtype:
+            return member
+    known = ", ".join(member.label for member in _FLOATS)
+    raise ArgumentError(f"{name} has dtype {dtype}; similarity takes {known} in native byte order")
+
+
+def as_shape(shape: object) -> tuple[int, int]:
+    if not isinstance(shape, Sequence) or len(shape) != 2:
+        raise ArgumentError(f"block_shape must be (rows, cols), not {shape!r}")
+    rows, cols = (as_count(side, "block_shape", least=1) for side in shape)
+    return rows, cols
+
+
+def as_count(value: object, name: str, *, least: int = 0, most: int = 2**31 - 1) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ArgumentError(f"{name} must be an integer, not {value!r}") from error
+    if isinstance(value, bool) or not least <= number <= most:
+        raise ArgumentError(f"{name} must be an integer from {least} to {most}, not {value!r}")
+    return number
+
+
+def as_number(value: object, name: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} must be a number, not {value!r}") from error
+    if math.isnan(number) or number < 0:
+        raise ArgumentError(f"{name} must be a number from 0 on, not {value!r}")
+    return number
+
+
+def as_ids(ids: object) -> NDArray[np.int64]:
+    try:
+        array = np.asarray(ids)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("ids must hold integers in one dimension") from error
+    if array.ndim != 1:
+        raise ArgumentError(f"ids must hold integers in one dimension, not {array.ndim}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu" or (
+        array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max
+    ):
+        raise ArgumentError(f"ids must hold 64-bit integers, not {array.dtype}")
+    return np.ascontiguousarray(array, np.int64)

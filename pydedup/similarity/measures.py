@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact distances between blocks, and the magnitude of a block, each in one pass.
+
+Deliberately not here: which blocks are worth comparing (`pydedup.similarity.index`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import _core
+from pydedup.errors import ArgumentError
+from pydedup.similarity._arguments import (
+    as_count,
+    as_float,
+    as_number,
+    as_shape,
+    blocks_of,
+    check_array,
+)
+
+__all__ = ["Distances", "distances", "magnitude"]
+
+
+class Distances(NamedTuple):
+    """What `distances` found, one entry per pair.
+
+    Attributes
+    ----------
+    relative_l2
+        float64: |a - b| / |a|; 0 for two zero blocks, infinity where only a is zero.
+    max_difference
+        float64: greatest |a - b|.
+    share_within
+        float64: entries with |a - b| <= eps / entries; None without ``eps``.
+    """
+
+    relative_l2: NDArray[np.float64]
+    max_difference: NDArray[np.float64]
+    share_within: NDArray[np.float64] | None
+
+
+def distances(
+    a: NDArray[Any],
+    b: NDArray[Any],
+    *,
+    eps: float | None = None,
+    limit: float | None = None,
+    threads: int = 0,
+) -> Distances:
+    """Compare blocks pair by pair, in one pass over each pair.
+
+    Parameters
+    ----------
+    a
+        Blocks (n, ...) of float32, float64, float16 or bfloat16. Up to three axes are read where
+        they lie if the last is dense; more must be C-contiguous.
+    b
+        Blocks of the same shape, or one block (...) for all of a.
+    eps
+        Also count the entries that differ by at most this.
+    limit
+        Stop at pairs that are farther than this relative distance: their ``relative_l2`` is
+        infinity, and the rest NaN.
+    threads
+        0 chooses by size.
+
+    Returns
+    -------
+    Distances
+        A pair in which a NaN or an infinity occurs is infinitely far, and never within a limit. The
+        same bits from every kernel.
+
+    Raises
+    ------
+    ArgumentError
+        When shapes or dtypes differ, or eps or limit is negative or no number.
+    """
+    check_array(a, "a")
+    check_array(b, "b")
+    dtype = as_float(a.dtype, "a")
+    if b.dtype != a.dtype:
+        raise ArgumentError(f"b has dtype {b.dtype}, but a has {a.dtype}")
+    if b.shape not in (a.shape, a.shape[1:]):
+        raise ArgumentError(f"b has shape {b.shape}; with a of {a.shape}, give that or one block")
+    one = b.shape != a.shape
+    left, shape = blocks_of(a, "a")
+    right, _ = blocks_of(b[np.newaxis] if one else b, "b")
+    pairs = np.arange(len(left), dtype=np.int64)
+    found = _core.compare_blocks(
+        left,
+        right,
+        dtype.code,
+        *shape,
+        pairs,
+        np.zeros_like(pairs) if one else pairs,
+        0.0 if eps is None else as_number(eps, "eps"),
+        math.inf if limit is None else as_number(limit, "limit"),
+        as_count(threads, "threads"),
+    )
+    return Distances(found[:, 0], found[:, 1], None if eps is None else found[:, 2])
+
+
+def magnitude(
+    blocks: NDArray[Any], block_shape: tuple[int, int] | None = None, *, threads: int = 0
+) -> NDArray[np.float64]:
+    """Return the third quartile of the absolute values of each block.
+
+    Parameters
+    ----------
+    blocks
+        Blocks (n, ...) of float32, float64, float16 or bfloat16; or, with ``block_shape``, a matrix
+        whose blocks are looked at where they lie, edge blocks in their true size.
+    block_shape
+        (rows, cols) of a block of the matrix.
+    threads
+        0 chooses by size.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 per block (of a matrix: row-major), what ``numpy.percentile(abs(block), 75)`` gives
+        in float64: linear between the two elements around the rank. NaN for a block with a NaN.
+
+    Notes
+    -----
+    By selection, in time linear in the elements (Floyd and Rivest 1975: a sample brackets the
+    rank, one pass keeps what is between).
+    """
+    check_array(blocks, "blocks")
+    dtype = as_float(blocks.dtype, "blocks")
+    workers = as_count(threads, "threads")
+    if block_shape is None:
+        batch, shape = blocks_of(blocks, "blocks")
+        return _core.block_magnitudes(batch, dtype.code, *shape, False, workers)
+    if blocks.ndim != 2:
+        raise ArgumentError(f"blocks is {blocks.ndim}-D; with a block_shape give a matrix")
+    height, width = as_shape(block_shape)
+    down, across = blocks.shape[0] // height, blocks.shape[1] // width
+    bottom, right = blocks.shape[0] - down * height, blocks.shape[1] - across * width
+    out = np.empty((down + (bottom > 0), across + (right > 0)))
+    for rows, height_here, n_rows in (
+        (slice(0, down), height, down),
+        (slice(down, None), bottom, 1),
+    ):
+        for cols, width_here, n_cols in (
+            (slice(0, across), width, across),
+            (slice(across, None), right, 1),
+        ):
+            if height_here == 0 or width_here == 0 or n_rows == 0 or n_cols == 0:
+                continue
+            top, left = rows.start * height, cols.start * width
+            part = blocks[top : top + n_rows * height_here, left : left + n_cols * width_here]
+            found = _core.block_magnitudes(part, dtype.code, height_here, width_here, True, workers)
+            out[rows, cols] = found.reshape(n_rows, n_cols)
+    return out.reshape(-1)
