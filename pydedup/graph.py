@@ -37,7 +37,7 @@ framework's model (``pydedup/formats/infer_*.py``).
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -325,7 +325,9 @@ def _attr_problem(op: str, name: str, value: object) -> str | None:
         return None if isinstance(value, bool) else "it must be true or false"
     if name in _FLOAT_ATTRS:
         good = isinstance(value, float) or _is_int(value)
-        return None if good and math.isfinite(value) else "it must be a finite number"  # type: ignore[arg-type]
+        # Not isfinite(): an integer beyond all floats is an OverflowError there.
+        finite = good and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+        return None if finite else "it must be a finite number"
     if name == "padding_idx" and value is None:
         return None
     listed = isinstance(value, list) and all(_is_int(item) for item in value)

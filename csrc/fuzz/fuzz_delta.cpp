@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// Deltas: decode_delta on any bytes and any base of the right shape writes its rectangle and
+// nothing else, or refuses. Exact deltas that were encoded here give their block back.
+#include <optional>
+
+#include "fuzz.hpp"
+#include "pydedup/codec.hpp"
+#include "pydedup/error.hpp"
+
+namespace pydedup::fuzz {
+namespace {
+
+constexpr std::size_t kGap = 3;  // bytes between rows that must stay as they are
+constexpr std::byte kUntouched{0xA5};
+
+// The base of an input: it cannot choose its bytes, only how many of its bits vary.
+std::vector<std::byte> base_values(std::size_t bytes, std::uint8_t kind) {
+    Random random;
+    std::vector<std::byte> values(bytes);
+    for (std::size_t i = 0; i < bytes; ++i) {
+        const bool high = i % 4 >= 2;  // of f32: sign, exponent and the top of the mantissa
+        values[i] = static_cast<std::byte>(high && kind % 4 != 0
+                                               ? 0x3C + random.next() % (1U + kind / 8U)
+                                               : random.next() % (kind % 4 == 1 ? 1U : 256U));
+    }
+    return values;
+}
+
+Input seed_of(Dtype dtype, std::uint8_t rows, std::uint8_t cols, std::uint8_t kind,
+              std::optional<double> max_error) {
+    const std::size_t bytes = std::size_t{rows} * cols * item_bytes(dtype);
+    const std::vector<std::byte> base = base_values(bytes, kind);
+    std::vector<std::byte> values = base;
+    Random random;
+    for (std::size_t i = 0; i < bytes; i += item_bytes(dtype)) {
+        if (random.next() % 3 != 0) values[i] ^= static_cast<std::byte>(random.next() % 64);
+    }
+    const std::size_t stride = cols * item_bytes(dtype);
+    std::vector<std::byte> encoded(bytes);
+    const std::optional<EncodedBlock> delta =
+        encode_delta({values.data(), rows, cols, stride, dtype},
+                     {base.data(), rows, cols, stride, dtype}, max_error, encoded);
+    if (!delta) return {};
+    if (delta->encoding == Encoding::delta) {
+        std::vector<std::byte> back(bytes);
+        decode_delta(
+            {encoded.data(), delta->length, delta->encoding, dtype, rows, cols, 1},
+            {base.data(), static_cast<std::uint32_t>(bytes), Encoding::raw, dtype, rows, cols, 0},
+            back.data(), stride);
+        require(back == values, "an exact delta gives its block back");
+    }
+    const auto code = static_cast<std::uint8_t>(dtype);
+    Input input{static_cast<std::uint8_t>(delta->encoding), code, code, kind, rows, 0, cols, 0};
+    for (std::size_t i = 0; i < delta->length; ++i) {
+        input.push_back(static_cast<std::uint8_t>(encoded[i]));
+    }
+    return input;
+}
+
+void decode(const BlockView& delta, const BlockView& base) {
+    const std::size_t stride = delta.row_bytes() + kGap;
+    std::vector<std::byte> memory(delta.rows * stride, kUntouched);
+    decode_delta(delta, base, memory.data(), stride);
+    for (std::size_t r = 0; r < delta.rows; ++r) {
+        for (std::size_t i = delta.row_bytes(); i < stride; ++i) {
+            require(memory[r * stride + i] == kUntouched, "gaps stay untouched");
+        }
+    }
+}
+
+}  // namespace
+
+std::vector<Input> seeds() {
+    std::vector<Input> made;
+    for (const Dtype dtype : {Dtype::f64, Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::i8,
+                              Dtype::i32, Dtype::u64, Dtype::f8_e4m3}) {
+        for (const std::uint8_t kind : {std::uint8_t{0}, std::uint8_t{1}, std::uint8_t{18}}) {
+            for (const double error : {0.0, 0.01, 0.2}) {
+                Input input = seed_of(dtype, 16, 20, kind,
+                                      error > 0 ? std::optional<double>(error) : std::nullopt);
+                if (!input.empty()) made.push_back(std::move(input));
+            }
+        }
+    }
+    return made;
+}
+
+}  // namespace pydedup::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+    using namespace pydedup;
+    fuzz::Reader reader(data, size);
+    const auto encoding = static_cast<Encoding>(reader.byte());
+    const auto dtype = static_cast<Dtype>(reader.byte());
+    const auto base_dtype = static_cast<Dtype>(reader.byte());
+    const std::uint8_t kind = reader.byte();
+    const std::uint32_t rows = reader.word();
+    const std::uint32_t cols = reader.word();
+    // A page refuses these before this is called.
+    if (item_bytes(dtype) == 0 || item_bytes(base_dtype) == 0 || rows == 0 || cols == 0) return 0;
+    if (std::size_t{rows} * cols > std::size_t{1} << 16) return 0;
+    const fuzz::Input payload = reader.rest();
+    const std::vector<std::byte> values =
+        fuzz::base_values(std::size_t{rows} * cols * item_bytes(base_dtype), kind);
+    try {
+        fuzz::decode({fuzz::as_bytes(payload).data(), static_cast<std::uint32_t>(payload.size()),
+                      encoding, dtype, rows, cols, 1},
+                     {values.data(), static_cast<std::uint32_t>(values.size()), Encoding::raw,
+                      base_dtype, rows, cols, 0});
+    } catch (const Error& error) {
+        fuzz::require(error.code() == ErrorCode::corrupt_page ||
+                          error.code() == ErrorCode::unsupported_format ||
+                          error.code() == ErrorCode::invalid_argument,
+                      "an error that says what is wrong with the block");
+    }
+    return 0;
+}
