@@ -11,7 +11,6 @@ whose base, which goes on which page (`pydedup.packing`), and where pages come f
 from __future__ import annotations
 
 import enum
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -448,10 +447,10 @@ def _blocks(view: MatrixView) -> tuple[NDArray[np.uint8], int, int, int]:
     return view.data, view.dtype.code, view.grid.block_rows, view.grid.block_cols
 
 
-def _error_bound(max_rel_error: float | None) -> float | None:
+def _error_bound(max_rel_error: object) -> float | None:
     if max_rel_error is None:
         return None
-    if isinstance(max_rel_error, bool) or not isinstance(max_rel_error, numbers.Real):
+    if isinstance(max_rel_error, bool) or not isinstance(max_rel_error, int | float | np.floating):
         raise ArgumentError(
             f"max_rel_error must be a number above 0 and below 1, got {max_rel_error!r}"
         )

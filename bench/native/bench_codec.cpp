@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -90,6 +91,83 @@ Workload decoding(const char* name, Dtype dtype) {
             }};
 }
 
+// The same weights after a fine-tune that moved each by 1 % of their spread, as deltas.
+struct Versions {
+    std::shared_ptr<Data> base;
+    std::vector<std::byte> moved;
+    MatrixRef ref{};
+    std::vector<std::int64_t> limits, estimates;
+    std::optional<double> bound;
+};
+
+void encode(Versions& v) {
+    Data& data = *v.base;
+    keep(encode_deltas(v.ref, data.grid, data.indices, {data.ref, data.grid, data.indices},
+                       v.limits, v.bound, data.arena, data.offsets, data.encoded, 1));
+}
+
+std::shared_ptr<Versions> versions(std::optional<double> bound) {
+    auto v = std::make_shared<Versions>();
+    v->base = weights(Dtype::f32);
+    Data& data = *v->base;
+    v->moved = data.matrix;
+    std::minstd_rand random(2);
+    std::normal_distribution<float> normal(0.0F, 0.0002F);
+    for (std::size_t i = 0; i < v->moved.size(); i += sizeof(float)) {
+        float value;
+        std::memcpy(&value, &v->moved[i], sizeof value);
+        value += normal(random);
+        std::memcpy(&v->moved[i], &value, sizeof value);
+    }
+    v->ref = data.ref;
+    v->ref.data = v->moved.data();
+    v->limits.assign(data.indices.size(), data.grid.block_rows * data.grid.block_cols * 4 - 1);
+    v->estimates.resize(data.indices.size());
+    v->bound = bound;
+    encode(*v);
+    return v;
+}
+
+Workload deltas(const char* name, const char* about, std::optional<double> bound,
+                void (*run)(Versions&)) {
+    auto v = versions(bound);
+    return {name,
+            about,
+            static_cast<double>(v->moved.size()),
+            0,
+            static_cast<double>(v->base->indices.size()),
+            [v, run] { run(*v); }};
+}
+
+void estimate(Versions& v) {
+    Data& data = *v.base;
+    estimate_deltas(v.ref, data.grid, data.indices, {data.ref, data.grid, data.indices}, v.bound,
+                    v.estimates, 1);
+    keep(v.estimates.data());
+}
+
+// Bases lie in rows of their matrix: the same block for all, as raw bytes, would be noticed.
+void decode(Versions& v) {
+    Data& data = *v.base;
+    const auto rows = static_cast<std::uint32_t>(data.grid.block_rows);
+    const std::size_t row_bytes = data.grid.block_cols * 4;
+    std::vector<std::byte> base(rows * row_bytes);
+    for (std::size_t i = 0; i < data.indices.size(); ++i) {
+        const BlockRect rect = block_rect(data.grid, i);
+        for (std::size_t r = 0; r < rows; ++r) {
+            std::memcpy(&base[r * row_bytes],
+                        data.ref.data + (rect.row0 + r) * data.ref.stride_bytes + rect.col0 * 4,
+                        row_bytes);
+        }
+        decode_delta({data.arena.data() + data.offsets[i], data.encoded[i].length,
+                      data.encoded[i].encoding, Dtype::f32, rows, 64, 1},
+                     {base.data(), static_cast<std::uint32_t>(base.size()), Encoding::raw,
+                      Dtype::f32, rows, 64, 0},
+                     data.decoded.data(), row_bytes);
+    }
+    keep(data.decoded.data());
+}
+
 }  // namespace
 
 std::vector<Entry> codec_entries() {
@@ -98,6 +176,24 @@ std::vector<Entry> codec_entries() {
         {"codec.encode-bf16", [] { return encoding("codec.encode-bf16", Dtype::bf16); }},
         {"codec.decode-f32", [] { return decoding("codec.decode-f32", Dtype::f32); }},
         {"codec.decode-bf16", [] { return decoding("codec.decode-bf16", Dtype::bf16); }},
+        {"delta.encode-f32",
+         [] {
+             return deltas("delta.encode-f32", "16 KiB blocks moved by 1 % of their spread, exact",
+                           std::nullopt, encode);
+         }},
+        {"delta.decode-f32",
+         [] { return deltas("delta.decode-f32", "and back", std::nullopt, decode); }},
+        {"delta.estimate-f32",
+         [] {
+             return deltas("delta.estimate-f32", "their sizes, by sample", std::nullopt, estimate);
+         }},
+        {"delta.encode-f32-bounded",
+         [] {
+             return deltas("delta.encode-f32-bounded", "the same within 0.1 % of the norm", 0.001,
+                           encode);
+         }},
+        {"delta.decode-f32-bounded",
+         [] { return deltas("delta.decode-f32-bounded", "and back", 0.001, decode); }},
     };
 }
 

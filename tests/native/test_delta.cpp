@@ -317,6 +317,28 @@ TEST(few_changes_cost_few_bytes) {
     CHECK(bytes_of(decay) <= 500);
 }
 
+TEST(estimates_do_not_fall_for_periods) {
+    std::mt19937_64 random(11);
+    const Buffer base = as_dtype(normal(4096, 0.02, random), Dtype::f32);
+    for (const std::size_t period : {2U, 4U, 8U}) {
+        for (std::size_t phase = 0; phase < period; ++phase) {
+            Buffer block = base;
+            for (std::size_t r = phase; r < 64; r += period) {
+                for (std::size_t b = 0; b < 2; ++b) {
+                    for (std::size_t c = 0; c < 64; ++c) {
+                        block[(r * 64 + c) * 4 + b] ^= static_cast<std::uint8_t>(random());
+                    }
+                }
+            }
+            const MatrixRef to = matrix(block, 64, 64, Dtype::f32);
+            const MatrixRef from = matrix(base, 64, 64, Dtype::f32);
+            const auto bytes = static_cast<double>(encode(to, from).bytes.size());
+            const auto estimate = static_cast<double>(estimate_delta(to, from, std::nullopt));
+            CHECK(estimate > 0.4 * bytes && estimate < 2.0 * bytes);
+        }
+    }
+}
+
 TEST(another_base_is_noticed) {
     std::mt19937_64 random(7);
     const Buffer base = as_dtype(normal(1024, 0.02, random), Dtype::f32);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever two blocks are: an exact delta gives the very bytes back, a bounded one keeps its bound."""
+"""Whatever two blocks are: exact deltas give the very bytes back, bounded ones keep their bound."""
 
 from __future__ import annotations
 

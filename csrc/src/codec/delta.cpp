@@ -3,6 +3,7 @@
 // streams. Stateless; each thread keeps memory for blocks of usual size.
 #include "codec/delta.hpp"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -393,8 +394,11 @@ std::size_t estimate_delta(const MatrixRef& block, const MatrixRef& base,
     std::uint8_t* const converted = sampled + n * item;
     std::uint8_t* const sampled_base = converted + n * item;
     for (std::size_t i = 0; i < taken; ++i) {
-        const std::size_t row = i * every / runs_a_row;
-        const std::size_t col = i * every % runs_a_row * run;
+        // One of each `every`, but no fixed one: rows may differ by a period.
+        const std::size_t skip = static_cast<std::uint32_t>(i * 0x9E3779B1U) >> 16;
+        const std::size_t chosen = std::min(i * every + skip % every, n_runs - 1);
+        const std::size_t row = chosen / runs_a_row;
+        const std::size_t col = chosen % runs_a_row * run;
         std::memcpy(sampled + i * run * item, block.data + row * block.stride_bytes + col * item,
                     run * item);
         std::memcpy(sampled_base + i * run * base_item,
@@ -412,7 +416,7 @@ std::size_t estimate_delta(const MatrixRef& block, const MatrixRef& base,
         static_cast<void>(take_differences(pair, std::nullopt, room, coded));
     }
     const std::size_t fixed = detail::kDeltaHeaderBytes + (coded.step ? detail::kStepBytes : 0);
-    if (coded.n_changed == 0) return fixed + 1;
+    if (coded.n_changed == 0) return std::min(fixed + 1, raw);
     DeltaPlan plan;
     plan_pair(coded, room, plan);
     const double scale = static_cast<double>(count) / static_cast<double>(n);
