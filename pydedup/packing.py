@@ -174,8 +174,9 @@ def pack(
         of each class first and leaves the rest to ``greedy2``; ``baseline`` covers models in the
         order given.
     weights
-        Per model how often it is called (finite, >= 0). ``layout`` minimises weighted page reads;
-        the other algorithms do not look at them.
+        Per model how often it is called (finite, >= 0). ``layout`` minimises weighted page reads:
+        up to 4 million (model, block) pairs they are never more than those of the layout without
+        weights. The other algorithms do not look at them.
 
     Returns
     -------

@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
+import tracemalloc
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -137,6 +142,119 @@ def test_weights_favour_the_model_that_is_called() -> None:
         layout = pack(owners, 4, weights=weights)
         layout.check(owners)
         assert layout.page_reads[busy] == 2 == layout.least_reads[busy]
+
+
+def family(models: int, blocks: int, seed: int) -> list[np.ndarray[Any, Any]]:
+    """Owner sets of which few are frequent."""
+    random = np.random.default_rng(seed)
+    share = random.random(1 << models) ** 8
+    share[0] = 0
+    sets = random.choice(1 << models, blocks, p=share / share.sum())
+    return [np.flatnonzero(sets >> model & 1) for model in range(models)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_heavier_a_model_the_fewer_pages_it_reads(seed: int) -> None:
+    owners = family(5, 400, seed)
+    plain = pack(owners, 16)
+    for heavy in range(5):
+        weights = [1.0] * 5
+        weights[heavy] = 1000.0
+        layout = pack(owners, 16, weights=weights)
+        layout.check(owners)
+        assert layout.stored_pages == plain.stored_pages
+        assert layout.page_reads[heavy] <= plain.page_reads[heavy]
+        assert layout.page_reads @ weights <= plain.page_reads @ weights
+        assert layout.page_reads[heavy] == layout.least_reads[heavy]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_weights_by_call_rate_never_cost_reads(seed: int) -> None:
+    owners = family(6, 500, seed)
+    weights = np.random.default_rng(seed).zipf(1.8, 6).clip(max=1000)
+    weighted = pack(owners, 16, weights=weights)
+    assert weighted.page_reads @ weights <= pack(owners, 16).page_reads @ weights
+
+
+def test_scaled_weights_are_the_same_weights() -> None:
+    owners = family(4, 200, 0)
+    expected = as_lists(pack(owners, 8, weights=[1, 2, 4, 8]))
+    assert as_lists(pack(owners, 8, weights=[0.125, 0.25, 0.5, 1.0])) == expected
+    assert as_lists(pack(owners, 8, weights=[5, 5, 5, 5])) == as_lists(pack(owners, 8))
+    assert as_lists(pack(owners, 8, weights=[0, 0, 0, 0])) == as_lists(pack(owners, 8))
+
+
+def test_layouts_do_not_depend_on_the_process(tmp_path: Path) -> None:
+    program = tmp_path / "pack.py"
+    program.write_text(
+        "import numpy as np\n"
+        "from pydedup.packing import pack\n"
+        "random = np.random.default_rng(3)\n"
+        "owners = [set(random.integers(0, 600, 250).tolist()) for _ in range(6)]\n"
+        "layout = pack(owners, 16, weights=[3, 1, 4, 1, 5, 9])\n"
+        "print([page.tolist() for page in layout.pages])\n"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-P", str(program)],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYDEDUP_KERNEL": kernel},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed, kernel in (("0", "scalar"), ("1", ""), ("4242", "scalar"))
+    }
+    assert len(outputs) == 1
+
+
+def test_large_csr_is_read_where_it_is() -> None:
+    models, per_model = 50, 40_000
+    ids = np.arange(models * per_model, dtype=np.int64) // 2 + 2**33
+    indptr = np.arange(models + 1, dtype=np.int64) * per_model
+    ids.flags.writeable = False
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArgumentError, match=r"owners\[0\] lists block 8589934592 twice"):
+            pack((indptr, ids), 64)
+        ids = np.arange(models * per_model, dtype=np.int64) + 2**33
+        layout = pack((indptr, ids), 64)
+        # What Python holds: the result, and no object per block.
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * ids.nbytes
+    finally:
+        tracemalloc.stop()
+    assert layout.stored_pages == layout.lower_bound == models * per_model // 64
+    layout.check((indptr, ids))
+
+
+def test_arrays_may_lie_anywhere() -> None:
+    expected = as_lists(pack([[1, 2, 3], [3, 4]], 2, weights=[1, 2]))
+    ids = np.array([1, 2, 3, 3, 4], np.int64)
+    odd = np.frombuffer(b"x" + ids.tobytes(), np.uint8)[1:].view(np.int64)
+    assert not odd.flags.aligned
+    swapped = ids.astype(ids.dtype.newbyteorder())
+    weights = np.frombuffer(b"x" + np.array([1.0, 2.0]).tobytes(), np.uint8)[1:].view(np.float64)
+    for given in (odd, swapped, np.repeat(ids, 2)[::2]):
+        assert as_lists(pack((np.array([0, 3, 5]), given), 2, weights=weights)) == expected
+
+
+def test_one_block_and_empty_models() -> None:
+    for algorithm in ALGORITHMS:
+        layout = pack([[], [7], [], [7]], 1, algorithm=algorithm)
+        layout.check([[], [7], [], [7]])
+        assert as_lists(layout) == [[7]]
+        assert layout.page_reads.tolist() == [0, 1, 0, 1]
+    assert pack([[7]], 2**63 - 1, sizes=[2**63 - 1]).optimal
+    assert pack([[0, 1]], 2**63 - 1, sizes=[2**62, 2**62 - 1]).stored_pages == 1
+
+
+def test_room_on_existing_pages_stays_empty() -> None:
+    # Pages are immutable: one block on a page for four leaves three places that nobody may use.
+    layout = pack([{1, 2}, {2, 3}], 4, existing=[[1], [2]])
+    layout.check([{1, 2}, {2, 3}], [[1], [2]])
+    assert as_lists(layout) == [[3]]
+    assert [numbers.tolist() for numbers in layout.reads] == [[0, 1], [1, 2]]
+    with pytest.raises(ArgumentError, match="is on an existing page already"):
+        dataclasses.replace(layout, pages=[np.array([2, 3])]).check([{1, 2}, {2, 3}], [[1], [2]])
 
 
 def test_nothing_to_pack() -> None:

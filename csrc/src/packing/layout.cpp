@@ -29,6 +29,8 @@ namespace {
 constexpr std::size_t kFewTails = 2048;
 // Up to so many models a layout is compared with the bound on its reads: some ms.
 constexpr std::size_t kFewModels = 64;
+// Up to so many (model, block) pairs weighted problems are packed without weights too.
+constexpr std::size_t kFewPairs = 4'000'000;
 // (piece, owner) visits allowed to a line, about 2 s.
 constexpr std::uint64_t kMostVisits = 50'000'000;
 
@@ -168,9 +170,22 @@ Rows in_line_order(const Mixed& mixed, const Rows& whole, std::vector<PageBlocks
     return pages;
 }
 
-}  // namespace
+std::int64_t weighted_reads_of(const Problem& problem, const Rows& pages) {
+    std::vector<Index> page_of(problem.blocks(), kNone);
+    for (std::size_t p = 0; p < pages.size(); ++p) {
+        for (const Index b : pages.row(p)) page_of[b] = static_cast<Index>(p);
+    }
+    std::vector<Index> read_by(pages.size(), kNone);
+    std::int64_t reads = 0;
+    for (Index m = 0; m < problem.models(); ++m) {
+        for (const Index b : problem.owned.row(m)) {
+            if (std::exchange(read_by[page_of[b]], m) != m) reads += problem.weights[m];
+        }
+    }
+    return reads;
+}
 
-PackedLayout pack_layout(const Problem& problem) {
+PackedLayout lay_out(const Problem& problem) {
     const Classes classes = classes_on_line(problem);
     std::vector<Index> class_of(problem.blocks(), kNone);
     for (Index c = 0; c < classes.size(); ++c) {
@@ -218,6 +233,24 @@ PackedLayout pack_layout(const Problem& problem) {
     }
     out.pages = in_line_order(mixed, split.whole, std::move(mix.pages));
     return out;
+}
+
+}  // namespace
+
+PackedLayout pack_layout(const Problem& problem) {
+    PackedLayout found = lay_out(problem);
+    const bool weighted =
+        std::ranges::adjacent_find(problem.weights, std::not_equal_to{}) != problem.weights.end();
+    if (found.optimal || !weighted || problem.owned.items.size() > kFewPairs) return found;
+    // Weights steer a heuristic: without them it may happen to find what is better even by them.
+    Problem plain = problem;
+    plain.weights.assign(problem.models(), 1);
+    PackedLayout other = lay_out(plain);
+    other.optimal = false;
+    const auto cost = [&](const PackedLayout& layout) {
+        return std::pair(layout.pages.size(), weighted_reads_of(problem, layout.pages));
+    };
+    return cost(other) < cost(found) ? std::move(other) : std::move(found);
 }
 
 }  // namespace pydedup::packing
