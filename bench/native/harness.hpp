@@ -61,5 +61,6 @@ void keep(const T& value) {
 [[nodiscard]] std::vector<Entry> codec_entries();
 [[nodiscard]] std::vector<Entry> packing_entries();
 [[nodiscard]] std::vector<Entry> gemm_entries();
+[[nodiscard]] std::vector<Entry> similarity_entries();
 
 }  // namespace bench

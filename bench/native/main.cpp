@@ -97,8 +97,9 @@ Options parse(const std::vector<std::string>& arguments) {
 
 std::vector<bench::Entry> all_entries() {
     std::vector<bench::Entry> entries;
-    for (const auto& group : {bench::hash_entries(), bench::xxh3_entries(), bench::codec_entries(),
-                              bench::packing_entries(), bench::gemm_entries()}) {
+    for (const auto& group :
+         {bench::hash_entries(), bench::xxh3_entries(), bench::codec_entries(),
+          bench::packing_entries(), bench::gemm_entries(), bench::similarity_entries()}) {
         entries.insert(entries.end(), group.begin(), group.end());
     }
     return entries;
