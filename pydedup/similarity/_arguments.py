@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from pydedup.errors import ArgumentError
 from pydedup.types import DType
@@ -37,6 +37,15 @@ def blocks_of(array: NDArray[Any], name: str) -> tuple[NDArray[Any], tuple[int, 
 def check_array(array: object, name: str) -> None:
     if not isinstance(array, np.ndarray):
         raise ArgumentError(f"{name} must be a numpy array, not {type(array).__name__}")
+
+
+def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    if dtype is None:  # to numpy that is float64
+        raise ArgumentError("dtype must be given: the one that all blocks have")
+    try:
+        return np.dtype(dtype)
+    except TypeError as error:
+        raise ArgumentError(f"dtype must be one that numpy knows, not {dtype!r}") from error
 
 
 def as_float(dtype: np.dtype[Any], name: str) -> DType:

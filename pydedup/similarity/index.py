@@ -19,6 +19,7 @@ from pydedup import _core
 from pydedup.errors import ArgumentError
 from pydedup.similarity._arguments import (
     as_count,
+    as_dtype,
     as_float,
     as_ids,
     as_number,
@@ -98,7 +99,7 @@ class L2LSH:
         rows: int = 8,
         seed: int = 0,
     ) -> None:
-        self._dtype = as_float(np.dtype(dtype), "dtype")
+        self._dtype = as_float(as_dtype(dtype), "dtype")
         self._shape = as_shape(block_shape)
         self._index = _core.L2Index(
             self._dtype.code,
@@ -309,6 +310,11 @@ class L2LSH:
             wanted, place = np.unique(candidates[rows, cols], return_inverse=True)
             blocks = fetch(wanted)
             self._check(blocks, "what fetch returned")
+            if blocks.shape[1:] not in (self._shape, (math.prod(self._shape),)):
+                raise ArgumentError(
+                    f"fetch returned the shape {blocks.shape}; return (n, rows, cols) or "
+                    f"(n, rows * cols) with blocks of {self._shape}"
+                )
             if len(blocks) != len(wanted):
                 raise ArgumentError(
                     f"fetch returned {len(blocks)} blocks for {len(wanted)} ids; return one each"

@@ -42,3 +42,18 @@ def test_a_shape_whose_rows_fill_up_to_too_much_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"\(2147483647, 1\)"):
         L2LSH((2**31 - 1, 1), np.float32)
     L2LSH((2**20, 1), np.float32)
+
+
+@pytest.mark.parametrize("dtype", [None, "nope", "float8"])
+def test_a_dtype_that_is_none_is_an_argument_error(dtype: object) -> None:
+    with pytest.raises(ArgumentError, match="dtype"):
+        L2LSH((2, 2), dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 4, 2), (8, 9), (8, 1, 8)])
+def test_what_fetch_returns_is_named_when_it_has_another_shape(shape: tuple[int, ...]) -> None:
+    blocks = np.random.default_rng(0).standard_normal((8, 2, 4), np.float32)
+    index = L2LSH((2, 4), np.float32)
+    index.add(blocks, range(8))
+    with pytest.raises(ArgumentError, match="fetch returned"):
+        index.query(blocks, 1, lambda ids: np.zeros(shape, np.float32))
