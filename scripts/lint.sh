@@ -15,7 +15,7 @@ print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependenc
     done_with lint "$(digest_of pyproject.toml)"
 fi
 
-mapfile -t cxx < <(find csrc tests/native bench/native \( -name '*.cpp' -o -name '*.hpp' \) 2>/dev/null | LC_ALL=C sort)
+mapfile -t cxx < <(find csrc tests/native bench \( -name '*.cpp' -o -name '*.hpp' \) 2>/dev/null | LC_ALL=C sort)
 failures=0
 check() { step "$@" || failures=$((failures + 1)); }
 
