@@ -77,6 +77,39 @@ void wrong_half_dot(const float* x, std::size_t ldx, std::size_t m, const std::u
     kScalarKernels.gemm.dot_nt_bf16(x, ldx, m, w, rows, cols - 1, ldw, y, ldy);
 }
 
+void wrong_subtract(const std::uint8_t* y, const std::uint8_t* x, std::size_t count,
+                    DeltaLayout layout, void* z) noexcept {
+    layout.ordered = false;
+    kScalarKernels.codec.delta.subtract(y, x, count, layout, z);
+}
+void wrong_dequantise(const void* x, const std::uint32_t* z, std::size_t count, bool wide,
+                      double step, void* values) noexcept {
+    kScalarKernels.codec.delta.dequantise(x, z, count, wide, step * 2, values);
+}
+void wrong_compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8_t* b,
+                   std::size_t b_stride, std::size_t rows, std::size_t cols, double eps,
+                   double limit, Comparison& out) noexcept {
+    kScalarKernels.similarity.f16.compare(a, a_stride, b, b_stride, rows, cols, eps, limit, out);
+    ++out.within;
+}
+void wrong_mix(float* buckets, const std::uint32_t* signs, std::size_t outputs,
+               float* out) noexcept {
+    kScalarKernels.similarity.mix(buckets, signs, outputs, out);
+    out[outputs - 1] = -out[outputs - 1];
+}
+std::uint64_t wrong_distance(const std::int16_t* a, const std::int16_t* b,
+                             std::size_t count) noexcept {
+    return kScalarKernels.similarity.sketch_distance(a, b, count - 32);
+}
+std::size_t wrong_count(const std::uint64_t* keys, std::size_t count,
+                        std::uint64_t pivot) noexcept {
+    return kScalarKernels.similarity.select_u64.count_below(keys, count, pivot) + 1;
+}
+void wrong_keys(const std::uint8_t* data, std::size_t count, std::uint32_t* keys) noexcept {
+    kScalarKernels.similarity.keys_bf16(data, count, keys);
+    keys[count - 1] |= 0x80000000U;
+}
+
 template <class Change>
 std::string group_of(Change change) {
     KernelTable table = kScalarKernels;
@@ -112,6 +145,16 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16_to_f32 = wrong_half; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_bf16 = wrong_half_dot; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_f16 = wrong_half_dot; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.codec.delta.subtract = wrong_subtract; }) == "codec");
+    CHECK(group_of([](KernelTable& t) { t.codec.delta.dequantise = wrong_dequantise; }) == "codec");
+    const auto similarity_of = [](auto change) {
+        return group_of([&](KernelTable& t) { change(t.similarity); });
+    };
+    CHECK(similarity_of([](auto& s) { s.f16.compare = wrong_compare; }) == "similarity");
+    CHECK(similarity_of([](auto& s) { s.mix = wrong_mix; }) == "similarity");
+    CHECK(similarity_of([](auto& s) { s.sketch_distance = wrong_distance; }) == "similarity");
+    CHECK(similarity_of([](auto& s) { s.select_u64.count_below = wrong_count; }) == "similarity");
+    CHECK(similarity_of([](auto& s) { s.keys_bf16 = wrong_keys; }) == "similarity");
 }
 
 TEST(a_demand_is_met_or_refused_with_its_reason) {

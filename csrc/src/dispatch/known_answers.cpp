@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <tuple>
 
 namespace pydedup {
 namespace {
@@ -210,18 +211,146 @@ bool same_sketch(const SimilarityKernels& similarity, const SimilarityKernels& r
     return want == got && want_squares == got_squares;
 }
 
+bool same_comparison(const ElementKernels& kernels, const ElementKernels& reference,
+                     const std::uint8_t* data, std::size_t item_bytes) noexcept {
+    // Rows of a whole group and a tail, that overlap: 3 of 19 elements, and the same 5 further on.
+    const std::size_t stride = 21 * item_bytes;
+    const auto answer = [&](const ElementKernels& k) {
+        Comparison found{};
+        k.compare(data, stride, data + 5 * item_bytes, stride, 3, 19, 0.25, 1e300, found);
+        return std::tuple(found.squares, found.squared_difference, found.greatest_difference,
+                          found.within, k.sum_squares(data, stride, 3, 19));
+    };
+    return answer(kernels) == answer(reference);
+}
+
+bool same_comparisons(const SimilarityKernels& similarity, const SimilarityKernels& reference,
+                      const Question& question) noexcept {
+    std::array<float, 70> singles{};
+    std::array<double, 70> doubles{};
+    std::array<std::uint16_t, 70> halves{};
+    for (std::size_t i = 0; i < singles.size(); ++i) {
+        singles[i] = static_cast<float>(question[i]) / 97.0F - 1.0F;
+        doubles[i] = static_cast<double>(question[i + 70]) / 97.0 - 1.0;
+        halves[i] = static_cast<std::uint16_t>(0x3000U | (question[i + 140] & 0x8FU) << 8);
+    }
+    const auto bytes = [](const auto& values) {
+        return reinterpret_cast<const std::uint8_t*>(values.data());
+    };
+    return same_comparison(similarity.f32, reference.f32, bytes(singles), 4) &&
+           same_comparison(similarity.f64, reference.f64, bytes(doubles), 8) &&
+           same_comparison(similarity.f16, reference.f16, bytes(halves), 2) &&
+           same_comparison(similarity.bf16, reference.bf16, bytes(halves), 2);
+}
+
+template <class Key>
+bool same_selection(const SelectKernels<Key>& kernels, const SelectKernels<Key>& reference,
+                    const std::array<Key, 45>& keys) noexcept {
+    const Key low = keys[3] < keys[8] ? keys[3] : keys[8];
+    const Key high = keys[3] < keys[8] ? keys[8] : keys[3];
+    const auto answer = [&](const SelectKernels<Key>& k) {
+        std::array<Key, 45> kept{};
+        const Filtered found = k.filter(keys.data(), keys.size(), low, high, kept.data());
+        for (std::size_t i = found.kept; i < kept.size(); ++i) kept[i] = 0;  // may hold anything
+        return std::tuple(found.below, found.kept, kept,
+                          k.count_below(keys.data(), keys.size(), high),
+                          k.next_above(keys.data(), keys.size(), low));
+    };
+    return answer(kernels) == answer(reference);
+}
+
+bool same_keys(const SimilarityKernels& similarity, const SimilarityKernels& reference,
+               const Question& question) noexcept {
+    // Any bits have a magnitude; of NaNs, which widen in two ways, there are none among the halves.
+    std::array<std::uint8_t, 360> data{};
+    std::memcpy(data.data(), question.data(), data.size());
+    for (std::size_t i = 1; i < data.size(); i += 2) {
+        data[i] = static_cast<std::uint8_t>(data[i] & 0xBBU);
+    }
+    using Keys32 = void (*)(const std::uint8_t*, std::size_t, std::uint32_t*) noexcept;
+    const auto of = [&](Keys32 make) {
+        std::array<std::uint32_t, 45> keys{};
+        make(data.data(), keys.size(), keys.data());
+        return keys;
+    };
+    std::array<std::uint64_t, 45> want{};
+    std::array<std::uint64_t, 45> got{};
+    reference.keys_f64(data.data(), want.size(), want.data());
+    similarity.keys_f64(data.data(), got.size(), got.data());
+    return of(similarity.keys_f32) == of(reference.keys_f32) &&
+           of(similarity.keys_f16) == of(reference.keys_f16) &&
+           of(similarity.keys_bf16) == of(reference.keys_bf16) && want == got &&
+           same_selection(similarity.select_u32, reference.select_u32, of(reference.keys_f32)) &&
+           same_selection(similarity.select_u64, reference.select_u64, want);
+}
+
+bool same_sketch_distance(const SimilarityKernels& similarity, const SimilarityKernels& reference,
+                          const Question& question) noexcept {
+    std::array<std::int16_t, 64> a{};
+    std::array<std::int16_t, 64> b{};
+    for (std::size_t i = 0; i < a.size(); ++i) {  // differences up to 32766
+        a[i] = static_cast<std::int16_t>(question[i] * 64);
+        b[i] = static_cast<std::int16_t>(a[i] - (i % 3 == 0 ? 32766 : question[i + 64]));
+    }
+    return similarity.sketch_distance(a.data(), b.data(), a.size()) ==
+           reference.sketch_distance(a.data(), b.data(), a.size());
+}
+
+bool same_differences(const DeltaKernels& delta, const DeltaKernels& reference,
+                      const Question& question) noexcept {
+    constexpr std::size_t kCount = 37;
+    for (const DeltaLayout layout : {DeltaLayout{2, 8, 7, true}, DeltaLayout{4, 8, 23, true},
+                                     DeltaLayout{8, 11, 52, true}, DeltaLayout{1, 0, 0, false}}) {
+        std::array<std::uint64_t, kCount> want{};
+        std::array<std::uint64_t, kCount> got{};
+        const std::uint8_t* base = question.data() + 350;
+        reference.subtract(question.data(), base, kCount, layout, want.data());
+        delta.subtract(question.data(), base, kCount, layout, got.data());
+        std::array<std::uint8_t, kCount * 8> back{};
+        delta.add(base, got.data(), kCount, layout, 0, back.data());
+        if (want != got) return false;
+        if (std::memcmp(back.data(), question.data(), kCount * layout.item_bytes) != 0)
+            return false;
+    }
+    std::array<float, kCount> x{};
+    std::array<float, kCount> y{};
+    for (std::size_t i = 0; i < kCount; ++i) {
+        x[i] = static_cast<float>(question[i]) - 127.0F;
+        y[i] = x[i] + static_cast<float>(question[i + 100]) / 64.0F;
+    }
+    const auto answer = [&](const DeltaKernels& k) {
+        std::array<std::uint32_t, kCount> z{};
+        std::array<double, kErrorLanes> lanes{};
+        const bool fits =
+            k.quantise(y.data(), x.data(), kCount, false, 0.125, z.data(), lanes.data());
+        std::array<float, kCount> decoded{};
+        k.dequantise(x.data(), z.data(), kCount, false, 0.125, decoded.data());
+        return std::tuple(fits, z, lanes, decoded);
+    };
+    return answer(delta) == answer(reference);
+}
+
 }  // namespace
 
 const char* first_wrong_group(const KernelTable& table) noexcept {
     const Question question = fixed_question();
     if (!same_rows(table, question) || !same_panel(table, question)) return "hash";
-    if (!same_planes(table, question) || !same_symbols(table, question)) return "codec";
+    if (!same_planes(table, question) || !same_symbols(table, question) ||
+        !same_differences(table.codec.delta, kScalarKernels.codec.delta, question)) {
+        return "codec";
+    }
     if (!same_products(table.gemm.f32, kScalarKernels.gemm.f32, question) ||
         !same_products(table.gemm.f64, kScalarKernels.gemm.f64, question) ||
         !same_halves(table.gemm, kScalarKernels.gemm, question)) {
         return "gemm";
     }
-    if (!same_sketch(table.similarity, kScalarKernels.similarity, question)) return "similarity";
+    const SimilarityKernels& similarity = kScalarKernels.similarity;
+    if (!same_sketch(table.similarity, similarity, question) ||
+        !same_comparisons(table.similarity, similarity, question) ||
+        !same_keys(table.similarity, similarity, question) ||
+        !same_sketch_distance(table.similarity, similarity, question)) {
+        return "similarity";
+    }
     return nullptr;
 }
 

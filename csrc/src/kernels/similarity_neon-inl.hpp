@@ -81,7 +81,6 @@ struct V {
         bool eights;
     };
     static constexpr std::size_t kFoldStrips = 2;
-    static constexpr std::size_t kRadix = 4;
 
     template <class Op>
     static Reg each(Op op) noexcept {
