@@ -170,16 +170,29 @@ void IndexState::insert(std::int64_t id, const std::int16_t* sketch, const Probe
     append_member(id, group);
 }
 
-// Appends the groups that a band does not have yet.
+// Appends the groups that a band does not have yet. The places where a few of them go are asked for
+// before the first is written: they lie anywhere.
 void IndexState::link_band(std::size_t band) noexcept {
-    for (std::size_t group = linked[band]; group < rms.size(); ++group) {
-        if (first_member[group] == kNone) continue;  // dead
-        if (band == parameters.bands) {
-            bands[band].append(twin_key(sketch_of(group), rms[group]),
-                               static_cast<std::uint32_t>(group));
-        } else if (rms[group] != 0) {  // a zero block is near to zero blocks alone
-            bands[band].append(hashing.key(sketch_of(group), band),
-                               static_cast<std::uint32_t>(group));
+    constexpr std::size_t kTile = 32;
+    const bool whole = band == parameters.bands;
+    Chains& chains = bands[band];
+    for (std::size_t start = linked[band]; start < rms.size(); start += kTile) {
+        std::uint64_t keys[kTile];
+        const std::size_t count = std::min(kTile, rms.size() - start);
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::int16_t* sketch = sketch_of(start + i);
+            keys[i] = whole ? twin_key(sketch, rms[start + i]) : hashing.key(sketch, band);
+            chains.prefetch_head(keys[i]);
+        }
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::uint32_t head = chains.first(keys[i]);
+            if (head != kNone) chains.prefetch_link(head);
+        }
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::size_t group = start + i;
+            if (first_member[group] == kNone) continue;  // dead
+            if (!whole && rms[group] == 0) continue;     // zero blocks are near to each other alone
+            chains.append(keys[i], static_cast<std::uint32_t>(group));
         }
     }
     linked[band] = rms.size();
