@@ -10,6 +10,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "codec/code_lengths.hpp"
 #include "codec/delta_alphabet.hpp"
@@ -63,13 +64,37 @@ void count_all(const std::uint8_t* symbols, std::size_t count, Histogram& histog
     }
 }
 
+// Two counts in turns, for the same reason.
 void count_rows(const Differences& d, const std::uint8_t* symbols,
                 const std::vector<std::uint8_t>& row_class, Histogram& histogram) {
+    Histogram odd(histogram.size());
     for (std::size_t r = 0; r < d.rows; ++r) {
         std::uint32_t* const counts = histogram.data() + std::size_t{row_class[r]} * 256;
+        std::uint32_t* const others = odd.data() + std::size_t{row_class[r]} * 256;
         const std::uint8_t* const row = symbols + r * d.cols;
-        for (std::size_t i = 0; i < d.cols; ++i) ++counts[row[i]];
+        std::size_t i = 0;
+        for (; i + 2 <= d.cols; i += 2) {
+            ++counts[row[i]];
+            ++others[row[i + 1]];
+        }
+        if (i < d.cols) ++counts[row[i]];
     }
+    for (std::size_t i = 0; i < odd.size(); ++i) histogram[i] += odd[i];
+}
+
+std::uint64_t sum_of(const std::uint8_t* bytes, std::size_t count) {
+    std::uint64_t sum = 0;
+    std::size_t i = 0;
+    // Eight bytes by one multiplication: their sum stays below 2^16.
+    for (; i + 8 <= count; i += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, bytes + i, sizeof word);
+        const std::uint64_t pairs =
+            (word & 0x00FF00FF00FF00FFU) + (word >> 8 & 0x00FF00FF00FF00FFU);
+        sum += pairs * 0x0001000100010001U >> 48;
+    }
+    for (; i < count; ++i) sum += bytes[i];
+    return sum;
 }
 
 // Rows that did not change, rows whose differences are all but spelled out by their symbols, and
@@ -87,8 +112,7 @@ void classes_by_kind(const Differences& d, const Alphabet& alphabet, const std::
     for (std::size_t r = 0; r < d.rows; ++r) {
         const std::uint8_t* const row = symbols + r * d.cols;
         const std::uint8_t* const classes = d.classes + r * d.cols;
-        std::uint64_t sum = 0;
-        for (std::size_t i = 0; i < d.cols; ++i) sum += classes[i];
+        const std::uint64_t sum = sum_of(classes, d.cols);
         std::size_t raw = all_inexact ? d.cols : 0;
         if (!all_inexact) {
             for (std::size_t i = 0; i < d.cols; ++i) raw += inexact[row[i]];
@@ -179,28 +203,37 @@ unsigned merge_classes(const Differences& d, unsigned n_symbols, std::size_t mos
     return static_cast<unsigned>(parts.size());
 }
 
-std::uint32_t largest_exponent(const Differences& d) {
-    // Of finite numbers and all others: the exponent field of the largest magnitude.
-    const std::size_t item = d.layout.item_bytes;
-    std::uint64_t largest = 0;
-    const std::uint64_t mask = (std::uint64_t{1} << d.layout.exponent_bits) - 1;
-    const auto scan = [&](auto word) {
-        using Word = decltype(word);
-        constexpr auto kMagnitude = static_cast<Word>(static_cast<Word>(~Word{0}) >> 1);
-        Word top = 0;
-        for (std::size_t i = 0; i < d.count(); ++i) {
-            std::memcpy(&word, d.base + i * sizeof(Word), sizeof(Word));
-            top = std::max(top, static_cast<Word>(word & kMagnitude));
+// The exponent field of the largest magnitude, whatever it is.
+template <class Word>
+std::uint64_t largest_magnitude(const std::uint8_t* from, std::size_t count) {
+    // Eight at once do not wait for each other. (Comparing signed is what SSE2 can.)
+    using Signed = std::make_signed_t<Word>;
+    constexpr auto kMagnitude = static_cast<Word>(static_cast<Word>(~Word{0}) >> 1);
+    constexpr std::size_t kLanes = 64 / sizeof(Word);
+    std::array<Signed, kLanes> top{};
+    std::size_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        std::array<Word, kLanes> words;
+        std::memcpy(words.data(), from + i * sizeof(Word), sizeof words);
+        for (std::size_t k = 0; k < kLanes; ++k) {
+            const auto magnitude = static_cast<Signed>(words[k] & kMagnitude);
+            top[k] = magnitude > top[k] ? magnitude : top[k];
         }
-        largest = top;
-    };
-    if (item == 8) {
-        scan(std::uint64_t{});
-    } else if (item == 4) {
-        scan(std::uint32_t{});
-    } else {
-        scan(std::uint16_t{});
     }
+    for (; i < count; ++i) {
+        Word word;
+        std::memcpy(&word, from + i * sizeof(Word), sizeof word);
+        top[0] = std::max(top[0], static_cast<Signed>(word & kMagnitude));
+    }
+    return static_cast<std::uint64_t>(*std::max_element(top.begin(), top.end()));
+}
+
+std::uint32_t largest_exponent(const Differences& d) {
+    const std::uint64_t mask = (std::uint64_t{1} << d.layout.exponent_bits) - 1;
+    const std::uint64_t largest =
+        d.layout.item_bytes == 8   ? largest_magnitude<std::uint64_t>(d.base, d.count())
+        : d.layout.item_bytes == 4 ? largest_magnitude<std::uint32_t>(d.base, d.count())
+                                   : largest_magnitude<std::uint16_t>(d.base, d.count());
     return static_cast<std::uint32_t>(largest >> d.layout.mantissa_bits & mask);
 }
 
@@ -215,10 +248,15 @@ RowGroup equal_contexts(Feature feature, DeltaLayout layout) {
 }
 
 void count_contexts(const std::uint8_t* symbols, const std::uint8_t* contexts, std::size_t count,
-                    std::uint32_t* histogram) {
-    for (std::size_t i = 0; i < count; ++i) {
+                    Histogram& histogram) {
+    Histogram odd(histogram.size());
+    std::size_t i = 0;
+    for (; i + 2 <= count; i += 2) {
         ++histogram[std::size_t{contexts[i]} << 8 | symbols[i]];
+        ++odd[std::size_t{contexts[i + 1]} << 8 | symbols[i + 1]];
     }
+    if (i < count) ++histogram[std::size_t{contexts[i]} << 8 | symbols[i]];
+    for (i = 0; i < odd.size(); ++i) histogram[i] += odd[i];
 }
 
 // Pieces of the mantissa's range within which all of a group's rows have one symbol, and pieces
@@ -293,7 +331,7 @@ void choose_features(const Differences& d, const CodecKernels& codec, const Plan
         assign_contexts(trial, d.base, d.rows, d.cols, d.layout, codec, room.features,
                         room.contexts);
         histogram.assign(std::size_t{trial.n_contexts} * 256, 0);
-        count_contexts(room.symbols, room.contexts, d.count(), histogram.data());
+        count_contexts(room.symbols, room.contexts, d.count(), histogram);
         std::size_t at = 0;
         for (std::size_t g = 0; g < n_groups; ++g) {
             offer(choices[g], groups[g], histogram.data() + at * 256, n_symbols);
