@@ -10,8 +10,8 @@ namespace {
 #include "kernels/codec_common-inl.hpp"
 #include "kernels/delta_common-inl.hpp"
 
-constexpr CodecKernels kCodec = {split_planes<ScalarRows>, merge_planes<ScalarRows>,
-                                 huffman_decode, kDelta};
+constexpr CodecKernels kCodec = {split_planes<ScalarRows>, merge_planes<ScalarRows>, huffman_decode,
+                                 kDelta};
 
 }  // namespace
 }  // namespace pydedup::isa_scalar

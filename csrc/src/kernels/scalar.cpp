@@ -11,12 +11,8 @@
 namespace pydedup {
 
 const KernelTable kScalarKernels = {
-    "scalar",
-    isa_scalar::kHash,
-    isa_scalar::kCodec,
-    isa_scalar::kGemm,
-    isa_scalar::kRows,
-    isa_scalar::kSimilarity,
+    "scalar",          isa_scalar::kHash, isa_scalar::kCodec,
+    isa_scalar::kGemm, isa_scalar::kRows, isa_scalar::kSimilarity,
 };
 
 }  // namespace pydedup
