@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Searching near duplicates among many blocks: our index beside those of faiss, and MinHash.
 
-    python bench/peers/similarity_search.py [--blocks 100000] [--queries 10000] [--json]
+    python bench/peers/similarity_search.py [--blocks 100000] [--queries 10000] [--only PEER]
 
 Blocks of 64x64 f32 drawn from N(0, 0.02), so 1.6 GB of them; each query is one of them plus noise,
 at a relative distance of 1 to 5 %, and asks for the nearest. Every side gets the same arrays and
@@ -39,6 +39,7 @@ from rich.table import Table
 from pydedup.similarity import L2LSH
 
 SIDE = 64
+DIM = SIDE * SIDE
 THREADS = 2
 #: Recall that a peer needs to be one.
 ENOUGH = 0.95
@@ -141,49 +142,65 @@ def faiss_row(
         )
 
 
-def peers(data: Data) -> Iterator[Row]:
-    """Yield the indexes of faiss that are meant for this, some with a small sweep."""
-    dim = data.blocks.shape[1]
-    yield from faiss_row("IndexFlatL2", faiss.IndexFlatL2(dim), data, queries=500)
-    for bits in (32, 64, 128):
-        yield from faiss_row(f"IndexLSH, {bits} bits", faiss.IndexLSH(dim, bits), data)
-    yield from binary_hash(data)
-    for lists in (64, 256):
-        index = faiss.index_factory(dim, f"IVF{lists},Flat")
-        settings = {f", nprobe {n}": lambda i=index, n=n: setattr(i, "nprobe", n) for n in (1, 4)}
-        yield from faiss_row(
-            f"IVF{lists},Flat", index, data, train=40 * lists, queries=500, settings=settings
-        )
-    for factory, train in (
-        ("PQ64x4fs,RFlat", 4000),
-        ("IVF256,PQ64x4fs,RFlat", 10240),
-        ("IVF64,PQ64,RFlat", 2560),
-    ):
-        refined: Any = faiss.index_factory(dim, factory)
-        refined.k_factor = 8
-        inner: Any = faiss.downcast_index(refined.base_index)
-        inner.pq.cp.niter = 5
-        if factory.startswith("IVF"):
-            inner.nprobe = 4
-        yield from faiss_row(factory, refined, data, train=train, queries=2000)
-    few = data.true < 4000
-    small = Data(data.blocks[:4000], data.queries[few], data.true[few])
-    graph = faiss.IndexHNSWFlat(dim, 32)
-    efforts = {
-        f", efSearch {n}": lambda i=graph, n=n: setattr(i.hnsw, "efSearch", n) for n in (16, 128)
+def peers() -> dict[str, Callable[[Data], Iterator[Row]]]:
+    """Return all peers by name: the indexes of faiss that are meant for this, and MinHash."""
+    return {
+        "IndexFlatL2": lambda d: faiss_row("IndexFlatL2", faiss.IndexFlatL2(DIM), d, queries=200),
+        "IndexLSH": lsh,
+        "IndexBinaryMultiHash": binary_hash,
+        "IVF64,Flat": lambda d: inverted(64, d),
+        "IVF256,Flat": lambda d: inverted(256, d),
+        "PQ64x4fs,RFlat": lambda d: quantised("PQ64x4fs,RFlat", 4000, d),
+        "IVF256,PQ64x4fs,RFlat": lambda d: quantised("IVF256,PQ64x4fs,RFlat", 10240, d),
+        "IVF64,PQ64,RFlat": lambda d: quantised("IVF64,PQ64,RFlat", 2560, d),
+        "HNSW32": graph,
+        "MinHashLSH": min_hash,
     }
-    yield from faiss_row("HNSW32", graph, small, settings=efforts)
+
+
+def lsh(data: Data) -> Iterator[Row]:
+    """Yield signs of projections, compared with all others."""
+    for bits in (32, 64, 128):
+        yield from faiss_row(f"IndexLSH, {bits} bits", faiss.IndexLSH(DIM, bits), data)
+
+
+def inverted(lists: int, data: Data) -> Iterator[Row]:
+    """Yield clusters, the nearest of which are looked through."""
+    index: Any = faiss.index_factory(DIM, f"IVF{lists},Flat")
+    probes = {f", nprobe {n}": partial(setattr, index, "nprobe", n) for n in (1, 4)}
+    yield from faiss_row(
+        f"IVF{lists},Flat", index, data, train=40 * lists, queries=200, settings=probes
+    )
+
+
+def quantised(factory: str, train: int, data: Data) -> Iterator[Row]:
+    """Yield product quantisers, the best candidates of which are compared exactly."""
+    index: Any = faiss.index_factory(DIM, factory)
+    index.k_factor = 8
+    inner: Any = faiss.downcast_index(index.base_index)
+    inner.pq.cp.niter = 5
+    if factory.startswith("IVF"):
+        inner.nprobe = 4
+    yield from faiss_row(factory, index, data, train=train, queries=2000)
+
+
+def graph(data: Data) -> Iterator[Row]:
+    """Yield a graph of neighbours, of few blocks."""
+    few = data.true < 4000
+    index: Any = faiss.IndexHNSWFlat(DIM, 32)
+    efforts = {f", efSearch {n}": partial(setattr, index.hnsw, "efSearch", n) for n in (16, 128)}
+    small = Data(data.blocks[:4000], data.queries[few], data.true[few])
+    yield from faiss_row("HNSW32", index, small, settings=efforts)
 
 
 def binary_hash(data: Data) -> Iterator[Row]:
     """Yield what an expert would put together: signs of projections, hashed by IndexBinaryHash."""
-    dim = data.blocks.shape[1]
     bits = 64
 
     def project(blocks: Blocks) -> NDArray[np.uint8]:
         return np.packbits(blocks @ projections > 0, axis=1)
 
-    projections = np.random.default_rng(1).standard_normal((dim, bits), np.float32)
+    projections = np.random.default_rng(1).standard_normal((DIM, bits), np.float32)
     index = faiss.IndexBinaryMultiHash(bits, 4, 16)
     seconds, _ = clock(lambda: index.add(project(data.blocks)))
     spent, (_, found) = clock(lambda: index.search(project(data.queries), 1))
@@ -237,13 +254,17 @@ def main() -> None:
     )
     parser.add_argument("--blocks", type=int, default=100_000, help="(%(default)s)")
     parser.add_argument("--queries", type=int, default=10_000, help="(%(default)s)")
+    parser.add_argument(
+        "--only", action="append", choices=list(peers()), metavar="PEER", help=", ".join(peers())
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     options = parser.parse_args()
     faiss.omp_set_num_threads(THREADS)
     data = make_data(options.blocks, min(options.queries, options.blocks))
     rows: list[Row] = []
-    for area in (ours, peers, min_hash):
-        for row in area(data):
+    chosen = [peer for name, peer in peers().items() if not options.only or name in options.only]
+    for side in (ours, *chosen):
+        for row in side(data):
             rows.append(row)
             print(f"  {row.name}: {row.build:.2f} s, {row.rate:.0f}/s, {row.recall:.3f}",
                   file=sys.stderr, flush=True)  # fmt: skip
