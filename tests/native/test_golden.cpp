@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // The files of tests/golden with the core alone, so that they hold wherever it can be compiled:
 // what one machine stored, every other reads, and would have stored the same.
-#include <cstdlib>
+#include <array>
+#include <cmath>
 #include <fstream>
 #include <iterator>
 #include <string>
 #include <vector>
 
 #include "check.hpp"
+#include "codec/convert.hpp"
 #include "kernels.hpp"
 #include "pydedup/hash.hpp"
 #include "pydedup/page_format.hpp"
+#include "pydedup/similarity.hpp"
 
 using namespace pydedup;
 using namespace pydedup::testing;
@@ -30,8 +33,8 @@ struct Vector {
     std::string digest;
 };
 
-// The text behind `"key":` from `at` on, which then points behind it. The file is ours, of one
-// form: a JSON list of objects with these three keys in this order.
+// The text behind `"key":` from `at` on, which then points behind it. The files are ours, of one
+// form: lists of objects whose keys come in this order.
 std::string value_of(const std::string& json, const std::string& key, std::size_t& at) {
     const std::string quoted = "\"" + key + "\": ";
     const std::size_t begin = json.find(quoted, at);
@@ -52,18 +55,17 @@ std::vector<Vector> hash_vectors() {
     }
 }
 
-// Bytes of a digest in the order of memory, as hexadecimal.
-std::string hex(const std::uint64_t (&halves)[2]) {
+std::string hex(Bytes bytes) {
     std::string text;
-    for (const std::uint64_t half : halves) {
-        for (unsigned byte = 0; byte < 8; ++byte) {
-            const auto value = static_cast<unsigned>(half >> (8 * byte)) & 0xFFU;
-            text += "0123456789abcdef"[value >> 4];
-            text += "0123456789abcdef"[value & 15U];
-        }
+    for (const std::byte byte : bytes) {
+        text += "0123456789abcdef"[static_cast<unsigned>(byte) >> 4];
+        text += "0123456789abcdef"[static_cast<unsigned>(byte) & 15U];
     }
     return text;
 }
+
+// In the order of memory, which is little-endian here as on disk.
+std::string hex(Digest digest) { return hex(std::as_bytes(std::span(&digest, 1))); }
 
 std::vector<std::uint8_t> golden_input(std::size_t length) {
     std::vector<std::uint8_t> bytes(length);
@@ -86,7 +88,7 @@ TEST(hashes_of_version_1_are_the_same_from_every_kernel) {
         for (const KernelTable* table : runnable_kernels()) {
             std::uint64_t out[2];
             table->hash.hash_rows(data.data(), 1, data.size(), data.size(), vector.seed, out);
-            CHECK(hex(out) == vector.digest);
+            CHECK(hex(Digest{out[0], out[1]}) == vector.digest);
         }
     }
 }
@@ -132,6 +134,81 @@ TEST(the_page_of_version_1_is_written_byte_for_byte) {
     std::vector<std::byte> built(page_bytes(blocks));
     build_page(blocks, built);
     CHECK(std::ranges::equal(built, bytes_of(page_file)));
+}
+
+// Deltas decode to the same bits; the digest was taken on x86-64 with the scalar kernels.
+TEST(the_page_of_version_2_is_read) {
+    const std::string page_file = read_file("page_v2.page");
+    const PageView page = PageView::parse(bytes_of(page_file));
+    CHECK(page.n_slots() == 18);
+    std::vector<std::byte> content;
+    std::size_t deltas = 0;
+    for (std::size_t slot = 0; slot < page.n_slots(); ++slot) {
+        const BlockView block = page.block(slot);
+        std::vector<std::byte> decoded(block.raw_bytes());
+        if (is_delta(block.encoding)) {
+            decode_delta(block, page.block(block.base - 1), decoded.data(), block.row_bytes());
+            ++deltas;
+        } else {
+            decode_block(block, decoded.data(), block.row_bytes());
+        }
+        content.insert(content.end(), decoded.begin(), decoded.end());
+    }
+    CHECK(deltas == 15);
+    CHECK(hex(hash_bytes(content)) == "153acae56427cb0ae95c384f04a4a350");
+}
+
+namespace {
+
+// Six blocks of numbers in [-1, 1): two equal, one zero, one with a NaN.
+std::vector<std::byte> golden_blocks(Dtype dtype, std::size_t elements) {
+    std::vector<double> values(6 * elements);
+    std::uint32_t state = 1;
+    for (double& value : values) {
+        state = state * 1664525U + 1013904223U;
+        value = (static_cast<double>(state >> 25) - 64) / 64;
+    }
+    std::copy_n(values.data(), elements, values.data() + 2 * elements);
+    std::fill_n(values.data() + 3 * elements, elements, 0.0);
+    values.at(5 * elements - 1) = std::nan("");
+    std::vector<std::byte> blocks(values.size() * item_bytes(dtype));
+    detail::convert_floats(reinterpret_cast<const std::uint8_t*>(values.data()), Dtype::f64,
+                           values.size(), reinterpret_cast<std::uint8_t*>(blocks.data()), dtype);
+    return blocks;
+}
+
+Dtype dtype_named(const std::string& quoted) {
+    if (quoted == "\"f32\"") return Dtype::f32;
+    if (quoted == "\"f64\"") return Dtype::f64;
+    return quoted == "\"f16\"" ? Dtype::f16 : Dtype::bf16;
+}
+
+}  // namespace
+
+TEST(similarity_indexes_of_version_1_are_built_byte_for_byte) {
+    static_assert(kSimilarityVersion == 1);
+    const std::string json = read_file("similarity_v1.json");
+    const std::array<std::int64_t, 6> ids{10, std::int64_t{1} << 40, 11, 12, 0, 3};
+    std::size_t count = 0;
+    for (std::size_t at = 0;; ++count) {
+        const std::string name = value_of(json, "dtype", at);
+        if (name.empty()) break;
+        const Dtype dtype = dtype_named(name);
+        const std::string shape = json.substr(json.find('[', at) + 1, 40);
+        std::size_t used = 0;
+        const std::size_t rows = std::stoull(shape, &used);
+        const std::size_t cols = std::stoull(shape.substr(used + 1));
+        const std::size_t bands = std::stoull(value_of(json, "bands", at));
+        const std::size_t band_rows = std::stoull(value_of(json, "rows", at));
+        const std::uint64_t seed = std::stoull(value_of(json, "seed", at));
+        const std::string payload = value_of(json, "payload", at);
+
+        L2Index index({dtype, rows, cols, 0.5, bands, band_rows, seed});
+        const auto blocks = golden_blocks(dtype, rows * cols);
+        index.add(dense_blocks(blocks.data(), ids.size(), rows, cols, dtype), ids);
+        CHECK('"' + hex(index.save()) + '"' == payload);
+    }
+    CHECK(count == 6);
 }
 
 PYDEDUP_TEST_MAIN
