@@ -12,7 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["PYDEDUP_KERNEL"] = "scalar"
+if __name__ == "__main__":  # before pydedup is there; not when a test imports this file
+    os.environ["PYDEDUP_KERNEL"] = "scalar"
 
 import numpy as np
 from numpy.typing import NDArray

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import runpy
 import struct
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -26,22 +25,7 @@ RUNNABLE = [
 MASK = (1 << 64) - 1
 
 
-def golden_module() -> ModuleType:
-    """The script that wrote the golden file; loading it demands no kernel of this process."""
-    before = os.environ.get("PYDEDUP_KERNEL")
-    spec = importlib.util.spec_from_file_location("golden", GOLDEN / "make_similarity_golden.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if before is None:
-        del os.environ["PYDEDUP_KERNEL"]
-    else:
-        os.environ["PYDEDUP_KERNEL"] = before
-    return module
-
-
-MAKE = golden_module()
+MAKE = runpy.run_path(str(GOLDEN / "make_similarity_golden.py"))
 INDEXES = json.loads((GOLDEN / "similarity_v1.json").read_text())["indexes"]
 
 
@@ -60,7 +44,7 @@ def test_old_indexes_are_read_and_written_again(number: int) -> None:
         0.5,
     )
     assert index.ids.tolist() == [0, 3, 10, 11, 12, 2**40]
-    blocks = MAKE.golden_blocks(case["dtype"], case["shape"])
+    blocks = MAKE["golden_blocks"](case["dtype"], case["shape"])
     ids, found = index.query(blocks)
     assert ids[:, 0].tolist() == [10, 2**40, 10, 12, -1, 3]
     assert (found[ids >= 0] == 0).all()
@@ -201,7 +185,7 @@ def test_the_format_is_what_the_document_says(number: int) -> None:
         last += (step >> 1) ^ -(step & 1)
         ids.append(last)
     assert ids == [10, 11, 2**40, 12, 3, 0]
-    blocks = MAKE.golden_blocks(case["dtype"], case["shape"]).astype(np.float64)
+    blocks = MAKE["golden_blocks"](case["dtype"], case["shape"]).astype(np.float64)
     for group, block in enumerate((blocks[0], blocks[1], blocks[3], blocks[5])):
         assert rms[group] == pytest.approx(np.sqrt((block**2).mean()), rel=1e-6)
         sketch = sketches.reshape(groups, length)[group]

@@ -101,11 +101,14 @@ def test_every_truncation_is_noticed() -> None:
 
 def test_newer_version_is_told_apart() -> None:
     payload = bytearray(small_page())
-    payload[4:6] = b"\x02\0"
-    with pytest.raises(SchemaVersionError, match=r"format version 2.*use a newer pydedup"):
+    payload[4:6] = b"\x03\0"
+    with pytest.raises(SchemaVersionError, match=r"format version 3.*use a newer pydedup"):
         codec.Page(bytes(payload))
-    with pytest.raises(SchemaVersionError, match="format version 2"):
+    with pytest.raises(SchemaVersionError, match="format version 3"):
         codec.page_checksum(bytes(payload))
+    payload[4:6] = b"\x02\0"
+    with pytest.raises(CorruptStoreError, match="version 2 is for pages with deltas"):
+        codec.Page(bytes(payload))
 
 
 def test_pages_are_read_and_dropped_by_many_threads() -> None:
@@ -135,7 +138,8 @@ def test_pages_are_read_and_dropped_by_many_threads() -> None:
         ({"offsets": [-1]}, "outside of the arena"),
         ({"lengths": [63]}, "does not fit its shape"),
         ({"lengths": [-1]}, "outside of the arena"),
-        ({"encodings": [2]}, "unknown encoding"),
+        ({"encodings": [4]}, "unknown encoding"),
+        ({"encodings": [2], "lengths": [32]}, "names no base"),
         ({"encodings": [1]}, "longer than its raw block"),
         ({"encodings": [256]}, "encodings has values that do not fit uint8"),
         ({"dtypes": [0]}, "unknown dtype"),
