@@ -78,7 +78,7 @@ py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size
     std::uint8_t* const encoding_of = encodings.mutable_data();
     std::size_t used = 0;
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         std::vector<EncodedBlock> encoded(chosen.size());
         used = encode_blocks(matrix, grid, chosen, planes, bytes, starts, encoded, threads);
         for (std::size_t i = 0; i < encoded.size(); ++i) {
@@ -129,7 +129,7 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
     std::uint8_t* const encoding_of = encodings.mutable_data();
     std::size_t used = 0;
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         std::vector<EncodedBlock> encoded(chosen.size());
         used = encode_deltas(matrix, grid, chosen, bases, most, max_rel_error, bytes, starts,
                              encoded, threads);
@@ -157,7 +157,7 @@ py::array_t<std::int64_t> estimate_deltas_of(
     py::array_t<std::int64_t> estimates(static_cast<py::ssize_t>(chosen.size()));
     const std::span<std::int64_t> out(estimates.mutable_data(), chosen.size());
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         estimate_deltas(matrix, grid, chosen, bases, max_rel_error, out, threads);
     }
     return estimates;
@@ -200,7 +200,7 @@ py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64
     const std::span<std::byte> out(reinterpret_cast<std::byte*>(PyBytes_AS_STRING(page.ptr())),
                                    total);
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         build_page(blocks, out);
     }
     return page;
@@ -209,7 +209,7 @@ py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64
 std::shared_ptr<Page> page_of(const py::bytes& payload) {
     const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(payload.ptr()));
     std::shared_ptr<const std::byte> memory = share_bytes(payload);
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     return std::make_shared<Page>(std::move(memory), size);
 }
 
@@ -245,7 +245,7 @@ void read_blocks_into(const py::sequence& pages, const Array<std::uint32_t>& pag
     auto* const to = reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
     const PageList held = as_pages(pages);
     const std::vector<StoredBlock> stored = as_stored(page_index, slots);
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     read_blocks(pointers(held), stored, chosen, grid, matrix.dtype, to, matrix.stride_bytes,
                 threads);
 }
@@ -278,7 +278,7 @@ void read_deltas_into(const py::sequence& pages, const Array<std::uint32_t>& pag
         bases.push_back(
             {base_at[i] < 0 ? kNoPage : static_cast<std::uint32_t>(base_at[i]), base_slot[i]});
     }
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     const std::vector<const Page*> base_list = pointers(held_bases);
     read_blocks(pointers(held), stored, {base_list, bases}, chosen, grid, matrix.dtype, to,
                 matrix.stride_bytes, threads);
@@ -297,7 +297,7 @@ py::array_t<bool> blocks_equal_to(const Array<std::uint8_t>& data, int dtype,
     py::array_t<bool> equal(static_cast<py::ssize_t>(chosen.size()));
     const std::span<bool> out(equal.mutable_data(), chosen.size());
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         blocks_equal(pointers(held), stored, chosen, matrix, grid, out, threads);
     }
     return equal;
@@ -307,7 +307,7 @@ py::array_t<std::uint64_t> page_digests_of(const std::shared_ptr<Page>& page, un
     py::array_t<std::uint64_t> digests({page->n_slots(), std::size_t{2}});
     const std::span<Digest> out(reinterpret_cast<Digest*>(digests.mutable_data()), page->n_slots());
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         page_digests(*page, out, threads);
     }
     return digests;
@@ -315,7 +315,7 @@ py::array_t<std::uint64_t> page_digests_of(const std::shared_ptr<Page>& page, un
 
 bool same_block_on(const std::shared_ptr<Page>& page_a, std::size_t slot_a,
                    const std::shared_ptr<Page>& page_b, std::size_t slot_b) {
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     return same_block(page_a->block(slot_a), page_b->block(slot_b));
 }
 

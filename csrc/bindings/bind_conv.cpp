@@ -51,7 +51,7 @@ class BoundConv2d {
     void feed(const py::sequence& pages, const Array<std::uint32_t>& page_index,
               const Array<std::uint32_t>& slots) {
         const HeldBlocks held = hold_blocks(pages, page_index, slots);
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         conv_->feed(held.blocks);
     }
 

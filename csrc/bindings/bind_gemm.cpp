@@ -15,7 +15,7 @@ void activate_array(const py::array& values, const std::string& activation, unsi
     const auto count = static_cast<std::size_t>(values.size());
     std::byte* const data = data_of(values, dtype, count, true, "values");
     const Activation chosen = as_activation(activation);
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     activate(data, dtype, count, chosen, threads);
 }
 
@@ -43,14 +43,14 @@ class BoundMatmul {
             transpose,
             data_of(y_, compute, m * out, true, "y"),
             threads};
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         matmul_ = std::make_unique<Matmul>(problem);
     }
 
     void feed(const py::sequence& pages, const Array<std::uint32_t>& page_index,
               const Array<std::uint32_t>& slots) {
         const HeldBlocks held = hold_blocks(pages, page_index, slots);
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         matmul_->feed(held.blocks);
     }
 

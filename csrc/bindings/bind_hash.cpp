@@ -55,7 +55,7 @@ std::uint64_t as_seed(PyObject* object) {
 
 Digest digest_of(Bytes bytes, std::uint64_t seed) {
     if (bytes.size() < kReleaseGilBytes) return hash_bytes(bytes, seed);
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     return hash_bytes(bytes, seed);
 }
 
@@ -143,7 +143,7 @@ void bind_hash(py::module_& m) {
             py::array_t<std::uint64_t> digests({grid.count(), std::size_t{2}});
             std::span<Digest> out(reinterpret_cast<Digest*>(digests.mutable_data()), grid.count());
             {
-                const py::gil_scoped_release release;
+                const WithoutGil no_gil;
                 hash_blocks(matrix, grid, seed, out, threads);
             }
             return digests;

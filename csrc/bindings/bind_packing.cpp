@@ -64,7 +64,7 @@ void bind_packing(py::module_& m) {
             if (weights) request.weights = as_span(*weights, "weights");
             PackResult result;
             {
-                const py::gil_scoped_release release;
+                const WithoutGil no_gil;
                 result = pack_pages(request);
             }
             return py::make_tuple(
@@ -85,7 +85,7 @@ void bind_packing(py::module_& m) {
                                                    existing_indptr, existing_ids, algorithm);
             const LayoutClaim claim{as_rows(page_indptr, page_ids, "pages"),
                                     as_rows(read_indptr, read_pages, "reads")};
-            const py::gil_scoped_release release;
+            const WithoutGil no_gil;
             check_layout(request, claim);
         },
         py::arg("owner_indptr").noconvert(), py::arg("owner_ids").noconvert(), py::arg("capacity"),

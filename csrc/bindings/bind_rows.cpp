@@ -29,7 +29,7 @@ std::unique_ptr<RowTable> make_table(std::size_t rows, std::size_t cols, std::si
     const auto slot_of = as_span(slots, "slots");
     const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
     const Dtype type = as_dtype(dtype);
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     return std::make_unique<RowTable>(grid, type, pages, slot_of);
 }
 
@@ -72,7 +72,7 @@ py::object with_pool(const RowTable& table, BufferPool& pool, std::span<const st
     std::vector<std::int64_t> wanted;
     bool done = false;
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         wanted = table.pages_of(ids);
         if (const BufferPool::Pins pins = pool.pin_all(wanted)) {
             use(std::span<const std::int64_t>(wanted), std::span<const Page* const>(*pins));
@@ -96,7 +96,7 @@ void with_pages(const Array<std::int64_t>& page_ids, const py::sequence& pages, 
         held.push_back(py::cast<std::shared_ptr<Page>>(page));
         plain.push_back(held.back().get());
     }
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     use(numbers, std::span<const Page* const>(plain));
 }
 

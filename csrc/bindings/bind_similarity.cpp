@@ -88,13 +88,13 @@ void add_blocks(L2Index& index, const py::array& blocks, const Array<std::int64_
                 unsigned threads) {
     const BlockBatch batch = blocks_for(index, blocks, whole);
     const auto new_ids = as_span(ids, "ids");
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     index.add(batch, new_ids, threads);
 }
 
 void remove_ids(L2Index& index, const Array<std::int64_t>& ids) {
     const auto old_ids = as_span(ids, "ids");
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     index.remove(old_ids);
 }
 
@@ -106,7 +106,7 @@ py::tuple query_blocks(const L2Index& index, const py::array& blocks, std::size_
     const std::span out_ids(ids.mutable_data(), batch.count * k);
     const std::span out_distances(distances.mutable_data(), batch.count * k);
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         index.query(batch, k, out_ids, out_distances, threads);
     }
     return py::make_tuple(ids, distances);
@@ -119,7 +119,7 @@ py::array_t<std::int32_t> hash_blocks_of(const L2Index& index, const py::array& 
     py::array_t<std::int32_t> hashes({batch.count, p.bands, p.band_rows});
     const std::span out(hashes.mutable_data(), static_cast<std::size_t>(hashes.size()));
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         index.hashes(batch, out, threads);
     }
     return hashes;
@@ -128,7 +128,7 @@ py::array_t<std::int32_t> hash_blocks_of(const L2Index& index, const py::array& 
 py::bytes save_index(const L2Index& index) {
     std::vector<std::byte> bytes;
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         bytes = index.save();
     }
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
@@ -137,12 +137,16 @@ py::bytes save_index(const L2Index& index) {
 std::unique_ptr<L2Index> load_index(const py::bytes& payload, unsigned threads) {
     const std::shared_ptr<const std::byte> memory = share_bytes(payload);
     const Bytes bytes(memory.get(), static_cast<std::size_t>(PyBytes_GET_SIZE(payload.ptr())));
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
     return L2Index::load(bytes, threads);
 }
 
 py::array_t<std::int64_t> ids_of(const L2Index& index) {
-    const std::vector<std::int64_t> ids = index.ids();
+    std::vector<std::int64_t> ids;
+    {
+        const WithoutGil no_gil;
+        ids = index.ids();
+    }
     return py::array_t<std::int64_t>(static_cast<py::ssize_t>(ids.size()), ids.data());
 }
 
@@ -158,7 +162,7 @@ py::array_t<double> compare(const py::array& a, const py::array& b, int dtype, s
     py::array_t<double> out({lefts.size(), std::size_t{3}});
     const std::span distances(reinterpret_cast<Distance*>(out.mutable_data()), lefts.size());
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         compare_blocks(from, to, lefts, rights, eps, limit, distances, threads);
     }
     return out;
@@ -170,7 +174,7 @@ py::array_t<double> magnitudes(const py::array& blocks, int dtype, std::size_t r
     py::array_t<double> out(static_cast<py::ssize_t>(batch.count));
     const std::span values(out.mutable_data(), batch.count);
     {
-        const py::gil_scoped_release release;
+        const WithoutGil no_gil;
         block_magnitudes(batch, values, threads);
     }
     return out;
@@ -179,6 +183,8 @@ py::array_t<double> magnitudes(const py::array& blocks, int dtype, std::size_t r
 }  // namespace
 
 void bind_similarity(py::module_& m) {
+    // Whatever takes the lock of the index may wait as long as an add takes.
+    const py::call_guard<WithoutGil> without_gil;
     py::class_<L2Index>(m, "L2Index")
         .def(py::init(&make_index), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
              py::arg("r"), py::arg("bands"), py::arg("band_rows"), py::arg("seed"))
@@ -188,12 +194,13 @@ void bind_similarity(py::module_& m) {
         .def("query", &query_blocks, py::arg("blocks"), py::arg("k"), py::arg("whole"),
              py::arg("threads") = 0)
         .def("hashes", &hash_blocks_of, py::arg("blocks"), py::arg("whole"), py::arg("threads") = 0)
-        .def("contains", &L2Index::contains, py::arg("id"))
+        .def("contains", &L2Index::contains, py::arg("id"), without_gil)
         .def("ids", &ids_of)
         .def("save", &save_index)
         .def_static("load", &load_index, py::arg("payload"), py::arg("threads") = 0)
-        .def_property_readonly("size", &L2Index::size)
-        .def_property_readonly("memory_bytes", &L2Index::memory_bytes)
+        .def_property_readonly("size", py::cpp_function(&L2Index::size, without_gil))
+        .def_property_readonly("memory_bytes",
+                               py::cpp_function(&L2Index::memory_bytes, without_gil))
         .def_property_readonly("parameters", [](const L2Index& index) {
             const LshParameters& p = index.parameters();
             return py::make_tuple(static_cast<int>(p.dtype), p.rows, p.cols, p.r, p.bands,

@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 
+#include "gil.hpp"
 #include "pydedup/error.hpp"
 #include "pydedup/types.hpp"
 

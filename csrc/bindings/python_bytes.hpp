@@ -16,7 +16,7 @@ struct ReleaseBytes {
 
     void operator()(const std::byte*) const noexcept {
         if (Py_IsInitialized() == 0) return;
-        const py::gil_scoped_acquire acquire;
+        const WithGil gil;
         Py_DECREF(object);
     }
 };
