@@ -203,8 +203,9 @@ _LARGEST = 2**31 - 1
 
 def _sizes(value: object, name: str, lengths: tuple[int, ...], least: int) -> tuple[int, ...]:
     """Return an integer, or a sequence of as many as ``lengths`` allow, as a tuple."""
+    several = isinstance(value, Sequence | np.ndarray)
     values = list(value) if isinstance(value, Sequence | np.ndarray) else [value]
-    if isinstance(value, str) or len(values) not in (1, *lengths):
+    if isinstance(value, str) or (several and len(values) not in lengths):
         wanted = "".join(f" or {length} of them" for length in lengths)
         raise ArgumentError(f"{name} is {value!r}; give an integer{wanted}")
     sizes = []

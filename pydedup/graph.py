@@ -14,6 +14,14 @@ attributes. What the operations compute (``x`` is the first input, ``y`` the sec
                    as one more offset when ``include_last_offset``. Entries equal to
                    ``padding_idx`` (negative: counted from the end) do not count. An empty bag
                    is zero
+``conv2d``         cross-correlation of images (batch, channels, height, width)
+                   with weight (out, channels / ``groups``, kernel_h, kernel_w), ``+ bias``;
+                   ``stride`` and ``dilation`` are [vertical, horizontal], ``padding`` [top, left,
+                   bottom, right] of zeros
+``max_pool2d`` ``avg_pool2d``   over windows of ``kernel``, with ``stride``, ``dilation`` (max only)
+                   and ``padding`` as above, which is smaller than the window; with ``ceil_mode``
+                   also over windows that begin in the image and end behind it. Padding is never
+                   the maximum; it counts in means when ``count_include_pad``
 ``relu`` ``sigmoid`` ``tanh`` ``silu`` ``identity``   as named
 ``gelu``           exact (``approximate="none"``) or the tanh form (``"tanh"``)
 ``leaky_relu``     ``x`` where positive, else ``alpha * x``
@@ -26,7 +34,7 @@ attributes. What the operations compute (``x`` is the first input, ``y`` the sec
 ``batch_norm``     ``(x - mean) / sqrt(var + eps) * weight + bias`` along ``axis``
 ``add`` ``mul`` ``sub``       with broadcasting
 ``concat``         all inputs along ``axis``
-``mean``           over ``axis`` (one or several), kept as size 1 when ``keepdims``
+``mean`` ``max``     over ``axis`` (one or several), kept as size 1 when ``keepdims``
 ``transpose``      axes in the order ``perm``
 =================  =============================================================================
 
@@ -75,6 +83,12 @@ class OpSpec:
 
 
 _TWO = OpSpec(2, 2)
+_POOL: Mapping[str, Any] = {
+    "kernel": ...,
+    "stride": ...,
+    "padding": [0, 0, 0, 0],
+    "ceil_mode": False,
+}
 
 #: The operations a graph may use.
 OPS: Mapping[str, OpSpec] = MappingProxyType(
@@ -89,6 +103,13 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             weights=("weight",),
             attrs={"mode": "mean", "padding_idx": None, "include_last_offset": False},
         ),
+        "conv2d": OpSpec(
+            weights=("weight",),
+            optional_weights=("bias",),
+            attrs={"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": 1},
+        ),
+        "max_pool2d": OpSpec(attrs={**_POOL, "dilation": [1, 1]}),
+        "avg_pool2d": OpSpec(attrs={**_POOL, "count_include_pad": True}),
         "relu": OpSpec(),
         "gelu": OpSpec(attrs={"approximate": "none"}),
         "sigmoid": OpSpec(),
@@ -111,13 +132,24 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
         "sub": _TWO,
         "concat": OpSpec(1, 1 << 16, attrs={"axis": ...}),
         "mean": OpSpec(attrs={"axis": ..., "keepdims": False}),
+        "max": OpSpec(attrs={"axis": ..., "keepdims": False}),
         "transpose": OpSpec(attrs={"perm": ...}),
     }
 )
 
-_INT_ATTRS = {"start_axis", "axes", "axis", "padding_idx"}
+_INT_ATTRS = {"start_axis", "axes", "axis", "padding_idx", "groups"}
 _FLOAT_ATTRS = {"alpha", "eps"}
-_BOOL_ATTRS = {"transpose", "include_last_offset", "keepdims"}
+_BOOL_ATTRS = {
+    "transpose",
+    "include_last_offset",
+    "keepdims",
+    "ceil_mode",
+    "count_include_pad",
+}
+#: Lists of sizes: how many, and the least each may be.
+_SIZES = {"kernel": (2, 1), "stride": (2, 1), "dilation": (2, 1), "padding": (4, 0)}
+#: What the kernels count with.
+_LARGEST_SIZE = 2**31 - 1
 _CHOICES = {"mode": ("sum", "mean", "max"), "approximate": ("none", "tanh")}
 
 
@@ -162,6 +194,9 @@ class Node:
             problem = _attr_problem(self.op, name, value)
             if problem:
                 raise ArgumentError(f"{self._where}: attribute {name!r} is {value!r}; {problem}")
+        problem = _window_problem(self)
+        if problem:
+            raise ArgumentError(f"{self._where}: {problem}")
 
     def attr(self, name: str) -> Any:
         """Return an attribute, or its default when the node does not give it."""
@@ -331,15 +366,35 @@ def _attr_problem(op: str, name: str, value: object) -> str | None:
     if name == "padding_idx" and value is None:
         return None
     listed = isinstance(value, list) and all(_is_int(item) for item in value)
-    if name in ("perm", "shape") or (op == "mean" and listed):
+    if name in _SIZES:
+        length, least = _SIZES[name]
+        sizes = value if isinstance(value, list) and listed else []
+        if len(sizes) == length and all(least <= size <= _LARGEST_SIZE for size in sizes):
+            return None
+        return f"it must be {length} integers of at least {least}, below 2**31"
+    if name in ("perm", "shape") or (op in ("mean", "max") and listed):
         if not listed:
             return "it must be a list of integers"
         return _list_problem(name, value)  # type: ignore[arg-type]
     assert name in _INT_ATTRS
     if not _is_int(value):
         return "it must be an integer"
-    if name == "axes" and value < 1:  # type: ignore[operator]
+    if name in ("axes", "groups") and value < 1:  # type: ignore[operator]
         return "it must be at least 1"
+    return None
+
+
+def _window_problem(node: Node) -> str | None:
+    """Say when a pool may have windows of nothing but padding."""
+    if node.op not in ("max_pool2d", "avg_pool2d"):
+        return None
+    kernel, padding = node.attr("kernel"), node.attr("padding")
+    dilation = node.attr("dilation") if node.op == "max_pool2d" else [1, 1]
+    for axis, name in enumerate(("vertical", "horizontal")):
+        reach = (kernel[axis] - 1) * dilation[axis] + 1
+        most = max(padding[axis], padding[axis + 2])
+        if 2 * most > reach:
+            return f"{name} padding of {most} is more than half of a window of {reach}"
     return None
 
 
@@ -365,6 +420,14 @@ def _shape_problem(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> str | N
             out = weight[1] if node.attr("transpose") else weight[0]
             if shapes["bias"] != (out,):
                 return f"bias has shape {shapes['bias']}; ({out},) is needed"
+        return None
+    if node.op == "conv2d":
+        if len(weight) != 4 or 0 in weight:
+            return f"{named}; 4 axes are needed (out, in / groups, kernel_h, kernel_w), none of 0"
+        if weight[0] % node.attr("groups"):
+            return f"{named}; {node.attr('groups')} groups do not divide its {weight[0]} outputs"
+        if "bias" in shapes and shapes["bias"] != (weight[0],):
+            return f"bias has shape {shapes['bias']}; ({weight[0]},) is needed"
         return None
     if node.op == "layer_norm" and len(weight) != node.attr("axes"):
         return f"{named}; {node.attr('axes')} axes are needed"

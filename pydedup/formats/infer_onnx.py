@@ -31,6 +31,12 @@ _PLAIN = {
     "Sub": "sub",
 }
 _TRAINING = "training_mode"
+#: Operations of the graph whose result is a batch of images, or has the rank of their inputs.
+_IMAGES = {"conv2d", "max_pool2d", "avg_pool2d"}
+_SAME_RANK = {
+    *("relu", "sigmoid", "tanh", "softplus", "identity", "gelu", "leaky_relu", "elu"),
+    *("batch_norm", "layer_norm", "softmax", "log_softmax", "add", "sub", "mul"),
+}
 
 
 class _UnknownError(Exception):
@@ -128,6 +134,12 @@ class _Translation:
     ) -> None:
         values = tuple(self._value(name) for name in inputs)
         self._nodes.append(Node(op, values, node.output[0], weights or {}, attrs or {}))
+        # What exporters leave out of value_info, pools of whole images have to know.
+        ranks = [self._ranks.get(name) for name in inputs]
+        if op in _IMAGES:
+            self._ranks.setdefault(node.output[0], 4)
+        elif op in _SAME_RANK and None not in ranks:
+            self._ranks.setdefault(node.output[0], max(rank for rank in ranks if rank is not None))
 
     # ---- operations ---------------------------------------------------------------------------
 
@@ -167,6 +179,55 @@ class _Translation:
         weights = {"weight": self._weight(node.input[1], 2)}
         self._add("linear", node, (node.input[0],), weights, _transpose(True))
         self._open_linear[node.output[0]] = len(self._nodes) - 1
+
+    def _conv(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        weight = self._weight(node.input[1], 4)  # images; sequences and volumes have other ranks
+        shape = self._shapes[weight]
+        kernel = _ints(attrs, "kernel_shape", list(shape[2:]))
+        if kernel != list(shape[2:]):
+            raise _UnknownError
+        weights = {"weight": weight}
+        if len(node.input) > 2 and node.input[2]:
+            if self._shapes.get(node.input[2]) != (shape[0],):
+                raise _UnknownError
+            weights["bias"] = node.input[2]
+        stride, dilation = _ints(attrs, "strides", [1, 1]), _ints(attrs, "dilations", [1, 1])
+        found: dict[str, AttrValue] = {
+            "stride": stride,
+            "padding": _pads(attrs, kernel, stride, dilation),
+            "dilation": dilation,
+            "groups": _int(attrs, "group", 1),
+        }
+        self._add("conv2d", node, (node.input[0],), weights, found)
+
+    def _pool(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        kernel = _ints(attrs, "kernel_shape", [])
+        if len(kernel) != 2:
+            raise _UnknownError
+        stride, dilation = _ints(attrs, "strides", [1, 1]), _ints(attrs, "dilations", [1, 1])
+        found: dict[str, AttrValue] = {
+            "kernel": kernel,
+            "stride": stride,
+            "padding": _pads(attrs, kernel, stride, dilation),
+        }
+        ceil_mode = bool(_int(attrs, "ceil_mode", 0))
+        if node.op_type == "MaxPool":
+            found.update(dilation=dilation, ceil_mode=ceil_mode)
+            self._add("max_pool2d", node, (node.input[0],), attrs=found)
+            return
+        # What counts in a mean behind the padding was defined late, and runtimes differ.
+        if ceil_mode or dilation != [1, 1]:
+            raise _UnknownError
+        found["count_include_pad"] = bool(_int(attrs, "count_include_pad", 0))
+        self._add("avg_pool2d", node, (node.input[0],), attrs=found)
+
+    def _global_pool(self, node: Any, attrs: Mapping[str, Any]) -> None:
+        rank = self._ranks.get(node.input[0], self._ranks.get(node.output[0]))
+        if rank is None or rank < 3:
+            raise _UnknownError
+        op = "mean" if node.op_type == "GlobalAveragePool" else "max"
+        found: dict[str, AttrValue] = {"axis": list(range(2, rank)), "keepdims": True}
+        self._add(op, node, (node.input[0],), attrs=found)
 
     def _gather(self, node: Any, attrs: Mapping[str, Any]) -> None:
         if _int(attrs, "axis", 0) != 0:
@@ -240,7 +301,7 @@ class _Translation:
     def _concat(self, node: Any, attrs: Mapping[str, Any]) -> None:
         self._add("concat", node, tuple(node.input), attrs={"axis": _int(attrs, "axis", 1)})
 
-    def _reduce_mean(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _reduce(self, node: Any, attrs: Mapping[str, Any]) -> None:
         if len(node.input) > 1 and node.input[1]:
             axes = self._constant(node.input[1])
         elif "axes" in attrs:
@@ -249,7 +310,8 @@ class _Translation:
             raise _UnknownError
         keep = bool(_int(attrs, "keepdims", 1))
         axis: AttrValue = axes[0] if len(axes) == 1 else axes
-        self._add("mean", node, (node.input[0],), attrs={"axis": axis, "keepdims": keep})
+        op = "mean" if node.op_type == "ReduceMean" else "max"
+        self._add(op, node, (node.input[0],), attrs={"axis": axis, "keepdims": keep})
 
     def _transpose_axes(self, node: Any, attrs: Mapping[str, Any]) -> None:
         if "perm" in attrs:
@@ -289,6 +351,29 @@ def _int(attrs: Mapping[str, Any], name: str, default: int) -> int:
     return int(attrs[name].i) if name in attrs else default
 
 
+def _ints(attrs: Mapping[str, Any], name: str, default: list[int]) -> list[int]:
+    return [int(value) for value in attrs[name].ints] if name in attrs else default
+
+
+def _pads(
+    attrs: Mapping[str, Any], kernel: list[int], stride: list[int], dilation: list[int]
+) -> list[int]:
+    """Return the padding as (top, left, bottom, right), which is ONNX's own order."""
+    how = attrs["auto_pad"].s.decode() if "auto_pad" in attrs else "NOTSET"
+    if how == "VALID":
+        return [0, 0, 0, 0]
+    if how in ("SAME_UPPER", "SAME_LOWER"):
+        if stride != [1, 1]:  # then it depends on the size of the image
+            raise _UnknownError
+        whole = [(size - 1) * apart for size, apart in zip(kernel, dilation, strict=True)]
+        less = [total // 2 for total in whole]
+        more = [total - part for total, part in zip(whole, less, strict=True)]
+        return less + more if how == "SAME_UPPER" else more + less
+    if how != "NOTSET":
+        raise _UnknownError
+    return _ints(attrs, "pads", [0, 0, 0, 0])
+
+
 def _float(attrs: Mapping[str, Any], name: str, default: float) -> float:
     return float(attrs[name].f) if name in attrs else default
 
@@ -300,6 +385,11 @@ def _transpose(needed: bool) -> Mapping[str, AttrValue]:
 _TRANSLATE: Mapping[str, Callable[[_Translation, Any, Mapping[str, Any]], None]] = {
     "Gemm": _Translation._gemm,
     "MatMul": _Translation._matmul,
+    "Conv": _Translation._conv,
+    "MaxPool": _Translation._pool,
+    "AveragePool": _Translation._pool,
+    "GlobalAveragePool": _Translation._global_pool,
+    "GlobalMaxPool": _Translation._global_pool,
     "Gather": _Translation._gather,
     "Gelu": _Translation._gelu,
     "Softmax": _Translation._softmax,
@@ -311,7 +401,8 @@ _TRANSLATE: Mapping[str, Callable[[_Translation, Any, Mapping[str, Any]], None]]
     "LayerNormalization": _Translation._layer_norm,
     "BatchNormalization": _Translation._batch_norm,
     "Concat": _Translation._concat,
-    "ReduceMean": _Translation._reduce_mean,
+    "ReduceMean": _Translation._reduce,
+    "ReduceMax": _Translation._reduce,
     "Transpose": _Translation._transpose_axes,
     "Dropout": _Translation._dropout,
     "Constant": _Translation._constant_node,

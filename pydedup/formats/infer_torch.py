@@ -123,6 +123,68 @@ def _embedding_bag(layer: Any) -> _Layer:
     return "embedding_bag", (("weight", "weight"),), attrs
 
 
+def _pair(value: Any) -> list[int]:
+    """Return what torch takes as one number or two as two."""
+    first, second = value if isinstance(value, tuple | list) else (value, value)
+    return [int(first), int(second)]
+
+
+def _conv2d(layer: Any) -> _Layer:
+    if layer.padding_mode != "zeros":
+        raise _UncertainError
+    kernel, dilation = _pair(layer.kernel_size), _pair(layer.dilation)
+    if layer.padding == "valid":
+        padding = [0, 0, 0, 0]
+    elif layer.padding == "same":  # an odd row or column goes below or to the right
+        whole = [(size - 1) * apart for size, apart in zip(kernel, dilation, strict=True)]
+        before = [total // 2 for total in whole]
+        padding = before + [total - part for total, part in zip(whole, before, strict=True)]
+    else:
+        padding = _pair(layer.padding) * 2
+    roles = [("weight", "weight")]
+    if layer.bias is not None:
+        roles.append(("bias", "bias"))
+    attrs: dict[str, AttrValue] = {
+        "stride": _pair(layer.stride),
+        "padding": padding,
+        "dilation": dilation,
+        "groups": int(layer.groups),
+    }
+    return "conv2d", tuple(roles), attrs
+
+
+def _pool_attrs(layer: Any) -> dict[str, AttrValue]:
+    return {
+        "kernel": _pair(layer.kernel_size),
+        "stride": _pair(layer.stride),
+        "padding": _pair(layer.padding) * 2,
+        "ceil_mode": bool(layer.ceil_mode),
+    }
+
+
+def _max_pool2d(layer: Any) -> _Layer:
+    if layer.return_indices:
+        raise _UncertainError
+    return "max_pool2d", (), {**_pool_attrs(layer), "dilation": _pair(layer.dilation)}
+
+
+def _avg_pool2d(layer: Any) -> _Layer:
+    if layer.divisor_override is not None:
+        raise _UncertainError
+    attrs = {**_pool_attrs(layer), "count_include_pad": bool(layer.count_include_pad)}
+    return "avg_pool2d", (), attrs
+
+
+def _whole_image(op: str) -> Callable[[Any], _Layer]:
+    def describe(layer: Any) -> _Layer:
+        size = layer.output_size
+        if size not in (1, (1, 1)) or getattr(layer, "return_indices", False):
+            raise _UncertainError  # other windows depend on the size of the image
+        return op, (), {"axis": [-2, -1], "keepdims": True}
+
+    return describe
+
+
 def _flatten(layer: Any) -> _Layer:
     if layer.end_dim != -1:
         raise _UncertainError
@@ -169,6 +231,11 @@ _DESCRIBE: Mapping[str, Callable[[Any], _Layer]] = {
     _MODULES + "linear.Identity": _plain("identity"),
     _MODULES + "sparse.Embedding": _embedding,
     _MODULES + "sparse.EmbeddingBag": _embedding_bag,
+    _MODULES + "conv.Conv2d": _conv2d,
+    _MODULES + "pooling.MaxPool2d": _max_pool2d,
+    _MODULES + "pooling.AvgPool2d": _avg_pool2d,
+    _MODULES + "pooling.AdaptiveAvgPool2d": _whole_image("mean"),
+    _MODULES + "pooling.AdaptiveMaxPool2d": _whole_image("max"),
     _MODULES + "flatten.Flatten": _flatten,
     _MODULES + "activation.ReLU": _plain("relu"),
     _MODULES + "activation.Sigmoid": _plain("sigmoid"),
@@ -186,4 +253,5 @@ _DESCRIBE: Mapping[str, Callable[[Any], _Layer]] = {
     _MODULES + "activation.LogSoftmax": _softmax("log_softmax"),
     _MODULES + "normalization.LayerNorm": _layer_norm,
     _MODULES + "batchnorm.BatchNorm1d": _batch_norm,
+    _MODULES + "batchnorm.BatchNorm2d": _batch_norm,
 }

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions from a graph whose weights stay in the store. Needs no framework.
 
-Weights of ``linear``, ``embedding`` and ``embedding_bag`` are streamed; vectors (bias, norms) are
-read whole, once per run. Arithmetic is float32, or float64 where weights or inputs are; the
-functions follow torch, NaN and infinities included. Deliberately not here: where graphs come from
-(:mod:`pydedup.graph`), which also says what each operation means.
+Weights of ``linear``, ``conv2d``, ``embedding`` and ``embedding_bag`` are streamed; vectors (bias,
+norms) are read whole, once per run. Arithmetic is float32, or float64 where weights or inputs are;
+the functions follow torch, NaN and infinities included. Deliberately not here: where graphs come
+from (:mod:`pydedup.graph`), which also says what each operation means.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup.errors import ArgumentError
 from pydedup.graph import Graph, Node
 from pydedup.matmul import activate, compute_dtype
+from pydedup.serving.pooling import avg_pool2d, max_pool2d
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 
@@ -84,7 +85,7 @@ def _activation_of(node: Node) -> str | None:
 
 
 def _fusable(graph: Graph) -> dict[str, Node]:
-    """Return, per output of a linear node that only an activation uses, that activation."""
+    """Return, per output of a product that only an activation uses, that activation."""
     users: dict[str, list[Node]] = {}
     for node in graph.nodes:
         for name in node.inputs:
@@ -93,7 +94,7 @@ def _fusable(graph: Graph) -> dict[str, Node]:
     for node in graph.nodes:
         using = users.get(node.output, [])
         alone = len(using) == 1 and node.output not in graph.outputs
-        if node.op == "linear" and alone and _activation_of(using[0]) is not None:
+        if node.op in ("linear", "conv2d") and alone and _activation_of(using[0]) is not None:
             found[node.output] = using[0]
     return found
 
@@ -110,6 +111,8 @@ class _Run:
         try:
             if node.op == "linear":
                 return self._linear(node, values[0], activation)
+            if node.op == "conv2d":
+                return self._conv2d(node, values[0], activation)
             return _OPS[node.op](self, node, *values)
         except ArgumentError as exc:
             raise ArgumentError(f"node {node.op!r} that makes {node.output!r}: {exc}") from exc
@@ -132,6 +135,18 @@ class _Run:
             bias=None if bias is None else self._vector(bias),
             activation=activation,
             transpose=bool(node.attr("transpose")),
+        )
+
+    def _conv2d(self, node: Node, x: _Array, activation: str | None) -> _Array:
+        bias = node.weights.get("bias")
+        return self._tensors(node.weights["weight"]).conv2d(
+            x,
+            bias=None if bias is None else self._vector(bias),
+            stride=node.attr("stride"),
+            padding=node.attr("padding"),
+            dilation=node.attr("dilation"),
+            groups=node.attr("groups"),
+            activation=activation,
         )
 
     def embedding(self, node: Node, ids: _Array) -> _Array:
@@ -170,7 +185,10 @@ class _Run:
         weight, bias, mean, var = (
             vectors[role].reshape(along) for role in ("weight", "bias", "mean", "var")
         )
-        return np.asarray((x - mean) / np.sqrt(var + node.attr("eps")) * weight + bias)
+        scale = weight / np.sqrt(var + node.attr("eps"))
+        scaled = x * scale
+        scaled += bias - mean * scale
+        return np.asarray(scaled)
 
 
 # ---- operations without weights -----------------------------------------------------------------
@@ -303,6 +321,21 @@ def _mean(run: _Run, node: Node, x: _Array) -> _Array:
     return np.asarray(_real(x).mean(axis=axes, keepdims=bool(node.attr("keepdims"))))
 
 
+def _max(run: _Run, node: Node, x: _Array) -> _Array:
+    given = node.attr("axis")
+    axes = tuple(_axis(axis, x) for axis in (given if isinstance(given, list) else [given]))
+    return np.asarray(_real(x).max(axis=axes, keepdims=bool(node.attr("keepdims"))))
+
+
+def _pool(run: _Run, node: Node, x: _Array) -> _Array:
+    x = _real(x)
+    options: dict[str, Any] = {name: node.attr(name) for name in ("kernel", "stride", "padding")}
+    options["ceil_mode"] = bool(node.attr("ceil_mode"))
+    if node.op == "max_pool2d":
+        return max_pool2d(x, dilation=node.attr("dilation"), **options)
+    return avg_pool2d(x, count_include_pad=bool(node.attr("count_include_pad")), **options)
+
+
 def _transpose(run: _Run, node: Node, x: _Array) -> _Array:
     return x.transpose(node.attr("perm"))
 
@@ -312,6 +345,8 @@ _OPS: Mapping[str, Callable[..., _Array]] = {
     "embedding_bag": _Run.embedding_bag,
     "layer_norm": _Run.layer_norm,
     "batch_norm": _Run.batch_norm,
+    "max_pool2d": _pool,
+    "avg_pool2d": _pool,
     "relu": _activation,
     "gelu": _activation,
     "silu": _activation,
@@ -330,5 +365,6 @@ _OPS: Mapping[str, Callable[..., _Array]] = {
     "mul": _mul,
     "concat": _concat,
     "mean": _mean,
+    "max": _max,
     "transpose": _transpose,
 }

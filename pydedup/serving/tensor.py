@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup import matmul
+from pydedup import conv, matmul
 from pydedup.blocks import BlockMap
+from pydedup.conv import Padding, Pair
 from pydedup.errors import ArgumentError, PageNotFoundError
 from pydedup.pool import PagePool
 from pydedup.types import DType, Progress, TensorInfo
@@ -111,6 +112,74 @@ class StoredTensor:
             )
         )
 
+    def conv2d(
+        self,
+        x: ArrayLike,
+        *,
+        bias: ArrayLike | None = None,
+        stride: Pair = 1,
+        padding: Padding = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        activation: str | None = None,
+    ) -> NDArray[Any]:
+        """Return ``activation(conv(x, W) + bias)`` of images, as torch's Conv2d computes it.
+
+        Parameters
+        ----------
+        x
+            Shape (batch, in, height, width), or (in, height, width), for a weight of shape
+            (out, in / groups, kernel_h, kernel_w). A weight of shape (out, in / groups, kernel),
+            that of a 1-D convolution, is one of height 1, and so is then x.
+        bias
+            Shape (out,).
+        stride, dilation
+            One number, or (vertical, horizontal).
+        padding
+            Zeros around the image: one number, (vertical, horizontal), (top, left, bottom, right),
+            ``"valid"``, or ``"same"`` at stride 1.
+        groups
+            Parts into which input and output channels are cut.
+        activation
+            As for `matmul`.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (batch, out, out_height, out_width), or without batch as x; float32 or float64.
+
+        Raises
+        ------
+        ArgumentError
+            When the tensor is no such weight, or shapes or sizes do not fit; see
+            `pydedup.conv.conv2d`.
+        """
+        if len(self.shape) not in (3, 4):
+            raise ArgumentError(
+                f"conv2d needs a weight of shape (out, in / groups, kernel_h, kernel_w); "
+                f"{self.name!r} has shape {self.shape}; "
+                + (
+                    "3-D convolutions are not supported"
+                    if len(self.shape) == 5
+                    else "3 axes are a 1-D convolution, others are none"
+                )
+            )
+        kernel = self.shape[2:] if len(self.shape) == 4 else (1, self.shape[2])
+        return self._with_map(
+            lambda block_map: conv.conv2d(
+                block_map,
+                self._pool,
+                x,
+                kernel=kernel,
+                bias=bias,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+                activation=activation,
+            )
+        )
+
     def take(self, ids: ArrayLike) -> NDArray[Any]:
         """Return the entries of the first axis with these numbers, reading only their pages.
 
@@ -122,16 +191,22 @@ class StoredTensor:
         return rows.reshape(*rows.shape[:-1], *self.shape[1:])
 
     def bag(
-        self, ids: ArrayLike, offsets: ArrayLike | None = None, mode: str = "mean"
+        self,
+        ids: ArrayLike,
+        offsets: ArrayLike | None = None,
+        mode: str = "mean",
+        *,
+        weights: ArrayLike | None = None,
     ) -> NDArray[Any]:
         """Return the sum, mean or maximum of the rows of each bag; see `pydedup.matmul.bag`.
 
-        ``ids`` is 2-D with a bag per row, or 1-D with ``offsets`` that say where bags begin. The
-        result has shape ``(n_bags,) + shape[1:]``, float32 or float64. Raises ArgumentError.
+        ``ids`` is 2-D with a bag per row, or 1-D with ``offsets`` that say where bags begin.
+        ``weights``, in the shape of ids, are factors of the rows of a sum. The result has shape
+        ``(n_bags,) + shape[1:]``, float32 or float64. Raises ArgumentError.
         """
         self._check_rows("bag")
         bags = self._with_map(
-            lambda block_map: matmul.bag(block_map, self._pool, ids, offsets, mode)
+            lambda block_map: matmul.bag(block_map, self._pool, ids, offsets, mode, weights=weights)
         )
         return bags.reshape(len(bags), *self.shape[1:])
 

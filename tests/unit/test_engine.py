@@ -79,6 +79,8 @@ ELEMENTWISE: list[tuple[Node, Callable[[Any], Any]]] = [
     (unary("transpose", perm=[2, 0, 1]), lambda x: x.permute(2, 0, 1)),
     (unary("mean", axis=1), lambda x: x.mean(1)),
     (unary("mean", axis=[0, 2], keepdims=True), lambda x: x.mean((0, 2), keepdim=True)),
+    (unary("max", axis=-1), lambda x: x.amax(-1)),
+    (unary("max", axis=[0, 2], keepdims=True), lambda x: x.amax((0, 2), keepdim=True)),
 ]
 
 
@@ -97,11 +99,12 @@ def test_operations_without_weights(node: Node, want: Callable[[Any], Any], dtyp
 
 
 def test_every_operation_is_computed_and_tested() -> None:
-    assert set(_OPS) | {"linear"} == set(OPS)
+    assert set(_OPS) | {"linear", "conv2d"} == set(OPS)
     tested = {node.op for node, _ in ELEMENTWISE}
     assert set(OPS) - tested == {
         *("linear", "embedding", "embedding_bag", "layer_norm", "batch_norm"),
         *("add", "sub", "mul", "concat"),
+        *("conv2d", "max_pool2d", "avg_pool2d"),  # in test_images.py
     }
 
 

@@ -29,18 +29,20 @@ using detail::WeightReader;
 // Gathered image per thread: with a block and its sums it stays in a second-level cache that two
 // threads share.
 constexpr std::size_t kGatherBytes = std::size_t{256} << 10;
-// Tiles of a chunk. Each block is read once per chunk: 4 tiles of 32 positions are 64
-// multiply-adds per byte of it, so that even memory keeps up.
-constexpr std::size_t kChunkTiles = 4;
-// Rows of a block that are multiplied at a time: sums of 32 KiB for 4 tiles of 32 positions.
+// Tiles of a chunk: each block is read once per chunk.
+constexpr std::size_t kChunkTiles = 8;
+// Rows of a block that are multiplied at a time: sums of 64 KiB for 8 tiles of 32 positions.
 constexpr std::size_t kRowsAtOnce = 64;
 // Columns of a block that one pass of a tile covers: 32 lanes for them fill half of a 32 KiB
 // first-level cache.
 constexpr std::size_t kPassBytes = 512;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr std::size_t kMinWorkPerThread = std::size_t{1} << 19;
-// Tasks per thread that a call should have, so that one late thread does not hold up the rest.
-constexpr std::size_t kTasksPerThread = 3;
+// For choosing how to cut the work, in nanoseconds of one thread (EPYC, AVX-512, f32): a
+// multiply-add, gathering an element, reading a weight that another chunk has read already.
+constexpr double kMultiplyCost = 0.02;
+constexpr double kGatherCost = 0.15;
+constexpr double kReadCost = 0.3;
 
 [[nodiscard]] std::size_t ceil_div(std::size_t a, std::size_t b) noexcept {
     return (a + b - 1) / b;
@@ -159,7 +161,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
         : Impl(problem),
           kernels_(kernels().gemm),
           tile_(widest_tile(detail::of_type<T>(kernels_))),
-          image_(reinterpret_cast<const T*>(problem.x), problem.shape, tile_.width),
+          image_(reinterpret_cast<const T*>(problem.x), problem.shape, tile_.width, kernels().rows),
           bias_(reinterpret_cast<const T*>(problem.bias)),
           y_(reinterpret_cast<T*>(problem.y)),
           plane_(problem.shape.out_h() * problem.shape.out_w()),
@@ -178,12 +180,8 @@ class Conv2d::Typed final : public Conv2d::Impl {
             useful < 2.0
                 ? 1
                 : static_cast<unsigned>(std::min<double>(thread_count(p_.threads), useful));
-        // Fewer tiles per chunk, then fewer rows of blocks per task, where there would be too few
-        // tasks: both make more of the gathering.
-        const std::size_t wanted = threads == 1 ? 1 : kTasksPerThread * threads;
-        const std::size_t chunk = std::clamp<std::size_t>(tiles_ / wanted, 1, kChunkTiles);
+        const auto [chunk, cuts] = cut(weights, panels, threads);
         const std::size_t chunks = ceil_div(tiles_, chunk);
-        const std::size_t cuts = std::min(ceil_div(wanted, chunks), panels);
         const std::size_t per_cut = ceil_div(panels, cuts);
         idle_.reserve(threads);
         parallel_for(chunks * cuts, 1, threads, [&](std::size_t begin, std::size_t end) {
@@ -193,7 +191,6 @@ class Conv2d::Typed final : public Conv2d::Impl {
                 const std::size_t panel0 = first + i % cuts * per_cut;
                 const std::size_t panel1 = std::min(panel0 + per_cut, first + panels);
                 const std::size_t tile0 = i / cuts * chunk;
-                worker.gathered = {};
                 run_task(blocks, {tile0, std::min(tile0 + chunk, tiles_)}, panel0, panel1, worker);
             }
         });
@@ -213,8 +210,9 @@ class Conv2d::Typed final : public Conv2d::Impl {
     };
     struct Worker {
         WeightReader<T> reader;
-        Scratch<T> image;
-        Scratch<T> sums;
+        detail::PositionRuns positions{};
+        Scratch<T> image{};
+        Scratch<T> sums{};
         Gathered gathered{};
         const std::byte* read = nullptr;  // the block that was read last,
         const T* numbers = nullptr;       // and what it is as numbers
@@ -229,7 +227,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
                     owner.idle_.pop_back();
                 }
             }
-            if (!worker) worker.reset(new Worker{WeightReader<T>(owner.kernels_), {}, {}});
+            if (!worker) worker.reset(new Worker{WeightReader<T>(owner.kernels_)});
             worker->read = nullptr;  // its page may be gone
         }
         ~Borrowed() {
@@ -244,6 +242,38 @@ class Conv2d::Typed final : public Conv2d::Impl {
         Typed& owner;
         std::unique_ptr<Worker> worker;
     };
+
+    struct Cut {
+        std::size_t chunk;  // tiles in one
+        std::size_t cuts;   // of the rows of blocks
+    };
+
+    // More chunks read W more often, more cuts gather more, too few tasks leave threads idle.
+    [[nodiscard]] Cut cut(std::size_t weights, std::size_t panels, unsigned threads) const {
+        const double columns = static_cast<double>(p_.grid.cols * p_.shape.groups);
+        const double lanes = static_cast<double>(tiles_ * tile_.width);
+        Cut best{1, 1};
+        double least = std::numeric_limits<double>::infinity();
+        for (std::size_t chunk = kChunkTiles; chunk > 0; --chunk) {
+            const std::size_t chunks = ceil_div(tiles_, chunk);
+            for (std::size_t cuts = 1; cuts <= std::min<std::size_t>(panels, 4 * threads); ++cuts) {
+                const std::size_t tasks = chunks * cuts;
+                const double busy = static_cast<double>(tasks) /
+                                    static_cast<double>(ceil_div(tasks, threads) * threads);
+                // Where rows of blocks are groups of their own, cuts gather nothing twice.
+                const double gathers = p_.shape.groups >= panels ? 1.0 : static_cast<double>(cuts);
+                const double cost = (static_cast<double>(weights) * lanes * kMultiplyCost +
+                                     columns * lanes * gathers * kGatherCost +
+                                     static_cast<double>(weights * chunks) * kReadCost) /
+                                    busy;
+                if (cost < least) {
+                    least = cost;
+                    best = {chunk, cuts};
+                }
+            }
+        }
+        return best;
+    }
 
     // The widest of those whose vectors run along positions alone.
     static const Tile& widest_tile(const GemmKernelsOf<T>& of) noexcept {
@@ -264,6 +294,9 @@ class Conv2d::Typed final : public Conv2d::Impl {
 
     void run_task(std::span<const BlockView> blocks, Range tiles, std::size_t panel0,
                   std::size_t panel1, Worker& worker) const {
+        image_.find_runs(tiles.begin * tile_.width, std::min(tiles.end * tile_.width, positions_),
+                         worker.positions);
+        worker.gathered = {};
         const std::size_t strip = strip_columns(tiles.size());
         for (std::size_t c0 = 0; c0 < p_.grid.cols; c0 += strip) {
             const Range columns{c0, std::min(c0 + strip, p_.grid.cols)};
@@ -303,10 +336,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
             return;
         }
         T* const to = worker.image.at_least(tiles.size() * columns.size() * tile_.width);
-        for (std::size_t t = tiles.begin; t < tiles.end; ++t) {
-            image_.gather(group, columns.begin, columns.end, t * tile_.width, positions_of(t),
-                          to + (t - tiles.begin) * columns.size() * tile_.width);
-        }
+        image_.gather(group, columns.begin, columns.end, worker.positions, to);
         have = {group, columns};
     }
 

@@ -8,114 +8,163 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <vector>
 
+#include "kernels/rows_kernels.hpp"
 #include "pydedup/conv.hpp"
 
 namespace pydedup::detail {
+
+/// What one thread remembers of the positions that it gathers: neighbours in one row of an image
+/// and in one tile are a run, and are gathered together.
+struct PositionRuns {
+    struct Run {
+        std::size_t image;     ///< of the batch
+        std::size_t row, col;  ///< of its first position's window, in the padded image
+        std::size_t count;
+        std::size_t tile, lane;
+        // For one weight of the filter: where the run's first element inside of the image is in
+        // its plane, and which positions are inside.
+        std::size_t from, begin, end;
+    };
+    std::vector<Run> runs;
+    std::size_t tiles = 0;
+    std::size_t empty_lanes = 0;  ///< of the last tile
+};
 
 /// Positions are numbered over the batch: image by image, row-major.
 template <class T>
 class ImageTiles {
   public:
-    ImageTiles(const T* x, const ConvShape& shape, std::size_t width)
+    ImageTiles(const T* x, const ConvShape& shape, std::size_t width, const RowsKernels& kernels)
         : x_(x),
-          shape_(shape),
-          out_h_(shape.out_h()),
-          out_w_(shape.out_w()),
+          shape_(as_one_row(shape)),
+          out_h_(shape_.out_h()),
+          out_w_(shape_.out_w()),
+          plane_(shape.height * shape.width),
           width_(width),
-          filter_(shape.kernel_h * shape.kernel_w) {}
+          filter_(shape.kernel_h * shape.kernel_w),
+          kernels_(kernels) {}
 
-    /// Columns [c0, c1) of `group` for positions [p0, p0 + count), count <= width: column after
-    /// column, width elements each, lanes from `count` on zero.
-    void gather(std::size_t group, std::size_t c0, std::size_t c1, std::size_t p0,
-                std::size_t count, T* to) const {
-        if (count < width_) std::fill_n(to, (c1 - c0) * width_, T{0});
+    /// Prepares for positions [p0, p1): tile after tile, the last may have empty lanes.
+    void find_runs(std::size_t p0, std::size_t p1, PositionRuns& positions) const {
+        positions.runs.clear();
+        positions.tiles = (p1 - p0 + width_ - 1) / width_;
+        positions.empty_lanes = positions.tiles * width_ - (p1 - p0);
+        std::size_t image = p0 / (out_h_ * out_w_);
+        std::size_t oh = p0 / out_w_ % out_h_;
+        std::size_t ow = p0 % out_w_;
+        for (std::size_t p = p0; p < p1;) {
+            const std::size_t lane = (p - p0) % width_;
+            const std::size_t count = std::min({out_w_ - ow, p1 - p, width_ - lane});
+            positions.runs.push_back({image, oh * shape_.stride_h, ow * shape_.stride_w, count,
+                                      (p - p0) / width_, lane, 0, 0, 0});
+            p += count;
+            ow += count;
+            if (ow < out_w_) continue;
+            ow = 0;
+            if (++oh < out_h_) continue;
+            oh = 0;
+            ++image;
+        }
+    }
+
+    /// Columns [c0, c1) of `group` for these positions, into tiles of (c1 - c0) columns of `width`
+    /// lanes; empty lanes are zero.
+    void gather(std::size_t group, std::size_t c0, std::size_t c1, PositionRuns& positions,
+                T* to) const {
+        const std::size_t tile = (c1 - c0) * width_;
+        if (positions.empty_lanes != 0) {
+            T* last = to + (positions.tiles - 1) * tile + (width_ - positions.empty_lanes);
+            for (std::size_t c = c0; c < c1; ++c, last += width_) {
+                std::fill_n(last, positions.empty_lanes, T{0});
+            }
+        }
         const std::size_t group_channels = shape_.channels / shape_.groups;
-        for (std::size_t p = p0; p < p0 + count;) {
-            // A run: positions in one row of one image.
-            const std::size_t image = p / (out_h_ * out_w_);
-            const std::size_t oh = p / out_w_ % out_h_;
-            const std::size_t ow = p % out_w_;
-            const std::size_t n = std::min(out_w_ - ow, p0 + count - p);
-            const T* const planes =
-                x_ + (image * shape_.channels + group * group_channels) * plane();
-            gather_run(planes, oh, ow, n, c0, c1, to + (p - p0));
-            p += n;
+        for (std::size_t first = c0; first < std::min(c1, c0 + filter_); ++first) {
+            // All columns of one weight of the filter: first, first + filter_, ..., a channel each.
+            const std::size_t in_filter = first % filter_;
+            for (PositionRuns::Run& run : positions.runs) {
+                clip(run, in_filter / shape_.kernel_w, in_filter % shape_.kernel_w);
+            }
+            const T* plane = x_ + (group * group_channels + first / filter_) * plane_;
+            for (std::size_t c = first; c < c1; c += filter_, plane += plane_) {
+                T* const column = to + (c - c0) * width_;
+                for (const PositionRuns::Run& run : positions.runs) {
+                    copy(plane + run.image * shape_.channels * plane_ + run.from, run,
+                         column + run.tile * tile + run.lane);
+                }
+            }
         }
     }
 
   private:
-    [[nodiscard]] std::size_t plane() const noexcept { return shape_.height * shape_.width; }
-
-    // Positions (oh, ow) to (oh, ow + n - 1), for columns [c0, c1).
-    void gather_run(const T* planes, std::size_t oh, std::size_t ow, std::size_t n, std::size_t c0,
-                    std::size_t c1, T* to) const {
-        for (std::size_t k = 0; k < std::min(filter_, c1 - c0); ++k) {
-            // All columns of this weight of the filter: one per channel.
-            const std::size_t first = c0 + k;
-            const std::size_t in_filter = first % filter_;
-            const std::size_t kh = in_filter / shape_.kernel_w;
-            const std::size_t kw = in_filter % shape_.kernel_w;
-            const std::size_t row = oh * shape_.stride_h + kh * shape_.dilation_h;
-            const bool outside = row < shape_.pad_top || row - shape_.pad_top >= shape_.height;
-            const Span inside = outside ? Span{n, n} : columns_inside(ow, n, kw);
-            std::size_t at = first / filter_ * plane();
-            if (inside.begin < inside.end) {
-                at += (row - shape_.pad_top) * shape_.width +
-                      ((ow + inside.begin) * shape_.stride_w + kw * shape_.dilation_w -
-                       shape_.pad_left);
-            }
-            T* const lanes = to + k * width_;
-            for (std::size_t c = first; c < c1; c += filter_) {
-                copy(planes + at, inside, n, lanes + (c - first) * width_);
-                at += plane();
-            }
+    // Windows of one pixel, one beside the other, see no rows: long runs instead of short ones.
+    static ConvShape as_one_row(ConvShape shape) noexcept {
+        const bool pixels = shape.kernel_h == 1 && shape.kernel_w == 1 && shape.stride_h == 1 &&
+                            shape.stride_w == 1 && shape.pad_top == 0 && shape.pad_left == 0 &&
+                            shape.pad_bottom == 0 && shape.pad_right == 0;
+        if (pixels) {
+            shape.width *= shape.height;
+            shape.height = 1;
         }
+        return shape;
     }
 
-    struct Span {
-        std::size_t begin, end;
-    };
-
-    // Which of the positions ow to ow + n - 1 read inside of the image, for column kw of the
-    // filter.
-    [[nodiscard]] Span columns_inside(std::size_t ow, std::size_t n,
-                                      std::size_t kw) const noexcept {
+    // Finds what of the run is inside of the image for weight (kh, kw) of the filter.
+    void clip(PositionRuns::Run& run, std::size_t kh, std::size_t kw) const noexcept {
+        const std::size_t row = run.row + kh * shape_.dilation_h;
+        run.from = 0;
+        run.begin = run.count;
+        run.end = run.count;
+        if (row < shape_.pad_top || row - shape_.pad_top >= shape_.height) return;
         const std::size_t stride = shape_.stride_w;
-        const std::size_t at = ow * stride + kw * shape_.dilation_w;  // in the padded row
+        const std::size_t col = run.col + kw * shape_.dilation_w;
         const std::size_t left = shape_.pad_left;
         const std::size_t right = left + shape_.width;
-        const std::size_t begin = at >= left ? 0 : (left - at + stride - 1) / stride;
-        const std::size_t end = at >= right ? 0 : (right - at + stride - 1) / stride;
-        return {std::min(begin, n), std::max(std::min(end, n), std::min(begin, n))};
-    }
-
-    // n lanes: zeros, every stride_w-th element from `from` on, zeros.
-    void copy(const T* from, Span inside, std::size_t n, T* lanes) const noexcept {
-        for (std::size_t i = 0; i < inside.begin; ++i) lanes[i] = T{0};
-        const std::size_t count = inside.end - inside.begin;
-        T* const middle = lanes + inside.begin;
-        if (shape_.stride_w != 1) {
-            for (std::size_t i = 0; i < count; ++i) middle[i] = from[i * shape_.stride_w];
-        } else if (count == width_) {
-            copy_vectors(from, width_, middle);
-        } else {
-            std::memcpy(middle, from, count * sizeof(T));
+        const std::size_t begin = col >= left ? 0 : (left - col + stride - 1) / stride;
+        std::size_t end = run.count;
+        if (col + (run.count - 1) * stride >= right) {
+            end = col >= right ? 0 : (right - col + stride - 1) / stride;
         }
-        for (std::size_t i = inside.end; i < n; ++i) lanes[i] = T{0};
+        if (begin >= end) return;
+        run.begin = begin;
+        run.end = end;
+        run.from = (row - shape_.pad_top) * shape_.width + (col + begin * stride - left);
     }
 
-    // A multiple of 16 bytes: cheaper than a call of memcpy.
-    static void copy_vectors(const T* from, std::size_t count, T* to) noexcept {
+    // The lanes of a run: zeros, every stride_w-th element, zeros.
+    void copy(const T* from, const PositionRuns::Run& run, T* lanes) const noexcept {
+        for (std::size_t i = 0; i < run.begin; ++i) lanes[i] = T{0};
+        const std::size_t count = run.end - run.begin;
+        T* const middle = lanes + run.begin;
+        if (shape_.stride_w != 1) {
+            if constexpr (sizeof(T) == 4) {
+                kernels_.pick_f32(from, shape_.stride_w, count, middle);
+            } else {
+                kernels_.pick_f64(from, shape_.stride_w, count, middle);
+            }
+        } else {
+            copy_neighbours(from, count, middle);
+        }
+        for (std::size_t i = run.end; i < run.count; ++i) lanes[i] = T{0};
+    }
+
+    // At most a tile's width: cheaper than a call of memcpy.
+    static void copy_neighbours(const T* from, std::size_t count, T* to) noexcept {
         constexpr std::size_t kStep = 16 / sizeof(T);
-        for (std::size_t i = 0; i < count; i += kStep) std::memcpy(to + i, from + i, 16);
+        std::size_t i = 0;
+        for (; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, 16);
+        for (; i < count; ++i) to[i] = from[i];
     }
 
     const T* const x_;
     const ConvShape shape_;
     const std::size_t out_h_, out_w_;
+    const std::size_t plane_;   // elements of one channel of one image
     const std::size_t width_;   // lanes of a tile
     const std::size_t filter_;  // weights of a filter per channel
+    const RowsKernels& kernels_;
 };
 
 }  // namespace pydedup::detail

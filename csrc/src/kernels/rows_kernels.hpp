@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels of bags of rows: rows lie anywhere in memory, so they come as pointers.
+// Kernels that gather: sums of rows that lie anywhere in memory, and elements at a distance.
 #pragma once
 
 #include <cstddef>
@@ -17,6 +17,11 @@ struct RowsKernels {
     Sum<double, double> sum_f64;
     Sum<float, std::uint16_t> sum_bf16;
     Sum<float, std::uint16_t> sum_f16;
+
+    /// to[i] = from[i * stride], for i < count.
+    void (*pick_f32)(const float* from, std::size_t stride, std::size_t count, float* to) noexcept;
+    void (*pick_f64)(const double* from, std::size_t stride, std::size_t count,
+                     double* to) noexcept;
 };
 
 }  // namespace pydedup

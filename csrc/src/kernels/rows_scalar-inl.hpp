@@ -32,7 +32,13 @@ void sum_f16(const std::uint16_t* const* from, std::size_t n, const float* scale
     sum_rows(from, n, scale, count, sum, widen_f16);
 }
 
-constexpr RowsKernels kRows = {sum_same<float>, sum_same<double>, sum_bf16, sum_f16};
+template <class T>
+void pick(const T* from, std::size_t stride, std::size_t count, T* to) noexcept {
+    for (std::size_t i = 0; i < count; ++i) to[i] = from[i * stride];
+}
+
+constexpr RowsKernels kRows = {sum_same<float>, sum_same<double>, sum_bf16,
+                               sum_f16,         pick<float>,      pick<double>};
 
 }  // namespace
 }  // namespace pydedup::isa_scalar

@@ -74,9 +74,26 @@ void sum_rows(const typename Weight::Elem* const* from, std::size_t n,
     }
 }
 
+// A constant distance is what the compiler makes shuffles of.
+template <class T, std::size_t Stride>
+void pick_fixed(const T* from, std::size_t count, T* to) noexcept {
+    for (std::size_t i = 0; i < count; ++i) to[i] = from[i * Stride];
+}
+
+template <class T>
+void pick(const T* from, std::size_t stride, std::size_t count, T* to) noexcept {
+    if (stride == 2) {
+        pick_fixed<T, 2>(from, count, to);
+    } else {
+        for (std::size_t i = 0; i < count; ++i) to[i] = from[i * stride];
+    }
+}
+
 constexpr RowsKernels kRows = {
     sum_rows<F32, SameWeight<F32>>,
     sum_rows<F64, SameWeight<F64>>,
     sum_rows<F32, Bf16Weight>,
     sum_rows<F32, F16Weight>,
+    pick<float>,
+    pick<double>,
 };

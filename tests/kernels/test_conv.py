@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions with stored weights against plain sums in float64 and against torch, every kernel.
+
+As for products, sums are held to the bound that no order of adding exceeds (Higham 2002, section
+3.1).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pydedup import _core, config, conv, matmul
+from pydedup.blocks import BlockMap
+from pydedup.errors import ArgumentError, CorruptStoreError, PageNotFoundError
+from pydedup.pool import PagePool
+from pydedup.testing.memory_pages import MemoryPages
+from pydedup.types import DType
+
+RUNNABLE = [
+    kernel.name for kernel in config.kernels().available if kernel.built and kernel.runnable
+]
+Array = NDArray[Any]
+Pads = tuple[int, int, int, int]
+
+
+def reference(
+    x: Array,
+    w: Array,
+    stride: tuple[int, int],
+    pads: Pads,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Array:
+    """Return the sums in float64, one weight of the filter at a time."""
+    top, left, bottom, right = pads
+    wide = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)))
+    filters = w.astype(np.float64)
+    out, group_in, kernel_h, kernel_w = w.shape
+    height = (wide.shape[2] - (kernel_h - 1) * dilation[0] - 1) // stride[0] + 1
+    width = (wide.shape[3] - (kernel_w - 1) * dilation[1] - 1) // stride[1] + 1
+    y = np.zeros((len(x), out, height, width))
+    for o in range(out):
+        first = o // (out // groups) * group_in
+        for i in range(kernel_h):
+            for j in range(kernel_w):
+                rows = slice(i * dilation[0], i * dilation[0] + (height - 1) * stride[0] + 1)
+                cols = slice(j * dilation[1], j * dilation[1] + (width - 1) * stride[1] + 1)
+                seen = wide[:, first : first + group_in, rows, cols]
+                seen = seen[:, :, :: stride[0], :: stride[1]]
+                y[:, o] += np.einsum("nchw,c->nhw", seen, filters[o, :, i, j])
+    return y
+
+
+def assert_close(got: Array, x: Array, w: Array, *how: Any) -> None:
+    exact, magnitude = reference(x, w, *how), reference(np.abs(x), np.abs(w), *how)
+    info = np.finfo(got.dtype)
+    terms = w[0].size
+    allowed = (terms + 2) * (info.eps + np.finfo(np.float64).eps) * magnitude + info.tiny
+    assert got.shape == exact.shape
+    worst = np.max(np.abs(got - exact) / allowed, initial=0.0)
+    assert worst <= 1.0, f"{worst:.2f} times the bound"
+
+
+def stored(w: Array, block: tuple[int, int], **how: Any) -> tuple[BlockMap, PagePool]:
+    pages = MemoryPages()
+    block_map = pages.add(w, block, **how)
+    return block_map, pages.pool()
+
+
+def check_layers(dtype: DType, seed: int) -> None:
+    """Layers that reach every path: edges, strides, many rows, groups, several strips."""
+    rng = np.random.default_rng(seed)
+    compute = matmul.compute_dtype(dtype)
+    for channels, out, kernel, size, stride, pad, groups in (
+        (5, 70, (3, 3), (9, 40), (1, 1), 1, 1),
+        (4, 6, (1, 1), (5, 7), (1, 1), 0, 1),
+        (3, 9, (7, 5), (23, 21), (2, 2), 3, 1),
+        (6, 12, (3, 2), (8, 8), (3, 1), 2, 3),
+        (8, 8, (3, 3), (6, 11), (1, 2), 1, 8),
+        (130, 3, (3, 3), (4, 4), (1, 1), 1, 1),
+    ):
+        w = rng.standard_normal((out, channels // groups, *kernel)).astype(dtype.numpy)
+        x = rng.standard_normal((2, channels, *size)).astype(compute)
+        block_map, pool = stored(w, (16, 29), planes=bool(seed % 2))
+        y = conv.conv2d(
+            block_map, pool, x, kernel=kernel, stride=stride, padding=pad, groups=groups
+        )
+        assert y.dtype == compute
+        assert_close(y, x, w, stride, (pad,) * 4, (1, 1), groups)
+
+
+@pytest.mark.parametrize("kernel", RUNNABLE)
+def test_every_kernel_convolves(kernel: str) -> None:
+    # The kernel is chosen once per process, so each needs one of its own.
+    code = (
+        "import runpy\n"
+        "from pydedup import config\n"
+        "from pydedup.types import DType\n"
+        f"assert config.kernels().in_use == {kernel!r}\n"
+        f"check = runpy.run_path({__file__!r})['check_layers']\n"
+        "for i, dtype in enumerate((DType.F32, DType.F64, DType.BF16, DType.F16, DType.F32)):\n"
+        "    check(dtype, i)\n"
+        "print('all hold')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYDEDUP_KERNEL": kernel},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "all hold\n", done.stderr
+
+
+few = st.integers(1, 3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    groups=st.integers(1, 4),
+    group_in=st.integers(1, 6),
+    group_out=st.integers(1, 9),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 50)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(few, few),
+    dilation=st.tuples(few, few),
+    pads=st.tuples(*[st.integers(0, 6)] * 4),
+    block=st.tuples(st.integers(1, 12), st.integers(1, 40)),
+    dtype=st.sampled_from([DType.F32, DType.F64, DType.BF16, DType.I8]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_any_layer(
+    batch: int,
+    groups: int,
+    group_in: int,
+    group_out: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    pads: Pads,
+    block: tuple[int, int],
+    dtype: DType,
+    seed: int,
+) -> None:
+    assume((kernel[0] - 1) * dilation[0] < size[0] + pads[0] + pads[2])
+    assume((kernel[1] - 1) * dilation[1] < size[1] + pads[1] + pads[3])
+    rng = np.random.default_rng(seed)
+    w = (4 * rng.standard_normal((groups * group_out, group_in, *kernel))).astype(dtype.numpy)
+    x = rng.standard_normal((batch, groups * group_in, *size)).astype(matmul.compute_dtype(dtype))
+    pages = MemoryPages()
+    block_map = pages.add(w, block, per_page=3, scattered=bool(seed % 2), planes=bool(seed % 3))
+    # A window of one page: blocks are fed a few at a time, rows of blocks cut anywhere.
+    pool = pages.pool(4 * max(map(len, pages.payloads.values())))
+    y = conv.conv2d(
+        block_map,
+        pool,
+        x,
+        kernel=kernel,
+        stride=stride,
+        padding=pads,
+        dilation=dilation,
+        groups=groups,
+        threads=seed % 4,
+    )
+    assert_close(y, x, w, stride, pads, dilation, groups)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    padding=st.sampled_from(["same", "valid", 0, 1, (2, 1), [0, 3]]),
+    kernel=st.tuples(few, st.integers(1, 4)),
+    dilation=few,
+    activation=st.sampled_from([None, *matmul.ACTIVATIONS]),
+    bias=st.booleans(),
+    seed=st.integers(0, 1 << 30),
+)
+def test_as_torch_does(
+    padding: Any,
+    kernel: tuple[int, int],
+    dilation: int,
+    activation: str | None,
+    bias: bool,
+    seed: int,
+) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((6, 4, *kernel))
+    b = rng.standard_normal(6) if bias else None
+    x = rng.standard_normal((2, 4, 9, 11))
+    block_map, pool = stored(w, (4, 5))
+    y = conv.conv2d(
+        block_map,
+        pool,
+        x,
+        kernel=kernel,
+        bias=b,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+    )
+    t = torch.from_numpy
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same' with even kernel")  # it copies
+        want = torch.nn.functional.conv2d(
+            t(x), t(w), None if b is None else t(b), padding=padding, dilation=dilation
+        )
+    if activation == "gelu_tanh":
+        want = torch.nn.functional.gelu(want, approximate="tanh")
+    elif activation is not None:
+        want = getattr(torch.nn.functional, activation)(want)
+    np.testing.assert_allclose(y, want.numpy(), rtol=1e-11, atol=1e-11)
+    alone = conv.conv2d(
+        block_map,
+        pool,
+        x[1],
+        kernel=kernel,
+        bias=b,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+    )
+    assert np.array_equal(alone, y[1])
+
+
+def test_result_depends_on_neither_threads_nor_memory() -> None:
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal((150, 40, 3, 3)).astype(np.float32)
+    x = rng.standard_normal((3, 40, 30, 30)).astype(np.float32)
+    pages = MemoryPages()
+    block_map = pages.add(w, (32, 50), per_page=2)
+    options: dict[str, Any] = {"kernel": 3, "padding": 1, "activation": "silu"}
+    want = conv.conv2d(block_map, pages.pool(), x, threads=1, **options)
+    largest = max(map(len, pages.payloads.values()))
+    for threads in (1, 2, 3, 7):
+        for memory in (4 * largest, 20 * largest, 1 << 30):
+            pool = pages.pool(memory)
+            assert np.array_equal(want, conv.conv2d(block_map, pool, x, threads=threads, **options))
+
+
+def test_images_are_never_unfolded() -> None:
+    # Unfolded, this image would take 49 times its 4 MiB.
+    tracker = (
+        "import resource, numpy as np\n"
+        "from pydedup import conv\n"
+        "from pydedup.testing.memory_pages import MemoryPages\n"
+        "pages = MemoryPages()\n"
+        "block_map = pages.add(np.ones((1, 16, 7, 7), np.float32))\n"
+        "pool, x = pages.pool(), np.ones((1, 16, 256, 256), np.float32)\n"
+        "conv.conv2d(block_map, pool, x[:, :, :16], kernel=7, padding=3)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "conv.conv2d(block_map, pool, x, kernel=7, padding=3)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", tracker], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 16 * 1024  # KiB
+
+
+def test_nan_and_infinity_stay_where_they_are() -> None:
+    rng = np.random.default_rng(5)
+    w = rng.standard_normal((3, 2, 3, 3)).astype(np.float32)
+    x = rng.standard_normal((2, 2, 8, 40)).astype(np.float32)
+    x[1, 0, 4, 20] = np.nan
+    x[0, 1, 0, 0] = np.inf
+    block_map, pool = stored(w, (2, 5))
+    y = conv.conv2d(block_map, pool, x, kernel=3)
+    assert np.array_equal(np.isnan(y[1]).any(axis=0).nonzero()[0], [2, 2, 2, 3, 3, 3, 4, 4, 4])
+    assert np.isnan(y[1, :, 2:5, 18:21]).all()
+    assert np.isinf(y[0, :, 0, 0]).all()
+    assert np.isfinite(y[0, :, 1:, :]).all()
+    w[1, 0, 1, 1] = np.nan
+    block_map, pool = stored(w, (2, 5))
+    y = conv.conv2d(block_map, pool, np.zeros_like(x), kernel=3, activation="relu")
+    assert np.isnan(y[:, 1]).all()
+    assert np.isfinite(y[:, [0, 2]]).all()
+
+
+def test_x_of_any_layout_and_dtype() -> None:
+    rng = np.random.default_rng(6)
+    w = rng.standard_normal((4, 3, 2, 2)).astype(np.float32)
+    block_map, pool = stored(w, (4, 4))
+    x = rng.standard_normal((2, 3, 6, 7)).astype(np.float32)
+    want = conv.conv2d(block_map, pool, x, kernel=2)
+    last = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    odd = np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    swapped, locked = x.astype(">f4"), x.copy()
+    locked.flags.writeable = False
+    for other in (last, odd, swapped, locked, x.tolist(), x.astype(np.float64)):
+        assert np.array_equal(conv.conv2d(block_map, pool, other, kernel=2), want)
+    halves = x.astype(ml_dtypes.bfloat16)
+    got = conv.conv2d(block_map, pool, halves, kernel=2)
+    assert np.array_equal(got, conv.conv2d(block_map, pool, halves.astype(np.float32), kernel=2))
+
+
+X = np.ones((1, 4, 5, 6), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.ones((4, 6), np.float32)}, r"x has shape \(4, 6\); images are"),
+        ({"x": np.ones((1, 4, 5, 6, 7), np.float32)}, "3-D convolutions are not supported"),
+        ({"x": np.ones((1, 3, 5, 6), np.float32)}, "2 groups do not divide 3 channels"),
+        ({"x": np.ones((1, 8, 5, 6), np.float32)}, "need a weight of 36 columns"),
+        ({"x": np.ones((1, 0, 5, 6), np.float32)}, "x has 0 channels"),
+        ({"x": np.ones((1, 4, 0, 6), np.float32)}, "covers 3 of the image's height, which is 0"),
+        ({"x": np.ones((1, 4, 5, 0), np.float32)}, "covers 3 of the image's width, which is 0"),
+        ({"x": X.astype(np.complex64)}, "x must hold real numbers"),
+        ({"kernel": (6, 3)}, "need a weight of 36 columns"),
+        ({"kernel": 0}, "kernel is 0; sizes are from 1"),
+        ({"kernel": (3, 3, 3)}, "kernel is .* give an integer or 2 of them"),
+        ({"kernel": "3"}, "kernel is '3'"),
+        ({"kernel": 3.0}, "kernel is 3.0; it must hold integers"),
+        ({"kernel": True}, "kernel is True; it must hold integers"),
+        ({"stride": 0}, "stride is 0"),
+        ({"stride": (1, -1)}, "stride is"),
+        ({"stride": 1 << 40}, "2\\*\\*31 - 1"),
+        ({"dilation": 0}, "dilation is 0"),
+        ({"dilation": 3}, "covers 7 of the image's height, which is 5"),
+        ({"padding": -1}, "padding is -1; sizes are from 0"),
+        ({"padding": (0, 0, 0)}, "padding is"),
+        ({"padding": "full"}, "padding is 'full'"),
+        ({"padding": "same", "stride": 2}, "padding 'same' needs stride 1"),
+        ({"padding": (1 << 31) - 1}, "more elements than memory can hold|too large"),
+        ({"groups": 0}, "groups is 0"),
+        ({"groups": 3}, "3 groups do not divide 4 channels"),
+        ({"groups": 2.0}, "groups is 2.0"),
+        ({"groups": [2]}, r"groups is \[2\]"),
+        ({"bias": np.ones(3, np.float32)}, r"bias has shape \(3,\); \(6,\) is needed"),
+        ({"activation": "swish"}, "unknown activation 'swish'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    block_map, pool = stored(np.ones((6, 2, 3, 3), np.float32), (4, 4))
+    given_ = {"x": X, "kernel": 3, "groups": 2, **change}
+    with pytest.raises(ArgumentError, match=message):
+        conv.conv2d(block_map, pool, given_.pop("x"), **given_)
+
+
+def test_the_core_checks_what_the_facade_would() -> None:
+    def make(**change: Any) -> Any:
+        y = np.empty((1, 6, 3, 4), np.float32)
+        given_: dict[str, Any] = {
+            "rows": 6,
+            "cols": 18,
+            "block_rows": 4,
+            "block_cols": 4,
+            "dtype": DType.F32.code,
+            "x": X,
+            "bias": None,
+            "activation": "none",
+            "y": y,
+            "groups": 2,
+            "kernel": (3, 3),
+            "stride": (1, 1),
+            "padding": (0, 0, 0, 0),
+            "dilation": (1, 1),
+        }
+        given_.update(change)
+        return _core.Conv2d(**given_)
+
+    make()
+    locked = np.empty((1, 6, 3, 4), np.float32)
+    locked.flags.writeable = False
+    for change, message in (
+        ({"kernel": (0, 3)}, "kernel_h is 0"),
+        ({"stride": (1, 0)}, "stride_w is 0"),
+        ({"dilation": (0, 1)}, "dilation_h is 0"),
+        ({"groups": 0}, "groups is 0"),
+        ({"groups": 4}, "4 groups do not divide"),
+        ({"padding": (0, 0, 0, 1 << 40)}, "at most 2\\^31 - 1"),
+        ({"padding": ((1 << 31) - 1,) * 4}, "result has more elements"),
+        ({"kernel": (9, 3)}, "covers 9 of the image's height"),
+        ({"rows": 8, "groups": 2}, "y must be"),
+        ({"cols": 17}, "6 x 18"),
+        ({"block_rows": 0}, "block shape"),
+        ({"x": X[0]}, "axes batch, channels, height, width"),
+        ({"x": X.astype(np.float64)}, "x must be a C-contiguous float32"),
+        ({"x": X.transpose(0, 1, 3, 2)}, "x must be a C-contiguous"),
+        ({"y": locked}, "y is read-only"),
+        ({"y": np.empty((1, 6, 3, 5), np.float32)}, "y must be a C-contiguous float32 array of 72"),
+        ({"bias": np.empty(5, np.float32)}, "bias must be"),
+        ({"activation": "swish"}, "unknown activation"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            make(**change)
+    with pytest.raises(TypeError):
+        make(padding=(-1, 0, 0, 0))
+
+
+def test_missing_and_wrong_pages_are_reported() -> None:
+    w = np.ones((6, 4, 3, 3), np.float32)
+    pages = MemoryPages()
+    block_map = pages.add(w, (2, 9), per_page=2)
+    lost = pages.payloads.pop(2)
+    with pytest.raises(PageNotFoundError, match="1 pages do not exist: 2"):
+        conv.conv2d(block_map, pages.pool(), X, kernel=3)
+    pages.payloads[2] = lost
+    other = BlockMap(block_map.grid, DType.I32, block_map.page_ids, block_map.slots)
+    with pytest.raises(CorruptStoreError, match="dtype code"):
+        conv.conv2d(other, pages.pool(), X, kernel=3)
