@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The buffer pool. Pages lie in the Python bytes they came in; evicting one gives the bytes back.
+// The buffer pool. Pages of the usual size and larger are copied out of the Python bytes they came
+// in, to memory that products walk over faster; others stay there until they are evicted.
+#include <cstring>
 #include <memory>
 #include <vector>
 
 #include "bindings.hpp"
 #include "pydedup/buffer_pool.hpp"
+#include "pydedup/page_memory.hpp"
 #include "python_bytes.hpp"
 
 namespace pydedup {
@@ -30,7 +33,11 @@ std::shared_ptr<Page> insert_page(BufferPool& pool, BufferPool::PageId id,
                                   const py::bytes& payload) {
     const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(payload.ptr()));
     std::shared_ptr<const std::byte> memory = share_bytes(payload);
-    const py::gil_scoped_release release;
+    const WithoutGil no_gil;
+    if (const std::shared_ptr<std::byte> better = page_memory(size)) {
+        std::memcpy(better.get(), memory.get(), size);
+        memory = better;
+    }
     return as_holder(pool.insert(id, Page(std::move(memory), size)));
 }
 

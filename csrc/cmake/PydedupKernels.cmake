@@ -41,6 +41,11 @@ function(pydedup_add_kernels core)
     check_cxx_compiler_flag("-mavx512f -mavx512bw -mavx512dq -mavx512vl" PYDEDUP_CXX_AVX512)
     if(PYDEDUP_CXX_AVX512)
       pydedup_add_isa(${core} avx512 src/kernels/avx512.cpp ${PYDEDUP_AVX512_FLAGS})
+      check_cxx_compiler_flag("-mavx512f -mavx512bw -mavx512vl -mavx512bf16" PYDEDUP_CXX_AVX512BF16)
+      if(PYDEDUP_CXX_AVX512BF16)
+        pydedup_add_isa(${core} avx512bf16 src/kernels/avx512bf16.cpp
+          ${PYDEDUP_AVX512_FLAGS} -mavx512bf16)
+      endif()
     endif()
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
     pydedup_add_isa(${core} neon src/kernels/neon.cpp)  # in every aarch64: no flags

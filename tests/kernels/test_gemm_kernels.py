@@ -154,13 +154,15 @@ def test_x_of_any_rank_and_dtype() -> None:
     one = matmul.matmul(block_map, pool, x[0, 0, 0])
     assert one.shape == (7,)
     assert_close(one[None], x[0, 0, 0][None], w)
+    part = matmul.matmul(block_map, pool, x[0])
+    assert_close(part.reshape(15, 7), x[0].reshape(15, 11), w)
     for given_as in (
         x[0].astype(np.float64),
         x[0][..., ::-1][..., ::-1],  # not contiguous
         np.asfortranarray(x[0]),
         x[0].tolist(),
     ):
-        assert np.array_equal(matmul.matmul(block_map, pool, given_as), whole[0])
+        assert np.array_equal(matmul.matmul(block_map, pool, given_as), part)
     half = x[0].astype(ml_dtypes.bfloat16)
     assert np.array_equal(
         matmul.matmul(block_map, pool, half),
@@ -363,6 +365,77 @@ def test_bags_of_two_axes_and_of_many_threads() -> None:
     assert (
         matmul.bag(block_map, pages.pool(), np.empty((3, 0), np.int64)).tolist() == [[0.0] * 64] * 3
     )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes_=st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    dtype=st.sampled_from([DType.F32, DType.F64, DType.BF16, DType.F16, DType.I8]),
+    planes=st.booleans(),
+    seed=st.integers(0, 1 << 30),
+)
+def test_sums_with_weights(sizes_: list[int], dtype: DType, planes: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = weights(rng, (61, 83), dtype)
+    pages = MemoryPages()
+    block_map = pages.add(w, (8, 70), planes=planes, per_page=3)
+    pool = pages.pool(4 * max(map(len, pages.payloads.values())))
+    ids = rng.integers(0, 61, sum(sizes_))
+    offsets = np.cumsum([0, *sizes_], dtype=np.int64)[:-1]
+    factors = rng.standard_normal(len(ids))
+    got = matmul.bag(block_map, pool, ids, offsets, "sum", weights=factors)
+    want, at = np.zeros((len(sizes_), 83)), 0
+    for bag, size in enumerate(sizes_):
+        part = slice(at, at + size)
+        want[bag] = factors[part].astype(got.dtype) @ w[ids[part]].astype(np.float64)
+        at += size
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_weights_of_bags_must_fit() -> None:
+    pages = MemoryPages()
+    block_map, pool = pages.add(np.ones((3, 4), np.float32)), pages.pool()
+    ones = np.ones((1, 2))
+    for mode in ("mean", "max"):
+        with pytest.raises(ArgumentError, match="mode 'sum' only"):
+            matmul.bag(block_map, pool, [[0, 1]], mode=mode, weights=ones)
+    with pytest.raises(ArgumentError, match=r"weights have shape \(2,\); that of ids, \(1, 2\)"):
+        matmul.bag(block_map, pool, [[0, 1]], mode="sum", weights=ones[0])
+    with pytest.raises(ArgumentError, match="weights must hold real numbers"):
+        matmul.bag(block_map, pool, [[0, 1]], mode="sum", weights=[["a", "b"]])
+
+
+def test_rows_of_a_table_whose_pages_come_and_go() -> None:
+    rng = np.random.default_rng(8)
+    w = rng.standard_normal((300, 40)).astype(np.float32)
+    pages = MemoryPages()
+    block_map = pages.add(w, (16, 16), per_page=4)
+    pool = pages.pool()
+    ids = rng.integers(0, 300, 50)
+    for _ in range(3):  # cold, resident, and read anew
+        for _ in range(2):
+            assert np.array_equal(matmul.take(block_map, pool, ids), w[ids])
+        assert pool.stats()["pinned_bytes"] == 0
+        pool.drop(block_map.page_ids[::3].copy())
+    # The same ids now lead to other bytes: noticed, whatever they are.
+    other = MemoryPages()
+    other.add(-w, (16, 16), per_page=4)
+    pool.clear()
+    pages.payloads.update(other.payloads)
+    with pytest.raises(CorruptStoreError, match="another one than before"):
+        matmul.take(block_map, pool, ids)
+
+
+def test_ids_of_any_layout() -> None:
+    w = np.arange(80, dtype=np.float32).reshape(20, 4)
+    pages = MemoryPages()
+    block_map, pool = pages.add(w, (4, 4)), pages.pool()
+    ids = np.arange(20)
+    odd = np.frombuffer(b"\0" + ids.tobytes(), np.uint8)[1:].view(np.int64)
+    for other in (ids[::-1], odd, ids.astype(">i8"), ids.astype(np.uint8), ids.reshape(4, 5).T):
+        assert np.array_equal(matmul.take(block_map, pool, other), w[np.asarray(other)])
+    with pytest.raises(ArgumentError, match="out of range"):
+        matmul.take(block_map, pool, np.array([1 << 63], np.uint64))
 
 
 def test_the_maximum_keeps_nan_in_any_order() -> None:

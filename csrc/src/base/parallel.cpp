@@ -9,6 +9,7 @@
 #include "base/parallel.hpp"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -19,6 +20,7 @@
 #include <mutex>
 #include <new>
 #include <system_error>
+#include <vector>
 
 namespace pydedup::detail {
 namespace {
@@ -48,6 +50,36 @@ void spin_until(const Condition& condition) noexcept {
     } while (std::chrono::steady_clock::now() < end);
 }
 
+#if defined(__linux__)
+// Keeps threads that are about to be woken off the CPU of the thread that wakes them. The kernel
+// would often queue them behind it for a millisecond and more, though others are idle: in a virtual
+// machine it takes a halted CPU for one that the host has taken away. Like new threads, they are
+// bound to what the thread that wakes them may use.
+class Spread {
+  public:
+    void apart_from_caller(const std::vector<pthread_t>& threads) noexcept {
+        cpu_set_t allowed;
+        const int here = ::sched_getcpu();
+        if (here < 0 || ::sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+        if (CPU_COUNT(&allowed) > 1) CPU_CLR(here, &allowed);
+        if (done_ == threads.size() && CPU_EQUAL(&allowed, &last_)) return;
+        for (const pthread_t thread : threads) {
+            static_cast<void>(pthread_setaffinity_np(thread, sizeof allowed, &allowed));
+        }
+        done_ = threads.size();
+        last_ = allowed;
+    }
+
+  private:
+    std::size_t done_ = 0;  // threads that are bound to last_
+    cpu_set_t last_{};
+};
+#else
+struct Spread {
+    void apart_from_caller(const std::vector<pthread_t>&) noexcept {}
+};
+#endif
+
 struct Job {
     void (*run)(void*) noexcept;
     void* context;
@@ -72,9 +104,10 @@ class Pool {
         try {
             const std::lock_guard lock(mutex_);
             make_threads(std::min(helpers, kMaxThreads));
-            if (threads_ == 0) return false;
+            if (threads_.empty()) return false;
             queue_.push_back(&job);
             sleeping = sleeping_;
+            if (sleeping != 0) spread_.apart_from_caller(threads_);
         } catch (...) {  // no memory for the queue: then the caller works alone
             return false;
         }
@@ -103,14 +136,19 @@ class Pool {
     }
 
     // As many as asked for, or as the system grants. Signals are for the threads of the program.
-    void make_threads(unsigned count) noexcept {
-        if (threads_ >= count) return;
+    void make_threads(unsigned count) {
+        if (threads_.size() >= count) return;
+        threads_.reserve(count);
         sigset_t all;
         sigset_t before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
         try {
-            for (; threads_ < count; ++threads_) std::thread([this] { work(); }).detach();
+            while (threads_.size() < count) {
+                std::thread thread([this] { work(); });
+                threads_.push_back(thread.native_handle());
+                thread.detach();
+            }
         } catch (const std::system_error&) {
         } catch (const std::bad_alloc&) {
         }
@@ -150,7 +188,8 @@ class Pool {
     std::condition_variable work_;  // the queue is not empty
     std::condition_variable done_;  // a helper has ended
     std::deque<Job*> queue_;
-    unsigned threads_ = 0;
+    std::vector<pthread_t> threads_;
+    Spread spread_;
     unsigned sleeping_ = 0;
     // Counters to look at without the mutex: jobs that came, helpers that ended.
     std::atomic<std::uint64_t> arrivals_{0};

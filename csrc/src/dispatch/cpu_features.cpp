@@ -48,6 +48,7 @@ CpuFeatures cpu_features() noexcept {
     has.avx512 = has.avx2 && __builtin_cpu_supports("avx512f") &&
                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                  __builtin_cpu_supports("avx512vl");
+    has.avx512bf16 = has.avx512 && __builtin_cpu_supports("avx512bf16");
     has.avx512_in_halves = has.avx512 && is_amd_family_19h();
 #elif defined(__aarch64__)
     has.neon = true;  // part of the architecture, and of what Linux saves

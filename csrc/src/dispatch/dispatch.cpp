@@ -19,15 +19,29 @@ constexpr const char* kNeedsAvx2 = "AVX2, FMA, F16C and BMI2";
 constexpr const char* kNeedsAvx512 = "AVX-512 F, BW, DQ and VL";
 constexpr const char* kNeedsAvx512InHalves =
     "AVX-512 F, BW, DQ and VL (this CPU computes 512 bits in two halves)";
+constexpr const char* kNeedsAvx512Bf16 = "AVX-512 F, BW, DQ, VL and BF16";
 constexpr const char* kNeedsNeon = "aarch64";
 
-using Candidates = std::array<KernelCandidate, 4>;
+using Candidates = std::array<KernelCandidate, 5>;
+
+#if defined(PYDEDUP_HAVE_AVX512) && defined(PYDEDUP_HAVE_AVX512BF16)
+const KernelTable* avx512bf16_table() noexcept {
+    static const KernelTable table = [] {
+        KernelTable made = kAvx512Kernels;
+        made.name = "avx512bf16";
+        made.gemm.bf16 = kAvx512Bf16GemmKernels;
+        return made;
+    }();
+    return &table;
+}
+#endif
 
 Candidates list_candidates() noexcept {
     const CpuFeatures cpu = cpu_features();
     const KernelTable* neon = nullptr;
     const KernelTable* avx2 = nullptr;
     const KernelTable* avx512 = nullptr;
+    const KernelTable* avx512bf16 = nullptr;
 #if defined(PYDEDUP_HAVE_NEON)
     neon = &kNeonKernels;
 #endif
@@ -37,11 +51,15 @@ Candidates list_candidates() noexcept {
 #if defined(PYDEDUP_HAVE_AVX512)
     avx512 = &kAvx512Kernels;
 #endif
+#if defined(PYDEDUP_HAVE_AVX512) && defined(PYDEDUP_HAVE_AVX512BF16)
+    avx512bf16 = avx512bf16_table();
+#endif
     return {{
         {"scalar", &kScalarKernels, true, "any CPU"},
         {"neon", neon, cpu.neon, kNeedsNeon},
         {"avx2", avx2, cpu.avx2, kNeedsAvx2},
         {"avx512", avx512, cpu.avx512, cpu.avx512_in_halves ? kNeedsAvx512InHalves : kNeedsAvx512},
+        {"avx512bf16", avx512bf16, cpu.avx512bf16, kNeedsAvx512Bf16},
     }};
 }
 

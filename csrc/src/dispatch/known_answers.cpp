@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
+#include <span>
 #include <tuple>
 
 namespace pydedup {
@@ -103,6 +105,34 @@ struct Products {
     }
 };
 
+// As many columns as the question fills, 14 rows: whole register tiles and single rows.
+template <class E, class A, std::size_t N>
+bool multiply_tiles(
+    std::span<const GemmTile<E, A>> tiles, const std::array<E, N>& x, const std::array<E, N>& w,
+    A (*value)(E) = [](E e) { return A{e}; }) noexcept {
+    for (const GemmTile<E, A>& tile : tiles) {
+        if (tile.width == 0) break;
+        const std::size_t elements = tile.width * tile.group;
+        const std::size_t sums = tile.width * tile.sums();
+        const std::size_t cols = std::min(N / elements * tile.group, kSide);
+        std::array<A, 14 * 64> acc{};
+        if (sums > 64 || cols == 0) return false;
+        tile.tile_nt(x.data(), w.data(), 14, cols, kSide, nullptr, acc.data());
+        for (std::size_t r = 0; r < 14; ++r) {
+            std::array<A, 64> want{};
+            for (std::size_t k = 0; k < (cols + tile.group - 1) / tile.group * elements; ++k) {
+                const std::size_t c = k / elements * tile.group + k % tile.group;
+                if (c >= cols) continue;
+                want[k % elements / tile.per_sum] += value(x[k]) * value(w[r * kSide + c]);
+            }
+            for (std::size_t s = 0; s < sums; ++s) {
+                if (acc[r * sums + s] != want[s]) return false;
+            }
+        }
+    }
+    return true;
+}
+
 template <class T>
 bool same_products(const GemmKernelsOf<T>& gemm, const GemmKernelsOf<T>& reference,
                    const Question& question) noexcept {
@@ -121,25 +151,7 @@ bool same_products(const GemmKernelsOf<T>& gemm, const GemmKernelsOf<T>& referen
         gemm.add_to(in.x.data(), m * n, got.data());
         if (want != got) return false;
     }
-    for (const auto& tile : gemm.tiles) {
-        if (tile.width == 0) break;
-        // As many columns as the question fills, 14 rows: whole register tiles and single rows.
-        const std::size_t lanes = tile.width * tile.group;
-        const std::size_t cols = std::min(in.x.size() / lanes * tile.group, kSide);
-        std::array<T, 14 * 64> acc{};
-        if (lanes > 64) return false;
-        tile.tile_nt(in.x.data(), in.w.data(), 14, cols, n, nullptr, acc.data());
-        for (std::size_t r = 0; r < 14; ++r) {
-            for (std::size_t lane = 0; lane < lanes; ++lane) {
-                T sum = 0;
-                for (std::size_t c = lane % tile.group; c < cols; c += tile.group) {
-                    sum += in.x[c / tile.group * lanes + lane] * in.w[r * n + c];
-                }
-                if (acc[r * lanes + lane] != sum) return false;
-            }
-        }
-    }
-    return true;
+    return multiply_tiles<T, T>(gemm.tiles, in.x, in.w);
 }
 
 bool same_halves(const GemmKernels& gemm, const GemmKernels& reference,
@@ -330,6 +342,21 @@ bool same_differences(const DeltaKernels& delta, const DeltaKernels& reference,
     return answer(delta) == answer(reference);
 }
 
+float value_of_bf16(std::uint16_t bits) noexcept {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
+
+bool same_pairs(const Bf16GemmKernels& bf16, const Question& question) noexcept {
+    const Products<float> in(question);
+    std::array<std::uint16_t, kSide * kSide> x{};
+    std::array<std::uint16_t, kSide * kSide> w{};
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        x[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(in.x[i]) >> 16);
+        w[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(in.w[i]) >> 16);
+    }
+    return multiply_tiles<std::uint16_t, float>(bf16.tiles, x, w, value_of_bf16);
+}
+
 }  // namespace
 
 const char* first_wrong_group(const KernelTable& table) noexcept {
@@ -341,7 +368,8 @@ const char* first_wrong_group(const KernelTable& table) noexcept {
     }
     if (!same_products(table.gemm.f32, kScalarKernels.gemm.f32, question) ||
         !same_products(table.gemm.f64, kScalarKernels.gemm.f64, question) ||
-        !same_halves(table.gemm, kScalarKernels.gemm, question)) {
+        !same_halves(table.gemm, kScalarKernels.gemm, question) ||
+        !same_pairs(table.gemm.bf16, question)) {
         return "gemm";
     }
     const SimilarityKernels& similarity = kScalarKernels.similarity;

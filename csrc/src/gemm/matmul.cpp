@@ -8,7 +8,9 @@
 #include "pydedup/gemm.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "base/parallel.hpp"
 #include "dispatch/dispatch.hpp"
@@ -22,7 +24,6 @@ namespace {
 
 using detail::AlignedArray;
 using detail::PackedX;
-using detail::RowTile;
 using detail::Scratch;
 using detail::WeightReader;
 
@@ -90,8 +91,16 @@ class Matmul::Typed final : public Matmul::Impl {
             std::fill_n(y_, p_.m * n_, T{0});
             finish(0, p_.m, 0, n_);
         } else if (!p_.transpose && p_.m > own().dot_max_m) {
-            packed_.emplace(x_, p_.m, p_.grid.cols, p_.grid.block_cols, own(),
-                            threads_for(p_.m * p_.grid.cols));
+            const unsigned threads = threads_for(p_.m * p_.grid.cols);
+            if constexpr (sizeof(T) == 4) {
+                const auto& pairs = kernels_.bf16.tiles;
+                if (p_.weights == Dtype::bf16 && pairs[0].width != 0 &&
+                    detail::is_bf16(x_, p_.m * p_.grid.cols, threads)) {
+                    pairs_.emplace(x_, p_.m, p_.grid.cols, p_.grid.block_cols, pairs, threads);
+                    return;
+                }
+            }
+            packed_.emplace(x_, p_.m, p_.grid.cols, p_.grid.block_cols, own().tiles, threads);
         }
     }
 
@@ -113,24 +122,19 @@ class Matmul::Typed final : public Matmul::Impl {
         }
         const std::size_t first = fed_ / grid.grid_cols();
         const std::size_t panels = (fed_ + blocks.size() - 1) / grid.grid_cols() - first + 1;
-        if (!packed_) {
-            run(panels, p_.m, 1, threads, [&](const Task& task, Worker& worker) {
-                multiply_dots(blocks, first + task.panel, task.unit0, task.unit1, worker.reader);
-            });
+        if (packed_) {
+            multiply_packed(*packed_, blocks, first, panels, threads);
             return;
         }
-        // Of the last panel what comes later will need the sums.
-        if (!part_of_row(first + panels - 1, blocks.size()).ends) {
-            to_go_on_ =
-                AlignedArray<T>(packed_->lanes_before(packed_->n_tiles()) *
-                                block_rect(grid, (first + panels - 1) * grid.grid_cols()).rows);
+        if constexpr (sizeof(T) == 4) {
+            if (pairs_) {
+                multiply_packed(*pairs_, blocks, first, panels, threads);
+                return;
+            }
         }
-        run(panels, packed_->n_tiles(), packed_->tile(0).kernel->width, threads,
-            [&](const Task& task, Worker& worker) {
-                multiply_tiles(blocks, first + task.panel, task.unit0, task.unit1, worker.reader,
-                               worker.sums);
-            });
-        begun_ = std::move(to_go_on_);
+        run(panels, p_.m, 1, threads, [&](const Task& task, Worker& worker) {
+            multiply_dots(blocks, first + task.panel, task.unit0, task.unit1, worker.reader);
+        });
     }
 
   private:
@@ -223,68 +227,96 @@ class Matmul::Typed final : public Matmul::Impl {
         own().dot_nt(x, ldx, m, reader.read(block), block.rows, block.cols, block.cols, y, n_);
     }
 
-    void multiply_tiles(std::span<const BlockView> blocks, std::size_t row, std::size_t t0,
-                        std::size_t t1, WeightReader<T>& reader, Scratch<T>& scratch) const {
+    template <class E>
+    void multiply_packed(const PackedX<E, T>& x, std::span<const BlockView> blocks,
+                         std::size_t first, std::size_t panels, unsigned threads) {
+        // Of the last panel what comes later will need the sums.
+        const std::size_t last = first + panels - 1;
+        if (!part_of_row(last, blocks.size()).ends) {
+            to_go_on_ = AlignedArray<T>(x.sums_before(x.n_tiles()) *
+                                        block_rect(p_.grid, last * p_.grid.grid_cols()).rows);
+        }
+        run(panels, x.n_tiles(), x.tile(0).kernel->width, threads,
+            [&](const Task& task, Worker& worker) {
+                multiply_tiles(x, blocks, first + task.panel, task.unit0, task.unit1, worker);
+            });
+        begun_ = std::move(to_go_on_);
+    }
+
+    template <class E>
+    void multiply_tiles(const PackedX<E, T>& x, std::span<const BlockView> blocks, std::size_t row,
+                        std::size_t t0, std::size_t t1, Worker& worker) const {
         const Part part = part_of_row(row, blocks.size());
         const BlockRect rect = block_rect(p_.grid, row * p_.grid.grid_cols());
-        const std::size_t lane0 = packed_->lanes_before(t0);
-        const std::size_t count = (packed_->lanes_before(t1) - lane0) * rect.rows;
-        T* const sums = part.ends ? scratch.at_least(count) : to_go_on_.data() + lane0 * rect.rows;
+        const std::size_t sum0 = x.sums_before(t0);
+        const std::size_t count = (x.sums_before(t1) - sum0) * rect.rows;
+        T* const sums =
+            part.ends ? worker.sums.at_least(count) : to_go_on_.data() + sum0 * rect.rows;
         if (part.starts) {
             std::fill_n(sums, count, T{0});
         } else {
-            std::copy_n(begun_.data() + lane0 * rect.rows, count, sums);
+            std::copy_n(begun_.data() + sum0 * rect.rows, count, sums);
         }
         const auto sums_of = [&](std::size_t t) {
-            return sums + (packed_->lanes_before(t) - lane0) * rect.rows;
+            return sums + (x.sums_before(t) - sum0) * rect.rows;
         };
-        const std::size_t strip = columns_in_a_pass(packed_->tile(t0).kernel->width);
+        const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
         for (std::size_t column = part.begin; column < part.end; ++column) {
             const std::size_t index = row * p_.grid.grid_cols() + column - fed_;
             const BlockView& block = blocks[index];
-            const T* const next = next_block(blocks, index);
-            const T* next_x = column + 1 < part.end ? packed_->at(column + 1, t0, 0) : nullptr;
-            const T* const next_x_end =
-                column + 1 < part.end ? packed_->end_of(column + 1, t1 - 1) : nullptr;
-            const T* const w = reader.read(block);
+            const E* const next = next_block<E>(blocks, index);
+            const bool is_last = column + 1 == part.end;
+            const E* next_x = is_last ? nullptr : x.at(column + 1, t0, 0);
+            const E* const next_x_end = is_last ? nullptr : x.end_of(column + 1, t1 - 1);
+            const E* const w = read<E>(block, worker.reader);
             for (std::size_t c = 0; c < block.cols; c += strip) {
                 const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
                 for (std::size_t t = t0; t < t1; ++t) {
-                    const T* ahead = nullptr;
+                    const E* ahead = nullptr;
                     if (t == t0 && next != nullptr) {
                         ahead = next + c * block.rows;
                     } else if (next_x < next_x_end) {
                         ahead = next_x;
                         next_x += n * block.rows;
                     }
-                    packed_->tile(t).kernel->tile_nt(packed_->at(column, t, c), w + c, block.rows,
-                                                     n, block.cols, ahead, sums_of(t));
+                    x.tile(t).kernel->tile_nt(x.at(column, t, c), w + c, block.rows, n, block.cols,
+                                              ahead, sums_of(t));
                 }
             }
         }
         if (!part.ends) return;
-        for (std::size_t t = t0; t < t1; ++t) store_sums(packed_->tile(t), rect, sums_of(t));
-        const RowTile<T>& last = packed_->tile(t1 - 1);
-        finish(packed_->tile(t0).row0, last.row0 + last.rows, rect.row0, rect.rows);
+        for (std::size_t t = t0; t < t1; ++t) store_sums(x.tile(t), rect, sums_of(t));
+        finish(x.tile(t0).row0, x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows, rect.row0, rect.rows);
     }
 
-    // A multiple of every tile's group.
+    template <class E>
+    [[nodiscard]] static const E* read(const BlockView& block, WeightReader<T>& reader) {
+        if constexpr (std::is_same_v<E, T>) {
+            return reader.read(block);
+        } else {
+            return reinterpret_cast<const E*>(reader.stored(block));
+        }
+    }
+
+    // Whole groups of any tile, of which the largest are 32 bf16 numbers.
     [[nodiscard]] static std::size_t columns_in_a_pass(std::size_t tile_width) noexcept {
-        constexpr std::size_t kGroups = 64 / sizeof(T);
+        constexpr std::size_t kGroup = 32;
         const std::size_t fitting = kPassBytes / (tile_width * sizeof(T));
-        return std::max<std::size_t>(fitting / kGroups, 1) * kGroups;
+        return std::max<std::size_t>(fitting / kGroup, 1) * kGroup;
     }
 
     // The block after this one in its row of blocks, when its memory is worth asking for.
-    [[nodiscard]] const T* next_block(std::span<const BlockView> blocks,
-                                      std::size_t index) const noexcept {
+    template <class E>
+    [[nodiscard]] static const E* next_block(std::span<const BlockView> blocks,
+                                             std::size_t index) noexcept {
         if (index + 1 == blocks.size() || blocks[index + 1].length > kMaxAheadBytes) return nullptr;
-        return reinterpret_cast<const T*>(blocks[index + 1].data);
+        return reinterpret_cast<const E*>(blocks[index + 1].data);
     }
 
-    void store_sums(const RowTile<T>& tile, const BlockRect& rect, const T* sums) const noexcept {
-        const std::size_t group = tile.kernel->group;
-        const std::size_t lanes = tile.lanes();
+    template <class Tile>
+    void store_sums(const Tile& tile, const BlockRect& rect, const T* sums) const noexcept {
+        const std::size_t group = tile.kernel->sums();
+        const std::size_t lanes = tile.sums();
         for (std::size_t i = 0; i < tile.rows; ++i) {
             T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
             for (std::size_t r = 0; r < rect.rows; ++r) {
@@ -334,7 +366,9 @@ class Matmul::Typed final : public Matmul::Impl {
     const T* const bias_;
     T* const y_;
     const std::size_t n_;  // columns of y
-    std::optional<PackedX<T>> packed_;
+    // x as the kernels want it: none for dot products, pairs_ for products of bf16 numbers.
+    std::optional<PackedX<T, T>> packed_;
+    std::optional<PackedX<std::uint16_t, float>> pairs_;
     // Sums of the panel that a call of feed() began or went on with, but did not end: of the call
     // before, and of this one.
     AlignedArray<T> begun_, to_go_on_;

@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// x, packed for tile_nt: cut into strips of columns (one per column of blocks of W), each strip
-// into tiles of rows, and in a tile the rows run along the lanes of a vector, `group` columns of
-// each. So all that one block is multiplied with lies together. Rows and columns that only fill up
-// a tile are zero.
+// x, packed for tile_nt as elements E, for sums in A (which x itself is in): cut into strips of
+// columns (one per column of blocks of W), each strip into tiles of rows, and in a tile the rows
+// run along the lanes of a vector, `group` columns of each. So all that one block is multiplied
+// with lies together. Rows and columns that only fill up a tile are zero.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <bit>
 #include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
 #include <vector>
 
 #include "base/parallel.hpp"
@@ -15,54 +20,78 @@
 
 namespace pydedup::detail {
 
-template <class T>
-struct RowTile {
-    const typename GemmKernelsOf<T>::Tile* kernel;
-    std::size_t row0;   ///< first row of x
-    std::size_t rows;   ///< rows of x in it, at most kernel->width
-    std::size_t lane0;  ///< lanes of the tiles before it
+/// Whether all of x are bf16 numbers, none of them subnormal.
+[[nodiscard]] inline bool is_bf16(const float* x, std::size_t count, unsigned threads) {
+    constexpr std::size_t kPiece = std::size_t{1} << 14;
+    std::atomic<bool> other{false};
+    parallel_for(count, kPiece, threads, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t at = begin; at < end && !other.load(std::memory_order_relaxed);) {
+            std::uint32_t low = 0;
+            std::uint32_t subnormal = 0;
+            for (const std::size_t stop = std::min(end, at + 256); at < stop; ++at) {
+                const auto bits = std::bit_cast<std::uint32_t>(x[at]);
+                low |= bits << 16;
+                const std::uint32_t magnitude = bits & 0x7FFFFFFFU;
+                subnormal |= static_cast<std::uint32_t>(magnitude - 1U < 0x007FFFFFU);
+            }
+            if ((low | subnormal) != 0) other.store(true, std::memory_order_relaxed);
+        }
+    });
+    return !other;
+}
 
-    [[nodiscard]] std::size_t lanes() const noexcept { return kernel->width * kernel->group; }
+template <class E, class A>
+struct RowTile {
+    const GemmTile<E, A>* kernel;
+    std::size_t row0;  ///< first row of x
+    std::size_t rows;  ///< rows of x in it, at most kernel->width
+    std::size_t sum0;  ///< sums of the tiles before it, for one row of W
+
+    /// Elements for one group of columns, and sums for one row of W.
+    [[nodiscard]] std::size_t elements() const noexcept { return kernel->width * kernel->group; }
+    [[nodiscard]] std::size_t sums() const noexcept { return kernel->width * kernel->sums(); }
 };
 
 /// Cuts m rows into tiles, widest first. A wider tile is taken when it wastes at most a quarter.
-template <class T>
-std::vector<RowTile<T>> cut_rows(std::size_t m, const GemmKernelsOf<T>& kernels) {
-    std::vector<RowTile<T>> tiles;
+template <class E, class A>
+std::vector<RowTile<E, A>> cut_rows(std::size_t m, std::span<const GemmTile<E, A>> kernels) {
+    std::vector<RowTile<E, A>> tiles;
     std::size_t row = 0;
-    std::size_t lane = 0;
+    std::size_t sum = 0;
     while (row < m) {
         const std::size_t left = m - row;
-        const auto* pick = &kernels.tiles[0];
-        for (const auto& tile : kernels.tiles) {
+        const GemmTile<E, A>* pick = &kernels[0];
+        for (const GemmTile<E, A>& tile : kernels) {
             if (tile.width == 0) break;
             pick = &tile;
             if (4 * left >= 3 * tile.width) break;
         }
-        tiles.push_back({pick, row, std::min(left, pick->width), lane});
+        tiles.push_back({pick, row, std::min(left, pick->width), sum});
         row += tiles.back().rows;
-        lane += tiles.back().lanes();
+        sum += tiles.back().sums();
     }
     return tiles;
 }
 
-template <class T>
+template <class E, class A>
 class PackedX {
   public:
-    PackedX(const T* x, std::size_t m, std::size_t cols, std::size_t strip,
-            const GemmKernelsOf<T>& kernels, unsigned threads)
+    using Tile = RowTile<E, A>;
+
+    PackedX(const A* x, std::size_t m, std::size_t cols, std::size_t strip,
+            std::span<const GemmTile<E, A>> kernels, unsigned threads)
         : cols_(cols), strip_(std::min(strip, cols)), tiles_(cut_rows(m, kernels)) {
         const std::size_t strips = (cols + strip_ - 1) / strip_;
         places_.reserve(2 * tiles_.size() + 2);
         for (const std::size_t width : {strip_, cols - (strips - 1) * strip_}) {
             std::size_t place = 0;
-            for (const RowTile<T>& tile : tiles_) {
+            for (const Tile& tile : tiles_) {
                 places_.push_back(place);
-                place += groups(width, tile) * tile.lanes();
+                place += groups(width, tile) * tile.elements();
             }
             places_.push_back(place);
         }
-        packed_ = AlignedArray<T>((strips - 1) * strip_elements() + places_.back());
+        packed_ = AlignedArray<E>((strips - 1) * strip_elements() + places_.back());
         parallel_for(strips, 1, threads, [&](std::size_t begin, std::size_t end) {
             for (std::size_t s = begin; s < end; ++s) {
                 for (std::size_t t = 0; t < tiles_.size(); ++t) pack(x, s, t);
@@ -71,59 +100,69 @@ class PackedX {
     }
 
     [[nodiscard]] std::size_t n_tiles() const noexcept { return tiles_.size(); }
-    [[nodiscard]] const RowTile<T>& tile(std::size_t t) const noexcept { return tiles_[t]; }
+    [[nodiscard]] const Tile& tile(std::size_t t) const noexcept { return tiles_[t]; }
 
-    /// Lanes of the tiles before tile t, which may be n_tiles().
-    [[nodiscard]] std::size_t lanes_before(std::size_t t) const noexcept {
-        if (t < tiles_.size()) return tiles_[t].lane0;
-        return tiles_.empty() ? 0 : tiles_.back().lane0 + tiles_.back().lanes();
+    /// Sums of the tiles before tile t, which may be n_tiles(), for one row of W.
+    [[nodiscard]] std::size_t sums_before(std::size_t t) const noexcept {
+        if (t < tiles_.size()) return tiles_[t].sum0;
+        return tiles_.empty() ? 0 : tiles_.back().sum0 + tiles_.back().sums();
     }
 
     /// Tile t of strip s from its column c on, a multiple of the tile's group.
-    [[nodiscard]] T* at(std::size_t s, std::size_t t, std::size_t c) const noexcept {
+    [[nodiscard]] E* at(std::size_t s, std::size_t t, std::size_t c) const noexcept {
         const bool is_last = cols_ - s * strip_ <= strip_;
         return packed_.data() + s * strip_elements() +
                places_[t + (is_last ? tiles_.size() + 1 : 0)] + c * tiles_[t].kernel->width;
     }
 
     /// Where tile t of strip s ends.
-    [[nodiscard]] const T* end_of(std::size_t s, std::size_t t) const noexcept {
+    [[nodiscard]] const E* end_of(std::size_t s, std::size_t t) const noexcept {
         const bool is_last = cols_ - s * strip_ <= strip_;
         return packed_.data() + s * strip_elements() +
                places_[t + 1 + (is_last ? tiles_.size() + 1 : 0)];
     }
 
   private:
-    [[nodiscard]] static std::size_t groups(std::size_t width, const RowTile<T>& tile) noexcept {
+    [[nodiscard]] static std::size_t groups(std::size_t width, const Tile& tile) noexcept {
         return (width + tile.kernel->group - 1) / tile.kernel->group;
     }
 
     // Elements of a strip of full width.
     [[nodiscard]] std::size_t strip_elements() const noexcept { return places_[tiles_.size()]; }
 
+    [[nodiscard]] static E element(A value) noexcept {
+        if constexpr (std::is_same_v<E, A>) {
+            return value;
+        } else {  // a bf16 number
+            return static_cast<E>(std::bit_cast<std::uint32_t>(value) >> 16);
+        }
+    }
+
     // A cache line of columns at a time: rows of x may lie a power of two apart, and one element
     // of each would evict the next one's line.
-    void pack(const T* x, std::size_t s, std::size_t t) const noexcept {
-        constexpr std::size_t kStep = 64 / sizeof(T);
-        const RowTile<T>& tile = tiles_[t];
+    void pack(const A* x, std::size_t s, std::size_t t) const noexcept {
+        const Tile& tile = tiles_[t];
         const std::size_t group = tile.kernel->group;
+        const std::size_t step = std::max(64 / sizeof(A), group);
         const std::size_t width = std::min(strip_, cols_ - s * strip_);
-        T* const to = at(s, t, 0);
+        E* const to = at(s, t, 0);
         if (width % group != 0 || tile.rows < tile.kernel->width) {
-            std::fill_n(to, groups(width, tile) * tile.lanes(), T{0});
+            std::fill_n(to, groups(width, tile) * tile.elements(), E{0});
         }
-        for (std::size_t c0 = 0; c0 < width; c0 += kStep) {
-            const std::size_t c1 = std::min(width, c0 + kStep);
+        for (std::size_t c0 = 0; c0 < width; c0 += step) {
+            const std::size_t c1 = std::min(width, c0 + step);
             for (std::size_t i = 0; i < tile.rows; ++i) {
-                const T* const from = x + (tile.row0 + i) * cols_ + s * strip_;
-                T* const row = to + i * group;
+                const A* const from = x + (tile.row0 + i) * cols_ + s * strip_;
+                E* const row = to + i * group;
                 if (group == 1) {
-                    for (std::size_t c = c0; c < c1; ++c) row[c * tile.lanes()] = from[c];
+                    for (std::size_t c = c0; c < c1; ++c) {
+                        row[c * tile.elements()] = element(from[c]);
+                    }
                     continue;
                 }
                 for (std::size_t c = c0; c < c1; c += group) {
-                    std::copy(from + c, from + std::min(c1, c + group),
-                              row + c * tile.kernel->width);
+                    std::transform(from + c, from + std::min(c1, c + group),
+                                   row + c * tile.kernel->width, element);
                 }
             }
         }
@@ -131,10 +170,10 @@ class PackedX {
 
     std::size_t cols_;
     std::size_t strip_;
-    std::vector<RowTile<T>> tiles_;
+    std::vector<Tile> tiles_;
     // Where the tiles of a strip of full width begin, and its end; the same for the last strip.
     std::vector<std::size_t> places_;
-    AlignedArray<T> packed_;
+    AlignedArray<E> packed_;
 };
 
 }  // namespace pydedup::detail

@@ -19,6 +19,24 @@ namespace pydedup {
 
 inline constexpr std::size_t kMaxGemmTiles = 6;
 
+/// How a tile of rows of x, elements E, is multiplied with a block; summed in A.
+template <class E, class A>
+struct GemmTile {
+    std::size_t width;  ///< rows of x in one tile; 0 ends a list
+    /// Adds to acc (rows x width x sums()) what it makes of x (ceil(cols / group) x width x group,
+    /// filled up with zeros):
+    ///   acc[r, i, j] += sum over c with c % group / per_sum = j of x[c / group, i, c % group]
+    ///                   * w[r, c]
+    /// in the order of c. The sum over j is the caller's, after the last block. Unless nullptr,
+    /// rows * cols elements from `next` on (need not exist) are prefetched meanwhile.
+    void (*tile_nt)(const E* x, const E* w, std::size_t rows, std::size_t cols, std::size_t ldw,
+                    const E* next, A* acc) noexcept;
+    std::size_t group = 1;    ///< neighbouring columns that lie beside each other in a vector
+    std::size_t per_sum = 1;  ///< of them, neighbours that are added up at once; divides group
+
+    [[nodiscard]] constexpr std::size_t sums() const noexcept { return group / per_sum; }
+};
+
 template <class T>
 struct GemmKernelsOf {
     /// y[i, r] += sum over c of x[i, c] * w[r, c], for i < m.
@@ -29,19 +47,14 @@ struct GemmKernelsOf {
                      std::size_t cols, std::size_t ldw, T* y, std::size_t ldy) noexcept;
     /// sum[i] += from[i], for i < count.
     void (*add_to)(const T* from, std::size_t count, T* sum) noexcept;
-    struct Tile {
-        std::size_t width;  ///< rows of x in one tile; 0 ends the list
-        /// Adds to acc (rows x width x group) what it makes of x (ceil(cols / group) x width x
-        /// group, filled up with zeros):
-        ///   acc[r, i, j] += sum over c = j, j + group, ... of x[c / group, i, j] * w[r, c]
-        /// in the order of c. The sum over j is the caller's, after the last block. Unless nullptr,
-        /// rows * cols elements from `next` on (need not exist) are prefetched meanwhile.
-        void (*tile_nt)(const T* x, const T* w, std::size_t rows, std::size_t cols, std::size_t ldw,
-                        const T* next, T* acc) noexcept;
-        std::size_t group = 1;  ///< neighbouring columns that lie beside each other in a vector
-    };
+    using Tile = GemmTile<T, T>;
     Tile tiles[kMaxGemmTiles];  ///< widest first
     std::size_t dot_max_m;      ///< up to this m dot_nt is the faster way (measured)
+};
+
+/// Products of bf16 numbers with bf16 numbers. A number below 2^-126 counts as zero.
+struct Bf16GemmKernels {
+    GemmTile<std::uint16_t, float> tiles[kMaxGemmTiles];  ///< widest first; may be none
 };
 
 struct GemmKernels {
@@ -56,6 +69,7 @@ struct GemmKernels {
                        std::size_t ldy) noexcept;
     void (*bf16_to_f32)(const std::uint16_t* src, std::size_t count, float* dst) noexcept;
     void (*f16_to_f32)(const std::uint16_t* src, std::size_t count, float* dst) noexcept;
+    Bf16GemmKernels bf16{};  ///< none where the CPU has no such instruction
 };
 
 }  // namespace pydedup

@@ -29,5 +29,7 @@ extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kNeonKernels;
+// A part of a table, for `gemm.bf16` of the avx512 one.
+extern const Bf16GemmKernels kAvx512Bf16GemmKernels;
 
 }  // namespace pydedup
