@@ -194,6 +194,7 @@ void bind_similarity(py::module_& m) {
         .def("query", &query_blocks, py::arg("blocks"), py::arg("k"), py::arg("whole"),
              py::arg("threads") = 0)
         .def("hashes", &hash_blocks_of, py::arg("blocks"), py::arg("whole"), py::arg("threads") = 0)
+        .def("merge", &L2Index::merge, py::arg("other"), py::arg("threads") = 0, without_gil)
         .def("contains", &L2Index::contains, py::arg("id"), without_gil)
         .def("ids", &ids_of)
         .def("save", &save_index)

@@ -220,6 +220,20 @@ class L2LSH:
         self._check(matrix, "matrix")
         self._index.add(matrix, as_ids(ids), True, as_count(threads, "threads"))
 
+    def merge(self, other: L2LSH, *, threads: int = 0) -> None:
+        """Add the blocks of another index whose ids this one does not have; all or none.
+
+        What follows is as if they had been added with `add`, in the other's order.
+
+        Raises
+        ------
+        ArgumentError
+            When the two differ in block shape, dtype, r, bands, rows or seed.
+        """
+        if not isinstance(other, L2LSH):
+            raise ArgumentError(f"other must be an L2LSH, not {type(other).__name__}")
+        self._index.merge(other._index, as_count(threads, "threads"))
+
     def remove(self, ids: _Ids) -> None:
         """Remove blocks; all or none.
 

@@ -455,3 +455,59 @@ def test_blocks_of_a_matrix_are_measured_where_they_lie(shape: tuple[int, int]) 
     ]
     assert magnitude(matrix, (64, 32)).tolist() == wanted
     assert magnitude(matrix[:0], (64, 32)).shape == (0,)
+
+
+# ---- merging ------------------------------------------------------------------------------------
+
+
+def test_merged_indexes_answer_as_one_that_was_filled_alone() -> None:
+    blocks = random_blocks(60, (16, 16), seed=5)
+    blocks[7] = 0.0
+    blocks[9, 3, 3] = np.nan
+    blocks[41] = blocks[2]  # one sketch on both sides
+    whole, one, other = (L2LSH((16, 16), np.float32, seed=3) for _ in range(3))
+    whole.add(blocks, range(60))
+    one.add(blocks[:30], range(30))
+    other.add(blocks[:60], range(60))
+    other.remove(range(0, 20))  # dead places among those that are merged
+    one.merge(other)
+    assert one.save() == whole.save()
+    near = blocks + np.float32(0.01) * random_blocks(60, (16, 16), seed=6)
+    for got, want in zip(one.query(near, 4), whole.query(near, 4), strict=True):
+        assert np.array_equal(got, want)
+    one.merge(one)
+    one.merge(L2LSH((16, 16), np.float32, seed=3))
+    assert one.save() == whole.save()
+
+
+@pytest.mark.parametrize(
+    "other", [L2LSH((16, 16), np.float32, seed=1), L2LSH((16, 8), np.float32), object()]
+)
+def test_indexes_that_do_not_fit_are_not_merged(other: Any) -> None:
+    index = L2LSH((16, 16), np.float32)
+    index.add(random_blocks(3, (16, 16)), range(3))
+    before = index.save()
+    with pytest.raises(ArgumentError, match="same parameters|must be an L2LSH"):
+        index.merge(other)
+    assert index.save() == before
+
+
+def test_two_indexes_merge_into_each_other_at_once() -> None:
+    one, other = L2LSH((8, 8), np.float32), L2LSH((8, 8), np.float32)
+    blocks = random_blocks(400, (8, 8))
+
+    def fill(into: L2LSH, others: L2LSH, first: int) -> None:
+        for i in range(first, 400, 2):
+            into.add(blocks[i : i + 1], [i])
+            into.merge(others)
+
+    threads = [
+        threading.Thread(target=fill, args=args) for args in ((one, other, 0), (other, one, 1))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    one.merge(other)
+    assert one.ids.tolist() == list(range(400))

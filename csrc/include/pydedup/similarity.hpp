@@ -83,6 +83,11 @@ class L2Index {
     /// negative id, and one that is in the index or twice in `ids`.
     void add(const BlockBatch& blocks, std::span<const std::int64_t> ids, unsigned threads = 0);
 
+    /// Adds those blocks of another index that this one does not have, by id, as if they were added
+    /// in its order; all or nothing. Throws Error{invalid_argument} unless the parameters are
+    /// equal.
+    void merge(const L2Index& other, unsigned threads = 0);
+
     /// All or nothing. Throws Error{invalid_argument} for an id that is not there or given twice.
     void remove(std::span<const std::int64_t> ids);
 

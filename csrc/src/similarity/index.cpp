@@ -271,6 +271,40 @@ void IndexState::erase(std::int64_t id) noexcept {
     ++free_members;
 }
 
+std::vector<bool> IndexState::free_places() const {
+    std::vector<bool> is_free(members.size());
+    for (std::uint32_t m = first_free; m != kNone; m = members[m].next) is_free[m] = true;
+    return is_free;
+}
+
+void IndexState::merge(const IndexState& other, unsigned threads) {
+    const LshParameters& a = parameters;
+    const LshParameters& b = other.parameters;
+    if (a.dtype != b.dtype || a.rows != b.rows || a.cols != b.cols || a.r != b.r ||
+        a.bands != b.bands || a.band_rows != b.band_rows || a.seed != b.seed) {
+        refuse("only indexes with the same parameters can be merged");
+    }
+    make_room(other.rms.size() - other.dead_groups, other.size(), threads);
+    const auto insert_new = [&](std::int64_t id, const std::int16_t* sketch, const Probe& probe) {
+        if (numbers.find(id, member_ids) == kNone) insert(id, sketch, probe);
+    };
+    for (std::size_t g = 0; g < other.rms.size(); ++g) {
+        if (other.first_member[g] == kNone) continue;  // dead
+        const std::int16_t* const sketch = other.sketch_of(g);
+        const Kind kind = other.rms[g] == 0 ? Kind::zero : Kind::normal;
+        const Probe probe{other.rms[g], kind, twin_key(sketch, other.rms[g])};
+        for (std::uint32_t m = other.first_member[g]; m != kNone; m = other.members[m].next) {
+            insert_new(other.member_ids[m], sketch, probe);
+        }
+    }
+    const std::vector<bool> is_free = other.free_places();
+    for (std::size_t m = 0; m < other.members.size(); ++m) {
+        if (is_free[m] || other.members[m].group != kNone) continue;
+        insert_new(other.member_ids[m], nullptr, {0.0, Kind::not_finite, 0});
+    }
+    link_groups(threads);
+}
+
 void IndexState::remove(std::span<const std::int64_t> old_ids) {
     std::vector<std::int64_t> sorted(old_ids.begin(), old_ids.end());
     std::sort(sorted.begin(), sorted.end());
@@ -358,10 +392,7 @@ bool L2Index::contains(std::int64_t id) const {
 
 std::vector<std::int64_t> L2Index::ids() const {
     const std::shared_lock lock(state_->mutex);
-    std::vector<bool> is_free(state_->member_ids.size());
-    for (std::uint32_t m = state_->first_free; m != kNone; m = state_->members[m].next) {
-        is_free[m] = true;
-    }
+    const std::vector<bool> is_free = state_->free_places();
     std::vector<std::int64_t> all;
     all.reserve(state_->size());
     for (std::size_t m = 0; m < is_free.size(); ++m) {
@@ -375,6 +406,21 @@ void L2Index::add(const BlockBatch& blocks, std::span<const std::int64_t> new_id
                   unsigned threads) {
     const std::unique_lock lock(state_->mutex);
     state_->add(blocks, new_ids, threads);
+}
+
+void L2Index::merge(const L2Index& other, unsigned threads) {
+    if (&other == this) return;
+    // Two threads that merge two indexes into each other must not wait for each other.
+    std::unique_lock lock(state_->mutex, std::defer_lock);
+    std::shared_lock from(other.state_->mutex, std::defer_lock);
+    if (this < &other) {
+        lock.lock();
+        from.lock();
+    } else {
+        from.lock();
+        lock.lock();
+    }
+    state_->merge(*other.state_, threads);
 }
 
 void L2Index::remove(std::span<const std::int64_t> old_ids) {

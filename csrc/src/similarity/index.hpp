@@ -91,6 +91,7 @@ struct IndexState {
     // index.cpp
     void check_batch(const BlockBatch& blocks) const;
     void add(const BlockBatch& blocks, std::span<const std::int64_t> new_ids, unsigned threads);
+    void merge(const IndexState& other, unsigned threads);
     void remove(std::span<const std::int64_t> old_ids);
     void check_new(std::span<const std::int64_t> new_ids) const;
     void make_room(std::size_t more_groups, std::size_t more_members, unsigned threads);
@@ -117,6 +118,8 @@ struct IndexState {
     [[nodiscard]] const std::int16_t* sketch_of(std::size_t group) const noexcept {
         return sketches.data() + group * sketcher.projections();
     }
+    /// Which places of members are free.
+    [[nodiscard]] std::vector<bool> free_places() const;
     [[nodiscard]] std::size_t size() const noexcept { return member_ids.size() - free_members; }
 
     LshParameters parameters;

@@ -151,8 +151,7 @@ std::vector<std::byte> similarity::IndexState::save() const {
     const std::size_t length = sketcher.projections();
     const std::size_t n_groups = rms.size() - dead_groups;
     std::vector<std::int64_t> others;
-    std::vector<bool> is_free(members.size());
-    for (std::uint32_t m = first_free; m != kNone; m = members[m].next) is_free[m] = true;
+    const std::vector<bool> is_free = free_places();
     for (std::size_t m = 0; m < members.size(); ++m) {
         if (!is_free[m] && members[m].group == kNone) others.push_back(member_ids[m]);
     }
