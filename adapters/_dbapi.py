@@ -140,6 +140,27 @@ class DbApiAdapter(CatalogCalls):
         count: int = self._query(self._sql.count_blocks)[0][0]
         return count
 
+    # ---- signatures ---------------------------------------------------------------------------
+
+    def insert_signatures(self, rows: Iterable[tuple[int, int, bytes]]) -> None:
+        """Insert (segment, grp, payload)."""
+        self._write_many(
+            self._sql.insert("signatures"),
+            ((segment, grp, self._sized(payload, "signatures")) for segment, grp, payload in rows),
+        )
+
+    def signatures(self, grp: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (segment, payload) of one group, by ascending segment."""
+        segments = [row[0] for row in self._query(self._sql.signature_segments, [grp])]
+        for segment in segments:
+            for (payload,) in self._query(self._sql.signature, [segment, grp]):
+                yield segment, bytes(payload)
+
+    def delete_signatures(self, segments: Sequence[int]) -> None:
+        """Delete all groups of these segments."""
+        for piece in self._members(segments):
+            self._write(self._sql.delete_signatures(len(piece)), piece)
+
     # ---- views --------------------------------------------------------------------------------
 
     def view(self, name: str) -> list[dict[str, object]]:

@@ -106,6 +106,11 @@ class Statements:
         self.count_blocks = f"SELECT COUNT(*) FROM {blocks} WHERE {self._on_live_pages}"
         self._blocks = f"SELECT {', '.join(TABLES['distinct_blocks'].names)} FROM {blocks}"
 
+        self.signature_segments = self.select(
+            "signatures", ("segment",), where=("grp",), order=("segment",)
+        )
+        self.signature = self.select("signatures", ("payload",), where=("segment", "grp"))
+
         self.put_job = self.upsert("jobs")
         self.jobs = self.select("jobs", TABLES["jobs"].names, order=("id",))
         self.delete_job = self.delete("jobs", ("id",))
@@ -218,6 +223,10 @@ class Statements:
     def blocks_on_pages(self, members: int) -> str:
         """Return the listing of blocks by page."""
         return f"{self._blocks} WHERE page_id {self.members(members)} ORDER BY page_id, slot"
+
+    def delete_signatures(self, members: int) -> str:
+        """Return the deletion of segments."""
+        return f"DELETE FROM {self._name('signatures')} WHERE segment {self.members(members)}"
 
     def view(self, view: str) -> str:
         """Return the reading of a view, in a stable order."""

@@ -96,7 +96,11 @@ class PageRow:
 
 @dataclass(frozen=True, slots=True)
 class BlockRow:
-    """A row of ``distinct_blocks``; ``base_id`` is ``None`` for a block that is no delta."""
+    """A row of ``distinct_blocks``.
+
+    ``base_id`` is the place of the block that this one is a delta of (`pydedup.layout.block_places`
+    of its page and slot), ``None`` for a block that is no delta.
+    """
 
     id: int
     hash128: bytes
@@ -292,7 +296,7 @@ class Adapter(Protocol):
     # ---- distinct blocks ----------------------------------------------------------------------
 
     def insert_blocks(self, rows: Iterable[tuple[bytes, int, int, int | None]]) -> None:
-        """Insert (hash128, page_id, slot, base_id)."""
+        """Insert (hash128, page_id, slot, base place or ``None``)."""
 
     def find_blocks(self, hashes: Sequence[bytes]) -> list[BlockRow]:
         """Return rows on *live* pages whose hash is one of these, in any order."""
@@ -302,6 +306,17 @@ class Adapter(Protocol):
 
     def count_blocks(self) -> int:
         """Return the number of distinct blocks on live pages."""
+
+    # ---- signatures ---------------------------------------------------------------------------
+
+    def insert_signatures(self, rows: Iterable[tuple[int, int, bytes]]) -> None:
+        """Insert (segment, grp, payload)."""
+
+    def signatures(self, grp: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (segment, payload) of one group, by ascending segment."""
+
+    def delete_signatures(self, segments: Sequence[int]) -> None:
+        """Delete all groups of these segments."""
 
     # ---- jobs ---------------------------------------------------------------------------------
 

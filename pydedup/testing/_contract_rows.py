@@ -243,6 +243,24 @@ class RowsContract(ContractBase):
             adapter.delete_job("missing")
         assert adapter.jobs() == [("b", "{}", "2", "paused")]
 
+    # ---- signatures ---------------------------------------------------------------------------
+
+    def test_signatures_are_kept_by_segment_and_group(self, adapter: Adapter) -> None:
+        """Groups come back in the order of segments; segments go as a whole."""
+        big = EVERY_BYTE * 4096
+        rows = [(2**62 + 1, 0, b""), (7, 2**61, big), (7, 0, EVERY_BYTE), (1, 2**61, b"x")]
+        with adapter.transaction():
+            adapter.insert_signatures(iter(rows))
+        assert list(adapter.signatures(2**61)) == [(1, b"x"), (7, big)]
+        assert list(adapter.signatures(0)) == [(7, EVERY_BYTE), (2**62 + 1, b"")]
+        assert {type(payload) for _, payload in adapter.signatures(0)} == {bytes}
+        assert list(adapter.signatures(5)) == []
+        with adapter.transaction():
+            adapter.delete_signatures([7, 999])
+            adapter.delete_signatures([])
+        assert list(adapter.signatures(2**61)) == [(1, b"x")]
+        assert list(adapter.signatures(0)) == [(2**62 + 1, b"")]
+
     # ---- tensors and block maps ---------------------------------------------------------------
 
     def test_tensors_are_listed_by_ordinal(self, adapter: Adapter) -> None:
