@@ -16,11 +16,8 @@
 #include "pydedup/similarity.hpp"
 
 namespace gate {
-namespace {
 
 using namespace pydedup;
-
-using Buffer = std::shared_ptr<std::vector<std::byte>>;
 
 Buffer make_buffer(std::size_t bytes) { return std::make_shared<std::vector<std::byte>>(bytes); }
 
@@ -40,6 +37,8 @@ Buffer weights(std::size_t count, Dtype dtype) {
     }
     return data;
 }
+
+namespace {
 
 Workload hash_piece(const std::string& name, std::size_t bytes, std::uint64_t seed,
                     std::size_t times) {
@@ -267,7 +266,9 @@ std::vector<Workload> workloads() {
         packing("pack.layout", PackAlgorithm::layout),
         packing("pack.two-stage", PackAlgorithm::two_stage),
     };
-    for (Workload& workload : similarity_workloads()) all.push_back(std::move(workload));
+    for (const auto& more : {similarity_workloads(), rows_workloads(), conv_workloads()}) {
+        all.insert(all.end(), more.begin(), more.end());
+    }
     return all;
 }
 

@@ -3,9 +3,13 @@
 // times slower than the machine) and large enough that a call costs nothing beside it.
 #pragma once
 
+#include <cstddef>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
+
+#include "pydedup/types.hpp"
 
 namespace gate {
 
@@ -17,6 +21,16 @@ struct Workload {
 };
 
 [[nodiscard]] std::vector<Workload> workloads();
+// Parts of it, of workloads_rows.cpp.
+[[nodiscard]] std::vector<Workload> rows_workloads();
+[[nodiscard]] std::vector<Workload> conv_workloads();
+
+using Buffer = std::shared_ptr<std::vector<std::byte>>;
+
+[[nodiscard]] Buffer make_buffer(std::size_t bytes);
+
+/// Numbers that look like weights, the same with every library.
+[[nodiscard]] Buffer weights(std::size_t count, pydedup::Dtype dtype);
 
 /// Keeps the compiler from removing what computes `value`.
 template <class T>

@@ -23,7 +23,7 @@ listed = run("--list")
 check(listed.returncode == 0, listed.stderr)
 names = [line.split()[0] for line in listed.stdout.splitlines()]
 check(len(names) == len(set(names)) >= 20, names)
-for area in ("hash.", "codec.", "pack.", "matmul."):
+for area in ("hash.", "codec.", "pack.", "matmul.", "rows.", "conv."):
     check(any(name.startswith(area) for name in names), area)
 
 # Every workload runs, and all of it is one JSON document.

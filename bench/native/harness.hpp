@@ -61,6 +61,8 @@ void keep(const T& value) {
 [[nodiscard]] std::vector<Entry> codec_entries();
 [[nodiscard]] std::vector<Entry> packing_entries();
 [[nodiscard]] std::vector<Entry> gemm_entries();
+[[nodiscard]] std::vector<Entry> rows_entries();
+[[nodiscard]] std::vector<Entry> conv_entries();
 [[nodiscard]] std::vector<Entry> similarity_entries();
 
 }  // namespace bench

@@ -99,7 +99,8 @@ std::vector<bench::Entry> all_entries() {
     std::vector<bench::Entry> entries;
     for (const auto& group :
          {bench::hash_entries(), bench::xxh3_entries(), bench::codec_entries(),
-          bench::packing_entries(), bench::gemm_entries(), bench::similarity_entries()}) {
+          bench::packing_entries(), bench::gemm_entries(), bench::rows_entries(),
+          bench::conv_entries(), bench::similarity_entries()}) {
         entries.insert(entries.end(), group.begin(), group.end());
     }
     return entries;
