@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from pydedup.types import DType
 
 __all__ = [
     "DEFAULT_BLOCK_BYTES",
+    "NO_PAGE",
     "BlockGrid",
     "BlockMap",
     "MatrixView",
@@ -32,11 +34,17 @@ __all__ = [
 DEFAULT_BLOCK_BYTES = 16 * 1024
 _DEFAULT_BLOCK_COLS = 64
 
+#: In `BlockMap.base_page_ids`: the block is no delta.
+NO_PAGE = -1
+
 _MAP_MAGIC = b"PDBM"
 _MAP_VERSION = 1
+_DELTA_MAP_VERSION = 2  # of parts with a delta
 _MAP_HEADER = struct.Struct("<4sHHII")  # magic, version, slot bytes, pages, blocks
 #: Blocks in one part: 12 bytes each in the worst case keep a part below 1 MiB.
 _MAP_PART_BLOCKS = 65536
+#: The same where blocks have bases: 32 bytes each in the worst case.
+_DELTA_PART_BLOCKS = 32768
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -151,29 +159,31 @@ class MatrixView:
 
 @dataclass(frozen=True, slots=True)
 class BlockMap:
-    """Where the blocks of one tensor lie: per block, row-major, a page id and a slot on it."""
+    """Where the blocks of one tensor lie: per block, row-major, a page id and a slot on it.
+
+    ``base_page_ids`` and ``base_slots`` say the same of each block's base, with page -1 and slot 0
+    where the block is no delta; both are ``None`` where no block of the tensor is one.
+    """
 
     grid: BlockGrid
     dtype: DType
     page_ids: NDArray[np.int64]
     slots: NDArray[np.uint32]
+    base_page_ids: NDArray[np.int64] | None = None
+    base_slots: NDArray[np.uint32] | None = None
+
+    @property
+    def bases(self) -> tuple[NDArray[np.int64], NDArray[np.uint32]] | None:
+        """Pages and slots of the bases, or ``None`` where no block is a delta."""
+        if self.base_page_ids is None or self.base_slots is None:
+            return None
+        return self.base_page_ids, self.base_slots
 
     def parts(self) -> Iterator[bytes]:
         """Yield the binary form in parts of at most 1 MiB; none for an empty tensor."""
-        for start in range(0, len(self.page_ids), _MAP_PART_BLOCKS):
-            stop = start + _MAP_PART_BLOCKS
-            pages, index = np.unique(self.page_ids[start:stop], return_inverse=True)
-            slots = self.slots[start:stop]
-            wide = 4 if slots.max(initial=0) > 0xFFFF or len(pages) > 0xFFFF else 2
-            kind = f"<u{wide}"
-            yield b"".join(
-                (
-                    _MAP_HEADER.pack(_MAP_MAGIC, _MAP_VERSION, wide, len(pages), len(slots)),
-                    pages.astype("<i8").tobytes(),
-                    index.astype(kind).tobytes(),
-                    slots.astype(kind).tobytes(),
-                )
-            )
+        step = _MAP_PART_BLOCKS if self.bases is None else _DELTA_PART_BLOCKS
+        for start in range(0, len(self.page_ids), step):
+            yield _pack_part(self, slice(start, start + step))
 
     @classmethod
     def from_parts(cls, parts: Sequence[bytes], grid: BlockGrid, dtype: DType) -> BlockMap:
@@ -184,35 +194,87 @@ class BlockMap:
         CorruptStoreError
             When a part does not parse or the number of blocks is not that of the grid.
         """
-        page_ids: list[NDArray[np.int64]] = []
-        slots: list[NDArray[np.uint32]] = []
-        for part in parts:
-            try:
-                magic, version, wide, n_pages, n_blocks = _MAP_HEADER.unpack_from(part)
-            except struct.error as exc:
-                raise CorruptStoreError("a block map is shorter than its header") from exc
-            size = _MAP_HEADER.size + 8 * n_pages + 2 * wide * n_blocks
-            if (
-                magic != _MAP_MAGIC
-                or version != _MAP_VERSION
-                or wide not in (2, 4)
-                or size != len(part)
-            ):
-                raise CorruptStoreError(f"a block map of {len(part)} bytes does not parse")
-            kind = f"<u{wide}"
-            pages = np.frombuffer(part, "<i8", n_pages, _MAP_HEADER.size)
-            at = _MAP_HEADER.size + 8 * n_pages
-            index = np.frombuffer(part, kind, n_blocks, at)
-            if n_blocks and int(index.max()) >= n_pages:
-                raise CorruptStoreError("a block map names a page outside of its own list")
-            page_ids.append(pages[index].astype(np.int64, copy=False))
-            slots.append(
-                np.frombuffer(part, kind, n_blocks, at + wide * n_blocks).astype(np.uint32)
-            )
-        all_pages = np.concatenate(page_ids) if page_ids else np.empty(0, np.int64)
-        all_slots = np.concatenate(slots) if slots else np.empty(0, np.uint32)
-        if len(all_pages) != grid.count:
+        columns = [_unpack_part(part) for part in parts]
+        count = sum(len(part.slots) for part in columns)
+        if count != grid.count:
             raise CorruptStoreError(
-                f"a block map holds {len(all_pages)} blocks where its tensor has {grid.count}"
+                f"a block map holds {count} blocks where its tensor has {grid.count}"
             )
-        return cls(grid, dtype, all_pages, all_slots)
+        page_ids = np.concatenate([part.page_ids for part in columns] or [np.empty(0, np.int64)])
+        slots = np.concatenate([part.slots for part in columns] or [np.empty(0, np.uint32)])
+        if all(part.base_slots is None for part in columns):
+            return cls(grid, dtype, page_ids, slots)
+        base_page_ids = np.full(count, NO_PAGE, np.int64)
+        base_slots = np.zeros(count, np.uint32)
+        at = 0
+        for part in columns:
+            rows = slice(at, at + len(part.slots))
+            if part.base_page_ids is not None and part.base_slots is not None:
+                base_page_ids[rows] = part.base_page_ids
+                base_slots[rows] = part.base_slots
+            at = rows.stop
+        return cls(grid, dtype, page_ids, slots, base_page_ids, base_slots)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The columns of one part of a block map."""
+
+    page_ids: NDArray[np.int64]
+    slots: NDArray[np.uint32]
+    base_page_ids: NDArray[np.int64] | None = None
+    base_slots: NDArray[np.uint32] | None = None
+
+
+def _pack_part(block_map: BlockMap, rows: slice) -> bytes:
+    page_ids, slots = block_map.page_ids[rows], block_map.slots[rows]
+    bases = block_map.bases
+    is_delta = np.zeros(len(slots), np.bool_) if bases is None else bases[0][rows] != NO_PAGE
+    if bases is None or not is_delta.any():
+        version = _MAP_VERSION
+        pages, index = np.unique(page_ids, return_inverse=True)
+        columns: list[NDArray[Any]] = [index, slots]
+    else:
+        version = _DELTA_MAP_VERSION
+        named = np.concatenate((page_ids, bases[0][rows][is_delta]))
+        pages, index = np.unique(named, return_inverse=True)
+        base_index = np.full(len(slots), len(pages))
+        base_index[is_delta] = index[len(slots) :]
+        base_slots = np.where(is_delta, bases[1][rows], 0)
+        columns = [index[: len(slots)], slots, base_index, base_slots]
+    wide = 4 if max(int(column.max(initial=0)) for column in columns) > 0xFFFF else 2
+    return b"".join(
+        (
+            _MAP_HEADER.pack(_MAP_MAGIC, version, wide, len(pages), len(slots)),
+            pages.astype("<i8").tobytes(),
+            *(column.astype(f"<u{wide}").tobytes() for column in columns),
+        )
+    )
+
+
+def _unpack_part(part: bytes) -> _Part:
+    try:
+        magic, version, wide, n_pages, n_blocks = _MAP_HEADER.unpack_from(part)
+    except struct.error as exc:
+        raise CorruptStoreError("a block map is shorter than its header") from exc
+    n_columns = {_MAP_VERSION: 2, _DELTA_MAP_VERSION: 4}.get(version, 0)
+    size = _MAP_HEADER.size + 8 * n_pages + n_columns * wide * n_blocks
+    if magic != _MAP_MAGIC or not n_columns or wide not in (2, 4) or size != len(part):
+        raise CorruptStoreError(f"a block map of {len(part)} bytes does not parse")
+    pages = np.frombuffer(part, "<i8", n_pages, _MAP_HEADER.size).astype(np.int64, copy=False)
+    table = np.frombuffer(part, f"<u{wide}", n_columns * n_blocks, _MAP_HEADER.size + 8 * n_pages)
+    index, slots, *bases = table.reshape(n_columns, n_blocks)
+    if n_blocks and int(index.max()) >= n_pages:
+        raise CorruptStoreError("a block map names a page outside of its own list")
+    if not bases:
+        return _Part(pages[index], slots.astype(np.uint32))
+    base_index, base_slots = bases
+    if n_blocks and int(base_index.max()) > n_pages:
+        raise CorruptStoreError("a block map names a base's page outside of its own list")
+    if base_slots[base_index == n_pages].any():
+        raise CorruptStoreError("a block map names the slot of a base on no page")
+    # A block without a base has the index behind the list.
+    listed = np.append(pages, NO_PAGE)
+    return _Part(
+        pages[index], slots.astype(np.uint32), listed[base_index], base_slots.astype(np.uint32)
+    )

@@ -21,14 +21,16 @@ from pydedup.types import DType
 NAMES = st.sampled_from(["x", "y", "h", "w", "b", ""])
 
 
-def block_map(grid: BlockGrid, pages: int, slots: int, seed: int) -> BlockMap:
+def block_map(grid: BlockGrid, pages: int, slots: int, seed: int, deltas: float = 0) -> BlockMap:
     rng = np.random.default_rng(seed)
-    return BlockMap(
-        grid,
-        DType.F32,
-        rng.integers(1, pages + 1, grid.count, np.int64),
-        rng.integers(0, slots, grid.count).astype(np.uint32),
-    )
+    page_ids = rng.integers(1, pages + 1, (2, grid.count), np.int64)
+    places = rng.integers(0, slots, (2, grid.count)).astype(np.uint32)
+    is_delta = rng.random(grid.count) < deltas
+    if not is_delta.any():
+        return BlockMap(grid, DType.F32, page_ids[0], places[0])
+    base_ids = np.where(is_delta, page_ids[1], -1)
+    base_slots = np.where(is_delta, places[1], 0).astype(np.uint32)
+    return BlockMap(grid, DType.F32, page_ids[0], places[0], base_ids, base_slots)
 
 
 @given(
@@ -37,14 +39,21 @@ def block_map(grid: BlockGrid, pages: int, slots: int, seed: int) -> BlockMap:
     pages=st.sampled_from([1, 7, 2**40]),
     slots=st.sampled_from([1, 100, 2**31]),
     seed=st.integers(0, 99),
+    deltas=st.sampled_from([0, 0.1, 1]),
 )
 @settings(max_examples=100, deadline=None)
-def test_block_maps_come_back(rows: int, cols: int, pages: int, slots: int, seed: int) -> None:
+def test_block_maps_come_back(
+    rows: int, cols: int, pages: int, slots: int, seed: int, deltas: float
+) -> None:
     grid = BlockGrid(rows, cols, 4, 8)
-    written = block_map(grid, pages, slots, seed)
+    written = block_map(grid, pages, slots, seed, deltas)
     read = BlockMap.from_parts(list(written.parts()), grid, DType.F32)
     assert (read.page_ids == written.page_ids).all()
     assert (read.slots == written.slots).all()
+    assert (read.bases is None) == (written.bases is None)
+    if read.bases is not None and written.bases is not None:
+        assert (read.bases[0] == written.bases[0]).all()
+        assert (read.bases[1] == written.bases[1]).all()
 
 
 @given(
@@ -52,13 +61,14 @@ def test_block_maps_come_back(rows: int, cols: int, pages: int, slots: int, seed
     changes=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=6),
     cut=st.integers(0, 60),
     extra=st.binary(max_size=20),
+    deltas=st.sampled_from([0, 0.5]),
 )
 @settings(max_examples=400, deadline=None)
 def test_damaged_block_maps_are_refused_or_whole(
-    slots: int, changes: list[tuple[int, int]], cut: int, extra: bytes
+    slots: int, changes: list[tuple[int, int]], cut: int, extra: bytes, deltas: float
 ) -> None:
     grid = BlockGrid(40, 40, 4, 8)
-    (part,) = block_map(grid, 5, slots, 0).parts()
+    (part,) = block_map(grid, 5, slots, 0, deltas).parts()
     damaged = bytearray(part[: max(0, len(part) - cut)] + extra)
     for at, value in changes:
         if damaged:
@@ -70,6 +80,9 @@ def test_damaged_block_maps_are_refused_or_whole(
     assert read.page_ids.dtype == np.int64
     assert read.slots.dtype == np.uint32
     assert len(read.page_ids) == len(read.slots) == grid.count
+    if read.bases is not None:
+        assert (read.bases[0].dtype, read.bases[1].dtype) == (np.int64, np.uint32)
+        assert len(read.bases[0]) == len(read.bases[1]) == grid.count
 
 
 @given(st.lists(st.binary(max_size=60), max_size=3))

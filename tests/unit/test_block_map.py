@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block maps byte by byte (docs/format.md, "Block map"), and what of them is refused."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+from pydedup.blocks import BlockGrid, BlockMap
+from pydedup.errors import CorruptStoreError
+from pydedup.types import DType
+
+GRID = BlockGrid(3, 4, 1, 4)
+PLAIN = struct.pack("<4sHHII2q3H3H", b"PDBM", 1, 2, 2, 3, 7, 300, 1, 0, 1, 5, 0, 6)
+WITH_DELTA = struct.pack(
+    "<4sHHII3q12H", b"PDBM", 2, 2, 3, 3, 7, 9, 300, 2, 0, 2, 5, 0, 6, 3, 3, 1, 0, 0, 8
+)
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def slots(*values: int) -> np.ndarray:
+    return np.array(values, np.uint32)
+
+
+def test_the_bytes_of_version_1_and_2() -> None:
+    plain = BlockMap(GRID, DType.F32, ids(300, 7, 300), slots(5, 0, 6))
+    assert list(plain.parts()) == [PLAIN]
+    delta = BlockMap(
+        GRID, DType.F32, ids(300, 7, 300), slots(5, 0, 6), ids(-1, -1, 9), slots(0, 0, 8)
+    )
+    assert list(delta.parts()) == [WITH_DELTA]
+
+
+def test_what_version_1_and_2_say() -> None:
+    assert BlockMap.from_parts([PLAIN], GRID, DType.F32).bases is None
+    read = BlockMap.from_parts([WITH_DELTA], GRID, DType.F32)
+    assert read.page_ids.tolist() == [300, 7, 300]
+    assert read.slots.tolist() == [5, 0, 6]
+    assert read.bases is not None
+    assert read.bases[0].tolist() == [-1, -1, 9]
+    assert read.bases[1].tolist() == [0, 0, 8]
+
+
+def test_only_parts_with_a_delta_are_version_2_and_all_stay_below_a_mebibyte() -> None:
+    count = 70_000
+    grid = BlockGrid(count, 1, 1, 1)
+    pages = np.arange(count, dtype=np.int64) + 1
+    bases = np.full(count, -1, np.int64)
+    bases[-3:] = 5
+    base_slots = np.zeros(count, np.uint32)
+    base_slots[-1] = 2
+    parts = list(BlockMap(grid, DType.F32, pages, slots(*[0] * count), bases, base_slots).parts())
+    assert [part[4] for part in parts] == [1, 1, 2]
+    read = BlockMap.from_parts(parts, grid, DType.F32)
+    assert read.bases is not None
+    assert (read.bases[0] == bases).all()
+    assert (read.bases[1] == base_slots).all()
+    # The worst there is: every block and every base on a page of its own, indices of 4 bytes.
+    worst = BlockMap(grid, DType.F32, pages, slots(*[70_000] * count), pages + count, base_slots)
+    parts = list(worst.parts())
+    assert max(map(len, parts)) <= 2**20 + 16
+    again = BlockMap.from_parts(parts, grid, DType.F32)
+    assert again.bases is not None
+    assert (again.bases[0] == pages + count).all()
+
+
+def test_an_index_behind_the_pages_needs_room() -> None:
+    """65,535 pages: the index that means no base does not fit two bytes beside a real one."""
+    count = 32_768
+    grid = BlockGrid(count, 1, 1, 1)
+    bases = np.arange(count, dtype=np.int64) + count
+    bases[0] = -1
+    written = BlockMap(
+        grid, DType.F32, np.arange(count, dtype=np.int64), slots(*[0] * count), bases,
+        slots(*[0] * count),
+    )  # fmt: skip
+    read = BlockMap.from_parts(list(written.parts()), grid, DType.F32)
+    assert read.bases is not None
+    assert (read.bases[0] == bases).all()
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (4, 3, "does not parse"),
+        (4, 1, "does not parse"),
+        (40, 3, "outside of its own list"),
+        (52, 4, "base's page outside"),
+        (58, 1, "base on no page"),
+    ],
+)
+def test_damage_is_named(at: int, value: int, message: str) -> None:
+    damaged = bytearray(WITH_DELTA)
+    damaged[at] = value
+    with pytest.raises(CorruptStoreError, match=message):
+        BlockMap.from_parts([bytes(damaged)], GRID, DType.F32)
+
+
+def test_the_number_of_blocks_is_that_of_the_grid() -> None:
+    with pytest.raises(CorruptStoreError, match="3 blocks where its tensor has 12"):
+        BlockMap.from_parts([WITH_DELTA], BlockGrid(3, 4, 1, 1), DType.F32)
+    assert list(BlockMap(BlockGrid(0, 4, 1, 1), DType.F32, ids(), slots()).parts()) == []
