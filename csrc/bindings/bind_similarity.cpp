@@ -92,6 +92,14 @@ void add_blocks(L2Index& index, const py::array& blocks, const Array<std::int64_
     index.add(batch, new_ids, threads);
 }
 
+std::unique_ptr<L2Index> select_ids(const L2Index& index, const Array<std::int64_t>& ids,
+                                    const Array<std::int64_t>& new_ids) {
+    const auto from = as_span(ids, "ids");
+    const auto to = as_span(new_ids, "new_ids");
+    const WithoutGil no_gil;
+    return index.select(from, to);
+}
+
 void remove_ids(L2Index& index, const Array<std::int64_t>& ids) {
     const auto old_ids = as_span(ids, "ids");
     const WithoutGil no_gil;
@@ -195,6 +203,7 @@ void bind_similarity(py::module_& m) {
              py::arg("threads") = 0)
         .def("hashes", &hash_blocks_of, py::arg("blocks"), py::arg("whole"), py::arg("threads") = 0)
         .def("merge", &L2Index::merge, py::arg("other"), py::arg("threads") = 0, without_gil)
+        .def("select", &select_ids, py::arg("ids"), py::arg("new_ids"))
         .def("contains", &L2Index::contains, py::arg("id"), without_gil)
         .def("ids", &ids_of)
         .def("save", &save_index)

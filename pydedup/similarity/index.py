@@ -123,9 +123,13 @@ class L2LSH:
         """
         if not isinstance(payload, bytes):
             raise ArgumentError(f"payload must be bytes, not {type(payload).__name__}")
+        return cls._wrap(_core.L2Index.load(payload))
+
+    @classmethod
+    def _wrap(cls, core: _core.L2Index) -> L2LSH:
         index = cls.__new__(cls)
-        index._index = _core.L2Index.load(payload)
-        code, rows, cols = index._index.parameters[:3]
+        index._index = core
+        code, rows, cols = core.parameters[:3]
         index._dtype = next(member for member in DType if member.code == code)
         index._shape = (rows, cols)
         return index
@@ -233,6 +237,16 @@ class L2LSH:
         if not isinstance(other, L2LSH):
             raise ArgumentError(f"other must be an L2LSH, not {type(other).__name__}")
         self._index.merge(other._index, as_count(threads, "threads"))
+
+    def select(self, ids: _Ids, new_ids: _Ids) -> L2LSH:
+        """Return a new index of some of the blocks, under other ids.
+
+        Raises
+        ------
+        ArgumentError
+            When an id is not in the index, or a new one is negative or given twice.
+        """
+        return self._wrap(self._index.select(as_ids(ids), as_ids(new_ids)))
 
     def remove(self, ids: _Ids) -> None:
         """Remove blocks; all or none.

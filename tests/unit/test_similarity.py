@@ -511,3 +511,25 @@ def test_two_indexes_merge_into_each_other_at_once() -> None:
     assert not any(thread.is_alive() for thread in threads)
     one.merge(other)
     assert one.ids.tolist() == list(range(400))
+
+
+def test_selected_blocks_keep_their_sketches_under_new_ids() -> None:
+    blocks = random_blocks(30, (16, 16), seed=5)
+    blocks[3] = 0.0
+    blocks[5, 1, 1] = np.inf
+    blocks[9] = blocks[8]
+    index, want = (L2LSH((16, 16), np.float32, seed=2) for _ in range(2))
+    index.add(blocks, range(30))
+    chosen = np.array([9, 3, 17, 5, 8])
+    want.add(blocks[chosen], chosen * 10)
+    assert index.select(chosen, chosen * 10).save() == want.save()
+    assert len(index.select([], [])) == 0
+    for ids, new_ids, says in (
+        ([1, 30], [1, 2], "30, which is not in the index"),
+        ([1, 2], [4, 4], "4 twice"),
+        ([1], [-1], "-1"),
+        ([1, 2], [1], "new_ids"),
+    ):
+        with pytest.raises(ArgumentError, match=says):
+            index.select(ids, new_ids)
+    assert len(index) == 30

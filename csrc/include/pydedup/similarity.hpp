@@ -88,6 +88,11 @@ class L2Index {
     /// equal.
     void merge(const L2Index& other, unsigned threads = 0);
 
+    /// A new index of these blocks, under other ids. Throws Error{invalid_argument} for an id that
+    /// is not there, and as add() does for new ids.
+    [[nodiscard]] std::unique_ptr<L2Index> select(std::span<const std::int64_t> ids,
+                                                  std::span<const std::int64_t> new_ids) const;
+
     /// All or nothing. Throws Error{invalid_argument} for an id that is not there or given twice.
     void remove(std::span<const std::int64_t> ids);
 

@@ -291,8 +291,7 @@ void IndexState::merge(const IndexState& other, unsigned threads) {
     for (std::size_t g = 0; g < other.rms.size(); ++g) {
         if (other.first_member[g] == kNone) continue;  // dead
         const std::int16_t* const sketch = other.sketch_of(g);
-        const Kind kind = other.rms[g] == 0 ? Kind::zero : Kind::normal;
-        const Probe probe{other.rms[g], kind, twin_key(sketch, other.rms[g])};
+        const Probe probe = other.probe_of(static_cast<std::uint32_t>(g));
         for (std::uint32_t m = other.first_member[g]; m != kNone; m = other.members[m].next) {
             insert_new(other.member_ids[m], sketch, probe);
         }
@@ -300,9 +299,32 @@ void IndexState::merge(const IndexState& other, unsigned threads) {
     const std::vector<bool> is_free = other.free_places();
     for (std::size_t m = 0; m < other.members.size(); ++m) {
         if (is_free[m] || other.members[m].group != kNone) continue;
-        insert_new(other.member_ids[m], nullptr, {0.0, Kind::not_finite, 0});
+        insert_new(other.member_ids[m], nullptr, other.probe_of(kNone));
     }
     link_groups(threads);
+}
+
+void IndexState::select_from(const IndexState& other, std::span<const std::int64_t> old_ids,
+                             std::span<const std::int64_t> new_ids) {
+    check_count(new_ids.size(), old_ids.size(), "new_ids", "ids");
+    check_new(new_ids);
+    make_room(old_ids.size(), old_ids.size(), 1);
+    for (std::size_t i = 0; i < old_ids.size(); ++i) {
+        const std::uint32_t member = other.numbers.find(old_ids[i], other.member_ids);
+        if (member == kNone) {
+            refuse("ids holds " + std::to_string(old_ids[i]) + ", which is not in the index");
+        }
+        const std::uint32_t group = other.members[member].group;
+        insert(new_ids[i], group == kNone ? nullptr : other.sketch_of(group),
+               other.probe_of(group));
+    }
+    link_groups(1);
+}
+
+Probe IndexState::probe_of(std::uint32_t group) const noexcept {
+    if (group == kNone) return {0.0, Kind::not_finite, 0};
+    return {rms[group], rms[group] == 0 ? Kind::zero : Kind::normal,
+            twin_key(sketch_of(group), rms[group])};
 }
 
 void IndexState::remove(std::span<const std::int64_t> old_ids) {
@@ -421,6 +443,16 @@ void L2Index::merge(const L2Index& other, unsigned threads) {
         lock.lock();
     }
     state_->merge(*other.state_, threads);
+}
+
+std::unique_ptr<L2Index> L2Index::select(std::span<const std::int64_t> ids,
+                                         std::span<const std::int64_t> new_ids) const {
+    auto selected = std::make_unique<IndexState>(state_->parameters);
+    {
+        const std::shared_lock lock(state_->mutex);
+        selected->select_from(*state_, ids, new_ids);
+    }
+    return std::unique_ptr<L2Index>(new L2Index(std::move(selected)));
 }
 
 void L2Index::remove(std::span<const std::int64_t> old_ids) {

@@ -92,6 +92,9 @@ struct IndexState {
     void check_batch(const BlockBatch& blocks) const;
     void add(const BlockBatch& blocks, std::span<const std::int64_t> new_ids, unsigned threads);
     void merge(const IndexState& other, unsigned threads);
+    void select_from(const IndexState& other, std::span<const std::int64_t> old_ids,
+                     std::span<const std::int64_t> new_ids);
+    [[nodiscard]] Probe probe_of(std::uint32_t group) const noexcept;
     void remove(std::span<const std::int64_t> old_ids);
     void check_new(std::span<const std::int64_t> new_ids) const;
     void make_room(std::size_t more_groups, std::size_t more_members, unsigned threads);
