@@ -32,6 +32,10 @@ __all__ = [
 #: Bytes that a default block has at most. 16 KiB keeps rows that a fine-tune did not touch
 #: shareable and fits the first-level cache of the streaming kernels.
 DEFAULT_BLOCK_BYTES = 16 * 1024
+# Elements of a block of f32, f16 or bf16: the same, so that variants of different precision are
+# cut alike and a block of one can be the base of the other's.
+_FLOAT_BLOCK_ELEMENTS = DEFAULT_BLOCK_BYTES // 4
+_ALIKE = (DType.F32, DType.F16, DType.BF16)
 _DEFAULT_BLOCK_COLS = 64
 
 #: In `BlockMap.base_page_ids`: the block is no delta.
@@ -60,14 +64,14 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return int(shape[0]), math.prod(int(n) for n in shape[1:])
 
 
-def default_block_shape(rows: int, cols: int, itemsize: int) -> tuple[int, int]:
+def default_block_shape(rows: int, cols: int, dtype: DType) -> tuple[int, int]:
     """Return the block shape used when the caller names none.
 
     Near-square blocks of at most `DEFAULT_BLOCK_BYTES`: 64 columns wide, or as wide as a
     narrow matrix, or wider where there are few rows.
     """
     rows, cols = max(rows, 1), max(cols, 1)
-    elements = DEFAULT_BLOCK_BYTES // itemsize
+    elements = _FLOAT_BLOCK_ELEMENTS if dtype in _ALIKE else DEFAULT_BLOCK_BYTES // dtype.itemsize
     height = min(rows, elements // _DEFAULT_BLOCK_COLS)
     width = elements // height
     if width > _DEFAULT_BLOCK_COLS:
@@ -144,7 +148,7 @@ class MatrixView:
         """Return the view of an array of any rank and byte order; copies only when it must."""
         dtype = DType.of(array.dtype)
         rows, cols = matrix_shape(array.shape)
-        block = block_shape or default_block_shape(rows, cols, dtype.itemsize)
+        block = block_shape or default_block_shape(rows, cols, dtype)
         native = np.ascontiguousarray(array, dtype=dtype.numpy).reshape(rows, cols)
         if native.size == 0:
             data = np.empty((rows, cols * dtype.itemsize), np.uint8)

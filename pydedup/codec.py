@@ -35,6 +35,7 @@ __all__ = [
     "Encoding",
     "Page",
     "StoredBases",
+    "base_tags",
     "blocks_equal",
     "build_page",
     "encode_blocks",
@@ -100,6 +101,16 @@ class EncodedBlocks:
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
     encodings: NDArray[np.uint8]
+
+    def select(self, which: NDArray[np.int64]) -> EncodedBlocks:
+        """Return some of the blocks, ``which`` ascending, one after another without gaps."""
+        if len(which) == len(self.lengths):
+            return self
+        lengths = self.lengths[which]
+        spans = zip(self.offsets[which].tolist(), lengths.tolist(), strict=True)
+        pieces = [self.arena[start : start + length] for start, length in spans]
+        arena = np.concatenate(pieces) if pieces else self.arena[:0]
+        return EncodedBlocks(arena, np.cumsum(lengths) - lengths, lengths, self.encodings[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +268,14 @@ def estimate_deltas(
         _error_bound(max_rel_error),
         threads,
     )
+
+
+def base_tags(digests: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return what the slots of deltas carry for bases with these digests (docs/format.md, "Page").
+
+    ``digests`` and the result are uint64, of shapes (n, 2) and (n,).
+    """
+    return np.maximum(digests[:, 0], np.uint64(1))
 
 
 def page_cost(lengths: ArrayLike) -> NDArray[np.int64]:

@@ -40,11 +40,16 @@ class Job:
         spec = json.dumps({"kind": self._kind, "models": list(model_ids), "process": process})
         self._adapter.put_job(self._id, spec, repr(time.time()), "running")
 
-    def stage_page(self, checksum: bytes, payload: bytes, hashes: Sequence[bytes]) -> int:
-        """Insert a page and its distinct blocks, in slot order; inside a transaction."""
+    def stage_page(self, checksum: bytes, payload: bytes, hashes: Sequence[bytes | None]) -> int:
+        """Insert a page and its distinct blocks, in slot order; inside a transaction.
+
+        ``None`` is for a delta: its row waits until its base has a place.
+        """
         (page_id,) = self._adapter.insert_pages([(checksum, payload)], state=STAGING)
         self._adapter.insert_blocks(
-            (digest, page_id, slot, None) for slot, digest in enumerate(hashes)
+            (digest, page_id, slot, None)
+            for slot, digest in enumerate(hashes)
+            if digest is not None
         )
         return page_id
 

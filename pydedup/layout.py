@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.blocks import BlockMap
+from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.pool import PagePool
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "by_page",
     "copy_page",
     "least_pages",
+    "map_places",
     "page_bytes",
     "pages_read",
     "split_places",
@@ -87,20 +88,30 @@ def by_page(page_ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64
     yield from zip(ids.tolist(), np.split(order, starts[1:]), strict=True)
 
 
-def pages_read(
-    maps: Sequence[BlockMap], costs: Sequence[NDArray[np.int64]]
-) -> Iterator[tuple[int, int, int]]:
-    """Yield (page id, distinct blocks, their bytes on the page) that a model reads, by page id.
+def map_places(block_map: BlockMap) -> NDArray[np.int64]:
+    """Return the places that reading a tensor takes: of its blocks, then of the deltas' bases."""
+    places = block_places(block_map.page_ids, block_map.slots)
+    if block_map.bases is None:
+        return places
+    page_ids, slots = block_map.bases
+    needed = page_ids != NO_PAGE
+    return np.concatenate([places, block_places(page_ids[needed], slots[needed])])
 
-    ``costs`` holds, per map, what each block takes on its page (`codec.page_cost`).
+
+def pages_read(
+    places: NDArray[np.int64], costs: NDArray[np.int64]
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (page id, distinct blocks, their bytes on the page), by page id.
+
+    ``places`` are those that a model reads (`map_places` of its maps), with repeats; ``costs`` what
+    each takes on its page (`codec.page_cost`).
     """
-    if not any(len(block_map.page_ids) for block_map in maps):
+    if not len(places):
         return
-    page_ids = np.concatenate([block_map.page_ids for block_map in maps])
-    slots = np.concatenate([block_map.slots for block_map in maps]).astype(np.int64)
-    places, first = np.unique(np.stack([page_ids, slots], axis=1), axis=0, return_index=True)
-    pages, starts, counts = np.unique(places[:, 0], return_index=True, return_counts=True)
-    totals = np.add.reduceat(np.concatenate(costs)[first], starts)
+    distinct, first = np.unique(places, return_index=True)
+    page_ids, _ = split_places(distinct)
+    pages, starts, counts = np.unique(page_ids, return_index=True, return_counts=True)
+    totals = np.add.reduceat(costs[first], starts)
     yield from zip(pages.tolist(), counts.tolist(), totals.tolist(), strict=True)
 
 

@@ -3,10 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ["Exact", "Lossless", "Policy"]
+from pydedup.accuracy import Accuracy
+from pydedup.errors import ArgumentError
+from pydedup.training import torch_evaluate, torch_finetune, torch_saliency
+
+__all__ = [
+    "Accuracy",
+    "Bounded",
+    "Exact",
+    "Lossless",
+    "Policy",
+    "torch_evaluate",
+    "torch_finetune",
+    "torch_saliency",
+]
 
 
 class Policy(Protocol):
@@ -19,6 +33,17 @@ class Policy(Protocol):
     @property
     def compresses(self) -> bool:
         """Whether a block may be stored plane-compressed."""
+
+    @property
+    def uses_deltas(self) -> bool:
+        """Whether a block may be stored as a delta on a similar one."""
+
+    @property
+    def max_rel_error(self) -> float:
+        """Greatest relative L2 difference of a block to what is stored for it; 0: the same bits."""
+
+    def parameters(self) -> Mapping[str, Any]:
+        """Return what the certificate says of the policy beside its name; JSON-able."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +60,27 @@ class Exact:
         """Blocks stay raw."""
         return False
 
+    @property
+    def uses_deltas(self) -> bool:
+        """Blocks stay whole."""
+        return False
+
+    @property
+    def max_rel_error(self) -> float:
+        """Nothing changes."""
+        return 0.0
+
+    def parameters(self) -> Mapping[str, Any]:
+        """Return nothing: there is nothing to choose."""
+        return {}
+
 
 @dataclass(frozen=True, slots=True)
 class Lossless:
-    """The same bits (the default): shared, plane-compressed where that saves 5 %, or raw."""
+    """The same bits (the default): shared, a delta on a similar block, compressed, or raw.
+
+    Whichever is smallest, where it saves at least 5 % of a block.
+    """
 
     @property
     def name(self) -> str:
@@ -49,3 +91,61 @@ class Lossless:
     def compresses(self) -> bool:
         """Blocks are compressed where that saves at least 5 %."""
         return True
+
+    @property
+    def uses_deltas(self) -> bool:
+        """Blocks are deltas where that saves at least 5 % of the compressed block."""
+        return True
+
+    @property
+    def max_rel_error(self) -> float:
+        """Nothing changes."""
+        return 0.0
+
+    def parameters(self) -> Mapping[str, Any]:
+        """Return nothing: there is nothing to choose."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """Each block of floats within a relative error: shared, else a quantised delta, else the bits.
+
+    What is stored for a block v differs from it by at most ``max_rel_error * |v|`` (Euclidean
+    norms), which is checked for each. A block that holds a NaN or an infinity, and one that is no
+    float, keeps its bits. Elements that are 0 stay 0 in a quantised delta.
+
+    Attributes
+    ----------
+    max_rel_error
+        Above 0 and below 1, e.g. ``0.001``.
+    """
+
+    max_rel_error: float
+
+    def __post_init__(self) -> None:
+        given: object = self.max_rel_error
+        number = isinstance(given, int | float) and not isinstance(given, bool)
+        if not number or not 0 < self.max_rel_error < 1:
+            raise ArgumentError(
+                f"max_rel_error must be a number above 0 and below 1, got {given!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The name that is recorded with a model."""
+        return "bounded"
+
+    @property
+    def compresses(self) -> bool:
+        """Blocks that nothing is near to are compressed where that saves at least 5 %."""
+        return True
+
+    @property
+    def uses_deltas(self) -> bool:
+        """Blocks that are near to others are stored as deltas."""
+        return True
+
+    def parameters(self) -> Mapping[str, Any]:
+        """Return the bound."""
+        return {"max_rel_error": float(self.max_rel_error)}

@@ -76,6 +76,14 @@ class DType(enum.Enum):
         raise ArgumentError(f"dtype {dtype} cannot be stored; convert it to one of: {known}")
 
     @classmethod
+    def of_code(cls, code: int) -> DType:
+        """Return the member with that code, as pages carry it; ArgumentError for an unknown one."""
+        for member in cls:
+            if member.code == code:
+                return member
+        raise ArgumentError(f"unknown dtype code {code}")
+
+    @classmethod
     def of_label(cls, label: str) -> DType:
         """Return the member with that label, e.g. ``"bf16"``."""
         for member in cls:

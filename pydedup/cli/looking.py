@@ -183,7 +183,9 @@ def _summary(figures: StoreStats) -> str:
 def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
     model = figures.info
     logical = model.logical_bytes
-    guarantee = figures.certificate.get("max_rel_error")
+    guarantee = figures.certificate.get(
+        "largest_block_error", figures.certificate.get("max_rel_error")
+    )
     fields = [
         ("size", f"{text.size(logical)} in {text.plural(len(figures.tensors), 'tensor')}"),
         ("its blocks take", text.size(figures.used_bytes)),

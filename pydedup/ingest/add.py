@@ -15,8 +15,9 @@ from pydedup.adapter import LIVE, Adapter
 from pydedup.blocks import MatrixView
 from pydedup.errors import ConflictError, PageNotFoundError, PydedupError
 from pydedup.ingest.match import Matcher, hash_keys
+from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
-from pydedup.ingest.spool import Spool
+from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.write import MatchedModel, MatchedTensor, Stager, plan_layout
 from pydedup.pool import PagePool
 from pydedup.types import AddReport, Progress
@@ -75,9 +76,9 @@ def _attempt(
         matcher = Matcher(adapter, pool, spool)
         models = _match(matcher, requests, progress)
         spool.freeze()
-        layout = plan_layout(models, spool)
+        layout = plan_layout(models, spool, matcher.reader)
         if dry_run:
-            return _reports(models, spool, layout, started, dry_run=True)
+            return _reports(models, spool, matcher.reader, layout, started, dry_run=True)
         total, done = sum(int(spool.costs[page].sum()) for page in layout), 0
 
         def advance(count: int) -> None:
@@ -86,19 +87,19 @@ def _attempt(
             if progress is not None:
                 progress("writing", min(done, total), total)
 
-        stager = Stager(adapter, models, spool, matcher.stored, advance)
+        stager = Stager(adapter, models, spool, matcher, advance)
         try:
             stager.stage(layout)
             while not stager.publish(epoch):
                 epoch = adapter.epoch()
-                if not _shared_pages_live(adapter, matcher):
+                if not _shared_pages_live(adapter, matcher, models):
                     stager.discard()
                     return None
                 if _match_again(adapter, pool, matcher, models, spool):
                     stager.discard()
-                    layout = plan_layout(models, spool)
+                    layout = plan_layout(models, spool, matcher.reader)
                     done = 0
-                    stager = Stager(adapter, models, spool, matcher.stored, advance)
+                    stager = Stager(adapter, models, spool, matcher, advance)
                     stager.stage(layout)
         except BaseException:
             # What cannot be removed now (a full disk, a lost connection) is collected by vacuum.
@@ -106,7 +107,7 @@ def _attempt(
                 stager.discard()
             raise
         adapter.checkpoint()
-        return _reports(models, spool, layout, started, dry_run=False)
+        return _reports(models, spool, matcher.reader, layout, started, dry_run=False)
 
 
 def _match(
@@ -132,10 +133,9 @@ def _match(
                 advance(int(np.prod(entry.shape)) * entry.dtype.itemsize)
             else:
                 view = MatrixView.of(request.source.read(entry.name), request.block_shape)
-                references, digests = matcher.match(
-                    view, planes=request.policy.compresses, advance=advance
-                )
-                tensor = MatchedTensor(entry, view.grid, references, digests)
+                matched = matcher.match(view, policy=request.policy, advance=advance)
+                tensor = MatchedTensor(entry, view.grid, matched.references, matched.digests)
+                model.largest_error = max(model.largest_error, matched.largest_error)
                 by_key[entry.key] = tensor
                 del view
             model.tensors.append(tensor)
@@ -143,8 +143,10 @@ def _match(
     return models
 
 
-def _shared_pages_live(adapter: Adapter, matcher: Matcher) -> bool:
-    shared = sorted(set(matcher.stored.page_ids))
+def _shared_pages_live(adapter: Adapter, matcher: Matcher, models: Sequence[MatchedModel]) -> bool:
+    used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
+    page_ids, _ = matcher.stored.places(used[used < 0])
+    shared = np.unique(page_ids).tolist()
     return len(adapter.page_rows(ids=shared, state=LIVE)) == len(shared) if shared else True
 
 
@@ -152,14 +154,18 @@ def _match_again(
     adapter: Adapter, pool: PagePool, matcher: Matcher, models: Sequence[MatchedModel], spool: Spool
 ) -> bool:
     """Point references at blocks that others published meanwhile; return whether any were."""
-    used = np.unique(np.concatenate([model.references() for model in models]))
+    used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
     used = used[used >= 0]
+    # What a delta holds would have to be decoded to be compared: such a twin is only a waste.
+    used = used[spool.bases[used] == NO_BASE]
     keys = hash_keys(spool.hashes[used])
     number_of: dict[bytes, list[int]] = {}
     for number, key in zip(used.tolist(), keys, strict=True):
         number_of.setdefault(key, []).append(number)
     moved = np.arange(spool.count, dtype=np.int64)
     for row in adapter.find_blocks(list(number_of)):
+        if row.base_id is not None:
+            continue
         (stored,) = pool.pages([row.page_id])
         for number in number_of[row.hash128]:
             if codec.same_block(*spool.block(number), stored, row.slot):
@@ -168,6 +174,7 @@ def _match_again(
                 matcher.stored.costs[-int(moved[number]) - 1] = int(cost)
     if np.array_equal(moved, np.arange(spool.count)):
         return False
+    spool.move_bases(moved)
     for model in models:
         for tensor in model.tensors:
             new = tensor.references >= 0
@@ -180,6 +187,7 @@ def _match_again(
 def _reports(
     models: Sequence[MatchedModel],
     spool: Spool,
+    reader: BlockReader,
     layout: Sequence[NDArray[np.int64]],
     started: float,
     *,
@@ -188,24 +196,27 @@ def _reports(
     """Say what each model brought; a block counts for the first model that has it."""
     first_owner = np.full(spool.count, len(models), np.int64)
     for number, model in reversed(list(enumerate(models))):
-        references = model.references()
+        references = model.references(reader)
         first_owner[references[references >= 0]] = number
     page_owner = [int(first_owner[page].min()) for page in layout]
     reports = []
     for number, model in enumerate(models):
         mine = first_owner == number
-        blocks = sum(len(tensor.references) for tensor in model.tensors)
+        references = model.references()
+        deltas = int((reader.bases_of(references) != NO_BASE).sum())
+        new = references[references >= 0]
+        own = len(np.unique(new[first_owner[new] == number]))
         reports.append(
             AddReport(
                 model=model.request.address,
                 logical_bytes=model.request.logical_bytes,
                 stored_bytes=int(spool.lengths[mine].sum()),
-                blocks=blocks,
-                shared_blocks=blocks - int(mine.sum()),
-                delta_blocks=0,
+                blocks=len(references),
+                shared_blocks=len(references) - own,
+                delta_blocks=deltas,
                 pages=page_owner.count(number),
                 seconds=time.monotonic() - started,
-                certificate=model.request.certificate(),
+                certificate=model.certificate(),
                 dry_run=dry_run,
                 left_out=tuple(model.request.source.left_out),
             )

@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact matching: for each block of each model, where its bytes already are.
+"""For each block of each model, where it already is, or how it will be kept.
 
 A block is looked for in its own tensor, in the blocks of this batch, and in the store, by hash;
-bytes are compared before anything is shared. What is found nowhere goes to the spool.
-
-References are int64: n >= 0 is block n of the spool, n < 0 is entry -(n+1) of the stored table.
+bytes are compared before anything is shared. What is found nowhere may be near to another block
+(similar.py); what is new goes to the spool. References are those of places.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup import codec
-from pydedup.adapter import Adapter, BlockRow
+from pydedup.adapter import Adapter
 from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
-from pydedup.ingest.spool import Spool
+from pydedup.ingest.candidates import Candidates
+from pydedup.ingest.places import BlockReader, StoredTable
+from pydedup.ingest.similar import Similar
+from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.policies import Policy
 from pydedup.pool import PagePool
 
-__all__ = ["Matcher", "StoredTable", "hash_keys"]
+__all__ = ["Matched", "Matcher", "hash_keys"]
 
 # Blocks encoded in one go: bounds the arena beside the tensor to 2 MiB or so.
 _ENCODE_BLOCKS = 128
@@ -35,38 +37,23 @@ def hash_keys(digests: NDArray[np.uint64]) -> list[bytes]:
     return [flat[i : i + 16] for i in range(0, len(flat), 16)]
 
 
-@dataclass(slots=True)
-class StoredTable:
-    """Blocks of the store that this batch shares."""
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The blocks of one matrix.
 
-    page_ids: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    costs: list[int] = field(default_factory=list)
-    _number: dict[tuple[int, int], int] = field(default_factory=dict)
+    Attributes
+    ----------
+    references
+        Where each block is, int64 (n,).
+    digests
+        Of the source's blocks, uint64 (n, 2).
+    largest_error
+        Greatest relative L2 difference of a block to what is stored for it.
+    """
 
-    def reference(self, row: BlockRow) -> int:
-        """Return the (negative) reference of a stored block."""
-        place = (row.page_id, row.slot)
-        number = self._number.get(place)
-        if number is None:
-            number = len(self.page_ids)
-            self._number[place] = number
-            self.page_ids.append(row.page_id)
-            self.slots.append(row.slot)
-            self.costs.append(0)
-        return -(number + 1)
-
-    def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Return page ids and slots of (negative) references; the table itself is not walked."""
-        numbers = (-references - 1).tolist()
-        page_ids = np.fromiter((self.page_ids[n] for n in numbers), np.int64, len(numbers))
-        slots = np.fromiter((self.slots[n] for n in numbers), np.uint32, len(numbers))
-        return page_ids, slots
-
-    def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return what the blocks of (negative) references take on their pages."""
-        numbers = (-references - 1).tolist()
-        return np.fromiter((self.costs[n] for n in numbers), np.int64, len(numbers))
+    references: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+    largest_error: float
 
 
 class Matcher:
@@ -74,9 +61,11 @@ class Matcher:
 
     def __init__(self, adapter: Adapter, pool: PagePool, spool: Spool) -> None:
         self._adapter = adapter
-        self._pool = pool
         self._spool = spool
         self.stored = StoredTable()
+        self.reader = BlockReader(pool, spool, self.stored)
+        self.candidates = Candidates(adapter, pool, self.stored)
+        self._similar = Similar(self.reader, self.candidates)
         # hash -> references of blocks with that hash; several only where hashes collide, or the
         # same bytes exist under two dtypes.
         self._known: dict[bytes, list[int]] = {}
@@ -86,21 +75,24 @@ class Matcher:
         self,
         view: MatrixView,
         *,
-        planes: bool,
+        policy: Policy,
         advance: Callable[[int], None] | None = None,
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """Return the reference of each block of a matrix, and its digests (n, 2)."""
+    ) -> Matched:
+        """Find or keep each block of a matrix."""
         digests = hash_view(view)
         sizes = view.block_bytes()
         keys = hash_keys(digests)
-        references = np.empty(len(keys), np.int64)
+        matched = Matched(np.empty(len(keys), np.int64), digests, 0.0)
+        largest_error = 0.0
         for start in range(0, len(keys), _LOOKUP_BLOCKS):
             stop = min(start + _LOOKUP_BLOCKS, len(keys))
             self._look_up(keys[start:stop])
-            self._resolve(view, keys, digests, references, start, stop, planes)
+            fresh = self._resolve(view, keys, matched.references, start, stop)
+            error = self._keep(view, fresh, matched, policy)
+            largest_error = max(largest_error, error)
             if advance is not None:
                 advance(int(sizes[start:stop].sum()))
-        return references, digests
+        return Matched(matched.references, digests, largest_error)
 
     def _look_up(self, keys: list[bytes]) -> None:
         """Ask the store about hashes that it was not asked about before."""
@@ -117,14 +109,13 @@ class Matcher:
         self,
         view: MatrixView,
         keys: list[bytes],
-        digests: NDArray[np.uint64],
         references: NDArray[np.int64],
         start: int,
         stop: int,
-        planes: bool,
-    ) -> None:
+    ) -> dict[bytes, list[int]]:
+        """Refer to identical blocks; return those of this range that have none, by hash."""
         pending = list(range(start, stop))
-        fresh: dict[bytes, list[int]] = {}  # hash -> blocks of this range that found no match
+        fresh: dict[bytes, list[int]] = {}
         attempt = 0
         while pending:
             indices: list[int] = []
@@ -136,23 +127,20 @@ class Matcher:
                     candidates.append(known[attempt])
                 else:
                     fresh.setdefault(keys[i], []).append(i)
-            same = self._equal(view, np.array(indices, np.int64), np.array(candidates, np.int64))
+            same = self.reader.equal(
+                view, np.array(indices, np.int64), np.array(candidates, np.int64)
+            )
             for i, reference, equal in zip(indices, candidates, same, strict=True):
                 if equal:
                     references[i] = reference
             pending = [i for i, equal in zip(indices, same, strict=True) if not equal]
             attempt += 1
-        self._append(view, fresh, digests, references, planes)
+        return fresh
 
-    def _append(
-        self,
-        view: MatrixView,
-        fresh: dict[bytes, list[int]],
-        digests: NDArray[np.uint64],
-        references: NDArray[np.int64],
-        planes: bool,
-    ) -> None:
-        """Spool the distinct ones of ``fresh``, in block order."""
+    def _keep(
+        self, view: MatrixView, fresh: dict[bytes, list[int]], matched: Matched, policy: Policy
+    ) -> float:
+        """Keep the distinct ones of ``fresh``, in block order; returns the largest error."""
         leader_of: dict[int, int] = {}
         leaders: list[int] = []
         for blocks in fresh.values():
@@ -165,47 +153,37 @@ class Matcher:
                     leader = i
                 leader_of[i] = leader
         leaders.sort()
+        largest_error = 0.0
         for start in range(0, len(leaders), _ENCODE_BLOCKS):
             piece = np.array(leaders[start : start + _ENCODE_BLOCKS], np.int64)
-            first = self._spool.count
-            self._spool.append(view, piece, digests[piece], planes=planes)
-            references[piece] = first + np.arange(len(piece))
-        for blocks_key, blocks in fresh.items():
-            known = self._known.setdefault(blocks_key, [])
-            for i in blocks:
-                references[i] = references[leader_of[i]]
-                if leader_of[i] == i:
-                    known.append(int(references[i]))
+            largest_error = max(largest_error, self._keep_piece(view, piece, matched, policy))
+        for i, leader in leader_of.items():
+            matched.references[i] = matched.references[leader]
+        return largest_error
 
-    def _equal(
-        self, view: MatrixView, indices: NDArray[np.int64], candidates: NDArray[np.int64]
-    ) -> NDArray[np.bool_]:
-        """Compare blocks of the matrix with what the references hold, byte by byte."""
-        equal = np.zeros(len(indices), np.bool_)
-        spooled = np.flatnonzero(candidates >= 0)
-        if len(spooled):
-            equal[spooled] = self._spool.equal(view, indices[spooled], candidates[spooled])
-        stored = np.flatnonzero(candidates < 0)
-        if len(stored):
-            references = candidates[stored]
-            page_ids, slots = self.stored.places(references)
-            for rows, pages, page_index in self._pool.windows(page_ids):
-                at = stored[rows]
-                equal[at] = codec.blocks_equal(view, indices[at], pages, page_index, slots[rows])
-                self._note_costs(references[rows], pages, page_index, slots[rows])
-        return equal
-
-    def _note_costs(
-        self,
-        references: NDArray[np.int64],
-        pages: list[codec.Page],
-        page_index: NDArray[np.uint32],
-        slots: NDArray[np.uint32],
-    ) -> None:
-        """Remember what stored blocks take on their pages, while the pages are at hand."""
-        costs = [codec.page_cost(page.slots["length"]) for page in pages]
-        for reference, page, slot in zip(references.tolist(), page_index, slots, strict=True):
-            self.stored.costs[-reference - 1] = int(costs[page][slot])
+    def _keep_piece(
+        self, view: MatrixView, piece: NDArray[np.int64], matched: Matched, policy: Policy
+    ) -> float:
+        kept = self._similar.keep(view, piece, matched.digests[piece], policy)
+        is_new = kept.shared == NO_BASE
+        matched.references[piece[~is_new]] = kept.shared[~is_new]
+        new = np.flatnonzero(is_new)
+        numbers = self._spool.count + np.arange(len(new), dtype=np.int64)
+        self._spool.append(
+            view,
+            piece[new],
+            kept.encoded.select(new),
+            kept.digests[new],
+            kept.bases[new],
+            kept.base_tags[new],
+        )
+        matched.references[piece[new]] = numbers
+        for key, number in zip(hash_keys(kept.digests[new]), numbers.tolist(), strict=True):
+            self._known.setdefault(key, []).append(number)
+        if policy.uses_deltas:
+            whole = kept.bases[new] == NO_BASE
+            self._similar.add(view, piece[new[whole]], numbers[whole])
+        return float(kept.errors.max(initial=0.0))
 
 
 def _same_bytes(view: MatrixView, a: int, b: int) -> bool:

@@ -40,10 +40,6 @@ class Request:
         """Bytes of all tensors; tied ones count as often as they are named."""
         return sum(_size(entry.shape) * entry.dtype.itemsize for entry in self.source.entries)
 
-    def certificate(self) -> dict[str, Any]:
-        """Return the guarantee that holds for what is stored: the same bits, for these policies."""
-        return {"policy": self.policy.name, "max_rel_error": 0.0}
-
     def metadata_json(self) -> str:
         """Return the metadata as canonical JSON."""
         try:

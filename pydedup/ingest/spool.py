@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Generic, Self, TypeVar
+from typing import IO, Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,10 @@ from pydedup.errors import PageNotFoundError, StorageFullError
 from pydedup.layout import PAGE_CAPACITY, copy_page
 from pydedup.pool import PagePool
 
-__all__ = ["Spool"]
+__all__ = ["NO_BASE", "Spool"]
+
+#: Instead of a reference to a base, for a block that is no delta.
+NO_BASE = int(np.iinfo(np.int64).min)
 
 _Item = TypeVar("_Item", bound=np.generic)
 
@@ -47,6 +50,7 @@ class Spool:
         self._cost = _Column(np.empty(0, np.int64))
         self._length = _Column(np.empty(0, np.int64))
         self._hashes = _Column(np.empty((0, 2), np.uint64))
+        self._bases = _Column(np.empty(0, np.int64))
         self.count = 0
 
     def __enter__(self) -> Self:
@@ -65,12 +69,16 @@ class Spool:
         self,
         view: MatrixView,
         indices: NDArray[np.int64],
+        encoded: codec.EncodedBlocks,
         digests: NDArray[np.uint64],
-        *,
-        planes: bool,
+        bases: NDArray[np.int64],
+        base_tags: NDArray[np.uint64],
     ) -> None:
-        """Encode and append these blocks of a matrix; they get the next numbers."""
-        encoded = codec.encode_blocks(view, indices, planes=planes)
+        """Append these blocks of a matrix as they are encoded; they get the next numbers.
+
+        ``digests`` are those of what the encoded blocks hold, ``bases`` references (places.py) or
+        `NO_BASE`, ``base_tags`` what their slots are to carry.
+        """
         costs = codec.page_cost(encoded.lengths)
         heights, widths = view.grid.shapes(indices)
         pages = np.empty(len(indices), np.int64)
@@ -85,13 +93,14 @@ class Spool:
             stop = start + max(fit, 1)
             pages[start:stop] = len(self._extents)
             slots[start:stop] = self._open.count + np.arange(stop - start, dtype=np.uint32)
-            self._open.add(encoded, view.dtype.code, heights, widths, start, stop, costs)
+            self._open.add(encoded, view.dtype.code, heights, widths, base_tags, start, stop, costs)
             start = stop
         self._page_of.append(pages)
         self._slot_of.append(slots)
         self._cost.append(costs)
         self._length.append(encoded.lengths)
         self._hashes.append(digests)
+        self._bases.append(bases)
         self.count += len(indices)
 
     def freeze(self) -> None:
@@ -114,24 +123,33 @@ class Spool:
         """Digests of all blocks, shape (count, 2)."""
         return self._hashes.values()
 
-    def equal(
-        self, view: MatrixView, indices: NDArray[np.int64], numbers: NDArray[np.int64]
-    ) -> NDArray[np.bool_]:
-        """Compare blocks of a matrix with spooled ones, byte by byte."""
+    @property
+    def bases(self) -> NDArray[np.int64]:
+        """References to what each block is a delta of, or `NO_BASE`."""
+        return self._bases.values()
+
+    def move_bases(self, moved: NDArray[np.int64]) -> None:
+        """Point bases at ``moved[n]`` instead of block n of the spool."""
+        bases = self._bases.values()
+        new = bases >= 0
+        bases[new] = moved[bases[new]]
+
+    def windows(
+        self, numbers: NDArray[np.int64]
+    ) -> Iterator[
+        tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
+    ]:
+        """Walk over blocks, as `PagePool.windows` does over pages; also yields the slots."""
         page_of = self._page_of.values()[numbers]
         slots = self._slot_of.values()[numbers]
-        equal = np.zeros(len(numbers), np.bool_)
         last = np.flatnonzero(page_of == len(self._extents))
         if len(last):
             page = codec.Page(self._open.image())
-            equal[last] = codec.blocks_equal(
-                view, indices[last], [page], np.zeros(len(last), np.uint32), slots[last]
-            )
+            yield last, [page], np.zeros(len(last), np.uint32), slots[last]
         sealed = np.flatnonzero(page_of < len(self._extents))
         for rows, pages, page_index in self._pages.windows(page_of[sealed]):
             at = sealed[rows]
-            equal[at] = codec.blocks_equal(view, indices[at], pages, page_index, slots[at])
-        return equal
+            yield at, pages, page_index, slots[at]
 
     def block(self, number: int) -> tuple[codec.Page, int]:
         """Return the page and slot of one block; only when frozen."""
@@ -180,7 +198,7 @@ class _OpenPage:
         self.count = 0
         self.bytes = 0
         self._arena: list[NDArray[np.uint8]] = []
-        self._columns: list[tuple[NDArray[np.int64], ...]] = []
+        self._columns: list[tuple[NDArray[Any], ...]] = []
         self._image: bytes | None = None
 
     def add(
@@ -189,6 +207,7 @@ class _OpenPage:
         dtype: int,
         rows: NDArray[np.int64],
         cols: NDArray[np.int64],
+        base_tags: NDArray[np.uint64],
         start: int,
         stop: int,
         costs: NDArray[np.int64],
@@ -206,6 +225,7 @@ class _OpenPage:
                 np.full(stop - start, dtype, np.int64),
                 rows[start:stop],
                 cols[start:stop],
+                base_tags[start:stop],
             )
         )
         self.count += stop - start
@@ -214,12 +234,8 @@ class _OpenPage:
 
     def image(self) -> bytes:
         if self._image is None:
-            offsets, lengths, encodings, dtypes, rows, cols = (
-                np.concatenate(column) for column in zip(*self._columns, strict=True)
-            )
-            self._image = codec.build_page(
-                np.concatenate(self._arena), offsets, lengths, encodings, dtypes, rows, cols
-            )
+            columns = [np.concatenate(column) for column in zip(*self._columns, strict=True)]
+            self._image = codec.build_page(np.concatenate(self._arena), *columns)
         return self._image
 
 

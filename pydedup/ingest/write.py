@@ -13,20 +13,22 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, STAGING, Adapter, ModelRow, TensorRow
-from pydedup.blocks import BlockGrid, BlockMap
+from pydedup.blocks import NO_PAGE, BlockGrid, BlockMap
 from pydedup.errors import ConflictError
 from pydedup.formats.base import TensorEntry
-from pydedup.ingest.match import StoredTable, hash_keys
+from pydedup.ingest.match import Matcher, hash_keys
+from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
-from pydedup.ingest.spool import Spool
+from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.jobs import LEASE_SECONDS, Job
-from pydedup.layout import PAGE_CAPACITY, pages_read
+from pydedup.layout import PAGE_CAPACITY, block_places, pages_read
 from pydedup.packing import pack
 from pydedup.types import GRAPH_ARTIFACT
 
@@ -36,8 +38,12 @@ _PAGES_PER_TRANSACTION = 16
 _BYTES_PER_TRANSACTION = 16 * 1024 * 1024
 _HASH_PART_BYTES = 1024 * 1024
 
-# ("map" or "hash", a row of that table)
-_MapRow = tuple[str, tuple[int, int, int, bytes]]
+# Rows of `distinct_blocks` in one transaction.
+_ROWS_PER_TRANSACTION = 20_000
+
+# ("map" or "hash", and a row of that table)
+_MapRow = tuple[str, int, int, int, bytes]
+_Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 
 @dataclass(slots=True)
@@ -56,12 +62,26 @@ class MatchedModel:
 
     request: Request
     tensors: list[MatchedTensor] = field(default_factory=list)
+    largest_error: float = 0.0
     model_id: int = 0
 
-    def references(self) -> NDArray[np.int64]:
-        """Return the references of all blocks."""
+    def references(self, reader: BlockReader | None = None) -> NDArray[np.int64]:
+        """Return the references of all blocks; with ``reader``, those of the bases behind them."""
         parts = [tensor.references for tensor in self.tensors]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        references = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        if reader is None:
+            return references
+        bases = reader.bases_of(references)
+        return np.concatenate([references, bases[bases != NO_BASE]])
+
+    def certificate(self) -> dict[str, Any]:
+        """Return what is guaranteed, and what was measured of it."""
+        policy = self.request.policy
+        return {
+            "policy": policy.name,
+            **policy.parameters(),
+            "largest_block_error": self.largest_error,
+        }
 
     def digest(self) -> bytes:
         """Return 16 bytes that name the content: names, dtypes, shapes and block digests."""
@@ -74,13 +94,15 @@ class MatchedModel:
         return content.digest()
 
 
-def plan_layout(models: Sequence[MatchedModel], spool: Spool) -> list[NDArray[np.int64]]:
+def plan_layout(
+    models: Sequence[MatchedModel], spool: Spool, reader: BlockReader
+) -> list[NDArray[np.int64]]:
     """Return the pages of the spooled blocks: per page, block numbers in slot order."""
     if spool.count == 0:
         return []
     owners = []
     for model in models:
-        references = model.references()
+        references = model.references(reader)
         owners.append(np.unique(references[references >= 0]))
     used = np.unique(np.concatenate(owners))
     if len(used) == 0:
@@ -97,13 +119,15 @@ class Stager:
         adapter: Adapter,
         models: Sequence[MatchedModel],
         spool: Spool,
-        stored: StoredTable,
+        matcher: Matcher,
         advance: Callable[[int], None] | None = None,
     ) -> None:
         self._adapter = adapter
         self._models = models
         self._spool = spool
-        self._stored = stored
+        self._stored = matcher.stored
+        self._reader = matcher.reader
+        self._candidates = matcher.candidates
         self._advance = advance
         self._job = Job(adapter, "add")
         self.page_ids: list[int] = []
@@ -126,6 +150,8 @@ class Stager:
                 model.model_id = 0
             raise
         self._stage_pages(layout)
+        self._stage_deltas()
+        self._stage_signatures()
         for model in self._models:
             self._stage_model(model)
 
@@ -180,7 +206,7 @@ class Stager:
             state=STAGING,
             created_at=time.time(),
             policy=request.policy.name,
-            certificate=json.dumps(request.certificate()),
+            certificate=json.dumps(model.certificate()),
             metadata=request.metadata_json(),
             logical_bytes=request.logical_bytes,
             digest=model.digest(),
@@ -202,11 +228,40 @@ class Stager:
 
     def _stage_page(self, numbers: NDArray[np.int64], keys: Sequence[bytes]) -> int:
         image = self._spool.image(numbers)
-        hashes = [keys[number] for number in numbers.tolist()]
+        is_delta = self._spool.bases[numbers] != NO_BASE
+        hashes = [
+            None if delta else keys[number]
+            for number, delta in zip(numbers.tolist(), is_delta.tolist(), strict=True)
+        ]
         page_id = self._job.stage_page(codec.page_checksum(image), image, hashes)
         self._page_of[numbers] = page_id
         self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
         return page_id
+
+    def _stage_deltas(self) -> None:
+        """Write the rows of deltas, which name their bases: now all of those have a place."""
+        spool = self._spool
+        numbers = np.flatnonzero((spool.bases != NO_BASE) & (self._page_of > 0))
+        if not len(numbers):
+            return
+        keys = hash_keys(spool.hashes[numbers])
+        base_places = block_places(*self._places(spool.bases[numbers])).tolist()
+        page_ids, slots = self._page_of[numbers].tolist(), self._slot_of[numbers].tolist()
+        rows = list(zip(keys, page_ids, slots, base_places, strict=True))
+        for start in range(0, len(rows), _ROWS_PER_TRANSACTION):
+            with self._adapter.transaction():
+                self._adapter.insert_blocks(rows[start : start + _ROWS_PER_TRANSACTION])
+                self._heartbeat()
+
+    def _stage_signatures(self) -> None:
+        """Write what the next add will find similar blocks by; of no use to readers."""
+        rows = self._candidates.segments(
+            self._models[0].model_id, self._page_of, self._slot_of, self.page_ids
+        )
+        for batch in _batches(rows):
+            with self._adapter.transaction():
+                self._adapter.insert_signatures(batch)
+                self._heartbeat()
 
     def _stage_model(self, model: MatchedModel) -> None:
         adapter = self._adapter
@@ -227,14 +282,15 @@ class Stager:
         maps = [self._block_map(tensor) for tensor in model.tensors]
         for batch in _batches(self._map_rows(model, maps)):
             with adapter.transaction():
-                adapter.insert_block_maps(row for kind, row in batch if kind == "map")
-                adapter.insert_source_hashes(row for kind, row in batch if kind == "hash")
+                adapter.insert_block_maps(row[1:] for row in batch if row[0] == "map")
+                adapter.insert_source_hashes(row[1:] for row in batch if row[0] == "hash")
                 self._heartbeat()
         with adapter.transaction():
+            references = model.references(self._reader)
             adapter.insert_model_pages(
                 (model_id, page_id, blocks, size)
                 for page_id, blocks, size in pages_read(
-                    maps, [self._costs(t) for t in model.tensors]
+                    block_places(*self._places(references)), self._reader.costs_of(references)
                 )
             )
             self._heartbeat()
@@ -247,49 +303,49 @@ class Stager:
             self._heartbeat()
 
     def _block_map(self, tensor: MatchedTensor) -> BlockMap:
-        references = tensor.references
+        page_ids, slots = self._places(tensor.references)
+        bases = self._reader.bases_of(tensor.references)
+        is_delta = bases != NO_BASE
+        if not is_delta.any():
+            return BlockMap(tensor.grid, tensor.entry.dtype, page_ids, slots)
+        base_page_ids = np.full(len(bases), NO_PAGE, np.int64)
+        base_slots = np.zeros(len(bases), np.uint32)
+        base_page_ids[is_delta], base_slots[is_delta] = self._places(bases[is_delta])
+        return BlockMap(tensor.grid, tensor.entry.dtype, page_ids, slots, base_page_ids, base_slots)
+
+    def _places(
+        self, references: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Return page ids and slots of blocks that are stored or staged."""
         page_ids = np.empty(len(references), np.int64)
         slots = np.empty(len(references), np.uint32)
         new = references >= 0
         page_ids[new] = self._page_of[references[new]]
         slots[new] = self._slot_of[references[new]]
-        if not new.all():
-            page_ids[~new], slots[~new] = self._stored.places(references[~new])
-        return BlockMap(tensor.grid, tensor.entry.dtype, page_ids, slots)
-
-    def _costs(self, tensor: MatchedTensor) -> NDArray[np.int64]:
-        """Return what each block of a tensor takes on its page, in bytes."""
-        references = tensor.references
-        costs = np.empty(len(references), np.int64)
-        new = references >= 0
-        costs[new] = self._spool.costs[references[new]]
-        if not new.all():
-            costs[~new] = self._stored.costs_of(references[~new])
-        return costs
+        page_ids[~new], slots[~new] = self._stored.places(references[~new])
+        return page_ids, slots
 
     def _map_rows(self, model: MatchedModel, maps: Sequence[BlockMap]) -> Iterator[_MapRow]:
         for ordinal, (tensor, block_map) in enumerate(zip(model.tensors, maps, strict=True)):
             for part, payload in enumerate(block_map.parts()):
-                yield "map", (model.model_id, ordinal, part, payload)
+                yield "map", model.model_id, ordinal, part, payload
             hashes = np.ascontiguousarray(tensor.digests, "<u8").tobytes()
             for part, start in enumerate(range(0, len(hashes), _HASH_PART_BYTES)):
-                yield (
-                    "hash",
-                    (model.model_id, ordinal, part, hashes[start : start + _HASH_PART_BYTES]),
-                )
+                payload = hashes[start : start + _HASH_PART_BYTES]
+                yield "hash", model.model_id, ordinal, part, payload
 
 
 def _block_shape(tensor: MatchedTensor) -> tuple[int, int]:
     return tensor.grid.block_rows, tensor.grid.block_cols
 
 
-def _batches(rows: Iterator[_MapRow]) -> Iterator[list[_MapRow]]:
-    """Group rows into transactions of bounded bytes."""
-    batch: list[_MapRow] = []
+def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Group rows, which end with their payload, into transactions of bounded bytes."""
+    batch: list[_Row] = []
     size = 0
     for row in rows:
         batch.append(row)
-        size += len(row[1][3])
+        size += len(row[-1])
         if size >= _BYTES_PER_TRANSACTION:
             yield batch
             batch, size = [], 0

@@ -27,6 +27,7 @@ from pydedup.layout import (
     block_lengths,
     block_places,
     copy_page,
+    map_places,
     page_bytes,
     pages_read,
     split_places,
@@ -211,7 +212,12 @@ def _move(
         numbers = places.numbers(old.page_ids, old.slots)
         maps.append(BlockMap(old.grid, old.dtype, page_of[numbers], slot_of[numbers]))
         costs.append(codec.page_cost(places.lengths[numbers]))
-    return _Move(model.row.id, maps, list(pages_read(maps, costs)))
+    reads = pages_read(_joined([map_places(m) for m in maps]), _joined(costs))
+    return _Move(model.row.id, maps, list(reads))
+
+
+def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def _publish(

@@ -130,7 +130,7 @@ class L2LSH:
         index = cls.__new__(cls)
         index._index = core
         code, rows, cols = core.parameters[:3]
-        index._dtype = next(member for member in DType if member.code == code)
+        index._dtype = DType.of_code(code)
         index._shape = (rows, cols)
         return index
 

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which stored or spooled blocks are nearly equal to a new one: the similarity index of a store.
+
+One `pydedup.similarity.L2LSH` per (dtype, rows, cols), made of segments that earlier adds left in
+the table ``signatures`` (docs/format.md, "Signatures"). Pages that no segment covers, those that a
+vacuum wrote for instance, are read and indexed here, and covered by the segment of this add. Blocks
+that are deltas are in no index: a base is never itself one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import LIVE, Adapter
+from pydedup.blocks import MatrixView
+from pydedup.codec import Encoding, Page, read_blocks
+from pydedup.errors import CorruptStoreError
+from pydedup.ingest.places import StoredTable, stacked
+from pydedup.layout import block_places, split_places
+from pydedup.pool import PagePool
+from pydedup.similarity import L2LSH
+from pydedup.types import DType
+
+__all__ = ["BlockKind", "Candidates"]
+
+#: (dtype, rows, cols) of a block.
+BlockKind = tuple[DType, int, int]
+
+#: Smaller blocks are not looked for: what a delta could save, its place on a page takes.
+MIN_ELEMENTS = 1024
+_FLOATS = (DType.F32, DType.BF16, DType.F16, DType.F64)
+_COVERAGE = 0  # group of the rows that list the pages of a segment
+_SIDE_BITS = 28
+_SEGMENT_BLOCKS = 4096
+_SEGMENT_BITS = 20
+# Ids of blocks that have no place yet: above all places.
+_SPOOLED = 1 << 62
+
+
+def group_of(kind: BlockKind) -> int:
+    """Return the number of a group in ``signatures``: dtype code, rows and columns, never 0."""
+    dtype, rows, cols = kind
+    return (dtype.code << 2 * _SIDE_BITS) | (rows << _SIDE_BITS) | cols
+
+
+class Candidates:
+    """The index of one add. Not thread-safe.
+
+    Memory: about 250 bytes for each block of the kinds that were asked for.
+    """
+
+    def __init__(self, adapter: Adapter, pool: PagePool, stored: StoredTable) -> None:
+        self._adapter = adapter
+        self._pool = pool
+        self._stored = stored
+        self._indexes: dict[BlockKind, L2LSH] = {}
+        self._fresh: dict[BlockKind, list[NDArray[np.int64]]] = {}  # spooled ids, by kind
+        self._live: NDArray[np.int64] | None = None
+        self._uncovered: list[int] = []
+        self._found: dict[BlockKind, L2LSH] = {}  # of pages that no segment covers
+
+    @staticmethod
+    def takes(dtype: DType, shape: tuple[int, int]) -> bool:
+        """Whether blocks of this kind can be in an index."""
+        return (
+            dtype in _FLOATS
+            and shape[0] * shape[1] >= MIN_ELEMENTS
+            and max(shape) < 1 << _SIDE_BITS
+        )
+
+    def query(
+        self, blocks: MatrixView, k: int
+    ) -> Iterator[tuple[DType, NDArray[np.int64], NDArray[np.float64]]]:
+        """Yield, per dtype of possible bases, references and estimated distances, both (n, k).
+
+        ``blocks`` are stacked (places.stacked). Distances are relative L2, infinity where there
+        is no candidate; the reference says nothing then.
+        """
+        grid = blocks.grid
+        shape = (grid.block_rows, grid.block_cols)
+        values = blocks.data.view(blocks.dtype.numpy).reshape(-1, *shape)
+        for dtype in _FLOATS:
+            index = self._index((dtype, *shape))
+            if not len(index):
+                continue
+            with np.errstate(over="ignore"):
+                ids, distances = index.query(values.astype(dtype.numpy, copy=False), k)
+            yield dtype, self._references(ids), distances
+
+    def add(self, blocks: MatrixView, numbers: NDArray[np.int64]) -> None:
+        """Add stacked blocks that have these numbers on the spool."""
+        shape = (blocks.grid.block_rows, blocks.grid.block_cols)
+        kind = (blocks.dtype, *shape)
+        values = blocks.data.view(blocks.dtype.numpy).reshape(-1, *shape)
+        self._index(kind).add(values, _SPOOLED | numbers)
+        self._fresh.setdefault(kind, []).append(numbers)
+
+    def segments(
+        self,
+        number: int,
+        page_of: NDArray[np.int64],
+        slot_of: NDArray[np.uint32],
+        page_ids: list[int],
+    ) -> Iterator[tuple[int, int, bytes]]:
+        """Yield rows of ``signatures`` for what is new: spooled blocks, and pages not covered.
+
+        ``number`` is unique to this add; ``page_of`` (0: not written) and ``slot_of`` are the
+        places of the spool's blocks, ``page_ids`` the new pages.
+        """
+        pieces: list[tuple[int, bytes]] = []
+        for kind, parts in self._fresh.items():
+            numbers = np.sort(np.concatenate(parts))
+            numbers = numbers[page_of[numbers] > 0]
+            places = block_places(page_of[numbers], slot_of[numbers])
+            pieces += _pieces(self._indexes[kind], kind, _SPOOLED | numbers, places)
+        for kind, index in self._found.items():
+            pieces += _pieces(index, kind, index.ids, index.ids)
+        covered = np.array(sorted({*page_ids, *self._uncovered}), "<i8").tobytes()
+        first = number << _SEGMENT_BITS
+        yield first, _COVERAGE, covered
+        for count, (group, payload) in enumerate(pieces):
+            yield first + count, group, payload
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _index(self, kind: BlockKind) -> L2LSH:
+        index = self._indexes.get(kind)
+        if index is None:
+            live = self._live_pages()
+            index = _new_index(kind)
+            for segment, payload in self._adapter.signatures(group_of(kind)):
+                try:
+                    index.merge(L2LSH.load(payload))
+                except CorruptStoreError as exc:
+                    raise CorruptStoreError(
+                        f"segment {segment} of the similarity index: {exc}; "
+                        "vacuum the store, which makes it anew"
+                    ) from exc
+            ids = index.ids
+            index.remove(ids[~np.isin(split_places(ids)[0], live)])
+            if kind in self._found:
+                index.merge(self._found[kind])
+            self._indexes[kind] = index
+        return index
+
+    def _live_pages(self) -> NDArray[np.int64]:
+        """Find out, once, which pages are live, and index those that no segment covers."""
+        if self._live is not None:
+            return self._live
+        live = np.array([row.id for row in self._adapter.page_rows(state=LIVE)], np.int64)
+        self._live = live
+        parts = [payload for _, payload in self._adapter.signatures(_COVERAGE)]
+        covered = np.frombuffer(b"".join(parts), "<i8")
+        self._uncovered = np.setdiff1d(live, covered).tolist()
+        if self._uncovered:
+            self._found = index_pages(self._pool, self._uncovered)
+        return live
+
+    def _references(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Turn ids of an index into references; 0 where there is no candidate."""
+        references = np.where(ids >= _SPOOLED, ids ^ _SPOOLED, 0)
+        rows, cols = np.nonzero((ids >= 0) & (ids < _SPOOLED))
+        page_ids, slots = split_places(ids[rows, cols])
+        for row, col, page_id, slot in zip(
+            rows, cols, page_ids.tolist(), slots.tolist(), strict=True
+        ):
+            references[row, col] = self._stored.reference_at(page_id, slot)
+        return references
+
+
+def index_pages(pool: PagePool, page_ids: list[int]) -> dict[BlockKind, L2LSH]:
+    """Return indexes, by place, of the blocks on these pages that can be bases."""
+    found: dict[BlockKind, L2LSH] = {}
+    for rows, pages, page_index in pool.windows(np.array(page_ids, np.int64)):
+        for row, number in zip(rows.tolist(), page_index.tolist(), strict=True):
+            _index_page(found, page_ids[row], pages[number])
+    return found
+
+
+def _index_page(found: dict[BlockKind, L2LSH], page_id: int, page: Page) -> None:
+    table = page.slots
+    plain = ~np.isin(table["encoding"], [code for code in Encoding if code.is_delta])
+    columns = np.stack([table["dtype"], table["rows"], table["cols"]], axis=1).astype(np.int64)
+    for code, height, width in np.unique(columns[plain], axis=0).tolist():
+        dtype, shape = DType.of_code(code), (height, width)
+        if not Candidates.takes(dtype, shape):
+            continue
+        slots = np.flatnonzero(plain & (columns == (code, height, width)).all(axis=1))
+        blocks = stacked(len(slots), dtype, shape)
+        read_blocks(blocks, np.arange(len(slots)), [page], np.zeros_like(slots), slots)
+        index = found.setdefault((dtype, *shape), _new_index((dtype, *shape)))
+        index.add(
+            blocks.data.view(dtype.numpy).reshape(-1, *shape),
+            block_places(np.full(len(slots), page_id, np.int64), slots),
+        )
+
+
+def _new_index(kind: BlockKind) -> L2LSH:
+    dtype, rows, cols = kind
+    return L2LSH((rows, cols), dtype.numpy)
+
+
+def _pieces(
+    index: L2LSH, kind: BlockKind, ids: NDArray[np.int64], places: NDArray[np.int64]
+) -> Iterator[tuple[int, bytes]]:
+    for start in range(0, len(ids), _SEGMENT_BLOCKS):
+        part = slice(start, start + _SEGMENT_BLOCKS)
+        yield group_of(kind), index.select(ids[part], places[part]).save()

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where blocks are that an add refers to: on its spool, or on pages of the store.
+
+References are int64: n >= 0 is block n of the spool, n < 0 is entry -(n+1) of the stored table.
+Blocks of both kinds are read here alike, deltas included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.adapter import BlockRow
+from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.layout import split_places
+from pydedup.pool import PagePool
+from pydedup.types import DType
+
+__all__ = ["BlockReader", "StoredTable", "stack_blocks", "stacked"]
+
+_Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
+
+
+class StoredTable:
+    """Blocks of the store that an add shares or builds deltas on."""
+
+    def __init__(self) -> None:
+        self.page_ids: list[int] = []
+        self.slots: list[int] = []
+        #: What each takes on its page; 0 until somebody looked.
+        self.costs: list[int] = []
+        #: References to what each is a delta of, or `NO_BASE`.
+        self.bases: list[int] = []
+        self._number: dict[tuple[int, int], int] = {}
+
+    def reference(self, row: BlockRow) -> int:
+        """Return the (negative) reference of a stored block, and make one of its base."""
+        number = self.reference_at(row.page_id, row.slot)
+        if row.base_id is not None:
+            page_ids, slots = split_places(np.array([row.base_id], np.int64))
+            self.bases[-number - 1] = self.reference_at(int(page_ids[0]), int(slots[0]))
+        return number
+
+    def reference_at(self, page_id: int, slot: int) -> int:
+        """Return the (negative) reference of the block at a place; of no delta."""
+        place = (page_id, slot)
+        number = self._number.get(place)
+        if number is None:
+            number = len(self.page_ids)
+            self._number[place] = number
+            self.page_ids.append(page_id)
+            self.slots.append(slot)
+            self.costs.append(0)
+            self.bases.append(NO_BASE)
+        return -(number + 1)
+
+    def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Return page ids and slots of (negative) references; the table itself is not walked."""
+        numbers = _numbers(references)
+        page_ids = np.fromiter((self.page_ids[n] for n in numbers), np.int64, len(numbers))
+        slots = np.fromiter((self.slots[n] for n in numbers), np.uint32, len(numbers))
+        return page_ids, slots
+
+    def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what the blocks of (negative) references take on their pages."""
+        numbers = _numbers(references)
+        return np.fromiter((self.costs[n] for n in numbers), np.int64, len(numbers))
+
+    def bases_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the references of their bases, `NO_BASE` for blocks that are no deltas."""
+        numbers = _numbers(references)
+        return np.fromiter((self.bases[n] for n in numbers), np.int64, len(numbers))
+
+    def note_costs(
+        self,
+        references: NDArray[np.int64],
+        pages: Sequence[codec.Page],
+        page_index: NDArray[np.uint32],
+        slots: NDArray[np.uint32],
+    ) -> None:
+        """Remember what blocks take on their pages, while the pages are at hand."""
+        costs = [codec.page_cost(page.slots["length"]) for page in pages]
+        for number, page, slot in zip(_numbers(references), page_index, slots, strict=True):
+            self.costs[number] = int(costs[page][slot])
+
+
+class BlockReader:
+    """Reads blocks by reference."""
+
+    def __init__(self, pool: PagePool, spool: Spool, stored: StoredTable) -> None:
+        self._pool = pool
+        self._spool = spool
+        self._stored = stored
+
+    def bases_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the references of bases, `NO_BASE` where a block is no delta."""
+        bases = np.empty(len(references), np.int64)
+        new = references >= 0
+        bases[new] = self._spool.bases[references[new]]
+        bases[~new] = self._stored.bases_of(references[~new])
+        return bases
+
+    def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what blocks take on their pages, in bytes."""
+        costs = np.empty(len(references), np.int64)
+        new = references >= 0
+        costs[new] = self._spool.costs[references[new]]
+        costs[~new] = self._stored.costs_of(references[~new])
+        return costs
+
+    def windows(self, references: NDArray[np.int64]) -> Iterator[_Window]:
+        """Walk over blocks as `PagePool.windows` does; also yields the slots."""
+        spooled = np.flatnonzero(references >= 0)
+        for rows, pages, page_index, slots in self._spool.windows(references[spooled]):
+            yield spooled[rows], pages, page_index, slots
+        stored = np.flatnonzero(references < 0)
+        page_ids, slots = self._stored.places(references[stored])
+        for rows, pages, page_index in self._pool.windows(page_ids):
+            self._stored.note_costs(references[stored[rows]], pages, page_index, slots[rows])
+            yield stored[rows], pages, page_index, slots[rows]
+
+    def read(
+        self, references: NDArray[np.int64], dtype: DType, shape: tuple[int, int]
+    ) -> MatrixView:
+        """Return blocks of one dtype and shape, stacked: block i is block i of the result."""
+        out = stacked(len(references), dtype, shape)
+        bases = self.bases_of(references)
+        for rows, pages, page_index, slots in self.windows(references):
+            plain = bases[rows] == NO_BASE
+            codec.read_blocks(out, rows[plain], pages, page_index[plain], slots[plain])
+            deltas = np.flatnonzero(~plain)
+            for at, base_pages, base_index, base_slots in self.windows(bases[rows[deltas]]):
+                some = deltas[at]
+                codec.read_blocks(
+                    out,
+                    rows[some],
+                    pages,
+                    page_index[some],
+                    slots[some],
+                    bases=codec.StoredBases(base_pages, base_index.astype(np.int64), base_slots),
+                )
+        return out
+
+    def equal(
+        self, view: MatrixView, indices: NDArray[np.int64], references: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Compare blocks of a matrix with stored ones: dtype, shape and all bytes."""
+        equal = np.zeros(len(indices), np.bool_)
+        bases = self.bases_of(references)
+        heights, widths = view.grid.shapes(indices)
+        deltas: list[NDArray[np.int64]] = []
+        for rows, pages, page_index, slots in self.windows(references):
+            is_delta = bases[rows] != NO_BASE
+            plain = rows[~is_delta]
+            equal[plain] = codec.blocks_equal(
+                view, indices[plain], pages, page_index[~is_delta], slots[~is_delta]
+            )
+            if is_delta.any():
+                fits = _have_shape(
+                    pages, page_index, slots, view.dtype, heights[rows], widths[rows]
+                )
+                deltas.append(rows[is_delta & fits])
+        for shape, at in by_shape(np.concatenate(deltas) if deltas else indices[:0], view, indices):
+            found = self.read(references[at], view.dtype, shape).data
+            given = stack_blocks(view, indices[at], shape).data
+            equal[at] = (found == given).reshape(len(at), -1).all(axis=1)
+        return equal
+
+
+def by_shape(
+    rows: NDArray[np.int64], view: MatrixView, indices: NDArray[np.int64]
+) -> Iterator[tuple[tuple[int, int], NDArray[np.int64]]]:
+    """Yield ((height, width), those of ``rows`` whose block has it); at most four times."""
+    heights, widths = view.grid.shapes(indices[rows])
+    for height, width in sorted(set(zip(heights.tolist(), widths.tolist(), strict=True))):
+        yield (height, width), rows[(heights == height) & (widths == width)]
+
+
+def stacked(count: int, dtype: DType, shape: tuple[int, int]) -> MatrixView:
+    """Return a matrix, not filled, that is so many blocks one below the other."""
+    height, width = shape
+    data = np.empty((count * height, width * dtype.itemsize), np.uint8)
+    return MatrixView(data, dtype, BlockGrid(count * height, width, height, width))
+
+
+def stack_blocks(
+    view: MatrixView, indices: NDArray[np.int64], shape: tuple[int, int]
+) -> MatrixView:
+    """Copy blocks of one shape out of a matrix, one below the other."""
+    out = stacked(len(indices), view.dtype, shape)
+    grid, item = view.grid, view.dtype.itemsize
+    height, width = shape[0], shape[1] * item
+    for i, index in enumerate(indices.tolist()):
+        row, col = divmod(index, grid.grid_cols)
+        top, left = row * grid.block_rows, col * grid.block_cols * item
+        out.data[i * height : (i + 1) * height] = view.data[top : top + height, left : left + width]
+    return out
+
+
+def _have_shape(
+    pages: Sequence[codec.Page],
+    page_index: NDArray[np.uint32],
+    slots: NDArray[np.uint32],
+    dtype: DType,
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    tables = [page.slots for page in pages]
+    entries = np.array(
+        [
+            (entry["dtype"], entry["rows"], entry["cols"])
+            for entry in (tables[p][s] for p, s in zip(page_index, slots, strict=True))
+        ],
+        np.int64,
+    ).reshape(-1, 3)
+    same = entries == np.stack([np.full_like(heights, dtype.code), heights, widths], axis=1)
+    return np.asarray(same.all(axis=1), np.bool_)
+
+
+def _numbers(references: NDArray[np.int64]) -> list[int]:
+    numbers: list[int] = (-references - 1).tolist()
+    return numbers

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each new block is kept: shared with a similar one, as a delta on it, or by itself.
+
+Among the nearest candidates that the index has, the block's own policy decides: within its error
+bound a stored block is taken as it is; else the delta that needs the fewest bytes, where that saves
+at least 5 % of what the block takes by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.blocks import MatrixView
+from pydedup.hashing import hash_view
+from pydedup.ingest.candidates import Candidates
+from pydedup.ingest.places import BlockReader, by_shape, stack_blocks, stacked
+from pydedup.ingest.spool import NO_BASE
+from pydedup.policies import Policy
+from pydedup.similarity import distances
+from pydedup.types import DType
+
+__all__ = ["Kept", "Similar"]
+
+# Candidates of one dtype that are looked at.
+_NEAREST = 3
+# Estimated distance up to which a candidate is one: a delta of that size saves about 5 %.
+_FARTHEST = 0.5
+# Codes of `codec.Encoding` as numbers.
+_QUANTISED = int(codec.Encoding.QUANTISED)
+
+
+@dataclass(slots=True)
+class Kept:
+    """What becomes of some blocks of a matrix.
+
+    Attributes
+    ----------
+    shared
+        References of blocks to take instead, `NO_BASE` where the block itself is stored; all
+        that follows has an entry for these too, which says nothing.
+    encoded
+        The blocks as they are stored.
+    digests
+        Of what they hold, uint64 (n, 2); that of the source where it is stored bit by bit.
+    bases, base_tags
+        References of the bases of deltas, `NO_BASE` for others; what their slots carry.
+    errors
+        Relative L2 difference to the source, float64 (n,); shared blocks included.
+    """
+
+    shared: NDArray[np.int64]
+    encoded: codec.EncodedBlocks
+    digests: NDArray[np.uint64]
+    bases: NDArray[np.int64]
+    base_tags: NDArray[np.uint64]
+    errors: NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class _Pairs:
+    """Blocks (numbers within a stack) and candidates for each, all of one dtype."""
+
+    rows: NDArray[np.int64]
+    references: NDArray[np.int64]
+    bases: MatrixView  # stacked, distinct
+    base_index: NDArray[np.int64]
+
+
+class Similar:
+    """Finds what to do with blocks that no other is identical to."""
+
+    def __init__(self, reader: BlockReader, candidates: Candidates) -> None:
+        self._reader = reader
+        self._candidates = candidates
+
+    def keep(
+        self,
+        view: MatrixView,
+        indices: NDArray[np.int64],
+        digests: NDArray[np.uint64],
+        policy: Policy,
+    ) -> Kept:
+        """Decide about blocks of a matrix with these digests."""
+        encoded = codec.encode_blocks(view, indices, planes=policy.compresses)
+        count = len(indices)
+        kept = Kept(
+            shared=np.full(count, NO_BASE, np.int64),
+            encoded=encoded,
+            digests=digests.copy(),
+            bases=np.full(count, NO_BASE, np.int64),
+            base_tags=np.zeros(count, np.uint64),
+            errors=np.zeros(count),
+        )
+        if policy.uses_deltas:
+            for shape, at in by_shape(np.arange(count, dtype=np.int64), view, indices):
+                if Candidates.takes(view.dtype, shape):
+                    self._improve(kept, stack_blocks(view, indices[at], shape), at, policy)
+        return kept
+
+    def add(self, view: MatrixView, indices: NDArray[np.int64], numbers: NDArray[np.int64]) -> None:
+        """Make blocks that were stored by themselves, with these numbers, candidates of others."""
+        for shape, at in by_shape(np.arange(len(indices), dtype=np.int64), view, indices):
+            if Candidates.takes(view.dtype, shape):
+                self._candidates.add(stack_blocks(view, indices[at], shape), numbers[at])
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _improve(
+        self, kept: Kept, blocks: MatrixView, at: NDArray[np.int64], policy: Policy
+    ) -> None:
+        """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
+        pairs = list(self._pairs(blocks))
+        open_rows = np.ones(len(at), np.bool_)
+        if policy.max_rel_error > 0:
+            for some in pairs:
+                if some.bases.dtype == blocks.dtype:
+                    self._share(kept, blocks, some, at, policy.max_rel_error)
+            open_rows = kept.shared[at] == NO_BASE
+        bound = policy.max_rel_error or None
+        least = np.full(len(at), np.iinfo(np.int64).max)
+        choice = np.full((len(at), 2), -1, np.int64)  # which of pairs, which entry of it
+        for number, some in enumerate(pairs):
+            entries = np.flatnonzero(open_rows[some.rows])
+            sizes = codec.estimate_deltas(
+                blocks,
+                some.rows[entries],
+                some.bases,
+                some.base_index[entries],
+                max_rel_error=bound,
+            )
+            for entry, row, size in zip(entries, some.rows[entries], sizes, strict=True):
+                if size < least[row]:
+                    least[row] = size
+                    choice[row] = number, entry
+        lengths = kept.encoded.lengths[at]
+        promising = least < lengths
+        for number, some in enumerate(pairs):
+            rows = np.flatnonzero(promising & (choice[:, 0] == number))
+            if len(rows):
+                self._encode(kept, blocks, some, rows, choice[rows, 1], at, lengths, bound)
+
+    def _pairs(self, blocks: MatrixView) -> list[_Pairs]:
+        shape = (blocks.grid.block_rows, blocks.grid.block_cols)
+        found = []
+        for dtype, references, estimates in self._candidates.query(blocks, _NEAREST):
+            rows, columns = np.nonzero(estimates <= _FARTHEST)
+            if not len(rows):
+                continue
+            chosen = references[rows, columns]
+            # A candidate may have become a delta's page meanwhile: only what is whole is a base.
+            distinct, base_index = np.unique(chosen, return_inverse=True)
+            bases = self._reader.read(distinct, dtype, shape)
+            found.append(_Pairs(rows.astype(np.int64), chosen, bases, base_index.astype(np.int64)))
+        return found
+
+    @staticmethod
+    def _share(
+        kept: Kept, blocks: MatrixView, pairs: _Pairs, at: NDArray[np.int64], bound: float
+    ) -> None:
+        """Take stored blocks as they are where they are within the bound; the nearest one."""
+        values, bases = _values(blocks), _values(pairs.bases)
+        away = distances(values[pairs.rows], bases[pairs.base_index], limit=bound).relative_l2
+        for entry in np.argsort(away, kind="stable"):
+            if not away[entry] <= bound:
+                break
+            row = at[pairs.rows[entry]]
+            if kept.shared[row] == NO_BASE:
+                kept.shared[row] = pairs.references[entry]
+                kept.errors[row] = away[entry]
+
+    def _encode(
+        self,
+        kept: Kept,
+        blocks: MatrixView,
+        pairs: _Pairs,
+        rows: NDArray[np.int64],
+        entries: NDArray[np.int64],
+        at: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        bound: float | None,
+    ) -> None:
+        limits = lengths[rows] - np.maximum(lengths[rows] // 20, 1)
+        base_index = pairs.base_index[entries]
+        deltas = codec.encode_deltas(
+            blocks, rows, pairs.bases, base_index, limits=limits, max_rel_error=bound
+        )
+        good = np.flatnonzero(deltas.lengths > 0)
+        if not len(good):
+            return
+        tags = codec.base_tags(hash_view(pairs.bases))
+        places = at[rows[good]]
+        kept.bases[places] = pairs.references[entries[good]]
+        kept.base_tags[places] = tags[base_index[good]]
+        lossy = good[deltas.encodings[good] == _QUANTISED]
+        if len(lossy):
+            content = decode_deltas(deltas, lossy, blocks.dtype, pairs.bases, base_index[lossy])
+            where = at[rows[lossy]]
+            kept.digests[where] = hash_view(content)
+            kept.errors[where] = distances(
+                _values(blocks)[rows[lossy]], _values(content)
+            ).relative_l2
+        kept.encoded = _replaced(kept.encoded, places, deltas, good)
+
+
+def decode_deltas(
+    deltas: codec.EncodedBlocks,
+    which: NDArray[np.int64],
+    dtype: DType,
+    bases: MatrixView,
+    base_index: NDArray[np.int64],
+) -> MatrixView:
+    """Return what some deltas hold, stacked: read back the way that a store does."""
+    shape = (bases.grid.block_rows, bases.grid.block_cols)
+    numbers = np.arange(len(which))
+    zeros = np.zeros(len(which), np.int64)
+    used, base_slots = np.unique(base_index, return_inverse=True)
+    raw = codec.encode_blocks(bases, used, planes=False)
+    base_page = _page_of(raw, np.arange(len(used)), bases.dtype, shape, None)
+    page = _page_of(deltas, which, dtype, shape, zeros + 1)
+    out = stacked(len(which), dtype, shape)
+    codec.read_blocks(
+        out,
+        numbers,
+        [page],
+        zeros,
+        numbers,
+        bases=codec.StoredBases([base_page], zeros, base_slots),
+    )
+    return out
+
+
+def _page_of(
+    encoded: codec.EncodedBlocks,
+    which: NDArray[np.int64],
+    dtype: DType,
+    shape: tuple[int, int],
+    tags: NDArray[np.int64] | None,
+) -> codec.Page:
+    count = len(which)
+    return codec.Page(
+        codec.build_page(
+            encoded.arena,
+            encoded.offsets[which],
+            encoded.lengths[which],
+            encoded.encodings[which],
+            np.full(count, dtype.code),
+            np.full(count, shape[0]),
+            np.full(count, shape[1]),
+            tags,
+        )
+    )
+
+
+def _replaced(
+    encoded: codec.EncodedBlocks,
+    places: NDArray[np.int64],
+    by: codec.EncodedBlocks,
+    which: NDArray[np.int64],
+) -> codec.EncodedBlocks:
+    """Return encoded blocks with those at ``places`` replaced by ``which`` of others."""
+    lengths, encodings = encoded.lengths.copy(), encoded.encodings.copy()
+    lengths[places], encodings[places] = by.lengths[which], by.encodings[which]
+    source = np.full(len(lengths), -1, np.int64)
+    source[places] = which
+    pieces = []
+    for number, other in enumerate(source.tolist()):
+        arena, start = (
+            (encoded.arena, encoded.offsets[number]) if other < 0 else (by.arena, by.offsets[other])
+        )
+        pieces.append(arena[start : start + lengths[number]])
+    return codec.EncodedBlocks(
+        np.concatenate(pieces), np.cumsum(lengths) - lengths, lengths, encodings
+    )
+
+
+def _values(blocks: MatrixView) -> NDArray[np.generic]:
+    """Return stacked blocks as numbers of shape (n, rows, cols)."""
+    grid = blocks.grid
+    return blocks.data.view(blocks.dtype.numpy).reshape(-1, grid.block_rows, grid.block_cols)
