@@ -226,6 +226,40 @@ TEST(wrong_calls_change_nothing) {
     CHECK(index.save() == before);
 }
 
+TEST(results_whose_number_wraps_around_are_refused) {
+    // 2 * 2^63 answers are 0 in 64 bits: they were written behind a result without a place.
+    constexpr ErrorCode kWrong = ErrorCode::invalid_argument;
+    const std::vector<float> values = normals(32, 12);
+    L2Index index(parameters(4, 4));
+    const BlockBatch two = batch_of(values, 4, 4);
+    index.add(two, numbers(2));
+    CHECK_THROWS(kWrong, index.query(two, std::size_t{1} << 63, {}, {}));
+    BlockBatch many = two;  // the first block, again and again
+    many.count = std::size_t{1} << 58;
+    many.per_line = many.count;
+    many.block_pitch = 0;
+    CHECK_THROWS(kWrong, index.query(many, 64, {}, {}));
+    CHECK_THROWS(kWrong, index.hashes(many, {}));
+}
+
+TEST(rows_that_are_one_row_are_read_like_any_others) {
+    // As numpy broadcasts a row. What to prefetch of a large block was found by a division by the
+    // distance of its strips, which is 0.
+    for (const auto& [rows, cols] : {std::pair<std::size_t, std::size_t>{300, 300}, {2048, 16}}) {
+        const std::vector<float> row = normals(cols, 13);
+        std::vector<float> full;
+        for (std::size_t r = 0; r < rows; ++r) full.insert(full.end(), row.begin(), row.end());
+        BlockBatch repeated = batch_of(row, 1, cols);
+        repeated.rows = rows;
+        repeated.row_stride = 0;
+        L2Index index(parameters(rows, cols));
+        index.add(batch_of(full, rows, cols), numbers(1));
+        index.add(repeated, numbers(1, 1));
+        CHECK(query(index, repeated, 3).ids == (std::vector<std::int64_t>{0, 1, -1}));
+        CHECK(query(index, repeated, 2).distances == (std::vector<double>{0, 0}));
+    }
+}
+
 TEST(an_empty_index_answers) {
     const std::vector<float> values = normals(12, 11);
     L2Index index(parameters(3, 4));

@@ -37,6 +37,19 @@ def test_a_loaded_index_takes_no_more_memory() -> None:
     assert again.query(2 * one)[0].tolist() == [[50_000]]
 
 
+@pytest.mark.parametrize("shape", [(300, 300), (2048, 16), (2, 70_000)])
+def test_blocks_of_one_broadcast_row_are_read_where_they_lie(shape: tuple[int, int]) -> None:
+    """What to prefetch of a large block was found by dividing by its row stride, which is 0."""
+    rows = np.random.default_rng(0).standard_normal((2, 1, shape[1]), np.float32)
+    repeated = np.broadcast_to(rows, (2, *shape))
+    index = L2LSH(shape, np.float32)
+    index.add(repeated, [0, 1])
+    for blocks in (repeated, repeated.copy()):
+        ids, distances = index.query(blocks)
+        assert ids[:, 0].tolist() == [0, 1]
+        assert distances[:, 0].tolist() == [0, 0]
+
+
 def test_a_shape_whose_rows_fill_up_to_too_much_is_refused() -> None:
     """Each row takes a group of lanes: signs for 2**31 rows of one element are 4 GiB."""
     with pytest.raises(ArgumentError, match=r"\(2147483647, 1\)"):

@@ -48,6 +48,19 @@ void check_count(std::size_t have, T want, const char* what, const char* per) {
     }
 }
 
+/// That the results of `count` blocks have `each` places each. (The product may be beyond all
+/// numbers: a batch may be one block many times.)
+inline void check_places(std::size_t have, std::size_t count, std::size_t each, const char* what,
+                         const char* per) {
+    std::size_t want = 0;
+    if (__builtin_mul_overflow(count, each, &want)) {
+        throw Error(ErrorCode::invalid_argument, std::to_string(count) + " blocks with " +
+                                                     std::to_string(each) + " " + per +
+                                                     " each are more than memory can hold");
+    }
+    check_count(have, want, what, per);
+}
+
 /// parallel_for over blocks, as many threads as their bytes are worth.
 template <class Body>
 void for_blocks(std::size_t count, std::size_t bytes_each, unsigned threads, const Body& body) {

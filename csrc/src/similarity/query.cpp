@@ -154,8 +154,8 @@ void prepare(const IndexState& index, const BlockBatch& blocks, const Sketcher::
 void IndexState::query(const BlockBatch& blocks, std::size_t k, std::span<std::int64_t> out_ids,
                        std::span<double> distances, unsigned threads) const {
     check_batch(blocks);
-    check_count(out_ids.size(), blocks.count * k, "places", "answers");
-    check_count(distances.size(), blocks.count * k, "distances", "answers");
+    check_places(out_ids.size(), blocks.count, k, "places", "answers");
+    check_places(distances.size(), blocks.count, k, "distances", "answers");
     const auto plan = sketcher.plan(blocks.row_stride, item_bytes(blocks.dtype));
     for_blocks(blocks.count, block_bytes(blocks) + 4096, threads,
                [&](std::size_t begin, std::size_t end) {
@@ -186,7 +186,7 @@ void IndexState::hashes(const BlockBatch& blocks, std::span<std::int32_t> out,
                         unsigned threads) const {
     check_batch(blocks);
     const std::size_t each = parameters.bands * parameters.band_rows;
-    check_count(out.size(), blocks.count * each, "places", "hashes");
+    check_places(out.size(), blocks.count, each, "places", "hashes");
     const auto plan = sketcher.plan(blocks.row_stride, item_bytes(blocks.dtype));
     for_blocks(blocks.count, block_bytes(blocks), threads, [&](std::size_t begin, std::size_t end) {
         std::vector<std::int16_t> sketch(sketcher.projections());

@@ -140,7 +140,8 @@ Kind Sketcher::sketch(const BlockBatch& blocks, const Plan& plan, std::size_t in
     // While this block is folded the next one is asked for, or of a large one what comes soon: the
     // order within a strip is no stream that hardware would follow.
     std::ptrdiff_t ahead = 0;
-    if (block_bytes(blocks) > kLargeBlock) {
+    if (plan.pitch == 0) {  // all rows are one, as numpy broadcasts them
+    } else if (block_bytes(blocks) > kLargeBlock) {
         ahead = static_cast<std::ptrdiff_t>((kAheadBytes / plan.pitch + 1) * plan.pitch);
     } else if (index + 1 < blocks.count) {
         ahead = blocks.block(index + 1) - block;
