@@ -65,7 +65,7 @@ py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size
                            unsigned threads) {
     const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
     const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const auto chosen = as_span(indices, "indices");
+    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
     const std::size_t room = raw_bytes_of(matrix, grid, chosen);
     py::array_t<std::uint8_t> arena(static_cast<py::ssize_t>(room));
     const auto n = static_cast<py::ssize_t>(chosen.size());
@@ -91,10 +91,11 @@ py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size
                           std::move(encodings));
 }
 
+// Borrows the indices as well.
 BaseBlocks as_bases(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
-                    std::size_t block_cols, const Array<std::int64_t>& indices) {
+                    std::size_t block_cols, const std::vector<std::int64_t>& indices) {
     const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
-    return {matrix, as_grid(matrix, block_rows, block_cols), as_span(indices, "base_indices")};
+    return {matrix, as_grid(matrix, block_rows, block_cols), indices};
 }
 
 py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
@@ -106,10 +107,11 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
                            unsigned threads) {
     const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
     const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const auto chosen = as_span(indices, "indices");
+    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
+    const std::vector<std::int64_t> base_chosen = as_copy(base_indices, "base_indices");
     const BaseBlocks bases =
-        as_bases(base_data, base_dtype, base_block_rows, base_block_cols, base_indices);
-    const auto most = as_span(limits, "limits");
+        as_bases(base_data, base_dtype, base_block_rows, base_block_cols, base_chosen);
+    const std::vector<std::int64_t> most = as_copy(limits, "limits");
     std::uint64_t room = 0;
     for (const std::int64_t limit : most) {
         if (limit < 0 || limit > INT64_MAX / 2 - static_cast<std::int64_t>(room)) {
@@ -151,9 +153,10 @@ py::array_t<std::int64_t> estimate_deltas_of(
     unsigned threads) {
     const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
     const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const auto chosen = as_span(indices, "indices");
+    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
+    const std::vector<std::int64_t> base_chosen = as_copy(base_indices, "base_indices");
     const BaseBlocks bases =
-        as_bases(base_data, base_dtype, base_block_rows, base_block_cols, base_indices);
+        as_bases(base_data, base_dtype, base_block_rows, base_block_cols, base_chosen);
     py::array_t<std::int64_t> estimates(static_cast<py::ssize_t>(chosen.size()));
     const std::span<std::int64_t> out(estimates.mutable_data(), chosen.size());
     {
@@ -241,7 +244,7 @@ void read_blocks_into(const py::sequence& pages, const Array<std::uint32_t>& pag
                       std::size_t block_cols, unsigned threads) {
     const MatrixRef matrix = as_matrix(out, as_dtype(dtype));
     const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const auto chosen = as_span(indices, "indices");
+    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
     auto* const to = reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
     const PageList held = as_pages(pages);
     const std::vector<StoredBlock> stored = as_stored(page_index, slots);
@@ -258,7 +261,7 @@ void read_deltas_into(const py::sequence& pages, const Array<std::uint32_t>& pag
                       std::size_t block_cols, unsigned threads) {
     const MatrixRef matrix = as_matrix(out, as_dtype(dtype));
     const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const auto chosen = as_span(indices, "indices");
+    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
     auto* const to = reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
     const PageList held = as_pages(pages);
     const PageList held_bases = as_pages(base_pages);
@@ -291,7 +294,7 @@ py::array_t<bool> blocks_equal_to(const Array<std::uint8_t>& data, int dtype,
                                   const Array<std::uint32_t>& slots, unsigned threads) {
     const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
     const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const auto chosen = as_span(indices, "indices");
+    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
     const PageList held = as_pages(pages);
     const std::vector<StoredBlock> stored = as_stored(page_index, slots);
     py::array_t<bool> equal(static_cast<py::ssize_t>(chosen.size()));

@@ -13,9 +13,9 @@
 namespace pydedup {
 namespace {
 
-// The bags of one call: checked, borrowed.
+// The bags of one call.
 struct Bags {
-    std::span<const std::int64_t> ids, edges;
+    std::vector<std::int64_t> ids, edges;
     const std::byte* weights;
     BagMode mode;
     std::byte* out;
@@ -25,8 +25,8 @@ std::unique_ptr<RowTable> make_table(std::size_t rows, std::size_t cols, std::si
                                      std::size_t block_cols, int dtype,
                                      const Array<std::int64_t>& page_ids,
                                      const Array<std::uint32_t>& slots) {
-    const auto pages = as_span(page_ids, "page_ids");
-    const auto slot_of = as_span(slots, "slots");
+    const std::vector<std::int64_t> pages = as_copy(page_ids, "page_ids");
+    const std::vector<std::uint32_t> slot_of = as_copy(slots, "slots");
     const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
     const Dtype type = as_dtype(dtype);
     const WithoutGil no_gil;
@@ -51,7 +51,7 @@ Bags bags_of(const RowTable& table, const Array<std::int64_t>& ids,
         throw Error(ErrorCode::invalid_argument, "unknown bag mode '" + mode + "'");
     }
     const Dtype compute = compute_dtype(table.dtype());
-    Bags bags{as_span(ids, "ids"), as_span(edges, "edges"), nullptr,
+    Bags bags{as_copy(ids, "ids"), as_copy(edges, "edges"), nullptr,
               mode == "sum" ? BagMode::sum : BagMode::max, nullptr};
     if (bags.edges.empty()) throw Error(ErrorCode::invalid_argument, "edges must not be empty");
     if (!weights.is_none()) {
@@ -88,7 +88,7 @@ py::object with_pool(const RowTable& table, BufferPool& pool, std::span<const st
 // Calls use(page ids, pages) with pages at hand.
 template <class Use>
 void with_pages(const Array<std::int64_t>& page_ids, const py::sequence& pages, const Use& use) {
-    const auto numbers = as_span(page_ids, "page_ids");
+    const std::vector<std::int64_t> numbers = as_copy(page_ids, "page_ids");
     std::vector<std::shared_ptr<Page>> held;
     std::vector<const Page*> plain;
     for (const py::handle page : pages) {
@@ -97,12 +97,12 @@ void with_pages(const Array<std::int64_t>& page_ids, const py::sequence& pages, 
         plain.push_back(held.back().get());
     }
     const WithoutGil no_gil;
-    use(numbers, std::span<const Page* const>(plain));
+    use(std::span<const std::int64_t>(numbers), std::span<const Page* const>(plain));
 }
 
 py::object take(const RowTable& table, BufferPool& pool, const Array<std::int64_t>& ids,
                 Array<std::uint8_t> out, unsigned threads) {
-    const auto wanted = as_span(ids, "ids");
+    const std::vector<std::int64_t> wanted = as_copy(ids, "ids");
     std::byte* const to = rows_out(table, out, wanted.size());
     return with_pool(table, pool, wanted, [&](auto page_ids, auto pages) {
         table.take(page_ids, pages, wanted, to, threads);
@@ -112,7 +112,7 @@ py::object take(const RowTable& table, BufferPool& pool, const Array<std::int64_
 void take_from(const RowTable& table, const Array<std::int64_t>& page_ids,
                const py::sequence& pages, const Array<std::int64_t>& ids, Array<std::uint8_t> out,
                unsigned threads) {
-    const auto wanted = as_span(ids, "ids");
+    const std::vector<std::int64_t> wanted = as_copy(ids, "ids");
     std::byte* const to = rows_out(table, out, wanted.size());
     with_pages(page_ids, pages,
                [&](auto numbers, auto held) { table.take(numbers, held, wanted, to, threads); });

@@ -87,7 +87,7 @@ BlockBatch blocks_for(const L2Index& index, const py::array& array, bool whole) 
 void add_blocks(L2Index& index, const py::array& blocks, const Array<std::int64_t>& ids, bool whole,
                 unsigned threads) {
     const BlockBatch batch = blocks_for(index, blocks, whole);
-    const auto new_ids = as_span(ids, "ids");
+    const std::vector<std::int64_t> new_ids = as_copy(ids, "ids");
     const WithoutGil no_gil;
     index.add(batch, new_ids, threads);
 }
@@ -101,7 +101,7 @@ std::unique_ptr<L2Index> select_ids(const L2Index& index, const Array<std::int64
 }
 
 void remove_ids(L2Index& index, const Array<std::int64_t>& ids) {
-    const auto old_ids = as_span(ids, "ids");
+    const std::vector<std::int64_t> old_ids = as_copy(ids, "ids");
     const WithoutGil no_gil;
     index.remove(old_ids);
 }
@@ -164,8 +164,8 @@ py::array_t<double> compare(const py::array& a, const py::array& b, int dtype, s
                             unsigned threads) {
     const BlockBatch from = as_batch(a, as_dtype(dtype), rows, cols, "a");
     const BlockBatch to = as_batch(b, as_dtype(dtype), rows, cols, "b");
-    const auto lefts = as_span(left, "left");
-    const auto rights = as_span(right, "right");
+    const std::vector<std::int64_t> lefts = as_copy(left, "left");
+    const std::vector<std::int64_t> rights = as_copy(right, "right");
     static_assert(sizeof(Distance) == 3 * sizeof(double));
     py::array_t<double> out({lefts.size(), std::size_t{3}});
     const std::span distances(reinterpret_cast<Distance*>(out.mutable_data()), lefts.size());

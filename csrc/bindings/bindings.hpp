@@ -7,9 +7,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "gil.hpp"
 #include "pydedup/error.hpp"
@@ -46,6 +48,15 @@ template <class T>
     return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
+/// A copy of a 1-D array, made with the GIL. For numbers that the core checks and relies on from
+/// then on: as soon as the GIL is given away, another thread may write into an array that is merely
+/// borrowed.
+template <class T>
+[[nodiscard]] std::vector<T> as_copy(const Array<T>& array, const char* name) {
+    const std::span<const T> values = as_span(array, name);
+    return {values.begin(), values.end()};
+}
+
 [[nodiscard]] inline Dtype as_dtype(int code) {
     const auto dtype = static_cast<Dtype>(code);
     if (code < 0 || code > 255 || item_bytes(dtype) == 0) {
@@ -71,7 +82,9 @@ template <class T>
     if (block_rows == 0 || block_cols == 0) {
         throw Error(ErrorCode::invalid_argument, "a block shape must be at least (1, 1)");
     }
-    return {matrix.rows, matrix.cols, block_rows, block_cols};
+    // A block larger than its matrix is the matrix: nothing behind has to fear an overflow.
+    return {matrix.rows, matrix.cols, std::min(block_rows, std::max<std::size_t>(matrix.rows, 1)),
+            std::min(block_cols, std::max<std::size_t>(matrix.cols, 1))};
 }
 
 }  // namespace pydedup

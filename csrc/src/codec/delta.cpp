@@ -83,9 +83,8 @@ bool is_dense(const MatrixRef& matrix) noexcept {
     return matrix.rows == 1 || matrix.stride_bytes == matrix.cols * item_bytes(matrix.dtype);
 }
 
-// Its rows one behind the other, where they lie if they do.
-const std::uint8_t* gathered(const MatrixRef& matrix, std::uint8_t* room) noexcept {
-    if (is_dense(matrix)) return bytes_at(matrix.data);
+// A copy, its rows one behind the other.
+const std::uint8_t* copied(const MatrixRef& matrix, std::uint8_t* room) noexcept {
     const std::size_t row_bytes = matrix.cols * item_bytes(matrix.dtype);
     for (std::size_t r = 0; r < matrix.rows; ++r) {
         std::memcpy(room + r * row_bytes, matrix.data + r * matrix.stride_bytes, row_bytes);
@@ -310,7 +309,9 @@ void check_error(std::optional<double> max_rel_error) {
     }
 }
 
-// Contiguous copies where they are needed, and the memory for them.
+// Contiguous copies where they are needed, and the memory for them. The base is always copied: it
+// is looked at again and again, and must be the same each time, also when somebody writes into it
+// meanwhile; else a code may lack a symbol that is then written.
 class PairOf {
   public:
     PairOf(const MatrixRef& block, const MatrixRef& base) {
@@ -318,15 +319,15 @@ class PairOf {
         const std::size_t base_item = item_bytes(base.dtype);
         const std::size_t item = item_bytes(block.dtype);
         const std::size_t for_block = is_dense(block) ? 0 : count * item;
-        const std::size_t for_base = is_dense(base) ? 0 : count * base_item;
+        const std::size_t for_base = count * base_item;
         const std::size_t converted = base.dtype == block.dtype ? 0 : count * item;
         memory_ = std::make_unique_for_overwrite<std::uint8_t[]>(for_block + for_base + converted);
         std::uint8_t* const of_base = memory_.get() + for_block + converted;
-        const std::uint8_t* from = gathered(base, of_base);
+        const std::uint8_t* from = copied(base, of_base);
         pair = {block.rows,
                 block.cols,
                 block.dtype,
-                gathered(block, memory_.get()),
+                is_dense(block) ? bytes_at(block.data) : copied(block, memory_.get()),
                 from,
                 base.dtype,
                 check_of(from, base.rows, base.cols * base_item)};

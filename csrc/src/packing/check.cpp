@@ -89,8 +89,7 @@ class Checker {
         std::vector<std::int64_t> owner(ids_.size(), -1);
         std::vector<std::int64_t> covered_for(ids_.size(), -1);
         for (std::int64_t model = 0; model < rows(claim_.reads); ++model) {
-            for (const std::int64_t id : row(request_.owners, model))
-                owner[index(find(id))] = model;
+            for (const std::int64_t id : row(request_.owners, model)) owner[find_owned(id)] = model;
             std::int64_t last = -1;
             for (const std::int64_t page : row(claim_.reads, model)) {
                 if (page <= last || page >= existing_ + rows(claim_.pages)) {
@@ -118,7 +117,7 @@ class Checker {
                 }
             }
             for (const std::int64_t id : row(request_.owners, model)) {
-                if (covered_for[index(find(id))] != model) {
+                if (covered_for[find_owned(id)] != model) {
                     violation("block " + text(id) + " of model " + text(model) +
                               " is on no page that the model reads");
                 }
@@ -143,6 +142,8 @@ class Checker {
     static std::span<const std::int64_t> row(const IdRows& list, std::int64_t i) {
         const auto begin = static_cast<std::size_t>(list.indptr[index(i)]);
         const auto end = static_cast<std::size_t>(list.indptr[index(i) + 1]);
+        // Checked before; but the arrays are borrowed, and somebody may write into them.
+        if (begin > end || end > list.ids.size()) violation("row pointers changed meanwhile");
         return list.ids.subspan(begin, end - begin);
     }
 
@@ -151,6 +152,12 @@ class Checker {
     [[nodiscard]] std::int64_t find(std::int64_t id) const {
         const auto at = std::ranges::lower_bound(ids_, id);
         return at == ids_.end() || *at != id ? -1 : at - ids_.begin();
+    }
+
+    [[nodiscard]] std::size_t find_owned(std::int64_t id) const {
+        const std::int64_t at = find(id);
+        if (at < 0) violation("owners changed meanwhile");
+        return index(at);
     }
 
     [[nodiscard]] std::uint64_t size_of(std::int64_t at) const {

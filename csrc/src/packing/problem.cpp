@@ -18,6 +18,12 @@ namespace {
     throw Error(ErrorCode::invalid_argument, message);
 }
 
+// The arrays of a request are borrowed and too large to copy; should another thread write into them
+// meanwhile, the packers still get indices that exist.
+[[noreturn]] void fail_changed(const std::string& name) {
+    fail(name + " changed while it was read; nobody may write into it before the call ends");
+}
+
 void check_rows(const IdRows& rows, const char* name) {
     const auto indptr = rows.indptr;
     if (indptr.empty()) {
@@ -100,7 +106,9 @@ class IdIndex {
                    std::vector<std::int64_t>& distinct) {
         bits_.assign(range / 64 + 1, 0);
         for (const std::int64_t id : ids) {
-            bits_[static_cast<std::size_t>(id) / 64] |= std::uint64_t{1} << (id % 64);
+            const auto value = static_cast<std::uint64_t>(id);
+            if (value >= range) fail_changed("ids");
+            bits_[value / 64] |= std::uint64_t{1} << (value % 64);
         }
         ranks_.resize(bits_.size());
         std::size_t rank = 0;
@@ -131,9 +139,15 @@ Rows renumber(const IdRows& rows, IdIndex& index, const char* name, bool strange
     for (std::size_t r = 0; r + 1 < rows.indptr.size(); ++r) {
         bool ascending = true;
         const auto start = static_cast<std::ptrdiff_t>(out.items.size());
-        for (std::int64_t i = rows.indptr[r]; i < rows.indptr[r + 1]; ++i) {
+        const std::int64_t begin = rows.indptr[r];
+        const std::int64_t end = rows.indptr[r + 1];
+        if (begin < 0 || end > std::ssize(rows.ids)) fail_changed(name);
+        for (std::int64_t i = begin; i < end; ++i) {
             const Index found = index.find(rows.ids[static_cast<std::size_t>(i)]);
-            if (strangers && found == kNone) continue;
+            if (found == kNone) {
+                if (strangers) continue;
+                fail_changed(name);
+            }
             ascending = ascending && (std::ssize(out.items) == start || out.items.back() <= found);
             out.items.push_back(found);
         }
@@ -141,7 +155,7 @@ Rows renumber(const IdRows& rows, IdIndex& index, const char* name, bool strange
         const auto twice = std::adjacent_find(out.items.begin() + start, out.items.end());
         if (twice != out.items.end()) {
             std::int64_t id = -1;
-            for (std::int64_t i = rows.indptr[r]; i < rows.indptr[r + 1]; ++i) {
+            for (std::int64_t i = begin; i < end; ++i) {
                 id = rows.ids[static_cast<std::size_t>(i)];
                 if (index.find(id) == *twice) break;
             }
@@ -230,6 +244,9 @@ Problem make_problem(const PackRequest& request) {
     Problem problem;
     IdIndex index(request.owners.ids, problem.ids);
     problem.owned = renumber(request.owners, index, "owners", false);
+    std::vector<bool> has_owner(problem.blocks(), false);
+    for (const Index b : problem.owned.items) has_owner[b] = true;
+    if (std::ranges::find(has_owner, false) != has_owner.end()) fail_changed("owners");
     take_sizes(request, problem);
     problem.weights = take_weights(request.weights, problem.models());
     // Equal sizes are block counts in disguise, and those pack to the bound exactly.
