@@ -17,6 +17,7 @@ from pydedup.errors import ConflictError, PageNotFoundError, PydedupError
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
+from pydedup.ingest.previous import Previous
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.write import MatchedModel, MatchedTensor, Stager, plan_layout
 from pydedup.pool import PagePool
@@ -74,7 +75,7 @@ def _attempt(
     """Add once; ``None`` when pages that this add shares went away meanwhile."""
     with Spool(_SPOOL_MEMORY_BYTES) as spool:
         matcher = Matcher(adapter, pool, spool)
-        models = _match(matcher, requests, progress)
+        models = _match(adapter, matcher, requests, progress)
         spool.freeze()
         layout = plan_layout(models, spool, matcher.reader)
         if dry_run:
@@ -111,7 +112,7 @@ def _attempt(
 
 
 def _match(
-    matcher: Matcher, requests: Sequence[Request], progress: Progress | None
+    adapter: Adapter, matcher: Matcher, requests: Sequence[Request], progress: Progress | None
 ) -> list[MatchedModel]:
     total, done = sum(request.logical_bytes for request in requests), 0
 
@@ -124,6 +125,7 @@ def _match(
     models = []
     for request in requests:
         model = MatchedModel(request)
+        previous = Previous.of(adapter, matcher.stored, request.name, request.policy)
         by_key: dict[object, MatchedTensor] = {}
         for entry in request.source.entries:
             twin = by_key.get(entry.key)
@@ -133,7 +135,9 @@ def _match(
                 advance(int(np.prod(entry.shape)) * entry.dtype.itemsize)
             else:
                 view = MatrixView.of(request.source.read(entry.name), request.block_shape)
-                matched = matcher.match(view, policy=request.policy, advance=advance)
+                matched = matcher.match(
+                    view, policy=request.policy, entry=entry, previous=previous, advance=advance
+                )
                 tensor = MatchedTensor(entry, view.grid, matched.references, matched.digests)
                 model.largest_error = max(model.largest_error, matched.largest_error)
                 by_key[entry.key] = tensor

@@ -8,7 +8,7 @@ bytes are compared before anything is shared. What is found nowhere may be near 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.blocks import MatrixView
+from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.places import BlockReader, StoredTable
+from pydedup.ingest.previous import Previous
 from pydedup.ingest.similar import Similar
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.policies import Policy
@@ -37,7 +39,7 @@ def hash_keys(digests: NDArray[np.uint64]) -> list[bytes]:
     return [flat[i : i + 16] for i in range(0, len(flat), 16)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Matched:
     """The blocks of one matrix.
 
@@ -76,23 +78,35 @@ class Matcher:
         view: MatrixView,
         *,
         policy: Policy,
+        entry: TensorEntry | None = None,
+        previous: Previous | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> Matched:
-        """Find or keep each block of a matrix."""
+        """Find or keep each block of a matrix; ``entry`` names it for a look at ``previous``."""
         digests = hash_view(view)
-        sizes = view.block_bytes()
-        keys = hash_keys(digests)
-        matched = Matched(np.empty(len(keys), np.int64), digests, 0.0)
+        references = np.full(len(digests), NO_BASE, np.int64)
         largest_error = 0.0
-        for start in range(0, len(keys), _LOOKUP_BLOCKS):
-            stop = min(start + _LOOKUP_BLOCKS, len(keys))
-            self._look_up(keys[start:stop])
-            fresh = self._resolve(view, keys, matched.references, start, stop)
-            error = self._keep(view, fresh, matched, policy)
-            largest_error = max(largest_error, error)
+        if previous is not None and entry is not None:
+            references = previous.references(entry, view.grid, digests)
+        sizes = view.block_bytes()
+        unchanged = references != NO_BASE
+        if unchanged.any() and previous is not None:
+            largest_error = previous.largest_error
             if advance is not None:
-                advance(int(sizes[start:stop].sum()))
-        return Matched(matched.references, digests, largest_error)
+                advance(int(sizes[unchanged].sum()))
+        matched = Matched(references, digests, largest_error)
+        changed = np.flatnonzero(~unchanged)
+        for start in range(0, len(changed), _LOOKUP_BLOCKS):
+            some = changed[start : start + _LOOKUP_BLOCKS]
+            keys = hash_keys(digests[some])
+            self._look_up(keys)
+            fresh = self._resolve(view, dict(zip(some.tolist(), keys, strict=True)), references)
+            matched.largest_error = max(
+                matched.largest_error, self._keep(view, fresh, matched, policy)
+            )
+            if advance is not None:
+                advance(int(sizes[some].sum()))
+        return matched
 
     def _look_up(self, keys: list[bytes]) -> None:
         """Ask the store about hashes that it was not asked about before."""
@@ -108,13 +122,11 @@ class Matcher:
     def _resolve(
         self,
         view: MatrixView,
-        keys: list[bytes],
+        keys: Mapping[int, bytes],
         references: NDArray[np.int64],
-        start: int,
-        stop: int,
     ) -> dict[bytes, list[int]]:
-        """Refer to identical blocks; return those of this range that have none, by hash."""
-        pending = list(range(start, stop))
+        """Refer to identical blocks; return those of ``keys`` that have none, by hash."""
+        pending = list(keys)
         fresh: dict[bytes, list[int]] = {}
         attempt = 0
         while pending:

@@ -42,11 +42,15 @@ class StoredTable:
         number = self.reference_at(row.page_id, row.slot)
         if row.base_id is not None:
             page_ids, slots = split_places(np.array([row.base_id], np.int64))
-            self.bases[-number - 1] = self.reference_at(int(page_ids[0]), int(slots[0]))
+            self.set_base(number, self.reference_at(int(page_ids[0]), int(slots[0])))
         return number
 
-    def reference_at(self, page_id: int, slot: int) -> int:
-        """Return the (negative) reference of the block at a place; of no delta."""
+    def set_base(self, reference: int, base: int) -> None:
+        """Say that a block is a delta of another."""
+        self.bases[-reference - 1] = base
+
+    def reference_at(self, page_id: int, slot: int, cost: int = 0) -> int:
+        """Return the (negative) reference of the block at a place; ``cost`` is a first guess."""
         place = (page_id, slot)
         number = self._number.get(place)
         if number is None:
@@ -54,7 +58,7 @@ class StoredTable:
             self._number[place] = number
             self.page_ids.append(page_id)
             self.slots.append(slot)
-            self.costs.append(0)
+            self.costs.append(cost)
             self.bases.append(NO_BASE)
         return -(number + 1)
 

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +38,11 @@ _PAGES_PER_TRANSACTION = 16
 _BYTES_PER_TRANSACTION = 16 * 1024 * 1024
 _HASH_PART_BYTES = 1024 * 1024
 
-# Rows of `distinct_blocks` in one transaction.
-_ROWS_PER_TRANSACTION = 20_000
+# What a row takes beside its payload, about.
+_ROW_BYTES = 200
 
-# ("map" or "hash", and a row of that table)
-_MapRow = tuple[str, int, int, int, bytes]
-_Row = TypeVar("_Row", bound=tuple[Any, ...])
+# What kind of row it is, and the row.
+_Row = tuple[str, TensorRow | tuple[Any, ...]]
 
 
 @dataclass(slots=True)
@@ -150,10 +149,10 @@ class Stager:
                 model.model_id = 0
             raise
         self._stage_pages(layout)
-        self._stage_deltas()
-        self._stage_signatures()
-        for model in self._models:
-            self._stage_model(model)
+        for batch in _batches(self._rows()):
+            with adapter.transaction():
+                self._insert(batch)
+                self._heartbeat()
 
     def discard(self) -> None:
         """Remove what was staged; leaves nothing behind but a gap in the ids.
@@ -238,69 +237,62 @@ class Stager:
         self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
         return page_id
 
-    def _stage_deltas(self) -> None:
-        """Write the rows of deltas, which name their bases: now all of those have a place."""
-        spool = self._spool
-        numbers = np.flatnonzero((spool.bases != NO_BASE) & (self._page_of > 0))
-        if not len(numbers):
-            return
-        keys = hash_keys(spool.hashes[numbers])
-        base_places = block_places(*self._places(spool.bases[numbers])).tolist()
-        page_ids, slots = self._page_of[numbers].tolist(), self._slot_of[numbers].tolist()
-        rows = list(zip(keys, page_ids, slots, base_places, strict=True))
-        for start in range(0, len(rows), _ROWS_PER_TRANSACTION):
-            with self._adapter.transaction():
-                self._adapter.insert_blocks(rows[start : start + _ROWS_PER_TRANSACTION])
-                self._heartbeat()
+    def _insert(self, batch: Sequence[_Row]) -> None:
+        adapter = self._adapter
 
-    def _stage_signatures(self) -> None:
-        """Write what the next add will find similar blocks by; of no use to readers."""
-        rows = self._candidates.segments(
+        def of(kind: str) -> list[Any]:
+            return [row for name, row in batch if name == kind]
+
+        adapter.insert_blocks(of("delta"))
+        adapter.insert_signatures(of("signature"))
+        adapter.insert_tensors(of("tensor"))
+        adapter.insert_block_maps(of("map"))
+        adapter.insert_source_hashes(of("hash"))
+        adapter.insert_model_pages(of("read"))
+        for model_id, *item in of("artifact"):
+            adapter.insert_artifacts(model_id, [tuple(item)])
+
+    def _rows(self) -> Iterator[_Row]:
+        """Yield all rows but those of models and pages."""
+        yield from self._delta_rows()
+        segments = self._candidates.segments(
             self._models[0].model_id, self._page_of, self._slot_of, self.page_ids
         )
-        for batch in _batches(rows):
-            with self._adapter.transaction():
-                self._adapter.insert_signatures(batch)
-                self._heartbeat()
+        yield from (("signature", row) for row in segments)
+        for model in self._models:
+            yield from self._model_rows(model)
 
-    def _stage_model(self, model: MatchedModel) -> None:
-        adapter = self._adapter
+    def _delta_rows(self) -> Iterator[_Row]:
+        """Yield the distinct blocks that name a base: now all of those have a place."""
+        spool = self._spool
+        numbers = np.flatnonzero((spool.bases != NO_BASE) & (self._page_of > 0))
+        base_places = block_places(*self._places(spool.bases[numbers])).tolist()
+        keys = hash_keys(spool.hashes[numbers])
+        page_ids, slots = self._page_of[numbers].tolist(), self._slot_of[numbers].tolist()
+        for row in zip(keys, page_ids, slots, base_places, strict=True):
+            yield "delta", row
+
+    def _model_rows(self, model: MatchedModel) -> Iterator[_Row]:
         model_id = model.model_id
-        with adapter.transaction():
-            adapter.insert_tensors(
-                TensorRow(
-                    model_id,
-                    ordinal,
-                    tensor.entry.name,
-                    tensor.entry.dtype.label,
-                    json.dumps(list(tensor.entry.shape)),
-                    json.dumps(list(_block_shape(tensor))),
-                )
-                for ordinal, tensor in enumerate(model.tensors)
-            )
-            self._heartbeat()
-        maps = [self._block_map(tensor) for tensor in model.tensors]
-        for batch in _batches(self._map_rows(model, maps)):
-            with adapter.transaction():
-                adapter.insert_block_maps(row[1:] for row in batch if row[0] == "map")
-                adapter.insert_source_hashes(row[1:] for row in batch if row[0] == "hash")
-                self._heartbeat()
-        with adapter.transaction():
-            references = model.references(self._reader)
-            adapter.insert_model_pages(
-                (model_id, page_id, blocks, size)
-                for page_id, blocks, size in pages_read(
-                    block_places(*self._places(references)), self._reader.costs_of(references)
-                )
-            )
-            self._heartbeat()
-        with adapter.transaction():
-            items = [(a.name, a.media_type, a.payload) for a in model.request.source.artifacts()]
-            if model.request.graph is not None:
-                payload = model.request.graph.to_json().encode()
-                items.append((GRAPH_ARTIFACT, "application/json", payload))
-            adapter.insert_artifacts(model_id, items)
-            self._heartbeat()
+        for ordinal, tensor in enumerate(model.tensors):
+            entry = tensor.entry
+            shapes = json.dumps(list(entry.shape)), json.dumps(list(_block_shape(tensor)))
+            yield "tensor", TensorRow(model_id, ordinal, entry.name, entry.dtype.label, *shapes)
+            for part, payload in enumerate(self._block_map(tensor).parts()):
+                yield "map", (model_id, ordinal, part, payload)
+            hashes = np.ascontiguousarray(tensor.digests, "<u8").tobytes()
+            for part, start in enumerate(range(0, len(hashes), _HASH_PART_BYTES)):
+                payload = hashes[start : start + _HASH_PART_BYTES]
+                yield "hash", (model_id, ordinal, part, payload)
+        references = model.references(self._reader)
+        places = block_places(*self._places(references))
+        for row in pages_read(places, self._reader.costs_of(references)):
+            yield "read", (model_id, *row)
+        for artifact in model.request.source.artifacts():
+            yield "artifact", (model_id, artifact.name, artifact.media_type, artifact.payload)
+        if model.request.graph is not None:
+            payload = model.request.graph.to_json().encode()
+            yield "artifact", (model_id, GRAPH_ARTIFACT, "application/json", payload)
 
     def _block_map(self, tensor: MatchedTensor) -> BlockMap:
         page_ids, slots = self._places(tensor.references)
@@ -325,27 +317,19 @@ class Stager:
         page_ids[~new], slots[~new] = self._stored.places(references[~new])
         return page_ids, slots
 
-    def _map_rows(self, model: MatchedModel, maps: Sequence[BlockMap]) -> Iterator[_MapRow]:
-        for ordinal, (tensor, block_map) in enumerate(zip(model.tensors, maps, strict=True)):
-            for part, payload in enumerate(block_map.parts()):
-                yield "map", model.model_id, ordinal, part, payload
-            hashes = np.ascontiguousarray(tensor.digests, "<u8").tobytes()
-            for part, start in enumerate(range(0, len(hashes), _HASH_PART_BYTES)):
-                payload = hashes[start : start + _HASH_PART_BYTES]
-                yield "hash", model.model_id, ordinal, part, payload
-
 
 def _block_shape(tensor: MatchedTensor) -> tuple[int, int]:
     return tensor.grid.block_rows, tensor.grid.block_cols
 
 
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    """Group rows, which end with their payload, into transactions of bounded bytes."""
+    """Group rows into transactions of bounded bytes."""
     batch: list[_Row] = []
     size = 0
-    for row in rows:
-        batch.append(row)
-        size += len(row[-1])
+    for kind, row in rows:
+        batch.append((kind, row))
+        payload = row[-1] if isinstance(row, tuple) else None
+        size += _ROW_BYTES + (len(payload) if isinstance(payload, bytes) else 0)
         if size >= _BYTES_PER_TRANSACTION:
             yield batch
             batch, size = [], 0

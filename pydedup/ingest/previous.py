@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a new version of a model leaves as it was in the newest one before it.
+
+Each version keeps the hashes of its source's blocks. A block whose 128-bit hash is that of the
+block at the same position of the same tensor counts as unchanged and refers to what is stored for
+that one, which is not read: hashing the source is all that it costs. Two different blocks with one
+hash, which elsewhere are told apart by their bytes, would be met here once in 2**128 pairs.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter, ModelRow
+from pydedup.blocks import NO_PAGE, BlockGrid
+from pydedup.catalog import StoredModel
+from pydedup.formats.base import TensorEntry
+from pydedup.ingest.places import StoredTable
+from pydedup.ingest.spool import NO_BASE
+from pydedup.policies import Policy
+
+__all__ = ["Previous"]
+
+
+class Previous:
+    """The newest version of a model that is being added again.
+
+    Attributes
+    ----------
+    largest_error
+        Greatest relative L2 difference between its blocks and what is stored for them.
+    """
+
+    def __init__(self, adapter: Adapter, stored: StoredTable, row: ModelRow) -> None:
+        self._adapter = adapter
+        self._stored = stored
+        self._model = StoredModel(adapter, row)
+        self._ordinals = {info.name: i for i, info in enumerate(self._model.tensors)}
+        # What a block takes on its page is not known without reading that: on average it is this.
+        self._costs = {
+            page_id: size // max(blocks, 1)
+            for _, page_id, blocks, size in adapter.model_pages(row.id)
+        }
+        self.largest_error = _largest_error(row)
+
+    @classmethod
+    def of(
+        cls, adapter: Adapter, stored: StoredTable, name: str, policy: Policy
+    ) -> Previous | None:
+        """Return the newest version, if there is one and the policy takes what is stored of it."""
+        rows = adapter.models(name=name)
+        if not rows or _largest_error(rows[-1]) > policy.max_rel_error:
+            return None
+        return cls(adapter, stored, rows[-1])
+
+    def references(
+        self, entry: TensorEntry, grid: BlockGrid, digests: NDArray[np.uint64]
+    ) -> NDArray[np.int64]:
+        """Return references of unchanged blocks, `NO_BASE` for all others."""
+        found = np.full(grid.count, NO_BASE, np.int64)
+        ordinal = self._ordinals.get(entry.name)
+        if ordinal is None:
+            return found
+        info = self._model.tensors[ordinal]
+        if (info.dtype, info.shape) != (entry.dtype, entry.shape):
+            return found
+        block_map = self._model.block_map(entry.name)
+        source = b"".join(self._adapter.source_hashes(self._model.row.id, ordinal))
+        if block_map.grid != grid or len(source) != 16 * grid.count:
+            return found
+        before = np.frombuffer(source, "<u8").reshape(-1, 2)
+        same = np.flatnonzero((before == digests).all(axis=1))
+        found[same] = self._refer(block_map.page_ids[same], block_map.slots[same])
+        if block_map.bases is not None:
+            base_page_ids, base_slots = block_map.bases
+            deltas = same[base_page_ids[same] != NO_PAGE]
+            bases = self._refer(base_page_ids[deltas], base_slots[deltas])
+            for reference, base in zip(found[deltas].tolist(), bases.tolist(), strict=True):
+                self._stored.set_base(reference, base)
+        return found
+
+    def _refer(self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Return references of places, and note what they cost."""
+        costs = self._costs
+        references = [
+            self._stored.reference_at(page_id, slot, costs.get(page_id, 0))
+            for page_id, slot in zip(page_ids.tolist(), slots.tolist(), strict=True)
+        ]
+        return np.array(references, np.int64)
+
+
+def _largest_error(row: ModelRow) -> float:
+    certificate = json.loads(row.certificate or "{}")
+    return float(certificate.get("largest_block_error", certificate.get("max_rel_error", 0.0)))
