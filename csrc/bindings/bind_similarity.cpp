@@ -94,8 +94,8 @@ void add_blocks(L2Index& index, const py::array& blocks, const Array<std::int64_
 
 std::unique_ptr<L2Index> select_ids(const L2Index& index, const Array<std::int64_t>& ids,
                                     const Array<std::int64_t>& new_ids) {
-    const auto from = as_span(ids, "ids");
-    const auto to = as_span(new_ids, "new_ids");
+    const std::vector<std::int64_t> from = as_copy(ids, "ids");
+    const std::vector<std::int64_t> to = as_copy(new_ids, "new_ids");
     const WithoutGil no_gil;
     return index.select(from, to);
 }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The index when memory runs out: whichever allocation of an add fails, nothing has been added, and
-// the index answers as before. And its lock: a writer does not wait for readers that came later.
-// What blocks hash to is tested elsewhere.
+// The index when memory runs out: whichever allocation of an add or a merge fails, nothing has been
+// added, and the index answers as before. And its lock: a writer does not wait for readers that
+// came later. What blocks hash to is tested elsewhere.
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <limits>
 #include <new>
 #include <string>
 #include <thread>
@@ -77,12 +78,12 @@ bool finds_all(const L2Index& index, const BlockBatch& blocks,
     return ids == expected;
 }
 
-// True when the add went through.
-bool add_with(L2Index& index, const BlockBatch& blocks, const std::vector<std::int64_t>& ids,
-              long allocations) {
+// True when the change went through.
+template <class Change>
+bool succeeds_with(long allocations, const Change& change) {
     left = allocations;
     try {
-        index.add(blocks, ids, 1);
+        change();
     } catch (const std::bad_alloc&) {
         left = kNever;
         return false;
@@ -103,7 +104,7 @@ TEST(an_add_that_fails_adds_nothing) {
         L2Index index({Dtype::f32, kRows, kCols, 0.5, 4, 4, 1});
         index.add(before, ids_before, 1);
         const std::vector<std::byte> saved = index.save();
-        done = add_with(index, added, ids_added, allocations);
+        done = succeeds_with(allocations, [&] { index.add(added, ids_added, 1); });
         if (done) break;
         ++failures;
         CHECK(index.size() == kBefore);
@@ -115,6 +116,35 @@ TEST(an_add_that_fails_adds_nothing) {
         CHECK(index.save() == saved);
     }
     CHECK(failures > 20);
+}
+
+TEST(a_merge_that_fails_adds_nothing) {
+    // What is not finite came last, and asked for memory when all else was in the index already.
+    std::vector<float> values = random_blocks(kBefore + kAdded);
+    values.back() = std::numeric_limits<float>::infinity();
+    const BlockBatch before = batch_of(values.data(), kBefore);
+    const BlockBatch added = batch_of(values.data() + kBefore * kRows * kCols, kAdded);
+    const LshParameters parameters{Dtype::f32, kRows, kCols, 0.5, 4, 4, 1};
+    L2Index other(parameters);
+    other.add(added, ids_from(kBefore, kAdded), 1);
+    bool done = false;
+    long failures = 0;
+    for (long allocations = 0; !done; ++allocations) {
+        L2Index index(parameters);
+        index.add(before, ids_from(0, kBefore), 1);
+        const std::vector<std::byte> saved = index.save();
+        done = succeeds_with(allocations, [&] { index.merge(other, 1); });
+        if (done) break;
+        ++failures;
+        CHECK(index.size() == kBefore);
+        CHECK(index.save() == saved);
+        CHECK(finds_all(index, before, ids_from(0, kBefore)));
+        index.merge(other, 1);
+        CHECK(index.size() == kBefore + kAdded);
+        index.remove(ids_from(kBefore, kAdded));
+        CHECK(index.save() == saved);
+    }
+    CHECK(failures > 10);
 }
 
 TEST(a_writer_goes_before_readers_that_come_later) {

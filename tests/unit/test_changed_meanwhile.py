@@ -63,6 +63,11 @@ _CASES = {
         ids = np.arange(n)
         meanwhile(lambda: index.add(blocks, ids), lambda: ids.fill(-5))
         assert index.ids.tolist() == list(range(n))
+        copies = []
+        meanwhile(lambda: copies.append(index.select(np.arange(n), ids)), lambda: ids.fill(-5))
+        ids[:] = np.arange(n)
+        meanwhile(lambda: copies.append(index.select(np.arange(n), ids)), lambda: ids.fill(-5))
+        assert [copy.ids.tolist() for copy in copies] == [list(range(n))]
         index.remove(np.arange(n))
         assert len(index) == 0
         """,

@@ -284,6 +284,8 @@ void IndexState::merge(const IndexState& other, unsigned threads) {
         a.bands != b.bands || a.band_rows != b.band_rows || a.seed != b.seed) {
         refuse("only indexes with the same parameters can be merged");
     }
+    // Nothing below asks for memory: a group that is in no band cannot be erased.
+    const std::vector<bool> is_free = other.free_places();
     make_room(other.rms.size() - other.dead_groups, other.size(), threads);
     const auto insert_new = [&](std::int64_t id, const std::int16_t* sketch, const Probe& probe) {
         if (numbers.find(id, member_ids) == kNone) insert(id, sketch, probe);
@@ -296,7 +298,6 @@ void IndexState::merge(const IndexState& other, unsigned threads) {
             insert_new(other.member_ids[m], sketch, probe);
         }
     }
-    const std::vector<bool> is_free = other.free_places();
     for (std::size_t m = 0; m < other.members.size(); ++m) {
         if (is_free[m] || other.members[m].group != kNone) continue;
         insert_new(other.member_ids[m], nullptr, other.probe_of(kNone));
