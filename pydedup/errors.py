@@ -9,6 +9,7 @@
     ├── NotFoundError (LookupError)        no such model, version, alias or tensor
     ├── DuplicateError                     name@version exists already
     ├── BudgetError (MemoryError)          the memory budget does not allow the request
+    ├── EvaluationError                    a policy's callable failed or returned what is no use
     └── StoreError
         ├── NotAStoreError                 the database holds no pydedup store (or something else)
         ├── SchemaVersionError             written by a newer pydedup
@@ -31,6 +32,7 @@ __all__ = [
     "ConflictError",
     "CorruptStoreError",
     "DuplicateError",
+    "EvaluationError",
     "FormatError",
     "KernelUnavailableError",
     "NotAStoreError",
@@ -80,6 +82,13 @@ class DuplicateError(PydedupError):
 
 class BudgetError(PydedupError, MemoryError):
     """The memory budget does not allow the request."""
+
+
+class EvaluationError(PydedupError):
+    """A callable that a policy was given raised, or returned what cannot be used.
+
+    Those are ``evaluate``, ``finetune`` and ``saliency``. What they raised is ``__cause__``.
+    """
 
 
 class StoreError(PydedupError):

@@ -25,7 +25,7 @@ CSRC = ROOT / "csrc"
 
 FACADES = {"hashing", "similarity", "packing", "codec", "pool", "matmul", "conv", "config"}
 VALUES = {"errors", "types"}
-MODEL = VALUES | {"names", "policies", "graph", "adapter", "blocks"}
+MODEL = VALUES | {"names", "accuracy", "policies", "certificates", "graph", "adapter", "blocks"}
 CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout"}
 INNER = CORE | {"ingest", "serving", "maintenance", "report", "registry"}
 PUBLIC = {"", "store"} | CORE | {"registry", "report", "maintenance"}
@@ -39,7 +39,10 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
     "names": VALUES,
-    "policies": VALUES,
+    "training": VALUES,
+    "accuracy": VALUES,
+    "policies": VALUES | {"accuracy", "training"},
+    "certificates": VALUES,
     "graph": VALUES,
     "adapter": VALUES,
     "registry": VALUES | {"adapter"},
@@ -81,8 +84,8 @@ RUNTIME: dict[str, set[str]] = {
 }
 TORCH_FILES = {
     "pydedup/formats/torch.py",
-    "pydedup/ingest/accuracy.py",
     "pydedup/serving/layers.py",
+    "pydedup/training.py",
 }
 DRIVERS = {"sqlite3", "psycopg", "psycopg_pool", "mysql"}
 

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy `Accuracy`: what a user says of their metric. `pydedup.policies` re-exports it.
+
+Not here: the search that keeps the promise (``ingest/accuracy.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from numpy.typing import NDArray
+
+from pydedup.errors import ArgumentError
+
+__all__ = ["Accuracy"]
+
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+Order: TypeAlias = Literal["magnitude", "saliency"]
+Search: TypeAlias = Literal["step", "bisect", "halving"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Accuracy:
+    """The user's own metric falls by at most ``max_drop``; what that allows is shared.
+
+    Blocks become a stored block that is near enough, else a quantised delta on one, else stay as
+    they are. What is stored is always a state that was itself evaluated and met the tolerance.
+    Rows that chose what is stored flatter it: keep a held-out set, and use ``confidence``.
+
+    Parameters
+    ----------
+    evaluate
+        Maps the model's tensors by name (read-only arrays in their original shapes) to a number,
+        or to a 1-D array of one score per validation example; higher is better. It must give the
+        same for the same weights. `torch_evaluate` makes one of a torch module.
+    max_drop
+        How far the metric (of scores, their mean) may fall, in its own units: 0.005 is half a
+        point of accuracy. 0 wants no fall at all.
+    confidence
+        Such as 0.95: the drop on data like the validation examples, not only on these, is at most
+        ``max_drop`` with this probability. Needs scores per example, independent examples that
+        neither ``saliency`` nor ``finetune`` used, and enough of them; see
+        ``pydedup/ingest/confidence.py`` for the method.
+    order
+        "magnitude": largest layer first, in it ascending third quartile of absolute weights, as
+        in the paper. "saliency": ascending mean of ``saliency``.
+    search
+        "bisect" (batches grow, a bad one is searched for its bad block, which alone is refused),
+        "step" (the paper's: stop at the first batch that does too much harm) or "halving" (the
+        successor paper's: the next half, of the half, ..., of what is left).
+    every
+        Blocks per evaluation: of all steps, or of the first batch. By default 5 or a 32nd of the
+        blocks, whichever is more, for steps, and an eighth of the blocks for "bisect".
+    finetune
+        Called once with (arrays by name, boolean masks of the elements that must not change by
+        name), returns arrays by name: the model trained further, with what is shared frozen.
+        Kept if the metric is better for it. `torch_finetune` makes one of a torch module.
+    seed
+        Draws which rows steer and which judge, with ``confidence``.
+    saliency
+        For that order: arrays shaped as the tensors, of abs(gradient * weight), by name, or a
+        callable that returns them for the model's arrays. `torch_saliency` computes them.
+    max_evaluations
+        ``evaluate`` is called no more often; blocks that were not reached stay lossless.
+    max_rel_error
+        Blocks are replaced only by what is this near to them (relative Euclidean norm), whatever
+        the metric would allow: a metric does not see everything.
+    score_range
+        (lowest, highest) score that an example can have; only needed with ``confidence``.
+    deterministic
+        False for an ``evaluate`` that may differ from call to call: how far two calls on the
+        unchanged weights are apart then counts as part of every drop.
+
+    Raises
+    ------
+    ArgumentError
+        For a value out of range, or two that do not go together.
+    """
+
+    evaluate: Callable[[Arrays], Any]
+    max_drop: float
+    _: KW_ONLY
+    confidence: float | None = None
+    order: Order = "magnitude"
+    search: Search = "bisect"
+    every: int | None = None
+    finetune: Callable[[Arrays, Arrays], Arrays] | None = None
+    seed: int = 0
+    saliency: Arrays | Callable[[Arrays], Arrays] | None = None
+    max_evaluations: int = 128
+    max_rel_error: float = 0.25
+    score_range: tuple[float, float] = (0.0, 1.0)
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.evaluate):
+            raise ArgumentError(f"evaluate must be callable, got {self.evaluate!r}")
+        if self.finetune is not None and not callable(self.finetune):
+            raise ArgumentError(f"finetune must be callable or None, got {self.finetune!r}")
+        for name, value in (("max_drop", self.max_drop), ("max_rel_error", self.max_rel_error)):
+            if not _number(name, value) >= 0:
+                raise ArgumentError(f"{name} must be 0 or more, got {value!r}")
+        for name, chosen, allowed in (
+            ("order", self.order, get_args(Order)),
+            ("search", self.search, get_args(Search)),
+        ):
+            if chosen not in allowed:
+                raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, got {chosen!r}")
+        if (self.order == "saliency") != (self.saliency is not None):
+            raise ArgumentError(
+                'order="saliency" and saliency go together: give both, or neither for the order '
+                "by magnitude"
+            )
+        for name, number, least in (
+            ("every", self.every, 1),
+            ("seed", self.seed, 0),
+            ("max_evaluations", self.max_evaluations, 3),
+        ):
+            if number is not None and _integer(name, number) < least:
+                raise ArgumentError(f"{name} must be {least} or more, got {number!r}")
+        self._check_scores()
+
+    @property
+    def name(self) -> str:
+        """The name that is recorded with a model."""
+        return "accuracy"
+
+    @property
+    def compresses(self) -> bool:
+        """What is not replaced is compressed where that saves at least 5 %."""
+        return True
+
+    @property
+    def uses_deltas(self) -> bool:
+        """Blocks that are near to others may be deltas."""
+        return True
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what the certificate says of the policy beside its name; JSON-able."""
+        return {
+            "max_drop": float(self.max_drop),
+            "confidence": None if self.confidence is None else float(self.confidence),
+            "order": self.order,
+            "search": self.search,
+            "every": None if self.every is None else int(self.every),
+            "seed": int(self.seed),
+            "max_evaluations": int(self.max_evaluations),
+        }
+
+    def _check_scores(self) -> None:
+        try:
+            lowest, highest = (_number("score_range", value) for value in self.score_range)
+        except (TypeError, ValueError):
+            lowest, highest = 0.0, 0.0
+        if not lowest < highest:
+            raise ArgumentError(
+                f"score_range must be two numbers (lowest, highest), got {self.score_range!r}"
+            )
+        if self.confidence is None:
+            return
+        if not 0 < _number("confidence", self.confidence) < 1:
+            raise ArgumentError(
+                f"confidence must lie between 0 and 1, such as 0.95; got {self.confidence!r}"
+            )
+        if self.max_drop == 0:
+            raise ArgumentError(
+                "no number of examples shows that a metric does not fall at all: give a "
+                "max_drop above 0 with confidence, or leave confidence out"
+            )
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} must be a number, got {value!r}") from error
+    if not math.isfinite(number):
+        raise ArgumentError(f"{name} must be finite, got {value!r}")
+    return number
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ArgumentError(f"{name} must be an integer, got {value!r}") from error

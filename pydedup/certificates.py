@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Certificates in words: what was promised for a stored model, and how it was found out.
+
+A certificate is the JSON object that is recorded with a model. Not here: making one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["describe_accuracy"]
+
+
+def describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
+    """Return a certificate of the policy `Accuracy` as lines of text."""
+    confidence, rows = certificate["confidence"], certificate["rows"]
+    lines = [
+        f"metric {certificate['metric_before']:.6g} before, {certificate['metric_after']:.6g} "
+        f"after: a drop of {certificate['metric_drop']:.3g}, allowed {certificate['max_drop']:.3g}"
+    ]
+    if confidence is not None:
+        lines.append(
+            f"drop at most {certificate['max_drop']:.3g} with confidence {confidence:g} "
+            f"(bound {certificate['bound']:.3g}; {rows['steering']:,} examples steered the search, "
+            f"{rows['judging']:,} others judged)"
+        )
+    elif rows["all"] is not None:
+        lines.append(f"on {rows['all']:,} examples; without confidence, so for these alone")
+    shared, *deltas = certificate["levels"] or [0]
+    lines.append(
+        f"blocks replaced {certificate['replaced']:,} of {certificate['blocks']:,} candidates "
+        f"({shared:,} shared, {sum(deltas):,} as deltas), refused {certificate['refused']:,}, "
+        f"not tried {certificate['untried']:,}; largest change of a block "
+        f"{certificate['max_rel_error']:.3g} of its norm"
+    )
+    lines.append(
+        f"search {certificate['search']} by {certificate['order']}, "
+        f"{certificate['evaluations']:,} evaluations, seed {certificate['seed']}; ended since "
+        f"{certificate['ended']}"
+    )
+    if certificate["finetuned"]:
+        lines.append("what is not shared was trained further afterwards")
+    if certificate["noise"]:
+        lines.append(f"evaluate varied by {certificate['noise']:.3g}, counted as part of the drop")
+    return lines

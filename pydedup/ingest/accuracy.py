@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search of the policy `Accuracy`: which blocks may be replaced before the metric falls.
+
+`choose` is given the model's tensors and, for each block that has them, contents to try instead,
+the most saving first (a stored block, then quantised deltas on it). Rounds, each a search of
+``searches.py`` over the blocks in order:
+
+1. every block to its gentlest content, all at once to begin with: little harm for most of the
+   savings, and whatever stops the search later, blocks that are not shared are deltas at least;
+2. every block to its most saving content, in batches: what the tolerance is for;
+3. if asked for, fine-tuning of all that is not replaced, and round 2 again for what it refused;
+4. blocks that round 2 refused to the contents in between, the most saving first.
+
+Every state that is accepted was evaluated as a whole, with all replacements in it, so the last one
+accepted, which is what `choose` leaves in the arrays, meets the tolerance and never by adding up
+estimates. Storage and databases are not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.accuracy import Accuracy
+from pydedup.blocks import matrix_shape
+from pydedup.errors import ArgumentError, EvaluationError, PydedupError
+from pydedup.ingest.judging import read_only
+from pydedup.ingest.searches import SEARCHES
+from pydedup.ingest.trial import KEPT, RoundOver, Trial
+
+__all__ = ["Choice", "Replacement", "choose"]
+
+#: First batch of "bisect", as one in so many blocks; the largest one with confidence, where the
+#: judging rows may end the search and the last state that they accepted should not lie far back.
+_FIRST = 8
+_LARGEST_JUDGED = 16
+#: Steps of the search "step" unless the user says how many blocks one has; the paper took 5 blocks.
+_STEPS, _STEP_BLOCKS = 32, 5
+
+Area = tuple[slice, slice]
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A block, and what might be stored in its place.
+
+    Attributes
+    ----------
+    tensor
+        Its name.
+    rows, cols
+        Where the block lies in the tensor's matrix view.
+    levels
+        Contents to try, the most saving first; each returns the block's new content, a 2-D array
+        of the block's shape in the tensor's dtype. Called once per attempt.
+    saved
+        Bytes that each level saves.
+    magnitude
+        Third quartile of the block's absolute weights, normalised by its layer.
+    layer_bytes
+        Size of its tensor.
+    """
+
+    tensor: str
+    rows: slice
+    cols: slice
+    levels: tuple[Callable[[], NDArray[Any]], ...]
+    saved: tuple[int, ...]
+    magnitude: float
+    layer_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen.
+
+    Attributes
+    ----------
+    levels
+        int64, one per replacement: the level taken, or -1 where the block stays as it is.
+    certificate
+        How it was found and what holds, a JSON object.
+    finetuned
+        Tensors that fine-tuning changed; what is to be stored of them is in the arrays.
+    """
+
+    levels: NDArray[np.int64]
+    certificate: dict[str, Any]
+    finetuned: frozenset[str]
+
+
+def choose(
+    weights: Mapping[str, NDArray[Any]],
+    replacements: Sequence[Replacement],
+    policy: Accuracy,
+    *,
+    shared: Mapping[str, Sequence[Area]] | None = None,
+) -> Choice:
+    """Replace what the policy allows, and leave the chosen state in ``weights``.
+
+    Parameters
+    ----------
+    weights
+        The model's tensors by name, C-contiguous, writeable and owned by the caller: they are
+        changed in place. After an exception they hold nothing of use.
+    replacements
+        At most one per block.
+    shared
+        Blocks of the matrix views that are stored already, bit for bit, so that fine-tuning had
+        better not change them.
+
+    Returns
+    -------
+    Choice
+        The same for the same arguments, if ``evaluate`` and ``finetune`` are deterministic.
+
+    Raises
+    ------
+    EvaluationError
+        When a callable of the policy raises or returns what cannot be used.
+    ArgumentError
+        When confidence needs more validation examples, saliency does not fit the tensors, or a
+        replacement does not fit its tensor.
+    """
+    trial = Trial(weights, [(r.tensor, r.rows, r.cols, r.levels) for r in replacements], policy)
+    order = _ordered(weights, replacements, policy)
+    gentlest = [len(r.levels) - 1 for r in replacements]
+    deepest = max(gentlest, default=0)
+
+    def search(wanted: Mapping[int, int], *, last: bool) -> None:
+        # A level is worth its harm if it saves more than what the block has already.
+        now = {i: int(trial.levels[i]) for i in wanted}
+        saves = {i: replacements[i].saved[now[i]] if now[i] != KEPT else 0 for i in wanted}
+        better = {i: k for i, k in wanted.items() if replacements[i].saved[k] > saves[i]}
+        _run(trial, better, last=last)
+
+    search({i: gentlest[i] for i in order if gentlest[i] > 0}, last=False)
+    too_much = frozenset(trial.refused)
+    shares = dict.fromkeys(order, 0)
+    search(shares, last=not deepest and policy.finetune is None)
+    finetuned: frozenset[str] = frozenset()
+    if policy.finetune is not None:
+        finetuned = _finetune(trial, policy, shared or {})
+        if finetuned:
+            search(shares, last=not deepest)
+    for level in range(1, deepest + 1):
+        # The gentlest level again, for blocks that its round did not reach.
+        left = [i for i in order if level <= gentlest[i] and i not in too_much]
+        search(dict.fromkeys(left, level), last=level == deepest)
+    return Choice(trial.levels, _certificate(trial, policy, replacements, finetuned), finetuned)
+
+
+def _run(trial: Trial, wanted: Mapping[int, int], *, last: bool) -> None:
+    """Search one round: blocks, in order, and the level wanted for each.
+
+    Unless it is the last one, it may use up to half of the evaluations that are left.
+    """
+    if not wanted or trial.closed:
+        return
+    policy, blocks, n = trial.policy, list(wanted), len(wanted)
+    name = policy.search
+    first, largest = max(1, -(-n // _FIRST)), n
+    if name == "step":
+        first = max(_STEP_BLOCKS, -(-n // _STEPS))
+    if policy.every is not None:
+        first = policy.every
+    elif policy.confidence is not None:
+        largest = max(1, -(-n // _LARGEST_JUDGED))
+    if wanted[blocks[0]] > 0:
+        # Deltas do little harm: all at once to begin with. The papers have no such round.
+        name, first, largest = "bisect", n, n
+    left = policy.max_evaluations - trial.evaluations
+    trial.quota = trial.evaluations + (left if last else -(-left // 2))
+    try:
+        refused = SEARCHES[name](blocks, lambda batch: trial.attempt(batch, wanted), first, largest)
+    except RoundOver:
+        return
+    trial.refused.update(refused)
+    if name != "bisect" and refused:
+        trial.ended = "a batch did too much harm"
+
+
+def _ordered(
+    weights: Mapping[str, NDArray[Any]], replacements: Sequence[Replacement], policy: Accuracy
+) -> list[int]:
+    """Return the replacements in the order in which they are tried."""
+    if policy.order == "magnitude":
+        keys = [(-r.layer_bytes, r.magnitude) for r in replacements]
+        return sorted(range(len(keys)), key=keys.__getitem__)
+    given = policy.saliency
+    if callable(given):
+        try:
+            given = given(read_only(weights))
+        except PydedupError:
+            raise
+        except Exception as error:
+            raise EvaluationError(f"saliency raised {type(error).__name__}: {error}") from error
+    assert given is not None
+    means = np.empty(len(replacements))
+    for index, replacement in enumerate(replacements):
+        name = replacement.tensor
+        if name not in given:
+            raise ArgumentError(f"saliency has no tensor {name!r}; it needs those of the model")
+        array = np.asarray(given[name])
+        if array.shape != weights[name].shape:
+            raise ArgumentError(
+                f"saliency of {name!r} has the shape {array.shape}, the tensor "
+                f"{weights[name].shape}"
+            )
+        block = array.reshape(matrix_shape(array.shape))[replacement.rows, replacement.cols]
+        means[index] = np.abs(block.astype(np.float64)).mean()
+        if not np.isfinite(means[index]):
+            raise ArgumentError(f"saliency of {name!r} holds NaN or infinity")
+    return [int(index) for index in np.argsort(means, kind="stable")]
+
+
+def _finetune(
+    trial: Trial, policy: Accuracy, shared: Mapping[str, Sequence[Area]]
+) -> frozenset[str]:
+    """Let the user train what is not replaced; return the tensors that changed, if it helped."""
+    assert policy.finetune is not None
+    if trial.closed or trial.evaluations >= policy.max_evaluations:
+        return frozenset()
+    weights = trial.weights
+    masks = trial.frozen(shared)
+    try:
+        result = policy.finetune(read_only(weights), read_only(masks))
+    except PydedupError:
+        raise
+    except Exception as error:
+        raise EvaluationError(f"finetune raised {type(error).__name__}: {error}") from error
+    if not isinstance(result, Mapping):
+        raise EvaluationError(f"finetune returned {type(result).__name__}, not arrays by name")
+    if unknown := sorted(set(result) - set(weights)):
+        raise EvaluationError(f"finetune returned {unknown[0]!r}, which the model does not have")
+    changed: dict[str, NDArray[Any]] = {}
+    for name, value in result.items():
+        array, old = np.ascontiguousarray(value), weights[name]
+        if np.shape(value) != old.shape or array.dtype != old.dtype:
+            raise EvaluationError(
+                f"finetune returned {array.dtype} {np.shape(value)} for {name!r}, "
+                f"which is {old.dtype} {old.shape}"
+            )
+        array = array.reshape(old.shape)
+        differs = bits(array) != bits(old)
+        if (differs & masks[name]).any():
+            raise EvaluationError(
+                f"finetune changed {int((differs & masks[name]).sum()):,} frozen elements of "
+                f"{name!r}; give those their values back after each step, as torch_finetune does"
+            )
+        if differs.any():
+            changed[name] = array
+    return frozenset(changed) if changed and trial.adopt(changed) else frozenset()
+
+
+def bits(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the array as unsigned integers, so that NaN equals itself and 0 is not -0."""
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+def _certificate(
+    trial: Trial, policy: Accuracy, replacements: Sequence[Replacement], finetuned: frozenset[str]
+) -> dict[str, Any]:
+    judge, levels = trial.judge, trial.levels
+    taken = np.bincount(levels[levels >= 0], minlength=1) if len(levels) else np.zeros(1, int)
+    refused = sum(levels[index] == KEPT for index in trial.refused)
+    scores, steering, judging = judge.before.scores, judge.steering, judge.judging
+    unchanged = not (levels >= 0).any() and not finetuned
+    return {
+        "policy": policy.name,
+        "metric_before": judge.before.metric,
+        "metric_after": trial.accepted.metric,
+        "metric_drop": judge.before.metric - trial.accepted.metric,
+        "max_drop": float(policy.max_drop),
+        "confidence": None if policy.confidence is None else float(policy.confidence),
+        "bound": None
+        if policy.confidence is None
+        else 0.0
+        if unchanged
+        else judge.bound(trial.accepted),
+        "rows": {
+            "all": None if scores is None else len(scores),
+            "steering": None if steering is None else len(steering),
+            "judging": None if judging is None else len(judging),
+        },
+        "evaluations": trial.evaluations,
+        "order": policy.order,
+        "search": policy.search,
+        "seed": int(policy.seed),
+        "noise": judge.noise,
+        "blocks": len(replacements),
+        "replaced": int((levels >= 0).sum()),
+        "refused": int(refused),
+        "untried": int((levels == KEPT).sum()) - int(refused),
+        "levels": [int(count) for count in taken],
+        "saved": sum(r.saved[k] for r, k in zip(replacements, levels, strict=True) if k >= 0),
+        "max_rel_error": trial.largest_error(),
+        "finetuned": bool(finetuned),
+        "ended": trial.ended if replacements else "there was nothing to replace",
+    }

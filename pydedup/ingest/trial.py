@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of an accuracy search: arrays in which blocks are replaced, and put back.
+
+A `Trial` owns the working arrays and always knows the last state that was accepted. `attempt` is
+what the searches call. Which blocks, in which order and to which level is not decided here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.accuracy import Accuracy
+from pydedup.blocks import matrix_shape
+from pydedup.errors import ArgumentError
+from pydedup.ingest.judging import Judge, Scorer, Verdict
+
+__all__ = ["KEPT", "RoundOver", "Trial"]
+
+#: Level of a block that stays as it is.
+KEPT = -1
+
+Candidate = tuple[str, slice, slice, tuple[Callable[[], NDArray[Any]], ...]]
+
+
+class RoundOver(Exception):  # noqa: N818  (a signal, never seen outside of a search)
+    """No further evaluation is to be had in this round."""
+
+
+class Trial:
+    """Working arrays, what was accepted in them, and how often they were evaluated.
+
+    Attributes
+    ----------
+    levels
+        int64, the accepted level of each candidate.
+    accepted
+        What ``evaluate`` said of the accepted state.
+    refused
+        Candidates that a search refused, whatever became of them at other levels.
+    closed
+        The judging rows refused a state: nothing can be accepted any more.
+    quota
+        Number of evaluations at which the round ends.
+    ended
+        Why no more was replaced.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, NDArray[Any]],
+        candidates: Sequence[Candidate],
+        policy: Accuracy,
+    ) -> None:
+        self.weights = weights
+        self.policy = policy
+        self._candidates = candidates
+        self._matrices = {name: _matrix(name, array) for name, array in weights.items()}
+        self._spots = [self._spot(candidate) for candidate in candidates]
+        self._originals: dict[int, NDArray[Any]] = {}
+        self._scorer = Scorer(policy, weights)
+        self.judge = Judge(policy, self._scorer)
+        self.accepted = self.judge.before
+        self.levels = np.full(len(candidates), KEPT, np.int64)
+        self.refused: set[int] = set()
+        self.closed = False
+        self.quota = policy.max_evaluations
+        self.ended = "every candidate was tried"
+
+    @property
+    def evaluations(self) -> int:
+        """How often ``evaluate`` was called."""
+        return self._scorer.evaluations
+
+    def attempt(self, batch: Sequence[int], wanted: Mapping[int, int]) -> bool:
+        """Bring a batch to the wanted levels, evaluate, and keep all of it or put it all back.
+
+        Raises
+        ------
+        RoundOver
+            When the quota is used up, before anything is done; or when the judging rows refused.
+        """
+        if self.evaluations >= self.quota:
+            self.ended = "the evaluations ran out"
+            raise RoundOver
+        for index in batch:
+            self._write(index, wanted[index])
+        verdict, measure = self._evaluated()
+        if verdict is Verdict.ACCEPTED:
+            self.accepted = measure
+            self.levels[list(batch)] = [wanted[index] for index in batch]
+            return True
+        for index in batch:
+            self._write(index, int(self.levels[index]))
+        if verdict is Verdict.CLOSED:
+            raise RoundOver
+        return False
+
+    def adopt(self, changed: Mapping[str, NDArray[Any]]) -> bool:
+        """Take other arrays if the metric is better with them and the tolerance still met."""
+        before = {name: self.weights[name].copy() for name in changed}
+        self._copy(changed)
+        verdict, measure = self._evaluated(better_than=self.accepted)
+        if verdict is not Verdict.ACCEPTED:
+            self._copy(before)
+            return False
+        self.accepted = measure
+        # What is not replaced has other content now, to be kept when it is touched again.
+        for index in [i for i in self._originals if self.levels[i] == KEPT]:
+            del self._originals[index]
+        return True
+
+    def frozen(self, shared: Mapping[str, Sequence[tuple[slice, slice]]]) -> dict[str, Any]:
+        """Return masks, by name, of the elements of replaced and of shared blocks."""
+        masks = {name: np.zeros(array.shape, np.bool_) for name, array in self.weights.items()}
+        areas = [(name, area) for name, where in shared.items() for area in where]
+        for (name, rows, cols, _), level in zip(self._candidates, self.levels, strict=True):
+            if level != KEPT:
+                areas.append((name, (rows, cols)))
+        for name, area in areas:
+            masks[name].reshape(matrix_shape(masks[name].shape))[area] = True
+        return masks
+
+    def largest_error(self) -> float:
+        """Return the largest relative L2 change of a replaced block, against what it replaced."""
+        largest = 0.0
+        for index in np.flatnonzero(self.levels != KEPT).tolist():
+            old, new = self._originals[index].astype(np.float64), self._spots[index]
+            change = float(np.linalg.norm(new.astype(np.float64) - old))
+            if change > 0:
+                # Of a block of zeros, relative to a block like the rest of its tensor.
+                norm = float(np.linalg.norm(old)) or self._typical_norm(index) or change
+                largest = max(largest, change / norm)
+        return largest if math.isfinite(largest) else float(np.finfo(np.float64).max)
+
+    def _evaluated(self, better_than: Any = None) -> tuple[Verdict, Any]:
+        measure = self._scorer.measure()
+        metric = self.judge.steering_metric
+        if better_than is not None and metric(measure) <= metric(better_than):
+            return Verdict.REFUSED, measure
+        verdict = self.judge.verdict(measure)
+        if verdict is Verdict.CLOSED:
+            self.closed, self.ended = True, "the judging examples refused a state"
+        return verdict, measure
+
+    def _write(self, index: int, level: int) -> None:
+        name, _, _, levels = self._candidates[index]
+        spot = self._spots[index]
+        if index not in self._originals:
+            self._originals[index] = spot.copy()
+        content = self._originals[index] if level == KEPT else levels[level]()
+        if content.shape != spot.shape or content.dtype != spot.dtype:
+            raise ArgumentError(
+                f"level {level} of a block of {name!r} is {content.dtype} {content.shape}; the "
+                f"block is {spot.dtype} {spot.shape}"
+            )
+        spot[...] = content
+        self._scorer.touched(name)
+
+    def _copy(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        for name, array in arrays.items():
+            self.weights[name][...] = array
+            self._scorer.touched(name)
+
+    def _spot(self, candidate: Candidate) -> NDArray[Any]:
+        name, rows, cols, levels = candidate
+        if name not in self._matrices:
+            raise ArgumentError(f"a replacement names the tensor {name!r}, which is not there")
+        spot = self._matrices[name][rows, cols]
+        if spot.size == 0 or not levels:
+            raise ArgumentError(f"a replacement of {name!r} is an empty block or has no level")
+        return spot
+
+    def _typical_norm(self, index: int) -> float:
+        matrix, spot = self._matrices[self._candidates[index][0]], self._spots[index]
+        return float(np.linalg.norm(matrix.astype(np.float64))) * math.sqrt(spot.size / matrix.size)
+
+
+def _matrix(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        raise ArgumentError(f"the working copy of {name!r} must be C-contiguous and writeable")
+    return array.reshape(matrix_shape(array.shape))

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users' callables may do wrong, and the policy's own arguments."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pydedup.accuracy import Accuracy
+from pydedup.certificates import describe_accuracy
+from pydedup.errors import ArgumentError, EvaluationError, PydedupError
+from pydedup.ingest.accuracy import Choice, Replacement, choose
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def model(n: int = 4) -> tuple[dict[str, NDArray[Any]], list[Replacement]]:
+    weights: dict[str, NDArray[Any]] = {
+        "w": np.arange(2 * n, dtype=np.float32).reshape(n, 2),
+        "b": np.zeros(3, np.float32),
+    }
+    replacements = [
+        Replacement(
+            "w",
+            slice(i, i + 1),
+            slice(0, 2),
+            (lambda: np.full((1, 2), -1, np.float32),),
+            (8,),
+            float(i),
+            8 * n,
+        )
+        for i in range(n)
+    ]
+    return weights, replacements
+
+
+def run(evaluate: Callable[[Arrays], Any], max_drop: float = 0.1, **options: Any) -> Choice:
+    return choose(*model(), Accuracy(evaluate, max_drop, **options))
+
+
+def after(calls: int, value: Any, usual: Any = 0.5) -> Callable[[Arrays], Any]:
+    """An evaluate that returns, or raises, something else from its so-many-th call on."""
+    counter = itertools.count()
+
+    def evaluate(_: Arrays) -> Any:
+        if next(counter) < calls:
+            return usual
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    return evaluate
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
+def test_what_evaluate_raises_is_the_cause(calls: int) -> None:
+    mistake = KeyError("labels")
+    with pytest.raises(EvaluationError, match="evaluate raised KeyError: 'labels'") as caught:
+        run(after(calls, mistake), every=1)
+    assert caught.value.__cause__ is mistake
+    assert isinstance(caught.value, PydedupError)
+
+
+def test_an_interrupt_is_no_mistake_of_evaluate() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(after(2, KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), "returned nan; scores must be finite"),
+        (-np.inf, "returned -inf"),
+        (None, "NoneType, which is neither a number"),
+        ("0.9", "neither a number"),
+        (0.5 + 0.5j, "neither a number"),
+        (np.zeros((2, 2)), r"shape \(2, 2\)"),
+        ([], r"shape \(0,\)"),
+        ([0.1, np.nan, 0.2], "nan for example 1"),
+    ],
+)
+def test_what_is_no_metric(calls: int, value: Any, said: str) -> None:
+    with pytest.raises(EvaluationError, match=said):
+        run(after(calls, value))
+
+
+@pytest.mark.parametrize(
+    ("usual", "value"), [([1.0, 0.0], [1.0]), (0.5, [0.5]), ([0.5], 0.5), ([1, 0], [1, 0, 1])]
+)
+def test_scores_keep_their_number(usual: Any, value: Any) -> None:
+    with pytest.raises(EvaluationError, match="the first time; it must score the same"):
+        run(after(2, value, usual))
+
+
+@pytest.mark.parametrize("value", [1, np.float32(0.5), np.array(2), True, [True, False], [3, 4]])
+def test_numbers_and_flags_of_any_kind_are_metrics(value: Any) -> None:
+    assert run(after(0, value)).certificate["replaced"] == 4
+
+
+def test_an_evaluate_with_chance_in_it_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(EvaluationError, match=r"for the same weights.*training mode.*determin"):
+        run(lambda _: 0.5 + rng.normal() * 1e-9)
+    with pytest.raises(EvaluationError, match="for the same weights"):
+        run(lambda _: rng.permutation([0.0, 1.0, 1.0, 0.0, 1.0]))  # the same mean
+
+
+def test_chance_that_is_allowed_for_counts_as_drop() -> None:
+    answers = iter([0.50, 0.52])
+
+    def evaluate(weights: Arrays) -> float:
+        return next(answers, 0.51 - 0.01 * float((weights["w"] == -1).all(1).sum()))
+
+    choice = run(evaluate, 0.035, every=1, deterministic=False)
+    assert choice.certificate["noise"] == pytest.approx(0.02)
+    assert choice.certificate["metric_before"] == pytest.approx(0.51)
+    assert choice.certificate["replaced"] == 1  # a drop of 0.01, plus 0.02
+    assert any("varied" in line for line in describe_accuracy(choice.certificate))
+
+
+def test_weights_are_read_only() -> None:
+    def evaluate(weights: Arrays) -> float:
+        weights["w"][0, 0] = 5
+        return 0.5
+
+    with pytest.raises(EvaluationError, match="read-only"):
+        run(evaluate)
+
+
+def test_weights_that_were_changed_all_the_same_are_noticed() -> None:
+    def evaluate(weights: Arrays) -> float:
+        weights["w"].base[0] += 1  # type: ignore[index]
+        return 0.5
+
+    with pytest.raises(EvaluationError, match=r"changed the tensor 'w'.*copy"):
+        run(evaluate)
+
+
+def test_one_row_is_enough_without_confidence() -> None:
+    choice = run(lambda weights: [float(weights["w"].sum() > -5)], 0.5, every=1)
+    assert choice.certificate["rows"]["all"] == 1
+    assert 0 < choice.certificate["replaced"] < 4
+
+
+def test_rounding_of_the_metric_is_no_drop() -> None:
+    assert 0.885 - 0.875 > 0.01
+    assert run(after(2, 0.875, 0.885), 0.01).certificate["replaced"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_drop": -0.1}, "max_drop must be 0 or more"),
+        ({"max_drop": float("nan")}, "finite"),
+        ({"max_drop": "much"}, "must be a number"),
+        ({"evaluate": 3}, "evaluate must be callable"),
+        ({"finetune": 3}, "finetune must be callable"),
+        ({"order": "size"}, "one of magnitude, saliency"),
+        ({"search": "random"}, "one of step, bisect, halving"),
+        ({"order": "saliency"}, "go together"),
+        ({"saliency": {}}, "go together"),
+        ({"every": 0}, "every must be 1 or more"),
+        ({"every": 1.5}, "must be an integer"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"max_evaluations": 2}, "3 or more"),
+        ({"max_rel_error": -1}, "max_rel_error must be 0 or more"),
+        ({"confidence": 95}, "between 0 and 1"),
+        ({"confidence": 0.95, "max_drop": 0}, "does not fall at all"),
+        ({"score_range": (1, 0)}, "lowest, highest"),
+        ({"score_range": 7}, "lowest, highest"),
+    ],
+)
+def test_arguments_of_the_policy(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        Accuracy(**{"evaluate": len, "max_drop": 0.1, **options})
+
+
+def test_the_policy_says_what_it_is() -> None:
+    policy = Accuracy(len, 0.01, confidence=0.9)  # type: ignore[arg-type]
+    assert (policy.name, policy.compresses, policy.uses_deltas) == ("accuracy", True, True)
+    assert policy.parameters()["confidence"] == 0.9
+
+
+# ---- fine-tuning --------------------------------------------------------------------------------
+
+
+def closeness(weights: Arrays) -> float:
+    """A metric that shared rows make worse, and that free elements of b can make better."""
+    shared = float((weights["w"] == -1).all(1).sum())
+    return 1 - 0.1 * max(0.0, shared - float(weights["b"].sum()))
+
+
+def test_finetuning_makes_room_for_what_was_refused() -> None:
+    seen: list[tuple[Arrays, Arrays]] = []
+
+    def finetune(weights: Arrays, frozen: Arrays) -> Arrays:
+        seen.append((dict(weights), dict(frozen)))
+        assert not weights["w"].flags.writeable
+        return {**weights, "b": np.ones(3, np.float32)}
+
+    weights, replacements = model()
+    shared = {"b": [(slice(0, 1), slice(0, 0))], "w": [(slice(3, 4), slice(0, 1))]}
+    choice = choose(
+        weights,
+        replacements[:3],
+        Accuracy(closeness, 0.1, every=1, finetune=finetune),
+        shared=shared,
+    )
+    assert len(seen) == 1
+    # One block could be shared before: frozen are it, and the one that was stored already.
+    assert seen[0][1]["w"].tolist() == [[1, 1], [0, 0], [0, 0], [1, 0]]
+    assert not seen[0][1]["b"].any()
+    assert choice.levels.tolist() == [0, 0, 0]
+    assert choice.finetuned == {"b"}
+    assert choice.certificate["finetuned"]
+    assert weights["b"].tolist() == [1, 1, 1]
+    assert any("trained" in line for line in describe_accuracy(choice.certificate))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_finetuning_that_does_not_help_is_dropped(value: float) -> None:
+    weights, replacements = model()
+
+    def finetune(arrays: Arrays, _: Arrays) -> Arrays:
+        changed = arrays["w"].copy()
+        changed[3] += 1
+        return {"w": changed, "b": np.full(3, value, np.float32)}
+
+    choice = choose(weights, replacements, Accuracy(closeness, 0.1, every=1, finetune=finetune))
+    assert not choice.finetuned
+    assert not choice.certificate["finetuned"]
+    assert weights["b"].tolist() == [0, 0, 0]
+    assert weights["w"].tolist() == [[-1, -1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_block_refused_after_finetuning_keeps_what_it_was_trained_to() -> None:
+    weights, replacements = model()
+
+    def finetune(arrays: Arrays, frozen: Arrays) -> Arrays:
+        return {
+            "w": np.where(frozen["w"], arrays["w"], np.float32(9)),
+            "b": np.array([1, 0, 0], np.float32),
+        }
+
+    choice = choose(weights, replacements, Accuracy(closeness, 0.1, every=1, finetune=finetune))
+    assert choice.levels.tolist() == [0, 0, -1, -1]
+    assert weights["w"].tolist() == [[-1, -1], [-1, -1], [9, 9], [9, 9]]
+    assert choice.finetuned == {"w", "b"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: {"w": w["w"] + 1}, "changed 2 frozen elements of 'w'"),
+        (lambda w: {"w": np.where(w["w"] == -1, np.nan, w["w"]).astype("f4")}, "frozen"),
+        (lambda w: {"w": w["w"].astype(np.float64)}, "float64"),
+        (lambda w: {"w": w["w"][:2]}, r"\(2, 2\) for 'w'"),
+        (lambda w: {"w": w["w"].reshape(2, 4)}, r"\(2, 4\) for 'w'"),
+        (lambda w: {"other": w["w"]}, "'other', which the model does not have"),
+        (lambda w: None, "NoneType"),
+        (lambda w: 1 / 0, "finetune raised ZeroDivisionError"),
+    ],
+)
+def test_what_finetuning_may_not_do(change: Callable[[Arrays], Any], said: str) -> None:
+    with pytest.raises(EvaluationError, match=said):
+        run(closeness, finetune=lambda weights, _: change(weights), every=1)
+
+
+def test_saliency_that_raises_is_said_so() -> None:
+    with pytest.raises(EvaluationError, match="saliency raised ZeroDivisionError"):
+        run(closeness, order="saliency", saliency=lambda _: 1 / 0)
