@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which stored or spooled blocks are nearly equal to a new one: the similarity index of a store.
 
-One `pydedup.similarity.L2LSH` per (dtype, rows, cols), made of segments that earlier adds left in
-the table ``signatures`` (docs/format.md, "Signatures"). Pages that no segment covers, those that a
-vacuum wrote for instance, are read and indexed here, and covered by the segment of this add. Blocks
-that are deltas are in no index: a base is never itself one.
+One `pydedup.similarity.L2LSH` per (dtype, rows, cols), made of the segments that earlier adds left
+(`pydedup.signatures`). Pages that no segment covers, those that a vacuum wrote for instance, are
+read and indexed here, and covered by the segment of this add. Blocks that are deltas are in no
+index: a base is never itself one.
 """
 
 from __future__ import annotations
@@ -17,33 +17,21 @@ from numpy.typing import NDArray
 from pydedup.adapter import LIVE, Adapter
 from pydedup.blocks import MatrixView
 from pydedup.codec import Encoding, Page, read_blocks
-from pydedup.errors import CorruptStoreError
 from pydedup.ingest.places import StoredTable, stacked
 from pydedup.layout import block_places, split_places
 from pydedup.pool import PagePool
+from pydedup.signatures import SIDE_BITS, BlockKind, read_pieces, read_segments, segment_rows
 from pydedup.similarity import L2LSH
 from pydedup.types import DType
 
-__all__ = ["BlockKind", "Candidates"]
-
-#: (dtype, rows, cols) of a block.
-BlockKind = tuple[DType, int, int]
+__all__ = ["Candidates"]
 
 #: Smaller blocks are not looked for: what a delta could save, its place on a page takes.
 MIN_ELEMENTS = 1024
 _FLOATS = (DType.F32, DType.BF16, DType.F16, DType.F64)
-_COVERAGE = 0  # group of the rows that list the pages of a segment
-_SIDE_BITS = 28
-_SEGMENT_BLOCKS = 4096
-_SEGMENT_BITS = 20
+_PIECE_BLOCKS = 4096
 # Ids of blocks that have no place yet: above all places.
 _SPOOLED = 1 << 62
-
-
-def group_of(kind: BlockKind) -> int:
-    """Return the number of a group in ``signatures``: dtype code, rows and columns, never 0."""
-    dtype, rows, cols = kind
-    return (dtype.code << 2 * _SIDE_BITS) | (rows << _SIDE_BITS) | cols
 
 
 class Candidates:
@@ -66,9 +54,7 @@ class Candidates:
     def takes(dtype: DType, shape: tuple[int, int]) -> bool:
         """Whether blocks of this kind can be in an index."""
         return (
-            dtype in _FLOATS
-            and shape[0] * shape[1] >= MIN_ELEMENTS
-            and max(shape) < 1 << _SIDE_BITS
+            dtype in _FLOATS and shape[0] * shape[1] >= MIN_ELEMENTS and max(shape) < 1 << SIDE_BITS
         )
 
     def query(
@@ -108,37 +94,33 @@ class Candidates:
         """Yield rows of ``signatures`` for what is new: spooled blocks, and pages not covered.
 
         ``number`` is unique to this add; ``page_of`` (0: not written) and ``slot_of`` are the
-        places of the spool's blocks, ``page_ids`` the new pages.
+        places of the spool's blocks, ``page_ids`` the new pages. Without anything indexed, as
+        under a policy without deltas, nothing is covered.
         """
-        pieces: list[tuple[int, bytes]] = []
+        if not self._fresh and not self._uncovered:
+            return iter(())
+        return segment_rows(number, {*page_ids, *self._uncovered}, self._pieces(page_of, slot_of))
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _pieces(
+        self, page_of: NDArray[np.int64], slot_of: NDArray[np.uint32]
+    ) -> Iterator[tuple[BlockKind, L2LSH]]:
         for kind, parts in self._fresh.items():
             numbers = np.sort(np.concatenate(parts))
             numbers = numbers[page_of[numbers] > 0]
             places = block_places(page_of[numbers], slot_of[numbers])
-            pieces += _pieces(self._indexes[kind], kind, _SPOOLED | numbers, places)
+            yield from _cut(self._indexes[kind], kind, _SPOOLED | numbers, places)
         for kind, index in self._found.items():
-            pieces += _pieces(index, kind, index.ids, index.ids)
-        covered = np.array(sorted({*page_ids, *self._uncovered}), "<i8").tobytes()
-        first = number << _SEGMENT_BITS
-        yield first, _COVERAGE, covered
-        for count, (group, payload) in enumerate(pieces):
-            yield first + count, group, payload
-
-    # ---- inside -------------------------------------------------------------------------------
+            yield from _cut(index, kind, index.ids, index.ids)
 
     def _index(self, kind: BlockKind) -> L2LSH:
         index = self._indexes.get(kind)
         if index is None:
             live = self._live_pages()
             index = _new_index(kind)
-            for segment, payload in self._adapter.signatures(group_of(kind)):
-                try:
-                    index.merge(L2LSH.load(payload))
-                except CorruptStoreError as exc:
-                    raise CorruptStoreError(
-                        f"segment {segment} of the similarity index: {exc}; "
-                        "vacuum the store, which makes it anew"
-                    ) from exc
+            for piece in read_pieces(self._adapter, kind):
+                index.merge(piece)
             ids = index.ids
             index.remove(ids[~np.isin(split_places(ids)[0], live)])
             if kind in self._found:
@@ -152,9 +134,8 @@ class Candidates:
             return self._live
         live = np.array([row.id for row in self._adapter.page_rows(state=LIVE)], np.int64)
         self._live = live
-        parts = [payload for _, payload in self._adapter.signatures(_COVERAGE)]
-        covered = np.frombuffer(b"".join(parts), "<i8")
-        self._uncovered = np.setdiff1d(live, covered).tolist()
+        covered = [segment.page_ids for segment in read_segments(self._adapter)]
+        self._uncovered = np.setdiff1d(live, np.concatenate([live[:0], *covered])).tolist()
         if self._uncovered:
             self._found = index_pages(self._pool, self._uncovered)
         return live
@@ -203,9 +184,9 @@ def _new_index(kind: BlockKind) -> L2LSH:
     return L2LSH((rows, cols), dtype.numpy)
 
 
-def _pieces(
+def _cut(
     index: L2LSH, kind: BlockKind, ids: NDArray[np.int64], places: NDArray[np.int64]
-) -> Iterator[tuple[int, bytes]]:
-    for start in range(0, len(ids), _SEGMENT_BLOCKS):
-        part = slice(start, start + _SEGMENT_BLOCKS)
-        yield group_of(kind), index.select(ids[part], places[part]).save()
+) -> Iterator[tuple[BlockKind, L2LSH]]:
+    for start in range(0, len(ids), _PIECE_BLOCKS):
+        part = slice(start, start + _PIECE_BLOCKS)
+        yield kind, index.select(ids[part], places[part])

@@ -19,6 +19,7 @@ from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job
 from pydedup.layout import least_pages
 from pydedup.maintenance.repack import RepackPlan, plan_repack, repack
 from pydedup.pool import PagePool
+from pydedup.signatures import drop_dead_segments
 from pydedup.types import Progress
 
 __all__ = ["ModelReads", "VacuumReport", "plan_vacuum", "read_amplification", "vacuum_store"]
@@ -112,6 +113,7 @@ def vacuum_store(
     if _wants_repack(adapter, adapter.page_rows(state=LIVE)):
         repacked = repack(adapter, catalog, pool, progress=progress)
     freed, freed_bytes, waiting = _free_retired(adapter, grace_seconds, progress)
+    drop_dead_segments(adapter)
     adapter.compact()
     live_after = adapter.page_rows(state=LIVE)
     reads_after = read_amplification(adapter)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The similarity index of a store, as segments in the table ``signatures`` (docs/format.md).
+
+Each add leaves a segment: what it indexed of its new blocks, by their place, in pieces per kind of
+block, and which pages that covers. Nothing is ever changed in a segment. One says nothing wrong
+when its pages go, only something needless, and what is on a page that no segment covers can be
+indexed again from the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter
+from pydedup.errors import CorruptStoreError
+from pydedup.similarity import L2LSH
+from pydedup.types import DType
+
+__all__ = [
+    "SIDE_BITS",
+    "BlockKind",
+    "Segment",
+    "group_of",
+    "read_pieces",
+    "read_segments",
+    "segment_rows",
+]
+
+#: (dtype, rows, cols) of a block.
+BlockKind = tuple[DType, int, int]
+
+#: Rows and columns of a block that is indexed are below two to the power of this.
+SIDE_BITS = 28
+
+_COVERAGE = 0  # group of the rows that say what a segment covers
+_NUMBER_BITS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What one add indexed.
+
+    Attributes
+    ----------
+    rows
+        The numbers (column ``segment``) of all its rows.
+    page_ids
+        The pages whose blocks it covers, int64, ascending.
+    """
+
+    rows: Sequence[int]
+    page_ids: NDArray[np.int64]
+
+
+def group_of(kind: BlockKind) -> int:
+    """Return the group of a kind of block: dtype code, rows and columns; never 0."""
+    dtype, rows, cols = kind
+    return (dtype.code << 2 * SIDE_BITS) | (rows << SIDE_BITS) | cols
+
+
+def segment_rows(
+    number: int, page_ids: Iterable[int], pieces: Iterable[tuple[BlockKind, L2LSH]]
+) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the rows of a segment; ``number`` is that of the add's first model, used once."""
+    first = count = number << _NUMBER_BITS
+    for kind, index in pieces:
+        count += 1
+        yield count, group_of(kind), index.save()
+    covered = np.array([count - first, *sorted(page_ids)], "<i8")
+    yield first, _COVERAGE, covered.tobytes()
+
+
+def read_segments(adapter: Adapter) -> Iterator[Segment]:
+    """Yield what is in the table; what does not parse is left out, since it can be made anew."""
+    for first, payload in adapter.signatures(_COVERAGE):
+        if len(payload) < 8 or len(payload) % 8:
+            continue
+        numbers = np.frombuffer(payload, "<i8").astype(np.int64)
+        if 0 <= numbers[0] < 1 << _NUMBER_BITS and (np.diff(numbers[1:]) > 0).all():
+            yield Segment(range(first, first + int(numbers[0]) + 1), numbers[1:])
+
+
+def read_pieces(
+    adapter: Adapter, kind: BlockKind, complaints: list[str] | None = None
+) -> Iterator[L2LSH]:
+    """Yield the pieces of one kind of block, oldest first.
+
+    A damaged one is left out: then similar blocks may be missed, which costs space and nothing
+    else. ``complaints`` gets a sentence for each.
+    """
+    for number, payload in adapter.signatures(group_of(kind)):
+        try:
+            piece = L2LSH.load(payload)
+        except CorruptStoreError as exc:
+            if complaints is not None:
+                complaints.append(f"signatures, segment {number}: {exc}")
+            continue
+        if (piece.dtype, piece.block_shape) == (kind[0].numpy, kind[1:]):
+            yield piece
+
+
+def drop_dead_segments(adapter: Adapter) -> int:
+    """Delete segments of whose pages none is left; returns how many. Opens a transaction."""
+    existing = np.array([row.id for row in adapter.page_rows()], np.int64)
+    dead = [
+        segment
+        for segment in read_segments(adapter)
+        if not np.isin(segment.page_ids, existing).any()
+    ]
+    if dead:
+        with adapter.transaction():
+            adapter.delete_signatures([number for segment in dead for number in segment.rows])
+    return len(dead)
