@@ -26,7 +26,7 @@ CSRC = ROOT / "csrc"
 FACADES = {"hashing", "similarity", "packing", "codec", "pool", "matmul", "conv", "config"}
 VALUES = {"errors", "types"}
 MODEL = VALUES | {"names", "accuracy", "policies", "certificates", "graph", "adapter", "blocks"}
-CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout"}
+CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout", "signatures"}
 INNER = CORE | {"ingest", "serving", "maintenance", "report", "registry"}
 PUBLIC = {"", "store"} | CORE | {"registry", "report", "maintenance"}
 
@@ -58,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": VALUES | {"names", "graph", "blocks"},
     "layout": VALUES | {"blocks", "codec", "packing", "pool"},
     "jobs": VALUES | {"adapter"},
+    "signatures": VALUES | {"adapter", "similarity"},
     "catalog": MODEL,
     "ingest": CORE,
     "serving": CORE,
@@ -350,7 +351,7 @@ CXX_ALLOWED: dict[str, set[str]] = {
 #: Other system headers bring inline functions, which compiled with ISA flags could become the copy
 #: that the linker keeps for everybody.
 KERNEL_HEADERS = {"cstddef", "cstdint"}
-INTRINSICS = {"immintrin.h", "x86intrin.h", "emmintrin.h", "arm_neon.h"}
+INTRINSICS = {"immintrin.h", "arm_neon.h", "x86intrin.h", "emmintrin.h", "arm_neon.h"}
 
 
 def cxx_files(folder: str) -> list[Path]:
