@@ -5,21 +5,26 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
+from pydedup.accuracy import Accuracy
 from pydedup.adapter import LIVE, Adapter
-from pydedup.blocks import MatrixView
+from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.errors import ConflictError, PageNotFoundError, PydedupError
-from pydedup.ingest.match import Matcher, hash_keys
+from pydedup.formats.base import TensorEntry
+from pydedup.ingest.match import Hints, Matcher, hash_keys
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
+from pydedup.ingest.replace import choose_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.write import MatchedModel, MatchedTensor, Stager, plan_layout
+from pydedup.policies import Lossless
 from pydedup.pool import PagePool
 from pydedup.types import AddReport, Progress
 
@@ -124,27 +129,72 @@ def _match(
 
     models = []
     for request in requests:
-        model = MatchedModel(request)
         previous = Previous.of(adapter, matcher.stored, request.name, request.policy)
-        by_key: dict[object, MatchedTensor] = {}
-        for entry in request.source.entries:
-            twin = by_key.get(entry.key)
-            if twin is not None and twin.entry.shape == entry.shape:
-                # Tied weights: the same memory, so the same blocks.
-                tensor = MatchedTensor(entry, twin.grid, twin.references, twin.digests)
-                advance(int(np.prod(entry.shape)) * entry.dtype.itemsize)
-            else:
-                view = MatrixView.of(request.source.read(entry.name), request.block_shape)
-                matched = matcher.match(
-                    view, policy=request.policy, entry=entry, previous=previous, advance=advance
-                )
-                tensor = MatchedTensor(entry, view.grid, matched.references, matched.digests)
-                model.largest_error = max(model.largest_error, matched.largest_error)
-                by_key[entry.key] = tensor
-                del view
-            model.tensors.append(tensor)
-        models.append(model)
+        if isinstance(request.policy, Accuracy):
+            models.append(_match_chosen(matcher, request, request.policy, previous, advance))
+        else:
+            models.append(_match_model(matcher, request, previous, advance))
     return models
+
+
+def _match_model(
+    matcher: Matcher,
+    request: Request,
+    previous: Previous | None,
+    advance: Callable[[int], None],
+) -> MatchedModel:
+    model = MatchedModel(request)
+    by_key: dict[object, MatchedTensor] = {}
+    for entry in request.source.entries:
+        twin = by_key.get(entry.key)
+        if twin is not None and twin.entry.shape == entry.shape:
+            # Tied weights: the same memory, so the same blocks.
+            tensor = MatchedTensor(entry, twin.grid, twin.references, twin.digests)
+            advance(int(np.prod(entry.shape)) * entry.dtype.itemsize)
+        else:
+            view = MatrixView.of(request.source.read(entry.name), request.block_shape)
+            matched = matcher.match(
+                view,
+                policy=request.policy,
+                entry=entry,
+                previous=previous,
+                hints=_hints(matcher, request, entry, view.grid),
+                advance=advance,
+            )
+            matcher.aligned.note(entry, view.grid, matched.references)
+            tensor = MatchedTensor(entry, view.grid, matched.references, matched.digests)
+            model.largest_error = max(model.largest_error, matched.largest_error)
+            by_key[entry.key] = tensor
+            del view
+        model.tensors.append(tensor)
+    return model
+
+
+def _hints(matcher: Matcher, request: Request, entry: TensorEntry, grid: BlockGrid) -> Hints:
+    if not request.policy.uses_deltas:
+        return Hints()
+    return Hints(matcher.aligned.neighbours(entry, grid, request.name))
+
+
+def _match_chosen(
+    matcher: Matcher,
+    request: Request,
+    policy: Accuracy,
+    previous: Previous | None,
+    advance: Callable[[int], None],
+) -> MatchedModel:
+    """Match what the search of `Accuracy` made of the model: its bits, as `Lossless` would."""
+    chosen = choose_blocks(matcher, request, policy, previous, advance)
+    model = MatchedModel(request, evidence=chosen.certificate)
+    for entry in request.source.entries:
+        view = MatrixView.of(chosen.arrays[entry.name], request.block_shape)
+        deltas = chosen.deltas.get(entry.name, {})
+        hints = replace(_hints(matcher, request, entry, view.grid), deltas=deltas)
+        matched = matcher.match(view, policy=Lossless(), hints=hints)
+        matcher.aligned.note(entry, view.grid, matched.references)
+        digests = chosen.digests[entry.name]
+        model.tensors.append(MatchedTensor(entry, view.grid, matched.references, digests))
+    return model
 
 
 def _shared_pages_live(adapter: Adapter, matcher: Matcher, models: Sequence[MatchedModel]) -> bool:

@@ -24,11 +24,12 @@ from pydedup.signatures import SIDE_BITS, BlockKind, read_pieces, read_segments,
 from pydedup.similarity import L2LSH
 from pydedup.types import DType
 
-__all__ = ["Candidates"]
+__all__ = ["FLOATS", "Candidates"]
 
 #: Smaller blocks are not looked for: what a delta could save, its place on a page takes.
 MIN_ELEMENTS = 1024
-_FLOATS = (DType.F32, DType.BF16, DType.F16, DType.F64)
+#: Dtypes of blocks that can be bases.
+FLOATS = (DType.F32, DType.BF16, DType.F16, DType.F64)
 _PIECE_BLOCKS = 4096
 # Ids of blocks that have no place yet: above all places.
 _SPOOLED = 1 << 62
@@ -54,7 +55,7 @@ class Candidates:
     def takes(dtype: DType, shape: tuple[int, int]) -> bool:
         """Whether blocks of this kind can be in an index."""
         return (
-            dtype in _FLOATS and shape[0] * shape[1] >= MIN_ELEMENTS and max(shape) < 1 << SIDE_BITS
+            dtype in FLOATS and shape[0] * shape[1] >= MIN_ELEMENTS and max(shape) < 1 << SIDE_BITS
         )
 
     def query(
@@ -68,7 +69,7 @@ class Candidates:
         grid = blocks.grid
         shape = (grid.block_rows, grid.block_cols)
         values = blocks.data.view(blocks.dtype.numpy).reshape(-1, *shape)
-        for dtype in _FLOATS:
+        for dtype in FLOATS:
             index = self._index((dtype, *shape))
             if not len(index):
                 continue

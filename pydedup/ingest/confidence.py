@@ -85,7 +85,7 @@ class Bets:
 
     def refutes(self, drops: NDArray[np.float64], limit: float, confidence: float) -> bool:
         """Whether a mean drop of more than ``limit`` is refuted at this confidence."""
-        return self._log_capital(drops, limit) >= -math.log(1.0 - confidence)
+        return self.log_capital(drops, limit) >= -math.log(1.0 - confidence)
 
     def upper_bound(self, drops: NDArray[np.float64], confidence: float) -> float:
         """Return the smallest mean drop that is refuted; ``span`` where none is."""
@@ -99,7 +99,8 @@ class Bets:
                 low = middle
         return high
 
-    def _log_capital(self, drops: NDArray[np.float64], limit: float) -> float:
+    def log_capital(self, drops: NDArray[np.float64], limit: float) -> float:
+        """Return the log of what 1 has become after betting on all rows against ``limit``."""
         if limit >= self.span:
             return math.inf
         growth = _log_growth(drops, limit, self.span, self.shares) + np.log(self.weights)

@@ -8,8 +8,8 @@ bytes are compared before anything is shared. What is found nowhere may be near 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,18 +18,19 @@ from pydedup.adapter import Adapter
 from pydedup.blocks import MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
+from pydedup.ingest.aligned import Aligned, Neighbours
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.places import BlockReader, StoredTable
 from pydedup.ingest.previous import Previous
-from pydedup.ingest.similar import Similar
+from pydedup.ingest.similar import Delta, Similar
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.policies import Policy
 from pydedup.pool import PagePool
 
-__all__ = ["Matched", "Matcher", "hash_keys"]
+__all__ = ["ENCODE_BLOCKS", "Hints", "Matched", "Matcher", "hash_keys"]
 
-# Blocks encoded in one go: bounds the arena beside the tensor to 2 MiB or so.
-_ENCODE_BLOCKS = 128
+#: Blocks encoded in one go: bounds the arena beside the tensor to 2 MiB or so.
+ENCODE_BLOCKS = 128
 _LOOKUP_BLOCKS = 8192
 
 
@@ -58,6 +59,25 @@ class Matched:
     largest_error: float
 
 
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What is known of a matrix before its blocks are looked at.
+
+    Attributes
+    ----------
+    aligned
+        What gives candidates by position (aligned.py).
+    deltas
+        What some blocks are to be, unless an identical one is stored, by number.
+    """
+
+    aligned: Sequence[Neighbours] = ()
+    deltas: Mapping[int, Delta] = field(default_factory=dict)
+
+
+_NO_HINTS = Hints()
+
+
 class Matcher:
     """Matches the tensors of one batch, in order. Not thread-safe."""
 
@@ -67,7 +87,8 @@ class Matcher:
         self.stored = StoredTable()
         self.reader = BlockReader(pool, spool, self.stored)
         self.candidates = Candidates(adapter, pool, self.stored)
-        self._similar = Similar(self.reader, self.candidates)
+        self.similar = Similar(self.reader, self.candidates)
+        self.aligned = Aligned(adapter, self.stored, self.reader)
         # hash -> references of blocks with that hash; several only where hashes collide, or the
         # same bytes exist under two dtypes.
         self._known: dict[bytes, list[int]] = {}
@@ -80,6 +101,7 @@ class Matcher:
         policy: Policy,
         entry: TensorEntry | None = None,
         previous: Previous | None = None,
+        hints: Hints = _NO_HINTS,
         advance: Callable[[int], None] | None = None,
     ) -> Matched:
         """Find or keep each block of a matrix; ``entry`` names it for a look at ``previous``."""
@@ -98,15 +120,33 @@ class Matcher:
         changed = np.flatnonzero(~unchanged)
         for start in range(0, len(changed), _LOOKUP_BLOCKS):
             some = changed[start : start + _LOOKUP_BLOCKS]
-            keys = hash_keys(digests[some])
-            self._look_up(keys)
-            fresh = self._resolve(view, dict(zip(some.tolist(), keys, strict=True)), references)
+            fresh = self._find(view, digests, some, references)
             matched.largest_error = max(
-                matched.largest_error, self._keep(view, fresh, matched, policy)
+                matched.largest_error, self._keep(view, fresh, matched, policy, hints)
             )
             if advance is not None:
                 advance(int(sizes[some].sum()))
         return matched
+
+    def find(self, view: MatrixView, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Return references of blocks that are identical to known ones, else `NO_BASE`."""
+        references = np.full(len(digests), NO_BASE, np.int64)
+        for start in range(0, len(digests), _LOOKUP_BLOCKS):
+            stop = min(start + _LOOKUP_BLOCKS, len(digests))
+            self._find(view, digests, np.arange(start, stop), references)
+        return references
+
+    def _find(
+        self,
+        view: MatrixView,
+        digests: NDArray[np.uint64],
+        indices: NDArray[np.int64],
+        references: NDArray[np.int64],
+    ) -> dict[bytes, list[int]]:
+        """Refer to blocks that some are identical to; return the others, by hash."""
+        keys = hash_keys(digests[indices])
+        self._look_up(keys)
+        return self._resolve(view, dict(zip(indices.tolist(), keys, strict=True)), references)
 
     def _look_up(self, keys: list[bytes]) -> None:
         """Ask the store about hashes that it was not asked about before."""
@@ -150,7 +190,12 @@ class Matcher:
         return fresh
 
     def _keep(
-        self, view: MatrixView, fresh: dict[bytes, list[int]], matched: Matched, policy: Policy
+        self,
+        view: MatrixView,
+        fresh: dict[bytes, list[int]],
+        matched: Matched,
+        policy: Policy,
+        hints: Hints,
     ) -> float:
         """Keep the distinct ones of ``fresh``, in block order; returns the largest error."""
         leader_of: dict[int, int] = {}
@@ -166,17 +211,30 @@ class Matcher:
                 leader_of[i] = leader
         leaders.sort()
         largest_error = 0.0
-        for start in range(0, len(leaders), _ENCODE_BLOCKS):
-            piece = np.array(leaders[start : start + _ENCODE_BLOCKS], np.int64)
-            largest_error = max(largest_error, self._keep_piece(view, piece, matched, policy))
+        for start in range(0, len(leaders), ENCODE_BLOCKS):
+            piece = np.array(leaders[start : start + ENCODE_BLOCKS], np.int64)
+            error = self._keep_piece(view, piece, matched, policy, hints)
+            largest_error = max(largest_error, error)
         for i, leader in leader_of.items():
             matched.references[i] = matched.references[leader]
         return largest_error
 
     def _keep_piece(
-        self, view: MatrixView, piece: NDArray[np.int64], matched: Matched, policy: Policy
+        self,
+        view: MatrixView,
+        piece: NDArray[np.int64],
+        matched: Matched,
+        policy: Policy,
+        hints: Hints,
     ) -> float:
-        kept = self._similar.keep(view, piece, matched.digests[piece], policy)
+        kept = self.similar.keep(
+            view,
+            piece,
+            matched.digests[piece],
+            policy,
+            aligned=[neighbours(piece) for neighbours in hints.aligned],
+            deltas=hints.deltas,
+        )
         is_new = kept.shared == NO_BASE
         matched.references[piece[~is_new]] = kept.shared[~is_new]
         new = np.flatnonzero(is_new)
@@ -194,7 +252,7 @@ class Matcher:
             self._known.setdefault(key, []).append(number)
         if policy.uses_deltas:
             whole = kept.bases[new] == NO_BASE
-            self._similar.add(view, piece[new[whole]], numbers[whole])
+            self.similar.add(view, piece[new[whole]], numbers[whole])
         return float(kept.errors.max(initial=0.0))
 
 

@@ -127,6 +127,15 @@ class BlockReader:
             self._stored.note_costs(references[stored[rows]], pages, page_index, slots[rows])
             yield stored[rows], pages, page_index, slots[rows]
 
+    def dtypes_of(self, references: NDArray[np.int64]) -> list[DType]:
+        """Return the dtype of each block."""
+        codes = np.empty(len(references), np.int64)
+        for rows, pages, page_index, slots in self.windows(references):
+            tables = [page.slots["dtype"] for page in pages]
+            codes[rows] = [tables[p][s] for p, s in zip(page_index, slots, strict=True)]
+        known = {code: DType.of_code(code) for code in np.unique(codes).tolist()}
+        return [known[code] for code in codes.tolist()]
+
     def read(
         self, references: NDArray[np.int64], dtype: DType, shape: tuple[int, int]
     ) -> MatrixView:

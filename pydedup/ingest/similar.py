@@ -8,7 +8,9 @@ at least 5 % of what the block takes by itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +18,23 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
-from pydedup.ingest.candidates import Candidates
+from pydedup.ingest.candidates import FLOATS, Candidates
 from pydedup.ingest.places import BlockReader, by_shape, stack_blocks, stacked
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.similarity import distances
 from pydedup.types import DType
 
-__all__ = ["Kept", "Similar"]
+__all__ = [
+    "Delta",
+    "Kept",
+    "Pairs",
+    "Similar",
+    "decode_deltas",
+    "encoded_blocks",
+    "exact_distances",
+    "values_of",
+]
 
 # Candidates of one dtype that are looked at.
 _NEAREST = 3
@@ -61,13 +72,77 @@ class Kept:
 
 
 @dataclass(slots=True)
-class _Pairs:
-    """Blocks (numbers within a stack) and candidates for each, all of one dtype."""
+class Pairs:
+    """Pairs of a stacked block and a candidate for it, all of one dtype.
+
+    Attributes
+    ----------
+    rows
+        The number of the block in its stack, ascending.
+    references
+        Of the candidate.
+    estimates
+        Of the relative L2 distance between the two.
+    bases
+        The distinct candidates, stacked.
+    base_index
+        Which of ``bases`` the candidate is.
+    """
 
     rows: NDArray[np.int64]
     references: NDArray[np.int64]
-    bases: MatrixView  # stacked, distinct
+    estimates: NDArray[np.float64]
+    bases: MatrixView
     base_index: NDArray[np.int64]
+
+    def select(self, entries: NDArray[np.int64]) -> Pairs:
+        """Return some of the pairs."""
+        return Pairs(
+            self.rows[entries],
+            self.references[entries],
+            self.estimates[entries],
+            self.bases,
+            self.base_index[entries],
+        )
+
+
+# Rows, references and estimates of pairs.
+_Columns = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """An encoded delta.
+
+    Attributes
+    ----------
+    base, base_tag
+        Reference of its base, and what its slot is to carry.
+    payload
+        The encoded bytes, uint8.
+    encoding
+        Code of its `codec.Encoding`.
+    """
+
+    base: int
+    base_tag: int
+    payload: NDArray[np.uint8]
+    encoding: int
+
+    def encoded(self) -> codec.EncodedBlocks:
+        """Return it as the only one of several encoded blocks."""
+        return encoded_blocks([self])
+
+
+def encoded_blocks(deltas: Sequence[Delta]) -> codec.EncodedBlocks:
+    """Return deltas one after another."""
+    lengths = np.array([len(delta.payload) for delta in deltas], np.int64)
+    return codec.EncodedBlocks(
+        np.concatenate([delta.payload for delta in deltas]),
+        np.cumsum(lengths) - lengths,
+        lengths,
+        np.array([delta.encoding for delta in deltas], np.uint8),
+    )
 
 
 class Similar:
@@ -83,8 +158,18 @@ class Similar:
         indices: NDArray[np.int64],
         digests: NDArray[np.uint64],
         policy: Policy,
+        aligned: Sequence[NDArray[np.int64]] = (),
+        deltas: Mapping[int, Delta] | None = None,
     ) -> Kept:
-        """Decide about blocks of a matrix with these digests."""
+        """Decide about blocks of a matrix with these digests.
+
+        Parameters
+        ----------
+        aligned
+            References of candidates for these blocks (aligned.py).
+        deltas
+            What some blocks are to be, by their number in the matrix.
+        """
         encoded = codec.encode_blocks(view, indices, planes=policy.compresses)
         count = len(indices)
         kept = Kept(
@@ -98,7 +183,11 @@ class Similar:
         if policy.uses_deltas:
             for shape, at in by_shape(np.arange(count, dtype=np.int64), view, indices):
                 if Candidates.takes(view.dtype, shape):
-                    self._improve(kept, stack_blocks(view, indices[at], shape), at, policy)
+                    blocks = stack_blocks(view, indices[at], shape)
+                    near = [references[at] for references in aligned]
+                    self._improve(kept, blocks, at, policy, near)
+        if deltas:
+            _take(kept, [(i, deltas[n]) for i, n in enumerate(indices.tolist()) if n in deltas])
         return kept
 
     def add(self, view: MatrixView, indices: NDArray[np.int64], numbers: NDArray[np.int64]) -> None:
@@ -107,13 +196,50 @@ class Similar:
             if Candidates.takes(view.dtype, shape):
                 self._candidates.add(stack_blocks(view, indices[at], shape), numbers[at])
 
+    def pairs(
+        self, blocks: MatrixView, farthest: float, aligned: Sequence[NDArray[np.int64]] = ()
+    ) -> list[Pairs]:
+        """Return the candidates of stacked blocks that seem to be at most that far away.
+
+        ``aligned`` are references of further candidates (aligned.py), one per block each.
+        """
+        shape = (blocks.grid.block_rows, blocks.grid.block_cols)
+        found: dict[DType, list[_Columns]] = {}
+        for dtype, references, estimates in self._candidates.query(blocks, _NEAREST):
+            rows, columns = np.nonzero(estimates <= farthest)
+            column = (rows, references[rows, columns], estimates[rows, columns])
+            found.setdefault(dtype, []).append(column)
+        for references in aligned:
+            dtypes = self._reader.dtypes_of(references)
+            for dtype in set(dtypes).intersection(FLOATS):
+                rows = np.array([i for i, d in enumerate(dtypes) if d is dtype], np.int64)
+                column = (rows, references[rows], np.full(len(rows), np.nan))
+                found.setdefault(dtype, []).append(column)
+        pairs = []
+        for dtype, columns_of in found.items():
+            rows, chosen, estimates = _distinct(columns_of)
+            if not len(rows):
+                continue
+            distinct, base_index = np.unique(chosen, return_inverse=True)
+            bases = self._reader.read(distinct, dtype, shape)
+            some = Pairs(rows, chosen, estimates, bases, base_index)
+            unknown = np.flatnonzero(np.isnan(estimates))
+            some.estimates[unknown] = _measured(blocks, some, unknown)
+            pairs.append(some.select(np.flatnonzero(some.estimates <= farthest)))
+        return pairs
+
     # ---- inside -------------------------------------------------------------------------------
 
     def _improve(
-        self, kept: Kept, blocks: MatrixView, at: NDArray[np.int64], policy: Policy
+        self,
+        kept: Kept,
+        blocks: MatrixView,
+        at: NDArray[np.int64],
+        policy: Policy,
+        aligned: Sequence[NDArray[np.int64]],
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
-        pairs = list(self._pairs(blocks))
+        pairs = self.pairs(blocks, _FARTHEST, aligned)
         open_rows = np.ones(len(at), np.bool_)
         if policy.max_rel_error > 0:
             for some in pairs:
@@ -143,27 +269,12 @@ class Similar:
             if len(rows):
                 self._encode(kept, blocks, some, rows, choice[rows, 1], at, lengths, bound)
 
-    def _pairs(self, blocks: MatrixView) -> list[_Pairs]:
-        shape = (blocks.grid.block_rows, blocks.grid.block_cols)
-        found = []
-        for dtype, references, estimates in self._candidates.query(blocks, _NEAREST):
-            rows, columns = np.nonzero(estimates <= _FARTHEST)
-            if not len(rows):
-                continue
-            chosen = references[rows, columns]
-            # A candidate may have become a delta's page meanwhile: only what is whole is a base.
-            distinct, base_index = np.unique(chosen, return_inverse=True)
-            bases = self._reader.read(distinct, dtype, shape)
-            found.append(_Pairs(rows.astype(np.int64), chosen, bases, base_index.astype(np.int64)))
-        return found
-
     @staticmethod
     def _share(
-        kept: Kept, blocks: MatrixView, pairs: _Pairs, at: NDArray[np.int64], bound: float
+        kept: Kept, blocks: MatrixView, pairs: Pairs, at: NDArray[np.int64], bound: float
     ) -> None:
         """Take stored blocks as they are where they are within the bound; the nearest one."""
-        values, bases = _values(blocks), _values(pairs.bases)
-        away = distances(values[pairs.rows], bases[pairs.base_index], limit=bound).relative_l2
+        away = exact_distances(blocks, pairs, bound)
         for entry in np.argsort(away, kind="stable"):
             if not away[entry] <= bound:
                 break
@@ -176,7 +287,7 @@ class Similar:
         self,
         kept: Kept,
         blocks: MatrixView,
-        pairs: _Pairs,
+        pairs: Pairs,
         rows: NDArray[np.int64],
         entries: NDArray[np.int64],
         at: NDArray[np.int64],
@@ -201,9 +312,51 @@ class Similar:
             where = at[rows[lossy]]
             kept.digests[where] = hash_view(content)
             kept.errors[where] = distances(
-                _values(blocks)[rows[lossy]], _values(content)
+                values_of(blocks)[rows[lossy]], values_of(content)
             ).relative_l2
         kept.encoded = _replaced(kept.encoded, places, deltas, good)
+
+
+def _distinct(columns: Sequence[_Columns]) -> _Columns:
+    """Return pairs without repeats, by row; of repeats the first."""
+    rows, references, estimates = (
+        np.concatenate([column[i] for column in columns]) for i in range(3)
+    )
+    _, first = np.unique(np.stack([rows, references]), axis=1, return_index=True)
+    return rows[first], references[first], estimates[first]
+
+
+def _measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the distances of some pairs; bases of another dtype are rounded to the block's."""
+    if not len(entries):
+        return np.empty(0)
+    chosen = pairs.select(entries)
+    with np.errstate(over="ignore"):
+        bases = values_of(pairs.bases).astype(blocks.dtype.numpy, copy=False)
+    return distances(values_of(blocks)[chosen.rows], bases[chosen.base_index]).relative_l2
+
+
+def exact_distances(blocks: MatrixView, pairs: Pairs, limit: float) -> NDArray[np.float64]:
+    """Return the relative L2 distance of each pair, infinity where it is beyond ``limit``.
+
+    Of blocks of another dtype than their candidates it is an estimate.
+    """
+    if pairs.bases.dtype != blocks.dtype:
+        return np.where(pairs.estimates <= limit, pairs.estimates, np.inf)
+    values, bases = values_of(blocks), values_of(pairs.bases)
+    return distances(values[pairs.rows], bases[pairs.base_index], limit=limit).relative_l2
+
+
+def _take(kept: Kept, chosen: Sequence[tuple[int, Delta]]) -> None:
+    """Keep some blocks as these deltas, whatever was decided about them."""
+    if not chosen:
+        return
+    rows = np.array([row for row, _ in chosen], np.int64)
+    deltas = [delta for _, delta in chosen]
+    kept.shared[rows] = NO_BASE
+    kept.bases[rows] = [delta.base for delta in deltas]
+    kept.base_tags[rows] = np.array([delta.base_tag for delta in deltas], np.uint64)
+    kept.encoded = _replaced(kept.encoded, rows, encoded_blocks(deltas), np.arange(len(rows)))
 
 
 def decode_deltas(
@@ -277,7 +430,7 @@ def _replaced(
     )
 
 
-def _values(blocks: MatrixView) -> NDArray[np.generic]:
+def values_of(blocks: MatrixView) -> NDArray[Any]:
     """Return stacked blocks as numbers of shape (n, rows, cols)."""
     grid = blocks.grid
     return blocks.data.view(blocks.dtype.numpy).reshape(-1, grid.block_rows, grid.block_cols)

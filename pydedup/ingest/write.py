@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,8 @@ class MatchedModel:
     request: Request
     tensors: list[MatchedTensor] = field(default_factory=list)
     largest_error: float = 0.0
+    #: What the search of a policy found out.
+    evidence: Mapping[str, Any] = field(default_factory=dict)
     model_id: int = 0
 
     def references(self, reader: BlockReader | None = None) -> NDArray[np.int64]:
@@ -80,6 +82,7 @@ class MatchedModel:
             "policy": policy.name,
             **policy.parameters(),
             "largest_block_error": self.largest_error,
+            **self.evidence,
         }
 
     def digest(self) -> bytes:

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the policy `Accuracy` may put in the place of a model's blocks, and what came of it.
+
+Everything that a block might become is encoded beforehand, so the search evaluates what would be
+stored, bit for bit. The whole model is in memory meanwhile, about three times: as it was given, as
+it is being changed, and the stored blocks that are near to its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.accuracy import Accuracy
+from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.formats.base import TensorEntry
+from pydedup.hashing import hash_view
+from pydedup.ingest.accuracy import Replacement, choose
+from pydedup.ingest.aligned import Neighbours
+from pydedup.ingest.candidates import Candidates
+from pydedup.ingest.match import ENCODE_BLOCKS, Matcher
+from pydedup.ingest.places import by_shape, stack_blocks
+from pydedup.ingest.plan import Request
+from pydedup.ingest.previous import Previous
+from pydedup.ingest.similar import Delta, Pairs, decode_deltas, exact_distances, values_of
+from pydedup.ingest.spool import NO_BASE
+from pydedup.similarity import magnitude
+
+__all__ = ["Chosen", "choose_blocks"]
+
+# Error bounds of the quantised deltas that are tried where a stored block is too far away.
+_BOUNDS = (0.03, 0.005)
+_QUANTISED = int(codec.Encoding.QUANTISED)
+
+_Content = Callable[[], NDArray[Any]]
+# What a block may become: its content, the bytes that saves, the delta behind it if there is one.
+_Level = tuple[_Content, int, Delta | None]
+
+
+@dataclass(slots=True)
+class Chosen:
+    """A model as it is to be stored.
+
+    Attributes
+    ----------
+    arrays
+        Its tensors by name.
+    digests
+        Those of the source's blocks by name, uint64 (n, 2).
+    deltas
+        By name: number of a block -> the quantised delta that gives what ``arrays`` has there.
+    certificate
+        What `choose` found out.
+    """
+
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    digests: dict[str, NDArray[np.uint64]] = field(default_factory=dict)
+    deltas: dict[str, dict[int, Delta]] = field(default_factory=dict)
+    certificate: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_blocks(
+    matcher: Matcher,
+    request: Request,
+    policy: Accuracy,
+    previous: Previous | None,
+    advance: Callable[[int], None],
+) -> Chosen:
+    """Search for what may be replaced; ``advance`` is told the bytes of each tensor looked at."""
+    chosen = Chosen()
+    offers: list[_Offer] = []
+    shared: dict[str, list[tuple[slice, slice]]] = {}
+    by_key: dict[object, str] = {}
+    for entry in request.source.entries:
+        twin = by_key.get(entry.key)
+        if twin is not None and chosen.arrays[twin].shape == entry.shape:
+            # Tied weights stay tied: one array, of whose blocks each is replaced once.
+            chosen.arrays[entry.name] = chosen.arrays[twin]
+            chosen.digests[entry.name] = chosen.digests[twin]
+            continue
+        by_key[entry.key] = entry.name
+        array = np.array(request.source.read(entry.name), dtype=entry.dtype.numpy, order="C")
+        chosen.arrays[entry.name] = array
+        view = MatrixView.of(array, request.block_shape)
+        digests = chosen.digests[entry.name] = hash_view(view)
+        references = matcher.find(view, digests)
+        found = np.flatnonzero(references != NO_BASE)
+        shared[entry.name] = [_area(view.grid, number) for number in found.tolist()]
+        aligned = matcher.aligned.neighbours(entry, view.grid, request.name)
+        tensor = _Tensor(matcher, entry, view, digests, policy.max_rel_error, previous, aligned)
+        offers += tensor.offers(np.flatnonzero(references == NO_BASE))
+        advance(array.nbytes)
+    choice = choose(chosen.arrays, [o.replacement for o in offers], policy, shared=shared)
+    for level, offer in zip(choice.levels.tolist(), offers, strict=True):
+        delta = offer.deltas[level] if level >= 0 else None
+        if delta is not None and offer.replacement.tensor not in choice.finetuned:
+            chosen.deltas.setdefault(offer.replacement.tensor, {})[offer.number] = delta
+    chosen.certificate = choice.certificate
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What one block may become, and the deltas behind its levels (None: a stored block)."""
+
+    number: int
+    replacement: Replacement
+    deltas: tuple[Delta | None, ...]
+
+
+class _Tensor:
+    """A tensor of the model whose blocks may be replaced."""
+
+    def __init__(
+        self,
+        matcher: Matcher,
+        entry: TensorEntry,
+        view: MatrixView,
+        digests: NDArray[np.uint64],
+        farthest: float,
+        previous: Previous | None,
+        aligned: Sequence[Neighbours],
+    ) -> None:
+        self._aligned = aligned
+        self._matcher = matcher
+        self._name = entry.name
+        # The search changes the array in place: what deltas are made of is a copy.
+        self._view = MatrixView(view.data.copy(), view.dtype, view.grid)
+        self._farthest = farthest
+        self._spread = _spread(view)
+        self._before = np.full(view.grid.count, NO_BASE, np.int64)
+        if previous is not None:
+            self._before = previous.references(entry, view.grid, digests)
+
+    def offers(self, numbers: NDArray[np.int64]) -> Iterator[_Offer]:
+        """Yield what these blocks may become, in order, for those that may become anything."""
+        view = self._view
+        for shape, at in by_shape(np.arange(len(numbers), dtype=np.int64), view, numbers):
+            if not Candidates.takes(view.dtype, shape):
+                continue
+            for start in range(0, len(at), ENCODE_BLOCKS):
+                yield from self._piece(numbers[at[start : start + ENCODE_BLOCKS]], shape)
+
+    def _piece(self, numbers: NDArray[np.int64], shape: tuple[int, int]) -> Iterator[_Offer]:
+        view = self._view
+        blocks = stack_blocks(view, numbers, shape)
+        magnitudes = magnitude(values_of(blocks)) / self._spread
+        plain = codec.encode_blocks(view, numbers, planes=True).lengths
+        levels: list[list[_Level]] = [[] for _ in numbers]
+        rest = self._as_before(numbers, shape, plain, levels)
+        near = [neighbours(numbers) for neighbours in self._aligned]
+        self._as_others(blocks, near, plain, rest, levels)
+        for row, number in enumerate(numbers.tolist()):
+            if not levels[row]:
+                continue
+            contents, saved, deltas = zip(*levels[row], strict=True)
+            rows, cols = _area(view.grid, number)
+            yield _Offer(
+                number,
+                Replacement(
+                    tensor=self._name,
+                    rows=rows,
+                    cols=cols,
+                    levels=contents,
+                    saved=saved,
+                    magnitude=float(magnitudes[row]),
+                    layer_bytes=view.data.nbytes,
+                ),
+                deltas,
+            )
+
+    def _as_before(
+        self,
+        numbers: NDArray[np.int64],
+        shape: tuple[int, int],
+        plain: NDArray[np.int64],
+        levels: list[list[_Level]],
+    ) -> NDArray[np.bool_]:
+        """Offer what the version before has for blocks that did not change; return the others."""
+        references = self._before[numbers]
+        rest: NDArray[np.bool_] = references == NO_BASE
+        rows = np.flatnonzero(~rest)
+        kept = values_of(self._matcher.reader.read(references[rows], self._view.dtype, shape))
+        for content, row in zip(kept, rows.tolist(), strict=True):
+            levels[row].append((partial(_same, content), int(plain[row]), None))
+        return rest
+
+    def _as_others(
+        self,
+        blocks: MatrixView,
+        aligned: Sequence[NDArray[np.int64]],
+        plain: NDArray[np.int64],
+        rest: NDArray[np.bool_],
+        levels: list[list[_Level]],
+    ) -> None:
+        """Offer the nearest stored block, and quantised deltas on it."""
+        pairs = self._matcher.similar.pairs(blocks, self._farthest, aligned)
+        least = np.full(len(plain), np.inf)
+        choice = np.zeros((len(plain), 2), np.int64)
+        for which, some in enumerate(pairs):
+            away = exact_distances(blocks, some, self._farthest)
+            for entry, row in enumerate(some.rows.tolist()):
+                if rest[row] and away[entry] < least[row]:
+                    least[row] = away[entry]
+                    choice[row] = which, entry
+        for which, some in enumerate(pairs):
+            rows = np.flatnonzero(np.isfinite(least) & (choice[:, 0] == which))
+            entries = choice[rows, 1]
+            if some.bases.dtype == blocks.dtype:
+                contents = values_of(some.bases)
+                for row, base in zip(rows.tolist(), some.base_index[entries], strict=True):
+                    levels[row].append((partial(_same, contents[base]), int(plain[row]), None))
+            for bound in _BOUNDS:
+                worth = least[rows] > bound
+                self._quantise(blocks, some, rows[worth], entries[worth], plain, bound, levels)
+
+    @staticmethod
+    def _quantise(
+        blocks: MatrixView,
+        pairs: Pairs,
+        rows: NDArray[np.int64],
+        entries: NDArray[np.int64],
+        plain: NDArray[np.int64],
+        bound: float,
+        levels: list[list[_Level]],
+    ) -> None:
+        base_index = pairs.base_index[entries]
+        encoded = codec.encode_deltas(
+            blocks,
+            rows,
+            pairs.bases,
+            base_index,
+            limits=plain[rows] - np.maximum(plain[rows] // 20, 1),
+            max_rel_error=bound,
+        )
+        tags = codec.base_tags(hash_view(pairs.bases))
+        for i, row in enumerate(rows.tolist()):
+            length, start = int(encoded.lengths[i]), int(encoded.offsets[i])
+            if length == 0 or encoded.encodings[i] != _QUANTISED:
+                continue
+            base = int(base_index[i])
+            delta = Delta(
+                int(pairs.references[entries[i]]),
+                int(tags[base]),
+                encoded.arena[start : start + length].copy(),
+                _QUANTISED,
+            )
+            content = partial(_decoded, delta, blocks, pairs.bases, base)
+            levels[row].append((content, int(plain[row]) - length, delta))
+
+
+def _same(content: NDArray[Any]) -> NDArray[Any]:
+    return content
+
+
+def _decoded(delta: Delta, blocks: MatrixView, bases: MatrixView, base: int) -> NDArray[Any]:
+    one = decode_deltas(
+        delta.encoded(), np.zeros(1, np.int64), blocks.dtype, bases, np.array([base], np.int64)
+    )
+    content: NDArray[Any] = values_of(one)[0]
+    return content
+
+
+def _area(grid: BlockGrid, number: int) -> tuple[slice, slice]:
+    """Return where a block lies in the matrix."""
+    row, col = divmod(number, grid.grid_cols)
+    top, left = row * grid.block_rows, col * grid.block_cols
+    return (
+        slice(top, min(top + grid.block_rows, grid.rows)),
+        slice(left, min(left + grid.block_cols, grid.cols)),
+    )
+
+
+def _spread(view: MatrixView) -> float:
+    """Return the range of a layer's finite weights, by which magnitudes are normalised."""
+    if not view.dtype.is_float or view.data.size == 0:
+        return 1.0
+    values = view.data.view(view.dtype.numpy)
+    finite = values[np.isfinite(values)].astype(np.float64)
+    spread = float(finite.max() - finite.min()) if finite.size else 0.0
+    return spread if spread > 0 else 1.0
