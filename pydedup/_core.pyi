@@ -3,7 +3,7 @@
 # of csrc/bindings/bind_<area>.cpp.
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +99,13 @@ def build_page(
     bases: NDArray[np.uint64],
 ) -> bytes: ...
 def page_checksum(payload: bytes) -> bytes: ...
-def page_digests(page: Page, threads: int = 0) -> NDArray[np.uint64]: ...
+
+#: Pages, index of each block's base among them (-1 for none), slot on it.
+Bases: TypeAlias = tuple[Sequence[Page], NDArray[np.int64], NDArray[np.uint32]]
+
+def page_digests(
+    page: Page, bases: Bases | None = None, threads: int = 0
+) -> NDArray[np.uint64]: ...
 def read_blocks(
     pages: Sequence[Page],
     page_index: NDArray[np.uint32],
@@ -109,20 +115,7 @@ def read_blocks(
     dtype: int,
     block_rows: int,
     block_cols: int,
-    threads: int = 0,
-) -> None: ...
-def read_deltas(
-    pages: Sequence[Page],
-    page_index: NDArray[np.uint32],
-    slots: NDArray[np.uint32],
-    base_pages: Sequence[Page],
-    base_page_index: NDArray[np.int64],
-    base_slots: NDArray[np.uint32],
-    indices: NDArray[np.int64],
-    out: NDArray[np.uint8],
-    dtype: int,
-    block_rows: int,
-    block_cols: int,
+    bases: Bases | None = None,
     threads: int = 0,
 ) -> None: ...
 def blocks_equal(
@@ -134,9 +127,17 @@ def blocks_equal(
     pages: Sequence[Page],
     page_index: NDArray[np.uint32],
     slots: NDArray[np.uint32],
+    bases: Bases | None = None,
     threads: int = 0,
 ) -> NDArray[np.bool_]: ...
-def same_block(page_a: Page, slot_a: int, page_b: Page, slot_b: int) -> bool: ...
+def same_block(
+    page_a: Page,
+    slot_a: int,
+    page_b: Page,
+    slot_b: int,
+    base_a: tuple[Page, int] | None = None,
+    base_b: tuple[Page, int] | None = None,
+) -> bool: ...
 
 # ---- storage: the buffer pool ----
 
@@ -171,6 +172,7 @@ class Matmul:
         pages: Sequence[Page],
         page_index: NDArray[np.uint32],
         slots: NDArray[np.uint32],
+        bases: Bases | None = None,
     ) -> None: ...
     @property
     def fed(self) -> int: ...
@@ -190,6 +192,8 @@ class RowTable:
         dtype: int,
         page_ids: NDArray[np.int64],
         slots: NDArray[np.uint32],
+        base_page_ids: NDArray[np.int64] | None = None,
+        base_slots: NDArray[np.uint32] | None = None,
     ) -> None: ...
     def take(
         self,
@@ -227,6 +231,31 @@ class RowTable:
         out: NDArray[Any],
         threads: int = 0,
     ) -> None: ...
+    def take_blocks(
+        self,
+        numbers: NDArray[np.int64],
+        pages: Sequence[Page],
+        page_index: NDArray[np.uint32],
+        slots: NDArray[np.uint32],
+        bases: Bases | None,
+        ids: NDArray[np.int64],
+        out: NDArray[np.uint8],
+        threads: int = 0,
+    ) -> None: ...
+    def bag_blocks(
+        self,
+        numbers: NDArray[np.int64],
+        pages: Sequence[Page],
+        page_index: NDArray[np.uint32],
+        slots: NDArray[np.uint32],
+        bases: Bases | None,
+        ids: NDArray[np.int64],
+        edges: NDArray[np.int64],
+        weights: NDArray[Any] | None,
+        mode: str,
+        out: NDArray[Any],
+        threads: int = 0,
+    ) -> None: ...
 
 # ---- conv ----
 
@@ -254,6 +283,7 @@ class Conv2d:
         pages: Sequence[Page],
         page_index: NDArray[np.uint32],
         slots: NDArray[np.uint32],
+        bases: Bases | None = None,
     ) -> None: ...
     @property
     def fed(self) -> int: ...

@@ -266,6 +266,8 @@ def _unpack_part(part: bytes) -> _Part:
     if magic != _MAP_MAGIC or not n_columns or wide not in (2, 4) or size != len(part):
         raise CorruptStoreError(f"a block map of {len(part)} bytes does not parse")
     pages = np.frombuffer(part, "<i8", n_pages, _MAP_HEADER.size).astype(np.int64, copy=False)
+    if n_pages and int(pages.min()) < 0:
+        raise CorruptStoreError("a block map names a page with a negative id")
     table = np.frombuffer(part, f"<u{wide}", n_columns * n_blocks, _MAP_HEADER.size + 8 * n_pages)
     index, slots, *bases = table.reshape(n_columns, n_blocks)
     if n_blocks and int(index.max()) >= n_pages:

@@ -36,6 +36,7 @@ __all__ = [
     "Page",
     "StoredBases",
     "base_tags",
+    "bases_for_core",
     "blocks_equal",
     "build_page",
     "encode_blocks",
@@ -346,13 +347,16 @@ def page_checksum(payload: bytes) -> bytes:
     return _core.page_checksum(payload)
 
 
-def page_digests(page: Page, *, threads: int = 0) -> NDArray[np.uint64]:
+def page_digests(
+    page: Page, *, bases: StoredBases | None = None, threads: int = 0
+) -> NDArray[np.uint64]:
     """Return the digest of the content of each slot, as `pydedup.hashing.hash_blocks` would.
 
-    The result is uint64 of shape (n_slots, 2). Raises CorruptStoreError when a block does not
-    decode.
+    ``bases`` says where the bases of the deltas on the page are, slot by slot. The result is uint64
+    of shape (n_slots, 2). Raises CorruptStoreError when a block does not decode, a delta without
+    its base included.
     """
-    return _core.page_digests(page, threads)
+    return _core.page_digests(page, bases_for_core(bases), threads)
 
 
 def read_blocks(
@@ -394,22 +398,6 @@ def read_blocks(
     if not view.data.flags.writeable:
         raise ArgumentError("read_blocks needs a writable matrix; this one is read-only")
     grid = view.grid
-    if bases is not None:
-        _core.read_deltas(
-            pages,
-            _column(page_index, np.uint32, "page_index"),
-            _column(slots, np.uint32, "slots"),
-            bases.pages,
-            _column(bases.page_index, np.int64, "bases.page_index"),
-            _column(bases.slots, np.uint32, "bases.slots"),
-            _column(indices, np.int64, "indices"),
-            view.data,
-            view.dtype.code,
-            grid.block_rows,
-            grid.block_cols,
-            threads,
-        )
-        return
     _core.read_blocks(
         pages,
         _column(page_index, np.uint32, "page_index"),
@@ -419,6 +407,7 @@ def read_blocks(
         view.dtype.code,
         grid.block_rows,
         grid.block_cols,
+        bases_for_core(bases),
         threads,
     )
 
@@ -430,6 +419,7 @@ def blocks_equal(
     page_index: ArrayLike,
     slots: ArrayLike,
     *,
+    bases: StoredBases | None = None,
     threads: int = 0,
 ) -> NDArray[np.bool_]:
     """Compare blocks of a matrix view with stored blocks, byte by byte.
@@ -452,13 +442,36 @@ def blocks_equal(
         pages,
         _column(page_index, np.uint32, "page_index"),
         _column(slots, np.uint32, "slots"),
+        bases_for_core(bases),
         threads,
     )
 
 
-def same_block(page_a: Page, slot_a: int, page_b: Page, slot_b: int) -> bool:
-    """Return whether two stored blocks have the same dtype, shape and content."""
-    return _core.same_block(page_a, slot_a, page_b, slot_b)
+def same_block(
+    page_a: Page,
+    slot_a: int,
+    page_b: Page,
+    slot_b: int,
+    *,
+    base_a: tuple[Page, int] | None = None,
+    base_b: tuple[Page, int] | None = None,
+) -> bool:
+    """Return whether two stored blocks have the same dtype, shape and content.
+
+    A delta comes with the page and slot of its base.
+    """
+    return _core.same_block(page_a, slot_a, page_b, slot_b, base_a, base_b)
+
+
+def bases_for_core(bases: StoredBases | None) -> _core.Bases | None:
+    """Return bases as the functions of the core take them; for the other facades."""
+    if bases is None:
+        return None
+    return (
+        bases.pages,
+        _column(bases.page_index, np.int64, "bases.page_index"),
+        _column(bases.slots, np.uint32, "bases.slots"),
+    )
 
 
 def _blocks(view: MatrixView) -> tuple[NDArray[np.uint8], int, int, int]:

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup import _core
 from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError
-from pydedup.matmul import ACTIVATIONS, compute_dtype, real_array
+from pydedup.matmul import ACTIVATIONS, compute_dtype, feed_blocks, real_array
 from pydedup.pool import PagePool
 
 __all__ = ["Padding", "Pair", "Window", "conv2d"]
@@ -190,8 +190,7 @@ def conv2d(
         threads,
     )
     if y.size:
-        for part, pages, page_index in pool.stream(block_map.page_ids):
-            product.feed(pages, page_index, block_map.slots[part])
+        feed_blocks(product, block_map, pool)
     return y if given.ndim == 4 else y[0]
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "activate",
     "bag",
     "compute_dtype",
+    "feed_blocks",
     "matmul",
     "read",
     "real_array",
@@ -128,9 +129,16 @@ def matmul(
         threads,
     )
     if y.size:
-        for part, pages, page_index in pool.stream(block_map.page_ids):
-            product.feed(pages, page_index, block_map.slots[part])
+        feed_blocks(product, block_map, pool)
     return y.reshape(*lead, outer)
+
+
+def feed_blocks(product: _core.Matmul | _core.Conv2d, block_map: BlockMap, pool: PagePool) -> None:
+    """Give a product all blocks of a matrix in order, deltas with their bases."""
+    for part, pages, page_index, bases in pool.stream_with_bases(
+        block_map.page_ids, block_map.bases
+    ):
+        product.feed(pages, page_index, block_map.slots[part], codec.bases_for_core(bases))
 
 
 def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 0) -> NDArray[Any]:
@@ -159,7 +167,10 @@ def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 
     out = np.empty((len(flat), cols * block_map.dtype.itemsize), np.uint8)
     table = _row_table(block_map)
     missing = table.take(pool.native, flat, out, threads)
-    if missing is not None:
+    if missing is not None and block_map.bases is not None:
+        for blocks in _blocks_of_rows(block_map, pool, flat):
+            table.take_blocks(*blocks, flat, out, threads)
+    elif missing is not None:
         for page_ids, pages in _windows(pool, missing):
             table.take_from(page_ids, pages, flat, out, threads)
     return out.reshape(-1).view(block_map.dtype.numpy).reshape(*wanted.shape, cols)
@@ -226,7 +237,10 @@ def bag(
     table = _row_table(block_map)
     how = "max" if mode == "max" else "sum"
     missing = table.bag(pool.native, flat, edges, factors, how, out, threads)
-    if missing is not None:
+    if missing is not None and block_map.bases is not None:
+        for blocks in _blocks_of_rows(block_map, pool, flat):
+            table.bag_blocks(*blocks, flat, edges, factors, how, out, threads)
+    elif missing is not None:
         for page_ids, pages in _windows(pool, missing):
             table.bag_from(page_ids, pages, flat, edges, factors, how, out, threads)
     if mode == "mean":
@@ -243,9 +257,10 @@ def read(block_map: BlockMap, pool: PagePool, *, threads: int = 0) -> NDArray[An
     out = np.empty((grid.rows, grid.cols), block_map.dtype.numpy)
     if out.size:
         view = MatrixView(out.view(np.uint8).reshape(grid.rows, -1), block_map.dtype, grid)
-        for rows, pages, page_index in pool.windows(block_map.page_ids):
+        walk = pool.windows_with_bases(block_map.page_ids, block_map.bases)
+        for rows, pages, page_index, bases in walk:
             slots = block_map.slots[rows]
-            codec.read_blocks(view, rows, pages, page_index, slots, threads=threads)
+            codec.read_blocks(view, rows, pages, page_index, slots, bases=bases, threads=threads)
     return out
 
 
@@ -326,6 +341,7 @@ class _Known:
 
     page_ids: weakref.ref[NDArray[np.int64]]
     slots: NDArray[np.uint32]
+    base_slots: NDArray[np.uint32] | None
     shape: _Grid
     table: _core.RowTable
 
@@ -341,12 +357,15 @@ def _row_table(block_map: BlockMap) -> _core.RowTable:
         known is not None
         and known.page_ids() is page_ids
         and known.slots is block_map.slots
+        and known.base_slots is block_map.base_slots
         and known.shape == shape
     ):
         return known.table
-    table = _core.RowTable(*shape, page_ids, block_map.slots)
+    table = _core.RowTable(
+        *shape, page_ids, block_map.slots, block_map.base_page_ids, block_map.base_slots
+    )
     gone = weakref.ref(page_ids, lambda _: _tables.pop(key, None))
-    _tables[key] = _Known(gone, block_map.slots, shape, table)
+    _tables[key] = _Known(gone, block_map.slots, block_map.base_slots, shape, table)
     return table
 
 
@@ -356,3 +375,28 @@ def _windows(
     """Yield these pages, given in ascending order, as many together as the budget lets in."""
     for rows, pages, _ in pool.windows(page_ids):
         yield page_ids[rows], pages
+
+
+_Blocks: TypeAlias = tuple[
+    NDArray[np.int64], list[Page], NDArray[np.uint32], NDArray[np.uint32], "_core.Bases | None"
+]
+
+
+def _blocks_of_rows(
+    block_map: BlockMap, pool: PagePool, ids: NDArray[np.int64]
+) -> Iterator[_Blocks]:
+    """Yield the blocks with a piece of these rows, each once: the first arguments of take_blocks.
+
+    A delta needs two pages at a time, so it is blocks that are walked over here, not pages.
+    """
+    grid = block_map.grid
+    rows = np.unique(ids // grid.block_rows)
+    numbers = (rows[:, None] * grid.grid_cols + np.arange(grid.grid_cols)).reshape(-1)
+    slots = block_map.slots[numbers]
+    bases = block_map.bases
+    if bases is not None:
+        bases = bases[0][numbers], bases[1][numbers]
+    for part, pages, page_index, here in pool.windows_with_bases(
+        block_map.page_ids[numbers], bases
+    ):
+        yield numbers[part], pages, page_index, slots[part], codec.bases_for_core(here)

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,12 +24,19 @@ from numpy.typing import NDArray
 
 from pydedup import _core
 from pydedup._core import Page
+from pydedup.blocks import NO_PAGE
+from pydedup.codec import StoredBases
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
 
 __all__ = ["Fetch", "Page", "PagePool", "Window"]
 
 #: Reads pages: given ids, gives (id, payload) for those that exist, in any order.
 Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
+
+#: Pages and slots of the bases of blocks, page -1 for none.
+Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
+# Cuts blocks with these pages, and these of bases, into windows of so many pages.
+_Cut: TypeAlias = Callable[[NDArray[np.int64], "NDArray[np.int64] | None", int], "list[Window]"]
 
 # Part of the budget that one walk pins at a time: four threads can walk at once before one waits.
 _WINDOW_PARTS = 4
@@ -39,15 +46,26 @@ _USUAL_PAGE_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Blocks of a walk whose pages are pinned together.
+    """Blocks of a walk whose pages are pinned together, with those of their bases.
 
     ``rows`` selects them from the walk's ``page_ids``; block ``rows[i]`` is on page
-    ``ids[page_index[i]]``.
+    ``ids[page_index[i]]``, its base on ``ids[base_index[i]]``, or there is none where that is -1.
     """
 
     rows: slice | NDArray[np.int64]
     ids: NDArray[np.int64]
     page_index: NDArray[np.uint32]
+    base_index: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the arrays of a walk in order are cut, as long as they live."""
+
+    page_ids: weakref.ref[NDArray[np.int64]]
+    base_page_ids: NDArray[np.int64] | None
+    limit: int
+    windows: list[Window]
 
 
 class PagePool:
@@ -72,8 +90,7 @@ class PagePool:
         self._fetch = fetch
         self._budget = memory_bytes
         self._largest = _USUAL_PAGE_BYTES
-        # id of an array -> the array, the window size, and how the array is cut for it
-        self._plans: dict[int, tuple[weakref.ref[NDArray[np.int64]], int, list[Window]]] = {}
+        self._plans: dict[int, _Plan] = {}  # by the id of the array of pages
         self._start()
         _pools.add(self)
 
@@ -151,9 +168,39 @@ class PagePool:
         PageNotFoundError, BudgetError, CorruptStoreError
             As `pages` does; BudgetError only when a single page does not fit.
         """
-        for window, pages in self._walk(page_ids, _windows_by_page, None):
+        for rows, pages, page_index, _ in self.windows_with_bases(page_ids, None):
+            yield rows, pages, page_index
+
+    def windows_with_bases(
+        self, page_ids: NDArray[np.int64], bases: Bases | None
+    ) -> Iterator[tuple[NDArray[np.int64], list[Page], NDArray[np.uint32], StoredBases | None]]:
+        """Walk over blocks in any order, the page of each pinned together with its base's.
+
+        As `windows`, which it is without ``bases``. A page may then be in several windows, since
+        what lies on it may need bases on more pages than fit.
+
+        Parameters
+        ----------
+        bases
+            Page and slot of each block's base, page -1 where it is no delta: `BlockMap.bases`.
+
+        Yields
+        ------
+        rows, pages, page_index
+            As `windows` does; ``pages`` holds those of bases too.
+        bases
+            Where the bases of blocks ``rows`` are among ``pages``; None without ``bases``.
+
+        Raises
+        ------
+        PageNotFoundError, BudgetError, CorruptStoreError
+            As `pages` does; BudgetError only when the two pages of one block do not fit.
+        """
+        base_page_ids = None if bases is None else bases[0]
+        cut = _windows_by_page if bases is None else _windows_by_pages
+        for window, pages in self._walk(page_ids, base_page_ids, cut, None):
             assert isinstance(window.rows, np.ndarray)
-            yield window.rows, pages, window.page_index
+            yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
 
     def stream(
         self, page_ids: NDArray[np.int64]
@@ -163,19 +210,22 @@ class PagePool:
         As `windows`, but ``rows`` is a slice, each beginning where the one before ended. How an
         array is cut is remembered for as long as the array lives, so it must not change.
         """
-        limit = self.window_pages
-        key = id(page_ids)
-        known = self._plans.get(key)
-        if known is not None and known[0]() is page_ids and known[1] == limit:
-            plan = known[2]
-        else:
-            plan = _windows_in_order(page_ids, limit)
-            plans = self._plans
-            gone = weakref.ref(page_ids, lambda _: plans.pop(key, None))
-            plans[key] = (gone, limit, plan)
-        for window, pages in self._walk(page_ids, _windows_in_order, plan):
+        for rows, pages, page_index, _ in self.stream_with_bases(page_ids, None):
+            yield rows, pages, page_index
+
+    def stream_with_bases(
+        self, page_ids: NDArray[np.int64], bases: Bases | None
+    ) -> Iterator[tuple[slice, list[Page], NDArray[np.uint32], StoredBases | None]]:
+        """Walk over blocks in their order, the page of each pinned together with its base's.
+
+        `stream` with what `windows_with_bases` adds to `windows`.
+        """
+        base_page_ids = None if bases is None else bases[0]
+        cut = _windows_in_order if bases is None else _windows_in_order_with_bases
+        plan = self._plan(page_ids, base_page_ids, cut)
+        for window, pages in self._walk(page_ids, base_page_ids, cut, plan):
             assert isinstance(window.rows, slice)
-            yield window.rows, pages, window.page_index
+            yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
 
     def warm(self, ids: Sequence[int] | NDArray[np.int64]) -> int:
         """Bring pages in, in order, as many as the budget holds; return how many are here."""
@@ -204,33 +254,55 @@ class PagePool:
 
     # ---- inside -------------------------------------------------------------------------------
 
+    def _plan(
+        self, page_ids: NDArray[np.int64], base_page_ids: NDArray[np.int64] | None, cut: _Cut
+    ) -> list[Window]:
+        limit = self.window_pages
+        key = id(page_ids)
+        known = self._plans.get(key)
+        if (
+            known is not None
+            and known.page_ids() is page_ids
+            and known.base_page_ids is base_page_ids
+            and known.limit == limit
+        ):
+            return known.windows
+        windows = cut(page_ids, base_page_ids, limit)
+        plans = self._plans
+        gone = weakref.ref(page_ids, lambda _: plans.pop(key, None))
+        plans[key] = _Plan(gone, base_page_ids, limit, windows)
+        return windows
+
     def _walk(
         self,
         page_ids: NDArray[np.int64],
-        cut: Callable[[NDArray[np.int64], int], list[Window]],
+        base_page_ids: NDArray[np.int64] | None,
+        cut: _Cut,
         plan: list[Window] | None,
     ) -> Iterator[tuple[Window, list[Page]]]:
-        windows = cut(page_ids, self.window_pages) if plan is None else plan
+        windows = cut(page_ids, base_page_ids, self.window_pages) if plan is None else plan
         ahead = windows[::-1]
         while ahead:
             window = ahead.pop()
             with self._gate.hold(len(window.ids) * self._largest):
-                pages = self._pages_if_fit(window.ids)
+                pages = self._pages_if_fit(window)
                 if pages is not None:
                     yield window, pages
                     # The caller's variable still refers to the list: unpin before the next window.
                     pages.clear()
                     continue
             # Pages are larger than those before made believe, or others pin without a walk.
-            parts = cut(page_ids[window.rows], max(1, len(window.ids) // 2))
+            bases = None if base_page_ids is None else base_page_ids[window.rows]
+            parts = cut(page_ids[window.rows], bases, max(1, len(window.ids) // 2))
             ahead.extend(_within(window, part) for part in reversed(parts))
 
-    def _pages_if_fit(self, ids: NDArray[np.int64]) -> list[Page] | None:
+    def _pages_if_fit(self, window: Window) -> list[Page] | None:
         """Return the pages, or None when they do not fit but fewer might."""
         try:
-            return self.pages(ids)
+            return self.pages(window.ids)
         except BudgetError:
-            if len(ids) == 1:
+            # Two pages may be those of one block and its base; more never are.
+            if len(window.ids) == 1 or (len(window.ids) == 2 and _has_pair(window)):
                 raise
         return None
 
@@ -326,10 +398,24 @@ def _within(window: Window, part: Window) -> Window:
         rows: Any = slice(start + part.rows.start, start + part.rows.stop)
     else:
         rows = window.rows[part.rows]
-    return Window(rows, part.ids, part.page_index)
+    return Window(rows, part.ids, part.page_index, part.base_index)
 
 
-def _windows_by_page(page_ids: NDArray[np.int64], limit: int) -> list[Window]:
+def _has_pair(window: Window) -> bool:
+    """Whether a block needs two pages."""
+    base_index = window.base_index
+    return base_index is not None and bool(
+        ((base_index >= 0) & (base_index != window.page_index)).any()
+    )
+
+
+def _bases_in(window: Window, pages: list[Page], bases: Bases | None) -> StoredBases | None:
+    if bases is None or window.base_index is None:
+        return None
+    return StoredBases(pages, window.base_index, bases[1][window.rows])
+
+
+def _windows_by_page(page_ids: NDArray[np.int64], _: object, limit: int) -> list[Window]:
     ids, index = np.unique(page_ids, return_inverse=True)
     order = np.argsort(index, kind="stable")
     starts = np.searchsorted(index[order], np.arange(0, len(ids) + limit, limit))
@@ -341,7 +427,58 @@ def _windows_by_page(page_ids: NDArray[np.int64], limit: int) -> list[Window]:
     return windows
 
 
-def _windows_in_order(page_ids: NDArray[np.int64], limit: int) -> list[Window]:
+def _windows_by_pages(
+    page_ids: NDArray[np.int64], base_page_ids: NDArray[np.int64] | None, limit: int
+) -> list[Window]:
+    """Cut blocks, in the order of their pages and of their bases' within these."""
+    assert base_page_ids is not None
+    order = np.lexsort((base_page_ids, page_ids))
+    windows = _windows_in_order_with_bases(page_ids[order], base_page_ids[order], limit)
+    return [replace(window, rows=order[window.rows]) for window in windows]
+
+
+def _windows_in_order_with_bases(
+    page_ids: NDArray[np.int64], base_page_ids: NDArray[np.int64] | None, limit: int
+) -> list[Window]:
+    """Cut blocks in their order; a window has more than ``limit`` pages where one block has."""
+    assert base_page_ids is not None
+    if len(page_ids) == 0:
+        return []
+    changes = (page_ids[1:] != page_ids[:-1]) | (base_page_ids[1:] != base_page_ids[:-1])
+    starts = np.concatenate(([0], np.flatnonzero(changes) + 1))
+    ends = np.append(starts[1:], len(page_ids)).tolist()
+    windows: list[Window] = []
+    first, known = 0, {NO_PAGE: -1}
+    pairs = zip(page_ids[starts].tolist(), base_page_ids[starts].tolist(), strict=True)
+    for run, (page, base) in enumerate(pairs):
+        needed = {page, base} - known.keys()
+        if len(known) > 1 and len(known) - 1 + len(needed) > limit:
+            windows.append(_with_bases(page_ids, base_page_ids, ends, first, run, known))
+            first, known = run, {NO_PAGE: -1}
+        for number in (page, base):
+            known.setdefault(number, len(known) - 1)
+    windows.append(_with_bases(page_ids, base_page_ids, ends, first, len(ends), known))
+    return windows
+
+
+def _with_bases(
+    page_ids: NDArray[np.int64],
+    base_page_ids: NDArray[np.int64],
+    ends: list[int],
+    first: int,
+    end: int,
+    known: dict[int, int],
+) -> Window:
+    rows = slice(ends[first - 1] if first else 0, ends[end - 1])
+    numbers = np.fromiter(known, np.int64, len(known))
+    order = np.argsort(numbers)  # NO_PAGE, whose number in the window is -1, first
+    index = order - 1
+    page_index = index[np.searchsorted(numbers[order], page_ids[rows])]
+    base_index = index[np.searchsorted(numbers[order], base_page_ids[rows])]
+    return Window(rows, numbers[1:], page_index.astype(np.uint32), base_index)
+
+
+def _windows_in_order(page_ids: NDArray[np.int64], _: object, limit: int) -> list[Window]:
     if len(page_ids) == 0:
         return []
     # Runs of blocks on one page, which are long where blocks lie in the order of their tensor.

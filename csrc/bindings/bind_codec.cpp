@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.hpp"
+#include "blocks.hpp"
 #include "pydedup/codec.hpp"
 #include "pydedup/page_content.hpp"
 #include "pydedup/page_format.hpp"
@@ -27,25 +28,6 @@ struct SlotRecord {
     std::uint64_t base;
 };
 static_assert(sizeof(SlotRecord) == kSlotBytes);
-
-using PageList = std::vector<std::shared_ptr<Page>>;
-
-PageList as_pages(const py::sequence& pages) {
-    PageList list;
-    list.reserve(pages.size());
-    for (const py::handle page : pages) {
-        if (page.is_none()) throw Error(ErrorCode::invalid_argument, "pages holds a None");
-        list.push_back(py::cast<std::shared_ptr<Page>>(page));
-    }
-    return list;
-}
-
-std::vector<const Page*> pointers(const PageList& pages) {
-    std::vector<const Page*> list;
-    list.reserve(pages.size());
-    for (const auto& page : pages) list.push_back(page.get());
-    return list;
-}
 
 std::vector<StoredBlock> as_stored(const Array<std::uint32_t>& page_index,
                                    const Array<std::uint32_t>& slots) {
@@ -241,49 +223,16 @@ py::array slots_of(const Page& page) {
 void read_blocks_into(const py::sequence& pages, const Array<std::uint32_t>& page_index,
                       const Array<std::uint32_t>& slots, const Array<std::int64_t>& indices,
                       Array<std::uint8_t> out, int dtype, std::size_t block_rows,
-                      std::size_t block_cols, unsigned threads) {
+                      std::size_t block_cols, const py::object& bases, unsigned threads) {
     const MatrixRef matrix = as_matrix(out, as_dtype(dtype));
     const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
     const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
     auto* const to = reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
     const PageList held = as_pages(pages);
     const std::vector<StoredBlock> stored = as_stored(page_index, slots);
+    const HeldBases held_bases = hold_bases(bases, stored.size());
     const WithoutGil no_gil;
-    read_blocks(pointers(held), stored, chosen, grid, matrix.dtype, to, matrix.stride_bytes,
-                threads);
-}
-
-void read_deltas_into(const py::sequence& pages, const Array<std::uint32_t>& page_index,
-                      const Array<std::uint32_t>& slots, const py::sequence& base_pages,
-                      const Array<std::int64_t>& base_page_index,
-                      const Array<std::uint32_t>& base_slots, const Array<std::int64_t>& indices,
-                      Array<std::uint8_t> out, int dtype, std::size_t block_rows,
-                      std::size_t block_cols, unsigned threads) {
-    const MatrixRef matrix = as_matrix(out, as_dtype(dtype));
-    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
-    auto* const to = reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
-    const PageList held = as_pages(pages);
-    const PageList held_bases = as_pages(base_pages);
-    const std::vector<StoredBlock> stored = as_stored(page_index, slots);
-    const auto base_at = as_span(base_page_index, "base_page_index");
-    const auto base_slot = as_span(base_slots, "base_slots");
-    if (base_at.size() != base_slot.size()) {
-        throw Error(ErrorCode::invalid_argument, "base_page_index and base_slots differ in length");
-    }
-    std::vector<StoredBlock> bases;
-    bases.reserve(base_at.size());
-    for (std::size_t i = 0; i < base_at.size(); ++i) {
-        if (base_at[i] < -1 || base_at[i] >= std::int64_t{kNoPage}) {
-            throw Error(ErrorCode::invalid_argument,
-                        "base_page_index has the impossible value " + std::to_string(base_at[i]));
-        }
-        bases.push_back(
-            {base_at[i] < 0 ? kNoPage : static_cast<std::uint32_t>(base_at[i]), base_slot[i]});
-    }
-    const WithoutGil no_gil;
-    const std::vector<const Page*> base_list = pointers(held_bases);
-    read_blocks(pointers(held), stored, {base_list, bases}, chosen, grid, matrix.dtype, to,
+    read_blocks(pointers(held), stored, held_bases.view(), chosen, grid, matrix.dtype, to,
                 matrix.stride_bytes, threads);
 }
 
@@ -291,35 +240,54 @@ py::array_t<bool> blocks_equal_to(const Array<std::uint8_t>& data, int dtype,
                                   std::size_t block_rows, std::size_t block_cols,
                                   const Array<std::int64_t>& indices, const py::sequence& pages,
                                   const Array<std::uint32_t>& page_index,
-                                  const Array<std::uint32_t>& slots, unsigned threads) {
+                                  const Array<std::uint32_t>& slots, const py::object& bases,
+                                  unsigned threads) {
     const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
     const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
     const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
     const PageList held = as_pages(pages);
     const std::vector<StoredBlock> stored = as_stored(page_index, slots);
+    const HeldBases held_bases = hold_bases(bases, stored.size());
     py::array_t<bool> equal(static_cast<py::ssize_t>(chosen.size()));
     const std::span<bool> out(equal.mutable_data(), chosen.size());
     {
         const WithoutGil no_gil;
-        blocks_equal(pointers(held), stored, chosen, matrix, grid, out, threads);
+        blocks_equal(pointers(held), stored, held_bases.view(), chosen, matrix, grid, out, threads);
     }
     return equal;
 }
 
-py::array_t<std::uint64_t> page_digests_of(const std::shared_ptr<Page>& page, unsigned threads) {
+py::array_t<std::uint64_t> page_digests_of(const std::shared_ptr<Page>& page,
+                                           const py::object& bases, unsigned threads) {
+    const HeldBases held_bases = hold_bases(bases, page->n_slots());
     py::array_t<std::uint64_t> digests({page->n_slots(), std::size_t{2}});
     const std::span<Digest> out(reinterpret_cast<Digest*>(digests.mutable_data()), page->n_slots());
     {
         const WithoutGil no_gil;
-        page_digests(*page, out, threads);
+        page_digests(*page, held_bases.view(), out, threads);
     }
     return digests;
 }
 
+// The page and slot of a base.
+using BasePlace = std::optional<std::pair<std::shared_ptr<Page>, std::size_t>>;
+
 bool same_block_on(const std::shared_ptr<Page>& page_a, std::size_t slot_a,
-                   const std::shared_ptr<Page>& page_b, std::size_t slot_b) {
+                   const std::shared_ptr<Page>& page_b, std::size_t slot_b, const BasePlace& base_a,
+                   const BasePlace& base_b) {
     const WithoutGil no_gil;
-    return same_block(page_a->block(slot_a), page_b->block(slot_b));
+    BlockView bases[2];
+    const auto block_of = [](const Page& page, std::size_t slot, const BasePlace& at,
+                             BlockView& base) {
+        BlockView block = page.block(slot);
+        if (at && at->first && is_delta(block.encoding)) {
+            base = at->first->block(at->second);
+            block.base_block = &base;
+        }
+        return block;
+    };
+    return same_block(block_of(*page_a, slot_a, base_a, bases[0]),
+                      block_of(*page_b, slot_b, base_b, bases[1]));
 }
 
 }  // namespace
@@ -365,19 +333,17 @@ void bind_codec(py::module_& m) {
         .def_property_readonly("payload", &payload_of);
     m.def("read_blocks", &read_blocks_into, py::arg("pages"), py::arg("page_index").noconvert(),
           py::arg("slots").noconvert(), py::arg("indices").noconvert(), py::arg("out").noconvert(),
-          py::arg("dtype"), py::arg("block_rows"), py::arg("block_cols"), py::arg("threads") = 0);
-    m.def("read_deltas", &read_deltas_into, py::arg("pages"), py::arg("page_index").noconvert(),
-          py::arg("slots").noconvert(), py::arg("base_pages"),
-          py::arg("base_page_index").noconvert(), py::arg("base_slots").noconvert(),
-          py::arg("indices").noconvert(), py::arg("out").noconvert(), py::arg("dtype"),
-          py::arg("block_rows"), py::arg("block_cols"), py::arg("threads") = 0);
+          py::arg("dtype"), py::arg("block_rows"), py::arg("block_cols"),
+          py::arg("bases") = py::none(), py::arg("threads") = 0);
     m.def("blocks_equal", &blocks_equal_to, py::arg("data").noconvert(), py::arg("dtype"),
           py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
           py::arg("pages"), py::arg("page_index").noconvert(), py::arg("slots").noconvert(),
-          py::arg("threads") = 0);
-    m.def("page_digests", &page_digests_of, py::arg("page").none(false), py::arg("threads") = 0);
+          py::arg("bases") = py::none(), py::arg("threads") = 0);
+    m.def("page_digests", &page_digests_of, py::arg("page").none(false),
+          py::arg("bases") = py::none(), py::arg("threads") = 0);
     m.def("same_block", &same_block_on, py::arg("page_a").none(false), py::arg("slot_a"),
-          py::arg("page_b").none(false), py::arg("slot_b"));
+          py::arg("page_b").none(false), py::arg("slot_b"), py::arg("base_a") = py::none(),
+          py::arg("base_b") = py::none());
 }
 
 }  // namespace pydedup

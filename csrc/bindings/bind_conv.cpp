@@ -49,8 +49,8 @@ class BoundConv2d {
     }
 
     void feed(const py::sequence& pages, const Array<std::uint32_t>& page_index,
-              const Array<std::uint32_t>& slots) {
-        const HeldBlocks held = hold_blocks(pages, page_index, slots);
+              const Array<std::uint32_t>& slots, const py::object& bases) {
+        const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
         const WithoutGil no_gil;
         conv_->feed(held.blocks);
     }
@@ -77,7 +77,7 @@ void bind_conv(py::module_& m) {
              py::arg("y").noconvert(), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
              py::arg("dilation"), py::arg("groups"), py::arg("threads") = 0)
         .def("feed", &BoundConv2d::feed, py::arg("pages"), py::arg("page_index").noconvert(),
-             py::arg("slots").noconvert())
+             py::arg("slots").noconvert(), py::arg("bases") = py::none())
         .def_property_readonly("fed", &BoundConv2d::fed);
 }
 

@@ -48,8 +48,8 @@ class BoundMatmul {
     }
 
     void feed(const py::sequence& pages, const Array<std::uint32_t>& page_index,
-              const Array<std::uint32_t>& slots) {
-        const HeldBlocks held = hold_blocks(pages, page_index, slots);
+              const Array<std::uint32_t>& slots, const py::object& bases) {
+        const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
         const WithoutGil no_gil;
         matmul_->feed(held.blocks);
     }
@@ -75,7 +75,7 @@ void bind_gemm(py::module_& m) {
              py::arg("dtype"), py::arg("x").noconvert(), py::arg("bias"), py::arg("activation"),
              py::arg("transpose"), py::arg("y").noconvert(), py::arg("threads") = 0)
         .def("feed", &BoundMatmul::feed, py::arg("pages"), py::arg("page_index").noconvert(),
-             py::arg("slots").noconvert())
+             py::arg("slots").noconvert(), py::arg("bases") = py::none())
         .def_property_readonly("fed", &BoundMatmul::fed);
     m.def("activate", &activate_array, py::arg("values").noconvert(), py::arg("activation"),
           py::arg("threads") = 0);

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows by number and bags of rows, out of a pool or of pages at hand.
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,13 +27,19 @@ struct Bags {
 std::unique_ptr<RowTable> make_table(std::size_t rows, std::size_t cols, std::size_t block_rows,
                                      std::size_t block_cols, int dtype,
                                      const Array<std::int64_t>& page_ids,
-                                     const Array<std::uint32_t>& slots) {
+                                     const Array<std::uint32_t>& slots,
+                                     const std::optional<Array<std::int64_t>>& base_page_ids,
+                                     const std::optional<Array<std::uint32_t>>& base_slots) {
     const std::vector<std::int64_t> pages = as_copy(page_ids, "page_ids");
     const std::vector<std::uint32_t> slot_of = as_copy(slots, "slots");
+    std::vector<std::int64_t> base_pages;
+    std::vector<std::uint32_t> base_slot_of;
+    if (base_page_ids) base_pages = as_copy(*base_page_ids, "base_page_ids");
+    if (base_slots) base_slot_of = as_copy(*base_slots, "base_slots");
     const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
     const Dtype type = as_dtype(dtype);
     const WithoutGil no_gil;
-    return std::make_unique<RowTable>(grid, type, pages, slot_of);
+    return std::make_unique<RowTable>(grid, type, pages, slot_of, base_pages, base_slot_of);
 }
 
 std::byte* rows_out(const RowTable& table, Array<std::uint8_t>& out, std::size_t rows) {
@@ -89,13 +98,8 @@ py::object with_pool(const RowTable& table, BufferPool& pool, std::span<const st
 template <class Use>
 void with_pages(const Array<std::int64_t>& page_ids, const py::sequence& pages, const Use& use) {
     const std::vector<std::int64_t> numbers = as_copy(page_ids, "page_ids");
-    std::vector<std::shared_ptr<Page>> held;
-    std::vector<const Page*> plain;
-    for (const py::handle page : pages) {
-        if (page.is_none()) throw Error(ErrorCode::invalid_argument, "pages holds a None");
-        held.push_back(py::cast<std::shared_ptr<Page>>(page));
-        plain.push_back(held.back().get());
-    }
+    const PageList held = as_pages(pages);
+    const std::vector<const Page*> plain = pointers(held);
     const WithoutGil no_gil;
     use(std::span<const std::int64_t>(numbers), std::span<const Page* const>(plain));
 }
@@ -118,6 +122,18 @@ void take_from(const RowTable& table, const Array<std::int64_t>& page_ids,
                [&](auto numbers, auto held) { table.take(numbers, held, wanted, to, threads); });
 }
 
+void take_blocks(const RowTable& table, const Array<std::int64_t>& numbers,
+                 const py::sequence& pages, const Array<std::uint32_t>& page_index,
+                 const Array<std::uint32_t>& slots, const py::object& bases,
+                 const Array<std::int64_t>& ids, Array<std::uint8_t> out, unsigned threads) {
+    const std::vector<std::int64_t> wanted = as_copy(ids, "ids");
+    const std::vector<std::int64_t> blocks = as_copy(numbers, "numbers");
+    std::byte* const to = rows_out(table, out, wanted.size());
+    const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
+    const WithoutGil no_gil;
+    table.take(blocks, held.blocks, wanted, to, threads);
+}
+
 py::object bag(const RowTable& table, BufferPool& pool, const Array<std::int64_t>& ids,
                const Array<std::int64_t>& edges, const py::object& weights, const std::string& mode,
                const py::array& out, unsigned threads) {
@@ -138,13 +154,28 @@ void bag_from(const RowTable& table, const Array<std::int64_t>& page_ids, const 
     });
 }
 
+void bag_blocks(const RowTable& table, const Array<std::int64_t>& numbers,
+                const py::sequence& pages, const Array<std::uint32_t>& page_index,
+                const Array<std::uint32_t>& slots, const py::object& bases,
+                const Array<std::int64_t>& ids, const Array<std::int64_t>& edges,
+                const py::object& weights, const std::string& mode, const py::array& out,
+                unsigned threads) {
+    const Bags bags = bags_of(table, ids, edges, weights, mode, out);
+    const std::vector<std::int64_t> blocks = as_copy(numbers, "numbers");
+    const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
+    const WithoutGil no_gil;
+    table.bag(blocks, held.blocks, bags.ids, bags.edges, bags.weights, bags.mode, bags.out,
+              threads);
+}
+
 }  // namespace
 
 void bind_rows(py::module_& m) {
     py::class_<RowTable>(m, "RowTable")
         .def(py::init(&make_table), py::arg("rows"), py::arg("cols"), py::arg("block_rows"),
              py::arg("block_cols"), py::arg("dtype"), py::arg("page_ids").noconvert(),
-             py::arg("slots").noconvert())
+             py::arg("slots").noconvert(), py::arg("base_page_ids") = py::none(),
+             py::arg("base_slots") = py::none())
         .def("take", &take, py::arg("pool"), py::arg("ids").noconvert(), py::arg("out").noconvert(),
              py::arg("threads") = 0)
         .def("take_from", &take_from, py::arg("page_ids").noconvert(), py::arg("pages"),
@@ -153,6 +184,13 @@ void bind_rows(py::module_& m) {
              py::arg("weights"), py::arg("mode"), py::arg("out").noconvert(),
              py::arg("threads") = 0)
         .def("bag_from", &bag_from, py::arg("page_ids").noconvert(), py::arg("pages"),
+             py::arg("ids").noconvert(), py::arg("edges").noconvert(), py::arg("weights"),
+             py::arg("mode"), py::arg("out").noconvert(), py::arg("threads") = 0)
+        .def("take_blocks", &take_blocks, py::arg("numbers").noconvert(), py::arg("pages"),
+             py::arg("page_index").noconvert(), py::arg("slots").noconvert(), py::arg("bases"),
+             py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("threads") = 0)
+        .def("bag_blocks", &bag_blocks, py::arg("numbers").noconvert(), py::arg("pages"),
+             py::arg("page_index").noconvert(), py::arg("slots").noconvert(), py::arg("bases"),
              py::arg("ids").noconvert(), py::arg("edges").noconvert(), py::arg("weights"),
              py::arg("mode"), py::arg("out").noconvert(), py::arg("threads") = 0);
 }

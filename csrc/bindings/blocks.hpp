@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bindings that compute on stored blocks share: blocks on pinned pages, arrays of the
+// What the bindings that read stored blocks share: blocks on pinned pages, arrays of the
 // compute dtype, block grids and names of activations.
 #pragma once
 
@@ -17,26 +17,84 @@
 
 namespace pydedup {
 
-/// Blocks on pages; keeps the pages alive.
+using PageList = std::vector<std::shared_ptr<Page>>;
+
+[[nodiscard]] inline PageList as_pages(const py::sequence& pages) {
+    PageList list;
+    list.reserve(pages.size());
+    for (const py::handle page : pages) {
+        if (page.is_none()) throw Error(ErrorCode::invalid_argument, "pages holds a None");
+        list.push_back(py::cast<std::shared_ptr<Page>>(page));
+    }
+    return list;
+}
+
+[[nodiscard]] inline std::vector<const Page*> pointers(const PageList& pages) {
+    std::vector<const Page*> list;
+    list.reserve(pages.size());
+    for (const auto& page : pages) list.push_back(page.get());
+    return list;
+}
+
+/// The bases of `n_blocks` blocks; keeps their pages alive.
+struct HeldBases {
+    PageList held;
+    std::vector<const Page*> pages;
+    std::vector<StoredBlock> at;
+
+    [[nodiscard]] StoredBases view() const noexcept { return {pages, at}; }
+};
+
+/// `bases` is None, or a tuple of pages, index of each block's base among them (-1 for none),
+/// slots.
+[[nodiscard]] inline HeldBases hold_bases(const py::object& bases, std::size_t n_blocks) {
+    HeldBases held;
+    if (bases.is_none()) return held;
+    const auto parts = py::cast<py::tuple>(bases);
+    if (parts.size() != 3) throw Error(ErrorCode::invalid_argument, "bases must be three columns");
+    held.held = as_pages(py::cast<py::sequence>(parts[0]));
+    held.pages = pointers(held.held);
+    const auto index = py::cast<Array<std::int64_t>>(parts[1]);
+    const auto slots = py::cast<Array<std::uint32_t>>(parts[2]);
+    const auto page_of = as_span(index, "bases.page_index");
+    const auto slot_of = as_span(slots, "bases.slots");
+    if (page_of.size() != n_blocks || slot_of.size() != n_blocks) {
+        throw Error(ErrorCode::invalid_argument,
+                    std::to_string(n_blocks) + " blocks came with " +
+                        std::to_string(page_of.size()) + " page indices and " +
+                        std::to_string(slot_of.size()) + " slots of bases");
+    }
+    held.at.reserve(n_blocks);
+    for (std::size_t i = 0; i < n_blocks; ++i) {
+        if (page_of[i] < -1 || page_of[i] >= std::int64_t{kNoPage}) {
+            throw Error(ErrorCode::invalid_argument,
+                        "bases.page_index has the impossible value " + std::to_string(page_of[i]));
+        }
+        held.at.push_back(
+            {page_of[i] < 0 ? kNoPage : static_cast<std::uint32_t>(page_of[i]), slot_of[i]});
+    }
+    return held;
+}
+
+/// Blocks on pages, deltas with their bases; keeps the pages alive.
 struct HeldBlocks {
-    std::vector<std::shared_ptr<Page>> pages;
+    PageList pages;
+    HeldBases bases;
+    std::vector<BlockView> base_blocks;  // what the blocks point to
     std::vector<BlockView> blocks;
 };
 
 [[nodiscard]] inline HeldBlocks hold_blocks(const py::sequence& pages,
                                             const Array<std::uint32_t>& page_index,
-                                            const Array<std::uint32_t>& slots) {
+                                            const Array<std::uint32_t>& slots,
+                                            const py::object& bases) {
     const auto page_of = as_span(page_index, "page_index");
     const auto slot_of = as_span(slots, "slots");
     if (page_of.size() != slot_of.size()) {
         throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
     }
     HeldBlocks held;
-    held.pages.reserve(pages.size());
-    for (const py::handle page : pages) {
-        if (page.is_none()) throw Error(ErrorCode::invalid_argument, "pages holds a None");
-        held.pages.push_back(py::cast<std::shared_ptr<Page>>(page));
-    }
+    held.pages = as_pages(pages);
     held.blocks.reserve(page_of.size());
     for (std::size_t i = 0; i < page_of.size(); ++i) {
         if (page_of[i] >= held.pages.size()) {
@@ -45,6 +103,13 @@ struct HeldBlocks {
                             std::to_string(held.pages.size()) + " pages");
         }
         held.blocks.push_back(held.pages[page_of[i]]->block(slot_of[i]));
+    }
+    if (bases.is_none()) return held;
+    held.bases = hold_bases(bases, held.blocks.size());
+    const StoredBases of = held.bases.view();
+    held.base_blocks.resize(held.blocks.size());
+    for (std::size_t i = 0; i < held.blocks.size(); ++i) {
+        held.blocks[i] = with_base(held.blocks[i], of, i, held.base_blocks[i]);
     }
     return held;
 }

@@ -40,8 +40,14 @@ void read_content(const Page& page) {
     // A page of constant planes may stand for gigabytes, rightly.
     if (bytes > kMostBytes) return;
     std::vector<Digest> digests(page.n_slots());
+    // Deltas get the block before them for a base, whether or not it is one.
+    std::vector<StoredBlock> bases(page.n_slots());
+    for (std::size_t slot = 0; slot < bases.size(); ++slot) {
+        bases[slot] = {0, static_cast<std::uint32_t>(slot == 0 ? bases.size() - 1 : slot - 1)};
+    }
+    const Page* const pages[] = {&page};
     try {
-        page_digests(page, digests, 1);
+        page_digests(page, {pages, bases}, digests, 1);
     } catch (const Error&) {
         // One block does not decode.
     }

@@ -7,13 +7,14 @@ Deliberately not here: layouts as a store makes them; pages are filled in block 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup import codec
-from pydedup.blocks import BlockMap, MatrixView
+from pydedup import codec, hashing
+from pydedup.blocks import NO_PAGE, BlockMap, MatrixView
 from pydedup.pool import PagePool
 
 __all__ = ["MemoryPages"]
@@ -58,8 +59,64 @@ class MemoryPages:
             Deal blocks out to the pages in turn, so that neighbours lie apart.
         """
         view = MatrixView.of(array, block_shape)
+        encoded = codec.encode_blocks(view, np.arange(view.grid.count), planes=planes)
+        return self._lay(view, encoded, per_page, scattered)
+
+    def add_deltas(
+        self,
+        array: NDArray[Any],
+        base: NDArray[Any],
+        base_map: BlockMap,
+        *,
+        every: int = 1,
+        max_rel_error: float | None = None,
+        per_page: int = 8,
+        scattered: bool = False,
+    ) -> BlockMap:
+        """Store an array as deltas on another, block on block, and return where its blocks are.
+
+        Parameters
+        ----------
+        array
+            As for `add`.
+        base
+            What `add` returned ``base_map`` for: of the same shape, and of the same dtype or both
+            of floats.
+        every
+            Every so-manieth block is a delta, where that is smaller; the others are raw.
+        max_rel_error
+            ``None`` for exact deltas, otherwise as in `codec.encode_deltas`.
+        """
+        grid = base_map.grid
+        shape = (grid.block_rows, grid.block_cols)
+        view, base_view = MatrixView.of(array, shape), MatrixView.of(base, shape)
+        indices = np.arange(grid.count)
+        raw = codec.encode_blocks(view, indices, planes=False)
+        deltas = codec.encode_deltas(view, indices, base_view, indices, max_rel_error=max_rel_error)
+        chosen = (indices % every == 0) & (deltas.lengths > 0)
+        encoded = codec.EncodedBlocks(
+            np.concatenate((raw.arena, deltas.arena)),
+            np.where(chosen, deltas.offsets + len(raw.arena), raw.offsets),
+            np.where(chosen, deltas.lengths, raw.lengths),
+            np.where(chosen, deltas.encodings, raw.encodings),
+        )
+        tags = np.maximum(hashing.hash_view(base_view)[:, 0], np.uint64(1))
+        block_map = self._lay(view, encoded, per_page, scattered, np.where(chosen, tags, 0))
+        return replace(
+            block_map,
+            base_page_ids=np.where(chosen, base_map.page_ids, NO_PAGE),
+            base_slots=np.where(chosen, base_map.slots, 0).astype(np.uint32),
+        )
+
+    def _lay(
+        self,
+        view: MatrixView,
+        encoded: codec.EncodedBlocks,
+        per_page: int,
+        scattered: bool,
+        tags: NDArray[np.uint64] | None = None,
+    ) -> BlockMap:
         count = view.grid.count
-        encoded = codec.encode_blocks(view, np.arange(count), planes=planes)
         pages = -(-count // per_page)
         page_of = np.arange(count) % max(pages, 1) if scattered else np.arange(count) // per_page
         heights, widths = view.grid.heights(), view.grid.widths()
@@ -76,5 +133,6 @@ class MemoryPages:
                 np.full(len(mine), view.dtype.code),
                 heights[mine],
                 widths[mine],
+                None if tags is None else tags[mine],
             )
         return BlockMap(view.grid, view.dtype, (first + page_of).astype(np.int64), slots)

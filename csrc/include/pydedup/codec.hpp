@@ -42,7 +42,10 @@ struct BlockView {
     Dtype dtype;
     std::uint32_t rows;
     std::uint32_t cols;
-    std::uint64_t base;  ///< id of the block that this one is a delta of; 0 = none
+    std::uint64_t base;  ///< tag of the block that this one is a delta of; 0 = none
+    /// That block itself, which decoding needs. Whoever gives out a delta sets it, and keeps it
+    /// alive.
+    const BlockView* base_block = nullptr;
 
     [[nodiscard]] std::size_t row_bytes() const noexcept { return cols * item_bytes(dtype); }
     [[nodiscard]] std::size_t raw_bytes() const noexcept { return rows * row_bytes(); }
@@ -58,10 +61,10 @@ struct EncodedBlock {
 [[nodiscard]] EncodedBlock encode_block(const MatrixRef& block, bool planes,
                                         std::span<std::byte> out);
 
-/// Writes the elements of a block to `dst`, rows `dst_stride_bytes` apart. Throws
-/// Error{corrupt_page} when the bytes are no such block (whatever they are, nothing but the block's
-/// rectangle is written) or are a delta, Error{unsupported_format} for a newer version of the
-/// encoding.
+/// Writes the elements of a block to `dst`, rows `dst_stride_bytes` apart; those of a delta with
+/// the help of its base_block. Throws Error{corrupt_page} when the bytes are no such block
+/// (whatever they are, nothing but the block's rectangle is written) or are a delta without its
+/// base, Error{unsupported_format} for a newer version of the encoding.
 void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride_bytes);
 
 /// Encodes the blocks `indices` of a matrix into `arena`, one after another without gaps, block i

@@ -87,11 +87,18 @@ struct StoredBlock {
 inline constexpr std::uint32_t kNoPage = UINT32_MAX;
 
 /// The bases of stored blocks: that of block i is bases[i], `page` counting in `pages`; kNoPage for
-/// blocks that are no deltas.
+/// blocks that are no deltas. No `bases` at all: so are all.
 struct StoredBases {
     std::span<const Page* const> pages;
     std::span<const StoredBlock> bases;
 };
+
+/// `block`, which is block i of those that `bases` are given for, with its base when it is a delta
+/// that has one: kept in `base`, which must outlive the result. Throws Error{invalid_argument} for
+/// a base on a page that is not there (nullptr), Error{corrupt_page} for a slot that its page does
+/// not have.
+[[nodiscard]] BlockView with_base(BlockView block, const StoredBases& bases, std::size_t i,
+                                  BlockView& base);
 
 /// Decodes stored[i] into block indices[i] of the matrix at `out`, whose shape is that of the grid.
 /// Throws Error{corrupt_page} when a slot has another dtype or shape than the block,
@@ -112,5 +119,11 @@ void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock
 void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
                   std::span<const std::int64_t> indices, const MatrixRef& matrix,
                   const BlockGrid& grid, std::span<bool> equal, unsigned threads = 0);
+
+/// The same with deltas among the stored blocks.
+void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
+                  const StoredBases& bases, std::span<const std::int64_t> indices,
+                  const MatrixRef& matrix, const BlockGrid& grid, std::span<bool> equal,
+                  unsigned threads = 0);
 
 }  // namespace pydedup

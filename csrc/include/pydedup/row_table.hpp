@@ -19,16 +19,19 @@ enum class BagMode : std::uint8_t { sum, max };
 
 /// Safe between threads.
 ///
-/// take() and bag() work with the pages that they are given and leave out what lies on others: with
-/// all of pages_of(ids) they do everything; with a part of them at a time, each call does its part.
-/// They throw Error{corrupt_page} when a page does not hold what the table says, or not what it
-/// held before, and Error{invalid_argument} for ids outside of the matrix.
+/// take() and bag() work with what they are given and leave out the rest: with all of pages_of(ids)
+/// they do everything; with a part of these pages or some blocks at a time, each call does its
+/// part. They throw Error{corrupt_page} when a page does not hold what the table says, or not what
+/// it held before, and Error{invalid_argument} for ids outside of the matrix.
 class RowTable {
   public:
-    /// Block b of the grid, row-major, is in slot slots[b] of page page_ids[b]. Throws
-    /// Error{invalid_argument} when there is not one of each for every block.
+    /// Block b of the grid, row-major, is in slot slots[b] of page page_ids[b]. Where blocks are
+    /// deltas, the base of block b is in slot base_slots[b] of page base_page_ids[b], which is
+    /// negative for other blocks; where none is, both are empty. Throws Error{invalid_argument}
+    /// when there is not one of each for every block.
     RowTable(const BlockGrid& grid, Dtype dtype, std::span<const std::int64_t> page_ids,
-             std::span<const std::uint32_t> slots);
+             std::span<const std::uint32_t> slots, std::span<const std::int64_t> base_page_ids = {},
+             std::span<const std::uint32_t> base_slots = {});
     ~RowTable();
     RowTable(const RowTable&) = delete;
     RowTable& operator=(const RowTable&) = delete;
@@ -36,13 +39,20 @@ class RowTable {
     [[nodiscard]] const BlockGrid& grid() const noexcept;
     [[nodiscard]] Dtype dtype() const noexcept;
 
-    /// Pages with a piece of these rows, ascending. Throws Error{invalid_argument} as above.
+    /// Pages with a piece of these rows, or with the base of one, ascending. Throws
+    /// Error{invalid_argument} as above.
     [[nodiscard]] std::vector<std::int64_t> pages_of(std::span<const std::int64_t> ids) const;
 
     /// Copies row ids[i] into row i of `out`: ids.size() rows of the matrix's width and dtype.
     /// `page_ids` ascend and name `pages`. Encoded blocks are decoded once, up to 16 MiB of them
-    /// at a time.
+    /// at a time. Throws Error{invalid_argument} when a delta is here but the page of its base is
+    /// not.
     void take(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
+              std::span<const std::int64_t> ids, std::byte* out, unsigned threads = 0) const;
+
+    /// The same with blocks instead of pages: views[i], with its base if it is a delta, is block
+    /// numbers[i] of the grid; no number repeats.
+    void take(std::span<const std::int64_t> numbers, std::span<const BlockView> views,
               std::span<const std::int64_t> ids, std::byte* out, unsigned threads = 0) const;
 
     /// Rows ids[edges[b]] to ids[edges[b + 1] - 1] are bag b. Adds them to row b of `out`, each
@@ -51,6 +61,11 @@ class RowTable {
     /// thread adds up a bag: raw blocks in the order of ids, then encoded ones. Throws
     /// Error{invalid_argument} when edges do not ascend from 0 to ids.size().
     void bag(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
+             std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
+             const std::byte* weights, BagMode mode, std::byte* out, unsigned threads = 0) const;
+
+    /// The same with blocks, as take() has them.
+    void bag(std::span<const std::int64_t> numbers, std::span<const BlockView> views,
              std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
              const std::byte* weights, BagMode mode, std::byte* out, unsigned threads = 0) const;
 

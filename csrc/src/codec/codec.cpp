@@ -251,7 +251,11 @@ void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride
             return;
         case Encoding::delta:
         case Encoding::quantised:
-            corrupt(block, "it is a delta, and came without its base");
+            if (block.base_block == nullptr) {
+                corrupt(block, "it is a delta, and came without its base");
+            }
+            decode_delta(block, *block.base_block, dst, dst_stride_bytes);
+            return;
     }
     corrupt(block,
             "encoding " + std::to_string(static_cast<unsigned>(block.encoding)) + " is unknown");

@@ -17,7 +17,13 @@ constexpr std::size_t kParallelBytes = 2 * 1024 * 1024;
 constexpr std::size_t kParallelGrain = 16;
 
 void check_arguments(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
-                     std::span<const std::int64_t> indices, const BlockGrid& grid) {
+                     const StoredBases& bases, std::span<const std::int64_t> indices,
+                     const BlockGrid& grid) {
+    if (!bases.bases.empty() && bases.bases.size() != indices.size()) {
+        throw Error(ErrorCode::invalid_argument, std::to_string(indices.size()) +
+                                                     " block indices came with " +
+                                                     std::to_string(bases.bases.size()) + " bases");
+    }
     if (stored.size() != indices.size()) {
         throw Error(ErrorCode::invalid_argument,
                     std::to_string(indices.size()) + " block indices came with " +
@@ -60,16 +66,41 @@ bool rows_equal(const std::byte* a, std::size_t a_stride, const std::byte* b, st
 
 }  // namespace
 
+BlockView with_base(BlockView block, const StoredBases& bases, std::size_t i, BlockView& base) {
+    if (bases.bases.empty() || bases.bases[i].page == kNoPage || !is_delta(block.encoding)) {
+        return block;
+    }
+    const StoredBlock at = bases.bases[i];
+    if (at.page >= bases.pages.size() || bases.pages[at.page] == nullptr) {
+        throw Error(ErrorCode::invalid_argument,
+                    "the base of block " + std::to_string(i) + " is on page " +
+                        std::to_string(at.page) + ", which is not among the " +
+                        std::to_string(bases.pages.size()) + " that were given");
+    }
+    base = bases.pages[at.page]->block(at.slot);
+    block.base_block = &base;
+    return block;
+}
+
 void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
                  std::span<const std::int64_t> indices, const BlockGrid& grid, Dtype dtype,
                  std::byte* out, std::size_t out_stride_bytes, unsigned threads) {
-    check_arguments(pages, stored, indices, grid);
+    read_blocks(pages, stored, StoredBases{}, indices, grid, dtype, out, out_stride_bytes, threads);
+}
+
+void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
+                 const StoredBases& bases, std::span<const std::int64_t> indices,
+                 const BlockGrid& grid, Dtype dtype, std::byte* out, std::size_t out_stride_bytes,
+                 unsigned threads) {
+    check_arguments(pages, stored, bases, indices, grid);
     const std::size_t item = item_bytes(dtype);
     const unsigned workers = worker_count(indices, grid, dtype, threads);
     parallel_for(indices.size(), kParallelGrain, workers, [&](std::size_t begin, std::size_t end) {
         for (std::size_t i = begin; i < end; ++i) {
             const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
-            const BlockView block = pages[stored[i].page]->block(stored[i].slot);
+            BlockView base{};
+            const BlockView block =
+                with_base(pages[stored[i].page]->block(stored[i].slot), bases, i, base);
             if (!fits(block, rect, dtype)) {
                 throw Error(ErrorCode::corrupt_page,
                             "slot " + std::to_string(stored[i].slot) + " holds a block of " +
@@ -89,7 +120,14 @@ void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock
 void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
                   std::span<const std::int64_t> indices, const MatrixRef& matrix,
                   const BlockGrid& grid, std::span<bool> equal, unsigned threads) {
-    check_arguments(pages, stored, indices, grid);
+    blocks_equal(pages, stored, StoredBases{}, indices, matrix, grid, equal, threads);
+}
+
+void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
+                  const StoredBases& bases, std::span<const std::int64_t> indices,
+                  const MatrixRef& matrix, const BlockGrid& grid, std::span<bool> equal,
+                  unsigned threads) {
+    check_arguments(pages, stored, bases, indices, grid);
     if (equal.size() != indices.size()) {
         throw Error(ErrorCode::invalid_argument, "blocks_equal was given a result of a wrong size");
     }
@@ -100,7 +138,9 @@ void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBloc
         std::size_t room = 0;
         for (std::size_t i = begin; i < end; ++i) {
             const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
-            const BlockView block = pages[stored[i].page]->block(stored[i].slot);
+            BlockView base{};
+            const BlockView block =
+                with_base(pages[stored[i].page]->block(stored[i].slot), bases, i, base);
             equal[i] = fits(block, rect, matrix.dtype);
             if (!equal[i]) continue;
             const std::byte* bytes = block.data;

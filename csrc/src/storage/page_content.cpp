@@ -3,6 +3,7 @@
 #include "pydedup/page_content.hpp"
 
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "base/parallel.hpp"
@@ -22,15 +23,22 @@ const std::byte* content(const BlockView& block, std::vector<std::byte>& scratch
 
 }  // namespace
 
-void page_digests(const Page& page, std::span<Digest> digests, unsigned threads) {
+void page_digests(const Page& page, const StoredBases& bases, std::span<Digest> digests,
+                  unsigned threads) {
     if (digests.size() != page.n_slots()) {
         throw Error(ErrorCode::invalid_argument, "page_digests: one digest per slot is needed");
+    }
+    if (!bases.bases.empty() && bases.bases.size() != page.n_slots()) {
+        throw Error(ErrorCode::invalid_argument,
+                    "page_digests: " + std::to_string(bases.bases.size()) +
+                        " bases came for a page of " + std::to_string(page.n_slots()) + " slots");
     }
     parallel_for(page.n_slots(), 16, thread_count(threads),
                  [&](std::size_t begin, std::size_t end) {
                      std::vector<std::byte> scratch;
                      for (std::size_t slot = begin; slot < end; ++slot) {
-                         const BlockView block = page.block(slot);
+                         BlockView base{};
+                         const BlockView block = with_base(page.block(slot), bases, slot, base);
                          const std::size_t row_bytes = block.cols * item_bytes(block.dtype);
                          digests[slot] =
                              hash_rows(content(block, scratch), block.rows, row_bytes, row_bytes);

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 #include <numeric>
 #include <string>
@@ -37,7 +38,7 @@ constexpr std::size_t kPrefetchBytes = 256;
 constexpr std::size_t kRowsTogether = 256;
 // Bytes that encoded blocks may take while they are decoded; the others have to wait.
 constexpr std::size_t kTileBytes = std::size_t{16} << 20;
-// A block row whose blocks are on several pages.
+// A block row whose blocks are on several pages, those of bases included.
 constexpr std::uint32_t kSeveral = UINT32_MAX;
 
 [[nodiscard]] unsigned threads_for(std::size_t bytes, unsigned requested) noexcept {
@@ -57,7 +58,8 @@ void max_row(const T* from, std::size_t count, T* to) noexcept {
 class RowTable::Impl {
   public:
     Impl(const BlockGrid& grid, Dtype dtype, std::span<const std::int64_t> page_ids,
-         std::span<const std::uint32_t> slots)
+         std::span<const std::uint32_t> slots, std::span<const std::int64_t> base_page_ids,
+         std::span<const std::uint32_t> base_slots)
         : grid_(grid), dtype_(dtype), item_(item_bytes(dtype)), grid_cols_(grid.grid_cols()) {
         const std::size_t count = grid.count();
         if (page_ids.size() != count || slots.size() != count) {
@@ -66,7 +68,16 @@ class RowTable::Impl {
                             std::to_string(slots.size()) + " slots were given for " +
                             std::to_string(count) + " blocks");
         }
+        if (base_page_ids.size() != base_slots.size() ||
+            (!base_slots.empty() && base_slots.size() != count)) {
+            throw Error(ErrorCode::invalid_argument,
+                        std::to_string(base_page_ids.size()) + " page ids and " +
+                            std::to_string(base_slots.size()) + " slots of bases were given for " +
+                            std::to_string(count) + " blocks");
+        }
         page_ids_.assign(page_ids.begin(), page_ids.end());
+        std::copy_if(base_page_ids.begin(), base_page_ids.end(), std::back_inserter(page_ids_),
+                     [](std::int64_t id) { return id >= 0; });
         std::sort(page_ids_.begin(), page_ids_.end());
         page_ids_.erase(std::unique(page_ids_.begin(), page_ids_.end()), page_ids_.end());
         if (page_ids_.size() >= kSeveral) {
@@ -76,10 +87,18 @@ class RowTable::Impl {
         slots_.assign(slots.begin(), slots.end());
         known_ = std::vector<Known>(page_ids_.size());
         starts_.assign(page_ids_.size() + 1, 0);
+        const auto number_of = [this](std::int64_t id) {
+            const auto at = std::lower_bound(page_ids_.begin(), page_ids_.end(), id);
+            return static_cast<std::uint32_t>(at - page_ids_.begin());
+        };
         for (std::size_t b = 0; b < count; ++b) {
-            const auto at = std::lower_bound(page_ids_.begin(), page_ids_.end(), page_ids[b]);
-            places_[b].page = static_cast<std::uint32_t>(at - page_ids_.begin());
+            places_[b].page = number_of(page_ids[b]);
             ++starts_[places_[b].page + 1];
+        }
+        bases_.reserve(base_slots.size());
+        for (std::size_t b = 0; b < base_slots.size(); ++b) {
+            const std::int64_t id = base_page_ids[b];
+            bases_.push_back({id < 0 ? kNoPage : number_of(id), base_slots[b]});
         }
         std::partial_sum(starts_.begin(), starts_.end(), starts_.begin());
         blocks_.resize(count);
@@ -92,6 +111,9 @@ class RowTable::Impl {
                 return place.page == blocks[0].page;
             });
             row_pages_[row] = same ? blocks[0].page : kSeveral;
+        }
+        for (std::size_t b = 0; b < bases_.size(); ++b) {
+            if (bases_[b].page != kNoPage) row_pages_[b / grid_cols_] = kSeveral;
         }
     }
 
@@ -109,8 +131,12 @@ class RowTable::Impl {
                 wanted[row_pages_[row]] = 1;
                 continue;
             }
-            const Place* const places = &places_[row * grid_cols_];
-            for (std::size_t c = 0; c < grid_cols_; ++c) wanted[places[c].page] = 1;
+            const std::size_t first = row * grid_cols_;
+            for (std::size_t b = first; b < first + grid_cols_; ++b) wanted[places_[b].page] = 1;
+            if (bases_.empty()) continue;
+            for (std::size_t b = first; b < first + grid_cols_; ++b) {
+                if (bases_[b].page != kNoPage) wanted[bases_[b].page] = 1;
+            }
         }
         for (std::size_t p = 0; p < wanted.size(); ++p) {
             if (wanted[p] != 0) pages.push_back(page_ids_[p]);
@@ -118,10 +144,12 @@ class RowTable::Impl {
         return pages;
     }
 
-    void take(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
+    // `here` is the ids of some pages, with these pages, or the numbers of some blocks, with these.
+    template <class Here>
+    void take(std::span<const std::int64_t> names, std::span<const Here> here,
               std::span<const std::int64_t> ids, std::byte* out, unsigned threads) const {
         check_ids(ids);
-        Call call = begin(page_ids, pages);
+        const auto call = begin(names, here);
         const std::size_t row_bytes = grid_.cols * item_;
         const unsigned workers = threads_for(ids.size() * row_bytes, threads);
         each_part(call, ids, threads, [&](const auto& pieces) {
@@ -132,12 +160,13 @@ class RowTable::Impl {
         });
     }
 
-    void bag(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
+    template <class Here>
+    void bag(std::span<const std::int64_t> names, std::span<const Here> here,
              std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
              const std::byte* weights, BagMode mode, std::byte* out, unsigned threads) const {
         check_ids(ids);
         check_edges(edges, ids.size());
-        Call call = begin(page_ids, pages);
+        const auto call = begin(names, here);
         const std::size_t n_bags = edges.size() - 1;
         const unsigned workers = threads_for(ids.size() * grid_.cols * item_, threads);
         // As many bags as hold about kRowsPerPiece rows.
@@ -175,6 +204,11 @@ class RowTable::Impl {
         std::vector<const Page*> pages;
         std::vector<const std::byte*> bytes;  // nullptr too where elements lie misaligned
         bool all_plain = true;                // every block is used where it lies
+    };
+    // The blocks of one call.
+    struct BlockCall {
+        std::span<const std::int64_t> numbers;
+        std::span<const BlockView> views;
     };
 
     void check_ids(std::span<const std::int64_t> ids) const {
@@ -221,6 +255,22 @@ class RowTable::Impl {
             call.all_plain = call.all_plain && aligned && !known_[number].encoded;
         }
         return call;
+    }
+
+    BlockCall begin(std::span<const std::int64_t> numbers, std::span<const BlockView> views) const {
+        if (numbers.size() != views.size()) {
+            throw Error(ErrorCode::invalid_argument, "each block needs one number");
+        }
+        for (std::size_t i = 0; i < numbers.size(); ++i) {
+            if (static_cast<std::uint64_t>(numbers[i]) >= places_.size()) {
+                throw Error(ErrorCode::invalid_argument, "block " + std::to_string(numbers[i]) +
+                                                             " is out of range; the matrix has " +
+                                                             std::to_string(places_.size()) +
+                                                             " blocks");
+            }
+            detail::check_block(views[i], grid_, dtype_, static_cast<std::size_t>(numbers[i]));
+        }
+        return {numbers, views};
     }
 
     // Afterwards the places of the page's blocks are known, and hold for this very page.
@@ -280,6 +330,52 @@ class RowTable::Impl {
         if (call.all_plain) return;
         const std::vector<std::size_t> blocks = blocks_to_decode(call, ids);
         std::vector<const std::byte*> decoded(places_.size(), nullptr);
+        each_decoded(blocks, threads, decoded, body,
+                     [&](std::size_t i, std::byte* to, std::size_t stride) {
+                         const std::size_t b = blocks[i];
+                         BlockView base{};
+                         decode_block(with_base(call.pages[places_[b].page]->block(slots_[b]),
+                                                {call.pages, bases_}, b, base),
+                                      to, stride);
+                     });
+    }
+
+    // The same for blocks at hand, where all are used together: those that need no decoding lie
+    // beside those that were decoded.
+    template <class Body>
+    void each_part(const BlockCall& call, std::span<const std::int64_t> ids, unsigned threads,
+                   const Body& body) const {
+        if (grid_cols_ == 0 || ids.empty()) return;
+        const std::vector<std::uint8_t> wanted = rows_wanted(ids);
+        std::vector<const std::byte*> at(places_.size(), nullptr);
+        std::vector<std::size_t> blocks;
+        std::vector<std::size_t> views;
+        bool any = false;
+        for (std::size_t i = 0; i < call.numbers.size(); ++i) {
+            const auto b = static_cast<std::size_t>(call.numbers[i]);
+            if (wanted[b / grid_cols_] == 0) continue;
+            if (detail::is_in_place(call.views[i])) {
+                at[b] = call.views[i].data;
+                any = true;
+            } else {
+                blocks.push_back(b);
+                views.push_back(i);
+            }
+        }
+        if (any) body(Decoded{at});
+        std::fill(at.begin(), at.end(), nullptr);
+        each_decoded(blocks, threads, at, body,
+                     [&](std::size_t i, std::byte* to, std::size_t stride) {
+                         decode_block(call.views[views[i]], to, stride);
+                     });
+    }
+
+    // Decodes blocks, kTileBytes of them at a time, and calls body(pieces) with them. `at` has a
+    // place for every block, nullptr before and after.
+    template <class Body, class Decode>
+    void each_decoded(const std::vector<std::size_t>& blocks, unsigned threads,
+                      std::vector<const std::byte*>& at, const Body& body,
+                      const Decode& decode) const {
         detail::Scratch<std::byte> scratch;
         std::vector<std::size_t> offsets;
         for (std::size_t begin = 0; begin < blocks.size();) {
@@ -298,26 +394,29 @@ class RowTable::Impl {
                          [&](std::size_t first, std::size_t last) {
                              for (std::size_t i = first; i < last; ++i) {
                                  const std::size_t b = blocks[begin + i];
-                                 const BlockView block = view_of(call, b);
-                                 decode_block(block, tile + offsets[i], block.row_bytes());
-                                 decoded[b] = tile + offsets[i];
+                                 decode(begin + i, tile + offsets[i],
+                                        block_rect(grid_, b).cols * item_);
+                                 at[b] = tile + offsets[i];
                              }
                          });
-            body(Decoded{decoded});
-            for (; begin < end; ++begin) decoded[blocks[begin]] = nullptr;
+            body(Decoded{at});
+            for (; begin < end; ++begin) at[blocks[begin]] = nullptr;
         }
     }
 
-    [[nodiscard]] BlockView view_of(const Call& call, std::size_t b) const {
-        return call.pages[places_[b].page]->block(slots_[b]);
+    // Per row of blocks: whether one of these rows is in it.
+    [[nodiscard]] std::vector<std::uint8_t> rows_wanted(std::span<const std::int64_t> ids) const {
+        std::vector<std::uint8_t> wanted(row_pages_.size(), 0);
+        for (const std::int64_t id : ids) {
+            wanted[static_cast<std::size_t>(id) / grid_.block_rows] = 1;
+        }
+        return wanted;
     }
 
     // Of the blocks with a piece of these rows, those that have to be decoded and are here.
     [[nodiscard]] std::vector<std::size_t> blocks_to_decode(
         const Call& call, std::span<const std::int64_t> ids) const {
-        std::vector<std::uint8_t> wanted(row_pages_.size(), 0);
-        for (const std::int64_t id : ids)
-            wanted[static_cast<std::size_t>(id) / grid_.block_rows] = 1;
+        const std::vector<std::uint8_t> wanted = rows_wanted(ids);
         std::vector<std::size_t> blocks;
         const Plain plain{*this, call};
         for (std::size_t row = 0; row < wanted.size(); ++row) {
@@ -474,6 +573,7 @@ class RowTable::Impl {
     const std::size_t grid_cols_;
     std::vector<std::int64_t> page_ids_;    // each once, ascending
     std::vector<std::uint32_t> slots_;      // per block
+    std::vector<StoredBlock> bases_;        // per block, pages by number; empty if none is a delta
     std::vector<std::uint32_t> row_pages_;  // per block row: its page, or kSeveral
     std::vector<std::size_t> starts_;       // per page: where its blocks begin in blocks_; the end
     std::vector<std::size_t> blocks_;       // by page
@@ -483,8 +583,10 @@ class RowTable::Impl {
 };
 
 RowTable::RowTable(const BlockGrid& grid, Dtype dtype, std::span<const std::int64_t> page_ids,
-                   std::span<const std::uint32_t> slots)
-    : impl_(std::make_unique<Impl>(grid, dtype, page_ids, slots)) {}
+                   std::span<const std::uint32_t> slots,
+                   std::span<const std::int64_t> base_page_ids,
+                   std::span<const std::uint32_t> base_slots)
+    : impl_(std::make_unique<Impl>(grid, dtype, page_ids, slots, base_page_ids, base_slots)) {}
 
 RowTable::~RowTable() = default;
 
@@ -501,10 +603,21 @@ void RowTable::take(std::span<const std::int64_t> page_ids, std::span<const Page
     impl_->take(page_ids, pages, ids, out, threads);
 }
 
+void RowTable::take(std::span<const std::int64_t> numbers, std::span<const BlockView> views,
+                    std::span<const std::int64_t> ids, std::byte* out, unsigned threads) const {
+    impl_->take(numbers, views, ids, out, threads);
+}
+
 void RowTable::bag(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
                    std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
                    const std::byte* weights, BagMode mode, std::byte* out, unsigned threads) const {
     impl_->bag(page_ids, pages, ids, edges, weights, mode, out, threads);
+}
+
+void RowTable::bag(std::span<const std::int64_t> numbers, std::span<const BlockView> views,
+                   std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
+                   const std::byte* weights, BagMode mode, std::byte* out, unsigned threads) const {
+    impl_->bag(numbers, views, ids, edges, weights, mode, out, threads);
 }
 
 }  // namespace pydedup

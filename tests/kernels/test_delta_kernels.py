@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Computing on matrices some of whose blocks are deltas: the same bits as on the raw matrix.
+
+Whatever holds of raw blocks (accuracy, dtypes, kernels) is tested next door; here, that a delta is
+read with its base by everything that reads blocks, within any memory budget, and that a base which
+is missing or wrong is an error and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pydedup import _core, codec, conv, hashing, matmul
+from pydedup.blocks import NO_PAGE, BlockMap, MatrixView
+from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
+from pydedup.pool import PagePool
+from pydedup.testing.memory_pages import MemoryPages
+from pydedup.types import DType
+
+Array = NDArray[Any]
+SHAPE = (70, 135)  # edge blocks on both sides
+BLOCK = (16, 32)
+
+
+def near(base: Array, dtype: DType, seed: int = 1) -> Array:
+    """A matrix that differs from another in a fifth of its elements, by little."""
+    rng = np.random.default_rng(seed)
+    changed = rng.random(base.shape) < 0.2
+    if dtype.is_float:
+        values = base.astype(np.float64)
+        step = 2.0**-2 if dtype.itemsize == 1 else 2.0**-6
+        return np.where(changed, values * (1 + step), values).astype(dtype.numpy)
+    return np.where(changed, base ^ np.array(1, base.dtype), base).astype(dtype.numpy)
+
+
+def first(dtype: DType, shape: tuple[int, int] = SHAPE) -> Array:
+    rng = np.random.default_rng(0)
+    if dtype.is_float:
+        return rng.standard_normal(shape).astype(dtype.numpy)
+    return rng.integers(0, 100, shape).astype(dtype.numpy)
+
+
+class Pair:
+    """A matrix stored raw and as deltas; the deltas on pages of their own."""
+
+    def __init__(
+        self,
+        dtype: DType = DType.F32,
+        base_dtype: DType | None = None,
+        *,
+        every: int = 1,
+        planes: bool = False,
+        shape: tuple[int, int] = SHAPE,
+        scattered: bool = False,
+    ) -> None:
+        self.pages = MemoryPages()
+        self.base = first(base_dtype or dtype, shape)
+        self.w = near(self.base, dtype)
+        self.base_map = self.pages.add(self.base, BLOCK, planes=planes, scattered=scattered)
+        self.raw = self.pages.add(self.w, BLOCK)
+        self.delta = self.pages.add_deltas(
+            self.w, self.base, self.base_map, every=every, per_page=5, scattered=scattered
+        )
+        assert self.delta.bases is not None
+        n_deltas = (self.delta.bases[0] != NO_PAGE).sum()
+        assert n_deltas == -(-self.delta.grid.count // every)
+
+    @property
+    def two_pages(self) -> int:
+        """Bytes of the largest page of deltas and the largest of bases."""
+        assert self.delta.bases is not None
+        sizes = {number: len(payload) for number, payload in self.pages.payloads.items()}
+        bases = set(self.delta.bases[0].tolist()) - {NO_PAGE}
+        return max(sizes[n] for n in set(self.delta.page_ids.tolist())) + max(
+            sizes[n] for n in bases
+        )
+
+
+def x_for(pair: Pair, m: int, transpose: bool = False) -> Array:
+    rng = np.random.default_rng(m)
+    inner = pair.w.shape[0] if transpose else pair.w.shape[1]
+    return rng.standard_normal((m, inner)).astype(matmul.compute_dtype(pair.delta.dtype))
+
+
+KINDS = [
+    (DType.F32, None),
+    (DType.BF16, None),
+    (DType.BF16, DType.F32),
+    (DType.F16, DType.BF16),
+    (DType.F64, DType.F32),
+    (DType.I8, None),
+    (DType.I32, None),
+    (DType.F8_E4M3, None),
+]
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("dtype", "base_dtype"), KINDS)
+def test_products(dtype: DType, base_dtype: DType | None, transpose: bool) -> None:
+    for planes in (False, True):
+        pair = Pair(dtype, base_dtype, planes=planes)
+        pool = pair.pages.pool()
+        for m in (1, 3, 40):
+            x = x_for(pair, m, transpose)
+            got = matmul.matmul(pair.delta, pool, x, transpose=transpose)
+            want = matmul.matmul(pair.raw, pool, x, transpose=transpose)
+            assert got.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("every", [1, 2, 7])
+def test_products_of_bf16_numbers(every: int) -> None:
+    """What takes the kernels of bf16 pairs, where there are any."""
+    pair = Pair(DType.BF16, DType.F32, every=every)
+    x = x_for(pair, 40).astype(DType.BF16.numpy).astype(np.float32)
+    got = matmul.matmul(pair.delta, pair.pages.pool(), x, activation="relu")
+    assert (
+        got.tobytes() == matmul.matmul(pair.raw, pair.pages.pool(), x, activation="relu").tobytes()
+    )
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("every", [1, 3])
+def test_two_pages_are_memory_enough(every: int, scattered: bool) -> None:
+    pair = Pair(every=every, scattered=scattered)
+    everything, little = pair.pages.pool(), pair.pages.pool(pair.two_pages)
+    ids = np.array([[0, 69, 3], [17, 17, 40]])
+    x, x_t = x_for(pair, 5), x_for(pair, 5, True)
+    uses: list[Callable[[BlockMap, PagePool], Array]] = [
+        matmul.read,
+        lambda m, pool: matmul.matmul(m, pool, x),
+        lambda m, pool: matmul.matmul(m, pool, x_t, transpose=True),
+        lambda m, pool: matmul.take(m, pool, ids),
+        lambda m, pool: matmul.bag(m, pool, ids, mode="max"),
+    ]
+    for use in uses:
+        want = use(pair.raw, everything).tobytes()
+        assert use(pair.delta, everything).tobytes() == want
+        assert use(pair.delta, little).tobytes() == want
+        assert little.stats()["pinned_bytes"] == 0
+
+
+def test_less_than_two_pages_is_an_error_not_a_loop() -> None:
+    pair = Pair()
+    pool = pair.pages.pool(pair.two_pages - 1000)
+    with pytest.raises(BudgetError):
+        matmul.read(pair.delta, pool)
+    with pytest.raises(BudgetError):
+        matmul.matmul(pair.delta, pool, x_for(pair, 1))
+    with pytest.raises(BudgetError):
+        matmul.take(pair.delta, pool, [0])
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.F64, DType.I8])
+def test_bags_of_whole_numbers(dtype: DType) -> None:
+    """Sums of integers are exact in any order, so they can be compared to the bit."""
+    pages = MemoryPages()
+    rng = np.random.default_rng(5)
+    base = rng.integers(-9, 9, SHAPE).astype(dtype.numpy)
+    w = base.copy()
+    w[::3, ::2] = np.array(7).astype(dtype.numpy)
+    base_map = pages.add(base, BLOCK)
+    delta = pages.add_deltas(w, base, base_map, every=2, per_page=3)
+    ids = rng.integers(0, SHAPE[0], 300)
+    offsets = [0, 4, 4, 200]
+    scales = rng.integers(-3, 3, 300)
+    exact = w.astype(np.float64)[ids]
+    for pool in (pages.pool(), pages.pool(6 * 16 * 32 * w.itemsize + 4000 + base.nbytes // 2)):
+        got = matmul.bag(delta, pool, ids, offsets, "sum")
+        assert (
+            got == np.add.reduceat(exact, [0, 4, 200]).take([0, 0, 1, 2], 0) * [[1], [0], [1], [1]]
+        ).all()
+        weighted = matmul.bag(delta, pool, ids, offsets, "sum", weights=scales)
+        assert (weighted[0] == (exact[:4] * scales[:4, None]).sum(0)).all()
+        assert (matmul.take(delta, pool, ids).view(np.uint8) == w[ids].view(np.uint8)).all()
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_convolutions(dtype: DType) -> None:
+    rng = np.random.default_rng(3)
+    pages = MemoryPages()
+    base = first(DType.F32, (20, 3 * 9))
+    w = near(base, dtype)
+    base_map = pages.add(base, (8, 16))
+    raw = pages.add(w, (8, 16))
+    delta = pages.add_deltas(w, base, base_map, every=2, per_page=2, scattered=True)
+    x = rng.standard_normal((2, 3, 9, 11)).astype(np.float32)
+    want = conv.conv2d(raw, pages.pool(), x, kernel=3, padding=1)
+    assert conv.conv2d(delta, pages.pool(), x, kernel=3, padding=1).tobytes() == want.tobytes()
+    assert conv.conv2d(delta, pages.pool(9000), x, kernel=3, padding=1).tobytes() == want.tobytes()
+
+
+def test_quantised_blocks_compute_as_what_they_decode_to() -> None:
+    pages = MemoryPages()
+    base = first(DType.F32)
+    rng = np.random.default_rng(8)
+    w = (base + 0.01 * rng.standard_normal(SHAPE)).astype(np.float32)
+    base_map = pages.add(base, BLOCK)
+    delta = pages.add_deltas(w, base, base_map, max_rel_error=1e-3)
+    pool = pages.pool()
+    read = matmul.read(delta, pool)
+    assert 0 < np.linalg.norm(read - w) <= 1e-3 * np.linalg.norm(w)
+    again = pages.add(read, BLOCK)
+    x = rng.standard_normal((4, SHAPE[1])).astype(np.float32)
+    assert (matmul.matmul(delta, pool, x) == matmul.matmul(again, pool, x)).all()
+    assert (matmul.take(delta, pool, [5, 69]) == read[[5, 69]]).all()
+
+
+def test_threads() -> None:
+    """Many readers in a pool for a few pages; large enough that calls use threads of their own."""
+    pair = Pair(DType.BF16, DType.F32, every=2, shape=(700, 1000), scattered=True)
+    pool = pair.pages.pool(8 * pair.two_pages)
+    x = x_for(pair, 40)
+    ids = np.arange(0, 700, 3)
+    want = matmul.matmul(pair.raw, pair.pages.pool(), x, threads=1).tobytes()
+    wrong: list[str] = []
+
+    def use(threads: int) -> None:
+        try:
+            for _ in range(3):
+                if matmul.matmul(pair.delta, pool, x, threads=threads).tobytes() != want:
+                    wrong.append("matmul")
+                if matmul.take(pair.delta, pool, ids).tobytes() != pair.w[ids].tobytes():
+                    wrong.append("take")
+        except Exception as exc:
+            wrong.append(repr(exc))
+
+    users = [threading.Thread(target=use, args=(n,)) for n in (1, 2, 4, 0)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert wrong == []
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+# ---- walks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("budget_pages", [2, 3, 40])
+def test_a_walk_visits_each_block_once_with_both_pages(budget_pages: int, in_order: bool) -> None:
+    pair = Pair(every=2, scattered=True)
+    assert pair.delta.bases is not None
+    pool = pair.pages.pool(budget_pages * max(map(len, pair.pages.payloads.values())))
+    walk = pool.stream_with_bases if in_order else pool.windows_with_bases
+    seen: list[int] = []
+    everything = np.arange(pair.delta.grid.count)
+    for rows, pages, page_index, bases in walk(pair.delta.page_ids, pair.delta.bases):
+        mine = everything[rows]
+        seen += mine.tolist()
+        assert bases is not None
+        for at, block in enumerate(mine.tolist()):
+            page = pages[page_index[at]]
+            assert page.payload == pair.pages.payloads[int(pair.delta.page_ids[block])]
+            base = int(pair.delta.bases[0][block])
+            index = int(np.asarray(bases.page_index)[at])
+            assert (index == -1) == (base == NO_PAGE)
+            if index >= 0:
+                assert bases.pages[index].payload == pair.pages.payloads[base]
+                assert np.asarray(bases.slots)[at] == pair.delta.bases[1][block]
+    assert sorted(seen) == everything.tolist()
+    assert not in_order or seen == sorted(seen)
+
+
+def test_walks_without_bases_are_as_before() -> None:
+    pair = Pair()
+    pool = pair.pages.pool()
+    plain = [(rows, index.tolist()) for rows, _, index in pool.stream(pair.raw.page_ids)]
+    with_none = pool.stream_with_bases(pair.raw.page_ids, None)
+    assert [(rows, index.tolist()) for rows, _, index, none in with_none if none is None] == plain
+
+
+def test_a_walk_remembers_which_bases_it_was_planned_for() -> None:
+    pair = Pair(every=2)
+    pool = pair.pages.pool()
+    x = x_for(pair, 2)
+    want = matmul.matmul(pair.delta, pool, x)
+    with pytest.raises(CorruptStoreError, match="without its base"):
+        matmul.matmul(replace(pair.delta, base_page_ids=None, base_slots=None), pool, x)
+    assert (matmul.matmul(pair.delta, pool, x) == want).all()
+
+
+# ---- damage -------------------------------------------------------------------------------------
+
+
+def no_bases(pair: Pair) -> BlockMap:
+    return replace(pair.delta, base_page_ids=None, base_slots=None)
+
+
+def one_missing(pair: Pair) -> BlockMap:
+    assert pair.delta.bases is not None
+    pages = pair.delta.bases[0].copy()
+    pages[0] = NO_PAGE
+    return replace(pair.delta, base_page_ids=pages)
+
+
+def is_a_delta(pair: Pair) -> BlockMap:
+    return replace(pair.delta, base_page_ids=pair.delta.page_ids, base_slots=pair.delta.slots)
+
+
+def wrong_block(pair: Pair) -> BlockMap:
+    assert pair.delta.bases is not None
+    slots = pair.delta.bases[1].copy()
+    slots[0] += 1
+    return replace(pair.delta, base_slots=slots)
+
+
+def no_such_slot(pair: Pair) -> BlockMap:
+    assert pair.delta.bases is not None
+    slots = pair.delta.bases[1].copy()
+    slots[0] = 2**31
+    return replace(pair.delta, base_slots=slots)
+
+
+def other_shape(pair: Pair) -> BlockMap:
+    assert pair.delta.bases is not None
+    pages, slots = pair.delta.bases[0].copy(), pair.delta.bases[1].copy()
+    pages[0], slots[0] = pages[-1], slots[-1]
+    return replace(pair.delta, base_page_ids=pages, base_slots=slots)
+
+
+def no_such_page(pair: Pair) -> BlockMap:
+    assert pair.delta.bases is not None
+    pages = pair.delta.bases[0].copy()
+    pages[0] = 10**9
+    return replace(pair.delta, base_page_ids=pages)
+
+
+USES: dict[str, Callable[[BlockMap, PagePool], Any]] = {
+    "read": matmul.read,
+    "dots": lambda m, pool: matmul.matmul(m, pool, np.ones((1, SHAPE[1]), np.float32)),
+    "tiles": lambda m, pool: matmul.matmul(m, pool, np.ones((30, SHAPE[1]), np.float32)),
+    "transposed": lambda m, pool: matmul.matmul(
+        m, pool, np.ones((2, SHAPE[0]), np.float32), transpose=True
+    ),
+    "take": lambda m, pool: matmul.take(m, pool, [0, 1]),
+    "bag": lambda m, pool: matmul.bag(m, pool, [[0, 1]]),
+    "conv": lambda m, pool: conv.conv2d(
+        m, pool, np.ones((1, SHAPE[1] // 27, 9, 9), np.float32), kernel=(3, 9)
+    ),
+}
+DAMAGE: list[tuple[Callable[[Pair], BlockMap], type[Exception], str]] = [
+    (no_bases, CorruptStoreError, "without its base"),
+    (one_missing, CorruptStoreError, "without its base"),
+    (is_a_delta, CorruptStoreError, "base is a delta itself"),
+    (wrong_block, CorruptStoreError, "not the base that it was made from"),
+    (no_such_slot, CorruptStoreError, "slot"),
+    (other_shape, CorruptStoreError, "its base has"),
+    (no_such_page, PageNotFoundError, "do not exist"),
+]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(("damage", "error", "message"), DAMAGE)
+def test_bad_bases_are_errors(
+    damage: Callable[[Pair], BlockMap], error: type[Exception], message: str, use: str
+) -> None:
+    pair = Pair()
+    damaged = damage(pair)
+    for pool in (pair.pages.pool(), pair.pages.pool(pair.two_pages)):
+        for _ in range(2):  # with pages fetched, and with pages that were there
+            with pytest.raises(error, match=message):
+                USES[use](damaged, pool)
+            assert pool.stats()["pinned_bytes"] == 0
+
+
+def pages_of(pair: Pair, *numbers: int) -> list[codec.Page]:
+    return [codec.Page(pair.pages.payloads[number]) for number in numbers]
+
+
+def test_bases_that_are_not_at_hand_are_argument_errors() -> None:
+    pair = Pair()
+    assert pair.delta.bases is not None
+    grid, page = pair.delta.grid, int(pair.delta.page_ids[0])
+    n = int((pair.delta.page_ids == page).sum())
+    (here,) = pages_of(pair, page)
+    index, slots = np.zeros(n, np.uint32), pair.delta.slots[:n]
+    row = np.zeros(1, np.int64)
+    view = MatrixView.of(np.empty(SHAPE, np.float32), BLOCK)
+    for base_index, base_slots in (
+        (np.full(n, 1), slots),  # behind the list
+        (np.full(n, -2), slots),
+        (np.full(n, 2**40), slots),
+        (np.zeros(n - 1, np.int64), slots[1:]),  # too few
+        (np.zeros(n, np.int64), slots[1:]),
+    ):
+        bases = codec.StoredBases([here], base_index, base_slots)
+        with pytest.raises(ArgumentError):
+            codec.read_blocks(view, np.arange(n), [here], index, slots, bases=bases)
+        with pytest.raises(ArgumentError):
+            codec.blocks_equal(view, np.arange(n), [here], index, slots, bases=bases)
+        with pytest.raises(ArgumentError):
+            codec.page_digests(here, bases=bases)
+        x, y = np.ones((1, SHAPE[1]), np.float32), np.empty((1, SHAPE[0]), np.float32)
+        shape = (grid.rows, grid.cols, grid.block_rows, grid.block_cols, pair.delta.dtype.code)
+        product = _core.Matmul(*shape, x, None, "none", False, y)
+        with pytest.raises(ArgumentError):
+            product.feed([here], index, slots, codec.bases_for_core(bases))
+        table = _core.RowTable(*shape, pair.delta.page_ids, pair.delta.slots, *pair.delta.bases)
+        out = np.empty((1, 4 * SHAPE[1]), np.uint8)
+        with pytest.raises(ArgumentError):
+            core = codec.bases_for_core(bases)
+            table.take_blocks(np.arange(n), [here], index, slots, core, row, out)
+    # The page of the delta without that of its base.
+    with pytest.raises(ArgumentError, match="not among the"):
+        table.take_from(np.array([page]), [here], row, out)
+    with pytest.raises(ArgumentError, match="out of range"):
+        table.take_blocks(np.array([grid.count]), [here], index[:1], slots[:1], None, row, out)
+    with pytest.raises(ArgumentError, match="slots of bases"):
+        _core.RowTable(
+            *shape, pair.delta.page_ids, pair.delta.slots, *(b[1:] for b in pair.delta.bases)
+        )
+
+
+# ---- digests and comparisons --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "base_dtype"), KINDS)
+def test_digests_and_comparisons_see_the_content(dtype: DType, base_dtype: DType | None) -> None:
+    pair = Pair(dtype, base_dtype, every=2, planes=True)
+    assert pair.delta.bases is not None
+    view = MatrixView.of(pair.w, BLOCK)
+    digests = hashing.hash_view(view)
+    pool = pair.pages.pool()
+    other = pair.w.copy()
+    other.view(np.uint8)[-1, -1] ^= 1
+    other_view = MatrixView.of(other, BLOCK)
+    for number in np.unique(pair.delta.page_ids).tolist():
+        on_page = np.flatnonzero(pair.delta.page_ids == number)
+        base_pages = pair.delta.bases[0][on_page]
+        ids = np.unique(base_pages[base_pages != NO_PAGE])
+        index = np.where(base_pages == NO_PAGE, -1, np.searchsorted(ids, base_pages))
+        (page,), base_of = pool.pages([number]), pool.pages(ids)
+        slots = pair.delta.slots[on_page]
+        bases = codec.StoredBases(base_of, index, pair.delta.bases[1][on_page])
+        by_slot = np.argsort(slots)
+        on_slots = replace(
+            bases, page_index=index[by_slot], slots=pair.delta.bases[1][on_page][by_slot]
+        )
+        assert (codec.page_digests(page, bases=on_slots) == digests[on_page[by_slot]]).all()
+        where = np.zeros(len(on_page), np.uint32)
+        assert codec.blocks_equal(view, on_page, [page], where, slots, bases=bases).all()
+        equal = codec.blocks_equal(other_view, on_page, [page], where, slots, bases=bases)
+        assert equal.tolist() == (on_page != pair.delta.grid.count - 1).tolist()
+        for at, block in enumerate(on_page.tolist()):
+            (raw,) = pool.pages([int(pair.raw.page_ids[block])])
+            base = (base_of[index[at]], int(pair.delta.bases[1][block])) if index[at] >= 0 else None
+            raw_slot, slot = int(pair.raw.slots[block]), int(slots[at])
+            assert codec.same_block(raw, raw_slot, page, slot, base_b=base)
+            assert codec.same_block(page, slot, raw, raw_slot, base_a=base)
+            if base is not None:
+                assert not codec.same_block(page, slot, *base, base_a=base)
+                with pytest.raises(CorruptStoreError, match="without its base"):
+                    codec.same_block(page, slot, raw, raw_slot)
+        with pytest.raises(CorruptStoreError, match="without its base"):
+            codec.page_digests(page)
