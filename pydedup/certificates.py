@@ -27,12 +27,12 @@ def describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
         )
     elif rows["all"] is not None:
         lines.append(f"on {rows['all']:,} examples; without confidence, so for these alone")
-    shared, *deltas = certificate["levels"] or [0]
+    replaced, shared = certificate["replaced"], certificate["shared"]
     lines.append(
-        f"blocks replaced {certificate['replaced']:,} of {certificate['blocks']:,} candidates "
-        f"({shared:,} shared, {sum(deltas):,} as deltas), refused {certificate['refused']:,}, "
-        f"not tried {certificate['untried']:,}; largest change of a block "
-        f"{certificate['max_rel_error']:.3g} of its norm"
+        f"blocks replaced {replaced:,} of {certificate['blocks']:,} candidates "
+        f"({shared:,} shared, {replaced - shared:,} as deltas), "
+        f"refused {certificate['refused']:,}, not tried {certificate['untried']:,}; "
+        f"largest change of a block {certificate['max_rel_error']:.3g} of its norm"
     )
     lines.append(
         f"search {certificate['search']} by {certificate['order']}, "

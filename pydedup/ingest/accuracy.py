@@ -37,7 +37,7 @@ __all__ = ["Choice", "Replacement", "choose"]
 #: First batch of "bisect", as one in so many blocks; the largest one with confidence, where the
 #: judging rows may end the search and the last state that they accepted should not lie far back.
 _FIRST = 8
-_LARGEST_JUDGED = 16
+_LARGEST_JUDGED = 32
 #: Steps of the search "step" unless the user says how many blocks one has; the paper took 5 blocks.
 _STEPS, _STEP_BLOCKS = 32, 5
 
@@ -63,6 +63,8 @@ class Replacement:
         Third quartile of the block's absolute weights, normalised by its layer.
     layer_bytes
         Size of its tensor.
+    shares
+        Whether the first level is a stored block as it is; all others are deltas.
     """
 
     tensor: str
@@ -72,6 +74,7 @@ class Replacement:
     saved: tuple[int, ...]
     magnitude: float
     layer_bytes: int
+    shares: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,8 @@ def choose(
     ----------
     weights
         The model's tensors by name, C-contiguous, writeable and owned by the caller: they are
-        changed in place. After an exception they hold nothing of use.
+        changed in place. Tied ones are one array under several names. After an exception they
+        hold nothing of use.
     replacements
         At most one per block.
     shared
@@ -238,6 +242,7 @@ def _finetune(
     if unknown := sorted(set(result) - set(weights)):
         raise EvaluationError(f"finetune returned {unknown[0]!r}, which the model does not have")
     changed: dict[str, NDArray[Any]] = {}
+    tied: dict[int, tuple[str, NDArray[Any]]] = {}
     for name, value in result.items():
         array, old = np.ascontiguousarray(value), weights[name]
         if np.shape(value) != old.shape or array.dtype != old.dtype:
@@ -246,6 +251,9 @@ def _finetune(
                 f"which is {old.dtype} {old.shape}"
             )
         array = array.reshape(old.shape)
+        twin, other = tied.setdefault(id(old), (name, array))
+        if not np.array_equal(bits(array), bits(other)):
+            raise EvaluationError(f"finetune made {name!r} and {twin!r} differ, which are tied")
         differs = bits(array) != bits(old)
         if (differs & masks[name]).any():
             raise EvaluationError(
@@ -294,6 +302,7 @@ def _certificate(
         "noise": judge.noise,
         "blocks": len(replacements),
         "replaced": int((levels >= 0).sum()),
+        "shared": sum(r.shares for r, k in zip(replacements, levels, strict=True) if k == 0),
         "refused": int(refused),
         "untried": int((levels == KEPT).sum()) - int(refused),
         "levels": [int(count) for count in taken],

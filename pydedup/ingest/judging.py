@@ -51,19 +51,19 @@ class Scorer:
     policy
         Whose ``evaluate`` is called.
     weights
-        C-contiguous arrays by name. Whoever writes to one calls `touched`.
+        C-contiguous arrays by name; tied ones are one array. Whoever writes to one calls `touched`.
     """
 
     def __init__(self, policy: Accuracy, weights: Mapping[str, NDArray[Any]]) -> None:
         self._policy = policy
         self._weights = weights
-        self._prints: dict[str, bytes] = {}
+        self._prints: dict[int, bytes] = {}  # by id of the array, which lives as long as weights
         self._like: Measure | None = None
         self.evaluations = 0
 
     def touched(self, name: str) -> None:
         """Take notice that a tensor was changed on purpose."""
-        self._prints.pop(name, None)
+        self._prints.pop(id(self._weights[name]), None)
 
     def measure(self) -> Measure:
         """Evaluate the arrays as they are.
@@ -74,9 +74,9 @@ class Scorer:
             When ``evaluate`` raises, changes the arrays, or returns what is no metric, or one of
             another kind than the first time.
         """
-        for name, array in self._weights.items():
-            if name not in self._prints:
-                self._prints[name] = _fingerprint(array)
+        for array in self._weights.values():
+            if id(array) not in self._prints:
+                self._prints[id(array)] = _fingerprint(array)
         self.evaluations += 1
         try:
             result = self._policy.evaluate(read_only(self._weights))
@@ -85,7 +85,7 @@ class Scorer:
         except Exception as error:
             raise EvaluationError(f"evaluate raised {type(error).__name__}: {error}") from error
         for name, array in self._weights.items():
-            if _fingerprint(array) != self._prints[name]:
+            if _fingerprint(array) != self._prints[id(array)]:
                 raise EvaluationError(
                     f"evaluate changed the tensor {name!r} that it was given; let it work on a copy"
                 )

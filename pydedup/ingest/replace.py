@@ -171,6 +171,7 @@ class _Tensor:
                     saved=saved,
                     magnitude=float(magnitudes[row]),
                     layer_bytes=view.data.nbytes,
+                    shares=deltas[0] is None,
                 ),
                 deltas,
             )

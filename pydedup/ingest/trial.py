@@ -116,7 +116,9 @@ class Trial:
 
     def frozen(self, shared: Mapping[str, Sequence[tuple[slice, slice]]]) -> dict[str, Any]:
         """Return masks, by name, of the elements of replaced and of shared blocks."""
-        masks = {name: np.zeros(array.shape, np.bool_) for name, array in self.weights.items()}
+        arrays = {id(array): array for array in self.weights.values()}
+        by_array = {key: np.zeros(array.shape, np.bool_) for key, array in arrays.items()}
+        masks = {name: by_array[id(array)] for name, array in self.weights.items()}
         areas = [(name, area) for name, where in shared.items() for area in where]
         for (name, rows, cols, _), level in zip(self._candidates, self.levels, strict=True):
             if level != KEPT:

@@ -6,6 +6,7 @@ Frequencies are compared with what they may be plus four standard errors, on fix
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +40,22 @@ def test_a_mean_drop_at_the_limit_is_seldom_refuted(
         bets = Bets.of(steering, len(judging), limit, 1.0)
         refuted += bets.refutes(judging, limit, confidence)
     assert refuted / trials <= 0.1 + 4 * math.sqrt(0.1 * 0.9 / trials)
+
+
+@pytest.mark.parametrize("worse", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("steering", [[0.0] * 4, [1.0, 0.0], [-1.0, 0.0, 0.5]])
+def test_betting_against_the_truth_wins_nothing_on_average(
+    worse: float, steering: list[float]
+) -> None:
+    # Exactly: over all outcomes of six rows that get worse by 1 or better by a half.
+    limit = worse * 1.0 - (1 - worse) * 0.5 if worse > 0.34 else worse
+    better = -0.5 if worse > 0.34 else 0.0
+    bets = Bets.of(np.array(steering), 6, limit, 1.0)
+    mean = 0.0
+    for outcome in itertools.product([1.0, better], repeat=6):
+        chance = math.prod(worse if drop == 1 else 1 - worse for drop in outcome)
+        mean += chance * math.exp(bets.log_capital(np.array(outcome), limit))
+    assert mean == pytest.approx(1.0)
 
 
 def test_a_small_drop_is_shown() -> None:
@@ -185,6 +202,11 @@ def test_the_judging_rows_end_the_search() -> None:
     population = Population(np.random.default_rng(0), 2000, 8, 0.0)
     population.base[:] = True
     population.broken[:, split_rows(2000, 3)[1]] = True
+    # A delta round comes first: what ends it must end the rounds after it, too.
+    population.replacements = [
+        Replacement(r.tensor, r.rows, r.cols, r.levels * 2, (4, 3), r.magnitude, r.layer_bytes)
+        for r in population.replacements
+    ]
     calls = 0
     evaluate = population.evaluate
 

@@ -254,6 +254,26 @@ def test_a_block_refused_after_finetuning_keeps_what_it_was_trained_to() -> None
     assert choice.finetuned == {"w", "b"}
 
 
+def test_frozen_elements_are_compared_by_their_bits() -> None:
+    weights, replacements = model()
+    weights["w"][0] = [np.nan, 0]
+    where = {"w": [(slice(0, 1), slice(0, 2))]}
+
+    def tuned(change: Callable[[NDArray[Any]], None]) -> Choice:
+        def finetune(arrays: Arrays, _: Arrays) -> Arrays:
+            array = arrays["w"].copy()
+            change(array)
+            return {"w": array, "b": np.ones(3, np.float32)}
+
+        policy = Accuracy(closeness, 0.1, every=1, finetune=finetune)
+        copies = {name: array.copy() for name, array in weights.items()}
+        return choose(copies, replacements[1:], policy, shared=where)
+
+    assert tuned(lambda array: None).finetuned == {"b"}  # NaN is what it was
+    with pytest.raises(EvaluationError, match="changed 1 frozen"):
+        tuned(lambda array: array.__setitem__((0, 1), -0.0))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -275,3 +295,27 @@ def test_what_finetuning_may_not_do(change: Callable[[Arrays], Any], said: str) 
 def test_saliency_that_raises_is_said_so() -> None:
     with pytest.raises(EvaluationError, match="saliency raised ZeroDivisionError"):
         run(closeness, order="saliency", saliency=lambda _: 1 / 0)
+
+
+# ---- tied weights -------------------------------------------------------------------------------
+
+
+def test_tied_weights_are_one_array_under_two_names() -> None:
+    weights, replacements = model()
+    weights["again"] = weights["w"]
+
+    def finetune(arrays: Arrays, frozen: Arrays) -> Arrays:
+        assert frozen["again"].tolist() == frozen["w"].tolist()
+        assert frozen["again"].any()
+        free = np.where(frozen["w"], arrays["w"], np.float32(9))
+        return {"w": free, "again": free, "b": np.ones(3, np.float32)}
+
+    choice = choose(weights, replacements, Accuracy(closeness, 0.1, every=1, finetune=finetune))
+    assert choice.finetuned == {"w", "again", "b"}
+    assert np.array_equal(weights["again"], weights["w"])
+
+    def parting(arrays: Arrays, _: Arrays) -> Arrays:
+        return {"w": arrays["w"], "again": -arrays["w"]}
+
+    with pytest.raises(EvaluationError, match="'again' and 'w' differ, which are tied"):
+        choose(weights, replacements, Accuracy(closeness, 0.1, every=1, finetune=parting))

@@ -131,6 +131,7 @@ def test_a_refused_block_gets_the_next_level() -> None:
     certificate = choice.certificate
     assert certificate["metric_drop"] == pytest.approx(0.003 + 0.04 + 0.01)
     assert certificate["levels"] == [3, 1, 1]
+    assert (certificate["replaced"], certificate["shared"]) == (5, 3)
     assert certificate["saved"] == 3 * 100 + 90 + 80
     assert model.weights["w"][:, 0] == pytest.approx([1, 0.01, 1, 0.4, 1])
     assert model.weights["bias"].tolist() == [0, 1, 2]
@@ -183,6 +184,18 @@ def test_a_fruitless_round_leaves_evaluations_for_the_next() -> None:
     model = Model(costs, gentle=(0.5, 0.0))
     choice = model.choose(0.1, max_evaluations=50)
     assert (choice.levels == 2).all()
+
+
+def test_nothing_is_evaluated_in_vain() -> None:
+    # What is too much at the gentlest level is not tried at those in between, and a level that a
+    # block has already is not tried again.
+    model = Model([1.0, 0.0, 1.0], gentle=(0.5, 0.25))
+    assert model.choose(0.1).levels.tolist() == [-1, 0, -1]
+    assert not any((state == 0.5).any() for state in model.evaluated)
+    model = Model([1.0, 1.0], gentle=(0.0,))
+    assert model.choose(0.1).levels.tolist() == [1, 1]
+    # Twice as it was, all as deltas, and each shared.
+    assert len(model.evaluated) == 5
 
 
 def test_the_paper_s_order_is_by_layer_then_magnitude() -> None:
