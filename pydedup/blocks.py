@@ -8,6 +8,7 @@ form (docs/format.md, "Block map"). Deliberately not here: what is inside a bloc
 from __future__ import annotations
 
 import math
+import operator
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = [
     "BlockGrid",
     "BlockMap",
     "MatrixView",
+    "as_block_shape",
     "default_block_shape",
     "matrix_shape",
 ]
@@ -62,6 +64,25 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) == 1:
         return 1, int(shape[0])
     return int(shape[0]), math.prod(int(n) for n in shape[1:])
+
+
+def as_block_shape(shape: object) -> tuple[int, int]:
+    """Return a block shape that a caller gave as plain integers.
+
+    Raises
+    ------
+    ArgumentError
+        When it is not two integers from 1 to 2**63 - 1.
+    """
+    if not isinstance(shape, Sequence) or len(shape) != 2:
+        raise ArgumentError(f"block_shape must be (rows, cols), not {shape!r}")
+    try:
+        rows, cols = (operator.index(side) for side in shape)
+    except TypeError as error:
+        raise ArgumentError(f"block_shape must hold integers, not {shape!r}") from error
+    if not (1 <= rows < 2**63 and 1 <= cols < 2**63):
+        raise ArgumentError(f"block shape {shape!r} must be at least (1, 1) and below 2**63")
+    return rows, cols
 
 
 def default_block_shape(rows: int, cols: int, dtype: DType) -> tuple[int, int]:
@@ -148,7 +169,11 @@ class MatrixView:
         """Return the view of an array of any rank and byte order; copies only when it must."""
         dtype = DType.of(array.dtype)
         rows, cols = matrix_shape(array.shape)
-        block = block_shape or default_block_shape(rows, cols, dtype)
+        block = (
+            default_block_shape(rows, cols, dtype)
+            if block_shape is None
+            else as_block_shape(block_shape)
+        )
         native = np.ascontiguousarray(array, dtype=dtype.numpy).reshape(rows, cols)
         if native.size == 0:
             data = np.empty((rows, cols * dtype.itemsize), np.uint8)

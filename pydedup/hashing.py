@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup.blocks import MatrixView
+from pydedup.blocks import MatrixView, as_block_shape
 from pydedup.errors import ArgumentError
 
 __all__ = ["HASH_VERSION", "hash_blocks", "hash_buffer", "hash_view"]
@@ -52,7 +52,7 @@ def hash_blocks(
     """
     if matrix.ndim != 2:
         raise ArgumentError(f"hash_blocks takes a 2-D array, got {matrix.ndim}-D")
-    return hash_view(MatrixView.of(matrix, block_shape), seed=seed, threads=threads)
+    return hash_view(MatrixView.of(matrix, as_block_shape(block_shape)), seed=seed, threads=threads)
 
 
 def hash_view(view: MatrixView, *, seed: int = 0, threads: int = 0) -> NDArray[np.uint64]:

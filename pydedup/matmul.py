@@ -285,9 +285,16 @@ def _shape_of(block_map: BlockMap) -> _Grid:
     return grid.rows, grid.cols, grid.block_rows, grid.block_cols, block_map.dtype.code
 
 
+def _as_array(values: ArrayLike, name: str) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise ArgumentError(f"{name} does not make an array: {error}") from error
+
+
 def real_array(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
     """Return a C-contiguous, aligned array of ``dtype``; the same one if it is one already."""
-    given = np.asarray(values)
+    given = _as_array(values, name)
     if given.dtype == dtype:
         return np.require(given, requirements=["C", "A"])
     if given.dtype.kind not in "biuf":
@@ -301,7 +308,7 @@ def real_array(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[An
 
 def _ids(ids: ArrayLike) -> NDArray[np.int64]:
     """Return ids as int64; that they are in range, the core checks."""
-    given = np.asarray(ids)
+    given = _as_array(ids, "ids")
     if given.size == 0 and given.dtype == np.float64:
         given = given.astype(np.int64)  # what numpy makes of an empty list
     if given.dtype.kind not in "iu":
@@ -322,7 +329,7 @@ def _bag_edges(ids: NDArray[np.int64], offsets: ArrayLike | None) -> NDArray[np.
             f"ids of rank {ids.ndim} {'with' if offsets is not None else 'without'} offsets; "
             "give 2-D ids, a bag per row, or 1-D ids and offsets"
         )
-    starts = np.asarray(offsets)
+    starts = _as_array(offsets, "offsets")
     if starts.ndim != 1 or (starts.dtype.kind not in "iu" and starts.size):
         raise ArgumentError(f"offsets must be a 1-D array of integers, got {starts.dtype}")
     if len(starts) == 0:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that are no arguments: refused by name before the core sees them.
+
+What belongs to one area alone is with its tests; the store as a whole is in tests/e2e.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pydedup import matmul
+from pydedup.errors import ArgumentError
+from pydedup.hashing import hash_blocks
+from pydedup.testing.memory_pages import MemoryPages
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 1), (1, 0), (-1, 1), (1 << 70, 1), (1,), (1, 2, 3), (1.5, 1), "ab", 4, None]
+)
+def test_block_shapes_that_are_none_are_named(shape: Any) -> None:
+    """Some came through to the core, whose message was a list of C++ types."""
+    with pytest.raises(ArgumentError, match=r"block.shape"):
+        hash_blocks(np.ones((4, 4), np.float32), shape)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5, 1 << 40), (2**63 - 1, 2**63 - 1)])
+def test_a_block_larger_than_its_matrix_is_the_matrix(shape: tuple[int, int]) -> None:
+    """The number of blocks is found by adding the size of one, which may not wrap around."""
+    matrix = np.arange(12, dtype=np.float32).reshape(4, 3)
+    assert np.array_equal(hash_blocks(matrix, shape), hash_blocks(matrix, (4, 3)))
+
+
+RAGGED: Any = [[1, 2], [3]]
+
+
+def test_ragged_lists_are_named() -> None:
+    pages = MemoryPages()
+    block_map = pages.add(np.ones((6, 4), np.float32), (2, 2), per_page=2)
+    pool = pages.pool()
+    for call, name in (
+        (lambda: matmul.matmul(block_map, pool, RAGGED), "x"),
+        (lambda: matmul.matmul(block_map, pool, np.ones((1, 4)), bias=RAGGED), "bias"),
+        (lambda: matmul.take(block_map, pool, RAGGED), "ids"),
+        (lambda: matmul.bag(block_map, pool, RAGGED, None, "sum"), "ids"),
+        (lambda: matmul.bag(block_map, pool, [1, 2], RAGGED, "sum"), "offsets"),
+        (lambda: matmul.bag(block_map, pool, [[1]], None, "sum", weights=RAGGED), "weights"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{name} does not make an array"):
+            call()
+
+
+def test_x_without_memory_of_its_own_is_read_right() -> None:
+    """Broadcast, strided, reversed and misaligned."""
+    pages = MemoryPages()
+    w = np.random.default_rng(0).standard_normal((9, 7)).astype(np.float32)
+    block_map = pages.add(w, (4, 3), per_page=2)
+    pool = pages.pool()
+    wide = np.random.default_rng(1).standard_normal((10, 28)).astype(np.float32)
+    odd = np.frombuffer(b"0" + wide[:, :7].tobytes(), np.uint8)[1:].view(np.float32)
+    for x in (
+        np.broadcast_to(np.float32(1.5), (5, 7)),
+        np.broadcast_to(wide[:1, :7], (5, 7)),
+        wide[::2, ::4],
+        wide[::-1, 6::-1],
+        odd.reshape(10, 7),
+    ):
+        want = matmul.matmul(block_map, pool, np.array(x, order="C"))
+        assert np.array_equal(matmul.matmul(block_map, pool, x), want)
+        assert np.allclose(want, x @ w.T, atol=1e-5)
