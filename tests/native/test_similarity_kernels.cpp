@@ -53,7 +53,7 @@ std::vector<std::uint8_t> elements(Type type, std::size_t count, bool wild,
 
 template <class T>
 bool same(const T* a, const T* b, std::size_t count) {
-    return std::memcmp(a, b, count * sizeof(T)) == 0;
+    return count == 0 || std::memcmp(a, b, count * sizeof(T)) == 0;
 }
 
 template <class T>
