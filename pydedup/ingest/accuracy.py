@@ -179,13 +179,14 @@ def _run(trial: Trial, wanted: Mapping[int, int], *, last: bool) -> None:
         name, first, largest = "bisect", n, n
     left = policy.max_evaluations - trial.evaluations
     trial.quota = trial.evaluations + (left if last else -(-left // 2))
+    search = SEARCHES[name](blocks, lambda batch: trial.attempt(batch, wanted), first, largest)
     try:
-        refused = SEARCHES[name](blocks, lambda batch: trial.attempt(batch, wanted), first, largest)
+        for block in search:
+            trial.refused.add(block)
+            if name != "bisect":
+                trial.ended = "a batch did too much harm"
     except RoundOver:
         return
-    trial.refused.update(refused)
-    if name != "bisect" and refused:
-        trial.ended = "a batch did too much harm"
 
 
 def _ordered(

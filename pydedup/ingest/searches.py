@@ -3,13 +3,13 @@
 
 A search is a function of the blocks, in order, and of ``attempt(batch) -> bool``, which replaces a
 batch on top of what was accepted before, evaluates, and either keeps all of the batch or takes all
-of it back. It returns the blocks that were refused one by one (or, for `step`, with their batch).
-``attempt`` may raise to end the search. Nothing here knows weights.
+of it back. It yields the blocks that it refuses, one by one (or, for `step`, with their batch), as
+it goes: ``attempt`` may raise to end the search. Nothing here knows weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 __all__ = ["SEARCHES", "Attempt", "Search", "bisect", "halving", "step"]
@@ -17,10 +17,10 @@ __all__ = ["SEARCHES", "Attempt", "Search", "bisect", "halving", "step"]
 Blocks: TypeAlias = Sequence[int]
 Attempt: TypeAlias = Callable[[Blocks], bool]
 #: (blocks, attempt, first, largest) -> refused; ``first`` and ``largest`` are batch sizes.
-Search: TypeAlias = Callable[[Blocks, Attempt, int, int], list[int]]
+Search: TypeAlias = Callable[[Blocks, Attempt, int, int], Iterator[int]]
 
 
-def step(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> list[int]:
+def step(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> Iterator[int]:
     """Evaluate after every ``first`` blocks; the first batch that does too much harm ends it.
 
     After Zhou et al., *Serving Deep Learning Models with Deduplication from Relational Databases*,
@@ -30,11 +30,11 @@ def step(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> list[int
     for start in range(0, len(blocks), size):
         batch = blocks[start : start + size]
         if not attempt(batch):
-            return list(batch)
-    return []
+            yield from batch
+            return
 
 
-def bisect(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> list[int]:
+def bisect(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> Iterator[int]:
     """Take growing batches; find the first bad block of a bad one by bisection and refuse it alone.
 
     A bad batch of m blocks costs at most ceil(log2(m)) further evaluations: its longest good prefix
@@ -43,7 +43,6 @@ def bisect(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> list[i
     as harm adds up, wherever it stands in the order. What followed the bad block is tried again,
     in batches of a quarter of the size, or as long as the good prefix was.
     """
-    refused: list[int] = []
     size, start = min(first, largest), 0
     while start < len(blocks):
         batch = blocks[start : start + size]
@@ -58,13 +57,12 @@ def bisect(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> list[i
                 good = middle
             else:
                 bad = middle
-        refused.append(batch[good])
+        yield batch[good]
         start += good + 1
         size = min(max(1, good, size // 4), largest)
-    return refused
 
 
-def halving(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> list[int]:
+def halving(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> Iterator[int]:
     """Try the first half; go on with what is left if it may stay, with its first half if not.
 
     After the search with range expansion of Guan et al., *Privacy and Accuracy-Aware AI/ML Model
@@ -77,10 +75,10 @@ def halving(blocks: Blocks, attempt: Attempt, first: int, largest: int) -> list[
         if attempt(blocks[start:middle]):
             start, end = middle, len(blocks)
         elif middle - start == 1:
-            return [blocks[start]]
+            yield blocks[start]
+            return
         else:
             end = middle
-    return []
 
 
 SEARCHES: dict[str, Search] = {"step": step, "bisect": bisect, "halving": halving}
