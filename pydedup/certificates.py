@@ -9,11 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["describe_accuracy"]
+__all__ = ["describe", "largest_error"]
 
 
-def describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
-    """Return a certificate of the policy `Accuracy` as lines of text."""
+def largest_error(certificate: Mapping[str, Any]) -> float:
+    """Return the greatest relative L2 difference of a block to what is stored for it."""
+    # Before deltas there was only "max_rel_error", which was 0.
+    return float(certificate.get("largest_block_error", certificate.get("max_rel_error", 0.0)))
+
+
+def describe(certificate: Mapping[str, Any]) -> list[str]:
+    """Return a certificate as lines of text."""
+    if certificate.get("policy") == "accuracy":
+        return _describe_accuracy(certificate)
+    largest = largest_error(certificate)
+    if certificate.get("policy") == "bounded":
+        return [
+            f"each block within {certificate['max_rel_error']:g} of its norm of the source; "
+            f"the farthest is {largest:.3g} away"
+        ]
+    return ["the same bits"]
+
+
+def _describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
+    """Return a certificate of the policy `Accuracy`."""
     confidence, rows = certificate["confidence"], certificate["rows"]
     lines = [
         f"metric {certificate['metric_before']:.6g} before, {certificate['metric_after']:.6g} "
@@ -32,7 +51,7 @@ def describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
         f"blocks replaced {replaced:,} of {certificate['blocks']:,} candidates "
         f"({shared:,} shared, {replaced - shared:,} as deltas), "
         f"refused {certificate['refused']:,}, not tried {certificate['untried']:,}; "
-        f"largest change of a block {certificate['max_rel_error']:.3g} of its norm"
+        f"largest change of a block {certificate['largest_block_error']:.3g} of its norm"
     )
     lines.append(
         f"search {certificate['search']} by {certificate['order']}, "

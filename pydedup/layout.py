@@ -6,7 +6,7 @@ The packer itself is `pydedup.packing`; here is what the way in and the upkeep b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np

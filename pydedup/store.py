@@ -31,6 +31,7 @@ from pydedup.ingest.add import add_models
 from pydedup.ingest.plan import Request, plan_address
 from pydedup.jobs import LEASE_SECONDS
 from pydedup.maintenance import versions
+from pydedup.maintenance.recheck import Evaluate, recheck
 from pydedup.maintenance.vacuum import VacuumReport, plan_vacuum, vacuum_store
 from pydedup.maintenance.verify import VerifyReport, verify_store
 from pydedup.names import check_name
@@ -397,9 +398,23 @@ class Store:
 
     # ---- upkeep -------------------------------------------------------------------------------
 
-    def verify(self, *, progress: Progress | None = None) -> VerifyReport:
-        """Check every page, block and block map against what was recorded; changes nothing."""
-        return verify_store(self._adapter, progress=progress)
+    def verify(
+        self,
+        *,
+        evaluate: Mapping[str, Evaluate] | None = None,
+        progress: Progress | None = None,
+    ) -> VerifyReport:
+        """Check every page, block and block map against what was recorded; changes nothing.
+
+        ``evaluate`` gives the metric of models that were added with `policies.Accuracy`, by their
+        address: they are evaluated again and held against their certificates. Raises NotFoundError,
+        ArgumentError (another policy) and EvaluationError for these.
+        """
+        report = verify_store(self._adapter, progress=progress)
+        for name, function in (evaluate or {}).items():
+            model = self._catalog.model(name)
+            recheck(model, self.load(model.address), function, report)
+        return report
 
     def vacuum(
         self,

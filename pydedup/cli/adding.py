@@ -7,22 +7,23 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pydedup.certificates import describe
 from pydedup.cli import options, output, text
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import NotFoundError
-from pydedup.policies import Exact, Lossless, Policy
+from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
 from pydedup.types import AddReport
 
 __all__ = ["add"]
 
-_POLICIES: Mapping[str, type[Exact | Lossless]] = {"exact": Exact, "lossless": Lossless}
+_POLICIES = ("exact", "lossless", "bounded", "accuracy")
 
 _COLUMNS = (
     Column("Model", number=False, name=True, style="cyan"),
@@ -31,6 +32,7 @@ _COLUMNS = (
     Column("Saved", style="green"),
     Column("Blocks", rank=2),
     Column("Shared", rank=1),
+    Column("Deltas", rank=2),
     Column("New pages", rank=3),
 )
 
@@ -40,11 +42,38 @@ _COLUMNS = (
 @click.argument("pairs", metavar="NAME SOURCE [NAME SOURCE]...", nargs=-1, required=True)
 @click.option(
     "--policy",
-    type=click.Choice(list(_POLICIES)),
+    type=click.Choice(_POLICIES),
     default="lossless",
     show_default=True,
-    help="exact: identical blocks are shared, all others are raw. lossless: the same, and blocks "
-    "are compressed where that saves at least 5 %. Both give back the same bits.",
+    help="exact: the same bits; identical blocks are shared, all others are raw. lossless: the "
+    "same bits; blocks become deltas on similar ones, or are compressed. bounded: each block "
+    "within --max-rel-error. accuracy: the metric of --evaluate falls by at most --max-drop.",
+)
+@click.option(
+    "--max-rel-error",
+    metavar="X",
+    type=float,
+    help="For bounded: how far a block may be from what is stored for it, as a share of its "
+    "Euclidean norm.",
+)
+@click.option(
+    "--evaluate",
+    metavar="MODULE:FUNCTION",
+    help="For accuracy: a Python function that maps tensors by name to a number, or to a score "
+    "per validation example; higher is better.",
+)
+@click.option(
+    "--max-drop",
+    metavar="X",
+    type=float,
+    help="For accuracy: how far the metric may fall, in its own units.",
+)
+@click.option(
+    "--confidence",
+    metavar="P",
+    type=float,
+    help="For accuracy: the drop holds for data like the validation examples with this "
+    "probability, such as 0.95.",
 )
 @click.option(
     "--metadata",
@@ -66,6 +95,10 @@ def add(
     url: str,
     pairs: tuple[str, ...],
     policy: str,
+    max_rel_error: float | None,
+    evaluate: str | None,
+    max_drop: float | None,
+    confidence: float | None,
     metadata: tuple[str, ...],
     block_shape: tuple[int, int] | None,
     dry_run: bool,
@@ -80,12 +113,12 @@ def add(
     ONNX, Keras, word2vec, GloVe) or a Hugging Face folder. Several pairs get one joint layout.
     """
     models = _named_sources(pairs)
+    guarantee = parse_policy(policy, max_rel_error, evaluate, max_drop, confidence)
     kept = parse_metadata(metadata)
     opened = options.trial_store if dry_run else options.writable_store
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(opened(url, memory))
         watch = stack.enter_context(Watch("reading", quiet=quiet))
-        guarantee: Policy = _POLICIES[policy]()
         if len(models) == 1:
             (name, source), *_ = models.items()
             reports = [
@@ -112,6 +145,34 @@ def add(
         output.emit_json(_document(reports, dry_run))
     else:
         _print(reports, dry_run, watch.seconds)
+
+
+def parse_policy(
+    name: str,
+    max_rel_error: float | None,
+    evaluate: str | None,
+    max_drop: float | None,
+    confidence: float | None,
+) -> Policy:
+    """Return the policy of that name, and refuse options that are not for it."""
+    given = {
+        "--max-rel-error": (max_rel_error, "bounded"),
+        "--evaluate": (evaluate, "accuracy"),
+        "--max-drop": (max_drop, "accuracy"),
+        "--confidence": (confidence, "accuracy"),
+    }
+    for option, (value, owner) in given.items():
+        if value is not None and owner != name:
+            raise click.UsageError(f"{option} goes with --policy {owner}, not {name}")
+    if name == "bounded":
+        if max_rel_error is None:
+            raise click.UsageError("--policy bounded needs --max-rel-error, such as 0.001")
+        return Bounded(max_rel_error)
+    if name == "accuracy":
+        if evaluate is None or max_drop is None:
+            raise click.UsageError("--policy accuracy needs --evaluate and --max-drop")
+        return Accuracy(options.load_function(evaluate), max_drop, confidence=confidence)
+    return Exact() if name == "exact" else Lossless()
 
 
 def parse_metadata(items: Sequence[str]) -> dict[str, Any]:
@@ -171,6 +232,9 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
         if report.left_out:
             shown = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
             output.print_note(f"{report.model}: not part of the model, left out: {shown}", "yellow")
+        if report.certificate["policy"] in ("bounded", "accuracy"):
+            for line in describe(report.certificate):
+                output.print_note(f"{report.model}: {line}", "dim")
     if dry_run:
         output.print_note("dry run: nothing was written", "yellow")
     else:
@@ -189,5 +253,6 @@ def _row(title: str, reports: Sequence[AddReport]) -> list[str]:
         text.saved(1 - stored / logical) if logical else "-",
         text.count(blocks),
         text.count(shared),
+        text.count(sum(report.delta_blocks for report in reports)),
         text.count(sum(report.pages for report in reports)),
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pydedup.certificates import describe
 from pydedup.cli import options, output, text
 from pydedup.cli.tables import Column, print_table
 from pydedup.names import check_name
@@ -183,9 +184,7 @@ def _summary(figures: StoreStats) -> str:
 def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
     model = figures.info
     logical = model.logical_bytes
-    guarantee = figures.certificate.get(
-        "largest_block_error", figures.certificate.get("max_rel_error")
-    )
+    certified = describe(figures.certificate)
     fields = [
         ("size", f"{text.size(logical)} in {text.plural(len(figures.tensors), 'tensor')}"),
         ("its blocks take", text.size(figures.used_bytes)),
@@ -195,18 +194,14 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
             f"{text.ratio(figures.read_amplification)} ({text.count(figures.pages)} read / "
             f"{text.count(figures.least_pages)} least possible)",
         ),
-        ("policy", model.policy + (": the same bits" if guarantee == 0 else "")),
+        ("policy", f"{model.policy}: {certified[0]}"),
+        *(("", line) for line in certified[1:]),
         ("predicts", "yes" if figures.has_graph else "no, its layers are not known"),
         ("added", text.moment(model.created_at)),
         ("digest", model.digest),
     ]
     if model.aliases:
         fields.insert(0, ("aliases", ", ".join(model.aliases)))
-    fields += [
-        (f"certificate {text.clean(key)}", _shown(value))
-        for key, value in figures.certificate.items()
-        if key not in ("policy", "max_rel_error")
-    ]
     if figures.artifacts:
         fields.append(("artifacts", ", ".join(figures.artifacts)))
     fields += [

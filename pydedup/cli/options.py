@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from pydedup.errors import NotAStoreError
 __all__ = [
     "existing_store",
     "json_option",
+    "load_function",
     "memory_option",
     "model_argument",
     "parse_block_shape",
@@ -32,6 +35,23 @@ __all__ = [
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 DEFAULT_MEMORY = "512MiB"
+
+
+def load_function(place: str) -> Callable[..., Any]:
+    """Return the function that MODULE:FUNCTION names; modules of the current folder come first."""
+    module, colon, name = place.partition(":")
+    if not colon or not module or not name:
+        raise click.BadParameter(f"{place!r} is not MODULE:FUNCTION, such as metrics:accuracy")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise click.BadParameter(f"cannot import {module!r}: {error}") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise click.BadParameter(f"{module!r} has no function {name!r}")
+    return found  # type: ignore[no-any-return]
 
 
 def store_argument(command: _F) -> _F:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import click
 
@@ -25,15 +26,25 @@ _READS_COLUMNS = (
 
 @click.command(short_help="Check every page, block and block map; change nothing.")
 @options.store_argument
+@click.option(
+    "--evaluate",
+    "metrics",
+    metavar="NAME MODULE:FUNCTION",
+    nargs=2,
+    multiple=True,
+    help="Also evaluate a model that was added with the policy accuracy, and hold the metric "
+    "against its certificate; may be repeated.",
+)
 @options.json_option
 @options.quiet_option
-def verify(url: str, as_json: bool, quiet: bool) -> int:
+def verify(url: str, metrics: Sequence[tuple[str, str]], as_json: bool, quiet: bool) -> int:
     """Check every page, block and block map against what was recorded. Changes nothing.
 
-    The exit status is 1 when something is damaged.
+    The exit status is 1 when something is damaged, or a metric is below what was promised.
     """
+    evaluate = {name: options.load_function(place) for name, place in metrics}
     with options.read_store(url) as store, Watch("opening", quiet=quiet) as watch:
-        report = store.verify(progress=watch)
+        report = store.verify(evaluate=evaluate, progress=watch)
     if as_json:
         output.emit_json({"ok": report.ok, **dataclasses.asdict(report)})
         return Exit.OK if report.ok else Exit.DIFFERENT

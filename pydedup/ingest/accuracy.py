@@ -308,7 +308,7 @@ def _certificate(
         "untried": int((levels == KEPT).sum()) - int(refused),
         "levels": [int(count) for count in taken],
         "saved": sum(r.saved[k] for r, k in zip(replacements, levels, strict=True) if k >= 0),
-        "max_rel_error": trial.largest_error(),
+        "largest_block_error": trial.largest_error(),
         "finetuned": bool(finetuned),
         "ended": trial.ended if replacements else "there was nothing to replace",
     }

@@ -20,7 +20,7 @@ from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.hashing import hash_buffer
 from pydedup.ingest.confidence import Bets, rows_needed, split_rows
 
-__all__ = ["Judge", "Measure", "Scorer", "Verdict"]
+__all__ = ["Judge", "Measure", "Scorer", "Verdict", "measured"]
 
 #: Differences of rounded metrics are not exact (0.885 - 0.875 > 0.01): so much is no drop.
 _ROUNDING = 1e-12
@@ -89,7 +89,7 @@ class Scorer:
                 raise EvaluationError(
                     f"evaluate changed the tensor {name!r} that it was given; let it work on a copy"
                 )
-        measure = _measured(result)
+        measure = measured(result)
         if self._like is None:
             self._like = measure
         elif _kind(measure) != _kind(self._like):
@@ -227,7 +227,8 @@ def _fingerprint(array: NDArray[Any]) -> bytes:
     return hash_buffer(array.reshape(-1).view(np.uint8).data)
 
 
-def _measured(result: Any) -> Measure:
+def measured(result: Any) -> Measure:
+    """Return what ``evaluate`` gave. Raises EvaluationError when it is no metric."""
     try:
         values = np.asarray(result).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError, RuntimeError) as error:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import StoredModel
+from pydedup.certificates import largest_error
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import StoredTable
 from pydedup.ingest.spool import NO_BASE
@@ -44,7 +45,7 @@ class Previous:
             page_id: size // max(blocks, 1)
             for _, page_id, blocks, size in adapter.model_pages(row.id)
         }
-        self.largest_error = _largest_error(row)
+        self.largest_error = _error_of(row)
 
     @classmethod
     def of(
@@ -52,7 +53,7 @@ class Previous:
     ) -> Previous | None:
         """Return the newest version, if there is one and the policy takes what is stored of it."""
         rows = adapter.models(name=name)
-        if not rows or _largest_error(rows[-1]) > policy.max_rel_error:
+        if not rows or _error_of(rows[-1]) > policy.max_rel_error:
             return None
         return cls(adapter, stored, rows[-1])
 
@@ -92,6 +93,5 @@ class Previous:
         return np.array(references, np.int64)
 
 
-def _largest_error(row: ModelRow) -> float:
-    certificate = json.loads(row.certificate or "{}")
-    return float(certificate.get("largest_block_error", certificate.get("max_rel_error", 0.0)))
+def _error_of(row: ModelRow) -> float:
+    return largest_error(json.loads(row.certificate or "{}"))

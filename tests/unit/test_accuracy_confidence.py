@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pydedup.accuracy import Accuracy
-from pydedup.certificates import describe_accuracy
+from pydedup.certificates import describe
 from pydedup.errors import ArgumentError, EvaluationError
 from pydedup.ingest.accuracy import Choice, Replacement, choose
 from pydedup.ingest.confidence import Bets, rows_needed, split_rows
@@ -188,7 +188,7 @@ def test_the_certificate_names_the_bound_and_the_rows() -> None:
     assert certificate["rows"] == {"all": 4000, "steering": 800, "judging": 3200}
     assert certificate["replaced"] > 0
     assert certificate["metric_drop"] < certificate["bound"] <= 0.03
-    assert "with confidence 0.95" in "\n".join(describe_accuracy(certificate))
+    assert "with confidence 0.95" in "\n".join(describe(certificate))
 
 
 def test_nothing_replaced_is_no_drop_for_sure() -> None:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pydedup.accuracy import Accuracy
-from pydedup.certificates import describe_accuracy
+from pydedup.certificates import describe
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.ingest.accuracy import Choice, Replacement, choose
 
@@ -121,7 +121,7 @@ def test_chance_that_is_allowed_for_counts_as_drop() -> None:
     assert choice.certificate["noise"] == pytest.approx(0.02)
     assert choice.certificate["metric_before"] == pytest.approx(0.51)
     assert choice.certificate["replaced"] == 1  # a drop of 0.01, plus 0.02
-    assert any("varied" in line for line in describe_accuracy(choice.certificate))
+    assert any("varied" in line for line in describe(choice.certificate))
 
 
 def test_weights_are_read_only() -> None:
@@ -220,7 +220,7 @@ def test_finetuning_makes_room_for_what_was_refused() -> None:
     assert choice.finetuned == {"b"}
     assert choice.certificate["finetuned"]
     assert weights["b"].tolist() == [1, 1, 1]
-    assert any("trained" in line for line in describe_accuracy(choice.certificate))
+    assert any("trained" in line for line in describe(choice.certificate))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])

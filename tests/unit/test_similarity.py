@@ -469,7 +469,7 @@ def test_merged_indexes_answer_as_one_that_was_filled_alone() -> None:
     whole.add(blocks, range(60))
     one.add(blocks[:30], range(30))
     other.add(blocks[:60], range(60))
-    other.remove(range(0, 20))  # dead places among those that are merged
+    other.remove(range(20))  # dead places among those that are merged
     one.merge(other)
     assert one.save() == whole.save()
     near = blocks + np.float32(0.01) * random_blocks(60, (16, 16), seed=6)
@@ -487,7 +487,7 @@ def test_indexes_that_do_not_fit_are_not_merged(other: Any) -> None:
     index = L2LSH((16, 16), np.float32)
     index.add(random_blocks(3, (16, 16)), range(3))
     before = index.save()
-    with pytest.raises(ArgumentError, match="same parameters|must be an L2LSH"):
+    with pytest.raises(ArgumentError, match=r"same parameters|must be an L2LSH"):
         index.merge(other)
     assert index.save() == before
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether models still do what their certificates say, by the metric that these were made with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pydedup.catalog import StoredModel
+from pydedup.errors import ArgumentError, EvaluationError, PydedupError
+from pydedup.ingest.judging import measured
+from pydedup.maintenance.verify import VerifyReport
+
+__all__ = ["Evaluate", "recheck"]
+
+#: What `pydedup.policies.Accuracy` calls ``evaluate``.
+Evaluate = Callable[[Mapping[str, NDArray[Any]]], Any]
+
+# Metrics of the same weights on another machine differ by rounding.
+_ROUNDING = 1e-6
+
+
+def recheck(
+    model: StoredModel,
+    arrays: Mapping[str, NDArray[Any]],
+    evaluate: Evaluate,
+    report: VerifyReport,
+) -> None:
+    """Evaluate a stored model; a drop beyond what was promised is an error of the report.
+
+    Parameters
+    ----------
+    arrays
+        The model's tensors, as they are loaded.
+
+    Raises
+    ------
+    ArgumentError
+        When the model was added under another policy than `Accuracy`.
+    EvaluationError
+        When ``evaluate`` raises, or returns what is no metric.
+    """
+    certificate = json.loads(model.row.certificate or "{}")
+    if certificate.get("policy") != "accuracy":
+        raise ArgumentError(
+            f"{model.address} was added with the policy {model.row.policy!r}, which promises "
+            "nothing about a metric; evaluate models that were added with 'accuracy'"
+        )
+    try:
+        found = measured(evaluate(arrays)).metric
+    except PydedupError:
+        raise
+    except Exception as error:
+        raise EvaluationError(f"evaluate raised {type(error).__name__}: {error}") from error
+    before, after = certificate["metric_before"], certificate["metric_after"]
+    slack = _ROUNDING * max(1.0, abs(before)) + certificate.get("noise", 0.0)
+    drop = before - found
+    if drop > certificate["max_drop"] + slack:
+        report.add_error(
+            f"{model.address}: the metric is {found:.6g}, {drop:.3g} below the {before:.6g} of "
+            f"the source, where {certificate['max_drop']:g} was promised"
+        )
+    elif abs(found - after) > slack:
+        report.notes.append(
+            f"{model.address}: the metric is {found:.6g}; the certificate says {after:.6g}"
+        )
+    else:
+        report.notes.append(f"{model.address}: the metric is {found:.6g}, as certified")

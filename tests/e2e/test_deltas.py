@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families of nearly equal models: stored as deltas, given back as promised, kept while needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import pydedup
+from pydedup import policies
+from pydedup.errors import ArgumentError
+from pydedup.graph import Graph, Node
+
+Model = dict[str, NDArray[Any]]
+
+SPREAD = 0.05
+SHAPES = {"embedding": (600, 64), "hidden": (256, 320), "head": (9, 256), "bias": (256,)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[pydedup.Store]:
+    with pydedup.open(tmp_path / "store.db") as opened:
+        yield opened
+
+
+def base_model(seed: int = 0, dtype: Any = np.float32) -> Model:
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.standard_normal(shape) * SPREAD).astype(dtype) for name, shape in SHAPES.items()
+    }
+
+
+def fine_tuned(model: Model, seed: int, share: float = 0.01) -> Model:
+    """Every weight moved by a share of its tensor's spread, as AdamW moves them."""
+    rng = np.random.default_rng(seed)
+    moved = {name: share * SPREAD * rng.standard_normal(w.shape) for name, w in model.items()}
+    return {name: (w.astype(np.float64) + moved[name]).astype(w.dtype) for name, w in model.items()}
+
+
+def same(got: Mapping[str, NDArray[Any]], want: Model) -> bool:
+    return list(got) == list(want) and all(
+        got[name].dtype == w.dtype and got[name].tobytes() == w.tobytes()
+        for name, w in want.items()
+    )
+
+
+def rel(a: NDArray[Any], b: NDArray[Any]) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+GRAPH = Graph(
+    ("x",),
+    ("y",),
+    (
+        Node("linear", ("x",), "h", {"weight": "hidden", "bias": "bias"}, {}),
+        Node("relu", ("h",), "r"),
+        Node("linear", ("r",), "y", {"weight": "head"}, {}),
+    ),
+)
+
+
+# ---- lossless ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.float64])
+def test_a_family_is_deltas_on_its_first_model(store: pydedup.Store, dtype: Any) -> None:
+    base = base_model(dtype=dtype)
+    first = store.add("base", base)
+    family = {f"tenant-{i}": fine_tuned(base, i) for i in range(1, 4)}
+    for name, model in family.items():
+        report = store.add(name, model)
+        assert report.delta_blocks >= report.blocks - 3  # all but the small ones
+        assert report.stored_bytes < 0.95 * first.stored_bytes
+        assert report.stored_bytes < (0.86 if dtype == np.float64 else 0.75) * report.logical_bytes
+        assert report.certificate["largest_block_error"] == 0
+    for name, model in {"base": base, **family}.items():
+        assert same(store.load(name), model)
+    assert store.verify().ok
+
+
+def test_one_add_of_a_whole_family(store: pydedup.Store) -> None:
+    base = base_model()
+    models = {"a": base, "b": fine_tuned(base, 1), "c": fine_tuned(base, 2)}
+    reports = store.add_many(models)
+    assert reports[1].delta_blocks > 20
+    assert reports[2].delta_blocks > 20
+    assert sum(r.stored_bytes for r in reports[1:]) < 1.6 * reports[0].stored_bytes
+    for name, model in models.items():
+        assert same(store.load(name), model)
+    assert store.verify().ok
+
+
+def test_exact_models_are_bases_too(store: pydedup.Store) -> None:
+    base = base_model()
+    assert store.add("base", base, policy=policies.Exact()).delta_blocks == 0
+    variant = fine_tuned(base, 1)
+    assert store.add("variant", variant).delta_blocks > 20
+    assert store.add("again", fine_tuned(base, 2), policy=policies.Exact()).delta_blocks == 0
+    assert same(store.load("variant"), variant)
+
+
+def test_a_bf16_copy_is_a_delta_on_f32(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    half = {name: w.astype(ml_dtypes.bfloat16) for name, w in base.items()}
+    report = store.add("half", half)
+    assert report.delta_blocks > 20
+    assert report.stored_bytes < 0.1 * report.logical_bytes
+    assert same(store.load("half"), half)
+    assert store.verify().ok
+
+
+def test_models_of_other_widths_share(store: pydedup.Store) -> None:
+    rng = np.random.default_rng(3)
+    wide = rng.standard_normal((512, 256)).astype(np.float32)
+    store.add("wide", {"w": wide})
+    noise = 0.003 * rng.standard_normal((256, 128)).astype(np.float32)
+    report = store.add("narrow", {"other.name": wide[128:384, 64:192] + noise})
+    assert report.delta_blocks == report.blocks == 8
+    assert same(store.load("narrow"), {"other.name": wide[128:384, 64:192] + noise})
+
+
+def test_unrelated_models_are_no_deltas(store: pydedup.Store) -> None:
+    store.add("one", base_model(1))
+    report = store.add("other", {f"x.{k}": w for k, w in base_model(2).items()})
+    assert report.delta_blocks == 0
+    assert same(store.load("other"), {f"x.{k}": w for k, w in base_model(2).items()})
+
+
+def test_odd_values_survive(store: pydedup.Store) -> None:
+    base = base_model()
+    base["hidden"][3, 5] = np.nan
+    base["hidden"][100, 200] = -np.inf
+    base["embedding"][:64] = 0.0
+    base["embedding"][70, :3] = [-0.0, 1e-42, np.finfo(np.float32).max]
+    store.add("base", base)
+    variant = fine_tuned(base, 1)
+    variant["hidden"][3, 5] = -np.nan
+    variant["embedding"][:64] = 0.0
+    store.add("variant", variant)
+    assert same(store.load("variant"), variant)
+    assert store.verify().ok
+
+
+# ---- computing with deltas ---------------------------------------------------------------------
+
+
+def test_predictions_from_deltas_are_those_of_the_model(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    variant = fine_tuned(base, 1)
+    report = store.add("variant", variant, graph=GRAPH)
+    assert report.delta_blocks > 20
+    x = np.random.default_rng(5).standard_normal((7, 320)).astype(np.float32)
+    hidden = np.maximum(x @ variant["hidden"].T + variant["bias"], 0)
+    want = hidden @ variant["head"].T
+    np.testing.assert_allclose(store.predict("variant", x), want, rtol=1e-4, atol=1e-5)
+    table = store.tensor("variant", "embedding")
+    ids = np.array([[0, 5, 599], [63, 64, 65]])
+    assert np.array_equal(table.take(ids), variant["embedding"][ids])
+    np.testing.assert_allclose(
+        table.bag(ids, mode="mean"), variant["embedding"][ids].mean(1), rtol=1e-5, atol=1e-6
+    )
+
+
+# ---- bounded -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [0.1, 0.01, 0.001])
+def test_bounded_keeps_every_block_within_its_error(store: pydedup.Store, bound: float) -> None:
+    base = base_model()
+    base["hidden"][:, 7] = 0.0
+    store.add("base", base)
+    variant = fine_tuned(base, 1, 0.02)
+    variant["hidden"][:, 7] = 0.0
+    report = store.add("variant", variant, policy=policies.Bounded(bound))
+    assert report.stored_bytes < {0.1: 0.02, 0.01: 0.08, 0.001: 0.25}[bound] * report.logical_bytes
+    loaded = store.load("variant")
+    worst = 0.0
+    for name, (rows, cols) in (("embedding", (600, 64)), ("hidden", (256, 320))):
+        for top in range(0, rows, 64):
+            for left in range(0, cols, 64):
+                part = np.s_[top : top + 64, left : left + 64]
+                worst = max(worst, rel(loaded[name][part], variant[name][part]))
+    assert 0 < worst <= bound
+    assert report.certificate["max_rel_error"] == bound
+    assert worst == pytest.approx(report.certificate["largest_block_error"], rel=1e-3)
+    if bound < 0.02:
+        assert not loaded["hidden"][:, 7].any()
+    assert loaded["bias"].tobytes() == variant["bias"].tobytes()
+    assert store.verify().ok
+    assert same(store.load("base"), base)
+
+
+def test_what_a_bounded_model_holds_can_be_added_again(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    store.add("variant", fine_tuned(base, 1), policy=policies.Bounded(0.002))
+    held = store.load("variant")
+    report = store.add("copy", held)
+    assert report.shared_blocks == report.blocks
+    assert same(store.load("copy"), held)
+
+
+@pytest.mark.parametrize("bound", [0, -1, 1, 1.5, float("nan"), "0.1", True, None])
+def test_bad_bounds_are_refused(bound: Any) -> None:
+    with pytest.raises(ArgumentError, match="max_rel_error"):
+        policies.Bounded(bound)
+
+
+# ---- updates -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [policies.Exact(), policies.Lossless(), policies.Bounded(0.003)])
+def test_an_update_stores_what_changed(store: pydedup.Store, policy: policies.Policy) -> None:
+    base = base_model()
+    store.add("other", base)
+    model = fine_tuned(base, 1)
+    first = store.add("m", model, policy=policy)
+    newer = {name: w.copy() for name, w in model.items()}
+    newer["hidden"][64:128, 64:128] *= 1.01
+    second = store.add("m", newer, policy=policy)
+    assert second.shared_blocks == second.blocks - 1
+    assert second.stored_bytes <= 0.1 * first.stored_bytes + 16384
+    loaded = store.load("m@2")
+    if policy.max_rel_error == 0:
+        assert same(loaded, newer)
+    else:
+        assert max(rel(loaded[name], w) for name, w in newer.items()) <= policy.max_rel_error
+    assert store.verify().ok
+
+
+def test_a_stricter_update_looks_at_everything_again(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("other", base)
+    model = fine_tuned(base, 1)
+    store.add("m", model, policy=policies.Bounded(0.01))
+    assert not same(store.load("m"), model)
+    store.add("m", model)
+    assert same(store.load("m@2"), model)
+
+
+def test_an_update_may_change_shapes_and_names(store: pydedup.Store) -> None:
+    model = base_model()
+    store.add("m", model)
+    newer = {**model, "hidden": model["hidden"][:, :100].copy(), "new": model["head"] * 2}
+    del newer["bias"]
+    store.add("m", newer)
+    assert same(store.load("m"), newer)
+    assert store.verify().ok
+
+
+# ---- upkeep ------------------------------------------------------------------------------------
+
+
+def test_a_base_lives_as_long_as_a_delta_needs_it(store: pydedup.Store) -> None:
+    base = base_model()
+    variant = fine_tuned(base, 1)
+    store.add("base", base)
+    store.add("variant", variant)
+    store.remove("base")
+    store.vacuum()
+    assert same(store.load("variant"), variant)
+    assert store.verify().ok
+    third = fine_tuned(base, 2)
+    assert store.add("third", third).delta_blocks > 20  # on what is left of the first
+    assert same(store.load("third"), third)
+    store.remove("variant")
+    store.vacuum()
+    assert same(store.load("third"), third)
+    store.remove("third")
+    report = store.vacuum()
+    assert report.pages_after == 0
+
+
+def test_a_repacked_family_stays_what_it_was(store: pydedup.Store) -> None:
+    base = base_model()
+    models = {f"m{i}": fine_tuned(base, i) for i in range(6)}
+    for name, model in models.items():
+        store.add(name, model)
+    for name in ("m0", "m2", "m4"):
+        store.remove(name)
+    report = store.vacuum()
+    assert report.pages_after <= report.pages_before
+    for name in ("m1", "m3", "m5"):
+        assert same(store.load(name), models[name])
+    assert store.verify().ok
+    late = fine_tuned(base, 9)
+    assert store.add("late", late).delta_blocks > 20  # repacked pages are indexed again
+    assert same(store.load("late"), late)
+
+
+def test_damaged_signatures_cost_space_and_nothing_else(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    adapter = store._adapter
+    with adapter.transaction():
+        found = [(s, g, p) for g in _groups(store) for s, p in adapter.signatures(g)]
+        adapter.delete_signatures([segment for segment, _, _ in found])
+        adapter.insert_signatures((s, g, p[: len(p) // 2]) for s, g, p in found)
+    variant = {f"v.{name}": w for name, w in fine_tuned(base, 1).items()}
+    store.add("variant", variant)
+    assert same(store.load("variant"), variant)
+
+
+def _groups(store: pydedup.Store) -> list[int]:
+    from pydedup.signatures import group_of
+    from pydedup.types import DType
+
+    return [0, *(group_of((DType.F32, r, c)) for r, c in ((64, 64), (24, 64), (9, 256), (1, 256)))]
+
+
+def test_dry_run_says_what_deltas_would_save(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    variant = fine_tuned(base, 1)
+    before = store.stats()
+    plan = store.add("variant", variant, dry_run=True)
+    assert plan.dry_run
+    assert store.stats().pages == before.pages
+    assert [m.name for m in store.models()] == ["base"]
+    real = store.add("variant", variant)
+    for field in ("stored_bytes", "blocks", "shared_blocks", "delta_blocks", "pages"):
+        assert getattr(plan, field) == getattr(real, field)
+
+
+# ---- accuracy ----------------------------------------------------------------------------------
+
+
+def accuracy_of(model: Model, x: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
+    hidden = np.maximum(x @ model["hidden"].T + model["bias"], 0)
+    return (np.argmax(hidden @ model["head"].T, axis=1) == labels).astype(np.float64)
+
+
+def test_accuracy_shares_what_the_metric_allows(store: pydedup.Store) -> None:
+    rng = np.random.default_rng(1)
+    base = base_model()
+    store.add("base", base)
+    model = fine_tuned(base, 1, 0.1)
+    x = rng.standard_normal((500, 320)).astype(np.float32)
+    labels = np.argmax(np.maximum(x @ model["hidden"].T + model["bias"], 0) @ model["head"].T, 1)
+
+    def evaluate(weights: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+        return accuracy_of(dict(weights), x, labels)
+
+    exact = store.add("plain", model, dry_run=True).stored_bytes
+    before = {name: w.copy() for name, w in model.items()}
+    report = store.add("m", model, policy=policies.Accuracy(evaluate, 0.02))
+    assert all(np.array_equal(model[name], w) for name, w in before.items())
+    assert report.stored_bytes < 0.5 * exact
+    loaded = store.load("m")
+    now = float(evaluate(loaded).mean())
+    certificate = report.certificate
+    assert certificate["policy"] == "accuracy"
+    assert certificate["metric_before"] == 1.0
+    assert now == certificate["metric_after"] >= 0.98
+    assert json.loads(json.dumps(certificate)) == dict(store.info("m").certificate)
+    assert store.verify().ok
+    # Quantised deltas are content like any other: what is stored can be shared.
+    assert store.add("copy", loaded).shared_blocks == report.blocks
+
+
+def test_no_drop_allowed_stores_the_bits_or_no_worse(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    model = fine_tuned(base, 1, 0.1)
+
+    def identical(weights: Mapping[str, NDArray[Any]]) -> float:
+        return float(all(np.array_equal(weights[name], w) for name, w in model.items()))
+
+    report = store.add("m", model, policy=policies.Accuracy(identical, 0.0))
+    assert report.certificate["replaced"] == 0
+    assert same(store.load("m"), model)
+
+
+def test_an_evaluate_that_fails_leaves_the_store_as_it_was(store: pydedup.Store) -> None:
+    from pydedup.errors import EvaluationError
+
+    base = base_model()
+    store.add("base", base)
+
+    def broken(_: Mapping[str, NDArray[Any]]) -> float:
+        raise RuntimeError("no such data set")
+
+    with pytest.raises(EvaluationError, match="no such data set"):
+        store.add("m", fine_tuned(base, 1), policy=policies.Accuracy(broken, 0.1))
+    with pytest.raises(EvaluationError, match=r"NaN|finite"):
+        store.add("m", fine_tuned(base, 1), policy=policies.Accuracy(lambda _: np.nan, 0.1))
+    assert [m.name for m in store.models()] == ["base"]
+    assert store.verify().ok
