@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -166,12 +167,17 @@ TEST(pages_of_names_what_is_needed) {
 
 TEST(matrices_without_elements_have_empty_rows) {
     const std::vector<std::int64_t> ids{0, 2, 1};
+    const std::span<const Page* const> no_pages;
+    const std::span<const BlockView> no_blocks;
     const RowTable narrow({3, 0, 1, 1}, Dtype::f32, {}, {});
     CHECK(narrow.pages_of(ids).empty());
-    narrow.take({}, {}, ids, nullptr);
+    narrow.take({}, no_pages, ids, nullptr);
+    narrow.take({}, no_blocks, ids, nullptr);
     const RowTable empty({0, 5, 1, 1}, Dtype::f32, {}, {});
-    CHECK_THROWS(ErrorCode::invalid_argument, empty.take({}, {}, ids, nullptr));
-    empty.take({}, {}, {}, nullptr);
+    CHECK_THROWS(ErrorCode::invalid_argument, empty.take({}, no_pages, ids, nullptr));
+    CHECK_THROWS(ErrorCode::invalid_argument, empty.take({}, no_blocks, ids, nullptr));
+    empty.take({}, no_pages, {}, nullptr);
+    empty.take({}, no_blocks, {}, nullptr);
 }
 
 TEST(what_does_not_fit_is_refused) {
