@@ -49,15 +49,29 @@ def commands() -> list[list[str]]:
 
 
 def test_the_python_of_the_readme_runs(folder: Path) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    first, second = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     x = np.ones((2, 50), np.float32)
     names: dict[str, object] = {"x": x}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(first, "README.md", "exec"), names)
     with pydedup.open("sqlite:///models.db", mode="r") as store:
         weights = store.load("sentiment@2")["dense.weight"]
         # The second version shares all but its dense layer with the first.
         assert store.stats().page_bytes < (folder / "sentiment.safetensors").stat().st_size
     np.testing.assert_allclose(names["hidden"], x @ weights.T, rtol=1e-5)  # type: ignore[arg-type]
+
+    rng = np.random.default_rng(1)
+    model = {"table": rng.standard_normal((500, 64), np.float32)}
+    texts = rng.integers(0, 500, 600)
+    names = {
+        "model": model,
+        "texts": texts,
+        "labels": model["table"][texts, 0] > 0,
+        "predict": lambda weights, ids: weights["table"][ids, 0] > 0,
+    }
+    exec(compile(second, "README.md", "exec"), names)
+    with pydedup.open("sqlite:///models.db", mode="r") as store:
+        assert store.info("reviews").certificate["metric_before"] == 1.0
+        assert store.info("sentiment@close").info.policy == "bounded"
 
 
 def test_the_commands_of_the_readme_run(folder: Path) -> None:

@@ -35,7 +35,7 @@ for key, shape in shapes.items():
     tensor = base.standard_normal(shape).astype(np.float32)
     if tensor.ndim == 2:
         rows = rng.integers(0, shape[0], shape[0] // 3)
-        tensor[rows] += rng.standard_normal((len(rows), shape[1])).astype(np.float32)
+        tensor[rows] += 0.1 * rng.standard_normal((len(rows), shape[1])).astype(np.float32)
     model[key] = tensor
 with pydedup.open(url) as store:
     print("started", flush=True)
@@ -51,7 +51,7 @@ def family_member(seed: int) -> dict[str, np.ndarray]:
         tensor = np.asarray(base.standard_normal(shape)).astype(np.float32)
         if tensor.ndim == 2:
             rows = rng.integers(0, shape[0], shape[0] // 3)
-            tensor[rows] += rng.standard_normal((len(rows), shape[1])).astype(np.float32)
+            tensor[rows] += 0.1 * rng.standard_normal((len(rows), shape[1])).astype(np.float32)
         model[key] = tensor
     return model
 
