@@ -103,8 +103,13 @@ def page_checksum(payload: bytes) -> bytes: ...
 #: Pages, index of each block's base among them (-1 for none), slot on it.
 Bases: TypeAlias = tuple[Sequence[Page], NDArray[np.int64], NDArray[np.uint32]]
 
-def page_digests(
-    page: Page, bases: Bases | None = None, threads: int = 0
+def page_digests(page: Page, threads: int = 0) -> NDArray[np.uint64]: ...
+def block_digests(
+    pages: Sequence[Page],
+    page_index: NDArray[np.uint32],
+    slots: NDArray[np.uint32],
+    bases: Bases | None = None,
+    threads: int = 0,
 ) -> NDArray[np.uint64]: ...
 def read_blocks(
     pages: Sequence[Page],

@@ -37,6 +37,7 @@ __all__ = [
     "StoredBases",
     "base_tags",
     "bases_for_core",
+    "block_digests",
     "blocks_equal",
     "build_page",
     "encode_blocks",
@@ -347,16 +348,35 @@ def page_checksum(payload: bytes) -> bytes:
     return _core.page_checksum(payload)
 
 
-def page_digests(
-    page: Page, *, bases: StoredBases | None = None, threads: int = 0
-) -> NDArray[np.uint64]:
+def page_digests(page: Page, *, threads: int = 0) -> NDArray[np.uint64]:
     """Return the digest of the content of each slot, as `pydedup.hashing.hash_blocks` would.
 
-    ``bases`` says where the bases of the deltas on the page are, slot by slot. The result is uint64
-    of shape (n_slots, 2). Raises CorruptStoreError when a block does not decode, a delta without
-    its base included.
+    The result is uint64 of shape (n_slots, 2). Raises CorruptStoreError when a block does not
+    decode, which deltas never do here: `block_digests` takes their bases.
     """
-    return _core.page_digests(page, bases_for_core(bases), threads)
+    return _core.page_digests(page, threads)
+
+
+def block_digests(
+    pages: Sequence[Page],
+    page_index: ArrayLike,
+    slots: ArrayLike,
+    *,
+    bases: StoredBases | None = None,
+    threads: int = 0,
+) -> NDArray[np.uint64]:
+    """Return the digests of the content of stored blocks, uint64 of shape (n_blocks, 2).
+
+    Parameters are those of `read_blocks`. Raises ArgumentError for an index outside of ``pages``
+    and CorruptStoreError when a block does not decode.
+    """
+    return _core.block_digests(
+        pages,
+        _column(page_index, np.uint32, "page_index"),
+        _column(slots, np.uint32, "slots"),
+        bases_for_core(bases),
+        threads,
+    )
 
 
 def read_blocks(

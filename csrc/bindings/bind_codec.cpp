@@ -257,14 +257,27 @@ py::array_t<bool> blocks_equal_to(const Array<std::uint8_t>& data, int dtype,
     return equal;
 }
 
-py::array_t<std::uint64_t> page_digests_of(const std::shared_ptr<Page>& page,
-                                           const py::object& bases, unsigned threads) {
-    const HeldBases held_bases = hold_bases(bases, page->n_slots());
+py::array_t<std::uint64_t> page_digests_of(const std::shared_ptr<Page>& page, unsigned threads) {
     py::array_t<std::uint64_t> digests({page->n_slots(), std::size_t{2}});
     const std::span<Digest> out(reinterpret_cast<Digest*>(digests.mutable_data()), page->n_slots());
     {
         const WithoutGil no_gil;
-        page_digests(*page, held_bases.view(), out, threads);
+        page_digests(*page, out, threads);
+    }
+    return digests;
+}
+
+py::array_t<std::uint64_t> block_digests_of(const py::sequence& pages,
+                                            const Array<std::uint32_t>& page_index,
+                                            const Array<std::uint32_t>& slots,
+                                            const py::object& bases, unsigned threads) {
+    const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
+    py::array_t<std::uint64_t> digests({held.blocks.size(), std::size_t{2}});
+    const std::span<Digest> out(reinterpret_cast<Digest*>(digests.mutable_data()),
+                                held.blocks.size());
+    {
+        const WithoutGil no_gil;
+        block_digests(held.blocks, out, threads);
     }
     return digests;
 }
@@ -339,8 +352,9 @@ void bind_codec(py::module_& m) {
           py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
           py::arg("pages"), py::arg("page_index").noconvert(), py::arg("slots").noconvert(),
           py::arg("bases") = py::none(), py::arg("threads") = 0);
-    m.def("page_digests", &page_digests_of, py::arg("page").none(false),
-          py::arg("bases") = py::none(), py::arg("threads") = 0);
+    m.def("page_digests", &page_digests_of, py::arg("page").none(false), py::arg("threads") = 0);
+    m.def("block_digests", &block_digests_of, py::arg("pages"), py::arg("page_index").noconvert(),
+          py::arg("slots").noconvert(), py::arg("bases") = py::none(), py::arg("threads") = 0);
     m.def("same_block", &same_block_on, py::arg("page_a").none(false), py::arg("slot_a"),
           py::arg("page_b").none(false), py::arg("slot_b"), py::arg("base_a") = py::none(),
           py::arg("base_b") = py::none());

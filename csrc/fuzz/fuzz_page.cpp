@@ -41,13 +41,13 @@ void read_content(const Page& page) {
     if (bytes > kMostBytes) return;
     std::vector<Digest> digests(page.n_slots());
     // Deltas get the block before them for a base, whether or not it is one.
-    std::vector<StoredBlock> bases(page.n_slots());
-    for (std::size_t slot = 0; slot < bases.size(); ++slot) {
-        bases[slot] = {0, static_cast<std::uint32_t>(slot == 0 ? bases.size() - 1 : slot - 1)};
+    std::vector<BlockView> blocks(page.n_slots());
+    for (std::size_t slot = 0; slot < blocks.size(); ++slot) {
+        blocks[slot] = page.block(slot);
+        blocks[slot].base_block = &blocks[slot == 0 ? blocks.size() - 1 : slot - 1];
     }
-    const Page* const pages[] = {&page};
     try {
-        page_digests(page, {pages, bases}, digests, 1);
+        block_digests(blocks, digests, 1);
     } catch (const Error&) {
         // One block does not decode.
     }

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A new layout for all live blocks, published in one transaction.
 
-Blocks are copied as they are encoded; blocks that no model uses any more are left behind. Old
-pages are retired, not deleted: readers under way still find them. `plan_repack` says what it would
-be, to the byte, and changes nothing.
+Blocks are copied as they are encoded; blocks that no model uses any more are left behind. A base is
+in use as long as a delta on it is, and deltas follow it to its new place. Old pages are retired and
+not deleted: readers under way still find them. `plan_repack` says what it would be, to the byte,
+and changes nothing.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, Adapter
-from pydedup.blocks import BlockMap
+from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import PageNotFoundError, PydedupError
+from pydedup.errors import CorruptStoreError, PageNotFoundError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import (
     PAGE_CAPACITY,
@@ -39,24 +40,31 @@ from pydedup.types import Progress
 __all__ = ["RepackPlan", "plan_repack", "repack"]
 
 _PAGES_PER_TRANSACTION = 16
+_ROWS_PER_TRANSACTION = 20_000
+_NO_BASE = -1
 
 
 @dataclass(slots=True)
 class _Places:
-    """All blocks that live models use, numbered 0 to n - 1 by ascending place (`block_places`)."""
+    """All blocks that live models use, those that are only bases of others included.
+
+    They are numbered 0 to n - 1 by ascending place (`block_places`); ``bases`` holds the number of
+    each one's base, -1 for blocks that are no deltas.
+    """
 
     places: NDArray[np.int64]
     lengths: NDArray[np.int64]
     hashes: list[bytes]
+    bases: NDArray[np.int64]
     owners: list[NDArray[np.int64]]
 
     def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """Return the page ids and slots of these blocks."""
         return split_places(self.places[numbers])
 
-    def numbers(self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> NDArray[np.int64]:
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the numbers of blocks at these places, all of which exist."""
-        return np.searchsorted(self.places, block_places(page_ids, slots))
+        return np.searchsorted(self.places, places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +140,7 @@ def repack(
             new_ids.extend(_stage(adapter, pool, places, group, page_of, slot_of, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
+        _stage_deltas(adapter, places, page_of, slot_of, job)
         moves = [_move(model, places, page_of, slot_of) for model in plan.models]
         published = _publish(adapter, moves, new_ids, plan.epoch, job)
     except PageNotFoundError:
@@ -153,21 +162,25 @@ def repack(
 
 
 def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> _Places:
-    keys = [
-        np.unique(np.concatenate([block_places(m.page_ids, m.slots) for m in maps]))
-        if (maps := model.block_maps())
-        else np.empty(0, np.int64)
-        for model in models
-    ]
-    used = np.unique(np.concatenate(keys)) if keys else np.empty(0, np.int64)
+    keys = [np.unique(_joined([map_places(m) for m in model.block_maps()])) for model in models]
+    used = np.unique(_joined(keys))
     page_ids, slots = split_places(used)
     recorded = {
-        (block.page_id, block.slot): block.hash128
+        (block.page_id, block.slot): block
         for block in adapter.blocks_on_pages(np.unique(page_ids).tolist())
     }
-    hashes = [recorded[place] for place in zip(page_ids.tolist(), slots.tolist(), strict=True)]
+    rows = [recorded[place] for place in zip(page_ids.tolist(), slots.tolist(), strict=True)]
+    bases = np.array([_NO_BASE if row.base_id is None else row.base_id for row in rows], np.int64)
+    is_delta = bases != _NO_BASE
+    if not np.isin(bases[is_delta], used).all():
+        raise CorruptStoreError(
+            "a block that is in use is a delta on one that no block map names; "
+            "run verify on the store"
+        )
+    bases[is_delta] = np.searchsorted(used, bases[is_delta])
     owners = [np.searchsorted(used, key) for key in keys]
-    return _Places(used, block_lengths(pool, used), hashes, owners)
+    hashes = [row.hash128 for row in rows]
+    return _Places(used, block_lengths(pool, used), hashes, bases, owners)
 
 
 def _better(layout: Layout, places: _Places, live_pages: int) -> bool:
@@ -192,13 +205,36 @@ def _stage(
     new_ids = []
     with adapter.transaction():
         for image, numbers in zip(images, group, strict=True):
-            hashes = [places.hashes[number] for number in numbers.tolist()]
+            hashes = [
+                places.hashes[number] if places.bases[number] == _NO_BASE else None
+                for number in numbers.tolist()
+            ]
             new_ids.append(job.stage_page(codec.page_checksum(image), image, hashes))
         job.beat()
     for page_id, numbers in zip(new_ids, group, strict=True):
         page_of[numbers] = page_id
         slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
     return new_ids
+
+
+def _stage_deltas(
+    adapter: Adapter,
+    places: _Places,
+    page_of: NDArray[np.int64],
+    slot_of: NDArray[np.uint32],
+    job: Job,
+) -> None:
+    """Write the rows of deltas: only now do all bases have a place."""
+    numbers = np.flatnonzero(places.bases != _NO_BASE)
+    base_places = block_places(page_of, slot_of)[places.bases[numbers]].tolist()
+    rows = [
+        (places.hashes[number], int(page_of[number]), int(slot_of[number]), base)
+        for number, base in zip(numbers.tolist(), base_places, strict=True)
+    ]
+    for start in range(0, len(rows), _ROWS_PER_TRANSACTION):
+        with adapter.transaction():
+            adapter.insert_blocks(rows[start : start + _ROWS_PER_TRANSACTION])
+            job.beat()
 
 
 def _move(
@@ -209,9 +245,19 @@ def _move(
 ) -> _Move:
     maps, costs = [], []
     for old in model.block_maps():
-        numbers = places.numbers(old.page_ids, old.slots)
-        maps.append(BlockMap(old.grid, old.dtype, page_of[numbers], slot_of[numbers]))
+        numbers = places.numbers(map_places(old))
         costs.append(codec.page_cost(places.lengths[numbers]))
+        count = old.grid.count
+        page_ids, slots = page_of[numbers], slot_of[numbers]
+        new = BlockMap(old.grid, old.dtype, page_ids[:count], slots[:count])
+        if old.bases is not None:
+            # Behind the blocks come the bases of those that have one, in their order.
+            is_delta = old.bases[0] != NO_PAGE
+            base_page_ids = np.full(count, NO_PAGE, np.int64)
+            base_slots = np.zeros(count, np.uint32)
+            base_page_ids[is_delta], base_slots[is_delta] = page_ids[count:], slots[count:]
+            new = replace(new, base_page_ids=base_page_ids, base_slots=base_slots)
+        maps.append(new)
     reads = pages_read(_joined([map_places(m) for m in maps]), _joined(costs))
     return _Move(model.row.id, maps, list(reads))
 

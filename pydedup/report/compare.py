@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydedup import matmul
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.layout import block_costs, block_places
+from pydedup.layout import block_costs, block_places, map_places
 from pydedup.pool import PagePool
 from pydedup.types import Progress, TensorInfo
 
@@ -28,7 +28,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class TensorSharing:
-    """How much of one tensor other models use too."""
+    """How much of one tensor other models use too.
+
+    Bytes include the bases that its deltas need, block counts do not.
+    """
 
     tensor: TensorInfo
     blocks: int
@@ -106,7 +109,8 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
             for row in adapter.models()
             if row.id in neighbours and row.id != model.row.id
         ]
-        mine = [block_places(m.page_ids, m.slots) for m in model.block_maps()]
+        maps = model.block_maps()
+        mine = [map_places(block_map) for block_map in maps]
         used = np.unique(np.concatenate(mine)) if mine else np.empty(0, np.int64)
         costs = block_costs(pool, used)
         per_other = [(other.address, np.isin(used, _model_places(other))) for other in others]
@@ -114,15 +118,16 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     for _, common in per_other:
         shared |= common
     tensors = []
-    for info, places in zip(model.tensors, mine, strict=True):
-        distinct = np.unique(places)
-        at = np.searchsorted(used, distinct)
+    for info, block_map, places in zip(model.tensors, maps, mine, strict=True):
+        count = block_map.grid.count
+        own = np.searchsorted(used, np.unique(places[:count]))  # without bases, which come behind
+        at = np.searchsorted(used, np.unique(places))
         tensors.append(
             TensorSharing(
                 tensor=info,
-                blocks=len(places),
-                distinct_blocks=len(distinct),
-                shared_blocks=int(shared[at].sum()),
+                blocks=count,
+                distinct_blocks=len(own),
+                shared_blocks=int(shared[own].sum()),
                 used_bytes=int(costs[at].sum()),
                 shared_bytes=int(costs[at][shared[at]].sum()),
                 shared_with=tuple(name for name, common in per_other if common[at].any()),
@@ -207,4 +212,4 @@ def _model_places(model: StoredModel) -> NDArray[np.int64]:
     maps = model.block_maps()
     if not maps:
         return np.empty(0, np.int64)
-    return np.unique(np.concatenate([block_places(m.page_ids, m.slots) for m in maps]))
+    return np.unique(np.concatenate([map_places(block_map) for block_map in maps]))

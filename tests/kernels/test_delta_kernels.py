@@ -398,7 +398,7 @@ def test_bases_that_are_not_at_hand_are_argument_errors() -> None:
         with pytest.raises(ArgumentError):
             codec.blocks_equal(view, np.arange(n), [here], index, slots, bases=bases)
         with pytest.raises(ArgumentError):
-            codec.page_digests(here, bases=bases)
+            codec.block_digests([here], index, slots, bases=bases)
         x, y = np.ones((1, SHAPE[1]), np.float32), np.empty((1, SHAPE[0]), np.float32)
         shape = (grid.rows, grid.cols, grid.block_rows, grid.block_cols, pair.delta.dtype.code)
         product = _core.Matmul(*shape, x, None, "none", False, y)
@@ -406,8 +406,8 @@ def test_bases_that_are_not_at_hand_are_argument_errors() -> None:
             product.feed([here], index, slots, codec.bases_for_core(bases))
         table = _core.RowTable(*shape, pair.delta.page_ids, pair.delta.slots, *pair.delta.bases)
         out = np.empty((1, 4 * SHAPE[1]), np.uint8)
+        core = codec.bases_for_core(bases)
         with pytest.raises(ArgumentError):
-            core = codec.bases_for_core(bases)
             table.take_blocks(np.arange(n), [here], index, slots, core, row, out)
     # The page of the delta without that of its base.
     with pytest.raises(ArgumentError, match="not among the"):
@@ -441,12 +441,9 @@ def test_digests_and_comparisons_see_the_content(dtype: DType, base_dtype: DType
         (page,), base_of = pool.pages([number]), pool.pages(ids)
         slots = pair.delta.slots[on_page]
         bases = codec.StoredBases(base_of, index, pair.delta.bases[1][on_page])
-        by_slot = np.argsort(slots)
-        on_slots = replace(
-            bases, page_index=index[by_slot], slots=pair.delta.bases[1][on_page][by_slot]
-        )
-        assert (codec.page_digests(page, bases=on_slots) == digests[on_page[by_slot]]).all()
         where = np.zeros(len(on_page), np.uint32)
+        found = codec.block_digests([page], where, slots, bases=bases)
+        assert (found == digests[on_page]).all()
         assert codec.blocks_equal(view, on_page, [page], where, slots, bases=bases).all()
         equal = codec.blocks_equal(other_view, on_page, [page], where, slots, bases=bases)
         assert equal.tolist() == (on_page != pair.delta.grid.count - 1).tolist()

@@ -10,11 +10,14 @@
 
 namespace pydedup {
 
-/// digests[i] = hash of the decoded content of slot i, as hash_blocks() gives for the source.
-/// `digests.size()` is page.n_slots(), and so is `bases.bases.size()` for a page with deltas.
-/// Throws Error{corrupt_page} when a block does not decode.
-void page_digests(const Page& page, const StoredBases& bases, std::span<Digest> digests,
-                  unsigned threads = 0);
+/// digests[i] = hash of the decoded content of a block, as hash_blocks() gives for the source;
+/// deltas come with their bases. `digests.size()` is blocks.size(). Throws Error{corrupt_page} when
+/// a block does not decode.
+void block_digests(std::span<const BlockView> blocks, std::span<Digest> digests,
+                   unsigned threads = 0);
+
+/// The same for each slot of a page without deltas. `digests.size()` is page.n_slots().
+void page_digests(const Page& page, std::span<Digest> digests, unsigned threads = 0);
 
 /// Whether two stored blocks, deltas with their bases, have the same dtype, shape and decoded
 /// bytes.

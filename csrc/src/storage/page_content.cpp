@@ -3,7 +3,6 @@
 #include "pydedup/page_content.hpp"
 
 #include <cstring>
-#include <string>
 #include <vector>
 
 #include "base/parallel.hpp"
@@ -23,27 +22,24 @@ const std::byte* content(const BlockView& block, std::vector<std::byte>& scratch
 
 }  // namespace
 
-void page_digests(const Page& page, const StoredBases& bases, std::span<Digest> digests,
-                  unsigned threads) {
-    if (digests.size() != page.n_slots()) {
-        throw Error(ErrorCode::invalid_argument, "page_digests: one digest per slot is needed");
+void block_digests(std::span<const BlockView> blocks, std::span<Digest> digests, unsigned threads) {
+    if (digests.size() != blocks.size()) {
+        throw Error(ErrorCode::invalid_argument, "one digest per block is needed");
     }
-    if (!bases.bases.empty() && bases.bases.size() != page.n_slots()) {
-        throw Error(ErrorCode::invalid_argument,
-                    "page_digests: " + std::to_string(bases.bases.size()) +
-                        " bases came for a page of " + std::to_string(page.n_slots()) + " slots");
-    }
-    parallel_for(page.n_slots(), 16, thread_count(threads),
-                 [&](std::size_t begin, std::size_t end) {
-                     std::vector<std::byte> scratch;
-                     for (std::size_t slot = begin; slot < end; ++slot) {
-                         BlockView base{};
-                         const BlockView block = with_base(page.block(slot), bases, slot, base);
-                         const std::size_t row_bytes = block.cols * item_bytes(block.dtype);
-                         digests[slot] =
-                             hash_rows(content(block, scratch), block.rows, row_bytes, row_bytes);
-                     }
-                 });
+    parallel_for(blocks.size(), 16, thread_count(threads), [&](std::size_t begin, std::size_t end) {
+        std::vector<std::byte> scratch;
+        for (std::size_t i = begin; i < end; ++i) {
+            const BlockView& block = blocks[i];
+            digests[i] = hash_rows(content(block, scratch), block.rows, block.row_bytes(),
+                                   block.row_bytes());
+        }
+    });
+}
+
+void page_digests(const Page& page, std::span<Digest> digests, unsigned threads) {
+    std::vector<BlockView> blocks(page.n_slots());
+    for (std::size_t slot = 0; slot < blocks.size(); ++slot) blocks[slot] = page.block(slot);
+    block_digests(blocks, digests, threads);
 }
 
 bool same_block(const BlockView& a, const BlockView& b) {
