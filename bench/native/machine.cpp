@@ -7,11 +7,19 @@
 #include <cstring>
 #include <ctime>
 #include <fstream>
+#include <memory>
+#include <span>
 #include <thread>
 #include <vector>
 
 #include "harness.hpp"
+#include "pydedup/page_memory.hpp"
 #include "source_version.hpp"
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 
 // Compiled once for each instruction set; the loader takes the widest that the CPU has.
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
@@ -26,8 +34,10 @@ namespace {
 using Words = std::uint64_t __attribute__((vector_size(64)));
 using Lanes = float __attribute__((vector_size(64)));
 
-// Chains enough for every pipeline, few enough for the registers of AVX2.
-constexpr int kChains = 6;
+// Chains of multiply-adds in 64 bytes each: as many as the registers of AVX2 hold, and as many as
+// two pipelines of AVX-512 with four cycles each keep busy. The better one counts.
+constexpr int kFewChains = 6;
+constexpr int kManyChains = 12;
 
 // Reads `count` words as `kStreams` streams, 1 KiB of each in turn.
 template <std::size_t kStreams>
@@ -62,12 +72,13 @@ FOR_EACH_CPU std::uint64_t sum_four_streams(const std::uint64_t* data, std::size
     return sum_streams<4>(data, count);
 }
 
-FOR_EACH_CPU float multiply_add(std::size_t repeats) {
+template <int kChains>
+[[gnu::always_inline]] inline float chains(std::size_t repeats) {
     Lanes sums[kChains] = {};
     const Lanes factor = Lanes{} + 0.999F;
     const Lanes term = Lanes{} + 0.5F;
     for (std::size_t r = 0; r < repeats; ++r) {
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (Lanes& sum : sums) sum = sum * factor + term;
     }
     float total = 0;
@@ -75,18 +86,37 @@ FOR_EACH_CPU float multiply_add(std::size_t repeats) {
     return total;
 }
 
+FOR_EACH_CPU float multiply_add_few(std::size_t repeats) { return chains<kFewChains>(repeats); }
+
+FOR_EACH_CPU float multiply_add_many(std::size_t repeats) { return chains<kManyChains>(repeats); }
+
+// Off the CPU of the caller: a new thread often starts behind it, though others are idle.
+void move_away([[maybe_unused]] std::thread& thread) {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    const int here = ::sched_getcpu();
+    if (here < 0 || ::sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    if (CPU_COUNT(&allowed) < 2) return;
+    CPU_CLR(here, &allowed);
+    static_cast<void>(pthread_setaffinity_np(thread.native_handle(), sizeof allowed, &allowed));
+#endif
+}
+
 // Calls work(i) for i below `threads`, at once.
 template <class Work>
 void at_once(unsigned threads, const Work& work) {
     std::vector<std::thread> others;
-    for (unsigned i = 1; i < threads; ++i) others.emplace_back([&work, i] { work(i); });
+    for (unsigned i = 1; i < threads; ++i) {
+        others.emplace_back([&work, i] { work(i); });
+        move_away(others.back());
+    }
     work(0U);
     for (std::thread& other : others) other.join();
 }
 
 using Reader = std::uint64_t (*)(const std::uint64_t*, std::size_t);
 
-double read_speed(const std::vector<std::uint64_t>& buffer, Reader reader, unsigned threads,
+double read_speed(std::span<const std::uint64_t> buffer, Reader reader, unsigned threads,
                   double seconds) {
     const std::size_t part = buffer.size() / threads;
     return run({"", "", static_cast<double>(buffer.size() * 8), 0, 0,
@@ -98,17 +128,23 @@ double read_speed(const std::vector<std::uint64_t>& buffer, Reader reader, unsig
         .gb_per_second;
 }
 
-// The better of two ways to read: which one a machine likes depends on its prefetchers.
-Limits measure_limits(const std::vector<std::uint64_t>& buffer, unsigned threads, double seconds) {
+using Multiplier = float (*)(std::size_t);
+
+double compute_speed(Multiplier multiply, int n_chains, unsigned threads, double seconds) {
     const std::size_t repeats = unless_smoke(1000000, 1000);
-    const double flops = 2.0 * 16 * kChains * static_cast<double>(repeats) * threads;
-    const Result compute =
-        run({"", "", 0, flops, 0,
-             [&] { at_once(threads, [&](unsigned) { keep(multiply_add(repeats)); }); }},
-            seconds);
+    const double flops = 2.0 * 16 * n_chains * static_cast<double>(repeats) * threads;
+    return run({"", "", 0, flops, 0,
+                [&] { at_once(threads, [&](unsigned) { keep(multiply(repeats)); }); }},
+               seconds)
+        .gflop_per_second;
+}
+
+// The better of two ways to read: which one a machine likes depends on its prefetchers.
+Limits measure_limits(std::span<const std::uint64_t> buffer, unsigned threads, double seconds) {
     return {std::max(read_speed(buffer, sum_one_stream, threads, seconds / 2),
                      read_speed(buffer, sum_four_streams, threads, seconds / 2)),
-            compute.gflop_per_second};
+            std::max(compute_speed(multiply_add_few, kFewChains, threads, seconds / 2),
+                     compute_speed(multiply_add_many, kManyChains, threads, seconds / 2))};
 }
 
 std::string cpu_name() {
@@ -133,7 +169,16 @@ std::string now() {
 }  // namespace
 
 Machine measure_machine(double seconds) {
-    const std::vector<std::uint64_t> buffer(unless_smoke(std::size_t{32} << 20, 4096), 1);
+    // In huge pages, as the pool keeps what products read.
+    const std::size_t count = unless_smoke(std::size_t{32} << 20, 4096);
+    std::shared_ptr<std::byte> memory = pydedup::page_memory(count * sizeof(std::uint64_t));
+    if (!memory) {
+        memory = {new std::byte[count * sizeof(std::uint64_t)],
+                  [](const std::byte* at) { delete[] at; }};
+    }
+    auto* const words = reinterpret_cast<std::uint64_t*>(memory.get());
+    std::fill_n(words, count, 1);
+    const std::span<const std::uint64_t> buffer(words, count);
     return {cpu_name(),
             std::thread::hardware_concurrency(),
 #if defined(__clang__)
