@@ -19,6 +19,10 @@ A file of one area defines functions that yield rows and hands them to `main`:
 The sides take turns, round by round, so that whatever else the machine does hits all of them; the
 medians are compared. A side may also be a `timeit.Timer` (``timed("f(x)", f=f, x=x)``), which
 spares calls of a few nanoseconds the cost of a lambda.
+
+Threads of OpenBLAS, OpenMP and ONNX Runtime go on spinning for a while after a call, on the cores
+that the next side needs, and need a while to find a core of their own when they wake up. With
+``settle`` each turn begins after all have gone to sleep, and with calls that are not timed.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -45,6 +50,11 @@ __all__ = ["Row", "compare", "main", "timed"]
 
 #: Shortest round: below this the clock and the loop around the call would be measured.
 MIN_ROUND_SECONDS = 200e-6
+#: The same for turns that begin with a pause, and what is called without being timed before.
+MIN_SETTLED_SECONDS = 10e-3
+WARM_SECONDS = 20e-3
+#: Enough for any of the libraries named above; OpenBLAS takes the longest, some 25 ms.
+SETTLE_SECONDS = 0.04
 
 #: What one unit of ``work`` is divided by.
 UNITS = {"GB/s": 1e9, "GFLOP/s": 1e9, "M/s": 1e6, "k/s": 1e3, "1/s": 1.0}
@@ -87,6 +97,7 @@ def compare(
     seconds: float,
     work: float = 1.0,
     target: float | Mapping[str, float] | None = None,
+    settle: bool = False,
 ) -> Iterator[Row]:
     """Time all sides in turns and yield one row for each but the first, which is pydedup's.
 
@@ -104,6 +115,8 @@ def compare(
         Bytes, floating-point operations or items of one call.
     target
         The ratio to reach: one for all peers, or by name.
+    settle
+        Let the threads of the side before fall asleep, and those of this one wake up, first.
     """
     if unit not in UNITS and unit not in TIMES:
         raise ValueError(f"unit {unit!r} is unknown; choose one of {[*UNITS, *TIMES]}")
@@ -112,11 +125,17 @@ def compare(
     for timer in timers:
         timer.timeit(1)  # warm-up: first use, page faults, caches
         once = max(min(timer.timeit(1) for _ in range(3)), 1e-9)
-        repeats.append(max(1, round(MIN_ROUND_SECONDS / once)))
+        least = MIN_SETTLED_SECONDS if settle else MIN_ROUND_SECONDS
+        repeats.append(max(1, round(least / once)))
     spent: list[list[float]] = [[] for _ in timers]
     total = 0.0
     while total < seconds or len(spent[0]) < 5:
         for timer, number, times in zip(timers, repeats, spent, strict=True):
+            if settle:
+                time.sleep(SETTLE_SECONDS)
+                warm = time.perf_counter() + WARM_SECONDS
+                while time.perf_counter() < warm:
+                    timer.timeit(1)
             elapsed = timer.timeit(number)
             total += elapsed
             times.append(elapsed / number)
