@@ -116,7 +116,7 @@ def test_the_whole_family_is_stored(first: Run) -> None:
     assert set(first.reports) == FINE_TUNED | FROZEN | OTHERS
     for report in first.reports.values():
         assert report["logical_bytes"] >= 80_000_000
-        assert report["certificate"]["max_rel_error"] == 0.0
+        assert report["certificate"]["largest_block_error"] == 0.0
     with pydedup.open(first.url, mode="r") as store:
         assert {model.address for model in store.models()} == set(first.reports)
         assert store.verify().ok
