@@ -17,10 +17,11 @@ from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.pool import PagePool
 
 __all__ = [
+    "DELTA_ENCODINGS",
     "PAGE_BYTES",
     "PAGE_CAPACITY",
     "block_costs",
-    "block_lengths",
+    "block_forms",
     "block_places",
     "by_page",
     "copy_page",
@@ -35,6 +36,8 @@ __all__ = [
 PAGE_BYTES = 1024 * 1024
 #: Bytes of blocks and slots that a page holds: less its header, and what aligns the first block.
 PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES - codec.BLOCK_ALIGNMENT
+#: Codes of the encodings that are deltas.
+DELTA_ENCODINGS = tuple(int(code) for code in codec.Encoding if code.is_delta)
 # Slots of a page number fewer than 2 ** _SLOT_BITS: each takes at least 32 bytes.
 _SLOT_BITS = 20
 
@@ -54,29 +57,35 @@ def split_places(places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[
     return places >> _SLOT_BITS, (places & ((1 << _SLOT_BITS) - 1)).astype(np.uint32)
 
 
-def block_lengths(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many bytes each of these blocks has as it is encoded."""
+def block_forms(
+    pool: PagePool, places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Return how many bytes each of these blocks has as it is encoded, and its encoding."""
     lengths = np.empty(len(places), np.int64)
+    encodings = np.empty(len(places), np.uint8)
     page_ids, slots = split_places(places)
     for rows, pages, page_index in pool.windows(page_ids):
-        tables = [page.slots["length"] for page in pages]
-        lengths[rows] = [
-            tables[page][slot] for page, slot in zip(page_index, slots[rows], strict=True)
-        ]
-    return lengths
+        tables = [page.slots for page in pages]
+        entries = [tables[page][slot] for page, slot in zip(page_index, slots[rows], strict=True)]
+        lengths[rows] = [entry["length"] for entry in entries]
+        encodings[rows] = [entry["encoding"] for entry in entries]
+    return lengths, encodings
 
 
 def block_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return what each of these blocks takes on its page, its slot included, in bytes."""
-    return codec.page_cost(block_lengths(pool, places))
+    return codec.page_cost(block_forms(pool, places)[0])
 
 
-def page_bytes(lengths: NDArray[np.int64]) -> int:
-    """Return the bytes of a page of blocks with these encoded lengths, in this order."""
-    aligned = codec.page_cost(lengths) - codec.SLOT_BYTES
-    head = codec.PAGE_HEADER_BYTES + codec.SLOT_BYTES * len(lengths)
-    head += -head % codec.BLOCK_ALIGNMENT
-    return int(head + aligned[:-1].sum() + lengths[-1])
+def page_bytes(lengths: NDArray[np.int64], encodings: NDArray[np.integer[Any]]) -> int:
+    """Return the bytes of a page of blocks with these lengths and encodings, in this order."""
+    aligned = np.ones(len(lengths), np.bool_)
+    if np.isin(encodings, DELTA_ENCODINGS).any():  # docs/format.md, "Page"
+        aligned = encodings == codec.Encoding.RAW
+    end = codec.PAGE_HEADER_BYTES + codec.SLOT_BYTES * len(lengths)
+    for length, is_aligned in zip(lengths.tolist(), aligned.tolist(), strict=True):
+        end += (-end % codec.BLOCK_ALIGNMENT if is_aligned else 0) + length
+    return end
 
 
 def by_page(page_ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -25,7 +25,7 @@ from pydedup.errors import CorruptStoreError, PageNotFoundError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import (
     PAGE_CAPACITY,
-    block_lengths,
+    block_forms,
     block_places,
     copy_page,
     map_places,
@@ -54,6 +54,7 @@ class _Places:
 
     places: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    encodings: NDArray[np.uint8]
     hashes: list[bytes]
     bases: NDArray[np.int64]
     owners: list[NDArray[np.int64]]
@@ -84,7 +85,8 @@ class RepackPlan:
     @property
     def page_bytes(self) -> int:
         """What these pages will have, in bytes."""
-        return sum(page_bytes(self.places.lengths[numbers]) for numbers in self.layout.pages)
+        lengths, encodings = self.places.lengths, self.places.encodings
+        return sum(page_bytes(lengths[n], encodings[n]) for n in self.layout.pages)
 
     @property
     def reads(self) -> dict[int, int]:
@@ -180,7 +182,7 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
     bases[is_delta] = np.searchsorted(used, bases[is_delta])
     owners = [np.searchsorted(used, key) for key in keys]
     hashes = [row.hash128 for row in rows]
-    return _Places(used, block_lengths(pool, used), hashes, bases, owners)
+    return _Places(used, *block_forms(pool, used), hashes, bases, owners)
 
 
 def _better(layout: Layout, places: _Places, live_pages: int) -> bool:

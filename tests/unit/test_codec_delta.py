@@ -415,3 +415,20 @@ def test_a_page_names_the_bases_of_its_deltas() -> None:
     page = codec.build_page(encoded.arena, *columns, [7])
     assert page[4] == codec.DELTA_PAGE_VERSION == codec.PAGE_VERSION
     assert codec.Page(page).slots["base"].tolist() == [7]
+
+
+def test_on_a_page_with_deltas_only_raw_blocks_are_aligned() -> None:
+    payload = (GOLDEN / "page_v2.page").read_bytes()
+    (n_slots,) = struct.unpack_from("<I", payload, 24)
+    end, gaps = 64 + 32 * n_slots, 0
+    for slot in range(n_slots):
+        encoding, _, _, _, _, length, offset, _ = struct.unpack_from(
+            "<BBHIIIQQ", payload, 64 + 32 * slot
+        )
+        start = -(-end // 64) * 64 if encoding == 0 else end
+        assert offset == start
+        assert not any(payload[end:start])
+        gaps += encoding != 0 and end % 64 != 0
+        end = start + length
+    assert end == len(payload)
+    assert gaps > 3  # places where version 1 would have left a gap

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The byte layout of a page, in the one place that knows its offsets. Layout rules are strict on
-// purpose: blocks lie in slot order, each at the first aligned offset behind the one before, and
-// the page ends with the last. So a page has one form only, and overlaps cannot be described.
+// purpose: blocks lie in slot order, each at the first offset behind the one before that is aligned
+// as its encoding asks, and the page ends with the last. So a page has one form only, and overlaps
+// cannot be described.
 #include "pydedup/page_format.hpp"
 
 #include <algorithm>
@@ -40,8 +41,11 @@ constexpr std::size_t kLengthAt = 12;       // u32
 constexpr std::size_t kOffsetAt = 16;       // u64
 constexpr std::size_t kBaseAt = 24;         // u64
 
-constexpr std::size_t align_up(std::size_t bytes) noexcept {
-    return (bytes + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment;
+// Where a block begins that follows `end`. Only raw blocks are read where they lie. On pages with
+// deltas, which are small, others are not aligned.
+constexpr std::size_t begin_of(Encoding encoding, std::uint16_t version, std::size_t end) noexcept {
+    if (version >= kDeltaPageVersion && encoding != Encoding::raw) return end;
+    return (end + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment;
 }
 
 Digest checksum_of(Bytes page) {
@@ -132,8 +136,11 @@ void check_header(Bytes page) {
 }  // namespace
 
 std::size_t page_bytes(std::span<const BlockView> blocks) {
+    const std::uint16_t version = version_for(blocks);
     std::size_t end = kPageHeaderBytes + blocks.size() * kSlotBytes;
-    for (const BlockView& block : blocks) end = align_up(end) + block.length;
+    for (const BlockView& block : blocks) {
+        end = begin_of(block.encoding, version, end) + block.length;
+    }
     return end;
 }
 
@@ -150,18 +157,19 @@ void build_page(std::span<const BlockView> blocks, std::span<std::byte> out) {
                         "block " + std::to_string(slot) + " of a new page " + fault);
         }
     }
+    const std::uint16_t version = version_for(blocks);
     std::byte* const page = out.data();
     std::size_t end = kPageHeaderBytes + blocks.size() * kSlotBytes;
     std::memset(page, 0, end);
     std::memcpy(page, kMagic.data(), kMagic.size());
-    store_le(page + kVersionAt, version_for(blocks));
+    store_le(page + kVersionAt, version);
     store_le(page + kHeaderBytesAt, static_cast<std::uint16_t>(kPageHeaderBytes));
     store_le(page + kSlotsAt, static_cast<std::uint32_t>(blocks.size()));
     store_le(page + kSlotBytesAt, static_cast<std::uint32_t>(kSlotBytes));
     store_le(page + kPageBytesAt, static_cast<std::uint64_t>(out.size()));
     for (std::size_t slot = 0; slot < blocks.size(); ++slot) {
         const BlockView& block = blocks[slot];
-        const std::size_t offset = align_up(end);
+        const std::size_t offset = begin_of(block.encoding, version, end);
         std::byte* const at = page + kPageHeaderBytes + slot * kSlotBytes;
         at[kEncodingAt] = static_cast<std::byte>(block.encoding);
         at[kDtypeAt] = static_cast<std::byte>(block.dtype);
@@ -198,11 +206,18 @@ PageView PageView::parse(Bytes page, bool verify_checksum) {
     if (view.n_slots_ > (page.size() - kPageHeaderBytes) / kSlotBytes) {
         corrupt("its " + std::to_string(view.n_slots_) + " slots do not fit into it");
     }
-    std::size_t end = kPageHeaderBytes + view.n_slots_ * kSlotBytes;
+    const auto version = load_le<std::uint16_t>(page.data() + kVersionAt);
     bool has_deltas = false;
     for (std::size_t slot = 0; slot < view.n_slots_; ++slot) {
+        has_deltas |= is_delta(static_cast<Encoding>(slot_at(page, slot)[kEncodingAt]));
+    }
+    if (has_deltas != (version >= kDeltaPageVersion)) {
+        corrupt(has_deltas ? "version 1 has no deltas" : "version 2 is for pages with deltas");
+    }
+    std::size_t end = kPageHeaderBytes + view.n_slots_ * kSlotBytes;
+    for (std::size_t slot = 0; slot < view.n_slots_; ++slot) {
         const std::byte* const at = slot_at(page, slot);
-        const std::size_t offset = align_up(end);
+        const std::size_t offset = begin_of(static_cast<Encoding>(at[kEncodingAt]), version, end);
         const std::size_t length = load_le<std::uint32_t>(at + kLengthAt);
         if (load_le<std::uint16_t>(at + kSlotReservedAt) != 0) {
             corrupt_slot(slot, "has reserved bytes that are not 0");
@@ -215,12 +230,7 @@ PageView PageView::parse(Bytes page, bool verify_checksum) {
         }
         const BlockView block = read_slot(page, slot);
         if (const char* fault = block_fault(block)) corrupt_slot(slot, fault);
-        has_deltas |= is_delta(block.encoding);
         end = offset + length;
-    }
-    const auto version = load_le<std::uint16_t>(page.data() + kVersionAt);
-    if (has_deltas != (version >= kDeltaPageVersion)) {
-        corrupt(has_deltas ? "version 1 has no deltas" : "version 2 is for pages with deltas");
     }
     if (end != page.size()) {
         corrupt("its blocks end at byte " + std::to_string(end) + " of " +
