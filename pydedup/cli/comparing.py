@@ -21,6 +21,8 @@ _SHARING_COLUMNS = (
     Column("Blocks", rank=2),
     Column("Distinct", rank=3),
     Column("Shared"),
+    Column("Deltas", rank=2),
+    Column("Largest error", rank=2),
     Column("Takes"),
     Column("Shared with", number=False, name=True, rank=1),
 )
@@ -139,6 +141,8 @@ def _sharing_row(sharing: TensorSharing) -> list[str]:
         text.count(sharing.blocks),
         text.count(distinct),
         text.percent(sharing.shared_blocks / distinct) if distinct else "-",
+        text.count(sharing.delta_blocks),
+        f"{sharing.largest_error:.2g}" if sharing.largest_error else "0",
         text.size(sharing.used_bytes),
         ", ".join(sharing.shared_with),
     ]
@@ -173,6 +177,8 @@ def _explanation_document(explanation: Explanation) -> dict[str, Any]:
                 "blocks": sharing.blocks,
                 "distinct_blocks": sharing.distinct_blocks,
                 "shared_blocks": sharing.shared_blocks,
+                "delta_blocks": sharing.delta_blocks,
+                "largest_error": sharing.largest_error,
                 "used_bytes": sharing.used_bytes,
                 "shared_bytes": sharing.shared_bytes,
                 "shared_with": list(sharing.shared_with),

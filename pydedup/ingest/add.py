@@ -149,7 +149,7 @@ def _match_model(
         twin = by_key.get(entry.key)
         if twin is not None and twin.entry.shape == entry.shape:
             # Tied weights: the same memory, so the same blocks.
-            tensor = MatchedTensor(entry, twin.grid, twin.references, twin.digests)
+            tensor = replace(twin, entry=entry)
             advance(int(np.prod(entry.shape)) * entry.dtype.itemsize)
         else:
             view = MatrixView.of(request.source.read(entry.name), request.block_shape)
@@ -162,8 +162,9 @@ def _match_model(
                 advance=advance,
             )
             matcher.aligned.note(entry, view.grid, matched.references)
-            tensor = MatchedTensor(entry, view.grid, matched.references, matched.digests)
-            model.largest_error = max(model.largest_error, matched.largest_error)
+            tensor = MatchedTensor(
+                entry, view.grid, matched.references, matched.digests, matched.largest_error
+            )
             by_key[entry.key] = tensor
             del view
         model.tensors.append(tensor)
@@ -192,8 +193,15 @@ def _match_chosen(
         hints = replace(_hints(matcher, request, entry, view.grid), deltas=deltas)
         matched = matcher.match(view, policy=Lossless(), hints=hints)
         matcher.aligned.note(entry, view.grid, matched.references)
-        digests = chosen.digests[entry.name]
-        model.tensors.append(MatchedTensor(entry, view.grid, matched.references, digests))
+        model.tensors.append(
+            MatchedTensor(
+                entry,
+                view.grid,
+                matched.references,
+                chosen.digests[entry.name],
+                chosen.error(request, entry),
+            )
+        )
     return model
 
 

@@ -30,7 +30,7 @@ from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
 from pydedup.ingest.similar import Delta, Pairs, decode_deltas, exact_distances, values_of
 from pydedup.ingest.spool import NO_BASE
-from pydedup.similarity import magnitude
+from pydedup.similarity import distances, magnitude
 
 __all__ = ["Chosen", "choose_blocks"]
 
@@ -63,6 +63,21 @@ class Chosen:
     digests: dict[str, NDArray[np.uint64]] = field(default_factory=dict)
     deltas: dict[str, dict[int, Delta]] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
+
+    def error(self, request: Request, entry: TensorEntry) -> float:
+        """Return the greatest relative L2 difference of a tensor's blocks to the source's."""
+        now = MatrixView.of(self.arrays[entry.name], request.block_shape)
+        changed = np.flatnonzero((hash_view(now) != self.digests[entry.name]).any(axis=1))
+        if not len(changed):
+            return 0.0
+        source = MatrixView.of(request.source.read(entry.name), request.block_shape)
+        largest = 0.0
+        for shape, at in by_shape(changed, now, np.arange(now.grid.count)):
+            for start in range(0, len(at), ENCODE_BLOCKS):
+                some = at[start : start + ENCODE_BLOCKS]
+                pair = [values_of(stack_blocks(view, some, shape)) for view in (source, now)]
+                largest = max(largest, float(distances(*pair).relative_l2.max()))
+        return largest
 
 
 def choose_blocks(

@@ -53,6 +53,8 @@ class MatchedTensor:
     grid: BlockGrid
     references: NDArray[np.int64]
     digests: NDArray[np.uint64]
+    #: Greatest relative L2 difference of a block to what is stored for it.
+    largest_error: float = 0.0
 
 
 @dataclass(slots=True)
@@ -61,7 +63,6 @@ class MatchedModel:
 
     request: Request
     tensors: list[MatchedTensor] = field(default_factory=list)
-    largest_error: float = 0.0
     #: What the search of a policy found out.
     evidence: Mapping[str, Any] = field(default_factory=dict)
     model_id: int = 0
@@ -78,12 +79,14 @@ class MatchedModel:
     def certificate(self) -> dict[str, Any]:
         """Return what is guaranteed, and what was measured of it."""
         policy = self.request.policy
-        return {
+        errors = {t.entry.name: t.largest_error for t in self.tensors if t.largest_error > 0}
+        certificate = {
             "policy": policy.name,
             **policy.parameters(),
-            "largest_block_error": self.largest_error,
             **self.evidence,
+            "largest_block_error": max(errors.values(), default=0.0),
         }
+        return {**certificate, "tensor_errors": errors} if errors else certificate
 
     def digest(self) -> bytes:
         """Return 16 bytes that name the content: names, dtypes, shapes and block digests."""

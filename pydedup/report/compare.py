@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,13 +31,16 @@ __all__ = [
 class TensorSharing:
     """How much of one tensor other models use too.
 
-    Bytes include the bases that its deltas need, block counts do not.
+    Bytes include the bases that its deltas need, block counts do not. ``largest_error`` is the
+    greatest relative L2 difference of a block to what is stored for it.
     """
 
     tensor: TensorInfo
     blocks: int
     distinct_blocks: int
     shared_blocks: int
+    delta_blocks: int
+    largest_error: float
     used_bytes: int
     shared_bytes: int
     shared_with: tuple[str, ...]
@@ -117,6 +121,7 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     shared = np.zeros(len(used), np.bool_)
     for _, common in per_other:
         shared |= common
+    errors = json.loads(model.row.certificate or "{}").get("tensor_errors", {})
     tensors = []
     for info, block_map, places in zip(model.tensors, maps, mine, strict=True):
         count = block_map.grid.count
@@ -128,6 +133,8 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
                 blocks=count,
                 distinct_blocks=len(own),
                 shared_blocks=int(shared[own].sum()),
+                delta_blocks=len(places) - count,
+                largest_error=float(errors.get(info.name, 0.0)),
                 used_bytes=int(costs[at].sum()),
                 shared_bytes=int(costs[at][shared[at]].sum()),
                 shared_with=tuple(name for name, common in per_other if common[at].any()),

@@ -215,6 +215,27 @@ def test_bad_bounds_are_refused(bound: Any) -> None:
         policies.Bounded(bound)
 
 
+def test_explain_says_what_is_a_delta_and_how_far_it_is(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    variant = fine_tuned(base, 1)
+    store.add("exact", variant)
+    report = store.add("close", fine_tuned(base, 2), policy=policies.Bounded(0.001))
+    by_name = {t.tensor.name: t for t in store.explain("close").tensors}
+    assert by_name["hidden"].delta_blocks == by_name["hidden"].blocks == 20
+    assert 0 < by_name["hidden"].largest_error <= 0.001
+    assert (
+        max(t.largest_error for t in by_name.values())
+        == (report.certificate["largest_block_error"])
+    )
+    assert by_name["bias"].delta_blocks == 0
+    assert by_name["bias"].largest_error == 0
+    exact = store.explain("exact")
+    assert {t.largest_error for t in exact.tensors} == {0.0}
+    assert {other.model for other in exact.shared_with} == {"base@1", "close@1"}
+    assert 0 < exact.removal_frees_bytes < exact.shared_bytes
+
+
 # ---- updates -----------------------------------------------------------------------------------
 
 
@@ -361,10 +382,50 @@ def test_accuracy_shares_what_the_metric_allows(store: pydedup.Store) -> None:
     assert certificate["policy"] == "accuracy"
     assert certificate["metric_before"] == 1.0
     assert now == certificate["metric_after"] >= 0.98
+    hidden = {t.tensor.name: t.largest_error for t in store.explain("m").tensors}["hidden"]
+    assert 0.05 < hidden <= certificate["largest_block_error"] < 0.25
     assert json.loads(json.dumps(certificate)) == dict(store.info("m").certificate)
     assert store.verify().ok
     # Quantised deltas are content like any other: what is stored can be shared.
     assert store.add("copy", loaded).shared_blocks == report.blocks
+
+
+def test_a_model_that_is_stored_already_needs_no_search(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    report = store.add("copy", base, policy=policies.Accuracy(lambda _: 1.0, 0.1))
+    assert report.shared_blocks == report.blocks
+    assert report.certificate["replaced"] == 0
+    assert same(store.load("copy"), base)
+
+
+def test_an_update_under_accuracy_keeps_what_was_replaced(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    model = fine_tuned(base, 1, 0.1)
+    policy = policies.Accuracy(lambda _: 1.0, 0.1)
+    first = store.add("m", model, policy=policy)
+    newer = {**model, "head": model["head"] * 1.5}
+    second = store.add("m", newer, policy=policy)
+    assert second.stored_bytes < 0.2 * first.stored_bytes + 8192
+    assert np.array_equal(store.load("m@2")["hidden"], store.load("m@1")["hidden"])
+    assert store.verify().ok
+
+
+def test_verify_evaluates_again(store: pydedup.Store) -> None:
+    base = base_model()
+    store.add("base", base)
+    policy = policies.Accuracy(lambda w: float(np.abs(w["hidden"]).mean()), 0.01)
+    store.add("m", fine_tuned(base, 1, 0.1), policy=policy)
+    report = store.verify(evaluate={"m": policy.evaluate})
+    assert report.ok
+    assert any("as certified" in note for note in report.notes)
+    worse = store.verify(evaluate={"m@1": lambda w: float(np.abs(w["hidden"]).mean()) - 0.5})
+    assert not worse.ok
+    assert "m@1" in worse.errors[0]
+    assert "was promised" in worse.errors[0]
+    with pytest.raises(ArgumentError, match="lossless"):
+        store.verify(evaluate={"base": lambda _: 1.0})
 
 
 def test_no_drop_allowed_stores_the_bits_or_no_worse(store: pydedup.Store) -> None:
