@@ -18,6 +18,7 @@ from pydedup.errors import (
     ArgumentError,
     BudgetError,
     DuplicateError,
+    EvaluationError,
     FormatError,
     NotFoundError,
     PydedupError,
@@ -106,7 +107,7 @@ def _status(error: PydedupError) -> Exit:
         return Exit.DUPLICATE
     if isinstance(error, FormatError):
         return Exit.BAD_FILE
-    if isinstance(error, (ArgumentError, BudgetError)):
+    if isinstance(error, (ArgumentError, BudgetError, EvaluationError)):
         return Exit.USAGE
     return Exit.STORE
 

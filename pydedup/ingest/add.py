@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,7 +132,8 @@ def _match(
     for request in requests:
         previous = Previous.of(adapter, matcher.stored, request.name, request.policy)
         if isinstance(request.policy, Accuracy):
-            models.append(_match_chosen(matcher, request, request.policy, previous, advance))
+            policy = _counting(request.policy, progress)
+            models.append(_match_chosen(matcher, request, policy, previous, advance))
         else:
             models.append(_match_model(matcher, request, previous, advance))
     return models
@@ -203,6 +205,21 @@ def _match_chosen(
             )
         )
     return model
+
+
+def _counting(policy: Accuracy, progress: Progress | None) -> Accuracy:
+    """Return a policy that tells of its evaluations, which may take minutes."""
+    if progress is None:
+        return policy
+    count = 0
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> Any:
+        nonlocal count
+        count += 1
+        progress("evaluating", count, policy.max_evaluations)
+        return policy.evaluate(arrays)
+
+    return replace(policy, evaluate=evaluate)
 
 
 def _shared_pages_live(adapter: Adapter, matcher: Matcher, models: Sequence[MatchedModel]) -> bool:

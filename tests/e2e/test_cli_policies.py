@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies on the command line: deltas, error bounds, and a metric of the user's own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+METRICS = """
+import numpy as np
+
+X = np.random.default_rng(9).standard_normal((600, 128)).astype(np.float32)
+LABELS = np.load("labels.npy")
+
+def accuracy(weights):
+    return (np.argmax(X @ weights["w"].T, 1) == LABELS).astype(float)
+
+def broken(weights):
+    raise KeyError("no such column")
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((192, 128)).astype(np.float32)
+    near = base + 0.02 * rng.standard_normal(base.shape).astype(np.float32)
+    save_file({"w": base}, tmp_path / "base.safetensors")
+    save_file({"w": near}, tmp_path / "near.safetensors")
+    inputs = np.random.default_rng(9).standard_normal((600, 128)).astype(np.float32)
+    np.save(tmp_path / "labels.npy", np.argmax(inputs @ near.T, 1))
+    (tmp_path / "metrics.py").write_text(METRICS)
+    monkeypatch.chdir(tmp_path)
+    assert run("add", "m.db", "base", "base.safetensors").returncode == 0
+    return tmp_path
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pydedup", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+        check=False,
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def document(*arguments: object) -> Any:
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_lossless_adds_say_how_many_deltas_there_are(folder: Path) -> None:
+    (report,) = document("add", "m.db", "near", "near.safetensors")["models"]
+    assert report["delta_blocks"] == report["blocks"] == 6
+    assert "Deltas" in run("add", "m.db", "again", "near.safetensors", "--dry-run").stdout
+    assert run("export", "m.db", "near", "back.safetensors").returncode == 0
+    assert np.array_equal(load_file("back.safetensors")["w"], load_file("near.safetensors")["w"])
+    (tensor,) = document("explain", "m.db", "near")["tensors"]
+    assert (tensor["delta_blocks"], tensor["largest_error"]) == (6, 0.0)
+
+
+def test_bounded(folder: Path) -> None:
+    done = run(
+        "add",
+        "m.db",
+        "near",
+        "near.safetensors",
+        *["--policy", "bounded"],
+        "--max-rel-error",
+        0.001,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "within 0.001 of its norm" in done.stdout + done.stderr
+    shown = re.sub(r"\s+", " ", run("info", "m.db", "near").stdout)
+    assert "policy bounded: each block within 0.001 of its norm of the source" in shown
+    assert document("info", "m.db", "near")["certificate"]["max_rel_error"] == 0.001
+    assert run("verify", "m.db").returncode == 0
+
+
+def test_accuracy_and_its_certificate(folder: Path) -> None:
+    words = ("--policy", "accuracy", "--max-drop", 0.1, "--evaluate", "metrics:accuracy")
+    (report,) = document("add", "m.db", "near", "near.safetensors", *words)["models"]
+    assert report["stored_bytes"] < 0.1 * report["logical_bytes"]
+    certificate = document("info", "m.db", "near")["certificate"]
+    assert certificate["metric_before"] == 1.0
+    assert certificate["metric_after"] >= 0.9
+    shown = re.sub(r"\s+", " ", run("info", "m.db", "near").stdout)
+    assert "policy accuracy: metric 1 before," in shown
+    done = run("verify", "m.db", "--evaluate", "near", "metrics:accuracy")
+    assert done.returncode == 0, done.stderr
+    assert "as certified" in done.stdout + done.stderr
+    np.save("labels.npy", np.zeros(600, np.int64))
+    done = run("verify", "m.db", "--evaluate", "near", "metrics:accuracy")
+    assert done.returncode == 1
+    assert "where 0.1 was promised" in re.sub(r"\s+", " ", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--policy bounded", "--max-rel-error"),
+        ("--policy bounded --max-rel-error 2", "max_rel_error"),
+        ("--max-rel-error 0.1", "goes with --policy bounded"),
+        ("--policy accuracy --max-drop 0.1", "--evaluate"),
+        ("--policy accuracy --evaluate metrics:accuracy", "--max-drop"),
+        ("--policy exact --max-drop 0.1", "goes with --policy accuracy"),
+        ("--policy accuracy --max-drop 0.1 --evaluate metrics", "MODULE:FUNCTION"),
+        ("--policy accuracy --max-drop 0.1 --evaluate nowhere:f", "nowhere"),
+        ("--policy accuracy --max-drop 0.1 --evaluate metrics:f", "no function 'f'"),
+        ("--policy accuracy --max-drop 0.1 --evaluate metrics:not_a_function", "no function"),
+        ("--policy accuracy --max-drop 0.1 --evaluate metrics:broken", "no such column"),
+        ("--policy accuracy --max-drop -1 --evaluate metrics:accuracy", "max_drop"),
+        (
+            "--policy accuracy --max-drop 0.001 --confidence 0.95 --evaluate metrics:accuracy",
+            "examples",
+        ),
+    ],
+)
+def test_wrong_policies_are_one_line(folder: Path, words: str, says: str) -> None:
+    done = run("add", "m.db", "near", "near.safetensors", *words.split())
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert re.fullmatch(r"pydedup: error: [^\n]+\n", done.stderr), done.stderr
+    assert says in done.stderr
+    assert [m["model"] for m in document("ls", "m.db")["models"]] == ["base@1"]
+
+
+def test_only_accuracy_models_are_evaluated(folder: Path) -> None:
+    done = run("verify", "m.db", "--evaluate", "base", "metrics:accuracy")
+    assert done.returncode == 2
+    assert "lossless" in done.stderr
+    assert run("verify", "m.db", "--evaluate", "none", "metrics:accuracy").returncode == 3
