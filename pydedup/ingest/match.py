@@ -8,7 +8,7 @@ bytes are compared before anything is shared. What is found nowhere may be near 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,10 +27,12 @@ from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.policies import Policy
 from pydedup.pool import PagePool
 
-__all__ = ["ENCODE_BLOCKS", "Hints", "Matched", "Matcher", "hash_keys"]
+__all__ = ["Hints", "Matched", "Matcher", "hash_keys", "pieces"]
 
-#: Blocks encoded in one go: bounds the arena beside the tensor to 2 MiB or so.
-ENCODE_BLOCKS = 128
+# Bytes and number of blocks that are encoded in one go: candidates for each, and what is encoded,
+# lie beside them in memory.
+_PIECE_BYTES = 2 * 1024 * 1024
+_PIECE_BLOCKS = 128
 _LOOKUP_BLOCKS = 8192
 
 
@@ -38,6 +40,15 @@ def hash_keys(digests: NDArray[np.uint64]) -> list[bytes]:
     """Return digests of shape (n, 2) as 16-byte keys, little-endian."""
     flat = np.ascontiguousarray(digests, "<u8").tobytes()
     return [flat[i : i + 16] for i in range(0, len(flat), 16)]
+
+
+def pieces(view: MatrixView, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Cut a list of blocks into what is encoded in one go."""
+    grid = view.grid
+    block_bytes = min(grid.block_rows, max(grid.rows, 1)) * min(grid.block_cols, max(grid.cols, 1))
+    step = max(1, min(_PIECE_BLOCKS, _PIECE_BYTES // (block_bytes * view.dtype.itemsize)))
+    for start in range(0, len(numbers), step):
+        yield numbers[start : start + step]
 
 
 @dataclass(slots=True)
@@ -211,8 +222,7 @@ class Matcher:
                 leader_of[i] = leader
         leaders.sort()
         largest_error = 0.0
-        for start in range(0, len(leaders), ENCODE_BLOCKS):
-            piece = np.array(leaders[start : start + ENCODE_BLOCKS], np.int64)
+        for piece in pieces(view, np.array(leaders, np.int64)):
             error = self._keep_piece(view, piece, matched, policy, hints)
             largest_error = max(largest_error, error)
         for i, leader in leader_of.items():

@@ -24,7 +24,7 @@ from pydedup.hashing import hash_view
 from pydedup.ingest.accuracy import Replacement, choose
 from pydedup.ingest.aligned import Neighbours
 from pydedup.ingest.candidates import Candidates
-from pydedup.ingest.match import ENCODE_BLOCKS, Matcher
+from pydedup.ingest.match import Matcher, pieces
 from pydedup.ingest.places import by_shape, stack_blocks
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
@@ -73,8 +73,7 @@ class Chosen:
         source = MatrixView.of(request.source.read(entry.name), request.block_shape)
         largest = 0.0
         for shape, at in by_shape(changed, now, np.arange(now.grid.count)):
-            for start in range(0, len(at), ENCODE_BLOCKS):
-                some = at[start : start + ENCODE_BLOCKS]
+            for some in pieces(now, at):
                 pair = [values_of(stack_blocks(view, some, shape)) for view in (source, now)]
                 largest = max(largest, float(distances(*pair).relative_l2.max()))
         return largest
@@ -159,8 +158,8 @@ class _Tensor:
         for shape, at in by_shape(np.arange(len(numbers), dtype=np.int64), view, numbers):
             if not Candidates.takes(view.dtype, shape):
                 continue
-            for start in range(0, len(at), ENCODE_BLOCKS):
-                yield from self._piece(numbers[at[start : start + ENCODE_BLOCKS]], shape)
+            for some in pieces(view, at):
+                yield from self._piece(numbers[some], shape)
 
     def _piece(self, numbers: NDArray[np.int64], shape: tuple[int, int]) -> Iterator[_Offer]:
         view = self._view
