@@ -126,21 +126,30 @@ def pages_read(
 
 def copy_page(pool: PagePool, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> bytes:
     """Return a new page of these blocks in this order, copied as they are encoded."""
-    pieces: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(page_ids)
     columns = np.empty(len(page_ids), codec.SLOT_DTYPE)
+    arenas: list[NDArray[np.uint8]] = []
+    starts = np.empty(len(page_ids), np.int64)
+    end = 0
     for rows, pages, page_index in pool.windows(page_ids):
-        tables = [page.slots for page in pages]
-        for row, number, slot in zip(rows.tolist(), page_index.tolist(), slots[rows], strict=True):
-            entry = tables[number][slot]
-            columns[row] = entry
-            payload = np.frombuffer(pages[number].payload, np.uint8)
-            start = int(entry["offset"])
-            pieces[row] = payload[start : start + int(entry["length"])].copy()
-    lengths = columns["length"].astype(np.int64)
+        for number, page in enumerate(pages):
+            mine = rows[page_index == number]
+            table = page.slots[slots[mine]]
+            columns[mine] = table
+            lengths = table["length"].astype(np.int64)
+            places = np.cumsum(lengths) - lengths
+            arena = np.empty(int(lengths.sum()), np.uint8)
+            payload = np.frombuffer(page.payload, np.uint8)
+            for place, start, length in zip(
+                places.tolist(), table["offset"].tolist(), lengths.tolist(), strict=True
+            ):
+                arena[place : place + length] = payload[start : start + length]
+            arenas.append(arena)
+            starts[mine] = end + places
+            end += len(arena)
     return codec.build_page(
-        np.concatenate(pieces),
-        np.cumsum(lengths) - lengths,
-        lengths,
+        np.concatenate([np.empty(0, np.uint8), *arenas]),
+        starts,
+        columns["length"].astype(np.int64),
         columns["encoding"],
         columns["dtype"],
         columns["rows"],

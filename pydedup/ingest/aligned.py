@@ -81,8 +81,7 @@ class Aligned:
             is_delta = base_page_ids != NO_PAGE
             page_ids = np.where(is_delta, base_page_ids, page_ids)
             slots = np.where(is_delta, base_slots, slots)
-        places = zip(page_ids.tolist(), slots.tolist(), strict=True)
-        return np.array([self._stored.reference_at(*place) for place in places], np.int64)
+        return self._stored.references_at(page_ids, slots)
 
     def _newest(self) -> list[StoredModel]:
         if self._models is None:

@@ -61,10 +61,10 @@ class Candidates:
     def query(
         self, blocks: MatrixView, k: int
     ) -> Iterator[tuple[DType, NDArray[np.int64], NDArray[np.float64]]]:
-        """Yield, per dtype of possible bases, references and estimated distances, both (n, k).
+        """Yield, per dtype of possible bases, ids and estimated distances, both (n, k).
 
         ``blocks`` are stacked (places.stacked). Distances are relative L2, infinity where there
-        is no candidate; the reference says nothing then.
+        is no candidate; the id says nothing then. `references` says what the others mean.
         """
         grid = blocks.grid
         shape = (grid.block_rows, grid.block_cols)
@@ -75,7 +75,14 @@ class Candidates:
                 continue
             with np.errstate(over="ignore"):
                 ids, distances = index.query(values.astype(dtype.numpy, copy=False), k)
-            yield dtype, self._references(ids), distances
+            yield dtype, ids, distances
+
+    def references(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the references of candidates with these ids (n,)."""
+        references = ids ^ _SPOOLED
+        stored = np.flatnonzero(ids < _SPOOLED)
+        references[stored] = self._stored.references_at(*split_places(ids[stored]))
+        return references
 
     def add(self, blocks: MatrixView, numbers: NDArray[np.int64]) -> None:
         """Add stacked blocks that have these numbers on the spool."""
@@ -140,17 +147,6 @@ class Candidates:
         if self._uncovered:
             self._found = index_pages(self._pool, self._uncovered)
         return live
-
-    def _references(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Turn ids of an index into references; 0 where there is no candidate."""
-        references = np.where(ids >= _SPOOLED, ids ^ _SPOOLED, 0)
-        rows, cols = np.nonzero((ids >= 0) & (ids < _SPOOLED))
-        page_ids, slots = split_places(ids[rows, cols])
-        for row, col, page_id, slot in zip(
-            rows, cols, page_ids.tolist(), slots.tolist(), strict=True
-        ):
-            references[row, col] = self._stored.reference_at(page_id, slot)
-        return references
 
 
 def index_pages(pool: PagePool, page_ids: list[int]) -> dict[BlockKind, L2LSH]:

@@ -260,9 +260,9 @@ class Matcher:
         matched.references[piece[new]] = numbers
         for key, number in zip(hash_keys(kept.digests[new]), numbers.tolist(), strict=True):
             self._known.setdefault(key, []).append(number)
-        if policy.uses_deltas:
-            whole = kept.bases[new] == NO_BASE
-            self.similar.add(view, piece[new[whole]], numbers[whole])
+        spooled = np.full(len(piece), NO_BASE, np.int64)
+        spooled[new] = numbers
+        self.similar.add(kept, spooled)
         return float(kept.errors.max(initial=0.0))
 
 

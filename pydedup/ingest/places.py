@@ -62,6 +62,13 @@ class StoredTable:
             self.bases.append(NO_BASE)
         return -(number + 1)
 
+    def references_at(
+        self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]
+    ) -> NDArray[np.int64]:
+        """Return the references of the blocks at places (n,)."""
+        places = zip(page_ids.tolist(), slots.tolist(), strict=True)
+        return np.fromiter((self.reference_at(*place) for place in places), np.int64, len(slots))
+
     def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """Return page ids and slots of (negative) references; the table itself is not walked."""
         numbers = _numbers(references)
@@ -189,8 +196,10 @@ def by_shape(
 ) -> Iterator[tuple[tuple[int, int], NDArray[np.int64]]]:
     """Yield ((height, width), those of ``rows`` whose block has it); at most four times."""
     heights, widths = view.grid.shapes(indices[rows])
-    for height, width in sorted(set(zip(heights.tolist(), widths.tolist(), strict=True))):
-        yield (height, width), rows[(heights == height) & (widths == width)]
+    for height in np.unique(heights).tolist():
+        of_height = heights == height
+        for width in np.unique(widths[of_height]).tolist():
+            yield (height, width), rows[of_height & (widths == width)]
 
 
 def stacked(count: int, dtype: DType, shape: tuple[int, int]) -> MatrixView:
@@ -204,9 +213,16 @@ def stack_blocks(
     view: MatrixView, indices: NDArray[np.int64], shape: tuple[int, int]
 ) -> MatrixView:
     """Copy blocks of one shape out of a matrix, one below the other."""
-    out = stacked(len(indices), view.dtype, shape)
     grid, item = view.grid, view.dtype.itemsize
     height, width = shape[0], shape[1] * item
+    if shape == (grid.block_rows, grid.block_cols):
+        down, across = grid.rows // height, grid.cols // shape[1]
+        whole = view.data[: down * height, : across * width]
+        rows, cols = np.divmod(indices, grid.grid_cols)
+        blocks = whole.reshape(down, height, across, width).swapaxes(1, 2)[rows, cols]
+        stack = BlockGrid(len(indices) * height, shape[1], *shape)
+        return MatrixView(blocks.reshape(-1, width), view.dtype, stack)
+    out = stacked(len(indices), view.dtype, shape)
     for i, index in enumerate(indices.tolist()):
         row, col = divmod(index, grid.grid_cols)
         top, left = row * grid.block_rows, col * grid.block_cols * item

@@ -9,14 +9,14 @@ at least 5 % of what the block takes by itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.blocks import MatrixView
+from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.hashing import hash_view
 from pydedup.ingest.candidates import FLOATS, Candidates
 from pydedup.ingest.places import BlockReader, by_shape, stack_blocks, stacked
@@ -61,6 +61,8 @@ class Kept:
         References of the bases of deltas, `NO_BASE` for others; what their slots carry.
     errors
         Relative L2 difference to the source, float64 (n,); shared blocks included.
+    stacks
+        Those that can be candidates of others, stacked: which they are, and what they hold.
     """
 
     shared: NDArray[np.int64]
@@ -69,6 +71,7 @@ class Kept:
     bases: NDArray[np.int64]
     base_tags: NDArray[np.uint64]
     errors: NDArray[np.float64]
+    stacks: list[tuple[NDArray[np.int64], MatrixView]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -186,15 +189,20 @@ class Similar:
                     blocks = stack_blocks(view, indices[at], shape)
                     near = [references[at] for references in aligned]
                     self._improve(kept, blocks, at, policy, near)
+                    kept.stacks.append((at, blocks))
         if deltas:
             _take(kept, [(i, deltas[n]) for i, n in enumerate(indices.tolist()) if n in deltas])
         return kept
 
-    def add(self, view: MatrixView, indices: NDArray[np.int64], numbers: NDArray[np.int64]) -> None:
-        """Make blocks that were stored by themselves, with these numbers, candidates of others."""
-        for shape, at in by_shape(np.arange(len(indices), dtype=np.int64), view, indices):
-            if Candidates.takes(view.dtype, shape):
-                self._candidates.add(stack_blocks(view, indices[at], shape), numbers[at])
+    def add(self, kept: Kept, numbers: NDArray[np.int64]) -> None:
+        """Make blocks that are stored by themselves candidates of others.
+
+        ``numbers`` are those of all that was kept on the spool, `NO_BASE` where it is not there.
+        """
+        for at, blocks in kept.stacks:
+            rows = np.flatnonzero((numbers[at] != NO_BASE) & (kept.bases[at] == NO_BASE))
+            if len(rows):
+                self._candidates.add(_rows_of(blocks, rows), numbers[at[rows]])
 
     def pairs(
         self, blocks: MatrixView, farthest: float, aligned: Sequence[NDArray[np.int64]] = ()
@@ -205,10 +213,12 @@ class Similar:
         """
         shape = (blocks.grid.block_rows, blocks.grid.block_cols)
         found: dict[DType, list[_Columns]] = {}
-        for dtype, references, estimates in self._candidates.query(blocks, _NEAREST):
+        for dtype, ids, estimates in self._candidates.query(blocks, _NEAREST):
             rows, columns = np.nonzero(estimates <= farthest)
-            column = (rows, references[rows, columns], estimates[rows, columns])
-            found.setdefault(dtype, []).append(column)
+            if len(rows):
+                references = self._candidates.references(ids[rows, columns])
+                column = (rows, references, estimates[rows, columns])
+                found.setdefault(dtype, []).append(column)
         for references in aligned:
             dtypes = self._reader.dtypes_of(references)
             for dtype in set(dtypes).intersection(FLOATS):
@@ -428,6 +438,16 @@ def _replaced(
     return codec.EncodedBlocks(
         np.concatenate(pieces), np.cumsum(lengths) - lengths, lengths, encodings
     )
+
+
+def _rows_of(blocks: MatrixView, rows: NDArray[np.int64]) -> MatrixView:
+    """Return some of the stacked blocks, all of them without a copy."""
+    grid = blocks.grid
+    if len(rows) == grid.count:
+        return blocks
+    data = blocks.data.reshape(grid.count, -1)[rows].reshape(-1, blocks.data.shape[1])
+    height, width = grid.block_rows, grid.block_cols
+    return MatrixView(data, blocks.dtype, BlockGrid(len(rows) * height, width, height, width))
 
 
 def values_of(blocks: MatrixView) -> NDArray[Any]:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks on their way through an add: copied out of matrices, and onto pages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pydedup import codec
+from pydedup.blocks import MatrixView
+from pydedup.ingest.places import StoredTable, by_shape, stack_blocks
+from pydedup.layout import copy_page
+from pydedup.pool import PagePool
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.float64])
+def test_stacks_hold_the_blocks_in_the_order_asked_for(dtype: type) -> None:
+    matrix = np.arange(70 * 45).reshape(70, 45).astype(dtype)
+    view = MatrixView.of(matrix, (32, 20))
+    wanted = np.array([8, 0, 4, 1, 3, 0, 2, 7, 5])
+    seen = []
+    for shape, at in by_shape(np.arange(len(wanted)), view, wanted):
+        stack = stack_blocks(view, wanted[at], shape)
+        values = stack.data.view(dtype).reshape(-1, *shape)
+        for block, number in zip(values, wanted[at].tolist(), strict=True):
+            row, col = divmod(number, 3)
+            top, left = row * 32, col * 20
+            np.testing.assert_array_equal(block, matrix[top : top + 32, left : left + 20])
+        assert (stack.grid.count, stack.grid.block_rows, stack.grid.block_cols) == (
+            len(at),
+            *shape,
+        )
+        seen += at.tolist()
+    assert sorted(seen) == list(range(len(wanted)))
+
+
+def test_a_page_of_blocks_from_anywhere_is_the_page_that_they_were_encoded_for() -> None:
+    rng = np.random.default_rng(0)
+    view = MatrixView.of(rng.standard_normal((40, 300)).astype(np.float32), (8, 100))
+    every = np.arange(view.grid.count)
+    encoded = codec.encode_blocks(view, every, planes=True)
+
+    def page(numbers: np.ndarray) -> bytes:
+        some = encoded.select(numbers)
+        count = len(numbers)
+        columns = some.offsets, some.lengths, some.encodings
+        return codec.build_page(
+            some.arena, *columns, np.full(count, 2), np.full(count, 8), np.full(count, 100)
+        )
+
+    parts = [every[:7], every[7:9], every[9:]]
+    pages = {number: page(part) for number, part in enumerate(parts)}
+    pool = PagePool(lambda ids: ((i, pages[i]) for i in ids), 1 << 20)
+    order = rng.permutation(every)
+    page_of = np.searchsorted([7, 9], order, side="right")
+    slots = (order - np.array([0, 7, 9])[page_of]).astype(np.uint32)
+    assert copy_page(pool, page_of, slots) == page(order)
+
+
+def test_a_place_has_one_reference() -> None:
+    table = StoredTable()
+    pages, slots = np.array([5, 3, 5, 5]), np.array([0, 0, 1, 0], np.uint32)
+    references = table.references_at(pages, slots)
+    assert references[0] == references[3] == table.reference_at(5, 0)
+    assert len(set(references.tolist())) == 3
+    back = table.places(references)
+    np.testing.assert_array_equal(back[0], pages)
+    np.testing.assert_array_equal(back[1], slots)
