@@ -41,11 +41,15 @@ def test_a_page_of_blocks_from_anywhere_is_the_page_that_they_were_encoded_for()
     encoded = codec.encode_blocks(view, every, planes=True)
 
     def page(numbers: np.ndarray) -> bytes:
-        some = encoded.select(numbers)
         count = len(numbers)
-        columns = some.offsets, some.lengths, some.encodings
         return codec.build_page(
-            some.arena, *columns, np.full(count, 2), np.full(count, 8), np.full(count, 100)
+            encoded.arena,
+            encoded.offsets[numbers],
+            encoded.lengths[numbers],
+            encoded.encodings[numbers],
+            np.full(count, view.dtype.code),
+            np.full(count, 8),
+            np.full(count, 100),
         )
 
     parts = [every[:7], every[7:9], every[9:]]
