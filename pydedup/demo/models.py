@@ -30,7 +30,8 @@ _HIDDEN = 64
 class Spec:
     """What one classifier is trained on, and how.
 
-    ``row_rate`` is the learning rate of the embedding's rows; 0 keeps the table frozen.
+    ``row_rate`` is the learning rate of the embedding's rows; 0 keeps the table frozen. With
+    ``dense`` the whole table learns as the dense layers do, at ``rate``, whatever ``row_rate`` is.
     ``further`` names the model that training starts from, instead of the plain table.
     """
 
@@ -42,11 +43,12 @@ class Spec:
     row_rate: float
     seed: int
     further: str | None = None
+    dense: bool = False
 
     @property
     def frozen(self) -> bool:
         """Whether the embedding table stays as it was published."""
-        return self.row_rate == 0.0
+        return self.row_rate == 0.0 and not self.dense
 
 
 #: By address in the store; a model comes after the one it continues.

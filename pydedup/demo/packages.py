@@ -131,7 +131,9 @@ def default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "pydedup"
 
 
-def ensure_packages(cache: Path, console: Console) -> dict[str, Path]:
+def ensure_packages(
+    cache: Path, console: Console, packages: Mapping[str, Package] = PACKAGES
+) -> dict[str, Path]:
     """Return the path of every wheel by package name, downloading what is missing or damaged.
 
     Parameters
@@ -140,6 +142,8 @@ def ensure_packages(cache: Path, console: Console) -> dict[str, Path]:
         Folder of the cache; created when it does not exist.
     console
         Where progress goes.
+    packages
+        What is wanted, by name.
 
     Raises
     ------
@@ -148,14 +152,14 @@ def ensure_packages(cache: Path, console: Console) -> dict[str, Path]:
         be written.
     """
     folder = cache / "wheels"
-    wheels = {name: folder / package.wheel for name, package in PACKAGES.items()}
+    wheels = {name: folder / package.wheel for name, package in packages.items()}
     missing = []
     for name, path in wheels.items():
         if not path.exists():
-            missing.append(PACKAGES[name])
-        elif _sha256(path) != PACKAGES[name].sha256:
+            missing.append(packages[name])
+        elif _sha256(path) != packages[name].sha256:
             console.print(f"{path.name} in the cache is damaged; downloading it again")
-            missing.append(PACKAGES[name])
+            missing.append(packages[name])
     if not missing:
         return wheels
 

@@ -55,8 +55,9 @@ def train_all(
     console: Console,
     *,
     retrain: bool = False,
+    specs: Mapping[str, Spec] | None = None,
 ) -> dict[str, nn.Sequential]:
-    """Return every classifier of ``SPECS`` by address, in eval mode, trained or from the cache.
+    """Return every classifier by address, in eval mode, trained or from the cache.
 
     Parameters
     ----------
@@ -71,11 +72,14 @@ def train_all(
         Where progress goes.
     retrain
         Train everything, whatever the cache holds.
+    specs
+        What to train, by address, if not ``SPECS``; a model comes after the one it continues.
     """
-    key = _key()
+    specs = SPECS if specs is None else specs
+    key = _key(specs)
     trained: dict[str, nn.Sequential] = {}
     with _threads(_THREADS), _training_bars(console) as bars:
-        for name, spec in SPECS.items():
+        for name, spec in specs.items():
             path = cache / f"{name}.safetensors"
             task = tasks[spec.task]
             # A model that continues another is stale when the other was trained just now, but
@@ -98,9 +102,11 @@ def train_all(
 
 def fit(model: nn.Sequential, split: Split, spec: Spec, step: Callable[[int], None]) -> None:
     """Train ``model`` in place; ``step(epoch)`` is called after each batch."""
-    table = embedding(model).weight.data
+    table = embedding(model).weight
     dense = model[1:]
-    optimizer = torch.optim.AdamW(dense.parameters(), lr=spec.rate)
+    trained = model if spec.dense else dense
+    # Fused, one pass over a large table instead of ten.
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=spec.rate, fused=spec.dense)
     moved = torch.zeros(len(table))
     shuffle = np.random.default_rng(spec.seed)
     model.train()
@@ -108,26 +114,27 @@ def fit(model: nn.Sequential, split: Split, spec: Spec, step: Callable[[int], No
         order = shuffle.permutation(len(split))
         for start in range(0, len(order), spec.batch):
             chosen = order[start : start + spec.batch]
-            rows, words, offsets = _local(split.bags.select(chosen))
-            vectors = table[rows].requires_grad_(not spec.frozen)
+            bags = split.bags.select(chosen)
+            if spec.dense:
+                vectors, words = table, torch.from_numpy(bags.ids)
+            else:
+                rows, words = _local(bags)
+                vectors = table[rows].detach().requires_grad_(not spec.frozen)
+            offsets = torch.from_numpy(bags.offsets)
             mean = functional.embedding_bag(words, vectors, offsets, mode="mean")
             loss = functional.cross_entropy(dense(mean), torch.from_numpy(split.labels[chosen]))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            if vectors.grad is not None:
-                _move_rows(table, moved, rows, vectors.grad, spec.row_rate)
+            if not spec.dense and vectors.grad is not None:
+                _move_rows(table.data, moved, rows, vectors.grad, spec.row_rate)
             step(epoch)
 
 
-def _local(bags: Bags) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the distinct rows of a batch, and the batch in terms of those."""
+def _local(bags: Bags) -> tuple[Tensor, Tensor]:
+    """Return the distinct rows of a batch, and its words in terms of those."""
     rows, words = np.unique(bags.ids, return_inverse=True)
-    return (
-        torch.from_numpy(rows),
-        torch.from_numpy(words.reshape(-1)),
-        torch.from_numpy(bags.offsets),
-    )
+    return torch.from_numpy(rows), torch.from_numpy(words.reshape(-1))
 
 
 def _move_rows(table: Tensor, moved: Tensor, rows: Tensor, grad: Tensor, rate: float) -> None:
@@ -154,11 +161,11 @@ def _steps(spec: Spec, task: Task) -> int:
     return spec.epochs * -(-len(task.train) // spec.batch)
 
 
-def _key() -> str:
+def _key(specs: Mapping[str, Spec]) -> str:
     """Return a digest of all that decides what is trained: packages, settings and code."""
     settings = {
         "packages": {name: package.sha256 for name, package in PACKAGES.items()},
-        "specs": [asdict(spec) for spec in SPECS.values()],
+        "specs": [asdict(spec) for spec in specs.values()],
         "code": [
             hashlib.sha256(Path(file).read_bytes()).hexdigest()
             for file in (data.__file__, models.__file__, __file__)

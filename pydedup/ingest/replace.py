@@ -112,8 +112,9 @@ def choose_blocks(
         advance(array.nbytes)
     choice = choose(chosen.arrays, [o.replacement for o in offers], policy, shared=shared)
     for level, offer in zip(choice.levels.tolist(), offers, strict=True):
+        # Also of tensors that fine-tuning changed: what was replaced kept its bits.
         delta = offer.deltas[level] if level >= 0 else None
-        if delta is not None and offer.replacement.tensor not in choice.finetuned:
+        if delta is not None:
             chosen.deltas.setdefault(offer.replacement.tensor, {})[offer.number] = delta
     chosen.certificate = choice.certificate
     return chosen

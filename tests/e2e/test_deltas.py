@@ -441,6 +441,34 @@ def test_no_drop_allowed_stores_the_bits_or_no_worse(store: pydedup.Store) -> No
     assert same(store.load("m"), model)
 
 
+def test_fine_tuning_costs_no_delta(store: pydedup.Store) -> None:
+    base = {"w": base_model()["embedding"]}
+    store.add("base", base)
+    model, half = fine_tuned(base, 1, 0.1), 256
+    model["w"][half:] = base_model(7)["embedding"][half:]  # near to nothing: free to be trained
+
+    def evaluate(weights: Mapping[str, NDArray[Any]]) -> float:
+        w = weights["w"]
+        return float(1 - rel(w[:half], model["w"][:half]) + 0.1 * w[half:].mean())
+
+    def train(
+        weights: Mapping[str, NDArray[Any]], frozen: Mapping[str, NDArray[Any]]
+    ) -> dict[str, NDArray[Any]]:
+        return {"w": np.where(frozen["w"], weights["w"], weights["w"] + np.float32(0.01))}
+
+    plain, tuned = (
+        store.add(
+            "m", model, policy=policies.Accuracy(evaluate, 0.04, finetune=finetune), dry_run=dry
+        )
+        for finetune, dry in ((None, True), (train, False))
+    )
+    assert tuned.certificate["finetuned"]
+    assert tuned.delta_blocks > 0
+    assert tuned.stored_bytes < 1.02 * plain.stored_bytes
+    assert evaluate(store.load("m")) == tuned.certificate["metric_after"]
+    assert store.verify().ok
+
+
 def test_an_evaluate_that_fails_leaves_the_store_as_it_was(store: pydedup.Store) -> None:
     from pydedup.errors import EvaluationError
 

@@ -224,7 +224,7 @@ def test_trained_models_come_from_the_cache_as_they_were(
     trained(tmp_path, base, task, retrain=True)
     assert fits == [spec.name for spec in specs]
     fits.clear()
-    monkeypatch.setattr(train, "_key", lambda: "made by other code")
+    monkeypatch.setattr(train, "_key", lambda specs: "made by other code")
     trained(tmp_path, base, task)
     assert fits == [spec.name for spec in specs]
 
