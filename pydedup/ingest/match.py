@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter
+from pydedup.adapter import LIVE, Adapter, BlockRow
 from pydedup.blocks import MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
@@ -24,6 +24,7 @@ from pydedup.ingest.places import BlockReader, StoredTable
 from pydedup.ingest.previous import Previous
 from pydedup.ingest.similar import Delta, Similar
 from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.layout import split_places
 from pydedup.policies import Policy
 from pydedup.pool import PagePool
 
@@ -163,12 +164,26 @@ class Matcher:
         """Ask the store about hashes that it was not asked about before."""
         unknown = [key for key in dict.fromkeys(keys) if key not in self._asked]
         self._asked.update(unknown)
-        for row in self._adapter.find_blocks(unknown):
+        for row in self._with_live_bases(self._adapter.find_blocks(unknown)):
             found = self._known.setdefault(row.hash128, [])
             reference = self.stored.reference(row)
             if reference not in found:
                 # Stored blocks first: sharing with the store beats sharing within the batch.
                 found.insert(0, reference)
+
+    def _with_live_bases(self, rows: Sequence[BlockRow]) -> list[BlockRow]:
+        """Leave out deltas whose base is on no live page.
+
+        A page may be kept for other blocks than a delta whose last user is gone; then nobody keeps
+        the base, and who shared the delta would lose it.
+        """
+        places = np.array([row.base_id for row in rows if row.base_id is not None], np.int64)
+        if not len(places):
+            return list(rows)
+        pages = np.unique(split_places(places)[0]).tolist()
+        live = [page.id for page in self._adapter.page_rows(ids=pages, state=LIVE)]
+        readable = set(places[np.isin(split_places(places)[0], live)].tolist())
+        return [row for row in rows if row.base_id is None or row.base_id in readable]
 
     def _resolve(
         self,

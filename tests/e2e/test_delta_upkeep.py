@@ -304,6 +304,23 @@ def test_a_delta_that_nobody_uses_may_lose_its_base(store: pydedup.Store) -> Non
     assert store.verify().errors == []
 
 
+@pytest.mark.parametrize("vacuum", [False, True])
+def test_a_delta_whose_base_is_gone_is_not_shared(store: pydedup.Store, vacuum: bool) -> None:
+    base, own = base_model(), base_model(77)
+    store.add("base", base)
+    mixed = {"weight": near(base, 5)["weight"], "own": own["weight"]}
+    store.add_many({"mixed": mixed, "other": {"own": own["weight"]}})
+    store.remove("base")
+    store.remove("mixed")
+    if vacuum:
+        store.vacuum()
+    store.add("mixed", mixed, version="2")
+    assert store.verify().errors == []
+    store.vacuum()
+    assert store.load("mixed")["weight"].tobytes() == mixed["weight"].tobytes()
+    assert store.verify().errors == []
+
+
 def test_places_of_bases_are_page_and_slot(store: pydedup.Store, path: Path) -> None:
     add_family(store)
     base_map = store._catalog.model("base").block_map("weight")
