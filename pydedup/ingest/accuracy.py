@@ -5,11 +5,15 @@
 the most saving first (a stored block, then quantised deltas on it). Rounds, each a search of
 ``searches.py`` over the blocks in order:
 
-1. every block to its gentlest content, all at once to begin with: little harm for most of the
-   savings, and whatever stops the search later, blocks that are not shared are deltas at least;
+1. for each of a few small errors, ascending: every block to its most saving content that is as near
+   as that, all at once to begin with. Little harm for most of the savings, and whatever stops the
+   search later, blocks that are not shared are deltas at least;
 2. every block to its most saving content, in batches: what the tolerance is for;
 3. if asked for, fine-tuning of all that is not replaced, and round 2 again for what it refused;
 4. blocks that round 2 refused to the contents in between, the most saving first.
+
+With confidence the order matters twice: judging rows that refuse a state end the search for good,
+so what does the least harm for what it saves comes first.
 
 Every state that is accepted was evaluated as a whole, with all replacements in it, so the last one
 accepted, which is what `choose` leaves in the arrays, meets the tolerance and never by adding up
@@ -32,7 +36,10 @@ from pydedup.ingest.judging import read_only
 from pydedup.ingest.searches import SEARCHES
 from pydedup.ingest.trial import KEPT, RoundOver, Trial
 
-__all__ = ["Choice", "Replacement", "choose"]
+__all__ = ["GENTLE", "Choice", "Replacement", "choose"]
+
+#: Relative errors of blocks up to which rounds of their own go, the last of them in batches.
+GENTLE = (0.001, 0.005, 0.03)
 
 #: First batch of "bisect", as one in so many blocks; the largest one with confidence, where the
 #: judging rows may end the search and the last state that they accepted should not lie far back.
@@ -65,6 +72,9 @@ class Replacement:
         Size of its tensor.
     shares
         Whether the first level is a stored block as it is; all others are deltas.
+    errors
+        Relative L2 change of the block at each level, as far as it is known; infinity where it is
+        not. Without any, the last of several levels counts as near, and no other.
     """
 
     tensor: str
@@ -75,6 +85,14 @@ class Replacement:
     magnitude: float
     layer_bytes: int
     shares: bool = True
+    errors: tuple[float, ...] = ()
+
+    def within(self, error: float) -> int | None:
+        """Return the most saving level that changes the block by no more than that."""
+        last = len(self.levels) - 1
+        if not self.errors:
+            return last or None
+        return next((level for level, known in enumerate(self.errors) if known <= error), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +152,21 @@ def choose(
     order = _ordered(weights, replacements, policy)
     gentlest = [len(r.levels) - 1 for r in replacements]
     deepest = max(gentlest, default=0)
+    too_much: set[int] = set()
 
-    def search(wanted: Mapping[int, int], *, last: bool) -> None:
+    def search(wanted: Mapping[int, int], batch: int | None = None, *, last: bool) -> None:
         # A level is worth its harm if it saves more than what the block has already.
         now = {i: int(trial.levels[i]) for i in wanted}
         saves = {i: replacements[i].saved[now[i]] if now[i] != KEPT else 0 for i in wanted}
         better = {i: k for i, k in wanted.items() if replacements[i].saved[k] > saves[i]}
-        _run(trial, better, last=last)
+        _run(trial, better, batch, last=last)
 
-    search({i: gentlest[i] for i in order if gentlest[i] > 0}, last=False)
-    too_much = frozenset(trial.refused)
+    for error in GENTLE:
+        near = {i: replacements[i].within(error) for i in order if i not in too_much}
+        wanted = {i: level for i, level in near.items() if level is not None}
+        batch = len(order) if error != GENTLE[-1] else -(-len(order) // _FIRST)
+        search(wanted, batch, last=False)
+        too_much = set(trial.refused)
     shares = dict.fromkeys(order, 0)
     search(shares, last=not deepest and policy.finetune is None)
     finetuned: frozenset[str] = frozenset()
@@ -158,10 +181,12 @@ def choose(
     return Choice(trial.levels, _certificate(trial, policy, replacements, finetuned), finetuned)
 
 
-def _run(trial: Trial, wanted: Mapping[int, int], *, last: bool) -> None:
+def _run(trial: Trial, wanted: Mapping[int, int], batch: int | None, *, last: bool) -> None:
     """Search one round: blocks, in order, and the level wanted for each.
 
-    Unless it is the last one, it may use up to half of the evaluations that are left.
+    ``batch`` is the size of the first batch of a round of small errors; the papers have no such
+    round, so the policy has no say in how it is searched. Unless it is the last one, it may use up
+    to half of the evaluations that are left.
     """
     if not wanted or trial.closed:
         return
@@ -174,12 +199,11 @@ def _run(trial: Trial, wanted: Mapping[int, int], *, last: bool) -> None:
         first = policy.every
     elif policy.confidence is not None:
         largest = max(1, -(-n // _LARGEST_JUDGED))
-    if wanted[blocks[0]] > 0:
-        # Deltas do little harm: all at once to begin with. The papers have no such round.
-        name, first, largest = "bisect", n, n
+    if batch is not None:
+        name, first, largest = "bisect", batch, n
     left = policy.max_evaluations - trial.evaluations
     trial.quota = trial.evaluations + (left if last else -(-left // 2))
-    search = SEARCHES[name](blocks, lambda batch: trial.attempt(batch, wanted), first, largest)
+    search = SEARCHES[name](blocks, lambda blocks: trial.attempt(blocks, wanted), first, largest)
     try:
         for block in search:
             trial.refused.add(block)

@@ -21,7 +21,7 @@ from pydedup.accuracy import Accuracy
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
-from pydedup.ingest.accuracy import Replacement, choose
+from pydedup.ingest.accuracy import GENTLE, Replacement, choose
 from pydedup.ingest.aligned import Neighbours
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.match import Matcher, pieces
@@ -35,12 +35,13 @@ from pydedup.similarity import distances, magnitude
 __all__ = ["Chosen", "choose_blocks"]
 
 # Error bounds of the quantised deltas that are tried where a stored block is too far away.
-_BOUNDS = (0.03, 0.005)
+_BOUNDS = GENTLE[::-1]
 _QUANTISED = int(codec.Encoding.QUANTISED)
 
 _Content = Callable[[], NDArray[Any]]
-# What a block may become: its content, the bytes that saves, the delta behind it if there is one.
-_Level = tuple[_Content, int, Delta | None]
+# What a block may become: its content, the bytes that saves, the delta behind it if there is one,
+# and the relative change at most.
+_Level = tuple[_Content, int, Delta | None, float]
 
 
 @dataclass(slots=True)
@@ -174,7 +175,7 @@ class _Tensor:
         for row, number in enumerate(numbers.tolist()):
             if not levels[row]:
                 continue
-            contents, saved, deltas = zip(*levels[row], strict=True)
+            contents, saved, deltas, errors = zip(*levels[row], strict=True)
             rows, cols = _area(view.grid, number)
             yield _Offer(
                 number,
@@ -187,6 +188,7 @@ class _Tensor:
                     magnitude=float(magnitudes[row]),
                     layer_bytes=view.data.nbytes,
                     shares=deltas[0] is None,
+                    errors=errors,
                 ),
                 deltas,
             )
@@ -204,7 +206,7 @@ class _Tensor:
         rows = np.flatnonzero(~rest)
         kept = values_of(self._matcher.reader.read(references[rows], self._view.dtype, shape))
         for content, row in zip(kept, rows.tolist(), strict=True):
-            levels[row].append((partial(_same, content), int(plain[row]), None))
+            levels[row].append((partial(_same, content), int(plain[row]), None, np.inf))
         return rest
 
     def _as_others(
@@ -231,7 +233,8 @@ class _Tensor:
             if some.bases.dtype == blocks.dtype:
                 contents = values_of(some.bases)
                 for row, base in zip(rows.tolist(), some.base_index[entries], strict=True):
-                    levels[row].append((partial(_same, contents[base]), int(plain[row]), None))
+                    content = partial(_same, contents[base])
+                    levels[row].append((content, int(plain[row]), None, float(least[row])))
             for bound in _BOUNDS:
                 worth = least[rows] > bound
                 self._quantise(blocks, some, rows[worth], entries[worth], plain, bound, levels)
@@ -268,7 +271,7 @@ class _Tensor:
                 _QUANTISED,
             )
             content = partial(_decoded, delta, blocks, pairs.bases, base)
-            levels[row].append((content, int(plain[row]) - length, delta))
+            levels[row].append((content, int(plain[row]) - length, delta, bound))
 
 
 def _same(content: NDArray[Any]) -> NDArray[Any]:

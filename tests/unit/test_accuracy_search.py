@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -142,6 +143,30 @@ def test_deltas_for_all_come_before_sharing_eats_the_tolerance() -> None:
     choice = model.choose(0.1)
     # Ten shared blocks would be the whole tolerance, and leave the other ten as they are.
     assert choice.levels.tolist() == [0] * 9 + [1] * 11
+
+
+def test_small_errors_come_first_and_in_ascending_order() -> None:
+    model = Model([1.0] * 16, gentle=(0.03, 0.005, 0.001))
+    model.replacements = [
+        replace(r, errors=(0.0005 if i == 3 else 0.5, 0.03, 0.005, 0.001))
+        for i, r in enumerate(model.replacements)
+    ]
+    # What is that near is shared at once, sharing anything else is too much.
+    model.costs[3] = 0.001
+    choice = model.choose(0.5)
+    assert choice.levels.tolist() == [1] * 3 + [0] + [1] * 12
+    for state, value in zip(model.evaluated[2:4], (0.001, 0.005), strict=True):
+        others = np.delete(state, 3)
+        assert others == pytest.approx(value)
+        assert state[3] == 1
+    assert 0 < (model.evaluated[4] == np.float32(0.03)).sum() < 8  # in batches
+
+
+def test_errors_that_are_too_large_wait_for_the_rounds_of_batches() -> None:
+    model = Model([0.01] * 40)
+    model.replacements = [replace(r, errors=(0.2,)) for r in model.replacements]
+    model.choose(1.0)
+    assert (model.evaluated[2] == 1).sum() == 5  # an eighth
 
 
 def test_what_was_stored_was_evaluated() -> None:
