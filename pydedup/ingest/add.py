@@ -130,7 +130,9 @@ def _match(
 
     models = []
     for request in requests:
-        previous = Previous.of(adapter, matcher.stored, request.name, request.policy)
+        previous = Previous.of(
+            adapter, matcher.stored, matcher.catalog, request.name, request.policy
+        )
         if isinstance(request.policy, Accuracy):
             policy = _counting(request.policy, progress)
             models.append(_match_chosen(matcher, request, policy, previous, advance))

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
-from pydedup.blocks import NO_PAGE, BlockGrid, BlockMap
-from pydedup.catalog import StoredModel
+from pydedup.blocks import NO_PAGE, BlockGrid
+from pydedup.catalog import Catalog, StoredModel
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader, StoredTable
 from pydedup.ingest.spool import NO_BASE
+from pydedup.types import TensorInfo
 
 __all__ = ["Aligned", "Neighbours"]
 
@@ -28,6 +29,9 @@ _ASKED = 32
 _ENOUGH = 2
 
 
+# Name and shape of a tensor.
+_Key = tuple[str, tuple[int, ...]]
+
 #: Given numbers of blocks of a tensor, gives references of a candidate for each, none of a delta.
 Neighbours = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 
@@ -35,15 +39,17 @@ Neighbours = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 class Aligned:
     """The newest models of the store, and those of this add that were matched already."""
 
-    def __init__(self, adapter: Adapter, stored: StoredTable, reader: BlockReader) -> None:
+    def __init__(
+        self, adapter: Adapter, catalog: Catalog, stored: StoredTable, reader: BlockReader
+    ) -> None:
         self._adapter = adapter
+        self._catalog = catalog
         self._stored = stored
         self._reader = reader
-        self._models: list[StoredModel] | None = None
+        # Models with their tensors by name and shape.
+        self._models: list[tuple[StoredModel, dict[_Key, TensorInfo]]] | None = None
         # Of this add: (name, shape) of a tensor -> (grid, references), newest last.
-        self._matched: dict[
-            tuple[str, tuple[int, ...]], list[tuple[BlockGrid, NDArray[np.int64]]]
-        ] = {}
+        self._matched: dict[_Key, list[tuple[BlockGrid, NDArray[np.int64]]]] = {}
 
     def note(self, entry: TensorEntry, grid: BlockGrid, references: NDArray[np.int64]) -> None:
         """Remember a tensor of this add."""
@@ -55,16 +61,17 @@ class Aligned:
         ``name`` is that of the model which the tensor is of; its older versions come first.
         """
         found: list[Neighbours] = []
-        for other, references in reversed(self._matched.get((entry.name, entry.shape), [])):
+        key = entry.name, entry.shape
+        for other, references in reversed(self._matched.get(key, [])):
             if other == grid:
                 found.append(partial(self._matched_blocks, references))
-        for model in sorted(self._newest(), key=lambda model: model.row.name != name):
+        for model, tensors in sorted(self._newest(), key=lambda pair: pair[0].row.name != name):
             if len(found) >= _ENOUGH:
                 break
-            if (entry.name, entry.shape) in [(info.name, info.shape) for info in model.tensors]:
-                block_map = model.block_map(entry.name)
-                if block_map.grid == grid:
-                    found.append(partial(self._stored_blocks, block_map))
+            info = tensors.get(key)
+            if info is not None and info.block_shape == (grid.block_rows, grid.block_cols):
+                # The map is read when a block asks: in a new version of a model few do.
+                found.append(partial(self._stored_blocks, model, entry.name))
         return found[:_ENOUGH]
 
     def _matched_blocks(
@@ -74,17 +81,28 @@ class Aligned:
         bases = self._reader.bases_of(chosen)
         return np.where(bases == NO_BASE, chosen, bases)
 
-    def _stored_blocks(self, block_map: BlockMap, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _stored_blocks(
+        self, model: StoredModel, name: str, numbers: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        block_map = model.block_map(name)
         page_ids, slots = block_map.page_ids[numbers], block_map.slots[numbers]
         if block_map.bases is not None:
             base_page_ids, base_slots = (column[numbers] for column in block_map.bases)
             is_delta = base_page_ids != NO_PAGE
             page_ids = np.where(is_delta, base_page_ids, page_ids)
             slots = np.where(is_delta, base_slots, slots)
-        return self._stored.references_at(page_ids, slots)
+        else:
+            is_delta = np.zeros(len(numbers), np.bool_)
+        references = self._stored.references_at(page_ids, slots)
+        self._stored.note_dtype(references[~is_delta], block_map.dtype)
+        return references
 
-    def _newest(self) -> list[StoredModel]:
+    def _newest(self) -> list[tuple[StoredModel, dict[_Key, TensorInfo]]]:
         if self._models is None:
             rows = sorted(self._adapter.models(), key=lambda row: -row.id)
-            self._models = [StoredModel(self._adapter, row) for row in rows[:_ASKED]]
+            models = [self._catalog.of_row(row) for row in rows[:_ASKED]]
+            self._models = [
+                (model, {(info.name, info.shape): info for info in model.tensors})
+                for model in models
+            ]
         return self._models

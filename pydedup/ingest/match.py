@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, BlockRow
 from pydedup.blocks import MatrixView
+from pydedup.catalog import Catalog
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.aligned import Aligned, Neighbours
@@ -100,7 +101,8 @@ class Matcher:
         self.reader = BlockReader(pool, spool, self.stored)
         self.candidates = Candidates(adapter, pool, self.stored)
         self.similar = Similar(self.reader, self.candidates)
-        self.aligned = Aligned(adapter, self.stored, self.reader)
+        self.catalog = Catalog(adapter)
+        self.aligned = Aligned(adapter, self.catalog, self.stored, self.reader)
         # hash -> references of blocks with that hash; several only where hashes collide, or the
         # same bytes exist under two dtypes.
         self._known: dict[bytes, list[int]] = {}

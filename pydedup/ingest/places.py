@@ -35,6 +35,8 @@ class StoredTable:
         self.costs: list[int] = []
         #: References to what each is a delta of, or `NO_BASE`.
         self.bases: list[int] = []
+        #: Dtype codes; 0 until somebody looked.
+        self.dtypes: list[int] = []
         self._number: dict[tuple[int, int], int] = {}
 
     def reference(self, row: BlockRow) -> int:
@@ -60,6 +62,7 @@ class StoredTable:
             self.slots.append(slot)
             self.costs.append(cost)
             self.bases.append(NO_BASE)
+            self.dtypes.append(0)
         return -(number + 1)
 
     def references_at(
@@ -67,7 +70,12 @@ class StoredTable:
     ) -> NDArray[np.int64]:
         """Return the references of the blocks at places (n,)."""
         places = zip(page_ids.tolist(), slots.tolist(), strict=True)
-        return np.fromiter((self.reference_at(*place) for place in places), np.int64, len(slots))
+        return np.array([self.reference_at(*place) for place in places], np.int64)
+
+    def note_dtype(self, references: NDArray[np.int64], dtype: DType) -> None:
+        """Say that the blocks of (negative) references have a dtype: then nobody need look."""
+        for number in _numbers(references):
+            self.dtypes[number] = dtype.code
 
     def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """Return page ids and slots of (negative) references; the table itself is not walked."""
@@ -86,17 +94,19 @@ class StoredTable:
         numbers = _numbers(references)
         return np.fromiter((self.bases[n] for n in numbers), np.int64, len(numbers))
 
-    def note_costs(
+    def note(
         self,
         references: NDArray[np.int64],
         pages: Sequence[codec.Page],
         page_index: NDArray[np.uint32],
         slots: NDArray[np.uint32],
     ) -> None:
-        """Remember what blocks take on their pages, while the pages are at hand."""
-        costs = [codec.page_cost(page.slots["length"]) for page in pages]
-        for number, page, slot in zip(_numbers(references), page_index, slots, strict=True):
-            self.costs[number] = int(costs[page][slot])
+        """Remember what pages say of blocks, while they are at hand."""
+        entries = _entries(pages, page_index, slots)
+        costs = codec.page_cost(entries["length"]).tolist()
+        dtypes = entries["dtype"].tolist()
+        for number, cost, dtype in zip(_numbers(references), costs, dtypes, strict=True):
+            self.costs[number], self.dtypes[number] = cost, dtype
 
 
 class BlockReader:
@@ -131,15 +141,19 @@ class BlockReader:
         stored = np.flatnonzero(references < 0)
         page_ids, slots = self._stored.places(references[stored])
         for rows, pages, page_index in self._pool.windows(page_ids):
-            self._stored.note_costs(references[stored[rows]], pages, page_index, slots[rows])
+            self._stored.note(references[stored[rows]], pages, page_index, slots[rows])
             yield stored[rows], pages, page_index, slots[rows]
 
     def dtypes_of(self, references: NDArray[np.int64]) -> list[DType]:
         """Return the dtype of each block."""
+        table = self._stored.dtypes
+        unknown = {r for r in references[references < 0].tolist() if not table[-r - 1]}
+        for _ in self.windows(np.array(sorted(unknown), np.int64)):
+            pass  # they are noted on the way
         codes = np.empty(len(references), np.int64)
-        for rows, pages, page_index, slots in self.windows(references):
-            tables = [page.slots["dtype"] for page in pages]
-            codes[rows] = [tables[p][s] for p, s in zip(page_index, slots, strict=True)]
+        new = references >= 0
+        codes[new] = self._spool.dtypes[references[new]]
+        codes[~new] = [table[number] for number in _numbers(references[~new])]
         known = {code: DType.of_code(code) for code in np.unique(codes).tolist()}
         return [known[code] for code in codes.tolist()]
 
@@ -238,16 +252,20 @@ def _have_shape(
     heights: NDArray[np.int64],
     widths: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
+    entries = _entries(pages, page_index, slots)
+    same = (entries["dtype"] == dtype.code) & (entries["rows"] == heights)
+    return np.asarray(same & (entries["cols"] == widths), np.bool_)
+
+
+def _entries(
+    pages: Sequence[codec.Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
+) -> NDArray[np.void]:
+    """Return the slot of each block."""
     tables = [page.slots for page in pages]
-    entries = np.array(
-        [
-            (entry["dtype"], entry["rows"], entry["cols"])
-            for entry in (tables[p][s] for p, s in zip(page_index, slots, strict=True))
-        ],
-        np.int64,
-    ).reshape(-1, 3)
-    same = entries == np.stack([np.full_like(heights, dtype.code), heights, widths], axis=1)
-    return np.asarray(same.all(axis=1), np.bool_)
+    starts = np.cumsum([0, *map(len, tables)])
+    if not tables:
+        return np.empty(0, codec.SLOT_DTYPE)
+    return np.concatenate(tables)[starts[page_index] + slots]
 
 
 def _numbers(references: NDArray[np.int64]) -> list[int]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import NO_PAGE, BlockGrid
-from pydedup.catalog import StoredModel
+from pydedup.catalog import Catalog, StoredModel
 from pydedup.certificates import largest_error
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import StoredTable
@@ -35,27 +35,27 @@ class Previous:
         Greatest relative L2 difference between its blocks and what is stored for them.
     """
 
-    def __init__(self, adapter: Adapter, stored: StoredTable, row: ModelRow) -> None:
+    def __init__(self, adapter: Adapter, stored: StoredTable, model: StoredModel) -> None:
         self._adapter = adapter
         self._stored = stored
-        self._model = StoredModel(adapter, row)
+        self._model = model
         self._ordinals = {info.name: i for i, info in enumerate(self._model.tensors)}
         # What a block takes on its page is not known without reading that: on average it is this.
         self._costs = {
             page_id: size // max(blocks, 1)
-            for _, page_id, blocks, size in adapter.model_pages(row.id)
+            for _, page_id, blocks, size in adapter.model_pages(model.row.id)
         }
-        self.largest_error = _error_of(row)
+        self.largest_error = _error_of(model.row)
 
     @classmethod
     def of(
-        cls, adapter: Adapter, stored: StoredTable, name: str, policy: Policy
+        cls, adapter: Adapter, stored: StoredTable, catalog: Catalog, name: str, policy: Policy
     ) -> Previous | None:
         """Return the newest version, if there is one and the policy takes what is stored of it."""
         rows = adapter.models(name=name)
         if not rows or _error_of(rows[-1]) > policy.max_rel_error:
             return None
-        return cls(adapter, stored, rows[-1])
+        return cls(adapter, stored, catalog.of_row(rows[-1]))
 
     def references(
         self, entry: TensorEntry, grid: BlockGrid, digests: NDArray[np.uint64]

@@ -51,6 +51,7 @@ class Spool:
         self._length = _Column(np.empty(0, np.int64))
         self._hashes = _Column(np.empty((0, 2), np.uint64))
         self._bases = _Column(np.empty(0, np.int64))
+        self._dtypes = _Column(np.empty(0, np.int64))
         self.count = 0
 
     def __enter__(self) -> Self:
@@ -101,6 +102,7 @@ class Spool:
         self._length.append(encoded.lengths)
         self._hashes.append(digests)
         self._bases.append(bases)
+        self._dtypes.append(np.full(len(indices), view.dtype.code, np.int64))
         self.count += len(indices)
 
     def freeze(self) -> None:
@@ -122,6 +124,11 @@ class Spool:
     def hashes(self) -> NDArray[np.uint64]:
         """Digests of all blocks, shape (count, 2)."""
         return self._hashes.values()
+
+    @property
+    def dtypes(self) -> NDArray[np.int64]:
+        """Dtype code of each block."""
+        return self._dtypes.values()
 
     @property
     def bases(self) -> NDArray[np.int64]:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiniLM's forward pass, as little of it as it takes to compare two sets of weights.
+
+Not a library: WordPiece of lower-cased words, mean pooling, one sentence at a time.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+__all__ = ["cosines"]
+
+HEADS, LAYERS, TOKENS = 12, 6, 128
+
+
+def cosines(
+    weights: Mapping[str, NDArray[Any]],
+    others: Mapping[str, NDArray[Any]],
+    vocabulary: str,
+    sentences: Sequence[str],
+) -> NDArray[np.float64]:
+    """Return the cosine of each sentence's two embeddings."""
+    words = {word: number for number, word in enumerate(vocabulary.splitlines())}
+    tokens = [_tokens(sentence, words) for sentence in sentences]
+    with torch.inference_mode():
+        a, b = (
+            torch.stack([_embedding(given, ids) for ids in tokens])
+            for given in (_tensors(weights), _tensors(others))
+        )
+        alike: NDArray[np.float64] = functional.cosine_similarity(a, b).numpy()
+    return alike
+
+
+def _tensors(weights: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    # In f64, so that what is measured is the weights and not the rounding of the products.
+    return {
+        name: torch.from_numpy(np.array(array, np.float64))
+        for name, array in weights.items()
+        if np.issubdtype(array.dtype, np.floating)
+    }
+
+
+def _tokens(sentence: str, words: Mapping[str, int]) -> list[int]:
+    plain = unicodedata.normalize("NFD", sentence.lower())
+    plain = "".join(c for c in plain if unicodedata.category(c) != "Mn")
+    ids = [words["[CLS]"]]
+    for word in re.findall(r"\w+|[^\w\s]", plain):
+        ids += _pieces(word, words)
+    return [*ids[: TOKENS - 1], words["[SEP]"]]
+
+
+def _pieces(word: str, words: Mapping[str, int]) -> list[int]:
+    ids, start = [], 0
+    while start < len(word):
+        prefix = "##" if start else ""
+        for stop in range(len(word), start, -1):
+            number = words.get(prefix + word[start:stop])
+            if number is not None:
+                ids.append(number)
+                start = stop
+                break
+        else:
+            return [words["[UNK]"]]
+    return ids
+
+
+def _embedding(weights: Mapping[str, torch.Tensor], ids: Sequence[int]) -> torch.Tensor:
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return functional.layer_norm(x, x.shape[-1:], scale, shift, 1e-12)
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.view(len(x), HEADS, -1).transpose(0, 1)
+
+    x = weights["embeddings.word_embeddings.weight"][list(ids)]
+    x = x + weights["embeddings.position_embeddings.weight"][: len(ids)]
+    x = norm(x + weights["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+    for number in range(LAYERS):
+        layer = f"encoder.layer.{number}"
+        query, key, value = (
+            heads(linear(x, f"{layer}.attention.self.{part}")) for part in ("query", "key", "value")
+        )
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        mixed = mixed.transpose(0, 1).reshape(x.shape)
+        attention = f"{layer}.attention.output"
+        x = norm(x + linear(mixed, f"{attention}.dense"), f"{attention}.LayerNorm")
+        inner = functional.gelu(linear(x, f"{layer}.intermediate.dense"))
+        x = norm(x + linear(inner, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+    return functional.normalize(x.mean(0), dim=0)

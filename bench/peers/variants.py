@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuned copies of a drawn model in a store, beside zipnn's delta, XOR + planes, and reminis.
+
+    python bench/peers/variants.py [--only AREA] [--json]
+
+32 tensors of 1024 x 1024 from N(0, 0.02), and a variant of them. Percentages are of the variant's
+own bytes: by how much the database grew, rows, indexes and signatures included, against bytes
+of the peers' streams (and reminis' database). No one tells the store what the variant is one of;
+the peers are told. "1 % of the spread" is noise of N(0, 0.0002) on every weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from _stored import Finding, Scratch, Weights, main, reminis_share, xor_planes, zipnn_bytes
+from numpy.typing import NDArray
+
+from pydedup.policies import Bounded, Lossless, Policy
+from pydedup.types import DType
+
+TENSORS, SIDE = 32, 1024
+SPREAD = 0.02
+BOUND = 0.001
+
+
+def drawn(seed: int, dtype: Any = np.float32, spread: float = SPREAD) -> dict[str, NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    return {
+        f"layer{i:02}": (rng.standard_normal((SIDE, SIDE), np.float32) * spread).astype(dtype)
+        for i in range(TENSORS)
+    }
+
+
+def moved(base: Weights, dtype: Any = np.float32, tensors: int = TENSORS) -> dict[str, Any]:
+    """Return the weights with noise on those of the first tensors."""
+    noise = drawn(1, spread=0.01 * SPREAD)
+    return {
+        name: (array.astype(np.float32) + noise[name]).astype(dtype) if i < tensors else array
+        for i, (name, array) in enumerate(base.items())
+    }
+
+
+def with_private_blocks(base: Weights) -> dict[str, Any]:
+    """Return the weights with every eighth block of 128 rows drawn anew."""
+    fresh = drawn(2)
+    out = {}
+    for i, (name, array) in enumerate(base.items()):
+        copy = array.copy()
+        at = i % 8 * 128
+        copy[at : at + 128] = fresh[name][at : at + 128]
+        out[name] = copy
+    return out
+
+
+def beside(
+    case: str, base: Weights, version: Weights, policy: Policy, aim: float
+) -> Iterator[Finding]:
+    size = sum(array.nbytes for array in version.values())
+    with Scratch() as scratch:
+        scratch.add("base", base, Lossless())
+        report = scratch.add("variant", version, policy)
+        yield Finding(case, "pydedup", 100 * scratch.grown / size, "%", most=aim)
+        yield Finding(case, "pydedup, blocks alone", 100 * report.stored_bytes / size, "%")
+        yield Finding(case, "pydedup, add", scratch.seconds, "s")
+        back = scratch.store.load("variant")
+        if policy.max_rel_error == 0:
+            same = all(back[n].tobytes() == a.tobytes() for n, a in version.items())
+            if not same:
+                raise SystemExit(f"{case}: what came back is not what went in")
+        else:
+            worst = max(
+                np.linalg.norm(back[n].astype(np.float64) - a) / np.linalg.norm(a)
+                for n, a in version.items()
+            )
+            yield Finding(case, "error of the worst tensor", float(worst), "", most=BOUND)
+            return
+    yield Finding(case, "XOR + planes + zstd-3", 100 * xor_planes(base, version) / size, "%")
+    peer = zipnn_bytes(version, base)
+    if peer is not None:
+        yield Finding(case, "zipnn delta", 100 * peer / size, "%")
+    share = reminis_share(base, version)
+    if share is not None:
+        yield Finding(case, "reminis", 100 * share, "%")
+
+
+def lossless() -> Iterator[Finding]:
+    """Yield the four cases that come back bit for bit."""
+    base = drawn(0)
+    quarter = moved(base, tensors=TENSORS // 4)
+    yield from beside("a quarter of the tensors, f32", base, quarter, Lossless(), 16.9)
+    yield from beside("1 % of the spread, f32", base, moved(base), Lossless(), 64.4)
+    bf16 = DType.BF16.numpy
+    half = drawn(0, bf16)
+    yield from beside("1 % of the spread, bf16", half, moved(base, bf16), Lossless(), 34.2)
+    private = with_private_blocks(base)
+    yield from beside("1/8 of 128x1024 private, f32", base, private, Lossless(), 10.6)
+
+
+def bounded() -> Iterator[Finding]:
+    """Yield the full fine-tune within 0.1 % of each block's norm."""
+    base = drawn(0)
+    yield from beside("1 % of the spread, f32, 0.1 %", base, moved(base), Bounded(BOUND), 14.0)
+
+
+if __name__ == "__main__":
+    main(__doc__, [lossless, bounded])
