@@ -209,13 +209,17 @@ py::bytes payload_of(const Page& page) {
     return {reinterpret_cast<const char*>(page.view().bytes().data()), page.nbytes()};
 }
 
-// A read-only view of the slot table; it keeps the bytes alive, not the Page.
+// The slot table, read-only: a view that keeps the bytes alive, not the Page; of a page that lies
+// in a pool a copy, since bytes would be a copy of the whole page.
 py::array slots_of(const Page& page) {
-    const py::bytes payload = payload_of(page);
-    const auto* first =
-        reinterpret_cast<const SlotRecord*>(PyBytes_AS_STRING(payload.ptr()) + kPageHeaderBytes);
-    py::array slots(py::dtype::of<SlotRecord>(), {static_cast<py::ssize_t>(page.n_slots())},
-                    {static_cast<py::ssize_t>(kSlotBytes)}, first, payload);
+    const py::dtype record = py::dtype::of<SlotRecord>();
+    const std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(page.n_slots())};
+    const std::vector<py::ssize_t> strides{static_cast<py::ssize_t>(kSlotBytes)};
+    const std::byte* const first = page.view().bytes().data() + kPageHeaderBytes;
+    PyObject* const bytes = bytes_behind(page.owner());
+    py::array slots = bytes == nullptr ? py::array(record, shape, strides, first)
+                                       : py::array(record, shape, strides, first,
+                                                   py::reinterpret_borrow<py::bytes>(bytes));
     slots.attr("flags").attr("writeable") = false;
     return slots;
 }

@@ -3,12 +3,15 @@
 
 The variants of a family are cut alike, so the block at the same place is near even where it is too
 far for the similarity index to find it for certain. Where that block is itself a delta, its base is
-the candidate: so all of a family come to lie around the blocks of one model.
+the candidate: so all of a family come to lie around the blocks of one model. A model whose first
+blocks are near to none of these is no relative, and asked no more: models of one architecture that
+were trained separately have all names in common and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,13 +30,43 @@ __all__ = ["Aligned", "Neighbours"]
 # Models that are asked, and how many with the tensor are enough.
 _ASKED = 32
 _ENOUGH = 2
+# Blocks of another model that were compared with and no use, after which it is not asked again.
+_PATIENCE = 32
 
 
 # Name and shape of a tensor.
 _Key = tuple[str, tuple[int, ...]]
 
-#: Given numbers of blocks of a tensor, gives references of a candidate for each, none of a delta.
-Neighbours = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+
+@dataclass(slots=True)
+class _Relative:
+    """A model of the store: its tensors by name and shape, and what came of asking it."""
+
+    model: StoredModel
+    tensors: dict[_Key, TensorInfo]
+    asked: int = 0
+    is_near: bool = False
+
+    def is_worth_asking(self) -> bool:
+        return self.is_near or self.asked < _PATIENCE
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Candidates for the blocks of one tensor, from one other model."""
+
+    _find: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+    _relative: _Relative | None = None
+
+    def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return references of a candidate for each of these blocks, none of a delta."""
+        return self._find(numbers)
+
+    def note(self, helped: NDArray[np.bool_]) -> None:
+        """Say which of the blocks that were asked about became deltas on their candidates."""
+        if self._relative is not None:
+            self._relative.asked += len(helped)
+            self._relative.is_near |= bool(helped.any())
 
 
 class Aligned:
@@ -46,8 +79,7 @@ class Aligned:
         self._catalog = catalog
         self._stored = stored
         self._reader = reader
-        # Models with their tensors by name and shape.
-        self._models: list[tuple[StoredModel, dict[_Key, TensorInfo]]] | None = None
+        self._relatives: list[_Relative] | None = None
         # Of this add: (name, shape) of a tensor -> (grid, references), newest last.
         self._matched: dict[_Key, list[tuple[BlockGrid, NDArray[np.int64]]]] = {}
 
@@ -64,14 +96,17 @@ class Aligned:
         key = entry.name, entry.shape
         for other, references in reversed(self._matched.get(key, [])):
             if other == grid:
-                found.append(partial(self._matched_blocks, references))
-        for model, tensors in sorted(self._newest(), key=lambda pair: pair[0].row.name != name):
+                found.append(Neighbours(partial(self._matched_blocks, references)))
+        for relative in sorted(self._newest(), key=lambda other: other.model.row.name != name):
             if len(found) >= _ENOUGH:
                 break
-            info = tensors.get(key)
+            if not relative.is_worth_asking():
+                continue
+            info = relative.tensors.get(key)
             if info is not None and info.block_shape == (grid.block_rows, grid.block_cols):
                 # The map is read when a block asks: in a new version of a model few do.
-                found.append(partial(self._stored_blocks, model, entry.name))
+                blocks = partial(self._stored_blocks, relative.model, entry.name)
+                found.append(Neighbours(blocks, relative))
         return found[:_ENOUGH]
 
     def _matched_blocks(
@@ -97,12 +132,12 @@ class Aligned:
         self._stored.note_dtype(references[~is_delta], block_map.dtype)
         return references
 
-    def _newest(self) -> list[tuple[StoredModel, dict[_Key, TensorInfo]]]:
-        if self._models is None:
+    def _newest(self) -> list[_Relative]:
+        if self._relatives is None:
             rows = sorted(self._adapter.models(), key=lambda row: -row.id)
             models = [self._catalog.of_row(row) for row in rows[:_ASKED]]
-            self._models = [
-                (model, {(info.name, info.shape): info for info in model.tensors})
+            self._relatives = [
+                _Relative(model, {(info.name, info.shape): info for info in model.tensors})
                 for model in models
             ]
-        return self._models
+        return self._relatives

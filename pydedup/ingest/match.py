@@ -254,14 +254,20 @@ class Matcher:
         policy: Policy,
         hints: Hints,
     ) -> float:
+        grid = view.grid
+        aligned: list[tuple[Neighbours, NDArray[np.int64]]] = []
+        if Candidates.takes(view.dtype, (grid.block_rows, grid.block_cols)):
+            aligned = [(neighbours, neighbours(piece)) for neighbours in hints.aligned]
         kept = self.similar.keep(
             view,
             piece,
             matched.digests[piece],
             policy,
-            aligned=[neighbours(piece) for neighbours in hints.aligned],
+            aligned=[references for _, references in aligned],
             deltas=hints.deltas,
         )
+        for neighbours, references in aligned:
+            neighbours.note((references == kept.bases) | (references == kept.shared))
         is_new = kept.shared == NO_BASE
         matched.references[piece[~is_new]] = kept.shared[~is_new]
         new = np.flatnonzero(is_new)

@@ -135,10 +135,14 @@ class BlockReader:
 
     def windows(self, references: NDArray[np.int64]) -> Iterator[_Window]:
         """Walk over blocks as `PagePool.windows` does; also yields the slots."""
+        if not len(references):
+            return
         spooled = np.flatnonzero(references >= 0)
         for rows, pages, page_index, slots in self._spool.windows(references[spooled]):
             yield spooled[rows], pages, page_index, slots
         stored = np.flatnonzero(references < 0)
+        if not len(stored):
+            return
         page_ids, slots = self._stored.places(references[stored])
         for rows, pages, page_index in self._pool.windows(page_ids):
             self._stored.note(references[stored[rows]], pages, page_index, slots[rows])
@@ -184,6 +188,8 @@ class BlockReader:
     ) -> NDArray[np.bool_]:
         """Compare blocks of a matrix with stored ones: dtype, shape and all bytes."""
         equal = np.zeros(len(indices), np.bool_)
+        if not len(indices):
+            return equal
         bases = self.bases_of(references)
         heights, widths = view.grid.shapes(indices)
         deltas: list[NDArray[np.int64]] = []
@@ -210,10 +216,15 @@ def by_shape(
 ) -> Iterator[tuple[tuple[int, int], NDArray[np.int64]]]:
     """Yield ((height, width), those of ``rows`` whose block has it); at most four times."""
     heights, widths = view.grid.shapes(indices[rows])
-    for height in np.unique(heights).tolist():
+    for height in _distinct(heights):
         of_height = heights == height
-        for width in np.unique(widths[of_height]).tolist():
+        for width in _distinct(widths[of_height]):
             yield (height, width), rows[of_height & (widths == width)]
+
+
+def _distinct(sides: NDArray[np.int64]) -> list[int]:
+    """Return the distinct ones of these heights or widths, of which a grid has at most two."""
+    return sorted({int(sides.min()), int(sides.max())}) if len(sides) else []
 
 
 def stacked(count: int, dtype: DType, shape: tuple[int, int]) -> MatrixView:

@@ -147,6 +147,8 @@ class Spool:
         tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
     ]:
         """Walk over blocks, as `PagePool.windows` does over pages; also yields the slots."""
+        if not len(numbers):
+            return
         page_of = self._page_of.values()[numbers]
         slots = self._slot_of.values()[numbers]
         last = np.flatnonzero(page_of == len(self._extents))

@@ -134,6 +134,23 @@ def test_unrelated_models_are_no_deltas(store: pydedup.Store) -> None:
     assert same(store.load("other"), {f"x.{k}": w for k, w in base_model(2).items()})
 
 
+def test_strangers_of_the_same_names_do_not_hide_a_relative(store: pydedup.Store) -> None:
+    rng = np.random.default_rng(5)
+
+    def drawn() -> Model:
+        return {f"layer{i}": rng.standard_normal((512, 512)).astype("f4") for i in range(6)}
+
+    base = drawn()
+    store.add("base", base)
+    for number in range(4):
+        assert store.add(f"stranger{number}", drawn()).delta_blocks == 0
+    # Too far for the similarity index: only the place in the model tells what it is near to.
+    moved = {k: w + 0.25 * rng.standard_normal(w.shape).astype("f4") for k, w in base.items()}
+    report = store.add("relative", moved)
+    assert report.delta_blocks > report.blocks / 2
+    assert same(store.load("relative"), moved)
+
+
 def test_odd_values_survive(store: pydedup.Store) -> None:
     base = base_model()
     base["hidden"][3, 5] = np.nan

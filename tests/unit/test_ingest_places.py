@@ -70,3 +70,26 @@ def test_a_place_has_one_reference() -> None:
     back = table.places(references)
     np.testing.assert_array_equal(back[0], pages)
     np.testing.assert_array_equal(back[1], slots)
+
+
+def test_slots_of_a_pooled_page_outlive_it() -> None:
+    view = MatrixView.of(np.arange(4096, dtype=np.float32).reshape(64, 64), (8, 16))
+    every = np.arange(view.grid.count)
+    encoded = codec.encode_blocks(view, every, planes=True)
+    count = len(every)
+    payload = codec.build_page(
+        encoded.arena,
+        encoded.offsets,
+        encoded.lengths,
+        encoded.encodings,
+        np.full(count, view.dtype.code),
+        np.full(count, 8),
+        np.full(count, 16),
+    )
+    pool = PagePool(lambda ids: ((i, payload) for i in ids), 1 << 20)
+    (page,) = pool.pages([0])
+    slots = page.slots
+    del page
+    pool.clear()
+    np.testing.assert_array_equal(slots, codec.Page(payload).slots)
+    assert not slots.flags.writeable
