@@ -23,6 +23,7 @@ from pydedup.ingest.aligned import Aligned, Neighbours
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.places import BlockReader, StoredTable
 from pydedup.ingest.previous import Previous
+from pydedup.ingest.scan import PageScan
 from pydedup.ingest.similar import Delta, Similar
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import split_places
@@ -98,7 +99,7 @@ class Matcher:
         self._adapter = adapter
         self._spool = spool
         self.stored = StoredTable()
-        self.reader = BlockReader(pool, spool, self.stored)
+        self.reader = BlockReader(PageScan(adapter, pool), spool, self.stored)
         self.candidates = Candidates(adapter, pool, self.stored)
         self.similar = Similar(self.reader, self.candidates)
         self.catalog = Catalog(adapter)

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pydedup import codec
 from pydedup.adapter import BlockRow
 from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.layout import split_places
-from pydedup.pool import PagePool
+from pydedup.layout import block_places, split_places
 from pydedup.types import DType
 
 __all__ = ["BlockReader", "StoredTable", "stack_blocks", "stacked"]
@@ -37,40 +37,43 @@ class StoredTable:
         self.bases: list[int] = []
         #: Dtype codes; 0 until somebody looked.
         self.dtypes: list[int] = []
-        self._number: dict[tuple[int, int], int] = {}
+        self._number: dict[int, int] = {}  # by place
 
     def reference(self, row: BlockRow) -> int:
         """Return the (negative) reference of a stored block, and make one of its base."""
         number = self.reference_at(row.page_id, row.slot)
         if row.base_id is not None:
-            page_ids, slots = split_places(np.array([row.base_id], np.int64))
-            self.set_base(number, self.reference_at(int(page_ids[0]), int(slots[0])))
+            (base,) = self._references([row.base_id], 0).tolist()
+            self.set_base(number, base)
         return number
 
     def set_base(self, reference: int, base: int) -> None:
         """Say that a block is a delta of another."""
         self.bases[-reference - 1] = base
 
-    def reference_at(self, page_id: int, slot: int, cost: int = 0) -> int:
-        """Return the (negative) reference of the block at a place; ``cost`` is a first guess."""
-        place = (page_id, slot)
-        number = self._number.get(place)
-        if number is None:
-            number = len(self.page_ids)
-            self._number[place] = number
-            self.page_ids.append(page_id)
-            self.slots.append(slot)
-            self.costs.append(cost)
-            self.bases.append(NO_BASE)
-            self.dtypes.append(0)
-        return -(number + 1)
+    def reference_at(self, page_id: int, slot: int) -> int:
+        """Return the (negative) reference of the block at a place."""
+        return int(self.references_at(np.array([page_id]), np.array([slot], np.uint32))[0])
 
     def references_at(
-        self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]
+        self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32], costs: ArrayLike = 0
     ) -> NDArray[np.int64]:
-        """Return the references of the blocks at places (n,)."""
-        places = zip(page_ids.tolist(), slots.tolist(), strict=True)
-        return np.array([self.reference_at(*place) for place in places], np.int64)
+        """Return the references of the blocks at places (n,); ``costs`` are a first guess."""
+        return self._references(block_places(page_ids, slots).tolist(), costs)
+
+    def _references(self, places: list[int], costs: ArrayLike) -> NDArray[np.int64]:
+        number = self._number
+        fresh = {place: i for i, place in enumerate(places) if place not in number}
+        if fresh:
+            page_ids, slots = split_places(np.fromiter(fresh, np.int64, len(fresh)))
+            number.update(zip(fresh, range(len(number), len(number) + len(fresh)), strict=True))
+            self.page_ids += page_ids.tolist()
+            self.slots += slots.tolist()
+            chosen = np.broadcast_to(np.asarray(costs, np.int64), len(places))
+            self.costs += chosen[list(fresh.values())].tolist()
+            self.bases += [NO_BASE] * len(fresh)
+            self.dtypes += [0] * len(fresh)
+        return -1 - np.array([number[place] for place in places], np.int64)
 
     def note_dtype(self, references: NDArray[np.int64], dtype: DType) -> None:
         """Say that the blocks of (negative) references have a dtype: then nobody need look."""
@@ -80,19 +83,15 @@ class StoredTable:
     def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """Return page ids and slots of (negative) references; the table itself is not walked."""
         numbers = _numbers(references)
-        page_ids = np.fromiter((self.page_ids[n] for n in numbers), np.int64, len(numbers))
-        slots = np.fromiter((self.slots[n] for n in numbers), np.uint32, len(numbers))
-        return page_ids, slots
+        return _chosen(self.page_ids, numbers), _chosen(self.slots, numbers).astype(np.uint32)
 
     def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return what the blocks of (negative) references take on their pages."""
-        numbers = _numbers(references)
-        return np.fromiter((self.costs[n] for n in numbers), np.int64, len(numbers))
+        return _chosen(self.costs, _numbers(references))
 
     def bases_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the references of their bases, `NO_BASE` for blocks that are no deltas."""
-        numbers = _numbers(references)
-        return np.fromiter((self.bases[n] for n in numbers), np.int64, len(numbers))
+        return _chosen(self.bases, _numbers(references))
 
     def note(
         self,
@@ -112,8 +111,8 @@ class StoredTable:
 class BlockReader:
     """Reads blocks by reference."""
 
-    def __init__(self, pool: PagePool, spool: Spool, stored: StoredTable) -> None:
-        self._pool = pool
+    def __init__(self, scan: PageScan, spool: Spool, stored: StoredTable) -> None:
+        self._scan = scan
         self._spool = spool
         self._stored = stored
 
@@ -144,7 +143,7 @@ class BlockReader:
         if not len(stored):
             return
         page_ids, slots = self._stored.places(references[stored])
-        for rows, pages, page_index in self._pool.windows(page_ids):
+        for rows, pages, page_index in self._scan.windows(page_ids):
             self._stored.note(references[stored[rows]], pages, page_index, slots[rows])
             yield stored[rows], pages, page_index, slots[rows]
 
@@ -272,13 +271,18 @@ def _entries(
     pages: Sequence[codec.Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
 ) -> NDArray[np.void]:
     """Return the slot of each block."""
-    tables = [page.slots for page in pages]
+    # As rows of bytes: numpy takes long to see that records have the same fields.
+    none = np.empty((0, codec.SLOT_BYTES), np.uint8)
+    tables = [page.slots.view(np.uint8).reshape(-1, codec.SLOT_BYTES) for page in pages]
     starts = np.cumsum([0, *map(len, tables)])
-    if not tables:
-        return np.empty(0, codec.SLOT_DTYPE)
-    return np.concatenate(tables)[starts[page_index] + slots]
+    chosen = np.concatenate([none, *tables])[starts[page_index] + slots]
+    return chosen.view(codec.SLOT_DTYPE).reshape(-1)
 
 
 def _numbers(references: NDArray[np.int64]) -> list[int]:
     numbers: list[int] = (-references - 1).tolist()
     return numbers
+
+
+def _chosen(column: list[int], numbers: list[int]) -> NDArray[np.int64]:
+    return np.array(list(map(column.__getitem__, numbers)), np.int64)

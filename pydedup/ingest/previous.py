@@ -85,12 +85,8 @@ class Previous:
 
     def _refer(self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return references of places, and note what they cost."""
-        costs = self._costs
-        references = [
-            self._stored.reference_at(page_id, slot, costs.get(page_id, 0))
-            for page_id, slot in zip(page_ids.tolist(), slots.tolist(), strict=True)
-        ]
-        return np.array(references, np.int64)
+        costs = [self._costs.get(page_id, 0) for page_id in page_ids.tolist()]
+        return self._stored.references_at(page_ids, slots, costs)
 
 
 def _error_of(row: ModelRow) -> float:

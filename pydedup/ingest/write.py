@@ -142,20 +142,41 @@ class Stager:
     # ---- staging ------------------------------------------------------------------------------
 
     def stage(self, layout: Sequence[NDArray[np.int64]]) -> None:
-        """Write everything in state ``staging``."""
+        """Write everything in state ``staging``; what is small in one transaction."""
         adapter = self._adapter
+        keys = hash_keys(self._spool.hashes)
+        self._page_of = np.zeros(self._spool.count, np.int64)
+        self._slot_of = np.zeros(self._spool.count, np.uint32)
+        groups = [
+            layout[start : start + _PAGES_PER_TRANSACTION]
+            for start in range(0, len(layout), _PAGES_PER_TRANSACTION)
+        ]
+        rows = _batches(self._rows())
+        is_small = len(groups) <= 1
         try:
             with adapter.transaction():
                 for model in self._models:
                     model.model_id = adapter.insert_model(self._model_row(model))
+                if is_small:
+                    for group in groups:
+                        self.page_ids = [self._stage_page(numbers, keys) for numbers in group]
+                    self._insert(next(rows, []))
                 self._heartbeat()
         except BaseException:
             # Ids of a transaction that failed may become another writer's.
             for model in self._models:
                 model.model_id = 0
+            self.page_ids = []
             raise
-        self._stage_pages(layout)
-        for batch in _batches(self._rows()):
+        for group in groups:
+            if not is_small:
+                with adapter.transaction():
+                    ids = [self._stage_page(numbers, keys) for numbers in group]
+                    self._heartbeat()
+                self.page_ids.extend(ids)  # only now, for the same reason
+            if self._advance is not None:
+                self._advance(sum(int(self._spool.costs[numbers].sum()) for numbers in group))
+        for batch in rows:
             with adapter.transaction():
                 self._insert(batch)
                 self._heartbeat()
@@ -216,20 +237,6 @@ class Stager:
             logical_bytes=request.logical_bytes,
             digest=model.digest(),
         )
-
-    def _stage_pages(self, layout: Sequence[NDArray[np.int64]]) -> None:
-        keys = hash_keys(self._spool.hashes)
-        self._page_of = np.zeros(self._spool.count, np.int64)
-        self._slot_of = np.zeros(self._spool.count, np.uint32)
-        for start in range(0, len(layout), _PAGES_PER_TRANSACTION):
-            group = layout[start : start + _PAGES_PER_TRANSACTION]
-            with self._adapter.transaction():
-                ids = [self._stage_page(numbers, keys) for numbers in group]
-                self._heartbeat()
-            # Only now, for the same reason.
-            self.page_ids.extend(ids)
-            if self._advance is not None:
-                self._advance(sum(int(self._spool.costs[numbers].sum()) for numbers in group))
 
     def _stage_page(self, numbers: NDArray[np.int64], keys: Sequence[bytes]) -> int:
         image = self._spool.image(numbers)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading of stored pages by an add: most are needed once, and would only push others out.
+
+A page that is in the pool is taken from there. Others are read past it, and the last few kept; one
+that is asked for again after that goes into the pool. So a new version of a model, which needs some
+blocks of each page of the version before, costs no memory of the pool and none of its copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.adapter import Adapter
+from pydedup.errors import BudgetError, CorruptStoreError
+from pydedup.pool import PagePool
+
+__all__ = ["PageScan"]
+
+# Pages beside the pool at a time, in a walk and kept from before.
+_PAGES = 8
+
+
+class PageScan:
+    """The stored pages, for one add. Not thread-safe."""
+
+    def __init__(self, adapter: Adapter, pool: PagePool) -> None:
+        self._adapter = adapter
+        self._pool = pool
+        self._last: OrderedDict[int, codec.Page] = OrderedDict()
+        self._seen: set[int] = set()
+
+    def windows(
+        self, page_ids: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32]]]:
+        """Walk over blocks as `PagePool.windows` does; raises what that raises."""
+        ids, index = np.unique(page_ids, return_inverse=True)
+        order = np.argsort(index, kind="stable")
+        starts = np.searchsorted(index[order], np.arange(0, len(ids) + _PAGES, _PAGES))
+        for number, first in enumerate(range(0, len(ids), _PAGES)):
+            rows = order[starts[number] : starts[number + 1]]
+            pages = self._pages(ids[first : first + _PAGES])
+            yield rows, pages, (index[rows] - first).astype(np.uint32)
+
+    def _pages(self, ids: NDArray[np.int64]) -> list[codec.Page]:
+        found: dict[int, codec.Page] = {}
+        for number, page in zip(ids.tolist(), self._pool.native.pin(ids), strict=True):
+            known = self._last.get(number) if page is None else page
+            if known is not None:
+                found[number] = known
+        missing = [number for number in ids.tolist() if number not in found]
+        again = [number for number in missing if number in self._seen]
+        if again:
+            # Too many for what the pool holds at once: then they are read past it again.
+            with contextlib.suppress(BudgetError):
+                found.update(zip(again, self._pool.pages(again), strict=True))
+        found.update(self._read([number for number in missing if number not in found]))
+        self._seen.update(missing)
+        return [found[number] for number in ids.tolist()]
+
+    def _read(self, ids: list[int]) -> dict[int, codec.Page]:
+        """Read pages past the pool; those that do not exist are reported by it."""
+        pages: dict[int, codec.Page] = {}
+        for number, payload in self._adapter.read_pages(ids) if ids else ():
+            try:
+                pages[number] = codec.Page(payload)
+            except CorruptStoreError as exc:
+                raise CorruptStoreError(f"page {number}: {exc}; run verify on the store") from exc
+        absent = [number for number in ids if number not in pages]
+        if absent:
+            pages.update(zip(absent, self._pool.pages(absent), strict=True))
+        self._last.update(pages)
+        while len(self._last) > _PAGES:
+            self._last.popitem(last=False)
+        return pages
