@@ -284,8 +284,8 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     with pydedup.open(url) as store:
         store.add("good", MODEL)
     source = tmp_path / "large.npy"
-    np.save(source, np.random.default_rng(0).standard_normal((6000, 1000)).astype(np.float32))
-    for delay in (0.0, 0.1, 0.3):
+    np.save(source, np.random.default_rng(0).standard_normal((18000, 1000)).astype(np.float32))
+    for delay in (0.0, 0.05, 0.15):
         child = subprocess.Popen(
             [sys.executable, "-m", "pydedup", "add", url, "large", str(source)],
             stdout=subprocess.PIPE,
