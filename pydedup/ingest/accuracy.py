@@ -6,8 +6,8 @@ the most saving first (a stored block, then quantised deltas on it). Rounds, eac
 ``searches.py`` over the blocks in order:
 
 1. for each of a few small errors, ascending: every block to its most saving content that is as near
-   as that, all at once to begin with. Little harm for most of the savings, and whatever stops the
-   search later, blocks that are not shared are deltas at least;
+   as that, for the smallest one all at once to begin with. Little harm for most of the savings, and
+   whatever stops the search later, blocks that are not shared are deltas at least;
 2. every block to its most saving content, in batches: what the tolerance is for;
 3. if asked for, fine-tuning of all that is not replaced, and round 2 again for what it refused;
 4. blocks that round 2 refused to the contents in between, the most saving first.
@@ -38,7 +38,7 @@ from pydedup.ingest.trial import KEPT, RoundOver, Trial
 
 __all__ = ["GENTLE", "Choice", "Replacement", "choose"]
 
-#: Relative errors of blocks up to which rounds of their own go, the last of them in batches.
+#: Relative errors of blocks up to which rounds of their own go; all but the first in batches.
 GENTLE = (0.001, 0.005, 0.03)
 
 #: First batch of "bisect", as one in so many blocks; the largest one with confidence, where the
@@ -164,7 +164,7 @@ def choose(
     for error in GENTLE:
         near = {i: replacements[i].within(error) for i in order if i not in too_much}
         wanted = {i: level for i, level in near.items() if level is not None}
-        batch = len(order) if error != GENTLE[-1] else -(-len(order) // _FIRST)
+        batch = len(order) if error == GENTLE[0] else -(-len(order) // _FIRST)
         search(wanted, batch, last=False)
         too_much = set(trial.refused)
     shares = dict.fromkeys(order, 0)
@@ -200,7 +200,7 @@ def _run(trial: Trial, wanted: Mapping[int, int], batch: int | None, *, last: bo
     elif policy.confidence is not None:
         largest = max(1, -(-n // _LARGEST_JUDGED))
     if batch is not None:
-        name, first, largest = "bisect", batch, n
+        name, first, largest = "bisect", batch, n if policy.confidence is None else batch
     left = policy.max_evaluations - trial.evaluations
     trial.quota = trial.evaluations + (left if last else -(-left // 2))
     search = SEARCHES[name](blocks, lambda blocks: trial.attempt(blocks, wanted), first, largest)
