@@ -74,7 +74,9 @@ FOR_EACH_CPU std::uint64_t sum_four_streams(const std::uint64_t* data, std::size
 
 template <int kChains>
 [[gnu::always_inline]] inline float chains(std::size_t repeats) {
-    Lanes sums[kChains] = {};
+    // Each begins elsewhere: of equal chains the compiler would make one.
+    Lanes sums[kChains];
+    for (int i = 0; i < kChains; ++i) sums[i] = Lanes{} + 0.25F * static_cast<float>(i);
     const Lanes factor = Lanes{} + 0.999F;
     const Lanes term = Lanes{} + 0.5F;
     for (std::size_t r = 0; r < repeats; ++r) {

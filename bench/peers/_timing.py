@@ -53,8 +53,9 @@ MIN_ROUND_SECONDS = 200e-6
 #: The same for turns that begin with a pause, and what is called without being timed before.
 MIN_SETTLED_SECONDS = 10e-3
 WARM_SECONDS = 20e-3
-#: Enough for any of the libraries named above; OpenBLAS takes the longest, some 25 ms.
-SETTLE_SECONDS = 0.04
+#: Enough for any of the libraries named above; OpenBLAS takes the longest, up to 75 ms: what runs
+#: meanwhile shares a CPU with its thread.
+SETTLE_SECONDS = 0.15
 
 #: What one unit of ``work`` is divided by.
 UNITS = {"GB/s": 1e9, "GFLOP/s": 1e9, "M/s": 1e6, "k/s": 1e3, "1/s": 1.0}

@@ -275,13 +275,13 @@ py::array_t<std::uint64_t> block_digests_of(const py::sequence& pages,
                                             const Array<std::uint32_t>& page_index,
                                             const Array<std::uint32_t>& slots,
                                             const py::object& bases, unsigned threads) {
-    const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
-    py::array_t<std::uint64_t> digests({held.blocks.size(), std::size_t{2}});
+    const HeldBlocks held = hold_blocks(pages, page_index, slots, bases, threads);
+    py::array_t<std::uint64_t> digests({held.blocks().size(), std::size_t{2}});
     const std::span<Digest> out(reinterpret_cast<Digest*>(digests.mutable_data()),
-                                held.blocks.size());
+                                held.blocks().size());
     {
         const WithoutGil no_gil;
-        block_digests(held.blocks, out, threads);
+        block_digests(held.blocks(), out, threads);
     }
     return digests;
 }

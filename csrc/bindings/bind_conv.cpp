@@ -21,7 +21,7 @@ class BoundConv2d {
                 const std::array<std::size_t, 2>& kernel, const std::array<std::size_t, 2>& stride,
                 const std::array<std::size_t, 4>& padding,
                 const std::array<std::size_t, 2>& dilation, std::size_t groups, unsigned threads)
-        : x_(std::move(x)), bias_(std::move(bias)), y_(std::move(y)) {
+        : x_(std::move(x)), bias_(std::move(bias)), y_(std::move(y)), threads_(threads) {
         if (x_.ndim() != 4) {
             throw Error(ErrorCode::invalid_argument,
                         "x must have the axes batch, channels, height, width");
@@ -50,9 +50,9 @@ class BoundConv2d {
 
     void feed(const py::sequence& pages, const Array<std::uint32_t>& page_index,
               const Array<std::uint32_t>& slots, const py::object& bases) {
-        const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
+        const HeldBlocks held = hold_blocks(pages, page_index, slots, bases, threads_);
         const WithoutGil no_gil;
-        conv_->feed(held.blocks);
+        conv_->feed(held.blocks());
     }
 
     [[nodiscard]] std::size_t fed() const noexcept { return conv_->fed(); }
@@ -61,6 +61,7 @@ class BoundConv2d {
     py::array x_;
     py::object bias_;  // an array or None
     py::array y_;
+    unsigned threads_;
     std::unique_ptr<Conv2d> conv_;
 };
 

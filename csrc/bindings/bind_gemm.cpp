@@ -25,7 +25,7 @@ class BoundMatmul {
     BoundMatmul(std::size_t rows, std::size_t cols, std::size_t block_rows, std::size_t block_cols,
                 int dtype, py::array x, py::object bias, const std::string& activation,
                 bool transpose, py::array y, unsigned threads)
-        : x_(std::move(x)), bias_(std::move(bias)), y_(std::move(y)) {
+        : x_(std::move(x)), bias_(std::move(bias)), y_(std::move(y)), threads_(threads) {
         const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
         const Dtype weights = as_dtype(dtype);
         const Dtype compute = compute_dtype(weights);
@@ -49,9 +49,9 @@ class BoundMatmul {
 
     void feed(const py::sequence& pages, const Array<std::uint32_t>& page_index,
               const Array<std::uint32_t>& slots, const py::object& bases) {
-        const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
+        const HeldBlocks held = hold_blocks(pages, page_index, slots, bases, threads_);
         const WithoutGil no_gil;
-        matmul_->feed(held.blocks);
+        matmul_->feed(held.blocks());
     }
 
     [[nodiscard]] std::size_t fed() const noexcept { return matmul_->fed(); }
@@ -60,6 +60,7 @@ class BoundMatmul {
     py::array x_;
     py::object bias_;  // an array or None
     py::array y_;
+    unsigned threads_;
     std::unique_ptr<Matmul> matmul_;
 };
 

@@ -129,9 +129,9 @@ void take_blocks(const RowTable& table, const Array<std::int64_t>& numbers,
     const std::vector<std::int64_t> wanted = as_copy(ids, "ids");
     const std::vector<std::int64_t> blocks = as_copy(numbers, "numbers");
     std::byte* const to = rows_out(table, out, wanted.size());
-    const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
+    const HeldBlocks held = hold_blocks(pages, page_index, slots, bases, threads);
     const WithoutGil no_gil;
-    table.take(blocks, held.blocks, wanted, to, threads);
+    table.take(blocks, held.blocks(), wanted, to, threads);
 }
 
 py::object bag(const RowTable& table, BufferPool& pool, const Array<std::int64_t>& ids,
@@ -162,9 +162,9 @@ void bag_blocks(const RowTable& table, const Array<std::int64_t>& numbers,
                 unsigned threads) {
     const Bags bags = bags_of(table, ids, edges, weights, mode, out);
     const std::vector<std::int64_t> blocks = as_copy(numbers, "numbers");
-    const HeldBlocks held = hold_blocks(pages, page_index, slots, bases);
+    const HeldBlocks held = hold_blocks(pages, page_index, slots, bases, threads);
     const WithoutGil no_gil;
-    table.bag(blocks, held.blocks, bags.ids, bags.edges, bags.weights, bags.mode, bags.out,
+    table.bag(blocks, held.blocks(), bags.ids, bags.edges, bags.weights, bags.mode, bags.out,
               threads);
 }
 

@@ -76,18 +76,48 @@ struct HeldBases {
     return held;
 }
 
+/// Memory for views, kept by each thread from one call to the next: a product makes thousands, and
+/// the pages that the system would have to clear for them each time cost more than to fill them.
+class Views {
+  public:
+    Views() noexcept : views_(std::move(spare())) { views_.clear(); }
+    ~Views() {
+        std::vector<BlockView>& kept = spare();
+        if (kept.capacity() < views_.capacity() && views_.capacity() <= kMaxKept) {
+            kept = std::move(views_);
+        }
+    }
+    Views(Views&&) noexcept = default;
+    Views& operator=(Views&&) = delete;
+    Views(const Views&) = delete;
+    Views& operator=(const Views&) = delete;
+
+    [[nodiscard]] std::vector<BlockView>& operator*() noexcept { return views_; }
+    [[nodiscard]] const std::vector<BlockView>& operator*() const noexcept { return views_; }
+
+  private:
+    static constexpr std::size_t kMaxKept = (std::size_t{1} << 20) / sizeof(BlockView);
+    [[nodiscard]] static std::vector<BlockView>& spare() noexcept {
+        thread_local std::vector<BlockView> kept;
+        return kept;
+    }
+    std::vector<BlockView> views_;
+};
+
 /// Blocks on pages, deltas with their bases; keeps the pages alive.
 struct HeldBlocks {
     PageList pages;
     HeldBases bases;
     std::vector<BlockView> base_blocks;  // what the blocks point to
-    std::vector<BlockView> blocks;
+    Views views;
+
+    [[nodiscard]] std::span<const BlockView> blocks() const noexcept { return *views; }
 };
 
 [[nodiscard]] inline HeldBlocks hold_blocks(const py::sequence& pages,
                                             const Array<std::uint32_t>& page_index,
                                             const Array<std::uint32_t>& slots,
-                                            const py::object& bases) {
+                                            const py::object& bases, unsigned threads) {
     const auto page_of = as_span(page_index, "page_index");
     const auto slot_of = as_span(slots, "slots");
     if (page_of.size() != slot_of.size()) {
@@ -95,21 +125,15 @@ struct HeldBlocks {
     }
     HeldBlocks held;
     held.pages = as_pages(pages);
-    held.blocks.reserve(page_of.size());
-    for (std::size_t i = 0; i < page_of.size(); ++i) {
-        if (page_of[i] >= held.pages.size()) {
-            throw Error(ErrorCode::invalid_argument,
-                        "page_index " + std::to_string(page_of[i]) + " is outside of " +
-                            std::to_string(held.pages.size()) + " pages");
-        }
-        held.blocks.push_back(held.pages[page_of[i]]->block(slot_of[i]));
-    }
+    std::vector<BlockView>& views = *held.views;
+    views.resize(page_of.size());
+    view_blocks(pointers(held.pages), page_of, slot_of, views, threads);
     if (bases.is_none()) return held;
-    held.bases = hold_bases(bases, held.blocks.size());
+    held.bases = hold_bases(bases, views.size());
     const StoredBases of = held.bases.view();
-    held.base_blocks.resize(held.blocks.size());
-    for (std::size_t i = 0; i < held.blocks.size(); ++i) {
-        held.blocks[i] = with_base(held.blocks[i], of, i, held.base_blocks[i]);
+    held.base_blocks.resize(views.size());
+    for (std::size_t i = 0; i < views.size(); ++i) {
+        views[i] = with_base(views[i], of, i, held.base_blocks[i]);
     }
     return held;
 }

@@ -100,6 +100,13 @@ struct StoredBases {
 [[nodiscard]] BlockView with_base(BlockView block, const StoredBases& bases, std::size_t i,
                                   BlockView& base);
 
+/// views[i] = the block at pages[page_index[i]], slots[i]; all three of one length. Throws
+/// Error{invalid_argument} for an index outside pages, Error{corrupt_page} for a slot that its page
+/// does not have.
+void view_blocks(std::span<const Page* const> pages, std::span<const std::uint32_t> page_index,
+                 std::span<const std::uint32_t> slots, std::span<BlockView> views,
+                 unsigned threads = 0);
+
 /// Decodes stored[i] into block indices[i] of the matrix at `out`, whose shape is that of the grid.
 /// Throws Error{corrupt_page} when a slot has another dtype or shape than the block,
 /// Error{invalid_argument} for an index outside grid or pages.

@@ -16,6 +16,7 @@
 #include "dispatch/dispatch.hpp"
 #include "gemm/activation.hpp"
 #include "gemm/packed_x.hpp"
+#include "gemm/transpose.hpp"
 #include "gemm/weights.hpp"
 #include "pydedup/error.hpp"
 
@@ -317,6 +318,11 @@ class Matmul::Typed final : public Matmul::Impl {
     void store_sums(const Tile& tile, const BlockRect& rect, const T* sums) const noexcept {
         const std::size_t group = tile.kernel->sums();
         const std::size_t lanes = tile.sums();
+        if (group == 1) {
+            detail::transpose(sums, lanes, rect.rows, tile.rows, y_ + tile.row0 * n_ + rect.row0,
+                              n_);
+            return;
+        }
         for (std::size_t i = 0; i < tile.rows; ++i) {
             T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
             for (std::size_t r = 0; r < rect.rows; ++r) {

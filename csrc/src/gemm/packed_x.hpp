@@ -16,6 +16,7 @@
 
 #include "base/parallel.hpp"
 #include "gemm/aligned_array.hpp"
+#include "gemm/transpose.hpp"
 #include "kernels/gemm_kernels.hpp"
 
 namespace pydedup::detail {
@@ -149,19 +150,20 @@ class PackedX {
         if (width % group != 0 || tile.rows < tile.kernel->width) {
             std::fill_n(to, groups(width, tile) * tile.elements(), E{0});
         }
+        const A* const from = x + tile.row0 * cols_ + s * strip_;
+        if constexpr (std::is_same_v<E, A>) {
+            if (group == 1) {
+                transpose(from, cols_, tile.rows, width, to, tile.elements());
+                return;
+            }
+        }
         for (std::size_t c0 = 0; c0 < width; c0 += step) {
             const std::size_t c1 = std::min(width, c0 + step);
             for (std::size_t i = 0; i < tile.rows; ++i) {
-                const A* const from = x + (tile.row0 + i) * cols_ + s * strip_;
+                const A* const line = from + i * cols_;
                 E* const row = to + i * group;
-                if (group == 1) {
-                    for (std::size_t c = c0; c < c1; ++c) {
-                        row[c * tile.elements()] = element(from[c]);
-                    }
-                    continue;
-                }
                 for (std::size_t c = c0; c < c1; c += group) {
-                    std::transform(from + c, from + std::min(c1, c + group),
+                    std::transform(line + c, line + std::min(c1, c + group),
                                    row + c * tile.kernel->width, element);
                 }
             }

@@ -64,6 +64,9 @@ bool rows_equal(const std::byte* a, std::size_t a_stride, const std::byte* b, st
     return true;
 }
 
+// Views that a thread makes at a time; for fewer a second one is not woken.
+constexpr std::size_t kViewsPerPiece = 1024;
+
 }  // namespace
 
 BlockView with_base(BlockView block, const StoredBases& bases, std::size_t i, BlockView& base) {
@@ -80,6 +83,23 @@ BlockView with_base(BlockView block, const StoredBases& bases, std::size_t i, Bl
     base = bases.pages[at.page]->block(at.slot);
     block.base_block = &base;
     return block;
+}
+
+void view_blocks(std::span<const Page* const> pages, std::span<const std::uint32_t> page_index,
+                 std::span<const std::uint32_t> slots, std::span<BlockView> views,
+                 unsigned threads) {
+    // Each view waits for memory: the directories of pages lie apart.
+    const auto view_some = [&](std::size_t begin, std::size_t end) {
+        for (std::size_t i = begin; i < end; ++i) {
+            if (page_index[i] >= pages.size()) {
+                throw Error(ErrorCode::invalid_argument,
+                            "page_index " + std::to_string(page_index[i]) + " is outside of " +
+                                std::to_string(pages.size()) + " pages");
+            }
+            views[i] = pages[page_index[i]]->block(slots[i]);
+        }
+    };
+    parallel_for(views.size(), kViewsPerPiece, thread_count(threads), view_some);
 }
 
 void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
