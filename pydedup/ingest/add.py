@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.accuracy import Accuracy
 from pydedup.adapter import LIVE, Adapter
-from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.blocks import MatrixView
 from pydedup.errors import ConflictError, PageNotFoundError, PydedupError
-from pydedup.formats.base import TensorEntry
-from pydedup.ingest.match import Hints, Matcher, hash_keys
+from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
 from pydedup.ingest.replace import choose_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.tensors import hints_for, match_tensors
 from pydedup.ingest.write import MatchedModel, MatchedTensor, Stager, plan_layout
 from pydedup.policies import Lossless
 from pydedup.pool import PagePool
@@ -137,48 +137,9 @@ def _match(
             policy = _counting(request.policy, progress)
             models.append(_match_chosen(matcher, request, policy, previous, advance))
         else:
-            models.append(_match_model(matcher, request, previous, advance))
+            tensors = match_tensors(matcher, request, previous, advance)
+            models.append(MatchedModel(request, tensors))
     return models
-
-
-def _match_model(
-    matcher: Matcher,
-    request: Request,
-    previous: Previous | None,
-    advance: Callable[[int], None],
-) -> MatchedModel:
-    model = MatchedModel(request)
-    by_key: dict[object, MatchedTensor] = {}
-    for entry in request.source.entries:
-        twin = by_key.get(entry.key)
-        if twin is not None and twin.entry.shape == entry.shape:
-            # Tied weights: the same memory, so the same blocks.
-            tensor = replace(twin, entry=entry)
-            advance(int(np.prod(entry.shape)) * entry.dtype.itemsize)
-        else:
-            view = MatrixView.of(request.source.read(entry.name), request.block_shape)
-            matched = matcher.match(
-                view,
-                policy=request.policy,
-                entry=entry,
-                previous=previous,
-                hints=_hints(matcher, request, entry, view.grid),
-                advance=advance,
-            )
-            matcher.aligned.note(entry, view.grid, matched.references)
-            tensor = MatchedTensor(
-                entry, view.grid, matched.references, matched.digests, matched.largest_error
-            )
-            by_key[entry.key] = tensor
-            del view
-        model.tensors.append(tensor)
-    return model
-
-
-def _hints(matcher: Matcher, request: Request, entry: TensorEntry, grid: BlockGrid) -> Hints:
-    if not request.policy.uses_deltas:
-        return Hints()
-    return Hints(matcher.aligned.neighbours(entry, grid, request.name))
 
 
 def _match_chosen(
@@ -194,7 +155,7 @@ def _match_chosen(
     for entry in request.source.entries:
         view = MatrixView.of(chosen.arrays[entry.name], request.block_shape)
         deltas = chosen.deltas.get(entry.name, {})
-        hints = replace(_hints(matcher, request, entry, view.grid), deltas=deltas)
+        hints = replace(hints_for(matcher, request, entry, view.grid), deltas=deltas)
         matched = matcher.match(view, policy=Lossless(), hints=hints)
         matcher.aligned.note(entry, view.grid, matched.references)
         model.tensors.append(

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter
+from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.formats.base import TensorEntry
@@ -25,13 +26,15 @@ from pydedup.ingest.places import BlockReader, StoredTable
 from pydedup.ingest.spool import NO_BASE
 from pydedup.types import TensorInfo
 
-__all__ = ["Aligned", "Neighbours"]
+__all__ = ["Aligned", "ByPosition", "Neighbours"]
 
-# Models that are asked, and how many with the tensor are enough.
-_ASKED = 32
+# Models that may be looked at, and how many with the tensor are enough.
+_NEWEST = 32
 _ENOUGH = 2
-# Blocks of another model that were compared with and no use, after which it is not asked again.
+# Blocks of another model that were compared with and no use, after which it is not asked again;
+# models of which that became known, after which no further one is tried.
 _PATIENCE = 32
+_STRANGERS = 8
 
 
 # Name and shape of a tensor.
@@ -47,25 +50,44 @@ class _Relative:
     asked: int = 0
     is_near: bool = False
 
-    def is_worth_asking(self) -> bool:
-        return self.is_near or self.asked < _PATIENCE
+    @property
+    def is_stranger(self) -> bool:
+        """Whether it was asked often enough to no avail."""
+        return not self.is_near and self.asked >= _PATIENCE
+
+
+class ByPosition(Protocol):
+    """What gives candidates for the blocks of a matrix."""
+
+    def __call__(self, numbers: NDArray[np.int64], /) -> NDArray[np.int64]:
+        """Return references of a candidate for each of these blocks, none of a delta.
+
+        `NO_BASE` for blocks that have none.
+        """
+
+    def note(self, numbers: NDArray[np.int64], helped: NDArray[np.bool_], /) -> None:
+        """Say which of these blocks, that were asked about, were helped by their candidates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Candidates for the blocks of one tensor, from one other model."""
+    """Candidates for the blocks of one tensor, from one other model (a `ByPosition`)."""
 
     _find: Callable[[NDArray[np.int64]], NDArray[np.int64]]
     _relative: _Relative | None = None
 
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return references of a candidate for each of these blocks, none of a delta."""
+        """Return a candidate for each of these blocks."""
+        if self._relative is None:
+            return self._find(numbers)
+        if self._relative.is_stranger:
+            return np.full(len(numbers), NO_BASE, np.int64)
+        self._relative.asked += len(numbers)
         return self._find(numbers)
 
-    def note(self, helped: NDArray[np.bool_]) -> None:
-        """Say which of the blocks that were asked about became deltas on their candidates."""
+    def note(self, numbers: NDArray[np.int64], helped: NDArray[np.bool_]) -> None:
+        """Remember whether the model that the candidates are of is a relative."""
         if self._relative is not None:
-            self._relative.asked += len(helped)
             self._relative.is_near |= bool(helped.any())
 
 
@@ -79,7 +101,8 @@ class Aligned:
         self._catalog = catalog
         self._stored = stored
         self._reader = reader
-        self._relatives: list[_Relative] | None = None
+        self._rows: list[ModelRow] | None = None  # newest first
+        self._relatives: dict[int, _Relative] = {}  # by model id
         # Of this add: (name, shape) of a tensor -> (grid, references), newest last.
         self._matched: dict[_Key, list[tuple[BlockGrid, NDArray[np.int64]]]] = {}
 
@@ -97,10 +120,13 @@ class Aligned:
         for other, references in reversed(self._matched.get(key, [])):
             if other == grid:
                 found.append(Neighbours(partial(self._matched_blocks, references)))
-        for relative in sorted(self._newest(), key=lambda other: other.model.row.name != name):
-            if len(found) >= _ENOUGH:
+        strangers = 0
+        for row in sorted(self._newest(), key=lambda row: row.name != name):
+            if len(found) >= _ENOUGH or strangers >= _STRANGERS:
                 break
-            if not relative.is_worth_asking():
+            relative = self._relative(row)
+            if relative.is_stranger:
+                strangers += 1
                 continue
             info = relative.tensors.get(key)
             if info is not None and info.block_shape == (grid.block_rows, grid.block_cols):
@@ -132,12 +158,15 @@ class Aligned:
         self._stored.note_dtype(references[~is_delta], block_map.dtype)
         return references
 
-    def _newest(self) -> list[_Relative]:
-        if self._relatives is None:
-            rows = sorted(self._adapter.models(), key=lambda row: -row.id)
-            models = [self._catalog.of_row(row) for row in rows[:_ASKED]]
-            self._relatives = [
-                _Relative(model, {(info.name, info.shape): info for info in model.tensors})
-                for model in models
-            ]
-        return self._relatives
+    def _newest(self) -> list[ModelRow]:
+        if self._rows is None:
+            self._rows = sorted(self._adapter.models(), key=lambda row: -row.id)[:_NEWEST]
+        return self._rows
+
+    def _relative(self, row: ModelRow) -> _Relative:
+        relative = self._relatives.get(row.id)
+        if relative is None:
+            model = self._catalog.of_row(row)
+            tensors = {(info.name, info.shape): info for info in model.tensors}
+            relative = self._relatives[row.id] = _Relative(model, tensors)
+        return relative

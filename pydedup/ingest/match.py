@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 from pydedup.adapter import LIVE, Adapter, BlockRow
 from pydedup.blocks import MatrixView
 from pydedup.catalog import Catalog
-from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
-from pydedup.ingest.aligned import Aligned, Neighbours
+from pydedup.ingest.aligned import Aligned, ByPosition
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.places import BlockReader, StoredTable
-from pydedup.ingest.previous import Previous
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.similar import Delta, Similar
 from pydedup.ingest.spool import NO_BASE, Spool
@@ -64,13 +62,14 @@ class Matched:
         Where each block is, int64 (n,).
     digests
         Of the source's blocks, uint64 (n, 2).
-    largest_error
-        Greatest relative L2 difference of a block to what is stored for it.
+    errors
+        Relative L2 difference of each block to what is stored for it, float64 (n,); 0 where that
+        was known before.
     """
 
     references: NDArray[np.int64]
     digests: NDArray[np.uint64]
-    largest_error: float
+    errors: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ class Hints:
         What some blocks are to be, unless an identical one is stored, by number.
     """
 
-    aligned: Sequence[Neighbours] = ()
+    aligned: Sequence[ByPosition] = ()
     deltas: Mapping[int, Delta] = field(default_factory=dict)
 
 
@@ -114,31 +113,27 @@ class Matcher:
         view: MatrixView,
         *,
         policy: Policy,
-        entry: TensorEntry | None = None,
-        previous: Previous | None = None,
+        digests: NDArray[np.uint64] | None = None,
+        known: NDArray[np.int64] | None = None,
         hints: Hints = _NO_HINTS,
         advance: Callable[[int], None] | None = None,
     ) -> Matched:
-        """Find or keep each block of a matrix; ``entry`` names it for a look at ``previous``."""
-        digests = hash_view(view)
-        references = np.full(len(digests), NO_BASE, np.int64)
-        largest_error = 0.0
-        if previous is not None and entry is not None:
-            references = previous.references(entry, view.grid, digests)
+        """Find or keep each block of a matrix.
+
+        ``known`` are references of blocks that need no look, `NO_BASE` for others.
+        """
+        if digests is None:
+            digests = hash_view(view)
+        references = np.full(len(digests), NO_BASE, np.int64) if known is None else known.copy()
         sizes = view.block_bytes()
-        unchanged = references != NO_BASE
-        if unchanged.any() and previous is not None:
-            largest_error = previous.largest_error
-            if advance is not None:
-                advance(int(sizes[unchanged].sum()))
-        matched = Matched(references, digests, largest_error)
-        changed = np.flatnonzero(~unchanged)
+        changed = np.flatnonzero(references == NO_BASE)
+        if advance is not None and len(changed) < len(sizes):
+            advance(int(sizes.sum() - sizes[changed].sum()))
+        matched = Matched(references, digests, np.zeros(len(digests)))
         for start in range(0, len(changed), _LOOKUP_BLOCKS):
             some = changed[start : start + _LOOKUP_BLOCKS]
             fresh = self._find(view, digests, some, references)
-            matched.largest_error = max(
-                matched.largest_error, self._keep(view, fresh, matched, policy, hints)
-            )
+            self._keep(view, fresh, matched, policy, hints)
             if advance is not None:
                 advance(int(sizes[some].sum()))
         return matched
@@ -225,8 +220,8 @@ class Matcher:
         matched: Matched,
         policy: Policy,
         hints: Hints,
-    ) -> float:
-        """Keep the distinct ones of ``fresh``, in block order; returns the largest error."""
+    ) -> None:
+        """Keep the distinct ones of ``fresh``, in block order."""
         leader_of: dict[int, int] = {}
         leaders: list[int] = []
         for blocks in fresh.values():
@@ -239,13 +234,11 @@ class Matcher:
                     leader = i
                 leader_of[i] = leader
         leaders.sort()
-        largest_error = 0.0
         for piece in pieces(view, np.array(leaders, np.int64)):
-            error = self._keep_piece(view, piece, matched, policy, hints)
-            largest_error = max(largest_error, error)
+            self._keep_piece(view, piece, matched, policy, hints)
         for i, leader in leader_of.items():
             matched.references[i] = matched.references[leader]
-        return largest_error
+            matched.errors[i] = matched.errors[leader]
 
     def _keep_piece(
         self,
@@ -254,9 +247,9 @@ class Matcher:
         matched: Matched,
         policy: Policy,
         hints: Hints,
-    ) -> float:
+    ) -> None:
         grid = view.grid
-        aligned: list[tuple[Neighbours, NDArray[np.int64]]] = []
+        aligned: list[tuple[ByPosition, NDArray[np.int64]]] = []
         if Candidates.takes(view.dtype, (grid.block_rows, grid.block_cols)):
             aligned = [(neighbours, neighbours(piece)) for neighbours in hints.aligned]
         kept = self.similar.keep(
@@ -268,7 +261,8 @@ class Matcher:
             deltas=hints.deltas,
         )
         for neighbours, references in aligned:
-            neighbours.note((references == kept.bases) | (references == kept.shared))
+            helped = (references == kept.bases) | (references == kept.shared)
+            neighbours.note(piece, helped & (references != NO_BASE))
         is_new = kept.shared == NO_BASE
         matched.references[piece[~is_new]] = kept.shared[~is_new]
         new = np.flatnonzero(is_new)
@@ -287,7 +281,7 @@ class Matcher:
         spooled = np.full(len(piece), NO_BASE, np.int64)
         spooled[new] = numbers
         self.similar.add(kept, spooled)
-        return float(kept.errors.max(initial=0.0))
+        matched.errors[piece] = kept.errors
 
 
 def _same_bytes(view: MatrixView, a: int, b: int) -> bool:

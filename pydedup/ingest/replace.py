@@ -22,7 +22,7 @@ from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.accuracy import GENTLE, Replacement, choose
-from pydedup.ingest.aligned import Neighbours
+from pydedup.ingest.aligned import ByPosition
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.match import Matcher, pieces
 from pydedup.ingest.places import by_shape, stack_blocks
@@ -141,7 +141,7 @@ class _Tensor:
         digests: NDArray[np.uint64],
         farthest: float,
         previous: Previous | None,
-        aligned: Sequence[Neighbours],
+        aligned: Sequence[ByPosition],
     ) -> None:
         self._aligned = aligned
         self._matcher = matcher

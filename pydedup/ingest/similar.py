@@ -209,7 +209,7 @@ class Similar:
     ) -> list[Pairs]:
         """Return the candidates of stacked blocks that seem to be at most that far away.
 
-        ``aligned`` are references of further candidates (aligned.py), one per block each.
+        ``aligned`` are references of further candidates (aligned.py), one per block or `NO_BASE`.
         """
         shape = (blocks.grid.block_rows, blocks.grid.block_cols)
         found: dict[DType, list[_Columns]] = {}
@@ -220,9 +220,10 @@ class Similar:
                 column = (rows, references, estimates[rows, columns])
                 found.setdefault(dtype, []).append(column)
         for references in aligned:
-            dtypes = self._reader.dtypes_of(references)
+            given = np.flatnonzero(references != NO_BASE)
+            dtypes = self._reader.dtypes_of(references[given])
             for dtype in set(dtypes).intersection(FLOATS):
-                rows = np.array([i for i, d in enumerate(dtypes) if d is dtype], np.int64)
+                rows = given[[i for i, d in enumerate(dtypes) if d is dtype]]
                 column = (rows, references[rows], np.full(len(rows), np.nan))
                 found.setdefault(dtype, []).append(column)
         pairs = []
