@@ -16,17 +16,26 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
 from pydedup._core import Page
-from pydedup.blocks import NO_PAGE
 from pydedup.codec import StoredBases
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
+from pydedup.windows import (
+    Cut,
+    Window,
+    by_page,
+    by_pages,
+    has_pair,
+    in_order,
+    in_order_with_bases,
+    within,
+)
 
 __all__ = ["Fetch", "Page", "PagePool", "Window"]
 
@@ -35,27 +44,11 @@ Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
 
 #: Pages and slots of the bases of blocks, page -1 for none.
 Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
-# Cuts blocks with these pages, and these of bases, into windows of so many pages.
-_Cut: TypeAlias = Callable[[NDArray[np.int64], "NDArray[np.int64] | None", int], "list[Window]"]
 
 # Part of the budget that one walk pins at a time: four threads can walk at once before one waits.
 _WINDOW_PARTS = 4
 # Bytes of a page before one was seen: the default capacity.
 _USUAL_PAGE_BYTES = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Blocks of a walk whose pages are pinned together, with those of their bases.
-
-    ``rows`` selects them from the walk's ``page_ids``; block ``rows[i]`` is on page
-    ``ids[page_index[i]]``, its base on ``ids[base_index[i]]``, or there is none where that is -1.
-    """
-
-    rows: slice | NDArray[np.int64]
-    ids: NDArray[np.int64]
-    page_index: NDArray[np.uint32]
-    base_index: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +190,7 @@ class PagePool:
             As `pages` does; BudgetError only when the two pages of one block do not fit.
         """
         base_page_ids = None if bases is None else bases[0]
-        cut = _windows_by_page if bases is None else _windows_by_pages
+        cut = by_page if bases is None else by_pages
         for window, pages in self._walk(page_ids, base_page_ids, cut, None):
             assert isinstance(window.rows, np.ndarray)
             yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
@@ -221,7 +214,7 @@ class PagePool:
         `stream` with what `windows_with_bases` adds to `windows`.
         """
         base_page_ids = None if bases is None else bases[0]
-        cut = _windows_in_order if bases is None else _windows_in_order_with_bases
+        cut = in_order if bases is None else in_order_with_bases
         plan = self._plan(page_ids, base_page_ids, cut)
         for window, pages in self._walk(page_ids, base_page_ids, cut, plan):
             assert isinstance(window.rows, slice)
@@ -255,7 +248,7 @@ class PagePool:
     # ---- inside -------------------------------------------------------------------------------
 
     def _plan(
-        self, page_ids: NDArray[np.int64], base_page_ids: NDArray[np.int64] | None, cut: _Cut
+        self, page_ids: NDArray[np.int64], base_page_ids: NDArray[np.int64] | None, cut: Cut
     ) -> list[Window]:
         limit = self.window_pages
         key = id(page_ids)
@@ -277,7 +270,7 @@ class PagePool:
         self,
         page_ids: NDArray[np.int64],
         base_page_ids: NDArray[np.int64] | None,
-        cut: _Cut,
+        cut: Cut,
         plan: list[Window] | None,
     ) -> Iterator[tuple[Window, list[Page]]]:
         windows = cut(page_ids, base_page_ids, self.window_pages) if plan is None else plan
@@ -294,7 +287,7 @@ class PagePool:
             # Pages are larger than those before made believe, or others pin without a walk.
             bases = None if base_page_ids is None else base_page_ids[window.rows]
             parts = cut(page_ids[window.rows], bases, max(1, len(window.ids) // 2))
-            ahead.extend(_within(window, part) for part in reversed(parts))
+            ahead.extend(within(window, part) for part in reversed(parts))
 
     def _pages_if_fit(self, window: Window) -> list[Page] | None:
         """Return the pages, or None when they do not fit but fewer might."""
@@ -302,7 +295,7 @@ class PagePool:
             return self.pages(window.ids)
         except BudgetError:
             # Two pages may be those of one block and its base; more never are.
-            if len(window.ids) == 1 or (len(window.ids) == 2 and _has_pair(window)):
+            if len(window.ids) == 1 or (len(window.ids) == 2 and has_pair(window)):
                 raise
         return None
 
@@ -390,123 +383,10 @@ class _Gate:
                     self._changed.notify_all()
 
 
-def _within(window: Window, part: Window) -> Window:
-    """Return a window that was cut from the blocks of another, as one of the whole walk."""
-    if isinstance(window.rows, slice):
-        assert isinstance(part.rows, slice)
-        start = window.rows.start
-        rows: Any = slice(start + part.rows.start, start + part.rows.stop)
-    else:
-        rows = window.rows[part.rows]
-    return Window(rows, part.ids, part.page_index, part.base_index)
-
-
-def _has_pair(window: Window) -> bool:
-    """Whether a block needs two pages."""
-    base_index = window.base_index
-    return base_index is not None and bool(
-        ((base_index >= 0) & (base_index != window.page_index)).any()
-    )
-
-
 def _bases_in(window: Window, pages: list[Page], bases: Bases | None) -> StoredBases | None:
     if bases is None or window.base_index is None:
         return None
     return StoredBases(pages, window.base_index, bases[1][window.rows])
-
-
-def _windows_by_page(page_ids: NDArray[np.int64], _: object, limit: int) -> list[Window]:
-    ids, index = np.unique(page_ids, return_inverse=True)
-    order = np.argsort(index, kind="stable")
-    starts = np.searchsorted(index[order], np.arange(0, len(ids) + limit, limit))
-    windows = []
-    for number, first in enumerate(range(0, len(ids), limit)):
-        rows = order[starts[number] : starts[number + 1]]
-        page_index = (index[rows] - first).astype(np.uint32)
-        windows.append(Window(rows, ids[first : first + limit], page_index))
-    return windows
-
-
-def _windows_by_pages(
-    page_ids: NDArray[np.int64], base_page_ids: NDArray[np.int64] | None, limit: int
-) -> list[Window]:
-    """Cut blocks, in the order of their pages and of their bases' within these."""
-    assert base_page_ids is not None
-    order = np.lexsort((base_page_ids, page_ids))
-    windows = _windows_in_order_with_bases(page_ids[order], base_page_ids[order], limit)
-    return [replace(window, rows=order[window.rows]) for window in windows]
-
-
-def _windows_in_order_with_bases(
-    page_ids: NDArray[np.int64], base_page_ids: NDArray[np.int64] | None, limit: int
-) -> list[Window]:
-    """Cut blocks in their order; a window has more than ``limit`` pages where one block has."""
-    assert base_page_ids is not None
-    if len(page_ids) == 0:
-        return []
-    changes = (page_ids[1:] != page_ids[:-1]) | (base_page_ids[1:] != base_page_ids[:-1])
-    starts = np.concatenate(([0], np.flatnonzero(changes) + 1))
-    ends = np.append(starts[1:], len(page_ids)).tolist()
-    windows: list[Window] = []
-    first, known = 0, {NO_PAGE: -1}
-    pairs = zip(page_ids[starts].tolist(), base_page_ids[starts].tolist(), strict=True)
-    for run, (page, base) in enumerate(pairs):
-        needed = {page, base} - known.keys()
-        if len(known) > 1 and len(known) - 1 + len(needed) > limit:
-            windows.append(_with_bases(page_ids, base_page_ids, ends, first, run, known))
-            first, known = run, {NO_PAGE: -1}
-        for number in (page, base):
-            known.setdefault(number, len(known) - 1)
-    windows.append(_with_bases(page_ids, base_page_ids, ends, first, len(ends), known))
-    return windows
-
-
-def _with_bases(
-    page_ids: NDArray[np.int64],
-    base_page_ids: NDArray[np.int64],
-    ends: list[int],
-    first: int,
-    end: int,
-    known: dict[int, int],
-) -> Window:
-    rows = slice(ends[first - 1] if first else 0, ends[end - 1])
-    numbers = np.fromiter(known, np.int64, len(known))
-    order = np.argsort(numbers)  # NO_PAGE, whose number in the window is -1, first
-    index = order - 1
-    page_index = index[np.searchsorted(numbers[order], page_ids[rows])]
-    base_index = index[np.searchsorted(numbers[order], base_page_ids[rows])]
-    return Window(rows, numbers[1:], page_index.astype(np.uint32), base_index)
-
-
-def _windows_in_order(page_ids: NDArray[np.int64], _: object, limit: int) -> list[Window]:
-    if len(page_ids) == 0:
-        return []
-    # Runs of blocks on one page, which are long where blocks lie in the order of their tensor.
-    starts = np.concatenate(([0], np.flatnonzero(page_ids[1:] != page_ids[:-1]) + 1))
-    lengths = np.diff(starts, append=len(page_ids))
-    windows: list[Window] = []
-    first, known, numbers = 0, {}, []  # type: int, dict[int, int], list[int]
-    for run, page in enumerate(page_ids[starts].tolist()):
-        if page not in known and len(known) == limit:
-            windows.append(_in_order(starts, lengths, first, run, known, numbers))
-            first, known, numbers = run, {}, []
-        numbers.append(known.setdefault(page, len(known)))
-    windows.append(_in_order(starts, lengths, first, len(starts), known, numbers))
-    return windows
-
-
-def _in_order(
-    starts: NDArray[np.intp],
-    lengths: NDArray[np.intp],
-    first: int,
-    end: int,
-    known: dict[int, int],
-    numbers: list[int],
-) -> Window:
-    start = int(starts[first])
-    stop = int(starts[end - 1] + lengths[end - 1])
-    page_index = np.repeat(np.array(numbers, np.uint32), lengths[first:end])
-    return Window(slice(start, stop), np.fromiter(known, np.int64, len(known)), page_index)
 
 
 # ---- fork ---------------------------------------------------------------------------------------

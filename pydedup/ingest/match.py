@@ -20,9 +20,10 @@ from pydedup.catalog import Catalog
 from pydedup.hashing import hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition
 from pydedup.ingest.candidates import Candidates
+from pydedup.ingest.deltas import Delta
 from pydedup.ingest.places import BlockReader, StoredTable
 from pydedup.ingest.scan import PageScan
-from pydedup.ingest.similar import Delta, Similar
+from pydedup.ingest.similar import Similar
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import split_places
 from pydedup.policies import Policy

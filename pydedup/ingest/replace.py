@@ -24,11 +24,12 @@ from pydedup.hashing import hash_view
 from pydedup.ingest.accuracy import GENTLE, Replacement, choose
 from pydedup.ingest.aligned import ByPosition
 from pydedup.ingest.candidates import Candidates
+from pydedup.ingest.deltas import Delta, decode_deltas
 from pydedup.ingest.match import Matcher, pieces
 from pydedup.ingest.places import by_shape, stack_blocks
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
-from pydedup.ingest.similar import Delta, Pairs, decode_deltas, exact_distances, values_of
+from pydedup.ingest.similar import Pairs, exact_distances, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.similarity import distances, magnitude
 

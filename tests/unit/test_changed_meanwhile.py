@@ -67,7 +67,7 @@ _CASES = {
         meanwhile(lambda: copies.append(index.select(np.arange(n), ids)), lambda: ids.fill(-5))
         ids[:] = np.arange(n)
         meanwhile(lambda: copies.append(index.select(np.arange(n), ids)), lambda: ids.fill(-5))
-        # Whether the change came before the call took its copy is chance; half of it would be wrong.
+        # Whether the change came before the call took its copy is chance; half of it is wrong.
         copies.append(index.select(np.arange(n), np.arange(n)))
         assert {tuple(copy.ids.tolist()) for copy in copies} == {tuple(range(n))}
         index.remove(np.arange(n))

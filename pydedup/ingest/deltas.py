@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoded deltas on their way to the spool: several as one, read back, put in others' place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.blocks import MatrixView
+from pydedup.ingest.places import stacked
+from pydedup.types import DType
+
+__all__ = ["Delta", "decode_deltas", "encoded_blocks", "replaced"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """An encoded delta.
+
+    Attributes
+    ----------
+    base, base_tag
+        Reference of its base, and what its slot is to carry.
+    payload
+        The encoded bytes, uint8.
+    encoding
+        Code of its `codec.Encoding`.
+    """
+
+    base: int
+    base_tag: int
+    payload: NDArray[np.uint8]
+    encoding: int
+
+    def encoded(self) -> codec.EncodedBlocks:
+        """Return it as the only one of several encoded blocks."""
+        return encoded_blocks([self])
+
+
+def encoded_blocks(deltas: Sequence[Delta]) -> codec.EncodedBlocks:
+    """Return deltas one after another."""
+    lengths = np.array([len(delta.payload) for delta in deltas], np.int64)
+    return codec.EncodedBlocks(
+        np.concatenate([delta.payload for delta in deltas]),
+        np.cumsum(lengths) - lengths,
+        lengths,
+        np.array([delta.encoding for delta in deltas], np.uint8),
+    )
+
+
+def decode_deltas(
+    deltas: codec.EncodedBlocks,
+    which: NDArray[np.int64],
+    dtype: DType,
+    bases: MatrixView,
+    base_index: NDArray[np.int64],
+) -> MatrixView:
+    """Return what some deltas hold, stacked: read back the way that a store does."""
+    shape = (bases.grid.block_rows, bases.grid.block_cols)
+    numbers = np.arange(len(which))
+    zeros = np.zeros(len(which), np.int64)
+    used, base_slots = np.unique(base_index, return_inverse=True)
+    raw = codec.encode_blocks(bases, used, planes=False)
+    base_page = _page_of(raw, np.arange(len(used)), bases.dtype, shape, None)
+    page = _page_of(deltas, which, dtype, shape, zeros + 1)
+    out = stacked(len(which), dtype, shape)
+    codec.read_blocks(
+        out,
+        numbers,
+        [page],
+        zeros,
+        numbers,
+        bases=codec.StoredBases([base_page], zeros, base_slots),
+    )
+    return out
+
+
+def _page_of(
+    encoded: codec.EncodedBlocks,
+    which: NDArray[np.int64],
+    dtype: DType,
+    shape: tuple[int, int],
+    tags: NDArray[np.int64] | None,
+) -> codec.Page:
+    count = len(which)
+    return codec.Page(
+        codec.build_page(
+            encoded.arena,
+            encoded.offsets[which],
+            encoded.lengths[which],
+            encoded.encodings[which],
+            np.full(count, dtype.code),
+            np.full(count, shape[0]),
+            np.full(count, shape[1]),
+            tags,
+        )
+    )
+
+
+def replaced(
+    encoded: codec.EncodedBlocks,
+    places: NDArray[np.int64],
+    by: codec.EncodedBlocks,
+    which: NDArray[np.int64],
+) -> codec.EncodedBlocks:
+    """Return encoded blocks with those at ``places`` replaced by ``which`` of others."""
+    lengths, encodings = encoded.lengths.copy(), encoded.encodings.copy()
+    lengths[places], encodings[places] = by.lengths[which], by.encodings[which]
+    source = np.full(len(lengths), -1, np.int64)
+    source[places] = which
+    pieces = []
+    for number, other in enumerate(source.tolist()):
+        arena, start = (
+            (encoded.arena, encoded.offsets[number]) if other < 0 else (by.arena, by.offsets[other])
+        )
+        pieces.append(arena[start : start + lengths[number]])
+    return codec.EncodedBlocks(
+        np.concatenate(pieces), np.cumsum(lengths) - lengths, lengths, encodings
+    )
