@@ -161,6 +161,12 @@ class DbApiBase(abc.ABC):
             except self.driver_error as error:
                 raise self._translate(error) from error
 
+    def _insert_many(
+        self, table: str, rows: Iterable[Sequence[Any]], columns: Sequence[str] | None = None
+    ) -> None:
+        """Insert many rows, of all columns unless told otherwise."""
+        self._write_many(self._sql.insert(table, columns), rows)
+
     def _insert(self, sql: str, parameters: Sequence[Any]) -> int:
         """Insert one row and return its new id."""
         returning = self._sql.dialect.returning_id
@@ -224,12 +230,17 @@ class DbApiBase(abc.ABC):
     def create_schema(self, meta: Mapping[str, str]) -> None:
         """Create tables and views and fill ``meta``; a no-op when they exist."""
         with self.transaction():
+            for statement in self._sql.dialect.lock_schema:
+                self._write(statement)
             if self.schema_version() is not None:
                 return
-            for statement in create_statements(self._sql.dialect):
-                self._write(statement)
+            self._create_tables()
             first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
-            self._write_many(self._sql.insert("meta"), list({**first, **meta}.items()))
+            self._insert_many("meta", list({**first, **meta}.items()))
+
+    def _create_tables(self) -> None:
+        for statement in create_statements(self._sql.dialect):
+            self._write(statement)
 
     # ---- transactions -------------------------------------------------------------------------
 

@@ -138,9 +138,8 @@ class CatalogCalls(DbApiBase):
         part_bytes = min(ARTIFACT_PART_BYTES, self.capabilities.max_payload_bytes)
         for name, media_type, payload in items:
             parts = split_payload(payload, part_bytes)
-            self._write_many(
-                self._sql.insert("artifacts"),
-                [(model_id, name, i, media_type, part) for i, part in enumerate(parts)],
+            self._insert_many(
+                "artifacts", [(model_id, name, i, media_type, part) for i, part in enumerate(parts)]
             )
 
     def artifacts(self, model_id: int) -> list[tuple[str, str]]:
@@ -158,10 +157,7 @@ class CatalogCalls(DbApiBase):
     def insert_tensors(self, rows: Iterable[TensorRow]) -> None:
         """Insert tensor rows."""
         columns = TABLES["tensors"].names
-        self._write_many(
-            self._sql.insert("tensors"),
-            ([getattr(row, column) for column in columns] for row in rows),
-        )
+        self._insert_many("tensors", ([getattr(row, column) for column in columns] for row in rows))
 
     def tensors(self, model_id: int) -> list[TensorRow]:
         """Return tensor rows by ordinal."""
@@ -195,9 +191,7 @@ class CatalogCalls(DbApiBase):
 
     def _insert_parts(self, table: str, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         what = f"a part of {table}"
-        self._write_many(
-            self._sql.insert(table), ((*row[:3], self._sized(row[3], what)) for row in rows)
-        )
+        self._insert_many(table, ((*row[:3], self._sized(row[3], what)) for row in rows))
 
     def _parts(self, table: str, model_id: int, ordinal: int) -> list[bytes]:
         rows = self._query(self._sql.parts(table), [model_id, ordinal])

@@ -99,7 +99,7 @@ class DbApiAdapter(CatalogCalls):
 
     def insert_model_pages(self, rows: Iterable[tuple[int, int, int, int]]) -> None:
         """Insert (model_id, page_id, blocks, bytes)."""
-        self._write_many(self._sql.insert("model_pages"), rows)
+        self._insert_many("model_pages", rows)
 
     def model_pages(self, model_id: int | None = None) -> list[tuple[int, int, int, int]]:
         """Return (model_id, page_id, blocks, bytes) ordered by model and page."""
@@ -117,9 +117,7 @@ class DbApiAdapter(CatalogCalls):
 
     def insert_blocks(self, rows: Iterable[tuple[bytes, int, int, int | None]]) -> None:
         """Insert (hash128, page_id, slot, base_id)."""
-        self._write_many(
-            self._sql.insert("distinct_blocks", TABLES["distinct_blocks"].names[1:]), rows
-        )
+        self._insert_many("distinct_blocks", rows, TABLES["distinct_blocks"].names[1:])
 
     def find_blocks(self, hashes: Sequence[bytes]) -> list[BlockRow]:
         """Return rows on *live* pages whose hash is one of these, in any order."""
@@ -144,8 +142,8 @@ class DbApiAdapter(CatalogCalls):
 
     def insert_signatures(self, rows: Iterable[tuple[int, int, bytes]]) -> None:
         """Insert (segment, grp, payload)."""
-        self._write_many(
-            self._sql.insert("signatures"),
+        self._insert_many(
+            "signatures",
             ((segment, grp, self._sized(payload, "signatures")) for segment, grp, payload in rows),
         )
 

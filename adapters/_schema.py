@@ -32,6 +32,9 @@ class Dialect:
     begin_write: tuple[str, ...]
     #: Must fix the state that is seen there and then, not at the first read.
     begin_snapshot: tuple[str, ...]
+    #: Run before it is looked whether there are tables, so that no two create them at once,
+    #: where beginning to write is not enough.
+    lock_schema: tuple[str, ...] = ()
     placeholder: str = "?"
     quote: str = '"'
     #: ``'"some_schema".'`` where stores live in a schema of their own (then ``prefix`` is empty).

@@ -167,6 +167,11 @@ class SessionPool:
             session.lock.release()
             self._local.anchor = None
 
+    def scope(self) -> str | None:
+        """Return what this thread is in: a transaction, a snapshot, or nothing."""
+        anchor: _Anchor | None = getattr(self._local, "anchor", None)
+        return None if anchor is None else anchor.session.scope
+
     def enter(self, scope: str) -> Session:
         """Return this thread's session for a transaction or snapshot.
 
