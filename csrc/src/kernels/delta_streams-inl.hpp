@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+// Symbols and raw bits of a delta, to streams and back; shares the bit reader of
+// codec_common-inl.hpp. Included by delta_common-inl.hpp alone, inside the namespace of each
+// instruction set (no guard on purpose).
+
+inline void store_be64(std::uint8_t* to, std::uint64_t value) noexcept {
+    value = __builtin_bswap64(value);
+    __builtin_memcpy(to, &value, sizeof value);
+}
+
+inline std::uint64_t load_le64(const std::uint8_t* from) noexcept {
+    std::uint64_t value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return value;
+}
+
+std::uint8_t* delta_write_symbols(const std::uint8_t* symbols, const std::uint8_t* contexts,
+                                  std::size_t count, DeltaCodes codes, std::uint8_t* to) noexcept {
+    static_assert(5 * kMaxCodeBits + 7 <= 63);
+    std::uint64_t bits = 0;  // the lowest `pending` ones are yet to be written
+    unsigned pending = 0;
+    const auto flush = [&] {
+        store_be64(to, bits << (63 - pending) << 1);
+        to += pending / 8;
+        pending %= 8;
+    };
+    std::size_t i = 0;
+    for (; i + 5 <= count; i += 5) {
+#pragma GCC unroll 5
+        for (std::size_t k = 0; k < 5; ++k) {
+            const std::uint32_t code =
+                codes[static_cast<std::size_t>(contexts[i + k]) << 8 | symbols[i + k]];
+            bits = bits << (code & 63) | code >> 8;
+            pending += code & 63;
+        }
+        flush();
+    }
+    for (; i < count; ++i) {
+        const std::uint32_t code = codes[static_cast<std::size_t>(contexts[i]) << 8 | symbols[i]];
+        bits = bits << (code & 63) | code >> 8;
+        pending += code & 63;
+        flush();
+    }
+    return to + (pending != 0 ? 1 : 0);
+}
+
+template <class Wide>
+inline std::uint8_t* write_raw_as(const Wide* z, const std::uint8_t* symbols, std::size_t count,
+                                  const std::uint8_t* widths, std::uint8_t* to) noexcept {
+    std::uint64_t bits = 0;
+    unsigned pending = 0;  // below 8 between elements
+    for (std::size_t i = 0; i < count; ++i) {
+        const unsigned width = widths[symbols[i]];
+        const std::uint64_t value =
+            static_cast<std::uint64_t>(z[i]) & ((std::uint64_t{1} << width) - 1);
+        bits |= value << pending;
+        __builtin_memcpy(to, &bits, sizeof bits);
+        const unsigned held = pending + width;
+        if (sizeof(Wide) == 8 && held >= 64) {  // width is 62 at most, so pending is not 0
+            to += 8;
+            bits = value >> (64 - pending);
+            pending = held - 64;
+            continue;
+        }
+        to += held / 8;
+        if (sizeof(Wide) == 8) {
+            bits >>= 8 * (held / 8);  // held is below 64
+        } else {
+            bits >>= held & 0x38U;  // at most 7 + 30 bits are held
+        }
+        pending = held % 8;
+    }
+    if (pending == 0) return to;
+    *to = static_cast<std::uint8_t>(bits);
+    return to + 1;
+}
+
+std::uint8_t* delta_write_raw(const void* z, const std::uint8_t* symbols, std::size_t count,
+                              bool wide, const std::uint8_t* widths, std::uint8_t* to) noexcept {
+    if (wide) {
+        return write_raw_as(static_cast<const std::uint64_t*>(z), symbols, count, widths, to);
+    }
+    return write_raw_as(static_cast<const std::uint32_t*>(z), symbols, count, widths, to);
+}
+
+inline std::uint8_t take_in_context(BitWindow& window, const std::uint16_t* table,
+                                    std::uint8_t context, unsigned table_bits,
+                                    unsigned shift) noexcept {
+    const std::uint16_t entry =
+        table[(static_cast<std::size_t>(context) << table_bits) + (window.bits >> shift)];
+    window.bits <<= entry & 63U;
+    return static_cast<std::uint8_t>(entry >> 8);
+}
+
+inline std::uint64_t read_tail(const HuffmanStreams& in, const std::uint8_t* begin,
+                               std::uint64_t position, const std::uint8_t* contexts,
+                               std::size_t count, std::uint8_t* out) noexcept {
+    const std::uint64_t available = static_cast<std::uint64_t>(in.end - begin);
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::uint64_t byte = position >> 3;
+        std::uint32_t window = 0;  // 24 bits hold 7 skipped ones and the longest code
+        for (std::uint64_t k = 0; k < 3; ++k) {
+            window = window << 8 | (byte + k < available ? begin[byte + k] : 0U);
+        }
+        window = (window << (position & 7)) & 0xFFFFFFU;
+        const std::uint16_t entry =
+            in.table[(static_cast<std::size_t>(contexts[i]) << in.table_bits) +
+                     (window >> (24 - in.table_bits))];
+        out[i] = static_cast<std::uint8_t>(entry >> 8);
+        position += entry & 0xFFU;
+    }
+    return position;
+}
+
+// As decode_rounds, but that codes differ from element to element.
+template <unsigned kRound>
+inline void read_rounds(const HuffmanStreams& in, const std::uint8_t* contexts, std::size_t count,
+                        std::uint8_t* out, std::uint64_t* consumed) noexcept {
+    const std::size_t segment = (count + 3) / 4;
+    const unsigned table_bits = in.table_bits;
+    const unsigned shift = 64 - table_bits;
+    const std::uint16_t* const table = in.table;
+    BitWindow a{in.begin[0], 1}, b{in.begin[1], 1}, c{in.begin[2], 1}, d{in.begin[3], 1};
+    const BitWindow* const windows[4] = {&a, &b, &c, &d};
+    std::size_t done = 0;
+    const std::size_t shortest = count > 3 * segment ? count - 3 * segment : 0;
+    for (;;) {
+        std::size_t rounds = (shortest - done) / kRound;
+        for (const BitWindow* window : windows) {
+            const std::uint64_t left = static_cast<std::uint64_t>(in.end - window->at);
+            const std::uint64_t safe = left < 15 ? 0 : (left - 15) / 7 + 1;
+            if (safe < rounds) rounds = static_cast<std::size_t>(safe);
+        }
+        if (rounds == 0) break;
+        for (; rounds != 0; --rounds) {
+            refill(a);
+            refill(b);
+            refill(c);
+            refill(d);
+            std::uint8_t* const to = out + done;
+            const std::uint8_t* const at = contexts + done;
+#pragma GCC unroll 8
+            for (unsigned k = 0; k < kRound; ++k) {
+                to[k] = take_in_context(a, table, at[k], table_bits, shift);
+                to[k + segment] = take_in_context(b, table, at[k + segment], table_bits, shift);
+                to[k + 2 * segment] =
+                    take_in_context(c, table, at[k + 2 * segment], table_bits, shift);
+                to[k + 3 * segment] =
+                    take_in_context(d, table, at[k + 3 * segment], table_bits, shift);
+            }
+            done += kRound;
+        }
+    }
+    for (std::size_t j = 0; j < 4; ++j) {
+        const std::size_t first = j * segment < count ? j * segment : count;
+        const std::size_t symbols = count - first < segment ? count - first : segment;
+        const std::uint64_t position = position_of(*windows[j], in.begin[j]);
+        consumed[j] = read_tail(in, in.begin[j], position, contexts + first + done, symbols - done,
+                                out + first + done);
+    }
+}
+
+void delta_read_symbols(const HuffmanStreams& in, const std::uint8_t* contexts, std::size_t count,
+                        std::uint8_t* symbols, std::uint64_t* consumed) noexcept {
+    if (in.table_bits > 9) {
+        read_rounds<5>(in, contexts, count, symbols, consumed);
+    } else if (in.table_bits > 8) {
+        read_rounds<6>(in, contexts, count, symbols, consumed);
+    } else {
+        read_rounds<7>(in, contexts, count, symbols, consumed);
+    }
+}
+
+// The lowest `width` < 64 bits.
+inline std::uint64_t low_bits(std::uint64_t value, unsigned width) noexcept {
+    return value & ((std::uint64_t{1} << (width & 63)) - 1);
+}
+
+template <class Wide>
+inline std::uint64_t read_raw_as(const std::uint8_t* raw, std::size_t bytes,
+                                 const std::uint8_t* symbols, std::size_t count,
+                                 const std::uint64_t* bases, const std::uint8_t* widths,
+                                 Wide* z) noexcept {
+    constexpr std::size_t kPiece = 16;
+    constexpr std::uint64_t kMostBits = kPiece * (8 * sizeof(Wide) - 2) + 72;
+    const std::uint64_t total = 8 * static_cast<std::uint64_t>(bytes);
+    std::uint64_t position = 0;
+    std::size_t i = 0;
+    if (sizeof(Wide) == 4 && count >= 256) {
+        // Width and base in one entry: one load less for each element.
+        std::uint64_t entries[256];
+        for (std::size_t s = 0; s < 256; ++s) entries[s] = bases[s] << 32 | widths[s];
+        for (; count - i >= kPiece && total - position >= kMostBits; i += kPiece) {
+#pragma GCC unroll 16
+            for (std::size_t k = 0; k < kPiece; ++k) {
+                const std::uint64_t entry = entries[symbols[i + k]];
+                const std::uint64_t bits = load_le64(raw + (position >> 3)) >> (position & 7);
+                const auto width = static_cast<unsigned>(entry & 63);
+                z[i + k] = static_cast<Wide>((entry >> 32) + low_bits(bits, width));
+                position += width;
+            }
+        }
+    }
+    while (i < count) {
+        if (count - i >= kPiece && total - position >= kMostBits) {
+            for (std::size_t k = 0; k < kPiece; ++k) {
+                const unsigned symbol = symbols[i + k];
+                const unsigned width = widths[symbol];
+                const std::uint8_t* const at = raw + (position >> 3);
+                const unsigned skip = static_cast<unsigned>(position & 7);
+                std::uint64_t bits = load_le64(at) >> skip;
+                if (sizeof(Wide) == 8) {
+                    bits |= (static_cast<std::uint64_t>(at[8]) << 1) << (63 - skip);
+                }
+                z[i + k] = static_cast<Wide>(bases[symbol] + low_bits(bits, width));
+                position += width;
+            }
+            i += kPiece;
+            continue;
+        }
+        const unsigned symbol = symbols[i];
+        const unsigned width = widths[symbol];
+        if (width > total - position) return UINT64_MAX;
+        std::uint64_t bits = 0;
+        for (unsigned got = 0; got < width;) {
+            const unsigned skip = static_cast<unsigned>(position & 7);
+            const unsigned take = width - got < 8 - skip ? width - got : 8 - skip;
+            const std::uint64_t part = (raw[position >> 3] >> skip) & ((1U << take) - 1);
+            bits |= part << got;
+            got += take;
+            position += take;
+        }
+        z[i++] = static_cast<Wide>(bases[symbol] + bits);
+    }
+    return position;
+}
+
+std::uint64_t delta_read_raw(const std::uint8_t* raw, std::size_t bytes,
+                             const std::uint8_t* symbols, std::size_t count, bool wide,
+                             const std::uint64_t* bases, const std::uint8_t* widths,
+                             void* z) noexcept {
+    if (wide) {
+        return read_raw_as(raw, bytes, symbols, count, bases, widths,
+                           static_cast<std::uint64_t*>(z));
+    }
+    return read_raw_as(raw, bytes, symbols, count, bases, widths, static_cast<std::uint32_t*>(z));
+}
