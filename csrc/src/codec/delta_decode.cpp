@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// Deltas back to blocks (docs/format.md, "Deltas"): what is not as described there is refused.
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/endian.hpp"
+#include "codec/convert.hpp"
+#include "codec/delta_model.hpp"
+#include "codec/delta_pair.hpp"
+#include "codec/delta_room.hpp"
+#include "codec/delta_step.hpp"
+#include "dispatch/dispatch.hpp"
+#include "pydedup/codec.hpp"
+#include "pydedup/error.hpp"
+
+namespace pydedup {
+namespace {
+
+using detail::Codes;
+using detail::DeltaForm;
+using detail::Room;
+using detail::Source;
+
+const std::uint8_t* bytes_at(const std::byte* at) noexcept {
+    return reinterpret_cast<const std::uint8_t*>(at);
+}
+
+[[noreturn]] void corrupt(const BlockView& block, const std::string& what) {
+    throw Error(ErrorCode::corrupt_page, "a delta of " + std::to_string(block.rows) + " x " +
+                                             std::to_string(block.cols) +
+                                             " elements does not decode: " + what);
+}
+
+template <class Wide>
+const char* get_sparse(Source& source, std::size_t count, unsigned value_bits, Wide* z) {
+    std::memset(z, 0, count * sizeof(Wide));
+    const std::uint64_t n_changed = source.varint();
+    if (source.failed) return "it has no list of changes";
+    std::size_t next = 0;
+    for (std::uint64_t i = 0; i < n_changed; ++i) {
+        const std::uint64_t gap = source.varint();
+        const std::uint64_t value = source.varint();
+        if (source.failed) return "its list of changes is cut off";
+        if (gap >= count - next) return "a change lies behind its end";
+        if (value == 0 || (value_bits < 64 && value >> value_bits != 0)) {
+            return "a change has an impossible value";
+        }
+        z[next + gap] = static_cast<Wide>(value);
+        next += gap + 1;
+    }
+    return source.left.empty() ? nullptr : "bytes are left over";
+}
+
+const char* get_coded(Source& source, const BlockView& block, DeltaLayout layout,
+                      unsigned value_bits, bool wide, const std::uint8_t* base,
+                      const std::uint8_t* readable_end, const Room& room) {
+    const CodecKernels& codec = kernels().codec;
+    const std::size_t count = std::size_t{block.rows} * block.cols;
+    detail::Contexts contexts;
+    if (const char* wrong = detail::get_contexts(source, block.rows, layout, contexts)) {
+        return wrong;
+    }
+    detail::Alphabet alphabet;
+    if (const char* wrong = detail::get_alphabet(source, value_bits, alphabet)) return wrong;
+    Codes codes;
+    if (const char* wrong =
+            detail::get_code_bits(source, contexts.n_contexts, alphabet.n_symbols(), codes)) {
+        return wrong;
+    }
+    const unsigned table_bits = detail::longest_code(codes);
+    thread_local std::vector<std::uint16_t> table;
+    if (!detail::make_read_table(codes, table_bits, table)) {
+        return "a code is not a complete prefix code";
+    }
+    HuffmanStreams streams{};
+    std::array<std::uint64_t, 4> bytes{};
+    for (std::uint64_t& n : bytes) n = source.varint();
+    if (source.failed) return "it has no stream sizes";
+    for (std::size_t j = 0; j < 4; ++j) {
+        if (bytes[j] > source.left.size()) return "its streams are longer than it";
+        streams.begin[j] = source.take(static_cast<std::size_t>(bytes[j])).data();
+    }
+    streams.end = readable_end;
+    streams.table = table.data();
+    streams.table_bits = table_bits;
+    detail::assign_contexts(contexts, base, block.rows, block.cols, layout, codec, room.features,
+                            room.contexts);
+    std::array<std::uint64_t, 4> consumed{};
+    codec.delta.read_symbols(streams, room.contexts, count, room.symbols, consumed.data());
+    for (std::size_t j = 0; j < 4; ++j) {
+        if ((consumed[j] + 7) / 8 != bytes[j]) return "a stream does not end where it should";
+        const auto padding = static_cast<unsigned>(8 * bytes[j] - consumed[j]);
+        if (padding != 0 && (streams.begin[j][bytes[j] - 1] & ((1U << padding) - 1)) != 0) {
+            return "a stream ends with stray bits";
+        }
+    }
+    // A context without a code may still be asked for: its table says symbol 0.
+    const std::uint64_t raw_bits =
+        codec.delta.read_raw(source.left.data(), source.left.size(), room.symbols, count, wide,
+                             alphabet.bases.data(), alphabet.widths.data(), room.z);
+    if (raw_bits == UINT64_MAX || (raw_bits + 7) / 8 != source.left.size()) {
+        return "its raw bits do not end where they should";
+    }
+    if (raw_bits % 8 != 0 && source.left.back() >> (raw_bits % 8) != 0) {
+        return "its raw bits end with stray bits";
+    }
+    return nullptr;
+}
+
+// The base's elements as those of the delta's dtype; `memory` holds them where they had to be
+// decoded or converted. What the header says of the base is checked on the way.
+const std::uint8_t* base_elements(const BlockView& delta, const BlockView& base,
+                                  std::uint32_t check, std::unique_ptr<std::uint8_t[]>& memory) {
+    const std::size_t count = std::size_t{base.rows} * base.cols;
+    const std::size_t base_bytes = count * item_bytes(base.dtype);
+    const bool convert = base.dtype != delta.dtype;
+    const bool decode = base.encoding != Encoding::raw;
+    const std::size_t converted_bytes = convert ? count * item_bytes(delta.dtype) : 0;
+    const std::uint8_t* from = bytes_at(base.data);
+    if (convert || decode) {
+        memory = std::make_unique_for_overwrite<std::uint8_t[]>(converted_bytes +
+                                                                (decode ? base_bytes : 0));
+    }
+    if (decode) {
+        std::uint8_t* const to = memory.get() + converted_bytes;
+        decode_block(base, reinterpret_cast<std::byte*>(to), base.row_bytes());
+        from = to;
+    } else if (base.length != base_bytes) {
+        corrupt(delta, "its base has a length that is not that of its shape");
+    }
+    if (detail::check_of(from, base.rows, base.row_bytes()) != check) {
+        corrupt(delta, "this is not the base that it was made from");
+    }
+    if (!convert) return from;
+    detail::convert_floats(from, base.dtype, count, memory.get(), delta.dtype);
+    return memory.get();
+}
+
+}  // namespace
+
+void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
+                  std::size_t dst_stride_bytes) {
+    const std::size_t item = item_bytes(delta.dtype);
+    const std::uint64_t count = std::uint64_t{delta.rows} * delta.cols;
+    if (item == 0 || count == 0 || count > UINT32_MAX / item) {
+        corrupt(delta, "its dtype or shape is impossible");
+    }
+    if (dst_stride_bytes < delta.row_bytes()) {
+        throw Error(ErrorCode::invalid_argument, "a block's rows do not fit the given stride");
+    }
+    const bool quantised = delta.encoding == Encoding::quantised;
+    if (!quantised && delta.encoding != Encoding::delta) corrupt(delta, "it is not a delta");
+    if (base.encoding != Encoding::raw && base.encoding != Encoding::planes) {
+        corrupt(delta, "its base is a delta itself");
+    }
+    if (base.rows != delta.rows || base.cols != delta.cols) {
+        corrupt(delta, "its base has " + std::to_string(base.rows) + " x " +
+                           std::to_string(base.cols) + " elements");
+    }
+    Source source{{bytes_at(delta.data), delta.length}};
+    const std::size_t header = detail::kDeltaHeaderBytes + (quantised ? detail::kStepBytes : 0);
+    if (delta.length < header) corrupt(delta, "its header is cut off");
+    const std::byte* const head = delta.data;
+    if (bytes_at(head)[0] > detail::kDeltaVersion) {
+        throw Error(ErrorCode::unsupported_format,
+                    "a delta has version " + std::to_string(bytes_at(head)[0]) +
+                        ", this pydedup reads up to " + std::to_string(detail::kDeltaVersion) +
+                        "; use a newer pydedup");
+    }
+    const std::uint8_t form = bytes_at(head)[1];
+    const unsigned shift = bytes_at(head)[3];
+    if (bytes_at(head)[0] == 0 || form > 1 || load_le<std::uint32_t>(head + 4) != count ||
+        shift >= 8 * item || (quantised && shift != 0)) {
+        corrupt(delta, "its header is damaged");
+    }
+    if (bytes_at(head)[2] != static_cast<std::uint8_t>(base.dtype) ||
+        !detail::converts(base.dtype, delta.dtype)) {
+        corrupt(delta, "its base has another dtype");
+    }
+    double step = 0;
+    if (quantised) {
+        step = std::bit_cast<double>(load_le<std::uint64_t>(head + detail::kDeltaHeaderBytes));
+        if (!detail::can_quantise(delta.dtype) || !std::isfinite(step) || !(step > 0) ||
+            (item != 8 && static_cast<double>(static_cast<float>(step)) != step)) {
+            corrupt(delta, "its step is impossible");
+        }
+    }
+    std::unique_ptr<std::uint8_t[]> memory;
+    const std::uint8_t* from = base_elements(delta, base, load_le<std::uint32_t>(head + 8), memory);
+    static_cast<void>(source.take(header));
+
+    const Room room(static_cast<std::size_t>(count), item);
+    const DeltaLayout layout = detail::delta_layout(delta.dtype);
+    const bool wide = item == 8 && !quantised;
+    const unsigned value_bits = quantised ? 32U : static_cast<unsigned>(8 * item);
+    const auto n = static_cast<std::size_t>(count);
+    const char* wrong = nullptr;
+    if (form == static_cast<std::uint8_t>(DeltaForm::coded)) {
+        wrong = get_coded(source, delta, layout, value_bits, wide, from,
+                          bytes_at(delta.data) + delta.length, room);
+    } else if (wide) {
+        wrong = get_sparse(source, n, value_bits, reinterpret_cast<std::uint64_t*>(room.z));
+    } else {
+        wrong = get_sparse(source, n, value_bits, reinterpret_cast<std::uint32_t*>(room.z));
+    }
+    if (wrong != nullptr) corrupt(delta, wrong);
+
+    const CodecKernels& codec = kernels().codec;
+    if (quantised) {
+        const detail::Values values(from, from, n, delta.dtype);
+        detail::dequantise(values.base(), reinterpret_cast<const std::uint32_t*>(room.z), n,
+                           delta.dtype, step, codec, room.values_of, room.block);
+    } else if (dst_stride_bytes == delta.row_bytes()) {
+        codec.delta.add(from, room.z, n, layout, shift, reinterpret_cast<std::uint8_t*>(dst));
+        return;
+    } else {
+        codec.delta.add(from, room.z, n, layout, shift, room.block);
+    }
+    for (std::size_t r = 0; r < delta.rows; ++r) {
+        std::memcpy(dst + r * dst_stride_bytes, room.block + r * delta.row_bytes(),
+                    delta.row_bytes());
+    }
+}
+
+}  // namespace pydedup

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block beside its base: what encoding and estimating a delta begin with. Private to codec/.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "codec/delta_plan.hpp"
+#include "codec/delta_room.hpp"
+#include "pydedup/codec.hpp"
+
+namespace pydedup::detail {
+
+/// A block that is to be a delta, with what its base gives for it.
+struct Pair {
+    std::size_t rows;
+    std::size_t cols;
+    Dtype dtype;
+    const std::uint8_t* block;  ///< rows * cols elements
+    const std::uint8_t* base;   ///< the same, of the block's dtype
+    Dtype base_dtype;
+    std::uint32_t check;
+
+    [[nodiscard]] std::size_t count() const noexcept { return rows * cols; }
+};
+
+/// Throw Error{invalid_argument} unless a delta can be made of it.
+void check_pair(const MatrixRef& block, const MatrixRef& base);
+void check_error(std::optional<double> max_rel_error);
+
+/// Part of the base's hash: stands in the delta's header, so that another base is noticed.
+[[nodiscard]] std::uint32_t check_of(const std::uint8_t* base, std::size_t rows,
+                                     std::size_t row_bytes);
+
+/// Contiguous copies where they are needed, and the memory for them. The base is always copied: it
+/// is looked at again and again, and must be the same each time, also when somebody writes into it
+/// meanwhile; else a code may lack a symbol that is then written.
+class PairOf {
+  public:
+    PairOf(const MatrixRef& block, const MatrixRef& base);
+    Pair pair;
+
+  private:
+    std::unique_ptr<std::uint8_t[]> memory_;
+};
+
+/// What take_differences() found.
+struct Coded {
+    Differences differences;
+    unsigned shift = 0;
+    std::optional<double> step;
+    std::size_t n_changed = 0;
+};
+
+/// Differences of a pair into room.z and room.classes; the exact ones, or quantised. False when
+/// they cannot be quantised.
+[[nodiscard]] bool take_differences(const Pair& pair, std::optional<double> max_rel_error,
+                                    const Room& room, Coded& coded);
+
+/// How to write them; symbols and contexts of the elements are in `room` afterwards.
+void plan_pair(const Coded& coded, const Room& room, DeltaPlan& plan);
+
+}  // namespace pydedup::detail
