@@ -6,7 +6,6 @@
 #include "pydedup/conv.hpp"
 
 #include <algorithm>
-#include <initializer_list>
 #include <limits>
 #include <mutex>
 #include <string>
@@ -48,84 +47,7 @@ constexpr double kReadCost = 0.3;
     return (a + b - 1) / b;
 }
 
-struct Named {
-    const char* name;
-    std::size_t value;
-};
-
-void check_count(const char* what, std::initializer_list<std::size_t> factors) {
-    std::size_t count = 8;  // bytes of the largest element
-    for (const std::size_t factor : factors) {
-        if (__builtin_mul_overflow(count, factor, &count)) {
-            throw Error(ErrorCode::invalid_argument,
-                        std::string("the ") + what + " has more elements than memory can hold");
-        }
-    }
-}
-
-void check_axis(const char* axis, std::size_t size, std::size_t before, std::size_t after,
-                std::size_t kernel, std::size_t dilation) {
-    const std::size_t reach = (kernel - 1) * dilation + 1;
-    if (reach > size + before + after) {
-        throw Error(ErrorCode::invalid_argument,
-                    std::string("the kernel covers ") + std::to_string(reach) + " of the image's " +
-                        axis + ", which is " + std::to_string(size + before + after) +
-                        " with its padding");
-    }
-}
-
 }  // namespace
-
-void check_shape(const ConvShape& s) {
-    constexpr std::size_t kLargest = std::numeric_limits<std::int32_t>::max();
-    for (const Named& size : {Named{"channels", s.channels},
-                              {"out_channels", s.out_channels},
-                              {"kernel_h", s.kernel_h},
-                              {"kernel_w", s.kernel_w},
-                              {"stride_h", s.stride_h},
-                              {"stride_w", s.stride_w},
-                              {"dilation_h", s.dilation_h},
-                              {"dilation_w", s.dilation_w},
-                              {"groups", s.groups}}) {
-        if (size.value == 0) {
-            throw Error(ErrorCode::invalid_argument,
-                        std::string(size.name) + " is 0; it must be at least 1");
-        }
-    }
-    for (const Named& size : {Named{"batch", s.batch},
-                              {"channels", s.channels},
-                              {"height", s.height},
-                              {"width", s.width},
-                              {"out_channels", s.out_channels},
-                              {"kernel_h", s.kernel_h},
-                              {"kernel_w", s.kernel_w},
-                              {"stride_h", s.stride_h},
-                              {"stride_w", s.stride_w},
-                              {"dilation_h", s.dilation_h},
-                              {"dilation_w", s.dilation_w},
-                              {"padding", s.pad_top},
-                              {"padding", s.pad_left},
-                              {"padding", s.pad_bottom},
-                              {"padding", s.pad_right}}) {
-        if (size.value > kLargest) {
-            throw Error(ErrorCode::invalid_argument, std::string(size.name) + " is " +
-                                                         std::to_string(size.value) +
-                                                         "; at most 2^31 - 1 is supported");
-        }
-    }
-    if (s.channels % s.groups != 0 || s.out_channels % s.groups != 0) {
-        throw Error(ErrorCode::invalid_argument,
-                    std::to_string(s.groups) + " groups do not divide " +
-                        std::to_string(s.channels) + " channels and " +
-                        std::to_string(s.out_channels) + " output channels");
-    }
-    check_axis("height", s.height, s.pad_top, s.pad_bottom, s.kernel_h, s.dilation_h);
-    check_axis("width", s.width, s.pad_left, s.pad_right, s.kernel_w, s.dilation_w);
-    check_count("image", {s.batch, s.channels, s.height, s.width});
-    check_count("weight", {s.out_channels, s.channels, s.kernel_h, s.kernel_w});
-    check_count("result",
-                {std::max<std::size_t>(s.batch, 1), s.out_channels, s.out_h(), s.out_w()});
-}
 
 class Conv2d::Impl {
   public:
