@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matching of a model's tensors: large ones one by one, small ones many at a time.
 
-What a tensor costs by itself, a look-up in the store and some calls into the core, is more than
-its few blocks are worth when it is small, and most tensors of most models are: biases, scales,
-kernels of convolutions. So small ones wait until there are enough; then all their blocks of one
-dtype and shape, whichever tensors they are of, are stacked and matched as one matrix.
+What a tensor costs by itself, a look-up in the store and some calls into the core, is more than a
+few blocks are worth, and most tensors of most models are small: biases, scales, kernels of
+convolutions; and of a large one that was there before, only some blocks may have changed. So where
+little is to be matched it waits until there is enough; then all blocks of one dtype and shape,
+whichever tensors they are of, are stacked and matched as one matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -30,7 +31,7 @@ from pydedup.types import DType
 
 __all__ = ["hints_for", "match_tensors"]
 
-# Tensors up to this many bytes wait for others, until these are so many bytes or blocks together.
+# Up to this many bytes of a tensor wait for others, until these are so many bytes or blocks.
 _SMALL_BYTES = 256 * 1024
 _WAITING_BYTES = 4 * 1024 * 1024
 _WAITING_BLOCKS = 4096
@@ -62,10 +63,15 @@ def match_tensors(
         view = MatrixView.of(request.source.read(entry.name), request.block_shape)
         if view.data.nbytes <= _SMALL_BYTES:
             bundle.add(entry, view)
-            if bundle.is_full:
-                matched.update(bundle.match(advance))
         else:
-            matched[entry.name] = _match_one(matcher, request, previous, entry, view, advance)
+            digests = hash_view(view)
+            known = _known(previous, entry, view.grid, digests)
+            if known.bytes_to_match(view) <= _SMALL_BYTES:
+                bundle.add(entry, view, known)
+            else:
+                matched[entry.name] = _match_one(matcher, request, entry, view, known, advance)
+        if bundle.is_full:
+            matched.update(bundle.match(advance))
         del view
     matched.update(bundle.match(advance))
     return [matched[entry.name] for entry in request.source.entries]
@@ -88,51 +94,70 @@ def _nbytes(entry: TensorEntry) -> int:
     return int(np.prod(entry.shape)) * entry.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The blocks of a tensor before they are matched, and what the version before says of them.
+
+    ``references`` are `NO_BASE` for those that have to be matched, ``errors`` 0.
+    """
+
+    digests: NDArray[np.uint64]
+    references: NDArray[np.int64]
+    errors: NDArray[np.float64]
+
+    def bytes_to_match(self, view: MatrixView) -> int:
+        """Return how many bytes the version before says nothing of."""
+        return int(view.block_bytes()[self.references == NO_BASE].sum())
+
+
+def _known(
+    previous: Previous | None, entry: TensorEntry, grid: BlockGrid, digests: NDArray[np.uint64]
+) -> _Known:
+    if previous is None:
+        return _Known(digests, np.full(grid.count, NO_BASE, np.int64), np.zeros(grid.count))
+    references = previous.references(entry, grid, digests)
+    errors = np.where(references != NO_BASE, previous.largest_error, 0.0)
+    return _Known(digests, references, errors)
+
+
 def _match_one(
     matcher: Matcher,
     request: Request,
-    previous: Previous | None,
     entry: TensorEntry,
     view: MatrixView,
+    known: _Known,
     advance: Callable[[int], None],
 ) -> MatchedTensor:
-    digests = hash_view(view)
-    known, errors = _known(previous, entry, view.grid, digests)
     found = matcher.match(
         view,
-        digests=digests,
-        known=known,
+        digests=known.digests,
+        known=known.references,
         policy=request.policy,
         hints=hints_for(matcher, request, entry, view.grid),
         advance=advance,
     )
     matcher.aligned.note(entry, view.grid, found.references)
-    largest_error = float(max(errors.max(initial=0.0), found.errors.max(initial=0.0)))
-    return MatchedTensor(entry, view.grid, found.references, digests, largest_error)
-
-
-def _known(
-    previous: Previous | None, entry: TensorEntry, grid: BlockGrid, digests: NDArray[np.uint64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return references of blocks as they were in the version before, and their errors."""
-    if previous is None:
-        return np.full(grid.count, NO_BASE, np.int64), np.zeros(grid.count)
-    known = previous.references(entry, grid, digests)
-    return known, np.where(known != NO_BASE, previous.largest_error, 0.0)
+    errors = np.maximum(known.errors, found.errors)
+    largest_error = float(errors.max(initial=0.0))
+    return MatchedTensor(entry, view.grid, found.references, known.digests, largest_error)
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A small tensor; its blocks are numbered within the bundle, from ``start`` on."""
+    """A tensor in a bundle; its blocks are numbered within that, from ``start`` on.
+
+    Without ``known``, what the version before says of it was not looked up yet.
+    """
 
     entry: TensorEntry
-    view: MatrixView
+    grid: BlockGrid
     start: int
+    known: _Known | None
 
     @property
     def blocks(self) -> slice:
         """Its blocks, as numbers of the bundle."""
-        return slice(self.start, self.start + self.view.grid.count)
+        return slice(self.start, self.start + self.grid.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,21 +193,41 @@ class _Together:
 
 
 class _Bundle:
-    """Small tensors that wait to be matched."""
+    """What waits to be matched: tensors, and copies of their blocks, stacked by kind."""
 
     def __init__(self, matcher: Matcher, request: Request, previous: Previous | None) -> None:
         self._matcher = matcher
         self._request = request
         self._previous = previous
+        self._clear()
+
+    def _clear(self) -> None:
         self._tensors: list[_Waiting] = []
+        # Rows of stacked blocks, and the numbers of those in the bundle.
+        self._parts: dict[_Kind, list[tuple[NDArray[np.uint8], NDArray[np.int64]]]] = {}
+        self._count = 0
         self._bytes = 0
         self._blocks = 0
 
-    def add(self, entry: TensorEntry, view: MatrixView) -> None:
-        """Let a tensor wait."""
-        self._tensors.append(_Waiting(entry, view, self._blocks))
-        self._bytes += view.data.nbytes
-        self._blocks += view.grid.count
+    def add(self, entry: TensorEntry, view: MatrixView, known: _Known | None = None) -> None:
+        """Let a tensor wait: all of it, or the blocks of which nothing is known."""
+        grid, start = view.grid, self._count
+        self._tensors.append(_Waiting(entry, grid, start, known))
+        self._count += grid.count
+        indices = np.arange(grid.count, dtype=np.int64)
+        if known is not None:
+            indices = np.flatnonzero(known.references == NO_BASE)
+        if grid.count == len(indices) == 1:
+            self._add_part((view.dtype, (grid.rows, grid.cols)), view.data, indices + start)
+            return
+        for shape, at in by_shape(np.arange(len(indices)), view, indices):
+            stack = stack_blocks(view, indices[at], shape)
+            self._add_part((view.dtype, shape), stack.data, indices[at] + start)
+
+    def _add_part(self, kind: _Kind, rows: NDArray[np.uint8], blocks: NDArray[np.int64]) -> None:
+        self._parts.setdefault(kind, []).append((rows, blocks))
+        self._bytes += rows.nbytes
+        self._blocks += len(blocks)
 
     @property
     def is_full(self) -> bool:
@@ -191,9 +236,8 @@ class _Bundle:
 
     def match(self, advance: Callable[[int], None]) -> dict[str, MatchedTensor]:
         """Match all that wait, by name; then none does."""
-        tensors, count = self._tensors, self._blocks
-        self._tensors, self._bytes, self._blocks = [], 0, 0
-        stacks = _stacks(tensors)
+        tensors, count, stacks = self._tensors, self._count, _stacks(self._parts)
+        self._clear()
         digests = np.empty((count, 2), np.uint64)
         for view, blocks in stacks:
             digests[blocks] = hash_view(view)
@@ -202,9 +246,11 @@ class _Bundle:
         neighbours: list[Sequence[Neighbours]] = []
         owners = np.empty(count, np.int64)
         for number, waiting in enumerate(tensors):
-            here, entry, grid = waiting.blocks, waiting.entry, waiting.view.grid
+            here, entry, grid = waiting.blocks, waiting.entry, waiting.grid
             owners[here] = number
-            references[here], errors[here] = _known(self._previous, entry, grid, digests[here])
+            known = waiting.known or _known(self._previous, entry, grid, digests[here])
+            digests[here], references[here] = known.digests, known.references
+            errors[here] = known.errors
             neighbours.append(_neighbours(self._matcher, self._request, entry, grid))
         starts = np.array([waiting.start for waiting in tensors], np.int64)
         columns = range(max(map(len, neighbours), default=0))
@@ -222,27 +268,18 @@ class _Bundle:
             errors[blocks] = np.maximum(errors[blocks], found.errors)
         done = {}
         for waiting in tensors:
-            here, entry, grid = waiting.blocks, waiting.entry, waiting.view.grid
+            here, entry, grid = waiting.blocks, waiting.entry, waiting.grid
             self._matcher.aligned.note(entry, grid, references[here])
             largest = float(errors[here].max(initial=0.0))
             done[entry.name] = MatchedTensor(entry, grid, references[here], digests[here], largest)
-            advance(waiting.view.data.nbytes)
+            advance(_nbytes(entry))
         return done
 
 
-def _stacks(tensors: Sequence[_Waiting]) -> list[tuple[MatrixView, NDArray[np.int64]]]:
-    """Stack the blocks of each dtype and shape; also says which blocks of the bundle they are."""
-    parts: dict[_Kind, list[tuple[NDArray[np.uint8], NDArray[np.int64]]]] = {}
-    for waiting in tensors:
-        view, grid = waiting.view, waiting.view.grid
-        indices = np.arange(grid.count, dtype=np.int64)
-        if grid.count == 1:
-            part = view.data, indices + waiting.start
-            parts.setdefault((view.dtype, (grid.rows, grid.cols)), []).append(part)
-            continue
-        for shape, some in by_shape(indices, view, indices):
-            part = stack_blocks(view, some, shape).data, some + waiting.start
-            parts.setdefault((view.dtype, shape), []).append(part)
+def _stacks(
+    parts: Mapping[_Kind, Sequence[tuple[NDArray[np.uint8], NDArray[np.int64]]]],
+) -> list[tuple[MatrixView, NDArray[np.int64]]]:
+    """Return each stack as a matrix, and the numbers of its blocks."""
     stacks = []
     for (dtype, (height, width)), found in parts.items():
         data = np.concatenate([rows for rows, _ in found])
