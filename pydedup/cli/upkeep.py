@@ -50,6 +50,8 @@ def verify(url: str, metrics: Sequence[tuple[str, str]], as_json: bool, quiet: b
         return Exit.OK if report.ok else Exit.DIFFERENT
     for complaint in report.errors:
         output.print_note(f"damaged: {complaint}", "red")
+    for complaint in report.broken_promises:
+        output.print_note(f"promise broken: {complaint}", "red")
     for note in report.notes[:_SHOWN_NOTES]:
         output.print_note(f"note: {note}", "dim")
     if len(report.notes) > _SHOWN_NOTES:
@@ -61,7 +63,9 @@ def verify(url: str, metrics: Sequence[tuple[str, str]], as_json: bool, quiet: b
             text.plural(report.blocks, "block"),
         ]
     )
-    verdict, style = ("sound", "green") if report.ok else ("DAMAGED", "bold red")
+    verdict, style = "sound", "green"
+    if not report.ok:
+        verdict, style = "DAMAGED" if report.errors else "PROMISE BROKEN", "bold red"
     output.print_note(f"{verdict}: {checked}, checked in {text.duration(watch.seconds)}", style)
     return Exit.OK if report.ok else Exit.DIFFERENT
 

@@ -29,7 +29,7 @@ def recheck(
     evaluate: Evaluate,
     report: VerifyReport,
 ) -> None:
-    """Evaluate a stored model; a drop beyond what was promised is an error of the report.
+    """Evaluate a stored model; a drop beyond what was promised is a broken promise.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def recheck(
     slack = _ROUNDING * max(1.0, abs(before)) + certificate.get("noise", 0.0)
     drop = before - found
     if drop > certificate["max_drop"] + slack:
-        report.add_error(
+        report.broken_promises.append(
             f"{model.address}: the metric is {found:.6g}, {drop:.3g} below the {before:.6g} of "
             f"the source, where {certificate['max_drop']:g} was promised"
         )

@@ -39,7 +39,8 @@ _NO_BASE = -1
 class VerifyReport:
     """What a verification looked at and what it found.
 
-    ``errors`` are damage; ``notes`` are harmless leftovers that a vacuum removes.
+    ``errors`` are damage, ``broken_promises`` metrics below what a certificate says; ``notes`` are
+    harmless leftovers that a vacuum removes.
     """
 
     pages: int = 0
@@ -47,12 +48,13 @@ class VerifyReport:
     models: int = 0
     page_bytes: int = 0
     errors: list[str] = field(default_factory=list)
+    broken_promises: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged."""
-        return not self.errors
+        """Whether nothing is damaged, and each promise that was checked is kept."""
+        return not self.errors and not self.broken_promises
 
     def add_error(self, text: str) -> None:
         """Record damage; a hopeless store stops the list at some point."""
