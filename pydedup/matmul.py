@@ -14,6 +14,7 @@ Deliberately not here: names of tensors and models (:mod:`pydedup.serving`).
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,8 +118,7 @@ def matmul(
         if offset.shape != (outer,):
             raise ArgumentError(f"bias has shape {offset.shape}; ({outer},) is needed")
     lead = given.shape[:-1]
-    rows = np.prod(lead, dtype=np.int64)
-    y = np.empty((int(rows), outer), dtype)
+    y = np.empty((math.prod(lead), outer), dtype)
     product = _core.Matmul(
         *_shape_of(block_map),
         given.reshape(len(y), inner),
