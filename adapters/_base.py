@@ -306,8 +306,8 @@ def check_state(state: str) -> None:
 
 
 def fetch_all(cursor: Any) -> list[Row]:
-    """Return all rows of a cursor."""
-    return list(cursor.fetchall())
+    """Return all rows of a cursor; none of a statement that has no result."""
+    return list(cursor.fetchall()) if cursor.description else []
 
 
 def _row_count(cursor: Any) -> int:

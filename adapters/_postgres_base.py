@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PostgreSQL beside its driver: dialect, schema, reading again after a lost connection, upkeep."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
+
+from pydedup.errors import ReadOnlyError, StoreError
+
+from ._base import Row
+from ._dbapi import DbApiAdapter
+from ._postgres_errors import ConnectionLostError
+from ._postgres_url import Place
+from ._schema import TABLES, Dialect, literal
+from ._sessions import Connection, Session
+
+__all__ = ["PostgresBase", "dialect_of"]
+
+R = TypeVar("R")
+
+#: A read whose connection was lost is tried again for so long, with pauses that double.
+AGAIN_SECONDS: Final = 10.0
+FIRST_PAUSE_SECONDS: Final = 0.05
+LONGEST_PAUSE_SECONDS: Final = 1.0
+
+#: Any number that others are unlikely to lock: who creates a schema holds it.
+CREATING: Final = int.from_bytes(b"pydedup", "big")
+
+
+def dialect_of(schema: str) -> Dialect:
+    """Return how PostgreSQL spells things, for a store in this schema."""
+    text = 'TEXT COLLATE "C"'
+    return Dialect(
+        types=dict.fromkeys(("word", "name", "text"), text)
+        | {"int": "BIGINT", "float": "DOUBLE PRECISION", "hash": "BYTEA", "blob": "BYTEA"},
+        identity="BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY",
+        list_tables=(
+            "SELECT c.relname FROM pg_class c JOIN pg_namespace n "  # noqa: S608 - a plain word
+            f"ON n.oid = c.relnamespace WHERE n.nspname = '{schema}' "
+            "AND c.relkind IN ('r', 'p', 'v', 'm', 'f')"
+        ),
+        # Under READ COMMITTED the second of two that bump the epoch sees what the first made of
+        # it; any stricter level would end in a serialization failure.
+        begin_write=("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",),
+        begin_snapshot=("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1"),
+        lock_schema=(f"SELECT pg_advisory_xact_lock({CREATING})",),
+        placeholder="%b",  # everything goes in binary
+        qualifier=f'"{schema}".',
+        prefix="",
+        increment="CAST(CAST(value AS BIGINT) + 1 AS TEXT)",
+        returning_id=True,
+        join_text="string_agg({value}, ', ')",
+        byte_length="octet_length({value})",
+    )
+
+
+class PostgresBase(DbApiAdapter):
+    """A store in a schema of PostgreSQL, but for what needs the driver.
+
+    Attributes
+    ----------
+    _place
+        Set before the first connection is opened.
+    """
+
+    _place: Place
+
+    @abc.abstractmethod
+    def _connect(self) -> Connection:
+        """Return a new connection."""
+
+    # ---- reading again ------------------------------------------------------------------------
+
+    def _again(self, read: Callable[[], R]) -> R:
+        """Return what ``read`` returns; outside of transactions, it survives lost connections."""
+        if self._pool.scope() is not None:
+            return read()
+        end, pause = time.monotonic() + AGAIN_SECONDS, FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return read()
+            except ConnectionLostError:
+                if time.monotonic() + pause > end:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        return self._again(lambda: super(PostgresBase, self)._query(sql, parameters))
+
+    def _connected(self) -> None:
+        with self._pool.acquire():
+            pass
+
+    def _begin(self, session: Session, statements: Sequence[str]) -> None:
+        try:
+            super()._begin(session, statements)
+        except ConnectionLostError:
+            # Nothing has been done yet. A host that went down closes no connection, so that it
+            # is noticed here.
+            with session.use():
+                session.connection.close()
+                session.connection = self._connect()
+            super()._begin(session, statements)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Write transaction, as in :class:`DbApiBase`; a lost server is waited for before it."""
+        self._refuse_when_read_only()
+        self._again(self._connected)
+        with super().transaction():
+            yield
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read transaction, as in :class:`DbApiBase`; a lost server is waited for before it."""
+        self._again(self._connected)
+        with super().snapshot():
+            yield
+
+    # ---- schema -------------------------------------------------------------------------------
+
+    def _create_tables(self) -> None:
+        schema = self._place.schema
+        ((there, allowed, role, database),) = self._query(
+            "SELECT n.oid IS NOT NULL, CASE WHEN n.oid IS NULL "
+            "THEN has_database_privilege(current_database(), 'CREATE') "
+            "ELSE has_schema_privilege(n.oid, 'CREATE') END, current_user, current_database() "
+            "FROM (SELECT CAST(%b AS text) AS name) w LEFT JOIN pg_namespace n "
+            "ON n.nspname = w.name",
+            [schema],
+        )
+        if not allowed:
+            to_do = (
+                f'GRANT CREATE, USAGE ON SCHEMA "{schema}" TO "{role}"'
+                if there
+                else f'CREATE SCHEMA "{schema}" AUTHORIZATION "{role}"'
+            )
+            raise ReadOnlyError(
+                f"{self._url} has no store in schema {schema}, and user {role} may not create "
+                f"one; let an administrator run, in database {database}: {to_do}"
+            )
+        if not there:
+            self._write(f'CREATE SCHEMA "{schema}"')
+        super()._create_tables()
+        # Pages are compressed already where that helps: never try again, and read them in slices.
+        for table, spec in TABLES.items():
+            if "payload" in spec.names:
+                name = self._sql.dialect.name(table)
+                self._write(f"ALTER TABLE {name} ALTER COLUMN payload SET STORAGE EXTERNAL")
+
+    # ---- upkeep -------------------------------------------------------------------------------
+
+    def _of_tables(self, what: str, more: str = "") -> list[Row]:
+        """Return something of each of our tables, as the catalog knows them."""
+        names = ", ".join(f"'{table}'" for table in TABLES)
+        return self._query(
+            f"SELECT {what} FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace {more} "  # noqa: S608
+            f"WHERE n.nspname = %b AND c.relkind = {literal('r')} AND c.relname IN ({names})",
+            [self._place.schema],
+        )
+
+    def stored_bytes(self) -> int:
+        """Return the size of the tables, with their indexes and what is stored apart."""
+        return sum(int(row[0] or 0) for row in self._of_tables("pg_total_relation_size(c.oid)"))
+
+    def checkpoint(self) -> None:
+        """Do nothing: the server sees to its log by itself."""
+
+    def compact(self) -> None:
+        """Make the space of deleted rows free for new ones, and tell the planner what there is.
+
+        The files do not shrink but at their ends: more would keep readers out meanwhile (VACUUM
+        FULL does).
+
+        Raises
+        ------
+        ReadOnlyError
+            When changes are refused.
+        StoreError
+            Inside of a transaction or snapshot.
+        """
+        self._refuse_when_read_only()
+        if (scope := self._pool.scope()) is not None:
+            raise StoreError(f"compact() cannot run inside of a {scope}")
+        for table in TABLES:
+            self._query(f"VACUUM (ANALYZE) {self._sql.dialect.name(table)}")
+
+    def integrity_errors(self) -> list[str]:
+        """Return which indexes are not to be used, and what amcheck finds where it may run."""
+        indexes = "JOIN pg_index i ON i.indrelid = c.oid JOIN pg_class x ON x.oid = i.indexrelid"
+        found = self._of_tables("x.relname, i.indexrelid, i.indisvalid AND i.indisready", indexes)
+        complaints = [
+            f"index {name} is not valid; run REINDEX SCHEMA {self._place.schema}"
+            for name, _, valid in found
+            if not valid
+        ]
+        check = self._query(
+            "SELECT p.oid::regproc::text FROM pg_proc p JOIN pg_extension e "
+            "ON e.extnamespace = p.pronamespace WHERE e.extname = 'amcheck' "
+            "AND p.proname = 'bt_index_check' AND p.pronargs = 1 "
+            "AND has_function_privilege(p.oid, 'EXECUTE')"
+        )
+        for name, oid, valid in found if check else []:
+            if valid:
+                complaints += self._checked(str(check[0][0]), str(name), int(oid))
+        return complaints
+
+    def _checked(self, function: str, index: str, oid: int) -> list[str]:
+        try:
+            self._query(f"SELECT {function}(CAST(%b AS oid))", [oid])
+        except StoreError as error:
+            return [f"index {index}: {error}"]
+        return []

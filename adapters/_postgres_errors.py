@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PostgreSQL's error codes mean to a user."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    CorruptStoreError,
+    NotAStoreError,
+    PydedupError,
+    ReadOnlyError,
+    StorageFullError,
+    StoreError,
+    UnavailableError,
+)
+
+from ._base import KeyTakenError
+from ._postgres_url import Place
+
+__all__ = ["ConnectionLostError", "meaning", "refusal"]
+
+
+class ConnectionLostError(UnavailableError):
+    """The connection is gone, or there never was one: what was read may be read again."""
+
+
+_AGAIN: Final = "nothing of the transaction was kept; try again"
+_GONE: Final = "check that the server runs; reading goes on by itself when it is back"
+
+#: SQLSTATE, or its first two letters -> error and what to do
+#: (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+_MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
+    "08": (ConnectionLostError, _GONE),
+    "0A": (StoreError, "this server lacks what is needed; PostgreSQL 13 or newer has it"),
+    "22": (ArgumentError, "a column does not take this value"),
+    "23": (ArgumentError, "a column does not take this value"),
+    "23505": (KeyTakenError, "there is a row of this key"),
+    "25006": (ReadOnlyError, "connect to the primary server, as a role that may write"),
+    "25P03": (ConnectionLostError, "raise idle_in_transaction_session_timeout for this role"),
+    "28": (UnavailableError, "check the user and password"),
+    "3D": (UnavailableError, "create the database first, with createdb, or name another"),
+    "3F": (NotAStoreError, "the schema was dropped; open the store again"),
+    "40": (ConflictError, _AGAIN),  # serialization failures and deadlocks
+    "42501": (  # insufficient_privilege
+        StoreError,
+        "ask the owner of schema {schema} for GRANT USAGE ON SCHEMA {schema}, and to read GRANT "
+        "SELECT, to write GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES and GRANT USAGE ON "
+        "ALL SEQUENCES IN SCHEMA {schema}",
+    ),
+    "42P01": (NotAStoreError, "tables of schema {schema} were dropped; restore a backup"),
+    "53": (UnavailableError, "the server is short of resources; try again later"),
+    "53100": (StorageFullError, "free some space on the server; the store is as it was before"),
+    "53300": (ConnectionLostError, "raise max_connections of the server, or use fewer clients"),
+    "54": (ArgumentError, "write it in smaller pieces"),
+    "55P03": (  # lock_not_available
+        ConflictError,
+        "another process or thread is writing; try again, or wait longer with ?timeout=seconds",
+    ),
+    "57014": (  # query_canceled
+        UnavailableError,
+        "the statement was cancelled; raise statement_timeout for this role if it was that",
+    ),
+    "57": (ConnectionLostError, _GONE),  # the server shuts down, or starts up
+    "58": (UnavailableError, "check the server's log and its disks"),
+    "XX": (StoreError, "see the server's log"),
+    "XX001": (CorruptStoreError, "run `pydedup verify`, or restore a backup"),
+    "XX002": (CorruptStoreError, "REINDEX SCHEMA {schema}, then run `pydedup verify`"),
+}
+
+
+def meaning(code: str | None, said: str, place: Place, *, lost: bool) -> PydedupError:
+    """Return what an error means that came while the store at ``place`` was used.
+
+    Parameters
+    ----------
+    code
+        The SQLSTATE; ``None`` when the driver, and not the server, complains.
+    said
+        What it says.
+    lost
+        Whether the driver complains of the connection.
+    """
+    if code is None:
+        if lost:
+            return ConnectionLostError(f"{place.shown}: {said}; {_GONE}")
+        return ArgumentError(f"{place.shown}: {said}")
+    kind, advice = _MEANINGS.get(code) or _MEANINGS.get(code[:2]) or (StoreError, "")
+    more = f"; {advice.format(schema=place.schema)}" if advice else f" (SQLSTATE {code})"
+    return kind(f"{place.shown}: {said}{more}")
+
+
+def refusal(said: str, place: Place, *, needs_password: bool) -> PydedupError:
+    """Return what it means that no connection came about.
+
+    libpq tells no SQLSTATE then. The server's words may be in any language, so that all that
+    hangs on them is the advice.
+    """
+    if needs_password:
+        advice = "give a password in the URL, in PGPASSWORD or in ~/.pgpass"
+    elif "password authentication failed" in said:
+        advice = "check the user and the password (%-encoded in a URL)"
+    elif "database" in said and "does not exist" in said:
+        advice = "create the database first, with createdb, or name another"
+    elif "SSL" in said or "no encryption" in said or "certificate" in said:
+        advice = "see sslmode, sslrootcert, sslcert and sslkey of libpq, all of which a URL takes"
+    elif "pg_hba.conf" in said:
+        advice = "allow this user, database and address in the server's pg_hba.conf"
+    else:
+        return ConnectionLostError(f"{place.shown}: {said}; {_GONE}")
+    return UnavailableError(f"{place.shown}: {said}; {advice}")

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""URLs of PostgreSQL: what is libpq's, what is ours, and what may be shown of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote
+
+from pydedup.errors import ArgumentError
+
+__all__ = ["SCHEMA", "Place", "locate"]
+
+#: Where a store lives unless told otherwise.
+SCHEMA: Final = "pydedup"
+#: How long a writer waits for another, in seconds.
+TIMEOUT_SECONDS: Final = 30.0
+MOST_SECONDS: Final = 86400.0
+#: An address that does not answer is given up after this time, unless the URL says otherwise.
+CONNECT_SECONDS: Final = "10"
+
+#: Parameters of libpq that say where a database is, and so are shown.
+_SHOWN: Final = ("host", "hostaddr", "port", "dbname", "user", "service")
+#: A host, perhaps an IPv6 address in brackets, and a port; both may be missing.
+_HOST: Final = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:[0-9]*)?")
+#: Letters and digits of ASCII alone: it is written into statements.
+_SCHEMA_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a store is.
+
+    Attributes
+    ----------
+    conninfo
+        What libpq is given; it may hold a password.
+    shown
+        The same for people: without passwords and keys.
+    schema
+        The schema that the tables are in.
+    timeout
+        Seconds to wait for another writer; ``None`` leaves it to the server where that has a
+        limit.
+    """
+
+    conninfo: str
+    shown: str
+    schema: str
+    timeout: float | None
+
+    def __repr__(self) -> str:
+        return f"Place({self.shown!r})"
+
+
+def locate(url: str, schema: str | None) -> Place:
+    """Take a URL apart: ``?schema=`` and ``?timeout=`` are ours, all the rest is libpq's.
+
+    Raises
+    ------
+    ArgumentError
+        For what is no URL of libpq, or one whose password is not percent-encoded, or a schema
+        or timeout that cannot be.
+    """
+    rest, _, query = url.partition("://")[2].partition("?")
+    location, _, database = rest.partition("/")
+    parameters = [part for part in query.split("&") if part]
+    user, at, host = location.rpartition("@")
+    # An "@" elsewhere than before the host, or a port that is none, means that a "/" or "?" was
+    # part of the password; so nothing of such a URL is ever shown.
+    if (
+        "@" in user + database
+        or not all(_HOST.fullmatch(one) for one in host.split(","))
+        or any("=" not in part for part in parameters)
+    ):
+        raise ArgumentError(
+            "the URL of the PostgreSQL database cannot be read; write "
+            "postgresql://user:password@host:port/database, with %40 for @, %2F for / and %3F for "
+            "? in the user, password and database, and name=value&name=value after the ?"
+        )
+    ours: dict[str, str] = {}
+    theirs, shown = [], []
+    for part in parameters:
+        name, _, value = part.partition("=")
+        if name in ("schema", "timeout"):
+            ours[name] = unquote(value)
+            continue
+        theirs.append(part)
+        if name in _SHOWN:
+            shown.append(part)
+    given = {part.partition("=")[0] for part in theirs}
+    if "connect_timeout" not in given:
+        theirs.append(f"connect_timeout={CONNECT_SECONDS}")
+    name = _checked_schema(schema, ours.get("schema"))
+    if name != SCHEMA:
+        shown.append(f"schema={name}")
+    return Place(
+        conninfo=f"postgresql://{rest}?{'&'.join(theirs)}",
+        shown=f"postgresql://{user.partition(':')[0]}{at}{host}/{database}"
+        + (f"?{'&'.join(shown)}" if shown else ""),
+        schema=name,
+        timeout=_checked_timeout(ours.get("timeout")),
+    )
+
+
+def _checked_schema(argument: str | None, parameter: str | None) -> str:
+    if argument is not None and parameter is not None and argument != parameter:
+        raise ArgumentError(
+            f"schema={argument!r} was given, and schema={parameter} in the URL; give one of them"
+        )
+    name = argument if argument is not None else parameter
+    name = SCHEMA if name is None else name
+    reserved = name.lower().startswith("pg_") or name.lower() == "information_schema"
+    if reserved or not _SCHEMA_NAME.fullmatch(name):
+        raise ArgumentError(
+            f"schema {name!r} cannot hold a store; take up to 63 letters, digits and underscores, "
+            "not beginning with a digit or pg_"
+        )
+    return name
+
+
+def _checked_timeout(value: str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        timeout = float(value)
+    except ValueError:
+        timeout = -1.0
+    if not 0 <= timeout <= MOST_SECONDS:
+        raise ArgumentError(f"timeout={value} must be a number of seconds, 0 to {MOST_SECONDS:.0f}")
+    return timeout

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PostgreSQL: a store in a schema of its own, through psycopg 3.
+
+Here: all that needs the driver, which is connecting and what its errors are. Nothing is ever sent
+or fetched as text that is not text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+from typing import Any, Final, cast
+
+import psycopg
+from psycopg import pq
+from psycopg.types.numeric import Int8BinaryDumper
+
+from pydedup.adapter import Adapter, Capabilities
+from pydedup.errors import ArgumentError, NotAStoreError, PydedupError, StoreError
+
+from ._postgres_base import dialect_of
+from ._postgres_copy import PostgresCopy
+from ._postgres_errors import meaning, refusal
+from ._postgres_url import TIMEOUT_SECONDS, Place, locate
+from ._sessions import Connection, Session, SessionPool
+
+__all__ = ["PostgresAdapter", "connect"]
+
+#: Larger values could be stored, but not dumped by pg_dump, which doubles them on their way.
+MAX_PAYLOAD_BYTES: Final = 256 << 20
+#: The protocol counts parameters in 16 bits.
+MAX_PARAMETERS: Final = 65535
+#: Identity columns, 13 being the oldest that is not long gone.
+OLDEST_SERVER: Final = 130000
+
+#: What each connection is set to. Names in statements are full, so that what somebody put into
+#: another schema is never called instead.
+_SETTINGS: Final = """SELECT
+  set_config('search_path', 'pg_catalog', false),
+  set_config('lock_timeout', CASE WHEN %(default)s AND current_setting('lock_timeout') <> '0'
+    THEN current_setting('lock_timeout') ELSE %(wait)s END, false),
+  set_config('default_transaction_read_only', CASE WHEN %(read)s THEN 'on'
+    ELSE current_setting('default_transaction_read_only') END, false)"""
+
+_CANNOT_WRITE: Final = """SELECT current_setting('transaction_read_only') = 'on' OR EXISTS (
+  SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+  WHERE n.nspname = %b AND c.relname = 'meta' AND NOT has_table_privilege(c.oid, 'INSERT'))"""
+
+
+def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
+    """Open ``postgresql://user@host:port/database``, with any parameter of libpq after a ``?``.
+
+    Beside those there are ``schema=`` (where the store lives, ``pydedup`` unless told otherwise)
+    and ``timeout=``, how many seconds a writer waits for another.
+
+    Raises
+    ------
+    ArgumentError
+        For a URL that libpq does not understand, or an impossible schema.
+    NotAStoreError
+        With mode ``"r"``, when there are no tables.
+    UnavailableError
+        When the server cannot be reached, or refuses.
+    """
+    adapter = PostgresAdapter(locate(url, schema), mode)
+    try:
+        if mode == "r" and adapter.schema_version() is None:
+            raise NotAStoreError(
+                f"{adapter.url} holds no store; open it with mode 'a' to create one, or name the "
+                "schema that it is in with schema=..."
+            )
+        return adapter
+    except BaseException:
+        adapter.close()
+        raise
+
+
+class _Cursor(psycopg.Cursor[Any]):
+    """A cursor whose results come in binary."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.format = pq.Format.BINARY
+
+
+class PostgresAdapter(PostgresCopy):
+    """A store in a schema of a PostgreSQL database."""
+
+    driver_error = psycopg.Error
+
+    def __init__(self, place: Place, mode: str) -> None:
+        self._place, self._reads_only = place, mode == "r"
+        pool = SessionPool(self._connect, name=place.shown, is_stale=_is_stale)
+        with pool.acquire() as session:
+            read_only = mode == "r" or self._cannot_write(session)
+        super().__init__(
+            place.shown,
+            dialect=dialect_of(place.schema),
+            read_only=read_only,
+            capabilities=Capabilities(
+                max_payload_bytes=MAX_PAYLOAD_BYTES,
+                max_parameters=MAX_PARAMETERS,
+                concurrent_writers=True,
+                incremental_read=False,
+                shrinks=False,
+            ),
+            pool=pool,
+        )
+
+    # ---- connecting ---------------------------------------------------------------------------
+
+    def _connect(self) -> Connection:
+        try:
+            connection: psycopg.Connection[Any] = psycopg.connect(
+                self._place.conninfo,
+                autocommit=True,
+                cursor_factory=_Cursor,
+                fallback_application_name="pydedup",
+                client_encoding="utf8",
+            )
+        except psycopg.ProgrammingError:
+            # libpq quotes the URL, and what it takes for a port may be a piece of a password.
+            raise ArgumentError(
+                "libpq cannot read the URL of the PostgreSQL database: a parameter that it does "
+                "not know, or a user or password that is not percent-encoded (%40 for @)"
+            ) from None
+        except psycopg.Error as error:
+            needs = error.pgconn is not None and error.pgconn.needs_password
+            raise refusal(_said(error), self._place, needs_password=needs) from error
+        try:
+            self._configure(connection)
+            return cast(Connection, connection)
+        except psycopg.Error as error:
+            connection.close()
+            raise self._translate(error) from error
+        except BaseException:
+            connection.close()
+            raise
+
+    def _configure(self, connection: psycopg.Connection[Any]) -> None:
+        info = connection.info
+        encoding = info.parameter_status("server_encoding")
+        if info.server_version < OLDEST_SERVER or encoding != "UTF8":
+            raise StoreError(
+                f"{self._place.shown} is PostgreSQL {info.server_version // 10000} with encoding "
+                f"{encoding}; a store needs 13 or newer, and a database with encoding UTF8"
+            )
+        wait = TIMEOUT_SECONDS if self._place.timeout is None else self._place.timeout
+        connection.adapters.register_dumper(int, Int8BinaryDumper)  # one type, whatever the value
+        connection.execute(
+            _SETTINGS,
+            {
+                "default": self._place.timeout is None,
+                "wait": str(max(1, int(wait * 1000))),  # 0 would be for ever
+                "read": self._reads_only,
+            },
+        )
+
+    def _cannot_write(self, session: Session) -> bool:
+        """Whether the server is a standby, or the user may only read the store."""
+        return bool(self._run(session, _CANNOT_WRITE, [self._place.schema], _first))
+
+    def _translate(self, error: Exception) -> PydedupError:
+        lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+        return meaning(getattr(error, "sqlstate", None), _said(error), self._place, lost=lost)
+
+
+def _first(cursor: Any) -> Any:
+    return cursor.fetchone()[0]
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    diagnosis = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    return " ".join((diagnosis or str(error)).split()) or type(error).__name__
+
+
+def _is_stale(connection: Connection) -> bool:
+    """Whether the server has closed an idle connection: then there is something to read."""
+    pgconn = cast("psycopg.Connection[Any]", connection).pgconn
+    with contextlib.suppress(psycopg.Error, OSError, ValueError):
+        for _ in range(3):  # a last message, then the end
+            if pgconn.status != pq.ConnStatus.OK:
+                return True
+            poll = select.poll()
+            poll.register(pgconn.socket, select.POLLIN)
+            if not poll.poll(0):
+                return False
+            pgconn.consume_input()
+        return pgconn.status != pq.ConnStatus.OK
+    return True
