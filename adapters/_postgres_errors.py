@@ -28,6 +28,7 @@ class ConnectionLostError(UnavailableError):
 
 
 _AGAIN: Final = "nothing of the transaction was kept; try again"
+_FULL: Final = "raise max_connections of the server, or use fewer clients"
 _GONE: Final = "check that the server runs; reading goes on by itself when it is back"
 
 #: SQLSTATE, or its first two letters -> error and what to do
@@ -53,7 +54,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
     "42P01": (NotAStoreError, "tables of schema {schema} were dropped; restore a backup"),
     "53": (UnavailableError, "the server is short of resources; try again later"),
     "53100": (StorageFullError, "free some space on the server; the store is as it was before"),
-    "53300": (ConnectionLostError, "raise max_connections of the server, or use fewer clients"),
+    "53300": (ConnectionLostError, _FULL),
     "54": (ArgumentError, "write it in smaller pieces"),
     "55P03": (  # lock_not_available
         ConflictError,
@@ -109,5 +110,6 @@ def refusal(said: str, place: Place, *, needs_password: bool) -> PydedupError:
     elif "pg_hba.conf" in said:
         advice = "allow this user, database and address in the server's pg_hba.conf"
     else:
-        return ConnectionLostError(f"{place.shown}: {said}; {_GONE}")
+        advice = _FULL if "too many" in said or "connection slots" in said else _GONE
+        return ConnectionLostError(f"{place.shown}: {said}; {advice}")
     return UnavailableError(f"{place.shown}: {said}; {advice}")

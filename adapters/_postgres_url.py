@@ -17,8 +17,14 @@ SCHEMA: Final = "pydedup"
 #: How long a writer waits for another, in seconds.
 TIMEOUT_SECONDS: Final = 30.0
 MOST_SECONDS: Final = 86400.0
-#: An address that does not answer is given up after this time, unless the URL says otherwise.
-CONNECT_SECONDS: Final = "10"
+#: Unless the URL says otherwise: an address that does not answer is given up after 10 seconds, a
+#: server that falls silent, as when its host lost its power, after a minute.
+_DEFAULTS: Final = {
+    "connect_timeout": "10",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+}
 
 #: Parameters of libpq that say where a database is, and so are shown.
 _SHOWN: Final = ("host", "hostaddr", "port", "dbname", "user", "service")
@@ -90,16 +96,15 @@ def locate(url: str, schema: str | None) -> Place:
         if name in _SHOWN:
             shown.append(part)
     given = {part.partition("=")[0] for part in theirs}
-    if "connect_timeout" not in given:
-        theirs.append(f"connect_timeout={CONNECT_SECONDS}")
-    name = _checked_schema(schema, ours.get("schema"))
-    if name != SCHEMA:
-        shown.append(f"schema={name}")
+    theirs += [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in given]
+    schema = _checked_schema(schema, ours.get("schema"))
+    if schema != SCHEMA:
+        shown.append(f"schema={schema}")
     return Place(
         conninfo=f"postgresql://{rest}?{'&'.join(theirs)}",
         shown=f"postgresql://{user.partition(':')[0]}{at}{host}/{database}"
         + (f"?{'&'.join(shown)}" if shown else ""),
-        schema=name,
+        schema=schema,
         timeout=_checked_timeout(ours.get("timeout")),
     )
 

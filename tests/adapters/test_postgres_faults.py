@@ -12,8 +12,10 @@ import os
 import random
 import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -142,6 +144,141 @@ def test_a_cut_transaction_is_told_and_not_repeated(
     with adapter.transaction():
         adapter.put_job("kept", "", "", "")
     assert [job[0] for job in adapter.jobs()] == ["kept"]
+
+
+class Proxy:
+    """Passes bytes between a client and the server, and cuts connections after so many of them.
+
+    Bytes of the server alone are counted. A cut is the end of both connections, in the middle of
+    whatever is under way.
+    """
+
+    def __init__(self, target: str, folder: Path) -> None:
+        self.after: int | None = None
+        self.cuts = 0
+        self._target = target
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / ".s.PGSQL.5432"))
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as server:
+            server.connect(self._target)
+            threads = [
+                threading.Thread(target=self._pass, args=(client, server, False)),
+                threading.Thread(target=self._pass, args=(server, client, True)),
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                passed += len(data)
+                if counted and self.after is not None and passed > self.after:
+                    sink.sendall(data[: len(data) // 2])
+                    self.after, self.cuts = None, self.cuts + 1
+                    break
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def test_a_connection_that_is_cut_within_a_page(postgres_url: str, name: str) -> None:
+    with psycopg.connect(postgres_url) as connection:
+        info = connection.info
+        assert info.host.startswith("/"), "this test needs a server with a Unix socket"
+        target, user, database = f"{info.host}/.s.PGSQL.{info.port}", info.user, info.dbname
+    with tempfile.TemporaryDirectory() as folder:
+        proxy = Proxy(target, Path(folder))
+        adapter = open_store(f"postgresql://{user}@/{database}?host={folder}", name)
+        pages = add_pages(adapter, 20)
+        for after in (100_000, (1 << 20) + 20, 9 << 20, 17 << 20):
+            in_new_connection(adapter, lambda after=after: cut_within(proxy, adapter, pages, after))
+        assert proxy.cuts == 4
+        # Writing is not repeated, and nothing of it is kept.
+        with pytest.raises(UnavailableError), adapter.transaction():
+            put_job_while_cut(proxy, adapter)
+        assert adapter.jobs() == []
+        add_pages(adapter, 1)
+        adapter.close()
+        proxy.close()
+
+
+def in_new_connection(adapter: Adapter, function: Any) -> None:
+    """Call the function in a thread of its own, which has a connection of its own."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:  # shown below
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    assert not failures, failures
+
+
+def cut_within(proxy: Proxy, adapter: Adapter, pages: dict[int, bytes], after: int) -> None:
+    adapter.epoch()
+    proxy.after = after
+    assert dict(adapter.read_pages(list(pages))) == pages
+    assert proxy.after is None, "it was not cut"
+
+
+def put_job_while_cut(proxy: Proxy, adapter: Adapter) -> None:
+    proxy.after = 0
+    adapter.put_job("lost", "", "", "")
+
+
+def test_ctrl_c_ends_the_wait_for_a_lock(adapter: Adapter, postgres_url: str, name: str) -> None:
+    patient = open_store(f"{named(postgres_url, name)}&timeout=60", name)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+
+    def wait() -> None:
+        with patient.transaction():
+            patient.bump_epoch()
+
+    def hold() -> None:
+        with adapter.transaction():
+            adapter.bump_epoch()
+            begun.set()
+            done.wait(60)
+
+    begun, done = threading.Event(), threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert begun.wait(30)
+    start = time.monotonic()
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        assert time.monotonic() - start < 10
+    finally:
+        timer.join()
+        done.set()
+        holder.join()
+    wait()
+    assert patient.epoch() == 2
+    patient.close()
 
 
 def test_a_killed_writer_leaves_whole_transactions(postgres_url: str, name: str) -> None:
