@@ -43,9 +43,17 @@ class DbApiAdapter(CatalogCalls):
         """Insert (checksum, payload) and return their ids, in order."""
         check_state(state)
         pad = self._sql.dialect.pad(state, None)
+        has_length = self._sql.dialect.page_length
         return [
             self._insert(
-                self._sql.insert_page, [state, *pad, checksum, self._sized(payload, "a page")]
+                self._sql.insert_page,
+                [
+                    state,
+                    *pad,
+                    checksum,
+                    self._sized(payload, "a page"),
+                    *([len(payload)] if has_length else []),
+                ],
             )
             for checksum, payload in pages
         ]

@@ -50,6 +50,9 @@ class Dialect:
     returning_id: bool = False
     #: Whether ``pages`` gets a column ``pad``, see :meth:`pad`.
     page_pad: bool = False
+    #: Whether ``pages`` gets a column ``payload_bytes``, where asking for the length of a value
+    #: reads the value; then ``byte_length`` names that column.
+    page_length: bool = False
     address: str = "{model}.name || '@' || {model}.version"
     join_text: str = "group_concat({value}, ', ')"
     byte_length: str = "length({value})"
@@ -226,6 +229,8 @@ def _create_table(dialect: Dialect, table: str, spec: Table) -> str:
         lines.append(f"{dialect.column(column)} {sql or dialect.identity}")
     if table == "pages" and dialect.page_pad:
         lines.insert(3, f"pad {dialect.types['blob']} NOT NULL")
+    if table == "pages" and dialect.page_length:
+        lines.insert(-1, f"payload_bytes {dialect.types['int']} NOT NULL")
     if table == "models" and not dialect.partial_indexes:
         lines.append(
             f"live_version {dialect.types['name']} GENERATED ALWAYS AS "

@@ -89,6 +89,7 @@ class Statements:
         self.delete_model_pages = self.delete("model_pages", ("model_id",))
 
         page_columns = ["state", *(["pad"] if dialect.page_pad else []), "checksum", "payload"]
+        page_columns += ["payload_bytes"] if dialect.page_length else []
         self.insert_page = self.insert("pages", page_columns, returning=True)
         states = f"({literal(STAGING)}, {literal(LIVE)}, {literal(RETIRED)})"
         self.orphan_pages = (  # naming every state leads to the index on states

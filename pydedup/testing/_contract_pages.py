@@ -42,6 +42,11 @@ class PagesContract(ContractBase):
         payload = random.Random(size).randbytes(size)
         payload = (EVERY_BYTE + payload)[:size] if size > 256 else payload
         checksum = random.Random(size + 1).randbytes(16)
+        limit = adapter.capabilities.max_payload_bytes
+        if size > limit:
+            with pytest.raises(ArgumentError, match=str(limit)), adapter.transaction():
+                adapter.insert_pages([(checksum, payload)], state=LIVE)
+            return
         with adapter.transaction():
             (page_id,) = adapter.insert_pages([(checksum, payload)], state=LIVE)
         ((found_id, found),) = adapter.read_pages([page_id])

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (identifiers come from TABLES, VIEWS and a Dialect; values are always bound)
+"""MySQL and MariaDB beside their driver: dialect, settings of a session, creation, upkeep."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from pydedup.adapter import SCHEMA_VERSION
+from pydedup.errors import ConflictError, StoreError, UnavailableError
+
+from ._base import Row, fetch_all, text
+from ._dbapi import DbApiAdapter
+from ._mysql_errors import PACKET_BYTES, DeniedError, packet_advice
+from ._mysql_url import Place
+from ._schema import TABLES, VIEWS, Dialect, create_statements
+from ._sessions import Connection, Session
+
+__all__ = ["DIALECT", "MysqlBase", "check_server", "session_statements"]
+
+#: Names are compared byte by byte: collations take trailing spaces, or accents, for nothing.
+DIALECT: Final = Dialect(
+    types={
+        "int": "BIGINT",
+        "float": "DOUBLE",
+        "word": "VARBINARY(16)",
+        "name": "VARBINARY(1020)",  # 255 characters of UTF-8; two of them make a key of InnoDB
+        "text": "LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",
+        "hash": "BINARY(16)",
+        "blob": "LONGBLOB",
+    },
+    identity="BIGINT NOT NULL AUTO_INCREMENT PRIMARY KEY",
+    list_tables="SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()",
+    # Sessions are READ COMMITTED: a writer that waited for the epoch sees what was committed.
+    begin_write=("START TRANSACTION READ WRITE",),
+    begin_snapshot=(
+        "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+        "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",
+    ),
+    quote="`",
+    table_options=(
+        " ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+    ),
+    upsert="ON DUPLICATE KEY UPDATE {changes}",
+    upsert_change="{column} = VALUES({column})",
+    increment="CAST(CAST(value AS UNSIGNED) + 1 AS CHAR)",
+    partial_indexes=False,
+    page_length=True,
+    byte_length="{value}_bytes",
+    address="CONCAT({model}.name, '@', {model}.version)",
+    join_text="GROUP_CONCAT({value} ORDER BY {value} SEPARATOR ', ')",
+)
+
+#: Sent with a payload: the other columns of its row, generously.
+ROW_BYTES: Final = 64 << 10
+#: The largest payload: with its row just below where one packet becomes several, which the
+#: driver without its C extension cannot read (it does without after an import of torch).
+MOST_PAYLOAD_BYTES: Final = PACKET_BYTES - ROW_BYTES
+#: Below this, not even our own pages and parts would pass.
+LEAST_PACKET_BYTES: Final = 2 << 20
+
+#: A read outside of a transaction is tried again after so many seconds, on a new connection.
+BACK_OFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.4, 0.8, 1.5)
+#: Rows, and bytes of their values, of one INSERT.
+INSERT_ROWS: Final = 512
+INSERT_BYTES: Final = 1 << 20
+
+CREATE_LOCK: Final = "CONCAT('pydedup:', MD5(DATABASE()))"
+
+
+def check_server(version: str, packet_bytes: int, place: Place) -> int:
+    """Return the largest payload that a server takes.
+
+    Raises
+    ------
+    StoreError
+        When it is too old, or takes too small packets.
+    """
+    number = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    is_maria = "mariadb" in version.lower()
+    if number < ((10, 11) if is_maria else (8, 0)):
+        raise StoreError(
+            f"{place.url}: server {version} is too old; MariaDB 10.11 or MySQL 8.0 is needed"
+        )
+    if packet_bytes < LEAST_PACKET_BYTES:
+        raise StoreError(
+            f"{place.url}: the server takes at most {packet_bytes} bytes in one packet, less than "
+            f"a page of a store needs; {packet_advice()}"
+        )
+    return min(packet_bytes - ROW_BYTES, MOST_PAYLOAD_BYTES)
+
+
+def session_statements(version: str, timeout: float, *, read_only: bool) -> list[str]:
+    """Return what makes a new session ours."""
+    seconds = max(1, math.ceil(timeout))
+    settings = [
+        f"innodb_lock_wait_timeout = {seconds}",
+        f"lock_wait_timeout = {seconds}",
+        f"group_concat_max_len = {1 << 24}",
+    ]
+    if "mariadb" not in version.lower():
+        settings.append("information_schema_stats_expiry = 0")  # sizes as they are now
+    access = "READ ONLY" if read_only else "READ WRITE"
+    return [
+        f"SET SESSION {', '.join(settings)}",
+        f"SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, {access}",
+    ]
+
+
+class MysqlBase(DbApiAdapter):
+    """A store in a database of MySQL or MariaDB, but for what needs the driver.
+
+    Attributes
+    ----------
+    _place, _is_maria
+        Set before the first use.
+    """
+
+    _place: Place
+    _is_maria: bool
+
+    @abc.abstractmethod
+    def _connect(self) -> Connection:
+        """Return a new connection."""
+
+    # ---- statements ---------------------------------------------------------------------------
+
+    def _query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """Return all rows that a SELECT finds, on a new connection where the old one is lost."""
+        waits = iter(BACK_OFF_SECONDS)
+        while True:
+            try:
+                return super()._query(sql, parameters)
+            except UnavailableError:
+                wait = None if self._pool.scope() else next(waits, None)
+                if wait is None:
+                    raise
+                time.sleep(wait)
+
+    @contextlib.contextmanager
+    def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:
+        if self._pool.scope() is None:
+            self._query("SELECT 1")  # a connection that was lost is found out, and replaced
+        with super()._scope(scope, begin):
+            yield
+
+    def _write_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Run one INSERT for many rows at once: a round trip for each would cost more."""
+        head, _, marks = sql.rpartition(" VALUES ")
+        with self._writer():
+            pass  # raises where nothing may be written, also for no rows
+        for piece in _pieces(rows):
+            values = [value for row in piece for value in row]
+            self._write(f"{head} VALUES {', '.join([marks] * len(piece))}", values)
+
+    def _sized(self, payload: bytes, what: str) -> bytes:
+        limit = self.capabilities.max_payload_bytes
+        if limit < len(payload) <= MOST_PAYLOAD_BYTES:
+            raise StoreError(
+                f"{what} has {len(payload)} bytes, and {self._url} takes at most {limit} in one "
+                f"value; {packet_advice()}"
+            )
+        return super()._sized(payload, what)
+
+    # ---- schema -------------------------------------------------------------------------------
+
+    def schema_version(self) -> int | None:
+        """Return the version of the store's tables; ``None`` when there are none, or not all yet.
+
+        A definition cannot be rolled back here; that a store is complete is said by ``meta``,
+        which is filled at the end.
+        """
+        return None if self._unfinished() else super().schema_version()
+
+    def _unfinished(self) -> list[str]:
+        """Return the tables and views of a creation that did not get to its end."""
+        there = {text(name) for (name,) in self._query(self._sql.dialect.list_tables)}
+        ours = [name for name in (*TABLES, *VIEWS) if self._bare(name) in there]
+        tables = [name for name in ours if name in TABLES]
+        if "meta" not in tables or any(map(self._has_rows, tables)):
+            return []
+        return ours if all(map(self._has_shape, tables)) else []
+
+    def _has_rows(self, table: str) -> bool:
+        return bool(self._query(f"SELECT 1 FROM {self._sql.dialect.name(table)} LIMIT 1"))
+
+    def _bare(self, name: str) -> str:
+        return self._sql.dialect.prefix + name
+
+    def create_schema(self, meta: Mapping[str, str]) -> None:
+        """Create tables and views and fill ``meta``; a no-op when they exist."""
+        self._refuse_when_read_only()
+        self._refuse_inside("create_schema()")
+        with self._creating():
+            if self.schema_version() is not None:
+                return
+            for name in self._unfinished():
+                kind = "TABLE" if name in TABLES else "VIEW"
+                self._define(f"DROP {kind} {self._sql.dialect.name(name)}")
+            for statement in create_statements(self._sql.dialect):
+                self._define(statement)
+            first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
+            with self.transaction():
+                self._write_many(self._sql.insert("meta"), list({**first, **meta}.items()))
+
+    @contextlib.contextmanager
+    def _creating(self) -> Iterator[None]:
+        """Hold the lock of who creates; it goes with the connection, whatever happens."""
+        seconds = math.ceil(self._place.timeout)
+        ((got,),) = self._query(f"SELECT GET_LOCK({CREATE_LOCK}, {seconds})")
+        if got != 1:
+            raise ConflictError(
+                f"{self._url}: somebody else is creating a store there for {seconds} seconds; "
+                "try again"
+            )
+        try:
+            yield
+        finally:
+            self._query(f"SELECT RELEASE_LOCK({CREATE_LOCK})")
+
+    def _refuse_inside(self, call: str) -> None:
+        if scope := self._pool.scope():
+            raise StoreError(f"{call} cannot run inside of a {scope}")
+
+    def _define(self, statement: str) -> None:
+        with self._pool.acquire() as session:
+            self._run(session, statement, (), lambda cursor: None)
+
+    # ---- upkeep -------------------------------------------------------------------------------
+
+    def stored_bytes(self) -> int:
+        """Return the size of the tables' files, or InnoDB's estimate of it.
+
+        Files are shown to who has the privilege PROCESS.
+        """
+        names = [self._bare(table) for table in TABLES]
+        marks = self._sql.members(len(names))
+        files = "innodb_sys_tablespaces" if self._is_maria else "innodb_tablespaces"
+        with contextlib.suppress(DeniedError):
+            spaces = [f"{self._place.database}/{name}" for name in names]
+            sql = f"SELECT SUM(file_size) FROM information_schema.{files} WHERE name {marks}"
+            ((size,),) = self._query(sql, spaces)
+            if size is not None:
+                return int(size)
+        sql = (
+            "SELECT SUM(data_length + index_length) FROM information_schema.tables "
+            f"WHERE table_schema = DATABASE() AND table_name {marks}"
+        )
+        ((size,),) = self._query(sql, names)
+        return int(size or 0)
+
+    def checkpoint(self) -> None:
+        """Do nothing: the server sees to its log itself."""
+
+    def compact(self) -> None:
+        """Do nothing but what every change does: InnoDB uses the space of deleted rows again.
+
+        A rebuilt table (``OPTIMIZE TABLE pydedup_pages``) would be smaller, but snapshots that
+        are being read would fail.
+
+        Raises
+        ------
+        ReadOnlyError
+            When changes are refused.
+        StoreError
+            Inside of a transaction or snapshot.
+        """
+        self._refuse_when_read_only()
+        self._refuse_inside("compact()")
+
+    def integrity_errors(self) -> list[str]:
+        """Return what CHECK TABLE finds wrong."""
+        checked = ", ".join(self._sql.dialect.name(table) for table in TABLES)
+        session = Session(self._connect(), self._url)  # it would end a transaction
+        try:
+            rows = self._run(session, f"CHECK TABLE {checked}", (), fetch_all)
+        finally:
+            session.close()
+        return [
+            f"{text(table)}: {text(said)}"
+            for table, _, kind, said in rows
+            if text(kind).lower() in ("error", "warning")
+            or (text(kind).lower() == "status" and text(said) != "OK")
+        ]
+
+
+def _pieces(rows: Iterable[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
+    """Yield rows in pieces for one statement each, in order.
+
+    The length of a piece is a power of two: a connection then keeps few statements prepared.
+    """
+    piece: list[Sequence[Any]] = []
+    size = 0
+    for row in rows:
+        row_bytes = sum(len(value) for value in row if isinstance(value, _SIZED))
+        if len(piece) == INSERT_ROWS or size + row_bytes > INSERT_BYTES:
+            yield from _halved(piece)
+            piece, size = [], 0
+        piece.append(row)
+        size += row_bytes
+    yield from _halved(piece)
+
+
+def _halved(piece: list[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
+    while piece:
+        count = 1 << (len(piece).bit_length() - 1)
+        yield piece[:count]
+        piece = piece[count:]
+
+
+_SIZED: Final = (bytes, bytearray, memoryview, str)

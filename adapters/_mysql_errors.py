@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the error numbers of MySQL, MariaDB and their clients mean to a user."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    CorruptStoreError,
+    NotAStoreError,
+    PydedupError,
+    ReadOnlyError,
+    StorageFullError,
+    StoreError,
+    UnavailableError,
+)
+
+from ._base import KeyTakenError
+from ._mysql_url import Place
+
+__all__ = ["LOST", "DeniedError", "meaning", "packet_advice"]
+
+
+class DeniedError(StoreError):
+    """The user lacks a privilege."""
+
+
+#: What a server needs for the largest payload; MariaDB's own default, and below MySQL's.
+PACKET_BYTES: Final = 16 << 20
+
+
+def packet_advice() -> str:
+    """Say which setting to raise, and to what."""
+    return (
+        f"raise the server's max_allowed_packet to {PACKET_BYTES}: SET GLOBAL "
+        f"max_allowed_packet = {PACKET_BYTES}, and max_allowed_packet={PACKET_BYTES >> 20}M "
+        "under [mysqld] in its configuration, then connect again"
+    )
+
+
+_AGAIN: Final = "try again"
+_WAIT: Final = "another writer was in the way; try again, or wait longer with ?timeout=seconds"
+_LOGIN_CODES: Final = (1045, 1251, 1524, 1698, 1820, 1862, 2059, 2061, 3118)
+_LOGIN: Final = "check the user and the password in the URL, and what the user may do"
+_TLS: Final = "check the options ssl_ca, ssl_cert, ssl_key and ssl_disabled of the URL"
+_DOWN: Final = "check that the server runs and can be reached, and try again"
+_FULL: Final = "free some space on the server; the store is as it was before"
+_REPAIR: Final = "run `pydedup verify`, or restore a backup"
+_WRITABLE: Final = "write to the primary server, or make this one writable"
+_TABLE: Final = "a table of the store is missing or another; restore a backup"
+
+#: The connection is gone, or could not be made.
+LOST: Final = frozenset(
+    {1040, 1042, 1053, 1077, 1079, 1129, 1152, 1158, 1159, 1160, 1161, 1184, 1203, 1927}
+    | {2002, 2003, 2005, 2006, 2012, 2013, 2014, 2027, 2048, 2055, 3169, 4031}
+)
+
+#: Errors of servers: https://mariadb.com/kb/en/mariadb-error-codes/; of clients: 2000 to 2999.
+_MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
+    **dict.fromkeys(LOST, (UnavailableError, _DOWN)),
+    **dict.fromkeys((1205, 3572), (ConflictError, _WAIT)),
+    **dict.fromkeys((1020, 1213, 1412, 1613, 1614), (ConflictError, _AGAIN)),
+    **dict.fromkeys((1317, 1969, 3024), (UnavailableError, "it was stopped; try again")),
+    **dict.fromkeys(
+        (1045, 1251, 1524, 1698, 1820, 1862, 2059, 2061, 3118), (ArgumentError, _LOGIN)
+    ),
+    **dict.fromkeys((1130, 4151), (ArgumentError, "let this user connect from this host")),
+    **dict.fromkeys((2026, 3159), (ArgumentError, _TLS)),
+    **dict.fromkeys((1036, 1290, 1792, 1836, 3100), (ReadOnlyError, _WRITABLE)),
+    **dict.fromkeys((1021, 1114), (StorageFullError, _FULL)),
+    **dict.fromkeys((1062, 1586), (KeyTakenError, "there is a row of this key")),
+    **dict.fromkeys((1048, 1264, 1366, 1406), (ArgumentError, "a column does not take this value")),
+    **dict.fromkeys((1032, 1034, 1194, 1195, 1712, 1877), (CorruptStoreError, _REPAIR)),
+    **dict.fromkeys((1054, 1146, 1356), (NotAStoreError, _TABLE)),
+    **dict.fromkeys((1044, 1227), (DeniedError, "grant it to this user, or use another")),
+    **dict.fromkeys((1153, 1162, 1301, 2020), (StoreError, packet_advice())),
+    1461: (UnavailableError, "raise max_prepared_stmt_count on the server, or try again"),
+}
+
+#: Errors that name the one of the operating system.
+_OF_SYSTEM: Final = frozenset({3, 1026, 1030, 1598})
+
+
+def meaning(error: Exception, place: Place) -> PydedupError:
+    """Return what an exception of the driver means for the database at a place."""
+    code: int | None = getattr(error, "errno", None)
+    said = str(getattr(error, "msg", None) or error)
+    kind: type[PydedupError]
+    if code == 1049:
+        return NotAStoreError(
+            f"{place.url}: there is no database {place.database!r}; create it: CREATE DATABASE "
+            f"`{place.database.replace('`', '``')}` CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+        )
+    if code in (1142, 1143):
+        # Who may read and no more meets this when something is changed.
+        reads = said.upper().startswith("SELECT")
+        kind, advice = (DeniedError if reads else ReadOnlyError), "grant it, or use another user"
+    elif code in _OF_SYSTEM and ("28" in said or "122" in said):  # ENOSPC, EDQUOT
+        kind, advice = StorageFullError, _FULL
+    elif code is None or code <= 0:
+        # The driver itself: its connection is not there any more, or a value is none it knows.
+        lost = type(error).__name__ in ("OperationalError", "InterfaceError", "InternalError")
+        kind, advice = (UnavailableError, _DOWN) if lost else (ArgumentError, "")
+    else:
+        kind, advice = _MEANINGS.get(code, (StoreError, ""))
+    return kind(f"{place.url}: {said}; {advice}" if advice else f"{place.url}: {said} ({code})")

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The URL of a MySQL or MariaDB database: what it names, and the options that it may hold.
+
+Nothing here connects, and nothing here repeats a password.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
+
+from pydedup.errors import ArgumentError
+
+__all__ = ["Place", "locate"]
+
+TIMEOUT_SECONDS: Final = 30.0
+MOST_SECONDS: Final = 86400.0
+
+FORM: Final = "mysql://user:password@host:port/database"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A database, and how to get there."""
+
+    url: str
+    """Without the password and the options, for messages."""
+    database: str
+    timeout: float
+    """Seconds to wait for another writer."""
+    options: Mapping[str, Any] = field(repr=False)
+    """Arguments of ``mysql.connector.connect``, the password among them."""
+
+
+def locate(url: str, schema: str | None = None) -> Place:
+    """Return the place that a URL names; ``schema``, if given, is the database.
+
+    User, password, database and options are percent-decoded.
+
+    Raises
+    ------
+    ArgumentError
+        For another form, or an option that is not known.
+    """
+    parts, port = _split(url)
+    database = unquote(parts.path.removeprefix("/")) if schema is None else schema
+    user = unquote(parts.username or "")
+    place = f"{user}@{parts.hostname or 'localhost'}" if user else parts.hostname or "localhost"
+    shown = f"{parts.scheme}://{place}{f':{port}' if port else ''}/{quote(database)}"
+    if not database or "\0" in database or (schema is None and "/" in database):
+        raise ArgumentError(f"{shown} names no database; write {FORM}")
+    options: dict[str, Any] = {"host": parts.hostname or "localhost", "database": database}
+    options |= {"port": port} if port else {}
+    options |= {"user": user} if user else {}
+    options |= {"password": unquote(parts.password)} if parts.password else {}
+    timeout = TIMEOUT_SECONDS
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if name == "timeout":
+            timeout = _option(shown, name, value, _seconds)
+        elif name in _OPTIONS:
+            key, parse = _OPTIONS[name]
+            options[key] = _option(shown, name, value, parse)
+        else:
+            known = ", ".join(sorted({"timeout", *_OPTIONS}))
+            raise ArgumentError(f"{shown}: option {name!r} is not known; there are: {known}")
+    if "unix_socket" in options:
+        shown = f"{shown}?unix_socket={options['unix_socket']}"
+    return Place(shown, database, timeout, options)
+
+
+def _split(url: str) -> tuple[SplitResult, int | None]:
+    try:
+        parts = urlsplit(url)
+        return parts, parts.port
+    except ValueError:
+        # What it complains about may be a part of the password.
+        raise ArgumentError(
+            f"this is no URL of a MySQL database; write {FORM}, with special characters of the "
+            "password percent-encoded"
+        ) from None
+
+
+def _option(shown: str, name: str, value: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ArgumentError(f"{shown}: {name} must be {error}") from None
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MOST_SECONDS:
+        raise ValueError(f"a number of seconds, 0 to {MOST_SECONDS:.0f}, not {value!r}")
+    return seconds
+
+
+def _whole_seconds(value: str) -> int:
+    return max(1, round(_seconds(value)))
+
+
+def _flag(value: str) -> bool:
+    if value.lower() in ("1", "true", "yes"):
+        return True
+    if value.lower() in ("0", "false", "no"):
+        return False
+    raise ValueError(f"true or false, not {value!r}")
+
+
+def _words(value: str) -> list[str]:
+    return value.split(",")
+
+
+#: Option of the URL -> argument of the driver, and how its value is read.
+_OPTIONS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
+    "auth_plugin": ("auth_plugin", str),
+    "compress": ("compress", _flag),
+    "connect_timeout": ("connection_timeout", _whole_seconds),
+    "password": ("password", str),
+    "read_timeout": ("read_timeout", _whole_seconds),
+    "ssl_ca": ("ssl_ca", str),
+    "ssl_cert": ("ssl_cert", str),
+    "ssl_disabled": ("ssl_disabled", _flag),
+    "ssl_key": ("ssl_key", str),
+    "ssl_verify_cert": ("ssl_verify_cert", _flag),
+    "ssl_verify_identity": ("ssl_verify_identity", _flag),
+    "tls_versions": ("tls_versions", _words),
+    "unix_socket": ("unix_socket", str),
+    "use_pure": ("use_pure", _flag),
+    "write_timeout": ("write_timeout", _whole_seconds),
+}

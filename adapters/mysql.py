@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MySQL and MariaDB: a store in tables of their own in a database of a server.
+
+Here: all that needs the driver, mysql-connector-python, which is connecting and its errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Final, cast
+
+import mysql.connector
+from mysql.connector.constants import ClientFlag
+
+from pydedup.adapter import Adapter, Capabilities
+from pydedup.errors import PydedupError
+
+from ._mysql_base import DIALECT, MysqlBase, check_server, session_statements
+from ._mysql_cursors import PreparedConnection
+from ._mysql_errors import meaning
+from ._mysql_url import Place, locate
+from ._sessions import Connection, SessionPool
+
+__all__ = ["MysqlAdapter", "connect"]
+
+#: What a URL cannot change.
+ALWAYS: Final = {
+    "autocommit": True,
+    "allow_local_infile": False,  # a server could ask for any file of this machine
+    "charset": "utf8mb4",
+    "collation": "utf8mb4_bin",
+    "client_flags": [ClientFlag.FOUND_ROWS],  # an UPDATE counts what it found, changed or not
+    "sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION",
+}
+
+#: Of a connection that was used so lately, nobody asks whether it still stands.
+TRUSTED_SECONDS: Final = 1.0
+
+#: Placeholders in one statement: their number has 16 bits.
+MOST_PARAMETERS: Final = 65535
+
+
+def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
+    """Open ``mysql://user:password@host:port/database`` (or ``mariadb://``), which must exist.
+
+    Options in the URL are ``timeout``, seconds to wait for another writer, and those of the
+    driver that ``_mysql_url`` lists, ``unix_socket`` and ``ssl_ca`` among them.
+
+    Parameters
+    ----------
+    schema
+        The database, instead of the one in the URL: MySQL has one word for both.
+
+    Raises
+    ------
+    ArgumentError
+        For another form of URL, or when the server refuses the user.
+    NotAStoreError
+        When there is no such database.
+    StoreError
+        When the server is too old, or its ``max_allowed_packet`` too small.
+    UnavailableError
+        When the server cannot be reached.
+    """
+    return MysqlAdapter(locate(url, schema), read_only=mode == "r")
+
+
+class MysqlAdapter(MysqlBase):
+    """A store in a database of MySQL or MariaDB."""
+
+    driver_error = mysql.connector.Error
+
+    def __init__(self, place: Place, *, read_only: bool) -> None:
+        self._place = place
+        self._is_maria = False
+        self._max_payload_bytes = 0
+        self._opens_to_read = read_only
+        pool = SessionPool(self._connect, name=place.url, is_stale=_is_stale)
+        with pool.acquire():
+            capabilities = Capabilities(
+                max_payload_bytes=self._max_payload_bytes,
+                max_parameters=MOST_PARAMETERS,
+                concurrent_writers=True,
+                incremental_read=False,
+                shrinks=False,
+            )
+        super().__init__(
+            place.url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool
+        )
+
+    def _connect(self) -> Connection:
+        connection = None
+        try:
+            connection = mysql.connector.connect(**self._place.options, **ALWAYS)
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT VERSION(), @@SESSION.max_allowed_packet")
+                version, packet_bytes = cast(tuple[str, int], cursor.fetchone())
+                self._is_maria = "mariadb" in version.lower()
+                self._max_payload_bytes = check_server(version, packet_bytes, self._place)
+                for statement in session_statements(
+                    version, self._place.timeout, read_only=self._opens_to_read
+                ):
+                    cursor.execute(statement)
+            return PreparedConnection(connection)
+        except BaseException as error:
+            if connection is not None:
+                with contextlib.suppress(mysql.connector.Error):
+                    connection.close()
+            if isinstance(error, mysql.connector.Error):
+                raise self._translate(error) from error
+            raise
+
+    def _translate(self, error: Exception) -> PydedupError:
+        return meaning(error, self._place)
+
+
+def _is_stale(connection: Connection) -> bool:
+    return cast(PreparedConnection, connection).is_lost(TRUSTED_SECONDS)
