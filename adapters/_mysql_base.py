@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from pydedup.adapter import SCHEMA_VERSION
-from pydedup.errors import ConflictError, StoreError, UnavailableError
+from pydedup.errors import ArgumentError, ConflictError, StoreError
 
 from ._base import Row, fetch_all, text
 from ._dbapi import DbApiAdapter
-from ._mysql_errors import PACKET_BYTES, DeniedError, packet_advice
+from ._mysql_errors import PACKET_BYTES, ConnectionLostError, DeniedError, packet_advice
 from ._mysql_url import Place
 from ._schema import TABLES, VIEWS, Dialect, create_statements
 from ._sessions import Connection, Session
@@ -137,7 +137,7 @@ class MysqlBase(DbApiAdapter):
         while True:
             try:
                 return super()._query(sql, parameters)
-            except UnavailableError:
+            except ConnectionLostError:
                 wait = None if self._pool.scope() else next(waits, None)
                 if wait is None:
                     raise
@@ -162,7 +162,7 @@ class MysqlBase(DbApiAdapter):
     def _sized(self, payload: bytes, what: str) -> bytes:
         limit = self.capabilities.max_payload_bytes
         if limit < len(payload) <= MOST_PAYLOAD_BYTES:
-            raise StoreError(
+            raise ArgumentError(
                 f"{what} has {len(payload)} bytes, and {self._url} takes at most {limit} in one "
                 f"value; {packet_advice()}"
             )

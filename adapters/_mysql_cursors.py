@@ -13,9 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Final
 
-from pydedup.errors import UnavailableError
-
-from ._mysql_errors import LOST
+from ._mysql_errors import LOST, ConnectionLostError
 
 __all__ = ["PreparedConnection"]
 
@@ -41,7 +39,7 @@ class PreparedConnection:
     def cursor(self) -> _Cursor:
         """Return a cursor; one after the other, each closed before the next."""
         if self.broken:
-            raise UnavailableError("a statement was interrupted, and its connection with it")
+            raise ConnectionLostError("a statement was interrupted, and its connection with it")
         return _Cursor(self)
 
     def close(self) -> None:
@@ -66,6 +64,8 @@ class PreparedConnection:
         prepared = bool(parameters) or sql.startswith("SELECT")
         cursor = self._kept.pop(sql, None) if prepared else None
         if cursor is None:
+            if len(self._kept) >= KEPT:  # before there is a result, beside which nothing can be
+                self._kept.popitem(last=False)[1].close()
             cursor = self._raw.cursor(prepared=prepared)
         try:
             cursor.execute(sql, tuple(map(_sent, parameters)))
@@ -76,8 +76,6 @@ class PreparedConnection:
             raise
         if prepared:
             self._kept[sql] = cursor
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)[1].close()
         self._used = time.monotonic()
         self.broken = False
         return cursor

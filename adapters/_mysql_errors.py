@@ -20,7 +20,11 @@ from pydedup.errors import (
 from ._base import KeyTakenError
 from ._mysql_url import Place
 
-__all__ = ["LOST", "DeniedError", "meaning", "packet_advice"]
+__all__ = ["LOST", "ConnectionLostError", "DeniedError", "meaning", "packet_advice"]
+
+
+class ConnectionLostError(UnavailableError):
+    """The connection is gone, or could not be made; what only reads can be tried again."""
 
 
 class DeniedError(StoreError):
@@ -59,15 +63,13 @@ LOST: Final = frozenset(
 
 #: Errors of servers: https://mariadb.com/kb/en/mariadb-error-codes/; of clients: 2000 to 2999.
 _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
-    **dict.fromkeys(LOST, (UnavailableError, _DOWN)),
+    **dict.fromkeys(LOST, (ConnectionLostError, _DOWN)),
     **dict.fromkeys((1205, 3572), (ConflictError, _WAIT)),
     **dict.fromkeys((1020, 1213, 1412, 1613, 1614), (ConflictError, _AGAIN)),
     **dict.fromkeys((1317, 1969, 3024), (UnavailableError, "it was stopped; try again")),
-    **dict.fromkeys(
-        (1045, 1251, 1524, 1698, 1820, 1862, 2059, 2061, 3118), (ArgumentError, _LOGIN)
-    ),
-    **dict.fromkeys((1130, 4151), (ArgumentError, "let this user connect from this host")),
-    **dict.fromkeys((2026, 3159), (ArgumentError, _TLS)),
+    **dict.fromkeys(_LOGIN_CODES, (UnavailableError, _LOGIN)),
+    **dict.fromkeys((1130, 4151), (UnavailableError, "let this user connect from this host")),
+    **dict.fromkeys((2026, 3159), (UnavailableError, _TLS)),
     **dict.fromkeys((1036, 1290, 1792, 1836, 3100), (ReadOnlyError, _WRITABLE)),
     **dict.fromkeys((1021, 1114), (StorageFullError, _FULL)),
     **dict.fromkeys((1062, 1586), (KeyTakenError, "there is a row of this key")),
@@ -89,7 +91,7 @@ def meaning(error: Exception, place: Place) -> PydedupError:
     said = str(getattr(error, "msg", None) or error)
     kind: type[PydedupError]
     if code == 1049:
-        return NotAStoreError(
+        return UnavailableError(
             f"{place.url}: there is no database {place.database!r}; create it: CREATE DATABASE "
             f"`{place.database.replace('`', '``')}` CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
         )
@@ -101,8 +103,8 @@ def meaning(error: Exception, place: Place) -> PydedupError:
         kind, advice = StorageFullError, _FULL
     elif code is None or code <= 0:
         # The driver itself: its connection is not there any more, or a value is none it knows.
-        lost = type(error).__name__ in ("OperationalError", "InterfaceError", "InternalError")
-        kind, advice = (UnavailableError, _DOWN) if lost else (ArgumentError, "")
+        lost = type(error).__name__ in ("OperationalError", "InterfaceError")
+        kind, advice = (ConnectionLostError, _DOWN) if lost else (ArgumentError, "")
     else:
         kind, advice = _MEANINGS.get(code, (StoreError, ""))
     return kind(f"{place.url}: {said}; {advice}" if advice else f"{place.url}: {said} ({code})")

@@ -187,11 +187,6 @@ class SessionPool:
                 raise StoreError(f"a {scope} cannot begin inside of a {session.scope}")
             return session
 
-    def scope(self) -> str | None:
-        """Return what this thread is in the middle of, without opening a session."""
-        anchor: _Anchor | None = getattr(self._local, "anchor", None)
-        return None if anchor is None else anchor.session.scope
-
     def _open(self) -> Session:
         with self._lock:
             if self._closed:

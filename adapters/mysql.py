@@ -54,13 +54,11 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     Raises
     ------
     ArgumentError
-        For another form of URL, or when the server refuses the user.
-    NotAStoreError
-        When there is no such database.
+        For another form of URL.
+    UnavailableError
+        When the server cannot be reached, refuses the user, or has no such database.
     StoreError
         When the server is too old, or its ``max_allowed_packet`` too small.
-    UnavailableError
-        When the server cannot be reached.
     """
     return MysqlAdapter(locate(url, schema), read_only=mode == "r")
 

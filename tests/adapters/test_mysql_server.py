@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MySQL/MariaDB: what a server may do to a store, and what users are told. (The contract is in
+test_mysql.py.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit
+
+import pytest
+
+from pydedup import registry
+from pydedup.adapter import LIVE, SCHEMA_VERSION, Adapter
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    CorruptStoreError,
+    NotAStoreError,
+    PydedupError,
+    ReadOnlyError,
+    StorageFullError,
+    StoreError,
+    UnavailableError,
+)
+from pydedup.testing._contract_base import add_pages, model_row
+
+MIB = 1 << 20
+SECRET = "s3cret@/:&?#%"
+
+
+def raw_connection(url: str) -> Any:
+    """A connection that the adapter knows nothing of."""
+    import mysql.connector
+
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    place: dict[str, Any] = {"host": parts.hostname, "port": parts.port or 3306}
+    if "unix_socket" in options:
+        place = {"unix_socket": options["unix_socket"]}
+    return contextlib.closing(
+        mysql.connector.connect(
+            user=parts.username,
+            password=parts.password or "",
+            database=parts.path.lstrip("/"),
+            charset="utf8mb4",
+            collation="utf8mb4_bin",
+            autocommit=True,
+            **place,
+        )
+    )
+
+
+def run(url: str, *statements: str) -> list[tuple[Any, ...]]:
+    """Run statements and return the rows of the last."""
+    rows: list[tuple[Any, ...]] = []
+    with raw_connection(url) as connection, connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+            rows = cursor.fetchall() if cursor.description else []
+    return rows
+
+
+def with_options(url: str, **options: Any) -> str:
+    added = "&".join(f"{name}={value}" for name, value in options.items())
+    return f"{url}{'&' if urlsplit(url).query else '?'}{added}"
+
+
+def at(url: str, *, database: str | None = None, user: str | None = None) -> str:
+    """The same server; another database, or another user (and password)."""
+    parts = urlsplit(url)
+    if user is not None:
+        parts = parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}")
+    return (parts if database is None else parts._replace(path=f"/{database}")).geturl()
+
+
+@pytest.fixture
+def url(mysql_url: str) -> Iterator[str]:
+    name = f"pydedup_{secrets.token_hex(6)}"
+    run(mysql_url, f"CREATE DATABASE {name}")
+    yield at(mysql_url, database=name)
+    run(mysql_url, f"DROP DATABASE {name}")
+
+
+@pytest.fixture(params=["extension", "pure"])
+def adapter(url: str, request: pytest.FixtureRequest) -> Iterator[Adapter]:
+    adapter = registry.connect(with_options(url, use_pure=request.param == "pure"), mode="a")
+    adapter.create_schema({})
+    yield adapter
+    adapter.close()
+
+
+@pytest.fixture
+def user(url: str) -> Iterator[str]:
+    """A user with a password and no privilege."""
+    name = f"u{secrets.token_hex(6)}"
+    run(url, f"CREATE USER {name} IDENTIFIED BY '{SECRET}'")
+    yield name
+    run(url, f"DROP USER {name}")
+
+
+def as_user(url: str, user: str, password: str = SECRET) -> str:
+    return at(url, user=f"{user}:{quote(password, safe='')}")
+
+
+def grant(url: str, user: str, privileges: str) -> None:
+    database = urlsplit(url).path.strip("/")
+    run(url, f"GRANT {privileges} ON {database}.* TO {user}")
+
+
+def cut_all(url: str) -> int:
+    """Kill all connections to the database; return how many there were."""
+    database = urlsplit(url).path.strip("/")
+    found = run(url, "SELECT id, db FROM information_schema.processlist WHERE command = 'Sleep'")
+    mine = [number for number, where in found if where == database]
+    run(url, *(f"KILL CONNECTION {number}" for number in mine))
+    return len(mine)
+
+
+# ---- max_allowed_packet -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packet(url: str) -> Iterator[Callable[[int], None]]:
+    ((before,),) = run(url, "SELECT @@GLOBAL.max_allowed_packet")
+
+    def set_to(size: int) -> None:
+        run(url, f"SET GLOBAL max_allowed_packet = {size}")
+
+    yield set_to
+    set_to(before)
+
+
+def test_a_server_of_small_packets_is_refused(url: str, packet: Callable[[int], None]) -> None:
+    packet(MIB)
+    with pytest.raises(StoreError, match=r"1048576 bytes .* max_allowed_packet to 16777216"):
+        registry.connect(url, mode="a")
+
+
+@pytest.mark.parametrize("size", [4 * MIB, 16 * MIB])
+@pytest.mark.parametrize("pure", [True, False])
+def test_payloads_as_large_as_the_packet(
+    url: str, packet: Callable[[int], None], size: int, pure: bool
+) -> None:
+    packet(size)
+    adapter = registry.connect(with_options(url, use_pure=pure), mode="a")
+    try:
+        adapter.create_schema({})
+        limit = adapter.capabilities.max_payload_bytes
+        assert size - 64 * 1024 == limit
+        payload = os.urandom(limit)
+        with adapter.transaction():
+            ids = adapter.insert_pages([(bytes(16), payload)] * 2, state=LIVE)
+            adapter.insert_block_maps([(1, i, 0, payload) for i in range(3)])
+        assert dict(adapter.read_pages(ids)) == dict.fromkeys(ids, payload)
+        assert adapter.block_map(1, 2) == [payload]
+        with pytest.raises(ArgumentError, match=str(limit)) as caught, adapter.transaction():
+            adapter.insert_pages([(bytes(16), bytes(limit + 1))], state=LIVE)
+        # Where a larger packet would help, that is said.
+        assert ("max_allowed_packet to 16777216" in str(caught.value)) == (size < 16 * MIB)
+    finally:
+        adapter.close()
+
+
+def test_an_import_of_torch_before_the_driver_changes_nothing(url: str) -> None:
+    pytest.importorskip("torch")
+    code = """
+import sys, torch
+from pydedup import registry
+adapter = registry.connect(sys.argv[1], mode="a")
+adapter.create_schema({})
+payload = bytes(range(256)) * (adapter.capabilities.max_payload_bytes // 256)
+with adapter.transaction():
+    ids = adapter.insert_pages([(bytes(16), payload)], state="live")
+assert list(adapter.read_pages(ids)) == [(ids[0], payload)]
+adapter.close()
+"""
+    subprocess.run([sys.executable, "-c", code, url], check=True)
+
+
+# ---- what users are told ------------------------------------------------------------------------
+
+
+def told(error: BaseException) -> str:
+    """All that a traceback shows."""
+    return "".join(traceback.format_exception(error))
+
+
+def test_a_wrong_password_is_told_and_not_shown(url: str, user: str) -> None:
+    grant(url, user, "ALL")
+    adapter = registry.connect(as_user(url, user), mode="a")
+    assert adapter.schema_version() is None
+    assert "s3cret" not in f"{adapter.url} {adapter!r} {adapter.__dict__}"
+    adapter.close()
+    wrong = secrets.token_hex(8)
+    with pytest.raises(UnavailableError, match="check the user and the password") as caught:
+        registry.connect(as_user(url, user, wrong), mode="a")
+    assert wrong not in told(caught.value)
+
+
+@pytest.mark.parametrize("pure", [True, False])
+def test_a_missing_database_comes_with_what_creates_it(url: str, pure: bool) -> None:
+    with pytest.raises(UnavailableError, match=r"CREATE DATABASE `not_there` CHARACTER SET utf8"):
+        registry.connect(with_options(at(url, database="not_there"), use_pure=pure), mode="a")
+
+
+def test_schema_names_the_database(url: str, mysql_url: str) -> None:
+    name = urlsplit(url).path.strip("/")
+    for place in (mysql_url, at(mysql_url, database="")):
+        adapter = registry.connect(place, mode="a", schema=name)
+        try:
+            adapter.create_schema({})
+            assert f"/{name}" in adapter.url
+        finally:
+            adapter.close()
+    assert ("pydedup_meta",) in run(url, "SHOW TABLES")
+
+
+@pytest.mark.parametrize("pure", [True, False])
+def test_a_server_that_is_not_there(tmp_path: Path, pure: bool) -> None:
+    place = f"mysql://ann:{quote(SECRET, safe='')}@localhost/db?use_pure={pure}"
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        port = closed.getsockname()[1]
+        for there in (
+            f"{place}&unix_socket={tmp_path}/none.sock",
+            place.replace("localhost", f"127.0.0.1:{port}"),
+        ):
+            with pytest.raises(UnavailableError, match="check that the server runs") as caught:
+                registry.connect(there, mode="a")
+            assert "s3cret" not in told(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("mysql://u:s3cret@host", "no database"),
+        ("mysql://u:s3cret@host/", "no database"),
+        ("mysql://u:s3cret@host/a/b", "no database"),
+        ("mysql://u:s3cret@host:port/db", "no URL of a MySQL database"),
+        ("mysql://u:s3cret@[host/db", "no URL of a MySQL database"),
+        ("mysql://u:s3cret@host/db?tmeout=1", "tmeout"),
+        ("mysql://u:s3cret@host/db?timeout=soon", "soon"),
+        ("mysql://u:s3cret@host/db?ssl_verify_cert=maybe", "maybe"),
+        ("mysql://u@host/db?password=s3cret&timeout=-1", "-1"),
+    ],
+)
+def test_wrong_urls_are_told_without_the_password(place: str, said: str) -> None:
+    with pytest.raises(ArgumentError, match=said) as caught:
+        registry.connect(place, mode="a")
+    assert "s3cret" not in told(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (1205, ConflictError),
+        (1213, ConflictError),
+        (1021, StorageFullError),
+        (1114, StorageFullError),
+        (1290, ReadOnlyError),
+        (1045, UnavailableError),
+        (1053, UnavailableError),
+        (1146, NotAStoreError),
+        (1194, CorruptStoreError),
+        (1406, ArgumentError),
+        (1644, StoreError),
+    ],
+)
+def test_numbers_of_errors_have_meanings(
+    adapter: Adapter, number: int, kind: type[PydedupError]
+) -> None:
+    fields = f"MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'as the server'"
+    statement = f"SIGNAL SQLSTATE '45000' SET {fields}"
+    with pytest.raises(kind, match="as the server") as caught, adapter.transaction():
+        adapter._write(statement)  # type: ignore[attr-defined]
+    assert type(caught.value) is kind or number in (1045, 1053)
+    assert type(caught.value.__cause__).__module__.startswith("mysql.connector")
+    with adapter.transaction():
+        adapter.bump_epoch()
+
+
+def test_a_deadlock_is_a_conflict(adapter: Adapter) -> None:
+    with adapter.transaction():
+        adapter.set_meta("a", "")
+        adapter.set_meta("b", "")
+    barrier = threading.Barrier(2)
+    errors: list[PydedupError] = []
+
+    def change(first: str, second: str) -> None:
+        try:
+            with adapter.transaction():
+                adapter.set_meta(first, first)
+                barrier.wait(30)
+                adapter.set_meta(second, first)
+        except ConflictError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=change, args=names) for names in (("a", "b"), ("b", "a"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(errors) == 1
+    meta = adapter.meta()
+    assert meta["a"] == meta["b"] != ""
+
+
+# ---- who may do what ----------------------------------------------------------------------------
+
+
+def test_a_reader_needs_no_more_than_select(adapter: Adapter, url: str, user: str) -> None:
+    ids = add_pages(adapter, 3, size=MIB)
+    grant(url, user, "SELECT")
+    reader = registry.connect(as_user(url, user), mode="r")
+    try:
+        assert len(list(reader.read_pages(ids))) == 3
+        assert reader.view("model_sizes") == []
+        assert reader.integrity_errors() == []
+        # Without the privilege to look at files it is InnoDB's own estimate.
+        assert reader.stored_bytes() > 0
+    finally:
+        reader.close()
+    writer = registry.connect(as_user(url, user), mode="a")
+    try:
+        with pytest.raises(ReadOnlyError, match="denied"), writer.transaction():
+            writer.bump_epoch()
+    finally:
+        writer.close()
+
+
+def test_the_server_refuses_what_a_reader_would_change(adapter: Adapter, url: str) -> None:
+    reader = registry.connect(url, mode="r")
+    try:
+        with pytest.raises(ReadOnlyError):
+            reader._define("DELETE FROM pydedup_meta")  # type: ignore[attr-defined]
+        assert reader.epoch() == 0
+    finally:
+        reader.close()
+
+
+def test_a_server_that_is_read_only(adapter: Adapter, url: str, user: str) -> None:
+    grant(url, user, "ALL")
+    writer = registry.connect(as_user(url, user), mode="a")
+    run(url, "SET GLOBAL read_only = 1")
+    try:
+        with pytest.raises(ReadOnlyError), writer.transaction():
+            writer.bump_epoch()
+        assert writer.epoch() == 0
+    finally:
+        run(url, "SET GLOBAL read_only = 0")
+        writer.close()
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def test_tables_are_innodb_and_names_are_bytes(adapter: Adapter, url: str) -> None:
+    made = run(
+        url,
+        "SELECT DISTINCT CAST(engine AS CHAR), table_collation FROM information_schema.tables "
+        "WHERE table_schema = DATABASE() AND table_type = 'BASE TABLE'",
+    )
+    assert made == [("InnoDB", "utf8mb4_bin")]
+    with adapter.transaction():
+        ids = [adapter.insert_model(model_row(name)) for name in ("\xe9", "e", "E", "e ")]
+    assert [row.name for row in adapter.models(state=None)] == ["\xe9", "e", "E", "e "]
+    assert [row.id for row in adapter.models(name="e", state=None)] == ids[1:2]
+
+
+def test_a_creation_that_was_cut_short_is_begun_again(adapter: Adapter, url: str) -> None:
+    run(url, "DELETE FROM pydedup_meta", "DROP TABLE pydedup_jobs", "DROP VIEW pydedup_sharing")
+    assert adapter.schema_version() is None
+    adapter.create_schema({"x": "y"})
+    assert adapter.schema_version() == SCHEMA_VERSION
+    assert adapter.meta()["x"] == "y"
+    add_pages(adapter, 1)
+    run(url, "DELETE FROM pydedup_meta")  # with something in it, it was no creation
+    with pytest.raises(NotAStoreError, match="pydedup_meta"):
+        adapter.schema_version()
+    assert adapter.count_blocks() == 2
+
+
+def test_tables_of_others_are_left_alone(url: str) -> None:
+    run(url, "CREATE TABLE pydedup_meta (a INT)", "CREATE TABLE theirs (a INT)")
+    adapter = registry.connect(url, mode="a")
+    try:
+        with pytest.raises(NotAStoreError, match="pydedup_meta"):
+            adapter.create_schema({})
+    finally:
+        adapter.close()
+    assert run(url, "SHOW TABLES") == [("pydedup_meta",), ("theirs",)]
+
+
+# ---- connections that break ---------------------------------------------------------------------
+
+
+def test_reads_survive_a_lost_connection(adapter: Adapter, url: str) -> None:
+    ids = add_pages(adapter, 2)
+    for read in (adapter.epoch, adapter.models, lambda: list(adapter.read_pages(ids))):
+        read()
+        assert cut_all(url) > 0
+        read()
+    assert cut_all(url) > 0
+    with adapter.snapshot():
+        assert adapter.count_blocks() == 4
+    assert cut_all(url) > 0
+    with adapter.transaction():
+        adapter.bump_epoch()
+    assert adapter.epoch() == 1
+
+
+def test_a_lost_connection_undoes_a_transaction(adapter: Adapter, url: str) -> None:
+    def lose_and(call: Callable[[], object]) -> None:
+        adapter.epoch()
+        assert cut_all(url) > 0
+        call()
+
+    with pytest.raises(UnavailableError), adapter.transaction():
+        lose_and(lambda: adapter.put_job("k", "", "", ""))
+    with pytest.raises(UnavailableError), adapter.transaction():
+        lose_and(adapter.jobs)  # it must not be read on another connection
+    with pytest.raises(UnavailableError), adapter.snapshot():
+        lose_and(adapter.jobs)
+    with pytest.raises(UnavailableError), adapter.transaction():
+        lose_and(lambda: None)  # and then it is committed
+    assert adapter.epoch() == 0
+    assert adapter.jobs() == []
+    with adapter.transaction():
+        adapter.put_job("j", "", "", "")
+    assert len(adapter.jobs()) == 1
+
+
+class CuttingProxy:
+    """Passes bytes on to a server's socket and cuts a connection after so many of them."""
+
+    def __init__(self, path: Path, target: str, cuts: list[int]) -> None:
+        self.path, self._target, self._cuts = path, target, cuts
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self.connections = 0
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                left = self._cuts[self.connections : self.connections + 1]
+                self.connections += 1
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(self._target)
+                for source, sink, limit in ((client, server, []), (server, client, left)):
+                    threading.Thread(
+                        target=self._carry, args=(source, sink, limit), daemon=True
+                    ).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, limit: list[int]) -> None:
+        left = limit[0] if limit else 1 << 62
+        with contextlib.suppress(OSError):
+            while left > 0 and (piece := source.recv(min(left, 65536))):
+                sink.sendall(piece)
+                left -= len(piece)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(10)
+
+
+def test_a_connection_cut_in_the_middle_of_a_page(adapter: Adapter, url: str) -> None:
+    target = dict(parse_qsl(urlsplit(url).query)).get("unix_socket")
+    if target is None:
+        pytest.skip("the server was given by host and port; the proxy needs its socket")
+    ids = add_pages(adapter, 40, size=MIB)
+    path = Path(target).with_name("cut.sock")
+    proxy = CuttingProxy(path, target, [3 * MIB + 5, 10 * MIB + 77_777])
+    base = url.partition("?")[0]
+    pure = adapter._place.options["use_pure"]  # type: ignore[attr-defined]
+    through = registry.connect(f"{base}?unix_socket={path}&use_pure={pure}", mode="r")
+    try:
+        found = dict(through.read_pages(ids))
+        assert found == {number: bytes([i]) * MIB for i, number in enumerate(ids)}
+        assert proxy.connections == 3
+    finally:
+        through.close()
+        proxy.close()
+        path.unlink()
+
+
+def test_what_was_interrupted_answers_nobody_else(adapter: Adapter) -> None:
+    """The answer of a statement that Ctrl-C cut short is not taken for that of the next."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for scope in (contextlib.nullcontext, adapter.snapshot):
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt), scope():
+                adapter._query("SELECT SLEEP(1), 17")  # type: ignore[attr-defined]
+            assert adapter.epoch() == 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_statements_are_kept_within_a_bound(adapter: Adapter, url: str) -> None:
+    def kept() -> int:
+        ((_, count),) = run(url, "SHOW GLOBAL STATUS LIKE 'Prepared_stmt_count'")
+        return int(count)
+
+    number = "SELECT CONNECTION_ID()"
+    before = adapter._query(number)  # type: ignore[attr-defined]
+    counts = []
+    for count in range(1, 100):
+        found = adapter._query(f"SELECT {count} + ?", [count])  # type: ignore[attr-defined]
+        assert found == [(2 * count,)]
+        counts.append(kept())
+    assert counts[0] < counts[-1] == counts[40]
+    assert adapter._query(number) == before  # type: ignore[attr-defined]
