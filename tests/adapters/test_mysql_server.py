@@ -338,6 +338,36 @@ def test_a_reader_needs_no_more_than_select(adapter: Adapter, url: str, user: st
             writer.bump_epoch()
     finally:
         writer.close()
+    grant(url, user, "SELECT, INSERT, UPDATE, DELETE")
+    writer = registry.connect(as_user(url, user), mode="a")
+    try:
+        writer.create_schema({})
+        add_pages(writer, 1)
+        with writer.transaction():
+            writer.delete_pages(ids)
+            writer.bump_epoch()
+    finally:
+        writer.close()
+
+
+def test_a_creator_needs_no_more_than_is_documented(url: str, user: str) -> None:
+    grant(url, user, "CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELETE")
+    creator = registry.connect(as_user(url, user), mode="a")
+    try:
+        creator.create_schema({})
+        run(url, "DELETE FROM pydedup_meta")  # as if it had been cut short
+        creator.create_schema({})
+        assert creator.view("sharing") == []
+    finally:
+        creator.close()
+    # Views are read with the rights of who reads, so they outlive their creator.
+    run(url, f"RENAME USER {user} TO {user}_x", f"CREATE USER {user} IDENTIFIED BY '{SECRET}'")
+    try:
+        grant(url, user, "SELECT")
+        run(url, f"DROP USER {user}_x")
+        assert run(url, "SELECT COUNT(*) FROM pydedup_sharing") == [(0,)]
+    finally:
+        run(url, f"DROP USER IF EXISTS {user}_x")
 
 
 def test_the_server_refuses_what_a_reader_would_change(adapter: Adapter, url: str) -> None:
