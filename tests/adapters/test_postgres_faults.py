@@ -350,11 +350,10 @@ def test_passwords(strict: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     adapter.close()
 
 
-def test_tls_that_is_not_to_be_had(strict: str) -> None:
-    # Over a socket libpq uses no TLS whatever is asked; certificates are looked for all the same.
-    url = f"postgresql://careful:{PASSWORD}@localhost:1/x?sslmode=verify-full&sslrootcert=/missing"
-    assert "localhost:1/x" in refused(url)
-    assert "sslmode" in refused(url.replace("/missing", "system").replace("verify-full", "require"))
+def test_parameters_of_tls_reach_libpq() -> None:
+    # libpq itself refuses this pair, before it connects; a server with TLS is not at hand here.
+    url = f"postgresql://u:{PASSWORD}@localhost:1/x?sslmode=require&sslrootcert=system"
+    assert "weak sslmode" in refused(url)
 
 
 @pytest.mark.parametrize("where", ["localhost:1/x", "/x?host=/missing", "nowhere.invalid/x"])
