@@ -66,7 +66,7 @@ MOST_PAYLOAD_BYTES: Final = PACKET_BYTES - ROW_BYTES
 LEAST_PACKET_BYTES: Final = 2 << 20
 
 #: A read outside of a transaction is tried again after so many seconds, on a new connection.
-BACK_OFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.4, 0.8, 1.5)
+BACK_OFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 #: Rows, and bytes of their values, of one INSERT.
 INSERT_ROWS: Final = 512
 INSERT_BYTES: Final = 1 << 20

@@ -130,29 +130,61 @@ def mysql_url(pytestconfig: pytest.Config, server_folder: Path) -> Iterator[str]
     if given:
         yield given
         return
-    search = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
-    server = shutil.which("mariadbd", path=search)
-    install = shutil.which("mariadb-install-db", path=search)
-    if server is None or install is None:
-        unavailable("mysql", "mariadbd is not installed (apt-get install mariadb-server-core)")
-    data, socket = server_folder / "mariadb", server_folder / "mariadb.sock"
-    user = ["--user=root"] if os.geteuid() == 0 else []
-    # --no-defaults: what the machine's own server is configured to do must not matter.
-    options = ["--no-defaults", *user, f"--datadir={data}"]
-    setup = [install, *options, "--skip-test-db", "--auth-root-authentication-method=normal"]
-    subprocess.run(setup, check=True, capture_output=True)
-    log = server_folder / "mariadb.log"
-    command = [server, *options, f"--socket={socket}", "--skip-networking", f"--log-error={log}"]
-    command += ["--max-allowed-packet=1G"]
     # Tests write much and lose nothing when the machine stops.
-    command += ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=128M"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _create_database(process, socket, log)
-        yield f"mysql://root@localhost/pydedup?unix_socket={quote(str(socket), safe='')}"
-    finally:
-        process.terminate()
-        process.wait(START_SECONDS)
+    server = MariadbServer(server_folder / "mariadb", "--innodb-flush-log-at-trx-commit=0")
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+def own_mysql(server_folder: Path) -> Iterator[MariadbServer]:
+    """A MariaDB server to kill, start again and fill with data that survive it."""
+    server = MariadbServer(server_folder / "mariadb-own")
+    yield server
+    server.stop()
+    shutil.rmtree(server_folder / "mariadb-own")
+
+
+class MariadbServer:
+    """A private server whose files are in a folder."""
+
+    def __init__(self, data: Path, *options: str) -> None:
+        search = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
+        server = shutil.which("mariadbd", path=search)
+        install = shutil.which("mariadb-install-db", path=search)
+        if server is None or install is None:
+            unavailable("mysql", "mariadbd is not installed (apt-get install mariadb-server-core)")
+        self._socket, self._log = data.with_suffix(".sock"), data.with_suffix(".log")
+        self.url = f"mysql://root@localhost/pydedup?unix_socket={quote(str(self._socket), safe='')}"
+        user = ["--user=root"] if os.geteuid() == 0 else []
+        # --no-defaults: what the machine's own server is configured to do must not matter.
+        common = ["--no-defaults", *user, f"--datadir={data}"]
+        setup = [install, *common, "--skip-test-db", "--auth-root-authentication-method=normal"]
+        subprocess.run(setup, check=True, capture_output=True)
+        self._command = [server, *common, f"--socket={self._socket}", "--skip-networking"]
+        self._command += [f"--log-error={self._log}", "--max-allowed-packet=1G"]
+        self._command += ["--innodb-buffer-pool-size=128M", *options]
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet)
+        try:
+            _create_database(self._process, self._socket, self._log)
+        except BaseException:
+            self.stop()
+            raise
+
+    def kill(self) -> None:
+        """End it at once, as a failing machine does."""
+        self._process.kill()
+        self._process.wait(START_SECONDS)
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._process.terminate()
+        self._process.wait(START_SECONDS)
 
 
 def _create_database(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
@@ -172,4 +204,6 @@ def _create_database(process: subprocess.Popen[bytes], socket: Path, log: Path) 
                 pytest.fail(f"mariadbd does not answer ({error}); its log ends with:\n{tail}")
             time.sleep(0.1)
     with connection, connection.cursor() as cursor:
-        cursor.execute("CREATE DATABASE pydedup CHARACTER SET utf8mb4 COLLATE utf8mb4_bin")
+        cursor.execute(
+            "CREATE DATABASE IF NOT EXISTS pydedup CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+        )

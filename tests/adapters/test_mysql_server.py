@@ -5,10 +5,8 @@ test_mysql.py.)
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 
@@ -40,36 +38,7 @@ MIB = 1 << 20
 SECRET = "s3cret@/:&?#%"
 
 
-def raw_connection(url: str) -> Any:
-    """A connection that the adapter knows nothing of."""
-    import mysql.connector
-
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
-    place: dict[str, Any] = {"host": parts.hostname, "port": parts.port or 3306}
-    if "unix_socket" in options:
-        place = {"unix_socket": options["unix_socket"]}
-    return contextlib.closing(
-        mysql.connector.connect(
-            user=parts.username,
-            password=parts.password or "",
-            database=parts.path.lstrip("/"),
-            charset="utf8mb4",
-            collation="utf8mb4_bin",
-            autocommit=True,
-            **place,
-        )
-    )
-
-
-def run(url: str, *statements: str) -> list[tuple[Any, ...]]:
-    """Run statements and return the rows of the last."""
-    rows: list[tuple[Any, ...]] = []
-    with raw_connection(url) as connection, connection.cursor() as cursor:
-        for statement in statements:
-            cursor.execute(statement)
-            rows = cursor.fetchall() if cursor.description else []
-    return rows
+Run = Callable[..., list[tuple[Any, ...]]]
 
 
 def with_options(url: str, **options: Any) -> str:
@@ -86,11 +55,13 @@ def at(url: str, *, database: str | None = None, user: str | None = None) -> str
 
 
 @pytest.fixture
-def url(mysql_url: str) -> Iterator[str]:
-    name = f"pydedup_{secrets.token_hex(6)}"
-    run(mysql_url, f"CREATE DATABASE {name}")
-    yield at(mysql_url, database=name)
-    run(mysql_url, f"DROP DATABASE {name}")
+def url(mysql_database: str) -> str:
+    return mysql_database
+
+
+@pytest.fixture
+def run(mysql_run: Run) -> Run:
+    return mysql_run
 
 
 @pytest.fixture(params=["extension", "pure"])
@@ -102,7 +73,7 @@ def adapter(url: str, request: pytest.FixtureRequest) -> Iterator[Adapter]:
 
 
 @pytest.fixture
-def user(url: str) -> Iterator[str]:
+def user(url: str, run: Run) -> Iterator[str]:
     """A user with a password and no privilege."""
     name = f"u{secrets.token_hex(6)}"
     run(url, f"CREATE USER {name} IDENTIFIED BY '{SECRET}'")
@@ -114,25 +85,16 @@ def as_user(url: str, user: str, password: str = SECRET) -> str:
     return at(url, user=f"{user}:{quote(password, safe='')}")
 
 
-def grant(url: str, user: str, privileges: str) -> None:
+def grant(run: Run, url: str, user: str, privileges: str) -> None:
     database = urlsplit(url).path.strip("/")
     run(url, f"GRANT {privileges} ON {database}.* TO {user}")
-
-
-def cut_all(url: str) -> int:
-    """Kill all connections to the database; return how many there were."""
-    database = urlsplit(url).path.strip("/")
-    found = run(url, "SELECT id, db FROM information_schema.processlist WHERE command = 'Sleep'")
-    mine = [number for number, where in found if where == database]
-    run(url, *(f"KILL CONNECTION {number}" for number in mine))
-    return len(mine)
 
 
 # ---- max_allowed_packet -------------------------------------------------------------------------
 
 
 @pytest.fixture
-def packet(url: str) -> Iterator[Callable[[int], None]]:
+def packet(url: str, run: Run) -> Iterator[Callable[[int], None]]:
     ((before,),) = run(url, "SELECT @@GLOBAL.max_allowed_packet")
 
     def set_to(size: int) -> None:
@@ -197,8 +159,8 @@ def told(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def test_a_wrong_password_is_told_and_not_shown(url: str, user: str) -> None:
-    grant(url, user, "ALL")
+def test_a_wrong_password_is_told_and_not_shown(url: str, user: str, run: Run) -> None:
+    grant(run, url, user, "ALL")
     adapter = registry.connect(as_user(url, user), mode="a")
     assert adapter.schema_version() is None
     assert "s3cret" not in f"{adapter.url} {adapter!r} {adapter.__dict__}"
@@ -215,7 +177,7 @@ def test_a_missing_database_comes_with_what_creates_it(url: str, pure: bool) -> 
         registry.connect(with_options(at(url, database="not_there"), use_pure=pure), mode="a")
 
 
-def test_schema_names_the_database(url: str, mysql_url: str) -> None:
+def test_schema_names_the_database(url: str, mysql_url: str, run: Run) -> None:
     name = urlsplit(url).path.strip("/")
     for place in (mysql_url, at(mysql_url, database="")):
         adapter = registry.connect(place, mode="a", schema=name)
@@ -320,9 +282,11 @@ def test_a_deadlock_is_a_conflict(adapter: Adapter) -> None:
 # ---- who may do what ----------------------------------------------------------------------------
 
 
-def test_a_reader_needs_no_more_than_select(adapter: Adapter, url: str, user: str) -> None:
+def test_a_reader_needs_no_more_than_select(
+    adapter: Adapter, url: str, user: str, run: Run
+) -> None:
     ids = add_pages(adapter, 3, size=MIB)
-    grant(url, user, "SELECT")
+    grant(run, url, user, "SELECT")
     reader = registry.connect(as_user(url, user), mode="r")
     try:
         assert len(list(reader.read_pages(ids))) == 3
@@ -338,7 +302,7 @@ def test_a_reader_needs_no_more_than_select(adapter: Adapter, url: str, user: st
             writer.bump_epoch()
     finally:
         writer.close()
-    grant(url, user, "SELECT, INSERT, UPDATE, DELETE")
+    grant(run, url, user, "SELECT, INSERT, UPDATE, DELETE")
     writer = registry.connect(as_user(url, user), mode="a")
     try:
         writer.create_schema({})
@@ -350,8 +314,8 @@ def test_a_reader_needs_no_more_than_select(adapter: Adapter, url: str, user: st
         writer.close()
 
 
-def test_a_creator_needs_no_more_than_is_documented(url: str, user: str) -> None:
-    grant(url, user, "CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELETE")
+def test_a_creator_needs_no_more_than_is_documented(url: str, user: str, run: Run) -> None:
+    grant(run, url, user, "CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELETE")
     creator = registry.connect(as_user(url, user), mode="a")
     try:
         creator.create_schema({})
@@ -363,7 +327,7 @@ def test_a_creator_needs_no_more_than_is_documented(url: str, user: str) -> None
     # Views are read with the rights of who reads, so they outlive their creator.
     run(url, f"RENAME USER {user} TO {user}_x", f"CREATE USER {user} IDENTIFIED BY '{SECRET}'")
     try:
-        grant(url, user, "SELECT")
+        grant(run, url, user, "SELECT")
         run(url, f"DROP USER {user}_x")
         assert run(url, "SELECT COUNT(*) FROM pydedup_sharing") == [(0,)]
     finally:
@@ -380,8 +344,8 @@ def test_the_server_refuses_what_a_reader_would_change(adapter: Adapter, url: st
         reader.close()
 
 
-def test_a_server_that_is_read_only(adapter: Adapter, url: str, user: str) -> None:
-    grant(url, user, "ALL")
+def test_a_server_that_is_read_only(adapter: Adapter, url: str, user: str, run: Run) -> None:
+    grant(run, url, user, "ALL")
     writer = registry.connect(as_user(url, user), mode="a")
     run(url, "SET GLOBAL read_only = 1")
     try:
@@ -396,7 +360,7 @@ def test_a_server_that_is_read_only(adapter: Adapter, url: str, user: str) -> No
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def test_tables_are_innodb_and_names_are_bytes(adapter: Adapter, url: str) -> None:
+def test_tables_are_innodb_and_names_are_bytes(adapter: Adapter, url: str, run: Run) -> None:
     made = run(
         url,
         "SELECT DISTINCT CAST(engine AS CHAR), table_collation FROM information_schema.tables "
@@ -409,7 +373,7 @@ def test_tables_are_innodb_and_names_are_bytes(adapter: Adapter, url: str) -> No
     assert [row.id for row in adapter.models(name="e", state=None)] == ids[1:2]
 
 
-def test_a_creation_that_was_cut_short_is_begun_again(adapter: Adapter, url: str) -> None:
+def test_a_creation_that_was_cut_short_is_begun_again(adapter: Adapter, url: str, run: Run) -> None:
     run(url, "DELETE FROM pydedup_meta", "DROP TABLE pydedup_jobs", "DROP VIEW pydedup_sharing")
     assert adapter.schema_version() is None
     adapter.create_schema({"x": "y"})
@@ -422,7 +386,7 @@ def test_a_creation_that_was_cut_short_is_begun_again(adapter: Adapter, url: str
     assert adapter.count_blocks() == 2
 
 
-def test_tables_of_others_are_left_alone(url: str) -> None:
+def test_tables_of_others_are_left_alone(url: str, run: Run) -> None:
     run(url, "CREATE TABLE pydedup_meta (a INT)", "CREATE TABLE theirs (a INT)")
     adapter = registry.connect(url, mode="a")
     try:
@@ -431,138 +395,3 @@ def test_tables_of_others_are_left_alone(url: str) -> None:
     finally:
         adapter.close()
     assert run(url, "SHOW TABLES") == [("pydedup_meta",), ("theirs",)]
-
-
-# ---- connections that break ---------------------------------------------------------------------
-
-
-def test_reads_survive_a_lost_connection(adapter: Adapter, url: str) -> None:
-    ids = add_pages(adapter, 2)
-    for read in (adapter.epoch, adapter.models, lambda: list(adapter.read_pages(ids))):
-        read()
-        assert cut_all(url) > 0
-        read()
-    assert cut_all(url) > 0
-    with adapter.snapshot():
-        assert adapter.count_blocks() == 4
-    assert cut_all(url) > 0
-    with adapter.transaction():
-        adapter.bump_epoch()
-    assert adapter.epoch() == 1
-
-
-def test_a_lost_connection_undoes_a_transaction(adapter: Adapter, url: str) -> None:
-    def lose_and(call: Callable[[], object]) -> None:
-        adapter.epoch()
-        assert cut_all(url) > 0
-        call()
-
-    with pytest.raises(UnavailableError), adapter.transaction():
-        lose_and(lambda: adapter.put_job("k", "", "", ""))
-    with pytest.raises(UnavailableError), adapter.transaction():
-        lose_and(adapter.jobs)  # it must not be read on another connection
-    with pytest.raises(UnavailableError), adapter.snapshot():
-        lose_and(adapter.jobs)
-    with pytest.raises(UnavailableError), adapter.transaction():
-        lose_and(lambda: None)  # and then it is committed
-    assert adapter.epoch() == 0
-    assert adapter.jobs() == []
-    with adapter.transaction():
-        adapter.put_job("j", "", "", "")
-    assert len(adapter.jobs()) == 1
-
-
-class CuttingProxy:
-    """Passes bytes on to a server's socket and cuts a connection after so many of them."""
-
-    def __init__(self, path: Path, target: str, cuts: list[int]) -> None:
-        self.path, self._target, self._cuts = path, target, cuts
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self.connections = 0
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                left = self._cuts[self.connections : self.connections + 1]
-                self.connections += 1
-                server = socket.socket(socket.AF_UNIX)
-                server.connect(self._target)
-                for source, sink, limit in ((client, server, []), (server, client, left)):
-                    threading.Thread(
-                        target=self._carry, args=(source, sink, limit), daemon=True
-                    ).start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket, limit: list[int]) -> None:
-        left = limit[0] if limit else 1 << 62
-        with contextlib.suppress(OSError):
-            while left > 0 and (piece := source.recv(min(left, 65536))):
-                sink.sendall(piece)
-                left -= len(piece)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(10)
-
-
-def test_a_connection_cut_in_the_middle_of_a_page(adapter: Adapter, url: str) -> None:
-    target = dict(parse_qsl(urlsplit(url).query)).get("unix_socket")
-    if target is None:
-        pytest.skip("the server was given by host and port; the proxy needs its socket")
-    ids = add_pages(adapter, 40, size=MIB)
-    path = Path(target).with_name("cut.sock")
-    proxy = CuttingProxy(path, target, [3 * MIB + 5, 10 * MIB + 77_777])
-    base = url.partition("?")[0]
-    pure = adapter._place.options["use_pure"]  # type: ignore[attr-defined]
-    through = registry.connect(f"{base}?unix_socket={path}&use_pure={pure}", mode="r")
-    try:
-        found = dict(through.read_pages(ids))
-        assert found == {number: bytes([i]) * MIB for i, number in enumerate(ids)}
-        assert proxy.connections == 3
-    finally:
-        through.close()
-        proxy.close()
-        path.unlink()
-
-
-def test_what_was_interrupted_answers_nobody_else(adapter: Adapter) -> None:
-    """The answer of a statement that Ctrl-C cut short is not taken for that of the next."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for scope in (contextlib.nullcontext, adapter.snapshot):
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
-            with pytest.raises(KeyboardInterrupt), scope():
-                adapter._query("SELECT SLEEP(1), 17")  # type: ignore[attr-defined]
-            assert adapter.epoch() == 0
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_statements_are_kept_within_a_bound(adapter: Adapter, url: str) -> None:
-    def kept() -> int:
-        ((_, count),) = run(url, "SHOW GLOBAL STATUS LIKE 'Prepared_stmt_count'")
-        return int(count)
-
-    number = "SELECT CONNECTION_ID()"
-    before = adapter._query(number)  # type: ignore[attr-defined]
-    counts = []
-    for count in range(1, 100):
-        found = adapter._query(f"SELECT {count} + ?", [count])  # type: ignore[attr-defined]
-        assert found == [(2 * count,)]
-        counts.append(kept())
-    assert counts[0] < counts[-1] == counts[40]
-    assert adapter._query(number) == before  # type: ignore[attr-defined]
