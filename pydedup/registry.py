@@ -94,13 +94,13 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
 def redact(url: str) -> str:
     """Return the URL with any password replaced by ``***``, for messages.
 
-    A password that holds ``@`` or ``/`` unescaped is still hidden, at the worst with the host.
+    A password that holds ``@``, ``/`` or ``?`` unescaped is still hidden, at the worst with the host.
     """
     head, separator, rest = url.partition("://")
     if separator and not rest.startswith("/"):
         location, mark, query = rest.partition("?")
-        if "@" in query and "=" not in query.partition("@")[0]:
-            # No option has an "@" before any "=": the "?" was part of the password.
+        if "@" in query and ":" in location:
+            # The "?" may be part of the password; an option with an "@" goes with it.
             location, mark, query = rest, "", ""
         user, at, place = location.rpartition("@")
         if at and ":" in user:

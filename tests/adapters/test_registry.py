@@ -110,7 +110,11 @@ def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch, target: str)
         ("postgresql://user:pw@host:5432/db", "postgresql://user:***@host:5432/db"),
         ("postgresql://user@host/db", "postgresql://user@host/db"),
         ("postgresql://:pw@host/db", "postgresql://:***@host/db"),
-        ("mysql://u:p%40w@h/d?unix_socket=/x@y", "mysql://u:***@h/d?unix_socket=/x@y"),
+        ("mysql://u:p%40w@h/d?unix_socket=/x%40y", "mysql://u:***@h/d?unix_socket=/x%40y"),
+        ("mysql://u@h/d?unix_socket=/x@y", "mysql://u@h/d?unix_socket=/x@y"),
+        ("mysql://u:<pw?=>@h/d", "mysql://u:***@h/d"),
+        ("mysql://u:<p@w?a=b>@h/d", "mysql://u:***@h/d"),
+        ("mysql://u:p%40w@h/d?unix_socket=/x@y", "mysql://u:***@y"),  # might all be the password
         ("mysql://u:p@w/o?r#d@h/d", "mysql://u:***@h/d"),
         ("pg://h/d?user=u&password=pw&x=1", "pg://h/d?user=u&password=***&x=1"),
         ("pg://h/d?PassWord=pw", "pg://h/d?PassWord=***"),
