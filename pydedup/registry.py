@@ -94,7 +94,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
 def redact(url: str) -> str:
     """Return the URL with any password replaced by ``***``, for messages.
 
-    A password that holds ``@``, ``/`` or ``?`` unescaped is still hidden, at the worst with the host.
+    A password that holds ``@``, ``/`` or ``?`` unescaped is hidden, at the worst with the host.
     """
     head, separator, rest = url.partition("://")
     if separator and not rest.startswith("/"):
