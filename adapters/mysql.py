@@ -13,7 +13,7 @@ import mysql.connector
 from mysql.connector.constants import ClientFlag
 
 from pydedup.adapter import Adapter, Capabilities
-from pydedup.errors import PydedupError
+from pydedup.errors import ArgumentError, PydedupError
 
 from ._mysql_base import DIALECT, MysqlBase, check_server, session_statements
 from ._mysql_cursors import PreparedConnection
@@ -106,6 +106,12 @@ class MysqlAdapter(MysqlBase):
                     connection.close()
             if isinstance(error, mysql.connector.Error):
                 raise self._translate(error) from error
+            if isinstance(error, ImportError):
+                raise ArgumentError(
+                    f"use_pure=false asks for the C extension of mysql-connector-python, which "
+                    f"cannot be loaded ({error}); import mysql.connector before torch or "
+                    "onnxruntime, or leave the option out"
+                ) from error
             raise
 
     def _translate(self, error: Exception) -> PydedupError:

@@ -13,6 +13,7 @@ tests import are in :mod:`pydedup.testing`, not here.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
@@ -47,6 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # `python -c` in a child would look into the working folder first, and find the sources, which
     # have no compiled core, instead of what is installed.
     os.environ["PYTHONSAFEPATH"] = "1"
+    # Its C extension does not load after torch, which some of our tests import.
+    with contextlib.suppress(ImportError):
+        import mysql.connector  # noqa: F401
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

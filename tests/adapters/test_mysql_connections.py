@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from mysql.connector import HAVE_CEXT
 
 from pydedup import registry
 from pydedup.adapter import Adapter
@@ -38,7 +39,7 @@ def run(mysql_run: Run) -> Run:
     return mysql_run
 
 
-@pytest.fixture(params=["extension", "pure"])
+@pytest.fixture(params=["extension", "pure"] if HAVE_CEXT else ["pure"])
 def adapter(url: str, request: pytest.FixtureRequest) -> Iterator[Adapter]:
     adapter = registry.connect(with_options(url, use_pure=request.param == "pure"), mode="a")
     adapter.create_schema({})

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
+from mysql.connector import HAVE_CEXT
 
 from pydedup import registry
 from pydedup.adapter import LIVE, SCHEMA_VERSION, Adapter
@@ -64,7 +65,7 @@ def run(mysql_run: Run) -> Run:
     return mysql_run
 
 
-@pytest.fixture(params=["extension", "pure"])
+@pytest.fixture(params=["extension", "pure"] if HAVE_CEXT else ["pure"])
 def adapter(url: str, request: pytest.FixtureRequest) -> Iterator[Adapter]:
     adapter = registry.connect(with_options(url, use_pure=request.param == "pure"), mode="a")
     adapter.create_schema({})
@@ -111,7 +112,7 @@ def test_a_server_of_small_packets_is_refused(url: str, packet: Callable[[int], 
 
 
 @pytest.mark.parametrize("size", [4 * MIB, 16 * MIB])
-@pytest.mark.parametrize("pure", [True, False])
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
 def test_payloads_as_large_as_the_packet(
     url: str, packet: Callable[[int], None], size: int, pure: bool
 ) -> None:
@@ -171,7 +172,7 @@ def test_a_wrong_password_is_told_and_not_shown(url: str, user: str, run: Run) -
     assert wrong not in told(caught.value)
 
 
-@pytest.mark.parametrize("pure", [True, False])
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
 def test_a_missing_database_comes_with_what_creates_it(url: str, pure: bool) -> None:
     with pytest.raises(UnavailableError, match=r"CREATE DATABASE `not_there` CHARACTER SET utf8"):
         registry.connect(with_options(at(url, database="not_there"), use_pure=pure), mode="a")
@@ -189,7 +190,7 @@ def test_schema_names_the_database(url: str, mysql_url: str, run: Run) -> None:
     assert ("pydedup_meta",) in run(url, "SHOW TABLES")
 
 
-@pytest.mark.parametrize("pure", [True, False])
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
 def test_a_server_that_is_not_there(tmp_path: Path, pure: bool) -> None:
     place = f"mysql://ann:{quote(SECRET, safe='')}@localhost/db?use_pure={pure}"
     with socket.socket() as closed:
@@ -395,3 +396,17 @@ def test_tables_of_others_are_left_alone(url: str, run: Run) -> None:
     finally:
         adapter.close()
     assert run(url, "SHOW TABLES") == [("pydedup_meta",), ("theirs",)]
+
+
+def test_a_driver_without_its_extension_is_explained() -> None:
+    code = (
+        "import sys; sys.modules['_mysql_connector'] = None\n"
+        "from pydedup import registry, errors\n"
+        "try: registry.connect('mysql://me@localhost/db?use_pure=false', mode='r')\n"
+        "except errors.ArgumentError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "C extension of mysql-connector-python" in done.stdout, done.stderr
+    assert "leave the option out" in done.stdout
