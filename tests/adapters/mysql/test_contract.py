@@ -1,24 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MySQL/MariaDB: the adapter contract on a real server, with both forms of the driver.
-
-What a server may do to a store, and what users are told of it, is in test_mysql_server.py and
-test_mysql_connections.py.
-"""
+"""MySQL/MariaDB: the adapter contract on a real server, with both forms of the driver."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
+from pydedup.testing._contract_base import with_option
 from pydedup.testing.adapter_contract import AdapterContract
-
-
-def with_options(url: str, option: str) -> str:
-    return f"{url}{'&' if urlsplit(url).query else '?'}{option}"
 
 
 class MysqlContract(AdapterContract):
@@ -30,7 +22,7 @@ class MysqlContract(AdapterContract):
         return self._url
 
     def with_lock_wait(self, url: str, seconds: float) -> str:
-        return with_options(url, f"timeout={seconds}")
+        return with_option(url, f"timeout={seconds}")
 
     def raw_rows(self, url: str, table: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
         query = f"SELECT {', '.join(columns)} FROM pydedup_{table} ORDER BY 1"  # noqa: S608
@@ -50,4 +42,4 @@ class TestMysqlWithoutExtension(MysqlContract):
     """As where the extension does not load: after an import of torch."""
 
     def make_url(self, folder: Path) -> str:
-        return with_options(self._url, "use_pure=true")
+        return with_option(self._url, "use_pure=true")

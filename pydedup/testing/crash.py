@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ends a process by SIGKILL in a chosen phase of what it does to a store.
+
+A child is forked, works on the store through an adapter of its own, and is killed where a
+:class:`Phase` says, or after some seconds. What must hold afterwards is the test's business.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from pydedup import registry
+from pydedup.errors import UnavailableError
+from pydedup.store import Store
+from pydedup.testing.faults import Fault, FaultyAdapter, inject
+
+__all__ = ["PHASES", "Phase", "at", "work_and_kill"]
+
+#: A child that is not killed, and does not come to its end, ends itself after so long.
+_PATIENCE_SECONDS: Final = 120
+_MEMORY_BYTES: Final = 64 << 20
+
+Moment = Literal["within", "in the commit", "after the commit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A moment in the life of a transaction, found by a call of the adapter in it.
+
+    Attributes
+    ----------
+    method, call
+        The call that the transaction makes, and how many of the method's calls came before, as
+        in :class:`pydedup.testing.faults.Fault`.
+    moment
+        Just after that call, while the transaction's commit runs, or just after the commit.
+    """
+
+    method: str
+    call: int
+    moment: Moment
+
+
+#: What is done to a store -> the phases of it, by name.
+PHASES: Final[Mapping[str, Mapping[str, Phase]]] = {
+    "add": {
+        "staging, first transaction": Phase("put_job", 1, "within"),
+        "staging, pages": Phase("insert_pages", 2, "within"),
+        "staged in part": Phase("insert_pages", 2, "after the commit"),
+        "before publish": Phase("bump_epoch", 1, "within"),
+        "in the commit": Phase("bump_epoch", 1, "in the commit"),
+        "after": Phase("bump_epoch", 1, "after the commit"),
+    },
+    "remove": {
+        "before publish": Phase("bump_epoch", 1, "within"),
+        "rows deleted": Phase("delete_model", 1, "within"),
+        "in the commit": Phase("bump_epoch", 1, "in the commit"),
+        "after": Phase("bump_epoch", 1, "after the commit"),
+    },
+    # The first two epochs are those of retiring pages without an owner and of a new layout.
+    "vacuum": {
+        "retiring": Phase("bump_epoch", 1, "within"),
+        "staging": Phase("insert_pages", 1, "within"),
+        "staged in part": Phase("insert_pages", 1, "after the commit"),
+        "before publish": Phase("bump_epoch", 2, "within"),
+        "in the commit": Phase("bump_epoch", 2, "in the commit"),
+        "after": Phase("bump_epoch", 2, "after the commit"),
+        "freeing pages": Phase("delete_pages", 1, "within"),
+        "pages freed": Phase("delete_pages", 1, "after the commit"),
+    },
+}
+
+
+def at(
+    control: FaultyAdapter, phase: Phase, strike: Callable[[], BaseException | None]
+) -> None:
+    """Call ``strike`` in that phase; of an "in the commit" just before the commit is sent."""
+
+    def reached() -> None:
+        if phase.moment == "within":
+            strike()
+        else:
+            after = phase.moment == "after the commit"
+            number = control.calls["commit"] + 1
+            control.add_fault(Fault("commit", strike, call=number, after=after))
+
+    control.add_fault(Fault(phase.method, reached, call=phase.call, after=True))
+
+
+def work_and_kill(
+    url: str, work: Callable[[Store], object], phase: Phase | None, delay: float
+) -> bool:
+    """Work on the store in a child, kill it, and return whether it was killed before its end.
+
+    Parameters
+    ----------
+    phase
+        Where it is killed. Without one, ``delay`` seconds after it has opened the store.
+    delay
+        How long a commit has been running when the child is killed in one.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        signal.alarm(_PATIENCE_SECONDS)
+        try:
+            os.close(reading)
+            _work(url, work, phase, lambda: os.write(writing, b"."))
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)  # here pytest must not see what happens
+    os.close(writing)
+    with os.fdopen(reading, "rb", buffering=0) as told:
+        if told.read(1) and (phase is None or phase.moment == "in the commit"):
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, -signal.SIGKILL):
+        raise UnavailableError(f"the child ended with {code} instead of being killed")
+    return code != 0
+
+
+def _work(
+    url: str, work: Callable[[Store], object], phase: Phase | None, tell: Callable[[], object]
+) -> None:
+    def strike() -> None:
+        if phase is not None and phase.moment == "in the commit":
+            tell()
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    adapter, control = inject(registry.connect(url, mode="a"))
+    if phase is not None:
+        at(control, phase, strike)
+    with Store(adapter, _MEMORY_BYTES) as store:
+        if phase is None:
+            tell()
+        work(store)

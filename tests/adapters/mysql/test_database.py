@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MySQL/MariaDB: how tables are made, and who may do what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pydedup import registry
+from pydedup.adapter import SCHEMA_VERSION, Adapter
+from pydedup.errors import NotAStoreError, ReadOnlyError
+from pydedup.testing._contract_base import add_pages, model_row
+
+MIB = 1 << 20
+Run = Callable[..., list[tuple[Any, ...]]]
+
+
+# ---- who may do what ----------------------------------------------------------------------------
+
+
+def test_a_reader_needs_no_more_than_select(
+    adapter: Adapter, url: str, user: Any, run: Run
+) -> None:
+    ids = add_pages(adapter, 3, size=MIB)
+    user.grant("SELECT")
+    reader = registry.connect(user.url, mode="r")
+    try:
+        assert len(list(reader.read_pages(ids))) == 3
+        assert reader.view("model_sizes") == []
+        assert reader.integrity_errors() == []
+        # Without the privilege to look at files it is InnoDB's own estimate.
+        assert reader.stored_bytes() > 0
+    finally:
+        reader.close()
+    writer = registry.connect(user.url, mode="a")
+    try:
+        with pytest.raises(ReadOnlyError, match="denied"), writer.transaction():
+            writer.bump_epoch()
+    finally:
+        writer.close()
+    user.grant("SELECT, INSERT, UPDATE, DELETE")
+    writer = registry.connect(user.url, mode="a")
+    try:
+        writer.create_schema({})
+        add_pages(writer, 1)
+        with writer.transaction():
+            writer.delete_pages(ids)
+            writer.bump_epoch()
+    finally:
+        writer.close()
+
+
+def test_a_creator_needs_no_more_than_is_documented(url: str, user: Any, run: Run) -> None:
+    name = user.name
+    user.grant("CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELETE")
+    creator = registry.connect(user.url, mode="a")
+    try:
+        creator.create_schema({})
+        run(url, "DELETE FROM pydedup_meta")  # as if it had been cut short
+        creator.create_schema({})
+        assert creator.view("sharing") == []
+    finally:
+        creator.close()
+    # Views are read with the rights of who reads, so they outlive their creator.
+    run(url, f"RENAME USER {name} TO {name}_x", f"CREATE USER {name} IDENTIFIED BY 'x'")
+    try:
+        user.grant("SELECT")
+        run(url, f"DROP USER {name}_x")
+        assert run(url, "SELECT COUNT(*) FROM pydedup_sharing") == [(0,)]
+    finally:
+        run(url, f"DROP USER IF EXISTS {name}_x")
+
+
+def test_the_server_refuses_what_a_reader_would_change(adapter: Adapter, url: str) -> None:
+    reader = registry.connect(url, mode="r")
+    try:
+        with pytest.raises(ReadOnlyError):
+            reader._define("DELETE FROM pydedup_meta")  # type: ignore[attr-defined]
+        assert reader.epoch() == 0
+    finally:
+        reader.close()
+
+
+def test_a_server_that_is_read_only(adapter: Adapter, url: str, user: Any, run: Run) -> None:
+    user.grant("ALL")
+    writer = registry.connect(user.url, mode="a")
+    run(url, "SET GLOBAL read_only = 1")
+    try:
+        with pytest.raises(ReadOnlyError), writer.transaction():
+            writer.bump_epoch()
+        assert writer.epoch() == 0
+    finally:
+        run(url, "SET GLOBAL read_only = 0")
+        writer.close()
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def test_tables_are_innodb_and_names_are_bytes(adapter: Adapter, url: str, run: Run) -> None:
+    made = run(
+        url,
+        "SELECT DISTINCT CAST(engine AS CHAR), table_collation FROM information_schema.tables "
+        "WHERE table_schema = DATABASE() AND table_type = 'BASE TABLE'",
+    )
+    assert made == [("InnoDB", "utf8mb4_bin")]
+    with adapter.transaction():
+        ids = [adapter.insert_model(model_row(name)) for name in ("\xe9", "e", "E", "e ")]
+    assert [row.name for row in adapter.models(state=None)] == ["\xe9", "e", "E", "e "]
+    assert [row.id for row in adapter.models(name="e", state=None)] == ids[1:2]
+
+
+def test_a_creation_that_was_cut_short_is_begun_again(adapter: Adapter, url: str, run: Run) -> None:
+    run(url, "DELETE FROM pydedup_meta", "DROP TABLE pydedup_jobs", "DROP VIEW pydedup_sharing")
+    assert adapter.schema_version() is None
+    adapter.create_schema({"x": "y"})
+    assert adapter.schema_version() == SCHEMA_VERSION
+    assert adapter.meta()["x"] == "y"
+    add_pages(adapter, 1)
+    run(url, "DELETE FROM pydedup_meta")  # with something in it, it was no creation
+    with pytest.raises(NotAStoreError, match="pydedup_meta"):
+        adapter.schema_version()
+    assert adapter.count_blocks() == 2
+
+
+def test_tables_of_others_are_left_alone(url: str, run: Run) -> None:
+    run(url, "CREATE TABLE pydedup_meta (a INT)", "CREATE TABLE theirs (a INT)")
+    adapter = registry.connect(url, mode="a")
+    try:
+        with pytest.raises(NotAStoreError, match="pydedup_meta"):
+            adapter.create_schema({})
+    finally:
+        adapter.close()
+    assert run(url, "SHOW TABLES") == [("pydedup_meta",), ("theirs",)]

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MySQL/MariaDB: what a server complains of, and what users are told."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from mysql.connector import HAVE_CEXT
+
+from pydedup import registry
+from pydedup.adapter import Adapter
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    CorruptStoreError,
+    NotAStoreError,
+    PydedupError,
+    ReadOnlyError,
+    StorageFullError,
+    StoreError,
+    UnavailableError,
+)
+from pydedup.testing._contract_base import with_option
+
+PASSWORD = "s3cret%40%2F%3A%26%3F%23%25"
+
+
+def at(url: str, database: str) -> str:
+    """Another database of the same server."""
+    return urlsplit(url)._replace(path=f"/{database}").geturl()
+
+
+def told(error: BaseException) -> str:
+    """All that a traceback shows."""
+    return "".join(traceback.format_exception(error))
+
+
+def test_a_wrong_password_is_told_and_not_shown(user: Any) -> None:
+    user.grant("ALL")
+    adapter = registry.connect(user.url, mode="a")
+    assert adapter.schema_version() is None
+    assert "s3cret" not in f"{adapter.url} {adapter!r} {adapter.__dict__}"
+    adapter.close()
+    wrong = secrets.token_hex(8)
+    with pytest.raises(UnavailableError, match="check the user and the password") as caught:
+        registry.connect(user.url_with(wrong), mode="a")
+    assert wrong not in told(caught.value)
+
+
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+def test_a_missing_database_comes_with_what_creates_it(url: str, pure: bool) -> None:
+    with pytest.raises(UnavailableError, match=r"CREATE DATABASE `not_there` CHARACTER SET utf8"):
+        registry.connect(with_option(at(url, "not_there"), f"use_pure={pure}"), mode="a")
+
+
+def test_schema_names_the_database(url: str, mysql_url: str, run: Any) -> None:
+    name = urlsplit(url).path.strip("/")
+    for place in (mysql_url, at(mysql_url, "")):
+        adapter = registry.connect(place, mode="a", schema=name)
+        try:
+            adapter.create_schema({})
+            assert f"/{name}" in adapter.url
+        finally:
+            adapter.close()
+    assert ("pydedup_meta",) in run(url, "SHOW TABLES")
+
+
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+def test_a_server_that_is_not_there(tmp_path: Path, pure: bool) -> None:
+    place = f"mysql://ann:{PASSWORD}@localhost/db?use_pure={pure}"
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        port = closed.getsockname()[1]
+        for there in (
+            f"{place}&unix_socket={tmp_path}/none.sock",
+            place.replace("localhost", f"127.0.0.1:{port}"),
+        ):
+            with pytest.raises(UnavailableError, match="check that the server runs") as caught:
+                registry.connect(there, mode="a")
+            assert "s3cret" not in told(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("mysql://u:s3cret@host", "no database"),
+        ("mysql://u:s3cret@host/", "no database"),
+        ("mysql://u:s3cret@host/a/b", "no database"),
+        ("mysql://u:s3cret@host:port/db", "no URL of a MySQL database"),
+        ("mysql://u:s3cret@[host/db", "no URL of a MySQL database"),
+        ("mysql://u:s3cret@host/db?tmeout=1", "tmeout"),
+        ("mysql://u:s3cret@host/db?timeout=soon", "soon"),
+        ("mysql://u:s3cret@host/db?ssl_verify_cert=maybe", "maybe"),
+        ("mysql://u@host/db?password=s3cret&timeout=-1", "-1"),
+    ],
+)
+def test_wrong_urls_are_told_without_the_password(place: str, said: str) -> None:
+    with pytest.raises(ArgumentError, match=said) as caught:
+        registry.connect(place, mode="a")
+    assert "s3cret" not in told(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (1205, ConflictError),
+        (1213, ConflictError),
+        (1021, StorageFullError),
+        (1114, StorageFullError),
+        (1290, ReadOnlyError),
+        (1045, UnavailableError),
+        (1053, UnavailableError),
+        (1146, NotAStoreError),
+        (1194, CorruptStoreError),
+        (1406, ArgumentError),
+        (1644, StoreError),
+    ],
+)
+def test_numbers_of_errors_have_meanings(
+    adapter: Adapter, number: int, kind: type[PydedupError]
+) -> None:
+    fields = f"MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'as the server'"
+    statement = f"SIGNAL SQLSTATE '45000' SET {fields}"
+    with pytest.raises(kind, match="as the server") as caught, adapter.transaction():
+        adapter._write(statement)  # type: ignore[attr-defined]
+    assert type(caught.value) is kind or number in (1045, 1053)
+    assert type(caught.value.__cause__).__module__.startswith("mysql.connector")
+    with adapter.transaction():
+        adapter.bump_epoch()
+
+
+def test_a_deadlock_is_a_conflict(adapter: Adapter) -> None:
+    with adapter.transaction():
+        adapter.set_meta("a", "")
+        adapter.set_meta("b", "")
+    barrier = threading.Barrier(2)
+    errors: list[PydedupError] = []
+
+    def change(first: str, second: str) -> None:
+        try:
+            with adapter.transaction():
+                adapter.set_meta(first, first)
+                barrier.wait(30)
+                adapter.set_meta(second, first)
+        except ConflictError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=change, args=names) for names in (("a", "b"), ("b", "a"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(errors) == 1
+    meta = adapter.meta()
+    assert meta["a"] == meta["b"] != ""

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PostgreSQL: connections that are cut, and waits and writers that are ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pydedup.adapter import Adapter
+from pydedup.errors import UnavailableError
+from pydedup.testing._contract_base import (
+    add_pages,
+    add_random_pages,
+    in_thread,
+    open_store,
+    with_option,
+)
+from pydedup.testing.proxy import CuttingProxy
+
+MIB = 1 << 20
+
+
+def cut(url: str, application: str) -> int:
+    """End all connections of that name; return how many there were."""
+    query = "SELECT count(pg_terminate_backend(pid, 10000)) FROM pg_stat_activity "
+    query += "WHERE application_name = %s"
+    with psycopg.connect(url, autocommit=True) as connection:
+        row = connection.execute(query, [application]).fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+@pytest.fixture
+def url(postgres_url: str, schema: str) -> str:
+    """The schema is the application's name too, by which connections are cut."""
+    return with_option(postgres_url, f"schema={schema}&application_name={schema}")
+
+
+def test_a_cut_idle_connection_is_not_noticed(
+    adapter: Adapter, postgres_url: str, schema: str
+) -> None:
+    pages = add_random_pages(adapter, 2)
+    for use in (
+        adapter.epoch,
+        lambda: dict(adapter.read_pages(list(pages))) == pages,
+        lambda: add_pages(adapter, 1),
+        adapter.compact,
+    ):
+        assert cut(postgres_url, schema) == 1
+        use()
+    assert cut(postgres_url, schema) == 1
+    with adapter.snapshot():
+        assert len(adapter.page_rows()) == 3
+        with adapter.snapshot():
+            assert dict(adapter.read_pages(list(pages))) == pages
+
+
+def test_reading_goes_on_while_connections_are_cut(
+    adapter: Adapter, postgres_url: str, schema: str
+) -> None:
+    pages = add_random_pages(adapter, 40)
+    end, cuts = time.monotonic() + 3, 0
+    reads, failures = [0], []
+
+    def read() -> None:
+        try:
+            while time.monotonic() < end:
+                assert dict(adapter.read_pages(list(pages))) == pages
+                assert len(adapter.page_rows()) == 40
+                reads[0] += 1
+        except BaseException as error:  # shown below
+            failures.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < end:
+        cuts += cut(postgres_url, schema)
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(60)
+    assert not failures, failures
+    assert cuts > 10
+    assert reads[0] > 0
+
+
+@pytest.mark.parametrize("scope", ["transaction", "snapshot"])
+def test_a_cut_transaction_is_told_and_not_repeated(
+    adapter: Adapter, postgres_url: str, schema: str, scope: str
+) -> None:
+    def interrupted() -> None:
+        with getattr(adapter, scope)():
+            if scope == "transaction":
+                adapter.put_job("lost", "", "", "")
+            assert cut(postgres_url, schema) == 1
+            adapter.models()
+
+    with pytest.raises(UnavailableError, match="reading goes on"):
+        interrupted()
+    assert adapter.jobs() == []
+    with adapter.transaction():
+        adapter.put_job("kept", "", "", "")
+    assert [job[0] for job in adapter.jobs()] == ["kept"]
+
+
+def test_a_connection_that_is_cut_within_a_page(postgres_url: str, url: str, schema: str) -> None:
+    with psycopg.connect(postgres_url) as connection:
+        info = connection.info
+        assert info.host.startswith("/"), "this test needs a server with a Unix socket"
+        target, user, database = f"{info.host}/.s.PGSQL.{info.port}", info.user, info.dbname
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        CuttingProxy(Path(folder) / ".s.PGSQL.5432", Path(target)) as proxy,
+    ):
+        adapter = open_store(f"postgresql://{user}@/{database}?host={folder}&schema={schema}")
+        pages = add_random_pages(adapter, 20)
+        for number, after in enumerate((100_000, MIB + 20, 9 * MIB, 17 * MIB), start=1):
+            proxy.cut_after(after)
+            assert in_thread(lambda: dict(adapter.read_pages(list(pages)))) == pages
+            assert proxy.cuts == number, "it was not cut"
+        # Writing is not repeated, and nothing of it is kept.
+        with pytest.raises(UnavailableError), adapter.transaction():
+            put_job_while_cut(proxy, adapter)
+        assert adapter.jobs() == []
+        add_pages(adapter, 1)
+        adapter.close()
+
+
+def put_job_while_cut(proxy: CuttingProxy, adapter: Adapter) -> None:
+    proxy.cut_after(0)
+    adapter.put_job("lost", "", "", "")
+
+
+def test_ctrl_c_ends_the_wait_for_a_lock(adapter: Adapter, url: str) -> None:
+    patient = open_store(with_option(url, "timeout=60"))
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+
+    def wait() -> None:
+        with patient.transaction():
+            patient.bump_epoch()
+
+    def hold() -> None:
+        with adapter.transaction():
+            adapter.bump_epoch()
+            begun.set()
+            done.wait(60)
+
+    begun, done = threading.Event(), threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert begun.wait(30)
+    start = time.monotonic()
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        assert time.monotonic() - start < 10
+    finally:
+        timer.join()
+        done.set()
+        holder.join()
+    wait()
+    assert patient.epoch() == 2
+    patient.close()
+
+
+def test_a_killed_writer_leaves_whole_transactions(url: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pydedup import registry\n"
+        "adapter = registry.connect(sys.argv[1], mode='a')\n"
+        "adapter.create_schema({})\n"
+        "for i in range(3):\n"
+        "    with adapter.transaction():\n"
+        "        adapter.bump_epoch()\n"
+        "        adapter.insert_pages([(bytes(16), bytes(1 << 20))] * 10, state='live')\n"
+        "        if i == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-P", "-c", code, url]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    adapter = open_store(url)
+    assert (adapter.epoch(), len(adapter.page_rows())) == (2, 20)
+    add_pages(adapter, 1)  # nothing is locked any more
+    assert adapter.integrity_errors() == []
+    adapter.close()

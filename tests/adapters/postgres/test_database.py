@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PostgreSQL: how tables are made, where they live, and who may do what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pydedup import registry
+from pydedup.adapter import LIVE, RETIRED, Adapter
+from pydedup.errors import NotAStoreError, ReadOnlyError, StoreError
+from pydedup.testing._contract_base import add_pages, open_store, with_option
+
+MIB = 1 << 20
+
+
+def as_role(url: str, role: str) -> str:
+    return with_option(url, f"user={role}")
+
+
+# ---- how it is set up ---------------------------------------------------------------------------
+
+
+def test_payloads_are_stored_apart_and_not_compressed(
+    adapter: Adapter, schema: str, sql: Any
+) -> None:
+    columns = "SELECT c.relname, a.attstorage FROM pg_attribute a JOIN pg_class c ON c.oid = "
+    columns += "a.attrelid WHERE c.relnamespace = %s::regnamespace AND a.attname = 'payload'"
+    found = dict(sql(columns, schema))
+    assert found == dict.fromkeys(
+        ("artifacts", "block_maps", "pages", "signatures", "source_hashes"), "e"
+    )
+    with adapter.transaction():
+        adapter.insert_pages([(bytes(16), bytes(1 << 20))], state=LIVE)  # would compress well
+    assert sql(f"SELECT pg_column_size(payload) FROM {schema}.pages") == [(1 << 20,)]  # noqa: S608
+    assert adapter.stored_bytes() > 1 << 20
+
+
+def test_names_are_compared_by_their_bytes(adapter: Adapter, schema: str, sql: Any) -> None:
+    collations = "SELECT DISTINCT l.collname FROM pg_attribute a JOIN pg_collation l ON l.oid = "
+    collations += "a.attcollation JOIN pg_class c ON c.oid = a.attrelid "
+    collations += "WHERE c.relnamespace = %s::regnamespace AND c.relkind = 'r' AND a.attnum > 0"
+    assert sql(collations, schema) == [("C",)]
+
+
+def test_a_page_is_published_without_writing_its_payload(adapter: Adapter, schema: str) -> None:
+    ids = add_pages(adapter, 8, size=MIB)
+    before = adapter.stored_bytes()
+    for retired_at in (1.0, 2.0, 3.0):
+        with adapter.transaction():
+            adapter.set_page_state(ids, RETIRED, retired_at)
+    assert adapter.stored_bytes() < before + (1 << 20), "8 MiB of payloads were written again"
+
+
+def test_freed_space_is_used_again(adapter: Adapter) -> None:
+    add_pages(adapter, 4, size=MIB)
+    sizes = []
+    for _ in range(3):
+        ids = add_pages(adapter, 16, size=MIB)
+        sizes.append(adapter.stored_bytes())
+        with adapter.transaction():
+            adapter.delete_pages(ids)
+        adapter.compact()
+    assert max(sizes) < sizes[0] + (2 << 20), sizes
+    with pytest.raises(StoreError, match="inside of a transaction"), adapter.transaction():
+        adapter.compact()
+
+
+def test_invalid_indexes_are_complained_of(adapter: Adapter, schema: str, sql: Any) -> None:
+    assert adapter.integrity_errors() == []
+    index = f"{schema}.pydedup_distinct_blocks_hash128"
+    sql("UPDATE pg_index SET indisvalid = false WHERE indexrelid = %s::regclass", index)
+    (complaint,) = adapter.integrity_errors()
+    assert "pydedup_distinct_blocks_hash128" in complaint
+    assert "REINDEX" in complaint
+    sql(f"REINDEX SCHEMA {schema}")
+    assert adapter.integrity_errors() == []
+
+
+def test_amcheck_is_asked_where_it_is_installed(adapter: Adapter, schema: str, sql: Any) -> None:
+    add_pages(adapter, 3)
+    sql(f"CREATE EXTENSION amcheck SCHEMA {schema}")
+    try:
+        assert adapter.integrity_errors() == []
+        sql(f"ALTER FUNCTION {schema}.bt_index_check(regclass) RENAME TO real_check")
+        sql(
+            f"CREATE FUNCTION {schema}.bt_index_check(regclass) RETURNS void LANGUAGE plpgsql AS "
+            "$$BEGIN RAISE EXCEPTION 'item order invariant violated' USING ERRCODE = 'XX002'; END$$"
+        )
+        complaints = adapter.integrity_errors()
+        assert any("pages_pkey" in complaint for complaint in complaints)
+        assert all("item order invariant violated" in complaint for complaint in complaints)
+    finally:
+        sql("DROP EXTENSION amcheck CASCADE")
+
+
+# ---- schemas and roles --------------------------------------------------------------------------
+
+
+def test_stores_live_beside_each_other(postgres_url: str, schema: str, url: str, sql: Any) -> None:
+    sql(f"CREATE SCHEMA {schema}")
+    sql(f"CREATE TABLE {schema}.customers (name text)")
+    first = open_store(url)
+    second = registry.connect(postgres_url, mode="a", schema=f"{schema}_2")
+    try:
+        second.create_schema({})
+        add_pages(first, 2, size=10)
+        assert (len(first.page_rows()), len(second.page_rows())) == (2, 0)
+        assert f"schema={schema}_2" in second.url
+        assert sql(f"SELECT * FROM {schema}.customers") == []  # noqa: S608
+        public = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+        assert sql(public) == []
+        again = registry.connect(url, mode="r", schema=schema)
+        assert len(again.page_rows()) == 2
+        again.close()
+    finally:
+        first.close()
+        second.close()
+        sql(f"DROP SCHEMA {schema}_2 CASCADE")
+
+
+def test_tables_of_somebody_else_are_left_alone(schema: str, url: str, sql: Any) -> None:
+    sql(f"CREATE SCHEMA {schema}")
+    sql(f"CREATE TABLE {schema}.models (id int)")
+    with pytest.raises(NotAStoreError, match="not its own"):
+        open_store(url)
+    tables = "SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace"
+    assert sql(tables, schema) == [("models",)]
+
+
+def test_a_missing_store_says_how_to_make_one(schema: str, url: str, sql: Any) -> None:
+    with pytest.raises(NotAStoreError, match=f"schema={schema}.* mode 'a'.*schema="):
+        registry.connect(url, mode="r")
+    assert sql("SELECT to_regnamespace(%s)::text", schema) == [(None,)]
+
+
+def test_a_user_without_rights_is_told_what_to_ask_for(
+    schema: str, url: str, role: str, sql: Any
+) -> None:
+    mine = as_role(url, role)
+    for _ in range(2):  # first the schema is missing, then the right to create in it
+        with pytest.raises(ReadOnlyError, match="administrator") as caught:
+            open_store(mine)
+        sql(str(caught.value).rpartition(": ")[2])
+        if "CREATE SCHEMA" in str(caught.value):
+            sql(f"ALTER SCHEMA {schema} OWNER TO CURRENT_USER")
+    adapter = open_store(mine)
+    assert len(adapter.page_rows(ids=add_pages(adapter, 1, size=9))) == 1
+    adapter.close()
+
+
+def test_a_reader_role_reads(adapter: Adapter, schema: str, url: str, role: str, sql: Any) -> None:
+    ids = add_pages(adapter, 3, size=5000)
+    for mode in ("a", "r"):
+        with pytest.raises(StoreError, match=f"GRANT USAGE ON SCHEMA {schema}"):
+            registry.connect(as_role(url, role), mode=mode).epoch()
+    sql(f'GRANT USAGE ON SCHEMA {schema} TO "{role}"')
+    sql(f'GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO "{role}"')
+    for mode in ("a", "r"):
+        reader = registry.connect(as_role(url, role), mode=mode)
+        assert reader.read_only
+        assert len(list(reader.read_pages(ids))) == 3
+        assert reader.view("sharing") == []
+        assert reader.integrity_errors() == []
+        with pytest.raises(ReadOnlyError), reader.transaction():
+            pass
+        reader.close()
+
+
+def test_a_writer_role_writes(adapter: Adapter, schema: str, url: str, role: str, sql: Any) -> None:
+    sql(f'GRANT USAGE ON SCHEMA {schema} TO "{role}"')
+    sql(f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO "{role}"')
+    sql(f'GRANT USAGE ON ALL SEQUENCES IN SCHEMA {schema} TO "{role}"')
+    writer = open_store(as_role(url, role))
+    ids = add_pages(writer, 2, size=10)
+    with writer.transaction():
+        writer.delete_pages(ids)
+        assert writer.bump_epoch()
+    writer.close()
+
+
+def test_reading_alone_is_held_by_the_server_too(adapter: Adapter, url: str) -> None:
+    reader = registry.connect(url, mode="r")
+    with pytest.raises(ReadOnlyError, match="read-only"):
+        reader._query("CREATE TABLE x (y int)")  # type: ignore[attr-defined]
+    reader.close()

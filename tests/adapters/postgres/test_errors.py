@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PostgreSQL: errors of a server that runs, and what they mean to a user."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import psycopg
+import pytest
+
+from pydedup import registry
+from pydedup.adapter import LIVE, Adapter
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    CorruptStoreError,
+    NotAStoreError,
+    ReadOnlyError,
+    StorageFullError,
+    StoreError,
+    UnavailableError,
+)
+from pydedup.testing._contract_base import with_option
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "advice"),
+    [
+        ("53100", StorageFullError, "free some space"),
+        ("40001", ConflictError, "try again"),
+        ("40P01", ConflictError, "try again"),
+        ("55P03", ConflictError, "timeout="),
+        ("25006", ReadOnlyError, "primary"),
+        ("57014", UnavailableError, "statement_timeout"),
+        ("53300", UnavailableError, "max_connections"),
+        ("57P01", UnavailableError, "server runs"),
+        ("58030", UnavailableError, "disks"),
+        ("XX001", CorruptStoreError, "verify"),
+        ("22003", ArgumentError, "value"),
+        ("P0001", StoreError, "P0001"),
+    ],
+)
+def test_codes_of_the_server_have_a_meaning(
+    adapter: Adapter, schema: str, sql: Any, code: str, kind: type[StoreError], advice: str
+) -> None:
+    sql(
+        f"CREATE FUNCTION {schema}.fail() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$BEGIN RAISE EXCEPTION 'it went wrong' USING ERRCODE = '{code}'; END$$"
+    )
+    sql(
+        f"CREATE TRIGGER fail BEFORE INSERT ON {schema}.pages FOR EACH ROW "
+        f"EXECUTE FUNCTION {schema}.fail()"
+    )
+    with pytest.raises(kind, match="it went wrong") as caught, adapter.transaction():
+        _change(adapter)
+    assert advice in str(caught.value)
+    assert isinstance(caught.value.__cause__, psycopg.Error)
+    assert adapter.jobs() == []
+    with adapter.transaction():
+        adapter.put_job("j", "", "", "")
+
+
+def _change(adapter: Adapter) -> None:
+    adapter.put_job("j", "", "", "")
+    adapter.insert_pages([(bytes(16), bytes(100_000))], state=LIVE)
+
+
+def test_a_deadlock_is_a_conflict(adapter: Adapter, schema: str, postgres_url: str) -> None:
+    with adapter.transaction():
+        adapter.put_job("a", "", "", "")
+        adapter.put_job("b", "", "", "")
+    held, told = threading.Event(), []
+    # The other one waits for long before it looks for deadlocks, so ours is the one to give way.
+    other = psycopg.connect(postgres_url, options="-c deadlock_timeout=20s")
+
+    def wait_for_ours() -> None:
+        held.wait(30)
+        told.append(other.execute(f"UPDATE {schema}.jobs SET spec = 'x' WHERE id = 'a'").rowcount)  # noqa: S608
+
+    def lock_in_turn() -> None:
+        adapter.put_job("a", "mine", "", "")
+        held.set()
+        time.sleep(0.5)
+        adapter.put_job("b", "mine", "", "")
+
+    thread = threading.Thread(target=wait_for_ours)
+    thread.start()
+    with other:
+        other.execute(f"UPDATE {schema}.jobs SET spec = 'x' WHERE id = 'b'")  # noqa: S608
+        with pytest.raises(ConflictError, match="deadlock"), adapter.transaction():
+            lock_in_turn()
+        thread.join(30)
+        assert told == [1]
+    assert [job[1] for job in adapter.jobs()] == ["x", "x"]
+
+
+def test_a_statement_timeout_says_so(adapter: Adapter, url: str) -> None:
+    hasty = registry.connect(with_option(url, "options=-c%20statement_timeout%3D200"), mode="a")
+    with adapter.transaction():
+        adapter.bump_epoch()
+        with pytest.raises(UnavailableError, match="statement_timeout"), hasty.transaction():
+            hasty.bump_epoch()
+    hasty.close()
+
+
+def test_text_that_the_server_cannot_hold(adapter: Adapter) -> None:
+    with pytest.raises(ArgumentError, match="0x00"), adapter.transaction():
+        adapter.put_job("a\0b", "", "", "")
+    assert adapter.jobs() == []
+
+
+def test_tables_that_were_dropped(adapter: Adapter, schema: str, sql: Any) -> None:
+    sql(f"DROP TABLE {schema}.jobs CASCADE")
+    with pytest.raises(NotAStoreError, match=schema):
+        adapter.jobs()
+    with pytest.raises(NotAStoreError, match="jobs"):
+        adapter.schema_version()

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PostgreSQL: servers that refuse, go away and come back."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from pydedup import registry
+from pydedup.errors import UnavailableError
+from pydedup.testing._contract_base import add_pages, add_random_pages, open_store, with_option
+
+PASSWORD = "right-0f-c0urse"
+WRONG = "wr0ng-0ne"
+
+
+# ---- servers that refuse ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strict(own_postgres: Any) -> str:
+    """URL of a server that asks everybody but its superuser for a password."""
+    url: str = own_postgres.url
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE careful LOGIN PASSWORD '{PASSWORD}'")
+        connection.execute("GRANT CREATE ON DATABASE postgres TO careful")
+        (row,) = connection.execute("SHOW hba_file")
+        rules = (
+            "local all postgres trust\nhostssl all all all reject\nlocal all all scram-sha-256\n"
+        )
+        Path(row[0]).write_text(rules)
+        connection.execute("SELECT pg_reload_conf()")
+        (row,) = connection.execute("SHOW unix_socket_directories")
+    return f"postgresql://careful:{{password}}@/postgres?host={row[0]}"
+
+
+def refused(url: str) -> str:
+    with pytest.raises(UnavailableError) as caught:
+        registry.connect(url, mode="a")
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert PASSWORD not in f"{error} {error!r}"
+        assert WRONG not in f"{error} {error!r}"
+        error = error.__cause__
+    return str(caught.value)
+
+
+def test_passwords(strict: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "none"))
+    right = strict.format(password=PASSWORD)
+    assert "check the user and the password" in refused(strict.format(password=WRONG))
+    assert "PGPASSWORD" in refused(strict.replace(":{password}", ""))
+    missing = refused(right.replace("/postgres?", "/missing?"))
+    assert "createdb" in missing
+    assert "careful@/missing" in missing
+    adapter = open_store(with_option(right, "schema=by_password"))
+    assert PASSWORD not in adapter.url
+    adapter.close()
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    adapter = open_store(with_option(strict.replace(":{password}", ""), "schema=by_password"))
+    assert adapter.epoch() == 0
+    adapter.close()
+
+
+def test_parameters_of_tls_reach_libpq() -> None:
+    # libpq itself refuses this pair, before it connects; a server with TLS is not at hand here.
+    url = f"postgresql://u:{PASSWORD}@localhost:1/x?sslmode=require&sslrootcert=system"
+    assert "weak sslmode" in refused(url)
+
+
+@pytest.mark.parametrize("where", ["localhost:1/x", "/x?host=/missing", "nowhere.invalid/x"])
+def test_servers_that_are_not_there(where: str) -> None:
+    start = time.monotonic()
+    assert "check that the server runs" in refused(f"postgresql://u:{PASSWORD}@{where}")
+    assert time.monotonic() - start < 9, "opening must not wait for a server to come"

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PostgreSQL: what a URL may say, and that no password is ever shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from pydedup import registry
+from pydedup.errors import ArgumentError, PydedupError, StoreError, UnavailableError
+from pydedup.testing._contract_base import open_store, with_option
+
+SECRET = "tops3cret"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://u:{SECRET}/{SECRET}@localhost/db",
+        f"postgresql://u:1/{SECRET}@localhost/db",
+        f"postgresql://u:{SECRET}@{SECRET}@localhost/db",
+        f"postgresql://u:x?{SECRET}@localhost/db",
+        f"postgresql://u:x?{SECRET}=@localhost/db",
+        f"postgresql://u:%zz{SECRET}@localhost/db",
+        f"postgresql://u@localhost:{SECRET}/db",
+        f"postgresql://u:{SECRET}@localhost/db?passwort={SECRET}",
+        f"postgresql://u:{SECRET}",
+        f"postgresql://u:{SECRET}@localhost/db?timeout",
+        f"postgresql://u:{SECRET}@localhost/db?schema=a%20b",
+        f"postgresql://u:{SECRET}@localhost/db?timeout=soon",
+        f"postgresql://u:{SECRET}@[::1/db",
+    ],
+)
+def test_urls_that_mean_nothing_show_no_secret(url: str) -> None:
+    with pytest.raises(PydedupError) as caught:
+        registry.connect(url, mode="a")
+    error: BaseException | None = caught.value
+    assert isinstance(error, ArgumentError | UnavailableError)
+    while error is not None:
+        assert SECRET not in f"{error} {error!r}"
+        error = error.__cause__
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a b", 'a"b', "a'b", "1a", "pg_mine", "information_schema", "x" * 64, "ä", "a%s"]
+)
+def test_schemas_that_cannot_be(postgres_url: str, name: str) -> None:
+    with pytest.raises(ArgumentError, match="cannot hold a store"):
+        registry.connect(postgres_url, mode="a", schema=name)
+
+
+def test_one_schema_is_meant(url: str) -> None:
+    with pytest.raises(ArgumentError, match="other"):
+        registry.connect(url, mode="a", schema="other")
+
+
+@pytest.mark.parametrize("timeout", ["soon", "-1", "nan", "", "1e9"])
+def test_timeouts_that_cannot_be(url: str, timeout: str) -> None:
+    with pytest.raises(ArgumentError, match="timeout="):
+        registry.connect(with_option(url, f"timeout={timeout}"), mode="a")
+
+
+def test_a_password_is_never_shown(url: str) -> None:
+    adapter = open_store(with_option(url, f"password={SECRET}&sslpassword={SECRET}"))
+    try:
+        assert SECRET not in f"{adapter.url} {adapter!r} {vars(adapter)}"
+        with pytest.raises(StoreError) as caught:
+            adapter.bump_epoch()
+        assert SECRET not in str(caught.value)
+    finally:
+        adapter.close()
+
+
+def test_parameters_reach_libpq(url: str) -> None:
+    options = "application_name=mine&options=-c%20work_mem%3D7MB%20-c%20lock_timeout%3D1234"
+    adapter = open_store(with_option(url, options))
+    shown = "SELECT current_setting('application_name'), current_setting('work_mem'), "
+    shown += "current_setting('lock_timeout')"
+    assert adapter._query(shown) == [("mine", "7MB", "1234ms")]  # type: ignore[attr-defined]
+    adapter.close()
+    adapter = open_store(with_option(url, "timeout=2.5"))
+    assert adapter._query(shown)[0] == ("pydedup", "4MB", "2500ms")  # type: ignore[attr-defined]
+    adapter.close()

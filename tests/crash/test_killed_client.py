@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL of a client in each phase of what it does to a store, and at random moments of it.
+
+Afterwards the store verifies, what was published is there bit for bit, all of an add or nothing of
+it, and a vacuum leaves nothing behind. On every back end 10 kills each in `make test`, 200 in
+`make crash` (PYDEDUP_CRASH_ROUNDS): first the named phases of ``pydedup.testing.crash``, then
+random moments, and so on in turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies, registry
+from pydedup.adapter import LIVE, STAGING, Adapter
+from pydedup.adapters._schema import TABLES
+from pydedup.ingest import write
+from pydedup.maintenance import repack, vacuum
+from pydedup.store import Store
+from pydedup.testing.crash import PHASES, work_and_kill
+
+ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "10"))
+#: After so many rounds the phases come again; what is left of them are random moments.
+CYCLE = 10
+#: A commit in which a client is killed has run for up to so many seconds.
+COMMIT_SECONDS = 0.003
+
+Model = dict[str, np.ndarray]
+
+
+def member(seed: int, rows: int = 6000) -> Model:
+    """One of a family: half of its rows are everybody's, half its own, and a bias."""
+    table = np.random.default_rng(0).standard_normal((12000, 50)).astype(np.float32)
+    own = np.random.default_rng(1000 + seed)
+    table[6000 : 6000 + rows] = own.standard_normal((rows, 50))
+    return {"embedding": table, "bias": own.standard_normal(100).astype(np.float32)}
+
+
+KEPT = {"kept0@1": member(0), "kept1@1": member(1)}
+SMALL = {f"small{number}@1": member(10 + number, rows=1000) for number in range(3)}
+
+
+def twins(number: int) -> dict[str, Model]:
+    """What round ``number`` adds."""
+    first = member(100 + number)
+    return {"new@1": first, "twin@1": {**first, "bias": first["bias"] + 1}}
+
+
+# ---- what is done, before a kill and in the child ------------------------------------------------
+
+
+def before_add(store: Store, number: int) -> dict[str, Model]:
+    return {}
+
+
+def add(store: Store, number: int) -> None:
+    write._PAGES_PER_TRANSACTION = 1  # so that a small add takes as many as a large one
+    store.add_many(twins(number), policy=policies.Exact())
+
+
+def before_remove(store: Store, number: int) -> dict[str, Model]:
+    store.add_many(twins(number), policy=policies.Exact())
+    return twins(number)
+
+
+def remove(store: Store, number: int) -> None:
+    store.remove("new@1")
+
+
+def before_vacuum(store: Store, number: int) -> dict[str, Model]:
+    """Leave pages that are mostly empty, and some without an owner."""
+    for address, model in [*SMALL.items(), *twins(number).items()]:
+        store.add(address, model, policy=policies.Exact())
+    for address in twins(number):
+        store.remove(address)
+    return dict(SMALL)
+
+
+def clean(store: Store, number: int) -> None:
+    repack._PAGES_PER_TRANSACTION = vacuum._ROWS_PER_TRANSACTION = 1
+    store.vacuum()
+
+
+WORK: dict[str, tuple[Callable[[Store, int], dict[str, Model]], Callable[[Store, int], None]]] = {
+    "add": (before_add, add),
+    "remove": (before_remove, remove),
+    "vacuum": (before_vacuum, clean),
+}
+#: Phase -> whether what was done has happened: else it depends.
+HAPPENED = {"after": True, "freeing pages": True, "pages freed": True, "in the commit": None}
+
+
+# ---- what must hold ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[tuple[Store, Adapter]]:
+    adapter = registry.connect(url, mode="a")
+    with Store(adapter, 64 << 20) as store:
+        yield store, adapter
+
+
+def assert_holds(store: Store, models: dict[str, Model]) -> None:
+    report = store.verify()
+    assert report.errors == []
+    assert {info.address for info in store.models()} == set(models)
+    for address, model in models.items():
+        loaded = store.load(address)
+        assert loaded.keys() == model.keys()
+        assert all(loaded[name].tobytes() == array.tobytes() for name, array in model.items())
+
+
+def assert_nothing_is_left(store: Store, adapter: Adapter) -> None:
+    """After a vacuum: the process that was killed is known to be gone."""
+    store.vacuum()
+    report = store.verify()
+    assert (report.errors, report.notes) == ([], [])
+    assert adapter.jobs() == []
+    assert adapter.models(state=STAGING) == []
+    assert {row.state for row in adapter.page_rows()} <= {LIVE}
+    assert adapter.orphan_pages() == []
+
+
+def row_counts(adapter: Adapter) -> dict[str, int]:
+    """How many rows each table has."""
+    name = adapter._sql.dialect.name  # type: ignore[attr-defined]
+    return {
+        table: adapter._query(f"SELECT COUNT(*) FROM {name(table)}")[0][0]  # type: ignore[attr-defined]  # noqa: S608
+        for table in TABLES
+    }
+
+
+def expected(action: str, phase: str | None, killed: bool) -> bool | None:
+    """Whether the work was done; ``None`` when that cannot be said."""
+    if not killed:
+        return True
+    return None if phase is None else HAPPENED.get(phase, False)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.timeout(120 + 5 * ROUNDS)
+@pytest.mark.parametrize("action", WORK)
+def test_a_killed_client_leaves_a_sound_store(store_url: str, action: str) -> None:
+    prepare, work = WORK[action]
+    with pydedup.open(store_url) as store:
+        store.add_many(KEPT, policy=policies.Exact())
+        # How long it takes here: random moments are spread over that, and a bit beyond.
+        prepare(store, ROUNDS)
+    begun = time.monotonic()
+    assert not work_and_kill(store_url, lambda store: work(store, ROUNDS), None, 60.0)
+    seconds = time.monotonic() - begun
+    chance = random.Random(20220815)
+    phases = [*PHASES[action], *[None] * (CYCLE - len(PHASES[action]))]
+    ended: dict[str | None, list[bool]] = {}
+    for number in range(ROUNDS):
+        with opened(store_url) as (store, adapter):
+            for info in store.models():
+                if info.address not in KEPT:
+                    store.remove(info.address)
+            assert_nothing_is_left(store, adapter)
+            there = {**KEPT, **prepare(store, number)}
+        phase = phases[number % CYCLE]
+        delay = chance.random() * (COMMIT_SECONDS if phase else 1.1 * seconds)
+        killed = work_and_kill(
+            store_url,
+            lambda store, number=number: work(store, number),  # type: ignore[misc]
+            PHASES[action][phase] if phase else None,
+            delay,
+        )
+        with opened(store_url) as (store, adapter):
+            done = {**there, **twins(number)} if action == "add" else dict(there)
+            if action == "remove":
+                del done["new@1"]
+            names = {info.address for info in store.models()}
+            happened = names == set(done)
+            if action != "vacuum" and expected(action, phase, killed) is not None:
+                assert happened == expected(action, phase, killed), phase
+            assert_holds(store, done if happened else there)
+            assert_nothing_is_left(store, adapter)
+            assert_holds(store, done if happened else there)
+        ended.setdefault(phase, []).append(killed)
+    for phase in PHASES[action]:
+        if ROUNDS >= CYCLE and phase != "in the commit":
+            assert all(ended[phase]), f"no kill in phase {phase!r}"
+    with opened(store_url) as (store, adapter):
+        for info in store.models():
+            store.remove(info.address)
+        store.vacuum()
+        counts = row_counts(adapter)
+        assert counts.pop("meta") > 0
+        assert set(counts.values()) == {0}, counts
