@@ -72,7 +72,7 @@ sanitize:  ## the native tests under ASan + UBSan and under TSan
 	@scripts/native.sh $(SANITIZERS)
 
 .PHONY: crash
-crash:  ## kill a writing process at random moments, 200 times; the store must verify
+crash:  ## kill clients of each database, 200 times per kind of work; the store must verify
 	@scripts/setup.sh test
 	@PYDEDUP_CRASH_ROUNDS=$(CRASH_ROUNDS) "$(VENV)/bin/pytest" --timeout=7200 tests/crash $(ARGS)
 

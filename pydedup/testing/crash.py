@@ -8,8 +8,8 @@ A child is forked, works on the store through an adapter of its own, and is kill
 from __future__ import annotations
 
 import os
+import select
 import signal
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,9 +77,7 @@ PHASES: Final[Mapping[str, Mapping[str, Phase]]] = {
 }
 
 
-def at(
-    control: FaultyAdapter, phase: Phase, strike: Callable[[], BaseException | None]
-) -> None:
+def at(control: FaultyAdapter, phase: Phase, strike: Callable[[], BaseException | None]) -> None:
     """Call ``strike`` in that phase; of an "in the commit" just before the commit is sent."""
 
     def reached() -> None:
@@ -121,7 +119,7 @@ def work_and_kill(
     os.close(writing)
     with os.fdopen(reading, "rb", buffering=0) as told:
         if told.read(1) and (phase is None or phase.moment == "in the commit"):
-            time.sleep(delay)
+            select.select([told], [], [], delay)  # its end, when it comes earlier
             os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)

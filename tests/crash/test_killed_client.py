@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from pydedup.adapters._schema import TABLES
 
 import pydedup
 from pydedup import policies, registry
 from pydedup.adapter import LIVE, STAGING, Adapter
-from pydedup.adapters._schema import TABLES
 from pydedup.ingest import write
 from pydedup.maintenance import repack, vacuum
 from pydedup.store import Store
@@ -31,16 +31,16 @@ ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "10"))
 #: After so many rounds the phases come again; what is left of them are random moments.
 CYCLE = 10
 #: A commit in which a client is killed has run for up to so many seconds.
-COMMIT_SECONDS = 0.003
+COMMIT_SECONDS = 0.0015
 
 Model = dict[str, np.ndarray]
 
 
-def member(seed: int, rows: int = 6000) -> Model:
-    """One of a family: half of its rows are everybody's, half its own, and a bias."""
-    table = np.random.default_rng(0).standard_normal((12000, 50)).astype(np.float32)
+def member(seed: int, rows: int = 10000) -> Model:
+    """One of a family: half of its rows are everybody's, of the others some near to them."""
+    table = np.random.default_rng(0).standard_normal((20000, 50)).astype(np.float32)
     own = np.random.default_rng(1000 + seed)
-    table[6000 : 6000 + rows] = own.standard_normal((rows, 50))
+    table[10000 : 10000 + rows] *= 1 + 0.01 * own.standard_normal((rows, 50)).astype(np.float32)
     return {"embedding": table, "bias": own.standard_normal(100).astype(np.float32)}
 
 
@@ -54,6 +54,11 @@ def twins(number: int) -> dict[str, Model]:
     return {"new@1": first, "twin@1": {**first, "bias": first["bias"] + 1}}
 
 
+def policy(number: int) -> policies.Policy:
+    """In turns: deltas on similar blocks, or nothing but blocks as they are."""
+    return policies.Exact() if (number + number // CYCLE) % 2 else policies.Lossless()
+
+
 # ---- what is done, before a kill and in the child ------------------------------------------------
 
 
@@ -63,11 +68,11 @@ def before_add(store: Store, number: int) -> dict[str, Model]:
 
 def add(store: Store, number: int) -> None:
     write._PAGES_PER_TRANSACTION = 1  # so that a small add takes as many as a large one
-    store.add_many(twins(number), policy=policies.Exact())
+    store.add_many(twins(number), policy=policy(number))
 
 
 def before_remove(store: Store, number: int) -> dict[str, Model]:
-    store.add_many(twins(number), policy=policies.Exact())
+    store.add_many(twins(number), policy=policy(number))
     return twins(number)
 
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 
 from pydedup import registry
 from pydedup.errors import UnavailableError
-from pydedup.testing._contract_base import add_pages, add_random_pages, open_store, with_option
+from pydedup.testing._contract_base import open_store, with_option
 
 PASSWORD = "right-0f-c0urse"
 WRONG = "wr0ng-0ne"
