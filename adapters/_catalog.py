@@ -181,6 +181,11 @@ class CatalogCalls(DbApiBase):
         """Return the parts of one tensor in order."""
         return self._parts("block_maps", model_id, ordinal)
 
+    def block_maps(self, model_id: int) -> list[tuple[int, bytes]]:
+        """Return (ordinal, payload) of all parts of a model, by ordinal and part."""
+        rows = self._query(self._sql.block_maps, [model_id])
+        return [(row[0], join_parts(row[1:])) for row in rows]
+
     def insert_source_hashes(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""
         self._insert_parts("source_hashes", rows)

@@ -80,6 +80,12 @@ class Statements:
         self.tensors = self.select(
             "tensors", TABLES["tensors"].names, where=("model_id",), order=("ordinal",)
         )
+        self.block_maps = self.select(
+            "block_maps",
+            ("ordinal", "payload"),
+            where=("model_id",),
+            order=("ordinal", "part"),
+        )
         self.model_pages = self.select(
             "model_pages", TABLES["model_pages"].names, order=("model_id", "page_id")
         )

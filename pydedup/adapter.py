@@ -247,6 +247,9 @@ class Adapter(Protocol):
     def block_map(self, model_id: int, ordinal: int) -> list[bytes]:
         """Return the parts of one tensor in order."""
 
+    def block_maps(self, model_id: int) -> list[tuple[int, bytes]]:
+        """Return (ordinal, payload) of all parts of a model, by ordinal and part."""
+
     def insert_source_hashes(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""
 

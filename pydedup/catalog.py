@@ -52,24 +52,36 @@ class StoredModel:
 
     def block_map(self, name: str) -> BlockMap:
         """Return where the blocks of one tensor are. Raises NotFoundError, CorruptStoreError."""
-        info = self.tensor(name)
+        self.tensor(name)
         ordinal = self._ordinal[name]
         block_map = self._maps.get(ordinal)
         if block_map is None:
-            grid = BlockGrid(*matrix_shape(info.shape), *info.block_shape)
-            parts = self._adapter.block_map(self.row.id, ordinal)
-            try:
-                block_map = BlockMap.from_parts(parts, grid, info.dtype)
-            except CorruptStoreError as exc:
-                if not self._adapter.tensors(self.row.id):
-                    raise NotFoundError(f"{self.address} was removed from the store") from exc
-                raise CorruptStoreError(f"{self.address}, tensor {name!r}: {exc}") from exc
-            self._maps[ordinal] = block_map
+            block_map = self._parse(ordinal, self._adapter.block_map(self.row.id, ordinal))
         return block_map
 
     def block_maps(self) -> list[BlockMap]:
-        """Return the block maps of all tensors, in order."""
-        return [self.block_map(info.name) for info in self.tensors]
+        """Return the block maps of all tensors, in order; all that miss are read at once."""
+        maps = dict(self._maps)  # which another thread may refresh
+        if len(maps) < len(self.tensors):
+            parts: dict[int, list[bytes]] = {}
+            for ordinal, part in self._adapter.block_maps(self.row.id):
+                parts.setdefault(ordinal, []).append(part)
+            for ordinal in range(len(self.tensors)):
+                if ordinal not in maps:
+                    maps[ordinal] = self._parse(ordinal, parts.get(ordinal, []))
+        return [maps[ordinal] for ordinal in range(len(self.tensors))]
+
+    def _parse(self, ordinal: int, parts: Sequence[bytes]) -> BlockMap:
+        info = self.tensors[ordinal]
+        grid = BlockGrid(*matrix_shape(info.shape), *info.block_shape)
+        try:
+            block_map = BlockMap.from_parts(parts, grid, info.dtype)
+        except CorruptStoreError as exc:
+            if not self._adapter.tensors(self.row.id):
+                raise NotFoundError(f"{self.address} was removed from the store") from exc
+            raise CorruptStoreError(f"{self.address}, tensor {info.name!r}: {exc}") from exc
+        self._maps[ordinal] = block_map
+        return block_map
 
     def refresh(self) -> None:
         """Forget the block maps: a vacuum has moved blocks."""

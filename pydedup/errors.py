@@ -8,6 +8,7 @@
     │   └── UnsupportedFormatError         no reader or writer for it, or an extra is missing
     ├── NotFoundError (LookupError)        no such model, version, alias or tensor
     ├── DuplicateError                     name@version exists already
+    ├── QuotaError                         an add would take a value of metadata over its quota
     ├── BudgetError (MemoryError)          the memory budget does not allow the request
     ├── EvaluationError                    a policy's callable failed or returned what is no use
     └── StoreError
@@ -39,6 +40,7 @@ __all__ = [
     "NotFoundError",
     "PageNotFoundError",
     "PydedupError",
+    "QuotaError",
     "ReadOnlyError",
     "SchemaVersionError",
     "StorageFullError",
@@ -78,6 +80,10 @@ class NotFoundError(PydedupError, LookupError):
 
 class DuplicateError(PydedupError):
     """The store already has this ``name@version``."""
+
+
+class QuotaError(PydedupError):
+    """An add would take the models of one value of metadata, a tenant, over their quota."""
 
 
 class BudgetError(PydedupError, MemoryError):

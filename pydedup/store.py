@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -37,12 +37,14 @@ from pydedup.maintenance.verify import VerifyReport, verify_store
 from pydedup.names import check_name
 from pydedup.policies import Lossless, Policy
 from pydedup.pool import PagePool
+from pydedup.quotas import Quotas
 from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
 from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
 from pydedup.report.sizes import ModelSize, model_sizes
 from pydedup.serving.engine import run_graph
 from pydedup.serving.tensor import StoredTensor, TensorsOnDemand
 from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress
+from pydedup.usage import Usage, usage_by
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +198,7 @@ class Store:
 
         Raises
         ------
-        DuplicateError, ArgumentError, FormatError, NotFoundError, ReadOnlyError,
+        DuplicateError, QuotaError, ArgumentError, FormatError, NotFoundError, ReadOnlyError,
         ConflictError, StorageFullError
             The store is as it was before.
         """
@@ -376,8 +378,20 @@ class Store:
         """Return one model in numbers. Raises NotFoundError."""
         return model_figures(self._adapter, self._catalog, name)
 
-    def stats(self) -> StoreStats:
-        """Return the store in numbers."""
+    @overload
+    def stats(self) -> StoreStats: ...
+
+    @overload
+    def stats(self, *, by: str) -> Usage: ...
+
+    def stats(self, *, by: str | None = None) -> StoreStats | Usage:
+        """Return the store in numbers, or with ``by`` the bytes per value of a metadata key.
+
+        Per value there are logical, shared and marginal bytes, the last being what removing its
+        models would free; `pydedup.usage.Usage` says what adds up to what.
+        """
+        if by is not None:
+            return usage_by(self._adapter, self._pool, by)
         return store_stats(self._adapter, self._pool.stats())
 
     def sizes(self) -> list[ModelSize]:
@@ -395,6 +409,11 @@ class Store:
     def diff(self, a: str, b: str, *, progress: Progress | None = None) -> Diff:
         """Compare two models tensor by tensor."""
         return diff_models(self._adapter, self._catalog, self._pool, a, b, progress=progress)
+
+    @property
+    def quotas(self) -> Quotas:
+        """Limits on what models with a value of a metadata key may take: set, remove, list."""
+        return Quotas(self._adapter)
 
     # ---- upkeep -------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ CSRC = ROOT / "csrc"
 FACADES = {"hashing", "similarity", "packing", "codec", "pool", "matmul", "conv", "config"}
 VALUES = {"errors", "types"}
 MODEL = VALUES | {"names", "accuracy", "policies", "certificates", "graph", "adapter", "blocks"}
-CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout", "signatures"}
+CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout", "signatures", "usage", "quotas"}
 INNER = CORE | {"ingest", "serving", "maintenance", "report", "registry"}
 PUBLIC = {"", "store"} | CORE | {"registry", "report", "maintenance"}
 
@@ -61,6 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "jobs": VALUES | {"adapter"},
     "signatures": VALUES | {"adapter", "similarity"},
     "catalog": MODEL,
+    "usage": MODEL | {"catalog", "layout", "pool"},
+    "quotas": MODEL | {"config", "pool", "usage"},
     "ingest": CORE,
     "serving": CORE,
     "maintenance": CORE | {"ingest"},

@@ -14,7 +14,17 @@ from pathlib import Path
 import click
 
 from pydedup import __version__
-from pydedup.cli import adding, comparing, demo, looking, naming, predicting, taking, upkeep
+from pydedup.cli import (
+    adding,
+    comparing,
+    demo,
+    looking,
+    naming,
+    predicting,
+    taking,
+    tenants,
+    upkeep,
+)
 from pydedup.cli.errors import TRACEBACK_VARIABLE, Exit, report, warn
 
 __all__ = ["main", "program"]
@@ -24,7 +34,7 @@ SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ("Models in and out", (adding.add, taking.load, taking.export, predicting.predict)),
     ("Looking", (looking.ls, looking.info, looking.stats, comparing.explain, comparing.diff)),
     ("Names", (naming.alias, naming.rm)),
-    ("Upkeep", (upkeep.verify, upkeep.vacuum)),
+    ("Upkeep", (upkeep.verify, upkeep.vacuum, tenants.quota)),
     ("pydedup itself", (demo.demo, looking.kernels)),
 )
 

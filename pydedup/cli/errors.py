@@ -22,6 +22,7 @@ from pydedup.errors import (
     FormatError,
     NotFoundError,
     PydedupError,
+    QuotaError,
 )
 
 __all__ = ["TRACEBACK_VARIABLE", "Exit", "report", "warn"]
@@ -41,6 +42,7 @@ class Exit(enum.IntEnum):
     STORE = 4
     BAD_FILE = 5
     DUPLICATE = 6
+    QUOTA = 7
     FAULT = 70
     INTERRUPTED = 130
     BROKEN_PIPE = 141
@@ -59,6 +61,7 @@ _MEANINGS = {
     Exit.STORE: "the store, its database or the file system failed",
     Exit.BAD_FILE: "a file is damaged, unsafe or of no known format, or an extra is missing",
     Exit.DUPLICATE: "that name@version is in the store already",
+    Exit.QUOTA: "the add would take more than a quota allows",
     Exit.FAULT: "a fault of pydedup's own",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
     Exit.BROKEN_PIPE: "whoever read the output went away",
@@ -105,6 +108,8 @@ def _status(error: PydedupError) -> Exit:
         return Exit.NOT_FOUND
     if isinstance(error, DuplicateError):
         return Exit.DUPLICATE
+    if isinstance(error, QuotaError):
+        return Exit.QUOTA
     if isinstance(error, FormatError):
         return Exit.BAD_FILE
     if isinstance(error, (ArgumentError, BudgetError, EvaluationError)):

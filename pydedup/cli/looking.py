@@ -12,6 +12,7 @@ import click
 from pydedup.certificates import describe
 from pydedup.cli import options, output, text
 from pydedup.cli.tables import Column, print_table
+from pydedup.cli.tenants import print_usage
 from pydedup.names import check_name
 from pydedup.report.figures import ModelFigures, StoreStats
 from pydedup.report.sizes import ModelSize
@@ -98,10 +99,23 @@ def info(url: str, name: str, tensors: bool, as_json: bool) -> None:
 
 @click.command(short_help="Show the store in numbers.")
 @options.store_argument
+@click.option(
+    "--by",
+    metavar="KEY",
+    help="Show bytes for each value of a key of metadata instead, such as tenant.",
+)
 @options.json_option
-def stats(url: str, as_json: bool) -> None:
-    """Show the store in numbers: what is in it, and what it occupies in its database."""
+def stats(url: str, by: str | None, as_json: bool) -> None:
+    """Show the store in numbers: what is in it, and what it occupies in its database.
+
+    With --by KEY, show for the models of each value: the size of their weights; "Shared", stored
+    blocks that models of other values use too; and "Marginal", blocks that only they use, which is
+    what removing them would free.
+    """
     with options.read_store(url) as store:
+        if by is not None:
+            print_usage(store, by, as_json)
+            return
         figures = store.stats()
     if as_json:
         output.emit_json({"url": figures.url, **_totals(figures)})

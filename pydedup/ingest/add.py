@@ -21,6 +21,7 @@ from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
+from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.replace import choose_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.tensors import hints_for, match_tensors
@@ -50,7 +51,7 @@ def add_models(
 
     Raises
     ------
-    DuplicateError, ConflictError, ReadOnlyError, StorageFullError, FormatError
+    DuplicateError, QuotaError, ConflictError, ReadOnlyError, StorageFullError, FormatError
         The store is as it was before, whatever is raised.
     """
     started = time.monotonic()
@@ -78,13 +79,19 @@ def _attempt(
     started: float,
     epoch: int,
 ) -> list[AddReport] | None:
-    """Add once; ``None`` when pages that this add shares went away meanwhile."""
+    """Add once; ``None`` when pages that this add shares went away meanwhile.
+
+    Quotas are checked on the state of the store that `Stager.publish` then insists on.
+    """
     with Spool(_SPOOL_MEMORY_BYTES) as spool:
         matcher = Matcher(adapter, pool, spool)
         models = _match(adapter, matcher, requests, progress)
         spool.freeze()
         layout = plan_layout(models, spool, matcher.reader)
+        allowed = check_quotas(adapter, pool, matcher, models, spool, epoch)
         if dry_run:
+            if not allowed:
+                return None
             return _reports(models, spool, matcher.reader, layout, started, dry_run=True)
         total, done = sum(int(spool.costs[page].sum()) for page in layout), 0
 
@@ -102,7 +109,9 @@ def _attempt(
                 if not _shared_pages_live(adapter, matcher, models):
                     stager.discard()
                     return None
-                if _match_again(adapter, pool, matcher, models, spool):
+                changed = _match_again(adapter, pool, matcher, models, spool)
+                check_quotas(adapter, pool, matcher, models, spool, epoch)
+                if changed:
                     stager.discard()
                     layout = plan_layout(models, spool, matcher.reader)
                     done = 0

@@ -285,6 +285,9 @@ class RowsContract(ContractBase):
         assert {type(part) for part in adapter.block_map(1, 0)} == {bytes}
         assert (adapter.block_map(1, 1), adapter.block_map(2, 0)) == ([b"x"], [b"y"])
         assert (adapter.block_map(3, 0), adapter.source_hashes(1, 1)) == ([], [])
+        assert adapter.block_maps(1) == [*((0, part) for part in parts), (1, b"x")]
+        assert {type(part) for _, part in adapter.block_maps(1)} == {bytes}
+        assert (adapter.block_maps(2), adapter.block_maps(3)) == ([(0, b"y")], [])
 
     def test_a_block_map_is_replaced_whole(self, adapter: Adapter) -> None:
         """Fewer parts than before leave no old one behind."""

@@ -24,7 +24,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 COMMANDS = (
     *("add", "load", "export", "predict", "ls", "info", "stats", "explain", "diff", "alias", "rm"),
-    *("verify", "vacuum", "demo", "kernels"),
+    *("verify", "vacuum", "quota", "demo", "kernels"),
 )
 
 

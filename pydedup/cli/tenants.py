@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup quota``, and the table of ``pydedup stats --by``: bytes by a key of metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from pydedup import Store
+from pydedup.cli import options, output, text
+from pydedup.cli.tables import Column, print_table
+from pydedup.quotas import MEASURES, Quota, quota_of
+from pydedup.usage import Usage, ValueUsage
+
+__all__ = ["print_usage", "quota"]
+
+_NO_VALUE = "(none)"
+
+
+@click.command(short_help="Limit what models with a value of metadata may take.")
+@options.store_argument
+@click.argument("subject", metavar="[KEY=VALUE]", required=False)
+@click.argument("limit", metavar="[SIZE]", required=False)
+@click.option(
+    "--measure",
+    type=click.Choice(MEASURES),
+    default=MEASURES[0],
+    show_default=True,
+    help="What is limited. marginal: stored blocks that no model of another value uses, which is "
+    "what removing the models would free. logical: the size of their tensors.",
+)
+@click.option("--delete", is_flag=True, help="Delete the quota instead.")
+@options.json_option
+def quota(
+    url: str, subject: str | None, limit: str | None, measure: str, delete: bool, as_json: bool
+) -> None:
+    """Limit what the models with a value of metadata, such as tenant=acme, may take together.
+
+    An add that would take them over SIZE (such as 2GB) is refused. KEY alone is for each value of
+    it that has no quota of its own. Without SIZE, list the quotas and what is used of them.
+    """
+    if delete and (subject is None or limit is not None):
+        raise click.UsageError("--delete takes the KEY=VALUE of the quota, and no SIZE")
+    if delete or limit is not None:
+        assert subject is not None
+        _change(url, *_parsed(subject), limit, measure, as_json)
+        return
+    with options.read_store(url) as store:
+        asked = _asked(list(store.quotas), subject)
+        used = {key: store.stats(by=key) for key in {found.key for found, _ in asked}}
+        shown = store.url
+    rows = [(found, _used(found, value, used[found.key])) for found, value in asked]
+    if as_json:
+        output.emit_json({"url": shown, "quotas": [_document(*row) for row in rows]})
+    elif rows:
+        print_table(_QUOTA_COLUMNS, [_row(*row) for row in rows])
+    else:
+        of = "" if subject is None else f" for {subject}"
+        output.print_note(f"no quota{of}; `pydedup quota STORE KEY=VALUE SIZE` sets one", "dim")
+
+
+_QUOTA_COLUMNS = (
+    Column("For", number=False, name=True, style="cyan"),
+    Column("Quota"),
+    Column("Measure", number=False, rank=1),
+    Column("Used"),
+    Column("Left"),
+)
+
+
+def _change(
+    url: str, key: str, value: str | None, limit: str | None, measure: str, as_json: bool
+) -> None:
+    with options.existing_store(url) as store:
+        if limit is None:
+            changed = store.quotas.remove(key, value)
+        else:
+            changed = store.quotas.set(key, value, limit, measure=measure)
+        used = None if limit is None else _used(changed, value, store.stats(by=key))
+    if as_json:
+        output.emit_json({"deleted": limit is None, **_document(changed, used)})
+    elif limit is None:
+        output.print_note(f"{changed} has no quota any more (it was {text.size(changed.bytes)})")
+    else:
+        who = f"each {key} without a quota of its own" if value is None else str(changed)
+        output.print_note(f"{who} may take {text.size(changed.bytes)} ({changed.measure})")
+        if used is not None and used > changed.bytes:
+            output.print_note(
+                f"it takes {text.size(used)} already: adds to it are refused until it takes less",
+                "yellow",
+            )
+
+
+def _parsed(subject: str) -> tuple[str, str | None]:
+    key, equals, value = subject.partition("=")
+    if not key:
+        raise click.UsageError(f"{subject!r} is not KEY=VALUE, such as tenant=acme")
+    return key, value if equals else None
+
+
+def _asked(quotas: Sequence[Quota], subject: str | None) -> list[tuple[Quota, str | None]]:
+    """Return the quotas to list, each with the value whose use of it is shown."""
+    if subject is None:
+        return [(quota, quota.value) for quota in quotas]
+    key, value = _parsed(subject)
+    if value is None:
+        return [(quota, quota.value) for quota in quotas if quota.key == key]
+    found = quota_of(quotas, key, value)  # its own, or that of each value without one
+    return [] if found is None else [(found, value)]
+
+
+def _used(quota: Quota, value: str | None, usage: Usage) -> int | None:
+    """Return what a value uses of its quota; None where many have one each."""
+    if value is None:
+        return None
+    return next((_measured(found, quota) for found in usage.values if found.value == value), 0)
+
+
+def _measured(value: ValueUsage, quota: Quota) -> int:
+    return value.logical_bytes if quota.measure == "logical" else value.marginal_bytes
+
+
+def _row(quota: Quota, used: int | None) -> list[str]:
+    if used is None:
+        left = used_text = "-"
+    else:
+        used_text, left = text.size(used), _left(quota, used)
+    return [
+        str(quota) if quota.value is not None else f"{quota.key} (each other value)",
+        text.size(quota.bytes),
+        quota.measure,
+        used_text,
+        left,
+    ]
+
+
+def _left(quota: Quota, used: int) -> str:
+    return text.size(quota.bytes - used) if used <= quota.bytes else "over"
+
+
+def _document(quota: Quota, used: int | None) -> dict[str, Any]:
+    return {**dataclasses.asdict(quota), "used_bytes": used}
+
+
+def print_usage(store: Store, key: str, as_json: bool) -> None:
+    """Print the bytes of a store by the values of a key of metadata."""
+    usage, quotas = store.stats(by=key), list(store.quotas)
+    held = [quota_of(quotas, key, value.value) for value in usage.values]
+    if as_json:
+        output.emit_json(_usage_document(store.url, usage, held))
+        return
+    if not usage.values:
+        output.print_note("no models yet; `pydedup add` puts them in", "dim")
+        return
+    columns = [
+        Column(text.clean(key), number=False, name=True, style="cyan"),
+        Column("Models", rank=2),
+        Column("Weights"),
+        Column("Shared", rank=1),
+        Column("Marginal"),
+    ]
+    rows = [
+        [
+            _NO_VALUE if value.value is None else value.value,
+            text.count(value.models),
+            text.size(value.logical_bytes),
+            text.size(value.shared_bytes),
+            text.size(value.marginal_bytes),
+        ]
+        for value in usage.values
+    ]
+    if any(held):
+        columns += [Column("Quota", rank=1), Column("Left")]
+        for row, value, quota in zip(rows, usage.values, held, strict=True):
+            row += ["-", "-"] if quota is None else _held(quota, value)
+    print_table(columns, rows)
+    output.print_note(
+        f"blocks that several share take {text.size(usage.shared_bytes)}, counted once; with all "
+        f"that is marginal, {text.size(usage.used_bytes)} are used",
+        "dim",
+    )
+
+
+def _held(quota: Quota, value: ValueUsage) -> list[str]:
+    measure = "" if quota.measure == "marginal" else f" {quota.measure}"
+    return [text.size(quota.bytes) + measure, _left(quota, _measured(value, quota))]
+
+
+def _usage_document(url: str, usage: Usage, held: Sequence[Quota | None]) -> dict[str, Any]:
+    return {
+        "url": url,
+        "key": usage.key,
+        "values": [
+            {
+                **dataclasses.asdict(value),
+                "quota": None if quota is None else dataclasses.asdict(quota),
+            }
+            for value, quota in zip(usage.values, held, strict=True)
+        ],
+        "shared_bytes": usage.shared_bytes,
+        "used_bytes": usage.used_bytes,
+    }

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models of an add would use, as `pydedup.quotas` asks for it, before they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter
+from pydedup.ingest.match import Matcher
+from pydedup.ingest.spool import Spool
+from pydedup.ingest.write import MatchedModel
+from pydedup.layout import block_places, pages_read
+from pydedup.pool import PagePool
+from pydedup.quotas import Newcomers, check
+from pydedup.usage import Readers
+
+__all__ = ["check_quotas"]
+
+
+def check_quotas(
+    adapter: Adapter,
+    pool: PagePool,
+    matcher: Matcher,
+    models: Sequence[MatchedModel],
+    spool: Spool,
+    epoch: int,
+) -> bool:
+    """Return whether the store is at this epoch, and its quotas allow the models of an add.
+
+    When it is no more, nothing is known: publishing at that epoch will fail, too.
+
+    Raises
+    ------
+    QuotaError
+        When they do not.
+    """
+
+    def references(number: int) -> NDArray[np.int64]:
+        return np.unique(models[number].references(matcher.reader))
+
+    def places(number: int) -> NDArray[np.int64]:
+        """Return places on pages, and -1, -2, ... for blocks 0, 1, ... of the spool."""
+        found = references(number)
+        is_new = found >= 0
+        found[is_new] = -1 - found[is_new]
+        found[~is_new] = block_places(*matcher.stored.places(references(number)[~is_new]))
+        return found
+
+    def readers() -> Readers:
+        rows = [
+            (number, *row)
+            for number in range(len(models))
+            for row in pages_read(places(number), matcher.reader.costs_of(references(number)))
+        ]
+        table = np.array(rows, np.int64).reshape(-1, 4)
+        return Readers(table, places, lambda new: spool.costs[-1 - new])
+
+    described = [(m.request.metadata_json(), m.request.logical_bytes) for m in models]
+    return check(adapter, pool, Newcomers(described, readers), epoch)

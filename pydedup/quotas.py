@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits on what the models of one value of a metadata key may take; kept in ``meta``.
+
+They hold for adds. `check` is asked about a state of the store that publishing then insists on
+(its epoch, which setting a quota changes as well): so two adds never pass together what only one of
+them may, and no lock is held while bytes are counted. Removing models is always allowed, also where
+blocks that were shared become somebody's own by it and take him over his quota.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter, ModelRow
+from pydedup.config import parse_bytes
+from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, QuotaError
+from pydedup.pool import PagePool
+from pydedup.usage import Readers, marginal_bytes, value_of
+
+__all__ = [
+    "MEASURES",
+    "Newcomers",
+    "Quota",
+    "Quotas",
+    "check",
+    "quota_of",
+    "read_quotas",
+]
+
+#: What a quota can limit.
+MEASURES = ("marginal", "logical")
+
+_META = "quotas"
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """A limit for the models whose metadata has ``value`` under ``key``.
+
+    Attributes
+    ----------
+    value
+        As `pydedup.usage.value_of` gives it; ``None``: each value that has no quota of its own.
+    bytes
+        The most that the models may take.
+    measure
+        ``"marginal"``, what removing them would free, or ``"logical"``, the size of their tensors.
+    """
+
+    key: str
+    value: str | None
+    bytes: int
+    measure: str = "marginal"
+
+    @property
+    def subject(self) -> tuple[str, str | None]:
+        """For whom it is; there is one quota for each."""
+        return self.key, self.value
+
+    def __str__(self) -> str:
+        """Return for whom it is, as the command line takes it."""
+        return self.key if self.value is None else f"{self.key}={self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomers:
+    """Models that are about to be published.
+
+    Attributes
+    ----------
+    models
+        (metadata as JSON, logical bytes) of each.
+    readers
+        Returns what they use. Blocks that the store does not have yet are at negative places, whose
+        costs ``Readers.costs`` knows.
+    """
+
+    models: Sequence[tuple[str, int]]
+    readers: Callable[[], Readers]
+
+
+class Quotas:
+    """The quotas of a store; iterating gives them, ordered by key and value."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def __iter__(self) -> Iterator[Quota]:
+        return iter(read_quotas(self._adapter))
+
+    def set(
+        self, key: str, value: str | None, limit: int | str, *, measure: str = "marginal"
+    ) -> Quota:
+        """Limit what models with a value of a metadata key may take, from the next add on.
+
+        Parameters
+        ----------
+        key, value
+            For models with this value in their metadata; with ``None``, for those of each value
+            that has no quota of its own.
+        limit
+            Bytes, or text such as ``"2GB"``. It may be below what there is already.
+        measure
+            ``"marginal"``: stored blocks that only they use, what removing them would free; what
+            they share with others is free of charge. ``"logical"``: the size of their tensors.
+
+        Raises
+        ------
+        ArgumentError, ReadOnlyError, ConflictError
+        """
+        if not key:
+            raise ArgumentError("a quota needs a key of metadata, such as tenant")
+        if measure not in MEASURES:
+            raise ArgumentError(
+                f"measure {measure!r} is unknown; choose one of: {', '.join(MEASURES)}"
+            )
+        size = 0 if str(limit).strip() == "0" else parse_bytes(limit)
+        quota = Quota(key, value, size, measure)
+        with self._adapter.transaction():
+            self._adapter.bump_epoch()
+            self._write([quota, *(other for other in self if other.subject != quota.subject)])
+        return quota
+
+    def remove(self, key: str, value: str | None) -> Quota:
+        """Remove a quota and return it. Raises NotFoundError, ReadOnlyError."""
+        with self._adapter.transaction():
+            self._adapter.bump_epoch()
+            quotas = list(self)
+            for quota in quotas:
+                if quota.subject == (key, value):
+                    self._write([other for other in quotas if other is not quota])
+                    return quota
+        known = ", ".join(map(str, quotas))
+        raise NotFoundError(
+            f"there is no quota for {Quota(key, value, 0)}; "
+            + (f"there is one for: {known}" if known else "there is none at all")
+        )
+
+    def _write(self, quotas: Sequence[Quota]) -> None:
+        text = json.dumps([asdict(quota) for quota in quotas], ensure_ascii=False)
+        self._adapter.set_meta(_META, text)
+
+
+def read_quotas(adapter: Adapter) -> list[Quota]:
+    """Return all quotas, ordered by key and value. Raises CorruptStoreError."""
+    try:
+        found = [Quota(**entry) for entry in json.loads(adapter.meta().get(_META, "[]"))]
+    except (ValueError, TypeError) as exc:
+        raise CorruptStoreError(
+            f"{adapter.url} has quotas that do not parse ({exc}): row {_META!r} of its table meta; "
+            "restore a backup"
+        ) from exc
+    return sorted(found, key=lambda quota: (quota.key, quota.value is not None, quota.value or ""))
+
+
+def quota_of(quotas: Sequence[Quota], key: str, value: str | None) -> Quota | None:
+    """Return the quota that holds for models with this value; none for those without the key."""
+    mine = {quota.value: quota for quota in quotas if quota.key == key}
+    return None if value is None else mine.get(value, mine.get(None))
+
+
+def check(adapter: Adapter, pool: PagePool, newcomers: Newcomers, epoch: int) -> bool:
+    """Return whether the store is at this epoch, and its quotas allow these models.
+
+    Raises
+    ------
+    QuotaError
+        When they do not.
+    """
+    if not read_quotas(adapter):
+        return True  # or one is set from now on, and so the epoch changed
+    with adapter.snapshot():
+        if adapter.epoch() != epoch:
+            return False
+        quotas = read_quotas(adapter)
+        models = adapter.models()
+        together: Readers | None = None
+        for quota, value in _concerned(quotas, newcomers):
+            everyone = [(m.metadata, m.logical_bytes) for m in models] + list(newcomers.models)
+            is_mine = [value_of(metadata, quota.key) == value for metadata, _ in everyone]
+            if quota.measure == "logical":
+                total = sum(size for (_, size), mine in zip(everyone, is_mine, strict=True) if mine)
+            else:
+                if together is None:
+                    together = _together(adapter, pool, models, newcomers.readers())
+                total = marginal_bytes(together, np.array(is_mine))
+            if total > quota.bytes:
+                raise QuotaError(
+                    f"with this add, {quota.key}={value} would take {total:,} bytes "
+                    f"({quota.measure}), over its quota of {quota.bytes:,}; "
+                    "remove models of it, or raise the quota"
+                )
+    return True
+
+
+def _concerned(quotas: Sequence[Quota], newcomers: Newcomers) -> Iterator[tuple[Quota, str]]:
+    """Yield the quotas that hold for newcomers, each with the value it holds for."""
+    for key in dict.fromkeys(quota.key for quota in quotas):
+        for value in dict.fromkeys(value_of(text, key) for text, _ in newcomers.models):
+            quota = quota_of(quotas, key, value)
+            if quota is not None and value is not None:
+                yield quota, value
+
+
+def _together(
+    adapter: Adapter, pool: PagePool, models: Sequence[ModelRow], new: Readers
+) -> Readers:
+    """Return the readers of a store with new ones behind them."""
+    stored, count = Readers.of_store(adapter, pool, models), len(models)
+    moved = new.rows.copy()
+    moved[:, 0] += count
+
+    def costs(places: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = np.empty(len(places), np.int64)
+        is_new = places < 0
+        found[is_new] = new.costs(places[is_new])
+        found[~is_new] = stored.costs(places[~is_new])
+        return found
+
+    def places_of(number: int) -> NDArray[np.int64]:
+        return stored.places(number) if number < count else new.places(number - count)
+
+    return Readers(np.concatenate([stored.rows, moved]), places_of, costs)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup stats --by`` and ``quota`` as they are run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "pydedup", *map(str, arguments)],
+        env={key: value for key, value in os.environ.items() if key != "COLUMNS"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def succeed(*arguments: object) -> str:
+    done = run(*arguments)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def document(*arguments: object) -> Any:
+    return json.loads(succeed(*arguments, "--json"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Files base, a, b: a shares half of base, b is of its own."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((512, 64)).astype(np.float32)
+    a = base.copy()
+    a[256:] = rng.standard_normal((256, 64))
+    for name, array in (("base", base), ("a", a), ("b", rng.standard_normal((512, 64)))):
+        np.savez(tmp_path / f"{name}.npz", w=array.astype(np.float32))
+    return tmp_path
+
+
+def test_a_tenant_with_a_quota(folder: Path, anywhere: str) -> None:
+    url = anywhere
+    succeed("add", url, "base", folder / "base.npz", "-q")
+    succeed("add", url, "a", folder / "a.npz", "--metadata", "tenant=acme", "-q")
+    lines = succeed("stats", url, "--by", "tenant").splitlines()
+    assert lines[0].split() == ["tenant", "Models", "Weights", "Shared", "Marginal"]
+    assert [line.split()[0] for line in lines[1:3]] == ["acme", "(none)"]
+    assert "counted once" in lines[3]
+    found = document("stats", url, "--by", "tenant")
+    acme = next(value for value in found["values"] if value["value"] == "acme")
+    assert acme["logical_bytes"] == 512 * 64 * 4
+    assert 0 < acme["marginal_bytes"] < acme["logical_bytes"]
+    assert acme["quota"] is None
+    assert found["used_bytes"] == found["shared_bytes"] + sum(
+        value["marginal_bytes"] for value in found["values"]
+    )
+
+    assert "no quota" in succeed("quota", url)
+    said = succeed("quota", url, "tenant=acme", "100kB")
+    assert said == "tenant=acme may take 97.7 KiB (marginal)\n"
+    listed = document("quota", url)["quotas"]
+    assert listed == [
+        {
+            "key": "tenant",
+            "value": "acme",
+            "bytes": 100_000,
+            "measure": "marginal",
+            "used_bytes": acme["marginal_bytes"],
+        }
+    ]
+    assert "tenant=acme" in succeed("quota", url).splitlines()[1]
+    for dry_run in (["--dry-run"], []):
+        refused = run("add", url, "b", folder / "b.npz", "--metadata", "tenant=acme", *dry_run)
+        assert (refused.returncode, refused.stdout) == (7, "")
+        assert refused.stderr.startswith("pydedup: error: with this add, tenant=acme would take")
+        assert "over its quota of 100,000" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+    assert "Left" in succeed("stats", url, "--by", "tenant").splitlines()[0]
+    assert "over" not in succeed("stats", url, "--by", "tenant")
+    assert "are refused" in succeed("quota", url, "tenant=acme", "1kB")
+    assert "over" in succeed("stats", url, "--by", "tenant")
+    assert "no quota any more" in succeed("quota", url, "tenant=acme", "--delete")
+    succeed("add", url, "b", folder / "b.npz", "--metadata", "tenant=acme", "-q")
+
+
+def test_each_other_value(folder: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/models.db"
+    succeed("add", url, "a", folder / "a.npz", "--metadata", "tenant=acme", "-q")
+    said = succeed("quota", url, "tenant", "200kB", "--measure", "logical")
+    assert said == "each tenant without a quota of its own may take 195.3 KiB (logical)\n"
+    ((quota,),) = [document("quota", url, "tenant=acme")["quotas"]]
+    assert (quota["value"], quota["used_bytes"]) == (None, 512 * 64 * 4)
+    assert document("quota", url, "tenant")["quotas"][0]["used_bytes"] is None
+    assert document("quota", url, "team=x")["quotas"] == []
+    assert "no quota for team=x" in succeed("quota", url, "team=x")
+    refused = run("add", url, "b", folder / "b.npz", "--metadata", "tenant=acme", "-q")
+    assert refused.returncode == 7
+    succeed("add", url, "b", folder / "b.npz", "--metadata", "tenant=other", "-q")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("tenant=a", "--delete"), 3, "there is no quota for tenant=a; there is none at all"),
+        (("--delete",), 2, "--delete takes the KEY=VALUE"),
+        (("tenant=a", "5", "--delete"), 2, "and no SIZE"),
+        (("tenant=a", "much"), 2, "'much' is not a size"),
+        (("=a", "5"), 2, "'=a' is not KEY=VALUE"),
+        (("tenant=a", "5", "--measure", "gross"), 2, "gross"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    words: tuple[str, ...], status: int, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "models.db"
+    pydedup.open(path).close()
+    done = run("quota", path, *words)
+    assert done.returncode == status
+    assert said in done.stderr
+    assert run("quota", tmp_path / "none.db", "tenant=a", "5").returncode == 4
+    assert not (tmp_path / "none.db").exists()

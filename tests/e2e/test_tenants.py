@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes by a key of metadata, and quotas, on every back end."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import pydedup
+from pydedup import policies
+from pydedup.errors import ArgumentError, NotFoundError, QuotaError, ReadOnlyError
+from pydedup.usage import Usage, ValueUsage
+
+Model = dict[str, NDArray[Any]]
+
+#: Rows of a block of the models below: 64 x 64 of float32, and what such a block takes on a page.
+SIDE = 64
+BLOCK = SIDE * SIDE * 4 + 32
+
+
+def model(*seeds: int) -> Model:
+    """A model of one raw block per seed."""
+    parts = [
+        np.random.default_rng(seed).standard_normal((SIDE, SIDE)).astype(np.float32)
+        for seed in seeds
+    ]
+    return {"w": np.concatenate(parts)}
+
+
+def add(store: pydedup.Store, name: str, seeds: range, **metadata: Any) -> None:
+    store.add(
+        name,
+        model(*seeds),
+        policy=policies.Exact(),
+        block_shape=(SIDE, SIDE),
+        metadata=metadata,
+    )
+
+
+def by_value(usage: Usage) -> dict[str | None, ValueUsage]:
+    return {value.value: value for value in usage.values}
+
+
+def contents(store: pydedup.Store) -> Any:
+    """What there is, stagings and jobs included."""
+    adapter = store._adapter
+    return (
+        [row.name for row in adapter.models(state=None)],
+        [row.id for row in adapter.page_rows()],
+        adapter.model_pages(),
+        adapter.jobs(),
+        adapter.count_blocks(),
+        list(store.quotas),
+    )
+
+
+def test_bytes_by_a_key(anywhere: str) -> None:
+    with pydedup.open(anywhere) as store:
+        assert store.stats(by="tenant") == Usage("tenant", (), 0)
+        add(store, "base", range(40))  # has no tenant
+        add(store, "a1", range(50), tenant="a")
+        add(store, "a2", range(10, 55), tenant="a")
+        add(store, "b1", range(20, 52), tenant="b")  # 12 that a had alone so far
+        add(store, "c1", range(60, 67), tenant=7)
+        usage = store.stats(by="tenant")
+        found = by_value(usage)
+        wanted = {
+            None: (1, 40, 40, 0),
+            "a": (2, 50 + 45, 52, 3),
+            "b": (1, 32, 32, 0),
+            "7": (1, 7, 0, 7),
+        }
+        assert {
+            value: (of.models, of.logical_bytes, of.shared_bytes, of.marginal_bytes)
+            for value, of in found.items()
+        } == {
+            value: (models, logical * (BLOCK - 32), shared * BLOCK, marginal * BLOCK)
+            for value, (models, logical, shared, marginal) in wanted.items()
+        }
+        assert usage.shared_bytes == 52 * BLOCK
+        assert usage.used_bytes == 62 * BLOCK
+        assert [value.value for value in usage.values][:2] == ["7", "a"], "largest first"
+        # One model per value: what explain says of each.
+        add(store, "d1", range(65, 70), tenant="d")
+        for name, value in (("b1", "b"), ("c1", "7"), ("d1", "d")):
+            explained = store.explain(name)
+            of = by_value(store.stats(by="tenant"))[value]
+            assert of.used_bytes == explained.used_bytes
+            assert of.marginal_bytes == explained.removal_frees_bytes
+        # Neither a removal of what is shared nor a vacuum changes what the others have alone.
+        before = store.stats(by="tenant")
+        store.vacuum()
+        assert store.stats(by="tenant") == before
+        store.remove("b1")
+        store.vacuum()
+        left = by_value(store.stats(by="tenant"))
+        assert "b" not in left
+        assert left["a"].marginal_bytes == 15 * BLOCK
+    with pydedup.open(anywhere, mode="r") as store:
+        assert by_value(store.stats(by="tenant")) == left
+        assert [value.value for value in store.stats(by="team").values] == [None]
+
+
+def test_removing_a_tenant_frees_its_marginal_bytes(anywhere: str) -> None:
+    with pydedup.open(anywhere) as store:
+        rng = np.random.default_rng(3)
+        base = {"w": rng.standard_normal((1024, 512)).astype(np.float32)}
+        store.add("base", base)
+        for i in range(3):
+            moved = {"w": base["w"] * (1 + 1e-4 * rng.standard_normal((1024, 512)))}
+            moved["w"] = moved["w"].astype(np.float32)
+            moved["w"][: 100 * i] = rng.standard_normal((100 * i, 512))
+            tenant = {"tenant": "x" if i else "y"}
+            assert store.add(f"m{i}", moved, metadata=tenant).delta_blocks
+        of = by_value(store.stats(by="tenant"))
+        for name in ("m1", "m2"):
+            store.remove(name)
+        after = store.stats(by="tenant")
+        assert by_value(after).keys() == {None, "y"}
+        total = sum(value.marginal_bytes for value in of.values())
+        shared = by_value(after)[None].used_bytes
+        assert after.used_bytes == total - of["x"].marginal_bytes + shared
+        assert store.verify().ok
+
+
+@pytest.mark.parametrize("measure", ["marginal", "logical"])
+def test_an_add_over_the_quota_changes_nothing(anywhere: str, measure: str) -> None:
+    with pydedup.open(anywhere) as store:
+        add(store, "base", range(30))
+        add(store, "a1", range(20, 35), tenant="a")
+        limit = 10 * BLOCK if measure == "marginal" else 25 * (BLOCK - 32)
+        store.quotas.set("tenant", "a", limit, measure=measure)
+        before = contents(store)
+        for dry_run in (True, False):
+            with pytest.raises(QuotaError) as caught:
+                store.add(
+                    "a2",
+                    model(*range(25, 41)),
+                    policy=policies.Exact(),
+                    block_shape=(SIDE, SIDE),
+                    metadata={"tenant": "a"},
+                    dry_run=dry_run,
+                )
+            took = 11 * BLOCK if measure == "marginal" else 31 * (BLOCK - 32)
+            assert f"tenant=a would take {took:,} bytes ({measure})" in str(caught.value)
+            assert f"its quota of {limit:,}" in str(caught.value)
+            assert contents(store) == before
+        add(store, "other", range(100, 150), tenant="b")
+        add(store, "none", range(200, 250))
+        add(store, "a2", range(30, 40), tenant="a")  # exactly the limit
+        with pytest.raises(QuotaError):
+            add(store, "a3", range(300, 301), tenant="a")
+        if measure == "marginal":
+            add(store, "a3", range(30), tenant="a")  # all of it is shared
+        store.remove("a1")
+        store.remove("a2")
+        add(store, "a4", range(300, 301), tenant="a")
+        assert store.verify().ok
+
+
+def test_a_batch_is_counted_together(anywhere: str) -> None:
+    with pydedup.open(anywhere) as store:
+        store.quotas.set("tenant", "a", 10 * BLOCK)
+        pair = {"a1": model(*range(8)), "a2": model(*range(4, 12))}
+        options: Any = {"policy": policies.Exact(), "block_shape": (SIDE, SIDE)}
+        with pytest.raises(QuotaError):
+            store.add_many(pair, metadata={"tenant": "a"}, **options)
+        assert store.models() == []
+        pair["a2"] = model(*range(2, 10))  # 10 blocks together, 16 alone
+        store.add_many(pair, metadata={"tenant": "a"}, **options)
+
+
+def test_quotas_are_kept_and_listed(anywhere: str) -> None:
+    with pydedup.open(anywhere) as store:
+        assert list(store.quotas) == []
+        store.quotas.set("tenant", "ż'; --", "2GB")
+        store.quotas.set("tenant", None, 5, measure="logical")
+        store.quotas.set("team", "x", 1)
+        store.quotas.set("team", "x", 2)
+    with pydedup.open(anywhere) as store:
+        assert [(str(quota), quota.bytes, quota.measure) for quota in store.quotas] == [
+            ("team=x", 2, "marginal"),
+            ("tenant", 5, "logical"),
+            ("tenant=ż'; --", 2_000_000_000, "marginal"),
+        ]
+        # Each value without a quota of its own; models without the key have none.
+        with pytest.raises(QuotaError, match="tenant=other"):
+            add(store, "m", range(1), tenant="other")
+        add(store, "m", range(1), tenant="ż'; --")
+        add(store, "n", range(1, 2))
+        store.quotas.remove("tenant", None)
+        add(store, "o", range(2, 3), tenant="other")
+        with pytest.raises(NotFoundError, match=r"tenant; there is one for: team=x, tenant=ż"):
+            store.quotas.remove("tenant", None)
+        for bad in ("-1", "many", -1):
+            with pytest.raises(ArgumentError):
+                store.quotas.set("tenant", "a", bad)
+        with pytest.raises(ArgumentError, match="measure 'gross'"):
+            store.quotas.set("tenant", "a", 1, measure="gross")
+        with pytest.raises(ArgumentError, match="key"):
+            store.quotas.set("", "a", 1)
+        store.quotas.set("tenant", "none", "0")
+        with pytest.raises(QuotaError):
+            add(store, "p", range(3, 4), tenant="none")
+        assert len(list(store.quotas)) == 3
+    with pydedup.open(anywhere, mode="r") as store:
+        assert len(list(store.quotas)) == 3
+        with pytest.raises(ReadOnlyError):
+            store.quotas.set("tenant", "a", 1)
+        with pytest.raises(ReadOnlyError):
+            store.quotas.remove("tenant", "none")
+
+
+def test_two_adds_at_once_do_not_pass_together(anywhere: str) -> None:
+    """Each fits by itself; both have matched before either publishes."""
+    with pydedup.open(anywhere) as store:
+        add(store, "base", range(10))
+        store.quotas.set("tenant", "a", 20 * BLOCK)
+    barrier = threading.Barrier(2)
+    results: list[BaseException | None] = []
+
+    def work(number: int) -> None:
+        met = False
+
+        def meet(stage: str, done: int, total: int) -> None:
+            nonlocal met
+            if done >= total and not met:
+                met = True
+                barrier.wait(60)
+
+        try:
+            with pydedup.open(anywhere) as store:
+                first = 100 * (number + 1)
+                store.add(
+                    f"m{number}",
+                    model(*range(first, first + 15)),
+                    policy=policies.Exact(),
+                    block_shape=(SIDE, SIDE),
+                    metadata={"tenant": "a"},
+                    progress=meet,
+                )
+            results.append(None)
+        except BaseException as error:  # judged below
+            results.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(type(result).__name__ for result in results) == ["NoneType", "QuotaError"]
+    with pydedup.open(anywhere) as store:
+        assert len(store.models()) == 2
+        assert by_value(store.stats(by="tenant"))["a"].marginal_bytes == 15 * BLOCK
+        assert store.verify().notes == []
+
+
+def test_a_quota_set_during_an_add_holds_for_it(anywhere: str) -> None:
+    with pydedup.open(anywhere) as store, pydedup.open(anywhere) as operator:
+
+        def restrict(stage: str, done: int, total: int) -> None:
+            if stage == "writing":
+                operator.quotas.set("tenant", "a", BLOCK)
+
+        with pytest.raises(QuotaError):
+            store.add("m", model(1, 2), metadata={"tenant": "a"}, progress=restrict)
+        assert store.models() == []
+        assert store.verify().notes == []
