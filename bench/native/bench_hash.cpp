@@ -2,11 +2,13 @@
 #include <cstdint>
 #include <memory>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "harness.hpp"
 #include "hash_pieces.hpp"
 #include "pydedup/hash.hpp"
+#include "pydedup/page_memory.hpp"
 
 namespace bench {
 namespace {
@@ -27,6 +29,14 @@ Entry piece_entry(const HashPiece& piece) {
             }};
 }
 
+// Huge pages, as numpy asks for them, and as the limit of reading is measured.
+std::shared_ptr<float> matrix_memory(std::size_t count) {
+    std::shared_ptr<std::byte> memory = pydedup::page_memory(count * sizeof(float));
+    if (!memory)
+        memory = {new std::byte[count * sizeof(float)], [](const std::byte* at) { delete[] at; }};
+    return {memory, reinterpret_cast<float*>(memory.get())};
+}
+
 struct Shape {
     std::size_t rows, cols, block_rows, block_cols;
 };
@@ -35,12 +45,14 @@ Entry matrix_entry(const std::string& name, const std::string& what, const Shape
                    unsigned threads = 1) {
     return {name, [=] {
                 const std::size_t rows = unless_smoke(shape.rows, 2 * shape.block_rows);
-                auto values = std::make_shared<std::vector<float>>(rows * shape.cols);
+                const std::shared_ptr<float> values = matrix_memory(rows * shape.cols);
                 std::minstd_rand random(1);
-                for (float& value : *values) value = static_cast<float>(random() >> 8);
+                for (float& value : std::span(values.get(), rows * shape.cols)) {
+                    value = static_cast<float>(random() >> 8);
+                }
                 const BlockGrid grid{rows, shape.cols, shape.block_rows, shape.block_cols};
                 auto digests = std::make_shared<std::vector<Digest>>(grid.count());
-                const MatrixRef ref{reinterpret_cast<const std::byte*>(values->data()), rows,
+                const MatrixRef ref{reinterpret_cast<const std::byte*>(values.get()), rows,
                                     shape.cols, shape.cols * 4, pydedup::Dtype::f32};
                 return Workload{name,
                                 what,
@@ -49,7 +61,7 @@ Entry matrix_entry(const std::string& name, const std::string& what, const Shape
                                 static_cast<double>(grid.count()),
                                 [=] {
                                     hash_blocks(ref, grid, 0, *digests, threads);
-                                    keep(values->data());
+                                    keep(values.get());
                                 },
                                 threads};
             }};
