@@ -319,8 +319,8 @@ class Matmul::Typed final : public Matmul::Impl {
         const std::size_t group = tile.kernel->sums();
         const std::size_t lanes = tile.sums();
         if (group == 1) {
-            detail::transpose(sums, lanes, rect.rows, tile.rows, y_ + tile.row0 * n_ + rect.row0,
-                              n_);
+            detail::transpose_apart(sums, lanes, rect.rows, tile.rows,
+                                    y_ + tile.row0 * n_ + rect.row0, n_);
             return;
         }
         for (std::size_t i = 0; i < tile.rows; ++i) {

@@ -135,7 +135,7 @@ class PackedX {
         if constexpr (std::is_same_v<E, A>) {
             return value;
         } else {  // a bf16 number
-            return static_cast<E>(std::bit_cast<std::uint32_t>(value) >> 16);
+            return upper_half(value);
         }
     }
 
@@ -154,6 +154,11 @@ class PackedX {
         if constexpr (std::is_same_v<E, A>) {
             if (group == 1) {
                 transpose(from, cols_, tile.rows, width, to, tile.elements());
+                return;
+            }
+        } else {
+            if (group == 2) {
+                transpose_pairs(from, cols_, tile.rows, width, to, tile.elements());
                 return;
             }
         }

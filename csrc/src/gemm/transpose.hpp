@@ -3,11 +3,18 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 namespace pydedup::detail {
+
+/// What is left of a float that is a bf16 number.
+[[nodiscard]] inline std::uint16_t upper_half(float value) noexcept {
+    return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
+}
 
 namespace transposing {
 
@@ -20,14 +27,14 @@ inline Four load(const float* from) noexcept {
     return four;
 }
 
-inline void store(float* to, Four four) noexcept { std::memcpy(to, &four, sizeof four); }
+template <class T>
+void store(T* to, Four four) noexcept {
+    std::memcpy(to, &four, sizeof four);
+}
 
-inline void four_by_four(const float* from, std::size_t ld_from, float* to,
-                         std::size_t ld_to) noexcept {
-    const Four a = load(from);
-    const Four b = load(from + ld_from);
-    const Four c = load(from + 2 * ld_from);
-    const Four d = load(from + 3 * ld_from);
+// Columns of four rows a to d.
+template <class T>
+void store_columns(Four a, Four b, Four c, Four d, T* to, std::size_t ld_to) noexcept {
     const Four ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
     const Four ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
     const Four cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5);
@@ -36,6 +43,22 @@ inline void four_by_four(const float* from, std::size_t ld_from, float* to,
     store(to + ld_to, __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7));
     store(to + 2 * ld_to, __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5));
     store(to + 3 * ld_to, __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7));
+}
+
+inline void four_by_four(const float* from, std::size_t ld_from, float* to,
+                         std::size_t ld_to) noexcept {
+    store_columns(load(from), load(from + ld_from), load(from + 2 * ld_from),
+                  load(from + 3 * ld_from), to, ld_to);
+}
+
+// Upper halves of eight floats, neighbours in one lane.
+inline Four upper_halves(const float* from) noexcept {
+    using Words = std::uint32_t __attribute__((vector_size(16)));
+    const Four low = load(from);
+    const Four high = load(from + 4);
+    const auto even = reinterpret_cast<Words>(__builtin_shufflevector(low, high, 0, 2, 4, 6));
+    const auto odd = reinterpret_cast<Words>(__builtin_shufflevector(low, high, 1, 3, 5, 7));
+    return reinterpret_cast<Four>((even >> 16) | (odd & 0xFFFF0000U));
 }
 
 }  // namespace transposing
@@ -66,6 +89,60 @@ void transpose(const T* from, std::size_t ld_from, std::size_t rows, std::size_t
         for (; r < rows; ++r) {
             for (std::size_t c = c0; c < c1; ++c) to[c * ld_to + r] = from[r * ld_from + c];
         }
+    }
+}
+
+/// The same, by cache lines of `to`: for rows of it that may lie a power of two apart.
+template <class T>
+void transpose_apart(const T* from, std::size_t ld_from, std::size_t rows, std::size_t cols, T* to,
+                     std::size_t ld_to) noexcept {
+    std::size_t c = 0;
+    if constexpr (std::is_same_v<T, float>) {
+        for (; c + 4 <= cols; c += 4) {
+            std::size_t r = 0;
+            for (; r + 4 <= rows; r += 4) {
+                transposing::four_by_four(from + r * ld_from + c, ld_from, to + c * ld_to + r,
+                                          ld_to);
+            }
+            for (; r < rows; ++r) {
+                for (std::size_t k = 0; k < 4; ++k)
+                    to[(c + k) * ld_to + r] = from[r * ld_from + c + k];
+            }
+        }
+    }
+    for (; c < cols; ++c) {
+        for (std::size_t r = 0; r < rows; ++r) to[c * ld_to + r] = from[r * ld_from + c];
+    }
+}
+
+/// Pairs of columns of rows of f32 that are bf16 numbers, as those, and by cache lines of `from`:
+/// to[c / 2 * ld_to + 2 * r + c % 2] = from[r * ld_from + c], for r < rows and c < cols.
+inline void transpose_pairs(const float* from, std::size_t ld_from, std::size_t rows,
+                            std::size_t cols, std::uint16_t* to, std::size_t ld_to) noexcept {
+    const auto one_by_one = [=](std::size_t r0, std::size_t r1, std::size_t c0, std::size_t c1) {
+        for (std::size_t r = r0; r < r1; ++r) {
+            for (std::size_t c = c0; c < c1; ++c) {
+                to[c / 2 * ld_to + 2 * r + c % 2] = upper_half(from[r * ld_from + c]);
+            }
+        }
+    };
+    constexpr std::size_t kLine = 64 / sizeof(float);
+    for (std::size_t c0 = 0; c0 < cols; c0 += kLine) {
+        const std::size_t c1 = std::min(cols, c0 + kLine);
+        const std::size_t eights = c0 + (c1 - c0) / 8 * 8;
+        std::size_t r = 0;
+        for (; r + 4 <= rows; r += 4) {
+            for (std::size_t c = c0; c < eights; c += 8) {
+                const float* const at = from + r * ld_from + c;
+                // As floats they are only carried.
+                transposing::store_columns(
+                    transposing::upper_halves(at), transposing::upper_halves(at + ld_from),
+                    transposing::upper_halves(at + 2 * ld_from),
+                    transposing::upper_halves(at + 3 * ld_from), to + c / 2 * ld_to + 2 * r, ld_to);
+            }
+            one_by_one(r, r + 4, eights, c1);
+        }
+        one_by_one(r, rows, c0, c1);
     }
 }
 
