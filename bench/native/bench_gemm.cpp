@@ -9,7 +9,6 @@
 
 #include "harness.hpp"
 #include "pydedup/gemm.hpp"
-#include "pydedup/page_memory.hpp"
 
 namespace bench {
 namespace {
@@ -42,10 +41,7 @@ Workload matmul(const std::string& name, const Kind& kind, std::size_t m, unsign
     const std::size_t size = unless_smoke(4096, 256);
     const std::size_t item = item_bytes(kind.weights);
     const std::size_t bytes = size * size * item;
-    data->weights = page_memory(bytes);  // as the pool keeps pages
-    if (!data->weights) {
-        data->weights = {new std::byte[bytes], [](const std::byte* at) { delete[] at; }};
-    }
+    data->weights = large_memory(bytes);
     std::minstd_rand random(1);
     std::normal_distribution<float> normal(0.0F, 0.02F);
     for (std::size_t at = 0; at < bytes; at += item) {

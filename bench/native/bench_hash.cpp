@@ -8,7 +8,6 @@
 #include "harness.hpp"
 #include "hash_pieces.hpp"
 #include "pydedup/hash.hpp"
-#include "pydedup/page_memory.hpp"
 
 namespace bench {
 namespace {
@@ -29,14 +28,6 @@ Entry piece_entry(const HashPiece& piece) {
             }};
 }
 
-// Huge pages, as numpy asks for them, and as the limit of reading is measured.
-std::shared_ptr<float> matrix_memory(std::size_t count) {
-    std::shared_ptr<std::byte> memory = pydedup::page_memory(count * sizeof(float));
-    if (!memory)
-        memory = {new std::byte[count * sizeof(float)], [](const std::byte* at) { delete[] at; }};
-    return {memory, reinterpret_cast<float*>(memory.get())};
-}
-
 struct Shape {
     std::size_t rows, cols, block_rows, block_cols;
 };
@@ -45,15 +36,16 @@ Entry matrix_entry(const std::string& name, const std::string& what, const Shape
                    unsigned threads = 1) {
     return {name, [=] {
                 const std::size_t rows = unless_smoke(shape.rows, 2 * shape.block_rows);
-                const std::shared_ptr<float> values = matrix_memory(rows * shape.cols);
+                const auto values = large_memory(rows * shape.cols * sizeof(float));
                 std::minstd_rand random(1);
-                for (float& value : std::span(values.get(), rows * shape.cols)) {
+                for (float& value :
+                     std::span(reinterpret_cast<float*>(values.get()), rows * shape.cols)) {
                     value = static_cast<float>(random() >> 8);
                 }
                 const BlockGrid grid{rows, shape.cols, shape.block_rows, shape.block_cols};
                 auto digests = std::make_shared<std::vector<Digest>>(grid.count());
-                const MatrixRef ref{reinterpret_cast<const std::byte*>(values.get()), rows,
-                                    shape.cols, shape.cols * 4, pydedup::Dtype::f32};
+                const MatrixRef ref{values.get(), rows, shape.cols, shape.cols * 4,
+                                    pydedup::Dtype::f32};
                 return Workload{name,
                                 what,
                                 static_cast<double>(rows * shape.cols * 4),

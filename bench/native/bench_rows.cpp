@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "harness.hpp"
-#include "pydedup/page_memory.hpp"
 #include "pydedup/row_table.hpp"
 
 namespace bench {
@@ -34,8 +33,7 @@ struct Table {
 
 Page make_page(std::span<const BlockView> blocks) {
     const std::size_t bytes = page_bytes(blocks);
-    std::shared_ptr<std::byte> memory = page_memory(bytes);
-    if (!memory) memory = {new std::byte[bytes], [](const std::byte* at) { delete[] at; }};
+    std::shared_ptr<std::byte> memory = large_memory(bytes);
     build_page(blocks, {memory.get(), bytes});
     return Page(std::move(memory), bytes);
 }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "harness.hpp"
@@ -23,22 +24,24 @@ using pydedup::LshParameters;
 constexpr std::size_t kManyBytes = std::size_t{128} << 20;
 
 struct Blocks {
-    std::vector<float> values;
+    std::shared_ptr<std::byte> memory;
+    std::size_t bytes;
     BlockBatch batch;
     std::vector<std::int64_t> ids;
 };
 
 std::shared_ptr<Blocks> make_blocks(std::size_t rows, std::size_t cols, std::size_t count) {
     auto blocks = std::make_shared<Blocks>();
-    blocks->values.resize(rows * cols * count);
+    blocks->bytes = rows * cols * count * sizeof(float);
+    blocks->memory = large_memory(blocks->bytes);
     std::minstd_rand random(1);
     // Sums of uniform numbers do: sketches are of about normal blocks, and this is made quickly.
-    for (float& value : blocks->values) {
+    for (float& value :
+         std::span(reinterpret_cast<float*>(blocks->memory.get()), rows * cols * count)) {
         const auto draw = [&random] { return static_cast<float>(random()) / 2147483648.0F - 0.5F; };
         value = 0.02F * (draw() + draw() + draw());
     }
-    blocks->batch = pydedup::dense_blocks(reinterpret_cast<const std::byte*>(blocks->values.data()),
-                                          count, rows, cols, Dtype::f32);
+    blocks->batch = pydedup::dense_blocks(blocks->memory.get(), count, rows, cols, Dtype::f32);
     blocks->ids.resize(count);
     std::iota(blocks->ids.begin(), blocks->ids.end(), 0);
     return blocks;
@@ -59,7 +62,7 @@ Entry entry(const std::string& verb, const Case& c, std::size_t passes, const Ro
     const std::string name = "similarity." + verb + "-" + c.name;
     return {name, [=] {
                 auto blocks = make_blocks(c.rows, c.cols, unless_smoke(c.count, 4));
-                const auto bytes = static_cast<double>(blocks->values.size() * sizeof(float));
+                const auto bytes = static_cast<double>(blocks->bytes);
                 return Workload{name,
                                 c.what,
                                 bytes * static_cast<double>(passes),

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "pydedup/page_memory.hpp"
+
 namespace bench {
 namespace {
 
@@ -57,5 +59,10 @@ Result run(const Workload& workload, double seconds) {
 
 bool smoke() noexcept { return smoke_run; }
 void set_smoke(bool on) noexcept { smoke_run = on; }
+
+std::shared_ptr<std::byte> large_memory(std::size_t bytes) {
+    if (std::shared_ptr<std::byte> memory = pydedup::page_memory(bytes)) return memory;
+    return {new std::byte[bytes], [](const std::byte* at) { delete[] at; }};
+}
 
 }  // namespace bench

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -48,6 +49,10 @@ void set_smoke(bool on) noexcept;
 [[nodiscard]] inline std::size_t unless_smoke(std::size_t full, std::size_t small) noexcept {
     return smoke() ? small : full;
 }
+
+/// Memory for what a workload reads: in huge pages where the system gives them, as the pool keeps
+/// pages, numpy its arrays, and as the limit of reading is measured.
+[[nodiscard]] std::shared_ptr<std::byte> large_memory(std::size_t bytes);
 
 /// Keeps the compiler from removing what computes `value`.
 template <class T>

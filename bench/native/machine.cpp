@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "harness.hpp"
-#include "pydedup/page_memory.hpp"
 #include "source_version.hpp"
 
 #if defined(__linux__)
@@ -171,13 +170,8 @@ std::string now() {
 }  // namespace
 
 Machine measure_machine(double seconds) {
-    // In huge pages, as the pool keeps what products read.
     const std::size_t count = unless_smoke(std::size_t{32} << 20, 4096);
-    std::shared_ptr<std::byte> memory = pydedup::page_memory(count * sizeof(std::uint64_t));
-    if (!memory) {
-        memory = {new std::byte[count * sizeof(std::uint64_t)],
-                  [](const std::byte* at) { delete[] at; }};
-    }
+    const std::shared_ptr<std::byte> memory = large_memory(count * sizeof(std::uint64_t));
     auto* const words = reinterpret_cast<std::uint64_t*>(memory.get());
     std::fill_n(words, count, 1);
     const std::span<const std::uint64_t> buffer(words, count);
