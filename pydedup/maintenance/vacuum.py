@@ -107,8 +107,7 @@ def vacuum_store(
     stored_before = adapter.stored_bytes()
     reads_before = read_amplification(adapter)
     live_before = adapter.page_rows(state=LIVE)
-    abandoned = _collect_stagings(adapter, lease_seconds)
-    _retire_orphans(adapter)
+    abandoned = _collect_and_retire(adapter, lease_seconds)
     repacked = 0
     if _wants_repack(adapter, adapter.page_rows(state=LIVE)):
         repacked = repack(adapter, catalog, pool, progress=progress)
@@ -211,18 +210,15 @@ def retire_orphans(adapter: Adapter) -> None:
         adapter.set_page_state(orphans, RETIRED, time.time())
 
 
-def _retire_orphans(adapter: Adapter) -> None:
-    with adapter.transaction():
-        adapter.bump_epoch()
-        retire_orphans(adapter)
+def _collect_and_retire(adapter: Adapter, lease_seconds: float) -> int:
+    """Delete what dead adds left and retire pages without an owner; returns how many adds.
 
-
-def _collect_stagings(adapter: Adapter, lease_seconds: float) -> int:
-    """Delete what dead adds left; returns how many models there were.
-
-    One transaction: an add that begins or publishes in between must be seen whole or not at all.
+    In one transaction that holds the epoch from its beginning: on most databases each of the reads
+    here sees the newest committed state, and who publishes between the one of stagings and the one
+    of jobs would look like a staging without a job.
     """
     with adapter.transaction():
+        adapter.bump_epoch()
         staged_pages = {row.id for row in adapter.page_rows(state=STAGING)}
         abandoned, dead, nothing_runs = _dead_stagings(adapter, lease_seconds)
         for model_id in abandoned:
@@ -234,11 +230,13 @@ def _collect_stagings(adapter: Adapter, lease_seconds: float) -> int:
             # those whose owner was deleted above included.
             orphans = staged_pages.intersection(adapter.orphan_pages())
             adapter.set_page_state(sorted(orphans), RETIRED, time.time())
+        retire_orphans(adapter)
     return len(abandoned)
 
 
 def _dead_stagings(adapter: Adapter, lease_seconds: float) -> tuple[list[int], list[str], bool]:
     """Return the models and jobs that nobody works on any more, and whether no job goes on."""
+    # In this order: an add that begins in between has a job that is seen, and no model.
     staged = [row.id for row in adapter.models(state=STAGING)]
     jobs = adapter.jobs()
     dead = [job for job in jobs if job_is_dead(job[1], job[2], lease_seconds)]

@@ -19,6 +19,7 @@ def set_alias(
     check_name(name, "model name")
     check_name(alias, "alias")
     with adapter.transaction():
+        adapter.bump_epoch()  # nobody removes the version meanwhile
         rows = {row.version: row for row in adapter.models(name=name)}
         if not rows:
             catalog.resolve(name)

@@ -36,7 +36,7 @@ def family() -> dict[str, dict[str, np.ndarray]]:
 MODELS = family()
 
 
-def prepared(path: Path) -> None:
+def prepared(path: Path | str) -> None:
     with pydedup.open(path) as store:
         for name, model in MODELS.items():
             store.add(name, model, policy=policies.Exact())
@@ -55,7 +55,7 @@ def remove(store: Store) -> None:
     store.remove("m2")
 
 
-def assert_sound(path: Path) -> None:
+def assert_sound(path: Path | str) -> None:
     with pydedup.open(path) as store:
         assert store.verify().errors == []
         names = {info.name for info in store.models()}
@@ -101,10 +101,9 @@ def test_every_commit_may_be_interrupted(
     assert interrupted < 39
 
 
-def test_a_staging_that_a_vacuum_collected_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "store.db"
-    prepared(path)
-    with pydedup.open(path) as writer, pydedup.open(path) as other:
+def test_a_staging_that_a_vacuum_collected_leaves_nothing(store_url: str) -> None:
+    prepared(store_url)
+    with pydedup.open(store_url) as writer, pydedup.open(store_url) as other:
 
         def collect(stage: str, done: int, total: int) -> None:
             if stage == "writing":
@@ -112,18 +111,17 @@ def test_a_staging_that_a_vacuum_collected_leaves_nothing(tmp_path: Path) -> Non
 
         with pytest.raises(ConflictError, match="collected by a vacuum"):
             writer.add("new", {"embedding": MODELS["m0"]["embedding"] * 3}, progress=collect)
-    assert_sound(path)
-    with pydedup.open(path) as store:
+    assert_sound(store_url)
+    with pydedup.open(store_url) as store:
         for info in store.models():
             store.remove(info.address)
         store.vacuum()
         assert store.stats().pages == 0, "no row of the lost staging keeps a page alive"
 
 
-def test_what_a_lost_race_shares_is_counted(tmp_path: Path) -> None:
-    path = tmp_path / "store.db"
+def test_what_a_lost_race_shares_is_counted(store_url: str) -> None:
     model = {"w": np.random.default_rng(1).standard_normal((600, 300)).astype(np.float32)}
-    with pydedup.open(path) as loser, pydedup.open(path) as winner:
+    with pydedup.open(store_url) as loser, pydedup.open(store_url) as winner:
         raced = False
 
         def race(stage: str, done: int, total: int) -> None:

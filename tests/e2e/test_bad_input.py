@@ -25,7 +25,6 @@ from pydedup.errors import (
     NotFoundError,
     PydedupError,
     ReadOnlyError,
-    StorageFullError,
     StoreError,
 )
 
@@ -158,32 +157,6 @@ def test_a_database_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(NotAStoreError, match=r"nothing\.db"):
         pydedup.open(f"sqlite:///{tmp_path / 'nothing.db'}", mode="r")
     assert not (tmp_path / "nothing.db").exists()
-
-
-def test_a_full_disk(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)],
-        check=False,
-        capture_output=True,
-    )
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
-        rng = np.random.default_rng(0)
-        with pydedup.open(f"sqlite:///{disk / 'store.db'}") as store:
-            store.add("good", MODEL)
-            with pytest.raises(StorageFullError, match=r"store\.db"):
-                store.add("large", {"w": rng.standard_normal((2000, 1000))})
-            assert [info.name for info in store.models()] == ["good"]
-            assert store.verify().errors == []
-            store.vacuum()
-            assert store.verify().notes == []
-            store.add("small", {"w": rng.standard_normal(100)})
-            assert np.array_equal(store.load("good")["w"], MODEL["w"])
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_second_writer_waits_or_is_told(tmp_path: Path) -> None:

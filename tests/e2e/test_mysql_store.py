@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -103,31 +102,3 @@ def test_a_whole_life(mysql_url: str, schema: str) -> None:
         report = store.verify()
         assert report.ok, report
         assert store.stats().page_bytes <= before.page_bytes
-
-
-def test_two_writers_store_no_block_twice(mysql_url: str, schema: str) -> None:
-    base, _ = family()
-    failures: list[BaseException] = []
-    pydedup.open(mysql_url, schema=schema).close()
-    barrier = threading.Barrier(2)
-
-    def add(name: str) -> None:
-        try:
-            with pydedup.open(mysql_url, schema=schema) as store:
-                barrier.wait(60)
-                store.add(name, base, graph=GRAPH)
-        except BaseException as error:  # shown below
-            failures.append(error)
-
-    threads = [threading.Thread(target=add, args=(name,)) for name in ("a", "b")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not failures, failures
-    with pydedup.open(mysql_url, schema=schema) as store:
-        assert_holds(store, "a", base)
-        assert_holds(store, "b", base)
-        assert store.verify().ok
-        alone = sum(array.nbytes for array in base.values())
-        assert store.stats().page_bytes < 1.1 * alone

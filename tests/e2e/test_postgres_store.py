@@ -8,7 +8,6 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import psycopg
@@ -125,53 +124,3 @@ def test_the_program_takes_the_url(postgres_url: str, schema: str) -> None:
     with pydedup.open(url) as store:
         assert [model.name for model in store.models()] == ["b"]
         assert same(store.load("b"), tuned)
-
-
-MEMBER = """
-import numpy as np
-
-
-def member(number):
-    # One of a family: half of its rows are everybody's, half its own.
-    rows = np.random.default_rng(1).standard_normal((2000, 64)).astype(np.float32)
-    rows[1000:] = np.random.default_rng(100 + number).standard_normal((1000, 64))
-    return {"w": rows}
-"""
-
-ADD = f"""{MEMBER}
-import sys
-import pydedup
-from pydedup import policies
-
-url, number, schema = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-with pydedup.open(url, schema=schema) as store:
-    for version in "12":
-        store.add(f"m{{number}}@{{version}}", member(number), policy=policies.Exact())
-"""
-
-
-def test_processes_add_at_once_and_store_nothing_twice(postgres_url: str, schema: str) -> None:
-    names: dict[str, Any] = {}
-    exec(MEMBER, names)
-    models = [names["member"](number) for number in range(3)]
-    with pydedup.open(postgres_url, schema=schema) as store:
-        workers = [
-            subprocess.Popen([sys.executable, "-P", "-c", ADD, postgres_url, str(i), schema])
-            for i in range(3)
-        ]
-        while any(worker.poll() is None for worker in workers):
-            store.vacuum()  # must not take what is being added
-            for model in store.models():
-                assert same(store.load(model.name), models[int(model.name[1:])])
-        assert [worker.wait() for worker in workers] == [0, 0, 0]
-        assert len(store.models()) == 6
-        for number in range(3):
-            for version in "12":
-                assert same(store.load(f"m{number}@{version}"), models[number])
-        assert store.verify().ok
-    with psycopg.connect(postgres_url) as connection:
-        counts = "SELECT count(*), count(DISTINCT b.hash128) FROM {0}.distinct_blocks b "
-        counts += "JOIN {0}.pages p ON p.id = b.page_id WHERE p.state = 'live'"
-        row = connection.execute(counts.format(schema)).fetchone()
-    assert row is not None
-    assert row[0] == row[1] > 60, "a block was stored twice"

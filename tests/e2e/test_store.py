@@ -6,10 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -328,32 +325,6 @@ def test_removing_everything_gives_the_space_back(store: pydedup.Store, tmp_path
     assert store.stats().stored_bytes < empty + 0.1 * full
 
 
-def test_readers_go_on_while_a_vacuum_repacks(url: str) -> None:
-    models = variants(4, rows=20000)
-    with pydedup.open(url) as writer, pydedup.open(url, mode="r", memory="2MiB") as reader:
-        for name, model in models.items():
-            writer.add(name, model, policy=policies.Exact())
-        errors: list[BaseException] = []
-        stop = threading.Event()
-
-        def read() -> None:
-            try:
-                while not stop.is_set():
-                    assert_same(reader.load("tenant-3"), models["tenant-3"])
-            except BaseException as exc:
-                errors.append(exc)
-
-        thread = threading.Thread(target=read)
-        thread.start()
-        for name in ("tenant-0", "tenant-1"):
-            writer.remove(name)
-            writer.vacuum()
-        stop.set()
-        thread.join()
-        assert errors == []
-        assert_same(reader.load("tenant-3"), models["tenant-3"])
-
-
 def test_read_only_media(url: str, tmp_path: Path) -> None:
     model = {"w": np.arange(100.0)}
     with pydedup.open(url) as store:
@@ -409,41 +380,6 @@ def test_use_after_fork(url: str) -> None:
         assert store.verify().errors == []
 
 
-ADD_AT_ONCE = """
-import sys, time
-import numpy as np
-import pydedup
-from pydedup import policies
-
-url, name, path, start = sys.argv[1:5]
-model = dict(np.load(path))
-with pydedup.open(url) as store:
-    time.sleep(max(0.0, float(start) - time.time()))
-    store.add(name, model, policy=policies.Exact())
-"""
-
-
-def test_two_processes_adding_at_once_store_no_block_twice(url: str, tmp_path: Path) -> None:
-    models = variants(6)
-    pydedup.open(url).close()
-    for pair in (("tenant-0", "tenant-1"), ("tenant-2", "tenant-3"), ("tenant-4", "tenant-5")):
-        # Both begin at the same moment, late enough for both to have started.
-        start = str(time.time() + 3.0)
-        children = []
-        for name in pair:
-            np.savez(tmp_path / f"{name}.npz", **models[name])
-            arguments = [url, name, str(tmp_path / f"{name}.npz"), start]
-            children.append(subprocess.Popen([sys.executable, "-c", ADD_AT_ONCE, *arguments]))
-        assert [child.wait() for child in children] == [0, 0]
-    with pydedup.open(url) as store:
-        report = store.verify()
-        assert report.errors == []
-        assert report.notes == [], "no block is stored twice"
-        for name, model in models.items():
-            assert_same(store.load(name), model)
-        assert len(store.models()) == 6
-
-
 def test_many_threads_share_a_store(store: pydedup.Store) -> None:
     models = variants(4)
     store.add_many(models)
@@ -465,22 +401,6 @@ def test_many_threads_share_a_store(store: pydedup.Store) -> None:
     assert errors == []
     assert len(store.models()) == 8
     assert store.verify().errors == []
-
-
-def test_damage_is_found(store: pydedup.Store, tmp_path: Path) -> None:
-    store.add("m", variants(1)["tenant-0"])
-    assert store.verify().ok
-    with sqlite3.connect(tmp_path / "store.db") as raw:
-        page, payload = raw.execute("SELECT id, payload FROM pydedup_pages LIMIT 1").fetchone()
-        broken = bytearray(payload)
-        broken[len(broken) // 2] ^= 1
-        raw.execute("UPDATE pydedup_pages SET payload = ? WHERE id = ?", (bytes(broken), page))
-    raw.close()
-    report = store.verify()
-    assert not report.ok
-    assert f"page {page}" in report.errors[0]
-    with pydedup.open(store.url) as fresh, pytest.raises(PydedupError, match=f"{page}|checksum"):
-        fresh.load("m")
 
 
 def test_metadata_and_certificate_are_kept(store: pydedup.Store) -> None:

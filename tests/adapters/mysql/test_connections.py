@@ -78,7 +78,7 @@ def test_a_lost_connection_undoes_a_transaction(adapter: Adapter, url: str, run:
     assert len(adapter.jobs()) == 1
 
 
-def test_a_connection_cut_in_the_middle_of_a_page(adapter: Adapter, url: str) -> None:
+def test_a_connection_that_is_cut_within_a_page(adapter: Adapter, url: str) -> None:
     target = dict(parse_qsl(urlsplit(url).query)).get("unix_socket")
     if target is None:
         pytest.skip("the server was given by host and port; the proxy needs its socket")

@@ -160,3 +160,15 @@ def test_a_deadlock_is_a_conflict(adapter: Adapter) -> None:
     assert len(errors) == 1
     meta = adapter.meta()
     assert meta["a"] == meta["b"] != ""
+
+
+def test_a_statement_timeout_says_so(adapter: Adapter, url: str, user: Any, run: Any) -> None:
+    user.grant("ALL")
+    run(url, f"ALTER USER {user.name} WITH MAX_STATEMENT_TIME 0.2")
+    hasty = registry.connect(user.url, mode="a")
+    with adapter.transaction():
+        adapter.bump_epoch()
+        with pytest.raises(UnavailableError, match="max_statement_time"), hasty.transaction():
+            hasty.bump_epoch()
+    assert hasty.epoch() == 1
+    hasty.close()

@@ -34,8 +34,8 @@ def strict(own_postgres: Any) -> str:
         )
         Path(row[0]).write_text(rules)
         connection.execute("SELECT pg_reload_conf()")
-        (row,) = connection.execute("SHOW unix_socket_directories")
-    return f"postgresql://careful:{{password}}@/postgres?host={row[0]}"
+    where = url.partition("?")[2]
+    return f"postgresql://careful:{{password}}@/postgres?{where}"
 
 
 def refused(url: str) -> str:
@@ -67,7 +67,7 @@ def test_passwords(strict: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_parameters_of_tls_reach_libpq() -> None:
-    # libpq itself refuses this pair, before it connects; a server with TLS is not at hand here.
+    # libpq itself refuses this pair, before it connects; a server with TLS is in test_tls.py.
     url = f"postgresql://u:{PASSWORD}@localhost:1/x?sslmode=require&sslrootcert=system"
     assert "weak sslmode" in refused(url)
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MySQL/MariaDB: a server that demands TLS, with a certificate that we made."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mysql.connector import HAVE_CEXT
+
+from pydedup import registry
+from pydedup.errors import UnavailableError
+from pydedup.testing._contract_base import add_random_pages, open_store, with_option
+
+PASSWORD = "right-0f-c0urse"
+
+
+@pytest.fixture(scope="module")
+def demanding(own_mysql: Any, mysql_run: Callable[..., object]) -> Iterator[str]:
+    """URL by which a user comes over TCP to a server that takes nobody there without TLS."""
+    mysql_run(
+        own_mysql.url,
+        f"CREATE USER careful IDENTIFIED BY '{PASSWORD}'",
+        "GRANT ALL ON pydedup.* TO careful",
+        "SET GLOBAL require_secure_transport = ON",
+    )
+    yield f"mysql://careful:{PASSWORD}@127.0.0.1:{own_mysql.port}/pydedup"
+    mysql_run(own_mysql.url, "SET GLOBAL require_secure_transport = OFF", "DROP USER careful")
+
+
+@pytest.fixture(params=["extension", "pure"] if HAVE_CEXT else ["pure"])
+def url(demanding: str, request: pytest.FixtureRequest) -> str:
+    return with_option(demanding, f"use_pure={request.param == 'pure'}")
+
+
+def refused(url: str) -> str:
+    with pytest.raises(UnavailableError) as caught:
+        registry.connect(url, mode="a")
+    assert PASSWORD not in "".join(traceback.format_exception(caught.value))
+    return str(caught.value)
+
+
+def test_without_tls_nobody_comes_in(url: str) -> None:
+    said = refused(f"{url}&ssl_disabled=true")
+    assert "insecure transport" in said
+    assert "ssl_disabled" in said
+
+
+def test_a_certificate_that_is_not_trusted(url: str, certificate: tuple[Path, Path]) -> None:
+    said = refused(f"{url}&ssl_verify_cert=true&ssl_ca={certificate[0]}")
+    assert "certificate" in said
+    assert "ssl_ca" in said
+
+
+@pytest.mark.parametrize("verify", ["", "&ssl_verify_cert=true", "&ssl_verify_identity=true"])
+def test_a_store_over_tls(url: str, own_mysql: Any, verify: str) -> None:
+    trust = f"&ssl_ca={own_mysql.certificate}" if verify else ""
+    adapter = open_store(f"{url}{trust}{verify}")
+    ((_, cipher),) = adapter._query("SHOW SESSION STATUS LIKE 'ssl_cipher'")  # type: ignore[attr-defined]
+    assert cipher
+    pages = add_random_pages(adapter, 3)
+    assert dict(adapter.read_pages(list(pages))) == pages
+    assert PASSWORD not in f"{adapter.url} {adapter!r} {vars(adapter)}"
+    adapter.close()

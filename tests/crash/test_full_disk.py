@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disk of a store fills up in the middle of an add, on each back end.
+
+SQLite's file and PostgreSQL's tablespace are on a small disk of their own. MariaDB ends itself
+when a disk is full; what it tells a client is that its own tablespace is at its limit.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+import pydedup
+from pydedup import policies
+from pydedup.errors import StorageFullError
+
+MIB = 1 << 20
+
+#: The URL of an empty place with little room, and what makes more.
+Place = tuple[str, Callable[[], object]]
+
+
+@pytest.fixture
+def small_disk(server_folder: Path) -> Iterator[Path]:
+    """A folder on a disk of its own, of 64 MiB, most of which is taken by a file ``ballast``."""
+    folder = server_folder / "small-disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m,mode=755", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        folder.rmdir()
+        pytest.skip("mounting a small disk needs root")
+    try:
+        (folder / "ballast").write_bytes(bytes(44 * MIB))
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+
+
+@pytest.fixture
+def sqlite_place(small_disk: Path) -> Place:
+    return f"sqlite:///{small_disk / 'store.db'}", (small_disk / "ballast").unlink
+
+
+@pytest.fixture
+def postgres_place(small_disk: Path, own_postgres: Any) -> Iterator[Place]:
+    tables = small_disk / "tables"
+    tables.mkdir(mode=0o700)
+    shutil.chown(tables, own_postgres.folder.owner())
+    with psycopg.connect(own_postgres.url, autocommit=True) as connection:
+        connection.execute(f"CREATE TABLESPACE small LOCATION '{tables}'")
+        connection.execute("CREATE DATABASE small TABLESPACE small")
+        yield own_postgres.url.replace("/postgres?", "/small?"), (small_disk / "ballast").unlink
+        connection.execute("DROP DATABASE small")
+        connection.execute("DROP TABLESPACE small")
+
+
+@pytest.fixture
+def mysql_place(own_mysql: Any, mysql_run: Callable[..., object]) -> Iterator[Place]:
+    url = own_mysql.new_place()
+    # What is created from now on lies in the system's tablespace, which has its limit.
+    mysql_run(url, "SET GLOBAL innodb_file_per_table = OFF")
+    try:
+        pydedup.open(url).close()
+        mysql_run(url, "CREATE TABLE ballast (payload LONGBLOB)")
+        for _ in range(12):
+            mysql_run(url, "INSERT INTO ballast VALUES (REPEAT('x', 1048576))")
+    finally:
+        mysql_run(url, "SET GLOBAL innodb_file_per_table = ON")
+    yield url, lambda: mysql_run(url, "DROP TABLE ballast")
+    mysql_run(own_mysql.url, f"DROP DATABASE {url.partition('?')[0].rpartition('/')[2]}")
+
+
+@pytest.mark.parametrize("back_end", ["sqlite", "postgres", "mysql"])
+def test_a_full_disk(back_end: str, request: pytest.FixtureRequest) -> None:
+    url, make_room = request.getfixturevalue(f"{back_end}_place")
+    rng = np.random.default_rng(0)
+    good = {"w": rng.standard_normal((1000, 100))}
+    large = {"w": rng.standard_normal((5000, 1000))}  # 40 MB
+    part = {"w": large["w"][:500]}
+    with pydedup.open(url) as store:
+        store.add("good", good)
+        for _ in range(2):
+            with pytest.raises(StorageFullError, match="free some space"):
+                store.add("large", large, policy=policies.Exact())
+            assert [info.name for info in store.models()] == ["good"]
+            assert store.verify().errors == []
+            assert np.array_equal(store.load("good")["w"], good["w"])
+        make_room()
+        store.vacuum(lease_seconds=0)  # what there was no room to delete
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+        store.add("part", part, policy=policies.Exact())
+        assert np.array_equal(store.load("part")["w"], part["w"])
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])

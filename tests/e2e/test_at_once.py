@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several clients of one store at once, on each back end.
+
+Processes that add different models at the same moment store no block twice and lose none; readers
+go on during adds, removals and vacuums, and what they read is one version, never a mix of two.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies, registry
+from pydedup.errors import ArgumentError, ConflictError
+from pydedup.graph import Graph, Node
+from pydedup.store import Store
+from pydedup.testing.faults import Fault, inject
+
+Model = dict[str, np.ndarray]
+
+MEMBER = """
+import numpy as np
+
+
+def member(number):
+    # One of a family: half of its rows are everybody's, half its own.
+    rows = np.random.default_rng(1).standard_normal((6000, 64)).astype(np.float32)
+    rows[3000:] = np.random.default_rng(100 + number).standard_normal((3000, 64))
+    return {"w": rows}
+"""
+
+ADD = f"""{MEMBER}
+import sys
+import pydedup
+from pydedup import policies
+
+url, number = sys.argv[1], int(sys.argv[2])
+mine = [member(10 * number + i) for i in range(3)]
+with pydedup.open(url) as store:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for version, model in enumerate(mine):
+        store.add(f"m{{number}}@{{version}}", model, policy=policies.Exact())
+"""
+
+
+def same(found: Model, model: Model) -> bool:
+    return found.keys() == model.keys() and all(
+        found[name].tobytes() == array.tobytes() for name, array in model.items()
+    )
+
+
+def stored_blocks(url: str) -> tuple[int, int]:
+    """Return how many blocks are on live pages, and how many of them differ."""
+    adapter = registry.connect(url, mode="r")
+    live = [row.id for row in adapter.page_rows(state="live")]
+    hashes = [block.hash128 for block in adapter.blocks_on_pages(live)]
+    adapter.close()
+    return len(hashes), len(set(hashes))
+
+
+def test_processes_that_add_at_once_store_no_block_twice(store_url: str) -> None:
+    names: dict[str, object] = {}
+    exec(MEMBER, names)
+    member = names["member"]
+    assert callable(member)
+    pydedup.open(store_url).close()
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", ADD, store_url, str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:  # all of them are about to begin
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    with pydedup.open(store_url) as store:
+        while any(worker.poll() is None for worker in workers):
+            store.vacuum()  # must not take what is being added
+            for info in store.models():
+                expected = member(10 * int(info.name[1:]) + int(info.version))
+                assert same(store.load(info.address), expected)
+        for worker in workers:
+            worker.communicate()
+        assert [worker.returncode for worker in workers] == [0, 0, 0]
+        assert len(store.models()) == 9
+        for number in range(3):
+            for version in range(3):
+                model = store.load(f"m{number}@{version}")
+                assert same(model, member(10 * number + version))
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+    blocks, different = stored_blocks(store_url)
+    assert blocks == different, "a block was stored twice"
+    own, shared = 9 * 3000 * 64 * 4, 3000 * 64 * 4
+    assert blocks * 16 * 1024 >= 0.9 * (own + shared), "these are all of them"
+
+
+GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "weight", "bias": "bias"}),))
+
+
+def version(number: int) -> Model:
+    """Of version n each row of weights is n times that of version 1, and the bias is n."""
+    weight = np.ones((3000, 64), np.float32) * np.arange(1, 3001, dtype=np.float32)[:, None]
+    return {"weight": weight * number, "bias": np.full(3000, number, np.float32)}
+
+
+def of_one_version(found: Model) -> float:
+    """Return the version that tensors are of, all of them in each of their blocks."""
+    number = float(found["bias"][0])
+    assert same(found, version(int(number))), "a mix of versions was read"
+    return number
+
+
+def of_one_answer(y: np.ndarray) -> float:
+    """Return the version that an answer to a row of ones is of."""
+    number = float(y[0, 0] / (64 + 1))
+    assert np.array_equal(y[0], number * (64 * np.arange(1, 3001) + 1)), "a mix of versions"
+    return number
+
+
+def test_readers_see_one_version_while_writers_change_it(store_url: str) -> None:
+    rounds, ones = 8, np.ones((1, 64), np.float32)
+    with pydedup.open(store_url) as store:
+        store.add("m@1", version(1), graph=GRAPH, policy=policies.Exact())
+    done = threading.Event()
+    seen: list[list[float]] = [[], [], []]
+    failures: list[BaseException] = []
+
+    def read(number: int) -> None:
+        try:
+            # So little memory that a model does not fit: it is read again and again.
+            with pydedup.open(store_url, mode="r", memory="2MiB") as reader:
+                while not done.is_set():
+                    if number == 0:
+                        seen[0].append(of_one_version(reader.load("m")))
+                    elif number == 1:
+                        seen[1].append(of_one_answer(reader.predict("m", ones)))
+                    else:
+                        time.sleep(0.001)
+                        tensor = reader.tensor("m", "weight").take(np.array([0, 2999]))
+                        assert tensor[1, 0] == 3000 * tensor[0, 0], "a mix of versions was read"
+                        seen[2].append(float(tensor[0, 0]))
+        except BaseException as error:  # shown below
+            failures.append(error)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    with pydedup.open(store_url) as store:
+        for number in range(2, rounds + 1):
+            store.add(f"m@{number}", version(number), graph=GRAPH, policy=policies.Exact())
+            if number > 3:
+                store.remove(f"m@{number - 3}")
+            store.vacuum()
+            latest = time.monotonic() + 30
+            while not all(numbers and numbers[-1] == number for numbers in seen) and not failures:
+                assert time.monotonic() < latest, "a reader does not see what was published"
+                time.sleep(0.01)
+    done.set()
+    for thread in threads:
+        thread.join(60)
+    assert not failures, failures
+    for numbers in seen:
+        assert numbers == sorted(numbers), "a reader went back to an older version"
+        assert set(numbers) <= set(range(1, rounds + 1))
+
+
+@pytest.mark.parametrize("first", ["add", "remove", "vacuum"])
+def test_a_writer_that_waits_too_long_changes_nothing(store_url: str, first: str) -> None:
+    """Another client holds the epoch: what would publish waits as long as the URL says."""
+    model = version(1)
+    with pydedup.open(store_url) as store:
+        store.add_many({"kept@1": model, "old@1": version(2)}, policy=policies.Exact())
+    timeout = f"{store_url}{'&' if '?' in store_url else '?'}timeout=0.2"
+    holder = registry.connect(store_url, mode="a")
+    with pydedup.open(timeout) as store:
+        work = {
+            "add": lambda: store.add("new@1", version(3), policy=policies.Exact()),
+            "remove": lambda: store.remove("old@1"),
+            "vacuum": store.vacuum,
+        }[first]
+        with holder.transaction():
+            holder.bump_epoch()
+            with pytest.raises(ConflictError, match="timeout="):
+                work()
+            assert same(store.load("kept"), model), "reading waits for nobody"
+        assert [info.address for info in store.models()] == ["kept@1", "old@1"]
+        assert store.verify().errors == []
+        work()  # and now it may
+        store.vacuum(lease_seconds=0)
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+    holder.close()
+
+
+def test_a_vacuum_takes_no_add_that_publishes_meanwhile(store_url: str) -> None:
+    """Between what a vacuum reads, an add that was staged before gets to its end, or tries to."""
+    staged, go = threading.Event(), threading.Event()
+    model = version(2)
+
+    def wait(stage: str, done: int, total: int) -> None:
+        if stage == "writing" and not staged.is_set():
+            staged.set()
+            assert go.wait(30)
+
+    failures: list[BaseException] = []
+
+    def add() -> None:
+        try:
+            with pydedup.open(store_url) as store:
+                store.add("new@1", model, policy=policies.Exact(), progress=wait)
+        except BaseException as error:  # shown below
+            failures.append(error)
+
+    with pydedup.open(store_url) as store:
+        store.add("kept@1", version(1), policy=policies.Exact())
+    adder = threading.Thread(target=add)
+    adder.start()
+    assert staged.wait(30)
+
+    def meanwhile() -> None:
+        go.set()
+        adder.join(1)  # it may have to wait for the vacuum
+
+    adapter, _ = inject(registry.connect(store_url, mode="a"), Fault("jobs", meanwhile))
+    with Store(adapter, 64 << 20) as store:
+        store.vacuum()
+        adder.join(60)
+        assert not failures, failures
+        assert same(store.load("new"), model)
+        store.vacuum()
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+
+
+def test_an_alias_never_points_at_what_is_removed_meanwhile(store_url: str) -> None:
+    with pydedup.open(store_url) as store:
+        for number in (1, 2):
+            store.add(f"m@{number}", version(number), policy=policies.Exact())
+    told: list[Exception] = []
+
+    def remove() -> None:
+        try:
+            with pydedup.open(store_url) as store:
+                store.remove("m@1")
+        except ArgumentError as error:
+            told.append(error)
+
+    remover = threading.Thread(target=remove)
+
+    def meanwhile() -> None:
+        remover.start()
+        remover.join(1)  # it may have to wait
+
+    adapter, _ = inject(registry.connect(store_url, mode="a"), Fault("set_alias", meanwhile))
+    with Store(adapter, 64 << 20) as store:
+        store.alias("m", "prod", "1")
+        remover.join(60)
+        assert "alias 'prod' points at m@1" in str(told[0])
+        assert same(store.load("m@prod"), version(1))
+        assert store.verify().errors == []
