@@ -5,6 +5,7 @@
 - :mod:`pydedup.testing.faults`: an adapter that fails where a test wants it to.
 - :mod:`pydedup.testing.crash`: ends a process in a chosen phase of what it does to a store.
 - :mod:`pydedup.testing.proxy`: cuts connections to a server in the middle of an answer.
+- :mod:`pydedup.testing.servers`: private PostgreSQL and MariaDB servers.
 - :mod:`pydedup.testing.memory_pages`: matrices on pages in memory, without a database.
 
 Nothing is imported here: the modules need pytest, which users of pydedup may not have.

