@@ -127,6 +127,11 @@ class DbApiAdapter(CatalogCalls):
         """Insert (hash128, page_id, slot, base_id)."""
         self._insert_many("distinct_blocks", rows, TABLES["distinct_blocks"].names[1:])
 
+    def delete_blocks(self, ids: Sequence[int]) -> None:
+        """Delete rows by id."""
+        for piece in self._members(ids):
+            self._write(self._sql.delete_blocks(len(piece)), piece)
+
     def find_blocks(self, hashes: Sequence[bytes]) -> list[BlockRow]:
         """Return rows on *live* pages whose hash is one of these, in any order."""
         return self._blocks(self._sql.find_blocks, hashes)

@@ -231,6 +231,10 @@ class Statements:
         """Return the listing of blocks by page."""
         return f"{self._blocks} WHERE page_id {self.members(members)} ORDER BY page_id, slot"
 
+    def delete_blocks(self, members: int) -> str:
+        """Return the deletion of blocks."""
+        return f"DELETE FROM {self._name('distinct_blocks')} WHERE id {self.members(members)}"
+
     def delete_signatures(self, members: int) -> str:
         """Return the deletion of segments."""
         return f"DELETE FROM {self._name('signatures')} WHERE segment {self.members(members)}"

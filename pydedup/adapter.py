@@ -301,6 +301,9 @@ class Adapter(Protocol):
     def insert_blocks(self, rows: Iterable[tuple[bytes, int, int, int | None]]) -> None:
         """Insert (hash128, page_id, slot, base place or ``None``)."""
 
+    def delete_blocks(self, ids: Sequence[int]) -> None:
+        """Delete rows by id."""
+
     def find_blocks(self, hashes: Sequence[bytes]) -> list[BlockRow]:
         """Return rows on *live* pages whose hash is one of these, in any order."""
 

@@ -18,10 +18,12 @@ from pydedup.graph import Graph
 from pydedup.names import parse_address
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, TensorInfo
 
-__all__ = ["Catalog", "StoredModel"]
+__all__ = ["Catalog", "StoredModel", "listed", "page_readers"]
 
 # Models whose tensors and block maps are kept in memory: about 6 bytes per block each.
 _CACHED_MODELS = 256
+# Of many names, a message has so many.
+_SHOWN_NAMES = 6
 
 
 class StoredModel:
@@ -198,3 +200,20 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
         shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
         return f"; there is: {shown}"
     return "; the store is empty"
+
+
+def page_readers(adapter: Adapter) -> dict[int, list[str]]:
+    """Return per page the addresses of the live models that read it, ordered."""
+    address = {row.id: f"{row.name}@{row.version}" for row in adapter.models()}
+    readers: dict[int, list[str]] = {}
+    for model_id, page_id, _, _ in adapter.model_pages():
+        if model_id in address:
+            readers.setdefault(page_id, []).append(address[model_id])
+    return {page_id: sorted(names) for page_id, names in readers.items()}
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a message; of many, some."""
+    if len(names) <= _SHOWN_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[: _SHOWN_NAMES - 1])} and {len(names) - _SHOWN_NAMES + 1} more"

@@ -42,6 +42,9 @@ __all__ = ["Fetch", "Page", "PagePool", "Window"]
 #: Reads pages: given ids, gives (id, payload) for those that exist, in any order.
 Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
 
+#: Says of a damaged page who reads it and what to do.
+Explain: TypeAlias = Callable[[int], str]
+
 #: Pages and slots of the bases of blocks, page -1 for none.
 Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
 
@@ -70,6 +73,8 @@ class PagePool:
         Reads pages; called without any lock held, by several threads at once.
     memory_bytes
         Bytes of pages to hold at most.
+    explain
+        Called with the id of a damaged page; what it returns follows on what the error says.
 
     Raises
     ------
@@ -77,11 +82,12 @@ class PagePool:
         When the budget is not positive.
     """
 
-    def __init__(self, fetch: Fetch, memory_bytes: int) -> None:
+    def __init__(self, fetch: Fetch, memory_bytes: int, explain: Explain | None = None) -> None:
         if memory_bytes <= 0:
             raise ArgumentError(f"memory_bytes is {memory_bytes}; a pool needs a positive budget")
         self._fetch = fetch
         self._budget = memory_bytes
+        self._explain = explain
         self._largest = _USUAL_PAGE_BYTES
         self._plans: dict[int, _Plan] = {}  # by the id of the array of pages
         self._start()
@@ -233,6 +239,11 @@ class PagePool:
             at += count
         return self._core.count_resident(wanted)
 
+    def damaged(self, page_id: int, error: CorruptStoreError) -> CorruptStoreError:
+        """Return the error that says of a damaged page who reads it, and what to do."""
+        advice = "; run verify on the store" if self._explain is None else self._explain(page_id)
+        return CorruptStoreError(f"page {page_id}: {error}{advice}")
+
     def stats(self) -> dict[str, int]:
         """Return hits, misses, inserts, evictions, pages, bytes, pinned_bytes, budget_bytes."""
         return self._core.stats()
@@ -336,7 +347,7 @@ class PagePool:
             try:
                 pages[number] = self._core.insert(number, payload)
             except CorruptStoreError as exc:
-                raise CorruptStoreError(f"page {number}: {exc}; run verify on the store") from exc
+                raise self.damaged(number, exc) from exc
         missing = [number for number in ids if number not in pages]
         if missing:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")

@@ -15,11 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
-from pydedup.catalog import Catalog, StoredModel
+from pydedup.catalog import Catalog, StoredModel, listed, page_readers
 from pydedup.errors import (
     ArgumentError,
     NotAStoreError,
     NotFoundError,
+    PydedupError,
     ReadOnlyError,
     SchemaVersionError,
 )
@@ -31,7 +32,9 @@ from pydedup.ingest.add import add_models
 from pydedup.ingest.plan import Request, plan_address
 from pydedup.jobs import LEASE_SECONDS
 from pydedup.maintenance import versions
+from pydedup.maintenance.blocks_from import block_source
 from pydedup.maintenance.recheck import Evaluate, recheck
+from pydedup.maintenance.repair import repair
 from pydedup.maintenance.vacuum import VacuumReport, plan_vacuum, vacuum_store
 from pydedup.maintenance.verify import VerifyReport, verify_store
 from pydedup.names import check_name
@@ -122,6 +125,17 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
         )
 
 
+def _connect_to_read(url: str) -> Adapter:
+    """Open a store to read from, with nothing but its adapter."""
+    adapter = registry.connect(url, mode="r")
+    try:
+        _check_schema(adapter, "r")
+        return adapter
+    except BaseException:
+        adapter.close()
+        raise
+
+
 class Store:
     """One pydedup store. Safe between threads; usable after a fork; a context manager."""
 
@@ -129,7 +143,7 @@ class Store:
         self._adapter = adapter
         self._catalog = Catalog(adapter)
         scratch = min(_SCRATCH_BYTES, memory_bytes // 2)
-        self._pool = PagePool(adapter.read_pages, memory_bytes - scratch)
+        self._pool = PagePool(adapter.read_pages, memory_bytes - scratch, self._of_damaged)
 
     def __enter__(self) -> Self:
         return self
@@ -421,15 +435,26 @@ class Store:
         self,
         *,
         evaluate: Mapping[str, Evaluate] | None = None,
+        repair_from: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> VerifyReport:
-        """Check every page, block and block map against what was recorded; changes nothing.
+        """Check every page, block and block map against what was recorded.
+
+        Changes nothing without ``repair_from``: the URL of another store on any database, a backup,
+        or the file or folder of a model. Blocks of damaged pages are then restored from it by their
+        hash, as far as it has them; ``repair`` of the report says what was, and which models still
+        miss what. All else goes on being served meanwhile. The other findings are those after the
+        repair.
 
         ``evaluate`` gives the metric of models that were added with `policies.Accuracy`, by their
         address: they are evaluated again and held against their certificates. Raises NotFoundError,
         ArgumentError (another policy) and EvaluationError for these.
         """
-        report = verify_store(self._adapter, progress=progress)
+        if repair_from is None:
+            report = verify_store(self._adapter, progress=progress)
+        else:
+            self._check_writable("repair")
+            report = self._repaired(os.fspath(repair_from), progress)
         for name, function in (evaluate or {}).items():
             model = self._catalog.model(name)
             recheck(model, self.load(model.address), function, report)
@@ -468,6 +493,28 @@ class Store:
     def _check_writable(self, what: str) -> None:
         if self._adapter.read_only:
             raise ReadOnlyError(f"cannot {what}: {self._adapter.url} is open for reading only")
+
+    def _repaired(self, place: str, progress: Progress | None) -> VerifyReport:
+        """Verify, repair what is damaged, and verify again."""
+        with block_source(place, _connect_to_read, self._pool.memory_bytes) as source:
+            report = verify_store(self._adapter, progress=progress)
+            damaged = report.damaged_pages
+            done = repair(self._adapter, self._pool, damaged, source, progress=progress)
+        if damaged:
+            self._catalog.refresh()
+            self._adapter.checkpoint()
+            report = verify_store(self._adapter, progress=progress)
+        report.repair = done
+        return report
+
+    def _of_damaged(self, page_id: int) -> str:
+        """Say for an error who reads a damaged page, and what to do."""
+        advice = "; run verify --repair-from with another store, a backup or the model's file"
+        try:
+            readers = page_readers(self._adapter).get(page_id)
+        except PydedupError:
+            return advice
+        return (f"; read by {listed(readers)}" if readers else "") + advice
 
     def _stored_tensor(self, model: StoredModel, name: str) -> StoredTensor:
         info = model.tensor(name)

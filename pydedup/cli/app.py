@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 #: What is true after Ctrl-C where it is not that nothing has changed.
 _INTERRUPTED = {
+    "verify": "no model has changed",
     "vacuum": "all models are as they were before; the next vacuum does what is left",
     "demo": "what was downloaded is kept for the next time",
 }

@@ -12,6 +12,7 @@ from pydedup.cli import options, output, text
 from pydedup.cli.errors import Exit
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
+from pydedup.maintenance.repair import RepairReport
 
 __all__ = ["vacuum", "verify"]
 
@@ -24,7 +25,7 @@ _READS_COLUMNS = (
 )
 
 
-@click.command(short_help="Check every page, block and block map; change nothing.")
+@click.command(short_help="Check every page, block and block map; repair damaged pages.")
 @options.store_argument
 @click.option(
     "--evaluate",
@@ -35,19 +36,36 @@ _READS_COLUMNS = (
     help="Also evaluate a model that was added with the policy accuracy, and hold the metric "
     "against its certificate; may be repeated.",
 )
+@click.option(
+    "--repair-from",
+    "source",
+    metavar="URL|FILE",
+    help="Restore blocks of damaged pages, by their hash, from another store, a backup, or a "
+    "model's file or folder.",
+)
 @options.json_option
 @options.quiet_option
-def verify(url: str, metrics: Sequence[tuple[str, str]], as_json: bool, quiet: bool) -> int:
-    """Check every page, block and block map against what was recorded. Changes nothing.
+def verify(
+    url: str, metrics: Sequence[tuple[str, str]], source: str | None, as_json: bool, quiet: bool
+) -> int:
+    """Check every page, block and block map against what was recorded.
+
+    Nothing is changed without --repair-from. With it, damaged pages are replaced by new ones, of
+    blocks that are still as recorded and those that the other store or file has; other models are
+    served meanwhile. What was found nowhere is listed with the models that miss it, and can be
+    tried again from elsewhere. All else that is printed is how things are after the repair.
 
     The exit status is 1 when something is damaged, or a metric is below what was promised.
     """
     evaluate = {name: options.load_function(place) for name, place in metrics}
-    with options.read_store(url) as store, Watch("opening", quiet=quiet) as watch:
-        report = store.verify(evaluate=evaluate, progress=watch)
+    opened = options.read_store if source is None else options.existing_store
+    with opened(url) as store, Watch("opening", quiet=quiet) as watch:
+        report = store.verify(evaluate=evaluate, repair_from=source, progress=watch)
     if as_json:
         output.emit_json({"ok": report.ok, **dataclasses.asdict(report)})
         return Exit.OK if report.ok else Exit.DIFFERENT
+    if report.repair is not None:
+        _print_repair(report.repair, source or "")
     for complaint in report.errors:
         output.print_note(f"damaged: {complaint}", "red")
     for complaint in report.broken_promises:
@@ -68,6 +86,28 @@ def verify(url: str, metrics: Sequence[tuple[str, str]], as_json: bool, quiet: b
         verdict, style = "DAMAGED" if report.errors else "PROMISE BROKEN", "bold red"
     output.print_note(f"{verdict}: {checked}, checked in {text.duration(watch.seconds)}", style)
     return Exit.OK if report.ok else Exit.DIFFERENT
+
+
+def _print_repair(repair: RepairReport, source: str) -> None:
+    """Say what was restored, and what could not be."""
+    if not repair.damaged_pages:
+        output.print_note("nothing to repair")
+        return
+    output.print_note(
+        f"repaired {text.count(repair.replaced_pages)} of "
+        f"{text.plural(repair.damaged_pages, 'damaged page')}: "
+        f"{text.plural(repair.found_blocks, 'block')} from {text.without_secrets(source)}, "
+        f"{text.count(repair.kept_blocks)} still as recorded on the damaged pages",
+        "green",
+    )
+    for missing in repair.missing:
+        output.print_note(
+            f"not found: {text.plural(missing.blocks, 'block')} of page {missing.page}, missed by "
+            f"{', '.join(missing.models)}",
+            "red",
+        )
+    if repair.missing:
+        output.print_note("another store or file may have them: run it again with that", "dim")
 
 
 @click.command(short_help="Free what nobody uses, and repack pages.")

@@ -70,7 +70,7 @@ class PageScan:
             try:
                 pages[number] = codec.Page(payload)
             except CorruptStoreError as exc:
-                raise CorruptStoreError(f"page {number}: {exc}; run verify on the store") from exc
+                raise self._pool.damaged(number, exc) from exc
         absent = [number for number in ids if number not in pages]
         if absent:
             pages.update(zip(absent, self._pool.pages(absent), strict=True))

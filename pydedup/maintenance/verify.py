@@ -10,6 +10,7 @@ recorded when it was stored, and the source's hashes say nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,9 +19,10 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
 from pydedup.blocks import NO_PAGE, BlockMap
-from pydedup.catalog import StoredModel
+from pydedup.catalog import StoredModel, listed, page_readers
 from pydedup.errors import CorruptStoreError, PydedupError
 from pydedup.layout import block_places, by_page, split_places
+from pydedup.maintenance.repair import RepairReport
 from pydedup.pool import PagePool
 from pydedup.types import Progress
 
@@ -40,7 +42,8 @@ class VerifyReport:
     """What a verification looked at and what it found.
 
     ``errors`` are damage, ``broken_promises`` metrics below what a certificate says; ``notes`` are
-    harmless leftovers that a vacuum removes.
+    harmless leftovers that a vacuum removes. ``damaged_pages`` has the pages that cannot be read,
+    or do not hold what was recorded, each with the models that read it; all others are served.
     """
 
     pages: int = 0
@@ -48,8 +51,11 @@ class VerifyReport:
     models: int = 0
     page_bytes: int = 0
     errors: list[str] = field(default_factory=list)
+    damaged_pages: dict[int, list[str]] = field(default_factory=dict)
     broken_promises: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    repair: RepairReport | None = None
+    """What was restored before this verification, where it was asked for."""
 
     @property
     def ok(self) -> bool:
@@ -62,12 +68,57 @@ class VerifyReport:
             self.errors.append(text)
 
 
+class _Damage:
+    """Takes down which pages are damaged, with the models that read them."""
+
+    def __init__(
+        self,
+        report: VerifyReport,
+        readers: dict[int, list[str]],
+        live: Collection[int],
+        pool: PagePool,
+    ) -> None:
+        self._report = report
+        self._readers = readers
+        self._live = live
+        self._pool = pool
+        self._can_read: dict[int, bool] = {}
+
+    def note(self, page_id: int, text: str) -> None:
+        """Record damage of a page; its readers are named once."""
+        readers = self._readers.get(page_id, [])
+        if page_id not in self._report.damaged_pages:
+            text += f"; read by {listed(readers)}" if readers else "; no model reads it"
+        self._report.damaged_pages[page_id] = readers
+        self._report.add_error(f"page {page_id}{text}")
+
+    def note_missing(self, adapter: Adapter) -> None:
+        """Record pages that models read and that are not among the live ones."""
+        missing = sorted(self._readers.keys() - set(self._live))
+        states = {row.id: row.state for row in adapter.page_rows(ids=missing)} if missing else {}
+        for page_id in missing:
+            state = states.get(page_id)
+            self.note(page_id, ": it is missing" + (f", being {state}" if state else ""))
+
+    def can_read(self, page_id: int) -> bool:
+        """Whether a page is live and parses."""
+        if page_id not in self._can_read:
+            try:
+                is_there = page_id in self._live and bool(self._pool.pages([page_id]))
+                self._can_read[page_id] = is_there
+            except CorruptStoreError:
+                self._can_read[page_id] = False
+        return self._can_read[page_id]
+
+
 @dataclass(frozen=True, slots=True)
 class _PageContent:
     dtypes: NDArray[np.uint8]
     rows: NDArray[np.uint32]
     cols: NDArray[np.uint32]
     digests: NDArray[np.uint64]
+    readable: NDArray[np.bool_]
+    """False for deltas whose base cannot be read; their digests are 0."""
     bases: NDArray[np.int64] | None
     """Places of bases, `_NO_BASE` where a block is no delta; None where none is."""
 
@@ -79,7 +130,7 @@ class _PageContent:
 def verify_store(adapter: Adapter, *, progress: Progress | None = None) -> VerifyReport:
     """Verify everything that is live.
 
-    Memory: a few pages, 64 MiB of pages with bases, and 26 bytes per distinct block (34 on pages
+    Memory: a few pages, 64 MiB of pages with bases, and 27 bytes per distinct block (35 on pages
     with deltas).
     """
     report = VerifyReport()
@@ -103,8 +154,10 @@ def _verify_pages(
 ) -> dict[int, _PageContent]:
     contents: dict[int, _PageContent] = {}
     rows = adapter.page_rows(state=LIVE)
-    live = np.array([row.id for row in rows], np.int64)
+    live = {row.id for row in rows}
     pool = PagePool(adapter.read_pages, _BASE_PAGE_BYTES)
+    damage = _Damage(report, page_readers(adapter), live, pool)
+    damage.note_missing(adapter)
     seen: dict[bytes, tuple[int, int]] = {}
     for start in range(0, len(rows), _PAGES_AT_ONCE):
         group = {row.id: row for row in rows[start : start + _PAGES_AT_ONCE]}
@@ -118,31 +171,38 @@ def _verify_pages(
             try:
                 page = codec.Page(payload)
                 bases = _bases_on(page, page_id, wanted, report)
-                readable = _has_base(page, bases, live)
+                readable = _has_base(page, bases, damage.can_read)
                 digests = _digests(page, bases, readable, pool)
             except PydedupError as exc:
-                report.add_error(f"page {page_id}: {exc}")
+                damage.note(page_id, f": {exc}")
                 continue
             if page.checksum != group[page_id].checksum:
-                report.add_error(f"page {page_id}: its checksum is not the one of its row")
+                damage.note(page_id, ": its checksum is not the one of its row")
             slots = page.slots
             contents[page_id] = _PageContent(
-                slots["dtype"], slots["rows"], slots["cols"], digests, bases
+                slots["dtype"], slots["rows"], slots["cols"], digests, readable, bases
             )
             report.blocks += page.n_slots
             actual = digests.astype("<u8").tobytes()
+            gone = ~readable
+            if bases is not None and gone.any():
+                gone &= ~np.isin(split_places(bases)[0], list(live))
             for slot in range(page.n_slots):
                 digest = actual[16 * slot : 16 * slot + 16]
                 if slot not in wanted:
                     report.add_error(f"page {page_id}, slot {slot}: no distinct block names it")
                 elif not readable[slot]:
                     # Whether a model needs it, which would be damage, is seen later.
-                    report.notes.append(f"page {page_id}, slot {slot}: a delta whose base is gone")
+                    if gone[slot]:
+                        report.notes.append(
+                            f"page {page_id}, slot {slot}: a delta whose base is gone"
+                        )
                     continue
                 elif wanted[slot].hash128 != digest:
-                    report.add_error(
-                        f"page {page_id}, slot {slot}: content hashes to {digest.hex()}, "
-                        f"recorded was {wanted[slot].hash128.hex()}"
+                    damage.note(
+                        page_id,
+                        f", slot {slot}: content hashes to {digest.hex()}, "
+                        f"recorded was {wanted[slot].hash128.hex()}",
                     )
                 _note_twin(report, seen, contents, digest, page_id, slot)
         if progress is not None:
@@ -167,9 +227,9 @@ def _bases_on(
 
 
 def _has_base(
-    page: codec.Page, bases: NDArray[np.int64] | None, live: NDArray[np.int64]
+    page: codec.Page, bases: NDArray[np.int64] | None, can_read: Callable[[int], bool]
 ) -> NDArray[np.bool_]:
-    """Return which blocks of a page can be read: all but deltas whose base is on no live page.
+    """Return which blocks of a page can be read: all but deltas whose base is on no sound page.
 
     A page may be kept for other blocks than a delta whose last user is gone; then nobody keeps the
     base's page.
@@ -177,7 +237,9 @@ def _has_base(
     if bases is None:
         return np.ones(page.n_slots, np.bool_)
     is_delta = page.slots["encoding"] >= codec.Encoding.DELTA
-    return ~is_delta | np.isin(split_places(bases)[0], live)
+    base_page_ids = split_places(bases)[0]
+    sound = [n for n in np.unique(base_page_ids[is_delta]).tolist() if can_read(n)]
+    return ~is_delta | np.isin(base_page_ids, sound)
 
 
 def _digests(
@@ -255,7 +317,8 @@ def _verify_model(
         for page_id, blocks in by_page(block_map.page_ids):
             content = contents.get(page_id)
             if content is None:
-                report.add_error(f"{where}: page {page_id} is missing, damaged or not live")
+                if page_id not in report.damaged_pages:
+                    report.add_error(f"{where}: page {page_id} is missing, damaged or not live")
                 continue
             if page_id not in read:
                 report.add_error(f"{where}: page {page_id} is not among the pages of its model")
@@ -267,7 +330,11 @@ def _verify_model(
                 (content.dtypes[slots] == info.dtype.code)
                 & (content.rows[slots] == heights[blocks])
                 & (content.cols[slots] == widths[blocks])
-                & (lossy | (content.digests[slots] == wanted[blocks]).all(axis=1))
+                & (
+                    (content.digests[slots] == wanted[blocks]).all(axis=1)
+                    | lossy
+                    | ~content.readable[slots]
+                )
             )
             if not good.all():
                 wrong = int((~good).sum())
@@ -277,8 +344,8 @@ def _verify_model(
                 report.add_error(
                     f"{where}: blocks on page {page_id} have other bases than recorded"
                 )
-            lost = ~np.isin(split_places(needed[needed != _NO_BASE])[0], live)
-            if lost.any():
+            lost = np.setdiff1d(split_places(needed[needed != _NO_BASE])[0], live)
+            if any(base_page not in report.damaged_pages for base_page in lost.tolist()):
                 report.add_error(f"{where}: bases of blocks on page {page_id} are missing")
 
 

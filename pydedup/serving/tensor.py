@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup import conv, matmul
 from pydedup.blocks import BlockMap
 from pydedup.conv import Padding, Pair
-from pydedup.errors import ArgumentError, PageNotFoundError
+from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.pool import PagePool
 from pydedup.types import DType, Progress, TensorInfo
 
@@ -26,8 +26,9 @@ _T = TypeVar("_T")
 class StoredTensor:
     """A tensor of a stored model. Its blocks stay on their pages; nothing is loaded up front.
 
-    Safe between threads. A vacuum may move blocks to other pages meanwhile: a call that misses a
-    page reads the block map again, once, and starts over.
+    Safe between threads. A vacuum, or a repair of a damaged page, may move blocks to other pages
+    meanwhile: a call that misses a page, or finds it damaged, reads the block map again, once, and
+    starts over.
 
     Parameters
     ----------
@@ -224,7 +225,7 @@ class StoredTensor:
     def _with_map(self, use: Callable[[BlockMap], _T]) -> _T:
         try:
             return use(self._block_map())
-        except PageNotFoundError:
+        except CorruptStoreError:  # of which PageNotFoundError is one
             pass  # not retried here: the exception would keep pages pinned meanwhile
         self._refresh()
         return use(self._block_map())

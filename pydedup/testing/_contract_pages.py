@@ -206,6 +206,17 @@ class PagesContract(ContractBase):
         assert all(isinstance(b, BlockRow) for b in listed)
         assert adapter.blocks_on_pages([]) == []
 
+    def test_blocks_are_deleted_one_by_one(self, adapter: Adapter) -> None:
+        """Their pages stay, and so do the other blocks."""
+        ids = add_pages(adapter, 2)
+        first, _, _, last = adapter.blocks_on_pages(ids)
+        with adapter.transaction():
+            adapter.delete_blocks([last.id, first.id, last.id, last.id + 1000])
+            adapter.delete_blocks([])
+        left = [(block.page_id, block.slot) for block in adapter.blocks_on_pages(ids)]
+        assert left == [(ids[0], 1), (ids[1], 0)]
+        assert len(adapter.page_rows()) == 2
+
     def test_many_values_at_once(self, adapter: Adapter) -> None:
         """More ids and hashes than fit into one statement."""
         count = 10_000

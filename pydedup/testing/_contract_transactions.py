@@ -43,6 +43,7 @@ CHANGES: dict[str, Callable[[Adapter], Any]] = {
     "insert_model_pages": lambda a: a.insert_model_pages([(1, 1, 1, 1)]),
     "delete_model_pages": lambda a: a.delete_model_pages(1),
     "insert_blocks": lambda a: a.insert_blocks([(bytes(16), 1, 0, None)]),
+    "delete_blocks": lambda a: a.delete_blocks([1]),
     "put_job": lambda a: a.put_job("j", "", "", ""),
     "delete_job": lambda a: a.delete_job("j"),
 }

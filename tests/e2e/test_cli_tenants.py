@@ -49,8 +49,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_tenant_with_a_quota(folder: Path, anywhere: str) -> None:
-    url = anywhere
+def test_a_tenant_with_a_quota(folder: Path, store_url: str) -> None:
+    url = store_url
     succeed("add", url, "base", folder / "base.npz", "-q")
     succeed("add", url, "a", folder / "a.npz", "--metadata", "tenant=acme", "-q")
     lines = succeed("stats", url, "--by", "tenant").splitlines()

@@ -58,8 +58,8 @@ def contents(store: pydedup.Store) -> Any:
     )
 
 
-def test_bytes_by_a_key(anywhere: str) -> None:
-    with pydedup.open(anywhere) as store:
+def test_bytes_by_a_key(store_url: str) -> None:
+    with pydedup.open(store_url) as store:
         assert store.stats(by="tenant") == Usage("tenant", (), 0)
         add(store, "base", range(40))  # has no tenant
         add(store, "a1", range(50), tenant="a")
@@ -100,13 +100,13 @@ def test_bytes_by_a_key(anywhere: str) -> None:
         left = by_value(store.stats(by="tenant"))
         assert "b" not in left
         assert left["a"].marginal_bytes == 15 * BLOCK
-    with pydedup.open(anywhere, mode="r") as store:
+    with pydedup.open(store_url, mode="r") as store:
         assert by_value(store.stats(by="tenant")) == left
         assert [value.value for value in store.stats(by="team").values] == [None]
 
 
-def test_removing_a_tenant_frees_its_marginal_bytes(anywhere: str) -> None:
-    with pydedup.open(anywhere) as store:
+def test_removing_a_tenant_frees_its_marginal_bytes(store_url: str) -> None:
+    with pydedup.open(store_url) as store:
         rng = np.random.default_rng(3)
         base = {"w": rng.standard_normal((1024, 512)).astype(np.float32)}
         store.add("base", base)
@@ -128,8 +128,8 @@ def test_removing_a_tenant_frees_its_marginal_bytes(anywhere: str) -> None:
 
 
 @pytest.mark.parametrize("measure", ["marginal", "logical"])
-def test_an_add_over_the_quota_changes_nothing(anywhere: str, measure: str) -> None:
-    with pydedup.open(anywhere) as store:
+def test_an_add_over_the_quota_changes_nothing(store_url: str, measure: str) -> None:
+    with pydedup.open(store_url) as store:
         add(store, "base", range(30))
         add(store, "a1", range(20, 35), tenant="a")
         limit = 10 * BLOCK if measure == "marginal" else 25 * (BLOCK - 32)
@@ -162,8 +162,8 @@ def test_an_add_over_the_quota_changes_nothing(anywhere: str, measure: str) -> N
         assert store.verify().ok
 
 
-def test_a_batch_is_counted_together(anywhere: str) -> None:
-    with pydedup.open(anywhere) as store:
+def test_a_batch_is_counted_together(store_url: str) -> None:
+    with pydedup.open(store_url) as store:
         store.quotas.set("tenant", "a", 10 * BLOCK)
         pair = {"a1": model(*range(8)), "a2": model(*range(4, 12))}
         options: Any = {"policy": policies.Exact(), "block_shape": (SIDE, SIDE)}
@@ -174,14 +174,14 @@ def test_a_batch_is_counted_together(anywhere: str) -> None:
         store.add_many(pair, metadata={"tenant": "a"}, **options)
 
 
-def test_quotas_are_kept_and_listed(anywhere: str) -> None:
-    with pydedup.open(anywhere) as store:
+def test_quotas_are_kept_and_listed(store_url: str) -> None:
+    with pydedup.open(store_url) as store:
         assert list(store.quotas) == []
         store.quotas.set("tenant", "ż'; --", "2GB")
         store.quotas.set("tenant", None, 5, measure="logical")
         store.quotas.set("team", "x", 1)
         store.quotas.set("team", "x", 2)
-    with pydedup.open(anywhere) as store:
+    with pydedup.open(store_url) as store:
         assert [(str(quota), quota.bytes, quota.measure) for quota in store.quotas] == [
             ("team=x", 2, "marginal"),
             ("tenant", 5, "logical"),
@@ -207,7 +207,7 @@ def test_quotas_are_kept_and_listed(anywhere: str) -> None:
         with pytest.raises(QuotaError):
             add(store, "p", range(3, 4), tenant="none")
         assert len(list(store.quotas)) == 3
-    with pydedup.open(anywhere, mode="r") as store:
+    with pydedup.open(store_url, mode="r") as store:
         assert len(list(store.quotas)) == 3
         with pytest.raises(ReadOnlyError):
             store.quotas.set("tenant", "a", 1)
@@ -215,9 +215,9 @@ def test_quotas_are_kept_and_listed(anywhere: str) -> None:
             store.quotas.remove("tenant", "none")
 
 
-def test_two_adds_at_once_do_not_pass_together(anywhere: str) -> None:
+def test_two_adds_at_once_do_not_pass_together(store_url: str) -> None:
     """Each fits by itself; both have matched before either publishes."""
-    with pydedup.open(anywhere) as store:
+    with pydedup.open(store_url) as store:
         add(store, "base", range(10))
         store.quotas.set("tenant", "a", 20 * BLOCK)
     barrier = threading.Barrier(2)
@@ -233,7 +233,7 @@ def test_two_adds_at_once_do_not_pass_together(anywhere: str) -> None:
                 barrier.wait(60)
 
         try:
-            with pydedup.open(anywhere) as store:
+            with pydedup.open(store_url) as store:
                 first = 100 * (number + 1)
                 store.add(
                     f"m{number}",
@@ -253,14 +253,14 @@ def test_two_adds_at_once_do_not_pass_together(anywhere: str) -> None:
     for thread in threads:
         thread.join(120)
     assert sorted(type(result).__name__ for result in results) == ["NoneType", "QuotaError"]
-    with pydedup.open(anywhere) as store:
+    with pydedup.open(store_url) as store:
         assert len(store.models()) == 2
         assert by_value(store.stats(by="tenant"))["a"].marginal_bytes == 15 * BLOCK
         assert store.verify().notes == []
 
 
-def test_a_quota_set_during_an_add_holds_for_it(anywhere: str) -> None:
-    with pydedup.open(anywhere) as store, pydedup.open(anywhere) as operator:
+def test_a_quota_set_during_an_add_holds_for_it(store_url: str) -> None:
+    with pydedup.open(store_url) as store, pydedup.open(store_url) as operator:
 
         def restrict(stage: str, done: int, total: int) -> None:
             if stage == "writing":

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks by their hash: from another store, from a file of a model, from a damaged page itself.
+
+What is given out was decoded, and hashes to what was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pydedup import codec
+from pydedup.adapter import Adapter, BlockRow
+from pydedup.blocks import MatrixView
+from pydedup.errors import (
+    ArgumentError,
+    CorruptStoreError,
+    NotAStoreError,
+    PydedupError,
+    UnsupportedFormatError,
+)
+from pydedup.formats.base import ModelSource
+from pydedup.formats.registry import open_source
+from pydedup.hashing import hash_view
+from pydedup.layout import DELTA_ENCODINGS, split_places
+from pydedup.pool import PagePool
+from pydedup.types import DType
+
+__all__ = [
+    "BlockSource",
+    "EncodedBlock",
+    "FileSource",
+    "StoreSource",
+    "Wanted",
+    "as_raw",
+    "block_source",
+    "dtype_of_base",
+    "page_of_slot",
+    "read_block",
+]
+
+_HASHES_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A block: what its content hashes to, its dtype code and shape.
+
+    Blocks of another dtype may have the same bytes, so the hash says too little.
+    """
+
+    digest: bytes
+    dtype: int
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBlock:
+    """A block as a page holds it; ``tag`` is that of its base, 0 for a block that is no delta."""
+
+    content: Wanted
+    encoding: int
+    data: bytes
+    tag: int = 0
+
+
+class BlockSource(Protocol):
+    """Where blocks are looked for."""
+
+    def find(
+        self, wanted: Collection[Wanted], block_shapes: Collection[tuple[int, int]]
+    ) -> Iterator[EncodedBlock]:
+        """Yield those that are there, in any order, perhaps more than once; none is a delta.
+
+        ``block_shapes`` are those of the tensors that they are of.
+        """
+
+
+class StoreSource:
+    """Another store, on any database."""
+
+    def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
+        self._adapter = adapter
+        self._pool = PagePool(adapter.read_pages, memory_bytes)
+
+    def find(
+        self, wanted: Collection[Wanted], block_shapes: Collection[tuple[int, int]]
+    ) -> Iterator[EncodedBlock]:
+        """Yield those that are there; see `BlockSource`. Damaged pages of it are passed over."""
+        asked = set(wanted)
+        hashes = sorted({block.digest for block in asked})
+        for start in range(0, len(hashes), _HASHES_AT_ONCE):
+            rows = self._adapter.find_blocks(hashes[start : start + _HASHES_AT_ONCE])
+            for row in sorted(rows, key=lambda row: (row.page_id, row.slot)):
+                with contextlib.suppress(CorruptStoreError):
+                    block = self._read(row)
+                    if block.content in asked:
+                        yield block
+
+    def _read(self, row: BlockRow) -> EncodedBlock:
+        """Return a block by itself, whatever it is here. Raises CorruptStoreError."""
+        (page,) = self._pool.pages([row.page_id])
+        return read_block(page, row.slot, self._base(row))
+
+    def _base(self, row: BlockRow) -> tuple[codec.Page, int] | None:
+        if row.base_id is None:
+            return None
+        (page_id,), (slot,) = split_places(np.array([row.base_id]))
+        (page,) = self._pool.pages([int(page_id)])
+        return page, int(slot)
+
+
+class FileSource:
+    """A model as it was added, in a file or folder of any known format."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+
+    def find(
+        self, wanted: Collection[Wanted], block_shapes: Collection[tuple[int, int]]
+    ) -> Iterator[EncodedBlock]:
+        """Yield those that are there; see `BlockSource`. Memory: one tensor."""
+        asked = set(wanted)
+        dtypes = {block.dtype for block in asked}
+        for entry in self._source.entries:
+            if entry.dtype.code not in dtypes or not asked:
+                continue
+            array = self._source.read(entry.name)
+            for shape in block_shapes:
+                yield from _matching(MatrixView.of(array, shape), asked)
+
+
+@contextlib.contextmanager
+def block_source(
+    place: str, connect: Callable[[str], Adapter], memory_bytes: int
+) -> Iterator[BlockSource]:
+    """Open what blocks are looked for in: a store (a backup is one), or a model's file or folder.
+
+    Parameters
+    ----------
+    place
+        URL of a store, or a path.
+    connect
+        Opens a store for reading.
+
+    Raises
+    ------
+    ArgumentError
+        When a path is neither a store nor a model.
+    """
+    if "://" in place or not Path(place).is_dir():
+        try:
+            adapter = connect(place)
+        except NotAStoreError:
+            if "://" in place:
+                raise
+        else:
+            with contextlib.closing(adapter):
+                yield StoreSource(adapter, memory_bytes)
+            return
+    try:
+        opened = open_source(place)
+    except UnsupportedFormatError as exc:
+        raise ArgumentError(
+            f"{place} is neither a store nor a model in a format that pydedup reads"
+        ) from exc
+    with opened as model:
+        yield FileSource(model)
+
+
+def _matching(view: MatrixView, asked: Collection[Wanted]) -> Iterator[EncodedBlock]:
+    """Yield the blocks of a matrix that are wanted, encoded."""
+    grid = view.grid
+    digests = hash_view(view).astype("<u8").tobytes()
+    columns = zip(grid.heights().tolist(), grid.widths().tolist(), strict=True)
+    contents = [
+        Wanted(digests[16 * i : 16 * i + 16], view.dtype.code, *shape)
+        for i, shape in enumerate(columns)
+    ]
+    hits = [i for i, content in enumerate(contents) if content in asked]
+    encoded = codec.encode_blocks(view, np.array(hits, np.int64), planes=True)
+    spans = zip(hits, encoded.encodings.tolist(), encoded.offsets.tolist(), strict=True)
+    for (number, encoding, start), length in zip(spans, encoded.lengths.tolist(), strict=True):
+        data = encoded.arena[start : start + length].tobytes()
+        yield EncodedBlock(contents[number], encoding, data)
+
+
+def read_block(
+    page: codec.Page, slot: int, base: tuple[codec.Page, int] | None, *, keep_delta: bool = False
+) -> EncodedBlock:
+    """Return a block of a page with what it holds; a delta is encoded anew, unless it is kept.
+
+    Raises CorruptStoreError when it does not decode.
+    """
+    if slot >= page.n_slots:
+        raise CorruptStoreError(f"there is no slot {slot}")
+    entry = page.slots[slot]
+    dtype, rows, cols = (int(entry[name]) for name in ("dtype", "rows", "cols"))
+    view = MatrixView.of(np.empty((rows, cols), DType.of_code(dtype).numpy), (rows, cols))
+    bases = None if base is None else codec.StoredBases([base[0]], [0], [base[1]])
+    codec.read_blocks(view, [0], [page], [0], [slot], bases=bases)
+    content = Wanted(hash_view(view).astype("<u8").tobytes(), dtype, rows, cols)
+    encoding = codec.Encoding(int(entry["encoding"]))
+    if encoding.is_delta and not keep_delta:
+        fresh = codec.encode_blocks(view, [0], planes=True)
+        return EncodedBlock(content, int(fresh.encodings[0]), fresh.arena.tobytes())
+    start, length = int(entry["offset"]), int(entry["length"])
+    data = bytes(page.payload[start : start + length])
+    tag = 0
+    if bases is not None and encoding.is_delta:
+        tag = int(codec.base_tags(codec.block_digests(bases.pages, [0], bases.slots))[0])
+    return EncodedBlock(content, int(encoding), data, tag)
+
+
+def as_raw(block: EncodedBlock) -> EncodedBlock:
+    """Return a block that is no delta with its elements as they are."""
+    if block.encoding == codec.Encoding.RAW:
+        return block
+    shape = block.content.rows, block.content.cols
+    view = MatrixView.of(np.empty(shape, DType.of_code(block.content.dtype).numpy), shape)
+    data = np.frombuffer(block.data, np.uint8)
+    columns = [0], [len(data)], [block.encoding], [block.content.dtype], *([side] for side in shape)
+    codec.read_blocks(view, [0], [codec.Page(codec.build_page(data, *columns))], [0], [0])
+    fresh = codec.encode_blocks(view, [0], planes=False)
+    return EncodedBlock(block.content, int(fresh.encodings[0]), fresh.arena.tobytes())
+
+
+def page_of_slot(payload: bytes, slot: int) -> codec.Page | None:
+    """Return a page with nothing but what a damaged page says is in a slot, if that can be true.
+
+    Whether the block is as it was only its hash can tell.
+    """
+    at = codec.PAGE_HEADER_BYTES + codec.SLOT_BYTES * slot
+    if at + codec.SLOT_BYTES > len(payload):
+        return None
+    entry = np.frombuffer(payload, codec.SLOT_DTYPE, 1, at)
+    # Reading checks the base itself; any tag will do.
+    tags = np.isin(entry["encoding"], DELTA_ENCODINGS).astype(np.uint64)
+    try:
+        image = codec.build_page(
+            np.frombuffer(payload, np.uint8),
+            entry["offset"],
+            entry["length"],
+            entry["encoding"],
+            entry["dtype"],
+            entry["rows"],
+            entry["cols"],
+            tags,
+        )
+        return codec.Page(image)
+    except PydedupError:
+        return None
+
+
+def dtype_of_base(page: codec.Page, slot: int) -> int:
+    """Return the dtype code of the base that a delta was made from (docs/format.md)."""
+    return page.payload[int(page.slots[slot]["offset"]) + 2]

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes models name the new places of blocks that were restored, in one transaction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import LIVE, RETIRED, Adapter
+from pydedup.blocks import NO_PAGE, BlockMap
+from pydedup.catalog import StoredModel
+from pydedup.jobs import Job
+from pydedup.layout import block_costs, block_places, map_places, pages_read, split_places
+from pydedup.maintenance.survey import maps_of
+from pydedup.pool import PagePool
+
+__all__ = ["Left", "Moves", "relocate"]
+
+_NO_BASE = _NOWHERE = -1
+
+
+class Moves:
+    """Where blocks went that lay on damaged pages, or were deltas on such."""
+
+    def __init__(self) -> None:
+        self.places: dict[int, int] = {}
+        self._bases: dict[int, int] = {}
+        self._costs: dict[int, int] = {}
+
+    def note(self, old: int, new: int, base: int | None, cost: int) -> None:
+        """Say that a block lies at a new place, where its base does, and what it takes there."""
+        self.places[old] = new
+        self._bases[old] = _NO_BASE if base is None else base
+        self._costs[new] = cost
+
+    def costs(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what the blocks at new places take."""
+        return np.array([self._costs[place] for place in places.tolist()], np.int64)
+
+    def table(self) -> _Table:
+        """Return all moves as arrays."""
+        old = np.array(sorted(self.places), np.int64)
+        new, bases = (
+            np.array([column[place] for place in old.tolist()], np.int64)
+            for column in (self.places, self._bases)
+        )
+        return _Table(old, new, bases)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Moves by ascending old place: the new one, and where the base is now, or `_NO_BASE`."""
+
+    old: NDArray[np.int64]
+    new: NDArray[np.int64]
+    bases: NDArray[np.int64]
+
+    def find(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return which places moved, and their entries here."""
+        if not len(self.old):
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        entries = np.minimum(np.searchsorted(self.old, places), len(self.old) - 1)
+        moved = np.flatnonzero(self.old[entries] == places)
+        return moved, entries[moved]
+
+
+@dataclass(slots=True)
+class Left:
+    """What came of it.
+
+    Attributes
+    ----------
+    used
+        Ids of new pages that models read now.
+    missing
+        Damaged pages that models still read: per place on them, the models.
+    """
+
+    used: set[int] = field(default_factory=set)
+    missing: dict[int, dict[int, set[str]]] = field(default_factory=dict)
+
+
+def relocate(
+    adapter: Adapter, pool: PagePool, moves: Moves, damaged: Collection[int], job: Job
+) -> Left:
+    """Publish restored blocks: one short transaction, which reads all that it changes.
+
+    Damaged pages that nobody reads any more are retired. Of pages the pool must have those of
+    deltas that were restored without their base.
+    """
+    table, left = moves.table(), Left()
+    with adapter.transaction():
+        adapter.bump_epoch()
+        reads: dict[int, dict[int, tuple[int, int]]] = {}
+        for model_id, page_id, blocks, size in adapter.model_pages():
+            reads.setdefault(model_id, {})[page_id] = blocks, size
+        pages_of_deltas: set[int] = set()
+        for row in adapter.models():
+            mine = reads.get(row.id, {})
+            if mine.keys().isdisjoint(damaged):
+                continue
+            model = StoredModel(adapter, row)
+            old_maps = maps_of(model)
+            if old_maps is None:
+                for page_id in mine.keys() & set(damaged):
+                    missing = left.missing.setdefault(page_id, {})
+                    missing.setdefault(_NOWHERE, set()).add(model.address)
+                continue
+            maps = [_moved(block_map, table) for block_map in old_maps]
+            for ordinal, (old, new) in enumerate(zip(old_maps, maps, strict=True)):
+                if new is not old:
+                    adapter.replace_block_map(row.id, ordinal, list(new.parts()))
+                    pages_of_deltas.update(_deltas_elsewhere(old, table))
+            before, after = _used(old_maps), _used(maps)
+            _change_reads(mine, before, after, moves, damaged, pool)
+            adapter.delete_model_pages(row.id)
+            adapter.insert_model_pages((row.id, page, *figures) for page, figures in mine.items())
+            left.used.update(np.unique(split_places(after)[0]).tolist())
+            for place, page_id in zip(after.tolist(), split_places(after)[0].tolist(), strict=True):
+                if page_id in damaged:
+                    left.missing.setdefault(page_id, {}).setdefault(place, set()).add(model.address)
+        _change_rows(adapter, moves, pages_of_deltas, left.missing)
+        new_pages = set(split_places(table.new)[0].tolist())
+        adapter.set_page_state(sorted(new_pages & left.used), LIVE)
+        adapter.set_page_state(sorted(set(damaged) - left.missing.keys()), RETIRED, time.time())
+        job.end()
+    return left
+
+
+def _moved(block_map: BlockMap, table: _Table) -> BlockMap:
+    """Return a block map that names new places; the same one when it names no other."""
+    places = block_places(block_map.page_ids, block_map.slots)
+    bases = _bases(block_map)
+    moved, entries = table.find(places)
+    base_moved, base_entries = table.find(bases)
+    if not len(moved) and not len(base_moved):
+        return block_map
+    bases[base_moved] = table.new[base_entries]
+    places[moved], bases[moved] = table.new[entries], table.bases[entries]
+    page_ids, slots = split_places(places)
+    new = replace(block_map, page_ids=page_ids, slots=slots, base_page_ids=None, base_slots=None)
+    is_delta = bases != _NO_BASE
+    if is_delta.any():
+        base_page_ids = np.full(len(bases), NO_PAGE, np.int64)
+        base_slots = np.zeros(len(bases), np.uint32)
+        base_page_ids[is_delta], base_slots[is_delta] = split_places(bases[is_delta])
+        new = replace(new, base_page_ids=base_page_ids, base_slots=base_slots)
+    return new
+
+
+def _bases(block_map: BlockMap) -> NDArray[np.int64]:
+    """Return the places of bases, `_NO_BASE` for blocks that are no deltas."""
+    if block_map.bases is None:
+        return np.full(len(block_map.slots), _NO_BASE, np.int64)
+    page_ids, slots = block_map.bases
+    return np.where(page_ids == NO_PAGE, _NO_BASE, block_places(page_ids, slots))
+
+
+def _deltas_elsewhere(block_map: BlockMap, table: _Table) -> Iterator[int]:
+    """Yield the pages of deltas that stay where they are and whose base moved."""
+    stays = np.ones(len(block_map.slots), np.bool_)
+    stays[table.find(block_places(block_map.page_ids, block_map.slots))[0]] = False
+    base_moved, _ = table.find(_bases(block_map))
+    yield from np.unique(block_map.page_ids[base_moved[stays[base_moved]]]).tolist()
+
+
+def _used(maps: Collection[BlockMap]) -> NDArray[np.int64]:
+    return np.unique(np.concatenate([np.empty(0, np.int64), *map(map_places, maps)]))
+
+
+def _change_reads(
+    reads: dict[int, tuple[int, int]],
+    before: NDArray[np.int64],
+    after: NDArray[np.int64],
+    moves: Moves,
+    damaged: Collection[int],
+    pool: PagePool,
+) -> None:
+    """Change what a model reads of each page, given the places that it used and uses."""
+    gone = np.setdiff1d(before, after, assume_unique=True)
+    page_ids = split_places(gone)[0]
+    on_damaged = np.isin(page_ids, list(damaged))
+    costs = np.zeros(len(gone), np.int64)
+    costs[~on_damaged] = block_costs(pool, gone[~on_damaged])
+    for page_id in np.unique(page_ids).tolist():
+        if page_id not in reads:
+            continue  # it should have been: then there is nothing to change
+        blocks, size = reads[page_id]
+        some = page_ids == page_id
+        rest = blocks - int(some.sum())
+        # What each took of a damaged page nobody knows.
+        size = size * rest // blocks if page_id in damaged else size - int(costs[some].sum())
+        if rest > 0:
+            reads[page_id] = rest, size
+        else:
+            del reads[page_id]
+    come = np.setdiff1d(after, before, assume_unique=True)
+    for page_id, blocks, size in pages_read(come, moves.costs(come)):
+        reads[page_id] = blocks, size
+
+
+def _change_rows(
+    adapter: Adapter,
+    moves: Moves,
+    pages_of_deltas: Collection[int],
+    missing: Mapping[int, object],
+) -> None:
+    """Change the index of blocks: deltas name the new places of bases, and no block is there twice.
+
+    Rows of damaged pages that go, go with them.
+    """
+    rows = adapter.blocks_on_pages(sorted(missing.keys() | set(pages_of_deltas)))
+    places = block_places(
+        np.array([row.page_id for row in rows], np.int64),
+        np.array([row.slot for row in rows], np.int64),
+    ).tolist()
+    gone, moved = [], []
+    for row, place in zip(rows, places, strict=True):
+        if place in moves.places:
+            if row.page_id in missing:
+                gone.append(row.id)
+        elif row.base_id in moves.places:
+            gone.append(row.id)
+            moved.append((row.hash128, row.page_id, row.slot, moves.places[row.base_id]))
+    adapter.delete_blocks(gone)
+    adapter.insert_blocks(moved)

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Restores the blocks of damaged pages, and puts them where models find them.
+
+Of a damaged page, most blocks are usually as they were: whatever still decodes to what was recorded
+is taken from there, the rest looked for elsewhere by its hash (blocks_from.py). Bases come first,
+then the deltas on them; a delta that cannot be had, or whose base cannot, is looked for by what it
+stands for, and stored without a base. All of it is staged on new pages, in bounded transactions.
+
+One short transaction then makes models name the new places. What it changes it reads within, so it
+does not matter who published, removed or repacked in between. Damaged pages of which nothing is
+used any more go; one that holds what was not found stays, for another try.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pydedup import codec
+from pydedup.adapter import Adapter
+from pydedup.errors import PydedupError
+from pydedup.jobs import Job
+from pydedup.layout import PAGE_CAPACITY, block_places, split_places
+from pydedup.maintenance.blocks_from import (
+    BlockSource,
+    EncodedBlock,
+    Wanted,
+    as_raw,
+    dtype_of_base,
+    page_of_slot,
+    read_block,
+)
+from pydedup.maintenance.relocate import Moves, relocate
+from pydedup.maintenance.survey import Lost, survey
+from pydedup.pool import PagePool
+from pydedup.types import Progress
+
+__all__ = ["MissingBlocks", "RepairReport", "repair"]
+
+_PAGES_PER_TRANSACTION = 16
+
+
+@dataclass(frozen=True, slots=True)
+class MissingBlocks:
+    """Blocks of a damaged page that were found nowhere, and the models that miss them."""
+
+    page: int
+    blocks: int
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What a repair did.
+
+    Attributes
+    ----------
+    damaged_pages, replaced_pages
+        How many there were, and how many of them nothing is missing of any more.
+    kept_blocks
+        Blocks that were still as recorded on their damaged page.
+    found_blocks
+        Blocks that came from elsewhere.
+    new_pages
+        Pages that these were written to.
+    missing
+        What was found nowhere; these pages are as damaged as before.
+    """
+
+    damaged_pages: int = 0
+    replaced_pages: int = 0
+    kept_blocks: int = 0
+    found_blocks: int = 0
+    new_pages: int = 0
+    missing: tuple[MissingBlocks, ...] = ()
+
+
+def repair(
+    adapter: Adapter,
+    pool: PagePool,
+    damaged: Collection[int],
+    source: BlockSource,
+    *,
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Restore the blocks that models use of damaged pages, as far as they are found.
+
+    Memory: 16 pages, what `survey` takes, and about 500 bytes for each block that is restored.
+
+    Raises
+    ------
+    ReadOnlyError, ConflictError, StorageFullError
+        The store is as it was before, but for what the next vacuum collects.
+    """
+    if not damaged:
+        return RepairReport()
+    pool.drop(sorted(damaged))
+    found = survey(adapter, damaged)
+    job = Job(adapter, "repair")
+    work = _Repair(adapter, pool, source, job, len(found.lost), progress)
+    try:
+        bases = {place: block for place, block in found.lost.items() if block.base is None}
+        work.name_dtypes(bases, found.dependents)
+        work.restore(bases, found.block_shapes)
+        deltas = {place: block for place, block in found.lost.items() if block.base is not None}
+        for base in bases.keys() - work.moves.places.keys():
+            deltas.update(found.dependents.get(base, {}))
+        work.restore(deltas, found.block_shapes)
+        left = relocate(adapter, pool, work.moves, damaged, job)
+        unused = sorted(set(work.new_pages) - left.used)
+        job.discard([*unused, *sorted(set(damaged) - left.missing.keys())])
+    except BaseException:
+        # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
+        with contextlib.suppress(PydedupError):
+            job.discard(work.new_pages)
+        raise
+    return RepairReport(
+        damaged_pages=len(damaged),
+        replaced_pages=len(set(damaged) - left.missing.keys()),
+        kept_blocks=work.kept,
+        found_blocks=work.found,
+        new_pages=len(work.new_pages) - len(unused),
+        missing=tuple(
+            MissingBlocks(page_id, len(places), tuple(sorted(set().union(*places.values()))))
+            for page_id, places in sorted(left.missing.items())
+        ),
+    )
+
+
+class _Repair:
+    """Restores blocks and stages them, a page at a time."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        pool: PagePool,
+        source: BlockSource,
+        job: Job,
+        total: int,
+        progress: Progress | None,
+    ) -> None:
+        self._adapter = adapter
+        self._pool = pool
+        self._source = source
+        self._job = job
+        self._total = total
+        self._progress = progress
+        self._full: list[list[_Placed]] = []
+        self._page: list[_Placed] = []
+        self._bytes = 0
+        self.moves = Moves()
+        self.new_pages: list[int] = []
+        self.kept = self.found = 0
+
+    def restore(self, lost: Mapping[int, Lost], block_shapes: Collection[tuple[int, int]]) -> None:
+        """Restore blocks: from their own pages what still is as it was, the rest from elsewhere.
+
+        Bases of deltas among them must have been restored before, as far as they can be.
+        """
+        rest: dict[Wanted, list[int]] = {}
+        for place, block, encoded in self._kept(lost):
+            if encoded is not None:
+                self._put(place, encoded, block)
+                self.kept += 1
+            elif block.digest is not None and block.dtype is not None:
+                wanted = Wanted(block.digest, block.dtype, block.rows, block.cols)
+                rest.setdefault(wanted, []).append(place)
+        for encoded in self._source.find(list(rest), block_shapes) if rest else ():
+            for place in rest.pop(encoded.content, ()):
+                self._put(place, encoded, lost[place])
+                self.found += 1
+        if self._page:
+            self._full.append(self._page)
+            self._page, self._bytes = [], 0
+        self._stage()
+
+    def name_dtypes(
+        self, bases: Mapping[int, Lost], dependents: Mapping[int, Mapping[int, Lost]]
+    ) -> None:
+        """Find out the dtypes of blocks that are only used as bases: deltas on them say so."""
+        payloads: dict[int, bytes] = {}
+        for place, block in bases.items():
+            if block.dtype is not None:
+                continue
+            for delta in dependents.get(place, {}):
+                page_id, slot = _split(delta)
+                if page_id not in payloads:
+                    payloads = {page_id: self._payload(page_id)}
+                page = page_of_slot(payloads[page_id], slot)
+                block.dtype = None if page is None else dtype_of_base(page, 0)
+                if block.dtype is not None:
+                    break
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _kept(self, lost: Mapping[int, Lost]) -> Iterator[tuple[int, Lost, EncodedBlock | None]]:
+        """Yield place, block, and the block as its page has it, where that is still right."""
+        at, payload = -1, b""
+        for place in sorted(lost):
+            page_id, slot = _split(place)
+            if page_id != at:
+                at, payload = page_id, self._payload(page_id)
+            yield place, lost[place], self._as_recorded(payload, slot, lost[place])
+
+    def _as_recorded(self, payload: bytes, slot: int, block: Lost) -> EncodedBlock | None:
+        page = page_of_slot(payload, slot)
+        if page is None or block.digest is None:
+            return None
+        dtype, rows, cols = (int(page.slots[0][name]) for name in ("dtype", "rows", "cols"))
+        if (rows, cols) != (block.rows, block.cols) or block.dtype not in (None, dtype):
+            return None
+        try:
+            encoded = read_block(page, 0, self._base(block), keep_delta=True)
+        except PydedupError:  # it does not decode, or its base is lost
+            return None
+        return encoded if encoded.content.digest == block.digest else None
+
+    def _base(self, block: Lost) -> tuple[codec.Page, int] | None:
+        """Return where the base of a delta is now. Raises CorruptStoreError where it is lost."""
+        if block.base is None:
+            return None
+        page_id, slot = _split(self.moves.places.get(block.base, block.base))
+        (page,) = self._pool.pages([page_id])
+        return page, slot
+
+    def _payload(self, page_id: int) -> bytes:
+        """Return the bytes of a page, whatever they are; none of one that is not there."""
+        return next((payload for _, payload in self._adapter.read_pages([page_id])), b"")
+
+    def _put(self, place: int, encoded: EncodedBlock, block: Lost) -> None:
+        """Add a block to the page that is being filled."""
+        base = None
+        if codec.Encoding(encoded.encoding).is_delta:
+            assert block.base is not None
+            base = self.moves.places.get(block.base, block.base)
+        elif block.is_raw:
+            encoded = as_raw(encoded)
+        cost = int(codec.page_cost(len(encoded.data)))
+        if self._page and self._bytes + cost > PAGE_CAPACITY:
+            self._full.append(self._page)
+            self._page, self._bytes = [], 0
+            if len(self._full) == _PAGES_PER_TRANSACTION:
+                self._stage()
+        self._page.append(_Placed(place, encoded, base, cost))
+        self._bytes += cost
+
+    def _stage(self) -> None:
+        """Write full pages, in one transaction."""
+        if not self._full:
+            return
+        with self._adapter.transaction():
+            ids = [self._stage_page(blocks) for blocks in self._full]
+            self._job.beat()
+        self.new_pages += ids  # only now: ids of a transaction that failed may become another's
+        for page_id, blocks in zip(ids, self._full, strict=True):
+            for slot, block in enumerate(blocks):
+                self.moves.note(block.place, _join(page_id, slot), block.base, block.cost)
+        self._full = []
+        if self._progress is not None:
+            done = len(self.moves.places)
+            self._progress("restoring blocks", done, max(done, self._total))
+
+    def _stage_page(self, blocks: Sequence[_Placed]) -> int:
+        contents = [block.encoded for block in blocks]
+        lengths = np.array([len(encoded.data) for encoded in contents], np.int64)
+        image = codec.build_page(
+            np.frombuffer(b"".join(encoded.data for encoded in contents), np.uint8),
+            np.cumsum(lengths) - lengths,
+            lengths,
+            [encoded.encoding for encoded in contents],
+            [encoded.content.dtype for encoded in contents],
+            [encoded.content.rows for encoded in contents],
+            [encoded.content.cols for encoded in contents],
+            np.array([encoded.tag for encoded in contents], np.uint64),
+        )
+        digests = [b.encoded.content.digest if b.base is None else None for b in blocks]
+        page_id = self._job.stage_page(codec.page_checksum(image), image, digests)
+        self._adapter.insert_blocks(
+            (block.encoded.content.digest, page_id, slot, block.base)
+            for slot, block in enumerate(blocks)
+            if block.base is not None
+        )
+        return page_id
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A restored block, where it was, where its base is now (None for no delta), and its cost."""
+
+    place: int
+    encoded: EncodedBlock
+    base: int | None
+    cost: int
+
+
+def _split(place: int) -> tuple[int, int]:
+    page_ids, slots = split_places(np.array([place], np.int64))
+    return int(page_ids[0]), int(slots[0])
+
+
+def _join(page_id: int, slot: int) -> int:
+    return int(block_places(np.array([page_id], np.int64), np.array([slot]))[0])

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a repair has to restore: the blocks that models use of damaged pages."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter, BlockRow
+from pydedup.blocks import BlockMap
+from pydedup.catalog import StoredModel
+from pydedup.errors import CorruptStoreError
+from pydedup.layout import block_places, split_places
+
+__all__ = ["Lost", "Survey", "maps_of", "survey"]
+
+# Policies of models whose blocks need not hash to what the source's did.
+_LOSSY = ("bounded", "accuracy")
+# The policy that promises raw blocks.
+_RAW = "exact"
+_PAGES_AT_ONCE = 64
+
+
+@dataclass(slots=True)
+class Lost:
+    """A block that models use, directly or as a base.
+
+    Attributes
+    ----------
+    dtype
+        Its code; None while it is only known as a base.
+    digest
+        What it hashes to; None where that was recorded nowhere.
+    base
+        The place of its base; None for a block that is no delta.
+    is_raw
+        Whether a model that uses it was promised raw blocks.
+    """
+
+    rows: int
+    cols: int
+    dtype: int | None = None
+    digest: bytes | None = None
+    base: int | None = None
+    is_raw: bool = False
+
+
+@dataclass(slots=True)
+class Survey:
+    """What models use of damaged pages, by place (`pydedup.layout.block_places`).
+
+    Attributes
+    ----------
+    lost
+        Blocks on damaged pages.
+    dependents
+        Of bases on damaged pages, the deltas on them, wherever these are.
+    block_shapes
+        Shapes that tensors with such blocks are cut into.
+    """
+
+    lost: dict[int, Lost] = field(default_factory=dict)
+    dependents: dict[int, dict[int, Lost]] = field(default_factory=dict)
+    block_shapes: set[tuple[int, int]] = field(default_factory=set)
+
+
+def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
+    """Return what live models use of damaged pages.
+
+    Reads the block maps of models that read such a page. Memory: about 300 bytes for each block on
+    such pages, and for each delta on one.
+    """
+    found = Survey()
+    pages = np.array(sorted(damaged), np.int64)
+    with adapter.snapshot():
+        recorded = _recorded(adapter, pages)
+        readers = {model_id for model_id, page, _, _ in adapter.model_pages() if page in damaged}
+        for row in adapter.models():
+            if row.id not in readers:
+                continue
+            model = StoredModel(adapter, row)
+            for ordinal, block_map in enumerate(maps_of(model) or ()):
+                _note_blocks(found, adapter, model, ordinal, block_map, pages, recorded)
+                _note_bases(found, model, ordinal, block_map, pages)
+        deltas = {place for places in found.dependents.values() for place in places}
+        elsewhere = np.unique(split_places(np.array(sorted(deltas), np.int64))[0])
+        recorded.update(_recorded(adapter, np.setdiff1d(elsewhere, pages)))
+    for blocks in (found.lost, *found.dependents.values()):
+        for place, block in blocks.items():
+            if place in recorded:
+                block.digest, block.base = recorded[place].hash128, recorded[place].base_id
+    return found
+
+
+def maps_of(model: StoredModel) -> list[BlockMap] | None:
+    """Return the block maps of a model; None where they are damaged, which no repair mends."""
+    try:
+        return model.block_maps()
+    except CorruptStoreError:
+        return None
+
+
+def _note_blocks(
+    found: Survey,
+    adapter: Adapter,
+    model: StoredModel,
+    ordinal: int,
+    block_map: BlockMap,
+    pages: NDArray[np.int64],
+    recorded: dict[int, BlockRow],
+) -> None:
+    hits = np.flatnonzero(np.isin(block_map.page_ids, pages))
+    if not len(hits):
+        return
+    info = model.tensors[ordinal]
+    found.block_shapes.add(info.block_shape)
+    source = b""
+    for place, number, rows, cols in _distinct(
+        block_places(block_map.page_ids[hits], block_map.slots[hits]), hits, block_map
+    ):
+        block = found.lost.setdefault(place, Lost(rows, cols))
+        block.dtype = info.dtype.code
+        block.is_raw |= model.row.policy == _RAW
+        if place not in recorded and block.digest is None and model.row.policy not in _LOSSY:
+            # What the page held is forgotten, but not what the source's block was.
+            source = source or b"".join(adapter.source_hashes(model.row.id, ordinal))
+            block.digest = source[16 * number : 16 * number + 16] or None
+
+
+def _note_bases(
+    found: Survey,
+    model: StoredModel,
+    ordinal: int,
+    block_map: BlockMap,
+    pages: NDArray[np.int64],
+) -> None:
+    if block_map.bases is None:
+        return
+    base_page_ids, base_slots = block_map.bases
+    hits = np.flatnonzero(np.isin(base_page_ids, pages))
+    own = block_places(block_map.page_ids, block_map.slots)
+    bases = block_places(base_page_ids, base_slots)
+    dtype = model.tensors[ordinal].dtype.code
+    if len(hits):
+        found.block_shapes.add(model.tensors[ordinal].block_shape)
+    for place, number, rows, cols in _distinct(own[hits], hits, block_map):
+        base = int(bases[number])
+        found.lost.setdefault(base, Lost(rows, cols))
+        found.dependents.setdefault(base, {}).setdefault(place, Lost(rows, cols, dtype))
+
+
+def _distinct(
+    places: NDArray[np.int64], numbers: NDArray[np.int64], block_map: BlockMap
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (place, number of a block there, its rows, its columns), each place once."""
+    distinct, first = np.unique(places, return_index=True)
+    chosen = numbers[first]
+    heights, widths = block_map.grid.shapes(chosen)
+    columns: Sequence[list[int]] = [c.tolist() for c in (distinct, chosen, heights, widths)]
+    yield from zip(*columns, strict=True)
+
+
+def _recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> dict[int, BlockRow]:
+    """Return what is recorded of the blocks on pages, by place."""
+    rows: dict[int, BlockRow] = {}
+    for start in range(0, len(page_ids), _PAGES_AT_ONCE):
+        for row in adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist()):
+            place = block_places(np.array([row.page_id]), np.array([row.slot]))
+            rows[int(place[0])] = row
+    return rows

@@ -1,0 +1,528 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flipped bits in pages: what is said, what is still served, and how it is restored."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+import pydedup
+from pydedup import policies
+from pydedup.adapter import LIVE
+from pydedup.errors import (
+    ArgumentError,
+    CorruptStoreError,
+    NotAStoreError,
+    NotFoundError,
+    ReadOnlyError,
+    StorageFullError,
+)
+from pydedup.layout import block_costs, map_places, pages_read
+from pydedup.testing.faults import Fault, inject
+
+Model = dict[str, NDArray[Any]]
+Change = Callable[[str, int, Callable[[bytearray], Any]], None]
+
+
+def family() -> dict[str, Model]:
+    """A base, two fine-tunes that become deltas on it, one that shares, one of its own."""
+    rng = np.random.default_rng(7)
+    base = {
+        "w": rng.standard_normal((512, 256)).astype(np.float32),
+        "b": rng.standard_normal(512).astype(np.float32),
+    }
+    models = {"base": base}
+    for name in ("near", "nearer"):
+        moved = base["w"] * (1 + 1e-4 * rng.standard_normal((512, 256)))
+        models[name] = {"w": moved.astype(np.float32), "b": base["b"]}
+    shares = {"w": base["w"].copy(), "b": base["b"] + 1}
+    shares["w"][:64] = rng.standard_normal((64, 256))
+    models["shares"] = shares
+    models["own"] = {"w": rng.standard_normal((256, 256)).astype(np.float16)}
+    return models
+
+
+def fill(url: str, names: tuple[str, ...] = ("base", "near", "nearer", "shares", "own")) -> None:
+    models = family()
+    with pydedup.open(url) as store:
+        for name in names:
+            policy = policies.Exact() if name == "base" else policies.Lossless()
+            store.add(name, models[name], policy=policy)
+
+
+@pytest.fixture
+def healthy(tmp_path: Path) -> str:
+    """Another store with the same models."""
+    url = f"sqlite:///{tmp_path}/healthy.db"
+    fill(url)
+    return url
+
+
+def assert_holds(store: pydedup.Store, name: str) -> None:
+    wanted = family()[name.partition("@")[0]]
+    loaded = store.load(name)
+    assert {key: array.tobytes() for key, array in loaded.items()} == {
+        key: array.tobytes() for key, array in wanted.items()
+    }
+
+
+def assert_sound(url: str, notes: bool = False) -> None:
+    """All models are what they were, and all tables agree."""
+    with pydedup.open(url) as store:
+        report = store.verify()
+        assert report.errors == []
+        assert notes or report.notes == []
+        for info in store.models():
+            assert_holds(store, info.address)
+        check_reads(store)
+        store.add("again", family()["base"])
+        assert_holds_as(store, "again", "base")
+        store.remove("again")
+
+
+def assert_holds_as(store: pydedup.Store, name: str, wanted: str) -> None:
+    loaded = store.load(name)
+    assert all(loaded[key].tobytes() == a.tobytes() for key, a in family()[wanted].items())
+
+
+def check_reads(store: pydedup.Store) -> None:
+    """What is recorded of who reads what is what block maps and pages say."""
+    for info in store.models():
+        model = store._catalog.model(info.address)
+        places = np.concatenate([map_places(m) for m in model.block_maps()])
+        wanted = list(pages_read(places, block_costs(store._pool, places)))
+        assert [row[1:] for row in store._adapter.model_pages(info.id)] == wanted
+
+
+def check_reads_but(store: pydedup.Store, damaged: int) -> None:
+    """As `check_reads`, but for the bytes on a damaged page, which nobody can know."""
+    for info in store.models():
+        maps = store._catalog.model(info.address).block_maps()
+        places = np.unique(np.concatenate([map_places(m) for m in maps]))
+        rows = {page: blocks for _, page, blocks, _ in store._adapter.model_pages(info.id)}
+        pages, counts = np.unique(places >> 20, return_counts=True)
+        assert rows == dict(zip(pages.tolist(), counts.tolist(), strict=True))
+        sound = places[places >> 20 != damaged]
+        wanted = list(pages_read(sound, block_costs(store._pool, sound)))
+        rows_of = store._adapter.model_pages(info.id)
+        assert [row[1:] for row in rows_of if row[1] != damaged] == wanted
+
+
+def pages_of(url: str, *names: str) -> list[int]:
+    """The pages that hold blocks, or bases of blocks, of exactly these models' maps."""
+    with pydedup.open(url, mode="r") as store:
+        return sorted(
+            {
+                page
+                for name in names
+                for _, page, _, _ in store._adapter.model_pages(store.info(name).info.id)
+            }
+        )
+
+
+def flip(at: int, bit: int = 0) -> Callable[[bytearray], None]:
+    def change(payload: bytearray) -> None:
+        payload[at] ^= 1 << bit
+
+    return change
+
+
+def flip_half(payload: bytearray) -> None:
+    payload[len(payload) // 2] ^= 16
+
+
+def ruin(payload: bytearray) -> None:
+    payload[:] = np.random.default_rng(1).bytes(len(payload))
+
+
+def clear(payload: bytearray) -> None:
+    payload[:] = b""
+
+
+def test_a_flipped_bit_is_told_with_page_and_models(store_url: str, change_page: Change) -> None:
+    fill(store_url)
+    (own_page,) = pages_of(store_url, "own")
+    base_page = min(pages_of(store_url, "base"))
+    change_page(store_url, base_page, flip_half)
+    touched = ["base@1", "near@1", "nearer@1", "shares@1"]
+    with pydedup.open(store_url) as store:
+        for name in ("base", "near", "nearer"):
+            with pytest.raises(CorruptStoreError) as caught:
+                store.load(name)
+            assert f"page {base_page}: corrupt page: its bytes do not match their checksum" in str(
+                caught.value
+            )
+            assert ", ".join(touched) in str(caught.value)
+            assert "verify --repair-from" in str(caught.value)
+        with pytest.raises(CorruptStoreError, match=f"page {base_page}"):
+            store.tensor("base", "w").matmul(np.ones((1, 256), np.float32))
+        assert_holds(store, "own")
+        with pytest.raises(CorruptStoreError, match="shares@1"):
+            store.load("shares")
+        report = store.verify()
+        assert report.damaged_pages == {base_page: touched}
+        assert report.errors == [
+            f"page {base_page}: corrupt page: its bytes do not match their checksum; "
+            f"read by {', '.join(touched)}"
+        ]
+        assert report.repair is None
+    change_page(store_url, own_page, flip_half)
+    with pydedup.open(store_url, mode="r") as store:
+        report = store.verify()
+        assert report.damaged_pages == {base_page: touched, own_page: ["own@1"]}
+        assert len(report.errors) == 2
+
+
+def test_a_flipped_bit_in_any_page(store_url: str, change_page: Change) -> None:
+    """Its readers are told of it by name, all others are served, and flipped back all is well."""
+    fill(store_url)
+    rng = np.random.default_rng(11)
+    with pydedup.open(store_url, mode="r") as store:
+        addresses = [info.address for info in store.models()]
+        readers = {row["page_id"]: row["models"] for row in store._adapter.view("page_owners")}
+        sizes = {row.id: row.payload_bytes for row in store._adapter.page_rows(state=LIVE)}
+    assert readers.keys() == sizes.keys()
+    assert len(sizes) > 3
+    for page, size in sizes.items():
+        for at in rng.integers(0, size, 2).tolist():
+            change = flip(at, int(rng.integers(8)))
+            change_page(store_url, page, change)
+            touched = str(readers[page]).split(", ")
+            with pydedup.open(store_url, mode="r") as store:
+                for address in addresses:
+                    if address not in touched:
+                        assert_holds(store, address)
+                        continue
+                    with pytest.raises(CorruptStoreError, match=f"page {page}: ") as caught:
+                        store.load(address)
+                    assert f"read by {', '.join(touched)};" in str(caught.value)
+                assert store.verify().damaged_pages == {page: touched}
+            change_page(store_url, page, change)
+            with pydedup.open(store_url, mode="r") as store:
+                assert store.verify().ok
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(flip(at) for at in (0, 4, 6, 8, 23, 24, 28, 32, 39, 40, 63)),  # header
+        *(flip(at, 2) for at in (64, 65, 66, 68, 72, 76, 80, 88)),  # slot table
+        flip_half,
+        flip(-1),
+        ruin,
+        clear,
+    ],
+)
+def test_a_flip_anywhere_is_mended(
+    change: Callable[[bytearray], None], tmp_path: Path, healthy: str, change_page: Change
+) -> None:
+    url = f"sqlite:///{tmp_path}/store.db"
+    fill(url)
+    for page in pages_of(url, "base", "near", "nearer", "shares", "own"):
+        change_page(url, page, change)
+        with pydedup.open(url) as store:
+            report = store.verify(repair_from=healthy)
+            assert report.ok
+            assert report.repair is not None
+            assert report.repair.damaged_pages == report.repair.replaced_pages == 1
+            assert report.repair.missing == ()
+            assert report.repair.kept_blocks + report.repair.found_blocks > 0
+        assert_sound(url)
+
+
+def test_most_blocks_need_no_source(store_url: str, change_page: Change, tmp_path: Path) -> None:
+    """A bit of a header or of a slot's tag: no block is looked for. One of a block: only that."""
+    fill(store_url)
+    empty = f"sqlite:///{tmp_path}/empty.db"
+    pydedup.open(empty).close()
+    for change in (flip(9), flip(88, 7)):
+        change_page(store_url, min(pages_of(store_url, "base")), change)
+        with pydedup.open(store_url) as store:
+            repaired = store.verify(repair_from=empty).repair
+        assert repaired is not None
+        assert (repaired.found_blocks, repaired.missing) == (0, ())
+        assert_sound(store_url)
+    page = min(pages_of(store_url, "base"))
+    change_page(store_url, page, flip_half)
+    with pydedup.open(store_url) as store:
+        report = store.verify(repair_from=empty)
+        assert report.repair is not None
+        (missing,) = report.repair.missing
+        assert (missing.page, missing.blocks) == (page, 1)
+        assert missing.models == ("base@1", "near@1", "nearer@1", "shares@1")
+        assert report.damaged_pages == {page: list(missing.models)}
+        check_reads_but(store, page)
+
+
+def test_bases_and_deltas_at_once(store_url: str, change_page: Change, healthy: str) -> None:
+    """Every page is damaged in the middle, so bases and deltas on them are lost."""
+    fill(store_url)
+    pages = pages_of(store_url, "base", "near", "nearer", "shares", "own")
+    for page in pages:
+        change_page(store_url, page, flip_half)
+    with pydedup.open(store_url) as store:
+        before = store.stats(by="none").used_bytes
+        report = store.verify(repair_from=healthy)
+        assert report.ok
+        repaired = report.repair
+        assert repaired is not None
+        assert repaired.replaced_pages == len(pages)
+        assert repaired.kept_blocks > repaired.found_blocks > 0
+        assert store.stats(by="none").used_bytes >= before
+        assert store._adapter.page_rows(ids=pages) == [], "damaged pages are gone"
+        assert {row.state for row in store._adapter.page_rows()} == {LIVE}
+        deltas = [
+            b for b in store._adapter.blocks_on_pages(pages_of(store_url, "near")) if b.base_id
+        ]
+        assert deltas, "deltas that were sound still are deltas"
+    assert_sound(store_url)
+    with pydedup.open(store_url) as store:
+        store.vacuum()
+    assert_sound(store_url)
+
+
+def test_everything_is_lost(store_url: str, change_page: Change, healthy: str) -> None:
+    """Bases that nobody uses by themselves are found, too, or what stands on them is."""
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        store.remove("base")
+        store.remove("shares")
+    pages = pages_of(store_url, "near", "nearer", "own")
+    for page in pages:
+        change_page(store_url, page, ruin)
+    with pydedup.open(store_url) as store:
+        report = store.verify(repair_from=healthy)
+        assert report.ok
+        assert report.repair is not None
+        assert report.repair.kept_blocks == 0
+    assert_sound(store_url, notes=True)  # what was removed is retired
+
+
+def test_a_delta_outlives_its_base(store_url: str, change_page: Change, tmp_path: Path) -> None:
+    """The source has what a delta stands for, but not its base: it is stored by itself."""
+    fill(store_url, ("base", "near", "own"))
+    base_pages = set(pages_of(store_url, "base"))
+    other = f"sqlite:///{tmp_path}/other.db"
+    fill(other, ("near",))
+    with pydedup.open(store_url) as store:
+        store.remove("base")
+    for page in base_pages & set(pages_of(store_url, "near")):
+        change_page(store_url, page, ruin)
+    with pydedup.open(store_url) as store:
+        report = store.verify(repair_from=other)
+        assert report.errors == []
+        assert report.repair is not None
+        assert report.repair.missing == ()
+    assert_sound(store_url, notes=True)  # a delta that nobody uses has no base
+    with pydedup.open(store_url) as store:
+        store.vacuum()
+    assert_sound(store_url, notes=True)
+
+
+def test_what_is_not_found_is_listed(store_url: str, change_page: Change, tmp_path: Path) -> None:
+    fill(store_url)
+    (own_page,) = pages_of(store_url, "own")
+    base_page = min(pages_of(store_url, "base"))
+    change_page(store_url, own_page, ruin)
+    change_page(store_url, base_page, flip_half)
+    other = f"sqlite:///{tmp_path}/other.db"
+    fill(other, ("base",))
+    with pydedup.open(store_url) as store:
+        report = store.verify(repair_from=other)
+        assert not report.ok
+        repaired = report.repair
+        assert repaired is not None
+        assert (repaired.damaged_pages, repaired.replaced_pages) == (2, 1)
+        (missing,) = repaired.missing
+        assert (missing.page, missing.models) == (own_page, ("own@1",))
+        assert missing.blocks == len(store._catalog.model("own").block_map("w").slots)
+        assert list(report.damaged_pages) == [own_page]
+        for name in ("base", "near", "nearer", "shares"):
+            assert_holds(store, name)
+        with pytest.raises(CorruptStoreError, match=f"page {own_page}: .*own@1"):
+            store.load("own")
+    complete = f"sqlite:///{tmp_path}/complete.db"
+    fill(complete, ("own",))
+    with pydedup.open(store_url) as store:
+        assert store.verify(repair_from=complete).ok
+    assert_sound(store_url)
+
+
+def test_part_of_a_page_is_missing(tmp_path: Path, change_page: Change) -> None:
+    """What was found is moved, what was not stays where it was, and comes another time."""
+    url = f"sqlite:///{tmp_path}/store.db"
+    fill(url)
+    page = min(pages_of(url, "base"))
+    change_page(url, page, ruin)
+    other = f"sqlite:///{tmp_path}/other.db"
+    fill(other, ("shares",))  # has all of base but 64 rows and the bias
+    with pydedup.open(url) as store:
+        report = store.verify(repair_from=other)
+        repaired = report.repair
+        assert repaired is not None
+        assert repaired.replaced_pages == 0
+        assert repaired.found_blocks > 0
+        (missing,) = repaired.missing
+        assert missing.page == page
+        assert missing.models == ("base@1", "near@1", "nearer@1")
+        assert 0 < missing.blocks < repaired.found_blocks
+        assert_holds(store, "shares")
+        again = store.verify(repair_from=other)
+        assert again.repair is not None
+        assert again.repair.found_blocks == 0
+        assert again.repair.missing == repaired.missing
+    with pydedup.open(url) as store:
+        with pytest.raises(NotFoundError):
+            store.verify(repair_from=tmp_path / "base.safetensors")
+        save_file(family()["base"], tmp_path / "base.safetensors")
+        assert store.verify(repair_from=tmp_path / "base.safetensors").ok
+    assert_sound(url)
+
+
+def test_the_models_file_restores_it(store_url: str, change_page: Change, tmp_path: Path) -> None:
+    fill(store_url)
+    for page in pages_of(store_url, "base"):
+        change_page(store_url, page, ruin)
+    save_file(family()["base"], tmp_path / "base.safetensors")
+    with pydedup.open(store_url) as store:
+        report = store.verify(repair_from=tmp_path / "base.safetensors")
+        assert report.ok, report
+        page = store._pool.pages(pages_of(store_url, "base"))[0]
+        assert set(page.slots["encoding"].tolist()) == {0}, "what was exact is raw again"
+    assert_sound(store_url)
+
+
+def test_pages_that_are_gone(tmp_path: Path, healthy: str) -> None:
+    """Also where what was recorded of their blocks is gone with them."""
+    for with_rows in (False, True):
+        url = f"sqlite:///{tmp_path}/gone-{with_rows}.db"
+        fill(url)
+        gone = pages_of(url, "base")[:1]
+        with pydedup.open(url) as store:
+            rows = store._adapter.blocks_on_pages(gone)
+            with store._adapter.transaction():
+                store._adapter.delete_pages(gone)
+                if with_rows:
+                    store._adapter.insert_blocks(
+                        (row.hash128, row.page_id, row.slot, row.base_id) for row in rows
+                    )
+            report = store.verify()
+            assert f"page {gone[0]}: it is missing; read by base@1" in report.errors[0]
+            assert store.verify(repair_from=healthy).ok
+        assert_sound(url)
+
+
+def test_lossy_models_come_back_as_they_were(
+    store_url: str, change_page: Change, tmp_path: Path
+) -> None:
+    models = family()
+    copies = []
+    for url in (store_url, f"sqlite:///{tmp_path}/copy.db"):
+        with pydedup.open(url) as store:
+            store.add("base", models["base"])
+            store.add("near", models["near"], policy=policies.Bounded(0.01))
+            copies.append({k: a.tobytes() for k, a in store.load("near").items()})
+    assert copies[0] == copies[1]
+    for page in pages_of(store_url, "near"):
+        change_page(store_url, page, flip_half)
+    with pydedup.open(store_url) as store:
+        assert store.verify(repair_from=f"sqlite:///{tmp_path}/copy.db").ok
+        assert {k: a.tobytes() for k, a in store.load("near").items()} == copies[0]
+
+
+def test_serving_and_writing_go_on(store_url: str, change_page: Change, healthy: str) -> None:
+    """Readers of other models never fail; a writer publishes, removes and repacks meanwhile."""
+    fill(store_url)
+    page = min(pages_of(store_url, "base"))
+    served = pydedup.open(store_url)
+    assert_holds(served, "base")  # its block maps are known, its pages in the pool
+    served._pool.clear()
+    change_page(store_url, page, flip_half)
+    with pytest.raises(CorruptStoreError):
+        served.load("base")
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            with pydedup.open(store_url, mode="r") as reader:
+                while not done.is_set():
+                    assert_holds(reader, "own")
+                    reader._pool.clear()
+        except BaseException as error:  # shown below
+            failures.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    meddled = False
+
+    def meddle(stage: str, finished: int, total: int) -> None:
+        nonlocal meddled
+        if stage == "restoring blocks" and not meddled:
+            meddled = True
+            with pydedup.open(store_url) as writer:
+                writer.remove("shares")
+                writer.add("new", {"w": np.random.default_rng(99).standard_normal((64, 64))})
+                writer.remove("new")
+
+    try:
+        with pydedup.open(store_url) as store:
+            assert store.verify(repair_from=healthy, progress=meddle).ok
+    finally:
+        done.set()
+        thread.join(60)
+    assert meddled
+    assert not failures, failures
+    for name in ("base", "near", "nearer"):
+        assert_holds(served, name)
+    served.close()
+    assert_sound(store_url, notes=True)  # pages that the writer retired
+
+
+@pytest.mark.parametrize(
+    ("method", "call"), [("insert_pages", 2), ("replace_block_map", 1), ("set_page_state", 1)]
+)
+def test_a_repair_that_fails_changes_nothing(
+    method: str, call: int, store_url: str, change_page: Change, healthy: str
+) -> None:
+    fill(store_url)
+    pages = pages_of(store_url, "base", "near", "nearer", "shares", "own")
+    for page in pages:
+        change_page(store_url, page, flip_half)
+    with pydedup.open(store_url) as store:
+        before = store._adapter.model_pages(), store._adapter.page_rows(state=LIVE)
+        whole = store._adapter
+        store._adapter, _ = inject(whole, Fault(method, StorageFullError("no space"), call=call))
+        with pytest.raises(StorageFullError):
+            store.verify(repair_from=healthy)
+        store._adapter = whole
+        assert (whole.model_pages(), whole.page_rows(state=LIVE)) == before
+        report = store.verify()
+        assert sorted(report.damaged_pages) == pages
+        assert report.notes == [], "what was staged is gone"
+        assert store.verify(repair_from=healthy).ok
+    assert_sound(store_url)
+
+
+def test_what_cannot_be_repaired_from(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/store.db"
+    fill(url, ("own",))
+    (tmp_path / "notes.md").write_text("no model")
+    with pydedup.open(url) as store:
+        with pytest.raises(ArgumentError, match="neither a store nor a model"):
+            store.verify(repair_from=tmp_path / "notes.md")
+        with pytest.raises(NotAStoreError):
+            store.verify(repair_from=f"sqlite:///{tmp_path}/none.db")
+        report = store.verify(repair_from=url)
+        assert report.ok
+        assert report.repair is not None
+        assert report.repair.damaged_pages == 0
+    with pydedup.open(url, mode="r") as store, pytest.raises(ReadOnlyError):
+        store.verify(repair_from=url)
