@@ -61,18 +61,23 @@ GRAPH = Graph(
 )
 
 
+def fill(url: str) -> None:
+    """Put into an empty place what a golden store holds."""
+    made = models()
+    with pydedup.open(url) as store:
+        store.add("base@1", made["base@1"], graph=GRAPH, metadata={"task": "golden"})
+        store.add("tuned@1", made["tuned@1"], graph=GRAPH, policy=policies.Exact())
+        store.add("odd@żółw", made["odd@żółw"])
+        store.alias("base", "prod", "1")
+
+
 def main() -> None:
     """Write the file, unless there is one."""
     if TARGET.exists():
         sys.exit(f"{TARGET} exists; golden files are never rewritten")
-    made = models()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store.db"
-        with pydedup.open(path) as store:
-            store.add("base@1", made["base@1"], graph=GRAPH, metadata={"task": "golden"})
-            store.add("tuned@1", made["tuned@1"], graph=GRAPH, policy=policies.Exact())
-            store.add("odd@żółw", made["odd@żółw"])
-            store.alias("base", "prod", "1")
+        fill(str(path))
         TARGET.write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
 
 

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an earlier version stored, this one reads: whole stores, written once and kept."""
+"""What an earlier version stored, this one reads: whole stores, written once and kept.
+
+Each is a file of SQLite, and what pg_dump and mariadb-dump made of the same in a server. A new
+version of the tables adds one of each; the tests then show that it is migrated.
+"""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -27,12 +32,44 @@ def _maker() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("file", ["store_v1.db.gz"])
-def test_a_golden_store_is_read_and_written_on(file: str, tmp_path: Path) -> None:
+VERSIONS = ["store_v1"]
+
+
+def content(file: str) -> bytes:
+    return gzip.decompress((FOLDER / file).read_bytes())
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_a_golden_file_is_read_and_written_on(name: str, tmp_path: Path) -> None:
     path = tmp_path / "store.db"
-    path.write_bytes(gzip.decompress((FOLDER / file).read_bytes()))
+    path.write_bytes(content(f"{name}.db.gz"))
+    assert_is_read_and_written_on(str(path))
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_a_golden_dump_of_postgres(name: str, postgres_url: str, postgres_schema: str) -> None:
+    import psycopg
+
+    dump = content(f"{name}.postgres.sql.gz").replace(b"pydedup_golden", postgres_schema.encode())
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute(dump)
+    separator = "&" if "?" in postgres_url else "?"
+    assert_is_read_and_written_on(f"{postgres_url}{separator}schema={postgres_schema}")
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_a_golden_dump_of_mysql(
+    name: str, mysql_database: str, mysql_run: Callable[..., object]
+) -> None:
+    # No value has such a line end: bytes are in hexadecimal, and texts are JSON.
+    statements = content(f"{name}.mysql.sql.gz").decode().split(";\n")
+    mysql_run(mysql_database, *(statement for statement in statements if statement.strip()))
+    assert_is_read_and_written_on(mysql_database)
+
+
+def assert_is_read_and_written_on(url: str) -> None:
     wanted = _maker().models()
-    with pydedup.open(path, mode="r") as store:
+    with pydedup.open(url, mode="r") as store:
         report = store.verify()
         assert (report.errors, report.notes) == ([], [])
         assert {info.address for info in store.models()} == set(wanted)
@@ -50,7 +87,7 @@ def test_a_golden_store_is_read_and_written_on(file: str, tmp_path: Path) -> Non
         logits = model["embedding"][ids].mean(axis=1) @ model["head.weight"].T
         np.testing.assert_allclose(store.predict("tuned", ids), logits, rtol=1e-5, atol=1e-6)
         before = {info.address: info.digest for info in store.models()}
-    with pydedup.open(path) as store:
+    with pydedup.open(url) as store:
         again = store.add("again", wanted["base@1"])
         assert again.stored_bytes == 0, "digests of this version are those of the golden one"
         store.remove("tuned")
