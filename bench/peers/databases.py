@@ -175,7 +175,7 @@ def reads(seconds: float) -> Iterator[Row]:
             with pydedup.open(url) as store:
                 store.add(READ_MODEL, weights(), policy=Exact())
             adapter = registry.connect(url, mode="r")
-            ids = [row.page_id for row in adapter.page_rows()]
+            ids = [row.id for row in adapter.page_rows()]
             peers = PEERS[name](adapter, ids)
 
             def ours(adapter: Adapter = adapter, ids: list[int] = ids) -> list[Any]:
