@@ -84,12 +84,12 @@ def sqlite_peers(adapter: Adapter, ids: list[int]) -> Peers:
     def blobs() -> list[bytes]:
         found = []
         for number in ids:
-            with connection.blobopen("pages", "payload", number, readonly=True) as blob:
+            with connection.blobopen("pydedup_pages", "payload", number, readonly=True) as blob:
                 found.append(blob.read())
         return found
 
     def select() -> list[bytes]:
-        query = "SELECT payload FROM pages WHERE id = ?"
+        query = "SELECT payload FROM pydedup_pages WHERE id = ?"
         return [connection.execute(query, (number,)).fetchone()[0] for number in ids]
 
     return {"incremental blob reads": blobs, "SELECT of each": select}
@@ -137,14 +137,14 @@ def mysql_peers(adapter: Adapter, ids: list[int]) -> Peers:
         with connection.cursor() as cursor:
             found = []
             for number in ids:
-                cursor.execute("SELECT payload FROM pages WHERE id = %s", (number,))
+                cursor.execute("SELECT payload FROM pydedup_pages WHERE id = %s", (number,))
                 found.append(cursor.fetchone()[0])
             return found
 
     def at_once() -> list[bytes]:
         wanted = ", ".join(["%s"] * len(ids))
         with connection.cursor() as cursor:
-            cursor.execute(f"SELECT payload FROM pages WHERE id IN ({wanted})", ids)  # noqa: S608
+            cursor.execute(f"SELECT payload FROM pydedup_pages WHERE id IN ({wanted})", ids)  # noqa: S608
             return [row[0] for row in cursor.fetchall()]
 
     return {"cursor loop": loop, "SELECT ... IN": at_once}
