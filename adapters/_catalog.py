@@ -56,13 +56,14 @@ class CatalogCalls(DbApiBase):
 
     # ---- models -------------------------------------------------------------------------------
 
-    def insert_model(self, row: ModelRow) -> int:
+    def insert_model(self, row: ModelRow, *, replaces: int = 0) -> int:
         """Insert and return the id."""
         check_state(row.state)
         taken = DuplicateError(f"the store has a model {row.name}@{row.version} already")
         values = [getattr(row, column) for column in TABLES["models"].names[1:]]
         with self._writer():
-            if self._query(self._sql.live_model, [row.name, row.version, LIVE]):
+            rivals = self._query(self._sql.live_model, [row.name, row.version, LIVE])
+            if any(rival != replaces for (rival,) in rivals):
                 raise taken
             try:
                 return self._insert(self._sql.insert_model, values)

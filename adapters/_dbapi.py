@@ -167,6 +167,13 @@ class DbApiAdapter(CatalogCalls):
             for (payload,) in self._query(self._sql.signature, [segment, grp]):
                 yield segment, bytes(payload)
 
+    def signatures_of(self, segments: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (segment, grp, payload) of these segments, in any order."""
+        for piece in self._members(segments):
+            for segment, grp in self._query(self._sql.signature_keys(len(piece)), piece):
+                for (payload,) in self._query(self._sql.signature, [segment, grp]):
+                    yield segment, grp, bytes(payload)
+
     def delete_signatures(self, segments: Sequence[int]) -> None:
         """Delete all groups of these segments."""
         for piece in self._members(segments):

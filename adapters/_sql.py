@@ -235,6 +235,13 @@ class Statements:
         """Return the deletion of blocks."""
         return f"DELETE FROM {self._name('distinct_blocks')} WHERE id {self.members(members)}"
 
+    def signature_keys(self, members: int) -> str:
+        """Return the listing of the groups of segments."""
+        return (
+            f"SELECT segment, grp FROM {self._name('signatures')} "
+            f"WHERE segment {self.members(members)} ORDER BY segment, grp"
+        )
+
     def delete_signatures(self, members: int) -> str:
         """Return the deletion of segments."""
         return f"DELETE FROM {self._name('signatures')} WHERE segment {self.members(members)}"

@@ -180,11 +180,12 @@ class Adapter(Protocol):
 
     # ---- models -------------------------------------------------------------------------------
 
-    def insert_model(self, row: ModelRow) -> int:
+    def insert_model(self, row: ModelRow, *, replaces: int = 0) -> int:
         """Insert and return the id.
 
         Raises DuplicateError when a *live* model has this name and version (a staged one may
-        coexist; publishing decides).
+        coexist; publishing decides), unless it is the one that ``replaces`` names and that will be
+        deleted by then.
         """
 
     def update_model(
@@ -320,6 +321,9 @@ class Adapter(Protocol):
 
     def signatures(self, grp: int) -> Iterator[tuple[int, bytes]]:
         """Yield (segment, payload) of one group, by ascending segment."""
+
+    def signatures_of(self, segments: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (segment, grp, payload) of these segments, in any order."""
 
     def delete_signatures(self, segments: Sequence[int]) -> None:
         """Delete all groups of these segments."""

@@ -24,6 +24,7 @@ from pydedup.usage import Readers, marginal_bytes, value_of
 
 __all__ = [
     "MEASURES",
+    "QUOTAS_NAME",
     "Newcomers",
     "Quota",
     "Quotas",
@@ -35,7 +36,8 @@ __all__ = [
 #: What a quota can limit.
 MEASURES = ("marginal", "logical")
 
-_META = "quotas"
+#: The row of ``meta`` that holds them.
+QUOTAS_NAME = "quotas"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +145,17 @@ class Quotas:
 
     def _write(self, quotas: Sequence[Quota]) -> None:
         text = json.dumps([asdict(quota) for quota in quotas], ensure_ascii=False)
-        self._adapter.set_meta(_META, text)
+        self._adapter.set_meta(QUOTAS_NAME, text)
 
 
 def read_quotas(adapter: Adapter) -> list[Quota]:
     """Return all quotas, ordered by key and value. Raises CorruptStoreError."""
     try:
-        found = [Quota(**entry) for entry in json.loads(adapter.meta().get(_META, "[]"))]
+        found = [Quota(**entry) for entry in json.loads(adapter.meta().get(QUOTAS_NAME, "[]"))]
     except (ValueError, TypeError) as exc:
         raise CorruptStoreError(
-            f"{adapter.url} has quotas that do not parse ({exc}): row {_META!r} of its table meta; "
-            "restore a backup"
+            f"{adapter.url} has quotas that do not parse ({exc}): row {QUOTAS_NAME!r} of its table "
+            "meta; restore a backup"
         ) from exc
     return sorted(found, key=lambda quota: (quota.key, quota.value is not None, quota.value or ""))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
@@ -37,6 +37,10 @@ from pydedup.maintenance.recheck import Evaluate, recheck
 from pydedup.maintenance.repair import repair
 from pydedup.maintenance.vacuum import VacuumReport, plan_vacuum, vacuum_store
 from pydedup.maintenance.verify import VerifyReport, verify_store
+from pydedup.moving.backup import backup_store, restore_store
+from pydedup.moving.copy import copy_models
+from pydedup.moving.plan import plan_copy
+from pydedup.moving.source import End
 from pydedup.names import check_name
 from pydedup.policies import Lossless, Policy
 from pydedup.pool import PagePool
@@ -46,7 +50,7 @@ from pydedup.report.figures import ModelFigures, StoreStats, model_figures, stor
 from pydedup.report.sizes import ModelSize, model_sizes
 from pydedup.serving.engine import run_graph
 from pydedup.serving.tensor import StoredTensor, TensorsOnDemand
-from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress
+from pydedup.types import GRAPH_ARTIFACT, AddReport, CopyReport, DType, ModelInfo, Progress
 from pydedup.usage import Usage, usage_by
 
 if TYPE_CHECKING:
@@ -488,7 +492,95 @@ class Store:
         self._pool.clear()
         return report
 
+    # ---- moving -------------------------------------------------------------------------------
+
+    def copy_to(
+        self,
+        target: str | os.PathLike[str],
+        names: Sequence[str] | None = None,
+        *,
+        all_versions: bool = False,
+        on_conflict: str = "error",
+        memory: str | int = "512MiB",
+        schema: str | None = None,
+        progress: Progress | None = None,
+    ) -> CopyReport:
+        """Copy models to another store of any database; it is created when it is not there.
+
+        Into an empty store pages go as they are; into another one blocks that it does not have.
+        Each model is published when it is complete, with its name, version, policy, certificate,
+        metadata, aliases and source hashes, once what arrived was read back and held against its
+        hashes. After a failure, run it again: models that are there are not copied again.
+
+        Parameters
+        ----------
+        target
+            URL, or path of a SQLite file.
+        names
+            ``name`` (its newest version), ``name@version`` or ``name@alias``; all models by
+            default.
+        all_versions
+            Take all versions of ``names``.
+        on_conflict
+            What to do where the other store has another model under a ``name@version``, or another
+            version under an alias: ``"error"`` before anything is copied, ``"skip"`` it, or
+            ``"replace"`` that one.
+        memory, schema
+            For the other store, as in `pydedup.open`.
+        progress
+            Called as ``progress(stage, done, total)``, in bytes.
+
+        Raises
+        ------
+        NotFoundError, DuplicateError, ArgumentError, CorruptStoreError, ReadOnlyError,
+        ConflictError, StorageFullError, UnavailableError
+            Models that were published before stay.
+        """
+        plan_copy(
+            self._adapter, None, names, all_versions=all_versions, on_conflict=on_conflict
+        )  # what is wrong with the names must not create a store
+        with open(target, memory=memory, schema=schema) as other:
+            other._check_writable("copy models there")
+            items = plan_copy(
+                self._adapter,
+                other._adapter,
+                names,
+                all_versions=all_versions,
+                on_conflict=on_conflict,
+            )
+            return copy_models(self._end(), other._end(), items, progress=progress)
+
+    def backup(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        replace: bool = False,
+        progress: Progress | None = None,
+    ) -> CopyReport:
+        """Write the whole store to one file, which is a store in SQLite.
+
+        It appears under its name when it is complete and checked. What a backup that was killed
+        left in ``NAME.partial`` is gone on with. Reading and adding go on meanwhile; what is added
+        after the start is not in it. A file that exists is only replaced with ``replace``. Raises
+        ArgumentError, ConflictError (another backup to that file goes on) and what `copy_to` does.
+        """
+        return backup_store(self._end(), path, _opened, replace=replace, progress=progress)
+
+    def restore(
+        self, path: str | os.PathLike[str], *, progress: Progress | None = None
+    ) -> CopyReport:
+        """Copy a backup into this store, which must be empty, or hold part of that backup.
+
+        Raises ArgumentError when it has other models, NotAStoreError when the file is no backup,
+        and what `copy_to` does.
+        """
+        self._check_writable("restore a backup")
+        return restore_store(path, self._end(), _opened, progress=progress)
+
     # ---- inside -------------------------------------------------------------------------------
+
+    def _end(self) -> End:
+        return End(self._adapter, self._pool)
 
     def _check_writable(self, what: str) -> None:
         if self._adapter.read_only:
@@ -533,3 +625,10 @@ class Store:
             if payload is not None and name != GRAPH_ARTIFACT:
                 artifacts.append(Artifact(name, media_type, payload))
         return artifacts
+
+
+@contextlib.contextmanager
+def _opened(url: str, mode: str) -> Iterator[End]:
+    """Open the store at the other end of a backup."""
+    with open(url, mode=mode) as store:
+        yield store._end()

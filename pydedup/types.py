@@ -16,7 +16,16 @@ import numpy as np
 
 from pydedup.errors import ArgumentError
 
-__all__ = ["GRAPH_ARTIFACT", "AddReport", "DType", "ModelInfo", "Progress", "TensorInfo"]
+__all__ = [
+    "GRAPH_ARTIFACT",
+    "AddReport",
+    "CopiedModel",
+    "CopyReport",
+    "DType",
+    "ModelInfo",
+    "Progress",
+    "TensorInfo",
+]
 
 #: Name of the artifact that holds a model's graph.
 GRAPH_ARTIFACT = "pydedup:graph.json"
@@ -157,3 +166,74 @@ class AddReport:
     certificate: Mapping[str, Any]
     dry_run: bool = False
     left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedModel:
+    """What became of one model of a copy.
+
+    Attributes
+    ----------
+    status
+        ``"copied"``; ``"replaced"`` (copied, in the place of another one); ``"there"`` (it was
+        there already); ``"skip"`` (its name was taken, and it was left out); ``"gone"`` (somebody
+        removed it from the source meanwhile). What follows is 0 unless it was copied.
+    stored_bytes
+        Bytes of blocks that were new to the destination, as encoded.
+    blocks, shared_blocks, delta_blocks
+        Blocks of the model; those that the destination had, or earlier blocks of the model are;
+        those kept as a delta on a base.
+    pages, whole_pages
+        New pages written; those of them that are pages of the source, byte by byte.
+    seconds
+        Wall time.
+    """
+
+    model: str
+    status: str
+    logical_bytes: int
+    stored_bytes: int = 0
+    blocks: int = 0
+    shared_blocks: int = 0
+    delta_blocks: int = 0
+    pages: int = 0
+    whole_pages: int = 0
+    seconds: float = 0.0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether this copy brought it."""
+        return self.status in ("copied", "replaced")
+
+
+@dataclass(frozen=True, slots=True)
+class CopyReport:
+    """What a copy did.
+
+    Attributes
+    ----------
+    source, target
+        The URLs, without credentials.
+    models
+        One entry per model that was asked for, in the order of the source.
+    aliases
+        Aliases that these have at the destination.
+    seconds
+        Wall time.
+    """
+
+    source: str
+    target: str
+    models: tuple[CopiedModel, ...]
+    aliases: int
+    seconds: float
+
+    @property
+    def copied(self) -> int:
+        """How many models this copy brought."""
+        return sum(model.is_new for model in self.models)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of blocks that were new to the destination, as encoded."""
+        return sum(model.stored_bytes for model in self.models)

@@ -197,12 +197,9 @@ def mysql_database(mysql_url: str, mysql_run: Callable[..., object]) -> Iterator
 @pytest.fixture
 def postgres_schema(postgres_url: str) -> Iterator[str]:
     """The name of a schema of the test's own, which is not there yet."""
-    import psycopg
-
     name = unused_name()
     yield name
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE")
+    _drop_schema(postgres_url, name)
 
 
 @pytest.fixture(params=["sqlite", "postgres", "mysql"])
@@ -215,3 +212,32 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return with_option(request.getfixturevalue("postgres_url"), f"schema={schema}")
     url: str = request.getfixturevalue("mysql_database")
     return url
+
+
+@pytest.fixture
+def new_store(
+    request: pytest.FixtureRequest, tmp_path: Path, mysql_run: Callable[..., object]
+) -> Iterator[Callable[[str], str]]:
+    """Return the URL of another empty place for a store each time, on the back end named."""
+    with contextlib.ExitStack() as made:
+
+        def make(backend: str) -> str:
+            name = unused_name()
+            if backend == "sqlite":
+                return f"sqlite:///{tmp_path / name}.db"
+            url: str = request.getfixturevalue(f"{backend}_url")
+            if backend == "postgres":
+                made.callback(_drop_schema, url, name)
+                return with_option(url, f"schema={name}")
+            mysql_run(url, f"CREATE DATABASE {name}")
+            made.callback(mysql_run, url, f"DROP DATABASE {name}")
+            return urlsplit(url)._replace(path=f"/{name}").geturl()
+
+        yield make
+
+
+def _drop_schema(url: str, name: str) -> None:
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE")

@@ -27,8 +27,8 @@ FACADES = {"hashing", "similarity", "packing", "codec", "pool", "matmul", "conv"
 VALUES = {"errors", "types"}
 MODEL = VALUES | {"names", "accuracy", "policies", "certificates", "graph", "adapter", "blocks"}
 CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout", "signatures", "usage", "quotas"}
-INNER = CORE | {"ingest", "serving", "maintenance", "report", "registry"}
-PUBLIC = {"", "store"} | CORE | {"registry", "report", "maintenance"}
+INNER = CORE | {"ingest", "serving", "maintenance", "moving", "report", "registry"}
+PUBLIC = {"", "store"} | CORE | {"registry", "report", "maintenance", "moving"}
 
 #: Room -> the rooms it may import from. A room is what follows ``pydedup.`` up to the next dot; ""
 #: is the package itself. Rooms come in order: a row names only rows above it, so no circle can be
@@ -66,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "ingest": CORE,
     "serving": CORE,
     "maintenance": CORE | {"ingest"},
+    "moving": CORE | {"ingest", "maintenance"},
     "report": CORE,
     "store": INNER,
     "": PUBLIC - {""},

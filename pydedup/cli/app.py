@@ -19,6 +19,7 @@ from pydedup.cli import (
     comparing,
     demo,
     looking,
+    moving,
     naming,
     predicting,
     taking,
@@ -34,6 +35,7 @@ SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ("Models in and out", (adding.add, taking.load, taking.export, predicting.predict)),
     ("Looking", (looking.ls, looking.info, looking.stats, comparing.explain, comparing.diff)),
     ("Names", (naming.alias, naming.rm)),
+    ("Moving", (moving.copy, moving.backup, moving.restore)),
     ("Upkeep", (upkeep.verify, upkeep.vacuum, tenants.quota)),
     ("pydedup itself", (demo.demo, looking.kernels)),
 )
@@ -145,6 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 #: What is true after Ctrl-C where it is not that nothing has changed.
 _INTERRUPTED = {
+    "copy": "what was copied is there; run it again to go on",
+    "backup": "there is no new file yet; run it again to go on",
+    "restore": "what was restored is there; run it again to go on",
     "verify": "no model has changed",
     "vacuum": "all models are as they were before; the next vacuum does what is left",
     "demo": "what was downloaded is kept for the next time",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup import codec
 from pydedup.accuracy import Accuracy
-from pydedup.adapter import LIVE, Adapter
+from pydedup.adapter import Adapter
 from pydedup.blocks import MatrixView
-from pydedup.errors import ConflictError, PageNotFoundError, PydedupError
-from pydedup.ingest.match import Matcher, hash_keys
+from pydedup.errors import ConflictError, PageNotFoundError
+from pydedup.ingest.match import Matcher
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
+from pydedup.ingest.publish import Batch, publish_batch
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.replace import choose_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
@@ -87,43 +86,41 @@ def _attempt(
         matcher = Matcher(adapter, pool, spool)
         models = _match(adapter, matcher, requests, progress)
         spool.freeze()
-        layout = plan_layout(models, spool, matcher.reader)
         allowed = check_quotas(adapter, pool, matcher, models, spool, epoch)
         if dry_run:
+            layout = plan_layout(models, spool, matcher.reader)
             if not allowed:
                 return None
             return _reports(models, spool, matcher.reader, layout, started, dry_run=True)
-        total, done = sum(int(spool.costs[page].sum()) for page in layout), 0
+        writing = _Writing(spool, progress)
+        stager = Stager(adapter, models, spool, matcher, writing.advance)
+        batch = Batch(adapter, pool, matcher, models, spool, stager)
+        published = publish_batch(
+            batch, lambda: writing.begin(plan_layout(models, spool, matcher.reader)), epoch
+        )
+        if published is None:
+            return None
+        return _reports(models, spool, matcher.reader, published, started, dry_run=False)
 
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress is not None:
-                progress("writing", min(done, total), total)
 
-        stager = Stager(adapter, models, spool, matcher, advance)
-        try:
-            stager.stage(layout)
-            while not stager.publish(epoch):
-                epoch = adapter.epoch()
-                if not _shared_pages_live(adapter, matcher, models):
-                    stager.discard()
-                    return None
-                changed = _match_again(adapter, pool, matcher, models, spool)
-                check_quotas(adapter, pool, matcher, models, spool, epoch)
-                if changed:
-                    stager.discard()
-                    layout = plan_layout(models, spool, matcher.reader)
-                    done = 0
-                    stager = Stager(adapter, models, spool, matcher, advance)
-                    stager.stage(layout)
-        except BaseException:
-            # What cannot be removed now (a full disk, a lost connection) is collected by vacuum.
-            with contextlib.suppress(PydedupError):
-                stager.discard()
-            raise
-        adapter.checkpoint()
-        return _reports(models, spool, matcher.reader, layout, started, dry_run=False)
+class _Writing:
+    """Tells of the writing of pages."""
+
+    def __init__(self, spool: Spool, progress: Progress | None) -> None:
+        self._spool = spool
+        self._progress = progress
+        self._done = self._total = 0
+
+    def begin(self, layout: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """Take note of what is to be written, and return it."""
+        self._done, self._total = 0, sum(int(self._spool.costs[page].sum()) for page in layout)
+        return layout
+
+    def advance(self, count: int) -> None:
+        """Take note of bytes that were written."""
+        self._done += count
+        if self._progress is not None:
+            self._progress("writing", min(self._done, self._total), self._total)
 
 
 def _match(
@@ -192,47 +189,6 @@ def _counting(policy: Accuracy, progress: Progress | None) -> Accuracy:
         return policy.evaluate(arrays)
 
     return replace(policy, evaluate=evaluate)
-
-
-def _shared_pages_live(adapter: Adapter, matcher: Matcher, models: Sequence[MatchedModel]) -> bool:
-    used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
-    page_ids, _ = matcher.stored.places(used[used < 0])
-    shared = np.unique(page_ids).tolist()
-    return len(adapter.page_rows(ids=shared, state=LIVE)) == len(shared) if shared else True
-
-
-def _match_again(
-    adapter: Adapter, pool: PagePool, matcher: Matcher, models: Sequence[MatchedModel], spool: Spool
-) -> bool:
-    """Point references at blocks that others published meanwhile; return whether any were."""
-    used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
-    used = used[used >= 0]
-    # What a delta holds would have to be decoded to be compared: such a twin is only a waste.
-    used = used[spool.bases[used] == NO_BASE]
-    keys = hash_keys(spool.hashes[used])
-    number_of: dict[bytes, list[int]] = {}
-    for number, key in zip(used.tolist(), keys, strict=True):
-        number_of.setdefault(key, []).append(number)
-    moved = np.arange(spool.count, dtype=np.int64)
-    for row in adapter.find_blocks(list(number_of)):
-        if row.base_id is not None:
-            continue
-        (stored,) = pool.pages([row.page_id])
-        for number in number_of[row.hash128]:
-            if codec.same_block(*spool.block(number), stored, row.slot):
-                moved[number] = matcher.stored.reference(row)
-                cost = codec.page_cost(stored.slots["length"])[row.slot]
-                matcher.stored.costs[-int(moved[number]) - 1] = int(cost)
-    if np.array_equal(moved, np.arange(spool.count)):
-        return False
-    spool.move_bases(moved)
-    for model in models:
-        for tensor in model.tensors:
-            new = tensor.references >= 0
-            references = tensor.references.copy()
-            references[new] = moved[references[new]]
-            tensor.references = references
-    return True
 
 
 def _reports(

@@ -24,7 +24,7 @@ from pydedup.signatures import SIDE_BITS, BlockKind, read_pieces, read_segments,
 from pydedup.similarity import L2LSH
 from pydedup.types import DType
 
-__all__ = ["FLOATS", "Candidates"]
+__all__ = ["FLOATS", "Candidates", "cut_pieces", "index_pages", "new_index"]
 
 #: Smaller blocks are not looked for: what a delta could save, its place on a page takes.
 MIN_ELEMENTS = 1024
@@ -118,15 +118,15 @@ class Candidates:
             numbers = np.sort(np.concatenate(parts))
             numbers = numbers[page_of[numbers] > 0]
             places = block_places(page_of[numbers], slot_of[numbers])
-            yield from _cut(self._indexes[kind], kind, _SPOOLED | numbers, places)
+            yield from cut_pieces(self._indexes[kind], kind, _SPOOLED | numbers, places)
         for kind, index in self._found.items():
-            yield from _cut(index, kind, index.ids, index.ids)
+            yield from cut_pieces(index, kind, index.ids, index.ids)
 
     def _index(self, kind: BlockKind) -> L2LSH:
         index = self._indexes.get(kind)
         if index is None:
             live = self._live_pages()
-            index = _new_index(kind)
+            index = new_index(kind)
             for piece in read_pieces(self._adapter, kind):
                 index.merge(piece)
             ids = index.ids
@@ -169,21 +169,23 @@ def _index_page(found: dict[BlockKind, L2LSH], page_id: int, page: Page) -> None
         slots = np.flatnonzero(plain & (columns == (code, height, width)).all(axis=1))
         blocks = stacked(len(slots), dtype, shape)
         read_blocks(blocks, np.arange(len(slots)), [page], np.zeros_like(slots), slots)
-        index = found.setdefault((dtype, *shape), _new_index((dtype, *shape)))
+        index = found.setdefault((dtype, *shape), new_index((dtype, *shape)))
         index.add(
             blocks.data.view(dtype.numpy).reshape(-1, *shape),
             block_places(np.full(len(slots), page_id, np.int64), slots),
         )
 
 
-def _new_index(kind: BlockKind) -> L2LSH:
+def new_index(kind: BlockKind) -> L2LSH:
+    """Return an empty index for one kind of block."""
     dtype, rows, cols = kind
     return L2LSH((rows, cols), dtype.numpy)
 
 
-def _cut(
+def cut_pieces(
     index: L2LSH, kind: BlockKind, ids: NDArray[np.int64], places: NDArray[np.int64]
 ) -> Iterator[tuple[BlockKind, L2LSH]]:
+    """Yield some blocks of an index, by their places, in pieces for a segment."""
     for start in range(0, len(ids), _PIECE_BLOCKS):
         part = slice(start, start + _PIECE_BLOCKS)
         yield kind, index.select(ids[part], places[part])

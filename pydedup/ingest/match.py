@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import LIVE, Adapter, BlockRow
 from pydedup.blocks import MatrixView
 from pydedup.catalog import Catalog
+from pydedup.codec import EncodedBlocks
 from pydedup.hashing import hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition
 from pydedup.ingest.candidates import Candidates
@@ -147,6 +148,22 @@ class Matcher:
             self._find(view, digests, np.arange(start, stop), references)
         return references
 
+    def keep(
+        self,
+        view: MatrixView,
+        indices: NDArray[np.int64],
+        encoded: EncodedBlocks,
+        digests: NDArray[np.uint64],
+        bases: NDArray[np.int64],
+        base_tags: NDArray[np.uint64],
+    ) -> NDArray[np.int64]:
+        """Keep blocks of a matrix as they are encoded; returns their references. See `Spool`."""
+        numbers = self._spool.count + np.arange(len(indices), dtype=np.int64)
+        self._spool.append(view, indices, encoded, digests, bases, base_tags)
+        for key, number in zip(hash_keys(digests), numbers.tolist(), strict=True):
+            self._known.setdefault(key, []).append(number)
+        return numbers
+
     def _find(
         self,
         view: MatrixView,
@@ -156,21 +173,21 @@ class Matcher:
     ) -> dict[bytes, list[int]]:
         """Refer to blocks that some are identical to; return the others, by hash."""
         keys = hash_keys(digests[indices])
-        self._look_up(keys)
+        self.look_up(keys)
         return self._resolve(view, dict(zip(indices.tolist(), keys, strict=True)), references)
 
-    def _look_up(self, keys: list[bytes]) -> None:
+    def look_up(self, keys: list[bytes]) -> None:
         """Ask the store about hashes that it was not asked about before."""
         unknown = [key for key in dict.fromkeys(keys) if key not in self._asked]
         self._asked.update(unknown)
-        for row in self._with_live_bases(self._adapter.find_blocks(unknown)):
+        for row in self.with_live_bases(self._adapter.find_blocks(unknown)):
             found = self._known.setdefault(row.hash128, [])
             reference = self.stored.reference(row)
             if reference not in found:
                 # Stored blocks first: sharing with the store beats sharing within the batch.
                 found.insert(0, reference)
 
-    def _with_live_bases(self, rows: Sequence[BlockRow]) -> list[BlockRow]:
+    def with_live_bases(self, rows: Sequence[BlockRow]) -> list[BlockRow]:
         """Leave out deltas whose base is on no live page.
 
         A page may be kept for other blocks than a delta whose last user is gone; then nobody keeps
@@ -267,8 +284,7 @@ class Matcher:
         is_new = kept.shared == NO_BASE
         matched.references[piece[~is_new]] = kept.shared[~is_new]
         new = np.flatnonzero(is_new)
-        numbers = self._spool.count + np.arange(len(new), dtype=np.int64)
-        self._spool.append(
+        numbers = self.keep(
             view,
             piece[new],
             kept.encoded.select(new),
@@ -277,8 +293,6 @@ class Matcher:
             kept.base_tags[new],
         )
         matched.references[piece[new]] = numbers
-        for key, number in zip(hash_keys(kept.digests[new]), numbers.tolist(), strict=True):
-            self._known.setdefault(key, []).append(number)
         spooled = np.full(len(piece), NO_BASE, np.int64)
         spooled[new] = numbers
         self.similar.add(kept, spooled)

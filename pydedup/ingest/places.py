@@ -20,7 +20,7 @@ from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import block_places, split_places
 from pydedup.types import DType
 
-__all__ = ["BlockReader", "StoredTable", "stack_blocks", "stacked"]
+__all__ = ["BlockReader", "StoredTable", "slot_entries", "stack_blocks", "stacked"]
 
 _Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
 
@@ -101,7 +101,7 @@ class StoredTable:
         slots: NDArray[np.uint32],
     ) -> None:
         """Remember what pages say of blocks, while they are at hand."""
-        entries = _entries(pages, page_index, slots)
+        entries = slot_entries(pages, page_index, slots)
         costs = codec.page_cost(entries["length"]).tolist()
         dtypes = entries["dtype"].tolist()
         for number, cost, dtype in zip(_numbers(references), costs, dtypes, strict=True):
@@ -262,12 +262,12 @@ def _have_shape(
     heights: NDArray[np.int64],
     widths: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    entries = _entries(pages, page_index, slots)
+    entries = slot_entries(pages, page_index, slots)
     same = (entries["dtype"] == dtype.code) & (entries["rows"] == heights)
     return np.asarray(same & (entries["cols"] == widths), np.bool_)
 
 
-def _entries(
+def slot_entries(
     pages: Sequence[codec.Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
 ) -> NDArray[np.void]:
     """Return the slot of each block."""

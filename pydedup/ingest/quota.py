@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.spool import Spool
-from pydedup.ingest.write import MatchedModel
+from pydedup.ingest.write import StagedModel
 from pydedup.layout import block_places, pages_read
 from pydedup.pool import PagePool
 from pydedup.quotas import Newcomers, check
@@ -24,7 +24,7 @@ def check_quotas(
     adapter: Adapter,
     pool: PagePool,
     matcher: Matcher,
-    models: Sequence[MatchedModel],
+    models: Sequence[StagedModel],
     spool: Spool,
     epoch: int,
 ) -> bool:
@@ -58,5 +58,5 @@ def check_quotas(
         table = np.array(rows, np.int64).reshape(-1, 4)
         return Readers(table, places, lambda new: spool.costs[-1 - new])
 
-    described = [(m.request.metadata_json(), m.request.logical_bytes) for m in models]
+    described = [(m.metadata, m.logical_bytes) for m in models]
     return check(adapter, pool, Newcomers(described, readers), epoch)

@@ -3,8 +3,9 @@
 
 The spool keeps memory bounded whatever a batch of models holds: blocks are appended in order of
 first appearance, each full page goes to the file. Blocks are addressed by their number. Once a
-layout is known, `image` cuts final pages out of it, copying encoded bytes and never encoding
-twice.
+layout is known, `images` cuts final pages out of it, copying encoded bytes and never encoding
+twice. Pages of another store that are to be taken over as they are need not go to the file: their
+blocks are only listed (`list_page`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.blocks import MatrixView
-from pydedup.errors import PageNotFoundError, StorageFullError
+from pydedup.errors import CorruptStoreError, PageNotFoundError, StorageFullError
 from pydedup.layout import PAGE_CAPACITY, copy_page
 from pydedup.pool import PagePool
 
@@ -32,13 +33,21 @@ __all__ = ["NO_BASE", "Spool"]
 #: Instead of a reference to a base, for a block that is no delta.
 NO_BASE = int(np.iinfo(np.int64).min)
 
+# Added to the ids of pages that are elsewhere.
+_ELSEWHERE = 1 << 48
+
 _Item = TypeVar("_Item", bound=np.generic)
+_Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
 
 
 class Spool:
-    """Append-only pages of new blocks. Not thread-safe; a context manager."""
+    """Append-only pages of new blocks. Not thread-safe; a context manager.
 
-    def __init__(self, memory_bytes: int) -> None:
+    ``elsewhere`` are the pages of the store whose pages may be listed.
+    """
+
+    def __init__(self, memory_bytes: int, elsewhere: PagePool | None = None) -> None:
+        self._elsewhere = elsewhere
         # Closed by __exit__; it has no name, so it vanishes with the process whatever happens.
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=_spool_folder())  # noqa: SIM115
         self._pages = PagePool(self._read_pages, memory_bytes)
@@ -105,10 +114,37 @@ class Spool:
         self._dtypes.append(np.full(len(indices), view.dtype.code, np.int64))
         self.count += len(indices)
 
+    def list_blocks(
+        self,
+        page_ids: NDArray[np.int64],
+        slots: NDArray[np.uint32],
+        digests: NDArray[np.uint64],
+        bases: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Append blocks that lie elsewhere and return their numbers.
+
+        They must come to lie on a page that has all blocks of the one they are on, in its order.
+        What they take, and their dtypes, are known once `images` has read that: until then, 0.
+        """
+        count = len(page_ids)
+        self._page_of.append(page_ids + _ELSEWHERE)
+        self._slot_of.append(slots)
+        self._hashes.append(digests)
+        self._bases.append(bases)
+        for column in (self._cost, self._length, self._dtypes):
+            column.append(np.zeros(count, np.int64))
+        self.count += count
+        return np.arange(self.count - count, self.count, dtype=np.int64)
+
     def freeze(self) -> None:
         """Write the last page out; call once after the last `append`."""
         if self._open.count:
             self._seal()
+
+    @property
+    def lists(self) -> bool:
+        """Whether it has blocks that are on pages elsewhere."""
+        return bool((self._page_of.values() >= _ELSEWHERE).any())
 
     @property
     def costs(self) -> NDArray[np.int64]:
@@ -141,11 +177,7 @@ class Spool:
         new = bases >= 0
         bases[new] = moved[bases[new]]
 
-    def windows(
-        self, numbers: NDArray[np.int64]
-    ) -> Iterator[
-        tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
-    ]:
+    def windows(self, numbers: NDArray[np.int64]) -> Iterator[_Window]:
         """Walk over blocks, as `PagePool.windows` does over pages; also yields the slots."""
         if not len(numbers):
             return
@@ -156,22 +188,50 @@ class Spool:
             page = codec.Page(self._open.image())
             yield last, [page], np.zeros(len(last), np.uint32), slots[last]
         sealed = np.flatnonzero(page_of < len(self._extents))
-        for rows, pages, page_index in self._pages.windows(page_of[sealed]):
-            at = sealed[rows]
-            yield at, pages, page_index, slots[at]
+        yield from _walk(self._pages, sealed, page_of[sealed], slots)
+        if self._elsewhere is not None:
+            listed = np.flatnonzero(page_of >= _ELSEWHERE)
+            yield from _walk(self._elsewhere, listed, page_of[listed] - _ELSEWHERE, slots)
 
     def block(self, number: int) -> tuple[codec.Page, int]:
         """Return the page and slot of one block; only when frozen."""
-        page_of = self._page_of.values()
-        slot_of = self._slot_of.values()
-        (page,) = self._pages.pages([int(page_of[number])])
-        return page, int(slot_of[number])
+        slot = int(self._slot_of.values()[number])
+        page_id = int(self._page_of.values()[number])
+        if self._elsewhere is not None and page_id >= _ELSEWHERE:
+            (page,) = self._elsewhere.pages([page_id - _ELSEWHERE])
+        else:
+            (page,) = self._pages.pages([page_id])
+        return page, slot
 
-    def image(self, numbers: NDArray[np.int64]) -> bytes:
-        """Return the page that holds exactly these blocks, in this order; only when frozen."""
-        page_of = self._page_of.values()
-        slot_of = self._slot_of.values()
-        return copy_page(self._pages, page_of[numbers], slot_of[numbers])
+    def images(self, group: Sequence[NDArray[np.int64]]) -> list[bytes]:
+        """Return the pages that hold exactly these blocks, in this order; only when frozen."""
+        page_of, slot_of = self._page_of.values(), self._slot_of.values()
+        images = [b""] * len(group)
+        listed = [i for i, numbers in enumerate(group) if page_of[numbers[0]] >= _ELSEWHERE]
+        if listed and self._elsewhere is not None:
+            ids = np.array([page_of[group[i][0]] for i in listed], np.int64) - _ELSEWHERE
+            for rows, pages, page_index in self._elsewhere.windows(ids):
+                for row, index in zip(rows.tolist(), page_index.tolist(), strict=True):
+                    number = listed[row]
+                    images[number] = self._taken_over(group[number], pages[index])
+        for number in set(range(len(group))).difference(listed):
+            numbers = group[number]
+            images[number] = copy_page(self._pages, page_of[numbers], slot_of[numbers])
+        return images
+
+    def _taken_over(self, numbers: NDArray[np.int64], page: codec.Page) -> bytes:
+        """Return a page that is elsewhere, and note what its blocks are like."""
+        table = page.slots
+        if len(table) != len(numbers):
+            raise CorruptStoreError(
+                f"a page has {len(table)} blocks where {len(numbers)} are recorded; run verify on "
+                "the store that it is copied from"
+            )
+        lengths = table["length"].astype(np.int64)
+        self._length.values()[numbers] = lengths
+        self._cost.values()[numbers] = codec.page_cost(lengths)
+        self._dtypes.values()[numbers] = table["dtype"]
+        return bytes(page.payload)
 
     def _seal(self) -> None:
         payload = self._open.image()
@@ -198,6 +258,14 @@ class Spool:
             if len(payload) != length:
                 raise PageNotFoundError("the temporary file of this add was cut short by someone")
             yield page_id, payload
+
+
+def _walk(
+    pool: PagePool, at: NDArray[np.int64], page_ids: NDArray[np.int64], slots: NDArray[np.uint32]
+) -> Iterator[_Window]:
+    """Walk over the blocks ``at``, which are on these pages; ``slots`` are those of all."""
+    for rows, pages, page_index in pool.windows(page_ids):
+        yield at[rows], pages, page_index, slots[at[rows]]
 
 
 class _OpenPage:

@@ -8,12 +8,13 @@ the store's epoch: if anybody published since matching began, what they brought 
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ from pydedup.layout import PAGE_CAPACITY, block_places, pages_read
 from pydedup.packing import pack
 from pydedup.types import GRAPH_ARTIFACT
 
-__all__ = ["MatchedModel", "MatchedTensor", "Stager", "plan_layout"]
+__all__ = ["MatchedModel", "MatchedTensor", "Segments", "StagedModel", "Stager", "plan_layout"]
 
 _PAGES_PER_TRANSACTION = 16
 _BYTES_PER_TRANSACTION = 16 * 1024 * 1024
@@ -57,15 +58,54 @@ class MatchedTensor:
     largest_error: float = 0.0
 
 
-@dataclass(slots=True)
-class MatchedModel:
-    """One model after matching."""
+class StagedModel(abc.ABC):
+    """One model on its way in.
 
-    request: Request
-    tensors: list[MatchedTensor] = field(default_factory=list)
-    #: What the search of a policy found out.
-    evidence: Mapping[str, Any] = field(default_factory=dict)
-    model_id: int = 0
+    Attributes
+    ----------
+    tensors
+        Its tensors, in order.
+    model_id
+        Its id once it is staged, 0 before.
+    """
+
+    tensors: list[MatchedTensor]
+    model_id: int
+
+    @property
+    @abc.abstractmethod
+    def address(self) -> str:
+        """``name@version``."""
+
+    @property
+    @abc.abstractmethod
+    def metadata(self) -> str:
+        """Its metadata as JSON."""
+
+    @property
+    @abc.abstractmethod
+    def logical_bytes(self) -> int:
+        """Bytes of all its tensors."""
+
+    @abc.abstractmethod
+    def row(self) -> ModelRow:
+        """Return its row, as it is to be staged."""
+
+    @abc.abstractmethod
+    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
+        """Yield (name, media type, payload) of what belongs to it besides tensors."""
+
+    @property
+    def replaces(self) -> int:
+        """The id of the live model whose place it takes, 0 for none."""
+        return 0
+
+    def created_at(self) -> float:
+        """Return when it was added, as it is being published."""
+        return time.time()
+
+    def settle(self, adapter: Adapter) -> None:  # noqa: B027 - most models have nothing to settle
+        """Do what must be done in the transaction that publishes it, before it is live."""
 
     def references(self, reader: BlockReader | None = None) -> NDArray[np.int64]:
         """Return the references of all blocks; with ``reader``, those of the bases behind them."""
@@ -75,6 +115,69 @@ class MatchedModel:
             return references
         bases = reader.bases_of(references)
         return np.concatenate([references, bases[bases != NO_BASE]])
+
+
+class Segments(Protocol):
+    """What gives the segment of the similarity index that goes with staged pages."""
+
+    def segments(
+        self,
+        number: int,
+        page_of: NDArray[np.int64],
+        slot_of: NDArray[np.uint32],
+        page_ids: list[int],
+    ) -> Iterator[tuple[int, int, bytes]]:
+        """Yield rows of ``signatures``; see `pydedup.ingest.candidates.Candidates.segments`."""
+
+
+@dataclass(slots=True)
+class MatchedModel(StagedModel):
+    """One model of an add after matching."""
+
+    request: Request
+    tensors: list[MatchedTensor] = field(default_factory=list)
+    #: What the search of a policy found out.
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    model_id: int = 0
+
+    @property
+    def address(self) -> str:
+        """``name@version``."""
+        return self.request.address
+
+    @property
+    def metadata(self) -> str:
+        """Its metadata as JSON."""
+        return self.request.metadata_json()
+
+    @property
+    def logical_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return self.request.logical_bytes
+
+    def row(self) -> ModelRow:
+        """Return its row, as it is to be staged."""
+        request = self.request
+        return ModelRow(
+            id=0,
+            name=request.name,
+            version=request.version,
+            state=STAGING,
+            created_at=time.time(),
+            policy=request.policy.name,
+            certificate=json.dumps(self.certificate()),
+            metadata=self.metadata,
+            logical_bytes=self.logical_bytes,
+            digest=self.digest(),
+        )
+
+    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
+        """Yield (name, media type, payload) of what belongs to it besides tensors."""
+        for artifact in self.request.source.artifacts():
+            yield artifact.name, artifact.media_type, artifact.payload
+        if self.request.graph is not None:
+            payload = self.request.graph.to_json().encode()
+            yield GRAPH_ARTIFACT, "application/json", payload
 
     def certificate(self) -> dict[str, Any]:
         """Return what is guaranteed, and what was measured of it."""
@@ -100,7 +203,7 @@ class MatchedModel:
 
 
 def plan_layout(
-    models: Sequence[MatchedModel], spool: Spool, reader: BlockReader
+    models: Sequence[StagedModel], spool: Spool, reader: BlockReader
 ) -> list[NDArray[np.int64]]:
     """Return the pages of the spooled blocks: per page, block numbers in slot order."""
     if spool.count == 0:
@@ -117,25 +220,33 @@ def plan_layout(
 
 
 class Stager:
-    """Stages and publishes one batch of matched models."""
+    """Stages and publishes one batch of matched models.
+
+    ``segments`` gives their part of the similarity index; by default what the matcher indexed.
+    """
 
     def __init__(
         self,
         adapter: Adapter,
-        models: Sequence[MatchedModel],
+        models: Sequence[StagedModel],
         spool: Spool,
         matcher: Matcher,
         advance: Callable[[int], None] | None = None,
+        *,
+        kind: str = "add",
+        segments: Segments | None = None,
     ) -> None:
         self._adapter = adapter
         self._models = models
         self._spool = spool
         self._stored = matcher.stored
         self._reader = matcher.reader
-        self._candidates = matcher.candidates
+        self._segments = matcher.candidates if segments is None else segments
         self._advance = advance
-        self._job = Job(adapter, "add")
+        self._job = Job(adapter, kind)
         self.page_ids: list[int] = []
+        #: That of the store once this was published.
+        self.epoch = -1
         self._page_of = np.empty(0, np.int64)
         self._slot_of = np.empty(0, np.uint32)
 
@@ -153,15 +264,16 @@ class Stager:
         ]
         rows = _batches(self._rows())
         is_small = len(groups) <= 1
+        images = self._spool.images(groups[0]) if is_small and groups else []
         try:
             with adapter.transaction():
                 for model in self._models:
-                    model.model_id = adapter.insert_model(self._model_row(model))
+                    model.model_id = self._insert_model(model)
                 if is_small:
                     for group in groups:
-                        self.page_ids = [self._stage_page(numbers, keys) for numbers in group]
+                        self.page_ids = self._stage_pages(group, images, keys)
                     self._insert(next(rows, []))
-                self._heartbeat()
+                self._beat()
         except BaseException:
             # Ids of a transaction that failed may become another writer's.
             for model in self._models:
@@ -170,16 +282,17 @@ class Stager:
             raise
         for group in groups:
             if not is_small:
+                images = self._spool.images(group)
                 with adapter.transaction():
-                    ids = [self._stage_page(numbers, keys) for numbers in group]
-                    self._heartbeat()
+                    ids = self._stage_pages(group, images, keys)
+                    self._beat()
                 self.page_ids.extend(ids)  # only now, for the same reason
             if self._advance is not None:
                 self._advance(sum(int(self._spool.costs[numbers].sum()) for numbers in group))
         for batch in rows:
             with adapter.transaction():
                 self._insert(batch)
-                self._heartbeat()
+                self._beat()
 
     def discard(self) -> None:
         """Remove what was staged; leaves nothing behind but a gap in the ids.
@@ -200,7 +313,7 @@ class Stager:
         self._job.discard(self.page_ids)
         self.page_ids = []
 
-    def publish(self, epoch: int | None) -> bool:
+    def publish(self, epoch: int) -> bool:
         """Make everything live in one transaction, if the epoch is still ``epoch``.
 
         Raises DuplicateError when somebody published the same ``name@version`` meanwhile and
@@ -212,43 +325,44 @@ class Stager:
                 return False
             adapter.set_page_state(self.page_ids, LIVE)
             for model in self._models:
-                if not adapter.update_model(model.model_id, state=LIVE, created_at=time.time()):
+                model.settle(adapter)
+                if not adapter.update_model(
+                    model.model_id, state=LIVE, created_at=model.created_at()
+                ):
                     raise ConflictError(
-                        f"the staging of {model.request.address} was collected by a vacuum: "
-                        f"it gave no sign of life for {LEASE_SECONDS:.0f} s; add it again"
+                        f"the staging of {model.address} was collected by a vacuum: it gave no "
+                        f"sign of life for {LEASE_SECONDS:.0f} s; start again"
                     )
             self._job.end()
+        self.epoch = epoch + 1
         return True
 
-    def _heartbeat(self) -> None:
+    def beat(self) -> None:
+        """Say that this is still going on, where nothing is written for long."""
+        with self._adapter.transaction():
+            self._beat()
+
+    def _beat(self) -> None:
         self._job.beat([model.model_id for model in self._models])
 
-    def _model_row(self, model: MatchedModel) -> ModelRow:
-        request = model.request
-        return ModelRow(
-            id=0,
-            name=request.name,
-            version=request.version,
-            state=STAGING,
-            created_at=time.time(),
-            policy=request.policy.name,
-            certificate=json.dumps(model.certificate()),
-            metadata=request.metadata_json(),
-            logical_bytes=request.logical_bytes,
-            digest=model.digest(),
-        )
+    def _stage_pages(
+        self, group: Sequence[NDArray[np.int64]], images: Sequence[bytes], keys: Sequence[bytes]
+    ) -> list[int]:
+        page_ids = []
+        for numbers, image in zip(group, images, strict=True):
+            is_delta = self._spool.bases[numbers] != NO_BASE
+            hashes = [
+                None if delta else keys[number]
+                for number, delta in zip(numbers.tolist(), is_delta.tolist(), strict=True)
+            ]
+            page_id = self._job.stage_page(codec.page_checksum(image), image, hashes)
+            self._page_of[numbers] = page_id
+            self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
+            page_ids.append(page_id)
+        return page_ids
 
-    def _stage_page(self, numbers: NDArray[np.int64], keys: Sequence[bytes]) -> int:
-        image = self._spool.image(numbers)
-        is_delta = self._spool.bases[numbers] != NO_BASE
-        hashes = [
-            None if delta else keys[number]
-            for number, delta in zip(numbers.tolist(), is_delta.tolist(), strict=True)
-        ]
-        page_id = self._job.stage_page(codec.page_checksum(image), image, hashes)
-        self._page_of[numbers] = page_id
-        self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
-        return page_id
+    def _insert_model(self, model: StagedModel) -> int:
+        return self._adapter.insert_model(model.row(), replaces=model.replaces)
 
     def _insert(self, batch: Sequence[_Row]) -> None:
         adapter = self._adapter
@@ -268,7 +382,7 @@ class Stager:
     def _rows(self) -> Iterator[_Row]:
         """Yield all rows but those of models and pages."""
         yield from self._delta_rows()
-        segments = self._candidates.segments(
+        segments = self._segments.segments(
             self._models[0].model_id, self._page_of, self._slot_of, self.page_ids
         )
         yield from (("signature", row) for row in segments)
@@ -279,13 +393,13 @@ class Stager:
         """Yield the distinct blocks that name a base: now all of those have a place."""
         spool = self._spool
         numbers = np.flatnonzero((spool.bases != NO_BASE) & (self._page_of > 0))
-        base_places = block_places(*self._places(spool.bases[numbers])).tolist()
+        base_places = block_places(*self.places(spool.bases[numbers])).tolist()
         keys = hash_keys(spool.hashes[numbers])
         page_ids, slots = self._page_of[numbers].tolist(), self._slot_of[numbers].tolist()
         for row in zip(keys, page_ids, slots, base_places, strict=True):
             yield "delta", row
 
-    def _model_rows(self, model: MatchedModel) -> Iterator[_Row]:
+    def _model_rows(self, model: StagedModel) -> Iterator[_Row]:
         model_id = model.model_id
         for ordinal, tensor in enumerate(model.tensors):
             entry = tensor.entry
@@ -298,29 +412,24 @@ class Stager:
                 payload = hashes[start : start + _HASH_PART_BYTES]
                 yield "hash", (model_id, ordinal, part, payload)
         references = model.references(self._reader)
-        places = block_places(*self._places(references))
+        places = block_places(*self.places(references))
         for row in pages_read(places, self._reader.costs_of(references)):
             yield "read", (model_id, *row)
-        for artifact in model.request.source.artifacts():
-            yield "artifact", (model_id, artifact.name, artifact.media_type, artifact.payload)
-        if model.request.graph is not None:
-            payload = model.request.graph.to_json().encode()
-            yield "artifact", (model_id, GRAPH_ARTIFACT, "application/json", payload)
+        for artifact in model.artifacts():
+            yield "artifact", (model_id, *artifact)
 
     def _block_map(self, tensor: MatchedTensor) -> BlockMap:
-        page_ids, slots = self._places(tensor.references)
+        page_ids, slots = self.places(tensor.references)
         bases = self._reader.bases_of(tensor.references)
         is_delta = bases != NO_BASE
         if not is_delta.any():
             return BlockMap(tensor.grid, tensor.entry.dtype, page_ids, slots)
         base_page_ids = np.full(len(bases), NO_PAGE, np.int64)
         base_slots = np.zeros(len(bases), np.uint32)
-        base_page_ids[is_delta], base_slots[is_delta] = self._places(bases[is_delta])
+        base_page_ids[is_delta], base_slots[is_delta] = self.places(bases[is_delta])
         return BlockMap(tensor.grid, tensor.entry.dtype, page_ids, slots, base_page_ids, base_slots)
 
-    def _places(
-        self, references: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """Return page ids and slots of blocks that are stored or staged."""
         page_ids = np.empty(len(references), np.int64)
         slots = np.empty(len(references), np.uint32)

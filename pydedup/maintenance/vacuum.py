@@ -22,7 +22,14 @@ from pydedup.pool import PagePool
 from pydedup.signatures import drop_dead_segments
 from pydedup.types import Progress
 
-__all__ = ["ModelReads", "VacuumReport", "plan_vacuum", "read_amplification", "vacuum_store"]
+__all__ = [
+    "ModelReads",
+    "VacuumReport",
+    "collect_abandoned",
+    "plan_vacuum",
+    "read_amplification",
+    "vacuum_store",
+]
 
 #: Pages read by a model over the fewest that could hold its blocks: repack above this.
 TARGET_AMPLIFICATION = 1.1
@@ -208,6 +215,20 @@ def retire_orphans(adapter: Adapter) -> None:
     orphans = [page_id for page_id in adapter.orphan_pages() if page_id in live]
     if orphans:
         adapter.set_page_state(orphans, RETIRED, time.time())
+
+
+def collect_abandoned(adapter: Adapter) -> int:
+    """Delete what dead adds and copies left; returns how many pages that were.
+
+    Writes nothing when there is nothing of the kind.
+    """
+    if not any(job_is_dead(spec, cursor) for _, spec, cursor, _ in adapter.jobs()):
+        return 0
+    before = {row.id for row in adapter.page_rows(state=RETIRED)}
+    _collect_and_retire(adapter, LEASE_SECONDS)
+    left = [row.id for row in adapter.page_rows(state=RETIRED) if row.id not in before]
+    _delete_pages(adapter, left)
+    return len(left)
 
 
 def _collect_and_retire(adapter: Adapter, lease_seconds: float) -> int:

@@ -26,7 +26,7 @@ from pydedup.maintenance.repair import RepairReport
 from pydedup.pool import PagePool
 from pydedup.types import Progress
 
-__all__ = ["VerifyReport", "verify_store"]
+__all__ = ["VerifyReport", "content_digests", "verify_store"]
 
 _PAGES_AT_ONCE = 8
 _MAX_ERRORS = 100
@@ -172,7 +172,7 @@ def _verify_pages(
                 page = codec.Page(payload)
                 bases = _bases_on(page, page_id, wanted, report)
                 readable = _has_base(page, bases, damage.can_read)
-                digests = _digests(page, bases, readable, pool)
+                digests = content_digests(page, bases, readable, pool)
             except PydedupError as exc:
                 damage.note(page_id, f": {exc}")
                 continue
@@ -242,13 +242,17 @@ def _has_base(
     return ~is_delta | np.isin(base_page_ids, sound)
 
 
-def _digests(
+def content_digests(
     page: codec.Page,
     bases: NDArray[np.int64] | None,
     readable: NDArray[np.bool_],
     pool: PagePool,
 ) -> NDArray[np.uint64]:
-    """Return the digest of each slot's content, 0 for those that cannot be read."""
+    """Return the digest of each slot's content, 0 for those that cannot be read.
+
+    ``bases`` are the places of bases in ``pool``, -1 where a block is no delta; None where none
+    is.
+    """
     if bases is None:
         return codec.page_digests(page)
     digests = np.zeros((page.n_slots, 2), np.uint64)

@@ -137,6 +137,8 @@ class RowsContract(ContractBase):
             with pytest.raises(DuplicateError, match="m@1"), adapter.transaction():
                 adapter.insert_model(model_row(state=state))
         with pytest.raises(DuplicateError, match="m@1"), adapter.transaction():
+            adapter.insert_model(model_row(), replaces=second)
+        with pytest.raises(DuplicateError, match="m@1"), adapter.transaction():
             adapter.update_model(second, state=LIVE)
         assert [row.id for row in adapter.models()] == [first]
         with adapter.transaction():
@@ -145,6 +147,19 @@ class RowsContract(ContractBase):
             adapter.update_model(first, state=RETIRED)
             assert adapter.update_model(second, state=LIVE)
         assert second in [row.id for row in adapter.models()]
+
+    def test_a_model_takes_the_place_of_another(self, adapter: Adapter) -> None:
+        """It is staged beside the one that it replaces, and is live once that is gone."""
+        with adapter.transaction():
+            first = adapter.insert_model(model_row(state=LIVE))
+        with adapter.transaction():
+            second = adapter.insert_model(model_row(), replaces=first)
+        with pytest.raises(DuplicateError, match="m@1"), adapter.transaction():
+            adapter.update_model(second, state=LIVE)
+        with adapter.transaction():
+            adapter.delete_model(first)
+            adapter.update_model(second, state=LIVE)
+        assert [row.id for row in adapter.models(state=None)] == [second]
 
     def test_only_what_is_given_is_updated(self, adapter: Adapter) -> None:
         """Each column can be changed alone; a missing row is told."""
@@ -255,6 +270,10 @@ class RowsContract(ContractBase):
         assert list(adapter.signatures(0)) == [(7, EVERY_BYTE), (2**62 + 1, b"")]
         assert {type(payload) for _, payload in adapter.signatures(0)} == {bytes}
         assert list(adapter.signatures(5)) == []
+        found = sorted(adapter.signatures_of([2**62 + 1, 7, 999]))
+        assert found == sorted(row for row in rows if row[0] != 1)
+        assert {type(payload) for _, _, payload in found} == {bytes}
+        assert list(adapter.signatures_of([])) == []
         with adapter.transaction():
             adapter.delete_signatures([7, 999])
             adapter.delete_signatures([])

@@ -63,6 +63,16 @@ PHASES: Final[Mapping[str, Mapping[str, Phase]]] = {
         "in the commit": Phase("bump_epoch", 1, "in the commit"),
         "after": Phase("bump_epoch", 1, "after the commit"),
     },
+    # Of the destination, where each model has an epoch of its own.
+    "copy": {
+        "staging, first transaction": Phase("put_job", 1, "within"),
+        "staging, pages": Phase("insert_pages", 2, "within"),
+        "staged in part": Phase("insert_pages", 2, "after the commit"),
+        "before publish": Phase("bump_epoch", 1, "within"),
+        "in the commit": Phase("bump_epoch", 2, "in the commit"),
+        "between models": Phase("bump_epoch", 1, "after the commit"),
+        "after": Phase("bump_epoch", 3, "after the commit"),
+    },
     # The first two epochs are those of retiring pages without an owner and of a new layout.
     "vacuum": {
         "retiring": Phase("bump_epoch", 1, "within"),

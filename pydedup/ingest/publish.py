@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Staging and publishing a batch that is matched, and matching again where others were faster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.adapter import LIVE, Adapter
+from pydedup.errors import PydedupError
+from pydedup.ingest.match import Matcher, hash_keys
+from pydedup.ingest.quota import check_quotas
+from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.write import StagedModel, Stager
+from pydedup.pool import PagePool
+
+__all__ = ["Batch", "publish_batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Models that are matched, and what they were matched with."""
+
+    adapter: Adapter
+    pool: PagePool
+    matcher: Matcher
+    models: Sequence[StagedModel]
+    spool: Spool
+    stager: Stager
+
+
+def publish_batch(
+    batch: Batch,
+    lay_out: Callable[[], list[NDArray[np.int64]]],
+    epoch: int,
+    check: Callable[[list[NDArray[np.int64]]], None] | None = None,
+) -> list[NDArray[np.int64]] | None:
+    """Stage and publish a batch, whose quotas were checked at ``epoch``; ``None``: match it anew.
+
+    That is when pages that it shares went away meanwhile, or when others published blocks of pages
+    that it takes over whole.
+
+    Parameters
+    ----------
+    lay_out
+        Returns the pages of the blocks that are new: per page, their numbers in slot order.
+    epoch
+        That of the store when matching began.
+    check
+        Called with that when it is staged; what it raises ends the work.
+
+    Returns
+    -------
+    list
+        The pages that were published.
+    """
+    adapter, matcher, models, stager = batch.adapter, batch.matcher, batch.models, batch.stager
+    try:
+        layout = lay_out()
+        stager.stage(layout)
+        if check is not None:
+            check(layout)
+        if batch.spool.lists:
+            # Only now is it known what these blocks take.
+            check_quotas(adapter, batch.pool, matcher, models, batch.spool, epoch)
+        while not stager.publish(epoch):
+            epoch = adapter.epoch()
+            if not _shared_pages_live(adapter, matcher, models):
+                stager.discard()
+                return None
+            changed = _match_again(adapter, batch.pool, matcher, models, batch.spool)
+            check_quotas(adapter, batch.pool, matcher, models, batch.spool, epoch)
+            if changed:
+                stager.discard()
+                if batch.spool.lists:
+                    return None  # pages that are taken over whole cannot lose a block
+                layout = lay_out()
+                stager.stage(layout)
+                if check is not None:
+                    check(layout)
+    except BaseException:
+        # What cannot be removed now (a full disk, a lost connection) is collected by vacuum.
+        with contextlib.suppress(PydedupError):
+            stager.discard()
+        raise
+    adapter.checkpoint()
+    return layout
+
+
+def _shared_pages_live(adapter: Adapter, matcher: Matcher, models: Sequence[StagedModel]) -> bool:
+    used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
+    page_ids, _ = matcher.stored.places(used[used < 0])
+    shared = np.unique(page_ids).tolist()
+    return len(adapter.page_rows(ids=shared, state=LIVE)) == len(shared) if shared else True
+
+
+def _match_again(
+    adapter: Adapter, pool: PagePool, matcher: Matcher, models: Sequence[StagedModel], spool: Spool
+) -> bool:
+    """Point references at blocks that others published meanwhile; return whether any were."""
+    used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
+    used = used[used >= 0]
+    # What a delta holds would have to be decoded to be compared: such a twin is only a waste.
+    used = used[spool.bases[used] == NO_BASE]
+    keys = hash_keys(spool.hashes[used])
+    number_of: dict[bytes, list[int]] = {}
+    for number, key in zip(used.tolist(), keys, strict=True):
+        number_of.setdefault(key, []).append(number)
+    moved = np.arange(spool.count, dtype=np.int64)
+    for row in adapter.find_blocks(list(number_of)):
+        if row.base_id is not None:
+            continue
+        (stored,) = pool.pages([row.page_id])
+        for number in number_of[row.hash128]:
+            if codec.same_block(*spool.block(number), stored, row.slot):
+                moved[number] = matcher.stored.reference(row)
+                cost = codec.page_cost(stored.slots["length"])[row.slot]
+                matcher.stored.costs[-int(moved[number]) - 1] = int(cost)
+    if np.array_equal(moved, np.arange(spool.count)):
+        return False
+    spool.move_bases(moved)
+    for model in models:
+        for tensor in model.tensors:
+            new = tensor.references >= 0
+            references = tensor.references.copy()
+            references[new] = moved[references[new]]
+            tensor.references = references
+    return True

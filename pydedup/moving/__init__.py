@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models from one store to another, of whatever databases, and stores to one file and back.
+
+An add whose matching step takes blocks as another store has them: what is staged, checked and
+published is what `pydedup.ingest` stages and publishes. `plan` says what there is to do, `resolve`
+finds or takes along the blocks of one model, `copy` does it for all, `backup` to a file.
+"""

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store as one file and back: a copy to or from a store in SQLite.
+
+The file appears under its name when it is complete. Until then it is called ``NAME.partial``; what
+an earlier backup left there goes on where it ended, if all that is in it is still what the source
+has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from pydedup.adapter import Adapter
+from pydedup.errors import ArgumentError, ConflictError, NotAStoreError, PydedupError
+from pydedup.jobs import Job, job_is_dead
+from pydedup.maintenance.vacuum import collect_abandoned
+from pydedup.moving.copy import copy_models
+from pydedup.moving.plan import plan_copy, same_model
+from pydedup.moving.source import End
+from pydedup.quotas import QUOTAS_NAME
+from pydedup.types import CopyReport, Progress
+
+__all__ = ["backup_store", "file_url", "restore_store"]
+
+_PARTIAL = ".partial"
+_BESIDE = ("-wal", "-shm", "-journal")
+_SHOWN = 3
+_BEAT_SECONDS = 60.0
+# Of `meta`: what somebody has set. All else is about one store and its history.
+_SETTINGS = (QUOTAS_NAME,)
+
+#: Opens a store by its URL; ``"r"`` only to read.
+Opener = Callable[[str, str], AbstractContextManager[End]]
+
+
+def file_url(path: str | os.PathLike[str]) -> str:
+    """Return the URL of a SQLite file."""
+    text = os.fspath(path)
+    if "?" in text or "\0" in text:
+        raise ArgumentError(f"{text!r} cannot be the name of a backup: it holds '?' or NUL")
+    return f"sqlite:///{Path(text).absolute()}"
+
+
+def backup_store(
+    source: End,
+    path: str | os.PathLike[str],
+    opened: Opener,
+    *,
+    replace: bool,
+    progress: Progress | None = None,
+) -> CopyReport:
+    """Write a whole store to a file; see `pydedup.Store.backup`."""
+    target = Path(path).absolute()
+    url = file_url(target)
+    _check_free(source.adapter, target, url, opened, replace=replace)
+    partial = target.with_name(target.name + _PARTIAL)
+    _drop_useless(source.adapter, partial, opened)
+    with opened(file_url(partial), "a") as end, _alone(end.adapter, partial, progress) as told:
+        items = plan_copy(
+            source.adapter, end.adapter, None, all_versions=False, on_conflict="error"
+        )
+        report = copy_models(source, end, items, progress=told)
+        _carry_settings(source.adapter, end.adapter)
+    _publish(partial, target)
+    return CopyReport(report.source, url, report.models, report.aliases, report.seconds)
+
+
+def restore_store(
+    path: str | os.PathLike[str], target: End, opened: Opener, *, progress: Progress | None = None
+) -> CopyReport:
+    """Write what a file holds into an empty store; see `pydedup.Store.restore`."""
+    with opened(file_url(path), "r") as source:
+        items = plan_copy(source.adapter, None, None, all_versions=False, on_conflict="error")
+        mine = {item.address: item.row for item in items}
+        strangers = [
+            f"{row.name}@{row.version}"
+            for row in target.adapter.models()
+            if (row.name, row.version) not in {(r.name, r.version) for r in mine.values()}
+            or not same_model(row, mine[f"{row.name}@{row.version}"])
+        ]
+        if strangers:
+            more = ", ..." if len(strangers) > _SHOWN else ""
+            raise ArgumentError(
+                f"{target.adapter.url} has models that {os.fspath(path)!r} has not: "
+                f"{', '.join(strangers[:_SHOWN])}{more}; a backup is restored into an empty store "
+                "(copy adds its models to others)"
+            )
+        items = plan_copy(
+            source.adapter, target.adapter, None, all_versions=False, on_conflict="error"
+        )
+        report = copy_models(source, target, items, progress=progress)
+        _carry_settings(source.adapter, target.adapter)
+        return report
+
+
+def _carry_settings(source: Adapter, target: Adapter) -> None:
+    """Set what was set for the whole store, after its models: quotas hold for what comes next."""
+    ours, theirs = source.meta(), target.meta()
+    wanted = {name: ours[name] for name in _SETTINGS if name in ours}
+    if any(theirs.get(name) != value for name, value in wanted.items()):
+        with target.transaction():
+            target.bump_epoch()
+            for name, value in wanted.items():
+                target.set_meta(name, value)
+
+
+def _check_free(source: Adapter, target: Path, url: str, opened: Opener, *, replace: bool) -> None:
+    """Raise ArgumentError unless the file may be written under its name."""
+    if not target.parent.is_dir():
+        raise ArgumentError(f"there is no folder {target.parent}; create it first")
+    if not os.path.lexists(target):
+        return
+    if not replace:
+        raise ArgumentError(
+            f"{target} exists; give the backup another name, or replace that one (replace=True, "
+            "--replace)"
+        )
+    try:
+        with opened(url, "r") as old:
+            is_source = old.adapter.meta().get("store_id") == source.meta().get("store_id")
+    except NotAStoreError as error:
+        raise ArgumentError(f"{target} is no backup, so it is not replaced: {error}") from error
+    if is_source:
+        raise ArgumentError(f"{target} is the store itself, or a copy of its file; it is kept")
+    for end in _BESIDE:
+        if Path(f"{target}{end}").exists():
+            raise ArgumentError(
+                f"{target} is in use ({target.name}{end} lies beside it); close it first, or give "
+                "the backup another name"
+            )
+
+
+def _drop_useless(source: Adapter, partial: Path, opened: Opener) -> None:
+    """Delete what an earlier backup left, unless all of it is still what the source has."""
+    if not os.path.lexists(partial):
+        return
+    wanted = {(row.name, row.version): row for row in source.models()}
+    try:
+        with opened(file_url(partial), "r") as end:
+            rows = end.adapter.models()
+            _refuse_others(end.adapter, partial)
+            aliases = {(name, alias, ids) for name, alias, ids in _by_version(end.adapter)}
+        is_useful = aliases <= set(_by_version(source)) and all(
+            (row.name, row.version) in wanted and same_model(row, wanted[row.name, row.version])
+            for row in rows
+        )
+    except NotAStoreError:
+        if partial.stat().st_size:
+            raise
+        is_useful = False
+    if not is_useful:
+        for end_of_name in ("", *_BESIDE):
+            Path(f"{partial}{end_of_name}").unlink(missing_ok=True)
+
+
+def _by_version(adapter: Adapter) -> list[tuple[str, str, str]]:
+    """Return (name, alias, version) of all aliases."""
+    versions = {row.id: row.version for row in adapter.models()}
+    return [(name, alias, versions.get(i, "")) for name, alias, i in adapter.aliases()]
+
+
+def _refuse_others(partial: Adapter, path: Path) -> None:
+    """Raise ConflictError while somebody else writes that backup."""
+    if any(not job_is_dead(spec, cursor) for _, spec, cursor, _ in partial.jobs()):
+        raise ConflictError(
+            f"another backup is being written to {path}; wait for it, or give this one another name"
+        )
+
+
+@contextlib.contextmanager
+def _alone(partial: Adapter, path: Path, progress: Progress | None) -> Iterator[Progress]:
+    """Keep other backups away from an unfinished file; gives the progress that says we live."""
+    job = Job(partial, "backup")
+    collect_abandoned(partial)
+    with partial.transaction():
+        _refuse_others(partial, path)
+        job.beat()
+    beaten = time.monotonic()
+
+    def told(stage: str, done: int, total: int, /) -> None:
+        nonlocal beaten
+        if time.monotonic() - beaten > _BEAT_SECONDS:
+            with partial.transaction():
+                job.beat()
+            beaten = time.monotonic()
+        if progress is not None:
+            progress(stage, done, total)
+
+    try:
+        yield told
+    except BaseException:
+        with contextlib.suppress(PydedupError), partial.transaction():
+            job.end()
+        raise
+    with partial.transaction():
+        job.end()
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Give a complete file its name, so that it is there after a crash of the machine too."""
+    for end in _BESIDE:
+        if Path(f"{partial}{end}").exists():
+            raise ConflictError(f"{partial} is open elsewhere, so it is not complete; close it")
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copying models from one store to another, one by one, each published when it is complete.
+
+So a copy that ends early leaves whole models, and the next one goes on behind them. What arrived
+is read back and held against its hashes before it is published.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import STAGING, Adapter, ModelRow
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    CorruptStoreError,
+    DuplicateError,
+    NotFoundError,
+    PageNotFoundError,
+)
+from pydedup.formats.base import TensorEntry
+from pydedup.ingest.match import Matcher
+from pydedup.ingest.publish import Batch, publish_batch
+from pydedup.ingest.quota import check_quotas
+from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.write import MatchedTensor, StagedModel, Stager
+from pydedup.jobs import Job
+from pydedup.layout import PAGE_CAPACITY, block_places, split_places
+from pydedup.maintenance.vacuum import collect_abandoned, retire_orphans
+from pydedup.moving.arrival import check_arrival
+from pydedup.moving.known import Known, Whereabouts
+from pydedup.moving.plan import Item, aliases_of, same_model
+from pydedup.moving.progress import CopyProgress
+from pydedup.moving.resolve import NotWholeError, Resolved, Resolver, Scope
+from pydedup.moving.signatures import CarriedSegments
+from pydedup.moving.source import End, SourceModel, read_model
+from pydedup.moving.survey import Survey, look_at_target, survey
+from pydedup.signatures import Segment, read_segments
+from pydedup.types import CopiedModel, CopyReport, Progress
+
+__all__ = ["copy_models"]
+
+_ATTEMPTS = 8
+_SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
+
+
+def copy_models(
+    source: End, target: End, items: Sequence[Item], *, progress: Progress | None = None
+) -> CopyReport:
+    """Copy models as planned (plan.py); see `pydedup.Store.copy_to`.
+
+    Memory: the two pools, about 200 bytes for each page of the source, and for each block of the
+    largest model and of what models share with later ones.
+    """
+    started = time.monotonic()
+    _refuse_same_store(source.adapter, target.adapter)
+    collect_abandoned(target.adapter)
+    copier = _Copier(source, target, items, progress)
+    models = [copier.copy(item) for item in items]
+    aliases = _set_aliases(target.adapter, items)
+    return CopyReport(
+        source=source.adapter.url,
+        target=target.adapter.url,
+        models=tuple(models),
+        aliases=aliases,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _refuse_same_store(source: Adapter, target: Adapter) -> None:
+    """Raise ArgumentError when both are one store: what is written here is seen there."""
+    ours, theirs = source.meta(), target.meta()
+    if ours.get("hash_version") != theirs.get("hash_version"):
+        raise ArgumentError(
+            f"{source.url} has hashes of version {ours.get('hash_version')}, {target.url} of "
+            f"version {theirs.get('hash_version')}: export and add the models instead"
+        )
+    if ours.get("store_id") != theirs.get("store_id"):
+        return
+    job = Job(target, "copy")
+    before = {job_id for job_id, _, _, _ in source.jobs()}
+    with target.transaction():
+        job.beat()
+    try:
+        same = {job_id for job_id, _, _, _ in source.jobs()} - before
+        if same & {job_id for job_id, _, _, _ in target.jobs()}:
+            raise ArgumentError(f"{source.url} and {target.url} are one store; name another one")
+    finally:
+        with target.transaction():
+            job.end()
+
+
+def _set_aliases(target: Adapter, items: Sequence[Item]) -> int:
+    """Give the aliases that are not there yet to models that were; returns how many all have."""
+    wanted = [(item, alias) for item in items for alias in item.aliases if item.status == "there"]
+    if wanted:
+        with target.transaction():
+            ids = {(row.name, row.version): row.id for row in target.models()}
+            there = set(target.aliases())
+            for item, alias in wanted:
+                model_id = ids.get((item.row.name, item.row.version))
+                if model_id and (item.row.name, alias, model_id) not in there:
+                    target.set_alias(item.row.name, alias, model_id)
+    return sum(len(item.aliases) for item in items if item.status in ("there", "copy", "replace"))
+
+
+@dataclass(slots=True)
+class _Copy(StagedModel):
+    """A model on its way to the destination."""
+
+    item: Item
+    source: Adapter
+    tensors: list[MatchedTensor]
+    model_id: int = 0
+
+    @property
+    def address(self) -> str:
+        """``name@version``."""
+        return self.item.address
+
+    @property
+    def metadata(self) -> str:
+        """Its metadata as JSON."""
+        return self.item.row.metadata
+
+    @property
+    def logical_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return self.item.row.logical_bytes
+
+    def row(self) -> ModelRow:
+        """Return its row, as it is to be staged."""
+        return replace(self.item.row, id=0, state=STAGING)
+
+    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
+        """Yield (name, media type, payload) of what belongs to it besides tensors."""
+        for name, media_type in self.source.artifacts(self.item.row.id):
+            payload = self.source.artifact(self.item.row.id, name)
+            if payload is not None:
+                yield name, media_type, payload
+
+    @property
+    def replaces(self) -> int:
+        """The id of the model whose place it takes, 0 for none."""
+        return self.item.replaces
+
+    def created_at(self) -> float:
+        """Return when the source got it."""
+        return self.item.row.created_at
+
+    def settle(self, adapter: Adapter) -> None:
+        """Take the place of another model where that was asked for, and take the aliases."""
+        name = self.item.row.name
+        pointing = aliases_of(adapter, name)
+        moved: list[str] = []
+        if any(row.id == self.item.replaces for row in adapter.models(name=name)):
+            moved = pointing.pop(self.item.replaces, [])
+            adapter.delete_model(self.item.replaces)
+            retire_orphans(adapter)
+        taken = {alias for aliases in pointing.values() for alias in aliases}
+        if self.item.row.version in taken:
+            raise DuplicateError(
+                f"{adapter.url} has an alias {self.address} since a moment ago; start again"
+            )
+        for alias in dict.fromkeys([*moved, *self.item.aliases]):
+            adapter.set_alias(name, alias, self.model_id)
+
+
+class _Copier:
+    """Copies one model after the other."""
+
+    def __init__(
+        self, source: End, target: End, items: Sequence[Item], progress: Progress | None
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._left = [item for item in items if item.status in ("copy", "replace")]
+        self._known = Known()
+        self._there = look_at_target(target.adapter, source.adapter)
+        self._survey = self._look()
+        self._segments: list[Segment] = []
+        self._segments_of = -1
+        self._progress = CopyProgress(progress, sum(self._survey.sizes.values()))
+
+    def _look(self) -> Survey:
+        rows = [item.row for item in self._left]
+        return survey(self._source.adapter, rows, blocks=self._there.is_bare)
+
+    def copy(self, item: Item) -> CopiedModel:
+        """Copy one model, if that is to be done, and say what became of it."""
+        started = time.monotonic()
+        if item.status not in ("copy", "replace"):
+            return _nothing_done(item)
+        not_whole: set[int] = set()
+        for _ in range(_ATTEMPTS):
+            self._catch_up()
+            epochs = self._source.adapter.epoch(), self._there.epoch
+            try:
+                copied = self._attempt(item, not_whole)
+            except NotWholeError as error:
+                not_whole.update(error.page_ids)
+                continue
+            except PageNotFoundError as error:
+                self._there.epoch = -1
+                if epochs == (self._source.adapter.epoch(), self._target.adapter.epoch()):
+                    # Nobody took it away: a store is damaged.
+                    raise PageNotFoundError(self._where(item, error)) from error
+                continue
+            except CorruptStoreError as error:
+                raise CorruptStoreError(self._where(item, error)) from error
+            except NotFoundError:
+                if any(row.id == item.row.id for row in self._source.adapter.models()):
+                    raise
+                item.status = "gone"
+                copied = _nothing_done(item)
+            except DuplicateError:
+                if not self._was_copied(item):
+                    raise
+                item.status = "there"  # by somebody who copies the same at the same time
+                copied = _nothing_done(item)
+            if copied is not None:
+                self._left.remove(item)
+                return replace(copied, seconds=time.monotonic() - started)
+            self._there.epoch = -1
+        raise ConflictError(
+            f"other writers changed what {item.address} needs {_ATTEMPTS} times in a row; copy "
+            "again later"
+        )
+
+    def _catch_up(self) -> None:
+        """Look again at an end where somebody else published meanwhile."""
+        if self._target.adapter.epoch() != self._there.epoch:
+            self._look_again()
+        if self._source.adapter.epoch() != self._survey.epoch:
+            self._look_again()
+            self._survey = self._look()
+        if self._segments_of != self._survey.epoch:
+            self._segments = list(read_segments(self._source.adapter))
+            self._segments_of = self._survey.epoch
+
+    def _look_again(self) -> None:
+        """Rely on nothing but what is seen now."""
+        self._known.clear()
+        self._there = look_at_target(self._target.adapter, self._source.adapter)
+
+    def _where(self, item: Item, error: Exception) -> str:
+        return f"copying {item.address} from {self._source.adapter.url}: {error}"
+
+    def _was_copied(self, item: Item) -> bool:
+        rows = self._target.adapter.models(name=item.row.name)
+        return any(row.version == item.row.version and same_model(row, item.row) for row in rows)
+
+    def _attempt(self, item: Item, not_whole: set[int]) -> CopiedModel | None:
+        """Copy once; ``None`` when that must be done anew."""
+        source, target = self._source, self._target
+        epoch = self._there.epoch
+        model = read_model(source.adapter, item.row)
+        sizes = self._survey.sizes
+        new = [page_id for page_id in model.page_ids.tolist() if page_id not in self._known]
+        self._progress.begin(sum(sizes.get(page_id, 0) for page_id in new))
+        with Spool(_SPOOL_MEMORY_BYTES, elsewhere=source.pool) as spool:
+            matcher = Matcher(target.adapter, target.pool, spool)
+            used = self._survey.used if self._there.is_bare else {}
+            scope = Scope(self._known, self._there.twins, used, not_whole)
+            resolver = Resolver(
+                source, target, matcher, spool, model, scope, self._progress.advance
+            )
+            resolved = resolver.run()
+            spool.freeze()
+            copy = _Copy(item, source.adapter, _tensors(model, resolved.references))
+            places = np.concatenate([np.empty(0, np.int64), *resolved.places])
+            stager = Stager(
+                target.adapter,
+                [copy],
+                spool,
+                matcher,
+                self._progress.wrote,
+                kind="copy",
+                segments=CarriedSegments(source, self._segments, spool, places),
+            )
+            batch = Batch(target.adapter, target.pool, matcher, [copy], spool, stager)
+
+            matched = copy.references()
+
+            first = np.array([numbers[0] for numbers in resolved.whole], np.int64)
+            whole = split_places(places[first])[0].tolist()
+            more = sum(sizes.get(page_id, 0) for page_id in set(whole).difference(new))
+            self._progress.grow(more)
+
+            def lay_out() -> list[NDArray[np.int64]]:
+                self._progress.will_write(sum(sizes.get(page_id, 0) for page_id in whole))
+                return _lay_out(copy.references(matcher.reader), resolved, spool)
+
+            def check(layout: list[NDArray[np.int64]]) -> None:
+                check_arrival(target, stager, spool, layout, self._progress.checked)
+
+            if not spool.lists:
+                check_quotas(target.adapter, target.pool, matcher, [copy], spool, epoch)
+            layout = publish_batch(batch, lay_out, epoch, check)
+            if layout is None:
+                return None
+            self._progress.end()
+            # Publishing compares epochs, so ours is the last of what was published; but a model
+            # that was replaced may have taken pages along.
+            self._there.epoch = -1 if item.replaces else stager.epoch
+            if np.array_equal(matched, copy.references()):
+                self._remember(model, resolved, places, matcher, stager)
+            else:
+                self._there.epoch = -1  # others brought some of its blocks at the last moment
+            return _report(item, copy, resolved, layout, spool, matcher)
+
+    def _remember(
+        self,
+        model: SourceModel,
+        resolved: Resolved,
+        places: NDArray[np.int64],
+        matcher: Matcher,
+        stager: Stager,
+    ) -> None:
+        """Note where blocks are that later models need, and forget those that none does."""
+        whole = np.concatenate([np.empty(0, np.int64), *resolved.whole])
+        at, first = np.unique(np.concatenate([model.places, places[whole]]), return_index=True)
+        references = np.concatenate([resolved.references, whole])[first]
+        last = np.array(self._survey.done(model.page_ids.tolist()), np.int64)
+        later = ~np.isin(split_places(at)[0], last)
+        at, references = at[later], references[later]
+        bases = matcher.reader.bases_of(references)
+        is_delta = bases != NO_BASE
+        found = Whereabouts.nowhere(len(at))
+        found.places[:] = block_places(*stager.places(references))
+        found.costs[:] = matcher.reader.costs_of(references)
+        found.bases[is_delta] = block_places(*stager.places(bases[is_delta]))
+        found.base_costs[is_delta] = matcher.reader.costs_of(bases[is_delta])
+        self._known.note(at, found)
+        self._known.forget(last.tolist())
+
+
+def _tensors(model: SourceModel, references: NDArray[np.int64]) -> list[MatchedTensor]:
+    """Return the tensors of a model, by the references of its places."""
+    tensors = []
+    for info, block_map, digests in zip(model.tensors, model.maps, model.digests, strict=True):
+        at = np.searchsorted(model.places, block_places(block_map.page_ids, block_map.slots))
+        entry = TensorEntry(info.name, info.dtype, info.shape, info.name)
+        tensors.append(MatchedTensor(entry, block_map.grid, references[at], digests))
+    return tensors
+
+
+def _lay_out(
+    references: NDArray[np.int64], resolved: Resolved, spool: Spool
+) -> list[NDArray[np.int64]]:
+    """Return the new pages: whole ones, then all other new blocks in the order of the source."""
+    pages = list(resolved.whole)
+    rest = np.setdiff1d(references[references >= 0], np.concatenate([references[:0], *pages]))
+    ends = np.cumsum(spool.costs[rest])
+    start = 0
+    while start < len(rest):
+        before = int(ends[start - 1]) if start else 0
+        stop = int(np.searchsorted(ends, before + PAGE_CAPACITY, side="right"))
+        stop = max(stop, start + 1)
+        pages.append(rest[start:stop])
+        start = stop
+    return pages
+
+
+def _nothing_done(item: Item) -> CopiedModel:
+    return CopiedModel(item.address, item.status, item.row.logical_bytes)
+
+
+def _report(
+    item: Item,
+    copy: _Copy,
+    resolved: Resolved,
+    layout: Sequence[NDArray[np.int64]],
+    spool: Spool,
+    matcher: Matcher,
+) -> CopiedModel:
+    references = copy.references()
+    new = references[references >= 0]
+    written = np.concatenate([new[:0], *layout])
+    return CopiedModel(
+        model=item.address,
+        status="replaced" if item.replaces else "copied",
+        logical_bytes=item.row.logical_bytes,
+        stored_bytes=int(spool.lengths[written].sum()),
+        blocks=len(references),
+        shared_blocks=len(references) - len(np.unique(new)),
+        delta_blocks=int((matcher.reader.bases_of(references) != NO_BASE).sum()),
+        pages=len(layout),
+        whole_pages=len(resolved.whole),
+    )

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where blocks of the source are at the destination: what one model's copy leaves to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.layout import by_page, split_places
+from pydedup.moving.source import NO_PLACE
+
+__all__ = ["Known", "Whereabouts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Places at the destination.
+
+    Attributes
+    ----------
+    places, bases
+        Of the blocks, and of the bases of those that are deltas there; else `NO_PLACE`.
+    costs, base_costs
+        What they take on their pages.
+    """
+
+    places: NDArray[np.int64]
+    bases: NDArray[np.int64]
+    costs: NDArray[np.int64]
+    base_costs: NDArray[np.int64]
+
+    @classmethod
+    def nowhere(cls, count: int) -> Whereabouts:
+        """Return those of blocks of which nothing is known."""
+        nothing = np.full(count, NO_PLACE, np.int64)
+        return cls(nothing, nothing.copy(), np.zeros(count, np.int64), np.zeros(count, np.int64))
+
+    def take(self, rows: NDArray[np.int64]) -> Whereabouts:
+        """Return some of them."""
+        return Whereabouts(
+            self.places[rows], self.bases[rows], self.costs[rows], self.base_costs[rows]
+        )
+
+    def put(self, rows: NDArray[np.int64], others: Whereabouts) -> None:
+        """Replace some of them."""
+        self.places[rows], self.bases[rows] = others.places, others.bases
+        self.costs[rows], self.base_costs[rows] = others.costs, others.base_costs
+
+
+class Known:
+    """Whereabouts by place at the source. Memory: 40 bytes for each block that is noted."""
+
+    def __init__(self) -> None:
+        self._pages: dict[int, tuple[NDArray[np.int64], Whereabouts]] = {}
+
+    def __contains__(self, page_id: int) -> bool:
+        return page_id in self._pages
+
+    def look_up(self, places: NDArray[np.int64]) -> Whereabouts:
+        """Return where blocks at these places of the source are at the destination."""
+        found = Whereabouts.nowhere(len(places))
+        for page_id, rows in by_page(split_places(places)[0]):
+            if page_id in self._pages:
+                noted, whereabouts = self._pages[page_id]
+                entries = np.searchsorted(noted, places[rows])
+                entries = np.minimum(entries, len(noted) - 1)
+                same = noted[entries] == places[rows]
+                found.put(rows[same], whereabouts.take(entries[same]))
+        return found
+
+    def note(self, places: NDArray[np.int64], whereabouts: Whereabouts) -> None:
+        """Remember where blocks are; of one that was noted before, the newer counts."""
+        for page_id, rows in by_page(split_places(places)[0]):
+            noted, entries = places[rows], whereabouts.take(rows)
+            if page_id in self._pages:
+                before, others = self._pages[page_id]
+                old = np.flatnonzero(~np.isin(before, noted))
+                joined = np.concatenate([before[old], noted])
+                both = Whereabouts.nowhere(len(joined))
+                both.put(np.arange(len(old)), others.take(old))
+                both.put(np.arange(len(old), len(joined)), entries)
+                noted, entries = joined, both
+            order = np.argsort(noted)
+            self._pages[page_id] = noted[order], entries.take(order)
+
+    def forget(self, page_ids: Iterable[int]) -> None:
+        """Forget the blocks on pages that nobody will ask about again."""
+        for page_id in page_ids:
+            self._pages.pop(page_id, None)
+
+    def clear(self) -> None:
+        """Forget everything: another writer may have moved it."""
+        self._pages.clear()

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a copy has to do: which models, under which names, and where names are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydedup.adapter import Adapter, ModelRow
+from pydedup.catalog import Catalog
+from pydedup.errors import ArgumentError, DuplicateError
+from pydedup.names import parse_address
+
+__all__ = ["ON_CONFLICT", "Item", "aliases_of", "plan_copy", "same_model"]
+
+#: What may be done about a name that means something else at the destination.
+ON_CONFLICT = ("error", "skip", "replace")
+_SHOWN = 5
+
+
+@dataclass(slots=True)
+class Item:
+    """One model of a copy.
+
+    Attributes
+    ----------
+    row
+        As the source has it.
+    aliases
+        Those that it shall have at the destination.
+    status
+        ``"copy"``, ``"there"`` (the same model is), ``"skip"`` (another one is, and stays) or
+        ``"replace"`` (another one is, and goes).
+    replaces
+        The id of the one that goes, else 0.
+    """
+
+    row: ModelRow
+    aliases: list[str]
+    status: str = "copy"
+    replaces: int = 0
+
+    @property
+    def address(self) -> str:
+        """``name@version``."""
+        return f"{self.row.name}@{self.row.version}"
+
+
+def plan_copy(
+    source: Adapter,
+    target: Adapter | None,
+    names: Sequence[str] | None,
+    *,
+    all_versions: bool,
+    on_conflict: str,
+) -> list[Item]:
+    """Return what there is to do, in the order in which the source got the models.
+
+    Without a ``target`` nothing is in the way.
+
+    Raises
+    ------
+    NotFoundError
+        When the source has no model of one of the names.
+    DuplicateError
+        When names are taken at the destination and ``on_conflict`` is ``"error"``, or one is
+        taken that can be neither skipped nor replaced.
+    """
+    if on_conflict not in ON_CONFLICT:
+        raise ArgumentError(
+            f"on_conflict is {on_conflict!r}; choose one of: {', '.join(ON_CONFLICT)}"
+        )
+    with source.snapshot():
+        rows = _chosen(source, names, all_versions)
+        pointing = aliases_of(source)
+    items = [Item(row, sorted(pointing.get(row.id, ()))) for row in rows]
+    if target is not None:
+        with target.snapshot():
+            _settle_clashes(items, target, on_conflict)
+    return items
+
+
+def same_model(a: ModelRow, b: ModelRow) -> bool:
+    """Whether two rows of one name and version say the same of their models."""
+    return (a.digest, a.policy, a.certificate, a.metadata, a.logical_bytes) == (
+        b.digest,
+        b.policy,
+        b.certificate,
+        b.metadata,
+        b.logical_bytes,
+    )
+
+
+def aliases_of(adapter: Adapter, name: str | None = None) -> dict[int, list[str]]:
+    """Return the aliases of models, by model id."""
+    pointing: dict[int, list[str]] = {}
+    for _, alias, model_id in adapter.aliases(name):
+        pointing.setdefault(model_id, []).append(alias)
+    return pointing
+
+
+def _chosen(source: Adapter, names: Sequence[str] | None, all_versions: bool) -> list[ModelRow]:
+    if names is None:
+        return source.models()
+    catalog = Catalog(source)
+    chosen: dict[int, ModelRow] = {}
+    for name in names:
+        row = catalog.resolve(name)
+        versions = [row]
+        if all_versions:
+            if parse_address(name).selector is not None:
+                raise ArgumentError(
+                    f"{name!r} names one version; with all versions (all_versions=True, "
+                    f"--all-versions) give the name alone: {row.name}"
+                )
+            versions = source.models(name=row.name)
+        chosen.update((found.id, found) for found in versions)
+    return [chosen[model_id] for model_id in sorted(chosen)]
+
+
+def _settle_clashes(items: Sequence[Item], target: Adapter, on_conflict: str) -> None:
+    there = {(row.name, row.version): row for row in target.models()}
+    pointed = {(name, alias): model_id for name, alias, model_id in target.aliases()}
+    clashes: list[str] = []
+    for item in items:
+        row = item.row
+        other = there.get((row.name, row.version))
+        if other is not None and same_model(other, row):
+            item.status = "there"
+        elif other is not None:
+            item.status, item.replaces = on_conflict, other.id
+            clashes.append(f"{item.address} (another model)")
+        elif (row.name, row.version) in pointed:
+            item.status = "skip"
+            clashes.append(f"{item.address} (an alias)")
+            if on_conflict == "replace":
+                raise DuplicateError(
+                    f"{target.url} has an alias {item.address}, which a version cannot replace; "
+                    "delete or rename the alias there first"
+                )
+    for item in items:
+        item.aliases, refused = _free_aliases(item, there, pointed, on_conflict)
+        clashes += refused
+    if clashes and on_conflict == "error":
+        shown = ", ".join(clashes[:_SHOWN])
+        more = f" and {len(clashes) - _SHOWN} more" if len(clashes) > _SHOWN else ""
+        raise DuplicateError(
+            f"{target.url} uses these names for something else: {shown}{more}; nothing was copied. "
+            "Leave out what is taken (on_conflict='skip', --on-conflict skip) or put the copies in "
+            "its place (replace)"
+        )
+
+
+def _free_aliases(
+    item: Item,
+    there: dict[tuple[str, str], ModelRow],
+    pointed: dict[tuple[str, str], int],
+    on_conflict: str,
+) -> tuple[list[str], list[str]]:
+    """Return which aliases a model shall have, and what is said of the others."""
+    if item.status == "skip":
+        return [], []
+    name = item.row.name
+    mine = there.get((name, item.row.version))
+    free, refused = [], []
+    for alias in item.aliases:
+        taken = pointed.get((name, alias))
+        if (name, alias) in there:
+            refused.append(f"{name}@{alias} (a version)")
+            if on_conflict == "replace":
+                raise DuplicateError(
+                    f"{name}@{alias} is an alias here and a version in the destination, which an "
+                    "alias cannot replace; delete or rename the alias first"
+                )
+        elif taken is None or (mine is not None and taken == mine.id) or on_conflict == "replace":
+            free.append(alias)
+        else:
+            refused.append(f"{name}@{alias} (an alias of another version)")
+    return free, refused

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For each block of a model, where it is at the destination, or how it gets there.
+
+What an earlier model of this copy brought is known. A page that the destination has as it is,
+byte by byte, is taken for that. Into an empty store, pages of which all blocks are wanted go whole
+and unread. All other blocks are decoded, held against their hash, and looked for by it, bytes
+compared; what is new goes to the spool as it is encoded. A delta whose base the destination has,
+but as a delta, cannot stay one on it, and is matched as an add would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.errors import CorruptStoreError
+from pydedup.hashing import hash_view
+from pydedup.ingest.match import Hints, Matcher, hash_keys
+from pydedup.ingest.places import slot_entries, stack_blocks, stacked
+from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.layout import block_places, by_page, split_places
+from pydedup.moving.known import Known, Whereabouts
+from pydedup.moving.source import NO_PLACE, End, SourceModel, recorded
+from pydedup.moving.whole import WholePages
+from pydedup.policies import Lossless
+from pydedup.types import DType
+
+__all__ = ["NotWholeError", "Resolved", "Resolver", "Scope"]
+
+_PAGES_AT_ONCE = 8
+_PIECE_BYTES = 2 * 1024 * 1024
+_PIECE_BLOCKS = 128
+_LOOKUP_BLOCKS = 8192
+
+
+class NotWholeError(Exception):
+    """Pages cannot be taken whole: a base of theirs is a delta at the destination."""
+
+    def __init__(self, page_ids: NDArray[np.int64]) -> None:
+        super().__init__(f"{len(page_ids)} pages cannot be taken whole")
+        self.page_ids: list[int] = page_ids.tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What the resolving of a model may count on.
+
+    Attributes
+    ----------
+    known
+        What was brought before.
+    twins
+        Live pages of the destination by checksum, that others brought.
+    used
+        Blocks of each page of the source that some model of this copy needs; pages of which all
+        are needed go whole. Empty where the destination has other models.
+    not_whole
+        Pages that must not.
+    """
+
+    known: Known
+    twins: Mapping[bytes, int]
+    used: Mapping[int, int]
+    not_whole: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Resolved:
+    """Where the blocks of a model are or will be.
+
+    Attributes
+    ----------
+    references
+        Of each of the model's places, int64 (n,).
+    whole
+        The pages that go whole: per page, the numbers of its blocks on the spool, by slot.
+    places
+        Of all blocks on the spool by number, where they are at the source.
+    """
+
+    references: NDArray[np.int64]
+    whole: list[NDArray[np.int64]] = field(default_factory=list)
+    places: list[NDArray[np.int64]] = field(default_factory=list)
+
+
+class Resolver:
+    """Resolves the blocks of one model. ``advance`` is told how many bytes are done."""
+
+    def __init__(
+        self,
+        source: End,
+        target: End,
+        matcher: Matcher,
+        spool: Spool,
+        model: SourceModel,
+        scope: Scope,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._matcher = matcher
+        self._spool = spool
+        self._model = model
+        self._scope = scope
+        self._advance = advance
+        self._out = Resolved(np.full(len(model.places), NO_BASE, np.int64))
+
+    def run(self) -> Resolved:
+        """Resolve all blocks.
+
+        Raises
+        ------
+        NotWholeError
+            When some page must not go whole after all.
+        CorruptStoreError
+            When the source does not hold what it recorded.
+        """
+        out, model = self._out, self._model
+        known = self._scope.known.look_up(model.places)
+        self._refer(np.flatnonzero(known.places != NO_PLACE), known)
+        if self._scope.twins:
+            self._find_twins()
+        rest = np.flatnonzero(out.references == NO_BASE)
+        rows = recorded(self._source.adapter, np.unique(split_places(model.places[rest])[0]))
+        whole = WholePages(
+            self._source.adapter,
+            rows,
+            model.places,
+            model.places[out.references != NO_BASE],
+            self._scope.known,
+            self._scope.used,
+            self._scope.not_whole,
+        )
+        self._list_whole(whole, deltas=False)
+        rest = rest[~np.isin(split_places(model.places[rest])[0], list(whole.entries))]
+        digests = rows.digests[rows.at(model.places[rest])]
+        for start in range(0, len(rest), _LOOKUP_BLOCKS):
+            self._matcher.look_up(hash_keys(digests[start : start + _LOOKUP_BLOCKS]))
+        is_delta = model.bases[rest] != NO_PLACE
+        self._take(rest[~is_delta], digests[~is_delta], deltas=False)
+        self._list_whole(whole, deltas=True)
+        self._take(rest[is_delta], digests[is_delta], deltas=True)
+        self._note_costs()
+        return out
+
+    # ---- what is there already ----------------------------------------------------------------
+
+    def _refer(self, rows: NDArray[np.int64], found: Whereabouts) -> None:
+        """Refer to blocks of the destination; ``found`` has an entry for each of the model's."""
+        stored = self._matcher.stored
+        some = found.take(rows)
+        references = stored.references_at(*split_places(some.places), some.costs)
+        self._out.references[rows] = references
+        deltas = np.flatnonzero(some.bases != NO_PLACE)
+        bases = stored.references_at(*split_places(some.bases[deltas]), some.base_costs[deltas])
+        for reference, base in zip(references[deltas].tolist(), bases.tolist(), strict=True):
+            stored.set_base(reference, base)
+
+    def _find_twins(self) -> None:
+        """Refer to the blocks of pages that the destination has as they are."""
+        places = self._model.places
+        rest = np.flatnonzero(self._out.references == NO_BASE)
+        page_ids = np.unique(split_places(places[rest])[0]).tolist()
+        twins = self._scope.twins
+        pairs = [
+            (row.id, twins[row.checksum])
+            for row in (self._source.adapter.page_rows(ids=page_ids) if page_ids else ())
+            if row.checksum in twins
+        ]
+        rows_of = dict(by_page(split_places(places[rest])[0]))
+        found = Whereabouts.nowhere(len(places))
+        for start in range(0, len(pairs), _PAGES_AT_ONCE):
+            group = pairs[start : start + _PAGES_AT_ONCE]
+            for page_id, twin, page, bases in self._same_pages(group):
+                rows = rest[rows_of[page_id]]
+                slots = split_places(places[rows])[1]
+                there = np.array([slot in bases for slot in slots.tolist()], np.bool_)
+                rows, slots = rows[there], slots[there]
+                found.places[rows] = block_places(np.full(len(rows), twin, np.int64), slots)
+                found.bases[rows] = [bases[slot] for slot in slots.tolist()]
+                found.costs[rows] = codec.page_cost(page.slots["length"])[slots]
+                self._advance(page.nbytes)
+        self._refer(np.flatnonzero(found.places != NO_PLACE), found)
+
+    def _same_pages(
+        self, pairs: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int, codec.Page, dict[int, int]]]:
+        """Return those pairs of pages that are the same, and at which slots bases are whole.
+
+        Per pair also the page itself and, by slot, the place of each block's base.
+        """
+        ours = dict(self._source.adapter.read_pages([page_id for page_id, _ in pairs]))
+        theirs = dict(self._target.adapter.read_pages([twin for _, twin in pairs]))
+        bases: dict[int, dict[int, int]] = {}
+        rows = self._target.adapter.blocks_on_pages(list(theirs))
+        for row in self._matcher.with_live_bases(rows):
+            base = NO_PLACE if row.base_id is None else row.base_id
+            bases.setdefault(row.page_id, {})[row.slot] = base
+        return [
+            (page_id, twin, codec.Page(ours[page_id]), bases.get(twin, {}))
+            for page_id, twin in pairs
+            if page_id in ours and ours[page_id] == theirs.get(twin)
+        ]
+
+    # ---- pages that go whole ------------------------------------------------------------------
+
+    def _list_whole(self, whole: WholePages, *, deltas: bool) -> None:
+        """Put the blocks of whole pages on the spool's list: plain ones, or then the deltas."""
+        if not whole.entries:
+            return
+        rows = whole.rows
+        entries = np.concatenate(list(whole.entries.values()))
+        chosen = entries[(rows.bases[entries] != NO_PLACE) == deltas]
+        places = rows.places[chosen]
+        page_ids, slots = split_places(places)
+        bases = np.full(len(chosen), NO_BASE, np.int64)
+        if deltas:
+            bases = self._base_references(rows.bases[chosen])
+            wrong = self._matcher.reader.bases_of(bases) != NO_BASE
+            if wrong.any():
+                raise NotWholeError(np.unique(page_ids[wrong]))
+        numbers = self._spool.list_blocks(page_ids, slots, rows.digests[chosen], bases)
+        self._spooled(places)
+        mine = np.minimum(np.searchsorted(self._model.places, places), len(self._model.places) - 1)
+        is_mine = self._model.places[mine] == places
+        self._out.references[mine[is_mine]] = numbers[is_mine]
+        if deltas:
+            every = [rows.places[entries] for entries in whole.entries.values()]
+            self._out.whole += [self._numbers(page) for page in every]
+
+    def _numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers on the spool of blocks at these places, -1 where there is none."""
+        spooled = np.concatenate([places[:0], *self._out.places])
+        self._out.places = [spooled]
+        if not len(spooled):
+            return np.full(len(places), -1, np.int64)
+        order = np.argsort(spooled, kind="stable")
+        at = order[np.minimum(np.searchsorted(spooled, places, sorter=order), len(order) - 1)]
+        return np.where(spooled[at] == places, at, -1)
+
+    def _base_references(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return references of bases, by their places at the source."""
+        model = self._model
+        at = np.minimum(np.searchsorted(model.places, places), len(model.places) - 1)
+        references = self._out.references[at]
+        others = np.flatnonzero(model.places[at] != places)
+        if len(others):  # of deltas that come along with the model
+            references[others] = self._numbers(places[others])
+            known = others[references[others] < 0]
+            found = self._scope.known.look_up(places[known])
+            references[known] = self._matcher.stored.references_at(
+                *split_places(found.places), found.costs
+            )
+        return references
+
+    def _spooled(self, places: NDArray[np.int64]) -> None:
+        self._out.places.append(places)
+
+    # ---- blocks one by one --------------------------------------------------------------------
+
+    def _take(self, rows: NDArray[np.int64], digests: NDArray[np.uint64], *, deltas: bool) -> None:
+        """Find or spool blocks of the model, which are all deltas, or none is."""
+        page_ids, slots = split_places(self._model.places[rows])
+        bases = split_places(self._model.bases[rows]) if deltas else None
+        for at, pages, page_index, stored in self._source.pool.windows_with_bases(page_ids, bases):
+            entries = slot_entries(pages, page_index, slots[at])
+            columns = np.stack(
+                [entries[name].astype(np.int64) for name in ("dtype", "rows", "cols")]
+            )
+            kinds, kind_of = np.unique(columns, axis=1, return_inverse=True)
+            for number, (code, height, width) in enumerate(kinds.T.tolist()):
+                same = np.flatnonzero(kind_of.reshape(-1) == number)
+                dtype = DType.of_code(code)
+                step = _PIECE_BYTES // (height * width * dtype.itemsize)
+                step = max(1, min(step, _PIECE_BLOCKS))
+                for start in range(0, len(same), step):
+                    some = same[start : start + step]
+                    piece = _Piece(
+                        pages,
+                        page_index[some],
+                        slots[at[some]],
+                        entries[some],
+                        None if stored is None else _bases_of(stored, some),
+                    )
+                    self._take_piece(
+                        rows[at[some]], digests[at[some]], piece, dtype, (height, width)
+                    )
+
+    def _take_piece(
+        self,
+        rows: NDArray[np.int64],
+        digests: NDArray[np.uint64],
+        piece: _Piece,
+        dtype: DType,
+        shape: tuple[int, int],
+    ) -> None:
+        """Find or spool blocks of one kind."""
+        view = stacked(len(rows), dtype, shape)
+        every = np.arange(len(rows))
+        codec.read_blocks(
+            view, every, piece.pages, piece.page_index, piece.slots, bases=piece.bases
+        )
+        wrong = np.flatnonzero((hash_view(view) != digests).any(axis=1))
+        if len(wrong):
+            page_ids, slots = split_places(self._model.places[rows[wrong]])
+            raise CorruptStoreError(
+                f"slot {slots[0]} of page {page_ids[0]} does not hold what was recorded for it; "
+                "run verify on the store"
+            )
+        references = self._matcher.find(view, digests)
+        base_references = np.full(len(rows), NO_BASE, np.int64)
+        if piece.bases is not None:
+            base_references = self._base_references(self._model.bases[rows])
+            on_delta = self._matcher.reader.bases_of(base_references) != NO_BASE
+            again = np.flatnonzero((references == NO_BASE) & on_delta)
+            if len(again):
+                stack = stack_blocks(view, again, shape)
+                before = self._spool.count
+                # What the base is a delta on is near too.
+                near = self._matcher.reader.bases_of(base_references[again])
+                references[again] = self._matcher.match(
+                    stack,
+                    policy=Lossless(),
+                    digests=digests[again],
+                    hints=Hints(aligned=[_Given(near)]),
+                ).references
+                self._spooled(np.full(self._spool.count - before, NO_PLACE, np.int64))
+        missing = np.flatnonzero(references == NO_BASE)
+        while len(missing):
+            # Of blocks that are equal the first is kept, and the others found.
+            keys = hash_keys(digests[missing])
+            first = missing[[keys.index(key) for key in dict.fromkeys(keys)]]
+            references[first] = self._matcher.keep(
+                view,
+                first,
+                piece.encoded(first),
+                digests[first],
+                base_references[first],
+                piece.entries["base"][first].astype(np.uint64),
+            )
+            self._spooled(self._model.places[rows[first]])
+            missing = missing[references[missing] == NO_BASE]
+            if len(missing):
+                references[missing] = self._matcher.find(view, digests)[missing]
+                missing = missing[references[missing] == NO_BASE]
+        self._out.references[rows] = references
+        self._advance(int(codec.page_cost(piece.entries["length"]).sum()))
+
+    def _note_costs(self) -> None:
+        """Look up what blocks of the destination take where that is not known yet."""
+        references = self._out.references
+        bases = self._matcher.reader.bases_of(references)
+        stored = np.unique(np.concatenate([references, bases[bases != NO_BASE]]))
+        stored = stored[stored < 0]
+        for _ in self._matcher.reader.windows(stored[self._matcher.stored.costs_of(stored) == 0]):
+            pass  # they are noted on the way
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some blocks of the source on pages that are at hand."""
+
+    pages: Sequence[codec.Page]
+    page_index: NDArray[np.uint32]
+    slots: NDArray[np.uint32]
+    entries: NDArray[np.void]
+    bases: codec.StoredBases | None
+
+    def encoded(self, which: NDArray[np.int64]) -> codec.EncodedBlocks:
+        """Return some of them as they are encoded."""
+        payloads = [np.frombuffer(page.payload, np.uint8) for page in self.pages]
+        entries = self.entries[which]
+        lengths = entries["length"].astype(np.int64)
+        spans = zip(
+            self.page_index[which].tolist(),
+            entries["offset"].tolist(),
+            lengths.tolist(),
+            strict=True,
+        )
+        arena = np.concatenate(
+            [payloads[index][start : start + length] for index, start, length in spans]
+        )
+        encodings = entries["encoding"].astype(np.uint8)
+        return codec.EncodedBlocks(arena, np.cumsum(lengths) - lengths, lengths, encodings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Candidates for blocks that are known beforehand (a `pydedup.ingest.aligned.ByPosition`)."""
+
+    references: NDArray[np.int64]
+
+    def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the candidates of these blocks."""
+        return self.references[numbers]
+
+    def note(self, numbers: NDArray[np.int64], helped: NDArray[np.bool_]) -> None:
+        """Take no notice: they are asked for once."""
+
+
+def _bases_of(stored: codec.StoredBases, rows: NDArray[np.int64]) -> codec.StoredBases:
+    return codec.StoredBases(
+        stored.pages, np.asarray(stored.page_index)[rows], np.asarray(stored.slots)[rows]
+    )

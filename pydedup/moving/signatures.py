@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the source's similarity index that is about copied blocks, under their new places."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.errors import CorruptStoreError
+from pydedup.ingest.candidates import cut_pieces, index_pages, new_index
+from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.layout import block_places, split_places
+from pydedup.moving.source import NO_PLACE, End
+from pydedup.signatures import BlockKind, Segment, segment_rows
+from pydedup.similarity import L2LSH
+from pydedup.types import DType
+
+__all__ = ["CarriedSegments"]
+
+# A segment about so many times as many pages as are wanted of it is not read: after a vacuum one
+# segment may be about the whole store, and sketching the wanted pages again takes less.
+_FEW_TIMES = 8
+_PAGES_AT_ONCE = 64
+
+
+class CarriedSegments:
+    """Gives the segment of one model (a `pydedup.ingest.write.Segments`).
+
+    Parameters
+    ----------
+    source
+        Where the index is.
+    segments
+        All segments of the source.
+    spool
+        The new blocks.
+    places
+        Where each of them is at the source, `NO_PLACE` where it was made anew.
+    """
+
+    def __init__(
+        self,
+        source: End,
+        segments: Sequence[Segment],
+        spool: Spool,
+        places: NDArray[np.int64],
+    ) -> None:
+        self._source = source
+        self._segments = segments
+        self._spool = spool
+        self._places = places
+
+    def segments(
+        self,
+        number: int,
+        page_of: NDArray[np.int64],
+        slot_of: NDArray[np.uint32],
+        page_ids: list[int],
+    ) -> Iterator[tuple[int, int, bytes]]:
+        """Yield rows of ``signatures`` for what the source has indexed of the new pages.
+
+        A page is covered when all that it holds is from pages that are covered at the source; the
+        next add indexes the others.
+        """
+        written = np.flatnonzero(page_of > 0)
+        old_pages = split_places(self._places[written])[0]
+        named = np.unique(old_pages)
+        useful = [s for s in self._segments if np.isin(s.page_ids, named).any()]
+        if not useful:
+            return iter(())
+        covered = np.concatenate([segment.page_ids for segment in useful])
+        outside = (self._places[written] == NO_PLACE) | ~np.isin(old_pages, covered)
+        open_pages = np.unique(page_of[written[outside]])
+        plain = written[~outside & (self._spool.bases[written] == NO_BASE)]
+        old = self._places[plain]
+        order = np.argsort(old)
+        new = block_places(page_of[plain], slot_of[plain])[order]
+        if len(covered) <= _FEW_TIMES * len(named):
+            indexes = self._stored(useful)
+        else:
+            indexes = self._made_anew(np.intersect1d(named, covered).tolist())
+        pieces = _moved(indexes, old[order], new)
+        return segment_rows(number, np.setdiff1d(page_ids, open_pages).tolist(), pieces)
+
+    def _stored(self, segments: Sequence[Segment]) -> Iterator[L2LSH]:
+        numbers = [number for segment in segments for number in segment.rows[1:]]
+        for _, _, payload in self._source.adapter.signatures_of(numbers):
+            # What a damaged one covers is missed by searches, here as at the source.
+            with contextlib.suppress(CorruptStoreError):
+                yield L2LSH.load(payload)
+
+    def _made_anew(self, page_ids: list[int]) -> Iterator[L2LSH]:
+        for start in range(0, len(page_ids), _PAGES_AT_ONCE):
+            group = page_ids[start : start + _PAGES_AT_ONCE]
+            yield from index_pages(self._source.pool, group).values()
+
+
+def _moved(
+    indexes: Iterator[L2LSH], old: NDArray[np.int64], new: NDArray[np.int64]
+) -> Iterator[tuple[BlockKind, L2LSH]]:
+    """Yield indexes of the blocks at these ``old`` places, ascending, at their new ones."""
+    found: dict[BlockKind, L2LSH] = {}
+    for some in indexes:
+        ids = np.intersect1d(some.ids, old)
+        if len(ids):
+            kind = (DType.of(some.dtype), *some.block_shape)
+            index = found.setdefault(kind, new_index(kind))
+            index.merge(some.select(ids, new[np.searchsorted(old, ids)]))
+    for kind, index in found.items():
+        yield from cut_pieces(index, kind, index.ids, index.ids)

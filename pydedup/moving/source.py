@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model as its store has it: what is recorded of it, and where its blocks are.
+
+Of the pages themselves nothing is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter, ModelRow
+from pydedup.blocks import NO_PAGE, BlockMap
+from pydedup.catalog import StoredModel
+from pydedup.errors import CorruptStoreError
+from pydedup.layout import block_places, map_places, split_places
+from pydedup.pool import PagePool
+from pydedup.types import TensorInfo
+
+__all__ = ["NO_PLACE", "End", "Recorded", "SourceModel", "read_model", "recorded", "used_places"]
+
+#: Instead of a place: a block that is no delta has no base, or nobody knows where it is.
+NO_PLACE = -1
+_PAGES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The store at one end of a copy."""
+
+    adapter: Adapter
+    pool: PagePool
+
+
+@dataclass(frozen=True, slots=True)
+class SourceModel:
+    """A model that is to be copied.
+
+    Attributes
+    ----------
+    digests
+        Per tensor, what the blocks of its source hashed to, uint64 (n, 2).
+    places
+        Where its blocks and the bases of these are, ascending and distinct (`block_places`).
+    bases
+        The place of each one's base, `NO_PLACE` for blocks that are no deltas.
+    """
+
+    row: ModelRow
+    tensors: Sequence[TensorInfo]
+    maps: Sequence[BlockMap]
+    digests: Sequence[NDArray[np.uint64]]
+    places: NDArray[np.int64]
+    bases: NDArray[np.int64]
+
+    @property
+    def page_ids(self) -> NDArray[np.int64]:
+        """The pages that it reads, ascending."""
+        return np.unique(split_places(self.places)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a store recorded of the blocks on some pages, by ascending place."""
+
+    places: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+    bases: NDArray[np.int64]
+
+    def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which entries are of these places.
+
+        Raises CorruptStoreError when one is missing.
+        """
+        entries = np.searchsorted(self.places, places)
+        found = entries < len(self.places)
+        found[found] = self.places[entries[found]] == places[found]
+        if not found.all():
+            page_ids, slots = split_places(places[~found])
+            raise CorruptStoreError(
+                f"no distinct block is recorded for slot {slots[0]} of page {page_ids[0]}; run "
+                "verify on the store"
+            )
+        return entries
+
+
+def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
+    """Read what is recorded of a model.
+
+    Raises NotFoundError when it was removed, CorruptStoreError when it does not fit together.
+    """
+    with adapter.snapshot():
+        model = StoredModel(adapter, row)
+        maps = model.block_maps()
+        digests = [
+            _digests(b"".join(adapter.source_hashes(row.id, ordinal)), block_map, model, ordinal)
+            for ordinal, block_map in enumerate(maps)
+        ]
+    places = used_places(maps)
+    bases = np.full(len(places), NO_PLACE, np.int64)
+    for block_map in maps:
+        if block_map.bases is not None:
+            base_page_ids, base_slots = block_map.bases
+            is_delta = base_page_ids != NO_PAGE
+            own = block_places(block_map.page_ids[is_delta], block_map.slots[is_delta])
+            needed = block_places(base_page_ids[is_delta], base_slots[is_delta])
+            bases[np.searchsorted(places, own)] = needed
+    return SourceModel(row, model.tensors, maps, digests, places, bases)
+
+
+def used_places(maps: Sequence[BlockMap]) -> NDArray[np.int64]:
+    """Return the places of blocks and bases that these maps name, ascending and distinct."""
+    return np.unique(np.concatenate([np.empty(0, np.int64), *map(map_places, maps)]))
+
+
+def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:
+    """Read what is recorded of all blocks on these pages."""
+    places: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    bases: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    hashes: list[bytes] = []
+    for start in range(0, len(page_ids), _PAGES_AT_ONCE):
+        rows = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist())
+        pages: Any = np.array([row.page_id for row in rows], np.int64)
+        places.append(block_places(pages, np.array([row.slot for row in rows], np.int64)))
+        needed = [NO_PLACE if row.base_id is None else row.base_id for row in rows]
+        bases.append(np.array(needed, np.int64))
+        hashes.append(b"".join(row.hash128 for row in rows))
+    all_places = np.concatenate(places)
+    order = np.argsort(all_places)
+    digests = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2).astype(np.uint64)
+    return Recorded(all_places[order], digests[order], np.concatenate(bases)[order])
+
+
+def _digests(
+    payload: bytes, block_map: BlockMap, model: StoredModel, ordinal: int
+) -> NDArray[np.uint64]:
+    if len(payload) != 16 * block_map.grid.count:
+        raise CorruptStoreError(
+            f"{model.address}, tensor {model.tensors[ordinal].name!r}: {len(payload)} bytes of "
+            "source hashes do not fit its blocks; run verify on the store"
+        )
+    return np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64)

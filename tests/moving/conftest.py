@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A family of models as the tests of moving have it, and what must hold of a copy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies, registry
+from pydedup.adapter import LIVE, STAGING, Adapter
+from pydedup.graph import Graph, Node
+from pydedup.store import Store
+
+Model = dict[str, np.ndarray]
+
+GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w", "bias": "b"}),))
+
+
+def member(seed: int, root: int = 0) -> Model:
+    """One of a family: some rows of the table are its own, its weights are near to the others'."""
+    rng, base = np.random.default_rng(1000 + seed), np.random.default_rng(root)
+    table = base.standard_normal((12_000, 64)).astype(np.float32)
+    weights = base.standard_normal((384, 256)).astype(np.float32)
+    bias = base.standard_normal(384).astype(np.float32)
+    if seed:
+        table[rng.integers(0, 12_000, 600)] += 1
+        weights *= 1 + 1e-4 * rng.standard_normal(weights.shape).astype(np.float32)
+    return {"table": table, "w": weights, "b": bias, "step": np.array(seed, np.int64)}
+
+
+def fill(store: Store) -> None:
+    """Add models of all policies, with all that may belong to a model."""
+    store.add_many({"base@1": member(0), "near@1": member(1)}, metadata={"task": "Ω\n'\""})
+    store.add("near@2", member(2), graph=GRAPH)
+    store.add("close@1", member(3), policy=policies.Bounded(0.001))
+    store.add("exact@1", member(4), policy=policies.Exact())
+    store.add("kept@1", member(5), policy=policies.Accuracy(lambda arrays: 1.0, max_drop=0.5))
+    store.add("nothing@0", {})
+    store.add("hollow@0", {"none": np.empty((0, 3), np.float32), "one": np.array(True)})
+    store.alias("near", "prod", "1")
+    store.alias("near", "next", "2")
+
+
+@pytest.fixture
+def family() -> Callable[..., Model]:
+    """:func:`member`."""
+    return member
+
+
+@pytest.fixture
+def filled(new_store: Callable[[str], str]) -> Callable[[str], str]:
+    """Return the URL of a new store with the family in it, on the back end named."""
+
+    def make(backend: str) -> str:
+        url = new_store(backend)
+        with pydedup.open(url) as store:
+            fill(store)
+        return url
+
+    return make
+
+
+def rows_of(adapter: Adapter) -> dict[str, Any]:
+    """Return all that is recorded of models, but for ids."""
+    found: dict[str, Any] = {}
+    for row in adapter.models():
+        tensors = adapter.tensors(row.id)
+        found[f"{row.name}@{row.version}"] = (
+            [getattr(row, name) for name in row.__slots__ if name != "id"],
+            [(t.ordinal, t.name, t.dtype, t.shape, t.block_shape) for t in tensors],
+            [b"".join(adapter.source_hashes(row.id, t.ordinal)) for t in tensors],
+            [
+                (name, kind, adapter.artifact(row.id, name))
+                for name, kind in adapter.artifacts(row.id)
+            ],
+            sorted(alias for _, alias, model in adapter.aliases(row.name) if model == row.id),
+        )
+    return found
+
+
+@pytest.fixture
+def assert_same() -> Callable[..., None]:
+    """Check that models are in a store exactly as in another, and that it is sound."""
+
+    def check(source_url: str, url: str, *, names: set[str] | None = None) -> None:
+        source, target = (registry.connect(place, mode="r") for place in (source_url, url))
+        with Store(source, 64 << 20) as wanted, Store(target, 64 << 20) as found:
+            report = found.verify()
+            assert (report.errors, report.notes) == ([], [])
+            before, after = rows_of(source), rows_of(target)
+            for address in before if names is None else names:
+                assert after[address] == before[address]
+                loaded, expected = found.load(address), wanted.load(address)
+                assert list(loaded) == list(expected)
+                for name, array in expected.items():
+                    assert loaded[name].dtype == array.dtype
+                    assert loaded[name].shape == array.shape
+                    assert loaded[name].tobytes() == array.tobytes()
+            assert target.jobs() == []
+            assert target.models(state=STAGING) == []
+            assert {row.state for row in target.page_rows()} <= {LIVE}
+            for row in target.models():
+                json.loads(row.certificate)
+
+    return check

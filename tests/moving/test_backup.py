@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole stores to one file and back."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError, ConflictError, NotAStoreError, ReadOnlyError
+
+New = Callable[[str], str]
+BACKENDS = ("sqlite", "postgres", "mysql")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_there_and_back(
+    filled: New, new_store: New, tmp_path: Path, assert_same: Any, backend: str
+) -> None:
+    source_url, url, file = filled(backend), new_store(backend), tmp_path / "backup.pydedup"
+    with pydedup.open(source_url) as store:
+        store.quotas.set("task", None, "2MiB", measure="logical")
+        report = store.backup(file)
+        assert (report.copied, report.target) == (8, f"sqlite:///{file}")
+        quotas = list(store.quotas)
+    assert [path.name for path in tmp_path.glob("backup*")] == ["backup.pydedup"], "one file"
+    assert_same(source_url, str(file))
+    file.chmod(0o444)
+    with pydedup.open(url) as store:
+        assert store.restore(file).copied == 8
+        assert list(store.quotas) == quotas
+        assert store.restore(file).copied == 0, "what is there is not copied again"
+    assert_same(source_url, url)
+    assert [path.name for path in tmp_path.glob("backup*")] == ["backup.pydedup"]
+
+
+def test_a_backup_of_a_store_that_is_in_use(
+    filled: New, tmp_path: Path, family: Callable[..., Any], assert_same: Any
+) -> None:
+    source_url = filled("sqlite")
+    first, second = tmp_path / "first", tmp_path / "second"
+    with pydedup.open(source_url) as store:
+        store.backup(first)
+
+        def add(stage: str, done: int, total: int) -> None:
+            if not any(info.name == "late" for info in store.models()):
+                with pydedup.open(source_url) as other:
+                    other.add("late", family(30))
+
+        report = store.backup(second, progress=add)
+        assert "late@1" not in {model.model for model in report.models}
+        store.remove("late")
+    assert_same(source_url, str(second))
+    with pydedup.open(first) as one, pydedup.open(second) as other:
+        assert one._adapter.meta()["store_id"] != other._adapter.meta()["store_id"]
+
+
+def test_a_file_is_replaced_only_on_demand(
+    filled: New, tmp_path: Path, family: Callable[..., Any], assert_same: Any
+) -> None:
+    source_url, file = filled("sqlite"), tmp_path / "backup"
+    with pydedup.open(source_url) as store:
+        store.backup(file)
+        before = file.read_bytes()
+        store.add("late", family(30))
+        with pytest.raises(ArgumentError, match=r"exists; give the backup another name"):
+            store.backup(file)
+        assert file.read_bytes() == before
+        store.backup(file, replace=True)
+    assert_same(source_url, str(file))
+    source_file = Path(source_url.removeprefix("sqlite:///"))
+    notes = tmp_path / "notes"
+    notes.write_text("notes " * 1000)
+    link = tmp_path / "link"
+    link.symlink_to(source_file)
+    with pydedup.open(source_url) as store:
+        for where, said in [
+            (source_file, "is the store itself"),
+            (link, "is the store itself"),
+            (notes, "is no backup"),
+            (tmp_path, "is no backup"),
+            (tmp_path / "missing" / "backup", "there is no folder"),
+            (tmp_path / "what?", "cannot be the name"),
+        ]:
+            with pytest.raises(ArgumentError, match=said):
+                store.backup(where, replace=True)
+        with pydedup.open(file), pytest.raises(ArgumentError, match="is in use"):
+            store.backup(file, replace=True)
+        assert store.verify().ok
+    assert notes.read_text() == "notes " * 1000
+
+
+def test_a_backup_goes_into_an_empty_store(
+    filled: New, new_store: New, tmp_path: Path, family: Callable[..., Any]
+) -> None:
+    file = tmp_path / "backup"
+    with pydedup.open(filled("sqlite")) as store:
+        store.backup(file)
+    with pydedup.open(new_store("sqlite")) as store:
+        store.add("mine", family(0))
+        with pytest.raises(ArgumentError, match=r"has models that .* has not: mine@1;"):
+            store.restore(file)
+        with pytest.raises(NotAStoreError, match="there is no file"):
+            store.restore(tmp_path / "missing")
+        assert [info.address for info in store.models()] == ["mine@1"]
+    with pydedup.open(file, mode="r") as store, pytest.raises(ReadOnlyError):
+        store.restore(file)
+
+
+SCRIPT = """
+import sys, time
+import pydedup
+from pydedup.ingest import write
+write._PAGES_PER_TRANSACTION = 1
+count = 0
+def slowly(stage, done, total):
+    global count
+    count += 1
+    if count == int(sys.argv[3]):
+        print("now", flush=True)
+        time.sleep(60)
+with pydedup.open(sys.argv[1], mode="r") as store:
+    store.backup(sys.argv[2], progress=slowly)
+"""
+
+
+@pytest.mark.parametrize("moment", [2, 6, 12])
+def test_a_killed_backup_leaves_no_file_and_is_gone_on_with(
+    filled: New, tmp_path: Path, assert_same: Any, moment: int
+) -> None:
+    source_url, file = filled("sqlite"), tmp_path / "backup"
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", SCRIPT, source_url, str(file), str(moment)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "now\n"
+    partial = file.with_name("backup.partial")
+    with pydedup.open(source_url, mode="r") as store:
+        with pytest.raises(ConflictError, match="another backup is being written"):
+            store.backup(file)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        assert not file.exists()
+        with pydedup.open(partial, mode="r") as left:
+            there = {info.address for info in left.models()}
+        report = store.backup(file)
+        status = {model.model: model.status for model in report.models}
+    assert {address for address, what in status.items() if what == "there"} == there
+    assert bool(there) == (moment > 2)
+    assert [path.name for path in tmp_path.glob("backup*")] == ["backup"]
+    assert_same(source_url, str(file))
+
+
+def test_what_is_left_of_another_backup_is_not_used(
+    filled: New, tmp_path: Path, family: Callable[..., Any], assert_same: Any
+) -> None:
+    source_url, file = filled("sqlite"), tmp_path / "backup"
+    partial = tmp_path / "backup.partial"
+    with pydedup.open(partial) as other:
+        other.add("stranger", family(3))
+    with pydedup.open(source_url, mode="r") as store:
+        store.backup(file)
+    assert_same(source_url, str(file))
+    assert not partial.exists()
+    partial.write_text("notes " * 1000)
+    with pydedup.open(source_url, mode="r") as store, pytest.raises(NotAStoreError):
+        store.backup(tmp_path / "backup", replace=True)
+    assert partial.read_text() == "notes " * 1000
+
+
+def test_an_interrupted_backup_can_be_started_again_at_once(
+    filled: New, tmp_path: Path, assert_same: Any
+) -> None:
+    source_url, file = filled("sqlite"), tmp_path / "backup"
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pydedup.open(source_url, mode="r") as store:
+        with pytest.raises(KeyboardInterrupt):
+            store.backup(file, progress=stop)
+        assert not file.exists()
+        store.backup(file)
+    assert_same(source_url, str(file))

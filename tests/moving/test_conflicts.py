@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that are taken at the destination, and others who change things meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import registry
+from pydedup.adapter import Adapter
+from pydedup.errors import ConflictError, DuplicateError, NotFoundError, QuotaError
+from pydedup.moving.copy import copy_models
+from pydedup.moving.plan import plan_copy
+from pydedup.store import Store
+from pydedup.testing.faults import Fault, FaultyAdapter, inject
+from pydedup.types import CopyReport
+
+New = Callable[[str], str]
+BACKENDS = ("sqlite", "postgres", "mysql")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_name_that_is_taken(
+    filled: New, new_store: New, family: Callable[..., Any], assert_same: Any, backend: str
+) -> None:
+    source_url, url = filled("sqlite"), new_store(backend)
+    mine = family(20)
+    with pydedup.open(url) as store:
+        store.add("near@1", mine)
+        store.alias("near", "mine", "1")
+        store.add("alone@1", family(21))
+    with pydedup.open(source_url, mode="r") as store:
+        with pytest.raises(DuplicateError, match=r"something else: near@1 \(another model\);"):
+            store.copy_to(url)
+        with pydedup.open(url) as target:
+            assert {info.address for info in target.models()} == {"near@1", "alone@1"}
+        report = store.copy_to(url, on_conflict="skip")
+        status = {model.model: model.status for model in report.models}
+        assert status.pop("near@1") == "skip"
+        assert set(status.values()) == {"copied"}
+        with pydedup.open(url) as target:
+            assert np.array_equal(target.load("near@1")["w"], mine["w"])
+            assert target.info("near@1").info.aliases == ("mine",)
+            assert target.verify().ok
+        with pytest.raises(DuplicateError, match="near@1"):
+            store.copy_to(url, ["near@1"])
+        report = store.copy_to(url, on_conflict="replace")
+        assert {m.model: m.status for m in report.models if m.is_new} == {"near@1": "replaced"}
+        with pydedup.open(url) as target:
+            assert target.info("near@1").info.aliases == ("mine", "prod"), "who pointed there, does"
+            target.alias("near", "mine", None)
+            target.vacuum()
+    assert_same(source_url, url)
+
+
+def test_an_alias_that_is_taken(filled: New, new_store: New, family: Callable[..., Any]) -> None:
+    url = new_store("sqlite")
+    with pydedup.open(filled("sqlite")) as store:
+        store.copy_to(url, ["near"], all_versions=True)
+        store.alias("near", "prod", "2")
+        store.alias("near", "fresh", "1")
+        with pytest.raises(DuplicateError, match=r"near@prod \(an alias of another version\)"):
+            store.copy_to(url)
+        with pydedup.open(url) as target:
+            assert len(target.models()) == 2
+        store.copy_to(url, ["near"], all_versions=True, on_conflict="skip")
+        with pydedup.open(url) as target:
+            assert target.info("near@prod").info.version == "1"
+            assert target.info("near@fresh").info.version == "1"
+        store.copy_to(url, ["near"], all_versions=True, on_conflict="replace")
+        with pydedup.open(url) as target:
+            assert target.info("near@prod").info.version == "2"
+
+
+def test_an_alias_and_a_version_of_one_name(new_store: New, family: Callable[..., Any]) -> None:
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    with pydedup.open(source_url) as store:
+        store.add("m@1", family(0))
+        store.add("m@live", family(1))
+        store.alias("m", "best", "1")
+    with pydedup.open(url) as store:
+        store.add("m@best", family(2))
+        store.alias("m", "live", "best")
+    with pydedup.open(source_url) as store:
+        for how in ("error", "replace"):
+            with pytest.raises(DuplicateError, match=r"m@(live|best)"):
+                store.copy_to(url, on_conflict=how)
+        report = store.copy_to(url, on_conflict="skip")
+        assert [(m.model, m.status) for m in report.models] == [
+            ("m@1", "copied"),
+            ("m@live", "skip"),
+        ]
+    with pydedup.open(url) as store:
+        assert store.info("m@1").info.aliases == ()
+        assert store.info("m@live").info.version == "best"
+
+
+def test_another_policy_is_another_model(new_store: New, family: Callable[..., Any]) -> None:
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    with pydedup.open(url) as store:
+        store.add("m@1", family(0), policy=pydedup.policies.Exact())
+    with pydedup.open(source_url) as store:
+        store.add("m@1", family(0))
+        with pytest.raises(DuplicateError, match="m@1"):
+            store.copy_to(url)
+        (model,) = store.copy_to(url, on_conflict="replace").models
+        assert (model.status, model.stored_bytes) == ("replaced", 0)
+    with pydedup.open(url) as store:
+        assert store.info("m").certificate["policy"] == "lossless"
+        assert (store.verify().errors, store.verify().notes) == ([], [])
+
+
+def test_a_quota_holds_for_copies(filled: New, new_store: New) -> None:
+    url = new_store("sqlite")
+    with pydedup.open(url) as store:
+        store.quotas.set("task", "Ω\n'\"", "3MiB")
+    with pydedup.open(filled("sqlite"), mode="r") as source:
+        with pytest.raises(QuotaError, match="over its quota"):
+            source.copy_to(url)
+        with pydedup.open(url) as store:
+            assert [info.address for info in store.models()] == ["base@1"], "near@1 was too much"
+            store.quotas.set("task", "Ω\n'\"", "5MiB")
+        source.copy_to(url)
+
+
+# ---- others at the same time --------------------------------------------------------------------
+
+
+def copy_with(
+    source_url: str,
+    url: str,
+    faults: Callable[[FaultyAdapter], None],
+    source_faults: Callable[[FaultyAdapter], None] = lambda control: None,
+) -> CopyReport:
+    """Copy all models, with these faults at the destination, and at the source."""
+    with pydedup.open(url):
+        pass
+    target, control = inject(registry.connect(url, mode="a"))
+    source, source_control = inject(registry.connect(source_url, mode="r"))
+    with Store(source, 64 << 20) as ours, Store(target, 64 << 20) as theirs:
+        items = plan_copy(source, target, None, all_versions=False, on_conflict="error")
+        faults(control)
+        source_faults(source_control)
+        return copy_models(ours._end(), theirs._end(), items)
+
+
+def before(method: str, call: int, act: Callable[[], None]) -> Callable[[FaultyAdapter], None]:
+    """Let something happen before a call of the adapter, in another connection."""
+
+    def happen() -> None:
+        act()
+
+    return lambda control: control.add_fault(
+        Fault(method, happen, call=control.calls[method] + call)
+    )
+
+
+def blocks_and_hashes(adapter: Adapter) -> tuple[int, int]:
+    rows = adapter.blocks_on_pages([row.id for row in adapter.page_rows()])
+    return len(rows), len({row.hash128 for row in rows})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_another_adds_meanwhile_is_not_stored_twice(
+    filled: New, new_store: New, family: Callable[..., Any], assert_same: Any, backend: str
+) -> None:
+    source_url, url = filled("sqlite"), new_store(backend)
+
+    def add() -> None:
+        with pydedup.open(url) as store:
+            store.add("rival@1", family(0) | {"step": np.array(99)})
+
+    # Before the first model is published, whose pages go whole.
+    report = copy_with(source_url, url, before("transaction", 3, add))
+    assert report.copied == 8
+    assert_same(source_url, url)
+    with pydedup.open(url) as store:
+        rows, hashes = blocks_and_hashes(store._adapter)
+        assert rows == hashes
+
+
+def test_what_another_takes_away_meanwhile(
+    filled: New, new_store: New, family: Callable[..., Any], assert_same: Any
+) -> None:
+    source_url, url = filled("sqlite"), new_store("sqlite")
+    with pydedup.open(url) as store:
+        store.add("other@1", family(0))
+
+    def take() -> None:
+        with pydedup.open(url) as store:
+            store.remove("other")
+            store.vacuum()
+
+    # After base@1 was found to be all there, before it is published.
+    copy_with(source_url, url, before("insert_model", 1, lambda: None))
+    with pydedup.open(url) as store:
+        for name in {info.name for info in store.models()} - {"other"}:
+            store.remove(name, all_versions=True)
+        store.vacuum()
+    report = copy_with(source_url, url, before("transaction", 1, take))
+    assert report.copied == 8
+    assert_same(source_url, url)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_vacuum_of_the_source_meanwhile(
+    filled: New, new_store: New, assert_same: Any, backend: str
+) -> None:
+    source_url, url = filled(backend), new_store("sqlite")
+    with pydedup.open(source_url) as store:
+        store.remove("exact@1")
+        store.remove("base@1")
+
+    def vacuum() -> None:
+        with pydedup.open(source_url) as store:
+            assert store.vacuum().repacked_pages > 0
+
+    copy_with(source_url, url, lambda control: None, before("read_pages", 3, vacuum))
+    assert_same(source_url, url)
+
+
+def test_a_model_that_is_removed_meanwhile(filled: New, new_store: New, assert_same: Any) -> None:
+    source_url, url = filled("sqlite"), new_store("sqlite")
+
+    def remove() -> None:
+        with pydedup.open(source_url) as store:
+            store.remove("exact@1")
+
+    report = copy_with(source_url, url, before("insert_model", 2, remove))
+    status = {model.model: model.status for model in report.models}
+    assert status.pop("exact@1") == "gone"
+    assert set(status.values()) == {"copied"}
+    assert_same(source_url, url)
+
+
+def test_two_copies_at_once(filled: New, new_store: New, assert_same: Any) -> None:
+    source_url, url = filled("sqlite"), new_store("sqlite")
+
+    def copy() -> None:
+        with pydedup.open(source_url, mode="r") as store:
+            store.copy_to(url, ["base", "near@1"])
+
+    report = copy_with(source_url, url, before("transaction", 1, copy))
+    status = {model.model: model.status for model in report.models}
+    assert (status.pop("base@1"), status.pop("near@1")) == ("there", "there")
+    assert set(status.values()) == {"copied"}
+    assert_same(source_url, url)
+
+
+def test_others_who_never_stop(filled: New, new_store: New, family: Callable[..., Any]) -> None:
+    source_url, url = filled("sqlite"), new_store("sqlite")
+    count = [0]
+
+    def disturb() -> None:
+        with pydedup.open(url) as store:
+            if store.models():
+                store.remove("rival", all_versions=True)
+                store.vacuum()
+            count[0] += 1
+            store.add("rival", family(0))
+
+    def always(control: FaultyAdapter) -> None:
+        control.add_fault(Fault("bump_epoch", lambda: None, call=0))
+        control.add_fault(Fault("insert_model", lambda: None, call=0))
+        control.add_fault(Fault("checkpoint", lambda: None, call=0))
+
+    copy_with(source_url, url, always)
+    with pydedup.open(url) as store:
+        for name in {info.name for info in store.models()}:
+            store.remove(name, all_versions=True)
+        store.vacuum()
+
+    def between(control: FaultyAdapter) -> None:
+        # Each time that it looks where blocks are, before anything is staged.
+        control.add_fault(Fault("find_blocks", disturb, call=0, after=True))
+        control.add_fault(Fault("read_pages", disturb, call=0, after=True))
+
+    with pydedup.open(url) as store:
+        store.add("rival", family(0))
+    with pytest.raises((ConflictError, DuplicateError)):
+        copy_with(source_url, url, between)
+    assert count[0] >= 8
+    with pydedup.open(url) as store:
+        store.vacuum()
+        assert (store.verify().errors, store.verify().notes) == ([], [])
+
+
+def test_a_removed_model_that_was_named(filled: New, new_store: New) -> None:
+    with pydedup.open(filled("sqlite")) as store:
+        store.remove("exact")
+        with pytest.raises(NotFoundError, match="exact"):
+            store.copy_to(new_store("sqlite"), ["exact"])
