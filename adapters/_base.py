@@ -23,7 +23,7 @@ from pydedup.errors import (
 
 from ._schema import TABLES, Dialect, create_statements
 from ._sessions import READ, WRITE, Session, SessionPool
-from ._sql import Statements, batches
+from ._sql import MAX_MEMBERS, Statements, batches
 
 __all__ = ["DbApiBase", "KeyTakenError", "Row", "check_state", "fetch_all", "text"]
 
@@ -173,10 +173,13 @@ class DbApiBase(abc.ABC):
         with self._writer() as session:
             return self._run(session, sql, parameters, _returned if returning else _last_id)
 
-    def _members(self, values: Sequence[T], reserved: int = 0) -> Iterator[Sequence[T]]:
-        """Yield pieces of distinct values, ascending, each within the limit on parameters."""
-        limit = self.capabilities.max_parameters - reserved
-        return batches(sorted(set(values)), limit)
+    def _members(self, values: Sequence[T], reserved: int = 0) -> Iterator[Sequence[Any]]:
+        """Yield parameters for pieces of distinct values, ascending."""
+        distinct = sorted(set(values))
+        if self._sql.dialect.arrays:
+            starts = range(0, len(distinct), MAX_MEMBERS)
+            return ([distinct[start : start + MAX_MEMBERS]] for start in starts)
+        return batches(distinct, self.capabilities.max_parameters - reserved)
 
     def _refuse_when_read_only(self) -> None:
         if self._read_only:

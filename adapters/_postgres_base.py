@@ -49,6 +49,7 @@ def dialect_of(schema: str) -> Dialect:
         begin_snapshot=("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1"),
         lock_schema=(f"SELECT pg_advisory_xact_lock({CREATING})",),
         placeholder="%b",  # everything goes in binary
+        arrays=True,  # texts with thousands of placeholders cost psycopg more than the query
         qualifier=f'"{schema}".',
         prefix="",
         increment="CAST(CAST(value AS BIGINT) + 1 AS TEXT)",

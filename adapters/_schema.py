@@ -36,6 +36,8 @@ class Dialect:
     #: where beginning to write is not enough.
     lock_schema: tuple[str, ...] = ()
     placeholder: str = "?"
+    #: Whether a list of values is one parameter, ``= ANY(...)``, and not one each in ``IN (...)``.
+    arrays: bool = False
     quote: str = '"'
     #: ``'"some_schema".'`` where stores live in a schema of their own (then ``prefix`` is empty).
     qualifier: str = ""

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 MODEL_COLUMNS: Final = TABLES["models"].names
 
-#: Most values in one ``IN (...)``: more would make texts that cost more to parse than to run.
+#: Most values in one list: more would make texts that cost more to parse than to run.
 MAX_MEMBERS: Final = 8192
 
 
@@ -169,7 +169,9 @@ class Statements:
         return f"{self.insert(table)} {clause}"
 
     def members(self, count: int) -> str:
-        """Return ``IN (...)`` for that many values."""
+        """Return ``IN (...)`` for that many values, or what takes the one list of them."""
+        if self.dialect.arrays:
+            return f"= ANY({self.dialect.placeholder})"
         return f"IN ({', '.join([self.dialect.placeholder] * count)})"
 
     # ---- statements whose shape depends on the call -------------------------------------------

@@ -180,9 +180,9 @@ class Matcher:
         """Ask the store about hashes that it was not asked about before."""
         unknown = [key for key in dict.fromkeys(keys) if key not in self._asked]
         self._asked.update(unknown)
-        for row in self.with_live_bases(self._adapter.find_blocks(unknown)):
+        rows = self.with_live_bases(self._adapter.find_blocks(unknown))
+        for row, reference in zip(rows, self.stored.references(rows), strict=True):
             found = self._known.setdefault(row.hash128, [])
-            reference = self.stored.reference(row)
             if reference not in found:
                 # Stored blocks first: sharing with the store beats sharing within the batch.
                 found.insert(0, reference)

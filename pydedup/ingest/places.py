@@ -39,21 +39,20 @@ class StoredTable:
         self.dtypes: list[int] = []
         self._number: dict[int, int] = {}  # by place
 
-    def reference(self, row: BlockRow) -> int:
-        """Return the (negative) reference of a stored block, and make one of its base."""
-        number = self.reference_at(row.page_id, row.slot)
-        if row.base_id is not None:
-            (base,) = self._references([row.base_id], 0).tolist()
-            self.set_base(number, base)
-        return number
+    def references(self, rows: Sequence[BlockRow]) -> list[int]:
+        """Return the (negative) references of stored blocks, and make those of their bases."""
+        page_ids = np.array([row.page_id for row in rows], np.int64)
+        slots = np.array([row.slot for row in rows], np.uint32)
+        references: list[int] = self.references_at(page_ids, slots).tolist()
+        deltas = [(n, row.base_id) for n, row in enumerate(rows) if row.base_id is not None]
+        bases = self._references([base for _, base in deltas], 0).tolist()
+        for (n, _), base in zip(deltas, bases, strict=True):
+            self.set_base(references[n], base)
+        return references
 
     def set_base(self, reference: int, base: int) -> None:
         """Say that a block is a delta of another."""
         self.bases[-reference - 1] = base
-
-    def reference_at(self, page_id: int, slot: int) -> int:
-        """Return the (negative) reference of the block at a place."""
-        return int(self.references_at(np.array([page_id]), np.array([slot], np.uint32))[0])
 
     def references_at(
         self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32], costs: ArrayLike = 0

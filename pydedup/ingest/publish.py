@@ -118,7 +118,7 @@ def _match_again(
         (stored,) = pool.pages([row.page_id])
         for number in number_of[row.hash128]:
             if codec.same_block(*spool.block(number), stored, row.slot):
-                moved[number] = matcher.stored.reference(row)
+                (moved[number],) = matcher.stored.references([row])
                 cost = codec.page_cost(stored.slots["length"])[row.slot]
                 matcher.stored.costs[-int(moved[number]) - 1] = int(cost)
     if np.array_equal(moved, np.arange(spool.count)):
