@@ -342,7 +342,7 @@ class PagePool:
 
     def _load(self, ids: list[int]) -> dict[int, Page]:
         pages: dict[int, Page] = {}
-        for number, payload in self._fetch(ids):
+        for number, payload in self._fetched(ids):
             self._largest = max(self._largest, len(payload))
             try:
                 pages[number] = self._core.insert(number, payload)
@@ -356,6 +356,16 @@ class PagePool:
                 "if this stays so after reopening the store, run verify on it"
             )
         return pages
+
+    def _fetched(self, ids: list[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield pages; where the database itself says that one is damaged, find out which."""
+        try:
+            yield from self._fetch(ids)
+        except CorruptStoreError as exc:
+            if len(ids) == 1:
+                raise self.damaged(ids[0], exc) from exc
+            for number in ids:
+                yield from self._fetched([number])
 
 
 class _Gate:

@@ -106,6 +106,12 @@ def _print_repair(repair: RepairReport, source: str) -> None:
             f"{', '.join(missing.models)}",
             "red",
         )
+    for page_id in repair.undeleted_pages:
+        output.print_note(
+            f"note: page {page_id} is not used any more, but the database cannot delete it, being "
+            "damaged itself; see docs/faults.md",
+            "yellow",
+        )
     if repair.missing:
         output.print_note("another store or file may have them: run it again with that", "dim")
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from pydedup import codec
 from pydedup.adapter import Adapter
-from pydedup.errors import PydedupError
+from pydedup.errors import CorruptStoreError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import PAGE_CAPACITY, block_places, split_places
 from pydedup.maintenance.blocks_from import (
@@ -68,6 +68,8 @@ class RepairReport:
         Pages that these were written to.
     missing
         What was found nowhere; these pages are as damaged as before.
+    undeleted_pages
+        Pages that nobody uses any more, and that the database is too damaged to delete.
     """
 
     damaged_pages: int = 0
@@ -76,6 +78,7 @@ class RepairReport:
     found_blocks: int = 0
     new_pages: int = 0
     missing: tuple[MissingBlocks, ...] = ()
+    undeleted_pages: tuple[int, ...] = ()
 
 
 def repair(
@@ -110,16 +113,16 @@ def repair(
             deltas.update(found.dependents.get(base, {}))
         work.restore(deltas, found.block_shapes)
         left = relocate(adapter, pool, work.moves, damaged, job)
-        unused = sorted(set(work.new_pages) - left.used)
-        job.discard([*unused, *sorted(set(damaged) - left.missing.keys())])
     except BaseException:
         # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
         with contextlib.suppress(PydedupError):
             job.discard(work.new_pages)
         raise
+    unused = sorted(set(work.new_pages) - left.used)
+    replaced = sorted(set(damaged) - left.missing.keys())
     return RepairReport(
         damaged_pages=len(damaged),
-        replaced_pages=len(set(damaged) - left.missing.keys()),
+        replaced_pages=len(replaced),
         kept_blocks=work.kept,
         found_blocks=work.found,
         new_pages=len(work.new_pages) - len(unused),
@@ -127,7 +130,19 @@ def repair(
             MissingBlocks(page_id, len(places), tuple(sorted(set().union(*places.values()))))
             for page_id, places in sorted(left.missing.items())
         ),
+        undeleted_pages=_deleted(job, [*unused, *replaced]),
     )
+
+
+def _deleted(job: Job, page_ids: Sequence[int]) -> tuple[int, ...]:
+    """Delete pages that nobody uses; returns those that the database refuses to delete."""
+    refused = []
+    for page_id in page_ids:
+        try:
+            job.discard([page_id])
+        except CorruptStoreError:
+            refused.append(page_id)
+    return tuple(refused)
 
 
 class _Repair:
@@ -228,7 +243,10 @@ class _Repair:
 
     def _payload(self, page_id: int) -> bytes:
         """Return the bytes of a page, whatever they are; none of one that is not there."""
-        return next((payload for _, payload in self._adapter.read_pages([page_id])), b"")
+        try:
+            return next((payload for _, payload in self._adapter.read_pages([page_id])), b"")
+        except CorruptStoreError:  # the database has checksums of its own
+            return b""
 
     def _put(self, place: int, encoded: EncodedBlock, block: Lost) -> None:
         """Add a block to the page that is being filled."""

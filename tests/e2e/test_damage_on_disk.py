@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bit that flips in a file of the database, while nobody looks, and not only in what it returns.
+
+PostgreSQL notices with a checksum of its own and refuses to read the page, or to delete it; MariaDB
+returns a part of it; SQLite returns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies
+from pydedup.errors import CorruptStoreError
+from pydedup.testing.servers import MariadbServer, PostgresServer
+
+#: Bytes of a page that are looked for in the files, from where on, and how far on next.
+SOUGHT, FIRST, STEP = 100, 300_000, 5000
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store whose files can be changed while its database sleeps."""
+
+    url: str
+    files: Callable[[], Iterator[Path]]
+    sleep: Callable[[], None]
+    wake: Callable[[], None]
+
+
+@pytest.fixture(params=["sqlite", "postgres", "mysql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "sqlite":
+        path = tmp_path / "store.db"
+        return Place(f"sqlite:///{path}", lambda: iter([path]), lambda: None, lambda: None)
+    if request.param == "postgres":
+        postgres: PostgresServer = request.getfixturevalue("own_postgres")
+        return Place(
+            postgres.new_place(),
+            lambda: (path for path in (postgres.folder / "base").rglob("*") if path.is_file()),
+            lambda: postgres._control("stop", "-m", "fast"),
+            postgres.start,
+        )
+    mysql: MariadbServer = request.getfixturevalue("own_mysql")
+    url = mysql.new_place()
+    name = url.partition("?")[0].rpartition("/")[2]
+    return Place(url, lambda: (mysql.folder / name).glob("*.ibd"), mysql.stop, mysql.start)
+
+
+def flip_on_disk(place: Place, payload: bytes) -> None:
+    """Flip a bit of a page in the file that it is in."""
+    place.sleep()
+    try:
+        for path in place.files():
+            content = path.read_bytes()
+            for start in range(FIRST, len(payload), STEP):
+                at = content.find(payload[start : start + SOUGHT])
+                if at >= 0:
+                    with path.open("r+b") as file:
+                        file.seek(at)
+                        file.write(bytes([content[at] ^ 1]))
+                    return
+        raise AssertionError("the page is in no file")
+    finally:
+        place.wake()
+
+
+def test_a_bit_that_flips_on_disk(place: Place, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    models = {name: {"w": rng.standard_normal((600, 200))} for name in ("mine", "theirs")}
+    healthy = f"sqlite:///{tmp_path}/healthy.db"
+    for url in (healthy, place.url):
+        with pydedup.open(url) as store:
+            for name, model in models.items():
+                store.add(name, model, policy=policies.Exact())
+            page_id = store._adapter.model_pages(store.info("mine").info.id)[0][1]
+            ((_, payload),) = store._adapter.read_pages([page_id])
+    flip_on_disk(place, payload)
+
+    with pydedup.open(place.url) as store:
+        with pytest.raises(CorruptStoreError, match=f"page {page_id}: .*read by mine@1"):
+            store.load("mine")
+        assert np.array_equal(store.load("theirs")["w"], models["theirs"]["w"])
+        assert store.verify().damaged_pages == {page_id: ["mine@1"]}
+        report = store.verify(repair_from=healthy)
+        assert report.ok
+        assert report.repair is not None
+        assert report.repair.missing == ()
+        for name, model in models.items():
+            assert np.array_equal(store.load(name)["w"], model["w"])
+        if report.repair.undeleted_pages:
+            assert report.repair.undeleted_pages == (page_id,)
+            assert "postgres" in place.url
+            delete_as_documented(place.url, page_id)
+        store.vacuum()
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+        for name, model in models.items():
+            assert np.array_equal(store.load(name)["w"], model["w"])
+
+
+def delete_as_documented(url: str, page_id: int) -> None:
+    """Run what docs/faults.md tells a superuser."""
+    import psycopg
+
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
+    server, _, schema = url.partition("schema=")
+    with psycopg.connect(server.rstrip("?&"), autocommit=True) as connection:
+        statements = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+        assert len(statements) == 3
+        for statement in statements:
+            sql = statement.replace("pydedup.", f"{schema}.").replace("= 3;", f"= {page_id};")
+            connection.execute(sql)  # type: ignore[call-overload]
