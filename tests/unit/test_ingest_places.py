@@ -65,7 +65,11 @@ def test_a_place_has_one_reference() -> None:
     table = StoredTable()
     pages, slots = np.array([5, 3, 5, 5]), np.array([0, 0, 1, 0], np.uint32)
     references = table.references_at(pages, slots)
-    assert references[0] == references[3] == table.reference_at(5, 0)
+    assert (
+        references[0]
+        == references[3]
+        == table.references_at(np.array([5]), np.array([0], np.uint32))[0]
+    )
     assert len(set(references.tolist())) == 3
     back = table.places(references)
     np.testing.assert_array_equal(back[0], pages)
