@@ -601,7 +601,7 @@ class Store:
 
     def _of_damaged(self, page_id: int) -> str:
         """Say for an error who reads a damaged page, and what to do."""
-        advice = "; run verify --repair-from with another store, a backup or the model's file"
+        advice = "; verify --repair-from restores it from another store, a backup or a model's file"
         try:
             readers = page_readers(self._adapter).get(page_id)
         except PydedupError:

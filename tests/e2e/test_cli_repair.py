@@ -65,7 +65,7 @@ def test_damage_is_repaired(
     told = run("export", store_url, "second", tmp_path / "back.npz")
     assert (told.returncode, told.stdout) == (4, "")
     assert f"pydedup: error: page {pages[0]}: " in told.stderr
-    assert "read by first@1, second@1; run verify --repair-from" in told.stderr
+    assert "read by first@1, second@1; verify --repair-from" in told.stderr
     found = run("verify", store_url)
     assert found.returncode == 1
     assert f"damaged: page {pages[0]}: corrupt page: its bytes do not match" in found.stdout

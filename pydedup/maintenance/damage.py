@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a verification reports, and which pages it found damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from pydedup.adapter import LIVE, Adapter
+from pydedup.catalog import listed
+from pydedup.errors import CorruptStoreError
+from pydedup.maintenance.repair import RepairReport
+from pydedup.pool import PagePool
+
+__all__ = ["Damage", "VerifyReport", "unreadable_pages"]
+
+_MAX_ERRORS = 100
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What a verification looked at and what it found.
+
+    ``errors`` are damage, ``broken_promises`` metrics below what a certificate says; ``notes`` are
+    harmless leftovers that a vacuum removes. ``damaged_pages`` has the pages that cannot be read,
+    or do not hold what was recorded, each with the models that read it; all others are served.
+    """
+
+    pages: int = 0
+    blocks: int = 0
+    models: int = 0
+    page_bytes: int = 0
+    errors: list[str] = field(default_factory=list)
+    damaged_pages: dict[int, list[str]] = field(default_factory=dict)
+    broken_promises: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    repair: RepairReport | None = None
+    """What was restored before this verification, where it was asked for."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged, and each promise that was checked is kept."""
+        return not self.errors and not self.broken_promises
+
+    def add_error(self, text: str) -> None:
+        """Record damage; a hopeless store stops the list at some point."""
+        if len(self.errors) < _MAX_ERRORS:
+            self.errors.append(text)
+
+
+class Damage:
+    """Takes down which pages are damaged, with the models that read them."""
+
+    def __init__(
+        self,
+        report: VerifyReport,
+        readers: Mapping[int, list[str]],
+        live: Collection[int],
+        pool: PagePool,
+    ) -> None:
+        self._report = report
+        self._readers = readers
+        self._live = live
+        self._pool = pool
+        self._can_read: dict[int, bool] = {}
+
+    def note(self, page_id: int, text: str) -> None:
+        """Record damage of a page; its readers are named once."""
+        readers = self._readers.get(page_id, [])
+        if page_id not in self._report.damaged_pages:
+            text += f"; read by {listed(readers)}" if readers else "; no model reads it"
+        self._report.damaged_pages[page_id] = readers
+        self._report.add_error(f"page {page_id}{text}")
+
+    def note_missing(self, adapter: Adapter) -> None:
+        """Record pages that models read and that are not among the live ones."""
+        missing = sorted(self._readers.keys() - set(self._live))
+        states = {row.id: row.state for row in adapter.page_rows(ids=missing)} if missing else {}
+        for page_id in missing:
+            state = states.get(page_id)
+            self.note(page_id, ": it is missing" + (f", being {state}" if state else ""))
+
+    def note_unreadable(self, page_id: int, said: str) -> None:
+        """Record a page that the database refuses to read."""
+        self.note(page_id, f": {said}")
+        self._can_read[page_id] = False
+
+    def can_read(self, page_id: int) -> bool:
+        """Whether a page is live and parses."""
+        if page_id not in self._can_read:
+            try:
+                is_there = page_id in self._live and bool(self._pool.pages([page_id]))
+                self._can_read[page_id] = is_there
+            except CorruptStoreError:
+                self._can_read[page_id] = False
+        return self._can_read[page_id]
+
+
+def unreadable_pages(adapter: Adapter) -> dict[int, str]:
+    """Return the live pages that the database itself refuses to read, and what it says."""
+    found: dict[int, str] = {}
+    for row in adapter.page_rows(state=LIVE):
+        try:
+            for _ in adapter.read_pages([row.id]):
+                pass
+        except CorruptStoreError as exc:
+            found[row.id] = str(exc)
+    return found
