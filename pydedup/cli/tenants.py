@@ -86,7 +86,10 @@ def _change(
         output.print_note(f"{changed} has no quota any more (it was {text.size(changed.bytes)})")
     else:
         who = f"each {key} without a quota of its own" if value is None else str(changed)
-        output.print_note(f"{who} may take {text.size(changed.bytes)} ({changed.measure})")
+        output.print_note(
+            f"{who} may take {text.size(changed.bytes)} ({text.plural(changed.bytes, 'byte')}), "
+            f"{changed.measure}"
+        )
         if used is not None and used > changed.bytes:
             output.print_note(
                 f"it takes {text.size(used)} already: adds to it are refused until it takes less",

@@ -68,7 +68,7 @@ def test_a_tenant_with_a_quota(folder: Path, store_url: str) -> None:
 
     assert "no quota" in succeed("quota", url)
     said = succeed("quota", url, "tenant=acme", "100kB")
-    assert said == "tenant=acme may take 97.7 KiB (marginal)\n"
+    assert said == "tenant=acme may take 97.7 KiB (100,000 bytes), marginal\n"
     listed = document("quota", url)["quotas"]
     assert listed == [
         {
@@ -98,7 +98,10 @@ def test_each_other_value(folder: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/models.db"
     succeed("add", url, "a", folder / "a.npz", "--metadata", "tenant=acme", "-q")
     said = succeed("quota", url, "tenant", "200kB", "--measure", "logical")
-    assert said == "each tenant without a quota of its own may take 195.3 KiB (logical)\n"
+    assert (
+        said
+        == "each tenant without a quota of its own may take 195.3 KiB (200,000 bytes), logical\n"
+    )
     ((quota,),) = [document("quota", url, "tenant=acme")["quotas"]]
     assert (quota["value"], quota["used_bytes"]) == (None, 512 * 64 * 4)
     assert document("quota", url, "tenant")["quotas"][0]["used_bytes"] is None
