@@ -61,6 +61,9 @@ __all__ = ["ModelInput", "Store", "open"]
 # Part of the memory budget that is not the pool's: buffers of adds and of kernels.
 _SCRATCH_BYTES = 48 * 1024 * 1024
 
+# Budget of the store at the other end of a backup, where only bases and what is compared is read.
+_OTHER_END_BYTES = 128 * 1024 * 1024
+
 #: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
 ModelInput = Any
 
@@ -630,5 +633,5 @@ class Store:
 @contextlib.contextmanager
 def _opened(url: str, mode: str) -> Iterator[End]:
     """Open the store at the other end of a backup."""
-    with open(url, mode=mode) as store:
+    with open(url, mode=mode, memory=_OTHER_END_BYTES) as store:
         yield store._end()

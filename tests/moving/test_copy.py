@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
+import psycopg
 import pytest
 
 import pydedup
@@ -199,18 +201,39 @@ def test_hostile_names_arrive(
     assert_same(source_url, url)
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in GOLDEN.glob("store_v*.db.gz")))
+def golden(kind: str, url: str, run: Callable[..., object]) -> None:
+    """Put the golden store that an earlier version wrote into an empty place."""
+    (file,) = GOLDEN.glob(f"store_v1.{kind}.gz")
+    content = gzip.decompress(file.read_bytes())
+    if kind == "db":
+        Path(url.removeprefix("sqlite:///")).write_bytes(content)
+    elif kind == "mysql.sql":
+        run(url, *(part for part in content.decode().split(";\n") if part.strip()))
+    else:
+        parts = urlsplit(url)
+        schema = dict(parse_qsl(parts.query))["schema"]
+        with psycopg.connect(url.replace(f"schema={schema}", "").rstrip("?&")) as connection:
+            connection.execute(content.replace(b"pydedup_golden", schema.encode()))
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"), [("sqlite", "db"), ("postgres", "postgres.sql"), ("mysql", "mysql.sql")]
+)
 @pytest.mark.parametrize("target", BACKENDS)
 def test_a_store_of_an_earlier_version_is_copied(
-    new_store: New, tmp_path: Path, assert_same: Callable[..., None], target: str, file: str
+    new_store: New,
+    mysql_run: Callable[..., object],
+    assert_same: Callable[..., None],
+    source: str,
+    kind: str,
+    target: str,
 ) -> None:
-    path = tmp_path / "golden.db"
-    path.write_bytes(gzip.decompress((GOLDEN / file).read_bytes()))
-    url = new_store(target)
-    with pydedup.open(path, mode="r") as store:
+    source_url, url = new_store(source), new_store(target)
+    golden(kind, source_url, mysql_run)
+    with pydedup.open(source_url, mode="r") as store:
         store.copy_to(url)
-    assert_same(str(path), url)
-    assert checksums(url) == checksums(str(path))
+    assert_same(source_url, url)
+    assert checksums(url) == checksums(source_url)
 
 
 def segments(store: Store) -> set[tuple[bytes, int]]:
