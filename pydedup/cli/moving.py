@@ -36,7 +36,7 @@ _REMARKS = {
     "skip": "left out: its name is taken",
     "gone": "left out: removed meanwhile",
 }
-#: A longer table says of models that were there only how many they were.
+#: Of more models than these, only those are shown that something is to be said about.
 _MOST_ROWS = 20
 
 
@@ -138,7 +138,7 @@ def _print(report: CopyReport, done: str, as_json: bool) -> None:
     said = f"{done} {text.plural(len(new), 'model')}"
     if new:
         weights = text.size(sum(model.logical_bytes for model in new))
-        said += f": {weights} of weights, {text.size(report.stored_bytes)} new"
+        said += f": {weights} of weights, {text.size(report.stored_bytes)} written"
     there = sum(model.status == "there" for model in report.models)
     if there:
         said += f"; {text.plural(there, 'model')} {'was' if there == 1 else 'were'} there"
@@ -148,10 +148,10 @@ def _print(report: CopyReport, done: str, as_json: bool) -> None:
 
 
 def _rows_to_show(models: Sequence[CopiedModel]) -> list[CopiedModel]:
-    """Return all models, or of many only those that something was done about."""
+    """Return all models, or of many only those that were not simply copied, or there."""
     if len(models) <= _MOST_ROWS:
         return list(models)
-    return [model for model in models if model.status != "there"]
+    return [model for model in models if model.status not in ("copied", "there")]
 
 
 def _row(model: CopiedModel) -> list[str]:

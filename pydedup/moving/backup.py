@@ -86,7 +86,7 @@ def restore_store(
         if strangers:
             more = ", ..." if len(strangers) > _SHOWN else ""
             raise ArgumentError(
-                f"{target.adapter.url} has models that {os.fspath(path)!r} has not: "
+                f"{target.adapter.url} has other models than {os.fspath(path)!r}: "
                 f"{', '.join(strangers[:_SHOWN])}{more}; a backup is restored into an empty store "
                 "(copy adds its models to others)"
             )

@@ -146,8 +146,7 @@ def _settle_clashes(items: Sequence[Item], target: Adapter, on_conflict: str) ->
         more = f" and {len(clashes) - _SHOWN} more" if len(clashes) > _SHOWN else ""
         raise DuplicateError(
             f"{target.url} uses these names for something else: {shown}{more}; nothing was copied. "
-            "Leave out what is taken (on_conflict='skip', --on-conflict skip) or put the copies in "
-            "its place (replace)"
+            "on_conflict (--on-conflict) says whether to skip what is taken or to replace it"
         )
 
 

@@ -104,7 +104,7 @@ def test_a_backup_goes_into_an_empty_store(
         store.backup(file)
     with pydedup.open(new_store("sqlite")) as store:
         store.add("mine", family(0))
-        with pytest.raises(ArgumentError, match=r"has models that .* has not: mine@1;"):
+        with pytest.raises(ArgumentError, match=r"has other models than .*: mine@1;"):
             store.restore(file)
         with pytest.raises(NotAStoreError, match="there is no file"):
             store.restore(tmp_path / "missing")
