@@ -5,64 +5,43 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup import codec, config, registry
-from pydedup.adapter import SCHEMA_VERSION, Adapter
-from pydedup.catalog import Catalog, StoredModel, listed, page_readers
+from pydedup import config
+from pydedup.adapter import Adapter
+from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import (
     ArgumentError,
-    NotAStoreError,
     NotFoundError,
-    PydedupError,
-    ReadOnlyError,
-    SchemaVersionError,
 )
 from pydedup.formats.base import Artifact, TensorEntry
 from pydedup.formats.registry import open_source, write_model
 from pydedup.graph import Graph
-from pydedup.hashing import HASH_VERSION
 from pydedup.ingest.add import add_models
 from pydedup.ingest.plan import Request, plan_address
-from pydedup.jobs import LEASE_SECONDS
 from pydedup.maintenance import versions
-from pydedup.maintenance.blocks_from import block_source
-from pydedup.maintenance.recheck import Evaluate, recheck
-from pydedup.maintenance.repair import repair
-from pydedup.maintenance.vacuum import VacuumReport, plan_vacuum, vacuum_store
-from pydedup.maintenance.verify import VerifyReport, verify_store
-from pydedup.moving.backup import backup_store, restore_store
-from pydedup.moving.copy import copy_models
-from pydedup.moving.plan import plan_copy
-from pydedup.moving.source import End
 from pydedup.names import check_name
+from pydedup.opening import check_writable, connect_store, pool_of
 from pydedup.policies import Lossless, Policy
-from pydedup.pool import PagePool
 from pydedup.quotas import Quotas
 from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
 from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
 from pydedup.report.sizes import ModelSize, model_sizes
 from pydedup.serving.engine import run_graph
 from pydedup.serving.tensor import StoredTensor, TensorsOnDemand
-from pydedup.types import GRAPH_ARTIFACT, AddReport, CopyReport, DType, ModelInfo, Progress
+from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress
+from pydedup.upkeep import StoreUpkeep
 from pydedup.usage import Usage, usage_by
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["ModelInput", "Store", "open"]
-
-# Part of the memory budget that is not the pool's: buffers of adds and of kernels.
-_SCRATCH_BYTES = 48 * 1024 * 1024
-
-# Budget of the store at the other end of a backup, where only bases and what is compared is read.
-_OTHER_END_BYTES = 128 * 1024 * 1024
 
 #: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
 ModelInput = Any
@@ -97,60 +76,22 @@ def open(
     NotAStoreError, SchemaVersionError, UnavailableError, ReadOnlyError
         When there is no store, one of a newer pydedup, no database, or no way to write it.
     """
-    if mode not in ("a", "r"):
-        raise ArgumentError(
-            f"mode {mode!r} is unknown; use 'a' (read and write) or 'r' (read only)"
-        )
     budget = config.parse_bytes(memory)
-    adapter = registry.connect(str(os.fspath(url)), mode=mode, schema=schema)
+    adapter = connect_store(url, mode=mode, schema=schema)
     try:
-        _check_schema(adapter, mode)
         return Store(adapter, budget)
     except BaseException:
         adapter.close()
         raise
 
 
-def _check_schema(adapter: Adapter, mode: str) -> None:
-    version = adapter.schema_version()
-    if version is None:
-        if mode == "r":
-            raise NotAStoreError(
-                f"{adapter.url} holds no pydedup store; open it with mode 'a' to create one"
-            )
-        adapter.create_schema(
-            {
-                "store_id": uuid.uuid4().hex,
-                "hash_version": str(HASH_VERSION),
-                "page_format": str(codec.PAGE_VERSION),
-            }
-        )
-    elif version > SCHEMA_VERSION:
-        raise SchemaVersionError(
-            f"{adapter.url} was written by a newer pydedup (schema {version}, this one knows "
-            f"{SCHEMA_VERSION}); upgrade pydedup"
-        )
-
-
-def _connect_to_read(url: str) -> Adapter:
-    """Open a store to read from, with nothing but its adapter."""
-    adapter = registry.connect(url, mode="r")
-    try:
-        _check_schema(adapter, "r")
-        return adapter
-    except BaseException:
-        adapter.close()
-        raise
-
-
-class Store:
+class Store(StoreUpkeep):
     """One pydedup store. Safe between threads; usable after a fork; a context manager."""
 
     def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
         self._adapter = adapter
         self._catalog = Catalog(adapter)
-        scratch = min(_SCRATCH_BYTES, memory_bytes // 2)
-        self._pool = PagePool(adapter.read_pages, memory_bytes - scratch, self._of_damaged)
+        self._pool = pool_of(adapter, memory_bytes)
 
     def __enter__(self) -> Self:
         return self
@@ -252,7 +193,7 @@ class Store:
         progress: Progress | None,
     ) -> list[AddReport]:
         if not dry_run:
-            self._check_writable("add a model")
+            check_writable(self._adapter, "add a model")
         with contextlib.ExitStack() as opened:
             requests: list[Request] = []
             for name, given in models.items():
@@ -381,7 +322,7 @@ class Store:
         Raises NotFoundError for an unknown version or alias, ArgumentError when the alias is
         also a version.
         """
-        self._check_writable("change an alias")
+        check_writable(self._adapter, "change an alias")
         versions.set_alias(self._adapter, self._catalog, name, alias, version)
 
     def remove(self, name: str, *, all_versions: bool = False) -> list[str]:
@@ -390,7 +331,7 @@ class Store:
         Space is given back by `vacuum`. Raises NotFoundError; ArgumentError when a bare name has
         several versions and ``all_versions`` is not set, or when an alias still points there.
         """
-        self._check_writable("remove a model")
+        check_writable(self._adapter, "remove a model")
         return versions.remove(self._adapter, self._catalog, name, all_versions=all_versions)
 
     # ---- looking ------------------------------------------------------------------------------
@@ -436,180 +377,7 @@ class Store:
         """Limits on what models with a value of a metadata key may take: set, remove, list."""
         return Quotas(self._adapter)
 
-    # ---- upkeep -------------------------------------------------------------------------------
-
-    def verify(
-        self,
-        *,
-        evaluate: Mapping[str, Evaluate] | None = None,
-        repair_from: str | os.PathLike[str] | None = None,
-        progress: Progress | None = None,
-    ) -> VerifyReport:
-        """Check every page, block and block map against what was recorded.
-
-        Changes nothing without ``repair_from``: the URL of another store on any database, a backup,
-        or the file or folder of a model. Blocks of damaged pages are then restored from it by their
-        hash, as far as it has them; ``repair`` of the report says what was, and which models still
-        miss what. All else goes on being served meanwhile. The other findings are those after the
-        repair.
-
-        ``evaluate`` gives the metric of models that were added with `policies.Accuracy`, by their
-        address: they are evaluated again and held against their certificates. Raises NotFoundError,
-        ArgumentError (another policy) and EvaluationError for these.
-        """
-        if repair_from is None:
-            report = verify_store(self._adapter, progress=progress)
-        else:
-            self._check_writable("repair")
-            report = self._repaired(os.fspath(repair_from), progress)
-        for name, function in (evaluate or {}).items():
-            model = self._catalog.model(name)
-            recheck(model, self.load(model.address), function, report)
-        return report
-
-    def vacuum(
-        self,
-        *,
-        grace_seconds: float = 0.0,
-        lease_seconds: float = LEASE_SECONDS,
-        dry_run: bool = False,
-        progress: Progress | None = None,
-    ) -> VacuumReport:
-        """Free what nobody uses and repack where models read too many pages.
-
-        With ``dry_run`` only say what that would save; the store may be open for reading only.
-        """
-        if dry_run:
-            return plan_vacuum(
-                self._adapter, self._pool, grace_seconds=grace_seconds, lease_seconds=lease_seconds
-            )
-        self._check_writable("vacuum")
-        report = vacuum_store(
-            self._adapter,
-            self._catalog,
-            self._pool,
-            grace_seconds=grace_seconds,
-            lease_seconds=lease_seconds,
-            progress=progress,
-        )
-        self._pool.clear()
-        return report
-
-    # ---- moving -------------------------------------------------------------------------------
-
-    def copy_to(
-        self,
-        target: str | os.PathLike[str],
-        names: Sequence[str] | None = None,
-        *,
-        all_versions: bool = False,
-        on_conflict: str = "error",
-        memory: str | int = "512MiB",
-        schema: str | None = None,
-        progress: Progress | None = None,
-    ) -> CopyReport:
-        """Copy models to another store of any database; it is created when it is not there.
-
-        Into an empty store pages go as they are; into another one blocks that it does not have.
-        Each model is published when it is complete, with its name, version, policy, certificate,
-        metadata, aliases and source hashes, once what arrived was read back and held against its
-        hashes. After a failure, run it again: models that are there are not copied again.
-
-        Parameters
-        ----------
-        target
-            URL, or path of a SQLite file.
-        names
-            ``name`` (its newest version), ``name@version`` or ``name@alias``; all models by
-            default.
-        all_versions
-            Take all versions of ``names``.
-        on_conflict
-            What to do where the other store has another model under a ``name@version``, or another
-            version under an alias: ``"error"`` before anything is copied, ``"skip"`` it, or
-            ``"replace"`` that one.
-        memory, schema
-            For the other store, as in `pydedup.open`.
-        progress
-            Called as ``progress(stage, done, total)``, in bytes.
-
-        Raises
-        ------
-        NotFoundError, DuplicateError, ArgumentError, CorruptStoreError, ReadOnlyError,
-        ConflictError, StorageFullError, UnavailableError
-            Models that were published before stay.
-        """
-        plan_copy(
-            self._adapter, None, names, all_versions=all_versions, on_conflict=on_conflict
-        )  # what is wrong with the names must not create a store
-        with open(target, memory=memory, schema=schema) as other:
-            other._check_writable("copy models there")
-            items = plan_copy(
-                self._adapter,
-                other._adapter,
-                names,
-                all_versions=all_versions,
-                on_conflict=on_conflict,
-            )
-            return copy_models(self._end(), other._end(), items, progress=progress)
-
-    def backup(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        replace: bool = False,
-        progress: Progress | None = None,
-    ) -> CopyReport:
-        """Write the whole store to one file, which is a store in SQLite.
-
-        It appears under its name when it is complete and checked. What a backup that was killed
-        left in ``NAME.partial`` is gone on with. Reading and adding go on meanwhile; what is added
-        after the start is not in it. A file that exists is only replaced with ``replace``. Raises
-        ArgumentError, ConflictError (another backup to that file goes on) and what `copy_to` does.
-        """
-        return backup_store(self._end(), path, _opened, replace=replace, progress=progress)
-
-    def restore(
-        self, path: str | os.PathLike[str], *, progress: Progress | None = None
-    ) -> CopyReport:
-        """Copy a backup into this store, which must be empty, or hold part of that backup.
-
-        Raises ArgumentError when it has other models, NotAStoreError when the file is no backup,
-        and what `copy_to` does.
-        """
-        self._check_writable("restore a backup")
-        return restore_store(path, self._end(), _opened, progress=progress)
-
     # ---- inside -------------------------------------------------------------------------------
-
-    def _end(self) -> End:
-        return End(self._adapter, self._pool)
-
-    def _check_writable(self, what: str) -> None:
-        if self._adapter.read_only:
-            raise ReadOnlyError(f"cannot {what}: {self._adapter.url} is open for reading only")
-
-    def _repaired(self, place: str, progress: Progress | None) -> VerifyReport:
-        """Verify, repair what is damaged, and verify again."""
-        with block_source(place, _connect_to_read, self._pool.memory_bytes) as source:
-            report = verify_store(self._adapter, progress=progress)
-            damaged = report.damaged_pages
-            done = repair(self._adapter, self._pool, damaged, source, progress=progress)
-        if damaged:
-            self._catalog.refresh()
-            self._adapter.checkpoint()
-            report = verify_store(self._adapter, progress=progress)
-        report.repair = done
-        return report
-
-    def _of_damaged(self, page_id: int) -> str:
-        """Say for an error who reads a damaged page, and what to do."""
-        advice = "; verify --repair-from restores it from another store, a backup or a model's file"
-        try:
-            readers = page_readers(self._adapter).get(page_id)
-        except PydedupError:
-            return advice
-        return (f"; read by {listed(readers)}" if readers else "") + advice
 
     def _stored_tensor(self, model: StoredModel, name: str) -> StoredTensor:
         info = model.tensor(name)
@@ -628,10 +396,3 @@ class Store:
             if payload is not None and name != GRAPH_ARTIFACT:
                 artifacts.append(Artifact(name, media_type, payload))
         return artifacts
-
-
-@contextlib.contextmanager
-def _opened(url: str, mode: str) -> Iterator[End]:
-    """Open the store at the other end of a backup."""
-    with open(url, mode=mode, memory=_OTHER_END_BYTES) as store:
-        yield store._end()

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening of stores: what is checked first, and how a memory budget is divided."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+
+from pydedup import codec, config, registry
+from pydedup.adapter import SCHEMA_VERSION, Adapter
+from pydedup.catalog import listed, page_readers
+from pydedup.errors import (
+    ArgumentError,
+    NotAStoreError,
+    PydedupError,
+    ReadOnlyError,
+    SchemaVersionError,
+)
+from pydedup.hashing import HASH_VERSION
+from pydedup.moving.source import End
+from pydedup.pool import PagePool
+
+__all__ = ["check_writable", "connect_store", "open_end", "pool_of"]
+
+# Part of the memory budget that is not the pool's: buffers of adds and of kernels.
+_SCRATCH_BYTES = 48 * 1024 * 1024
+
+
+def connect_store(url: str | os.PathLike[str], *, mode: str, schema: str | None = None) -> Adapter:
+    """Return the adapter of a store, which is created where it is missing and ``mode`` is "a".
+
+    Raises what `pydedup.open` does.
+    """
+    if mode not in ("a", "r"):
+        raise ArgumentError(
+            f"mode {mode!r} is unknown; use 'a' (read and write) or 'r' (read only)"
+        )
+    adapter = registry.connect(str(os.fspath(url)), mode=mode, schema=schema)
+    try:
+        _check_schema(adapter, mode)
+        return adapter
+    except BaseException:
+        adapter.close()
+        raise
+
+
+def _check_schema(adapter: Adapter, mode: str) -> None:
+    version = adapter.schema_version()
+    if version is None:
+        if mode == "r":
+            raise NotAStoreError(
+                f"{adapter.url} holds no pydedup store; open it with mode 'a' to create one"
+            )
+        adapter.create_schema(
+            {
+                "store_id": uuid.uuid4().hex,
+                "hash_version": str(HASH_VERSION),
+                "page_format": str(codec.PAGE_VERSION),
+            }
+        )
+    elif version > SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{adapter.url} was written by a newer pydedup (schema {version}, this one knows "
+            f"{SCHEMA_VERSION}); upgrade pydedup"
+        )
+
+
+def pool_of(adapter: Adapter, memory_bytes: int) -> PagePool:
+    """Return the buffer pool of a store that may take so much memory."""
+    scratch = min(_SCRATCH_BYTES, memory_bytes // 2)
+    return PagePool(
+        adapter.read_pages,
+        memory_bytes - scratch,
+        lambda page_id: _said_of_damaged(adapter, page_id),
+    )
+
+
+@contextlib.contextmanager
+def open_end(
+    url: str | os.PathLike[str], *, mode: str, memory: str | int, schema: str | None = None
+) -> Iterator[End]:
+    """Open a store that models are copied to or from."""
+    budget = config.parse_bytes(memory)
+    adapter = connect_store(url, mode=mode, schema=schema)
+    try:
+        yield End(adapter, pool_of(adapter, budget))
+    finally:
+        adapter.close()
+
+
+def check_writable(adapter: Adapter, what: str) -> None:
+    """Raise ReadOnlyError when a store is open for reading only."""
+    if adapter.read_only:
+        raise ReadOnlyError(f"cannot {what}: {adapter.url} is open for reading only")
+
+
+def _said_of_damaged(adapter: Adapter, page_id: int) -> str:
+    """Say for an error who reads a damaged page, and what to do."""
+    advice = "; verify --repair-from restores it from another store, a backup or a model's file"
+    try:
+        readers = page_readers(adapter).get(page_id)
+    except PydedupError:
+        return advice
+    return (f"; read by {listed(readers)}" if readers else "") + advice

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What keeps a store in order and takes it elsewhere: the second half of `Store`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter
+from pydedup.catalog import Catalog
+from pydedup.jobs import LEASE_SECONDS
+from pydedup.maintenance.blocks_from import block_source
+from pydedup.maintenance.recheck import Evaluate, recheck
+from pydedup.maintenance.repair import repair
+from pydedup.maintenance.vacuum import VacuumReport, plan_vacuum, vacuum_store
+from pydedup.maintenance.verify import VerifyReport, verify_store
+from pydedup.moving.backup import backup_store, restore_store
+from pydedup.moving.copy import copy_models
+from pydedup.moving.plan import plan_copy
+from pydedup.moving.source import End
+from pydedup.opening import check_writable, connect_store, open_end
+from pydedup.pool import PagePool
+from pydedup.types import CopyReport, Progress
+
+__all__ = ["StoreUpkeep"]
+
+# Budget of the store at the other end of a backup, where only bases and what is compared is read.
+_OTHER_END_BYTES = 128 * 1024 * 1024
+
+
+class StoreUpkeep:
+    """Checking, freeing and moving, of a store whose models can be loaded."""
+
+    _adapter: Adapter
+    _catalog: Catalog
+    _pool: PagePool
+
+    def load(self, name: str, dtype: str | None = None) -> dict[str, NDArray[Any]]:
+        """Return all tensors of a model."""
+        raise NotImplementedError
+
+    # ---- upkeep -------------------------------------------------------------------------------
+
+    def verify(
+        self,
+        *,
+        evaluate: Mapping[str, Evaluate] | None = None,
+        repair_from: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
+    ) -> VerifyReport:
+        """Check every page, block and block map against what was recorded.
+
+        Changes nothing without ``repair_from``: the URL of another store on any database, a backup,
+        or the file or folder of a model. Blocks of damaged pages are then restored from it by their
+        hash, as far as it has them; ``repair`` of the report says what was, and which models still
+        miss what. All else goes on being served meanwhile. The other findings are those after the
+        repair.
+
+        ``evaluate`` gives the metric of models that were added with `policies.Accuracy`, by their
+        address: they are evaluated again and held against their certificates. Raises NotFoundError,
+        ArgumentError (another policy) and EvaluationError for these.
+        """
+        if repair_from is None:
+            report = verify_store(self._adapter, progress=progress)
+        else:
+            check_writable(self._adapter, "repair")
+            report = self._repaired(os.fspath(repair_from), progress)
+        for name, function in (evaluate or {}).items():
+            model = self._catalog.model(name)
+            recheck(model, self.load(model.address), function, report)
+        return report
+
+    def vacuum(
+        self,
+        *,
+        grace_seconds: float = 0.0,
+        lease_seconds: float = LEASE_SECONDS,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> VacuumReport:
+        """Free what nobody uses and repack where models read too many pages.
+
+        With ``dry_run`` only say what that would save; the store may be open for reading only.
+        """
+        if dry_run:
+            return plan_vacuum(
+                self._adapter, self._pool, grace_seconds=grace_seconds, lease_seconds=lease_seconds
+            )
+        check_writable(self._adapter, "vacuum")
+        report = vacuum_store(
+            self._adapter,
+            self._catalog,
+            self._pool,
+            grace_seconds=grace_seconds,
+            lease_seconds=lease_seconds,
+            progress=progress,
+        )
+        self._pool.clear()
+        return report
+
+    # ---- moving -------------------------------------------------------------------------------
+
+    def copy_to(
+        self,
+        target: str | os.PathLike[str],
+        names: Sequence[str] | None = None,
+        *,
+        all_versions: bool = False,
+        on_conflict: str = "error",
+        memory: str | int = "512MiB",
+        schema: str | None = None,
+        progress: Progress | None = None,
+    ) -> CopyReport:
+        """Copy models to another store of any database; it is created when it is not there.
+
+        Into an empty store pages go as they are; into another one blocks that it does not have.
+        Each model is published when it is complete, with its name, version, policy, certificate,
+        metadata, aliases and source hashes, once what arrived was read back and held against its
+        hashes. After a failure, run it again: models that are there are not copied again.
+
+        Parameters
+        ----------
+        target
+            URL, or path of a SQLite file.
+        names
+            ``name`` (its newest version), ``name@version`` or ``name@alias``; all models by
+            default.
+        all_versions
+            Take all versions of ``names``.
+        on_conflict
+            What to do where the other store has another model under a ``name@version``, or another
+            version under an alias: ``"error"`` before anything is copied, ``"skip"`` it, or
+            ``"replace"`` that one.
+        memory, schema
+            For the other store, as in `pydedup.open`.
+        progress
+            Called as ``progress(stage, done, total)``, in bytes.
+
+        Raises
+        ------
+        NotFoundError, DuplicateError, ArgumentError, CorruptStoreError, ReadOnlyError,
+        ConflictError, StorageFullError, UnavailableError
+            Models that were published before stay.
+        """
+        plan_copy(
+            self._adapter, None, names, all_versions=all_versions, on_conflict=on_conflict
+        )  # what is wrong with the names must not create a store
+        with open_end(target, mode="a", memory=memory, schema=schema) as other:
+            check_writable(other.adapter, "copy models there")
+            items = plan_copy(
+                self._adapter,
+                other.adapter,
+                names,
+                all_versions=all_versions,
+                on_conflict=on_conflict,
+            )
+            return copy_models(self._end(), other, items, progress=progress)
+
+    def backup(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        replace: bool = False,
+        progress: Progress | None = None,
+    ) -> CopyReport:
+        """Write the whole store to one file, which is a store in SQLite.
+
+        It appears under its name when it is complete and checked. What a backup that was killed
+        left in ``NAME.partial`` is gone on with. Reading and adding go on meanwhile; what is added
+        after the start is not in it. A file that exists is only replaced with ``replace``. Raises
+        ArgumentError, ConflictError (another backup to that file goes on) and what `copy_to` does.
+        """
+        return backup_store(self._end(), path, _other_end, replace=replace, progress=progress)
+
+    def restore(
+        self, path: str | os.PathLike[str], *, progress: Progress | None = None
+    ) -> CopyReport:
+        """Copy a backup into this store, which must be empty, or hold part of that backup.
+
+        Raises ArgumentError when it has other models, NotAStoreError when the file is no backup,
+        and what `copy_to` does.
+        """
+        check_writable(self._adapter, "restore a backup")
+        return restore_store(path, self._end(), _other_end, progress=progress)
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _end(self) -> End:
+        return End(self._adapter, self._pool)
+
+    def _repaired(self, place: str, progress: Progress | None) -> VerifyReport:
+        """Verify, repair what is damaged, and verify again."""
+        with block_source(place, _connected_to_read, self._pool.memory_bytes) as source:
+            report = verify_store(self._adapter, progress=progress)
+            damaged = report.damaged_pages
+            done = repair(self._adapter, self._pool, damaged, source, progress=progress)
+        if damaged:
+            self._catalog.refresh()
+            self._adapter.checkpoint()
+            report = verify_store(self._adapter, progress=progress)
+        report.repair = done
+        return report
+
+
+def _connected_to_read(url: str) -> Adapter:
+    return connect_store(url, mode="r")
+
+
+@contextlib.contextmanager
+def _other_end(url: str, mode: str) -> Iterator[End]:
+    with open_end(url, mode=mode, memory=_OTHER_END_BYTES) as end:
+        yield end
