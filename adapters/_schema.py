@@ -46,8 +46,10 @@ class Dialect:
     upsert: str = "ON CONFLICT ({key}) DO UPDATE SET {changes}"
     upsert_change: str = "{column} = excluded.{column}"
     increment: str = "CAST(CAST(value AS INTEGER) + 1 AS TEXT)"
-    #: Without partial indexes a generated column, NULL unless live, keeps live names unique.
+    #: Without partial indexes an expression that is NULL unless live keeps live names unique; where
+    #: an index takes no expression either, it is that of a generated column.
     partial_indexes: bool = True
+    expression_indexes: bool = False
     #: Whether ``INSERT ... RETURNING id`` tells a new id, instead of ``cursor.lastrowid``.
     returning_id: bool = False
     #: Whether ``pages`` gets a column ``pad``, see :meth:`pad`.
@@ -207,6 +209,10 @@ _INDEXES: Final = (
 )
 
 
+#: The version of a live model, NULL of any other.
+_LIVE_VERSION: Final = f"CASE WHEN state = '{LIVE}' THEN version END"
+
+
 def create_statements(dialect: Dialect) -> list[str]:
     """Return the statements that create tables, indexes and views, in order."""
     statements = [_create_table(dialect, table, spec) for table, spec in TABLES.items()]
@@ -214,11 +220,12 @@ def create_statements(dialect: Dialect) -> list[str]:
         statements.append(
             f"CREATE INDEX pydedup_{table}_{column} ON {dialect.name(table)} ({column})"
         )
-    live = (
-        f"(name, version) WHERE state = {literal(LIVE)}"
-        if dialect.partial_indexes
-        else "(name, live_version)"
-    )
+    if dialect.partial_indexes:
+        live = f"(name, version) WHERE state = {literal(LIVE)}"
+    elif dialect.expression_indexes:
+        live = f"(name, ({_LIVE_VERSION}))"
+    else:
+        live = "(name, live_version)"
     statements.append(f"CREATE UNIQUE INDEX pydedup_models_live ON {dialect.name('models')} {live}")
     return statements + _create_views(dialect)
 
@@ -233,10 +240,9 @@ def _create_table(dialect: Dialect, table: str, spec: Table) -> str:
         lines.insert(3, f"pad {dialect.types['blob']} NOT NULL")
     if table == "pages" and dialect.page_length:
         lines.insert(-1, f"payload_bytes {dialect.types['int']} NOT NULL")
-    if table == "models" and not dialect.partial_indexes:
+    if table == "models" and not (dialect.partial_indexes or dialect.expression_indexes):
         lines.append(
-            f"live_version {dialect.types['name']} GENERATED ALWAYS AS "
-            f"(CASE WHEN state = {literal(LIVE)} THEN version END) STORED"
+            f"live_version {dialect.types['name']} GENERATED ALWAYS AS ({_LIVE_VERSION}) STORED"
         )
     if spec.key:
         lines.append(f"PRIMARY KEY ({dialect.columns(spec.key)})")

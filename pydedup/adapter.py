@@ -53,6 +53,9 @@ class Capabilities:
     """Whether payloads are read without the driver copying whole rows."""
     shrinks: bool
     """Whether ``compact()`` gives space back to the file system."""
+    many_processes: bool = True
+    """Whether several processes can have it open at once, forked ones among them; otherwise all but
+    one are refused (UnavailableError)."""
 
 
 @dataclass(frozen=True, slots=True)

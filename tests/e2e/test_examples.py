@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,3 +20,24 @@ def test_quickstart() -> None:
     )
     assert "bit for bit: True; store verified: True" in done.stdout
     assert "tenant-a@1" in done.stdout
+
+
+def test_an_adapter_of_a_third_party(tmp_path: Path) -> None:
+    """The adapter for DuckDB is installed as any package is, and passes its own tests."""
+    source, target = EXAMPLES / "duckdb", tmp_path / "installed"
+    install = ["pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [sys.executable, "-m", *install, "--target", str(target), str(source)], check=True
+    )
+    tests = ["pytest", "-q", "-p", "no:cacheprovider", "-c", str(source / "pyproject.toml")]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *tests, str(source)],
+        env={**os.environ, "PYTHONPATH": str(target)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+    assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) > 130, "the whole contract"
