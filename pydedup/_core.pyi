@@ -179,6 +179,13 @@ class Matmul:
         slots: NDArray[np.uint32],
         bases: Bases | None = None,
     ) -> None: ...
+    def feed_resident(
+        self,
+        pool: BufferPool,
+        page_ids: NDArray[np.int64],
+        page_index: NDArray[np.uint32],
+        slots: NDArray[np.uint32],
+    ) -> bool: ...
     @property
     def fed(self) -> int: ...
 
@@ -290,6 +297,13 @@ class Conv2d:
         slots: NDArray[np.uint32],
         bases: Bases | None = None,
     ) -> None: ...
+    def feed_resident(
+        self,
+        pool: BufferPool,
+        page_ids: NDArray[np.int64],
+        page_index: NDArray[np.uint32],
+        slots: NDArray[np.uint32],
+    ) -> bool: ...
     @property
     def fed(self) -> int: ...
 

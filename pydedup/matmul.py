@@ -28,6 +28,7 @@ from pydedup.blocks import BlockMap, MatrixView
 from pydedup.errors import ArgumentError
 from pydedup.pool import Page, PagePool
 from pydedup.types import DType
+from pydedup.windows import Window
 
 __all__ = [
     "ACTIVATIONS",
@@ -135,8 +136,13 @@ def matmul(
 
 def feed_blocks(product: _core.Matmul | _core.Conv2d, block_map: BlockMap, pool: PagePool) -> None:
     """Give a product all blocks of a matrix in order, deltas with their bases."""
+
+    def at_once(window: Window) -> bool:
+        slots = block_map.slots[window.rows]
+        return product.feed_resident(pool.native, window.ids, window.page_index, slots)
+
     for part, pages, page_index, bases in pool.stream_with_bases(
-        block_map.page_ids, block_map.bases
+        block_map.page_ids, block_map.bases, at_once if block_map.bases is None else None
     ):
         product.feed(pages, page_index, block_map.slots[part], codec.bases_for_core(bases))
 

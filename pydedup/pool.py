@@ -213,16 +213,20 @@ class PagePool:
             yield rows, pages, page_index
 
     def stream_with_bases(
-        self, page_ids: NDArray[np.int64], bases: Bases | None
+        self,
+        page_ids: NDArray[np.int64],
+        bases: Bases | None,
+        at_once: Callable[[Window], bool] | None = None,
     ) -> Iterator[tuple[slice, list[Page], NDArray[np.uint32], StoredBases | None]]:
         """Walk over blocks in their order, the page of each pinned together with its base's.
 
-        `stream` with what `windows_with_bases` adds to `windows`.
+        `stream` with what `windows_with_bases` adds to `windows`. A window for which ``at_once``
+        returns true is not yielded: it was used out of the pool.
         """
         base_page_ids = None if bases is None else bases[0]
         cut = in_order if bases is None else in_order_with_bases
         plan = self._plan(page_ids, base_page_ids, cut)
-        for window, pages in self._walk(page_ids, base_page_ids, cut, plan):
+        for window, pages in self._walk(page_ids, base_page_ids, cut, plan, at_once):
             assert isinstance(window.rows, slice)
             yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
 
@@ -283,12 +287,15 @@ class PagePool:
         base_page_ids: NDArray[np.int64] | None,
         cut: Cut,
         plan: list[Window] | None,
+        at_once: Callable[[Window], bool] | None = None,
     ) -> Iterator[tuple[Window, list[Page]]]:
         windows = cut(page_ids, base_page_ids, self.window_pages) if plan is None else plan
         ahead = windows[::-1]
         while ahead:
             window = ahead.pop()
             with self._gate.hold(len(window.ids) * self._largest):
+                if at_once is not None and at_once(window):
+                    continue
                 pages = self._pages_if_fit(window)
                 if pages is not None:
                     yield window, pages

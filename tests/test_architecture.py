@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "codec": VALUES | {"_core", "blocks", "config", "hashing"},
     "windows": {"blocks"},
     "pool": VALUES | {"_core", "blocks", "codec", "config", "windows"},
-    "matmul": VALUES | {"_core", "blocks", "codec", "config", "pool"},
+    "matmul": VALUES | {"_core", "blocks", "codec", "config", "pool", "windows"},
     "conv": VALUES | {"_core", "blocks", "config", "matmul", "pool"},
     "formats": VALUES | {"names", "graph", "blocks"},
     "layout": VALUES | {"blocks", "codec", "packing", "pool"},

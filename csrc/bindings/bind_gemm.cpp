@@ -54,6 +54,13 @@ class BoundMatmul {
         matmul_->feed(held.blocks());
     }
 
+    bool feed_resident(BufferPool& pool, const Array<std::int64_t>& page_ids,
+                       const Array<std::uint32_t>& page_index, const Array<std::uint32_t>& slots) {
+        return with_resident_blocks(
+            pool, page_ids, page_index, slots, threads_,
+            [this](std::span<const BlockView> blocks) { matmul_->feed(blocks); });
+    }
+
     [[nodiscard]] std::size_t fed() const noexcept { return matmul_->fed(); }
 
   private:
@@ -77,6 +84,9 @@ void bind_gemm(py::module_& m) {
              py::arg("transpose"), py::arg("y").noconvert(), py::arg("threads") = 0)
         .def("feed", &BoundMatmul::feed, py::arg("pages"), py::arg("page_index").noconvert(),
              py::arg("slots").noconvert(), py::arg("bases") = py::none())
+        .def("feed_resident", &BoundMatmul::feed_resident, py::arg("pool"),
+             py::arg("page_ids").noconvert(), py::arg("page_index").noconvert(),
+             py::arg("slots").noconvert())
         .def_property_readonly("fed", &BoundMatmul::fed);
     m.def("activate", &activate_array, py::arg("values").noconvert(), py::arg("activation"),
           py::arg("threads") = 0);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "pydedup/buffer_pool.hpp"
 #include "pydedup/gemm.hpp"
 #include "pydedup/page_format.hpp"
 
@@ -113,6 +114,30 @@ struct HeldBlocks {
 
     [[nodiscard]] std::span<const BlockView> blocks() const noexcept { return *views; }
 };
+
+/// Calls use(blocks) with blocks on pages of a pool, pinned meanwhile, and returns true; or does
+/// nothing, when one of the pages is not there. No page becomes a Python object: for 64 of them
+/// that costs as long as a row of a product. Not for deltas.
+template <class Use>
+[[nodiscard]] bool with_resident_blocks(BufferPool& pool, const Array<std::int64_t>& page_ids,
+                                        const Array<std::uint32_t>& page_index,
+                                        const Array<std::uint32_t>& slots, unsigned threads,
+                                        const Use& use) {
+    const auto ids = as_span(page_ids, "page_ids");
+    const auto page_of = as_span(page_index, "page_index");
+    const auto slot_of = as_span(slots, "slots");
+    if (page_of.size() != slot_of.size()) {
+        throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
+    }
+    const WithoutGil no_gil;
+    const BufferPool::Pins pins = pool.pin_all(ids);
+    if (!pins) return false;
+    Views views;
+    (*views).resize(page_of.size());
+    view_blocks(*pins, page_of, slot_of, *views, threads);
+    use(std::span<const BlockView>(*views));
+    return true;
+}
 
 [[nodiscard]] inline HeldBlocks hold_blocks(const py::sequence& pages,
                                             const Array<std::uint32_t>& page_index,

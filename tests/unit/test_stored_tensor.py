@@ -92,3 +92,27 @@ def test_a_missed_page_makes_the_map_be_read_again_once() -> None:
         with pytest.raises(PageNotFoundError):
             use(lost)
         assert refreshed == [1, 1]
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_products_are_the_same_from_the_pool_and_past_it(scattered: bool, transpose: bool) -> None:
+    w = RNG.standard_normal((64, 96)).astype(np.float32)
+    x = RNG.standard_normal((3, 64 if transpose else 96)).astype(np.float32)
+    pages = MemoryPages()
+    block_map = pages.add(w, (8, 8), per_page=4, scattered=scattered)
+    info = TensorInfo("t", DType.F32, w.shape, (8, 8))
+    page_bytes = max(map(len, pages.payloads.values()))
+    results = []
+    # All pages stay in the one pool; in the other those of a window push out others.
+    for budget in (1 << 30, 8 * page_bytes):
+        pool = pages.pool(budget)
+        tensor = StoredTensor(info, lambda: block_map, pool, lambda: None)
+        results += [tensor.matmul(x, transpose=transpose) for _ in range(3)]
+        if budget == 1 << 30:  # nothing is fetched twice
+            fetched = [number for fetch in pages.fetches for number in fetch]
+            assert sorted(fetched) == sorted(pages.payloads)
+        assert pool.stats()["pinned_bytes"] == 0
+    np.testing.assert_allclose(results[0], x @ (w if transpose else w.T), rtol=1e-4, atol=1e-4)
+    for result in results[1:]:
+        assert np.array_equal(result, results[0])
