@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,16 +33,16 @@ __all__ = ["StoreUpkeep"]
 _OTHER_END_BYTES = 128 * 1024 * 1024
 
 
-class StoreUpkeep:
+class StoreUpkeep(abc.ABC):
     """Checking, freeing and moving, of a store whose models can be loaded."""
 
     _adapter: Adapter
     _catalog: Catalog
     _pool: PagePool
 
+    @abc.abstractmethod
     def load(self, name: str, dtype: str | None = None) -> dict[str, NDArray[Any]]:
         """Return all tensors of a model."""
-        raise NotImplementedError
 
     # ---- upkeep -------------------------------------------------------------------------------
 

@@ -78,8 +78,9 @@ def weights(seed: int = 0) -> Weights:
 # ---- reads --------------------------------------------------------------------------------------
 
 
-def sqlite_peers(adapter: Adapter, ids: list[int]) -> Peers:
-    connection = sqlite3.connect(adapter.url.removeprefix("sqlite:///"))
+def sqlite_peers(adapter: Adapter, ids: list[int], stack: contextlib.ExitStack) -> Peers:
+    path = adapter.url.removeprefix("sqlite:///")
+    connection = stack.enter_context(contextlib.closing(sqlite3.connect(path)))
 
     def blobs() -> list[bytes]:
         found = []
@@ -95,12 +96,12 @@ def sqlite_peers(adapter: Adapter, ids: list[int]) -> Peers:
     return {"incremental blob reads": blobs, "SELECT of each": select}
 
 
-def postgres_peers(adapter: Adapter, ids: list[int]) -> Peers:
+def postgres_peers(adapter: Adapter, ids: list[int], stack: contextlib.ExitStack) -> Peers:
     url, _, options = adapter.url.partition("?")
     given = dict(option.split("=", 1) for option in options.split("&"))
     table = f"{given.pop('schema')}.pages"
     rest = "&".join(f"{key}={value}" for key, value in given.items())
-    connection = psycopg.connect(f"{url}?{rest}", autocommit=True)
+    connection = stack.enter_context(psycopg.connect(f"{url}?{rest}", autocommit=True))
     one = f"SELECT payload FROM {table} WHERE id = %s"  # noqa: S608
     all_of_them = f"SELECT payload FROM {table} WHERE id = ANY(%s)"  # noqa: S608
 
@@ -112,8 +113,8 @@ def postgres_peers(adapter: Adapter, ids: list[int]) -> Peers:
                 return [row[0] for row in copy.rows()]
 
     def pipelined() -> list[bytes]:
-        with connection.pipeline(), contextlib.ExitStack() as stack:
-            cursors = [stack.enter_context(connection.cursor(binary=True)) for _ in ids]
+        with connection.pipeline(), contextlib.ExitStack() as opened:
+            cursors = [opened.enter_context(connection.cursor(binary=True)) for _ in ids]
             for cursor, number in zip(cursors, ids, strict=True):
                 cursor.execute(one, (number,))
             return [cursor.fetchone()[0] for cursor in cursors]
@@ -130,8 +131,8 @@ def postgres_peers(adapter: Adapter, ids: list[int]) -> Peers:
     }
 
 
-def mysql_peers(adapter: Adapter, ids: list[int]) -> Peers:
-    connection = servers.mysql_connection(adapter.url).__enter__()
+def mysql_peers(adapter: Adapter, ids: list[int], stack: contextlib.ExitStack) -> Peers:
+    connection = stack.enter_context(servers.mysql_connection(adapter.url))
 
     def loop() -> list[bytes]:
         with connection.cursor() as cursor:
@@ -150,7 +151,7 @@ def mysql_peers(adapter: Adapter, ids: list[int]) -> Peers:
     return {"cursor loop": loop, "SELECT ... IN": at_once}
 
 
-PEERS: Mapping[str, Callable[[Adapter, list[int]], Peers]] = {
+PEERS: Mapping[str, Callable[[Adapter, list[int], contextlib.ExitStack], Peers]] = {
     "SQLite": sqlite_peers,
     "PostgreSQL": postgres_peers,
     "MariaDB": mysql_peers,
@@ -174,26 +175,33 @@ def reads(seconds: float) -> Iterator[Row]:
             url = place()
             with pydedup.open(url) as store:
                 store.add(READ_MODEL, weights(), policy=Exact())
-            adapter = registry.connect(url, mode="r")
-            ids = [row.id for row in adapter.page_rows()]
-            peers = PEERS[name](adapter, ids)
+            with contextlib.ExitStack() as stack:
+                adapter = stack.enter_context(contextlib.closing(registry.connect(url, mode="r")))
+                yield from _reads_of(name, adapter, stack, seconds)
 
-            def ours(adapter: Adapter = adapter, ids: list[int] = ids) -> list[Any]:
-                return [payload for _, payload in adapter.read_pages(ids)]
 
-            expected = ours()
-            for peer, read in peers.items():
-                if sorted(map(bytes, read())) != sorted(map(bytes, expected)):
-                    raise SystemExit(f"{peer} read something else")
-            yield from compare(
-                f"{name}: {len(ids)} pages, {sum(map(len, expected)) / 1e6:.0f} MB",
-                unit="GB/s",
-                work=sum(map(len, expected)),
-                sides={"pydedup": ours, **peers},
-                seconds=seconds,
-                target=AIMS[name],
-            )
-            adapter.close()
+def _reads_of(
+    name: str, adapter: Adapter, stack: contextlib.ExitStack, seconds: float
+) -> Iterator[Row]:
+    ids = [row.id for row in adapter.page_rows()]
+    peers = PEERS[name](adapter, ids, stack)
+
+    def ours() -> list[Any]:
+        return [payload for _, payload in adapter.read_pages(ids)]
+
+    expected = ours()
+    for peer, read in peers.items():
+        if sorted(map(bytes, read())) != sorted(map(bytes, expected)):
+            raise SystemExit(f"{peer} read something else")
+    size = sum(map(len, expected))
+    yield from compare(
+        f"{name}: {len(ids)} pages, {size / 1e6:.0f} MB",
+        unit="GB/s",
+        work=size,
+        sides={"pydedup": ours, **peers},
+        seconds=seconds,
+        target=AIMS[name],
+    )
 
 
 # ---- adds ---------------------------------------------------------------------------------------
