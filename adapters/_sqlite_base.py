@@ -23,7 +23,7 @@ from ._sessions import READ, Connection, Session
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile
 
-__all__ = ["ANY_READ", "DIALECT", "SqliteBase"]
+__all__ = ["ANY_READ", "DIALECT", "SqliteBase", "closed_on_error"]
 
 #: The cheapest statement that really reads the database.
 ANY_READ: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
@@ -45,6 +45,16 @@ WAIT_SLICE_SECONDS: Final = 0.25
 CHECKPOINT_SECONDS: Final = 1.0
 #: Pages of the file given back in one transaction: 16 MiB.
 COMPACT_STEP: Final = 256
+
+
+@contextlib.contextmanager
+def closed_on_error(connection: Connection) -> Iterator[None]:
+    """Close a connection when what is done with it fails."""
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
 
 
 class SqliteBase(DbApiAdapter):

@@ -15,14 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from pydedup.adapter import Adapter, Capabilities
-from pydedup.errors import (
-    ArgumentError,
-    NotAStoreError,
-    StoreError,
-)
+from pydedup.errors import ArgumentError, NotAStoreError, StoreError
 
 from ._sessions import Connection, SessionPool
-from ._sqlite_base import ANY_READ, DIALECT, SqliteBase
+from ._sqlite_base import ANY_READ, DIALECT, SqliteBase, closed_on_error
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile, configure, is_ours, locate, make_ours
 
@@ -73,15 +69,6 @@ def _open(file: StoreFile, options: str, timeout: float = 0.0) -> _Connection:
         factory=_Connection,
         uri=True,
     )
-
-
-@contextlib.contextmanager
-def _closed_on_error(connection: _Connection) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        connection.close()
-        raise
 
 
 def _code(error: sqlite3.Error) -> int:
@@ -141,7 +128,7 @@ class SqliteAdapter(SqliteBase):
                 connection = self._open_to_read()
             else:
                 connection = _open(self._file, self._options, self._timeout)
-            with _closed_on_error(connection):
+            with closed_on_error(connection):
                 if self._options != "mode=ro":
                     self._make_ours(connection)
                 configure(connection)
@@ -164,7 +151,7 @@ class SqliteAdapter(SqliteBase):
     def _open_to_read(self) -> _Connection:
         connection = _open(self._file, "mode=ro", self._timeout)
         try:
-            with _closed_on_error(connection):
+            with closed_on_error(connection):
                 connection.execute(ANY_READ).fetchall()
             return connection
         except sqlite3.OperationalError as error:
