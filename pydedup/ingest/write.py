@@ -337,10 +337,9 @@ class Stager:
         self.epoch = epoch + 1
         return True
 
-    def beat(self) -> None:
+    def keep_alive(self) -> None:
         """Say that this is still going on, where nothing is written for long."""
-        with self._adapter.transaction():
-            self._beat()
+        self._job.keep_alive([model.model_id for model in self._models])
 
     def _beat(self) -> None:
         self._job.beat([model.model_id for model in self._models])

@@ -74,11 +74,15 @@ class BlockSource(Protocol):
     """Where blocks are looked for."""
 
     def find(
-        self, wanted: Collection[Wanted], block_shapes: Collection[tuple[int, int]]
+        self,
+        wanted: Collection[Wanted],
+        block_shapes: Collection[tuple[int, int]],
+        tell: Callable[[], None],
     ) -> Iterator[EncodedBlock]:
         """Yield those that are there, in any order, perhaps more than once; none is a delta.
 
-        ``block_shapes`` are those of the tensors that they are of.
+        ``block_shapes`` are those of the tensors that they are of; ``tell`` is called time and
+        again, also where nothing is found for long.
         """
 
 
@@ -90,7 +94,10 @@ class StoreSource:
         self._pool = PagePool(adapter.read_pages, memory_bytes)
 
     def find(
-        self, wanted: Collection[Wanted], block_shapes: Collection[tuple[int, int]]
+        self,
+        wanted: Collection[Wanted],
+        block_shapes: Collection[tuple[int, int]],
+        tell: Callable[[], None],
     ) -> Iterator[EncodedBlock]:
         """Yield those that are there; see `BlockSource`. Damaged pages of it are passed over."""
         asked = set(wanted)
@@ -98,6 +105,7 @@ class StoreSource:
         for start in range(0, len(hashes), _HASHES_AT_ONCE):
             rows = self._adapter.find_blocks(hashes[start : start + _HASHES_AT_ONCE])
             for row in sorted(rows, key=lambda row: (row.page_id, row.slot)):
+                tell()
                 with contextlib.suppress(CorruptStoreError):
                     block = self._read(row)
                     if block.content in asked:
@@ -123,7 +131,10 @@ class FileSource:
         self._source = source
 
     def find(
-        self, wanted: Collection[Wanted], block_shapes: Collection[tuple[int, int]]
+        self,
+        wanted: Collection[Wanted],
+        block_shapes: Collection[tuple[int, int]],
+        tell: Callable[[], None],
     ) -> Iterator[EncodedBlock]:
         """Yield those that are there; see `BlockSource`. Memory: one tensor."""
         asked = set(wanted)
@@ -133,6 +144,7 @@ class FileSource:
                 continue
             array = self._source.read(entry.name)
             for shape in block_shapes:
+                tell()
                 yield from _matching(MatrixView.of(array, shape), asked)
 
 

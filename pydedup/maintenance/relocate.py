@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import LIVE, RETIRED, Adapter
+from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.catalog import StoredModel
-from pydedup.jobs import Job
+from pydedup.errors import ConflictError
+from pydedup.jobs import LEASE_SECONDS, Job
 from pydedup.layout import block_costs, block_places, map_places, pages_read, split_places
 from pydedup.maintenance.survey import maps_of
 from pydedup.pool import PagePool
@@ -91,10 +92,18 @@ def relocate(
 
     Damaged pages that nobody reads any more are retired. Of pages the pool must have those of
     deltas that were restored without their base.
+
+    Raises ConflictError, before anything is changed, when a vacuum took the staging for abandoned.
     """
     table, left = moves.table(), Left()
+    new_pages = np.unique(split_places(table.new)[0]).tolist()
     with adapter.transaction():
-        adapter.bump_epoch()
+        adapter.bump_epoch()  # from here on no vacuum collects
+        if len(adapter.page_rows(ids=new_pages, state=STAGING)) < len(new_pages):
+            raise ConflictError(
+                "restored blocks that were staged were collected by a vacuum: the repair gave no "
+                f"sign of life for {LEASE_SECONDS:.0f} s; nothing was changed, run it again"
+            )
         reads: dict[int, dict[int, tuple[int, int]]] = {}
         for model_id, page_id, blocks, size in adapter.model_pages():
             reads.setdefault(model_id, {})[page_id] = blocks, size
@@ -124,8 +133,7 @@ def relocate(
                 if page_id in damaged:
                     left.missing.setdefault(page_id, {}).setdefault(place, set()).add(model.address)
         _change_rows(adapter, moves, pages_of_deltas, left.missing)
-        new_pages = set(split_places(table.new)[0].tolist())
-        adapter.set_page_state(sorted(new_pages & left.used), LIVE)
+        adapter.set_page_state(sorted(left.used.intersection(new_pages)), LIVE)
         adapter.set_page_state(sorted(set(damaged) - left.missing.keys()), RETIRED, time.time())
         job.end()
     return left

@@ -183,7 +183,8 @@ class _Repair:
             elif block.digest is not None and block.dtype is not None:
                 wanted = Wanted(block.digest, block.dtype, block.rows, block.cols)
                 rest.setdefault(wanted, []).append(place)
-        for encoded in self._source.find(list(rest), block_shapes) if rest else ():
+        found = self._source.find(list(rest), block_shapes, self._job.keep_alive) if rest else ()
+        for encoded in found:
             for place in rest.pop(encoded.content, ()):
                 self._put(place, encoded, lost[place])
                 self.found += 1
@@ -218,6 +219,7 @@ class _Repair:
             page_id, slot = _split(place)
             if page_id != at:
                 at, payload = page_id, self._payload(page_id)
+            self._job.keep_alive()
             yield place, lost[place], self._as_recorded(payload, slot, lost[place])
 
     def _as_recorded(self, payload: bytes, slot: int, block: Lost) -> EncodedBlock | None:

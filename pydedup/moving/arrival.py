@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,7 +19,6 @@ from pydedup.moving.source import NO_PLACE, End
 __all__ = ["check_arrival"]
 
 _PAGES_AT_ONCE = 16
-_BEAT_SECONDS = 60.0
 
 
 def check_arrival(
@@ -36,7 +34,6 @@ def check_arrival(
     bytes of how many are done.
     """
     total, done = sum(int(spool.lengths[numbers].sum()) for numbers in layout), 0
-    beaten = time.monotonic()
     for start in range(0, len(layout), _PAGES_AT_ONCE):
         ids = stager.page_ids[start : start + _PAGES_AT_ONCE]
         payloads = dict(target.adapter.read_pages(ids))
@@ -49,9 +46,7 @@ def check_arrival(
             _check_page(target, stager, spool, page_id, page, numbers)
             done += int(spool.lengths[numbers].sum())
         tell(done, total)
-        if time.monotonic() - beaten > _BEAT_SECONDS:
-            stager.beat()
-            beaten = time.monotonic()
+        stager.keep_alive()
 
 
 def _check_page(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,7 +29,6 @@ __all__ = ["backup_store", "file_url", "restore_store"]
 _PARTIAL = ".partial"
 _BESIDE = ("-wal", "-shm", "-journal")
 _SHOWN = 3
-_BEAT_SECONDS = 60.0
 # Of `meta`: what somebody has set. All else is about one store and its history.
 _SETTINGS = (QUOTAS_NAME,)
 
@@ -180,14 +178,9 @@ def _alone(partial: Adapter, path: Path, progress: Progress | None) -> Iterator[
     with partial.transaction():
         _refuse_others(partial, path)
         job.beat()
-    beaten = time.monotonic()
 
     def told(stage: str, done: int, total: int, /) -> None:
-        nonlocal beaten
-        if time.monotonic() - beaten > _BEAT_SECONDS:
-            with partial.transaction():
-                job.beat()
-            beaten = time.monotonic()
+        job.keep_alive()
         if progress is not None:
             progress(stage, done, total)
 

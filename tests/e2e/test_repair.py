@@ -18,12 +18,14 @@ from pydedup import policies
 from pydedup.adapter import LIVE
 from pydedup.errors import (
     ArgumentError,
+    ConflictError,
     CorruptStoreError,
     NotAStoreError,
     NotFoundError,
     ReadOnlyError,
     StorageFullError,
 )
+from pydedup.jobs import Job
 from pydedup.layout import block_costs, map_places, pages_read
 from pydedup.testing.faults import Fault, inject
 
@@ -509,6 +511,80 @@ def test_a_repair_that_fails_changes_nothing(
         assert report.notes == [], "what was staged is gone"
         assert store.verify(repair_from=healthy).ok
     assert_sound(store_url)
+
+
+@pytest.mark.parametrize("grace_seconds", [0.0, 3600.0])
+def test_a_repair_that_a_vacuum_collected_changes_nothing(
+    grace_seconds: float,
+    store_url: str,
+    change_page: Change,
+    healthy: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if the repair had been silent for too long after it had staged."""
+    # The vacuum is to collect, not to repack: it would find the damage.
+    monkeypatch.setattr("pydedup.maintenance.vacuum._wants_repack", lambda *_: False)
+    fill(store_url)
+    pages = pages_of(store_url, "base", "near", "nearer", "shares", "own")
+    for page in pages:
+        change_page(store_url, page, flip_half)
+    collected = 0
+
+    def collect(stage: str, finished: int, total: int) -> None:
+        nonlocal collected
+        if stage == "restoring blocks":
+            with pydedup.open(store_url) as other:
+                report = other.vacuum(lease_seconds=-1, grace_seconds=grace_seconds)
+                collected += report.freed_pages + report.waiting_pages
+
+    with pydedup.open(store_url) as store:
+        adapter = store._adapter
+        damage = store.verify()
+        before = adapter.model_pages(), adapter.page_rows()
+        with pytest.raises(ConflictError, match=r"collected by a vacuum.*run it again"):
+            store.verify(repair_from=healthy, progress=collect)
+        assert collected
+        assert (adapter.model_pages(), adapter.page_rows()) == before
+        assert adapter.jobs() == []
+        report = store.verify()
+        assert (report.errors, report.notes) == (damage.errors, damage.notes)
+        assert sorted(report.damaged_pages) == pages
+        assert store.verify(repair_from=healthy).ok
+    assert_sound(store_url)
+
+
+@pytest.mark.parametrize("kind", ["store", "file"])
+def test_a_repair_that_finds_nothing_for_long_says_that_it_lives(
+    kind: str,
+    tmp_path: Path,
+    change_page: Change,
+    healthy: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = f"sqlite:///{tmp_path}/store.db"
+    fill(url, ("own",))
+    (page,) = pages_of(url, "own")
+    change_page(url, page, ruin)
+    source = healthy
+    if kind == "file":
+        source = str(tmp_path / "zeros.safetensors")
+        save_file({name: np.zeros((256, 256), np.float16) for name in "ab"}, source)
+    monkeypatch.setattr("pydedup.jobs._BEAT_SECONDS", 0.0)
+    beats = 0
+    beat = Job.beat
+
+    def counted(self: Job, *args: Any) -> None:
+        nonlocal beats
+        beats += 1
+        beat(self, *args)
+
+    monkeypatch.setattr(Job, "beat", counted)
+    with pydedup.open(url) as store:
+        blocks = len(store._catalog.model("own").block_map("w").slots)
+        assert store.verify(repair_from=source).ok == (kind == "store")
+        assert store._adapter.jobs() == []
+    # One for each block that is looked at on its page, then one for each block or tensor there.
+    assert beats >= blocks + (blocks if kind == "store" else 2)
 
 
 def test_what_cannot_be_repaired_from(tmp_path: Path) -> None:
