@@ -80,10 +80,13 @@ class Newcomers:
     readers
         Returns what they use. Blocks that the store does not have yet are at negative places, whose
         costs ``Readers.costs`` knows.
+    replaced
+        Ids of stored models whose place they take.
     """
 
     models: Sequence[tuple[str, int]]
     readers: Callable[[], Readers]
+    replaced: frozenset[int] = frozenset()
 
 
 class Quotas:
@@ -180,7 +183,7 @@ def check(adapter: Adapter, pool: PagePool, newcomers: Newcomers, epoch: int) ->
         if adapter.epoch() != epoch:
             return False
         quotas = read_quotas(adapter)
-        models = adapter.models()
+        models = [row for row in adapter.models() if row.id not in newcomers.replaced]
         together: Readers | None = None
         for quota, value in _concerned(quotas, newcomers):
             everyone = [(m.metadata, m.logical_bytes) for m in models] + list(newcomers.models)

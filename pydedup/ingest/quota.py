@@ -59,4 +59,5 @@ def check_quotas(
         return Readers(table, places, lambda new: spool.costs[-1 - new])
 
     described = [(m.metadata, m.logical_bytes) for m in models]
-    return check(adapter, pool, Newcomers(described, readers), epoch)
+    replaced = frozenset(m.replaces for m in models if m.replaces)
+    return check(adapter, pool, Newcomers(described, readers, replaced), epoch)

@@ -29,6 +29,8 @@ __all__ = ["backup_store", "file_url", "restore_store"]
 _PARTIAL = ".partial"
 _BESIDE = ("-wal", "-shm", "-journal")
 _SHOWN = 3
+# In `meta` of a backup, from its beginning: of which store it is. Without it, a file is none.
+_BACKUP_OF = "backup_of"
 # Of `meta`: what somebody has set. All else is about one store and its history.
 _SETTINGS = (QUOTAS_NAME,)
 
@@ -57,14 +59,22 @@ def backup_store(
     url = file_url(target)
     _check_free(source.adapter, target, url, opened, replace=replace)
     partial = target.with_name(target.name + _PARTIAL)
+    if os.path.lexists(partial) and target.exists() and partial.samefile(target):
+        partial.unlink()  # the last step of a backup that was killed there
     _drop_useless(source.adapter, partial, opened)
-    with opened(file_url(partial), "a") as end, _alone(end.adapter, partial, progress) as told:
+    mark = source.adapter.meta().get("store_id", "")
+    with (
+        opened(file_url(partial), "a") as end,
+        _alone(end.adapter, partial, mark, progress) as told,
+    ):
         items = plan_copy(
             source.adapter, end.adapter, None, all_versions=False, on_conflict="error"
         )
         report = copy_models(source, end, items, progress=told)
         _carry_settings(source.adapter, end.adapter)
-    _publish(partial, target)
+    if replace:
+        _check_free(source.adapter, target, url, opened, replace=True)
+    _publish(partial, target, replace=replace)
     return CopyReport(report.source, url, report.models, report.aliases, report.seconds)
 
 
@@ -142,6 +152,11 @@ def _drop_useless(source: Adapter, partial: Path, opened: Opener) -> None:
         with opened(file_url(partial), "r") as end:
             rows = end.adapter.models()
             _refuse_others(end.adapter, partial)
+            if rows and not end.adapter.meta().get(_BACKUP_OF):
+                raise ArgumentError(
+                    f"{partial} is a store and no unfinished backup; move it, or give the backup "
+                    "another name"
+                )
             aliases = {(name, alias, ids) for name, alias, ids in _by_version(end.adapter)}
         is_useful = aliases <= set(_by_version(source)) and all(
             (row.name, row.version) in wanted and same_model(row, wanted[row.name, row.version])
@@ -150,7 +165,7 @@ def _drop_useless(source: Adapter, partial: Path, opened: Opener) -> None:
     except NotAStoreError:
         if partial.stat().st_size:
             raise
-        is_useful = False
+        is_useful = True  # nothing yet; somebody may be about to write it
     if not is_useful:
         for end_of_name in ("", *_BESIDE):
             Path(f"{partial}{end_of_name}").unlink(missing_ok=True)
@@ -171,13 +186,16 @@ def _refuse_others(partial: Adapter, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(partial: Adapter, path: Path, progress: Progress | None) -> Iterator[Progress]:
+def _alone(
+    partial: Adapter, path: Path, mark: str, progress: Progress | None
+) -> Iterator[Progress]:
     """Keep other backups away from an unfinished file; gives the progress that says we live."""
     job = Job(partial, "backup")
     collect_abandoned(partial)
     with partial.transaction():
         _refuse_others(partial, path)
         job.beat()
+        partial.set_meta(_BACKUP_OF, mark)
 
     def told(stage: str, done: int, total: int, /) -> None:
         job.keep_alive()
@@ -194,14 +212,24 @@ def _alone(partial: Adapter, path: Path, progress: Progress | None) -> Iterator[
         job.end()
 
 
-def _publish(partial: Path, target: Path) -> None:
+def _publish(partial: Path, target: Path, *, replace: bool) -> None:
     """Give a complete file its name, so that it is there after a crash of the machine too."""
     for end in _BESIDE:
         if Path(f"{partial}{end}").exists():
             raise ConflictError(f"{partial} is open elsewhere, so it is not complete; close it")
     with partial.open("rb") as file:
         os.fsync(file.fileno())
-    partial.replace(target)
+    if not replace:
+        with contextlib.suppress(OSError):
+            os.link(partial, target)  # not where a file appeared meanwhile, nor on every disk
+        if target.exists() and not partial.samefile(target):
+            raise ArgumentError(
+                f"{target} appeared while its backup was made, which is complete in {partial}"
+            )
+    if target.exists() and partial.samefile(target):
+        partial.unlink()
+    else:
+        partial.replace(target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

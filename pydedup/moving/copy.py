@@ -21,7 +21,6 @@ from pydedup.errors import (
     CorruptStoreError,
     DuplicateError,
     NotFoundError,
-    PageNotFoundError,
 )
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.match import Matcher
@@ -97,16 +96,32 @@ def _refuse_same_store(source: Adapter, target: Adapter) -> None:
 
 def _set_aliases(target: Adapter, items: Sequence[Item]) -> int:
     """Give the aliases that are not there yet to models that were; returns how many all have."""
-    wanted = [(item, alias) for item in items for alias in item.aliases if item.status == "there"]
+    wanted = [item for item in items if item.aliases and item.status == "there"]
     if wanted:
         with target.transaction():
+            target.bump_epoch()  # nobody removes a version meanwhile
             ids = {(row.name, row.version): row.id for row in target.models()}
-            there = set(target.aliases())
-            for item, alias in wanted:
+            for item in wanted:
                 model_id = ids.get((item.row.name, item.row.version))
-                if model_id and (item.row.name, alias, model_id) not in there:
-                    target.set_alias(item.row.name, alias, model_id)
+                if model_id:
+                    _point(target, item, model_id, item.aliases)
     return sum(len(item.aliases) for item in items if item.status in ("there", "copy", "replace"))
+
+
+def _point(target: Adapter, item: Item, model_id: int, aliases: Sequence[str]) -> None:
+    """Point aliases at a model, unless somebody gave them another meaning since the plan."""
+    name = item.row.name
+    pointed = {alias: model for _, alias, model in target.aliases(name)}
+    versions = {row.version for row in target.models(name=name)}
+    for alias in aliases:
+        elsewhere = pointed.get(alias, model_id) != model_id
+        if alias in versions or (elsewhere and not item.moves_aliases):
+            what = "a version" if alias in versions else "an alias of another version"
+            raise DuplicateError(
+                f"{target.url} has {name}@{alias} as {what} since a moment ago; start again"
+            )
+        if pointed.get(alias) != model_id:
+            target.set_alias(name, alias, model_id)
 
 
 @dataclass(slots=True)
@@ -167,8 +182,7 @@ class _Copy(StagedModel):
             raise DuplicateError(
                 f"{adapter.url} has an alias {self.address} since a moment ago; start again"
             )
-        for alias in dict.fromkeys([*moved, *self.item.aliases]):
-            adapter.set_alias(name, alias, self.model_id)
+        _point(adapter, self.item, self.model_id, list(dict.fromkeys([*moved, *self.item.aliases])))
 
 
 class _Copier:
@@ -205,14 +219,12 @@ class _Copier:
             except NotWholeError as error:
                 not_whole.update(error.page_ids)
                 continue
-            except PageNotFoundError as error:
+            except CorruptStoreError as error:
                 self._there.epoch = -1
                 if epochs == (self._source.adapter.epoch(), self._target.adapter.epoch()):
-                    # Nobody took it away: a store is damaged.
-                    raise PageNotFoundError(self._where(item, error)) from error
+                    # Nobody moved or removed pages meanwhile: a store is damaged.
+                    raise type(error)(self._where(item, error)) from error
                 continue
-            except CorruptStoreError as error:
-                raise CorruptStoreError(self._where(item, error)) from error
             except NotFoundError:
                 if any(row.id == item.row.id for row in self._source.adapter.models()):
                     raise
@@ -305,9 +317,10 @@ class _Copier:
             if layout is None:
                 return None
             self._progress.end()
-            # Publishing compares epochs, so ours is the last of what was published; but a model
-            # that was replaced may have taken pages along.
-            self._there.epoch = -1 if item.replaces else stager.epoch
+            # What was seen at the start still holds when nobody but us published since, and no
+            # model was replaced, which may have taken pages along.
+            alone = stager.epoch == epoch + 1 and not item.replaces
+            self._there.epoch = stager.epoch if alone else -1
             if np.array_equal(matched, copy.references()):
                 self._remember(model, resolved, places, matcher, stager)
             else:

@@ -33,12 +33,15 @@ class Item:
         ``"replace"`` (another one is, and goes).
     replaces
         The id of the one that goes, else 0.
+    moves_aliases
+        Whether aliases that point to another version at the destination are to be moved.
     """
 
     row: ModelRow
     aliases: list[str]
     status: str = "copy"
     replaces: int = 0
+    moves_aliases: bool = False
 
     @property
     def address(self) -> str:
@@ -73,7 +76,8 @@ def plan_copy(
     with source.snapshot():
         rows = _chosen(source, names, all_versions)
         pointing = aliases_of(source)
-    items = [Item(row, sorted(pointing.get(row.id, ()))) for row in rows]
+    moves = on_conflict == "replace"
+    items = [Item(row, sorted(pointing.get(row.id, ())), moves_aliases=moves) for row in rows]
     if target is not None:
         with target.snapshot():
             _settle_clashes(items, target, on_conflict)

@@ -159,13 +159,28 @@ def test_a_killed_backup_leaves_no_file_and_is_gone_on_with(
     assert_same(source_url, str(file))
 
 
+def interrupted(source_url: str, file: Path) -> None:
+    """Leave an unfinished backup behind that has a model."""
+
+    def stop(stage: str, done: int, total: int) -> None:
+        with pydedup.open(f"{file}.partial", mode="r") as partial:
+            if partial.models():
+                raise KeyboardInterrupt
+
+    with pydedup.open(source_url, mode="r") as store, pytest.raises(KeyboardInterrupt):
+        store.backup(file, progress=stop)
+
+
 def test_what_is_left_of_another_backup_is_not_used(
     filled: New, tmp_path: Path, family: Callable[..., Any], assert_same: Any
 ) -> None:
     source_url, file = filled("sqlite"), tmp_path / "backup"
     partial = tmp_path / "backup.partial"
-    with pydedup.open(partial) as other:
-        other.add("stranger", family(3))
+    with pydedup.open(tmp_path / "other.db") as other:
+        other.add_many({"stranger": family(3)})
+        other.add_many({"another": family(4)})
+    interrupted(f"sqlite:///{tmp_path / 'other.db'}", file)
+    assert partial.exists()
     with pydedup.open(source_url, mode="r") as store:
         store.backup(file)
     assert_same(source_url, str(file))
@@ -189,4 +204,39 @@ def test_an_interrupted_backup_can_be_started_again_at_once(
             store.backup(file, progress=stop)
         assert not file.exists()
         store.backup(file)
+    assert_same(source_url, str(file))
+
+
+def test_a_store_with_the_name_of_an_unfinished_backup_is_kept(
+    filled: New, tmp_path: Path, family: Callable[..., Any]
+) -> None:
+    partial = tmp_path / "backup.partial"
+    with pydedup.open(partial) as precious:
+        precious.add("precious", family(3))
+    with pydedup.open(filled("sqlite"), mode="r") as store:
+        with pytest.raises(ArgumentError, match=r"backup\.partial is a store and no unfinished"):
+            store.backup(tmp_path / "backup")
+    with pydedup.open(partial) as precious:
+        assert [info.address for info in precious.models()] == ["precious@1"]
+        assert precious.verify().ok
+
+
+def test_a_file_that_appears_during_a_backup_is_kept(
+    filled: New, tmp_path: Path, family: Callable[..., Any], assert_same: Any
+) -> None:
+    source_url, file = filled("sqlite"), tmp_path / "late.db"
+
+    def appear(stage: str, done: int, total: int) -> None:
+        if not file.exists():
+            with pydedup.open(file) as late:
+                late.add("late", family(3))
+
+    with pydedup.open(source_url, mode="r") as store:
+        with pytest.raises(ArgumentError, match=r"late\.db appeared while its backup was made"):
+            store.backup(file, progress=appear)
+        with pydedup.open(file) as late:
+            assert [info.address for info in late.models()] == ["late@1"]
+        assert_same(source_url, f"{file}.partial")
+        file.unlink()
+        assert store.backup(file).copied == 0, "it was complete"
     assert_same(source_url, str(file))

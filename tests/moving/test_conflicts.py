@@ -294,3 +294,108 @@ def test_a_removed_model_that_was_named(filled: New, new_store: New) -> None:
         store.remove("exact")
         with pytest.raises(NotFoundError, match="exact"):
             store.copy_to(new_store("sqlite"), ["exact"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_goes_while_another_model_is_published_is_not_relied_upon(
+    new_store: New, backend: str
+) -> None:
+    """A removal and a vacuum between two tries to publish m1 take pages that m2 would share."""
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.standard_normal((256, 256)).astype(np.float32) for _ in range(3))
+    url = new_store(backend)
+    done: list[str] = []
+
+    def remove(stage: str, _: int, __: int) -> None:
+        with pydedup.open(url) as other:
+            names = {info.address for info in other.models()}
+            if stage == "checking" and names == {"m0@1"} and not done:
+                done.append("removed")
+                other.remove("m0@1")
+                other.vacuum()
+
+    with pydedup.open(new_store("sqlite")) as store:
+        store.add("m0@1", {"a": a})
+        store.add("m1@1", {"b": b})
+        store.add("m2@1", {"a": a, "c": c})
+        store.copy_to(url, progress=remove)
+    assert done
+    with pydedup.open(url) as target:
+        assert target.verify().ok
+        assert np.array_equal(target.load("m2@1")["a"], a)
+        assert np.array_equal(target.load("m1@1")["b"], b)
+
+
+@pytest.mark.parametrize("alias_of", ["another version", "nothing, it is a version"])
+def test_aliases_that_others_take_meanwhile(
+    new_store: New, family: Callable[..., Any], alias_of: str
+) -> None:
+    url = new_store("sqlite")
+    with pydedup.open(url) as target:
+        target.add("m@7", family(7))
+
+    def take(stage: str, _: int, __: int) -> None:
+        with pydedup.open(url) as target:
+            if target.info("m@7").info.aliases or len(target.models()) > 1:
+                return
+            if alias_of == "another version":
+                target.alias("m", "prod", "7")
+            else:
+                target.add("m@prod", family(9))
+
+    with pydedup.open(new_store("sqlite")) as store:
+        store.add("m@1", family(1))
+        store.alias("m", "prod", "1")
+        with pytest.raises(DuplicateError, match=r"m@prod as (an alias of another|a) version"):
+            store.copy_to(url, progress=take)
+    with pydedup.open(url) as target:
+        assert "m@1" not in {info.address for info in target.models()}
+        if alias_of == "another version":
+            assert target.info("m@prod").info.address == "m@7"
+        report = target.verify()
+        assert (report.errors, report.ok) == ([], True)
+
+
+def test_a_vacuum_of_the_source_meanwhile_is_no_damage(
+    new_store: New, family: Callable[..., Any], assert_same: Any
+) -> None:
+    """It moves blocks to other pages between what a copy reads of the source."""
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    with pydedup.open(source_url) as store:
+        for number in range(4):
+            store.add(f"m{number}", family(number))
+        store.remove("m0")
+    vacuumed: list[int] = []
+
+    def vacuum(stage: str, _: int, __: int) -> None:
+        if len(vacuumed) < 2:
+            vacuumed.append(1)
+            with pydedup.open(source_url) as other:
+                other.add(f"more{len(vacuumed)}", family(10 + len(vacuumed)))
+                other.remove(f"more{len(vacuumed)}")
+                other.vacuum()
+
+    with pydedup.open(source_url) as store:
+        report = store.copy_to(url, progress=vacuum)
+    assert vacuumed
+    assert report.copied == 3
+    assert_same(source_url, url)
+
+
+def test_a_quota_does_not_count_what_is_replaced(new_store: New) -> None:
+    rng = np.random.default_rng(1)
+    old, new = (rng.standard_normal((256, 256)).astype(np.float32) for _ in range(2))
+    metadata = {"tenant": "a"}
+    for measure in ("logical", "marginal"):
+        url = new_store("sqlite")
+        with pydedup.open(url) as target:
+            target.add("m@1", {"w": old}, metadata=metadata)
+            target.quotas.set("tenant", "a", "300KiB", measure=measure)
+        with pydedup.open(new_store("sqlite")) as store:
+            store.add("m@1", {"w": new}, metadata=metadata)
+            assert store.copy_to(url, on_conflict="replace").copied == 1
+            store.add("m@2", {"w": old}, metadata=metadata)
+            with pytest.raises(QuotaError):
+                store.copy_to(url, on_conflict="replace")
+        with pydedup.open(url) as target:
+            assert np.array_equal(target.load("m@1")["w"], new)
