@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
@@ -50,7 +51,9 @@ def locate(url: str, schema: str | None = None) -> Place:
     place = f"{user}@{parts.hostname or 'localhost'}" if user else parts.hostname or "localhost"
     shown = f"{parts.scheme}://{place}{f':{port}' if port else ''}/{quote(database)}"
     if not database or "\0" in database or (schema is None and "/" in database):
-        raise ArgumentError(f"{shown} names no database; write {FORM}")
+        # With one "/" too many, user and password are where the database should be.
+        what = shown if "@" not in database else f"{parts.scheme}://{place}"
+        raise ArgumentError(f"{what} names no database; write {FORM}")
     options: dict[str, Any] = {"host": parts.hostname or "localhost", "database": database}
     options |= {"port": port} if port else {}
     options |= {"user": user} if user else {}
@@ -65,6 +68,7 @@ def locate(url: str, schema: str | None = None) -> Place:
         else:
             known = ", ".join(sorted({"timeout", *_OPTIONS}))
             raise ArgumentError(f"{shown}: option {name!r} is not known; there are: {known}")
+    _settle_tls(shown, options)
     if "unix_socket" in options:
         shown = f"{shown}?unix_socket={options['unix_socket']}"
     return Place(shown, database, timeout, options)
@@ -80,6 +84,17 @@ def _split(url: str) -> tuple[SplitResult, int | None]:
             f"this is no URL of a MySQL database; write {FORM}, with special characters of the "
             "password percent-encoded"
         ) from None
+
+
+def _settle_tls(shown: str, options: dict[str, Any]) -> None:
+    """Check certificates where the URL names an authority; the driver alone would not."""
+    authority = options.get("ssl_ca")
+    if authority is not None:
+        if not Path(authority).is_file():
+            raise ArgumentError(f"{shown}: ssl_ca names no file: {authority!r}")
+        options.setdefault("ssl_verify_cert", True)
+    elif options.get("ssl_verify_cert"):
+        raise ArgumentError(f"{shown}: ssl_verify_cert needs ssl_ca, the file of an authority")
 
 
 def _option(shown: str, name: str, value: str, parse: Callable[[str], Any]) -> Any:

@@ -48,7 +48,7 @@ def locate(url: str) -> tuple[StoreFile, float]:
         )
     if host or not slash or "\0" in path:
         raise ArgumentError(
-            f"{url!r} names no file; write sqlite:///relative.db or sqlite:////absolute.db"
+            f"{_unless_secret(url)} names no file; write sqlite:///relative.db or sqlite:////absolute.db"
         )
     timeout = TIMEOUT_SECONDS
     for name, value in parse_qsl(query, keep_blank_values=True):
@@ -63,6 +63,11 @@ def locate(url: str) -> tuple[StoreFile, float]:
                 f"{url!r}: timeout={value} must be a number of seconds, 0 to {MOST_SECONDS:.0f}"
             )
     return StoreFile(os.path.realpath(path)), timeout
+
+
+def _unless_secret(url: str) -> str:
+    """Return a URL for a message, but for one that may hold a password."""
+    return "this URL" if "@" in url else repr(url)
 
 
 class StoreFile:

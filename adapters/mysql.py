@@ -106,6 +106,10 @@ class MysqlAdapter(MysqlBase):
                     connection.close()
             if isinstance(error, mysql.connector.Error):
                 raise self._translate(error) from error
+            if isinstance(error, AttributeError) and connection is None:
+                raise ArgumentError(
+                    f"{self._place.url}: the driver refuses an option of the URL: {error}"
+                ) from error
             if isinstance(error, ImportError):
                 raise ArgumentError(
                     f"use_pure=false asks for the C extension of mysql-connector-python, which "

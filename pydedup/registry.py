@@ -49,6 +49,8 @@ _BUILT_IN: Final = {
 }
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+# A URL without its colon, or what libpq and others take for a connection: never a file to create.
+_MISTYPED = re.compile(r"(?i)(postgres(ql)?|mysql|mariadb|sqlite)//|(.*\s)?(password|dbname)\s*=")
 _SECRETS = re.compile(r"(?i)([?&;](?:password|passwd|pwd|passphrase|sslpassword|token)=)[^&;#]*")
 
 
@@ -87,6 +89,12 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
                 f"{redact(url)!r} is no URL of a store; write scheme://... (known: "
                 f"{', '.join(schemes())}) or the path of a SQLite file"
             )
+        if _MISTYPED.match(url):
+            raise ArgumentError(
+                "this is neither the URL of a store nor the path of one; write "
+                "postgresql://user@host/database, mysql://user@host/database or the path of a "
+                "SQLite file"
+            )
         scheme, url = "sqlite", f"sqlite:///{url}"
     return _find(scheme.lower())(url, mode=mode, schema=schema)
 
@@ -97,6 +105,8 @@ def redact(url: str) -> str:
     A password that holds ``@``, ``/`` or ``?`` unescaped is hidden, at the worst with the host.
     """
     head, separator, rest = url.partition("://")
+    if not separator and "@" in url and ":" in url:  # mistyped
+        return f"{url.partition(':')[0]}:***@{url.rpartition('@')[2]}"
     if separator and not rest.startswith("/"):
         location, mark, query = rest.partition("?")
         if "@" in query and ":" in location:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydedup.accuracy import Accuracy
 from pydedup.adapter import Adapter
 from pydedup.blocks import MatrixView
-from pydedup.errors import ConflictError, PageNotFoundError
+from pydedup.errors import ConflictError, NotFoundError, PageNotFoundError
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
@@ -58,10 +58,10 @@ def add_models(
         epoch = adapter.epoch()
         try:
             reports = _attempt(adapter, pool, requests, dry_run, progress, started, epoch)
-        except PageNotFoundError:
+        except (PageNotFoundError, NotFoundError):
             if adapter.epoch() == epoch:
                 raise  # nobody took it away: the store is damaged
-            continue
+            continue  # somebody removed a model that this one was compared with
         if reports is not None:
             return reports
     raise ConflictError(

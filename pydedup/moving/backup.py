@@ -41,6 +41,8 @@ Opener = Callable[[str, str], AbstractContextManager[End]]
 def file_url(path: str | os.PathLike[str]) -> str:
     """Return the URL of a SQLite file."""
     text = os.fspath(path)
+    if "://" in text:
+        raise ArgumentError("a backup is a file; name one (copy takes models to another store)")
     if "?" in text or "\0" in text:
         raise ArgumentError(f"{text!r} cannot be the name of a backup: it holds '?' or NUL")
     return f"sqlite:///{Path(text).absolute()}"
@@ -55,8 +57,8 @@ def backup_store(
     progress: Progress | None = None,
 ) -> CopyReport:
     """Write a whole store to a file; see `pydedup.Store.backup`."""
+    url = file_url(path)
     target = Path(path).absolute()
-    url = file_url(target)
     _check_free(source.adapter, target, url, opened, replace=replace)
     partial = target.with_name(target.name + _PARTIAL)
     if os.path.lexists(partial) and target.exists() and partial.samefile(target):
@@ -102,14 +104,18 @@ def restore_store(
             source.adapter, target.adapter, None, all_versions=False, on_conflict="error"
         )
         report = copy_models(source, target, items, progress=progress)
-        _carry_settings(source.adapter, target.adapter)
+        _carry_settings(source.adapter, target.adapter, keep=True)
         return report
 
 
-def _carry_settings(source: Adapter, target: Adapter) -> None:
-    """Set what was set for the whole store, after its models: quotas hold for what comes next."""
+def _carry_settings(source: Adapter, target: Adapter, *, keep: bool = False) -> None:
+    """Set what was set for the whole store, after its models: quotas hold for what comes next.
+
+    With ``keep`` what is set at the destination stays.
+    """
     ours, theirs = source.meta(), target.meta()
-    wanted = {name: ours[name] for name in _SETTINGS if name in ours}
+    left = [name for name in _SETTINGS if not (keep and name in theirs)]
+    wanted = {name: ours[name] for name in left if name in ours}
     if any(theirs.get(name) != value for name, value in wanted.items()):
         with target.transaction():
             target.bump_epoch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import traceback
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,33 @@ def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch, target: str)
         ("pg://h/d?PassWord=pw", "pg://h/d?PassWord=***"),
         ("sqlite:////home/me@work:x/a.db", "sqlite:////home/me@work:x/a.db"),
         ("models.db", "models.db"),
+        ("postgresql:/u:pw@h/d", "postgresql:***@h/d"),  # mistyped
+        ("mysql:u:p@w@h/d", "mysql:***@h/d"),
     ],
 )
 def test_passwords_are_not_shown(url: str, shown: str) -> None:
     assert registry.redact(url) == shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql:/u:s3cret@h/x",
+        "mysql:u:s3cret@h/x",
+        "mysql//u:s3cret@h/x",
+        "mysql:///u:s3cret@127.0.0.1:1/x",
+        "sqlite://u:s3cret@h/x.db",
+        "host=localhost password=s3cret dbname=x",
+    ],
+)
+def test_mistyped_urls_create_nothing_and_show_no_password(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError) as caught:
+        registry.connect(url, mode="a")
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+    assert list(tmp_path.iterdir()) == []
 
 
 @given(st.text(min_size=6, max_size=12), st.sampled_from(["", "?a=b", "?host=x@y&a=b"]))

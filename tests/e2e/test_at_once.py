@@ -179,6 +179,50 @@ def test_readers_see_one_version_while_writers_change_it(store_url: str) -> None
         assert set(numbers) <= set(range(1, rounds + 1))
 
 
+_CHURN = """
+import sys, time
+import numpy as np
+import pydedup
+
+url, me, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+rng = np.random.default_rng(int(me))
+kept = np.random.default_rng(9).standard_normal((128, 256)).astype(np.float32)
+end, count = time.monotonic() + seconds, 0
+with pydedup.open(url) as store:
+    while time.monotonic() < end or count < 3:
+        mine = kept.copy()
+        mine[rng.choice(128, 8)] += 0.1
+        store.add(f"w{me}_{count}", {"w": mine})
+        store.remove(f"w{me}_{count}")
+        count += 1
+print(count)
+"""
+
+
+def test_adds_go_on_while_others_remove_models(store_url: str) -> None:
+    """What an add compares with may be removed by somebody else at any moment."""
+    kept = np.random.default_rng(9).standard_normal((128, 256)).astype(np.float32)
+    with pydedup.open(store_url) as store:
+        store.add("keep", {"w": kept})
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _CHURN, store_url, str(me), "3"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for me in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert int(out) >= 3
+    with pydedup.open(store_url) as store:
+        assert [info.address for info in store.models()] == ["keep@1"]
+        assert np.array_equal(store.load("keep")["w"], kept)
+        assert store.verify().ok
+
+
 @pytest.mark.parametrize("first", ["add", "remove", "vacuum"])
 def test_a_writer_that_waits_too_long_changes_nothing(store_url: str, first: str) -> None:
     """Another client holds the epoch: what would publish waits as long as the URL says."""

@@ -213,9 +213,9 @@ def test_a_store_with_the_name_of_an_unfinished_backup_is_kept(
     partial = tmp_path / "backup.partial"
     with pydedup.open(partial) as precious:
         precious.add("precious", family(3))
-    with pydedup.open(filled("sqlite"), mode="r") as store:
-        with pytest.raises(ArgumentError, match=r"backup\.partial is a store and no unfinished"):
-            store.backup(tmp_path / "backup")
+    said = pytest.raises(ArgumentError, match=r"backup\.partial is a store and no unfinished")
+    with pydedup.open(filled("sqlite"), mode="r") as store, said:
+        store.backup(tmp_path / "backup")
     with pydedup.open(partial) as precious:
         assert [info.address for info in precious.models()] == ["precious@1"]
         assert precious.verify().ok

@@ -99,6 +99,10 @@ def test_a_server_that_is_not_there(tmp_path: Path, pure: bool) -> None:
         ("mysql://u:s3cret@host/db?timeout=soon", "soon"),
         ("mysql://u:s3cret@host/db?ssl_verify_cert=maybe", "maybe"),
         ("mysql://u@host/db?password=s3cret&timeout=-1", "-1"),
+        ("mysql://u:s3cret@host/db?ssl_ca=/no/such/file", "ssl_ca names no file"),
+        ("mysql://u:s3cret@host/db?ssl_verify_cert=true", "needs ssl_ca"),
+        ("mysql://u:s3cret@host/db?ssl_key=/no/such/file", "refuses an option"),
+        ("mysql://u:s3cret@host/db?tls_versions=bogus", "refuses an option"),
     ],
 )
 def test_wrong_urls_are_told_without_the_password(place: str, said: str) -> None:
