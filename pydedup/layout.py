@@ -6,7 +6,7 @@ The packer itself is `pydedup.packing`; here is what the way in and the upkeep b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ __all__ = [
     "DELTA_ENCODINGS",
     "PAGE_BYTES",
     "PAGE_CAPACITY",
+    "base_places",
     "block_costs",
     "block_forms",
     "block_places",
@@ -30,6 +31,7 @@ __all__ = [
     "page_bytes",
     "pages_read",
     "split_places",
+    "used_places",
 ]
 
 #: Bytes of a full page, its header included.
@@ -105,6 +107,19 @@ def map_places(block_map: BlockMap) -> NDArray[np.int64]:
     page_ids, slots = block_map.bases
     needed = page_ids != NO_PAGE
     return np.concatenate([places, block_places(page_ids[needed], slots[needed])])
+
+
+def used_places(maps: Iterable[BlockMap]) -> NDArray[np.int64]:
+    """Return the places of blocks and bases that these maps name, ascending and distinct."""
+    return np.unique(np.concatenate([np.empty(0, np.int64), *map(map_places, maps)]))
+
+
+def base_places(block_map: BlockMap) -> NDArray[np.int64]:
+    """Return the place of each block's base, -1 for blocks that are no deltas."""
+    if block_map.bases is None:
+        return np.full(len(block_map.slots), -1, np.int64)
+    page_ids, slots = block_map.bases
+    return np.where(page_ids == NO_PAGE, -1, block_places(page_ids, slots))
 
 
 def pages_read(

@@ -15,7 +15,14 @@ from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.catalog import StoredModel
 from pydedup.errors import ConflictError
 from pydedup.jobs import LEASE_SECONDS, Job
-from pydedup.layout import block_costs, block_places, map_places, pages_read, split_places
+from pydedup.layout import (
+    base_places,
+    block_costs,
+    block_places,
+    pages_read,
+    split_places,
+    used_places,
+)
 from pydedup.maintenance.survey import maps_of
 from pydedup.pool import PagePool
 
@@ -124,7 +131,7 @@ def relocate(
                 if new is not old:
                     adapter.replace_block_map(row.id, ordinal, list(new.parts()))
                     pages_of_deltas.update(_deltas_elsewhere(old, table))
-            before, after = _used(old_maps), _used(maps)
+            before, after = used_places(old_maps), used_places(maps)
             _change_reads(mine, before, after, moves, damaged, pool)
             adapter.delete_model_pages(row.id)
             adapter.insert_model_pages((row.id, page, *figures) for page, figures in mine.items())
@@ -142,7 +149,7 @@ def relocate(
 def _moved(block_map: BlockMap, table: _Table) -> BlockMap:
     """Return a block map that names new places; the same one when it names no other."""
     places = block_places(block_map.page_ids, block_map.slots)
-    bases = _bases(block_map)
+    bases = base_places(block_map)
     moved, entries = table.find(places)
     base_moved, base_entries = table.find(bases)
     if not len(moved) and not len(base_moved):
@@ -160,24 +167,12 @@ def _moved(block_map: BlockMap, table: _Table) -> BlockMap:
     return new
 
 
-def _bases(block_map: BlockMap) -> NDArray[np.int64]:
-    """Return the places of bases, `_NO_BASE` for blocks that are no deltas."""
-    if block_map.bases is None:
-        return np.full(len(block_map.slots), _NO_BASE, np.int64)
-    page_ids, slots = block_map.bases
-    return np.where(page_ids == NO_PAGE, _NO_BASE, block_places(page_ids, slots))
-
-
 def _deltas_elsewhere(block_map: BlockMap, table: _Table) -> Iterator[int]:
     """Yield the pages of deltas that stay where they are and whose base moved."""
     stays = np.ones(len(block_map.slots), np.bool_)
     stays[table.find(block_places(block_map.page_ids, block_map.slots))[0]] = False
-    base_moved, _ = table.find(_bases(block_map))
+    base_moved, _ = table.find(base_places(block_map))
     yield from np.unique(block_map.page_ids[base_moved[stays[base_moved]]]).tolist()
-
-
-def _used(maps: Collection[BlockMap]) -> NDArray[np.int64]:
-    return np.unique(np.concatenate([np.empty(0, np.int64), *map(map_places, maps)]))
 
 
 def _change_reads(

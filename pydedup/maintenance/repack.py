@@ -32,6 +32,7 @@ from pydedup.layout import (
     page_bytes,
     pages_read,
     split_places,
+    used_places,
 )
 from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
@@ -164,7 +165,7 @@ def repack(
 
 
 def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> _Places:
-    keys = [np.unique(_joined([map_places(m) for m in model.block_maps()])) for model in models]
+    keys = [used_places(model.block_maps()) for model in models]
     used = np.unique(_joined(keys))
     page_ids, slots = split_places(used)
     recorded = {

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
-from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.catalog import StoredModel, page_readers
 from pydedup.errors import CorruptStoreError, PydedupError, StoreError
-from pydedup.layout import block_places, by_page, split_places
+from pydedup.layout import base_places, by_page, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport, unreadable_pages
 from pydedup.pool import PagePool
 from pydedup.types import Progress
@@ -261,7 +260,7 @@ def _verify_model(
             continue
         wanted = np.frombuffer(source, "<u8").reshape(-1, 2)
         heights, widths = block_map.grid.heights(), block_map.grid.widths()
-        bases = _places_of_bases(block_map)
+        bases = base_places(block_map)
         unread = np.setdiff1d(split_places(bases[bases != _NO_BASE])[0], list(read))
         for page_id in unread.tolist():
             report.add_error(f"{where}: page {page_id} of bases is not among those of its model")
@@ -298,14 +297,6 @@ def _verify_model(
             lost = np.setdiff1d(split_places(needed[needed != _NO_BASE])[0], live)
             if any(base_page not in report.damaged_pages for base_page in lost.tolist()):
                 report.add_error(f"{where}: bases of blocks on page {page_id} are missing")
-
-
-def _places_of_bases(block_map: BlockMap) -> NDArray[np.int64]:
-    """Return the place of each block's base, `_NO_BASE` where it is no delta."""
-    if block_map.bases is None:
-        return np.full(len(block_map.slots), _NO_BASE)
-    page_ids, slots = block_map.bases
-    return np.where(page_ids == NO_PAGE, _NO_BASE, block_places(page_ids, slots))
 
 
 def _verify_aliases(adapter: Adapter, live: set[int], report: VerifyReport) -> None:

@@ -17,11 +17,11 @@ from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.catalog import StoredModel
 from pydedup.errors import CorruptStoreError
-from pydedup.layout import block_places, map_places, split_places
+from pydedup.layout import block_places, split_places, used_places
 from pydedup.pool import PagePool
 from pydedup.types import TensorInfo
 
-__all__ = ["NO_PLACE", "End", "Recorded", "SourceModel", "read_model", "recorded", "used_places"]
+__all__ = ["NO_PLACE", "End", "Recorded", "SourceModel", "read_model", "recorded"]
 
 #: Instead of a place: a block that is no delta has no base, or nobody knows where it is.
 NO_PLACE = -1
@@ -110,11 +110,6 @@ def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
             needed = block_places(base_page_ids[is_delta], base_slots[is_delta])
             bases[np.searchsorted(places, own)] = needed
     return SourceModel(row, model.tensors, maps, digests, places, bases)
-
-
-def used_places(maps: Sequence[BlockMap]) -> NDArray[np.int64]:
-    """Return the places of blocks and bases that these maps name, ascending and distinct."""
-    return np.unique(np.concatenate([np.empty(0, np.int64), *map(map_places, maps)]))
 
 
 def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:

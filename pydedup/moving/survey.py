@@ -12,8 +12,7 @@ import numpy as np
 from pydedup.adapter import LIVE, Adapter, ModelRow
 from pydedup.catalog import StoredModel
 from pydedup.errors import NotFoundError
-from pydedup.layout import split_places
-from pydedup.moving.source import used_places
+from pydedup.layout import split_places, used_places
 
 __all__ = ["Survey", "Target", "look_at_target", "survey"]
 
