@@ -53,6 +53,9 @@ _SLOW: Final = (
     "it took too long; raise max_statement_time (MariaDB) or max_execution_time (MySQL) for this "
     "user, or try again"
 )
+_MANY: Final = "raise max_connections of the server, or that of this user, or use fewer clients"
+_BLOCKED: Final = "let an administrator run FLUSH HOSTS on the server"
+_HOST: Final = "check the host in the URL, and that its name is known here"
 _DOWN: Final = "check that the server runs and can be reached, and try again"
 _FULL: Final = "free some space on the server; the store is as it was before"
 _REPAIR: Final = "run `pydedup verify`, or restore a backup"
@@ -68,6 +71,10 @@ LOST: Final = frozenset(
 #: Errors of servers: https://mariadb.com/kb/en/mariadb-error-codes/; of clients: 2000 to 2999.
 _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     **dict.fromkeys(LOST, (ConnectionLostError, _DOWN)),
+    **dict.fromkeys((1040, 1203), (ConnectionLostError, _MANY)),
+    1226: (UnavailableError, _MANY),
+    1129: (ConnectionLostError, _BLOCKED),
+    2005: (ConnectionLostError, _HOST),
     **dict.fromkeys((1205, 3572), (ConflictError, _WAIT)),
     **dict.fromkeys((1020, 1213, 1412, 1613, 1614), (ConflictError, _AGAIN)),
     1317: (UnavailableError, "it was stopped; try again"),
@@ -107,6 +114,8 @@ def meaning(error: Exception, place: Place) -> PydedupError:
     elif code in LOST and ("SSL" in said or "certificate" in said):
         # The driver without its C extension says so of a certificate that it does not trust.
         kind, advice = UnavailableError, _TLS
+    elif code == 2003 and "Errno -" in said:  # what getaddrinfo says, by the pure driver
+        kind, advice = ConnectionLostError, _HOST
     elif code in _OF_SYSTEM and ("28" in said or "122" in said):  # ENOSPC, EDQUOT
         kind, advice = StorageFullError, _FULL
     elif code is None or code <= 0:

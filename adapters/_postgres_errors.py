@@ -72,6 +72,50 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
 }
 
 
+_SSL: Final = "see sslmode, sslrootcert, sslcert and sslkey of libpq, all of which a URL takes"
+
+#: What is said where no connection comes about, error, and what to do; the first that fits.
+_REFUSALS: Final[tuple[tuple[tuple[str, ...], type[PydedupError], str], ...]] = (
+    (
+        ("password authentication failed",),
+        UnavailableError,
+        "check the user and the password (%-encoded in a URL)",
+    ),
+    (
+        ("database ", "does not exist"),
+        UnavailableError,
+        "create the database first, with createdb, or name another",
+    ),
+    (("role ", "does not exist"), UnavailableError, "check the user, or create it: CREATE ROLE"),
+    (("not permitted to log in",), UnavailableError, "let it: ALTER ROLE ... LOGIN"),
+    (
+        ("permission denied for database",),
+        UnavailableError,
+        "let an administrator run GRANT CONNECT ON DATABASE for this user",
+    ),
+    (("too many connections for role",), ConnectionLostError, "raise its limit: ALTER ROLE"),
+    (("too many",), ConnectionLostError, _FULL),
+    (("connection slots",), ConnectionLostError, _FULL),
+    (("invalid ", " value: "), ArgumentError, "correct this option of the URL"),
+    (("invalid ", " for "), ArgumentError, "correct this option of the URL"),
+    (("configuration parameter",), ArgumentError, "correct options= in the URL"),
+    (("invalid port",), ArgumentError, "correct the port in the URL"),
+    (
+        ("resolve host",),
+        ConnectionLostError,
+        "check the host in the URL, and that its name is known here",
+    ),
+    (("SSL",), UnavailableError, _SSL),
+    (("no encryption",), UnavailableError, _SSL),
+    (("certificate",), UnavailableError, _SSL),
+    (
+        ("pg_hba.conf",),
+        UnavailableError,
+        "allow this user, database and address in the server's pg_hba.conf",
+    ),
+)
+
+
 def meaning(code: str | None, said: str, place: Place, *, lost: bool) -> PydedupError:
     """Return what an error means that came while the store at ``place`` was used.
 
@@ -101,15 +145,8 @@ def refusal(said: str, place: Place, *, needs_password: bool) -> PydedupError:
     """
     if needs_password:
         advice = "give a password in the URL, in PGPASSWORD or in ~/.pgpass"
-    elif "password authentication failed" in said:
-        advice = "check the user and the password (%-encoded in a URL)"
-    elif "database" in said and "does not exist" in said:
-        advice = "create the database first, with createdb, or name another"
-    elif "SSL" in said or "no encryption" in said or "certificate" in said:
-        advice = "see sslmode, sslrootcert, sslcert and sslkey of libpq, all of which a URL takes"
-    elif "pg_hba.conf" in said:
-        advice = "allow this user, database and address in the server's pg_hba.conf"
-    else:
-        advice = _FULL if "too many" in said or "connection slots" in said else _GONE
-        return ConnectionLostError(f"{place.shown}: {said}; {advice}")
-    return UnavailableError(f"{place.shown}: {said}; {advice}")
+        return UnavailableError(f"{place.shown}: {said}; {advice}")
+    for words, kind, advice in _REFUSALS:
+        if all(word in said for word in words):
+            return kind(f"{place.shown}: {said}; {advice}")
+    return ConnectionLostError(f"{place.shown}: {said}; {_GONE}")

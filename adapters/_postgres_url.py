@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote
@@ -33,6 +35,12 @@ _HOST: Final = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:[0-9]*)?")
 #: Letters and digits of ASCII alone: it is written into statements.
 _SCHEMA_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
+_UNREADABLE: Final = (
+    "the URL of the PostgreSQL database cannot be read; write "
+    "postgresql://user:password@host:port/database, with %40 for @, %2F for / and %3F for ? in "
+    "the user, password and database, and name=value&name=value after the ?"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -60,14 +68,19 @@ class Place:
         return f"Place({self.shown!r})"
 
 
-def locate(url: str, schema: str | None) -> Place:
+def locate(url: str, schema: str | None, known: Collection[str]) -> Place:
     """Take a URL apart: ``?schema=`` and ``?timeout=`` are ours, all the rest is libpq's.
+
+    Parameters
+    ----------
+    known
+        The parameters that libpq knows.
 
     Raises
     ------
     ArgumentError
-        For what is no URL of libpq, or one whose password is not percent-encoded, or a schema
-        or timeout that cannot be.
+        For what is no URL of libpq, or one whose password is not percent-encoded, a parameter
+        that nobody knows, or a schema or timeout that cannot be.
     """
     rest, _, query = url.partition("://")[2].partition("?")
     location, _, database = rest.partition("/")
@@ -80,11 +93,7 @@ def locate(url: str, schema: str | None) -> Place:
         or not all(_HOST.fullmatch(one) for one in host.split(","))
         or any("=" not in part for part in parameters)
     ):
-        raise ArgumentError(
-            "the URL of the PostgreSQL database cannot be read; write "
-            "postgresql://user:password@host:port/database, with %40 for @, %2F for / and %3F for "
-            "? in the user, password and database, and name=value&name=value after the ?"
-        )
+        raise ArgumentError(_UNREADABLE)
     ours: dict[str, str] = {}
     theirs, shown = [], []
     for part in parameters:
@@ -92,6 +101,11 @@ def locate(url: str, schema: str | None) -> Place:
         if name in ("schema", "timeout"):
             ours[name] = unquote(value)
             continue
+        if unquote(name) not in known and name != "ssl":  # ssl=true is JDBC's sslmode=require
+            # With an "@" behind it, it may be a piece of a password.
+            raise ArgumentError(_UNREADABLE if "@" in query else _unknown(name, known))
+        if name == "connect_timeout" and not re.fullmatch("[0-9]{1,9}", value):
+            raise ArgumentError(f"connect_timeout={value} must be a whole number of seconds")
         theirs.append(part)
         if name in _SHOWN:
             shown.append(part)
@@ -107,6 +121,13 @@ def locate(url: str, schema: str | None) -> Place:
         schema=schema,
         timeout=_checked_timeout(ours.get("timeout")),
     )
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    """Say of a parameter that it is not known, and which one may be meant."""
+    close = difflib.get_close_matches(name, ["schema", "timeout", *known], n=1)
+    hint = f"did you mean {close[0]}?" if close else "there are schema, timeout and those of libpq"
+    return f"the URL of the PostgreSQL database has an option {name!r} that is not known; {hint}"
 
 
 def _checked_schema(argument: str | None, parameter: str | None) -> str:

@@ -62,7 +62,8 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     UnavailableError
         When the server cannot be reached, or refuses.
     """
-    adapter = PostgresAdapter(locate(url, schema), mode)
+    known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+    adapter = PostgresAdapter(locate(url, schema, known), mode)
     try:
         if mode == "r" and adapter.schema_version() is None:
             raise NotAStoreError(
@@ -121,8 +122,8 @@ class PostgresAdapter(PostgresCopy):
         except psycopg.ProgrammingError:
             # libpq quotes the URL, and what it takes for a port may be a piece of a password.
             raise ArgumentError(
-                "libpq cannot read the URL of the PostgreSQL database: a parameter that it does "
-                "not know, or a user or password that is not percent-encoded (%40 for @)"
+                "libpq cannot read the URL of the PostgreSQL database: its port, or a user or "
+                "password that is not percent-encoded (%40 for @)"
             ) from None
         except psycopg.Error as error:
             needs = error.pgconn is not None and error.pgconn.needs_password

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks as stored bytes, and pages of them (docs/format.md, "Block encodings" and "Page").
 
-Here: encoding the blocks of a matrix view, by themselves or as deltas on base blocks, building a
-page, parsing one, reading blocks back into a matrix and comparing them with one. All of it runs
+Here: building a page, parsing one, reading blocks back into a matrix and comparing them with one;
+encoding them, by themselves or as deltas on base blocks, is in `pydedup.encoding`. All of it runs
 without the GIL and gives the same bytes on every machine. Deliberately not here: which block is
 whose base, which goes on which page (`pydedup.packing`), and where pages come from
 (`pydedup.pool`).
@@ -10,10 +10,8 @@ whose base, which goes on which page (`pydedup.packing`), and where pages come f
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +19,14 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup import _core
 from pydedup._core import Page
 from pydedup.blocks import MatrixView
+from pydedup.encoding import (
+    EncodedBlocks,
+    Encoding,
+    column,
+    encode_blocks,
+    encode_deltas,
+    estimate_deltas,
+)
 from pydedup.errors import ArgumentError
 
 __all__ = [
@@ -67,54 +73,6 @@ BLOCK_ALIGNMENT: int = _core.BLOCK_ALIGNMENT
 SLOT_DTYPE: np.dtype[np.void] = _core.SLOT_DTYPE
 
 
-class Encoding(enum.IntEnum):
-    """How a block is kept. Codes are persisted in pages: never renumber."""
-
-    RAW = 0
-    """The elements, row-major, without gaps."""
-    PLANES = 1
-    """Byte planes, each raw, constant or Huffman-coded."""
-    DELTA = 2
-    """The exact difference to a base block."""
-    QUANTISED = 3
-    """The difference to a base block, within an error bound."""
-
-    @property
-    def is_delta(self) -> bool:
-        """Whether a block of this encoding says nothing without its base."""
-        return self in (Encoding.DELTA, Encoding.QUANTISED)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedBlocks:
-    """Encoded blocks, one after another without gaps.
-
-    Attributes
-    ----------
-    arena
-        uint8 (n_bytes,), all encoded bytes.
-    offsets, lengths
-        int64 (n_blocks,): where in ``arena`` each block lies.
-    encodings
-        uint8 (n_blocks,): an `Encoding` each.
-    """
-
-    arena: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    encodings: NDArray[np.uint8]
-
-    def select(self, which: NDArray[np.int64]) -> EncodedBlocks:
-        """Return some of the blocks, ``which`` ascending, one after another without gaps."""
-        if len(which) == len(self.lengths):
-            return self
-        lengths = self.lengths[which]
-        spans = zip(self.offsets[which].tolist(), lengths.tolist(), strict=True)
-        pieces = [self.arena[start : start + length] for start, length in spans]
-        arena = np.concatenate(pieces) if pieces else self.arena[:0]
-        return EncodedBlocks(arena, np.cumsum(lengths) - lengths, lengths, self.encodings[which])
-
-
 @dataclass(frozen=True, slots=True)
 class StoredBases:
     """Where the bases of stored blocks are.
@@ -132,144 +90,6 @@ class StoredBases:
     pages: Sequence[Page]
     page_index: ArrayLike
     slots: ArrayLike
-
-
-def encode_blocks(
-    view: MatrixView, indices: ArrayLike, *, planes: bool, threads: int = 0
-) -> EncodedBlocks:
-    """Encode blocks of a matrix view.
-
-    Parameters
-    ----------
-    view
-        The matrix; its memory is borrowed for the call.
-    indices
-        Numbers of the blocks, row-major over the grid, shape (n_blocks,).
-    planes
-        Whether to store a block as compressed byte planes where that saves at least 5 % of its
-        bytes. False stores all blocks raw.
-    threads
-        0 chooses by size.
-
-    Returns
-    -------
-    EncodedBlocks
-        In the order of ``indices``; the same bytes on every machine.
-
-    Raises
-    ------
-    ArgumentError
-        When an index is outside of the grid or a block has 4 GiB or more.
-    """
-    grid = view.grid
-    arena, offsets, lengths, encodings = _core.encode_blocks(
-        view.data,
-        view.dtype.code,
-        grid.block_rows,
-        grid.block_cols,
-        _column(indices, np.int64, "indices"),
-        planes,
-        threads,
-    )
-    return EncodedBlocks(arena, offsets, lengths, encodings)
-
-
-def encode_deltas(
-    view: MatrixView,
-    indices: ArrayLike,
-    base_view: MatrixView,
-    base_indices: ArrayLike,
-    *,
-    limits: ArrayLike | None = None,
-    max_rel_error: float | None = None,
-    threads: int = 0,
-) -> EncodedBlocks:
-    """Encode blocks of a matrix view as deltas on blocks of another.
-
-    Parameters
-    ----------
-    view
-        The matrix; its memory is borrowed for the call, as is that of ``base_view``.
-    indices
-        Numbers of the blocks, row-major over the grid, shape (n_blocks,).
-    base_view
-        A matrix that holds the bases. A base has the shape of its block, and its dtype, or another
-        where both are among f64, f32, f16 and bf16: it is then rounded to that of the block.
-    base_indices
-        The number of each block's base in the grid of ``base_view``, shape (n_blocks,).
-    limits
-        The most bytes that each delta may take, shape (n_blocks,): what the block would take
-        without a base, for instance. By default one byte less than the raw block.
-    max_rel_error
-        ``None`` for exact deltas. Otherwise what is read back differs from the block by at most
-        this share of its Euclidean norm (checked on each block), and elements that are 0 stay 0.
-        Blocks that cannot be quantised so, or would not be smaller, become exact deltas.
-    threads
-        0 chooses by size.
-
-    Returns
-    -------
-    EncodedBlocks
-        In the order of ``indices``, each `Encoding.DELTA` or `Encoding.QUANTISED`; the same bytes
-        on every machine. ``lengths`` is 0 where the limit is not enough.
-
-    Raises
-    ------
-    ArgumentError
-        When an index is outside of its grid, a base has another shape or a dtype that is not
-        converted, a limit is negative, or ``max_rel_error`` is not within 0 and 1.
-    """
-    chosen = _column(indices, np.int64, "indices")
-    if limits is None:
-        item = view.dtype.itemsize
-        cells = np.asarray(view.grid.heights(), np.int64) * np.asarray(view.grid.widths(), np.int64)
-        if chosen.size and (chosen.min() < 0 or chosen.max() >= cells.size):
-            raise ArgumentError(
-                f"indices has blocks outside of a grid of {cells.size} blocks; "
-                f"it goes from {chosen.min()} to {chosen.max()}"
-            )
-        most = cells[chosen] * item - 1
-    else:
-        most = _column(limits, np.int64, "limits")
-    arena, offsets, lengths, encodings = _core.encode_deltas(
-        *_blocks(view),
-        chosen,
-        *_blocks(base_view),
-        _column(base_indices, np.int64, "base_indices"),
-        most,
-        _error_bound(max_rel_error),
-        threads,
-    )
-    return EncodedBlocks(arena, offsets, lengths, encodings)
-
-
-def estimate_deltas(
-    view: MatrixView,
-    indices: ArrayLike,
-    base_view: MatrixView,
-    base_indices: ArrayLike,
-    *,
-    max_rel_error: float | None = None,
-    threads: int = 0,
-) -> NDArray[np.int64]:
-    """Estimate what `encode_deltas` would need, for choosing among several bases.
-
-    Parameters are those of `encode_deltas`. A quarter of the elements is looked at, so that this
-    is several times faster.
-
-    Returns
-    -------
-    numpy.ndarray
-        int64 (n_blocks,): bytes, at most those of the raw block.
-    """
-    return _core.estimate_deltas(
-        *_blocks(view),
-        _column(indices, np.int64, "indices"),
-        *_blocks(base_view),
-        _column(base_indices, np.int64, "base_indices"),
-        _error_bound(max_rel_error),
-        threads,
-    )
 
 
 def base_tags(digests: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -321,17 +141,17 @@ def build_page(
         When the columns differ in length, a block lies outside of the arena, or a length does not
         fit dtype, shape and encoding.
     """
-    starts = _column(offsets, np.int64, "offsets")
+    starts = column(offsets, np.int64, "offsets")
     no_bases = np.zeros(len(starts), np.uint64)
     return _core.build_page(
         arena,
         starts,
-        _column(lengths, np.int64, "lengths"),
-        _column(encodings, np.uint8, "encodings"),
-        _column(dtypes, np.uint8, "dtypes"),
-        _column(rows, np.uint32, "rows"),
-        _column(cols, np.uint32, "cols"),
-        no_bases if bases is None else _column(bases, np.uint64, "bases"),
+        column(lengths, np.int64, "lengths"),
+        column(encodings, np.uint8, "encodings"),
+        column(dtypes, np.uint8, "dtypes"),
+        column(rows, np.uint32, "rows"),
+        column(cols, np.uint32, "cols"),
+        no_bases if bases is None else column(bases, np.uint64, "bases"),
     )
 
 
@@ -372,8 +192,8 @@ def block_digests(
     """
     return _core.block_digests(
         pages,
-        _column(page_index, np.uint32, "page_index"),
-        _column(slots, np.uint32, "slots"),
+        column(page_index, np.uint32, "page_index"),
+        column(slots, np.uint32, "slots"),
         bases_for_core(bases),
         threads,
     )
@@ -420,9 +240,9 @@ def read_blocks(
     grid = view.grid
     _core.read_blocks(
         pages,
-        _column(page_index, np.uint32, "page_index"),
-        _column(slots, np.uint32, "slots"),
-        _column(indices, np.int64, "indices"),
+        column(page_index, np.uint32, "page_index"),
+        column(slots, np.uint32, "slots"),
+        column(indices, np.int64, "indices"),
         view.data,
         view.dtype.code,
         grid.block_rows,
@@ -458,10 +278,10 @@ def blocks_equal(
         view.dtype.code,
         grid.block_rows,
         grid.block_cols,
-        _column(indices, np.int64, "indices"),
+        column(indices, np.int64, "indices"),
         pages,
-        _column(page_index, np.uint32, "page_index"),
-        _column(slots, np.uint32, "slots"),
+        column(page_index, np.uint32, "page_index"),
+        column(slots, np.uint32, "slots"),
         bases_for_core(bases),
         threads,
     )
@@ -489,36 +309,6 @@ def bases_for_core(bases: StoredBases | None) -> _core.Bases | None:
         return None
     return (
         bases.pages,
-        _column(bases.page_index, np.int64, "bases.page_index"),
-        _column(bases.slots, np.uint32, "bases.slots"),
+        column(bases.page_index, np.int64, "bases.page_index"),
+        column(bases.slots, np.uint32, "bases.slots"),
     )
-
-
-def _blocks(view: MatrixView) -> tuple[NDArray[np.uint8], int, int, int]:
-    """Return a view as the first arguments of the core's functions."""
-    return view.data, view.dtype.code, view.grid.block_rows, view.grid.block_cols
-
-
-def _error_bound(max_rel_error: object) -> float | None:
-    if max_rel_error is None:
-        return None
-    if isinstance(max_rel_error, bool) or not isinstance(max_rel_error, int | float | np.floating):
-        raise ArgumentError(
-            f"max_rel_error must be a number above 0 and below 1, got {max_rel_error!r}"
-        )
-    return float(max_rel_error)
-
-
-def _column(values: ArrayLike, dtype: type[np.integer[Any]], name: str) -> NDArray[Any]:
-    """Return a contiguous 1-D array of that dtype with exactly these values."""
-    given = np.asarray(values)
-    if given.ndim == 1 and given.size == 0:
-        return np.empty(0, dtype)
-    if given.ndim != 1 or given.dtype.kind not in "iu":
-        raise ArgumentError(
-            f"{name} must be a 1-D array of integers, got {given.dtype} of shape {given.shape}"
-        )
-    limits = np.iinfo(dtype)
-    if int(given.min()) < limits.min or int(given.max()) > limits.max:
-        raise ArgumentError(f"{name} has values that do not fit {limits.dtype}")
-    return np.ascontiguousarray(given, dtype)

@@ -26,6 +26,7 @@ __all__ = [
     "block_places",
     "by_page",
     "copy_page",
+    "joined",
     "least_pages",
     "map_places",
     "page_bytes",
@@ -90,6 +91,11 @@ def page_bytes(lengths: NDArray[np.int64], encodings: NDArray[np.integer[Any]]) 
     return end
 
 
+def joined(parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return arrays one after another, also when there is none."""
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
 def by_page(page_ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield (page id, positions with that id, ascending), by ascending page id."""
     if len(page_ids) == 0:
@@ -111,7 +117,7 @@ def map_places(block_map: BlockMap) -> NDArray[np.int64]:
 
 def used_places(maps: Iterable[BlockMap]) -> NDArray[np.int64]:
     """Return the places of blocks and bases that these maps name, ascending and distinct."""
-    return np.unique(np.concatenate([np.empty(0, np.int64), *map(map_places, maps)]))
+    return np.unique(joined(map(map_places, maps)))
 
 
 def base_places(block_map: BlockMap) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from pydedup.errors import ArgumentError
 from pydedup.training import torch_evaluate, torch_finetune, torch_saliency
 
 __all__ = [
+    "LOSSY",
     "Accuracy",
     "Bounded",
     "Exact",
@@ -21,6 +22,10 @@ __all__ = [
     "torch_finetune",
     "torch_saliency",
 ]
+
+
+#: Names of the policies whose models are not stored to the bit.
+LOSSY = ("bounded", "accuracy")
 
 
 class Policy(Protocol):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.catalog import StoredModel
-from pydedup.layout import block_costs, block_places, map_places, split_places
+from pydedup.layout import block_costs, block_places, joined, map_places, split_places
 from pydedup.pool import PagePool
 
 __all__ = ["Readers", "Usage", "ValueUsage", "marginal_bytes", "usage_by", "value_of"]
@@ -99,7 +99,7 @@ class Readers:
 
         def places(number: int) -> NDArray[np.int64]:
             maps = StoredModel(adapter, models[number]).block_maps()
-            return _joined([map_places(block_map) for block_map in maps])
+            return joined([map_places(block_map) for block_map in maps])
 
         ids = np.array([model.id for model in models], np.int64)
         rows = np.array(adapter.model_pages(), np.int64).reshape(-1, 4)
@@ -154,7 +154,7 @@ def marginal_bytes(readers: Readers, mine: NDArray[np.bool_]) -> int:
     alone = (~contested & (counts == 1))[page_at]
     total = int(own[alone, 3].sum())
     own, page_at = own[~alone], page_at[~alone]
-    rest = np.unique(_joined([readers.places(n) for n in np.unique(own[:, 0]).tolist()]))
+    rest = np.unique(joined([readers.places(n) for n in np.unique(own[:, 0]).tolist()]))
     rest = rest[np.isin(split_places(rest)[0], own[:, 1])]
     # Who reads most comes first: little is then left to look for among the others.
     by_reader = _by_reader(others)
@@ -199,7 +199,7 @@ def bytes_by_group(
     members = np.unique(rows[:, 0])
     members = members[np.argsort(groups[members], kind="stable")]
     for group, start, stop in _runs(groups[members]):
-        places = np.unique(_joined([readers.places(n) for n in members[start:stop].tolist()]))
+        places = np.unique(joined([readers.places(n) for n in members[start:stop].tolist()]))
         page_ids, slots = split_places(places)
         at = np.minimum(np.searchsorted(pages, page_ids), n_pages - 1)
         entry = np.minimum(np.searchsorted(keys, group * n_pages + at), len(keys) - 1)
@@ -212,7 +212,7 @@ def bytes_by_group(
         together_bytes[touched[whole]] = most_bytes[touched[whole]]
         is_odd = np.isin(entry, touched[~whole])
         odd.append((entry[is_odd], places[is_odd]))
-    entries, places = (_joined([pair[i] for pair in odd]) for i in (0, 1))
+    entries, places = (joined([pair[i] for pair in odd]) for i in (0, 1))
     np.add.at(together_bytes, entries, _costs(readers, places))
     np.add.at(used, keys // n_pages, together_bytes)
 
@@ -291,7 +291,3 @@ def _runs(values: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
     """Yield (value, start, stop) of ascending values."""
     found, starts, counts = np.unique(values, return_index=True, return_counts=True)
     yield from zip(found.tolist(), starts.tolist(), (starts + counts).tolist(), strict=True)
-
-
-def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate([np.empty(0, np.int64), *parts])

@@ -23,7 +23,17 @@ CSRC = ROOT / "csrc"
 
 # ---- Python: who may import whom ----------------------------------------------------------------
 
-FACADES = {"hashing", "similarity", "packing", "codec", "pool", "matmul", "conv", "config"}
+FACADES = {
+    "hashing",
+    "similarity",
+    "packing",
+    "encoding",
+    "codec",
+    "pool",
+    "matmul",
+    "conv",
+    "config",
+}
 VALUES = {"errors", "types"}
 MODEL = VALUES | {"names", "accuracy", "policies", "certificates", "graph", "adapter", "blocks"}
 CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout", "signatures", "usage", "quotas"}
@@ -51,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "hashing": VALUES | {"_core", "blocks", "config"},
     "similarity": VALUES | {"_core", "blocks", "config", "hashing"},
     "packing": VALUES | {"_core", "blocks", "config"},
-    "codec": VALUES | {"_core", "blocks", "config", "hashing"},
+    "encoding": VALUES | {"_core", "blocks", "config"},
+    "codec": VALUES | {"_core", "blocks", "config", "encoding", "hashing"},
     "windows": {"blocks"},
     "pool": VALUES | {"_core", "blocks", "codec", "config", "windows"},
     "matmul": VALUES | {"_core", "blocks", "codec", "config", "pool", "windows"},

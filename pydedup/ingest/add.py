@@ -23,8 +23,9 @@ from pydedup.ingest.publish import Batch, publish_batch
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.replace import choose_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.staged import MatchedModel, MatchedTensor
 from pydedup.ingest.tensors import hints_for, match_tensors
-from pydedup.ingest.write import MatchedModel, MatchedTensor, Stager, plan_layout
+from pydedup.ingest.write import Stager, plan_layout
 from pydedup.policies import Lossless
 from pydedup.pool import PagePool
 from pydedup.types import AddReport, Progress

@@ -16,7 +16,8 @@ from pydedup.errors import PydedupError
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.ingest.write import StagedModel, Stager
+from pydedup.ingest.staged import StagedModel
+from pydedup.ingest.write import Stager
 from pydedup.pool import PagePool
 
 __all__ = ["Batch", "publish_batch"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.spool import Spool
-from pydedup.ingest.write import StagedModel
+from pydedup.ingest.staged import StagedModel
 from pydedup.layout import block_places, pages_read
 from pydedup.pool import PagePool
 from pydedup.quotas import Newcomers, check

@@ -26,7 +26,7 @@ from pydedup.ingest.places import by_shape, stack_blocks
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
 from pydedup.ingest.spool import NO_BASE
-from pydedup.ingest.write import MatchedTensor
+from pydedup.ingest.staged import MatchedTensor
 from pydedup.types import DType
 
 __all__ = ["hints_for", "match_tensors"]

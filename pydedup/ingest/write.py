@@ -8,32 +8,26 @@ the store's epoch: if anybody published since matching began, what they brought 
 
 from __future__ import annotations
 
-import abc
-import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.adapter import LIVE, STAGING, Adapter, ModelRow, TensorRow
-from pydedup.blocks import NO_PAGE, BlockGrid, BlockMap
+from pydedup.adapter import LIVE, Adapter, TensorRow
+from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.errors import ConflictError
-from pydedup.formats.base import TensorEntry
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.places import BlockReader
-from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.jobs import LEASE_SECONDS, Job
 from pydedup.layout import PAGE_CAPACITY, block_places, pages_read
 from pydedup.packing import pack
-from pydedup.types import GRAPH_ARTIFACT
 
-__all__ = ["MatchedModel", "MatchedTensor", "Segments", "StagedModel", "Stager", "plan_layout"]
+__all__ = ["Segments", "Stager", "plan_layout"]
 
 _PAGES_PER_TRANSACTION = 16
 _BYTES_PER_TRANSACTION = 16 * 1024 * 1024
@@ -44,77 +38,6 @@ _ROW_BYTES = 200
 
 # What kind of row it is, and the row.
 _Row = tuple[str, TensorRow | tuple[Any, ...]]
-
-
-@dataclass(slots=True)
-class MatchedTensor:
-    """One tensor after matching. ``references`` and ``digests`` are per block (match.py)."""
-
-    entry: TensorEntry
-    grid: BlockGrid
-    references: NDArray[np.int64]
-    digests: NDArray[np.uint64]
-    #: Greatest relative L2 difference of a block to what is stored for it.
-    largest_error: float = 0.0
-
-
-class StagedModel(abc.ABC):
-    """One model on its way in.
-
-    Attributes
-    ----------
-    tensors
-        Its tensors, in order.
-    model_id
-        Its id once it is staged, 0 before.
-    """
-
-    tensors: list[MatchedTensor]
-    model_id: int
-
-    @property
-    @abc.abstractmethod
-    def address(self) -> str:
-        """``name@version``."""
-
-    @property
-    @abc.abstractmethod
-    def metadata(self) -> str:
-        """Its metadata as JSON."""
-
-    @property
-    @abc.abstractmethod
-    def logical_bytes(self) -> int:
-        """Bytes of all its tensors."""
-
-    @abc.abstractmethod
-    def row(self) -> ModelRow:
-        """Return its row, as it is to be staged."""
-
-    @abc.abstractmethod
-    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
-        """Yield (name, media type, payload) of what belongs to it besides tensors."""
-
-    @property
-    def replaces(self) -> int:
-        """The id of the live model whose place it takes, 0 for none."""
-        return 0
-
-    def created_at(self) -> float:
-        """Return when it was added, as it is being published."""
-        return time.time()
-
-    def settle(self, adapter: Adapter) -> None:  # noqa: B027 - most models have nothing to settle
-        """Do what must be done in the transaction that publishes it, before it is live."""
-
-    def references(self, reader: BlockReader | None = None) -> NDArray[np.int64]:
-        """Return the references of all blocks; with ``reader``, those of the bases behind them."""
-        parts = [tensor.references for tensor in self.tensors]
-        references = np.concatenate(parts) if parts else np.empty(0, np.int64)
-        if reader is None:
-            return references
-        bases = reader.bases_of(references)
-        return np.concatenate([references, bases[bases != NO_BASE]])
 
 
 class Segments(Protocol):
@@ -128,78 +51,6 @@ class Segments(Protocol):
         page_ids: list[int],
     ) -> Iterator[tuple[int, int, bytes]]:
         """Yield rows of ``signatures``; see `pydedup.ingest.candidates.Candidates.segments`."""
-
-
-@dataclass(slots=True)
-class MatchedModel(StagedModel):
-    """One model of an add after matching."""
-
-    request: Request
-    tensors: list[MatchedTensor] = field(default_factory=list)
-    #: What the search of a policy found out.
-    evidence: Mapping[str, Any] = field(default_factory=dict)
-    model_id: int = 0
-
-    @property
-    def address(self) -> str:
-        """``name@version``."""
-        return self.request.address
-
-    @property
-    def metadata(self) -> str:
-        """Its metadata as JSON."""
-        return self.request.metadata_json()
-
-    @property
-    def logical_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return self.request.logical_bytes
-
-    def row(self) -> ModelRow:
-        """Return its row, as it is to be staged."""
-        request = self.request
-        return ModelRow(
-            id=0,
-            name=request.name,
-            version=request.version,
-            state=STAGING,
-            created_at=time.time(),
-            policy=request.policy.name,
-            certificate=json.dumps(self.certificate()),
-            metadata=self.metadata,
-            logical_bytes=self.logical_bytes,
-            digest=self.digest(),
-        )
-
-    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
-        """Yield (name, media type, payload) of what belongs to it besides tensors."""
-        for artifact in self.request.source.artifacts():
-            yield artifact.name, artifact.media_type, artifact.payload
-        if self.request.graph is not None:
-            payload = self.request.graph.to_json().encode()
-            yield GRAPH_ARTIFACT, "application/json", payload
-
-    def certificate(self) -> dict[str, Any]:
-        """Return what is guaranteed, and what was measured of it."""
-        policy = self.request.policy
-        errors = {t.entry.name: t.largest_error for t in self.tensors if t.largest_error > 0}
-        certificate = {
-            "policy": policy.name,
-            **policy.parameters(),
-            **self.evidence,
-            "largest_block_error": max(errors.values(), default=0.0),
-        }
-        return {**certificate, "tensor_errors": errors} if errors else certificate
-
-    def digest(self) -> bytes:
-        """Return 16 bytes that name the content: names, dtypes, shapes and block digests."""
-        content = hashlib.blake2b(digest_size=16)
-        for tensor in self.tensors:
-            entry = tensor.entry
-            head = [entry.name, entry.dtype.label, list(entry.shape), list(_block_shape(tensor))]
-            content.update(json.dumps(head).encode())
-            content.update(np.ascontiguousarray(tensor.digests, "<u8").tobytes())
-        return content.digest()
 
 
 def plan_layout(
@@ -402,7 +253,7 @@ class Stager:
         model_id = model.model_id
         for ordinal, tensor in enumerate(model.tensors):
             entry = tensor.entry
-            shapes = json.dumps(list(entry.shape)), json.dumps(list(_block_shape(tensor)))
+            shapes = json.dumps(list(entry.shape)), json.dumps(list(tensor.block_shape))
             yield "tensor", TensorRow(model_id, ordinal, entry.name, entry.dtype.label, *shapes)
             for part, payload in enumerate(self._block_map(tensor).parts()):
                 yield "map", (model_id, ordinal, part, payload)
@@ -437,10 +288,6 @@ class Stager:
         slots[new] = self._slot_of[references[new]]
         page_ids[~new], slots[~new] = self._stored.places(references[~new])
         return page_ids, slots
-
-
-def _block_shape(tensor: MatchedTensor) -> tuple[int, int]:
-    return tensor.grid.block_rows, tensor.grid.block_cols
 
 
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:

@@ -28,6 +28,7 @@ from pydedup.layout import (
     block_forms,
     block_places,
     copy_page,
+    joined,
     map_places,
     page_bytes,
     pages_read,
@@ -166,7 +167,7 @@ def repack(
 
 def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> _Places:
     keys = [used_places(model.block_maps()) for model in models]
-    used = np.unique(_joined(keys))
+    used = np.unique(joined(keys))
     page_ids, slots = split_places(used)
     recorded = {
         (block.page_id, block.slot): block
@@ -261,12 +262,8 @@ def _move(
             base_page_ids[is_delta], base_slots[is_delta] = page_ids[count:], slots[count:]
             new = replace(new, base_page_ids=base_page_ids, base_slots=base_slots)
         maps.append(new)
-    reads = pages_read(_joined([map_places(m) for m in maps]), _joined(costs))
+    reads = pages_read(joined([map_places(m) for m in maps]), joined(costs))
     return _Move(model.row.id, maps, list(reads))
-
-
-def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def _publish(

@@ -14,11 +14,10 @@ from pydedup.blocks import BlockMap
 from pydedup.catalog import StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places, split_places
+from pydedup.policies import LOSSY
 
 __all__ = ["Lost", "Survey", "maps_of", "survey"]
 
-# Policies of models whose blocks need not hash to what the source's did.
-_LOSSY = ("bounded", "accuracy")
 # The policy that promises raw blocks.
 _RAW = "exact"
 _PAGES_AT_ONCE = 64
@@ -124,7 +123,7 @@ def _note_blocks(
         block = found.lost.setdefault(place, Lost(rows, cols))
         block.dtype = info.dtype.code
         block.is_raw |= model.row.policy == _RAW
-        if place not in recorded and block.digest is None and model.row.policy not in _LOSSY:
+        if place not in recorded and block.digest is None and model.row.policy not in LOSSY:
             # What the page held is forgotten, but not what the source's block was.
             source = source or b"".join(adapter.source_hashes(model.row.id, ordinal))
             block.digest = source[16 * number : 16 * number + 16] or None

@@ -22,6 +22,7 @@ from pydedup.catalog import StoredModel, page_readers
 from pydedup.errors import CorruptStoreError, PydedupError, StoreError
 from pydedup.layout import base_places, by_page, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport, unreadable_pages
+from pydedup.policies import LOSSY
 from pydedup.pool import PagePool
 from pydedup.types import Progress
 
@@ -30,8 +31,6 @@ __all__ = ["VerifyReport", "content_digests", "verify_store"]
 _PAGES_AT_ONCE = 8
 # Pages with bases, which come up again and again.
 _BASE_PAGE_BYTES = 64 * 1024 * 1024
-# Policies of models that are not stored to the bit.
-_LOSSY = ("bounded", "accuracy")
 _NO_BASE = -1
 
 
@@ -246,7 +245,7 @@ def _verify_model(
 ) -> None:
     read = {page_id for _, page_id, _, _ in adapter.model_pages(model.row.id)}
     live = np.array(list(contents), np.int64)
-    lossy = model.row.policy in _LOSSY
+    lossy = model.row.policy in LOSSY
     for ordinal, info in enumerate(model.tensors):
         where = f"{model.address}, tensor {info.name!r}"
         try:

@@ -27,9 +27,10 @@ from pydedup.ingest.match import Matcher
 from pydedup.ingest.publish import Batch, publish_batch
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.ingest.write import MatchedTensor, StagedModel, Stager
+from pydedup.ingest.staged import MatchedTensor, StagedModel
+from pydedup.ingest.write import Stager
 from pydedup.jobs import Job
-from pydedup.layout import PAGE_CAPACITY, block_places, split_places
+from pydedup.layout import PAGE_CAPACITY, block_places, joined, split_places
 from pydedup.maintenance.vacuum import collect_abandoned, retire_orphans
 from pydedup.moving.arrival import check_arrival
 from pydedup.moving.known import Known, Whereabouts
@@ -285,7 +286,7 @@ class _Copier:
             resolved = resolver.run()
             spool.freeze()
             copy = _Copy(item, source.adapter, _tensors(model, resolved.references))
-            places = np.concatenate([np.empty(0, np.int64), *resolved.places])
+            places = joined(resolved.places)
             stager = Stager(
                 target.adapter,
                 [copy],
@@ -336,7 +337,7 @@ class _Copier:
         stager: Stager,
     ) -> None:
         """Note where blocks are that later models need, and forget those that none does."""
-        whole = np.concatenate([np.empty(0, np.int64), *resolved.whole])
+        whole = joined(resolved.whole)
         at, first = np.unique(np.concatenate([model.places, places[whole]]), return_index=True)
         references = np.concatenate([resolved.references, whole])[first]
         last = np.array(self._survey.done(model.page_ids.tolist()), np.int64)

@@ -87,6 +87,25 @@ def test_a_server_that_is_not_there(tmp_path: Path, pure: bool) -> None:
             assert "s3cret" not in told(caught.value)
 
 
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+def test_users_that_are_not_let_in_are_told_why(url: str, user: Any, run: Any, pure: bool) -> None:
+    user.grant("ALL")
+    place = with_option(user.url, f"use_pure={pure}")
+    run(url, f"ALTER USER {user.name} WITH MAX_USER_CONNECTIONS 1")
+    adapter = registry.connect(place, mode="a")
+    try:
+        with pytest.raises(UnavailableError, match="raise max_connections") as caught:
+            registry.connect(place, mode="a")
+        assert "server runs" not in str(caught.value)
+    finally:
+        adapter.close()
+    with pytest.raises(UnavailableError, match="check the user"):
+        registry.connect(place.replace(user.name, "nobody"), mode="a")
+    with pytest.raises(UnavailableError, match="check the host") as caught:
+        registry.connect(f"mysql://me@nowhere.invalid/db?use_pure={pure}", mode="a")
+    assert "server runs" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("place", "said"),
     [

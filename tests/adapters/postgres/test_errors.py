@@ -62,6 +62,32 @@ def test_codes_of_the_server_have_a_meaning(
         adapter.put_job("j", "", "", "")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("ALTER ROLE {role} RENAME TO {role}_x", "role .* does not exist; check the user"),
+        ("ALTER ROLE {role} NOLOGIN", "not permitted to log in; let it"),
+        ("ALTER ROLE {role} CONNECTION LIMIT 0", "too many connections for role .*; raise its"),
+        ("REVOKE CONNECT ON DATABASE {database} FROM PUBLIC", "permission denied .*GRANT CONNECT"),
+    ],
+)
+def test_users_that_are_not_let_in_are_told_why(
+    postgres_url: str, role: str, sql: Any, change: str, said: str
+) -> None:
+    database = f"{role}_db"
+    sql(f"CREATE DATABASE {database}")
+    host = psycopg.conninfo.conninfo_to_dict(postgres_url)["host"]
+    try:
+        sql(change.format(role=role, database=database))
+        with pytest.raises(UnavailableError, match=said) as caught:
+            registry.connect(f"postgresql://{role}@/{database}?host={host}", mode="a")
+        assert "server runs" not in str(caught.value)
+    finally:
+        sql(f"DROP DATABASE {database}")
+        if "RENAME" in change:
+            sql(f"ALTER ROLE {role}_x RENAME TO {role}")
+
+
 def _change(adapter: Adapter) -> None:
     adapter.put_job("j", "", "", "")
     adapter.insert_pages([(bytes(16), bytes(100_000))], state=LIVE)

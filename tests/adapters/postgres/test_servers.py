@@ -72,8 +72,15 @@ def test_parameters_of_tls_reach_libpq() -> None:
     assert "weak sslmode" in refused(url)
 
 
-@pytest.mark.parametrize("where", ["localhost:1/x", "/x?host=/missing", "nowhere.invalid/x"])
-def test_servers_that_are_not_there(where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "advice"),
+    [
+        ("localhost:1/x", "check that the server runs"),
+        ("/x?host=/missing", "check that the server runs"),
+        ("nowhere.invalid/x", "check the host"),
+    ],
+)
+def test_servers_that_are_not_there(where: str, advice: str) -> None:
     start = time.monotonic()
-    assert "check that the server runs" in refused(f"postgresql://u:{PASSWORD}@{where}")
+    assert advice in refused(f"postgresql://u:{PASSWORD}@{where}")
     assert time.monotonic() - start < 9, "opening must not wait for a server to come"

@@ -41,6 +41,33 @@ def test_urls_that_mean_nothing_show_no_secret(url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("sslmod=require", r"'sslmod' that is not known; did you mean sslmode\?"),
+        ("shcema=models", r"'shcema' that is not known; did you mean schema\?"),
+        ("colour=tops3cret", "'colour' that is not known; there are schema, timeout and those"),
+        ("sslmode=bogus", 'invalid sslmode value: "bogus"; correct this option'),
+        ("port=99999", 'invalid port number: "99999"; correct the port'),
+        ("connect_timeout=soon", "connect_timeout=soon must be a whole number"),
+        ("options=-c%20nosuch%3D1", 'unrecognized configuration parameter "nosuch".*options='),
+        ("options=-c%20work_mem%3Dx", 'invalid value for parameter "work_mem"'),
+    ],
+)
+def test_options_that_cannot_be_are_named(postgres_url: str, option: str, said: str) -> None:
+    with pytest.raises(ArgumentError, match=said) as caught:
+        registry.connect(with_option(postgres_url, option), mode="a")
+    assert "server runs" not in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_password_that_looks_like_an_option_is_not_named() -> None:
+    """The password is ``5?tops3cret=``, and was not percent-encoded."""
+    with pytest.raises(ArgumentError, match="%40 for @") as caught:
+        registry.connect(f"postgresql://u:5?{SECRET}=@localhost/db", mode="a")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "name", ["", "a b", 'a"b', "a'b", "1a", "pg_mine", "information_schema", "x" * 64, "ä", "a%s"]
 )
 def test_schemas_that_cannot_be(postgres_url: str, name: str) -> None:

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models on their way in: what `pydedup.ingest.write` stages, after matching."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import STAGING, Adapter, ModelRow
+from pydedup.blocks import BlockGrid
+from pydedup.formats.base import TensorEntry
+from pydedup.ingest.places import BlockReader
+from pydedup.ingest.plan import Request
+from pydedup.ingest.spool import NO_BASE
+from pydedup.types import GRAPH_ARTIFACT
+
+__all__ = ["MatchedModel", "MatchedTensor", "StagedModel"]
+
+
+@dataclass(slots=True)
+class MatchedTensor:
+    """One tensor after matching. ``references`` and ``digests`` are per block (match.py)."""
+
+    entry: TensorEntry
+    grid: BlockGrid
+    references: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+    #: Greatest relative L2 difference of a block to what is stored for it.
+    largest_error: float = 0.0
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of its blocks."""
+        return self.grid.block_rows, self.grid.block_cols
+
+
+class StagedModel(abc.ABC):
+    """One model on its way in.
+
+    Attributes
+    ----------
+    tensors
+        Its tensors, in order.
+    model_id
+        Its id once it is staged, 0 before.
+    """
+
+    tensors: list[MatchedTensor]
+    model_id: int
+
+    @property
+    @abc.abstractmethod
+    def address(self) -> str:
+        """``name@version``."""
+
+    @property
+    @abc.abstractmethod
+    def metadata(self) -> str:
+        """Its metadata as JSON."""
+
+    @property
+    @abc.abstractmethod
+    def logical_bytes(self) -> int:
+        """Bytes of all its tensors."""
+
+    @abc.abstractmethod
+    def row(self) -> ModelRow:
+        """Return its row, as it is to be staged."""
+
+    @abc.abstractmethod
+    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
+        """Yield (name, media type, payload) of what belongs to it besides tensors."""
+
+    @property
+    def replaces(self) -> int:
+        """The id of the live model whose place it takes, 0 for none."""
+        return 0
+
+    def created_at(self) -> float:
+        """Return when it was added, as it is being published."""
+        return time.time()
+
+    def settle(self, adapter: Adapter) -> None:  # noqa: B027 - most models have nothing to settle
+        """Do what must be done in the transaction that publishes it, before it is live."""
+
+    def references(self, reader: BlockReader | None = None) -> NDArray[np.int64]:
+        """Return the references of all blocks; with ``reader``, those of the bases behind them."""
+        parts = [tensor.references for tensor in self.tensors]
+        references = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        if reader is None:
+            return references
+        bases = reader.bases_of(references)
+        return np.concatenate([references, bases[bases != NO_BASE]])
+
+
+@dataclass(slots=True)
+class MatchedModel(StagedModel):
+    """One model of an add after matching."""
+
+    request: Request
+    tensors: list[MatchedTensor] = field(default_factory=list)
+    #: What the search of a policy found out.
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    model_id: int = 0
+
+    @property
+    def address(self) -> str:
+        """``name@version``."""
+        return self.request.address
+
+    @property
+    def metadata(self) -> str:
+        """Its metadata as JSON."""
+        return self.request.metadata_json()
+
+    @property
+    def logical_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return self.request.logical_bytes
+
+    def row(self) -> ModelRow:
+        """Return its row, as it is to be staged."""
+        request = self.request
+        return ModelRow(
+            id=0,
+            name=request.name,
+            version=request.version,
+            state=STAGING,
+            created_at=time.time(),
+            policy=request.policy.name,
+            certificate=json.dumps(self.certificate()),
+            metadata=self.metadata,
+            logical_bytes=self.logical_bytes,
+            digest=self.digest(),
+        )
+
+    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
+        """Yield (name, media type, payload) of what belongs to it besides tensors."""
+        for artifact in self.request.source.artifacts():
+            yield artifact.name, artifact.media_type, artifact.payload
+        if self.request.graph is not None:
+            payload = self.request.graph.to_json().encode()
+            yield GRAPH_ARTIFACT, "application/json", payload
+
+    def certificate(self) -> dict[str, Any]:
+        """Return what is guaranteed, and what was measured of it."""
+        policy = self.request.policy
+        errors = {t.entry.name: t.largest_error for t in self.tensors if t.largest_error > 0}
+        certificate = {
+            "policy": policy.name,
+            **policy.parameters(),
+            **self.evidence,
+            "largest_block_error": max(errors.values(), default=0.0),
+        }
+        return {**certificate, "tensor_errors": errors} if errors else certificate
+
+    def digest(self) -> bytes:
+        """Return 16 bytes that name the content: names, dtypes, shapes and block digests."""
+        content = hashlib.blake2b(digest_size=16)
+        for tensor in self.tensors:
+            entry = tensor.entry
+            head = [entry.name, entry.dtype.label, list(entry.shape), list(tensor.block_shape)]
+            content.update(json.dumps(head).encode())
+            content.update(np.ascontiguousarray(tensor.digests, "<u8").tobytes())
+        return content.digest()
