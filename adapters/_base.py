@@ -96,6 +96,10 @@ class DbApiBase(abc.ABC):
     def stored_bytes(self) -> int:
         """Return what the store occupies in its database, in bytes."""
 
+    def size_is_exact(self) -> bool:
+        """Whether this user is told what the store occupies; else it is at least `stored_bytes`."""
+        return True
+
     @abc.abstractmethod
     def checkpoint(self) -> None:
         """Fold write-ahead data into the main file where there is such a thing."""

@@ -7,22 +7,29 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from pydedup.adapter import SCHEMA_VERSION
-from pydedup.errors import ArgumentError, ConflictError, NotAStoreError, StoreError
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    MissingStoreError,
+    NotAStoreError,
+    ReadOnlyError,
+    StoreError,
+)
 
 from ._base import Row, fetch_all, text
 from ._dbapi import DbApiAdapter
-from ._mysql_errors import PACKET_BYTES, ConnectionLostError, DeniedError, packet_advice
+from ._mysql_errors import ConnectionLostError, DeniedError, packet_advice
+from ._mysql_server import MOST_PAYLOAD_BYTES, may_create
 from ._mysql_url import Place
 from ._schema import TABLES, VIEWS, Dialect, create_statements
 from ._sessions import Connection, Session
 
-__all__ = ["DIALECT", "MysqlBase", "check_server", "session_statements"]
+__all__ = ["DIALECT", "MysqlBase"]
 
 #: Names are compared byte by byte: collations take trailing spaces, or accents, for nothing.
 DIALECT: Final = Dialect(
@@ -57,60 +64,16 @@ DIALECT: Final = Dialect(
     join_text="GROUP_CONCAT({value} ORDER BY {value} SEPARATOR ', ')",
 )
 
-#: Sent with a payload: the other columns of its row, generously.
-ROW_BYTES: Final = 64 << 10
-#: The largest payload: with its row just below where one packet becomes several, which the
-#: driver without its C extension cannot read (it does without after an import of torch).
-MOST_PAYLOAD_BYTES: Final = PACKET_BYTES - ROW_BYTES
-#: Below this, not even our own pages and parts would pass.
-LEAST_PACKET_BYTES: Final = 2 << 20
-
 #: A read outside of a transaction is tried again after so many seconds, on a new connection.
 BACK_OFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 #: Rows, and bytes of their values, of one INSERT.
 INSERT_ROWS: Final = 512
 INSERT_BYTES: Final = 1 << 20
 
+#: What who creates a store must be allowed.
+CREATOR: Final = "CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELETE"
+
 CREATE_LOCK: Final = "CONCAT('pydedup:', MD5(DATABASE()))"
-
-
-def check_server(version: str, packet_bytes: int, place: Place) -> int:
-    """Return the largest payload that a server takes.
-
-    Raises
-    ------
-    StoreError
-        When it is too old, or takes too small packets.
-    """
-    number = tuple(map(int, re.findall(r"\d+", version)[:2]))
-    is_maria = "mariadb" in version.lower()
-    if number < ((10, 11) if is_maria else (8, 0)):
-        raise StoreError(
-            f"{place.url}: server {version} is too old; MariaDB 10.11 or MySQL 8.0 is needed"
-        )
-    if packet_bytes < LEAST_PACKET_BYTES:
-        raise StoreError(
-            f"{place.url}: the server takes at most {packet_bytes} bytes in one packet, less than "
-            f"a page of a store needs; {packet_advice()}"
-        )
-    return min(packet_bytes - ROW_BYTES, MOST_PAYLOAD_BYTES)
-
-
-def session_statements(version: str, timeout: float, *, read_only: bool) -> list[str]:
-    """Return what makes a new session ours."""
-    seconds = max(1, math.ceil(timeout))
-    settings = [
-        f"innodb_lock_wait_timeout = {seconds}",
-        f"lock_wait_timeout = {seconds}",
-        f"group_concat_max_len = {1 << 24}",
-    ]
-    if "mariadb" not in version.lower():
-        settings.append("information_schema_stats_expiry = 0")  # sizes as they are now
-    access = "READ ONLY" if read_only else "READ WRITE"
-    return [
-        f"SET SESSION {', '.join(settings)}",
-        f"SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, {access}",
-    ]
 
 
 class MysqlBase(DbApiAdapter):
@@ -206,12 +169,31 @@ class MysqlBase(DbApiAdapter):
             for name in self._unfinished():
                 kind = "TABLE" if name in TABLES else "VIEW"
                 self._define(f"DROP {kind} {self._sql.dialect.name(name)}")
-            for statement in create_statements(self._sql.dialect):
-                # Views would read with the rights of their creator, and break when he goes.
-                self._define(statement.replace("CREATE VIEW", "CREATE SQL SECURITY INVOKER VIEW"))
+            try:
+                for statement in create_statements(self._sql.dialect):
+                    # Views would read with the rights of their creator, and break when he goes.
+                    made = statement.replace("CREATE VIEW", "CREATE SQL SECURITY INVOKER VIEW")
+                    self._define(made)
+            except (ReadOnlyError, DeniedError) as error:
+                raise ReadOnlyError(f"{error}; {self._grant()}") from error
             first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
             with self.transaction():
                 self._insert_many("meta", list({**first, **meta}.items()))
+
+    def missing(self) -> MissingStoreError:
+        """Return the error that there is no store, and what to do about it."""
+        rows = self._query("SHOW GRANTS")
+        may = may_create([text(row[0]) for row in rows], self._place.database)
+        return MissingStoreError(f"{self._url} holds no store", "" if may else self._grant())
+
+    def _grant(self) -> str:
+        """Say what an administrator must run for this user to create a store."""
+        ((who,),) = self._query("SELECT CURRENT_USER()")
+        name, _, host = text(who).rpartition("@")
+        return (
+            f"user {text(who)} may not create one: let an administrator run GRANT {CREATOR} ON "
+            f"`{self._place.database}`.* TO '{name}'@'{host}'"
+        )
 
     @contextlib.contextmanager
     def _creating(self) -> Iterator[None]:
@@ -239,25 +221,44 @@ class MysqlBase(DbApiAdapter):
     # ---- upkeep -------------------------------------------------------------------------------
 
     def stored_bytes(self) -> int:
-        """Return the size of the tables' files, or InnoDB's estimate of it.
+        """Return the size of the tables' files; to who may not see that, what it is at least.
 
-        Files are shown to who has the privilege PROCESS.
+        Files are shown to who has the privilege PROCESS. InnoDB's statistics, which others see, are
+        those of some time ago: renewed in the background when a tenth of a table has changed, and
+        by ANALYZE TABLE, which wants INSERT. Files never shrink by themselves, so they are not
+        smaller than that, nor than the payloads of the pages there are.
         """
+        exact = self._file_bytes()
+        if exact is not None:
+            return exact
         names = [self._bare(table) for table in TABLES]
-        marks = self._sql.members(len(names))
+        rows = self._query(
+            "SELECT table_name, data_length + index_length FROM information_schema.tables "
+            f"WHERE table_schema = DATABASE() AND table_name {self._sql.members(len(names))}",
+            names,
+        )
+        sizes = {text(name): int(size or 0) for name, size in rows}
+        pages = self._bare("pages")
+        if pages in sizes:
+            sql = f"SELECT SUM(payload_bytes) FROM {self._sql.dialect.name('pages')}"
+            ((payloads,),) = self._query(sql)
+            sizes[pages] = max(sizes[pages], int(payloads or 0))
+        return sum(sizes.values())
+
+    def size_is_exact(self) -> bool:
+        """Whether this user may see files; else the store occupies at least `stored_bytes`."""
+        return self._file_bytes() is not None
+
+    def _file_bytes(self) -> int | None:
+        """Return the size of the tables' files; None to who may not see it."""
+        spaces = [f"{self._place.database}/{self._bare(table)}" for table in TABLES]
         files = "innodb_sys_tablespaces" if self._is_maria else "innodb_tablespaces"
         with contextlib.suppress(DeniedError):
-            spaces = [f"{self._place.database}/{name}" for name in names]
+            marks = self._sql.members(len(spaces))
             sql = f"SELECT SUM(file_size) FROM information_schema.{files} WHERE name {marks}"
             ((size,),) = self._query(sql, spaces)
-            if size is not None:
-                return int(size)
-        sql = (
-            "SELECT SUM(data_length + index_length) FROM information_schema.tables "
-            f"WHERE table_schema = DATABASE() AND table_name {marks}"
-        )
-        ((size,),) = self._query(sql, names)
-        return int(size or 0)
+            return None if size is None else int(size)
+        return None
 
     def checkpoint(self) -> None:
         """Do nothing: the server sees to its log itself."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
-from pydedup.errors import ReadOnlyError, StoreError
+from pydedup.errors import MissingStoreError, ReadOnlyError, StoreError
 
 from ._base import Row
 from ._dbapi import DbApiAdapter
@@ -125,7 +125,13 @@ class PostgresBase(DbApiAdapter):
 
     # ---- schema -------------------------------------------------------------------------------
 
-    def _create_tables(self) -> None:
+    def missing(self) -> MissingStoreError:
+        """Return the error that there is no store, and what to do about it."""
+        what = f"{self._url} holds no store in schema {self._place.schema} (schema= names another)"
+        return MissingStoreError(what, self._hindrance()[1])
+
+    def _hindrance(self) -> tuple[bool, str]:
+        """Return whether there is the schema, and why this user may create no store in it."""
         schema = self._place.schema
         ((there, allowed, role, database),) = self._query(
             "SELECT n.oid IS NOT NULL, CASE WHEN n.oid IS NULL "
@@ -135,16 +141,21 @@ class PostgresBase(DbApiAdapter):
             "ON n.nspname = w.name",
             [schema],
         )
-        if not allowed:
-            to_do = (
-                f'GRANT CREATE, USAGE ON SCHEMA "{schema}" TO "{role}"'
-                if there
-                else f'CREATE SCHEMA "{schema}" AUTHORIZATION "{role}"'
-            )
-            raise ReadOnlyError(
-                f"{self._url} has no store in schema {schema}, and user {role} may not create "
-                f"one; let an administrator run, in database {database}: {to_do}"
-            )
+        to_do = (
+            f'GRANT CREATE, USAGE ON SCHEMA "{schema}" TO "{role}"'
+            if there
+            else f'CREATE SCHEMA "{schema}" AUTHORIZATION "{role}"'
+        )
+        return there, "" if allowed else (
+            f"user {role} may not create one: let an administrator run, in database {database}: "
+            f"{to_do}"
+        )
+
+    def _create_tables(self) -> None:
+        schema = self._place.schema
+        there, hindrance = self._hindrance()
+        if hindrance:
+            raise ReadOnlyError(f"{self._url} has no store in schema {schema}, and {hindrance}")
         if not there:
             self._write(f'CREATE SCHEMA "{schema}"')
         super()._create_tables()

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote
 
-from pydedup.errors import ArgumentError, NotAStoreError, ReadOnlyError, UnavailableError
+from pydedup.errors import (
+    ArgumentError,
+    MissingStoreError,
+    NotAStoreError,
+    ReadOnlyError,
+    UnavailableError,
+)
 
 __all__ = ["APPLICATION_ID", "Stamp", "StoreFile", "configure", "is_ours", "locate", "make_ours"]
 
@@ -83,8 +89,10 @@ class StoreFile:
 
         Raises
         ------
+        MissingStoreError
+            When there is none and it may not be created.
         NotAStoreError
-            When there is none and it may not be created, or it is no regular file.
+            When it is no regular file.
         ArgumentError, ReadOnlyError
             When the folder to create it in is missing or cannot be written.
         UnavailableError
@@ -94,7 +102,9 @@ class StoreFile:
             status = Path(self.path).stat()
         except (FileNotFoundError, NotADirectoryError):
             if not create:
-                raise NotAStoreError(f"there is no file {self.path}") from None
+                raise MissingStoreError(
+                    f"there is no file {self.path}", self._hindrance()
+                ) from None
             if not self.folder.is_dir():
                 raise ArgumentError(
                     f"cannot create {self.path}: there is no folder {self.folder}; create it first"
@@ -113,6 +123,14 @@ class StoreFile:
                 f"{self.path} is too short for a database, and so is something else"
             )
         return status.st_size
+
+    def _hindrance(self) -> str:
+        """Say what must be done before the file can be created, if anything."""
+        if not self.folder.is_dir():
+            return f"create the folder {self.folder}"
+        if not os.access(self.folder, os.W_OK):
+            return f"let its owner make the folder {self.folder} one that you may write"
+        return ""
 
     def is_writable(self) -> bool:
         """Whether both the file and its folder may be written, as WAL mode needs."""

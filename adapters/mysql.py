@@ -15,9 +15,10 @@ from mysql.connector.constants import ClientFlag
 from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import ArgumentError, PydedupError
 
-from ._mysql_base import DIALECT, MysqlBase, check_server, session_statements
+from ._mysql_base import DIALECT, MysqlBase
 from ._mysql_cursors import PreparedConnection
 from ._mysql_errors import meaning
+from ._mysql_server import check_server, session_statements
 from ._mysql_url import Place, locate
 from ._sessions import Connection, SessionPool
 
@@ -55,12 +56,21 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     ------
     ArgumentError
         For another form of URL.
+    MissingStoreError
+        With mode ``"r"``, when there are no tables.
     UnavailableError
         When the server cannot be reached, refuses the user, or has no such database.
     StoreError
         When the server is too old, or its ``max_allowed_packet`` too small.
     """
-    return MysqlAdapter(locate(url, schema), read_only=mode == "r")
+    adapter = MysqlAdapter(locate(url, schema), read_only=mode == "r")
+    try:
+        if mode == "r" and adapter.schema_version() is None:
+            raise adapter.missing()
+        return adapter
+    except BaseException:
+        adapter.close()
+        raise
 
 
 class MysqlAdapter(MysqlBase):

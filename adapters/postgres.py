@@ -16,7 +16,7 @@ from psycopg import pq
 from psycopg.types.numeric import Int8BinaryDumper
 
 from pydedup.adapter import Adapter, Capabilities
-from pydedup.errors import ArgumentError, NotAStoreError, PydedupError, StoreError
+from pydedup.errors import ArgumentError, PydedupError, StoreError
 
 from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
@@ -57,7 +57,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     ------
     ArgumentError
         For a URL that libpq does not understand, or an impossible schema.
-    NotAStoreError
+    MissingStoreError
         With mode ``"r"``, when there are no tables.
     UnavailableError
         When the server cannot be reached, or refuses.
@@ -66,10 +66,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     adapter = PostgresAdapter(locate(url, schema, known), mode)
     try:
         if mode == "r" and adapter.schema_version() is None:
-            raise NotAStoreError(
-                f"{adapter.url} holds no store; open it with mode 'a' to create one, or name the "
-                "schema that it is in with schema=..."
-            )
+            raise adapter.missing()
         return adapter
     except BaseException:
         adapter.close()

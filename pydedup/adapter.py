@@ -348,7 +348,13 @@ class Adapter(Protocol):
         """Return all rows of ``model_sizes``, ``sharing`` or ``page_owners``."""
 
     def stored_bytes(self) -> int:
-        """Return what the store occupies in its database, in bytes (the file size on SQLite)."""
+        """Return what the store occupies in its database, in bytes (the file size on SQLite).
+
+        Never less than the payloads of its pages.
+        """
+
+    def size_is_exact(self) -> bool:
+        """Whether this user is told what the store occupies; else it is at least `stored_bytes`."""
 
     def checkpoint(self) -> None:
         """Fold write-ahead data into the main file where there is such a thing."""

@@ -13,6 +13,7 @@
     ├── EvaluationError                    a policy's callable failed or returned what is no use
     └── StoreError
         ├── NotAStoreError                 the database holds no pydedup store (or something else)
+        │   └── MissingStoreError          there could be one, but nobody has created it yet
         ├── SchemaVersionError             written by a newer pydedup
         ├── ReadOnlyError                  a change was asked of a store opened for reading
         ├── ConflictError                  another writer was in the way for too long
@@ -36,6 +37,7 @@ __all__ = [
     "EvaluationError",
     "FormatError",
     "KernelUnavailableError",
+    "MissingStoreError",
     "NotAStoreError",
     "NotFoundError",
     "PageNotFoundError",
@@ -103,6 +105,30 @@ class StoreError(PydedupError):
 
 class NotAStoreError(StoreError):
     """The database holds no pydedup store, or is not a database at all."""
+
+
+class MissingStoreError(NotAStoreError):
+    """There is no store where one was to be read, though there could be one.
+
+    Attributes
+    ----------
+    what
+        What was found instead of one.
+    hindrance
+        What must be done before one can be created; empty when nothing must.
+    """
+
+    def __init__(self, what: str, hindrance: str = "") -> None:
+        super().__init__(what, hindrance)
+        self.what = what
+        self.hindrance = hindrance
+
+    def told(self, how: str) -> str:
+        """Return the message; ``how`` says how one is created."""
+        return f"{self.what}; {self.hindrance}{', then ' if self.hindrance else ''}{how}"
+
+    def __str__(self) -> str:
+        return self.told("open it with mode 'a' to create one")
 
 
 class SchemaVersionError(StoreError):

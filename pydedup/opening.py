@@ -13,7 +13,7 @@ from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.catalog import listed, page_readers
 from pydedup.errors import (
     ArgumentError,
-    NotAStoreError,
+    MissingStoreError,
     PydedupError,
     ReadOnlyError,
     SchemaVersionError,
@@ -50,9 +50,7 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
     version = adapter.schema_version()
     if version is None:
         if mode == "r":
-            raise NotAStoreError(
-                f"{adapter.url} holds no pydedup store; open it with mode 'a' to create one"
-            )
+            raise MissingStoreError(f"{adapter.url} holds no store")
         adapter.create_schema(
             {
                 "store_id": uuid.uuid4().hex,

@@ -25,6 +25,7 @@ from pydedup.errors import (
     ArgumentError,
     ConflictError,
     CorruptStoreError,
+    MissingStoreError,
     NotAStoreError,
     PydedupError,
     StorageFullError,
@@ -88,7 +89,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
         raise ArgumentError(f"a store in DuckDB has a file of its own; leave out schema={schema!r}")
     path, timeout = _locate(url)
     if mode == "r" and not path.exists():
-        raise NotAStoreError(f"{path} does not exist; open it with mode 'a' to create a store")
+        raise MissingStoreError(f"{path} does not exist")
     return DuckdbAdapter(path, mode, timeout)
 
 

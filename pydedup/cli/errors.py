@@ -20,6 +20,7 @@ from pydedup.errors import (
     DuplicateError,
     EvaluationError,
     FormatError,
+    MissingStoreError,
     NotFoundError,
     PydedupError,
     QuotaError,
@@ -86,6 +87,8 @@ def warn(text: str) -> None:
 def _describe(error: BaseException) -> tuple[Exit, str]:
     if isinstance(error, click.ClickException):
         return Exit.USAGE, _usage(error)
+    if isinstance(error, MissingStoreError):
+        return Exit.STORE, error.told("`pydedup add` creates one")
     if isinstance(error, PydedupError):
         return _status(error), str(error) or type(error).__name__
     if isinstance(error, FileNotFoundError):

@@ -122,6 +122,7 @@ def stats(url: str, by: str | None, as_json: bool) -> None:
         return
     output.print_heading(figures.url)
     retired = f", and {text.count(figures.retired_pages)} not live" if figures.retired_pages else ""
+    exact = figures.stored_bytes_exact
     output.print_fields(
         [
             (
@@ -130,8 +131,8 @@ def stats(url: str, by: str | None, as_json: bool) -> None:
                 f"{text.plural(figures.tensors, 'tensor')}",
             ),
             ("weights", text.size(figures.logical_bytes)),
-            ("database", text.size(figures.stored_bytes)),
-            ("saved", text.saved(figures.saved_share)),
+            ("database", _database(figures) + ("" if exact else _WHY_AT_LEAST)),
+            ("saved", ("" if exact else "at most ") + text.saved(figures.saved_share)),
             ("pages", f"{text.count(figures.pages)} ({text.size(figures.page_bytes)}){retired}"),
             ("distinct blocks", text.count(figures.distinct_blocks)),
             ("schema", f"version {figures.schema_version}"),
@@ -188,11 +189,21 @@ def _summary(figures: StoreStats) -> str:
     what = text.plural(figures.versions, "version")
     if figures.models != figures.versions:
         what = f"{text.plural(figures.models, 'model')} in {what}"
-    saved = f", {text.percent(figures.saved_share)} saved" if figures.saved_share > 0 else ""
+    share = text.percent(figures.saved_share)
+    most = "" if figures.stored_bytes_exact else "at most "
+    saved = f", {most}{share} saved" if figures.saved_share > 0 else ""
     return (
         f"{what}: {text.size(figures.logical_bytes)} of weights in a database of "
-        f"{text.size(figures.stored_bytes)}{saved}"
+        f"{_database(figures)}{saved}"
     )
+
+
+#: Said where the database does not tell its size.
+_WHY_AT_LEAST = " (this user is not told more: the server asks for the privilege PROCESS)"
+
+
+def _database(figures: StoreStats) -> str:
+    return text.size_at_least(figures.stored_bytes, figures.stored_bytes_exact)
 
 
 def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
@@ -296,6 +307,7 @@ def _totals(figures: StoreStats) -> dict[str, Any]:
         "tensors": figures.tensors,
         "logical_bytes": figures.logical_bytes,
         "stored_bytes": figures.stored_bytes,
+        "stored_bytes_exact": figures.stored_bytes_exact,
         "saved_share": figures.saved_share,
         "pages": figures.pages,
         "page_bytes": figures.page_bytes,

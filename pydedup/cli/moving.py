@@ -13,7 +13,7 @@ from pydedup import config
 from pydedup.cli import options, output, text
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
-from pydedup.errors import ReadOnlyError
+from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError
 from pydedup.moving.plan import ON_CONFLICT
 from pydedup.types import CopiedModel, CopyReport
 
@@ -119,7 +119,10 @@ def restore(path: str, url: str, memory: str, as_json: bool, quiet: bool) -> Non
     A restore that was cut off goes on when it is run again. To add the models of a backup to
     others, use `pydedup copy FILE STORE`.
     """
-    options.read_store(path).close()  # a mistyped name creates no store
+    try:
+        options.read_store(path).close()  # a mistyped name creates no store
+    except MissingStoreError as error:
+        raise NotAStoreError(f"there is no such backup: {error.what}") from error
     with options.writable_store(url, memory) as store, Watch("opening", quiet=quiet) as watch:
         if store.read_only:
             raise ReadOnlyError(f"cannot restore a backup: {store.url} is open for reading only")

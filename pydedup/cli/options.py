@@ -16,7 +16,7 @@ import click
 
 import pydedup
 from pydedup import Store
-from pydedup.errors import NotAStoreError
+from pydedup.errors import MissingStoreError
 
 __all__ = [
     "existing_store",
@@ -108,8 +108,8 @@ def trial_store(url: str, memory: str = DEFAULT_MEMORY) -> Iterator[Store]:
     """Open a store for a dry run: the one that is there, else an empty one that goes away."""
     try:
         store = read_store(url, memory)
-    except NotAStoreError:
-        if not _may_become_a_store(url):
+    except MissingStoreError as error:
+        if error.hindrance:
             raise
     else:
         with store:
@@ -120,18 +120,6 @@ def trial_store(url: str, memory: str = DEFAULT_MEMORY) -> Iterator[Store]:
         writable_store(str(Path(folder) / "dry-run.db"), memory) as store,
     ):
         yield store
-
-
-def _may_become_a_store(url: str) -> bool:
-    """Whether an add would create a store where opening one for reading found none."""
-    scheme, mark, rest = url.partition("://")
-    if mark and scheme != "sqlite":
-        return True
-    path = Path(rest.partition("?")[0].removeprefix("/") if mark else url)
-    try:
-        return path.stat().st_size == 0
-    except OSError:
-        return path.parent.is_dir()
 
 
 def parse_block_shape(text: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ __all__ = [
     "saved",
     "shape",
     "size",
+    "size_at_least",
     "without_secrets",
 ]
 
@@ -59,6 +60,11 @@ def size(n_bytes: int) -> str:
         if abs(value) < 1023.95 or unit == _UNITS[-1]:
             return f"{value:,.1f} {unit}"
     raise AssertionError("unreachable")
+
+
+def size_at_least(n_bytes: int, exact: bool) -> str:
+    """Return a number of bytes, and whether it may be more."""
+    return size(n_bytes) if exact else f"at least {size(n_bytes)}"
 
 
 def count(number: int) -> str:

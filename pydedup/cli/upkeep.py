@@ -173,8 +173,9 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
             ),
             (
                 "store",
-                f"{text.size(report.stored_bytes_before)} -> {'about ' if dry_run else ''}"
-                f"{text.size(report.stored_bytes_after)}",
+                f"{text.size_at_least(report.stored_bytes_before, report.stored_bytes_exact)} -> "
+                f"{'about ' if dry_run else ''}"
+                f"{text.size_at_least(report.stored_bytes_after, report.stored_bytes_exact)}",
             ),
             *(
                 [("abandoned adds", text.count(report.abandoned_adds))]

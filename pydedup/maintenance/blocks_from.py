@@ -20,6 +20,7 @@ from pydedup.blocks import MatrixView
 from pydedup.errors import (
     ArgumentError,
     CorruptStoreError,
+    MissingStoreError,
     NotAStoreError,
     PydedupError,
     UnsupportedFormatError,
@@ -169,7 +170,9 @@ def block_source(
     if "://" in place or not Path(place).is_dir():
         try:
             adapter = connect(place)
-        except NotAStoreError:
+        except NotAStoreError as exc:
+            if isinstance(exc, MissingStoreError) and "://" in place:
+                raise NotAStoreError(f"there is nothing to repair from: {exc.what}") from exc
             if "://" in place:
                 raise
         else:

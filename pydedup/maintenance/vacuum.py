@@ -52,7 +52,8 @@ class VacuumReport:
 
     ``pages_*`` and ``page_bytes_*`` count live pages, ``freed_*`` also what dead adds and earlier
     vacuums left. After a dry run ``stored_bytes_after`` is an estimate: what the database needs
-    beside pages is not foreseen.
+    beside pages is not foreseen. Where ``stored_bytes_exact`` is false, both ``stored_bytes_*`` are
+    the least that the store may occupy.
     """
 
     abandoned_adds: int
@@ -68,6 +69,7 @@ class VacuumReport:
     amplification_after: float
     stored_bytes_before: int
     stored_bytes_after: int
+    stored_bytes_exact: bool
     models: tuple[ModelReads, ...]
     dry_run: bool
 
@@ -137,6 +139,7 @@ def vacuum_store(
         amplification_after=worst_amplification(reads_after),
         stored_bytes_before=stored_before,
         stored_bytes_after=adapter.stored_bytes(),
+        stored_bytes_exact=adapter.size_is_exact(),
         models=_model_reads(adapter, reads_before, reads_after),
         dry_run=False,
     )
@@ -189,6 +192,7 @@ def plan_vacuum(
             amplification_after=worst_amplification(reads_after),
             stored_bytes_before=stored,
             stored_bytes_after=stored - _bytes_of(freed) + new_bytes,
+            stored_bytes_exact=adapter.size_is_exact(),
             models=_model_reads(adapter, reads_before, reads_after),
             dry_run=True,
         )

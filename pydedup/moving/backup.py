@@ -15,7 +15,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pydedup.adapter import Adapter
-from pydedup.errors import ArgumentError, ConflictError, NotAStoreError, PydedupError
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    MissingStoreError,
+    NotAStoreError,
+    PydedupError,
+)
 from pydedup.jobs import Job, job_is_dead
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.copy import copy_models
@@ -84,7 +90,7 @@ def restore_store(
     path: str | os.PathLike[str], target: End, opened: Opener, *, progress: Progress | None = None
 ) -> CopyReport:
     """Write what a file holds into an empty store; see `pydedup.Store.restore`."""
-    with opened(file_url(path), "r") as source:
+    with _opened_backup(path, opened) as source:
         items = plan_copy(source.adapter, None, None, all_versions=False, on_conflict="error")
         mine = {item.address: item.row for item in items}
         strangers = [
@@ -106,6 +112,16 @@ def restore_store(
         report = copy_models(source, target, items, progress=progress)
         _carry_settings(source.adapter, target.adapter, keep=True)
         return report
+
+
+@contextlib.contextmanager
+def _opened_backup(path: str | os.PathLike[str], opened: Opener) -> Iterator[End]:
+    with contextlib.ExitStack() as stack:
+        try:
+            source = stack.enter_context(opened(file_url(path), "r"))
+        except MissingStoreError as error:
+            raise NotAStoreError(f"there is no such backup: {error.what}") from error
+        yield source
 
 
 def _carry_settings(source: Adapter, target: Adapter, *, keep: bool = False) -> None:

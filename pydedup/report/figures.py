@@ -48,7 +48,11 @@ class ModelFigures:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """A store in numbers; ``stored_bytes`` is all it occupies in its database."""
+    """A store in numbers.
+
+    ``stored_bytes`` is all it occupies in its database, at least where ``stored_bytes_exact`` is
+    false: MariaDB and MySQL tell it only to who has the privilege PROCESS.
+    """
 
     url: str
     models: int
@@ -60,12 +64,16 @@ class StoreStats:
     distinct_blocks: int
     logical_bytes: int
     stored_bytes: int
+    stored_bytes_exact: bool
     schema_version: int
     pool: Mapping[str, int]
 
     @property
     def saved_share(self) -> float:
-        """Share of the logical bytes that the store does without; negative when it is larger."""
+        """Share of the logical bytes that the store does without; negative when it is larger.
+
+        At most that where ``stored_bytes_exact`` is false.
+        """
         return 1.0 - self.stored_bytes / self.logical_bytes if self.logical_bytes else 0.0
 
 
@@ -109,6 +117,7 @@ def store_stats(adapter: Adapter, pool: Mapping[str, int]) -> StoreStats:
             distinct_blocks=adapter.count_blocks(),
             logical_bytes=sum(row.logical_bytes for row in rows),
             stored_bytes=adapter.stored_bytes(),
+            stored_bytes_exact=adapter.size_is_exact(),
             schema_version=adapter.schema_version() or 0,
             pool=dict(pool),
         )

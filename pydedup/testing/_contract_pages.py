@@ -305,6 +305,8 @@ class PagesContract(ContractBase):
         adapter.checkpoint()
         full = adapter.stored_bytes()
         assert full >= before + 15 * MIB
+        assert full >= sum(row.payload_bytes for row in adapter.page_rows())
+        assert isinstance(adapter.size_is_exact(), bool)
         with adapter.transaction():
             adapter.delete_pages(ids[:-1])
         adapter.compact()

@@ -97,7 +97,7 @@ def test_damage_is_repaired(
     [
         ("none.db", 3, "none.db does not exist"),
         ("notes.md", 2, "neither a store nor a model"),
-        ("sqlite:///none.db", 4, "none.db"),
+        ("sqlite:///none.db", 4, "nothing to repair from: there is no file"),
         ("postgresql://me:secret@127.0.0.1:1/x", 4, "127.0.0.1"),
         ("nosql://here", 2, "nosql:// is not known"),
     ],

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from pydedup import registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
+from pydedup.cli.app import main
 from pydedup.errors import NotAStoreError, ReadOnlyError
-from pydedup.testing._contract_base import add_pages, model_row
+from pydedup.testing._contract_base import add_pages, add_random_pages, model_row
 
 MIB = 1 << 20
 Run = Callable[..., list[tuple[Any, ...]]]
@@ -30,8 +33,8 @@ def test_a_reader_needs_no_more_than_select(
         assert len(list(reader.read_pages(ids))) == 3
         assert reader.view("model_sizes") == []
         assert reader.integrity_errors() == []
-        # Without the privilege to look at files it is InnoDB's own estimate.
-        assert reader.stored_bytes() > 0
+        # Without the privilege to look at files it is what the pages take, at least.
+        assert reader.stored_bytes() >= 3 * MIB
     finally:
         reader.close()
     writer = registry.connect(user.url, mode="a")
@@ -50,6 +53,41 @@ def test_a_reader_needs_no_more_than_select(
             writer.bump_epoch()
     finally:
         writer.close()
+
+
+def test_a_reader_is_told_a_size_that_is_not_stale(
+    adapter: Adapter, url: str, user: Any, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """InnoDB's statistics, which is all that a reader sees, were those of empty tables."""
+    run(url, "ALTER TABLE pydedup_pages STATS_AUTO_RECALC = 0", "ANALYZE TABLE pydedup_pages")
+    payloads = add_random_pages(adapter, 8)
+    with adapter.transaction():
+        adapter.set_page_state(list(payloads)[:2], "retired", 1.0)
+    user.grant("SELECT")
+    estimate = "SELECT data_length FROM information_schema.tables WHERE table_name LIKE '%pages' "
+    estimate += "AND table_schema = DATABASE() ORDER BY data_length DESC LIMIT 1"
+    assert run(url, estimate)[0][0] < MIB
+    assert adapter.size_is_exact()
+    for privileges, exact in (("SELECT", False), ("PROCESS", True)):
+        scope = "*.*" if exact else f"{urlsplit(url).path.strip('/')}.*"
+        run(url, f"GRANT {privileges} ON {scope} TO {user.name}")
+        reader = registry.connect(user.url, mode="r")
+        try:
+            assert reader.size_is_exact() == exact
+            assert 8 * MIB <= reader.stored_bytes() <= adapter.stored_bytes()
+            assert not exact or reader.stored_bytes() == adapter.stored_bytes()
+        finally:
+            reader.close()
+        for command in ("stats", "ls", "vacuum"):
+            options = ["--dry-run"] if command == "vacuum" else []
+            assert main([command, user.url, *options]) == 0
+            said = capsys.readouterr().out
+            if command != "ls":  # which has nothing to say of a store without models
+                assert ("at least 8." in said) != exact, said
+        assert main(["stats", user.url, "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["stored_bytes_exact"] == exact
+        assert document["stored_bytes"] >= document["page_bytes"] > 0
 
 
 def test_a_creator_needs_no_more_than_is_documented(url: str, user: Any, run: Run) -> None:

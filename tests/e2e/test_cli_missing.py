@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the program says of a store that is not there, and who must do what."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import psycopg
+import pytest
+
+import pydedup
+from pydedup.cli.app import main
+from pydedup.errors import MissingStoreError, NotAStoreError
+
+LOOKING = (("ls",), ("stats",), ("verify",), ("vacuum",), ("rm", "m"), ("quota", "t=a", "5"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "m.npz", w=np.arange(4096, dtype=np.float32))
+    return tmp_path / "m.npz"
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command that must fail with status 4, and return what it says in one line."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 4
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert len(told.err.splitlines()) == 1
+        return told.err
+
+    return run
+
+
+def test_a_missing_store_is_created_by_add(store_url: str, model: Path, said: Any) -> None:
+    for command, *rest in LOOKING:
+        told = said(command, store_url, *rest)
+        assert "; `pydedup add` creates one" in told
+        assert "mode" not in told
+    with pytest.raises(MissingStoreError, match="; open it with mode 'a' to create one"):
+        pydedup.open(store_url, mode="r")
+    assert main(["add", store_url, "m", str(model), "--dry-run", "-q"]) == 0
+    said("ls", store_url)
+    assert main(["add", store_url, "m", str(model), "-q"]) == 0
+    assert main(["ls", store_url]) == 0
+
+
+def test_folders_that_must_be_there_first(tmp_path: Path, model: Path, said: Any) -> None:
+    path = tmp_path / "missing" / "models.db"
+    assert f"create the folder {path.parent}, then `pydedup add` creates one" in said("ls", path)
+    assert "create the folder" in said("add", path, "m", model, "--dry-run")
+    told = said("restore", tmp_path / "none.backup", tmp_path / "new.db")
+    assert "there is no such backup" in told
+    assert "pydedup add" not in told
+
+
+def test_what_is_something_else_is_not_missing(tmp_path: Path, said: Any) -> None:
+    (tmp_path / "notes.db").write_text("no store " * 100)
+    assert "pydedup add" not in said("ls", tmp_path / "notes.db")
+    with pytest.raises(NotAStoreError) as caught:
+        pydedup.open(tmp_path / "notes.db", mode="r")
+    assert not isinstance(caught.value, MissingStoreError)
+
+
+@pytest.fixture
+def postgres_role(postgres_url: str, postgres_schema: str) -> Iterator[tuple[str, str]]:
+    """A user of PostgreSQL who may do nothing, and his URL."""
+    role = f"role_{secrets.token_hex(6)}"
+    place = psycopg.conninfo.conninfo_to_dict(postgres_url)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {role} LOGIN")
+        url = f"postgresql://{role}@/{place['dbname']}?host={place['host']}"
+        yield role, f"{url}&schema={postgres_schema}"
+        connection.execute(f"DROP OWNED BY {role} CASCADE")
+        connection.execute(f"DROP ROLE {role}")
+
+
+def test_a_role_of_postgres_that_may_not_create(
+    postgres_role: tuple[str, str], postgres_url: str, postgres_schema: str, model: Path, said: Any
+) -> None:
+    role, url = postgres_role
+    told = said("ls", url)
+    assert f"user {role} may not create one: let an administrator run" in told
+    statement = f'CREATE SCHEMA "{postgres_schema}" AUTHORIZATION "{role}"'
+    assert f"{statement}, then `pydedup add` creates one" in told
+    assert statement in said("add", url, "m", model)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(statement)
+    assert main(["add", url, "m", str(model), "-q"]) == 0
+
+
+def test_a_user_of_mariadb_who_may_not_create(
+    mysql_database: str, mysql_run: Any, model: Path, said: Any
+) -> None:
+    name, database = f"u{secrets.token_hex(6)}", urlsplit(mysql_database).path.strip("/")
+    mysql_run(
+        mysql_database,
+        f"CREATE USER {name} IDENTIFIED BY ''",
+        f"GRANT SELECT ON {database}.* TO {name}",
+    )
+    url = mysql_database.replace("root@", f"{name}@")
+    try:
+        told = said("ls", url)
+        assert f"user {name}@% may not create one: let an administrator run GRANT CREATE" in told
+        assert "then `pydedup add` creates one" in told
+        statement = said("add", url, "m", model).strip().rpartition(" run ")[2]
+        assert statement in told
+        mysql_run(mysql_database, statement)
+        assert "; `pydedup add` creates one" in said("ls", url)
+        assert main(["add", url, "m", str(model), "-q"]) == 0
+    finally:
+        mysql_run(mysql_database, f"DROP USER {name}")
