@@ -25,7 +25,7 @@ from ._schema import TABLES, Dialect, create_statements
 from ._sessions import READ, WRITE, Session, SessionPool
 from ._sql import MAX_MEMBERS, Statements, batches
 
-__all__ = ["DbApiBase", "KeyTakenError", "Row", "check_state", "fetch_all", "text"]
+__all__ = ["DbApiBase", "DeniedError", "KeyTakenError", "Row", "check_state", "fetch_all", "text"]
 
 T = TypeVar("T", int, bytes)
 R = TypeVar("R")
@@ -34,6 +34,10 @@ Row = tuple[Any, ...]
 
 class KeyTakenError(StoreError):
     """A row of this key exists already; what a unique index reports."""
+
+
+class DeniedError(StoreError):
+    """The user lacks a privilege."""
 
 
 def text(value: str | bytes | bytearray | memoryview) -> str:

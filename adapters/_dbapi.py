@@ -16,7 +16,7 @@ from pydedup.adapter import BlockRow, PageRow
 from pydedup.errors import ArgumentError
 
 from ._base import Row, check_state, text
-from ._catalog import CatalogCalls
+from ._migrations import MigratingCalls
 from ._schema import TABLES, VIEWS
 from ._sql import batches
 
@@ -28,7 +28,7 @@ T = TypeVar("T", int, bytes)
 PAYLOADS_PER_READ = 16
 
 
-class DbApiAdapter(CatalogCalls):
+class DbApiAdapter(MigratingCalls):
     """The whole adapter protocol, but for the hooks of a database."""
 
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:

@@ -21,9 +21,9 @@ from pydedup.errors import (
     StoreError,
 )
 
-from ._base import Row, fetch_all, text
+from ._base import DeniedError, Row, fetch_all, text
 from ._dbapi import DbApiAdapter
-from ._mysql_errors import ConnectionLostError, DeniedError, packet_advice
+from ._mysql_errors import ConnectionLostError, DefinedError, packet_advice
 from ._mysql_server import MOST_PAYLOAD_BYTES, may_create
 from ._mysql_url import Place
 from ._schema import TABLES, VIEWS, Dialect, create_statements
@@ -180,6 +180,22 @@ class MysqlBase(DbApiAdapter):
             with self.transaction():
                 self._insert_many("meta", list({**first, **meta}.items()))
 
+    def migrate_schema(self) -> None:
+        """Make older tables those of this pydedup, as every adapter does; but not at once.
+
+        A definition commits by itself. So those of a migration that did not get to its end stay,
+        which does no harm, and the next one finds them; rows change together with the version.
+        """
+        self._refuse_when_read_only()
+        self._refuse_inside("migrate_schema()")
+        with self._told_whose(), self._creating():
+            for version, step in self._steps():
+                for statement in step.define(self._sql.dialect):
+                    with contextlib.suppress(DefinedError):
+                        self._define(statement)
+                with self.transaction():
+                    self._finish(version, step)
+
     def missing(self) -> MissingStoreError:
         """Return the error that there is no store, and what to do about it."""
         rows = self._query("SHOW GRANTS")
@@ -197,13 +213,13 @@ class MysqlBase(DbApiAdapter):
 
     @contextlib.contextmanager
     def _creating(self) -> Iterator[None]:
-        """Hold the lock of who creates; it goes with the connection, whatever happens."""
+        """Hold the lock of who creates or migrates; it goes with the connection in any case."""
         seconds = math.ceil(self._place.timeout)
         ((got,),) = self._query(f"SELECT GET_LOCK({CREATE_LOCK}, {seconds})")
         if got != 1:
             raise ConflictError(
-                f"{self._url}: somebody else is creating a store there for {seconds} seconds; "
-                "try again"
+                f"{self._url}: somebody else is creating or migrating a store there for {seconds} "
+                "seconds; try again"
             )
         try:
             yield

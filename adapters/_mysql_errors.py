@@ -17,18 +17,18 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import KeyTakenError
+from ._base import DeniedError, KeyTakenError
 from ._mysql_url import Place
 
-__all__ = ["LOST", "ConnectionLostError", "DeniedError", "meaning", "packet_advice"]
+__all__ = ["LOST", "ConnectionLostError", "DefinedError", "meaning", "packet_advice"]
 
 
 class ConnectionLostError(UnavailableError):
     """The connection is gone, or could not be made; what only reads can be tried again."""
 
 
-class DeniedError(StoreError):
-    """The user lacks a privilege."""
+class DefinedError(StoreError):
+    """What was to be defined exists already."""
 
 
 #: What a server needs for the largest payload; MariaDB's own default, and below MySQL's.
@@ -88,6 +88,7 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     **dict.fromkeys((1048, 1264, 1366, 1406), (ArgumentError, "a column does not take this value")),
     **dict.fromkeys((1032, 1034, 1194, 1195, 1712, 1877), (CorruptStoreError, _REPAIR)),
     **dict.fromkeys((1054, 1146, 1356), (NotAStoreError, _TABLE)),
+    **dict.fromkeys((1050, 1060, 1061), (DefinedError, "see what made it, or drop it")),
     **dict.fromkeys((1044, 1227), (DeniedError, "grant it to this user, or use another")),
     **dict.fromkeys((1153, 1162, 1301, 2020), (StoreError, packet_advice())),
     1461: (UnavailableError, "raise max_prepared_stmt_count on the server, or try again"),

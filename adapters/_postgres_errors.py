@@ -17,7 +17,7 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import KeyTakenError
+from ._base import DeniedError, KeyTakenError
 from ._postgres_url import Place
 
 __all__ = ["ConnectionLostError", "meaning", "refusal"]
@@ -46,7 +46,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
     "3F": (NotAStoreError, "the schema was dropped; open the store again"),
     "40": (ConflictError, _AGAIN),  # serialization failures and deadlocks
     "42501": (  # insufficient_privilege
-        StoreError,
+        DeniedError,
         "ask the owner of schema {schema} for GRANT USAGE ON SCHEMA {schema}, and to read GRANT "
         "SELECT, to write GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES and GRANT USAGE ON "
         "ALL SEQUENCES IN SCHEMA {schema}",

@@ -146,6 +146,14 @@ class Adapter(Protocol):
         A no-op when another process was faster.
         """
 
+    def migrate_schema(self) -> None:
+        """Make tables of an older `SCHEMA_VERSION` those of this one; a no-op when they are.
+
+        In one transaction where the database takes definitions into one. Elsewhere, what fails
+        halfway leaves the version and all rows as they were. Who comes second waits, and finds
+        nothing to do. Raises ReadOnlyError, ConflictError, StoreError.
+        """
+
     # ---- transactions -------------------------------------------------------------------------
 
     def transaction(self) -> AbstractContextManager[None]:

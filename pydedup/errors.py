@@ -14,7 +14,7 @@
     └── StoreError
         ├── NotAStoreError                 the database holds no pydedup store (or something else)
         │   └── MissingStoreError          there could be one, but nobody has created it yet
-        ├── SchemaVersionError             written by a newer pydedup
+        ├── SchemaVersionError             of a newer pydedup, or an older one not migrated yet
         ├── ReadOnlyError                  a change was asked of a store opened for reading
         ├── ConflictError                  another writer was in the way for too long
         ├── UnavailableError               the database cannot be reached; retrying may help
@@ -132,7 +132,7 @@ class MissingStoreError(NotAStoreError):
 
 
 class SchemaVersionError(StoreError):
-    """The store was written by a newer pydedup."""
+    """The store was written by a newer pydedup, or by an older one and cannot be migrated here."""
 
 
 class ReadOnlyError(StoreError):

@@ -58,6 +58,14 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
                 "page_format": str(codec.PAGE_VERSION),
             }
         )
+    elif version < SCHEMA_VERSION:
+        if adapter.read_only:
+            raise SchemaVersionError(
+                f"{adapter.url} was written by an older pydedup (schema {version}, this one reads "
+                f"{SCHEMA_VERSION}); to migrate it, open it once for writing (mode 'a', or "
+                "`pydedup vacuum`) as the user who created it (docs/sql.md, Roles)"
+            )
+        adapter.migrate_schema()
     elif version > SCHEMA_VERSION:
         raise SchemaVersionError(
             f"{adapter.url} was written by a newer pydedup (schema {version}, this one knows "

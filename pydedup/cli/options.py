@@ -16,7 +16,7 @@ import click
 
 import pydedup
 from pydedup import Store
-from pydedup.errors import MissingStoreError
+from pydedup.errors import MissingStoreError, SchemaVersionError
 
 __all__ = [
     "existing_store",
@@ -99,7 +99,8 @@ def writable_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
 
 def existing_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
     """Open a store for writing that must be there: removing from a new one makes no sense."""
-    read_store(url).close()
+    with contextlib.suppress(SchemaVersionError):  # of an older one: to be migrated
+        read_store(url).close()
     return writable_store(url, memory)
 
 

@@ -18,10 +18,13 @@ from __future__ import annotations
 from pydedup.testing._contract_pages import PagesContract
 from pydedup.testing._contract_processes import ProcessesContract
 from pydedup.testing._contract_rows import RowsContract
+from pydedup.testing._contract_schema import SchemaContract
 from pydedup.testing._contract_transactions import TransactionsContract
 
 __all__ = ["AdapterContract"]
 
 
-class AdapterContract(ProcessesContract, TransactionsContract, RowsContract, PagesContract):
+class AdapterContract(
+    SchemaContract, ProcessesContract, TransactionsContract, RowsContract, PagesContract
+):
     """All of it. Pytest takes bases from the last to the first: binary round trips lead."""

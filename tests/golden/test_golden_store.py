@@ -69,6 +69,7 @@ def test_a_golden_dump_of_mysql(
 
 def assert_is_read_and_written_on(url: str) -> None:
     wanted = _maker().models()
+    pydedup.open(url).close()  # which migrates one of an older version
     with pydedup.open(url, mode="r") as store:
         report = store.verify()
         assert (report.errors, report.notes) == ([], [])
