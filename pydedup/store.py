@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["ModelInput", "Store", "open"]
+
+#: A torch.nn.Module; named so that no torch is needed to import this file.
+Module = TypeVar("Module", bound="torch.nn.Module")
 
 #: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
 ModelInput = Any
@@ -294,6 +297,25 @@ class Store(StoreUpkeep):
         if isinstance(x, Mapping):
             return outputs
         return outputs[graph.outputs[0]] if len(graph.outputs) == 1 else outputs
+
+    def attach(self, module: Module, name: str, *, prefix: str = "") -> Module:
+        """Make a torch module compute with a model's weights where they lie, and return it.
+
+        In place, for predictions only; its own weights are freed. ``prefix`` is what names in the
+        store have before those of the module. See docs/attach.md. Raises NotFoundError;
+        ArgumentError, and nothing is changed, when module and model do not fit.
+        """
+        from pydedup.serving import layers
+
+        layers.attach(module, name, self._catalog, self._pool, prefix)
+        return module
+
+    def detach(self, module: Module) -> Module:
+        """Make an attached module a plain one, with the weights loaded, and return it."""
+        from pydedup.serving import layers
+
+        layers.detach(module, self._catalog)
+        return module
 
     def graph(self, name: str) -> Graph | None:
         """Return the graph that `predict` runs, if the store knows one."""

@@ -100,9 +100,12 @@ RUNTIME: dict[str, set[str]] = {
     "types": {"ml_dtypes"},
     "testing": {"hypothesis", "ml_dtypes", "pytest"},
 }
+#: Imported by serving/layers.py alone, which is imported when a module is attached.
+ATTACHED = "pydedup/serving/attached"
 TORCH_FILES = {
     "pydedup/formats/torch.py",
     "pydedup/serving/layers.py",
+    *(f"{ATTACHED}/{path.name}" for path in (ROOT / ATTACHED).glob("*.py")),
     "pydedup/training.py",
 }
 DRIVERS = {"sqlite3", "psycopg", "psycopg_pool", "mysql"}

@@ -49,7 +49,9 @@ def commands() -> list[list[str]]:
 
 
 def test_the_python_of_the_readme_runs(folder: Path) -> None:
-    first, second = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    first, attaching, second = re.findall(
+        r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+    )
     x = np.ones((2, 50), np.float32)
     names: dict[str, object] = {"x": x}
     exec(compile(first, "README.md", "exec"), names)
@@ -58,6 +60,12 @@ def test_the_python_of_the_readme_runs(folder: Path) -> None:
         # The second version shares all but its dense layer with the first.
         assert store.stats().page_bytes < (folder / "sentiment.safetensors").stat().st_size
     np.testing.assert_allclose(names["hidden"], x @ weights.T, rtol=1e-5)  # type: ignore[arg-type]
+
+    torch = pytest.importorskip("torch")
+    names = {"ids": torch.arange(20)}
+    exec(compile(attaching, "README.md", "exec"), names)
+    wanted = names["net"](names["ids"])  # type: ignore[operator]
+    torch.testing.assert_close(names["scores"], wanted)
 
     rng = np.random.default_rng(1)
     model = {"table": rng.standard_normal((500, 64), np.float32)}

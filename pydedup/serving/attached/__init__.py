@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an attached torch module is made of; `pydedup.serving.layers` makes and unmakes it.
+
+slots      which tensors of a module have their values in a store
+weights    one version of a model as a module uses it: streamed tensors, loaded ones
+parameter  the tensor that stands in a module where a parameter was
+functions  what torch's functions do when they are given such a tensor
+modules    what the modules themselves do otherwise: versions per call, refusals
+"""

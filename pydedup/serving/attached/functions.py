@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What torch's functions do when they are given a stored tensor: stream it, where a kernel can.
+
+Products, convolutions and look-ups are here; the views of a matrix that lead to them are in
+:mod:`pydedup.serving.attached.views`. A handler returns ``NotImplemented`` for what it cannot
+stream: the tensor is then loaded. Arrays pass between torch and numpy without a copy. Kernels
+compute in float32 (float64 where weights are stored so), and results are cast to the dtype that
+torch would return.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from pydedup.errors import ArgumentError
+from pydedup.formats.torch import to_torch
+from pydedup.serving.attached.parameter import StoredParameter, handles
+from pydedup.serving.tensor import StoredTensor
+
+__all__ = ["rows_of"]
+
+_Tensor = torch.Tensor
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _array(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
+    """Return an input as kernels take it, without a copy where it is float32 or float64."""
+    if not x.is_cpu:
+        raise ArgumentError(f"{weight.label} is streamed on the CPU; the input is on {x.device}")
+    if x.requires_grad:
+        if torch.is_grad_enabled():
+            raise ArgumentError(
+                f"the input of {weight.label} requires a gradient, and streamed weights have "
+                "none; use torch.no_grad()"
+            )
+        x = x.detach()
+    dtype = x.dtype
+    if dtype in _HALVES:
+        x = x.float()
+    elif dtype is not torch.float32 and dtype is not torch.float64:
+        raise ArgumentError(f"the input of {weight.label} is {dtype}; floats are needed")
+    return x.numpy()
+
+
+def _result(y: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    made = torch.from_numpy(y)
+    return made if made.dtype is dtype else made.to(dtype)
+
+
+def _bias(bias: torch.Tensor | None) -> NDArray[Any] | None:
+    """Return a bias that is stored, or any other vector."""
+    if bias is None:
+        return None
+    if type(bias) is StoredParameter and bias.rows is None:
+        return bias.attachment.weights().bias(bias.number)
+    if type(bias) is StoredParameter:
+        bias = bias.loaded()
+    bias = bias.detach()
+    return bias.float().numpy() if bias.dtype in _HALVES else bias.numpy()
+
+
+def _streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
+    """Return what streams this weight with this input; ``None`` to load it."""
+    if type(weight) is not StoredParameter or type(x) is StoredParameter:
+        return None
+    slot = weight.attachment.slots[weight.number]
+    stored = weight.stored()
+    if len(stored.shape) != ndim or not slot.dtype.is_floating_point:
+        return None
+    # A kernel would round the inputs of such a module to float32.
+    if slot.dtype is torch.float64 and stored.dtype.itemsize < 8:
+        return None
+    return stored
+
+
+# ---- products -----------------------------------------------------------------------------------
+
+
+@handles(functional.linear)
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    return _product(input, weight, bias, transpose=False)
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, transpose: bool
+) -> Any:
+    """Return x @ weight.T + bias, or x @ weight + bias with ``transpose``."""
+    stored = _streamed(weight, x)
+    if stored is None:
+        return NotImplemented
+    assert isinstance(weight, StoredParameter)
+    transpose = weight.transposed is not transpose
+    if weight.rows is None:
+        y = stored.matmul(_array(x, weight), bias=_bias(bias), transpose=transpose)
+        return _result(y, x.dtype)
+    if transpose:
+        return NotImplemented
+    part, before = weight.attachment.weights().part(weight.number, weight.rows)
+    count = weight.rows[1] - weight.rows[0]
+    y = np.ascontiguousarray(part.matmul(_array(x, weight))[..., before : before + count])
+    if bias is not None:
+        y += _bias(bias)
+    return _result(y, x.dtype)
+
+
+@handles(torch.matmul, torch.mm, _Tensor.matmul, _Tensor.mm, _Tensor.__matmul__)
+def _matmul(input: torch.Tensor, other: torch.Tensor) -> Any:
+    if type(input) is StoredParameter:  # W @ x = (x.T @ W.T).T
+        if other.ndim not in (1, 2):
+            return NotImplemented
+        y = _product(other.t(), input, None, transpose=False)
+        return y if y is NotImplemented else y.t()
+    return _product(input, other, None, transpose=True)
+
+
+@handles(_Tensor.__rmatmul__)
+def _rmatmul(self: torch.Tensor, other: torch.Tensor) -> Any:
+    return _matmul(other, self)
+
+
+@handles(torch.addmm, _Tensor.addmm)
+def _addmm(
+    input: torch.Tensor,
+    mat1: torch.Tensor,
+    mat2: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Any:
+    if beta != 1 or alpha != 1 or input.ndim != 1 or input.shape[0] != mat2.shape[1]:
+        return NotImplemented
+    return _product(mat1, mat2, input, transpose=True)
+
+
+@handles(functional.conv1d)
+def _conv1d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    stored = _streamed(weight, input, 3)
+    if stored is None:
+        return NotImplemented
+    assert isinstance(weight, StoredParameter)
+    y = stored.conv2d(
+        _array(input, weight)[..., None, :],
+        bias=_bias(bias),
+        stride=(1, _single(stride)),
+        padding=padding if isinstance(padding, str) else (0, _single(padding)),
+        dilation=(1, _single(dilation)),
+        groups=groups,
+    )
+    return _result(y[..., 0, :], input.dtype)
+
+
+@handles(functional.conv2d)
+def _conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    stored = _streamed(weight, input, 4)
+    if stored is None:
+        return NotImplemented
+    assert isinstance(weight, StoredParameter)
+    y = stored.conv2d(
+        _array(input, weight),
+        bias=_bias(bias),
+        stride=_sizes(stride),
+        padding=padding if isinstance(padding, str) else _sizes(padding),
+        dilation=_sizes(dilation),
+        groups=groups,
+    )
+    return _result(y, input.dtype)
+
+
+def _single(size: Any) -> int:
+    return int(size[0]) if isinstance(size, Sequence) else int(size)
+
+
+def _sizes(size: Any) -> Any:
+    # torch takes (n,) for n in both directions
+    return int(size[0]) if isinstance(size, Sequence) and len(size) == 1 else size
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def _ids(ids: torch.Tensor) -> NDArray[Any]:
+    return ids.detach().cpu().numpy()
+
+
+@handles(functional.embedding)
+def _embedding(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    rows = rows_of(weight, input)
+    if rows is NotImplemented or max_norm is None:
+        return rows
+    norms = rows.norm(norm_type, dim=-1, keepdim=True)
+    return torch.where(norms > max_norm, rows * (max_norm / (norms + 1e-7)), rows)
+
+
+def rows_of(weight: torch.Tensor, ids: torch.Tensor) -> Any:
+    """Return the entries of the first axis with these numbers, or ``NotImplemented``."""
+    if type(weight) is not StoredParameter or weight.transposed or type(ids) is StoredParameter:
+        return NotImplemented
+    stored = weight.stored()
+    if len(stored.shape) < 2 or ids.dtype.is_floating_point:
+        return NotImplemented
+    taken = _ids(ids)
+    if weight.rows is not None:
+        if taken.size and not 0 <= taken.min() <= taken.max() < weight.shape[0]:
+            raise ArgumentError(
+                f"ids from {taken.min()} to {taken.max()} for {weight.shape[0]} rows of "
+                f"{weight.label}"
+            )
+        taken = taken + weight.rows[0]
+    return to_torch(stored.take(taken)).to(weight.attachment.slots[weight.number].dtype)
+
+
+@handles(functional.embedding_bag)
+def _embedding_bag(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    stored = _streamed(weight, input)
+    if stored is None or not isinstance(weight, StoredParameter):
+        return NotImplemented
+    if max_norm is not None or weight.transposed or weight.rows is not None:
+        return NotImplemented
+    ids = _ids(input)
+    starts = None if offsets is None else _ids(offsets)
+    factors = None if per_sample_weights is None else _array(per_sample_weights, weight)
+    if starts is not None and include_last_offset:
+        ids, starts = ids[: starts[-1]], starts[:-1]
+        factors = None if factors is None else factors[: len(ids)]
+    if padding_idx is not None:
+        kept = ids != padding_idx % weight.shape[0]
+        if starts is None:
+            starts = np.arange(ids.shape[0]) * ids.shape[1]
+        starts = np.concatenate(([0], np.cumsum(kept)))[starts]
+        ids, factors = ids[kept], None if factors is None else factors[kept]
+    bags = stored.bag(ids, starts, mode, weights=factors)
+    return _result(bags, weight.attachment.slots[weight.number].dtype)
+
+
+# ---- functions made of others -------------------------------------------------------------------
+
+
+def _without_check(function: Any) -> types.FunctionType:
+    """Return a function of torch that goes on where the original would ask for an override.
+
+    Those made of many others ask once, at their beginning, and so would hide the products inside of
+    them. The copy has torch's code and another idea of whether anybody overrides it.
+    """
+
+    def nobody(*tensors: object) -> bool:
+        return False
+
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    copied = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **dict.fromkeys(names, nobody)},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+handles(functional.multi_head_attention_forward)(
+    _without_check(functional.multi_head_attention_forward)
+)
+
+
+@handles(functional.batch_norm)
+def _batch_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if training and isinstance(running_mean, StoredParameter):
+        raise ArgumentError(
+            f"{running_mean.label} cannot be updated: the module is in training mode; call eval()"
+        )
+    return NotImplemented

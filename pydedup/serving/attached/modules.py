@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the modules of an attached tree do otherwise: one version per call, and clear refusals.
+
+While it is attached, a module's class is a subclass of its own that carries the same name. So no
+reference to the store or back to the module hides in hooks, and all that inspects modules by
+``isinstance`` or by the signature of ``forward`` sees what it saw before.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import nn
+
+from pydedup.errors import ArgumentError
+from pydedup.serving.attached.parameter import StoredParameter
+from pydedup.serving.attached.weights import Attachment
+
+__all__ = ["attachment_of", "enclose", "release"]
+
+#: Where a module keeps its attachment.
+_KEY = "_pydedup_attachment"
+
+
+class _Attached(nn.Module):
+    """First base of the class of every module of an attached tree that has weights or children."""
+
+    # Slices of nn.Sequential are new objects of its class, and have no attachment.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        attachment: Attachment | None = self.__dict__.get(_KEY)
+        if attachment is None:
+            return super().__call__(*args, **kwargs)
+        if self.training:
+            raise ArgumentError(
+                f"{self._label()} is in training mode; attached modules only predict: call eval()"
+            )
+        inside = attachment.inside
+        if inside.weights is not None:
+            return super().__call__(*args, **kwargs)
+        _check_surroundings(self._label())
+        inside.weights = attachment.resolve()
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            inside.weights = None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("has no state_dict() of its own")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("takes no state dict")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("takes no state dict")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self._refuse("cannot be copied")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self._refuse("cannot be pickled or copied")
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        self._refuse("cannot be compiled by TorchScript")
+
+    def compile(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("cannot be compiled")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Apply what ``to``, ``half``, ``cuda`` and the like do, where that changes nothing."""
+        for dtype in {tensor.dtype for tensor in _tensors(self, recurse)}:
+            before = torch.zeros(1, dtype=dtype)
+            after = fn(before)
+            if after.device != before.device or after.dtype != dtype:
+                self._refuse(
+                    f"cannot become {after.dtype} on {after.device}: its weights are streamed on "
+                    f"the CPU and it returns {dtype}"
+                )
+        return self
+
+    def _label(self) -> str:
+        attachment: Attachment | None = self.__dict__.get(_KEY)
+        where = "a store" if attachment is None else attachment.address
+        return f"{type(self).__name__}, attached to {where},"
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ArgumentError(
+            f"{self._label()} {what}; store.detach(module) makes it a plain module again, and "
+            "store.load_torch(name) gives the weights"
+        )
+
+
+def attachment_of(module: object) -> Attachment | None:
+    """Return the attachment of an attached module, also of one inside of an attached tree."""
+    found = module.__dict__.get(_KEY) if isinstance(module, _Attached) else None
+    return found if isinstance(found, Attachment) else None
+
+
+def enclose(module: nn.Module, attachment: Attachment) -> None:
+    """Make a tree of modules attached ones."""
+    for inner in list(module.modules()):
+        own = any(
+            type(tensor) is StoredParameter
+            for tensor in (*inner._parameters.values(), *inner._buffers.values())
+        )
+        if own or inner._modules or inner is module:
+            inner.__dict__[_KEY] = attachment
+            inner.__class__ = _attached_class(type(inner))
+
+
+def release(module: nn.Module) -> None:
+    """Give all modules of a tree their classes back."""
+    for inner in list(module.modules()):
+        if isinstance(inner, _Attached):
+            inner.__dict__.pop(_KEY, None)
+            inner.__class__ = type(inner).__bases__[1]
+
+
+_classes: weakref.WeakValueDictionary[type, type[nn.Module]] = weakref.WeakValueDictionary()
+
+
+def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
+    made: type[nn.Module] | None = _classes.get(base)
+    if made is None:
+        names: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        # That of transformers calls the model many times, and parts of it on their own.
+        if callable(getattr(base, "generate", None)):
+            names["generate"] = _in_one_version(base)
+        metaclass: Any = type(base)
+        made = metaclass(base.__name__, (_Attached, base), names)
+        assert made is not None
+        _classes[base] = made
+    return made
+
+
+def _in_one_version(base: Any) -> Callable[..., Any]:
+    @functools.wraps(base.generate)
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        attachment: Attachment | None = self.__dict__.get(_KEY)
+        if attachment is None:
+            return base.generate(self, *args, **kwargs)
+        with attachment.one_version():
+            return base.generate(self, *args, **kwargs)
+
+    return generate
+
+
+def _check_surroundings(label: str) -> None:
+    if torch.is_autocast_enabled("cpu"):
+        raise ArgumentError(
+            f"{label} computes in the dtype of its inputs; leave torch.autocast for the call, or "
+            "attach a module in the dtype that you want"
+        )
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        raise ArgumentError(
+            f"{label} cannot be traced, compiled or exported: streamed weights would become "
+            "constants of the program; detach it first"
+        )
+
+
+def _tensors(module: nn.Module, recurse: bool) -> Iterator[torch.Tensor]:
+    yield from module.parameters(recurse)
+    yield from module.buffers(recurse)

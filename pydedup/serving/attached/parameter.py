@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensor that stands in a module where a parameter or buffer was.
+
+It has shape, dtype and device, and no elements. A torch function that is given one goes through
+`StoredParameter.__torch_function__`: functions with a kernel of ours are in a table, filled by
+:mod:`pydedup.serving.attached.functions` and ``views``; all others are called with the loaded
+tensor instead.
+What reaches torch's dispatcher unseen by the first does so through ``__torch_dispatch__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, Self
+
+import torch
+
+from pydedup.errors import ArgumentError
+from pydedup.serving.attached.weights import Attachment, Rows
+from pydedup.serving.tensor import StoredTensor
+
+__all__ = ["StoredParameter", "handles"]
+
+#: Function of torch -> what to do instead; ``NotImplemented`` means that it is no case for it.
+_HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+_CPU = torch.device("cpu")
+#: Methods that speak of shape and kind alone.
+_OF_SHAPE = frozenset(
+    {
+        *("__len__", "dim", "ndimension", "size", "stride", "numel", "nelement", "element_size"),
+        *("storage_offset", "get_device", "has_names", "dense_dim", "sparse_dim", "is_same_size"),
+        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg"),
+        *("is_shared", "is_pinned", "is_inference", "is_coalesced", "_is_view"),
+    }
+)
+
+
+class StoredParameter(torch.Tensor):
+    """A parameter, or a view of one, whose elements are in a store.
+
+    Attributes
+    ----------
+    attachment, number
+        Which slot of which attached module it is.
+    transposed, rows
+        What view of the matrix it is: first rows, then transposed.
+    """
+
+    attachment: Attachment
+    number: int
+    transposed: bool
+    rows: Rows | None
+    _is_param: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        attachment: Attachment,
+        number: int,
+        *,
+        rows: Rows | None = None,
+        transposed: bool = False,
+    ) -> Self:
+        """Make the parameter of a slot, or a view of it."""
+        slot = attachment.slots[number]
+        shape = slot.shape if rows is None else (rows[1] - rows[0], *slot.shape[1:])
+        made: Self = torch.Tensor._make_wrapper_subclass(
+            cls, shape[::-1] if transposed else shape, dtype=slot.dtype, device=_CPU
+        )
+        made.attachment = attachment
+        made.number = number
+        made.transposed = transposed
+        made.rows = rows
+        made._is_param = slot.is_parameter and rows is None and not transposed
+        return made
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    # Tensor's own need elements, or would copy what is in a store.
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return f"<StoredParameter {self.label} {tuple(self.shape)} {self.dtype}>"
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self._refuse("copied")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self._refuse("pickled")
+
+    @property
+    def label(self) -> str:
+        """Its name, and of what model, for messages."""
+        return f"{self.attachment.slots[self.number].names[0]!r} of {self.attachment.address}"
+
+    def view_of(self, *, rows: Rows | None, transposed: bool) -> StoredParameter:
+        """Return another view of the same slot."""
+        return StoredParameter(self.attachment, self.number, rows=rows, transposed=transposed)
+
+    def loaded(self) -> torch.Tensor:
+        """Return the elements: the loaded tensor of the slot, or a view of it."""
+        whole = self.attachment.weights().loaded(self.number)
+        if self.rows is not None:
+            whole = whole[self.rows[0] : self.rows[1]]
+        return whole.t() if self.transposed else whole
+
+    def stored(self) -> StoredTensor:
+        """Return the tensor to stream: all rows, not transposed."""
+        return self.attachment.weights().stored(self.number)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ArgumentError(
+            f"{self.label} is in a store and cannot be {what}; detach the module first, or load "
+            "the weights with store.load_torch"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch with stored tensors among its arguments."""
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs) if kwargs else handler(*args)
+            if result is not NotImplemented:
+                return result
+        name = func.__name__
+        if name == "__get__" or name in _OF_SHAPE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs or {})
+        return _with_loaded(func, name, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is a placeholder
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call an operator that torch reached without asking `__torch_function__`."""
+        return _with_loaded(func, func._schema.name, args, kwargs or {})
+
+
+def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what to do when one of these functions is given a stored tensor."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        _HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def _with_loaded(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function with the loaded tensors in the place of stored ones."""
+    changed = [kwargs.get("out")]
+    if _changes_first(name):  # torch.nn.init passes it by name
+        changed += [*args, *kwargs.values()][:1]
+    for value in changed:
+        if type(value) is StoredParameter:
+            value._refuse(f"changed (by {name})")
+    return func(*map(_loaded, args), **{key: _loaded(value) for key, value in kwargs.items()})
+
+
+def _changes_first(name: str) -> bool:
+    """Return whether a function of this name changes its first argument."""
+    if name.startswith("__"):
+        return name in ("__setitem__", "__set__", "__delitem__") or (
+            name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+        )
+    return name.endswith("_")
+
+
+def _loaded(value: Any) -> Any:
+    if type(value) is StoredParameter:
+        return value.loaded()
+    if type(value) in (list, tuple):
+        return type(value)(map(_loaded, value))
+    return value

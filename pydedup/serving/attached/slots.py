@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors of a torch module have their values in a store.
+
+Names are those of ``state_dict()``; a buffer that is not part of it (positions, rotary tables) is
+looked for by its path and stays as it is where the store does not have it. Deliberately not here:
+whether a stored model fits (:mod:`pydedup.serving.attached.weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from pydedup.catalog import listed
+from pydedup.errors import ArgumentError
+
+__all__ = ["Slot", "find_slots"]
+
+#: Kinds of tensors that are known to be nothing but their elements.
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+@dataclass(slots=True)
+class Slot:
+    """One tensor of a module, or several that are tied: one tensor with several names.
+
+    Attributes
+    ----------
+    names
+        In the state dict, or of a buffer outside of it its path. At least one must be stored.
+    shape, dtype
+        As in the module; the dtype is that of results, whatever is stored.
+    is_parameter, requires_grad
+        What detaching restores.
+    places
+        (path of the module, attribute): where the tensor stands. Paths, since a reference to the
+        module would make a circle.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_parameter: bool
+    requires_grad: bool
+    places: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements in the module's dtype."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[Slot]:
+    """Return what is to be taken from a store that has tensors of these names.
+
+    Raises
+    ------
+    ArgumentError
+        When the module has a tensor that cannot be replaced (quantised, not initialised, on a
+        device), or a buffer without elements that the store does not have.
+    """
+    names = _state_names(module)
+    slots: dict[int, Slot] = {}
+    empty = []
+    for path, attribute, tensor in _tensors(module):
+        full = f"{path}.{attribute}" if path else attribute
+        own = tuple(names.get(id(tensor), ()))
+        optional = not own or attribute == "num_batches_tracked"
+        if isinstance(tensor, nn.Parameter) and not own:
+            raise ArgumentError(
+                f"parameter {full!r} of {_kind(module)} is not in its state_dict(), so that its "
+                "name in the store is not known"
+            )
+        if optional and not any(prefix + name in stored for name in own or (full,)):
+            if tensor.is_meta:
+                empty.append(full)
+            continue
+        _check(tensor, full)
+        slot = slots.get(id(tensor))
+        if slot is None:
+            slot = slots[id(tensor)] = Slot(
+                own or (full,),
+                tuple(tensor.shape),
+                tensor.dtype,
+                isinstance(tensor, nn.Parameter),
+                tensor.requires_grad,
+            )
+        slot.places.append((path, attribute))
+    if empty:
+        raise ArgumentError(
+            f"buffers of {_kind(module)} have no values, being on the meta device, and are not in "
+            f"the store: {listed(empty)}; assign them before attaching, or build the module "
+            "outside of torch.device('meta')"
+        )
+    return list(slots.values())
+
+
+def _state_names(module: nn.Module) -> dict[int, list[str]]:
+    """Return the names in the state dict by the identity of the tensor."""
+    names: dict[int, list[str]] = {}
+    present = {id(tensor) for _, _, tensor in _tensors(module)}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if name.rpartition(".")[2] == "_extra_state":
+            continue
+        if not isinstance(value, torch.Tensor) or id(value) not in present:
+            raise ArgumentError(
+                f"{name!r} in the state_dict() of {_kind(module)} is no tensor of a module but a "
+                f"{type(value).__name__} made for it (as in quantised modules); attach the plain "
+                "module"
+            )
+        names.setdefault(id(value), []).append(name)
+    return names
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yield (path of the module, attribute, tensor) of all parameters and buffers."""
+    for path, owner in module.named_modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for attribute, tensor in tensors.items():
+                if tensor is not None:
+                    yield path, attribute, tensor
+
+
+def _check(tensor: torch.Tensor, name: str) -> None:
+    if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_quantized:
+        raise ArgumentError(
+            f"{name!r} is a {type(tensor).__name__} of layout {tensor.layout}; only plain dense "
+            "tensors can be attached"
+        )
+    if tensor.device.type not in ("cpu", "meta"):
+        raise ArgumentError(
+            f"{name!r} is on {tensor.device}; weights are streamed on the CPU: move the module "
+            "there with .to('cpu'), or build it on the meta device"
+        )
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views and conversions of stored tensors: rows, a transposed matrix, the same in another dtype.
+
+What a product or a look-up can still stream stays a stored tensor; anything else is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from pydedup.errors import ArgumentError
+from pydedup.serving.attached.functions import rows_of
+from pydedup.serving.attached.parameter import StoredParameter, handles
+
+__all__: list[str] = []
+
+_Tensor = torch.Tensor
+
+
+# ---- views --------------------------------------------------------------------------------------
+
+
+@handles(_Tensor.t, torch.t, _Tensor.T.__get__, _Tensor.mT.__get__)  # type: ignore[attr-defined]
+def _t(self: StoredParameter) -> Any:
+    if self.ndim != 2:
+        return NotImplemented
+    return self.view_of(rows=self.rows, transposed=not self.transposed)
+
+
+@handles(_Tensor.transpose, torch.transpose)
+def _transpose(self: StoredParameter, dim0: int, dim1: int) -> Any:
+    if self.ndim != 2 or {dim0 % 2, dim1 % 2} != {0, 1}:
+        return NotImplemented
+    return _t(self)
+
+
+@handles(_Tensor.split, torch.split)
+def _split(self: StoredParameter, split_size: Any, dim: int = 0) -> Any:
+    if not _has_rows(self) or dim not in (0, -self.ndim):
+        return NotImplemented
+    total = self.shape[0]
+    if isinstance(split_size, int):
+        sizes = [min(split_size, total - at) for at in range(0, total, split_size)]
+    else:
+        sizes = list(split_size)
+    if sum(sizes) != total:
+        return NotImplemented  # torch says what is wrong
+    ends = np.cumsum(sizes).tolist()
+    return tuple(_part(self, end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+
+@handles(_Tensor.chunk, torch.chunk)
+def _chunk(self: StoredParameter, chunks: int, dim: int = 0) -> Any:
+    if self.ndim == 0 or chunks < 1:
+        return NotImplemented
+    return _split(self, max(1, -(-self.shape[0] // chunks)), dim)
+
+
+@handles(_Tensor.__getitem__)
+def _getitem(self: torch.Tensor, index: Any) -> Any:
+    if type(self) is not StoredParameter:
+        return NotImplemented
+    if type(index) is slice and index.step in (None, 1) and _has_rows(self):
+        start, stop, _ = index.indices(self.shape[0])
+        if start < stop:
+            return _part(self, start, stop)
+    if type(index) is torch.Tensor and index.dtype in (torch.int64, torch.int32) and self.ndim > 1:
+        if index.numel() and int(index.min()) < 0:
+            index = torch.where(index < 0, index + self.shape[0], index)
+        return rows_of(self, index)
+    return NotImplemented
+
+
+def _has_rows(weight: torch.Tensor) -> bool:
+    return type(weight) is StoredParameter and weight.ndim > 1 and not weight.transposed
+
+
+def _part(weight: StoredParameter, start: int, stop: int) -> StoredParameter:
+    first = 0 if weight.rows is None else weight.rows[0]
+    return weight.view_of(rows=(first + start, first + stop), transposed=False)
+
+
+@handles(_Tensor.detach, _Tensor.data.__get__)  # type: ignore[attr-defined]
+def _same(self: StoredParameter) -> Any:
+    return self
+
+
+def _converts(method: Callable[..., Any]) -> None:
+    """Register a conversion: one that changes nothing gives the stored tensor back."""
+
+    @handles(method)
+    def convert(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        like = [_empty_like(arg) for arg in args]  # of `x.to(weight)`, only the kind matters
+        if type(self) is not StoredParameter:
+            return method(self, *like, **kwargs)
+        empty = _empty_like(self)
+        made = method(empty, *like, **kwargs)
+        if made.device != empty.device or made.dtype != empty.dtype:
+            return NotImplemented
+        return self
+
+
+def _empty_like(value: Any) -> Any:
+    if type(value) is not StoredParameter:
+        return value
+    return torch.empty(0, dtype=value.attachment.slots[value.number].dtype)
+
+
+for _method in (
+    *(_Tensor.to, _Tensor.type_as, _Tensor.cpu),
+    *(_Tensor.float, _Tensor.double, _Tensor.half, _Tensor.bfloat16),
+):
+    _converts(_method)
+
+
+@handles(_Tensor.contiguous)
+def _contiguous(self: StoredParameter) -> Any:
+    return NotImplemented if self.transposed else self
+
+
+@handles(_Tensor.requires_grad_)
+def _requires_grad_(self: StoredParameter, requires_grad: bool = True) -> Any:
+    if requires_grad:
+        raise ArgumentError(f"{self.label} is in a store and has no gradient")
+    return self
+
+
+@handles(_Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+def _set_requires_grad(self: StoredParameter, value: bool) -> None:
+    _requires_grad_(self, value)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One version of a model as an attached module uses it, and the choice of the version.
+
+A tensor is streamed (`StoredTensor`) or, where no kernel can, loaded whole; what is loaded is
+counted against the memory budget of the store and kept until the version is no longer used.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pydedup.blocks import BlockGrid, BlockMap
+from pydedup.catalog import Catalog, StoredModel, listed
+from pydedup.errors import ArgumentError, BudgetError
+from pydedup.formats.torch import to_torch
+from pydedup.matmul import compute_dtype
+from pydedup.names import parse_address
+from pydedup.pool import PagePool
+from pydedup.serving.attached.slots import Slot
+from pydedup.serving.tensor import StoredTensor
+
+__all__ = ["Attachment", "Rows", "Weights"]
+
+#: First row and the row behind the last of a part of a matrix.
+Rows = tuple[int, int]
+
+
+class Weights:
+    """The tensors of one version, for one attached module. Safe between threads."""
+
+    def __init__(
+        self, model: StoredModel, pool: PagePool, slots: Sequence[Slot], prefix: str, kind: str
+    ) -> None:
+        self.model = model
+        self._pool = pool
+        self._kind = kind
+        self._names = _fit(model, slots, prefix, kind)
+        model.block_maps()  # all at once, instead of one by one later
+        self._stored = [self._tensor(name) for name in self._names]
+        # No lock: two threads may load one tensor, of which one copy is dropped at once.
+        self._loaded: dict[int, tuple[torch.Tensor, object]] = {}
+        self._biases: dict[int, NDArray[np.floating]] = {}
+        self._parts: dict[tuple[int, Rows], tuple[StoredTensor, int]] = {}
+        self._slots = slots
+
+    def stored(self, number: int) -> StoredTensor:
+        """Return the tensor of a slot, to stream."""
+        return self._stored[number]
+
+    def part(self, number: int, rows: Rows) -> tuple[StoredTensor, int]:
+        """Return the least rows in whole blocks that hold these of a slot, and how many precede."""
+        key = number, rows
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = self._part(self._names[number], rows)
+        return found
+
+    def loaded(self, number: int) -> torch.Tensor:
+        """Return the whole tensor of a slot in the module's dtype. Raises BudgetError."""
+        found = self._loaded.get(number)
+        if found is None:
+            found = self._loaded[number] = self._load(number)
+        return found[0]
+
+    def bias(self, number: int) -> NDArray[np.floating]:
+        """Return a vector as kernels take it: float32, or float64 where that is stored."""
+        found = self._biases.get(number)
+        if found is None:
+            dtype = compute_dtype(self._stored[number].dtype)
+            whole = self.loaded(number)
+            if whole.dtype in (torch.float32, torch.float64) and whole.numpy().dtype == dtype:
+                found = whole.numpy()
+            else:  # not rounded to the module's dtype first
+                found = self._stored[number].numpy().astype(dtype)
+            self._biases[number] = found
+        return found
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _tensor(self, name: str) -> StoredTensor:
+        model = self.model
+        return StoredTensor(
+            model.tensor(name), lambda: model.block_map(name), self._pool, model.refresh
+        )
+
+    def _part(self, name: str, rows: Rows) -> tuple[StoredTensor, int]:
+        info = self.model.tensor(name)
+        height = info.block_shape[0]
+        first = rows[0] // height * height
+        stop = min(-(-rows[1] // height) * height, info.shape[0])
+        part = replace(info, shape=(stop - first, *info.shape[1:]))
+        block_map = _PartOfMap(self.model, name, (first, stop))
+        return StoredTensor(part, block_map, self._pool, self.model.refresh), rows[0] - first
+
+    def _load(self, number: int) -> tuple[torch.Tensor, object]:
+        slot, stored = self._slots[number], self._stored[number]
+        try:
+            reservation = _reserve(self._pool, slot.nbytes)
+        except BudgetError as exc:
+            raise BudgetError(
+                f"{stored.name!r} of {self.model.address} cannot be streamed by {self._kind} and "
+                f"is loaded whole, {slot.nbytes:,} bytes: {exc}"
+            ) from exc
+        return to_torch(stored.numpy()).to(slot.dtype), reservation
+
+
+def _reserve(pool: PagePool, nbytes: int) -> object:
+    """Count bytes against the budget of a store, for as long as what is returned lives."""
+    reserve = getattr(pool, "reserve", None)
+    return None if reserve is None else reserve(nbytes)
+
+
+class _PartOfMap:
+    """Rows of a block map, made once per map: pools remember how its arrays are walked over."""
+
+    def __init__(self, model: StoredModel, name: str, rows: Rows) -> None:
+        self._model = model
+        self._name = name
+        self._rows = rows
+        self._made: tuple[BlockMap, BlockMap] | None = None
+
+    def __call__(self) -> BlockMap:
+        whole = self._model.block_map(self._name)
+        made = self._made
+        if made is None or made[0] is not whole:
+            made = self._made = whole, _rows_of_map(whole, self._rows)
+        return made[1]
+
+
+def _rows_of_map(whole: BlockMap, rows: Rows) -> BlockMap:
+    grid = whole.grid
+    first, last = (-(-row // grid.block_rows) * grid.grid_cols for row in rows)
+    part = slice(first, last)
+    bases = whole.bases
+    return BlockMap(
+        BlockGrid(rows[1] - rows[0], grid.cols, grid.block_rows, grid.block_cols),
+        whole.dtype,
+        whole.page_ids[part],
+        whole.slots[part],
+        None if bases is None else bases[0][part],
+        None if bases is None else bases[1][part],
+    )
+
+
+def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> list[str]:
+    """Return the stored name of each slot. Raises ArgumentError that lists all that differs."""
+    stored = {info.name: info for info in model.tensors}
+    chosen, missing, differ = [], [], []
+    known: set[str] = set()
+    for slot in slots:
+        names = [prefix + name for name in slot.names]
+        known.update(names)
+        present = [name for name in names if name in stored]
+        if not present:
+            missing.append(" = ".join(names))
+            continue
+        chosen.append(present[0])
+        for name in present:
+            info = stored[name]
+            if info.shape != slot.shape:
+                differ.append(f"{name} has shape {info.shape}, not {slot.shape}")
+            elif info.dtype.is_float != slot.dtype.is_floating_point:
+                differ.append(f"{name} is {info.dtype.label}, not {slot.dtype}")
+        if not differ and not _are_one(model, present):
+            differ.append(f"{listed(present)} are one tensor in the module, and not here")
+    unexpected = [name for name in stored if name.startswith(prefix) and name not in known]
+    problems = [
+        f"{what}: {listed(names)}"
+        for what, names in (
+            ("missing in the store", missing),
+            ("not in the module", unexpected),
+            ("different", differ),
+        )
+        if names
+    ]
+    if problems:
+        raise ArgumentError(f"{model.address} does not fit {kind}: {'; '.join(problems)}")
+    return chosen
+
+
+def _are_one(model: StoredModel, names: Sequence[str]) -> bool:
+    """Return whether tensors that a module has tied are the same blocks."""
+    first, *others = (model.block_map(name) for name in names)
+    return all(
+        np.array_equal(first.page_ids, other.page_ids) and np.array_equal(first.slots, other.slots)
+        for other in others
+    )
+
+
+class Attachment:
+    """A module's tie to a store: which version it uses now, in this thread."""
+
+    def __init__(
+        self,
+        address: str,
+        catalog: Catalog,
+        pool: PagePool,
+        find: Callable[[StoredModel], list[Slot]],
+        prefix: str,
+        kind: str,
+    ) -> None:
+        self.address = address
+        self.kind = kind
+        self.prefix = prefix
+        self.catalog = catalog
+        self.root: weakref.ref[torch.nn.Module] | None = None
+        self._pool = pool
+        row = catalog.resolve(address)
+        # A version never changes; an alias and the newest version do.
+        self._is_fixed = parse_address(address).selector == row.version
+        model = catalog.of_row(row)
+        #: What is replaced in the module.
+        self.slots = find(model)
+        self._current = self._weights(model)
+        self.inside = _Inside()
+
+    def weights(self) -> Weights:
+        """Return the version that the call under way in this thread uses, or the one of now."""
+        return self.inside.weights or self.resolve()
+
+    def resolve(self) -> Weights:
+        """Return the version that the address means now."""
+        current = self._current
+        if self._is_fixed:
+            return current
+        row = self.catalog.resolve(self.address)
+        if row.id != current.model.row.id:
+            current = self._current = self._weights(self.catalog.of_row(row))
+        return current
+
+    @contextmanager
+    def one_version(self) -> Iterator[Weights]:
+        """Use one version in this thread, as long as this lasts."""
+        outer = self.inside.weights
+        weights = outer or self.resolve()
+        self.inside.weights = weights
+        try:
+            yield weights
+        finally:
+            self.inside.weights = outer
+
+    def _weights(self, model: StoredModel) -> Weights:
+        return Weights(model, self._pool, self.slots, self.prefix, self.kind)
+
+
+class _Inside(threading.local):
+    """What calls that are under way in this thread use."""
+
+    weights: Weights | None = None

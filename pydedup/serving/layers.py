@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Torch modules whose weights stay in a store.
+
+`attach` puts tensors without elements where the parameters of a module were
+(:mod:`pydedup.serving.attached`); torch's functions, given one of these, stream the weights from
+the store. The module's own code runs unchanged, so any module can be attached. Deliberately not
+here: predictions without torch (:mod:`pydedup.serving.engine`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+import torch
+from torch import nn
+
+from pydedup.catalog import Catalog, StoredModel, listed
+from pydedup.errors import ArgumentError
+from pydedup.formats.torch import to_torch
+from pydedup.pool import PagePool
+from pydedup.serving.attached import functions, views  # noqa: F401  (they register themselves)
+from pydedup.serving.attached.modules import attachment_of, enclose, release
+from pydedup.serving.attached.parameter import StoredParameter
+from pydedup.serving.attached.slots import Slot, find_slots
+from pydedup.serving.attached.weights import Attachment
+
+__all__ = ["attach", "detach"]
+
+
+def attach(
+    module: nn.Module, address: str, catalog: Catalog, pool: PagePool, prefix: str = ""
+) -> None:
+    """Make a module compute with the weights of a stored model, and free its own.
+
+    Parameters
+    ----------
+    module
+        In eval mode, on the CPU or the meta device. Left as it is when this fails.
+    address
+        What is attached; an alias, or the newest version, is looked up for each call of the module.
+    prefix
+        What the names in the store have before those of the module.
+
+    Raises
+    ------
+    ArgumentError
+        When the module is in training mode, attached already, or has tensors that the store has not
+        or in another shape; the message lists them.
+    NotFoundError
+        When there is no such model.
+    """
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(f"attach takes a torch.nn.Module, not a {type(module).__name__}")
+    for path, inner in module.named_modules():
+        before = attachment_of(inner)
+        if before is not None:
+            raise ArgumentError(
+                f"{f'{path!r} in the module' if path else 'the module'} is attached to "
+                f"{before.address} already; detach it first"
+            )
+    training = [path or "the module itself" for path, m in module.named_modules() if m.training]
+    if training:
+        raise ArgumentError(
+            f"attached modules only predict; this one is in training mode ({listed(training)}): "
+            "call module.eval() first"
+        )
+
+    def find(model: StoredModel) -> list[Slot]:
+        return find_slots(module, {info.name for info in model.tensors}, prefix)
+
+    attachment = Attachment(address, catalog, pool, find, prefix, type(module).__name__)
+    attachment.root = weakref.ref(module)
+    for number, slot in enumerate(attachment.slots):
+        stored = StoredParameter(attachment, number)
+        for path, attribute in slot.places:
+            _put(module.get_submodule(path), attribute, stored, slot.is_parameter)
+    enclose(module, attachment)
+    _trim()
+
+
+def detach(module: nn.Module, catalog: Catalog) -> None:
+    """Make an attached module a plain one again, with the weights that its address has now.
+
+    Raises
+    ------
+    ArgumentError
+        When the module is not attached, to this store, as a whole.
+    """
+    attachment = attachment_of(module)
+    if attachment is None or attachment.root is None or attachment.root() is not module:
+        raise ArgumentError(
+            f"this {type(module).__name__} is not attached; detach takes what attach was given"
+        )
+    if attachment.catalog is not catalog:
+        raise ArgumentError(f"the module is attached to {attachment.address} of another store")
+    weights = attachment.resolve()
+    tensors = []
+    for number, slot in enumerate(attachment.slots):  # all of them, before anything is changed
+        tensor = to_torch(weights.stored(number).numpy()).to(slot.dtype)
+        tensors.append(
+            nn.Parameter(tensor, slot.requires_grad)
+            if slot.is_parameter
+            else tensor.requires_grad_(slot.requires_grad)
+        )
+    release(module)
+    for slot, tensor in zip(attachment.slots, tensors, strict=True):
+        for path, attribute in slot.places:
+            owner = module.get_submodule(path)
+            known = owner._parameters if slot.is_parameter else owner._buffers
+            if type(known.get(attribute)) is StoredParameter:  # else somebody has replaced it
+                _put(owner, attribute, tensor, slot.is_parameter)
+
+
+def _put(owner: nn.Module, attribute: str, tensor: torch.Tensor, is_parameter: bool) -> None:
+    if isinstance(owner, nn.RNNBase):  # keeps a list of its parameters beside them
+        setattr(owner, attribute, tensor)
+    elif is_parameter:
+        owner._parameters[attribute] = tensor  # type: ignore[assignment]
+    else:
+        owner._buffers[attribute] = tensor
+
+
+def _trim() -> None:
+    """Let the C library give free memory back: pages between used ones it keeps otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)

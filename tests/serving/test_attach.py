@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attaching as such: versions, tied weights, buffers, what fits and what does not, refusals."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError, NotFoundError
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Any:
+    torch.manual_seed(7)
+    with torch.no_grad():
+        yield
+
+
+def net() -> Any:
+    return nn.Sequential(nn.Linear(80, 70), nn.ReLU(), nn.Linear(70, 5)).eval()
+
+
+X = torch.randn(3, 80)
+
+
+# ---- versions -----------------------------------------------------------------------------------
+
+
+def test_an_alias_and_the_newest_version_are_looked_up_per_call(store: pydedup.Store) -> None:
+    one, two = net(), net()
+    wanted = one(X), two(X)
+    store.add("m@1", one)
+    store.alias("m", "prod", "1")
+    fixed, alias, newest = (store.attach(net(), name) for name in ("m@1", "m@prod", "m"))
+    for module in (fixed, alias, newest):
+        torch.testing.assert_close(module(X), wanted[0])
+    store.add("m@2", two)
+    torch.testing.assert_close(newest(X), wanted[1])
+    torch.testing.assert_close(alias(X), wanted[0])
+    store.alias("m", "prod", "2")
+    torch.testing.assert_close(alias(X), wanted[1])
+    torch.testing.assert_close(fixed(X), wanted[0])
+    store.detach(alias)
+    assert torch.equal(alias[0].weight, two[0].weight)
+
+
+class Constant(nn.Module):
+    """Many layers that each give back the number of the version, so that a mixture shows."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(6))
+        self.norm = nn.BatchNorm1d(1)
+        for layer in self.layers:
+            layer.weight.fill_(0)
+            layer.bias.fill_(value)
+        self.norm.running_mean.fill_(value)
+
+    def part(self, x: Any) -> Any:
+        return torch.cat([layer(x) for layer in self.layers], 1)
+
+    def forward(self, x: Any, between: Callable[[], None] | None = None) -> Any:
+        first = self.part(x)
+        if between is not None:
+            between()
+        return torch.cat([first, self.part(x), x - self.norm(x)], 1)
+
+
+def test_a_call_never_mixes_versions(store: pydedup.Store) -> None:
+    for version in (1, 2):
+        store.add(f"m@{version}", Constant(version).eval())
+    store.alias("m", "prod", "1")
+    module = store.attach(Constant(0).eval(), "m@prod")
+    zero = torch.zeros(1, 1)
+    y = module(zero, lambda: store.alias("m", "prod", "2"))
+    assert y.round().unique().tolist() == [1]
+    assert module(zero).round().unique().tolist() == [2]
+
+
+def test_two_threads_while_the_alias_changes(store: pydedup.Store) -> None:
+    for version in (1, 2):
+        store.add(f"m@{version}", Constant(version).eval())
+    store.alias("m", "prod", "1")
+    module = store.attach(Constant(0).eval(), "m@prod")
+    seen: list[set[float]] = []
+    failed: list[BaseException] = []
+    stop = threading.Event()
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    seen.append(set(module(torch.zeros(1, 1)).round().unique().tolist()))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(60):
+        store.alias("m", "prod", str(1 + number % 2))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert all(len(values) == 1 for values in seen)
+    assert set().union(*seen) == {1.0, 2.0}
+
+
+def test_a_version_that_does_not_fit_is_refused_and_changes_nothing(store: pydedup.Store) -> None:
+    store.add("m@1", net())
+    module = store.attach(net(), "m")
+    wanted = module(X)
+    store.add("m@2", nn.Sequential(nn.Linear(80, 71), nn.ReLU(), nn.Linear(71, 5)))
+    with pytest.raises(
+        ArgumentError, match=r"m@2 does not fit Sequential: different: 0.weight has"
+    ):
+        module(X)
+    store.remove("m@2")
+    assert torch.equal(module(X), wanted)
+
+
+def test_what_a_version_had_loaded_is_freed_with_it(store: pydedup.Store) -> None:
+    from pydedup.serving.attached.modules import attachment_of
+
+    store.add("m@1", net())
+    module = store.attach(net(), "m")
+    module(X)
+    old = weakref.ref(attachment_of(module).weights().loaded(1))  # type: ignore[union-attr]
+    assert old() is not None
+    store.add("m@2", net())
+    module(X)
+    gc.collect()
+    assert old() is None
+
+
+# ---- tied weights and buffers -------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(90, 70)
+        self.head = nn.Linear(70, 90, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Any) -> Any:
+        return self.head(self.embed(ids))
+
+
+@pytest.mark.parametrize("left_out", [None, "head.weight", "embed.weight"])
+def test_tied_weights(store: pydedup.Store, left_out: str | None) -> None:
+    module = Tied().eval()
+    ids = torch.arange(90).view(3, 30)
+    wanted = module(ids)
+    state = module.state_dict()
+    state.pop(left_out, None)  # files of safetensors have one of the names
+    store.add("m", state)
+    store.attach(module, "m")
+    assert module.head.weight is module.embed.weight
+    assert len(list(module.parameters())) == 1
+    torch.testing.assert_close(module(ids), wanted, rtol=1e-4, atol=1e-4)
+    store.detach(module)
+    assert module.head.weight is module.embed.weight
+    assert torch.equal(module(ids), wanted)
+
+
+def test_tensors_that_are_tied_in_the_module_alone(store: pydedup.Store) -> None:
+    module = Tied().eval()
+    state = dict(module.state_dict())
+    state["head.weight"] = torch.randn(90, 70)
+    store.add("m", state)
+    with pytest.raises(
+        ArgumentError, match=r"embed\.weight, head\.weight are one tensor in the mod"
+    ):
+        store.attach(module, "m")
+
+
+class Buffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.randn(6))
+        self.register_buffer("table", torch.arange(6.0), persistent=False)
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Any) -> Any:
+        return self.linear(x) + self.kept + self.table
+
+
+def test_buffers(store: pydedup.Store) -> None:
+    module = Buffers().eval()
+    wanted = module(torch.ones(6))
+    store.add("m", module)
+    store.add("with", {**module.state_dict(), "table": torch.zeros(6)})
+    other = Buffers().eval()
+    torch.testing.assert_close(store.attach(other, "m")(torch.ones(6)), wanted)
+    assert type(other.table) is torch.Tensor
+    store.detach(other)
+    assert torch.equal(other.table, torch.arange(6.0))
+    store.attach(other, "with")
+    torch.testing.assert_close(other(torch.ones(6)), wanted - torch.arange(6.0))
+    assert "table" not in store.detach(other).state_dict()
+    assert torch.equal(other.table, torch.zeros(6))
+
+
+def test_a_module_without_memory(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    with torch.device("meta"):
+        empty = net()
+    torch.testing.assert_close(store.attach(empty, "m")(X), module(X))
+    assert empty[0].weight.device.type == "cpu"
+    assert torch.equal(store.detach(empty)(X), module(X))
+
+
+def test_buffers_without_memory_must_be_stored_or_given(store: pydedup.Store) -> None:
+    module = Buffers().eval()
+    store.add("m", module)
+    with torch.device("meta"):
+        empty = Buffers().eval()
+    with pytest.raises(ArgumentError, match=r"have no values, being on the meta device.*: table;"):
+        store.attach(empty, "m")
+    assert empty.linear.weight.is_meta
+    empty.table = torch.arange(6.0)
+    torch.testing.assert_close(store.attach(empty, "m")(torch.ones(6)), module(torch.ones(6)))
+
+
+# ---- what fits ----------------------------------------------------------------------------------
+
+
+def test_all_that_differs_is_listed_and_nothing_changed(store: pydedup.Store) -> None:
+    module = net()
+    state = dict(module.state_dict())
+    del state["2.bias"]
+    state["0.weight"] = state["0.weight"][:60]
+    state["0.bias"] = torch.ones(70, dtype=torch.int64)
+    store.add("m", {**state, "more": torch.ones(2)})
+    before = [id(parameter) for parameter in module.parameters()]
+    with pytest.raises(ArgumentError) as caught:
+        store.attach(module, "m")
+    assert str(caught.value) == (
+        "m@1 does not fit Sequential: missing in the store: 2.bias; not in the module: more; "
+        "different: 0.weight has shape (60, 80), not (70, 80), 0.bias is int64, not torch.float32"
+    )
+    assert [id(parameter) for parameter in module.parameters()] == before
+    assert type(module) is nn.Sequential
+
+
+def test_a_prefix(store: pydedup.Store) -> None:
+    whole = nn.ModuleDict({"body": net(), "head": nn.Linear(5, 2)}).eval()
+    store.add("m", whole)
+    body = store.attach(net(), "m", prefix="body.")
+    torch.testing.assert_close(body(X), whole["body"](X))
+    with pytest.raises(ArgumentError, match=r"missing in the store: body\.weight, body\.bias"):
+        store.attach(nn.Linear(5, 2).eval(), "m", prefix="body.")
+
+
+def test_an_unknown_model(store: pydedup.Store) -> None:
+    store.add("m", net())
+    for name in ("x", "m@2"):
+        with pytest.raises(NotFoundError):
+            store.attach(net(), name)
+
+
+def test_modules_that_cannot_be_attached(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    module[1].train()
+    with pytest.raises(ArgumentError, match=r"in training mode \(1\): call module.eval\(\) first"):
+        store.attach(module, "m")
+    with pytest.raises(ArgumentError, match=r"takes a torch.nn.Module, not a dict"):
+        store.attach({}, "m")  # type: ignore[type-var]
+    lazy = nn.LazyLinear(5).eval()
+    with pytest.raises(ArgumentError, match="'weight' is a UninitializedParameter"):
+        store.attach(lazy, "m")
+    module.eval()
+    outer = nn.Sequential(store.attach(module, "m")).eval()
+    for again in (module, outer):
+        with pytest.raises(ArgumentError, match="is attached to m already; detach it first"):
+            store.attach(again, "m")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_quantised_modules_are_refused(store: pydedup.Store) -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(net(), {nn.Linear}).eval()
+    store.add("m", net())
+    with pytest.raises(ArgumentError, match=r"is no tensor of a module but a .*quantised"):
+        store.attach(quantised, "m")
+
+
+# ---- what an attached module refuses ------------------------------------------------------------
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "state_dict": (lambda m: m.state_dict(), "has no state_dict"),
+    "state_dict of a part": (lambda m: m[0].state_dict(), "Linear, attached to m, has no state_d"),
+    "state_dict around": (lambda m: nn.Sequential(m).state_dict(), "has no state_dict"),
+    "load_state_dict": (lambda m: m.load_state_dict({}), "takes no state dict"),
+    "deepcopy": (copy.deepcopy, "cannot be copied"),
+    "copy": (copy.copy, "cannot be pickled or copied"),
+    "copy of a weight": (lambda m: copy.deepcopy(m[0].weight), "'0.weight' of m is in a store"),
+    "pickle": (pickle.dumps, "cannot be pickled"),
+    "pickle of a weight": (lambda m: pickle.dumps(m[0].weight), "cannot be pickled"),
+    "torch.save": (lambda m: torch.save(m, io.BytesIO()), "cannot be pickled"),
+    "half": (lambda m: m.half(), r"cannot become torch.float16 on cpu"),
+    "half of a part": (lambda m: m[0].half(), r"cannot become torch.float16 on cpu"),
+    "to": (lambda m: m.to("meta"), r"cannot become torch.float32 on meta"),
+    "train": (lambda m: m.train()(X), "is in training mode"),
+    "train of a part": (lambda m: (m[0].train(), m(X)), "is in training mode"),
+    "zero_": (lambda m: m[0].weight.zero_(), r"cannot be changed \(by zero_\)"),
+    "data": (lambda m: m[0].weight.data.mul_(2), r"cannot be changed \(by mul_\)"),
+    "+=": (lambda m: m[0].weight.__iadd__(1), r"cannot be changed"),
+    "item": (lambda m: m[0].weight.__setitem__(0, 1), r"cannot be changed \(by __setitem__\)"),
+    "init": (lambda m: nn.init.normal_(m[0].weight), r"cannot be changed \(by normal_\)"),
+    "out": (lambda m: torch.add(X, X, out=m[0].weight), r"cannot be changed \(by add\)"),
+    "requires_grad_": (lambda m: m.requires_grad_(), "has no gradient"),
+    "script": (torch.jit.script, "cannot be compiled by TorchScript"),
+    "trace": (lambda m: torch.jit.trace(m, X), "cannot be traced, compiled or exported"),
+    "compile": (lambda m: m.compile(), "cannot be compiled"),
+    "integers": (lambda m: m(X.long()), "is torch.int64; floats are needed"),
+    "shape": (lambda m: m(X[:, :9]), r"x has shape \(3, 9\)"),
+    "device": (lambda m: m(X.to("meta")), "the input is on meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals(store: pydedup.Store, what: str) -> None:
+    use, message = REFUSED[what]
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    store.attach(module, "m")
+    with pytest.raises(ArgumentError, match=message):
+        use(module)
+    torch.testing.assert_close(module.eval()(X), wanted)
+
+
+def test_gradients_are_refused(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    store.attach(module, "m")
+    x = X.clone().requires_grad_()
+    assert not module(x).requires_grad
+    with torch.enable_grad(), pytest.raises(ArgumentError, match="requires a gradient, and stream"):
+        module(x)
+    with torch.enable_grad():
+        assert not module(X).requires_grad
+
+
+def test_running_statistics_are_not_updated(store: pydedup.Store) -> None:
+    module = nn.Sequential(nn.BatchNorm1d(80)).eval()
+    store.add("m", module)
+    store.attach(module, "m")
+    module[0].training = True
+    with pytest.raises(ArgumentError, match="is in training mode"):
+        module(X)
+
+
+def test_autocast_is_refused(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    store.attach(module, "m")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ArgumentError, match="autocast"):
+        module(X)
+
+
+def test_what_changes_nothing_is_allowed(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    parts = repr(module)
+    store.attach(module, "m")
+    assert repr(module) == parts
+    assert isinstance(module, nn.Sequential)
+    assert module.to("cpu").float().to(torch.float32).eval() is module
+    assert not any(p.requires_grad for p in module.requires_grad_(False).parameters())
+    assert sum(p.numel() for p in module.parameters()) == 80 * 70 + 70 + 70 * 5 + 5
+    assert all(isinstance(p, nn.Parameter) for p in module.parameters())
+    assert dict(module.named_parameters()).keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert module[0].weight.dtype is torch.float32
+    assert "StoredParameter '0.weight' of m (70, 80)" in repr(module[0].weight)
+    torch.testing.assert_close(module[:2](X), nn.functional.relu(module[0](X)))
+    torch.testing.assert_close(module(X), wanted)
+    assert np.array_equal(module[0].weight.numpy(), store.load("m")["0.weight"])
+
+
+def test_inference_mode(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    store.attach(module, "m")
+    with torch.inference_mode():
+        torch.testing.assert_close(module(X), wanted)
+
+
+# ---- detaching, budget, life ---------------------------------------------------------------------
+
+
+def test_detaching_what_is_not_attached(store: pydedup.Store, tmp_path: Path) -> None:
+    module = net()
+    store.add("m", module)
+    store.attach(module, "m")
+    for other in (net(), module[0]):
+        with pytest.raises(ArgumentError, match="is not attached; detach takes what attach was g"):
+            store.detach(other)
+    with (
+        pydedup.open(tmp_path / "other.db") as other_store,
+        pytest.raises(ArgumentError, match="attached to m of another store"),
+    ):
+        other_store.detach(module)
+    assert type(store.detach(module)) is nn.Sequential
+
+
+def test_what_somebody_replaced_stays_when_detaching(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    store.attach(module, "m")
+    module[2] = nn.Linear(70, 3).eval()
+    assert module(X).shape == (3, 3)
+    with pytest.raises(ArgumentError, match="cannot be copied"):
+        copy.deepcopy(module)
+    head = module[2]
+    assert store.detach(module)[2] is head
+
+
+def test_a_module_is_freed_without_a_collection_of_circles(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    store.attach(module, "m")(X)
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(module)
+        del module
+        assert gone() is None
+    finally:
+        gc.enable()
