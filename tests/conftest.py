@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from pydedup import registry
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.servers import (
     MariadbServer,
@@ -241,3 +242,25 @@ def _drop_schema(url: str, name: str) -> None:
 
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE")
+
+
+@pytest.fixture
+def change_page() -> Callable[[str, int, Callable[[bytearray], Any]], None]:
+    """Change the stored bytes of a page, as a failing disk does: nothing else is told."""
+
+    def change(url: str, page_id: int, what: Callable[[bytearray], Any]) -> None:
+        adapter: Any = registry.connect(url, mode="a")
+        try:
+            ((_, payload),) = adapter.read_pages([page_id])
+            changed = bytearray(payload)
+            what(changed)
+            pages, mark = adapter._sql.dialect.name("pages"), adapter._sql.dialect.placeholder
+            with adapter.transaction():
+                adapter._write(
+                    f"UPDATE {pages} SET payload = {mark} WHERE id = {mark}",  # noqa: S608
+                    [bytes(changed), page_id],
+                )
+        finally:
+            adapter.close()
+
+    return change

@@ -12,7 +12,7 @@ from pydedup.cli import options, output, text
 from pydedup.cli.errors import Exit
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
-from pydedup.maintenance.repair import RepairReport
+from pydedup.maintenance.repair import MissingBlocks, RepairReport
 
 __all__ = ["vacuum", "verify"]
 
@@ -103,17 +103,40 @@ def _print_repair(repair: RepairReport, source: str) -> None:
     for missing in repair.missing:
         output.print_note(
             f"not found: {text.plural(missing.blocks, 'block')} of page {missing.page}, missed by "
-            f"{', '.join(missing.models)}",
+            f"{', '.join(missing.models)}: {_why(missing)}",
             "red",
         )
+    for where, said in list(repair.source_damage.items())[:_SHOWN_NOTES]:
+        output.print_note(f"the source is damaged itself: {where}: {said}", "yellow")
+    if len(repair.source_damage) > _SHOWN_NOTES:
+        output.print_note(f"and {len(repair.source_damage) - _SHOWN_NOTES} more there", "yellow")
     for page_id in repair.undeleted_pages:
         output.print_note(
             f"note: page {page_id} is not used any more, but the database cannot delete it, being "
             "damaged itself; see docs/faults.md",
             "yellow",
         )
-    if repair.missing:
+    if any(missing.damaged_there for missing in repair.missing):
+        output.print_note("repair the source first, from elsewhere, or take another", "dim")
+    elif repair.missing:
         output.print_note("another store or file may have them: run it again with that", "dim")
+
+
+def _why(missing: MissingBlocks) -> str:
+    """Say why blocks were not found."""
+    lacking = missing.blocks - missing.damaged_there - missing.forgotten
+    reasons = []
+    if missing.damaged_there:
+        pages = ", ".join(map(str, missing.source_pages))
+        reasons.append(
+            f"the source has {text.count(missing.damaged_there)}, but on damaged pages "
+            f"of its own ({pages})"
+        )
+    if lacking:
+        reasons.append(f"the source lacks {text.count(lacking)}")
+    if missing.forgotten:
+        reasons.append(f"of {text.count(missing.forgotten)} nothing is recorded to find them by")
+    return "; ".join(reasons)
 
 
 @click.command(short_help="Free what nobody uses, and repack pages.")

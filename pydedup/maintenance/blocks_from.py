@@ -20,6 +20,7 @@ from pydedup.blocks import MatrixView
 from pydedup.errors import (
     ArgumentError,
     CorruptStoreError,
+    FormatError,
     MissingStoreError,
     NotAStoreError,
     PydedupError,
@@ -39,6 +40,7 @@ __all__ = [
     "StoreSource",
     "Wanted",
     "as_raw",
+    "base_dtypes",
     "block_source",
     "dtype_of_base",
     "page_of_slot",
@@ -72,7 +74,18 @@ class EncodedBlock:
 
 
 class BlockSource(Protocol):
-    """Where blocks are looked for."""
+    """Where blocks are looked for.
+
+    Attributes
+    ----------
+    damage
+        What could not be read there: of a page or a tensor, what is wrong with it.
+    unreadable
+        Digests of blocks that are there, on damaged pages: which.
+    """
+
+    damage: dict[str, str]
+    unreadable: dict[bytes, set[int]]
 
     def find(
         self,
@@ -93,6 +106,8 @@ class StoreSource:
     def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
         self._adapter = adapter
         self._pool = PagePool(adapter.read_pages, memory_bytes)
+        self.damage: dict[str, str] = {}
+        self.unreadable: dict[bytes, set[int]] = {}
 
     def find(
         self,
@@ -107,22 +122,32 @@ class StoreSource:
             rows = self._adapter.find_blocks(hashes[start : start + _HASHES_AT_ONCE])
             for row in sorted(rows, key=lambda row: (row.page_id, row.slot)):
                 tell()
-                with contextlib.suppress(CorruptStoreError):
-                    block = self._read(row)
-                    if block.content in asked:
-                        yield block
+                block = self._read(row)
+                if block is not None and block.content in asked:
+                    yield block
 
-    def _read(self, row: BlockRow) -> EncodedBlock:
-        """Return a block by itself, whatever it is here. Raises CorruptStoreError."""
-        (page,) = self._pool.pages([row.page_id])
-        return read_block(page, row.slot, self._base(row))
-
-    def _base(self, row: BlockRow) -> tuple[codec.Page, int] | None:
-        if row.base_id is None:
+    def _read(self, row: BlockRow) -> EncodedBlock | None:
+        """Return a block by itself, whatever it is here; None where that is damaged."""
+        at = row.page_id
+        try:
+            base = None
+            if row.base_id is not None:
+                (page_id,), (slot,) = split_places(np.array([row.base_id]))
+                at = int(page_id)
+                base = self._pool.pages([at])[0], int(slot)
+                at = row.page_id
+            block = read_block(self._pool.pages([at])[0], row.slot, base)
+        except CorruptStoreError as exc:
+            self._note(row, at, str(exc))
             return None
-        (page_id,), (slot,) = split_places(np.array([row.base_id]))
-        (page,) = self._pool.pages([int(page_id)])
-        return page, int(slot)
+        if block.content.digest != row.hash128:
+            self._note(row, at, "it does not hold what was recorded")
+        return block
+
+    def _note(self, row: BlockRow, page_id: int, said: str) -> None:
+        said = said.removeprefix(f"page {page_id}: ")
+        self.damage.setdefault(f"page {page_id}", said)
+        self.unreadable.setdefault(row.hash128, set()).add(page_id)
 
 
 class FileSource:
@@ -130,6 +155,8 @@ class FileSource:
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
+        self.damage: dict[str, str] = {}
+        self.unreadable: dict[bytes, set[int]] = {}
 
     def find(
         self,
@@ -143,7 +170,11 @@ class FileSource:
         for entry in self._source.entries:
             if entry.dtype.code not in dtypes or not asked:
                 continue
-            array = self._source.read(entry.name)
+            try:
+                array = self._source.read(entry.name)
+            except FormatError as exc:
+                self.damage.setdefault(f"tensor {entry.name!r}", str(exc))
+                continue
             for shape in block_shapes:
                 tell()
                 yield from _matching(MatrixView.of(array, shape), asked)
@@ -271,6 +302,13 @@ def page_of_slot(payload: bytes, slot: int) -> codec.Page | None:
         return codec.Page(image)
     except PydedupError:
         return None
+
+
+def base_dtypes(dtype: int) -> tuple[int, ...]:
+    """Return the dtype codes that the base of a delta can have; the delta's own first."""
+    floats = tuple(of.code for of in (DType.F64, DType.F32, DType.F16, DType.BF16))
+    others = tuple(code for code in floats if code != dtype)
+    return (dtype, *others) if dtype in floats else (dtype,)
 
 
 def dtype_of_base(page: codec.Page, slot: int) -> int:

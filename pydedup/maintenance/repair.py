@@ -14,8 +14,9 @@ used any more go; one that holds what was not found stays, for another try.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from pydedup.maintenance.blocks_from import (
     EncodedBlock,
     Wanted,
     as_raw,
+    base_dtypes,
     dtype_of_base,
     page_of_slot,
     read_block,
@@ -45,11 +47,23 @@ _PAGES_PER_TRANSACTION = 16
 
 @dataclass(frozen=True, slots=True)
 class MissingBlocks:
-    """Blocks of a damaged page that were found nowhere, and the models that miss them."""
+    """Blocks of a damaged page that were found nowhere, and the models that miss them.
+
+    Attributes
+    ----------
+    damaged_there
+        How many of them the source has, but damaged itself: on its ``source_pages``.
+    forgotten
+        How many nobody can look for: what they held is recorded nowhere any more. The others are
+        not in the source.
+    """
 
     page: int
     blocks: int
     models: tuple[str, ...]
+    damaged_there: int = 0
+    source_pages: tuple[int, ...] = ()
+    forgotten: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +84,9 @@ class RepairReport:
         What was found nowhere; these pages are as damaged as before.
     undeleted_pages
         Pages that nobody uses any more, and that the database is too damaged to delete.
+    source_damage
+        What of the source could not be read where blocks were looked for: of a page or a tensor,
+        what is wrong with it.
     """
 
     damaged_pages: int = 0
@@ -79,6 +96,7 @@ class RepairReport:
     new_pages: int = 0
     missing: tuple[MissingBlocks, ...] = ()
     undeleted_pages: tuple[int, ...] = ()
+    source_damage: Mapping[str, str] = field(default_factory=dict)
 
 
 def repair(
@@ -91,7 +109,8 @@ def repair(
 ) -> RepairReport:
     """Restore the blocks that models use of damaged pages, as far as they are found.
 
-    Memory: 16 pages, what `survey` takes, and about 500 bytes for each block that is restored.
+    Memory: 16 pages, what `survey` takes, about 500 bytes for each block that is restored, and
+    bases of which it is not sure what dtype they had.
 
     Raises
     ------
@@ -106,7 +125,7 @@ def repair(
     work = _Repair(adapter, pool, source, job, len(found.lost), progress)
     try:
         bases = {place: block for place, block in found.lost.items() if block.base is None}
-        work.name_dtypes(bases, found.dependents)
+        work.name_dtypes(bases, found.dependents, damaged)
         work.restore(bases, found.block_shapes)
         deltas = {place: block for place, block in found.lost.items() if block.base is not None}
         for base in bases.keys() - work.moves.places.keys():
@@ -127,10 +146,30 @@ def repair(
         found_blocks=work.found,
         new_pages=len(work.new_pages) - len(unused),
         missing=tuple(
-            MissingBlocks(page_id, len(places), tuple(sorted(set().union(*places.values()))))
+            _missing(page_id, places, found.lost, source)
             for page_id, places in sorted(left.missing.items())
         ),
         undeleted_pages=_deleted(job, [*unused, *replaced]),
+        source_damage=dict(source.damage),
+    )
+
+
+def _missing(
+    page_id: int,
+    places: Mapping[int, Collection[str]],
+    lost: Mapping[int, Lost],
+    source: BlockSource,
+) -> MissingBlocks:
+    """Say what of a page was found nowhere, and why."""
+    digests = [lost[place].digest if place in lost else None for place in places]
+    there = [source.unreadable[digest] for digest in digests if digest in source.unreadable]
+    return MissingBlocks(
+        page=page_id,
+        blocks=len(places),
+        models=tuple(sorted(set[str]().union(*places.values()))),
+        damaged_there=len(there),
+        source_pages=tuple(sorted(set[int]().union(*there))),
+        forgotten=digests.count(None),
     )
 
 
@@ -180,35 +219,62 @@ class _Repair:
             if encoded is not None:
                 self._put(place, encoded, block)
                 self.kept += 1
-            elif block.digest is not None and block.dtype is not None:
-                wanted = Wanted(block.digest, block.dtype, block.rows, block.cols)
-                rest.setdefault(wanted, []).append(place)
+            elif block.digest is not None:
+                for dtype in block.dtypes:
+                    wanted = Wanted(block.digest, dtype, block.rows, block.cols)
+                    rest.setdefault(wanted, []).append(place)
         found = self._source.find(list(rest), block_shapes, self._job.keep_alive) if rest else ()
+        placed: set[int] = set()
+        unsure: dict[int, tuple[int, EncodedBlock]] = {}
         for encoded in found:
             for place in rest.pop(encoded.content, ()):
-                self._put(place, encoded, lost[place])
-                self.found += 1
+                rank = lost[place].dtypes.index(encoded.content.dtype)
+                if rank == 0:
+                    placed.add(place)
+                    unsure.pop(place, None)
+                    self._put(place, encoded, lost[place])
+                elif (
+                    place not in placed and rank < unsure.get(place, (len(lost[place].dtypes),))[0]
+                ):
+                    unsure[place] = rank, encoded
+        for place, (_, encoded) in unsure.items():
+            self._put(place, encoded, lost[place])
+        self.found += len(placed) + len(unsure)
         if self._page:
             self._full.append(self._page)
             self._page, self._bytes = [], 0
         self._stage()
 
     def name_dtypes(
-        self, bases: Mapping[int, Lost], dependents: Mapping[int, Mapping[int, Lost]]
+        self,
+        bases: Mapping[int, Lost],
+        dependents: Mapping[int, Mapping[int, Lost]],
+        damaged: Collection[int],
     ) -> None:
-        """Find out the dtypes of blocks that are only used as bases: deltas on them say so."""
+        """Find out the dtypes of blocks that are only used as bases: deltas on them say so.
+
+        A delta on a damaged page may say it wrong. Where no sound one says it, every dtype that can
+        be is looked for, the one that most name first. No harm comes of a wrong one that has the
+        same bytes: deltas on it do not decode to what they were.
+        """
         payloads: dict[int, bytes] = {}
         for place, block in bases.items():
-            if block.dtype is not None:
+            if block.dtypes:
                 continue
-            for delta in dependents.get(place, {}):
+            named: Counter[int] = Counter()
+            for delta, of in dependents.get(place, {}).items():
                 page_id, slot = _split(delta)
                 if page_id not in payloads:
                     payloads = {page_id: self._payload(page_id)}
                 page = page_of_slot(payloads[page_id], slot)
-                block.dtype = None if page is None else dtype_of_base(page, 0)
-                if block.dtype is not None:
-                    break
+                possible = base_dtypes(of.dtypes[0])
+                named.update(dict.fromkeys(possible, 0))
+                if page is not None and dtype_of_base(page, 0) in possible:
+                    if page_id not in damaged:
+                        named = Counter([dtype_of_base(page, 0)])
+                        break
+                    named[dtype_of_base(page, 0)] += 1
+            block.dtypes = tuple(dtype for dtype, _ in named.most_common())
 
     # ---- inside -------------------------------------------------------------------------------
 
@@ -227,7 +293,7 @@ class _Repair:
         if page is None or block.digest is None:
             return None
         dtype, rows, cols = (int(page.slots[0][name]) for name in ("dtype", "rows", "cols"))
-        if (rows, cols) != (block.rows, block.cols) or block.dtype not in (None, dtype):
+        if (rows, cols) != (block.rows, block.cols) or (block.dtypes and dtype not in block.dtypes):
             return None
         try:
             encoded = read_block(page, 0, self._base(block), keep_delta=True)

@@ -29,8 +29,9 @@ class Lost:
 
     Attributes
     ----------
-    dtype
-        Its code; None while it is only known as a base.
+    dtypes
+        The codes that its dtype may have, the likeliest first; none while it is only known as a
+        base.
     digest
         What it hashes to; None where that was recorded nowhere.
     base
@@ -41,7 +42,7 @@ class Lost:
 
     rows: int
     cols: int
-    dtype: int | None = None
+    dtypes: tuple[int, ...] = ()
     digest: bytes | None = None
     base: int | None = None
     is_raw: bool = False
@@ -121,7 +122,7 @@ def _note_blocks(
         block_places(block_map.page_ids[hits], block_map.slots[hits]), hits, block_map
     ):
         block = found.lost.setdefault(place, Lost(rows, cols))
-        block.dtype = info.dtype.code
+        block.dtypes = (info.dtype.code,)
         block.is_raw |= model.row.policy == _RAW
         if place not in recorded and block.digest is None and model.row.policy not in LOSSY:
             # What the page held is forgotten, but not what the source's block was.
@@ -148,7 +149,7 @@ def _note_bases(
     for place, number, rows, cols in _distinct(own[hits], hits, block_map):
         base = int(bases[number])
         found.lost.setdefault(base, Lost(rows, cols))
-        found.dependents.setdefault(base, {}).setdefault(place, Lost(rows, cols, dtype))
+        found.dependents.setdefault(base, {}).setdefault(place, Lost(rows, cols, (dtype,)))
 
 
 def _distinct(
