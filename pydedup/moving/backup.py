@@ -9,6 +9,7 @@ has.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -67,22 +68,24 @@ def backup_store(
     target = Path(path).absolute()
     _check_free(source.adapter, target, url, opened, replace=replace)
     partial = target.with_name(target.name + _PARTIAL)
-    if os.path.lexists(partial) and target.exists() and partial.samefile(target):
-        partial.unlink()  # the last step of a backup that was killed there
-    _drop_useless(source.adapter, partial, opened)
     mark = source.adapter.meta().get("store_id", "")
-    with (
-        opened(file_url(partial), "a") as end,
-        _alone(end.adapter, partial, mark, progress) as told,
-    ):
+    with contextlib.ExitStack() as stack:
+        with _turn(target.parent):
+            if os.path.lexists(partial) and target.exists() and partial.samefile(target):
+                partial.unlink()  # the last step of a backup that was killed there
+            _drop_useless(source.adapter, partial, opened)
+            end = stack.enter_context(opened(file_url(partial), "a"))
+            told = stack.enter_context(_alone(end.adapter, partial, mark, progress))
         items = plan_copy(
             source.adapter, end.adapter, None, all_versions=False, on_conflict="error"
         )
         report = copy_models(source, end, items, progress=told)
         _carry_settings(source.adapter, end.adapter)
-    if replace:
-        _check_free(source.adapter, target, url, opened, replace=True)
-    _publish(partial, target, replace=replace)
+        if replace:
+            _check_free(source.adapter, target, url, opened, replace=True)
+        with _turn(target.parent):
+            stack.close()  # nobody goes on with it between here and there
+            _publish(partial, target, replace=replace)
     return CopyReport(report.source, url, report.models, report.aliases, report.seconds)
 
 
@@ -191,6 +194,24 @@ def _drop_useless(source: Adapter, partial: Path, opened: Opener) -> None:
     if not is_useful:
         for end_of_name in ("", *_BESIDE):
             Path(f"{partial}{end_of_name}").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Let one backup at a time begin or end in a folder.
+
+    What one has found there then still holds when it acts on it. The folder itself is locked, so
+    nothing is left behind; some network file systems have no such lock.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also of a child that was forked meanwhile
+        os.close(handle)
 
 
 def _by_version(adapter: Adapter) -> list[tuple[str, str, str]]:

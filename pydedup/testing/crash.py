@@ -73,6 +73,16 @@ PHASES: Final[Mapping[str, Mapping[str, Phase]]] = {
         "between models": Phase("bump_epoch", 1, "after the commit"),
         "after": Phase("bump_epoch", 3, "after the commit"),
     },
+    "repair": {
+        "staging": Phase("insert_pages", 1, "within"),
+        "staged in part": Phase("insert_pages", 1, "after the commit"),
+        "before publish": Phase("bump_epoch", 1, "within"),
+        "block maps replaced": Phase("replace_block_map", 1, "within"),
+        "in the commit": Phase("bump_epoch", 1, "in the commit"),
+        "after": Phase("bump_epoch", 1, "after the commit"),
+        "deleting pages": Phase("delete_pages", 1, "within"),
+        "pages deleted": Phase("delete_pages", 1, "after the commit"),
+    },
     # The first two epochs are those of retiring pages without an owner and of a new layout.
     "vacuum": {
         "retiring": Phase("bump_epoch", 1, "within"),

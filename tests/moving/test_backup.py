@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 import pydedup
 from pydedup.errors import ArgumentError, ConflictError, NotAStoreError, ReadOnlyError
+from pydedup.moving import backup
 
 New = Callable[[str], str]
 BACKENDS = ("sqlite", "postgres", "mysql")
@@ -239,4 +241,88 @@ def test_a_file_that_appears_during_a_backup_is_kept(
         assert_same(source_url, f"{file}.partial")
         file.unlink()
         assert store.backup(file).copied == 0, "it was complete"
+    assert_same(source_url, str(file))
+
+
+class Rival:
+    """Another backup of the same store to the same file, in a thread of its own."""
+
+    def __init__(self, source_url: str, file: Path) -> None:
+        self.result: BaseException | None = None
+        self._place = source_url, file
+        self._writes, self._goes_on = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def begin(self) -> None:
+        """Start it; give it time to come as far as it can before it writes a model."""
+        self._thread.start()
+        self._writes.wait(2)
+
+    def _run(self) -> None:
+        def wait(stage: str, done: int, total: int) -> None:
+            self._writes.set()
+            self._goes_on.wait(30)
+
+        try:
+            with pydedup.open(self._place[0], mode="r") as store:
+                store.backup(self._place[1], progress=wait)
+        except BaseException as error:  # looked at by the test
+            self.result = error
+
+    def end(self) -> BaseException | None:
+        """Let it go on to its end; return what went wrong with it."""
+        self._goes_on.set()
+        self._thread.join(60)
+        return self.result
+
+
+def test_backups_that_begin_at_once(
+    filled: New,
+    tmp_path: Path,
+    family: Callable[..., Any],
+    assert_same: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rival begins when the first has seen that what is left there is useless."""
+    with pydedup.open(tmp_path / "other.db") as other:
+        other.add_many({"stranger": family(3)})
+        other.add_many({"another": family(4)})
+    file = tmp_path / "backup"
+    interrupted(f"sqlite:///{tmp_path / 'other.db'}", file)
+    source_url = filled("sqlite")
+    rival, original, begun = Rival(source_url, file), backup._by_version, []
+
+    def looked(adapter: Any) -> Any:
+        if not begun and threading.current_thread() is threading.main_thread():
+            begun.append(True)
+            with pydedup.open(f"{file}.partial", mode="r") as left:
+                assert left.models()
+            rival.begin()
+        return original(adapter)
+
+    monkeypatch.setattr(backup, "_by_version", looked)
+    with pydedup.open(source_url, mode="r") as store:
+        store.backup(file)
+    assert begun
+    assert isinstance(rival.end(), ConflictError | ArgumentError)
+    assert_same(source_url, str(file))
+
+
+def test_a_backup_that_begins_while_another_ends(
+    filled: New, tmp_path: Path, assert_same: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that is complete is not opened any more by who would go on with it."""
+    source_url, file = filled("sqlite"), tmp_path / "backup"
+    rival, original = Rival(source_url, file), backup._publish
+
+    def publish(*arguments: Any, **options: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            rival.begin()
+        original(*arguments, **options)
+
+    monkeypatch.setattr(backup, "_publish", publish)
+    with pydedup.open(source_url, mode="r") as store:
+        assert store.backup(file).copied == 8
+    assert_same(source_url, str(file))
+    assert isinstance(rival.end(), ArgumentError), "the file appeared"
     assert_same(source_url, str(file))

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL of `verify --repair-from` in each phase and at random moments; then it is run again.
+
+After the kill every model is as damaged as before, or restored: what loads is right. The second
+repair restores the rest, and nothing of the first is left. On every back end 10 kills in `make
+test`, 200 in `make crash` (PYDEDUP_CRASH_ROUNDS).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.adapter import LIVE
+from pydedup.errors import CorruptStoreError
+from pydedup.maintenance import repair
+from pydedup.store import Store
+from pydedup.testing.crash import PHASES, work_and_kill
+
+ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "10"))
+CYCLE = 10
+COMMIT_SECONDS = 0.0015
+#: Phases after the one transaction that publishes what was restored.
+DONE = ("after", "deleting pages", "pages deleted")
+
+Model = dict[str, np.ndarray]
+Change = Callable[[str, int, Callable[[bytearray], Any]], None]
+
+
+def member(number: int) -> Model:
+    """One of a family whose second half are deltas on the first one's."""
+    table = np.random.default_rng(0).standard_normal((12000, 50)).astype(np.float32)
+    own = np.random.default_rng(1000 + number)
+    table[6000:] *= 1 + 0.001 * own.standard_normal((6000, 50)).astype(np.float32)
+    return {"embedding": table, "bias": own.standard_normal(100).astype(np.float32)}
+
+
+MODELS = {f"m{number}@1": member(number) for number in range(3)}
+SPARED = {"spared@1": {"w": np.random.default_rng(9).standard_normal((300, 50))}}
+
+
+def fill(url: str, models: dict[str, Model]) -> None:
+    with pydedup.open(url) as store:
+        for address, model in models.items():
+            store.add(address, model)
+
+
+def flip(payload: bytearray) -> None:
+    payload[len(payload) // 2] ^= 16
+    payload[-3] ^= 1
+
+
+def mend(store: Store, source: Path) -> None:
+    repair._PAGES_PER_TRANSACTION = 1
+    assert store.verify(repair_from=source).ok
+
+
+def loads(store: Store, address: str) -> bool:
+    """Whether a model is served, and then as it was added."""
+    wanted = {**MODELS, **SPARED}[address]
+    try:
+        loaded = store.load(address)
+    except CorruptStoreError:
+        return False
+    assert {k: a.tobytes() for k, a in loaded.items()} == {
+        k: a.tobytes() for k, a in wanted.items()
+    }
+    return True
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.timeout(120 + 8 * ROUNDS)
+def test_a_killed_repair_is_done_again(store_url: str, change_page: Change, tmp_path: Path) -> None:
+    source = tmp_path / "source.db"
+    fill(str(source), MODELS)
+    fill(store_url, {**MODELS, **SPARED})
+    with pydedup.open(store_url, mode="r") as store:
+        spared = {row[1] for row in store._adapter.model_pages(store.info("spared").info.id)}
+
+    def damage() -> list[int]:
+        with pydedup.open(store_url, mode="r") as store:
+            pages = [row.id for row in store._adapter.page_rows(state=LIVE)]
+        damaged = [page for page in pages if page not in spared]
+        for page in damaged:
+            change_page(store_url, page, flip)
+        return damaged
+
+    damage()
+    begun = time.monotonic()
+    assert not work_and_kill(store_url, lambda store: mend(store, source), None, 60.0)
+    seconds = time.monotonic() - begun
+    chance = random.Random(20220815)
+    phases = [*PHASES["repair"], *[None] * (CYCLE - len(PHASES["repair"]))]
+    ended: dict[str | None, list[bool]] = {}
+    for number in range(ROUNDS):
+        damaged = damage()
+        phase = phases[number % CYCLE]
+        killed = work_and_kill(
+            store_url,
+            lambda store: mend(store, source),
+            PHASES["repair"][phase] if phase else None,
+            chance.random() * (COMMIT_SECONDS if phase else 1.1 * seconds),
+        )
+        ended.setdefault(phase, []).append(killed)
+        with pydedup.open(store_url) as store:
+            left = sorted(store.verify().damaged_pages)
+            assert left in ([], damaged), "all of it is published, or nothing"
+            assert not (killed and phase in DONE and left)
+            assert not (killed and phase not in (None, "in the commit", *DONE) and not left)
+            assert [loads(store, address) for address in MODELS] == [not left] * len(MODELS)
+            assert loads(store, "spared@1")
+            mend(store, source)
+            store.vacuum()
+            report = store.verify()
+            assert (report.errors, report.notes) == ([], [])
+            assert store._adapter.jobs() == []
+            assert {row.state for row in store._adapter.page_rows()} == {LIVE}
+            assert store._adapter.orphan_pages() == []
+            assert all(loads(store, address) for address in (*MODELS, *SPARED))
+            spared = {row[1] for row in store._adapter.model_pages(store.info("spared").info.id)}
+    for phase in PHASES["repair"]:
+        if ROUNDS >= CYCLE and phase != "in the commit":
+            assert all(ended[phase]), f"no kill in phase {phase!r}"
