@@ -74,7 +74,7 @@ sanitize:  ## the native tests under ASan + UBSan and under TSan
 .PHONY: crash
 crash:  ## kill clients of each database, 200 times per kind of work; the store must verify
 	@scripts/setup.sh test
-	@PYDEDUP_REQUIRE_BACKENDS=sqlite,postgres,mysql PYDEDUP_CRASH_ROUNDS=$(CRASH_ROUNDS) "$(VENV)/bin/pytest" --timeout=7200 tests/crash $(ARGS)
+	@PYDEDUP_REQUIRE_BACKENDS=sqlite,postgres,mysql PYDEDUP_CRASH_ROUNDS=$(CRASH_ROUNDS) "$(VENV)/bin/pytest" --timeout=7200 tests/crash tests/scoring/test_killed_score.py $(ARGS)
 
 .PHONY: fuzz
 fuzz:  ## libFuzzer on everything that reads stored bytes, FUZZ_SECONDS (600) for each target (clang)

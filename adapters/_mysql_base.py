@@ -24,6 +24,7 @@ from pydedup.errors import (
 from ._base import DeniedError, Row, fetch_all, text
 from ._dbapi import DbApiAdapter
 from ._mysql_errors import ConnectionLostError, DefinedError, packet_advice
+from ._mysql_rows import MysqlRows
 from ._mysql_server import MOST_PAYLOAD_BYTES, may_create
 from ._mysql_url import Place
 from ._schema import TABLES, VIEWS, Dialect, create_statements
@@ -76,7 +77,7 @@ CREATOR: Final = "CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELE
 CREATE_LOCK: Final = "CONCAT('pydedup:', MD5(DATABASE()))"
 
 
-class MysqlBase(DbApiAdapter):
+class MysqlBase(MysqlRows, DbApiAdapter):
     """A store in a database of MySQL or MariaDB, but for what needs the driver.
 
     Attributes

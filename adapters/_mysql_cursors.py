@@ -26,12 +26,14 @@ class PreparedConnection:
 
     Attributes
     ----------
+    raw
+        The driver's connection.
     broken
         Whether a statement was given up in its middle: what comes next would be its answer.
     """
 
     def __init__(self, raw: Any) -> None:
-        self._raw = raw
+        self.raw = raw
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._used = time.monotonic()
         self.broken = False
@@ -44,7 +46,7 @@ class PreparedConnection:
 
     def close(self) -> None:
         """Close it; the server drops what was prepared."""
-        self._raw.close()
+        self.raw.close()
         self._kept.clear()
 
     def is_lost(self, idle_seconds: float) -> bool:
@@ -55,7 +57,7 @@ class PreparedConnection:
         if now - self._used < idle_seconds:
             return False
         self._used = now
-        return not self._raw.is_connected()
+        return not self.raw.is_connected()
 
     def execute(self, sql: str, parameters: Sequence[Any]) -> Any:
         """Run a statement and return the driver's cursor."""
@@ -66,7 +68,7 @@ class PreparedConnection:
         if cursor is None:
             if len(self._kept) >= KEPT:  # before there is a result, beside which nothing can be
                 self._kept.popitem(last=False)[1].close()
-            cursor = self._raw.cursor(prepared=prepared)
+            cursor = self.raw.cursor(prepared=prepared)
         try:
             cursor.execute(sql, tuple(map(_sent, parameters)))
         except Exception as error:

@@ -14,6 +14,7 @@ from pydedup.errors import MissingStoreError, ReadOnlyError, StoreError
 from ._base import Row
 from ._dbapi import DbApiAdapter
 from ._postgres_errors import ConnectionLostError
+from ._postgres_rows import PostgresRows
 from ._postgres_url import Place
 from ._schema import TABLES, Dialect, literal
 from ._sessions import Connection, Session
@@ -59,7 +60,7 @@ def dialect_of(schema: str) -> Dialect:
     )
 
 
-class PostgresBase(DbApiAdapter):
+class PostgresBase(PostgresRows, DbApiAdapter):
     """A store in a schema of PostgreSQL, but for what needs the driver.
 
     Attributes

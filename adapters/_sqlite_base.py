@@ -22,6 +22,7 @@ from ._schema import Dialect
 from ._sessions import READ, Connection, Session
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile
+from ._sqlite_rows import SqliteRows
 
 __all__ = ["ANY_READ", "DIALECT", "SqliteBase", "closed_on_error"]
 
@@ -57,7 +58,7 @@ def closed_on_error(connection: Connection) -> Iterator[None]:
         raise
 
 
-class SqliteBase(DbApiAdapter):
+class SqliteBase(SqliteRows, DbApiAdapter):
     """A store in a SQLite file, but for what needs the driver.
 
     Attributes

@@ -30,7 +30,8 @@ ALWAYS: Final = {
     "allow_local_infile": False,  # a server could ask for any file of this machine
     "charset": "utf8mb4",
     "collation": "utf8mb4_bin",
-    "client_flags": [ClientFlag.FOUND_ROWS],  # an UPDATE counts what it found, changed or not
+    # An UPDATE counts what it found, changed or not; and one statement is sent at a time.
+    "client_flags": [ClientFlag.FOUND_ROWS, -ClientFlag.MULTI_STATEMENTS],
     "sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION",
 }
 

@@ -27,6 +27,9 @@ __all__ = [
     "Capabilities",
     "ModelRow",
     "PageRow",
+    "RowAdapter",
+    "RowColumn",
+    "RowStream",
     "TensorRow",
 ]
 
@@ -110,6 +113,77 @@ class BlockRow:
     page_id: int
     slot: int
     base_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowColumn:
+    """A column of a user's query; ``type`` is how a definition spells it, for a key of a table.
+
+    An empty ``type`` means that this database needs none, ``None`` that it can be no key.
+    """
+
+    name: str
+    type: str | None
+
+
+class RowStream(Protocol):
+    """The rows that a query of a user finds, in the order in which the database finds them."""
+
+    columns: Sequence[RowColumn]
+
+    def __iter__(self) -> Iterator[list[tuple[object, ...]]]:
+        """Yield rows in batches."""
+
+
+@runtime_checkable
+class RowAdapter(Protocol):
+    """Tables of users beside a store, optional for an adapter: rows to predict, and predictions.
+
+    Names of tables and columns are users': they are checked (ArgumentError) and quoted here.
+    What the database says against a user's query or table is an ArgumentError with its words.
+    """
+
+    @property
+    def url(self) -> str:
+        """The URL, without credentials."""
+
+    def close(self) -> None:
+        """Close all connections of this process. Idempotent."""
+
+    def read_rows(self, query: str, batch: int) -> AbstractContextManager[RowStream]:
+        """Run one SELECT of a user in a read-only transaction of its own, and stream what it finds.
+
+        Other calls of this thread may be made meanwhile. Raises ArgumentError for what is no
+        single SELECT.
+        """
+
+    def full_table_name(self, table: str) -> str:
+        """Return what a name that a user wrote stands for, whatever setting it depends on."""
+
+    def table_columns(self, table: str, key: str) -> tuple[str, ...] | None:
+        """Return the columns of a table, ``None`` when there is none.
+
+        Raises ArgumentError when no index makes its column ``key`` unique.
+        """
+
+    def create_predictions(
+        self, table: str, key: RowColumn, columns: Sequence[tuple[str, str]]
+    ) -> None:
+        """Create a table with this key and columns of (name, kind), unless it exists.
+
+        Kinds: ``float``, ``text`` and ``vector``, for which :meth:`vector` makes values.
+        """
+
+    def vector(self, payload: bytes) -> object:
+        """Return float32 in little-endian order as a value of kind ``vector``."""
+
+    def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
+        """Return those of the keys that have a row."""
+
+    def insert_predictions(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> bool:
+        """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
 
 
 @runtime_checkable

@@ -17,7 +17,10 @@ from pathlib import Path
 
 from pydedup.adapter import LIVE, STAGING, Adapter
 
-__all__ = ["LEASE_SECONDS", "Job", "job_is_dead", "models_of_job"]
+__all__ = ["LEASE_SECONDS", "SCORING", "Job", "job_is_dead", "models_of_job", "staging_jobs"]
+
+#: State of the row of a scoring, which outlives its process: the next run goes on with it.
+SCORING = "scoring"
 
 #: A job that gave no sign of life for this long is abandoned.
 LEASE_SECONDS = 600.0
@@ -82,6 +85,11 @@ class Job:
                 self._adapter.delete_pages([row.id for row in rows if row.state != LIVE])
         with self._adapter.transaction():
             self.end()
+
+
+def staging_jobs(adapter: Adapter) -> list[tuple[str, str, str, str]]:
+    """Return the rows of jobs that stage something, dead or alive."""
+    return [job for job in adapter.jobs() if job[3] != SCORING]
 
 
 def models_of_job(spec: str) -> list[int]:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 
 from pydedup import codec, config, registry
-from pydedup.adapter import SCHEMA_VERSION, Adapter
+from pydedup.adapter import SCHEMA_VERSION, Adapter, RowAdapter
 from pydedup.catalog import listed, page_readers
 from pydedup.errors import (
     ArgumentError,
@@ -22,7 +22,7 @@ from pydedup.hashing import HASH_VERSION
 from pydedup.moving.source import End
 from pydedup.pool import PagePool
 
-__all__ = ["check_writable", "connect_store", "open_end", "pool_of"]
+__all__ = ["check_writable", "connect_store", "open_end", "open_rows", "pool_of"]
 
 # Part of the memory budget that is not the pool's: buffers of adds and of kernels.
 _SCRATCH_BYTES = 48 * 1024 * 1024
@@ -94,6 +94,26 @@ def open_end(
         yield End(adapter, pool_of(adapter, budget))
     finally:
         adapter.close()
+
+
+@contextlib.contextmanager
+def open_rows(adapter: Adapter, source: str | os.PathLike[str] | None) -> Iterator[RowAdapter]:
+    """Give the database of users' tables: the one of a store, or another."""
+    if source is not None:
+        rows = registry.connect_rows(str(os.fspath(source)))
+        try:
+            yield rows
+        finally:
+            rows.close()
+        return
+    if adapter.read_only:
+        raise ReadOnlyError(
+            f"{adapter.url} is open for reading only, and predictions would go there; name the "
+            "database to write to with source (--source), which may be the same"
+        )
+    if not isinstance(adapter, RowAdapter):
+        raise ArgumentError(f"tables of users in {adapter.url} cannot be read")
+    yield adapter
 
 
 def check_writable(adapter: Adapter, what: str) -> None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final, Protocol, cast
 
-from pydedup.adapter import Adapter
+from pydedup.adapter import Adapter, RowAdapter
 from pydedup.errors import ArgumentError
 
-__all__ = ["ENTRY_POINT_GROUP", "Connect", "connect", "redact", "schemes"]
+__all__ = ["ENTRY_POINT_GROUP", "Connect", "connect", "connect_rows", "redact", "schemes"]
 
 ENTRY_POINT_GROUP: Final = "pydedup.adapters"
 
@@ -47,6 +47,11 @@ _BUILT_IN: Final = {
     "mysql": _MYSQL,
     "mariadb": _MYSQL,
 }
+
+#: A SQLite file that need be no store.
+_USER_FILE: Final = _BuiltIn(
+    "pydedup.adapters._sqlite_user_file:connect", _BUILT_IN["sqlite"].install
+)
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # A URL without its colon, or what libpq and others take for a connection: never a file to create.
@@ -81,6 +86,25 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     """
     if mode not in ("a", "r"):
         raise ArgumentError(f'mode is {mode!r}; use "a" (read and write) or "r" (read alone)')
+    scheme, url = _with_scheme(url)
+    return _find(scheme)(url, mode=mode, schema=schema)
+
+
+def connect_rows(url: str) -> RowAdapter:
+    """Open a database whose tables are a user's, and in which there need be no store.
+
+    Raises what `connect` does, and ArgumentError where an adapter knows no tables of users.
+    """
+    scheme, url = _with_scheme(url)
+    adapter = (_load(scheme, _USER_FILE) if scheme == "sqlite" else _find(scheme))(url, mode="a")
+    if isinstance(adapter, RowAdapter):
+        return adapter
+    adapter.close()
+    raise ArgumentError(f"the adapter for {scheme}:// knows no tables of users")
+
+
+def _with_scheme(url: str) -> tuple[str, str]:
+    """Return the scheme of a URL, and the URL; a plain path becomes one of SQLite."""
     scheme, separator, _ = url.partition("://")
     if not separator:
         found = _SCHEME.match(url)
@@ -96,7 +120,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
                 "SQLite file"
             )
         scheme, url = "sqlite", f"sqlite:///{url}"
-    return _find(scheme.lower())(url, mode=mode, schema=schema)
+    return scheme.lower(), url
 
 
 def redact(url: str) -> str:

@@ -26,15 +26,16 @@ from pydedup.ingest.add import add_models
 from pydedup.ingest.plan import Request, plan_address
 from pydedup.maintenance import versions
 from pydedup.names import check_name
-from pydedup.opening import check_writable, connect_store, pool_of
+from pydedup.opening import check_writable, connect_store, open_rows, pool_of
 from pydedup.policies import Lossless, Policy
 from pydedup.quotas import Quotas
 from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
 from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
 from pydedup.report.sizes import ModelSize, model_sizes
 from pydedup.serving.engine import run_graph
+from pydedup.serving.score import BATCH, score_rows
 from pydedup.serving.tensor import StoredTensor, TensorsOnDemand
-from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress
+from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress, ScoreReport
 from pydedup.upkeep import StoreUpkeep
 from pydedup.usage import Usage, usage_by
 
@@ -316,6 +317,59 @@ class Store(StoreUpkeep):
 
         layers.detach(module, self._catalog)
         return module
+
+    def score(
+        self,
+        query: str,
+        model: str,
+        *,
+        into: str,
+        key: str | None = None,
+        batch: int = BATCH,
+        source: str | os.PathLike[str] | None = None,
+        on_error: str = "fail",
+        progress: Progress | None = None,
+    ) -> ScoreReport:
+        """Predict each row that a query finds, and write it to a table of the same database.
+
+        Run again after whatever ended it, it goes on: rows whose key is in the table are skipped,
+        and an alias stays the version that it was. docs/scoring.md says the rest.
+
+        Parameters
+        ----------
+        query
+            One SELECT: a key that is unique, then the features, a column each, or one column of
+            bytes (float32 in little-endian order), JSON or an array.
+        into
+            The table; created with the key, the prediction and the model when it is missing.
+        key
+            Column of the query that is the key; the first by default.
+        batch
+            Rows that are predicted and written at a time.
+        source
+            URL of the database to read and write, when it is not that of the store.
+        on_error
+            What a row does that cannot be predicted: ``"fail"`` ends the work, nothing of its
+            batch written; ``"skip"`` leaves it out and counts it.
+
+        Raises
+        ------
+        ArgumentError, NotFoundError, ReadOnlyError, ConflictError, UnavailableError
+        """
+        with open_rows(self._adapter, source) as rows:
+            return score_rows(
+                self._adapter,
+                self._catalog,
+                rows,
+                lambda stored, x: self.predict(stored.address, x),
+                query,
+                model,
+                into=into,
+                key=key,
+                batch=batch,
+                on_error=on_error,
+                progress=progress,
+            )
 
     def graph(self, name: str) -> Graph | None:
         """Return the graph that `predict` runs, if the store knows one."""

@@ -24,6 +24,8 @@ __all__ = [
     "DType",
     "ModelInfo",
     "Progress",
+    "RowFailure",
+    "ScoreReport",
     "TensorInfo",
 ]
 
@@ -237,3 +239,43 @@ class CopyReport:
     def stored_bytes(self) -> int:
         """Bytes of blocks that were new to the destination, as encoded."""
         return sum(model.stored_bytes for model in self.models)
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """A row of a query that was not predicted, and why."""
+
+    key: Any
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReport:
+    """What scoring the rows of a query did.
+
+    Attributes
+    ----------
+    model
+        ``name@version``: what the address that was given meant when the work began.
+    table
+        The table of predictions, with its schema where there is such a thing.
+    rows, skipped, failed
+        Rows that were predicted and written; those that were in the table; those that could not
+        be predicted and were left out.
+    failures
+        The first of the failed rows.
+    resumed
+        Whether this run went on with a work that began with an alias, or the newest version, and
+        did not come to its end.
+    seconds
+        Wall time.
+    """
+
+    model: str
+    table: str
+    rows: int
+    skipped: int
+    failed: int
+    failures: tuple[RowFailure, ...]
+    resumed: bool
+    seconds: float

@@ -115,6 +115,7 @@ ADAPTER_DRIVERS = {
     "sqlite.py": {"sqlite3"},
     "postgres.py": {"psycopg", "psycopg_pool"},
     "mysql.py": {"mysql"},
+    "_sqlite_rows.py": {"sqlite3"},
 }
 
 

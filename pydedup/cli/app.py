@@ -22,6 +22,7 @@ from pydedup.cli import (
     moving,
     naming,
     predicting,
+    scoring,
     taking,
     tenants,
     upkeep,
@@ -32,7 +33,8 @@ __all__ = ["main", "program"]
 
 #: Commands as ``pydedup --help`` lists them.
 SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
-    ("Models in and out", (adding.add, taking.load, taking.export, predicting.predict)),
+    ("Models in and out", (adding.add, taking.load, taking.export)),
+    ("Predicting", (predicting.predict, scoring.score)),
     ("Looking", (looking.ls, looking.info, looking.stats, comparing.explain, comparing.diff)),
     ("Names", (naming.alias, naming.rm)),
     ("Moving", (moving.copy, moving.backup, moving.restore)),
@@ -147,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 #: What is true after Ctrl-C where it is not that nothing has changed.
 _INTERRUPTED = {
+    "score": "what was written is there; run it again to go on",
     "copy": "what was copied is there; run it again to go on",
     "backup": "there is no new file yet; run it again to go on",
     "restore": "what was restored is there; run it again to go on",

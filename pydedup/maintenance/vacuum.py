@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
 from pydedup.catalog import Catalog
-from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job
+from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
 from pydedup.maintenance.repack import RepackPlan, plan_repack, repack
 from pydedup.pool import PagePool
@@ -226,7 +226,7 @@ def collect_abandoned(adapter: Adapter) -> int:
 
     Writes nothing when there is nothing of the kind.
     """
-    if not any(job_is_dead(spec, cursor) for _, spec, cursor, _ in adapter.jobs()):
+    if not any(job_is_dead(spec, cursor) for _, spec, cursor, _ in staging_jobs(adapter)):
         return 0
     before = {row.id for row in adapter.page_rows(state=RETIRED)}
     _collect_and_retire(adapter, LEASE_SECONDS)
@@ -263,7 +263,7 @@ def _dead_stagings(adapter: Adapter, lease_seconds: float) -> tuple[list[int], l
     """Return the models and jobs that nobody works on any more, and whether no job goes on."""
     # In this order: an add that begins in between has a job that is seen, and no model.
     staged = [row.id for row in adapter.models(state=STAGING)]
-    jobs = adapter.jobs()
+    jobs = staging_jobs(adapter)
     dead = [job for job in jobs if job_is_dead(job[1], job[2], lease_seconds)]
     running = {m for job in jobs if job not in dead for m in models_of_job(job[1])}
     abandoned = [model_id for model_id in staged if model_id not in running]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from pydedup.adapter import Adapter
+from pydedup.adapter import Adapter, RowAdapter
 
 __all__ = ["Fault", "FaultyAdapter", "inject"]
 
@@ -46,7 +46,9 @@ class Fault:
     after: bool = False
 
     def __post_init__(self) -> None:
-        known = self.method == "commit" or callable(getattr(Adapter, self.method, None))
+        known = self.method == "commit" or any(
+            callable(getattr(protocol, self.method, None)) for protocol in (Adapter, RowAdapter)
+        )
         if not known or self.method in _NOT_CALLS:
             raise ValueError(f"an adapter has no method {self.method!r} that could fail")
 
@@ -127,7 +129,7 @@ def _passed_on(name: str) -> Any:
 
 
 # Written into the class, not found by __getattr__, so that isinstance sees the protocol.
-for _name in [name for name in vars(Adapter) if not name.startswith("_")]:
+for _name in {n for p in (Adapter, RowAdapter) for n in vars(p) if not n.startswith("_")}:
     setattr(FaultyAdapter, _name, _passed_on(_name))
 
 

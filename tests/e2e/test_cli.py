@@ -23,7 +23,20 @@ from pydedup.graph import Graph, Node
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 COMMANDS = (
-    *("add", "load", "export", "predict", "ls", "info", "stats", "explain", "diff", "alias", "rm"),
+    *(
+        "add",
+        "load",
+        "export",
+        "predict",
+        "score",
+        "ls",
+        "info",
+        "stats",
+        "explain",
+        "diff",
+        "alias",
+        "rm",
+    ),
     *("verify", "vacuum", "quota", "demo", "kernels"),
 )
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of users in MySQL and MariaDB, beside a store or in a database without one."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, cast
+
+from pydedup.adapter import RowColumn
+
+from ._base import Row, text
+from ._mysql_cursors import PreparedConnection
+from ._rows import RowCalls, Rows, check_select
+from ._sessions import Connection
+
+__all__ = ["MysqlRows"]
+
+#: The server gives up on who does not fetch for so long; 60 seconds by default.
+_PATIENCE: Final = "SET SESSION net_write_timeout = 86400"
+
+# Types and flags of the protocol.
+_INTEGERS: Final = frozenset({1, 2, 3, 8, 9, 13})
+_TEXTS: Final = frozenset({15, 252, 253, 254})
+_TIMES: Final = {7: "DATETIME(6)", 10: "DATE", 12: "DATETIME(6)"}
+_UNSIGNED: Final = 32
+_BINARY: Final = 63
+
+
+class MysqlRows(RowCalls):
+    """How MySQL streams a user's query, and what it knows of tables."""
+
+    _table_options = (
+        " ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+    )
+
+    @abc.abstractmethod
+    def _connect(self) -> Connection:
+        """Return a new connection."""
+
+    @abc.abstractmethod
+    def _define(self, statement: str) -> None:
+        """Run a definition, which ends any transaction."""
+
+    @contextlib.contextmanager
+    def read_rows(self, query: str, batch: int) -> Iterator[Rows]:
+        """Run one SELECT of a user, unbuffered, on a connection of its own, and stream it.
+
+        Connections are opened so that the server takes one statement at a time.
+        """
+        check_select(query)
+        connection = self._connect()
+        try:
+            raw = cast(PreparedConnection, connection).raw
+            for statement in (_PATIENCE, *self._sql.dialect.begin_snapshot):
+                self._on(raw, statement).close()
+            with self._of_user("the query failed"):
+                cursor = self._on(raw, query)
+            columns = [
+                RowColumn(text(column[0]), _key_type(column)) for column in cursor.description
+            ]
+
+            def fetch() -> list[Row]:
+                with self._of_user("the query failed"):
+                    return self._fetched(cursor, batch)
+
+            yield Rows(columns, fetch)
+        finally:
+            connection.close()
+
+    def _on(self, raw: Any, statement: str) -> Any:
+        try:
+            cursor = raw.cursor(buffered=False)
+            cursor.execute(statement)
+            return cursor
+        except self.driver_error as error:
+            raise self._translate(error) from error
+
+    def _fetched(self, cursor: Any, count: int) -> list[Row]:
+        try:
+            return list(cursor.fetchmany(count))
+        except self.driver_error as error:
+            raise self._translate(error) from error
+
+    def full_table_name(self, table: str) -> str:
+        """Return the name with its database."""
+        if "." not in table:
+            ((database,),) = self._query("SELECT DATABASE()")
+            self._table(table)
+            return f"{text(database)}.{table}"
+        self._table(table)
+        return table
+
+    def _columns_of(self, schema: str, table: str) -> list[str]:
+        rows = self._query(
+            "SELECT column_name FROM information_schema.columns WHERE table_schema = ? "
+            "AND table_name = ? ORDER BY ordinal_position",
+            [schema, table],
+        )
+        return [text(name) for (name,) in rows]
+
+    def _unique_columns(self, schema: str, table: str) -> set[str]:
+        rows = self._query(
+            "SELECT MIN(column_name) FROM information_schema.statistics WHERE table_schema = ? "
+            "AND table_name = ? AND non_unique = 0 GROUP BY index_name "
+            "HAVING COUNT(*) = 1 AND MAX(COALESCE(sub_part, 0)) = 0",
+            [schema, table],
+        )
+        return {text(name) for (name,) in rows}
+
+    def _define_table(self, statement: str) -> None:
+        self._define(statement)
+
+
+def _key_type(column: Sequence[Any]) -> str | None:
+    """Return the type of a key like a column of a result, as a driver describes it."""
+    code, flags, charset = column[1], column[7], column[8]
+    if code in _INTEGERS:
+        return "BIGINT UNSIGNED" if flags & _UNSIGNED else "BIGINT"
+    if code in _TEXTS:
+        if charset == _BINARY:
+            return "VARBINARY(255)"
+        return "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+    return _TIMES.get(code)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (identifiers are checked and quoted by `quoted`; values are always bound)
+"""Tables of users beside a store: the optional protocol :class:`pydedup.adapter.RowAdapter`.
+
+Here is what the three databases have in common. Each adds how a query is streamed and where the
+catalog tells of tables and indexes.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+from pydedup.adapter import RowColumn, RowStream
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    CorruptStoreError,
+    PydedupError,
+    ReadOnlyError,
+    StorageFullError,
+    UnavailableError,
+)
+
+from ._base import DbApiBase, KeyTakenError, Row
+from ._schema import TABLES, VIEWS
+from ._sessions import WRITE
+from ._sql import batches
+
+__all__ = ["RowCalls", "Rows", "check_select", "split_name", "words_of"]
+
+#: PostgreSQL takes no longer names, and would cut them.
+NAME_BYTES: Final = 63
+_NAME: Final = re.compile(r"[^\W\d]\w*")
+_COMMENTS: Final = re.compile(r"(?s)(\s|\(|;|--[^\n]*(\n|$)|/\*(?!!).*?\*/)*")
+_FIRST_WORDS: Final = ("select", "with", "values", "table")
+
+
+class Rows:
+    """What :meth:`RowCalls.read_rows` gives: columns, and batches of rows."""
+
+    def __init__(self, columns: Sequence[RowColumn], fetch: Callable[[], list[Row]]) -> None:
+        self.columns = columns
+        self._fetch = fetch
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        while rows := self._fetch():
+            yield rows
+
+
+class RowCalls(DbApiBase):
+    """Rows of users in any database of DB-API."""
+
+    # ---- hooks --------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def read_rows(self, query: str, batch: int) -> AbstractContextManager[RowStream]:
+        """Run one SELECT of a user in a read-only transaction of its own, and stream it."""
+
+    @abc.abstractmethod
+    def full_table_name(self, table: str) -> str:
+        """Return what a name that a user wrote stands for."""
+
+    @abc.abstractmethod
+    def _columns_of(self, schema: str, table: str) -> list[str]:
+        """Return the columns of a table; none when there is no table."""
+
+    @abc.abstractmethod
+    def _unique_columns(self, schema: str, table: str) -> set[str]:
+        """Return the columns that an index makes unique by themselves."""
+
+    def _vector_type(self) -> str:
+        return self._sql.dialect.types["blob"]
+
+    def vector(self, payload: bytes) -> object:
+        """Return float32 in little-endian order as a value of kind ``vector``."""
+        return payload
+
+    _table_options = ""
+    _key_constraint = "NOT NULL PRIMARY KEY"
+
+    # ---- names --------------------------------------------------------------------------------
+
+    def _quoted(self, name: str, what: str) -> str:
+        """Return one name as SQL. Raises ArgumentError for what is none."""
+        if not _NAME.fullmatch(name) or len(name.encode()) > NAME_BYTES:
+            raise ArgumentError(
+                f"{name!r} is no name for a {what}; take letters, digits and underscores, not "
+                f"beginning with a digit, {NAME_BYTES} bytes at most"
+            )
+        return f"{self._sql.dialect.quote}{name}{self._sql.dialect.quote}"
+
+    def _table(self, full_name: str) -> str:
+        """Return the full name of a user's table as SQL; those of the store are refused."""
+        schema, name = split_name(full_name)
+        quoted = self._quoted(name, "table")
+        if schema:
+            quoted = f"{self._quoted(schema, 'schema')}.{quoted}"
+        dialect = self._sql.dialect
+        ours = {dialect.name(table).replace(dialect.quote, "") for table in (*TABLES, *VIEWS)}
+        if {full_name.lower(), name.lower()} & ours or (
+            dialect.prefix and name.lower().startswith(dialect.prefix)
+        ):
+            raise ArgumentError(f"{full_name!r} belongs to the store; name another table")
+        return quoted
+
+    # ---- the protocol -------------------------------------------------------------------------
+
+    def table_columns(self, table: str, key: str) -> tuple[str, ...] | None:
+        """Return the columns of a table whose column ``key`` is unique, ``None`` without one."""
+        self._table(table)
+        with self._of_user(f"table {table}"):
+            columns = self._columns_of(*split_name(table))
+            if not columns:
+                return None
+            if key in columns and key not in self._unique_columns(*split_name(table)):
+                raise ArgumentError(
+                    f"column {key!r} of table {table} is not unique by itself, so that no row is "
+                    "known to be done; make it the primary key, or name a new table"
+                )
+        return tuple(columns)
+
+    def create_predictions(
+        self, table: str, key: RowColumn, columns: Sequence[tuple[str, str]]
+    ) -> None:
+        """Create a table with this key and columns of (name, kind), unless it exists."""
+        if key.type is None:
+            raise ArgumentError(
+                f"column {key.name!r} of the query has a type that can be no key; cast it to an "
+                "integer or a text, or create the table yourself"
+            )
+        kinds = {**self._sql.dialect.types, "vector": self._vector_type()}
+        lines = [f"{self._quoted(key.name, 'column')} {key.type} {self._key_constraint}"]
+        lines += [
+            f"{self._quoted(name, 'column')} {kinds[kind]} NOT NULL" for name, kind in columns
+        ]
+        with self._of_user(f"creating table {table}"):
+            self._define_table(
+                f"CREATE TABLE IF NOT EXISTS {self._table(table)} ({', '.join(lines)})"
+                f"{self._table_options}"
+            )
+
+    def _define_table(self, statement: str) -> None:
+        with self._writing():
+            self._write(statement)
+
+    def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
+        """Return those of the keys that have a row."""
+        name = self._quoted(key, "column")
+        head = f"SELECT {name} FROM {self._table(table)} WHERE {name} "
+        distinct: list[Any] = list(dict.fromkeys(keys))
+        if self._sql.dialect.arrays:
+            pieces: Iterator[Sequence[Any]] = iter([[distinct]] if distinct else [])
+        else:
+            pieces = batches(distinct, self.capabilities.max_parameters)
+        with self._of_user(f"table {table}"):
+            return {
+                plain_key(row[0])
+                for piece in pieces
+                for row in self._query(head + self._sql.members(len(piece)), piece)
+            }
+
+    def insert_predictions(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> bool:
+        """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
+        names = ", ".join(self._quoted(column, "column") for column in columns)
+        marks = ", ".join([self._sql.dialect.placeholder] * len(columns))
+        sql = f"INSERT INTO {self._table(table)} ({names}) VALUES ({marks})"
+        try:
+            with self._of_user(f"writing to table {table}"), self._writing():
+                self._write_many(sql, rows)
+        except KeyTakenError:
+            return False
+        return True
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _writing(self) -> AbstractContextManager[None]:
+        """Write transaction on tables of users; whether they may be written, the database says."""
+        return self._scope(WRITE, self._sql.dialect.begin_write)
+
+    @contextlib.contextmanager
+    def _of_user(self, what: str) -> Iterator[None]:
+        """Tell what the database says of a user's query or table in its own words.
+
+        What else may go wrong with a database is told as ever.
+        """
+        try:
+            yield
+        except (
+            KeyTakenError,
+            UnavailableError,
+            ConflictError,
+            ReadOnlyError,
+            StorageFullError,
+            CorruptStoreError,
+        ):
+            raise
+        except PydedupError as error:
+            if not isinstance(error.__cause__, self.driver_error):
+                raise
+            raise ArgumentError(
+                f"{self._url}: {what}: {words_of(error.__cause__)}"
+            ) from error.__cause__
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split ``schema.table``; the schema is empty when there is none."""
+    schema, _, table = name.rpartition(".")
+    return schema, table
+
+
+def check_select(query: str) -> None:
+    """Raise ArgumentError for what is plainly no SELECT; the database sees to the rest."""
+    start = _COMMENTS.match(query)
+    rest = query[start.end() if start else 0 :]
+    word = re.match(r"[a-z]*", rest[:10].lower())
+    if word is None or word.group() not in _FIRST_WORDS or "\0" in query:
+        raise ArgumentError(
+            f"the query must be one SELECT; this one begins with {rest[:20].strip() or 'nothing'!r}"
+        )
+
+
+def plain_key(value: Any) -> Any:
+    """Return a key as it can be looked up in a set."""
+    return bytes(value) if isinstance(value, bytearray | memoryview) else value
+
+
+def words_of(error: BaseException) -> str:
+    """Return what a driver's error says, in one line."""
+    diagnosis = getattr(error, "diag", None)
+    said = getattr(diagnosis, "message_primary", None) or getattr(error, "msg", None) or str(error)
+    return " ".join(str(said).split()) or type(error).__name__

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of users in SQLite: beside a store, or in a file of their own."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from typing import Any, Final, cast
+
+from pydedup.adapter import RowColumn
+from pydedup.errors import ArgumentError
+
+from ._rows import RowCalls, Rows, check_select
+from ._sessions import Connection
+
+__all__ = ["SqliteRows"]
+
+#: What a query may not do, by the codes of SQLite's authorizer: the names of all that changes
+#: something, begins or ends a transaction, or opens another file.
+_REFUSED: Final = frozenset(
+    getattr(sqlite3, f"SQLITE_{name}")
+    for name in (
+        *("INSERT", "UPDATE", "DELETE", "ATTACH", "DETACH", "TRANSACTION", "SAVEPOINT"),
+        *("CREATE_TABLE", "CREATE_INDEX", "CREATE_VIEW", "CREATE_TRIGGER", "CREATE_VTABLE"),
+        *("DROP_TABLE", "DROP_INDEX", "DROP_VIEW", "DROP_TRIGGER", "DROP_VTABLE"),
+        *("ALTER_TABLE", "REINDEX", "ANALYZE"),
+    )
+)
+
+
+class SqliteRows(RowCalls):
+    """How SQLite streams a user's query, and what it knows of tables."""
+
+    _table_options = " WITHOUT ROWID"
+
+    @abc.abstractmethod
+    def _connect(self) -> Connection:
+        """Return a new connection."""
+
+    @contextlib.contextmanager
+    def read_rows(self, query: str, batch: int) -> Iterator[Rows]:
+        """Run one SELECT of a user on a connection of its own, and stream it.
+
+        In WAL mode a reader is in nobody's way. Otherwise it would be in ours, who write
+        meanwhile: then the rows are first copied into a temporary file.
+        """
+        check_select(query)
+        with contextlib.closing(cast(sqlite3.Connection, self._connect())) as connection:
+            connection.execute("PRAGMA query_only = ON")
+            ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
+            connection.set_authorizer(_only_reads)
+            with self._of_query():
+                cursor = connection.execute(query)
+            with contextlib.ExitStack() as opened:
+                columns = [RowColumn(column[0], "") for column in cursor.description]
+                if mode != "wal":
+                    spool = opened.enter_context(contextlib.closing(sqlite3.connect("")))
+                    with self._of_query():
+                        cursor = _copied(cursor, spool)
+
+                def fetch() -> list[tuple[Any, ...]]:
+                    with self._of_query():
+                        return cursor.fetchmany(batch)
+
+                yield Rows(columns, fetch)
+
+    @contextlib.contextmanager
+    def _of_query(self) -> Iterator[None]:
+        with self._of_user("the query failed"):
+            try:
+                yield
+            except sqlite3.Warning as error:  # older than 3.12's ProgrammingError
+                raise ArgumentError(f"the query must be one SELECT: {error}") from error
+            except sqlite3.Error as error:
+                raise self._translate(error) from error
+
+    def full_table_name(self, table: str) -> str:
+        """Return the name itself: there is one schema."""
+        if "." in table:
+            raise ArgumentError(f"{table!r}: SQLite has no schemas; give the name of a table alone")
+        self._table(table)
+        return table
+
+    def _columns_of(self, schema: str, table: str) -> list[str]:
+        return [row[0] for row in self._query("SELECT name FROM pragma_table_info(?)", [table])]
+
+    def _unique_columns(self, schema: str, table: str) -> set[str]:
+        keys = self._query("SELECT name FROM pragma_table_info(?) WHERE pk > 0", [table])
+        found = {name for (name,) in keys} if len(keys) == 1 else set()
+        alone = self._query(
+            "SELECT MIN(c.name) FROM pragma_index_list(?) i, pragma_index_info(i.name) c "
+            'WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING COUNT(*) = 1',
+            [table],
+        )
+        return found | {name for (name,) in alone if name is not None}
+
+
+def _only_reads(action: int, *about: str | None) -> int:
+    """Allow what a SELECT does."""
+    return sqlite3.SQLITE_DENY if action in _REFUSED else sqlite3.SQLITE_OK
+
+
+def _copied(cursor: sqlite3.Cursor, spool: sqlite3.Connection) -> sqlite3.Cursor:
+    """Copy all rows into a temporary database, and return a cursor on them there."""
+    count = len(cursor.description)
+    columns = ", ".join(f"c{number}" for number in range(count))
+    spool.execute(f"CREATE TABLE rows ({columns})")
+    spool.executemany(f"INSERT INTO rows VALUES ({', '.join('?' * count)})", cursor)  # noqa: S608
+    cursor.close()
+    return spool.execute(f"SELECT {columns} FROM rows ORDER BY rowid")  # noqa: S608

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A SQLite file of a user's that need be no store: rows to predict, and predictions beside them."""
+
+from __future__ import annotations
+
+from pydedup.adapter import Adapter
+from pydedup.errors import ArgumentError
+
+from ._sqlite_file import locate
+from .sqlite import SqliteAdapter
+
+__all__ = ["connect"]
+
+
+class _UserFile(SqliteAdapter):
+    def _make_ours(self, connection: object) -> None:
+        """Leave the file as it is."""
+
+
+def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
+    """Open a file that exists, ``sqlite:///path``, without changing anything about it."""
+    if schema is not None:
+        raise ArgumentError(f"SQLite has no schemas; leave out schema={schema!r}")
+    file, timeout = locate(url)
+    file.size(create=False)
+    writes = mode == "a" and file.is_writable()
+    return _UserFile(url, file, "mode=rw" if writes else "mode=ro", timeout)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a database as inputs of a model, and its outputs as values of columns.
+
+Whoever has rows of SQL predicts through this: `pydedup.serving.score` and ``pydedup.sql``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.errors import ArgumentError
+from pydedup.graph import Graph, Node
+
+__all__ = ["MOST_COLUMNS", "InputKind", "Outputs", "features_of", "input_kind", "predict_rows"]
+
+Array = NDArray[Any]
+Predict = Callable[[Array], Any]
+
+#: A prediction of more numbers than these is one value, not a column for each.
+MOST_COLUMNS: Final = 32
+# Operations that keep a row's numbers as they are in number.
+_KEEPING: Final = frozenset(
+    {"relu", "gelu", "sigmoid", "tanh", "softmax", "log_softmax", "leaky_relu", "elu", "silu"}
+    | {"softplus", "identity", "flatten"}
+)
+_INT64: Final = (-(2**63), 2**63 - 1)
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, slots=True)
+class InputKind:
+    """What a model takes for a row: integer ids, or numbers, and how many where it is known."""
+
+    ids: bool
+    width: int | None
+
+
+def input_kind(graph: Graph, shapes: Mapping[str, Sequence[int]], model: str) -> InputKind:
+    """Return what one row of a model's input is, as far as its layers tell.
+
+    Raises
+    ------
+    ArgumentError
+        When the model takes several inputs.
+    """
+    if len(graph.inputs) != 1:
+        raise ArgumentError(
+            f"{model} takes several inputs ({', '.join(graph.inputs)}); rows of SQL are one, so "
+            "predict with it in Python"
+        )
+    names = {graph.inputs[0]}
+    width: int | None = None
+    for node in graph.nodes:
+        if node.inputs[0] not in names:
+            continue
+        if node.op in ("embedding", "embedding_bag"):
+            return InputKind(ids=True, width=None)
+        if node.op in _KEEPING:
+            names.add(node.output)
+        elif node.op in ("reshape", "transpose", "concat"):
+            names.add(node.output)  # ids may go through; how many numbers is not known
+            width = -1
+        elif width is None:
+            width = _width_of(node, shapes)
+    return InputKind(ids=False, width=width if width and width > 0 else None)
+
+
+def _width_of(node: Node, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    weight = shapes.get(node.weights.get("weight", ""))
+    if weight is None:
+        return None
+    if node.op == "linear":
+        return weight[0] if node.attr("transpose") else weight[1]
+    if node.op == "batch_norm" and node.attr("axis") in (1, -1):
+        return weight[0]
+    if node.op == "layer_norm" and len(weight) == 1:
+        return weight[0]
+    return None
+
+
+def features_of(values: Sequence[object], names: Sequence[str], kind: InputKind) -> Array:
+    """Return the features of one row, as float32 or, of ids, as int64.
+
+    Parameters
+    ----------
+    values
+        A number each; or one value that holds all: bytes of float32 in little-endian order, the
+        text of a JSON array, or a list, nested for an input of several axes.
+    names
+        What messages call them.
+
+    Raises
+    ------
+    ArgumentError
+        Without saying which row it is.
+    """
+    if len(values) == 1 and isinstance(values[0], (bytes, bytearray, memoryview, str, list)):
+        array = _from_one(values[0], names[0], kind)
+        if kind.width is not None and array.ndim == 1 and len(array) != kind.width:
+            raise ArgumentError(
+                f"{names[0]} holds {len(array)} numbers, and the model takes {kind.width}"
+            )
+        return array
+    if values == [None] or values == (None,):
+        raise ArgumentError(f"{names[0]} is NULL")
+    if kind.width is not None and len(values) != kind.width:
+        raise ArgumentError(f"there are {len(values)} features, and the model takes {kind.width}")
+    return _checked([_number(v, name) for v, name in zip(values, names, strict=True)], kind, names)
+
+
+def _from_one(value: Any, name: str, kind: InputKind) -> Array:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        if kind.ids:
+            raise ArgumentError(
+                f"{name} holds bytes, which stand for float32, and the model takes ids; give "
+                "integers or a JSON array of them"
+            )
+        if len(value) % 4 or not len(value):
+            raise ArgumentError(f"{name} has {len(value)} bytes, which is no number of float32")
+        array = np.frombuffer(value, dtype="<f4").astype(np.float32)
+        _refuse_infinite(array, name)
+        return array
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ArgumentError(f"{name} is a text that is no JSON array of numbers") from None
+        if not isinstance(value, list):
+            raise ArgumentError(f"{name} is JSON, and no array of numbers")
+    shape: list[int] = []
+    level: Any = value
+    while isinstance(level, list):
+        shape.append(len(level))
+        level = level[0] if level else None
+    flat = list(_flat(value, shape, name))
+    if not flat:
+        raise ArgumentError(f"{name} is an empty array")
+    return _checked([_number(item, name) for item in flat], kind, [name]).reshape(shape)
+
+
+def _flat(value: Any, shape: Sequence[int], name: str) -> Iterable[object]:
+    if not shape:
+        if isinstance(value, list):
+            raise ArgumentError(f"the lists in {name} differ in length")
+        yield value
+        return
+    if not isinstance(value, list) or len(value) != shape[0]:
+        raise ArgumentError(f"the lists in {name} differ in length")
+    for item in value:
+        yield from _flat(item, shape[1:], name)
+
+
+def _number(value: object, name: str) -> int | float:
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if value is None:
+        raise ArgumentError(f"{name} is NULL")
+    raise ArgumentError(f"{name} is no number but {type(value).__name__}")
+
+
+def _checked(numbers: Sequence[int | float], kind: InputKind, names: Sequence[str]) -> Array:
+    many = len(names) > 1
+    for i, number in enumerate(numbers):
+        name = names[i] if many else names[0]
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ArgumentError(f"{name} is {number}")
+        if kind.ids:
+            if number != int(number) or not _INT64[0] <= number <= _INT64[1]:
+                raise ArgumentError(f"{name} is {number}, and the model takes integer ids")
+        elif abs(number) > _FLOAT32_MAX:
+            raise ArgumentError(f"{name} is {number}, beyond what float32 holds")
+    if kind.ids:
+        return np.array([int(number) for number in numbers], dtype=np.int64)
+    return np.array(numbers, dtype=np.float32)
+
+
+def _refuse_infinite(array: Array, name: str) -> None:
+    bad = ~np.isfinite(array)
+    if bad.any():
+        at = int(bad.argmax())
+        raise ArgumentError(f"{name} holds {array[at]} at place {at}")
+
+
+# ---- predicting ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What predictions of one model look like: the same for all of its rows, or it is refused.
+
+    Attributes
+    ----------
+    kind
+        ``"one"``: a number; ``"few"``: up to MOST_COLUMNS; ``"vector"``: more; ``"named"``:
+        several outputs by name.
+    width
+        How many numbers, of one output.
+    """
+
+    kind: Literal["one", "few", "vector", "named"]
+    width: int
+
+    @classmethod
+    def of(cls, prediction: Array | Mapping[str, Array]) -> Outputs:
+        """Return what the prediction of one row looks like."""
+        if isinstance(prediction, Mapping):
+            return cls("named", 0)
+        if prediction.size == 1:
+            return cls("one", 1)
+        return cls("few" if prediction.size <= MOST_COLUMNS else "vector", prediction.size)
+
+
+def predict_rows(
+    predict: Predict, rows: Sequence[Array]
+) -> list[Array | Mapping[str, Array] | ArgumentError]:
+    """Predict rows of whatever shapes; one that the model refuses gets the error instead.
+
+    Rows of one shape are one batch. Where the model refuses a batch, halves of it are tried.
+    """
+    found: list[Any] = [None] * len(rows)
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        by_shape.setdefault(row.shape, []).append(place)
+    pending = list(by_shape.values())
+    while pending:
+        places = pending.pop()
+        try:
+            results = _split(predict(np.stack([rows[place] for place in places])), len(places))
+        except ArgumentError as error:
+            if len(places) > 1:
+                half = len(places) // 2
+                pending += [places[:half], places[half:]]
+                continue
+            results = [error]
+        for place, result in zip(places, results, strict=True):
+            found[place] = result
+    return found
+
+
+def _split(predicted: Any, count: int) -> list[Any]:
+    """Return the prediction of each row."""
+    if isinstance(predicted, Mapping):
+        parts = {name: _split(value, count) for name, value in predicted.items()}
+        return [{name: part[i] for name, part in parts.items()} for i in range(count)]
+    array = np.asarray(predicted)
+    if array.ndim == 0 or len(array) != count:
+        raise ArgumentError(
+            f"the model gives an output of shape {array.shape} for {count} rows, and not one "
+            "prediction for each"
+        )
+    results: list[Any] = []
+    for row in array:
+        if not np.isfinite(row).all():
+            results.append(ArgumentError("the prediction is not finite"))
+        else:
+            results.append(np.asarray(row))
+    return results

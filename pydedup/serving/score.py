@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring: each row that a query finds, predicted and written to a table of the same database.
+
+What is done is known by the table alone: its key is unique, rows that are in it are skipped, and a
+batch is written in one transaction. So a row is written once, whatever ends the work and wherever,
+in whatever order the query gives its rows, and also when two do the same work at once. What the
+table cannot tell is the version that an alias meant when the work began: as long as it has not
+ended, a row of ``jobs`` in the store says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter, RowAdapter, RowColumn
+from pydedup.catalog import Catalog, StoredModel
+from pydedup.errors import ArgumentError, ConflictError, NotFoundError, ReadOnlyError
+from pydedup.graph import Graph
+from pydedup.jobs import SCORING
+from pydedup.names import parse_address
+from pydedup.serving.features import Outputs, features_of, input_kind, predict_rows
+from pydedup.types import Progress, RowFailure, ScoreReport
+
+__all__ = ["BATCH", "graph_of", "score_rows"]
+
+Array = NDArray[Any]
+#: Returns what a stored model predicts, as `Store.predict` does.
+Predict = Callable[[StoredModel, Array], Any]
+
+BATCH: Final = 1024
+#: Rows that failed are all counted, and so many are kept with their reasons.
+MOST_FAILURES: Final = 20
+#: How often a batch is written again when others write the same rows.
+_TRIES: Final = 5
+_MODEL_COLUMN: Final = "model"
+
+
+def graph_of(model: StoredModel) -> Graph:
+    """Return a model's graph. Raises NotFoundError when the store knows none."""
+    graph = model.graph()
+    if graph is None:
+        raise NotFoundError(
+            f"{model.address} has no graph to predict with; give add(..., graph=...), "
+            "or add it from a torch.nn.Sequential, Keras or ONNX model"
+        )
+    return graph
+
+
+def score_rows(
+    adapter: Adapter,
+    catalog: Catalog,
+    rows: RowAdapter,
+    predict: Predict,
+    query: str,
+    model: str,
+    *,
+    into: str,
+    key: str | None,
+    batch: int,
+    on_error: str,
+    progress: Progress | None,
+) -> ScoreReport:
+    """Do what `Store.score` promises.
+
+    Parameters
+    ----------
+    adapter, catalog
+        Of the store that the model is in.
+    rows
+        The database that the query is run in and predictions are written to.
+    """
+    if on_error not in ("fail", "skip"):
+        raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
+    if not 1 <= batch <= 1 << 20:
+        raise ArgumentError(f"batch is {batch}; it must be 1 to {1 << 20} rows")
+    table = rows.full_table_name(into)
+    pin = _Pin(adapter, catalog, rows.url, table, query, model)
+    stored = pin.take()
+    with rows.read_rows(query, batch) as stream:
+        work = _Scoring(rows, table, stream.columns, key, stored, catalog, predict, on_error)
+        work.begin()
+        for found in stream:
+            work.score(found)
+            if progress is not None:
+                progress("scoring", work.seen, 0)
+        work.end()
+    pin.end()
+    return work.report(resumed=pin.resumed)
+
+
+class _Pin:
+    """The version that a scoring stays on: what its address meant when it began.
+
+    An address that names a version needs nothing of that. For others there is a row of ``jobs``
+    from the beginning to the end of the work; the same work is the same query, table and address.
+    """
+
+    def __init__(
+        self, adapter: Adapter, catalog: Catalog, url: str, table: str, query: str, address: str
+    ) -> None:
+        self._adapter = adapter
+        self._catalog = catalog
+        self._address = address
+        self._table = table
+        work = json.dumps([url, table, " ".join(query.split()), address])
+        self._id = f"score:{hashlib.sha256(work.encode()).hexdigest()[:32]}"
+        self._pinned = False
+        self.resumed = False
+
+    def take(self) -> StoredModel:
+        """Return the model of the work. Raises NotFoundError, ReadOnlyError."""
+        row = self._catalog.resolve(self._address)
+        if parse_address(self._address).selector == row.version:
+            return self._catalog.of_row(row)
+        if self._adapter.read_only:
+            raise ReadOnlyError(
+                f"{self._address} may mean another version before the work ends, and "
+                f"{self._adapter.url} is open for reading only, so that this cannot be noted "
+                f"there; name the version: {row.name}@{row.version}"
+            )
+        with self._adapter.transaction():
+            spec = next((job[1] for job in self._adapter.jobs() if job[0] == self._id), None)
+            if spec is None:
+                begun = {"kind": "score", "model": row.id, "address": f"{row.name}@{row.version}"}
+                begun |= {"table": self._table}
+                spec = json.dumps(begun)
+                self._adapter.put_job(self._id, spec, repr(time.time()), SCORING)
+            else:
+                self.resumed = True
+        self._pinned = True
+        noted = json.loads(spec)
+        for live in self._adapter.models(name=row.name):
+            if live.id == noted["model"]:
+                return self._catalog.of_row(live)
+        raise NotFoundError(
+            f"the work began with {noted['address']}, which was removed; to go on with another "
+            f"version, name it: {row.name}@{row.version}"
+        )
+
+    def end(self) -> None:
+        """Forget the version: the work is done."""
+        if self._pinned:
+            with self._adapter.transaction():
+                self._adapter.delete_job(self._id)
+
+
+class _Scoring:
+    """One scoring under way."""
+
+    def __init__(
+        self,
+        rows: RowAdapter,
+        table: str,
+        columns: Sequence[RowColumn],
+        key: str | None,
+        model: StoredModel,
+        catalog: Catalog,
+        predict: Predict,
+        on_error: str,
+    ) -> None:
+        self._rows, self._table, self._model = rows, table, model
+        self._catalog, self._answer = catalog, predict
+        self._skips = on_error == "skip"
+        self._place = _key_place(columns, key)
+        self._key = columns[self._place]
+        self._names = [c.name for i, c in enumerate(columns) if i != self._place]
+        if not self._names:
+            raise ArgumentError(
+                f"the query has no column but the key {self._key.name!r}; name the features after "
+                "it: SELECT id, f1, f2 ..."
+            )
+        shapes = {info.name: info.shape for info in model.tensors}
+        self._kind = input_kind(graph_of(model), shapes, model.address)
+        self._outputs: Outputs | None = None
+        self._columns: tuple[str, ...] | None = None
+        self._started = time.monotonic()
+        self._failures: list[RowFailure] = []
+        self.seen = self._written = self._skipped = self._failed = 0
+
+    def _predict(self, x: Array) -> Any:
+        """Predict with the version of the work, and with none that took its name meanwhile."""
+        if self._catalog.resolve(self._model.address).id != self._model.row.id:
+            raise NotFoundError(f"{self._model.address} was removed and added again meanwhile")
+        return self._answer(self._model, x)
+
+    def begin(self) -> None:
+        """Look at the table, which may be missing, and at what is known before any row."""
+        width = self._kind.width
+        if len(self._names) > 1 and width not in (None, len(self._names)):
+            raise ArgumentError(
+                f"{self._model.address} takes {width} features, and the query has "
+                f"{len(self._names)} columns beside the key {self._key.name!r}: "
+                f"{', '.join(self._names)}"
+            )
+        self._columns = self._rows.table_columns(self._table, self._key.name)
+        if self._columns is not None and self._key.name not in self._columns:
+            raise ArgumentError(
+                f"table {self._table} has no column {self._key.name!r} for the key; it has: "
+                f"{', '.join(self._columns)}"
+            )
+
+    def score(self, found: Sequence[Sequence[object]]) -> None:
+        """Predict and write one batch."""
+        self.seen += len(found)
+        failures: list[RowFailure] = []
+        wanted = self._new_rows(found, failures)
+        keys, inputs = [], []
+        for key, values in wanted.items():
+            try:
+                inputs.append(features_of(values, self._names, self._kind))
+                keys.append(key)
+            except ArgumentError as error:
+                failures.append(RowFailure(key, str(error)))
+        made: dict[object, Any] = {}
+        for key, result in zip(keys, predict_rows(self._predict, inputs), strict=True):
+            if isinstance(result, ArgumentError):
+                failures.append(RowFailure(key, str(result)))
+            else:
+                made[key] = result
+        if failures and not self._skips:
+            raise ArgumentError(self._refusal(failures))
+        self._failed += len(failures)
+        self._failures += failures[: MOST_FAILURES - len(self._failures)]
+        if made:
+            self._write(made)
+
+    def end(self) -> None:
+        """Make the table also where there was nothing to write."""
+        if self._columns is None:
+            shape = (1, self._kind.width or len(self._names))
+            dtype = np.int64 if self._kind.ids else np.float32
+            (result,) = predict_rows(self._predict, [np.zeros(shape[1:], dtype)])
+            if isinstance(result, ArgumentError):
+                raise ArgumentError(
+                    f"no row was predicted, and so table {self._table} was not created: what a "
+                    f"prediction looks like cannot be told without one ({result})"
+                )
+            self._prepare(result)
+
+    def report(self, *, resumed: bool) -> ScoreReport:
+        """Return what was done."""
+        return ScoreReport(
+            model=self._model.address,
+            table=self._table,
+            rows=self._written,
+            skipped=self._skipped,
+            failed=self._failed,
+            failures=tuple(self._failures),
+            resumed=resumed,
+            seconds=time.monotonic() - self._started,
+        )
+
+    def _new_rows(
+        self, found: Sequence[Sequence[object]], failures: list[RowFailure]
+    ) -> dict[object, list[object]]:
+        """Return the features of rows that the table does not have, by key."""
+        wanted: dict[object, list[object]] = {}
+        for row in found:
+            key = row[self._place]
+            key = bytes(key) if isinstance(key, (bytearray, memoryview)) else key
+            if key is None or isinstance(key, (list, dict)):
+                failures.append(RowFailure(key, f"the key {self._key.name!r} is NULL or a list"))
+            elif key in wanted:
+                failures.append(RowFailure(key, f"the key {self._key.name!r} occurs twice"))
+            else:
+                wanted[key] = [value for i, value in enumerate(row) if i != self._place]
+        if self._columns is not None and wanted:
+            for key in self._rows.present_keys(self._table, self._key.name, list(wanted)):
+                if wanted.pop(key, None) is not None:
+                    self._skipped += 1
+        return wanted
+
+    def _write(self, made: dict[object, Any]) -> None:
+        """Write predictions, without those that others wrote meanwhile."""
+        for result in made.values():
+            self._prepare(result)
+        for _ in range(_TRIES):
+            if not made or self._insert(made):
+                self._written += len(made)
+                return
+            there = self._rows.present_keys(self._table, self._key.name, list(made))
+            self._skipped += len(there)
+            made = {key: result for key, result in made.items() if key not in there}
+        raise ConflictError(
+            f"others write the same rows to {self._table}, or it takes two of the keys "
+            f"for one: {', '.join(map(repr, list(made)[:3]))}; try again"
+        )
+
+    def _insert(self, made: Mapping[object, Any]) -> bool:
+        assert self._columns is not None
+        outputs = self._outputs
+        assert outputs is not None
+        columns = [self._key.name, *_names_of(outputs)]
+        tail: list[object] = []
+        if _MODEL_COLUMN in self._columns:
+            columns.append(_MODEL_COLUMN)
+            tail.append(self._model.address)
+        lines = [[key, *self._values(result), *tail] for key, result in made.items()]
+        return self._rows.insert_predictions(self._table, columns, lines)
+
+    def _values(self, result: Any) -> list[object]:
+        if isinstance(result, Mapping):
+            return [
+                json.dumps({name: np.asarray(value).tolist() for name, value in result.items()})
+            ]
+        if Outputs.of(result).kind == "vector":
+            return [self._rows.vector(np.ascontiguousarray(result, dtype="<f4").tobytes())]
+        return [float(value) for value in np.asarray(result).reshape(-1)]
+
+    def _prepare(self, result: Any) -> None:
+        """See that the table fits a prediction; create it when it is missing."""
+        outputs = Outputs.of(result)
+        if outputs == self._outputs:
+            return
+        if self._outputs is not None:
+            raise ArgumentError(
+                f"{self._model.address} gives {outputs.width} numbers for one row and "
+                f"{self._outputs.width} for another; a table needs the same for all"
+            )
+        names = _names_of(outputs)
+        if self._key.name in (*names, _MODEL_COLUMN):
+            raise ArgumentError(
+                f"the key cannot be called {self._key.name!r}, as a column of the predictions is; "
+                "give it another name with AS"
+            )
+        if self._columns is None:
+            kind = {"one": "float", "few": "float", "vector": "vector", "named": "text"}
+            columns = [(name, kind[outputs.kind]) for name in names]
+            self._rows.create_predictions(
+                self._table, self._key, [*columns, (_MODEL_COLUMN, "text")]
+            )
+            self._columns = self._rows.table_columns(self._table, self._key.name) or ()
+        missing = [name for name in (self._key.name, *names) if name not in self._columns]
+        if missing:
+            raise ArgumentError(
+                f"table {self._table} has no column {missing[0]!r}, which predictions of "
+                f"{self._model.address} need; it has: {', '.join(self._columns)}"
+            )
+        self._outputs = outputs
+
+    def _refusal(self, failures: Sequence[RowFailure]) -> str:
+        first = failures[0]
+        more = f", and {len(failures) - 1} more of its batch" if len(failures) > 1 else ""
+        return (
+            f"row with {self._key.name} {first.key!r}{more}: {first.reason}; nothing of this batch "
+            f"was written, {self._written} rows before it were; leave such rows out of the query, "
+            "or go on without them with on_error='skip' (--on-error skip)"
+        )
+
+
+def _key_place(columns: Sequence[RowColumn], key: str | None) -> int:
+    """Return which column of the query is the key."""
+    if not columns:
+        raise ArgumentError("the query has no columns; name a key and the features")
+    if key is None:
+        return 0
+    places = [i for i, column in enumerate(columns) if column.name == key]
+    if len(places) != 1:
+        raise ArgumentError(
+            f"the query has {'several columns' if places else 'no column'} {key!r} for the key; "
+            f"it has: {', '.join(column.name for column in columns)}"
+        )
+    return places[0]
+
+
+def _names_of(outputs: Outputs) -> list[str]:
+    """Return the names of the columns of predictions."""
+    if outputs.kind == "few":
+        return [f"prediction_{number}" for number in range(outputs.width)]
+    return ["prediction"]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (names of tables are made here)
+"""`pydedup score` as it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+from .conftest import Tables, add, features
+
+Make = Callable[..., str]
+
+
+def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pydedup", *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr + done.stdout
+    return done
+
+
+def test_score(tables: Tables, source: Make, new_name: Make) -> None:
+    w, x, into = add(tables.url, "m@1"), features(50), new_name()
+    table = source(x)
+    query = ("--query", f"SELECT id, f0, f1, f2 FROM {table} ORDER BY id", "--into", into)
+    done = run("score", tables.url, *query, "--model", "m@1")
+    assert "scored 50 rows with m@1 into" in done.stdout
+    rows = dict(tables.run(f"SELECT id, prediction FROM {into}"))
+    np.testing.assert_allclose([rows[i + 1] for i in range(50)], (x @ w.T)[:, 0], rtol=1e-5)
+    report = json.loads(run("score", tables.url, *query, "--model", "m@1", "--json").stdout)
+    assert (report["rows"], report["skipped"], report["failed"]) == (0, 50, 0)
+    assert (report["model"], report["resumed"], report["failures"]) == ("m@1", False, [])
+
+
+def test_what_cannot_be_predicted(tables: Tables, source: Make, new_name: Make) -> None:
+    add(tables.url, "m@1")
+    table, into = source(features(40)), new_name()
+    tables.run(f"UPDATE {table} SET f2 = NULL WHERE id > 25")
+    score = ("score", tables.url, "--model", "m", "--into", into, "--batch", 10)
+    query = ("--query", f"SELECT id, f0, f1, f2 FROM {table} ORDER BY id")
+    said = run(*score, *query, status=2).stderr
+    assert said.startswith("pydedup: error: row with id 26, and 4 more of its batch: f2 is NULL")
+    assert said.count("\n") == 1
+    done = run(*score, *query, "--on-error", "skip")
+    assert "going on with m@1, which the work began with" in done.stderr
+    assert "scored 5 rows" in done.stdout
+    assert "20 were there" in done.stdout
+    assert "15 could not be predicted" in done.stdout
+    assert done.stdout.count("f2 is NULL") == 10
+    assert "and 5 more" in done.stdout
+    report = json.loads(run(*score, *query, "--on-error", "skip", "--json").stdout)
+    assert report["failed"] == 15
+    assert report["failures"][0] == {"key": 26, "reason": "f2 is NULL"}
+
+
+def test_nothing_found_and_nothing_understood(tables: Tables, source: Make, new_name: Make) -> None:
+    add(tables.url, "m@1")
+    table, into = source(features(1)), new_name()
+    score = ("score", tables.url, "--model", "m@1")
+    query = f"SELECT id, f0, f1, f2 FROM {table} WHERE id < 0"
+    done = run(*score, "--into", into, "--query", query)
+    assert "the query finds no rows; table" in done.stdout
+    assert tables.run(f"SELECT * FROM {into}") == []
+    refused = run(*score, "--into", into, "--query", f"DROP TABLE {table}", status=2).stderr
+    assert "the query must be one SELECT; this one begins with 'DROP TABLE" in refused
+    assert "no name for a table" in run(*score, "--into", "a;b", "--query", query, status=2).stderr
+    assert (
+        "no model 'none'"
+        in run(
+            "score", tables.url, "--model", "none", "--into", into, "--query", query, status=3
+        ).stderr
+    )
