@@ -83,11 +83,11 @@ ALLOWED: dict[str, set[str]] = {
     "upkeep": INNER | {"opening"},
     "store": INNER | {"opening", "upkeep"},
     "": PUBLIC - {""},
-    "serving.http": PUBLIC | {"serving"},
+    "http": PUBLIC | {"serving", "opening"},
     "selftest": PUBLIC,
     "testing": PUBLIC | {"selftest"},
     "demo": PUBLIC | {"selftest"},
-    "cli": PUBLIC | {"selftest", "demo", "serving.http"},
+    "cli": PUBLIC | {"selftest", "demo", "http"},
     "__main__": {"cli"},
 }
 
@@ -96,6 +96,8 @@ RUNTIME: dict[str, set[str]] = {
     "cli": {"click", "rich"},
     "demo": {"rich", "torch", "pyarrow"},
     "formats": {"ml_dtypes", "safetensors"},
+    # Its one importer, the command `serve`, imports it when it is called.
+    "http": {"httptools", "ml_dtypes", "orjson", "prometheus_client", "uvicorn", "uvloop"},
     "blocks": {"ml_dtypes"},
     "types": {"ml_dtypes"},
     "testing": {"hypothesis", "ml_dtypes", "pytest"},
@@ -294,7 +296,8 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
 
 
 def test_importing_pydedup_loads_nothing_optional() -> None:
-    optional = ["torch", "onnx", "onnxruntime", "h5py", "fastapi", "psycopg", "mysql", "pyarrow"]
+    optional = ["torch", "onnx", "onnxruntime", "h5py", "psycopg", "mysql", "pyarrow"]
+    optional += ["uvicorn", "orjson", "prometheus_client"]
     code = (
         "import sys, pydedup, pydedup.cli, pydedup.store\n"
         f"print([name for name in {optional!r} if name in sys.modules])"

@@ -23,6 +23,7 @@ from pydedup.cli import (
     naming,
     predicting,
     scoring,
+    serving,
     taking,
     tenants,
     upkeep,
@@ -34,7 +35,7 @@ __all__ = ["main", "program"]
 #: Commands as ``pydedup --help`` lists them.
 SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ("Models in and out", (adding.add, taking.load, taking.export)),
-    ("Predicting", (predicting.predict, scoring.score)),
+    ("Predicting", (predicting.predict, scoring.score, serving.serve)),
     ("Looking", (looking.ls, looking.info, looking.stats, comparing.explain, comparing.diff)),
     ("Names", (naming.alias, naming.rm)),
     ("Moving", (moving.copy, moving.backup, moving.restore)),

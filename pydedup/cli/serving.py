@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup serve``: predictions over HTTP."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from pydedup import config
+from pydedup.cli import options, output
+from pydedup.cli.errors import Exit, warn
+from pydedup.errors import UnsupportedFormatError
+
+__all__ = ["serve"]
+
+TOKEN_VARIABLE = "PYDEDUP_TOKEN"
+_LOOPBACK = ("127.", "::1", "localhost")
+_PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command(short_help="Predict over HTTP, by the Open Inference Protocol v2.")
+@options.store_argument
+@click.option("--host", metavar="HOST", default="127.0.0.1", show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 takes any free port.",
+)
+@options.memory_option
+@click.option(
+    "--max-batch",
+    metavar="ROWS",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Rows of requests that are predicted together.",
+)
+@click.option(
+    "--max-wait-ms",
+    metavar="MS",
+    type=click.FloatRange(0, 60_000),
+    default=2.0,
+    show_default=True,
+    help="How long a request waits for others while one is predicted and a thread is free.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    help="Batches that are predicted at once.  [default: one per core, at most 4]",
+)
+@click.option(
+    "--max-body",
+    metavar="SIZE",
+    default="64MiB",
+    show_default=True,
+    help="Largest body of a request; all together may have four times as much.",
+)
+@click.option(
+    "--max-queue",
+    metavar="N",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Requests that may wait; others are told to try again.",
+)
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(0.001),
+    default=30.0,
+    show_default=True,
+    help="How long a request may take.",
+)
+@click.option(
+    "--grace",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="How long requests under way may take after SIGTERM.",
+)
+@click.option(
+    "--token-file",
+    metavar="FILE",
+    type=_PATH,
+    help=f"File with the token that clients must send; else {TOKEN_VARIABLE}, if set.",
+)
+@click.option("--tls-cert", metavar="FILE", type=_PATH, help="Certificate with its chain, PEM.")
+@click.option("--tls-key", metavar="FILE", type=_PATH, help="Its key, PEM, without a password.")
+@click.option("--access-log", is_flag=True, help="Log requests to standard error, in JSON lines.")
+@click.pass_context
+def serve(
+    context: click.Context,
+    url: str,
+    host: str,
+    port: int,
+    memory: str,
+    max_batch: int,
+    max_wait_ms: float,
+    threads: int | None,
+    max_body: str,
+    max_queue: int,
+    timeout: float,
+    grace: float,
+    token_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    access_log: bool,
+) -> int:
+    """Serve the models of a store over HTTP until SIGTERM or Ctrl-C.
+
+    The paths are those of the Open Inference Protocol v2 (KServe, Triton), with binary tensors and
+    the model repository; /metrics is for Prometheus. docs/http.md says all of it.
+    """
+    if (tls_cert is None) != (tls_key is None):
+        raise click.UsageError("--tls-cert and --tls-key go together")
+    try:
+        from pydedup.http.access import read_token
+        from pydedup.http.options import ServeOptions
+        from pydedup.http.served import ServedStore
+        from pydedup.http.server import serve as run
+    except ModuleNotFoundError as error:
+        raise UnsupportedFormatError(
+            f"serving needs the package {error.name!r}: pip install 'pydedup[serve]'"
+        ) from None
+    chosen = ServeOptions(
+        host=host,
+        port=port,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        threads=ServeOptions().threads if threads is None else threads,
+        max_body=config.parse_bytes(max_body),
+        max_queue=max_queue,
+        timeout=timeout,
+        grace=grace,
+        token=read_token(token_file, os.environ, TOKEN_VARIABLE),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        access_log=access_log,
+    )
+    with ServedStore.connect(url, memory) as store:
+        names = [entry.name for entry in store.index() if entry.has_graph]
+
+        def started(address: str) -> None:
+            _say_hello(address, store.url, names, secured=chosen.token is not None)
+
+        if chosen.token is None and not host.startswith(_LOOPBACK):
+            warn(f"everybody who reaches {host} may use this server; {TOKEN_VARIABLE} sets a token")
+        left = run(store, chosen, started)
+        if left:
+            warn(f"stopped; {left} requests under way were cut off")
+            sys.stdout.flush()
+            # A thread may wait for the database for ever, and Python would wait for the thread.
+            os._exit(Exit.INTERRUPTED)
+    context.exit(Exit.OK)
+
+
+def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> None:
+    count = len(set(names))
+    models = f"{count} model{'' if count == 1 else 's'}"
+    if len(names) != count:
+        models += f" in {len(names)} versions"
+    output.print_line(f"pydedup serves {models} of {store}")
+    output.print_line(f"on {address}, by the Open Inference Protocol v2; Ctrl-C stops it. Try:")
+    token = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if secured else ""
+    path = f"/v2/models/{_quoted(names[0])}" if names else "/v2"
+    insecure = " -k" if address.startswith("https") else ""
+    output.print_line(f"  curl{insecure}{token} {address}{path}")
+    sys.stdout.flush()
+
+
+def _quoted(name: str) -> str:
+    from urllib.parse import quote
+
+    return quote(name, safe="")

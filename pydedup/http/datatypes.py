@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol's names of datatypes and numpy's."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BINARY_ONLY", "DATATYPES", "named"]
+
+#: Datatype to dtype, little-endian as the binary form is. BYTES is left out: models take numbers.
+DATATYPES: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
+    {
+        "BOOL": np.dtype(np.bool_),
+        **{f"INT{8 * n}": np.dtype(f"<i{n}") for n in (1, 2, 4, 8)},
+        **{f"UINT{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
+        **{f"FP{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+    }
+)
+#: What has no form in JSON.
+BINARY_ONLY = frozenset({"BF16"})
+
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+
+
+def named(array: NDArray[Any]) -> tuple[str, NDArray[Any]]:
+    """Return an array's datatype; an array of a dtype without one becomes float32."""
+    name = _NAMES.get(array.dtype)
+    return ("FP32", array.astype(np.float32)) if name is None else (name, array)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Prometheus is told. Only models that the store has become labels, so a client makes none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+#: What the pool counts up, apart from what it has now.
+_COUNTED = ("hits", "misses", "inserts", "evictions", "waits", "read", "prefetched")
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(
+        self,
+        pool: Callable[[], Mapping[str, int]],
+        gauges: Mapping[str, tuple[str, Callable[[], float]]],
+    ) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "pydedup_requests",
+            "Inference requests by model and outcome; the model is empty where there is none.",
+            ["model", "outcome"],
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "pydedup_request_seconds",
+            "From the first byte of an inference request to the last of its answer.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._batch_requests = Histogram(
+            "pydedup_batch_requests",
+            "Requests that went together.",
+            buckets=_SIZES,
+            registry=self._registry,
+        )
+        self._batch_rows = Histogram(
+            "pydedup_batch_rows",
+            "Rows of requests that went together.",
+            buckets=_SIZES,
+            registry=self._registry,
+        )
+        for name, (text, value) in gauges.items():
+            Gauge(f"pydedup_{name}", text, registry=self._registry).set_function(value)
+        self._registry.register(_Pool(pool))
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+
+    def request(self, model: str, outcome: str, seconds: float) -> None:
+        """Count one inference request."""
+        self._requests.labels(model, outcome).inc()
+        self._seconds.observe(seconds)
+
+    def batch(self, requests: int, rows: int) -> None:
+        """Count one batch."""
+        self._batch_requests.observe(requests)
+        self._batch_rows.observe(rows)
+
+    def text(self) -> bytes:
+        """Return all of it, as Prometheus reads it."""
+        return generate_latest(self._registry)
+
+
+class _Pool(Collector):
+    """The buffer pool, asked when somebody looks."""
+
+    def __init__(self, stats: Callable[[], Mapping[str, int]]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        for name, value in self._stats().items():
+            text = f"Buffer pool: {name.replace('_', ' ')}."
+            kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
+            yield kind(f"pydedup_pool_{name}", text, value=value)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""uvicorn's HTTP/1.1 with limits that it lacks: on headers, and on how slowly they come."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httptools
+import orjson
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+__all__ = ["LimitedProtocol"]
+
+#: Bytes of the line of a request and its headers together.
+_LARGEST_HEAD = 64 * 1024
+#: Seconds from the first byte of a request (or the connection) to the end of its headers.
+_HEAD_SECONDS = 15.0
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    _head_bytes = 0
+    _in_head = True
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin a connection."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End a connection."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; a head that is too long is refused even where no header ends."""
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_timer is None:
+                self._await_head()
+        super().data_received(data)
+        if self._in_head and self._head_bytes > _LARGEST_HEAD and not self.transport.is_closing():
+            self._refuse(431, f"the headers have more than {_LARGEST_HEAD} bytes")
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Begin the body of a request."""
+        length = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if length > _LARGEST_HEAD:
+            raise httptools.HttpParserError("headers are too large")
+        self._stop_timer()
+        self._in_head = False
+        self._head_bytes = 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """End the body of a request."""
+        self._in_head = True
+        self._head_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP."""
+        self._refuse(400, msg)
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _too_slow(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = orjson.dumps({"error": message})
+        head: list[Any] = [
+            STATUS_LINE[status],
+            b"content-type: application/json\r\nconnection: close\r\n",
+            b"content-length: %d\r\n\r\n" % len(body),
+        ]
+        self.transport.write(b"".join(head) + body)
+        self.transport.close()

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server: its socket, its event loop, and how it stops.
+
+SIGTERM or SIGINT: new requests are answered with 503, those under way finish, the process ends. A
+second signal, or the end of the grace period, cuts off what is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from pydedup.errors import ArgumentError
+from pydedup.http.access import AccessLog, Gate
+from pydedup.http.app import App
+from pydedup.http.options import ServeOptions
+from pydedup.http.protocol import LimitedProtocol
+from pydedup.http.served import ServedStore
+
+__all__ = ["serve"]
+
+#: How long Python lets one thread run while others wait: at its 5 ms, threads that predict would
+#: hold up the event loop.
+_SWITCH_SECONDS = 0.0005
+_IDLE_SECONDS = 75
+_BACKLOG = 1024
+
+
+def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], None]) -> int:
+    """Serve a store until a signal says to stop.
+
+    Parameters
+    ----------
+    store
+        Closed by the caller.
+    started
+        Called with the server's URL as soon as it answers.
+
+    Returns
+    -------
+    int
+        How many requests were cut off when it stopped.
+
+    Raises
+    ------
+    ArgumentError
+        When the certificate or its key cannot be used.
+    OSError
+        When the address cannot be had.
+    """
+    log = AccessLog() if options.access_log else None
+    app = App(store, options, Gate(options.token), log)
+    _quiet_loggers()
+    config = uvicorn.Config(
+        app,
+        http=LimitedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_graceful_shutdown=1,
+        **_tls(options),
+    )
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        with _listen(options) as listener:
+            url = _url_of(listener, options)
+            server = _Server(config, app, options.grace, lambda: started(url))
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(server.serve(sockets=[listener]))
+    finally:
+        sys.setswitchinterval(switch)
+        app.close()
+        if log is not None:
+            log.close()
+    return server.cut_off
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which stops as the module says."""
+
+    def __init__(
+        self, config: uvicorn.Config, app: App, grace: float, started: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._app = app
+        self._grace = grace
+        self._started = started
+        self._stopping: asyncio.Task[None] | None = None
+        #: Requests that had no answer yet when the time was up.
+        self.cut_off = 0
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals in the loop, and do not raise them again when all is done."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self._started()
+
+    def _stop(self) -> None:
+        if self._app.draining:
+            self._end(force=True)
+            return
+        self._app.draining = True
+        self._stopping = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._grace
+        while self._app.under_way and loop.time() < end and not self.should_exit:
+            await asyncio.sleep(0.02)
+        self._end(force=False)
+
+    def _end(self, *, force: bool) -> None:
+        self.cut_off = self._app.under_way
+        if self.cut_off:
+            self.config.timeout_graceful_shutdown = 0
+        self.force_exit = force
+        self.should_exit = True
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    found = socket.getaddrinfo(
+        options.host or None, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        place = f"{options.host}, port {options.port}"
+        raise OSError(error.errno, f"cannot listen on {place}: {error.strerror}") from error
+    return listener
+
+
+def _url_of(listener: socket.socket, options: ServeOptions) -> str:
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if options.tls_cert is None else "https"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{shown}:{port}"
+
+
+def _tls(options: ServeOptions) -> dict[str, Any]:
+    if options.tls_cert is None and options.tls_key is None:
+        return {}
+    if options.tls_cert is None or options.tls_key is None:
+        raise ArgumentError("TLS needs both a certificate and its key")
+    try:
+        trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        trial.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
+    except (OSError, ValueError) as error:
+        places = f"{options.tls_cert} and {options.tls_key}"
+        raise ArgumentError(f"no certificate with its key in {places}: {error}") from error
+    return {"ssl_certfile": str(options.tls_cert), "ssl_keyfile": str(options.tls_key)}
+
+
+def _quiet_loggers() -> None:
+    """Say nothing of what clients do wrong; faults of ours go to standard error."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)

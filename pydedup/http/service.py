@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server asks of the store, and the checks of a request against its model.
+
+Runs in threads. Deliberately not here: HTTP, JSON, and who waits for whom (`batcher`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pydedup.errors import NotFoundError
+from pydedup.http.joining import Arrays, Ask, Outcome, predict_many
+from pydedup.http.problems import bad
+from pydedup.http.served import Served, ServedStore
+from pydedup.http.shapes import TensorSpec
+
+__all__ = ["Answer", "check_inputs", "model_config", "model_metadata", "run_batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a prediction gave, and by which version."""
+
+    model: Served
+    outputs: dict[str, NDArray[Any]]
+
+
+def run_batch(
+    store: ServedStore, requests: Sequence[tuple[str, Arrays]]
+) -> list[Answer | Exception]:
+    """Predict for several requests, each an address and inputs.
+
+    An address that occurs more than once is resolved once. The results are in order; of a request
+    that failed, the exception.
+    """
+    models: dict[str, Served | Exception] = {}
+    results: list[Answer | Exception] = []
+    asks: list[Ask] = []
+    places: list[int] = []
+    for address, inputs in requests:
+        if address not in models:
+            try:
+                models[address] = store.served(address)
+            except Exception as error:
+                models[address] = error
+        model = models[address]
+        try:
+            if isinstance(model, Exception):
+                raise model
+            check_inputs(model, inputs)
+        except Exception as error:
+            results.append(error)
+            continue
+        places.append(len(results))
+        asks.append(Ask(model, inputs))
+        results.append(NotFoundError(address))  # until it is predicted
+    outcomes: list[Outcome] = predict_many(store, asks) if asks else []
+    for place, ask, outcome in zip(places, asks, outcomes, strict=True):
+        results[place] = outcome if isinstance(outcome, Exception) else Answer(ask.model, outcome)
+    return results
+
+
+def check_inputs(model: Served, inputs: Arrays) -> None:
+    """Raise HttpError 400 for inputs that a model does not take, naming the field."""
+    specs = {spec.name: spec for spec in model.signature.inputs}
+    takes = f"{model.address} takes: {', '.join(specs)}"
+    for number, (name, array) in enumerate(inputs.items()):
+        spec = specs.get(name)
+        where = f"inputs[{number}]"
+        if spec is None:
+            raise bad(f"{where}.name", f"there is no input {name[:100]!r}; {takes}")
+        if spec.ids and array.dtype.kind not in "iu":
+            raise bad(f"{where}.datatype", f"{name!r} takes integers, such as INT64")
+        if spec.features and array.shape[-1:] != spec.shape[-1:]:
+            raise bad(
+                f"{where}.shape",
+                f"{list(array.shape)} does not fit: the last axis of {name!r} has "
+                f"{spec.shape[-1]} entries",
+            )
+    missing = [name for name in specs if name not in inputs]
+    if missing:
+        raise bad("inputs", f"input {missing[0]!r} is missing; {takes}")
+
+
+def model_metadata(store: ServedStore, address: str) -> dict[str, Any]:
+    """Return what the protocol says of a model. Raises NotFoundError."""
+    model = store.served(address)
+    named = "@" in address
+    return {
+        "name": model.name,
+        "versions": [model.version] if named else store.version_names(model.name),
+        "platform": "pydedup",
+        "inputs": [_entry(spec) for spec in model.signature.inputs],
+        "outputs": [_entry(spec) for spec in model.signature.outputs],
+    }
+
+
+def model_config(store: ServedStore, address: str, max_batch: int) -> dict[str, Any]:
+    """Return what Triton's clients ask for beside the metadata. Raises NotFoundError."""
+    model = store.served(address)
+    return {
+        "name": model.name,
+        "platform": "pydedup",
+        "backend": "pydedup",
+        "max_batch_size": 0,  # shapes are given whole, with their first axis
+        "dynamic_batching": {"preferred_batch_size": [max_batch]},
+        "input": [_config_entry(spec) for spec in model.signature.inputs],
+        "output": [_config_entry(spec) for spec in model.signature.outputs],
+    }
+
+
+def _entry(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+
+
+def _config_entry(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": f"TYPE_{spec.datatype}", "dims": list(spec.shape)}

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which inputs a graph takes and what it returns, as far as its weights tell.
+
+A stored graph names its inputs and says nothing of their shapes. What a weight is multiplied with
+has one of its sizes, ids are integers, images have four axes; the rest is -1. Also here: whether a
+graph works row by row. Deliberately not here: computing (:mod:`pydedup.serving`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydedup.graph import Graph, Node
+from pydedup.matmul import compute_dtype
+from pydedup.types import DType
+
+__all__ = ["Signature", "TensorSpec", "Weight", "is_rowwise", "signature_of"]
+
+Shape = tuple[int, ...]
+#: Shape and dtype of a stored tensor.
+Weight = tuple[Shape, DType]
+
+_SAME = frozenset(
+    ("relu", "gelu", "sigmoid", "tanh", "softmax", "log_softmax", "leaky_relu", "elu", "silu")
+) | {"softplus", "identity"}
+_TWO = frozenset(("add", "mul", "sub"))
+_MOVES = frozenset(("identity", "flatten", "reshape", "transpose"))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output; sizes that any number may have are -1.
+
+    ``features`` is whether the last axis must have its size; ``ids`` whether it must be integers.
+    """
+
+    name: str
+    datatype: str
+    shape: Shape
+    features: bool = False
+    ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a model takes and returns."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def signature_of(graph: Graph, weights: Mapping[str, Weight]) -> Signature:
+    """Return what a graph takes and returns."""
+    inputs = tuple(_input(graph, weights, name) for name in graph.inputs)
+    shapes: dict[str, Shape | None] = {spec.name: spec.shape for spec in inputs}
+    types = {spec.name: spec.datatype for spec in inputs}
+    for node in graph.nodes:
+        given = [shapes[name] for name in node.inputs]
+        known = [shape for shape in given if shape is not None]
+        shapes[node.output] = None
+        if len(known) == len(given):
+            shapes[node.output] = _forward(node, known, weights)
+        types[node.output] = _datatype(node, [types[name] for name in node.inputs], weights)
+    outputs = []
+    for name in graph.outputs:
+        shape = shapes[name]
+        outputs.append(TensorSpec(name, types[name], (-1,) if shape is None else shape))
+    return Signature(inputs, tuple(outputs))
+
+
+def is_rowwise(
+    graph: Graph, weights: Mapping[str, Weight], inputs: Mapping[str, Sequence[int]]
+) -> bool:
+    """Whether row i of each output follows from row i of each input, of which there are as many.
+
+    ``inputs`` are real shapes. False where this is not certain.
+    """
+    rows = {shape[0] if shape else 0 for shape in inputs.values()}
+    if len(rows) != 1 or rows == {0}:
+        return False
+    shapes: dict[str, Shape] = {name: (-1, *shape[1:]) for name, shape in inputs.items()}
+    for node in graph.nodes:
+        given = [shapes[name] for name in node.inputs]
+        if not _keeps_rows(node, given):
+            return False
+        shape = _forward(node, given, weights)
+        if shape is None:
+            return False
+        shapes[node.output] = shape
+    return True
+
+
+# ---- inputs -------------------------------------------------------------------------------------
+
+
+def _input(graph: Graph, weights: Mapping[str, Weight], name: str) -> TensorSpec:
+    hints = [hint for hint in _hints(graph, weights, name) if hint is not None]
+    if not hints:
+        return TensorSpec(name, "FP32", (-1, -1))
+    # Images and sequences have more axes than a look at what follows a sum over some of them shows.
+    best = max(hints, key=lambda hint: len(hint.shape))
+    ids = any(hint.ids for hint in hints)
+    wide = any(hint.datatype == "FP64" for hint in hints)
+    datatype = "INT64" if ids else "FP64" if wide else "FP32"
+    return TensorSpec(name, datatype, best.shape, best.features, ids)
+
+
+def _hints(
+    graph: Graph, weights: Mapping[str, Weight], name: str, seen: frozenset[str] = frozenset()
+) -> list[TensorSpec | None]:
+    """Return what each user of a value asks of it."""
+    found: list[TensorSpec | None] = []
+    for node in graph.nodes:
+        if name not in node.inputs:
+            continue
+        direct = _asks(node, weights, node.inputs.index(name))
+        if direct is not None:
+            found.append(direct)
+            if node.op != "batch_norm":  # which says how many channels, and not of how many axes
+                continue
+        if len(seen) < 64 and node.output not in seen:
+            further = _hints(graph, weights, node.output, seen | {node.output})
+            found += [_before(node, hint) for hint in further if hint is not None]
+    return found
+
+
+def _asks(node: Node, weights: Mapping[str, Weight], position: int) -> TensorSpec | None:
+    """Return what a node asks of one of its inputs, by itself."""
+    op = node.op
+    if op in ("max_pool2d", "avg_pool2d"):
+        return TensorSpec("", "FP32", (-1, -1, -1, -1))
+    if op == "embedding":
+        return TensorSpec("", "INT64", (-1, -1), ids=True)
+    if op == "embedding_bag":
+        return TensorSpec("", "INT64", (-1,) * (1 if len(node.inputs) > 1 else 2), ids=True)
+    if "weight" not in node.weights:
+        return None
+    shape, dtype = weights[node.weights["weight"]]
+    datatype = "FP64" if compute_dtype(dtype).itemsize == 8 else "FP32"
+    if op == "linear":
+        size = shape[0] if node.attr("transpose") else shape[1]
+        return TensorSpec("", datatype, (-1, size), features=True)
+    if op == "conv2d":
+        return TensorSpec("", datatype, (-1, shape[1] * node.attr("groups"), -1, -1))
+    if op == "layer_norm":
+        return TensorSpec("", datatype, (-1, *shape), features=True)
+    if op == "batch_norm" and node.attr("axis") in (1, -1):
+        return TensorSpec("", datatype, (-1, shape[0]), features=node.attr("axis") == -1)
+    return None
+
+
+def _before(node: Node, hint: TensorSpec) -> TensorSpec | None:
+    """Return what a node without wishes asks of its input, for one of its output."""
+    shape, op = hint.shape, node.op
+    if op in _SAME or op == "batch_norm":
+        return hint
+    if op in _TWO:  # may be stretched to it
+        return TensorSpec("", hint.datatype, shape, ids=hint.ids)
+    if op == "concat":
+        axis = node.attr("axis")
+        if -len(shape) <= axis < len(shape):
+            sizes = [-1 if i == axis % len(shape) else size for i, size in enumerate(shape)]
+            return TensorSpec("", hint.datatype, tuple(sizes), ids=hint.ids)
+    if op == "flatten" and node.attr("start_axis") == 1 and len(shape) == 2:
+        return hint if shape[1] == -1 else TensorSpec("", hint.datatype, shape, ids=hint.ids)
+    if op == "transpose" and len(node.attr("perm")) == len(shape):
+        perm = node.attr("perm")
+        return TensorSpec("", hint.datatype, tuple(shape[perm.index(i)] for i in range(len(perm))))
+    if op in ("mean", "max") and not node.attr("keepdims"):
+        given = node.attr("axis")
+        axes = given if isinstance(given, list) else [given]
+        rank = len(shape) + len(axes)
+        if all(-rank <= axis < rank for axis in axes):
+            sizes = list(shape)
+            for axis in sorted(axis % rank for axis in axes):
+                sizes.insert(axis, -1)
+            last = {axis % rank for axis in axes} & {rank - 1}
+            return TensorSpec("", hint.datatype, tuple(sizes), hint.features and not last)
+    if op == "reshape":
+        sizes = node.attr("shape")
+        total = math.prod(sizes[1:])
+        return TensorSpec("", hint.datatype, (-1, total if total > 0 else -1), ids=hint.ids)
+    return None
+
+
+# ---- forward ------------------------------------------------------------------------------------
+
+
+def _forward(node: Node, given: Sequence[Shape], weights: Mapping[str, Weight]) -> Shape | None:
+    """Return the shape of a node's output, None where it is not known."""
+    try:
+        return _shape_after(node, given, weights)
+    except (IndexError, ValueError):
+        return None
+
+
+def _shape_after(node: Node, given: Sequence[Shape], weights: Mapping[str, Weight]) -> Shape | None:
+    op, x = node.op, given[0]
+    weight: Shape = weights[node.weights["weight"]][0] if "weight" in node.weights else ()
+    if op in _SAME or op in ("layer_norm", "batch_norm"):
+        return x
+    if op == "linear":
+        return (*x[:-1], weight[1] if node.attr("transpose") else weight[0])
+    if op == "embedding":
+        return (*x, *weight[1:])
+    if op == "embedding_bag":
+        return (x[0] if len(given) == 1 else -1, *weight[1:])
+    if op == "conv2d":
+        return (x[0], weight[0], *_windows(node, x, weight[2:]))
+    if op in ("max_pool2d", "avg_pool2d"):
+        return (*x[:2], *_windows(node, x, node.attr("kernel")))
+    if op == "flatten":
+        start = node.attr("start_axis") % len(x)
+        return (*x[:start], _product(x[start:]))
+    if op == "reshape":
+        sizes, total = list(node.attr("shape")), _product(x)
+        if -1 in sizes[1:] and total > 0:
+            sizes[sizes.index(-1)] = total // math.prod(size for size in sizes if size != -1)
+        return tuple(sizes)
+    if op in _TWO:
+        return _stretched(x, given[1])
+    if op == "concat":
+        axis = node.attr("axis") % len(x)
+        along = [shape[axis] for shape in given]
+        return (*x[:axis], -1 if -1 in along else sum(along), *x[axis + 1 :])
+    if op in ("mean", "max"):
+        axes = _axes(node, len(x))
+        kept = 1 if node.attr("keepdims") else None
+        sizes = [kept if i in axes else size for i, size in enumerate(x)]
+        return tuple(size for size in sizes if size is not None)
+    if op == "transpose":
+        return tuple(x[axis] for axis in node.attr("perm"))
+    return None
+
+
+def _windows(node: Node, x: Shape, kernel: Sequence[int]) -> Shape:
+    """Return how many windows an image has from top to bottom and from left to right."""
+    if len(x) != 4:
+        raise ValueError
+    padding = node.attr("padding")
+    dilation = node.attr("dilation") if node.op != "avg_pool2d" else (1, 1)
+    sizes = []
+    for i in (0, 1):
+        size, reach = x[2 + i], (kernel[i] - 1) * dilation[i] + 1
+        room = size + padding[i] + padding[i + 2] - reach
+        uncertain = size == -1 or (node.op != "conv2d" and node.attr("ceil_mode"))
+        sizes.append(-1 if uncertain else room // node.attr("stride")[i] + 1)
+    return tuple(sizes)
+
+
+def _product(shape: Shape) -> int:
+    return -1 if -1 in shape else math.prod(shape)
+
+
+def _stretched(x: Shape, y: Shape) -> Shape:
+    """Return the shape that two are broadcast to."""
+    rank = max(len(x), len(y))
+    pairs = zip((1,) * (rank - len(x)) + x, (1,) * (rank - len(y)) + y, strict=True)
+    return tuple(b if a == 1 or (a == -1 and b > 1) else a for a, b in pairs)
+
+
+def _axes(node: Node, rank: int) -> set[int]:
+    given = node.attr("axis")
+    return {axis % rank for axis in (given if isinstance(given, list) else [given])}
+
+
+def _datatype(node: Node, given: Sequence[str], weights: Mapping[str, Weight]) -> str:
+    """Return the datatype of a node's output."""
+    if node.op in _MOVES or (node.op == "concat" and set(given) == {"INT64"}):
+        return given[0]
+    wide = [weights[name][1] for name in node.weights.values()]
+    if any(compute_dtype(dtype).itemsize == 8 for dtype in wide):
+        return "FP64"
+    return "FP64" if "FP64" in given and "embedding" not in node.op else "FP32"
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def _keeps_rows(node: Node, given: Sequence[Shape]) -> bool:
+    """Whether a node computes entry i of its output's first axis from entry i of its inputs'."""
+    op, x = node.op, given[0]
+    rank = len(x)
+    if op in ("conv2d", "max_pool2d", "avg_pool2d"):
+        return rank == 4
+    if op == "embedding_bag":
+        return len(given) == 1 and rank == 2
+    if op == "linear":
+        return rank >= 2
+    if op == "layer_norm":
+        return bool(rank > node.attr("axes"))
+    if op in ("softmax", "log_softmax", "batch_norm"):
+        return bool(node.attr("axis") % rank != 0)
+    if op == "flatten":
+        return bool(node.attr("start_axis") % rank != 0)
+    if op == "reshape":
+        sizes, per_row = node.attr("shape"), _product(x[1:])
+        # A first size of -1 and no other: as many rows as before if each is as large as before.
+        return sizes[:1] == [-1] and per_row > 0 and math.prod(sizes[1:]) == per_row
+    if op in _TWO:
+        return len(given[1]) == rank
+    if op == "concat":
+        return bool(node.attr("axis") % rank != 0) and all(len(y) == rank for y in given)
+    if op in ("mean", "max"):
+        return 0 not in _axes(node, rank)
+    if op == "transpose":
+        return bool(node.attr("perm")[0] == 0)
+    return True

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real ``pydedup serve`` as a child process, and plain requests to it. For tests of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPSConnection
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Answer", "Server", "Start", "serving"]
+
+
+@dataclass
+class Answer:
+    """What a server answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON."""
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        """The message of an error, whose form is checked here."""
+        assert self.status >= 400, self.body
+        assert self.headers["content-type"] == "application/json"
+        assert list(self.json) == ["error"]
+        text = self.json["error"]
+        assert isinstance(text, str)
+        assert text
+        return text
+
+
+@dataclass
+class Server:
+    """A child process that serves."""
+
+    process: subprocess.Popen[str]
+    url: str
+    hello: list[str]
+    port: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def connect(self, timeout: float = 30, trust: Path | None = None) -> HTTPConnection:
+        """Return a connection; ``trust`` is the certificate to expect of TLS."""
+        if trust is None:
+            return HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        context = ssl.create_default_context(cafile=str(trust))
+        return HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=context)
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | dict[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        connection: HTTPConnection | None = None,
+    ) -> Answer:
+        """Send one request, on a connection of its own unless one is given."""
+        if isinstance(body, dict):
+            body = json.dumps(body).encode()
+        using = self.connect() if connection is None else connection
+        try:
+            using.request(method, path, body, dict(headers or {}))
+            answer = using.getresponse()
+            lower = {key.lower(): value for key, value in answer.getheaders()}
+            return Answer(answer.status, lower, answer.read())
+        finally:
+            if connection is None:
+                using.close()
+
+    def infer(self, name: str, body: bytes | dict[str, Any], **options: Any) -> Answer:
+        """Ask a model."""
+        return self.ask("POST", f"/v2/models/{name}/infer", body, **options)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the value of one line of /metrics, 0 where there is none."""
+        wanted = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        line = f"{name}{{{wanted}}}" if labels else name
+        for text in self.ask("GET", "/metrics").body.decode().splitlines():
+            if text.startswith(line + " "):
+                return float(text.rpartition(" ")[2])
+        return 0.0
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End the process; returns its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+Start = Callable[..., Server]
+
+
+@contextlib.contextmanager
+def serving(
+    url: str, *options: object, env: Mapping[str, str] | None = None, status: int = 0
+) -> Iterator[Server]:
+    """Serve a store on a free port until the block ends; it must stop with ``status``."""
+    clean = {key: value for key, value in os.environ.items() if key != "PYDEDUP_TOKEN"}
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "pydedup", "serve", url, "--port", "0", *map(str, options)],
+        env={**clean, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    errors: list[str] = []
+    assert process.stderr is not None
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    try:
+        hello = [process.stdout.readline().rstrip("\n") for _ in range(3)]
+        found = re.search(r"https?://127\.0\.0\.1:(\d+)", hello[1])
+        if found is None:
+            process.wait(20)
+            reader.join(5)
+            raise AssertionError(f"the server did not start: {hello} {errors}")
+        server = Server(process, found.group(), hello, int(found.group(1)), errors)
+        yield server
+        assert server.stop() == status, errors
+        reader.join(5)
+        assert "Traceback" not in "".join(errors), "".join(errors)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        reader.join(5)
+        process.stderr.close()

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who goes together, and that nobody's answer depends on it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pydedup
+from pydedup.errors import NotFoundError
+from pydedup.graph import Graph, Node
+from pydedup.http.batcher import Batcher
+from pydedup.http.joining import predict_many
+from pydedup.http.problems import HttpError
+from pydedup.http.served import ServedStore
+from pydedup.http.service import run_batch
+from pydedup.http.shapes import is_rowwise
+from pydedup.testing.serving import Server, Start
+from pydedup.types import DType
+
+
+class Work:
+    """What a batcher calls: it remembers the batches and waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def __call__(self, requests: Sequence[int]) -> list[int | Exception]:
+        self.batches.append(list(requests))
+        self.go_on.wait(10)
+        return [NotFoundError("odd") if n < 0 else n * n for n in requests]
+
+
+def batcher(work: Any, **changes: Any) -> Batcher[int, int]:
+    options = {"max_rows": 8, "max_wait": 30.0, "max_queue": 100, "threads": 2}
+    return Batcher(work, observe=lambda requests, rows: None, **{**options, **changes})
+
+
+async def until(what: Any) -> None:
+    async with asyncio.timeout(10):
+        while not what():
+            await asyncio.sleep(0.001)
+
+
+def test_one_alone_does_not_wait() -> None:
+    async def main() -> None:
+        work = Work()
+        one = batcher(work)
+        started = time.monotonic()
+        assert [await one.submit(n, 1) for n in range(20)] == [n * n for n in range(20)]
+        assert time.monotonic() - started < 10  # not 20 x 30 s
+        assert work.batches == [[n] for n in range(20)]
+        one.close()
+
+    asyncio.run(main())
+
+
+def test_those_that_wait_go_together_when_the_first_is_done() -> None:
+    async def main() -> None:
+        work = Work()
+        work.go_on.clear()
+        one = batcher(work)
+        tasks = [asyncio.create_task(one.submit(n, 1)) for n in range(5)]
+        await until(lambda: one.waiting == 4)
+        work.go_on.set()
+        assert await asyncio.gather(*tasks) == [0, 1, 4, 9, 16]
+        assert work.batches == [[0], [1, 2, 3, 4]]
+        one.close()
+
+    asyncio.run(main())
+
+
+def test_enough_rows_go_into_another_thread_at_once() -> None:
+    async def main() -> None:
+        work = Work()
+        work.go_on.clear()
+        one = batcher(work)
+        tasks = [asyncio.create_task(one.submit(n, 3)) for n in range(6)]
+        await until(lambda: len(work.batches) == 2)
+        # Three rows each: two fit into eight, and there is no third thread.
+        assert work.batches == [[0], [1, 2]]
+        assert one.waiting == 3
+        work.go_on.set()
+        assert await asyncio.gather(*tasks) == [n * n for n in range(6)]
+        assert all(len(batch) <= 2 for batch in work.batches)
+        one.close()
+
+    asyncio.run(main())
+
+
+def test_nobody_waits_longer_than_he_must() -> None:
+    async def main() -> None:
+        work = Work()
+        work.go_on.clear()
+        one = batcher(work, max_wait=0.05)
+        tasks = [asyncio.create_task(one.submit(n, 1)) for n in range(3)]
+        await until(lambda: len(work.batches) == 2)
+        assert work.batches == [[0], [1, 2]]
+        work.go_on.set()
+        assert await asyncio.gather(*tasks) == [0, 1, 4]
+        one.close()
+
+    asyncio.run(main())
+
+
+def test_errors_queue_and_those_who_leave() -> None:
+    async def main() -> None:
+        work = Work()
+        work.go_on.clear()
+        one = batcher(work, max_queue=3, threads=1)
+        first = asyncio.create_task(one.submit(5, 1))
+        await until(lambda: work.batches)
+        tasks = [asyncio.create_task(one.submit(n, 100)) for n in (1, -1, 3)]
+        await until(lambda: one.waiting == 3)
+        with pytest.raises(HttpError) as caught:
+            await one.submit(7, 1)
+        assert caught.value.status == 503
+        tasks[0].cancel()
+        first.cancel()
+        await until(lambda: one.waiting == 2)
+        work.go_on.set()
+        with pytest.raises(NotFoundError):
+            await tasks[1]
+        assert await tasks[2] == 9
+        assert work.batches == [[5], [-1], [3]]  # more rows than go together: one by one
+        assert await one.submit(4, 1) == 16
+        one.close()
+
+    asyncio.run(main())
+
+
+def test_a_fault_is_told_to_all_who_waited_for_it() -> None:
+    def broken(requests: Sequence[int]) -> list[int | Exception]:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        one = batcher(broken)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                await one.submit(1, 1)
+        assert one.running == 0
+        one.close()
+
+    asyncio.run(main())
+
+
+# ---- joining ------------------------------------------------------------------------------------
+
+
+def linear(name: str, source: str, weight: str) -> Node:
+    return Node("linear", (source,), name, {"weight": weight})
+
+
+W = np.random.default_rng(0).standard_normal((4, 4), np.float32)
+KERNEL = np.random.default_rng(1).standard_normal((2, 1, 2, 2), np.float32)
+#: Graphs, one of their inputs' shapes for a row, and whether rows may go together.
+GRAPHS: dict[str, tuple[tuple[Node, ...], tuple[int, ...], bool]] = {
+    "linear": ((linear("y", "x", "w"),), (4,), True),
+    "linear of a sequence": ((linear("y", "x", "w"),), (3, 4), True),
+    "softmax of the last": ((Node("softmax", ("x",), "y"),), (4,), True),
+    "softmax of the first": ((Node("softmax", ("x",), "y", attrs={"axis": 0}),), (4,), False),
+    "softmax of the first, from the end": (
+        (Node("softmax", ("x",), "y", attrs={"axis": -2}),),
+        (4,),
+        False,
+    ),
+    "mean of rows": (
+        (Node("mean", ("x",), "y", attrs={"axis": 0, "keepdims": True}),),
+        (4,),
+        False,
+    ),
+    "mean within rows": ((Node("mean", ("x",), "y", attrs={"axis": [1, 2]}),), (3, 4), True),
+    "flatten": ((Node("flatten", ("x",), "y"),), (2, 3, 4), True),
+    "flatten all": ((Node("flatten", ("x",), "y", attrs={"start_axis": 0}),), (4,), False),
+    "rows that turn": ((Node("transpose", ("x",), "y", attrs={"perm": [1, 0]}),), (4,), False),
+    "axes that turn": ((Node("transpose", ("x",), "y", attrs={"perm": [0, 2, 1]}),), (3, 4), True),
+    "reshape within rows": (
+        (Node("reshape", ("x",), "y", attrs={"shape": [-1, 2, 2]}),),
+        (4,),
+        True,
+    ),
+    "reshape across rows": ((Node("reshape", ("x",), "y", attrs={"shape": [-1, 2]}),), (4,), False),
+    "reshape to one row": ((Node("reshape", ("x",), "y", attrs={"shape": [1, -1]}),), (4,), False),
+    "concat": ((Node("concat", ("x", "x"), "y", attrs={"axis": -1}),), (4,), True),
+    "concat rows": ((Node("concat", ("x", "x"), "y", attrs={"axis": 0}),), (4,), False),
+    "sum with itself": ((linear("h", "x", "w"), Node("add", ("x", "h"), "y")), (4,), True),
+    "sum of unlike ranks": (
+        (Node("mean", ("x",), "m", attrs={"axis": 1}), Node("add", ("x", "m"), "y")),
+        (4, 4),
+        False,
+    ),
+    "images": (
+        (
+            Node("conv2d", ("x",), "c", {"weight": "k"}),
+            Node("max_pool2d", ("c",), "p", attrs={"kernel": [2, 2], "stride": [2, 2]}),
+            Node("reshape", ("p",), "y", attrs={"shape": [-1, 18]}),
+        ),
+        (1, 8, 8),
+        True,
+    ),
+    "images and a pool that may go beyond": (
+        (
+            Node(
+                "max_pool2d",
+                ("x",),
+                "p",
+                attrs={"kernel": [2, 2], "stride": [2, 2], "ceil_mode": True},
+            ),
+            Node("reshape", ("p",), "y", attrs={"shape": [-1, 16]}),
+        ),
+        (1, 8, 8),
+        False,
+    ),
+    "bags by row": ((Node("embedding_bag", ("x",), "y", {"weight": "w"}),), (3,), True),
+}
+
+
+def joinable(nodes: tuple[Node, ...], shape: tuple[int, ...]) -> bool:
+    weights = {"w": (W.shape, DType.F32), "k": (KERNEL.shape, DType.F32)}
+    return is_rowwise(Graph(("x",), ("y",), nodes), weights, {"x": shape})
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_what_works_row_by_row(name: str) -> None:
+    nodes, shape, wanted = GRAPHS[name]
+    assert joinable(nodes, (5, *shape)) is wanted
+    assert not joinable(nodes, (0, *shape))
+
+
+def test_a_single_row_without_a_batch_is_no_batch() -> None:
+    assert not joinable(GRAPHS["linear"][0], (4,))
+    graph = Graph(
+        ("ids", "offsets"),
+        ("y",),
+        (Node("embedding_bag", ("ids", "offsets"), "y", {"weight": "w"}),),
+    )
+    assert not is_rowwise(graph, {"w": (W.shape, DType.F32)}, {"ids": (6,), "offsets": (2,)})
+    two = Graph(("a", "b"), ("y",), (Node("add", ("a", "b"), "y"),))
+    assert is_rowwise(two, {}, {"a": (3, 4), "b": (3, 4)})
+    assert not is_rowwise(two, {}, {"a": (3, 4), "b": (1, 4)})
+
+
+@pytest.fixture(scope="module")
+def joined_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    url = f"sqlite:///{tmp_path_factory.mktemp('joined') / 's.db'}"
+    with pydedup.open(url) as store:
+        for number, (nodes, _, _) in enumerate(GRAPHS.values()):
+            graph = Graph(("x",), ("y",), nodes)
+            store.add(f"m{number}@1", {"w": W, "k": KERNEL}, graph=graph)
+    with ServedStore.connect(url, "64MiB") as found:
+        yield found
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject) -> None:
+    names = list(GRAPHS)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    requests: list[tuple[str, dict[str, Any]]] = []
+    for _ in range(data.draw(st.integers(1, 8))):
+        number = data.draw(st.integers(0, len(names) - 1))
+        nodes, shape, _ = GRAPHS[names[number]]
+        # Some have a number of entries that does not fit, or dtypes of their own.
+        rows, slip = data.draw(st.integers(0, 3)), data.draw(st.sampled_from([0] * 6 + [1]))
+        x = rng.standard_normal((rows, *shape[:-1], shape[-1] + slip)).astype(
+            data.draw(st.sampled_from([np.float32, np.float32, np.float64]))
+        )
+        if nodes[0].op == "embedding_bag":
+            # Some ids are out of range: that fails, and others must not.
+            x = rng.integers(0, 4 + data.draw(st.sampled_from([0, 0, 1])), x.shape)
+        requests.append((f"m{number}", {"x": x}))
+    for (address, inputs), found in zip(requests, run_batch(joined_store, requests), strict=True):
+        try:
+            wanted = joined_store.predict(address, inputs)
+        except Exception as error:
+            assert isinstance(found, Exception), (address, error)  # noqa: PT017
+            continue
+        assert not isinstance(found, Exception), (address, found)
+        assert found.outputs["y"].shape == wanted["y"].shape
+        np.testing.assert_allclose(found.outputs["y"], wanted["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_several_requests_are_one_prediction(joined_store: Any) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    class Counting:
+        def predict(self, name: str, x: Any) -> Any:
+            calls.append(x["x"].shape)
+            return joined_store.predict(name, x)
+
+    from pydedup.http.joining import Ask
+
+    model, other = joined_store.served("m0"), joined_store.served("m1")
+    asks = [Ask(model, {"x": np.ones((n, 4), np.float32)}) for n in (1, 2, 3)]
+    asks.insert(1, Ask(other, {"x": np.ones((1, 3, 4), np.float32)}))
+    found = predict_many(Counting(), asks)  # type: ignore[arg-type]
+    assert calls == [(6, 4), (1, 3, 4)]
+    assert [each["y"].shape for each in found] == [(1, 4), (1, 3, 4), (2, 4), (3, 4)]  # type: ignore[index]
+
+
+def test_an_address_is_resolved_once_per_batch(joined_store: Any) -> None:
+    found = run_batch(joined_store, [("none", {}), ("m0", {"x": np.ones((1, 4))}), ("none", {})])
+    assert isinstance(found[0], NotFoundError)
+    assert found[0] is found[2]
+    assert not isinstance(found[1], Exception)
+
+
+def test_a_server_joins_what_comes_at_once(start: Start, store_url: str) -> None:
+    server = start(store_url, "--threads", 1)
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 512], "data": [0.5] * 512}]}
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: server.infer("slow", body), range(64)))
+    first = np.array(answers[0].json["outputs"][0]["data"])
+    for answer in answers:
+        np.testing.assert_allclose(answer.json["outputs"][0]["data"], first, rtol=1e-3, atol=1e-4)
+    batches = server.metric("pydedup_batch_requests_count")
+    assert server.metric("pydedup_batch_requests_sum") == 64
+    assert batches < 48
+
+
+def test_hundreds_of_connections(server: Server) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 4)).tolist()
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": x}]}
+
+    def client(number: int) -> set[int]:
+        connection = server.connect()
+        path = "/v2/models/dense/infer" if number % 3 else "/v2/models/none/infer"
+        try:
+            return {server.ask("POST", path, body, connection=connection).status for _ in range(5)}
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(200) as pool:
+        found = list(pool.map(client, range(200)))
+    assert all(statuses == ({200} if n % 3 else {404}) for n, statuses in enumerate(found))

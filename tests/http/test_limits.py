@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits, tokens, TLS and the access log of a real server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.testing.serving import Server, Start
+
+GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
+
+
+def slow_body(rows: int) -> tuple[bytes, dict[str, str]]:
+    """A request that keeps the model "slow" busy, about 2 ms a row."""
+    x = np.ones((rows, 512), np.float32)
+    entry = {"name": "x", "datatype": "FP32", "shape": [rows, 512]}
+    head = json.dumps({"inputs": [{**entry, "parameters": {"binary_data_size": x.nbytes}}]})
+    return head.encode() + x.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+
+
+def until(what: Any) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def busy(server: Server, rows: int = 1000) -> Iterator[Any]:
+    """Keep a thread of the server busy; gives the future of the answer."""
+    body, headers = slow_body(rows)
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(server.infer, "slow", body, headers=headers)
+        until(lambda: server.metric("pydedup_running_batches") > 0 or pending.done())
+        yield pending
+
+
+def test_a_body_that_is_too_large(start: Start, store_url: str) -> None:
+    server = start(store_url, "--max-body", "100KiB")
+    answer = server.infer("dense", b" " * 102_401)
+    assert answer.status == 413
+    assert "102400" in answer.error
+    assert server.infer("dense", {**GOOD, "id": "a" * 100}).status == 200
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        # It is refused by its length, before it is sent; and one without a length when it is sent.
+        head = b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\n"
+        connection.sendall(head + b"Content-Length: 99999999999999\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 413"
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(20):
+                connection.sendall(b"2000\r\n" + b" " * 8192 + b"\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 413"
+    assert server.metric("pydedup_body_bytes") == 0
+
+
+def test_a_queue_that_is_full(start: Start, store_url: str) -> None:
+    server = start(store_url, "--max-queue", 1, "--threads", 1)
+    with busy(server) as first, ThreadPoolExecutor(8) as pool:
+        answers = [
+            each.result() for each in [pool.submit(server.infer, "dense", GOOD) for _ in range(8)]
+        ]
+        assert not first.done() or first.result().status == 200
+    refused = [answer for answer in answers if answer.status == 503]
+    assert len(refused) == 7
+    for answer in refused:
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "wait already" in answer.error
+    assert first.result().status == 200
+    assert server.infer("dense", GOOD).status == 200
+
+
+def test_a_request_that_takes_too_long(start: Start, store_url: str) -> None:
+    server = start(store_url, "--timeout", 0.3, "--threads", 1)
+    with busy(server, 2000) as first:
+        started = time.monotonic()
+        answer = server.infer("dense", GOOD)  # waits for its turn
+        assert answer.status == 504
+        assert time.monotonic() - started < 5
+        assert first.result().status == 504
+    until(lambda: server.metric("pydedup_running_batches") == 0)
+    assert server.metric("pydedup_queue_requests") == 0
+    assert server.infer("dense", GOOD).status == 200
+
+
+def test_a_body_that_does_not_come(start: Start, store_url: str) -> None:
+    server = start(store_url, "--timeout", 0.3)
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall(
+            b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
+        )
+        text = b"".join(iter(lambda: connection.recv(10_000), b""))  # until the server closes
+        assert text.startswith(b"HTTP/1.1 408")
+        assert b'"body: not done within 0.3 seconds"' in text
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall(
+            b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
+        )
+    until(lambda: server.metric("pydedup_body_bytes") == 0)
+
+
+def test_an_answer_that_nobody_reads(start: Start, store_url: str) -> None:
+    server = start(store_url, "--timeout", 0.5)
+    ids = np.zeros((500, 4000), np.int64)
+    entry = {"name": "ids", "datatype": "INT64", "shape": [500, 4000]}
+    head = json.dumps(
+        {
+            "inputs": [{**entry, "parameters": {"binary_data_size": ids.nbytes}}],
+            "parameters": {"binary_data_output": True},
+        }
+    )
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall(
+            b"POST /v2/models/words/infer HTTP/1.1\r\nHost: x\r\n"
+            b"Inference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n"
+            % (len(head), len(head) + ids.nbytes)
+            + head.encode()
+            + ids.tobytes()
+        )
+        until(
+            lambda: server.metric("pydedup_requests_total", model="words@1", outcome="disconnected")
+        )
+        assert server.metric("pydedup_open_requests") == 1  # that of the metrics
+        assert server.metric("pydedup_body_bytes") == 0
+
+
+def test_large_bodies_do_not_hold_up_others(start: Start, store_url: str) -> None:
+    server = start(store_url)
+    rows = 100_000
+    body = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "x",
+                    "datatype": "FP32",
+                    "shape": [rows, 4],
+                    "data": [0.123456] * (4 * rows),
+                }
+            ]
+        }
+    ).encode()
+    waits: list[float] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        connection = server.connect()
+        while not stop.is_set():
+            started = time.monotonic()
+            assert server.ask("GET", "/v2/health/live", connection=connection).status == 200
+            waits.append(time.monotonic() - started)
+            time.sleep(0.002)
+        connection.close()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    started = time.monotonic()
+    for _ in range(3):
+        assert server.infer("dense", body).status == 200
+    took = (time.monotonic() - started) / 3
+    stop.set()
+    asking.join()
+    assert len(waits) > 20
+    assert max(waits) < max(0.1, took / 2), f"{max(waits):.3f} s of {took:.3f} s"
+
+
+def test_only_so_many_bytes_are_held(start: Start, store_url: str) -> None:
+    server = start(store_url, "--max-body", "1MiB")
+    head = b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            connection = stack.enter_context(
+                socket.create_connection(("127.0.0.1", server.port), 10)
+            )
+            connection.sendall(head)
+        until(lambda: server.metric("pydedup_body_bytes") == 4_000_000)
+        answer = server.infer("dense", {**GOOD, "id": "a" * 300_000})
+        assert answer.status == 503
+        assert "retry-after" in answer.headers
+    until(lambda: server.metric("pydedup_body_bytes") == 0)
+    assert server.infer("dense", GOOD).status == 200
+
+
+@pytest.mark.parametrize("place", ["file", "environment"])
+def test_token(start: Start, store_url: str, tmp_path: Path, place: str) -> None:
+    (tmp_path / "token").write_text("s3cret-token\n")
+    server = (
+        start(store_url, "--access-log", "--token-file", tmp_path / "token")
+        if place == "file"
+        else start(store_url, "--access-log", env={"PYDEDUP_TOKEN": "s3cret-token"})
+    )
+    assert server.ask("GET", "/v2/health/live").status == 200
+    assert server.ask("GET", "/v2/health/ready").status == 200
+    wrong = ["", "Bearer", "Bearer ", "Bearer s3cret", "Bearer s3cret-token2", "Basic s3cret-token"]
+    for given in [*wrong, "s3cret-token", "Bearer \xff"]:
+        for method, path in (
+            ("GET", "/v2"),
+            ("GET", "/metrics"),
+            ("POST", "/v2/models/dense/infer"),
+        ):
+            answer = server.ask(method, path, b"{}", {"Authorization": given} if given else {})
+            assert answer.status == 401
+            assert answer.headers["www-authenticate"].startswith("Bearer")
+            assert "s3cret" not in answer.error
+    for given in ("Bearer s3cret-token", "bearer s3cret-token"):
+        headers = {"Authorization": given}
+        assert server.infer("dense", GOOD, headers=headers).status == 200
+        assert server.ask("GET", "/metrics", None, headers).status == 200
+    assert server.stop() == 0
+    assert "s3cret" not in "".join(server.hello)
+    until(lambda: len(server.errors) >= 28)
+    assert "s3cret" not in "".join(server.errors)
+
+
+def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "pydedup", "serve", *map(str, arguments)],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_what_cannot_start_says_why(
+    store_url: str, tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    (tmp_path / "empty").write_text(" \n")
+    cert, key = certificate
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for status, words, arguments in (
+            (4, ["no.db"], ["sqlite:///" + str(tmp_path / "no.db")]),
+            (4, ["listen", str(port)], [store_url, "--port", port]),
+            (2, ["empty"], [store_url, "--token-file", tmp_path / "empty"]),
+            (2, ["--tls-key"], [store_url, "--tls-cert", cert]),
+            (2, ["certificate"], [store_url, "--tls-cert", key, "--tls-key", cert]),
+            (2, ["--max-batch"], [store_url, "--max-batch", 0]),
+            (2, ["12 parsecs"], [store_url, "--max-body", "12 parsecs"]),
+            (2, ["--token"], [store_url, "--token", "abc"]),
+        ):
+            done = run(*arguments)
+            assert done.returncode == status, (arguments, done.stderr)
+            assert "Traceback" not in done.stderr
+            assert all(word in done.stderr for word in words), done.stderr
+    done = run(store_url, env={"PYDEDUP_TOKEN": "has space"})
+    assert done.returncode == 2
+    assert "has space" not in done.stderr
+    assert not (tmp_path / "no.db").exists()
+
+
+def test_tls(start: Start, store_url: str, certificate: tuple[Path, Path]) -> None:
+    cert, key = certificate
+    server = start(store_url, "--tls-cert", cert, "--tls-key", key)
+    assert server.url.startswith("https://")
+    connection = server.connect(trust=cert)
+    for _ in range(3):
+        answer = server.ask("POST", "/v2/models/dense/infer", GOOD, connection=connection)
+        assert answer.status == 200
+    connection.close()
+    with socket.create_connection(("127.0.0.1", server.port), 10) as plain:
+        plain.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert not plain.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_access_log(start: Start, store_url: str) -> None:
+    server = start(store_url, "--access-log")
+    server.infer("dense", GOOD)
+    server.infer("none", GOOD)
+    server.ask("GET", "/v2/models/%C3%A9%0A?token=a")
+    until(lambda: len(server.errors) >= 3)
+    first, second, third = (json.loads(line) for line in server.errors[:3])
+    wanted = {"method": "POST", "path": "/v2/models/dense/infer", "status": 200, "model": "dense@2"}
+    assert first.items() >= wanted.items()
+    assert first["received"] == len(json.dumps(GOOD))
+    assert first["ms"] > 0
+    assert second["status"] == 404
+    assert third["path"] == "/v2/models/%C3%A9%0A"
+
+
+def test_no_access_log_by_default(server: Server) -> None:
+    server.infer("dense", GOOD)
+    assert server.errors == []
+
+
+def test_headers_that_never_end(server: Server) -> None:
+    for text in (b"GET /v2 HTTP/1.1\r\n" + b"X: y\r\n" * 100_000, b"GET /" + b"a" * 1_000_000):
+        with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.sendall(text)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(10) in (b"HTTP/1.1 4", b"")
+    assert server.infer("dense", GOOD).status == 200
+
+
+def test_a_database_that_goes_away(start: Start, own_postgres: Any) -> None:
+    url = own_postgres.new_place()
+    with pydedup.open(url) as store:
+        from pydedup.graph import Graph, Node
+
+        graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+        store.add("dense@1", {"w": np.ones((3, 4), np.float32)}, graph=graph)
+    server = start(url)
+    assert server.infer("dense", GOOD).status == 200
+    own_postgres.kill()
+    answer = server.ask("GET", "/v2/health/ready")
+    assert answer.status == 503
+    assert "retry-after" in answer.headers
+    assert answer.error
+    answer = server.infer("dense", GOOD)
+    assert answer.status == 503
+    assert answer.error
+    assert server.ask("GET", "/v2/health/live").status == 200
+    assert server.metric("pydedup_requests_total", model="", outcome="unavailable") == 1
+    own_postgres.start()
+    until(lambda: server.ask("GET", "/v2/health/ready").status == 200)
+    assert server.infer("dense", GOOD).status == 200

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists of numbers in JSON: long ones are cut, and give what short ones would."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydedup.http import numbers
+from pydedup.http.datatypes import DATATYPES
+from pydedup.http.problems import HttpError
+from pydedup.http.requests import parse_infer
+
+
+def body_of(
+    data: Any, shape: list[int], datatype: str = "FP64", indent: int | None = None
+) -> bytes:
+    entry = {"name": "x", "datatype": datatype, "shape": shape, "data": data}
+    return json.dumps({"id": "a", "inputs": [entry]}, indent=indent).encode()
+
+
+def read(body: bytes) -> Any:
+    return parse_infer(body, None).inputs["x"]
+
+
+@pytest.fixture(params=[64, 1024, 65536])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Pieces so small that short documents are cut too."""
+    size: int = request.param
+    monkeypatch.setattr(numbers, "PIECE_BYTES", size)
+    return size
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "shape", [(5000,), (50, 100), (2, 2500), (4000, 1), (10, 20, 20), (3, 1, 999)]
+)
+def test_what_is_cut_gives_the_same(piece: int, shape: tuple[int, ...], indent: int | None) -> None:
+    wanted = np.random.default_rng(0).standard_normal(shape)
+    for data in (wanted.tolist(), wanted.reshape(-1).tolist()):
+        np.testing.assert_array_equal(read(body_of(data, list(shape), indent=indent)), wanted)
+
+
+@pytest.mark.parametrize("name", sorted(set(DATATYPES) - {"BF16"}))
+def test_every_datatype(piece: int, name: str) -> None:
+    dtype = DATATYPES[name]
+    rng = np.random.default_rng(0)
+    if dtype.kind == "f":
+        wanted = rng.standard_normal(3000).astype(dtype)
+    elif dtype.kind == "b":
+        wanted = rng.integers(0, 2, 3000).astype(bool)
+    else:
+        info = np.iinfo(dtype)
+        wanted = rng.integers(info.min, info.max, 3000, dtype, endpoint=True)
+        wanted[:2] = info.min, info.max
+    found = read(body_of(wanted.tolist(), [3000], name))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_not_finite(piece: int) -> None:
+    data = [1.5, float("nan"), float("inf"), float("-inf"), None] * 500
+    found = read(body_of(data, [2500]))
+    np.testing.assert_array_equal(found[:5], [1.5, np.nan, np.inf, -np.inf, np.nan])
+    np.testing.assert_array_equal(found.reshape(500, 5), np.tile(found[:5], (500, 1)))
+
+
+BROKEN = {
+    "a row is short": lambda rows: [*rows[:-1], rows[-1][:-1]],
+    "a number moved to the row before": lambda rows: [
+        *rows[:7],
+        [*rows[7], rows[8][0]],
+        rows[8][1:],
+        *rows[9:],
+    ],
+    "a row is missing": lambda rows: rows[:-1],
+    "a row too many": lambda rows: [*rows, rows[0]],
+    "nested deeper in one place": lambda rows: [*rows[:30], [rows[30]], *rows[31:]],
+    "a number beside rows": lambda rows: [*rows[:30], 5.0, *rows[30:]],
+    "nested deeper everywhere": lambda rows: [[row] for row in rows],
+    "text": lambda rows: [*rows[:30], ["a"] * 40, *rows[31:]],
+    "null in whole numbers": lambda rows: [*rows[:30], [None] * 40, *rows[31:]],
+    "an object": lambda rows: [*rows[:30], [{}] * 40, *rows[31:]],
+    "a fraction in whole numbers": lambda rows: [*rows[:30], [0.5] * 40, *rows[31:]],
+    "too large": lambda rows: [*rows[:30], [2**40] * 40, *rows[31:]],
+    "far too large": lambda rows: [*rows[:30], [2**80] * 40, *rows[31:]],
+    "an empty row": lambda rows: [*rows[:30], [], *rows[31:]],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_is_refused_cut_or_not(piece: int, name: str) -> None:
+    rows = np.arange(4000).reshape(100, 40).tolist()
+    assert read(body_of(rows, [100, 40], "INT32")).shape == (100, 40)
+    with pytest.raises(HttpError) as caught:
+        read(body_of(BROKEN[name](rows), [100, 40], "INT32"))
+    assert caught.value.status == 400
+    assert caught.value.message.startswith(("inputs[0].data: ", "body: "))
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    at=st.integers(0, 11_000),
+    byte=st.sampled_from(
+        [bytes([c]) for c in b'[],0.e-"{}: NtI\\\xff'] + [b"", b"[[", b"]]", b"],["]
+    ),
+    flat=st.booleans(),
+    cut=st.sampled_from([200, 1000]),
+)
+def test_a_changed_byte_is_judged_as_uncut_json_is(
+    at: int, byte: bytes, flat: bool, cut: int
+) -> None:
+    wanted = np.arange(2000.0).reshape(50, 40)
+    text = body_of((wanted.reshape(-1) if flat else wanted).tolist(), [50, 40])
+    text = text[:at] + byte + text[at + 1 :]
+
+    def outcome(size: int) -> Any:
+        patch = pytest.MonkeyPatch()
+        with patch.context() as patched:
+            patched.setattr(numbers, "PIECE_BYTES", size)
+            try:
+                return read(text).tobytes()
+            except HttpError as error:
+                return error.status
+            except KeyError:  # the name of the input was changed
+                return "other name"
+
+    assert outcome(cut) == outcome(1 << 30)
+
+
+def test_a_list_that_is_an_answer_of_ours_comes_back() -> None:
+    array = np.random.default_rng(0).standard_normal(30_000).astype(np.float32)
+    text = b"[" + b"".join(numbers.json_numbers(array)) + b"]"
+    np.testing.assert_array_equal(np.array(json.loads(text), np.float32), array)
+    assert b"".join(numbers.json_numbers(np.empty(0, np.float32))) == b""
+
+
+def test_much_json_beside_data_is_refused() -> None:
+    body = b'{"id":"%s","inputs":[]}' % (b"a" * 2_000_000)
+    with pytest.raises(HttpError) as caught:
+        parse_infer(body, None)
+    assert caught.value.status == 413
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000,
+        b'{"inputs":' * 50_000,
+        b'{"inputs":[{"data":' + b"[" * 200_000,
+        b'{"a":' + b"[" * 900,
+    ],
+)
+def test_deep_json_is_refused(text: bytes) -> None:
+    for body in (text, text + b"NaN"):
+        with pytest.raises(HttpError) as caught:
+            parse_infer(body, None)
+        assert caught.value.status == 400
+
+
+def test_others_run_while_a_long_list_is_read() -> None:
+    data = np.random.default_rng(0).standard_normal(1_000_000)
+    body = body_of(data.tolist(), [1_000_000], "FP32")
+    longest, stop = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal longest
+        last = time.monotonic()
+        while not stop.is_set():
+            time.sleep(0.001)
+            now = time.monotonic()
+            longest, last = max(longest, now - last), now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.monotonic()
+    read(body)
+    took = time.monotonic() - started
+    stop.set()
+    watcher.join()
+    # In one piece nobody else would run for nearly all of the time.
+    assert longest < max(0.05, took / 3), f"nobody else ran for {longest:.3f} of {took:.3f} s"

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a real server ends."""
+
+from __future__ import annotations
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.testing.serving import Server, Start
+
+GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
+
+
+def slow(rows: int) -> dict[str, Any]:
+    data = np.ones(rows * 512).tolist()
+    entry = {"name": "x", "datatype": "FP32", "shape": [rows, 512], "data": data}
+    return {"inputs": [entry]}
+
+
+def wait_until_busy(server: Server) -> None:
+    end = time.monotonic() + 20
+    while server.metric("pydedup_running_batches") == 0:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_idle(start: Start, store_url: str, number: int) -> None:
+    server = start(store_url)
+    open_one = server.connect()  # it is in use, and idle
+    assert server.ask("GET", "/v2", connection=open_one).status == 200
+    started = time.monotonic()
+    assert server.stop(number) == 0
+    assert time.monotonic() - started < 5
+    open_one.close()
+    assert server.errors == []
+
+
+def test_requests_under_way_finish_and_new_ones_are_turned_away(
+    start: Start, store_url: str
+) -> None:
+    server = start(store_url)
+    with ThreadPoolExecutor(1) as pool:
+        kept = server.connect()
+        assert server.ask("GET", "/v2", connection=kept).status == 200
+        pending = pool.submit(server.infer, "slow", slow(1500))
+        wait_until_busy(server)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        assert not pending.done(), "the slow model is too fast for this test"
+        answer = server.ask("POST", "/v2/models/dense/infer", GOOD, connection=kept)
+        assert answer.status == 503
+        assert "stopping" in answer.error
+        assert answer.headers["connection"] == "close"
+        assert "retry-after" in answer.headers
+        assert server.ask("GET", "/v2/health/ready").status == 503
+        assert server.ask("GET", "/v2/health/live").status == 200
+        assert pending.result().status == 200
+        kept.close()
+    assert server.process.wait(20) == 0
+    assert server.errors == []
+
+
+def test_what_takes_longer_than_the_grace_period_is_cut_off(start: Start, store_url: str) -> None:
+    server = start(store_url, "--grace", "0.2", status=130)
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(server.infer, "slow", slow(6000))
+        wait_until_busy(server)
+        started = time.monotonic()
+        assert server.stop() == 130
+        assert time.monotonic() - started < 3
+        answer = pending.result()
+        assert answer.status == 503
+        assert "stopped" in answer.error
+    assert "cut off" in server.errors[-1]
+
+
+def test_a_model_that_is_removed_while_it_predicts(start: Start, own_url: str) -> None:
+    server = start(own_url)
+    with pydedup.open(own_url) as store, ThreadPoolExecutor(1) as pool:
+        wanted = store.predict("slow", np.ones((2, 512), np.float32))
+        pending = pool.submit(server.infer, "slow", slow(1500))
+        wait_until_busy(server)
+        store.remove("slow@1")
+        store.vacuum()
+        answer = pending.result()
+        assert answer.status == 200
+        found = np.array(answer.json["outputs"][0]["data"][:512])
+        np.testing.assert_allclose(found, wanted[0], rtol=1e-3, atol=1e-5)
+    answer = server.infer("slow", slow(1))
+    assert answer.status == 404
+    assert answer.error
