@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pydedup import _core
 from pydedup.errors import ArgumentError
@@ -50,6 +51,10 @@ def kernels() -> Kernels:
     )
 
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+_LONGEST_SIZE = 40
+#: What a column of integers takes.
+_MOST_BYTES = 2**63 - 1
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[f"{_letter}IB"] = 1024**_power
@@ -57,16 +62,24 @@ for _power, _letter in enumerate("KMGT", start=1):
 
 
 def parse_bytes(text: str | int) -> int:
-    """Return the number of bytes in e.g. ``"512MiB"``, ``"2 GB"`` or ``1048576``.
+    """Return the number of bytes in e.g. ``"512MiB"``, ``"1.5 GB"`` or ``1048576``.
 
     Raises
     ------
     ArgumentError
-        When the text is not a positive size.
+        When the text is not a size of 1 byte to 8 EiB. Fractions want a unit: bytes are whole.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = _SIZE.fullmatch(str(text)) if len(str(text)) <= _LONGEST_SIZE else None
     factor = _UNITS.get(match.group(2).upper()) if match else None
-    size = int(float(match.group(1)) * factor) if match and factor else 0
-    if size <= 0:
-        raise ArgumentError(f"{text!r} is not a size; write bytes or a unit, e.g. 512MiB")
-    return size
+    if match is None or factor is None:
+        raise ArgumentError(
+            f"{str(text)[:_LONGEST_SIZE]!r} is not a size; write bytes or a unit, e.g. 512MiB"
+        )
+    exact = Fraction(match.group(1)) * factor
+    if factor == 1 and exact.denominator != 1:
+        raise ArgumentError(
+            f"{text!r} is no whole number of bytes; write a unit, e.g. {match.group(1)}GB"
+        )
+    if not 1 <= exact <= _MOST_BYTES:
+        raise ArgumentError(f"{text!r} is not within 1 byte and 8 EiB")
+    return int(exact)

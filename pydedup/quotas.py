@@ -107,9 +107,10 @@ class Quotas:
         ----------
         key, value
             For models with this value in their metadata; with ``None``, for those of each value
-            that has no quota of its own.
+            that has no quota of its own. An empty value has none, but that one.
         limit
-            Bytes, or text such as ``"2GB"``. It may be below what there is already.
+            Bytes, or text such as ``"1.5GB"``; 0 lets them have nothing. It may be below what there
+            is already.
         measure
             ``"marginal"``: stored blocks that only they use, what removing them would free; what
             they share with others is free of charge. ``"logical"``: the size of their tensors.
@@ -120,6 +121,11 @@ class Quotas:
         """
         if not key:
             raise ArgumentError("a quota needs a key of metadata, such as tenant")
+        if value == "":
+            raise ArgumentError(
+                f"{key}= names no value; leave out the '=' for a quota of each {key} that has none "
+                "of its own"
+            )
         if measure not in MEASURES:
             raise ArgumentError(
                 f"measure {measure!r} is unknown; choose one of: {', '.join(MEASURES)}"

@@ -95,7 +95,11 @@ class Readers:
 
     @classmethod
     def of_store(cls, adapter: Adapter, pool: PagePool, models: Sequence[ModelRow]) -> Readers:
-        """Return models of a store as readers, in this order (ascending ids); in a snapshot."""
+        """Return models of a store as readers, in this order (ascending ids); in a snapshot.
+
+        Memory: 260 bytes per row of ``model_pages`` (one for each page of each model) while they
+        are read, 32 then.
+        """
 
         def places(number: int) -> NDArray[np.int64]:
             maps = StoredModel(adapter, models[number]).block_maps()
@@ -120,8 +124,8 @@ def usage_by(adapter: Adapter, pool: PagePool, key: str) -> Usage:
     """Return the bytes of all live models by the values of a key, most marginal bytes first.
 
     Reads the block maps of models that share pages, a model at a time, and pages of whose blocks
-    some are shared and others not. Memory: 4 bytes per block on shared pages, and 40 per row of
-    ``model_pages``.
+    some are shared and others not. Memory: 4 bytes per block on shared pages, and what
+    `Readers.of_store` takes.
     """
     with adapter.snapshot():
         models = adapter.models()

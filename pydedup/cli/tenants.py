@@ -39,8 +39,9 @@ def quota(
 ) -> None:
     """Limit what the models with a value of metadata, such as tenant=acme, may take together.
 
-    An add that would take them over SIZE (such as 2GB) is refused. KEY alone is for each value of
-    it that has no quota of its own. Without SIZE, list the quotas and what is used of them.
+    An add that would take them over SIZE (such as 1.5GB; 0 for nothing) is refused. KEY alone is
+    for each value of it that has no quota of its own. Without SIZE, list the quotas and what is
+    used of them; of KEY alone, what the value uses that uses most.
     """
     if delete and (subject is None or limit is not None):
         raise click.UsageError("--delete takes the KEY=VALUE of the quota, and no SIZE")
@@ -49,10 +50,11 @@ def quota(
         _change(url, *_parsed(subject), limit, measure, as_json)
         return
     with options.read_store(url) as store:
-        asked = _asked(list(store.quotas), subject)
+        quotas = list(store.quotas)
+        asked = _asked(quotas, subject)
         used = {key: store.stats(by=key) for key in {found.key for found, _ in asked}}
         shown = store.url
-    rows = [(found, _used(found, value, used[found.key])) for found, value in asked]
+    rows = [(found, _used(found, value, used[found.key], quotas)) for found, value in asked]
     if as_json:
         output.emit_json({"url": shown, "quotas": [_document(*row) for row in rows]})
     elif rows:
@@ -79,7 +81,9 @@ def _change(
             changed = store.quotas.remove(key, value)
         else:
             changed = store.quotas.set(key, value, limit, measure=measure)
-        used = None if limit is None else _used(changed, value, store.stats(by=key))
+        used = _NOTHING
+        if limit is not None:
+            used = _used(changed, value, store.stats(by=key), list(store.quotas))
     if as_json:
         output.emit_json({"deleted": limit is None, **_document(changed, used)})
     elif limit is None:
@@ -90,9 +94,11 @@ def _change(
             f"{who} may take {text.size(changed.bytes)} ({text.plural(changed.bytes, 'byte')}), "
             f"{changed.measure}"
         )
-        if used is not None and used > changed.bytes:
+        if used.bytes > changed.bytes:
+            who = "it" if value is not None else f"{key}={used.by}"
             output.print_note(
-                f"it takes {text.size(used)} already: adds to it are refused until it takes less",
+                f"{who} takes {text.size(used.bytes)} already: adds to it are refused until it "
+                "takes less",
                 "yellow",
             )
 
@@ -115,28 +121,44 @@ def _asked(quotas: Sequence[Quota], subject: str | None) -> list[tuple[Quota, st
     return [] if found is None else [(found, value)]
 
 
-def _used(quota: Quota, value: str | None, usage: Usage) -> int | None:
-    """Return what a value uses of its quota; None where many have one each."""
-    if value is None:
-        return None
-    return next((_measured(found, quota) for found in usage.values if found.value == value), 0)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Used:
+    """What is used of a quota, and by which value; by the one that uses most, where many may."""
+
+    bytes: int
+    by: str | None
+
+
+_NOTHING = _Used(0, None)
+
+
+def _used(quota: Quota, value: str | None, usage: Usage, quotas: Sequence[Quota]) -> _Used:
+    """Return what a value uses of its quota, or the most that one does of that of many."""
+    if value is not None:
+        mine = [found for found in usage.values if found.value == value]
+        return _Used(sum(_measured(found, quota) for found in mine), value)
+    under = [of for of in usage.values if quota_of(quotas, quota.key, of.value) == quota]
+    if not under:
+        return _NOTHING
+    most = max(under, key=lambda found: _measured(found, quota))
+    return _Used(_measured(most, quota), most.value)
 
 
 def _measured(value: ValueUsage, quota: Quota) -> int:
     return value.logical_bytes if quota.measure == "logical" else value.marginal_bytes
 
 
-def _row(quota: Quota, used: int | None) -> list[str]:
-    if used is None:
-        left = used_text = "-"
+def _row(quota: Quota, used: _Used) -> list[str]:
+    if quota.value is not None:
+        who, of = str(quota), ""
     else:
-        used_text, left = text.size(used), _left(quota, used)
+        who, of = f"{quota.key} (each other value)", "" if used.by is None else f" ({used.by})"
     return [
-        str(quota) if quota.value is not None else f"{quota.key} (each other value)",
+        who,
         text.size(quota.bytes),
         quota.measure,
-        used_text,
-        left,
+        text.size(used.bytes) + of,
+        _left(quota, used.bytes),
     ]
 
 
@@ -144,19 +166,26 @@ def _left(quota: Quota, used: int) -> str:
     return text.size(quota.bytes - used) if used <= quota.bytes else "over"
 
 
-def _document(quota: Quota, used: int | None) -> dict[str, Any]:
-    return {**dataclasses.asdict(quota), "used_bytes": used}
+def _document(quota: Quota, used: _Used) -> dict[str, Any]:
+    return {**dataclasses.asdict(quota), "used_bytes": used.bytes, "used_by": used.by}
 
 
 def print_usage(store: Store, key: str, as_json: bool) -> None:
     """Print the bytes of a store by the values of a key of metadata."""
     usage, quotas = store.stats(by=key), list(store.quotas)
+    keys = sorted({name for model in store.models() for name in model.metadata})
     held = [quota_of(quotas, key, value.value) for value in usage.values]
     if as_json:
-        output.emit_json(_usage_document(store.url, usage, held))
+        output.emit_json(_usage_document(store.url, usage, held, keys))
         return
     if not usage.values:
         output.print_note("no models yet; `pydedup add` puts them in", "dim")
+        return
+    if all(value.value is None for value in usage.values):
+        there = f"there are: {', '.join(map(text.clean, keys))}" if keys else "there is none at all"
+        output.print_note(
+            f"no model has the key {text.clean(key)!r} in its metadata; {there}", "yellow"
+        )
         return
     columns = [
         Column(text.clean(key), number=False, name=True, style="cyan"),
@@ -192,10 +221,13 @@ def _held(quota: Quota, value: ValueUsage) -> list[str]:
     return [text.size(quota.bytes) + measure, _left(quota, _measured(value, quota))]
 
 
-def _usage_document(url: str, usage: Usage, held: Sequence[Quota | None]) -> dict[str, Any]:
+def _usage_document(
+    url: str, usage: Usage, held: Sequence[Quota | None], keys: Sequence[str]
+) -> dict[str, Any]:
     return {
         "url": url,
         "key": usage.key,
+        "keys": list(keys),
         "values": [
             {
                 **dataclasses.asdict(value),

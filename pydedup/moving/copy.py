@@ -54,8 +54,9 @@ def copy_models(
 ) -> CopyReport:
     """Copy models as planned (plan.py); see `pydedup.Store.copy_to`.
 
-    Memory: the two pools, some 200 bytes for each page of the source, 40 for each block that models
-    share with later ones, and for each block of the largest model 300 (whole pages) or 700.
+    Memory: the two pools, some 200 bytes for each page of the source and 250 for each of the
+    destination, 40 for each block that models share with later ones, and for each block of the
+    largest model 300 (whole pages) or 700.
     """
     started = time.monotonic()
     _refuse_same_store(source.adapter, target.adapter)

@@ -77,6 +77,7 @@ def test_a_tenant_with_a_quota(folder: Path, store_url: str) -> None:
             "bytes": 100_000,
             "measure": "marginal",
             "used_bytes": acme["marginal_bytes"],
+            "used_by": "acme",
         }
     ]
     assert "tenant=acme" in succeed("quota", url).splitlines()[1]
@@ -104,12 +105,41 @@ def test_each_other_value(folder: Path, tmp_path: Path) -> None:
     )
     ((quota,),) = [document("quota", url, "tenant=acme")["quotas"]]
     assert (quota["value"], quota["used_bytes"]) == (None, 512 * 64 * 4)
-    assert document("quota", url, "tenant")["quotas"][0]["used_bytes"] is None
+    (most,) = document("quota", url, "tenant")["quotas"]
+    assert (most["used_bytes"], most["used_by"]) == (512 * 64 * 4, "acme")
+    row = succeed("quota", url).splitlines()[1]
+    assert row.split()[-5:] == ["128.0", "KiB", "(acme)", "67.3", "KiB"]
     assert document("quota", url, "team=x")["quotas"] == []
     assert "no quota for team=x" in succeed("quota", url, "team=x")
     refused = run("add", url, "b", folder / "b.npz", "--metadata", "tenant=acme", "-q")
     assert refused.returncode == 7
     succeed("add", url, "b", folder / "b.npz", "--metadata", "tenant=other", "-q")
+    # Who has a quota of his own does not count for that of the others, nor does who has no tenant.
+    succeed("add", url, "base", folder / "base.npz", "-q")
+    for tenant in ("acme", "other"):
+        said = succeed("quota", url, f"tenant={tenant}", "1GB")
+        most, *_ = document("quota", url, "tenant")["quotas"]
+        by = {"acme": "other", "other": None}[tenant]
+        assert (most["used_bytes"], most["used_by"]) == (512 * 64 * 4 if by else 0, by)
+    assert "0 B" in succeed("quota", url, "tenant").splitlines()[1]
+    succeed("quota", url, "tenant=other", "--delete")
+    said = succeed("quota", url, "tenant", "1kB", "--measure", "logical")
+    assert "tenant=other takes 128.0 KiB already" in said
+
+
+def test_a_key_that_no_model_has(folder: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/models.db"
+    succeed("add", url, "base", folder / "base.npz", "-q")
+    assert "has the key 'tenant' in its metadata; there is none at all" in succeed(
+        "stats", url, "--by", "tenant"
+    )
+    metadata = ("--metadata", "team=x", "--metadata", "tenant=acme")
+    succeed("add", url, "a", folder / "a.npz", *metadata, "-q")
+    said = succeed("stats", url, "--by", "tennant")
+    assert said == "no model has the key 'tennant' in its metadata; there are: team, tenant\n"
+    found = document("stats", url, "--by", "tennant")
+    assert [value["value"] for value in found["values"]] == [None]
+    assert found["keys"] == ["team", "tenant"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +149,10 @@ def test_each_other_value(folder: Path, tmp_path: Path) -> None:
         (("--delete",), 2, "--delete takes the KEY=VALUE"),
         (("tenant=a", "5", "--delete"), 2, "and no SIZE"),
         (("tenant=a", "much"), 2, "'much' is not a size"),
+        (("tenant=a", "1.5"), 2, "write a unit, e.g. 1.5GB"),
+        (("tenant=a", "-5"), 2, "-5"),
+        (("tenant=a", "99999999TB"), 2, "not within 1 byte and 8 EiB"),
+        (("tenant=", "5"), 2, "tenant= names no value"),
         (("=a", "5"), 2, "'=a' is not KEY=VALUE"),
         (("tenant=a", "5", "--measure", "gross"), 2, "gross"),
     ],

@@ -196,9 +196,28 @@ def test_quotas_are_kept_and_listed(store_url: str) -> None:
         add(store, "o", range(2, 3), tenant="other")
         with pytest.raises(NotFoundError, match=r"tenant; there is one for: team=x, tenant=ż"):
             store.quotas.remove("tenant", None)
-        for bad in ("-1", "many", -1):
-            with pytest.raises(ArgumentError):
-                store.quotas.set("tenant", "a", bad)
+        bad: list[tuple[int | str, str]] = [
+            ("-1", "not a size"),
+            ("many", "not a size"),
+            (-1, "not a size"),
+            ("1.5", r"no whole number of bytes; write a unit, e.g. 1.5GB"),
+            ("0.4B", "no whole number of bytes"),
+            ("9e99", "not a size"),
+            ("1" * 30, "not within 1 byte and 8 EiB"),
+            ("9223372036854775808", "not within"),
+            ("9" * 400, "not a size"),
+            ("10000000TiB", "not within"),
+            ("\u0665GB", "not a size"),
+        ]
+        for limit, said in bad:
+            with pytest.raises(ArgumentError, match=said):
+                store.quotas.set("tenant", "a", limit)
+        with pytest.raises(ArgumentError, match="tenant= names no value; leave out the '='"):
+            store.quotas.set("tenant", "", "5GB")
+        assert [quota.value for quota in store.quotas] == ["x", "ż'; --"]
+        for good, size in (("1.5 kB", 1500), ("9223372036854775807", 2**63 - 1), ("0", 0)):
+            assert store.quotas.set("tenant", "b", good).bytes == size
+        store.quotas.remove("tenant", "b")
         with pytest.raises(ArgumentError, match="measure 'gross'"):
             store.quotas.set("tenant", "a", 1, measure="gross")
         with pytest.raises(ArgumentError, match="key"):
