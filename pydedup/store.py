@@ -20,6 +20,7 @@ from pydedup.errors import (
     NotFoundError,
 )
 from pydedup.formats.base import Artifact, TensorEntry
+from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.formats.registry import open_source, write_model
 from pydedup.graph import Graph
 from pydedup.ingest.add import add_models
@@ -33,6 +34,7 @@ from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
 from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
 from pydedup.report.sizes import ModelSize, model_sizes
 from pydedup.serving.engine import run_graph
+from pydedup.serving.onnx_session import run_onnx
 from pydedup.serving.score import BATCH, score_rows
 from pydedup.serving.tensor import StoredTensor, TensorsOnDemand
 from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress, ScoreReport
@@ -284,10 +286,7 @@ class Store(StoreUpkeep):
         model = self._catalog.model(name)
         graph = model.graph()
         if graph is None:
-            raise NotFoundError(
-                f"{model.address} has no graph to predict with; give add(..., graph=...), "
-                "or add it from a torch.nn.Sequential, Keras or ONNX model"
-            )
+            return self._predict_onnx(model, x)
         if isinstance(x, Mapping):
             inputs = {key: np.asarray(value) for key, value in x.items()}
         elif len(graph.inputs) == 1:
@@ -454,6 +453,19 @@ class Store(StoreUpkeep):
         return Quotas(self._adapter)
 
     # ---- inside -------------------------------------------------------------------------------
+
+    def _predict_onnx(self, model: StoredModel, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
+        """Predict with a model that was ONNX and has operations that we do not run ourselves."""
+        payload = self._adapter.artifact(model.row.id, ONNX_GRAPH)
+        if payload is None:
+            raise NotFoundError(
+                f"{model.address} has no graph to predict with; give add(..., graph=...), "
+                "or add it from a torch.nn.Sequential, Keras or ONNX model"
+            )
+        outputs = run_onnx(
+            model, payload, lambda tensor: self._stored_tensor(model, tensor), self._pool, x
+        )
+        return outputs if isinstance(x, Mapping) or len(outputs) > 1 else outputs.popitem()[1]
 
     def _stored_tensor(self, model: StoredModel, name: str) -> StoredTensor:
         info = model.tensor(name)

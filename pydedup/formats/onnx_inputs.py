@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stored ONNX graph for a runtime, with the large weights as inputs instead of inside.
+
+So that the runtime uses weights where they lie in memory, and one session serves all models of the
+same layers. Deliberately not here: running it (:mod:`pydedup.serving.onnx_session`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydedup.errors import FormatError
+from pydedup.formats._onnx_tensors import has_values, nested_tensors
+from pydedup.formats.base import Array
+from pydedup.types import TensorInfo
+
+__all__ = ["OpenedGraph", "open_graph"]
+
+#: Smaller tensors stay inside: shapes, axes and scales, which runtimes want to know beforehand.
+_LEAST_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedGraph:
+    """A model for a runtime.
+
+    Attributes
+    ----------
+    model
+        The serialised ModelProto.
+    inputs, outputs
+        What the model takes and gives, weights left out.
+    weights
+        Inputs that are tensors of the model: name to the number of the ONNX element type.
+    """
+
+    model: bytes
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: Mapping[str, int]
+
+
+def open_graph(
+    payload: bytes, tensors: Mapping[str, TensorInfo], read: Callable[[str], Array]
+) -> OpenedGraph:
+    """Put the weights back into the graph that a store keeps of an ONNX model.
+
+    Parameters
+    ----------
+    payload
+        The artifact `pydedup.formats.onnx.GRAPH`.
+    tensors
+        The model's tensors by name.
+    read
+        Returns the elements of one.
+
+    Raises
+    ------
+    FormatError
+        When the graph does not parse, or wants a tensor that the model does not have.
+    """
+    import onnx
+
+    try:
+        model = onnx.ModelProto.FromString(payload)
+    except Exception as exc:  # DecodeError lives in the protobuf package
+        raise FormatError(f"the stored ONNX graph does not parse: {exc}") from exc
+    graph = model.graph
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    inputs = tuple(value.name for value in graph.input if value.name not in initializers)
+    outputs = tuple(value.name for value in graph.output)
+    given = {
+        name: tensor
+        for name, tensor in _top_level(graph, initializers).items()
+        if name in tensors and _is_large(tensors[name]) and name not in outputs
+    }
+    inside = {**dict(nested_tensors(graph)), **initializers}
+    for name, tensor in inside.items():
+        if name in given or has_values(tensor) or tensor.data_type == onnx.TensorProto.STRING:
+            continue
+        if name in tensors:
+            tensor.raw_data = read(name).tobytes()
+        elif 0 not in tensor.dims:
+            raise FormatError(f"the stored ONNX graph wants the tensor {name!r}, which is missing")
+    weights = {name: int(tensor.data_type) for name, tensor in given.items()}
+    declared = {value.name for value in graph.input}
+    for name, tensor in given.items():
+        if name not in declared:
+            kind = onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+            graph.input.append(kind)
+    _keep(graph.initializer, lambda tensor: tensor.name not in given)
+    _keep(graph.node, lambda node: not (node.op_type == "Constant" and node.output[0] in given))
+    return OpenedGraph(model.SerializeToString(deterministic=True), inputs, outputs, weights)
+
+
+def _top_level(graph: Any, initializers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors of the main graph: initialisers, and values of constants."""
+    found = dict(initializers)
+    for node in graph.node:
+        if node.op_type == "Constant" and node.output:
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    found.setdefault(node.output[0], attribute.t)
+    return found
+
+
+def _is_large(info: TensorInfo) -> bool:
+    size = info.dtype.itemsize
+    for extent in info.shape:
+        size *= extent
+    return size >= _LEAST_BYTES
+
+
+def _keep(repeated: Any, wanted: Callable[[Any], bool]) -> None:
+    """Remove the unwanted entries of a repeated field."""
+    kept = [entry for entry in repeated if wanted(entry)]
+    del repeated[:]
+    repeated.extend(kept)

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX models with operations that our own engine does not know, run by ONNX Runtime.
+
+The runtime is given the weights as inputs, where they lie in memory, so that nothing is copied and
+sessions are shared: one serves all models that have the same layers, and a tensor that several
+models have is in memory once. Tensors are loaded whole, counted against the memory budget of the
+store, and the ones that were not used for longest make room. Deliberately not here: graphs that we
+run ourselves (:mod:`pydedup.serving.engine`), which stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pydedup.blocks import BlockMap
+from pydedup.catalog import StoredModel
+from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
+from pydedup.formats.onnx_inputs import OpenedGraph, open_graph
+from pydedup.pool import PagePool
+from pydedup.serving.tensor import StoredTensor
+from pydedup.types import DType
+
+__all__ = ["run_onnx"]
+
+#: Graphs that are kept ready, and sessions; the weights are not in them.
+_KEPT = 64
+#: Types of ONNX as sessions name them -> ours.
+_TYPES = {
+    "tensor(float)": DType.F32,
+    "tensor(double)": DType.F64,
+    "tensor(float16)": DType.F16,
+    "tensor(bfloat16)": DType.BF16,
+    "tensor(bool)": DType.BOOL,
+    **{
+        f"tensor({sign}int{bits})": DType.of_label(f"{sign}int{bits}")
+        for sign in ("", "u")
+        for bits in (8, 16, 32, 64)
+    },
+}
+
+
+def run_onnx(
+    model: StoredModel,
+    payload: bytes,
+    tensor: Callable[[str], StoredTensor],
+    pool: PagePool,
+    x: ArrayLike | Mapping[str, ArrayLike],
+) -> dict[str, NDArray[Any]]:
+    """Compute all outputs of a model.
+
+    Parameters
+    ----------
+    model
+        Where its tensors are.
+    payload
+        The artifact that the reader of ONNX leaves: the graph without its weights.
+    tensor
+        Returns a tensor of the model by name.
+    pool
+        Whose budget counts.
+    x
+        The inputs by name, or the only one. Numbers are converted to the type of the input, but
+        not to integers.
+
+    Raises
+    ------
+    ArgumentError
+        When inputs are missing, unknown, or do not fit.
+    BudgetError
+        When the weights do not fit the budget.
+    UnsupportedFormatError
+        When onnx or onnxruntime is not installed, or does not know the graph's operations.
+    """
+    runner = _runner_of(pool)
+    graph, session = runner.graph(model, payload, tensor, pool)
+    if isinstance(x, Mapping):
+        inputs = dict(x)
+    elif len(graph.inputs) == 1:
+        inputs = {graph.inputs[0]: x}
+    else:
+        raise ArgumentError(f"{model.address} takes several inputs: {', '.join(graph.inputs)}")
+    unknown = [name for name in inputs if name not in graph.inputs]
+    missing = [name for name in graph.inputs if name not in inputs]
+    if unknown or missing:
+        problem = f"unknown input {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
+        raise ArgumentError(f"{problem}; the model takes: {', '.join(graph.inputs)}")
+    kinds = {value.name: value for value in session.runtime.get_inputs()}
+    given = {name: _as_input(value, kinds[name]) for name, value in inputs.items()}
+    # Kept until the end: the runtime reads the arrays where they are.
+    held = {
+        name: runner.tensor(model.block_map(name), tensor(name), kind, pool)
+        for name, kind in graph.weights.items()
+    }
+    given.update((name, weight.value) for name, weight in held.items())
+    try:
+        found = session.runtime.run_with_ort_values(list(graph.outputs), given)
+    except Exception as exc:  # of many classes, by the runtime's own numbering
+        raise ArgumentError(f"ONNX Runtime cannot run {model.address}: {exc}") from exc
+    return {name: value.numpy() for name, value in zip(graph.outputs, found, strict=True)}
+
+
+# ---- inside -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A tensor in memory, as the runtime takes it."""
+
+    value: Any
+    array: NDArray[Any]
+    reservation: object
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """A session of the runtime."""
+
+    runtime: Any
+    reservation: object
+
+
+_Tensors: TypeAlias = Callable[[str], StoredTensor]
+
+
+class _Runner:
+    """The sessions and loaded tensors of one store. Safe between threads.
+
+    It refers neither to the store nor to its pool, which it must not keep alive.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._lock = threading.Lock()
+        self._models: OrderedDict[int, tuple[OpenedGraph, _Session]] = OrderedDict()
+        self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
+        self._held: OrderedDict[bytes, _Held] = OrderedDict()
+
+    def graph(
+        self, model: StoredModel, payload: bytes, tensor: _Tensors, pool: PagePool
+    ) -> tuple[OpenedGraph, _Session]:
+        number = model.row.id
+        with self._lock:
+            known = self._models.get(number)
+            if known is not None:
+                self._models.move_to_end(number)
+                return known
+        infos = {info.name: info for info in model.tensors}
+        _import_onnxruntime()
+        graph = open_graph(payload, infos, lambda name: tensor(name).numpy())
+        session = self._session(graph, model.address, pool)
+        ready = replace(graph, model=b""), session
+        with self._lock:
+            self._models[number] = ready
+            _shorten(self._models)
+        return ready
+
+    def tensor(self, block_map: BlockMap, stored: StoredTensor, kind: int, pool: PagePool) -> _Held:
+        """Return a tensor in memory, loaded unless this or another model has the same one."""
+        key = _content(block_map, stored.shape)
+        with self._lock:
+            held = self._held.get(key)
+            if held is not None:
+                self._held.move_to_end(key)
+                return held
+        n_bytes = math.prod(stored.shape) * stored.dtype.itemsize
+        reservation = _reserve(pool, n_bytes, self._make_room)
+        array = stored.numpy()
+        held = _Held(_as_value(array, kind), array, reservation)
+        with self._lock:
+            self._held[key] = held
+        return held
+
+    def _session(self, graph: OpenedGraph, address: str, pool: PagePool) -> _Session:
+        key = hashlib.blake2b(graph.model, digest_size=16).digest()
+        with self._lock:
+            known = self._sessions.get(key)
+            if known is not None:
+                self._sessions.move_to_end(key)
+                return known
+        # What is inside of the model, the session has in memory.
+        reservation = _reserve(pool, len(graph.model), self._make_room)
+        session = _Session(_new_session(graph.model, address), reservation)
+        with self._lock:
+            self._sessions[key] = session
+            _shorten(self._sessions)
+        return session
+
+    def _make_room(self) -> bool:
+        """Forget the tensor that was not used for longest; return whether there was one."""
+        with self._lock:
+            if not self._held:
+                return False
+            self._held.popitem(last=False)
+            return True
+
+
+def _new_session(model: bytes, address: str) -> Any:
+    ort = _import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised, and need not be printed too
+    # A spinning thread would take the core that our kernels use next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as exc:
+        raise UnsupportedFormatError(f"ONNX Runtime cannot load {address}: {exc}") from exc
+
+
+def _reserve(pool: PagePool, n_bytes: int, make_room: Callable[[], bool]) -> object:
+    """Count bytes against the budget, forgetting what is loaded until they fit."""
+    reserve = getattr(pool, "reserve", None)
+    while reserve is not None:
+        try:
+            return reserve(n_bytes)
+        except BudgetError:
+            if not make_room():
+                raise
+    return None
+
+
+def _content(block_map: BlockMap, shape: tuple[int, ...]) -> bytes:
+    """Return a key that two tensors share when they are the same blocks."""
+    page_ids = block_map.page_ids
+    number = id(page_ids)
+    known = _contents.get(number)
+    if known is not None and known[0]() is page_ids and known[1] == shape:
+        return known[2]
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((shape, block_map.dtype.label, block_map.grid)).encode())
+    for column in (page_ids, block_map.slots, *(block_map.bases or ())):
+        digest.update(column.tobytes())
+    key = digest.digest()
+    gone = weakref.ref(page_ids, lambda _: _contents.pop(number, None))
+    _contents[number] = gone, shape, key
+    return key
+
+
+#: Keys of the arrays of block maps by their identity, as long as these live.
+_contents: dict[int, tuple[weakref.ref[NDArray[np.int64]], tuple[int, ...], bytes]] = {}
+
+
+def _as_value(array: NDArray[Any], kind: int) -> Any:
+    """Return an array as the runtime takes it; the memory stays the array's."""
+    ort = _import_onnxruntime()
+    if array.dtype.kind in "biuf":
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    plain = array.view(np.dtype(f"u{array.dtype.itemsize}"))  # bf16 and f8 have no numpy type
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain, kind)
+
+
+def _as_input(x: ArrayLike, kind: Any) -> Any:
+    """Return an input in the type that the model wants. Raises ArgumentError."""
+    array = np.asarray(x)
+    wanted = _TYPES.get(kind.type)
+    if wanted is None:
+        raise ArgumentError(f"input {kind.name!r} is a {kind.type}, which is not supported")
+    both_whole = wanted.numpy.kind in "iu" and array.dtype.kind in "iu"
+    if not (both_whole or wanted.is_float or wanted.numpy == array.dtype):
+        raise ArgumentError(f"input {kind.name!r} must be {wanted.label}, not {array.dtype}")
+    if array.dtype.kind not in "biuf":
+        try:
+            DType.of(array.dtype)
+        except ArgumentError:
+            raise ArgumentError(
+                f"input {kind.name!r} must hold numbers, not {array.dtype}"
+            ) from None
+    with np.errstate(over="ignore"):
+        ready = np.ascontiguousarray(array, wanted.numpy)
+    return _as_value(ready, 16 if wanted is DType.BF16 else 0)
+
+
+def _shorten(kept: OrderedDict[Any, Any]) -> None:
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # type: ignore[import-untyped]
+    except ImportError as exc:
+        raise UnsupportedFormatError(
+            f"predictions of this ONNX model need the package {exc.name}, which is not installed; "
+            "run: pip install 'pydedup[onnx]'"
+        ) from exc
+    return onnxruntime
+
+
+_runners: weakref.WeakKeyDictionary[PagePool, _Runner] = weakref.WeakKeyDictionary()
+#: Those of a parent process: their threads do not exist here, and ending them would wait for ever.
+_left: list[_Runner] = []
+
+
+def _runner_of(pool: PagePool) -> _Runner:
+    runner = _runners.get(pool)
+    if runner is None or runner.process != os.getpid():
+        if runner is not None:
+            _left.append(runner)
+        runner = _runners[pool] = _Runner()
+    return runner

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX models that our engine does not run: ONNX Runtime predicts, with weights of the store."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import pydedup
+from pydedup.errors import ArgumentError, NotFoundError, UnsupportedFormatError
+from pydedup.serving import onnx_session
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+RNG = np.random.default_rng(5)
+X = RNG.standard_normal((3, 64), np.float32)
+
+
+def normal(*shape: int) -> NDArray[np.float32]:
+    return RNG.standard_normal(shape, np.float32) / np.float32(8)
+
+
+def node(op: str, inputs: str, output: str, **attributes: Any) -> Any:
+    domain = attributes.pop("domain", "")
+    return onnx.helper.make_node(op, inputs.split(), [output], domain=domain, **attributes)
+
+
+def value(name: str, kind: int = 1, shape: Sequence[object] = ("b", 64)) -> Any:
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+
+def save(
+    path: Path,
+    nodes: Sequence[Any],
+    weights: Mapping[str, NDArray[Any]],
+    inputs: Sequence[Any] = (),
+    output: str = "y",
+) -> Path:
+    """Write a model; bfloat16 arrays become initialisers of that type."""
+    initializers = []
+    for name, array in weights.items():
+        kinds = {np.dtype(ml_dtypes.bfloat16): 16}
+        kind = kinds.get(array.dtype) or onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        initializers.append(
+            onnx.helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
+        )
+    graph = onnx.helper.make_graph(
+        nodes, "g", list(inputs) or [value("x")], [value(output, 1, None)], initializers
+    )
+    domains = [("", 17), ("com.microsoft", 1), ("nobody", 1)]
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid(*d) for d in domains]
+    )
+    model.ir_version = 8
+    onnx.save(model, path)
+    return path
+
+
+def run(path: Path, **inputs: NDArray[Any]) -> Any:
+    return ort.InferenceSession(path).run(None, inputs)[0]
+
+
+def stack(folder: Path, name: str, weights: Mapping[str, NDArray[Any]]) -> Path:
+    nodes = [
+        *(node("MatMul", "x w", "a"), node("Sin", "a", "b")),
+        *(node("MatMul", "b v", "c"), node("Add", "c bias", "y")),
+    ]
+    return save(folder / name, nodes, weights)
+
+
+def test_an_unknown_operation(store: pydedup.Store, tmp_path: Path) -> None:
+    weights = {"w": normal(64, 80), "v": normal(80, 600), "bias": normal(600)}
+    path = stack(tmp_path, "m.onnx", weights)
+    store.add("m", path)
+    assert store.graph("m") is None
+    wanted = run(path, x=X)
+    np.testing.assert_allclose(store.predict("m", X), wanted, rtol=1e-4, atol=1e-5)
+    found = store.predict("m", {"x": X})
+    assert list(found) == ["y"]
+    np.testing.assert_allclose(found["y"], wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        store.predict("m", X.astype(np.float64)), wanted, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(store.predict("m", X.T.copy().T), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_sessions_and_equal_tensors_are_shared(store: pydedup.Store, tmp_path: Path) -> None:
+    weights = {"w": normal(64, 80), "v": normal(80, 600), "bias": normal(600)}
+    others = {**weights, "v": normal(80, 600)}
+    paths = [stack(tmp_path, "1.onnx", weights), stack(tmp_path, "2.onnx", others)]
+    for number, path in enumerate(paths, 1):
+        store.add(f"m@{number}", path)
+    for number, path in enumerate(paths, 1):
+        np.testing.assert_allclose(
+            store.predict(f"m@{number}", X), run(path, x=X), rtol=1e-4, atol=1e-5
+        )
+    runner = onnx_session._runner_of(store._pool)
+    assert len(runner._sessions) == 1
+    assert len(runner._held) == 4  # w, bias, and two of v
+
+
+def test_every_place_of_a_weight(store: pydedup.Store, tmp_path: Path) -> None:
+    then = onnx.helper.make_graph([node("MatMul", "x w", "t")], "then", [], [value("t")])
+    inner = onnx.helper.make_tensor("v", 1, (64, 64), normal(64, 64).tobytes(), raw=True)
+    otherwise = onnx.helper.make_graph(
+        [node("MatMul", "x v", "o")], "else", [], [value("o")], [inner]
+    )
+    large = onnx.helper.make_tensor("c", 1, (64, 64), normal(64, 64).tobytes(), raw=True)
+    small = onnx.helper.make_tensor("s", 7, (2,), [-1, 32])
+    nodes = [
+        node("If", "flag", "i", then_branch=then, else_branch=otherwise),
+        node("Constant", "", "constant", value=large),
+        node("Constant", "", "shape", value=small),
+        *(
+            node("MatMul", "i constant", "p"),
+            node("Sin", "p", "q"),
+            node("Reshape", "q shape", "y"),
+        ),
+    ]
+    path = save(
+        tmp_path / "m.onnx", nodes, {"w": normal(64, 64)}, [value("x"), value("flag", 9, (1,))]
+    )
+    store.add("m", path)
+    assert set(store.load("m")) == {"w", "i/else_branch/v", "constant"}
+    for flag in (True, False):
+        inputs = {"x": X, "flag": np.array([flag])}
+        np.testing.assert_allclose(
+            store.predict("m", inputs)["y"], run(path, **inputs), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, np.int8])
+def test_weights_of_other_types(store: pydedup.Store, tmp_path: Path, dtype: Any) -> None:
+    weights = {"w": (normal(64, 80) * 100).astype(dtype)}
+    path = save(
+        tmp_path / "m.onnx",
+        [node("Cast", "w", "f", to=1), node("MatMul", "x f", "a"), node("Sin", "a", "y")],
+        weights,
+    )
+    store.add("m", path)
+    np.testing.assert_allclose(store.predict("m", X), run(path, x=X), rtol=1e-4, atol=1e-4)
+
+
+def test_recurrent_and_look_ups(store: pydedup.Store, tmp_path: Path) -> None:
+    nodes = [
+        node("Gather", "table x", "rows", axis=0),
+        node("LSTM", "rows w r", "h", hidden_size=32),
+        node("Squeeze", "h axes", "y"),
+    ]
+    weights = {
+        "table": normal(500, 64),
+        "w": normal(1, 128, 64),
+        "r": normal(1, 128, 32),
+        "axes": np.array([1]),
+    }
+    path = save(tmp_path / "m.onnx", nodes, weights, [value("x", 7, ("t", "b"))])
+    store.add("m", path)
+    ids = RNG.integers(0, 500, (7, 2))
+    np.testing.assert_allclose(store.predict("m", ids), run(path, x=ids), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        store.predict("m", ids.astype(np.uint8) * 0), run(path, x=ids * 0), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ArgumentError, match="input 'x' must be int64, not float32"):
+        store.predict("m", X)
+
+
+def test_wrong_inputs(store: pydedup.Store, tmp_path: Path) -> None:
+    nodes = [node("Mul", "x z", "a"), node("MatMul", "a w", "c"), node("Sin", "c", "y")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(64, 80)}, [value("x"), value("z")])
+    store.add("m", path)
+    for x, message in (
+        (X, "takes several inputs: x, z"),
+        ({"x": X}, "input 'z' is missing; the model takes: x, z"),
+        ({"x": X, "z": X, "w": normal(64, 80)}, "unknown input 'w'; the model takes: x, z"),
+        ({"x": X, "z": np.array(["a"])}, "input 'z' must hold numbers, not <U1"),
+        ({"x": X, "z": X[:, :5]}, "ONNX Runtime cannot run m@1: .*"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            store.predict("m", x)
+    np.testing.assert_allclose(
+        store.predict("m", {"x": X, "z": X})["y"], run(path, x=X, z=X), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_an_operation_that_nobody_knows(store: pydedup.Store, tmp_path: Path) -> None:
+    nodes = [node("MatMul", "x w", "a"), node("Guess", "a", "y", domain="nobody")]
+    store.add("m", save(tmp_path / "m.onnx", nodes, {"w": normal(64, 80)}))
+    with pytest.raises(UnsupportedFormatError, match=r"ONNX Runtime cannot load m@1: .*Guess"):
+        store.predict("m", X)
+
+
+def test_a_model_without_a_graph(store: pydedup.Store) -> None:
+    store.add("m", {"w": normal(64, 80)})
+    with pytest.raises(NotFoundError, match="has no graph to predict with"):
+        store.predict("m", X)
+
+
+def test_without_the_runtime(
+    store: pydedup.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stack(tmp_path, "m", {"w": normal(64, 80), "v": normal(80, 9), "bias": normal(9)})
+    store.add("m", path.rename(tmp_path / "m.onnx"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(
+        UnsupportedFormatError, match=r"package onnxruntime, which is not installed"
+    ):
+        store.predict("m", X)
+
+
+def test_a_forked_child(store: pydedup.Store, tmp_path: Path) -> None:
+    path = stack(tmp_path, "m.onnx", {"w": normal(64, 80), "v": normal(80, 9), "bias": normal(9)})
+    store.add("m", path)
+    wanted = store.predict("m", X)
+    child = os.fork()
+    if child == 0:
+        same = np.array_equal(store.predict("m", X), wanted)
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_nothing_keeps_a_store_alive(tmp_path: Path) -> None:
+    path = stack(tmp_path, "m.onnx", {"w": normal(64, 80), "v": normal(80, 9), "bias": normal(9)})
+    with pydedup.open(tmp_path / "other.db") as store:
+        store.add("m", path)
+        store.predict("m", X)
+    pool = weakref.ref(store._pool)
+    del store
+    gc.collect()
+    assert pool() is None
