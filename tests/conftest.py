@@ -203,6 +203,29 @@ def postgres_schema(postgres_url: str) -> Iterator[str]:
     _drop_schema(postgres_url, name)
 
 
+@pytest.fixture
+def postgres_user(postgres_url: str, postgres_schema: str) -> Iterator[tuple[str, str]]:
+    """A user of PostgreSQL who may do nothing yet, and the test's schema as a URL of theirs."""
+    import psycopg
+
+    name, place = unused_name(), psycopg.conninfo.conninfo_to_dict(postgres_url)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {name} LOGIN")
+        url = f"postgresql://{name}@/{place['dbname']}?host={place['host']}"
+        yield name, f"{url}&schema={postgres_schema}"
+        connection.execute(f"DROP OWNED BY {name} CASCADE")
+        connection.execute(f"DROP ROLE {name}")
+
+
+@pytest.fixture
+def mysql_user(mysql_database: str, mysql_run: Callable[..., object]) -> Iterator[tuple[str, str]]:
+    """A user of MariaDB who may do nothing yet, and the test's database as a URL of theirs."""
+    name = unused_name()
+    mysql_run(mysql_database, f"CREATE USER {name} IDENTIFIED BY ''")
+    yield name, mysql_database.replace("root@", f"{name}@")
+    mysql_run(mysql_database, f"DROP USER {name}")
+
+
 @pytest.fixture(params=["sqlite", "postgres", "mysql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty place for a store, on each back end in turn."""

@@ -8,8 +8,7 @@ metadata that say nothing. The rest of the mechanism is in the contract of adapt
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -174,38 +173,31 @@ def test_a_newer_schema_is_refused(store_url: str) -> None:
 
 
 @pytest.fixture
-def writer_of_postgres(postgres_url: str, postgres_schema: str) -> Iterator[str]:
+def writer_of_postgres(
+    postgres_user: tuple[str, str], postgres_url: str, postgres_schema: str
+) -> str:
     """The URL of a store of version 0, as a role that may write it but did not create it."""
-    url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}schema={postgres_schema}"
-    with pydedup.open(url) as store:
+    role, url = postgres_user
+    with pydedup.open(postgres_url, schema=postgres_schema) as store:
         make_older(store._adapter)
-    role = f"role_{secrets.token_hex(6)}"
-    place = psycopg.conninfo.conninfo_to_dict(postgres_url)
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE ROLE {role} LOGIN")
         connection.execute(f"GRANT USAGE ON SCHEMA {postgres_schema} TO {role}")
         everything = f"ALL TABLES IN SCHEMA {postgres_schema}"
         connection.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {everything} TO {role}")
-        yield (
-            f"postgresql://{role}@/{place['dbname']}?host={place['host']}&schema={postgres_schema}"
-        )
-        connection.execute(f"DROP OWNED BY {role}")
-        connection.execute(f"DROP ROLE {role}")
+    return url
 
 
 @pytest.fixture
-def writer_of_mysql(mysql_database: str, mysql_run: Callable[..., object]) -> Iterator[str]:
+def writer_of_mysql(
+    mysql_user: tuple[str, str], mysql_database: str, mysql_run: Callable[..., object]
+) -> str:
     """The same in MariaDB."""
+    name, url = mysql_user
     with pydedup.open(mysql_database) as store:
         make_older(store._adapter)
-    name, database = f"u{secrets.token_hex(6)}", urlsplit(mysql_database).path.strip("/")
-    mysql_run(
-        mysql_database,
-        f"CREATE USER {name} IDENTIFIED BY ''",
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {database}.* TO {name}",
-    )
-    yield mysql_database.replace("root@", f"{name}@")
-    mysql_run(mysql_database, f"DROP USER {name}")
+    database = urlsplit(mysql_database).path.strip("/")
+    mysql_run(mysql_database, f"GRANT SELECT, INSERT, UPDATE, DELETE ON {database}.* TO {name}")
+    return url
 
 
 @pytest.mark.parametrize("backend", ["postgres", "mysql"])

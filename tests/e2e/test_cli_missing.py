@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,23 +69,10 @@ def test_what_is_something_else_is_not_missing(tmp_path: Path, said: Any) -> Non
     assert not isinstance(caught.value, MissingStoreError)
 
 
-@pytest.fixture
-def postgres_role(postgres_url: str, postgres_schema: str) -> Iterator[tuple[str, str]]:
-    """A user of PostgreSQL who may do nothing, and his URL."""
-    role = f"role_{secrets.token_hex(6)}"
-    place = psycopg.conninfo.conninfo_to_dict(postgres_url)
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE ROLE {role} LOGIN")
-        url = f"postgresql://{role}@/{place['dbname']}?host={place['host']}"
-        yield role, f"{url}&schema={postgres_schema}"
-        connection.execute(f"DROP OWNED BY {role} CASCADE")
-        connection.execute(f"DROP ROLE {role}")
-
-
 def test_a_role_of_postgres_that_may_not_create(
-    postgres_role: tuple[str, str], postgres_url: str, postgres_schema: str, model: Path, said: Any
+    postgres_user: tuple[str, str], postgres_url: str, postgres_schema: str, model: Path, said: Any
 ) -> None:
-    role, url = postgres_role
+    role, url = postgres_user
     told = said("ls", url)
     assert f"user {role} may not create one: let an administrator run" in told
     statement = f'CREATE SCHEMA "{postgres_schema}" AUTHORIZATION "{role}"'
@@ -99,23 +84,16 @@ def test_a_role_of_postgres_that_may_not_create(
 
 
 def test_a_user_of_mariadb_who_may_not_create(
-    mysql_database: str, mysql_run: Any, model: Path, said: Any
+    mysql_user: tuple[str, str], mysql_database: str, mysql_run: Any, model: Path, said: Any
 ) -> None:
-    name, database = f"u{secrets.token_hex(6)}", urlsplit(mysql_database).path.strip("/")
-    mysql_run(
-        mysql_database,
-        f"CREATE USER {name} IDENTIFIED BY ''",
-        f"GRANT SELECT ON {database}.* TO {name}",
-    )
-    url = mysql_database.replace("root@", f"{name}@")
-    try:
-        told = said("ls", url)
-        assert f"user {name}@% may not create one: let an administrator run GRANT CREATE" in told
-        assert "then `pydedup add` creates one" in told
-        statement = said("add", url, "m", model).strip().rpartition(" run ")[2]
-        assert statement in told
-        mysql_run(mysql_database, statement)
-        assert "; `pydedup add` creates one" in said("ls", url)
-        assert main(["add", url, "m", str(model), "-q"]) == 0
-    finally:
-        mysql_run(mysql_database, f"DROP USER {name}")
+    name, url = mysql_user
+    database = urlsplit(mysql_database).path.strip("/")
+    mysql_run(mysql_database, f"GRANT SELECT ON {database}.* TO {name}")
+    told = said("ls", url)
+    assert f"user {name}@% may not create one: let an administrator run GRANT CREATE" in told
+    assert "then `pydedup add` creates one" in told
+    statement = said("add", url, "m", model).strip().rpartition(" run ")[2]
+    assert statement in told
+    mysql_run(mysql_database, statement)
+    assert "; `pydedup add` creates one" in said("ls", url)
+    assert main(["add", url, "m", str(model), "-q"]) == 0

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,10 +43,6 @@ def sql(postgres_url: str) -> Iterator[Any]:
 
 
 @pytest.fixture
-def role(sql: Any) -> Iterator[str]:
+def role(postgres_user: tuple[str, str]) -> str:
     """A user that may do nothing yet."""
-    name = f"role_{secrets.token_hex(6)}"
-    sql(f'CREATE ROLE "{name}" LOGIN')
-    yield name
-    sql(f'DROP OWNED BY "{name}" CASCADE')
-    sql(f'DROP ROLE "{name}"')
+    return postgres_user[0]
