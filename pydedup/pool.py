@@ -2,8 +2,9 @@
 """Pages in memory, under one hard budget per store.
 
 Here: fetching what is missing (once, in one batch, outside of any lock), pinning, and walking over
-many blocks in windows that a small budget can hold. The pool itself is native; an unpinned page is
-evicted least recently used first. Deliberately not here: what is done with the blocks of a page.
+many blocks in windows that a small budget can hold. The pool itself is native; which unpinned page
+is evicted, :mod:`pydedup.replacement` says. Deliberately not here: what is done with the blocks of
+a page.
 
 A `Page` is pinned for as long as anything refers to it. Pages are counted with their payload bytes;
 the tables around them (about 200 bytes per page) and a payload on its way in are not.
@@ -23,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup._core import Page
+from pydedup._core import Page, Reservation
 from pydedup.codec import StoredBases
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
+from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.windows import (
     Cut,
     Window,
@@ -37,7 +39,7 @@ from pydedup.windows import (
     within,
 )
 
-__all__ = ["Fetch", "Page", "PagePool", "Window"]
+__all__ = ["Fetch", "Page", "PagePool", "Reservation", "Window"]
 
 #: Reads pages: given ids, gives (id, payload) for those that exist, in any order.
 Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
@@ -75,18 +77,28 @@ class PagePool:
         Bytes of pages to hold at most.
     explain
         Called with the id of a damaged page; what it returns follows on what the error says.
+    policy
+        Which page goes when room is needed: a name of `pydedup.replacement.POLICIES`.
 
     Raises
     ------
     ArgumentError
-        When the budget is not positive.
+        When the budget is not positive, or for an unknown policy.
     """
 
-    def __init__(self, fetch: Fetch, memory_bytes: int, explain: Explain | None = None) -> None:
+    def __init__(
+        self,
+        fetch: Fetch,
+        memory_bytes: int,
+        explain: Explain | None = None,
+        *,
+        policy: str = DEFAULT_POLICY,
+    ) -> None:
         if memory_bytes <= 0:
             raise ArgumentError(f"memory_bytes is {memory_bytes}; a pool needs a positive budget")
         self._fetch = fetch
         self._budget = memory_bytes
+        self._policy = check_policy(policy)
         self._explain = explain
         self._largest = _USUAL_PAGE_BYTES
         self._plans: dict[int, _Plan] = {}  # by the id of the array of pages
@@ -95,7 +107,7 @@ class PagePool:
 
     def _start(self) -> None:
         """Begin with nothing in memory and nobody at work: at first, and in a forked child."""
-        self._core = _core.BufferPool(self._budget)
+        self._core = _core.BufferPool(self._budget, self._policy)
         self._lock = threading.Lock()
         self._loading: dict[int, threading.Event] = {}
         self._gate = _Gate(self._budget)
@@ -248,8 +260,36 @@ class PagePool:
         advice = "; run verify on the store" if self._explain is None else self._explain(page_id)
         return CorruptStoreError(f"page {page_id}: {error}{advice}")
 
+    def owns(self, owner: int, page_ids: NDArray[np.int64]) -> None:
+        """Tell the policy that a model reads these pages."""
+        self._core.owns(owner, page_ids)
+
+    def call(self, owner: int) -> None:
+        """Tell the policy that a prediction of a model begins."""
+        self._core.call(owner)
+
+    def reserve(self, nbytes: int) -> Reservation:
+        """Take bytes off the budget, for something else than pages that lives long.
+
+        They come back with ``release()``, or when the result is gone. Evicts what it must; raises
+        BudgetError when that much is not to be had.
+        """
+        return self._core.reserve(nbytes)
+
+    def record(self, max_uses: int) -> None:
+        """Record uses of pages from now on, at 16 bytes each; 0 ends that."""
+        self._core.record(max_uses)
+
+    def recorded(self) -> Trace:
+        """Return what was recorded so far."""
+        return Trace(*self._core.recorded())
+
     def stats(self) -> dict[str, int]:
-        """Return hits, misses, inserts, evictions, pages, bytes, pinned_bytes, budget_bytes."""
+        """Return the pool in numbers.
+
+        These are hits, misses, inserts, evictions, pages, bytes, pinned_bytes, reserved_bytes and
+        budget_bytes.
+        """
         return self._core.stats()
 
     def drop(self, ids: Sequence[int] | NDArray[np.int64]) -> None:

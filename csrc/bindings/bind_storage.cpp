@@ -1,13 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // The buffer pool. Pages of the usual size and larger are copied out of the Python bytes they came
 // in, to memory that products walk over faster; others stay there until they are evicted.
+#include <pybind11/stl.h>
+
 #include <cstring>
 #include <memory>
+#include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings.hpp"
 #include "pydedup/buffer_pool.hpp"
 #include "pydedup/page_memory.hpp"
+#include "pydedup/replay.hpp"
 #include "python_bytes.hpp"
 
 namespace pydedup {
@@ -30,7 +36,7 @@ py::list pin_pages(BufferPool& pool, const Array<std::int64_t>& ids) {
 }
 
 std::shared_ptr<Page> insert_page(BufferPool& pool, BufferPool::PageId id,
-                                  const py::bytes& payload) {
+                                  const py::bytes& payload, bool ahead) {
     const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(payload.ptr()));
     std::shared_ptr<const std::byte> memory = share_bytes(payload);
     const WithoutGil no_gil;
@@ -38,7 +44,7 @@ std::shared_ptr<Page> insert_page(BufferPool& pool, BufferPool::PageId id,
         std::memcpy(better.get(), memory.get(), size);
         memory = better;
     }
-    return as_holder(pool.insert(id, Page(std::move(memory), size)));
+    return as_holder(pool.insert(id, Page(std::move(memory), size), ahead));
 }
 
 py::dict stats_of(const BufferPool& pool) {
@@ -51,8 +57,56 @@ py::dict stats_of(const BufferPool& pool) {
     named["pages"] = stats.pages;
     named["bytes"] = stats.bytes;
     named["pinned_bytes"] = stats.pinned_bytes;
+    named["reserved_bytes"] = stats.reserved_bytes;
     named["budget_bytes"] = stats.budget_bytes;
     return named;
+}
+
+// Bytes of the budget that are held, until release() or the end of the object.
+class Reserved {
+  public:
+    explicit Reserved(BufferPool::Reservation held) : held_(std::move(held)) {}
+    void release() noexcept { held_.reset(); }
+
+  private:
+    BufferPool::Reservation held_;
+};
+
+template <class T>
+[[nodiscard]] py::array_t<T> as_array(const std::vector<T>& values) {
+    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::tuple trace_of(const BufferPool& pool) {
+    const BufferPool::Trace trace = pool.recorded();
+    return py::make_tuple(as_array(trace.pages), as_array(trace.bytes), as_array(trace.calls),
+                          as_array(trace.owners), trace.complete);
+}
+
+[[nodiscard]] ReplacementPolicy policy_of(const std::string& name) {
+    const std::optional<ReplacementPolicy> policy = replacement_named(name);
+    if (!policy) {
+        throw Error(ErrorCode::invalid_argument, "unknown replacement policy '" + name + "'");
+    }
+    return *policy;
+}
+
+py::tuple replay_trace(const Array<std::int64_t>& pages, const Array<std::uint32_t>& bytes,
+                       const Array<std::uint32_t>& calls, const Array<std::int64_t>& owners,
+                       std::size_t budget_bytes, const std::optional<std::string>& policy) {
+    const std::vector<std::int64_t> used = as_copy(pages, "pages");
+    const std::vector<std::uint32_t> sizes = as_copy(bytes, "bytes");
+    const std::vector<std::uint32_t> called = as_copy(calls, "calls");
+    const std::vector<std::int64_t> callers = as_copy(owners, "owners");
+    const ReplayTrace trace{used, sizes, called, callers};
+    std::optional<ReplacementPolicy> chosen;
+    if (policy) chosen = policy_of(*policy);
+    ReplayResult result{};
+    {
+        const WithoutGil no_gil;
+        result = replay(trace, budget_bytes, chosen);
+    }
+    return py::make_tuple(result.hits, result.misses, result.missed_bytes);
 }
 
 }  // namespace
@@ -60,10 +114,35 @@ py::dict stats_of(const BufferPool& pool) {
 // The GIL is kept where the pool only moves entries between lists; it may be held while waiting for
 // the pool's mutex, since nobody waits for the GIL under that.
 void bind_storage(py::module_& m) {
+    py::class_<Reserved>(m, "Reservation").def("release", &Reserved::release);
     py::class_<BufferPool>(m, "BufferPool")
-        .def(py::init<std::size_t>(), py::arg("budget_bytes"))
+        .def(py::init([](std::size_t budget_bytes, const std::string& policy) {
+                 return std::make_unique<BufferPool>(budget_bytes, policy_of(policy));
+             }),
+             py::arg("budget_bytes"), py::arg("policy") = "reuse")
         .def("pin", &pin_pages, py::arg("ids").noconvert())
-        .def("insert", &insert_page, py::arg("id"), py::arg("payload"))
+        .def("insert", &insert_page, py::arg("id"), py::arg("payload"),
+             py::arg("ahead") = false)
+        .def(
+            "reserve",
+            [](BufferPool& pool, std::size_t bytes) {
+                BufferPool::Reservation held;
+                {
+                    const WithoutGil no_gil;  // pages that go may be Python's
+                    held = pool.reserve(bytes);
+                }
+                return Reserved(std::move(held));
+            },
+            py::arg("bytes"))
+        .def(
+            "owns",
+            [](BufferPool& pool, std::int64_t owner, const Array<std::int64_t>& pages) {
+                pool.owns(owner, as_span(pages, "pages"));
+            },
+            py::arg("owner"), py::arg("pages").noconvert())
+        .def("call", &BufferPool::call, py::arg("owner"))
+        .def("record", &BufferPool::record, py::arg("max_uses"))
+        .def("recorded", &trace_of)
         .def(
             "count_resident",
             [](const BufferPool& pool, const Array<std::int64_t>& ids) {
@@ -78,6 +157,9 @@ void bind_storage(py::module_& m) {
             py::arg("ids").noconvert())
         .def("clear", &BufferPool::clear)
         .def("stats", &stats_of);
+    m.def("replay", &replay_trace, py::arg("pages").noconvert(), py::arg("bytes").noconvert(),
+          py::arg("calls").noconvert(), py::arg("owners").noconvert(), py::arg("budget_bytes"),
+          py::arg("policy"));
 }
 
 }  // namespace pydedup

@@ -80,7 +80,7 @@ TEST(there_is_one_copy_of_a_page) {
 }
 
 TEST(the_least_recently_used_page_goes_first) {
-    BufferPool pool(3 * page_size());
+    BufferPool pool(3 * page_size(), ReplacementPolicy::lru);
     for (PageId id = 1; id <= 3; ++id) static_cast<void>(pool.insert(id, make_page(1)));
     static_cast<void>(pin_one(pool, 1));
     static_cast<void>(pool.insert(4, make_page(1)));
@@ -88,6 +88,63 @@ TEST(the_least_recently_used_page_goes_first) {
     static_cast<void>(pool.insert(5, make_page(1)));
     CHECK(resident(pool, 1) && !resident(pool, 3));
     CHECK(pool.stats().evictions == 2);
+}
+
+TEST(the_most_recently_used_page_goes_first) {
+    BufferPool pool(3 * page_size(), ReplacementPolicy::mru);
+    for (PageId id = 1; id <= 3; ++id) static_cast<void>(pool.insert(id, make_page(1)));
+    static_cast<void>(pin_one(pool, 1));
+    static_cast<void>(pool.insert(4, make_page(1)));
+    CHECK(!resident(pool, 1) && resident(pool, 2) && resident(pool, 3) && resident(pool, 4));
+}
+
+TEST(pages_of_a_busy_model_survive_a_pass_over_others) {
+    BufferPool pool(4 * page_size());
+    const std::vector<PageId> busy{1, 2};
+    pool.owns(7, busy);
+    for (int round = 0; round < 10; ++round) {
+        pool.call(7);
+        for (const PageId id : busy) {
+            if (!pin_one(pool, id)) static_cast<void>(pool.insert(id, make_page(1)));
+        }
+    }
+    pool.call(8);
+    for (PageId id = 100; id < 120; ++id) static_cast<void>(pool.insert(id, make_page(1)));
+    CHECK(pool.count_resident(busy) == 2);
+    CHECK(pool.stats().evictions == 18);
+}
+
+TEST(reserved_bytes_count) {
+    BufferPool pool(4 * page_size());
+    for (PageId id = 1; id <= 4; ++id) static_cast<void>(pool.insert(id, make_page(1)));
+    auto reserved = pool.reserve(2 * page_size());
+    CHECK(pool.stats().pages == 2 && pool.stats().reserved_bytes == 2 * page_size());
+    static_cast<void>(pool.insert(5, make_page(1)));
+    CHECK(pool.stats().pages == 2);
+    CHECK_THROWS(ErrorCode::out_of_budget, static_cast<void>(pool.reserve(2 * page_size() + 1)));
+    CHECK(pool.stats().pages == 2);
+    const auto copy = reserved;
+    reserved.reset();
+    CHECK(pool.stats().reserved_bytes == 2 * page_size());
+}
+
+TEST(uses_are_recorded) {
+    BufferPool pool(4 * page_size());
+    static_cast<void>(pool.insert(1, make_page(1)));
+    pool.record(3);
+    pool.call(5);
+    static_cast<void>(pin_one(pool, 1));
+    static_cast<void>(pool.insert(2, make_page(1)));
+    static_cast<void>(pool.insert(3, make_page(1), true));  // ahead of its use
+    CHECK(pool.recorded().complete);
+    pool.call(6);
+    static_cast<void>(pin_one(pool, 3));
+    static_cast<void>(pin_one(pool, 1));
+    const BufferPool::Trace trace = pool.recorded();
+    CHECK(trace.pages == (std::vector<PageId>{1, 2, 3}) && !trace.complete);
+    CHECK(trace.calls == (std::vector<std::uint32_t>{1, 1, 2}));
+    CHECK(trace.owners == (std::vector<std::int64_t>{5, 6}));
+    CHECK(trace.bytes == std::vector<std::uint32_t>(3, static_cast<std::uint32_t>(page_size())));
 }
 
 TEST(pinned_pages_stay) {

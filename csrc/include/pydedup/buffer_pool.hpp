@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "pydedup/page_format.hpp"
+#include "pydedup/replacement.hpp"
 
 namespace pydedup {
 
@@ -36,11 +37,25 @@ class BufferPool {
         std::size_t pages;        ///< in memory, those dropped but still pinned included
         std::size_t bytes;        ///< of these pages; never above the budget
         std::size_t pinned_bytes;
+        std::size_t reserved_bytes;  ///< of other things that count
         std::size_t budget_bytes;
     };
 
+    /// Holds bytes of the budget for something else than pages; may outlive the pool.
+    using Reservation = std::shared_ptr<const void>;
+
+    /// Uses of pages, oldest first, as a simulator wants them.
+    struct Trace {
+        std::vector<PageId> pages;
+        std::vector<std::uint32_t> bytes;  ///< of each of these pages
+        std::vector<std::uint32_t> calls;  ///< how many calls had begun before each use
+        std::vector<std::int64_t> owners;  ///< of each call
+        bool complete = true;              ///< false when there was no room for the end
+    };
+
     /// Throws Error{invalid_argument} for a budget of 0.
-    explicit BufferPool(std::size_t budget_bytes);
+    explicit BufferPool(std::size_t budget_bytes,
+                        ReplacementPolicy policy = ReplacementPolicy::reuse);
     ~BufferPool();
     BufferPool(const BufferPool&) = delete;
     BufferPool& operator=(const BufferPool&) = delete;
@@ -54,10 +69,24 @@ class BufferPool {
     [[nodiscard]] Pins pin_all(std::span<const PageId> ids);
 
     /// Takes a page in and pins it. When a page of that id is here already, that one is pinned and
-    /// `page` is given up: there is one copy. Evicts unpinned pages, least recently used first, as
-    /// far as the budget needs. Throws Error{out_of_budget} when pinned pages leave too little room
-    /// (nothing is evicted then), or the page is larger than the budget.
-    [[nodiscard]] Pin insert(PageId id, Page page);
+    /// `page` is given up: there is one copy. Evicts unpinned pages, by the policy, as far as the
+    /// budget needs. Throws Error{out_of_budget} when pinned pages leave too little room (nothing
+    /// is evicted then), or the page is larger than the budget. A page that is `ahead` of its use
+    /// is not used by this.
+    [[nodiscard]] Pin insert(PageId id, Page page, bool ahead = false);
+
+    /// Takes so many bytes off the budget for as long as a copy of the result lives; evicts as
+    /// insert() does. Throws Error{out_of_budget} when pinned pages leave too little room.
+    [[nodiscard]] Reservation reserve(std::size_t bytes);
+
+    /// For the policy: a model reads these pages; a prediction of a model begins.
+    void owns(std::int64_t owner, std::span<const PageId> pages);
+    void call(std::int64_t owner);
+
+    /// Records up to so many uses from now on; 0 ends that. What was recorded before is forgotten.
+    void record(std::size_t max_uses);
+    /// What was recorded. The recording goes on.
+    [[nodiscard]] Trace recorded() const;
 
     /// How many of `ids` are here. Neither counts nor touches them.
     [[nodiscard]] std::size_t count_resident(std::span<const PageId> ids) const;

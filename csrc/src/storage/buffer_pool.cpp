@@ -8,12 +8,12 @@
 //     insert:             -> pinned
 //     pin:         idle   -> pinned
 //     last unpin:  pinned -> idle (its young end);  orphans -> gone
-//     evict:       idle (its old end) -> gone
+//     evict:       idle -> gone
 //     drop, clear: idle -> gone;  pinned -> orphans
 //
-// Bytes of all three count against the budget. `idle` is ordered by the time of the last unpin,
-// which is what makes eviction least-recently-used. Entries move between lists by splicing: once a
-// page is in, no move allocates, so none can fail.
+// Bytes of all three, and reserved ones, count against the budget. `idle` is ordered by the time of
+// the last unpin. Entries move between lists by splicing: once a page is in, no move allocates, so
+// none can fail.
 //
 // One mutex guards all of it. Pages are destroyed after it was released: that may run foreign code
 // (the owner of a page's memory may be a Python object, whose release waits for the GIL).
@@ -21,7 +21,9 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <list>
 #include <mutex>
 #include <string>
@@ -33,6 +35,10 @@
 
 namespace pydedup {
 namespace {
+
+// Of a large pool, so many of the pages unpinned longest ago and of the newest are looked at for
+// one to evict.
+constexpr std::size_t kLookedAt = 1024;
 
 std::atomic<unsigned> fork_count{0};
 
@@ -48,7 +54,8 @@ unsigned fork_generation() noexcept {
 
 class BufferPool::State : public std::enable_shared_from_this<BufferPool::State> {
   public:
-    explicit State(std::size_t budget_bytes) : budget_bytes_(budget_bytes) {}
+    State(std::size_t budget_bytes, ReplacementPolicy policy)
+        : budget_bytes_(budget_bytes), replacement_(policy) {}
 
     void pin(std::span<const PageId> ids, std::span<Pin> pins) {
         std::vector<Place> found(ids.size());
@@ -64,6 +71,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
                 ++hits_;
                 found[i] = at->second;
                 is_found[i] = true;
+                use(found[i]);
                 add_pin(found[i]);
             }
         }
@@ -92,6 +100,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
             }
             hits_ += ids.size();
             for (const Place place : group->places) {
+                use(place);
                 add_pin(place);
                 group->pages.push_back(&place->page);
             }
@@ -100,27 +109,70 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         return {group, &group->pages};
     }
 
-    Pin insert(PageId id, Page page) {
+    Pin insert(PageId id, Page page, bool ahead) {
         const std::size_t bytes = page.nbytes();
         List gone;  // destroyed last, without the lock
         List fresh;
-        fresh.push_back({id, std::move(page), 0, false});
+        fresh.push_back({id, std::move(page), 0, false, nullptr});
         Place place;
         {
             const std::scoped_lock lock(mutex_);
             if (const auto at = table_.find(id); at != table_.end()) {
                 place = at->second;
             } else {
-                make_room(bytes, gone);
+                make_room(bytes, "a page of", gone);
                 place = fresh.begin();
-                table_.emplace(id, place);
+                place->history = &replacement_.take_in(id);
+                try {
+                    table_.emplace(id, place);
+                } catch (...) {
+                    replacement_.give_up(*place->history);
+                    throw;
+                }
                 idle_.splice(idle_.end(), fresh);
                 bytes_ += bytes;
                 ++inserts_;
             }
+            if (!ahead) use(place);
             add_pin(place);
         }
         return handle(place);
+    }
+
+    Reservation reserve(std::size_t bytes) {
+        List gone;
+        {
+            const std::scoped_lock lock(mutex_);
+            make_room(bytes, "a reservation of", gone);
+            reserved_bytes_ += bytes;
+        }
+        // Should there be no memory for the handle, its deleter is called.
+        return {this, [state = shared_from_this(), bytes](const void*) { state->release(bytes); }};
+    }
+
+    void owns(std::int64_t owner, std::span<const PageId> pages) {
+        const std::scoped_lock lock(mutex_);
+        replacement_.owns(owner, pages);
+    }
+
+    void call(std::int64_t owner) {
+        const std::scoped_lock lock(mutex_);
+        replacement_.call(owner);
+        if (trace_room_ != 0) trace_.owners.push_back(owner);
+    }
+
+    void record(std::size_t max_uses) {
+        const std::scoped_lock lock(mutex_);
+        trace_ = Trace();
+        trace_.pages.reserve(max_uses);
+        trace_.bytes.reserve(max_uses);
+        trace_.calls.reserve(max_uses);
+        trace_room_ = max_uses;
+    }
+
+    [[nodiscard]] Trace recorded() const {
+        const std::scoped_lock lock(mutex_);
+        return trace_;
     }
 
     [[nodiscard]] std::size_t count_resident(std::span<const PageId> ids) const {
@@ -151,7 +203,8 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     [[nodiscard]] Stats stats() const {
         const std::scoped_lock lock(mutex_);
         const std::size_t pages = idle_.size() + pinned_.size() + orphans_.size();
-        return {hits_, misses_, inserts_, evictions_, pages, bytes_, pinned_bytes_, budget_bytes_};
+        return {hits_,  misses_,       inserts_,        evictions_,   pages,
+                bytes_, pinned_bytes_, reserved_bytes_, budget_bytes_};
     }
 
     [[nodiscard]] bool is_inherited() const noexcept { return generation_ != fork_generation(); }
@@ -169,6 +222,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         Page page;
         std::size_t pins;
         bool orphan;
+        Replacement::History* history;  // while in the table
     };
     using List = std::list<Entry>;
     using Place = List::iterator;
@@ -196,23 +250,56 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         pinned_bytes_ += place->page.nbytes();
     }
 
-    void make_room(std::size_t bytes, List& gone) {
-        if (bytes > budget_bytes_ - pinned_bytes_) {
+    // Never allocates: there is room for what is recorded.
+    void use(Place place) noexcept {
+        replacement_.use(*place->history);
+        if (trace_.pages.size() < trace_room_) {
+            trace_.pages.push_back(place->id);
+            trace_.bytes.push_back(static_cast<std::uint32_t>(place->page.nbytes()));
+            trace_.calls.push_back(static_cast<std::uint32_t>(trace_.owners.size()));
+        } else {
+            trace_.complete = trace_room_ == 0;
+        }
+    }
+
+    void make_room(std::size_t bytes, const char* what, List& gone) {
+        if (bytes > budget_bytes_ - pinned_bytes_ - reserved_bytes_) {
             throw Error(ErrorCode::out_of_budget,
-                        "a page of " + std::to_string(bytes) +
+                        std::string(what) + " " + std::to_string(bytes) +
                             " bytes does not fit: of a budget of " + std::to_string(budget_bytes_) +
-                            " bytes, " + std::to_string(pinned_bytes_) +
+                            " bytes, " + std::to_string(pinned_bytes_ + reserved_bytes_) +
                             " are in use; open the store with more memory");
         }
-        while (bytes > budget_bytes_ - bytes_) {
-            forget(table_.find(idle_.front().id), gone);
+        while (bytes > budget_bytes_ - bytes_ - reserved_bytes_) {
+            forget(table_.find(victim()->id), gone);
             ++evictions_;
         }
+    }
+
+    [[nodiscard]] Place victim() {
+        if (replacement_.policy() == ReplacementPolicy::lru) return idle_.begin();
+        if (replacement_.policy() == ReplacementPolicy::mru) return std::prev(idle_.end());
+        Place least = idle_.begin();
+        double worth = replacement_.worth(*least->history, least->page.nbytes());
+        const auto look = [&](Place place) {
+            const double its = replacement_.worth(*place->history, place->page.nbytes());
+            if (its <= worth) {
+                least = place;
+                worth = its;
+            }
+        };
+        Place old = std::next(idle_.begin());
+        const std::size_t others = idle_.size() - 1;
+        for (std::size_t i = 0; i < std::min(others, kLookedAt); ++i) look(old++);
+        Place young = idle_.end();
+        for (std::size_t i = kLookedAt; i < std::min(others, 2 * kLookedAt); ++i) look(--young);
+        return least;
     }
 
     void forget(Table::iterator at, List& gone) noexcept {
         const Place place = at->second;
         table_.erase(at);
+        replacement_.give_up(*place->history);
         if (place->pins != 0) {
             place->orphan = true;
             orphans_.splice(orphans_.end(), pinned_, place);
@@ -223,6 +310,12 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     }
 
     // These two do not.
+
+    void release(std::size_t bytes) noexcept {
+        if (is_inherited()) return;
+        const std::scoped_lock lock(mutex_);
+        reserved_bytes_ -= bytes;
+    }
 
     // Its pin was counted already. Should there be no memory for the handle, the standard library
     // calls the deleter, which takes the pin back.
@@ -258,17 +351,21 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     List orphans_;
     std::size_t bytes_ = 0;
     std::size_t pinned_bytes_ = 0;
+    std::size_t reserved_bytes_ = 0;
+    Replacement replacement_;
+    Trace trace_;
+    std::size_t trace_room_ = 0;
     std::uint64_t hits_ = 0;
     std::uint64_t misses_ = 0;
     std::uint64_t inserts_ = 0;
     std::uint64_t evictions_ = 0;
 };
 
-BufferPool::BufferPool(std::size_t budget_bytes) {
+BufferPool::BufferPool(std::size_t budget_bytes, ReplacementPolicy policy) {
     if (budget_bytes == 0) {
         throw Error(ErrorCode::invalid_argument, "the budget of a buffer pool must not be 0 bytes");
     }
-    state_ = std::make_shared<State>(budget_bytes);
+    state_ = std::make_shared<State>(budget_bytes, policy);
 }
 
 BufferPool::~BufferPool() {
@@ -286,9 +383,21 @@ void BufferPool::pin(std::span<const PageId> ids, std::span<Pin> pins) { state_-
 
 BufferPool::Pins BufferPool::pin_all(std::span<const PageId> ids) { return state_->pin_all(ids); }
 
-BufferPool::Pin BufferPool::insert(PageId id, Page page) {
-    return state_->insert(id, std::move(page));
+BufferPool::Pin BufferPool::insert(PageId id, Page page, bool ahead) {
+    return state_->insert(id, std::move(page), ahead);
 }
+
+BufferPool::Reservation BufferPool::reserve(std::size_t bytes) { return state_->reserve(bytes); }
+
+void BufferPool::owns(std::int64_t owner, std::span<const PageId> pages) {
+    state_->owns(owner, pages);
+}
+
+void BufferPool::call(std::int64_t owner) { state_->call(owner); }
+
+void BufferPool::record(std::size_t max_uses) { state_->record(max_uses); }
+
+BufferPool::Trace BufferPool::recorded() const { return state_->recorded(); }
 
 std::size_t BufferPool::count_resident(std::span<const PageId> ids) const {
     return state_->count_resident(ids);

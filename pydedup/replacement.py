@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which page a full buffer pool gives up: the policies by name, recorded traces, their replay.
+
+The policies themselves are native, the same code in the pool and in the replay. Deliberately not
+here: the pool (:mod:`pydedup.pool`).
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import _core
+from pydedup.errors import ArgumentError, FormatError
+
+__all__ = ["DEFAULT_POLICY", "POLICIES", "Replay", "Trace", "check_policy", "replay"]
+
+#: Policies by name, and what goes first.
+POLICIES = {
+    "lru": "the page used least recently",
+    "mru": "the page used most recently",
+    "lru2": "the page whose last use but one is longest ago",
+    "locality": "the page least likely wanted by any of its models, by their call rates added up",
+    "reuse": "the page with the longest expected wait per byte: its own rate and that of its "
+    "models, and how even its uses come",
+}
+#: The policy of a pool that was not told another.
+DEFAULT_POLICY = "reuse"
+
+_TRACE_VERSION = 1
+
+
+def check_policy(name: str) -> str:
+    """Return a policy's name. Raises ArgumentError for an unknown one."""
+    if name not in POLICIES:
+        raise ArgumentError(
+            f"unknown replacement policy {name!r}; choose one of: {', '.join(POLICIES)}"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Uses of pages in their order, with the predictions that they were made for.
+
+    Attributes
+    ----------
+    pages
+        The page of each use, int64 (n,).
+    nbytes
+        Size of that page in bytes, uint32 (n,); the same at each use of a page.
+    calls
+        How many calls had begun before each use, uint32 (n,), ascending.
+    owners
+        The model of each call, int64.
+    complete
+        Whether the recording had room for all uses.
+    """
+
+    pages: NDArray[np.int64]
+    nbytes: NDArray[np.uint32]
+    calls: NDArray[np.uint32]
+    owners: NDArray[np.int64]
+    complete: bool = True
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a ``.npz`` file."""
+        with open(path, "wb") as file:
+            np.savez_compressed(
+                file,
+                version=np.int64(_TRACE_VERSION),
+                pages=self.pages,
+                nbytes=self.nbytes,
+                calls=self.calls,
+                owners=self.owners,
+                complete=np.bool_(self.complete),
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote. Raises FormatError for another file."""
+        try:
+            with np.load(path, allow_pickle=False) as columns:
+                if int(columns["version"]) != _TRACE_VERSION:
+                    raise FormatError(
+                        f"{path} is a trace of version {int(columns['version'])}; "
+                        f"this pydedup reads version {_TRACE_VERSION}"
+                    )
+                return cls(
+                    columns["pages"].astype(np.int64, casting="safe"),
+                    columns["nbytes"].astype(np.uint32, casting="safe"),
+                    columns["calls"].astype(np.uint32, casting="safe"),
+                    columns["owners"].astype(np.int64, casting="safe"),
+                    bool(columns["complete"]),
+                )
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
+            raise FormatError(f"{path} is no recorded trace: {exc}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a trace comes to under a policy, the pool being empty at first."""
+
+    policy: str
+    hits: int
+    misses: int
+    missed_bytes: int
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hits by uses; 0 for an empty trace."""
+        uses = self.hits + self.misses
+        return self.hits / uses if uses else 0.0
+
+
+def replay(trace: Trace, memory_bytes: int, policy: str) -> Replay:
+    """Replay a trace through a pool of so many bytes.
+
+    ``policy`` is one of `POLICIES`, or ``"optimum"``: the page whose next use is farthest away goes
+    first, which needs to know the future (Belady, 1966; fewest misses where pages are of one size).
+
+    Raises
+    ------
+    ArgumentError
+        For an unknown policy, and when the trace does not fit together or has a page larger than
+        the memory.
+    """
+    if policy != "optimum":
+        check_policy(policy)
+    counts = _core.replay(
+        np.ascontiguousarray(trace.pages, np.int64),
+        np.ascontiguousarray(trace.nbytes, np.uint32),
+        np.ascontiguousarray(trace.calls, np.uint32),
+        np.ascontiguousarray(trace.owners, np.int64),
+        memory_bytes,
+        None if policy == "optimum" else policy,
+    )
+    return Replay(policy, *counts)
