@@ -115,6 +115,7 @@ class SqliteAdapter(SqliteBase):
                 concurrent_writers=False,
                 incremental_read=True,
                 shrinks=True,
+                page_readers=4,  # a disk has deeper queues than one reader fills
             )
         super().__init__(
             url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool

@@ -59,6 +59,8 @@ class Capabilities:
     many_processes: bool = True
     """Whether several processes can have it open at once, forked ones among them; otherwise all but
     one are refused (UnavailableError)."""
+    page_readers: int = 1
+    """How many threads read pages faster side by side than one does."""
 
 
 @dataclass(frozen=True, slots=True)

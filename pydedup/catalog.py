@@ -11,6 +11,9 @@ import difflib
 import json
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.errors import CorruptStoreError, NotFoundError
@@ -34,6 +37,8 @@ class StoredModel:
         self._adapter = adapter
         self._maps: dict[int, BlockMap] = {}
         self._graph: Graph | None = None
+        #: How often its block maps were forgotten: its pages are the same as long as this is.
+        self.state = 0
         self.tensors = tuple(_tensor_info(tensor) for tensor in adapter.tensors(row.id))
         if not self.tensors and all(live.id != row.id for live in adapter.models(name=row.name)):
             raise NotFoundError(f"{row.name}@{row.version} was removed from the store")
@@ -88,6 +93,13 @@ class StoredModel:
     def refresh(self) -> None:
         """Forget the block maps: a vacuum has moved blocks."""
         self._maps.clear()
+        self.state += 1
+
+    def page_ids(self) -> NDArray[np.int64]:
+        """Return the pages it reads, those of bases included."""
+        return np.array(
+            [page for _, page, _, _ in self._adapter.model_pages(self.row.id)], np.int64
+        )
 
     def graph(self) -> Graph | None:
         """Return the model's graph, if the store knows it."""

@@ -21,6 +21,7 @@ from pydedup.errors import (
 from pydedup.hashing import HASH_VERSION
 from pydedup.moving.source import End
 from pydedup.pool import PagePool
+from pydedup.replacement import DEFAULT_POLICY
 
 __all__ = ["check_writable", "connect_store", "open_end", "open_rows", "pool_of"]
 
@@ -73,13 +74,16 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
         )
 
 
-def pool_of(adapter: Adapter, memory_bytes: int) -> PagePool:
+def pool_of(adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLICY) -> PagePool:
     """Return the buffer pool of a store that may take so much memory."""
     scratch = min(_SCRATCH_BYTES, memory_bytes // 2)
     return PagePool(
         adapter.read_pages,
         memory_bytes - scratch,
         lambda page_id: _said_of_damaged(adapter, page_id),
+        policy=replacement,
+        readers=adapter.capabilities.page_readers,
+        scratch_bytes=scratch // 2,
     )
 
 

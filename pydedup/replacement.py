@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -73,7 +74,7 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``.npz`` file."""
-        with open(path, "wb") as file:
+        with Path(path).open("wb") as file:
             np.savez_compressed(
                 file,
                 version=np.int64(_TRACE_VERSION),

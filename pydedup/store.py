@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
@@ -30,6 +31,7 @@ from pydedup.names import check_name
 from pydedup.opening import check_writable, connect_store, open_rows, pool_of
 from pydedup.policies import Lossless, Policy
 from pydedup.quotas import Quotas
+from pydedup.replacement import DEFAULT_POLICY, check_policy
 from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
 from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
 from pydedup.report.sizes import ModelSize, model_sizes
@@ -59,6 +61,7 @@ def open(
     mode: str = "a",
     memory: str | int = "512MiB",
     schema: str | None = None,
+    replacement: str = DEFAULT_POLICY,
 ) -> Store:
     """Open a store, or create it.
 
@@ -74,18 +77,22 @@ def open(
         that an add reads at a time).
     schema
         Schema to live in, where the database has such a thing.
+    replacement
+        Which page the buffer pool gives up when it is full: a name of
+        `pydedup.replacement.POLICIES`.
 
     Raises
     ------
     ArgumentError
-        For a URL, mode or size that cannot be understood.
+        For a URL, mode, size or policy that cannot be understood.
     NotAStoreError, SchemaVersionError, UnavailableError, ReadOnlyError
         When there is no store, one of a newer pydedup, no database, or no way to write it.
     """
     budget = config.parse_bytes(memory)
+    check_policy(replacement)
     adapter = connect_store(url, mode=mode, schema=schema)
     try:
-        return Store(adapter, budget)
+        return Store(adapter, budget, replacement)
     except BaseException:
         adapter.close()
         raise
@@ -94,10 +101,12 @@ def open(
 class Store(StoreUpkeep):
     """One pydedup store. Safe between threads; usable after a fork; a context manager."""
 
-    def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
+    def __init__(
+        self, adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLICY
+    ) -> None:
         self._adapter = adapter
         self._catalog = Catalog(adapter)
-        self._pool = pool_of(adapter, memory_bytes)
+        self._pool = pool_of(adapter, memory_bytes, replacement)
 
     def __enter__(self) -> Self:
         return self
@@ -293,7 +302,8 @@ class Store(StoreUpkeep):
             inputs = {graph.inputs[0]: np.asarray(x)}
         else:
             raise ArgumentError(f"{model.address} takes several inputs: {', '.join(graph.inputs)}")
-        outputs = run_graph(graph, lambda tensor: self._stored_tensor(model, tensor), inputs)
+        with self._call(model):
+            outputs = run_graph(graph, lambda tensor: self._stored_tensor(model, tensor), inputs)
         if isinstance(x, Mapping):
             return outputs
         return outputs[graph.outputs[0]] if len(graph.outputs) == 1 else outputs
@@ -469,7 +479,17 @@ class Store(StoreUpkeep):
 
     def _stored_tensor(self, model: StoredModel, name: str) -> StoredTensor:
         info = model.tensor(name)
-        return StoredTensor(info, lambda: model.block_map(name), self._pool, model.refresh)
+        return StoredTensor(
+            info,
+            lambda: model.block_map(name),
+            self._pool,
+            model.refresh,
+            lambda: self._call(model),
+        )
+
+    def _call(self, model: StoredModel) -> AbstractContextManager[None]:
+        """Return a context in which what this thread reads is one prediction of a model."""
+        return self._pool.call(model.row.id, model.state, model.page_ids)
 
     def _read(self, model: StoredModel, name: str, dtype: DType | None) -> NDArray[Any]:
         array = self._stored_tensor(model, name).numpy()

@@ -6,6 +6,7 @@ Only arrays of page ids go in here; what is done with a window, pool.py says.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from pydedup.blocks import NO_PAGE
 
 __all__ = [
     "Cut",
+    "Plans",
     "Window",
     "by_page",
     "by_pages",
@@ -157,3 +159,46 @@ def _run_in_order(
     stop = int(starts[end - 1] + lengths[end - 1])
     page_index = np.repeat(np.array(numbers, np.uint32), lengths[first:end])
     return Window(slice(start, stop), np.fromiter(known, np.int64, len(known)), page_index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the arrays of a walk in order are cut."""
+
+    page_ids: weakref.ref[NDArray[np.int64]]
+    base_page_ids: NDArray[np.int64] | None
+    limit: int
+    windows: list[Window]
+
+
+class Plans:
+    """Windows of arrays that are walked over again and again, as long as the arrays live."""
+
+    def __init__(self) -> None:
+        self._plans: dict[int, _Plan] = {}  # by the id of the array of pages
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def of(
+        self,
+        page_ids: NDArray[np.int64],
+        base_page_ids: NDArray[np.int64] | None,
+        cut: Cut,
+        limit: int,
+    ) -> list[Window]:
+        """Return the windows of these arrays, which must not change: the same list each time."""
+        key = id(page_ids)
+        known = self._plans.get(key)
+        if (
+            known is not None
+            and known.page_ids() is page_ids
+            and known.base_page_ids is base_page_ids
+            and known.limit == limit
+        ):
+            return known.windows
+        windows = cut(page_ids, base_page_ids, limit)
+        plans = self._plans
+        gone = weakref.ref(page_ids, lambda _: plans.pop(key, None))
+        plans[key] = _Plan(gone, base_page_ids, limit, windows)
+        return windows

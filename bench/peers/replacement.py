@@ -150,11 +150,11 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=512, help="pool of recorded traces, in MiB")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    named = {
-        name: (make(), pages * PAGE) for name, (make, pages) in TRACES.items()
-    } if not options.traces else {
-        path.name: (Trace.load(path), options.pages * PAGE) for path in options.traces
-    }
+    named = (
+        {name: (make(), pages * PAGE) for name, (make, pages) in TRACES.items()}
+        if not options.traces
+        else {path.name: (Trace.load(path), options.pages * PAGE) for path in options.traces}
+    )
     policies = [*POLICIES, "optimum"]
     table = Table(title="misses per 100 uses")
     table.add_column("trace")

@@ -24,10 +24,10 @@ std::shared_ptr<Page> as_holder(BufferPool::Pin pin) {
     return std::const_pointer_cast<Page>(std::move(pin));
 }
 
-py::list pin_pages(BufferPool& pool, const Array<std::int64_t>& ids) {
+py::list pin_pages(BufferPool& pool, const Array<std::int64_t>& ids, bool ahead) {
     const auto wanted = as_span(ids, "ids");
     std::vector<BufferPool::Pin> pins(wanted.size());
-    pool.pin(wanted, pins);
+    pool.pin(wanted, pins, ahead);
     py::list pages(pins.size());
     for (std::size_t i = 0; i < pins.size(); ++i) {
         pages[i] = pins[i] ? py::cast(as_holder(std::move(pins[i]))) : py::none();
@@ -35,8 +35,8 @@ py::list pin_pages(BufferPool& pool, const Array<std::int64_t>& ids) {
     return pages;
 }
 
-std::shared_ptr<Page> insert_page(BufferPool& pool, BufferPool::PageId id,
-                                  const py::bytes& payload, bool ahead) {
+std::shared_ptr<Page> insert_page(BufferPool& pool, BufferPool::PageId id, const py::bytes& payload,
+                                  bool ahead) {
     const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(payload.ptr()));
     std::shared_ptr<const std::byte> memory = share_bytes(payload);
     const WithoutGil no_gil;
@@ -120,9 +120,8 @@ void bind_storage(py::module_& m) {
                  return std::make_unique<BufferPool>(budget_bytes, policy_of(policy));
              }),
              py::arg("budget_bytes"), py::arg("policy") = "reuse")
-        .def("pin", &pin_pages, py::arg("ids").noconvert())
-        .def("insert", &insert_page, py::arg("id"), py::arg("payload"),
-             py::arg("ahead") = false)
+        .def("pin", &pin_pages, py::arg("ids").noconvert(), py::arg("ahead") = false)
+        .def("insert", &insert_page, py::arg("id"), py::arg("payload"), py::arg("ahead") = false)
         .def(
             "reserve",
             [](BufferPool& pool, std::size_t bytes) {

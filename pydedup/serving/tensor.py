@@ -7,6 +7,7 @@ Deliberately not here: graphs of layers (:mod:`pydedup.serving.engine`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from numpy.typing import ArrayLike, NDArray
@@ -40,9 +41,11 @@ class StoredTensor:
         Where pages come from.
     refresh
         Makes ``block_map`` read anew.
+    call
+        Returns a context in which what is read counts as one prediction of the model.
     """
 
-    __slots__ = ("_block_map", "_info", "_pool", "_refresh")
+    __slots__ = ("_block_map", "_call", "_info", "_pool", "_refresh")
 
     def __init__(
         self,
@@ -50,7 +53,9 @@ class StoredTensor:
         block_map: Callable[[], BlockMap],
         pool: PagePool,
         refresh: Callable[[], None],
+        call: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._call = call
         self._info = info
         self._block_map = block_map
         self._pool = pool
@@ -223,12 +228,13 @@ class StoredTensor:
             )
 
     def _with_map(self, use: Callable[[BlockMap], _T]) -> _T:
-        try:
+        with self._call():
+            try:
+                return use(self._block_map())
+            except CorruptStoreError:  # of which PageNotFoundError is one
+                pass  # not retried here: the exception would keep pages pinned meanwhile
+            self._refresh()
             return use(self._block_map())
-        except CorruptStoreError:  # of which PageNotFoundError is one
-            pass  # not retried here: the exception would keep pages pinned meanwhile
-        self._refresh()
-        return use(self._block_map())
 
 
 class TensorsOnDemand:

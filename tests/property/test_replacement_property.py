@@ -23,9 +23,7 @@ def trace_of(calls: list[tuple[int, list[int]]], nbytes: int = 10) -> Trace:
     return Trace(
         np.array(pages, np.int64),
         np.full(len(pages), nbytes, np.uint32),
-        np.repeat(
-            np.arange(1, len(calls) + 1, dtype=np.uint32), [len(used) for _, used in calls]
-        ),
+        np.repeat(np.arange(1, len(calls) + 1, dtype=np.uint32), [len(used) for _, used in calls]),
         np.array([owner for owner, _ in calls], np.int64),
     )
 
@@ -126,7 +124,7 @@ def test_pages_of_many_callers_outlive_those_of_one() -> None:
 
 def test_traces_that_make_no_sense_are_refused() -> None:
     trace = trace_of([(0, [1, 2])])
-    with pytest.raises(ArgumentError, match="unknown replacement policy 'fifo'.*reuse"):
+    with pytest.raises(ArgumentError, match=r"unknown replacement policy 'fifo'.*reuse"):
         replay(trace, 100, "fifo")
     with pytest.raises(ArgumentError, match="page of 10 bytes, more than the budget of 9"):
         replay(trace, 9, "lru")

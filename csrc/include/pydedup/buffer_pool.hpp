@@ -30,8 +30,8 @@ class BufferPool {
     using Pins = std::shared_ptr<const std::vector<const Page*>>;
 
     struct Stats {
-        std::uint64_t hits;       ///< pages that pin() or pin_all() found
-        std::uint64_t misses;     ///< pages that pin() did not find
+        std::uint64_t hits;       ///< uses of pages that pin() or pin_all() found
+        std::uint64_t misses;     ///< uses for which a page had to be read, then or ahead
         std::uint64_t inserts;    ///< pages taken in
         std::uint64_t evictions;  ///< pages given up for others
         std::size_t pages;        ///< in memory, those dropped but still pinned included
@@ -61,7 +61,8 @@ class BufferPool {
     BufferPool& operator=(const BufferPool&) = delete;
 
     /// Pins those of `ids` that are here: pins[i] is empty for the others. Constant time each.
-    void pin(std::span<const PageId> ids, std::span<Pin> pins);
+    /// `ahead` of their use this neither counts as one nor as a hit or miss.
+    void pin(std::span<const PageId> ids, std::span<Pin> pins, bool ahead = false);
 
     /// Pins all of `ids` together if all are here, for as long as a copy of the result lives:
     /// one lock, and pages in the order of ids. Else nothing is pinned or counted, and the result

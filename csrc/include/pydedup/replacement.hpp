@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which page a full pool gives up. Time is counted in uses of pages ("ticks"): it stands still while
-// nobody asks, and is the same for a recorded trace as for the traffic that it was recorded from.
+// Which page a full pool gives up. Time is counted in uses of pages ("ticks"): it stands still
+// while nobody asks, and is the same for a recorded trace as for the traffic that it was recorded
+// from.
 #pragma once
 
 #include <cstddef>

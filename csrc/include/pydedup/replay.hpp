@@ -23,11 +23,11 @@ struct ReplayResult {
     std::uint64_t missed_bytes;
 };
 
-/// Replays a trace through a pool of `budget_bytes` that is empty at first. Who owns a page is known
-/// from the start, as the store knows it: whoever uses it anywhere in the trace. Without a policy,
-/// the page whose next use is farthest away goes (Belady, 1966): for pages of one size no policy
-/// has fewer misses. Throws Error{invalid_argument} when the columns do not fit together, calls do
-/// not ascend, a page has two sizes, or is larger than the budget.
+/// Replays a trace through a pool of `budget_bytes` that is empty at first. Who owns a page is
+/// known from the start, as the store knows it: whoever uses it anywhere in the trace. Without a
+/// policy, the page whose next use is farthest away goes (Belady, 1966): for pages of one size no
+/// policy has fewer misses. Throws Error{invalid_argument} when the columns do not fit together,
+/// calls do not ascend, a page has two sizes, or is larger than the budget.
 [[nodiscard]] ReplayResult replay(const ReplayTrace& trace, std::size_t budget_bytes,
                                   std::optional<ReplacementPolicy> policy);
 

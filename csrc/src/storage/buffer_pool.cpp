@@ -57,7 +57,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     State(std::size_t budget_bytes, ReplacementPolicy policy)
         : budget_bytes_(budget_bytes), replacement_(policy) {}
 
-    void pin(std::span<const PageId> ids, std::span<Pin> pins) {
+    void pin(std::span<const PageId> ids, std::span<Pin> pins, bool ahead) {
         std::vector<Place> found(ids.size());
         std::vector<bool> is_found(ids.size());
         {
@@ -65,13 +65,12 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
             for (std::size_t i = 0; i < ids.size(); ++i) {
                 const auto at = table_.find(ids[i]);
                 if (at == table_.end()) {
-                    ++misses_;
+                    misses_ += ahead ? 0 : 1;
                     continue;
                 }
-                ++hits_;
                 found[i] = at->second;
                 is_found[i] = true;
-                use(found[i]);
+                if (!ahead) count_use(found[i]);
                 add_pin(found[i]);
             }
         }
@@ -98,9 +97,8 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
                 if (at == table_.end()) return nullptr;
                 group->places.push_back(at->second);
             }
-            hits_ += ids.size();
             for (const Place place : group->places) {
-                use(place);
+                count_use(place);
                 add_pin(place);
                 group->pages.push_back(&place->page);
             }
@@ -113,7 +111,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         const std::size_t bytes = page.nbytes();
         List gone;  // destroyed last, without the lock
         List fresh;
-        fresh.push_back({id, std::move(page), 0, false, nullptr});
+        fresh.push_back({id, std::move(page), 0, false, ahead, nullptr});
         Place place;
         {
             const std::scoped_lock lock(mutex_);
@@ -222,6 +220,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         Page page;
         std::size_t pins;
         bool orphan;
+        bool ahead;                     // read before its first use
         Replacement::History* history;  // while in the table
     };
     using List = std::list<Entry>;
@@ -250,8 +249,14 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         pinned_bytes_ += place->page.nbytes();
     }
 
+    void count_use(Place place) noexcept {
+        ++(place->ahead ? misses_ : hits_);
+        use(place);
+    }
+
     // Never allocates: there is room for what is recorded.
     void use(Place place) noexcept {
+        place->ahead = false;
         replacement_.use(*place->history);
         if (trace_.pages.size() < trace_room_) {
             trace_.pages.push_back(place->id);
@@ -379,7 +384,9 @@ BufferPool::~BufferPool() {
     }
 }
 
-void BufferPool::pin(std::span<const PageId> ids, std::span<Pin> pins) { state_->pin(ids, pins); }
+void BufferPool::pin(std::span<const PageId> ids, std::span<Pin> pins, bool ahead) {
+    state_->pin(ids, pins, ahead);
+}
 
 BufferPool::Pins BufferPool::pin_all(std::span<const PageId> ids) { return state_->pin_all(ids); }
 

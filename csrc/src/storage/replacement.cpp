@@ -130,17 +130,20 @@ void Replacement::give_up(History& page) noexcept {
 
 double Replacement::worth(const History& page, std::size_t bytes) {
     switch (policy_) {
-        case ReplacementPolicy::lru: return static_cast<double>(page.last);
-        case ReplacementPolicy::mru: return -static_cast<double>(page.last);
+        case ReplacementPolicy::lru:
+            return static_cast<double>(page.last);
+        case ReplacementPolicy::mru:
+            return -static_cast<double>(page.last);
         case ReplacementPolicy::lru2:
             // Of pages that were used once, the one used longest ago.
-            return page.before != 0 ? static_cast<double>(page.before)
-                                    : static_cast<double>(page.last) - static_cast<double>(now_) -
-                                          1;
+            return page.before != 0
+                       ? static_cast<double>(page.before)
+                       : static_cast<double>(page.last) - static_cast<double>(now_) - 1;
         case ReplacementPolicy::locality:
             // Models are read from front to back: of equal ones, the one that was just used.
             return rate_of_group(page.group) - 1e-12 * static_cast<double>(page.last);
-        case ReplacementPolicy::reuse: break;
+        case ReplacementPolicy::reuse:
+            break;
     }
     const auto size = static_cast<double>(bytes);
     return (size + kReadBytes) / (size * wait(page));

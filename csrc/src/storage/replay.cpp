@@ -28,7 +28,8 @@ void check(const ReplayTrace& trace, std::size_t budget) {
     }
     std::unordered_map<std::int64_t, std::uint32_t> sizes;
     for (std::size_t i = 0; i < n; ++i) {
-        if (trace.calls[i] > trace.owners.size() || (i > 0 && trace.calls[i] < trace.calls[i - 1])) {
+        if (trace.calls[i] > trace.owners.size() ||
+            (i > 0 && trace.calls[i] < trace.calls[i - 1])) {
             refuse("has call " + std::to_string(trace.calls[i]) + " at use " + std::to_string(i) +
                    "; calls ascend, up to " + std::to_string(trace.owners.size()));
         }

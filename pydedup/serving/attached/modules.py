@@ -41,11 +41,13 @@ class _Attached(nn.Module):
             )
         inside = attachment.inside
         if inside.weights is not None:
-            return super().__call__(*args, **kwargs)
+            with inside.weights.call():
+                return super().__call__(*args, **kwargs)
         _check_surroundings(self._label())
         inside.weights = attachment.resolve()
         try:
-            return super().__call__(*args, **kwargs)
+            with inside.weights.call():
+                return super().__call__(*args, **kwargs)
         finally:
             inside.weights = None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +50,10 @@ class Weights:
         self._biases: dict[int, NDArray[np.floating]] = {}
         self._parts: dict[tuple[int, Rows], tuple[StoredTensor, int]] = {}
         self._slots = slots
+
+    def call(self) -> AbstractContextManager[None]:
+        """Return a context in which what this thread reads is one prediction of the model."""
+        return self._pool.call(self.model.row.id, self.model.state, self.model.page_ids)
 
     def stored(self, number: int) -> StoredTensor:
         """Return the tensor of a slot, to stream."""
@@ -103,19 +107,13 @@ class Weights:
     def _load(self, number: int) -> tuple[torch.Tensor, object]:
         slot, stored = self._slots[number], self._stored[number]
         try:
-            reservation = _reserve(self._pool, slot.nbytes)
+            reservation = self._pool.reserve(slot.nbytes)
         except BudgetError as exc:
             raise BudgetError(
                 f"{stored.name!r} of {self.model.address} cannot be streamed by {self._kind} and "
                 f"is loaded whole, {slot.nbytes:,} bytes: {exc}"
             ) from exc
         return to_torch(stored.numpy()).to(slot.dtype), reservation
-
-
-def _reserve(pool: PagePool, nbytes: int) -> object:
-    """Count bytes against the budget of a store, for as long as what is returned lives."""
-    reserve = getattr(pool, "reserve", None)
-    return None if reserve is None else reserve(nbytes)
 
 
 class _PartOfMap:

@@ -1,35 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages in memory, under one hard budget per store.
 
-Here: fetching what is missing (once, in one batch, outside of any lock), pinning, and walking over
-many blocks in windows that a small budget can hold. The pool itself is native; which unpinned page
-is evicted, :mod:`pydedup.replacement` says. Deliberately not here: what is done with the blocks of
-a page.
+Here: pinning, and walking over many blocks in windows that a small budget can hold. The pool itself
+is native; which unpinned page is evicted, :mod:`pydedup.replacement` says. Deliberately not here:
+what is done with the blocks of a page.
 
-A `Page` is pinned for as long as anything refers to it. Pages are counted with their payload bytes;
-the tables around them (about 200 bytes per page) and a payload on its way in are not.
+A `Page` is pinned for as long as anything refers to it. Pages are counted with their payload bytes,
+and so are activations and what was reserved; the tables around pages (about 400 bytes each), block
+maps and payloads on their way in are not.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup._core import Page, Reservation
+from pydedup._core import Page
 from pydedup.codec import StoredBases
-from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
+from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError
+from pydedup.pool.admission import Gate, Reservation
+from pydedup.pool.loading import Fetch, PageLoader
+from pydedup.pool.prefetch import Call, Lane
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.windows import (
     Cut,
+    Plans,
     Window,
     by_page,
     by_pages,
@@ -39,10 +43,7 @@ from pydedup.windows import (
     within,
 )
 
-__all__ = ["Fetch", "Page", "PagePool", "Reservation", "Window"]
-
-#: Reads pages: given ids, gives (id, payload) for those that exist, in any order.
-Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
+__all__ = ["Page", "PagePool"]
 
 #: Says of a damaged page who reads it and what to do.
 Explain: TypeAlias = Callable[[int], str]
@@ -50,20 +51,11 @@ Explain: TypeAlias = Callable[[int], str]
 #: Pages and slots of the bases of blocks, page -1 for none.
 Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
 
-# Part of the budget that one walk pins at a time: four threads can walk at once before one waits.
-_WINDOW_PARTS = 4
-# Bytes of a page before one was seen: the default capacity.
-_USUAL_PAGE_BYTES = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How the arrays of a walk in order are cut, as long as they live."""
-
-    page_ids: weakref.ref[NDArray[np.int64]]
-    base_page_ids: NDArray[np.int64] | None
-    limit: int
-    windows: list[Window]
+# Part of the budget that one walk pins at a time, and that is read ahead of it: two walks can be
+# made at once before one waits for another.
+_WINDOW_PARTS = 8
+# Models whose last walks are remembered.
+_REMEMBERED_CALLS = 256
 
 
 class PagePool:
@@ -79,6 +71,10 @@ class PagePool:
         Called with the id of a damaged page; what it returns follows on what the error says.
     policy
         Which page goes when room is needed: a name of `pydedup.replacement.POLICIES`.
+    readers
+        How many threads may fetch side by side for one call.
+    scratch_bytes
+        Beside the budget: bytes for activations before they are taken off it.
 
     Raises
     ------
@@ -93,24 +89,32 @@ class PagePool:
         explain: Explain | None = None,
         *,
         policy: str = DEFAULT_POLICY,
+        readers: int = 1,
+        scratch_bytes: int = 0,
     ) -> None:
         if memory_bytes <= 0:
             raise ArgumentError(f"memory_bytes is {memory_bytes}; a pool needs a positive budget")
         self._fetch = fetch
         self._budget = memory_bytes
         self._policy = check_policy(policy)
+        self._readers = readers
+        self._scratch = scratch_bytes
         self._explain = explain
-        self._largest = _USUAL_PAGE_BYTES
-        self._plans: dict[int, _Plan] = {}  # by the id of the array of pages
+        self._plans = Plans()
         self._start()
         _pools.add(self)
 
     def _start(self) -> None:
         """Begin with nothing in memory and nobody at work: at first, and in a forked child."""
         self._core = _core.BufferPool(self._budget, self._policy)
-        self._lock = threading.Lock()
-        self._loading: dict[int, threading.Event] = {}
-        self._gate = _Gate(self._budget)
+        self._loader = PageLoader(self._core, self._fetch, self.damaged, self._readers)
+        self._gate = Gate(self._budget // 4)
+        self._ahead = Gate(self._budget // 4)
+        self._activations = Gate(self._scratch + self._budget // 2)
+        self._reserved = 0
+        self._calls = threading.local()
+        self._last: dict[int, list[list[Window]]] = {}  # by model: the walks of its last call
+        self._told: dict[int, int] = {}  # by model: which state of its pages the policy knows
 
     @property
     def memory_bytes(self) -> int:
@@ -125,7 +129,7 @@ class PagePool:
     @property
     def window_pages(self) -> int:
         """How many pages a walk pins at once."""
-        return max(1, self._budget // (_WINDOW_PARTS * self._largest))
+        return max(1, self._budget // (_WINDOW_PARTS * self._loader.largest))
 
     def pages(self, ids: Sequence[int] | NDArray[np.int64]) -> list[Page]:
         """Return these pages, pinned, in order.
@@ -148,7 +152,8 @@ class PagePool:
         pages = self._core.pin(wanted)
         missing = {int(wanted[i]) for i, page in enumerate(pages) if page is None}
         if missing:
-            loaded = self._load_missing(sorted(missing))
+            in_call = self._calling() is not None
+            loaded = self._loader.load(sorted(missing), side_by_side=in_call)
             pages = [
                 loaded[number] if page is None else page
                 for number, page in zip(wanted.tolist(), pages, strict=True)
@@ -237,7 +242,7 @@ class PagePool:
         """
         base_page_ids = None if bases is None else bases[0]
         cut = in_order if bases is None else in_order_with_bases
-        plan = self._plan(page_ids, base_page_ids, cut)
+        plan = self._plans.of(page_ids, base_page_ids, cut, self.window_pages)
         for window, pages in self._walk(page_ids, base_page_ids, cut, plan, at_once):
             assert isinstance(window.rows, slice)
             yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
@@ -247,10 +252,10 @@ class PagePool:
         wanted = np.unique(np.ascontiguousarray(ids, np.int64))
         at, total = 0, 0
         while at < len(wanted):
-            count = min(self.window_pages, (self._budget - total) // self._largest)
+            count = min(self.window_pages, (self._budget - total) // self._loader.largest)
             if count < 1:
                 break
-            with self._gate.hold(count * self._largest):
+            with self._gate.hold(count * self._loader.largest):
                 total += sum(page.nbytes for page in self.pages(wanted[at : at + count]))
             at += count
         return self._core.count_resident(wanted)
@@ -260,21 +265,82 @@ class PagePool:
         advice = "; run verify on the store" if self._explain is None else self._explain(page_id)
         return CorruptStoreError(f"page {page_id}: {error}{advice}")
 
-    def owns(self, owner: int, page_ids: NDArray[np.int64]) -> None:
-        """Tell the policy that a model reads these pages."""
-        self._core.owns(owner, page_ids)
+    @contextmanager
+    def call(
+        self, owner: int, state: int = 0, pages: Callable[[], NDArray[np.int64]] | None = None
+    ) -> Iterator[None]:
+        """Make what this thread does one prediction of a model.
 
-    def call(self, owner: int) -> None:
-        """Tell the policy that a prediction of a model begins."""
+        Its rate and its pages count when others have to go, and pages are read ahead along the way
+        that its last call took. Within another call of this thread it is part of that.
+
+        Parameters
+        ----------
+        owner
+            The model.
+        state
+            Changes when the pages of the model do.
+        pages
+            Returns its pages; called when the policy does not know them in this state.
+        """
+        if self._calling() is not None:
+            yield
+            return
+        if pages is not None and self._told.get(owner) != state:
+            self._core.owns(owner, pages())
+            self._told[owner] = state
         self._core.call(owner)
+        room = self.window_pages * self._loader.largest
+        call = Call(
+            self._last.get(owner, []),
+            self._load_ahead,
+            self.window_pages,
+            lambda: self._ahead.try_take(room),
+            lambda: self._ahead.give_back(room),
+        )
+        self._calls.now = call
+        try:
+            yield
+        finally:
+            self._calls.now = None
+            call.end()
+            self._last.pop(owner, None)
+            self._last[owner] = call.walks
+            for oldest in list(self._last)[:-_REMEMBERED_CALLS]:
+                self._last.pop(oldest, None)
 
     def reserve(self, nbytes: int) -> Reservation:
         """Take bytes off the budget, for something else than pages that lives long.
 
-        They come back with ``release()``, or when the result is gone. Evicts what it must; raises
-        BudgetError when that much is not to be had.
+        They come back when the result is released or gone, or is left as a context manager. Evicts
+        what it must; raises BudgetError when that much is not to be had.
         """
-        return self._core.reserve(nbytes)
+        reservation = Reservation(self._core.reserve(nbytes), nbytes, self._widen)
+        self._widen(-nbytes)
+        return reservation
+
+    @property
+    def activation_bytes(self) -> int:
+        """What activations may take together, in bytes."""
+        return self._activations.limit
+
+    @contextmanager
+    def activations(self, nbytes: int) -> Iterator[None]:
+        """Count the activations of a prediction against the budget, waiting for others' to go.
+
+        More than `activation_bytes` is let in alone, and counted as far as there is room.
+        """
+        with self._activations.hold(nbytes):
+            try:
+                held = self._core.reserve(
+                    min(max(nbytes - self._scratch, 0), self._activations.limit - self._scratch)
+                )
+            except BudgetError:  # this thread holds more than walks should
+                held = self._core.reserve(0)
+            try:
+                yield
+            finally:
+                held.release()
 
     def record(self, max_uses: int) -> None:
         """Record uses of pages from now on, at 16 bytes each; 0 ends that."""
@@ -287,10 +353,15 @@ class PagePool:
     def stats(self) -> dict[str, int]:
         """Return the pool in numbers.
 
-        These are hits, misses, inserts, evictions, pages, bytes, pinned_bytes, reserved_bytes and
-        budget_bytes.
+        These are hits, misses, inserts, evictions, pages, bytes, pinned_bytes, reserved_bytes,
+        budget_bytes, waits (walks that had to wait for pages) and wait_us (microseconds of that).
         """
-        return self._core.stats()
+        loader = self._loader
+        return {
+            **self._core.stats(),
+            "waits": loader.waits,
+            "wait_us": round(loader.waited * 1e6),
+        }
 
     def drop(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
         """Forget these pages; those in use go when their last user is done."""
@@ -302,24 +373,23 @@ class PagePool:
 
     # ---- inside -------------------------------------------------------------------------------
 
-    def _plan(
-        self, page_ids: NDArray[np.int64], base_page_ids: NDArray[np.int64] | None, cut: Cut
-    ) -> list[Window]:
-        limit = self.window_pages
-        key = id(page_ids)
-        known = self._plans.get(key)
-        if (
-            known is not None
-            and known.page_ids() is page_ids
-            and known.base_page_ids is base_page_ids
-            and known.limit == limit
-        ):
-            return known.windows
-        windows = cut(page_ids, base_page_ids, limit)
-        plans = self._plans
-        gone = weakref.ref(page_ids, lambda _: plans.pop(key, None))
-        plans[key] = _Plan(gone, base_page_ids, limit, windows)
-        return windows
+    def _widen(self, nbytes: int) -> None:
+        self._reserved -= nbytes
+        left = max(self._budget - self._reserved, 0)
+        self._gate.narrow(left // 4)
+        self._ahead.narrow(left // 4)
+        self._activations.narrow(self._scratch + left // 2)
+
+    def _calling(self) -> Call | None:
+        call: Call | None = getattr(self._calls, "now", None)
+        return call
+
+    def _load_ahead(self, ids: NDArray[np.int64]) -> list[Page]:
+        """Return pages, pinned, read before their use; on a thread that reads for a call."""
+        pages = self._core.pin(ids, True)
+        missing = [int(ids[i]) for i, page in enumerate(pages) if page is None]
+        loaded = self._loader.load(missing, ahead=True, side_by_side=True)
+        return [page for page in pages if page is not None] + list(loaded.values())
 
     def _walk(
         self,
@@ -329,23 +399,39 @@ class PagePool:
         plan: list[Window] | None,
         at_once: Callable[[Window], bool] | None = None,
     ) -> Iterator[tuple[Window, list[Page]]]:
-        windows = cut(page_ids, base_page_ids, self.window_pages) if plan is None else plan
-        ahead = windows[::-1]
+        call = self._calling()
+        if plan is None:
+            windows, lane = cut(page_ids, base_page_ids, self.window_pages), None
+        else:
+            windows, lane = plan, None if call is None else call.enter(plan)
+        ahead = [*enumerate(windows)][::-1]  # parts of a window have no number
         while ahead:
-            window = ahead.pop()
-            with self._gate.hold(len(window.ids) * self._largest):
-                if at_once is not None and at_once(window):
-                    continue
-                pages = self._pages_if_fit(window)
+            number, window = ahead.pop()
+            if lane is not None and number >= 0:
+                self._reach(lane, number, window)
+            with self._gate.hold(len(window.ids) * self._loader.largest):
+                used = at_once is not None and at_once(window)
+                pages = None if used else self._pages_if_fit(window)
+                if lane is not None and number >= 0:
+                    lane.pass_by(number)
                 if pages is not None:
                     yield window, pages
                     # The caller's variable still refers to the list: unpin before the next window.
                     pages.clear()
+                if used or pages is not None:
                     continue
             # Pages are larger than those before made believe, or others pin without a walk.
             bases = None if base_page_ids is None else base_page_ids[window.rows]
             parts = cut(page_ids[window.rows], bases, max(1, len(window.ids) // 2))
-            ahead.extend(within(window, part) for part in reversed(parts))
+            ahead.extend((-1, within(window, part)) for part in reversed(parts))
+
+    def _reach(self, lane: Lane, number: int, window: Window) -> None:
+        """Wait for what is being read of a window; if pages miss, let what follows be read."""
+        began = time.perf_counter()
+        if lane.reach(number):
+            self._loader.count_wait(time.perf_counter() - began)
+        if self._core.count_resident(window.ids) < len(window.ids):
+            lane.missed(number)
 
     def _pages_if_fit(self, window: Window) -> list[Page] | None:
         """Return the pages, or None when they do not fit but fewer might."""
@@ -356,99 +442,6 @@ class PagePool:
             if len(window.ids) == 1 or (len(window.ids) == 2 and has_pair(window)):
                 raise
         return None
-
-    def _load_missing(self, ids: list[int]) -> dict[int, Page]:
-        """Fetch pages, leaving to other threads what they are fetching already."""
-        pages: dict[int, Page] = {}
-        while ids:
-            done = threading.Event()
-            # Within the try from the first entry on: an interrupt must leave no event unset.
-            try:
-                with self._lock:
-                    waits = {n: self._loading[n] for n in ids if n in self._loading}
-                    mine = [number for number in ids if number not in waits]
-                    self._loading.update(dict.fromkeys(mine, done))
-                if mine:
-                    pages.update(self._load(mine))
-            finally:
-                done.set()
-                with self._lock:
-                    for number in ids:
-                        if self._loading.get(number) is done:
-                            del self._loading[number]
-            for event in waits.values():
-                event.wait()
-            # Not there after all when its fetch failed, or it was evicted again: then it is ours.
-            others = list(waits)
-            found = self._core.pin(np.array(others, np.int64))
-            pages.update(
-                (n, page) for n, page in zip(others, found, strict=True) if page is not None
-            )
-            ids = [number for number in others if number not in pages]
-        return pages
-
-    def _load(self, ids: list[int]) -> dict[int, Page]:
-        pages: dict[int, Page] = {}
-        for number, payload in self._fetched(ids):
-            self._largest = max(self._largest, len(payload))
-            try:
-                pages[number] = self._core.insert(number, payload)
-            except CorruptStoreError as exc:
-                raise self.damaged(number, exc) from exc
-        missing = [number for number in ids if number not in pages]
-        if missing:
-            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            raise PageNotFoundError(
-                f"{len(missing)} pages do not exist: {shown}; "
-                "if this stays so after reopening the store, run verify on it"
-            )
-        return pages
-
-    def _fetched(self, ids: list[int]) -> Iterator[tuple[int, bytes]]:
-        """Yield pages; where the database itself says that one is damaged, find out which."""
-        try:
-            yield from self._fetch(ids)
-        except CorruptStoreError as exc:
-            if len(ids) == 1:
-                raise self.damaged(ids[0], exc) from exc
-            for number in ids:
-                yield from self._fetched([number])
-
-
-class _Gate:
-    """Lets walks in as far as the sum of what they pin fits the budget.
-
-    A thread that is inside already is always let in: making it wait for others, who may wait for
-    it, could go on forever. Then the budget itself decides.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-        self._inside: dict[int, int] = {}  # thread -> how often
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def hold(self, amount: int) -> Iterator[None]:
-        amount = min(amount, self._limit)
-        thread = threading.get_ident()
-        held = False
-        try:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: thread in self._inside or self._used + amount <= self._limit
-                )
-                self._inside[thread] = self._inside.get(thread, 0) + 1
-                self._used, held = self._used + amount, True
-            yield
-        finally:
-            if held:
-                with self._changed:
-                    self._used -= amount
-                    self._inside[thread] -= 1
-                    if not self._inside[thread]:
-                        del self._inside[thread]
-                    self._changed.notify_all()
 
 
 def _bases_in(window: Window, pages: list[Page], bases: Bases | None) -> StoredBases | None:

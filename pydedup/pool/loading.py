@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing missing pages into a native pool: each once, whoever asks, outside of any lock."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
+
+import numpy as np
+
+from pydedup import _core
+from pydedup._core import Page
+from pydedup.errors import CorruptStoreError, PageNotFoundError
+
+__all__ = ["Damaged", "Fetch", "PageLoader"]
+
+#: Reads pages: given ids, gives (id, payload) for those that exist, in any order.
+Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
+
+#: Makes of a page's damage the error that says who reads it, and what to do.
+Damaged: TypeAlias = Callable[[int, CorruptStoreError], CorruptStoreError]
+
+# Pages that one of several readers reads at least.
+_PIECE_PAGES = 4
+# Bytes of a page before one was seen: the default capacity.
+_USUAL_PAGE_BYTES = 1024 * 1024
+
+
+class PageLoader:
+    """Loads pages into a native pool. Safe between threads.
+
+    Parameters
+    ----------
+    core
+        The native pool.
+    fetch
+        Reads pages; called by several threads at once.
+    damaged
+        Makes the error of a damaged page.
+    readers
+        How many threads may fetch side by side for one call of `load`.
+    """
+
+    def __init__(
+        self, core: _core.BufferPool, fetch: Fetch, damaged: Damaged, readers: int
+    ) -> None:
+        self.largest = _USUAL_PAGE_BYTES  # bytes of the largest page seen, or that of a usual one
+        self.waits, self.waited = 0, 0.0  # how often walks had to wait for pages, and seconds
+        self._core = core
+        self._fetch = fetch
+        self._damaged = damaged
+        self._readers = readers
+        self._lock = threading.Lock()
+        self._loading: dict[int, threading.Event] = {}
+        self._threads: ThreadPoolExecutor | None = None
+
+    def load(
+        self, ids: list[int], *, ahead: bool = False, side_by_side: bool = False
+    ) -> dict[int, Page]:
+        """Return pages, pinned, leaving to other threads what they are fetching already.
+
+        Parameters
+        ----------
+        ids
+            Pages that the pool was found not to hold, each once.
+        ahead
+            Whether they are read before their use.
+        side_by_side
+            Whether several readers may share the work: not within a transaction, of which other
+            threads know nothing.
+
+        Raises
+        ------
+        PageNotFoundError
+            When pages do not exist; the message lists them.
+        BudgetError, CorruptStoreError
+            When they do not fit, or the bytes of a page are damaged.
+        """
+        began = time.perf_counter()
+        pages: dict[int, Page] = {}
+        while ids:
+            done = threading.Event()
+            # Within the try from the first entry on: an interrupt must leave no event unset.
+            try:
+                with self._lock:
+                    waits = {n: self._loading[n] for n in ids if n in self._loading}
+                    mine = [number for number in ids if number not in waits]
+                    self._loading.update(dict.fromkeys(mine, done))
+                if mine:
+                    pages.update(self._load_mine(mine, ahead, side_by_side))
+            finally:
+                done.set()
+                with self._lock:
+                    for number in ids:
+                        if self._loading.get(number) is done:
+                            del self._loading[number]
+            for event in waits.values():
+                event.wait()
+            # Not there after all when its fetch failed, or it was evicted again: then it is ours.
+            others = list(waits)
+            found = self._core.pin(np.array(others, np.int64), ahead)
+            pages.update(
+                (n, page) for n, page in zip(others, found, strict=True) if page is not None
+            )
+            ids = [number for number in others if number not in pages]
+        if not ahead:
+            self.count_wait(time.perf_counter() - began)
+        return pages
+
+    def count_wait(self, seconds: float) -> None:
+        """Count that a walk had to wait for pages."""
+        with self._lock:
+            self.waits += 1
+            self.waited += seconds
+
+    def _load_mine(self, ids: list[int], ahead: bool, side_by_side: bool) -> dict[int, Page]:
+        pieces = min(self._readers, len(ids) // _PIECE_PAGES) if side_by_side else 1
+        pages: dict[int, Page] = {}
+        if pieces <= 1:
+            self._load_piece(ids, ahead, pages)
+        else:
+            size = -(-len(ids) // pieces)
+            futures = [
+                self._reading().submit(self._load_piece, ids[at : at + size], ahead, pages)
+                for at in range(0, len(ids), size)
+            ]
+            errors = [future.exception() for future in futures]  # after all have ended
+            for error in errors:
+                if error is not None:
+                    raise error
+        missing = [number for number in ids if number not in pages]
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            raise PageNotFoundError(
+                f"{len(missing)} pages do not exist: {shown}; "
+                "if this stays so after reopening the store, run verify on it"
+            )
+        return pages
+
+    def _load_piece(self, ids: Sequence[int], ahead: bool, pages: dict[int, Page]) -> None:
+        for number, payload in self._fetched(ids):
+            self.largest = max(self.largest, len(payload))
+            try:
+                pages[number] = self._core.insert(number, payload, ahead)
+            except CorruptStoreError as exc:
+                raise self._damaged(number, exc) from exc
+
+    def _fetched(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield pages; where the database itself says that one is damaged, find out which."""
+        try:
+            yield from self._fetch(ids)
+        except CorruptStoreError as exc:
+            if len(ids) == 1:
+                raise self._damaged(ids[0], exc) from exc
+            for number in ids:
+                yield from self._fetched([number])
+
+    def _reading(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self._readers, "pydedup-reader")
+            return self._threads

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading pages ahead of the kernels that want them.
+
+A model's matrices are walked over in the same order call after call, so a call remembers the
+windows of its walks, and the next call of that model is read ahead along them (a first call along
+the windows of the walk it is in). Nothing is done until the first miss: a pool that holds the model
+costs no thread. Windows that were read ahead stay pinned until their walk has come by.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydedup._core import Page
+from pydedup.errors import PydedupError
+from pydedup.windows import Window
+
+__all__ = ["Call", "Lane"]
+
+#: Returns pages of a window, pinned, after reading those that miss; on a thread of its own.
+LoadAhead = Callable[[Any], list[Page]]
+
+
+@dataclass(slots=True)
+class _Stop:
+    """A window on the way of a course."""
+
+    window: Window
+    state: str = "ahead"  # -> "reading" -> "here" | "failed"; or "passed", before or after
+    pages: list[Page] = field(default_factory=list)
+
+
+class _Course:
+    """Windows in the order in which they will be wanted, read by a thread that keeps ahead."""
+
+    def __init__(self, windows: Sequence[Window], load: LoadAhead, limit: int) -> None:
+        self._stops = [_Stop(window) for window in windows]
+        self._load = load
+        self._limit = limit  # pages that may be held ahead
+        self._held = 0
+        self._passed = 0  # stops before this one were passed
+        self._changed = threading.Condition()
+        self._ended = False
+        # A daemon: a process that ends does not wait for pages that nobody will use.
+        threading.Thread(target=self._run, name="pydedup-ahead", daemon=True).start()
+
+    def reach(self, number: int) -> bool:
+        """Wait for what is being read of a window that a walk wants now.
+
+        Returns whether there was something to wait for.
+        """
+        with self._changed:
+            for stop in self._stops[self._passed : number]:
+                self._pass(stop)
+            self._passed = max(self._passed, number)
+            stop = self._stops[number]
+            if stop.state == "ahead":
+                stop.state = "passed"  # the walk reads it itself
+            self._changed.notify_all()
+            waits = stop.state == "reading"
+            self._changed.wait_for(lambda: stop.state != "reading")
+            return waits
+
+    def pass_by(self, number: int) -> None:
+        """Let go of a window that the walk has pinned itself."""
+        with self._changed:
+            self._pass(self._stops[number])
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let everything go; the thread ends after what it is reading."""
+        with self._changed:
+            self._ended = True
+            for stop in self._stops:
+                self._pass(stop)
+            self._changed.notify_all()
+
+    def _pass(self, stop: _Stop) -> None:
+        self._held -= len(stop.pages)
+        stop.pages = []
+        if stop.state != "reading":
+            stop.state = "passed"
+
+    def _run(self) -> None:
+        for stop in self._stops:
+            wanted = len(stop.window.ids)
+            with self._changed:
+                self._changed.wait_for(
+                    lambda wanted=wanted: (
+                        self._ended  # type: ignore[misc]
+                        or self._held == 0
+                        or self._held + wanted <= self._limit
+                    )
+                )
+                if self._ended:
+                    return
+                if stop.state == "passed":
+                    continue
+                stop.state = "reading"
+            try:
+                pages = self._load(stop.window.ids)
+            except PydedupError:
+                pages = []  # the walk meets the same, and says so
+            with self._changed:
+                stop.state = "here" if pages else "failed"
+                if not self._ended:
+                    stop.pages = pages
+                    self._held += len(pages)
+                self._changed.notify_all()
+            del pages
+
+
+class Lane:
+    """One walk of a call, and the course that keeps ahead of it, if there is one."""
+
+    def __init__(self, call: Call, windows: list[Window], place: int | None) -> None:
+        self._call = call
+        self._windows = windows
+        self._place = place  # of its first window on the call's course
+
+    def reach(self, number: int) -> bool:
+        """Window ``number`` of the walk is wanted; returns whether it was waited for."""
+        if self._place is None or self._call.course is None:
+            return False
+        return self._call.course.reach(self._place + number)
+
+    def pass_by(self, number: int) -> None:
+        """Window ``number`` is pinned by the walk."""
+        if self._place is not None and self._call.course is not None and self._place + number >= 0:
+            self._call.course.pass_by(self._place + number)
+
+    def missed(self, number: int) -> None:
+        """Window ``number`` is not all in the pool: begin to read what follows."""
+        if self._call.course is not None and self._place is not None:
+            return
+        if self._call.begin(self._windows, number + 1):
+            self._place = -(number + 1)
+
+
+class Call:
+    """One prediction of a model: the walks it makes, and those the last one made.
+
+    Not safe between threads: it belongs to the one that predicts.
+    """
+
+    def __init__(
+        self,
+        past: list[list[Window]],
+        load: LoadAhead,
+        limit: int,
+        take_room: Callable[[], bool],
+        give_room: Callable[[], None],
+    ) -> None:
+        self.course: _Course | None = None
+        self.walks: list[list[Window]] = []  # of this call, in order
+        self._past = past
+        self._at = 0  # of the next walk in `past`, if it is as last time
+        self._places: dict[int, int] = {}  # walk in `past` -> its first window on the course
+        self._load = load
+        self._limit = limit
+        self._take_room = take_room
+        self._give_room = give_room
+        self._has_room = False
+
+    def enter(self, windows: list[Window]) -> Lane:
+        """Note that a walk begins."""
+        self.walks.append(windows)
+        place = None
+        if self._at < len(self._past) and self._past[self._at] is windows:
+            place = self._places.get(self._at)
+            self._at += 1
+        else:
+            self._leave_course()
+        return Lane(self, windows, place)
+
+    def begin(self, walk: list[Window], first: int) -> bool:
+        """Read ahead from window ``first`` of a walk on, if there is room."""
+        self._leave_course()
+        as_last_time = self._at > 0 and self._past[self._at - 1] is walk
+        later = self._past[self._at :] if as_last_time else []
+        windows = walk[first:] + [window for walk in later for window in walk]
+        self._has_room = self._has_room or (bool(windows) and self._take_room())
+        if not windows or not self._has_room:
+            return False
+        place = len(walk) - first
+        for number, after in enumerate(later, self._at):
+            self._places[number] = place
+            place += len(after)
+        self.course = _Course(windows, self._load, self._limit)
+        return True
+
+    def end(self) -> None:
+        """Let everything go: the prediction is done, or has failed."""
+        self._leave_course()
+        if self._has_room:
+            self._has_room = False
+            self._give_room()
+
+    def _leave_course(self) -> None:
+        self._places = {}
+        if self.course is not None:
+            self.course.end()
+            self.course = None

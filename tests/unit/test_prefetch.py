@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading ahead of walks: what is read when and by whom, and that nothing depends on it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pydedup.errors import PageNotFoundError
+from pydedup.pool import PagePool
+from pydedup.testing.memory_pages import MemoryPages
+
+MIB = 1 << 20
+
+
+class SlowPages:
+    """A MiB each, each fetch taking a while; notes who fetched what."""
+
+    def __init__(self, count: int, seconds: float = 0.002) -> None:
+        self._pages = MemoryPages()
+        rows = np.repeat(np.arange(1, count + 1, dtype=np.float32)[:, None], MIB // 4 - 64, axis=1)
+        self._pages.add(rows, (1, rows.shape[1]), per_page=1)
+        self._seconds = seconds
+        self.fetched: list[tuple[str, list[int]]] = []
+
+    def fetch(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        self.fetched.append((threading.current_thread().name, list(ids)))
+        for page in self._pages.fetch(ids):
+            time.sleep(self._seconds)
+            yield page
+
+    def by(self, name: str) -> list[int]:
+        return sorted(n for who, ids in self.fetched for n in ids if who.startswith(name))
+
+
+def walk(pool: PagePool, ids: NDArray[np.int64], seconds: float = 0.0) -> list[float]:
+    """Return what the pages hold, taking so long over each window."""
+    seen = []
+    for part, pages, index, _ in pool.stream_with_bases(ids, None):
+        here = [
+            float(
+                np.frombuffer(pages[i].payload, np.float32, 1, int(pages[i].slots["offset"][0]))[0]
+            )
+            for i in index.tolist()
+        ]
+        assert len(here) == part.stop - part.start
+        seen += here
+        time.sleep(seconds)
+    return seen
+
+
+def ids_of(first: int, count: int) -> NDArray[np.int64]:
+    return np.arange(first, first + count, dtype=np.int64)
+
+
+def test_a_walk_is_read_ahead_from_its_first_miss_on() -> None:
+    pages = SlowPages(24)
+    pool = PagePool(pages.fetch, 32 * MIB)
+    assert pool.window_pages == 4
+    with pool.call(1):
+        assert walk(pool, ids_of(1, 24), 0.03) == list(range(1, 25))
+    main = threading.current_thread().name
+    assert pages.by(main) == [1, 2, 3, 4]
+    assert pages.by("pydedup-ahead") == list(range(5, 25))
+    stats = pool.stats()
+    assert (stats["misses"], stats["inserts"], stats["pinned_bytes"]) == (24, 24, 0)
+
+
+def test_the_next_call_is_read_ahead_along_the_way_of_the_last() -> None:
+    pages = SlowPages(24)
+    pool = PagePool(pages.fetch, 16 * MIB)  # two thirds of what a call reads
+    matrices = [ids_of(1 + 2 * i, 2) for i in range(12)]  # one window each
+    for _ in range(3):
+        pages.fetched.clear()
+        with pool.call(1):
+            for ids in matrices:
+                assert walk(pool, ids, 0.02) == ids.tolist()
+    main = threading.current_thread().name
+    assert pool.window_pages == 2
+    assert len(pages.by(main)) <= 2  # the first miss; the rest came ahead
+    assert len(pages.by("pydedup-ahead")) >= 6
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+def test_readers_share_what_is_read() -> None:
+    pages = SlowPages(32)
+    pool = PagePool(pages.fetch, 128 * MIB, readers=4)
+    with pool.call(1):
+        assert walk(pool, ids_of(1, 32)) == list(range(1, 33))
+    assert pages.by("pydedup-reader") == list(range(1, 33))
+    assert max(len(ids) for _, ids in pages.fetched) == 4
+
+
+def test_outside_of_a_call_nobody_else_reads() -> None:
+    pages = SlowPages(32)
+    pool = PagePool(pages.fetch, 64 * MIB, readers=4)
+    assert walk(pool, ids_of(1, 32)) == list(range(1, 33))
+    assert pages.by(threading.current_thread().name) == list(range(1, 33))
+
+
+def test_a_warm_model_costs_no_thread() -> None:
+    pages = SlowPages(8)
+    pool = PagePool(pages.fetch, 64 * MIB)
+    ids = ids_of(1, 8)
+    with pool.call(1):
+        walk(pool, ids)
+    before = set(threading.enumerate())
+    for _ in range(3):
+        with pool.call(1):
+            walk(pool, ids)
+    assert set(threading.enumerate()) <= before
+    assert pool.stats()["hits"] == 24
+
+
+def test_a_call_may_take_another_way_than_the_last() -> None:
+    pages = SlowPages(24)
+    pool = PagePool(pages.fetch, 16 * MIB)
+    matrices = [ids_of(1 + 4 * i, 4) for i in range(6)]
+    for order in ([0, 1, 2, 3, 4, 5], [5, 0, 3], [5, 0, 1, 1, 2], [4], [0, 1, 2, 3, 4, 5]):
+        with pool.call(1):
+            for number in order:
+                assert walk(pool, matrices[number], 0.005) == matrices[number].tolist()
+    assert pool.stats()["pinned_bytes"] == 0
+    assert pool.stats()["bytes"] <= 16 * MIB
+
+
+def test_what_cannot_be_read_ahead_fails_where_it_is_used() -> None:
+    pages = SlowPages(8)
+    pool = PagePool(pages.fetch, 32 * MIB)
+    with pytest.raises(PageNotFoundError, match="9, 10, 11, 12"), pool.call(1):
+        walk(pool, ids_of(1, 16), 0.02)
+    assert pool.stats()["pinned_bytes"] == 0
+    with pool.call(1):
+        assert walk(pool, ids_of(1, 8)) == list(range(1, 9))
+
+
+def test_many_calls_share_a_small_pool() -> None:
+    pages = SlowPages(40, 0.0005)
+    pool = PagePool(pages.fetch, 12 * MIB, readers=2)
+    errors: list[BaseException] = []
+
+    def serve(owner: int) -> None:
+        try:
+            matrices = [ids_of(1 + 5 * ((owner + i) % 8), 5) for i in range(4)]
+            for _ in range(6):
+                with pool.call(owner):
+                    for ids in matrices:
+                        assert walk(pool, ids) == ids.tolist()
+        except BaseException as exc:
+            errors.append(exc)
+
+    threads = [threading.Thread(target=serve, args=(owner,)) for owner in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors, errors
+    assert not any(thread.is_alive() for thread in threads)
+    stats = pool.stats()
+    assert stats["pinned_bytes"] == 0
+    assert stats["bytes"] <= 12 * MIB
+
+
+def test_a_call_that_is_given_up_lets_its_pages_go() -> None:
+    pages = SlowPages(24, 0.005)
+    pool = PagePool(pages.fetch, 32 * MIB)
+
+    def interrupted() -> None:
+        with pool.call(1):
+            walked = pool.stream(ids_of(1, 24))
+            next(walked)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    deadline = time.monotonic() + 10
+    while pool.stats()["pinned_bytes"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert pool.stats()["pinned_bytes"] == 0
+    with pool.call(1):  # and its room
+        assert walk(pool, ids_of(1, 24), 0.02) == list(range(1, 25))
+    assert pages.by("pydedup-ahead")
+
+
+def test_activations_and_reservations_count() -> None:
+    pages = SlowPages(16, 0)
+    pool = PagePool(pages.fetch, 16 * MIB)
+    walk(pool, ids_of(1, 16))
+    assert pool.stats()["pages"] == 16
+    with pool.activations(6 * MIB):
+        assert pool.stats()["bytes"] <= 10 * MIB
+        assert pool.stats()["reserved_bytes"] == 6 * MIB
+        assert walk(pool, ids_of(1, 16)) == list(range(1, 17))
+    with pool.reserve(8 * MIB):
+        assert pool.activation_bytes == 4 * MIB
+        assert walk(pool, ids_of(1, 16)) == list(range(1, 17))
+        assert pool.stats()["bytes"] <= 8 * MIB
+    assert pool.activation_bytes == 8 * MIB
+    kept = pool.reserve(MIB)
+    assert pool.stats()["reserved_bytes"] == MIB
+    kept.release()
+    kept.release()
+    assert pool.stats()["reserved_bytes"] == 0
+    pool.reserve(MIB)
+    assert pool.stats()["reserved_bytes"] == 0  # nobody kept it
