@@ -11,14 +11,23 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Final, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 from pydedup.adapter import Adapter, RowAdapter
 from pydedup.errors import ArgumentError
 
-__all__ = ["ENTRY_POINT_GROUP", "Connect", "connect", "connect_rows", "redact", "schemes"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Connect",
+    "connect",
+    "connect_rows",
+    "redact",
+    "schemes",
+    "sqlite_functions",
+]
 
 ENTRY_POINT_GROUP: Final = "pydedup.adapters"
 
@@ -101,6 +110,27 @@ def connect_rows(url: str) -> RowAdapter:
         return adapter
     adapter.close()
     raise ArgumentError(f"the adapter for {scheme}:// knows no tables of users")
+
+
+class SqliteFunctions(Protocol):
+    """What there is for functions of ours on a connection of a user's to SQLite."""
+
+    def bind(
+        self, connection: object, functions: Sequence[tuple[str, int, bool, Callable[..., Any]]]
+    ) -> None:
+        """Make functions known: name, arguments, whether once per statement, what is called."""
+
+    def main_file(self, connection: object) -> str:
+        """Return the file of a connection."""
+
+    def epoch(self, connection: object) -> int:
+        """Return the epoch of the store in that file, as a statement under way sees it."""
+
+
+def sqlite_functions() -> SqliteFunctions:
+    """Return what there is for functions on a connection of a user's to SQLite."""
+    module = importlib.import_module("pydedup.adapters._sqlite_functions")
+    return cast(SqliteFunctions, module)
 
 
 def _with_scheme(url: str) -> tuple[str, str]:

@@ -84,6 +84,7 @@ ALLOWED: dict[str, set[str]] = {
     "opening": INNER,
     "upkeep": INNER | {"opening"},
     "store": INNER | {"opening", "upkeep"},
+    "sql": VALUES | {"registry", "serving", "store"},
     "": PUBLIC - {""},
     "http": PUBLIC | {"serving", "opening"},
     "selftest": PUBLIC,
@@ -120,6 +121,7 @@ ADAPTER_DRIVERS = {
     "postgres.py": {"psycopg", "psycopg_pool"},
     "mysql.py": {"mysql"},
     "_sqlite_rows.py": {"sqlite3"},
+    "_sqlite_functions.py": {"sqlite3"},
 }
 
 

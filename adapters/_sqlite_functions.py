@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions of ours on a connection of a user's to SQLite.
+
+The connection is the user's own: nothing about it is changed but that it knows the functions.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from pydedup.errors import ArgumentError, StoreError
+
+from ._sqlite_base import DIALECT
+
+__all__ = ["bind", "epoch", "main_file"]
+
+_EPOCH: Final = f"SELECT value FROM {DIALECT.name('meta')} WHERE name = 'epoch'"  # noqa: S608
+
+
+def bind(
+    connection: object, functions: Sequence[tuple[str, int, bool, Callable[..., Any]]]
+) -> None:
+    """Make functions known to a connection, in the place of those of the same name.
+
+    Parameters
+    ----------
+    functions
+        Name; number of arguments, or -1; whether one call answers for all with the same arguments
+        in a statement; and what is called.
+    """
+    for name, count, once, function in functions:
+        _checked(connection).create_function(name, count, function, deterministic=once)
+
+
+def main_file(connection: object) -> str:
+    """Return the file of a connection. Raises ArgumentError when it has none."""
+    rows = _rows(_checked(connection), "PRAGMA database_list")
+    path = next((row[2] for row in rows if row[1] in ("main", b"main")), "")
+    if not path:
+        raise ArgumentError(
+            "this connection is to a database in memory, which is no store; name the store that "
+            "has the models"
+        )
+    return path if isinstance(path, str) else str(path, "utf-8")
+
+
+def epoch(connection: object) -> int:
+    """Return the epoch of the store in a connection's file, as its statement under way sees it."""
+    ((value,),) = _rows(_checked(connection), _EPOCH)
+    return int(value)
+
+
+def _checked(connection: object) -> sqlite3.Connection:
+    if not isinstance(connection, sqlite3.Connection):
+        raise ArgumentError(
+            f"a connection of the module sqlite3 is needed, not {type(connection).__name__}"
+        )
+    return connection
+
+
+def _rows(connection: sqlite3.Connection, sql: str) -> list[tuple[Any, ...]]:
+    """Return rows as they are, whatever the user made of his connection."""
+    cursor = connection.cursor()
+    cursor.row_factory = None
+    try:
+        return cursor.execute(sql).fetchall()
+    except sqlite3.Error as error:
+        raise StoreError(
+            f"the file of this connection cannot be read as a store: {error}"
+        ) from error
+    finally:
+        cursor.close()

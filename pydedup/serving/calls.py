@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What functions of SQL call: one row predicted, at the cost of little more than the product.
+
+An address is looked up once per epoch of the store, which grows with every change of an alias; what
+is known of a model is kept from call to call. Where the epoch is read as the statement under way
+sees it, all rows of the statement are predicted by one version.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.catalog import Catalog, StoredModel
+from pydedup.errors import ArgumentError
+from pydedup.serving.engine import run_graph
+from pydedup.serving.features import features_of, input_kind
+from pydedup.serving.score import graph_of
+from pydedup.serving.tensor import StoredTensor
+
+__all__ = ["Calls", "as_json", "one_output"]
+
+Array = NDArray[Any]
+#: Addresses, and models, that are kept ready.
+_KEPT: Final = 64
+
+
+class _Ready:
+    """A model with all that a prediction needs of it."""
+
+    def __init__(
+        self, model: StoredModel, tensor: Callable[[StoredModel, str], StoredTensor]
+    ) -> None:
+        self.address = model.address
+        self.graph = graph_of(model)
+        shapes = {info.name: info.shape for info in model.tensors}
+        self.kind = input_kind(self.graph, shapes, self.address)
+        self._tensors = {name: tensor(model, name) for name in self.graph.tensors()}
+
+    def run(self, rows: Array) -> Any:
+        """Predict rows: one output as it is, several by name."""
+        inputs = {self.graph.inputs[0]: rows}
+        outputs = run_graph(self.graph, self._tensors.__getitem__, inputs)
+        return outputs if len(outputs) > 1 else outputs[self.graph.outputs[0]]
+
+
+class Calls:
+    """Predictions from one store, asked for a row at a time.
+
+    Parameters
+    ----------
+    tensor
+        Returns a tensor of a model.
+    epoch
+        Returns the epoch of the store, as the statement under way sees it.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        tensor: Callable[[StoredModel, str], StoredTensor],
+        epoch: Callable[[], int],
+    ) -> None:
+        self._catalog, self._tensor, self._epoch = catalog, tensor, epoch
+        self._addresses: OrderedDict[str, tuple[int, _Ready]] = OrderedDict()
+        self._models: OrderedDict[int, _Ready] = OrderedDict()
+
+    def address(self, model: str) -> str:
+        """Return ``name@version`` of what an address means. Raises NotFoundError."""
+        return self._ready(model).address
+
+    def row(self, model: str, values: Sequence[object]) -> Any:
+        """Return what a model predicts for a row: an array, or arrays by name.
+
+        Raises ArgumentError for features that do not fit, NotFoundError.
+        """
+        ready = self._ready(model)
+        names = [f"feature {number}" for number in range(1, len(values) + 1)]
+        predicted = ready.run(features_of(values, names, ready.kind)[None])
+        if isinstance(predicted, Mapping):
+            return {name: _only(array) for name, array in predicted.items()}
+        return _only(predicted)
+
+    def rows(self, model: str, rows: Sequence[Sequence[object]]) -> Array:
+        """Return what a model of one output predicts for rows of one length each, flat per row."""
+        ready = self._ready(model)
+        if not rows:
+            return np.zeros((0, 0), np.float32)
+        names = [f"feature {number}" for number in range(1, len(rows[0]) + 1)]
+        made = []
+        for number, values in enumerate(rows, 1):
+            try:
+                made.append(features_of(values, names, ready.kind))
+            except ArgumentError as error:
+                raise ArgumentError(f"row {number}: {error}") from error
+        predicted = one_output(ready.run(np.stack(made)), model)
+        if predicted.ndim == 0 or len(predicted) != len(rows):
+            raise ArgumentError(
+                f"{ready.address} gives an output of shape {predicted.shape} for {len(rows)} rows"
+            )
+        return predicted.reshape(len(rows), -1)
+
+    def _ready(self, address: str) -> _Ready:
+        if not isinstance(address, str):
+            raise ArgumentError(f"the model must be a text, name@version, not {address!r}")
+        epoch = self._epoch()
+        known = self._addresses.get(address)
+        if known is not None and known[0] == epoch:
+            return known[1]
+        row = self._catalog.resolve(address)
+        ready = self._models.get(row.id)
+        if ready is None:
+            ready = _Ready(self._catalog.of_row(row), self._tensor)
+            self._models[row.id] = ready
+            while len(self._models) > _KEPT:
+                self._models.popitem(last=False)
+        self._addresses[address] = (epoch, ready)
+        self._addresses.move_to_end(address)
+        while len(self._addresses) > _KEPT:
+            self._addresses.popitem(last=False)
+        return ready
+
+
+def _only(predicted: Array) -> Array:
+    array = np.asarray(predicted)
+    if array.ndim == 0 or len(array) != 1:
+        raise ArgumentError(f"the model gives an output of shape {array.shape} for one row")
+    return np.asarray(array[0])
+
+
+def one_output(predicted: Any, model: str) -> Array:
+    """Return the output of a model that has one. Raises ArgumentError."""
+    if isinstance(predicted, Mapping):
+        raise ArgumentError(
+            f"{model} has several outputs ({', '.join(predicted)}); ask for JSON, which names them"
+        )
+    return np.asarray(predicted)
+
+
+def as_json(predicted: Any) -> str:
+    """Return a prediction as JSON: a list, or lists by name; NaN and infinities are ``null``."""
+    if isinstance(predicted, Mapping):
+        return json.dumps({name: _plain(array) for name, array in predicted.items()})
+    return json.dumps(_plain(np.asarray(predicted)))
+
+
+def _plain(array: Array) -> list[float | None]:
+    """Return the numbers of an array, as JSON has them."""
+    numbers = np.asarray(array, dtype=np.float64).reshape(-1).tolist()
+    return [number if math.isfinite(number) else None for number in numbers]
