@@ -132,11 +132,14 @@ with pydedup.open(sys.argv[1], mode="r") as store:
 """
 
 
-@pytest.mark.parametrize("moment", [2, 6, 12])
+@pytest.mark.parametrize(
+    ("backend", "moment"),
+    [("sqlite", 2), ("sqlite", 6), ("sqlite", 12), ("postgres", 6), ("mysql", 6)],
+)
 def test_a_killed_backup_leaves_no_file_and_is_gone_on_with(
-    filled: New, tmp_path: Path, assert_same: Any, moment: int
+    filled: New, tmp_path: Path, assert_same: Any, backend: str, moment: int
 ) -> None:
-    source_url, file = filled("sqlite"), tmp_path / "backup"
+    source_url, file = filled(backend), tmp_path / "backup"
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", SCRIPT, source_url, str(file), str(moment)],
         stdout=subprocess.PIPE,

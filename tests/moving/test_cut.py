@@ -97,12 +97,30 @@ def test_a_destination_that_is_cut_is_told_and_gone_on_with(
     assert_same(source_url, url)
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("error", [StorageFullError("disk full"), KeyboardInterrupt()])
+FULL, STOPPED, LOST = StorageFullError("full"), KeyboardInterrupt(), UnavailableError("gone")
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "after"),
+    [
+        pytest.param("sqlite", FULL, False, id="sqlite-full"),
+        pytest.param("sqlite", FULL, True, id="sqlite-full-after"),
+        pytest.param("sqlite", STOPPED, False, id="sqlite-^C"),
+        pytest.param("sqlite", STOPPED, True, id="sqlite-^C-after"),
+        pytest.param("postgres", LOST, True, id="postgres-lost-after"),
+        pytest.param("mysql", LOST, True, id="mysql-lost-after"),
+    ],
+)
 def test_every_commit_may_fail(
-    filled: New, new_store: New, assert_same: Any, error: BaseException, after: bool
+    filled: New,
+    new_store: New,
+    assert_same: Any,
+    backend: str,
+    error: BaseException,
+    after: bool,
 ) -> None:
-    source_url, url = filled("sqlite"), new_store("sqlite")
+    source_url, url = filled("sqlite"), new_store(backend)
+    names = None if backend == "sqlite" else ["base@1", "near@1"]
     number, ended = 0, False
     with pydedup.open(source_url, mode="r") as source:
         while not ended:
@@ -114,7 +132,7 @@ def test_every_commit_may_fail(
             adapter, control = inject(registry.connect(url, mode="a"))
             with Store(adapter, 64 << 20) as target:
                 items = plan_copy(
-                    source._adapter, adapter, None, all_versions=False, on_conflict="error"
+                    source._adapter, adapter, names, all_versions=False, on_conflict="error"
                 )
                 control.add_fault(Fault("commit", error, call=number, after=after))
                 with contextlib.suppress(type(error)):
@@ -127,7 +145,7 @@ def test_every_commit_may_fail(
                 report = target.verify()
                 assert (report.errors, report.notes) == ([], [])
                 there = len(target.models())
-                assert there == 8 or not ended
-                assert source.copy_to(url).copied == 8 - there
-            assert_same(source_url, url)
-    assert number > 8
+                assert there == len(items) or not ended
+                assert source.copy_to(url, names).copied == len(items) - there
+            assert_same(source_url, url, names=None if names is None else set(names))
+    assert number > len(items)
