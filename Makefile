@@ -16,6 +16,7 @@ VENV ?= .venv
 export PYTHON VENV JOBS
 ARGS ?=
 CRASH_ROUNDS ?= 200
+SECONDS ?= 1800
 SANITIZERS ?= asan-ubsan tsan
 export FUZZ_SECONDS
 
@@ -75,6 +76,11 @@ sanitize:  ## the native tests under ASan + UBSan and under TSan
 crash:  ## kill clients of each database, 200 times per kind of work; the store must verify
 	@scripts/setup.sh test
 	@PYDEDUP_REQUIRE_BACKENDS=sqlite,postgres,mysql PYDEDUP_CRASH_ROUNDS=$(CRASH_ROUNDS) "$(VENV)/bin/pytest" --timeout=7200 tests/crash tests/scoring/test_killed_score.py $(ARGS)
+
+.PHONY: soak
+soak:  ## load on a real server for SECONDS (1800): fails at an error or when its memory grows
+	@scripts/setup.sh test
+	@"$(VENV)/bin/python" bench/peers/http_load.py --soak --seconds $(SECONDS) $(ARGS)
 
 .PHONY: fuzz
 fuzz:  ## libFuzzer on everything that reads stored bytes, FUZZ_SECONDS (600) for each target (clang)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ def rows_of(inputs: Arrays) -> int:
 
 def predict_many(store: ServedStore, asks: Sequence[Ask]) -> list[Outcome]:
     """Return what each of several predictions gives, in order."""
+    if len(asks) == 1:
+        return [_alone(store, asks[0])]
     groups: dict[object, list[int]] = {}
     for number, ask in enumerate(asks):
         groups.setdefault(_together(ask, number), []).append(number)
@@ -52,11 +55,20 @@ def predict_many(store: ServedStore, asks: Sequence[Ask]) -> list[Outcome]:
 
 def _together(ask: Ask, number: int) -> object:
     """Return the same for requests that may share a prediction."""
-    shapes = {name: array.shape for name, array in ask.inputs.items()}
-    if not is_rowwise(ask.model.graph, ask.model.weights, shapes):
+    inputs = sorted(ask.inputs.items())
+    rows = {array.shape[0] if array.ndim else 0 for _, array in inputs}
+    if len(rows) != 1 or rows == {0}:
         return number
-    kinds = [(name, array.dtype, array.shape[1:]) for name, array in sorted(ask.inputs.items())]
+    if not _is_rowwise(ask.model, tuple((name, array.shape[1:]) for name, array in inputs)):
+        return number
+    kinds = [(name, array.dtype, array.shape[1:]) for name, array in inputs]
     return (ask.model.id, tuple(kinds))
+
+
+@lru_cache(maxsize=4096)
+def _is_rowwise(model: Served, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> bool:
+    """`is_rowwise` for inputs whose rows have these shapes."""
+    return is_rowwise(model.graph, model.weights, {name: (1, *rest) for name, rest in shapes})
 
 
 def _joined(store: ServedStore, asks: Sequence[Ask]) -> list[Outcome] | None:

@@ -14,12 +14,13 @@ __all__ = ["LimitedProtocol"]
 
 #: Bytes of the line of a request and its headers together.
 _LARGEST_HEAD = 64 * 1024
-#: Seconds from the first byte of a request (or the connection) to the end of its headers.
-_HEAD_SECONDS = 15.0
 
 
 class LimitedProtocol(HttpToolsProtocol):
     """One connection."""
+
+    #: Seconds from the first byte of a request (or the connection) to the end of its headers.
+    head_seconds = 15.0
 
     _head_bytes = 0
     _in_head = True
@@ -71,7 +72,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(400, msg)
 
     def _await_head(self) -> None:
-        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self._too_slow)
+        self._head_timer = self.loop.call_later(self.head_seconds, self._too_slow)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

@@ -25,7 +25,7 @@ __all__ = ["IndexEntry", "Served", "ServedStore"]
 _REMEMBERED = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Served:
     """One version of a model, with what it takes to predict with it."""
 

@@ -61,9 +61,11 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
     log = AccessLog() if options.access_log else None
     app = App(store, options, Gate(options.token), log)
     _quiet_loggers()
+    seconds = min(LimitedProtocol.head_seconds, options.timeout)
+    protocol = type("Protocol", (LimitedProtocol,), {"head_seconds": seconds})
     config = uvicorn.Config(
         app,
-        http=LimitedProtocol,
+        http=protocol,
         ws="none",
         lifespan="off",
         log_config=None,

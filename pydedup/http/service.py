@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pydedup.errors import NotFoundError
+from pydedup.errors import NotFoundError, UnavailableError
 from pydedup.http.joining import Arrays, Ask, Outcome, predict_many
 from pydedup.http.problems import bad
 from pydedup.http.served import Served, ServedStore
@@ -38,13 +38,18 @@ def run_batch(
     that failed, the exception.
     """
     models: dict[str, Served | Exception] = {}
+    away: UnavailableError | None = None
     results: list[Answer | Exception] = []
     asks: list[Ask] = []
     places: list[int] = []
     for address, inputs in requests:
         if address not in models:
             try:
+                if away is not None:  # waiting for the database once is enough
+                    raise away
                 models[address] = store.served(address)
+            except UnavailableError as error:
+                models[address] = away = error
             except Exception as error:
                 models[address] = error
         model = models[address]

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,30 @@ def test_a_body_that_does_not_come(start: Start, store_url: str) -> None:
             b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
         )
     until(lambda: server.metric("pydedup_body_bytes") == 0)
+
+
+def test_headers_that_do_not_come(start: Start, store_url: str) -> None:
+    server = start(store_url, "--timeout", 0.5)
+    for text in (b"", b"GET /v2", b"GET /v2 HTTP/1.1\r\nHost: x\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+            connection.sendall(text)
+            started = time.monotonic()
+            assert connection.recv(100) == b""  # it is closed
+            assert 0.2 < time.monotonic() - started < 5
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        for _ in range(3):  # a byte now and then does not help
+            connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+            response = HTTPResponse(connection)
+            response.begin()
+            assert response.status == 200
+            response.read()
+            time.sleep(0.6)  # between requests, it may be quiet for longer
+        started = time.monotonic()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() - started < 5:
+                connection.sendall(b"G" if time.monotonic() - started < 0.1 else b"E")
+                time.sleep(0.1)
+        assert time.monotonic() - started < 4
 
 
 def test_an_answer_that_nobody_reads(start: Start, store_url: str) -> None:

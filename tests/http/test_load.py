@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load generator itself, for a few seconds: `make soak` lets it run for longer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "peers" / "http_load.py"
+
+
+def run(*options: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-P", SCRIPT, "--json", "--rate", "100", *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arrivals", ["poisson", "fixed"])
+def test_figures(arrivals: str) -> None:
+    found = run("--seconds", "2", "--arrivals", arrivals)
+    assert 100 < found["requests"] < 300
+    assert found["errors"] == {}
+    assert 0 < found["http_ms"]["p50"] <= found["http_ms"]["p99"]
+    assert found["in_process_ms"]["p50"] < found["http_ms"]["p50"]
+
+
+def test_a_short_soak() -> None:
+    found = run("--soak", "--seconds", "5")
+    assert found["wrong"] == []
+    assert found["requests"] > 300
