@@ -68,6 +68,8 @@ def _together(ask: Ask, number: int) -> object:
 @lru_cache(maxsize=4096)
 def _is_rowwise(model: Served, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> bool:
     """`is_rowwise` for inputs whose rows have these shapes."""
+    if model.graph is None:
+        return False
     return is_rowwise(model.graph, model.weights, {name: (1, *rest) for name, rest in shapes})
 
 

@@ -12,6 +12,7 @@ from pydedup.errors import (
     NotFoundError,
     PydedupError,
     UnavailableError,
+    UnsupportedFormatError,
 )
 
 __all__ = ["RETRY_SOON", "HttpError", "bad", "problem_of"]
@@ -58,6 +59,8 @@ def problem_of(error: BaseException) -> HttpError:
         return HttpError(503, said, "unavailable", RETRY_SOON)
     if isinstance(error, ArgumentError):
         return HttpError(400, text, "bad_request")
+    if isinstance(error, UnsupportedFormatError):
+        return HttpError(501, text, "unsupported")
     if isinstance(error, PydedupError):  # the store itself: damaged, of a newer version
         return HttpError(500, text, "error", cause=error)
     return HttpError(500, "a fault of the server; its log says more", "error", cause=error)

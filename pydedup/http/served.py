@@ -12,8 +12,11 @@ from typing import Self
 
 from pydedup import config
 from pydedup.adapter import Adapter
+from pydedup.catalog import StoredModel
 from pydedup.errors import NotFoundError
+from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
+from pydedup.http.onnx_signature import onnx_signature
 from pydedup.http.shapes import Signature, Weight, signature_of
 from pydedup.opening import connect_store
 from pydedup.store import Store
@@ -27,12 +30,15 @@ _REMEMBERED = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Served:
-    """One version of a model, with what it takes to predict with it."""
+    """One version of a model, with what it takes to predict with it.
+
+    Without ``graph`` it is run by ONNX Runtime, and its weights are not told.
+    """
 
     id: int
     name: str
     version: str
-    graph: Graph
+    graph: Graph | None
     weights: Mapping[str, Weight]
     signature: Signature
 
@@ -82,23 +88,26 @@ class ServedStore(Store):
         row = self._catalog.resolve(address)
         found = self._known.get(row.id)
         if found is None:
-            model = self._catalog.of_row(row)
-            graph = model.graph()
-            if graph is None:
-                raise NotFoundError(
-                    f"{model.address} has no graph to predict with; add it with graph=..., or from "
-                    "a torch.nn.Sequential, Keras or ONNX model"
-                )
-            weights = {
-                name: (model.tensor(name).shape, model.tensor(name).dtype)
-                for name in graph.tensors()
-            }
-            signature = signature_of(graph, weights)
-            found = Served(row.id, row.name, row.version, graph, weights, signature)
+            found = self._look_at(self._catalog.of_row(row))
             self._known[row.id] = found
             for oldest in list(self._known)[:-_REMEMBERED]:
                 self._known.pop(oldest, None)
         return found
+
+    def _look_at(self, model: StoredModel) -> Served:
+        row, graph = model.row, model.graph()
+        if graph is not None:
+            tensors = {name: model.tensor(name) for name in graph.tensors()}
+            weights = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+            signature = signature_of(graph, weights)
+            return Served(row.id, row.name, row.version, graph, weights, signature)
+        payload = self._adapter.artifact(row.id, ONNX_GRAPH)
+        if payload is None:
+            raise NotFoundError(
+                f"{model.address} has no graph to predict with; add it with graph=..., or from "
+                "a torch.nn.Sequential, Keras or ONNX model"
+            )
+        return Served(row.id, row.name, row.version, None, {}, onnx_signature(payload))
 
     def version_names(self, name: str) -> list[str]:
         """Return the versions of a model, oldest first."""
@@ -109,8 +118,8 @@ class ServedStore(Store):
         rows = sorted(self._adapter.models(), key=lambda row: (row.name, row.id))
         for row in rows:
             if row.id not in self._graphs:  # a published model's artifacts never change
-                names = [name for name, _ in self._adapter.artifacts(row.id)]
-                self._graphs[row.id] = GRAPH_ARTIFACT in names
+                names = {name for name, _ in self._adapter.artifacts(row.id)}
+                self._graphs[row.id] = bool(names & {GRAPH_ARTIFACT, ONNX_GRAPH})
         live = {row.id for row in rows}
         for gone in [number for number in list(self._graphs) if number not in live]:
             self._graphs.pop(gone, None)
