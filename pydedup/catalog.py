@@ -37,6 +37,7 @@ class StoredModel:
         self._adapter = adapter
         self._maps: dict[int, BlockMap] = {}
         self._graph: Graph | None = None
+        self._layers_key: object = None
         #: How often its block maps were forgotten: its pages are the same as long as this is.
         self.state = 0
         self.tensors = tuple(_tensor_info(tensor) for tensor in adapter.tensors(row.id))
@@ -94,6 +95,14 @@ class StoredModel:
         """Forget the block maps: a vacuum has moved blocks."""
         self._maps.clear()
         self.state += 1
+
+    @property
+    def layers_key(self) -> object:
+        """Equal for models with the same graph, and tensors of the same names and shapes."""
+        if self._layers_key is None:
+            graph = self.graph()
+            self._layers_key = (None if graph is None else graph.to_json(), self.tensors)
+        return self._layers_key
 
     def page_ids(self) -> NDArray[np.int64]:
         """Return the pages it reads, those of bases included."""

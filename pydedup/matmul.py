@@ -34,7 +34,9 @@ __all__ = [
     "ACTIVATIONS",
     "BAG_MODES",
     "activate",
+    "activate_in_place",
     "bag",
+    "checked_factors",
     "compute_dtype",
     "feed_blocks",
     "matmul",
@@ -100,24 +102,11 @@ def matmul(
     PageNotFoundError, CorruptStoreError, BudgetError
         When the pages cannot be had; see `PagePool.windows`.
     """
-    grid = block_map.grid
-    dtype = compute_dtype(block_map.dtype)
-    inner, outer = (grid.rows, grid.cols) if transpose else (grid.cols, grid.rows)
-    given = real_array(x, dtype, "x")
-    if given.ndim == 0 or given.shape[-1] != inner:
-        raise ArgumentError(
-            f"x has shape {given.shape}; its last axis must be {inner} for a matrix of shape "
-            f"({grid.rows}, {grid.cols})" + (" with transpose" if transpose else "")
-        )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ArgumentError(
-            f"unknown activation {activation!r}; choose one of: {', '.join(ACTIVATIONS)}"
-        )
-    offset = None
-    if bias is not None:
-        offset = real_array(bias, dtype, "bias")
-        if offset.shape != (outer,):
-            raise ArgumentError(f"bias has shape {offset.shape}; ({outer},) is needed")
+    given, offset = checked_factors(block_map, x, bias, transpose)
+    _check_activation(activation)
+    dtype = given.dtype
+    inner = given.shape[-1]
+    outer = block_map.grid.cols if transpose else block_map.grid.rows
     lead = given.shape[:-1]
     y = np.empty((math.prod(lead), outer), dtype)
     product = _core.Matmul(
@@ -132,6 +121,34 @@ def matmul(
     if y.size:
         feed_blocks(product, block_map, pool)
     return y.reshape(*lead, outer)
+
+
+def checked_factors(
+    block_map: BlockMap, x: ArrayLike, bias: ArrayLike | None, transpose: bool
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Return x and bias as kernels take them. Raises ArgumentError as `matmul` does."""
+    grid = block_map.grid
+    dtype = compute_dtype(block_map.dtype)
+    inner, outer = (grid.rows, grid.cols) if transpose else (grid.cols, grid.rows)
+    given = real_array(x, dtype, "x")
+    if given.ndim == 0 or given.shape[-1] != inner:
+        raise ArgumentError(
+            f"x has shape {given.shape}; its last axis must be {inner} for a matrix of shape "
+            f"({grid.rows}, {grid.cols})" + (" with transpose" if transpose else "")
+        )
+    offset = None
+    if bias is not None:
+        offset = real_array(bias, dtype, "bias")
+        if offset.shape != (outer,):
+            raise ArgumentError(f"bias has shape {offset.shape}; ({outer},) is needed")
+    return given, offset
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ArgumentError(
+            f"unknown activation {activation!r}; choose one of: {', '.join(ACTIVATIONS)}"
+        )
 
 
 def feed_blocks(product: _core.Matmul | _core.Conv2d, block_map: BlockMap, pool: PagePool) -> None:
@@ -272,15 +289,17 @@ def read(block_map: BlockMap, pool: PagePool, *, threads: int = 0) -> NDArray[An
 
 def activate(x: NDArray[Any], activation: str, *, threads: int = 0) -> NDArray[Any]:
     """Return an activation of `ACTIVATIONS` of float32 or float64 values, as a new array."""
-    if activation not in ACTIVATIONS:
-        raise ArgumentError(
-            f"unknown activation {activation!r}; choose one of: {', '.join(ACTIVATIONS)}"
-        )
+    _check_activation(activation)
     if x.dtype not in (np.float32, np.float64):
         raise ArgumentError(f"activate takes float32 or float64 values, got {x.dtype}")
     out = np.array(x, order="C")
     _core.activate(out, activation, threads)
     return out
+
+
+def activate_in_place(y: NDArray[Any], activation: str) -> None:
+    """Apply an activation of `ACTIVATIONS` to float32 or float64 values, C-contiguous."""
+    _core.activate(y, activation, 0)
 
 
 # ---- inside -------------------------------------------------------------------------------------

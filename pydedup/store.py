@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import config
@@ -19,6 +17,7 @@ from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import (
     ArgumentError,
     NotFoundError,
+    PydedupError,
 )
 from pydedup.formats.base import Artifact, TensorEntry
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
@@ -35,10 +34,10 @@ from pydedup.replacement import DEFAULT_POLICY, check_policy
 from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
 from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
 from pydedup.report.sizes import ModelSize, model_sizes
-from pydedup.serving.engine import run_graph
 from pydedup.serving.onnx_session import run_onnx
+from pydedup.serving.predict import Prediction, predict, predict_together
 from pydedup.serving.score import BATCH, score_rows
-from pydedup.serving.tensor import StoredTensor, TensorsOnDemand
+from pydedup.serving.tensor import StoredTensor, TensorsOnDemand, called
 from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress, ScoreReport
 from pydedup.upkeep import StoreUpkeep
 from pydedup.usage import Usage, usage_by
@@ -296,17 +295,41 @@ class Store(StoreUpkeep):
         graph = model.graph()
         if graph is None:
             return self._predict_onnx(model, x)
-        if isinstance(x, Mapping):
-            inputs = {key: np.asarray(value) for key, value in x.items()}
-        elif len(graph.inputs) == 1:
-            inputs = {graph.inputs[0]: np.asarray(x)}
-        else:
-            raise ArgumentError(f"{model.address} takes several inputs: {', '.join(graph.inputs)}")
-        with self._call(model):
-            outputs = run_graph(graph, lambda tensor: self._stored_tensor(model, tensor), inputs)
-        if isinstance(x, Mapping):
-            return outputs
-        return outputs[graph.outputs[0]] if len(graph.outputs) == 1 else outputs
+        return predict(Prediction.of(model, graph, x), self._stored_tensor, self._pool)
+
+    def predict_many(
+        self, requests: Sequence[tuple[str, ArrayLike | Mapping[str, ArrayLike]]]
+    ) -> list[Any]:
+        """Predict for several models at once.
+
+        Requests of models with the same layers share the work: a block that several of them have is
+        read and multiplied once for all their rows. Sums are formed in another order than one by
+        one, so results may differ from those of `predict` in the last bits.
+
+        Parameters
+        ----------
+        requests
+            Pairs of a model and what `predict` takes for it; each name resolves once.
+
+        Returns
+        -------
+        list
+            For each request what `predict` returns, or the `PydedupError` that it would raise.
+        """
+        results: list[Any] = []
+        for name, x in requests:
+            try:
+                model = self._catalog.model(name)
+                graph = model.graph()
+                if graph is None:
+                    results.append(self._predict_onnx(model, x))
+                else:
+                    results.append(Prediction.of(model, graph, x))
+            except PydedupError as error:
+                results.append(error)
+        ready = [one for one in results if isinstance(one, Prediction)]
+        made = iter(predict_together(ready, self._stored_tensor, self._pool))
+        return [next(made) if isinstance(one, Prediction) else one for one in results]
 
     def attach(self, module: Module, name: str, *, prefix: str = "") -> Module:
         """Make a torch module compute with a model's weights where they lie, and return it.
@@ -484,12 +507,8 @@ class Store(StoreUpkeep):
             lambda: model.block_map(name),
             self._pool,
             model.refresh,
-            lambda: self._call(model),
+            lambda: self._pool.call(called(model)),
         )
-
-    def _call(self, model: StoredModel) -> AbstractContextManager[None]:
-        """Return a context in which what this thread reads is one prediction of a model."""
-        return self._pool.call(model.row.id, model.state, model.page_ids)
 
     def _read(self, model: StoredModel, name: str, dtype: DType | None) -> NDArray[Any]:
         array = self._stored_tensor(model, name).numpy()

@@ -32,6 +32,7 @@ FACADES = {
     "pool",
     "replacement",
     "matmul",
+    "joint",
     "conv",
     "config",
 }
@@ -68,6 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "replacement": VALUES | {"_core"},
     "pool": VALUES | {"_core", "blocks", "codec", "config", "replacement", "windows"},
     "matmul": VALUES | {"_core", "blocks", "codec", "config", "pool", "windows"},
+    "joint": VALUES | {"blocks", "matmul", "pool"},
     "conv": VALUES | {"_core", "blocks", "config", "matmul", "pool"},
     "formats": VALUES | {"names", "graph", "blocks"},
     "layout": VALUES | {"blocks", "codec", "packing", "pool"},

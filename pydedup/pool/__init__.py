@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pydedup.pool.admission import Reservation
 from pydedup.pool.loading import Fetch
-from pydedup.pool.pool import Page, PagePool
+from pydedup.pool.pool import Called, Page, PagePool
 from pydedup.windows import Window
 
-__all__ = ["Fetch", "Page", "PagePool", "Reservation", "Window"]
+__all__ = ["Called", "Fetch", "Page", "PagePool", "Reservation", "Window"]

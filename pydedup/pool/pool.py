@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ from pydedup.windows import (
     within,
 )
 
-__all__ = ["Page", "PagePool"]
+__all__ = ["Called", "Page", "PagePool"]
 
 #: Says of a damaged page who reads it and what to do.
 Explain: TypeAlias = Callable[[int], str]
@@ -56,6 +56,16 @@ Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
 _WINDOW_PARTS = 8
 # Models whose last walks are remembered.
 _REMEMBERED_CALLS = 256
+
+
+class Called(NamedTuple):
+    """A model that is predicted with."""
+
+    owner: int
+    #: Changes when its pages do.
+    state: int
+    #: Returns its pages; called when the policy does not know them in this state.
+    pages: Callable[[], NDArray[np.int64]]
 
 
 class PagePool:
@@ -113,7 +123,7 @@ class PagePool:
         self._activations = Gate(self._scratch + self._budget // 2)
         self._reserved = 0
         self._calls = threading.local()
-        self._last: dict[int, list[list[Window]]] = {}  # by model: the walks of its last call
+        self._last: dict[tuple[int, ...], list[list[Window]]] = {}  # walks of models' last call
         self._told: dict[int, int] = {}  # by model: which state of its pages the policy knows
 
     @property
@@ -266,30 +276,22 @@ class PagePool:
         return CorruptStoreError(f"page {page_id}: {error}{advice}")
 
     @contextmanager
-    def call(
-        self, owner: int, state: int = 0, pages: Callable[[], NDArray[np.int64]] | None = None
-    ) -> Iterator[None]:
-        """Make what this thread does one prediction of a model.
+    def call(self, *models: Called) -> Iterator[None]:
+        """Make what this thread does one prediction, of one model or of several together.
 
-        Its rate and its pages count when others have to go, and pages are read ahead along the way
-        that its last call took. Within another call of this thread it is part of that.
-
-        Parameters
-        ----------
-        owner
-            The model.
-        state
-            Changes when the pages of the model do.
-        pages
-            Returns its pages; called when the policy does not know them in this state.
+        Their rates and pages count when others have to go, and pages are read ahead along the way
+        that the last call of these models took. Within another call of this thread it is part of
+        that.
         """
         if self._calling() is not None:
             yield
             return
-        if pages is not None and self._told.get(owner) != state:
-            self._core.owns(owner, pages())
-            self._told[owner] = state
-        self._core.call(owner)
+        for model in models:
+            if self._told.get(model.owner) != model.state:
+                self._core.owns(model.owner, model.pages())
+                self._told[model.owner] = model.state
+            self._core.call(model.owner)
+        owner = tuple(model.owner for model in models)
         room = self.window_pages * self._loader.largest
         call = Call(
             self._last.get(owner, []),

@@ -10,7 +10,7 @@ from (:mod:`pydedup.graph`), which also says what each operation means.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,19 +20,18 @@ from pydedup.errors import ArgumentError
 from pydedup.graph import Graph, Node
 from pydedup.matmul import activate, compute_dtype
 from pydedup.serving.pooling import avg_pool2d, max_pool2d
-from pydedup.serving.tensor import StoredTensor
+from pydedup.serving.tensor import StoredTensor, matmul_together
 from pydedup.types import DType
 
-__all__ = ["run_graph"]
+__all__ = ["Tensors", "run_graph", "run_together"]
 
 _Array: TypeAlias = NDArray[Any]
 
 
-def run_graph(
-    graph: Graph,
-    tensors: Callable[[str], StoredTensor],
-    inputs: Mapping[str, ArrayLike],
-) -> dict[str, _Array]:
+Tensors: TypeAlias = Callable[[str], StoredTensor]
+
+
+def run_graph(graph: Graph, tensors: Tensors, inputs: Mapping[str, ArrayLike]) -> dict[str, _Array]:
     """Compute the outputs of a graph.
 
     Parameters
@@ -55,26 +54,76 @@ def run_graph(
     ArgumentError
         When inputs are missing, unknown or do not fit the layers; the message names the node.
     """
+    return run_together(graph, [(tensors, inputs)])[0]
+
+
+def run_together(
+    graph: Graph, runs: Sequence[tuple[Tensors, Mapping[str, ArrayLike]]]
+) -> list[dict[str, _Array]]:
+    """Compute the outputs of one graph for several models and inputs, layer by layer.
+
+    Blocks that the weights of products have in common are used once for all runs. Raises what
+    `run_graph` does, for whichever run it is.
+    """
+    states = [_Run(tensors, _checked_inputs(graph, inputs)) for tensors, inputs in runs]
+    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    fused = _fusable(graph)
+    made = set(graph.inputs)
+    with np.errstate(all="ignore"):  # NaN and infinities are results here, not mistakes
+        for i, node in enumerate(graph.nodes):
+            if node.output not in made:
+                follower = fused.get(node.output)
+                activation = None if follower is None else _activation_of(follower)
+                to = node.output if follower is None else follower.output
+                for state, value in zip(states, _compute(states, node, activation), strict=True):
+                    state.values[to] = value
+                made.add(to)
+            for name in node.inputs:
+                if last_use[name] == i and name not in graph.outputs:
+                    for state in states:
+                        state.values.pop(name, None)
+    return [{name: np.asarray(state.values[name]) for name in graph.outputs} for state in states]
+
+
+def _checked_inputs(graph: Graph, inputs: Mapping[str, ArrayLike]) -> dict[str, _Array]:
     unknown = [name for name in inputs if name not in graph.inputs]
     missing = [name for name in graph.inputs if name not in inputs]
     if unknown or missing:
         problem = f"unknown input {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
         raise ArgumentError(f"{problem}; the model takes: {', '.join(graph.inputs)}")
-    run = _Run(tensors)
-    values = {name: np.asarray(inputs[name]) for name in graph.inputs}
-    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
-    fused = _fusable(graph)
-    with np.errstate(all="ignore"):  # NaN and infinities are results here, not mistakes
-        for i, node in enumerate(graph.nodes):
-            if node.output not in values:
-                follower = fused.get(node.output)
-                activation = None if follower is None else _activation_of(follower)
-                to = node.output if follower is None else follower.output
-                values[to] = run.compute(node, [values[name] for name in node.inputs], activation)
-            for name in node.inputs:
-                if last_use[name] == i and name not in graph.outputs:
-                    values.pop(name, None)
-    return {name: np.asarray(values[name]) for name in graph.outputs}
+    return {name: np.asarray(inputs[name]) for name in graph.inputs}
+
+
+def _compute(states: Sequence[_Run], node: Node, activation: str | None) -> list[_Array]:
+    """Compute a node in all runs, followed by an activation."""
+    try:
+        if node.op == "linear":
+            return _linear(states, node, activation)
+        if node.op == "conv2d":
+            return [state.conv2d(node, activation) for state in states]
+        return [
+            _OPS[node.op](state, node, *(state.values[name] for name in node.inputs))
+            for state in states
+        ]
+    except ArgumentError as exc:
+        raise ArgumentError(f"node {node.op!r} that makes {node.output!r}: {exc}") from exc
+    except ValueError as exc:  # numpy: axes or shapes that do not go together
+        shapes = ", ".join(str(states[0].values[name].shape) for name in node.inputs)
+        raise ArgumentError(
+            f"node {node.op!r} that makes {node.output!r} does not fit inputs of shape "
+            f"{shapes}: {exc}"
+        ) from exc
+
+
+def _linear(states: Sequence[_Run], node: Node, activation: str | None) -> list[_Array]:
+    bias = node.weights.get("bias")
+    return matmul_together(
+        [state.tensor(node.weights["weight"]) for state in states],
+        [state.values[node.inputs[0]] for state in states],
+        [None if bias is None else state.vector(bias) for state in states],
+        activation=activation,
+        transpose=bool(node.attr("transpose")),
+    )
 
 
 def _activation_of(node: Node) -> str | None:
@@ -100,48 +149,24 @@ def _fusable(graph: Graph) -> dict[str, Node]:
 
 
 class _Run:
-    """One run: the tensors and what was read of them."""
+    """One run: the values of it so far, the tensors and what was read of them."""
 
-    def __init__(self, tensors: Callable[[str], StoredTensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Tensors, values: dict[str, _Array]) -> None:
+        self.tensor = tensors
+        self.values = values
         self._vectors: dict[str, _Array] = {}
 
-    def compute(self, node: Node, values: list[_Array], activation: str | None) -> _Array:
-        """Compute a node, followed by an activation."""
-        try:
-            if node.op == "linear":
-                return self._linear(node, values[0], activation)
-            if node.op == "conv2d":
-                return self._conv2d(node, values[0], activation)
-            return _OPS[node.op](self, node, *values)
-        except ArgumentError as exc:
-            raise ArgumentError(f"node {node.op!r} that makes {node.output!r}: {exc}") from exc
-        except ValueError as exc:  # numpy: axes or shapes that do not go together
-            shapes = ", ".join(str(value.shape) for value in values)
-            raise ArgumentError(
-                f"node {node.op!r} that makes {node.output!r} does not fit inputs of shape "
-                f"{shapes}: {exc}"
-            ) from exc
-
-    def _vector(self, name: str) -> _Array:
+    def vector(self, name: str) -> _Array:
+        """Return a whole tensor to compute with."""
         if name not in self._vectors:
-            self._vectors[name] = _widen(self._tensors(name).numpy())
+            self._vectors[name] = _widen(self.tensor(name).numpy())
         return self._vectors[name]
 
-    def _linear(self, node: Node, x: _Array, activation: str | None) -> _Array:
+    def conv2d(self, node: Node, activation: str | None) -> _Array:
         bias = node.weights.get("bias")
-        return self._tensors(node.weights["weight"]).matmul(
-            x,
-            bias=None if bias is None else self._vector(bias),
-            activation=activation,
-            transpose=bool(node.attr("transpose")),
-        )
-
-    def _conv2d(self, node: Node, x: _Array, activation: str | None) -> _Array:
-        bias = node.weights.get("bias")
-        return self._tensors(node.weights["weight"]).conv2d(
-            x,
-            bias=None if bias is None else self._vector(bias),
+        return self.tensor(node.weights["weight"]).conv2d(
+            self.values[node.inputs[0]],
+            bias=None if bias is None else self.vector(bias),
             stride=node.attr("stride"),
             padding=node.attr("padding"),
             dilation=node.attr("dilation"),
@@ -150,10 +175,10 @@ class _Run:
         )
 
     def embedding(self, node: Node, ids: _Array) -> _Array:
-        return _widen(self._tensors(node.weights["weight"]).take(ids))
+        return _widen(self.tensor(node.weights["weight"]).take(ids))
 
     def embedding_bag(self, node: Node, ids: _Array, offsets: _Array | None = None) -> _Array:
-        weight = self._tensors(node.weights["weight"])
+        weight = self.tensor(node.weights["weight"])
         if offsets is not None and node.attr("include_last_offset"):
             ids, offsets = _until_last(ids, offsets)
         padding = node.attr("padding_idx")
@@ -163,19 +188,19 @@ class _Run:
 
     def layer_norm(self, node: Node, x: _Array) -> _Array:
         x = _real(x)
-        weight = self._vector(node.weights["weight"])
+        weight = self.vector(node.weights["weight"])
         if x.shape[-weight.ndim :] != weight.shape:
             raise ArgumentError(f"x has shape {x.shape}; its last axes must be {weight.shape}")
         axes = tuple(range(-weight.ndim, 0))
         centred = x - x.mean(axis=axes, keepdims=True)
         variance = np.square(centred).mean(axis=axes, keepdims=True)
         scaled: _Array = centred / np.sqrt(variance + node.attr("eps"))
-        return np.asarray(scaled * weight + self._vector(node.weights["bias"]))
+        return np.asarray(scaled * weight + self.vector(node.weights["bias"]))
 
     def batch_norm(self, node: Node, x: _Array) -> _Array:
         x = _real(x)
         axis = _axis(node.attr("axis"), x)
-        vectors = {role: self._vector(name) for role, name in node.weights.items()}
+        vectors = {role: self.vector(name) for role, name in node.weights.items()}
         if x.shape[axis] != len(vectors["weight"]):
             raise ArgumentError(
                 f"x has shape {x.shape}; axis {axis} must have {len(vectors['weight'])} entries"

@@ -6,22 +6,29 @@ Deliberately not here: graphs of layers (:mod:`pydedup.serving.engine`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup import conv, matmul
+from pydedup import conv, joint, matmul
 from pydedup.blocks import BlockMap
+from pydedup.catalog import StoredModel
 from pydedup.conv import Padding, Pair
 from pydedup.errors import ArgumentError, CorruptStoreError
-from pydedup.pool import PagePool
+from pydedup.joint import Factor
+from pydedup.pool import Called, PagePool
 from pydedup.types import DType, Progress, TensorInfo
 
-__all__ = ["StoredTensor", "TensorsOnDemand"]
+__all__ = ["StoredTensor", "TensorsOnDemand", "called", "matmul_together"]
 
 _T = TypeVar("_T")
+
+
+def called(model: StoredModel) -> Called:
+    """Return a model as a pool wants to know it."""
+    return Called(model.row.id, model.state, model.page_ids)
 
 
 class StoredTensor:
@@ -235,6 +242,46 @@ class StoredTensor:
                 pass  # not retried here: the exception would keep pages pinned meanwhile
             self._refresh()
             return use(self._block_map())
+
+
+def matmul_together(
+    tensors: Sequence[StoredTensor],
+    xs: Sequence[NDArray[Any]],
+    biases: Sequence[NDArray[Any] | None],
+    *,
+    activation: str | None = None,
+    transpose: bool = False,
+) -> list[NDArray[Any]]:
+    """Return what `StoredTensor.matmul` returns for each tensor, with blocks in common used once.
+
+    The tensors are of one store. Raises what `StoredTensor.matmul` does.
+    """
+    if len(tensors) == 1:
+        y = tensors[0].matmul(xs[0], bias=biases[0], activation=activation, transpose=transpose)
+        return [y]
+
+    def use() -> list[NDArray[Any]]:
+        factors = []
+        for tensor, x, bias in zip(tensors, xs, biases, strict=True):
+            block_map = tensor._block_map()
+            given, offset = matmul.checked_factors(block_map, x, bias, transpose)
+            factors.append(Factor(block_map, given.reshape(-1, given.shape[-1]), offset))
+        return joint.matmul_together(
+            factors, tensors[0]._pool, activation=activation, transpose=transpose
+        )
+
+    try:
+        results = use()
+    except CorruptStoreError:  # see StoredTensor
+        results = []
+    if not results:
+        for tensor in tensors:
+            tensor._refresh()
+        results = use()
+    return [
+        result.reshape(*x.shape[:-1], result.shape[-1])
+        for x, result in zip(xs, results, strict=True)
+    ]
 
 
 class TensorsOnDemand:

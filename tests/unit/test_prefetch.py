@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pydedup.errors import PageNotFoundError
-from pydedup.pool import PagePool
+from pydedup.pool import Called, PagePool
 from pydedup.testing.memory_pages import MemoryPages
 
 MIB = 1 << 20
@@ -54,6 +54,10 @@ def walk(pool: PagePool, ids: NDArray[np.int64], seconds: float = 0.0) -> list[f
     return seen
 
 
+def model(owner: int) -> Called:
+    return Called(owner, 0, lambda: ids_of(1, 24))
+
+
 def ids_of(first: int, count: int) -> NDArray[np.int64]:
     return np.arange(first, first + count, dtype=np.int64)
 
@@ -62,7 +66,7 @@ def test_a_walk_is_read_ahead_from_its_first_miss_on() -> None:
     pages = SlowPages(24)
     pool = PagePool(pages.fetch, 32 * MIB)
     assert pool.window_pages == 4
-    with pool.call(1):
+    with pool.call(model(1)):
         assert walk(pool, ids_of(1, 24), 0.03) == list(range(1, 25))
     main = threading.current_thread().name
     assert pages.by(main) == [1, 2, 3, 4]
@@ -77,7 +81,7 @@ def test_the_next_call_is_read_ahead_along_the_way_of_the_last() -> None:
     matrices = [ids_of(1 + 2 * i, 2) for i in range(12)]  # one window each
     for _ in range(3):
         pages.fetched.clear()
-        with pool.call(1):
+        with pool.call(model(1)):
             for ids in matrices:
                 assert walk(pool, ids, 0.02) == ids.tolist()
     main = threading.current_thread().name
@@ -90,7 +94,7 @@ def test_the_next_call_is_read_ahead_along_the_way_of_the_last() -> None:
 def test_readers_share_what_is_read() -> None:
     pages = SlowPages(32)
     pool = PagePool(pages.fetch, 128 * MIB, readers=4)
-    with pool.call(1):
+    with pool.call(model(1)):
         assert walk(pool, ids_of(1, 32)) == list(range(1, 33))
     assert pages.by("pydedup-reader") == list(range(1, 33))
     assert max(len(ids) for _, ids in pages.fetched) == 4
@@ -107,11 +111,11 @@ def test_a_warm_model_costs_no_thread() -> None:
     pages = SlowPages(8)
     pool = PagePool(pages.fetch, 64 * MIB)
     ids = ids_of(1, 8)
-    with pool.call(1):
+    with pool.call(model(1)):
         walk(pool, ids)
     before = set(threading.enumerate())
     for _ in range(3):
-        with pool.call(1):
+        with pool.call(model(1)):
             walk(pool, ids)
     assert set(threading.enumerate()) <= before
     assert pool.stats()["hits"] == 24
@@ -122,7 +126,7 @@ def test_a_call_may_take_another_way_than_the_last() -> None:
     pool = PagePool(pages.fetch, 16 * MIB)
     matrices = [ids_of(1 + 4 * i, 4) for i in range(6)]
     for order in ([0, 1, 2, 3, 4, 5], [5, 0, 3], [5, 0, 1, 1, 2], [4], [0, 1, 2, 3, 4, 5]):
-        with pool.call(1):
+        with pool.call(model(1)):
             for number in order:
                 assert walk(pool, matrices[number], 0.005) == matrices[number].tolist()
     assert pool.stats()["pinned_bytes"] == 0
@@ -132,10 +136,10 @@ def test_a_call_may_take_another_way_than_the_last() -> None:
 def test_what_cannot_be_read_ahead_fails_where_it_is_used() -> None:
     pages = SlowPages(8)
     pool = PagePool(pages.fetch, 32 * MIB)
-    with pytest.raises(PageNotFoundError, match="9, 10, 11, 12"), pool.call(1):
+    with pytest.raises(PageNotFoundError, match="9, 10, 11, 12"), pool.call(model(1)):
         walk(pool, ids_of(1, 16), 0.02)
     assert pool.stats()["pinned_bytes"] == 0
-    with pool.call(1):
+    with pool.call(model(1)):
         assert walk(pool, ids_of(1, 8)) == list(range(1, 9))
 
 
@@ -148,7 +152,7 @@ def test_many_calls_share_a_small_pool() -> None:
         try:
             matrices = [ids_of(1 + 5 * ((owner + i) % 8), 5) for i in range(4)]
             for _ in range(6):
-                with pool.call(owner):
+                with pool.call(model(owner)):
                     for ids in matrices:
                         assert walk(pool, ids) == ids.tolist()
         except BaseException as exc:
@@ -171,7 +175,7 @@ def test_a_call_that_is_given_up_lets_its_pages_go() -> None:
     pool = PagePool(pages.fetch, 32 * MIB)
 
     def interrupted() -> None:
-        with pool.call(1):
+        with pool.call(model(1)):
             walked = pool.stream(ids_of(1, 24))
             next(walked)
             raise KeyboardInterrupt
@@ -182,7 +186,7 @@ def test_a_call_that_is_given_up_lets_its_pages_go() -> None:
     while pool.stats()["pinned_bytes"] and time.monotonic() < deadline:
         time.sleep(0.01)
     assert pool.stats()["pinned_bytes"] == 0
-    with pool.call(1):  # and its room
+    with pool.call(model(1)):  # and its room
         assert walk(pool, ids_of(1, 24), 0.02) == list(range(1, 25))
     assert pages.by("pydedup-ahead")
 

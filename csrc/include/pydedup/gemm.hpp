@@ -58,7 +58,8 @@ class Matmul {
     Matmul(Matmul&&) noexcept;
     Matmul& operator=(Matmul&&) noexcept;
 
-    /// Takes the next blocks, row-major over the grid. y is complete when all were fed. Throws
+    /// Takes the next blocks, row-major over the grid. y is complete when all were fed. One without
+    /// data counts as zeros, and costs nothing. Throws
     /// Error{corrupt_page} when a block has another dtype or shape than the grid says (y is then
     /// undefined), Error{invalid_argument} when there are more blocks than the grid has.
     void feed(std::span<const BlockView> blocks);

@@ -63,6 +63,7 @@ class Matmul::Impl {
                                                          std::to_string(p_.grid.count()));
         }
         for (std::size_t i = 0; i < blocks.size(); ++i) {
+            if (blocks[i].data == nullptr) continue;
             detail::check_block(blocks[i], p_.grid, p_.weights, fed_ + i);
         }
         if (!blocks.empty() && p_.m != 0) multiply(blocks);
@@ -207,6 +208,7 @@ class Matmul::Typed final : public Matmul::Impl {
         const T* const x = x_ + i0 * p_.grid.cols;
         for (std::size_t column = part.begin; column < part.end; ++column) {
             const std::size_t index = row * p_.grid.grid_cols() + column - fed_;
+            if (blocks[index].data == nullptr) continue;
             dot(x + column * p_.grid.block_cols, i1 - i0, blocks[index], y, reader);
         }
         if (part.ends) finish(i0, i1, rect.row0, rect.rows);
@@ -265,6 +267,7 @@ class Matmul::Typed final : public Matmul::Impl {
         for (std::size_t column = part.begin; column < part.end; ++column) {
             const std::size_t index = row * p_.grid.grid_cols() + column - fed_;
             const BlockView& block = blocks[index];
+            if (block.data == nullptr) continue;
             const E* const next = next_block<E>(blocks, index);
             const bool is_last = column + 1 == part.end;
             const E* next_x = is_last ? nullptr : x.at(column + 1, t0, 0);
@@ -354,15 +357,17 @@ class Matmul::Typed final : public Matmul::Impl {
                 const std::size_t index = row * grid.grid_cols() + column;
                 if (index < fed_ || index >= end) continue;
                 const BlockView& block = blocks[index - fed_];
-                const std::size_t col0 = column * grid.block_cols;
-                T* const y = y_ + i0 * n_ + col0;
+                const BlockRect rect = block_rect(grid, index);
+                T* const y = y_ + i0 * n_ + rect.col0;
                 if (row == 0) {
                     for (std::size_t i = 0; i < i1 - i0; ++i)
-                        std::fill_n(y + i * n_, block.cols, T{0});
+                        std::fill_n(y + i * n_, rect.cols, T{0});
                 }
-                own().block_nn(x, grid.rows, i1 - i0, reader.read(block), block.rows, block.cols,
-                               block.cols, y, n_);
-                if (row + 1 == grid.grid_rows()) finish(i0, i1, col0, block.cols);
+                if (block.data != nullptr) {
+                    own().block_nn(x, grid.rows, i1 - i0, reader.read(block), block.rows,
+                                   block.cols, block.cols, y, n_);
+                }
+                if (row + 1 == grid.grid_rows()) finish(i0, i1, rect.col0, rect.cols);
             }
         }
     }

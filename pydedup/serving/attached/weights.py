@@ -25,7 +25,7 @@ from pydedup.matmul import compute_dtype
 from pydedup.names import parse_address
 from pydedup.pool import PagePool
 from pydedup.serving.attached.slots import Slot
-from pydedup.serving.tensor import StoredTensor
+from pydedup.serving.tensor import StoredTensor, called
 
 __all__ = ["Attachment", "Rows", "Weights"]
 
@@ -53,7 +53,7 @@ class Weights:
 
     def call(self) -> AbstractContextManager[None]:
         """Return a context in which what this thread reads is one prediction of the model."""
-        return self._pool.call(self.model.row.id, self.model.state, self.model.page_ids)
+        return self._pool.call(called(self.model))
 
     def stored(self, number: int) -> StoredTensor:
         """Return the tensor of a slot, to stream."""

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of a graph will need, known before it begins: shapes, memory, whether rows are apart.
+
+Rows are apart where an output's row depends on the same row of the inputs alone: such batches may
+be cut to fit a budget, and requests may be put together. Deliberately not here: messages for inputs
+that do not fit, which the engine gives where it meets them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.graph import Graph, Node
+
+__all__ = ["Plan", "plan_run"]
+
+Shape: TypeAlias = tuple[int, ...]
+
+# Arrays of the size of its result that an operation needs beside it, for a while.
+_SCRATCH = {"softmax": 2, "log_softmax": 2, "layer_norm": 2, "batch_norm": 1, "elu": 2, "gelu": 1}
+# Operations whose result is a view of their input.
+_VIEWS = {"identity", "flatten", "reshape", "transpose"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one run needs.
+
+    Attributes
+    ----------
+    rows
+        Length of the first axis of all inputs and outputs, where rows are apart; else None.
+    nbytes
+        The most bytes that activations take at one time, scratch included, inputs not.
+    """
+
+    rows: int | None
+    nbytes: int
+
+
+def plan_run(
+    graph: Graph, weight_shape: Callable[[str], Shape], inputs: Mapping[str, NDArray[Any]]
+) -> Plan | None:
+    """Return what a run with these inputs needs, or None when they do not fit the graph."""
+    shapes: dict[str, Shape] = {name: inputs[name].shape for name in graph.inputs if name in inputs}
+    if len(shapes) < len(graph.inputs):
+        return None
+    lengths = {shape[0] if shape else -1 for shape in shapes.values()}
+    apart = dict.fromkeys(shapes, len(lengths) == 1 and -1 not in lengths)
+    itemsize = 8 if any(value.dtype.itemsize == 8 for value in inputs.values()) else 4
+    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    live: dict[str, int] = {}
+    most = 0
+    for i, node in enumerate(graph.nodes):
+        given = [shapes[name] for name in node.inputs]
+        try:
+            weight = weight_shape(node.weights["weight"]) if "weight" in node.weights else ()
+            shape = _shape_of(node, given, weight)
+        except (ValueError, IndexError, ZeroDivisionError):
+            return None
+        shapes[node.output] = shape
+        apart[node.output] = all(apart[name] for name in node.inputs) and _keeps_rows(
+            node, given, shape
+        )
+        size = math.prod(shape) * itemsize
+        live[node.output] = 0 if node.op in _VIEWS else size
+        if node.op in _VIEWS and node.inputs[0] in live:
+            live[node.output] = live.pop(node.inputs[0])
+        scratch = _SCRATCH.get(node.op, 0) * size
+        if node.op in ("linear", "conv2d"):
+            scratch = math.prod(given[0]) * itemsize  # x as the kernels want it
+        most = max(most, sum(live.values()) + scratch)
+        for name in node.inputs:
+            if last_use[name] == i and name not in graph.outputs:
+                live.pop(name, None)
+    rows = lengths.pop() if all(apart[name] for name in graph.outputs) else None
+    return Plan(rows, most)
+
+
+def _shape_of(node: Node, given: list[Shape], weight: Shape) -> Shape:
+    """Return the shape of a node's result. Raises ValueError or IndexError where there is none."""
+    x = given[0]
+    match node.op:
+        case "linear":
+            return (*x[:-1], weight[-1] if node.attr("transpose") else weight[0])
+        case "embedding":
+            return (*x, *weight[1:])
+        case "embedding_bag":
+            return (x[0] if len(given) == 1 else given[1][0], *weight[1:])
+        case "conv2d":
+            kernel = weight[2:] if len(weight) == 4 else (1, weight[2])
+            return (*x[:-3], weight[0], *_windows(node, x[-2:], kernel))
+        case "max_pool2d" | "avg_pool2d":
+            return (*x[:-2], *_windows(node, x[-2:], tuple(node.attr("kernel"))))
+        case "flatten":
+            start = node.attr("start_axis") % len(x) if x else 0
+            return (*x[:start], math.prod(x[start:]))
+        case "reshape":
+            return _reshaped(x, node.attr("shape"))
+        case "transpose":
+            return tuple(x[axis] for axis in node.attr("perm"))
+        case "concat":
+            axis = node.attr("axis") % len(x)
+            return (*x[:axis], sum(shape[axis] for shape in given), *x[axis + 1 :])
+        case "mean" | "max":
+            axes = {axis % len(x) for axis in _axes(node)}
+            kept = bool(node.attr("keepdims"))
+            return tuple(
+                1 if axis in axes else size
+                for axis, size in enumerate(x)
+                if kept or axis not in axes
+            )
+        case "add" | "sub" | "mul":
+            return np.broadcast_shapes(*given)
+    return x
+
+
+def _keeps_rows(node: Node, given: list[Shape], shape: Shape) -> bool:
+    """Return whether row i of the result comes from row i of each input, and is at its place."""
+    x = given[0]
+    match node.op:
+        case "linear" | "relu" | "gelu" | "silu" | "sigmoid" | "tanh" | "leaky_relu" | "elu":
+            return len(x) > 1 or node.op != "linear"
+        case "embedding" | "softplus" | "identity":
+            return True
+        case "embedding_bag":
+            return len(given) == 1 and len(x) == 2
+        case "conv2d" | "max_pool2d" | "avg_pool2d":
+            return len(x) == 4
+        case "softmax" | "log_softmax" | "concat":
+            return bool(node.attr("axis") % len(x) != 0)
+        case "mean" | "max":
+            return all(axis % len(x) != 0 for axis in _axes(node))
+        case "layer_norm":
+            return bool(int(node.attr("axes")) < len(x))
+        case "batch_norm":
+            return bool(node.attr("axis") % len(x) != 0)
+        case "flatten":
+            return bool(node.attr("start_axis") % len(x) != 0)
+        case "reshape":
+            wanted = node.attr("shape")
+            return bool(wanted) and wanted[0] == -1 and shape[0] == x[0]
+        case "transpose":
+            return bool(node.attr("perm")[0] == 0)
+        case "add" | "sub" | "mul":
+            return len({len(other) for other in given}) == 1 and len({s[0] for s in given}) == 1
+    return False
+
+
+def _axes(node: Node) -> list[int]:
+    given = node.attr("axis")
+    return given if isinstance(given, list) else [given]
+
+
+def _windows(node: Node, size: Shape, kernel: Shape) -> Shape:
+    padding = node.attr("padding")
+    dilation = [1, 1] if node.op == "avg_pool2d" else node.attr("dilation")
+    counts = []
+    for axis in range(2):
+        room = size[axis] + padding[axis] + padding[axis + 2] - dilation[axis] * (kernel[axis] - 1)
+        stride = node.attr("stride")[axis]
+        ceil = node.op != "conv2d" and node.attr("ceil_mode")
+        counts.append((-(-(room - 1) // stride) if ceil else (room - 1) // stride) + 1)
+    if min(counts) < 1:
+        raise ValueError("no window fits")
+    return tuple(counts)
+
+
+def _reshaped(x: Shape, wanted: list[int]) -> Shape:
+    known = math.prod(size for size in wanted if size != -1)
+    free = math.prod(x) // known if -1 in wanted else 0
+    shape = tuple(free if size == -1 else size for size in wanted)
+    if math.prod(shape) != math.prod(x):
+        raise ValueError("sizes differ")
+    return shape

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions of stored models: batches cut to fit the budget, requests put together.
+
+Deliberately not here: what layers compute (:mod:`pydedup.serving.engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pydedup.catalog import StoredModel
+from pydedup.errors import ArgumentError, PydedupError
+from pydedup.graph import Graph
+from pydedup.pool import PagePool
+from pydedup.serving.engine import run_graph, run_together
+from pydedup.serving.plan import Plan, plan_run
+from pydedup.serving.tensor import StoredTensor, called
+
+__all__ = ["Prediction", "predict", "predict_together"]
+
+_Array: TypeAlias = NDArray[Any]
+_TensorOf: TypeAlias = Callable[[StoredModel, str], StoredTensor]
+
+
+@dataclass(slots=True, eq=False)
+class Prediction:
+    """One request, checked: what a model is asked."""
+
+    model: StoredModel
+    graph: Graph
+    inputs: dict[str, _Array]
+    as_mapping: bool  # the result takes the form of what was given
+
+    @classmethod
+    def of(
+        cls, model: StoredModel, graph: Graph, x: ArrayLike | Mapping[str, ArrayLike]
+    ) -> Prediction:
+        """Check a request. Raises ArgumentError when several inputs are taken and one was given."""
+        if isinstance(x, Mapping):
+            return cls(model, graph, {key: _array(value) for key, value in x.items()}, True)
+        if len(graph.inputs) == 1:
+            return cls(model, graph, {graph.inputs[0]: _array(x)}, False)
+        raise ArgumentError(f"{model.address} takes several inputs: {', '.join(graph.inputs)}")
+
+    def plan(self) -> Plan | None:
+        """Return what it needs, or None when its inputs do not fit."""
+        return plan_run(self.graph, lambda name: self.model.tensor(name).shape, self.inputs)
+
+    def result(self, outputs: dict[str, _Array]) -> Any:
+        """Return outputs in the form of what was given."""
+        if self.as_mapping or len(self.graph.outputs) != 1:
+            return outputs
+        return outputs[self.graph.outputs[0]]
+
+
+def _array(x: ArrayLike) -> _Array:
+    try:
+        return np.asarray(x)
+    except ValueError as error:  # rows of different lengths
+        raise ArgumentError(f"x does not make an array: {error}") from error
+
+
+def predict(request: Prediction, tensor_of: _TensorOf, pool: PagePool) -> Any:
+    """Predict, in pieces of as many rows as the budget for activations lets in.
+
+    Raises what `pydedup.serving.engine.run_graph` does.
+    """
+    with pool.call(called(request.model)):
+        return request.result(_run(request, tensor_of, pool))
+
+
+def _run(request: Prediction, tensor_of: _TensorOf, pool: PagePool) -> dict[str, _Array]:
+    model, plan = request.model, request.plan()
+    nbytes = 0 if plan is None else plan.nbytes
+
+    def run(inputs: dict[str, _Array]) -> dict[str, _Array]:
+        return run_graph(request.graph, lambda name: tensor_of(model, name), inputs)
+
+    # Half, so that two can predict at a time.
+    step = _rows_that_fit(plan, pool.activation_bytes // 2)
+    if plan is None or plan.rows is None or step >= plan.rows:
+        with pool.activations(nbytes):
+            return run(request.inputs)
+    outputs: dict[str, _Array] = {}
+    for at in range(0, plan.rows, step):
+        rows = slice(at, at + step)
+        with pool.activations(nbytes * step // plan.rows):
+            part = run({name: value[rows] for name, value in request.inputs.items()})
+        for name, value in part.items():
+            if name not in outputs:
+                outputs[name] = np.empty((plan.rows, *value.shape[1:]), value.dtype)
+            outputs[name][rows] = value
+    return outputs
+
+
+def _rows_that_fit(plan: Plan | None, nbytes: int) -> int:
+    if plan is None or plan.rows is None or plan.nbytes <= nbytes:
+        return 1 if plan is None or plan.rows is None else max(plan.rows, 1)
+    return max(plan.rows * nbytes // plan.nbytes, 1)
+
+
+def predict_together(
+    requests: Sequence[Prediction], tensor_of: _TensorOf, pool: PagePool
+) -> list[Any]:
+    """Return the result of each request, or the `PydedupError` that it met.
+
+    Requests of models with the same layers go through them together, where the budget for
+    activations lets them.
+    """
+    results: list[Any] = [None] * len(requests)
+    for places in _groups(requests, pool.activation_bytes // 2):
+        group = [requests[place] for place in places]
+        try:
+            made = _run_group(group, tensor_of, pool) if len(group) > 1 else None
+        except PydedupError:
+            made = None  # whose fault it is shows when each is alone
+        for number, place in enumerate(places):
+            try:
+                results[place] = (
+                    predict(group[number], tensor_of, pool)
+                    if made is None
+                    else group[number].result(made[number])
+                )
+            except PydedupError as error:
+                results[place] = error
+    return results
+
+
+def _groups(requests: Sequence[Prediction], limit: int) -> list[list[int]]:
+    """Return which requests run together: same layers, and activations that fit."""
+    groups: list[list[int]] = []
+    begun: dict[object, tuple[list[int], int]] = {}
+    for place, request in enumerate(requests):
+        plan = request.plan()
+        if plan is None or plan.nbytes > limit:
+            groups.append([place])
+            continue
+        key = request.model.layers_key
+        group, nbytes = begun.get(key, ([], limit + 1))
+        if nbytes + plan.nbytes > limit:
+            group, nbytes = [], 0
+            groups.append(group)
+        group.append(place)
+        begun[key] = group, nbytes + plan.nbytes
+    return groups
+
+
+def _run_group(
+    group: Sequence[Prediction], tensor_of: _TensorOf, pool: PagePool
+) -> list[dict[str, _Array]]:
+    """Run requests of one kind: those of one model as one batch, models side by side."""
+    plans = [request.plan() for request in group]
+    batches: dict[object, list[int]] = {}
+    for number, (request, plan) in enumerate(zip(group, plans, strict=True)):
+        shapes = tuple(
+            (name, value.dtype.str, value.shape[1:]) for name, value in request.inputs.items()
+        )
+        apart = plan is not None and plan.rows is not None
+        batches.setdefault((request.model.row.id, shapes) if apart else number, []).append(number)
+    runs = []
+    for numbers in batches.values():
+        first = group[numbers[0]]
+        inputs = {
+            name: np.concatenate([group[number].inputs[name] for number in numbers])
+            if len(numbers) > 1
+            else first.inputs[name]
+            for name in first.inputs
+        }
+        runs.append((_tensors(first.model, tensor_of), inputs))
+    models = {request.model.row.id: request.model for request in group}
+    nbytes = sum(plan.nbytes for plan in plans if plan is not None)
+    with pool.call(*map(called, models.values())), pool.activations(nbytes):
+        made = run_together(group[0].graph, runs)
+    outputs: list[dict[str, _Array]] = [{} for _ in group]
+    for numbers, batch in zip(batches.values(), made, strict=True):
+        at = 0
+        for number in numbers:
+            rows = plans[number].rows if len(numbers) > 1 else None  # type: ignore[union-attr]
+            for name, value in batch.items():
+                # A copy: a result does not keep those of others in memory.
+                outputs[number][name] = value if rows is None else value[at : at + rows].copy()
+            at += rows or 0
+    return outputs
+
+
+def _tensors(model: StoredModel, tensor_of: _TensorOf) -> Callable[[str], StoredTensor]:
+    return lambda name: tensor_of(model, name)

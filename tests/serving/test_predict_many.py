@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many requests at once, and batches larger than the budget, against predictions one by one."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import pydedup
+from pydedup.errors import ArgumentError, NotFoundError
+from pydedup.graph import Graph, Node
+from pydedup.serving.plan import plan_run
+
+RNG = np.random.default_rng(9)
+WIDE = 512
+
+
+def layers() -> Graph:
+    return Graph(
+        ("x",),
+        ("out",),
+        (
+            Node("linear", ("x",), "h", weights={"weight": "a.weight", "bias": "a.bias"}),
+            Node("relu", ("h",), "r"),
+            Node("linear", ("r",), "logits", weights={"weight": "b.weight", "bias": "b.bias"}),
+            Node("softmax", ("logits",), "out", attrs={"axis": -1}),
+        ),
+    )
+
+
+def weights() -> dict[str, NDArray[Any]]:
+    rng = np.random.default_rng(1)
+    return {
+        "a.weight": rng.standard_normal((WIDE, 256)).astype(np.float32) / 16,
+        "a.bias": rng.standard_normal(WIDE).astype(np.float32),
+        "b.weight": rng.standard_normal((10, WIDE)).astype(np.float32) / 16,
+        "b.bias": rng.standard_normal(10).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[pydedup.Store]:
+    """Six variants, each with rows of its own."""
+    with pydedup.open(tmp_path / "m.db", memory="8MiB") as opened:
+        for number in range(6):
+            arrays = weights()
+            arrays["a.weight"][number * 64 : number * 64 + 40] += number + 1
+            arrays["b.bias"] += number
+            opened.add(f"v{number}", arrays, graph=layers())
+        yield opened
+
+
+def test_mixed_requests_get_their_own_models_answers(store: pydedup.Store) -> None:
+    requests = [
+        (f"v{number % 6}", RNG.standard_normal((number % 4 + 1, 256)).astype(np.float32))
+        for number in range(20)
+    ]
+    for (name, x), got in zip(requests, store.predict_many(requests), strict=True):
+        np.testing.assert_allclose(got, store.predict(name, x), rtol=1e-4, atol=1e-5)
+        assert got.base is None or got.base.nbytes == got.nbytes
+
+
+def test_a_bad_request_does_not_disturb_the_others(store: pydedup.Store) -> None:
+    good = RNG.standard_normal((2, 256)).astype(np.float32)
+    results = store.predict_many(
+        [
+            ("v0", good),
+            ("nobody", good),
+            ("v1", good[:, :100]),
+            ("v2", {"x": good}),
+            ("v3", {"y": good}),
+            ("v4", [[1.0], [1.0, 2.0]]),
+            ("v5@9", good),
+        ]
+    )
+    np.testing.assert_allclose(results[0], store.predict("v0", good), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(results[3]["out"], store.predict("v2", good), rtol=1e-4, atol=1e-5)
+    assert [type(results[i]) for i in (1, 2, 4, 5, 6)] == [
+        NotFoundError,
+        ArgumentError,
+        ArgumentError,
+        ArgumentError,
+        NotFoundError,
+    ]
+    assert "must be 256" in str(results[2])
+    assert store.predict_many([]) == []
+
+
+def test_models_with_other_layers_run_beside_each_other(store: pydedup.Store) -> None:
+    other = Graph(("x",), ("h",), layers().nodes[:1])
+    store.add("short", weights(), graph=other)
+    x = RNG.standard_normal((3, 256)).astype(np.float32)
+    first, second = store.predict_many([("v0", x), ("short", x)])
+    np.testing.assert_allclose(first, store.predict("v0", x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(second, store.predict("short", x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_larger_than_the_budget_is_cut(store: pydedup.Store) -> None:
+    x = RNG.standard_normal((6000, 256)).astype(np.float32)  # 12 MB of activations in a layer
+    want = np.concatenate([store.predict("v1", x[at : at + 500]) for at in range(0, 6000, 500)])
+    tracemalloc.start()
+    got = store.predict("v1", x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    assert peak < 6 << 20
+
+
+def test_rows_that_depend_on_each_other_are_not_cut(store: pydedup.Store) -> None:
+    nodes = (*layers().nodes[:3], Node("softmax", ("logits",), "out", attrs={"axis": 0}))
+    store.add("across", weights(), graph=Graph(("x",), ("out",), nodes))
+    x = RNG.standard_normal((6000, 256)).astype(np.float32)
+    np.testing.assert_allclose(store.predict("across", x).sum(axis=0), np.ones(10), rtol=1e-3)
+    one, two = store.predict_many([("across", x[:10]), ("across", x[10:12])])
+    np.testing.assert_allclose(one.sum(axis=0), np.ones(10), rtol=1e-3)
+    np.testing.assert_allclose(two.sum(axis=0), np.ones(10), rtol=1e-3)
+
+
+# ---- plans --------------------------------------------------------------------------------------
+
+_SHAPES = {"w": (8, 6), "e": (50, 6), "c": (4, 3, 3, 3), "g": (6,)}
+
+
+def planned(nodes: list[Node], *shapes: tuple[int, ...]) -> Any:
+    names = ("x", "y")[: len(shapes)]
+    graph = Graph(names, (nodes[-1].output,), tuple(nodes))
+    inputs = {n: np.zeros(s, np.float32) for n, s in zip(names, shapes, strict=True)}
+    return plan_run(graph, lambda name: _SHAPES[name], inputs)
+
+
+@pytest.mark.parametrize(
+    ("node", "shape", "rows", "elements"),
+    [
+        (Node("linear", ("x",), "o", weights={"weight": "w"}), (5, 6), 5, 5 * (8 + 6)),
+        (Node("linear", ("x",), "o", weights={"weight": "w"}), (6,), None, 8 + 6),
+        (Node("embedding", ("x",), "o", weights={"weight": "e"}), (5, 7), 5, 5 * 7 * 6),
+        (Node("embedding_bag", ("x",), "o", weights={"weight": "e"}), (5, 7), 5, 5 * 6),
+        (
+            Node(
+                "conv2d",
+                ("x",),
+                "o",
+                weights={"weight": "c"},
+                attrs={"stride": [2, 1], "padding": [1, 0, 1, 0]},
+            ),
+            (2, 3, 9, 8),
+            2,
+            2 * 4 * 5 * 6 + 2 * 3 * 9 * 8,
+        ),
+        (Node("softmax", ("x",), "o", attrs={"axis": 0}), (5, 6), None, 3 * 30),
+        (Node("softmax", ("x",), "o", attrs={"axis": -1}), (5, 6), 5, 3 * 30),
+        (Node("reshape", ("x",), "o", attrs={"shape": [-1, 3]}), (5, 6), None, 0),
+        (Node("reshape", ("x",), "o", attrs={"shape": [-1, 2, 3]}), (5, 6), 5, 0),
+        (Node("flatten", ("x",), "o"), (5, 6, 2), 5, 0),
+        (Node("flatten", ("x",), "o", attrs={"start_axis": 0}), (5, 6), None, 0),
+        (Node("mean", ("x",), "o", attrs={"axis": [1]}), (5, 6), 5, 5),
+        (Node("mean", ("x",), "o", attrs={"axis": 0}), (5, 6), None, 6),
+        (Node("transpose", ("x",), "o", attrs={"perm": [1, 0]}), (5, 6), None, 0),
+        (Node("transpose", ("x",), "o", attrs={"perm": [0, 2, 1]}), (5, 6, 2), 5, 0),
+    ],
+)
+def test_plans(node: Node, shape: tuple[int, ...], rows: int | None, elements: int) -> None:
+    plan = planned([node], shape)
+    assert (plan.rows, plan.nbytes) == (rows, 4 * elements)
+
+
+def test_inputs_of_different_lengths_are_not_rows() -> None:
+    nodes = [Node("add", ("x", "y"), "o")]
+    assert planned(nodes, (5, 6), (5, 6)).rows == 5
+    assert planned(nodes, (5, 6), (1, 6)).rows is None
+    assert planned(nodes, (5, 6), (6,)).rows is None
+
+
+def test_what_does_not_fit_has_no_plan() -> None:
+    assert planned([Node("transpose", ("x",), "o", attrs={"perm": [2, 0, 1]})], (5, 6)) is None
+    assert planned([Node("reshape", ("x",), "o", attrs={"shape": [4, 7]})], (5, 6)) is None
+    assert planned([Node("softmax", ("x",), "o", attrs={"axis": 1})], ()) is None
