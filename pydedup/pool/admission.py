@@ -27,7 +27,8 @@ class Reservation:
         self, held: _core.Reservation, nbytes: int, give_back: Callable[[int], None]
     ) -> None:
         self.nbytes = nbytes
-        self._free = weakref.finalize(self, _free, held, nbytes, give_back)
+        # The finalizer is held by the interpreter, and must not keep the pool.
+        self._free = weakref.finalize(self, _free, held, nbytes, weakref.WeakMethod(give_back))
         self._free.atexit = False
 
     def release(self) -> None:
@@ -46,9 +47,13 @@ class Reservation:
         self.release()
 
 
-def _free(held: _core.Reservation, nbytes: int, give_back: Callable[[int], None]) -> None:
+def _free(
+    held: _core.Reservation, nbytes: int, give_back: weakref.WeakMethod[Callable[[int], None]]
+) -> None:
     held.release()
-    give_back(nbytes)
+    method = give_back()
+    if method is not None:
+        method(nbytes)
 
 
 class Gate:
