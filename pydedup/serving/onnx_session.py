@@ -27,7 +27,7 @@ from pydedup.blocks import BlockMap
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
 from pydedup.formats.onnx_inputs import OpenedGraph, open_graph
-from pydedup.pool import PagePool
+from pydedup.pool import PagePool, Reservation
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 
@@ -98,10 +98,16 @@ def run_onnx(
     kinds = {value.name: value for value in session.runtime.get_inputs()}
     given = {name: _as_input(value, kinds[name]) for name, value in inputs.items()}
     # Kept until the end: the runtime reads the arrays where they are.
-    held = {
-        name: runner.tensor(model.block_map(name), tensor(name), kind, pool)
-        for name, kind in graph.weights.items()
-    }
+    try:
+        held = {
+            name: runner.tensor(model.block_map(name), tensor(name), kind, pool)
+            for name, kind in graph.weights.items()
+        }
+    except BudgetError as exc:
+        raise BudgetError(
+            f"{model.address} is run by ONNX Runtime, which needs all of its "
+            f"{model.row.logical_bytes:,} bytes of weights at once: {exc}"
+        ) from exc
     given.update((name, weight.value) for name, weight in held.items())
     try:
         found = session.runtime.run_with_ort_values(list(graph.outputs), given)
@@ -119,7 +125,7 @@ class _Held:
 
     value: Any
     array: NDArray[Any]
-    reservation: object
+    reservation: Reservation
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,7 @@ class _Session:
     """A session of the runtime."""
 
     runtime: Any
-    reservation: object
+    reservation: Reservation
 
 
 _Tensors: TypeAlias = Callable[[str], StoredTensor]
@@ -142,6 +148,7 @@ class _Runner:
     def __init__(self) -> None:
         self.process = os.getpid()
         self._lock = threading.Lock()
+        self._loading = threading.Lock()
         self._models: OrderedDict[int, tuple[OpenedGraph, _Session]] = OrderedDict()
         self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
         self._held: OrderedDict[bytes, _Held] = OrderedDict()
@@ -168,18 +175,19 @@ class _Runner:
     def tensor(self, block_map: BlockMap, stored: StoredTensor, kind: int, pool: PagePool) -> _Held:
         """Return a tensor in memory, loaded unless this or another model has the same one."""
         key = _content(block_map, stored.shape)
-        with self._lock:
-            held = self._held.get(key)
-            if held is not None:
-                self._held.move_to_end(key)
-                return held
-        n_bytes = math.prod(stored.shape) * stored.dtype.itemsize
-        reservation = _reserve(pool, n_bytes, self._make_room)
-        array = stored.numpy()
-        held = _Held(_as_value(array, kind), array, reservation)
-        with self._lock:
-            self._held[key] = held
-        return held
+        with self._loading:  # by one thread at a time: two would need the room twice
+            with self._lock:
+                held = self._held.get(key)
+                if held is not None:
+                    self._held.move_to_end(key)
+                    return held
+            n_bytes = math.prod(stored.shape) * stored.dtype.itemsize
+            reservation = _reserve(pool, n_bytes, self._make_room)
+            array = stored.numpy()
+            held = _Held(_as_value(array, kind), array, reservation)
+            with self._lock:
+                self._held[key] = held
+            return held
 
     def _session(self, graph: OpenedGraph, address: str, pool: PagePool) -> _Session:
         key = hashlib.blake2b(graph.model, digest_size=16).digest()
@@ -217,16 +225,14 @@ def _new_session(model: bytes, address: str) -> Any:
         raise UnsupportedFormatError(f"ONNX Runtime cannot load {address}: {exc}") from exc
 
 
-def _reserve(pool: PagePool, n_bytes: int, make_room: Callable[[], bool]) -> object:
+def _reserve(pool: PagePool, n_bytes: int, make_room: Callable[[], bool]) -> Reservation:
     """Count bytes against the budget, forgetting what is loaded until they fit."""
-    reserve = getattr(pool, "reserve", None)
-    while reserve is not None:
+    while True:
         try:
-            return reserve(n_bytes)
+            return pool.reserve(n_bytes)
         except BudgetError:
             if not make_room():
                 raise
-    return None
 
 
 def _content(block_map: BlockMap, shape: tuple[int, ...]) -> bytes:

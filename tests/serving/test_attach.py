@@ -6,10 +6,12 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError, NotFoundError
+from pydedup.errors import ArgumentError, BudgetError, NotFoundError
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -449,3 +451,83 @@ def test_a_module_is_freed_without_a_collection_of_circles(store: pydedup.Store)
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_what_is_loaded_is_counted(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv3d(32, 64, 5)).eval()  # 1 MB that no kernel streams
+    x = torch.randn(1, 32, 5, 5, 5)
+    wanted = module(x)
+    with pydedup.open(tmp_path / "small.db", memory="6MiB") as store:
+        store.add("m", module)
+        free = store.stats().pool["reserved_bytes"]
+        store.attach(module, "m")
+        assert torch.equal(module(x), wanted)
+        assert store.stats().pool["reserved_bytes"] - free == 4 * (32 * 64 * 125 + 64)
+        store.detach(module)
+        assert store.stats().pool["reserved_bytes"] == free
+    with pydedup.open(tmp_path / "small.db", memory="1MiB") as store:
+        store.attach(module, "m")
+        with pytest.raises(
+            BudgetError, match=r"'0.weight' of m@1 cannot be streamed by Sequential"
+        ):
+            module(x)
+
+
+def test_two_threads_load_a_tensor_once(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv3d(32, 64, 5)).eval()
+    x = torch.randn(1, 32, 5, 5, 5)
+    wanted = module(x)
+    with pydedup.open(tmp_path / "small.db", memory="5MiB") as store:  # not enough for two
+        store.add("m", module)
+        store.attach(module, "m")
+        with ThreadPoolExecutor(4) as pool:
+            for got in pool.map(lambda _: module(x), range(4)):
+                assert torch.equal(got.detach(), wanted)
+
+
+# ---- what happens in the store meanwhile ---------------------------------------------------------
+
+
+def test_a_vacuum_moves_blocks(store: pydedup.Store) -> None:
+    module, others = net(), [net() for _ in range(3)]
+    wanted = module(X)
+    for number, other in enumerate(others):
+        store.add(f"other-{number}", other)
+    store.add("m", module)
+    attention = nn.MultiheadAttention(64, 2).eval()
+    store.add("a", attention)
+    x, y = torch.randn(3, 64), torch.randn(3, 64)
+    attended = attention(x, y, y)[0]
+    store.attach(module, "m@1")(X)
+    store.attach(attention, "a")(x, y, y)
+    for number in range(len(others)):
+        store.remove(f"other-{number}")
+    assert store.vacuum().freed_pages > 0
+    torch.testing.assert_close(module(X), wanted)
+    torch.testing.assert_close(attention(x, y, y)[0], attended)
+
+
+def test_a_model_that_is_removed(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m@1", module)
+    store.add("n@1", net())
+    store.attach(module, "m@1")
+    newest = store.attach(net(), "n")
+    store.remove("m@1")
+    store.remove("n@1")
+    store.vacuum()
+    with pytest.raises(NotFoundError, match="no model 'n'"):
+        newest(X)
+    with pytest.raises(NotFoundError, match="m@1 was removed from the store"):
+        module(X)
+
+
+def test_a_forked_child(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    wanted = store.attach(module, "m")(X)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if torch.allclose(module(X), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0

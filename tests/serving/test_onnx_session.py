@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 import pydedup
-from pydedup.errors import ArgumentError, NotFoundError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, BudgetError, NotFoundError, UnsupportedFormatError
 from pydedup.serving import onnx_session
 
 onnx = pytest.importorskip("onnx")
@@ -238,3 +238,24 @@ def test_nothing_keeps_a_store_alive(tmp_path: Path) -> None:
     del store
     gc.collect()
     assert pool() is None
+
+
+def test_weights_make_room_for_those_of_other_models(tmp_path: Path) -> None:
+    paths = []
+    for number in range(3):  # of 2 MB each
+        weights = {"w": normal(64, 4096), "v": normal(4096, 64), "bias": normal(64)}
+        paths.append(stack(tmp_path, f"{number}.onnx", weights))
+    with pydedup.open(tmp_path / "small.db", memory="7MiB") as store:
+        for path in paths:
+            store.add(path.stem, path)
+        for path in [*paths, *paths]:
+            np.testing.assert_allclose(
+                store.predict(path.stem, X), run(path, x=X), rtol=1e-3, atol=1e-4
+            )
+            assert store.stats().pool["reserved_bytes"] < 4 << 20
+    message = "0@1 is run by ONNX Runtime, which needs all of its 2,097,408 bytes"
+    with (
+        pydedup.open(tmp_path / "small.db", memory="2MiB") as store,
+        pytest.raises(BudgetError, match=message),
+    ):
+        store.predict("0", X)

@@ -40,16 +40,17 @@ class _Attached(nn.Module):
                 f"{self._label()} is in training mode; attached modules only predict: call eval()"
             )
         inside = attachment.inside
-        if inside.weights is not None:
-            with inside.weights.call():
-                return super().__call__(*args, **kwargs)
+        if inside.is_call:
+            return super().__call__(*args, **kwargs)
         _check_surroundings(self._label())
-        inside.weights = attachment.resolve()
+        outer = inside.weights
+        weights = outer or attachment.resolve()
+        inside.weights, inside.is_call = weights, True
         try:
-            with inside.weights.call():
+            with weights.call():
                 return super().__call__(*args, **kwargs)
         finally:
-            inside.weights = None
+            inside.weights, inside.is_call = outer, False
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("has no state_dict() of its own")

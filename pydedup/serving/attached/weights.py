@@ -7,6 +7,7 @@ counted against the memory budget of the store and kept until the version is no 
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from pydedup.errors import ArgumentError, BudgetError
 from pydedup.formats.torch import to_torch
 from pydedup.matmul import compute_dtype
 from pydedup.names import parse_address
-from pydedup.pool import PagePool
+from pydedup.pool import PagePool, Reservation
 from pydedup.serving.attached.slots import Slot
 from pydedup.serving.tensor import StoredTensor, called
 
@@ -45,8 +46,8 @@ class Weights:
         self._names = _fit(model, slots, prefix, kind)
         model.block_maps()  # all at once, instead of one by one later
         self._stored = [self._tensor(name) for name in self._names]
-        # No lock: two threads may load one tensor, of which one copy is dropped at once.
-        self._loaded: dict[int, tuple[torch.Tensor, object]] = {}
+        self._lock, self._process = threading.Lock(), os.getpid()
+        self._loaded: dict[int, tuple[torch.Tensor, Reservation]] = {}
         self._biases: dict[int, NDArray[np.floating]] = {}
         self._parts: dict[tuple[int, Rows], tuple[StoredTensor, int]] = {}
         self._slots = slots
@@ -71,7 +72,12 @@ class Weights:
         """Return the whole tensor of a slot in the module's dtype. Raises BudgetError."""
         found = self._loaded.get(number)
         if found is None:
-            found = self._loaded[number] = self._load(number)
+            if self._process != os.getpid():  # a fork may have left it locked
+                self._lock, self._process = threading.Lock(), os.getpid()
+            with self._lock:  # two threads would need the room twice
+                found = self._loaded.get(number)
+                if found is None:
+                    found = self._loaded[number] = self._load(number)
         return found[0]
 
     def bias(self, number: int) -> NDArray[np.floating]:
@@ -104,16 +110,18 @@ class Weights:
         block_map = _PartOfMap(self.model, name, (first, stop))
         return StoredTensor(part, block_map, self._pool, self.model.refresh), rows[0] - first
 
-    def _load(self, number: int) -> tuple[torch.Tensor, object]:
+    def _load(self, number: int) -> tuple[torch.Tensor, Reservation]:
         slot, stored = self._slots[number], self._stored[number]
         try:
             reservation = self._pool.reserve(slot.nbytes)
+            whole = stored.numpy()
         except BudgetError as exc:
             raise BudgetError(
                 f"{stored.name!r} of {self.model.address} cannot be streamed by {self._kind} and "
                 f"is loaded whole, {slot.nbytes:,} bytes: {exc}"
             ) from exc
-        return to_torch(stored.numpy()).to(slot.dtype), reservation
+        with torch.inference_mode(False):  # else it would be of no use outside of it
+            return to_torch(whole).to(slot.dtype), reservation
 
 
 class _PartOfMap:
@@ -253,3 +261,5 @@ class _Inside(threading.local):
     """What calls that are under way in this thread use."""
 
     weights: Weights | None = None
+    #: Whether it is a call of a module, and not only of `generate`, which makes many.
+    is_call: bool = False
