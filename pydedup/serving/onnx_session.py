@@ -18,7 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -136,6 +136,7 @@ class _Session:
     reservation: Reservation
 
 
+_T = TypeVar("_T")
 _Tensors: TypeAlias = Callable[[str], StoredTensor]
 
 
@@ -182,8 +183,7 @@ class _Runner:
                     self._held.move_to_end(key)
                     return held
             n_bytes = math.prod(stored.shape) * stored.dtype.itemsize
-            reservation = _reserve(pool, n_bytes, self._make_room)
-            array = stored.numpy()
+            array, reservation = self._within(pool, n_bytes, stored.numpy)
             held = _Held(_as_value(array, kind), array, reservation)
             with self._lock:
                 self._held[key] = held
@@ -197,20 +197,31 @@ class _Runner:
                 self._sessions.move_to_end(key)
                 return known
         # What is inside of the model, the session has in memory.
-        reservation = _reserve(pool, len(graph.model), self._make_room)
-        session = _Session(_new_session(graph.model, address), reservation)
+        runtime, reservation = self._within(
+            pool, len(graph.model), lambda: _new_session(graph.model, address)
+        )
+        session = _Session(runtime, reservation)
         with self._lock:
             self._sessions[key] = session
             _shorten(self._sessions)
         return session
 
-    def _make_room(self) -> bool:
-        """Forget the tensor that was not used for longest; return whether there was one."""
-        with self._lock:
-            if not self._held:
-                return False
-            self._held.popitem(last=False)
-            return True
+    def _within(
+        self, pool: PagePool, n_bytes: int, make: Callable[[], _T]
+    ) -> tuple[_T, Reservation]:
+        """Make something of so many bytes within the budget, forgetting tensors until it fits."""
+        while True:
+            reservation = None
+            try:
+                reservation = pool.reserve(n_bytes)
+                return make(), reservation
+            except BudgetError:  # also of the pages that are read meanwhile
+                if reservation is not None:
+                    reservation.release()
+                with self._lock:
+                    if not self._held:
+                        raise
+                    self._held.popitem(last=False)  # the one that was not used for longest
 
 
 def _new_session(model: bytes, address: str) -> Any:
@@ -223,16 +234,6 @@ def _new_session(model: bytes, address: str) -> Any:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as exc:
         raise UnsupportedFormatError(f"ONNX Runtime cannot load {address}: {exc}") from exc
-
-
-def _reserve(pool: PagePool, n_bytes: int, make_room: Callable[[], bool]) -> Reservation:
-    """Count bytes against the budget, forgetting what is loaded until they fit."""
-    while True:
-        try:
-            return pool.reserve(n_bytes)
-        except BudgetError:
-            if not make_room():
-                raise
 
 
 def _content(block_map: BlockMap, shape: tuple[int, ...]) -> bytes:
