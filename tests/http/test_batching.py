@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pydedup
-from pydedup.errors import NotFoundError
+from pydedup.errors import ArgumentError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.http.batcher import Batcher
 from pydedup.http.joining import predict_many
@@ -265,12 +265,13 @@ def joined_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject) -> None:
-    names = list(GRAPHS)
+    names = data.draw(st.lists(st.sampled_from(list(GRAPHS)), min_size=1, max_size=2))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     requests: list[tuple[str, dict[str, Any]]] = []
     for _ in range(data.draw(st.integers(1, 8))):
-        number = data.draw(st.integers(0, len(names) - 1))
-        nodes, shape, _ = GRAPHS[names[number]]
+        name = data.draw(st.sampled_from(names))
+        number = list(GRAPHS).index(name)
+        nodes, shape, _ = GRAPHS[name]
         # Some have a number of entries that does not fit, or dtypes of their own.
         rows, slip = data.draw(st.integers(0, 3)), data.draw(st.sampled_from([0] * 6 + [1]))
         x = rng.standard_normal((rows, *shape[:-1], shape[-1] + slip)).astype(
@@ -289,6 +290,16 @@ def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject
         assert not isinstance(found, Exception), (address, found)
         assert found.outputs["y"].shape == wanted["y"].shape
         np.testing.assert_allclose(found.outputs["y"], wanted["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_one_that_fails_does_not_disturb_the_others(joined_store: Any) -> None:
+    number = list(GRAPHS).index("bags by row")
+    ids = [np.array([[0, 1, 2]]), np.array([[0, 9, 2]]), np.array([[3, 3, 3]])]
+    found = run_batch(joined_store, [(f"m{number}", {"x": x}) for x in ids])
+    assert isinstance(found[1], ArgumentError)
+    for x, one in ((ids[0], found[0]), (ids[2], found[2])):
+        assert not isinstance(one, Exception)
+        np.testing.assert_allclose(one.outputs["y"], W[x[0]].mean(axis=0)[None], rtol=1e-5)
 
 
 def test_rows_of_several_requests_are_one_prediction(joined_store: Any) -> None:

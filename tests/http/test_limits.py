@@ -132,9 +132,10 @@ def test_headers_that_do_not_come(start: Start, store_url: str) -> None:
             response.read()
             time.sleep(0.6)  # between requests, it may be quiet for longer
         started = time.monotonic()
+        connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: ")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while time.monotonic() - started < 5:
-                connection.sendall(b"G" if time.monotonic() - started < 0.1 else b"E")
+                connection.sendall(b"a")
                 time.sleep(0.1)
         assert time.monotonic() - started < 4
 
@@ -166,7 +167,7 @@ def test_an_answer_that_nobody_reads(start: Start, store_url: str) -> None:
 
 def test_large_bodies_do_not_hold_up_others(start: Start, store_url: str) -> None:
     server = start(store_url)
-    rows = 100_000
+    rows = 400_000
     body = json.dumps(
         {
             "inputs": [
@@ -200,7 +201,7 @@ def test_large_bodies_do_not_hold_up_others(start: Start, store_url: str) -> Non
     stop.set()
     asking.join()
     assert len(waits) > 20
-    assert max(waits) < max(0.1, took / 2), f"{max(waits):.3f} s of {took:.3f} s"
+    assert max(waits) < max(0.1, took / 5), f"{max(waits):.3f} s of {took:.3f} s"
 
 
 def test_only_so_many_bytes_are_held(start: Start, store_url: str) -> None:

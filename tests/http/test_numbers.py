@@ -105,6 +105,17 @@ def test_what_is_wrong_is_refused_cut_or_not(piece: int, name: str) -> None:
     assert caught.value.message.startswith(("inputs[0].data: ", "body: "))
 
 
+def test_lists_that_are_uneven_where_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbers, "PIECE_BYTES", 16)
+    a, b, c = 1.234567890123456, 2.345678901234567, 3.456789012345678  # each is a piece
+    np.testing.assert_array_equal(
+        read(body_of([[[a]], [[b]], [[c]]], [3, 1, 1])).reshape(-1), [a, b, c]
+    )
+    for data in ([[[a]], [b], [[c]]], [[[a]], [[b]], [c]], [[[a]], b, [[c]]]):
+        with pytest.raises(HttpError):
+            read(body_of(data, [3, 1, 1]))
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     at=st.integers(0, 11_000),
