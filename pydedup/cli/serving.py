@@ -13,6 +13,7 @@ from pydedup import config
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.errors import UnsupportedFormatError
+from pydedup.replacement import DEFAULT_POLICY, POLICIES
 
 __all__ = ["serve"]
 
@@ -32,6 +33,13 @@ _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="0 takes any free port.",
 )
 @options.memory_option
+@click.option(
+    "--replacement",
+    type=click.Choice(POLICIES),
+    default=DEFAULT_POLICY,
+    show_default=True,
+    help="Which page of the store memory gives up when it is full.",
+)
 @click.option(
     "--max-batch",
     metavar="ROWS",
@@ -100,6 +108,7 @@ def serve(
     host: str,
     port: int,
     memory: str,
+    replacement: str,
     max_batch: int,
     max_wait_ms: float,
     threads: int | None,
@@ -143,7 +152,7 @@ def serve(
         tls_key=tls_key,
         access_log=access_log,
     )
-    with ServedStore.connect(url, memory) as store:
+    with ServedStore.connect(url, memory, replacement) as store:
         names = [entry.name for entry in store.index() if entry.has_graph]
 
         def started(address: str) -> None:

@@ -20,7 +20,6 @@ from pydedup.http import responses, service
 from pydedup.http.access import AccessLog, Gate
 from pydedup.http.batcher import Batcher
 from pydedup.http.bodies import DisconnectedError, Held, Room, read_body
-from pydedup.http.joining import Arrays, rows_of
 from pydedup.http.metrics import CONTENT_TYPE, Metrics
 from pydedup.http.numbers import PIECE_BYTES
 from pydedup.http.options import ServeOptions
@@ -28,7 +27,7 @@ from pydedup.http.paths import Route, route_of
 from pydedup.http.problems import RETRY_SOON, HttpError, bad, problem_of
 from pydedup.http.requests import header_length, parse_infer, parse_object
 from pydedup.http.responses import Reply
-from pydedup.http.served import ServedStore
+from pydedup.http.served import Arrays, ServedStore
 
 __all__ = ["App"]
 
@@ -278,7 +277,7 @@ class App:
         else:
             request = parse_infer(body, json_bytes)
         answer = await self._batcher.submit(
-            (_address(exchange), request.inputs), rows_of(request.inputs)
+            (_address(exchange), request.inputs), service.rows_of(request.inputs)
         )
         model, outputs = answer.model, answer.outputs
         exchange.model = model.address

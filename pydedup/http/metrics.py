@@ -24,7 +24,7 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: What the pool counts up, apart from what it has now.
-_COUNTED = ("hits", "misses", "inserts", "evictions", "waits", "read", "prefetched")
+_COUNTED = ("hits", "misses", "inserts", "evictions", "waits", "wait_us")
 
 
 class Metrics:

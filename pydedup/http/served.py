@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A store as a server needs it: resolving an address once, metadata, the cache by model.
+"""A store as a server needs it: an address resolved once, metadata, the cache by model.
 
 Everything here may wait for the database, so it is called from threads, never from the event loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, TypeAlias
+
+from numpy.typing import NDArray
 
 from pydedup import config
-from pydedup.adapter import Adapter
+from pydedup.adapter import Adapter, ModelRow
 from pydedup.catalog import StoredModel
 from pydedup.errors import NotFoundError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
@@ -19,10 +21,16 @@ from pydedup.graph import Graph
 from pydedup.http.onnx_signature import onnx_signature
 from pydedup.http.shapes import Signature, Weight, signature_of
 from pydedup.opening import connect_store
+from pydedup.replacement import DEFAULT_POLICY, check_policy
+from pydedup.serving.predict import Prediction, predict_together
 from pydedup.store import Store
 from pydedup.types import GRAPH_ARTIFACT
 
-__all__ = ["IndexEntry", "Served", "ServedStore"]
+__all__ = ["Arrays", "IndexEntry", "Outcome", "Served", "ServedStore"]
+
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+#: Outputs by name, or what was raised.
+Outcome: TypeAlias = dict[str, NDArray[Any]] | Exception
 
 #: Models whose signature is remembered.
 _REMEMBERED = 1024
@@ -32,15 +40,22 @@ _REMEMBERED = 1024
 class Served:
     """One version of a model, with what it takes to predict with it.
 
-    Without ``graph`` it is run by ONNX Runtime, and its weights are not told.
+    Without ``graph`` it is run by ONNX Runtime.
     """
 
-    id: int
-    name: str
-    version: str
+    row: ModelRow
     graph: Graph | None
-    weights: Mapping[str, Weight]
     signature: Signature
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.row.name
+
+    @property
+    def version(self) -> str:
+        """The version that an address meant."""
+        return self.row.version
 
     @property
     def address(self) -> str:
@@ -60,19 +75,22 @@ class IndexEntry:
 class ServedStore(Store):
     """A store that is being served; for reading only."""
 
-    def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
-        super().__init__(adapter, memory_bytes)
+    def __init__(
+        self, adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLICY
+    ) -> None:
+        super().__init__(adapter, memory_bytes, replacement)
         # By row, since the same name@version may be another model later.
         self._known: dict[int, Served] = {}
         self._graphs: dict[int, bool] = {}
 
     @classmethod
-    def connect(cls, url: str, memory: str | int) -> Self:
+    def connect(cls, url: str, memory: str | int, replacement: str = DEFAULT_POLICY) -> Self:
         """Open a store that is there. Raises what `pydedup.open` does."""
         budget = config.parse_bytes(memory)
+        check_policy(replacement)
         adapter = connect_store(url, mode="r")
         try:
-            return cls(adapter, budget)
+            return cls(adapter, budget, replacement)
         except BaseException:
             adapter.close()
             raise
@@ -98,16 +116,50 @@ class ServedStore(Store):
         row, graph = model.row, model.graph()
         if graph is not None:
             tensors = {name: model.tensor(name) for name in graph.tensors()}
-            weights = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-            signature = signature_of(graph, weights)
-            return Served(row.id, row.name, row.version, graph, weights, signature)
+            weights: dict[str, Weight] = {
+                name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()
+            }
+            return Served(row, graph, signature_of(graph, weights))
         payload = self._adapter.artifact(row.id, ONNX_GRAPH)
         if payload is None:
             raise NotFoundError(
                 f"{model.address} has no graph to predict with; add it with graph=..., or from "
                 "a torch.nn.Sequential, Keras or ONNX model"
             )
-        return Served(row.id, row.name, row.version, None, {}, onnx_signature(payload))
+        return Served(row, None, onnx_signature(payload))
+
+    def predict_served(self, asks: Sequence[tuple[Served, Arrays]]) -> list[Outcome]:
+        """Do what `predict_many` does, of models that are resolved already.
+
+        Returns
+        -------
+        list
+            For each request its outputs by name, or what was raised.
+        """
+        ready: list[Prediction] = []
+        outcomes: list[Outcome | Prediction] = []
+        for served, inputs in asks:
+            try:
+                model = self._catalog.of_row(served.row)
+                if served.graph is None:
+                    outcomes.append(self._predict_onnx(model, inputs))
+                    continue
+                ready.append(Prediction.of(model, served.graph, inputs))
+                outcomes.append(ready[-1])
+            except Exception as error:  # told to this one alone
+                outcomes.append(error)
+        made = iter(self._together(ready))
+        return [next(made) if isinstance(one, Prediction) else one for one in outcomes]
+
+    def _together(self, ready: list[Prediction]) -> list[Outcome]:
+        try:
+            return predict_together(ready, self._stored_tensor, self._pool)
+        except Exception as error:
+            # No error of ours, such as MemoryError: smaller parts may do.
+            if len(ready) == 1:
+                return [error]
+            half = len(ready) // 2
+            return self._together(ready[:half]) + self._together(ready[half:])
 
     def version_names(self, name: str) -> list[str]:
         """Return the versions of a model, oldest first."""

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.errors import NotFoundError, UnavailableError
-from pydedup.http.joining import Arrays, Ask, Outcome, predict_many
 from pydedup.http.problems import bad
-from pydedup.http.served import Served, ServedStore
+from pydedup.http.served import Arrays, Served, ServedStore
 from pydedup.http.shapes import TensorSpec
 
-__all__ = ["Answer", "check_inputs", "model_config", "model_metadata", "run_batch"]
+__all__ = ["Answer", "check_inputs", "model_config", "model_metadata", "rows_of", "run_batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def run_batch(
     models: dict[str, Served | Exception] = {}
     away: UnavailableError | None = None
     results: list[Answer | Exception] = []
-    asks: list[Ask] = []
+    asks: list[tuple[Served, Arrays]] = []
     places: list[int] = []
     for address, inputs in requests:
         if address not in models:
@@ -61,12 +61,19 @@ def run_batch(
             results.append(error)
             continue
         places.append(len(results))
-        asks.append(Ask(model, inputs))
+        # The native kernels want aligned arrays; those in a body lie where they lie.
+        aligned = {name: np.require(one, requirements=["C", "A"]) for name, one in inputs.items()}
+        asks.append((model, aligned))
         results.append(NotFoundError(address))  # until it is predicted
-    outcomes: list[Outcome] = predict_many(store, asks) if asks else []
-    for place, ask, outcome in zip(places, asks, outcomes, strict=True):
-        results[place] = outcome if isinstance(outcome, Exception) else Answer(ask.model, outcome)
+    for place, ask, outcome in zip(places, asks, store.predict_served(asks), strict=True):
+        results[place] = outcome if isinstance(outcome, Exception) else Answer(ask[0], outcome)
     return results
+
+
+def rows_of(inputs: Arrays) -> int:
+    """Return how many rows a request counts for: the first axis of its first input."""
+    first = next(iter(inputs.values()))
+    return max(int(first.shape[0]), 1) if first.ndim else 1
 
 
 def check_inputs(model: Served, inputs: Arrays) -> None:

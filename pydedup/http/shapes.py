@@ -2,8 +2,8 @@
 """Which inputs a graph takes and what it returns, as far as its weights tell.
 
 A stored graph names its inputs and says nothing of their shapes. What a weight is multiplied with
-has one of its sizes, ids are integers, images have four axes; the rest is -1. Also here: whether a
-graph works row by row. Deliberately not here: computing (:mod:`pydedup.serving`).
+has one of its sizes, ids are integers, images have four axes; the rest is -1. Deliberately not
+here: computing, and what rows of a batch have to do with each other (:mod:`pydedup.serving`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
 from pydedup.types import DType
 
-__all__ = ["Signature", "TensorSpec", "Weight", "is_rowwise", "signature_of"]
+__all__ = ["Signature", "TensorSpec", "Weight", "signature_of"]
 
 Shape = tuple[int, ...]
 #: Shape and dtype of a stored tensor.
@@ -68,28 +68,6 @@ def signature_of(graph: Graph, weights: Mapping[str, Weight]) -> Signature:
         shape = shapes[name]
         outputs.append(TensorSpec(name, types[name], (-1,) if shape is None else shape))
     return Signature(inputs, tuple(outputs))
-
-
-def is_rowwise(
-    graph: Graph, weights: Mapping[str, Weight], inputs: Mapping[str, Sequence[int]]
-) -> bool:
-    """Whether row i of each output follows from row i of each input, of which there are as many.
-
-    ``inputs`` are real shapes. False where this is not certain.
-    """
-    rows = {shape[0] if shape else 0 for shape in inputs.values()}
-    if len(rows) != 1 or rows == {0}:
-        return False
-    shapes: dict[str, Shape] = {name: (-1, *shape[1:]) for name, shape in inputs.items()}
-    for node in graph.nodes:
-        given = [shapes[name] for name in node.inputs]
-        if not _keeps_rows(node, given):
-            return False
-        shape = _forward(node, given, weights)
-        if shape is None:
-            return False
-        shapes[node.output] = shape
-    return True
 
 
 # ---- inputs -------------------------------------------------------------------------------------
@@ -274,37 +252,3 @@ def _datatype(node: Node, given: Sequence[str], weights: Mapping[str, Weight]) -
     if any(compute_dtype(dtype).itemsize == 8 for dtype in wide):
         return "FP64"
     return "FP64" if "FP64" in given and "embedding" not in node.op else "FP32"
-
-
-# ---- rows ---------------------------------------------------------------------------------------
-
-
-def _keeps_rows(node: Node, given: Sequence[Shape]) -> bool:
-    """Whether a node computes entry i of its output's first axis from entry i of its inputs'."""
-    op, x = node.op, given[0]
-    rank = len(x)
-    if op in ("conv2d", "max_pool2d", "avg_pool2d"):
-        return rank == 4
-    if op == "embedding_bag":
-        return len(given) == 1 and rank == 2
-    if op == "linear":
-        return rank >= 2
-    if op == "layer_norm":
-        return bool(rank > node.attr("axes"))
-    if op in ("softmax", "log_softmax", "batch_norm"):
-        return bool(node.attr("axis") % rank != 0)
-    if op == "flatten":
-        return bool(node.attr("start_axis") % rank != 0)
-    if op == "reshape":
-        sizes, per_row = node.attr("shape"), _product(x[1:])
-        # A first size of -1 and no other: as many rows as before if each is as large as before.
-        return sizes[:1] == [-1] and per_row > 0 and math.prod(sizes[1:]) == per_row
-    if op in _TWO:
-        return len(given[1]) == rank
-    if op == "concat":
-        return bool(node.attr("axis") % rank != 0) and all(len(y) == rank for y in given)
-    if op in ("mean", "max"):
-        return 0 not in _axes(node, rank)
-    if op == "transpose":
-        return bool(node.attr("perm")[0] == 0)
-    return True

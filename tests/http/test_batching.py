@@ -18,14 +18,12 @@ from hypothesis import strategies as st
 import pydedup
 from pydedup.errors import ArgumentError, NotFoundError
 from pydedup.graph import Graph, Node
+from pydedup.http import served
 from pydedup.http.batcher import Batcher
-from pydedup.http.joining import predict_many
 from pydedup.http.problems import HttpError
 from pydedup.http.served import ServedStore
 from pydedup.http.service import run_batch
-from pydedup.http.shapes import is_rowwise
 from pydedup.testing.serving import Server, Start
-from pydedup.types import DType
 
 
 class Work:
@@ -164,41 +162,31 @@ def linear(name: str, source: str, weight: str) -> Node:
 
 W = np.random.default_rng(0).standard_normal((4, 4), np.float32)
 KERNEL = np.random.default_rng(1).standard_normal((2, 1, 2, 2), np.float32)
-#: Graphs, one of their inputs' shapes for a row, and whether rows may go together.
-GRAPHS: dict[str, tuple[tuple[Node, ...], tuple[int, ...], bool]] = {
-    "linear": ((linear("y", "x", "w"),), (4,), True),
-    "linear of a sequence": ((linear("y", "x", "w"),), (3, 4), True),
-    "softmax of the last": ((Node("softmax", ("x",), "y"),), (4,), True),
-    "softmax of the first": ((Node("softmax", ("x",), "y", attrs={"axis": 0}),), (4,), False),
+#: Graphs and one of their inputs' shapes for a row.
+GRAPHS: dict[str, tuple[tuple[Node, ...], tuple[int, ...]]] = {
+    "linear": ((linear("y", "x", "w"),), (4,)),
+    "linear of a sequence": ((linear("y", "x", "w"),), (3, 4)),
+    "softmax of the last": ((Node("softmax", ("x",), "y"),), (4,)),
+    "softmax of the first": ((Node("softmax", ("x",), "y", attrs={"axis": 0}),), (4,)),
     "softmax of the first, from the end": (
         (Node("softmax", ("x",), "y", attrs={"axis": -2}),),
         (4,),
-        False,
     ),
-    "mean of rows": (
-        (Node("mean", ("x",), "y", attrs={"axis": 0, "keepdims": True}),),
-        (4,),
-        False,
-    ),
-    "mean within rows": ((Node("mean", ("x",), "y", attrs={"axis": [1, 2]}),), (3, 4), True),
-    "flatten": ((Node("flatten", ("x",), "y"),), (2, 3, 4), True),
-    "flatten all": ((Node("flatten", ("x",), "y", attrs={"start_axis": 0}),), (4,), False),
-    "rows that turn": ((Node("transpose", ("x",), "y", attrs={"perm": [1, 0]}),), (4,), False),
-    "axes that turn": ((Node("transpose", ("x",), "y", attrs={"perm": [0, 2, 1]}),), (3, 4), True),
-    "reshape within rows": (
-        (Node("reshape", ("x",), "y", attrs={"shape": [-1, 2, 2]}),),
-        (4,),
-        True,
-    ),
-    "reshape across rows": ((Node("reshape", ("x",), "y", attrs={"shape": [-1, 2]}),), (4,), False),
-    "reshape to one row": ((Node("reshape", ("x",), "y", attrs={"shape": [1, -1]}),), (4,), False),
-    "concat": ((Node("concat", ("x", "x"), "y", attrs={"axis": -1}),), (4,), True),
-    "concat rows": ((Node("concat", ("x", "x"), "y", attrs={"axis": 0}),), (4,), False),
-    "sum with itself": ((linear("h", "x", "w"), Node("add", ("x", "h"), "y")), (4,), True),
+    "mean of rows": ((Node("mean", ("x",), "y", attrs={"axis": 0, "keepdims": True}),), (4,)),
+    "mean within rows": ((Node("mean", ("x",), "y", attrs={"axis": [1, 2]}),), (3, 4)),
+    "flatten": ((Node("flatten", ("x",), "y"),), (2, 3, 4)),
+    "flatten all": ((Node("flatten", ("x",), "y", attrs={"start_axis": 0}),), (4,)),
+    "rows that turn": ((Node("transpose", ("x",), "y", attrs={"perm": [1, 0]}),), (4,)),
+    "axes that turn": ((Node("transpose", ("x",), "y", attrs={"perm": [0, 2, 1]}),), (3, 4)),
+    "reshape within rows": ((Node("reshape", ("x",), "y", attrs={"shape": [-1, 2, 2]}),), (4,)),
+    "reshape across rows": ((Node("reshape", ("x",), "y", attrs={"shape": [-1, 2]}),), (4,)),
+    "reshape to one row": ((Node("reshape", ("x",), "y", attrs={"shape": [1, -1]}),), (4,)),
+    "concat": ((Node("concat", ("x", "x"), "y", attrs={"axis": -1}),), (4,)),
+    "concat rows": ((Node("concat", ("x", "x"), "y", attrs={"axis": 0}),), (4,)),
+    "sum with itself": ((linear("h", "x", "w"), Node("add", ("x", "h"), "y")), (4,)),
     "sum of unlike ranks": (
         (Node("mean", ("x",), "m", attrs={"axis": 1}), Node("add", ("x", "m"), "y")),
         (4, 4),
-        False,
     ),
     "images": (
         (
@@ -207,7 +195,6 @@ GRAPHS: dict[str, tuple[tuple[Node, ...], tuple[int, ...], bool]] = {
             Node("reshape", ("p",), "y", attrs={"shape": [-1, 18]}),
         ),
         (1, 8, 8),
-        True,
     ),
     "images and a pool that may go beyond": (
         (
@@ -220,44 +207,20 @@ GRAPHS: dict[str, tuple[tuple[Node, ...], tuple[int, ...], bool]] = {
             Node("reshape", ("p",), "y", attrs={"shape": [-1, 16]}),
         ),
         (1, 8, 8),
-        False,
     ),
-    "bags by row": ((Node("embedding_bag", ("x",), "y", {"weight": "w"}),), (3,), True),
+    "bags by row": ((Node("embedding_bag", ("x",), "y", {"weight": "w"}),), (3,)),
 }
-
-
-def joinable(nodes: tuple[Node, ...], shape: tuple[int, ...]) -> bool:
-    weights = {"w": (W.shape, DType.F32), "k": (KERNEL.shape, DType.F32)}
-    return is_rowwise(Graph(("x",), ("y",), nodes), weights, {"x": shape})
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-def test_what_works_row_by_row(name: str) -> None:
-    nodes, shape, wanted = GRAPHS[name]
-    assert joinable(nodes, (5, *shape)) is wanted
-    assert not joinable(nodes, (0, *shape))
-
-
-def test_a_single_row_without_a_batch_is_no_batch() -> None:
-    assert not joinable(GRAPHS["linear"][0], (4,))
-    graph = Graph(
-        ("ids", "offsets"),
-        ("y",),
-        (Node("embedding_bag", ("ids", "offsets"), "y", {"weight": "w"}),),
-    )
-    assert not is_rowwise(graph, {"w": (W.shape, DType.F32)}, {"ids": (6,), "offsets": (2,)})
-    two = Graph(("a", "b"), ("y",), (Node("add", ("a", "b"), "y"),))
-    assert is_rowwise(two, {}, {"a": (3, 4), "b": (3, 4)})
-    assert not is_rowwise(two, {}, {"a": (3, 4), "b": (1, 4)})
 
 
 @pytest.fixture(scope="module")
 def joined_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
     url = f"sqlite:///{tmp_path_factory.mktemp('joined') / 's.db'}"
     with pydedup.open(url) as store:
-        for number, (nodes, _, _) in enumerate(GRAPHS.values()):
+        for number, (nodes, _) in enumerate(GRAPHS.values()):
             graph = Graph(("x",), ("y",), nodes)
-            store.add(f"m{number}@1", {"w": W, "k": KERNEL}, graph=graph)
+            for version in (1, 2):  # variants, whose work is shared
+                tensors = {"w": W * version, "k": KERNEL}
+                store.add(f"m{number}@{version}", tensors, graph=graph)
     with ServedStore.connect(url, "64MiB") as found:
         yield found
 
@@ -271,7 +234,7 @@ def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject
     for _ in range(data.draw(st.integers(1, 8))):
         name = data.draw(st.sampled_from(names))
         number = list(GRAPHS).index(name)
-        nodes, shape, _ = GRAPHS[name]
+        nodes, shape = GRAPHS[name]
         # Some have a number of entries that does not fit, or dtypes of their own.
         rows, slip = data.draw(st.integers(0, 3)), data.draw(st.sampled_from([0] * 6 + [1]))
         x = rng.standard_normal((rows, *shape[:-1], shape[-1] + slip)).astype(
@@ -280,7 +243,7 @@ def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject
         if nodes[0].op == "embedding_bag":
             # Some ids are out of range: that fails, and others must not.
             x = rng.integers(0, 4 + data.draw(st.sampled_from([0, 0, 1])), x.shape)
-        requests.append((f"m{number}", {"x": x}))
+        requests.append((f"m{number}@{data.draw(st.integers(1, 2))}", {"x": x}))
     for (address, inputs), found in zip(requests, run_batch(joined_store, requests), strict=True):
         try:
             wanted = joined_store.predict(address, inputs)
@@ -295,29 +258,36 @@ def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject
 def test_one_that_fails_does_not_disturb_the_others(joined_store: Any) -> None:
     number = list(GRAPHS).index("bags by row")
     ids = [np.array([[0, 1, 2]]), np.array([[0, 9, 2]]), np.array([[3, 3, 3]])]
-    found = run_batch(joined_store, [(f"m{number}", {"x": x}) for x in ids])
+    found = run_batch(joined_store, [(f"m{number}@1", {"x": x}) for x in ids])
     assert isinstance(found[1], ArgumentError)
     for x, one in ((ids[0], found[0]), (ids[2], found[2])):
         assert not isinstance(one, Exception)
         np.testing.assert_allclose(one.outputs["y"], W[x[0]].mean(axis=0)[None], rtol=1e-5)
 
 
-def test_rows_of_several_requests_are_one_prediction(joined_store: Any) -> None:
-    calls: list[tuple[int, ...]] = []
+def test_what_does_not_fit_together_is_tried_in_parts(
+    joined_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = served.predict_together
+    sizes: list[int] = []
 
-    class Counting:
-        def predict(self, name: str, x: Any) -> Any:
-            calls.append(x["x"].shape)
-            return joined_store.predict(name, x)
+    def poor(ready: list[Any], *more: Any) -> list[Any]:
+        sizes.append(len(ready))
+        if len(ready) > 2 or any(len(one.inputs["x"]) > 2 for one in ready):
+            raise MemoryError
+        return together(ready, *more)
 
-    from pydedup.http.joining import Ask
-
-    model, other = joined_store.served("m0"), joined_store.served("m1")
-    asks = [Ask(model, {"x": np.ones((n, 4), np.float32)}) for n in (1, 2, 3)]
-    asks.insert(1, Ask(other, {"x": np.ones((1, 3, 4), np.float32)}))
-    found = predict_many(Counting(), asks)  # type: ignore[arg-type]
-    assert calls == [(6, 4), (1, 3, 4)]
-    assert [each["y"].shape for each in found] == [(1, 4), (1, 3, 4), (2, 4), (3, 4)]  # type: ignore[index]
+    monkeypatch.setattr(served, "predict_together", poor)
+    xs = [np.ones((n, 4), np.float32) for n in (1, 2, 3, 1, 2)]
+    found = run_batch(joined_store, [("m0@1", {"x": x}) for x in xs])
+    assert isinstance(found[2], MemoryError)
+    assert [len(one.outputs["y"]) for one in found if not isinstance(one, Exception)] == [
+        1,
+        2,
+        1,
+        2,
+    ]
+    assert sizes[0] == 5
 
 
 def test_an_address_is_resolved_once_per_batch(joined_store: Any) -> None:
