@@ -8,6 +8,7 @@ metadata that say nothing. The rest of the mechanism is in the contract of adapt
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -158,6 +159,29 @@ def test_processes_that_open_at_once_migrate_once(
     assert statuses == [0, 0, 0]
     with pydedup.open(older, mode="r") as store:
         assert rows(store._adapter) == [(7,)]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_killed_migration_is_begun_again(
+    older: str, install: Callable[[Migration], None]
+) -> None:
+    def die(adapter: Any) -> None:
+        fill(adapter)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    install(Migration(later, die))
+    child = os.fork()
+    if child == 0:
+        try:
+            pydedup.open(older)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert version_of(older) == 0
+    install(Migration(later, fill))
+    with pydedup.open(older) as store:
+        assert rows(store._adapter) == [(7,)]
+        assert store.verify().ok
 
 
 def test_a_newer_schema_is_refused(store_url: str) -> None:
