@@ -19,7 +19,7 @@ from pydedup.catalog import Catalog, StoredModel, listed
 from pydedup.errors import ArgumentError
 from pydedup.formats.torch import to_torch
 from pydedup.pool import PagePool
-from pydedup.serving.attached import functions, views  # noqa: F401  (they register themselves)
+from pydedup.serving.attached import functions, recurrent, views  # noqa: F401  (they register)
 from pydedup.serving.attached.modules import attachment_of, enclose, release
 from pydedup.serving.attached.parameter import StoredParameter
 from pydedup.serving.attached.slots import Slot, find_slots

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,52 @@ def test_norms(check: Check, layer: Any, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True}])
 def test_recurrent(check: Check, kind: Any, options: dict[str, bool]) -> None:
     check(kind(12, 9, 2, **options), torch.randn(4, 3, 12))
-    check(nn.LSTMCell(12, 9), torch.randn(4, 12))
+    for cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
+        assert check(cell(12, 9), torch.randn(4, 12)) == set()
+    assert check(nn.RNNCell(12, 9, nonlinearity="relu"), torch.randn(12)) == set()
     if kind is nn.LSTM:
         check(kind(12, 9, 2, proj_size=5, **options), torch.randn(4, 3, 12))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_recurrent_layers_larger_than_the_budget_lets_in(
+    tmp_path: Path, loaded: Callable[[Any], set[str]], kind: str, bias: bool
+) -> None:
+    options = [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}]
+    if kind == "LSTM":
+        options.append({"proj_size": 30, "bidirectional": True})
+    if kind == "RNN":
+        options.append({"nonlinearity": "relu"})
+    for number, option in enumerate(options):
+        layer = getattr(nn, kind)(200, 400 if kind == "RNN" else 160, bias=bias, **option).eval()
+        with pydedup.open(tmp_path / f"{number}.db", memory="2600KiB") as store, torch.no_grad():
+            store.add("m", layer)
+            attached = store.attach(copy.deepcopy(layer), "m@1")
+            for x in (torch.randn(5, 3, 200), torch.randn(4, 200)):
+                torch.testing.assert_close(attached(x), layer(x), rtol=1e-4, atol=1e-5)
+            state = tuple(torch.randn_like(part) for part in _state(layer(torch.randn(5, 3, 200))))
+            x = torch.randn(3 if layer.batch_first else 5, 5 if layer.batch_first else 3, 200)
+            state = state if len(state) > 1 else state[0]
+            if not layer.batch_first:
+                got, wanted = attached(x, state), layer(x, state)
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+            assert loaded(attached) == set()
+
+
+def _state(result: Any) -> tuple[Any, ...]:
+    return result[1] if isinstance(result[1], tuple) else (result[1],)
+
+
+def test_packed_sequences(check: Check, store: pydedup.Store) -> None:
+    lengths = torch.tensor([5, 3, 2])
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 12), lengths)
+    layer = nn.LSTM(12, 9).eval()
+    with torch.no_grad():
+        wanted = layer(packed)[0].data
+        store.add("m", layer)
+        torch.testing.assert_close(store.attach(layer, "m")(packed)[0].data, wanted)
 
 
 def test_what_cannot_be_streamed_is_loaded(check: Check) -> None:

@@ -228,6 +228,11 @@ class Attachment:
         self._current = self._weights(model)
         self.inside = _Inside()
 
+    @property
+    def memory_bytes(self) -> int:
+        """The budget that is to be kept."""
+        return self._pool.memory_bytes
+
     def weights(self) -> Weights:
         """Return the version that the call under way in this thread uses, or the one of now."""
         return self.inside.weights or self.resolve()
