@@ -367,7 +367,11 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "requests": len(result.latencies),
         "wrong": wrong,
         "http_ms": result.figures(),
-        "rss_bytes": samples[-1],
+        "rss_mib_by_tenth": [
+            round(float(np.median(part)) / 2**20, 1)
+            for part in np.array_split(samples, 10)
+            if len(part)
+        ],
         "rss_growth_bytes": grown,
     }
 

@@ -85,10 +85,12 @@ class App:
                 "body_bytes": ("Bytes of requests under way.", lambda: self._room.held),
             },
         )
-        # Apart, so that loading a model keeps nobody from asking whether we are ready.
-        self._parsers = ThreadPoolExecutor(2, thread_name_prefix="json")
-        self._askers = ThreadPoolExecutor(2, thread_name_prefix="ask")
-        self._pingers = ThreadPoolExecutor(1, thread_name_prefix="ping")
+        # Apart, so that a database that does not answer, or the loading of a model, holds up nothing
+        # that does not need it.
+        self._pools = {
+            name: ThreadPoolExecutor(threads, thread_name_prefix=name)
+            for name, threads in {"parse": 2, "ask": 2, "load": 1, "ping": 1, "metrics": 1}.items()
+        }
         self._actions: dict[str, Callable[[_Exchange], Any]] = {
             "live": self._live,
             "ready": self._ready,
@@ -130,7 +132,7 @@ class App:
     def close(self) -> None:
         """Stop the threads; what they are doing is not waited for."""
         self._batcher.close()
-        for pool in (self._parsers, self._askers, self._pingers):
+        for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
     # ---- around each request ------------------------------------------------------------------
@@ -210,8 +212,9 @@ class App:
                 sent=sent,
             )
 
-    async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., _T], *given: Any) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(pool, call, *given)
+    async def _in(self, pool: str, call: Callable[..., _T], *given: Any) -> _T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pools[pool], call, *given)
 
     async def _body(self, exchange: _Exchange) -> bytes | bytearray:
         exchange.reading = True
@@ -227,7 +230,7 @@ class App:
     async def _ready(self, exchange: _Exchange) -> Reply:
         try:
             async with asyncio.timeout(_PING_SECONDS):
-                await self._in(self._pingers, self._store.ping)
+                await self._in("ping", self._store.ping)
         except TimeoutError:
             said = f"the database does not answer within {_PING_SECONDS:g} seconds"
             raise HttpError(503, said, "unavailable", RETRY_SOON) from None
@@ -243,18 +246,18 @@ class App:
         )
 
     async def _metrics_text(self, exchange: _Exchange) -> Reply:
-        text = await self._in(self._askers, self._metrics.text)
+        text = await self._in("metrics", self._metrics.text)
         return Reply(200, [(b"content-type", CONTENT_TYPE)], [text])
 
     async def _model(self, exchange: _Exchange) -> Reply:
         return responses.json_reply(
-            await self._in(self._askers, service.model_metadata, self._store, _address(exchange))
+            await self._in("ask", service.model_metadata, self._store, _address(exchange))
         )
 
     async def _model_config(self, exchange: _Exchange) -> Reply:
         return responses.json_reply(
             await self._in(
-                self._askers,
+                "ask",
                 service.model_config,
                 self._store,
                 _address(exchange),
@@ -263,7 +266,7 @@ class App:
         )
 
     async def _model_ready(self, exchange: _Exchange) -> Reply:
-        model = await self._in(self._askers, self._store.served, _address(exchange))
+        model = await self._in("ask", self._store.served, _address(exchange))
         return responses.json_reply({"name": model.name, "ready": True})
 
     async def _infer(self, exchange: _Exchange) -> Reply:
@@ -273,7 +276,7 @@ class App:
             None if given is None else given.decode("latin-1").strip(), len(body)
         )
         if (len(body) if json_bytes is None else json_bytes) > PIECE_BYTES:
-            request = await self._in(self._parsers, parse_infer, body, json_bytes)
+            request = await self._in("parse", parse_infer, body, json_bytes)
         else:
             request = parse_infer(body, json_bytes)
         answer = await self._batcher.submit(
@@ -284,7 +287,7 @@ class App:
         wanted = responses.wanted_outputs(request, outputs)
         given_reply = (model.name, model.version, request, wanted, outputs)
         if responses.is_long(outputs, wanted):
-            return await self._in(self._parsers, responses.infer_reply, *given_reply)
+            return await self._in("parse", responses.infer_reply, *given_reply)
         return responses.infer_reply(*given_reply)
 
     async def _index(self, exchange: _Exchange) -> Reply:
@@ -293,7 +296,7 @@ class App:
         if not isinstance(ready, bool):
             raise bad("ready", "it must be true or false")
         entries: list[dict[str, str]] = []
-        for one in await self._in(self._askers, self._store.index):
+        for one in await self._in("ask", self._store.index):
             entry = {"name": one.name, "version": one.version}
             if one.has_graph:
                 entries.append({**entry, "state": "READY", "reason": ""})
@@ -306,7 +309,7 @@ class App:
         asked = parse_object(await self._body(exchange))
         if any(name == "config" or "file:" in name for name in asked.get("parameters") or ()):
             raise bad("parameters", "models come from the store alone, without config or files")
-        pages = await self._in(self._askers, self._warm, _address(exchange))
+        pages = await self._in("load", self._warm, _address(exchange))
         return responses.json_reply({"pages": pages})
 
     def _warm(self, address: str) -> int:
@@ -314,7 +317,7 @@ class App:
 
     async def _unload(self, exchange: _Exchange) -> Reply:
         await self._body(exchange)
-        pages = await self._in(self._askers, self._store.cool, _address(exchange))
+        pages = await self._in("ask", self._store.cool, _address(exchange))
         return responses.json_reply({"pages": pages})
 
 

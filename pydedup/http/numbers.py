@@ -232,7 +232,8 @@ def _cut(
             if found is not None:
                 end, following = found.start() + 1, found.end()
                 goes_on = not found.group(1)
-                if found.group(1).count(b"]") != found.group(2).count(b"["):
+                closes, opens = found.group(1).count(b"]"), found.group(2).count(b"[")
+                if closes != opens or closes >= depth:  # or the list itself would end here
                     raise bad(where, "its lists must be nested equally deep")
             elif stop - at > 2 * PIECE_BYTES:
                 raise bad(where, f"there is no number within {PIECE_BYTES} bytes")

@@ -292,6 +292,19 @@ def test_what_cannot_start_says_why(
     assert not (tmp_path / "no.db").exists()
 
 
+def test_packages_that_are_missing_are_named(store_url: str) -> None:
+    code = (
+        "import sys; sys.modules['uvicorn'] = None; from pydedup.cli import main; "
+        f"sys.exit(main(['serve', {store_url!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5
+    assert "'uvicorn'" in done.stderr
+    assert "pydedup[serve]" in done.stderr
+
+
 def test_tls(start: Start, store_url: str, certificate: tuple[Path, Path]) -> None:
     cert, key = certificate
     server = start(store_url, "--tls-cert", cert, "--tls-key", key)

@@ -111,26 +111,43 @@ def test_lists_that_are_uneven_where_they_are_cut(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(
         read(body_of([[[a]], [[b]], [[c]]], [3, 1, 1])).reshape(-1), [a, b, c]
     )
+    for text in (b"[%r],[%r]", b"[%r]],[[%r]", b"[[%r]],[[%r]]"):
+        for shape in ([2], [2, 1]):
+            body = body_of([], shape).replace(b"[]", text.replace(b"%r", b"1.234567890123456"))
+            with pytest.raises(HttpError):
+                read(body)
     for data in ([[[a]], [b], [[c]]], [[[a]], [[b]], [c]], [[[a]], b, [[c]]]):
         with pytest.raises(HttpError):
             read(body_of(data, [3, 1, 1]))
 
 
-@settings(deadline=None, max_examples=300)
+EDITS = [bytes([c]) for c in b'[],0.e-"{}: NtI\\\xff'] + [b"", b"[[", b"]]", b"],[", b"]],[["]
+
+
+@settings(deadline=None, max_examples=500)
 @given(
-    at=st.integers(0, 11_000),
-    byte=st.sampled_from(
-        [bytes([c]) for c in b'[],0.e-"{}: NtI\\\xff'] + [b"", b"[[", b"]]", b"],["]
-    ),
-    flat=st.booleans(),
-    cut=st.sampled_from([200, 1000]),
+    commas=st.lists(st.tuples(st.integers(0, 298), st.sampled_from(EDITS)), max_size=2),
+    places=st.lists(st.tuples(st.floats(0, 1), st.sampled_from(EDITS)), max_size=2),
+    nested=st.sampled_from([(300,), (15, 20), (5, 3, 20), (300, 1)]),
+    cut=st.sampled_from([64, 100]),
 )
-def test_a_changed_byte_is_judged_as_uncut_json_is(
-    at: int, byte: bytes, flat: bool, cut: int
+def test_changed_bytes_are_judged_as_in_uncut_json(
+    commas: list[tuple[int, bytes]],
+    places: list[tuple[float, bytes]],
+    nested: tuple[int, ...],
+    cut: int,
 ) -> None:
-    wanted = np.arange(2000.0).reshape(50, 40)
-    text = body_of((wanted.reshape(-1) if flat else wanted).tolist(), [50, 40])
-    text = text[:at] + byte + text[at + 1 :]
+    shape = nested if len(nested) > 1 else (15, 20)
+    data = json.dumps(np.arange(300.0).reshape(nested).tolist()).encode()
+    parts = data.split(b", ")
+    between = [b", "] * (len(parts) - 1)
+    for number, edit in commas:
+        between[number] = edit
+    data = b"".join(part + mark for part, mark in zip(parts, [*between, b""], strict=True))
+    text = body_of([], list(shape)).replace(b"[]", data)
+    for share, edit in places:
+        at = int(share * len(text))
+        text = text[:at] + edit + text[at + 1 :]
 
     def outcome(size: int) -> Any:
         patch = pytest.MonkeyPatch()
