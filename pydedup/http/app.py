@@ -85,7 +85,7 @@ class App:
                 "body_bytes": ("Bytes of requests under way.", lambda: self._room.held),
             },
         )
-        # Apart, so that a database that does not answer, or the loading of a model, holds up nothing
+        # Apart, so that a database that does not answer, or a model that is loaded, holds up nothing
         # that does not need it.
         self._pools = {
             name: ThreadPoolExecutor(threads, thread_name_prefix=name)
