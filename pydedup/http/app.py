@@ -85,8 +85,8 @@ class App:
                 "body_bytes": ("Bytes of requests under way.", lambda: self._room.held),
             },
         )
-        # Apart, so that a database that does not answer, or a model that is loaded, holds up nothing
-        # that does not need it.
+        # Apart, so that a database that does not answer, or a model that is loaded, holds up
+        # nothing that does not need it.
         self._pools = {
             name: ThreadPoolExecutor(threads, thread_name_prefix=name)
             for name, threads in {"parse": 2, "ask": 2, "load": 1, "ping": 1, "metrics": 1}.items()
