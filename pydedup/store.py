@@ -340,7 +340,7 @@ class Store(StoreUpkeep):
         """
         from pydedup.serving import layers
 
-        layers.attach(module, name, self._catalog, self._pool, prefix)
+        layers.attach(module, name, self._catalog, self._pool, self._adapter.epoch, prefix)
         return module
 
     def detach(self, module: Module) -> Module:

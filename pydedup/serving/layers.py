@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -29,7 +30,12 @@ __all__ = ["attach", "detach"]
 
 
 def attach(
-    module: nn.Module, address: str, catalog: Catalog, pool: PagePool, prefix: str = ""
+    module: nn.Module,
+    address: str,
+    catalog: Catalog,
+    pool: PagePool,
+    epoch: Callable[[], int],
+    prefix: str = "",
 ) -> None:
     """Make a module compute with the weights of a stored model, and free its own.
 
@@ -39,6 +45,8 @@ def attach(
         In eval mode, on the CPU or the meta device. Left as it is when this fails.
     address
         What is attached; an alias, or the newest version, is looked up for each call of the module.
+    catalog, pool, epoch
+        The store's.
     prefix
         What the names in the store have before those of the module.
 
@@ -69,13 +77,13 @@ def attach(
     def find(model: StoredModel) -> list[Slot]:
         return find_slots(module, {info.name for info in model.tensors}, prefix)
 
-    attachment = Attachment(address, catalog, pool, find, prefix, type(module).__name__)
+    attachment = Attachment(address, catalog, pool, epoch, find, prefix, type(module).__name__)
     attachment.root = weakref.ref(module)
+    enclose(module, attachment)
     for number, slot in enumerate(attachment.slots):
         stored = StoredParameter(attachment, number)
         for path, attribute in slot.places:
             _put(module.get_submodule(path), attribute, stored, slot.is_parameter)
-    enclose(module, attachment)
     _trim()
 
 

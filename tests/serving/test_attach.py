@@ -60,6 +60,20 @@ def test_an_alias_and_the_newest_version_are_looked_up_per_call(store: pydedup.S
     assert torch.equal(alias[0].weight, two[0].weight)
 
 
+def test_on_every_back_end(store_url: str) -> None:
+    one, two = net(), net()
+    with pydedup.open(store_url) as store:
+        store.add("m@1", one)
+        store.add("m@2", two)
+        store.alias("m", "prod", "1")
+        with pydedup.open(store_url, mode="r", memory="8MiB") as reader:
+            module = reader.attach(net(), "m@prod")
+            torch.testing.assert_close(module(X), one(X))
+            store.alias("m", "prod", "2")
+            torch.testing.assert_close(module(X), two(X))
+            assert torch.equal(reader.detach(module)[0].weight, two[0].weight)
+
+
 class Constant(nn.Module):
     """Many layers that each give back the number of the version, so that a mixture shows."""
 
@@ -294,6 +308,21 @@ def test_modules_that_cannot_be_attached(store: pydedup.Store) -> None:
     for again in (module, outer):
         with pytest.raises(ArgumentError, match="is attached to m already; detach it first"):
             store.attach(again, "m")
+
+
+class Last(nn.Linear):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("no more of them")
+
+
+def test_a_class_that_cannot_be_replaced(store: pydedup.Store) -> None:
+    module = nn.Sequential(nn.Linear(80, 70), Last(70, 5)).eval()
+    wanted = module(X)
+    store.add("m", module)
+    with pytest.raises(ArgumentError, match="a Last cannot be attached: no more"):
+        store.attach(module, "m")
+    assert [type(part) for part in module.modules()] == [nn.Sequential, nn.Linear, Last]
+    assert torch.equal(module(X), wanted)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from pydedup.errors import ArgumentError
-from pydedup.serving.attached.parameter import StoredParameter
 from pydedup.serving.attached.weights import Attachment
 
 __all__ = ["attachment_of", "enclose", "release"]
@@ -104,15 +103,20 @@ def attachment_of(module: object) -> Attachment | None:
 
 
 def enclose(module: nn.Module, attachment: Attachment) -> None:
-    """Make a tree of modules attached ones."""
-    for inner in list(module.modules()):
-        own = any(
-            type(tensor) is StoredParameter
-            for tensor in (*inner._parameters.values(), *inner._buffers.values())
-        )
-        if own or inner._modules or inner is module:
-            inner.__dict__[_KEY] = attachment
-            inner.__class__ = _attached_class(type(inner))
+    """Make a tree of modules attached ones: those that have weights or parts.
+
+    Raises ArgumentError, and leaves them as they were, for a class that allows no other in its
+    place.
+    """
+    owners = {path for slot in attachment.slots for path, _ in slot.places}
+    try:
+        for path, inner in list(module.named_modules()):
+            if path in owners or inner._modules or inner is module:
+                inner.__class__ = _attached_class(type(inner))
+                inner.__dict__[_KEY] = attachment
+    except TypeError as exc:  # of a layout of its own, or without subclasses
+        release(module)
+        raise ArgumentError(f"a {type(inner).__name__} cannot be attached: {exc}") from exc
 
 
 def release(module: nn.Module) -> None:

@@ -202,13 +202,28 @@ def _are_one(model: StoredModel, names: Sequence[str]) -> bool:
 
 
 class Attachment:
-    """A module's tie to a store: which version it uses now, in this thread."""
+    """A module's tie to a store: which version it uses now, in this thread.
+
+    Parameters
+    ----------
+    address
+        Of the model.
+    catalog, pool, epoch
+        The store's; the epoch grows with every change of an alias and with every new version.
+    find
+        Returns what is replaced in the module.
+    prefix
+        What the names in the store have before those of the module.
+    kind
+        Of the module, for messages.
+    """
 
     def __init__(
         self,
         address: str,
         catalog: Catalog,
         pool: PagePool,
+        epoch: Callable[[], int],
         find: Callable[[StoredModel], list[Slot]],
         prefix: str,
         kind: str,
@@ -218,15 +233,17 @@ class Attachment:
         self.prefix = prefix
         self.catalog = catalog
         self.root: weakref.ref[torch.nn.Module] | None = None
+        self.inside = _Inside()
         self._pool = pool
+        self._epoch = epoch
+        now = epoch()
         row = catalog.resolve(address)
         # A version never changes; an alias and the newest version do.
         self._is_fixed = parse_address(address).selector == row.version
         model = catalog.of_row(row)
         #: What is replaced in the module.
         self.slots = find(model)
-        self._current = self._weights(model)
-        self.inside = _Inside()
+        self._current = now, self._weights(model)
 
     @property
     def memory_bytes(self) -> int:
@@ -239,13 +256,16 @@ class Attachment:
 
     def resolve(self) -> Weights:
         """Return the version that the address means now."""
-        current = self._current
+        epoch, weights = self._current
         if self._is_fixed:
-            return current
-        row = self.catalog.resolve(self.address)
-        if row.id != current.model.row.id:
-            current = self._current = self._weights(self.catalog.of_row(row))
-        return current
+            return weights
+        now = self._epoch()
+        if now != epoch:
+            row = self.catalog.resolve(self.address)
+            if row.id != weights.model.row.id:
+                weights = self._weights(self.catalog.of_row(row))
+            self._current = now, weights
+        return weights
 
     @contextmanager
     def one_version(self) -> Iterator[Weights]:
