@@ -82,6 +82,11 @@ soak:  ## load on a real server for SECONDS (1800): fails at an error or when it
 	@scripts/setup.sh test
 	@"$(VENV)/bin/python" bench/peers/http_load.py --soak --seconds $(SECONDS) $(ARGS)
 
+.PHONY: test-plpython
+test-plpython:  ## the functions inside of PostgreSQL, with pydedup built for the Python of Debian
+	@scripts/setup.sh test
+	@scripts/plpython.sh $(ARGS)
+
 .PHONY: fuzz
 fuzz:  ## libFuzzer on everything that reads stored bytes, FUZZ_SECONDS (600) for each target (clang)
 	@scripts/setup.sh

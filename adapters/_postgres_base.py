@@ -14,6 +14,7 @@ from pydedup.errors import MissingStoreError, ReadOnlyError, StoreError
 from ._base import Row
 from ._dbapi import DbApiAdapter
 from ._postgres_errors import ConnectionLostError
+from ._postgres_functions import PostgresFunctions
 from ._postgres_rows import PostgresRows
 from ._postgres_url import Place
 from ._schema import TABLES, Dialect, literal
@@ -60,7 +61,7 @@ def dialect_of(schema: str) -> Dialect:
     )
 
 
-class PostgresBase(PostgresRows, DbApiAdapter):
+class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
     """A store in a schema of PostgreSQL, but for what needs the driver.
 
     Attributes

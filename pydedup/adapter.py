@@ -25,6 +25,7 @@ __all__ = [
     "Adapter",
     "BlockRow",
     "Capabilities",
+    "FunctionsAdapter",
     "ModelRow",
     "PageRow",
     "RowAdapter",
@@ -186,6 +187,24 @@ class RowAdapter(Protocol):
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
     ) -> bool:
         """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
+
+
+@runtime_checkable
+class FunctionsAdapter(Protocol):
+    """Functions of ours inside the server of a database, optional for an adapter."""
+
+    def function_statements(self, python_path: str | None) -> list[str]:
+        """Return the SQL that makes the functions."""
+
+    def install_functions(self, python_path: str | None) -> str:
+        """Make the functions, all or none, and return the version of pydedup in the server.
+
+        ``python_path`` is where the Python of the server finds pydedup. Raises ReadOnlyError when
+        the user may not, StoreError when the server cannot.
+        """
+
+    def drop_functions(self) -> None:
+        """Take the functions out again."""
 
 
 @runtime_checkable

@@ -23,7 +23,7 @@ from pydedup.moving.source import End
 from pydedup.pool import PagePool
 from pydedup.replacement import DEFAULT_POLICY
 
-__all__ = ["check_writable", "connect_store", "open_end", "open_rows", "pool_of"]
+__all__ = ["check_store", "check_writable", "connect_store", "open_end", "open_rows", "pool_of"]
 
 # Part of the memory budget that is not the pool's: buffers of adds and of kernels.
 _SCRATCH_BYTES = 48 * 1024 * 1024
@@ -72,6 +72,15 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
             f"{adapter.url} was written by a newer pydedup (schema {version}, this one knows "
             f"{SCHEMA_VERSION}); upgrade pydedup"
         )
+
+
+def check_store(adapter: Adapter) -> Adapter:
+    """Return an adapter whose tables are those of a store that this pydedup reads, as they are.
+
+    Raises NotAStoreError, SchemaVersionError.
+    """
+    _check_schema(adapter, "r")
+    return adapter
 
 
 def pool_of(adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLICY) -> PagePool:

@@ -9,9 +9,10 @@ group ``pydedup.adapters``: the scheme of the URL as the name, and a function li
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Protocol, cast
@@ -24,6 +25,8 @@ __all__ = [
     "Connect",
     "connect",
     "connect_rows",
+    "inside_postgres",
+    "opened",
     "redact",
     "schemes",
     "sqlite_functions",
@@ -99,6 +102,16 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     return _find(scheme)(url, mode=mode, schema=schema)
 
 
+@contextlib.contextmanager
+def opened(url: str, *, mode: str) -> Iterator[Adapter]:
+    """Open a database and close it again; raises what `connect` does."""
+    adapter = connect(url, mode=mode)
+    try:
+        yield adapter
+    finally:
+        adapter.close()
+
+
 def connect_rows(url: str) -> RowAdapter:
     """Open a database whose tables are a user's, and in which there need be no store.
 
@@ -110,6 +123,12 @@ def connect_rows(url: str) -> RowAdapter:
         return adapter
     adapter.close()
     raise ArgumentError(f"the adapter for {scheme}:// knows no tables of users")
+
+
+def inside_postgres(plpy: object, schema: str) -> Adapter:
+    """Return the store in a schema of the PostgreSQL database that this runs in, by PL/Python."""
+    module = importlib.import_module("pydedup.adapters._postgres_spi")
+    return cast(Adapter, module.connect(plpy, schema))
 
 
 class SqliteFunctions(Protocol):

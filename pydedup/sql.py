@@ -14,17 +14,28 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from pydedup import registry
-from pydedup.errors import ArgumentError, PydedupError
+from pydedup import config, registry
+from pydedup.errors import (
+    ArgumentError,
+    BudgetError,
+    CorruptStoreError,
+    NotFoundError,
+    PydedupError,
+)
+from pydedup.opening import check_store
 from pydedup.serving.calls import Calls, as_json, one_output
 from pydedup.store import Store
 from pydedup.store import open as open_store
 
-__all__ = ["SqlFunctions", "register"]
+__all__ = ["PostgresFunctions", "SqlFunctions", "inside_postgres", "register"]
+
+#: Budget of the buffer pool of a PostgreSQL backend, unless ``pydedup.memory`` is set.
+POSTGRES_MEMORY = "64MiB"
 
 
 def register(
@@ -59,7 +70,9 @@ def register(
         store = opened = open_store(store, mode="r", memory=memory)
     try:
         epoch = (lambda: known.epoch(connection)) if own else store._adapter.epoch
-        functions = SqlFunctions(Calls(store._catalog, store._stored_tensor, epoch), opened)
+        functions = SqlFunctions(
+            Calls(store._catalog, store._pool, store._stored_tensor, epoch), opened
+        )
         known.bind(connection, functions._table())
         return functions
     except BaseException:
@@ -148,3 +161,121 @@ class SqlFunctions:
                 raise
 
         return call
+
+
+# ---- inside of PostgreSQL -----------------------------------------------------------------------
+
+
+def inside_postgres(gd: dict[str, Any], plpy: Any, schema: str) -> PostgresFunctions:
+    """Return what the functions that `pydedup sql install` makes call, one per backend and schema.
+
+    Parameters
+    ----------
+    gd, plpy
+        The dictionary ``GD`` and the module ``plpy`` of PL/Python.
+    schema
+        Where the store is.
+    """
+    known: dict[str, PostgresFunctions] = gd.setdefault("pydedup", {})
+    if schema not in known:
+        known[schema] = PostgresFunctions(plpy, schema)
+    return known[schema]
+
+
+class PostgresFunctions:
+    """Predictions inside of a PostgreSQL backend; errors are those of the server."""
+
+    def __init__(self, plpy: Any, schema: str) -> None:
+        self._plpy = plpy
+        self._schema = schema
+        self._ready: Calls | None = None
+
+    def version(self) -> str:
+        """Return the version of pydedup; nothing of a store is needed."""
+        return version("pydedup")
+
+    def model(self, model: str) -> str:
+        """Return ``name@version`` of what an address means."""
+        with self._errors():
+            return self._calls().address(model)
+
+    def predict(self, model: str, features: list[float | None]) -> float | None:
+        """Return the one number that a model predicts for a row; ``None`` for a NULL feature."""
+        if None in features:
+            return None
+        with self._errors():
+            predicted = one_output(self._calls().row(model, features), model)
+            if predicted.size != 1:
+                raise ArgumentError(
+                    f"{model} gives {predicted.size} numbers for a row; pydedup_predict_array "
+                    "returns them"
+                )
+            return float(predicted.reshape(()))
+
+    def predict_array(self, model: str, features: list[float | None]) -> list[float] | None:
+        """Return all numbers that a model predicts for a row."""
+        if None in features:
+            return None
+        with self._errors():
+            return _numbers(one_output(self._calls().row(model, features), model))
+
+    def predict_many(self, model: str, features: list[Any]) -> list[list[float]]:
+        """Return what a model predicts for each row of an array of two axes, in one batch."""
+        with self._errors():
+            if features and not isinstance(features[0], list):
+                raise ArgumentError(
+                    "pydedup_predict_many takes an array of rows: ARRAY[[1, 2], ...]"
+                )
+            rows = self._calls().rows(model, features)
+            return [_numbers(row) for row in rows]
+
+    def predict_blob(self, model: str, features: bytes) -> bytes:
+        """Return a prediction as bytes of float32, from such bytes."""
+        with self._errors():
+            predicted = one_output(self._calls().row(model, [features]), model)
+            return np.ascontiguousarray(predicted, dtype="<f4").tobytes()
+
+    def predict_json(self, model: str, features: str) -> str:
+        """Return a prediction as JSON, from a JSON array."""
+        with self._errors():
+            return as_json(self._calls().row(model, [features]))
+
+    def _calls(self) -> Calls:
+        if self._ready is None:
+            setting = "SELECT current_setting('pydedup.memory', true) AS memory"
+            memory = self._plpy.execute(setting)[0]["memory"] or POSTGRES_MEMORY
+            store = Store(
+                check_store(registry.inside_postgres(self._plpy, self._schema)),
+                config.parse_bytes(memory),
+            )
+            # Nothing is read ahead: that takes a thread, and a backend must have one alone.
+            self._ready = Calls(
+                store._catalog,
+                store._pool,
+                store._stored_tensor,
+                store._adapter.epoch,
+                ahead=False,
+            )
+        return self._ready
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise errors of ours as errors of the server, with a code that clients know."""
+        try:
+            yield
+        except PydedupError as error:
+            code = next((code for kind, code in _CODES if isinstance(error, kind)), "XX000")
+            self._plpy.error(str(error), sqlstate=code)
+
+
+def _numbers(array: Any) -> list[float]:
+    numbers: list[float] = np.asarray(array, dtype=np.float64).reshape(-1).tolist()
+    return numbers
+
+
+_CODES: tuple[tuple[type[PydedupError], str], ...] = (
+    (ArgumentError, "22023"),  # invalid_parameter_value
+    (NotFoundError, "42704"),  # undefined_object
+    (BudgetError, "53200"),  # out_of_memory
+    (CorruptStoreError, "XX001"),  # data_corrupted
+)

@@ -70,6 +70,23 @@ digest_of() {
         xargs -0 sha256sum | sha256sum | cut -d' ' -f1
 }
 
+# plpython_version: the PostgreSQL that this Debian has PL/Python for, nothing where that is not known.
+plpython_version() {
+    case $(. /etc/os-release 2>/dev/null; echo "${ID:-} ${VERSION_ID:-}") in
+        "debian 12") echo 15 ;;
+        "debian 13") echo 17 ;;
+    esac
+}
+# plpython_is_of MINOR: whether PL/Python here is of that Python, e.g. 3.13.
+plpython_is_of() { [ -n "$(plpython_version)" ] && [ "$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$1" ]; }
+# Of that server only the programs are wanted: its package is told to make no cluster, and start none.
+no_cluster() {
+    [ "$(id -u)" -eq 0 ] && [ ! -e /etc/postgresql-common/createcluster.conf ] || return 0
+    mkdir -p /etc/postgresql-common
+    echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
+}
+has_plpython() { [ -e "/usr/lib/postgresql/$(plpython_version)/lib/plpython3.so" ]; }
+
 # apt_install PACKAGE...: what is missing of Debian's packages, as root or through sudo.
 apt_install() {
     [ $# -gt 0 ] || return 0

@@ -68,6 +68,11 @@ esac
 # The -core packages are the programs alone: no service is started, no account made.
 if [ "$EXTRA" = test ] && ! has_mariadb; then packages+=(mariadb-server-core mariadb-client-core); fi
 if [ "$EXTRA" = test ] && ! have openssl; then packages+=(openssl); fi  # for servers with TLS
+# PL/Python, where it is of the Python that pydedup is built for; else `make test-plpython` is for it.
+if [ "$EXTRA" = test ] && plpython_is_of "$PY_MINOR" && ! has_plpython; then
+    no_cluster
+    packages+=("postgresql-plpython3-$(plpython_version)")
+fi
 apt_install "${packages[@]}"
 compiles || die "${CXX:-c++} cannot compile C++20; GCC 11 or Clang 14 is the least (choose with CC= and CXX=)"
 

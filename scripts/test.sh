@@ -13,7 +13,11 @@ set -uo pipefail
 # Servers of Debian's packages that only root has on the PATH.
 export PATH="$PATH:/usr/sbin"
 # A test that lacks its database server fails here, instead of being skipped without notice.
-export PYDEDUP_REQUIRE_BACKENDS=${PYDEDUP_REQUIRE_BACKENDS-sqlite,postgres,mysql}
+backends=sqlite,postgres,mysql
+if plpython_is_of "$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"; then
+    backends+=,plpython
+fi
+export PYDEDUP_REQUIRE_BACKENDS=${PYDEDUP_REQUIRE_BACKENDS-$backends}
 
 summary=()
 failed=0

@@ -29,6 +29,7 @@ from pydedup import registry
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.servers import (
     MariadbServer,
+    PlpythonServer,
     PostgresServer,
     ServerMissingError,
     embedded_postgres_at,
@@ -122,6 +123,15 @@ def own_postgres(server_folder: Path) -> Iterator[PostgresServer]:
     """A PostgreSQL server to kill, start again and configure."""
     with or_skip("postgres"):
         server = PostgresServer(server_folder / "postgres-own")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def plpython(server_folder: Path) -> Iterator[PlpythonServer]:
+    """A PostgreSQL server with PL/Python, whose Python finds pydedup."""
+    with or_skip("plpython"):
+        server = PlpythonServer(server_folder / "plpython")
     yield server
     server.stop()
 

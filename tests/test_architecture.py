@@ -86,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     "opening": INNER,
     "upkeep": INNER | {"opening"},
     "store": INNER | {"opening", "upkeep"},
-    "sql": VALUES | {"registry", "serving", "store"},
+    "sql": VALUES | {"config", "opening", "registry", "serving", "store"},
     "": PUBLIC - {""},
     "http": PUBLIC | {"serving", "opening"},
     "selftest": PUBLIC,

@@ -24,6 +24,7 @@ from pydedup.cli import (
     predicting,
     scoring,
     serving,
+    sql,
     taking,
     tenants,
     upkeep,
@@ -35,7 +36,7 @@ __all__ = ["main", "program"]
 #: Commands as ``pydedup --help`` lists them.
 SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ("Models in and out", (adding.add, taking.load, taking.export)),
-    ("Predicting", (predicting.predict, scoring.score, serving.serve)),
+    ("Predicting", (predicting.predict, scoring.score, serving.serve, sql.sql)),
     ("Looking", (looking.ls, looking.info, looking.stats, comparing.explain, comparing.diff)),
     ("Names", (naming.alias, naming.rm)),
     ("Moving", (moving.copy, moving.backup, moving.restore)),

@@ -12,6 +12,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -19,14 +20,16 @@ from numpy.typing import NDArray
 
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError
-from pydedup.serving.engine import run_graph
+from pydedup.pool import PagePool
 from pydedup.serving.features import features_of, input_kind
+from pydedup.serving.predict import Prediction, predict
 from pydedup.serving.score import graph_of
 from pydedup.serving.tensor import StoredTensor
 
 __all__ = ["Calls", "as_json", "one_output"]
 
 Array = NDArray[Any]
+TensorOf = Callable[[StoredModel, str], StoredTensor]
 #: Addresses, and models, that are kept ready.
 _KEPT: Final = 64
 
@@ -35,19 +38,22 @@ class _Ready:
     """A model with all that a prediction needs of it."""
 
     def __init__(
-        self, model: StoredModel, tensor: Callable[[StoredModel, str], StoredTensor]
+        self, model: StoredModel, tensor_of: TensorOf, pool: PagePool, ahead: bool
     ) -> None:
+        self.model = model
         self.address = model.address
         self.graph = graph_of(model)
         shapes = {info.name: info.shape for info in model.tensors}
         self.kind = input_kind(self.graph, shapes, self.address)
-        self._tensors = {name: tensor(model, name) for name in self.graph.tensors()}
+        self._tensors = {name: tensor_of(model, name) for name in self.graph.tensors()}
+        self._pool, self._ahead = pool, ahead
 
     def run(self, rows: Array) -> Any:
         """Predict rows: one output as it is, several by name."""
-        inputs = {self.graph.inputs[0]: rows}
-        outputs = run_graph(self.graph, self._tensors.__getitem__, inputs)
-        return outputs if len(outputs) > 1 else outputs[self.graph.outputs[0]]
+        request = Prediction(self.model, self.graph, {self.graph.inputs[0]: rows}, False)
+        return predict(
+            request, lambda model, name: self._tensors[name], self._pool, ahead=self._ahead
+        )
 
 
 class Calls:
@@ -55,19 +61,25 @@ class Calls:
 
     Parameters
     ----------
-    tensor
+    tensor_of
         Returns a tensor of a model.
     epoch
         Returns the epoch of the store, as the statement under way sees it.
+    ahead
+        Whether pages may be read ahead, on a thread.
     """
 
     def __init__(
         self,
         catalog: Catalog,
-        tensor: Callable[[StoredModel, str], StoredTensor],
+        pool: PagePool,
+        tensor_of: TensorOf,
         epoch: Callable[[], int],
+        *,
+        ahead: bool = True,
     ) -> None:
-        self._catalog, self._tensor, self._epoch = catalog, tensor, epoch
+        self._catalog, self._epoch = catalog, epoch
+        self._make = partial(_Ready, tensor_of=tensor_of, pool=pool, ahead=ahead)
         self._addresses: OrderedDict[str, tuple[int, _Ready]] = OrderedDict()
         self._models: OrderedDict[int, _Ready] = OrderedDict()
 
@@ -116,7 +128,7 @@ class Calls:
         row = self._catalog.resolve(address)
         ready = self._models.get(row.id)
         if ready is None:
-            ready = _Ready(self._catalog.of_row(row), self._tensor)
+            ready = self._make(self._catalog.of_row(row))
             self._models[row.id] = ready
             while len(self._models) > _KEPT:
                 self._models.popitem(last=False)

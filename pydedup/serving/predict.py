@@ -6,6 +6,7 @@ Deliberately not here: what layers compute (:mod:`pydedup.serving.engine`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -65,12 +66,16 @@ def _array(x: ArrayLike) -> _Array:
         raise ArgumentError(f"x does not make an array: {error}") from error
 
 
-def predict(request: Prediction, tensor_of: _TensorOf, pool: PagePool) -> Any:
+def predict(
+    request: Prediction, tensor_of: _TensorOf, pool: PagePool, *, ahead: bool = True
+) -> Any:
     """Predict, in pieces of as many rows as the budget for activations lets in.
+
+    Without ``ahead`` nothing is read ahead on a thread, where a process must have one alone.
 
     Raises what `pydedup.serving.engine.run_graph` does.
     """
-    with pool.call(called(request.model)):
+    with pool.call(called(request.model)) if ahead else contextlib.nullcontext():
         return request.result(_run(request, tensor_of, pool))
 
 

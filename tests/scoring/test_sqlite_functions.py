@@ -11,6 +11,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +59,26 @@ def answers(w: np.ndarray, x: np.ndarray) -> np.ndarray:
 def weights_of(url: str, name: str) -> np.ndarray:
     with pydedup.open(url, mode="r") as store:
         return store.load(name)["w"]
+
+
+def test_the_python_of_the_documentation_runs(
+    connection: sqlite3.Connection, url: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(url, "churn@1")
+    with pydedup.open(url) as store:
+        store.alias("churn", "prod", "1")
+    connection.execute("CREATE VIEW customers AS SELECT id, f0 age, f1 visits, f2 spent FROM t")
+    connection.commit()
+    monkeypatch.chdir(path.parent)
+    text = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    try:
+        exec(compile(first, "scoring.md", "exec"), names)
+        with pytest.raises(ArgumentError, match="there are 2 features, and the model takes 3"):
+            exec(compile(second, "scoring.md", "exec"), names)
+    finally:
+        names["connection"].close()
 
 
 def test_a_number_for_each_row(connection: sqlite3.Connection, url: str, x: np.ndarray) -> None:

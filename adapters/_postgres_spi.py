@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store read from within the PostgreSQL server that it is in, by PL/Python's module ``plpy``.
+
+Statements are part of the query that called: they see what it sees, with the rights of its user.
+So there is no connection, nothing to configure, and nothing is ever written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from pydedup.adapter import Adapter, Capabilities
+from pydedup.errors import PydedupError, StoreError
+
+from ._base import Row
+from ._dbapi import PAYLOADS_PER_READ
+from ._postgres_base import PostgresBase, dialect_of
+from ._postgres_errors import meaning
+from ._postgres_functions import rows_of
+from ._postgres_url import Place
+from ._sessions import Connection, SessionPool
+
+__all__ = ["connect"]
+
+_TYPES: Final = {bool: "bool", int: "int8", float: "float8", str: "text", bytes: "bytea"}
+_MARK: Final = "%b"
+#: Only to tell others what a server would refuse.
+_LIMITS: Final = Capabilities(
+    max_payload_bytes=256 << 20,
+    max_parameters=65535,
+    concurrent_writers=True,
+    incremental_read=False,
+    shrinks=False,
+)
+
+
+def connect(plpy: Any, schema: str) -> Adapter:
+    """Return the store in a schema of the database that this runs in."""
+    return _SpiAdapter(plpy, schema)
+
+
+class _SpiAdapter(PostgresBase):
+    def __init__(self, plpy: Any, schema: str) -> None:
+        self._plpy = plpy
+        self.driver_error = plpy.Error
+        ((database,),) = rows_of(plpy.execute("SELECT current_database() AS name"), ["name"])
+        shown = f"postgresql:///{database}" + ("" if schema == "pydedup" else f"?schema={schema}")
+        self._place = Place("", shown, schema, None)
+        super().__init__(
+            shown,
+            dialect=dialect_of(schema),
+            read_only=True,
+            capabilities=_LIMITS,
+            pool=SessionPool(self._connect, name=shown),
+        )
+
+    def _connect(self) -> Connection:
+        return _Connection(self._plpy)
+
+    def _translate(self, error: Exception) -> PydedupError:
+        said = " ".join(str(error).split())
+        return meaning(getattr(error, "sqlstate", None), said, self._place, lost=False)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Raise ReadOnlyError: from within the server, a store is only read."""
+        self._refuse_when_read_only()
+        yield
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Do nothing: all that is read is what the query that called sees."""
+        yield
+
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        for start in range(0, len(ids), PAYLOADS_PER_READ):
+            piece = list(ids[start : start + PAYLOADS_PER_READ])
+            rows = self._query(self._sql.read_pages(len(piece)), [piece])
+            yield from ((page_id, payload) for page_id, payload in rows)
+
+
+class _Connection:
+    """As much of a connection as the shared layer uses; statements are prepared once."""
+
+    def __init__(self, plpy: Any) -> None:
+        self.plpy = plpy
+        self.plans: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self.thread = threading.get_ident()
+
+    def cursor(self) -> _Cursor:
+        return _Cursor(self)
+
+    def close(self) -> None:
+        self.plans.clear()
+
+
+class _Cursor:
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._rows: list[Row] = []
+        self.description: list[tuple[str]] | None = None
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
+        connection = self._connection
+        if threading.get_ident() != connection.thread:
+            # A server's process is one thread: another that asks it for rows would end it.
+            raise StoreError("a thread of its own cannot read from within PostgreSQL")
+        types = tuple(map(_type_of, parameters))
+        plan = connection.plans.get((sql, types))
+        if plan is None:
+            pieces = sql.split(_MARK)
+            numbered = "".join(f"{piece}${i}" for i, piece in enumerate(pieces[:-1], 1))
+            plan = connection.plpy.prepare(numbered + pieces[-1], list(types))
+            connection.plans[sql, types] = plan
+        result = connection.plpy.execute(plan, list(parameters))
+        columns = result.colnames()
+        self.description = [(column,) for column in columns]
+        self._rows = rows_of(result, columns)
+
+    def fetchall(self) -> list[Row]:
+        return self._rows
+
+    def close(self) -> None:
+        self._rows = []
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{_TYPES[type(value[0])]}[]" if value else "int8[]"
+    return _TYPES[type(value)]

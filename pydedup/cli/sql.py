@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup sql``: functions inside of a PostgreSQL server that predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from pydedup import registry
+from pydedup.adapter import FunctionsAdapter
+from pydedup.cli import options, output
+from pydedup.errors import ArgumentError
+
+__all__ = ["sql"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _path_option(command: _F) -> _F:
+    return click.option(
+        "--python-path",
+        metavar="FOLDER",
+        help="Folder on the server where its Python finds pydedup, if that is no usual place.",
+    )(command)
+
+
+@click.group(short_help="Functions inside of PostgreSQL that predict.")
+def sql() -> None:
+    """Functions inside of a PostgreSQL server that predict with the models of a store.
+
+    They are written in PL/Python (plpython3u) and lie in the store's schema: pydedup_predict(model,
+    f1, ...) and its like. In SQLite use pydedup.sql.register, see docs/scoring.md.
+    """
+
+
+@sql.command(short_help="Make the functions.")
+@options.store_argument
+@_path_option
+@options.json_option
+def install(url: str, python_path: str | None, as_json: bool) -> None:
+    """Make the functions in the schema of STORE, or replace those of an earlier version.
+
+    Needs a superuser, since what is written in PL/Python runs with the rights of the server's own
+    account. The Python of the server must find pydedup: install it for that Python into a folder
+    (python3 -m pip install --target FOLDER pydedup) and name the folder with --python-path.
+    """
+    options.read_store(url).close()
+    with registry.opened(url, mode="a") as adapter:
+        version = _functions(adapter).install_functions(python_path)
+        where = adapter.url
+    if as_json:
+        output.emit_json({"store": where, "version": version})
+        return
+    output.print_note(f"functions of pydedup {version} are in {where}")
+
+
+@sql.command(short_help="Take the functions out again.")
+@options.store_argument
+def uninstall(url: str) -> None:
+    """Take the functions out of the schema of STORE; models and the language PL/Python stay."""
+    options.read_store(url).close()
+    with registry.opened(url, mode="a") as adapter:
+        _functions(adapter).drop_functions()
+        output.print_note(f"functions are gone from {adapter.url}")
+
+
+@sql.command(short_help="Print the SQL that makes the functions.")
+@options.store_argument
+@_path_option
+def show(url: str, python_path: str | None) -> None:
+    """Print the SQL that `pydedup sql install` runs, for an administrator to read or to run."""
+    with registry.opened(url, mode="r") as adapter:
+        for statement in _functions(adapter).function_statements(python_path):
+            click.echo(f"{statement};")
+
+
+def _functions(adapter: object) -> FunctionsAdapter:
+    if isinstance(adapter, FunctionsAdapter):
+        return adapter
+    raise ArgumentError(
+        "functions inside of the server are for PostgreSQL; in SQLite they are made known to a "
+        "connection by pydedup.sql.register, and everywhere there is pydedup score"
+    )
