@@ -5,7 +5,8 @@
 
 Everything is warm: the pool holds all pages. f32, two threads on both sides. Outputs are compared
 with those of the plain module before anything is timed. ``overhead`` is one small layer, where all
-but the arithmetic shows. MiniLM is the published one, from the cache of the demo.
+but the arithmetic shows. MiniLM is the published one, from the cache of the demo. Run it with
+OMP_WAIT_POLICY=passive, too: docs/attach.md, "Threads".
 """
 
 from __future__ import annotations

@@ -364,6 +364,8 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "integers": (lambda m: m(X.long()), "is torch.int64; floats are needed"),
     "shape": (lambda m: m(X[:, :9]), r"x has shape \(3, 9\)"),
     "device": (lambda m: m(X.to("meta")), "the input is on meta"),
+    "sparse": (lambda m: m(X.to_sparse()), "is no plain tensor in memory"),
+    "vmap": (lambda m: torch.vmap(m)(X), "is no plain tensor in memory"),
 }
 
 
@@ -427,6 +429,17 @@ def test_what_changes_nothing_is_allowed(store: pydedup.Store) -> None:
     torch.testing.assert_close(module[:2](X), nn.functional.relu(module[0](X)))
     torch.testing.assert_close(module(X), wanted)
     assert np.array_equal(module[0].weight.numpy(), store.load("m")["0.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_compiling_changes_nothing(store: pydedup.Store) -> None:
+    one, two = net(), net()
+    store.add("m@1", one)
+    module = store.attach(net(), "m")
+    compiled = torch.compile(module, backend="eager")
+    torch.testing.assert_close(compiled(X), one(X))
+    store.add("m@2", two)
+    torch.testing.assert_close(compiled(X), two(X))
 
 
 def test_inference_mode(store: pydedup.Store) -> None:

@@ -46,7 +46,13 @@ def _array(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
         x = x.float()
     elif dtype is not torch.float32 and dtype is not torch.float64:
         raise ArgumentError(f"the input of {weight.label} is {dtype}; floats are needed")
-    return x.numpy()
+    try:
+        return x.numpy()
+    except (RuntimeError, TypeError) as exc:
+        raise ArgumentError(
+            f"the input of {weight.label} is no plain tensor in memory (sparse, nested, of vmap or "
+            f"of a tracer): {exc}"
+        ) from exc
 
 
 def _result(y: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
