@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydedup import __version__
+from pydedup.errors import StoreError
 from pydedup.http import responses, service
 from pydedup.http.access import AccessLog, Gate
 from pydedup.http.batcher import Batcher
@@ -108,6 +109,7 @@ class App:
         self.under_way = 0
         #: Whether new requests are turned away.
         self.draining = False
+        self._complained = 0.0
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Serve one request."""
@@ -168,9 +170,19 @@ class App:
                     close = ((b"connection", b"close"),)
                     problem = HttpError(408, f"body: {said}", "timeout", close)
             if problem.cause is not None:
-                _LOG.error("%s", problem.message, exc_info=problem.cause)
+                self._complain(problem.cause)
+            # Clients need not know where the store is.
+            problem.message = problem.message.replace(self._store.url, "the store")
             exchange.outcome = problem.outcome
             return responses.error_reply(problem)
+
+    def _complain(self, cause: BaseException) -> None:
+        """Log what is no client's fault: in full, or a line a second of a database that is away."""
+        if not isinstance(cause, StoreError):
+            _LOG.error("a request failed", exc_info=cause)
+        elif time.monotonic() - self._complained > 1.0:
+            self._complained = time.monotonic()
+            _LOG.error("%s: %s", type(cause).__name__, cause)
 
     async def _send(self, reply: Reply, send: Any) -> int:
         """Send an answer; returns its length. One that nobody reads is given up."""
@@ -236,7 +248,9 @@ class App:
             raise HttpError(503, said, "unavailable", RETRY_SOON) from None
         except Exception as error:
             problem = problem_of(error)
-            raise HttpError(503, problem.message, "unavailable", RETRY_SOON) from None
+            raise HttpError(
+                503, problem.message, "unavailable", RETRY_SOON, problem.cause
+            ) from None
         return responses.json_reply({"ready": True})
 
     async def _server(self, exchange: _Exchange) -> Reply:

@@ -27,7 +27,7 @@ _LONGEST_MESSAGE = 1000
 class HttpError(Exception):
     """A request ends with this status and message.
 
-    ``outcome`` is what the metrics call it; ``cause`` is set for faults of our own.
+    ``outcome`` is what the metrics call it; ``cause`` is set where the log has more to say.
     """
 
     status: int
@@ -53,7 +53,9 @@ def problem_of(error: BaseException) -> HttpError:
     if isinstance(error, NotFoundError):
         return HttpError(404, text, "not_found")
     if isinstance(error, (UnavailableError, ConflictError)):
-        return HttpError(503, text, "unavailable", RETRY_SOON)
+        # Where the database is, and what it says, is for the log.
+        said = "the database cannot be reached; try again soon"
+        return HttpError(503, said, "unavailable", RETRY_SOON, cause=error)
     if isinstance(error, (BudgetError, MemoryError)):
         said = text if isinstance(error, BudgetError) else "not enough memory for this request"
         return HttpError(503, said, "unavailable", RETRY_SOON)

@@ -204,6 +204,7 @@ def test_what_is_wrong_is_said(
     answer = server.infer(path, {"inputs": inputs})
     assert answer.status == status
     assert answer.error.startswith(begins), answer.error
+    assert "sqlite:" not in answer.error
 
 
 def test_paths_and_methods(server: Server) -> None:
