@@ -23,10 +23,11 @@ from ._postgres_functions import rows_of
 from ._postgres_url import Place
 from ._sessions import Connection, SessionPool
 
-__all__ = ["connect"]
+__all__ = ["connect", "memory_setting"]
 
 _TYPES: Final = {bool: "bool", int: "int8", float: "float8", str: "text", bytes: "bytea"}
 _MARK: Final = "%b"
+_SETTING: Final = "SELECT current_setting('pydedup.memory', true) AS memory"
 #: Only to tell others what a server would refuse.
 _LIMITS: Final = Capabilities(
     max_payload_bytes=256 << 20,
@@ -42,9 +43,16 @@ def connect(plpy: Any, schema: str) -> Adapter:
     return _SpiAdapter(plpy, schema)
 
 
+def memory_setting(plpy: Any) -> str | None:
+    """Return what ``pydedup.memory`` is set to in this session."""
+    ((setting,),) = rows_of(plpy.execute(_SETTING), ["memory"])
+    return None if setting is None else str(setting)
+
+
 class _SpiAdapter(PostgresBase):
     def __init__(self, plpy: Any, schema: str) -> None:
         self._plpy = plpy
+        self._thread = threading.get_ident()
         self.driver_error = plpy.Error
         ((database,),) = rows_of(plpy.execute("SELECT current_database() AS name"), ["name"])
         shown = f"postgresql:///{database}" + ("" if schema == "pydedup" else f"?schema={schema}")
@@ -58,6 +66,9 @@ class _SpiAdapter(PostgresBase):
         )
 
     def _connect(self) -> Connection:
+        if threading.get_ident() != self._thread:
+            # A server's process is one thread: another that asks it for rows could end it.
+            raise StoreError(f"{self._url}: a thread of its own cannot read from within the server")
         return _Connection(self._plpy)
 
     def _translate(self, error: Exception) -> PydedupError:
@@ -88,7 +99,6 @@ class _Connection:
     def __init__(self, plpy: Any) -> None:
         self.plpy = plpy
         self.plans: dict[tuple[str, tuple[str, ...]], Any] = {}
-        self.thread = threading.get_ident()
 
     def cursor(self) -> _Cursor:
         return _Cursor(self)
@@ -105,9 +115,6 @@ class _Cursor:
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
         connection = self._connection
-        if threading.get_ident() != connection.thread:
-            # A server's process is one thread: another that asks it for rows would end it.
-            raise StoreError("a thread of its own cannot read from within PostgreSQL")
         types = tuple(map(_type_of, parameters))
         plan = connection.plans.get((sql, types))
         if plan is None:

@@ -125,10 +125,13 @@ def connect_rows(url: str) -> RowAdapter:
     raise ArgumentError(f"the adapter for {scheme}:// knows no tables of users")
 
 
-def inside_postgres(plpy: object, schema: str) -> Adapter:
-    """Return the store in a schema of the PostgreSQL database that this runs in, by PL/Python."""
+def inside_postgres(plpy: object, schema: str) -> tuple[Adapter, str | None]:
+    """Return the store in a schema of the PostgreSQL database that this runs in, by PL/Python.
+
+    With it comes the setting ``pydedup.memory`` of the session, ``None`` where there is none.
+    """
     module = importlib.import_module("pydedup.adapters._postgres_spi")
-    return cast(Adapter, module.connect(plpy, schema))
+    return module.connect(plpy, schema), module.memory_setting(plpy)
 
 
 class SqliteFunctions(Protocol):

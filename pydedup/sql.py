@@ -242,12 +242,8 @@ class PostgresFunctions:
 
     def _calls(self) -> Calls:
         if self._ready is None:
-            setting = "SELECT current_setting('pydedup.memory', true) AS memory"
-            memory = self._plpy.execute(setting)[0]["memory"] or POSTGRES_MEMORY
-            store = Store(
-                check_store(registry.inside_postgres(self._plpy, self._schema)),
-                config.parse_bytes(memory),
-            )
+            adapter, memory = registry.inside_postgres(self._plpy, self._schema)
+            store = Store(check_store(adapter), config.parse_bytes(memory or POSTGRES_MEMORY))
             # Nothing is read ahead: that takes a thread, and a backend must have one alone.
             self._ready = Calls(
                 store._catalog,

@@ -56,6 +56,15 @@ class _Ready:
         )
 
 
+def _read_alone(pool: PagePool) -> TensorOf:
+    """Return what gives tensors for whose use nothing is read ahead."""
+
+    def tensor_of(model: StoredModel, name: str) -> StoredTensor:
+        return StoredTensor(model.tensor(name), lambda: model.block_map(name), pool, model.refresh)
+
+    return tensor_of
+
+
 class Calls:
     """Predictions from one store, asked for a row at a time.
 
@@ -79,7 +88,9 @@ class Calls:
         ahead: bool = True,
     ) -> None:
         self._catalog, self._epoch = catalog, epoch
-        self._make = partial(_Ready, tensor_of=tensor_of, pool=pool, ahead=ahead)
+        self._make = partial(
+            _Ready, tensor_of=tensor_of if ahead else _read_alone(pool), pool=pool, ahead=ahead
+        )
         self._addresses: OrderedDict[str, tuple[int, _Ready]] = OrderedDict()
         self._models: OrderedDict[int, _Ready] = OrderedDict()
 

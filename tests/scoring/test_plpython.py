@@ -227,6 +227,41 @@ $$"""
             connection.execute("SELECT pydedup_predict('m', 1, 2, 3)")
 
 
+def test_a_model_larger_than_the_pool_on_the_one_thread_of_a_backend(place: Place) -> None:
+    rng = np.random.default_rng(0)
+    model = {
+        "a": rng.standard_normal((3000, 2000)).astype(np.float32),  # 24 MB
+        "b": rng.standard_normal((1, 3000)).astype(np.float32),
+    }
+    nodes = (
+        Node("linear", ("x",), "h", {"weight": "a"}),
+        Node("relu", ("h",), "r"),
+        Node("linear", ("r",), "y", {"weight": "b"}),
+    )
+    x = rng.standard_normal((3, 2000)).astype(np.float32)
+    with pydedup.open(place.url) as store:
+        store.add("wide@1", model, graph=Graph(("x",), ("y",), nodes))
+        wanted = store.predict("wide@1", x)
+    query = "SELECT * FROM pydedup_predict_many('wide', %s)"
+    with place.connect() as connection:
+        connection.execute("SET pydedup.memory = '16MiB'")
+        for _ in range(3):  # what the last call did would be read ahead in the next
+            found = connection.execute(query, [x.tolist()]).fetchall()
+            np.testing.assert_allclose([row[0] for row in found], wanted, rtol=1e-3, atol=1e-2)
+            connection.execute(
+                "DO LANGUAGE plpython3u $$\nimport threading\n"
+                "assert threading.active_count() == 1, threading.enumerate()\n$$"
+            )
+        connection.execute("SET statement_timeout = 50")
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            connection.execute(
+                "SELECT pydedup_predict_array('wide', array_fill(i::float8, ARRAY[2000])) "
+                "FROM generate_series(1, 1000000) AS i"
+            )
+        connection.execute("SET statement_timeout = 0")
+        assert len(connection.execute(query, [x.tolist()]).fetchall()) == 3
+
+
 def test_roles(place: Place) -> None:
     w = add(place.url, "m@1")
     reader, stranger = unused_name(), unused_name()
