@@ -469,6 +469,16 @@ def test_detaching_what_is_not_attached(store: pydedup.Store, tmp_path: Path) ->
     assert type(store.detach(module)) is nn.Sequential
 
 
+def test_no_list_keeps_weights_of_recurrent_layers(store: pydedup.Store) -> None:
+    layer = nn.LSTM(12, 9).eval()
+    kept = [weakref.ref(weight) for weight in layer.parameters()]
+    store.add("m", layer)
+    store.attach(layer, "m")
+    assert [weight() for weight in kept] == [None] * 4
+    store.detach(layer)
+    assert all(isinstance(weight, nn.Parameter) for weight in layer._flat_weights)
+
+
 def test_what_somebody_replaced_stays_when_detaching(store: pydedup.Store) -> None:
     module = net()
     store.add("m", module)

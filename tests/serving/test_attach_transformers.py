@@ -22,6 +22,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SIZES = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+#: Large enough that generated tokens are not all the same.
+SPREAD = {"initializer_range": 0.5}
 GPT2 = {"vocab_size": 200, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 40}
 T5 = {"vocab_size": 200, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 
@@ -38,13 +40,13 @@ def bert(**options: Any) -> Any:
 
 
 def gpt2(**options: Any) -> Any:
-    config = transformers.GPT2Config(**GPT2, bos_token_id=0, eos_token_id=199, **options)
+    config = transformers.GPT2Config(**GPT2, **SPREAD, bos_token_id=0, eos_token_id=199, **options)
     return transformers.GPT2LMHeadModel(config)
 
 
 def llama(**options: Any) -> Any:
     config = transformers.LlamaConfig(
-        **SIZES, num_key_value_heads=2, intermediate_size=128, pad_token_id=0, **options
+        **SIZES, **SPREAD, num_key_value_heads=2, intermediate_size=128, pad_token_id=0, **options
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -68,6 +70,12 @@ def no_grad() -> Any:
         yield
 
 
+def sampled(model: Any) -> Any:
+    """Generate tokens; the likeliest ones of a small T5 would all be the same."""
+    torch.manual_seed(4)
+    return model.generate(**ONE_MASKED, max_new_tokens=12, do_sample=True, pad_token_id=0)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_logits_and_generated_tokens(
@@ -79,13 +87,14 @@ def test_logits_and_generated_tokens(
     make, inputs = MODELS[kind]
     model = make(attn_implementation=attention).eval()
     wanted = model(**inputs).logits
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    tokens = None if kind == "bert" else model.generate(**ONE_MASKED, **options)
+    tokens = None if kind == "bert" else sampled(model)
     store.add(kind, model)
     assert store.attach(model, kind) is model
     torch.testing.assert_close(model(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
     if tokens is not None:
-        assert torch.equal(model.generate(**ONE_MASKED, **options), tokens)
+        assert tokens[:, -12:].unique().numel() > 5
+        assert torch.equal(sampled(model), tokens)
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         beams = model.generate(**ONE_MASKED, **options, num_beams=3)
         assert torch.equal(
             beams, store.detach(model).generate(**ONE_MASKED, **options, num_beams=3)
@@ -108,7 +117,7 @@ def test_bf16(store: pydedup.Store) -> None:
 
 
 def test_generating_keeps_to_one_version(store: pydedup.Store) -> None:
-    one, two = gpt2().eval(), gpt2().eval()
+    one, two = (gpt2().eval() for _ in range(2))
     store.add("m@1", one)
     store.add("m@2", two)
     store.alias("m", "prod", "1")
@@ -120,6 +129,7 @@ def test_generating_keeps_to_one_version(store: pydedup.Store) -> None:
         return scores
 
     wanted = one.generate(**ONE_MASKED, **options)
+    assert not torch.equal(wanted, two.generate(**ONE_MASKED, **options))
     got = model.generate(**ONE_MASKED, **options, logits_processor=[change])
     assert torch.equal(got, wanted)
     assert torch.equal(
