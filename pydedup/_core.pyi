@@ -192,6 +192,8 @@ class Matmul:
         transpose: bool,
         y: NDArray[Any],
         threads: int = 0,
+        variants: NDArray[np.uint8] | None = None,
+        places: NDArray[np.uint32] | None = None,
     ) -> None: ...
     def feed(
         self,
@@ -199,6 +201,7 @@ class Matmul:
         page_index: NDArray[np.uint32],
         slots: NDArray[np.uint32],
         bases: Bases | None = None,
+        members: NDArray[np.uint64] | None = None,
     ) -> None: ...
     def feed_resident(
         self,
@@ -206,6 +209,7 @@ class Matmul:
         page_ids: NDArray[np.int64],
         page_index: NDArray[np.uint32],
         slots: NDArray[np.uint32],
+        members: NDArray[np.uint64] | None = None,
     ) -> bool: ...
     @property
     def fed(self) -> int: ...

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with several stored matrices at once, each block that they share multiplied once.
 
-Variants of a model differ in some of their blocks. The rows of x for all variants that have a block
-in common go through it together: it is read, decoded and multiplied once, at the speed of many
-rows. What a variant has alone is multiplied with its own rows, and both results are added up.
+Variants of a model differ in some of their blocks. A product takes several blocks at a place of the
+grid, each with the rows of those who have it: one that many have is read, decoded and multiplied
+once for all their rows, at the speed of many rows.
 
 Deliberately not here: a single product (:mod:`pydedup.matmul`).
 """
@@ -12,24 +12,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.blocks import NO_PAGE, BlockMap
-from pydedup.matmul import activate_in_place, matmul
+from pydedup.matmul import Among, activate_in_place, matmul
 from pydedup.pool import PagePool
 
 __all__ = ["Factor", "matmul_together"]
 
-# Rows per matrix from which a product alone is as fast as it gets: measured, 2 cores.
-_MANY_ROWS = 64
+# Rows of one matrix beyond which its product alone is bound by the cores, as all of them together
+# would be (measured on an EPYC with 2 cores).
+_MANY_ROWS = 4
 # Matrices that are compared with each other; the pairs of more would take longer than they save.
 _MOST_TOGETHER = 16
-# A set of matrices gets a product of its own when it shares at least this part of the blocks.
-_LEAST_SHARE = 1 / 64
 # Sets of matrices whose shares are remembered, and bytes of these at most.
 _REMEMBERED = 256
 _REMEMBERED_BYTES = 16 << 20
@@ -112,23 +111,21 @@ def _multiply(
     members: dict[int, list[int]] = {}  # by the array of pages: factors with one matrix
     for place, factor in enumerate(factors):
         members.setdefault(id(factor.block_map.page_ids), []).append(place)
-    results: list[NDArray[Any] | None] = [None] * len(factors)
     of_map = list(members.values())
-    for variants, block_map in _shares([factors[places[0]].block_map for places in of_map]):
-        places = [place for variant in variants for place in of_map[variant]]
-        x = np.concatenate([factors[place].x for place in places])
-        y = matmul(block_map, pool, x, transpose=transpose, threads=threads)
-        at = 0
-        for place in places:
-            part = y[at : at + len(factors[place].x)]
-            at += len(part)
-            before = results[place]
-            if before is None:
-                results[place] = part
-            else:
-                before += part
+    shares = _shares([factors[places[0]].block_map for places in of_map])
+    # Rows in the order of their variants, so that those of one lie together.
+    order = [place for places in of_map for place in places]
+    lengths = [len(factors[place].x) for place in order]
+    x = np.concatenate([factors[place].x for place in order])
+    owner = [variant for variant, places in enumerate(of_map) for _ in places]
+    variants = np.repeat(np.array(owner, np.uint8), lengths)
+    among = Among(variants, shares.places, shares.members)
+    y = matmul(shares.blocks, pool, x, transpose=transpose, threads=threads, among=among)
+    results: list[NDArray[Any] | None] = [None] * len(factors)
+    for place, end, length in zip(order, np.cumsum(lengths).tolist(), lengths, strict=True):
+        results[place] = y[end - length : end]
     for factor, result in zip(factors, results, strict=True):
-        assert result is not None  # each block is in a share of each variant
+        assert result is not None  # each place is in the order
         if factor.bias is not None:
             result += factor.bias
         if activation is not None:
@@ -136,70 +133,63 @@ def _multiply(
     return results  # type: ignore[return-value]  # as just said
 
 
-#: Of some matrices, and the blocks that these have in common.
-_Shares = list[tuple[tuple[int, ...], BlockMap]]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shares:
+    """The different blocks of some matrices, by their places, and who has each (see `Among`)."""
+
+    blocks: BlockMap
+    places: NDArray[np.uint32]
+    members: NDArray[np.uint64]
+
+
 # By the arrays of pages of the matrices, which are kept alive by it.
 _known: OrderedDict[tuple[int, ...], tuple[list[BlockMap], _Shares]] = OrderedDict()
 
 
 def _shares(maps: list[BlockMap]) -> _Shares:
-    """Return, per set of matrices that get a product, their map without all other blocks."""
+    """Return the blocks of matrices of one grid; the same object for the same matrices."""
     key = tuple(id(block_map.page_ids) for block_map in maps)
     known = _known.get(key)
     if known is None:
         known = _known[key] = maps, _find_shares(maps)
-        kept = sum(_bytes_of(*entry) for entry in list(_known.values()))
+        kept = sum(_bytes_of(shares) for _, shares in list(_known.values()))
         while len(_known) > 1 and (len(_known) > _REMEMBERED or kept > _REMEMBERED_BYTES):
             try:
-                kept -= _bytes_of(*_known.popitem(last=False)[1])
+                kept -= _bytes_of(_known.popitem(last=False)[1][1])
             except KeyError:  # another thread was faster
                 break
     return known[1]
 
 
-def _bytes_of(maps: list[BlockMap], shares: _Shares) -> int:
-    return sum(32 * len(block_map.page_ids) for _, block_map in shares)
+def _bytes_of(shares: _Shares) -> int:
+    return 32 * len(shares.members)
 
 
 def _find_shares(maps: list[BlockMap]) -> _Shares:
-    count = len(maps[0].page_ids)
-    # Per block, the first of the matrices that has the same block at this place.
-    first = np.empty((len(maps), count), np.int8)
-    for variant, block_map in enumerate(maps):
-        first[variant] = variant
-        for other in range(variant - 1, -1, -1):
-            same = (block_map.page_ids == maps[other].page_ids) & (
-                block_map.slots == maps[other].slots
-            )
-            first[variant][same] = first[other][same]
-    patterns, of_block = np.unique(first, axis=1, return_inverse=True)
-    blocks: dict[tuple[int, ...], NDArray[np.bool_]] = {}
-    for number, pattern in enumerate(patterns.T.tolist()):
-        here = of_block.reshape(-1) == number
-        for leader in set(pattern):
-            variants = tuple(v for v, its in enumerate(pattern) if its == leader)
-            blocks[variants] = blocks.get(variants, False) | here
-    shares: _Shares = []
-    alone = {variant: np.zeros(count, np.bool_) for variant in range(len(maps))}
-    for variants, mine in sorted(blocks.items()):
-        if len(variants) > 1 and np.count_nonzero(mine) >= _LEAST_SHARE * count:
-            shares.append((variants, _only(maps[variants[0]], mine)))
-        else:
-            for variant in variants:
-                alone[variant] |= mine
-    for variant, mine in alone.items():
-        if mine.any() or not any(variant in variants for variants, _ in shares):
-            shares.append(((variant,), _only(maps[variant], mine)))
-    return shares
+    # Who has the same block as variant v at each place, as bits.
+    same = np.zeros((len(maps), len(maps[0].page_ids)), np.uint64)
+    is_first = np.ones(same.shape, np.bool_)
+    for v, one in enumerate(maps):
+        same[v] |= np.uint64(1 << v)
+        for w in range(v):
+            equal = (one.page_ids == maps[w].page_ids) & (one.slots == maps[w].slots)
+            same[w] |= np.where(equal, np.uint64(1 << v), np.uint64(0))
+            is_first[v] &= ~equal
+    places, variants = np.nonzero(is_first.T)
 
+    def column(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+        return np.ascontiguousarray(np.stack(arrays)[variants, places])
 
-def _only(block_map: BlockMap, mine: NDArray[np.bool_]) -> BlockMap:
-    """Return a map in which all other blocks have no page: products take them for zeros."""
-    if mine.all():
-        return block_map
-    bases = block_map.base_page_ids
-    return replace(
-        block_map,
-        page_ids=np.where(mine, block_map.page_ids, NO_PAGE),
-        base_page_ids=None if bases is None else np.where(mine, bases, NO_PAGE),
+    some = next((one.bases for one in maps if one.bases is not None), None)
+    bases = [
+        one.bases or (np.full_like(one.page_ids, NO_PAGE), np.zeros_like(one.slots)) for one in maps
+    ]
+    blocks = BlockMap(
+        maps[0].grid,
+        maps[0].dtype,
+        column([one.page_ids for one in maps]),
+        column([one.slots for one in maps]),
+        None if some is None else column([page_ids for page_ids, _ in bases]),
+        None if some is None else column([slots for _, slots in bases]),
     )
+    return _Shares(blocks, places.astype(np.uint32), same[variants, places])

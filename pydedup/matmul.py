@@ -33,6 +33,7 @@ from pydedup.windows import Window
 __all__ = [
     "ACTIVATIONS",
     "BAG_MODES",
+    "Among",
     "activate",
     "activate_in_place",
     "bag",
@@ -55,6 +56,25 @@ _INT64_MAX = np.iinfo(np.int64).max
 _Grid: TypeAlias = tuple[int, int, int, int, int]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Among:
+    """Which blocks count for which rows of x: columns beside those of a block map.
+
+    Attributes
+    ----------
+    variants
+        Of each row of x, whose it is: uint8 below 64.
+    places
+        Of each block its place in the grid: uint32, ascending, each place at least once.
+    members
+        Of each block, who has it: uint64, bit v for the rows of variant v.
+    """
+
+    variants: NDArray[np.uint8]
+    places: NDArray[np.uint32]
+    members: NDArray[np.uint64]
+
+
 def compute_dtype(dtype: DType) -> np.dtype[Any]:
     """Return the dtype of results with weights of ``dtype``: float32 or float64."""
     code = _core.compute_dtype(dtype.code)
@@ -70,6 +90,7 @@ def matmul(
     activation: str | None = None,
     transpose: bool = False,
     threads: int = 0,
+    among: Among | None = None,
 ) -> NDArray[Any]:
     """Return ``activation(x @ W.T + bias)``, or ``x @ W + bias`` with ``transpose``.
 
@@ -88,6 +109,8 @@ def matmul(
         One of `ACTIVATIONS`.
     threads
         0 means one per core for large products.
+    among
+        Which blocks count for which rows of a 2-D x, when ``block_map`` has several at a place.
 
     Returns
     -------
@@ -117,9 +140,13 @@ def matmul(
         transpose,
         y,
         threads,
+        None if among is None else among.variants,
+        None if among is None else among.places,
     )
-    if y.size:
+    if y.size and among is None:
         feed_blocks(product, block_map, pool)
+    elif y.size and among is not None:
+        _feed_members(product, block_map, pool, among.members)
     return y.reshape(*lead, outer)
 
 
@@ -149,6 +176,20 @@ def _check_activation(activation: str | None) -> None:
         raise ArgumentError(
             f"unknown activation {activation!r}; choose one of: {', '.join(ACTIVATIONS)}"
         )
+
+
+def _feed_members(
+    product: _core.Matmul, block_map: BlockMap, pool: PagePool, members: NDArray[np.uint64]
+) -> None:
+    def at_once(window: Window) -> bool:
+        slots, of_part = block_map.slots[window.rows], members[window.rows]
+        return product.feed_resident(pool.native, window.ids, window.page_index, slots, of_part)
+
+    for part, pages, page_index, bases in pool.stream_with_bases(
+        block_map.page_ids, block_map.bases, at_once if block_map.bases is None else None
+    ):
+        at = codec.bases_for_core(bases)
+        product.feed(pages, page_index, block_map.slots[part], at, members[part])
 
 
 def feed_blocks(product: _core.Matmul | _core.Conv2d, block_map: BlockMap, pool: PagePool) -> None:

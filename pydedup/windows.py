@@ -32,10 +32,6 @@ __all__ = [
 Cut: TypeAlias = Callable[[NDArray[np.int64], "NDArray[np.int64] | None", int], "list[Window]"]
 
 
-# What kernels take for the index of no page.
-_NO_INDEX = 0xFFFFFFFF
-
-
 @dataclass(frozen=True, slots=True)
 class Window:
     """Blocks of a walk whose pages are pinned together, with those of their bases.
@@ -134,7 +130,7 @@ def _with_bases(
 
 
 def in_order(page_ids: NDArray[np.int64], _: object, limit: int) -> list[Window]:
-    """Cut blocks in their order; those without a page belong to any window."""
+    """Cut blocks in their order."""
     if len(page_ids) == 0:
         return []
     # Runs of blocks on one page, which are long where blocks lie in the order of their tensor.
@@ -143,9 +139,6 @@ def in_order(page_ids: NDArray[np.int64], _: object, limit: int) -> list[Window]
     windows: list[Window] = []
     first, known, numbers = 0, {}, []  # type: int, dict[int, int], list[int]
     for run, page in enumerate(page_ids[starts].tolist()):
-        if page == NO_PAGE:
-            numbers.append(_NO_INDEX)
-            continue
         if page not in known and len(known) == limit:
             windows.append(_run_in_order(starts, lengths, first, run, known, numbers))
             first, known, numbers = run, {}, []

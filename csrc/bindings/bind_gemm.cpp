@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Streaming products over blocks on pinned pages.
+#include <pybind11/stl.h>
+
+#include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "bindings.hpp"
 #include "blocks.hpp"
@@ -22,9 +27,13 @@ void activate_array(const py::array& values, const std::string& activation, unsi
 // A Matmul and the arrays it borrows.
 class BoundMatmul {
   public:
+    using Members = std::optional<Array<std::uint64_t>>;
+
     BoundMatmul(std::size_t rows, std::size_t cols, std::size_t block_rows, std::size_t block_cols,
                 int dtype, py::array x, py::object bias, const std::string& activation,
-                bool transpose, py::array y, unsigned threads)
+                bool transpose, py::array y, unsigned threads,
+                const std::optional<Array<std::uint8_t>>& variants,
+                const std::optional<Array<std::uint32_t>>& places)
         : x_(std::move(x)), bias_(std::move(bias)), y_(std::move(y)), threads_(threads) {
         const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
         const Dtype weights = as_dtype(dtype);
@@ -33,6 +42,16 @@ class BoundMatmul {
         const auto m = static_cast<std::size_t>(x_.shape(0));
         const std::size_t in = transpose ? rows : cols;
         const std::size_t out = transpose ? cols : rows;
+        if (variants) {
+            variants_ = as_copy(*variants, "variants");
+            const auto most = std::max_element(variants_.begin(), variants_.end());
+            if (variants_.size() != m || (m != 0 && *most >= Matmul::kMaxVariants)) {
+                throw Error(ErrorCode::invalid_argument, "variants must be " + std::to_string(m) +
+                                                             " numbers below " +
+                                                             std::to_string(Matmul::kMaxVariants));
+            }
+        }
+        if (places) places_ = as_copy(*places, "places");
         const Matmul::Problem problem{
             grid,
             weights,
@@ -42,32 +61,43 @@ class BoundMatmul {
             as_activation(activation),
             transpose,
             data_of(y_, compute, m * out, true, "y"),
-            threads};
+            threads,
+            variants ? variants_.data() : nullptr,
+            places_};
         const WithoutGil no_gil;
         matmul_ = std::make_unique<Matmul>(problem);
     }
 
     void feed(const py::sequence& pages, const Array<std::uint32_t>& page_index,
-              const Array<std::uint32_t>& slots, const py::object& bases) {
+              const Array<std::uint32_t>& slots, const py::object& bases, const Members& members) {
         const HeldBlocks held = hold_blocks(pages, page_index, slots, bases, threads_);
+        const std::vector<std::uint64_t> who = as_members(members);
         const WithoutGil no_gil;
-        matmul_->feed(held.blocks());
+        matmul_->feed(held.blocks(), who);
     }
 
     bool feed_resident(BufferPool& pool, const Array<std::int64_t>& page_ids,
-                       const Array<std::uint32_t>& page_index, const Array<std::uint32_t>& slots) {
+                       const Array<std::uint32_t>& page_index, const Array<std::uint32_t>& slots,
+                       const Members& members) {
+        const std::vector<std::uint64_t> who = as_members(members);
         return with_resident_blocks(
             pool, page_ids, page_index, slots, threads_,
-            [this](std::span<const BlockView> blocks) { matmul_->feed(blocks); });
+            [&](std::span<const BlockView> blocks) { matmul_->feed(blocks, who); });
     }
 
     [[nodiscard]] std::size_t fed() const noexcept { return matmul_->fed(); }
 
   private:
+    [[nodiscard]] static std::vector<std::uint64_t> as_members(const Members& members) {
+        return members ? as_copy(*members, "members") : std::vector<std::uint64_t>();
+    }
+
     py::array x_;
     py::object bias_;  // an array or None
     py::array y_;
     unsigned threads_;
+    std::vector<std::uint8_t> variants_;
+    std::vector<std::uint32_t> places_;
     std::unique_ptr<Matmul> matmul_;
 };
 
@@ -78,15 +108,19 @@ void bind_gemm(py::module_& m) {
           [](int dtype) { return static_cast<int>(compute_dtype(as_dtype(dtype))); });
     py::class_<BoundMatmul>(m, "Matmul")
         .def(py::init<std::size_t, std::size_t, std::size_t, std::size_t, int, py::array,
-                      py::object, const std::string&, bool, py::array, unsigned>(),
+                      py::object, const std::string&, bool, py::array, unsigned,
+                      const std::optional<Array<std::uint8_t>>&,
+                      const std::optional<Array<std::uint32_t>>&>(),
              py::arg("rows"), py::arg("cols"), py::arg("block_rows"), py::arg("block_cols"),
              py::arg("dtype"), py::arg("x").noconvert(), py::arg("bias"), py::arg("activation"),
-             py::arg("transpose"), py::arg("y").noconvert(), py::arg("threads") = 0)
+             py::arg("transpose"), py::arg("y").noconvert(), py::arg("threads") = 0,
+             py::arg("variants") = py::none(), py::arg("places") = py::none())
         .def("feed", &BoundMatmul::feed, py::arg("pages"), py::arg("page_index").noconvert(),
-             py::arg("slots").noconvert(), py::arg("bases") = py::none())
+             py::arg("slots").noconvert(), py::arg("bases") = py::none(),
+             py::arg("members") = py::none())
         .def("feed_resident", &BoundMatmul::feed_resident, py::arg("pool"),
              py::arg("page_ids").noconvert(), py::arg("page_index").noconvert(),
-             py::arg("slots").noconvert())
+             py::arg("slots").noconvert(), py::arg("members") = py::none())
         .def_property_readonly("fed", &BoundMatmul::fed);
     m.def("activate", &activate_array, py::arg("values").noconvert(), py::arg("activation"),
           py::arg("threads") = 0);

@@ -35,15 +35,14 @@ inline constexpr std::uint8_t kPlanesVersion = 1;
 inline constexpr std::size_t kMinPlaneSaving = 20;
 
 /// One stored block. `data` belongs to whoever made the view (a page).
-/// Without `data` it is no block: a product takes it for zeros, all else refuses it.
 struct BlockView {
-    const std::byte* data = nullptr;
-    std::uint32_t length = 0;  ///< bytes at `data`
-    Encoding encoding = Encoding::raw;
-    Dtype dtype = Dtype::f32;
-    std::uint32_t rows = 0;
-    std::uint32_t cols = 0;
-    std::uint64_t base = 0;  ///< tag of the block that this one is a delta of; 0 = none
+    const std::byte* data;
+    std::uint32_t length;  ///< bytes at `data`
+    Encoding encoding;
+    Dtype dtype;
+    std::uint32_t rows;
+    std::uint32_t cols;
+    std::uint64_t base;  ///< tag of the block that this one is a delta of; 0 = none
     /// That block itself, which decoding needs. Whoever gives out a delta sets it, and keeps it
     /// alive.
     const BlockView* base_block = nullptr;

@@ -51,18 +51,25 @@ class Matmul {
         bool transpose;
         std::byte* y;      ///< m x rows, or m x cols when transpose; written, not read
         unsigned threads;  ///< 0 = one per core
+        /// Of each row of x, whose it is: below kMaxVariants. nullptr when all are of one.
+        const std::uint8_t* variants = nullptr;
+        /// Of each block that will be fed its place in the grid: ascending, each place at least
+        /// once. Empty when each comes once.
+        std::span<const std::uint32_t> places = {};
     };
+    static constexpr unsigned kMaxVariants = 64;
 
     explicit Matmul(const Problem& problem);
     ~Matmul();
     Matmul(Matmul&&) noexcept;
     Matmul& operator=(Matmul&&) noexcept;
 
-    /// Takes the next blocks, row-major over the grid. y is complete when all were fed. One without
-    /// data counts as zeros, and costs nothing. Throws
+    /// Takes the next blocks, row-major over the grid or as `places` says. y is complete when all
+    /// were fed. `members` is empty, or says of each block who has it: bit v for the rows of
+    /// variant v; for all other rows it counts as zeros, whatever it holds. Throws
     /// Error{corrupt_page} when a block has another dtype or shape than the grid says (y is then
     /// undefined), Error{invalid_argument} when there are more blocks than the grid has.
-    void feed(std::span<const BlockView> blocks);
+    void feed(std::span<const BlockView> blocks, std::span<const std::uint64_t> members = {});
 
     /// Blocks fed so far.
     [[nodiscard]] std::size_t fed() const noexcept;

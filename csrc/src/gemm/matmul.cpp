@@ -8,6 +8,7 @@
 #include "pydedup/gemm.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <string>
 #include <type_traits>
@@ -53,20 +54,42 @@ constexpr std::size_t kPiecesPerThread = 4;
 
 class Matmul::Impl {
   public:
-    explicit Impl(const Problem& problem) : p_(problem) {}
-    virtual ~Impl() = default;
-
-    void feed(std::span<const BlockView> blocks) {
-        if (blocks.size() > p_.grid.count() - fed_) {
-            throw Error(ErrorCode::invalid_argument, std::to_string(fed_ + blocks.size()) +
-                                                         " blocks were fed to a matrix of " +
+    explicit Impl(const Problem& problem) : p_(problem) {
+        const auto& places = p_.places;
+        for (std::size_t i = 0; i < places.size(); ++i) {
+            const std::size_t before = i == 0 ? 0 : places[i - 1];
+            if (places[i] < before || places[i] > before + (i == 0 ? 0 : 1)) {
+                throw Error(ErrorCode::invalid_argument,
+                            "place " + std::to_string(places[i]) + " follows on " +
+                                std::to_string(before) + "; places ascend and leave none out");
+            }
+        }
+        if (!places.empty() && places.back() + std::size_t{1} != p_.grid.count()) {
+            throw Error(ErrorCode::invalid_argument, "places end at " +
+                                                         std::to_string(places.back()) + " of " +
                                                          std::to_string(p_.grid.count()));
         }
-        for (std::size_t i = 0; i < blocks.size(); ++i) {
-            if (blocks[i].data == nullptr) continue;
-            detail::check_block(blocks[i], p_.grid, p_.weights, fed_ + i);
+    }
+    virtual ~Impl() = default;
+
+    void feed(std::span<const BlockView> blocks, std::span<const std::uint64_t> members) {
+        if (!members.empty() && (members.size() != blocks.size() || p_.variants == nullptr)) {
+            throw Error(ErrorCode::invalid_argument,
+                        "members of " + std::to_string(members.size()) + " blocks came with " +
+                            std::to_string(blocks.size()) + " blocks" +
+                            (p_.variants == nullptr ? " for rows of one variant" : ""));
         }
+        if (blocks.size() > count() - fed_) {
+            throw Error(ErrorCode::invalid_argument, std::to_string(fed_ + blocks.size()) +
+                                                         " blocks were fed to a matrix of " +
+                                                         std::to_string(count()));
+        }
+        for (std::size_t i = 0; i < blocks.size(); ++i) {
+            detail::check_block(blocks[i], p_.grid, p_.weights, place(fed_ + i));
+        }
+        members_ = members;
         if (!blocks.empty() && p_.m != 0) multiply(blocks);
+        members_ = {};
         fed_ += blocks.size();
     }
 
@@ -75,8 +98,43 @@ class Matmul::Impl {
   protected:
     virtual void multiply(std::span<const BlockView> blocks) = 0;
 
+    /// How many blocks there will be, and where in the grid each of them belongs.
+    [[nodiscard]] std::size_t count() const noexcept {
+        return p_.places.empty() ? p_.grid.count() : p_.places.size();
+    }
+    [[nodiscard]] std::size_t place(std::size_t number) const noexcept {
+        return p_.places.empty() ? number : p_.places[number];
+    }
+    /// The first block at or behind a place.
+    [[nodiscard]] std::size_t first_from(std::size_t at) const noexcept {
+        if (p_.places.empty()) return at;
+        return static_cast<std::size_t>(std::lower_bound(p_.places.begin(), p_.places.end(), at) -
+                                        p_.places.begin());
+    }
+
+    /// Whether a row of x has block `number`, which is one of this call.
+    [[nodiscard]] bool has(std::size_t number, std::size_t row) const noexcept {
+        return (members_[number - fed_] >> p_.variants[row] & 1) != 0;
+    }
+
+    /// Calls use(begin, end) for each run of rows within [i0, i1) that have the block.
+    template <class Use>
+    void for_rows_with(std::size_t number, std::size_t i0, std::size_t i1, const Use& use) const {
+        if (members_.empty()) {
+            use(i0, i1);
+            return;
+        }
+        for (std::size_t begin = i0; begin < i1;) {
+            std::size_t end = begin;
+            while (end < i1 && has(number, end)) ++end;
+            if (end > begin) use(begin, end);
+            begin = end + 1;
+        }
+    }
+
     const Problem p_;
     std::size_t fed_ = 0;
+    std::span<const std::uint64_t> members_;  // of the blocks of this call
 };
 
 template <class T>
@@ -122,8 +180,8 @@ class Matmul::Typed final : public Matmul::Impl {
                 });
             return;
         }
-        const std::size_t first = fed_ / grid.grid_cols();
-        const std::size_t panels = (fed_ + blocks.size() - 1) / grid.grid_cols() - first + 1;
+        const std::size_t first = place(fed_) / grid.grid_cols();
+        const std::size_t panels = place(fed_ + blocks.size() - 1) / grid.grid_cols() - first + 1;
         if (packed_) {
             multiply_packed(*packed_, blocks, first, panels, threads);
             return;
@@ -156,6 +214,8 @@ class Matmul::Typed final : public Matmul::Impl {
     struct Worker {
         WeightReader<T> reader;
         Scratch<T> sums;
+        Scratch<T> apart;
+        Scratch<std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>> mask;
     };
 
     // Deals out panels by `units` of `unit_rows` rows of x each: as many as fit a task, fewer where
@@ -170,7 +230,7 @@ class Matmul::Typed final : public Matmul::Impl {
         const std::size_t chunk = ceil_div(units, chunks);
         const std::size_t per_panel = ceil_div(units, chunk);
         parallel_for(panels * per_panel, 1, threads, [&](std::size_t begin, std::size_t end) {
-            Worker worker{WeightReader<T>(kernels_), {}};
+            Worker worker{WeightReader<T>(kernels_), {}, {}, {}};
             for (std::size_t i = begin; i < end; ++i) {
                 const std::size_t unit = i % per_panel * chunk;
                 body(Task{i / per_panel, unit, std::min(units, unit + chunk)}, worker);
@@ -185,16 +245,17 @@ class Matmul::Typed final : public Matmul::Impl {
         }
     }
 
-    // The part of block row `row` that this call brings: columns [begin, end) of the grid.
+    // The blocks of block row `row` that this call brings: numbers [begin, end).
     struct Part {
         std::size_t begin, end;
         bool starts, ends;  // whether it holds the first and the last block of the row
     };
     [[nodiscard]] Part part_of_row(std::size_t row, std::size_t n_blocks) const noexcept {
-        const std::size_t width = p_.grid.grid_cols();
-        const std::size_t begin = std::max(fed_, row * width) - row * width;
-        const std::size_t end = std::min(fed_ + n_blocks, (row + 1) * width) - row * width;
-        return {begin, end, begin == 0, end == width};
+        const std::size_t first = first_from(row * p_.grid.grid_cols());
+        const std::size_t last = first_from((row + 1) * p_.grid.grid_cols());
+        const std::size_t begin = std::max(fed_, first);
+        const std::size_t end = std::min(fed_ + n_blocks, last);
+        return {begin, end, begin == first, end == last};
     }
 
     void multiply_dots(std::span<const BlockView> blocks, std::size_t row, std::size_t i0,
@@ -205,16 +266,17 @@ class Matmul::Typed final : public Matmul::Impl {
         if (part.starts) {
             for (std::size_t i = 0; i < i1 - i0; ++i) std::fill_n(y + i * n_, rect.rows, T{0});
         }
-        const T* const x = x_ + i0 * p_.grid.cols;
-        for (std::size_t column = part.begin; column < part.end; ++column) {
-            const std::size_t index = row * p_.grid.grid_cols() + column - fed_;
-            if (blocks[index].data == nullptr) continue;
-            dot(x + column * p_.grid.block_cols, i1 - i0, blocks[index], y, reader);
+        for (std::size_t number = part.begin; number < part.end; ++number) {
+            const std::size_t column = place(number) % p_.grid.grid_cols();
+            for_rows_with(number, i0, i1, [&](std::size_t begin, std::size_t end) {
+                dot(x_ + begin * p_.grid.cols + column * p_.grid.block_cols, end - begin,
+                    blocks[number - fed_], y_ + begin * n_ + rect.row0, n_, reader);
+            });
         }
         if (part.ends) finish(i0, i1, rect.row0, rect.rows);
     }
 
-    void dot(const T* x, std::size_t m, const BlockView& block, T* y,
+    void dot(const T* x, std::size_t m, const BlockView& block, T* y, std::size_t ldy,
              WeightReader<T>& reader) const {
         const std::size_t ldx = p_.grid.cols;
         if constexpr (sizeof(T) == 4) {
@@ -223,11 +285,11 @@ class Matmul::Typed final : public Matmul::Impl {
                 const auto* const w = reinterpret_cast<const std::uint16_t*>(reader.stored(block));
                 const auto kernel =
                     block.dtype == Dtype::bf16 ? kernels_.dot_nt_bf16 : kernels_.dot_nt_f16;
-                kernel(x, ldx, m, w, block.rows, block.cols, block.cols, y, n_);
+                kernel(x, ldx, m, w, block.rows, block.cols, block.cols, y, ldy);
                 return;
             }
         }
-        own().dot_nt(x, ldx, m, reader.read(block), block.rows, block.cols, block.cols, y, n_);
+        own().dot_nt(x, ldx, m, reader.read(block), block.rows, block.cols, block.cols, y, ldy);
     }
 
     template <class E>
@@ -264,14 +326,20 @@ class Matmul::Typed final : public Matmul::Impl {
             return sums + (x.sums_before(t) - sum0) * rect.rows;
         };
         const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
-        for (std::size_t column = part.begin; column < part.end; ++column) {
-            const std::size_t index = row * p_.grid.grid_cols() + column - fed_;
-            const BlockView& block = blocks[index];
-            if (block.data == nullptr) continue;
-            const E* const next = next_block<E>(blocks, index);
-            const bool is_last = column + 1 == part.end;
+        for (std::size_t number = part.begin; number < part.end; ++number) {
+            const std::size_t column = place(number) % p_.grid.grid_cols();
+            const BlockView& block = blocks[number - fed_];
+            const E* const next = next_block<E>(blocks, number - fed_);
+            const bool is_last = number + 1 == part.end || column + 1 == p_.grid.grid_cols();
             const E* next_x = is_last ? nullptr : x.at(column + 1, t0, 0);
             const E* const next_x_end = is_last ? nullptr : x.end_of(column + 1, t1 - 1);
+            if (!members_.empty()) {
+                for (std::size_t t = t0; t < t1; ++t) {
+                    multiply_for_members(x, column, t, block, number, t == t0 ? next : nullptr,
+                                         sums_of(t), worker);
+                }
+                continue;
+            }
             const E* const w = read<E>(block, worker.reader);
             for (std::size_t c = 0; c < block.cols; c += strip) {
                 const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
@@ -291,6 +359,60 @@ class Matmul::Typed final : public Matmul::Impl {
         if (!part.ends) return;
         for (std::size_t t = t0; t < t1; ++t) store_sums(x.tile(t), rect, sums_of(t));
         finish(x.tile(t0).row0, x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows, rect.row0, rect.rows);
+    }
+
+    // A block for those rows of a tile that have it. Where these are some, its sums are formed
+    // apart, so that nothing of it, not even a NaN, gets into those of other rows.
+    template <class E>
+    void multiply_for_members(const PackedX<E, T>& x, std::size_t column, std::size_t t,
+                              const BlockView& block, std::size_t number, const E* next, T* sums,
+                              Worker& worker) const {
+        using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+        const auto& tile = x.tile(t);
+        std::size_t having = 0;
+        for (std::size_t i = 0; i < tile.rows; ++i) having += has(number, tile.row0 + i) ? 1 : 0;
+        if (having == 0) return;
+        const std::size_t lanes = tile.sums();
+        if (having <= own().dot_max_m) {
+            T* const products = worker.apart.at_least(having * block.rows);
+            for_rows_with(
+                number, tile.row0, tile.row0 + tile.rows, [&](std::size_t begin, std::size_t end) {
+                    const std::size_t n = end - begin;
+                    std::fill_n(products, n * block.rows, T{0});
+                    dot(x_ + begin * p_.grid.cols + column * p_.grid.block_cols, n, block, products,
+                        block.rows, worker.reader);
+                    T* const to = sums + (begin - tile.row0) * tile.kernel->sums();
+                    for (std::size_t i = 0; i < n; ++i) {
+                        for (std::size_t r = 0; r < block.rows; ++r) {
+                            to[r * lanes + i * tile.kernel->sums()] += products[i * block.rows + r];
+                        }
+                    }
+                });
+            return;
+        }
+        const E* const w = read<E>(block, worker.reader);
+        const bool is_some = having != tile.rows;
+        T* const to = is_some ? worker.apart.at_least(block.rows * lanes) : sums;
+        if (is_some) std::fill_n(to, block.rows * lanes, T{0});
+        const std::size_t strip = columns_in_a_pass(tile.kernel->width);
+        for (std::size_t c = 0; c < block.cols; c += strip) {
+            const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
+            tile.kernel->tile_nt(x.at(column, t, c), w + c, block.rows, n, block.cols,
+                                 next == nullptr ? nullptr : next + c * block.rows, to);
+        }
+        if (!is_some) return;
+        Bits* const mask = worker.mask.at_least(lanes);
+        const std::size_t group = tile.kernel->sums();
+        for (std::size_t i = 0; i < lanes; ++i) {
+            const bool counts = i / group < tile.rows && has(number, tile.row0 + i / group);
+            mask[i] = counts ? ~Bits{0} : Bits{0};
+        }
+        for (std::size_t r = 0; r < block.rows; ++r) {
+            for (std::size_t i = 0; i < lanes; ++i) {
+                sums[r * lanes + i] +=
+                    std::bit_cast<T>(std::bit_cast<Bits>(to[r * lanes + i]) & mask[i]);
+            }
+        }
     }
 
     template <class E>
@@ -351,23 +473,28 @@ class Matmul::Typed final : public Matmul::Impl {
                      std::size_t i0, std::size_t i1, WeightReader<T>& reader) const {
         const BlockGrid& grid = p_.grid;
         const std::size_t end = fed_ + blocks.size();
-        for (std::size_t row = fed_ / grid.grid_cols(); row * grid.grid_cols() < end; ++row) {
-            const T* const x = x_ + i0 * grid.rows + row * grid.block_rows;
-            for (std::size_t column = column0; column < column1; ++column) {
-                const std::size_t index = row * grid.grid_cols() + column;
-                if (index < fed_ || index >= end) continue;
-                const BlockView& block = blocks[index - fed_];
-                const BlockRect rect = block_rect(grid, index);
-                T* const y = y_ + i0 * n_ + rect.col0;
-                if (row == 0) {
-                    for (std::size_t i = 0; i < i1 - i0; ++i)
-                        std::fill_n(y + i * n_, rect.cols, T{0});
+        for (std::size_t row = place(fed_) / grid.grid_cols(); row < grid.grid_rows(); ++row) {
+            const std::size_t row0 = row * grid.grid_cols();
+            const std::size_t from = std::max(fed_, first_from(row0 + column0));
+            if (from >= end) break;
+            const std::size_t to = std::min(end, first_from(row0 + column1));
+            for (std::size_t number = from; number < to; ++number) {
+                const std::size_t at = place(number);
+                const BlockRect rect = block_rect(grid, at);
+                const BlockView& block = blocks[number - fed_];
+                if (row == 0 && (number == 0 || place(number - 1) != at)) {
+                    for (std::size_t i = i0; i < i1; ++i) {
+                        std::fill_n(y_ + i * n_ + rect.col0, rect.cols, T{0});
+                    }
                 }
-                if (block.data != nullptr) {
-                    own().block_nn(x, grid.rows, i1 - i0, reader.read(block), block.rows,
-                                   block.cols, block.cols, y, n_);
-                }
-                if (row + 1 == grid.grid_rows()) finish(i0, i1, rect.col0, rect.cols);
+                const T* const w = reader.read(block);
+                for_rows_with(number, i0, i1, [&](std::size_t begin, std::size_t stop) {
+                    own().block_nn(x_ + begin * grid.rows + row * grid.block_rows, grid.rows,
+                                   stop - begin, w, block.rows, block.cols, block.cols,
+                                   y_ + begin * n_ + rect.col0, n_);
+                });
+                const bool is_last = number + 1 == count() || place(number + 1) != at;
+                if (row + 1 == grid.grid_rows() && is_last) finish(i0, i1, rect.col0, rect.cols);
             }
         }
     }
@@ -397,7 +524,9 @@ Matmul::~Matmul() = default;
 Matmul::Matmul(Matmul&&) noexcept = default;
 Matmul& Matmul::operator=(Matmul&&) noexcept = default;
 
-void Matmul::feed(std::span<const BlockView> blocks) { impl_->feed(blocks); }
+void Matmul::feed(std::span<const BlockView> blocks, std::span<const std::uint64_t> members) {
+    impl_->feed(blocks, members);
+}
 
 std::size_t Matmul::fed() const noexcept { return impl_->fed(); }
 

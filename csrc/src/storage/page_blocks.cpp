@@ -91,10 +91,6 @@ void view_blocks(std::span<const Page* const> pages, std::span<const std::uint32
     // Each view waits for memory: the directories of pages lie apart.
     const auto view_some = [&](std::size_t begin, std::size_t end) {
         for (std::size_t i = begin; i < end; ++i) {
-            if (page_index[i] == kNoPage) {
-                views[i] = BlockView{};
-                continue;
-            }
             if (page_index[i] >= pages.size()) {
                 throw Error(ErrorCode::invalid_argument,
                             "page_index " + std::to_string(page_index[i]) + " is outside of " +
