@@ -30,7 +30,7 @@ from pydedup.names import check_name
 from pydedup.opening import check_writable, connect_store, open_rows, pool_of
 from pydedup.policies import Lossless, Policy
 from pydedup.quotas import Quotas
-from pydedup.replacement import DEFAULT_POLICY, check_policy
+from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
 from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
 from pydedup.report.sizes import ModelSize, model_sizes
@@ -479,6 +479,42 @@ class Store(StoreUpkeep):
     def diff(self, a: str, b: str, *, progress: Progress | None = None) -> Diff:
         """Compare two models tensor by tensor."""
         return diff_models(self._adapter, self._catalog, self._pool, a, b, progress=progress)
+
+    def report(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        models: Sequence[str] = (),
+        trace: Trace | None = None,
+    ) -> str:
+        """Return the store as one page of HTML that loads nothing; needs the extra ``report``.
+
+        Parameters
+        ----------
+        path
+            Where to write it, if anywhere; an existing file is replaced when the page is whole.
+        models
+            The models to show block by block; the largest by default.
+        trace
+            Uses of pages (`recorded`, `pydedup.replacement.Trace.load`), replayed through every
+            replacement policy.
+
+        Raises
+        ------
+        NotFoundError, ArgumentError, UnsupportedFormatError
+            For an unknown model, a trace that does not fit together, and a missing package.
+        """
+        from pydedup.report import page
+
+        return page.report(self._adapter, self._catalog, self._pool, path, models, trace)
+
+    def record(self, max_uses: int = 1_000_000) -> None:
+        """Record the uses of pages by predictions from now on, at 16 bytes each; 0 ends that."""
+        self._pool.record(max_uses)
+
+    def recorded(self) -> Trace:
+        """Return what was recorded so far, to be saved, replayed, or shown by `report`."""
+        return self._pool.recorded()
 
     @property
     def quotas(self) -> Quotas:

@@ -67,6 +67,8 @@ case $PY_REAL in
 esac
 # The -core packages are the programs alone: no service is started, no account made.
 if [ "$EXTRA" = test ] && ! has_mariadb; then packages+=(mariadb-server-core mariadb-client-core); fi
+# Of `pydedup report` the tests look at what a browser makes.
+if [ "$EXTRA" = test ] && ! have chromium; then packages+=(chromium); fi
 if [ "$EXTRA" = test ] && ! have openssl; then packages+=(openssl); fi  # for servers with TLS
 # PL/Python, where it is of the Python that pydedup is built for; else `make test-plpython` is for it.
 if [ "$EXTRA" = test ] && plpython_is_of "$PY_MINOR" && ! has_plpython; then

@@ -12,8 +12,8 @@ set -uo pipefail
 
 # Servers of Debian's packages that only root has on the PATH.
 export PATH="$PATH:/usr/sbin"
-# A test that lacks its database server fails here, instead of being skipped without notice.
-backends=sqlite,postgres,mysql
+# A test that lacks its database server or its browser fails here, instead of being skipped without notice.
+backends=sqlite,postgres,mysql,chromium
 if plpython_is_of "$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"; then
     backends+=,plpython
 fi

@@ -38,7 +38,11 @@ FACADES = {
 }
 VALUES = {"errors", "types"}
 MODEL = VALUES | {"names", "accuracy", "policies", "certificates", "graph", "adapter", "blocks"}
-CORE = MODEL | FACADES | {"formats", "catalog", "jobs", "layout", "signatures", "usage", "quotas"}
+CORE = (
+    MODEL
+    | FACADES
+    | {"formats", "catalog", "jobs", "layout", "signatures", "text", "usage", "quotas"}
+)
 INNER = CORE | {"ingest", "serving", "maintenance", "moving", "report", "registry"}
 PUBLIC = {"", "store"} | CORE | {"registry", "report", "maintenance", "moving"}
 
@@ -50,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "_pages": set(),
     "errors": set(),
     "types": {"errors"},
+    "text": set(),
     "names": VALUES,
     "training": VALUES,
     "accuracy": VALUES,
@@ -104,6 +109,8 @@ RUNTIME: dict[str, set[str]] = {
     # Its one importer, the command `serve`, imports it when it is called.
     "http": {"httptools", "ml_dtypes", "orjson", "prometheus_client", "uvicorn", "uvloop"},
     "blocks": {"ml_dtypes"},
+    # report/html.py and charts.py, imported when a report is made.
+    "report": {"jinja2", "markupsafe"},
     "types": {"ml_dtypes"},
     "testing": {"hypothesis", "ml_dtypes", "pytest"},
 }
@@ -303,7 +310,7 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
 
 def test_importing_pydedup_loads_nothing_optional() -> None:
     optional = ["torch", "onnx", "onnxruntime", "h5py", "psycopg", "mysql", "pyarrow"]
-    optional += ["uvicorn", "orjson", "prometheus_client"]
+    optional += ["uvicorn", "orjson", "prometheus_client", "jinja2"]
     code = (
         "import sys, pydedup, pydedup.cli, pydedup.store\n"
         f"print([name for name in {optional!r} if name in sys.modules])"

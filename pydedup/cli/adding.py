@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
+from pydedup import text
 from pydedup.certificates import describe
-from pydedup.cli import options, output, text
+from pydedup.cli import options, output
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import NotFoundError

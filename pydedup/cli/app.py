@@ -22,11 +22,13 @@ from pydedup.cli import (
     moving,
     naming,
     predicting,
+    reporting,
     scoring,
     serving,
     sql,
     taking,
     tenants,
+    top,
     upkeep,
 )
 from pydedup.cli.errors import TRACEBACK_VARIABLE, Exit, report, warn
@@ -36,8 +38,18 @@ __all__ = ["main", "program"]
 #: Commands as ``pydedup --help`` lists them.
 SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ("Models in and out", (adding.add, taking.load, taking.export)),
-    ("Predicting", (predicting.predict, scoring.score, serving.serve, sql.sql)),
-    ("Looking", (looking.ls, looking.info, looking.stats, comparing.explain, comparing.diff)),
+    ("Predicting", (predicting.predict, scoring.score, serving.serve, top.top, sql.sql)),
+    (
+        "Looking",
+        (
+            looking.ls,
+            looking.info,
+            looking.stats,
+            comparing.explain,
+            comparing.diff,
+            reporting.report,
+        ),
+    ),
     ("Names", (naming.alias, naming.rm)),
     ("Moving", (moving.copy, moving.backup, moving.restore)),
     ("Upkeep", (upkeep.verify, upkeep.vacuum, tenants.quota)),

@@ -13,7 +13,6 @@ import traceback
 
 import click
 
-from pydedup.cli.text import clean, without_secrets
 from pydedup.errors import (
     ArgumentError,
     BudgetError,
@@ -25,6 +24,7 @@ from pydedup.errors import (
     PydedupError,
     QuotaError,
 )
+from pydedup.text import clean, without_secrets
 
 __all__ = ["TRACEBACK_VARIABLE", "Exit", "report", "warn"]
 

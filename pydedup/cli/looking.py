@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from pydedup import text
 from pydedup.certificates import describe
-from pydedup.cli import options, output, text
+from pydedup.cli import options, output
 from pydedup.cli.tables import Column, print_table
 from pydedup.cli.tenants import print_usage
 from pydedup.names import check_name

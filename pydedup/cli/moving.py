@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from pydedup import config
-from pydedup.cli import options, output, text
+from pydedup import config, text
+from pydedup.cli import options, output
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError

@@ -7,8 +7,8 @@ import sys
 
 import click
 
-from pydedup import Store
-from pydedup.cli import options, output, text
+from pydedup import Store, text
+from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.names import parse_address
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.cli.text import clean
+from pydedup.text import clean
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.cli import options, output, text
+from pydedup import text
+from pydedup.cli import options, output
 from pydedup.cli.progress import Watch
 from pydedup.errors import ArgumentError, FormatError
 from pydedup.formats.base import TensorEntry

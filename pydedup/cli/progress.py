@@ -14,7 +14,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from pydedup.cli.text import clean, count, duration, percent, size
+from pydedup.text import clean, count, duration, percent, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from pydedup.cli import options, output, text
+from pydedup import text
+from pydedup.cli import options, output
 from pydedup.cli.errors import warn
 from pydedup.cli.progress import Watch
 from pydedup.types import ScoreReport

@@ -100,6 +100,12 @@ _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--tls-cert", metavar="FILE", type=_PATH, help="Certificate with its chain, PEM.")
 @click.option("--tls-key", metavar="FILE", type=_PATH, help="Its key, PEM, without a password.")
+@click.option(
+    "--record",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Record uses of pages, a million at most, and write them there (.npz) at the end.",
+)
 @click.option("--access-log", is_flag=True, help="Log requests to standard error, in JSON lines.")
 @click.pass_context
 def serve(
@@ -119,6 +125,7 @@ def serve(
     token_file: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
+    record: Path | None,
     access_log: bool,
 ) -> int:
     """Serve the models of a store over HTTP until SIGTERM or Ctrl-C.
@@ -160,7 +167,12 @@ def serve(
 
         if chosen.token is None and not host.startswith(_LOOPBACK):
             warn(f"everybody who reaches {host} may use this server; {TOKEN_VARIABLE} sets a token")
+        if record is not None:
+            record.open("ab").close()  # what cannot be written is said now, and not at the end
+            store.record()
         left = run(store, chosen, started)
+        if record is not None:
+            store.recorded().save(record)
         if left:
             warn(f"stopped; {left} requests under way were cut off")
             sys.stdout.flush()

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydedup.cli.output import console, print_fields, print_line, width
-from pydedup.cli.text import clean
+from pydedup.text import clean
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Column", "print_table"]
+__all__ = ["Column", "print_table", "shorten"]
 
 _GAP = "  "
 #: A name is shortened to no less than this; below, nobody could tell it from its siblings.

@@ -14,8 +14,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup import Store
-from pydedup.cli import options, output, text
+from pydedup import Store, text
+from pydedup.cli import options, output
 from pydedup.cli.looking import tensor_document
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table

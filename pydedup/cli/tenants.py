@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from pydedup import Store
-from pydedup.cli import options, output, text
+from pydedup import Store, text
+from pydedup.cli import options, output
 from pydedup.cli.tables import Column, print_table
 from pydedup.quotas import MEASURES, Quota, quota_of
 from pydedup.usage import Usage, ValueUsage

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import click
 
-from pydedup.cli import options, output, text
+from pydedup import text
+from pydedup.cli import options, output
 from pydedup.cli.errors import Exit
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table

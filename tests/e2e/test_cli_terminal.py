@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.cli import tables, text
+from pydedup import text
+from pydedup.cli import tables
 
 PROGRAM = [sys.executable, "-P", "-m", "pydedup"]
 LONG = "encoder.layer.11.attention.self.query.weight"

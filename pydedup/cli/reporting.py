@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup report``: a store as one page for a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pydedup import text
+from pydedup.cli import options, output
+from pydedup.cli.progress import Watch
+from pydedup.replacement import Trace
+
+__all__ = ["report"]
+
+
+@click.command(short_help="Write one HTML page: sizes, sharing, pages, guarantees, cache.")
+@options.store_argument
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="Where to write it; - is standard output.",
+)
+@click.option(
+    "--model",
+    "models",
+    metavar="NAME",
+    multiple=True,
+    help="Show this model block by block, instead of the largest; may be given several times.",
+)
+@click.option(
+    "--trace",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Uses of pages that `pydedup serve --record` wrote: what each policy would have missed.",
+)
+@options.memory_option
+@options.quiet_option
+def report(
+    url: str, path: Path, models: tuple[str, ...], trace: Path | None, memory: str, quiet: bool
+) -> None:
+    """Write a store as one HTML page.
+
+    It shows sizes, who shares with whom, layers and blocks, pages, guarantees, and with --trace
+    what each replacement policy would have missed. It loads nothing, from nowhere, and has no
+    script, so it may be mailed or archived.
+
+    Needs the extra `report`.
+    """
+    recorded = None if trace is None else Trace.load(trace)
+    to_stdout = str(path) == "-"
+    with options.read_store(url, memory) as store, Watch("looking at the store", quiet=quiet):
+        page = store.report(None if to_stdout else path, models=models, trace=recorded)
+    if to_stdout:
+        click.echo(page, nl=False)
+    else:
+        output.print_line(f"{path}: {text.size(len(page.encode()))}")

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that a report of a store says, as numbers of one moment. Not here: how it looks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pydedup.adapter import LIVE, Adapter, ModelRow
+from pydedup.catalog import Catalog, StoredModel, model_info
+from pydedup.layout import PAGE_BYTES
+from pydedup.pool import PagePool
+from pydedup.replacement import Trace
+from pydedup.report.curves import Curves, miss_curves
+from pydedup.report.detail import TensorBlocks, blocks_of
+from pydedup.report.families import Common, common_blocks
+from pydedup.report.figures import StoreStats, store_stats
+from pydedup.types import ModelInfo
+from pydedup.usage import Readers, bytes_by_group
+
+__all__ = ["Called", "Detail", "ModelLine", "StoreReport", "gather"]
+
+#: Bins of the histogram of how full pages are.
+FILL_BINS = 10
+# Models that are shown block by block when none is named.
+_DETAILS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLine:
+    """One model, and what its blocks take, counted as `pydedup.usage` does.
+
+    ``used_bytes`` is ``shared_bytes`` and ``marginal_bytes``: what removing it frees.
+    """
+
+    info: ModelInfo
+    certificate: Mapping[str, Any]
+    pages: int
+    used_bytes: int
+    marginal_bytes: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """What its blocks take that other models use too."""
+        return self.used_bytes - self.marginal_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """One model, block by block."""
+
+    address: str
+    tensors: tuple[TensorBlocks, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A model of a trace; without a name it is not in the store (any more)."""
+
+    address: str | None
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReport:
+    """A store at one moment.
+
+    Attributes
+    ----------
+    models
+        In the order of their rows; ``common.readers`` are places in it.
+    used_bytes
+        What the blocks that models use take, each counted once.
+    page_fill
+        How many live pages are filled to 0-10 %, 10-20 %, ...
+    curves, called, trace_known
+        Of the trace, if there is one: its miss ratios, its models by their calls, and how much of
+        its pages the store has.
+    """
+
+    made_at: float
+    stats: StoreStats
+    models: tuple[ModelLine, ...]
+    used_bytes: int
+    page_fill: tuple[int, ...]
+    common: Common
+    details: tuple[Detail, ...]
+    curves: Curves | None
+    called: tuple[Called, ...]
+    trace_known: float
+    trace_complete: bool
+
+
+def gather(
+    adapter: Adapter,
+    catalog: Catalog,
+    pool: PagePool,
+    names: Sequence[str],
+    trace: Trace | None,
+) -> StoreReport:
+    """Look at a store; ``names`` are the models to show block by block.
+
+    Raises
+    ------
+    NotFoundError
+        When there is no such model.
+    ArgumentError
+        When the trace does not fit together.
+    """
+    with adapter.snapshot():
+        stats = store_stats(adapter, pool.stats())
+        rows = adapter.models()
+        aliases: dict[int, list[str]] = {}
+        for _, alias, model_id in adapter.aliases():
+            aliases.setdefault(model_id, []).append(alias)
+        readers = Readers.of_store(adapter, pool, rows)
+        used, marginal, shared = bytes_by_group(readers, np.arange(len(rows)), len(rows))
+        pages = np.bincount(readers.rows[:, 0], minlength=len(rows))
+        number = {row.id: i for i, row in enumerate(rows)}
+        chosen = [number[catalog.resolve(name).id] for name in names]
+        largest = sorted(range(len(rows)), key=lambda i: (-rows[i].logical_bytes, rows[i].id))
+        chosen = list(dict.fromkeys(chosen)) or largest[:_DETAILS]
+        common = common_blocks(readers, list(dict.fromkeys([*chosen, *largest])))
+        details = [_detail(adapter, rows[i], common) for i in chosen if i in common.readers]
+        sizes = {page.id: page.payload_bytes for page in adapter.page_rows(state=LIVE)}
+    fill = np.array(list(sizes.values()), np.float64) * FILL_BINS / PAGE_BYTES
+    bins = np.minimum(fill, FILL_BINS - 1).astype(np.int64)
+    lines = [
+        ModelLine(
+            info=model_info(row, aliases.get(row.id, ())),
+            certificate=json.loads(row.certificate or "{}"),
+            pages=int(pages[i]),
+            used_bytes=int(used[i]),
+            marginal_bytes=int(marginal[i]),
+        )
+        for i, row in enumerate(rows)
+    ]
+    known = 0.0
+    if trace is not None and len(trace):
+        seen = np.unique(trace.pages)
+        known = float(np.isin(seen, np.array(list(sizes), np.int64)).mean())
+    return StoreReport(
+        made_at=time.time(),
+        stats=stats,
+        models=tuple(lines),
+        used_bytes=int(marginal.sum()) + shared,
+        page_fill=tuple(np.bincount(bins, minlength=FILL_BINS).tolist()),
+        common=common,
+        details=tuple(details),
+        curves=None if trace is None else miss_curves(trace),
+        called=() if trace is None else _called(trace, {row.id: row for row in rows}),
+        trace_known=known,
+        trace_complete=trace is None or trace.complete,
+    )
+
+
+def _detail(adapter: Adapter, row: ModelRow, common: Common) -> Detail:
+    # Block maps of this snapshot, not cached ones: a vacuum may have moved blocks since.
+    model = StoredModel(adapter, row)
+    return Detail(model.address, tuple(blocks_of(model.tensors, model.block_maps(), common)))
+
+
+def _called(trace: Trace, rows: Mapping[int, ModelRow]) -> tuple[Called, ...]:
+    owners, calls = np.unique(trace.owners, return_counts=True)
+    found = [
+        Called(f"{rows[owner].name}@{rows[owner].version}" if owner in rows else None, count)
+        for owner, count in zip(owners.tolist(), calls.tolist(), strict=True)
+    ]
+    return tuple(sorted(found, key=lambda called: -called.calls))

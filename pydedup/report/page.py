@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a store to its report on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydedup.adapter import Adapter
+from pydedup.catalog import Catalog
+from pydedup.errors import UnsupportedFormatError
+from pydedup.pool import PagePool
+from pydedup.replacement import Trace
+from pydedup.report.gather import gather
+
+__all__ = ["report"]
+
+
+def report(
+    adapter: Adapter,
+    catalog: Catalog,
+    pool: PagePool,
+    path: str | os.PathLike[str] | None,
+    models: Sequence[str],
+    trace: Trace | None,
+) -> str:
+    """Return a report as HTML, and write it when there is a path; see `Store.report`."""
+    try:
+        from pydedup.report.html import render
+    except ModuleNotFoundError as error:
+        raise UnsupportedFormatError(
+            f"reports need the package {error.name!r}: pip install 'pydedup[report]'"
+        ) from None
+    page = render(gather(adapter, catalog, pool, models, trace))
+    if path is not None:
+        _replace(Path(path), page)
+    return page
+
+
+def _replace(path: Path, page: str) -> None:
+    """Write a file that appears when it is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
