@@ -40,7 +40,7 @@ COMMANDS = (
     *("verify", "vacuum", "quota", "demo", "kernels"),
 )
 #: What prints no result.
-WITHOUT_JSON = ("serve",)
+WITHOUT_JSON = ("serve", "sql")
 
 
 def run_program(

@@ -16,6 +16,8 @@ import pydedup
 from pydedup.errors import ArgumentError, NotFoundError, ReadOnlyError
 from pydedup.graph import Graph, Node
 from pydedup.jobs import SCORING
+from pydedup.testing._contract_base import with_option
+from pydedup.testing.servers import unused_name
 
 from .conftest import Tables, add, features, linear
 
@@ -528,3 +530,39 @@ def test_arguments_that_are_wrong(tables: Tables, new_name: Make) -> None:
             store.score(query, "m@1", into=new_name(), on_error="ignore")
         with pytest.raises(ArgumentError, match="batch is 0"):
             store.score(query, "m@1", into=new_name(), batch=0)
+
+
+def test_a_role_that_may_only_read_the_store(postgres_url: str, postgres_schema: str) -> None:
+    """Predictions go to a schema of its own; the store is only read."""
+    url = with_option(postgres_url, f"schema={postgres_schema}")
+    w, x, role = add(url, "m@1"), features(5), unused_name()
+    as_role = url.replace("postgres:@", f"{role}@", 1).replace("postgres@", f"{role}@", 1)
+    tables = Tables(url)
+    for statement in (
+        f"CREATE ROLE {role} LOGIN",
+        f"CREATE SCHEMA {role} AUTHORIZATION {role}",
+        f"GRANT USAGE ON SCHEMA {postgres_schema} TO {role}",
+        f"GRANT SELECT ON ALL TABLES IN SCHEMA {postgres_schema} TO {role}",
+        f"CREATE TABLE {role}.t (id int, f0 float8, f1 float8, f2 float8)",
+        f"GRANT SELECT ON {role}.t TO {role}",
+    ):
+        tables.run(statement)
+    try:
+        rows = [[i + 1, *map(float, row)] for i, row in enumerate(x)]
+        tables.run(f"INSERT INTO {role}.t VALUES (?, ?, ?, ?)", rows)
+        query, into = query_of(f"{role}.t"), f"{role}.predictions"
+        with pydedup.open(as_role) as store:
+            assert store.read_only
+            with pytest.raises(ReadOnlyError, match="--source"):
+                store.score(query, "m@1", into=into)
+            with pytest.raises(ReadOnlyError, match="name the version: m@1"):
+                store.score(query, "m", into=into, source=as_role)
+            assert store.score(query, "m@1", into=into, source=as_role).table == into
+            elsewhere = f"{postgres_schema}.predictions"
+            with pytest.raises(ArgumentError, match="permission denied for schema"):
+                store.score(query, "m@1", into=elsewhere, source=as_role)
+        assert_right(predictions(tables, into), x, w)
+    finally:
+        tables.run(f"DROP SCHEMA {role} CASCADE")
+        tables.run(f"DROP OWNED BY {role}")
+        tables.run(f"DROP ROLE {role}")
