@@ -509,7 +509,7 @@ class Store(StoreUpkeep):
         return page.report(self._adapter, self._catalog, self._pool, path, models, trace)
 
     def record(self, max_uses: int = 1_000_000) -> None:
-        """Record the uses of pages by predictions from now on, at 16 bytes each; 0 ends that."""
+        """Record the uses of pages from now on, at 16 bytes each; 0 ends that."""
         self._pool.record(max_uses)
 
     def recorded(self) -> Trace:

@@ -180,12 +180,12 @@ def _screen(url: str, rates: Rates | None, trouble: str, size: tuple[int, int]) 
         said = f"{text.clean(trouble)}; asking again{again}"
         parts.append(Text(said, "bold red", no_wrap=True, overflow="ellipsis"))
     if rates is not None:
-        fields = Table.grid(padding=(0, 2))
-        fields.add_column(style="dim", no_wrap=True)
+        fields = Table.grid(padding=(0, 2), pad_edge=False)
+        fields.add_column(style="dim", no_wrap=True, min_width=8)
         fields.add_column(no_wrap=True, overflow="ellipsis")
         for label, value in _fields(rates):
             fields.add_row(label, Text(value))
-        parts += ["", fields, "", _model_table(rates, width, height - 16)]
+        parts += ["", fields, "", _model_table(rates, width, height - 14)]
     return Group(*parts)
 
 
@@ -202,9 +202,10 @@ def _model_table(rates: Rates, width: int, room: int) -> Any:
     name_room = max(width - 13 * (len(columns) - 1), 12)
     for row in rows[: max(room, 1)]:
         shown = [shorten(text.clean(row[0]), name_room), *row[1 : len(columns)]]
-        table.add_row(
-            *(Text(cell, column.style) for cell, column in zip(shown, columns, strict=True))
-        )
+        styles = [column.style for column in columns]
+        if row[2].strip("0.,"):  # failures
+            styles[2] = "red"
+        table.add_row(*(Text(cell, style) for cell, style in zip(shown, styles, strict=True)))
     if len(rows) > max(room, 1):
         table.add_row(Text(f"and {len(rows) - max(room, 1):,} more", "dim"))
     return table

@@ -31,7 +31,7 @@ class Curves:
     ratios
         Per policy, misses by uses at each size.
     uses, pages, calls
-        Of the trace: its uses of pages, the distinct pages that were replayed, its predictions.
+        Of the trace: its uses of pages, the distinct pages that were replayed, its calls.
     page_bytes
         Size of these pages.
     replayed

@@ -350,7 +350,7 @@ def _cache(report: StoreReport) -> dict[str, Any] | None:
         )
     words = (
         f"{text.plural(curves.uses, 'use')} of {text.plural(curves.pages, 'page')} "
-        f"({text.size(curves.page_bytes)}) in {text.plural(curves.calls, 'prediction')}, replayed "
+        f"({text.size(curves.page_bytes)}) in {text.plural(curves.calls, 'call')}, replayed "
         "through a pool that is empty at first: the part of the uses that would have been misses."
     )
     total = sum(called.calls for called in report.called)

@@ -310,7 +310,7 @@ def test_a_server_records_what_it_used(start: Start, store_url: str, tmp_path: P
         page = store.report(trace=trace)
     called = [numbers[owner] for owner in trace.owners.tolist()]
     assert called == ["dense@2"] * 7 + ["dense@1"]
-    assert "in 8 predictions" in page
+    assert "in 8 calls" in page
 
 
 def test_a_trace_that_cannot_be_written_is_said_at_once(store_url: str, tmp_path: Path) -> None:

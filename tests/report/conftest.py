@@ -21,6 +21,8 @@ HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;{{7*7}}
 TENSOR = "</svg><svg onload=alert(3)>.weight"
 STEERING = "evil\u202egnp.exe"
 
+LONG = "x" * 240
+
 WORDS, DIM, HIDDEN = 2000, 64, 128
 
 
@@ -59,6 +61,9 @@ def fill(store: pydedup.Store) -> None:
     store.add("other@1", base(1), graph=GRAPH)
     store.add(f"{HOSTILE}@<b>1</b>", {**model, TENSOR: np.ones((3, 3), np.float32)})
     store.add(f"{STEERING}@1", {"w": rng.standard_normal((64, 64), np.float32)})
+    # No place to break a line.
+    store.add(f"{LONG}@1", {LONG * 4: np.ones((200, 200), np.float32)})
+    store.alias(LONG, "alias-" + LONG, "1")
     store.alias("reviews-near", "<i>prod</i>", "1")
 
 

@@ -81,6 +81,31 @@ def test_a_trace_of_another_store_is_told_apart(family_url: str) -> None:
             store.report(models=["nobody@1"])
 
 
+def test_uses_outside_of_calls_are_shown_too(family_url: str) -> None:
+    with pydedup.open(family_url, mode="r") as store:
+        store.record()
+        store.explain("reviews@1")
+        trace = store.recorded()
+        page = store.report(trace=trace)
+    assert len(trace) > 0
+    assert len(trace.owners) == 0
+    assert "in 0 calls" in page
+    assert "Models by their calls" not in page
+
+
+def test_what_must_be_installed_is_said(family_url: str) -> None:
+    code = (
+        "import sys; sys.modules['jinja2'] = None\n"
+        "from pydedup.cli import main\n"
+        f"sys.exit(main(['report', {family_url!r}, '-o', '-']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5
+    assert done.stderr.strip().endswith("pip install 'pydedup[report]'")
+
+
 def test_every_back_end_has_a_report(store_url: str) -> None:
     with pydedup.open(store_url) as store:
         weights = np.random.default_rng(0).standard_normal((128, 64), np.float32)

@@ -38,7 +38,9 @@ def trace(family_url: str) -> Trace:
 @pytest.fixture(scope="module")
 def html(family_url: str, trace: Trace) -> str:
     with pydedup.open(family_url, mode="r") as store:
-        return store.report(models=["reviews-near@1", f"{HOSTILE}@<b>1</b>"], trace=trace)
+        return store.report(
+            models=["reviews-near@1", f"{HOSTILE}@<b>1</b>", "x" * 240], trace=trace
+        )
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_models_are_counted_as_explain_counts_them(page: Page, family_url: str) 
     shown = rows(page, "models")
     with pydedup.open(family_url, mode="r") as store:
         infos = store.models()
-        assert len(shown) == len(infos) == 7
+        assert len(shown) == len(infos) == 8
         for info in infos:
             explained, figures = store.explain(info.address), store.info(info.address)
             assert shown[text.clean(info.address)] == [
@@ -206,7 +208,7 @@ def test_pages_by_how_full_they_are(page: Page, family_url: str) -> None:
 def test_guarantees(page: Page, family_url: str) -> None:
     shown = rows(page, "policies")
     assert {policy: numbers[0] for policy, numbers in shown.items()} == {
-        "lossless": 5,
+        "lossless": 6,
         "exact": 1,
         "bounded": 1,
     }
