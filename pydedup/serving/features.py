@@ -37,10 +37,15 @@ _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, slots=True)
 class InputKind:
-    """What a model takes for a row: integer ids, or numbers, and how many where it is known."""
+    """What a model takes for a row: integer ids, or numbers, and how many where it is known.
+
+    Where not even the first is known, as of what ONNX Runtime runs, ``as_given`` leaves a row of
+    integers as that.
+    """
 
     ids: bool
     width: int | None
+    as_given: bool = False
 
 
 def input_kind(graph: Graph, shapes: Mapping[str, Sequence[int]], model: str) -> InputKind:
@@ -179,7 +184,8 @@ def _checked(numbers: Sequence[int | float], kind: InputKind, names: Sequence[st
                 raise ArgumentError(f"{name} is {number}, and the model takes integer ids")
         elif abs(number) > _FLOAT32_MAX:
             raise ArgumentError(f"{name} is {number}, beyond what float32 holds")
-    if kind.ids:
+    whole = kind.as_given and all(isinstance(number, int) for number in numbers)
+    if kind.ids or (whole and all(_INT64[0] <= number <= _INT64[1] for number in numbers)):
         return np.array([int(number) for number in numbers], dtype=np.int64)
     return np.array(numbers, dtype=np.float32)
 
@@ -228,9 +234,9 @@ def predict_rows(
     Rows of one shape are one batch. Where the model refuses a batch, halves of it are tried.
     """
     found: list[Any] = [None] * len(rows)
-    by_shape: dict[tuple[int, ...], list[int]] = {}
+    by_shape: dict[tuple[object, ...], list[int]] = {}
     for place, row in enumerate(rows):
-        by_shape.setdefault(row.shape, []).append(place)
+        by_shape.setdefault((row.dtype, *row.shape), []).append(place)
     pending = list(by_shape.values())
     while pending:
         places = pending.pop()

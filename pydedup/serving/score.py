@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, RowAdapter, RowColumn
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError, ConflictError, NotFoundError, ReadOnlyError
+from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.jobs import SCORING
 from pydedup.names import parse_address
-from pydedup.serving.features import Outputs, features_of, input_kind, predict_rows
+from pydedup.serving.features import InputKind, Outputs, features_of, input_kind, predict_rows
 from pydedup.types import Progress, RowFailure, ScoreReport
 
 __all__ = ["BATCH", "graph_of", "score_rows"]
@@ -47,9 +48,9 @@ def graph_of(model: StoredModel) -> Graph:
     graph = model.graph()
     if graph is None:
         raise NotFoundError(
-            f"{model.address} has no graph to predict with, which rows of SQL need (ONNX Runtime "
-            "is not used for them); give add(..., graph=...), or add it from a "
-            "torch.nn.Sequential, Keras or ONNX model of layers that pydedup knows"
+            f"{model.address} has no graph to predict with, which functions of SQL need (ONNX "
+            "Runtime is not used for them, but by `pydedup score`); give add(..., graph=...), or "
+            "add it from a torch.nn.Sequential, Keras or ONNX model of layers that pydedup knows"
         )
     return graph
 
@@ -84,8 +85,9 @@ def score_rows(
     table = rows.full_table_name(into)
     pin = _Pin(adapter, catalog, rows.url, table, query, model)
     stored = pin.take()
+    kind = _kind_of(stored, adapter)
     with rows.read_rows(query, batch) as stream:
-        work = _Scoring(rows, table, stream.columns, key, stored, catalog, predict, on_error)
+        work = _Scoring(rows, table, stream.columns, key, stored, catalog, kind, predict, on_error)
         work.begin()
         for found in stream:
             work.score(found)
@@ -94,6 +96,14 @@ def score_rows(
         work.end()
     pin.end()
     return work.report(resumed=pin.resumed)
+
+
+def _kind_of(model: StoredModel, adapter: Adapter) -> InputKind:
+    """Return what a model takes for a row. Raises NotFoundError when it cannot predict."""
+    if model.graph() is None and ONNX_GRAPH in dict(adapter.artifacts(model.row.id)):
+        return InputKind(ids=False, width=None, as_given=True)
+    shapes = {info.name: info.shape for info in model.tensors}
+    return input_kind(graph_of(model), shapes, model.address)
 
 
 class _Pin:
@@ -163,6 +173,7 @@ class _Scoring:
         key: str | None,
         model: StoredModel,
         catalog: Catalog,
+        kind: InputKind,
         predict: Predict,
         on_error: str,
     ) -> None:
@@ -177,8 +188,7 @@ class _Scoring:
                 f"the query has no column but the key {self._key.name!r}; name the features after "
                 "it: SELECT id, f1, f2 ..."
             )
-        shapes = {info.name: info.shape for info in model.tensors}
-        self._kind = input_kind(graph_of(model), shapes, model.address)
+        self._kind = kind
         self._outputs: Outputs | None = None
         self._columns: tuple[str, ...] | None = None
         self._started = time.monotonic()

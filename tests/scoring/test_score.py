@@ -566,3 +566,55 @@ def test_a_role_that_may_only_read_the_store(postgres_url: str, postgres_schema:
         tables.run(f"DROP SCHEMA {role} CASCADE")
         tables.run(f"DROP OWNED BY {role}")
         tables.run(f"DROP ROLE {role}")
+
+
+def test_what_onnx_runtime_runs(
+    tables: Tables, source: Make, new_name: Make, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    w = np.random.default_rng(0).standard_normal((3, 1)).astype(np.float32)
+    table_of_ids = np.arange(20, dtype=np.float32)
+
+    def save(name: str, nodes: list[Any], array: np.ndarray, kind: int, width: int) -> Path:
+        graph = helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("x", kind, ["b", width])],
+            [helper.make_tensor_value_info("y", 1, None)],
+            [helper.make_tensor("w", 1, array.shape, array.tobytes(), raw=True)],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+        model.ir_version = 8
+        onnx.save(model, tmp_path / name)
+        return tmp_path / name
+
+    sine = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Sin", ["a"], ["y"]),
+    ]
+    gather = [
+        helper.make_node("Gather", ["w", "x"], ["a"]),
+        helper.make_node("Cos", ["a"], ["y"]),
+    ]
+    with pydedup.open(tables.url) as store:
+        store.add("sine@1", save("sine.onnx", sine, w, 1, 3))
+        store.add("ids@1", save("ids.onnx", gather, table_of_ids, 7, 1))
+        assert store.graph("sine@1") is None
+        assert store.graph("ids@1") is None
+    x = features(20)
+    x[3] = [1, 2, 3]  # a row of whole numbers is one of numbers all the same
+    table, sines, cosines = source(x), new_name(), new_name()
+    with pydedup.open(tables.url) as store:
+        store.score(query_of(table), "sine@1", into=sines)
+        store.score(f"SELECT id, id - 1 AS n FROM {table}", "ids@1", into=cosines)
+        with pytest.raises(ArgumentError):
+            store.score(f"SELECT id, f0, f1 FROM {table}", "sine@1", into=new_name())
+    found = predictions(tables, sines)
+    np.testing.assert_allclose(
+        [found[i + 1] for i in range(20)], np.sin(x @ w)[:, 0], rtol=1e-4, atol=1e-5
+    )
+    found = predictions(tables, cosines)
+    np.testing.assert_allclose(
+        [found[i + 1] for i in range(20)], np.cos(table_of_ids), rtol=1e-4, atol=1e-5
+    )
