@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (names of tables are made here)
 """Tables of users beside a store, made and read by the drivers and not by our adapters."""
 
 from __future__ import annotations
@@ -113,7 +114,24 @@ def source(tables: Tables, new_name: Callable[[], str]) -> Callable[..., str]:
         rows = [[i + 1, *map(float, row)] for i, row in enumerate(x)]
         order = np.random.default_rng(1).permutation(len(rows))
         marks = ", ".join("?" * (1 + x.shape[1]))
-        tables.run(f"INSERT INTO {name} VALUES ({marks})", [rows[i] for i in order])  # noqa: S608
+        tables.run(f"INSERT INTO {name} VALUES ({marks})", [rows[i] for i in order])
         return name
 
     return make
+
+
+def query_of(table: str, more: str = "") -> str:
+    return f"SELECT id, f0, f1, f2 FROM {table} {more}"
+
+
+def predictions(tables: Tables, table: str) -> dict[Any, float]:
+    rows = tables.run(f"SELECT id, prediction FROM {table}")
+    found = dict(rows)
+    assert len(found) == len(rows)
+    return found
+
+
+def assert_right(found: dict[Any, float], x: np.ndarray, w: np.ndarray) -> None:
+    assert sorted(found) == list(range(1, len(x) + 1))
+    wanted = (x @ w.T)[:, 0]
+    np.testing.assert_allclose([found[i + 1] for i in range(len(x))], wanted, rtol=1e-5, atol=1e-6)

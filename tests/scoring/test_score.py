@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: S608 (names of tables are made here)
-"""`Store.score` on each back end: what is written, what is refused, and how it goes on."""
+"""`Store.score` on each back end: what is read, and what is written."""
 
 from __future__ import annotations
 
@@ -13,32 +13,14 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError, NotFoundError, ReadOnlyError
+from pydedup.errors import ArgumentError, ReadOnlyError
 from pydedup.graph import Graph, Node
-from pydedup.jobs import SCORING
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.servers import unused_name
 
-from .conftest import Tables, add, features, linear
+from .conftest import Tables, add, assert_right, features, linear, predictions, query_of
 
 Make = Callable[..., str]
-
-
-def query_of(table: str, more: str = "") -> str:
-    return f"SELECT id, f0, f1, f2 FROM {table} {more}"
-
-
-def predictions(tables: Tables, table: str) -> dict[Any, float]:
-    rows = tables.run(f"SELECT id, prediction FROM {table}")
-    found = dict(rows)
-    assert len(found) == len(rows)
-    return found
-
-
-def assert_right(found: dict[Any, float], x: np.ndarray, w: np.ndarray) -> None:
-    assert sorted(found) == list(range(1, len(x) + 1))
-    wanted = (x @ w.T)[:, 0]
-    np.testing.assert_allclose([found[i + 1] for i in range(len(x))], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_each_row_is_predicted_and_written(tables: Tables, source: Make, new_name: Make) -> None:
@@ -57,21 +39,6 @@ def test_each_row_is_predicted_and_written(tables: Tables, source: Make, new_nam
     assert_right(predictions(tables, into), x, w)
     assert {row[0] for row in tables.run(f"SELECT DISTINCT model FROM {into}")} == {"m@1"}
     assert (again.rows, again.skipped) == (0, 2500)
-
-
-def test_new_rows_alone_are_written_the_next_time(
-    tables: Tables, source: Make, new_name: Make
-) -> None:
-    w, x, into = add(tables.url, "m@1"), features(300), new_name()
-    table = source(x)
-    with pydedup.open(tables.url) as store:
-        store.score(query_of(table, "WHERE id <= 200"), "m@1", into=into, batch=64)
-        tables.run(f"UPDATE {into} SET prediction = 7 WHERE id = 3")
-        report = store.score(query_of(table, "ORDER BY id DESC"), "m@1", into=into, batch=64)
-    assert (report.rows, report.skipped) == (100, 200)
-    found = predictions(tables, into)
-    assert found.pop(3) == 7  # what is there is left alone
-    assert_right({**found, 3: float((x @ w.T)[2, 0])}, x, w)
 
 
 def test_the_key_may_be_any_column_and_any_kind(
@@ -189,78 +156,6 @@ def test_models_of_ids_take_integers(tables: Tables, new_name: Make) -> None:
     assert [f.reason for f in other.failures] == ["v is 1.5, and the model takes integer ids"]
 
 
-def test_a_row_that_cannot_be_predicted(tables: Tables, source: Make, new_name: Make) -> None:
-    w, x, into = add(tables.url, "m@1"), features(30), new_name()
-    table = source(x)
-    tables.run(f"UPDATE {table} SET f1 = NULL WHERE id IN (15, 17)")
-    ordered = query_of(table, "ORDER BY id")
-    with pydedup.open(tables.url) as store:
-        with pytest.raises(
-            ArgumentError,
-            match=r"row with id 15, and 1 more of its batch: f1 is NULL; nothing of this batch was "
-            r"written, 10 rows before it were",
-        ):
-            store.score(ordered, "m@1", into=into, batch=10)
-        assert set(predictions(tables, into)) == set(range(1, 11))
-        report = store.score(ordered, "m@1", into=into, batch=10, on_error="skip")
-    assert (report.rows, report.skipped, report.failed) == (18, 10, 2)
-    assert [(f.key, f.reason) for f in report.failures] == [(15, "f1 is NULL"), (17, "f1 is NULL")]
-    found = predictions(tables, into)
-    wanted = (x @ w.T)[:, 0]
-    found |= {15: float(wanted[14]), 17: float(wanted[16])}
-    assert_right(found, x, w)
-    for key, value in tables.run(f"SELECT id, f1 FROM {table} WHERE id = 15"):
-        assert (key, value) == (15, None)
-
-
-@pytest.mark.parametrize("bad", ["'NaN'", "'Infinity'"])
-def test_numbers_that_are_none(tables: Tables, source: Make, new_name: Make, bad: str) -> None:
-    if not tables.kind.startswith("postgres"):
-        pytest.skip("of these databases only PostgreSQL keeps NaN; see the next test for others")
-    add(tables.url, "m@1")
-    table = source(features(2))
-    tables.run(f"UPDATE {table} SET f2 = {bad} WHERE id = 2")
-    with pydedup.open(tables.url) as store:
-        report = store.score(query_of(table), "m@1", into=new_name(), on_error="skip")
-    assert report.rows == 1
-    assert report.failures[0].reason in ("f2 is nan", "f2 is inf")
-
-
-def test_values_that_are_no_numbers(tables: Tables, new_name: Make) -> None:
-    add(tables.url, "m@1")
-    blob = np.array([1, np.nan, 2], "<f4").tobytes()
-    cases: dict[str, str] = {
-        "SELECT 1 AS id, 'a' AS f0, 2 AS f1, 3 AS f2": "f0 is no number but str",
-        "SELECT 1 AS id, 1e300 AS f0, 2 AS f1, 3 AS f2": "beyond what float32 holds",
-        "SELECT 1 AS id, '[1, 2' AS v": "v is a text that is no JSON array of numbers",
-        "SELECT 1 AS id, '{\"a\": 1}' AS v": "v is JSON, and no array of numbers",
-        "SELECT 1 AS id, '[1, [2], 3]' AS v": "the lists in v differ in length",
-        "SELECT 1 AS id, '[]' AS v": "v is an empty array",
-        "SELECT 1 AS id, '[1, null, 3]' AS v": "v is NULL",
-        "SELECT 1 AS id, '[1, NaN, 3]' AS v": "v is nan",
-        "SELECT NULL AS id, 1 AS f0, 2 AS f1, 3 AS f2": "the key 'id' is NULL",
-    }
-    if not tables.kind.startswith("postgres"):
-        cases[f"SELECT 1 AS id, X'{blob.hex()}' AS v"] = "v holds nan at place 1"
-        cases["SELECT 1 AS id, X'0102' AS v"] = "v has 2 bytes, which is no number of float32"
-    into = new_name()
-    with pydedup.open(tables.url) as store:
-        for query, reason in cases.items():
-            with pytest.raises(ArgumentError) as caught:
-                store.score(query, "m@1", into=into)
-            assert reason in str(caught.value), query
-
-
-def test_a_key_that_is_not_unique_is_told(tables: Tables, new_name: Make) -> None:
-    add(tables.url, "m@1")
-    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 1, 4, 5, 6"
-    with (
-        pydedup.open(tables.url) as store,
-        pytest.raises(ArgumentError, match="row with id 1: the key 'id' occurs twice"),
-    ):
-        store.score(query, "m@1", into=new_name())
-
-
 def test_a_query_that_finds_nothing_makes_the_table(
     tables: Tables, source: Make, new_name: Make
 ) -> None:
@@ -270,98 +165,6 @@ def test_a_query_that_finds_nothing_makes_the_table(
         report = store.score(query_of(table, "WHERE id < 0"), "m@1", into=into)
     assert (report.rows, report.skipped, report.failed) == (0, 0, 0)
     assert tables.run(f"SELECT id, prediction_0, prediction_1, model FROM {into}") == []
-
-
-def test_wrong_columns_are_told_before_any_row(
-    tables: Tables, source: Make, new_name: Make
-) -> None:
-    add(tables.url, "m@1")
-    table = source(features(3))
-    with pydedup.open(tables.url) as store:
-        with pytest.raises(ArgumentError, match=r"m@1 takes 3 features, and the query has 2 col"):
-            store.score(f"SELECT id, f0, f1 FROM {table}", "m@1", into=new_name())
-        with pytest.raises(ArgumentError, match="no column but the key 'id'"):
-            store.score(f"SELECT id FROM {table}", "m@1", into=new_name())
-        with pytest.raises(NotFoundError, match="no model 'other'"):
-            store.score(query_of(table), "other", into=new_name())
-        store.add("plain@1", {"w": np.ones((2, 2), np.float32)})
-        with pytest.raises(NotFoundError, match="no graph to predict with"):
-            store.score(query_of(table), "plain@1", into=new_name())
-
-
-REFUSED = (
-    "DELETE FROM {t}",
-    "UPDATE {t} SET f0 = 1",
-    "INSERT INTO {t} VALUES (9, 1, 2, 3)",
-    "DROP TABLE {t}",
-    "CREATE TABLE evil (id INTEGER)",
-    "SELECT id, f0, f1, f2 FROM {t}; DELETE FROM {t}",
-    "SELECT id, f0, f1, f2 FROM {t}; COMMIT; DELETE FROM {t}",
-    "WITH x AS (SELECT 1) DELETE FROM {t}",
-    "/* SELECT */ DELETE FROM {t}",
-    "-- SELECT\nDELETE FROM {t}",
-    "COMMIT",
-    "PRAGMA writable_schema = 1",
-    "",
-    ";",
-    "SELECT",
-    "SELECT nothing FROM {t}",
-    "SELECT * FROM no_such_table",
-    "SELECT id, f0, f1, f2 FROM {t} WHERE",
-    "EXPLAIN SELECT 1",
-    "SELECT 1\0",
-)
-
-
-def test_what_is_no_single_select_is_refused(tables: Tables, source: Make, new_name: Make) -> None:
-    add(tables.url, "m@1")
-    x = features(3)
-    table, into = source(x), new_name()
-    with pydedup.open(tables.url) as store:
-        for query in REFUSED:
-            with pytest.raises((ArgumentError, ReadOnlyError)):
-                store.score(query.format(t=table), "m@1", into=into)
-        assert store.verify().errors == []
-        # Comments, an end and a % are a user's own.
-        query = f"/* a */ -- b\n SELECT id, f0, f1, f2 FROM {table} WHERE id % 2 = 1; -- the end"
-        assert store.score(query, "m@1", into=into).rows == 2
-    assert len(tables.run(f"SELECT f0 FROM {table}")) == 3
-
-
-@pytest.mark.parametrize(
-    "into",
-    ["", " ", "a b", "a;b", 'a"b', "a`b", "a'b", "1a", "a-b", "x" * 64, "a\0", "a.b.c", ".a", "a."],
-)
-def test_hostile_names_of_tables_are_refused(tables: Tables, into: str) -> None:
-    add(tables.url, "m@1")
-    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
-    with pydedup.open(tables.url) as store, pytest.raises(ArgumentError):
-        store.score(query, "m@1", into=into)
-
-
-def test_hostile_names_of_keys_are_refused(tables: Tables, new_name: Make) -> None:
-    add(tables.url, "m@1")
-    quote = "`" if tables.kind == "mysql" else '"'
-    into = new_name()
-    with pydedup.open(tables.url) as store:
-        for name in ("a b", "x); DROP TABLE y; --", "prediction", "model"):
-            query = f"SELECT 1 AS {quote}{name}{quote}, 1 AS a, 2 AS b, 3 AS c"
-            with pytest.raises(ArgumentError, match=r"no name for a column|cannot be called"):
-                store.score(query, "m@1", into=into)
-
-
-def test_tables_of_the_store_are_refused(tables: Tables) -> None:
-    add(tables.url, "m@1")
-    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
-    if tables.kind.startswith("postgres"):
-        schema = tables.url.partition("schema=")[2]
-        names = [f"{schema}.models", f"{schema}.sharing"]
-    else:
-        names = ["pydedup_models", "PYDEDUP_sharing", "pydedup_new"]
-    with pydedup.open(tables.url) as store:
-        for name in names:
-            with pytest.raises(ArgumentError, match="belongs to the store"):
-                store.score(query, "m@1", into=name)
 
 
 def test_a_table_of_ones_own(tables: Tables, source: Make, new_name: Make) -> None:
@@ -380,112 +183,6 @@ def test_a_table_of_ones_own(tables: Tables, source: Make, new_name: Make) -> No
             store.score(f"SELECT id AS k, f0, f1, f2 FROM {table}", "m@1", into=own)
     found = predictions(tables, own)
     np.testing.assert_allclose([found[i + 1] for i in range(5)], (x @ w.T)[:, 0], rtol=1e-4)
-
-
-def test_an_alias_is_what_it_was_until_the_work_is_done(
-    tables: Tables, source: Make, new_name: Make
-) -> None:
-    w1, w2 = add(tables.url, "m@1", seed=1), add(tables.url, "m@2", seed=2)
-    x = features(30)
-    table, into = source(x), new_name()
-    ordered = query_of(table, "ORDER BY id")
-    with pydedup.open(tables.url) as store:
-        store.alias("m", "prod", "1")
-        tables.run(f"UPDATE {table} SET f0 = NULL WHERE id = 25")
-        with pytest.raises(ArgumentError, match="row with id 25"):
-            store.score(ordered, "m@prod", into=into, batch=10)
-        store.alias("m", "prod", "2")
-        store.vacuum(lease_seconds=0.0)  # which leaves work that is to go on alone
-        assert [job[3] for job in store._adapter.jobs()] == [SCORING]
-        tables.run(f"UPDATE {table} SET f0 = 0 WHERE id = 25")
-        report = store.score(ordered, "m@prod", into=into, batch=10)
-        assert (report.model, report.rows, report.skipped, report.resumed) == ("m@1", 10, 20, True)
-        assert store._adapter.jobs() == []
-        x[24, 0] = 0
-        assert_right(predictions(tables, into), x, w1)
-        # Work that begins after that takes the alias as it is now.
-        tables.run(f"DELETE FROM {into} WHERE id <= 15")
-        report = store.score(ordered, "m@prod", into=into, batch=10)
-        assert (report.model, report.rows, report.resumed) == ("m@2", 15, False)
-    found = predictions(tables, into)
-    assert_right({k: v for k, v in found.items() if k <= 15}, x[:15], w2)
-    by_model = dict(tables.run(f"SELECT model, COUNT(*) FROM {into} GROUP BY model"))
-    assert by_model == {"m@1": 15, "m@2": 15}
-
-
-def test_an_alias_moved_in_the_middle_changes_nothing(
-    tables: Tables, source: Make, new_name: Make
-) -> None:
-    w1 = add(tables.url, "m@1", seed=1)
-    add(tables.url, "m@2", seed=2)
-    x, into = features(30), new_name()
-    table = source(x)
-    with pydedup.open(tables.url) as store:
-        store.alias("m", "prod", "1")
-
-        def move(stage: str, done: int, total: int) -> None:
-            store.alias("m", "prod", "2")
-
-        store.score(query_of(table), "m@prod", into=into, batch=10, progress=move)
-    assert_right(predictions(tables, into), x, w1)
-
-
-def test_the_version_of_work_that_was_removed_is_told(
-    tables: Tables, source: Make, new_name: Make
-) -> None:
-    add(tables.url, "m@1", seed=1)
-    table, into = source(features(3)), new_name()
-    tables.run(f"UPDATE {table} SET f0 = NULL WHERE id = 2")
-    with pydedup.open(tables.url) as store, pytest.raises(ArgumentError):
-        store.score(query_of(table), "m", into=into)
-    add(tables.url, "m@2", seed=2)
-    with pydedup.open(tables.url) as store:
-        store.remove("m@1")
-        with pytest.raises(NotFoundError, match=r"began with m@1, which was removed.*: m@2"):
-            store.score(query_of(table), "m", into=into)
-        tables.run(f"UPDATE {table} SET f0 = 0 WHERE id = 2")
-        assert store.score(query_of(table), "m@2", into=into).rows == 3
-
-
-def test_two_at_once_write_each_row_once(tables: Tables, source: Make, new_name: Make) -> None:
-    w, x, into = add(tables.url, "m@1"), features(200), new_name()
-    table = source(x)
-    with pydedup.open(tables.url) as first, pydedup.open(tables.url) as second:
-        inner: list[Any] = []
-
-        def interrupt(stage: str, done: int, total: int) -> None:
-            if not inner:
-                inner.append(None)
-                inner[0] = second.score(query_of(table), "m@1", into=into, batch=50)
-
-        report = first.score(query_of(table), "m@1", into=into, batch=50, progress=interrupt)
-    assert report.rows + inner[0].rows == 200
-    assert inner[0].skipped == report.rows == 50
-    assert_right(predictions(tables, into), x, w)
-
-
-def test_a_key_that_others_take_between_look_and_write(
-    tables: Tables, source: Make, new_name: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    w, x, into = add(tables.url, "m@1"), features(20), new_name()
-    table = source(x)
-    with pydedup.open(tables.url) as store:
-        store.score(query_of(table, "WHERE id < 0"), "m@1", into=into)
-        real = type(store._adapter).insert_predictions
-        taken: list[int] = []
-
-        def late(self: Any, name: str, columns: Any, rows: Any) -> bool:
-            if not taken:
-                taken.append(7)
-                tables.run(f"INSERT INTO {into} (id, prediction, model) VALUES (7, 1, 'other')")
-            return bool(real(self, name, columns, rows))
-
-        monkeypatch.setattr(type(store._adapter), "insert_predictions", late)
-        report = store.score(query_of(table), "m@1", into=into)
-    assert (report.rows, report.skipped) == (19, 1)
-    found = predictions(tables, into)
-    assert found.pop(7) == 1
-    assert_right({**found, 7: float((x @ w.T)[6, 0])}, x, w)
 
 
 def test_a_store_that_is_read_only_writes_elsewhere(
@@ -520,16 +217,6 @@ def test_another_database_than_the_stores(
     if tables.kind == "sqlite":
         assert before == tables.run("PRAGMA journal_mode") == [("delete",)]
         assert tables.run("PRAGMA application_id") == [(0,)]
-
-
-def test_arguments_that_are_wrong(tables: Tables, new_name: Make) -> None:
-    add(tables.url, "m@1")
-    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
-    with pydedup.open(tables.url) as store:
-        with pytest.raises(ArgumentError, match="on_error is 'ignore'"):
-            store.score(query, "m@1", into=new_name(), on_error="ignore")
-        with pytest.raises(ArgumentError, match="batch is 0"):
-            store.score(query, "m@1", into=new_name(), batch=0)
 
 
 def test_a_role_that_may_only_read_the_store(postgres_url: str, postgres_schema: str) -> None:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (names of tables are made here)
+"""`Store.score` on each back end: going on, aliases, and others who do the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError, NotFoundError
+from pydedup.jobs import SCORING
+
+from .conftest import Tables, add, assert_right, features, predictions, query_of
+
+Make = Callable[..., str]
+
+
+def test_new_rows_alone_are_written_the_next_time(
+    tables: Tables, source: Make, new_name: Make
+) -> None:
+    w, x, into = add(tables.url, "m@1"), features(300), new_name()
+    table = source(x)
+    with pydedup.open(tables.url) as store:
+        store.score(query_of(table, "WHERE id <= 200"), "m@1", into=into, batch=64)
+        tables.run(f"UPDATE {into} SET prediction = 7 WHERE id = 3")
+        report = store.score(query_of(table, "ORDER BY id DESC"), "m@1", into=into, batch=64)
+    assert (report.rows, report.skipped) == (100, 200)
+    found = predictions(tables, into)
+    assert found.pop(3) == 7  # what is there is left alone
+    assert_right({**found, 3: float((x @ w.T)[2, 0])}, x, w)
+
+
+def test_an_alias_is_what_it_was_until_the_work_is_done(
+    tables: Tables, source: Make, new_name: Make
+) -> None:
+    w1, w2 = add(tables.url, "m@1", seed=1), add(tables.url, "m@2", seed=2)
+    x = features(30)
+    table, into = source(x), new_name()
+    ordered = query_of(table, "ORDER BY id")
+    with pydedup.open(tables.url) as store:
+        store.alias("m", "prod", "1")
+        tables.run(f"UPDATE {table} SET f0 = NULL WHERE id = 25")
+        with pytest.raises(ArgumentError, match="row with id 25"):
+            store.score(ordered, "m@prod", into=into, batch=10)
+        store.alias("m", "prod", "2")
+        store.vacuum(lease_seconds=0.0)  # which leaves work that is to go on alone
+        assert [job[3] for job in store._adapter.jobs()] == [SCORING]
+        tables.run(f"UPDATE {table} SET f0 = 0 WHERE id = 25")
+        report = store.score(ordered, "m@prod", into=into, batch=10)
+        assert (report.model, report.rows, report.skipped, report.resumed) == ("m@1", 10, 20, True)
+        assert store._adapter.jobs() == []
+        x[24, 0] = 0
+        assert_right(predictions(tables, into), x, w1)
+        # Work that begins after that takes the alias as it is now.
+        tables.run(f"DELETE FROM {into} WHERE id <= 15")
+        report = store.score(ordered, "m@prod", into=into, batch=10)
+        assert (report.model, report.rows, report.resumed) == ("m@2", 15, False)
+    found = predictions(tables, into)
+    assert_right({k: v for k, v in found.items() if k <= 15}, x[:15], w2)
+    by_model = dict(tables.run(f"SELECT model, COUNT(*) FROM {into} GROUP BY model"))
+    assert by_model == {"m@1": 15, "m@2": 15}
+
+
+def test_an_alias_moved_in_the_middle_changes_nothing(
+    tables: Tables, source: Make, new_name: Make
+) -> None:
+    w1 = add(tables.url, "m@1", seed=1)
+    add(tables.url, "m@2", seed=2)
+    x, into = features(30), new_name()
+    table = source(x)
+    with pydedup.open(tables.url) as store:
+        store.alias("m", "prod", "1")
+
+        def move(stage: str, done: int, total: int) -> None:
+            store.alias("m", "prod", "2")
+
+        store.score(query_of(table), "m@prod", into=into, batch=10, progress=move)
+    assert_right(predictions(tables, into), x, w1)
+
+
+def test_the_version_of_work_that_was_removed_is_told(
+    tables: Tables, source: Make, new_name: Make
+) -> None:
+    add(tables.url, "m@1", seed=1)
+    table, into = source(features(3)), new_name()
+    tables.run(f"UPDATE {table} SET f0 = NULL WHERE id = 2")
+    with pydedup.open(tables.url) as store, pytest.raises(ArgumentError):
+        store.score(query_of(table), "m", into=into)
+    add(tables.url, "m@2", seed=2)
+    with pydedup.open(tables.url) as store:
+        store.remove("m@1")
+        with pytest.raises(NotFoundError, match=r"began with m@1, which was removed.*: m@2"):
+            store.score(query_of(table), "m", into=into)
+        tables.run(f"UPDATE {table} SET f0 = 0 WHERE id = 2")
+        assert store.score(query_of(table), "m@2", into=into).rows == 3
+
+
+def test_two_at_once_write_each_row_once(tables: Tables, source: Make, new_name: Make) -> None:
+    w, x, into = add(tables.url, "m@1"), features(200), new_name()
+    table = source(x)
+    with pydedup.open(tables.url) as first, pydedup.open(tables.url) as second:
+        inner: list[Any] = []
+
+        def interrupt(stage: str, done: int, total: int) -> None:
+            if not inner:
+                inner.append(None)
+                inner[0] = second.score(query_of(table), "m@1", into=into, batch=50)
+
+        report = first.score(query_of(table), "m@1", into=into, batch=50, progress=interrupt)
+    assert report.rows + inner[0].rows == 200
+    assert inner[0].skipped == report.rows == 50
+    assert_right(predictions(tables, into), x, w)
+
+
+def test_a_key_that_others_take_between_look_and_write(
+    tables: Tables, source: Make, new_name: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, x, into = add(tables.url, "m@1"), features(20), new_name()
+    table = source(x)
+    with pydedup.open(tables.url) as store:
+        store.score(query_of(table, "WHERE id < 0"), "m@1", into=into)
+        real = type(store._adapter).insert_predictions
+        taken: list[int] = []
+
+        def late(self: Any, name: str, columns: Any, rows: Any) -> bool:
+            if not taken:
+                taken.append(7)
+                tables.run(f"INSERT INTO {into} (id, prediction, model) VALUES (7, 1, 'other')")
+            return bool(real(self, name, columns, rows))
+
+        monkeypatch.setattr(type(store._adapter), "insert_predictions", late)
+        report = store.score(query_of(table), "m@1", into=into)
+    assert (report.rows, report.skipped) == (19, 1)
+    found = predictions(tables, into)
+    assert found.pop(7) == 1
+    assert_right({**found, 7: float((x @ w.T)[6, 0])}, x, w)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (names of tables are made here)
+"""`Store.score` on each back end: rows, queries, names and arguments that are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError, NotFoundError, ReadOnlyError
+
+from .conftest import Tables, add, assert_right, features, predictions, query_of
+
+Make = Callable[..., str]
+
+
+def test_a_row_that_cannot_be_predicted(tables: Tables, source: Make, new_name: Make) -> None:
+    w, x, into = add(tables.url, "m@1"), features(30), new_name()
+    table = source(x)
+    tables.run(f"UPDATE {table} SET f1 = NULL WHERE id IN (15, 17)")
+    ordered = query_of(table, "ORDER BY id")
+    with pydedup.open(tables.url) as store:
+        with pytest.raises(
+            ArgumentError,
+            match=r"row with id 15, and 1 more of its batch: f1 is NULL; nothing of this batch was "
+            r"written, 10 rows before it were",
+        ):
+            store.score(ordered, "m@1", into=into, batch=10)
+        assert set(predictions(tables, into)) == set(range(1, 11))
+        report = store.score(ordered, "m@1", into=into, batch=10, on_error="skip")
+    assert (report.rows, report.skipped, report.failed) == (18, 10, 2)
+    assert [(f.key, f.reason) for f in report.failures] == [(15, "f1 is NULL"), (17, "f1 is NULL")]
+    found = predictions(tables, into)
+    wanted = (x @ w.T)[:, 0]
+    found |= {15: float(wanted[14]), 17: float(wanted[16])}
+    assert_right(found, x, w)
+    for key, value in tables.run(f"SELECT id, f1 FROM {table} WHERE id = 15"):
+        assert (key, value) == (15, None)
+
+
+@pytest.mark.parametrize("bad", ["'NaN'", "'Infinity'"])
+def test_numbers_that_are_none(tables: Tables, source: Make, new_name: Make, bad: str) -> None:
+    if not tables.kind.startswith("postgres"):
+        pytest.skip("of these databases only PostgreSQL keeps NaN; see the next test for others")
+    add(tables.url, "m@1")
+    table = source(features(2))
+    tables.run(f"UPDATE {table} SET f2 = {bad} WHERE id = 2")
+    with pydedup.open(tables.url) as store:
+        report = store.score(query_of(table), "m@1", into=new_name(), on_error="skip")
+    assert report.rows == 1
+    assert report.failures[0].reason in ("f2 is nan", "f2 is inf")
+
+
+def test_values_that_are_no_numbers(tables: Tables, new_name: Make) -> None:
+    add(tables.url, "m@1")
+    blob = np.array([1, np.nan, 2], "<f4").tobytes()
+    cases: dict[str, str] = {
+        "SELECT 1 AS id, 'a' AS f0, 2 AS f1, 3 AS f2": "f0 is no number but str",
+        "SELECT 1 AS id, 1e300 AS f0, 2 AS f1, 3 AS f2": "beyond what float32 holds",
+        "SELECT 1 AS id, '[1, 2' AS v": "v is a text that is no JSON array of numbers",
+        "SELECT 1 AS id, '{\"a\": 1}' AS v": "v is JSON, and no array of numbers",
+        "SELECT 1 AS id, '[1, [2], 3]' AS v": "the lists in v differ in length",
+        "SELECT 1 AS id, '[]' AS v": "v is an empty array",
+        "SELECT 1 AS id, '[1, null, 3]' AS v": "v is NULL",
+        "SELECT 1 AS id, '[1, NaN, 3]' AS v": "v is nan",
+        "SELECT NULL AS id, 1 AS f0, 2 AS f1, 3 AS f2": "the key 'id' is NULL",
+    }
+    if not tables.kind.startswith("postgres"):
+        cases[f"SELECT 1 AS id, X'{blob.hex()}' AS v"] = "v holds nan at place 1"
+        cases["SELECT 1 AS id, X'0102' AS v"] = "v has 2 bytes, which is no number of float32"
+    into = new_name()
+    with pydedup.open(tables.url) as store:
+        for query, reason in cases.items():
+            with pytest.raises(ArgumentError) as caught:
+                store.score(query, "m@1", into=into)
+            assert reason in str(caught.value), query
+
+
+def test_a_key_that_is_not_unique_is_told(tables: Tables, new_name: Make) -> None:
+    add(tables.url, "m@1")
+    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 1, 4, 5, 6"
+    with (
+        pydedup.open(tables.url) as store,
+        pytest.raises(ArgumentError, match="row with id 1: the key 'id' occurs twice"),
+    ):
+        store.score(query, "m@1", into=new_name())
+
+
+def test_wrong_columns_are_told_before_any_row(
+    tables: Tables, source: Make, new_name: Make
+) -> None:
+    add(tables.url, "m@1")
+    table = source(features(3))
+    with pydedup.open(tables.url) as store:
+        with pytest.raises(ArgumentError, match=r"m@1 takes 3 features, and the query has 2 col"):
+            store.score(f"SELECT id, f0, f1 FROM {table}", "m@1", into=new_name())
+        with pytest.raises(ArgumentError, match="no column but the key 'id'"):
+            store.score(f"SELECT id FROM {table}", "m@1", into=new_name())
+        with pytest.raises(NotFoundError, match="no model 'other'"):
+            store.score(query_of(table), "other", into=new_name())
+        store.add("plain@1", {"w": np.ones((2, 2), np.float32)})
+        with pytest.raises(NotFoundError, match="no graph to predict with"):
+            store.score(query_of(table), "plain@1", into=new_name())
+
+
+REFUSED = (
+    "DELETE FROM {t}",
+    "UPDATE {t} SET f0 = 1",
+    "INSERT INTO {t} VALUES (9, 1, 2, 3)",
+    "DROP TABLE {t}",
+    "CREATE TABLE evil (id INTEGER)",
+    "SELECT id, f0, f1, f2 FROM {t}; DELETE FROM {t}",
+    "SELECT id, f0, f1, f2 FROM {t}; COMMIT; DELETE FROM {t}",
+    "WITH x AS (SELECT 1) DELETE FROM {t}",
+    "/* SELECT */ DELETE FROM {t}",
+    "-- SELECT\nDELETE FROM {t}",
+    "COMMIT",
+    "PRAGMA writable_schema = 1",
+    "",
+    ";",
+    "SELECT",
+    "SELECT nothing FROM {t}",
+    "SELECT * FROM no_such_table",
+    "SELECT id, f0, f1, f2 FROM {t} WHERE",
+    "EXPLAIN SELECT 1",
+    "SELECT 1\0",
+)
+
+
+def test_what_is_no_single_select_is_refused(tables: Tables, source: Make, new_name: Make) -> None:
+    add(tables.url, "m@1")
+    x = features(3)
+    table, into = source(x), new_name()
+    with pydedup.open(tables.url) as store:
+        for query in REFUSED:
+            with pytest.raises((ArgumentError, ReadOnlyError)):
+                store.score(query.format(t=table), "m@1", into=into)
+        assert store.verify().errors == []
+        # Comments, an end and a % are a user's own.
+        query = f"/* a */ -- b\n SELECT id, f0, f1, f2 FROM {table} WHERE id % 2 = 1; -- the end"
+        assert store.score(query, "m@1", into=into).rows == 2
+    assert len(tables.run(f"SELECT f0 FROM {table}")) == 3
+
+
+@pytest.mark.parametrize(
+    "into",
+    ["", " ", "a b", "a;b", 'a"b', "a`b", "a'b", "1a", "a-b", "x" * 64, "a\0", "a.b.c", ".a", "a."],
+)
+def test_hostile_names_of_tables_are_refused(tables: Tables, into: str) -> None:
+    add(tables.url, "m@1")
+    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
+    with pydedup.open(tables.url) as store, pytest.raises(ArgumentError):
+        store.score(query, "m@1", into=into)
+
+
+def test_hostile_names_of_keys_are_refused(tables: Tables, new_name: Make) -> None:
+    add(tables.url, "m@1")
+    quote = "`" if tables.kind == "mysql" else '"'
+    into = new_name()
+    with pydedup.open(tables.url) as store:
+        for name in ("a b", "x); DROP TABLE y; --", "prediction", "model"):
+            query = f"SELECT 1 AS {quote}{name}{quote}, 1 AS a, 2 AS b, 3 AS c"
+            with pytest.raises(ArgumentError, match=r"no name for a column|cannot be called"):
+                store.score(query, "m@1", into=into)
+
+
+def test_tables_of_the_store_are_refused(tables: Tables) -> None:
+    add(tables.url, "m@1")
+    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
+    if tables.kind.startswith("postgres"):
+        schema = tables.url.partition("schema=")[2]
+        names = [f"{schema}.models", f"{schema}.sharing"]
+    else:
+        names = ["pydedup_models", "PYDEDUP_sharing", "pydedup_new"]
+    with pydedup.open(tables.url) as store:
+        for name in names:
+            with pytest.raises(ArgumentError, match="belongs to the store"):
+                store.score(query, "m@1", into=name)
+
+
+def test_arguments_that_are_wrong(tables: Tables, new_name: Make) -> None:
+    add(tables.url, "m@1")
+    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
+    with pydedup.open(tables.url) as store:
+        with pytest.raises(ArgumentError, match="on_error is 'ignore'"):
+            store.score(query, "m@1", into=new_name(), on_error="ignore")
+        with pytest.raises(ArgumentError, match="batch is 0"):
+            store.score(query, "m@1", into=new_name(), batch=0)
