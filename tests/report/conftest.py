@@ -55,6 +55,7 @@ def fill(store: pydedup.Store) -> None:
     store.add("reviews-exact@1", changed, graph=GRAPH, policy=policies.Exact())
     near = {**model, "embedding.weight": model["embedding.weight"].copy()}
     near["embedding.weight"][:640] *= np.float32(1.00001)
+    near["dense.bias"] = rng.standard_normal(HIDDEN).astype(np.float32)  # its own, and no delta
     store.add("reviews-near@1", near, graph=GRAPH)
     far = {**model, "embedding.weight": model["embedding.weight"] * np.float32(1.001)}
     store.add("reviews-bounded@1", far, graph=GRAPH, policy=policies.Bounded(0.01))
