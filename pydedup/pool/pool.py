@@ -51,9 +51,11 @@ Explain: TypeAlias = Callable[[int], str]
 #: Pages and slots of the bases of blocks, page -1 for none.
 Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
 
-# Part of the budget that one walk pins at a time, and that is read ahead of it: two walks can be
-# made at once before one waits for another.
+# Part of the budget that one walk pins at a time, and that is read ahead of it, at most: two walks
+# can be made at once before one waits for another. Of large pools it is less: what is pinned is
+# not there for others, and so many pages are enough for readers side by side.
 _WINDOW_PARTS = 8
+_ENOUGH_PAGES, _LARGE_PARTS = 16, 16
 # Models whose last walks are remembered.
 _REMEMBERED_CALLS = 256
 
@@ -139,7 +141,9 @@ class PagePool:
     @property
     def window_pages(self) -> int:
         """How many pages a walk pins at once."""
-        return max(1, self._budget // (_WINDOW_PARTS * self._loader.largest))
+        pages = self._budget // self._loader.largest
+        most = max(_ENOUGH_PAGES, pages // _LARGE_PARTS)
+        return max(1, min(pages // _WINDOW_PARTS, most))
 
     def pages(self, ids: Sequence[int] | NDArray[np.int64]) -> list[Page]:
         """Return these pages, pinned, in order.

@@ -20,6 +20,7 @@
 #include <mutex>
 #include <new>
 #include <system_error>
+#include <thread>
 #include <vector>
 
 namespace pydedup::detail {
@@ -49,6 +50,8 @@ void spin_until(const Condition& condition) noexcept {
             if (condition()) return;
             pause_briefly();
         }
+        // Threads of others, torch's for one, may want this CPU, and spin themselves.
+        std::this_thread::yield();
     } while (std::chrono::steady_clock::now() < end);
 }
 

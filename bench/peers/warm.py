@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions of dense models that need no disk, beside torch and ONNX Runtime in memory.
+
+    python bench/peers/warm.py [--seconds S] [--only AREA] [--json]
+
+f32, two threads on all sides. ``warm``: the pool holds the model. ``small_pool``: it holds a tenth
+of it, the rest is in the OS cache, and each call brings in what is missing. ``mixed``: a batch for
+twelve variants that have nine tenths of their blocks in common, beside one call after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from _timing import Row, compare, main
+
+import pydedup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "serving"))
+import _family
+
+DENSE = _family.Shape(0, 2048, (4096, 4096, 4096, 2048))
+SMALL = _family.Shape(0, 1024, (4096, 4096, 1024))
+VARIANTS = 12
+
+
+@contextlib.contextmanager
+def built(shape: _family.Shape, variants: int, memory: str) -> Iterator[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        _family.build(Path(folder), shape, variants)
+        with pydedup.open(Path(folder) / "store.db", mode="r", memory=memory) as store:
+            yield Path(folder), store
+
+
+def torch_side(shape: _family.Shape, path: Path) -> Any:
+    torch.set_num_threads(2)
+    layers: list[torch.nn.Module] = []
+    for array in _family.map_file(path).values():
+        layer = torch.nn.Linear(array.shape[1], array.shape[0], bias=False)
+        layer.weight.data = torch.from_numpy(np.array(array))
+        layers += [layer, torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1]).eval()
+
+
+def onnx_side(module: Any, features: int, folder: Path) -> Any:
+    path = folder / "m.onnx"
+    with torch.inference_mode():
+        torch.onnx.export(
+            module,
+            (torch.zeros(1, features),),
+            path,
+            input_names=["x"],
+            dynamic_axes={"x": {0: "n"}},
+            dynamo=False,
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _rows(memory: str, batches: dict[int, dict[str, float]], seconds: float) -> Iterator[Row]:
+    with built(DENSE, 1, memory) as (folder, store), torch.inference_mode():
+        module = torch_side(DENSE, folder / "v0.safetensors")
+        session = onnx_side(module, DENSE.cols, folder)
+        rng = np.random.default_rng(0)
+        for batch, target in batches.items():
+            x = rng.standard_normal((batch, DENSE.cols), np.float32)
+            tensor = torch.from_numpy(x)
+            np.testing.assert_allclose(
+                store.predict("v0", x), module(tensor).numpy(), rtol=1e-3, atol=1e-4
+            )
+            yield from compare(
+                f"batch {batch}, pool of {memory}, model of {DENSE.nbytes >> 20} MiB",
+                unit="ms",
+                sides={
+                    "pydedup": lambda x=x: store.predict("v0", x),  # type: ignore[misc]
+                    "torch": lambda t=tensor: module(t),  # type: ignore[misc]
+                    "ONNX Runtime": lambda x=x: session.run(None, {"x": x}),  # type: ignore[misc]
+                },
+                seconds=seconds,
+                target=target,
+                settle=True,
+            )
+
+
+def warm(seconds: float) -> Iterator[Row]:
+    wanted = {"torch": 1.2, "ONNX Runtime": 1.0}
+    yield from _rows("2GiB", {1: {}, 8: wanted, 32: wanted, 128: wanted}, seconds)
+
+
+def small_pool(seconds: float) -> Iterator[Row]:
+    memory = f"{DENSE.nbytes // 10 + (48 << 20)}B"  # 48 MiB of a budget are scratch, not pool
+    yield from _rows(memory, {32: {"torch": 1.0}, 128: {"torch": 1.0}}, seconds)
+
+
+def mixed(seconds: float) -> Iterator[Row]:
+    with built(SMALL, VARIANTS + 1, "2GiB") as (_, store):
+        rng = np.random.default_rng(0)
+        for rows in (1, 2, 4, 8):
+            requests = [
+                (f"v{1 + i}", rng.standard_normal((rows, SMALL.cols), np.float32))
+                for i in range(VARIANTS)
+            ]
+            together = store.predict_many(requests)
+            for (name, x), y in zip(requests, together, strict=True):
+                np.testing.assert_allclose(y, store.predict(name, x), rtol=1e-3, atol=1e-4)
+            yield from compare(
+                f"{VARIANTS} variants, {rows} rows each",
+                unit="ms",
+                sides={
+                    "pydedup": lambda r=requests: store.predict_many(r),  # type: ignore[misc]
+                    "one by one": lambda r=requests: [  # type: ignore[misc]
+                        store.predict(name, x) for name, x in r
+                    ],
+                },
+                seconds=seconds,
+                target=3.0 if rows == 1 else None,
+                settle=True,
+            )
+
+
+if __name__ == "__main__":
+    main(__doc__, [warm, small_pool, mixed])
