@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydedup._core import Page
-from pydedup.errors import PydedupError
 from pydedup.windows import Window
 
 __all__ = ["Call", "Lane"]
@@ -102,8 +101,8 @@ class _Course:
                 stop.state = "reading"
             try:
                 pages = self._load(stop.window.ids)
-            except PydedupError:
-                pages = []  # the walk meets the same, and says so
+            except Exception:  # of any driver; else the walk would wait for ever
+                pages = []  # it meets the same, and says so
             with self._changed:
                 stop.state = "here" if pages else "failed"
                 if not self._ended:

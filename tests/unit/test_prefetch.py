@@ -143,6 +143,20 @@ def test_what_cannot_be_read_ahead_fails_where_it_is_used() -> None:
         assert walk(pool, ids_of(1, 8)) == list(range(1, 9))
 
 
+def test_a_driver_that_breaks_while_reading_ahead_fails_the_walk() -> None:
+    pages = SlowPages(24)
+
+    def breaks(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        if ids[0] > 8:
+            raise RuntimeError("no such driver")
+        return pages.fetch(ids)
+
+    pool = PagePool(breaks, 32 * MIB)
+    with pytest.raises(RuntimeError, match="no such driver"), pool.call(model(1)):
+        walk(pool, ids_of(1, 24), 0.02)
+    assert pool.stats()["pinned_bytes"] == 0
+
+
 def test_many_calls_share_a_small_pool() -> None:
     pages = SlowPages(40, 0.0005)
     pool = PagePool(pages.fetch, 12 * MIB, readers=2)

@@ -361,6 +361,13 @@ class Matmul::Typed final : public Matmul::Impl {
         finish(x.tile(t0).row0, x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows, rect.row0, rect.rows);
     }
 
+    // Dot products take as long as their block takes to come: the next one should be under way.
+    static void ask_for(const void* memory, std::size_t bytes) noexcept {
+        constexpr std::size_t kLine = 64;
+        const auto* const from = static_cast<const std::byte*>(memory);
+        for (std::size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at);
+    }
+
     // A block for those rows of a tile that have it. Where these are some, its sums are formed
     // apart, so that nothing of it, not even a NaN, gets into those of other rows.
     template <class E>
@@ -374,6 +381,7 @@ class Matmul::Typed final : public Matmul::Impl {
         if (having == 0) return;
         const std::size_t lanes = tile.sums();
         if (having <= own().dot_max_m) {
+            if (next != nullptr) ask_for(next, std::size_t{block.rows} * block.cols * sizeof(E));
             T* const products = worker.apart.at_least(having * block.rows);
             for_rows_with(
                 number, tile.row0, tile.row0 + tile.rows, [&](std::size_t begin, std::size_t end) {
