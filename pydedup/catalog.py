@@ -7,7 +7,6 @@ misses a page calls `StoredModel.refresh` and reads the block map again, once.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 
@@ -214,6 +213,8 @@ def _tensor_info(row: TensorRow) -> TensorInfo:
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(name, known, n=3)
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"

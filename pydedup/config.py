@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from pydedup import _core
 from pydedup.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 __all__ = ["Kernel", "Kernels", "kernels", "parse_bytes"]
 
@@ -75,7 +78,7 @@ def parse_bytes(text: str | int) -> int:
         raise ArgumentError(
             f"{str(text)[:_LONGEST_SIZE]!r} is not a size; write bytes or a unit, e.g. 512MiB"
         )
-    exact = Fraction(match.group(1)) * factor
+    exact = _exact(match.group(1)) * factor
     if factor == 1 and exact.denominator != 1:
         raise ArgumentError(
             f"{text!r} is no whole number of bytes; write a unit, e.g. {match.group(1)}GB"
@@ -83,3 +86,11 @@ def parse_bytes(text: str | int) -> int:
     if not 1 <= exact <= _MOST_BYTES:
         raise ArgumentError(f"{text!r} is not within 1 byte and 8 EiB")
     return int(exact)
+
+
+def _exact(number: str) -> int | Fraction:
+    if "." not in number:
+        return int(number)
+    from fractions import Fraction
+
+    return Fraction(number)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +35,8 @@ class Job:
     def __init__(self, adapter: Adapter, kind: str) -> None:
         self._adapter = adapter
         self._kind = kind
+        import uuid  # of no use to who only reads
+
         self._id = uuid.uuid4().hex
         self._beaten = time.monotonic()
 

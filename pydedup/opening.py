@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter, RowAdapter
@@ -19,9 +19,11 @@ from pydedup.errors import (
     SchemaVersionError,
 )
 from pydedup.hashing import HASH_VERSION
-from pydedup.moving.source import End
 from pydedup.pool import PagePool
 from pydedup.replacement import DEFAULT_POLICY
+
+if TYPE_CHECKING:
+    from pydedup.moving.source import End
 
 __all__ = ["check_store", "check_writable", "connect_store", "open_end", "open_rows", "pool_of"]
 
@@ -52,6 +54,8 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
     if version is None:
         if mode == "r":
             raise MissingStoreError(f"{adapter.url} holds no store")
+        import uuid
+
         adapter.create_schema(
             {
                 "store_id": uuid.uuid4().hex,
@@ -101,6 +105,8 @@ def open_end(
     url: str | os.PathLike[str], *, mode: str, memory: str | int, schema: str | None = None
 ) -> Iterator[End]:
     """Open a store that models are copied to or from."""
+    from pydedup.moving.source import End
+
     budget = config.parse_bytes(memory)
     adapter = connect_store(url, mode=mode, schema=schema)
     try:

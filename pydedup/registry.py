@@ -14,11 +14,13 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from pydedup.adapter import Adapter, RowAdapter
 from pydedup.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint, EntryPoints
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -69,6 +71,13 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # A URL without its colon, or what libpq and others take for a connection: never a file to create.
 _MISTYPED = re.compile(r"(?i)(postgres(ql)?|mysql|mariadb|sqlite)//|(.*\s)?(password|dbname)\s*=")
 _SECRETS = re.compile(r"(?i)([?&;](?:password|passwd|pwd|passphrase|sslpassword|token)=)[^&;#]*")
+
+
+def entry_points(*, group: str) -> EntryPoints:
+    """Return what packages registered. Reading that takes time, which schemes of ours need not."""
+    from importlib import metadata
+
+    return metadata.entry_points(group=group)
 
 
 def schemes() -> list[str]:

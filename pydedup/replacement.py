@@ -8,7 +8,6 @@ here: the pool (:mod:`pydedup.pool`).
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -88,6 +87,8 @@ class Trace:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote. Raises FormatError for another file."""
+        import zipfile
+
         try:
             with np.load(path, allow_pickle=False) as columns:
                 if int(columns["version"]) != _TRACE_VERSION:

@@ -14,7 +14,6 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -192,6 +191,8 @@ class PostgresFunctions:
 
     def version(self) -> str:
         """Return the version of pydedup; nothing of a store is needed."""
+        from importlib.metadata import version
+
         return version("pydedup")
 
     def model(self, model: str) -> str:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Store`: what users hold. It delegates to ingest, serving, maintenance and report."""
+"""`Store`: what users hold. It delegates to ingest, serving, maintenance and report.
+
+What opening and predicting do not need is imported where it is used: a process that serves should
+not wait for what adds, scores or compares.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -19,31 +23,26 @@ from pydedup.errors import (
     NotFoundError,
     PydedupError,
 )
-from pydedup.formats.base import Artifact, TensorEntry
-from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
-from pydedup.formats.registry import open_source, write_model
 from pydedup.graph import Graph
-from pydedup.ingest.add import add_models
-from pydedup.ingest.plan import Request, plan_address
-from pydedup.maintenance import versions
 from pydedup.names import check_name
 from pydedup.opening import check_writable, connect_store, open_rows, pool_of
-from pydedup.policies import Lossless, Policy
-from pydedup.quotas import Quotas
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
-from pydedup.report.compare import Diff, Explanation, diff_models, explain_model
-from pydedup.report.figures import ModelFigures, StoreStats, model_figures, store_stats
-from pydedup.report.sizes import ModelSize, model_sizes
-from pydedup.serving.onnx_session import run_onnx
 from pydedup.serving.predict import Prediction, predict, predict_together
-from pydedup.serving.score import BATCH, score_rows
 from pydedup.serving.tensor import StoredTensor, TensorsOnDemand, called
 from pydedup.types import GRAPH_ARTIFACT, AddReport, DType, ModelInfo, Progress, ScoreReport
 from pydedup.upkeep import StoreUpkeep
-from pydedup.usage import Usage, usage_by
 
 if TYPE_CHECKING:
     import torch
+
+    from pydedup.formats.base import Artifact
+    from pydedup.ingest.plan import Request
+    from pydedup.policies import Policy
+    from pydedup.quotas import Quotas
+    from pydedup.report.compare import Diff, Explanation
+    from pydedup.report.figures import ModelFigures, StoreStats
+    from pydedup.report.sizes import ModelSize
+    from pydedup.usage import Usage
 
 __all__ = ["ModelInput", "Store", "open"]
 
@@ -52,6 +51,9 @@ Module = TypeVar("Module", bound="torch.nn.Module")
 
 #: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
 ModelInput = Any
+
+# Rows that are scored at a time.
+_BATCH: Final = 1024
 
 
 def open(
@@ -208,6 +210,11 @@ class Store(StoreUpkeep):
     ) -> list[AddReport]:
         if not dry_run:
             check_writable(self._adapter, "add a model")
+        from pydedup.formats.registry import open_source
+        from pydedup.ingest.add import add_models
+        from pydedup.ingest.plan import Request, plan_address
+        from pydedup.policies import Lossless
+
         with contextlib.ExitStack() as opened:
             requests: list[Request] = []
             for name, given in models.items():
@@ -265,6 +272,9 @@ class Store(StoreUpkeep):
         The format follows from the name (``.safetensors``, ``.npz``, ..., a folder for Hugging
         Face) or from ``format``. Nothing is left behind on failure. Raises UnsupportedFormatError.
         """
+        from pydedup.formats.base import TensorEntry
+        from pydedup.formats.registry import write_model
+
         model = self._catalog.model(name)
         entries = [
             TensorEntry(info.name, info.dtype, info.shape, info.name) for info in model.tensors
@@ -357,7 +367,7 @@ class Store(StoreUpkeep):
         *,
         into: str,
         key: str | None = None,
-        batch: int = BATCH,
+        batch: int = _BATCH,
         source: str | os.PathLike[str] | None = None,
         on_error: str = "fail",
         progress: Progress | None = None,
@@ -388,6 +398,8 @@ class Store(StoreUpkeep):
         ------
         ArgumentError, NotFoundError, ReadOnlyError, ConflictError, UnavailableError
         """
+        from pydedup.serving.score import score_rows
+
         with open_rows(self._adapter, source) as rows:
             return score_rows(
                 self._adapter,
@@ -431,6 +443,8 @@ class Store(StoreUpkeep):
         also a version.
         """
         check_writable(self._adapter, "change an alias")
+        from pydedup.maintenance import versions
+
         versions.set_alias(self._adapter, self._catalog, name, alias, version)
 
     def remove(self, name: str, *, all_versions: bool = False) -> list[str]:
@@ -440,12 +454,16 @@ class Store(StoreUpkeep):
         several versions and ``all_versions`` is not set, or when an alias still points there.
         """
         check_writable(self._adapter, "remove a model")
+        from pydedup.maintenance import versions
+
         return versions.remove(self._adapter, self._catalog, name, all_versions=all_versions)
 
     # ---- looking ------------------------------------------------------------------------------
 
     def info(self, name: str) -> ModelFigures:
         """Return one model in numbers. Raises NotFoundError."""
+        from pydedup.report.figures import model_figures
+
         return model_figures(self._adapter, self._catalog, name)
 
     @overload
@@ -461,11 +479,17 @@ class Store(StoreUpkeep):
         models would free; `pydedup.usage.Usage` says what adds up to what.
         """
         if by is not None:
+            from pydedup.usage import usage_by
+
             return usage_by(self._adapter, self._pool, by)
+        from pydedup.report.figures import store_stats
+
         return store_stats(self._adapter, self._pool.stats())
 
     def sizes(self) -> list[ModelSize]:
         """Return what each version of each model takes, ordered by name, then age."""
+        from pydedup.report.sizes import model_sizes
+
         return model_sizes(self._adapter, self._catalog)
 
     def sharing(self) -> list[dict[str, object]]:
@@ -474,10 +498,14 @@ class Store(StoreUpkeep):
 
     def explain(self, name: str) -> Explanation:
         """Say which tensors and blocks are shared with whom, and what removing would free."""
+        from pydedup.report.compare import explain_model
+
         return explain_model(self._adapter, self._catalog, self._pool, name)
 
     def diff(self, a: str, b: str, *, progress: Progress | None = None) -> Diff:
         """Compare two models tensor by tensor."""
+        from pydedup.report.compare import diff_models
+
         return diff_models(self._adapter, self._catalog, self._pool, a, b, progress=progress)
 
     def report(
@@ -519,13 +547,18 @@ class Store(StoreUpkeep):
     @property
     def quotas(self) -> Quotas:
         """Limits on what models with a value of a metadata key may take: set, remove, list."""
+        from pydedup.quotas import Quotas
+
         return Quotas(self._adapter)
 
     # ---- inside -------------------------------------------------------------------------------
 
     def _predict_onnx(self, model: StoredModel, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
         """Predict with a model that was ONNX and has operations that we do not run ourselves."""
-        payload = self._adapter.artifact(model.row.id, ONNX_GRAPH)
+        from pydedup.formats.onnx import GRAPH
+        from pydedup.serving.onnx_session import run_onnx
+
+        payload = self._adapter.artifact(model.row.id, GRAPH)
         if payload is None:
             raise NotFoundError(
                 f"{model.address} has no graph to predict with; give add(..., graph=...), "
@@ -553,6 +586,8 @@ class Store(StoreUpkeep):
         return array
 
     def _artifacts(self, model: StoredModel) -> list[Artifact]:
+        from pydedup.formats.base import Artifact
+
         artifacts = []
         for name, media_type in self._adapter.artifacts(model.row.id):
             payload = self._adapter.artifact(model.row.id, name)

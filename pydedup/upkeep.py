@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a store in order and takes it elsewhere: the second half of `Store`."""
+"""What keeps a store in order and takes it elsewhere: the second half of `Store`.
+
+As in `pydedup.store`, what serving does not need is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,22 @@ import abc
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog
 from pydedup.jobs import LEASE_SECONDS
-from pydedup.maintenance.blocks_from import block_source
-from pydedup.maintenance.recheck import Evaluate, recheck
-from pydedup.maintenance.repair import repair
-from pydedup.maintenance.vacuum import VacuumReport, plan_vacuum, vacuum_store
-from pydedup.maintenance.verify import VerifyReport, verify_store
-from pydedup.moving.backup import backup_store, restore_store
-from pydedup.moving.copy import copy_models
-from pydedup.moving.plan import plan_copy
-from pydedup.moving.source import End
 from pydedup.opening import check_writable, connect_store, open_end
 from pydedup.pool import PagePool
 from pydedup.types import CopyReport, Progress
+
+if TYPE_CHECKING:
+    from pydedup.maintenance.recheck import Evaluate
+    from pydedup.maintenance.vacuum import VacuumReport
+    from pydedup.maintenance.verify import VerifyReport
+    from pydedup.moving.source import End
 
 __all__ = ["StoreUpkeep"]
 
@@ -65,6 +65,9 @@ class StoreUpkeep(abc.ABC):
         address: they are evaluated again and held against their certificates. Raises NotFoundError,
         ArgumentError (another policy) and EvaluationError for these.
         """
+        from pydedup.maintenance.recheck import recheck
+        from pydedup.maintenance.verify import verify_store
+
         if repair_from is None:
             report = verify_store(self._adapter, progress=progress)
         else:
@@ -87,6 +90,8 @@ class StoreUpkeep(abc.ABC):
 
         With ``dry_run`` only say what that would save; the store may be open for reading only.
         """
+        from pydedup.maintenance.vacuum import plan_vacuum, vacuum_store
+
         if dry_run:
             return plan_vacuum(
                 self._adapter, self._pool, grace_seconds=grace_seconds, lease_seconds=lease_seconds
@@ -147,6 +152,9 @@ class StoreUpkeep(abc.ABC):
         ConflictError, StorageFullError, UnavailableError
             Models that were published before stay.
         """
+        from pydedup.moving.copy import copy_models
+        from pydedup.moving.plan import plan_copy
+
         plan_copy(
             self._adapter, None, names, all_versions=all_versions, on_conflict=on_conflict
         )  # what is wrong with the names must not create a store
@@ -175,6 +183,8 @@ class StoreUpkeep(abc.ABC):
         after the start is not in it. A file that exists is only replaced with ``replace``. Raises
         ArgumentError, ConflictError (another backup to that file goes on) and what `copy_to` does.
         """
+        from pydedup.moving.backup import backup_store
+
         return backup_store(self._end(), path, _other_end, replace=replace, progress=progress)
 
     def restore(
@@ -185,16 +195,24 @@ class StoreUpkeep(abc.ABC):
         Raises ArgumentError when it has other models, NotAStoreError when the file is no backup,
         and what `copy_to` does.
         """
+        from pydedup.moving.backup import restore_store
+
         check_writable(self._adapter, "restore a backup")
         return restore_store(path, self._end(), _other_end, progress=progress)
 
     # ---- inside -------------------------------------------------------------------------------
 
     def _end(self) -> End:
+        from pydedup.moving.source import End
+
         return End(self._adapter, self._pool)
 
     def _repaired(self, place: str, progress: Progress | None) -> VerifyReport:
         """Verify, repair what is damaged, and verify again."""
+        from pydedup.maintenance.blocks_from import block_source
+        from pydedup.maintenance.repair import repair
+        from pydedup.maintenance.verify import verify_store
+
         with block_source(place, _connected_to_read, self._pool.memory_bytes) as source:
             report = verify_store(self._adapter, progress=progress)
             damaged = report.damaged_pages

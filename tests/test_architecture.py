@@ -296,6 +296,14 @@ def test_what_is_optional_is_imported_in_functions() -> None:
     assert not broken, listed(broken)
 
 
+def test_what_pydedup_imports_on_demand_is_public() -> None:
+    # These imports are made from names, which nobody sees who reads import statements.
+    import pydedup
+
+    assert pydedup._MODULES, "pydedup gives no module on demand: this test reads the wrong place"
+    assert pydedup._MODULES <= PUBLIC
+
+
 def test_torch_is_imported_where_it_is_meant_to_be() -> None:
     broken = [
         found

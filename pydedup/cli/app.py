@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 
-from pydedup import __version__
 from pydedup.cli import (
     adding,
     comparing,
@@ -116,7 +115,7 @@ class Program(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     subcommand_metavar="COMMAND [ARGUMENTS]...",
 )
-@click.version_option(__version__, message="pydedup %(version)s")
+@click.version_option(package_name="pydedup", message="pydedup %(version)s")
 def program() -> None:
     """Store families of similar deep-learning models once, in a database, and predict from it.
 

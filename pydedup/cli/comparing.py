@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +13,9 @@ from pydedup.cli import options, output
 from pydedup.cli.errors import Exit
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
-from pydedup.report.compare import Diff, Explanation, TensorDiff, TensorSharing
+
+if TYPE_CHECKING:
+    from pydedup.report.compare import Diff, Explanation, TensorDiff, TensorSharing
 
 __all__ = ["diff", "explain"]
 

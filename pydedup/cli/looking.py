@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +15,11 @@ from pydedup.cli import options, output
 from pydedup.cli.tables import Column, print_table
 from pydedup.cli.tenants import print_usage
 from pydedup.names import check_name
-from pydedup.report.figures import ModelFigures, StoreStats
-from pydedup.report.sizes import ModelSize
 from pydedup.types import ModelInfo, TensorInfo
+
+if TYPE_CHECKING:
+    from pydedup.report.figures import ModelFigures, StoreStats
+    from pydedup.report.sizes import ModelSize
 
 __all__ = ["info", "kernels", "ls", "stats", "tensor_document"]
 

@@ -18,8 +18,6 @@ from pydedup import text
 from pydedup.cli import options, output
 from pydedup.cli.progress import Watch
 from pydedup.errors import ArgumentError, FormatError
-from pydedup.formats.base import TensorEntry
-from pydedup.formats.registry import write_model
 from pydedup.types import DType
 
 __all__ = ["predict"]
@@ -152,6 +150,9 @@ def _write(path: Path, outputs: Mapping[str, Array]) -> None:
     if suffix == "json":
         path.write_text(json.dumps(output.jsonable(_document(outputs))) + "\n", encoding="utf-8")
         return
+    from pydedup.formats.base import TensorEntry
+    from pydedup.formats.registry import write_model
+
     entries = [
         TensorEntry(key, DType.of(array.dtype), array.shape, key) for key, array in outputs.items()
     ]

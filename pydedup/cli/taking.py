@@ -20,8 +20,7 @@ from pydedup.cli.looking import tensor_document
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import ArgumentError
-from pydedup.formats.base import TensorEntry
-from pydedup.formats.registry import WRITABLE, write_model
+from pydedup.formats.base import WRITABLE, TensorEntry
 from pydedup.types import DType, TensorInfo
 
 __all__ = ["export", "load"]
@@ -192,6 +191,8 @@ def _check_target(target: str | None, tensor: str | None) -> None:
 
 
 def _write(path: Path, read: _Reader) -> None:
+    from pydedup.formats.registry import write_model
+
     write_model(path, read, read.entries, format=path.suffix.lower().removeprefix("."))
 
 

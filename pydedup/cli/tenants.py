@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +13,9 @@ from pydedup import Store, text
 from pydedup.cli import options, output
 from pydedup.cli.tables import Column, print_table
 from pydedup.quotas import MEASURES, Quota, quota_of
-from pydedup.usage import Usage, ValueUsage
+
+if TYPE_CHECKING:
+    from pydedup.usage import Usage, ValueUsage
 
 __all__ = ["print_usage", "quota"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +14,9 @@ from pydedup.cli import options, output
 from pydedup.cli.errors import Exit
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
-from pydedup.maintenance.repair import MissingBlocks, RepairReport
+
+if TYPE_CHECKING:
+    from pydedup.maintenance.repair import MissingBlocks, RepairReport
 
 __all__ = ["vacuum", "verify"]
 

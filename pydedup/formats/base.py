@@ -27,6 +27,7 @@ from pydedup.types import DType
 
 __all__ = [
     "DERIVED",
+    "WRITABLE",
     "Array",
     "Artifact",
     "LazyTensors",
@@ -45,6 +46,21 @@ _MAX_AXES = 32
 
 #: Prefix of artifacts that were no file of their own.
 DERIVED = "pydedup:"
+
+#: What `pydedup.formats.registry.write_model` can write, by name.
+WRITABLE = (
+    "safetensors",
+    "torch",
+    "npz",
+    "npy",
+    "huggingface",
+    "onnx",
+    "keras",
+    "keras-h5",
+    "glove",
+    "word2vec",
+    "word2vec-binary",
+)
 
 
 @dataclass(frozen=True, slots=True)

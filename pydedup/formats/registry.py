@@ -24,6 +24,7 @@ from pydedup.formats._files import RawFile, atomic_file, atomic_folder, open_raw
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.arrays import MappingSource
 from pydedup.formats.base import (
+    WRITABLE,
     Artifact,
     LazyTensors,
     ModelSource,
@@ -37,21 +38,6 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 __all__ = ["WRITABLE", "detect", "open_source", "write_model"]
-
-#: What ``write_model`` can write, by name.
-WRITABLE = (
-    "safetensors",
-    "torch",
-    "npz",
-    "npy",
-    "huggingface",
-    "onnx",
-    "keras",
-    "keras-h5",
-    "glove",
-    "word2vec",
-    "word2vec-binary",
-)
 
 _READERS: Mapping[str, Callable[[Path], SourceBase]] = {
     "safetensors": safetensors.SafetensorsSource,

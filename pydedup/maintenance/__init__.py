@@ -5,3 +5,32 @@ verify.py checks it (damage.py is what it reports), repair.py restores damaged p
 what is lost, blocks_from.py finds it, relocate.py publishes it), vacuum.py and repack.py free and
 repack, versions.py moves aliases and removes versions.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+#: What `import pydedup` gives as ``pydedup.maintenance.NAME``.
+_MODULES = frozenset(
+    {
+        "blocks_from",
+        "damage",
+        "recheck",
+        "relocate",
+        "repack",
+        "repair",
+        "survey",
+        "vacuum",
+        "verify",
+        "versions",
+    }
+)
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            import importlib
+
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

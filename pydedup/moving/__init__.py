@@ -5,3 +5,33 @@ An add whose matching step takes blocks as another store has them: what is stage
 published is what `pydedup.ingest` stages and publishes. `plan` says what there is to do, `resolve`
 finds or takes along the blocks of one model, `copy` does it for all, `backup` to a file.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+#: What `import pydedup` gives as ``pydedup.moving.NAME``.
+_MODULES = frozenset(
+    {
+        "arrival",
+        "backup",
+        "copy",
+        "known",
+        "plan",
+        "progress",
+        "resolve",
+        "signatures",
+        "source",
+        "survey",
+        "whole",
+    }
+)
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            import importlib
+
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

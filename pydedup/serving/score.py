@@ -29,13 +29,12 @@ from pydedup.names import parse_address
 from pydedup.serving.features import InputKind, Outputs, features_of, input_kind, predict_rows
 from pydedup.types import Progress, RowFailure, ScoreReport
 
-__all__ = ["BATCH", "graph_of", "score_rows"]
+__all__ = ["graph_of", "score_rows"]
 
 Array = NDArray[Any]
 #: Returns what a stored model predicts, as `Store.predict` does.
 Predict = Callable[[StoredModel, Array], Any]
 
-BATCH: Final = 1024
 #: Rows that failed are all counted, and so many are kept with their reasons.
 MOST_FAILURES: Final = 20
 #: How often a batch is written again when others write the same rows.

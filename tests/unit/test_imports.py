@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What predicts loads what that takes, and no more; other names are there when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.graph import Graph, Node
+
+#: What predicting from a model with a graph needs nothing of.
+NEEDLESS = (
+    "pydedup.accuracy",
+    "pydedup.formats",
+    "pydedup.ingest",
+    "pydedup.maintenance",
+    "pydedup.moving",
+    "pydedup.policies",
+    "pydedup.quotas",
+    "pydedup.report",
+    "pydedup.serving.onnx_session",
+    "pydedup.serving.score",
+    "pydedup.similarity",
+    "pydedup.training",
+    "pydedup.usage",
+    "importlib.metadata",
+    "click",
+    "onnx",
+    "onnxruntime",
+    "rich",
+    "torch",
+)
+GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+WITH_MODULES = ("formats", "maintenance", "moving", "report")
+
+
+def in_child(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_predicting_loads_nothing_needless(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'models.db'}"
+    weights = np.arange(6, dtype=np.float32).reshape(2, 3)
+    with pydedup.open(url) as store:
+        store.add("m", {"w": weights}, graph=GRAPH)
+    code = """
+import json, sys
+before = set(sys.modules)  # an editable install or a .pth file may have loaded some
+import pydedup
+with pydedup.open(sys.argv[1], mode="r") as store:
+    result = store.predict("m", [[1.0, 1.0, 1.0]])
+print(json.dumps([result.tolist(), sorted(set(sys.modules) - before)]))
+"""
+    result, loaded = json.loads(in_child(code, url))
+    assert result == [[3.0, 12.0]]
+    assert "pydedup.serving.engine" in loaded
+    assert [name for name in loaded if name.startswith(tuple(f"{n}." for n in NEEDLESS))] == []
+    assert sorted(set(loaded) & set(NEEDLESS)) == []
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "policies.Exact()",
+        "policies.Accuracy",
+        "errors.NotFoundError",
+        "config.parse_bytes('1.5 kB') == 1500",
+        "graph.Graph",
+        "formats.registry.WRITABLE",
+        "hashing.HASH_VERSION",
+        "maintenance.verify.VerifyReport",
+        "moving.copy.copy_models",
+        "report.compare.Diff",
+        "similarity.distances",
+        "registry.schemes()",
+        "usage.Usage",
+        "__version__",
+    ],
+)
+def test_names_are_there_after_import_pydedup_alone(expression: str) -> None:
+    assert in_child(f"import pydedup; print(bool(pydedup.{expression}))") == "True\n"
+
+
+def test_star_import_gives_the_public_names() -> None:
+    code = "from pydedup import *; print(open, Store, PydedupError, policies.Lossless, __version__)"
+    assert in_child(code).strip().endswith(pydedup.__version__)
+
+
+def test_all_that_is_listed_is_there() -> None:
+    listed = dir(pydedup)
+    assert {"policies", "errors", "report", "__version__", "Store", "open"} <= set(listed)
+    assert set(pydedup.__all__) <= set(listed)
+    for name in listed:
+        assert getattr(pydedup, name, None) is not None, name
+
+
+@pytest.mark.parametrize("room", WITH_MODULES)
+def test_packages_give_all_their_modules_that_need_no_extra(room: str) -> None:
+    package = importlib.import_module(f"pydedup.{room}")
+    assert package.__file__ is not None
+    names = {path.stem for path in Path(package.__file__).parent.glob("[!_]*.py")}
+    for name in names:
+        if room != "report" or name in {"compare", "figures", "sizes"}:
+            assert getattr(package, name).__name__ == f"pydedup.{room}.{name}"
+
+
+@pytest.mark.parametrize("module", ["", *(f".{room}" for room in WITH_MODULES)])
+def test_unknown_names_stay_unknown(module: str) -> None:
+    here = importlib.import_module(f"pydedup{module}")
+    with pytest.raises(AttributeError, match=rf"'pydedup{module}' has no attribute 'nothing'"):
+        _ = here.nothing
+    with pytest.raises(ImportError, match="nothing"):
+        exec(f"from pydedup{module} import nothing", {})
