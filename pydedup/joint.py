@@ -10,6 +10,7 @@ Deliberately not here: a single product (:mod:`pydedup.matmul`).
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def _multiply(
     members: dict[int, list[int]] = {}  # by the array of pages: factors with one matrix
     for place, factor in enumerate(factors):
         members.setdefault(id(factor.block_map.page_ids), []).append(place)
-    of_map = list(members.values())
+    of_map = [members[key] for key in sorted(members)]  # the same for any order of requests
     shares = _shares([factors[places[0]].block_map for places in of_map])
     # Rows in the order of their variants, so that those of one lie together.
     order = [place for places in of_map for place in places]
@@ -158,6 +159,9 @@ def _shares(maps: list[BlockMap]) -> _Shares:
                 kept -= _bytes_of(_known.popitem(last=False)[1][1])
             except KeyError:  # another thread was faster
                 break
+    else:
+        with contextlib.suppress(KeyError):
+            _known.move_to_end(key)
     return known[1]
 
 

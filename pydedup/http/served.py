@@ -168,14 +168,15 @@ class ServedStore(Store):
     def index(self) -> list[IndexEntry]:
         """Return all models, ordered by name, then age."""
         rows = sorted(self._adapter.models(), key=lambda row: (row.name, row.id))
+        known, graphs = self._graphs, {}
         for row in rows:
-            if row.id not in self._graphs:  # a published model's artifacts never change
+            has_graph = known.get(row.id)
+            if has_graph is None:  # a published model's artifacts never change
                 names = {name for name, _ in self._adapter.artifacts(row.id)}
-                self._graphs[row.id] = bool(names & {GRAPH_ARTIFACT, ONNX_GRAPH})
-        live = {row.id for row in rows}
-        for gone in [number for number in list(self._graphs) if number not in live]:
-            self._graphs.pop(gone, None)
-        return [IndexEntry(row.name, row.version, self._graphs[row.id]) for row in rows]
+                has_graph = bool(names & {GRAPH_ARTIFACT, ONNX_GRAPH})
+            graphs[row.id] = has_graph
+        self._graphs = graphs  # as a whole: others may be making theirs
+        return [IndexEntry(row.name, row.version, graphs[row.id]) for row in rows]
 
     def ping(self) -> None:
         """Ask the database something small. Raises UnavailableError when it does not answer."""

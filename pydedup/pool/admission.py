@@ -8,27 +8,32 @@ walks wait for other walks alone, and who reads ahead waits for nobody: no circl
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from pydedup import _core
+from pydedup.errors import BudgetError
 
-__all__ = ["Gate", "Reservation"]
+__all__ = ["Gate", "Reservation", "Shadow"]
 
 
 class Reservation:
     """Bytes of a pool's budget for something else than pages, until released or forgotten."""
 
     def __init__(
-        self, held: _core.Reservation, nbytes: int, give_back: Callable[[int], None]
+        self, held: _core.Reservation, nbytes: int, give_back: Callable[[int, int], None]
     ) -> None:
         self.nbytes = nbytes
         # The finalizer is held by the interpreter, and must not keep the pool.
-        self._free = weakref.finalize(self, _free, held, nbytes, weakref.WeakMethod(give_back))
+        self._free = weakref.finalize(
+            self, _free, held, nbytes, os.getpid(), weakref.WeakMethod(give_back)
+        )
         self._free.atexit = False
 
     def release(self) -> None:
@@ -48,26 +53,31 @@ class Reservation:
 
 
 def _free(
-    held: _core.Reservation, nbytes: int, give_back: weakref.WeakMethod[Callable[[int], None]]
+    held: _core.Reservation,
+    nbytes: int,
+    process: int,
+    give_back: weakref.WeakMethod[Callable[[int, int], None]],
 ) -> None:
     held.release()
     method = give_back()
     if method is not None:
-        method(nbytes)
+        method(nbytes, process)
 
 
 class Gate:
-    """Lets users in as far as the sum of what they hold fits a limit.
+    """Lets users in, first come first served, as far as the sum of what they hold fits a limit.
 
     A thread that is inside already is always let in: making it wait for others, who may wait for
     it, could go on forever. Then the budget itself decides.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, changed: Callable[[int], None] | None = None) -> None:
         self._limit = limit
         self._used = 0
         self._inside: dict[int, int] = {}  # thread -> how often
+        self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
+        self._told = changed  # called with what is used, one thread at a time
 
     @property
     def limit(self) -> int:
@@ -84,38 +94,76 @@ class Gate:
     def hold(self, amount: int) -> Iterator[None]:
         """Wait until there is room, and hold it."""
         thread = threading.get_ident()
-        taken = -1
+        ticket = object()
+        inside = False
         try:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: (
-                        thread in self._inside
-                        or self._used + min(amount, self._limit) <= self._limit
+                if thread not in self._inside:
+                    self._waiting.append(ticket)
+                    self._changed.wait_for(
+                        lambda: (
+                            self._waiting[0] is ticket
+                            and self._used + min(amount, self._limit) <= self._limit
+                        )
                     )
-                )
-                taken = min(amount, self._limit)
+                    self._waiting.popleft()
+                    self._changed.notify_all()  # the next one may fit as well
                 self._inside[thread] = self._inside.get(thread, 0) + 1
-                self._used += taken
+                inside = True
+                self._use(amount)
             yield
         finally:
-            if taken >= 0:
-                with self._changed:
-                    self._used -= taken
+            with self._changed:
+                if ticket in self._waiting:
+                    self._waiting.remove(ticket)
+                if inside:
                     self._inside[thread] -= 1
                     if not self._inside[thread]:
                         del self._inside[thread]
-                    self._changed.notify_all()
+                    self._use(-amount)
+                self._changed.notify_all()
 
     def try_take(self, amount: int) -> bool:
         """Take room for as long as `give_back` is not called, if there is some; never waits."""
         with self._changed:
             if self._used + amount > self._limit:
                 return False
-            self._used += amount
+            self._use(amount)
             return True
 
     def give_back(self, amount: int) -> None:
         """Return what `try_take` took; on any thread."""
         with self._changed:
-            self._used -= amount
+            self._use(-amount)
             self._changed.notify_all()
+
+    def _use(self, amount: int) -> None:
+        self._used += amount
+        if self._told is not None:
+            self._told(self._used)
+
+
+class Shadow:
+    """Takes off a pool's budget what is used elsewhere beyond an allowance, as far as it goes."""
+
+    def __init__(self, core: _core.BufferPool, allowance: int) -> None:
+        self._core = core
+        self._allowance = allowance
+        self._held: _core.Reservation | None = None
+        self._nbytes = 0
+
+    def follow(self, used: int) -> None:
+        """Make what is taken off fit what is used now."""
+        wanted = max(used - self._allowance, 0)
+        if wanted == self._nbytes:
+            return
+        if self._held is not None:
+            self._held.release()
+        self._nbytes = wanted
+        try:
+            self._held = self._core.reserve(wanted)
+        except BudgetError:  # pages in use leave less than that
+            stats = self._core.stats()
+            left = stats["budget_bytes"] - stats["pinned_bytes"] - stats["reserved_bytes"]
+            self._nbytes = max(min(wanted, left), 0) // 2  # others pin meanwhile
+            self._held = self._core.reserve(self._nbytes)

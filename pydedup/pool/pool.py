@@ -27,7 +27,7 @@ from pydedup import _core
 from pydedup._core import Page
 from pydedup.codec import StoredBases
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError
-from pydedup.pool.admission import Gate, Reservation
+from pydedup.pool.admission import Gate, Reservation, Shadow
 from pydedup.pool.loading import Fetch, PageLoader
 from pydedup.pool.prefetch import Call, Lane
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
@@ -116,14 +116,20 @@ class PagePool:
         self._start()
         _pools.add(self)
 
-    def _start(self) -> None:
+    def _start(self, inherited: int = 0) -> None:
         """Begin with nothing in memory and nobody at work: at first, and in a forked child."""
         self._core = _core.BufferPool(self._budget, self._policy)
         self._loader = PageLoader(self._core, self._fetch, self.damaged, self._readers)
         self._gate = Gate(self._budget // 4)
         self._ahead = Gate(self._budget // 4)
-        self._activations = Gate(self._scratch + self._budget // 2)
+        shadow = Shadow(self._core, self._scratch)
+        self._activations = Gate(self._scratch + self._budget // 2, shadow.follow)
         self._reserved = 0
+        self._process = os.getpid()
+        # What was reserved before a fork is in the memory of the child as well.
+        self._inherited, self._carried = inherited, self._core.reserve(0)
+        self._widen(-inherited)
+        self._carry()
         self._calls = threading.local()
         self._last: dict[tuple[int, ...], list[list[Window]]] = {}  # walks of models' last call
         self._told: dict[int, int] = {}  # by model: which state of its pages the policy knows
@@ -295,25 +301,27 @@ class PagePool:
                 self._core.owns(model.owner, model.pages())
                 self._told[model.owner] = model.state
             self._core.call(model.owner)
-        owner = tuple(model.owner for model in models)
+        owner = tuple(sorted(model.owner for model in models))
         room = self.window_pages * self._loader.largest
+        core, ahead = self._core, self._ahead
         call = Call(
             self._last.get(owner, []),
             self._load_ahead,
             self.window_pages,
-            lambda: self._ahead.try_take(room),
-            lambda: self._ahead.give_back(room),
+            lambda: ahead.try_take(room),
+            lambda: ahead.give_back(room),
         )
         self._calls.now = call
         try:
             yield
         finally:
             self._calls.now = None
-            call.end()
-            self._last.pop(owner, None)
-            self._last[owner] = call.walks
-            for oldest in list(self._last)[:-_REMEMBERED_CALLS]:
-                self._last.pop(oldest, None)
+            if self._core is core:  # else in a forked child, where nobody reads for it
+                call.end()
+                self._last.pop(owner, None)
+                self._last[owner] = call.walks
+                for oldest in list(self._last)[:-_REMEMBERED_CALLS]:
+                    self._last.pop(oldest, None)
 
     def reserve(self, nbytes: int) -> Reservation:
         """Take bytes off the budget, for something else than pages that lives long.
@@ -321,7 +329,7 @@ class PagePool:
         They come back when the result is released or gone, or is left as a context manager. Evicts
         what it must; raises BudgetError when that much is not to be had.
         """
-        reservation = Reservation(self._core.reserve(nbytes), nbytes, self._widen)
+        reservation = Reservation(self._core.reserve(nbytes), nbytes, self._give_back)
         self._widen(-nbytes)
         return reservation
 
@@ -337,16 +345,7 @@ class PagePool:
         More than `activation_bytes` is let in alone, and counted as far as there is room.
         """
         with self._activations.hold(nbytes):
-            try:
-                held = self._core.reserve(
-                    min(max(nbytes - self._scratch, 0), self._activations.limit - self._scratch)
-                )
-            except BudgetError:  # this thread holds more than walks should
-                held = self._core.reserve(0)
-            try:
-                yield
-            finally:
-                held.release()
+            yield
 
     def record(self, max_uses: int) -> None:
         """Record uses of pages from now on, at 16 bytes each; 0 ends that."""
@@ -378,6 +377,16 @@ class PagePool:
         self._core.clear()
 
     # ---- inside -------------------------------------------------------------------------------
+
+    def _give_back(self, nbytes: int, process: int) -> None:
+        if process != self._process:
+            self._inherited -= nbytes
+            self._carry()
+        self._widen(nbytes)
+
+    def _carry(self) -> None:
+        self._carried.release()
+        self._carried = self._core.reserve(min(self._inherited, self._budget))
 
     def _widen(self, nbytes: int) -> None:
         self._reserved -= nbytes
@@ -421,9 +430,11 @@ class PagePool:
                 if lane is not None and number >= 0:
                     lane.pass_by(number)
                 if pages is not None:
-                    yield window, pages
-                    # The caller's variable still refers to the list: unpin before the next window.
-                    pages.clear()
+                    try:
+                        yield window, pages
+                    finally:
+                        # The caller's variable, or a traceback, still refers to the list.
+                        pages.clear()
                 if used or pages is not None:
                     continue
             # Pages are larger than those before made believe, or others pin without a walk.
@@ -465,7 +476,7 @@ _pools: weakref.WeakSet[PagePool] = weakref.WeakSet()
 
 def _restart_pools() -> None:
     for pool in list(_pools):
-        pool._start()
+        pool._start(pool._reserved)
 
 
 os.register_at_fork(after_in_child=_restart_pools)

@@ -30,6 +30,7 @@ class _Stop:
     window: Window
     state: str = "ahead"  # -> "reading" -> "here" | "failed"; or "passed", before or after
     pages: list[Page] = field(default_factory=list)
+    unwanted: bool = False  # its walk has come by, or was given up, while it was read
 
 
 class _Course:
@@ -80,7 +81,9 @@ class _Course:
     def _pass(self, stop: _Stop) -> None:
         self._held -= len(stop.pages)
         stop.pages = []
-        if stop.state != "reading":
+        if stop.state == "reading":
+            stop.unwanted = True
+        else:
             stop.state = "passed"
 
     def _run(self) -> None:
@@ -103,13 +106,16 @@ class _Course:
                 pages = self._load(stop.window.ids)
             except Exception:  # of any driver; else the walk would wait for ever
                 pages = []  # it meets the same, and says so
-            with self._changed:
-                stop.state = "here" if pages else "failed"
-                if not self._ended:
-                    stop.pages = pages
-                    self._held += len(pages)
-                self._changed.notify_all()
+            self._take(stop, pages)
             del pages
+
+    def _take(self, stop: _Stop, pages: list[Page]) -> None:
+        with self._changed:
+            stop.state = "here" if pages else "failed"
+            if not (self._ended or stop.unwanted):
+                stop.pages = pages
+                self._held += len(pages)
+            self._changed.notify_all()
 
 
 class Lane:
@@ -118,25 +124,32 @@ class Lane:
     def __init__(self, call: Call, windows: list[Window], place: int | None) -> None:
         self._call = call
         self._windows = windows
-        self._place = place  # of its first window on the call's course
+        self._course = call.course
+        self._place = place  # of its first window on that course
 
     def reach(self, number: int) -> bool:
         """Window ``number`` of the walk is wanted; returns whether it was waited for."""
-        if self._place is None or self._call.course is None:
+        course = self._on_course()
+        if course is None or self._place is None:
             return False
-        return self._call.course.reach(self._place + number)
+        return course.reach(self._place + number)
 
     def pass_by(self, number: int) -> None:
         """Window ``number`` is pinned by the walk."""
-        if self._place is not None and self._call.course is not None and self._place + number >= 0:
-            self._call.course.pass_by(self._place + number)
+        course = self._on_course()
+        if course is not None and self._place is not None and self._place + number >= 0:
+            course.pass_by(self._place + number)
 
     def missed(self, number: int) -> None:
         """Window ``number`` is not all in the pool: begin to read what follows."""
-        if self._call.course is not None and self._place is not None:
-            return
-        if self._call.begin(self._windows, number + 1):
-            self._place = -(number + 1)
+        if self._on_course() is None and self._call.begin(self._windows, number + 1):
+            self._course, self._place = self._call.course, -(number + 1)
+
+    def _on_course(self) -> _Course | None:
+        """Return the call's course, if this walk is on it."""
+        return (
+            self._course if self._place is not None and self._course is self._call.course else None
+        )
 
 
 class Call:
@@ -188,7 +201,11 @@ class Call:
         for number, after in enumerate(later, self._at):
             self._places[number] = place
             place += len(after)
-        self.course = _Course(windows, self._load, self._limit)
+        try:
+            self.course = _Course(windows, self._load, self._limit)
+        except RuntimeError:  # no thread is to be had: then without
+            self._places = {}
+            return False
         return True
 
     def end(self) -> None:

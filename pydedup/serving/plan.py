@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.graph import Graph, Node
+from pydedup.matmul import compute_dtype
+from pydedup.types import TensorInfo
 
 __all__ = ["Plan", "plan_run"]
 
@@ -45,7 +47,7 @@ class Plan:
 
 
 def plan_run(
-    graph: Graph, weight_shape: Callable[[str], Shape], inputs: Mapping[str, NDArray[Any]]
+    graph: Graph, tensor: Callable[[str], TensorInfo], inputs: Mapping[str, NDArray[Any]]
 ) -> Plan | None:
     """Return what a run with these inputs needs, or None when they do not fit the graph."""
     shapes: dict[str, Shape] = {name: inputs[name].shape for name in graph.inputs if name in inputs}
@@ -53,34 +55,51 @@ def plan_run(
         return None
     lengths = {shape[0] if shape else -1 for shape in shapes.values()}
     apart = dict.fromkeys(shapes, len(lengths) == 1 and -1 not in lengths)
-    itemsize = 8 if any(value.dtype.itemsize == 8 for value in inputs.values()) else 4
-    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    wide = any(value.dtype.itemsize == 8 and value.dtype.kind == "f" for value in inputs.values())
+    root = {name: name for name in graph.inputs}  # whose memory a value is
+    last_use = _last_uses(graph, root)
     live: dict[str, int] = {}
     most = 0
     for i, node in enumerate(graph.nodes):
         given = [shapes[name] for name in node.inputs]
         try:
-            weight = weight_shape(node.weights["weight"]) if "weight" in node.weights else ()
-            shape = _shape_of(node, given, weight)
+            weight = tensor(node.weights["weight"]) if "weight" in node.weights else None
+            shape = _shape_of(node, given, () if weight is None else weight.shape)
         except (ValueError, IndexError, ZeroDivisionError):
             return None
+        wide = wide or (weight is not None and compute_dtype(weight.dtype).itemsize == 8)
         shapes[node.output] = shape
         apart[node.output] = all(apart[name] for name in node.inputs) and _keeps_rows(
             node, given, shape
         )
-        size = math.prod(shape) * itemsize
-        live[node.output] = 0 if node.op in _VIEWS else size
-        if node.op in _VIEWS and node.inputs[0] in live:
-            live[node.output] = live.pop(node.inputs[0])
+        size = math.prod(shape) * (8 if wide else 4)
+        if root[node.output] == node.output:
+            live[node.output] = size
         scratch = _SCRATCH.get(node.op, 0) * size
         if node.op in ("linear", "conv2d"):
-            scratch = math.prod(given[0]) * itemsize  # x as the kernels want it
+            scratch = math.prod(given[0]) * (8 if wide else 4)  # x as the kernels want it
         most = max(most, sum(live.values()) + scratch)
-        for name in node.inputs:
-            if last_use[name] == i and name not in graph.outputs:
-                live.pop(name, None)
+        for name in [name for name in live if last_use[name] <= i]:
+            del live[name]
     rows = lengths.pop() if all(apart[name] for name in graph.outputs) else None
     return Plan(rows, most)
+
+
+def _last_uses(graph: Graph, root: dict[str, str]) -> dict[str, int]:
+    """Say whose memory each value is, and when that is used last: outputs are to the end."""
+    last: dict[str, int] = {}
+    moved: set[str] = set()  # whose elements do not lie in order
+    for i, node in enumerate(graph.nodes):
+        first = node.inputs[0]
+        copies = node.op in ("reshape", "flatten") and first in moved
+        root[node.output] = root[first] if node.op in _VIEWS and not copies else node.output
+        if node.op == "transpose" or (node.op == "identity" and first in moved):
+            moved.add(node.output)
+        for name in (*node.inputs, node.output):
+            last[root[name]] = i
+    for name in graph.outputs:
+        last[root[name]] = len(graph.nodes)
+    return last
 
 
 def _shape_of(node: Node, given: list[Shape], weight: Shape) -> Shape:

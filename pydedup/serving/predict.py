@@ -50,7 +50,7 @@ class Prediction:
 
     def plan(self) -> Plan | None:
         """Return what it needs, or None when its inputs do not fit."""
-        return plan_run(self.graph, lambda name: self.model.tensor(name).shape, self.inputs)
+        return plan_run(self.graph, self.model.tensor, self.inputs)
 
     def result(self, outputs: dict[str, _Array]) -> Any:
         """Return outputs in the form of what was given."""
@@ -122,7 +122,7 @@ def predict_together(
         group = [requests[place] for place in places]
         try:
             made = _run_group(group, tensor_of, pool) if len(group) > 1 else None
-        except PydedupError:
+        except Exception:  # a MemoryError, too, may be that of one
             made = None  # whose fault it is shows when each is alone
         for number, place in enumerate(places):
             try:
@@ -132,8 +132,17 @@ def predict_together(
                     else group[number].result(made[number])
                 )
             except PydedupError as error:
-                results[place] = error
+                results[place] = _without_frames(error)
     return results
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """Return an error that keeps nothing alive: frames hold pages, while others are predicted."""
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__
+    return error
 
 
 def _groups(requests: Sequence[Prediction], limit: int) -> list[list[int]]:

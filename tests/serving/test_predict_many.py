@@ -16,6 +16,7 @@ import pydedup
 from pydedup.errors import ArgumentError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.serving.plan import plan_run
+from pydedup.types import DType, TensorInfo
 
 RNG = np.random.default_rng(9)
 WIDE = 512
@@ -124,14 +125,19 @@ def test_rows_that_depend_on_each_other_are_not_cut(store: pydedup.Store) -> Non
 
 # ---- plans --------------------------------------------------------------------------------------
 
-_SHAPES = {"w": (8, 6), "e": (50, 6), "c": (4, 3, 3, 3), "g": (6,)}
+_DTYPES = {"d": DType.F64}
+_SHAPES = {"d": (8, 6), "w": (8, 6), "e": (50, 6), "c": (4, 3, 3, 3), "g": (6,)}
 
 
 def planned(nodes: list[Node], *shapes: tuple[int, ...]) -> Any:
     names = ("x", "y")[: len(shapes)]
     graph = Graph(names, (nodes[-1].output,), tuple(nodes))
     inputs = {n: np.zeros(s, np.float32) for n, s in zip(names, shapes, strict=True)}
-    return plan_run(graph, lambda name: _SHAPES[name], inputs)
+    return plan_run(
+        graph,
+        lambda name: TensorInfo(name, _DTYPES.get(name, DType.F32), _SHAPES[name], (8, 8)),
+        inputs,
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,6 +181,26 @@ def test_inputs_of_different_lengths_are_not_rows() -> None:
     assert planned(nodes, (5, 6), (5, 6)).rows == 5
     assert planned(nodes, (5, 6), (1, 6)).rows is None
     assert planned(nodes, (5, 6), (6,)).rows is None
+
+
+def test_wide_weights_make_wide_activations() -> None:
+    node = Node("linear", ("x",), "o", weights={"weight": "d"})
+    assert planned([node], (5, 6)).nbytes == 8 * 5 * (8 + 6)
+
+
+def test_memory_lives_as_long_as_any_view_of_it() -> None:
+    nodes = [
+        Node("relu", ("x",), "a"),
+        Node("flatten", ("a",), "b"),
+        Node("softmax", ("b",), "c"),
+        Node("add", ("a", "a"), "o"),
+    ]
+    assert planned(nodes, (5, 6, 2)).nbytes == 4 * 60 * (1 + 1 + 2)
+    turned = [
+        Node("transpose", ("x",), "a", attrs={"perm": [0, 2, 1]}),
+        Node("flatten", ("a",), "o"),
+    ]
+    assert planned(turned, (5, 6, 2)).nbytes == 4 * 60  # flattening what is turned copies
 
 
 def test_what_does_not_fit_has_no_plan() -> None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,3 +228,97 @@ def test_activations_and_reservations_count() -> None:
     assert pool.stats()["reserved_bytes"] == 0
     pool.reserve(MIB)
     assert pool.stats()["reserved_bytes"] == 0  # nobody kept it
+
+
+def in_threads(*works: Callable[[], None]) -> None:
+    errors: list[BaseException] = []
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as exc:
+            errors.append(exc)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not errors, errors
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_scratch_is_there_once_for_all_predictions() -> None:
+    pool = PagePool(SlowPages(1, 0).fetch, 64 * MIB, scratch_bytes=16 * MIB)
+    inside = threading.Barrier(3)
+
+    def hold() -> None:
+        with pool.activations(14 * MIB):
+            inside.wait(20)
+            assert pool.stats()["reserved_bytes"] == (3 * 14 - 16) * MIB
+            inside.wait(20)
+
+    in_threads(hold, hold, hold)
+    assert pool.stats()["reserved_bytes"] == 0
+
+
+def test_a_large_prediction_gets_its_turn_among_small_ones() -> None:
+    pool = PagePool(SlowPages(1, 0).fetch, 16 * MIB)
+    served = threading.Event()
+
+    def small() -> None:
+        deadline = time.monotonic() + 20
+        while not served.is_set():
+            assert time.monotonic() < deadline
+            with pool.activations(MIB):
+                time.sleep(0.003)
+
+    def large() -> None:
+        time.sleep(0.05)
+        with pool.activations(8 * MIB):
+            served.set()
+
+    in_threads(small, small, small, large)
+
+
+def test_what_was_reserved_before_a_fork_counts_in_the_child() -> None:
+    pool = PagePool(SlowPages(1, 0).fetch, 64 * MIB)
+    kept = pool.reserve(16 * MIB)
+    child = os.fork()
+    if child == 0:
+        try:
+            ok = pool.stats()["reserved_bytes"] == 16 * MIB and pool.activation_bytes == 24 * MIB
+            with pool.reserve(8 * MIB):
+                ok = ok and pool.stats()["reserved_bytes"] == 24 * MIB
+            kept.release()
+            ok = ok and pool.stats()["reserved_bytes"] == 0 and pool.activation_bytes == 32 * MIB
+        finally:
+            os._exit(0 if ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pool.stats()["reserved_bytes"] == 16 * MIB
+
+
+def test_without_a_thread_to_be_had_a_walk_reads_for_itself(monkeypatch: Any) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pages = SlowPages(24)
+    pool = PagePool(pages.fetch, 32 * MIB)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pool.call(model(1)):
+        assert walk(pool, ids_of(1, 24)) == list(range(1, 25))
+    assert pages.by(threading.current_thread().name) == list(range(1, 25))
+
+
+def test_an_error_that_is_kept_pins_nothing() -> None:
+    pages = SlowPages(8)
+    pool = PagePool(pages.fetch, 32 * MIB)
+
+    def fails() -> None:
+        for _ in pool.stream(ids_of(1, 8)):
+            raise ValueError("while computing")
+
+    with pytest.raises(ValueError, match="while computing") as caught:
+        fails()
+    assert caught.value.__traceback__ is not None
+    assert pool.stats()["pinned_bytes"] == 0

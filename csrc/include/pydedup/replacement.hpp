@@ -50,11 +50,14 @@ class Replacement {
         bool resident = false;
     };
 
-    explicit Replacement(ReplacementPolicy policy) : policy_(policy), groups_(1) {}
+    explicit Replacement(ReplacementPolicy policy) : policy_(policy), groups_(1) {
+        numbers_of_groups_.emplace(std::vector<std::size_t>(), 0);
+    }
     Replacement(const Replacement&) = delete;
     Replacement& operator=(const Replacement&) = delete;
 
-    /// Says that a model reads these pages. About 50 bytes for each page are kept.
+    /// Says that a model reads these pages. Kept are about 50 bytes for each page, and for each set
+    /// of models that some page has as its owners 8 bytes per member.
     void owns(Owner owner, std::span<const PageId> pages);
 
     /// A prediction begins.
@@ -89,12 +92,21 @@ class Replacement {
         std::uint64_t last = 0, first = 0;
         double calls = 0;  // decayed, as of `last`
     };
+    // Pages with the same owners.
+    struct Group {
+        std::vector<std::size_t> owners;  // ascending
+        std::size_t pages = 0;
+        std::uint64_t rated_at = 0;  // when `rate` was made
+        double rate = 0;
+    };
     using Histories = std::list<History>;
 
     [[nodiscard]] double horizon() const noexcept;
     [[nodiscard]] double decayed(double count, std::uint64_t since) const noexcept;
     [[nodiscard]] double rate_of(const Model& model) const noexcept;
     [[nodiscard]] double rate_of_group(std::uint32_t group);
+    [[nodiscard]] std::uint32_t group_with(std::uint32_t group, std::size_t model);
+    void leave_group(std::uint32_t group) noexcept;
 
     const ReplacementPolicy policy_;
     std::uint64_t now_ = 0;
@@ -102,14 +114,14 @@ class Replacement {
     Histories resident_, gone_;  // gone_: those given up longest ago first
     std::unordered_map<PageId, Histories::iterator> known_;
 
-    // Owners of a page are one of few sets, named by number; 0 is the empty one.
+    // Owners of a page are one of few sets, named by number; 0 is the empty one. A number without
+    // pages is given to the next set.
     std::unordered_map<Owner, std::size_t> numbers_;
     std::vector<Model> models_;
-    std::vector<std::vector<std::size_t>> groups_;
-    std::map<std::pair<std::uint32_t, std::size_t>, std::uint32_t> with_;
+    std::vector<Group> groups_;
+    std::map<std::vector<std::size_t>, std::uint32_t> numbers_of_groups_;
+    std::vector<std::uint32_t> free_groups_;
     std::unordered_map<PageId, std::uint32_t> group_of_;
-    // Rates of groups, good for one tick.
-    std::vector<std::pair<std::uint64_t, double>> rates_;
 };
 
 }  // namespace pydedup

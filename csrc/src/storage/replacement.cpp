@@ -17,6 +17,8 @@ constexpr double kPriorWeight = 1.0 / 32;
 // How far, of its length, the first gap is believed to be from the mean. Less than a half: the
 // second round of a loop should already profit.
 constexpr double kFirstSpread = 0.25;
+// Part of the horizon for which a rate is not looked at again.
+constexpr double kRatesStayGood = 1.0 / 256;
 // Share of the newest gap in the running mean.
 constexpr double kNewest = 0.25;
 // A wait so many times as long as expected says that the expectation is wrong.
@@ -64,19 +66,39 @@ void Replacement::owns(Owner owner, std::span<const PageId> pages) {
     const std::size_t model = at->second;
     for (const PageId id : pages) {
         std::uint32_t& group = group_of_[id];
-        const auto& owners = groups_[group];
-        if (std::find(owners.begin(), owners.end(), model) == owners.end()) {
-            const auto [next, unknown] =
-                with_.try_emplace({group, model}, static_cast<std::uint32_t>(groups_.size()));
-            if (unknown) {
-                std::vector<std::size_t> more = owners;
-                more.push_back(model);
-                groups_.push_back(std::move(more));
-            }
-            group = next->second;
-        }
+        const auto& owners = groups_[group].owners;
+        if (std::binary_search(owners.begin(), owners.end(), model)) continue;
+        const std::uint32_t next = group_with(group, model);
+        ++groups_[next].pages;
+        leave_group(group);
+        group = next;
         if (const auto known = known_.find(id); known != known_.end()) known->second->group = group;
     }
+}
+
+std::uint32_t Replacement::group_with(std::uint32_t group, std::size_t model) {
+    std::vector<std::size_t> owners = groups_[group].owners;
+    owners.insert(std::upper_bound(owners.begin(), owners.end(), model), model);
+    if (const auto at = numbers_of_groups_.find(owners); at != numbers_of_groups_.end()) {
+        return at->second;
+    }
+    if (free_groups_.empty()) {
+        free_groups_.reserve(groups_.size() + 1);  // leave_group() must not fail
+        groups_.emplace_back();
+        free_groups_.push_back(static_cast<std::uint32_t>(groups_.size() - 1));
+    }
+    const std::uint32_t number = free_groups_.back();
+    groups_[number] = {owners, 0, 0, 0};
+    numbers_of_groups_.emplace(std::move(owners), number);
+    free_groups_.pop_back();
+    return number;
+}
+
+void Replacement::leave_group(std::uint32_t group) noexcept {
+    if (group == 0 || --groups_[group].pages != 0) return;
+    numbers_of_groups_.erase(groups_[group].owners);
+    groups_[group] = {};
+    free_groups_.push_back(group);
 }
 
 void Replacement::call(Owner owner) {
@@ -130,7 +152,7 @@ void Replacement::use(History& page) noexcept {
 void Replacement::give_up(History& page) noexcept {
     page.resident = false;
     gone_.splice(gone_.end(), resident_, known_.find(page.id)->second);
-    if (gone_.size() > std::max(kRemembered, kRememberedTimes * resident_.size())) {
+    while (gone_.size() > std::max(kRemembered, kRememberedTimes * resident_.size())) {
         known_.erase(gone_.front().id);
         gone_.pop_front();
     }
@@ -196,14 +218,14 @@ double Replacement::rate_of(const Model& model) const noexcept {
 }
 
 double Replacement::rate_of_group(std::uint32_t group) {
-    rates_.resize(groups_.size(), {0, 0.0});
-    auto& [tick, rate] = rates_[group];
-    if (tick != now_) {
-        tick = now_;
-        rate = 0;
-        for (const std::size_t model : groups_[group]) rate += rate_of(models_[model]);
+    // Rates change slowly; what was found stays good for a small part of the horizon.
+    Group& its = groups_[group];
+    if (its.rated_at == 0 || ticks(its.rated_at, now_) > horizon() * kRatesStayGood) {
+        its.rate = 0;
+        for (const std::size_t model : its.owners) its.rate += rate_of(models_[model]);
+        its.rated_at = std::max<std::uint64_t>(now_, 1);
     }
-    return rate;
+    return its.rate;
 }
 
 }  // namespace pydedup
