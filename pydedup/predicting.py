@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What predicts with the models of a store: a part of `Store`.
+
+As in `pydedup.store`, what opening and predicting do not need is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from numpy.typing import ArrayLike
+
+from pydedup.adapter import Adapter
+from pydedup.catalog import Catalog, StoredModel
+from pydedup.errors import NotFoundError, PydedupError
+from pydedup.graph import Graph
+from pydedup.opening import open_rows
+from pydedup.pool import PagePool
+from pydedup.replacement import Trace
+from pydedup.serving.predict import Prediction, predict, predict_together
+from pydedup.serving.tensor import StoredTensor, called
+from pydedup.types import Progress, ScoreReport
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["StorePredictions"]
+
+#: A torch.nn.Module; named so that no torch is needed to import this file.
+Module = TypeVar("Module", bound="torch.nn.Module")
+
+# Rows that are scored at a time.
+_BATCH: Final = 1024
+
+
+class StorePredictions:
+    """Predictions with models whose weights stay in the store."""
+
+    _adapter: Adapter
+    _catalog: Catalog
+    _pool: PagePool
+
+    def tensor(self, name: str, tensor: str) -> StoredTensor:
+        """Return one tensor to compute with where it lies. Raises NotFoundError."""
+        return self._stored_tensor(self._catalog.model(name), tensor)
+
+    def predict(self, name: str, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
+        """Predict with a model whose graph the store knows, streaming its weights.
+
+        ``x`` is an array, or a mapping of input names to arrays; the result takes the same form.
+        Raises NotFoundError (also when the model has no graph), ArgumentError for inputs that do
+        not fit.
+        """
+        model = self._catalog.model(name)
+        graph = model.graph()
+        if graph is None:
+            return self._predict_onnx(model, x)
+        return predict(Prediction.of(model, graph, x), self._stored_tensor, self._pool)
+
+    def predict_many(
+        self, requests: Sequence[tuple[str, ArrayLike | Mapping[str, ArrayLike]]]
+    ) -> list[Any]:
+        """Predict for several models at once.
+
+        Requests of models with the same layers share the work: a block that several of them have is
+        read and multiplied once for all their rows. Sums are formed in another order than one by
+        one, so results may differ from those of `predict` in the last bits.
+
+        Parameters
+        ----------
+        requests
+            Pairs of a model and what `predict` takes for it; each name resolves once.
+
+        Returns
+        -------
+        list
+            For each request what `predict` returns, or the `PydedupError` that it would raise.
+        """
+        results: list[Any] = []
+        for name, x in requests:
+            try:
+                model = self._catalog.model(name)
+                graph = model.graph()
+                if graph is None:
+                    results.append(self._predict_onnx(model, x))
+                else:
+                    results.append(Prediction.of(model, graph, x))
+            except PydedupError as error:
+                results.append(error)
+        ready = [one for one in results if isinstance(one, Prediction)]
+        made = iter(predict_together(ready, self._stored_tensor, self._pool))
+        return [next(made) if isinstance(one, Prediction) else one for one in results]
+
+    def attach(self, module: Module, name: str, *, prefix: str = "") -> Module:
+        """Make a torch module compute with a model's weights where they lie, and return it.
+
+        In place, for predictions only; its own weights are freed. ``prefix`` is what names in the
+        store have before those of the module. See docs/attach.md. Raises NotFoundError;
+        ArgumentError, and nothing is changed, when module and model do not fit.
+        """
+        from pydedup.serving import layers
+
+        layers.attach(module, name, self._catalog, self._pool, self._adapter.epoch, prefix)
+        return module
+
+    def detach(self, module: Module) -> Module:
+        """Make an attached module a plain one, with the weights loaded, and return it."""
+        from pydedup.serving import layers
+
+        layers.detach(module, self._catalog)
+        return module
+
+    def score(
+        self,
+        query: str,
+        model: str,
+        *,
+        into: str,
+        key: str | None = None,
+        batch: int = _BATCH,
+        source: str | os.PathLike[str] | None = None,
+        on_error: str = "fail",
+        progress: Progress | None = None,
+    ) -> ScoreReport:
+        """Predict each row that a query finds, and write it to a table of the same database.
+
+        Run again after whatever ended it, it goes on: rows whose key is in the table are skipped,
+        and an alias stays the version that it was. docs/scoring.md says the rest.
+
+        Parameters
+        ----------
+        query
+            One SELECT: a key that is unique, then the features, a column each, or one column of
+            bytes (float32 in little-endian order), JSON or an array.
+        into
+            The table; created with the key, the prediction and the model when it is missing.
+        key
+            Column of the query that is the key; the first by default.
+        batch
+            Rows that are predicted and written at a time.
+        source
+            URL of the database to read and write, when it is not that of the store.
+        on_error
+            What a row does that cannot be predicted: ``"fail"`` ends the work, nothing of its
+            batch written; ``"skip"`` leaves it out and counts it.
+
+        Raises
+        ------
+        ArgumentError, NotFoundError, ReadOnlyError, ConflictError, UnavailableError
+        """
+        from pydedup.serving.score import score_rows
+
+        with open_rows(self._adapter, source) as rows:
+            return score_rows(
+                self._adapter,
+                self._catalog,
+                rows,
+                lambda stored, x: self.predict(stored.address, x),
+                query,
+                model,
+                into=into,
+                key=key,
+                batch=batch,
+                on_error=on_error,
+                progress=progress,
+            )
+
+    def graph(self, name: str) -> Graph | None:
+        """Return the graph that `predict` runs, if the store knows one."""
+        return self._catalog.model(name).graph()
+
+    def warm(self, name: str) -> int:
+        """Read a model's pages into the pool, as many as fit; returns how many it holds."""
+        model = self._catalog.model(name)
+        pages = [page for _, page, _, _ in self._adapter.model_pages(model.row.id)]
+        return self._pool.warm(pages)
+
+    def record(self, max_uses: int = 1_000_000) -> None:
+        """Record the uses of pages from now on, at 16 bytes each; 0 ends that."""
+        self._pool.record(max_uses)
+
+    def recorded(self) -> Trace:
+        """Return what was recorded so far, to be saved, replayed, or shown by `report`."""
+        return self._pool.recorded()
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _predict_onnx(self, model: StoredModel, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
+        """Predict with a model that was ONNX and has operations that we do not run ourselves."""
+        from pydedup.formats.onnx import GRAPH
+        from pydedup.serving.onnx_session import run_onnx
+
+        payload = self._adapter.artifact(model.row.id, GRAPH)
+        if payload is None:
+            raise NotFoundError(
+                f"{model.address} has no graph to predict with; give add(..., graph=...), "
+                "or add it from a torch.nn.Sequential, Keras or ONNX model"
+            )
+        outputs = run_onnx(
+            model, payload, lambda tensor: self._stored_tensor(model, tensor), self._pool, x
+        )
+        return outputs if isinstance(x, Mapping) or len(outputs) > 1 else outputs.popitem()[1]
+
+    def _stored_tensor(self, model: StoredModel, name: str) -> StoredTensor:
+        info = model.tensor(name)
+        return StoredTensor(
+            info,
+            lambda: model.block_map(name),
+            self._pool,
+            model.refresh,
+            lambda: self._pool.call(called(model)),
+        )
