@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import config
@@ -236,11 +237,14 @@ class Store(StorePredictions, StoreUpkeep):
     def load(self, name: str, dtype: str | None = None) -> dict[str, NDArray[Any]]:
         """Return all tensors of a model as numpy arrays (bf16 and f8 as ml_dtypes).
 
-        ``dtype`` (e.g. ``"f32"``) converts floating-point tensors; others stay as they are.
-        Raises NotFoundError, CorruptStoreError.
+        ``dtype`` (``"f32"``, ``"bf16"``, ...) converts floating-point tensors; others stay as they
+        are. Raises NotFoundError, CorruptStoreError; ArgumentError for a dtype that is not of
+        floating point.
         """
         model = self._catalog.model(name)
         wanted = None if dtype is None else DType.of_label(dtype)
+        if wanted is not None and not wanted.is_float:
+            raise ArgumentError(f"weights cannot be loaded as {dtype}; take one of floating point")
         return {info.name: self._read(model, info.name, wanted) for info in model.tensors}
 
     def load_torch(
@@ -405,7 +409,8 @@ class Store(StorePredictions, StoreUpkeep):
     def _read(self, model: StoredModel, name: str, dtype: DType | None) -> NDArray[Any]:
         array = self._stored_tensor(model, name).numpy()
         if dtype is not None and array.dtype != dtype.numpy and DType.of(array.dtype).is_float:
-            return array.astype(dtype.numpy)
+            with np.errstate(over="ignore"):  # beyond what fits is infinite, as in any conversion
+                return array.astype(dtype.numpy)
         return array
 
     def _artifacts(self, model: StoredModel) -> list[Artifact]:

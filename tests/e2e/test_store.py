@@ -112,6 +112,20 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(store: pydedup.Store) -> N
     assert store.verify().errors == []
 
 
+def test_loading_to_a_dtype_converts_what_is_of_floating_point(store: pydedup.Store) -> None:
+    arrays = {"w": np.array([[1.5, -2.25, 1e30]], np.float32), "ids": np.arange(3)}
+    store.add("m", arrays)
+    half = store.load("m", "f16")
+    assert half["w"].dtype == np.float16
+    assert half["w"].tolist() == [[1.5, -2.25, np.inf]]
+    assert half["ids"].dtype == arrays["ids"].dtype
+    assert str(store.load("m", "bf16")["w"].dtype) == "bfloat16"
+    with pytest.raises(ArgumentError, match="cannot be loaded as int8"):
+        store.load("m", "int8")
+    with pytest.raises(ArgumentError, match="float99"):
+        store.load("m", "float99")
+
+
 def test_block_shapes_do_not_change_what_comes_back(store: pydedup.Store) -> None:
     model = {"w": np.random.default_rng(0).standard_normal((100, 70)).astype(np.float32)}
     for number, shape in enumerate([(1, 1), (7, 3), (64, 64), (100, 70), (1000, 1000)]):
