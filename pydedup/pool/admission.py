@@ -146,15 +146,16 @@ class Gate:
 class Shadow:
     """Takes off a pool's budget what is used elsewhere beyond an allowance, as far as it goes."""
 
-    def __init__(self, core: _core.BufferPool, allowance: int) -> None:
+    def __init__(self, core: _core.BufferPool, allowance: int, most: Callable[[], int]) -> None:
         self._core = core
         self._allowance = allowance
+        self._most = most  # bytes that may be taken off: pages need the rest
         self._held: _core.Reservation | None = None
         self._nbytes = 0
 
     def follow(self, used: int) -> None:
         """Make what is taken off fit what is used now."""
-        wanted = max(used - self._allowance, 0)
+        wanted = max(min(used - self._allowance, self._most()), 0)
         if wanted == self._nbytes:
             return
         if self._held is not None:

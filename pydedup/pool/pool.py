@@ -122,7 +122,12 @@ class PagePool:
         self._loader = PageLoader(self._core, self._fetch, self.damaged, self._readers)
         self._gate = Gate(self._budget // 4)
         self._ahead = Gate(self._budget // 4)
-        shadow = Shadow(self._core, self._scratch)
+        shadow = Shadow(
+            self._core,
+            self._scratch,
+            # A delta needs its page and that of its base at once.
+            lambda: min(self._budget // 2, self._budget - 2 * self._loader.largest),
+        )
         self._activations = Gate(self._scratch + self._budget // 2, shadow.follow)
         self._reserved = 0
         self._process = os.getpid()

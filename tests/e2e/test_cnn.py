@@ -90,7 +90,8 @@ def test_a_trained_network_is_served(
         np.testing.assert_allclose(direct, theirs, rtol=1e-4, atol=1e-5)
     with pydedup.open(f"sqlite:///{tmp_path}/m.db", mode="r", memory="64KiB") as store:
         tight = store.predict("bars@shifted", x.numpy())
-        assert np.array_equal(tight, shifted)
+        # In pieces of few images, which are summed in another order than many.
+        assert np.abs(tight - shifted).max() <= 1e-6 * np.abs(shifted).max()
 
 
 def test_an_exported_network_is_served_from_onnx(trained: torch.nn.Module, tmp_path: Path) -> None:
