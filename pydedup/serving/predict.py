@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +36,11 @@ class Prediction:
     graph: Graph
     inputs: dict[str, _Array]
     as_mapping: bool  # the result takes the form of what was given
+    #: What it needs, or None when its inputs do not fit.
+    plan: Plan | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = plan_run(self.graph, self.model.tensor, self.inputs)
 
     @classmethod
     def of(
@@ -47,10 +52,6 @@ class Prediction:
         if len(graph.inputs) == 1:
             return cls(model, graph, {graph.inputs[0]: _array(x)}, False)
         raise ArgumentError(f"{model.address} takes several inputs: {', '.join(graph.inputs)}")
-
-    def plan(self) -> Plan | None:
-        """Return what it needs, or None when its inputs do not fit."""
-        return plan_run(self.graph, self.model.tensor, self.inputs)
 
     def result(self, outputs: dict[str, _Array]) -> Any:
         """Return outputs in the form of what was given."""
@@ -80,7 +81,7 @@ def predict(
 
 
 def _run(request: Prediction, tensor_of: _TensorOf, pool: PagePool) -> dict[str, _Array]:
-    model, plan = request.model, request.plan()
+    model, plan = request.model, request.plan
     nbytes = 0 if plan is None else plan.nbytes
 
     def run(inputs: dict[str, _Array]) -> dict[str, _Array]:
@@ -150,7 +151,7 @@ def _groups(requests: Sequence[Prediction], limit: int) -> list[list[int]]:
     groups: list[list[int]] = []
     begun: dict[object, tuple[list[int], int]] = {}
     for place, request in enumerate(requests):
-        plan = request.plan()
+        plan = request.plan
         if plan is None or plan.nbytes > limit:
             groups.append([place])
             continue
@@ -168,7 +169,7 @@ def _run_group(
     group: Sequence[Prediction], tensor_of: _TensorOf, pool: PagePool
 ) -> list[dict[str, _Array]]:
     """Run requests of one kind: those of one model as one batch, models side by side."""
-    plans = [request.plan() for request in group]
+    plans = [request.plan for request in group]
     batches: dict[object, list[int]] = {}
     for number, (request, plan) in enumerate(zip(group, plans, strict=True)):
         shapes = tuple(
