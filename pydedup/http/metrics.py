@@ -32,7 +32,7 @@ class Metrics:
 
     def __init__(
         self,
-        pool: Callable[[], Mapping[str, int]],
+        pool: Callable[[], Mapping[str, int]] | None,
         gauges: Mapping[str, tuple[str, Callable[[], float]]],
     ) -> None:
         self._registry = CollectorRegistry()
@@ -62,7 +62,8 @@ class Metrics:
         )
         for name, (text, value) in gauges.items():
             Gauge(f"pydedup_{name}", text, registry=self._registry).set_function(value)
-        self._registry.register(_Pool(pool))
+        if pool is not None:
+            self._registry.register(_Pool(pool))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 

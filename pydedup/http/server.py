@@ -27,11 +27,11 @@ from pydedup.http.options import ServeOptions
 from pydedup.http.protocol import LimitedProtocol
 from pydedup.http.served import ServedStore
 
-__all__ = ["serve"]
+__all__ = ["SWITCH_SECONDS", "serve"]
 
 #: How long Python lets one thread run while others wait: at its 5 ms, threads that predict would
 #: hold up the event loop.
-_SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0005
 _IDLE_SECONDS = 75
 _BACKLOG = 1024
 
@@ -77,7 +77,7 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
         **_tls(options),
     )
     switch = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         with _listen(options) as listener:
             url = _url_of(listener, options)
