@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be configured from outside, and what is in use.
 
-Environment: ``PYDEDUP_KERNEL`` demands a kernel by name (an error when it cannot be had).
+Environment: ``PYDEDUP_KERNEL`` demands a kernel by name (an error when it cannot be had);
+``PYDEDUP_THREADS`` says how many threads a computation takes that asks for no number (one per core
+without it, or where it is no number), and is read once.
 Deliberately not here: settings of a store, which live in its ``meta`` table.
 """
 
@@ -17,7 +19,7 @@ from pydedup.errors import ArgumentError
 if TYPE_CHECKING:
     from fractions import Fraction
 
-__all__ = ["Kernel", "Kernels", "kernels", "parse_bytes"]
+__all__ = ["Kernel", "Kernels", "kernels", "parse_bytes", "threads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ def kernels() -> Kernels:
         in_use=_core.active_kernel(),
         reason=_core.active_kernel_reason(),
     )
+
+
+def threads() -> int:
+    """Return how many threads a computation takes that asks for no number."""
+    return _core.default_threads()
 
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)

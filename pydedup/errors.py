@@ -11,6 +11,7 @@
     ├── QuotaError                         an add would take a value of metadata over its quota
     ├── BudgetError (MemoryError)          the memory budget does not allow the request
     ├── EvaluationError                    a policy's callable failed or returned what is no use
+    ├── ClusterError                   a Ray cluster cannot be reached, or does not fit
     └── StoreError
         ├── NotAStoreError                 the database holds no pydedup store (or something else)
         │   └── MissingStoreError          there could be one, but nobody has created it yet
@@ -31,6 +32,7 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "BudgetError",
+    "ClusterError",
     "ConflictError",
     "CorruptStoreError",
     "DuplicateError",
@@ -97,6 +99,10 @@ class EvaluationError(PydedupError):
 
     Those are ``evaluate``, ``finetune`` and ``saliency``. What they raised is ``__cause__``.
     """
+
+
+class ClusterError(PydedupError):
+    """A Ray cluster cannot be reached, or what is on its machines does not fit."""
 
 
 class StoreError(PydedupError):

@@ -95,10 +95,11 @@ ALLOWED: dict[str, set[str]] = {
     "sql": VALUES | {"config", "opening", "registry", "serving", "store"},
     "": PUBLIC - {""},
     "http": PUBLIC | {"serving", "opening"},
+    "ray": PUBLIC | {"serving", "opening", "http"},
     "selftest": PUBLIC,
     "testing": PUBLIC | {"selftest"},
     "demo": PUBLIC | {"selftest"},
-    "cli": PUBLIC | {"selftest", "demo", "http"},
+    "cli": PUBLIC | {"selftest", "demo", "http", "ray"},
     "__main__": {"cli"},
 }
 

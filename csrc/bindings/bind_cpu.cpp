@@ -8,6 +8,7 @@ void bind_cpu(py::module_& m) {
     m.def("version", [] { return PYDEDUP_VERSION; });
     m.def("active_kernel", &active_kernel);
     m.def("active_kernel_reason", &active_kernel_reason);
+    m.def("default_threads", &default_threads);
     m.def("kernel_infos", [] {
         py::list infos;
         for (const KernelInfo& info : kernel_infos()) {

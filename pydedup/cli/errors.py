@@ -59,7 +59,7 @@ _MEANINGS = {
     Exit.DIFFERENT: "verify found damage, diff found differences, or rm was declined",
     Exit.USAGE: "the command line or a value on it is wrong",
     Exit.NOT_FOUND: "no such model, version, alias, tensor or file",
-    Exit.STORE: "the store, its database or the file system failed",
+    Exit.STORE: "the store, its database, the file system or Ray failed",
     Exit.BAD_FILE: "a file is damaged, unsafe or of no known format, or an extra is missing",
     Exit.DUPLICATE: "that name@version is in the store already",
     Exit.QUOTA: "the add would take more than a quota allows",

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pydedup import config
 from pydedup.blocks import BlockMap
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
@@ -227,6 +228,8 @@ class _Runner:
 def _new_session(model: bytes, address: str) -> Any:
     ort = _import_onnxruntime()
     options = ort.SessionOptions()
+    if "PYDEDUP_THREADS" in os.environ:
+        options.intra_op_num_threads = config.threads()
     options.log_severity_level = 4  # what goes wrong is raised, and need not be printed too
     # A spinning thread would take the core that our kernels use next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -24,4 +24,8 @@ struct KernelInfo {
 /// Why `active_kernel()` is the one in use.
 [[nodiscard]] std::string active_kernel_reason();
 
+/// Threads of calls that ask for no number: PYDEDUP_THREADS as it was when it was first needed, or
+/// one per core where that is no number from 1 on.
+[[nodiscard]] unsigned default_threads() noexcept;
+
 }  // namespace pydedup

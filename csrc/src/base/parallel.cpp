@@ -13,9 +13,11 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <deque>
 #include <mutex>
 #include <new>
@@ -23,7 +25,19 @@
 #include <thread>
 #include <vector>
 
-namespace pydedup::detail {
+namespace pydedup {
+
+unsigned default_threads() noexcept {
+    static const unsigned threads = [] {
+        const char* text = std::getenv("PYDEDUP_THREADS");
+        const long wanted = text == nullptr ? 0 : std::strtol(text, nullptr, 10);
+        if (wanted > 0) return static_cast<unsigned>(std::min(wanted, 4096L));
+        return std::max(std::thread::hardware_concurrency(), 1U);
+    }();
+    return threads;
+}
+
+namespace detail {
 namespace {
 
 // How long a thread looks for more work, or its caller for the end of the last piece, before it
@@ -224,4 +238,5 @@ void run_with_helpers(unsigned helpers, void (*run)(void*) noexcept, void* conte
     }
 }
 
-}  // namespace pydedup::detail
+}  // namespace detail
+}  // namespace pydedup

@@ -7,15 +7,14 @@
 #include <atomic>
 #include <cstddef>
 #include <exception>
-#include <thread>
+
+#include "pydedup/cpu.hpp"
 
 namespace pydedup {
 
-/// Threads to use: `requested`, or one per core when 0.
+/// Threads to use: `requested`, or the default when 0.
 [[nodiscard]] inline unsigned thread_count(unsigned requested) noexcept {
-    if (requested != 0) return requested;
-    const unsigned cores = std::thread::hardware_concurrency();
-    return cores == 0 ? 1 : cores;
+    return requested != 0 ? requested : default_threads();
 }
 
 namespace detail {

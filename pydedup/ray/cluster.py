@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ray itself: whether it is here and fits, and how a cluster is reached, or a private one started.
+
+A URL with its password must reach the workers and show nowhere. So it travels as a `Secret`, whose
+text is without; a command line, which Ray notes as the entry point of a job, is told without; and
+what goes wrong on a worker comes back as text that `without_secrets` has seen, not as an exception
+with frames.
+
+Deliberately not here: what workers do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from pydedup.errors import ArgumentError, ClusterError
+from pydedup.registry import redact
+from pydedup.text import without_secrets
+
+__all__ = ["INSTALL", "Secret", "attached", "import_ray", "on_each_node", "use_threads"]
+
+INSTALL: Final = "pip install 'pydedup[ray]'"
+#: The first whose Ray Data and Serve have what is called here, and the first that may not.
+_OLDEST, _TOO_NEW = (2, 44), (3,)
+_CLIENT_PORT: Final = 10001
+_PROBE_SECONDS: Final = 5.0
+_PREFIX: Final = "pydedup-ray-"
+#: Of what a private Ray may keep in shared memory; little passes through it.
+_OBJECT_STORE_BYTES: Final = 128 * 1024 * 1024
+
+
+class Secret:
+    """A text that its own text, and so logs and dashboards, do not show."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return f"Secret({redact(self._text)!r})"
+
+    def __reduce__(self) -> tuple[type[Secret], tuple[str]]:
+        return Secret, (self._text,)
+
+    def reveal(self) -> str:
+        """Return the text."""
+        return self._text
+
+
+def import_ray(module: str = "ray") -> Any:
+    """Return Ray, or a module of it. Raises ArgumentError where it is missing or does not fit."""
+    # What Ray does when a task asks for no GPU, said to be about to change; nobody here has one.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about Ray's own code
+            ray = importlib.import_module("ray")
+            found = importlib.import_module(module)
+    except ImportError as error:
+        raise ArgumentError(
+            f"Ray is not installed, or not all of it ({error}); install it with: {INSTALL}"
+        ) from error
+    numbers = tuple(int(part) for part in re.findall(r"\d+", str(ray.__version__))[:2])
+    if not _OLDEST <= numbers < _TOO_NEW:
+        raise ArgumentError(
+            f"Ray {ray.__version__} is installed, and pydedup needs {_OLDEST[0]}.{_OLDEST[1]} or "
+            f"newer, below {_TOO_NEW[0]}; install one that fits with: pip install -U "
+            "'pydedup[ray]'"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def attached(on: str | None = None, *, cpus: int | None = None) -> Iterator[Any]:
+    """Give Ray, connected to a cluster; a connection that was made here ends with the block.
+
+    Parameters
+    ----------
+    on
+        ``"ray://host:10001"`` (Ray Client), ``"host:6379"`` (from a machine of the cluster),
+        ``"auto"`` (the cluster that this machine is of), or ``"local"``: a private one on this
+        machine, which ends with the block. ``None``: the one that the process is connected to.
+    cpus
+        CPUs that a private one may use; those that there are by default.
+
+    Raises
+    ------
+    ArgumentError
+        Ray is missing or does not fit, ``on`` is no address, or the process is connected already.
+    ClusterError
+        No cluster answers at the address, or it does not fit.
+    """
+    ray = import_ray()
+    if on is None:
+        if not ray.is_initialized():
+            raise ArgumentError(
+                "this process is not connected to Ray; call ray.init(...), or say where with on: "
+                "'local', 'auto' or 'ray://host:10001'"
+            )
+        yield ray
+        return
+    if ray.is_initialized():
+        raise ArgumentError(
+            f"this process is connected to Ray already; leave out on={redact(on)!r}, or call "
+            "ray.shutdown() first"
+        )
+    with _private(ray, cpus) if on == "local" else _remote(ray, on):
+        yield ray
+
+
+@contextlib.contextmanager
+def _private(ray: Any, cpus: int | None) -> Iterator[None]:
+    """Start a Ray of our own, with a folder of its own, and end it."""
+    _sweep()
+    # Short, since sockets are in it, whose paths have at most 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+    try:
+        # Held until this process ends, however it does: so `_sweep` knows what is left over.
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            options: dict[str, Any] = {
+                "address": "local",
+                "_temp_dir": str(folder),
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+            }
+            if cpus is not None:
+                options["num_cpus"] = cpus
+            with _connected(ray, "a private Ray on this machine", options):
+                yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Remove folders of private Rays whose process was killed."""
+    for folder in Path("/tmp").glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (folder / "lock").open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _remote(ray: Any, on: str) -> Iterator[None]:
+    if on != "auto":
+        _probe(on)
+    with _connected(ray, f"the Ray cluster at {redact(on)}", {"address": on}):
+        yield
+
+
+def _probe(on: str) -> None:
+    """Raise where nobody listens: Ray itself would try for minutes."""
+    client = on.startswith("ray://")
+    place = on.removeprefix("ray://").partition("?")[0]
+    found = re.fullmatch(r"(\[[^\]]+\]|[^:/@\s]+)(?::(\d{1,5}))?", place)
+    if found is None or not (client or found.group(2)) or int(found.group(2) or 1) > 65535:
+        raise ArgumentError(
+            f"{redact(on)!r} is no address of Ray; write ray://host:{_CLIENT_PORT}, host:6379, "
+            "'auto' or 'local'"
+        )
+    host, port = found.group(1).strip("[]"), int(found.group(2) or _CLIENT_PORT)
+    try:
+        socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
+    except OSError as error:
+        start = f"ray start --head{f' --ray-client-server-port {port}' if client else ''}"
+        raise ClusterError(
+            f"no Ray cluster answers at {on} ({error.strerror or error}); see that it runs there "
+            f"({start}), or take --on local"
+        ) from error
+
+
+@contextlib.contextmanager
+def _connected(ray: Any, what: str, options: dict[str, Any]) -> Iterator[None]:
+    try:
+        with _quiet_entry_point():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:
+        said = " ".join(without_secrets(str(error)).split()) or type(error).__name__
+        if "ersion mismatch" in said:
+            raise ClusterError(
+                f"{what} is of another version than the Ray here: {said}; install the Ray and the "
+                "Python of the cluster"
+            ) from error
+        raise ClusterError(f"{what} cannot be used: {said}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):  # a cluster that is gone needs no goodbye
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet_entry_point() -> Iterator[None]:
+    """Have Ray note the command line, as the entry point of its job, without passwords."""
+    utils: Any = sys.modules.get("ray._private.utils")
+    real = getattr(utils, "get_entrypoint_name", None)
+    if real is None:
+        yield
+        return
+
+    def told() -> str:
+        return " ".join(without_secrets(redact(part)) for part in str(real()).split(" "))
+
+    utils.get_entrypoint_name = told
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = real
+
+
+def use_threads(count: int) -> None:
+    """Have computations of this process take so many threads; before the first of them."""
+    os.environ["PYDEDUP_THREADS"] = str(count)
+
+
+def on_each_node(ray: Any, function: Callable[..., str | None], *arguments: object) -> None:
+    """Call a function once on each node that has CPUs, and see that nothing hinders its work.
+
+    Parameters
+    ----------
+    function
+        Of a module of pydedup. Returns what hinders, ``None`` where nothing does.
+
+    Raises
+    ------
+    ClusterError
+        Which names the node.
+    """
+    strategies = importlib.import_module("ray.util.scheduling_strategies")
+    remote = ray.remote(num_cpus=0, max_retries=2)(function)
+    asked: list[tuple[str, Any]] = []
+    for node in ray.nodes():
+        if node["Alive"] and node["Resources"].get("CPU"):
+            strategy = strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            call = remote.options(scheduling_strategy=strategy).remote(*arguments)
+            asked.append((str(node["NodeManagerAddress"]), call))
+    if not asked:
+        raise ClusterError("no node of the Ray cluster has a CPU to work with")
+    for address, call in asked:
+        try:
+            hindrance = ray.get(call)
+        except Exception as error:
+            said = without_secrets(str(error)).strip().splitlines()
+            raise ClusterError(
+                f"the Ray worker on {address} cannot run pydedup "
+                f"({said[-1].strip() if said else type(error).__name__}); install the same pydedup "
+                "there, with the extra of its database"
+            ) from error
+        if hindrance is not None:
+            raise ClusterError(f"the Ray worker on {address}: {hindrance}")
