@@ -25,7 +25,15 @@ from pydedup.replacement import DEFAULT_POLICY
 if TYPE_CHECKING:
     from pydedup.moving.source import End
 
-__all__ = ["check_store", "check_writable", "connect_store", "open_end", "open_rows", "pool_of"]
+__all__ = [
+    "check_store",
+    "check_writable",
+    "connect_store",
+    "open_end",
+    "open_rows",
+    "pool_bytes",
+    "pool_of",
+]
 
 # Part of the memory budget that is not the pool's: buffers of adds and of kernels.
 _SCRATCH_BYTES = 48 * 1024 * 1024
@@ -87,9 +95,14 @@ def check_store(adapter: Adapter) -> Adapter:
     return adapter
 
 
+def pool_bytes(memory_bytes: int) -> int:
+    """Return how much of the memory that a store may take is for pages."""
+    return memory_bytes - min(_SCRATCH_BYTES, memory_bytes // 2)
+
+
 def pool_of(adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLICY) -> PagePool:
     """Return the buffer pool of a store that may take so much memory."""
-    scratch = min(_SCRATCH_BYTES, memory_bytes // 2)
+    scratch = memory_bytes - pool_bytes(memory_bytes)
     return PagePool(
         adapter.read_pages,
         memory_bytes - scratch,

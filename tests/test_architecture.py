@@ -111,6 +111,8 @@ RUNTIME: dict[str, set[str]] = {
     # Its one importer, the command `serve`, imports it when it is called.
     "http": {"httptools", "ml_dtypes", "orjson", "prometheus_client", "uvicorn", "uvloop"},
     "blocks": {"ml_dtypes"},
+    # The folder `serving`, imported when it is asked for.
+    "ray": {"prometheus_client", "ray"},
     # report/html.py and charts.py, imported when a report is made.
     "report": {"jinja2", "markupsafe"},
     "types": {"ml_dtypes"},

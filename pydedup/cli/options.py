@@ -24,6 +24,7 @@ __all__ = [
     "load_function",
     "memory_option",
     "model_argument",
+    "on_option",
     "parse_block_shape",
     "quiet_option",
     "read_store",
@@ -52,6 +53,15 @@ def load_function(place: str) -> Callable[..., Any]:
     if not callable(found):
         raise click.BadParameter(f"{module!r} has no function {name!r}")
     return found  # type: ignore[no-any-return]
+
+
+def on_option(what: str) -> Callable[[_F], _F]:
+    """Add where the Ray cluster is that does the work; without it, none does."""
+    return click.option(
+        "--on",
+        metavar="WHERE",
+        help=f"{what} Ray: 'local', 'auto', host:6379 or ray://host:10001 (docs/ray.md).",
+    )
 
 
 def store_argument(command: _F) -> _F:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +14,11 @@ from pydedup import config
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.errors import UnsupportedFormatError
+from pydedup.registry import redact
 from pydedup.replacement import DEFAULT_POLICY, POLICIES
+
+if TYPE_CHECKING:
+    from pydedup.http.options import ServeOptions
 
 __all__ = ["serve"]
 
@@ -106,6 +111,12 @@ _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Record uses of pages, a million at most, and write them there (.npz) at the end.",
 )
+@options.on_option("Serve on")
+@click.option(
+    "--replicas",
+    metavar="N|MIN:MAX",
+    help="With --on: so many processes, each with its --memory; or as many as requests need.",
+)
 @click.option("--access-log", is_flag=True, help="Log requests to standard error, in JSON lines.")
 @click.pass_context
 def serve(
@@ -126,6 +137,8 @@ def serve(
     tls_cert: Path | None,
     tls_key: Path | None,
     record: Path | None,
+    on: str | None,
+    replicas: str | None,
     access_log: bool,
 ) -> int:
     """Serve the models of a store over HTTP until SIGTERM or Ctrl-C.
@@ -135,21 +148,25 @@ def serve(
     """
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
+    if replicas is not None and on is None:
+        raise click.UsageError("--replicas goes with --on; without, there is one process")
+    if record is not None and on is not None:
+        raise click.UsageError("--record is of one process: leave out --on")
     try:
         from pydedup.http.access import read_token
-        from pydedup.http.options import ServeOptions
+        from pydedup.http.options import ServeOptions as Chosen
         from pydedup.http.served import ServedStore
         from pydedup.http.server import serve as run
     except ModuleNotFoundError as error:
         raise UnsupportedFormatError(
             f"serving needs the package {error.name!r}: pip install 'pydedup[serve]'"
         ) from None
-    chosen = ServeOptions(
+    chosen = Chosen(
         host=host,
         port=port,
         max_batch=max_batch,
         max_wait_ms=max_wait_ms,
-        threads=ServeOptions().threads if threads is None else threads,
+        threads=Chosen().threads if threads is None else threads,
         max_body=config.parse_bytes(max_body),
         max_queue=max_queue,
         timeout=timeout,
@@ -159,6 +176,9 @@ def serve(
         tls_key=tls_key,
         access_log=access_log,
     )
+    if on is not None:
+        _serve_on(on, url, memory, replacement, chosen, threads, replicas)
+        context.exit(Exit.OK)
     with ServedStore.connect(url, memory, replacement) as store:
         names = [entry.name for entry in store.index() if entry.has_graph]
 
@@ -179,6 +199,45 @@ def serve(
             # A thread may wait for the database for ever, and Python would wait for the thread.
             os._exit(Exit.INTERRUPTED)
     context.exit(Exit.OK)
+
+
+def _serve_on(
+    on: str,
+    url: str,
+    memory: str,
+    replacement: str,
+    chosen: ServeOptions,
+    threads: int | None,
+    replicas: str | None,
+) -> None:
+    from pydedup.ray.serving.running import parse_replicas, run
+
+    http: dict[str, object] = {"host": chosen.host, "port": chosen.port}
+    if chosen.tls_cert is not None:
+        http |= {"ssl_certfile": str(chosen.tls_cert), "ssl_keyfile": str(chosen.tls_key)}
+
+    def started(address: str, names: list[str]) -> None:
+        place = f"{redact(url)} on Ray"
+        _say_hello(address, place, names, secured=chosen.token is not None)
+
+    run(
+        url,
+        on,
+        http,
+        started,
+        **({} if replicas is None else parse_replicas(replicas)),
+        memory=memory,
+        replacement=replacement,
+        token=None if chosen.token is None else chosen.token.decode(),
+        max_batch=chosen.max_batch,
+        max_wait_ms=chosen.max_wait_ms,
+        threads=threads,
+        max_body=chosen.max_body,
+        max_queue=chosen.max_queue,
+        timeout=chosen.timeout,
+        grace=chosen.grace,
+        access_log=chosen.access_log,
+    )
 
 
 def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> None:

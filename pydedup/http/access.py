@@ -17,7 +17,7 @@ import orjson
 from pydedup.errors import ArgumentError
 from pydedup.http.problems import HttpError
 
-__all__ = ["AccessLog", "Gate", "read_token"]
+__all__ = ["AccessLog", "Gate", "check_token", "read_token"]
 
 _LONGEST_QUEUE = 10_000
 
@@ -36,6 +36,11 @@ def read_token(path: Path | None, environment: Mapping[str, str], variable: str)
         where, text = f"the token in {variable}", environment[variable].strip()
     else:
         return None
+    return check_token(text, where)
+
+
+def check_token(text: str, where: str) -> bytes:
+    """Return a token as headers hold it. Raises ArgumentError where it cannot be one."""
     if not text:
         raise ArgumentError(f"{where} is empty")
     if not text.isascii() or not text.isprintable() or " " in text:

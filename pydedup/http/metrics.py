@@ -17,14 +17,14 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
+__all__ = ["CONTENT_TYPE", "COUNTED", "Metrics"]
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: What the pool counts up, apart from what it has now.
-_COUNTED = ("hits", "misses", "inserts", "evictions", "waits", "wait_us")
+COUNTED = ("hits", "misses", "inserts", "evictions", "waits", "wait_us")
 
 
 class Metrics:
@@ -67,6 +67,10 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 
+    def register(self, collector: Collector) -> None:
+        """Have something else counted, too."""
+        self._registry.register(collector)
+
     def request(self, model: str, outcome: str, seconds: float) -> None:
         """Count one inference request."""
         self._requests.labels(model, outcome).inc()
@@ -91,5 +95,5 @@ class _Pool(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, value in self._stats().items():
             text = f"Buffer pool: {name.replace('_', ' ')}."
-            kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
+            kind = CounterMetricFamily if name in COUNTED else GaugeMetricFamily
             yield kind(f"pydedup_pool_{name}", text, value=value)

@@ -1,11 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stores on Ray: rows scored by the workers of a cluster.
+"""Stores on Ray: rows scored by the workers of a cluster, and models served by them.
 
 Needs the extra ``ray`` (``pip install 'pydedup[ray]'``); importing this does not.
 """
 
 from __future__ import annotations
 
-from pydedup.ray.cluster import attached
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["attached"]
+from pydedup.ray.cluster import INSTALL, attached
+
+if TYPE_CHECKING:
+    from pydedup.ray.serving.application import app, deployment
+
+__all__ = ["app", "attached", "deployment"]
+
+
+if not TYPE_CHECKING:  # to a type checker, names that there are not stay unknown
+
+    def __getattr__(name: str) -> Any:
+        if name in ("app", "deployment"):
+            try:
+                from pydedup.ray.serving import application
+            except ModuleNotFoundError as error:
+                from pydedup.errors import ArgumentError
+
+                raise ArgumentError(
+                    f"serving needs the package {error.name!r}: {INSTALL}"
+                ) from error
+            return getattr(application, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

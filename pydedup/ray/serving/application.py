@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Front and replicas as one application of Ray Serve."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pydedup import config
+from pydedup.errors import ArgumentError
+from pydedup.http.access import check_token
+from pydedup.http.options import ServeOptions
+from pydedup.opening import connect_store, pool_bytes
+from pydedup.ray.cluster import Secret, import_ray
+from pydedup.ray.serving.source import absolute, is_here
+from pydedup.registry import redact
+from pydedup.replacement import DEFAULT_POLICY, check_policy
+
+__all__ = ["ROUTINGS", "app", "deployment"]
+
+#: How a replica is chosen: by families and our router, by families as Ray does it with multiplexed
+#: models, or as Ray does it without.
+ROUTINGS: Final = ("families", "multiplexed", "any")
+#: Requests that a replica has at once before others help: enough for a batch, and few enough that
+#: a model that everybody asks gets the help of others.
+_MAX_ONGOING = 16
+#: Requests that a front has at once; the bytes of their bodies are limited.
+_MAX_ONGOING_FRONT = 4096
+_ROUTER: Final = "pydedup.ray.serving.router:FamilyRouter"
+
+
+def deployment(
+    store: str | os.PathLike[str],
+    *,
+    memory: str | int = "512MiB",
+    replacement: str = DEFAULT_POLICY,
+    num_replicas: int | str | None = None,
+    autoscaling_config: Mapping[str, Any] | None = None,
+    max_ongoing_requests: int = _MAX_ONGOING,
+    num_cpus: float = 1,
+    ray_actor_options: Mapping[str, Any] | None = None,
+    num_fronts: int = 1,
+    routing: str = "families",
+    token: str | None = None,
+    max_batch: int = 64,
+    max_wait_ms: float = 2.0,
+    threads: int | None = None,
+    max_body: str | int = "64MiB",
+    max_queue: int = 512,
+    timeout: float = 30.0,
+    grace: float = 30.0,
+    access_log: bool = False,
+    check: bool = True,
+) -> Any:
+    """Return an application for ``ray.serve.run`` that serves all models of a store.
+
+    Parameters
+    ----------
+    store
+        URL of the store as the replicas reach it; or ``env:NAME`` or ``file:PATH``, an environment
+        variable or a file of theirs that holds it. A URL with a password shows in no log and no
+        dashboard, but Ray keeps it to start replicas with; of ``env:`` and ``file:`` it has none.
+    memory, replacement
+        Of the buffer pool of each replica, as for `pydedup.open`.
+    num_replicas, autoscaling_config, max_ongoing_requests, ray_actor_options
+        Of the replicas, as for ``ray.serve.deployment``.
+    num_cpus
+        CPUs of a replica, and so threads of its computations.
+    num_fronts
+        Processes that take requests and hand them on. They compute nothing, and count as no CPU.
+    routing
+        ``"families"``: models that share pages have a home, the same replica, and another one's
+        help while that is full. ``"multiplexed"``: the same families, placed by Ray's own routing
+        of multiplexed models. ``"any"``: any replica.
+    token
+        What clients must send, itself or as ``env:NAME`` or ``file:PATH`` of the front.
+    max_batch, max_wait_ms, threads, max_body, max_queue, timeout, grace, access_log
+        As for ``pydedup serve`` (docs/http.md). ``max_queue`` are requests that wait for a replica
+        in one front.
+    check
+        Whether a URL is tried here; not where only the replicas can reach the database.
+
+    Raises
+    ------
+    ArgumentError
+        Ray is missing or does not fit, or an argument is wrong.
+    StoreError
+        The store cannot be opened here.
+    """
+    serve = import_ray("ray.serve")
+    budget = config.parse_bytes(memory)
+    check_policy(replacement)
+    if routing not in ROUTINGS:
+        raise ArgumentError(f"routing is {routing!r}; use one of {', '.join(ROUTINGS)}")
+    if num_replicas is not None and autoscaling_config is not None and num_replicas != "auto":
+        raise ArgumentError(
+            f"num_replicas is {num_replicas!r} beside autoscaling_config; leave it out, and say "
+            "min_replicas and max_replicas there"
+        )
+    if not (0 < num_cpus < math.inf):
+        raise ArgumentError(f"num_cpus is {num_cpus!r}; use a number above 0")
+    if token is not None and is_here(token):
+        check_token(token, "token")
+    source = Secret(absolute(os.fspath(store)))
+    if check and is_here(source.reveal()):
+        _try(source)
+    cores = max(1, math.floor(num_cpus))
+    options = ServeOptions(
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        # One may wait for the database while another computes.
+        threads=min(4, cores + 1) if threads is None else threads,
+        max_body=config.parse_bytes(max_body),
+        max_queue=max_queue,
+        timeout=timeout,
+        grace=grace,
+        access_log=access_log,
+    )
+    from pydedup.ray.serving.front import Ingress, built
+    from pydedup.ray.serving.replica import Replica
+
+    shared = {"graceful_shutdown_timeout_s": grace, "graceful_shutdown_wait_loop_s": 0.2}
+    scale = {"num_replicas": num_replicas, "autoscaling_config": autoscaling_config}
+    replicas = serve.deployment(
+        Replica,
+        name="Models",
+        max_ongoing_requests=max_ongoing_requests,
+        max_queued_requests=max_queue,
+        ray_actor_options={"num_cpus": num_cpus, **dict(ray_actor_options or {})},
+        **{name: value for name, value in scale.items() if value is not None},
+        **_router(routing),
+        **shared,
+    ).bind(source, budget, replacement, options, cores)
+    front = serve.deployment(
+        serve.ingress(built)(Ingress),
+        name="Front",
+        num_replicas=num_fronts,
+        max_ongoing_requests=_MAX_ONGOING_FRONT,
+        ray_actor_options={"num_cpus": 0},
+        **shared,
+    )
+    secret = None if token is None else Secret(token)
+    # So large that a pool holds two at least.
+    family_bytes = None if routing == "any" else pool_bytes(budget) // 2
+    return front.bind(replicas, source, secret, options, family_bytes)
+
+
+def app(arguments: Mapping[str, Any]) -> Any:
+    """Build the application of a config file of Ray Serve.
+
+    With ``import_path: pydedup.ray:app`` and, as ``args``, the arguments of `deployment`. Ray shows
+    ``args`` in its dashboard, so the URL of a store that needs a password, and a token, come from
+    ``env:NAME`` or ``file:PATH``.
+
+    Raises
+    ------
+    ArgumentError
+        For an argument that there is not, and a password or token in clear.
+    StoreError
+        The store cannot be opened.
+    """
+    known = list(inspect.signature(deployment).parameters)
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise ArgumentError(f"args has {unknown[0]!r}; it takes {', '.join(known)}")
+    if not isinstance(arguments.get("store"), str):
+        raise ArgumentError("args needs store, the URL of a store, or env:NAME or file:PATH")
+    url, token = arguments["store"], arguments.get("token")
+    if is_here(url) and redact(url) != url:
+        raise ArgumentError(
+            f"args has the store {redact(url)!r} with its password, which Ray's dashboard shows; "
+            "write env:NAME or file:PATH, where the replicas find it"
+        )
+    if token is not None and is_here(str(token)):
+        raise ArgumentError(
+            "args has a token, which Ray's dashboard shows; write env:NAME or file:PATH, where the "
+            "front finds it"
+        )
+    return deployment(**arguments)
+
+
+def _router(routing: str) -> dict[str, Any]:
+    if routing != "families":
+        return {}
+    found = getattr(import_ray("ray.serve.config"), "RequestRouterConfig", None)
+    if found is None:
+        version = import_ray().__version__
+        raise ArgumentError(
+            f"Ray {version} lets nobody choose how requests are routed; update it, or use "
+            'routing="multiplexed"'
+        )
+    return {"request_router_config": found(request_router_class=_ROUTER)}
+
+
+def _try(source: Secret) -> None:
+    connect_store(source.reveal(), mode="r").close()

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front: takes requests as `pydedup serve` does, and hands them to the replica to ask.
+
+It looks at paths, tokens, lengths and time, never into a body. What fails because a replica died
+is asked again of another one: nothing that a store is asked here changes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import quote
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
+from pydedup.errors import PydedupError
+from pydedup.http import responses
+from pydedup.http.access import AccessLog, Gate, check_token
+from pydedup.http.endpoint import Endpoint, Exchange
+from pydedup.http.metrics import CONTENT_TYPE, COUNTED, Metrics
+from pydedup.http.options import ServeOptions
+from pydedup.http.problems import RETRY_SOON, HttpError
+from pydedup.http.responses import Reply
+from pydedup.opening import connect_store
+from pydedup.ray.cluster import Secret
+from pydedup.ray.serving.families import Families
+from pydedup.ray.serving.source import reveal
+
+__all__ = ["Front", "Ingress", "built"]
+
+_LOG = logging.getLogger("pydedup.ray")
+#: Seconds between looks at which models there are, and what they share.
+_REFRESH_SECONDS = 5.0
+#: Replicas that may die in the middle of one request.
+_DEATHS = 3
+_HANDLES = 1024
+_METRICS_SECONDS = 2.0
+#: What a replica needs to know of a request's headers.
+_PASSED_ON = (b"content-encoding", b"inference-header-content-length")
+_ACTIONS = (
+    "ready",
+    "server",
+    "model",
+    "model_ready",
+    "model_config",
+    "model_infer",
+    "index",
+    "load",
+    "unload",
+)
+
+
+class Front(Endpoint):
+    """An ASGI application whose answers come from the replicas of a deployment."""
+
+    def __init__(
+        self,
+        handle: Any,
+        families: Families | None,
+        options: ServeOptions,
+        gate: Gate,
+        log: AccessLog | None,
+        secret: str,
+    ) -> None:
+        super().__init__(options, gate, log, secret)
+        self._handle = handle
+        self._handles: OrderedDict[str, Any] = OrderedDict()
+        self._families = families
+        self._looking: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="families")
+        self._pools = _Pools()
+        self._metrics = Metrics(
+            None,
+            {
+                "open_requests": ("Requests under way.", lambda: self.under_way),
+                "body_bytes": ("Bytes of requests under way.", lambda: self._room.held),
+            },
+        )
+        self._metrics.register(self._pools)
+        self._actions = {
+            "live": self._live,
+            "metrics": self._metrics_text,
+            **dict.fromkeys(_ACTIONS, self._hand_on),
+        }
+
+    def exchange(self, scope: Mapping[str, Any], receive: Any) -> Exchange:
+        """Return a request as it begins, its path without the prefix of the application."""
+        prefix = quote(scope.get("root_path", "")).encode()
+        raw_path = scope["raw_path"]
+        if prefix and raw_path.startswith(prefix):
+            scope = {**scope, "raw_path": raw_path[len(prefix) :]}
+        return super().exchange(scope, receive)
+
+    async def _live(self, exchange: Exchange) -> Reply:
+        return responses.json_reply({"live": True})
+
+    async def _metrics_text(self, exchange: Exchange) -> Reply:
+        broadcast = getattr(self._handle, "broadcast", None)  # Ray has it since 2.5x
+        if broadcast is not None:
+            found = await broadcast("pool_stats").results_async(
+                timeout_s=_METRICS_SECONDS, return_exceptions=True
+            )
+            told = [one for one in found if not isinstance(one, BaseException)]
+            self._pools.stats = {replica: stats for replica, _, stats in told}
+        loop = asyncio.get_running_loop()
+        text = await loop.run_in_executor(None, self._metrics.text)
+        return Reply(200, [(b"content-type", CONTENT_TYPE)], [text])
+
+    async def _hand_on(self, exchange: Exchange) -> Reply:
+        method = exchange.scope["method"]
+        body = await self._body(exchange) if method == "POST" else b""
+        headers = [
+            (name, exchange.headers[name]) for name in _PASSED_ON if name in exchange.headers
+        ]
+        call = self._handle_of(exchange.address)
+        for left in reversed(range(_DEATHS)):
+            response = call.remote(method, exchange.scope["raw_path"], headers, bytes(body))
+            try:
+                status, replied, whole, model, outcome = await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except BackPressureError:
+                said = f"{self._options.max_queue} requests wait already; try again soon"
+                raise HttpError(503, said, "queue_full", RETRY_SOON) from None
+            except RayActorError as error:
+                if not left:
+                    said = "no replica lives long enough to answer; try again soon"
+                    raise HttpError(503, said, "unavailable", RETRY_SOON) from error
+                continue
+            break
+        exchange.model, exchange.outcome = model, outcome
+        return Reply(status, list(replied), [whole])
+
+    def _handle_of(self, address: str) -> Any:
+        """Return the deployment as it is called for a model."""
+        key = ""
+        if self._families is not None:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.get_running_loop().create_task(self._look())
+            key = self._families.key(address) if address else ""
+        found = self._handles.get(key)
+        if found is None:
+            found = self._handle.options(method_name="answer", multiplexed_model_id=key)
+            self._handles[key] = found
+            if len(self._handles) > _HANDLES:
+                self._handles.popitem(last=False)
+        return found
+
+    async def _look(self) -> None:
+        """Keep up with the store, while there are requests; not more than now and then."""
+        assert self._families is not None
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, self._families.refresh)
+        except PydedupError as error:
+            _LOG.warning("what models share is not known anew: %s", error)
+        await asyncio.sleep(_REFRESH_SECONDS)
+
+
+class _Pools(Collector):
+    """The buffer pools of the replicas, as they were told last."""
+
+    def __init__(self) -> None:
+        self.stats: dict[str, dict[str, int]] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        for name in next(iter(self.stats.values()), {}):
+            text = f"Buffer pool: {name.replace('_', ' ')}."
+            kind = CounterMetricFamily if name in COUNTED else GaugeMetricFamily
+            family = kind(f"pydedup_pool_{name}", text, labels=["replica"])
+            for replica, stats in self.stats.items():
+                family.add_metric([replica], stats[name])
+            yield family
+
+
+#: The application of this process, between the constructor of `Ingress` and Ray's.
+_FRONTS: list[Front] = []
+
+
+def built() -> Front:
+    """Return the application that `Ingress` has made: Ray asks for it where a replica starts."""
+    return _FRONTS.pop()
+
+
+class Ingress:
+    """What Ray Serve starts; `ray.serve.ingress` gives it `Front` to answer with."""
+
+    def __init__(
+        self,
+        handle: Any,
+        source: Secret,
+        token: Secret | None,
+        options: ServeOptions,
+        family_bytes: int | None,
+    ) -> None:
+        adapter = connect_store(reveal(source), mode="r")
+        families = None
+        if family_bytes is not None:
+            families = Families(adapter, family_bytes)
+            families.refresh()
+        gate = Gate(None if token is None else check_token(reveal(token), "the token"))
+        log = AccessLog() if options.access_log else None
+        self._adapter, self._log = adapter, log
+        _FRONTS.append(Front(handle, families, options, gate, log, adapter.url))
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._adapter.close()

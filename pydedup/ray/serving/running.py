@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An application on a cluster, started and watched from here until a signal says to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from pydedup.errors import ArgumentError, ClusterError
+from pydedup.ray.cluster import Secret, attached, import_ray, on_each_node
+from pydedup.ray.serving.application import deployment
+from pydedup.ray.serving.source import absolute, hindrance
+from pydedup.text import without_secrets
+
+__all__ = ["APPLICATION", "parse_replicas", "run"]
+
+#: What it is called in Ray's dashboard.
+APPLICATION: Final = "pydedup"
+
+
+def parse_replicas(text: str) -> dict[str, Any]:
+    """Return what ``2`` or ``1:8`` says of replicas, for `deployment`.
+
+    Raises
+    ------
+    ArgumentError
+        When it is neither.
+    """
+    low, colon, high = text.partition(":")
+    if low.isascii() and low.isdigit() and (not colon or (high.isascii() and high.isdigit())):
+        if not colon and int(low) > 0:
+            return {"num_replicas": int(low)}
+        if colon and int(low) <= int(high) and int(high) > 0:
+            scale = {"min_replicas": int(low), "max_replicas": int(high)}
+            return {"autoscaling_config": scale}
+    raise ArgumentError(f"{text!r} are no replicas; write how many (2), or from:to (1:8)")
+
+
+def run(
+    url: str,
+    on: str,
+    http: Mapping[str, Any],
+    started: Callable[[str, list[str]], None],
+    **chosen: Any,
+) -> None:
+    """Serve a store on a cluster until SIGTERM or SIGINT.
+
+    Parameters
+    ----------
+    url
+        Of the store, as `deployment` takes it.
+    on
+        Where the cluster is, as `attached` takes it.
+    http
+        Host, port and certificate of Ray's HTTP proxies. Where Ray Serve runs already, it keeps
+        those that it has.
+    started
+        Called with the server's URL and the names of the models, one for each version.
+    chosen
+        What `deployment` takes.
+
+    Raises
+    ------
+    ArgumentError, ClusterError
+        Something is wrong here, at the cluster, or with a worker.
+    """
+    stop = threading.Event()
+    url = absolute(url)
+    with attached(on) as ray:
+        on_each_node(ray, hindrance, Secret(url))
+        serve = import_ray("ray.serve")
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        application = deployment(url, check=False, **chosen)
+        taken = {number: signal.signal(number, lambda *_: stop.set()) for number in _SIGNALS}
+        mine = not serve.status().proxies
+        try:
+            _start(serve, application, dict(http))
+            handle = serve.get_deployment_handle("Models", APPLICATION)
+            started(_address(serve, http), _names(handle))
+            stop.wait()
+        finally:
+            for number, before in taken.items():
+                signal.signal(number, before)
+            serve.delete(APPLICATION)
+            if mine and not serve.status().applications:
+                serve.shutdown()
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _start(serve: Any, application: Any, http: dict[str, Any]) -> None:
+    if http.get("port") == 0:
+        with socket.create_server((http["host"], 0)) as found:
+            http["port"] = found.getsockname()[1]
+    try:
+        serve.start(http_options=http)
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except Exception as error:
+        said = " ".join(without_secrets(str(error)).split())
+        raise ClusterError(f"Ray Serve does not start it: {said}") from error
+
+
+def _address(serve: Any, http: Mapping[str, Any]) -> str:
+    """Return where it is served: as Ray Serve was started, which may have been by others."""
+    client = serve.context._get_global_client()
+    used = getattr(client, "http_config", None)
+    host = getattr(used, "host", http["host"])
+    port = getattr(used, "port", http["port"])
+    secured = getattr(used, "ssl_certfile", http.get("ssl_certfile"))
+    shown = f"[{host}]" if ":" in host else host
+    return f"http{'s' if secured else ''}://{shown}:{port}"
+
+
+def _names(handle: Any) -> list[str]:
+    call = handle.options(method_name="answer")
+    body = call.remote("POST", b"/v2/repository/index", [], b'{"ready":true}').result()[2]
+    return [str(entry["name"]) for entry in json.loads(body)]

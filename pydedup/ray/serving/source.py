@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the URL of a store, or a token, comes from: as it is, or from where it is used.
+
+``env:NAME`` and ``file:PATH`` are read in the processes that need the text, and Ray is never
+handed it. The text itself travels as a `Secret`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pydedup.errors import ArgumentError, PydedupError
+from pydedup.opening import connect_store
+from pydedup.ray.cluster import Secret
+from pydedup.registry import redact
+
+__all__ = ["ENVIRONMENT", "FILE", "absolute", "hindrance", "is_here", "reveal"]
+
+ENVIRONMENT, FILE = "env:", "file:"
+
+
+def is_here(text: str) -> bool:
+    """Whether this is the text itself, and not where a process finds it."""
+    return not text.startswith((ENVIRONMENT, FILE))
+
+
+def reveal(source: Secret) -> str:
+    """Return the text. Raises ArgumentError where it is not to be had."""
+    text = source.reveal()
+    if text.startswith(ENVIRONMENT):
+        name = text.removeprefix(ENVIRONMENT)
+        found = os.environ.get(name, "")
+        where = f"the environment variable {name}"
+    elif text.startswith(FILE):
+        path = Path(text.removeprefix(FILE))
+        where = f"the file {path}"
+        try:
+            found = path.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ArgumentError(f"{where} cannot be read: {error.strerror}") from None
+    else:
+        return text
+    if not found:
+        raise ArgumentError(f"{where} is empty, or not set, where a replica runs")
+    return found
+
+
+def hindrance(source: Secret) -> str | None:
+    """Return what keeps a process from opening a store, without its password; None if nothing."""
+    try:
+        url = reveal(source)
+    except PydedupError as error:
+        return str(error)
+    try:
+        connect_store(url, mode="r").close()
+    except PydedupError as error:
+        return str(error).replace(url, redact(url))
+    return None
+
+
+def absolute(url: str) -> str:
+    """Return a URL that means the same in other folders, where it is a file of SQLite."""
+    found = re.fullmatch(r"sqlite:///([^/?].*)", url)
+    path = url if ":" not in url else found and found.group(1)
+    return f"sqlite:///{Path(path).absolute()}" if path else url
