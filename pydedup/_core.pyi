@@ -210,6 +210,7 @@ class Matmul:
         page_ids: NDArray[np.int64],
         page_index: NDArray[np.uint32],
         slots: NDArray[np.uint32],
+        bases: tuple[NDArray[np.int64], NDArray[np.uint32]] | None = None,
         members: NDArray[np.uint64] | None = None,
     ) -> bool: ...
     @property
@@ -329,6 +330,7 @@ class Conv2d:
         page_ids: NDArray[np.int64],
         page_index: NDArray[np.uint32],
         slots: NDArray[np.uint32],
+        bases: tuple[NDArray[np.int64], NDArray[np.uint32]] | None = None,
     ) -> bool: ...
     @property
     def fed(self) -> int: ...

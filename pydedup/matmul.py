@@ -143,10 +143,8 @@ def matmul(
         None if among is None else among.variants,
         None if among is None else among.places,
     )
-    if y.size and among is None:
-        feed_blocks(product, block_map, pool)
-    elif y.size and among is not None:
-        _feed_members(product, block_map, pool, among.members)
+    if y.size:
+        feed_blocks(product, block_map, pool, None if among is None else among.members)
     return y.reshape(*lead, outer)
 
 
@@ -178,31 +176,36 @@ def _check_activation(activation: str | None) -> None:
         )
 
 
-def _feed_members(
-    product: _core.Matmul, block_map: BlockMap, pool: PagePool, members: NDArray[np.uint64]
+def feed_blocks(
+    product: _core.Matmul | _core.Conv2d,
+    block_map: BlockMap,
+    pool: PagePool,
+    members: NDArray[np.uint64] | None = None,
 ) -> None:
-    def at_once(window: Window) -> bool:
-        slots, of_part = block_map.slots[window.rows], members[window.rows]
-        return product.feed_resident(pool.native, window.ids, window.page_index, slots, of_part)
+    """Give a product all blocks of a matrix in order, deltas with their bases.
 
-    for part, pages, page_index, bases in pool.stream_with_bases(
-        block_map.page_ids, block_map.bases, at_once if block_map.bases is None else None
-    ):
-        at = codec.bases_for_core(bases)
-        product.feed(pages, page_index, block_map.slots[part], at, members[part])
-
-
-def feed_blocks(product: _core.Matmul | _core.Conv2d, block_map: BlockMap, pool: PagePool) -> None:
-    """Give a product all blocks of a matrix in order, deltas with their bases."""
+    ``members`` is `Among.members`, for a Matmul only. Windows whose pages are all here are used out
+    of the pool, and what has to be decoded of them is kept where there is memory for that.
+    """
+    map_bases = block_map.bases
 
     def at_once(window: Window) -> bool:
-        slots = block_map.slots[window.rows]
-        return product.feed_resident(pool.native, window.ids, window.page_index, slots)
+        slots, bases = block_map.slots[window.rows], None
+        if map_bases is not None and window.base_index is not None:
+            bases = window.base_index, map_bases[1][window.rows]
+        return product.feed_resident(
+            pool.native, window.ids, window.page_index, slots, bases, **_of(members, window.rows)
+        )
 
     for part, pages, page_index, bases in pool.stream_with_bases(
-        block_map.page_ids, block_map.bases, at_once if block_map.bases is None else None
+        block_map.page_ids, map_bases, at_once
     ):
-        product.feed(pages, page_index, block_map.slots[part], codec.bases_for_core(bases))
+        slots, at = block_map.slots[part], codec.bases_for_core(bases)
+        product.feed(pages, page_index, slots, at, **_of(members, part))
+
+
+def _of(members: NDArray[np.uint64] | None, part: Any) -> dict[str, NDArray[np.uint64]]:
+    return {} if members is None else {"members": members[part]}
 
 
 def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 0) -> NDArray[Any]:

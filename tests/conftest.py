@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import hypothesis
 import pytest
 
 from pydedup import registry
@@ -57,6 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # `python -c` in a child would look into the working folder first, and find the sources, which
     # have no compiled core, instead of what is installed.
     os.environ["PYTHONSAFEPATH"] = "1"
+    # A machine that is busy with something else is not a fault of what is tested.
+    hypothesis.settings.register_profile("pydedup", deadline=None)
+    hypothesis.settings.load_profile("pydedup")
     # Its C extension does not load after torch, which some of our tests import.
     with contextlib.suppress(ImportError):
         import mysql.connector  # noqa: F401

@@ -6,6 +6,8 @@
 f32, two threads on all sides. ``warm``: the pool holds the model. ``small_pool``: it holds a tenth
 of it, the rest is in the OS cache, and each call brings in what is missing. ``mixed``: a batch for
 twelve variants that have nine tenths of their blocks in common, beside one call after another.
+``deltas``: a model whose every weight differs a little from another's, stored as lossless deltas:
+with room for what they decode to, and in a pool that the pages of the model just fill.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ import numpy as np
 import onnxruntime
 import torch
 from _timing import Row, compare, main
+from safetensors.numpy import save_file
 
 import pydedup
+from pydedup import policies
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "serving"))
 import _family
@@ -101,6 +105,42 @@ def small_pool(seconds: float) -> Iterator[Row]:
     yield from _rows(memory, {32: {"torch": 1.0}, 128: {"torch": 1.0}}, seconds)
 
 
+def deltas(seconds: float) -> Iterator[Row]:
+    rng = np.random.default_rng(0)
+    base = _family.weights(SMALL, 0)
+    near = {
+        name: array + rng.standard_normal(array.shape, np.float32) * np.float32(0.0002)
+        for name, array in base.items()
+    }
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        with pydedup.open(Path(folder) / "store.db") as store:
+            store.add("base", base, policy=policies.Exact())
+            report = store.add("near", near, graph=_family.graph_of(SMALL))
+        save_file(near, Path(folder) / "near.safetensors")
+        module = torch_side(SMALL, Path(folder) / "near.safetensors")
+        # 48 MiB of a budget are scratch; a delta needs its base, too.
+        full = SMALL.nbytes + report.stored_bytes + (56 << 20)
+        for memory in ("1GiB", f"{full}B"):
+            with pydedup.open(Path(folder) / "store.db", mode="r", memory=memory) as store:
+                for batch in (1, 8, 32, 128):
+                    x = rng.standard_normal((batch, SMALL.cols), np.float32)
+                    tensor = torch.from_numpy(x)
+                    expected = module(tensor).numpy()
+                    np.testing.assert_allclose(
+                        store.predict("near", x), expected, rtol=1e-3, atol=1e-4
+                    )
+                    yield from compare(
+                        f"deltas, batch {batch}, memory {memory}",
+                        unit="ms",
+                        sides={
+                            "pydedup": lambda x=x: store.predict("near", x),  # type: ignore[misc]
+                            "torch": lambda t=tensor: module(t),  # type: ignore[misc]
+                        },
+                        seconds=seconds,
+                        settle=True,
+                    )
+
+
 def mixed(seconds: float) -> Iterator[Row]:
     with built(SMALL, VARIANTS + 1, "2GiB") as (_, store):
         rng = np.random.default_rng(0)
@@ -128,4 +168,4 @@ def mixed(seconds: float) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [warm, small_pool, mixed])
+    main(__doc__, [warm, small_pool, deltas, mixed])

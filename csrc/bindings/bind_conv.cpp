@@ -56,9 +56,10 @@ class BoundConv2d {
     }
 
     bool feed_resident(BufferPool& pool, const Array<std::int64_t>& page_ids,
-                       const Array<std::uint32_t>& page_index, const Array<std::uint32_t>& slots) {
+                       const Array<std::uint32_t>& page_index, const Array<std::uint32_t>& slots,
+                       const py::object& bases) {
         return with_resident_blocks(
-            pool, page_ids, page_index, slots, threads_,
+            pool, page_ids, page_index, slots, bases, threads_,
             [this](std::span<const BlockView> blocks) { conv_->feed(blocks); });
     }
 
@@ -88,7 +89,7 @@ void bind_conv(py::module_& m) {
              py::arg("slots").noconvert(), py::arg("bases") = py::none())
         .def("feed_resident", &BoundConv2d::feed_resident, py::arg("pool"),
              py::arg("page_ids").noconvert(), py::arg("page_index").noconvert(),
-             py::arg("slots").noconvert())
+             py::arg("slots").noconvert(), py::arg("bases") = py::none())
         .def_property_readonly("fed", &BoundConv2d::fed);
 }
 

@@ -78,10 +78,10 @@ class BoundMatmul {
 
     bool feed_resident(BufferPool& pool, const Array<std::int64_t>& page_ids,
                        const Array<std::uint32_t>& page_index, const Array<std::uint32_t>& slots,
-                       const Members& members) {
+                       const py::object& bases, const Members& members) {
         const std::vector<std::uint64_t> who = as_members(members);
         return with_resident_blocks(
-            pool, page_ids, page_index, slots, threads_,
+            pool, page_ids, page_index, slots, bases, threads_,
             [&](std::span<const BlockView> blocks) { matmul_->feed(blocks, who); });
     }
 
@@ -120,7 +120,8 @@ void bind_gemm(py::module_& m) {
              py::arg("members") = py::none())
         .def("feed_resident", &BoundMatmul::feed_resident, py::arg("pool"),
              py::arg("page_ids").noconvert(), py::arg("page_index").noconvert(),
-             py::arg("slots").noconvert(), py::arg("members") = py::none())
+             py::arg("slots").noconvert(), py::arg("bases") = py::none(),
+             py::arg("members") = py::none())
         .def_property_readonly("fed", &BoundMatmul::fed);
     m.def("activate", &activate_array, py::arg("values").noconvert(), py::arg("activation"),
           py::arg("threads") = 0);

@@ -73,8 +73,8 @@ Bags bags_of(const RowTable& table, const Array<std::int64_t>& ids,
     return bags;
 }
 
-// Calls use(page ids, pages) with all pages of these rows out of the pool and returns None; or
-// returns the ids of the pages, when not all of them are in the pool.
+// Calls use(page ids, pages, what is decoded) with all pages of these rows out of the pool and
+// returns None; or returns the ids of the pages, when not all of them are in the pool.
 template <class Use>
 py::object with_pool(const RowTable& table, BufferPool& pool, std::span<const std::int64_t> ids,
                      const Use& use) {
@@ -84,7 +84,8 @@ py::object with_pool(const RowTable& table, BufferPool& pool, std::span<const st
         const WithoutGil no_gil;
         wanted = table.pages_of(ids);
         if (const BufferPool::Pins pins = pool.pin_all(wanted)) {
-            use(std::span<const std::int64_t>(wanted), std::span<const Page* const>(*pins));
+            use(std::span<const std::int64_t>(wanted), std::span<const Page* const>(pins->pages),
+                std::span<DecodedBlocks* const>(pins->decoded));
             done = true;
         }
     }
@@ -108,8 +109,8 @@ py::object take(const RowTable& table, BufferPool& pool, const Array<std::int64_
                 Array<std::uint8_t> out, unsigned threads) {
     const std::vector<std::int64_t> wanted = as_copy(ids, "ids");
     std::byte* const to = rows_out(table, out, wanted.size());
-    return with_pool(table, pool, wanted, [&](auto page_ids, auto pages) {
-        table.take(page_ids, pages, wanted, to, threads);
+    return with_pool(table, pool, wanted, [&](auto page_ids, auto pages, auto decoded) {
+        table.take(page_ids, pages, wanted, to, threads, decoded);
     });
 }
 
@@ -138,9 +139,9 @@ py::object bag(const RowTable& table, BufferPool& pool, const Array<std::int64_t
                const Array<std::int64_t>& edges, const py::object& weights, const std::string& mode,
                const py::array& out, unsigned threads) {
     const Bags bags = bags_of(table, ids, edges, weights, mode, out);
-    return with_pool(table, pool, bags.ids, [&](auto page_ids, auto pages) {
-        table.bag(page_ids, pages, bags.ids, bags.edges, bags.weights, bags.mode, bags.out,
-                  threads);
+    return with_pool(table, pool, bags.ids, [&](auto page_ids, auto pages, auto decoded) {
+        table.bag(page_ids, pages, bags.ids, bags.edges, bags.weights, bags.mode, bags.out, threads,
+                  decoded);
     });
 }
 

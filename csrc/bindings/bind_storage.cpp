@@ -56,6 +56,7 @@ py::dict stats_of(const BufferPool& pool) {
     named["evictions"] = stats.evictions;
     named["pages"] = stats.pages;
     named["bytes"] = stats.bytes;
+    named["decoded_bytes"] = stats.decoded_bytes;
     named["pinned_bytes"] = stats.pinned_bytes;
     named["reserved_bytes"] = stats.reserved_bytes;
     named["budget_bytes"] = stats.budget_bytes;

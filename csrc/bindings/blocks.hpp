@@ -46,17 +46,20 @@ struct HeldBases {
     [[nodiscard]] StoredBases view() const noexcept { return {pages, at}; }
 };
 
-/// `bases` is None, or a tuple of pages, index of each block's base among them (-1 for none),
-/// slots.
-[[nodiscard]] inline HeldBases hold_bases(const py::object& bases, std::size_t n_blocks) {
-    HeldBases held;
-    if (bases.is_none()) return held;
+/// Items `first` and `first + 1`, the last ones, of the tuple `bases`: the index of each block's
+/// base among pages (-1 for none), and its slot. Nothing for None.
+[[nodiscard]] inline std::vector<StoredBlock> places_of_bases(const py::object& bases,
+                                                              std::size_t first,
+                                                              std::size_t n_blocks) {
+    std::vector<StoredBlock> places;
+    if (bases.is_none()) return places;
     const auto parts = py::cast<py::tuple>(bases);
-    if (parts.size() != 3) throw Error(ErrorCode::invalid_argument, "bases must be three columns");
-    held.held = as_pages(py::cast<py::sequence>(parts[0]));
-    held.pages = pointers(held.held);
-    const auto index = py::cast<Array<std::int64_t>>(parts[1]);
-    const auto slots = py::cast<Array<std::uint32_t>>(parts[2]);
+    if (parts.size() != first + 2) {
+        throw Error(ErrorCode::invalid_argument,
+                    "bases must be " + std::to_string(first + 2) + " columns");
+    }
+    const auto index = py::cast<Array<std::int64_t>>(parts[first]);
+    const auto slots = py::cast<Array<std::uint32_t>>(parts[first + 1]);
     const auto page_of = as_span(index, "bases.page_index");
     const auto slot_of = as_span(slots, "bases.slots");
     if (page_of.size() != n_blocks || slot_of.size() != n_blocks) {
@@ -65,15 +68,26 @@ struct HeldBases {
                         std::to_string(page_of.size()) + " page indices and " +
                         std::to_string(slot_of.size()) + " slots of bases");
     }
-    held.at.reserve(n_blocks);
+    places.reserve(n_blocks);
     for (std::size_t i = 0; i < n_blocks; ++i) {
         if (page_of[i] < -1 || page_of[i] >= std::int64_t{kNoPage}) {
             throw Error(ErrorCode::invalid_argument,
                         "bases.page_index has the impossible value " + std::to_string(page_of[i]));
         }
-        held.at.push_back(
+        places.push_back(
             {page_of[i] < 0 ? kNoPage : static_cast<std::uint32_t>(page_of[i]), slot_of[i]});
     }
+    return places;
+}
+
+/// `bases` is None, or a tuple of pages, index of each block's base among them (-1 for none),
+/// slots.
+[[nodiscard]] inline HeldBases hold_bases(const py::object& bases, std::size_t n_blocks) {
+    HeldBases held;
+    if (bases.is_none()) return held;
+    held.at = places_of_bases(bases, 1, n_blocks);
+    held.held = as_pages(py::cast<py::sequence>(py::cast<py::tuple>(bases)[0]));
+    held.pages = pointers(held.held);
     return held;
 }
 
@@ -117,24 +131,31 @@ struct HeldBlocks {
 
 /// Calls use(blocks) with blocks on pages of a pool, pinned meanwhile, and returns true; or does
 /// nothing, when one of the pages is not there. No page becomes a Python object: for 64 of them
-/// that costs as long as a row of a product. Not for deltas.
+/// that costs as long as a row of a product. `bases` is None, or a tuple of the index of each
+/// block's base among the pages (-1 for none) and of its slot.
 template <class Use>
 [[nodiscard]] bool with_resident_blocks(BufferPool& pool, const Array<std::int64_t>& page_ids,
                                         const Array<std::uint32_t>& page_index,
-                                        const Array<std::uint32_t>& slots, unsigned threads,
-                                        const Use& use) {
+                                        const Array<std::uint32_t>& slots, const py::object& bases,
+                                        unsigned threads, const Use& use) {
     const auto ids = as_span(page_ids, "page_ids");
     const auto page_of = as_span(page_index, "page_index");
     const auto slot_of = as_span(slots, "slots");
     if (page_of.size() != slot_of.size()) {
         throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
     }
+    const std::vector<StoredBlock> base_of = places_of_bases(bases, 0, page_of.size());
     const WithoutGil no_gil;
     const BufferPool::Pins pins = pool.pin_all(ids);
     if (!pins) return false;
     Views views;
     (*views).resize(page_of.size());
-    view_blocks(*pins, page_of, slot_of, *views, threads);
+    view_blocks(pins->pages, page_of, slot_of, *views, threads, pins->decoded);
+    std::vector<BlockView> base_blocks(base_of.size());
+    const StoredBases of{pins->pages, base_of};
+    for (std::size_t i = 0; i < base_of.size(); ++i) {
+        (*views)[i] = with_base((*views)[i], of, i, base_blocks[i]);
+    }
     use(std::span<const BlockView>(*views));
     return true;
 }

@@ -363,8 +363,9 @@ class PagePool:
     def stats(self) -> dict[str, int]:
         """Return the pool in numbers.
 
-        These are hits, misses, inserts, evictions, pages, bytes, pinned_bytes, reserved_bytes,
-        budget_bytes, waits (walks that had to wait for pages) and wait_us (microseconds of that).
+        These are hits, misses, inserts, evictions, pages, bytes (of pages and what is kept
+        decoded of them), decoded_bytes, pinned_bytes, reserved_bytes, budget_bytes, waits (walks
+        that had to wait for pages) and wait_us (microseconds of that).
         """
         loader = self._loader
         return {

@@ -273,11 +273,12 @@ TEST(pages_are_pinned_together_or_not_at_all) {
     CHECK(pool.pin_all(one_missing) == nullptr);
     CHECK(pool.stats().hits == before.hits && pool.stats().misses == before.misses);
     CHECK(pool.stats().pinned_bytes == 0);
-    CHECK(pool.pin_all(none) != nullptr && pool.pin_all(none)->empty());
+    CHECK(pool.pin_all(none) != nullptr && pool.pin_all(none)->pages.empty());
     {
         const BufferPool::Pins pins = pool.pin_all(some);
-        CHECK(pins->size() == 3 && (*pins)[0] == (*pins)[2]);
-        CHECK(*reinterpret_cast<const std::uint32_t*>((*pins)[1]->block(0).data) == 1);
+        const std::vector<const Page*>& pages = pins->pages;
+        CHECK(pages.size() == 3 && pages[0] == pages[2]);
+        CHECK(*reinterpret_cast<const std::uint32_t*>(pages[1]->block(0).data) == 1);
         CHECK(pool.stats().hits == before.hits + 3);
         CHECK(pool.stats().pinned_bytes == 2 * page_size());
         // Only the one that is not pinned may go.
@@ -288,7 +289,7 @@ TEST(pages_are_pinned_together_or_not_at_all) {
         const int freed_before = freed();
         pool.drop({&dropped, 1});
         CHECK(!resident(pool, 1) && freed() == freed_before);
-        CHECK(*reinterpret_cast<const std::uint32_t*>((*pins)[1]->block(0).data) == 1);
+        CHECK(*reinterpret_cast<const std::uint32_t*>(pages[1]->block(0).data) == 1);
     }
     CHECK(pool.stats().pinned_bytes == 0 && pool.stats().pages == 2);
     // They outlive the pool.
@@ -299,7 +300,7 @@ TEST(pages_are_pinned_together_or_not_at_all) {
         const PageId id = 7;
         pins = short_lived.pin_all({&id, 1});
     }
-    CHECK(*reinterpret_cast<const std::uint32_t*>((*pins)[0]->block(0).data) == 7);
+    CHECK(*reinterpret_cast<const std::uint32_t*>(pins->pages[0]->block(0).data) == 7);
 }
 
 }  // namespace

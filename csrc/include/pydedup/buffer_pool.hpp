@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "pydedup/decoded.hpp"
 #include "pydedup/page_format.hpp"
 #include "pydedup/replacement.hpp"
 
@@ -26,8 +27,13 @@ class BufferPool {
     /// dropped on any thread.
     using Pin = std::shared_ptr<const Page>;
 
+    struct PinnedPages {
+        std::vector<const Page*> pages;
+        /// Of each page what is kept decoded of it; nullptr where nothing is or can be.
+        std::vector<DecodedBlocks*> decoded;
+    };
     /// As Pin, of several pages.
-    using Pins = std::shared_ptr<const std::vector<const Page*>>;
+    using Pins = std::shared_ptr<const PinnedPages>;
 
     struct Stats {
         std::uint64_t hits;       ///< uses of pages that pin() or pin_all() found
@@ -35,7 +41,8 @@ class BufferPool {
         std::uint64_t inserts;    ///< pages taken in
         std::uint64_t evictions;  ///< pages given up for others
         std::size_t pages;        ///< in memory, those dropped but still pinned included
-        std::size_t bytes;        ///< of these pages; never above the budget
+        std::size_t bytes;        ///< of these pages, and decoded; never above the budget
+        std::size_t decoded_bytes;
         std::size_t pinned_bytes;
         std::size_t reserved_bytes;  ///< of other things that count
         std::size_t budget_bytes;
@@ -67,6 +74,11 @@ class BufferPool {
     /// Pins all of `ids` together if all are here, for as long as a copy of the result lives:
     /// one lock, and pages in the order of ids. Else nothing is pinned or counted, and the result
     /// is empty. About 50 ns for a page, a quarter of what pin() and dropping the pin take.
+    ///
+    /// What encoded blocks of these pages decode to is kept where the budget has bytes that nobody
+    /// uses, and is the first that goes when a page needs them. Meant for the length of one
+    /// computation, in which nothing waits for the pool: insert() and reserve() of other threads
+    /// wait for its end where they need what it holds.
     [[nodiscard]] Pins pin_all(std::span<const PageId> ids);
 
     /// Takes a page in and pins it. When a page of that id is here already, that one is pinned and

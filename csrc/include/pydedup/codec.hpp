@@ -34,6 +34,22 @@ inline constexpr std::uint8_t kPlanesVersion = 1;
 /// it, so one that saves less stays raw.
 inline constexpr std::size_t kMinPlaneSaving = 20;
 
+struct BlockView;
+
+/// Keeps what a block decodes to for those who want it again.
+class BlockKeeper {
+  public:
+    BlockKeeper() = default;
+    /// Copies the elements of `block`, whose rows are `stride_bytes` apart. Called on any thread.
+    virtual void keep(const BlockView& block, const std::byte* rows,
+                      std::size_t stride_bytes) noexcept = 0;
+
+  protected:
+    BlockKeeper(const BlockKeeper&) = default;
+    BlockKeeper& operator=(const BlockKeeper&) = default;
+    ~BlockKeeper() = default;
+};
+
 /// One stored block. `data` belongs to whoever made the view (a page).
 struct BlockView {
     const std::byte* data;
@@ -46,6 +62,8 @@ struct BlockView {
     /// That block itself, which decoding needs. Whoever gives out a delta sets it, and keeps it
     /// alive.
     const BlockView* base_block = nullptr;
+    /// Who is given the elements once they were decoded, and outlives that; or nobody.
+    BlockKeeper* keeper = nullptr;
 
     [[nodiscard]] std::size_t row_bytes() const noexcept { return cols * item_bytes(dtype); }
     [[nodiscard]] std::size_t raw_bytes() const noexcept { return rows * row_bytes(); }

@@ -13,6 +13,8 @@
 
 namespace pydedup {
 
+class DecodedBlocks;  // pydedup/decoded.hpp
+
 /// The newest version that is read. Pages are written with the oldest one that can describe them.
 inline constexpr std::uint16_t kPageVersion = 2;
 /// From this version on, pages hold deltas, and every page of it does.
@@ -103,9 +105,12 @@ struct StoredBases {
 /// views[i] = the block at pages[page_index[i]], slots[i]; all three of one length. Throws
 /// Error{invalid_argument} for an index outside pages, Error{corrupt_page} for a slot that its page
 /// does not have.
+///
+/// Where `decoded` has something for a page (one pointer per page, or none at all), encoded blocks
+/// that are kept there are seen as raw ones, and others are kept once they are decoded.
 void view_blocks(std::span<const Page* const> pages, std::span<const std::uint32_t> page_index,
                  std::span<const std::uint32_t> slots, std::span<BlockView> views,
-                 unsigned threads = 0);
+                 unsigned threads = 0, std::span<DecodedBlocks* const> decoded = {});
 
 /// Decodes stored[i] into block indices[i] of the matrix at `out`, whose shape is that of the grid.
 /// Throws Error{corrupt_page} when a slot has another dtype or shape than the block,

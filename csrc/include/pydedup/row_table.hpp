@@ -45,10 +45,12 @@ class RowTable {
 
     /// Copies row ids[i] into row i of `out`: ids.size() rows of the matrix's width and dtype.
     /// `page_ids` ascend and name `pages`. Encoded blocks are decoded once, up to 16 MiB of them
-    /// at a time. Throws Error{invalid_argument} when a delta is here but the page of its base is
-    /// not.
+    /// at a time; what is kept `decoded` of a page (one pointer per page, or none at all) is as in
+    /// view_blocks(). Throws Error{invalid_argument} when a delta is here but the page of its base
+    /// is not.
     void take(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
-              std::span<const std::int64_t> ids, std::byte* out, unsigned threads = 0) const;
+              std::span<const std::int64_t> ids, std::byte* out, unsigned threads = 0,
+              std::span<DecodedBlocks* const> decoded = {}) const;
 
     /// The same with blocks instead of pages: views[i], with its base if it is a delta, is block
     /// numbers[i] of the grid; no number repeats.
@@ -62,7 +64,8 @@ class RowTable {
     /// Error{invalid_argument} when edges do not ascend from 0 to ids.size().
     void bag(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
              std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
-             const std::byte* weights, BagMode mode, std::byte* out, unsigned threads = 0) const;
+             const std::byte* weights, BagMode mode, std::byte* out, unsigned threads = 0,
+             std::span<DecodedBlocks* const> decoded = {}) const;
 
     /// The same with blocks, as take() has them.
     void bag(std::span<const std::int64_t> numbers, std::span<const BlockView> views,

@@ -248,17 +248,19 @@ void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride
             return;
         case Encoding::planes:
             decode_planes(block, dst, dst_stride_bytes);
-            return;
+            break;
         case Encoding::delta:
         case Encoding::quantised:
             if (block.base_block == nullptr) {
                 corrupt(block, "it is a delta, and came without its base");
             }
             decode_delta(block, *block.base_block, dst, dst_stride_bytes);
-            return;
+            break;
+        default:
+            corrupt(block, "encoding " + std::to_string(static_cast<unsigned>(block.encoding)) +
+                               " is unknown");
     }
-    corrupt(block,
-            "encoding " + std::to_string(static_cast<unsigned>(block.encoding)) + " is unknown");
+    if (block.keeper != nullptr) block.keeper->keep(block, dst, dst_stride_bytes);
 }
 
 std::size_t raw_bytes_of(const MatrixRef& matrix, const BlockGrid& grid,

@@ -15,6 +15,10 @@
 // the last unpin. Entries move between lists by splicing: once a page is in, no move allocates, so
 // none can fail.
 //
+// What is decoded of a page (of `idle` or `pinned` ones) counts as well. It is in one of two lists,
+// by the time of its last use: `busy` while a pin_all() of its page lasts, else `spare`, from which
+// it goes before any page does.
+//
 // One mutex guards all of it. Pages are destroyed after it was released: that may run foreign code
 // (the owner of a page's memory may be a Python object, whose release waits for the GIL).
 #include "pydedup/buffer_pool.hpp"
@@ -23,6 +27,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <iterator>
 #include <list>
 #include <mutex>
@@ -39,6 +44,9 @@ namespace {
 // Of a large pool, so many of the pages unpinned longest ago and of the newest are looked at for
 // one to evict.
 constexpr std::size_t kLookedAt = 1024;
+
+// Decoded blocks make room for others once so many predictions went by without them.
+constexpr std::uint64_t kStaleCalls = 256;
 
 std::atomic<unsigned> fork_count{0};
 
@@ -71,7 +79,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
                 found[i] = at->second;
                 is_found[i] = true;
                 if (!ahead) count_use(found[i]);
-                add_pin(found[i]);
+                add_pin(found[i], 0);
             }
         }
         std::size_t i = 0;
@@ -88,7 +96,8 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     Pins pin_all(std::span<const PageId> ids) {
         // Of one piece, so that nothing can fail once a page is pinned.
         const auto group = std::make_shared<Group>();
-        group->pages.reserve(ids.size());
+        group->pinned.pages.reserve(ids.size());
+        group->pinned.decoded.reserve(ids.size());
         group->places.reserve(ids.size());
         {
             const std::scoped_lock lock(mutex_);
@@ -99,22 +108,24 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
             }
             for (const Place place : group->places) {
                 count_use(place);
-                add_pin(place);
-                group->pages.push_back(&place->page);
+                add_pin(place, 1);
+                group->pinned.pages.push_back(&place->page);
+                group->pinned.decoded.push_back(read_decoded(place));
             }
             group->state = shared_from_this();
         }
-        return {group, &group->pages};
+        return {group, &group->pinned};
     }
 
     Pin insert(PageId id, Page page, bool ahead) {
         const std::size_t bytes = page.nbytes();
         List gone;  // destroyed last, without the lock
         List fresh;
-        fresh.push_back({id, std::move(page), 0, false, ahead, nullptr});
+        fresh.emplace_back(id, std::move(page), ahead);
         Place place;
         {
-            const std::scoped_lock lock(mutex_);
+            std::unique_lock lock(mutex_);
+            wait_for_room(lock, bytes);
             if (const auto at = table_.find(id); at != table_.end()) {
                 place = at->second;
             } else {
@@ -132,7 +143,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
                 ++inserts_;
             }
             if (!ahead) use(place);
-            add_pin(place);
+            add_pin(place, 0);
         }
         return handle(place);
     }
@@ -140,7 +151,8 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     Reservation reserve(std::size_t bytes) {
         List gone;
         {
-            const std::scoped_lock lock(mutex_);
+            std::unique_lock lock(mutex_);
+            wait_for_room(lock, bytes);
             make_room(bytes, "a reservation of", gone);
             reserved_bytes_ += bytes;
         }
@@ -156,6 +168,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     void call(std::int64_t owner) {
         const std::scoped_lock lock(mutex_);
         replacement_.call(owner);
+        ++calls_;
         if (trace_room_ != 0) trace_.owners.push_back(owner);
     }
 
@@ -201,8 +214,8 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     [[nodiscard]] Stats stats() const {
         const std::scoped_lock lock(mutex_);
         const std::size_t pages = idle_.size() + pinned_.size() + orphans_.size();
-        return {hits_,  misses_,       inserts_,        evictions_,   pages,
-                bytes_, pinned_bytes_, reserved_bytes_, budget_bytes_};
+        return {hits_,  misses_,        inserts_,      evictions_,      pages,
+                bytes_, decoded_bytes_, pinned_bytes_, reserved_bytes_, budget_bytes_};
     }
 
     [[nodiscard]] bool is_inherited() const noexcept { return generation_ != fork_generation(); }
@@ -215,21 +228,35 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     }
 
   private:
-    struct Entry {
-        PageId id;
-        Page page;
-        std::size_t pins;
-        bool orphan;
-        bool ahead;                     // read before its first use
-        Replacement::History* history;  // while in the table
-    };
+    struct Entry;
     using List = std::list<Entry>;
     using Place = List::iterator;
+    using Order = std::list<Place>;
+    struct Entry {
+        Entry(PageId number, Page content, bool is_ahead)
+            : id(number),
+              page(std::move(content)),
+              ahead(is_ahead),
+              decodable(decoded_bytes(page.view())) {}
+
+        PageId id;
+        Page page;
+        std::size_t pins = 0;
+        std::size_t brief_pins = 0;  // those of them that pin_all() gave
+        bool orphan = false;
+        bool ahead;                               // read before its first use
+        Replacement::History* history = nullptr;  // while in the table
+        std::size_t decodable;                    // bytes that `decoded` counts with
+        std::unique_ptr<DecodedBlocks> decoded = nullptr;
+        std::size_t readers = 0;      // of `decoded`
+        std::uint64_t last_call = 0;  // that used it
+        Order::iterator order{};      // in busy_ or spare_, while there is `decoded`
+    };
     using Table = std::unordered_map<PageId, Place>;
 
     // What pin_all() gives out: unpins when the last copy goes, if it came to pinning.
     struct Group {
-        std::vector<const Page*> pages;
+        PinnedPages pinned;
         std::vector<Place> places;
         std::shared_ptr<State> state;
 
@@ -237,16 +264,27 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         Group(const Group&) = delete;
         Group& operator=(const Group&) = delete;
         ~Group() {
-            if (state) state->unpin(places);
+            if (state) state->end(pinned, places);
         }
     };
 
     // The functions below want the mutex held.
 
-    void add_pin(Place place) noexcept {
-        if (place->pins++ != 0) return;
-        pinned_.splice(pinned_.end(), idle_, place);
-        pinned_bytes_ += place->page.nbytes();
+    void add_pin(Place place, std::size_t brief) noexcept {
+        busy_bytes_ -= busy_bytes_of(place);
+        if (place->pins == 0) {
+            pinned_.splice(pinned_.end(), idle_, place);
+            pinned_bytes_ += place->page.nbytes();
+        }
+        ++place->pins;
+        place->brief_pins += brief;
+        busy_bytes_ += busy_bytes_of(place);
+    }
+
+    // What of a page is pinned for as long as somebody computes, and no longer.
+    [[nodiscard]] static std::size_t busy_bytes_of(Place place) noexcept {
+        const bool page = place->pins != 0 && place->pins == place->brief_pins;
+        return (page ? place->page.nbytes() : 0) + (place->readers != 0 ? place->decodable : 0);
     }
 
     void count_use(Place place) noexcept {
@@ -267,6 +305,55 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         }
     }
 
+    // Returns what is kept decoded of a pinned page, for a reader of it.
+    DecodedBlocks* read_decoded(Place place) noexcept {
+        if (place->decodable == 0 || (!place->decoded && !keep_decoded(place))) return nullptr;
+        if (place->readers++ == 0) {
+            busy_.splice(busy_.end(), spare_, place->order);
+            busy_bytes_ += place->decodable;
+            pinned_bytes_ += place->decodable;
+        }
+        place->last_call = calls_;
+        return place->decoded.get();
+    }
+
+    // Gives what is decoded of a page a place in bytes that nobody uses, if there are so many.
+    bool keep_decoded(Place place) noexcept {
+        const auto fits = [&] {
+            return place->decodable <= budget_bytes_ - bytes_ - reserved_bytes_;
+        };
+        while (!fits() && !spare_.empty() && calls_ - spare_.front()->last_call >= kStaleCalls) {
+            drop_decoded(spare_.front());
+        }
+        if (!fits()) return false;
+        try {
+            place->decoded = std::make_unique<DecodedBlocks>(place->page.view());
+            place->order = spare_.insert(spare_.end(), place);
+        } catch (const std::bad_alloc&) {
+            place->decoded.reset();
+            return false;
+        }
+        bytes_ += place->decodable;
+        decoded_bytes_ += place->decodable;
+        return true;
+    }
+
+    // Of one without readers.
+    void drop_decoded(Place place) noexcept {
+        spare_.erase(place->order);
+        place->decoded.reset();
+        bytes_ -= place->decodable;
+        decoded_bytes_ -= place->decodable;
+    }
+
+    // Waits while what pin_all() pinned is in the way; not for pages that are pinned otherwise.
+    void wait_for_room(std::unique_lock<std::mutex>& lock, std::size_t bytes) {
+        read_.wait(lock, [&] {
+            const std::size_t taken = pinned_bytes_ + reserved_bytes_;
+            return bytes <= budget_bytes_ - taken || bytes > budget_bytes_ - taken + busy_bytes_;
+        });
+    }
+
     void make_room(std::size_t bytes, const char* what, List& gone) {
         if (bytes > budget_bytes_ - pinned_bytes_ - reserved_bytes_) {
             throw Error(ErrorCode::out_of_budget,
@@ -276,6 +363,10 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
                             " are in use; open the store with more memory");
         }
         while (bytes > budget_bytes_ - bytes_ - reserved_bytes_) {
+            if (!spare_.empty()) {
+                drop_decoded(spare_.front());
+                continue;
+            }
             forget(table_.find(victim()->id), gone);
             ++evictions_;
         }
@@ -305,6 +396,7 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         const Place place = at->second;
         table_.erase(at);
         replacement_.give_up(*place->history);
+        if (place->decoded && place->readers == 0) drop_decoded(place);
         if (place->pins != 0) {
             place->orphan = true;
             orphans_.splice(orphans_.end(), pinned_, place);
@@ -314,7 +406,30 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         }
     }
 
-    // These two do not.
+    void end_reading(Place place) noexcept {
+        if (--place->readers != 0) return;
+        spare_.splice(spare_.end(), busy_, place->order);
+        busy_bytes_ -= place->decodable;
+        pinned_bytes_ -= place->decodable;
+        if (place->orphan) drop_decoded(place);
+    }
+
+    void remove_pin(Place place, std::size_t brief, List& gone) noexcept {
+        busy_bytes_ -= busy_bytes_of(place);
+        --place->pins;
+        place->brief_pins -= brief;
+        busy_bytes_ += busy_bytes_of(place);
+        if (place->pins != 0) return;
+        pinned_bytes_ -= place->page.nbytes();
+        if (place->orphan) {
+            bytes_ -= place->page.nbytes();
+            gone.splice(gone.end(), orphans_, place);
+        } else {
+            idle_.splice(idle_.end(), pinned_, place);
+        }
+    }
+
+    // Those below do not.
 
     void release(std::size_t bytes) noexcept {
         if (is_inherited()) return;
@@ -329,22 +444,25 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
                 [state = shared_from_this(), place](const Page*) { state->unpin(place); }};
     }
 
-    void unpin(Place place) noexcept { unpin(std::span(&place, 1)); }
-
-    void unpin(std::span<const Place> places) noexcept {
+    void unpin(Place place) noexcept {
         if (is_inherited()) return;
         List gone;
         const std::scoped_lock lock(mutex_);
-        for (const Place place : places) {
-            if (--place->pins != 0) continue;
-            pinned_bytes_ -= place->page.nbytes();
-            if (place->orphan) {
-                bytes_ -= place->page.nbytes();
-                gone.splice(gone.end(), orphans_, place);
-            } else {
-                idle_.splice(idle_.end(), pinned_, place);
+        remove_pin(place, 0, gone);
+    }
+
+    // What pin_all() began.
+    void end(const PinnedPages& pinned, std::span<const Place> places) noexcept {
+        if (is_inherited()) return;
+        List gone;
+        {
+            const std::scoped_lock lock(mutex_);
+            for (std::size_t i = 0; i < places.size(); ++i) {
+                if (pinned.decoded[i] != nullptr) end_reading(places[i]);
+                remove_pin(places[i], 1, gone);
             }
         }
+        read_.notify_all();
     }
 
     mutable std::mutex mutex_;
@@ -354,6 +472,12 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
     List idle_;
     List pinned_;
     List orphans_;
+    Order spare_;
+    Order busy_;
+    std::condition_variable read_;  // what pin_all() pinned is no more
+    std::size_t busy_bytes_ = 0;
+    std::size_t decoded_bytes_ = 0;
+    std::uint64_t calls_ = 0;
     std::size_t bytes_ = 0;
     std::size_t pinned_bytes_ = 0;
     std::size_t reserved_bytes_ = 0;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/parallel.hpp"
+#include "pydedup/decoded.hpp"
 #include "pydedup/error.hpp"
 #include "pydedup/page_format.hpp"
 
@@ -86,8 +87,8 @@ BlockView with_base(BlockView block, const StoredBases& bases, std::size_t i, Bl
 }
 
 void view_blocks(std::span<const Page* const> pages, std::span<const std::uint32_t> page_index,
-                 std::span<const std::uint32_t> slots, std::span<BlockView> views,
-                 unsigned threads) {
+                 std::span<const std::uint32_t> slots, std::span<BlockView> views, unsigned threads,
+                 std::span<DecodedBlocks* const> decoded) {
     // Each view waits for memory: the directories of pages lie apart.
     const auto view_some = [&](std::size_t begin, std::size_t end) {
         for (std::size_t i = begin; i < end; ++i) {
@@ -97,6 +98,8 @@ void view_blocks(std::span<const Page* const> pages, std::span<const std::uint32
                                 std::to_string(pages.size()) + " pages");
             }
             views[i] = pages[page_index[i]]->block(slots[i]);
+            if (decoded.empty() || decoded[page_index[i]] == nullptr) continue;
+            decoded[page_index[i]]->show(slots[i], views[i]);
         }
     };
     parallel_for(views.size(), kViewsPerPiece, thread_count(threads), view_some);

@@ -113,13 +113,15 @@ void RowPlaces::check_ids(std::span<const std::int64_t> ids) const {
 }
 
 RowPlaces::Call RowPlaces::begin(std::span<const std::int64_t> page_ids,
-                                 std::span<const Page* const> pages) const {
-    if (page_ids.size() != pages.size()) {
+                                 std::span<const Page* const> pages,
+                                 std::span<DecodedBlocks* const> decoded) const {
+    if (page_ids.size() != pages.size() || (!decoded.empty() && decoded.size() != pages.size())) {
         throw Error(ErrorCode::invalid_argument, "each page needs one id");
     }
     Call call;
     call.pages.resize(page_ids_.size(), nullptr);
     call.bytes.resize(page_ids_.size(), nullptr);
+    call.decoded.resize(page_ids_.size(), nullptr);
     auto at = page_ids_.begin();
     for (std::size_t i = 0; i < pages.size(); ++i) {
         at = std::lower_bound(at, page_ids_.end(), page_ids[i]);
@@ -135,13 +137,15 @@ RowPlaces::Call RowPlaces::begin(std::span<const std::int64_t> page_ids,
         const bool aligned = reinterpret_cast<std::uintptr_t>(bytes) % item_ == 0;
         call.pages[number] = &page;
         call.bytes[number] = aligned ? bytes : nullptr;
+        if (!decoded.empty()) call.decoded[number] = decoded[i];
         call.all_plain = call.all_plain && aligned && !known_[number].encoded;
     }
     return call;
 }
 
 RowPlaces::BlockCall RowPlaces::begin(std::span<const std::int64_t> numbers,
-                                      std::span<const BlockView> views) const {
+                                      std::span<const BlockView> views,
+                                      std::span<DecodedBlocks* const> /*decoded*/) const {
     if (numbers.size() != views.size()) {
         throw Error(ErrorCode::invalid_argument, "each block needs one number");
     }

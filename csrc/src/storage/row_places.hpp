@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "pydedup/codec.hpp"
+#include "pydedup/decoded.hpp"
 #include "pydedup/page_format.hpp"
 #include "pydedup/types.hpp"
 
@@ -37,6 +38,7 @@ class RowPlaces {
     struct Call {
         std::vector<const Page*> pages;
         std::vector<const std::byte*> bytes;  // nullptr too where elements lie misaligned
+        std::vector<DecodedBlocks*> decoded;  // what is kept of them, or nullptr
         bool all_plain = true;                // every block is used where it lies
     };
     /// The blocks of one call.
@@ -49,9 +51,11 @@ class RowPlaces {
 
     /// What each call begins with; it checks the pages or blocks that are here.
     [[nodiscard]] Call begin(std::span<const std::int64_t> page_ids,
-                             std::span<const Page* const> pages) const;
+                             std::span<const Page* const> pages,
+                             std::span<DecodedBlocks* const> decoded) const;
     [[nodiscard]] BlockCall begin(std::span<const std::int64_t> numbers,
-                                  std::span<const BlockView> views) const;
+                                  std::span<const BlockView> views,
+                                  std::span<DecodedBlocks* const> decoded) const;
 
     /// Blocks where they lie on their pages.
     struct Plain {
@@ -77,10 +81,13 @@ class RowPlaces {
     [[nodiscard]] std::vector<std::size_t> blocks_to_decode(
         const Call& call, std::span<const std::int64_t> ids) const;
 
-    /// A block that is here, to be decoded; `base` is filled in for a delta, and is to outlive it.
+    /// A block that is here, to be decoded unless that was done and kept; `base` is filled in for a
+    /// delta, and is to outlive it.
     [[nodiscard]] BlockView block(const Call& call, std::size_t b, BlockView& base) const {
-        return with_base(call.pages[places_[b].page]->block(slots_[b]), {call.pages, bases_}, b,
-                         base);
+        const std::uint32_t page = places_[b].page;
+        BlockView view = call.pages[page]->block(slots_[b]);
+        if (call.decoded[page] != nullptr) call.decoded[page]->show(slots_[b], view);
+        return with_base(view, {call.pages, bases_}, b, base);
     }
 
     const BlockGrid grid_;

@@ -43,9 +43,10 @@ class RowTable::Impl : public detail::RowPlaces {
     // `here` is the ids of some pages, with these pages, or the numbers of some blocks, with these.
     template <class Here>
     void take(std::span<const std::int64_t> names, std::span<const Here> here,
-              std::span<const std::int64_t> ids, std::byte* out, unsigned threads) const {
+              std::span<const std::int64_t> ids, std::byte* out, unsigned threads,
+              std::span<DecodedBlocks* const> decoded) const {
         check_ids(ids);
-        const auto call = begin(names, here);
+        const auto call = begin(names, here, decoded);
         const std::size_t row_bytes = grid_.cols * item_;
         const unsigned workers = threads_for(ids.size() * row_bytes, threads);
         each_part(call, ids, threads, [&](const auto& pieces) {
@@ -59,10 +60,11 @@ class RowTable::Impl : public detail::RowPlaces {
     template <class Here>
     void bag(std::span<const std::int64_t> names, std::span<const Here> here,
              std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
-             const std::byte* weights, BagMode mode, std::byte* out, unsigned threads) const {
+             const std::byte* weights, BagMode mode, std::byte* out, unsigned threads,
+             std::span<DecodedBlocks* const> decoded) const {
         check_ids(ids);
         check_edges(edges, ids.size());
-        const auto call = begin(names, here);
+        const auto call = begin(names, here, decoded);
         const std::size_t n_bags = edges.size() - 1;
         const unsigned workers = threads_for(ids.size() * grid_.cols * item_, threads);
         // As many bags as hold about kRowsPerPiece rows.
@@ -102,9 +104,11 @@ class RowTable::Impl : public detail::RowPlaces {
         std::vector<const std::byte*> decoded(grid_.count(), nullptr);
         each_decoded(blocks, threads, decoded, body,
                      [&](std::size_t i, std::byte* to, std::size_t stride) {
-                         const std::size_t b = blocks[i];
                          BlockView base{};
-                         decode_block(block(call, b, base), to, stride);
+                         const BlockView view = block(call, blocks[i], base);
+                         if (detail::is_in_place(view)) return view.data;  // kept decoded
+                         decode_block(view, to, stride);
+                         return static_cast<const std::byte*>(to);
                      });
     }
 
@@ -135,11 +139,13 @@ class RowTable::Impl : public detail::RowPlaces {
         each_decoded(blocks, threads, at, body,
                      [&](std::size_t i, std::byte* to, std::size_t stride) {
                          decode_block(call.views[views[i]], to, stride);
+                         return static_cast<const std::byte*>(to);
                      });
     }
 
-    // Decodes blocks, kTileBytes of them at a time, and calls body(pieces) with them. `at` has a
-    // place for every block, nullptr before and after.
+    // Decodes blocks, kTileBytes of them at a time, and calls body(pieces) with them: decode(i, to,
+    // stride) returns where block i is then. `at` has a place for every block, nullptr before and
+    // after. The tiles are the same whatever is kept, so sums are too.
     template <class Body, class Decode>
     void each_decoded(const std::vector<std::size_t>& blocks, unsigned threads,
                       std::vector<const std::byte*>& at, const Body& body,
@@ -162,9 +168,8 @@ class RowTable::Impl : public detail::RowPlaces {
                          [&](std::size_t first, std::size_t last) {
                              for (std::size_t i = first; i < last; ++i) {
                                  const std::size_t b = blocks[begin + i];
-                                 decode(begin + i, tile + offsets[i],
-                                        block_rect(grid_, b).cols * item_);
-                                 at[b] = tile + offsets[i];
+                                 at[b] = decode(begin + i, tile + offsets[i],
+                                                block_rect(grid_, b).cols * item_);
                              }
                          });
             body(Decoded{at});
@@ -265,25 +270,27 @@ std::vector<std::int64_t> RowTable::pages_of(std::span<const std::int64_t> ids) 
 }
 
 void RowTable::take(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
-                    std::span<const std::int64_t> ids, std::byte* out, unsigned threads) const {
-    impl_->take(page_ids, pages, ids, out, threads);
+                    std::span<const std::int64_t> ids, std::byte* out, unsigned threads,
+                    std::span<DecodedBlocks* const> decoded) const {
+    impl_->take(page_ids, pages, ids, out, threads, decoded);
 }
 
 void RowTable::take(std::span<const std::int64_t> numbers, std::span<const BlockView> views,
                     std::span<const std::int64_t> ids, std::byte* out, unsigned threads) const {
-    impl_->take(numbers, views, ids, out, threads);
+    impl_->take(numbers, views, ids, out, threads, {});
 }
 
 void RowTable::bag(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
                    std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
-                   const std::byte* weights, BagMode mode, std::byte* out, unsigned threads) const {
-    impl_->bag(page_ids, pages, ids, edges, weights, mode, out, threads);
+                   const std::byte* weights, BagMode mode, std::byte* out, unsigned threads,
+                   std::span<DecodedBlocks* const> decoded) const {
+    impl_->bag(page_ids, pages, ids, edges, weights, mode, out, threads, decoded);
 }
 
 void RowTable::bag(std::span<const std::int64_t> numbers, std::span<const BlockView> views,
                    std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
                    const std::byte* weights, BagMode mode, std::byte* out, unsigned threads) const {
-    impl_->bag(numbers, views, ids, edges, weights, mode, out, threads);
+    impl_->bag(numbers, views, ids, edges, weights, mode, out, threads, {});
 }
 
 }  // namespace pydedup
