@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
-from pydedup.errors import MissingStoreError, ReadOnlyError, StoreError
+from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
 
 from ._base import Row
 from ._dbapi import DbApiAdapter
@@ -20,7 +20,7 @@ from ._postgres_url import Place
 from ._schema import TABLES, Dialect, literal
 from ._sessions import Connection, Session
 
-__all__ = ["PostgresBase", "dialect_of"]
+__all__ = ["SHARDS", "PostgresBase", "dialect_of"]
 
 R = TypeVar("R")
 
@@ -28,6 +28,9 @@ R = TypeVar("R")
 AGAIN_SECONDS: Final = 10.0
 FIRST_PAUSE_SECONDS: Final = 0.05
 LONGEST_PAUSE_SECONDS: Final = 1.0
+
+#: The row of ``meta`` by which a store says that its payloads are in other databases.
+SHARDS: Final = "shards"
 
 #: Any number that others are unlikely to lock: who creates a schema holds it.
 CREATING: Final = int.from_bytes(b"pydedup", "big")
@@ -71,6 +74,8 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
     """
 
     _place: Place
+    #: Whether payloads are in other databases, see ``postgres_shards``.
+    _sharded = False
 
     @abc.abstractmethod
     def _connect(self) -> Connection:
@@ -127,6 +132,24 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
 
     # ---- schema -------------------------------------------------------------------------------
 
+    def schema_version(self) -> int | None:
+        """Return the version of the store's tables, or ``None`` when there are none.
+
+        Raises NotAStoreError for a store with its payloads elsewhere, unless this adapter knows.
+        """
+        version = super().schema_version()
+        if version is None or bool(self._query(self._sql.meta_value, [SHARDS])) == self._sharded:
+            return version
+        if self._sharded:
+            raise NotAStoreError(
+                f"{self._url} is a store without shards; open it with postgresql:// and no list of "
+                "shards"
+            )
+        raise NotAStoreError(
+            f"{self._url} has the coordinator of a store whose pages are in shards; open it with "
+            "postgresql+shards:// and the list of its shards (docs/sharding.md)"
+        )
+
     def missing(self) -> MissingStoreError:
         """Return the error that there is no store, and what to do about it."""
         what = f"{self._url} holds no store in schema {self._place.schema} (schema= names another)"
@@ -153,13 +176,17 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
             f"{to_do}"
         )
 
-    def _create_tables(self) -> None:
+    def _ensure_schema(self) -> None:
+        """Create the schema of the store where it is missing."""
         schema = self._place.schema
         there, hindrance = self._hindrance()
         if hindrance:
             raise ReadOnlyError(f"{self._url} has no store in schema {schema}, and {hindrance}")
         if not there:
             self._write(f'CREATE SCHEMA "{schema}"')
+
+    def _create_tables(self) -> None:
+        self._ensure_schema()
         super()._create_tables()
         # Pages are compressed already where that helps: never try again, and read them in slices.
         for table, spec in TABLES.items():

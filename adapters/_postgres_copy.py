@@ -30,7 +30,7 @@ class PostgresCopy(PostgresBase):
     def _copy_in(
         self, session: Session, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     ) -> None:
-        kinds = dict(TABLES[table].columns)
+        kinds = {**dict(TABLES[table].columns), "payload_bytes": "int"}
         names = self._sql.dialect.columns(columns)
         sql = f"COPY {self._sql.dialect.name(table)} ({names}) FROM STDIN (FORMAT BINARY)"
         try:
@@ -51,18 +51,27 @@ class PostgresCopy(PostgresBase):
 
     def insert_pages(self, pages: Sequence[tuple[bytes, bytes]], *, state: str) -> list[int]:
         """Insert (checksum, payload) and return their ids, in order."""
-        check_state(state)
-        sized = [(checksum, self._sized(payload, "a page")) for checksum, payload in pages]
+        sized = self._checked_pages(pages, state)
         with self._writer() as session:
-            numbers = self._query(
-                "SELECT nextval(s.name) FROM (SELECT CAST(pg_get_serial_sequence(%b, 'id') AS "
-                "regclass) AS name) s, generate_series(1, %b)",
-                [self._sql.dialect.name("pages"), len(sized)],
-            )
-            ids = sorted(row[0] for row in numbers)
+            ids = self._new_page_ids(len(sized))
             rows = ((i, state, *page) for i, page in zip(ids, sized, strict=True))
             self._copy_in(session, "pages", ("id", "state", "checksum", "payload"), rows)
         return ids
+
+    def _checked_pages(
+        self, pages: Sequence[tuple[bytes, bytes]], state: str
+    ) -> list[tuple[bytes, bytes]]:
+        check_state(state)
+        return [(checksum, self._sized(payload, "a page")) for checksum, payload in pages]
+
+    def _new_page_ids(self, count: int) -> list[int]:
+        """Return ids that no page ever had, ascending."""
+        numbers = self._query(
+            "SELECT nextval(s.name) FROM (SELECT CAST(pg_get_serial_sequence(%b, 'id') AS "
+            "regclass) AS name) s, generate_series(1, %b)",
+            [self._sql.dialect.name("pages"), count],
+        )
+        return sorted(row[0] for row in numbers)
 
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         for start in range(0, len(ids), PAYLOADS_PER_READ):

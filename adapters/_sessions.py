@@ -167,6 +167,25 @@ class SessionPool:
             session.lock.release()
             self._local.anchor = None
 
+    def acquire_open(self) -> Session | None:
+        """Return this thread's session, locked; ``None`` when there is none, or it is stale.
+
+        For those who lock sessions of several pools: to open one would be to wait for a lock that a
+        fork may hold, which waits for theirs.
+        """
+        anchor: _Anchor | None = getattr(self._local, "anchor", None)
+        if anchor is None:
+            return None
+        session = anchor.session
+        if session.scope is not None:
+            return session.use()
+        session.lock.acquire()
+        stale = self._is_stale
+        if session.closed or (stale is not None and stale(session.connection)):
+            session.lock.release()
+            return None
+        return session
+
     def scope(self) -> str | None:
         """Return what this thread is in: a transaction, a snapshot, or nothing."""
         anchor: _Anchor | None = getattr(self._local, "anchor", None)

@@ -22,14 +22,22 @@ from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
 from ._postgres_errors import meaning, refusal
 from ._postgres_url import TIMEOUT_SECONDS, Place, locate
+from ._schema import Dialect
 from ._sessions import Connection, Session, SessionPool
 
-__all__ = ["PostgresAdapter", "connect"]
+__all__ = ["CAPABILITIES", "PostgresAdapter", "connect", "is_stale", "known_options", "said"]
 
 #: Larger values could be stored, but not dumped by pg_dump, which doubles them on their way.
 MAX_PAYLOAD_BYTES: Final = 256 << 20
 #: The protocol counts parameters in 16 bits.
 MAX_PARAMETERS: Final = 65535
+CAPABILITIES: Final = Capabilities(
+    max_payload_bytes=MAX_PAYLOAD_BYTES,
+    max_parameters=MAX_PARAMETERS,
+    concurrent_writers=True,
+    incremental_read=False,
+    shrinks=False,
+)
 #: Identity columns, 13 being the oldest that is not long gone.
 OLDEST_SERVER: Final = 130000
 
@@ -62,8 +70,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     UnavailableError
         When the server cannot be reached, or refuses.
     """
-    known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
-    adapter = PostgresAdapter(locate(url, schema, known), mode)
+    adapter = PostgresAdapter(locate(url, schema, known_options()), mode)
     try:
         if mode == "r" and adapter.schema_version() is None:
             raise adapter.missing()
@@ -71,6 +78,11 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     except BaseException:
         adapter.close()
         raise
+
+
+def known_options() -> list[str]:
+    """Return the parameters that libpq knows."""
+    return [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
 
 
 class _Cursor(psycopg.Cursor[Any]):
@@ -88,22 +100,19 @@ class PostgresAdapter(PostgresCopy):
 
     def __init__(self, place: Place, mode: str) -> None:
         self._place, self._reads_only = place, mode == "r"
-        pool = SessionPool(self._connect, name=place.shown, is_stale=_is_stale)
+        pool = SessionPool(self._connect, name=place.shown, is_stale=is_stale)
         with pool.acquire() as session:
             read_only = mode == "r" or self._cannot_write(session)
         super().__init__(
             place.shown,
-            dialect=dialect_of(place.schema),
+            dialect=self._dialect(),
             read_only=read_only,
-            capabilities=Capabilities(
-                max_payload_bytes=MAX_PAYLOAD_BYTES,
-                max_parameters=MAX_PARAMETERS,
-                concurrent_writers=True,
-                incremental_read=False,
-                shrinks=False,
-            ),
+            capabilities=CAPABILITIES,
             pool=pool,
         )
+
+    def _dialect(self) -> Dialect:
+        return dialect_of(self._place.schema)
 
     # ---- connecting ---------------------------------------------------------------------------
 
@@ -124,7 +133,7 @@ class PostgresAdapter(PostgresCopy):
             ) from None
         except psycopg.Error as error:
             needs = error.pgconn is not None and error.pgconn.needs_password
-            raise refusal(_said(error), self._place, needs_password=needs) from error
+            raise refusal(said(error), self._place, needs_password=needs) from error
         try:
             self._configure(connection)
             return cast(Connection, connection)
@@ -160,20 +169,20 @@ class PostgresAdapter(PostgresCopy):
 
     def _translate(self, error: Exception) -> PydedupError:
         lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-        return meaning(getattr(error, "sqlstate", None), _said(error), self._place, lost=lost)
+        return meaning(getattr(error, "sqlstate", None), said(error), self._place, lost=lost)
 
 
 def _first(cursor: Any) -> Any:
     return cursor.fetchone()[0]
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """Return what an error says, in one line."""
     diagnosis = error.diag.message_primary if isinstance(error, psycopg.Error) else None
     return " ".join((diagnosis or str(error)).split()) or type(error).__name__
 
 
-def _is_stale(connection: Connection) -> bool:
+def is_stale(connection: Connection) -> bool:
     """Whether the server has closed an idle connection: then there is something to read."""
     pgconn = cast("psycopg.Connection[Any]", connection).pgconn
     with contextlib.suppress(psycopg.Error, OSError, ValueError):

@@ -25,6 +25,7 @@ __all__ = [
     "Adapter",
     "BlockRow",
     "Capabilities",
+    "CopiesAdapter",
     "FunctionsAdapter",
     "ModelRow",
     "PageRow",
@@ -205,6 +206,14 @@ class FunctionsAdapter(Protocol):
 
     def drop_functions(self) -> None:
         """Take the functions out again."""
+
+
+@runtime_checkable
+class CopiesAdapter(Protocol):
+    """Pages that are kept in more than one place, optional for an adapter."""
+
+    def page_copies(self, page_id: int) -> Iterator[bytes]:
+        """Yield what each place that answers has of a page, whole or damaged."""
 
 
 @runtime_checkable

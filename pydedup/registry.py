@@ -58,6 +58,7 @@ _BUILT_IN: Final = {
     "sqlite": _BuiltIn("pydedup.adapters.sqlite:connect", "pip install -U pydedup"),
     "postgresql": _POSTGRES,
     "postgres": _POSTGRES,
+    "postgresql+shards": _BuiltIn("pydedup.adapters.postgres_shards:connect", _POSTGRES.install),
     "mysql": _MYSQL,
     "mariadb": _MYSQL,
 }
@@ -70,6 +71,7 @@ _USER_FILE: Final = _BuiltIn(
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # A URL without its colon, or what libpq and others take for a connection: never a file to create.
 _MISTYPED = re.compile(r"(?i)(postgres(ql)?|mysql|mariadb|sqlite)//|(.*\s)?(password|dbname)\s*=")
+_PORT = re.compile(r"([^:]*|\[[^\]]*\])(:\d*)?")
 _SECRETS = re.compile(r"(?i)([?&;](?:password|passwd|pwd|passphrase|sslpassword|token)=)[^&;#]*")
 
 
@@ -190,6 +192,8 @@ def redact(url: str) -> str:
     A password that holds ``@``, ``/`` or ``?`` unescaped is hidden, at the worst with the host.
     """
     head, separator, rest = url.partition("://")
+    if head.lower().endswith("+shards") and "|" in rest:
+        return f"{head}://{_redact_list(rest.split('|'))}"
     if not separator and "@" in url and ":" in url:  # mistyped
         return f"{url.partition(':')[0]}:***@{url.rpartition('@')[2]}"
     if separator and not rest.startswith("/"):
@@ -202,6 +206,20 @@ def redact(url: str) -> str:
             location = f"{user.partition(':')[0]}:***@{place}"
         rest = f"{location}{mark}{query}"
     return _SECRETS.sub(r"\1***", f"{head}{separator}{rest}")
+
+
+def _redact_list(parts: Sequence[str]) -> str:
+    """Return the databases of a sharded store without passwords; none if one may hold ``|``."""
+    for part, after in zip(parts, [*parts[1:], ""], strict=True):
+        bare = part.rpartition("://")[2]
+        location = bare.partition("?")[0].partition("/")[0]
+        # What reads as a host and its port may be a user and the first half of a password.
+        halved = location == bare and ":" in location and "@" in after
+        if "@" not in location and (halved or not _PORT.fullmatch(location)):
+            return "***"
+    return "|".join(
+        redact(part) if "://" in part else redact(f"x://{part}")[len("x://") :] for part in parts
+    )
 
 
 def _find(scheme: str) -> Connect:

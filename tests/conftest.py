@@ -132,6 +132,20 @@ def own_postgres(server_folder: Path) -> Iterator[PostgresServer]:
 
 
 @pytest.fixture(scope="session")
+def shard_servers(server_folder: Path) -> Iterator[list[PostgresServer]]:
+    """Three PostgreSQL servers for the shards of a store, to kill and start again.
+
+    What a killed server wrote is in the cache of the machine, which goes on, so nothing is flushed.
+    """
+    with or_skip("postgres"), contextlib.ExitStack() as running:
+        servers = []
+        for number in range(3):
+            servers.append(PostgresServer(server_folder / f"shard-{number}", fsync="off"))
+            running.callback(servers[-1].stop)
+        yield servers
+
+
+@pytest.fixture(scope="session")
 def plpython(server_folder: Path) -> Iterator[PlpythonServer]:
     """A PostgreSQL server with PL/Python, whose Python finds pydedup."""
     with or_skip("plpython"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +16,13 @@ from pydedup import _core
 from pydedup._core import Page
 from pydedup.errors import CorruptStoreError, PageNotFoundError
 
-__all__ = ["Damaged", "Fetch", "PageLoader"]
+__all__ = ["Copies", "Damaged", "Fetch", "PageLoader"]
 
 #: Reads pages: given ids, gives (id, payload) for those that exist, in any order.
 Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
+
+#: Gives what each place that keeps a page has of it.
+Copies: TypeAlias = Callable[[int], Iterable[bytes]]
 
 #: Makes of a page's damage the error that says who reads it, and what to do.
 Damaged: TypeAlias = Callable[[int, CorruptStoreError], CorruptStoreError]
@@ -42,16 +46,24 @@ class PageLoader:
         Makes the error of a damaged page.
     readers
         How many threads may fetch side by side for one call of `load`.
+    copies
+        Where other copies of a page are to be had when the one that was read is damaged.
     """
 
     def __init__(
-        self, core: _core.BufferPool, fetch: Fetch, damaged: Damaged, readers: int
+        self,
+        core: _core.BufferPool,
+        fetch: Fetch,
+        damaged: Damaged,
+        readers: int,
+        copies: Copies | None = None,
     ) -> None:
         self.largest = _USUAL_PAGE_BYTES  # bytes of the largest page seen, or that of a usual one
         self.waits, self.waited = 0, 0.0  # how often walks had to wait for pages, and seconds
         self._core = core
         self._fetch = fetch
         self._damaged = damaged
+        self._copies = copies
         self._readers = readers
         self._lock = threading.Lock()
         self._loading: dict[int, threading.Event] = {}
@@ -146,7 +158,17 @@ class PageLoader:
             try:
                 pages[number] = self._core.insert(number, payload, ahead)
             except CorruptStoreError as exc:
-                raise self._damaged(number, exc) from exc
+                page = self._from_copy(number, ahead)
+                if page is None:
+                    raise self._damaged(number, exc) from exc
+                pages[number] = page
+
+    def _from_copy(self, number: int, ahead: bool) -> Page | None:
+        """Return a page from the first copy that is whole."""
+        for payload in self._copies(number) if self._copies is not None else ():
+            with contextlib.suppress(CorruptStoreError):
+                return self._core.insert(number, payload, ahead)
+        return None
 
     def _fetched(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield pages; where the database itself says that one is damaged, find out which."""

@@ -28,7 +28,7 @@ from pydedup._core import Page
 from pydedup.codec import StoredBases
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError
 from pydedup.pool.admission import Gate, Reservation, Shadow
-from pydedup.pool.loading import Fetch, PageLoader
+from pydedup.pool.loading import Copies, Fetch, PageLoader
 from pydedup.pool.prefetch import Call, Lane
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.windows import (
@@ -87,6 +87,8 @@ class PagePool:
         How many threads may fetch side by side for one call.
     scratch_bytes
         Beside the budget: bytes for activations before they are taken off it.
+    copies
+        Gives other copies of a page, for when the one that was read is damaged.
 
     Raises
     ------
@@ -103,6 +105,7 @@ class PagePool:
         policy: str = DEFAULT_POLICY,
         readers: int = 1,
         scratch_bytes: int = 0,
+        copies: Copies | None = None,
     ) -> None:
         if memory_bytes <= 0:
             raise ArgumentError(f"memory_bytes is {memory_bytes}; a pool needs a positive budget")
@@ -111,6 +114,7 @@ class PagePool:
         self._policy = check_policy(policy)
         self._readers = readers
         self._scratch = scratch_bytes
+        self._copies = copies
         self._explain = explain
         self._plans = Plans()
         self._start()
@@ -119,7 +123,9 @@ class PagePool:
     def _start(self, inherited: int = 0) -> None:
         """Begin with nothing in memory and nobody at work: at first, and in a forked child."""
         self._core = _core.BufferPool(self._budget, self._policy)
-        self._loader = PageLoader(self._core, self._fetch, self.damaged, self._readers)
+        self._loader = PageLoader(
+            self._core, self._fetch, self.damaged, self._readers, self._copies
+        )
         self._gate = Gate(self._budget // 4)
         self._ahead = Gate(self._budget // 4)
         shadow = Shadow(

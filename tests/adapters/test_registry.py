@@ -31,7 +31,9 @@ def test_a_plain_path_is_a_file_of_sqlite(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("url", ["oracle://host/db", "SQLITE3:///x.db", "://x", "http://x"])
 def test_unknown_schemes_name_the_known_ones(url: str) -> None:
-    with pytest.raises(ArgumentError, match="mariadb, mysql, postgres, postgresql, sqlite"):
+    with pytest.raises(
+        ArgumentError, match=r"mariadb, mysql, postgres, postgresql, postgresql\+shards, sqlite"
+    ):
         registry.connect(url, mode="a")
 
 

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One shard: a database of PostgreSQL with payloads of pages by id, which says whose shard it is.
+
+Payloads are written once, in a transaction that ends before the coordinator's, and never changed.
+Which of them belong to a page is the coordinator's knowledge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
+
+from pydedup.errors import ArgumentError, CorruptStoreError, PydedupError
+
+from ._base import DbApiBase
+from ._postgres_base import CREATING
+from ._postgres_errors import ConnectionLostError
+from ._postgres_url import Place
+from ._sessions import WRITE, Connection, Session, SessionPool
+from .postgres import CAPABILITIES, PostgresAdapter, is_stale
+
+__all__ = ["Shard"]
+
+R = TypeVar("R")
+
+#: Whoever makes a shard holds this; the coordinator, which may be the same database, has its own.
+CLAIMING: Final = CREATING + 1
+#: A shard that failed is asked again after so long, at most: half the time that it is down.
+LONGEST_PAUSE_SECONDS: Final = 5.0
+FIRST_PAUSE_SECONDS: Final = 0.05
+
+
+class Shard(PostgresAdapter):
+    """Connections to one shard; of the whole protocol only what moves payloads is of use.
+
+    Attributes
+    ----------
+    id
+        Its id in the ring; empty until the store was matched with the list.
+    """
+
+    def __init__(self, place: Place, mode: str) -> None:
+        self._place, self._reads_only = place, mode == "r"
+        self.id = ""
+        self._ring = ""
+        self._state = threading.Lock()
+        self._down_since: float | None = None
+        self._ask_at = 0.0
+        # Not PostgresAdapter's, which connects: a shard may be down when its store is opened.
+        DbApiBase.__init__(
+            self,
+            place.shown,
+            dialect=self._dialect(),
+            read_only=self._reads_only,
+            capabilities=CAPABILITIES,
+            pool=SessionPool(self._connect, name=place.shown, is_stale=is_stale),
+        )
+        self._payloads = f'"{place.schema}".page_payloads'
+        self._identity = f'"{place.schema}".shard_identity'
+
+    # ---- whether it answers -------------------------------------------------------------------
+
+    @property
+    def shown(self) -> str:
+        """Where it is, for people."""
+        return self._place.shown
+
+    def down_seconds(self) -> float | None:
+        """Return for how long it has been down, ``None`` when it answered last."""
+        with self._state:
+            return None if self._down_since is None else time.monotonic() - self._down_since
+
+    def may_be_asked(self) -> bool:
+        """Whether it answered last, or has been left alone for long enough."""
+        with self._state:
+            return self._down_since is None or time.monotonic() >= self._ask_at
+
+    def failed(self) -> None:
+        """Note that it did not answer."""
+        with self._state:
+            now = time.monotonic()
+            if self._down_since is None:
+                self._down_since = now
+            pause = (now - self._down_since) / 2
+            self._ask_at = now + min(max(pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+
+    def answered(self) -> None:
+        """Note that it did."""
+        if self._down_since is not None:
+            with self._state:
+                self._down_since = None
+
+    def _again(self, read: Callable[[], R]) -> R:
+        # Whoever reads asks another shard, or waits for this one together with all others.
+        try:
+            return read()
+        except ConnectionLostError:
+            if self.down_seconds() is not None or self._pool.scope() is not None:
+                raise
+            return read()
+
+    # ---- whose it is --------------------------------------------------------------------------
+
+    def identity(self) -> tuple[str, str, bool] | None:
+        """Return the ring, the id, and whether it has joined; ``None`` of what is no shard."""
+        with contextlib.closing(self._connect()) as connection:
+            return self._identity_on(connection)
+
+    def _identity_on(self, connection: Connection) -> tuple[str, str, bool] | None:
+        try:
+            cursor = connection.cursor()
+            cursor.execute("SELECT to_regclass(%b) IS NULL", [self._identity])
+            if cursor.fetchone()[0]:
+                return None
+            cursor.execute(f"SELECT ring, id, joined FROM {self._identity}")  # noqa: S608
+            row = cursor.fetchone()
+            return None if row is None else (row[0], row[1], row[2])
+        except self.driver_error as error:
+            raise self._translate(error) from error
+
+    def expect(self, ring: str, shard_id: str) -> None:
+        """Insist from now on that each new connection leads to this shard of this ring."""
+        self._ring, self.id = ring, shard_id
+
+    def _configure(self, connection: Any) -> None:
+        super()._configure(connection)
+        # What the coordinator then publishes must have reached this disk.
+        connection.execute(
+            "SELECT set_config('synchronous_commit', 'on', false) "
+            "WHERE current_setting('synchronous_commit') = 'off'"
+        )
+        if self.id:
+            found = self._identity_on(connection)
+            if found is None or found[:2] != (self._ring, self.id):
+                what = "no shard" if found is None else f"shard {found[1][:8]} of {found[0][:8]}"
+                raise ArgumentError(
+                    f"{self.shown} is {what}, where shard {self.id[:8]} of {self._ring[:8]} was "
+                    "expected; was a database exchanged? Open the store with its own shards"
+                )
+
+    def claim(self, ring: str, shard_id: str) -> None:
+        """Make an empty database, or what a creation that failed left, a shard of a new store."""
+        with self.transaction():
+            self._write("SELECT pg_advisory_xact_lock(%b)", [CLAIMING])
+            self._ensure_schema()
+            self._write(
+                f"CREATE TABLE IF NOT EXISTS {self._identity} "
+                "(ring TEXT NOT NULL, id TEXT NOT NULL, joined BOOLEAN NOT NULL)"
+            )
+            self._write(
+                f"CREATE TABLE IF NOT EXISTS {self._payloads} "
+                "(id BIGINT PRIMARY KEY, payload BYTEA NOT NULL)"
+            )
+            self._write(f"ALTER TABLE {self._payloads} ALTER COLUMN payload SET STORAGE EXTERNAL")
+            taken = self._query(
+                f"SELECT joined OR EXISTS (SELECT 1 FROM {self._payloads}) FROM {self._identity}"  # noqa: S608
+            )
+            if any(joined for (joined,) in taken):
+                raise ArgumentError(
+                    f"{self.shown} is a shard of another store; give this one an empty database, "
+                    "or another schema= of it"
+                )
+            self._write(f"DELETE FROM {self._identity}")  # noqa: S608
+            self._write(f"INSERT INTO {self._identity} VALUES (%b, %b, false)", [ring, shard_id])  # noqa: S608
+
+    def join(self) -> None:
+        """Note that the store exists which this was claimed for."""
+        with self.transaction():
+            self._write(f"UPDATE {self._identity} SET joined = true WHERE NOT joined")  # noqa: S608
+
+    # ---- payloads -----------------------------------------------------------------------------
+
+    def begin(self) -> Session:
+        """Begin a transaction of this thread; whoever called ends it, and clears its scope."""
+        super()._again(self._connected)
+        session = self._pool.enter(WRITE)
+        session.scope = WRITE
+        try:
+            self._begin(session, self._sql.dialect.begin_write)
+        except BaseException:
+            self.roll_back(session)
+            raise
+        return session
+
+    def roll_back(self, session: Session) -> None:
+        """Undo what this thread wrote; whatever the connection is like afterwards."""
+        try:
+            self._roll_back(session)
+        finally:
+            session.scope = None
+
+    @contextlib.contextmanager
+    def copying(self, session: Session) -> Iterator[Any]:
+        """Give a COPY that takes rows of (id, payload), see :meth:`write`."""
+        sql = f"COPY {self._payloads} (id, payload) FROM STDIN (FORMAT BINARY)"
+        try:
+            with session.use(), session.connection.cursor() as cursor, cursor.copy(sql) as copy:
+                copy.set_types(["int8", "bytea"])
+                yield copy
+        except self.driver_error as error:
+            raise self._translate(error) from error
+
+    def write(self, copy: Any, page_id: int, payload: bytes) -> None:
+        """Write one row, so that an error is told as this shard's."""
+        try:
+            copy.write_row((page_id, payload))
+        except self.driver_error as error:
+            raise self._translate(error) from error
+
+    def read_statement(self, ids: Sequence[int]) -> bytes:
+        """Return the COPY of some payloads; ids are numbers, and COPY takes no parameters."""
+        listed = ",".join(str(int(number)) for number in ids)
+        query = f"SELECT id, payload FROM {self._payloads} WHERE id = ANY('{{{listed}}}')"  # noqa: S608
+        return f"COPY ({query}) TO STDOUT (FORMAT BINARY)".encode()
+
+    def connected(self) -> None:
+        """Open this thread's connection where there is none."""
+        self._connected()
+
+    def open_session(self) -> Session | None:
+        """Return this thread's session, locked, if its connection is open."""
+        return self._pool.acquire_open()
+
+    def error_of(self, error: Exception) -> PydedupError:
+        """Return what an error of the driver means."""
+        return self._translate(error)
+
+    def payload_ids(self, after: int, limit: int) -> list[tuple[int, int]]:
+        """Return (id, bytes) of payloads by ascending id, only those with id > ``after``."""
+        rows = self._query(
+            f"SELECT id, octet_length(payload) FROM {self._payloads} WHERE id > %b "  # noqa: S608
+            "ORDER BY id LIMIT %b",
+            [after, limit],
+        )
+        return [(number, length) for number, length in rows]
+
+    def delete_payloads(self, ids: Sequence[int]) -> None:
+        """Delete payloads, in a transaction of their own."""
+        with self.transaction():
+            self._write(f"DELETE FROM {self._payloads} WHERE id = ANY(%b)", [list(ids)])  # noqa: S608
+
+    def stored_bytes(self) -> int:
+        """Return the size of the table of payloads, with its index and what is stored apart."""
+        ((size,),) = self._query(
+            "SELECT pg_total_relation_size(CAST(%b AS regclass))", [self._payloads]
+        )
+        return int(size)
+
+    def compact(self) -> None:
+        """Make the space of deleted payloads free for new ones."""
+        self._query(f"VACUUM (ANALYZE) {self._payloads}")
+
+    def lost(self, error: PydedupError) -> bool:
+        """Note what an error says of the shard; whether another copy may help."""
+        if isinstance(error, ConnectionLostError):
+            self.failed()
+            return True
+        return isinstance(error, CorruptStoreError)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statements on several connections of psycopg at once, in one thread: each server at its own pace.
+
+One statement per connection is sent, then whoever has something to say is listened to. Pipelines of
+libpq take no COPY, which moves payloads twice as fast as rows do, so that there is one statement
+under way on each connection, and as many pages in it as are read together.
+"""
+
+from __future__ import annotations
+
+import select
+import struct
+from collections.abc import Iterable
+from typing import Any, Final
+
+import psycopg
+from psycopg import pq
+
+from ._sessions import Session
+
+__all__ = ["Statement", "run_together"]
+
+#: What a binary COPY begins with: signature, flags, length of an extension.
+_HEAD: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+#: What it ends with, where a row has its length of two bytes.
+_TRAILER: Final = b"\xff\xff"
+_ROW: Final = struct.Struct("!hiqi")
+
+
+class Statement:
+    """A statement on one connection, whose session the caller has locked.
+
+    Attributes
+    ----------
+    rows
+        Of a COPY of (int8, bytea): what has come.
+    tag
+        How the server says that it is done.
+    error
+        The driver's exception when it failed.
+    """
+
+    def __init__(self, session: Session, sql: bytes) -> None:
+        self.rows: list[tuple[int, bytes]] = []
+        self.tag = b""
+        self.error: Exception | None = None
+        self.done = False
+        self._sql = sql
+        self._copying = False
+        self._connection: psycopg.Connection[Any] = session.connection  # type: ignore[assignment]
+
+    @property
+    def socket(self) -> int:
+        """What to listen on."""
+        return self._connection.pgconn.socket
+
+    def send(self) -> None:
+        """Send it."""
+        try:
+            pgconn = self._connection.pgconn
+            pgconn.send_query_params(self._sql, None, result_format=pq.Format.BINARY)
+            while pgconn.flush():
+                select.select([pgconn.socket], [pgconn.socket], [])
+                pgconn.consume_input()
+        except psycopg.Error as error:
+            self._fail(error)
+
+    def step(self) -> None:
+        """Take in what the server has said so far."""
+        try:
+            self._connection.pgconn.consume_input()
+            while not self.done and (self._take_row() if self._copying else self._take_result()):
+                pass
+        except psycopg.Error as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        """Close the connection of a statement that was given up halfway."""
+        if not self.done:
+            self._connection.close()
+
+    def _fail(self, error: Exception) -> None:
+        # Whatever it says afterwards is lost: the connection is of no use any more.
+        self.error, self.done = self.error or error, True
+        if self._connection.pgconn.status != pq.ConnStatus.OK or self._copying:
+            self._connection.close()
+
+    def _take_row(self) -> bool:
+        length, data = self._connection.pgconn.get_copy_data(1)
+        if length == -1:
+            self._copying = False
+        elif length > 0:
+            row = bytes(data)  # is one already, so nothing is copied
+            at = len(_HEAD) if row.startswith(_HEAD) else 0
+            if len(row) - at > len(_TRAILER):
+                _, _, number, size = _ROW.unpack_from(row, at)
+                at += _ROW.size
+                self.rows.append((number, row[at : at + size]))
+        return length != 0
+
+    def _take_result(self) -> bool:
+        pgconn = self._connection.pgconn
+        if pgconn.is_busy():
+            return False
+        result = pgconn.get_result()
+        if result is None:
+            self.done = True
+        elif result.status == pq.ExecStatus.COPY_OUT:
+            self._copying = True
+        elif result.status == pq.ExecStatus.COMMAND_OK:
+            self.tag = result.command_status or b""
+        else:
+            self.error = psycopg.errors.error_from_result(result)
+        return True
+
+
+def run_together(statements: Iterable[Statement]) -> None:
+    """Wait until all that were sent have ended; what failed says so in its ``error``."""
+    poll = select.poll()
+    open_ones = {statement.socket: statement for statement in statements if not statement.done}
+    for socket in open_ones:
+        poll.register(socket, select.POLLIN)
+    while open_ones:
+        for socket, _ in poll.poll():
+            statement = open_ones[socket]
+            statement.step()
+            if statement.done:
+                poll.unregister(socket)
+                del open_ones[socket]

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""URLs of sharded stores, and which shards a page is on.
+
+``postgresql+shards://COORDINATOR|SHARD|SHARD...``: each part is what follows ``postgresql://`` in
+the URL of one database, credentials and options included. ``replicas=`` is an option of the first.
+
+A page is on the shards with the highest hash of (shard, page) (rendezvous hashing: Thaler and
+Ravishankar, 1998). Beside a ring with virtual nodes it needs no table, spreads pages evenly
+whatever their number of shards, moves as few when one is added, and of a shard that is down the
+load goes to all others, not to its neighbour; that it looks at every shard costs a microsecond
+each, for a page of a megabyte.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final
+
+from pydedup.errors import ArgumentError, NotAStoreError
+
+from ._postgres_url import Place, locate
+
+__all__ = ["Ring", "ShardPlaces", "locate_shards", "places_of"]
+
+#: More copies would be written than a second failure at the same time is worth.
+MOST_REPLICAS: Final = 2
+_PREFIX: Final = re.compile(r"postgres(ql)?://")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlaces:
+    """Where a sharded store is.
+
+    Attributes
+    ----------
+    coordinator
+        The database of all tables; its ``shown`` names the whole store.
+    shards
+        Those of payloads, in the order of the URL, which means nothing.
+    replicas
+        On how many shards each page is; ``None`` where the URL leaves it to the store.
+    """
+
+    coordinator: Place
+    shards: tuple[Place, ...]
+    replicas: int | None
+
+
+def locate_shards(url: str, schema: str | None, known: Collection[str]) -> ShardPlaces:
+    """Take a URL apart; raises ArgumentError, without credentials, for what is none."""
+    first, *others = url.partition("://")[2].split("|")
+    if not others or not all(others):
+        raise ArgumentError(
+            "the URL of a sharded store lists its shards after the coordinator: "
+            "postgresql+shards://user@host/database|user@host1/pages|user@host2/pages"
+        )
+    first, replicas = _without_replicas(_PREFIX.sub("", first))
+    coordinator = locate(f"postgresql://{first}", schema, known)
+    shards = []
+    for number, other in enumerate(others, 1):
+        own = f"postgresql://{_PREFIX.sub('', other)}"
+        asks = re.search(r"[?&]schema=", own)
+        try:
+            shards.append(locate(own, None if asks else coordinator.schema, known))
+        except ArgumentError as error:
+            raise ArgumentError(f"shard {number} of the list: {error}") from None
+    if replicas is not None and not 1 <= replicas <= min(MOST_REPLICAS, len(shards)):
+        raise ArgumentError(
+            f"replicas={replicas} cannot be: each page is on 1 or {MOST_REPLICAS} of the shards, "
+            f"and {len(shards)} of them are listed"
+        )
+    twins = [place.shown for i, place in enumerate(shards) if place in shards[:i]]
+    if twins:
+        raise ArgumentError(f"{twins[0]} is listed twice as a shard; list each once")
+    shown = "|".join(place.shown.partition("://")[2] for place in (coordinator, *shards))
+    whole = Place(
+        coordinator.conninfo,
+        f"postgresql+shards://{shown}",
+        coordinator.schema,
+        coordinator.timeout,
+    )
+    return ShardPlaces(whole, tuple(shards), replicas)
+
+
+def _without_replicas(part: str) -> tuple[str, int | None]:
+    """Return the coordinator's part without ``replicas=``, and its value."""
+    location, mark, query = part.partition("?")
+    options = query.split("&")
+    ours = [option for option in options if option.startswith("replicas=")]
+    rest = "&".join(option for option in options if option not in ours)
+    if not ours:
+        return part, None
+    value = ours[-1].partition("=")[2]
+    if not (value.isascii() and value.isdigit()):
+        raise ArgumentError(f"replicas={value!r} must be 1 or {MOST_REPLICAS}")
+    return f"{location}{mark if rest else ''}{rest}", int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Which shards a store has, as its ``meta`` records it.
+
+    Attributes
+    ----------
+    id
+        Of this list; each shard holds it too.
+    shards
+        Id of each shard -> where it was when the store was created, for messages.
+    """
+
+    id: str
+    replicas: int
+    shards: dict[str, str]
+
+    def as_json(self) -> str:
+        """Return what goes into ``meta``."""
+        return json.dumps({"ring": self.id, "replicas": self.replicas, "shards": self.shards})
+
+    @staticmethod
+    def from_json(value: str, shown: str) -> Ring:
+        """Return what ``meta`` holds. Raises NotAStoreError for anything else."""
+        try:
+            found = json.loads(value)
+            ring = Ring(str(found["ring"]), int(found["replicas"]), dict(found["shards"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise NotAStoreError(
+                f"{shown}: the list of shards in its meta cannot be read; restore a backup"
+            ) from error
+        return ring
+
+
+def places_of(page_id: int, shards: Sequence[str], replicas: int) -> list[str]:
+    """Return the ids of the shards that a page is on, the one to ask first leading."""
+    key = page_id.to_bytes(8, "little")
+
+    def weight(shard: str) -> bytes:
+        return blake2b(key, digest_size=8, key=shard.encode()).digest()
+
+    return sorted(shards, key=weight, reverse=True)[:replicas]

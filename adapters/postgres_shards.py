@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PostgreSQL, with the payloads of pages in several databases: ``postgresql+shards://``.
+
+One database, the coordinator, has all tables; in its ``pages`` the payloads are empty. They are in
+the shards, each on one or two of them (``_shards_url.places_of``), written there durably before the
+coordinator's transaction commits. So a page that anybody sees has its payload, and what a killed
+writer leaves are payloads without a page, which ``compact`` collects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from pydedup.adapter import Adapter
+from pydedup.errors import ArgumentError, PydedupError, StoreError
+
+from ._postgres_base import SHARDS
+from ._schema import Dialect
+from ._sessions import Session
+from ._shard import Shard
+from ._shards_read import Statement, run_together
+from ._shards_reading import ShardedReads
+from ._shards_url import Ring, ShardPlaces, locate_shards
+from .postgres import PostgresAdapter, known_options
+
+__all__ = ["ShardedAdapter", "connect"]
+
+_NOT_IN_THE_SERVER: Final = (
+    "functions in the server read the pages of its own database, and those of this store are in "
+    "shards; predict from outside, or copy the models into a store without shards"
+)
+
+
+def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
+    """Open ``postgresql+shards://coordinator|shard|shard...``, see docs/sharding.md.
+
+    Raises
+    ------
+    ArgumentError
+        For a URL that cannot be read, or a list of shards that is not the store's.
+    MissingStoreError
+        With mode ``"r"``, when there are no tables.
+    UnavailableError
+        When the coordinator cannot be reached, or a shard refuses; one may be down.
+    """
+    adapter = ShardedAdapter(locate_shards(url, schema, known_options()), mode)
+    try:
+        if adapter.schema_version() is not None:
+            adapter.match_shards()
+        elif mode == "r":
+            raise adapter.missing()
+        return adapter
+    except BaseException:
+        adapter.close()
+        raise
+
+
+class ShardedAdapter(ShardedReads, PostgresAdapter):
+    """A store whose payloads are in several databases."""
+
+    _sharded = True
+
+    def __init__(self, places: ShardPlaces, mode: str) -> None:
+        self._replicas_asked = places.replicas
+        self._shards = [Shard(place, mode) for place in places.shards]
+        self._mine = threading.local()
+        try:
+            super().__init__(places.coordinator, mode)
+        except BaseException:
+            self._close_shards()
+            raise
+
+    def _dialect(self) -> Dialect:
+        # Lengths are asked for often, and must not be asked of the shards.
+        return dataclasses.replace(
+            super()._dialect(), page_length=True, byte_length="{value}_bytes"
+        )
+
+    def close(self) -> None:
+        """Close all connections of this process. Idempotent."""
+        super().close()
+        self._close_shards()
+
+    def _close_shards(self) -> None:
+        for shard in self._shards:
+            shard.close()
+
+    # ---- which shards -------------------------------------------------------------------------
+
+    def _create_tables(self) -> None:
+        replicas = self._replicas_asked or 1
+        ids = {uuid.uuid4().hex: shard for shard in self._shards}
+        ring = Ring(uuid.uuid4().hex, replicas, {key: one.shown for key, one in ids.items()})
+        for shard_id, shard in ids.items():
+            # Before anything is done here: a shard may be in the same schema as the coordinator.
+            shard.claim(ring.id, shard_id)
+        super()._create_tables()
+        self.set_meta(SHARDS, ring.as_json())
+
+    def create_schema(self, meta: Mapping[str, str]) -> None:
+        """Create tables and views on the coordinator and the table of payloads on each shard."""
+        super().create_schema(meta)
+        self.match_shards()
+
+    def match_shards(self) -> None:
+        """Hold the list of the URL against the store's.
+
+        Raises
+        ------
+        ArgumentError
+            When they differ: a shard is missing, foreign, or there twice.
+        UnavailableError
+            When a shard refuses. Those that are down are taken for those that nobody else is, and
+            looked at when they are back.
+        """
+        ring = Ring.from_json(self.meta()[SHARDS], self._url)
+        asked = self._replicas_asked
+        if asked is not None and asked != ring.replicas:
+            raise ArgumentError(
+                f"{self._url} was created with replicas={ring.replicas}, not {asked}; leave "
+                "replicas= out, or copy the models into a new store (pydedup copy)"
+            )
+        matched: dict[str, Shard] = {}
+        silent: list[Shard] = []
+        for shard in self._shards:
+            try:
+                found = shard.identity()
+            except StoreError as error:
+                if not shard.lost(error):
+                    raise
+                silent.append(shard)
+                continue
+            if found is None or found[0] != ring.id or found[1] not in ring.shards:
+                what = "holds no pages of any store" if found is None else "is of another store"
+                raise ArgumentError(f"{shard.shown} {what}; {self._listed(ring)}")
+            if found[1] in matched:
+                raise ArgumentError(
+                    f"{shard.shown} and {matched[found[1]].shown} are the same shard; "
+                    f"{self._listed(ring)}"
+                )
+            matched[found[1]] = shard
+            shard.expect(ring.id, found[1])
+            if not found[2] and not self._reads_only:
+                shard.join()
+        left = [shard_id for shard_id in ring.shards if shard_id not in matched]
+        if len(left) != len(silent):
+            raise ArgumentError(f"the list has {len(self._shards)} shards; {self._listed(ring)}")
+        # Where they were tells who is who of several; if they moved meanwhile, connecting says so.
+        for shard in sorted(silent, key=lambda one: one.shown not in ring.shards.values()):
+            same = [key for key in left if ring.shards[key] == shard.shown]
+            shard_id = (same or left)[0]
+            left.remove(shard_id)
+            shard.expect(ring.id, shard_id)
+            matched[shard_id] = shard
+        self._ring, self._by_id = ring, matched
+
+    def _listed(self, ring: Ring) -> str:
+        places = ", ".join(sorted(ring.shards.values()))
+        return f"the store {self._url} was created with {len(ring.shards)} shards: {places}"
+
+    # ---- writing ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Write transaction, as in :class:`DbApiBase`; shards commit before the coordinator."""
+        with super().transaction():
+            touched: dict[str, Session] = {}
+            self._mine.touched = touched
+            try:
+                yield
+                self._commit_shards(touched)
+            except BaseException:
+                for shard_id, session in touched.items():
+                    self._by_id[shard_id].roll_back(session)
+                raise
+            finally:
+                self._mine.touched = None
+                for session in touched.values():
+                    session.scope = None
+
+    def _commit_shards(self, touched: Mapping[str, Session]) -> None:
+        if not touched:
+            return
+        with contextlib.ExitStack() as held:
+            commits = {}
+            for shard_id, session in touched.items():
+                held.enter_context(session.use())
+                commits[shard_id] = Statement(session, b"COMMIT")
+                held.callback(commits[shard_id].close)
+            for statement in commits.values():
+                statement.send()
+            run_together(commits.values())
+        for shard_id, statement in commits.items():
+            shard = self._by_id[shard_id]
+            if statement.error is not None:
+                raise shard.error_of(statement.error) from statement.error
+            if statement.tag != b"COMMIT":
+                raise StoreError(
+                    f"{shard.shown} did not keep what was written; nothing was changed"
+                )
+
+    def insert_pages(self, pages: Sequence[tuple[bytes, bytes]], *, state: str) -> list[int]:
+        """Insert (checksum, payload) and return their ids, in order."""
+        sized = self._checked_pages(pages, state)
+        with self._writer():  # raises outside of a transaction; not held while shards connect
+            self._query("SELECT pg_advisory_xact_lock_shared(%b)", [self._users_lock])
+            ids = self._new_page_ids(len(sized))
+        self._write_payloads({i: payload for i, (_, payload) in zip(ids, sized, strict=True)})
+        rows = [
+            (i, state, checksum, b"", len(payload))
+            for i, (checksum, payload) in zip(ids, sized, strict=True)
+        ]
+        columns = ("id", "state", "checksum", "payload", "payload_bytes")
+        with self._writer() as session:
+            self._copy_in(session, "pages", columns, rows)
+        return ids
+
+    def _write_payloads(self, payloads: Mapping[int, bytes]) -> None:
+        """Write payloads to all of their shards at once, in this thread's transactions there."""
+        wanted = {page_id: self._places(page_id) for page_id in payloads}
+        touched: dict[str, Session] = self._mine.touched
+        shard_ids = sorted({shard_id for places in wanted.values() for shard_id in places})
+        for shard_id in shard_ids:
+            if shard_id not in touched:
+                touched[shard_id] = self._begin_on(self._by_id[shard_id])
+        with contextlib.ExitStack() as copies:
+            copy = {
+                shard_id: copies.enter_context(self._by_id[shard_id].copying(touched[shard_id]))
+                for shard_id in shard_ids
+            }
+            for page_id, payload in payloads.items():
+                for shard_id in wanted[page_id]:
+                    self._by_id[shard_id].write(copy[shard_id], page_id, payload)
+
+    def _begin_on(self, shard: Shard) -> Session:
+        try:
+            session = shard.begin()
+        except StoreError as error:
+            shard.lost(error)
+            raise
+        shard.answered()
+        return session
+
+    # ---- what there is of functions in the server -----------------------------------------------
+
+    def function_statements(self, python_path: str | None) -> list[str]:
+        """Raise StoreError: see its words."""
+        raise StoreError(f"{self._url}: {_NOT_IN_THE_SERVER}")
+
+    def install_functions(self, python_path: str | None) -> str:
+        """Raise StoreError: see its words."""
+        raise StoreError(f"{self._url}: {_NOT_IN_THE_SERVER}")
+
+    # ---- upkeep -------------------------------------------------------------------------------
+
+    def stored_bytes(self) -> int:
+        """Return the size of all tables; of shards that are down, the least that they can have."""
+        known, silent = super().stored_bytes(), False
+        for shard in self._shards:
+            answered = False
+            with self._unless_lost(shard):
+                known += shard.stored_bytes()
+                answered = True
+            silent |= not answered
+        if not silent:
+            return known
+        pages = self._sql.dialect.name("pages")
+        ((payloads,),) = self._query(f"SELECT COALESCE(SUM(payload_bytes), 0) FROM {pages}")  # noqa: S608
+        return max(known, int(payloads))
+
+    def size_is_exact(self) -> bool:
+        """Whether all shards can be asked."""
+        return all(shard.down_seconds() is None for shard in self._shards)
+
+    def compact(self) -> None:
+        """Delete payloads that no page is of, and make their space free for new ones.
+
+        Shards that are down keep them until the next time, and so do all when somebody is in a
+        snapshot or inserts pages meanwhile, for longer than a second.
+        """
+        super().compact()
+        dead: dict[Shard, list[int]] = {}
+        for shard in self._shards:
+            with self._unless_lost(shard):
+                dead[shard] = self._without_pages(shard)
+        if any(dead.values()) and not self._alone():
+            dead = {}
+        for shard, ids in dead.items():
+            with self._unless_lost(shard):
+                self._delete_payloads(shard, ids)
+                shard.compact()
+
+    def integrity_errors(self) -> list[str]:
+        """Return complaints of the coordinator, and which copies are not where they belong."""
+        complaints = super().integrity_errors()
+        for shard in self._shards:
+            try:
+                complaints += self._wrong_on(shard)
+            except PydedupError as error:
+                complaints.append(f"the pages of a shard were not checked: {error}")
+        return complaints

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a store over several servers does beyond the contract: its list, copies, leftovers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from pydedup.adapters._shards_url import places_of
+
+import pydedup
+from pydedup import policies, registry
+from pydedup.adapter import LIVE, Adapter
+from pydedup.errors import (
+    ArgumentError,
+    MissingStoreError,
+    NotAStoreError,
+    StoreError,
+    UnavailableError,
+)
+from pydedup.testing._contract_base import add_pages, add_random_pages, in_thread, open_store
+from pydedup.testing.shards import ShardedPlace
+
+
+@pytest.fixture
+def store(place: ShardedPlace) -> Iterator[Adapter]:
+    adapter = open_store(place.url(replicas=1))
+    yield adapter
+    adapter.close()
+
+
+# ---- where pages are ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [3, 7])
+def test_pages_are_spread_evenly_and_few_move(shards: int) -> None:
+    names = [f"{number:032x}" for number in range(shards)]
+    before = {page: places_of(page, names, 2) for page in range(1, 4000)}
+    for place in (0, 1):
+        counts = Counter(places[place] for places in before.values())
+        assert min(counts.values()) > 0.85 * 4000 / shards
+    assert all(len(set(places)) == 2 for places in before.values())
+    assert before == {page: places_of(page, names[::-1], 2) for page in before}
+    moved = sum(
+        len(set(places_of(page, [*names, "f" * 32], 2)).difference(places))
+        for page, places in before.items()
+    )
+    assert moved == pytest.approx(2 * 4000 / (shards + 1), rel=0.15)
+
+
+def test_payloads_are_in_the_shards_alone(store: Adapter, place: ShardedPlace) -> None:
+    pages = add_random_pages(store, 30, size=2000)
+    assert place.rows(0, "SELECT SUM(octet_length(payload)), SUM(payload_bytes) FROM {}.pages") == [
+        (0, 60_000)
+    ]
+    assert place.payloads() == {number: {payload} for number, payload in pages.items()}
+    there = [len(place.rows(number, "SELECT id FROM {}.page_payloads")) for number in range(3)]
+    assert sum(there) == 30
+    assert min(there) > 0
+
+
+# ---- the list of shards ------------------------------------------------------------------------
+
+
+def refused(url: str, *words: str, mode: str = "a") -> None:
+    with pytest.raises(ArgumentError) as told:
+        registry.connect(url, mode=mode)
+    for word in words:
+        assert word in str(told.value)
+
+
+def test_the_order_of_shards_means_nothing(store: Adapter, place: ShardedPlace) -> None:
+    pages = add_random_pages(store, 12, size=500)
+    other = registry.connect(place.url(shards=[2, 0, 1]), mode="r")
+    assert dict(other.read_pages(list(pages))) == pages
+    other.close()
+
+
+@pytest.mark.usefixtures("store")
+def test_a_list_that_is_not_the_stores_is_refused(place: ShardedPlace) -> None:
+    for mode in "ar":
+        refused(place.url(shards=[0, 2]), "has 2 shards", "created with 3", mode=mode)
+        refused(place.url(shards=[0, 1, 1]), "listed twice", mode=mode)
+        refused(place.url(replicas=2), "replicas=1, not 2", mode=mode)
+    again = place.servers[1].replace("postgres@/", "postgres@localhost/")  # the same by other words
+    refused(place.url(shards=[0, 1]) + "|" + again.partition("://")[2], "are the same shard")
+    port = place.servers[1].rpartition("port=")[2]
+    empty = f"postgres@127.0.0.1:{port}/template1"
+    refused(place.url(shards=[0, 2]) + "|" + empty, "holds no pages of any store")
+
+
+def test_shards_of_another_store_are_refused(place: ShardedPlace) -> None:
+    def other(letter: str) -> str:
+        """The URL of a store with another coordinator, on the shard that is left."""
+        url = place.url(shards=[2]).replace(place.schema, place.schema + letter)
+        return f"{url}&schema={place.schema}"
+
+    mine = open_store(place.url(shards=[0, 1]))
+    open_store(other("b")).close()
+    refused(place.url(shards=[0, 2]), "is of another store", place.schema)
+    adapter = registry.connect(other("c"), mode="a")
+    with pytest.raises(ArgumentError, match="is a shard of another store"):
+        adapter.create_schema({})
+    assert adapter.schema_version() is None
+    for one in (mine, adapter):
+        one.close()
+    place.rows(0, "DROP SCHEMA {}b CASCADE")
+
+
+def test_a_shard_that_is_exchanged_later_is_told(store: Adapter, place: ShardedPlace) -> None:
+    pages = add_random_pages(store, 12, size=500)
+    for number, other in ((1, 2), (2, 1)):
+        ((name,),) = place.rows(other, "SELECT id FROM {}.shard_identity")
+        place.rows(number, "ALTER TABLE {}.shard_identity ADD new text DEFAULT '" + name + "'")
+    for number in (1, 2):
+        place.rows(number, "UPDATE {}.shard_identity SET id = new")
+    with pytest.raises(ArgumentError, match="was a database exchanged"):
+        in_thread(lambda: list(store.read_pages(list(pages))))  # with new connections
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql+shards://u:secret@h/d", "lists its shards"),
+        ("postgresql+shards://u:secret@h/d|", "lists its shards"),
+        ("postgresql+shards://u:secret@h/d?replicas=3|h1/d|h2/d|h3/d", "replicas=3 cannot be"),
+        ("postgresql+shards://u:secret@h/d?replicas=2|h1/d", "1 of them are listed"),
+        ("postgresql+shards://u:secret@h/d?replicas=two|h1/d", "must be 1 or 2"),
+        ("postgresql+shards://h/d|u:secret@h/d?shema=x|h2/d", "shard 1 of the list"),
+        ("postgresql+shards://h/d|u:sec/ret@h/d|h2/d", "shard 1 of the list"),
+    ],
+)
+def test_a_url_that_cannot_be_read(url: str, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words) as told:
+        registry.connect(url, mode="a")
+    assert "secret" not in str(told.value)
+    assert "ret@" not in str(told.value)
+
+
+def test_no_credentials_are_shown() -> None:
+    several = "postgresql+shards://a:se@cret1@c:5432/d?replicas=2|b:secret2@s1/d|postgresql://s2/e"
+    shown = registry.redact(several)
+    assert shown == "postgresql+shards://a:***@c:5432/d?replicas=2|b:***@s1/d|postgresql://s2/e"
+    halved = "postgresql+shards://c/d|b:sec|ret@s1/d"
+    for url in (halved, halved.replace("sec|ret", "12|34")):
+        assert registry.redact(url) == "postgresql+shards://***"
+
+
+def test_no_credentials_in_what_an_open_store_says(place: ShardedPlace) -> None:
+    url = place.url().replace("postgres@", "postgres:secret@")
+    adapter = open_store(url)
+    kept = "".join(adapter.meta().values())
+    assert "secret" not in adapter.url + repr(adapter) + kept
+    assert adapter.url.count("|") == 3
+    adapter.close()
+    with pytest.raises(ArgumentError) as told:
+        registry.connect(url.rpartition("|")[0], mode="a")
+    assert "secret" not in str(told.value)
+
+
+def test_each_kind_of_url_opens_its_kind_of_store(store: Adapter, place: ShardedPlace) -> None:
+    plain = f"{place.servers[0]}&schema={place.schema}"
+    with pytest.raises(NotAStoreError, match=r"postgresql\+shards://"):
+        pydedup.open(plain)
+    store.close()
+    place.rows(0, "DROP SCHEMA {} CASCADE")
+    open_store(plain).close()
+    with pytest.raises(NotAStoreError, match="without shards"):
+        pydedup.open(place.url())
+
+
+def test_reading_alone_creates_nothing(place: ShardedPlace) -> None:
+    with pytest.raises(MissingStoreError):
+        pydedup.open(place.url(), mode="r")
+    assert all(
+        place.rows(number, "SELECT to_regnamespace('{}')") == [(None,)] for number in range(3)
+    )
+
+
+def test_a_creation_that_was_killed_is_done_again(place: ShardedPlace) -> None:
+    adapter: Any = registry.connect(place.url(), mode="a")
+    with pytest.raises(ZeroDivisionError), adapter.transaction():
+        adapter._create_tables() or 1 / 0  # the shards have it, the coordinator will not
+    adapter.create_schema({})
+    pages = add_random_pages(adapter, 9, size=10)
+    assert dict(adapter.read_pages(list(pages))) == pages
+    adapter.close()
+
+
+# ---- copies ------------------------------------------------------------------------------------
+
+
+def test_of_a_damaged_copy_the_other_is_read(place: ShardedPlace) -> None:
+    model = {"w": np.random.default_rng(1).standard_normal((512, 1024)).astype(np.float32)}
+    url = place.url(replicas=2)
+    with pydedup.open(url) as store:
+        store.add("m@1", model, policy=policies.Exact())
+        assert store.verify().ok
+    damage = (
+        "UPDATE {}.page_payloads "
+        "SET payload = set_byte(payload, 9000, 255 - get_byte(payload, 9000))"
+    )
+    place.rows(1, damage)
+    with pydedup.open(url, mode="r") as store:
+        assert store.load("m")["w"].tobytes() == model["w"].tobytes()
+    for number in (0, 2):
+        place.rows(number, damage)
+    with pydedup.open(url, mode="r") as store, pytest.raises(StoreError, match="read by m@1"):
+        store.load("m")
+
+
+def test_of_a_lost_copy_the_other_is_read(place: ShardedPlace) -> None:
+    adapter = open_store(place.url(replicas=2))
+    pages = add_random_pages(adapter, 20, size=3000)
+    place.rows(1, "DELETE FROM {}.page_payloads WHERE id % 2 = 0")
+    assert dict(adapter.read_pages(list(pages))) == pages
+    (complaint,) = adapter.integrity_errors()
+    assert "lacks its copy" in complaint
+    adapter.close()
+
+
+def test_a_shard_that_is_down(
+    store: Adapter, place: ShardedPlace, shard_servers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages elsewhere are read, models elsewhere served, and the error names what cannot be had."""
+    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.3)
+    pages = add_random_pages(store, 30, size=500)
+    ((down,),) = place.rows(2, "SELECT array_agg(id) FROM {}.page_payloads")
+    up = [number for number in pages if number not in down]
+    shard_servers[2].kill()
+    try:
+        opened = registry.connect(place.url(), mode="a")  # also now
+        for adapter in (store, opened):
+            assert dict(adapter.read_pages(up)) == {number: pages[number] for number in up}
+            with adapter.snapshot(), pytest.raises(UnavailableError) as told:
+                list(adapter.read_pages(list(pages)))
+            assert f"port={shard_servers[2].port}" in str(told.value)
+            assert f"{len(down)} of the pages" in str(told.value)
+            with pytest.raises(UnavailableError):
+                add_pages(adapter, 40)
+            assert not adapter.size_is_exact()
+            assert adapter.stored_bytes() > 6000
+            assert "not checked" in "".join(adapter.integrity_errors())
+            adapter.compact()
+        assert sorted(row.id for row in store.page_rows()) == sorted(pages)
+    finally:
+        shard_servers[2].start()
+    assert dict(store.read_pages(list(pages))) == pages
+    assert dict(opened.read_pages(list(pages))) == pages
+    assert opened.integrity_errors() == []
+    opened.close()
+
+
+# ---- what is left behind -----------------------------------------------------------------------
+
+
+def test_payloads_without_a_page_are_collected(store: Adapter, place: ShardedPlace) -> None:
+    pages = add_random_pages(store, 9, size=500)
+    place.rows(1, "INSERT INTO {}.page_payloads VALUES (1000000, 'left by a killed writer')")
+    with store.transaction():
+        store.delete_pages(list(pages)[:4])
+    assert len(place.payloads()) == 10
+    store.compact()
+    assert place.payloads().keys() == set(list(pages)[4:])
+
+
+def test_nothing_is_collected_from_under_others(store: Adapter, place: ShardedPlace) -> None:
+    """A snapshot keeps what it sees, a transaction what it writes."""
+    pages = add_random_pages(store, 9, size=500)
+
+    def delete_and_compact() -> None:
+        with store.transaction():
+            store.delete_pages(list(pages))
+        store.compact()
+
+    with store.snapshot():
+        in_thread(delete_and_compact)
+        assert dict(store.read_pages(list(pages))) == pages
+    with store.transaction():
+        ids = store.insert_pages([(bytes(16), random.Random(1).randbytes(99))], state=LIVE)
+        in_thread(store.compact)
+    assert len(list(store.read_pages(ids))) == 1
+    assert len(place.payloads()) == 10
+    store.compact()
+    assert place.payloads().keys() == set(ids)
