@@ -13,10 +13,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from pydedup.http.problems import RETRY_SOON, HttpError
 
@@ -40,7 +40,8 @@ class Batcher(Generic[_Request, _Result]):
     Parameters
     ----------
     run
-        Given requests, returns a result or an exception for each, in order.
+        Given requests, yields the number of each and its result or exception, in any order. A
+        request is answered then, not when the batch is done.
     max_rows
         A batch takes requests until they have so many rows; a larger request goes alone.
     max_wait
@@ -55,7 +56,7 @@ class Batcher(Generic[_Request, _Result]):
 
     def __init__(
         self,
-        run: Callable[[Sequence[_Request]], Sequence[_Result | Exception]],
+        run: Callable[[Sequence[_Request]], Iterable[tuple[int, _Result | Exception]]],
         *,
         max_rows: int,
         max_wait: float,
@@ -144,23 +145,32 @@ class Batcher(Generic[_Request, _Result]):
     def _start(self, batch: list[_Waiting[_Request, _Result]]) -> None:
         self._running += 1
         self._observe(len(batch), sum(one.rows for one in batch))
-        requests = [one.request for one in batch]
-        done: asyncio.Future[Any] = asyncio.get_running_loop().run_in_executor(
-            self._pool, self._run, requests
-        )
+        loop = asyncio.get_running_loop()
+        done = loop.run_in_executor(self._pool, self._work, loop, batch)
         done.add_done_callback(lambda finished: self._finish(batch, finished))
 
+    def _work(
+        self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting[_Request, _Result]]
+    ) -> None:
+        """Run a batch, in a thread."""
+        for number, result in self._run([one.request for one in batch]):
+            loop.call_soon_threadsafe(_settle, batch[number], result)
+
     def _finish(
-        self, batch: list[_Waiting[_Request, _Result]], finished: asyncio.Future[Any]
+        self, batch: list[_Waiting[_Request, _Result]], finished: asyncio.Future[None]
     ) -> None:
         self._running -= 1
         error = RuntimeError("stopped") if finished.cancelled() else finished.exception()
-        results = [error] * len(batch) if error is not None else finished.result()
-        for one, result in zip(batch, results, strict=True):
-            if one.future.done():
-                continue  # it has timed out
-            if isinstance(result, BaseException):
-                one.future.set_exception(result)
-            else:
-                one.future.set_result(result)
+        if error is not None:
+            for one in batch:
+                _settle(one, error)
         self._pump()
+
+
+def _settle(one: _Waiting[_Request, _Result], result: _Result | BaseException) -> None:
+    if one.future.done():
+        return  # it has timed out
+    if isinstance(result, BaseException):
+        one.future.set_exception(result)
+    else:
+        one.future.set_result(result)

@@ -6,7 +6,7 @@ Everything here may wait for the database, so it is called from threads, never f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -22,7 +22,7 @@ from pydedup.http.onnx_signature import onnx_signature
 from pydedup.http.shapes import Signature, Weight, signature_of
 from pydedup.opening import connect_store
 from pydedup.replacement import DEFAULT_POLICY, check_policy
-from pydedup.serving.predict import Prediction, predict_together
+from pydedup.serving.predict import Prediction, as_predicted
 from pydedup.store import Store
 from pydedup.types import GRAPH_ARTIFACT
 
@@ -128,38 +128,52 @@ class ServedStore(Store):
             )
         return Served(row, None, onnx_signature(payload))
 
-    def predict_served(self, asks: Sequence[tuple[Served, Arrays]]) -> list[Outcome]:
+    def predict_served(
+        self, asks: Sequence[tuple[Served, Arrays]]
+    ) -> Iterator[tuple[int, Outcome]]:
         """Do what `predict_many` does, of models that are resolved already.
 
-        Returns
-        -------
-        list
-            For each request its outputs by name, or what was raised.
+        Yields
+        ------
+        number, outcome
+            Of each request, as soon as it is there: its outputs by name, or what was raised. Those
+            of ONNX Runtime, which are run one by one, come last.
         """
-        ready: list[Prediction] = []
-        outcomes: list[Outcome | Prediction] = []
-        for served, inputs in asks:
+        ready: list[tuple[int, Prediction]] = []
+        others: list[tuple[int, StoredModel, Arrays]] = []
+        for number, (served, inputs) in enumerate(asks):
             try:
                 model = self._catalog.of_row(served.row)
                 if served.graph is None:
-                    outcomes.append(self._predict_onnx(model, inputs))
-                    continue
-                ready.append(Prediction.of(model, served.graph, inputs))
-                outcomes.append(ready[-1])
+                    others.append((number, model, inputs))
+                else:
+                    ready.append((number, Prediction.of(model, served.graph, inputs)))
             except Exception as error:  # told to this one alone
-                outcomes.append(error)
-        made = iter(self._together(ready))
-        return [next(made) if isinstance(one, Prediction) else one for one in outcomes]
+                yield number, error
+        yield from self._together(ready)
+        for number, model, inputs in others:
+            try:
+                outcome = self._predict_onnx(model, inputs)
+            except Exception as error:
+                outcome = error
+            yield number, outcome
 
-    def _together(self, ready: list[Prediction]) -> list[Outcome]:
+    def _together(self, ready: list[tuple[int, Prediction]]) -> Iterator[tuple[int, Outcome]]:
+        left = dict(ready)
         try:
-            return predict_together(ready, self._stored_tensor, self._pool)
+            made = as_predicted([one for _, one in ready], self._stored_tensor, self._pool)
+            for place, outcome in made:
+                number = ready[place][0]
+                del left[number]
+                yield number, outcome
         except Exception as error:
             # No error of ours, such as MemoryError: smaller parts may do.
-            if len(ready) == 1:
-                return [error]
-            half = len(ready) // 2
-            return self._together(ready[:half]) + self._together(ready[half:])
+            if len(left) <= 1:
+                yield from ((number, error) for number in left)
+                return
+            rest = list(left.items())
+            yield from self._together(rest[: len(rest) // 2])
+            yield from self._together(rest[len(rest) // 2 :])
 
     def version_names(self, name: str) -> list[str]:
         """Return the versions of a model, oldest first."""

@@ -6,14 +6,14 @@ Runs in threads. Deliberately not here: HTTP, JSON, and who waits for whom (`bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.errors import NotFoundError, UnavailableError
+from pydedup.errors import UnavailableError
 from pydedup.http.problems import bad
 from pydedup.http.served import Arrays, Served, ServedStore
 from pydedup.http.shapes import TensorSpec
@@ -31,18 +31,17 @@ class Answer:
 
 def run_batch(
     store: ServedStore, requests: Sequence[tuple[str, Arrays]]
-) -> list[Answer | Exception]:
+) -> Iterator[tuple[int, Answer | Exception]]:
     """Predict for several requests, each an address and inputs.
 
-    An address that occurs more than once is resolved once. The results are in order; of a request
-    that failed, the exception.
+    An address that occurs more than once is resolved once. Yields of each request, as soon as it is
+    there, its number and its answer, or why it failed.
     """
     models: dict[str, Served | Exception] = {}
     away: UnavailableError | None = None
-    results: list[Answer | Exception] = []
     asks: list[tuple[Served, Arrays]] = []
-    places: list[int] = []
-    for address, inputs in requests:
+    numbers: list[int] = []
+    for number, (address, inputs) in enumerate(requests):
         if address not in models:
             try:
                 if away is not None:  # waiting for the database once is enough
@@ -58,16 +57,16 @@ def run_batch(
                 raise model
             check_inputs(model, inputs)
         except Exception as error:
-            results.append(error)
+            yield number, error
             continue
-        places.append(len(results))
+        numbers.append(number)
         # The native kernels want aligned arrays; those in a body lie where they lie.
         aligned = {name: np.require(one, requirements=["C", "A"]) for name, one in inputs.items()}
         asks.append((model, aligned))
-        results.append(NotFoundError(address))  # until it is predicted
-    for place, ask, outcome in zip(places, asks, store.predict_served(asks), strict=True):
-        results[place] = outcome if isinstance(outcome, Exception) else Answer(ask[0], outcome)
-    return results
+    for place, outcome in store.predict_served(asks):
+        model = asks[place][0]
+        answer = outcome if isinstance(outcome, Exception) else Answer(model, outcome)
+        yield numbers[place], answer
 
 
 def rows_of(inputs: Arrays) -> int:

@@ -7,7 +7,7 @@ Deliberately not here: what layers compute (:mod:`pydedup.serving.engine`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from pydedup.serving.engine import run_graph, run_together
 from pydedup.serving.plan import Plan, plan_run
 from pydedup.serving.tensor import StoredTensor, called
 
-__all__ = ["Prediction", "predict", "predict_together"]
+__all__ = ["Prediction", "as_predicted", "predict", "predict_together"]
 
 _Array: TypeAlias = NDArray[Any]
 _TensorOf: TypeAlias = Callable[[StoredModel, str], StoredTensor]
@@ -118,7 +118,14 @@ def predict_together(
     Requests of models with the same layers go through them together, where the budget for
     activations lets them.
     """
-    results: list[Any] = [None] * len(requests)
+    made = dict(as_predicted(requests, tensor_of, pool))
+    return [made[place] for place in range(len(requests))]
+
+
+def as_predicted(
+    requests: Sequence[Prediction], tensor_of: _TensorOf, pool: PagePool
+) -> Iterator[tuple[int, Any]]:
+    """Do what `predict_together` does; yield each request's number and result once it is there."""
     for places in _groups(requests, pool.activation_bytes // 2):
         group = [requests[place] for place in places]
         try:
@@ -127,14 +134,14 @@ def predict_together(
             made = None  # whose fault it is shows when each is alone
         for number, place in enumerate(places):
             try:
-                results[place] = (
+                result = (
                     predict(group[number], tensor_of, pool)
                     if made is None
                     else group[number].result(made[number])
                 )
             except PydedupError as error:
-                results[place] = _without_frames(error)
-    return results
+                result = _without_frames(error)
+            yield place, result
 
 
 def _without_frames(error: BaseException) -> BaseException:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,10 +34,11 @@ class Work:
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def __call__(self, requests: Sequence[int]) -> list[int | Exception]:
+    def __call__(self, requests: Sequence[int]) -> Iterator[tuple[int, int | Exception]]:
         self.batches.append(list(requests))
         self.go_on.wait(10)
-        return [NotFoundError("odd") if n < 0 else n * n for n in requests]
+        for number, n in enumerate(requests):
+            yield number, NotFoundError("odd") if n < 0 else n * n
 
 
 def batcher(work: Any, **changes: Any) -> Batcher[int, int]:
@@ -138,8 +139,50 @@ def test_errors_queue_and_those_who_leave() -> None:
     asyncio.run(main())
 
 
+def test_who_is_done_does_not_wait_for_the_rest_of_the_batch() -> None:
+    go_on = threading.Event()
+
+    def slow_first(requests: Sequence[int]) -> Iterator[tuple[int, int | Exception]]:
+        for number in reversed(range(len(requests))):
+            if requests[number] == 1:
+                go_on.wait(10)
+            yield number, requests[number] * 10
+
+    async def main() -> None:
+        one = batcher(slow_first, threads=1)
+        first = asyncio.create_task(one.submit(0, 1))
+        await asyncio.sleep(0)  # it runs alone, and the others gather
+        slow, fast = (asyncio.create_task(one.submit(n, 1)) for n in (1, 2))
+        assert await first == 0
+        assert await asyncio.wait_for(fast, 5) == 20
+        assert not slow.done()
+        assert one.running == 1
+        go_on.set()
+        assert await slow == 10
+        one.close()
+
+    asyncio.run(main())
+
+
+def test_a_fault_after_some_answers_is_told_to_the_others() -> None:
+    def half(requests: Sequence[int]) -> Iterator[tuple[int, int | Exception]]:
+        yield 0, requests[0]
+        if len(requests) > 1:
+            raise ZeroDivisionError
+
+    async def main() -> None:
+        one = batcher(half, threads=1)
+        waiting = [asyncio.create_task(one.submit(n, 1)) for n in range(3)]
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert found[:2] == [0, 1]
+        assert isinstance(found[2], ZeroDivisionError)
+        one.close()
+
+    asyncio.run(main())
+
+
 def test_a_fault_is_told_to_all_who_waited_for_it() -> None:
-    def broken(requests: Sequence[int]) -> list[int | Exception]:
+    def broken(requests: Sequence[int]) -> Iterator[tuple[int, int | Exception]]:
         raise ZeroDivisionError
 
     async def main() -> None:
@@ -244,7 +287,7 @@ def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject
             # Some ids are out of range: that fails, and others must not.
             x = rng.integers(0, 4 + data.draw(st.sampled_from([0, 0, 1])), x.shape)
         requests.append((f"m{number}@{data.draw(st.integers(1, 2))}", {"x": x}))
-    for (address, inputs), found in zip(requests, run_batch(joined_store, requests), strict=True):
+    for (address, inputs), found in zip(requests, answers(joined_store, requests), strict=True):
         try:
             wanted = joined_store.predict(address, inputs)
         except Exception as error:
@@ -255,10 +298,16 @@ def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject
         np.testing.assert_allclose(found.outputs["y"], wanted["y"], rtol=1e-4, atol=1e-5)
 
 
+def answers(store: Any, requests: Sequence[Any]) -> list[Any]:
+    """Return what a batch yields, in the order of the requests."""
+    found = dict(run_batch(store, requests))
+    return [found[number] for number in range(len(requests))]
+
+
 def test_one_that_fails_does_not_disturb_the_others(joined_store: Any) -> None:
     number = list(GRAPHS).index("bags by row")
     ids = [np.array([[0, 1, 2]]), np.array([[0, 9, 2]]), np.array([[3, 3, 3]])]
-    found = run_batch(joined_store, [(f"m{number}@1", {"x": x}) for x in ids])
+    found = answers(joined_store, [(f"m{number}@1", {"x": x}) for x in ids])
     assert isinstance(found[1], ArgumentError)
     for x, one in ((ids[0], found[0]), (ids[2], found[2])):
         assert not isinstance(one, Exception)
@@ -268,18 +317,18 @@ def test_one_that_fails_does_not_disturb_the_others(joined_store: Any) -> None:
 def test_what_does_not_fit_together_is_tried_in_parts(
     joined_store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = served.predict_together
+    together = served.as_predicted
     sizes: list[int] = []
 
-    def poor(ready: list[Any], *more: Any) -> list[Any]:
+    def poor(ready: list[Any], *more: Any) -> Any:
         sizes.append(len(ready))
         if len(ready) > 2 or any(len(one.inputs["x"]) > 2 for one in ready):
             raise MemoryError
         return together(ready, *more)
 
-    monkeypatch.setattr(served, "predict_together", poor)
+    monkeypatch.setattr(served, "as_predicted", poor)
     xs = [np.ones((n, 4), np.float32) for n in (1, 2, 3, 1, 2)]
-    found = run_batch(joined_store, [("m0@1", {"x": x}) for x in xs])
+    found = answers(joined_store, [("m0@1", {"x": x}) for x in xs])
     assert isinstance(found[2], MemoryError)
     assert [len(one.outputs["y"]) for one in found if not isinstance(one, Exception)] == [
         1,
@@ -291,7 +340,7 @@ def test_what_does_not_fit_together_is_tried_in_parts(
 
 
 def test_an_address_is_resolved_once_per_batch(joined_store: Any) -> None:
-    found = run_batch(joined_store, [("none", {}), ("m0", {"x": np.ones((1, 4))}), ("none", {})])
+    found = answers(joined_store, [("none", {}), ("m0", {"x": np.ones((1, 4))}), ("none", {})])
     assert isinstance(found[0], NotFoundError)
     assert found[0] is found[2]
     assert not isinstance(found[1], Exception)
