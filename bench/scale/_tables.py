@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows and bytes per table: measured on filled tables, and predicted for any number of models.
+
+`fill` writes rows through the adapter as adds write them, model by model, with payloads of the
+right size and random content, but pages of a few bytes: so tables of a hundred thousand models are
+filled in a minute, and what a row takes with its indexes is what it takes in a large store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+from _sharing import Brought
+
+from pydedup.adapter import LIVE, Adapter, ModelRow, TensorRow
+
+__all__ = [
+    "BTREES",
+    "SQLITE_PAGE",
+    "TABLES",
+    "Table",
+    "fill",
+    "overheads",
+    "predicted",
+    "table_bytes",
+    "table_rows",
+]
+
+#: Tables that grow with models.
+TABLES = (
+    "models",
+    "artifacts",
+    "tensors",
+    "block_maps",
+    "source_hashes",
+    "pages",
+    "model_pages",
+    "distinct_blocks",
+    "signatures",
+)
+#: What `fill` puts on a page, and the page size of SQLite stores.
+_LITTLE, SQLITE_PAGE = 64, 65536
+#: Trees of a table and its indexes, each at least a page.
+BTREES = dict.fromkeys(TABLES, 2) | {"model_pages": 3, "distinct_blocks": 3}
+_MODELS_PER_TRANSACTION = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of a table, and bytes of their variable parts (text, payloads)."""
+
+    rows: float
+    payload: float
+
+    def bytes(self, overhead: float) -> float:
+        """Return what it takes with its indexes, at so many bytes a row beside the payload."""
+        return self.payload + self.rows * overhead
+
+
+def predicted(brought: Iterable[tuple[float, Brought]]) -> dict[str, Table]:
+    """Return each table after so many models of each kind were added."""
+    total = dict.fromkeys(TABLES, Table(0.0, 0.0))
+    for count, one in brought:
+        for name, rows, payload in (
+            ("models", 1.0, one.model_payload),
+            ("artifacts", one.artifacts, one.artifact_payload),
+            ("tensors", one.tensors, one.tensor_payload),
+            ("block_maps", one.map_parts, one.map_payload),
+            ("source_hashes", one.hash_parts, one.hash_payload),
+            ("pages", one.pages, one.page_payload),
+            ("model_pages", one.reads, 0.0),
+            ("distinct_blocks", one.new_blocks, 0.0),
+            ("signatures", one.segments, one.signature_payload),
+        ):
+            old = total[name]
+            total[name] = Table(old.rows + count * rows, old.payload + count * payload)
+    return total
+
+
+def fill(adapter: Adapter, models: int, one: Brought, *, first: int = 0) -> dict[str, float]:
+    """Write the rows of so many models; returns seconds per row, by table.
+
+    Parts, pages and blocks are rounded to whole numbers, at least one of each.
+    """
+    rng = np.random.default_rng(first)
+    spent = dict.fromkeys((*TABLES, "commit"), 0.0)
+    rows = dict.fromkeys(TABLES, 0)
+    count = {
+        "artifacts": max(1, round(one.artifacts)),
+        "tensors": max(1, round(one.tensors)),
+        "pages": max(1, round(one.pages)),
+        "reads": max(1, round(one.reads)),
+        "blocks": max(1, round(one.new_blocks)),
+    }
+    each = {
+        "artifact": _each(one.artifact_payload, count["artifacts"]),
+        "map": _each(one.map_payload, count["tensors"]),
+        "hash": _each(one.hash_payload, count["tensors"]),
+        "signature": _each(one.signature_payload, max(1, round(one.segments))),
+        "text": max(1, int(one.tensor_payload / count["tensors"]) - 26),
+        "model": max(16, int(one.model_payload) - 80),
+    }
+    noise = rng.bytes(1 << 20)
+
+    def payload(size: int) -> bytes:
+        start = int(rng.integers(0, len(noise) - size))
+        return noise[start : start + size]
+
+    def timed(table: str, number: int, started: float) -> None:
+        spent[table] += time.perf_counter() - started
+        rows[table] += number
+
+    for start in range(0, models, _MODELS_PER_TRANSACTION):
+        began = time.perf_counter()
+        with adapter.transaction():
+            spent["commit"] += time.perf_counter() - began
+            for number in range(start, min(start + _MODELS_PER_TRANSACTION, models)):
+                name = f"family-{(first + number) // 100:06}-{first + number:08}"
+                began = time.perf_counter()
+                row = ModelRow(
+                    0, name, "1", LIVE, 1.0, "lossless", "", "x" * each["model"], 1, payload(16)
+                )
+                model = adapter.insert_model(row)
+                timed("models", 1, began)
+                began = time.perf_counter()
+                adapter.insert_tensors(
+                    TensorRow(model, i, "t" * each["text"], "f32", "[30522, 384]", "[64, 64]")
+                    for i in range(count["tensors"])
+                )
+                timed("tensors", count["tensors"], began)
+                for table, kind, insert in (
+                    ("block_maps", "map", adapter.insert_block_maps),
+                    ("source_hashes", "hash", adapter.insert_source_hashes),
+                ):
+                    parts = [(model, i, 0, payload(each[kind])) for i in range(count["tensors"])]
+                    began = time.perf_counter()
+                    insert(parts)
+                    timed(table, len(parts), began)
+                began = time.perf_counter()
+                adapter.insert_artifacts(
+                    model,
+                    [
+                        (f"a{i}", "application/json", payload(each["artifact"]))
+                        for i in range(count["artifacts"])
+                    ],
+                )
+                timed("artifacts", count["artifacts"], began)
+                began = time.perf_counter()
+                pages = [(payload(16), payload(_LITTLE)) for _ in range(count["pages"])]
+                ids = adapter.insert_pages(pages, state=LIVE)
+                timed("pages", len(ids), began)
+                oldest = max(1, ids[-1] - count["reads"] + 1)
+                reads = [(model, page, 60, 900_000) for page in range(oldest, ids[-1] + 1)]
+                began = time.perf_counter()
+                adapter.insert_model_pages(reads)
+                timed("model_pages", len(reads), began)
+                hashes = rng.bytes(16 * count["blocks"])
+                blocks = [
+                    (hashes[16 * i : 16 * i + 16], ids[i % len(ids)], i, ids[0] << 20)
+                    for i in range(count["blocks"])
+                ]
+                began = time.perf_counter()
+                adapter.insert_blocks(blocks)
+                timed("distinct_blocks", len(blocks), began)
+                began = time.perf_counter()
+                segments = max(1, round(one.segments))
+                adapter.insert_signatures(
+                    [
+                        ((model << 20) + i, min(i, 1), payload(each["signature"]))
+                        for i in range(segments)
+                    ]
+                )
+                timed("signatures", segments, began)
+            began = time.perf_counter()
+        spent["commit"] += time.perf_counter() - began
+    adapter.checkpoint()
+    return {table: spent[table] / max(rows[table], 1) for table in TABLES}
+
+
+def _each(total: float, count: int) -> int:
+    return max(8, int(total / count))
+
+
+def table_rows(adapter: Adapter) -> dict[str, int]:
+    """Return how many rows each table has."""
+    connection = _connection(adapter)
+    found = {}
+    for table in TABLES:
+        name = adapter._sql.dialect.name(table)  # type: ignore[attr-defined]
+        with closing(connection.cursor()) as cursor:
+            cursor.execute(f"SELECT COUNT(*) FROM {name}")  # noqa: S608
+            found[table] = int(cursor.fetchone()[0])
+    return found
+
+
+def table_bytes(adapter: Adapter) -> dict[str, int]:
+    """Return what each table takes with its indexes, in SQLite or PostgreSQL."""
+    connection = _connection(adapter)
+    dialect = adapter._sql.dialect  # type: ignore[attr-defined]
+    found = dict.fromkeys(TABLES, 0)
+    with closing(connection.cursor()) as cursor:
+        if adapter.url.startswith("sqlite"):
+            cursor.execute(
+                "SELECT m.tbl_name, SUM(s.pgsize) FROM dbstat s "
+                "JOIN sqlite_master m ON m.name = s.name GROUP BY m.tbl_name"
+            )
+            sizes = {name.removeprefix(dialect.prefix): size for name, size in cursor.fetchall()}
+            return {table: int(sizes.get(table, 0)) for table in TABLES}
+        for table in TABLES:
+            name = dialect.name(table)
+            cursor.execute("SELECT pg_total_relation_size(%s::regclass)", [name])
+            found[table] = int(cursor.fetchone()[0])
+    connection.rollback()
+    return found
+
+
+def overheads(adapter: Adapter, one: Brought, models: int) -> dict[str, float]:
+    """Return bytes per row beside the payload, of tables that `fill` filled."""
+    sizes, rows = table_bytes(adapter), table_rows(adapter)
+    count = {
+        "artifacts": one.artifact_payload,
+        "block_maps": one.map_payload,
+        "source_hashes": one.hash_payload,
+        "signatures": one.signature_payload,
+        "models": one.model_payload,
+        "tensors": one.tensor_payload,
+        "pages": _LITTLE * max(1, round(one.pages)),
+    }
+    return {
+        table: max(0.0, (sizes[table] - models * count.get(table, 0.0)) / rows[table])
+        for table in TABLES
+    }
+
+
+def paged(rows: float, payload: float, overhead: float, sqlite: bool) -> float:
+    """Return the bytes of ``pages``, whose payloads are cut into pages of the database.
+
+    SQLite keeps a payload on pages of its own, the last one half full on the average; the chunks
+    of 1,996 bytes of PostgreSQL's TOAST take 4 to a page of 8,192, and an index entry each.
+    """
+    if sqlite:
+        return payload * SQLITE_PAGE / (SQLITE_PAGE - 4) + rows * (SQLITE_PAGE / 2 + overhead)
+    return payload / 1996 * (8192 / 4 + 24) + rows * overhead
+
+
+def _connection(adapter: Adapter) -> object:
+    with adapter._pool.acquire() as session:  # type: ignore[attr-defined]
+        return session.connection
