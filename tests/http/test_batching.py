@@ -268,7 +268,7 @@ def joined_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield found
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(list(GRAPHS)), min_size=1, max_size=2))

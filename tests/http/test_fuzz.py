@@ -21,7 +21,7 @@ JSON_BODY = json.dumps({"id": "a", "inputs": [{**ENTRY, "data": [1, 2, 3, 4]}]})
 HEAD = json.dumps({"inputs": [{**ENTRY, "parameters": {"binary_data_size": 16}}]}).encode()
 BINARY_BODY = HEAD + np.ones(4, np.float32).tobytes()
 LENGTH = "Inference-Header-Content-Length"
-FUZZ = settings(deadline=None, max_examples=150)
+FUZZ = settings(max_examples=150)
 
 
 def is_alive(server: Server) -> bool:

@@ -124,7 +124,7 @@ def test_lists_that_are_uneven_where_they_are_cut(monkeypatch: pytest.MonkeyPatc
 EDITS = [bytes([c]) for c in b'[],0.e-"{}: NtI\\\xff'] + [b"", b"[[", b"]]", b"],[", b"]],[["]
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(
     commas=st.lists(st.tuples(st.integers(0, 298), st.sampled_from(EDITS)), max_size=2),
     places=st.lists(st.tuples(st.floats(0, 1), st.sampled_from(EDITS)), max_size=2),

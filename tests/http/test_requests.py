@@ -270,7 +270,7 @@ def check(body: bytes, length: int | None) -> None:
             assert array.nbytes <= 8 * len(body)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(document=DOCUMENT, tail=st.binary(max_size=40), slip=st.sampled_from([0, 0, 0, -1, 1]))
 def test_any_document(document: Any, tail: bytes, slip: int) -> None:
     head = json.dumps(document).encode()
@@ -278,14 +278,14 @@ def test_any_document(document: Any, tail: bytes, slip: int) -> None:
     check(head + tail, max(0, min(len(head) + slip, len(head) + len(tail))))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=200), share=st.floats(0, 1))
 def test_any_bytes(data: bytes, share: float) -> None:
     check(data, None)
     check(data, int(share * len(data)))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(at=st.integers(0, 200), byte=st.integers(0, 255), length=st.integers(-3, 3))
 def test_a_changed_byte_of_a_binary_request(at: int, byte: int, length: int) -> None:
     body, json_bytes = lie()

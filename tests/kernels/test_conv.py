@@ -126,7 +126,7 @@ def test_every_kernel_convolves(kernel: str) -> None:
 few = st.integers(1, 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     batch=st.integers(0, 3),
     groups=st.integers(1, 4),
@@ -178,7 +178,7 @@ def test_any_layer(
     assert_close(y, x, w, stride, pads, dilation, groups)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     padding=st.sampled_from(["same", "valid", 0, 1, (2, 1), [0, 3]]),
     kernel=st.tuples(few, st.integers(1, 4)),

@@ -94,7 +94,7 @@ def test_every_kernel_multiplies_every_dtype(kernel: str) -> None:
 sizes = st.integers(1, 90)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     m=st.integers(0, 40),
     rows=sizes,
@@ -288,7 +288,7 @@ def test_what_is_stored_must_be_what_the_map_says() -> None:
 # ---- rows and bags ------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=sizes,
     cols=sizes,
@@ -329,7 +329,7 @@ def bags_of(w: NDArray[Any], ids: NDArray[Any], sizes_: list[int], mode: str) ->
     return np.array(out).reshape(len(sizes_), w.shape[1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bag_sizes=st.lists(st.integers(0, 12), max_size=30),
     dtype=st.sampled_from([DType.F32, DType.F64, DType.BF16, DType.F16, DType.I8, DType.BOOL]),
@@ -367,7 +367,7 @@ def test_bags_of_two_axes_and_of_many_threads() -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes_=st.lists(st.integers(0, 9), min_size=1, max_size=20),
     dtype=st.sampled_from([DType.F32, DType.F64, DType.BF16, DType.F16, DType.I8]),

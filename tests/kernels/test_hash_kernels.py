@@ -93,7 +93,7 @@ def test_golden_vectors() -> None:
     seed=st.integers(0, MASK),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_blocks_hash_like_the_reference(
     rows: int, row_bytes: int, seed: int, data: st.DataObject
 ) -> None:
@@ -111,7 +111,7 @@ def test_blocks_hash_like_the_reference(
     block=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     dtype=st.sampled_from(["f8", "f4", "f2", "i1"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_strided_blocks_hash_like_their_copies(
     shape: tuple[int, int], block: tuple[int, int], dtype: str
 ) -> None:

@@ -71,7 +71,7 @@ def page_of(view: MatrixView, indices: NDArray[np.int64], *, planes: bool) -> co
 
 
 @given(view=views(), planes=st.booleans(), order=st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_blocks_come_back(view: MatrixView, planes: bool, order: Random) -> None:
     indices = np.array(order.sample(range(view.grid.count), view.grid.count), np.int64)
     page = page_of(view, indices, planes=planes)
@@ -91,7 +91,7 @@ def test_blocks_come_back(view: MatrixView, planes: bool, order: Random) -> None
 
 
 @given(view=views(), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_one_changed_bit_is_one_unequal_block(view: MatrixView, data: st.DataObject) -> None:
     indices = np.arange(view.grid.count)
     page = page_of(view, indices, planes=True)
@@ -107,7 +107,7 @@ def test_one_changed_bit_is_one_unequal_block(view: MatrixView, data: st.DataObj
 
 
 @given(view=views(), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_damage_is_noticed(view: MatrixView, data: st.DataObject) -> None:
     payload = bytearray(page_of(view, np.arange(view.grid.count), planes=True).payload)
     for _ in range(data.draw(st.integers(1, 4))):

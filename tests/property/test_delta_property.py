@@ -56,7 +56,7 @@ def read(
     return out.data
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(pairs(), st.sampled_from([None, 1e-4, 0.01, 0.5]))
 def test_what_was_encoded_comes_back(
     case: tuple[DType, NDArray[Any], NDArray[Any]], bound: float | None

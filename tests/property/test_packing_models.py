@@ -123,7 +123,7 @@ def test_every_algorithm_has_a_model() -> None:
 
 
 @pytest.mark.parametrize("algorithm", list(MODELS))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(owners=owner_lists, capacity=st.integers(1, 9))
 def test_exact_cover_packs_as_the_model_does(
     algorithm: Algorithm, owners: Owners, capacity: int
@@ -148,7 +148,7 @@ def placements(blocks: list[int], sizes: dict[int, int], capacity: int) -> Itera
         yield [*pages, [last]]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), by_bytes=st.booleans())
 def test_layout_is_the_best_of_all_placements(data: st.DataObject, by_bytes: bool) -> None:
     owners = data.draw(st.lists(st.frozensets(st.integers(0, 6)), min_size=1, max_size=4))

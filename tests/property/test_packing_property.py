@@ -10,7 +10,7 @@ import itertools
 from typing import get_args
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pydedup.packing import Algorithm, Layout, pack
@@ -31,7 +31,6 @@ def ceil_div(amount: int, capacity: int) -> int:
     return -(-amount // capacity)
 
 
-@settings(deadline=None)
 @given(owners=owner_lists, capacity=capacities, existing=page_lists, algorithm=algorithms)
 def test_a_model_gets_all_of_its_blocks_back(
     owners: list[frozenset[int]],
@@ -54,7 +53,6 @@ def test_a_model_gets_all_of_its_blocks_back(
     assert layout.stored_pages >= layout.lower_bound
 
 
-@settings(deadline=None)
 @given(owners=owner_lists, capacity=capacities, existing=page_lists)
 def test_layout_stores_each_block_once_on_the_fewest_pages(
     owners: list[frozenset[int]], capacity: int, existing: list[frozenset[int]]
@@ -67,7 +65,6 @@ def test_layout_stores_each_block_once_on_the_fewest_pages(
     assert layout.lower_bound == len(existing) + len(layout.pages)
 
 
-@settings(deadline=None)
 @given(owners=owner_lists, capacity=capacities)
 def test_reads_lie_between_the_bounds(owners: list[frozenset[int]], capacity: int) -> None:
     layout = pack(owners, capacity)
@@ -76,7 +73,6 @@ def test_reads_lie_between_the_bounds(owners: list[frozenset[int]], capacity: in
         assert least <= reads <= min(len(owned), layout.stored_pages)
 
 
-@settings(deadline=None)
 @given(data=st.data(), owners=owner_lists, algorithm=algorithms)
 def test_sizes_are_kept_within_the_capacity(
     data: st.DataObject, owners: list[frozenset[int]], algorithm: Algorithm
@@ -95,7 +91,6 @@ def test_sizes_are_kept_within_the_capacity(
         assert len(layout.pages) <= max(layout.lower_bound + 1, most)
 
 
-@settings(deadline=None)
 @given(
     owners=owner_lists, capacity=capacities, algorithm=algorithms, seed=st.integers(0, 2**32 - 1)
 )
@@ -119,7 +114,6 @@ def test_the_form_of_the_input_does_not_matter(
     assert (pages, reads) == ([[7 * b + 3 for b in page] for page in expected[0]], expected[1])
 
 
-@settings(deadline=None)
 @given(data=st.data(), owners=owner_lists, capacity=capacities)
 def test_the_order_of_models_changes_no_page_count(
     data: st.DataObject, owners: list[frozenset[int]], capacity: int
@@ -132,7 +126,6 @@ def test_the_order_of_models_changes_no_page_count(
     assert layout.least_reads.tolist() == [plain.least_reads[model] for model in order]
 
 
-@settings(deadline=None)
 @given(owners=owner_lists, capacity=capacities, algorithm=algorithms)
 def test_packing_again_on_top_of_a_layout_adds_nothing(
     owners: list[frozenset[int]], capacity: int, algorithm: Algorithm

@@ -138,7 +138,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndexMachine = IndexMachine.TestCase
-TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=25)
 
 
 @given(
@@ -147,7 +147,7 @@ TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=25, de
     cuts=st.lists(st.integers(0, 30), max_size=3),
     threads=st.integers(0, 3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_batches_may_be_cut_anywhere(
     data: st.DataObject, n: int, cuts: list[int], threads: int
 ) -> None:
@@ -172,7 +172,7 @@ def test_batches_may_be_cut_anywhere(
     dtype=st.sampled_from(["f4", "f8", "f2"]),
     shape=st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 40)),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_distances_and_magnitudes_are_those_of_numpy(
     data: st.DataObject, dtype: str, shape: tuple[int, int, int]
 ) -> None:
@@ -209,7 +209,7 @@ def test_distances_and_magnitudes_are_those_of_numpy(
     dtype=st.sampled_from(["f4", "f8", "f2"]),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_sample_that_misleads_does_no_harm(n: int, kind: str, dtype: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     block = {
@@ -230,7 +230,7 @@ PAYLOAD = SAVED.save()
 
 
 @given(place=st.integers(0, len(PAYLOAD) - 1), value=st.integers(1, 255))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_damaged_byte_is_noticed(place: int, value: int) -> None:
     damaged = bytearray(PAYLOAD)
     damaged[place] ^= value
@@ -243,7 +243,7 @@ def test_a_damaged_byte_is_noticed(place: int, value: int) -> None:
 
 
 @given(length=st.integers(0, len(PAYLOAD) - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_cut_payload_is_noticed(length: int) -> None:
     with pytest.raises(CorruptStoreError):
         L2LSH.load(PAYLOAD[:length])

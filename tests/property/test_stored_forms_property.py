@@ -41,7 +41,7 @@ def block_map(grid: BlockGrid, pages: int, slots: int, seed: int, deltas: float 
     seed=st.integers(0, 99),
     deltas=st.sampled_from([0, 0.1, 1]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_block_maps_come_back(
     rows: int, cols: int, pages: int, slots: int, seed: int, deltas: float
 ) -> None:
@@ -63,7 +63,7 @@ def test_block_maps_come_back(
     extra=st.binary(max_size=20),
     deltas=st.sampled_from([0, 0.5]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_damaged_block_maps_are_refused_or_whole(
     slots: int, changes: list[tuple[int, int]], cut: int, extra: bytes, deltas: float
 ) -> None:
@@ -140,7 +140,7 @@ def chain(op: str, **attrs: Any) -> dict[str, Any]:
 
 
 @given(GRAPH)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @example(chain("leaky_relu", alpha=10**400))  # raised OverflowError
 @example(chain("gelu", approximate=[]))
 @example(chain("mean", axis=[10**30]))
@@ -151,13 +151,13 @@ def test_graphs_of_right_form_and_any_content(data: dict[str, Any]) -> None:
 
 
 @given(GRAPH, st.sampled_from(["version", "inputs", "outputs", "nodes"]), JSON)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_graphs_of_wrong_form(data: dict[str, Any], key: str, value: object) -> None:
     read_graph(json.dumps(data | {key: value}))
 
 
 @given(NODE, st.sampled_from(["op", "inputs", "output", "weights", "attrs", "more"]), JSON)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_nodes_of_wrong_form(node: dict[str, Any], key: str, value: object) -> None:
     read_graph(
         json.dumps(

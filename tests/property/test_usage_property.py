@@ -25,7 +25,7 @@ def costs(places: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array([cost_of(place) for place in places.tolist()], np.int64)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(uses=uses)
 def test_bytes_are_those_of_sets(uses: list[tuple[int, list[tuple[int, int]]]]) -> None:
     groups = np.array([group for group, _ in uses], np.int64)

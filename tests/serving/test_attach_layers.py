@@ -19,7 +19,7 @@ nn = torch.nn
 
 Check = Callable[..., set[str]]
 
-MANY = settings(max_examples=15, deadline=None)
+MANY = settings(max_examples=15)
 
 
 @pytest.fixture(autouse=True)

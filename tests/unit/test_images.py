@@ -57,7 +57,7 @@ def one(op: str, x: Array, **attrs: Any) -> Array:
 few = st.integers(1, 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),

@@ -118,7 +118,7 @@ def test_warm_takes_what_fits() -> None:
 # ---- walks --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     page_ids=st.lists(st.integers(1, 9), max_size=60),
     budget_pages=st.integers(1, 12),
