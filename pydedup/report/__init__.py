@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydedup._lazy import modules_of
 
 #: What `import pydedup` gives as ``pydedup.report.NAME``.
 _MODULES = frozenset({"compare", "figures", "sizes"})
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name in _MODULES:
-            import importlib
-
-            return importlib.import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__ = modules_of(__name__, _MODULES)
