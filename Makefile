@@ -87,6 +87,11 @@ test-plpython:  ## the functions inside of PostgreSQL, with pydedup built for th
 	@scripts/setup.sh test
 	@scripts/plpython.sh $(ARGS)
 
+.PHONY: test-clusters
+test-clusters:  ## MariaDB Galera (two nodes) and Spider (two servers), for real
+	@scripts/setup.sh test
+	@scripts/clusters.sh $(ARGS)
+
 .PHONY: fuzz
 fuzz:  ## libFuzzer on everything that reads stored bytes, FUZZ_SECONDS (600) for each target (clang)
 	@scripts/setup.sh

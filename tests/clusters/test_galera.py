@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store in a Galera cluster of two nodes: what one node publishes, the other serves."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies
+from pydedup.errors import ConflictError, UnavailableError
+
+POLICY = policies.Exact()
+
+
+def weights(seed: int) -> dict[str, np.ndarray]:
+    return {"w": np.random.default_rng(seed).standard_normal((1024, 1500)).astype(np.float32)}
+
+
+def same(store: pydedup.Store, name: str, seed: int) -> bool:
+    return store.load(name)["w"].tobytes() == weights(seed)["w"].tobytes()
+
+
+@pytest.fixture
+def urls(galera: Any, run: Any, request: pytest.FixtureRequest) -> list[str]:
+    """The same empty database, at each node."""
+    name = f"pydedup_{request.node.name[:40]}".replace("[", "_").replace("]", "")
+    run(galera[0].url(""), f"CREATE DATABASE {name}")
+    # Each node applies what others commit a moment later; reads wait for it.
+    return [node.url(name) for node in galera]
+
+
+@pytest.fixture(autouse=True)
+def wait_for_writes(galera: Any, run: Any) -> None:
+    for node in galera:
+        run(node.url(""), "SET GLOBAL wsrep_sync_wait = 15")
+
+
+def test_the_nodes_are_one_cluster(galera: Any) -> None:
+    assert [node.status("wsrep_cluster_size") for node in galera] == ["2", "2"]
+
+
+def test_what_one_node_publishes_the_other_serves(urls: list[str]) -> None:
+    with pydedup.open(urls[0]) as here, pydedup.open(urls[1]) as there:
+        here.add("a@1", weights(1), policy=POLICY)
+        assert same(there, "a", 1)
+        there.add("b@1", weights(2), policy=POLICY)
+        there.add("a@2", weights(1), policy=POLICY)  # the same weights again
+        assert same(here, "b", 2)
+        assert here.stats().pages == there.stats().pages
+        here.remove("b")
+        there.vacuum()
+        for store in (here, there):
+            report = store.verify()
+            assert (report.errors, report.notes) == ([], [])
+            assert same(store, "a", 1)
+
+
+def test_writers_on_both_nodes(urls: list[str]) -> None:
+    """Galera lets one of two that publish at once commit; the other is told to try again."""
+    pydedup.open(urls[0]).close()
+    done: list[str] = []
+    failures: list[BaseException] = []
+
+    def add(number: int) -> None:
+        try:
+            with pydedup.open(urls[number]) as store:
+                for version in range(4):
+                    for _ in range(20):
+                        try:
+                            address = f"m{number}@{version}"
+                            store.add(address, weights(10 * number + version), policy=POLICY)
+                            done.append(address)
+                            break
+                        except ConflictError:
+                            continue
+        except BaseException as error:  # shown below
+            failures.append(error)
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not failures, failures
+    assert len(done) == 8
+    for url in urls:
+        with pydedup.open(url) as store:
+            assert sorted(info.address for info in store.models()) == sorted(done)
+            assert all(
+                same(store, f"m{number}@{version}", 10 * number + version)
+                for number in range(2)
+                for version in range(4)
+            )
+            assert store.verify().errors == []
+
+
+def test_a_node_that_is_killed(galera: Any, urls: list[str], run: Any) -> None:
+    """The node that is left has all; while it is not sure to be the majority, it refuses."""
+    with pydedup.open(urls[0]) as store:
+        store.add("a@1", weights(1), policy=POLICY)
+    galera[1].kill()
+    try:
+        with pydedup.open(urls[0]) as store:
+            try:
+                assert same(store, "a", 1)
+            except UnavailableError as error:
+                assert "cluster" in str(error) or "WSREP" in str(error)  # noqa: PT017
+    finally:
+        # Of two nodes one is no majority; an administrator says that it goes on.
+        run(galera[0].url(""), "SET GLOBAL wsrep_provider_options = 'pc.bootstrap=true'")
+        galera[1].start()
+    for url in urls:
+        with pydedup.open(url) as store:
+            assert same(store, "a", 1)
+            assert store.verify().ok
