@@ -145,6 +145,7 @@ class Store(StorePredictions, StoreUpkeep):
         block_shape: tuple[int, int] | None = None,
         dry_run: bool = False,
         progress: Progress | None = None,
+        workers: int | None = None,
     ) -> AddReport:
         """Add a model, all of it or nothing.
 
@@ -166,6 +167,9 @@ class Store(StorePredictions, StoreUpkeep):
             Say what would be stored, and write nothing.
         progress
             Called as ``progress(stage, done, total)``, in bytes.
+        workers
+            Threads that work on it, the caller's included; by default one per core up to 4, and
+            one where little is added. The store is the same, bit for bit, for any number.
 
         Raises
         ------
@@ -174,7 +178,15 @@ class Store(StorePredictions, StoreUpkeep):
             The store is as it was before.
         """
         return self._add(
-            {name: source}, policy, version, graph, metadata, block_shape, dry_run, progress
+            {name: source},
+            policy,
+            version,
+            graph,
+            metadata,
+            block_shape,
+            dry_run,
+            progress,
+            workers,
         )[0]
 
     def add_many(
@@ -186,9 +198,16 @@ class Store(StorePredictions, StoreUpkeep):
         block_shape: tuple[int, int] | None = None,
         dry_run: bool = False,
         progress: Progress | None = None,
+        workers: int | None = None,
     ) -> list[AddReport]:
-        """Add several models with one joint layout, all of them or none; see `add`."""
-        return self._add(models, policy, None, None, metadata, block_shape, dry_run, progress)
+        """Add several models with one joint layout, all of them or none; see `add`.
+
+        With several ``workers``, models are read, hashed and encoded ahead of their turn; what is
+        shared is decided in the order of ``models`` whatever their number.
+        """
+        return self._add(
+            models, policy, None, None, metadata, block_shape, dry_run, progress, workers
+        )
 
     def _add(
         self,
@@ -200,6 +219,7 @@ class Store(StorePredictions, StoreUpkeep):
         block_shape: tuple[int, int] | None,
         dry_run: bool,
         progress: Progress | None,
+        workers: int | None,
     ) -> list[AddReport]:
         if not dry_run:
             check_writable(self._adapter, "add a model")
@@ -229,7 +249,12 @@ class Store(StorePredictions, StoreUpkeep):
                     raise ArgumentError(f"{request.address} is named twice in one add")
                 requests.append(request)
             return add_models(
-                self._adapter, self._pool, requests, dry_run=dry_run, progress=progress
+                self._adapter,
+                self._pool,
+                requests,
+                dry_run=dry_run,
+                progress=progress,
+                workers=workers,
             )
 
     # ---- out ----------------------------------------------------------------------------------

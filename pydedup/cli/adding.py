@@ -88,6 +88,13 @@ _COLUMNS = (
     callback=lambda _context, _option, value: value and options.parse_block_shape(value),
     help="Shape of blocks, the unit of sharing.  [default: near-square, at most 16 KiB]",
 )
+@click.option(
+    "--workers",
+    metavar="N",
+    type=int,
+    help="Threads that work on it; the store is the same for any number.  [default: one per core "
+    "up to 4]",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be stored; write nothing.")
 @options.memory_option
 @options.json_option
@@ -102,6 +109,7 @@ def add(
     confidence: float | None,
     metadata: tuple[str, ...],
     block_shape: tuple[int, int] | None,
+    workers: int | None,
     dry_run: bool,
     memory: str,
     as_json: bool,
@@ -131,6 +139,7 @@ def add(
                     block_shape=block_shape,
                     dry_run=dry_run,
                     progress=watch,
+                    workers=workers,
                 )
             ]
         else:
@@ -141,6 +150,7 @@ def add(
                 block_shape=block_shape,
                 dry_run=dry_run,
                 progress=watch,
+                workers=workers,
             )
     if as_json:
         output.emit_json(_document(reports, dry_run))

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 from pydedup.accuracy import Accuracy
 from pydedup.adapter import Adapter
 from pydedup.blocks import MatrixView
-from pydedup.errors import ConflictError, NotFoundError, PageNotFoundError
+from pydedup.errors import ConflictError, NotFoundError, PageNotFoundError, PydedupError
+from pydedup.ingest.ahead import Ahead
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
@@ -25,6 +28,7 @@ from pydedup.ingest.replace import choose_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedModel, MatchedTensor
 from pydedup.ingest.tensors import hints_for, match_tensors
+from pydedup.ingest.workers import Workers, worker_count
 from pydedup.ingest.write import Stager, plan_layout
 from pydedup.policies import Lossless
 from pydedup.pool import PagePool
@@ -43,10 +47,12 @@ def add_models(
     *,
     dry_run: bool = False,
     progress: Progress | None = None,
+    workers: int | None = None,
 ) -> list[AddReport]:
     """Add models with one joint layout, all of them or none.
 
-    Memory: one tensor, the pool, and about 16 bytes and one index entry per block. Holds no
+    Memory: one tensor, the pool, and about 16 bytes and one index entry per block; with more than
+    one of ``workers`` 128 MiB more, whatever is added (docs/architecture.md, "Workers"). Holds no
     lock while hashing or staging.
 
     Raises
@@ -55,16 +61,18 @@ def add_models(
         The store is as it was before, whatever is raised.
     """
     started = time.monotonic()
-    for _ in range(_ATTEMPTS):
-        epoch = adapter.epoch()
-        try:
-            reports = _attempt(adapter, pool, requests, dry_run, progress, started, epoch)
-        except (PageNotFoundError, NotFoundError):
-            if adapter.epoch() == epoch:
-                raise  # nobody took it away: the store is damaged
-            continue  # somebody removed a model that this one was compared with
-        if reports is not None:
-            return reports
+    count = worker_count(workers, sum(request.logical_bytes for request in requests))
+    with Workers(count) as crew:
+        for _ in range(_ATTEMPTS):
+            epoch = adapter.epoch()
+            try:
+                reports = _attempt(adapter, pool, requests, crew, dry_run, progress, started, epoch)
+            except (PageNotFoundError, NotFoundError):
+                if adapter.epoch() == epoch:
+                    raise  # nobody took it away: the store is damaged
+                continue  # somebody removed a model that this one was compared with
+            if reports is not None:
+                return reports
     raise ConflictError(
         f"other writers changed what this add shares {_ATTEMPTS} times in a row; try again later"
     )
@@ -74,6 +82,7 @@ def _attempt(
     adapter: Adapter,
     pool: PagePool,
     requests: Sequence[Request],
+    workers: Workers,
     dry_run: bool,
     progress: Progress | None,
     started: float,
@@ -83,9 +92,9 @@ def _attempt(
 
     Quotas are checked on the state of the store that `Stager.publish` then insists on.
     """
-    with Spool(_SPOOL_MEMORY_BYTES) as spool:
+    with Spool(_SPOOL_MEMORY_BYTES, workers=workers) as spool:
         matcher = Matcher(adapter, pool, spool)
-        models = _match(adapter, matcher, requests, progress)
+        models = _match(adapter, matcher, requests, workers, progress)
         spool.freeze()
         allowed = check_quotas(adapter, pool, matcher, models, spool, epoch)
         if dry_run:
@@ -94,7 +103,7 @@ def _attempt(
                 return None
             return _reports(models, spool, matcher.reader, layout, started, dry_run=True)
         writing = _Writing(spool, progress)
-        stager = Stager(adapter, models, spool, matcher, writing.advance)
+        stager = Stager(adapter, models, spool, matcher, writing.advance, workers=workers)
         batch = Batch(adapter, pool, matcher, models, spool, stager)
         published = publish_batch(
             batch, lambda: writing.begin(plan_layout(models, spool, matcher.reader)), epoch
@@ -125,7 +134,11 @@ class _Writing:
 
 
 def _match(
-    adapter: Adapter, matcher: Matcher, requests: Sequence[Request], progress: Progress | None
+    adapter: Adapter,
+    matcher: Matcher,
+    requests: Sequence[Request],
+    workers: Workers,
+    progress: Progress | None,
 ) -> list[MatchedModel]:
     total, done = sum(request.logical_bytes for request in requests), 0
 
@@ -135,29 +148,55 @@ def _match(
         if progress is not None:
             progress("matching", done, total)
 
+    @functools.cache
+    def has_version_before(name: str) -> bool:
+        return bool(adapter.models(name=name))
+
     models = []
-    for request in requests:
-        previous = Previous.of(
-            adapter, matcher.stored, matcher.catalog, request.name, request.policy
-        )
-        if isinstance(request.policy, Accuracy):
-            policy = _counting(request.policy, progress)
-            models.append(_match_chosen(matcher, request, policy, previous, advance))
-        else:
-            tensors = match_tensors(matcher, request, previous, advance)
-            models.append(MatchedModel(request, tensors))
+    with Ahead(workers, requests, matcher, has_version_before) as ahead:
+        matcher.look = ahead.look
+        for request in requests:
+            with _named(request, requests):
+                models.append(_match_model(adapter, matcher, ahead, request, progress, advance))
     return models
+
+
+@contextlib.contextmanager
+def _named(request: Request, requests: Sequence[Request]) -> Iterator[None]:
+    """Make an error say which of several models it is about."""
+    try:
+        yield
+    except PydedupError as error:
+        if len(requests) > 1 and error.args and request.address not in str(error):
+            error.args = (f"{request.address}: {error.args[0]}", *error.args[1:])
+        raise
+
+
+def _match_model(
+    adapter: Adapter,
+    matcher: Matcher,
+    ahead: Ahead,
+    request: Request,
+    progress: Progress | None,
+    advance: Callable[[int], None],
+) -> MatchedModel:
+    previous = Previous.of(adapter, matcher.stored, matcher.catalog, request.name, request.policy)
+    if isinstance(request.policy, Accuracy):
+        policy = _counting(request.policy, progress)
+        return _match_chosen(matcher, ahead, request, policy, previous, advance)
+    return MatchedModel(request, match_tensors(matcher, ahead, request, previous, advance))
 
 
 def _match_chosen(
     matcher: Matcher,
+    ahead: Ahead,
     request: Request,
     policy: Accuracy,
     previous: Previous | None,
     advance: Callable[[int], None],
 ) -> MatchedModel:
     """Match what the search of `Accuracy` made of the model: its bits, as `Lossless` would."""
-    chosen = choose_blocks(matcher, request, policy, previous, advance)
+    chosen = choose_blocks(matcher, ahead, request, policy, previous, advance)
     model = MatchedModel(request, evidence=chosen.certificate)
     for entry in request.source.entries:
         view = MatrixView.of(chosen.arrays[entry.name], request.block_shape)

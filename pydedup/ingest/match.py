@@ -24,13 +24,13 @@ from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.deltas import Delta
 from pydedup.ingest.places import BlockReader, StoredTable
 from pydedup.ingest.scan import PageScan
-from pydedup.ingest.similar import Similar
+from pydedup.ingest.similar import LookedAt, Similar, look_at
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import split_places
 from pydedup.policies import Policy
 from pydedup.pool import PagePool
 
-__all__ = ["Hints", "Matched", "Matcher", "hash_keys", "pieces"]
+__all__ = ["Hints", "Matched", "Matcher", "hash_keys", "look_now", "pieces_of"]
 
 # Bytes and number of blocks that are encoded in one go: candidates for each, and what is encoded,
 # lie beside them in memory.
@@ -45,13 +45,20 @@ def hash_keys(digests: NDArray[np.uint64]) -> list[bytes]:
     return [flat[i : i + 16] for i in range(0, len(flat), 16)]
 
 
-def pieces(view: MatrixView, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def pieces_of(view: MatrixView, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """Cut a list of blocks into what is encoded in one go."""
     grid = view.grid
     block_bytes = min(grid.block_rows, max(grid.rows, 1)) * min(grid.block_cols, max(grid.cols, 1))
     step = max(1, min(_PIECE_BLOCKS, _PIECE_BYTES // (block_bytes * view.dtype.itemsize)))
     for start in range(0, len(numbers), step):
         yield numbers[start : start + step]
+
+
+def look_now(
+    view: MatrixView, pieces: Sequence[NDArray[np.int64]], policy: Policy
+) -> Iterator[LookedAt]:
+    """Look at pieces of a matrix as they are asked for."""
+    return (look_at(view, piece, policy) for piece in pieces)
 
 
 @dataclass(slots=True)
@@ -92,9 +99,17 @@ class Hints:
 
 _NO_HINTS = Hints()
 
+_Look = Callable[[MatrixView, Sequence[NDArray[np.int64]], Policy], Iterator[LookedAt]]
+
 
 class Matcher:
-    """Matches the tensors of one batch, in order. Not thread-safe."""
+    """Matches the tensors of one batch, in order. Not thread-safe.
+
+    Attributes
+    ----------
+    look
+        What looks at pieces of a matrix (`look_now`); may have done so ahead of time (ahead.py).
+    """
 
     def __init__(self, adapter: Adapter, pool: PagePool, spool: Spool) -> None:
         self._adapter = adapter
@@ -108,7 +123,10 @@ class Matcher:
         # hash -> references of blocks with that hash; several only where hashes collide, or the
         # same bytes exist under two dtypes.
         self._known: dict[bytes, list[int]] = {}
-        self._asked: set[bytes] = set()
+        self._looked_up: set[bytes] = set()
+        # What the store said about hashes that were asked about, but not looked up yet.
+        self._answers: dict[bytes, list[BlockRow]] = {}
+        self.look: _Look = look_now
 
     def match(
         self,
@@ -177,15 +195,32 @@ class Matcher:
         return self._resolve(view, dict(zip(indices.tolist(), keys, strict=True)), references)
 
     def look_up(self, keys: list[bytes]) -> None:
-        """Ask the store about hashes that it was not asked about before."""
-        unknown = [key for key in dict.fromkeys(keys) if key not in self._asked]
-        self._asked.update(unknown)
-        rows = self.with_live_bases(self._adapter.find_blocks(unknown))
+        """Make the blocks of the store with these hashes known, in an order that is theirs."""
+        unknown = [key for key in dict.fromkeys(keys) if key not in self._looked_up]
+        self.ask(unknown)
+        self._looked_up.update(unknown)
+        rows = [row for key in unknown for row in self._answers.pop(key)]
         for row, reference in zip(rows, self.stored.references(rows), strict=True):
             found = self._known.setdefault(row.hash128, [])
             if reference not in found:
                 # Stored blocks first: sharing with the store beats sharing within the batch.
                 found.insert(0, reference)
+
+    def ask(self, keys: Sequence[bytes]) -> None:
+        """Ask the store about hashes that it was not asked about before."""
+        unknown = [
+            key
+            for key in dict.fromkeys(keys)
+            if key not in self._looked_up and key not in self._answers
+        ]
+        self._answers.update((key, []) for key in unknown)
+        rows = self.with_live_bases(self._adapter.find_blocks(unknown))
+        for row in sorted(rows, key=lambda row: (row.page_id, row.slot)):
+            self._answers[row.hash128].append(row)
+
+    def is_known(self, key: bytes) -> bool:
+        """Whether a block with this hash was met, or is in the store as far as that was asked."""
+        return bool(self._known.get(key) or self._answers.get(key))
 
     def with_live_bases(self, rows: Sequence[BlockRow]) -> list[BlockRow]:
         """Leave out deltas whose base is on no live page.
@@ -252,8 +287,9 @@ class Matcher:
                     leader = i
                 leader_of[i] = leader
         leaders.sort()
-        for piece in pieces(view, np.array(leaders, np.int64)):
-            self._keep_piece(view, piece, matched, policy, hints)
+        pieces = list(pieces_of(view, np.array(leaders, np.int64)))
+        for piece, looked in zip(pieces, self.look(view, pieces, policy), strict=True):
+            self._keep_piece(view, piece, looked, matched, policy, hints)
         for i, leader in leader_of.items():
             matched.references[i] = matched.references[leader]
             matched.errors[i] = matched.errors[leader]
@@ -262,6 +298,7 @@ class Matcher:
         self,
         view: MatrixView,
         piece: NDArray[np.int64],
+        looked: LookedAt,
         matched: Matched,
         policy: Policy,
         hints: Hints,
@@ -271,7 +308,7 @@ class Matcher:
         if Candidates.takes(view.dtype, (grid.block_rows, grid.block_cols)):
             aligned = [(neighbours, neighbours(piece)) for neighbours in hints.aligned]
         kept = self.similar.keep(
-            view,
+            looked,
             piece,
             matched.digests[piece],
             policy,

@@ -22,10 +22,11 @@ from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.accuracy import GENTLE, Replacement, choose
+from pydedup.ingest.ahead import Ahead, distinct_entries
 from pydedup.ingest.aligned import ByPosition
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.deltas import Delta, decode_deltas
-from pydedup.ingest.match import Matcher, pieces
+from pydedup.ingest.match import Matcher, pieces_of
 from pydedup.ingest.places import by_shape, stack_blocks
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
@@ -75,7 +76,7 @@ class Chosen:
         source = MatrixView.of(request.source.read(entry.name), request.block_shape)
         largest = 0.0
         for shape, at in by_shape(changed, now, np.arange(now.grid.count)):
-            for some in pieces(now, at):
+            for some in pieces_of(now, at):
                 pair = [values_of(stack_blocks(view, some, shape)) for view in (source, now)]
                 largest = max(largest, float(distances(*pair).relative_l2.max()))
         return largest
@@ -83,6 +84,7 @@ class Chosen:
 
 def choose_blocks(
     matcher: Matcher,
+    ahead: Ahead,
     request: Request,
     policy: Accuracy,
     previous: Previous | None,
@@ -92,19 +94,18 @@ def choose_blocks(
     chosen = Chosen()
     offers: list[_Offer] = []
     shared: dict[str, list[tuple[slice, slice]]] = {}
-    by_key: dict[object, str] = {}
-    for entry in request.source.entries:
-        twin = by_key.get(entry.key)
-        if twin is not None and chosen.arrays[twin].shape == entry.shape:
+    for entry, twin in distinct_entries(request):
+        if twin is not None:
             # Tied weights stay tied: one array, of whose blocks each is replaced once.
-            chosen.arrays[entry.name] = chosen.arrays[twin]
-            chosen.digests[entry.name] = chosen.digests[twin]
+            chosen.arrays[entry.name] = chosen.arrays[twin.name]
+            chosen.digests[entry.name] = chosen.digests[twin.name]
             continue
-        by_key[entry.key] = entry.name
-        array = np.array(request.source.read(entry.name), dtype=entry.dtype.numpy, order="C")
+        given, known = ahead.read(request, entry)
+        array = np.empty(entry.shape, entry.dtype.numpy)
+        array.reshape(-1).view(np.uint8)[:] = given.data.reshape(-1)
         chosen.arrays[entry.name] = array
         view = MatrixView.of(array, request.block_shape)
-        digests = chosen.digests[entry.name] = hash_view(view)
+        digests = chosen.digests[entry.name] = hash_view(view) if known is None else known
         references = matcher.find(view, digests)
         found = np.flatnonzero(references != NO_BASE)
         shared[entry.name] = [_area(view.grid, number) for number in found.tolist()]
@@ -161,7 +162,7 @@ class _Tensor:
         for shape, at in by_shape(np.arange(len(numbers), dtype=np.int64), view, numbers):
             if not Candidates.takes(view.dtype, shape):
                 continue
-            for some in pieces(view, at):
+            for some in pieces_of(view, at):
                 yield from self._piece(numbers[some], shape)
 
     def _piece(self, numbers: NDArray[np.int64], shape: tuple[int, int]) -> Iterator[_Offer]:

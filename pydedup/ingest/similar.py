@@ -28,9 +28,11 @@ from pydedup.types import DType
 
 __all__ = [
     "Kept",
+    "LookedAt",
     "Pairs",
     "Similar",
     "exact_distances",
+    "look_at",
     "values_of",
 ]
 
@@ -70,6 +72,35 @@ class Kept:
     base_tags: NDArray[np.uint64]
     errors: NDArray[np.float64]
     stacks: list[tuple[NDArray[np.int64], MatrixView]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class LookedAt:
+    """What can be said of some blocks of a matrix without knowing any other.
+
+    Attributes
+    ----------
+    encoded
+        The blocks, each by itself.
+    stacks
+        Those that can be near to others, stacked: which they are, and what they hold.
+    """
+
+    encoded: codec.EncodedBlocks
+    stacks: Sequence[tuple[NDArray[np.int64], MatrixView]]
+
+
+def look_at(
+    view: MatrixView, indices: NDArray[np.int64], policy: Policy, *, threads: int = 0
+) -> LookedAt:
+    """Encode blocks by themselves, and stack those whose policy wants to know similar ones."""
+    encoded = codec.encode_blocks(view, indices, planes=policy.compresses, threads=threads)
+    stacks = []
+    if policy.uses_deltas:
+        for shape, at in by_shape(np.arange(len(indices), dtype=np.int64), view, indices):
+            if Candidates.takes(view.dtype, shape):
+                stacks.append((at, stack_blocks(view, indices[at], shape)))
+    return LookedAt(encoded, stacks)
 
 
 @dataclass(slots=True)
@@ -120,39 +151,37 @@ class Similar:
 
     def keep(
         self,
-        view: MatrixView,
+        looked: LookedAt,
         indices: NDArray[np.int64],
         digests: NDArray[np.uint64],
         policy: Policy,
         aligned: Sequence[NDArray[np.int64]] = (),
         deltas: Mapping[int, Delta] | None = None,
     ) -> Kept:
-        """Decide about blocks of a matrix with these digests.
+        """Decide about blocks of a matrix with these numbers and digests.
 
         Parameters
         ----------
+        looked
+            What `look_at` says of them.
         aligned
             References of candidates for these blocks (aligned.py).
         deltas
             What some blocks are to be, by their number in the matrix.
         """
-        encoded = codec.encode_blocks(view, indices, planes=policy.compresses)
         count = len(indices)
         kept = Kept(
             shared=np.full(count, NO_BASE, np.int64),
-            encoded=encoded,
+            encoded=looked.encoded,
             digests=digests.copy(),
             bases=np.full(count, NO_BASE, np.int64),
             base_tags=np.zeros(count, np.uint64),
             errors=np.zeros(count),
         )
-        if policy.uses_deltas:
-            for shape, at in by_shape(np.arange(count, dtype=np.int64), view, indices):
-                if Candidates.takes(view.dtype, shape):
-                    blocks = stack_blocks(view, indices[at], shape)
-                    near = [references[at] for references in aligned]
-                    self._improve(kept, blocks, at, policy, near)
-                    kept.stacks.append((at, blocks))
+        for at, blocks in looked.stacks:
+            near = [references[at] for references in aligned]
+            self._improve(kept, blocks, at, policy, near)
+            kept.stacks.append((at, blocks))
         if deltas:
             _take(kept, [(i, deltas[n]) for i, n in enumerate(indices.tolist()) if n in deltas])
         return kept

@@ -14,7 +14,9 @@ import contextlib
 import errno
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Generic, Self, TypeVar
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.errors import CorruptStoreError, PageNotFoundError, StorageFullError
+from pydedup.ingest.workers import Task, Workers
 from pydedup.layout import PAGE_CAPACITY, copy_page
 from pydedup.pool import PagePool
 
@@ -33,6 +36,8 @@ __all__ = ["NO_BASE", "Spool"]
 #: Instead of a reference to a base, for a block that is no delta.
 NO_BASE = int(np.iinfo(np.int64).min)
 
+# Full pages that wait to be written, at most.
+_SEALING = 8
 # Added to the ids of pages that are elsewhere.
 _ELSEWHERE = 1 << 48
 
@@ -41,18 +46,28 @@ _Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray
 
 
 class Spool:
-    """Append-only pages of new blocks. Not thread-safe; a context manager.
+    """Append-only pages of new blocks. Not thread-safe, but for `images`; a context manager.
 
-    ``elsewhere`` are the pages of the store whose pages may be listed.
+    ``elsewhere`` are the pages of the store whose pages may be listed; ``workers`` build pages and
+    write them to the file.
     """
 
-    def __init__(self, memory_bytes: int, elsewhere: PagePool | None = None) -> None:
+    def __init__(
+        self,
+        memory_bytes: int,
+        elsewhere: PagePool | None = None,
+        workers: Workers | None = None,
+    ) -> None:
         self._elsewhere = elsewhere
+        self._workers = workers
         # Closed by __exit__; it has no name, so it vanishes with the process whatever happens.
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=_spool_folder())  # noqa: SIM115
         self._pages = PagePool(self._read_pages, memory_bytes)
-        self._extents: list[tuple[int, int]] = []
+        self._sealed = 0
+        self._extents: dict[int, tuple[int, int]] = {}
+        self._sealing: dict[int, Task[None]] = {}  # the oldest first
         self._end = 0
+        self._lock = threading.Lock()  # of the file, and of where its pages are
         self._open = _OpenPage()
         self._page_of = _Column(np.empty(0, np.int64))
         self._slot_of = _Column(np.empty(0, np.uint32))
@@ -72,7 +87,10 @@ class Spool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        for task in self._sealing.values():
+            task.drop()
+        with self._lock:
+            self._file.close()
         self._pages.clear()
 
     def append(
@@ -101,7 +119,7 @@ class Spool:
                 self._seal()
                 continue
             stop = start + max(fit, 1)
-            pages[start:stop] = len(self._extents)
+            pages[start:stop] = self._sealed
             slots[start:stop] = self._open.count + np.arange(stop - start, dtype=np.uint32)
             self._open.add(encoded, view.dtype.code, heights, widths, base_tags, start, stop, costs)
             start = stop
@@ -140,6 +158,7 @@ class Spool:
         """Write the last page out; call once after the last `append`."""
         if self._open.count:
             self._seal()
+        self._finish(len(self._sealing))
 
     @property
     def lists(self) -> bool:
@@ -183,11 +202,13 @@ class Spool:
             return
         page_of = self._page_of.values()[numbers]
         slots = self._slot_of.values()[numbers]
-        last = np.flatnonzero(page_of == len(self._extents))
+        last = np.flatnonzero(page_of == self._sealed)
         if len(last):
             page = codec.Page(self._open.image())
             yield last, [page], np.zeros(len(last), np.uint32), slots[last]
-        sealed = np.flatnonzero(page_of < len(self._extents))
+        sealed = np.flatnonzero(page_of < self._sealed)
+        if self._sealing and len(sealed) and page_of[sealed].max() >= min(self._sealing):
+            self._finish(len(self._sealing))
         yield from _walk(self._pages, sealed, page_of[sealed], slots)
         if self._elsewhere is not None:
             listed = np.flatnonzero(page_of >= _ELSEWHERE)
@@ -234,11 +255,30 @@ class Spool:
         return bytes(page.payload)
 
     def _seal(self) -> None:
-        payload = self._open.image()
+        number, page = self._sealed, self._open
+        self._sealed += 1
+        self._open = _OpenPage()
+        if self._workers is None or not self._workers.are_several:
+            self._write(number, page)
+            return
+        self._finish(len(self._sealing) - _SEALING + 1)
+        work = partial(self._write, number, page)
+        self._sealing[number] = self._workers.submit(lambda _threads: work())
+
+    def _finish(self, count: int) -> None:
+        """Wait for the oldest of the pages that are being written."""
+        for number in list(self._sealing)[: max(count, 0)]:
+            self._sealing.pop(number).result()
+
+    def _write(self, number: int, page: _OpenPage) -> None:
+        payload = page.image()
         try:
-            self._file.seek(self._end)
-            self._file.write(payload)
-            self._file.flush()
+            with self._lock:
+                self._file.seek(self._end)
+                self._file.write(payload)
+                self._file.flush()
+                self._extents[number] = self._end, len(payload)
+                self._end += len(payload)
         except OSError as exc:
             if exc.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageFullError(
@@ -246,15 +286,13 @@ class Spool:
                     "free some or set TMPDIR to a folder with room for the new blocks"
                 ) from exc
             raise
-        self._extents.append((self._end, len(payload)))
-        self._end += len(payload)
-        self._open = _OpenPage()
 
     def _read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         for page_id in ids:
-            offset, length = self._extents[page_id]
-            self._file.seek(offset)
-            payload = self._file.read(length)
+            with self._lock:
+                offset, length = self._extents[page_id]
+                self._file.seek(offset)
+                payload = self._file.read(length)
             if len(payload) != length:
                 raise PageNotFoundError("the temporary file of this add was cut short by someone")
             yield page_id, payload

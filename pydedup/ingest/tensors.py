@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
+from pydedup.ingest.ahead import SMALL_BYTES, Ahead, distinct_entries
 from pydedup.ingest.aligned import Neighbours
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.places import by_shape, stack_blocks
@@ -31,8 +32,7 @@ from pydedup.types import DType
 
 __all__ = ["hints_for", "match_tensors"]
 
-# Up to this many bytes of a tensor wait for others, until these are so many bytes or blocks.
-_SMALL_BYTES = 256 * 1024
+# Up to `SMALL_BYTES` of a tensor wait for others, until these are so many bytes or blocks.
 _WAITING_BYTES = 4 * 1024 * 1024
 _WAITING_BLOCKS = 4096
 
@@ -42,6 +42,7 @@ _Kind = tuple[DType, tuple[int, int]]
 
 def match_tensors(
     matcher: Matcher,
+    ahead: Ahead,
     request: Request,
     previous: Previous | None,
     advance: Callable[[int], None],
@@ -49,24 +50,21 @@ def match_tensors(
     """Return the tensors of a model after matching, in their order."""
     matched: dict[str, MatchedTensor] = {}
     bundle = _Bundle(matcher, request, previous)
-    twins: dict[object, TensorEntry] = {}
-    for entry in request.source.entries:
-        twin = twins.get(entry.key)
-        if twin is not None and twin.shape == entry.shape:
-            # Tied weights: the same memory, so the same blocks.
+    for entry, twin in distinct_entries(request):
+        if twin is not None:
             if twin.name not in matched:
                 matched.update(bundle.match(advance))
             matched[entry.name] = replace(matched[twin.name], entry=entry)
-            advance(_nbytes(entry))
+            advance(entry.nbytes)
             continue
-        twins[entry.key] = entry
-        view = MatrixView.of(request.source.read(entry.name), request.block_shape)
-        if view.data.nbytes <= _SMALL_BYTES:
+        view, digests = ahead.read(request, entry)
+        if view.data.nbytes <= SMALL_BYTES:
             bundle.add(entry, view)
         else:
-            digests = hash_view(view)
+            if digests is None:
+                digests = hash_view(view)
             known = _known(previous, entry, view.grid, digests)
-            if known.bytes_to_match(view) <= _SMALL_BYTES:
+            if known.bytes_to_match(view) <= SMALL_BYTES:
                 bundle.add(entry, view, known)
             else:
                 matched[entry.name] = _match_one(matcher, request, entry, view, known, advance)
@@ -88,10 +86,6 @@ def _neighbours(
     if not request.policy.uses_deltas:
         return ()
     return matcher.aligned.neighbours(entry, grid, request.name)
-
-
-def _nbytes(entry: TensorEntry) -> int:
-    return int(np.prod(entry.shape)) * entry.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +266,7 @@ class _Bundle:
             self._matcher.aligned.note(entry, grid, references[here])
             largest = float(errors[here].max(initial=0.0))
             done[entry.name] = MatchedTensor(entry, grid, references[here], digests[here], largest)
-            advance(_nbytes(entry))
+            advance(entry.nbytes)
         return done
 
 

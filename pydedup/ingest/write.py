@@ -23,6 +23,7 @@ from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedTensor, StagedModel
+from pydedup.ingest.workers import Task, Workers
 from pydedup.jobs import LEASE_SECONDS, Job
 from pydedup.layout import PAGE_CAPACITY, block_places, pages_read
 from pydedup.packing import pack
@@ -74,6 +75,7 @@ class Stager:
     """Stages and publishes one batch of matched models.
 
     ``segments`` gives their part of the similarity index; by default what the matcher indexed.
+    ``workers`` make the next pages while some are being written.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class Stager:
         *,
         kind: str = "add",
         segments: Segments | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._adapter = adapter
+        self._workers = workers
         self._models = models
         self._spool = spool
         self._stored = matcher.stored
@@ -115,7 +119,8 @@ class Stager:
         ]
         rows = _batches(self._rows())
         is_small = len(groups) <= 1
-        images = self._spool.images(groups[0]) if is_small and groups else []
+        images_of = self._images(groups)
+        images = next(images_of) if is_small and groups else []
         try:
             with adapter.transaction():
                 for model in self._models:
@@ -133,7 +138,7 @@ class Stager:
             raise
         for group in groups:
             if not is_small:
-                images = self._spool.images(group)
+                images = next(images_of)
                 with adapter.transaction():
                     ids = self._stage_pages(group, images, keys)
                     self._beat()
@@ -144,6 +149,23 @@ class Stager:
             with adapter.transaction():
                 self._insert(batch)
                 self._beat()
+
+    def _images(self, groups: Sequence[Sequence[NDArray[np.int64]]]) -> Iterator[list[bytes]]:
+        """Yield the pages of each group, the next one being made meanwhile."""
+        workers, spool = self._workers, self._spool
+        if workers is None or not workers.are_several or spool.lists:
+            yield from map(spool.images, groups)
+            return
+
+        def made(group: Sequence[NDArray[np.int64]]) -> Task[list[bytes]]:
+            return workers.submit(lambda _threads: spool.images(group))
+
+        coming = [made(group) for group in groups[:1]]
+        for group in [*groups[1:], None]:
+            now = coming.pop()
+            if group is not None:
+                coming.append(made(group))
+            yield now.result()
 
     def discard(self) -> None:
         """Remove what was staged; leaves nothing behind but a gap in the ids.
