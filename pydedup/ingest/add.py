@@ -52,8 +52,8 @@ def add_models(
     """Add models with one joint layout, all of them or none.
 
     Memory: one tensor, the pool, and about 16 bytes and one index entry per block; with more than
-    one of ``workers`` 128 MiB more, whatever is added (docs/architecture.md, "Workers"). Holds no
-    lock while hashing or staging.
+    one of ``workers`` about 100 MiB more, whatever is added (docs/architecture.md, "Workers").
+    Holds no lock while hashing or staging.
 
     Raises
     ------

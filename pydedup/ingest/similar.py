@@ -336,7 +336,8 @@ def _measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> N
     chosen = pairs.select(entries)
     with np.errstate(over="ignore"):
         bases = values_of(pairs.bases).astype(blocks.dtype.numpy, copy=False)
-    return distances(values_of(blocks)[chosen.rows], bases[chosen.base_index]).relative_l2
+    pair = chosen.rows, chosen.base_index
+    return distances(values_of(blocks), bases, pairs=pair).relative_l2
 
 
 def exact_distances(blocks: MatrixView, pairs: Pairs, limit: float) -> NDArray[np.float64]:
@@ -347,7 +348,8 @@ def exact_distances(blocks: MatrixView, pairs: Pairs, limit: float) -> NDArray[n
     if pairs.bases.dtype != blocks.dtype:
         return np.where(pairs.estimates <= limit, pairs.estimates, np.inf)
     values, bases = values_of(blocks), values_of(pairs.bases)
-    return distances(values[pairs.rows], bases[pairs.base_index], limit=limit).relative_l2
+    pair = pairs.rows, pairs.base_index
+    return distances(values, bases, limit=limit, pairs=pair).relative_l2
 
 
 def _take(kept: Kept, chosen: Sequence[tuple[int, Delta]]) -> None:

@@ -17,6 +17,7 @@ from pydedup.errors import ArgumentError
 from pydedup.similarity._arguments import (
     as_count,
     as_float,
+    as_ids,
     as_number,
     as_shape,
     blocks_of,
@@ -50,6 +51,7 @@ def distances(
     *,
     eps: float | None = None,
     limit: float | None = None,
+    pairs: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     threads: int = 0,
 ) -> Distances:
     """Compare blocks pair by pair, in one pass over each pair.
@@ -61,6 +63,9 @@ def distances(
         they lie if the last is dense; more must be C-contiguous.
     b
         Blocks of the same shape, or one block (...) for all of a.
+    pairs
+        Which block of a and which of b are compared, int64 (n,) each: then neither is copied, and
+        there may be any number of both. By default each with the one at its place.
     eps
         Also count the entries that differ by at most this.
     limit
@@ -85,19 +90,23 @@ def distances(
     dtype = as_float(a.dtype, "a")
     if b.dtype != a.dtype:
         raise ArgumentError(f"b has dtype {b.dtype}, but a has {a.dtype}")
-    if b.shape not in (a.shape, a.shape[1:]):
+    if pairs is None and b.shape not in (a.shape, a.shape[1:]):
         raise ArgumentError(f"b has shape {b.shape}; with a of {a.shape}, give that or one block")
-    one = b.shape != a.shape
+    one = pairs is None and b.shape != a.shape
     left, shape = blocks_of(a, "a")
-    right, _ = blocks_of(b[np.newaxis] if one else b, "b")
-    pairs = np.arange(len(left), dtype=np.int64)
+    right, other = blocks_of(b[np.newaxis] if one else b, "b")
+    if other != shape:
+        raise ArgumentError(f"blocks of b have shape {other}; those of a have {shape}")
+    if pairs is None:
+        numbers = np.arange(len(left), dtype=np.int64)
+        pairs = numbers, np.zeros_like(numbers) if one else numbers
     found = _core.compare_blocks(
         left,
         right,
         dtype.code,
         *shape,
-        pairs,
-        np.zeros_like(pairs) if one else pairs,
+        as_ids(pairs[0]),
+        as_ids(pairs[1]),
         0.0 if eps is None else as_number(eps, "eps"),
         math.inf if limit is None else as_number(limit, "limit"),
         as_count(threads, "threads"),

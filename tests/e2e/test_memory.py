@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adding a large model takes one tensor plus the pool, measured as RSS of a child process.
 
+What workers do ahead of their turn is bounded, too (docs/architecture.md, "Workers").
+
 Synthetic weights: they imitate a network of equal dense layers and a fine-tune of its last half.
 """
 
@@ -25,6 +27,7 @@ import psutil
 import pydedup
 
 url, small, first, second, pool = sys.argv[1:6]
+workers = int(sys.argv[6]) if len(sys.argv) > 6 else None
 me = psutil.Process()
 peak = 0
 done = threading.Event()
@@ -36,14 +39,14 @@ def watch():
         time.sleep(0.002)
 
 with pydedup.open(url, memory=int(pool)) as store:
-    store.add("warm-up", small)
+    store.add("warm-up", small, workers=workers)
     before = me.memory_info().rss
     watcher = threading.Thread(target=watch)
     watcher.start()
     peaks = []
     for name, path in (("first", first), ("second", second)):
         peak = 0
-        store.add(name, path)
+        store.add(name, path, workers=workers)
         peaks.append(peak - before)
     done.set()
     watcher.join()
@@ -89,3 +92,26 @@ def test_adding_takes_one_tensor_plus_the_pool(tmp_path: Path, suffix: str) -> N
     for peak in result["peaks"]:
         assert peak < TENSOR_BYTES + POOL_BYTES, result
         assert peak > TENSOR_BYTES // 4, "the measurement saw nothing"
+
+
+def test_what_workers_do_ahead_is_bounded(tmp_path: Path) -> None:
+    """Of models of many tensors, each of which may be read ahead."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{number}.npz" for number in range(3)]
+    np.savez(paths[0], w=np.ones((64, 64), np.float32))
+    for path in paths[1:]:
+        layers = {f"l{n}": rng.standard_normal((2048, 1024), np.float32) for n in range(30)}
+        np.savez(path, **layers)
+        model_bytes = sum(array.nbytes for array in layers.values())
+    del layers
+    url, pool = f"sqlite:///{tmp_path / 'store.db'}", 16 << 20
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, url, *map(str, paths), str(pool), "4"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(done.stdout)
+    assert result["errors"] == []
+    for peak in result["peaks"]:
+        assert peak < 200 << 20 < model_bytes, result

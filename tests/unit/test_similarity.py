@@ -360,6 +360,13 @@ def test_distances_are_those_of_float64(dtype: Any) -> None:
     assert (distances(a, wide[:, :, :47]).relative_l2 == found.relative_l2).all()
     flat = distances(a.reshape(5, 3, 11, 47), b.reshape(5, 3, 11, 47))
     assert flat.relative_l2 == pytest.approx(found.relative_l2, rel=1e-6)
+    some = np.array([4, 0, 4, 2]), np.array([1, 1, 0, 2])
+    chosen, copied = distances(a, b[:3], pairs=some, eps=0.5), distances(a[some[0]], b[some[1]])
+    assert (chosen.relative_l2 == copied.relative_l2).all()
+    with pytest.raises(ArgumentError):
+        distances(a, b[:3], pairs=some[::-1])
+    with pytest.raises(ArgumentError, match="blocks of b have shape"):
+        distances(a, b[:, :5], pairs=some)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
