@@ -234,11 +234,13 @@ def parse(text: str) -> Scrape:
             if sample.name == "pydedup_requests_total":
                 key = (sample.labels.get("model", ""), sample.labels.get("outcome", ""))
                 models[key] = sample.value
-            elif sample.labels or sample.name.endswith("_created"):
+            elif sample.name.endswith("_created"):
                 continue
-            elif sample.name.startswith("pydedup_pool_"):
+            elif sample.name.startswith("pydedup_pool_"):  # on Ray, of several replicas
                 name = sample.name.removeprefix("pydedup_pool_").removesuffix("_total")
-                pool[name] = sample.value
+                pool[name] = pool.get(name, 0) + sample.value
+            elif sample.labels:
+                continue
             else:
                 gauges[sample.name] = sample.value
     if not pool:

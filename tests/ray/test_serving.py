@@ -22,6 +22,7 @@ import pytest
 import pydedup
 from pydedup.errors import ArgumentError, MissingStoreError, UnavailableError
 from pydedup.graph import Graph, Node
+from pydedup.http.scrape import parse
 from pydedup.ray import app, deployment
 from pydedup.ray.cluster import Secret, import_ray
 from pydedup.ray.serving.running import parse_replicas
@@ -197,6 +198,7 @@ def test_errors_are_those_of_pydedup_serve(server: Server) -> None:
     text = server.ask("GET", "/metrics").body.decode()
     assert 'pydedup_requests_total{model="family0/variant0@1",outcome="ok"}' in text
     assert text.count("\npydedup_pool_misses_total{replica=") == 2
+    assert parse(text).pool["misses"] >= FAMILIES  # what `pydedup top` reads, of both
 
 
 def test_what_changes_counts_at_once(server: Server, url: str) -> None:

@@ -19,6 +19,7 @@ from pydedup.text import without_secrets
 
 __all__ = ["APPLICATION", "parse_replicas", "run"]
 
+_LOG = logging.getLogger("pydedup.ray")
 #: What it is called in Ray's dashboard.
 APPLICATION: Final = "pydedup"
 
@@ -76,6 +77,7 @@ def run(
         serve = import_ray("ray.serve")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         application = deployment(url, check=False, **chosen)
+        _check_cpus(ray, on, chosen)
         taken = {number: signal.signal(number, lambda *_: stop.set()) for number in _SIGNALS}
         mine = not serve.status().proxies
         try:
@@ -86,12 +88,33 @@ def run(
         finally:
             for number, before in taken.items():
                 signal.signal(number, before)
-            serve.delete(APPLICATION)
-            if mine and not serve.status().applications:
-                serve.shutdown()
+            _take_down(serve, mine)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _take_down(serve: Any, mine: bool) -> None:
+    try:
+        serve.delete(APPLICATION)
+        if mine and not serve.status().applications:
+            serve.shutdown()
+    except Exception as error:
+        said = " ".join(without_secrets(str(error)).split())
+        raise ClusterError(f"the application {APPLICATION} was not taken down: {said}") from error
+
+
+def _check_cpus(ray: Any, on: str, chosen: Mapping[str, Any]) -> None:
+    """Say where Ray would wait for CPUs: for ever, if it is a private one."""
+    least = chosen.get("autoscaling_config", {}).get("min_replicas", 1)
+    wanted = chosen.get("num_cpus", 1) * chosen.get("num_replicas", least)
+    found = ray.cluster_resources().get("CPU", 0)
+    if wanted <= found:
+        return
+    said = f"the replicas want {wanted:g} CPUs, and Ray has {found:g}"
+    if on == "local":
+        raise ClusterError(f"{said}; take fewer --replicas")
+    _LOG.warning("%s; they start when it has more", said)
 
 
 def _start(serve: Any, application: Any, http: dict[str, Any]) -> None:
