@@ -28,9 +28,13 @@ R = TypeVar("R")
 
 #: Whoever makes a shard holds this; the coordinator, which may be the same database, has its own.
 CLAIMING: Final = CREATING + 1
-#: A shard that failed is asked again after so long, at most: half the time that it is down.
+#: Of two copies the one on a shard that failed is asked for first again after half the time that it
+#: is down, at most so long.
 LONGEST_PAUSE_SECONDS: Final = 5.0
 FIRST_PAUSE_SECONDS: Final = 0.05
+#: A shard that let a connection wait, as a host without power does, is left alone for so many times
+#: as long. One that refuses does so at once, and is asked whenever there is no other.
+LEFT_ALONE: Final = 3.0
 
 
 class Shard(PostgresAdapter):
@@ -48,7 +52,8 @@ class Shard(PostgresAdapter):
         self._ring = ""
         self._state = threading.Lock()
         self._down_since: float | None = None
-        self._ask_at = 0.0
+        self._ask_at = self._leave_until = 0.0
+        self._said = ""
         # Not PostgresAdapter's, which connects: a shard may be down when its store is opened.
         DbApiBase.__init__(
             self,
@@ -91,7 +96,23 @@ class Shard(PostgresAdapter):
         """Note that it did."""
         if self._down_since is not None:
             with self._state:
-                self._down_since = None
+                self._down_since, self._leave_until = None, 0.0
+
+    def connected(self) -> None:
+        """Open this thread's connection where there is none.
+
+        Raises what its opening does, and the same at once while the shard is left alone.
+        """
+        began = time.monotonic()
+        if began < self._leave_until:
+            raise ConnectionLostError(self._said)
+        try:
+            self._connected()
+        except ConnectionLostError as error:
+            with self._state:
+                now = time.monotonic()
+                self._said, self._leave_until = str(error), now + LEFT_ALONE * (now - began)
+            raise
 
     def _again(self, read: Callable[[], R]) -> R:
         # Whoever reads asks another shard, or waits for this one together with all others.
@@ -215,10 +236,6 @@ class Shard(PostgresAdapter):
         listed = ",".join(str(int(number)) for number in ids)
         query = f"SELECT id, payload FROM {self._payloads} WHERE id = ANY('{{{listed}}}')"  # noqa: S608
         return f"COPY ({query}) TO STDOUT (FORMAT BINARY)".encode()
-
-    def connected(self) -> None:
-        """Open this thread's connection where there is none."""
-        self._connected()
 
     def open_session(self) -> Session | None:
         """Return this thread's session, locked, if its connection is open."""

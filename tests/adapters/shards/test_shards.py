@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydedup.adapters._postgres_errors import ConnectionLostError
 from pydedup.adapters._shards_url import places_of
 
 import pydedup
@@ -253,6 +256,64 @@ def test_a_shard_that_is_down(
     assert dict(opened.read_pages(list(pages))) == pages
     assert opened.integrity_errors() == []
     opened.close()
+
+
+def test_a_host_that_does_not_answer_is_left_alone(
+    store: Adapter, place: ShardedPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = add_random_pages(store, 30, size=500)
+    shard: Any = store._shards[2]  # type: ignore[attr-defined]
+    tries = []
+
+    def wait() -> Any:
+        tries.append(1)
+        time.sleep(0.01)
+        raise ConnectionLostError("no answer")
+
+    monkeypatch.setattr(shard._pool, "_open_connection", wait)
+    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("pydedup.adapters._shard.LEFT_ALONE", 1e6)
+
+    def read() -> None:  # with new connections
+        with pytest.raises(UnavailableError, match="no answer"):
+            list(store.read_pages(list(pages)))
+
+    in_thread(read)
+    asked = len(tries)
+    for _ in range(3):
+        in_thread(read)
+    assert len(tries) == asked > 0
+    monkeypatch.undo()
+    shard.answered()  # instead of waiting
+    assert in_thread(lambda: dict(store.read_pages(list(pages)))) == pages
+
+
+# ---- the rest of pydedup -----------------------------------------------------------------------
+
+
+def test_models_are_copied_there_and_back(place: ShardedPlace, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal((512, 1024)).astype(np.float32)
+    models = {"a@1": {"w": base}, "b@1": {"w": base + np.float32(1e-4)}}
+    file, back = f"sqlite:///{tmp_path / 'a.db'}", tmp_path / "b.db"
+    with pydedup.open(file) as store:
+        store.add_many(dict(models.items()))
+        store.copy_to(place.url(replicas=2))
+    with pydedup.open(place.url(replicas=2)) as store:
+        assert store.verify().ok
+        assert store.stats().pages == len(place.payloads())
+        store.copy_to(f"sqlite:///{back}")
+        store.backup(tmp_path / "backup.db")
+    for url in (f"sqlite:///{back}", f"sqlite:///{tmp_path / 'backup.db'}"):
+        with pydedup.open(url, mode="r") as store:
+            for address, model in models.items():
+                assert store.load(address)["w"].tobytes() == model["w"].tobytes()
+
+
+def test_functions_in_the_server_are_refused(store: Any) -> None:
+    for call in (store.install_functions, store.function_statements):
+        with pytest.raises(StoreError, match="in shards"):
+            call(None)
 
 
 # ---- what is left behind -----------------------------------------------------------------------
