@@ -107,11 +107,16 @@ class CatalogCalls(DbApiBase):
                     f"the name and version of the model with id {model_id} were taken meanwhile"
                 ) from error
 
-    def models(self, *, name: str | None = None, state: str | None = LIVE) -> list[ModelRow]:
+    def models(
+        self, *, name: str | None = None, state: str | None = LIVE, newest: int | None = None
+    ) -> list[ModelRow]:
         """Return model rows by ascending id; ``state=None`` means all states."""
-        sql = self._sql.models(name=name is not None, state=state is not None)
-        parameters = [value for value in (name, state) if value is not None]
-        return [_model_row(row) for row in self._query(sql, parameters)]
+        sql = self._sql.models(
+            name=name is not None, state=state is not None, newest=newest is not None
+        )
+        parameters = [value for value in (name, state, newest) if value is not None]
+        rows = [_model_row(row) for row in self._query(sql, parameters)]
+        return rows if newest is None else rows[::-1]
 
     def delete_model(self, model_id: int) -> None:
         """Delete the row and what belongs to it."""

@@ -117,6 +117,14 @@ class DbApiAdapter(MigratingCalls):
             rows = self._query(self._sql.model_pages_of, [model_id])
         return [(row[0], row[1], row[2], row[3]) for row in rows]
 
+    def readers_of(self, page_ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (model_id, page_id), ordered, of live models that read one of these pages."""
+        found: list[tuple[int, int]] = []
+        for piece in self._members(page_ids):
+            rows = self._query(self._sql.readers_of(len(piece)), piece)
+            found += [(row[0], row[1]) for row in rows]
+        return sorted(found)
+
     def delete_model_pages(self, model_id: int) -> None:
         """Delete the rows of one model."""
         self._write(self._sql.delete_model_pages, [model_id])

@@ -176,10 +176,19 @@ class Statements:
 
     # ---- statements whose shape depends on the call -------------------------------------------
 
-    def models(self, *, name: bool, state: bool) -> str:
-        """Return the listing of models."""
+    def models(self, *, name: bool, state: bool, newest: bool) -> str:
+        """Return the listing of models; parameters: name, state, how many, newest first."""
         where = (["name"] if name else []) + (["state"] if state else [])
-        return self.select("models", MODEL_COLUMNS, where=where, order=("id",))
+        sql = self.select("models", MODEL_COLUMNS, where=where, order=("id",))
+        return f"{sql} DESC LIMIT {self.dialect.placeholder}" if newest else sql
+
+    def readers_of(self, members: int) -> str:
+        """Return the live models that read some pages."""
+        return (
+            f"SELECT r.model_id, r.page_id FROM {self._name('model_pages')} r "
+            f"JOIN {self._name('models')} m ON m.id = r.model_id "
+            f"WHERE r.page_id {self.members(members)} AND m.state = {literal(LIVE)}"
+        )
 
     def update_model(self, columns: Sequence[str]) -> str:
         """Return an UPDATE of these columns of one model."""

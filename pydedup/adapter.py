@@ -319,8 +319,13 @@ class Adapter(Protocol):
         version.
         """
 
-    def models(self, *, name: str | None = None, state: str | None = LIVE) -> list[ModelRow]:
-        """Return model rows by ascending id; ``state=None`` means all states."""
+    def models(
+        self, *, name: str | None = None, state: str | None = LIVE, newest: int | None = None
+    ) -> list[ModelRow]:
+        """Return model rows by ascending id; ``state=None`` means all states.
+
+        With ``newest`` only so many, those with the largest ids, without looking at all others.
+        """
 
     def delete_model(self, model_id: int) -> None:
         """Delete the row and all that hangs on it.
@@ -408,6 +413,9 @@ class Adapter(Protocol):
 
     def model_pages(self, model_id: int | None = None) -> list[tuple[int, int, int, int]]:
         """Return (model_id, page_id, blocks, bytes) ordered by model and page."""
+
+    def readers_of(self, page_ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (model_id, page_id), ordered, of *live* models that read one of these pages."""
 
     def delete_model_pages(self, model_id: int) -> None:
         """Delete the rows of one model."""

@@ -24,6 +24,8 @@ __all__ = ["Catalog", "StoredModel", "listed", "page_readers"]
 
 # Models whose tensors and block maps are kept in memory: about 6 bytes per block each.
 _CACHED_MODELS = 256
+# Of so many models, the newest ones, a message about an unknown one suggests names.
+_SUGGESTED_MODELS = 10_000
 # Of many names, a message has so many.
 _SHOWN_NAMES = 6
 
@@ -139,7 +141,7 @@ class Catalog:
         parsed = parse_address(address)
         rows = self._adapter.models(name=parsed.name)
         if not rows:
-            names = sorted({row.name for row in self._adapter.models()})
+            names = sorted({row.name for row in self._adapter.models(newest=_SUGGESTED_MODELS)})
             raise NotFoundError(
                 f"no model {parsed.name!r} in {self._adapter.url}"
                 f"{_did_you_mean(parsed.name, names)}"

@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from _check import Compared
 
-__all__ = ["compared_table", "simulated"]
+__all__ = ["compared_table", "duration", "number", "simulated", "size", "titled"]
 
 
 def size(count: float) -> str:
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
 
-def _table(title: str, *columns: str) -> Table:
+def titled(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
@@ -67,7 +67,7 @@ def simulated(
     """Yield tables: the store, its ingest, its shards, its nodes."""
     held = stock(measured, scenario)
     title = f"{scenario.models:,} models, {size(held.logical_bytes)}, {scenario.database}"
-    table = _table(title, "table", "rows", "bytes")
+    table = titled(title, "table", "rows", "bytes")
     for name, one in held.tables.items():
         table.add_row(name, number(one.rows), size(held.bytes[name]))
     table.add_section()
@@ -79,19 +79,19 @@ def simulated(
     yield table
 
     one = ingest(measured, held)
-    table = _table("ingest, one writer", "", "all models", "one more at full size")
+    table = titled("ingest, one writer", "", "all models", "one more at full size")
     table.add_row("work of adds", duration(one.work), duration(one.last_work))
     table.add_row(
         "what every add reads of the whole store", duration(one.growing), duration(one.last_growing)
     )
     table.add_row("index on hashes", duration(one.hashes), duration(one.last_hashes))
     yield table
-    table = _table("writers side by side, without the latter", "writers", "adds/s", "attempts")
+    table = titled("writers side by side, without the latter", "writers", "adds/s", "attempts")
     for found in writers(measured, held, [1, 4, 16, 64, 256]):
         table.add_row(f"{found.count}", f"{found.adds_per_second:.3g}", f"{found.attempts:.2f}")
     yield table
 
-    table = _table(
+    table = titled(
         "shards, a store each", "shards", "pages, by family", "pages, at random", "index per shard"
     )
     for count in shards:
@@ -99,7 +99,7 @@ def simulated(
         table.add_row(f"{count}", size(by_family), size(at_random), size(held.index_bytes / count))
     yield table
 
-    table = _table(
+    table = titled(
         f"nodes of {size(scenario.memory)}, Zipf {scenario.popularity:g}, {policy}",
         *("nodes", "routing", "pages a request", "reads", "MB read", "hit ratio", "catalog hits"),
         *("latency", "of it computing", "busiest node"),
@@ -124,7 +124,7 @@ def simulated(
 def compared_table(found: Sequence[Compared]) -> Table:
     """Return predictions beside what was measured."""
     missed = sum(not one.holds for one in found)
-    table = _table(
+    table = titled(
         f"{len(found)} quantities, {missed} not within {100 * found[0].within:.0f} %",
         *("quantity", "predicted", "real", "ratio", ""),
     )

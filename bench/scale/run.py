@@ -4,10 +4,12 @@
     python bench/scale/run.py measure [--postgres URL]   # prices and families -> measured.json
     python bench/scale/run.py simulate [--models 1000000] [--bytes 100e12] ...
     python bench/scale/run.py check [--models 300] [--url URL]
+    python bench/scale/run.py limits [--models 20000] [--url URL]
 
 `measure` runs the real code on real families for some minutes; `simulate` needs nothing but
 measured.json, which is in the repository; `check` builds a store of a family that was not measured
-and holds each prediction against it. docs/scale.md says what is assumed.
+and holds each prediction against it; `limits` times what reads whole tables. docs/scale.md says
+what is assumed.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from _simulate import Scenario
 from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
-console = Console(width=150)
+console = Console(width=170)
 
 
 def tell(text: object) -> None:
@@ -66,6 +68,9 @@ def options() -> argparse.Namespace:
     one.add_argument("--seed", type=int, default=101)
     one.add_argument("--url", help="an empty PostgreSQL database instead of SQLite")
     one.add_argument("--json", type=Path)
+    one = commands.add_parser("limits", help="what reads whole tables, timed on filled ones")
+    one.add_argument("--models", type=int, default=20_000)
+    one.add_argument("--url", help="an empty database instead of SQLite")
     return parser.parse_args()
 
 
@@ -111,6 +116,11 @@ def main() -> None:
             chosen.shards,
             chosen.policy,
         ):
+            console.print(table)
+    elif chosen.command == "limits":
+        from _limits import limits
+
+        for table in limits(measured_of(chosen), chosen.folder, chosen.models, chosen.url, tell):
             console.print(table)
     else:
         from _check import check

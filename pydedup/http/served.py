@@ -200,8 +200,7 @@ class ServedStore(Store):
         """Forget the pages that only this model reads; returns how many there are."""
         row = self._catalog.resolve(address)
         mine = {page for _, page, _, _ in self._adapter.model_pages(row.id)}
-        live = {other.id for other in self._adapter.models()} - {row.id}
-        others = {page for owner, page, _, _ in self._adapter.model_pages() if owner in live}
+        others = {page for owner, page in self._adapter.readers_of([*mine]) if owner != row.id}
         alone = sorted(mine - others)
         self._catalog.forget(row.id)
         self._known.pop(row.id, None)

@@ -160,7 +160,7 @@ class Aligned:
 
     def _newest(self) -> list[ModelRow]:
         if self._rows is None:
-            self._rows = sorted(self._adapter.models(), key=lambda row: -row.id)[:_NEWEST]
+            self._rows = self._adapter.models(newest=_NEWEST)[::-1]
         return self._rows
 
     def _relative(self, row: ModelRow) -> _Relative:

@@ -107,7 +107,7 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     with adapter.snapshot():
         model = StoredModel(adapter, catalog.resolve(address))
         pages = {page for _, page, _, _ in adapter.model_pages(model.row.id)}
-        neighbours = {owner for owner, page, _, _ in adapter.model_pages() if page in pages}
+        neighbours = {owner for owner, _ in adapter.readers_of(sorted(pages))}
         others = [
             StoredModel(adapter, row)
             for row in adapter.models()

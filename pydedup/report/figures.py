@@ -84,8 +84,7 @@ def model_figures(adapter: Adapter, catalog: Catalog, address: str) -> ModelFigu
         row = model.row
         aliases = [alias for _, alias, model_id in adapter.aliases(row.name) if model_id == row.id]
         mine = {page: size for _, page, _, size in adapter.model_pages(row.id)}
-        live = {other.id for other in adapter.models()} - {row.id}
-        others = {page for owner, page, _, _ in adapter.model_pages() if owner in live}
+        others = {page for owner, page in adapter.readers_of(list(mine)) if owner != row.id}
         artifacts = tuple(name for name, _ in adapter.artifacts(row.id))
     return ModelFigures(
         info=model_info(row, aliases),

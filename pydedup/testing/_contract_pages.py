@@ -246,6 +246,21 @@ class PagesContract(ContractBase):
             adapter.delete_model_pages(1)
         assert adapter.model_pages() == rows[:1]
 
+    def test_readers_of_pages_are_live_models(self, adapter: Adapter) -> None:
+        """Only of the pages that are asked for, each pair once, and none that is staged."""
+        with adapter.transaction():
+            a, b, c = (
+                adapter.insert_model(model_row(name, "1", state))
+                for name, state in (("a", LIVE), ("b", STAGING), ("c", LIVE))
+            )
+            adapter.insert_model_pages(
+                [(a, 1, 1, 1), (a, 2, 1, 1), (b, 1, 1, 1), (c, 2, 1, 1), (c, 3, 1, 1)]
+            )
+        assert adapter.readers_of([2, 1, 2]) == [(a, 1), (a, 2), (c, 2)]
+        assert adapter.readers_of([3, 9]) == [(c, 3)]
+        assert adapter.readers_of([]) == []
+        assert adapter.readers_of(list(range(2, 20_000))) == [(a, 2), (c, 2), (c, 3)]
+
     def test_views_show_sizes_and_sharing(self, adapter: Adapter) -> None:
         """Only live models count; figures are those of the pages."""
         ids = add_pages(adapter, 3)

@@ -110,6 +110,18 @@ class RowsContract(ContractBase):
         assert adapter.jobs() == [(name, name, name, "running")]
         assert len(adapter.models()) == len(HOSTILE_NAMES)
 
+    def test_newest_models_are_the_last_ones_by_id(self, adapter: Adapter) -> None:
+        """They come in the order of all, filters hold first, and few models are all of them."""
+        with adapter.transaction():
+            for number in range(6):
+                state = STAGING if number == 5 else LIVE
+                adapter.insert_model(model_row("a" if number % 2 else "b", str(number), state))
+        assert [row.version for row in adapter.models(newest=2)] == ["3", "4"]
+        assert [row.version for row in adapter.models(newest=2, state=None)] == ["4", "5"]
+        assert [row.version for row in adapter.models(name="a", newest=1)] == ["3"]
+        assert adapter.models(newest=100) == adapter.models()
+        assert adapter.models(newest=0) == []
+
     def test_models_are_listed_by_id(self, adapter: Adapter) -> None:
         """Filters hold, and the order is that of insertion."""
         with adapter.transaction():
