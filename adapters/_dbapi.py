@@ -171,8 +171,10 @@ class DbApiAdapter(MigratingCalls):
     def signatures(self, grp: int) -> Iterator[tuple[int, bytes]]:
         """Yield (segment, payload) of one group, by ascending segment."""
         segments = [row[0] for row in self._query(self._sql.signature_segments, [grp])]
-        for segment in segments:
-            for (payload,) in self._query(self._sql.signature, [segment, grp]):
+        most = min(PAYLOADS_PER_READ, self.capabilities.max_parameters - 1)
+        for piece in batches(segments, most):
+            members = [list(piece)] if self._sql.dialect.arrays else piece
+            for segment, payload in self._query(self._sql.signatures(len(piece)), [grp, *members]):
                 yield segment, bytes(payload)
 
     def signatures_of(self, segments: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:

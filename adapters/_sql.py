@@ -246,6 +246,14 @@ class Statements:
         """Return the deletion of blocks."""
         return f"DELETE FROM {self._name('distinct_blocks')} WHERE id {self.members(members)}"
 
+    def signatures(self, members: int) -> str:
+        """Return the reading of some segments of a group; parameters: the group, members."""
+        return (
+            f"SELECT segment, payload FROM {self._name('signatures')} "
+            f"WHERE grp = {self.dialect.placeholder} AND segment {self.members(members)} "
+            "ORDER BY segment"
+        )
+
     def signature_keys(self, members: int) -> str:
         """Return the listing of the groups of segments."""
         return (

@@ -2,8 +2,8 @@
 """What reads whole tables: calls of the adapter timed on filled tables, with the database's plan.
 
 Rows as `_tables.fill` writes them. What a call took per row that it reads, times the rows of the
-scenario, is what it takes there; a call that looks its rows up takes as long as it did here, but for
-deeper trees.
+scenario, is what it takes there; a call that looks its rows up takes as long as it did here, but
+for deeper trees.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from _costs import median_time
 from _measure import Measured
 from _show import duration, number, titled
 from _simulate import Scenario, Stock, stock
-from _tables import fill, table_rows
+from _tables import analyse, fill, table_rows
 from rich.table import Table
 
 import pydedup
@@ -56,6 +56,7 @@ def limits(
         started = time.perf_counter()
         fill(adapter, models, one)
         tell(f"{models} models in {time.perf_counter() - started:.0f} s")
+        analyse(adapter)
         rows = table_rows(adapter)
         table = titled(
             f"{models:,} models, and {scenario.models:,} of them",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from _sharing import Brought
@@ -23,6 +24,7 @@ __all__ = [
     "SQLITE_PAGE",
     "TABLES",
     "Table",
+    "analyse",
     "fill",
     "overheads",
     "predicted",
@@ -197,6 +199,15 @@ def table_rows(adapter: Adapter) -> dict[str, int]:
     return found
 
 
+def analyse(adapter: Adapter) -> None:
+    """Do what PostgreSQL's autovacuum does within a minute; SQLite stores have no statistics."""
+    if not adapter.url.startswith("sqlite"):
+        connection = _connection(adapter)
+        for table in TABLES:
+            connection.execute(f"ANALYZE {adapter._sql.dialect.name(table)}")
+        connection.commit()
+
+
 def table_bytes(adapter: Adapter) -> dict[str, int]:
     """Return what each table takes with its indexes, in SQLite or PostgreSQL."""
     connection = _connection(adapter)
@@ -247,6 +258,6 @@ def paged(rows: float, payload: float, overhead: float, sqlite: bool) -> float:
     return payload / 1996 * (8192 / 4 + 24) + rows * overhead
 
 
-def _connection(adapter: Adapter) -> object:
+def _connection(adapter: Adapter) -> Any:
     with adapter._pool.acquire() as session:  # type: ignore[attr-defined]
         return session.connection

@@ -286,6 +286,10 @@ class RowsContract(ContractBase):
         assert found == sorted(row for row in rows if row[0] != 1)
         assert {type(payload) for _, _, payload in found} == {bytes}
         assert list(adapter.signatures_of([])) == []
+        many = list(range(100, 140))
+        with adapter.transaction():
+            adapter.insert_signatures((segment, 9, b"%d" % segment) for segment in reversed(many))
+        assert list(adapter.signatures(9)) == [(segment, b"%d" % segment) for segment in many]
         with adapter.transaction():
             adapter.delete_signatures([7, 999])
             adapter.delete_signatures([])

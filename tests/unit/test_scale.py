@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import pydedup
+from pydedup.errors import NotFoundError
 
 FOLDER = Path(__file__).resolve().parents[2] / "bench" / "scale"
 
@@ -123,6 +124,33 @@ def test_a_pilot_predicts_a_larger_store(tmp_path: Path, measured: Any) -> None:
     for table in ("pages", "model_pages", "distinct_blocks"):
         assert held.tables[table].rows == pytest.approx(rows[table], rel=0.2), table
     assert held.stored_bytes == pytest.approx(payload, rel=0.1)
+
+
+def test_what_is_about_one_model_does_not_list_all_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An add read a million rows to find the 32 newest, and so did a typing error in a name.
+    with store_of(tmp_path / "store.db", 3) as store:
+        adapter, seen = store._adapter, []
+        original, reads = adapter.models, adapter.model_pages
+
+        def listed(**given: Any) -> Any:
+            seen.append(given)
+            return original(**given)
+
+        def of_one(model_id: int | None = None) -> Any:
+            assert model_id is not None
+            return reads(model_id)
+
+        monkeypatch.setattr(adapter, "models", listed)
+        monkeypatch.setattr(adapter, "model_pages", of_one)
+        store.add("other", dict(models(2)[1][1]))
+        shared = store.info("m-002")
+        assert 0 < shared.exclusive_bytes < shared.used_bytes
+        with pytest.raises(NotFoundError, match="did you mean 'm-00"):
+            store.load("m-00")
+        assert seen
+        assert all("name" in given or "newest" in given for given in seen), seen
 
 
 # ---- laws of the simulated store -----------------------------------------------------------------
