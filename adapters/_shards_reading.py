@@ -205,6 +205,11 @@ class ShardedReads(PostgresCopy):
             return "no model yet"
         return ", ".join(named[:_SHOWN]) + (", ..." if len(named) > _SHOWN else "")
 
+    @property
+    def copies(self) -> int:
+        """On how many shards each page is."""
+        return self._ring.replicas
+
     def page_copies(self, page_id: int) -> Iterator[bytes]:
         """Yield what each shard that answers has of a page."""
         for shard_id in self._places(page_id):

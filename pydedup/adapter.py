@@ -212,6 +212,10 @@ class FunctionsAdapter(Protocol):
 class CopiesAdapter(Protocol):
     """Pages that are kept in more than one place, optional for an adapter."""
 
+    @property
+    def copies(self) -> int:
+        """In how many places each page is; 1 where this store keeps no others."""
+
     def page_copies(self, page_id: int) -> Iterator[bytes]:
         """Yield what each place that answers has of a page, whole or damaged."""
 

@@ -8,12 +8,12 @@ misses a page calls `StoredModel.refresh` and reads the block map again, once.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter, ModelRow, TensorRow
+from pydedup.adapter import Adapter, CopiesAdapter, ModelRow, TensorRow
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.errors import CorruptStoreError, NotFoundError
 from pydedup.graph import Graph
@@ -224,6 +224,13 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
         shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
         return f"; there is: {shown}"
     return "; the store is empty"
+
+
+def page_copies(adapter: Adapter) -> Callable[[int], Iterable[bytes]] | None:
+    """Return what gives the copies of a page, ``None`` where a store keeps one of each."""
+    if isinstance(adapter, CopiesAdapter) and adapter.copies > 1:
+        return adapter.page_copies
+    return None
 
 
 def page_readers(adapter: Adapter) -> dict[int, list[str]]:

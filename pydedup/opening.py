@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydedup import codec, config, registry
-from pydedup.adapter import SCHEMA_VERSION, Adapter, CopiesAdapter, RowAdapter
-from pydedup.catalog import listed, page_readers
+from pydedup.adapter import SCHEMA_VERSION, Adapter, RowAdapter
+from pydedup.catalog import listed, page_copies, page_readers
 from pydedup.errors import (
     ArgumentError,
     MissingStoreError,
@@ -110,7 +110,7 @@ def pool_of(adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLI
         policy=replacement,
         readers=adapter.capabilities.page_readers,
         scratch_bytes=scratch // 2,
-        copies=adapter.page_copies if isinstance(adapter, CopiesAdapter) else None,
+        copies=page_copies(adapter),
     )
 
 

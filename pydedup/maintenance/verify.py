@@ -10,7 +10,7 @@ recorded when it was stored, and the source's hashes say nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
-from pydedup.catalog import StoredModel, page_readers
+from pydedup.catalog import StoredModel, page_copies, page_readers
 from pydedup.errors import CorruptStoreError, PydedupError, StoreError
 from pydedup.layout import base_places, by_page, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport, unreadable_pages
@@ -97,7 +97,7 @@ def _verify_pages(
     contents: dict[int, _PageContent] = {}
     rows = adapter.page_rows(state=LIVE)
     live = {row.id for row in rows}
-    pool = PagePool(adapter.read_pages, _BASE_PAGE_BYTES)
+    pool = PagePool(adapter.read_pages, _BASE_PAGE_BYTES, copies=page_copies(adapter))
     damage = Damage(report, page_readers(adapter), live, pool)
     damage.note_missing(adapter)
     for page_id, said in unreadable.items():
@@ -109,7 +109,7 @@ def _verify_pages(
         recorded: dict[int, dict[int, BlockRow]] = {}
         for block in adapter.blocks_on_pages(list(group)):
             recorded.setdefault(block.page_id, {})[block.slot] = block
-        for page_id, payload in adapter.read_pages(list(group)):
+        for page_id, payload in _payloads(adapter, list(group), report):
             report.pages += 1
             report.page_bytes += len(payload)
             wanted = recorded.get(page_id, {})
@@ -153,6 +153,31 @@ def _verify_pages(
         if progress is not None:
             progress("checking pages", min(start + _PAGES_AT_ONCE, len(rows)), len(rows))
     return contents
+
+
+def _payloads(
+    adapter: Adapter, page_ids: Sequence[int], report: VerifyReport
+) -> Iterator[tuple[int, bytes]]:
+    """Yield pages; where there are copies, the first that is whole, after a look at all of them."""
+    copies = page_copies(adapter)
+    if copies is None:
+        yield from adapter.read_pages(page_ids)
+        return
+    for page_id in page_ids:
+        whole: list[bytes] = []
+        damaged: list[bytes] = []
+        said = ""
+        for payload in copies(page_id):
+            try:
+                codec.Page(payload)
+                whole.append(payload)
+            except PydedupError as exc:
+                damaged.append(payload)
+                said = str(exc)
+        if whole and damaged:
+            report.add_error(f"page {page_id}: a copy of it is damaged ({said}); another is read")
+        for payload in (*whole, *damaged)[:1]:
+            yield page_id, payload
 
 
 def _bases_on(
