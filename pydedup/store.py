@@ -169,7 +169,8 @@ class Store(StorePredictions, StoreUpkeep):
             Called as ``progress(stage, done, total)``, in bytes.
         workers
             Threads that work on it, the caller's included; by default one per core up to 4, and
-            one where little is added. The store is the same, bit for bit, for any number.
+            one where little is added, or all under `policies.Exact`. The store is the same, bit
+            for bit, for any number.
 
         Raises
         ------

@@ -61,8 +61,8 @@ def add_models(
         The store is as it was before, whatever is raised.
     """
     started = time.monotonic()
-    count = worker_count(workers, sum(request.logical_bytes for request in requests))
-    with Workers(count) as crew:
+    worth = sum(request.logical_bytes for request in requests if request.policy.compresses)
+    with Workers(worker_count(workers, worth)) as crew:
         for _ in range(_ATTEMPTS):
             epoch = adapter.epoch()
             try:

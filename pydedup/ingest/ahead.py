@@ -154,7 +154,7 @@ class Ahead:
         self, view: MatrixView, pieces: Sequence[NDArray[np.int64]], policy: Policy
     ) -> Iterator[LookedAt]:
         """Yield what `look_at` says of each of these pieces of a matrix."""
-        if not self._workers.are_several:
+        if not self._workers.are_several or not policy.compresses:  # a mere copy
             yield from look_now(view, pieces, policy)
             return
         foreseen = next((some for some in self._foreseen if some.view is view), None)
@@ -240,10 +240,7 @@ class Ahead:
             if not tensor.task.is_ready:
                 break
             tensor.is_asked = True
-            policy = tensor.request.policy
-            if not isinstance(policy, Accuracy) and not self._has_version_before(
-                tensor.request.name
-            ):
+            if self._foresees(tensor.request):
                 view, digests = tensor.task.result()
                 read.append((tensor, view, hash_keys(digests)))
         if read:
@@ -258,6 +255,12 @@ class Ahead:
             numbers = np.fromiter(fresh.values(), np.int64, len(fresh))
             pieces = list(pieces_of(view, numbers))
             self._foreseen.append(_Foreseen(view, tensor.request.policy, pieces))
+
+    def _foresees(self, request: Request) -> bool:
+        policy = request.policy
+        if isinstance(policy, Accuracy) or not policy.compresses:
+            return False
+        return not self._has_version_before(request.name)
 
 
 def _large_tensors(requests: Sequence[Request]) -> Iterator[tuple[Request, TensorEntry]]:

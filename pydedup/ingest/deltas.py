@@ -108,6 +108,11 @@ def replaced(
     which: NDArray[np.int64],
 ) -> codec.EncodedBlocks:
     """Return encoded blocks with those at ``places`` replaced by ``which`` of others."""
+    everything = np.arange(len(encoded.lengths))
+    if len(by.lengths) == len(everything) and all(
+        np.array_equal(numbers, everything) for numbers in (places, which)
+    ):
+        return by
     lengths, encodings = encoded.lengths.copy(), encoded.encodings.copy()
     lengths[places], encodings[places] = by.lengths[which], by.encodings[which]
     source = np.full(len(lengths), -1, np.int64)

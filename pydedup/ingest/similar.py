@@ -325,8 +325,11 @@ def _distinct(columns: Sequence[_Columns]) -> _Columns:
     rows, references, estimates = (
         np.concatenate([column[i] for column in columns]) for i in range(3)
     )
-    _, first = np.unique(np.stack([rows, references]), axis=1, return_index=True)
-    return rows[first], references[first], estimates[first]
+    order = np.lexsort((references, rows))  # stable, so the first of repeats stays the first
+    rows, references = rows[order], references[order]
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = (np.diff(rows) != 0) | (np.diff(references) != 0)
+    return rows[is_first], references[is_first], estimates[order][is_first]
 
 
 def _measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> NDArray[np.float64]:

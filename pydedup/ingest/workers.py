@@ -32,7 +32,10 @@ Work = Callable[[int], _Result]
 
 
 def worker_count(workers: int | None, logical_bytes: int) -> int:
-    """Return how many threads work on an add of that many bytes, the caller's included.
+    """Return how many threads work on an add, the caller's included.
+
+    ``logical_bytes`` are those of models whose blocks are compressed: of `Exact`, where they are
+    only copied, the others could do nothing that is worth handing over.
 
     Raises
     ------
