@@ -248,8 +248,8 @@ def _fields(rates: Rates) -> list[tuple[str, str]]:
         (
             "pool",
             f"{held('bytes')} of {held('budget_bytes')} in "
-            f"{text.plural(int(now.pool.get('pages', 0)), 'page')}, {held('decoded_bytes')} decoded, "
-            f"{held('pinned_bytes')} pinned",
+            f"{text.plural(int(now.pool.get('pages', 0)), 'page')}, "
+            f"{held('decoded_bytes')} decoded, {held('pinned_bytes')} pinned",
         ),
         (
             "pages",
