@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _costs import HASH_PAGE, add_work, ingest_seconds, median_time
-from _measure import Measured, timed_adds
+from _costs import HASH_PAGE, add_work, ingest_seconds
+from _measure import Measured, timed_adds, work_of
 from _nodes import fleet_of, latency, pool_bytes
+from _reading import request_costs
 from _sharing import Family, family_of, index_bytes
 from _simulate import Scenario, Stock, stock_of
 from _tables import TABLES, table_bytes, table_rows
@@ -33,6 +34,10 @@ __all__ = ["Compared", "check"]
 #: Corpus, words and first seed of the checked families; `_measure.py` has others.
 CORPUS, WORDS, SEED, FAMILIES = "rt", 60_000, 101, 2
 PILOT = 12
+#: A family that was measured: name there, words, seed.
+CONTROL = ("imdb", 20_000, 7)
+#: Prices of predictions, which the pilot is timed for in the same run.
+READING = ("read_page", "read_byte", "catalog_model", "catalog_tensor", "victim_page")
 POPULARITY = 0.9
 
 
@@ -84,6 +89,9 @@ def check(
     """
     from _family import Classifiers, classifiers, texts
 
+    def control_of(corpus: Any) -> Classifiers:
+        return Classifiers(corpus, *CONTROL)
+
     corpus = texts()
     name, words, seed = given
     families = [Classifiers(corpus, name, words, seed + i) for i in range(FAMILIES)]
@@ -99,7 +107,12 @@ def check(
             pilot = _pilot(store, families[0].name, [name for name, _ in named], asked[:200])
         tell(f"pilot: {pilot.family.further}, touches {pilot.touches}, hot {pilot.hot:.5f} s")
         database = "sqlite" if url is None else "postgres"
+        factor = _pace(measured, Path(scratch), list(classifiers(control_of(corpus), PILOT)))
+        tell(f"adds of a measured family take {factor:.2f} times what was measured")
         fed = replace_families(measured, {"pilot": pilot.family}, pilot.hot)
+        fed.costs = {kind: price * factor for kind, price in fed.costs.items()}
+        for kind in READING:
+            fed.costs[kind] = measured.costs[kind]
         held = _stock(fed, pilot, models, database, memories[0])
         address = url or f"sqlite:///{scratch}/checked.db"
         with pydedup.open(address, memory="256MiB") as store:
@@ -113,6 +126,18 @@ def check(
             found = _stored(fed, held, store, spent)
         found += _served(fed, held, pilot, address, sorted(names), asked[200:], requests, memories)
     return found
+
+
+def _pace(measured: Measured, folder: Path, models: Sequence[Any]) -> float:
+    """Return how much longer adds of a family that was measured take now: the machine's mood."""
+    with pydedup.open(folder / "control.db", memory="1GiB") as store:
+        spent = timed_adds(store, models)
+    family = measured.families[CONTROL[0]]
+    expected = [
+        ingest_seconds(work_of(family, family.further, number), measured.costs)
+        for number in range(1, len(spent))
+    ]
+    return float(np.median(np.array(spent[1:]) / expected))
 
 
 def replace_families(measured: Measured, families: dict[str, Family], hot: float) -> Measured:
@@ -160,8 +185,15 @@ def _pilot(
     touches = Touches(
         tuple((touched / len(trace.owners)).tolist()), tuple((own[kept] / owned[kept]).tolist())
     )
-    ids = asked[0]
-    return _Pilot(family, touches, median_time(lambda: store.predict(names[-1], ids), 31))
+    pages = store._catalog.model(names[-1]).page_ids().tolist()
+    some = asked[:16]  # texts are of all lengths
+
+    def request(reader: pydedup.Store) -> None:
+        for ids in some:
+            reader.predict(names[-1], ids)
+
+    one = request_costs(store.url, names[-1], request, pages)
+    return _Pilot(family, touches, one.hot / len(some))
 
 
 # ---- what is stored -----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from _tables import fill, overheads
 import pydedup
 from pydedup import config
 
-__all__ = ["Measured", "load", "measure", "timed_adds"]
+__all__ = ["Measured", "load", "measure", "timed_adds", "work_of"]
 
 MODELS = 60
 FILLED = 3000
@@ -116,7 +116,7 @@ def measure(folder: Path, tell: Any, servers: dict[str, str] | None = None) -> M
                 entry_bytes.append(total / indexed)
                 for number, one in enumerate(spent):
                     brought = family.further if number else family.first
-                    works.append(_work(family, brought, number))
+                    works.append(work_of(family, brought, number))
                     seconds.append(one)
                 if name == "imdb":
                     costs |= store_costs(store, costs["old_block"]) | read_costs(store, path)
@@ -159,7 +159,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _work(family: Family, brought: Brought, number: int) -> dict[str, float]:
+def work_of(family: Family, brought: Brought, number: int) -> dict[str, float]:
     """Return the work of the add with this number to a store of its family alone."""
     return add_work(
         brought,
@@ -200,13 +200,14 @@ def _request(store: pydedup.Store, models: Any, name: str) -> Requested:
             if a.ndim == 2
         }
 
-        def request() -> None:
+        def request(reader: pydedup.Store) -> None:
             for key, x in inputs.items():
-                store.tensor(address, key).matmul(x)
+                reader.tensor(address, key).matmul(x)
     else:
         ids = rng.integers(0, 5000, (1, 60))
 
-        def request() -> None:
-            store.predict(address, ids)
+        def request(reader: pydedup.Store) -> None:
+            reader.predict(address, ids)
 
-    return request_costs(store, address, request)
+    pages = store._catalog.model(address).page_ids().tolist()
+    return request_costs(store.url, address, request, pages)

@@ -54,6 +54,10 @@ def read_costs(store: pydedup.Store, path: Path | None) -> dict[str, float]:
     return costs
 
 
+#: Bytes that a pool has beside the pages of a model, and times that each state is timed.
+_SPARE, _STATES = 256 << 10, 11
+
+
 @dataclass(frozen=True, slots=True)
 class Requested:
     """Mean seconds of a prediction: all in memory, its model unknown, none of its pages there."""
@@ -66,31 +70,42 @@ class Requested:
     read_bytes: int
 
 
-def request_costs(store: pydedup.Store, address: str, request: Callable[[], object]) -> Requested:
-    """Time one kind of request of a model in three states of the store."""
-    adapter, pool = store._adapter, store._pool
-    hot = median_time(request, 21)
+def request_costs(
+    url: str, address: str, request: Callable[[pydedup.Store], object], pages: Sequence[int]
+) -> Requested:
+    """Time one kind of request of a model, that uses these pages, in three states of a store.
 
-    def in_state(prepare: Callable[[], object]) -> float:
-        spent = []
-        for _ in range(11):
-            prepare()
-            started = time.perf_counter()
-            request()
-            spent.append(time.perf_counter() - started)
-        return statistics.median(spent)
+    Its pool just holds the pages. A full one has no room for blocks that are decoded once, either.
+    """
+    with pydedup.open(url, mode="r") as store:
+        rows = store._adapter.page_rows(ids=pages)
+        tensors = len(store._adapter.tensors(store._catalog.resolve(address).id))
+    needed = sum(row.payload_bytes for row in rows) + _SPARE
+    with pydedup.open(url, mode="r", memory=needed + min(needed, 48 << 20)) as store:
+        pool = store._pool
 
-    def forget() -> None:
-        store._catalog = Catalog(adapter)
+        def forget() -> None:
+            store._catalog = Catalog(store._adapter)
 
-    forgotten = in_state(forget)
-    before = pool.stats()["inserts"]
-    cleared = in_state(pool.clear)
-    pages = (pool.stats()["inserts"] - before) // 11
-    stats = pool.stats()
-    tensors = len(adapter.tensors(store._catalog.resolve(address).id))
-    mean = stats["bytes"] / max(stats["pages"], 1)
-    return Requested(hot, forgotten, cleared, tensors, pages, int(pages * mean))
+        hot = median_time(lambda: request(store), 21)
+        forgotten = _in_state(forget, lambda: request(store))
+        before = pool.stats()["inserts"]
+        cleared = _in_state(pool.clear, lambda: request(store))
+        stats = pool.stats()
+        read = (stats["inserts"] - before) // _STATES
+        mean = stats["bytes"] / max(stats["pages"], 1)
+        return Requested(hot, forgotten, cleared, tensors, read, int(read * mean))
+
+
+def _in_state(prepare: Callable[[], object], request: Callable[[], object]) -> float:
+    """Return the median seconds of a request after something was done each time."""
+    spent = []
+    for _ in range(_STATES):
+        prepare()
+        started = time.perf_counter()
+        request()
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent)
 
 
 def request_prices(several: Sequence[Requested]) -> dict[str, float]:
