@@ -43,7 +43,7 @@ def deployment(
     num_cpus: float = 1,
     ray_actor_options: Mapping[str, Any] | None = None,
     num_fronts: int = 1,
-    routing: str = "families",
+    routing: str | None = None,
     token: str | None = None,
     max_batch: int = 64,
     max_wait_ms: float = 2.0,
@@ -74,7 +74,8 @@ def deployment(
     routing
         ``"families"``: models that share pages have a home, the same replica, and another one's
         help while that is full. ``"multiplexed"``: the same families, placed by Ray's own routing
-        of multiplexed models. ``"any"``: any replica.
+        of multiplexed models. ``"any"``: any replica. By default the first, or the second where Ray
+        is too old for it.
     token
         What clients must send, itself or as ``env:NAME`` or ``file:PATH`` of the front.
     max_batch, max_wait_ms, threads, max_body, max_queue, timeout, grace, access_log
@@ -93,6 +94,8 @@ def deployment(
     serve = import_ray("ray.serve")
     budget = config.parse_bytes(memory)
     check_policy(replacement)
+    if routing is None:
+        routing = ROUTINGS[0] if _has_routers() else ROUTINGS[1]
     if routing not in ROUTINGS:
         raise ArgumentError(f"routing is {routing!r}; use one of {', '.join(ROUTINGS)}")
     if num_replicas is not None and autoscaling_config is not None and num_replicas != "auto":
@@ -182,16 +185,20 @@ def app(arguments: Mapping[str, Any]) -> Any:
     return deployment(**arguments)
 
 
+def _has_routers() -> bool:
+    return hasattr(import_ray("ray.serve.config"), "RequestRouterConfig")
+
+
 def _router(routing: str) -> dict[str, Any]:
     if routing != "families":
         return {}
-    found = getattr(import_ray("ray.serve.config"), "RequestRouterConfig", None)
-    if found is None:
+    if not _has_routers():
         version = import_ray().__version__
         raise ArgumentError(
             f"Ray {version} lets nobody choose how requests are routed; update it, or use "
             'routing="multiplexed"'
         )
+    found = import_ray("ray.serve.config").RequestRouterConfig
     return {"request_router_config": found(request_router_class=_ROUTER)}
 
 

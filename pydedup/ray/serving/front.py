@@ -103,7 +103,7 @@ class Front(Endpoint):
         return responses.json_reply({"live": True})
 
     async def _metrics_text(self, exchange: Exchange) -> Reply:
-        broadcast = getattr(self._handle, "broadcast", None)  # Ray has it since 2.5x
+        broadcast = getattr(self._handle, "broadcast", None)  # not every Ray that fits has it
         if broadcast is not None:
             found = await broadcast("pool_stats").results_async(
                 timeout_s=_METRICS_SECONDS, return_exceptions=True
