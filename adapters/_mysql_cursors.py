@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ._mysql_errors import LOST, ConnectionLostError
 
-__all__ = ["PreparedConnection"]
+__all__ = ["PreparedConnection", "sent"]
 
 #: Statements that one connection keeps prepared (a server has max_prepared_stmt_count: 16382).
 KEPT: Final = 32
@@ -70,7 +70,7 @@ class PreparedConnection:
                 self._kept.popitem(last=False)[1].close()
             cursor = self.raw.cursor(prepared=prepared)
         try:
-            cursor.execute(sql, tuple(map(_sent, parameters)))
+            cursor.execute(sql, tuple(map(sent, parameters)))
         except Exception as error:
             self.broken = not _is_answer(getattr(error, "errno", None))
             if not self.broken:
@@ -120,7 +120,7 @@ def _is_answer(code: int | None) -> bool:
     return code is not None and code > 0 and not 2000 <= code < 3000 and code not in LOST
 
 
-def _sent(value: Any) -> Any:
+def sent(value: Any) -> Any:
     """Return a parameter as the driver carries it without loss."""
     if isinstance(value, float):
         return repr(value)  # the C extension would round it to 32 bits

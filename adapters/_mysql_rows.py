@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, cast
 
 from pydedup.adapter import RowColumn
 
 from ._base import Row, text
-from ._mysql_cursors import PreparedConnection
-from ._rows import RowCalls, Rows, check_select
+from ._mysql_cursors import PreparedConnection, sent
+from ._rows import RowCalls, Rows
 from ._sessions import Connection
 
 __all__ = ["MysqlRows"]
@@ -24,6 +25,7 @@ _PATIENCE: Final = "SET SESSION net_write_timeout = 86400"
 _INTEGERS: Final = frozenset({1, 2, 3, 8, 9, 13})
 _TEXTS: Final = frozenset({15, 252, 253, 254})
 _TIMES: Final = {7: "DATETIME(6)", 10: "DATE", 12: "DATETIME(6)"}
+_TEXT: Final = "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
 _UNSIGNED: Final = 32
 _BINARY: Final = 63
 
@@ -33,6 +35,10 @@ class MysqlRows(RowCalls):
 
     _table_options = (
         " ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+    )
+    _key_types: Mapping[str, str] = MappingProxyType(
+        {"integer": "BIGINT", "text": _TEXT, "bytes": "VARBINARY(255)"}
+        | {"date": "DATE", "time": "DATETIME(6)"}
     )
 
     @abc.abstractmethod
@@ -44,19 +50,18 @@ class MysqlRows(RowCalls):
         """Run a definition, which ends any transaction."""
 
     @contextlib.contextmanager
-    def read_rows(self, query: str, batch: int) -> Iterator[Rows]:
+    def _stream(self, query: str, batch: int, values: Sequence[object] = ()) -> Iterator[Rows]:
         """Run one SELECT of a user, unbuffered, on a connection of its own, and stream it.
 
         Connections are opened so that the server takes one statement at a time.
         """
-        check_select(query)
         connection = self._connect()
         try:
             raw = cast(PreparedConnection, connection).raw
             for statement in (_PATIENCE, *self._sql.dialect.begin_snapshot):
                 self._on(raw, statement).close()
             with self._of_user("the query failed"):
-                cursor = self._on(raw, query)
+                cursor = self._on(raw, query, values)
             columns = [
                 RowColumn(text(column[0]), _key_type(column)) for column in cursor.description
             ]
@@ -69,10 +74,14 @@ class MysqlRows(RowCalls):
         finally:
             connection.close()
 
-    def _on(self, raw: Any, statement: str) -> Any:
+    def _on(self, raw: Any, statement: str, values: Sequence[object] = ()) -> Any:
         try:
-            cursor = raw.cursor(buffered=False)
-            cursor.execute(statement)
+            if values:  # prepared, so that they are bound
+                cursor = raw.cursor(prepared=True)
+                cursor.execute(statement, tuple(map(sent, values)))
+            else:
+                cursor = raw.cursor(buffered=False)
+                cursor.execute(statement)
             return cursor
         except self.driver_error as error:
             raise self._translate(error) from error
@@ -121,5 +130,5 @@ def _key_type(column: Sequence[Any]) -> str | None:
     if code in _TEXTS:
         if charset == _BINARY:
             return "VARBINARY(255)"
-        return "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+        return _TEXT
     return _TIMES.get(code)

@@ -6,14 +6,16 @@ from __future__ import annotations
 import abc
 import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, Final
 
-from pydedup.adapter import RowColumn
+from pydedup.adapter import KeyRange, RowColumn, RowStream
 from pydedup.errors import ArgumentError
 
 from ._base import Row
-from ._rows import RowCalls, Rows, check_select
+from ._rows import RowCalls, Rows
 from ._sessions import Connection
 
 __all__ = ["PostgresRows"]
@@ -29,23 +31,27 @@ _AS_USER: Final = (
 class PostgresRows(RowCalls):
     """How PostgreSQL streams a user's query, and what it knows of tables."""
 
+    _key_types: Mapping[str, str] = MappingProxyType(
+        {"integer": "bigint", "number": "numeric", "text": "text", "bytes": "bytea"}
+        | {"date": "date", "time": "timestamp"}
+    )
+
     @abc.abstractmethod
     def _connect(self) -> Connection:
         """Return a new connection."""
 
     @contextlib.contextmanager
-    def read_rows(self, query: str, batch: int) -> Iterator[Rows]:
+    def _stream(self, query: str, batch: int, values: Sequence[object] = ()) -> Iterator[Rows]:
         """Run one SELECT of a user through a cursor on the server, and stream it.
 
         Every statement goes by the extended protocol, which takes one at a time: a second one in
         the query, such as COMMIT, is refused.
         """
-        check_select(query)
         with contextlib.closing(self._connect()) as connection:
             for statement in _AS_USER:
                 self._on(connection, statement)
             with self._of_user("the query failed"):
-                self._on(connection, f"DECLARE pydedup_rows NO SCROLL CURSOR FOR {query}")
+                self._on(connection, f"DECLARE pydedup_rows NO SCROLL CURSOR FOR {query}", values)
                 head = self._on(connection, "FETCH FORWARD 0 FROM pydedup_rows")
                 columns = [
                     RowColumn(column.name, self._type_name(connection, column.type_code))
@@ -60,14 +66,32 @@ class PostgresRows(RowCalls):
 
             yield Rows(columns, fetch)
 
-    def _on(self, connection: Connection, statement: str) -> Any:
-        """Run a statement as it stands, so that a % in it is one, and return its cursor."""
+    def _on(self, connection: Connection, statement: str, values: Sequence[object] = ()) -> Any:
+        """Run a statement and return its cursor.
+
+        Without values as it stands, so that a % in it is one; with them, %b marks each.
+        """
         try:
             cursor = connection.cursor()
-            cursor.execute(statement)
+            if values:
+                cursor.execute(statement, values)
+            else:
+                cursor.execute(statement)
             return cursor
         except self.driver_error as error:
             raise self._translate(error) from error
+
+    def read_range(
+        self, query: str, batch: int, within: KeyRange
+    ) -> AbstractContextManager[RowStream]:
+        """Stream those rows of a query whose keys are within a range."""
+        if within.above is not None or within.up_to is not None:
+            query = query.replace("%", "%%")  # beside values, a single one would mark one
+        return super().read_range(query, batch, within)
+
+    def _bound_key(self, key: RowColumn) -> str:
+        """Name the type, as `format_type` has it: a text is compared with no enum, say."""
+        return f"CAST(%b AS {key.type})"
 
     def _type_name(self, connection: Connection, oid: int) -> str:
         cursor = connection.cursor()

@@ -11,11 +11,12 @@ from __future__ import annotations
 import abc
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, Final
 
-from pydedup.adapter import RowColumn, RowStream
+from pydedup.adapter import KeyRange, RowColumn, RowStream
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -58,8 +59,10 @@ class RowCalls(DbApiBase):
     # ---- hooks --------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def read_rows(self, query: str, batch: int) -> AbstractContextManager[RowStream]:
-        """Run one SELECT of a user in a read-only transaction of its own, and stream it."""
+    def _stream(
+        self, query: str, batch: int, values: Sequence[object] = ()
+    ) -> AbstractContextManager[RowStream]:
+        """Run one SELECT in a read-only transaction of its own, and stream it."""
 
     @abc.abstractmethod
     def full_table_name(self, table: str) -> str:
@@ -81,6 +84,8 @@ class RowCalls(DbApiBase):
         return payload
 
     _table_options = ""
+    #: Types of keys that come from elsewhere, by kind.
+    _key_types: Mapping[str, str] = MappingProxyType({})
     _key_constraint = "NOT NULL PRIMARY KEY"
 
     # ---- names --------------------------------------------------------------------------------
@@ -109,6 +114,53 @@ class RowCalls(DbApiBase):
         return quoted
 
     # ---- the protocol -------------------------------------------------------------------------
+
+    def read_rows(self, query: str, batch: int) -> AbstractContextManager[RowStream]:
+        """Run one SELECT of a user, and stream it."""
+        check_select(query)
+        return self._stream(query, batch)
+
+    def key_bounds(self, query: str, key: str, every: int) -> list[object]:
+        """Return every so-manieth key of a query, in the order of the database."""
+        name, inner = self._quoted(key, "column"), _as_table(query)
+        numbered = (
+            f"SELECT {name} AS pydedup_key, ROW_NUMBER() OVER (ORDER BY {name}) AS pydedup_n "
+            f"FROM {inner} WHERE {name} IS NOT NULL"
+        )
+        outer = (
+            f"SELECT pydedup_key FROM ({numbered}) pydedup_k WHERE pydedup_n % {int(every)} = 0 "
+            "ORDER BY pydedup_n"
+        )
+        with self._stream(outer, 4096) as stream:
+            return [plain_key(row[0]) for rows in stream for row in rows]
+
+    def read_range(
+        self, query: str, batch: int, within: KeyRange
+    ) -> AbstractContextManager[RowStream]:
+        """Stream those rows of a query whose keys are within a range."""
+        name, mark = self._quoted(within.key.name, "column"), self._bound_key(within.key)
+        conditions, values = [], []
+        if within.above is not None:
+            conditions.append(f"{name} > {mark}")
+            values.append(within.above)
+        if within.up_to is not None:
+            last = f"{name} <= {mark}"
+            # Rows without a key are of the first range, where they are told as such.
+            conditions.append(f"({last} OR {name} IS NULL)" if within.above is None else last)
+            values.append(within.up_to)
+        if not conditions:
+            return self.read_rows(query, batch)
+        return self._stream(
+            f"SELECT * FROM {_as_table(query)} WHERE {' AND '.join(conditions)}", batch, values
+        )
+
+    def key_column(self, name: str, kind: str) -> RowColumn:
+        """Return a column for keys that come from elsewhere."""
+        return RowColumn(name, self._key_types.get(kind))
+
+    def _bound_key(self, key: RowColumn) -> str:
+        """Return the placeholder of a value that keys are compared with."""
+        return self._sql.dialect.placeholder
 
     def table_columns(self, table: str, key: str) -> tuple[str, ...] | None:
         """Return the columns of a table whose column ``key`` is unique, ``None`` without one."""
@@ -145,7 +197,8 @@ class RowCalls(DbApiBase):
             )
 
     def _define_table(self, statement: str) -> None:
-        with self._writing():
+        # Of two who do it at once, PostgreSQL may tell one that a row of its catalog is taken.
+        with contextlib.suppress(KeyTakenError), self._writing():
             self._write(statement)
 
     def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
@@ -213,6 +266,13 @@ def split_name(name: str) -> tuple[str, str]:
     """Split ``schema.table``; the schema is empty when there is none."""
     schema, _, table = name.rpartition(".")
     return schema, table
+
+
+def _as_table(query: str) -> str:
+    """Return a user's SELECT as a table to select from."""
+    check_select(query)
+    # It may end in a comment.
+    return f"({query.rstrip().removesuffix(';')}\n) pydedup_q"
 
 
 def check_select(query: str) -> None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, cast
 
 from pydedup.adapter import RowColumn
 from pydedup.errors import ArgumentError
 
-from ._rows import RowCalls, Rows, check_select
+from ._rows import RowCalls, Rows
 from ._sessions import Connection
 
 __all__ = ["SqliteRows"]
@@ -34,25 +35,28 @@ class SqliteRows(RowCalls):
     """How SQLite streams a user's query, and what it knows of tables."""
 
     _table_options = " WITHOUT ROWID"
+    #: Keys keep what they are: a type of SQLite would turn some into others.
+    _key_types: Mapping[str, str] = MappingProxyType(
+        dict.fromkeys(("integer", "number", "text", "bytes", "date", "time"), "")
+    )
 
     @abc.abstractmethod
     def _connect(self) -> Connection:
         """Return a new connection."""
 
     @contextlib.contextmanager
-    def read_rows(self, query: str, batch: int) -> Iterator[Rows]:
+    def _stream(self, query: str, batch: int, values: Sequence[object] = ()) -> Iterator[Rows]:
         """Run one SELECT of a user on a connection of its own, and stream it.
 
         In WAL mode a reader is in nobody's way. Otherwise it would be in ours, who write
         meanwhile: then the rows are first copied into a temporary file.
         """
-        check_select(query)
         with contextlib.closing(cast(sqlite3.Connection, self._connect())) as connection:
             connection.execute("PRAGMA query_only = ON")
             ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
             connection.set_authorizer(_only_reads)
             with self._of_query():
-                cursor = connection.execute(query)
+                cursor = connection.execute(query, cast(Any, values))
             with contextlib.ExitStack() as opened:
                 columns = [RowColumn(column[0], "") for column in cursor.description]
                 if mode != "wal":

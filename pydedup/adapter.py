@@ -27,8 +27,10 @@ __all__ = [
     "Capabilities",
     "CopiesAdapter",
     "FunctionsAdapter",
+    "KeyRange",
     "ModelRow",
     "PageRow",
+    "RangeAdapter",
     "RowAdapter",
     "RowColumn",
     "RowStream",
@@ -188,6 +190,46 @@ class RowAdapter(Protocol):
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
     ) -> bool:
         """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRange:
+    """A part of the rows of a query, by a column that is their key.
+
+    Attributes
+    ----------
+    key
+        The column, as the query has it.
+    above, up_to
+        Keys are greater than the one, and the other at most, as the database orders them. ``None``:
+        from the first key on, rows without a key included; up to the last.
+    """
+
+    key: RowColumn
+    above: object | None
+    up_to: object | None
+
+
+@runtime_checkable
+class RangeAdapter(RowAdapter, Protocol):
+    """Queries of users in parts, optional for an adapter: several can read one then."""
+
+    def key_bounds(self, query: str, key: str, every: int) -> list[object]:
+        """Return every so-manieth key of a query, in the order of the database."""
+
+    def read_range(
+        self, query: str, batch: int, within: KeyRange
+    ) -> AbstractContextManager[RowStream]:
+        """Stream those rows of a query whose keys are within a range, as `read_rows` does.
+
+        Ranges that follow each other have all rows of the query, each in one of them.
+        """
+
+    def key_column(self, name: str, kind: str) -> RowColumn:
+        """Return a column for keys that come from elsewhere.
+
+        Kinds: ``integer``, ``number``, ``text``, ``bytes``, ``date``, ``time``.
+        """
 
 
 @runtime_checkable

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pydedup score``: the rows of a query predicted, and written beside them."""
+"""``pydedup score``: the rows of a query, or of Parquet files, predicted and written."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,12 +24,10 @@ _SHOWN = 10
 
 @click.command(short_help="Predict the rows of a query into a table.")
 @options.store_argument
-@click.option("--query", required=True, metavar="SQL", help="One SELECT: a key, then the features.")
+@click.option("--query", metavar="SQL", help="One SELECT: a key, then the features.")
 @click.option("--model", required=True, metavar="NAME", help="The model to predict with.")
-@click.option(
-    "--into", required=True, metavar="TABLE", help="Table of predictions; created when missing."
-)
-@click.option("--key", metavar="COLUMN", help="Column of the query that is the key, not the first.")
+@click.option("--into", metavar="TABLE", help="Table of predictions; created when missing.")
+@click.option("--key", metavar="COLUMN", help="Column that is the key, not the first.")
 @click.option(
     "--batch",
     type=click.IntRange(1, 1 << 20),
@@ -49,18 +48,57 @@ _SHOWN = 10
     help="Where a row cannot be predicted. fail: stop, nothing of its batch written. skip: leave "
     "it out and go on.",
 )
+@click.option(
+    "--on",
+    metavar="ADDRESS",
+    help="Score on Ray: local, auto, ray://host:10001 or host:6379. See docs/ray.md.",
+)
+@click.option(
+    "--parquet-in",
+    multiple=True,
+    metavar="PATH",
+    help="With --on: Parquet files, or folders of them, in the place of --query; repeatable.",
+)
+@click.option(
+    "--columns", metavar="A,B,...", help="With --parquet-in: the columns to read, not all."
+)
+@click.option(
+    "--parquet-out",
+    metavar="FOLDER",
+    help="With --on: write Parquet files into a folder, in the place of --into.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 10_000),
+    help="With --on: how many work; as many as there are CPUs for by default.",
+)
+@click.option(
+    "--cpus-per-worker",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="With --on: CPUs of each, and threads.",
+)
 @options.memory_option
 @options.json_option
 @options.quiet_option
+@click.pass_context
 def score(
+    context: click.Context,
     url: str,
-    query: str,
+    query: str | None,
     model: str,
-    into: str,
+    into: str | None,
     key: str | None,
     batch: int,
     source: str | None,
     on_error: str,
+    on: str | None,
+    parquet_in: tuple[str, ...],
+    columns: str | None,
+    parquet_out: str | None,
+    workers: int | None,
+    cpus_per_worker: int,
     memory: str,
     as_json: bool,
     quiet: bool,
@@ -71,25 +109,63 @@ def score(
     column each, or one column of bytes (float32), JSON or an array. Rows whose key is in the table
     are skipped, so a run that was cut off goes on when it is run again, and no row is written
     twice. The query runs with your own rights, in a read-only transaction.
+
+    With --on, workers of a Ray cluster do it, also from and to Parquet files.
     """
-    with (
-        options.existing_store(url, memory) as store,
-        Watch("opening", quiet=quiet) as watch,
-    ):
-        report = store.score(
-            query,
-            model,
-            into=into,
-            key=key,
-            batch=batch,
-            source=source,
-            on_error=on_error,
-            progress=watch,
-        )
+    _check(context, on, query=query, parquet_in=parquet_in, into=into, parquet_out=parquet_out)
+    if on is None:
+        with (
+            options.existing_store(url, memory) as store,
+            Watch("opening", quiet=quiet) as watch,
+        ):
+            report = store.score(
+                query or "",
+                model,
+                into=into or "",
+                key=key,
+                batch=batch,
+                source=source,
+                on_error=on_error,
+                progress=watch,
+            )
+    else:
+        import pydedup.ray
+
+        with Watch("starting Ray" if on == "local" else "connecting", quiet=quiet) as watch:
+            report = pydedup.ray.score(
+                query if query is not None else [Path(path) for path in parquet_in],
+                url,
+                model,
+                into=into if into is not None else Path(parquet_out or ""),
+                key=key,
+                columns=None if columns is None else columns.split(","),
+                on=on,
+                workers=workers,
+                cpus_per_worker=cpus_per_worker,
+                batch=batch,
+                memory=memory,
+                source=source,
+                on_error=on_error,
+                progress=watch,
+            )
     if as_json:
         output.emit_json(_document(report))
         return
     _print(report)
+
+
+def _check(context: click.Context, on: str | None, **given: object) -> None:
+    """Raise where options that belong together are not."""
+    for one, other in (("query", "parquet_in"), ("into", "parquet_out")):
+        names = f"--{one}", f"--{other.replace('_', '-')}"
+        if bool(given[one]) == bool(given[other]):
+            how = "not both" if given[one] else "one of them is needed"
+            raise click.UsageError(f"give {names[0]} or {names[1]}: {how}", context)
+    ours = ("parquet_in", "parquet_out", "columns", "workers", "cpus_per_worker")
+    source = context.get_parameter_source
+    for name in ours if on is None else ():
+        if source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} wants --on", context)
 
 
 def _print(report: ScoreReport) -> None:

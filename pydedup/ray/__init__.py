@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pydedup.ray.cluster import INSTALL, attached
+from pydedup.ray.score import score
 
 if TYPE_CHECKING:
     from pydedup.ray.serving.application import app, deployment
 
-__all__ = ["app", "attached", "deployment"]
+__all__ = ["app", "attached", "deployment", "score"]
 
 
 if not TYPE_CHECKING:  # to a type checker, names that there are not stay unknown

@@ -70,6 +70,8 @@ def import_ray(module: str = "ray") -> Any:
             warnings.simplefilter("ignore")  # about Ray's own code
             ray = importlib.import_module("ray")
             found = importlib.import_module(module)
+            if module == "ray.data":
+                found.DataContext.get_current()  # made at first use
     except ImportError as error:
         raise ArgumentError(
             f"Ray is not installed, or not all of it ({error}); install it with: {INSTALL}"

@@ -10,7 +10,6 @@ ended, a row of ``jobs`` in the store says so.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +20,14 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, RowAdapter, RowColumn
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import ArgumentError, ConflictError, NotFoundError, ReadOnlyError
+from pydedup.errors import ArgumentError, ConflictError, NotFoundError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
-from pydedup.jobs import SCORING
-from pydedup.names import parse_address
 from pydedup.serving.features import InputKind, Outputs, features_of, input_kind, predict_rows
+from pydedup.serving.pin import Pin
 from pydedup.types import Progress, RowFailure, ScoreReport
 
-__all__ = ["graph_of", "score_rows"]
+__all__ = ["Scoring", "graph_of", "key_place", "kind_of", "score_rows"]
 
 Array = NDArray[Any]
 #: Returns what a stored model predicts, as `Store.predict` does.
@@ -82,11 +80,11 @@ def score_rows(
     if not 1 <= batch <= 1 << 20:
         raise ArgumentError(f"batch is {batch}; it must be 1 to {1 << 20} rows")
     table = rows.full_table_name(into)
-    pin = _Pin(adapter, catalog, rows.url, table, query, model)
+    pin = Pin(adapter, catalog, rows.url, table, query, model)
     stored = pin.take()
-    kind = _kind_of(stored, adapter)
+    kind = kind_of(stored, adapter)
     with rows.read_rows(query, batch) as stream:
-        work = _Scoring(rows, table, stream.columns, key, stored, catalog, kind, predict, on_error)
+        work = Scoring(rows, table, stream.columns, key, stored, catalog, kind, predict, on_error)
         work.begin()
         for found in stream:
             work.score(found)
@@ -97,7 +95,7 @@ def score_rows(
     return work.report(resumed=pin.resumed)
 
 
-def _kind_of(model: StoredModel, adapter: Adapter) -> InputKind:
+def kind_of(model: StoredModel, adapter: Adapter) -> InputKind:
     """Return what a model takes for a row. Raises NotFoundError when it cannot predict."""
     if model.graph() is None and ONNX_GRAPH in dict(adapter.artifacts(model.row.id)):
         return InputKind(ids=False, width=None, as_given=True)
@@ -105,63 +103,7 @@ def _kind_of(model: StoredModel, adapter: Adapter) -> InputKind:
     return input_kind(graph_of(model), shapes, model.address)
 
 
-class _Pin:
-    """The version that a scoring stays on: what its address meant when it began.
-
-    An address that names a version needs nothing of that. For others there is a row of ``jobs``
-    from the beginning to the end of the work; the same work is the same query, table and address.
-    """
-
-    def __init__(
-        self, adapter: Adapter, catalog: Catalog, url: str, table: str, query: str, address: str
-    ) -> None:
-        self._adapter = adapter
-        self._catalog = catalog
-        self._address = address
-        self._table = table
-        work = json.dumps([url, table, " ".join(query.split()), address])
-        self._id = f"score:{hashlib.sha256(work.encode()).hexdigest()[:32]}"
-        self._pinned = False
-        self.resumed = False
-
-    def take(self) -> StoredModel:
-        """Return the model of the work. Raises NotFoundError, ReadOnlyError."""
-        row = self._catalog.resolve(self._address)
-        if parse_address(self._address).selector == row.version:
-            return self._catalog.of_row(row)
-        if self._adapter.read_only:
-            raise ReadOnlyError(
-                f"{self._address} may mean another version before the work ends, and "
-                f"{self._adapter.url} is open for reading only, so that this cannot be noted "
-                f"there; name the version: {row.name}@{row.version}"
-            )
-        with self._adapter.transaction():
-            spec = next((job[1] for job in self._adapter.jobs() if job[0] == self._id), None)
-            if spec is None:
-                begun = {"kind": "score", "model": row.id, "address": f"{row.name}@{row.version}"}
-                begun |= {"table": self._table}
-                spec = json.dumps(begun)
-                self._adapter.put_job(self._id, spec, repr(time.time()), SCORING)
-            else:
-                self.resumed = True
-        self._pinned = True
-        noted = json.loads(spec)
-        for live in self._adapter.models(name=row.name):
-            if live.id == noted["model"]:
-                return self._catalog.of_row(live)
-        raise NotFoundError(
-            f"the work began with {noted['address']}, which was removed; to go on with another "
-            f"version, name it: {row.name}@{row.version}"
-        )
-
-    def end(self) -> None:
-        """Forget the version: the work is done."""
-        if self._pinned:
-            with self._adapter.transaction():
-                self._adapter.delete_job(self._id)
-
-
-class _Scoring:
+class Scoring:
     """One scoring under way."""
 
     def __init__(
@@ -179,7 +121,7 @@ class _Scoring:
         self._rows, self._table, self._model = rows, table, model
         self._catalog, self._answer = catalog, predict
         self._skips = on_error == "skip"
-        self._place = _key_place(columns, key)
+        self._place = key_place(columns, key)
         self._key = columns[self._place]
         self._names = [c.name for i, c in enumerate(columns) if i != self._place]
         if not self._names:
@@ -365,7 +307,7 @@ class _Scoring:
         )
 
 
-def _key_place(columns: Sequence[RowColumn], key: str | None) -> int:
+def key_place(columns: Sequence[RowColumn], key: str | None) -> int:
     """Return which column of the query is the key."""
     if not columns:
         raise ArgumentError("the query has no columns; name a key and the features")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (names of tables are made here)
 """One Ray cluster for all of these tests, of two CPUs, with a folder and ports of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -14,9 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 
-_PATIENCE_SECONDS = 90.0
+import pydedup
+
+from ..scoring.conftest import Tables, add, features
+
+_PATIENCE_SECONDS = 240.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,8 @@ class Cluster:
 
     address: str
     client: str
+    folder: str
+    pid: int
 
 
 def free_ports(count: int) -> list[int]:
@@ -55,10 +65,14 @@ def cluster() -> Iterator[Cluster]:
         try:
             for number in (port, client):
                 _wait_for(number, head, log)
-            yield Cluster(f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}")
+            yield Cluster(f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}", tmp, head.pid)
         finally:
-            head.terminate()
-            head.wait(30)
+            # Not asked to end: it would wait for those that are connected.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for one in [*psutil.Process(head.pid).children(recursive=True), head]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
+            head.wait()
 
 
 def _wait_for(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
@@ -80,3 +94,46 @@ def connected(cluster: Cluster) -> Iterator[Any]:
 
     with attached(cluster.address) as ray:
         yield ray
+
+
+ROWS = 2_000
+
+
+class Scored(Tables):
+    """A store with two versions of a model, ``m@prod`` the first, and a table of features."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.weights = {version: add(url, f"m@{version}", seed=version) for version in (1, 2)}
+        with pydedup.open(url) as store:
+            store.alias("m", "prod", "1")
+        self.features = features(ROWS)
+        self.run("CREATE TABLE t (id BIGINT PRIMARY KEY, f0 REAL, f1 REAL, f2 REAL)")
+        rows = [[3 * i, *map(float, row)] for i, row in enumerate(self.features)]
+        self.run("INSERT INTO t VALUES (?, ?, ?, ?)", rows)
+        self.query = "SELECT id, f0, f1, f2 FROM t"
+
+    def predictions(self, table: str = "p") -> dict[Any, float]:
+        """What a table has, whose rows must have keys of their own."""
+        rows = self.run(f"SELECT id, prediction FROM {table}")
+        assert len({key for key, _ in rows}) == len(rows)
+        return dict(rows)
+
+    def wanted(self, version: int = 1) -> np.ndarray:
+        return (self.features @ self.weights[version].T)[:, 0]
+
+
+@pytest.fixture
+def scored(store_url: str) -> Iterator[Scored]:
+    """On each back end in turn."""
+    made = Scored(store_url)
+    yield made
+    if made.kind != "sqlite":
+        for table in ("t", "p", "q"):
+            made.run(f"DROP TABLE IF EXISTS {table}")
+
+
+@pytest.fixture
+def scored_file(tmp_path: Path) -> Scored:
+    """On SQLite, where the back end does not matter."""
+    return Scored(f"sqlite:///{tmp_path / 'store.db'}")

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring on Ray: the rows of a query, of Parquet files or of a dataset, predicted by many workers.
+
+Here is what the driver does: cut the work into parts, see that workers can do it, have Ray Data
+give the parts to actors (`pydedup.ray.score_worker`), and note which are done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pydedup import config, errors
+from pydedup.errors import ArgumentError, ClusterError, PydedupError
+from pydedup.ray.cluster import attached, import_ray, on_each_node
+from pydedup.ray.score_feed import scored
+from pydedup.ray.score_job import MOST_ROWS, Job
+from pydedup.ray.score_plan import FilePart, PartResult, Settings
+from pydedup.ray.score_worker import Scorer, hindrance
+from pydedup.serving.score import MOST_FAILURES
+from pydedup.types import Progress, ScoreReport
+
+__all__ = ["score"]
+
+
+def score(
+    dataset: Any,
+    store_url: str | os.PathLike[str],
+    model: str,
+    *,
+    into: str | os.PathLike[str],
+    key: str | None = None,
+    columns: Sequence[str] | None = None,
+    on: str | None = None,
+    workers: int | None = None,
+    cpus_per_worker: int = 1,
+    batch: int = 1024,
+    part_rows: int | None = None,
+    memory: str | int = "512MiB",
+    source: str | os.PathLike[str] | None = None,
+    on_error: str = "fail",
+    progress: Progress | None = None,
+) -> ScoreReport:
+    """Predict each row of a dataset with a stored model, on the workers of a Ray cluster.
+
+    Run again after whatever ended it, it goes on: parts that are done are left out, and in a table
+    rows whose key is there are. The version stays the one that the address meant at first.
+    docs/ray.md says the rest.
+
+    Parameters
+    ----------
+    dataset
+        A text: one SELECT, a key and the features, as `Store.score` takes it. A path (`pathlib`),
+        or a list of paths: Parquet files, or folders of them. Or a ``ray.data.Dataset``.
+    store_url
+        The store, as workers reach it.
+    into
+        A text: a table of the database, created when it is missing. A path (`pathlib`): a folder,
+        in which there will be a Parquet file for each part; all machines must share it.
+    key, columns
+        The column that is the key, the first by default; the columns to read of Parquet or of a
+        dataset, all by default.
+    on
+        Where the cluster is, see `pydedup.ray.attached`.
+    workers
+        How many work, each with a buffer pool of its own; by default as many as the cluster has
+        CPUs for.
+    cpus_per_worker
+        CPUs that Ray keeps for each, and threads of its kernels.
+    batch, part_rows
+        Rows predicted and written at a time; rows of a part, at most (65,536 by default).
+    memory
+        Budget of each worker, as of `pydedup.open`.
+    source
+        URL of the database to read and write, when it is not that of the store.
+    on_error
+        What a row does that cannot be predicted: ``"fail"`` ends the work, ``"skip"`` leaves
+        it out.
+    progress
+        Called with ``"scoring"``, rows done, and all rows where that is known (otherwise 0).
+
+    Raises
+    ------
+    ArgumentError, NotFoundError, ReadOnlyError, ConflictError, UnavailableError, ClusterError
+    """
+    begun = time.monotonic()
+    import_ray("ray.data")
+    _check(workers=workers, cpus_per_worker=cpus_per_worker, batch=batch, part_rows=part_rows)
+    if on_error not in ("fail", "skip"):
+        raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
+    config.parse_bytes(memory)
+    job = Job(dataset, str(os.fspath(store_url)), source, model, into)
+    cpus = None if workers is None else workers * cpus_per_worker
+    with contextlib.ExitStack() as left:
+        left.enter_context(job.opened())
+        settings = job.settled(
+            key, columns, batch=batch, memory=memory, threads=cpus_per_worker, on_error=on_error
+        )
+        ray = left.enter_context(attached(on, cpus=cpus))
+        count = _workers(ray, workers, cpus_per_worker, reads=job.dataset is not None)
+        settings = job.cut(settings, part_rows or MOST_ROWS, count)
+        return _run(ray, job, settings, count, progress, begun)
+
+
+def _check(**given: int | None) -> None:
+    for name, value in given.items():
+        if value is not None and not 1 <= value <= 1 << 20:
+            raise ArgumentError(f"{name} is {value}; it must be 1 to {1 << 20}")
+
+
+def _workers(ray: Any, wanted: int | None, cpus: int, *, reads: bool) -> int:
+    """Return how many workers there can be. Raises ArgumentError when fewer than wanted.
+
+    Beside them, a dataset takes a CPU that ``reads`` it.
+    """
+    free = int(ray.cluster_resources().get("CPU", 0)) - (1 if reads else 0)
+    there = max(free, 0) // cpus
+    if there < (wanted or 1):
+        raise ArgumentError(
+            f"the Ray cluster has CPUs for {there} workers of {cpus}"
+            f"{' beside one that reads the dataset' if reads else ''}, and {wanted or 1} are "
+            "asked for; take fewer (workers, cpus_per_worker; --workers, --cpus-per-worker)"
+        )
+    return wanted or there
+
+
+def _run(
+    ray: Any, job: Job, settings: Settings, workers: int, progress: Progress | None, begun: float
+) -> ScoreReport:
+    """Have workers do what is not done yet."""
+    on_each_node(ray, hindrance, settings, _version())
+    done = {} if job.dataset is not None else job.notes.done()
+    total = _Total()
+    for result in done.values():
+        total.skipped += result.rows + result.skipped
+        total.failed += result.failed
+        total.failures += result.failures
+    everything = sum(p.stop - p.start for p in settings.parts if isinstance(p, FilePart))
+    missing = [number for number in range(len(settings.parts)) if number not in done]
+    if missing or job.dataset is not None:
+        for told in scored(ray, job.dataset, settings, missing, workers):
+            if told is None:
+                total = _Total()
+                continue
+            number, result = told[0], _result_of(told[1])
+            total.add(result)
+            if job.dataset is None and job.folder is None:
+                job.notes.mark(number, result)
+            if progress is not None:
+                progress("scoring", total.seen, everything)
+    _end(job, settings, total)
+    return ScoreReport(
+        model=settings.address,
+        table=job.table,
+        rows=total.rows,
+        skipped=total.skipped,
+        failed=total.failed,
+        failures=tuple(total.failures[:MOST_FAILURES]),
+        resumed=job.resumed,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _end(job: Job, settings: Settings, total: _Total) -> None:
+    if job.folder is not None:
+        for left_over in job.folder.glob(".part-*.tmp"):
+            left_over.unlink(missing_ok=True)
+        return
+    if not total.rows + total.skipped:
+        with contextlib.closing(Scorer(settings)) as scorer:
+            job.scoring(scorer).end()
+    if job.pin is not None:
+        job.pin.end()
+
+
+class _Total(PartResult):
+    """What all parts did together."""
+
+    def add(self, result: PartResult) -> None:
+        """Add what one did."""
+        self.rows += result.rows
+        self.skipped += result.skipped
+        self.failed += result.failed
+        self.failures += result.failures
+
+    @property
+    def seen(self) -> int:
+        """Rows that are done with."""
+        return self.rows + self.skipped + self.failed
+
+
+def _version() -> str:
+    import pydedup
+
+    return pydedup.__version__
+
+
+def _result_of(told: str) -> PartResult:
+    """Return what a worker said of a part, or raise what it met."""
+    noted = json.loads(told)
+    if "error" in noted:
+        name, said = noted["error"]
+        kind = getattr(errors, name, None) if name else None
+        if isinstance(kind, type) and issubclass(kind, PydedupError):
+            raise kind(said)
+        raise ClusterError(f"a Ray worker failed: {said}")
+    return PartResult.of(noted)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a scoring on Ray is cut into, and what is noted of the parts that are done.
+
+A part is a range of the keys of a query, or rows of one row group of a Parquet file. How the work
+was cut is noted when it begins, so that who goes on with it finds the same parts: in the row of
+``jobs`` that keeps the version, or beside the files that are written. A note that a part is done
+saves reading it again, and nothing else: doing it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import decimal
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from pydedup.errors import ArgumentError
+from pydedup.ray.cluster import Secret
+from pydedup.serving.pin import Pin
+from pydedup.types import RowFailure
+
+__all__ = ["FilePart", "FolderNotes", "Notes", "PartResult", "QueryPart", "Settings", "TableNotes"]
+
+#: Folder of notes beside Parquet files; who reads those skips names that begin so.
+NOTES: Final = "_pydedup"
+_TAGGED: Final[dict[type, tuple[str, Callable[[Any], str], Callable[[str], Any]]]] = {
+    bytes: ("bytes", bytes.hex, bytes.fromhex),
+    datetime.datetime: ("time", datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+    datetime.date: ("date", datetime.date.isoformat, datetime.date.fromisoformat),
+    decimal.Decimal: ("decimal", str, decimal.Decimal),
+    uuid.UUID: ("uuid", str, uuid.UUID),
+}
+
+
+def to_json(key: object) -> object:
+    """Return a key as JSON has it. Raises ArgumentError for a type that is none of ours."""
+    if key is None or type(key) in (int, str) or (type(key) is float and math.isfinite(key)):
+        return key
+    if type(key) not in _TAGGED:
+        raise ArgumentError(
+            f"the key {key!r} is of type {type(key).__name__}, in which the work cannot be cut; "
+            "cast it to an integer or a text in the query"
+        )
+    tag, write, _ = _TAGGED[type(key)]
+    return {tag: write(key)}
+
+
+def from_json(value: Any) -> object:
+    """Return the key that `to_json` was given."""
+    if isinstance(value, dict):
+        ((tag, text),) = value.items()
+        for name, _, read in _TAGGED.values():
+            if name == tag:
+                return read(text)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class QueryPart:
+    """Rows of the query whose key is above one value and up to another, see `KeyRange`."""
+
+    above: object | None
+    up_to: object | None
+
+    def noted(self) -> list[object]:
+        """Return it as JSON has it."""
+        return [to_json(self.above), to_json(self.up_to)]
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """Rows ``start`` to ``stop`` of a row group of a Parquet file of ``size`` bytes."""
+
+    path: str
+    size: int
+    group: int
+    start: int
+    stop: int
+
+    def noted(self) -> list[object]:
+        """Return it as JSON has it."""
+        return [self.path, self.size, self.group, self.start, self.stop]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker is told: all that it needs, and no password that shows.
+
+    Attributes
+    ----------
+    into, folder
+        The table, or the folder of Parquet files, that predictions go to.
+    key, columns
+        Of Parquet: the columns to read, and which of them is the key.
+    key_type, file_key_type
+        The type of the key, as the database spells it, and as pyarrow has it.
+    """
+
+    store: Secret
+    source: Secret | None
+    model_id: int
+    model_name: str
+    address: str
+    query: str | None
+    parts: Sequence[QueryPart | FilePart]
+    into: str | None
+    folder: str | None
+    key: str
+    key_type: str | None
+    file_key_type: Any
+    columns: Sequence[str]
+    batch: int
+    memory: str | int
+    threads: int
+    on_error: str
+
+
+@dataclass
+class PartResult:
+    """What became of a part: rows written, there already, failed, and the first that did."""
+
+    rows: int = 0
+    skipped: int = 0
+    failed: int = 0
+    failures: list[RowFailure] = field(default_factory=list)
+
+    def noted(self) -> dict[str, Any]:
+        """Return it as JSON has it; keys of other types than JSON's as Python writes them."""
+        failures = [[_plain(one.key), one.reason] for one in self.failures]
+        return {
+            "rows": self.rows,
+            "skipped": self.skipped,
+            "failed": self.failed,
+            "failures": failures,
+        }
+
+    @classmethod
+    def of(cls, noted: Mapping[str, Any]) -> PartResult:
+        """Return what was noted."""
+        failures = [RowFailure(from_json(key), reason) for key, reason in noted["failures"]]
+        return cls(noted["rows"], noted["skipped"], noted["failed"], failures)
+
+
+def _plain(key: object) -> object:
+    try:
+        return to_json(key)
+    except ArgumentError:
+        return repr(key)
+
+
+class Notes(Protocol):
+    """What is noted of a work while it is under way."""
+
+    def parts(self, cut: Callable[[], list[list[object]]]) -> list[list[Any]]:
+        """Return how the work was cut, which is done now when it was not."""
+
+    def done(self) -> dict[int, PartResult]:
+        """Return the parts that are done."""
+
+    def mark(self, number: int, result: PartResult) -> None:
+        """Note that a part is done."""
+
+
+class TableNotes:
+    """Notes in the store, beside the version that the work stays on."""
+
+    def __init__(self, pin: Pin) -> None:
+        self._pin = pin
+
+    def parts(self, cut: Callable[[], list[list[object]]]) -> list[list[Any]]:
+        """Return how the work was cut, which is done now when it was not."""
+        noted = self._pin.noted(lambda spec: None)
+        if "parts" not in noted:
+            parts = cut()
+            # Of two that begin at once, the first says how.
+            noted = self._pin.noted(lambda spec: spec.setdefault("parts", parts) and None)
+        return list(noted["parts"])
+
+    def done(self) -> dict[int, PartResult]:
+        """Return the parts that are done."""
+        noted = self._pin.noted(lambda spec: None).get("done", {})
+        return {int(number): PartResult.of(result) for number, result in noted.items()}
+
+    def mark(self, number: int, result: PartResult) -> None:
+        """Note that a part is done."""
+
+        def change(spec: dict[str, Any]) -> None:
+            spec.setdefault("done", {})[str(number)] = result.noted()
+
+        self._pin.noted(change)
+
+
+class FolderNotes:
+    """Notes beside Parquet files: what the work is, and a file for each part that is done.
+
+    Who writes a part marks it, when its file has its name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / NOTES
+
+    def begin(self, work: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Note what the work is, and return what is noted, and whether it was there.
+
+        Raises ArgumentError when the folder is of another work, or holds something else.
+        """
+        parent, noted = self._folder.parent, self._folder / "work.json"
+        if not noted.exists():
+            if parent.is_dir() and any(p.name != NOTES for p in parent.iterdir()):
+                raise ArgumentError(
+                    f"{parent} is not empty and holds no predictions of ours; name a new folder"
+                )
+            self._folder.mkdir(parents=True, exist_ok=True)
+            written = _write(self._folder, json.dumps(dict(work)))
+            try:  # so that of two that begin at once, the first says what it is
+                os.link(written, noted)
+                return dict(work), False
+            except FileExistsError:
+                pass
+            finally:
+                written.unlink()
+        found = dict(json.loads(noted.read_text()))
+        differ = [name for name in ("what", "asked") if found.get(name) != work.get(name)]
+        if differ:
+            raise ArgumentError(
+                f"{parent} holds predictions of another work ({found['asked']} of "
+                f"{found['what'][:200]!r}); name a new folder"
+            )
+        return found, True
+
+    def forget(self) -> None:
+        """Take back what `begin` noted, of a work that cannot be done."""
+        (self._folder / "work.json").unlink(missing_ok=True)
+        for empty in (self._folder, self._folder.parent):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+
+    def parts(self, cut: Callable[[], list[list[object]]]) -> list[list[Any]]:
+        """Return how the work was cut, which is done now when it was not."""
+        noted = self._folder / "parts.json"
+        if not noted.exists():
+            written = _write(self._folder, json.dumps(cut()))
+            try:
+                os.link(written, noted)
+            except FileExistsError:
+                pass
+            finally:
+                written.unlink()
+        return list(json.loads(noted.read_text()))
+
+    def done(self) -> dict[int, PartResult]:
+        """Return the parts that are done."""
+        return {
+            int(path.stem.removeprefix("done-")): PartResult.of(json.loads(path.read_text()))
+            for path in self._folder.glob("done-*.json")
+        }
+
+    def mark(self, number: int, result: PartResult) -> None:
+        """Note that a part is done."""
+        written = _write(self._folder, json.dumps(result.noted()))
+        written.replace(self._folder / f"done-{number:05d}.json")
+
+
+def _write(folder: Path, text: str) -> Path:
+    """Write a file of no name yet, all of it on the disk."""
+    path = folder / f".{uuid.uuid4().hex}.tmp"
+    with path.open("x") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return path

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker of a scoring does: one part of the work after another, with one store open.
+
+Whatever goes wrong comes back as text. An exception would show in Ray's logs with its frames, and
+with what drivers of databases write into theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Final, cast
+
+from pydedup import config
+from pydedup.adapter import Adapter, KeyRange, RangeAdapter, RowAdapter, RowColumn, RowStream
+from pydedup.catalog import Catalog, StoredModel
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    NotFoundError,
+    PydedupError,
+    UnavailableError,
+)
+from pydedup.opening import connect_store, open_rows
+from pydedup.ray.cluster import use_threads
+from pydedup.ray.score_parquet import ParquetPart, TableRows, key_kind, read_part
+from pydedup.ray.score_plan import FilePart, FolderNotes, PartResult, QueryPart, Settings
+from pydedup.serving.features import InputKind
+from pydedup.serving.score import MOST_FAILURES, Scoring, kind_of
+from pydedup.store import Store
+from pydedup.text import without_secrets
+
+__all__ = ["PartScorer", "Scorer", "TableScorer", "hindrance", "rows_of"]
+
+#: How often a part is begun again when the database is away or others are in the way.
+_TRIES: Final = 6
+_PAUSE_SECONDS: Final = 0.25
+
+
+@contextlib.contextmanager
+def rows_of(adapter: Adapter, source: str | None, into: str | None) -> Iterator[RangeAdapter]:
+    """Give the database of the rows: the one of the store, which may be read only, or another."""
+    with contextlib.ExitStack() as left:
+        rows: object = adapter
+        if source is not None or into is not None:
+            rows = left.enter_context(open_rows(adapter, source))
+        if not isinstance(rows, RangeAdapter):
+            raise ArgumentError(f"queries of {adapter.url} cannot be cut into parts")
+        yield rows
+
+
+class Scorer:
+    """A store open for one model, and what its rows are read from and written to."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._opened = contextlib.ExitStack()
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        told = self.settings
+        source = None if told.source is None else told.source.reveal()
+        writes = told.into is not None and source is None
+        adapter = connect_store(told.store.reveal(), mode="a" if writes else "r")
+        self._store = self._opened.enter_context(Store(adapter, config.parse_bytes(told.memory)))
+        self._catalog = Catalog(adapter)
+        self._rows: RangeAdapter | None = None
+        if told.query is not None or told.into is not None:
+            self._rows = self._opened.enter_context(rows_of(adapter, source, told.into))
+        self.model = self._model(adapter)
+        self._kind: InputKind = kind_of(self.model, adapter)
+
+    def _model(self, adapter: Adapter) -> StoredModel:
+        for row in adapter.models(name=self.settings.model_name):
+            if row.id == self.settings.model_id:
+                return self._catalog.of_row(row)
+        raise NotFoundError(f"{self.settings.address} was removed from {adapter.url} meanwhile")
+
+    def close(self) -> None:
+        """Close all that is open."""
+        self._opened.close()
+
+    def scoring(self, target: Any, table: str, columns: Sequence[RowColumn]) -> Scoring:
+        """Return a scoring into a target that may be a part of one."""
+        work = Scoring(
+            cast(RowAdapter, target),
+            table,
+            columns,
+            self.settings.key,
+            self.model,
+            self._catalog,
+            self._kind,
+            lambda stored, x: self._store.predict(stored.address, x),
+            self.settings.on_error,
+        )
+        work.begin()
+        return work
+
+    def part(self, number: int, result: PartResult) -> None:
+        """Score a part of the work, and add to the result what was done."""
+        with contextlib.ExitStack() as left:
+            told, part = self.settings, self.settings.parts[number]
+            target: Any = self._rows
+            if told.folder is not None:
+                # Rows of a query with one key are in one part; of files, any row is scored.
+                unique = isinstance(part, QueryPart)
+                target = ParquetPart(Path(told.folder), number, told.file_key_type, unique=unique)
+                result.rows = 0  # of what was begun before, nothing is left
+                left.callback(target.discard)
+            stream = left.enter_context(self._read(part))
+            work = self.scoring(target, told.into or str(told.folder), stream.columns)
+            self._run(work, stream, result)
+            if told.folder is not None:
+                target.finish()
+                FolderNotes(Path(told.folder)).mark(number, result)
+
+    def table(self, table: Any, result: PartResult) -> None:
+        """Score the rows of a table of pyarrow, and add to the result what was done."""
+        assert isinstance(self._rows, RangeAdapter)
+        told = self.settings
+        key = self._rows.key_column(told.key, key_kind(table.schema.field(told.key).type))
+        columns = [key if name == told.key else RowColumn(name, None) for name in told.columns]
+        batches = iter(table.select(list(told.columns)).to_batches(told.batch))
+        work = self.scoring(self._rows, str(told.into), columns)
+        self._run(work, TableRows(columns, batches), result)
+
+    def _run(self, work: Scoring, stream: RowStream, result: PartResult) -> None:
+        written = result.rows
+        try:
+            for found in stream:
+                work.score(found)
+        finally:  # what is written stays, also when the part is begun again
+            report = work.report(resumed=False)
+            result.rows += report.rows
+        result.skipped += max(report.skipped - written, 0)
+        result.failed += report.failed
+        result.failures += report.failures[: MOST_FAILURES - len(result.failures)]
+
+    def _read(self, part: QueryPart | FilePart) -> AbstractContextManager[RowStream]:
+        told = self.settings
+        if isinstance(part, QueryPart):
+            assert isinstance(self._rows, RangeAdapter)
+            within = KeyRange(RowColumn(told.key, told.key_type), part.above, part.up_to)
+            return self._rows.read_range(told.query or "", told.batch, within)
+        key = RowColumn(told.key, told.key_type)
+        return read_part(part, told.columns, told.batch, key)
+
+
+class _Worker:
+    """What both kinds of workers do: open when there is work, and tell errors as text."""
+
+    def __init__(self, settings: Settings) -> None:
+        use_threads(settings.threads)
+        self._settings = settings
+        self._scorer: Scorer | None = None
+
+    def _told(self, work: Any) -> str:
+        """Do something with a scorer, which adds to a result, and return JSON of it."""
+        result = PartResult()
+        try:
+            for again in range(_TRIES):
+                try:
+                    if self._scorer is None:
+                        self._scorer = Scorer(self._settings)
+                    work(self._scorer, result)
+                    break
+                except (UnavailableError, ConflictError):
+                    if self._scorer is not None:
+                        self._scorer.close()
+                    self._scorer = None
+                    if again + 1 == _TRIES:
+                        raise
+                    time.sleep(_PAUSE_SECONDS * 2**again)
+        except PydedupError as error:
+            return _failure(type(error).__name__, str(error), result)
+        except Exception as error:  # a fault: told like the others, without its frames
+            return _failure("", f"{type(error).__name__}: {error}", result)
+        return json.dumps(result.noted())
+
+
+class PartScorer(_Worker):
+    """An actor that is given numbers of parts."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Score the parts, and return the number and the result of each."""
+        numbers = [int(number) for number in batch["number"]]
+        results = []
+        for number in numbers:
+
+            def work(scorer: Scorer, result: PartResult, number: int = number) -> None:
+                scorer.part(number, result)
+
+            results.append(self._told(work))
+        return {"number": numbers, "result": results}
+
+
+class TableScorer(_Worker):
+    """An actor that is given tables of pyarrow."""
+
+    def __call__(self, table: Any) -> dict[str, Any]:
+        """Score the rows of a table, and return the result."""
+        told = self._told(lambda scorer, result: scorer.table(table, result))
+        return {"number": [0], "result": [told]}
+
+
+def _failure(kind: str, said: str, result: PartResult) -> str:
+    return json.dumps({"error": [kind, without_secrets(said)], **result.noted()})
+
+
+def hindrance(settings: Settings, versions: str) -> str | None:
+    """Say what keeps this machine from working, ``None`` when nothing does."""
+    import pydedup
+
+    use_threads(settings.threads)
+    if pydedup.__version__ != versions:
+        return f"pydedup {pydedup.__version__} is there, and {versions} here; install the same"
+    try:
+        Scorer(settings).close()
+        for path in _paths(settings):
+            if not path.exists():
+                return f"{path} is not there; it must be a folder that all machines share"
+    except PydedupError as error:
+        return without_secrets(str(error))
+    except Exception as error:
+        return without_secrets(f"{type(error).__name__}: {error}")
+    return None
+
+
+def _paths(settings: Settings) -> Iterator[Path]:
+    if settings.folder is not None:
+        yield Path(settings.folder)
+    yield from dict.fromkeys(
+        Path(part.path) for part in settings.parts if isinstance(part, FilePart)
+    )

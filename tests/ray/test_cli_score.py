@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydedup score --on``: a private Ray, Ray Client, and command lines that make no sense."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pydedup.cli import main
+
+from .conftest import ROWS, Cluster, Scored
+from .test_score import assert_right, parquet  # noqa: F401 (a fixture)
+
+MODEL = ["--model", "m@prod", "--quiet"]
+
+
+@pytest.mark.usefixtures("parquet")
+def test_parquet_on_a_private_ray(scored_file: Scored, tmp_path: Path) -> None:
+    files = ["--parquet-in", str(tmp_path / "in" / "a.parquet")]
+    files += ["--parquet-in", str(tmp_path / "in" / "more"), "--columns", "id,f0,f1,f2"]
+    out = str(tmp_path / "out")
+    command = ["score", scored_file.url, *MODEL, *files, "--parquet-out", out, "--json"]
+    # In a process of its own: this one may be connected to another Ray.
+    done = _run([*command, "--on", "local", "--workers", "1"])
+    assert done["rows"] == ROWS
+    assert done["table"] == out
+    table = pq.read_table(out)
+    found = dict(zip(table["id"].to_pylist(), table["prediction"].to_pylist(), strict=True))
+    assert_right(found, scored_file)
+
+
+def test_a_query_by_ray_client(scored_file: Scored, cluster: Cluster) -> None:
+    command = ["score", scored_file.url, *MODEL, "--query", scored_file.query, "--into", "p"]
+    done = _run([*command, "--on", cluster.client, "--json"])
+    assert (done["rows"], done["model"]) == (ROWS, "m@1")
+    assert_right(scored_file.predictions("p"), scored_file)
+
+
+def _run(arguments: list[str]) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pydedup", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--into", "p"], "give --query or --parquet-in: one of them is needed"),
+        (["--query", "SELECT 1"], "give --into or --parquet-out: one of them is needed"),
+        (["--query", "x", "--parquet-in", "y", "--into", "p"], "--parquet-in: not both"),
+        (["--parquet-in", "y", "--into", "p"], "--parquet-in wants --on"),
+        (["--query", "x", "--parquet-out", "y"], "--parquet-out wants --on"),
+        (["--query", "x", "--into", "p", "--workers", "2"], "--workers wants --on"),
+        (["--query", "x", "--into", "p", "--on", "http://x"], "is no address of Ray"),
+        (["--query", "SELECT 1", "--into", "p", "--on", "x:1:2"], "is no address of Ray"),
+    ],
+)
+def test_what_makes_no_sense_is_said(
+    scored_file: Scored, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    if "--on" in options:
+        options = [scored_file.query if one in ("x", "SELECT 1") else one for one in options]
+    assert main(["score", scored_file.url, "--model", "m@1", *options]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_missing_ray_is_said(
+    scored_file: Scored, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    options = ["--query", scored_file.query, "--into", "p", "--on", "local"]
+    assert main(["score", scored_file.url, "--model", "m@1", *options]) == 2
+    assert "pip install 'pydedup[ray]'" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Scoring on Ray: each row once, from and to tables and Parquet, like `Store.score` does it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pydedup
+import pydedup.ray
+from pydedup.errors import ArgumentError, MissingStoreError, NotFoundError
+from pydedup.ray.cluster import Secret
+from pydedup.ray.score_plan import QueryPart, Settings
+from pydedup.ray.score_worker import hindrance
+from pydedup.types import ScoreReport
+
+from .conftest import ROWS, Cluster, Scored
+
+
+def score(data: Any, at: Scored, into: Any, **options: Any) -> ScoreReport:
+    options = {"workers": 2, "part_rows": 300, "batch": 64} | options
+    return pydedup.ray.score(data, at.url, options.pop("model", "m@prod"), into=into, **options)
+
+
+def of_folder(folder: Path) -> dict[Any, float]:
+    table = pq.read_table(folder)
+    assert set(table["model"].to_pylist()) == {"m@1"}
+    keys = table["id"].to_pylist()
+    assert len(set(keys)) == len(keys)
+    return dict(zip(keys, table["prediction"].to_pylist(), strict=True))
+
+
+def assert_right(found: dict[Any, float], at: Scored) -> None:
+    assert sorted(found) == [3 * i for i in range(ROWS)]
+    got = [found[3 * i] for i in range(ROWS)]
+    np.testing.assert_allclose(got, at.wanted(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def parquet(scored_file: Scored, tmp_path: Path) -> Path:
+    """The features as two files, a folder below the other, with a column more."""
+    columns = {f"f{i}": scored_file.features[:, i] for i in range(3)}
+    table = pa.table({"note": ["n"] * ROWS, "id": [3 * i for i in range(ROWS)], **columns})
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    pq.write_table(table[:900], tmp_path / "in" / "a.parquet", row_group_size=700)
+    pq.write_table(table[900:], tmp_path / "in" / "more" / "b.parquet")
+    return tmp_path / "in"
+
+
+def test_a_table_is_scored_like_store_score_does(scored: Scored, connected: Any) -> None:
+    told: list[tuple[str, int, int]] = []
+    report = score(scored.query, scored, "p", progress=lambda *one: told.append(one))
+    assert (report.model, report.rows, report.skipped, report.failed) == ("m@1", ROWS, 0, 0)
+    assert not report.resumed
+    assert told[-1][:2] == ("scoring", ROWS)
+    assert len(told) >= ROWS // 300
+    assert_right(scored.predictions("p"), scored)
+    assert scored.run("SELECT DISTINCT model FROM p") == [("m@1",)]
+    with pydedup.open(scored.url) as store:
+        assert store._adapter.jobs() == []
+        assert store.score(scored.query, "m@prod", into="p").skipped == ROWS
+
+
+def test_parquet_becomes_parquet_once(parquet: Path, scored_file: Scored, connected: Any) -> None:
+    out, columns = parquet.parent / "out", ["id", "f0", "f1", "f2"]
+    report = score(parquet, scored_file, out, columns=columns)
+    assert (report.rows, report.failed, report.table) == (ROWS, 0, str(out))
+    assert_right(of_folder(out), scored_file)
+    schema = pq.read_schema(next(out.glob("*.parquet")))
+    assert (schema.names, schema.field("id").type) == (["id", "prediction", "model"], pa.int64())
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    # One part lost its mark, another all: what is done is not done again, and names stay.
+    (out / "_pydedup" / "done-00001.json").unlink()
+    (out / "_pydedup" / "done-00002.json").unlink()
+    (out / "part-00002.parquet").unlink()
+    (out / ".part-00002.parquet.x.tmp").touch()
+    with pydedup.open(scored_file.url) as store:
+        store.alias("m", "prod", "2")
+    again = score(parquet, scored_file, out, columns=columns)
+    assert again.resumed
+    assert 0 < again.rows <= 2 * 300
+    assert again.rows + again.skipped == ROWS
+    assert_right(of_folder(out), scored_file)
+    same = [path for path in before if path.stat().st_mtime_ns == before[path]]
+    assert len(same) == len(before) - 2
+    assert not list(out.glob(".*"))
+    with pytest.raises(ArgumentError, match="predictions of another work"):
+        score(scored_file.query, scored_file, out)
+    with pytest.raises(ArgumentError, match="is not empty and holds no predictions of ours"):
+        score(parquet, scored_file, parquet, columns=columns)
+    with pytest.raises(ArgumentError, match="predictions of another work"):
+        score(parquet / "a.parquet", scored_file, out, columns=columns)
+
+
+def test_a_query_becomes_parquet(scored_file: Scored, tmp_path: Path, connected: Any) -> None:
+    with pydedup.open(scored_file.url) as store:
+        before = store.stats()
+    score(scored_file.query, scored_file, tmp_path / "out")
+    assert_right(of_folder(tmp_path / "out"), scored_file)
+    with pydedup.open(scored_file.url) as store:
+        assert store.stats() == before
+    assert scored_file.run("SELECT COUNT(*) FROM sqlite_master WHERE name = 'p'") == [(0,)]
+
+
+def test_parquet_and_datasets_become_tables(
+    parquet: Path, scored_file: Scored, connected: Any
+) -> None:
+    import ray.data
+
+    columns = ["id", "f0", "f1", "f2"]
+    score([parquet / "a.parquet", parquet / "more"], scored_file, "p", columns=columns)
+    assert_right(scored_file.predictions("p"), scored_file)
+    dataset = ray.data.read_parquet([str(path) for path in parquet.rglob("*.parquet")])
+    report = score(dataset, scored_file, "q", key="id", columns=columns, workers=1)
+    assert report.rows == ROWS
+    assert_right(scored_file.predictions("q"), scored_file)
+    with pytest.raises(ArgumentError, match="has no parts that are the same"):
+        score(dataset, scored_file, parquet.parent / "out")
+    with pytest.raises(ArgumentError, match="CPUs for 1 workers of 1 beside one that reads"):
+        score(dataset, scored_file, "q", workers=2)
+
+
+def test_rows_that_cannot_be_predicted(scored_file: Scored, connected: Any) -> None:
+    scored_file.run("UPDATE t SET f1 = NULL WHERE id IN (0, 1500, 2400)")
+    query = f"{scored_file.query} UNION ALL SELECT NULL, 1.0, 1.0, 1.0"
+    with pytest.raises(ArgumentError, match=r"row with id .*(NULL|1500|2400|0)"):
+        score(query, scored_file, "p")
+    report = score(query, scored_file, "p", on_error="skip")
+    assert report.resumed
+    assert report.failed == 4
+    assert {failure.key for failure in report.failures} == {None, 0, 1500, 2400}
+    assert report.rows + report.skipped == ROWS - 3
+    assert len(scored_file.predictions("p")) == ROWS - 3
+
+
+def test_what_is_wrong_is_said_before_work_begins(
+    scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    query = scored_file.query
+    for data, into, options, said in (
+        (query, "p", {"workers": 3}, "CPUs for 2 workers of 1, and 3 are asked for"),
+        (query, "p", {"cpus_per_worker": 4, "workers": None}, "CPUs for 0 workers of 4"),
+        (query, "p", {"workers": 0}, "workers is 0"),
+        (query, "p", {"on_error": "no"}, "choose 'fail' or 'skip'"),
+        (query, "p", {"key": "nothing"}, "no column 'nothing' for the key"),
+        (query, "p", {"columns": ["id"]}, "names its columns itself"),
+        ("DELETE FROM t", "p", {}, "must be one SELECT"),
+        ("SELECT id, f0, f1 FROM t", "p", {}, "takes 3 features, and the query has"),
+        ("SELECT f0, f1, f2, id FROM t", "t", {}, "'f0' of table t is not unique"),
+        (7, "p", {}, "dataset is a int"),
+        (tmp_path / "none.parquet", "p", {}, "there is no Parquet file"),
+        ([], "p", {}, "no Parquet file in nothing"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            score(data, scored_file, into, **options)
+    with pytest.raises(NotFoundError):
+        score(query, scored_file, "p", model="other")
+    missing = f"sqlite:///{tmp_path / 'missing.db'}"
+    with pytest.raises(MissingStoreError):
+        pydedup.ray.score(query, missing, "m", into="p")
+    assert not (tmp_path / "missing.db").exists()
+
+
+def settings(url: str, model_id: int = 1) -> Settings:
+    return Settings(
+        store=Secret(url), source=None, model_id=model_id, model_name="m", address="m@1",
+        query="SELECT 1", parts=[QueryPart(None, None)], into="p", folder=None, key="id",
+        key_type="", file_key_type=None, columns=["id", "f"], batch=1, memory="64MiB", threads=1,
+        on_error="fail",
+    )  # fmt: skip
+
+
+def test_a_machine_without_the_driver_or_the_model_says_so(
+    monkeypatch: pytest.MonkeyPatch, scored_file: Scored
+) -> None:
+    version = pydedup.__version__
+    assert hindrance(settings(scored_file.url), version) is None
+    assert "m@1 was removed" in str(hindrance(settings(scored_file.url, 77), version))
+    assert "and 9.9 here" in str(hindrance(settings(scored_file.url), "9.9"))
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "psycopg" or name == "pydedup.adapters.postgres":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    said = str(hindrance(settings("postgresql://me:pa55word@db/x"), version))
+    assert "pip install -U 'pydedup[postgres]'" in said
+    assert "pa55word" not in said
+
+
+def test_passwords_are_nowhere(
+    postgres_url: str, postgres_schema: str, cluster: Cluster, connected: Any
+) -> None:
+    name = "p4ssw0rd-of-the-store"
+    joined = "&" if "?" in postgres_url else "?"
+    at = Scored(f"{postgres_url}{joined}schema={postgres_schema}&password={name}")
+    try:
+        told = score(at.query, at, "p")
+        with pytest.raises(ArgumentError) as raised:
+            score(at.query.replace("f0", "f0 / (id - 1500)"), at, "q")
+    finally:
+        at.run("DROP TABLE IF EXISTS t, p, q")
+    assert name not in f"{told}{raised.value}{settings(at.url)}"
+    texts = [path for path in Path(cluster.folder).rglob("*") if path.is_file()]
+    assert len(texts) > 10
+    assert [path for path in texts if name.encode() in path.read_bytes()] == []
