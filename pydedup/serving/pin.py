@@ -74,11 +74,13 @@ class Pin:
         Of a work that leaves no row, and of one that another run has ended, nothing is kept.
         """
         if not self._pinned:
-            change(spec := {})
+            spec: dict[str, Any] = {}
+            change(spec)
             return spec
         with self._adapter.transaction():
             found = self._spec()
-            change(spec := found or {})
+            spec = found or {}
+            change(spec)
             if found is not None:
                 self._put(spec)
         return spec
