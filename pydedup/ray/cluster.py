@@ -30,7 +30,7 @@ from pydedup.errors import ArgumentError, ClusterError
 from pydedup.registry import redact
 from pydedup.text import without_secrets
 
-__all__ = ["INSTALL", "Secret", "attached", "import_ray", "on_each_node", "use_threads"]
+__all__ = ["INSTALL", "Secret", "absolute", "attached", "import_ray", "on_each_node", "use_threads"]
 
 INSTALL: Final = "pip install 'pydedup[ray]'"
 #: The first whose Ray Data and Serve have what is called here, and the first that may not.
@@ -188,7 +188,7 @@ def _probe(on: str) -> None:
 @contextlib.contextmanager
 def _connected(ray: Any, what: str, options: dict[str, Any]) -> Iterator[None]:
     try:
-        with _quiet_entry_point():
+        with _quiet_entry_point(), _away_from_sources():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:
         said = " ".join(without_secrets(str(error)).split()) or type(error).__name__
@@ -203,6 +203,22 @@ def _connected(ray: Any, what: str, options: dict[str, Any]) -> Iterator[None]:
     finally:
         with contextlib.suppress(Exception):  # a cluster that is gone needs no goodbye
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _away_from_sources() -> Iterator[None]:
+    """Leave a clone of pydedup while a job begins, unless it is what is installed.
+
+    Workers look for modules in the folder that the job began in, before any other; sources there
+    have no compiled core, and would hide what is installed.
+    """
+    sources = Path.cwd() / "pydedup"
+    installed = Path(__file__).resolve().parent.parent
+    if not (sources / "__init__.py").exists() or sources.resolve() == installed:
+        yield
+        return
+    with contextlib.chdir("/"):
+        yield
 
 
 @contextlib.contextmanager
@@ -222,6 +238,13 @@ def _quiet_entry_point() -> Iterator[None]:
         yield
     finally:
         utils.get_entrypoint_name = real
+
+
+def absolute(url: str) -> str:
+    """Return a URL that means the same in other folders, where it is a file of SQLite."""
+    found = re.fullmatch(r"sqlite:///([^/?].*)", url)
+    path = url if ":" not in url else found and found.group(1)
+    return f"sqlite:///{Path(path).absolute()}" if path else url
 
 
 def use_threads(count: int) -> None:

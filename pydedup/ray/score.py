@@ -16,7 +16,7 @@ from typing import Any
 
 from pydedup import config, errors
 from pydedup.errors import ArgumentError, ClusterError, PydedupError
-from pydedup.ray.cluster import attached, import_ray, on_each_node
+from pydedup.ray.cluster import absolute, attached, import_ray, on_each_node
 from pydedup.ray.score_feed import scored
 from pydedup.ray.score_job import MOST_ROWS, Job
 from pydedup.ray.score_plan import FilePart, PartResult, Settings
@@ -93,7 +93,8 @@ def score(
     if on_error not in ("fail", "skip"):
         raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
     config.parse_bytes(memory)
-    job = Job(dataset, str(os.fspath(store_url)), source, model, into)
+    reads = None if source is None else absolute(os.fspath(source))
+    job = Job(dataset, absolute(str(os.fspath(store_url))), reads, model, into)
     cpus = None if workers is None else workers * cpus_per_worker
     with contextlib.ExitStack() as left:
         left.enter_context(job.opened())

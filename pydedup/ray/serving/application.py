@@ -14,8 +14,8 @@ from pydedup.errors import ArgumentError
 from pydedup.http.access import check_token
 from pydedup.http.options import ServeOptions
 from pydedup.opening import connect_store, pool_bytes
-from pydedup.ray.cluster import Secret, import_ray
-from pydedup.ray.serving.source import absolute, is_here
+from pydedup.ray.cluster import Secret, absolute, import_ray
+from pydedup.ray.serving.source import is_here
 from pydedup.registry import redact
 from pydedup.replacement import DEFAULT_POLICY, check_policy
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
-from pydedup.ray.cluster import Secret, attached, import_ray, on_each_node
+from pydedup.ray.cluster import Secret, absolute, attached, import_ray, on_each_node
 from pydedup.ray.serving.application import deployment
-from pydedup.ray.serving.source import absolute, hindrance
+from pydedup.ray.serving.source import hindrance
 from pydedup.text import without_secrets
 
 __all__ = ["APPLICATION", "parse_replicas", "run"]

@@ -8,7 +8,6 @@ handed it. The text itself travels as a `Secret`.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from pydedup.errors import ArgumentError, PydedupError
@@ -16,7 +15,7 @@ from pydedup.opening import connect_store
 from pydedup.ray.cluster import Secret
 from pydedup.registry import redact
 
-__all__ = ["ENVIRONMENT", "FILE", "absolute", "hindrance", "is_here", "reveal"]
+__all__ = ["ENVIRONMENT", "FILE", "hindrance", "is_here", "reveal"]
 
 ENVIRONMENT, FILE = "env:", "file:"
 
@@ -58,10 +57,3 @@ def hindrance(source: Secret) -> str | None:
     except PydedupError as error:
         return str(error).replace(url, redact(url))
     return None
-
-
-def absolute(url: str) -> str:
-    """Return a URL that means the same in other folders, where it is a file of SQLite."""
-    found = re.fullmatch(r"sqlite:///([^/?].*)", url)
-    path = url if ":" not in url else found and found.group(1)
-    return f"sqlite:///{Path(path).absolute()}" if path else url
