@@ -124,7 +124,7 @@ def test_parquet_and_datasets_become_tables(
     with pytest.raises(ArgumentError, match="has no parts that are the same"):
         score(dataset, scored_file, parquet.parent / "out")
     with pytest.raises(ArgumentError, match="CPUs for 1 workers of 1 beside one that reads"):
-        score(dataset, scored_file, "q", workers=2)
+        score(dataset, scored_file, "q", key="id", columns=columns, workers=2)
 
 
 def test_rows_that_cannot_be_predicted(scored_file: Scored, connected: Any) -> None:
