@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -33,6 +34,11 @@ _PIECE_NUMBERS = 8 * 1024
 #: JSON without its lists of data is refused above this.
 _LARGEST_OUTLINE = 1024 * 1024
 _LARGEST_DEPTH = 32
+#: After so many pieces (2 to 3 ms) others get their turn. numpy lets go of Python's lock so often and
+#: so briefly that a waiting thread wakes too late each time, and never has waited the 5 ms after
+#: which it may demand the lock: without a turn it waits until a long list is done.
+_TURN_PIECES = 8
+_TURN_SECONDS = 1e-9
 #: Integers beyond it are not all floats.
 _EXACT_FLOAT = 2.0**53
 
@@ -150,7 +156,7 @@ def flat_array(
     row = shape[-1] if depth > 1 else None
     out = np.empty(count, dtype)
     done = filled = 0  # numbers so far, and those of them in the row that a cut went through
-    for nested, cut in pieces:
+    for number, (nested, cut) in enumerate(pieces, 1):
         rows = _rows(nested, depth, where)
         numbers = _convert(list(chain.from_iterable(rows)) if depth > 1 else nested, dtype, where)
         if done + len(numbers) > count:
@@ -164,6 +170,8 @@ def flat_array(
             filled = lengths.pop() if cut and lengths else 0
             if any(length != row for length in lengths):
                 raise bad(where, f"its innermost lists must have {row} numbers each, as in shape")
+        if number % _TURN_PIECES == 0:
+            time.sleep(_TURN_SECONDS)
     if done != count:
         raise bad(where, f"it has {done} numbers; shape {list(shape)} needs {count}")
     return out.reshape(shape)

@@ -214,4 +214,4 @@ def test_others_run_while_a_long_list_is_read() -> None:
     stop.set()
     watcher.join()
     # In one piece nobody else would run for nearly all of the time; a busy machine takes its share.
-    assert longest < max(0.05, took * 2 / 3), f"nobody else ran for {longest:.3f} of {took:.3f} s"
+    assert longest < max(0.05, took / 3), f"nobody else ran for {longest:.3f} of {took:.3f} s"
