@@ -185,7 +185,8 @@ class CatalogCalls(DbApiBase):
 
     def block_map(self, model_id: int, ordinal: int) -> list[bytes]:
         """Return the parts of one tensor in order."""
-        return self._parts("block_maps", model_id, ordinal)
+        rows = self._query(self._sql.parts("block_maps"), [model_id, ordinal])
+        return [join_parts(row) for row in rows]
 
     def block_maps(self, model_id: int) -> list[tuple[int, bytes]]:
         """Return (ordinal, payload) of all parts of a model, by ordinal and part."""
@@ -196,17 +197,14 @@ class CatalogCalls(DbApiBase):
         """Insert (model_id, ordinal, part, payload)."""
         self._insert_parts("source_hashes", rows)
 
-    def source_hashes(self, model_id: int, ordinal: int) -> list[bytes]:
-        """Return the parts of one tensor in order."""
-        return self._parts("source_hashes", model_id, ordinal)
+    def source_hashes(self, model_id: int, first: int, stop: int) -> list[tuple[int, bytes]]:
+        """Return (ordinal, payload) of the parts of ``first <= ordinal < stop``, in order."""
+        rows = self._query(self._sql.parts_of_several("source_hashes"), [model_id, first, stop])
+        return [(row[0], join_parts(row[1:])) for row in rows]
 
     def _insert_parts(self, table: str, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         what = f"a part of {table}"
         self._insert_many(table, ((*row[:3], self._sized(row[3], what)) for row in rows))
-
-    def _parts(self, table: str, model_id: int, ordinal: int) -> list[bytes]:
-        rows = self._query(self._sql.parts(table), [model_id, ordinal])
-        return [join_parts(row) for row in rows]
 
     # ---- jobs ---------------------------------------------------------------------------------
 

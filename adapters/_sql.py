@@ -201,6 +201,15 @@ class Statements:
         """Return the reading of the parts of one tensor."""
         return self.select(table, ("payload",), where=("model_id", "ordinal"), order=("part",))
 
+    def parts_of_several(self, table: str) -> str:
+        """Return the reading of the parts of tensors from an ordinal on, until below another."""
+        mark = self.dialect.placeholder
+        return (
+            f"SELECT ordinal, payload FROM {self._name(table)} "
+            f"WHERE model_id = {mark} AND ordinal >= {mark} AND ordinal < {mark} "
+            "ORDER BY ordinal, part"
+        )
+
     def page_rows(self, *, members: int, state: bool, limit: bool) -> str:
         """Return the listing of pages; parameters: after, state, members, limit."""
         mark = self.dialect.placeholder

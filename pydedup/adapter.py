@@ -420,8 +420,8 @@ class Adapter(Protocol):
     def insert_source_hashes(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""
 
-    def source_hashes(self, model_id: int, ordinal: int) -> list[bytes]:
-        """Return the parts of one tensor in order."""
+    def source_hashes(self, model_id: int, first: int, stop: int) -> list[tuple[int, bytes]]:
+        """Return (ordinal, payload) of the parts of ``first <= ordinal < stop``, in order."""
 
     # ---- pages --------------------------------------------------------------------------------
 

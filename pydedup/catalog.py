@@ -20,8 +20,9 @@ from pydedup.graph import Graph
 from pydedup.names import parse_address
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, TensorInfo
 
-__all__ = ["Catalog", "StoredModel", "listed", "page_readers"]
+__all__ = ["Catalog", "SourceHashes", "StoredModel", "listed", "page_readers"]
 
+_HASHES_PER_READ = 16 * 1024
 # Models whose tensors and block maps are kept in memory: about 6 bytes per block each.
 _CACHED_MODELS = 256
 # Of so many models, the newest ones, a message about an unknown one suggests names.
@@ -118,6 +119,30 @@ class StoredModel:
             if payload is not None:
                 self._graph = Graph.from_json(payload.decode())
         return self._graph
+
+
+class SourceHashes:
+    """The hashes of the blocks that a model was added with, read for several tensors at once."""
+
+    def __init__(self, adapter: Adapter, model: StoredModel) -> None:
+        self._adapter = adapter
+        self._model = model
+        self._read: dict[int, bytes] = {}
+
+    def of(self, ordinal: int) -> bytes:
+        """Return the hashes of one tensor's blocks, 16 bytes each; none where none are recorded."""
+        if ordinal not in self._read:
+            blocks, stop = 0, ordinal
+            for info in self._model.tensors[ordinal:]:
+                blocks += BlockGrid(*matrix_shape(info.shape), *info.block_shape).count
+                if stop > ordinal and blocks > _HASHES_PER_READ:
+                    break
+                stop += 1
+            parts: dict[int, list[bytes]] = {number: [] for number in range(ordinal, stop)}
+            for number, part in self._adapter.source_hashes(self._model.row.id, ordinal, stop):
+                parts[number].append(part)
+            self._read = {number: b"".join(found) for number, found in parts.items()}
+        return self._read[ordinal]
 
 
 class Catalog:

@@ -200,7 +200,7 @@ def _brought(
     reads: int,
 ) -> Brought:
     maps = [payload for _, payload in adapter.block_maps(row.id)]
-    hashes = [p for i in range(len(model.tensors)) for p in adapter.source_hashes(row.id, i)]
+    hashes = [part for _, part in adapter.source_hashes(row.id, 0, len(model.tensors))]
     artifacts = [adapter.artifact(row.id, name) or b"" for name, _ in adapter.artifacts(row.id)]
     new = places[is_new & np.isin(split_places(places)[0], pages)]
     covering = [segments[page] for page in pages if page in segments]

@@ -34,9 +34,9 @@ _PIECE_NUMBERS = 8 * 1024
 #: JSON without its lists of data is refused above this.
 _LARGEST_OUTLINE = 1024 * 1024
 _LARGEST_DEPTH = 32
-#: After so many pieces (2 to 3 ms) others get their turn. numpy lets go of Python's lock so often and
-#: so briefly that a waiting thread wakes too late each time, and never has waited the 5 ms after
-#: which it may demand the lock: without a turn it waits until a long list is done.
+#: After so many pieces (2 to 3 ms) others get their turn. numpy lets go of Python's lock so often
+#: and so briefly that a waiting thread wakes too late each time, and never has waited the 5 ms
+#: after which it may demand the lock: without a turn it waits until a long list is done.
 _TURN_PIECES = 8
 _TURN_SECONDS = 1e-9
 #: Integers beyond it are not all floats.

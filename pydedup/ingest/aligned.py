@@ -22,8 +22,9 @@ from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.formats.base import TensorEntry
-from pydedup.ingest.places import BlockReader, StoredTable
+from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE
+from pydedup.ingest.stored_table import StoredTable
 from pydedup.types import TensorInfo
 
 __all__ = ["Aligned", "ByPosition", "Neighbours"]

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pydedup.adapter import LIVE, Adapter
 from pydedup.blocks import MatrixView
 from pydedup.codec import Encoding, Page, read_blocks
-from pydedup.ingest.places import StoredTable, stacked
+from pydedup.ingest.places import stacked
+from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import block_places, split_places
 from pydedup.pool import PagePool
 from pydedup.signatures import SIDE_BITS, BlockKind, read_pieces, read_segments, segment_rows

@@ -22,10 +22,11 @@ from pydedup.hashing import hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.deltas import Delta
-from pydedup.ingest.places import BlockReader, StoredTable
+from pydedup.ingest.places import BlockReader
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.similar import LookedAt, Similar, look_at
 from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import split_places
 from pydedup.policies import Policy
 from pydedup.pool import PagePool

@@ -10,101 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.adapter import BlockRow
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.layout import block_places, split_places
+from pydedup.ingest.stored_table import StoredTable, slot_entries
 from pydedup.types import DType
 
-__all__ = ["BlockReader", "StoredTable", "slot_entries", "stack_blocks", "stacked"]
+__all__ = ["BlockReader", "stack_blocks", "stacked"]
 
 _Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
-
-
-class StoredTable:
-    """Blocks of the store that an add shares or builds deltas on."""
-
-    def __init__(self) -> None:
-        self.page_ids: list[int] = []
-        self.slots: list[int] = []
-        #: What each takes on its page; 0 until somebody looked.
-        self.costs: list[int] = []
-        #: References to what each is a delta of, or `NO_BASE`.
-        self.bases: list[int] = []
-        #: Dtype codes; 0 until somebody looked.
-        self.dtypes: list[int] = []
-        self._number: dict[int, int] = {}  # by place
-
-    def references(self, rows: Sequence[BlockRow]) -> list[int]:
-        """Return the (negative) references of stored blocks, and make those of their bases."""
-        page_ids = np.array([row.page_id for row in rows], np.int64)
-        slots = np.array([row.slot for row in rows], np.uint32)
-        references: list[int] = self.references_at(page_ids, slots).tolist()
-        deltas = [(n, row.base_id) for n, row in enumerate(rows) if row.base_id is not None]
-        bases = self._references([base for _, base in deltas], 0).tolist()
-        for (n, _), base in zip(deltas, bases, strict=True):
-            self.set_base(references[n], base)
-        return references
-
-    def set_base(self, reference: int, base: int) -> None:
-        """Say that a block is a delta of another."""
-        self.bases[-reference - 1] = base
-
-    def references_at(
-        self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32], costs: ArrayLike = 0
-    ) -> NDArray[np.int64]:
-        """Return the references of the blocks at places (n,); ``costs`` are a first guess."""
-        return self._references(block_places(page_ids, slots).tolist(), costs)
-
-    def _references(self, places: list[int], costs: ArrayLike) -> NDArray[np.int64]:
-        number = self._number
-        fresh = {place: i for i, place in enumerate(places) if place not in number}
-        if fresh:
-            page_ids, slots = split_places(np.fromiter(fresh, np.int64, len(fresh)))
-            number.update(zip(fresh, range(len(number), len(number) + len(fresh)), strict=True))
-            self.page_ids += page_ids.tolist()
-            self.slots += slots.tolist()
-            chosen = np.broadcast_to(np.asarray(costs, np.int64), len(places))
-            self.costs += chosen[list(fresh.values())].tolist()
-            self.bases += [NO_BASE] * len(fresh)
-            self.dtypes += [0] * len(fresh)
-        return -1 - np.array([number[place] for place in places], np.int64)
-
-    def note_dtype(self, references: NDArray[np.int64], dtype: DType) -> None:
-        """Say that the blocks of (negative) references have a dtype: then nobody need look."""
-        for number in _numbers(references):
-            self.dtypes[number] = dtype.code
-
-    def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Return page ids and slots of (negative) references; the table itself is not walked."""
-        numbers = _numbers(references)
-        return _chosen(self.page_ids, numbers), _chosen(self.slots, numbers).astype(np.uint32)
-
-    def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return what the blocks of (negative) references take on their pages."""
-        return _chosen(self.costs, _numbers(references))
-
-    def bases_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the references of their bases, `NO_BASE` for blocks that are no deltas."""
-        return _chosen(self.bases, _numbers(references))
-
-    def note(
-        self,
-        references: NDArray[np.int64],
-        pages: Sequence[codec.Page],
-        page_index: NDArray[np.uint32],
-        slots: NDArray[np.uint32],
-    ) -> None:
-        """Remember what pages say of blocks, while they are at hand."""
-        entries = slot_entries(pages, page_index, slots)
-        costs = codec.page_cost(entries["length"]).tolist()
-        dtypes = entries["dtype"].tolist()
-        for number, cost, dtype in zip(_numbers(references), costs, dtypes, strict=True):
-            self.costs[number], self.dtypes[number] = cost, dtype
 
 
 class BlockReader:
@@ -148,14 +65,13 @@ class BlockReader:
 
     def dtypes_of(self, references: NDArray[np.int64]) -> list[DType]:
         """Return the dtype of each block."""
-        table = self._stored.dtypes
-        unknown = {r for r in references[references < 0].tolist() if not table[-r - 1]}
-        for _ in self.windows(np.array(sorted(unknown), np.int64)):
+        stored = np.unique(references[references < 0])
+        for _ in self.windows(stored[self._stored.dtypes_of(stored) == 0]):
             pass  # they are noted on the way
         codes = np.empty(len(references), np.int64)
         new = references >= 0
         codes[new] = self._spool.dtypes[references[new]]
-        codes[~new] = [table[number] for number in _numbers(references[~new])]
+        codes[~new] = self._stored.dtypes_of(references[~new])
         known = {code: DType.of_code(code) for code in np.unique(codes).tolist()}
         return [known[code] for code in codes.tolist()]
 
@@ -264,24 +180,3 @@ def _have_shape(
     entries = slot_entries(pages, page_index, slots)
     same = (entries["dtype"] == dtype.code) & (entries["rows"] == heights)
     return np.asarray(same & (entries["cols"] == widths), np.bool_)
-
-
-def slot_entries(
-    pages: Sequence[codec.Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
-) -> NDArray[np.void]:
-    """Return the slot of each block."""
-    # As rows of bytes: numpy takes long to see that records have the same fields.
-    none = np.empty((0, codec.SLOT_BYTES), np.uint8)
-    tables = [page.slots.view(np.uint8).reshape(-1, codec.SLOT_BYTES) for page in pages]
-    starts = np.cumsum([0, *map(len, tables)])
-    chosen = np.concatenate([none, *tables])[starts[page_index] + slots]
-    return chosen.view(codec.SLOT_DTYPE).reshape(-1)
-
-
-def _numbers(references: NDArray[np.int64]) -> list[int]:
-    numbers: list[int] = (-references - 1).tolist()
-    return numbers
-
-
-def _chosen(column: list[int], numbers: list[int]) -> NDArray[np.int64]:
-    return np.array(list(map(column.__getitem__, numbers)), np.int64)

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import NO_PAGE, BlockGrid
-from pydedup.catalog import Catalog, StoredModel
+from pydedup.catalog import Catalog, SourceHashes, StoredModel
 from pydedup.certificates import largest_error
 from pydedup.formats.base import TensorEntry
-from pydedup.ingest.places import StoredTable
 from pydedup.ingest.spool import NO_BASE
+from pydedup.ingest.stored_table import StoredTable
 from pydedup.policies import Policy
 
 __all__ = ["Previous"]
@@ -36,15 +36,17 @@ class Previous:
     """
 
     def __init__(self, adapter: Adapter, stored: StoredTable, model: StoredModel) -> None:
-        self._adapter = adapter
         self._stored = stored
         self._model = model
+        self._maps = model.block_maps()
+        self._hashes = SourceHashes(adapter, model)
         self._ordinals = {info.name: i for i, info in enumerate(self._model.tensors)}
         # What a block takes on its page is not known without reading that: on average it is this.
-        self._costs = {
-            page_id: size // max(blocks, 1)
+        pages = sorted(
+            (page_id, size // max(blocks, 1))
             for _, page_id, blocks, size in adapter.model_pages(model.row.id)
-        }
+        )
+        self._pages, self._costs = np.array(pages, np.int64).reshape(-1, 2).T
         self.largest_error = _error_of(model.row)
 
     @classmethod
@@ -68,8 +70,8 @@ class Previous:
         info = self._model.tensors[ordinal]
         if (info.dtype, info.shape) != (entry.dtype, entry.shape):
             return found
-        block_map = self._model.block_map(entry.name)
-        source = b"".join(self._adapter.source_hashes(self._model.row.id, ordinal))
+        block_map = self._maps[ordinal]
+        source = self._hashes.of(ordinal)
         if block_map.grid != grid or len(source) != 16 * grid.count:
             return found
         before = np.frombuffer(source, "<u8").reshape(-1, 2)
@@ -79,13 +81,14 @@ class Previous:
             base_page_ids, base_slots = block_map.bases
             deltas = same[base_page_ids[same] != NO_PAGE]
             bases = self._refer(base_page_ids[deltas], base_slots[deltas])
-            for reference, base in zip(found[deltas].tolist(), bases.tolist(), strict=True):
-                self._stored.set_base(reference, base)
+            self._stored.set_bases(found[deltas], bases)
         return found
 
     def _refer(self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return references of places, and note what they cost."""
-        costs = [self._costs.get(page_id, 0) for page_id in page_ids.tolist()]
+        costs = np.zeros(len(page_ids), np.int64)
+        listed = np.flatnonzero(np.isin(page_ids, self._pages))
+        costs[listed] = self._costs[np.searchsorted(self._pages, page_ids[listed])]
         return self._stored.references_at(page_ids, slots, costs)
 
 

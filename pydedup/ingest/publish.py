@@ -121,7 +121,7 @@ def _match_again(
             if codec.same_block(*spool.block(number), stored, row.slot):
                 (moved[number],) = matcher.stored.references([row])
                 cost = codec.page_cost(stored.slots["length"])[row.slot]
-                matcher.stored.costs[-int(moved[number]) - 1] = int(cost)
+                matcher.stored.set_costs(moved[[number]], cost)
     if np.array_equal(moved, np.arange(spool.count)):
         return False
     spool.move_bases(moved)

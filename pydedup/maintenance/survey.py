@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, BlockRow
 from pydedup.blocks import BlockMap
-from pydedup.catalog import StoredModel
+from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places, split_places
 from pydedup.policies import LOSSY
@@ -82,8 +82,9 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
             if row.id not in readers:
                 continue
             model = StoredModel(adapter, row)
+            hashes = SourceHashes(adapter, model)
             for ordinal, block_map in enumerate(maps_of(model) or ()):
-                _note_blocks(found, adapter, model, ordinal, block_map, pages, recorded)
+                _note_blocks(found, hashes, model, ordinal, block_map, pages, recorded)
                 _note_bases(found, model, ordinal, block_map, pages)
         deltas = {place for places in found.dependents.values() for place in places}
         elsewhere = np.unique(split_places(np.array(sorted(deltas), np.int64))[0])
@@ -105,7 +106,7 @@ def maps_of(model: StoredModel) -> list[BlockMap] | None:
 
 def _note_blocks(
     found: Survey,
-    adapter: Adapter,
+    hashes: SourceHashes,
     model: StoredModel,
     ordinal: int,
     block_map: BlockMap,
@@ -117,7 +118,6 @@ def _note_blocks(
         return
     info = model.tensors[ordinal]
     found.block_shapes.add(info.block_shape)
-    source = b""
     for place, number, rows, cols in _distinct(
         block_places(block_map.page_ids[hits], block_map.slots[hits]), hits, block_map
     ):
@@ -126,8 +126,7 @@ def _note_blocks(
         block.is_raw |= model.row.policy == _RAW
         if place not in recorded and block.digest is None and model.row.policy not in LOSSY:
             # What the page held is forgotten, but not what the source's block was.
-            source = source or b"".join(adapter.source_hashes(model.row.id, ordinal))
-            block.digest = source[16 * number : 16 * number + 16] or None
+            block.digest = hashes.of(ordinal)[16 * number : 16 * number + 16] or None
 
 
 def _note_bases(

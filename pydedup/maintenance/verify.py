@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
-from pydedup.catalog import StoredModel, page_copies, page_readers
+from pydedup.catalog import SourceHashes, StoredModel, page_copies, page_readers
 from pydedup.errors import CorruptStoreError, PydedupError, StoreError
 from pydedup.layout import base_places, by_page, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport, unreadable_pages
@@ -271,6 +271,7 @@ def _verify_model(
     read = {page_id for _, page_id, _, _ in adapter.model_pages(model.row.id)}
     live = np.array(list(contents), np.int64)
     lossy = model.row.policy in LOSSY
+    hashes = SourceHashes(adapter, model)
     for ordinal, info in enumerate(model.tensors):
         where = f"{model.address}, tensor {info.name!r}"
         try:
@@ -278,7 +279,7 @@ def _verify_model(
         except PydedupError as exc:
             report.add_error(str(exc))
             continue
-        source = b"".join(adapter.source_hashes(model.row.id, ordinal))
+        source = hashes.of(ordinal)
         if len(source) != 16 * block_map.grid.count:
             report.add_error(f"{where}: {len(source)} bytes of source hashes do not fit its blocks")
             continue

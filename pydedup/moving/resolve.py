@@ -20,8 +20,9 @@ from pydedup import codec
 from pydedup.errors import CorruptStoreError
 from pydedup.hashing import hash_view
 from pydedup.ingest.match import Hints, Matcher, hash_keys
-from pydedup.ingest.places import slot_entries, stack_blocks, stacked
+from pydedup.ingest.places import stack_blocks, stacked
 from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.stored_table import slot_entries
 from pydedup.layout import block_places, by_page, split_places
 from pydedup.moving.known import Known, Whereabouts
 from pydedup.moving.source import NO_PLACE, End, SourceModel, recorded
@@ -157,8 +158,7 @@ class Resolver:
         self._out.references[rows] = references
         deltas = np.flatnonzero(some.bases != NO_PLACE)
         bases = stored.references_at(*split_places(some.bases[deltas]), some.base_costs[deltas])
-        for reference, base in zip(references[deltas].tolist(), bases.tolist(), strict=True):
-            stored.set_base(reference, base)
+        stored.set_bases(references[deltas], bases)
 
     def _find_twins(self) -> None:
         """Refer to the blocks of pages that the destination has as they are."""

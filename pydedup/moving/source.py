@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import NO_PAGE, BlockMap
-from pydedup.catalog import StoredModel
+from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places, split_places, used_places
 from pydedup.pool import PagePool
@@ -96,8 +96,9 @@ def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
     with adapter.snapshot():
         model = StoredModel(adapter, row)
         maps = model.block_maps()
+        hashes = SourceHashes(adapter, model)
         digests = [
-            _digests(b"".join(adapter.source_hashes(row.id, ordinal)), block_map, model, ordinal)
+            _digests(hashes.of(ordinal), block_map, model, ordinal)
             for ordinal, block_map in enumerate(maps)
         ]
     places = used_places(maps)

@@ -224,7 +224,7 @@ class RowsContract(ContractBase):
             assert len(adapter.artifacts(model_id)) == count
             assert len(adapter.tensors(model_id)) == count
             assert len(adapter.block_map(model_id, 0)) == count
-            assert len(adapter.source_hashes(model_id, 0)) == count
+            assert len(adapter.source_hashes(model_id, 0, 1)) == count
         assert adapter.count_blocks() == 2
         with adapter.transaction():
             again = adapter.insert_model(model_row("a", "1", LIVE))
@@ -314,12 +314,17 @@ class RowsContract(ContractBase):
         rows = [(1, 0, i, part) for i, part in enumerate(parts)]
         with adapter.transaction():
             adapter.insert_block_maps([*reversed(rows), (1, 1, 0, b"x"), (2, 0, 0, b"y")])
-            adapter.insert_source_hashes(iter(reversed(rows)))
+            adapter.insert_source_hashes([(2, 0, 0, b"z"), (1, 3, 0, b"x"), (1, 1, 1, b"v")])
+            adapter.insert_source_hashes(iter([*reversed(rows), (1, 1, 0, b"w")]))
         assert adapter.block_map(1, 0) == parts
-        assert adapter.source_hashes(1, 0) == parts
+        of_first, of_second = [(0, part) for part in parts], [(1, b"w"), (1, b"v")]
+        assert adapter.source_hashes(1, 0, 1) == of_first
+        assert adapter.source_hashes(1, 0, 3) == of_first + of_second
+        assert adapter.source_hashes(1, 1, 4) == [*of_second, (3, b"x")]
+        assert {type(part) for _, part in adapter.source_hashes(1, 0, 4)} == {bytes}
         assert {type(part) for part in adapter.block_map(1, 0)} == {bytes}
         assert (adapter.block_map(1, 1), adapter.block_map(2, 0)) == ([b"x"], [b"y"])
-        assert (adapter.block_map(3, 0), adapter.source_hashes(1, 1)) == ([], [])
+        assert (adapter.block_map(3, 0), adapter.source_hashes(1, 2, 3)) == ([], [])
         assert adapter.block_maps(1) == [*((0, part) for part in parts), (1, b"x")]
         assert {type(part) for _, part in adapter.block_maps(1)} == {bytes}
         assert (adapter.block_maps(2), adapter.block_maps(3)) == ([(0, b"y")], [])

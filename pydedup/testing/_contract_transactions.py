@@ -59,7 +59,7 @@ READS: dict[str, Callable[[Adapter], Any]] = {
     "tensors": lambda a: a.tensors(1),
     "block_map": lambda a: a.block_map(1, 0),
     "block_maps": lambda a: a.block_maps(1),
-    "source_hashes": lambda a: a.source_hashes(1, 0),
+    "source_hashes": lambda a: a.source_hashes(1, 0, 1),
     "read_pages": lambda a: list(a.read_pages([1])),
     "page_rows": lambda a: a.page_rows(),
     "orphan_pages": lambda a: a.orphan_pages(),

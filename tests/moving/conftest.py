@@ -73,7 +73,7 @@ def rows_of(adapter: Adapter) -> dict[str, Any]:
         found[f"{row.name}@{row.version}"] = (
             [getattr(row, name) for name in row.__slots__ if name != "id"],
             [(t.ordinal, t.name, t.dtype, t.shape, t.block_shape) for t in tensors],
-            [b"".join(adapter.source_hashes(row.id, t.ordinal)) for t in tensors],
+            adapter.source_hashes(row.id, 0, len(tensors)),
             [
                 (name, kind, adapter.artifact(row.id, name))
                 for name, kind in adapter.artifacts(row.id)

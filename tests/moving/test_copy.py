@@ -19,7 +19,7 @@ from pydedup import policies, registry
 from pydedup.adapter import LIVE
 from pydedup.errors import ArgumentError, NotAStoreError, NotFoundError, ReadOnlyError
 from pydedup.ingest.candidates import Candidates
-from pydedup.ingest.places import StoredTable
+from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import split_places
 from pydedup.maintenance.vacuum import read_amplification
 from pydedup.store import Store

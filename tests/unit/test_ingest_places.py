@@ -8,7 +8,8 @@ import pytest
 
 from pydedup import codec
 from pydedup.blocks import MatrixView
-from pydedup.ingest.places import StoredTable, by_shape, stack_blocks
+from pydedup.ingest.places import by_shape, stack_blocks
+from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import copy_page
 from pydedup.pool import PagePool
 

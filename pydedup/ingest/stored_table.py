@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of the store that an add has met, numbered, and what is known of each.
+
+An update of a large model refers to hundreds of thousands of them, so all is in columns of numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pydedup import codec
+from pydedup.adapter import BlockRow
+from pydedup.ingest.spool import NO_BASE
+from pydedup.layout import split_places
+from pydedup.types import DType
+
+__all__ = ["StoredTable", "slot_entries"]
+
+T = TypeVar("T", bound=np.generic)
+
+_NONE = -1
+_LEAST_ROOM = 64
+
+
+class StoredTable:
+    """Blocks of the store that an add shares or builds deltas on.
+
+    A reference is -(n + 1) for the block with number n; numbers are given out in the order in which
+    blocks are met first.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._page_ids = np.empty(0, np.int64)
+        self._slots = np.empty(0, np.uint32)
+        #: What each takes on its page; 0 until somebody looked.
+        self._costs = np.empty(0, np.int64)
+        #: References to what each is a delta of, or `NO_BASE`.
+        self._bases = np.empty(0, np.int64)
+        #: Dtype codes; 0 until somebody looked.
+        self._dtypes = np.empty(0, np.uint8)
+        # The number of slot s of a page is at its start + s.
+        self._number_at = np.empty(0, np.int64)
+        self._used = 0
+        self._rooms: dict[int, tuple[int, int]] = {}  # start and length, by page
+
+    # ---- numbers ------------------------------------------------------------------------------
+
+    def references(self, rows: Sequence[BlockRow]) -> list[int]:
+        """Return the (negative) references of stored blocks, and make those of their bases."""
+        page_ids = np.array([row.page_id for row in rows], np.int64)
+        slots = np.array([row.slot for row in rows], np.uint32)
+        references = self.references_at(page_ids, slots)
+        deltas = [number for number, row in enumerate(rows) if row.base_id is not None]
+        bases = np.array([rows[number].base_id for number in deltas], np.int64)
+        self.set_bases(references[deltas], self.references_at(*split_places(bases)))
+        found: list[int] = references.tolist()
+        return found
+
+    def references_at(
+        self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32], costs: ArrayLike = 0
+    ) -> NDArray[np.int64]:
+        """Return the references of the blocks at places (n,); ``costs`` are a first guess."""
+        if not len(page_ids):
+            return np.empty(0, np.int64)
+        pages, page_of = np.unique(page_ids, return_inverse=True)
+        slots_needed = np.zeros(len(pages), np.int64)
+        np.maximum.at(slots_needed, page_of, slots.astype(np.int64) + 1)
+        starts = [
+            self._room(page_id, needed)
+            for page_id, needed in zip(pages.tolist(), slots_needed.tolist(), strict=True)
+        ]
+        at = np.array(starts, np.int64)[page_of] + slots
+        numbers = self._number_at[at]
+        missing = np.flatnonzero(numbers == _NONE)
+        if len(missing):
+            _, first = np.unique(at[missing], return_index=True)
+            fresh = missing[np.sort(first)]
+            chosen = np.broadcast_to(np.asarray(costs, np.int64), len(page_ids))[fresh]
+            self._number_at[at[fresh]] = self._append(page_ids[fresh], slots[fresh], chosen)
+            numbers = self._number_at[at]
+        references: NDArray[np.int64] = -1 - numbers
+        return references
+
+    def _room(self, page_id: int, needed: int) -> int:
+        """Return where the numbers of a page begin, with room for so many slots."""
+        start, length = self._rooms.get(page_id, (0, 0))
+        if length >= needed:
+            return start
+        wider = max(_LEAST_ROOM, 1 << (needed - 1).bit_length())
+        end = self._used + wider
+        self._number_at = _with_room(self._number_at, end)
+        self._number_at[self._used : end] = _NONE
+        self._number_at[self._used : self._used + length] = self._number_at[start : start + length]
+        start, self._used = self._used, end
+        self._rooms[page_id] = start, wider
+        return start
+
+    def _append(
+        self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32], costs: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Add blocks, and return their numbers."""
+        start, end = self._count, self._count + len(page_ids)
+        self._page_ids = _with_room(self._page_ids, end)
+        self._slots = _with_room(self._slots, end)
+        self._costs = _with_room(self._costs, end)
+        self._bases = _with_room(self._bases, end)
+        self._dtypes = _with_room(self._dtypes, end)
+        new = slice(start, end)
+        self._page_ids[new], self._slots[new], self._costs[new] = page_ids, slots, costs
+        self._bases[new], self._dtypes[new] = NO_BASE, 0
+        self._count = end
+        return np.arange(start, end)
+
+    # ---- what is known --------------------------------------------------------------------------
+
+    def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Return page ids and slots of (negative) references."""
+        numbers = -1 - references
+        return self._page_ids[numbers], self._slots[numbers]
+
+    def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what the blocks of (negative) references take on their pages, 0 if unknown."""
+        return self._costs[-1 - references]
+
+    def set_costs(self, references: NDArray[np.int64], costs: ArrayLike) -> None:
+        """Say what blocks take on their pages."""
+        self._costs[-1 - references] = costs
+
+    def bases_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the references of their bases, `NO_BASE` for blocks that are no deltas."""
+        return self._bases[-1 - references]
+
+    def set_bases(self, references: NDArray[np.int64], bases: NDArray[np.int64]) -> None:
+        """Say that blocks are deltas of others."""
+        self._bases[-1 - references] = bases
+
+    def dtypes_of(self, references: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the codes of their dtypes, 0 if unknown."""
+        return self._dtypes[-1 - references]
+
+    def note_dtype(self, references: NDArray[np.int64], dtype: DType) -> None:
+        """Say that the blocks of (negative) references have a dtype: then nobody need look."""
+        self._dtypes[-1 - references] = dtype.code
+
+    def note(
+        self,
+        references: NDArray[np.int64],
+        pages: Sequence[codec.Page],
+        page_index: NDArray[np.uint32],
+        slots: NDArray[np.uint32],
+    ) -> None:
+        """Remember what pages say of blocks, while they are at hand."""
+        entries = slot_entries(pages, page_index, slots)
+        self.set_costs(references, codec.page_cost(entries["length"]))
+        self._dtypes[-1 - references] = entries["dtype"]
+
+
+def slot_entries(
+    pages: Sequence[codec.Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
+) -> NDArray[np.void]:
+    """Return the slot of each block."""
+    # As rows of bytes: numpy takes long to see that records have the same fields.
+    none = np.empty((0, codec.SLOT_BYTES), np.uint8)
+    tables = [page.slots.view(np.uint8).reshape(-1, codec.SLOT_BYTES) for page in pages]
+    starts = np.cumsum([0, *map(len, tables)])
+    chosen = np.concatenate([none, *tables])[starts[page_index] + slots]
+    return chosen.view(codec.SLOT_DTYPE).reshape(-1)
+
+
+def _with_room(column: NDArray[T], count: int) -> NDArray[T]:
+    """Return an array that begins as this one does and has at least so many entries."""
+    if len(column) >= count:
+        return column
+    wider = np.empty(max(count, 2 * len(column)), column.dtype)
+    wider[: len(column)] = column
+    return wider
