@@ -7,8 +7,8 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 { have valgrind && [ -e /usr/include/valgrind/callgrind.h ]; } || apt_install valgrind
-build=build/bench
-[ -z "${CXX:-}" ] || build=build/bench-$(basename "$CXX")
-step "configure bench" gate-configure cmake --preset bench -B "$build"
+build=build/dev
+[ -z "${CXX:-}" ] || build=build/dev-$(basename "$CXX")
+step "configure bench" gate-configure cmake --preset dev -B "$build"
 step "compile the counted kernels" gate-build cmake --build "$build" --target pydedup_callgrind
 exec "$VENV/bin/python" bench/callgrind/gate.py --executable "$build/bench/callgrind/pydedup_callgrind" "$@"
