@@ -3,8 +3,10 @@
 
 Traces are made here from the traffic they imitate (the shares of a family of fine-tunes, Zipf and
 uniform popularity, one model larger than the pool, a nightly pass over everything), or recorded
-with ``store.record()`` and given as files. Misses are those of a pool that begins empty; "optimum"
-knows the future.
+with ``store.record()`` and given as files. Misses are those of a pool that begins empty. "optimum"
+knows the future; "fixed" knows how often each page of the trace is used, but not when: it keeps
+those used most, which no policy does better than where calls are independent of each other
+(Aho, Denning, Ullman, "Principles of Optimal Page Replacement", JACM 18(1), 1971).
 
     python bench/peers/replacement.py [TRACE.npz ...] [--json FILE]
 """
@@ -144,6 +146,14 @@ TRACES: dict[str, tuple[Callable[[], Trace], int]] = {
 }
 
 
+def fixed_misses(trace: Trace, memory: int) -> int:
+    """Return the misses when the pages that are used most are kept from their first use on."""
+    _, first, uses = np.unique(trace.pages, return_index=True, return_counts=True)
+    by_use = np.argsort(-uses, kind="stable")
+    kept = by_use[np.cumsum(trace.nbytes[first][by_use], dtype=np.int64) <= memory]
+    return len(kept) + int(uses.sum() - uses[kept].sum())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", nargs="*", type=Path)
@@ -158,17 +168,19 @@ def main() -> None:
     policies = [*POLICIES, "optimum"]
     table = Table(title="misses per 100 uses")
     table.add_column("trace")
-    for policy in [*policies, "LRU / reuse", "reuse / best"]:
+    for policy in [*policies, "fixed", "LRU / reuse", "LRU / fixed", "reuse / best"]:
         table.add_column(policy, justify="right")
     rows = []
     for name, (trace, memory) in named.items():
         misses = {policy: replay(trace, memory, policy).misses for policy in policies}
         best = min(misses[policy] for policy in POLICIES)
+        misses["fixed"] = fixed_misses(trace, memory)
         rows.append({"trace": name, "uses": len(trace), "memory": memory, "misses": misses})
         table.add_row(
             name,
-            *(f"{100 * misses[policy] / len(trace):.2f}" for policy in policies),
+            *(f"{100 * count / len(trace):.2f}" for count in misses.values()),
             f"{misses['lru'] / misses['reuse']:.2f}",
+            f"{misses['lru'] / misses['fixed']:.2f}",
             f"{misses['reuse'] / best:.3f}",
         )
     Console(width=150).print(table)
