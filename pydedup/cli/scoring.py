@@ -79,6 +79,13 @@ _SHOWN = 10
     show_default=True,
     help="With --on: CPUs of each, and threads.",
 )
+@click.option(
+    "--max-deaths",
+    type=click.IntRange(1, 1000),
+    default=4,
+    show_default=True,
+    help="With --on: workers that may die at one part of the work until it is left.",
+)
 @options.memory_option
 @options.json_option
 @options.quiet_option
@@ -99,6 +106,7 @@ def score(
     parquet_out: str | None,
     workers: int | None,
     cpus_per_worker: int,
+    max_deaths: int,
     memory: str,
     as_json: bool,
     quiet: bool,
@@ -144,6 +152,7 @@ def score(
                 cpus_per_worker=cpus_per_worker,
                 batch=batch,
                 memory=memory,
+                max_deaths=max_deaths,
                 source=source,
                 on_error=on_error,
                 progress=watch,
@@ -161,7 +170,7 @@ def _check(context: click.Context, on: str | None, **given: object) -> None:
         if bool(given[one]) == bool(given[other]):
             how = "not both" if given[one] else "one of them is needed"
             raise click.UsageError(f"give {names[0]} or {names[1]}: {how}", context)
-    ours = ("parquet_in", "parquet_out", "columns", "workers", "cpus_per_worker")
+    ours = ("parquet_in", "parquet_out", "columns", "workers", "cpus_per_worker", "max_deaths")
     source = context.get_parameter_source
     for name in ours if on is None else ():
         if source(name) is click.core.ParameterSource.COMMANDLINE:

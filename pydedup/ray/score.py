@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scoring on Ray: the rows of a query, of Parquet files or of a dataset, predicted by many workers.
 
-Here is what the driver does: cut the work into parts, see that workers can do it, have Ray Data
-give the parts to actors (`pydedup.ray.score_worker`), and note which are done.
+Here is what the driver does: cut the work into parts, see that workers can do it, have actors
+(`pydedup.ray.score_worker`) do the parts, and note which are done.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def score(
     batch: int = 1024,
     part_rows: int | None = None,
     memory: str | int = "512MiB",
+    max_deaths: int = 4,
     source: str | os.PathLike[str] | None = None,
     on_error: str = "fail",
     progress: Progress | None = None,
@@ -75,6 +76,9 @@ def score(
         Rows predicted and written at a time; rows of a part, at most (65,536 by default).
     memory
         Budget of each worker, as of `pydedup.open`.
+    max_deaths
+        Of workers that died while they were at one and the same part, until that is left. All other
+        parts are done before the work ends with an error that names those that are left.
     source
         URL of the database to read and write, when it is not that of the store.
     on_error
@@ -90,6 +94,7 @@ def score(
     begun = time.monotonic()
     import_ray("ray.data")
     _check(workers=workers, cpus_per_worker=cpus_per_worker, batch=batch, part_rows=part_rows)
+    _check(max_deaths=max_deaths)
     if on_error not in ("fail", "skip"):
         raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
     config.parse_bytes(memory)
@@ -104,7 +109,7 @@ def score(
         ray = left.enter_context(attached(on, cpus=cpus))
         count = _workers(ray, workers, cpus_per_worker, reads=job.dataset is not None)
         settings = job.cut(settings, part_rows or MOST_ROWS, count)
-        return _run(ray, job, settings, count, progress, begun)
+        return _run(ray, job, settings, count, max_deaths, progress, begun)
 
 
 def _check(**given: int | None) -> None:
@@ -130,7 +135,13 @@ def _workers(ray: Any, wanted: int | None, cpus: int, *, reads: bool) -> int:
 
 
 def _run(
-    ray: Any, job: Job, settings: Settings, workers: int, progress: Progress | None, begun: float
+    ray: Any,
+    job: Job,
+    settings: Settings,
+    workers: int,
+    max_deaths: int,
+    progress: Progress | None,
+    begun: float,
 ) -> ScoreReport:
     """Have workers do what is not done yet."""
     on_each_node(ray, hindrance, settings, _version())
@@ -143,16 +154,18 @@ def _run(
     everything = sum(p.stop - p.start for p in settings.parts if isinstance(p, FilePart))
     missing = [number for number in range(len(settings.parts)) if number not in done]
     if missing or job.dataset is not None:
-        for told in scored(ray, job.dataset, settings, missing, workers):
-            if told is None:
-                total = _Total()
-                continue
-            number, result = told[0], _result_of(told[1])
-            total.add(result)
-            if job.dataset is None and job.folder is None:
-                job.notes.mark(number, result)
-            if progress is not None:
-                progress("scoring", total.seen, everything)
+        results = scored(ray, job.dataset, settings, missing, workers, max_deaths)
+        with contextlib.closing(results):  # at once: an error would keep workers at work
+            for told in results:
+                if told is None:
+                    total = _Total()
+                    continue
+                number, result = told[0], _result_of(told[1])
+                total.add(result)
+                if job.dataset is None and job.folder is None:
+                    job.notes.mark(number, result)
+                if progress is not None:
+                    progress("scoring", total.seen, everything)
     _end(job, settings, total)
     return ScoreReport(
         model=settings.address,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ray Data at work: parts given to a pool of actors, and what became of each brought back.
+"""Who gives workers their work, and brings back what became of it.
 
-Ray Data runs inside of the cluster, in an actor of its own, since it does not run in a process that
-is connected by Ray Client; and so what it writes to standard error is in Ray's logs. When that
-actor is killed, and its pool with it, another takes over with the parts that are missing.
+Of a query and of files, the driver does, part by part. A dataset is read by Ray Data, which runs in
+an actor of its own: not in the driver, where it does not run when that is connected by Ray Client;
+and so what it writes to standard error is in Ray's logs. When that actor is killed, another begins
+again.
 """
 
 from __future__ import annotations
@@ -12,104 +13,116 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Final
 
 from pydedup.errors import ClusterError
 from pydedup.ray.cluster import import_ray
 from pydedup.ray.score_plan import Settings
-from pydedup.ray.score_worker import PartScorer, TableScorer
-from pydedup.text import without_secrets
+from pydedup.ray.score_pool import Pool, cause_of
+from pydedup.text import plural, without_secrets
 
 __all__ = ["scored"]
 
-#: How often in a row what feeds the workers may die without a part done.
+#: How often what reads a dataset may die without a block done.
 _MOST_DEATHS: Final = 20
-#: Batches of a dataset that a worker is given at a time, and cuts itself.
-_BATCHES: Final = 16
+_GAVE_UP: Final = -1
 
 
 def scored(
-    ray: Any, dataset: Any, settings: Settings, missing: Sequence[int], workers: int
-) -> Iterator[tuple[int, str] | None]:
+    ray: Any,
+    dataset: Any,
+    settings: Settings,
+    missing: Sequence[int],
+    workers: int,
+    max_deaths: int,
+) -> Generator[tuple[int, str] | None, None, None]:
     """Yield what workers say of each part, as they are done with it.
 
-    Of a dataset, parts are batches; ``None`` means that it is begun again, and all are told anew.
+    Of a dataset, parts are blocks; ``None`` means that it is begun again, and all are told anew.
+    Raises ClusterError, see `Pool.results`.
     """
+    if dataset is not None:
+        yield from _of_dataset(ray, dataset, settings, workers, max_deaths)
+        return
+
+    def name(number: int, piece: object) -> str:
+        return f"part {number + 1} of {len(settings.parts)}, {settings.parts[number]}"
+
+    pool = Pool(ray, settings, "part", min(workers, len(missing)), max_deaths, name)
+    yield from pool.results((number, number) for number in missing)
+
+
+def _of_dataset(
+    ray: Any, dataset: Any, settings: Settings, workers: int, max_deaths: int
+) -> Generator[tuple[int, str] | None, None, None]:
     died = importlib.import_module("ray.exceptions").RayActorError
-    waiting, deaths = dict.fromkeys(missing), 0
-    while waiting or dataset is not None:
+    deaths = 0
+    while True:
         feeder = ray.remote(num_cpus=0, max_restarts=0)(_Feeder).remote(
-            dataset, settings, list(waiting), workers
+            dataset, settings, workers, max_deaths
         )
         try:
             while True:
-                told: list[Any] | None = ray.get(feeder.next.remote())
+                told: tuple[int, str] | None = ray.get(feeder.next.remote())
                 if told is None:
                     return
                 number, result = told
                 if number == _GAVE_UP:
-                    raise ClusterError(f"Ray gave up: {result}; run it again to go on")
+                    raise ClusterError(result)
                 deaths = 0
-                waiting.pop(number, None)
                 yield number, result
         except died as error:
             deaths += 1
-            if deaths > _MOST_DEATHS:
+            if deaths >= _MOST_DEATHS:
                 raise ClusterError(
-                    f"Ray's workers died {deaths} times without a part done ("
-                    f"{without_secrets(str(error)).strip().splitlines()[0]}); see that there is "
-                    "memory for them, and run it again to go on"
-                ) from error
-            if dataset is not None:
-                yield None
+                    f"what reads the dataset died {deaths} times without a block done (the last: "
+                    f"{cause_of(error)}); see that there is memory for it, and run it again"
+                ) from None
+            yield None
         finally:
             with contextlib.suppress(Exception):
                 ray.kill(feeder)
 
 
-_GAVE_UP: Final = -1
-
-
 class _Feeder:
-    """The actor in which Ray Data runs."""
+    """The actor in which Ray Data runs, and from which its blocks go to workers."""
 
-    def __init__(
-        self, dataset: Any, settings: Settings, missing: Sequence[int], workers: int
-    ) -> None:
+    def __init__(self, dataset: Any, settings: Settings, workers: int, max_deaths: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about Ray's own code
-            self._rows = self._iterate(dataset, settings, missing, workers)
+            ray, data = import_ray(), import_ray("ray.data")
+            data.DataContext.get_current().enable_progress_bars = False
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            bundles = dataset.iter_internal_ref_bundles()
+        blocks = enumerate(block for bundle in bundles for block in bundle.block_refs)
+        describe = ray.remote(num_cpus=0, max_retries=0)(described)
 
-    def _iterate(
-        self, dataset: Any, settings: Settings, missing: Sequence[int], workers: int
-    ) -> Iterator[Any]:
-        data = import_ray("ray.data")
-        data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        count = workers if dataset is not None else min(workers, len(missing))
-        options: dict[str, Any] = {
-            "compute": data.ActorPoolStrategy(size=count),
-            "fn_constructor_args": (settings,),
-            # Ray Data starts another in the place of a worker that dies, and gives it its parts.
-            "num_cpus": settings.threads,
-        }
-        if dataset is not None:
-            results = dataset.map_batches(
-                TableScorer, batch_size=settings.batch * _BATCHES, batch_format="pyarrow", **options
-            )
-        else:
-            items = [{"number": number} for number in missing]
-            parts = data.from_items(items, override_num_blocks=len(items))
-            results = parts.map_batches(PartScorer, batch_size=1, **options)
-        rows: Iterator[Any] = iter(results.iter_rows())
-        return rows
+        def name(number: int, block: Any) -> str:
+            said = f"block {number} of the dataset"
+            try:
+                return f"{said}, {ray.get(describe.remote(block, settings.key))}"
+            except Exception:  # what kills the workers may be the block itself
+                return said
+
+        pool = Pool(ray, settings, "block", workers, max_deaths, name)
+        self._results = pool.results(blocks)
 
     def next(self) -> tuple[int, str] | None:
-        """Return the next result, ``None`` after the last; what Ray itself met as a text."""
+        """Return the next result, ``None`` after the last; what went wrong as a text."""
         try:
-            row = next(self._rows, None)
+            return next(self._results, None)
+        except ClusterError as error:
+            return _GAVE_UP, str(error)
         except Exception as error:
             said = without_secrets(str(error)).strip().splitlines()
-            return _GAVE_UP, said[-1] if said else type(error).__name__
-        return None if row is None else (int(row["number"]), str(row["result"]))
+            why = said[-1] if said else type(error).__name__
+            return _GAVE_UP, f"Ray gave up: {why}; run it again to go on"
+
+
+def described(block: Any, key: str) -> str:
+    """Return how many rows a block of Ray Data has, and from where to where their keys go."""
+    table = import_ray("ray.data.block").BlockAccessor.for_block(block).to_arrow()
+    keys = [one for one in table[key].to_pylist() if one is not None]
+    span = f" with keys from {min(keys)!r} to {max(keys)!r}" if keys else ""
+    return f"{plural(table.num_rows, 'row')}{span}"

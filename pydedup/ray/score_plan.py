@@ -30,6 +30,8 @@ __all__ = ["FilePart", "FolderNotes", "Notes", "PartResult", "QueryPart", "Setti
 
 #: Folder of notes beside Parquet files; who reads those skips names that begin so.
 NOTES: Final = "_pydedup"
+#: Of a key in a message, so many characters.
+_SHOWN: Final = 80
 _TAGGED: Final[dict[type, tuple[str, Callable[[Any], str], Callable[[str], Any]]]] = {
     bytes: ("bytes", bytes.hex, bytes.fromhex),
     datetime.datetime: ("time", datetime.datetime.isoformat, datetime.datetime.fromisoformat),
@@ -69,6 +71,14 @@ class QueryPart:
     above: object | None
     up_to: object | None
 
+    def __str__(self) -> str:
+        told = [
+            f"{said} {_short(key)}"
+            for said, key in (("above", self.above), ("up to", self.up_to))
+            if key is not None
+        ]
+        return f"keys {' and '.join(told)}" if told else "all keys"
+
     def noted(self) -> list[object]:
         """Return it as JSON has it."""
         return [to_json(self.above), to_json(self.up_to)]
@@ -83,6 +93,9 @@ class FilePart:
     group: int
     start: int
     stop: int
+
+    def __str__(self) -> str:
+        return f"rows {self.start} to {self.stop - 1} of row group {self.group} of {self.path}"
 
     def noted(self) -> list[object]:
         """Return it as JSON has it."""
@@ -146,6 +159,12 @@ class PartResult:
         """Return what was noted."""
         failures = [RowFailure(from_json(key), reason) for key, reason in noted["failures"]]
         return cls(noted["rows"], noted["skipped"], noted["failed"], failures)
+
+
+def _short(key: object) -> str:
+    """Return a key as Python writes it, not all of a long one."""
+    said = repr(key)
+    return said if len(said) <= _SHOWN else f"{said[: _SHOWN - 3]}..."
 
 
 def _plain(key: object) -> object:

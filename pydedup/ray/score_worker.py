@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -26,7 +26,7 @@ from pydedup.errors import (
     UnavailableError,
 )
 from pydedup.opening import connect_store, open_rows
-from pydedup.ray.cluster import use_threads
+from pydedup.ray.cluster import import_ray, use_threads
 from pydedup.ray.score_parquet import ParquetPart, TableRows, key_kind, read_part
 from pydedup.ray.score_plan import FilePart, FolderNotes, PartResult, QueryPart, Settings
 from pydedup.serving.features import InputKind
@@ -34,7 +34,7 @@ from pydedup.serving.score import MOST_FAILURES, Scoring, kind_of
 from pydedup.store import Store
 from pydedup.text import without_secrets
 
-__all__ = ["PartScorer", "Scorer", "TableScorer", "hindrance", "rows_of"]
+__all__ = ["ScoreWorker", "Scorer", "hindrance", "rows_of"]
 
 #: How often a part is begun again when the database is away or others are in the way.
 _TRIES: Final = 6
@@ -154,15 +154,27 @@ class Scorer:
         return read_part(part, told.columns, told.batch, key)
 
 
-class _Worker:
-    """What both kinds of workers do: open when there is work, and tell errors as text."""
+class ScoreWorker:
+    """The actor: opens when there is work, and tells errors as text."""
 
     def __init__(self, settings: Settings) -> None:
         use_threads(settings.threads)
         self._settings = settings
         self._scorer: Scorer | None = None
 
-    def _told(self, work: Any) -> str:
+    def ready(self) -> None:
+        """Return when this is up."""
+
+    def part(self, number: int) -> str:
+        """Score a part, and return JSON of its result."""
+        return self._told(lambda scorer, result: scorer.part(number, result))
+
+    def block(self, block: Any) -> str:
+        """Score the rows of a block of Ray Data, and return JSON of the result."""
+        table = import_ray("ray.data.block").BlockAccessor.for_block(block).to_arrow()
+        return self._told(lambda scorer, result: scorer.table(table, result))
+
+    def _told(self, work: Callable[[Scorer, PartResult], None]) -> str:
         """Do something with a scorer, which adds to a result, and return JSON of it."""
         result = PartResult()
         try:
@@ -184,31 +196,6 @@ class _Worker:
         except Exception as error:  # a fault: told like the others, without its frames
             return _failure("", f"{type(error).__name__}: {error}", result)
         return json.dumps(result.noted())
-
-
-class PartScorer(_Worker):
-    """An actor that is given numbers of parts."""
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Score the parts, and return the number and the result of each."""
-        numbers = [int(number) for number in batch["number"]]
-        results = []
-        for number in numbers:
-
-            def work(scorer: Scorer, result: PartResult, number: int = number) -> None:
-                scorer.part(number, result)
-
-            results.append(self._told(work))
-        return {"number": numbers, "result": results}
-
-
-class TableScorer(_Worker):
-    """An actor that is given tables of pyarrow."""
-
-    def __call__(self, table: Any) -> dict[str, Any]:
-        """Score the rows of a table, and return the result."""
-        told = self._told(lambda scorer, result: scorer.table(table, result))
-        return {"number": [0], "result": [told]}
 
 
 def _failure(kind: str, said: str, result: PartResult) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pytest
 
 import pydedup
 
-from ..scoring.conftest import Tables, add, features
+from ..scoring.conftest import Tables, add, features, weights
 
 _PATIENCE_SECONDS = 240.0
 
@@ -102,16 +103,20 @@ ROWS = 2_000
 class Scored(Tables):
     """A store with two versions of a model, ``m@prod`` the first, and a table of features."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, filled: bool = False) -> None:
         super().__init__(url)
-        self.weights = {version: add(url, f"m@{version}", seed=version) for version in (1, 2)}
+        self.weights = {version: weights(version) for version in (1, 2)}
+        self.features = features(ROWS)
+        self.query = "SELECT id, f0, f1, f2 FROM t"
+        if filled:
+            return
+        for version in (1, 2):
+            add(url, f"m@{version}", seed=version)
         with pydedup.open(url) as store:
             store.alias("m", "prod", "1")
-        self.features = features(ROWS)
         self.run("CREATE TABLE t (id BIGINT PRIMARY KEY, f0 REAL, f1 REAL, f2 REAL)")
         rows = [[3 * i, *map(float, row)] for i, row in enumerate(self.features)]
         self.run("INSERT INTO t VALUES (?, ?, ?, ?)", rows)
-        self.query = "SELECT id, f0, f1, f2 FROM t"
 
     def predictions(self, table: str = "p") -> dict[Any, float]:
         """What a table has, whose rows must have keys of their own."""
@@ -133,7 +138,17 @@ def scored(store_url: str) -> Iterator[Scored]:
             made.run(f"DROP TABLE IF EXISTS {table}")
 
 
+@pytest.fixture(scope="session")
+def scored_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of SQLite, to be copied: filling one takes seconds."""
+    path = tmp_path_factory.mktemp("scored") / "store.db"
+    Scored(f"sqlite:///{path}")
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # all of it is in the file
+    return path
+
+
 @pytest.fixture
-def scored_file(tmp_path: Path) -> Scored:
+def scored_file(scored_once: Path, tmp_path: Path) -> Scored:
     """On SQLite, where the back end does not matter."""
-    return Scored(f"sqlite:///{tmp_path / 'store.db'}")
+    shutil.copyfile(scored_once, tmp_path / "store.db")
+    return Scored(f"sqlite:///{tmp_path / 'store.db'}", filled=True)

@@ -59,6 +59,7 @@ def _run(arguments: list[str]) -> dict[str, object]:
         (["--parquet-in", "y", "--into", "p"], "--parquet-in wants --on"),
         (["--query", "x", "--parquet-out", "y"], "--parquet-out wants --on"),
         (["--query", "x", "--into", "p", "--workers", "2"], "--workers wants --on"),
+        (["--query", "x", "--into", "p", "--max-deaths", "2"], "--max-deaths wants --on"),
         (["--query", "x", "--into", "p", "--on", "http://x"], "is no address of Ray"),
         (["--query", "SELECT 1", "--into", "p", "--on", "x:1:2"], "is no address of Ray"),
     ],

@@ -14,30 +14,34 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import pydedup
 import pydedup.ray
+from pydedup.ray.cluster import import_ray
 
 from .conftest import ROWS, Cluster, Scored
 from .test_score import assert_right, of_folder
 
 ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "0"))
-#: Of what Ray calls its processes while they work for us.
-WORKERS = ("ray::MapWorker", "ray::_Feeder", "ray::MapBatches")
+#: Of what Ray calls the processes that work for us, whatever they are at.
+WORKERS = ("ray::ScoreWorker", "ray::_Feeder")
 
 
 class Killer(threading.Thread):
     """Kills one worker of a cluster after another, at random moments."""
 
-    def __init__(self, cluster: Cluster, kills: int, pause: float) -> None:
+    def __init__(self, cluster: Cluster, kills: int, pause: float, ended: Callable[[], None]):
         super().__init__(daemon=True)
-        self._cluster, self._left, self._pause = cluster, kills, pause
+        self._cluster, self._kills, self._pause, self._ended = cluster, kills, pause, ended
         self.killed: list[str] = []
         self.done = threading.Event()
         self._chance = random.Random(os.getpid())
@@ -46,18 +50,16 @@ class Killer(threading.Thread):
         found = []
         for process in psutil.Process(self._cluster.pid).children(recursive=True):
             try:
-                title = " ".join(process.cmdline())
+                if " ".join(process.cmdline()).startswith(WORKERS):
+                    found.append(process)
             except psutil.Error:
                 continue
-            if title.startswith(WORKERS):
-                found.append(process)
         return found
 
     def run(self) -> None:
-        while self._left and not self.done.is_set():
-            workers = self.workers()
-            if not any("MapWorker" in " ".join(worker.cmdline()) for worker in workers):
-                self.done.wait(0.05)
+        while len(self.killed) < self._kills and not self.done.is_set():
+            if not self.workers():
+                self.done.wait(0.02)
                 continue
             self.done.wait(self._chance.random() * self._pause)
             try:
@@ -67,44 +69,90 @@ class Killer(threading.Thread):
             except (psutil.Error, IndexError):
                 continue
             self.killed.append(name)
-            self._left -= 1
+        self._ended()
 
 
-def slow(query: str) -> str:
+def slow(query: str, loops: str = "4000") -> str:
     """Return a query of SQLite's whose rows come slowly: a part is long enough to be killed in."""
-    count = "(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 4000)"
+    count = f"(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {loops})"
     return query.replace("f2 FROM", f"f2 + 0 * {count} SELECT COUNT(*) + t.id FROM n) FROM")
 
 
-@pytest.mark.timeout(300 + 60 * ROUNDS)
-@pytest.mark.parametrize("into", ["table", "folder"])
+def dataset_of(scored: Scored, pace: Path) -> Any:
+    """Return a dataset whose rows come slowly as long as there is a file."""
+    at = str(pace)
+    pace.touch()
+
+    def slowly(block: Any) -> Any:
+        time.sleep(0.2 * os.path.exists(at))  # noqa: PTH110
+        return block
+
+    x = scored.features
+    table = pa.table({"id": [3 * i for i in range(ROWS)], **{f"f{i}": x[:, i] for i in range(3)}})
+    blocks = [table[start : start + 50] for start in range(0, ROWS, 50)]
+    found = import_ray("ray.data").from_arrow(blocks)
+    return found.map_batches(slowly, batch_size=None, batch_format="pyarrow")
+
+
+#: Kills in one work: more than 20 in a row without a part done would end it.
+_IN_ONE = 50
+
+
+@pytest.mark.timeout(300 + 10 * ROUNDS)
+@pytest.mark.parametrize("what", ["query to table", "query to folder", "dataset to table"])
 def test_killed_workers_lose_nothing(
-    into: str, scored_file: Scored, tmp_path: Path, cluster: Cluster, connected: Any
+    what: str, scored_file: Scored, tmp_path: Path, cluster: Cluster, connected: Any
 ) -> None:
-    for number in range(max(1, ROUNDS // 6)):
+    source, _, into = what.split()
+    # What reads a dataset takes some seconds to begin anew.
+    wanted, pause = (max(1, ROUNDS // 5), 3.0) if source == "dataset" else (max(3, ROUNDS), 1.0)
+    pace = tmp_path / "pace"
+    scored_file.run("CREATE TABLE pace (loops INTEGER)")
+    scored_file.run("INSERT INTO pace VALUES (1)")
+
+    def faster() -> None:
+        pace.unlink(missing_ok=True)
+        scored_file.run("UPDATE pace SET loops = 1")
+
+    for number, begin in enumerate(range(0, wanted, _IN_ONE)):
+        kills = min(wanted - begin, _IN_ONE)
+        # Rows come slowly as long as there is somebody to kill, and so all of it is one work.
+        scored_file.run(f"UPDATE pace SET loops = {max(50_000, 6_000 * kills)}")
+        query = slow(scored_file.query, "(SELECT loops FROM pace)")
+        data = dataset_of(scored_file, pace) if source == "dataset" else query
         target: Any = f"p{number}" if into == "table" else tmp_path / f"out{number}"
-        killer = Killer(cluster, 3, 2.0)
+        killer = Killer(cluster, kills, pause, faster)
         killer.start()
+        begun = time.monotonic()
         try:
             report = pydedup.ray.score(
-                slow(scored_file.query),
+                data,
                 scored_file.url,
                 "m@prod",
                 into=target,
-                workers=2,
-                part_rows=100,
+                workers=1 if source == "dataset" else 2,
+                part_rows=10,
                 batch=10,
+                max_deaths=kills + 1,
             )
         finally:
             killer.done.set()
             killer.join()
-        assert killer.killed, "the work ended before anybody was killed"
+        assert len(killer.killed) == kills
         assert report.rows + report.skipped == ROWS
+        if into == "table":
+            keys = [key for (key,) in scored_file.run(f"SELECT id FROM {target}")]
+        else:
+            assert not list(target.glob(".*"))
+            keys = pq.read_table(target)["id"].to_pylist()
+        lost = {3 * i for i in range(ROWS)} - set(keys)
+        victims = ", ".join(f"{n} of {name}" for name, n in Counter(killer.killed).items())
+        print(
+            f"{what}: {kills} kills in {time.monotonic() - begun:.0f} s ({victims}): "
+            f"{len(keys)} rows, {len(keys) - len(set(keys))} twice, {len(lost)} lost"
+        )
         found = scored_file.predictions(target) if into == "table" else of_folder(target)
         assert_right(found, scored_file)
-        if into == "folder":
-            assert not list(target.glob(".*"))
-            assert sum(pq.read_metadata(p).num_rows for p in target.glob("*.parquet")) == ROWS
 
 
 DRIVER = """

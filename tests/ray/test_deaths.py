@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (values are made here)
+"""Workers that die each time they meet a certain row: other parts are done, that one is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pydedup.errors import ClusterError
+from pydedup.ray import score_feed, score_pool, score_worker
+from pydedup.ray.cluster import import_ray
+from pydedup.ray.score_plan import FilePart, QueryPart
+from pydedup.ray.score_pool import cause_of
+
+from .conftest import ROWS, Scored
+from .test_score import assert_right, of_folder, score
+
+exceptions = import_ray("ray.exceptions")
+#: A row in the middle, and the feature by which a worker knows it.
+POISON, MARK = 777, 1e9
+KILLED = "killed (SIGKILL, as the kernel does when memory runs out) or crashed (SIGSEGV)"
+
+
+def deadly(deaths: Path) -> Any:
+    """Return a class of workers that do not survive a row; made here, it travels by value."""
+    mark, note = MARK, str(deaths)
+
+    class ScoreWorker(score_worker.ScoreWorker):
+        def _told(self, work: Any) -> str:
+            real = score_worker.Store.predict
+
+            def predict(store: Any, address: str, x: Any) -> Any:
+                if (x == mark).any():
+                    with open(note, "a") as file:  # noqa: PTH123
+                        file.write("x")
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(store, address, x)
+
+            score_worker.Store.predict = predict  # type: ignore[method-assign]
+            return super()._told(work)
+
+    return ScoreWorker
+
+
+@pytest.fixture
+def deaths(tmp_path: Path) -> Path:
+    """A file with a byte for each death."""
+    return tmp_path / "deaths"
+
+
+@pytest.fixture
+def poisoned(
+    scored_file: Scored, deaths: Path, monkeypatch: pytest.MonkeyPatch, connected: Any
+) -> Scored:
+    scored_file.run(f"UPDATE t SET f1 = {MARK} WHERE id = {3 * POISON}")
+    monkeypatch.setattr(score_pool, "ScoreWorker", deadly(deaths))
+    return scored_file
+
+
+@pytest.mark.parametrize("into", ["table", "folder"])
+def test_a_part_that_kills_its_workers_is_left_and_named(
+    into: str, poisoned: Scored, tmp_path: Path, deaths: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target: Any = "p" if into == "table" else tmp_path / "out"
+    told: list[int] = []
+    with pytest.raises(ClusterError) as raised:
+        score(
+            poisoned.query,
+            poisoned,
+            target,
+            max_deaths=2,
+            progress=lambda stage, done, total: told.append(done),
+        )
+    assert deaths.read_text() == "xx"
+    said = str(raised.value)
+    assert said.startswith("1 part of the work killed every worker that was given it")
+    # 300 rows each, of keys 0, 3, ...: the third has the row.
+    assert f"part 3 of 7, keys above 1797 and up to 2697 ({KILLED}: 2 times). All other" in said
+    assert told[-1] == ROWS - 300
+
+    monkeypatch.undo()
+    poisoned.run(f"UPDATE t SET f1 = {poisoned.features[POISON, 1]} WHERE id = {3 * POISON}")
+    report = score(poisoned.query, poisoned, target)
+    assert report.resumed
+    assert 0 < report.rows <= 300
+    assert report.rows + report.skipped == ROWS
+    assert_right(poisoned.predictions("p") if into == "table" else of_folder(target), poisoned)
+
+
+def test_a_block_of_a_dataset_that_kills_its_workers_is_left_and_named(
+    poisoned: Scored, deaths: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = score_pool.ScoreWorker
+
+    class Feeder(score_feed._Feeder):
+        """Has workers that die: it is in a process of its own."""
+
+        def __init__(self, *given: Any) -> None:
+            score_pool.ScoreWorker = worker  # type: ignore[misc]
+            super().__init__(*given)
+
+    monkeypatch.setattr(score_feed, "_Feeder", Feeder)
+    x = poisoned.features.copy()
+    x[POISON, 1] = MARK
+    table = pa.table({"id": [3 * i for i in range(ROWS)], **{f"f{i}": x[:, i] for i in range(3)}})
+    blocks = [table[start : start + 500] for start in range(0, ROWS, 500)]
+    dataset = import_ray("ray.data").from_arrow(blocks)
+    with pytest.raises(ClusterError) as raised:
+        score(dataset, poisoned, "p", max_deaths=2, workers=1)
+    assert deaths.read_text() == "xx"
+    said = f"block 1 of the dataset, 500 rows with keys from 1500 to 2997 ({KILLED}: 2 times)"
+    assert said in str(raised.value)
+    assert len(poisoned.predictions("p")) >= ROWS - 500
+
+
+def test_workers_that_die_whatever_they_do_end_the_work(
+    scored_file: Scored, monkeypatch: pytest.MonkeyPatch, connected: Any
+) -> None:
+    class ScoreWorker(score_worker.ScoreWorker):
+        def ready(self) -> None:
+            os._exit(3)
+
+    monkeypatch.setattr(score_pool, "ScoreWorker", ScoreWorker)
+    monkeypatch.setattr(score_pool, "_MOST_IN_A_ROW", (3, 1))
+    with pytest.raises(ClusterError, match="workers died 3 times without a part done"):
+        score(scored_file.query, scored_file, "p")
+
+
+def test_what_ray_tells_of_a_death_is_said() -> None:
+    """Ray's own texts, of 2.60."""
+    died = exceptions.RayActorError
+    node = died(error_msg="x\nThe actor died because its node has died. Node Id: 1\n\tthe actor's")
+    assert cause_of(node) == "its machine was lost"
+    assert cause_of(died(preempted=True)) == "its machine was taken away (preempted)"
+    memory = exceptions.OutOfMemoryError(
+        "1 worker(s) were killed due to the node running low on memory."
+    )
+    assert cause_of(memory) == "ended by Ray, as its machine ran low on memory"
+    crash = died(
+        error_msg="the process was killed by the OOM killer ... of the OOMing node), consider"
+    )
+    assert cause_of(crash) == KILLED
+
+
+def test_parts_are_named_by_what_they_hold() -> None:
+    assert str(QueryPart(None, None)) == "all keys"
+    assert str(QueryPart("a", None)) == "keys above 'a'"
+    assert str(QueryPart(None, b"b" * 999)) == f"keys up to b'{'b' * 75}..."
+    assert (
+        str(FilePart("/x.parquet", 9, 2, 100, 200))
+        == "rows 100 to 199 of row group 2 of /x.parquet"
+    )
