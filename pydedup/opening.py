@@ -152,7 +152,10 @@ def open_rows(adapter: Adapter, source: str | os.PathLike[str] | None) -> Iterat
 def check_writable(adapter: Adapter, what: str) -> None:
     """Raise ReadOnlyError when a store is open for reading only."""
     if adapter.read_only:
-        raise ReadOnlyError(f"cannot {what}: {adapter.url} is open for reading only")
+        raise ReadOnlyError(
+            f"cannot {what}: {adapter.url} is open for reading only: it was opened with mode 'r', "
+            "or this user may not write where it lies"
+        )
 
 
 def _said_of_damaged(adapter: Adapter, page_id: int) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import NotFoundError, PydedupError
+from pydedup.errors import ArgumentError, NotFoundError, PydedupError
 from pydedup.graph import Graph
 from pydedup.opening import open_rows
 from pydedup.pool import PagePool
@@ -33,6 +33,13 @@ Module = TypeVar("Module", bound="torch.nn.Module")
 
 # Rows that are scored at a time.
 _BATCH: Final = 1024
+
+
+def _pair(request: object) -> tuple[str, Any]:
+    """Return a request of `StorePredictions.predict_many`; two letters are no pair."""
+    if not isinstance(request, tuple | list) or len(request) != 2:
+        raise ArgumentError(f"a request must be a pair of a model and its input, not {request!r}")
+    return request[0], request[1]
 
 
 class StorePredictions:
@@ -77,9 +84,14 @@ class StorePredictions:
         -------
         list
             For each request what `predict` returns, or the `PydedupError` that it would raise.
+
+        Raises
+        ------
+        ArgumentError
+            When a request is no such pair.
         """
         results: list[Any] = []
-        for name, x in requests:
+        for name, x in map(_pair, requests):
             try:
                 model = self._catalog.model(name)
                 graph = model.graph()

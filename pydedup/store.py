@@ -47,6 +47,8 @@ __all__ = ["ModelInput", "Store", "open"]
 
 #: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
 ModelInput = Any
+#: A label such as ``"f32"``, a dtype of numpy or torch, or its name.
+FloatDType = Any
 
 
 def open(
@@ -229,6 +231,14 @@ class Store(StorePredictions, StoreUpkeep):
         from pydedup.ingest.plan import Request, plan_address
         from pydedup.policies import Lossless
 
+        given_as: object = models
+        if not isinstance(given_as, Mapping):
+            raise ArgumentError(
+                "models must be a mapping of names to sources, such as {'sentiment@1': path}, not "
+                f"{type(given_as).__name__}"
+            )
+        if not models:
+            return []
         with contextlib.ExitStack() as opened:
             requests: list[Request] = []
             for name, given in models.items():
@@ -238,12 +248,11 @@ class Store(StorePredictions, StoreUpkeep):
                     name=base,
                     version=number,
                     source=source,
-                    policy=policy or Lossless(),
-                    graph=graph or source.graph,
-                    metadata=metadata or {},
+                    policy=Lossless() if policy is None else policy,
+                    graph=source.graph if graph is None else graph,
+                    metadata={} if metadata is None else metadata,
                     block_shape=block_shape,
                 )
-                request.metadata_json()
                 if graph is not None:
                     graph.validate({entry.name: entry.shape for entry in source.entries})
                 if any(other.address == request.address for other in requests):
@@ -260,21 +269,19 @@ class Store(StorePredictions, StoreUpkeep):
 
     # ---- out ----------------------------------------------------------------------------------
 
-    def load(self, name: str, dtype: str | None = None) -> dict[str, NDArray[Any]]:
+    def load(self, name: str, dtype: FloatDType | None = None) -> dict[str, NDArray[Any]]:
         """Return all tensors of a model as numpy arrays (bf16 and f8 as ml_dtypes).
 
-        ``dtype`` (``"f32"``, ``"bf16"``, ...) converts floating-point tensors; others stay as they
-        are. Raises NotFoundError, CorruptStoreError; ArgumentError for a dtype that is not of
-        floating point.
+        ``dtype`` (``"f32"``, ``"bf16"``, ``np.float32``, ...) converts floating-point tensors;
+        others stay as they are. Raises NotFoundError, CorruptStoreError; ArgumentError for a dtype
+        that is not of floating point.
         """
         model = self._catalog.model(name)
-        wanted = None if dtype is None else DType.of_label(dtype)
-        if wanted is not None and not wanted.is_float:
-            raise ArgumentError(f"weights cannot be loaded as {dtype}; take one of floating point")
+        wanted = None if dtype is None else DType.of_floats(dtype)
         return {info.name: self._read(model, info.name, wanted) for info in model.tensors}
 
     def load_torch(
-        self, name: str, dtype: str | None = None, device: str | None = None
+        self, name: str, dtype: FloatDType | None = None, device: str | None = None
     ) -> dict[str, torch.Tensor]:
         """Return a state dict of torch tensors; needs the extra ``torch``. See `load`."""
         from pydedup.formats.torch import to_torch
@@ -399,7 +406,7 @@ class Store(StorePredictions, StoreUpkeep):
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        models: Sequence[str] = (),
+        models: str | Sequence[str] = (),
         trace: Trace | None = None,
     ) -> str:
         """Return the store as one page of HTML that loads nothing; needs the extra ``report``.
@@ -409,7 +416,7 @@ class Store(StorePredictions, StoreUpkeep):
         path
             Where to write it, if anywhere; an existing file is replaced when the page is whole.
         models
-            The models to show block by block; the largest by default.
+            The models to show block by block, or one; the largest by default.
         trace
             Uses of pages (`recorded`, `pydedup.replacement.Trace.load`), replayed through every
             replacement policy.
@@ -417,11 +424,13 @@ class Store(StorePredictions, StoreUpkeep):
         Raises
         ------
         NotFoundError, ArgumentError, UnsupportedFormatError
-            For an unknown model, a trace that does not fit together, and a missing package.
+            For an unknown model, a trace that does not fit together or a place that cannot be
+            written, and a missing package.
         """
         from pydedup.report import page
 
-        return page.report(self._adapter, self._catalog, self._pool, path, models, trace)
+        shown = (models,) if isinstance(models, str) else models
+        return page.report(self._adapter, self._catalog, self._pool, path, shown, trace)
 
     @property
     def quotas(self) -> Quotas:

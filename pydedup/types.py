@@ -103,6 +103,30 @@ class DType(enum.Enum):
         known = ", ".join(member.label for member in cls)
         raise ArgumentError(f"unknown dtype {label!r}; choose one of: {known}")
 
+    @classmethod
+    def of_floats(cls, dtype: object) -> DType:
+        """Return the member that weights are to be converted to.
+
+        Parameters
+        ----------
+        dtype
+            A label (``"f32"``), a dtype of numpy or torch, or its name (``"float32"``).
+
+        Raises
+        ------
+        ArgumentError
+            When it is none of floating point.
+        """
+        if isinstance(dtype, type):
+            dtype = np.dtype(dtype)
+        name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+        floats = [member for member in cls if member.is_float]
+        for member in floats:
+            if dtype is member or name in (member.label, member.numpy.name):
+                return member
+        known = ", ".join(member.label for member in floats)
+        raise ArgumentError(f"weights cannot be loaded as {name!r}; choose one of: {known}")
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog
+from pydedup.errors import ArgumentError
 from pydedup.jobs import LEASE_SECONDS
 from pydedup.opening import check_writable, connect_store, open_end
 from pydedup.pool import PagePool
@@ -41,7 +42,7 @@ class StoreUpkeep(abc.ABC):
     _pool: PagePool
 
     @abc.abstractmethod
-    def load(self, name: str, dtype: str | None = None) -> dict[str, NDArray[Any]]:
+    def load(self, name: str, dtype: Any = None) -> dict[str, NDArray[Any]]:
         """Return all tensors of a model."""
 
     # ---- upkeep -------------------------------------------------------------------------------
@@ -65,6 +66,12 @@ class StoreUpkeep(abc.ABC):
         address: they are evaluated again and held against their certificates. Raises NotFoundError,
         ArgumentError (another policy) and EvaluationError for these.
         """
+        metrics: object = evaluate
+        if not isinstance(metrics, Mapping | None):
+            raise ArgumentError(
+                "evaluate must be a mapping of models to metrics, such as "
+                f"{{'reviews@1': scores}}, not {type(metrics).__name__}"
+            )
         from pydedup.maintenance.recheck import recheck
         from pydedup.maintenance.verify import verify_store
 
@@ -113,7 +120,7 @@ class StoreUpkeep(abc.ABC):
     def copy_to(
         self,
         target: str | os.PathLike[str],
-        names: Sequence[str] | None = None,
+        names: str | Sequence[str] | None = None,
         *,
         all_versions: bool = False,
         on_conflict: str = "error",
@@ -133,8 +140,8 @@ class StoreUpkeep(abc.ABC):
         target
             URL, or path of a SQLite file.
         names
-            ``name`` (its newest version), ``name@version`` or ``name@alias``; all models by
-            default.
+            One or several of ``name`` (its newest version), ``name@version`` and ``name@alias``;
+            all models by default.
         all_versions
             Take all versions of ``names``.
         on_conflict
@@ -155,6 +162,8 @@ class StoreUpkeep(abc.ABC):
         from pydedup.moving.copy import copy_models
         from pydedup.moving.plan import plan_copy
 
+        if isinstance(names, str):
+            names = (names,)
         plan_copy(
             self._adapter, None, names, all_versions=all_versions, on_conflict=on_conflict
         )  # what is wrong with the names must not create a store

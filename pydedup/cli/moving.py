@@ -13,7 +13,7 @@ from pydedup import config, text
 from pydedup.cli import options, output
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
-from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError
+from pydedup.errors import MissingStoreError, NotAStoreError
 from pydedup.moving.plan import ON_CONFLICT
 from pydedup.types import CopiedModel, CopyReport
 
@@ -124,8 +124,6 @@ def restore(path: str, url: str, memory: str, as_json: bool, quiet: bool) -> Non
     except MissingStoreError as error:
         raise NotAStoreError(f"there is no such backup: {error.what}") from error
     with options.writable_store(url, memory) as store, Watch("opening", quiet=quiet) as watch:
-        if store.read_only:
-            raise ReadOnlyError(f"cannot restore a backup: {store.url} is open for reading only")
         report = store.restore(path, progress=watch)
     _print(report, "restored", as_json)
 

@@ -72,7 +72,7 @@ def load(
     Without -o it prints what they are and the extremes of their values, and with --tensor also
     the values themselves. One tensor at a time is held in memory.
     """
-    wanted = None if dtype is None else DType.of_label(dtype)
+    wanted = None if dtype is None else DType.of_floats(dtype)
     _check_target(target, tensor)
     with options.read_store(url, memory) as store, Watch("reading", quiet=quiet) as watch:
         figures = store.info(name)

@@ -17,6 +17,9 @@ from pydedup.policies import Policy
 
 __all__ = ["Request", "plan_address"]
 
+#: What all policies have, those of users too (`pydedup.policies.Policy`).
+_POLICY = ("name", "compresses", "uses_deltas", "max_rel_error", "parameters")
+
 
 @dataclass(slots=True)
 class Request:
@@ -29,6 +32,27 @@ class Request:
     graph: Graph | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     block_shape: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no policy, graph or metadata; raises ArgumentError."""
+        policy: object = self.policy
+        if isinstance(policy, type) or not all(hasattr(policy, part) for part in _POLICY):
+            raise ArgumentError(
+                f"{policy!r} is no policy; give one of pydedup.policies, such as Exact(), "
+                "Lossless() or Bounded(0.001)"
+            )
+        graph: object = self.graph
+        if not isinstance(graph, Graph | None):
+            raise ArgumentError(
+                f"a graph must be a pydedup.graph.Graph, not {type(graph).__name__}; "
+                "Graph.from_json reads one from text"
+            )
+        metadata: object = self.metadata
+        if not isinstance(metadata, Mapping):
+            raise ArgumentError(
+                f"metadata {metadata!r} is no mapping, such as {{'tenant': 'acme'}}"
+            )
+        self.metadata_json()
 
     @property
     def address(self) -> str:

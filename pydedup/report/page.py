@@ -34,16 +34,8 @@ def report(
         ) from None
     page = render(gather(adapter, catalog, pool, models, trace))
     if path is not None:
-        _replace(Path(path), page)
+        from pydedup.formats._files import atomic_file
+
+        with atomic_file(Path(path)) as scratch:
+            scratch.write_text(page, encoding="utf-8")
     return page
-
-
-def _replace(path: Path, page: str) -> None:
-    """Write a file that appears when it is whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

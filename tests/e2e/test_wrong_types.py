@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people who know the command line, numpy or torch give to `Store` at first.
+
+Each of these was an AttributeError, IndexError or TypeError from within, or something else than
+what was meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError
+from pydedup.policies import Bounded, Exact
+
+MODEL = {"w": np.arange(6000.0, dtype=np.float32).reshape(60, 100)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Any]:
+    """A store with one model, which nothing here changes; not typed, as those who err are not."""
+    with pydedup.open(f"sqlite:///{tmp_path / 'store.db'}") as opened:
+        opened.add("good", MODEL)
+        yield opened
+        assert [info.address for info in opened.models()] == ["good@1"]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda store: store.add("m", MODEL, policy="exact"), r"'exact' is no policy; give one of"),
+        (lambda store: store.add("m", MODEL, policy=""), "'' is no policy"),
+        (lambda store: store.add("m", MODEL, policy=Exact), r"Exact'> is no policy.*Exact\(\)"),
+        (lambda store: store.add("m", MODEL, policy=Bounded), "is no policy"),
+        (lambda store: store.add("m", MODEL, graph=[{"op": "linear"}]), r"Graph, not list"),
+        (lambda store: store.add("m", MODEL, graph="{}"), r"not str; Graph\.from_json"),
+        (lambda store: store.add("m", MODEL, metadata="acme"), "metadata 'acme' is no mapping"),
+        (lambda store: store.add_many([("m", MODEL)]), "mapping of names to sources.* not list"),
+        (lambda store: store.predict_many([3]), "pair of a model and its input, not 3"),
+        (lambda store: store.predict_many({"ab": 1}), "pair of a model and its input, not 'ab'"),
+        (lambda store: store.verify(evaluate=len), "mapping of models to metrics.* not builtin"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_named(
+    store: Any, call: Callable[[Any], object], says: str
+) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        call(store)
+
+
+def test_nothing_to_add_is_nothing(store: pydedup.Store) -> None:
+    assert store.add_many({}) == []
+
+
+def test_one_name_is_a_list_of_one(store: pydedup.Store, tmp_path: Path) -> None:
+    """It was taken for a list of its letters."""
+    report = store.copy_to(f"sqlite:///{tmp_path / 'other.db'}", "good")
+    assert [model.model for model in report.models] == ["good@1"]
+    pytest.importorskip("jinja2")
+    assert "good@1" in store.report(models="good")
+
+
+def test_dtypes_of_numpy_and_their_names_are_taken(store: pydedup.Store) -> None:
+    for dtype in ("f16", "float16", np.float16, np.dtype("float16"), np.dtype(">f2")):
+        assert store.load("good", dtype)["w"].dtype == np.float16, dtype
+    for dtype in ("bf16", "bfloat16", ml_dtypes.bfloat16):
+        assert store.load("good", dtype)["w"].dtype == ml_dtypes.bfloat16, dtype
+    for wrong in (np.int8, "uint8", bool, object, 3):
+        with pytest.raises(ArgumentError, match="choose one of: f64, f32, f16, bf16, f8_e4m3"):
+            store.load("good", wrong)
+
+
+def test_dtypes_of_torch_are_taken(store: pydedup.Store) -> None:
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float16, torch.half, "float16", np.float16):
+        assert store.load_torch("good", dtype)["w"].dtype == torch.float16, dtype
+    assert store.load_torch("good", torch.bfloat16)["w"].dtype == torch.bfloat16
+    with pytest.raises(ArgumentError, match="'int8'; choose one of: f64"):
+        store.load_torch("good", torch.int8)
