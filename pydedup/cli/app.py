@@ -88,6 +88,7 @@ class Program(click.Group):
             formatter.write_dl(
                 [
                     ("PYDEDUP_KERNEL", "demands a kernel by name, e.g. scalar"),
+                    ("PYDEDUP_THREADS", "how many threads compute; one per core without it"),
                     (serving.TOKEN_VARIABLE, "what clients of serve must send as a bearer token"),
                     (TRACEBACK_VARIABLE, "1 shows tracebacks of errors"),
                     ("NO_COLOR", "anything turns colours off"),

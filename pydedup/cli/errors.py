@@ -121,9 +121,14 @@ def _status(error: PydedupError) -> Exit:
 
 
 def _usage(error: click.ClickException) -> str:
-    text = error.format_message().rstrip(".")
+    text = error.format_message()
+    if not text.endswith("..."):  # a sentence of click, not "and so on"
+        text = text.rstrip(".")
     context = getattr(error, "ctx", None)
-    return text if context is None else f"{text}; see '{context.command_path} --help'"
+    if context is None:
+        return text
+    see = " See" if text.endswith("?") else "; see"
+    return f"{text}{see} '{context.command_path} --help'"
 
 
 def _os_error(error: OSError) -> str:

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import click
 
 import pydedup
-from pydedup import Store
-from pydedup.errors import MissingStoreError, SchemaVersionError
+from pydedup import Store, config
+from pydedup.errors import ArgumentError, MissingStoreError, SchemaVersionError
 
 __all__ = [
+    "check_size",
     "existing_store",
     "json_option",
     "load_function",
@@ -42,17 +43,33 @@ def load_function(place: str) -> Callable[..., Any]:
     """Return the function that MODULE:FUNCTION names; modules of the current folder come first."""
     module, colon, name = place.partition(":")
     if not colon or not module or not name:
-        raise click.BadParameter(f"{place!r} is not MODULE:FUNCTION, such as metrics:accuracy")
+        raise _bad_function(f"{place!r} is not MODULE:FUNCTION, such as metrics:accuracy")
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        raise click.BadParameter(f"cannot import {module!r}: {error}") from None
+        raise _bad_function(f"cannot import {module!r}: {error}") from None
+    except Exception as error:  # a user's code raises what it likes
+        said = f"{type(error).__name__}: {error}"
+        raise _bad_function(f"importing {module!r} failed: {said}") from error
     finally:
         sys.path.pop(0)
     if not callable(found):
-        raise click.BadParameter(f"{module!r} has no function {name!r}")
+        raise _bad_function(f"{module!r} has no function {name!r}")
     return found  # type: ignore[no-any-return]
+
+
+def _bad_function(what: str) -> click.BadParameter:
+    return click.BadParameter(what, param_hint="'--evaluate'")
+
+
+def check_size(context: click.Context, option: click.Parameter, value: str) -> str:
+    """Refuse under the option's own name what is no size; a callback."""
+    try:
+        config.parse_bytes(value)
+    except ArgumentError as error:
+        raise click.BadParameter(str(error), context, option) from None
+    return value
 
 
 def on_option(what: str) -> Callable[[_F], _F]:
@@ -93,6 +110,7 @@ def memory_option(command: _F) -> _F:
         metavar="SIZE",
         default=DEFAULT_MEMORY,
         show_default=True,
+        callback=check_size,
         help="Memory for pages of the store.",
     )(command)
 

@@ -148,7 +148,11 @@ def _write(path: Path, outputs: Mapping[str, Array]) -> None:
             f"a .npy file holds one array, there are: {', '.join(outputs)}; use .npz"
         )
     if suffix == "json":
-        path.write_text(json.dumps(output.jsonable(_document(outputs))) + "\n", encoding="utf-8")
+        from pydedup.formats._files import atomic_file
+
+        document = json.dumps(output.jsonable(_document(outputs))) + "\n"
+        with atomic_file(path) as scratch:
+            scratch.write_text(document, encoding="utf-8")
         return
     from pydedup.formats.base import TensorEntry
     from pydedup.formats.registry import write_model

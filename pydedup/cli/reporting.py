@@ -60,4 +60,4 @@ def report(
     if to_stdout:
         click.echo(page, nl=False)
     else:
-        output.print_line(f"{path}: {text.size(len(page.encode()))}")
+        output.print_note(f"wrote {path}: {text.size(len(page.encode()))}")

@@ -27,9 +27,10 @@ _SHOWN = 10
 @click.option("--query", metavar="SQL", help="One SELECT: a key, then the features.")
 @click.option("--model", required=True, metavar="NAME", help="The model to predict with.")
 @click.option("--into", metavar="TABLE", help="Table of predictions; created when missing.")
-@click.option("--key", metavar="COLUMN", help="Column that is the key, not the first.")
+@click.option("--key", metavar="COLUMN", help="Column that is the key.  [default: the first]")
 @click.option(
     "--batch",
+    metavar="N",
     type=click.IntRange(1, 1 << 20),
     default=1024,
     show_default=True,
@@ -48,11 +49,7 @@ _SHOWN = 10
     help="Where a row cannot be predicted. fail: stop, nothing of its batch written. skip: leave "
     "it out and go on.",
 )
-@click.option(
-    "--on",
-    metavar="ADDRESS",
-    help="Score on Ray: local, auto, ray://host:10001 or host:6379. See docs/ray.md.",
-)
+@options.on_option("Score on")
 @click.option(
     "--parquet-in",
     multiple=True,
@@ -69,11 +66,13 @@ _SHOWN = 10
 )
 @click.option(
     "--workers",
+    metavar="N",
     type=click.IntRange(1, 10_000),
-    help="With --on: how many work; as many as there are CPUs for by default.",
+    help="With --on: how many work.  [default: as many as there are CPUs for]",
 )
 @click.option(
     "--cpus-per-worker",
+    metavar="N",
     type=click.IntRange(1, 1024),
     default=1,
     show_default=True,

@@ -29,9 +29,16 @@ _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.command(short_help="Predict over HTTP, by the Open Inference Protocol v2.")
 @options.store_argument
-@click.option("--host", metavar="HOST", default="127.0.0.1", show_default=True)
+@click.option(
+    "--host",
+    metavar="HOST",
+    default="127.0.0.1",
+    show_default=True,
+    help="Name or address to listen on; 0.0.0.0 is all of them.",
+)
 @click.option(
     "--port",
+    metavar="N",
     type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
@@ -63,6 +70,7 @@ _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option(
     "--threads",
+    metavar="N",
     type=click.IntRange(1, 256),
     help="Batches that are predicted at once.  [default: one per core, at most 4]",
 )
@@ -71,6 +79,7 @@ _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
     metavar="SIZE",
     default="64MiB",
     show_default=True,
+    callback=options.check_size,
     help="Largest body of a request; all together may have four times as much.",
 )
 @click.option(

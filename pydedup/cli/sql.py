@@ -26,13 +26,20 @@ def _path_option(command: _F) -> _F:
     )(command)
 
 
-@click.group(short_help="Functions inside of PostgreSQL that predict.")
-def sql() -> None:
+@click.group(
+    short_help="Functions inside of PostgreSQL that predict.",
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+)
+@click.pass_context
+def sql(context: click.Context) -> None:
     """Functions inside of a PostgreSQL server that predict with the models of a store.
 
     They are written in PL/Python (plpython3u) and lie in the store's schema: pydedup_predict(model,
     f1, ...) and its like. In SQLite use pydedup.sql.register, see docs/scoring.md.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())  # as `pydedup` alone does
 
 
 @sql.command(short_help="Make the functions.")

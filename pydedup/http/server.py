@@ -142,9 +142,13 @@ class _Server(uvicorn.Server):
 
 
 def _listen(options: ServeOptions) -> socket.socket:
-    found = socket.getaddrinfo(
-        options.host or None, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
+    place = f"{options.host}, port {options.port}"
+    try:
+        found = socket.getaddrinfo(
+            options.host or None, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {place}: {error.strerror}") from error
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -154,7 +158,6 @@ def _listen(options: ServeOptions) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        place = f"{options.host}, port {options.port}"
         raise OSError(error.errno, f"cannot listen on {place}: {error.strerror}") from error
     return listener
 

@@ -348,6 +348,9 @@ def test_predict(family: str, tmp_path: Path) -> None:
     for target in ("y.npy", "y.npz", "y.json"):
         succeed("predict", family, "net", "x.npy", "-o", target, cwd=tmp_path)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected(x), rtol=1e-4, atol=1e-4)
+    for target in ("no/y.npy", "no/y.json"):
+        line = fail("predict", family, "net", "x.npy", "-o", target, status=2, cwd=tmp_path)
+        assert f"{target} cannot be written: folder no does not exist" in line
 
 
 # ---- names and upkeep ---------------------------------------------------------------------------

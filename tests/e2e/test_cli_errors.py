@@ -86,7 +86,8 @@ def path_of(url: str) -> Path:
     ("arguments", "says"),
     [
         (["lst"], "did you mean 'ls'"),
-        (["sqlite:///m.db", "ls"], "the command comes first"),
+        (["sqlite:///m.db", "ls"], "pydedup COMMAND STORE ...; see 'pydedup --help'"),
+        (["predict", "m.db", "a", "--input", "x"], "mean '--output'? See 'pydedup predict --h"),
         (["--wrong"], "--wrong"),
         (["add"], "see 'pydedup add --help'"),
         (["ls"], "STORE"),
@@ -96,7 +97,9 @@ def path_of(url: str) -> Path:
         (["add", "m.db", "a", __file__, "--metadata", "{bad"], "JSON"),
         (["add", "m.db", "a", __file__, "--block-shape", "0x8"], "ROWSxCOLUMNS"),
         (["add", "m.db", "a", __file__, "--policy", "loose"], "loose"),
-        (["add", "m.db", "a", __file__, "--memory", "lots"], "512MiB"),
+        (["add", "m.db", "a", __file__, "--memory", "lots"], "'--memory': 'lots' is not a size"),
+        (["serve", "m.db", "--max-body", "lots"], "'--max-body': 'lots' is not a size"),
+        (["verify", "m.db", "--evaluate", "a", "f"], "'--evaluate': 'f' is not MODULE:FUNCTION"),
         (["add", "m.db", __file__, "a"], "the name comes before the file"),
         (["alias", "m.db", "a", "prod"], "--delete"),
         (["vacuum", "m.db", "--grace", "-1"], "grace"),
@@ -104,6 +107,7 @@ def path_of(url: str) -> Path:
         (["load", "m.db", "a", "-o", "x.npy"], "--tensor"),
         (["load", "m.db", "a", "-o", "-"], "--tensor"),
         (["load", "m.db", "a", "--dtype", "f33"], "f33"),
+        (["load", "m.db", "a", "--dtype", "int8"], "loaded as 'int8'; choose one of: f64, f32"),
         (["export", "m.db", "a", "x", "--format", "gguf"], "gguf"),
         (["predict", "m.db", "a", "x.npy", "y.npy"], "INPUT="),
         (["predict", "m.db", "a", "x.npy", "-o", "y.txt"], ".json"),
@@ -114,6 +118,20 @@ def path_of(url: str) -> Path:
 def test_usage(arguments: list[str], says: str, tmp_path: Path) -> None:
     assert says in fail(*arguments, status=2, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_cannot_be_imported_is_no_fault_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0")
+    line = fail("verify", "m.db", "--evaluate", "a", "broken:f", status=2, cwd=tmp_path)
+    assert "'--evaluate': importing 'broken' failed: ZeroDivisionError: division by zero" in line
+
+
+def test_a_group_without_a_command_shows_its_help() -> None:
+    """Its help was squeezed into the one line of an error."""
+    done = run_program("sql")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run_program("sql", "--help").stdout
+    assert "  install " in done.stdout
 
 
 def test_values_that_the_store_refuses(url: str) -> None:

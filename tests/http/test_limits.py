@@ -275,6 +275,7 @@ def test_what_cannot_start_says_why(
         for status, words, arguments in (
             (4, ["no.db"], ["sqlite:///" + str(tmp_path / "no.db")]),
             (4, ["listen", str(port)], [store_url, "--port", port]),
+            (4, ["listen on no.invalid, port 8000"], [store_url, "--host", "no.invalid"]),
             (2, ["empty"], [store_url, "--token-file", tmp_path / "empty"]),
             (2, ["--tls-key"], [store_url, "--tls-cert", cert]),
             (2, ["certificate"], [store_url, "--tls-cert", key, "--tls-key", cert]),

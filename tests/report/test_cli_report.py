@@ -28,7 +28,7 @@ def run(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_a_report_is_written_and_replaced(family_url: str, tmp_path: Path) -> None:
     done = run(family_url, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("report.html: ")
+    assert done.stdout.startswith("wrote report.html: ")
     before = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert before.startswith("<!DOCTYPE html>")
     assert "No trace was given" in before
@@ -51,7 +51,7 @@ def test_what_is_wrong_is_said_and_nothing_written(family_url: str, tmp_path: Pa
         (["--trace", "notes.npz"], 5, "notes.npz is no recorded trace"),
         (["--trace", "missing.npz"], 2, "missing.npz"),
         (["--model", "nobody"], 3, "no model 'nobody'"),
-        (["-o", "missing/report.html"], 3, "missing/report.html"),
+        (["-o", "missing/report.html"], 2, "missing/report.html cannot be written: folder"),
         (["-o", "."], 2, "is a directory"),
     ):
         done = run(family_url, *words, folder=tmp_path)
