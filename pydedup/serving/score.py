@@ -152,10 +152,18 @@ class Scoring:
                 f"{', '.join(self._names)}"
             )
         self._columns = self._rows.table_columns(self._table, self._key.name)
-        if self._columns is not None and self._key.name not in self._columns:
+        if self._columns is None:
+            return
+        if self._key.name not in self._columns:
             raise ArgumentError(
                 f"table {self._table} has no column {self._key.name!r} for the key; it has: "
                 f"{', '.join(self._columns)}"
+            )
+        # Of another table, the query's own say, all keys may be there, and nothing be written.
+        if not {"prediction", "prediction_0"} & set(self._columns):
+            raise ArgumentError(
+                f"table {self._table} has no column 'prediction' or 'prediction_0', ...; it has: "
+                f"{', '.join(self._columns)}; name another table, it is created when it is missing"
             )
 
     def score(self, found: Sequence[Sequence[object]]) -> None:

@@ -179,6 +179,9 @@ def test_a_table_of_ones_own(tables: Tables, source: Make, new_name: Make) -> No
             store.score(query_of(table), "m@1", into=loose)
         with pytest.raises(ArgumentError, match="has no column 'prediction'"):
             store.score(query_of(table), "m@1", into=other)
+        # All its keys are there, so that nothing was to be written, and nothing was said.
+        with pytest.raises(ArgumentError, match=r"has no column 'prediction'.* it has: id, f0"):
+            store.score(query_of(table), "m@1", into=table)
         with pytest.raises(ArgumentError, match="has no column 'k' for the key"):
             store.score(f"SELECT id AS k, f0, f1, f2 FROM {table}", "m@1", into=own)
     found = predictions(tables, own)
