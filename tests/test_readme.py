@@ -17,6 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import pydedup
+from pydedup.cli.app import main
+from pydedup.testing.serving import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,8 +40,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     encoder.mkdir()
     save_file(model, encoder / "model.safetensors")
     (encoder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    save_onnx(tmp_path / "churn.onnx")
+    (tmp_path / "x.json").write_text("[[1, 2, 3]]")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def save_onnx(path: Path) -> None:
+    """Write y = x W, of three features."""
+    onnx = pytest.importorskip("onnx")
+    make = onnx.helper
+    graph = make.make_graph(
+        [make.make_node("MatMul", ["x", "w"], ["y"])],
+        "churn",
+        [make.make_tensor_value_info("x", 1, ["batch", 3])],
+        [make.make_tensor_value_info("y", 1, ["batch", 1])],
+        [onnx.numpy_helper.from_array(np.array([[1], [10], [100]], np.float32), "w")],
+    )
+    opset = [make.make_opsetid("", 17)]
+    onnx.save(make.make_model(graph, opset_imports=opset, ir_version=9), path)
 
 
 def commands() -> list[list[str]]:
@@ -100,6 +119,18 @@ def test_the_commands_of_the_readme_run(folder: Path) -> None:
         assert done.returncode == wanted, f"pydedup {' '.join(arguments)}: {done.stderr}"
         assert done.stdout.strip(), f"pydedup {' '.join(arguments)} said nothing"
     assert (folder / "back.safetensors").stat().st_size > 600_000
+
+
+def test_the_request_of_the_readme_is_answered(folder: Path) -> None:
+    """It asked for a model that has no layers."""
+    pytest.importorskip("uvicorn")
+    for words in commands():
+        if words[:1] == ["add"] and words[2].startswith("churn"):
+            assert main(words) == 0
+    path, body = re.findall(r"^    curl http://127.0.0.1:8000(\S+) \\\n +-d '(.*)'$", README, re.M)[0]
+    with serving("sqlite:///models.db") as server:
+        answer = server.ask("POST", path, json.loads(body))
+    assert answer.json["outputs"][0]["data"] == [321.0]
 
 
 @pytest.mark.parametrize("page", PAGES)
