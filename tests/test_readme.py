@@ -127,7 +127,9 @@ def test_the_request_of_the_readme_is_answered(folder: Path) -> None:
     for words in commands():
         if words[:1] == ["add"] and words[2].startswith("churn"):
             assert main(words) == 0
-    path, body = re.findall(r"^    curl http://127.0.0.1:8000(\S+) \\\n +-d '(.*)'$", README, re.M)[0]
+    asked = re.search(r"^    curl http://127.0.0.1:8000(\S+) \\\n +-d '(.*)'$", README, re.M)
+    assert asked is not None
+    path, body = asked.groups()
     with serving("sqlite:///models.db") as server:
         answer = server.ask("POST", path, json.loads(body))
     assert answer.json["outputs"][0]["data"] == [321.0]
