@@ -11,7 +11,6 @@ from ._dbapi import PAYLOADS_PER_READ
 from ._postgres_base import PostgresBase
 from ._schema import TABLES
 from ._sessions import Session
-from ._shards_read import Statement, run_together
 
 __all__ = ["PostgresCopy"]
 
@@ -80,20 +79,15 @@ class PostgresCopy(PostgresBase):
             yield from self._again(lambda piece=piece: self._copy_out(piece))  # type: ignore[misc]
 
     def _copy_out(self, ids: Sequence[int]) -> list[tuple[int, bytes]]:
-        with self._pool.acquire() as session:
-            statement = Statement(session, self._copy_statement(ids))
-            try:
-                statement.send()
-                run_together([statement])
-            finally:
-                statement.close()
-        if statement.error is not None:
-            raise self._translate(statement.error) from statement.error
-        return statement.rows
-
-    def _copy_statement(self, ids: Sequence[int]) -> bytes:
-        """Return the COPY of some payloads; ids are numbers, and COPY takes no parameters."""
-        listed = ",".join(str(int(number)) for number in ids)
         pages = self._sql.dialect.name("pages")
-        query = f"SELECT id, payload FROM {pages} WHERE id = ANY('{{{listed}}}')"  # noqa: S608
-        return f"COPY ({query}) TO STDOUT (FORMAT BINARY)".encode()
+        chosen = f"SELECT id, payload FROM {pages} WHERE id = ANY(%s)"  # noqa: S608
+        try:
+            with (
+                self._pool.acquire() as session,
+                session.connection.cursor() as cursor,
+                cursor.copy(f"COPY ({chosen}) TO STDOUT (FORMAT BINARY)", [list(ids)]) as copy,
+            ):
+                copy.set_types(["int8", "bytea"])
+                return list(copy.rows())
+        except self.driver_error as error:
+            raise self._translate(error) from error
