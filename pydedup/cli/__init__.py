@@ -9,6 +9,26 @@ does not give.
 
 from __future__ import annotations
 
-from pydedup.cli.app import main
+import sys
+from collections.abc import Sequence
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status; see `pydedup.cli.app.main`."""
+    try:
+        from pydedup.cli import app
+    except BaseException as error:  # what it needs takes a while to load, on a cold disk seconds
+        if not _interrupted(error):
+            raise
+        sys.stderr.write("pydedup: interrupted, the store is as it was before\n")
+        return 130
+    return app.main(arguments)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Return whether it comes from Ctrl-C; a compiled module makes an ImportError of that."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -92,6 +92,30 @@ def test_names_are_there_after_import_pydedup_alone(expression: str) -> None:
     assert in_child(f"import pydedup; print(bool(pydedup.{expression}))") == "True\n"
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ctrl_c_while_the_program_loads_is_said_in_one_line(compiled: bool) -> None:
+    """It ended in forty lines of a traceback through whatever was just imported."""
+    code = f"""
+import sys
+
+class Finder:
+    def find_spec(self, name, *more):
+        if name == "numpy" and {compiled}:
+            raise ImportError("initialization failed") from KeyboardInterrupt()
+        if name == "numpy":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+from pydedup.cli import main
+sys.exit(main(["ls", "models.db"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr == "pydedup: interrupted, the store is as it was before\n"
+
+
 def test_star_import_gives_the_public_names() -> None:
     code = "from pydedup import *; print(open, Store, PydedupError, policies.Lossless, __version__)"
     assert in_child(code).strip().endswith(pydedup.__version__)
