@@ -27,6 +27,11 @@ __all__ = ["meaning"]
 SPARE_BYTES: Final = 1 << 20
 
 _FREE: Final = "free some space; the store is as it was before"
+# Also what `pydedup verify` itself says, of a file that was cut off.
+_DAMAGED: Final = (
+    "`pydedup verify` says what is damaged where the file can be read at all; otherwise restore a "
+    "backup"
+)
 
 #: Result code -> error and what to do. An extended code that is not here counts as its lowest
 #: byte. The numbers are part of SQLite's interface (https://sqlite.org/rescode.html).
@@ -44,7 +49,7 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     ),
     10: (UnavailableError, "check the medium it lies on"),  # IOERR
     10 | 19 << 8: (StorageFullError, _FREE),  # IOERR_SHMSIZE
-    11: (CorruptStoreError, "run `pydedup verify`, or restore a backup"),  # CORRUPT
+    11: (CorruptStoreError, _DAMAGED),  # CORRUPT
     13: (StorageFullError, _FREE),  # FULL
     14: (  # CANTOPEN
         UnavailableError,

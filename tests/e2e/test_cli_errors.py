@@ -260,6 +260,13 @@ def test_damage_is_found_and_said(url: str) -> None:
 # ---- 5 and 6: files, duplicates -----------------------------------------------------------------
 
 
+def test_a_file_that_was_cut_off(url: str) -> None:
+    """`pydedup verify` itself said to run `pydedup verify`."""
+    path = path_of(url)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    assert "otherwise restore a backup" in fail("verify", url, status=4)
+
+
 def test_bad_model_files(url: str, model: Path, tmp_path: Path) -> None:
     bad = {
         "cut.safetensors": model.read_bytes()[:-100],
