@@ -196,6 +196,14 @@ def test_deep_json_is_refused(text: bytes) -> None:
 def test_others_run_while_a_long_list_is_read() -> None:
     data = np.random.default_rng(0).standard_normal(1_000_000)
     body = body_of(data.tolist(), [1_000_000], "FP32")
+    # In one piece nobody else would run for nearly all of the time, each time; a busy machine takes
+    # its share now and then.
+    shares = [longest_pause(body) for _ in range(5)]
+    assert min(shares) < 1 / 3, f"nobody else ran for these shares of the time: {shares}"
+
+
+def longest_pause(body: bytes) -> float:
+    """Return for which share of the time that a body is read another thread cannot run."""
     longest, stop = 0.0, threading.Event()
 
     def watch() -> None:
@@ -213,5 +221,4 @@ def test_others_run_while_a_long_list_is_read() -> None:
     took = time.monotonic() - started
     stop.set()
     watcher.join()
-    # In one piece nobody else would run for nearly all of the time; a busy machine takes its share.
-    assert longest < max(0.05, took / 3), f"nobody else ran for {longest:.3f} of {took:.3f} s"
+    return longest / took

@@ -120,7 +120,8 @@ def test_every_commit_may_fail(
     after: bool,
 ) -> None:
     source_url, url = filled("sqlite"), new_store(backend)
-    names = None if backend == "sqlite" else ["base@1", "near@1"]
+    # The number of commits counts twice, so most do with two models.
+    names = None if (backend, error, after) == ("sqlite", STOPPED, True) else ["base@1", "near@1"]
     number, ended = 0, False
     with pydedup.open(source_url, mode="r") as source:
         while not ended:

@@ -27,8 +27,13 @@ Run = Callable[..., list[tuple[Any, ...]]]
 def cut_all(run: Run, url: str) -> int:
     """Kill all connections to the database; return how many there were."""
     database = urlsplit(url).path.strip("/")
-    found = run(url, "SELECT id, db FROM information_schema.processlist WHERE command = 'Sleep'")
-    mine = [number for number, where in found if where == database]
+    idle = "SELECT id, db FROM information_schema.processlist WHERE command = 'Sleep'"
+    mine: list[int] = []
+    for _ in range(100):  # who was just answered may not be idle yet
+        mine = [number for number, where in run(url, idle) if where == database]
+        if mine:
+            break
+        time.sleep(0.02)
     cut = 0
     for number in mine:
         try:
