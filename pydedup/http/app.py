@@ -151,6 +151,8 @@ class App(Endpoint):
         )
         model, outputs = answer.model, answer.outputs
         exchange.model = model.address
+        if isinstance(outputs, Exception):
+            raise outputs
         wanted = responses.wanted_outputs(request, outputs)
         given_reply = (model.name, model.version, request, wanted, outputs)
         if responses.is_long(outputs, wanted):

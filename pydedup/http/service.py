@@ -23,10 +23,10 @@ __all__ = ["Answer", "check_inputs", "model_config", "model_metadata", "rows_of"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a prediction gave, and by which version."""
+    """What a prediction gave, or why there is none, and by which version."""
 
     model: Served
-    outputs: dict[str, NDArray[Any]]
+    outputs: dict[str, NDArray[Any]] | Exception
 
 
 def run_batch(
@@ -35,7 +35,7 @@ def run_batch(
     """Predict for several requests, each an address and inputs.
 
     An address that occurs more than once is resolved once. Yields of each request, as soon as it is
-    there, its number and its answer, or why it failed.
+    there, its number and its answer, or why there is no such model.
     """
     models: dict[str, Served | Exception] = {}
     away: UnavailableError | None = None
@@ -52,21 +52,20 @@ def run_batch(
             except Exception as error:
                 models[address] = error
         model = models[address]
+        if isinstance(model, Exception):
+            yield number, model
+            continue
         try:
-            if isinstance(model, Exception):
-                raise model
             check_inputs(model, inputs)
         except Exception as error:
-            yield number, error
+            yield number, Answer(model, error)
             continue
         numbers.append(number)
         # The native kernels want aligned arrays; those in a body lie where they lie.
         aligned = {name: np.require(one, requirements=["C", "A"]) for name, one in inputs.items()}
         asks.append((model, aligned))
     for place, outcome in store.predict_served(asks):
-        model = asks[place][0]
-        answer = outcome if isinstance(outcome, Exception) else Answer(model, outcome)
-        yield numbers[place], answer
+        yield numbers[place], Answer(asks[place][0], outcome)
 
 
 def rows_of(inputs: Arrays) -> int:

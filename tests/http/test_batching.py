@@ -22,7 +22,7 @@ from pydedup.http import served
 from pydedup.http.batcher import Batcher
 from pydedup.http.problems import HttpError
 from pydedup.http.served import ServedStore
-from pydedup.http.service import run_batch
+from pydedup.http.service import Answer, run_batch
 from pydedup.testing.serving import Server, Start
 
 
@@ -299,9 +299,14 @@ def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject
 
 
 def answers(store: Any, requests: Sequence[Any]) -> list[Any]:
-    """Return what a batch yields, in the order of the requests."""
+    """Return what a batch yields, in the order of the requests: an answer, or an exception."""
     found = dict(run_batch(store, requests))
-    return [found[number] for number in range(len(requests))]
+    ordered = [found[number] for number in range(len(requests))]
+    reasons = [one.outputs if isinstance(one, Answer) else one for one in ordered]
+    return [
+        reason if isinstance(reason, Exception) else one
+        for one, reason in zip(ordered, reasons, strict=True)
+    ]
 
 
 def test_one_that_fails_does_not_disturb_the_others(joined_store: Any) -> None:

@@ -328,7 +328,10 @@ def test_access_log(start: Start, store_url: str) -> None:
     server.infer("dense", GOOD)
     server.infer("none", GOOD)
     server.ask("GET", "/v2/models/%C3%A9%0A?token=a")
-    until(lambda: len(server.errors) >= 3)
+    server.infer("dense", {"inputs": [{**GOOD["inputs"][0], "name": "z"}]})
+    until(lambda: len(server.errors) >= 4)
+    *_, fourth = map(json.loads, server.errors)
+    assert (fourth["status"], fourth["model"]) == (400, "dense@2")
     first, second, third = (json.loads(line) for line in server.errors[:3])
     wanted = {"method": "POST", "path": "/v2/models/dense/infer", "status": 200, "model": "dense@2"}
     assert first.items() >= wanted.items()

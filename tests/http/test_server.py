@@ -261,6 +261,12 @@ def test_metrics(server: Server) -> None:
     connection.close()
     assert ok() == before + 5
     server.infer("unheard-of", {"inputs": [GOOD]})
+    # What a model refuses counts as its own, so that one sees whose clients err.
+    refused = {"model": "dense@2", "outcome": "bad_request"}
+    before = server.metric("pydedup_requests_total", **refused)
+    for slip in ({"shape": [2, 2]}, {"name": "z"}):
+        assert server.infer("dense", {"inputs": [{**GOOD, **slip}]}).status == 400
+    assert server.metric("pydedup_requests_total", **refused) == before + 2
     text = server.ask("GET", "/metrics").body.decode()
     assert "unheard-of" not in text  # a client cannot make labels
     for name in ("hits_total", "misses_total", "evictions_total", "bytes"):

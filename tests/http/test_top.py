@@ -67,6 +67,7 @@ def load(server: Server, name: str = "dense") -> Iterator[None]:
 
 def test_numbers_are_those_of_the_server(start: Start, store_url: str) -> None:
     server = start(store_url)
+    assert server.infer("dense", BODY).status == 200  # its page is read before anybody looks
     with load(server):
         done = top(server.url, "--once", "--json", "--interval", 0.5)
     assert done.returncode == 0, done.stderr
