@@ -59,7 +59,8 @@ def predict(
         raise click.UsageError(f"{target!r} must end in .npy, .npz or .json")
     given = _read_inputs(inputs)
     with options.read_store(url, memory) as store, Watch("predicting", quiet=quiet):
-        found = store.predict(name, given)
+        address = store.info(name).info.address  # an alias may move, and --json says which it was
+        found = store.predict(address, given)
     outputs: dict[str, Array] = (
         {str(key): np.asarray(value) for key, value in found.items()}
         if isinstance(found, Mapping)
@@ -68,7 +69,7 @@ def predict(
     if target is not None:
         _write(Path(target), outputs)
     if as_json:
-        output.emit_json({"model": name, "outputs": _document(outputs)})
+        output.emit_json({"model": address, "outputs": _document(outputs)})
     elif target is not None:
         output.print_note(f"wrote {', '.join(outputs)} to {target}")
     else:

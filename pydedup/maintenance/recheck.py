@@ -51,10 +51,13 @@ def recheck(
         )
     try:
         found = measured(evaluate(arrays)).metric
+    except EvaluationError as error:
+        raise EvaluationError(f"{model.address}: {error}") from error
     except PydedupError:
         raise
     except Exception as error:
-        raise EvaluationError(f"evaluate raised {type(error).__name__}: {error}") from error
+        said = f"{type(error).__name__}: {error}"
+        raise EvaluationError(f"{model.address}: evaluate raised {said}") from error
     before, after = certificate["metric_before"], certificate["metric_after"]
     slack = _ROUNDING * max(1.0, abs(before)) + certificate.get("noise", 0.0)
     drop = before - found

@@ -339,6 +339,7 @@ def test_predict(family: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(x.tolist()))
     for source in ("x.npy", "x.npz", "x=x.npy", "x.json"):
         found = document("predict", family, "net", source, cwd=tmp_path)
+        assert found["model"] == "net@1"  # the version that was asked, as `load` says it
         (output,) = found["outputs"].values()
         assert (output["dtype"], output["shape"]) == ("f32", [5, 40])
         np.testing.assert_allclose(output["values"], expected(x), rtol=1e-4, atol=1e-4)

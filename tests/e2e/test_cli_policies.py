@@ -111,6 +111,9 @@ def test_accuracy_and_its_certificate(folder: Path) -> None:
     assert "promise broken: near@1: the metric is" in said
     assert "where 0.1 was promised" in said
     assert "damaged" not in said.lower()
+    done = run("verify", "m.db", "--evaluate", "near", "metrics:broken")
+    assert done.returncode == 2
+    assert "near@1: evaluate raised " in done.stderr  # of several models, which one
 
 
 @pytest.mark.parametrize(
