@@ -20,7 +20,7 @@ from pydedup.errors import UnavailableError
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, FaultyAdapter, inject
 
-__all__ = ["PHASES", "Phase", "at", "work_and_kill"]
+__all__ = ["PHASES", "Phase", "at", "run_and_kill", "work_and_kill"]
 
 #: A child that is not killed, and does not come to its end, ends itself after so long.
 _PATIENCE_SECONDS: Final = 120
@@ -123,6 +123,20 @@ def work_and_kill(
     delay
         How long a commit has been running when the child is killed in one.
     """
+    waits = phase is None or phase.moment == "in the commit"
+    return run_and_kill(lambda tell: _work(url, work, phase, tell), delay if waits else None)
+
+
+def run_and_kill(run: Callable[[Callable[[], object]], object], delay: float | None) -> bool:
+    """Run something in a child, kill it, and return whether it was killed before its end.
+
+    Parameters
+    ----------
+    run
+        Calls what it is given when it has begun, or is at a certain point.
+    delay
+        Seconds from then on until it is killed; ``None`` leaves that to itself.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -130,7 +144,7 @@ def work_and_kill(
         signal.alarm(_PATIENCE_SECONDS)
         try:
             os.close(reading)
-            _work(url, work, phase, lambda: os.write(writing, b"."))
+            run(lambda: os.write(writing, b"."))
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -138,7 +152,7 @@ def work_and_kill(
             os._exit(status)  # here pytest must not see what happens
     os.close(writing)
     with os.fdopen(reading, "rb", buffering=0) as told:
-        if told.read(1) and (phase is None or phase.moment == "in the commit"):
+        if told.read(1) and delay is not None:
             select.select([told], [], [], delay)  # its end, when it comes earlier
             os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
