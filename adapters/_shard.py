@@ -10,16 +10,23 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from pydedup.errors import ArgumentError, CorruptStoreError, PydedupError
+from pydedup.errors import (
+    ArgumentError,
+    CorruptStoreError,
+    NotAStoreError,
+    PydedupError,
+    UnavailableError,
+)
 
 from ._base import DbApiBase
-from ._postgres_base import CREATING
+from ._postgres_base import CREATING, SHARDS
 from ._postgres_errors import ConnectionLostError
 from ._postgres_url import Place
 from ._sessions import WRITE, Connection, Session, SessionPool
+from ._shards_url import Ring, shard_of_name
 from .postgres import CAPABILITIES, PostgresAdapter, is_stale
 
 __all__ = ["Shard"]
@@ -35,6 +42,7 @@ FIRST_PAUSE_SECONDS: Final = 0.05
 #: A shard that let a connection wait, as a host without power does, is left alone for so many times
 #: as long. One that refuses does so at once, and is asked whenever there is no other.
 LEFT_ALONE: Final = 3.0
+_EMPTY_ONE: Final = "what takes the place of a lost shard must be empty: name another database"
 
 
 class Shard(PostgresAdapter):
@@ -49,7 +57,7 @@ class Shard(PostgresAdapter):
     def __init__(self, place: Place, mode: str) -> None:
         self._place, self._reads_only = place, mode == "r"
         self.id = ""
-        self._ring = ""
+        self._ring = self._name = ""
         self._state = threading.Lock()
         self._down_since: float | None = None
         self._ask_at = self._leave_until = 0.0
@@ -126,7 +134,7 @@ class Shard(PostgresAdapter):
     # ---- whose it is --------------------------------------------------------------------------
 
     def identity(self) -> tuple[str, str, bool] | None:
-        """Return the ring, the id, and whether it has joined; ``None`` of what is no shard."""
+        """Return the ring, its name, and whether it has joined; ``None`` of what is no shard."""
         with contextlib.closing(self._connect()) as connection:
             return self._identity_on(connection)
 
@@ -142,9 +150,9 @@ class Shard(PostgresAdapter):
         except self.driver_error as error:
             raise self._translate(error) from error
 
-    def expect(self, ring: str, shard_id: str) -> None:
-        """Insist from now on that each new connection leads to this shard of this ring."""
-        self._ring, self.id = ring, shard_id
+    def expect(self, ring: str, shard_id: str, name: str) -> None:
+        """Insist from now on that each new connection leads to this database of this ring."""
+        self._ring, self.id, self._name = ring, shard_id, name
 
     def _configure(self, connection: Any) -> None:
         super()._configure(connection)
@@ -155,27 +163,41 @@ class Shard(PostgresAdapter):
         )
         if self.id:
             found = self._identity_on(connection)
-            if found is None or found[:2] != (self._ring, self.id):
-                what = "no shard" if found is None else f"shard {found[1][:8]} of {found[0][:8]}"
+            if found is None:
+                raise NotAStoreError(
+                    f"{self.shown} holds no pages any more, where those of shard {self.id[:8]} "
+                    "were; was it dropped? Bring it back, or replace it (docs/sharding.md)"
+                )
+            if found[:2] != (self._ring, self._name):
+                what = f"shard {found[1][:8]} of {found[0][:8]}"
+                if shard_of_name(found[1]) == self.id:
+                    what = "another database of that shard, from before or after it was replaced"
                 raise ArgumentError(
                     f"{self.shown} is {what}, where shard {self.id[:8]} of {self._ring[:8]} was "
                     "expected; was a database exchanged? Open the store with its own shards"
                 )
 
+    def _make_tables(self) -> None:
+        """Create what a shard has, in a transaction of the caller that others wait for."""
+        self._write("SELECT pg_advisory_xact_lock(%b)", [CLAIMING])
+        self._ensure_schema()
+        self._write(
+            f"CREATE TABLE IF NOT EXISTS {self._identity} "
+            "(ring TEXT NOT NULL, id TEXT NOT NULL, joined BOOLEAN NOT NULL)"
+        )
+        self._write(
+            f"CREATE TABLE IF NOT EXISTS {self._payloads} "
+            "(id BIGINT PRIMARY KEY, payload BYTEA NOT NULL)"
+        )
+        self._write(f"ALTER TABLE {self._payloads} ALTER COLUMN payload SET STORAGE EXTERNAL")
+
+    def _name_itself(self, ring: str, name: str, *, joined: bool) -> None:
+        self._write(f"INSERT INTO {self._identity} VALUES (%b, %b, %b)", [ring, name, joined])  # noqa: S608
+
     def claim(self, ring: str, shard_id: str) -> None:
         """Make an empty database, or what a creation that failed left, a shard of a new store."""
         with self.transaction():
-            self._write("SELECT pg_advisory_xact_lock(%b)", [CLAIMING])
-            self._ensure_schema()
-            self._write(
-                f"CREATE TABLE IF NOT EXISTS {self._identity} "
-                "(ring TEXT NOT NULL, id TEXT NOT NULL, joined BOOLEAN NOT NULL)"
-            )
-            self._write(
-                f"CREATE TABLE IF NOT EXISTS {self._payloads} "
-                "(id BIGINT PRIMARY KEY, payload BYTEA NOT NULL)"
-            )
-            self._write(f"ALTER TABLE {self._payloads} ALTER COLUMN payload SET STORAGE EXTERNAL")
+            self._make_tables()
             taken = self._query(
                 f"SELECT joined OR EXISTS (SELECT 1 FROM {self._payloads}) FROM {self._identity}"  # noqa: S608
             )
@@ -185,7 +207,32 @@ class Shard(PostgresAdapter):
                     "or another schema= of it"
                 )
             self._write(f"DELETE FROM {self._identity}")  # noqa: S608
-            self._write(f"INSERT INTO {self._identity} VALUES (%b, %b, false)", [ring, shard_id])  # noqa: S608
+            self._name_itself(ring, shard_id, joined=False)
+
+    def take_place(self, ring: str, name: str) -> None:
+        """Make an empty database the one of a shard that is lost, under a name of its own.
+
+        Raises ArgumentError, or NotAStoreError, where anything of a store is there already, but for
+        the tables of the ring's own coordinator.
+        """
+        if self._is_of_another_store(ring):
+            raise ArgumentError(f"{self.shown} holds another store; {_EMPTY_ONE}")
+        with self.transaction():
+            self._make_tables()
+            ((taken,),) = self._query(
+                f"SELECT EXISTS (SELECT 1 FROM {self._identity}) "  # noqa: S608
+                f"OR EXISTS (SELECT 1 FROM {self._payloads})"
+            )
+            if taken:
+                raise ArgumentError(f"{self.shown} holds pages already; {_EMPTY_ONE}")
+            self._name_itself(ring, name, joined=True)
+
+    def _is_of_another_store(self, ring: str) -> bool:
+        """Whether the schema has the tables of a store whose coordinator is not this ring's."""
+        if DbApiBase.schema_version(self) is None:
+            return False
+        of_shards = self._query(self._sql.meta_value, [SHARDS])
+        return not of_shards or Ring.from_json(of_shards[0][0], self.shown).id != ring
 
     def join(self) -> None:
         """Note that the store exists which this was claimed for."""
@@ -254,6 +301,24 @@ class Shard(PostgresAdapter):
         )
         return [(number, length) for number, length in rows]
 
+    def present_payloads(self, ids: Sequence[int]) -> set[int]:
+        """Return those of the ids of which there is a payload."""
+        rows = self._query(
+            f"SELECT id FROM {self._payloads} WHERE id = ANY(%b)",  # noqa: S608
+            [list(ids)],
+        )
+        return {number for (number,) in rows}
+
+    def put_payloads(self, payloads: Mapping[int, bytes]) -> None:
+        """Write payloads, in a transaction of their own, over what there is of them."""
+        with self.transaction():
+            # In the order of their ids: who puts the same ones waits, and never for one another.
+            self._write_many(
+                f"INSERT INTO {self._payloads} VALUES (%b, %b) "  # noqa: S608
+                "ON CONFLICT (id) DO UPDATE SET payload = EXCLUDED.payload",
+                sorted(payloads.items()),
+            )
+
     def delete_payloads(self, ids: Sequence[int]) -> None:
         """Delete payloads, in a transaction of their own."""
         with self.transaction():
@@ -271,8 +336,13 @@ class Shard(PostgresAdapter):
         self._query(f"VACUUM (ANALYZE) {self._payloads}")
 
     def lost(self, error: PydedupError) -> bool:
-        """Note what an error says of the shard; whether another copy may help."""
-        if isinstance(error, ConnectionLostError):
+        """Note what an error says of the shard; whether another copy may help.
+
+        Before the store was matched with the list, an error that has to do with what is in the URL
+        (a password, the name of a database) is none of a shard that is down.
+        """
+        gone = UnavailableError | NotAStoreError if self.id else ConnectionLostError
+        if isinstance(error, gone):
             self.failed()
             return True
         return isinstance(error, CorruptStoreError)

@@ -125,7 +125,7 @@ class ShardedReads(PostgresCopy):
 
     @contextlib.contextmanager
     def _asked(
-        self, groups: Mapping[str, list[int]], problems: dict[str, PydedupError]
+        self, groups: Mapping[str, Sequence[int]], problems: dict[str, PydedupError]
     ) -> Iterator[dict[str, Statement]]:
         """Ask shards for pages, let the caller do something, and wait until they have answered."""
         with contextlib.ExitStack() as held:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
 
@@ -24,7 +25,14 @@ from pydedup.errors import ArgumentError, NotAStoreError
 
 from ._postgres_url import Place, locate
 
-__all__ = ["Ring", "ShardPlaces", "locate_shards", "places_of"]
+__all__ = [
+    "Ring",
+    "ShardPlaces",
+    "generation_of",
+    "locate_shards",
+    "places_of",
+    "shard_of_name",
+]
 
 #: More copies would be written than a second failure at the same time is worth.
 MOST_REPLICAS: Final = 2
@@ -109,28 +117,70 @@ class Ring:
     id
         Of this list; each shard holds it too.
     shards
-        Id of each shard -> where it was when the store was created, for messages.
+        Id of each shard -> where it was when the store was created, or when it was replaced, for
+        messages.
+    names
+        Id of a shard that was replaced -> what the database calls itself that took its place. All
+        others call themselves by their id. What was replaced can so be told from what replaced it.
     """
 
     id: str
     replicas: int
     shards: dict[str, str]
+    names: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> str:
         """Return what goes into ``meta``."""
-        return json.dumps({"ring": self.id, "replicas": self.replicas, "shards": self.shards})
+        named = {"names": self.names} if self.names else {}
+        return json.dumps(
+            {"ring": self.id, "replicas": self.replicas, "shards": self.shards, **named}
+        )
 
     @staticmethod
     def from_json(value: str, shown: str) -> Ring:
         """Return what ``meta`` holds. Raises NotAStoreError for anything else."""
         try:
             found = json.loads(value)
-            ring = Ring(str(found["ring"]), int(found["replicas"]), dict(found["shards"]))
+            ring = Ring(
+                str(found["ring"]),
+                int(found["replicas"]),
+                dict(found["shards"]),
+                dict(found.get("names", {})),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise NotAStoreError(
                 f"{shown}: the list of shards in its meta cannot be read; restore a backup"
             ) from error
         return ring
+
+    def name_of(self, shard_id: str) -> str:
+        """Return what the database of a shard calls itself."""
+        return self.names.get(shard_id, shard_id)
+
+    def next_name(self, shard_id: str) -> str:
+        """Return a name for a database that is to take a shard's place; no other ever gets it."""
+        generation = generation_of(self.name_of(shard_id)) + 1
+        return f"{shard_id}.{generation}.{uuid.uuid4().hex}"
+
+    def replaced(self, shard_id: str, name: str, shown: str) -> Ring:
+        """Return the ring with another database, of that name and place, for one of its shards."""
+        return Ring(
+            self.id,
+            self.replicas,
+            {**self.shards, shard_id: shown},
+            {**self.names, shard_id: name},
+        )
+
+
+def shard_of_name(name: str) -> str:
+    """Return the id of the shard that a database of this name is, or was."""
+    return name.partition(".")[0]
+
+
+def generation_of(name: str) -> int:
+    """Return the how manieth database of its shard this one is, counted from 1."""
+    number = name.split(".")[1:2]
+    return int(number[0]) if number and number[0].isdecimal() else 1
 
 
 def places_of(page_id: int, shards: Sequence[str], replicas: int) -> list[str]:

@@ -16,19 +16,19 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from pydedup.adapter import Adapter
-from pydedup.errors import ArgumentError, PydedupError, StoreError
+from pydedup.adapter import SCHEMA_VERSION, Adapter
+from pydedup.errors import PydedupError, SchemaVersionError, StoreError
 
 from ._postgres_base import SHARDS
 from ._schema import Dialect
 from ._sessions import Session
 from ._shard import Shard
 from ._shards_read import Statement, run_together
-from ._shards_reading import ShardedReads
+from ._shards_refill import ShardedCopies
 from ._shards_url import Ring, ShardPlaces, locate_shards
 from .postgres import PostgresAdapter, known_options
 
-__all__ = ["ShardedAdapter", "connect"]
+__all__ = ["ShardedAdapter", "connect", "replace_lost"]
 
 _NOT_IN_THE_SERVER: Final = (
     "functions in the server read the pages of its own database, and those of this store are in "
@@ -60,7 +60,28 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
         raise
 
 
-class ShardedAdapter(ShardedReads, PostgresAdapter):
+def replace_lost(url: str, *, schema: str | None = None) -> tuple[str, str] | None:
+    """Let the one empty database of a list take the place of the shard that is lost.
+
+    Returns and raises what :meth:`ShardedAdapter.replace_lost` does, and MissingStoreError, and
+    SchemaVersionError for a store of a newer pydedup.
+    """
+    adapter = ShardedAdapter(locate_shards(url, schema, known_options()), "a")
+    try:
+        version = adapter.schema_version()
+        if version is None:
+            raise adapter.missing()
+        if version > SCHEMA_VERSION:
+            raise SchemaVersionError(
+                f"{adapter.url} was written by a newer pydedup (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}); upgrade pydedup"
+            )
+        return adapter.replace_lost()
+    finally:
+        adapter.close()
+
+
+class ShardedAdapter(ShardedCopies, PostgresAdapter):
     """A store whose payloads are in several databases."""
 
     _sharded = True
@@ -90,7 +111,7 @@ class ShardedAdapter(ShardedReads, PostgresAdapter):
         for shard in self._shards:
             shard.close()
 
-    # ---- which shards -------------------------------------------------------------------------
+    # ---- creating -----------------------------------------------------------------------------
 
     def _create_tables(self) -> None:
         replicas = self._replicas_asked or 1
@@ -106,62 +127,6 @@ class ShardedAdapter(ShardedReads, PostgresAdapter):
         """Create tables and views on the coordinator and the table of payloads on each shard."""
         super().create_schema(meta)
         self.match_shards()
-
-    def match_shards(self) -> None:
-        """Hold the list of the URL against the store's.
-
-        Raises
-        ------
-        ArgumentError
-            When they differ: a shard is missing, foreign, or there twice.
-        UnavailableError
-            When a shard refuses. Those that are down are taken for those that nobody else is, and
-            looked at when they are back.
-        """
-        ring = Ring.from_json(self.meta()[SHARDS], self._url)
-        asked = self._replicas_asked
-        if asked is not None and asked != ring.replicas:
-            raise ArgumentError(
-                f"{self._url} was created with replicas={ring.replicas}, not {asked}; leave "
-                "replicas= out, or copy the models into a new store (pydedup copy)"
-            )
-        matched: dict[str, Shard] = {}
-        silent: list[Shard] = []
-        for shard in self._shards:
-            try:
-                found = shard.identity()
-            except StoreError as error:
-                if not shard.lost(error):
-                    raise
-                silent.append(shard)
-                continue
-            if found is None or found[0] != ring.id or found[1] not in ring.shards:
-                what = "holds no pages of any store" if found is None else "is of another store"
-                raise ArgumentError(f"{shard.shown} {what}; {self._listed(ring)}")
-            if found[1] in matched:
-                raise ArgumentError(
-                    f"{shard.shown} and {matched[found[1]].shown} are the same shard; "
-                    f"{self._listed(ring)}"
-                )
-            matched[found[1]] = shard
-            shard.expect(ring.id, found[1])
-            if not found[2] and not self._reads_only:
-                shard.join()
-        left = [shard_id for shard_id in ring.shards if shard_id not in matched]
-        if len(left) != len(silent):
-            raise ArgumentError(f"the list has {len(self._shards)} shards; {self._listed(ring)}")
-        # Where they were tells who is who of several; if they moved meanwhile, connecting says so.
-        for shard in sorted(silent, key=lambda one: one.shown not in ring.shards.values()):
-            same = [key for key in left if ring.shards[key] == shard.shown]
-            shard_id = (same or left)[0]
-            left.remove(shard_id)
-            shard.expect(ring.id, shard_id)
-            matched[shard_id] = shard
-        self._ring, self._by_id = ring, matched
-
-    def _listed(self, ring: Ring) -> str:
-        places = ", ".join(sorted(ring.shards.values()))
-        return f"the store {self._url} was created with {len(ring.shards)} shards: {places}"
 
     # ---- writing ------------------------------------------------------------------------------
 
@@ -209,6 +174,7 @@ class ShardedAdapter(ShardedReads, PostgresAdapter):
         sized = self._checked_pages(pages, state)
         with self._writer():  # raises outside of a transaction; not held while shards connect
             self._query("SELECT pg_advisory_xact_lock_shared(%b)", [self._users_lock])
+            self._keep_list()
             ids = self._new_page_ids(len(sized))
         self._write_payloads({i: payload for i, (_, payload) in zip(ids, sized, strict=True)})
         rows = [

@@ -17,6 +17,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from pydedup.errors import PydedupError
+
 __all__ = [
     "LIVE",
     "RETIRED",
@@ -31,6 +33,7 @@ __all__ = [
     "ModelRow",
     "PageRow",
     "RangeAdapter",
+    "RefillAdapter",
     "RowAdapter",
     "RowColumn",
     "RowStream",
@@ -260,6 +263,46 @@ class CopiesAdapter(Protocol):
 
     def page_copies(self, page_id: int) -> Iterator[bytes]:
         """Yield what each place that answers has of a page, whole or damaged."""
+
+
+@runtime_checkable
+class RefillAdapter(CopiesAdapter, Protocol):
+    """Copies that can be looked at and put back one by one, optional for an adapter.
+
+    A place is named by a string that means nothing to others. One that does not answer within the
+    adapter's patience is an UnavailableError.
+    """
+
+    def begin_refill(self) -> None:
+        """Get ready to put copies back; the first call of all that do so.
+
+        Raises ReadOnlyError, ConflictError, and StoreError where the store was given other places
+        since it was opened.
+        """
+
+    def copy_places(self, page_ids: Sequence[int]) -> dict[str, list[int]]:
+        """Return by place which of the pages should have a copy there."""
+
+    def place_name(self, place: str) -> str:
+        """Return where a place is, for people."""
+
+    def present_copies(self, place: str, page_ids: Sequence[int]) -> set[int]:
+        """Return of which of the pages there is a copy, whole or not; none is read for it."""
+
+    def read_copies(
+        self, wanted: Mapping[str, Sequence[int]]
+    ) -> tuple[dict[str, dict[int, bytes]], dict[str, PydedupError]]:
+        """Return by place the copies that are there, and what is wrong with places that fail.
+
+        A copy that the database itself refuses to read counts as one that is not there.
+        """
+
+    def write_copies(self, place: str, copies: Mapping[int, bytes]) -> None:
+        """Put copies in their place, over what is there, in a transaction of their own.
+
+        Called outside of any other. Those of pages that were deleted meanwhile are seen by nobody,
+        and `compact` collects them.
+        """
 
 
 @runtime_checkable

@@ -30,6 +30,7 @@ __all__ = [
     "inside_postgres",
     "opened",
     "redact",
+    "replace_lost",
     "schemes",
     "sqlite_functions",
 ]
@@ -61,6 +62,13 @@ _BUILT_IN: Final = {
     "postgresql+shards": _BuiltIn("pydedup.adapters.postgres_shards:connect", _POSTGRES.install),
     "mysql": _MYSQL,
     "mariadb": _MYSQL,
+}
+
+#: What replaces a part of a store that is lost, where stores have parts.
+_REPLACING: Final = {
+    "postgresql+shards": _BuiltIn(
+        "pydedup.adapters.postgres_shards:replace_lost", _POSTGRES.install
+    ),
 }
 
 #: A SQLite file that need be no store.
@@ -134,6 +142,22 @@ def connect_rows(url: str) -> RowAdapter:
         return adapter
     adapter.close()
     raise ArgumentError(f"the adapter for {scheme}:// knows no tables of users")
+
+
+def replace_lost(url: str, *, schema: str | None = None) -> tuple[str, str] | None:
+    """Let a new, empty place in the URL of a store with copies take over from one that is lost.
+
+    Returns where the lost one was, and what has its place, ``None`` when there is nothing to
+    replace. Raises ArgumentError when that cannot be, or the store has no such places.
+    """
+    scheme, url = _with_scheme(url)
+    if scheme not in _REPLACING:
+        _find(scheme)
+        raise ArgumentError(
+            f"a store of {scheme}:// is in one place: it has no part that could be replaced"
+        )
+    replace = cast(Callable[..., tuple[str, str] | None], _load(scheme, _REPLACING[scheme]))
+    return replace(url, schema=schema)
 
 
 def inside_postgres(plpy: object, schema: str) -> tuple[Adapter, str | None]:

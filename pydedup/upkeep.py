@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from pydedup import registry
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog
 from pydedup.errors import ArgumentError
@@ -24,6 +25,7 @@ from pydedup.types import CopyReport, Progress
 
 if TYPE_CHECKING:
     from pydedup.maintenance.recheck import Evaluate
+    from pydedup.maintenance.refill import RefillReport
     from pydedup.maintenance.vacuum import VacuumReport
     from pydedup.maintenance.verify import VerifyReport
     from pydedup.moving.source import End
@@ -114,6 +116,35 @@ class StoreUpkeep(abc.ABC):
         )
         self._pool.clear()
         return report
+
+    def refill(self, *, progress: Progress | None = None) -> RefillReport:
+        """Put back each copy of a page that is missing or damaged, from one that is whole.
+
+        For stores that keep each page in several places (`docs/sharding.md`); in all others there
+        is nothing to put back, and ``copies`` of the report is 1. The store is served, added to and
+        vacuumed meanwhile. Run again after it was cut off, it does what is left.
+
+        What could not be put back is in ``lost`` and ``failed`` of the report. Raises
+        ReadOnlyError, ConflictError, StorageFullError, and StoreError when a place was replaced
+        since this store was opened.
+        """
+        from pydedup.maintenance.refill import refill_store
+
+        check_writable(self._adapter, "put copies of pages back")
+        return refill_store(self._adapter, progress=progress)
+
+    @staticmethod
+    def replace_lost(url: str, *, schema: str | None = None) -> tuple[str, str] | None:
+        """Let a new, empty place in a store's URL take over from one that is lost for good.
+
+        Returns where the lost one was and what has its place now, without credentials; ``None``
+        when all places in the URL are the store's. What was lost is refused from then on, should it
+        come back. The new place is empty: open the store and call `refill`. See docs/sharding.md.
+
+        Raises ArgumentError when no place is lost, more than one is or may be, the store keeps each
+        page once, or the new place is not empty; ReadOnlyError, ConflictError, UnavailableError.
+        """
+        return registry.replace_lost(url, schema=schema)
 
     # ---- moving -------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ),
     ("Names", (naming.alias, naming.rm)),
     ("Moving", (moving.copy, moving.backup, moving.restore)),
-    ("Upkeep", (upkeep.verify, upkeep.vacuum, tenants.quota)),
+    ("Upkeep", (upkeep.verify, upkeep.refill, upkeep.vacuum, tenants.quota)),
     ("pydedup itself", (demo.demo, looking.kernels)),
 )
 
@@ -169,6 +169,7 @@ _INTERRUPTED = {
     "backup": "there is no new file yet; run it again to go on",
     "restore": "what was restored is there; run it again to go on",
     "verify": "no model has changed",
+    "refill": "what was put back is there; run it again to go on",
     "vacuum": "all models are as they were before; the next vacuum does what is left",
     "demo": "what was downloaded is kept for the next time",
 }

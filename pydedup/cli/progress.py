@@ -25,7 +25,9 @@ _DELAY_SECONDS = 0.7
 _LINE_SECONDS = 5.0
 _REDRAW_SECONDS = 0.1
 #: Stages that are counted in bytes; all others are counted in things.
-_IN_BYTES = frozenset({"matching", "writing", "reading", "copying", "checking"})
+_IN_BYTES = frozenset(
+    {"matching", "writing", "reading", "copying", "checking", "refilling", "checking copies"}
+)
 
 
 class Watch:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pydedup verify`` and ``vacuum``: whether a store is sound, and keeping it small."""
+"""``pydedup verify``, ``refill`` and ``vacuum``: keeping a store sound and small."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import pydedup
 from pydedup import text
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit
@@ -16,9 +17,10 @@ from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
+    from pydedup.maintenance.refill import RefillReport
     from pydedup.maintenance.repair import MissingBlocks, RepairReport
 
-__all__ = ["vacuum", "verify"]
+__all__ = ["refill", "vacuum", "verify"]
 
 _SHOWN_NOTES = 10
 _READS_COLUMNS = (
@@ -141,6 +143,80 @@ def _why(missing: MissingBlocks) -> str:
     if missing.forgotten:
         reasons.append(f"of {text.count(missing.forgotten)} nothing is recorded to find them by")
     return "; ".join(reasons)
+
+
+@click.command(short_help="Put back copies of pages that are missing or damaged.")
+@options.store_argument
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="First let the one new, empty database in STORE take the place of a shard that is lost "
+    "for good.",
+)
+@options.json_option
+@options.quiet_option
+def refill(url: str, replace: bool, as_json: bool, quiet: bool) -> int:
+    """Put back copies of pages that are missing or damaged, where STORE keeps several.
+
+    Each comes from another copy that is whole, by its checksum. Serving, adding and vacuuming go on
+    meanwhile, and when it was cut off, running it again does what is left.
+
+    A shard that is lost for good is replaced with --replace: write a new, empty database in its
+    place in STORE. What was lost is refused from then on, should it come back. When no database in
+    STORE is empty, nothing is replaced.
+
+    The exit status is 1 when a page has no whole copy left, or a database did not answer.
+    """
+    replaced = pydedup.Store.replace_lost(url) if replace else None
+    with options.existing_store(url) as store, Watch("opening", quiet=quiet) as watch:
+        report = store.refill(progress=watch)
+    if as_json:
+        places = dict(zip(("was", "now"), replaced, strict=True)) if replaced else None
+        output.emit_json({"ok": report.ok, "replaced": places, **dataclasses.asdict(report)})
+        return Exit.OK if report.ok else Exit.DIFFERENT
+    if replaced is not None:
+        output.print_note(f"{replaced[1]} took the place of {replaced[0]}")
+    elif replace:
+        output.print_note("nothing to replace: no database of the list is empty")
+    _print_refill(report, watch.seconds)
+    return Exit.OK if report.ok else Exit.DIFFERENT
+
+
+def _print_refill(report: RefillReport, seconds: float) -> None:
+    """Say what was put back, and what could not be."""
+    if report.copies == 1:
+        output.print_note(
+            "nothing to refill: this store keeps one copy of each page; `pydedup verify "
+            "--repair-from` restores damaged ones from elsewhere"
+        )
+        return
+    for place, copies in report.places.items():
+        output.print_note(f"{place}: {text.count(copies)} of its copies put back", "green")
+    for place, why in report.failed.items():
+        output.print_note(f"not refilled: {place}: {why}", "red")
+    if report.failed:
+        output.print_note(
+            "run it again when that is mended; a shard that is lost for good is replaced by a new, "
+            "empty database in its place, with --replace",
+            "dim",
+        )
+    for page, models in report.lost.items():
+        readers = f"read by {', '.join(models)}" if models else "no model reads it"
+        output.print_note(f"page {page} has no whole copy left; {readers}", "red")
+    if report.lost:
+        output.print_note("`pydedup verify --repair-from` restores them from elsewhere", "dim")
+    pages = f"{text.plural(report.pages, 'page')} ({text.size(report.page_bytes)})"
+    done = (
+        f"{text.count(report.missing)} missing and {text.count(report.damaged)} damaged copies put "
+        f"back ({text.size(report.written_bytes)})"
+    )
+    if report.ok and not report.missing and not report.damaged:
+        done = "nothing to refill"
+    verdict = f"each has its {report.copies} copies" if report.ok else "NOT COMPLETE"
+    output.print_note(
+        f"{done}; {pages}: {verdict}, checked in {text.duration(seconds)}",
+        "green" if report.ok else "bold red",
+    )
 
 
 @click.command(short_help="Free what nobody uses, and repack pages.")

@@ -2,8 +2,9 @@
 """Keeping a store sound and small.
 
 verify.py checks it (damage.py is what it reports), repair.py restores damaged pages (survey.py says
-what is lost, blocks_from.py finds it, relocate.py publishes it), vacuum.py and repack.py free and
-repack, versions.py moves aliases and removes versions.
+what is lost, blocks_from.py finds it, relocate.py publishes it), refill.py puts copies of pages
+back where a store keeps several, vacuum.py and repack.py free and repack, versions.py moves aliases
+and removes versions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _MODULES = frozenset(
         "blocks_from",
         "damage",
         "recheck",
+        "refill",
         "relocate",
         "repack",
         "repair",

@@ -25,13 +25,15 @@ class ShardedPlace:
         self.servers = list(servers)
         self.schema = unused_name()
 
-    def url(self, replicas: int = 1, *options: str, shards: Sequence[int] | None = None) -> str:
-        """Return the URL of the store; ``shards`` are the numbers of those to list."""
+    def url(
+        self, replicas: int = 1, *options: str, shards: Sequence[int | str] | None = None
+    ) -> str:
+        """Return the URL of the store; ``shards`` are those to list, as numbers or URLs."""
         coordinator = with_option(self.servers[0], f"schema={self.schema}&replicas={replicas}")
         for option in options:
             coordinator = with_option(coordinator, option)
-        numbers = range(len(self.servers)) if shards is None else shards
-        listed = [coordinator, *(self.servers[number] for number in numbers)]
+        which = range(len(self.servers)) if shards is None else shards
+        listed = [coordinator, *(self.servers[n] if isinstance(n, int) else n for n in which)]
         return "postgresql+shards://" + "|".join(url.partition("://")[2] for url in listed)
 
     def rows(self, number: int, query: str, *values: object) -> list[tuple[Any, ...]]:

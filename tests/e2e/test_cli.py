@@ -37,7 +37,7 @@ COMMANDS = (
         "alias",
         "rm",
     ),
-    *("verify", "vacuum", "quota", "demo", "kernels"),
+    *("verify", "refill", "vacuum", "quota", "demo", "kernels"),
 )
 #: What prints no result.
 WITHOUT_JSON = ("serve", "sql")
