@@ -3,13 +3,28 @@
 
 from __future__ import annotations
 
+import itertools
+import uuid
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.servers import unused_name
 
-__all__ = ["ShardedPlace"]
+__all__ = ["ShardedPlace", "give_known_places"]
+
+
+def give_known_places(patch: pytest.MonkeyPatch) -> None:
+    """Give the shards of the next store known ids, and so each page a known place.
+
+    Of three shards with ``replicas=2``, each two have an even and an odd page of the first eight.
+    """
+    numbers = itertools.count(500)
+    known = SimpleNamespace(uuid4=lambda: uuid.UUID(int=next(numbers)))
+    patch.setattr("pydedup.adapters.postgres_shards.uuid", known)
 
 
 class ShardedPlace:

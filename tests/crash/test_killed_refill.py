@@ -27,7 +27,7 @@ from pydedup.errors import ArgumentError
 from pydedup.maintenance import refill
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.crash import run_and_kill
-from pydedup.testing.shards import ShardedPlace
+from pydedup.testing.shards import ShardedPlace, give_known_places
 
 ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "10"))
 MODELS = {
@@ -48,7 +48,8 @@ CYCLE = 10
 
 
 @pytest.fixture
-def place(shard_servers: list[Any]) -> Iterator[ShardedPlace]:
+def place(shard_servers: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedPlace]:
+    give_known_places(monkeypatch)
     place = ShardedPlace([server.url for server in shard_servers])
     yield place
     for server in shard_servers:

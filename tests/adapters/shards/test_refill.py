@@ -24,10 +24,10 @@ from pydedup.errors import ArgumentError, NotAStoreError, ReadOnlyError, StoreEr
 from pydedup.maintenance import refill
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.servers import unused_name, unused_port
-from pydedup.testing.shards import ShardedPlace
+from pydedup.testing.shards import ShardedPlace, give_known_places
 
 Model = dict[str, np.ndarray]
-NewDatabase = Callable[[], str]
+NewPlace = Callable[..., str]
 POLICY = policies.Exact()
 #: Changes one byte of what it is put behind.
 FLIP = (
@@ -42,31 +42,58 @@ def model_of(seed: int) -> Model:
 MODELS = {f"m{seed}@1": model_of(seed) for seed in range(3)}
 
 
+@pytest.fixture(autouse=True)
+def _known_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_known_places(monkeypatch)
+
+
 @pytest.fixture
-def new_database(place: ShardedPlace) -> Iterator[NewDatabase]:
-    """Gives the URL of a new, empty database on the second server each time."""
+def new_place(place: ShardedPlace) -> Iterator[NewPlace]:
+    """Gives the URL of a new, empty place on the second server each time: a schema.
+
+    Or a database, which takes longer to make.
+    """
     made: list[str] = []
 
-    def make() -> str:
+    def make(kind: str = "schema") -> str:
         made.append(unused_name())
+        if kind == "schema":
+            return with_option(place.servers[1], f"schema={made[-1]}")
         run(place.servers[1], f"CREATE DATABASE {made[-1]}")
         return place.servers[1].replace("/postgres?", f"/{made[-1]}?")
 
     yield make
     for name in made:
         run(place.servers[1], f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        run(place.servers[1], f"DROP SCHEMA IF EXISTS {name} CASCADE")
+
+
+def name_of(url: str) -> str:
+    """The name of a new place."""
+    if "schema=" in url:
+        return url.rpartition("schema=")[2]
+    return url.partition("?")[0].rpartition("/")[2]
 
 
 def run(url: str, query: str) -> list[tuple[Any, ...]]:
+    url = url.partition("&schema=")[0]
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(query)
         return cursor.fetchall() if cursor.description else []
 
 
 def drop(url: str) -> None:
-    """Lose the database of a shard."""
-    name = url.partition("?")[0].rpartition("/")[2]
-    run(url.replace(f"/{name}?", "/postgres?"), f"DROP DATABASE {name} WITH (FORCE)")
+    """Lose the place of a shard."""
+    if "schema=" in url:
+        run(url, f"DROP SCHEMA {name_of(url)} CASCADE")
+    else:
+        again = url.replace(f"/{name_of(url)}?", "/postgres?")
+        run(again, f"DROP DATABASE {name_of(url)} WITH (FORCE)")
+
+
+def is_empty(url: str) -> bool:
+    """Whether nothing was made in a new place."""
+    return run(url, f"SELECT to_regnamespace('{name_of(url)}')") == [(None,)]
 
 
 def fill(url: str) -> None:
@@ -93,14 +120,13 @@ def is_sound(url: str) -> None:
         assert (done.missing, done.damaged, done.written_bytes, done.places) == (0, 0, 0, {})
 
 
-def lost_and_new(place: ShardedPlace, new_database: NewDatabase) -> tuple[str, str, str, str]:
-    """A store one of whose shards is lost; returns that, its URL, a new database, a URL of that."""
-    lost = new_database()
-    before = place.url(2, shards=[0, lost, 2])
-    fill(before)
+def lost_and_new(place: ShardedPlace, new_place: NewPlace, kind: str = "schema") -> tuple[str, str]:
+    """Make a store one of whose shards is lost; return a new place for it, and the URL with it."""
+    lost = new_place(kind)
+    fill(place.url(2, shards=[0, lost, 2]))
     drop(lost)
-    new = new_database()
-    return lost, before, new, place.url(2, shards=[0, new, 2])
+    new = new_place(kind)
+    return new, place.url(2, shards=[0, new, 2])
 
 
 # ---- putting copies back -------------------------------------------------------------------------
@@ -230,17 +256,14 @@ def test_a_shard_that_is_down_is_told_or_waited_for(
 
 @pytest.mark.parametrize("what", ["database", "schema"])
 def test_what_is_dropped_under_readers_is_read_elsewhere(
-    what: str, place: ShardedPlace, new_database: NewDatabase
+    what: str, place: ShardedPlace, new_place: NewPlace
 ) -> None:
-    lost = new_database()
+    lost = new_place(what)
     url = place.url(2, shards=[0, lost, 2])
     fill(url)
     with pydedup.open(url) as store:
         assert dict(store._adapter.read_pages([1])) != {}
-        if what == "database":
-            drop(lost)
-        else:
-            run(lost, f"DROP SCHEMA {place.schema} CASCADE")
+        drop(lost)
         for address, model in MODELS.items():
             assert store.load(address)["w"].tobytes() == model["w"].tobytes()
         report = store.refill()
@@ -327,17 +350,16 @@ def test_refilling_goes_on_beside_adds_and_vacuums(place: ShardedPlace) -> None:
 
 
 def test_a_lost_shard_is_replaced_and_refilled(
-    place: ShardedPlace, new_database: NewDatabase, capsys: pytest.CaptureFixture[str]
+    place: ShardedPlace, new_place: NewPlace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, before, new, url = lost_and_new(place, new_database)
+    new, url = lost_and_new(place, new_place, "database")
     for mode in ("a", "r"):
         with pytest.raises(ArgumentError, match=r"no pages of any store.*pydedup refill --replace"):
             pydedup.open(url, mode=mode)
     assert run(new, "SELECT 1 FROM pg_namespace WHERE nspname LIKE 'pydedup%'") == []
     assert main(["refill", url, "--replace", "--json", "-q"]) == 0
     report = json.loads(capsys.readouterr().out)
-    name = new.partition("?")[0].rpartition("/")[2]
-    assert name in report["replaced"]["now"]
+    assert name_of(new) in report["replaced"]["now"]
     assert report["replaced"]["was"] != report["replaced"]["now"]
     assert report["missing"] == report["places"][report["replaced"]["now"]] > 0
     assert report["ok"]
@@ -352,11 +374,9 @@ def test_a_lost_shard_is_replaced_and_refilled(
     said = capsys.readouterr().out
     assert "nothing to replace" in said
     assert "nothing to refill" in said
-    with pytest.raises(StoreError):
-        pydedup.open(before)
     # Once more, in another order; the new one has the name of what it replaces.
     drop(new)
-    run(place.servers[1], f"CREATE DATABASE {name}")
+    run(place.servers[1], f"CREATE DATABASE {name_of(new)}")
     url = place.url(2, shards=[2, new, 0])
     assert pydedup.Store.replace_lost(url) is not None
     with pydedup.open(url) as store:
@@ -365,9 +385,9 @@ def test_a_lost_shard_is_replaced_and_refilled(
 
 
 def test_before_it_is_filled_all_is_served_and_adds_work(
-    place: ShardedPlace, new_database: NewDatabase
+    place: ShardedPlace, new_place: NewPlace
 ) -> None:
-    _, _, _, url = lost_and_new(place, new_database)
+    _, url = lost_and_new(place, new_place)
     pydedup.Store.replace_lost(url)
     serves(url)
     with pydedup.open(url) as store:
@@ -387,61 +407,56 @@ def refused(url: str, *words: str, error: type[Exception] = ArgumentError) -> No
         assert word in str(told.value)
 
 
-def test_what_cannot_be_replaced_is_refused(place: ShardedPlace, new_database: NewDatabase) -> None:
-    lost, _, new, url = lost_and_new(place, new_database)
+def test_what_cannot_be_replaced_is_refused(place: ShardedPlace, new_place: NewPlace) -> None:
+    new, url = lost_and_new(place, new_place)
     meta = place.rows(0, "SELECT value FROM {}.meta WHERE name = 'shards'")
-    second = new_database()
+    second = new_place()
     down = f"postgresql://postgres@127.0.0.1:{unused_port()}/postgres"
-    refused(place.url(2, shards=[0, new, second]), new_name(new), "is empty or down too")
-    refused(place.url(2, shards=[0, new, down]), new_name(new), "is empty or down too")
+    refused(place.url(2, shards=[0, new, second]), name_of(new), "is empty or down too")
+    refused(place.url(2, shards=[0, new, down]), name_of(new), "is empty or down too")
     refused(place.url(2, shards=[0, new, down, 2]), "the list has 4 shards", "has 3 shards")
     refused(place.url(2, shards=[0, new]), "the list has 2 shards")
     refused(url.replace("replicas=2", "replicas=1"), "replicas=2, not 1")
     refused(
         place.url(2).replace(place.schema, unused_name()), "holds no store", error=NotAStoreError
     )
-    # A payload and nothing that says whose, another store, and the coordinator of one.
-    taken = with_option(second, f"schema={place.schema}")
-    run(second, f"CREATE SCHEMA {place.schema}")
-    table = f"{place.schema}.page_payloads"
+    # A payload and nothing that says whose, another store, the shard of one, and its coordinator.
+    run(second, f"CREATE SCHEMA {name_of(second)}")
+    table = f"{name_of(second)}.page_payloads"
     run(second, f"CREATE TABLE {table} (id bigint PRIMARY KEY, payload bytea NOT NULL)")
     run(second, f"INSERT INTO {table} VALUES (1, 'x')")  # noqa: S608 - a name of ours
-    refused(place.url(2, shards=[0, taken, 2]), new_name(second), "holds pages already")
-    run(second, f"DROP SCHEMA {place.schema} CASCADE")
-    pydedup.open(taken).close()
-    refused(place.url(2, shards=[0, taken, 2]), new_name(second), "holds another store")
-    run(second, f"DROP SCHEMA {place.schema} CASCADE")
-    others = with_option(second, "schema=others")
+    with_second = place.url(2, shards=[0, second, 2])
+    refused(with_second, name_of(second), "holds pages already")
+    drop(second)
+    pydedup.open(second).close()
+    refused(with_second, name_of(second), "holds another store")
+    drop(second)
+    others = new_place()
     pydedup.open(
-        f"postgresql+shards://{others.partition('://')[2]}|{taken.partition('://')[2]}"
+        "postgresql+shards://" + "|".join(u.partition("://")[2] for u in (others, second))
     ).close()
-    refused(place.url(2, shards=[0, taken, 2]), new_name(second), "is of another store")
-    refused(place.url(2, shards=[0, others, 2]), new_name(second), "holds another store")
+    refused(with_second, name_of(second), "is of another store")
+    refused(place.url(2, shards=[0, others, 2]), name_of(others), "holds another store")
     assert place.rows(0, "SELECT value FROM {}.meta WHERE name = 'shards'") == meta
-    assert run(new, "SELECT 1 FROM pg_namespace WHERE nspname LIKE 'pydedup%'") == []
+    assert is_empty(new)
     # Nothing of that has spoilt the right way.
     assert pydedup.Store.replace_lost(url) is not None
     with pydedup.open(url) as store:
         store.refill()
     is_sound(url)
-    assert lost not in url
 
 
-def new_name(url: str) -> str:
-    return url.partition("?")[0].rpartition("/")[2]
-
-
-def test_no_shard_is_replaced_that_answers(place: ShardedPlace, new_database: NewDatabase) -> None:
+def test_no_shard_is_replaced_that_answers(place: ShardedPlace, new_place: NewPlace) -> None:
     fill(place.url(2))
-    new = new_database()
+    new = new_place()
     refused(place.url(2, shards=[0, 1, 2, new]), "all of them answer, none is lost")
     is_sound(place.url(2))
 
 
-def test_with_one_copy_the_pages_are_lost(place: ShardedPlace, new_database: NewDatabase) -> None:
+def test_with_one_copy_the_pages_are_lost(place: ShardedPlace, new_place: NewPlace) -> None:
     fill(place.url(1))
     refused(
-        place.url(1, shards=[0, 2, new_database()]),
+        place.url(1, shards=[0, 2, new_place()]),
         "replicas=1",
         "is on no other shard",
         "verify --repair-from",
@@ -450,10 +465,8 @@ def test_with_one_copy_the_pages_are_lost(place: ShardedPlace, new_database: New
     serves(place.url(1))
 
 
-def test_a_lost_shard_that_comes_back_is_refused(
-    place: ShardedPlace, new_database: NewDatabase
-) -> None:
-    lost, new = new_database(), new_database()
+def test_a_lost_shard_that_comes_back_is_refused(place: ShardedPlace, new_place: NewPlace) -> None:
+    lost, new = new_place(), new_place()
     before, url = (place.url(2, shards=[0, one, 2]) for one in (lost, new))
     fill(before)
     with pydedup.open(before) as late, pydedup.open(before) as refilling:
@@ -463,8 +476,8 @@ def test_a_lost_shard_that_comes_back_is_refused(
         for mode in ("a", "r"):
             with pytest.raises(ArgumentError, match="has taken its place") as told:
                 pydedup.open(before, mode=mode)
-            assert new_name(new) in str(told.value)
-            assert new_name(lost) in str(told.value)
+            assert name_of(new) in str(told.value)
+            assert name_of(lost) in str(told.value)
         refused(before, "has taken its place")
         # Who had it open goes on reading, and can put nothing where nobody looks for it.
         for address, model in MODELS.items():
@@ -476,11 +489,9 @@ def test_a_lost_shard_that_comes_back_is_refused(
     is_sound(url)
 
 
-def test_what_holds_the_list_waits_for_who_writes(
-    place: ShardedPlace, new_database: NewDatabase
-) -> None:
+def test_what_holds_the_list_waits_for_who_writes(place: ShardedPlace, new_place: NewPlace) -> None:
     """An add that has begun ends before the list changes, or is told; none is in between."""
-    lost, new = new_database(), new_database()
+    lost, new = new_place(), new_place()
     before, url = (place.url(2, "timeout=0.3", shards=[0, one, 2]) for one in (lost, new))
     fill(before)
     with pydedup.open(before) as store:
@@ -488,7 +499,7 @@ def test_what_holds_the_list_waits_for_who_writes(
             store._adapter.insert_pages([(bytes(16), b"x" * 100)], state=LIVE)
             with pytest.raises(pydedup.errors.ConflictError):
                 pydedup.Store.replace_lost(url)
-        assert run(new, "SELECT 1 FROM pg_namespace WHERE nspname LIKE 'pydedup%'") == []
+        assert is_empty(new)
         store.vacuum()
     assert pydedup.Store.replace_lost(url) is not None
 
@@ -498,9 +509,9 @@ def test_what_holds_the_list_waits_for_who_writes(
 
 @pytest.mark.parametrize("again", ["refill", "replace"])
 def test_a_claim_without_the_list_is_read_and_finished(
-    again: str, place: ShardedPlace, new_database: NewDatabase, monkeypatch: pytest.MonkeyPatch
+    again: str, place: ShardedPlace, new_place: NewPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, _, url = lost_and_new(place, new_database)
+    _, url = lost_and_new(place, new_place)
     cut_off(url, monkeypatch)
     serves(url)
     with pydedup.open(url) as store:
@@ -531,10 +542,10 @@ def cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_of_two_claims_one_is_taken(
-    place: ShardedPlace, new_database: NewDatabase, monkeypatch: pytest.MonkeyPatch
+    place: ShardedPlace, new_place: NewPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, _, first = lost_and_new(place, new_database)
-    url = place.url(2, shards=[0, 2, new_database()])
+    _, first = lost_and_new(place, new_place)
+    url = place.url(2, shards=[0, 2, new_place()])
     cut_off(first, monkeypatch)
     with pydedup.open(first) as late:
         assert pydedup.Store.replace_lost(url) is not None
