@@ -109,7 +109,9 @@ def _verify_pages(
         recorded: dict[int, dict[int, BlockRow]] = {}
         for block in adapter.blocks_on_pages(list(group)):
             recorded.setdefault(block.page_id, {})[block.slot] = block
+        unseen = set(group)
         for page_id, payload in _payloads(adapter, list(group), report):
+            unseen.discard(page_id)
             report.pages += 1
             report.page_bytes += len(payload)
             wanted = recorded.get(page_id, {})
@@ -150,6 +152,8 @@ def _verify_pages(
                         f"recorded was {wanted[slot].hash128.hex()}",
                     )
                 _note_twin(report, seen, contents, digest, page_id, slot)
+        for page_id in sorted(unseen):
+            damage.note(page_id, ": its bytes are in no place that answers")
         if progress is not None:
             progress("checking pages", min(start + _PAGES_AT_ONCE, len(rows)), len(rows))
     return contents

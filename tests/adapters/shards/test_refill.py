@@ -139,17 +139,21 @@ def test_what_is_missing_or_damaged_is_put_back(place: ShardedPlace) -> None:
     there = place.payloads()
     missing = len(place.rows(1, "DELETE FROM {}.page_payloads WHERE id % 2 = 0 RETURNING id"))
     flipped = len(place.rows(2, f"{FLIP} WHERE id % 2 = 1 RETURNING id"))
-    cut = "UPDATE {}.page_payloads SET payload = substr(payload, 1, 5000) WHERE id = %s"
-    (shared, *_) = [page for page in ids_on(place, 0) if page % 2 and page in ids_on(place, 1)]
-    place.rows(0, cut, shared)
+    # One is too short, and one is that of another page.
+    on = [set(ids_on(place, number)) for number in range(3)]
+    (cut, *_) = sorted(page for page in on[0] & on[1] if page % 2)
+    (mixed, *_) = sorted(page for page in on[0] & on[2] if not page % 2)
+    change = "UPDATE {}.page_payloads SET payload = %s WHERE id = %s"
+    for page, payload in ((cut, min(there[cut])[:5000]), (mixed, min(there[cut]))):
+        place.rows(0, change, payload, page)
     assert min(missing, flipped) > 0
     told: list[tuple[str, int, int]] = []
     with pydedup.open(url) as store:
         report = store.refill(progress=lambda *state: told.append(state))
         shown = [shard.shown for shard in store._adapter._shards]  # type: ignore[attr-defined]
     assert report.ok
-    assert (report.missing, report.damaged) == (missing, flipped + 1)
-    assert report.places == dict(zip(shown, (1, missing, flipped), strict=True))
+    assert (report.missing, report.damaged) == (missing, flipped + 2)
+    assert report.places == dict(zip(shown, (2, missing, flipped), strict=True))
     ends = [stage for stage, done, total in told if done == total]
     assert ends == ["refilling", "checking copies"]
     assert place.payloads() == there
@@ -453,8 +457,19 @@ def test_no_shard_is_replaced_that_answers(place: ShardedPlace, new_place: NewPl
     is_sound(place.url(2))
 
 
-def test_with_one_copy_the_pages_are_lost(place: ShardedPlace, new_place: NewPlace) -> None:
+def test_with_one_copy_the_pages_are_lost(
+    place: ShardedPlace, new_place: NewPlace, tmp_path: Path
+) -> None:
+    """And what is advised then can be done."""
     fill(place.url(1))
+    fill(str(tmp_path / "other.db"))
+    tiny = {"w": np.ones((4, 4), np.float32)}
+    with pydedup.open(place.url(1)) as store:
+        for number in range(8):
+            store.add(f"tiny{number}@1", {"w": tiny["w"] * number})
+        readers = page_readers(store._adapter)
+        on_one = {model for page in ids_on(place, 1) for model in readers[page]}
+        left = sorted({f"tiny{number}@1" for number in range(8)} - on_one)
     refused(
         place.url(1, shards=[0, 2, new_place()]),
         "replicas=1",
@@ -462,6 +477,17 @@ def test_with_one_copy_the_pages_are_lost(place: ShardedPlace, new_place: NewPla
         "verify --repair-from",
         "pydedup copy",
     )
+    nobody = f"postgresql://postgres@127.0.0.1:{unused_port()}/postgres"
+    with pydedup.open(place.url(1, shards=[0, nobody, 2]), mode="r") as store:
+        assert left
+        store.copy_to(tmp_path / "new.db", left)
+    with pydedup.open(place.url(1)) as store:
+        for number in range(8):
+            store.remove(f"tiny{number}")
+        store.vacuum()
+        place.rows(1, "DELETE FROM {}.page_payloads WHERE id % 2 = 0")  # as of an older backup
+        assert store.verify().damaged_pages
+        assert store.verify(repair_from=tmp_path / "other.db").ok
     serves(place.url(1))
 
 
