@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One shard: a database of PostgreSQL with payloads of pages by id, which says whose shard it is.
 
-Payloads are written once, in a transaction that ends before the coordinator's, and never changed.
-Which of them belong to a page is the coordinator's knowledge.
+Payloads are written once, in a transaction that ends before the coordinator's, and never changed,
+but for damaged ones that are written again as they were. Which of them belong to a page is the
+coordinator's knowledge.
 """
 
 from __future__ import annotations
@@ -50,14 +51,15 @@ class Shard(PostgresAdapter):
 
     Attributes
     ----------
-    id
-        Its id in the ring; empty until the store was matched with the list.
+    id, name
+        Its id in the ring, and what its database calls itself; empty until the store was matched
+        with the list.
     """
 
     def __init__(self, place: Place, mode: str) -> None:
         self._place, self._reads_only = place, mode == "r"
-        self.id = ""
-        self._ring = self._name = ""
+        self.id = self.name = ""
+        self._ring = ""
         self._state = threading.Lock()
         self._down_since: float | None = None
         self._ask_at = self._leave_until = 0.0
@@ -152,7 +154,7 @@ class Shard(PostgresAdapter):
 
     def expect(self, ring: str, shard_id: str, name: str) -> None:
         """Insist from now on that each new connection leads to this database of this ring."""
-        self._ring, self.id, self._name = ring, shard_id, name
+        self._ring, self.id, self.name = ring, shard_id, name
 
     def _configure(self, connection: Any) -> None:
         super()._configure(connection)
@@ -168,7 +170,7 @@ class Shard(PostgresAdapter):
                     f"{self.shown} holds no pages any more, where those of shard {self.id[:8]} "
                     "were; was it dropped? Bring it back, or replace it (docs/sharding.md)"
                 )
-            if found[:2] != (self._ring, self._name):
+            if found[:2] != (self._ring, self.name):
                 what = f"shard {found[1][:8]} of {found[0][:8]}"
                 if shard_of_name(found[1]) == self.id:
                     what = "another database of that shard, from before or after it was replaced"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from pydedup.errors import ArgumentError, ConflictError, StoreError
+from pydedup.errors import ArgumentError, ConflictError, CorruptStoreError, StoreError
 
 from ._postgres_base import SHARDS
 from ._postgres_errors import ConnectionLostError
@@ -90,7 +90,7 @@ class ShardedList(ShardedReads):
         for shard in self._shards:
             try:
                 identity = shard.identity()
-            except ConnectionLostError as error:
+            except (ConnectionLostError, CorruptStoreError) as error:
                 shard.lost(error)
                 found.silent.append(shard)
                 continue
@@ -154,16 +154,16 @@ class ShardedList(ShardedReads):
         self._check_list()
 
     def _check_list(self) -> None:
-        """Raise StoreError when a shard was replaced since this store was opened."""
-        if self._claimed:
-            shard = self._by_id[next(iter(self._claimed))]
-            raise StoreError(
-                f"{shard.shown} was about to take the place of a lost shard when that was cut off; "
-                "run `pydedup refill` to finish it"
-            )
+        """Raise StoreError unless each database that this store was opened with is in the list."""
         now = self._listed_ring()
         for shard_id, shard in self._by_id.items():
-            if now.name_of(shard_id) != self._ring.name_of(shard_id):
+            listed = now.name_of(shard_id)
+            if generation_of(shard.name) > generation_of(listed):
+                raise StoreError(
+                    f"{shard.shown} was about to take the place of a lost shard when that was cut "
+                    "off; run `pydedup refill` to finish it"
+                )
+            if shard.name != listed:
                 raise StoreError(
                     f"{now.shards[shard_id]} took the place of {shard.shown} since this store was "
                     "opened; open it again with the list as it is now"
