@@ -26,7 +26,10 @@ __all__ = ["meaning"]
 #: Free space under which a failed write is taken for a full disk.
 SPARE_BYTES: Final = 1 << 20
 
-_FREE: Final = "free some space; the store is as it was before"
+_FREE: Final = (
+    "free some space, a few MiB, and run `pydedup vacuum`, which gives back what was written; the "
+    "store is as it was before"
+)
 # Also what `pydedup verify` itself says, of a file that was cut off.
 _DAMAGED: Final = (
     "`pydedup verify` says what is damaged where the file can be read at all; otherwise restore a "

@@ -167,6 +167,25 @@ def test_the_file_shrinks(adapter: Adapter, path: Path) -> None:
     assert kept == {ids[i]: random.Random(i).randbytes(MIB) for i in range(1, 40, 2)}
 
 
+def test_giving_space_back_takes_little(
+    adapter: Adapter, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was to be freed went through the log, so that a full disk stayed full."""
+    ids = add_pages(adapter, 60)
+    adapter.checkpoint()
+    with adapter.transaction():
+        adapter.delete_pages(ids[1:])
+    log = Path(f"{path}-wal")
+    before, sizes = log.stat().st_size, []
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "checkpoint", lambda: sizes.append(log.stat().st_size))
+        adapter.compact()
+    assert sizes[0] - before < 4 * MIB
+    adapter.checkpoint()
+    assert path.stat().st_size < 4 * MIB
+    assert adapter.integrity_errors() == []
+
+
 def test_a_busy_reader_does_not_hold_up_a_checkpoint(adapter: Adapter) -> None:
     add_pages(adapter, 1)
     begun, done = threading.Event(), threading.Event()

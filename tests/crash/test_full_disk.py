@@ -7,6 +7,7 @@ when a disk is full; what it tells a client is that its own tablespace is at its
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -101,3 +102,18 @@ def test_a_full_disk(back_end: str, request: pytest.FixtureRequest) -> None:
         assert np.array_equal(store.load("part")["w"], part["w"])
         report = store.verify()
         assert (report.errors, report.notes) == ([], [])
+
+
+def test_a_little_room_is_enough_for_a_vacuum(sqlite_place: Place, small_disk: Path) -> None:
+    """It wanted about as much room as it was to free, and so did nothing."""
+    url, _ = sqlite_place
+    rng = np.random.default_rng(0)
+    with pydedup.open(url) as store:
+        store.add("good", {"w": rng.standard_normal((1000, 100))})
+        with pytest.raises(StorageFullError, match=r"free some space.* `pydedup vacuum`"):
+            store.add("large", {"w": rng.standard_normal((5000, 1000))}, policy=policies.Exact())
+        full = store.stats().stored_bytes
+        os.truncate(small_disk / "ballast", 40 * MIB)
+        store.vacuum(lease_seconds=0)
+        assert store.stats().stored_bytes < full / 4
+        assert store.verify().errors == []
