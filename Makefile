@@ -87,6 +87,11 @@ test-plpython:  ## the functions inside of PostgreSQL, with pydedup built for th
 	@scripts/setup.sh test
 	@scripts/plpython.sh $(ARGS)
 
+.PHONY: test-postgres
+test-postgres:  ## the tests of PostgreSQL with servers of the versions 13 to 17
+	@scripts/setup.sh test
+	@scripts/postgres-versions.sh $(ARGS)
+
 .PHONY: test-clusters
 test-clusters:  ## MariaDB Galera (two nodes) and Spider (two servers), for real
 	@scripts/setup.sh test

@@ -31,12 +31,15 @@ MIB = 1 << 20
 
 def cut(url: str, application: str) -> int:
     """End all connections of that name; return how many there were."""
-    query = "SELECT count(pg_terminate_backend(pid, 10000)) FROM pg_stat_activity "
-    query += "WHERE application_name = %s"
+    ours = "FROM pg_stat_activity WHERE application_name = %s"
     with psycopg.connect(url, autocommit=True) as connection:
-        row = connection.execute(query, [application]).fetchone()
-        assert row is not None
-        return int(row[0])
+        query = f"SELECT pg_terminate_backend(pid) {ours}"
+        ended = len(connection.execute(query, [application]).fetchall())
+        for _ in range(1000):  # PostgreSQL 13 cannot be told to wait for them
+            if not connection.execute(f"SELECT 1 {ours}", [application]).fetchall():
+                return ended
+            time.sleep(0.01)
+    raise AssertionError(f"connections of {application} are still there")
 
 
 @pytest.fixture
