@@ -5,16 +5,38 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+import pydedup
+from pydedup import policies
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.servers import unused_name
 
-__all__ = ["ShardedPlace", "give_known_places"]
+__all__ = [
+    "MODELS",
+    "POLICY",
+    "NewPlace",
+    "ShardedPlace",
+    "drop",
+    "fill",
+    "give_known_places",
+    "ids_on",
+    "is_empty",
+    "is_sound",
+    "lost_and_new",
+    "model_of",
+    "name_of",
+    "run",
+    "serves",
+]
+
+NewPlace = Callable[..., str]
+POLICY = policies.Exact()
 
 
 def give_known_places(patch: pytest.MonkeyPatch) -> None:
@@ -66,3 +88,81 @@ class ShardedPlace:
             for page_id, payload in self.rows(number, "TABLE {}.page_payloads"):
                 found.setdefault(page_id, set()).add(payload)
         return found
+
+
+def model_of(seed: int) -> dict[str, np.ndarray]:
+    """Return a model of two pages and a half."""
+    return {"w": np.random.default_rng(seed).standard_normal((640, 1024)).astype(np.float32)}
+
+
+MODELS = {f"m{seed}@1": model_of(seed) for seed in range(3)}
+
+
+def ids_on(place: ShardedPlace, number: int) -> list[int]:
+    """Return the pages that a shard has."""
+    return [page for (page,) in place.rows(number, "SELECT id FROM {}.page_payloads")]
+
+
+def name_of(url: str) -> str:
+    """Return the name of a new place."""
+    if "schema=" in url:
+        return url.rpartition("schema=")[2]
+    return url.partition("?")[0].rpartition("/")[2]
+
+
+def run(url: str, query: str) -> list[tuple[Any, ...]]:
+    """Return what a statement finds in the database of a place."""
+    import psycopg
+
+    url = url.partition("&schema=")[0]
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(query)
+        return cursor.fetchall() if cursor.description else []
+
+
+def drop(url: str) -> None:
+    """Lose the place of a shard."""
+    if "schema=" in url:
+        run(url, f"DROP SCHEMA {name_of(url)} CASCADE")
+    else:
+        again = url.replace(f"/{name_of(url)}?", "/postgres?")
+        run(again, f"DROP DATABASE {name_of(url)} WITH (FORCE)")
+
+
+def is_empty(url: str) -> bool:
+    """Whether nothing was made in a place that is a schema."""
+    return run(url, f"SELECT to_regnamespace('{name_of(url)}')") == [(None,)]
+
+
+def fill(url: str) -> None:
+    """Make a store of the models."""
+    with pydedup.open(url) as store:
+        store.add_many(dict(MODELS), policy=POLICY)
+
+
+def serves(url: str, *models: str) -> None:
+    """Hold each model against what was added."""
+    with pydedup.open(url, mode="r") as store:
+        assert {info.address for info in store.models()} == MODELS.keys()
+        for address in models or MODELS:
+            assert store.load(address)["w"].tobytes() == MODELS[address]["w"].tobytes()
+
+
+def is_sound(url: str) -> None:
+    """Hold the store against what was added: all is there, and nothing is left to do."""
+    serves(url)
+    with pydedup.open(url) as store:
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+        done = store.refill()
+        assert (done.ok, done.copies, done.pages) == (True, 2, report.pages)
+        assert (done.missing, done.damaged, done.written_bytes, done.places) == (0, 0, 0, {})
+
+
+def lost_and_new(place: ShardedPlace, new_place: NewPlace, kind: str = "schema") -> tuple[str, str]:
+    """Make a store one of whose shards is lost; return a new place for it, and the URL with it."""
+    lost = new_place(kind)
+    fill(place.url(2, shards=[0, lost, 2]))
+    drop(lost)
+    new = new_place(kind)
+    return new, place.url(2, shards=[0, new, 2])
