@@ -240,7 +240,7 @@ class Store(StorePredictions, StoreUpkeep):
         if not models:
             return []
         with contextlib.ExitStack() as opened:
-            requests: list[Request] = []
+            requests: dict[str, Request] = {}  # by address
             for name, given in models.items():
                 base, number = plan_address(self._adapter, name, version)
                 source = opened.enter_context(open_source(given))
@@ -255,13 +255,13 @@ class Store(StorePredictions, StoreUpkeep):
                 )
                 if graph is not None:
                     graph.validate({entry.name: entry.shape for entry in source.entries})
-                if any(other.address == request.address for other in requests):
+                if request.address in requests:
                     raise ArgumentError(f"{request.address} is named twice in one add")
-                requests.append(request)
+                requests[request.address] = request
             return add_models(
                 self._adapter,
                 self._pool,
-                requests,
+                list(requests.values()),
                 dry_run=dry_run,
                 progress=progress,
                 workers=workers,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pydedup import text
+from pydedup.catalog import listed
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit
 from pydedup.cli.progress import Watch
@@ -147,7 +148,7 @@ def _sharing_row(sharing: TensorSharing) -> list[str]:
         text.count(sharing.delta_blocks),
         f"{sharing.largest_error:.2g}" if sharing.largest_error else "0",
         text.size(sharing.used_bytes),
-        ", ".join(sharing.shared_with),
+        listed(sharing.shared_with),
     ]
 
 

@@ -119,6 +119,8 @@ class Aligned:
         found: list[Neighbours] = []
         key = entry.name, entry.shape
         for other, references in reversed(self._matched.get(key, [])):
+            if len(found) >= _ENOUGH:
+                return found
             if other == grid:
                 found.append(Neighbours(partial(self._matched_blocks, references)))
         strangers = 0

@@ -272,6 +272,17 @@ def test_explain(family: str) -> None:
     assert "extra" in text
 
 
+def test_explain_names_some_of_many(tmp_path: Path) -> None:
+    """A line of a tensor named all models that share it, however many."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    with pydedup.open(url) as store:
+        store.add_many({f"m{number}": {"w": np.ones((9, 9))} for number in range(20)})
+    text = succeed("explain", url, "m7")
+    assert "m0@1, m1@1, m2@1, m3@1, m4@1 and 14 more" in text
+    (tensor,) = document("explain", url, "m7")["tensors"]
+    assert len(tensor["shared_with"]) == 19
+
+
 def test_diff_tells_by_its_exit_status(family: str) -> None:
     assert document("diff", family, "base@1", "net")["same"] is True
     found = document("diff", family, "base@1", "base@2", status=1)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models of the same add give candidates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pydedup.formats.base import TensorEntry
+from pydedup.ingest.aligned import Aligned
+from pydedup.types import DType
+
+
+class CountedGrid:
+    """A grid that counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        CountedGrid.compared += 1
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_of_many_models_in_one_add_the_newest_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each looked at all before it: of 1,500 models a million comparisons, for two candidates."""
+    nobody: Any = None
+    aligned, grid = Aligned(nobody, nobody, nobody, nobody), CountedGrid()
+    monkeypatch.setattr(aligned, "_newest", list)  # the store has none
+    entry = TensorEntry("w", DType.F32, (4, 4), "w")
+    for number in range(500):
+        aligned.note(entry, grid, np.array([number]))  # type: ignore[arg-type]
+    found = aligned.neighbours(entry, grid, "m")  # type: ignore[arg-type]
+    assert len(found) == CountedGrid.compared == 2
