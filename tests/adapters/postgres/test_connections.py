@@ -31,13 +31,13 @@ MIB = 1 << 20
 
 def cut(url: str, application: str) -> int:
     """End all connections of that name; return how many there were."""
-    ours = "FROM pg_stat_activity WHERE application_name = %s"
+    query = "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s"
     with psycopg.connect(url, autocommit=True) as connection:
-        query = f"SELECT pg_terminate_backend(pid) {ours}"
-        ended = len(connection.execute(query, [application]).fetchall())
+        ended = [pid for pid, _ in connection.execute(query, [application]).fetchall()]
+        left = "SELECT 1 FROM pg_stat_activity WHERE pid = ANY(%s)"
         for _ in range(1000):  # PostgreSQL 13 cannot be told to wait for them
-            if not connection.execute(f"SELECT 1 {ours}", [application]).fetchall():
-                return ended
+            if not connection.execute(left, [ended]).fetchall():
+                return len(ended)
             time.sleep(0.01)
     raise AssertionError(f"connections of {application} are still there")
 
