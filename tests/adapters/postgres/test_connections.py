@@ -31,9 +31,10 @@ MIB = 1 << 20
 
 def cut(url: str, application: str) -> int:
     """End all connections of that name; return how many there were."""
-    query = "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s"
+    ours = "FROM pg_stat_activity WHERE application_name = %s"
     with psycopg.connect(url, autocommit=True) as connection:
-        ended = [pid for pid, _ in connection.execute(query, [application]).fetchall()]
+        cuts = connection.execute(f"SELECT pid, pg_terminate_backend(pid) {ours}", [application])
+        ended = [pid for pid, _ in cuts.fetchall()]
         left = "SELECT 1 FROM pg_stat_activity WHERE pid = ANY(%s)"
         for _ in range(1000):  # PostgreSQL 13 cannot be told to wait for them
             if not connection.execute(left, [ended]).fetchall():
