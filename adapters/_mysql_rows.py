@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, cast
 
-from pydedup.adapter import RowColumn
+from pydedup.adapter_options import RowColumn
 
 from ._base import Row, text
 from ._mysql_cursors import PreparedConnection, sent

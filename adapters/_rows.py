@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: S608 (identifiers are checked and quoted by `quoted`; values are always bound)
-"""Tables of users beside a store: the optional protocol :class:`pydedup.adapter.RowAdapter`.
+"""Tables of users beside a store: the protocol :class:`pydedup.adapter_options.RowAdapter`.
 
 Here is what the three databases have in common. Each adds how a query is streamed and where the
 catalog tells of tables and indexes.
@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, Final
 
-from pydedup.adapter import KeyRange, RowColumn, RowStream
+from pydedup.adapter_options import KeyRange, RowColumn, RowStream
 from pydedup.errors import (
     ArgumentError,
     ConflictError,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, cast
 
-from pydedup.adapter import RowColumn
+from pydedup.adapter_options import RowColumn
 from pydedup.errors import ArgumentError
 
 from ._rows import RowCalls, Rows

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter, CopiesAdapter, ModelRow, TensorRow
+from pydedup.adapter import Adapter, ModelRow, TensorRow
+from pydedup.adapter_options import CopiesAdapter
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.errors import CorruptStoreError, NotFoundError
 from pydedup.graph import Graph

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydedup import codec, config, registry
-from pydedup.adapter import SCHEMA_VERSION, Adapter, RowAdapter
+from pydedup.adapter import SCHEMA_VERSION, Adapter
+from pydedup.adapter_options import RowAdapter
 from pydedup.catalog import listed, page_copies, page_readers
 from pydedup.errors import (
     ArgumentError,

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
-from pydedup.adapter import Adapter, RowAdapter
+from pydedup.adapter import Adapter
+from pydedup.adapter_options import RowAdapter
 from pydedup.errors import ArgumentError
 
 if TYPE_CHECKING:

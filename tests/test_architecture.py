@@ -37,7 +37,8 @@ FACADES = {
     "config",
 }
 VALUES = {"errors", "types"}
-MODEL = VALUES | {"names", "accuracy", "policies", "certificates", "graph", "adapter", "blocks"}
+ADAPTERS = {"adapter", "adapter_options"}
+MODEL = VALUES | {"names", "accuracy", "policies", "certificates", "graph", "blocks"} | ADAPTERS
 CORE = (
     MODEL
     | FACADES
@@ -63,7 +64,8 @@ ALLOWED: dict[str, set[str]] = {
     "certificates": VALUES,
     "graph": VALUES,
     "adapter": VALUES,
-    "registry": VALUES | {"adapter"},
+    "adapter_options": VALUES,
+    "registry": VALUES | ADAPTERS,
     "config": VALUES | {"_core"},
     "blocks": VALUES | {"config"},
     "hashing": VALUES | {"_core", "blocks", "config"},
@@ -129,7 +131,7 @@ TORCH_FILES = {
 }
 DRIVERS = {"sqlite3", "psycopg", "psycopg_pool", "mysql"}
 
-ADAPTER_ROOMS = {"errors", "types", "adapter", "_pages"}
+ADAPTER_ROOMS = VALUES | ADAPTERS | {"_pages"}
 ADAPTER_DRIVERS = {
     "sqlite.py": {"sqlite3"},
     "postgres.py": {"psycopg", "psycopg_pool"},
@@ -375,10 +377,12 @@ def test_sql_is_written_in_the_adapters_alone() -> None:
         r"|CREATE\s+(TABLE|VIEW|INDEX)\s|ALTER\s+TABLE\s|PRAGMA\s)",
         re.DOTALL,
     )
+    # The statements there are those of users.
+    of_users = ROOT / "pydedup" / "testing" / "rows_contract.py"
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in python_files("pydedup")
-        if path.suffix == ".py"
+        if path.suffix == ".py" and path != of_users
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from pydedup import registry
-from pydedup.adapter import FunctionsAdapter
+from pydedup.adapter_options import FunctionsAdapter
 from pydedup.cli import options, output
 from pydedup.errors import ArgumentError
 

@@ -17,7 +17,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pydedup import codec
-from pydedup.adapter import Adapter, PageRow, RefillAdapter
+from pydedup.adapter import Adapter, PageRow
+from pydedup.adapter_options import RefillAdapter
 from pydedup.catalog import page_readers
 from pydedup.errors import CorruptStoreError, PydedupError, UnavailableError
 from pydedup.types import Progress

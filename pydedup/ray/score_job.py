@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pydedup.adapter import RangeAdapter, RowColumn
+from pydedup.adapter_options import RangeAdapter, RowColumn
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError, SchemaVersionError
 from pydedup.opening import connect_store

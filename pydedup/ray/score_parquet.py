@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pydedup.adapter import RowColumn, RowStream
+from pydedup.adapter_options import RowColumn, RowStream
 from pydedup.errors import ArgumentError, FormatError
 from pydedup.ray.cluster import INSTALL
 from pydedup.ray.score_plan import FilePart

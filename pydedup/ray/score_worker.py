@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from pydedup import config
-from pydedup.adapter import Adapter, KeyRange, RangeAdapter, RowAdapter, RowColumn, RowStream
+from pydedup.adapter import Adapter
+from pydedup.adapter_options import KeyRange, RangeAdapter, RowAdapter, RowColumn, RowStream
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import (
     ArgumentError,

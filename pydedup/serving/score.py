@@ -18,7 +18,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter, RowAdapter, RowColumn
+from pydedup.adapter import Adapter
+from pydedup.adapter_options import RowAdapter, RowColumn
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError, ConflictError, NotFoundError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH

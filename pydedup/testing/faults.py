@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from pydedup.adapter import Adapter, RowAdapter
+from pydedup.adapter import Adapter
+from pydedup.adapter_options import RowAdapter
 
 __all__ = ["Fault", "FaultyAdapter", "inject"]
 

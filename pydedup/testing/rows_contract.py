@@ -2,9 +2,10 @@
 # ruff: noqa: S608 (names of tables are made here)
 """The suites for the optional protocols of tables of users: what `pydedup score` works with.
 
-An adapter that is a :class:`pydedup.adapter.RowAdapter` passes :class:`RowAdapterContract`; one
-that is a :class:`pydedup.adapter.RangeAdapter` as well, :class:`RangeAdapterContract`, which has
-all of it. Subclass, give the place and the database's own driver, and pytest does the rest::
+An adapter that is a :class:`pydedup.adapter_options.RowAdapter` passes
+:class:`RowAdapterContract`; one that is a :class:`pydedup.adapter_options.RangeAdapter` as well,
+:class:`RangeAdapterContract`, which has all of it. Subclass, give the place and the database's own
+driver, and pytest does the rest::
 
     class TestRowsOfMyDatabase(RangeAdapterContract):
         def make_url(self, folder): ...
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 
 from pydedup import registry
-from pydedup.adapter import KeyRange, RangeAdapter, RowAdapter, RowColumn
+from pydedup.adapter_options import KeyRange, RangeAdapter, RowAdapter, RowColumn
 from pydedup.errors import ArgumentError
 from pydedup.testing.servers import unused_name
 

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter may be able to do beyond :class:`pydedup.adapter.Adapter`.
+
+Each of these protocols is optional: who needs one asks whether the adapter is an instance of it,
+and says so where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from pydedup.errors import PydedupError
+
+__all__ = [
+    "CopiesAdapter",
+    "FunctionsAdapter",
+    "KeyRange",
+    "RangeAdapter",
+    "RefillAdapter",
+    "RowAdapter",
+    "RowColumn",
+    "RowStream",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class RowColumn:
+    """A column of a user's query; ``type`` is how a definition spells it, for a key of a table.
+
+    An empty ``type`` means that this database needs none, ``None`` that it can be no key.
+    """
+
+    name: str
+    type: str | None
+
+
+class RowStream(Protocol):
+    """The rows that a query of a user finds, in the order in which the database finds them."""
+
+    columns: Sequence[RowColumn]
+
+    def __iter__(self) -> Iterator[list[tuple[object, ...]]]:
+        """Yield rows in batches."""
+
+
+@runtime_checkable
+class RowAdapter(Protocol):
+    """Tables of users beside a store, optional for an adapter: rows to predict, and predictions.
+
+    Names of tables and columns are users': they are checked (ArgumentError) and quoted here.
+    What the database says against a user's query or table is an ArgumentError with its words.
+    """
+
+    @property
+    def url(self) -> str:
+        """The URL, without credentials."""
+
+    def close(self) -> None:
+        """Close all connections of this process. Idempotent."""
+
+    def read_rows(self, query: str, batch: int) -> AbstractContextManager[RowStream]:
+        """Run one SELECT of a user in a read-only transaction of its own, and stream what it finds.
+
+        Other calls of this thread may be made meanwhile. Raises ArgumentError for what is no
+        single SELECT.
+        """
+
+    def full_table_name(self, table: str) -> str:
+        """Return what a name that a user wrote stands for, whatever setting it depends on."""
+
+    def table_columns(self, table: str, key: str) -> tuple[str, ...] | None:
+        """Return the columns of a table, ``None`` when there is none.
+
+        Raises ArgumentError when no index makes its column ``key`` unique.
+        """
+
+    def create_predictions(
+        self, table: str, key: RowColumn, columns: Sequence[tuple[str, str]]
+    ) -> None:
+        """Create a table with this key and columns of (name, kind), unless it exists.
+
+        Kinds: ``float``, ``text`` and ``vector``, for which :meth:`vector` makes values.
+        """
+
+    def vector(self, payload: bytes) -> object:
+        """Return float32 in little-endian order as a value of kind ``vector``."""
+
+    def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
+        """Return those of the keys that have a row."""
+
+    def insert_predictions(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> bool:
+        """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRange:
+    """A part of the rows of a query, by a column that is their key.
+
+    Attributes
+    ----------
+    key
+        The column, as the query has it.
+    above, up_to
+        Keys are greater than the one, and the other at most, as the database orders them. ``None``:
+        from the first key on, rows without a key included; up to the last.
+    """
+
+    key: RowColumn
+    above: object | None
+    up_to: object | None
+
+
+@runtime_checkable
+class RangeAdapter(RowAdapter, Protocol):
+    """Queries of users in parts, optional for an adapter: several can read one then."""
+
+    def key_bounds(self, query: str, key: str, every: int) -> list[object]:
+        """Return every so-manieth key of a query, in the order of the database."""
+
+    def read_range(
+        self, query: str, batch: int, within: KeyRange
+    ) -> AbstractContextManager[RowStream]:
+        """Stream those rows of a query whose keys are within a range, as `read_rows` does.
+
+        Ranges that follow each other have all rows of the query, each in one of them.
+        """
+
+    def key_column(self, name: str, kind: str) -> RowColumn:
+        """Return a column for keys that come from elsewhere.
+
+        Kinds: ``integer``, ``number``, ``text``, ``bytes``, ``date``, ``time``.
+        """
+
+
+@runtime_checkable
+class FunctionsAdapter(Protocol):
+    """Functions of ours inside the server of a database, optional for an adapter."""
+
+    def function_statements(self, python_path: str | None) -> list[str]:
+        """Return the SQL that makes the functions."""
+
+    def install_functions(self, python_path: str | None) -> str:
+        """Make the functions, all or none, and return the version of pydedup in the server.
+
+        ``python_path`` is where the Python of the server finds pydedup. Raises ReadOnlyError when
+        the user may not, StoreError when the server cannot.
+        """
+
+    def drop_functions(self) -> None:
+        """Take the functions out again."""
+
+
+@runtime_checkable
+class CopiesAdapter(Protocol):
+    """Pages that are kept in more than one place, optional for an adapter."""
+
+    @property
+    def copies(self) -> int:
+        """In how many places each page is; 1 where this store keeps no others."""
+
+    def page_copies(self, page_id: int) -> Iterator[bytes]:
+        """Yield what each place that answers has of a page, whole or damaged."""
+
+
+@runtime_checkable
+class RefillAdapter(CopiesAdapter, Protocol):
+    """Copies that can be looked at and put back one by one, optional for an adapter.
+
+    A place is named by a string that means nothing to others. One that does not answer within the
+    adapter's patience is an UnavailableError.
+    """
+
+    def begin_refill(self) -> None:
+        """Get ready to put copies back; the first call of all that do so.
+
+        Raises ReadOnlyError, ConflictError, and StoreError where the store was given other places
+        since it was opened.
+        """
+
+    def copy_places(self, page_ids: Sequence[int]) -> dict[str, list[int]]:
+        """Return by place which of the pages should have a copy there."""
+
+    def place_name(self, place: str) -> str:
+        """Return where a place is, for people."""
+
+    def present_copies(self, place: str, page_ids: Sequence[int]) -> set[int]:
+        """Return of which of the pages there is a copy, whole or not; none is read for it."""
+
+    def read_copies(
+        self, wanted: Mapping[str, Sequence[int]]
+    ) -> tuple[dict[str, dict[int, bytes]], dict[str, PydedupError]]:
+        """Return by place the copies that are there, and what is wrong with places that fail.
+
+        A copy that the database itself refuses to read counts as one that is not there.
+        """
+
+    def write_copies(self, place: str, copies: Mapping[int, bytes]) -> None:
+        """Put copies in their place, over what is there, in a transaction of their own.
+
+        Called outside of any other. Those of pages that were deleted meanwhile are seen by nobody,
+        and `compact` collects them.
+        """
