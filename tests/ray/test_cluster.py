@@ -101,6 +101,20 @@ def test_a_version_that_differs_is_said(monkeypatch: pytest.MonkeyPatch) -> None
         pass
 
 
+def test_a_client_server_that_starts_slowly_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, calls = cluster.import_ray(), []
+
+    def slow(**_: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ConnectionAbortedError("RuntimeError: Starting Ray client server failed. See x")
+
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with cluster._connected(ray, "the Ray cluster at x:1", {"address": "x:1"}):
+        assert len(calls) == 2
+
+
 def _broken() -> str | None:
     raise ModuleNotFoundError("No module named 'pydedup'")
 

@@ -130,6 +130,7 @@ def test_killed_workers_lose_nothing(
                 scored_file.url,
                 "m@prod",
                 into=target,
+                columns=["id", "f0", "f1", "f2"] if source == "dataset" else None,
                 workers=1 if source == "dataset" else 2,
                 part_rows=10,
                 batch=10,

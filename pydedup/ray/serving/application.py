@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import os
@@ -29,6 +30,8 @@ ROUTINGS: Final = ("families", "multiplexed", "any")
 _MAX_ONGOING = 16
 #: Requests that a front has at once; the bytes of their bodies are limited.
 _MAX_ONGOING_FRONT = 4096
+#: Arguments that are texts.
+_TEXTS: Final = frozenset(("store", "memory", "replacement", "routing", "token", "max_body"))
 _ROUTER: Final = "pydedup.ray.serving.router:FamilyRouter"
 
 
@@ -122,7 +125,7 @@ def deployment(
         grace=grace,
         access_log=access_log,
     )
-    from pydedup.ray.serving.front import Ingress, built
+    from pydedup.ray.serving.front import Answering, Ingress
     from pydedup.ray.serving.replica import Replica
 
     shared = {"graceful_shutdown_timeout_s": grace, "graceful_shutdown_wait_loop_s": 0.2}
@@ -138,7 +141,7 @@ def deployment(
         **shared,
     ).bind(source, budget, replacement, options, cores)
     front = serve.deployment(
-        serve.ingress(built)(Ingress),
+        serve.ingress(Answering())(Ingress),
         name="Front",
         num_replicas=num_fronts,
         max_ongoing_requests=_MAX_ONGOING_FRONT,
@@ -152,11 +155,12 @@ def deployment(
 
 
 def app(arguments: Mapping[str, Any]) -> Any:
-    """Build the application of a config file of Ray Serve.
+    """Build the application of a config file of Ray Serve, or of ``serve run pydedup.ray:app``.
 
-    With ``import_path: pydedup.ray:app`` and, as ``args``, the arguments of `deployment`. Ray shows
-    ``args`` in its dashboard, so the URL of a store that needs a password, and a token, come from
-    ``env:NAME`` or ``file:PATH``.
+    With ``import_path: pydedup.ray:app`` and, as ``args``, the arguments of `deployment`; of the
+    command, ``NAME=VALUE``, whose values are read like those of the file. Ray shows ``args`` in its
+    dashboard, so the URL of a store that needs a password, and a token, come from ``env:NAME`` or
+    ``file:PATH``.
 
     Raises
     ------
@@ -182,7 +186,18 @@ def app(arguments: Mapping[str, Any]) -> Any:
             "args has a token, which Ray's dashboard shows; write env:NAME or file:PATH, where the "
             "front finds it"
         )
-    return deployment(**arguments)
+    return deployment(**{name: _read(name, value) for name, value in arguments.items()})
+
+
+def _read(name: str, value: Any) -> Any:
+    """Return an argument as a config file has it, when it is the text of a command line."""
+    if name in _TEXTS or not isinstance(value, str):
+        return value
+    yaml = importlib.import_module("yaml")
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{name} is {value!r}, which is no YAML: {error}") from error
 
 
 def _has_routers() -> bool:

@@ -34,7 +34,7 @@ from pydedup.ray.cluster import Secret
 from pydedup.ray.serving.families import Families
 from pydedup.ray.serving.source import reveal
 
-__all__ = ["Front", "Ingress", "built"]
+__all__ = ["Answering", "Front", "Ingress"]
 
 _LOG = logging.getLogger("pydedup.ray")
 #: Seconds between looks at which models there are, and what they share.
@@ -103,9 +103,9 @@ class Front(Endpoint):
         return responses.json_reply({"live": True})
 
     async def _metrics_text(self, exchange: Exchange) -> Reply:
-        broadcast = getattr(self._handle, "broadcast", None)  # not every Ray that fits has it
-        if broadcast is not None:
-            found = await broadcast("pool_stats").results_async(
+        # Not every Ray that fits has it; where not, any name is a method of the deployment.
+        if hasattr(type(self._handle), "broadcast"):
+            found = await self._handle.broadcast("pool_stats").results_async(
                 timeout_s=_METRICS_SECONDS, return_exceptions=True
             )
             told = [one for one in found if not isinstance(one, BaseException)]
@@ -182,13 +182,22 @@ class _Pools(Collector):
             yield family
 
 
-#: The application of this process, between the constructor of `Ingress` and Ray's.
+#: That of this process, once `Ingress` has made it.
 _FRONTS: list[Front] = []
 
 
-def built() -> Front:
-    """Return the application that `Ingress` has made: Ray asks for it where a replica starts."""
-    return _FRONTS.pop()
+class Answering:
+    """The application that Ray Serve is given, before there is a front to answer.
+
+    It has no state: Ray pickles it. Newer ones take a function that makes an application as well.
+    """
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request."""
+        await _FRONTS[-1](scope, receive, send)
+
+    def add_exception_handler(self, error: object, handler: object) -> None:
+        """Do nothing: some of Ray call it on any application, and a front lets no error out."""
 
 
 class Ingress:
