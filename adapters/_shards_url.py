@@ -64,7 +64,7 @@ def locate_shards(url: str, schema: str | None, known: Collection[str]) -> Shard
     if not others or not all(others):
         raise ArgumentError(
             "the URL of a sharded store lists its shards after the coordinator: "
-            "postgresql+shards://user@host/database|user@host1/pages|user@host2/pages"
+            "postgresql+shards://host/database|host1/pages|host2/pages"
         )
     first, replicas = _without_replicas(_PREFIX.sub("", first))
     coordinator = locate(f"postgresql://{first}", schema, known)

@@ -60,6 +60,16 @@ def test_hello(server: Server, store_url: str) -> None:
     assert server.ask("GET", path).status == 200
 
 
+def test_a_store_without_layers_says_what_is_missing(start: Start, tmp_path: Path, x: Any) -> None:
+    url = f"sqlite:///{tmp_path}/models.db"
+    with pydedup.open(url) as store:
+        store.add("weights", {"w": x})
+    server = start(url)
+    assert server.hello[0] == f"pydedup serves 0 models of {url}"
+    assert server.process.stdout is not None
+    assert "graph=" in server.process.stdout.readline()
+
+
 def test_health_and_server(server: Server) -> None:
     assert server.ask("GET", "/v2/health/live").json == {"live": True}
     assert server.ask("GET", "/v2/health/ready").json == {"ready": True}
