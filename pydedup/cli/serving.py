@@ -262,8 +262,8 @@ def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> 
     output.print_line(f"  curl{insecure}{token} {address}{path}")
     if not names:
         output.print_line(
-            "No model there says what its layers are: add one from ONNX, Keras or nn.Sequential, or "
-            "with graph=; it is served as soon as it is there"
+            "No model there says what its layers are: add one from ONNX, Keras or nn.Sequential, "
+            "or with graph=; it is served as soon as it is there"
         )
     sys.stdout.flush()
 
