@@ -16,7 +16,14 @@ from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError, SchemaVersionError
 from pydedup.opening import connect_store
 from pydedup.ray.cluster import Secret, import_ray
-from pydedup.ray.score_parquet import ParquetPart, cut_files, files_of, key_kind, key_type_of
+from pydedup.ray.score_parquet import (
+    ParquetPart,
+    cut_files,
+    files_of,
+    is_url,
+    key_kind,
+    key_type_of,
+)
 from pydedup.ray.score_plan import (
     FilePart,
     FolderNotes,
@@ -62,6 +69,11 @@ class Job:
                 )
             self.dataset = dataset
         self.into = into if isinstance(into, str) else None
+        if not isinstance(into, str) and is_url(into):
+            raise ArgumentError(
+                f"predictions cannot go to {os.fspath(into)}: an object store cannot give a file "
+                "its name when it is complete; name a folder that all machines share, or a table"
+            )
         self.folder = None if isinstance(into, str) else Path(into).absolute()
         self.rows: RangeAdapter | None = None
         self.pin: Pin | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import decimal
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "TableRows",
     "cut_files",
     "files_of",
+    "is_url",
     "key_kind",
     "key_type_of",
     "read_part",
@@ -60,10 +62,17 @@ class TableRows:
 def files_of(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the files that paths mean: of a folder those that end in .parquet, below it as well.
 
-    Raises ArgumentError when there are none. Names that begin with ``_`` or ``.`` are passed over.
+    Raises ArgumentError when there are none, or for a URL. Names that begin with ``_`` or ``.`` are
+    passed over.
     """
     found: list[Path] = []
     for path in map(Path, paths):
+        if is_url(path):
+            raise ArgumentError(
+                f"{path} is in an object store, and Parquet files are read by their paths here; "
+                "mount it, or let Ray read it, into a table: pydedup.ray.score(ray.data."
+                "read_parquet(...), ...), see docs/ray.md"
+            )
         if path.is_dir():
             inside = [p for p in sorted(path.rglob("*.parquet")) if p.is_file()]
             found += [p for p in inside if not any(x[0] in "_." for x in p.relative_to(path).parts)]
@@ -76,6 +85,11 @@ def files_of(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
             f"there is no Parquet file in {', '.join(map(str, paths)) or 'nothing'}"
         )
     return [path.absolute() for path in found]
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a URL, such as ``s3://...``, of which `Path` leaves one slash."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)) is not None
 
 
 def opened(path: Path | str) -> Any:

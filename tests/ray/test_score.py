@@ -157,6 +157,9 @@ def test_what_is_wrong_is_said_before_work_begins(
         (7, "p", {}, "dataset is a int"),
         (tmp_path / "none.parquet", "p", {}, "there is no Parquet file"),
         ([], "p", {}, "no Parquet file in nothing"),
+        (Path("s3://bucket/x"), "p", {}, "s3:/bucket/x is in an object store"),
+        (["s3://bucket/x"], "p", {}, "let Ray read it, into a table"),
+        (query, Path("s3://bucket/x"), {}, "an object store cannot give a file its name"),
     ):
         with pytest.raises(ArgumentError, match=said):
             score(data, scored_file, into, **options)
