@@ -23,6 +23,7 @@ from pydedup.types import DType
 __all__ = [
     "DEFAULT_BLOCK_BYTES",
     "NO_PAGE",
+    "SLOT_BITS",
     "BlockGrid",
     "BlockMap",
     "MatrixView",
@@ -42,6 +43,9 @@ _DEFAULT_BLOCK_COLS = 64
 
 #: In `BlockMap.base_page_ids`: the block is no delta.
 NO_PAGE = -1
+
+#: Slots of a page number fewer than 2 to this power: each takes at least 32 bytes.
+SLOT_BITS = 20
 
 _MAP_MAGIC = b"PDBM"
 _MAP_VERSION = 1
@@ -297,6 +301,10 @@ def _unpack_part(part: bytes) -> _Part:
     index, slots, *bases = table.reshape(n_columns, n_blocks)
     if n_blocks and int(index.max()) >= n_pages:
         raise CorruptStoreError("a block map names a page outside of its own list")
+    # Whoever has an entry for each slot up to the last would ask for 32 GiB otherwise.
+    highest = max(int(column.max(initial=0)) for column in (slots, *bases[1:]))
+    if highest >= 1 << SLOT_BITS:
+        raise CorruptStoreError(f"a block map names slot {highest}, and no page has so many")
     if not bases:
         return _Part(pages[index], slots.astype(np.uint32))
     base_index, base_slots = bases

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.blocks import NO_PAGE, BlockMap
+from pydedup.blocks import NO_PAGE, SLOT_BITS, BlockMap
 from pydedup.pool import PagePool
 
 __all__ = [
@@ -41,8 +41,6 @@ PAGE_BYTES = 1024 * 1024
 PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES - codec.BLOCK_ALIGNMENT
 #: Codes of the encodings that are deltas.
 DELTA_ENCODINGS = tuple(int(code) for code in codec.Encoding if code.is_delta)
-# Slots of a page number fewer than 2 ** _SLOT_BITS: each takes at least 32 bytes.
-_SLOT_BITS = 20
 
 
 def least_pages(block_bytes: int) -> int:
@@ -52,12 +50,12 @@ def least_pages(block_bytes: int) -> int:
 
 def block_places(page_ids: NDArray[np.int64], slots: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """Return one sortable int64 per block: its page id and slot."""
-    return (page_ids << _SLOT_BITS) | slots.astype(np.int64)
+    return (page_ids << SLOT_BITS) | slots.astype(np.int64)
 
 
 def split_places(places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """Return the page ids and slots of places: `block_places` undone."""
-    return places >> _SLOT_BITS, (places & ((1 << _SLOT_BITS) - 1)).astype(np.uint32)
+    return places >> SLOT_BITS, (places & ((1 << SLOT_BITS) - 1)).astype(np.uint32)
 
 
 def block_forms(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import numpy as np
@@ -99,6 +100,23 @@ def test_damage_is_named(at: int, value: int, message: str) -> None:
     damaged[at] = value
     with pytest.raises(CorruptStoreError, match=message):
         BlockMap.from_parts([bytes(damaged)], GRID, DType.F32)
+
+
+@pytest.mark.parametrize("column", ["slots", "base_slots"])
+def test_a_slot_that_no_page_has_is_damage(column: str) -> None:
+    """An add after such a map took memory for each slot up to it."""
+    at = {"slots": slots(0, 0, 0), "base_slots": slots(0, 0, 0)}
+    for slot, refused in ((2**20 - 1, False), (2**20, True), (2**32 - 1, True)):
+        at[column][2] = slot
+        written = BlockMap(
+            GRID, DType.F32, ids(1, 2, 3), at["slots"], ids(-1, 4, 4), at["base_slots"]
+        )
+        with (
+            pytest.raises(CorruptStoreError, match=f"names slot {slot}, and no page has so many")
+            if refused
+            else contextlib.nullcontext()
+        ):
+            BlockMap.from_parts(list(written.parts()), GRID, DType.F32)
 
 
 def test_the_number_of_blocks_is_that_of_the_grid() -> None:
