@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import warnings
 from collections.abc import Generator, Sequence
@@ -24,7 +25,7 @@ from pydedup.text import plural, without_secrets
 
 __all__ = ["scored"]
 
-#: How often what reads a dataset may die without a block done.
+#: How often what reads a dataset may die without more done than before.
 _MOST_DEATHS: Final = 20
 _GAVE_UP: Final = -1
 
@@ -57,8 +58,9 @@ def _of_dataset(
     ray: Any, dataset: Any, settings: Settings, workers: int, max_deaths: int
 ) -> Generator[tuple[int, str] | None, None, None]:
     died = importlib.import_module("ray.exceptions").RayActorError
-    deaths = 0
+    deaths = most = 0
     while True:
+        blocks = 0
         feeder = ray.remote(num_cpus=0, max_restarts=0)(_Feeder).remote(
             dataset, settings, workers, max_deaths
         )
@@ -70,13 +72,16 @@ def _of_dataset(
                 number, result = told
                 if number == _GAVE_UP:
                     raise ClusterError(result)
-                deaths = 0
+                blocks += 1
+                # Blocks that were done before are told anew, and of these no row is written.
+                if blocks > most or json.loads(result)["rows"]:
+                    deaths, most = 0, max(blocks, most)
                 yield number, result
         except died as error:
             deaths += 1
             if deaths >= _MOST_DEATHS:
                 raise ClusterError(
-                    f"what reads the dataset died {deaths} times without a block done (the last: "
+                    f"what reads the dataset died {deaths} times without more done (the last: "
                     f"{cause_of(error)}); see that there is memory for it, and run it again"
                 ) from None
             yield None

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
@@ -130,6 +132,45 @@ def test_workers_that_die_whatever_they_do_end_the_work(
     monkeypatch.setattr(score_pool, "_MOST_IN_A_ROW", (3, 1))
     with pytest.raises(ClusterError, match="workers died 3 times without a part done"):
         score(scored_file.query, scored_file, "p")
+
+
+class Dying:
+    """Ray, as far as it is used to read a dataset: each reader tells of some blocks, and dies."""
+
+    def __init__(self, *lives: list[int]) -> None:
+        self._lives = iter(lives)
+        self._left: list[int] = []
+        self.begun = 0
+
+    def remote(self, **_: object) -> Any:
+        return lambda _: SimpleNamespace(remote=self._begin)
+
+    def _begin(self, *_: object) -> Any:
+        self.begun += 1
+        assert self.begun < 100, "there is no end"
+        self._left = list(next(self._lives))
+        return SimpleNamespace(next=SimpleNamespace(remote=lambda: None))
+
+    def get(self, _: object) -> tuple[int, str]:
+        if not self._left:
+            raise exceptions.RayActorError
+        return 0, json.dumps({"rows": self._left.pop(0)})
+
+    def kill(self, _: object) -> None:
+        pass
+
+
+def test_a_dataset_whose_reader_dies_at_the_same_place_each_time_is_given_up() -> None:
+    """It was read again without end: the blocks before that place are told each time."""
+    ray = Dying([5, 5], *[[0, 0]] * 200)
+    with pytest.raises(ClusterError, match="died 20 times without more done"):
+        list(score_feed._of_dataset(ray, None, cast(Any, None), 1, 4))
+    assert ray.begun == 20
+    # Fewer blocks of which rows were written, and more that had been done, are both a step ahead.
+    ray = Dying([5, 5], *[[0]] * 18, [5], *[[0, 0]] * 18, [0, 0, 0], *[[0, 0]] * 200)
+    with pytest.raises(ClusterError, match="died 20 times without more done"):
+        list(score_feed._of_dataset(ray, None, cast(Any, None), 1, 4))
+    assert ray.begun == 58
 
 
 def test_what_ray_tells_of_a_death_is_said() -> None:
