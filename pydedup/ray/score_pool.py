@@ -21,7 +21,8 @@ from pydedup.text import plural, without_secrets
 
 __all__ = ["Pool", "cause_of"]
 
-#: How often in a row workers may die without a piece done, and how often for each of them.
+#: How often in a row workers may die without a piece done, and how often for each of them; of those
+#: that die at one piece, the first counts.
 _MOST_IN_A_ROW: Final = (20, 3)
 #: Of pieces that were left, so many are named.
 _NAMED: Final = 5
@@ -158,7 +159,9 @@ class Pool:
         return number, str(said)
 
     def _dead(self, number: int | None, piece: Any, error: Exception) -> None:
-        self._in_a_row += 1
+        # A piece that killed before is known by now, and left before long.
+        if number not in self._deaths:
+            self._in_a_row += 1
         # A machine that is taken away says nothing against what ran there.
         if number is not None and not getattr(error, "preempted", False):
             self._deaths.setdefault(number, []).append(cause_of(error))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -132,6 +133,63 @@ def test_workers_that_die_whatever_they_do_end_the_work(
     monkeypatch.setattr(score_pool, "_MOST_IN_A_ROW", (3, 1))
     with pytest.raises(ClusterError, match="workers died 3 times without a part done"):
         score(scored_file.query, scored_file, "p")
+
+
+class Call:
+    """What a method of an actor returns at once."""
+
+    def __init__(self, piece: int | None = None) -> None:
+        self.piece = piece
+
+
+class Killing:
+    """Ray, as far as a pool uses it: workers do not survive pieces below a number."""
+
+    def __init__(self, below: int) -> None:
+        self._below = below
+        self.given: Counter[int | None] = Counter()
+
+    def remote(self, **_: object) -> Any:
+        method = SimpleNamespace(remote=Call)
+        actor = SimpleNamespace(ready=method, part=method)
+        return lambda _: SimpleNamespace(remote=lambda _: actor)
+
+    def wait(self, calls: list[Call], num_returns: int) -> tuple[list[Call], list[Call]]:
+        return calls[:num_returns], calls[num_returns:]
+
+    def get(self, call: Call) -> str:
+        self.given[call.piece] += 1
+        if call.piece is not None and call.piece < self._below:
+            raise exceptions.RayActorError
+        return "done"
+
+    def kill(self, _: object) -> None:
+        pass
+
+
+def in_pool(ray: Killing, pieces: int, max_deaths: int) -> tuple[list[int], str]:
+    """Return which pieces are done, and what is said of the others."""
+    settings = cast(Any, SimpleNamespace(threads=1))
+    pool = score_pool.Pool(ray, settings, "part", 2, max_deaths, lambda number, _: f"part {number}")
+    done: list[int] = []
+    with pytest.raises(ClusterError) as raised:
+        done.extend(number for number, _ in pool.results((n, n) for n in range(pieces)))
+    return done, str(raised.value)
+
+
+def test_each_of_many_parts_that_kill_is_left_and_named() -> None:
+    """Seven, each tried four times, were told as workers that die whatever they do."""
+    ray = Killing(12)
+    done, said = in_pool(ray, 40, 4)
+    assert done == list(range(12, 40))
+    assert said.startswith("12 parts of the work killed every worker that was given it")
+    assert f"part 4 ({KILLED}: 4 times); and 7 more" in said
+    assert [ray.given[n] for n in range(40)] == [4] * 12 + [1] * 28
+    ray = Killing(1000)
+    done, said = in_pool(ray, 1000, 4)
+    assert not done
+    assert said.startswith("Ray's workers died 20 times without a part done")
+    assert sum(ray.given[n] for n in range(1000)) == 20
 
 
 class Dying:
