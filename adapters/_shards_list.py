@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Final
 
 from pydedup.errors import ArgumentError, ConflictError, CorruptStoreError, StoreError
 
@@ -20,9 +21,12 @@ from ._postgres_base import SHARDS
 from ._postgres_errors import ConnectionLostError
 from ._shard import Shard
 from ._shards_reading import ShardedReads
-from ._shards_url import Ring, generation_of, shard_of_name
+from ._shards_url import Ring, generation_of, places_of, shard_of_name
 
 __all__ = ["ShardedList"]
+
+#: Pages that are asked for together.
+_ROWS_AT_ONCE: Final = 4096
 
 
 @dataclass(slots=True)
@@ -181,7 +185,8 @@ class ShardedList(ShardedReads):
         ------
         ArgumentError
             When no shard is lost, more than one is, or who is cannot be known, when each page was
-            on one shard alone, or when the database is not empty: nothing was changed.
+            on one shard alone, when of a page no other shard has a copy, or when the database is
+            not empty: nothing was changed.
         NotAStoreError, ReadOnlyError, ConflictError, UnavailableError
         """
         self._refuse_when_read_only()
@@ -193,6 +198,7 @@ class ShardedList(ShardedReads):
             ring = self._listed_ring()
         if found.empty:
             new, lost = found.empty[0], self._lost(ring, found)
+            self._refuse_only_copies(ring, found, lost)
             done = self._install(ring, new, lost, ring.next_name(lost), claim=True)
         self.match_shards()
         return done
@@ -237,6 +243,33 @@ class ShardedList(ShardedReads):
                 "copy STORE NEW NAME...), with the list as it was"
             )
         return left[0]
+
+    def _refuse_only_copies(self, ring: Ring, found: _Found, lost: str) -> None:
+        """Raise ArgumentError where a lost shard had the only copy of a page: it may come back."""
+        alone: dict[str, list[int]] = {}
+        after = 0
+        while rows := self.page_rows(after=after, limit=_ROWS_AT_ONCE):
+            after = rows[-1].id
+            others: dict[str, list[int]] = {}
+            for row in rows:
+                places = places_of(row.id, tuple(ring.shards), ring.replicas)
+                if lost in places:
+                    (other,) = {*places} - {lost}
+                    others.setdefault(other, []).append(row.id)
+            for other, ids in others.items():
+                if missing := set(ids) - found.shards[other].present_payloads(ids):
+                    alone.setdefault(other, []).extend(missing)
+        if not alone:
+            return
+        pages = sorted(page for missing in alone.values() for page in missing)
+        there = ", ".join(found.shards[other].shown for other in alone)
+        raise ArgumentError(
+            f"{found.empty[0].shown} cannot take the place of {ring.shards[lost]}: {len(pages)} "
+            f"of the pages there have no copy on {there}, and would be out of reach. They are read "
+            f"by {self._readers_of(pages)}. Bring {ring.shards[lost]} back and run `pydedup "
+            "refill`; if it is lost for good so are they: remove these models, with the list as it "
+            "was, vacuum, and run this again"
+        )
 
     def _install(
         self, ring: Ring, shard: Shard, shard_id: str, name: str, *, claim: bool = False

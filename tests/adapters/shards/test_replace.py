@@ -176,6 +176,51 @@ def test_with_one_copy_the_pages_are_lost(
     serves(place.url(1))
 
 
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_shard_with_the_only_copies_is_not_replaced(
+    comes_back: bool, place: ShardedPlace, new_place: NewPlace
+) -> None:
+    """Another was replaced and not filled yet: what both should have is on this one alone."""
+    second, away, third = new_place(), new_place(), new_place()
+    fill(place.url(2, shards=[0, second, away]))
+    drop(second)
+    second = new_place()
+    pydedup.Store.replace_lost(place.url(2, shards=[0, second, away]))
+    only = len(
+        set(run(away, f"SELECT id FROM {name_of(away)}.page_payloads"))  # noqa: S608 - ours
+        - set(place.rows(0, "SELECT id FROM {}.page_payloads"))
+    )
+    assert only
+    replacing = place.url(2, shards=[0, second, third])
+    refused(
+        replacing,
+        f"{only} of the pages",
+        name_of(away),
+        f"no copy on {pydedup.registry.redact(second).partition('?')[0]}",
+        "pydedup refill",
+        "m0@1",
+    )
+    assert is_empty(third)
+    # Both of what is advised can be done.
+    if comes_back:
+        with pydedup.open(place.url(2, shards=[0, second, away])) as store:
+            assert store.refill().ok
+        drop(away)
+    else:
+        drop(away)
+        nobody = f"postgresql://postgres@127.0.0.1:{unused_port()}/postgres"
+        with pydedup.open(place.url(2, shards=[0, second, nobody])) as store:
+            for model in MODELS:
+                store.remove(model)
+            store.vacuum()
+    assert pydedup.Store.replace_lost(replacing) is not None
+    with pydedup.open(replacing) as store:
+        assert store.refill().ok
+        if not comes_back:
+            store.add_many(dict(MODELS), policy=POLICY)
+    is_sound(replacing)
+
+
 def test_a_lost_shard_that_comes_back_is_refused(place: ShardedPlace, new_place: NewPlace) -> None:
     lost, new = new_place(), new_place()
     before, url = (place.url(2, shards=[0, one, 2]) for one in (lost, new))
