@@ -193,7 +193,7 @@ def _connected(ray: Any, what: str, options: dict[str, Any]) -> Iterator[None]:
             try:
                 _init(ray, options)
             except Exception as error:
-                # Now and then the process for a client does not come up in Ray's 30 seconds.
+                # Ray's proxy forks while it speaks gRPC, and now and then what it starts dies.
                 if "Starting Ray client server failed" not in str(error):
                     raise
                 _init(ray, options)

@@ -53,6 +53,9 @@ def cluster() -> Iterator[Cluster]:
     named = ("node-manager", "object-manager", "dashboard-agent-grpc", "metrics-export")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as tmp:
         environment = os.environ | {"RAY_TMPDIR": tmp, "RAY_AUTH_MODE": "disabled"}
+        # Ray's proxy for clients forks while it speaks gRPC; with gRPC's handlers of forks, what it
+        # starts dies now and then, and the client waits for it for 30 seconds.
+        environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"
         os.environ["RAY_AUTH_MODE"] = "disabled"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={tmp}"]
