@@ -259,9 +259,11 @@ class ShardedList(ShardedReads):
             for other, ids in others.items():
                 if missing := set(ids) - found.shards[other].present_payloads(ids):
                     alone.setdefault(other, []).extend(missing)
-        if not alone:
+        # What was deleted meanwhile is gone from both.
+        gone = sorted(page for missing in alone.values() for page in missing)
+        pages = [row.id for row in self.page_rows(ids=gone)] if gone else []
+        if not pages:
             return
-        pages = sorted(page for missing in alone.values() for page in missing)
         there = ", ".join(found.shards[other].shown for other in alone)
         raise ArgumentError(
             f"{found.empty[0].shown} cannot take the place of {ring.shards[lost]}: {len(pages)} "

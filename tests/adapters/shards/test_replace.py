@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydedup.adapters._shard import Shard
 
 import pydedup
 from pydedup.adapter import LIVE
@@ -219,6 +221,23 @@ def test_a_shard_with_the_only_copies_is_not_replaced(
         if not comes_back:
             store.add_many(dict(MODELS), policy=POLICY)
     is_sound(replacing)
+
+
+def test_pages_that_a_vacuum_deletes_meanwhile_are_none_to_miss(
+    place: ShardedPlace, new_place: NewPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, new = new_place(), new_place()
+    with pydedup.open(place.url(2, shards=[0, lost, 2])) as store, store._adapter.transaction():
+        dead = set(store._adapter.insert_pages([(bytes(16), b"x" * 100)] * 8, state=LIVE))
+    drop(lost)
+    present = Shard.present_payloads
+
+    def emptied(self: Shard, ids: Sequence[int]) -> set[int]:
+        place.rows(0, "DELETE FROM {}.pages WHERE id = ANY(%s)", sorted(dead))
+        return present(self, ids) - dead
+
+    monkeypatch.setattr(Shard, "present_payloads", emptied)
+    assert pydedup.Store.replace_lost(place.url(2, shards=[0, new, 2])) is not None
 
 
 def test_a_lost_shard_that_comes_back_is_refused(place: ShardedPlace, new_place: NewPlace) -> None:
