@@ -33,8 +33,8 @@ from pydedup.text import without_secrets
 __all__ = ["INSTALL", "Secret", "absolute", "attached", "import_ray", "on_each_node", "use_threads"]
 
 INSTALL: Final = "pip install 'pydedup[ray]'"
-#: The oldest that tests were run with (of 2.31, datasets and dying replicas fail), and the first that
-#: may lack what is called here.
+#: The oldest that tests were run with (of 2.31, datasets and dying replicas fail), and the first
+#: that may lack what is called here.
 _OLDEST, _TOO_NEW = (2, 44), (3,)
 _CLIENT_PORT: Final = 10001
 _PROBE_SECONDS: Final = 5.0
