@@ -50,12 +50,17 @@ python_tests() {
             return
         fi
     done
-    "$VENV/bin/pytest" "$@" "${FIRST[@]}" >"$LOGS/pytest-first.log" 2>&1 &
+    # In a process group of its own: what else runs in the background is started with SIGINT ignored,
+    # and lives on when that comes before tests/conftest.py is loaded.
+    set -m
+    "$VENV/bin/pytest" "$@" "${FIRST[@]}" >"$LOGS/pytest-first.log" 2>&1 </dev/null &
     first=$!
-    trap 'kill -INT "$first" 2>/dev/null' EXIT  # Ctrl-C does not reach what runs in the background
+    set +m
+    trap 'kill -INT -- "-$first" 2>/dev/null; wait "$first"' EXIT
+    trap 'exit 130' INT
     "$VENV/bin/pytest" "$@" "${FIRST[@]/#/--ignore=}" 2>&1 | tee "$LOGS/pytest.log" || rest_status=$?
     wait "$first" || first_status=$?
-    trap - EXIT
+    trap - EXIT INT
     say "" "== python: ${FIRST[*]}"
     cat "$LOGS/pytest-first.log"
     # With -k one of them may have no test (5), but not both.
