@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Final
 
 from ._mysql_errors import LOST, ConnectionLostError
@@ -124,4 +125,6 @@ def sent(value: Any) -> Any:
     """Return a parameter as the driver carries it without loss."""
     if isinstance(value, float):
         return repr(value)  # the C extension would round it to 32 bits
+    if isinstance(value, Decimal):
+        return f"{value:f}"  # the C extension would write beyond its memory
     return bytes(value) if isinstance(value, memoryview | bytearray) else value

@@ -6,6 +6,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Final, cast
 
@@ -28,6 +29,8 @@ _TIMES: Final = {7: "DATETIME(6)", 10: "DATE", 12: "DATETIME(6)"}
 _TEXT: Final = "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
 _UNSIGNED: Final = 32
 _BINARY: Final = 63
+#: The most that a decimal has.
+_DIGITS: Final = 65
 
 
 class MysqlRows(RowCalls):
@@ -91,6 +94,14 @@ class MysqlRows(RowCalls):
             return list(cursor.fetchmany(count))
         except self.driver_error as error:
             raise self._translate(error) from error
+
+    def _mark(self, value: object) -> str:
+        """Return what makes a decimal of one again: it is sent as text, compared as a float."""
+        if not isinstance(value, Decimal):
+            return super()._mark(value)
+        exponent = value.as_tuple().exponent
+        scale = max(0, -exponent) if isinstance(exponent, int) else 0
+        return f"CAST(? AS DECIMAL({_DIGITS}, {scale}))"
 
     def full_table_name(self, table: str) -> str:
         """Return the name with its database."""

@@ -89,7 +89,7 @@ class PostgresRows(RowCalls):
             query = query.replace("%", "%%")  # beside values, a single one would mark one
         return super().read_range(query, batch, within)
 
-    def _bound_key(self, key: RowColumn) -> str:
+    def _bound_key(self, key: RowColumn, value: object) -> str:
         """Name the type, as `format_type` has it: a text is compared with no enum, say."""
         return f"CAST(%b AS {key.type})"
 

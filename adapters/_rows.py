@@ -138,13 +138,13 @@ class RowCalls(DbApiBase):
         self, query: str, batch: int, within: KeyRange
     ) -> AbstractContextManager[RowStream]:
         """Stream those rows of a query whose keys are within a range."""
-        name, mark = self._quoted(within.key.name, "column"), self._bound_key(within.key)
+        name = self._quoted(within.key.name, "column")
         conditions, values = [], []
         if within.above is not None:
-            conditions.append(f"{name} > {mark}")
+            conditions.append(f"{name} > {self._bound_key(within.key, within.above)}")
             values.append(within.above)
         if within.up_to is not None:
-            last = f"{name} <= {mark}"
+            last = f"{name} <= {self._bound_key(within.key, within.up_to)}"
             # Rows without a key are of the first range, where they are told as such.
             conditions.append(f"({last} OR {name} IS NULL)" if within.above is None else last)
             values.append(within.up_to)
@@ -158,8 +158,12 @@ class RowCalls(DbApiBase):
         """Return a column for keys that come from elsewhere."""
         return RowColumn(name, self._key_types.get(kind))
 
-    def _bound_key(self, key: RowColumn) -> str:
-        """Return the placeholder of a value that keys are compared with."""
+    def _bound_key(self, key: RowColumn, value: object) -> str:
+        """Return the placeholder of a value that keys of a query are compared with."""
+        return self._mark(value)
+
+    def _mark(self, value: object) -> str:
+        """Return the placeholder of a key."""
         return self._sql.dialect.placeholder
 
     def table_columns(self, table: str, key: str) -> tuple[str, ...] | None:
@@ -214,8 +218,13 @@ class RowCalls(DbApiBase):
             return {
                 plain_key(row[0])
                 for piece in pieces
-                for row in self._query(head + self._sql.members(len(piece)), piece)
+                for row in self._query(head + self._members_of(piece), piece)
             }
+
+    def _members_of(self, keys: Sequence[object]) -> str:
+        if self._sql.dialect.arrays:
+            return self._sql.members(len(keys))
+        return f"IN ({', '.join(map(self._mark, keys))})"
 
     def insert_predictions(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
