@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import threading
 import weakref
@@ -141,6 +142,7 @@ class SessionPool:
         self._local = threading.local()
         self._lock = threading.RLock()
         self._closed = False
+        self.number = next(_NUMBERS)
         _POOLS.add(self)
 
     def acquire(self) -> Session:
@@ -272,6 +274,7 @@ class SessionPool:
 
 
 _POOLS: weakref.WeakSet[SessionPool] = weakref.WeakSet()
+_NUMBERS = itertools.count()
 #: Files on which this process inherited locks.
 _INHERITED: set[str | None] = set()
 
@@ -285,7 +288,9 @@ class _Fork:
 
     def before(self) -> None:
         self._lock.acquire()
-        for pool in list(_POOLS):
+        # In the order in which they were made: who holds a session of a shard may wait for its
+        # coordinator, whose pool was made after that of the shard, and never the other way round.
+        for pool in sorted(_POOLS, key=lambda pool: pool.number):
             pool.hold()
             self._held.append(pool)
             pool.close_idle()

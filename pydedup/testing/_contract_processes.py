@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -207,13 +208,17 @@ class ProcessesContract(ContractBase):
 
         thread = threading.Thread(target=read)
         thread.start()
+        seconds = []
         try:
             for _ in range(5):
+                started = time.monotonic()
                 in_child(adapter, adapter.count_blocks, 10)
+                seconds.append(time.monotonic() - started)
         finally:
             done.set()
             thread.join(PATIENCE_SECONDS)
         assert not failures, failures
+        assert max(seconds) < 4.5, f"forks waited for the other thread: {seconds}"
 
     @pytest.mark.parametrize("who", ["this thread", "another thread"])
     def test_a_fork_within_a_transaction(self, adapter: Adapter, who: str) -> None:
