@@ -10,16 +10,16 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <string>
+#include <optional>
 #include <type_traits>
 
 #include "base/parallel.hpp"
 #include "dispatch/dispatch.hpp"
 #include "gemm/activation.hpp"
+#include "gemm/matmul_impl.hpp"
 #include "gemm/packed_x.hpp"
 #include "gemm/transpose.hpp"
 #include "gemm/weights.hpp"
-#include "pydedup/error.hpp"
 
 namespace pydedup {
 namespace {
@@ -52,91 +52,6 @@ constexpr std::size_t kPiecesPerThread = 4;
 
 }  // namespace
 
-class Matmul::Impl {
-  public:
-    explicit Impl(const Problem& problem) : p_(problem) {
-        const auto& places = p_.places;
-        for (std::size_t i = 0; i < places.size(); ++i) {
-            const std::size_t before = i == 0 ? 0 : places[i - 1];
-            if (places[i] < before || places[i] > before + (i == 0 ? 0 : 1)) {
-                throw Error(ErrorCode::invalid_argument,
-                            "place " + std::to_string(places[i]) + " follows on " +
-                                std::to_string(before) + "; places ascend and leave none out");
-            }
-        }
-        if (!places.empty() && places.back() + std::size_t{1} != p_.grid.count()) {
-            throw Error(ErrorCode::invalid_argument, "places end at " +
-                                                         std::to_string(places.back()) + " of " +
-                                                         std::to_string(p_.grid.count()));
-        }
-    }
-    virtual ~Impl() = default;
-
-    void feed(std::span<const BlockView> blocks, std::span<const std::uint64_t> members) {
-        if (!members.empty() && (members.size() != blocks.size() || p_.variants == nullptr)) {
-            throw Error(ErrorCode::invalid_argument,
-                        "members of " + std::to_string(members.size()) + " blocks came with " +
-                            std::to_string(blocks.size()) + " blocks" +
-                            (p_.variants == nullptr ? " for rows of one variant" : ""));
-        }
-        if (blocks.size() > count() - fed_) {
-            throw Error(ErrorCode::invalid_argument, std::to_string(fed_ + blocks.size()) +
-                                                         " blocks were fed to a matrix of " +
-                                                         std::to_string(count()));
-        }
-        for (std::size_t i = 0; i < blocks.size(); ++i) {
-            detail::check_block(blocks[i], p_.grid, p_.weights, place(fed_ + i));
-        }
-        members_ = members;
-        if (!blocks.empty() && p_.m != 0) multiply(blocks);
-        members_ = {};
-        fed_ += blocks.size();
-    }
-
-    [[nodiscard]] std::size_t fed() const noexcept { return fed_; }
-
-  protected:
-    virtual void multiply(std::span<const BlockView> blocks) = 0;
-
-    /// How many blocks there will be, and where in the grid each of them belongs.
-    [[nodiscard]] std::size_t count() const noexcept {
-        return p_.places.empty() ? p_.grid.count() : p_.places.size();
-    }
-    [[nodiscard]] std::size_t place(std::size_t number) const noexcept {
-        return p_.places.empty() ? number : p_.places[number];
-    }
-    /// The first block at or behind a place.
-    [[nodiscard]] std::size_t first_from(std::size_t at) const noexcept {
-        if (p_.places.empty()) return at;
-        return static_cast<std::size_t>(std::lower_bound(p_.places.begin(), p_.places.end(), at) -
-                                        p_.places.begin());
-    }
-
-    /// Whether a row of x has block `number`, which is one of this call.
-    [[nodiscard]] bool has(std::size_t number, std::size_t row) const noexcept {
-        return (members_[number - fed_] >> p_.variants[row] & 1) != 0;
-    }
-
-    /// Calls use(begin, end) for each run of rows within [i0, i1) that have the block.
-    template <class Use>
-    void for_rows_with(std::size_t number, std::size_t i0, std::size_t i1, const Use& use) const {
-        if (members_.empty()) {
-            use(i0, i1);
-            return;
-        }
-        for (std::size_t begin = i0; begin < i1;) {
-            std::size_t end = begin;
-            while (end < i1 && has(number, end)) ++end;
-            if (end > begin) use(begin, end);
-            begin = end + 1;
-        }
-    }
-
-    const Problem p_;
-    std::size_t fed_ = 0;
-    std::span<const std::uint64_t> members_;  // of the blocks of this call
-};
-
 template <class T>
 class Matmul::Typed final : public Matmul::Impl {
   public:
@@ -150,7 +65,15 @@ class Matmul::Typed final : public Matmul::Impl {
         if (p_.grid.count() == 0) {  // no weights: an empty sum
             std::fill_n(y_, p_.m * n_, T{0});
             finish(0, p_.m, 0, n_);
-        } else if (!p_.transpose && p_.m > own().dot_max_m) {
+        } else if (p_.transpose) {
+            // Whole tiles of the widest kind, as long as all rows have the same blocks.
+            const std::span<const typename GemmKernelsOf<T>::Tile> widest(own().tiles, 1);
+            tiled_ = p_.places.empty() ? p_.m / widest[0].width * widest[0].width : 0;
+            if (tiled_ != 0) {
+                packed_.emplace(x_, tiled_, p_.grid.rows, p_.grid.block_rows, widest,
+                                threads_for(tiled_ * p_.grid.rows));
+            }
+        } else if (p_.m > own().dot_max_m) {
             const unsigned threads = threads_for(p_.m * p_.grid.cols);
             if constexpr (sizeof(T) == 4) {
                 const auto& pairs = kernels_.bf16.tiles;
@@ -171,12 +94,19 @@ class Matmul::Typed final : public Matmul::Impl {
         for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
         const unsigned threads = threads_for(weights * p_.m);
         if (p_.transpose) {
+            if (packed_) {
+                run(grid.grid_cols(), packed_->n_tiles(), packed_->tile(0).kernel->width, threads,
+                    [&](const Task& task, Worker& worker) {
+                        multiply_nn_tiles(blocks, task.panel, task.unit0, task.unit1, worker);
+                    });
+            }
+            if (tiled_ == p_.m) return;
             const std::size_t group = columns_together(threads);
-            run(ceil_div(grid.grid_cols(), group), p_.m, 1, threads,
+            run(ceil_div(grid.grid_cols(), group), p_.m - tiled_, 1, threads,
                 [&](const Task& task, Worker& worker) {
                     const std::size_t column = task.panel * group;
                     multiply_nn(blocks, column, std::min(column + group, grid.grid_cols()),
-                                task.unit0, task.unit1, worker.reader);
+                                tiled_ + task.unit0, tiled_ + task.unit1, worker.reader);
                 });
             return;
         }
@@ -439,12 +369,15 @@ class Matmul::Typed final : public Matmul::Impl {
         return std::max<std::size_t>(fitting / kGroup, 1) * kGroup;
     }
 
-    // The block after this one in its row of blocks, when its memory is worth asking for.
+    // The block so many places on, in its row or column of blocks the next one, when its memory is
+    // worth asking for.
     template <class E>
-    [[nodiscard]] static const E* next_block(std::span<const BlockView> blocks,
-                                             std::size_t index) noexcept {
-        if (index + 1 == blocks.size() || blocks[index + 1].length > kMaxAheadBytes) return nullptr;
-        return reinterpret_cast<const E*>(blocks[index + 1].data);
+    [[nodiscard]] static const E* next_block(std::span<const BlockView> blocks, std::size_t index,
+                                             std::size_t step = 1) noexcept {
+        if (index + step >= blocks.size() || blocks[index + step].length > kMaxAheadBytes) {
+            return nullptr;
+        }
+        return reinterpret_cast<const E*>(blocks[index + step].data);
     }
 
     template <class Tile>
@@ -474,6 +407,57 @@ class Matmul::Typed final : public Matmul::Impl {
         const std::size_t fitting = kMaxSumBytes / (rows * p_.grid.block_cols * sizeof(T));
         const std::size_t enough = p_.grid.grid_cols() / (kPiecesPerThread * threads);
         return std::max<std::size_t>(std::min(fitting, enough), 1);
+    }
+
+    // Column `column` of blocks for tiles [t0, t1) of x. With its rows and columns exchanged, a
+    // block is multiplied as for x @ W.T: that takes as long as a few rows of x do.
+    void multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column, std::size_t t0,
+                           std::size_t t1, Worker& worker) const {
+        const PackedX<T, T>& x = *packed_;
+        const std::size_t columns = p_.grid.grid_cols();
+        const std::size_t first =
+            column + ceil_div(fed_ - std::min(fed_, column), columns) * columns;
+        const std::size_t end = fed_ + blocks.size();
+        if (first >= end) return;
+        const BlockRect rect = block_rect(p_.grid, column);
+        const std::size_t sum0 = x.sums_before(t0);
+        T* const sums = worker.sums.at_least((x.sums_before(t1) - sum0) * rect.cols);
+        const auto sums_of = [&](std::size_t t) {
+            return sums + (x.sums_before(t) - sum0) * rect.cols;
+        };
+        const auto y_of = [&](std::size_t t) { return y_ + x.tile(t).row0 * n_ + rect.col0; };
+        for (std::size_t t = t0; t < t1; ++t) {
+            const auto& tile = x.tile(t);
+            if (first == column) {
+                std::fill_n(sums_of(t), tile.sums() * rect.cols, T{0});
+            } else {
+                detail::transpose(y_of(t), n_, tile.rows, rect.cols, sums_of(t), tile.sums());
+            }
+        }
+        const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
+        for (std::size_t number = first; number < end; number += columns) {
+            const BlockView& block = blocks[number - fed_];
+            T* const w = worker.apart.at_least(std::size_t{block.rows} * block.cols);
+            detail::transpose(worker.reader.read(block), block.cols, block.rows, block.cols, w,
+                              block.rows);
+            const T* const next = next_block<T>(blocks, number - fed_, columns);
+            for (std::size_t r = 0; r < block.rows; r += strip) {
+                const std::size_t n = std::min<std::size_t>(strip, block.rows - r);
+                for (std::size_t t = t0; t < t1; ++t) {
+                    x.tile(t).kernel->tile_nt(
+                        x.at(number / columns, t, r), w + r, block.cols, n, block.rows,
+                        t == t0 && next != nullptr ? next + r * block.cols : nullptr, sums_of(t));
+                }
+            }
+        }
+        for (std::size_t t = t0; t < t1; ++t) {
+            const auto& tile = x.tile(t);
+            detail::transpose_apart(sums_of(t), tile.sums(), rect.cols, tile.rows, y_of(t), n_);
+        }
+        if (end + columns > p_.grid.count() + column) {
+            finish(x.tile(t0).row0, x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows, rect.col0,
+                   rect.cols);
+        }
     }
 
     // Columns [column0, column1) of blocks, for rows [i0, i1) of x.
@@ -511,7 +495,8 @@ class Matmul::Typed final : public Matmul::Impl {
     const T* const x_;
     const T* const bias_;
     T* const y_;
-    const std::size_t n_;  // columns of y
+    const std::size_t n_;    // columns of y
+    std::size_t tiled_ = 0;  // rows of x that a transposed product takes by tiles
     // x as the kernels want it: none for dot products, pairs_ for products of bf16 numbers.
     std::optional<PackedX<T, T>> packed_;
     std::optional<PackedX<std::uint16_t, float>> pairs_;
