@@ -22,13 +22,15 @@ from pydedup.errors import (
 )
 
 from ._base import DeniedError, Row, fetch_all, text
-from ._dbapi import DbApiAdapter
+from ._dbapi import PAYLOADS_PER_READ, DbApiAdapter
+from ._mysql_cursors import TEXT_MARK
 from ._mysql_errors import ConnectionLostError, DefinedError, packet_advice
 from ._mysql_rows import MysqlRows
 from ._mysql_server import MOST_PAYLOAD_BYTES, may_create
 from ._mysql_url import Place
 from ._schema import TABLES, VIEWS, Dialect, create_statements
 from ._sessions import Connection, Session
+from ._sql import batches
 
 __all__ = ["DIALECT", "MysqlBase"]
 
@@ -106,6 +108,12 @@ class MysqlBase(MysqlRows, DbApiAdapter):
                 if wait is None:
                     raise
                 time.sleep(wait)
+
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        for piece in batches(ids, PAYLOADS_PER_READ):
+            sql = self._sql.read_pages(len(piece)).replace(DIALECT.placeholder, TEXT_MARK)
+            for page_id, payload in self._query(sql, piece):
+                yield page_id, bytes(payload)
 
     @contextlib.contextmanager
     def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from ._base import check_state
 from ._dbapi import PAYLOADS_PER_READ
 from ._postgres_base import PostgresBase
+from ._postgres_errors import ConnectionLostError
+from ._postgres_statement import Statement, copy_statement
 from ._schema import TABLES
 from ._sessions import Session
 
@@ -22,6 +26,10 @@ KINDS: Final = {
     "hash": "bytea",
     "blob": "bytea",
 } | dict.fromkeys(("word", "name", "text"), "text")
+
+#: Payloads of one statement that are yielded while it runs. A statement costs the server a
+#: millisecond before its first row; one that runs long meets `statement_timeout`.
+PAYLOADS_PER_STREAM: Final = 128
 
 
 class PostgresCopy(PostgresBase):
@@ -73,21 +81,52 @@ class PostgresCopy(PostgresBase):
         )
         return sorted(row[0] for row in numbers)
 
-    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        for start in range(0, len(ids), PAYLOADS_PER_READ):
-            piece = ids[start : start + PAYLOADS_PER_READ]
-            yield from self._again(lambda piece=piece: self._copy_out(piece))  # type: ignore[misc]
+    # ---- reading payloads -----------------------------------------------------------------------
 
-    def _copy_out(self, ids: Sequence[int]) -> list[tuple[int, bytes]]:
-        pages = self._sql.dialect.name("pages")
-        chosen = f"SELECT id, payload FROM {pages} WHERE id = ANY(%s)"  # noqa: S608
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield payloads while more of them are coming; in a transaction or snapshot, by pieces.
+
+        There, what the caller does between two of them uses the same connection, so that the
+        statement has to end before.
+        """
+        streams = self._pool.scope() is None
+        most = PAYLOADS_PER_STREAM if streams else PAYLOADS_PER_READ
+        for start in range(0, len(ids), most):
+            piece = ids[start : start + most]
+            if streams:
+                yield from self._streamed(piece)
+            else:
+                with self._pool.acquire() as session:
+                    found = list(self._copied(session, piece))
+                yield from found
+
+    def _streamed(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield payloads; when the connection is lost, those that have not come are asked again."""
+        left = list(ids)
+        while True:
+            came = set()
+            rows = self._again(functools.partial(self._begun, left))
+            try:
+                for page_id, payload in rows:
+                    came.add(page_id)
+                    yield page_id, payload
+                return
+            except ConnectionLostError:
+                left = [page_id for page_id in left if page_id not in came]
+
+    def _begun(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        rows = self._lent(ids)
+        return itertools.chain(list(itertools.islice(rows, 1)), rows)
+
+    def _lent(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        with self._pool.lend() as session:
+            yield from self._copied(session, ids)
+
+    def _copied(self, session: Session, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        statement = Statement(session, copy_statement(self._sql.dialect.name("pages"), ids))
         try:
-            with (
-                self._pool.acquire() as session,
-                session.connection.cursor() as cursor,
-                cursor.copy(f"COPY ({chosen}) TO STDOUT (FORMAT BINARY)", [list(ids)]) as copy,
-            ):
-                copy.set_types(["int8", "bytea"])
-                return list(copy.rows())
-        except self.driver_error as error:
-            raise self._translate(error) from error
+            yield from statement.rows_as_they_come()
+        finally:
+            statement.close()
+        if statement.error is not None:
+            raise self._translate(statement.error) from statement.error

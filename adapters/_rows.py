@@ -231,16 +231,20 @@ class RowCalls(DbApiBase):
     ) -> bool:
         """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
         names = ", ".join(self._quoted(column, "column") for column in columns)
-        marks = ", ".join([self._sql.dialect.placeholder] * len(columns))
-        sql = f"INSERT INTO {self._table(table)} ({names}) VALUES ({marks})"
+        head = f"INSERT INTO {self._table(table)} ({names})"
         try:
             with self._of_user(f"writing to table {table}"), self._writing():
-                self._write_many(sql, rows)
+                self._insert_lines(head, rows)
         except KeyTakenError:
             return False
         return True
 
     # ---- inside -------------------------------------------------------------------------------
+
+    def _insert_lines(self, head: str, rows: Sequence[Sequence[object]]) -> None:
+        """Insert rows of as many columns as ``head``, an INSERT without its values, names."""
+        marks = ", ".join([self._sql.dialect.placeholder] * len(rows[0]) if rows else [])
+        self._write_many(f"{head} VALUES ({marks})", rows)
 
     def _writing(self) -> AbstractContextManager[None]:
         """Write transaction on tables of users; whether they may be written, the database says."""

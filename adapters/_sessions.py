@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One connection per thread and process: opened when needed, closed when its thread has ended.
 
+A thread that takes the rows of a statement one by one lends its connection to that, and uses
+another one until the last row has come (`SessionPool.lend`).
+
 Locks and their order: ``SessionPool._lock`` guards opening and closing, ``Session.lock`` one use
 of a connection. A thread never opens a session while it holds a session's lock.
 
@@ -19,16 +22,17 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 from pydedup.errors import StoreError, UnavailableError
 
-__all__ = ["READ", "WRITE", "Connection", "Session", "SessionPool"]
+__all__ = ["READ", "STREAM", "WRITE", "Connection", "Session", "SessionPool"]
 
 READ: Final = "snapshot"
 WRITE: Final = "transaction"
+STREAM: Final = "statement"
 
 #: How long a fork waits for another thread's statement to end before it counts as busy.
 FORK_WAIT_SECONDS: Final = 5.0
@@ -187,6 +191,25 @@ class SessionPool:
             session.lock.release()
             return None
         return session
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Session]:
+        """Give this thread's session for a statement whose rows are taken one by one.
+
+        The borrower locks it for each use, with ``session.use()``. What the thread does meanwhile,
+        it does on another session: for a thread that is in no transaction or snapshot.
+        """
+        with self.acquire() as session:
+            anchor = self._local.anchor
+            session.scope = STREAM
+            self._local.anchor = None
+        try:
+            yield session
+        finally:
+            session.scope = None
+            # Of two sessions that a thread has come to have, one is closed, by its anchor's end.
+            if not session.closed and getattr(self._local, "anchor", None) is None:
+                self._local.anchor = anchor
 
     def scope(self) -> str | None:
         """Return what this thread is in: a transaction, a snapshot, or nothing."""

@@ -25,6 +25,7 @@ from pydedup.errors import (
 from ._base import DbApiBase
 from ._postgres_base import CREATING, SHARDS
 from ._postgres_errors import ConnectionLostError
+from ._postgres_statement import copy_statement
 from ._postgres_url import Place
 from ._sessions import WRITE, Connection, Session, SessionPool
 from ._shards_url import Ring, shard_of_name
@@ -281,10 +282,8 @@ class Shard(PostgresAdapter):
             raise self._translate(error) from error
 
     def read_statement(self, ids: Sequence[int]) -> bytes:
-        """Return the COPY of some payloads; ids are numbers, and COPY takes no parameters."""
-        listed = ",".join(str(int(number)) for number in ids)
-        query = f"SELECT id, payload FROM {self._payloads} WHERE id = ANY('{{{listed}}}')"  # noqa: S608
-        return f"COPY ({query}) TO STDOUT (FORMAT BINARY)".encode()
+        """Return the COPY of some payloads."""
+        return copy_statement(self._payloads, ids)
 
     def open_session(self) -> Session | None:
         """Return this thread's session, locked, if its connection is open."""

@@ -19,9 +19,9 @@ from . import _postgres_base
 from ._dbapi import PAYLOADS_PER_READ
 from ._postgres_copy import PostgresCopy
 from ._postgres_errors import ConnectionLostError
+from ._postgres_statement import Statement, run_together
 from ._sessions import WRITE, Session
 from ._shard import Shard
-from ._shards_read import Statement, run_together
 from ._shards_url import Ring, places_of
 
 __all__ = ["ShardedReads"]

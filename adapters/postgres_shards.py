@@ -20,10 +20,10 @@ from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.errors import PydedupError, SchemaVersionError, StoreError
 
 from ._postgres_base import SHARDS
+from ._postgres_statement import Statement, run_together
 from ._schema import Dialect
 from ._sessions import Session
 from ._shard import Shard
-from ._shards_read import Statement, run_together
 from ._shards_refill import ShardedCopies
 from ._shards_url import Ring, ShardPlaces, locate_shards
 from .postgres import PostgresAdapter, known_options

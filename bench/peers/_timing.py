@@ -31,6 +31,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -102,6 +103,8 @@ def compare(
 ) -> Iterator[Row]:
     """Time all sides in turns and yield one row for each but the first, which is pydedup's.
 
+    Their order is another one in each round: memory and caches are what the side before has left.
+
     Parameters
     ----------
     case
@@ -130,8 +133,10 @@ def compare(
         repeats.append(max(1, round(least / once)))
     spent: list[list[float]] = [[] for _ in timers]
     total = 0.0
+    turns, chance = list(zip(timers, repeats, spent, strict=True)), random.Random(len(case))
     while total < seconds or len(spent[0]) < 5:
-        for timer, number, times in zip(timers, repeats, spent, strict=True):
+        chance.shuffle(turns)
+        for timer, number, times in turns:
             if settle:
                 time.sleep(SETTLE_SECONDS)
                 warm = time.perf_counter() + WARM_SECONDS

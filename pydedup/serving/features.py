@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from pydedup.errors import ArgumentError
 from pydedup.graph import Graph, Node
 
-__all__ = ["MOST_COLUMNS", "InputKind", "Outputs", "features_of", "input_kind", "predict_rows"]
+__all__ = [
+    "MOST_COLUMNS",
+    "InputKind",
+    "Outputs",
+    "features_of",
+    "input_kind",
+    "plain_rows",
+    "predict_rows",
+]
 
 Array = NDArray[Any]
 Predict = Callable[[Array], Any]
@@ -119,6 +127,51 @@ def features_of(values: Sequence[object], names: Sequence[str], kind: InputKind)
     if kind.width is not None and len(values) != kind.width:
         raise ArgumentError(f"there are {len(values)} features, and the model takes {kind.width}")
     return _checked([_number(v, name) for v, name in zip(values, names, strict=True)], kind, names)
+
+
+def plain_rows(rows: Sequence[Sequence[object]], kind: InputKind) -> Array | None:
+    """Return the features of many rows at once, where all are numbers that nothing is wrong with.
+
+    Parameters
+    ----------
+    rows
+        As `features_of` takes each of them.
+
+    Returns
+    -------
+    One row each of what `features_of` gives, float32 or, of ids, int64. ``None`` where rows have to
+    be looked at one by one.
+    """
+    width = len(rows[0]) if rows else 0
+    types = set[type]().union(*(set(map(type, column)) for column in zip(*rows, strict=True)))
+    if width == 1 and types == {bytes} and not kind.ids:
+        return _plain_vectors([row[0] for row in rows], kind)  # type: ignore[misc]
+    if not types or not types <= {int, float} or kind.width not in (None, width):
+        return None
+    if kind.ids or (kind.as_given and int in types):
+        if types != {int}:
+            return None
+        dtype: type[np.generic] = np.int64
+    else:
+        dtype = np.float64
+    try:
+        numbers = np.array(rows, dtype=dtype)
+    except OverflowError:  # beyond 64 bits, or what a double holds
+        return None
+    if dtype is np.int64:
+        return numbers
+    # NaN is no smaller than anything.
+    return numbers.astype(np.float32) if (np.abs(numbers) <= _FLOAT32_MAX).all() else None
+
+
+def _plain_vectors(values: Sequence[bytes], kind: InputKind) -> Array | None:
+    size = len(values[0])
+    if not size or size % 4 or kind.width not in (None, size // 4):
+        return None
+    if any(len(value) != size for value in values):
+        return None
+    numbers = np.frombuffer(b"".join(values), dtype="<f4").reshape(len(values), -1)
+    return numbers.astype(np.float32) if np.isfinite(numbers).all() else None
 
 
 def _from_one(value: Any, name: str, kind: InputKind) -> Array:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,14 @@ from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError, ConflictError, NotFoundError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
-from pydedup.serving.features import InputKind, Outputs, features_of, input_kind, predict_rows
+from pydedup.serving.features import (
+    InputKind,
+    Outputs,
+    features_of,
+    input_kind,
+    plain_rows,
+    predict_rows,
+)
 from pydedup.serving.pin import Pin
 from pydedup.types import Progress, RowFailure, ScoreReport
 
@@ -33,12 +40,21 @@ __all__ = ["Scoring", "graph_of", "key_place", "kind_of", "score_rows"]
 Array = NDArray[Any]
 #: Returns what a stored model predicts, as `Store.predict` does.
 Predict = Callable[[StoredModel, Array], Any]
+#: What is written of one prediction: a value for each of its columns.
+_Line = Sequence[object]
 
 #: Rows that failed are all counted, and so many are kept with their reasons.
 MOST_FAILURES: Final = 20
 #: How often a batch is written again when others write the same rows.
 _TRIES: Final = 5
 _MODEL_COLUMN: Final = "model"
+
+
+class _Made(NamedTuple):
+    """Predictions by key, and what they look like."""
+
+    lines: dict[object, _Line]
+    outputs: list[Outputs]
 
 
 def graph_of(model: StoredModel) -> Graph:
@@ -172,6 +188,43 @@ class Scoring:
         self.seen += len(found)
         failures: list[RowFailure] = []
         wanted = self._new_rows(found, failures)
+        made = self._at_once(wanted) or self._one_by_one(wanted, failures)
+        if failures and not self._skips:
+            raise ArgumentError(self._refusal(failures))
+        self._failed += len(failures)
+        self._failures += failures[: MOST_FAILURES - len(self._failures)]
+        for outputs in made.outputs:
+            self._prepare(outputs)
+        if made.lines:
+            self._write(made.lines)
+
+    def _at_once(self, wanted: Mapping[object, Sequence[object]]) -> _Made | None:
+        """Return predictions of a batch of numbers, ``None`` where rows need a look by themselves.
+
+        Most batches are numbers and give numbers, and Python's time for each row is what they cost.
+        """
+        inputs = plain_rows(list(wanted.values()), self._kind)
+        if inputs is None:
+            return None
+        try:
+            found = self._predict(inputs)
+        except ArgumentError:
+            return None
+        if not isinstance(found, np.ndarray) or found.shape[:1] != (len(wanted),):
+            return None
+        if not found.size or not np.isfinite(found).all():
+            return None
+        outputs = Outputs.of(found[0])
+        if outputs.kind == "vector":
+            lines: Sequence[_Line] = [self._values(row) for row in found]
+        else:
+            lines = found.reshape(len(wanted), -1).astype(np.float64).tolist()
+        return _Made(dict(zip(wanted, lines, strict=True)), [outputs])
+
+    def _one_by_one(
+        self, wanted: Mapping[object, Sequence[object]], failures: list[RowFailure]
+    ) -> _Made:
+        """Return predictions, and add what fails to ``failures``."""
         keys, inputs = [], []
         for key, values in wanted.items():
             try:
@@ -179,18 +232,14 @@ class Scoring:
                 keys.append(key)
             except ArgumentError as error:
                 failures.append(RowFailure(key, str(error)))
-        made: dict[object, Any] = {}
+        made = _Made({}, [])
         for key, result in zip(keys, predict_rows(self._predict, inputs), strict=True):
             if isinstance(result, ArgumentError):
                 failures.append(RowFailure(key, str(result)))
             else:
-                made[key] = result
-        if failures and not self._skips:
-            raise ArgumentError(self._refusal(failures))
-        self._failed += len(failures)
-        self._failures += failures[: MOST_FAILURES - len(self._failures)]
-        if made:
-            self._write(made)
+                made.lines[key] = self._values(result)
+                made.outputs.append(Outputs.of(result))
+        return made
 
     def end(self) -> None:
         """Make the table also where there was nothing to write."""
@@ -203,7 +252,7 @@ class Scoring:
                     f"no row was predicted, and so table {self._table} was not created: what a "
                     f"prediction looks like cannot be told without one ({result})"
                 )
-            self._prepare(result)
+            self._prepare(Outputs.of(result))
 
     def report(self, *, resumed: bool) -> ScoreReport:
         """Return what was done."""
@@ -220,41 +269,40 @@ class Scoring:
 
     def _new_rows(
         self, found: Sequence[Sequence[object]], failures: list[RowFailure]
-    ) -> dict[object, list[object]]:
+    ) -> dict[object, Sequence[object]]:
         """Return the features of rows that the table does not have, by key."""
-        wanted: dict[object, list[object]] = {}
+        wanted: dict[object, Sequence[object]] = {}
+        place = self._place
         for row in found:
-            key = row[self._place]
+            key = row[place]
             key = bytes(key) if isinstance(key, (bytearray, memoryview)) else key
             if key is None or isinstance(key, (list, dict)):
                 failures.append(RowFailure(key, f"the key {self._key.name!r} is NULL or a list"))
             elif key in wanted:
                 failures.append(RowFailure(key, f"the key {self._key.name!r} occurs twice"))
             else:
-                wanted[key] = [value for i, value in enumerate(row) if i != self._place]
+                wanted[key] = (*row[:place], *row[place + 1 :])
         if self._columns is not None and wanted:
             for key in self._rows.present_keys(self._table, self._key.name, list(wanted)):
                 if wanted.pop(key, None) is not None:
                     self._skipped += 1
         return wanted
 
-    def _write(self, made: dict[object, Any]) -> None:
+    def _write(self, made: dict[object, _Line]) -> None:
         """Write predictions, without those that others wrote meanwhile."""
-        for result in made.values():
-            self._prepare(result)
         for _ in range(_TRIES):
             if not made or self._insert(made):
                 self._written += len(made)
                 return
             there = self._rows.present_keys(self._table, self._key.name, list(made))
             self._skipped += len(there)
-            made = {key: result for key, result in made.items() if key not in there}
+            made = {key: line for key, line in made.items() if key not in there}
         raise ConflictError(
             f"others write the same rows to {self._table}, or it takes two of the keys "
             f"for one: {', '.join(map(repr, list(made)[:3]))}; try again"
         )
 
-    def _insert(self, made: Mapping[object, Any]) -> bool:
+    def _insert(self, made: Mapping[object, _Line]) -> bool:
         assert self._columns is not None
         outputs = self._outputs
         assert outputs is not None
@@ -263,10 +311,10 @@ class Scoring:
         if _MODEL_COLUMN in self._columns:
             columns.append(_MODEL_COLUMN)
             tail.append(self._model.address)
-        lines = [[key, *self._values(result), *tail] for key, result in made.items()]
+        lines = [(key, *line, *tail) for key, line in made.items()]
         return self._rows.insert_predictions(self._table, columns, lines)
 
-    def _values(self, result: Any) -> list[object]:
+    def _values(self, result: Any) -> _Line:
         if isinstance(result, Mapping):
             return [
                 json.dumps({name: np.asarray(value).tolist() for name, value in result.items()})
@@ -275,9 +323,8 @@ class Scoring:
             return [self._rows.vector(np.ascontiguousarray(result, dtype="<f4").tobytes())]
         return [float(value) for value in np.asarray(result).reshape(-1)]
 
-    def _prepare(self, result: Any) -> None:
+    def _prepare(self, outputs: Outputs) -> None:
         """See that the table fits a prediction; create it when it is missing."""
-        outputs = Outputs.of(result)
         if outputs == self._outputs:
             return
         if self._outputs is not None:

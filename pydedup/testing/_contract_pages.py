@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from itertools import islice
 
 import pytest
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, StoreError
 from pydedup.testing._contract_base import (
     EVERY_BYTE,
     ContractBase,
     add_pages,
+    add_random_pages,
     checksum_of,
     model_row,
 )
@@ -110,6 +113,46 @@ class PagesContract(ContractBase):
         assert all(found[page_id] == bytes([i]) * 100 for i, page_id in enumerate(ids) if i != 3)
         assert len(list(adapter.read_pages(wanted))) == 39
         assert list(adapter.read_pages([])) == []
+
+    @pytest.mark.parametrize("in_snapshot", [False, True])
+    def test_between_two_pages_all_else_may_be_done(
+        self, adapter: Adapter, *, in_snapshot: bool
+    ) -> None:
+        """Who reads pages may meanwhile read others, and outside of a snapshot write."""
+        pages = add_random_pages(adapter, 40)
+        with adapter.snapshot() if in_snapshot else contextlib.nullcontext():
+            for number, (page_id, payload) in enumerate(adapter.read_pages(list(pages))):
+                assert payload == pages[page_id]
+                assert [row.id for row in adapter.page_rows(ids=[page_id])] == [page_id]
+                others = dict(adapter.read_pages(list(pages)[::7]))
+                assert others == {other: pages[other] for other in list(pages)[::7]}
+                if number % 16 == 3 and not in_snapshot:
+                    add_pages(adapter, 1)
+            assert number == 39
+        assert len(adapter.page_rows()) == (40 if in_snapshot else 43)
+
+    def test_reading_may_be_given_up(self, adapter: Adapter) -> None:
+        """Who has seen enough pages leaves nothing behind that is in the way of what comes next."""
+        pages = add_random_pages(adapter, 40)
+        for count in range(0, 40, 4):
+            reading = adapter.read_pages(list(pages))
+            assert all(pages[number] == payload for number, payload in islice(reading, count))
+            if count % 8:
+                del reading
+            assert len(adapter.page_rows()) == 40 + count // 4
+            add_pages(adapter, 1)
+        assert dict(adapter.read_pages(list(pages))) == pages
+
+    def test_closing_in_the_middle_of_reading(self, adapter: Adapter) -> None:
+        """What has not come is an error, and no wrong or missing page."""
+        pages = add_random_pages(adapter, 40)
+        reading = adapter.read_pages(list(pages))
+        seen = dict(islice(reading, 3))
+        adapter.close()
+        with contextlib.suppress(StoreError):
+            seen |= dict(reading)
+            assert len(seen) == 40
+        assert seen.items() <= pages.items()
 
     def test_pages_are_listed_in_parts(self, adapter: Adapter) -> None:
         """Ascending ids after a given one, filtered and cut as asked."""

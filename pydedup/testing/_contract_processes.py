@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from pydedup.testing._contract_base import (
     PATIENCE_SECONDS,
     ContractBase,
     add_pages,
+    add_random_pages,
     checksum_of,
     in_thread,
 )
@@ -192,6 +194,23 @@ class ProcessesContract(ContractBase):
         in_child(adapter, child, 2)
         with adapter.snapshot():
             assert adapter.count_blocks() == 2
+
+    def test_a_fork_in_the_middle_of_reading(self, adapter: Adapter) -> None:
+        """The parent goes on as if nothing was; a child that does gets pages, or an error."""
+        pages = add_random_pages(adapter, 40)
+        reading = adapter.read_pages(list(pages))
+        seen = dict(islice(reading, 5))
+
+        def child() -> int:
+            try:
+                assert (seen | dict(reading)) == pages
+            except StoreError as error:  # UnavailableError is one
+                assert "fork" in str(error) or "closed" in str(error)  # noqa: PT017 - allowed
+            return len(adapter.page_rows())
+
+        in_child(adapter, child, 40)
+        in_child(adapter, lambda: len(adapter.page_rows()), 40)
+        assert (seen | dict(reading)) == pages
 
     def test_a_fork_beside_a_busy_thread(self, adapter: Adapter) -> None:
         """A thread that reads all the time notices nothing."""

@@ -41,15 +41,15 @@ PHASES: dict[str, Phase] = {
 def die_in_transaction(store: Store) -> None:
     """Die when rows were sent, and not committed."""
     kind = type(store._adapter._adapter)  # type: ignore[attr-defined]
-    real, calls = kind._write_many, []
+    real, calls = kind._insert_lines, []
 
-    def write(self: Any, sql: str, rows: Any) -> None:
-        real(self, sql, rows)
+    def insert(self: Any, head: str, rows: Any) -> None:
+        real(self, head, rows)
         calls.append(1)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    kind._write_many = write
+    kind._insert_lines = insert
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import psycopg
@@ -95,6 +96,32 @@ def test_reading_goes_on_while_connections_are_cut(
     assert not failures, failures
     assert cuts > 10
     assert reads[0] > 0
+
+
+def test_a_connection_is_cut_in_the_middle_of_pages(
+    adapter: Adapter, postgres_url: str, schema: str
+) -> None:
+    """What came is not read again, and what did not is, on another connection."""
+    pages = add_random_pages(adapter, 60)
+    found = []
+    for row in adapter.read_pages(list(pages)):
+        found.append(row)
+        if len(found) in (1, 20, 21):
+            assert cut(postgres_url, schema) == 1
+    assert len(found) == 60
+    assert dict(found) == pages
+
+
+def test_reading_given_up_leaves_no_connection(
+    adapter: Adapter, postgres_url: str, schema: str
+) -> None:
+    pages = add_random_pages(adapter, 20)
+    for _ in range(5):
+        reading = adapter.read_pages(list(pages))
+        for page_id, _ in islice(reading, 3):
+            assert len(adapter.page_rows(ids=[page_id])) == 1
+        del reading
+    assert cut(postgres_url, schema) == 1
 
 
 @pytest.mark.parametrize("scope", ["transaction", "snapshot"])

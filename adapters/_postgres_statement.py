@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statements on several connections of psycopg at once, in one thread: each server at its own pace.
+"""COPY of payloads out of PostgreSQL, by libpq's own calls: its rows are had while more are coming.
 
-One statement per connection is sent, then whoever has something to say is listened to. Pipelines of
-libpq take no COPY, which moves payloads twice as fast as rows do, so that there is one statement
-under way on each connection, and as many pages in it as are read together.
+On one connection (`Statement.rows_as_they_come`), or on several at once in one thread, each server
+at its own pace (`run_together`): one statement per connection is sent, then whoever has something
+to say is listened to. Pipelines of libpq take no COPY, which moves payloads twice as fast as rows
+do, so that there is one statement under way on each connection.
 """
 
 from __future__ import annotations
 
+import os
 import select
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import psycopg
@@ -18,13 +20,20 @@ from psycopg import pq
 
 from ._sessions import Session
 
-__all__ = ["Statement", "run_together"]
+__all__ = ["Statement", "copy_statement", "run_together"]
 
 #: What a binary COPY begins with: signature, flags, length of an extension.
 _HEAD: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 #: What it ends with, where a row has its length of two bytes.
 _TRAILER: Final = b"\xff\xff"
 _ROW: Final = struct.Struct("!hiqi")
+
+
+def copy_statement(table: str, ids: Sequence[int]) -> bytes:
+    """Return the COPY of (id, payload) of some rows; ids are numbers: COPY takes no parameters."""
+    listed = ",".join(str(int(number)) for number in ids)
+    query = f"SELECT id, payload FROM {table} WHERE id = ANY('{{{listed}}}')"  # noqa: S608
+    return f"COPY ({query}) TO STDOUT (FORMAT BINARY)".encode()
 
 
 class Statement:
@@ -47,6 +56,7 @@ class Statement:
         self.done = False
         self._sql = sql
         self._copying = False
+        self._session = session
         self._connection: psycopg.Connection[Any] = session.connection  # type: ignore[assignment]
 
     @property
@@ -74,9 +84,27 @@ class Statement:
         except psycopg.Error as error:
             self._fail(error)
 
+    def rows_as_they_come(self) -> Iterator[tuple[int, bytes]]:
+        """Send it and yield its rows; the session is locked while it is used, not between rows."""
+        poll = select.poll()
+        with self._session.use():
+            self.send()
+            if not self.done:
+                poll.register(self.socket, select.POLLIN)
+        while not self.done:
+            with self._session.use():
+                while not self.rows and not self.done:
+                    poll.poll()
+                    self.step()
+            rows, self.rows = self.rows, []
+            yield from rows
+
     def close(self) -> None:
-        """Close the connection of a statement that was given up halfway."""
-        if not self.done:
+        """Close the connection of a statement that was given up halfway.
+
+        In a child of a fork it is left alone: it is the parent's, who may go on.
+        """
+        if not self.done and self._session.pid == os.getpid():
             self._connection.close()
 
     def _fail(self, error: Exception) -> None:

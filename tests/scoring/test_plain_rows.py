@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that become features all at once are what they are one by one, or are left to that."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pydedup.errors import ArgumentError
+from pydedup.serving.features import InputKind, features_of, plain_rows
+
+NUMBERS = st.one_of(
+    st.floats(width=32),
+    st.floats(),
+    st.integers(-(2**66), 2**66),
+    st.booleans(),
+    st.none(),
+    st.sampled_from(["1.5", 10**400]),
+)
+EASY = st.one_of(st.floats(-1e6, 1e6), st.integers(-1000, 1000))
+KINDS = st.builds(
+    InputKind, ids=st.booleans(), width=st.sampled_from([None, 1, 2, 3]), as_given=st.booleans()
+)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> list[tuple[Any, ...]]:
+    width = draw(st.integers(1, 3))
+    cell = draw(st.sampled_from([NUMBERS, EASY, st.floats(width=32), st.integers(-5, 5)]))
+    return draw(st.lists(st.tuples(*[cell] * width), max_size=4))
+
+
+def one_by_one(rows: list[tuple[Any, ...]], kind: InputKind) -> list[Any] | None:
+    try:
+        return [features_of(row, [f"f{i}" for i in range(len(row))], kind) for row in rows]
+    except ArgumentError:
+        return None
+
+
+@given(rows=tables(), kind=KINDS)
+def test_numbers(rows: list[tuple[Any, ...]], kind: InputKind) -> None:
+    at_once = plain_rows(rows, kind)
+    if at_once is None:
+        return
+    expected = one_by_one(rows, kind)
+    assert expected is not None
+    assert at_once.dtype == expected[0].dtype
+    np.testing.assert_array_equal(at_once, np.stack(expected))
+
+
+@given(
+    values=st.lists(st.binary(max_size=12), min_size=1, max_size=3),
+    width=st.sampled_from([None, 1, 2]),
+)
+def test_vectors_of_bytes(values: list[bytes], width: int | None) -> None:
+    rows, kind = [(value,) for value in values], InputKind(ids=False, width=width)
+    at_once = plain_rows(rows, kind)
+    if at_once is None:
+        return
+    expected = one_by_one(rows, kind)
+    assert expected is not None
+    np.testing.assert_array_equal(at_once, np.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "dtype"),
+    [
+        ([(1.5, 2), (3, -4.25)], InputKind(ids=False, width=2), np.float32),
+        ([(1, 2), (3, 4)], InputKind(ids=True, width=None), np.int64),
+        ([(1, 2), (3, 4)], InputKind(ids=False, width=None, as_given=True), np.int64),
+        ([(1.0,), (0.5,)], InputKind(ids=False, width=None, as_given=True), np.float32),
+        ([(struct.pack("<2f", 1, 2),)] * 2, InputKind(ids=False, width=2), np.float32),
+    ],
+)
+def test_what_is_plain_is_seen(rows: list[tuple[Any, ...]], kind: InputKind, dtype: type) -> None:
+    """Otherwise the tests above would say nothing."""
+    found = plain_rows(rows, kind)
+    assert found is not None
+    assert found.dtype == dtype
+    assert found.shape[0] == len(rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [(1.0, None)],
+        [(1.0, "2")],
+        [(1.0, float("nan"))],
+        [(1.0, 1e39)],
+        [(1.0, 10**400)],
+        [(True, 2.0)],
+        [(b"",)],
+        [(b"abc",)],
+        [(struct.pack("<f", 1),), (struct.pack("<2f", 1, 2),)],
+        [(struct.pack("<f", float("inf")),)],
+    ],
+)
+def test_what_may_be_wrong_is_left(rows: list[tuple[Any, ...]]) -> None:
+    assert plain_rows(rows, InputKind(ids=False, width=None)) is None
