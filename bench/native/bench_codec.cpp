@@ -106,31 +106,33 @@ void encode(Versions& v) {
                        v.limits, v.bound, data.arena, data.offsets, data.encoded, 1));
 }
 
-std::shared_ptr<Versions> versions(std::optional<double> bound) {
+std::shared_ptr<Versions> versions(Dtype dtype, std::optional<double> bound) {
     auto v = std::make_shared<Versions>();
-    v->base = weights(Dtype::f32);
+    v->base = weights(dtype);
     Data& data = *v->base;
     v->moved = data.matrix;
     std::minstd_rand random(2);
     std::normal_distribution<float> normal(0.0F, 0.0002F);
-    for (std::size_t i = 0; i < v->moved.size(); i += sizeof(float)) {
-        float value;
-        std::memcpy(&value, &v->moved[i], sizeof value);
+    const std::size_t item = item_bytes(dtype);
+    for (std::size_t i = 0; i < v->moved.size(); i += item) {
+        float value = 0;
+        auto* const upper = reinterpret_cast<std::byte*>(&value) + (4 - item);
+        std::memcpy(upper, &v->moved[i], item);
         value += normal(random);
-        std::memcpy(&v->moved[i], &value, sizeof value);
+        std::memcpy(&v->moved[i], upper, item);
     }
     v->ref = data.ref;
     v->ref.data = v->moved.data();
-    v->limits.assign(data.indices.size(), data.grid.block_rows * data.grid.block_cols * 4 - 1);
+    v->limits.assign(data.indices.size(), data.grid.block_rows * data.grid.block_cols * item - 1);
     v->estimates.resize(data.indices.size());
     v->bound = bound;
     encode(*v);
     return v;
 }
 
-Workload deltas(const char* name, const char* about, std::optional<double> bound,
+Workload deltas(const char* name, const char* about, Dtype dtype, std::optional<double> bound,
                 void (*run)(Versions&)) {
-    auto v = versions(bound);
+    auto v = versions(dtype, bound);
     return {name,
             about,
             static_cast<double>(v->moved.size()),
@@ -150,19 +152,20 @@ void estimate(Versions& v) {
 void decode(Versions& v) {
     Data& data = *v.base;
     const auto rows = static_cast<std::uint32_t>(data.grid.block_rows);
-    const std::size_t row_bytes = data.grid.block_cols * 4;
+    const std::size_t item = item_bytes(data.ref.dtype);
+    const std::size_t row_bytes = data.grid.block_cols * item;
     std::vector<std::byte> base(rows * row_bytes);
     for (std::size_t i = 0; i < data.indices.size(); ++i) {
         const BlockRect rect = block_rect(data.grid, i);
         for (std::size_t r = 0; r < rows; ++r) {
             std::memcpy(&base[r * row_bytes],
-                        data.ref.data + (rect.row0 + r) * data.ref.stride_bytes + rect.col0 * 4,
+                        data.ref.data + (rect.row0 + r) * data.ref.stride_bytes + rect.col0 * item,
                         row_bytes);
         }
         decode_delta({data.arena.data() + data.offsets[i], data.encoded[i].length,
-                      data.encoded[i].encoding, Dtype::f32, rows, 64, 1},
+                      data.encoded[i].encoding, data.ref.dtype, rows, 64, 1},
                      {base.data(), static_cast<std::uint32_t>(base.size()), Encoding::raw,
-                      Dtype::f32, rows, 64, 0},
+                      data.ref.dtype, rows, 64, 0},
                      data.decoded.data(), row_bytes);
     }
     keep(data.decoded.data());
@@ -179,21 +182,29 @@ std::vector<Entry> codec_entries() {
         {"delta.encode-f32",
          [] {
              return deltas("delta.encode-f32", "16 KiB blocks moved by 1 % of their spread, exact",
-                           std::nullopt, encode);
+                           Dtype::f32, std::nullopt, encode);
          }},
         {"delta.decode-f32",
-         [] { return deltas("delta.decode-f32", "and back", std::nullopt, decode); }},
+         [] { return deltas("delta.decode-f32", "and back", Dtype::f32, std::nullopt, decode); }},
         {"delta.estimate-f32",
          [] {
-             return deltas("delta.estimate-f32", "their sizes, by sample", std::nullopt, estimate);
+             return deltas("delta.estimate-f32", "their sizes, by sample", Dtype::f32, std::nullopt,
+                           estimate);
          }},
+        {"delta.encode-bf16",
+         [] {
+             return deltas("delta.encode-bf16", "the same in bf16, twice as many elements",
+                           Dtype::bf16, std::nullopt, encode);
+         }},
+        {"delta.decode-bf16",
+         [] { return deltas("delta.decode-bf16", "and back", Dtype::bf16, std::nullopt, decode); }},
         {"delta.encode-f32-bounded",
          [] {
-             return deltas("delta.encode-f32-bounded", "the same within 0.1 % of the norm", 0.001,
-                           encode);
+             return deltas("delta.encode-f32-bounded", "the same within 0.1 % of the norm",
+                           Dtype::f32, 0.001, encode);
          }},
         {"delta.decode-f32-bounded",
-         [] { return deltas("delta.decode-f32-bounded", "and back", 0.001, decode); }},
+         [] { return deltas("delta.decode-f32-bounded", "and back", Dtype::f32, 0.001, decode); }},
     };
 }
 
