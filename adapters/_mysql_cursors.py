@@ -39,7 +39,7 @@ class PreparedConnection:
 
     def __init__(self, raw: Any) -> None:
         self.raw = raw
-        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[str, Any]] = OrderedDict()
         self._used = time.monotonic()
         self.broken = False
 
@@ -69,10 +69,11 @@ class PreparedConnection:
         self.broken = True
         # Of what has no parameters and no result, some cannot be prepared: START TRANSACTION.
         prepared = (bool(parameters) or sql.startswith("SELECT")) and TEXT_MARK not in sql
-        cursor = self._kept.pop(sql, None) if prepared else None
+        # The driver prepares anew what is equal to the statement before, but not the same object.
+        sql, cursor = self._kept.pop(sql, (sql, None)) if prepared else (sql, None)
         if cursor is None:
             if len(self._kept) >= KEPT:  # before there is a result, beside which nothing can be
-                self._kept.popitem(last=False)[1].close()
+                self._kept.popitem(last=False)[1][1].close()
             cursor = self.raw.cursor(prepared=prepared)
         try:
             cursor.execute(sql, tuple(map(sent, parameters)))
@@ -82,7 +83,7 @@ class PreparedConnection:
                 cursor.close()
             raise
         if prepared:
-            self._kept[sql] = cursor
+            self._kept[sql] = (sql, cursor)
         self._used = time.monotonic()
         self.broken = False
         return cursor

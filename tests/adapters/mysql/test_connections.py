@@ -147,3 +147,20 @@ def test_statements_are_kept_within_a_bound(adapter: Adapter, url: str, run: Run
         counts.append(kept())
     assert counts[0] < counts[-1] == counts[40]
     assert adapter._query(number) == before  # type: ignore[attr-defined]
+
+
+def test_an_equal_statement_is_not_prepared_again(adapter: Adapter) -> None:
+    """Statements are put together for each call, so they are equal and not the same object."""
+    pages = add_pages(adapter, 20)
+
+    def prepared() -> int:
+        counted = "SHOW SESSION STATUS LIKE 'Com_stmt_prepare'"
+        ((_, count),) = adapter._query(counted)  # type: ignore[attr-defined]
+        return int(count)
+
+    before = prepared()
+    assert len(adapter.page_rows(ids=pages)) == 20
+    first = prepared()
+    for _ in range(5):
+        assert len(adapter.page_rows(ids=pages)) == 20
+    assert prepared() == first == before + 1
