@@ -20,11 +20,15 @@ from pydedup.errors import (
 from ._base import DeniedError, KeyTakenError
 from ._postgres_url import Place
 
-__all__ = ["ConnectionLostError", "meaning", "refusal"]
+__all__ = ["ConnectionLostError", "MissingDatabaseError", "meaning", "refusal"]
 
 
 class ConnectionLostError(UnavailableError):
     """The connection is gone, or there never was one: what was read may be read again."""
+
+
+class MissingDatabaseError(UnavailableError):
+    """The server answers, and has no database of this name."""
 
 
 _AGAIN: Final = "nothing of the transaction was kept; try again"
@@ -42,7 +46,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
     "25006": (ReadOnlyError, "connect to the primary server, as a role that may write"),
     "25P03": (ConnectionLostError, "raise idle_in_transaction_session_timeout for this role"),
     "28": (UnavailableError, "check the user and password"),
-    "3D": (UnavailableError, "create the database first, with createdb, or name another"),
+    "3D": (MissingDatabaseError, "create the database first, with createdb, or name another"),
     "3F": (NotAStoreError, "the schema was dropped; open the store again"),
     "40": (ConflictError, _AGAIN),  # serialization failures and deadlocks
     "42501": (  # insufficient_privilege
@@ -83,7 +87,7 @@ _REFUSALS: Final[tuple[tuple[tuple[str, ...], type[PydedupError], str], ...]] = 
     ),
     (
         ("database ", "does not exist"),
-        UnavailableError,
+        MissingDatabaseError,
         "create the database first, with createdb, or name another",
     ),
     (("role ", "does not exist"), UnavailableError, "check the user, or create it: CREATE ROLE"),

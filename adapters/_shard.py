@@ -24,7 +24,7 @@ from pydedup.errors import (
 
 from ._base import DbApiBase
 from ._postgres_base import CREATING, SHARDS
-from ._postgres_errors import ConnectionLostError
+from ._postgres_errors import ConnectionLostError, MissingDatabaseError
 from ._postgres_statement import copy_statement
 from ._postgres_url import Place
 from ._sessions import WRITE, Connection, Session, SessionPool
@@ -156,6 +156,18 @@ class Shard(PostgresAdapter):
     def expect(self, ring: str, shard_id: str, name: str) -> None:
         """Insist from now on that each new connection leads to this database of this ring."""
         self._ring, self.id, self.name = ring, shard_id, name
+
+    def _connect(self) -> Connection:
+        try:
+            return super()._connect()
+        except MissingDatabaseError as error:
+            if not self.id:
+                raise
+            raise MissingDatabaseError(
+                f"{self.shown} is gone, where the pages of shard {self.id[:8]} were: its server "
+                "has no such database. Bring it back, or write a new, empty database in its place "
+                "in the list and run `pydedup refill --replace` with it (docs/sharding.md)"
+            ) from error
 
     def _configure(self, connection: Any) -> None:
         super()._configure(connection)

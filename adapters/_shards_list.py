@@ -18,10 +18,10 @@ from typing import Final
 from pydedup.errors import ArgumentError, ConflictError, CorruptStoreError, StoreError
 
 from ._postgres_base import SHARDS
-from ._postgres_errors import ConnectionLostError
+from ._postgres_errors import ConnectionLostError, MissingDatabaseError
 from ._shard import Shard
 from ._shards_reading import ShardedReads
-from ._shards_url import Ring, generation_of, places_of, shard_of_name
+from ._shards_url import Ring, generation_of, is_same_place, places_of, shard_of_name
 
 __all__ = ["ShardedList"]
 
@@ -40,7 +40,7 @@ class _Found:
     empty
         Those that belong to no store.
     silent
-        Those that do not answer.
+        Those that do not answer, or were dropped on a server that does.
     """
 
     shards: dict[str, Shard]
@@ -98,6 +98,13 @@ class ShardedList(ShardedReads):
                 shard.lost(error)
                 found.silent.append(shard)
                 continue
+            except MissingDatabaseError:
+                # Of a place that the store knows it was dropped; any other is a slip in the URL.
+                if not any(is_same_place(shard.shown, place) for place in ring.shards.values()):
+                    raise
+                shard.failed()
+                found.silent.append(shard)
+                continue
             if identity is None:
                 found.empty.append(shard)
                 continue
@@ -132,9 +139,12 @@ class ShardedList(ShardedReads):
             raise ArgumentError(f"the list has {len(self._shards)} shards; {self._listed(ring)}")
         matched = dict(found.shards)
         # Where they were tells who is who of several; if they moved meanwhile, connecting says so.
-        for shard in sorted(found.silent, key=lambda one: one.shown not in ring.shards.values()):
-            same = [key for key in left if ring.shards[key] == shard.shown]
-            shard_id = (same or left)[0]
+        same = {
+            shard: [key for key in left if is_same_place(ring.shards[key], shard.shown)]
+            for shard in found.silent
+        }
+        for shard in sorted(found.silent, key=lambda one: not same[one]):
+            shard_id = next((key for key in same[shard] if key in left), left[0])
             left.remove(shard_id)
             matched[shard_id] = shard
         for shard_id, shard in matched.items():

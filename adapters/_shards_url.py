@@ -13,6 +13,7 @@ each, for a page of a megabyte.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import uuid
@@ -29,6 +30,7 @@ __all__ = [
     "Ring",
     "ShardPlaces",
     "generation_of",
+    "is_same_place",
     "locate_shards",
     "places_of",
     "shard_of_name",
@@ -45,14 +47,17 @@ class ShardPlaces:
 
     Attributes
     ----------
+    shown
+        The whole store for people, without passwords.
     coordinator
-        The database of all tables; its ``shown`` names the whole store.
+        The database of all tables; its ``shown`` says that it is the coordinator.
     shards
         Those of payloads, in the order of the URL, which means nothing.
     replicas
         On how many shards each page is; ``None`` where the URL leaves it to the store.
     """
 
+    shown: str
     coordinator: Place
     shards: tuple[Place, ...]
     replicas: int | None
@@ -85,13 +90,8 @@ def locate_shards(url: str, schema: str | None, known: Collection[str]) -> Shard
     if twins:
         raise ArgumentError(f"{twins[0]} is listed twice as a shard; list each once")
     shown = "|".join(place.shown.partition("://")[2] for place in (coordinator, *shards))
-    whole = Place(
-        coordinator.conninfo,
-        f"postgresql+shards://{shown}",
-        coordinator.schema,
-        coordinator.timeout,
-    )
-    return ShardPlaces(whole, tuple(shards), replicas)
+    named = dataclasses.replace(coordinator, shown=f"{coordinator.shown} (the coordinator)")
+    return ShardPlaces(f"postgresql+shards://{shown}", named, tuple(shards), replicas)
 
 
 def _without_replicas(part: str) -> tuple[str, int | None]:
@@ -170,6 +170,17 @@ class Ring:
             {**self.shards, shard_id: shown},
             {**self.names, shard_id: name},
         )
+
+
+def is_same_place(one: str, other: str) -> bool:
+    """Whether two places, as they are shown, are the same database, whoever connects to it."""
+    return _without_user(one) == _without_user(other)
+
+
+def _without_user(shown: str) -> str:
+    location, _, query = shown.partition("://")[2].partition("?")
+    options = sorted(option for option in query.split("&") if not option.startswith("user="))
+    return f"{location.rpartition('@')[2]}?{'&'.join(options)}"
 
 
 def shard_of_name(name: str) -> str:

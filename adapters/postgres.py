@@ -98,13 +98,14 @@ class PostgresAdapter(PostgresCopy):
 
     driver_error = psycopg.Error
 
-    def __init__(self, place: Place, mode: str) -> None:
+    def __init__(self, place: Place, mode: str, url: str | None = None) -> None:
         self._place, self._reads_only = place, mode == "r"
-        pool = SessionPool(self._connect, name=place.shown, is_stale=is_stale)
+        url = place.shown if url is None else url
+        pool = SessionPool(self._connect, name=url, is_stale=is_stale)
         with pool.acquire() as session:
             read_only = mode == "r" or self._cannot_write(session)
         super().__init__(
-            place.shown,
+            url,
             dialect=self._dialect(),
             read_only=read_only,
             capabilities=CAPABILITIES,

@@ -91,7 +91,7 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
         self._shards = [Shard(place, mode) for place in places.shards]
         self._mine = threading.local()
         try:
-            super().__init__(places.coordinator, mode)
+            super().__init__(places.coordinator, mode, places.shown)
         except BaseException:
             self._close_shards()
             raise

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter
 from pydedup.errors import ArgumentError
+from pydedup.text import is_cut
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
@@ -80,7 +81,6 @@ _USER_FILE: Final = _BuiltIn(
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # A URL without its colon, or what libpq and others take for a connection: never a file to create.
 _MISTYPED = re.compile(r"(?i)(postgres(ql)?|mysql|mariadb|sqlite)//|(.*\s)?(password|dbname)\s*=")
-_PORT = re.compile(r"([^:]*|\[[^\]]*\])(:\d*)?")
 _SECRETS = re.compile(r"(?i)([?&;](?:password|passwd|pwd|passphrase|sslpassword|token)=)[^&;#]*")
 
 
@@ -235,13 +235,8 @@ def redact(url: str) -> str:
 
 def _redact_list(parts: Sequence[str]) -> str:
     """Return the databases of a sharded store without passwords; none if one may hold ``|``."""
-    for part, after in zip(parts, [*parts[1:], ""], strict=True):
-        bare = part.rpartition("://")[2]
-        location = bare.partition("?")[0].partition("/")[0]
-        # What reads as a host and its port may be a user and the first half of a password.
-        halved = location == bare and ":" in location and "@" in after
-        if "@" not in location and (halved or not _PORT.fullmatch(location)):
-            return "***"
+    if is_cut(parts):
+        return "***"
     return "|".join(
         redact(part) if "://" in part else redact(f"x://{part}")[len("x://") :] for part in parts
     )

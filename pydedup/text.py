@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import time
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "clean",
@@ -29,6 +29,9 @@ _STEERING = ("Cc", "Cs", "Zl", "Zp")
 _REORDERING = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # A password may hold '@' and '/' by mistake: everything up to the last '@' of the word goes.
 _LOGIN = re.compile(r"\b(?!sqlite:|file:)([A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"]*@")
+# Databases with a login each.
+_LIST = re.compile(r"\b([A-Za-z][A-Za-z0-9.-]*\+shards://[^\s'\"]*)")
+_PORT = re.compile(r"([^:]*|\[[^\]]*\])(:\d*)?")
 _SECRET_OPTION = re.compile(r"(?i)([?&](?:password|passwd|pwd|sslpassword|token)=)[^&\s'\"]*")
 
 
@@ -46,7 +49,38 @@ def clean(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """Return text with user names and passwords of URLs replaced by stars."""
-    return _SECRET_OPTION.sub(r"\1***", _LOGIN.sub(r"\1***@", text))
+    return "".join(
+        _SECRET_OPTION.sub(r"\1***", _LOGIN.sub(r"\1***@", one))
+        if n % 2 == 0
+        else _list_without_secrets(one)
+        for n, one in enumerate(_LIST.split(text))
+    )
+
+
+def _list_without_secrets(url: str) -> str:
+    scheme, _, listed = url.partition("://")
+    parts = listed.split("|")
+    if is_cut([*parts[:-1], parts[-1].rstrip(".,:;")]):
+        parts = [f"x@{listed.rpartition('@')[2]}"] if "@" in listed else ["***"]
+    hidden = (
+        without_secrets(part)
+        if "://" in part
+        else without_secrets(f"x://{part}").removeprefix("x://")
+        for part in parts
+    )
+    return f"{scheme}://{'|'.join(hidden)}"
+
+
+def is_cut(parts: Sequence[str]) -> bool:
+    """Whether one of the databases of a sharded store may be a piece of a password with ``|``."""
+    for part, after in zip(parts, [*parts[1:], ""], strict=True):
+        bare = part.rpartition("://")[2]
+        location = bare.partition("?")[0].partition("/")[0]
+        # What reads as a host and its port may be a user and the first half of a password.
+        halved = location == bare and ":" in location and "@" in after
+        if "@" not in location and (halved or not _PORT.fullmatch(location)):
+            return True
+    return False
 
 
 def size(n_bytes: int) -> str:

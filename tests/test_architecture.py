@@ -65,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": VALUES,
     "adapter": VALUES,
     "adapter_options": VALUES,
-    "registry": VALUES | ADAPTERS,
+    "registry": VALUES | ADAPTERS | {"text"},
     "config": VALUES | {"_core"},
     "blocks": VALUES | {"config"},
     "hashing": VALUES | {"_core", "blocks", "config"},

@@ -12,7 +12,7 @@ import click
 import pydedup
 from pydedup import text
 from pydedup.cli import options, output
-from pydedup.cli.errors import Exit
+from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 
@@ -168,8 +168,16 @@ def refill(url: str, replace: bool, as_json: bool, quiet: bool) -> int:
     The exit status is 1 when a page has no whole copy left, or a database did not answer.
     """
     replaced = pydedup.Store.replace_lost(url) if replace else None
-    with options.existing_store(url) as store, Watch("opening", quiet=quiet) as watch:
-        report = store.refill(progress=watch)
+    try:
+        with options.existing_store(url) as store, Watch("opening", quiet=quiet) as watch:
+            report = store.refill(progress=watch)
+    except BaseException:
+        if replaced is not None:
+            warn(
+                f"{replaced[1]} took the place of {replaced[0]}, which is done and stays so; its "
+                "copies are not all back: run `pydedup refill` again, --replace is not needed"
+            )
+        raise
     if as_json:
         places = dict(zip(("was", "now"), replaced, strict=True)) if replaced else None
         output.emit_json({"ok": report.ok, "replaced": places, **dataclasses.asdict(report)})
@@ -251,6 +259,10 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
         print_table(_READS_COLUMNS, rows)
     if dry_run:
         output.print_note("nothing was changed: without --dry-run, vacuum would do this", "yellow")
+    if report.not_repacked is not None:
+        output.print_note(
+            f"not repacked, a later vacuum tries again: {report.not_repacked}", "yellow"
+        )
     output.print_fields(
         [
             (

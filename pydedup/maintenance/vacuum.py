@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
 from pydedup.catalog import Catalog
+from pydedup.errors import UnavailableError
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
 from pydedup.maintenance.repack import RepackPlan, plan_repack, repack
@@ -53,7 +54,8 @@ class VacuumReport:
     ``pages_*`` and ``page_bytes_*`` count live pages, ``freed_*`` also what dead adds and earlier
     vacuums left. After a dry run ``stored_bytes_after`` is an estimate: what the database needs
     beside pages is not foreseen. Where ``stored_bytes_exact`` is false, both ``stored_bytes_*`` are
-    the least that the store may occupy.
+    the least that the store may occupy. ``not_repacked`` says why pages stayed where they are, when
+    a part of the database that a new layout needs was away.
     """
 
     abandoned_adds: int
@@ -72,6 +74,7 @@ class VacuumReport:
     stored_bytes_exact: bool
     models: tuple[ModelReads, ...]
     dry_run: bool
+    not_repacked: str | None = None
 
 
 def read_amplification(adapter: Adapter) -> dict[int, tuple[int, int]]:
@@ -111,15 +114,19 @@ def vacuum_store(
 
     Raises
     ------
-    ReadOnlyError, ConflictError, StorageFullError
+    ReadOnlyError, ConflictError, StorageFullError, UnavailableError
     """
     stored_before = adapter.stored_bytes()
     reads_before = read_amplification(adapter)
     live_before = adapter.page_rows(state=LIVE)
     abandoned = _collect_and_retire(adapter, lease_seconds)
-    repacked = 0
+    repacked, not_repacked = 0, None
     if _wants_repack(adapter, adapter.page_rows(state=LIVE)):
-        repacked = repack(adapter, catalog, pool, progress=progress)
+        try:
+            repacked = repack(adapter, catalog, pool, progress=progress)
+        except UnavailableError as error:
+            # One of several servers, with pages. If it is the only one, what follows says so.
+            not_repacked = str(error)
     freed, freed_bytes, waiting = _free_retired(adapter, grace_seconds, progress)
     drop_dead_segments(adapter)
     adapter.compact()
@@ -142,6 +149,7 @@ def vacuum_store(
         stored_bytes_exact=adapter.size_is_exact(),
         models=_model_reads(adapter, reads_before, reads_after),
         dry_run=False,
+        not_repacked=not_repacked,
     )
 
 

@@ -237,5 +237,12 @@ def test_secrets() -> None:
         "at mysql://a:b@c@h/d?password=x&y=1 and sqlite:////home/u@h/m.db"
     )
     assert hidden == "at mysql://***@h/d?password=***&y=1 and sqlite:////home/u@h/m.db"
+    # Of a list of databases each keeps its host; it was cut to the last one.
+    shards = "postgresql+shards://me:a@b@c:5432/d?password=x&replicas=2|s1/e|postgresql://u:p@s2/f"
+    hidden = "postgresql+shards://***@c:5432/d?password=***&replicas=2|s1/e|postgresql://***@s2/f"
+    assert text.without_secrets(f"{shards}: gone; {shards}.") == f"{hidden}: gone; {hidden}."
+    cut = text.without_secrets("postgresql+shards://c/d|b:sec|ret@s1/d: gone, at x://u:q@h")
+    assert cut == "postgresql+shards://***@s1/d: gone, at x://***@h"
+    assert "12" not in text.without_secrets("postgresql+shards://c/d|b:12|34@s1/d|s2/d")
     assert text.clean("a\x1b[0m\u202eb\n") == "a\\x1b[0m\\u202eb\\n"
     assert text.clean("é模🙂 ok") == "é模🙂 ok"

@@ -15,7 +15,8 @@ import pydedup
 from pydedup.adapter import LIVE
 from pydedup.catalog import page_readers
 from pydedup.cli.app import main
-from pydedup.errors import ArgumentError, NotAStoreError, StoreError
+from pydedup.cli.errors import Exit
+from pydedup.errors import ArgumentError, NotAStoreError, StoreError, UnavailableError
 from pydedup.testing.servers import unused_name, unused_port
 from pydedup.testing.shards import (
     MODELS,
@@ -314,6 +315,30 @@ def cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("pydedup.adapters.postgres_shards.ShardedAdapter.set_meta", fail)
         with pytest.raises(KeyboardInterrupt):
             pydedup.Store.replace_lost(url)
+
+
+@pytest.mark.parametrize("ending", [UnavailableError("away"), KeyboardInterrupt()])
+def test_a_refill_that_fails_leaves_what_was_replaced(
+    ending: BaseException,
+    place: ShardedPlace,
+    new_place: NewPlace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was not said that the replacement is done, nor what is left to do."""
+    new, url = lost_and_new(place, new_place)
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object, **__: object) -> None:
+            raise ending
+
+        patch.setattr(pydedup.Store, "refill", fail)
+        assert main(["refill", url, "--replace", "-q"]) in (Exit.STORE, Exit.INTERRUPTED)
+    said = capsys.readouterr().err
+    assert f"{name_of(new)} took the place of" in said
+    assert "run `pydedup refill` again, --replace is not needed" in said
+    assert main(["refill", url, "-q"]) == 0
+    is_sound(url)
 
 
 def test_of_two_claims_one_is_taken(
