@@ -7,16 +7,16 @@ from __future__ import annotations
 import abc
 import contextlib
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydedup.adapter_options import KeyRange, RowColumn, RowStream
 from pydedup.errors import ArgumentError
 
 from ._base import Row
-from ._rows import RowCalls, Rows
+from ._rows import RowCalls, Rows, as_table, split_name
 from ._sessions import Connection
 
 __all__ = ["PostgresRows"]
@@ -27,6 +27,9 @@ _AS_USER: Final = (
     "SET idle_in_transaction_session_timeout = 0",
     "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
 )
+#: How `format_type` calls char(n), whose values are filled with blanks that mean nothing.
+_PADDED: Final = "bpchar"
+_BINARY: Final = 1
 
 
 class PostgresRows(RowCalls):
@@ -52,12 +55,12 @@ class PostgresRows(RowCalls):
             for statement in _AS_USER:
                 self._on(connection, statement)
             with self._of_user("the query failed"):
-                self._on(connection, f"DECLARE pydedup_rows NO SCROLL CURSOR FOR {query}", values)
-                head = self._on(connection, "FETCH FORWARD 0 FROM pydedup_rows")
-                columns = [
-                    RowColumn(column.name, self._type_name(connection, column.type_code))
-                    for column in head.description
-                ]
+                found = self._declare(connection, query, values)
+                columns = [RowColumn(name, self._type_name(oid)) for name, oid in found]
+                strange = [n for n, (_, oid) in enumerate(found) if _is_strange(connection, oid)]
+                if strange:
+                    self._on(connection, "CLOSE pydedup_rows")
+                    self._declare(connection, _told_as_text(query, len(found), strange), values)
 
             def fetch() -> list[Row]:
                 with self._of_user("the query failed"):
@@ -66,6 +69,14 @@ class PostgresRows(RowCalls):
                     return rows
 
             yield Rows(columns, fetch)
+
+    def _declare(
+        self, connection: Connection, query: str, values: Sequence[object]
+    ) -> list[tuple[str, int]]:
+        """Begin a query, and return the names and types of its columns."""
+        self._on(connection, f"DECLARE pydedup_rows NO SCROLL CURSOR FOR {query}", values)
+        head = self._on(connection, "FETCH FORWARD 0 FROM pydedup_rows")
+        return [(column.name, column.type_code) for column in head.description]
 
     def _on(self, connection: Connection, statement: str, values: Sequence[object] = ()) -> Any:
         """Run a statement and return its cursor.
@@ -94,19 +105,67 @@ class PostgresRows(RowCalls):
         """Name the type, as `format_type` has it: a text is compared with no enum, say."""
         return f"CAST(%b AS {key.type})"
 
-    def _insert_lines(self, head: str, rows: Sequence[Sequence[object]]) -> None:
-        """Send a column as one array, which takes the server a fraction of a statement per row."""
-        columns = list(map(list, zip(*rows, strict=True)))
-        if not rows or any(isinstance(column[0], list) for column in columns):
-            super()._insert_lines(head, rows)  # arrays of arrays would be taken apart
-            return
-        arrays = ", ".join(["pg_catalog.unnest(%b)"] * len(columns))
-        self._write(f"{head} SELECT * FROM ROWS FROM ({arrays})", columns)
+    def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
+        """Return those of the keys that have a row; what is equal, the column's type says."""
+        texts = [one for one in dict.fromkeys(keys) if isinstance(one, str)]
+        if not texts:
+            return super().present_keys(table, key, keys)
+        name, place = self._quoted(key, "column"), self._table(table)
+        with self._of_user(f"table {table}"):
+            kind = self._types_of(table).get(key, "text")
+            found = self._query(
+                f"SELECT CAST({name} AS pg_catalog.text) FROM {place} "
+                f"WHERE CAST({name} AS {kind}) = ANY(CAST(%b AS {kind}[]))",
+                [texts],
+            )
+        there = {row[0] for row in found}
+        if kind == _PADDED:
+            return {one for one in texts if one.rstrip(" ") in there}
+        return there.intersection(texts)
 
-    def _type_name(self, connection: Connection, oid: int) -> str:
-        cursor = connection.cursor()
-        cursor.execute("SELECT pg_catalog.format_type(CAST(%b AS oid), -1)", [oid])
-        return str(cursor.fetchone()[0])
+    def _insert_lines(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> None:
+        """Send a column as one array, which takes the server a fraction of a statement per row."""
+        head, first = self._insert_head(table, columns), rows[0]
+        is_text = [isinstance(value, str) for value in first]
+        types = self._types_of(table) if any(is_text) else {}
+        kinds = [
+            types.get(column) if text else None
+            for column, text in zip(columns, is_text, strict=True)
+        ]
+        if any(isinstance(value, list) for value in first):  # arrays of arrays would be taken apart
+            marks = ", ".join(f"CAST(%b AS {kind})" if kind else "%b" for kind in kinds)
+            self._write_many(f"{head} VALUES ({marks})", rows)
+            return
+        arrays = ", ".join(
+            f"pg_catalog.unnest({f'CAST(%b AS {kind}[])' if kind else '%b'})" for kind in kinds
+        )
+        lists = list(map(list, zip(*rows, strict=True)))
+        self._write(f"{head} SELECT * FROM ROWS FROM ({arrays})", lists)
+
+    def _type_name(self, oid: int) -> str:
+        """Return a type as any connection of ours understands it, without a length."""
+        # With our search path, in which there is nothing of users, all of theirs get their schema.
+        ((name,),) = self._query("SELECT format_type(CAST(%b AS oid), -1)", [oid])
+        return str(name)
+
+    def _types_of(self, table: str) -> dict[str, str]:
+        """Return the types of a table's columns, of domains what they are made of.
+
+        Texts are sent with their column's type: no enum is compared with a text, and a char(n) as
+        one, without the blanks that fill it.
+        """
+        rows = self._query(
+            "WITH RECURSIVE made(name, oid) AS (SELECT a.attname, a.atttypid FROM pg_attribute a "
+            "JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE n.nspname = %b AND c.relname = %b AND a.attnum > 0 AND NOT a.attisdropped "
+            "UNION ALL SELECT m.name, t.typbasetype FROM made m JOIN pg_type t ON t.oid = m.oid "
+            "WHERE t.typtype = 'd') SELECT m.name, format_type(m.oid, -1) FROM made m "
+            "JOIN pg_type t ON t.oid = m.oid WHERE t.typtype <> 'd'",
+            [*split_name(table)],
+        )
+        return dict(rows)
 
     def full_table_name(self, table: str) -> str:
         """Return the name with its schema: of a name alone, the first of the search path."""
@@ -148,3 +207,15 @@ class PostgresRows(RowCalls):
     def vector(self, payload: bytes) -> object:
         """Return float32 in little-endian order as a list, for an array of the server's."""
         return list(struct.unpack(f"<{len(payload) // 4}f", payload))
+
+
+def _is_strange(connection: Connection, oid: int) -> bool:
+    """Whether the driver knows no values of a type, and would give what the server keeps inside."""
+    return cast(Any, connection).adapters.get_loader(oid, _BINARY) is None
+
+
+def _told_as_text(query: str, count: int, strange: Collection[int]) -> str:
+    """Return a query with some of its columns, by number, as texts."""
+    told = (f"CAST(c{n} AS pg_catalog.text)" if n in strange else f"c{n}" for n in range(count))
+    names = ", ".join(f"c{n}" for n in range(count))
+    return f"SELECT {', '.join(told)} FROM {as_table(query)}({names})"

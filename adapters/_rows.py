@@ -32,7 +32,7 @@ from ._schema import TABLES, VIEWS
 from ._sessions import WRITE
 from ._sql import batches
 
-__all__ = ["RowCalls", "Rows", "check_select", "split_name", "words_of"]
+__all__ = ["RowCalls", "Rows", "as_table", "check_select", "split_name", "words_of"]
 
 #: PostgreSQL takes no longer names, and would cut them.
 NAME_BYTES: Final = 63
@@ -122,7 +122,7 @@ class RowCalls(DbApiBase):
 
     def key_bounds(self, query: str, key: str, every: int) -> list[object]:
         """Return every so-manieth key of a query, in the order of the database."""
-        name, inner = self._quoted(key, "column"), _as_table(query)
+        name, inner = self._quoted(key, "column"), as_table(query)
         numbered = (
             f"SELECT {name} AS pydedup_key, ROW_NUMBER() OVER (ORDER BY {name}) AS pydedup_n "
             f"FROM {inner} WHERE {name} IS NOT NULL"
@@ -151,7 +151,7 @@ class RowCalls(DbApiBase):
         if not conditions:
             return self.read_rows(query, batch)
         return self._stream(
-            f"SELECT * FROM {_as_table(query)} WHERE {' AND '.join(conditions)}", batch, values
+            f"SELECT * FROM {as_table(query)} WHERE {' AND '.join(conditions)}", batch, values
         )
 
     def key_column(self, name: str, kind: str) -> RowColumn:
@@ -230,21 +230,28 @@ class RowCalls(DbApiBase):
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
     ) -> bool:
         """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
-        names = ", ".join(self._quoted(column, "column") for column in columns)
-        head = f"INSERT INTO {self._table(table)} ({names})"
+        self._insert_head(table, columns)  # names are refused before anything is begun
         try:
             with self._of_user(f"writing to table {table}"), self._writing():
-                self._insert_lines(head, rows)
+                if rows:
+                    self._insert_lines(table, columns, rows)
         except KeyTakenError:
             return False
         return True
 
     # ---- inside -------------------------------------------------------------------------------
 
-    def _insert_lines(self, head: str, rows: Sequence[Sequence[object]]) -> None:
-        """Insert rows of as many columns as ``head``, an INSERT without its values, names."""
-        marks = ", ".join([self._sql.dialect.placeholder] * len(rows[0]) if rows else [])
-        self._write_many(f"{head} VALUES ({marks})", rows)
+    def _insert_lines(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> None:
+        """Insert rows, of which there are some, in the transaction that there is."""
+        marks = ", ".join([self._sql.dialect.placeholder] * len(columns))
+        self._write_many(f"{self._insert_head(table, columns)} VALUES ({marks})", rows)
+
+    def _insert_head(self, table: str, columns: Sequence[str]) -> str:
+        """Return an INSERT without its values."""
+        names = ", ".join(self._quoted(column, "column") for column in columns)
+        return f"INSERT INTO {self._table(table)} ({names})"
 
     def _writing(self) -> AbstractContextManager[None]:
         """Write transaction on tables of users; whether they may be written, the database says."""
@@ -281,7 +288,7 @@ def split_name(name: str) -> tuple[str, str]:
     return schema, table
 
 
-def _as_table(query: str) -> str:
+def as_table(query: str) -> str:
     """Return a user's SELECT as a table to select from."""
     check_select(query)
     # It may end in a comment.

@@ -43,8 +43,8 @@ def die_in_transaction(store: Store) -> None:
     kind = type(store._adapter._adapter)  # type: ignore[attr-defined]
     real, calls = kind._insert_lines, []
 
-    def insert(self: Any, head: str, rows: Any) -> None:
-        real(self, head, rows)
+    def insert(self: Any, *given: Any) -> None:
+        real(self, *given)
         calls.append(1)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGKILL)

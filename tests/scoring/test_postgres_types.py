@@ -4,12 +4,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import psycopg
 import pytest
 
+import pydedup
 from pydedup import registry
-from pydedup.adapter_options import RowAdapter
+from pydedup.adapter_options import RangeAdapter, RowAdapter
+from pydedup.testing.rows_contract import read_ranges
 from pydedup.testing.servers import unused_name
+
+from .conftest import linear
 
 #: Types of keys -> two values as literals.
 KEYS = {
@@ -30,7 +37,30 @@ KEYS = {
     "interval": ("'3 days 4 hours'", "'-1 second'"),
     "uuid": ("'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'", "'00000000-0000-0000-0000-000000000000'"),
     "inet": ("'10.1.2.3'", "'::1'"),
+    "char(5)": ("'a'", "'abcde'"),
+    "bpchar": ("'a '", "'abcde'"),
+    '"char"': ("'a'", "'b'"),
+    "name": ("'a'", "'b'"),
+    "macaddr": ("'08:00:2b:01:02:03'", "'08:00:2b:01:02:04'"),
+    "bit(3)": ("B'101'", "B'010'"),
+    'varchar(3) COLLATE "C"': ("'a '", "'a'"),
+    'types_of."Mo""od"': ("'glad'", "'a sad\"''{one,'"),
+    "types_of.code": ("'ab'", "'a'"),
 }
+
+
+@pytest.fixture(autouse=True)
+def types(postgres_url: str) -> Iterator[None]:
+    """Make an enum, and domains over that and a padded text, where no search path finds them."""
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA types_of")
+        connection.execute(
+            """CREATE TYPE types_of."Mo""od" AS ENUM ('zeal', 'glad', 'a sad"''{one,')"""
+        )
+        connection.execute("""CREATE DOMAIN types_of.feeling AS types_of."Mo""od" """)
+        connection.execute("CREATE DOMAIN types_of.code AS char(4) CHECK (value <> '')")
+        yield
+        connection.execute("DROP SCHEMA types_of CASCADE")
 
 
 @pytest.mark.parametrize("kind", KEYS)
@@ -76,3 +106,60 @@ def test_a_prediction_takes_the_type_of_its_column(postgres_url: str, kind: str)
         found = connection.execute(f"SELECT id, prediction FROM {into} ORDER BY id").fetchall()
         assert [(key, float(value)) for key, value in found] == [(1, 2.0), (2, -3.0)]
         connection.execute(f"DROP TABLE {into}")
+
+
+@pytest.mark.parametrize("kind", ["char(8)", "varchar(8)", 'types_of."Mo""od"'])
+def test_ranges_of_keys_have_each_row_once(postgres_url: str, kind: str) -> None:
+    """Enums are in the order of their definition, which is none of texts."""
+    source = unused_name()
+    keys = ["glad", "a sad\"'{one,", "zeal"] if "Mo" in kind else ["b", "ab", "a", "x%s", "ba c"]
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE TABLE {source} (k {kind}, n int)")
+        with connection.cursor() as cursor:
+            lines = [(key, n) for n, key in enumerate(keys * 3)]
+            cursor.executemany(f"INSERT INTO {source} VALUES (%s, %s)", lines)
+        rows = registry.connect_rows(postgres_url)
+        try:
+            assert isinstance(rows, RangeAdapter)
+            bounds, parts = read_ranges(rows, f"SELECT k, n FROM {source};", 2)
+        finally:
+            rows.close()
+        assert len(bounds) == len(keys) * 3 // 2
+        found = sorted((n, key.rstrip()) for part in parts for key, n in part)
+        assert found == list(enumerate(keys * 3))
+        connection.execute(f"DROP TABLE {source}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [
+        *(
+            (kind, made)
+            for kind in ("char(5)", 'types_of."Mo""od"')
+            for made in (kind, None, "text")
+        ),
+        *(("text", made) for made in ("char(5)", "types_of.feeling")),
+        ('types_of."Mo""od"', "char(5)"),
+    ],
+)
+def test_a_scoring_goes_on_by_such_keys(postgres_url: str, kind: str, made: str | None) -> None:
+    """Whether the table of predictions is ours, or a user's with a key of another type."""
+    source, into = unused_name(), unused_name()
+    model, graph = linear()
+    with (
+        psycopg.connect(postgres_url, autocommit=True) as connection,
+        pydedup.open(postgres_url, schema=unused_name()) as store,
+    ):
+        store.add("m@1", model, graph=graph)
+        connection.execute(f"CREATE TABLE {source} (id {kind}, f0 real, f1 real, f2 real)")
+        connection.execute(f"INSERT INTO {source} VALUES ('glad', 1, 2, 3), ('zeal', 4, 5, 6)")
+        if made is not None:
+            connection.execute(f"CREATE TABLE {into} (id {made} PRIMARY KEY, prediction real)")
+        query = f"SELECT * FROM {source} ORDER BY id"
+        first = store.score(f"{query} LIMIT 1", "m@1", into=into)
+        then = store.score(query, "m@1", into=into)
+        assert (first.rows, then.rows, then.skipped) == (1, 1, 1)
+        found = connection.execute(f"SELECT prediction FROM {into} ORDER BY prediction").fetchall()
+        wanted = sorted((np.array([[1, 2, 3], [4, 5, 6]]) @ model["w"].T)[:, 0])
+        np.testing.assert_allclose([value for (value,) in found], wanted, rtol=1e-5)
+        connection.execute(f"DROP TABLE {source}, {into}")
