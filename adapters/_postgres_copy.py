@@ -8,10 +8,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
+from pydedup.errors import UnavailableError
+
 from ._base import check_state
 from ._dbapi import PAYLOADS_PER_READ
 from ._postgres_base import PostgresBase
-from ._postgres_errors import ConnectionLostError
 from ._postgres_statement import Statement, copy_statement
 from ._schema import TABLES
 from ._sessions import Session
@@ -101,7 +102,11 @@ class PostgresCopy(PostgresBase):
                 yield from found
 
     def _streamed(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Yield payloads; when the connection is lost, those that have not come are asked again."""
+        """Yield payloads; those that have not come are asked for again.
+
+        When the connection is lost, or the statement took longer than it may because its rows were
+        not taken sooner. As one had come by then, this ends.
+        """
         left = list(ids)
         while True:
             came = set()
@@ -111,7 +116,7 @@ class PostgresCopy(PostgresBase):
                     came.add(page_id)
                     yield page_id, payload
                 return
-            except ConnectionLostError:
+            except UnavailableError:
                 left = [page_id for page_id in left if page_id not in came]
 
     def _begun(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
