@@ -28,6 +28,7 @@ _TEXTS: Final = frozenset({15, 252, 253, 254})
 _TIMES: Final = {7: "DATETIME(6)", 10: "DATE", 12: "DATETIME(6)"}
 _TEXT: Final = "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
 _UNSIGNED: Final = 32
+_ENUM: Final = 256
 _BINARY: Final = 63
 #: The most that a decimal has.
 _DIGITS: Final = 65
@@ -94,6 +95,17 @@ class MysqlRows(RowCalls):
             return list(cursor.fetchmany(count))
         except self.driver_error as error:
             raise self._translate(error) from error
+
+    def _order_of(self, name: str, inner: str) -> str:
+        """Return a text for enums, which are sorted by number but compared as texts."""
+        with contextlib.closing(self._connect()) as connection:
+            raw = cast(PreparedConnection, connection).raw
+            with self._of_user("the query failed"):
+                cursor = self._on(raw, f"SELECT {name} FROM {inner} LIMIT 0")  # noqa: S608 (quoted)
+            (column,) = cursor.description
+            cursor.fetchall()
+            cursor.close()
+        return f"CONCAT({name})" if column[7] & _ENUM else name
 
     def _mark(self, value: object) -> str:
         """Return what makes a decimal of one again: it is sent as text, compared as a float."""

@@ -123,8 +123,9 @@ class RowCalls(DbApiBase):
     def key_bounds(self, query: str, key: str, every: int) -> list[object]:
         """Return every so-manieth key of a query, in the order of the database."""
         name, inner = self._quoted(key, "column"), as_table(query)
+        order = self._order_of(name, inner)
         numbered = (
-            f"SELECT {name} AS pydedup_key, ROW_NUMBER() OVER (ORDER BY {name}) AS pydedup_n "
+            f"SELECT {name} AS pydedup_key, ROW_NUMBER() OVER (ORDER BY {order}) AS pydedup_n "
             f"FROM {inner} WHERE {name} IS NOT NULL"
         )
         outer = (
@@ -157,6 +158,10 @@ class RowCalls(DbApiBase):
     def key_column(self, name: str, kind: str) -> RowColumn:
         """Return a column for keys that come from elsewhere."""
         return RowColumn(name, self._key_types.get(kind))
+
+    def _order_of(self, name: str, inner: str) -> str:
+        """Return what a column of a query is sorted by to be in the order of comparisons."""
+        return name
 
     def _bound_key(self, key: RowColumn, value: object) -> str:
         """Return the placeholder of a value that keys of a query are compared with."""

@@ -276,8 +276,9 @@ class Scoring:
         for row in found:
             key = row[place]
             key = bytes(key) if isinstance(key, (bytearray, memoryview)) else key
-            if key is None or isinstance(key, (list, dict)):
-                failures.append(RowFailure(key, f"the key {self._key.name!r} is NULL or a list"))
+            if key is None or isinstance(key, (list, dict, set)):
+                reason = f"the key {self._key.name!r} is NULL, or a list or a set"
+                failures.append(RowFailure(key, reason))
             elif key in wanted:
                 failures.append(RowFailure(key, f"the key {self._key.name!r} occurs twice"))
             else:

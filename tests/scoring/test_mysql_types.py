@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (names of tables are made here)
+"""MySQL and MariaDB: tables that users made, with keys of types that we would not make."""
+
+from __future__ import annotations
+
+import pytest
+
+import pydedup
+from pydedup import registry
+from pydedup.adapter_options import RangeAdapter
+from pydedup.errors import ArgumentError
+from pydedup.testing.rows_contract import read_ranges
+from pydedup.testing.servers import mysql_connection, unused_name
+
+from .conftest import linear
+
+#: Types of keys -> values in no order, whatever it is by.
+KEYS = {
+    "ENUM('zeal', 'glad', 'a sad one')": ["glad", "a sad one", "zeal"],
+    "CHAR(9) CHARACTER SET latin1": ["b", "\u00e4b", "a b", "a"],
+    "VARBINARY(9)": [b"b", b"\0", b"a ", b"a"],
+    "INT UNSIGNED": [7, 4000000000, 0],
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_ranges_of_keys_have_each_row_once(mysql_database: str, kind: str) -> None:
+    source, keys = unused_name().replace("pydedup", "t"), KEYS[kind] * 3
+    with mysql_connection(mysql_database) as connection, connection.cursor() as cursor:
+        cursor.execute(f"CREATE TABLE {source} (k {kind}, n INTEGER)")
+        cursor.executemany(
+            f"INSERT INTO {source} VALUES (%s, %s)", [[k, n] for n, k in enumerate(keys)]
+        )
+        rows = registry.connect_rows(mysql_database)
+        try:
+            assert isinstance(rows, RangeAdapter)
+            bounds, parts = read_ranges(rows, f"SELECT k, n FROM {source}", 2)
+        finally:
+            rows.close()
+        assert len(bounds) == len(keys) // 2
+        found = sorted(
+            (n, bytes(k) if isinstance(k, bytearray) else k) for p in parts for k, n in p
+        )
+        assert found == list(enumerate(keys))
+        cursor.execute(f"DROP TABLE {source}")
+
+
+@pytest.mark.parametrize("made", [*KEYS, "by us"])
+def test_a_scoring_goes_on_by_such_keys(mysql_database: str, made: str) -> None:
+    """Whether the table of predictions is ours, or a user's with a key of its type."""
+    kind = next(iter(KEYS)) if made == "by us" else made
+    source, into = (unused_name().replace("pydedup", "t") for _ in range(2))
+    model, graph = linear()
+    with (
+        mysql_connection(mysql_database) as connection,
+        connection.cursor() as cursor,
+        pydedup.open(mysql_database) as store,
+    ):
+        store.add("m@1", model, graph=graph)
+        cursor.execute(f"CREATE TABLE {source} (id {kind}, f0 REAL, f1 REAL, f2 REAL)")
+        lines = [(key, n, n + 1, n + 2) for n, key in enumerate(KEYS[kind])]
+        cursor.executemany(f"INSERT INTO {source} VALUES (%s, %s, %s, %s)", lines)
+        if made != "by us":
+            cursor.execute(f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction REAL)")
+        query = f"SELECT * FROM {source} ORDER BY f0"
+        first = store.score(f"{query} LIMIT 1", "m@1", into=into)
+        then = store.score(query, "m@1", into=into)
+        assert (first.rows, then.rows, then.skipped) == (1, len(lines) - 1, 1)
+        cursor.execute(f"SELECT COUNT(*) FROM {source} JOIN {into} USING (id)")
+        assert cursor.fetchall() == [(len(lines),)]
+        cursor.execute(f"DROP TABLE {source}, {into}")
+
+
+def test_a_set_is_no_key(mysql_database: str) -> None:
+    model, graph = linear()
+    with (
+        mysql_connection(mysql_database) as connection,
+        connection.cursor() as cursor,
+        pydedup.open(mysql_database) as store,
+    ):
+        store.add("m@1", model, graph=graph)
+        cursor.execute("CREATE TABLE sets (id SET('a', 'b'), f0 REAL, f1 REAL, f2 REAL)")
+        cursor.execute("INSERT INTO sets VALUES ('a,b', 1, 2, 3)")
+        with pytest.raises(ArgumentError, match="the key 'id' is NULL, or a list or a set"):
+            store.score("SELECT * FROM sets", "m@1", into="p")
