@@ -8,6 +8,7 @@ of which the second was never looked at, real adds, and real predictions through
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -185,12 +186,15 @@ def _pilot(
     touches = Touches(
         tuple((touched / len(trace.owners)).tolist()), tuple((own[kept] / owned[kept]).tolist())
     )
-    pages = store._catalog.model(names[-1]).page_ids().tolist()
+    pages = sorted(
+        {page for name in names for page in store._catalog.model(name).page_ids().tolist()}
+    )
     some = asked[:16]  # texts are of all lengths
+    turns = itertools.cycle(names)
 
     def request(reader: pydedup.Store) -> None:
         for ids in some:
-            reader.predict(names[-1], ids)
+            reader.predict(next(turns), ids)
 
     one = request_costs(store.url, names[-1], request, pages)
     return _Pilot(family, touches, one.hot / len(some))

@@ -54,26 +54,31 @@ def read_costs(store: pydedup.Store, path: Path | None) -> dict[str, float]:
     return costs
 
 
-#: Bytes that a pool has beside the pages of a model, and times that each state is timed.
-_SPARE, _STATES = 256 << 10, 11
+#: Bytes that a pool has beside the pages of models, times that each state is timed, and the share
+#: of pages that are away in the last one.
+_SPARE, _STATES, _AWAY = 256 << 10, 21, 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """Mean seconds of a prediction: all in memory, its model unknown, none of its pages there."""
+    """Seconds of a prediction: all in memory, its model unknown, and some of the pages away.
+
+    Attributes
+    ----------
+    missing
+        For each time that pages had to be read: seconds beyond those from memory, pages, bytes.
+    """
 
     hot: float
     forgotten: float
-    cleared: float
     tensors: int
-    pages: int
-    read_bytes: int
+    missing: tuple[tuple[float, float, float], ...]
 
 
 def request_costs(
     url: str, address: str, request: Callable[[pydedup.Store], object], pages: Sequence[int]
 ) -> Requested:
-    """Time one kind of request of a model, that uses these pages, in three states of a store.
+    """Time one kind of request, that uses these pages at most, in three states of a store.
 
     Its pool just holds the pages. A full one has no room for blocks that are decoded once, either.
     """
@@ -82,41 +87,63 @@ def request_costs(
         tensors = len(store._adapter.tensors(store._catalog.resolve(address).id))
     needed = sum(row.payload_bytes for row in rows) + _SPARE
     with pydedup.open(url, mode="r", memory=needed + min(needed, 48 << 20)) as store:
-        pool = store._pool
 
         def forget() -> None:
             store._catalog = Catalog(store._adapter)
 
-        hot = median_time(lambda: request(store), 21)
-        forgotten = _in_state(forget, lambda: request(store))
-        before = pool.stats()["inserts"]
-        cleared = _in_state(pool.clear, lambda: request(store))
-        stats = pool.stats()
-        read = (stats["inserts"] - before) // _STATES
-        mean = stats["bytes"] / max(stats["pages"], 1)
-        return Requested(hot, forgotten, cleared, tensors, read, int(read * mean))
+        hot = median_time(lambda: request(store), _STATES)
+        forgotten = statistics.median(_timed(forget, lambda: request(store)))
+        missing = _with_pages_away(store, pages, lambda: request(store), hot)
+        return Requested(hot, forgotten, tensors, missing)
 
 
-def _in_state(prepare: Callable[[], object], request: Callable[[], object]) -> float:
-    """Return the median seconds of a request after something was done each time."""
+def _timed(prepare: Callable[[], object], request: Callable[[], object]) -> list[float]:
+    """Return the seconds of requests after something was done each time."""
     spent = []
     for _ in range(_STATES):
         prepare()
         started = time.perf_counter()
         request()
         spent.append(time.perf_counter() - started)
-    return statistics.median(spent)
+    return spent
+
+
+def _with_pages_away(
+    store: pydedup.Store, pages: Sequence[int], request: Callable[[], object], hot: float
+) -> tuple[tuple[float, float, float], ...]:
+    """Time requests some of whose pages are not in the pool, here and there.
+
+    As in a pool that is too small. A whole model that is read ahead costs less a page.
+    """
+    pool, rng = store._pool, np.random.default_rng(3)
+    before: list[dict[str, int]] = []
+
+    def prepare() -> None:
+        pool.clear()
+        pool.pages(np.array([page for page in pages if rng.random() >= _AWAY], np.int64))
+        before.append(pool.stats())
+
+    read = []
+
+    def counted() -> None:
+        request()
+        stats = pool.stats()
+        number = stats["inserts"] - before[-1]["inserts"]
+        read.append((number, max(stats["bytes"] - before[-1]["bytes"], 0)))
+
+    spent = _timed(prepare, counted)
+    return tuple(
+        (max(seconds - hot, 0.0), float(number), float(nbytes))
+        for seconds, (number, nbytes) in zip(spent, read, strict=True)
+        if number > 0
+    )
 
 
 def request_prices(several: Sequence[Requested]) -> dict[str, float]:
     """Return what a model that has to be looked up and a page that has to be read cost."""
     looked = [(max(one.forgotten - one.hot, 0.0), 1.0, float(one.tensors)) for one in several]
-    read = [
-        (max(one.cleared - one.hot, 0.0), float(one.pages), float(one.read_bytes))
-        for one in several
-    ]
     model, tensor = _fitted(looked)
-    page, nbyte = _fitted(read)
+    page, nbyte = _fitted([row for one in several for row in one.missing])
     return {
         "catalog_model": model,
         "catalog_tensor": tensor,
