@@ -20,8 +20,8 @@ from typing import Any, Final
 from pydedup.errors import ClusterError
 from pydedup.ray.cluster import import_ray
 from pydedup.ray.score_plan import Settings
-from pydedup.ray.score_pool import Pool, cause_of
-from pydedup.text import plural, without_secrets
+from pydedup.ray.score_pool import Pool, cause_of, never_began, words_of
+from pydedup.text import plural
 
 __all__ = ["scored"]
 
@@ -78,6 +78,8 @@ def _of_dataset(
                     deaths, most = 0, max(blocks, most)
                 yield number, result
         except died as error:
+            if (why := never_began(error)) is not None:
+                raise ClusterError(f"the dataset cannot be read: {why}") from None
             deaths += 1
             if deaths >= _MOST_DEATHS:
                 raise ClusterError(
@@ -120,9 +122,7 @@ class _Feeder:
         except ClusterError as error:
             return _GAVE_UP, str(error)
         except Exception as error:
-            said = without_secrets(str(error)).strip().splitlines()
-            why = said[-1] if said else type(error).__name__
-            return _GAVE_UP, f"Ray gave up: {why}; run it again to go on"
+            return _GAVE_UP, f"the dataset cannot be read: {words_of(error)}"
 
 
 def described(block: Any, key: str) -> str:

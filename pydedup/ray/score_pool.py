@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
@@ -19,7 +20,7 @@ from pydedup.ray.score_plan import Settings
 from pydedup.ray.score_worker import ScoreWorker
 from pydedup.text import plural, without_secrets
 
-__all__ = ["Pool", "cause_of"]
+__all__ = ["Pool", "cause_of", "never_began", "words_of"]
 
 #: How often in a row workers may die without a piece done, and how often for each of them; of those
 #: that die at one piece, the first counts.
@@ -33,11 +34,32 @@ _CAUSES: Final = (
     ("killed by `ray.kill`", "ended by ray.kill"),
     ("SIGTERM", "asked to end (SIGTERM)"),
 )
+#: The last line of a traceback.
+_RAISED: Final = re.compile(r"(?m)^[A-Za-z_][\w.]*(?:Error|Exception)(?::.*)?$")
 _UNKNOWN: Final = "killed (SIGKILL, as the kernel does when memory runs out) or crashed (SIGSEGV)"
+
+
+def never_began(error: Exception) -> str | None:
+    """Return what an actor said that could not even begin; ``None`` of one that was up."""
+    if not getattr(error, "actor_init_failed", False):
+        return None
+    return words_of(error)
+
+
+def words_of(error: Exception) -> str:
+    """Return the line of an error of Ray's that says what went wrong, without its frames."""
+    said = without_secrets(str(error)).strip()
+    # Of several that caused one another, the first; advice of Ray's may follow them.
+    first = _RAISED.search(said)
+    if first is not None:
+        return first.group().strip()
+    return said.splitlines()[-1].strip() if said else type(error).__name__
 
 
 def cause_of(error: Exception) -> str:
     """Return what a worker died of, as far as Ray tells."""
+    if (why := never_began(error)) is not None:
+        return f"could not begin: {why}"
     if getattr(error, "preempted", False):
         return "its machine was taken away (preempted)"
     said = str(error)
@@ -148,9 +170,7 @@ class Pool:
             self._dead(number, piece, error)
             return None
         except self._any_error as error:
-            lines = without_secrets(str(error)).strip().splitlines()
-            why = lines[-1] if lines else type(error).__name__
-            raise ClusterError(f"Ray gave up: {why}; run it again to go on") from None
+            raise ClusterError(f"Ray gave up: {words_of(error)}; run it again to go on") from None
         self._idle.append(actor)
         if number is None:
             return None
@@ -172,10 +192,12 @@ class Pool:
         if self._in_a_row >= max(least, each * self._count):
             met = [*self._left, *(one for one in self._again if one[0] in self._deaths)]
             parts = f", the last of them at {self._named(met[-1])}" if met else ""
+            to_do = "see that there is memory for them (memory, workers)"
+            if never_began(error) is not None:
+                to_do = "see that the same pydedup and the driver are on all machines"
             raise ClusterError(
                 f"Ray's workers died {self._in_a_row} times without a part done{parts} (the last: "
-                f"{cause_of(error)}); see that there is memory for them (memory, workers), and run "
-                "it again to go on"
+                f"{cause_of(error)}); {to_do}, and run it again to go on"
             )
 
     def _kill(self, actor: Any) -> None:

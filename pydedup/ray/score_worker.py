@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, cast
 
-from pydedup import config
+from pydedup import config, errors
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import KeyRange, RangeAdapter, RowAdapter, RowColumn, RowStream
 from pydedup.catalog import Catalog, StoredModel
@@ -193,7 +193,8 @@ class ScoreWorker:
                         raise
                     time.sleep(_PAUSE_SECONDS * 2**again)
         except PydedupError as error:
-            return _failure(type(error).__name__, str(error), result)
+            public = (one.__name__ for one in type(error).__mro__ if hasattr(errors, one.__name__))
+            return _failure(next(public), str(error), result)
         except Exception as error:  # a fault: told like the others, without its frames
             return _failure("", f"{type(error).__name__}: {error}", result)
         return json.dumps(result.noted())

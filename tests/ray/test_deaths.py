@@ -13,11 +13,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pydedup.errors import ClusterError
+from pydedup.errors import ClusterError, UnavailableError
 from pydedup.ray import score_feed, score_pool, score_worker
 from pydedup.ray.cluster import import_ray
+from pydedup.ray.score import _result_of as result_of
 from pydedup.ray.score_plan import FilePart, QueryPart
 from pydedup.ray.score_pool import cause_of
 
@@ -133,6 +135,66 @@ def test_workers_that_die_whatever_they_do_end_the_work(
     monkeypatch.setattr(score_pool, "_MOST_IN_A_ROW", (3, 1))
     with pytest.raises(ClusterError, match="workers died 3 times without a part done"):
         score(scored_file.query, scored_file, "p")
+
+
+def test_what_keeps_workers_from_beginning_is_said_in_its_own_words(
+    scored_file: Scored, monkeypatch: pytest.MonkeyPatch, connected: Any
+) -> None:
+    """They were called killed."""
+
+    class ScoreWorker(score_worker.ScoreWorker):
+        def __init__(self, settings: Any) -> None:
+            raise OSError("no place left for postgresql://me:geheim@host/d")
+
+    monkeypatch.setattr(score_pool, "ScoreWorker", ScoreWorker)
+    monkeypatch.setattr(score_pool, "_MOST_IN_A_ROW", (2, 1))
+    with pytest.raises(ClusterError) as raised:
+        score(scored_file.query, scored_file, "p")
+    said = "could not begin: OSError: no place left for postgresql://***@host/d); see that the same"
+    assert said in str(raised.value)
+    assert "killed" not in str(raised.value)
+
+
+def test_a_dataset_that_cannot_be_read_is_said_at_once(
+    scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    """It was read 20 times, and what read it called killed."""
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"id": [1], "f0": [1.0], "f1": [1.0], "f2": [1.0]}), file)
+    dataset = import_ray("ray.data").read_parquet(str(file))
+    file.unlink()
+    with pytest.raises(ClusterError, match=r"the dataset cannot be read: .*x\.parquet$"):
+        score(dataset, scored_file, "p", workers=1)
+
+    def refuse(block: Any) -> Any:
+        if block["id"][0].as_py():
+            raise ValueError("f2 is odd")
+        return block
+
+    rows = pa.table({"id": [0, 1], "f0": [1.0, 1.0], "f1": [1.0, 1.0], "f2": [1.0, 1.0]})
+    dataset = import_ray("ray.data").from_arrow([rows[:1], rows[1:]])
+    dataset = dataset.map_batches(refuse, batch_format="pyarrow")
+    with pytest.raises(ClusterError, match=r"read: ValueError: f2 is odd$"):
+        score(dataset, scored_file, "q", workers=1)
+
+
+def test_errors_of_an_adapters_own_keep_their_kind() -> None:
+    """What told of a lost connection was a fault of Ray's worker."""
+    worker = score_worker.ScoreWorker(cast(Any, SimpleNamespace(threads=1)))
+
+    class LostError(UnavailableError):
+        pass
+
+    def lose(*_: object) -> None:
+        raise LostError("away")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_worker, "_PAUSE_SECONDS", 0.0)
+        scorer = SimpleNamespace(close=lambda: None)
+        patch.setattr(score_worker, "Scorer", lambda _: scorer)
+        told = worker._told(lose)
+    with pytest.raises(UnavailableError, match=r"^away$"):
+        result_of(told)
 
 
 class Call:
