@@ -184,7 +184,10 @@ def _match_model(
     if isinstance(request.policy, Accuracy):
         policy = _counting(request.policy, progress)
         return _match_chosen(matcher, ahead, request, policy, previous, advance)
-    return MatchedModel(request, match_tensors(matcher, ahead, request, previous, advance))
+    model = MatchedModel(request, match_tensors(matcher, ahead, request, previous, advance))
+    if previous is not None:
+        previous.settle_costs(model.references(matcher.reader), matcher.reader)
+    return model
 
 
 def _match_chosen(

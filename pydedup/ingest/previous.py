@@ -14,16 +14,21 @@ import json
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup import codec
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, SourceHashes, StoredModel
 from pydedup.certificates import largest_error
 from pydedup.formats.base import TensorEntry
+from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
+from pydedup.layout import block_places, by_page, joined, split_places, used_places
 from pydedup.policies import Policy
 
 __all__ = ["Previous"]
+
+_UNKNOWN = 1 << 40
 
 
 class Previous:
@@ -41,12 +46,9 @@ class Previous:
         self._maps = model.block_maps()
         self._hashes = SourceHashes(adapter, model)
         self._ordinals = {info.name: i for i, info in enumerate(self._model.tensors)}
-        # What a block takes on its page is not known without reading that: on average it is this.
-        pages = sorted(
-            (page_id, size // max(blocks, 1))
-            for _, page_id, blocks, size in adapter.model_pages(model.row.id)
-        )
-        self._pages, self._costs = np.array(pages, np.int64).reshape(-1, 2).T
+        pages = [row[1:] for row in adapter.model_pages(model.row.id)]
+        #: Page, distinct blocks that this version has of it, and their bytes; int64 (n, 3).
+        self._pages = np.array(pages, np.int64).reshape(-1, 3)
         self.largest_error = _error_of(model.row)
 
     @classmethod
@@ -76,20 +78,66 @@ class Previous:
             return found
         before = np.frombuffer(source, "<u8").reshape(-1, 2)
         same = np.flatnonzero((before == digests).all(axis=1))
-        found[same] = self._refer(block_map.page_ids[same], block_map.slots[same])
+        refer = self._stored.references_at
+        found[same] = refer(block_map.page_ids[same], block_map.slots[same])
         if block_map.bases is not None:
             base_page_ids, base_slots = block_map.bases
             deltas = same[base_page_ids[same] != NO_PAGE]
-            bases = self._refer(base_page_ids[deltas], base_slots[deltas])
+            bases = refer(base_page_ids[deltas], base_slots[deltas])
             self._stored.set_bases(found[deltas], bases)
         return found
 
-    def _refer(self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """Return references of places, and note what they cost."""
-        costs = np.zeros(len(page_ids), np.int64)
-        listed = np.flatnonzero(np.isin(page_ids, self._pages))
-        costs[listed] = self._costs[np.searchsorted(self._pages, page_ids[listed])]
-        return self._stored.references_at(page_ids, slots, costs)
+    def settle_costs(self, references: NDArray[np.int64], reader: BlockReader) -> None:
+        """See that it is known what a model has of each page, in bytes.
+
+        ``references`` are all of the model, with bases. Nothing need be read of a page of which
+        this version has the same blocks, as their sum is known; nor where it has but raw blocks,
+        which that sum tells; nor where a block was looked at meanwhile, as those are that changed
+        ones might be near to. The rest is read.
+        """
+        stored = np.unique(references[references < 0])
+        unknown = self._stored.without_cost(stored)
+        if not len(unknown):
+            return
+        pages = np.unique(self._stored.places(unknown)[0])
+        mine = stored[np.isin(self._stored.places(stored)[0], pages)]
+        page_ids, slots = self._stored.places(mine)
+        places = block_places(page_ids, slots)
+        before, raw = self._raw_costs()
+        here = np.isin(split_places(before)[0], pages)
+        before, raw = before[here], raw[here]
+        old = dict(by_page(split_places(before)[0]))
+        sizes = {page_id: (blocks, size) for page_id, blocks, size in self._pages.tolist()}
+        for page_id, at in by_page(page_ids):
+            all_old, (blocks, size) = old.get(page_id, at[:0]), sizes.get(page_id, (0, 0))
+            if len(all_old) != blocks or not np.isin(places[at], before[all_old]).all():
+                continue
+            if raw[all_old].sum() == size:  # none takes more than raw, so each takes as much
+                costs = raw[np.searchsorted(before, places[at])]
+            elif len(at) == blocks:
+                # Which of them takes what does not matter to anybody, as long as the sum is right.
+                costs = np.full(blocks, size // blocks)
+                costs[0] += size % blocks
+            else:
+                continue
+            self._stored.set_costs(mine[at], costs)
+        for _ in reader.windows(self._stored.without_cost(mine)):
+            pass  # they are noted on the way
+
+    def _raw_costs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the places that this version uses, and what each took if it were raw.
+
+        Of bases that are no blocks of it this is not known: more than any sum.
+        """
+        places, costs = [], []
+        for info, block_map in zip(self._model.tensors, self._maps, strict=True):
+            heights, widths = block_map.grid.shapes(np.arange(block_map.grid.count))
+            places.append(block_places(block_map.page_ids, block_map.slots))
+            costs.append(codec.page_cost(heights * widths * info.dtype.itemsize))
+        used = used_places(self._maps)
+        raw = np.full(len(used), _UNKNOWN)
+        raw[np.searchsorted(used, joined(places))] = joined(costs)
+        return used, raw
 
 
 def _error_of(row: ModelRow) -> float:

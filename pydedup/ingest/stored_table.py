@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup import codec
 from pydedup.adapter import BlockRow
 from pydedup.ingest.spool import NO_BASE
-from pydedup.layout import split_places
+from pydedup.layout import by_page, split_places
 from pydedup.types import DType
 
 __all__ = ["StoredTable", "slot_entries"]
@@ -47,6 +47,8 @@ class StoredTable:
         self._number_at = np.empty(0, np.int64)
         self._used = 0
         self._rooms: dict[int, tuple[int, int]] = {}  # start and length, by page
+        #: What the blocks of pages take that somebody looked at, by slot.
+        self._costs_on: dict[int, NDArray[np.int32]] = {}
 
     # ---- numbers ------------------------------------------------------------------------------
 
@@ -64,7 +66,7 @@ class StoredTable:
     def references_at(
         self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32], costs: ArrayLike = 0
     ) -> NDArray[np.int64]:
-        """Return the references of the blocks at places (n,); ``costs`` are a first guess."""
+        """Return the references of the blocks at places (n,); ``costs`` where known, else 0."""
         if not len(page_ids):
             return np.empty(0, np.int64)
         pages, page_of = np.unique(page_ids, return_inverse=True)
@@ -158,6 +160,26 @@ class StoredTable:
         entries = slot_entries(pages, page_index, slots)
         self.set_costs(references, codec.page_cost(entries["length"]))
         self._dtypes[-1 - references] = entries["dtype"]
+        numbers, first = np.unique(page_index, return_index=True)
+        page_ids = self._page_ids[-1 - references[first]]
+        for page_id, number in zip(page_ids.tolist(), numbers.tolist(), strict=True):
+            if page_id not in self._costs_on:
+                costs = codec.page_cost(pages[number].slots["length"])
+                self._costs_on[page_id] = costs.astype(np.int32)
+
+    def without_cost(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of (negative) references on whose page nobody looked, and cost the others.
+
+        A page that was looked at for one block tells of those that are met later, too.
+        """
+        unknown: NDArray[np.int64] = references[self.costs_of(references) == 0]
+        page_ids, slots = self.places(unknown)
+        for page_id, at in by_page(page_ids):
+            costs = self._costs_on.get(page_id)
+            if costs is not None:
+                self.set_costs(unknown[at], costs[slots[at]])
+        left: NDArray[np.int64] = unknown[self.costs_of(unknown) == 0]
+        return left
 
 
 def slot_entries(

@@ -355,8 +355,8 @@ class Resolver:
         references = self._out.references
         bases = self._matcher.reader.bases_of(references)
         stored = np.unique(np.concatenate([references, bases[bases != NO_BASE]]))
-        stored = stored[stored < 0]
-        for _ in self._matcher.reader.windows(stored[self._matcher.stored.costs_of(stored) == 0]):
+        unknown = self._matcher.stored.without_cost(stored[stored < 0])
+        for _ in self._matcher.reader.windows(unknown):
             pass  # they are noted on the way
 
 

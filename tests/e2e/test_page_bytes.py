@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tables say that a model has of each page, against what is on the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.catalog import StoredModel
+from pydedup.layout import block_costs, joined, map_places, pages_read
+from pydedup.policies import Bounded, Exact, Lossless, Policy
+
+
+def assert_exact(store: pydedup.Store) -> None:
+    adapter = store._adapter
+    for row in adapter.models():
+        places = joined(map(map_places, StoredModel(adapter, row).block_maps()))
+        on_pages = [
+            (row.id, *page) for page in pages_read(places, block_costs(store._pool, places))
+        ]
+        assert [tuple(page) for page in adapter.model_pages(row.id)] == on_pages
+
+
+def changed(array: np.ndarray, rng: np.random.Generator, how: str) -> np.ndarray:
+    """Change rows here and there, a little; or a run of them, or all of a run to something else."""
+    new = array.copy()
+    if how == "scattered":
+        new[:: len(new) // 5] += 1
+    else:
+        new[: len(new) // 3] = rng.permuted(new[: len(new) // 3], axis=1)
+    return new
+
+
+@pytest.mark.parametrize("how", ["scattered", "together"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+@pytest.mark.parametrize(
+    "policies",
+    [
+        (Lossless(), Lossless()),
+        (Exact(), Exact()),
+        (Lossless(), Exact()),
+        (Exact(), Lossless()),
+        (Bounded(0.01), Bounded(0.01)),
+    ],
+    ids=lambda both: "-".join(type(one).__name__ for one in both),
+)
+def test_of_what_a_new_version_takes_over(
+    tmp_path: Path, policies: tuple[Policy, Policy], dtype: type, how: str
+) -> None:
+    """Blocks that did not change are not read, and yet it is known what they take."""
+    rng = np.random.default_rng(0)
+    url = f"sqlite:///{tmp_path}/store.db"
+    # Blocks of unequal sizes: those at an edge, and those that save more by planes than others.
+    first = {
+        "w": (rng.standard_normal((3001, 200)) * 100).astype(dtype),
+        "even": (rng.standard_normal((700, 256)) * 100).round().astype(dtype),
+        "gone": np.arange(50_000).reshape(500, 100).astype(dtype),
+    }
+    second = {"w": changed(first["w"], rng, how), "even": first["even"], "new": first["w"][:99] * 2}
+    third = second | {"even": changed(second["even"], rng, how)}
+    with pydedup.open(url) as store:
+        store.add("m@1", first, policy=policies[0])
+    for number, arrays in ((2, second), (3, third)):
+        with pydedup.open(url) as store:  # nothing is in memory
+            store.add(f"m@{number}", arrays, policy=policies[1])
+            assert_exact(store)
+            assert store.verify().errors == []
+    with pydedup.open(url) as store:
+        used = [store.explain(f"m@{number}").used_bytes for number in (1, 2, 3)]
+        assert [store.info(f"m@{number}").used_bytes for number in (1, 2, 3)] == used
+        store.vacuum()
+        assert_exact(store)
+        assert [store.info(f"m@{number}").used_bytes for number in (1, 2, 3)] == used
+
+
+def test_raw_pages_are_not_read_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    url = f"sqlite:///{tmp_path}/store.db"
+    weights = rng.standard_normal((4000, 256)).astype(np.float32)
+    read: list[int] = []
+    with pydedup.open(url) as store:
+        store.add("m@1", {"w": weights}, policy=Exact())
+        kind = type(store._adapter)
+    real = kind.read_pages
+
+    def counted(self: Any, ids: Any) -> Iterator[tuple[int, bytes]]:
+        for page in real(self, ids):
+            read.append(page[0])
+            yield page
+
+    monkeypatch.setattr(kind, "read_pages", counted)
+    with pydedup.open(url) as store:
+        store.add("m@2", {"w": changed(weights, rng, "scattered")}, policy=Exact())
+        assert read == []
+        assert_exact(store)
+        assert read
