@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import socket
 import threading
@@ -133,6 +134,7 @@ def test_wrong_urls_are_told_without_the_password(place: str, said: str) -> None
 @pytest.mark.parametrize(
     ("number", "kind"),
     [
+        (1020, ConflictError),
         (1205, ConflictError),
         (1213, ConflictError),
         (1021, StorageFullError),
@@ -183,6 +185,30 @@ def test_a_deadlock_is_a_conflict(adapter: Adapter) -> None:
     assert len(errors) == 1
     meta = adapter.meta()
     assert meta["a"] == meta["b"] != ""
+
+
+def test_a_serialisation_failure_is_a_conflict(adapter: Adapter, url: str, run: Any) -> None:
+    """Of the server's own making, at a level and with a setting where it has them."""
+    statements = adapter._sql  # type: ignore[attr-defined]
+    begin = (
+        "SET SESSION innodb_snapshot_isolation = ON",
+        "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+        "START TRANSACTION READ WRITE",
+    )
+    statements.dialect = dataclasses.replace(statements.dialect, begin_write=begin)
+
+    def change_beside_another() -> None:
+        assert adapter.epoch() == 0
+        run(url, "UPDATE pydedup_meta SET value = '5' WHERE name = 'epoch'")
+        adapter.put_job("mine", "", "", "")
+        adapter.bump_epoch()
+
+    said = r"Record has changed since last read.*try again"
+    with pytest.raises(ConflictError, match=said), adapter.transaction():
+        change_beside_another()
+    assert (adapter.epoch(), adapter.jobs()) == (5, [])
+    with adapter.transaction():
+        assert adapter.bump_epoch(5)
 
 
 def test_a_statement_timeout_says_so(adapter: Adapter, url: str, user: Any, run: Any) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from typing import Any
@@ -120,6 +121,29 @@ def test_a_deadlock_is_a_conflict(adapter: Adapter, schema: str, postgres_url: s
         thread.join(30)
         assert told == [1]
     assert [job[1] for job in adapter.jobs()] == ["x", "x"]
+
+
+def test_a_serialisation_failure_is_a_conflict(
+    adapter: Adapter, schema: str, postgres_url: str
+) -> None:
+    """Of the server's own making, at a level where it has them."""
+    statements = adapter._sql  # type: ignore[attr-defined]
+    begin = ("BEGIN ISOLATION LEVEL SERIALIZABLE",)
+    statements.dialect = dataclasses.replace(statements.dialect, begin_write=begin)
+
+    def change_beside_another() -> None:
+        assert adapter.epoch() == 0
+        with psycopg.connect(postgres_url) as other:
+            other.execute(f"UPDATE {schema}.meta SET value = '5' WHERE name = 'epoch'")  # noqa: S608
+        adapter.put_job("mine", "", "", "")
+        adapter.bump_epoch()
+
+    said = r"could not serialize access .*try again"
+    with pytest.raises(ConflictError, match=said), adapter.transaction():
+        change_beside_another()
+    assert (adapter.epoch(), adapter.jobs()) == (5, [])
+    with adapter.transaction():
+        assert adapter.bump_epoch(5)
 
 
 def test_a_statement_timeout_says_so(adapter: Adapter, url: str) -> None:
