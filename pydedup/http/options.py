@@ -6,8 +6,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+from pydedup.errors import ArgumentError
 
 __all__ = ["ServeOptions"]
+
+_MANY: Final = 1 << 40
+#: From, to, and whether it is a whole number.
+_RANGES: Final[dict[str, tuple[float, float, bool]]] = {
+    "max_batch": (1, _MANY, True),
+    "max_wait_ms": (0, 60_000, False),
+    "threads": (1, 256, True),
+    "max_body": (0, _MANY, True),
+    "max_queue": (1, _MANY, True),
+    "timeout": (0.001, _MANY, False),
+    "grace": (0, _MANY, False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +49,11 @@ class ServeOptions:
         Certificate (with its chain) and key, PEM.
     access_log
         Whether each request is a line on standard error.
+
+    Raises
+    ------
+    ArgumentError
+        For a number that is none, or not in its range.
     """
 
     host: str = "127.0.0.1"
@@ -49,6 +69,14 @@ class ServeOptions:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     access_log: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (low, high, whole) in _RANGES.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, int if whole else (int, float))
+            if not is_number or isinstance(value, bool) or not low <= value <= high:
+                kind = "a whole number" if whole else "a number"
+                raise ArgumentError(f"{name} is {value!r}; it must be {kind}, {low:g} to {high:g}")
 
     def __repr__(self) -> str:
         return f"ServeOptions({self.host!r}, {self.port})"  # without the token

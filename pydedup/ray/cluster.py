@@ -22,7 +22,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -263,13 +263,23 @@ def use_threads(count: int) -> None:
     os.environ["PYDEDUP_THREADS"] = str(count)
 
 
-def on_each_node(ray: Any, function: Callable[..., str | None], *arguments: object) -> None:
+def on_each_node(
+    ray: Any,
+    function: Callable[..., str | None],
+    *arguments: object,
+    resources: Mapping[str, float] | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+) -> None:
     """Call a function once on each node that has CPUs, and see that nothing hinders its work.
 
     Parameters
     ----------
     function
         Of a module of pydedup. Returns what hinders, ``None`` where nothing does.
+    resources
+        Nodes without these of Ray's are left out.
+    runtime_env
+        What the processes get from Ray.
 
     Raises
     ------
@@ -277,14 +287,16 @@ def on_each_node(ray: Any, function: Callable[..., str | None], *arguments: obje
         Which names the node.
     """
     strategies = importlib.import_module("ray.util.scheduling_strategies")
-    remote = ray.remote(num_cpus=0, max_retries=2)(function)
+    options = {} if runtime_env is None else {"runtime_env": dict(runtime_env)}
+    remote = ray.remote(num_cpus=0, max_retries=2, **options)(function)
     asked: list[tuple[str, Any]] = []
     for node in ray.nodes():
-        if node["Alive"] and node["Resources"].get("CPU"):
+        there = node["Resources"]
+        if node["Alive"] and there.get("CPU") and (resources or {}).keys() <= there.keys():
             strategy = strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             call = remote.options(scheduling_strategy=strategy).remote(*arguments)
             asked.append((str(node["NodeManagerAddress"]), call))
-    if not asked:
+    if not asked and not resources:
         raise ClusterError("no node of the Ray cluster has a CPU to work with")
     for address, call in asked:
         try:

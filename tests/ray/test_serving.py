@@ -330,11 +330,12 @@ def test_config_files_name_where_secrets_are(
         app({"stroe": url})
     with pytest.raises(ArgumentError, match="needs store"):
         app({})
-    assert app({"store": "env:PYDEDUP_STORE", "token": "file:/run/token", "num_replicas": 3})
+    later = {"store": "env:PYDEDUP_STORE", "check": False}  # where it will be known
+    assert app({**later, "token": "file:/run/token", "num_replicas": 3})
     # As `serve run pydedup.ray:app NAME=VALUE ...` has them.
     scale = "{min_replicas: 0, max_replicas: 3}"
     texts = {"num_cpus": "0.5", "max_batch": "8", "access_log": "true", "memory": "64MiB"}
-    assert app({"store": "env:PYDEDUP_STORE", "autoscaling_config": scale, **texts})
+    assert app({**later, "autoscaling_config": scale, **texts})
     with pytest.raises(ArgumentError, match=r"autoscaling_config is '\{min', which is no YAML"):
         app({"store": "env:PYDEDUP_STORE", "autoscaling_config": "{min"})
 

@@ -16,6 +16,7 @@ from pydedup.http.access import check_token
 from pydedup.http.options import ServeOptions
 from pydedup.opening import connect_store, pool_bytes
 from pydedup.ray.cluster import Secret, absolute, import_ray
+from pydedup.ray.serving.checks import as_arguments, check_actors, check_nodes, check_scale
 from pydedup.ray.serving.source import is_here
 from pydedup.registry import redact
 from pydedup.replacement import DEFAULT_POLICY, check_policy
@@ -69,7 +70,7 @@ def deployment(
     memory, replacement
         Of the buffer pool of each replica, as for `pydedup.open`.
     num_replicas, autoscaling_config, max_ongoing_requests, ray_actor_options
-        Of the replicas, as for ``ray.serve.deployment``.
+        Of the replicas, as for ``ray.serve.deployment``. The fronts have their ``runtime_env`` too.
     num_cpus
         CPUs of a replica, and so threads of its computations.
     num_fronts
@@ -85,7 +86,9 @@ def deployment(
         As for ``pydedup serve`` (docs/http.md). ``max_queue`` are requests that wait for a replica
         in one front.
     check
-        Whether a URL is tried here; not where only the replicas can reach the database.
+        Whether the store is opened here, if its URL is given, and on each machine of the cluster,
+        if this process is connected to one. So a deployment that runs is not replaced by one that
+        cannot start.
 
     Raises
     ------
@@ -93,6 +96,8 @@ def deployment(
         Ray is missing or does not fit, or an argument is wrong.
     StoreError
         The store cannot be opened here.
+    ClusterError
+        It cannot be opened on a machine of the cluster, or the token is not there.
     """
     serve = import_ray("ray.serve")
     budget = config.parse_bytes(memory)
@@ -101,18 +106,21 @@ def deployment(
         routing = ROUTINGS[0] if _has_routers() else ROUTINGS[1]
     if routing not in ROUTINGS:
         raise ArgumentError(f"routing is {routing!r}; use one of {', '.join(ROUTINGS)}")
-    if num_replicas is not None and autoscaling_config is not None and num_replicas != "auto":
-        raise ArgumentError(
-            f"num_replicas is {num_replicas!r} beside autoscaling_config; leave it out, and say "
-            "min_replicas and max_replicas there"
-        )
-    if not (0 < num_cpus < math.inf):
-        raise ArgumentError(f"num_cpus is {num_cpus!r}; use a number above 0")
+    check_scale(
+        num_replicas,
+        autoscaling_config,
+        num_cpus,
+        max_ongoing_requests=max_ongoing_requests,
+        num_fronts=num_fronts,
+    )
+    actors = {"num_cpus": num_cpus, **dict(ray_actor_options or {})}
+    check_actors(actors)
+    # The front opens the store as well, to see which models share pages.
+    there = {name: value for name, value in actors.items() if name == "runtime_env"}
     if token is not None and is_here(token):
         check_token(token, "token")
     source = Secret(absolute(os.fspath(store)))
-    if check and is_here(source.reveal()):
-        _try(source)
+    secret = None if token is None else Secret(token)
     cores = max(1, math.floor(num_cpus))
     options = ServeOptions(
         max_batch=max_batch,
@@ -125,30 +133,34 @@ def deployment(
         grace=grace,
         access_log=access_log,
     )
+    if check:
+        if is_here(source.reveal()):
+            _try(source)
+        check_nodes(source, secret, actors)
     from pydedup.ray.serving.front import Answering, Ingress
     from pydedup.ray.serving.replica import Replica
 
     shared = {"graceful_shutdown_timeout_s": grace, "graceful_shutdown_wait_loop_s": 0.2}
     scale = {"num_replicas": num_replicas, "autoscaling_config": autoscaling_config}
-    replicas = serve.deployment(
-        Replica,
-        name="Models",
-        max_ongoing_requests=max_ongoing_requests,
-        max_queued_requests=max_queue,
-        ray_actor_options={"num_cpus": num_cpus, **dict(ray_actor_options or {})},
-        **{name: value for name, value in scale.items() if value is not None},
-        **_router(routing),
-        **shared,
-    ).bind(source, budget, replacement, options, cores)
-    front = serve.deployment(
-        serve.ingress(Answering())(Ingress),
-        name="Front",
-        num_replicas=num_fronts,
-        max_ongoing_requests=_MAX_ONGOING_FRONT,
-        ray_actor_options={"num_cpus": 0},
-        **shared,
-    )
-    secret = None if token is None else Secret(token)
+    with as_arguments():
+        replicas = serve.deployment(
+            Replica,
+            name="Models",
+            max_ongoing_requests=max_ongoing_requests,
+            max_queued_requests=max_queue,
+            ray_actor_options=actors,
+            **{name: value for name, value in scale.items() if value is not None},
+            **_router(routing),
+            **shared,
+        ).bind(source, budget, replacement, options, cores)
+        front = serve.deployment(
+            serve.ingress(Answering())(Ingress),
+            name="Front",
+            num_replicas=num_fronts,
+            max_ongoing_requests=_MAX_ONGOING_FRONT,
+            ray_actor_options={"num_cpus": 0, **there},
+            **shared,
+        )
     # So large that a pool holds two at least.
     family_bytes = None if routing == "any" else pool_bytes(budget) // 2
     return front.bind(replicas, source, secret, options, family_bytes)

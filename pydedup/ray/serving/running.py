@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
@@ -72,12 +73,14 @@ def run(
     """
     stop = threading.Event()
     url = absolute(url)
-    with attached(on) as ray:
+    with contextlib.ExitStack() as left:
+        ray = left.enter_context(attached(on))
         on_each_node(ray, hindrance, Secret(url))
         serve = import_ray("ray.serve")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         application = deployment(url, check=False, **chosen)
         _check_cpus(ray, on, chosen)
+        left.enter_context(_alone(ray))
         taken = {number: signal.signal(number, lambda *_: stop.set()) for number in _SIGNALS}
         mine = not serve.status().proxies
         try:
@@ -92,6 +95,36 @@ def run(
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Guard:
+    """An actor that lives as long as the command that began it, whatever ends that."""
+
+    def ready(self) -> None:
+        """Return when this is the one of its name."""
+
+
+@contextlib.contextmanager
+def _alone(ray: Any) -> Iterator[None]:
+    """Let no other command replace what this one serves. Raises ClusterError if one serves."""
+    name = {"name": APPLICATION, "namespace": f"{APPLICATION}-serve"}
+    taken = ClusterError(
+        "a `pydedup serve --on` serves on this Ray cluster already, and stays as it is; stop that "
+        "first (where its connection was lost, Ray may take half a minute to see it)"
+    )
+    with contextlib.suppress(ValueError):
+        ray.get_actor(**name)
+        raise taken
+    try:
+        guard = ray.remote(num_cpus=0)(_Guard).options(**name).remote()
+        ray.get(guard.ready.remote())
+    except ValueError:  # another came first
+        raise taken from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            ray.kill(guard)
 
 
 def _take_down(serve: Any, mine: bool) -> None:
