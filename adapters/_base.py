@@ -23,7 +23,7 @@ from pydedup.errors import (
 
 from ._schema import TABLES, Dialect, create_statements
 from ._sessions import READ, WRITE, Session, SessionPool
-from ._sql import MAX_MEMBERS, Statements, batches
+from ._sql import MAX_MEMBERS, Statements, batches, insert_pieces
 
 __all__ = ["DbApiBase", "DeniedError", "KeyTakenError", "Row", "check_state", "fetch_all", "text"]
 
@@ -158,7 +158,15 @@ class DbApiBase(abc.ABC):
             return self._run(session, sql, parameters, _row_count)
 
     def _write_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Run one change for each of many rows."""
+        """Run one INSERT, that ends in its values, for each of many rows."""
+        if self._sql.dialect.many_rows:
+            head, _, marks = sql.rpartition(" VALUES ")
+            with self._writer():
+                pass  # raises where nothing may be written, also for no rows
+            for piece in insert_pieces(rows, self.capabilities.max_parameters):
+                values = [value for row in piece for value in row]
+                self._write(f"{head} VALUES {', '.join([marks] * len(piece))}", values)
+            return
         with self._writer() as session:
             try:
                 cursor = session.connection.cursor()

@@ -8,7 +8,7 @@ import abc
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from pydedup.adapter import SCHEMA_VERSION
@@ -54,6 +54,7 @@ DIALECT: Final = Dialect(
         "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",
     ),
     quote="`",
+    many_rows=True,
     table_options=(
         " ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
     ),
@@ -69,9 +70,6 @@ DIALECT: Final = Dialect(
 
 #: A read outside of a transaction is tried again after so many seconds, on a new connection.
 BACK_OFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-#: Rows, and bytes of their values, of one INSERT.
-INSERT_ROWS: Final = 512
-INSERT_BYTES: Final = 1 << 20
 
 #: What who creates a store must be allowed.
 CREATOR: Final = "CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELETE"
@@ -121,15 +119,6 @@ class MysqlBase(MysqlRows, DbApiAdapter):
             self._query("SELECT 1")  # a connection that was lost is found out, and replaced
         with super()._scope(scope, begin):
             yield
-
-    def _write_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Run one INSERT for many rows at once: a round trip for each would cost more."""
-        head, _, marks = sql.rpartition(" VALUES ")
-        with self._writer():
-            pass  # raises where nothing may be written, also for no rows
-        for piece in _pieces(rows):
-            values = [value for row in piece for value in row]
-            self._write(f"{head} VALUES {', '.join([marks] * len(piece))}", values)
 
     def _sized(self, payload: bytes, what: str) -> bytes:
         limit = self.capabilities.max_payload_bytes
@@ -318,30 +307,3 @@ class MysqlBase(MysqlRows, DbApiAdapter):
             if text(kind).lower() in ("error", "warning")
             or (text(kind).lower() == "status" and text(said) != "OK")
         ]
-
-
-def _pieces(rows: Iterable[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
-    """Yield rows in pieces for one statement each, in order.
-
-    The length of a piece is a power of two: a connection then keeps few statements prepared.
-    """
-    piece: list[Sequence[Any]] = []
-    size = 0
-    for row in rows:
-        row_bytes = sum(len(value) for value in row if isinstance(value, _SIZED))
-        if len(piece) == INSERT_ROWS or size + row_bytes > INSERT_BYTES:
-            yield from _halved(piece)
-            piece, size = [], 0
-        piece.append(row)
-        size += row_bytes
-    yield from _halved(piece)
-
-
-def _halved(piece: list[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
-    while piece:
-        count = 1 << (len(piece).bit_length() - 1)
-        yield piece[:count]
-        piece = piece[count:]
-
-
-_SIZED: Final = (bytes, bytearray, memoryview, str)

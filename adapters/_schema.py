@@ -38,6 +38,8 @@ class Dialect:
     placeholder: str = "?"
     #: Whether a list of values is one parameter, ``= ANY(...)``, and not one each in ``IN (...)``.
     arrays: bool = False
+    #: Whether one INSERT takes many rows sooner than the driver's `executemany` sends them.
+    many_rows: bool = False
     quote: str = '"'
     #: ``'"some_schema".'`` where stores live in a schema of their own (then ``prefix`` is empty).
     qualifier: str = ""

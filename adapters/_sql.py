@@ -7,14 +7,14 @@ No connection, no driver and no value of a user is ever seen here; the tables ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Final, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, TypeVar
 
 from pydedup.adapter import LIVE, RETIRED, STAGING
 
 from ._schema import TABLES, VIEWS, Dialect, literal
 
-__all__ = ["Statements", "batches"]
+__all__ = ["Statements", "batches", "insert_pieces"]
 
 T = TypeVar("T")
 
@@ -22,6 +22,10 @@ MODEL_COLUMNS: Final = TABLES["models"].names
 
 #: Most values in one list: more would make texts that cost more to parse than to run.
 MAX_MEMBERS: Final = 8192
+#: Rows, and bytes of their values, of one INSERT.
+INSERT_ROWS: Final = 512
+INSERT_BYTES: Final = 1 << 20
+_SIZED: Final = (bytes, bytearray, memoryview, str)
 
 
 def batches(values: Sequence[T], limit: int) -> Iterator[Sequence[T]]:
@@ -35,6 +39,33 @@ def batches(values: Sequence[T], limit: int) -> Iterator[Sequence[T]]:
         piece = values[start : start + size]
         missing = (1 << (len(piece) - 1).bit_length()) - len(piece)
         yield [*piece, *([piece[-1]] * missing)] if missing else piece
+
+
+def insert_pieces(
+    rows: Iterable[Sequence[Any]], max_parameters: int
+) -> Iterator[list[Sequence[Any]]]:
+    """Yield rows in pieces for one INSERT each, in order.
+
+    The length of a piece is a power of two, for the same reason.
+    """
+    piece: list[Sequence[Any]] = []
+    size = 0
+    for row in rows:
+        row_bytes = sum(len(value) for value in row if isinstance(value, _SIZED))
+        most = min(INSERT_ROWS, max_parameters // len(row))
+        if len(piece) >= most or size + row_bytes > INSERT_BYTES:
+            yield from _halved(piece)
+            piece, size = [], 0
+        piece.append(row)
+        size += row_bytes
+    yield from _halved(piece)
+
+
+def _halved(piece: list[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
+    while piece:
+        count = 1 << (len(piece).bit_length() - 1)
+        yield piece[:count]
+        piece = piece[count:]
 
 
 class Statements:

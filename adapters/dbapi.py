@@ -4,6 +4,7 @@
 A subclass of :class:`DbApiAdapter` says how its database spells things (:class:`Dialect`), how it
 connects (:class:`SessionPool` keeps a connection for each thread, and none over a fork), and what
 the driver's errors mean. All else is inherited, and overridden where the database does better.
+Where it is a file, :func:`locate_file` reads the URL, and `DatabaseFile.size` says what is amiss.
 ``examples/duckdb`` is such an adapter; :mod:`pydedup.testing.adapter_contract` tests one.
 
 Names here are public and stay; the modules beside this one are not.
@@ -19,10 +20,19 @@ from pydedup.errors import PydedupError
 
 from . import _dbapi
 from ._base import KeyTakenError
+from ._files import DatabaseFile, locate_file
 from ._schema import Dialect
 from ._sessions import Connection, SessionPool
 
-__all__ = ["Connection", "DbApiAdapter", "Dialect", "KeyTakenError", "SessionPool"]
+__all__ = [
+    "Connection",
+    "DatabaseFile",
+    "DbApiAdapter",
+    "Dialect",
+    "KeyTakenError",
+    "SessionPool",
+    "locate_file",
+]
 
 
 class DbApiAdapter(_dbapi.DbApiAdapter):

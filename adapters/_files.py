@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Databases that are a file: their URLs, and what the file system says before one is opened."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qsl
+
+from pydedup.errors import (
+    ArgumentError,
+    MissingStoreError,
+    NotAStoreError,
+    ReadOnlyError,
+    UnavailableError,
+)
+
+__all__ = ["DatabaseFile", "locate_file"]
+
+TIMEOUT_SECONDS: Final = 30.0
+MOST_SECONDS: Final = 86400.0
+
+
+def locate_file(url: str) -> tuple[DatabaseFile, float]:
+    """Return the file, and the wait for locks in seconds, of ``sqlite:///...`` and the like.
+
+    The path is taken as it is written, as SQLAlchemy does: nothing in it is percent-decoded.
+
+    Raises
+    ------
+    ArgumentError
+        For another form, a database in memory, or an option that is not known.
+    """
+    scheme, _, rest = url.partition("://")
+    rest, _, query = rest.partition("?")
+    host, slash, path = rest.partition("/")
+    if path == ":memory:" or (not host and not path):
+        raise ArgumentError(
+            f"{url!r} is a database in memory, of which each thread would see another; name a "
+            f"file, e.g. {scheme}:///models.db"
+        )
+    if host or not slash or "\0" in path:
+        raise ArgumentError(
+            f"{_unless_secret(url)} names no file; write {scheme}:///relative.db or "
+            f"{scheme}:////absolute.db"
+        )
+    timeout = TIMEOUT_SECONDS
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name != "timeout":
+            raise ArgumentError(f"{url!r}: option {name!r} is not known; there is: timeout")
+        try:
+            timeout = float(value)
+        except ValueError:
+            timeout = -1.0
+        if not 0 <= timeout <= MOST_SECONDS:
+            raise ArgumentError(
+                f"{url!r}: timeout={value} must be a number of seconds, 0 to {MOST_SECONDS:.0f}"
+            )
+    return DatabaseFile(os.path.realpath(path)), timeout
+
+
+def _unless_secret(url: str) -> str:
+    """Return a URL for a message, but for one that may hold a password."""
+    return "this URL" if "@" in url else repr(url)
+
+
+class DatabaseFile:
+    """An absolute path, and what the file system says of it.
+
+    Attributes
+    ----------
+    path, folder
+        Where it is.
+    least_bytes
+        Size of the smallest database that is not empty: what is shorter, the database may take for
+        empty, and overwrite.
+    """
+
+    least_bytes = 0
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.folder = Path(path).parent
+
+    def size(self, *, create: bool) -> int | None:
+        """Return the size; ``None`` when there is no file and one may be created.
+
+        Raises
+        ------
+        MissingStoreError
+            When there is none and it may not be created.
+        NotAStoreError
+            When it is no regular file.
+        ArgumentError, ReadOnlyError
+            When the folder to create it in is missing or cannot be written.
+        UnavailableError
+            When the folder may not be looked into.
+        """
+        try:
+            status = Path(self.path).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if not create:
+                raise MissingStoreError(
+                    f"there is no file {self.path}", self._hindrance()
+                ) from None
+            if not self.folder.is_dir():
+                raise ArgumentError(
+                    f"cannot create {self.path}: there is no folder {self.folder}; create it first"
+                ) from None
+            if not os.access(self.folder, os.W_OK):
+                raise ReadOnlyError(
+                    f"cannot create {self.path}: the folder {self.folder} cannot be written"
+                ) from None
+            return None
+        except OSError as error:
+            raise UnavailableError(f"cannot reach {self.path}: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise NotAStoreError(f"{self.path} is not a file, and so holds no store")
+        if 0 < status.st_size < self.least_bytes:
+            raise NotAStoreError(
+                f"{self.path} is too short for a database, and so is something else"
+            )
+        return status.st_size
+
+    def _hindrance(self) -> str:
+        """Say what must be done before the file can be created, if anything."""
+        if not self.folder.is_dir():
+            return f"create the folder {self.folder}"
+        if not os.access(self.folder, os.W_OK):
+            return f"let its owner make the folder {self.folder} one that you may write"
+        return ""
+
+    def is_writable(self) -> bool:
+        """Whether both the file and its folder may be written, as WAL mode needs."""
+        return os.access(self.path, os.W_OK) and os.access(self.folder, os.W_OK)
