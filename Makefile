@@ -75,7 +75,7 @@ sanitize:  ## the native tests under ASan + UBSan and under TSan
 .PHONY: crash
 crash:  ## kill clients of each database, 200 times per kind of work; the store must verify
 	@scripts/setup.sh test
-	@PYDEDUP_REQUIRE_BACKENDS=sqlite,postgres,mysql PYDEDUP_CRASH_ROUNDS=$(CRASH_ROUNDS) "$(VENV)/bin/pytest" --timeout=7200 -o faulthandler_timeout=7200 tests/crash tests/scoring/test_killed_score.py tests/ray/test_killed.py $(ARGS)
+	@PYDEDUP_REQUIRE_BACKENDS=sqlite,postgres,mysql PYDEDUP_CRASH_ROUNDS=$(CRASH_ROUNDS) "$(VENV)/bin/pytest" --timeout=7200 -o faulthandler_timeout=7200 tests/crash tests/scoring/test_killed_score.py tests/ray/test_killed.py tests/ray/test_killed_server.py $(ARGS)
 
 .PHONY: soak
 soak:  ## load on a real server for SECONDS (1800): fails at an error or when its memory grows

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (names of tables are made here)
+"""SIGKILL of a database server at a random moment of a scoring on Ray: each row is there once.
+
+Of a single server, and of any one of those of a sharded store. As often as PYDEDUP_CRASH_ROUNDS
+says (`make crash`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+import pydedup.ray
+from pydedup.errors import ClusterError, UnavailableError
+from pydedup.testing.servers import unused_name
+from pydedup.testing.shards import ShardedPlace, run
+
+from ..scoring.conftest import Tables, add, features
+
+ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "1"))
+ROWS = 600
+#: A row takes some milliseconds, so that a kill is in the middle.
+SLEEPS = {
+    "postgresql": "(pg_sleep(0.006)::text = 'x')::int",
+    "mysql": "SLEEP(0.006)",
+}
+
+
+class Killer(threading.Thread):
+    """Kills a server when rows are read, and starts it again a moment later."""
+
+    def __init__(self, server: Any, delay: float, pause: float) -> None:
+        super().__init__()
+        self._server, self._delay, self._pause = server, delay, pause
+        self.reading = threading.Event()
+        self.struck = False
+
+    def run(self) -> None:
+        self.reading.wait(60)
+        time.sleep(self._delay)
+        self.struck = True
+        self._server.kill()
+        time.sleep(self._pause)
+        self._server.start()
+
+
+def scored_while_killed(url: str, home: str, servers: list[Any], chance: random.Random) -> str:
+    """Score a table while one of the servers is killed, again until it is done; say how it went."""
+    tables, into = Tables(home), unused_name().replace("pydedup", "t")
+    table, x = f"{into}_x", features(ROWS)
+    tables.run(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY, f0 FLOAT, f1 FLOAT, f2 FLOAT)")
+    rows = [[i, *map(float, row)] for i, row in enumerate(x)]
+    tables.run(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", rows)
+    query = f"SELECT id, f0, f1, f2 + 0 * {SLEEPS[tables.kind]} AS f2 FROM {table}"
+    killer = Killer(chance.choice(servers), chance.random(), 0.2 + chance.random())
+    killer.start()
+    told, in_the_middle = "done at once", False
+    try:
+        for _ in range(20):
+            try:
+                report = pydedup.ray.score(
+                    query,
+                    url,
+                    "m@1",
+                    into=into,
+                    workers=2,
+                    part_rows=50,
+                    batch=10,
+                    progress=lambda *_: killer.reading.set(),
+                )
+                in_the_middle = killer.struck
+                break
+            except (UnavailableError, ClusterError) as error:  # the latter of a worker's database
+                if not killer.struck:
+                    raise AssertionError("nobody was killed yet") from error
+                told = "told, and done again"
+        else:
+            raise AssertionError("it does not come to an end")
+    finally:
+        killer.reading.set()
+        killer.join()
+    assert report.rows + report.skipped == ROWS
+    found = tables.run(f"SELECT id, prediction FROM {into}")
+    assert sorted(key for key, _ in found) == list(range(ROWS))
+    with pydedup.open(url) as store:
+        wanted = store.load("m@1")["w"]
+        assert store._adapter.jobs() == []
+        assert store.verify().errors == []
+    got = [value for _, value in sorted(found)]
+    np.testing.assert_allclose(got, (x @ wanted.T)[:, 0], rtol=1e-4, atol=1e-5)
+    for name in (into, table):
+        tables.run(f"DROP TABLE {name}")
+    assert in_the_middle
+    return told
+
+
+@pytest.mark.timeout(300 + 60 * ROUNDS)
+def test_a_server_that_is_killed_while_ray_scores(own_server: Any, connected: Any) -> None:
+    url = own_server.new_place()
+    add(url, "m@1", seed=1)
+    chance, begun = random.Random(os.getpid()), time.monotonic()
+    told = Counter(scored_while_killed(url, url, [own_server], chance) for _ in range(ROUNDS))
+    print(f"{Tables(url).kind}: {told}, in {time.monotonic() - begun:.0f} s")
+
+
+@pytest.mark.timeout(300 + 60 * ROUNDS)
+def test_any_server_of_a_sharded_store_is_killed_while_ray_scores(
+    shard_servers: list[Any], connected: Any
+) -> None:
+    place = ShardedPlace([server.url for server in shard_servers])
+    url = place.url(2)
+    add(url, "m@1", seed=1)
+    chance, begun = random.Random(os.getpid()), time.monotonic()
+    told = Counter(
+        scored_while_killed(url, shard_servers[0].url, shard_servers, chance) for _ in range(ROUNDS)
+    )
+    print(f"shards: {told}, in {time.monotonic() - begun:.0f} s")
+    for server in shard_servers:
+        run(server.url, f"DROP SCHEMA IF EXISTS {place.schema} CASCADE")
