@@ -108,12 +108,9 @@ def check(
             pilot = _pilot(store, families[0].name, [name for name, _ in named], asked[:200])
         tell(f"pilot: {pilot.family.further}, touches {pilot.touches}, hot {pilot.hot:.5f} s")
         database = "sqlite" if url is None else "postgres"
-        factor = _pace(measured, Path(scratch), list(classifiers(control_of(corpus), PILOT)))
-        tell(f"adds of a measured family take {factor:.2f} times what was measured")
+        control = list(classifiers(control_of(corpus), PILOT))
+        paces = _paces(measured, Path(scratch) / "before.db", control)
         fed = replace_families(measured, {"pilot": pilot.family}, pilot.hot)
-        fed.costs = {kind: price * factor for kind, price in fed.costs.items()}
-        for kind in READING:
-            fed.costs[kind] = measured.costs[kind]
         held = _stock(fed, pilot, models, database, memories[0])
         address = url or f"sqlite:///{scratch}/checked.db"
         with pydedup.open(address, memory="256MiB") as store:
@@ -124,21 +121,28 @@ def check(
                 names += [name for name, _ in both]
                 spent += timed_adds(store, both)
             tell(f"{len(spent)} adds in {sum(spent):.1f} s")
+            paces += _paces(measured, Path(scratch) / "after.db", control)
+            factor = float(np.median(paces))
+            tell(f"adds of a measured family take {factor:.2f} times what was measured")
+            fed.costs = {
+                kind: price * (1.0 if kind in READING else factor)
+                for kind, price in measured.costs.items()
+            }
             found = _stored(fed, held, store, spent)
         found += _served(fed, held, pilot, address, sorted(names), asked[200:], requests, memories)
     return found
 
 
-def _pace(measured: Measured, folder: Path, models: Sequence[Any]) -> float:
+def _paces(measured: Measured, path: Path, models: Sequence[Any]) -> list[float]:
     """Return how much longer adds of a family that was measured take now: the machine's mood."""
-    with pydedup.open(folder / "control.db", memory="1GiB") as store:
+    with pydedup.open(path, memory="1GiB") as store:
         spent = timed_adds(store, models)
     family = measured.families[CONTROL[0]]
     expected = [
         ingest_seconds(work_of(family, family.further, number), measured.costs)
         for number in range(1, len(spent))
     ]
-    return float(np.median(np.array(spent[1:]) / expected))
+    return (np.array(spent[1:]) / expected).tolist()
 
 
 def replace_families(measured: Measured, families: dict[str, Family], hot: float) -> Measured:
