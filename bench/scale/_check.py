@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from _costs import HASH_PAGE, add_work, ingest_seconds
 from _measure import Measured, timed_adds, work_of
 from _nodes import fleet_of, latency, pool_bytes
-from _reading import request_costs
+from _reading import hot_seconds
 from _sharing import Family, family_of, index_bytes
 from _simulate import Scenario, Stock, stock_of
 from _tables import TABLES, table_bytes, table_rows
@@ -65,11 +65,14 @@ class Compared:
 
 @dataclass(slots=True)
 class _Pilot:
-    """What the pilot told: its family, pages that requests touch, and a prediction from memory."""
+    """What the pilot told: its family, pages that requests touch, and a prediction from memory.
+
+    ``hot`` times that, now.
+    """
 
     family: Family
     touches: Touches
-    hot: float
+    hot: Callable[[], float]
 
 
 def check(
@@ -106,11 +109,11 @@ def check(
             named = list(classifiers(families[0], PILOT))
             timed_adds(store, named)
             pilot = _pilot(store, families[0].name, [name for name, _ in named], asked[:200])
-        tell(f"pilot: {pilot.family.further}, touches {pilot.touches}, hot {pilot.hot:.5f} s")
+        tell(f"pilot: {pilot.family.further}, touches {pilot.touches}")
         database = "sqlite" if url is None else "postgres"
         control = list(classifiers(control_of(corpus), PILOT))
         paces = _paces(measured, Path(scratch) / "before.db", control)
-        fed = replace_families(measured, {"pilot": pilot.family}, pilot.hot)
+        fed = replace_families(measured, {"pilot": pilot.family}, 0.0)
         held = _stock(fed, pilot, models, database, memories[0])
         address = url or f"sqlite:///{scratch}/checked.db"
         with pydedup.open(address, memory="256MiB") as store:
@@ -129,7 +132,9 @@ def check(
                 for kind, price in measured.costs.items()
             }
             found = _stored(fed, held, store, spent)
-        found += _served(fed, held, pilot, address, sorted(names), asked[200:], requests, memories)
+        found += _served(
+            fed, held, pilot, address, sorted(names), asked[200:], requests, memories, tell
+        )
     return found
 
 
@@ -200,8 +205,8 @@ def _pilot(
         for ids in some:
             reader.predict(next(turns), ids)
 
-    one = request_costs(store.url, names[-1], request, pages)
-    return _Pilot(family, touches, one.hot / len(some))
+    url = store.url
+    return _Pilot(family, touches, lambda: hot_seconds(url, request, pages) / len(some))
 
 
 # ---- what is stored -----------------------------------------------------------------------------
@@ -264,6 +269,7 @@ def _served(
     asked: Sequence[NDArray[Any]],
     requests: int,
     memories: Sequence[int],
+    tell: Any,
 ) -> list[Compared]:
     """Compare serving: one node at several sizes of memory, then two nodes.
 
@@ -274,9 +280,13 @@ def _served(
     found = []
     for memory in memories:
         models = draw_requests(chances, requests, np.random.default_rng(17))
+        hot = [pilot.hot()]
         real = _real(url, names, models, asked, memory)
+        hot.append(pilot.hot())  # the machine has its moods
+        tell(f"a prediction of the pilot from memory: {hot[0]:.5f} s before, {hot[1]:.5f} after")
+        now = replace_families(fed, fed.families, float(np.mean(hot)))
         title = f"{memory >> 20} MiB"
-        found += _beside(title, _expected(fleet, chances, requests, memory), real, fed, held, fleet)
+        found += _beside(title, _expected(fleet, chances, requests, memory), real, now, held, fleet)
     memory = memories[0]
     for routing in ("random", "family"):
         nodes = [
