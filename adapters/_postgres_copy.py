@@ -90,16 +90,17 @@ class PostgresCopy(PostgresBase):
         There, what the caller does between two of them uses the same connection, so that the
         statement has to end before.
         """
-        streams = self._pool.scope() is None
-        most = PAYLOADS_PER_STREAM if streams else PAYLOADS_PER_READ
-        for start in range(0, len(ids), most):
-            piece = ids[start : start + most]
-            if streams:
+        start = 0
+        while start < len(ids):
+            if self._pool.scope() is None:
+                piece = ids[start : start + PAYLOADS_PER_STREAM]
                 yield from self._streamed(piece)
             else:
+                piece = ids[start : start + PAYLOADS_PER_READ]
                 with self._pool.acquire() as session:
                     found = list(self._copied(session, piece))
                 yield from found
+            start += len(piece)
 
     def _streamed(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield payloads; those that have not come are asked for again.

@@ -27,8 +27,6 @@ _AS_USER: Final = (
     "SET idle_in_transaction_session_timeout = 0",
     "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
 )
-#: How `format_type` calls char(n), whose values are filled with blanks that mean nothing.
-_PADDED: Final = "bpchar"
 _BINARY: Final = 1
 
 
@@ -107,21 +105,26 @@ class PostgresRows(RowCalls):
 
     def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
         """Return those of the keys that have a row; what is equal, the column's type says."""
-        texts = [one for one in dict.fromkeys(keys) if isinstance(one, str)]
+        by_type: dict[type, list[object]] = {}
+        for one in dict.fromkeys(keys):
+            by_type.setdefault(type(one), []).append(one)
+        texts = by_type.pop(str, [])
+        there: set[object] = set()
+        for alike in by_type.values():  # the driver sends a list as values of one type
+            there |= super().present_keys(table, key, alike)
         if not texts:
-            return super().present_keys(table, key, keys)
+            return there
         name, place = self._quoted(key, "column"), self._table(table)
         with self._of_user(f"table {table}"):
             kind = self._types_of(table).get(key, "text")
+            # As they were asked: the type may write them in another way.
             found = self._query(
-                f"SELECT CAST({name} AS pg_catalog.text) FROM {place} "
-                f"WHERE CAST({name} AS {kind}) = ANY(CAST(%b AS {kind}[]))",
+                "SELECT asked.k FROM pg_catalog.unnest(CAST(%b AS pg_catalog.text[])) asked(k) "
+                f"WHERE EXISTS (SELECT 1 FROM {place} "
+                f"WHERE CAST({name} AS {kind}) = CAST(asked.k AS {kind}))",
                 [texts],
             )
-        there = {row[0] for row in found}
-        if kind == _PADDED:
-            return {one for one in texts if one.rstrip(" ") in there}
-        return there.intersection(texts)
+        return there.union(row[0] for row in found)
 
     def _insert_lines(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
@@ -134,14 +137,15 @@ class PostgresRows(RowCalls):
             types.get(column) if text else None
             for column, text in zip(columns, is_text, strict=True)
         ]
-        if any(isinstance(value, list) for value in first):  # arrays of arrays would be taken apart
+        lists = list(map(list, zip(*rows, strict=True)))
+        # Arrays of arrays would be taken apart, and the driver sends a list as values of one type.
+        if list in map(type, first) or any(len(set(map(type, one))) > 1 for one in lists):
             marks = ", ".join(f"CAST(%b AS {kind})" if kind else "%b" for kind in kinds)
             self._write_many(f"{head} VALUES ({marks})", rows)
             return
         arrays = ", ".join(
             f"pg_catalog.unnest({f'CAST(%b AS {kind}[])' if kind else '%b'})" for kind in kinds
         )
-        lists = list(map(list, zip(*rows, strict=True)))
         self._write(f"{head} SELECT * FROM ROWS FROM ({arrays})", lists)
 
     def _type_name(self, oid: int) -> str:

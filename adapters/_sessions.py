@@ -198,8 +198,15 @@ class SessionPool:
 
         The borrower locks it for each use, with ``session.use()``. What the thread does meanwhile,
         it does on another session: for a thread that is in no transaction or snapshot.
+
+        Raises
+        ------
+        StoreError
+            When the thread is in one.
         """
         with self.acquire() as session:
+            if session.scope is not None:
+                raise StoreError(f"the connection of a {session.scope} cannot be lent")
             anchor = self._local.anchor
             session.scope = STREAM
             self._local.anchor = None

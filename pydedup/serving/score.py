@@ -148,6 +148,7 @@ class Scoring:
             )
         self._kind = kind
         self._outputs: Outputs | None = None
+        self._is_plain = True  # as far as is known, an array with a row for each
         self._columns: tuple[str, ...] | None = None
         self._started = time.monotonic()
         self._failures: list[RowFailure] = []
@@ -203,7 +204,7 @@ class Scoring:
 
         Most batches are numbers and give numbers, and Python's time for each row is what they cost.
         """
-        inputs = plain_rows(list(wanted.values()), self._kind)
+        inputs = plain_rows(list(wanted.values()), self._kind) if self._is_plain else None
         if inputs is None:
             return None
         try:
@@ -211,6 +212,7 @@ class Scoring:
         except ArgumentError:
             return None
         if not isinstance(found, np.ndarray) or found.shape[:1] != (len(wanted),):
+            self._is_plain = False  # several outputs: another try would predict all twice again
             return None
         if not found.size or not np.isfinite(found).all():
             return None

@@ -192,6 +192,39 @@ TEST(variants_share_a_product) {
     }
 }
 
+// Places may be left out where each comes once; who has a block counts then, too.
+TEST(rows_that_do_not_have_a_block_get_nothing_of_it) {
+    constexpr std::size_t kRows = 64;
+    const BlockGrid grid{8, 8, 8, 8};
+    const Stored w = store(normal<float>(64), grid, Dtype::f32, false);
+    const auto x = normal<float>(kRows * 8);
+    std::vector<std::uint8_t> variants(kRows);
+    for (std::size_t i = 0; i < kRows; ++i) variants[i] = i % 2;
+    const std::vector<std::uint64_t> members{1};
+    for (const bool transpose : {false, true}) {
+        const auto all = multiply(w, x, kRows, transpose);
+        std::vector<float> y(kRows * 8, -1.0F);
+        Matmul matmul({grid,
+                       Dtype::f32,
+                       reinterpret_cast<const std::byte*>(x.data()),
+                       kRows,
+                       nullptr,
+                       Activation::none,
+                       transpose,
+                       reinterpret_cast<std::byte*>(y.data()),
+                       2,
+                       variants.data(),
+                       {}});
+        matmul.feed(w.blocks, members);
+        bool holds = true;
+        for (std::size_t at = 0; at < y.size(); ++at) {
+            const bool has = at / 8 % 2 == 0;
+            holds = holds && (has ? std::abs(y[at] - all[at]) < 1e-4F : y[at] == 0.0F);
+        }
+        CHECK(holds);
+    }
+}
+
 TEST(places_that_leave_one_out_are_refused) {
     const BlockGrid grid{4, 4, 2, 2};
     const std::vector<float> x(4);

@@ -63,11 +63,16 @@ def types(postgres_url: str) -> Iterator[None]:
         connection.execute("DROP SCHEMA types_of CASCADE")
 
 
-@pytest.mark.parametrize("kind", KEYS)
-def test_a_key_that_was_read_is_written(postgres_url: str, kind: str) -> None:
+#: What the driver makes values of two types of, in both orders.
+TWO_TYPES = [("inet", ("'10.0.0.0/8'", "'10.1.2.3'")), ("inet", ("'10.1.2.3'", "'10.0.0.0/8'"))]
+
+
+@pytest.mark.parametrize(("kind", "values"), [*KEYS.items(), *TWO_TYPES])
+def test_a_key_that_was_read_is_written(
+    postgres_url: str, kind: str, values: tuple[str, str]
+) -> None:
     """And found again, as equal to what it was read from."""
     source, into = unused_name(), unused_name()
-    values = KEYS[kind]
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE TABLE {source} (id {kind})")
         connection.execute(f"INSERT INTO {source} VALUES ({values[0]}), ({values[1]})")
@@ -89,6 +94,25 @@ def test_a_key_that_was_read_is_written(postgres_url: str, kind: str) -> None:
         same = f"SELECT count(*) FROM {source} JOIN {into} USING (id) WHERE model = 'm@1'"
         assert connection.execute(same).fetchone() == (2,)
         connection.execute(f"DROP TABLE {source}, {into}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("uuid", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"), ("integer", "007")]
+)
+def test_a_text_is_found_however_it_is_written(postgres_url: str, kind: str, key: str) -> None:
+    """By what it means to the column's type, which writes it in another way."""
+    into = unused_name()
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction float)")
+        rows = registry.connect_rows(postgres_url)
+        try:
+            assert isinstance(rows, RowAdapter)
+            table = rows.full_table_name(into)
+            assert rows.insert_predictions(table, ["id", "prediction"], [(key, 0.5)])
+            assert rows.present_keys(table, "id", [key]) == {key}
+        finally:
+            rows.close()
+        connection.execute(f"DROP TABLE {into}")
 
 
 @pytest.mark.parametrize("kind", ["real", "double precision", "numeric(20, 10)", "integer"])

@@ -94,7 +94,10 @@ def test_several_named_outputs_are_json(tables: Tables, source: Make, new_name: 
     with pydedup.open(tables.url) as store:
         store.add("m@1", {"w": w}, graph=Graph(("x",), ("y", "z"), nodes))
         table = source(x)
-        store.score(query_of(table), "m@1", into=into)
+        store.record(1000)
+        store.score(query_of(table), "m@1", into=into, batch=1)
+        # One batch shows that it is none of arrays, and is predicted again; no other one is.
+        assert len(store.recorded().owners) == 4
     for key, text in tables.run(f"SELECT id, prediction FROM {into}"):
         named = json.loads(text)
         np.testing.assert_allclose(named["y"], x[key - 1], rtol=1e-6)

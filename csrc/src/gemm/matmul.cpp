@@ -68,7 +68,8 @@ class Matmul::Typed final : public Matmul::Impl {
         } else if (p_.transpose) {
             // Whole tiles of the widest kind, as long as all rows have the same blocks.
             const std::span<const typename GemmKernelsOf<T>::Tile> widest(own().tiles, 1);
-            tiled_ = p_.places.empty() ? p_.m / widest[0].width * widest[0].width : 0;
+            const bool alike = p_.places.empty() && p_.variants == nullptr;
+            tiled_ = alike ? p_.m / widest[0].width * widest[0].width : 0;
             if (tiled_ != 0) {
                 packed_.emplace(x_, tiled_, p_.grid.rows, p_.grid.block_rows, widest,
                                 threads_for(tiled_ * p_.grid.rows));
