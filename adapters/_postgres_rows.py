@@ -28,6 +28,8 @@ _AS_USER: Final = (
     "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
 )
 _BINARY: Final = 1
+#: Values sent as one array, of which the server takes 1 GB.
+ROWS_PER_ARRAY: Final = 8192
 
 
 class PostgresRows(RowCalls):
@@ -146,7 +148,9 @@ class PostgresRows(RowCalls):
         arrays = ", ".join(
             f"pg_catalog.unnest({f'CAST(%b AS {kind}[])' if kind else '%b'})" for kind in kinds
         )
-        self._write(f"{head} SELECT * FROM ROWS FROM ({arrays})", lists)
+        for start in range(0, len(rows), ROWS_PER_ARRAY):
+            piece = [one[start : start + ROWS_PER_ARRAY] for one in lists]
+            self._write(f"{head} SELECT * FROM ROWS FROM ({arrays})", piece)
 
     def _type_name(self, oid: int) -> str:
         """Return a type as any connection of ours understands it, without a length."""
