@@ -63,13 +63,22 @@ def types(postgres_url: str) -> Iterator[None]:
         connection.execute("DROP SCHEMA types_of CASCADE")
 
 
+@pytest.fixture
+def rows(postgres_url: str) -> Iterator[RowAdapter]:
+    """Give the adapter of a database whose tables are a user's."""
+    found = registry.connect_rows(postgres_url)
+    assert isinstance(found, RowAdapter)
+    yield found
+    found.close()
+
+
 #: What the driver makes values of two types of, in both orders.
 TWO_TYPES = [("inet", ("'10.0.0.0/8'", "'10.1.2.3'")), ("inet", ("'10.1.2.3'", "'10.0.0.0/8'"))]
 
 
 @pytest.mark.parametrize(("kind", "values"), [*KEYS.items(), *TWO_TYPES])
 def test_a_key_that_was_read_is_written(
-    postgres_url: str, kind: str, values: tuple[str, str]
+    postgres_url: str, rows: RowAdapter, kind: str, values: tuple[str, str]
 ) -> None:
     """And found again, as equal to what it was read from."""
     source, into = unused_name(), unused_name()
@@ -79,18 +88,13 @@ def test_a_key_that_was_read_is_written(
         connection.execute(
             f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction numeric, model varchar(9))"
         )
-        rows = registry.connect_rows(postgres_url)
-        try:
-            assert isinstance(rows, RowAdapter)
-            table = rows.full_table_name(into)
-            with rows.read_rows(f"SELECT id FROM {source}", 10) as stream:
-                keys = [row[0] for batch in stream for row in batch]
-            lines = [(key, number + 0.5, "m@1") for number, key in enumerate(keys)]
-            assert rows.insert_predictions(table, ["id", "prediction", "model"], lines)
-            assert not rows.insert_predictions(table, ["id", "prediction", "model"], lines[:1])
-            assert rows.present_keys(table, "id", keys) == set(keys)
-        finally:
-            rows.close()
+        table = rows.full_table_name(into)
+        with rows.read_rows(f"SELECT id FROM {source}", 10) as stream:
+            keys = [row[0] for batch in stream for row in batch]
+        lines = [(key, number + 0.5, "m@1") for number, key in enumerate(keys)]
+        assert rows.insert_predictions(table, ["id", "prediction", "model"], lines)
+        assert not rows.insert_predictions(table, ["id", "prediction", "model"], lines[:1])
+        assert rows.present_keys(table, "id", keys) == set(keys)
         same = f"SELECT count(*) FROM {source} JOIN {into} USING (id) WHERE model = 'm@1'"
         assert connection.execute(same).fetchone() == (2,)
         connection.execute(f"DROP TABLE {source}, {into}")
@@ -99,34 +103,28 @@ def test_a_key_that_was_read_is_written(
 @pytest.mark.parametrize(
     ("kind", "key"), [("uuid", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"), ("integer", "007")]
 )
-def test_a_text_is_found_however_it_is_written(postgres_url: str, kind: str, key: str) -> None:
+def test_a_text_is_found_however_it_is_written(
+    postgres_url: str, rows: RowAdapter, kind: str, key: str
+) -> None:
     """By what it means to the column's type, which writes it in another way."""
     into = unused_name()
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction float)")
-        rows = registry.connect_rows(postgres_url)
-        try:
-            assert isinstance(rows, RowAdapter)
-            table = rows.full_table_name(into)
-            assert rows.insert_predictions(table, ["id", "prediction"], [(key, 0.5)])
-            assert rows.present_keys(table, "id", [key]) == {key}
-        finally:
-            rows.close()
+        table = rows.full_table_name(into)
+        assert rows.insert_predictions(table, ["id", "prediction"], [(key, 0.5)])
+        assert rows.present_keys(table, "id", [key]) == {key}
         connection.execute(f"DROP TABLE {into}")
 
 
 @pytest.mark.parametrize("kind", ["real", "double precision", "numeric(20, 10)", "integer"])
-def test_a_prediction_takes_the_type_of_its_column(postgres_url: str, kind: str) -> None:
+def test_a_prediction_takes_the_type_of_its_column(
+    postgres_url: str, rows: RowAdapter, kind: str
+) -> None:
     into = unused_name()
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE TABLE {into} (id bigint PRIMARY KEY, prediction {kind})")
-        rows = registry.connect_rows(postgres_url)
-        try:
-            assert isinstance(rows, RowAdapter)
-            table = rows.full_table_name(into)
-            assert rows.insert_predictions(table, ["id", "prediction"], [(1, 2.0), (2, -3.0)])
-        finally:
-            rows.close()
+        table = rows.full_table_name(into)
+        assert rows.insert_predictions(table, ["id", "prediction"], [(1, 2.0), (2, -3.0)])
         found = connection.execute(f"SELECT id, prediction FROM {into} ORDER BY id").fetchall()
         assert [(key, float(value)) for key, value in found] == [(1, 2.0), (2, -3.0)]
         connection.execute(f"DROP TABLE {into}")
