@@ -152,7 +152,7 @@ def expected(action: str, phase: str | None, killed: bool) -> bool | None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.timeout(120 + 5 * ROUNDS)
+@pytest.mark.timeout(120 + 20 * ROUNDS)
 @pytest.mark.parametrize("action", WORK)
 def test_a_killed_client_leaves_a_sound_store(store_url: str, action: str) -> None:
     prepare, work = WORK[action]

@@ -72,7 +72,7 @@ def assert_holds(store: Store, models: dict[str, Model]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.timeout(120 + 5 * ROUNDS)
+@pytest.mark.timeout(120 + 20 * ROUNDS)
 @pytest.mark.parametrize("into", ["empty", "others"])
 def test_a_killed_copy_goes_on(store_url: str, source: Path, into: str) -> None:
     there = OTHER if into == "others" else {}

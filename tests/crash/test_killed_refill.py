@@ -86,7 +86,7 @@ def replace_and_refill(url: str, phase: str | None, tell: Callable[[], object]) 
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.timeout(120 + 8 * ROUNDS)
+@pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_a_killed_refill_is_done_again(place: ShardedPlace) -> None:
     def url_with(number: int) -> str:
         """The URL of the store with the so-manieth database that is its second shard."""

@@ -77,7 +77,7 @@ def loads(store: Store, address: str) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.timeout(120 + 8 * ROUNDS)
+@pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_a_killed_repair_is_done_again(store_url: str, change_page: Change, tmp_path: Path) -> None:
     source = tmp_path / "source.db"
     fill(str(source), MODELS)

@@ -98,7 +98,7 @@ def dataset_of(scored: Scored, pace: Path) -> Any:
 _IN_ONE = 50
 
 
-@pytest.mark.timeout(300 + 10 * ROUNDS)
+@pytest.mark.timeout(300 + 30 * ROUNDS)
 @pytest.mark.parametrize("what", ["query to table", "query to folder", "dataset to table"])
 def test_killed_workers_lose_nothing(
     what: str, scored_file: Scored, tmp_path: Path, cluster: Cluster, connected: Any

@@ -53,7 +53,7 @@ def die_in_transaction(store: Store) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.timeout(120 + 5 * ROUNDS)
+@pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_a_killed_scoring_goes_on(
     tables: Tables, source: Callable[..., str], new_name: Callable[[], str]
 ) -> None:
