@@ -40,6 +40,10 @@ class PostgresRows(RowCalls):
         | {"date": "date", "time": "timestamp"}
     )
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._types: dict[tuple[str, str], dict[str, str]] = {}
+
     @abc.abstractmethod
     def _connect(self) -> Connection:
         """Return a new connection."""
@@ -129,10 +133,10 @@ class PostgresRows(RowCalls):
         return there.union(row[0] for row in found)
 
     def _insert_lines(
-        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+        self, head: str, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
     ) -> None:
         """Send a column as one array, which takes the server a fraction of a statement per row."""
-        head, first = self._insert_head(table, columns), rows[0]
+        first = rows[0]
         is_text = [isinstance(value, str) for value in first]
         types = self._types_of(table) if any(is_text) else {}
         kinds = [
@@ -162,8 +166,12 @@ class PostgresRows(RowCalls):
         """Return the types of a table's columns, of domains what they are made of.
 
         Texts are sent with their column's type: no enum is compared with a text, and a char(n) as
-        one, without the blanks that fill it.
+        one, without the blanks that fill it. Asked once from :meth:`table_columns` on, with which
+        a scoring begins.
         """
+        place = split_name(table)
+        if known := self._types.get(place):
+            return known
         rows = self._query(
             "WITH RECURSIVE made(name, oid) AS (SELECT a.attname, a.atttypid FROM pg_attribute a "
             "JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
@@ -171,9 +179,11 @@ class PostgresRows(RowCalls):
             "UNION ALL SELECT m.name, t.typbasetype FROM made m JOIN pg_type t ON t.oid = m.oid "
             "WHERE t.typtype = 'd') SELECT m.name, format_type(m.oid, -1) FROM made m "
             "JOIN pg_type t ON t.oid = m.oid WHERE t.typtype <> 'd'",
-            [*split_name(table)],
+            [*place],
         )
-        return dict(rows)
+        types: dict[str, str] = dict(rows)
+        self._types[place] = types
+        return types
 
     def full_table_name(self, table: str) -> str:
         """Return the name with its schema: of a name alone, the first of the search path."""
@@ -190,6 +200,7 @@ class PostgresRows(RowCalls):
         return table
 
     def _columns_of(self, schema: str, table: str) -> list[str]:
+        self._types.pop((schema, table), None)
         rows = self._query(
             "SELECT a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
             "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %b "

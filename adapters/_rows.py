@@ -235,11 +235,12 @@ class RowCalls(DbApiBase):
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
     ) -> bool:
         """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
-        self._insert_head(table, columns)  # names are refused before anything is begun
+        names = ", ".join(self._quoted(column, "column") for column in columns)
+        head = f"INSERT INTO {self._table(table)} ({names})"
         try:
             with self._of_user(f"writing to table {table}"), self._writing():
                 if rows:
-                    self._insert_lines(table, columns, rows)
+                    self._insert_lines(head, table, columns, rows)
         except KeyTakenError:
             return False
         return True
@@ -247,16 +248,14 @@ class RowCalls(DbApiBase):
     # ---- inside -------------------------------------------------------------------------------
 
     def _insert_lines(
-        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+        self, head: str, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
     ) -> None:
-        """Insert rows, of which there are some, in the transaction that there is."""
-        marks = ", ".join([self._sql.dialect.placeholder] * len(columns))
-        self._write_many(f"{self._insert_head(table, columns)} VALUES ({marks})", rows)
+        """Insert rows, of which there are some, in the transaction that there is.
 
-    def _insert_head(self, table: str, columns: Sequence[str]) -> str:
-        """Return an INSERT without its values."""
-        names = ", ".join(self._quoted(column, "column") for column in columns)
-        return f"INSERT INTO {self._table(table)} ({names})"
+        ``head`` is the INSERT without its values.
+        """
+        marks = ", ".join([self._sql.dialect.placeholder] * len(columns))
+        self._write_many(f"{head} VALUES ({marks})", rows)
 
     def _writing(self) -> AbstractContextManager[None]:
         """Write transaction on tables of users; whether they may be written, the database says."""

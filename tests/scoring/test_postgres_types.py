@@ -100,6 +100,27 @@ def test_a_key_that_was_read_is_written(
         connection.execute(f"DROP TABLE {source}, {into}")
 
 
+def test_a_table_made_anew_with_other_types_is_looked_at_again(
+    postgres_url: str, rows: RowAdapter
+) -> None:
+    """The next scoring begins with its columns, after which texts are of their new types."""
+    into = unused_name()
+    table = rows.full_table_name(into)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        for kind, text in (("text", "no number"), ("integer", "007"), ("uuid", "no uuid")):
+            connection.execute(f"DROP TABLE IF EXISTS {into}")
+            connection.execute(f"CREATE TABLE {into} (id {kind} PRIMARY KEY)")
+            assert rows.table_columns(table, "id") == ("id",)
+            if text == "no uuid":
+                with pytest.raises(pydedup.ArgumentError, match="uuid"):
+                    rows.present_keys(table, "id", [text])
+            else:
+                assert rows.present_keys(table, "id", [text]) == set()
+                assert rows.insert_predictions(table, ["id"], [(text,)])
+                assert rows.present_keys(table, "id", [text]) == {text}
+        connection.execute(f"DROP TABLE {into}")
+
+
 @pytest.mark.parametrize(
     ("kind", "key"), [("uuid", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"), ("integer", "007")]
 )
