@@ -13,6 +13,7 @@ import pytest
 import pydedup
 from pydedup import registry
 from pydedup.adapter_options import RangeAdapter, RowAdapter
+from pydedup.errors import ArgumentError
 from pydedup.testing.rows_contract import read_ranges
 from pydedup.testing.servers import unused_name
 
@@ -112,7 +113,7 @@ def test_a_table_made_anew_with_other_types_is_looked_at_again(
             connection.execute(f"CREATE TABLE {into} (id {kind} PRIMARY KEY)")
             assert rows.table_columns(table, "id") == ("id",)
             if text == "no uuid":
-                with pytest.raises(pydedup.ArgumentError, match="uuid"):
+                with pytest.raises(ArgumentError, match="uuid"):
                     rows.present_keys(table, "id", [text])
             else:
                 assert rows.present_keys(table, "id", [text]) == set()
