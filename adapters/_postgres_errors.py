@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from pydedup.errors import (
@@ -77,32 +78,37 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
 
 
 _SSL: Final = "see sslmode, sslrootcert, sslcert and sslkey of libpq, all of which a URL takes"
+_LOGIN: Final = "check the user and the password (%-encoded in a URL)"
+_OPTIONS: Final = "correct options= in the URL"
 
-#: What is said where no connection comes about, error, and what to do; the first that fits.
-_REFUSALS: Final[tuple[tuple[tuple[str, ...], type[PydedupError], str], ...]] = (
-    (
-        ("password authentication failed",),
-        UnavailableError,
-        "check the user and the password (%-encoded in a URL)",
-    ),
-    (
-        ("database ", "does not exist"),
-        MissingDatabaseError,
-        "create the database first, with createdb, or name another",
-    ),
-    (("role ", "does not exist"), UnavailableError, "check the user, or create it: CREATE ROLE"),
-    (("not permitted to log in",), UnavailableError, "let it: ALTER ROLE ... LOGIN"),
-    (
-        ("permission denied for database",),
+#: SQLSTATE of a server that refuses a connection, or its first letters -> error and what to do,
+#: where that is another than of a statement.
+_REFUSED: Final[dict[str, tuple[type[PydedupError], str]]] = {
+    "22": (ArgumentError, _OPTIONS),
+    "28": (UnavailableError, f"{_LOGIN}, and the server's pg_hba.conf"),
+    "28P01": (UnavailableError, _LOGIN),
+    "42": (ArgumentError, _OPTIONS),
+    "42501": (
         UnavailableError,
         "let an administrator run GRANT CONNECT ON DATABASE for this user",
     ),
+    "XX": (UnavailableError, "see the server's log"),
+}
+
+#: What is said where no connection comes about -> error and what to do; the first that fits. Where
+#: there is a SQLSTATE, that decides which error it is, and these may only know better what to do.
+_REFUSALS: Final[tuple[tuple[tuple[str, ...], type[PydedupError], str], ...]] = (
+    (("password authentication failed",), UnavailableError, _LOGIN),
+    (("database ", "does not exist"), *_MEANINGS["3D"]),
+    (("role ", "does not exist"), UnavailableError, "check the user, or create it: CREATE ROLE"),
+    (("not permitted to log in",), UnavailableError, "let it: ALTER ROLE ... LOGIN"),
+    (("permission denied for database",), *_REFUSED["42501"]),
     (("too many connections for role",), ConnectionLostError, "raise its limit: ALTER ROLE"),
     (("too many",), ConnectionLostError, _FULL),
     (("connection slots",), ConnectionLostError, _FULL),
     (("invalid ", " value: "), ArgumentError, "correct this option of the URL"),
     (("invalid ", " for "), ArgumentError, "correct this option of the URL"),
-    (("configuration parameter",), ArgumentError, "correct options= in the URL"),
+    (("configuration parameter",), ArgumentError, _OPTIONS),
     (("invalid port",), ArgumentError, "correct the port in the URL"),
     (
         ("resolve host",),
@@ -136,21 +142,41 @@ def meaning(code: str | None, said: str, place: Place, *, lost: bool) -> Pydedup
         if lost:
             return ConnectionLostError(f"{place.shown}: {said}; {_GONE}")
         return ArgumentError(f"{place.shown}: {said}")
-    kind, advice = _MEANINGS.get(code) or _MEANINGS.get(code[:2]) or (StoreError, "")
-    more = f"; {advice.format(schema=place.schema)}" if advice else f" (SQLSTATE {code})"
-    return kind(f"{place.shown}: {said}{more}")
+    kind, advice = _of(code, _MEANINGS) or (StoreError, "")
+    return _told(kind, said, advice, code, place)
 
 
-def refusal(said: str, place: Place, *, needs_password: bool) -> PydedupError:
+def refusal(code: str | None, said: str, place: Place, *, needs_password: bool) -> PydedupError:
     """Return what it means that no connection came about.
 
-    libpq tells no SQLSTATE then. The server's words may be in any language, so that all that
-    hangs on them is the advice.
+    Parameters
+    ----------
+    code
+        The server's SQLSTATE; ``None`` when it is not known, as where no server answers. What is
+        said then decides, which a server does in any language.
     """
     if needs_password:
         advice = "give a password in the URL, in PGPASSWORD or in ~/.pgpass"
         return UnavailableError(f"{place.shown}: {said}; {advice}")
-    for words, kind, advice in _REFUSALS:
-        if all(word in said for word in words):
-            return kind(f"{place.shown}: {said}; {advice}")
-    return ConnectionLostError(f"{place.shown}: {said}; {_GONE}")
+    found = [
+        (kind, advice) for words, kind, advice in _REFUSALS if all(word in said for word in words)
+    ]
+    if code is None:
+        kind, advice = found[0] if found else (ConnectionLostError, _GONE)
+    else:
+        kind, advice = _of(code, _REFUSED) or _of(code, _MEANINGS) or (UnavailableError, "")
+        advice = next((advised for its, advised in found if its is kind), advice)
+    return _told(kind, said, advice, code, place)
+
+
+def _of(
+    code: str, table: Mapping[str, tuple[type[PydedupError], str]]
+) -> tuple[type[PydedupError], str] | None:
+    return table.get(code) or table.get(code[:2])
+
+
+def _told(
+    kind: type[PydedupError], said: str, advice: str, code: str | None, place: Place
+) -> PydedupError:
+    more = f"; {advice.format(schema=place.schema)}" if advice else f" (SQLSTATE {code})"
+    return kind(f"{place.shown}: {said}{more}")

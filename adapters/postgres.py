@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import select
+import time
 from typing import Any, Final, cast
 
 import psycopg
@@ -21,6 +22,7 @@ from pydedup.errors import ArgumentError, PydedupError, StoreError
 from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
 from ._postgres_errors import meaning, refusal
+from ._postgres_sqlstate import sqlstate_of
 from ._postgres_url import TIMEOUT_SECONDS, Place, locate
 from ._schema import Dialect
 from ._sessions import Connection, Session, SessionPool
@@ -118,6 +120,7 @@ class PostgresAdapter(PostgresCopy):
     # ---- connecting ---------------------------------------------------------------------------
 
     def _connect(self) -> Connection:
+        began = time.monotonic()
         try:
             connection: psycopg.Connection[Any] = psycopg.connect(
                 self._place.conninfo,
@@ -134,7 +137,8 @@ class PostgresAdapter(PostgresCopy):
             ) from None
         except psycopg.Error as error:
             needs = error.pgconn is not None and error.pgconn.needs_password
-            raise refusal(said(error), self._place, needs_password=needs) from error
+            code = None if needs else sqlstate_of(self._place.conninfo, time.monotonic() - began)
+            raise refusal(code, said(error), self._place, needs_password=needs) from error
         try:
             self._configure(connection)
             return cast(Connection, connection)

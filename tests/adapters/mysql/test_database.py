@@ -13,7 +13,7 @@ import pytest
 from pydedup import registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.cli.app import main
-from pydedup.errors import NotAStoreError, ReadOnlyError
+from pydedup.errors import NotAStoreError, ReadOnlyError, StoreError
 from pydedup.testing._contract_base import add_pages, add_random_pages, model_row
 
 MIB = 1 << 20
@@ -53,6 +53,21 @@ def test_a_reader_needs_no_more_than_select(
             writer.bump_epoch()
     finally:
         writer.close()
+
+
+def test_who_may_not_read_is_told_so_in_any_language(
+    adapter: Adapter, url: str, user: Any, run: Run
+) -> None:
+    """The command is not the first word in French, and it was taken for one that writes."""
+    user.grant("INSERT")
+    (before,) = run(url, "SELECT @@GLOBAL.lc_messages")[0]
+    run(url, "SET GLOBAL lc_messages = 'fr_FR'")
+    try:
+        with pytest.raises(StoreError, match=r"La commande 'SELECT'.*grant it") as told:
+            registry.connect(user.url, mode="a").epoch()
+        assert not isinstance(told.value, ReadOnlyError)
+    finally:
+        run(url, f"SET GLOBAL lc_messages = '{before}'")
 
 
 def test_a_reader_is_told_a_size_that_is_not_stale(
