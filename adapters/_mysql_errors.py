@@ -45,7 +45,14 @@ def packet_advice() -> str:
 
 
 _AGAIN: Final = "try again"
-_WAIT: Final = "another writer was in the way; try again, or wait longer with ?timeout=seconds"
+_WAIT: Final = (
+    "another writer was in the way, or this node of Galera waits for its cluster; try again, or "
+    "wait longer with ?timeout=seconds"
+)
+_ALONE: Final = (
+    "this node of a Galera cluster takes no part in it: it is not with the majority, or still "
+    "catching up; try again, ask another node, or let an administrator look at wsrep_cluster_status"
+)
 _LOGIN_CODES: Final = (1045, 1251, 1524, 1698, 1820, 1862, 2059, 2061, 3118)
 _LOGIN: Final = "check the user and the password in the URL, and what the user may do"
 _TLS: Final = "check the options of the URL that begin with ssl_ (ssl_ca, ssl_disabled, ...)"
@@ -72,6 +79,7 @@ LOST: Final = frozenset(
 _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     **dict.fromkeys(LOST, (ConnectionLostError, _DOWN)),
     **dict.fromkeys((1040, 1203), (ConnectionLostError, _MANY)),
+    1047: (UnavailableError, _ALONE),
     1226: (UnavailableError, _MANY),
     1129: (ConnectionLostError, _BLOCKED),
     2005: (ConnectionLostError, _HOST),
@@ -110,7 +118,7 @@ def meaning(error: Exception, place: Place) -> PydedupError:
         )
     if code in (1142, 1143):
         # Who may read and no more meets this when something is changed.
-        reads = said.upper().startswith("SELECT")
+        reads = "SELECT" in said  # first in English, and somewhere in any other language
         kind, advice = (DeniedError if reads else ReadOnlyError), "grant it, or use another user"
     elif code in LOST and ("SSL" in said or "certificate" in said):
         # The driver without its C extension says so of a certificate that it does not trust.

@@ -141,6 +141,7 @@ def test_wrong_urls_are_told_without_the_password(place: str, said: str) -> None
         (1114, StorageFullError),
         (1290, ReadOnlyError),
         (1045, UnavailableError),
+        (1047, UnavailableError),
         (1053, UnavailableError),
         (1146, NotAStoreError),
         (1194, CorruptStoreError),
