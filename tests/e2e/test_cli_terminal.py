@@ -244,5 +244,15 @@ def test_secrets() -> None:
     cut = text.without_secrets("postgresql+shards://c/d|b:sec|ret@s1/d: gone, at x://u:q@h")
     assert cut == "postgresql+shards://***@s1/d: gone, at x://***@h"
     assert "12" not in text.without_secrets("postgresql+shards://c/d|b:12|34@s1/d|s2/d")
+    # Advice of ours shows what a URL looks like; it told people to write stars.
+    for scheme, form in (
+        ("postgresql://", "user:password@host:port/database"),
+        ("mysql://", "user@host/database"),
+    ):
+        advice = f"write {scheme}{form}, with %40 for @"
+        assert text.without_secrets(advice) == advice
+        hidden = f"at {scheme}***@{form.partition('@')[2]}1"
+        assert text.without_secrets(f"at {scheme}{form}1") == hidden
+        assert text.without_secrets(f"at {scheme}{form}@db/x") == f"at {scheme}***@db/x"
     assert text.clean("a\x1b[0m\u202eb\n") == "a\\x1b[0m\\u202eb\\n"
     assert text.clean("é模🙂 ok") == "é模🙂 ok"
