@@ -35,6 +35,7 @@ class MissingDatabaseError(UnavailableError):
 _AGAIN: Final = "nothing of the transaction was kept; try again"
 _FULL: Final = "raise max_connections of the server, or use fewer clients"
 _GONE: Final = "check that the server runs; reading goes on by itself when it is back"
+_DOWN: Final = "check that the server runs and can be reached, and try again"
 
 #: SQLSTATE, or its first two letters -> error and what to do
 #: (https://www.postgresql.org/docs/current/errcodes-appendix.html).
@@ -67,7 +68,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
     ),
     "57014": (  # query_canceled
         UnavailableError,
-        "the statement was cancelled; raise statement_timeout for this role if it was that",
+        "raise statement_timeout for this role, unless somebody cancelled the statement",
     ),
     "57": (ConnectionLostError, _GONE),  # the server shuts down, or starts up
     "58": (UnavailableError, "check the server's log and its disks"),
@@ -80,6 +81,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
 _SSL: Final = "see sslmode, sslrootcert, sslcert and sslkey of libpq, all of which a URL takes"
 _LOGIN: Final = "check the user and the password (%-encoded in a URL)"
 _OPTIONS: Final = "correct options= in the URL"
+_SESSION: Final = "name another server, or correct target_session_attrs in the URL"
 
 #: SQLSTATE of a server that refuses a connection, or its first letters -> error and what to do,
 #: where that is another than of a statement.
@@ -110,6 +112,10 @@ _REFUSALS: Final[tuple[tuple[tuple[str, ...], type[PydedupError], str], ...]] = 
     (("invalid ", " for "), ArgumentError, "correct this option of the URL"),
     (("configuration parameter",), ArgumentError, _OPTIONS),
     (("invalid port",), ArgumentError, "correct the port in the URL"),
+    (("definition of service",), ArgumentError, "name one that is in ~/.pg_service.conf"),
+    # A server that is none of those asked for; another may become one, as a standby does.
+    (("session is ",), ConnectionLostError, _SESSION),
+    (("hot standby mode",), ConnectionLostError, _SESSION),
     (
         ("resolve host",),
         ConnectionLostError,
@@ -162,7 +168,7 @@ def refusal(code: str | None, said: str, place: Place, *, needs_password: bool) 
         (kind, advice) for words, kind, advice in _REFUSALS if all(word in said for word in words)
     ]
     if code is None:
-        kind, advice = found[0] if found else (ConnectionLostError, _GONE)
+        kind, advice = found[0] if found else (ConnectionLostError, _DOWN)
     else:
         kind, advice = _of(code, _REFUSED) or _of(code, _MEANINGS) or (UnavailableError, "")
         advice = next((advised for its, advised in found if its is kind), advice)

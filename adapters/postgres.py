@@ -22,12 +22,12 @@ from pydedup.errors import ArgumentError, PydedupError, StoreError
 from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
 from ._postgres_errors import meaning, refusal
-from ._postgres_sqlstate import sqlstate_of
+from ._postgres_said import said, sqlstate_of
 from ._postgres_url import TIMEOUT_SECONDS, Place, locate
 from ._schema import Dialect
 from ._sessions import Connection, Session, SessionPool
 
-__all__ = ["CAPABILITIES", "PostgresAdapter", "connect", "is_stale", "known_options", "said"]
+__all__ = ["CAPABILITIES", "PostgresAdapter", "connect", "is_stale", "known_options"]
 
 #: Larger values could be stored, but not dumped by pg_dump, which doubles them on their way.
 MAX_PAYLOAD_BYTES: Final = 256 << 20
@@ -179,12 +179,6 @@ class PostgresAdapter(PostgresCopy):
 
 def _first(cursor: Any) -> Any:
     return cursor.fetchone()[0]
-
-
-def said(error: Exception) -> str:
-    """Return what an error says, in one line."""
-    diagnosis = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    return " ".join((diagnosis or str(error)).split()) or type(error).__name__
 
 
 def is_stale(connection: Connection) -> bool:

@@ -136,7 +136,7 @@ ADAPTER_ROOMS = VALUES | ADAPTERS | {"_pages"}
 ADAPTER_DRIVERS = {
     "sqlite.py": {"sqlite3"},
     "postgres.py": {"psycopg", "psycopg_pool"},
-    "_postgres_sqlstate.py": {"psycopg"},
+    "_postgres_said.py": {"psycopg"},
     "_postgres_statement.py": {"psycopg"},
     "mysql.py": {"mysql"},
     "_sqlite_rows.py": {"sqlite3"},

@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from pydedup.adapters._postgres_said import said
 
 from pydedup import registry
 from pydedup.adapter import LIVE, Adapter
@@ -153,6 +154,27 @@ def test_a_statement_timeout_says_so(adapter: Adapter, url: str) -> None:
         with pytest.raises(UnavailableError, match="statement_timeout"), hasty.transaction():
             hasty.bump_epoch()
     hasty.close()
+
+
+def test_what_libpq_says_is_one_sentence_for_each_thing() -> None:
+    """It says the same of an attempt with TLS and of one without, and adds hints for a shell."""
+    at = 'connection to server at "127.0.0.1", port 5432 failed: '
+    refused = 'FATAL:  password authentication failed for user "me"'
+    twice = psycopg.OperationalError(f"connection failed: {at}{refused}\n{at}{refused}")
+    assert said(twice) == f"{at}{refused.replace('  ', ' ')}"
+    down = f"connection failed: {at}Connection refused\n\tIs the server running on that host?"
+    assert said(psycopg.OperationalError(down)) == f"{at}Connection refused"
+    missing = "root certificate file does not exist\nEither provide it, or change sslmode."
+    assert said(psycopg.OperationalError(missing)) == (
+        "root certificate file does not exist; Either provide it, or change sslmode"
+    )
+    assert said(psycopg.OperationalError()) == "OperationalError"
+
+
+def test_a_server_that_is_not_the_one_that_was_asked_for(url: str) -> None:
+    said = "session is not read-only; name another server, or correct target_session_attrs"
+    with pytest.raises(UnavailableError, match=said):
+        registry.connect(with_option(url, "target_session_attrs=read-only"), mode="r")
 
 
 def test_text_that_the_server_cannot_hold(adapter: Adapter) -> None:

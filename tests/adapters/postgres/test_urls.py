@@ -48,6 +48,7 @@ def test_urls_that_mean_nothing_show_no_secret(url: str) -> None:
         ("colour=tops3cret", "'colour' that is not known; there are schema, timeout and those"),
         ("sslmode=bogus", 'invalid sslmode value: "bogus"; correct this option'),
         ("port=99999", 'invalid port number: "99999"; correct the port'),
+        ("service=nosuch", 'definition of service "nosuch" not found; name one that'),
         ("connect_timeout=soon", "connect_timeout=soon must be a whole number"),
         ("options=-c%20nosuch%3D1", 'unrecognized configuration parameter "nosuch".*options='),
         ("options=-c%20work_mem%3Dx", 'invalid value for parameter "work_mem"'),
