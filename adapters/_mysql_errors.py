@@ -55,6 +55,9 @@ _ALONE: Final = (
 )
 _LOGIN_CODES: Final = (1045, 1251, 1524, 1698, 1820, 1862, 2059, 2061, 3118)
 _LOGIN: Final = "check the user and the password in the URL, and what the user may do"
+_PLAIN: Final = (
+    "; who was created with REQUIRE SSL is refused like this without TLS: leave out ssl_disabled"
+)
 _TLS: Final = "check the options of the URL that begin with ssl_ (ssl_ca, ssl_disabled, ...)"
 _SLOW: Final = (
     "it took too long; raise max_statement_time (MariaDB) or max_execution_time (MySQL) for this "
@@ -133,4 +136,7 @@ def meaning(error: Exception, place: Place) -> PydedupError:
         kind, advice = (ConnectionLostError, _DOWN) if lost else (ArgumentError, "")
     else:
         kind, advice = _MEANINGS.get(code, (StoreError, ""))
-    return kind(f"{place.url}: {said}; {advice}" if advice else f"{place.url}: {said} ({code})")
+        if code in _LOGIN_CODES and place.options.get("ssl_disabled"):
+            advice += _PLAIN
+    number = f" ({code})" if code is not None and code > 0 else ""
+    return kind(f"{place.url}: {said}; {advice}" if advice else f"{place.url}: {said}{number}")

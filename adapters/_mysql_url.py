@@ -88,13 +88,19 @@ def _split(url: str) -> tuple[SplitResult, int | None]:
 
 def _settle_tls(shown: str, options: dict[str, Any]) -> None:
     """Check certificates where the URL names an authority; the driver alone would not."""
-    authority = options.get("ssl_ca")
-    if authority is not None:
-        if not Path(authority).is_file():
-            raise ArgumentError(f"{shown}: ssl_ca names no file: {authority!r}")
+    for name in ("ssl_ca", "ssl_cert", "ssl_key"):
+        if name in options and not Path(options[name]).is_file():
+            raise ArgumentError(f"{shown}: {name} names no file: {options[name]!r}")
+    asked = [name for name in options if name.startswith("ssl_") and options[name]]
+    if options.get("ssl_disabled") and len(asked) > 1:
+        asked.remove("ssl_disabled")
+        raise ArgumentError(f"{shown}: {asked[0]} asks for TLS, and ssl_disabled=true forbids it")
+    if "ssl_ca" in options:
         options.setdefault("ssl_verify_cert", True)
-    elif options.get("ssl_verify_cert"):
-        raise ArgumentError(f"{shown}: ssl_verify_cert needs ssl_ca, the file of an authority")
+        return
+    for name in ("ssl_verify_cert", "ssl_verify_identity"):
+        if options.get(name):
+            raise ArgumentError(f"{shown}: {name} needs ssl_ca, the file of an authority")
 
 
 def _option(shown: str, name: str, value: str, parse: Callable[[str], Any]) -> Any:

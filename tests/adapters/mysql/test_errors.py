@@ -56,6 +56,25 @@ def test_a_wrong_password_is_told_and_not_shown(user: Any) -> None:
 
 
 @pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+def test_who_must_come_by_tls_is_told(url: str, user: Any, run: Any, pure: bool) -> None:
+    """The server itself says no more than of a wrong password."""
+    user.grant("ALL")
+    ((_, port),) = run(url, f"ALTER USER {user.name} REQUIRE SSL", "SHOW VARIABLES LIKE 'port'")
+
+    def by_tcp(url: str) -> str:
+        parts = urlsplit(url)
+        login, database = parts.netloc.rpartition("@")[0], parts.path
+        return f"mysql://{login}@127.0.0.1:{port}{database}?use_pure={pure}"
+
+    place = by_tcp(user.url)
+    registry.connect(place, mode="a").close()
+    with pytest.raises(UnavailableError, match=r"REQUIRE SSL .* leave out ssl_disabled"):
+        registry.connect(f"{place}&ssl_disabled=true", mode="a")
+    with pytest.raises(UnavailableError, match=r"the user may do$"):
+        registry.connect(by_tcp(user.url_with("wrong")), mode="a")
+
+
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
 def test_a_missing_database_comes_with_what_creates_it(url: str, pure: bool) -> None:
     with pytest.raises(UnavailableError, match=r"CREATE DATABASE `not_there` CHARACTER SET utf8"):
         registry.connect(with_option(at(url, "not_there"), f"use_pure={pure}"), mode="a")
@@ -121,7 +140,11 @@ def test_users_that_are_not_let_in_are_told_why(url: str, user: Any, run: Any, p
         ("mysql://u@host/db?password=s3cret&timeout=-1", "-1"),
         ("mysql://u:s3cret@host/db?ssl_ca=/no/such/file", "ssl_ca names no file"),
         ("mysql://u:s3cret@host/db?ssl_verify_cert=true", "needs ssl_ca"),
-        ("mysql://u:s3cret@host/db?ssl_key=/no/such/file", "refuses an option"),
+        ("mysql://u:s3cret@host/db?ssl_verify_identity=true", "needs ssl_ca"),
+        ("mysql://u:s3cret@host/db?ssl_key=/no/such/file", "ssl_key names no file"),
+        ("mysql://u:s3cret@host/db?ssl_cert=/no/such/file", "ssl_cert names no file"),
+        (f"mysql://u:s3cret@host/db?ssl_ca={__file__}&ssl_disabled=true", "ssl_ca asks for TLS"),
+        ("mysql://u:s3cret@host/db?tls_versions=TLSv1.1", r"no longer allowed[^()]*\([^()]*\)\.$"),
         ("mysql://u:s3cret@host/db?tls_versions=bogus", "refuses an option"),
     ],
 )
