@@ -99,6 +99,7 @@ class Stager:
         self._segments = matcher.candidates if segments is None else segments
         self._advance = advance
         self._job = Job(adapter, kind)
+        self._has_begun = False
         self.page_ids: list[int] = []
         #: That of the store once this was published.
         self.epoch = -1
@@ -123,6 +124,7 @@ class Stager:
         images = next(images_of) if is_small and groups else []
         try:
             with adapter.transaction():
+                self._has_begun = True
                 for model in self._models:
                     model.model_id = self._insert_model(model)
                 if is_small:
@@ -173,6 +175,8 @@ class Stager:
         Does nothing when the publishing transaction was committed after all: an interrupt, or a
         connection that broke, can hide a commit from whoever made it.
         """
+        if not self._has_begun:
+            return  # another writer was in the way: he need not be waited for once more
         adapter = self._adapter
         mine = {model.model_id for model in self._models if model.model_id}
         if mine & {row.id for row in adapter.models(state=LIVE)}:

@@ -24,6 +24,7 @@ from pydedup.layout import base_places, by_page, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport, unreadable_pages
 from pydedup.policies import LOSSY
 from pydedup.pool import PagePool
+from pydedup.text import plural
 from pydedup.types import Progress
 
 __all__ = ["VerifyReport", "content_digests", "verify_store"]
@@ -337,8 +338,8 @@ def _verify_aliases(adapter: Adapter, live: set[int], report: VerifyReport) -> N
 def _note_leftovers(adapter: Adapter, report: VerifyReport) -> None:
     staging = len(adapter.models(state=STAGING))
     if staging:
-        report.notes.append(f"{staging} unfinished or running adds")
+        report.notes.append(plural(staging, "unfinished or running add"))
     for state in (STAGING, RETIRED):
         pages = len(adapter.page_rows(state=state))
         if pages:
-            report.notes.append(f"{pages} {state} pages")
+            report.notes.append(plural(pages, f"{state} page"))

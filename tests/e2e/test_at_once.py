@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,3 +318,14 @@ def test_an_alias_never_points_at_what_is_removed_meanwhile(store_url: str) -> N
         assert "alias 'prod' points at m@1" in str(told[0])
         assert same(store.load("m@prod"), version(1))
         assert store.verify().errors == []
+
+
+def test_another_writer_is_waited_for_once(tmp_path: Path) -> None:
+    """An add that SQLite did not let begin waited as long again, to take back nothing."""
+    adapter, control = inject(registry.connect(f"sqlite:///{tmp_path / 'store.db'}", mode="a"))
+    adapter.create_schema({})
+    with Store(adapter, 64 << 20) as store:
+        control.add_fault(Fault("transaction", ConflictError("busy"), call=0))
+        with pytest.raises(ConflictError, match="busy"):
+            store.add("late", {"w": np.ones((3, 3))})
+        assert control.calls["transaction"] == 1

@@ -339,6 +339,12 @@ def test_removing_everything_gives_the_space_back(store: pydedup.Store, tmp_path
     assert store.stats().stored_bytes < empty + 0.1 * full
 
 
+def test_what_waits_for_a_vacuum_is_a_note(store: pydedup.Store) -> None:
+    store.add("gone", {"w": np.ones((3, 3))})
+    store.remove("gone")
+    assert store.verify().notes == ["1 retired page"]  # it said "1 retired pages"
+
+
 def test_read_only_media(url: str, tmp_path: Path) -> None:
     model = {"w": np.arange(100.0)}
     with pydedup.open(url) as store:
