@@ -90,6 +90,9 @@ def test_examples_of_sql_run_as_they_stand(store_url: str) -> None:
     assert strangers == [("other", "1")]
     assert [row[:2] for row in nearest] == [("tuned", "1")]
     assert 0 < nearest[0][2] < 1_600_000
+    # Of a pair the view has one row, with either of the two in front.
+    of_tuned = rows(store_url, EXAMPLES[3].replace("'base'", "'tuned'"))
+    assert of_tuned == [("base", "1", nearest[0][2])]
     assert sum(row[1] for row in by_owners) == pages
     assert [row[0] for row in by_owners] == [2, 1]
     bytes_of = {row[0]: row[3] for row in by_model}
