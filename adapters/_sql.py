@@ -307,7 +307,10 @@ class Statements:
 
     def view(self, view: str) -> str:
         """Return the reading of a view, in a stable order."""
-        return f"SELECT {', '.join(VIEWS[view])} FROM {self._name(view)} ORDER BY 1, 2, 3"
+        columns = VIEWS[view]
+        # Of a pair, the name and version of both.
+        keys = ", ".join(str(number + 1) for number, _ in enumerate(columns[:4]))
+        return f"SELECT {', '.join(columns)} FROM {self._name(view)} ORDER BY {keys}"
 
     def columns_of(self, table: str) -> str:
         """Return a SELECT that yields no row but describes the columns of a table."""

@@ -363,7 +363,10 @@ class Adapter(Protocol):
     # ---- views and upkeep ---------------------------------------------------------------------
 
     def view(self, name: str) -> list[dict[str, object]]:
-        """Return all rows of ``model_sizes``, ``sharing`` or ``page_owners``."""
+        """Return all rows of ``model_sizes``, ``sharing`` or ``page_owners``, in order.
+
+        That is of names and versions, byte by byte, or of pages.
+        """
 
     def stored_bytes(self) -> int:
         """Return what the store occupies in its database, in bytes (the file size on SQLite).

@@ -350,6 +350,16 @@ class PagesContract(ContractBase):
         with pytest.raises(ArgumentError, match="models; DROP"):
             adapter.view("models; DROP")
 
+    def test_pairs_of_models_come_in_order(self, adapter: Adapter) -> None:
+        """Versions of one name that share a page, whatever the order they were stored in."""
+        with adapter.transaction():
+            (page_id,) = adapter.insert_pages([(checksum_of(0), bytes(100))], state=LIVE)
+            for version in ("1", "4", "3", "2"):
+                model_id = adapter.insert_model(model_row("a", version, state=LIVE))
+                adapter.insert_model_pages([(model_id, page_id, 1, 100)])
+        pairs = [(row["version"], row["other_version"]) for row in adapter.view("sharing")]
+        assert pairs == [("1", "2"), ("1", "3"), ("1", "4"), ("3", "2"), ("4", "2"), ("4", "3")]
+
     # ---- upkeep -------------------------------------------------------------------------------
 
     def test_space_comes_back(self, adapter: Adapter) -> None:
