@@ -67,6 +67,8 @@ case $PY_REAL in
 esac
 # The -core packages are the programs alone: no service is started, no account made.
 if [ "$EXTRA" = test ] && ! has_mariadb; then packages+=(mariadb-server-core mariadb-client-core); fi
+# Tests run the commands of docs/moving.md. The package has programs alone, too.
+if [ "$EXTRA" = test ] && ! have mariadb-dump; then packages+=(mariadb-client); fi
 # Of `pydedup report` the tests look at what a browser makes.
 if [ "$EXTRA" = test ] && ! have chromium; then packages+=(chromium); fi
 if [ "$EXTRA" = test ] && ! have openssl; then packages+=(openssl); fi  # for servers with TLS

@@ -17,11 +17,12 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import hypothesis
 import pytest
@@ -210,6 +211,31 @@ def mysql_run() -> Callable[..., list[tuple[Any, ...]]]:
                 cursor.execute(statement)
                 rows = cursor.fetchall() if cursor.description else []
         return rows
+
+    return run
+
+
+@pytest.fixture
+def mysql_programs(
+    mysql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
+    """Run a line of a shell with programs of MariaDB's client, which find the server."""
+    parts = urlsplit(mysql_url)
+    where = {"host": parts.hostname, "port": parts.port, "user": parts.username}
+    where |= {"password": unquote(parts.password or ""), "socket": None}
+    if path := dict(parse_qsl(parts.query)).get("unix_socket"):
+        where |= {"host": "localhost", "port": None, "socket": path}
+    lines = [f'{name}="{value}"\n' for name, value in where.items() if value is not None]
+    (tmp_path / ".my.cnf").write_text("".join(["[client]\n", *lines]))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def run(line: str) -> None:
+        with or_skip("mysql"):
+            if shutil.which(line.split()[0]) is None:
+                raise ServerMissingError(
+                    f"{line.split()[0]} is not installed (apt-get install mariadb-client)"
+                )
+        subprocess.run(["bash", "-c", line], check=True, cwd=tmp_path)
 
     return run
 

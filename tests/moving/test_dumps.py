@@ -66,6 +66,23 @@ def test_pg_dump(
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+def test_mariadb_dump(
+    filled: New, new_store: New, mysql_programs: Callable[[str], None], assert_same: Any
+) -> None:
+    source_url, other_url = filled("mysql"), new_store("mysql")
+    for program, url in (("mariadb-dump", source_url), ("mariadb", other_url)):
+        (line,) = lines_of(program)
+        name = urlsplit(url).path.strip("/")
+        mysql_programs(re.sub(r" models(?= )", f" {name}", line))
+    assert_same(source_url, other_url)
+    with pydedup.open(source_url) as source, pydedup.open(other_url) as store:
+        assert store.sharing() == source.sharing()
+        store.add("late", {"w": store.load("base")["w"] + 1})
+        store.remove("exact")
+        store.vacuum()
+        assert store.verify().ok
+
+
 def test_the_backup_of_sqlite(
     filled: New, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same: Any
 ) -> None:
