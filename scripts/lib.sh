@@ -70,6 +70,9 @@ digest_of() {
         xargs -0 sha256sum | sha256sum | cut -d' ' -f1
 }
 
+# may_mount: whether we are root and have the capability SYS_ADMIN, which containers withhold.
+may_mount() { [ "$(id -u)" -eq 0 ] && [ $((16#$(awk '/^CapEff:/ { print $2 }' /proc/self/status) >> 21 & 1)) -eq 1 ]; }
+
 # plpython_version: the PostgreSQL that this Debian has PL/Python for, nothing where that is not known.
 plpython_version() {
     case $(. /etc/os-release 2>/dev/null; echo "${ID:-} ${VERSION_ID:-}") in

@@ -15,8 +15,10 @@ set -uo pipefail
 
 # Servers of Debian's packages that only root has on the PATH.
 export PATH="$PATH:/usr/sbin"
-# A test that lacks its database server or its browser fails here, instead of being skipped without notice.
+# A test that lacks its database server, its browser, or a disk to fill fails here, instead of being
+# skipped without notice.
 backends=sqlite,postgres,mysql,chromium
+if may_mount; then backends+=,disk; fi
 if plpython_is_of "$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"; then
     backends+=,plpython
 fi

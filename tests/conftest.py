@@ -6,7 +6,8 @@ socket in a folder of its own and never touches one that runs already. To use an
 URL: ``--postgres-url``, ``--mysql-url``, or PYDEDUP_TEST_POSTGRES_URL, PYDEDUP_TEST_MYSQL_URL.
 
 A test whose server cannot be had is skipped, unless PYDEDUP_REQUIRE_BACKENDS (as in
-``sqlite,postgres,mysql``; `make test` sets it) names the backend: then it fails. Helpers that
+``sqlite,postgres,mysql``; `make test` sets it) names the backend: then it fails. So it is with
+``disk``, a small one to be filled, which `make test` demands where root may mount. Helpers that
 tests import are in :mod:`pydedup.testing`, not here.
 """
 
@@ -29,6 +30,7 @@ import pytest
 
 from pydedup import registry
 from pydedup.testing._contract_base import with_option
+from pydedup.testing.disks import DiskRefusedError, SmallDisk
 from pydedup.testing.servers import (
     MariadbServer,
     PlpythonServer,
@@ -89,10 +91,10 @@ def required_backends() -> set[str]:
 
 @contextlib.contextmanager
 def or_skip(backend: str) -> Iterator[None]:
-    """Skip the test that asked for a server that is missing, or fail it when it is required."""
+    """Skip the test that asked for what cannot be had, or fail it when that is required."""
     try:
         yield
-    except ServerMissingError as error:
+    except (ServerMissingError, DiskRefusedError) as error:
         if backend in required_backends():
             pytest.fail(f"PYDEDUP_REQUIRE_BACKENDS names {backend}, but {error}")
         pytest.skip(str(error))
@@ -189,6 +191,20 @@ def own_server(request: pytest.FixtureRequest) -> PostgresServer | MariadbServer
     """One after the other, each server that may be killed: ``url``, ``kill()``, ``start()``."""
     server: PostgresServer | MariadbServer = request.getfixturevalue(f"own_{request.param}")
     return server
+
+
+@pytest.fixture
+def new_disk() -> Iterator[Callable[[Path, int], SmallDisk]]:
+    """Mount a small disk in a folder that is not there yet; its size is in MiB."""
+    with contextlib.ExitStack() as mounted:
+
+        def make(folder: Path, mib: int) -> SmallDisk:
+            with or_skip("disk"):
+                disk = SmallDisk(folder, mib)
+            mounted.callback(disk.unmount)
+            return disk
+
+        yield make
 
 
 # ---- places for stores, and how to look at them ------------------------------------------------

@@ -2,10 +2,15 @@
 """The private database servers of conftest.py: they run, and carry bytes unchanged.
 
 They are the ground that the adapters' tests stand on; what an adapter does is tested elsewhere.
+And what may be skipped where something cannot be had.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -46,3 +51,32 @@ def test_mysql_returns_the_bytes_it_was_given(mysql_url: str) -> None:
         cursor.execute("SELECT payload FROM t")
         (found,) = cursor.fetchone()
         assert bytes(found) == PAYLOAD
+
+
+@pytest.mark.parametrize("required", ["sqlite", "sqlite,disk"])
+def test_a_disk_that_cannot_be_had_is_skipped_unless_it_is_required(
+    tmp_path: Path, required: str
+) -> None:
+    mount = tmp_path / "mount"
+    mount.write_text("#!/bin/sh\necho 'mount: must be superuser to use mount.' >&2; exit 1\n")
+    mount.chmod(0o755)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "sqlite"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent / "crash" / "test_full_disk.py")],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "PYDEDUP_REQUIRE_BACKENDS": required,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    said = " ".join(done.stdout.split())
+    refused = "no disk can be mounted (mount: must be superuser to use mount.); that takes root"
+    assert refused in said
+    if required == "sqlite":
+        assert (done.returncode, "1 skipped" in said) == (0, True)
+    else:
+        assert (done.returncode, "names disk, but" in said) == (1, True)

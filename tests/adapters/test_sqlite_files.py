@@ -8,9 +8,8 @@ import os
 import random
 import shutil
 import sqlite3
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from pydedup.errors import (
     StoreError,
     UnavailableError,
 )
+from pydedup.testing.disks import SmallDisk
 
 MIB = 1 << 20
 
@@ -241,35 +241,13 @@ def test_reading_leaves_no_trace(tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == stamp
 
 
-class Disk:
-    """A small file system in memory, which can be made read-only."""
-
-    def __init__(self, folder: Path, mib: int) -> None:
-        self.folder = folder
-        folder.mkdir()
-        options = ["-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)]
-        if (
-            shutil.which("mount") is None
-            or subprocess.run(["mount", *options], check=False).returncode
-        ):
-            pytest.skip("this test mounts a small tmpfs, which needs root and the right to mount")
-
-    def remount(self, option: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{option}", str(self.folder)], check=True)
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
-
-
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    disk = Disk(tmp_path / "disk", 16)
-    yield disk
-    disk.unmount()
+def disk(tmp_path: Path, new_disk: Callable[[Path, int], SmallDisk]) -> SmallDisk:
+    return new_disk(tmp_path / "disk", 16)
 
 
 @pytest.mark.parametrize("mode", ["r", "a"])
-def test_a_store_on_read_only_media(disk: Disk, mode: str) -> None:
+def test_a_store_on_read_only_media(disk: SmallDisk, mode: str) -> None:
     path = disk.folder / "models.db"
     adapter = open_store(path)
     ids = add_pages(adapter, 3)
@@ -297,7 +275,7 @@ def test_a_store_on_read_only_media(disk: Disk, mode: str) -> None:
             registry.connect(f"sqlite:///{disk.folder}/new.db", mode=missing)
 
 
-def test_a_log_on_read_only_media_is_not_passed_over(disk: Disk, tmp_path: Path) -> None:
+def test_a_log_on_read_only_media_is_not_passed_over(disk: SmallDisk, tmp_path: Path) -> None:
     # What is in the log is committed; reading the main file alone would lose it silently.
     original = tmp_path / "models.db"
     adapter = open_store(original)
@@ -311,7 +289,7 @@ def test_a_log_on_read_only_media_is_not_passed_over(disk: Disk, tmp_path: Path)
             registry.connect(f"sqlite:///{disk.folder}/models.db", mode=mode)
 
 
-def test_media_that_were_read_only_may_change(disk: Disk) -> None:
+def test_media_that_were_read_only_may_change(disk: SmallDisk) -> None:
     path = disk.folder / "models.db"
     adapter = open_store(path)
     add_pages(adapter, 1)
@@ -344,7 +322,7 @@ def test_media_that_were_read_only_may_change(disk: Disk) -> None:
 # ---- full disks ---------------------------------------------------------------------------------
 
 
-def test_a_full_disk_loses_nothing(disk: Disk) -> None:
+def test_a_full_disk_loses_nothing(disk: SmallDisk) -> None:
     path = disk.folder / "models.db"
     adapter = open_store(path)
     ids = add_pages(adapter, 2)
@@ -365,7 +343,7 @@ def test_a_full_disk_loses_nothing(disk: Disk) -> None:
     adapter.close()
 
 
-def test_a_disk_that_is_full_already(disk: Disk) -> None:
+def test_a_disk_that_is_full_already(disk: SmallDisk) -> None:
     filler = disk.folder / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:

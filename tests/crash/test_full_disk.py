@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 import pydedup
 from pydedup import policies
 from pydedup.errors import StorageFullError
+from pydedup.testing.disks import SmallDisk
 
 MIB = 1 << 20
 
@@ -29,20 +29,11 @@ Place = tuple[str, Callable[[], object]]
 
 
 @pytest.fixture
-def small_disk(server_folder: Path) -> Iterator[Path]:
+def small_disk(server_folder: Path, new_disk: Callable[[Path, int], SmallDisk]) -> Path:
     """A folder on a disk of its own, of 64 MiB, most of which is taken by a file ``ballast``."""
-    folder = server_folder / "small-disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m,mode=755", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        folder.rmdir()
-        pytest.skip("mounting a small disk needs root")
-    try:
-        (folder / "ballast").write_bytes(bytes(44 * MIB))
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-        folder.rmdir()
+    folder = new_disk(server_folder / "small-disk", 64).folder
+    (folder / "ballast").write_bytes(bytes(44 * MIB))
+    return folder
 
 
 @pytest.fixture
