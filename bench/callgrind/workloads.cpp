@@ -109,21 +109,23 @@ Workload decode(const std::string& name, Dtype dtype) {
 }
 
 // A fine-tune: nine of ten elements moved a little. `max_error` 0 is an exact delta.
-Workload delta(const std::string& name, double max_error, bool decoding) {
+Workload delta(const std::string& name, Dtype dtype, double max_error, bool decoding) {
     return {name, [=] {
-                const std::size_t bytes = kBlock * kBlock * 4;
-                const Buffer base = weights(kBlock * kBlock, Dtype::f32);
+                const std::size_t item = item_bytes(dtype);
+                const std::size_t bytes = kBlock * kBlock * item;
+                const Buffer base = weights(kBlock * kBlock, dtype);
                 const Buffer block = make_buffer(bytes);
-                for (std::size_t i = 0; i < bytes; i += 4) {
-                    float value;
-                    std::memcpy(&value, base->data() + i, sizeof value);
+                for (std::size_t i = 0; i < bytes; i += item) {
+                    float value = 0;  // of bf16, the upper half
+                    auto* const upper = reinterpret_cast<std::byte*>(&value) + (4 - item);
+                    std::memcpy(upper, base->data() + i, item);
                     if (i % 40 != 0) value += value / static_cast<float>(64 + i % 77);
-                    std::memcpy(block->data() + i, &value, sizeof value);
+                    std::memcpy(block->data() + i, upper, item);
                 }
                 const Buffer encoded = make_buffer(bytes);
                 const auto encode = [=] {
-                    return encode_delta({block->data(), kBlock, kBlock, kBlock * 4, Dtype::f32},
-                                        {base->data(), kBlock, kBlock, kBlock * 4, Dtype::f32},
+                    return encode_delta({block->data(), kBlock, kBlock, kBlock * item, dtype},
+                                        {base->data(), kBlock, kBlock, kBlock * item, dtype},
                                         max_error > 0 ? std::optional(max_error) : std::nullopt,
                                         *encoded);
                 };
@@ -131,11 +133,11 @@ Workload delta(const std::string& name, double max_error, bool decoding) {
                 std::function<void()> call = [=] { keep(encode()); };
                 if (decoding) {
                     call = [=] {
-                        decode_delta({encoded->data(), made.length, made.encoding, Dtype::f32,
-                                      kBlock, kBlock, 1},
-                                     {base->data(), static_cast<std::uint32_t>(bytes),
-                                      Encoding::raw, Dtype::f32, kBlock, kBlock, 0},
-                                     block->data(), kBlock * 4);
+                        decode_delta(
+                            {encoded->data(), made.length, made.encoding, dtype, kBlock, kBlock, 1},
+                            {base->data(), static_cast<std::uint32_t>(bytes), Encoding::raw, dtype,
+                             kBlock, kBlock, 0},
+                            block->data(), kBlock * item);
                     };
                 }
                 return call;
@@ -251,10 +253,12 @@ std::vector<Workload> workloads() {
         encode("codec.encode-bf16", Dtype::bf16),
         decode("codec.decode-f32", Dtype::f32),
         decode("codec.decode-bf16", Dtype::bf16),
-        delta("codec.encode-delta", 0, false),
-        delta("codec.decode-delta", 0, true),
-        delta("codec.encode-quantised", 0.01, false),
-        delta("codec.decode-quantised", 0.01, true),
+        delta("codec.encode-delta", Dtype::f32, 0, false),
+        delta("codec.decode-delta", Dtype::f32, 0, true),
+        delta("codec.encode-delta-bf16", Dtype::bf16, 0, false),
+        delta("codec.decode-delta-bf16", Dtype::bf16, 0, true),
+        delta("codec.encode-quantised", Dtype::f32, 0.01, false),
+        delta("codec.decode-quantised", Dtype::f32, 0.01, true),
         matmul("gemm.nt-m1", 1, Dtype::f32),
         matmul("gemm.nt-m8", 8, Dtype::f32),
         matmul("gemm.nt-m64", 64, Dtype::f32),

@@ -12,6 +12,7 @@
 #include "check.hpp"
 #include "codec/convert.hpp"
 #include "codec/logarithm.hpp"
+#include "deltas.hpp"
 #include "kernels.hpp"
 #include "pydedup/codec.hpp"
 
@@ -20,79 +21,10 @@ using namespace pydedup::testing;
 
 namespace {
 
-using Buffer = std::vector<std::uint8_t>;
-
 constexpr std::array kDtypes = {Dtype::f64,     Dtype::f32,     Dtype::f16,    Dtype::bf16,
                                 Dtype::i8,      Dtype::i16,     Dtype::i32,    Dtype::i64,
                                 Dtype::u8,      Dtype::u16,     Dtype::u32,    Dtype::u64,
                                 Dtype::boolean, Dtype::f8_e4m3, Dtype::f8_e5m2};
-
-const std::byte* at(const Buffer& bytes) {
-    return reinterpret_cast<const std::byte*>(bytes.data());
-}
-std::byte* at(Buffer& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
-
-MatrixRef matrix(const Buffer& bytes, std::size_t rows, std::size_t cols, Dtype dtype,
-                 std::size_t stride = 0) {
-    return {at(bytes), rows, cols, stride != 0 ? stride : cols * item_bytes(dtype), dtype};
-}
-
-BlockView view(const Buffer& bytes, std::size_t rows, std::size_t cols, Dtype dtype,
-               Encoding encoding = Encoding::raw) {
-    return {at(bytes),
-            static_cast<std::uint32_t>(bytes.size()),
-            encoding,
-            dtype,
-            static_cast<std::uint32_t>(rows),
-            static_cast<std::uint32_t>(cols),
-            is_delta(encoding) ? 1U : 0U};
-}
-
-Buffer as_dtype(const std::vector<double>& values, Dtype dtype) {
-    Buffer bytes(values.size() * item_bytes(dtype));
-    detail::convert_floats(reinterpret_cast<const std::uint8_t*>(values.data()), Dtype::f64,
-                           values.size(), bytes.data(), dtype);
-    return bytes;
-}
-
-std::vector<double> as_doubles(const Buffer& bytes, Dtype dtype) {
-    std::vector<double> values(bytes.size() / item_bytes(dtype));
-    detail::convert_floats(bytes.data(), dtype, values.size(),
-                           reinterpret_cast<std::uint8_t*>(values.data()), Dtype::f64);
-    return values;
-}
-
-std::vector<double> normal(std::size_t n, double spread, std::mt19937_64& random) {
-    std::normal_distribution<double> draw(0.0, spread);
-    std::vector<double> values(n);
-    for (double& value : values) value = draw(random);
-    return values;
-}
-
-struct Encoded {
-    Buffer bytes;
-    Encoding encoding = Encoding::raw;
-};
-
-Encoded encode(const MatrixRef& block, const MatrixRef& base,
-               std::optional<double> max_rel_error = std::nullopt) {
-    Encoded result;
-    result.bytes.resize(block.rows * block.cols * item_bytes(block.dtype));
-    const auto encoded =
-        encode_delta(block, base, max_rel_error, {at(result.bytes), result.bytes.size()});
-    if (!encoded) return {};
-    result.bytes.resize(encoded->length);
-    result.bytes.shrink_to_fit();  // decoding must not look behind
-    result.encoding = encoded->encoding;
-    return result;
-}
-
-Buffer decode(const Encoded& delta, const BlockView& base, Dtype dtype) {
-    Buffer out(std::size_t{base.rows} * base.cols * item_bytes(dtype));
-    decode_delta(view(delta.bytes, base.rows, base.cols, dtype, delta.encoding), base, at(out),
-                 base.cols * item_bytes(dtype));
-    return out;
-}
 
 TEST(exact_deltas_of_every_dtype_and_shape_come_back) {
     std::mt19937_64 random(1);
@@ -471,65 +403,6 @@ TEST(a_delta_is_never_trusted) {
             CHECK(!decodes(newer, delta.encoding));
         }
     }
-}
-
-TEST(many_deltas_are_the_deltas_one_by_one_whatever_the_threads) {
-    std::mt19937_64 random(9);
-    const std::size_t rows = 150;
-    const std::size_t cols = 130;
-    const std::vector<double> values = normal(rows * cols, 0.02, random);
-    std::vector<double> moved = values;
-    for (double& value : moved) value *= 1.0 + 1e-3 * static_cast<double>(random() % 9);
-    const Buffer base = as_dtype(values, Dtype::f32);
-    const Buffer block = as_dtype(moved, Dtype::f32);
-    const MatrixRef to = matrix(block, rows, cols, Dtype::f32);
-    const MatrixRef from = matrix(base, rows, cols, Dtype::f32);
-    const BlockGrid grid{rows, cols, 32, 48};
-    std::vector<std::int64_t> indices;
-    for (std::size_t i = grid.count(); i-- > 0;) indices.push_back(static_cast<std::int64_t>(i));
-    const std::vector<std::int64_t> limits(indices.size(), 32 * 48 * 4);
-    Buffer first;
-    for (const unsigned threads : {1U, 4U}) {
-        Buffer arena(limits.size() * 32 * 48 * 4);
-        std::vector<std::int64_t> offsets(indices.size());
-        std::vector<EncodedBlock> encoded(indices.size());
-        const std::size_t used =
-            encode_deltas(to, grid, indices, {from, grid, indices}, limits, std::nullopt,
-                          {at(arena), arena.size()}, offsets, encoded, threads);
-        arena.resize(used);
-        if (first.empty()) first = arena;
-        CHECK(arena == first);
-        for (std::size_t i = 0; i < indices.size(); ++i) {
-            const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
-            const std::size_t skip = rect.row0 * cols * 4 + rect.col0 * 4;
-            const Encoded alone =
-                encode({to.data + skip, rect.rows, rect.cols, cols * 4, Dtype::f32},
-                       {from.data + skip, rect.rows, rect.cols, cols * 4, Dtype::f32});
-            CHECK(alone.bytes.size() == encoded[i].length);
-            CHECK(std::memcmp(alone.bytes.data(), &arena[static_cast<std::size_t>(offsets[i])],
-                              alone.bytes.size()) == 0);
-        }
-    }
-    std::vector<std::int64_t> estimates(indices.size());
-    estimate_deltas(to, grid, indices, {from, grid, indices}, std::nullopt, estimates, 2);
-    for (const std::int64_t estimate : estimates) CHECK(estimate > 0);
-    // Bases of another shape, too few bases, a limit that leaves the arena.
-    Buffer arena(100);
-    std::vector<std::int64_t> offsets(1);
-    std::vector<EncodedBlock> encoded(1);
-    const auto refused = [&](std::int64_t base_index, std::int64_t limit) {
-        const std::array index{std::int64_t{0}};
-        const std::array base_indices{base_index};
-        const std::array most{limit};
-        CHECK_THROWS(ErrorCode::invalid_argument,
-                     static_cast<void>(encode_deltas(to, grid, index, {from, grid, base_indices},
-                                                     most, std::nullopt, {at(arena), arena.size()},
-                                                     offsets, encoded)));
-    };
-    refused(static_cast<std::int64_t>(grid.count()) - 1, 50);
-    refused(-1, 50);
-    refused(0, 101);
-    refused(0, -1);
 }
 
 TEST(logarithms_are_those_of_mathematics) {

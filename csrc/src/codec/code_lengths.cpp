@@ -20,10 +20,10 @@ struct Leaves {
     std::size_t n;
 };
 
-Leaves sorted_leaves(const std::array<std::uint32_t, 256>& counts) noexcept {
+Leaves sorted_leaves(std::span<const std::uint32_t> counts) noexcept {
     std::array<std::uint64_t, kSymbols> keys;
     std::size_t n = 0;
-    for (std::size_t s = 0; s < kSymbols; ++s) {
+    for (std::size_t s = 0; s < counts.size(); ++s) {
         if (counts[s] != 0) keys[n++] = (static_cast<std::uint64_t>(counts[s]) << 8) | s;
     }
     std::sort(keys.begin(), keys.begin() + static_cast<std::ptrdiff_t>(n));
@@ -40,7 +40,7 @@ Leaves sorted_leaves(const std::array<std::uint32_t, 256>& counts) noexcept {
 // parents of inner nodes, depths of inner nodes, depths of leaves.
 void unlimited_depths(const Leaves& leaves, std::array<std::uint64_t, kSymbols>& a) noexcept {
     const std::size_t n = leaves.n;
-    a = leaves.weight;
+    std::copy_n(leaves.weight.begin(), n, a.begin());
     // Left to right: join the two lightest of leaves and inner nodes.
     a[0] += a[1];
     std::size_t root = 0;
@@ -116,7 +116,7 @@ void limited_depths(const Leaves& leaves, unsigned limit,
 
 }  // namespace
 
-void optimal_code_lengths(const std::array<std::uint32_t, 256>& counts, unsigned limit,
+void optimal_code_lengths(std::span<const std::uint32_t> counts, unsigned limit,
                           std::array<std::uint8_t, 256>& code_bits) noexcept {
     const Leaves leaves = sorted_leaves(counts);
     std::array<std::uint64_t, kSymbols> depth;

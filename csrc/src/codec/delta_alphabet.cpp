@@ -10,6 +10,7 @@
 #include <bit>
 #include <cstring>
 
+#include "codec/counting.hpp"
 #include "codec/logarithm.hpp"
 
 namespace pydedup::detail {
@@ -113,8 +114,8 @@ void collect_large(const Wide* z, std::size_t count, const ClassCounts& in_class
 template <class Wide>
 void collect_small(const Wide* z, std::size_t count, const ClassCounts& in_class,
                    std::vector<Entry>& entries) {
-    std::array<std::uint32_t, kSmall + 1> counts{};
-    for (std::size_t i = 0; i < count; ++i) ++counts[std::min<Wide>(z[i], kSmall)];
+    Counts<2> counts(kSmall + 1);
+    counts.add(count, [=](std::size_t i) { return std::min<Wide>(z[i], kSmall); });
     for (unsigned z_class = 4; z_class < kSmallClasses; ++z_class) {
         // A value has to be frequent within its class to be worth anything.
         if (in_class[z_class] < kMinRepeats) continue;
@@ -166,8 +167,8 @@ class LargeSymbols {
 };
 
 template <class Wide>
-void write_symbols(const Differences& differences, const Alphabet& alphabet,
-                   std::uint8_t* symbols) {
+void write_symbols_of(const Differences& differences, const Alphabet& alphabet,
+                      std::uint8_t* symbols) {
     const std::size_t count = differences.count();
     const std::uint8_t* const classes = differences.classes;
     const auto from_class =
@@ -209,21 +210,23 @@ void write_symbols(const Differences& differences, const Alphabet& alphabet,
     }
 }
 
+void write_symbols(const Differences& differences, const Alphabet& alphabet,
+                   std::uint8_t* symbols) {
+    if (differences.wide) {
+        write_symbols_of<std::uint64_t>(differences, alphabet, symbols);
+    } else {
+        write_symbols_of<std::uint32_t>(differences, alphabet, symbols);
+    }
+}
+
 }  // namespace
 
 void choose_alphabet(const Differences& differences, Alphabet& alphabet, std::uint8_t* symbols) {
-    ClassCounts in_class{};
-    {
-        std::array<ClassCounts, 2> counts{};  // two at once do not wait for each other's stores
-        const std::size_t count = differences.count();
-        std::size_t i = 0;
-        for (; i + 2 <= count; i += 2) {
-            ++counts[0][differences.classes[i]];
-            ++counts[1][differences.classes[i + 1]];
-        }
-        if (i < count) ++counts[0][differences.classes[i]];
-        for (std::size_t c = 0; c < in_class.size(); ++c) in_class[c] = counts[0][c] + counts[1][c];
-    }
+    ClassCounts in_class;
+    Counts<4> by_class(in_class.size());
+    const std::uint8_t* const classes = differences.classes;
+    by_class.add(differences.count(), [=](std::size_t i) { return classes[i]; });
+    for (std::size_t c = 0; c < in_class.size(); ++c) in_class[c] = by_class[c];
     std::vector<Entry> entries;
     if (differences.wide) {
         collect(static_cast<const std::uint64_t*>(differences.z), differences.count(), in_class,
@@ -253,11 +256,22 @@ void choose_alphabet(const Differences& differences, Alphabet& alphabet, std::ui
         alphabet.set_classes(static_cast<unsigned>(first - in_class.begin()),
                              static_cast<unsigned>(last - first));
     }
-    if (differences.wide) {
-        write_symbols<std::uint64_t>(differences, alphabet, symbols);
-    } else {
-        write_symbols<std::uint32_t>(differences, alphabet, symbols);
+    write_symbols(differences, alphabet, symbols);
+}
+
+void reuse_alphabet(const Differences& differences, const Alphabet& like, Alphabet& alphabet,
+                    std::uint8_t* symbols) {
+    alphabet = {};
+    alphabet.n_dictionary = like.n_dictionary;
+    std::copy_n(like.bases.begin(), like.n_dictionary, alphabet.bases.begin());
+    std::uint8_t first = 255;
+    std::uint8_t last = 0;
+    for (std::size_t i = 0; i < differences.count(); ++i) {
+        first = std::min(first, differences.classes[i]);
+        last = std::max(last, differences.classes[i]);
     }
+    alphabet.set_classes(first, last - first + 1U);
+    write_symbols(differences, alphabet, symbols);
 }
 
 }  // namespace pydedup::detail

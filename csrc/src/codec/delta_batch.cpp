@@ -4,6 +4,7 @@
 #include <string>
 
 #include "base/parallel.hpp"
+#include "codec/delta_encoder.hpp"
 #include "pydedup/codec.hpp"
 #include "pydedup/error.hpp"
 
@@ -60,13 +61,17 @@ std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
     }
     parallel_for(indices.size(), kParallelGrain, workers_for(raw, threads),
                  [&](std::size_t begin, std::size_t end) {
+                     detail::DeltaEncoder encoder;
                      for (std::size_t i = begin; i < end; ++i) {
+                         // A new one at the same blocks however many threads there are.
+                         if (i % kParallelGrain == 0) encoder = {};
                          const auto room = arena.subspan(static_cast<std::size_t>(offsets[i]),
                                                          static_cast<std::size_t>(limits[i]));
                          encoded[i] =
-                             encode_delta(block_of(matrix, grid, indices[i]),
-                                          block_of(bases.matrix, bases.grid, bases.indices[i]),
-                                          max_rel_error, room)
+                             encoder
+                                 .encode(block_of(matrix, grid, indices[i]),
+                                         block_of(bases.matrix, bases.grid, bases.indices[i]),
+                                         max_rel_error, room)
                                  .value_or(EncodedBlock{Encoding::delta, 0});
                      }
                  });

@@ -12,6 +12,7 @@
 
 #include "base/endian.hpp"
 #include "codec/convert.hpp"
+#include "codec/delta_encoder.hpp"
 #include "codec/delta_pair.hpp"
 #include "codec/delta_step.hpp"
 #include "dispatch/dispatch.hpp"
@@ -108,7 +109,8 @@ bool put_coded(Sink& sink, const Coded& coded, const DeltaPlan& plan, const Room
 }
 
 // The bytes of a delta, empty when it has more than `limit` or cannot be quantised.
-Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::size_t limit) {
+Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::size_t limit,
+                 std::optional<DeltaPlan>& like) {
     const std::size_t count = pair.count();
     const Room room(count, item_bytes(pair.dtype));
     Coded coded;
@@ -128,16 +130,18 @@ Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::siz
     }
     header(DeltaForm::coded);
     DeltaPlan plan;
-    detail::plan_pair(coded, room, plan);
+    detail::plan_pair(coded, room, plan, &like);
     if (put_coded(sink, coded, plan, room, limit)) return sink;
     return sparse.size() <= limit ? sparse : Sink{};
 }
 
 }  // namespace
 
-std::optional<EncodedBlock> encode_delta(const MatrixRef& block, const MatrixRef& base,
-                                         std::optional<double> max_rel_error,
-                                         std::span<std::byte> out) {
+namespace detail {
+
+std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const MatrixRef& base,
+                                                 std::optional<double> max_rel_error,
+                                                 std::span<std::byte> out) {
     detail::check_pair(block, base);
     detail::check_error(max_rel_error);
     const std::size_t raw = block.rows * block.cols * item_bytes(block.dtype);
@@ -146,12 +150,13 @@ std::optional<EncodedBlock> encode_delta(const MatrixRef& block, const MatrixRef
     Sink best;
     Encoding encoding = Encoding::delta;
     if (max_rel_error && detail::can_quantise(block.dtype)) {
-        best = encode_pair(both.pair, max_rel_error, limit);
+        best = encode_pair(both.pair, max_rel_error, limit, quantised_);
         if (!best.empty()) encoding = Encoding::quantised;
     }
     // Exact where that is no larger: narrow floats have little to lose.
     if (best.empty() || best.size() > raw / 4) {
-        Sink exact = encode_pair(both.pair, std::nullopt, best.empty() ? limit : best.size());
+        Sink exact =
+            encode_pair(both.pair, std::nullopt, best.empty() ? limit : best.size(), exact_);
         if (!exact.empty()) {
             best = std::move(exact);
             encoding = Encoding::delta;
@@ -160,6 +165,14 @@ std::optional<EncodedBlock> encode_delta(const MatrixRef& block, const MatrixRef
     if (best.empty()) return std::nullopt;
     std::memcpy(out.data(), best.data(), best.size());
     return EncodedBlock{encoding, static_cast<std::uint32_t>(best.size())};
+}
+
+}  // namespace detail
+
+std::optional<EncodedBlock> encode_delta(const MatrixRef& block, const MatrixRef& base,
+                                         std::optional<double> max_rel_error,
+                                         std::span<std::byte> out) {
+    return detail::DeltaEncoder().encode(block, base, max_rel_error, out);
 }
 
 std::size_t estimate_delta(const MatrixRef& block, const MatrixRef& base,

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The parts in front of a delta's streams, to bytes and back. Reading accepts exactly what
 // docs/format.md describes; whatever passes is safe to decode with.
+#include <algorithm>
 #include <array>
 #include <bit>
+#include <cstring>
 
+#include "base/endian.hpp"
 #include "codec/delta_model.hpp"
 
 namespace pydedup::detail {
@@ -90,30 +93,45 @@ class BitSink {
     unsigned pending_ = 0;  // below 8 between calls
 };
 
+// Behind the end there are zeros; finish() tells.
 class BitSource {
   public:
     explicit BitSource(Source& source) : source_(source) {}
-    unsigned bit() noexcept {
-        if (left_ == 0) {
-            byte_ = source_.byte();
-            left_ = 8;
-        }
-        const unsigned bit = byte_ & 1U;
-        byte_ >>= 1;
-        --left_;
-        return bit;
-    }
     unsigned value(unsigned bits) noexcept {
-        unsigned value = 0;
-        for (unsigned i = 0; i < bits; ++i) value |= bit() << i;
+        const auto value = static_cast<unsigned>(window() & ((1U << bits) - 1));
+        position_ += bits;
         return value;
     }
-    [[nodiscard]] bool at_padding() const noexcept { return byte_ == 0; }
+    /// How many ones there are before a zero, which is taken with them; at most 56.
+    unsigned ones() noexcept {
+        const auto n = static_cast<unsigned>(std::countr_one(window()));
+        position_ += n + 1;
+        return n;
+    }
+    /// Takes what was read from the source, which fails if it ends before that. Returns whether
+    /// the unused bits of the last byte are 0.
+    [[nodiscard]] bool finish() noexcept {
+        const std::size_t whole = position_ / 8;
+        const std::span<const std::uint8_t> taken = source_.take((position_ + 7) / 8);
+        return source_.failed || whole == taken.size() || taken[whole] >> (position_ % 8) == 0;
+    }
 
   private:
+    // The next 56 bits, a zero behind them.
+    [[nodiscard]] std::uint64_t window() const noexcept {
+        const std::size_t at = position_ / 8;
+        const std::size_t size = source_.left.size();
+        std::uint64_t bits = 0;
+        if (at < size) {
+            std::array<std::byte, 8> bytes{};
+            std::memcpy(bytes.data(), source_.left.data() + at, std::min(bytes.size(), size - at));
+            bits = load_le<std::uint64_t>(bytes.data());
+        }
+        return bits >> (position_ % 8) & ((std::uint64_t{1} << 56) - 1);
+    }
+
     Source& source_;
-    unsigned byte_ = 0;
-    unsigned left_ = 0;
+    std::size_t position_ = 0;
 };
 
 unsigned bits_of_group(std::size_t n_groups) noexcept {
@@ -247,7 +265,7 @@ const char* get_contexts(Source& source, std::size_t rows, DeltaLayout layout, C
             group = static_cast<std::uint8_t>(bits.value(bits_each));
             if (group >= n_groups) return "a delta names a row group that it does not have";
         }
-        if (!bits.at_padding()) return "a delta's row groups end with stray bits";
+        if (!bits.finish()) return "a delta's row groups end with stray bits";
     }
     for (RowGroup& group : contexts.groups) {
         const std::uint8_t feature = source.byte();
@@ -317,18 +335,17 @@ const char* get_code_bits(Source& source, unsigned n_contexts, unsigned n_symbol
         code.last = static_cast<std::uint8_t>(last);
         LengthGuess guess;
         for (unsigned s = first; s <= last; ++s) {
-            unsigned rank = 0;
-            while (bits.bit() != 0) {
-                if (++rank > kMaxCodeBits) return "a code has an impossible length";
-            }
+            const unsigned rank = bits.ones();
+            if (rank > kMaxCodeBits) return "a code has an impossible length";
             code.bits[s] = guess.order()[rank];
             guess.saw(code.bits[s]);
         }
         if (code.bits[first] == 0 || code.bits[last] == 0)
             return "a code has a bad range of symbols";
     }
+    const bool ends_well = bits.finish();
     if (source.failed) return "a delta's codes are cut off";
-    return bits.at_padding() ? nullptr : "a delta's codes end with stray bits";
+    return ends_well ? nullptr : "a delta's codes end with stray bits";
 }
 
 }  // namespace pydedup::detail

@@ -142,9 +142,18 @@ bool take_differences(const Pair& pair, std::optional<double> max_rel_error, con
     return true;
 }
 
-void plan_pair(const Coded& coded, const Room& room, DeltaPlan& plan) {
-    plan_delta(coded.differences, coded.step ? RowScore::activity : RowScore::kind, kernels().codec,
-               {room.symbols, room.contexts, room.features}, plan);
+void plan_pair(const Coded& coded, const Room& room, DeltaPlan& plan,
+               std::optional<DeltaPlan>* like) {
+    const CodecKernels& codec = kernels().codec;
+    const PlanRoom of{room.symbols, room.contexts, room.features};
+    if (like != nullptr && like->has_value() &&
+        plan_alike(coded.differences, codec, of, **like, plan)) {
+        return;
+    }
+    plan = {};
+    plan_delta(coded.differences, coded.step ? RowScore::activity : RowScore::kind, codec, of,
+               plan);
+    if (like != nullptr) *like = plan;
 }
 
 }  // namespace pydedup::detail

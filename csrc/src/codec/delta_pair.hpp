@@ -59,7 +59,9 @@ struct Coded {
 [[nodiscard]] bool take_differences(const Pair& pair, std::optional<double> max_rel_error,
                                     const Room& room, Coded& coded);
 
-/// How to write them; symbols and contexts of the elements are in `room` afterwards.
-void plan_pair(const Coded& coded, const Room& room, DeltaPlan& plan);
+/// How to write them; symbols and contexts of the elements are in `room` afterwards. As another
+/// block was planned where that does as well; `like` then stays, else it becomes this plan.
+void plan_pair(const Coded& coded, const Room& room, DeltaPlan& plan,
+               std::optional<DeltaPlan>* like = nullptr);
 
 }  // namespace pydedup::detail

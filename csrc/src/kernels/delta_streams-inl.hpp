@@ -44,43 +44,64 @@ std::uint8_t* delta_write_symbols(const std::uint8_t* symbols, const std::uint8_
     return to + (pending != 0 ? 1 : 0);
 }
 
-template <class Wide>
-inline std::uint8_t* write_raw_as(const Wide* z, const std::uint8_t* symbols, std::size_t count,
-                                  const std::uint8_t* widths, std::uint8_t* to) noexcept {
+// Raw bits on their way to memory; stores run up to 8 bytes ahead.
+struct RawSink {
+    std::uint8_t* to;
     std::uint64_t bits = 0;
     unsigned pending = 0;  // below 8 between elements
+
+    // `value` has `width` bits, 56 at most.
+    void put(std::uint64_t value, unsigned width) noexcept {
+        bits |= value << pending;
+        __builtin_memcpy(to, &bits, sizeof bits);
+        const unsigned held = pending + width;
+        to += held / 8;
+        bits >>= held & 0x38U;
+        pending = held % 8;
+    }
+    // `width` is 62 at most.
+    void put_long(std::uint64_t value, unsigned width) noexcept {
+        if (pending + width < 64) {
+            put(value, width);
+            return;
+        }
+        bits |= value << pending;  // pending is not 0
+        __builtin_memcpy(to, &bits, sizeof bits);
+        to += 8;
+        bits = value >> (64 - pending);
+        pending = pending + width - 64;
+    }
+    [[nodiscard]] std::uint8_t* finish() const noexcept {
+        if (pending == 0) return to;
+        *to = static_cast<std::uint8_t>(bits);
+        return to + 1;
+    }
+};
+
+template <class Wide>
+inline void put_raw(RawSink& sink, const Wide* z, const std::uint8_t* symbols, std::size_t count,
+                    const std::uint8_t* widths) noexcept {
     for (std::size_t i = 0; i < count; ++i) {
         const unsigned width = widths[symbols[i]];
         const std::uint64_t value =
             static_cast<std::uint64_t>(z[i]) & ((std::uint64_t{1} << width) - 1);
-        bits |= value << pending;
-        __builtin_memcpy(to, &bits, sizeof bits);
-        const unsigned held = pending + width;
-        if (sizeof(Wide) == 8 && held >= 64) {  // width is 62 at most, so pending is not 0
-            to += 8;
-            bits = value >> (64 - pending);
-            pending = held - 64;
-            continue;
-        }
-        to += held / 8;
         if (sizeof(Wide) == 8) {
-            bits >>= 8 * (held / 8);  // held is below 64
+            sink.put_long(value, width);
         } else {
-            bits >>= held & 0x38U;  // at most 7 + 30 bits are held
+            sink.put(value, width);
         }
-        pending = held % 8;
     }
-    if (pending == 0) return to;
-    *to = static_cast<std::uint8_t>(bits);
-    return to + 1;
 }
 
 std::uint8_t* delta_write_raw(const void* z, const std::uint8_t* symbols, std::size_t count,
                               bool wide, const std::uint8_t* widths, std::uint8_t* to) noexcept {
+    RawSink sink{to};
     if (wide) {
-        return write_raw_as(static_cast<const std::uint64_t*>(z), symbols, count, widths, to);
+        put_raw(sink, static_cast<const std::uint64_t*>(z), symbols, count, widths);
+    } else {
+        put_raw(sink, static_cast<const std::uint32_t*>(z), symbols, count, widths);
     }
-    return write_raw_as(static_cast<const std::uint32_t*>(z), symbols, count, widths, to);
+    return sink.finish();
 }
 
 inline std::uint8_t take_in_context(BitWindow& window, const std::uint16_t* table,
@@ -176,61 +197,74 @@ inline std::uint64_t low_bits(std::uint64_t value, unsigned width) noexcept {
     return value & ((std::uint64_t{1} << (width & 63)) - 1);
 }
 
+// Raw bits up to 8 bytes before the end are read where they are, the last ones from a copy with
+// zeros behind it.
+template <std::uint64_t kPieceBits>
+struct RawTail {
+    // What is less than a piece and its window, and as much again, which a wrong piece might take.
+    static constexpr std::uint64_t kLeastBits = kPieceBits + 72;
+    std::uint8_t bytes[2 * kLeastBits / 8 + 16];
+    std::uint64_t first;  // bit of the raw ones that this begins with
+
+    RawTail(const std::uint8_t* raw, std::uint64_t n_bytes, std::uint64_t position) noexcept
+        : bytes{}, first(position & ~std::uint64_t{7}) {
+        std::uint64_t left = n_bytes - position / 8;
+        if (left == 0) return;  // `raw` may be null
+        if (left > kLeastBits / 8 + 1) left = kLeastBits / 8 + 1;
+        __builtin_memcpy(bytes, raw + position / 8, static_cast<std::size_t>(left));
+    }
+};
+
 template <class Wide>
-inline std::uint64_t read_raw_as(const std::uint8_t* raw, std::size_t bytes,
-                                 const std::uint8_t* symbols, std::size_t count,
-                                 const std::uint64_t* bases, const std::uint8_t* widths,
-                                 Wide* z) noexcept {
+inline Wide read_element(const std::uint8_t* raw, std::uint64_t position, std::uint64_t base,
+                         unsigned width) noexcept {
+    const std::uint8_t* const at = raw + (position >> 3);
+    const auto skip = static_cast<unsigned>(position & 7);
+    std::uint64_t bits = load_le64(at) >> skip;
+    if (sizeof(Wide) == 8) bits |= (static_cast<std::uint64_t>(at[8]) << 1) << (63 - skip);
+    return static_cast<Wide>(base + low_bits(bits, width));
+}
+
+// Elements from number `i` on, whose bits begin at `position`.
+template <class Wide>
+inline std::uint64_t read_raw_rest(const std::uint8_t* raw, std::size_t bytes,
+                                   const std::uint8_t* symbols, std::size_t i, std::size_t count,
+                                   const std::uint64_t* bases, const std::uint8_t* widths,
+                                   std::uint64_t position, Wide* z) noexcept {
     constexpr std::size_t kPiece = 16;
-    constexpr std::uint64_t kMostBits = kPiece * (8 * sizeof(Wide) - 2) + 72;
+    using Tail = RawTail<kPiece * (8 * sizeof(Wide) - 2)>;
     const std::uint64_t total = 8 * static_cast<std::uint64_t>(bytes);
-    std::uint64_t position = 0;
-    std::size_t i = 0;
-    if (sizeof(Wide) == 4 && count >= 256) {
+    if (sizeof(Wide) == 4 && count - i >= 256) {
         // Width and base in one entry: one load less for each element.
         std::uint64_t entries[256];
         for (std::size_t s = 0; s < 256; ++s) entries[s] = bases[s] << 32 | widths[s];
-        for (; count - i >= kPiece && total - position >= kMostBits; i += kPiece) {
+        for (; count - i >= kPiece && total - position >= Tail::kLeastBits; i += kPiece) {
 #pragma GCC unroll 16
             for (std::size_t k = 0; k < kPiece; ++k) {
                 const std::uint64_t entry = entries[symbols[i + k]];
-                const std::uint64_t bits = load_le64(raw + (position >> 3)) >> (position & 7);
                 const auto width = static_cast<unsigned>(entry & 63);
-                z[i + k] = static_cast<Wide>((entry >> 32) + low_bits(bits, width));
+                z[i + k] = read_element<Wide>(raw, position, entry >> 32, width);
                 position += width;
             }
         }
     }
+    const auto read_piece = [&](const std::uint8_t* from, std::uint64_t at, std::size_t n) {
+        for (std::size_t k = 0; k < n; ++k) {
+            const unsigned width = widths[symbols[i + k]];
+            z[i + k] = read_element<Wide>(from, at, bases[symbols[i + k]], width);
+            at += width;
+        }
+        i += n;
+        return at;
+    };
+    while (count - i >= kPiece && total - position >= Tail::kLeastBits) {
+        position = read_piece(raw, position, kPiece);
+    }
+    const Tail tail(raw, bytes, position);
     while (i < count) {
-        if (count - i >= kPiece && total - position >= kMostBits) {
-            for (std::size_t k = 0; k < kPiece; ++k) {
-                const unsigned symbol = symbols[i + k];
-                const unsigned width = widths[symbol];
-                const std::uint8_t* const at = raw + (position >> 3);
-                const unsigned skip = static_cast<unsigned>(position & 7);
-                std::uint64_t bits = load_le64(at) >> skip;
-                if (sizeof(Wide) == 8) {
-                    bits |= (static_cast<std::uint64_t>(at[8]) << 1) << (63 - skip);
-                }
-                z[i + k] = static_cast<Wide>(bases[symbol] + low_bits(bits, width));
-                position += width;
-            }
-            i += kPiece;
-            continue;
-        }
-        const unsigned symbol = symbols[i];
-        const unsigned width = widths[symbol];
-        if (width > total - position) return UINT64_MAX;
-        std::uint64_t bits = 0;
-        for (unsigned got = 0; got < width;) {
-            const unsigned skip = static_cast<unsigned>(position & 7);
-            const unsigned take = width - got < 8 - skip ? width - got : 8 - skip;
-            const std::uint64_t part = (raw[position >> 3] >> skip) & ((1U << take) - 1);
-            bits |= part << got;
-            got += take;
-            position += take;
-        }
-        z[i++] = static_cast<Wide>(bases[symbol] + bits);
+        const std::size_t n = count - i < kPiece ? count - i : kPiece;
+        position = tail.first + read_piece(tail.bytes, position - tail.first, n);
+        if (position > total) return UINT64_MAX;
     }
     return position;
 }
@@ -240,8 +274,9 @@ std::uint64_t delta_read_raw(const std::uint8_t* raw, std::size_t bytes,
                              const std::uint64_t* bases, const std::uint8_t* widths,
                              void* z) noexcept {
     if (wide) {
-        return read_raw_as(raw, bytes, symbols, count, bases, widths,
-                           static_cast<std::uint64_t*>(z));
+        return read_raw_rest(raw, bytes, symbols, 0, count, bases, widths, 0,
+                             static_cast<std::uint64_t*>(z));
     }
-    return read_raw_as(raw, bytes, symbols, count, bases, widths, static_cast<std::uint32_t*>(z));
+    return read_raw_rest(raw, bytes, symbols, 0, count, bases, widths, 0,
+                         static_cast<std::uint32_t*>(z));
 }
