@@ -31,7 +31,13 @@ modern_clang() {
     done
     return 1
 }
-compiler=$(modern_clang) || { apt_install clang libclang-rt-dev; compiler=$(modern_clang) || die "a clang of at least 16 with libFuzzer is needed"; }
+# What Debian calls clang may be older than one that it has beside it.
+newest_clang() { apt-cache search --names-only '^libclang-rt-[0-9]+-dev$' | sed -n 's/^libclang-rt-\([0-9]*\)-dev .*/\1/p' | sort -n | tail -n 1; }
+compiler=$(modern_clang) || {
+    apt_install clang libclang-rt-dev
+    modern_clang >/dev/null || { n=$(newest_clang); [ -z "$n" ] || apt_install "clang-$n" "libclang-rt-$n-dev"; }
+    compiler=$(modern_clang) || die "a clang of at least 16 with libFuzzer is needed"
+}
 step "configure fuzz" fuzz-configure cmake --preset fuzz \
     -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_C_COMPILER="${compiler/clang++/clang}"
 for target in "${targets[@]}"; do
