@@ -17,8 +17,8 @@ import importlib
 import logging
 import os
 import re
+import secrets
 import shutil
-import socket
 import sys
 import tempfile
 import warnings
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
+from pydedup.ray.probe import probe
 from pydedup.registry import redact
 from pydedup.text import without_secrets
 
@@ -36,8 +37,6 @@ INSTALL: Final = "pip install 'pydedup[ray]'"
 #: The oldest that tests were run with (of 2.31, datasets and dying replicas fail), and the first
 #: that may lack what is called here.
 _OLDEST, _TOO_NEW = (2, 44), (3,)
-_CLIENT_PORT: Final = 10001
-_PROBE_SECONDS: Final = 5.0
 _PREFIX: Final = "pydedup-ray-"
 #: Of what a private Ray may keep in shared memory; little passes through it.
 _OBJECT_STORE_BYTES: Final = 128 * 1024 * 1024
@@ -143,10 +142,44 @@ def _private(ray: Any, cpus: int | None) -> Iterator[None]:
             }
             if cpus is not None:
                 options["num_cpus"] = cpus
-            with _connected(ray, "a private Ray on this machine", options):
+            what = "a private Ray on this machine"
+            with _own_token(folder), _connected(ray, what, options):
                 yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_token(folder: Path) -> Iterator[None]:
+    """Give a private Ray a token in its own folder, and forget it afterwards.
+
+    Ray would leave one in the home directory, and clusters that are started later would want it.
+    """
+    token, file, mode = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
+    if os.environ.get(token) or os.environ.get(file):
+        yield
+        return
+    before = os.environ.get(mode)
+    path = folder / "token"
+    path.touch(0o600)
+    path.write_text(secrets.token_hex(32))
+    os.environ[file] = str(path)
+    _read_environment()
+    try:
+        yield
+    finally:
+        os.environ.pop(file, None)
+        if before is None:  # Ray has set it
+            os.environ.pop(mode, None)
+        _read_environment()
+
+
+def _read_environment() -> None:
+    """Have Ray look again for how it is asked for a token, and for the token."""
+    with contextlib.suppress(Exception):  # of a Ray without tokens
+        raylet: Any = importlib.import_module("ray._raylet")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+        raylet.Config.initialize("")
 
 
 def _sweep() -> None:
@@ -160,30 +193,9 @@ def _sweep() -> None:
 @contextlib.contextmanager
 def _remote(ray: Any, on: str) -> Iterator[None]:
     if on != "auto":
-        _probe(on)
+        probe(on)
     with _connected(ray, f"the Ray cluster at {redact(on)}", {"address": on}):
         yield
-
-
-def _probe(on: str) -> None:
-    """Raise where nobody listens: Ray itself would try for minutes."""
-    client = on.startswith("ray://")
-    place = on.removeprefix("ray://").partition("?")[0]
-    found = re.fullmatch(r"(\[[^\]]+\]|[^:/@\s]+)(?::(\d{1,5}))?", place)
-    if found is None or not (client or found.group(2)) or int(found.group(2) or 1) > 65535:
-        raise ArgumentError(
-            f"{redact(on)!r} is no address of Ray; write ray://host:{_CLIENT_PORT}, host:6379, "
-            "'auto' or 'local'"
-        )
-    host, port = found.group(1).strip("[]"), int(found.group(2) or _CLIENT_PORT)
-    try:
-        socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
-    except OSError as error:
-        start = f"ray start --head{f' --ray-client-server-port {port}' if client else ''}"
-        raise ClusterError(
-            f"no Ray cluster answers at {on} ({error.strerror or error}); see that it runs there "
-            f"({start}), or take --on local"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -49,14 +49,22 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A cluster that runs while the tests do."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    with started() as made:
+        yield made
+
+
+@contextlib.contextmanager
+def started(**environment: str) -> Iterator[Cluster]:
+    """Start a cluster, and end it."""
     port, client, *others = free_ports(7)
     named = ("node-manager", "object-manager", "dashboard-agent-grpc", "metrics-export")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as tmp:
-        environment = os.environ | {"RAY_TMPDIR": tmp, "RAY_AUTH_MODE": "disabled"}
+        environment = os.environ | {"RAY_TMPDIR": tmp} | environment
         # Ray's proxy for clients forks while it speaks gRPC; with gRPC's handlers of forks, what it
         # starts dies now and then, and the client waits for it for 30 seconds.
         environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-        os.environ["RAY_AUTH_MODE"] = "disabled"
+        environment["RAY_raylet_start_wait_time_s"] = "120"  # a machine may have much else to do
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={tmp}"]
         command += [f"--ray-client-server-port={client}", "--num-cpus=2", "--disable-usage-stats"]

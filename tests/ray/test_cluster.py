@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 
 from pydedup.errors import ArgumentError, ClusterError
-from pydedup.ray import attached, cluster
+from pydedup.ray import attached, cluster, probe
+
+from .conftest import Cluster, started
 
 URL = "postgresql://me:pa55word@db.example/prod"
 
@@ -51,6 +55,66 @@ def test_where_nobody_listens_is_said_at_once(on: str) -> None:
         pass
 
 
+@pytest.mark.parametrize("on", ["ray://127.0.0.1:{}", "127.0.0.1:{}"])
+def test_what_is_no_cluster_is_said_soon(monkeypatch: pytest.MonkeyPatch, on: str) -> None:
+    """Ray tries for half a minute, or for more than five where it is no Ray Client."""
+    monkeypatch.setattr(probe, "_SECONDS", 0.7)
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
+        serving = threading.Thread(target=other.serve_forever)
+        serving.start()
+        on = on.format(other.server_port)
+        try:
+            with pytest.raises(ClusterError, match=f"what listens at {on} is no Ray"), attached(on):
+                pass
+        finally:
+            other.shutdown()
+            serving.join()
+
+
+def test_the_other_port_of_a_cluster_is_said(cluster: Cluster) -> None:
+    by_client, by_head = f"ray://{cluster.address}", cluster.client.removeprefix("ray://")
+    for on, said in ((by_client, "is not Ray Client"), (by_head, "is not the head of a cluster")):
+        with pytest.raises(ClusterError, match=f"what answers at {on} {said}"), attached(on):
+            pass
+
+
+def test_a_cluster_that_wants_a_token_says_so_at_once(tmp_path: Path) -> None:
+    """Newer Rays do where ``ray start`` finds one; their clients send none unless told to."""
+    pytest.importorskip("ray._private.authentication", reason="this Ray knows no tokens")
+    token, other = tmp_path / "token", tmp_path / "other"
+    token.write_text("a" * 32)
+    other.write_text("b" * 32)
+    code = """
+import sys, time
+from pydedup.errors import ClusterError
+from pydedup.ray.cluster import attached
+for on in sys.argv[1:]:
+    begun = time.monotonic()
+    try:
+        with attached(on) as ray:
+            print(sorted(ray.cluster_resources()).count("CPU"))
+    except ClusterError as error:
+        print(f"{time.monotonic() - begun < 5} {error}")
+"""
+    with started(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)) as made:
+
+        def told(**environment: str) -> list[str]:
+            command = [sys.executable, "-P", "-c", code, made.address, made.client]
+            without = {name: os.environ[name] for name in os.environ if "RAY_AUTH" not in name}
+            environment = without | {"HOME": str(tmp_path)} | environment
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr
+            return done.stdout.splitlines()
+
+        for said in told():
+            assert said.startswith("True the Ray cluster at ")
+            assert "wants a token; set RAY_AUTH_MODE=token" in said
+        for said in told(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(other)):
+            assert "True" in said
+            assert "does not take the token" in said
+        assert told(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)) == ["1", "1"]
+
+
 def test_a_secret_travels_and_does_not_show() -> None:
     secret = cluster.Secret(URL)
     assert pickle.loads(pickle.dumps(secret)).reveal() == URL  # noqa: S301 (made here)
@@ -60,23 +124,29 @@ def test_a_secret_travels_and_does_not_show() -> None:
 
 def test_a_private_ray_leaves_nothing_and_is_not_told_passwords(tmp_path: Path) -> None:
     code = """
-import glob
+import glob, os
 from pydedup.ray.cluster import attached
 with attached("local", cpus=1) as ray:
     (job,) = ray._private.worker.global_worker.gcs_client.get_all_job_info().values()
     print(job.entrypoint)
     print(ray.cluster_resources()["CPU"], ray.get_runtime_context().gcs_address != "")
     session = ray._private.worker._global_node.get_session_dir_path()
+    assert os.environ.get("RAY_AUTH_TOKEN_PATH", session).startswith("/tmp/pydedup-ray-")
     print(*[folder for folder in glob.glob("/tmp/pydedup-ray-*") if folder in session])
+assert not [name for name in os.environ if "RAY_AUTH" in name]
 """
     arguments = [sys.executable, "-P", "-c", code, URL, f"--source={URL}"]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+    without = {name: os.environ[name] for name in os.environ if "RAY_AUTH" not in name}
+    environment = without | {"HOME": str(tmp_path)}
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     *told, resources, folder = done.stdout.splitlines()
     assert "pa55word" not in "\n".join(told)
     assert "db.example" in told[-1]
     assert resources == "1.0 True"
     assert not Path(folder).exists()
+    # A token there would be wanted by the clusters that are started here later.
+    assert not (tmp_path / ".ray").exists()
 
 
 def test_folders_of_killed_processes_are_swept() -> None:
