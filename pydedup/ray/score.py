@@ -103,12 +103,17 @@ def score(
     cpus = None if workers is None else workers * cpus_per_worker
     with contextlib.ExitStack() as left:
         left.enter_context(job.opened())
-        settings = job.settled(
-            key, columns, batch=batch, memory=memory, threads=cpus_per_worker, on_error=on_error
-        )
-        ray = left.enter_context(attached(on, cpus=cpus))
-        count = _workers(ray, workers, cpus_per_worker, reads=job.dataset is not None)
-        settings = job.cut(settings, part_rows or MOST_ROWS, count)
+        try:
+            settings = job.settled(
+                key, columns, batch=batch, memory=memory, threads=cpus_per_worker, on_error=on_error
+            )
+            ray = left.enter_context(attached(on, cpus=cpus))
+            count = _workers(ray, workers, cpus_per_worker, reads=job.dataset is not None)
+            on_each_node(ray, hindrance, settings, _version())
+            settings = job.cut(settings, part_rows or MOST_ROWS, count)
+        except BaseException:
+            job.take_back()
+            raise
         return _run(ray, job, settings, count, max_deaths, progress, begun)
 
 
@@ -144,7 +149,7 @@ def _run(
     begun: float,
 ) -> ScoreReport:
     """Have workers do what is not done yet."""
-    on_each_node(ray, hindrance, settings, _version())
+    assert job.notes is not None
     done = {} if job.dataset is not None else job.notes.done()
     total = _Total()
     for result in done.values():

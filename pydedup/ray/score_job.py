@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pydedup.adapter_options import RangeAdapter, RowColumn
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import ArgumentError, SchemaVersionError
+from pydedup.errors import ArgumentError, PydedupError, SchemaVersionError
 from pydedup.opening import connect_store
 from pydedup.ray.cluster import Secret, import_ray
 from pydedup.ray.score_parquet import (
@@ -77,7 +77,7 @@ class Job:
         self.folder = None if isinstance(into, str) else Path(into).absolute()
         self.rows: RangeAdapter | None = None
         self.pin: Pin | None = None
-        self.notes: Notes
+        self.notes: Notes | None = None
         self.table = ""
         self.resumed = False
         if self.dataset is not None and self.folder is not None:
@@ -123,14 +123,15 @@ class Job:
             columns=named,
             **others,
         )
-        try:
-            with contextlib.closing(Scorer(settings)) as scorer:
-                self.scoring(scorer)
-        except ArgumentError:
-            if not self.resumed and isinstance(self.notes, FolderNotes):
-                self.notes.forget()
-            raise
+        with contextlib.closing(Scorer(settings)) as scorer:
+            self.scoring(scorer)
         return settings
+
+    def take_back(self) -> None:
+        """Forget what was noted of a work that could not begin, unless another run began it."""
+        if self.notes is not None and not self.resumed:
+            with contextlib.suppress(PydedupError, OSError):
+                self.notes.forget()
 
     def scoring(self, scorer: Scorer) -> Scoring:
         """Return a scoring that nothing was given yet."""
@@ -148,6 +149,7 @@ class Job:
             return settings
         kind: Any = QueryPart if self.query is not None else FilePart
         head: list[object] = [settings.key, *settings.columns]
+        assert self.notes is not None
         noted, *cut = self.notes.parts(
             lambda: [head, *self._cut(settings.key, settings.columns, part_rows, workers)]
         )

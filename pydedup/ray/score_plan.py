@@ -186,6 +186,9 @@ class Notes(Protocol):
     def mark(self, number: int, result: PartResult) -> None:
         """Note that a part is done."""
 
+    def forget(self) -> None:
+        """Take back all that was noted."""
+
 
 class TableNotes:
     """Notes in the store, beside the version that the work stays on."""
@@ -214,6 +217,10 @@ class TableNotes:
             spec.setdefault("done", {})[str(number)] = result.noted()
 
         self._pin.noted(change)
+
+    def forget(self) -> None:
+        """Take back all that was noted."""
+        self._pin.end()
 
 
 class FolderNotes:
@@ -255,8 +262,9 @@ class FolderNotes:
         return found, True
 
     def forget(self) -> None:
-        """Take back what `begin` noted, of a work that cannot be done."""
-        (self._folder / "work.json").unlink(missing_ok=True)
+        """Take back all that was noted, of a work that cannot be done."""
+        for name in ("work.json", "parts.json"):
+            (self._folder / name).unlink(missing_ok=True)
         for empty in (self._folder, self._folder.parent):
             with contextlib.suppress(OSError):
                 empty.rmdir()

@@ -15,7 +15,7 @@ import pytest
 
 import pydedup
 import pydedup.ray
-from pydedup.errors import ArgumentError, MissingStoreError, NotFoundError
+from pydedup.errors import ArgumentError, ClusterError, MissingStoreError, NotFoundError
 from pydedup.ray.cluster import Secret
 from pydedup.ray.score_plan import QueryPart, Settings
 from pydedup.ray.score_worker import hindrance
@@ -169,6 +169,37 @@ def test_what_is_wrong_is_said_before_work_begins(
     with pytest.raises(MissingStoreError):
         pydedup.ray.score(query, missing, "m", into="p")
     assert not (tmp_path / "missing.db").exists()
+
+
+@pytest.mark.usefixtures("connected")
+def test_a_work_that_could_not_begin_is_not_gone_on_with(
+    parquet: Path, scored_file: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hindered it came after the version was noted, on which others then had to stay."""
+    out, query = parquet.parent / "out", scored_file.query
+    files = {"columns": ["id", "f0", "f1", "f2"]}
+    too_many = {"workers": 3}
+    for data, into, options in (
+        (query, "p", too_many),
+        (query, "p", {"model": "m@1"} | too_many),
+        (query, out, too_many),
+        (parquet, out, files | too_many),
+    ):
+        with pytest.raises(ArgumentError, match="CPUs for 2 workers"):
+            score(data, scored_file, into, **options)
+    monkeypatch.setattr(sys.modules["pydedup.ray.score"], "_version", lambda: "9.9")
+    for into in ("p", out):
+        with pytest.raises(ClusterError, match=r"the Ray worker on .* and 9\.9 here"):
+            score(query, scored_file, into)
+    with pytest.raises(ArgumentError, match="takes 3 features"):
+        score("SELECT id, f0, f1 FROM t", scored_file, "p")
+    monkeypatch.undo()
+    assert not out.exists()
+    with pydedup.open(scored_file.url) as store:
+        assert store._adapter.jobs() == []
+        store.alias("m", "prod", "2")
+    report = score(query, scored_file, "p")
+    assert (report.model, report.resumed, report.rows) == ("m@2", False, ROWS)
 
 
 def settings(url: str, model_id: int = 1) -> Settings:
