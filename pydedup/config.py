@@ -9,7 +9,9 @@ Deliberately not here: settings of a store, which live in its ``meta`` table.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from pydedup.errors import ArgumentError
 if TYPE_CHECKING:
     from fractions import Fraction
 
-__all__ = ["Kernel", "Kernels", "kernels", "parse_bytes", "threads"]
+__all__ = ["Kernel", "Kernels", "at_most_threads", "kernels", "parse_bytes", "threads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,18 @@ def kernels() -> Kernels:
 
 
 def threads() -> int:
-    """Return how many threads a computation takes that asks for no number."""
+    """Return how many threads a computation takes that asks for no number, here and now."""
     return _core.default_threads()
+
+
+@contextlib.contextmanager
+def at_most_threads(most: int | None) -> Iterator[None]:
+    """Bound the threads of computations that this thread begins within; ``None`` for no bound."""
+    before = _core.limit_threads(most or 0)
+    try:
+        yield
+    finally:
+        _core.limit_threads(before)
 
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)

@@ -170,9 +170,10 @@ class Store(StorePredictions, StoreUpkeep):
         progress
             Called as ``progress(stage, done, total)``, in bytes.
         workers
-            Threads that work on it, the caller's included; by default one per core up to 4, and
-            one where little is added, or all under `policies.Exact`. The store is the same, bit
-            for bit, for any number.
+            Threads that work on it, the caller's included, and that none of its computations
+            exceeds; by default one per core up to 4, and one where little is added, or all under
+            `policies.Exact`, whose computations take all cores. The store is the same, bit for
+            bit, for any number.
 
         Raises
         ------

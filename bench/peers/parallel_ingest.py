@@ -7,8 +7,8 @@ Models are safetensors files of 8 tensors of 1024 x 1024 f32 from N(0, 0.02), 33
 together. "A quarter moved": a family in which each has noise of 1 % of that spread on every weight
 of 2 of the 8 tensors; "all moved": on all of them; "strangers": 16 models drawn by themselves. Each
 add is a process of its own into an empty store, and only the call of `add_many` is timed. Two
-workers are held against one worker whose kernels use both cores, as they do unless told otherwise,
-and against one worker with one thread (PYDEDUP_THREADS=1). They take turns; medians of ROUNDS (an
+workers are held against one (`workers=`: so many threads in all), and against one whose kernels
+use both cores all the same, as no user has it any more. They take turns; medians of ROUNDS (an
 environment variable; 5).
 """
 
@@ -31,15 +31,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import pydedup
+from pydedup.ingest import add
 from pydedup.policies import Bounded, Exact, Lossless
 
 MODELS, TENSORS, SIDE, SPREAD = 16, 8, 1024, 0.02
 POLICIES = {"exact": Exact(), "lossless": Lossless(), "bounded": Bounded(0.001)}
-#: Workers, and threads of the kernels (0: one per core), of each side.
+#: Workers of each side, and whether computations may take more threads.
 SIDES = {
-    "two workers": (2, 0),
-    "one worker": (1, 0),
-    "one worker, one thread": (1, 1),
+    "two workers": (2, False),
+    "one worker": (1, False),
+    "one worker, all cores in its kernels": (1, True),
 }
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 AIM = 1.3
@@ -70,16 +71,15 @@ def files(folder: Path, moved: int | None) -> list[Path]:
 
 def timed(url: str, policy: str, side: str, paths: Sequence[Path]) -> float:
     """Add the models in a process of its own; return the seconds."""
-    workers, threads = SIDES[side]
-    environment = {key: value for key, value in os.environ.items() if key != "PYDEDUP_THREADS"}
-    if threads:
-        environment["PYDEDUP_THREADS"] = str(threads)
-    command = [sys.executable, __file__, _CHILD, url, policy, str(workers), *map(str, paths)]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    workers, more = SIDES[side]
+    command = [sys.executable, __file__, _CHILD, url, policy, str(workers), str(more)]
+    done = subprocess.run([*command, *map(str, paths)], check=True, capture_output=True, text=True)
     return float(done.stdout)
 
 
-def child(url: str, policy: str, workers: str, *paths: str) -> None:
+def child(url: str, policy: str, workers: str, more: str, *paths: str) -> None:
+    if more == "True":
+        add.config.at_most_threads = lambda _most: contextlib.nullcontext()
     with pydedup.open(url) as store:
         # What is imported with the first add is not what is measured.
         store.add("warm-up", {"w": np.zeros((64, 64), np.float32)}, policy=POLICIES[policy])
@@ -112,8 +112,8 @@ def beside(
                 yield Finding(case, side, median, "s")
             two = medians["two workers"]
             yield Finding(case, "of one worker", medians["one worker"] / two, "x", least=AIM)
-            one = medians["one worker, one thread"]
-            yield Finding(case, "of one worker, one thread", one / two, "x", least=AIM)
+            all_cores = medians["one worker, all cores in its kernels"]
+            yield Finding(case, "of one worker, all cores", all_cores / two, "x")
 
 
 def quarter() -> Iterator[Finding]:

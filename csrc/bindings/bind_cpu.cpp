@@ -9,6 +9,7 @@ void bind_cpu(py::module_& m) {
     m.def("active_kernel", &active_kernel);
     m.def("active_kernel_reason", &active_kernel_reason);
     m.def("default_threads", &default_threads);
+    m.def("limit_threads", &limit_threads);
     m.def("kernel_infos", [] {
         py::list infos;
         for (const KernelInfo& info : kernel_infos()) {

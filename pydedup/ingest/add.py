@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup import config
 from pydedup.accuracy import Accuracy
 from pydedup.adapter import Adapter
 from pydedup.blocks import MatrixView
@@ -62,7 +63,8 @@ def add_models(
     """
     started = time.monotonic()
     worth = sum(request.logical_bytes for request in requests if request.policy.compresses)
-    with Workers(worker_count(workers, worth)) as crew:
+    count = worker_count(workers, worth)
+    with config.at_most_threads(workers), Workers(count) as crew:
         for _ in range(_ATTEMPTS):
             epoch = adapter.epoch()
             try:

@@ -8,6 +8,9 @@ all sizes and several dtypes, as files and as arrays.
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -244,3 +247,48 @@ def test_how_many_work_unless_somebody_says(monkeypatch: pytest.MonkeyPatch) -> 
         assert workers.worker_count(None, 1 << 30) == expected
         assert workers.worker_count(None, 1000) == 1
         assert workers.worker_count(7, 1000) == 7
+
+
+#: Prints how many threads computations take while models are added, and afterwards.
+_SEEN = """
+import sys
+import numpy as np
+import pydedup
+from pydedup import config
+from pydedup.policies import Accuracy
+
+seen = set()
+
+def look(arrays):
+    seen.add(config.threads())
+    if len(sys.argv) > 2:
+        raise RuntimeError("enough")
+    return 1.0
+
+with pydedup.open(sys.argv[1]) as store:
+    for workers in (None, 1, 2, 200):
+        seen.clear()
+        rng = np.random.default_rng(0)
+        models = {f"m{workers}": {"w": rng.standard_normal((256, 256), np.float32)}}
+        try:
+            store.add_many(models, policy=Accuracy(look, 0.1), workers=workers)
+        except Exception as error:
+            assert len(sys.argv) > 2, error
+        print(workers, *seen, config.threads())
+"""
+
+
+@pytest.mark.parametrize("failing", [(), ("fails",)])
+def test_computations_take_no_more_threads_than_were_asked_for(
+    new_store: Callable[[str], str], failing: tuple[str, ...]
+) -> None:
+    """And afterwards, also after an error, as many as before."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SEEN, new_store("sqlite"), *failing],
+        env={**os.environ, "PYDEDUP_THREADS": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["None 3 3", "1 1 3", "2 2 3", "200 3 3"]

@@ -25,7 +25,11 @@ struct KernelInfo {
 [[nodiscard]] std::string active_kernel_reason();
 
 /// Threads of calls that ask for no number: PYDEDUP_THREADS as it was when it was first needed, or
-/// one per core where that is no number from 1 on.
+/// one per core where that is no number from 1 on; no more than limit_threads() allows.
 [[nodiscard]] unsigned default_threads() noexcept;
+
+/// Bounds default_threads() of calls that this thread makes from now on, 0 for no bound. Returns
+/// the bound before.
+unsigned limit_threads(unsigned most) noexcept;
 
 }  // namespace pydedup

@@ -23,9 +23,18 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace pydedup {
+
+namespace {
+
+thread_local unsigned most_threads = 0;  // of calls of this thread; 0 for no bound
+
+}  // namespace
+
+unsigned limit_threads(unsigned most) noexcept { return std::exchange(most_threads, most); }
 
 unsigned default_threads() noexcept {
     static const unsigned threads = [] {
@@ -34,7 +43,7 @@ unsigned default_threads() noexcept {
         if (wanted > 0) return static_cast<unsigned>(std::min(wanted, 4096L));
         return std::max(std::thread::hardware_concurrency(), 1U);
     }();
-    return threads;
+    return most_threads == 0 ? threads : std::min(threads, most_threads);
 }
 
 namespace detail {
