@@ -36,9 +36,11 @@ from pydedup.testing.servers import (
     PlpythonServer,
     PostgresServer,
     ServerMissingError,
+    as_user,
     embedded_postgres_at,
     make_certificate,
     mysql_connection,
+    password_of,
     unused_name,
 )
 
@@ -278,11 +280,10 @@ def postgres_user(postgres_url: str, postgres_schema: str) -> Iterator[tuple[str
     """A user of PostgreSQL who may do nothing yet, and the test's schema as a URL of theirs."""
     import psycopg
 
-    name, place = unused_name(), psycopg.conninfo.conninfo_to_dict(postgres_url)
+    name = unused_name()
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE ROLE {name} LOGIN")
-        url = f"postgresql://{name}@/{place['dbname']}?host={place['host']}"
-        yield name, f"{url}&schema={postgres_schema}"
+        connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{password_of(postgres_url)}'")
+        yield name, with_option(as_user(postgres_url, name), f"schema={postgres_schema}")
         connection.execute(f"DROP OWNED BY {name} CASCADE")
         connection.execute(f"DROP ROLE {name}")
 
@@ -291,8 +292,8 @@ def postgres_user(postgres_url: str, postgres_schema: str) -> Iterator[tuple[str
 def mysql_user(mysql_database: str, mysql_run: Callable[..., object]) -> Iterator[tuple[str, str]]:
     """A user of MariaDB who may do nothing yet, and the test's database as a URL of theirs."""
     name = unused_name()
-    mysql_run(mysql_database, f"CREATE USER {name} IDENTIFIED BY ''")
-    yield name, mysql_database.replace("root@", f"{name}@")
+    mysql_run(mysql_database, f"CREATE USER {name} IDENTIFIED BY '{password_of(mysql_database)}'")
+    yield name, as_user(mysql_database, name)
     mysql_run(mysql_database, f"DROP USER {name}")
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -53,6 +55,18 @@ def test_mysql_returns_the_bytes_it_was_given(mysql_url: str) -> None:
         assert bytes(found) == PAYLOAD
 
 
+def run_tests(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run some of our tests in a process of their own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+
+
 @pytest.mark.parametrize("required", ["sqlite", "sqlite,disk"])
 def test_a_disk_that_cannot_be_had_is_skipped_unless_it_is_required(
     tmp_path: Path, required: str
@@ -60,18 +74,10 @@ def test_a_disk_that_cannot_be_had_is_skipped_unless_it_is_required(
     mount = tmp_path / "mount"
     mount.write_text("#!/bin/sh\necho 'mount: must be superuser to use mount.' >&2; exit 1\n")
     mount.chmod(0o755)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "sqlite"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent / "crash" / "test_full_disk.py")],
-        env={
-            **os.environ,
-            "PATH": f"{tmp_path}:{os.environ['PATH']}",
-            "PYDEDUP_REQUIRE_BACKENDS": required,
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
+    done = run_tests(
+        ["-k", "sqlite", "crash/test_full_disk.py"],
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        PYDEDUP_REQUIRE_BACKENDS=required,
     )
     said = " ".join(done.stdout.split())
     refused = "no disk can be mounted (mount: must be superuser to use mount.); that takes root"
@@ -80,3 +86,48 @@ def test_a_disk_that_cannot_be_had_is_skipped_unless_it_is_required(
         assert (done.returncode, "1 skipped" in said) == (0, True)
     else:
         assert (done.returncode, "names disk, but" in said) == (1, True)
+
+
+def test_servers_that_run_already_are_used(
+    own_postgres: Any, own_mysql: Any, mysql_run: Callable[..., list[tuple[Any, ...]]]
+) -> None:
+    """By host, port and password; tests took for granted a socket, and nobody to ask for one."""
+    psycopg = pytest.importorskip("psycopg")
+    rules = own_postgres.folder / "pg_hba.conf"
+    before = rules.read_text()
+    with psycopg.connect(own_postgres.url, autocommit=True) as postgres:
+
+        def used() -> tuple[int, int]:
+            ((_, connections),) = mysql_run(own_mysql.url, "SHOW GLOBAL STATUS LIKE 'Connections'")
+            (number,) = postgres.execute("SELECT txid_current()").fetchone()
+            return int(connections), int(number)
+
+        rules.write_text("local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
+        postgres.execute("SELECT pg_reload_conf()")
+        postgres.execute("CREATE ROLE known SUPERUSER LOGIN PASSWORD 'kn0wn'")
+        mysql_run(
+            own_mysql.url,
+            "CREATE USER known IDENTIFIED BY 'kn0wn'",
+            "GRANT ALL ON *.* TO known WITH GRANT OPTION",
+        )
+        try:
+            connections, number = used()
+            done = run_tests(
+                [
+                    *("-k", "cut_within_a_page or reader_role or did_not_create"),
+                    *("adapters/postgres", "adapters/mysql", "adapters/test_migrations.py"),
+                ],
+                PYDEDUP_TEST_POSTGRES_URL=f"postgresql://known:kn0wn@127.0.0.1:{own_postgres.port}"
+                "/postgres",
+                PYDEDUP_TEST_MYSQL_URL=f"mysql://known:kn0wn@127.0.0.1:{own_mysql.port}/pydedup",
+            )
+            assert done.returncode == 0, done.stdout
+            assert "SKIPPED" not in done.stdout
+            after = used()
+            assert after[0] > connections + 5
+            assert after[1] > number + 5
+        finally:
+            rules.write_text(before)
+            postgres.execute("SELECT pg_reload_conf()")
+            postgres.execute("DROP ROLE known")
+            mysql_run(own_mysql.url, "DROP USER known")

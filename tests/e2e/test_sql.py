@@ -17,6 +17,7 @@ import pydedup
 from pydedup import policies, registry
 from pydedup.errors import PydedupError, ReadOnlyError, StoreError
 from pydedup.testing._contract_base import with_option
+from pydedup.testing.servers import as_user, password_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "sql.md").read_text(encoding="utf-8")
@@ -127,8 +128,10 @@ def postgres_roles(postgres_url: str, postgres_schema: str) -> Iterator[Urls]:
         connection.execute(script)
         for role in ("writer", "reader"):
             connection.execute(f"CREATE ROLE {urls[role]} LOGIN IN ROLE {name}_{role}")
+        for user in urls.values():
+            connection.execute(f"ALTER ROLE {user} PASSWORD '{password_of(postgres_url)}'")
         yield {
-            role: with_option(postgres_url, f"schema={name}&user={user}")
+            role: with_option(as_user(postgres_url, user), f"schema={name}")
             for role, user in urls.items()
         }
         users = [*urls.values(), f"{name}_writer", f"{name}_reader"]

@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlsplit
 
 import pytest
 
@@ -25,74 +22,43 @@ MIB = 1 << 20
 New = Callable[[str], str]
 
 
-@pytest.fixture
-def proxied() -> Iterator[Callable[[str], tuple[CuttingProxy, str]]]:
-    """Return a proxy in front of a server, and the URL that leads through it."""
-    folders: list[tempfile.TemporaryDirectory[str]] = []
-    proxies: list[CuttingProxy] = []
-
-    def make(url: str) -> tuple[CuttingProxy, str]:
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query))
-        folder = tempfile.TemporaryDirectory()
-        folders.append(folder)
-        if parts.scheme == "mysql":
-            if "unix_socket" not in options:
-                pytest.skip("the server was given by host and port; the proxy needs its socket")
-            path, target = Path(folder.name) / "cut.sock", options["unix_socket"]
-            options["unix_socket"] = str(path)
-        else:
-            if not options.get("host", "").startswith("/"):
-                pytest.skip("the server was given by host and port; the proxy needs its socket")
-            name = f".s.PGSQL.{options.get('port', 5432)}"
-            path, target = Path(folder.name) / name, f"{options['host']}/{name}"
-            options["host"] = folder.name
-        proxies.append(CuttingProxy(path, Path(target)))
-        query = "&".join(f"{key}={quote(value, safe='')}" for key, value in options.items())
-        return proxies[-1], parts._replace(query=query).geturl()
-
-    yield make
-    for proxy in proxies:
-        proxy.close()
-    for folder in folders:
-        folder.cleanup()
-
-
 @pytest.mark.parametrize("backend", ["postgres", "mysql"])
 def test_a_source_that_is_cut_is_read_on(
-    filled: New, new_store: New, proxied: Any, assert_same: Any, backend: str
+    filled: New, new_store: New, assert_same: Any, backend: str
 ) -> None:
     source_url, url = filled(backend), new_store("sqlite")
-    proxy, through = proxied(source_url)
-    with pydedup.open(through, mode="r") as store:
+    with CuttingProxy(source_url) as proxy, pydedup.open(proxy.url, mode="r") as store:
         items = plan_copy(store._adapter, None, None, all_versions=False, on_conflict="error")
         assert len(items) == 8
         proxy.cut_after(MIB + 7, MIB, MIB // 2)
         store.copy_to(url)
-    assert proxy.cuts == 3
+        assert proxy.cuts == 3
     assert_same(source_url, url)
 
 
 @pytest.mark.parametrize("backend", ["postgres", "mysql"])
 def test_a_destination_that_is_cut_is_told_and_gone_on_with(
-    filled: New, new_store: New, proxied: Any, assert_same: Any, backend: str
+    filled: New, new_store: New, assert_same: Any, backend: str
 ) -> None:
     source_url, url = filled("sqlite"), new_store(backend)
     with pydedup.open(url):
         pass
-    proxy, through = proxied(url)
-    adapter, control = inject(registry.connect(through, mode="a"))
-    # In the middle of a transaction of the second model; of the first, reading is only repeated.
-    control.add_fault(Fault("bump_epoch", lambda: proxy.cut_after(0), call=2))
-    with pydedup.open(source_url, mode="r") as store:
-        items = plan_copy(store._adapter, adapter, None, all_versions=False, on_conflict="error")
-        with Store(adapter, 64 << 20) as target, pytest.raises(UnavailableError) as caught:
-            copy_models(store._end(), target._end(), items)
-        assert proxy.cuts == 1
-        assert "root:" not in str(caught.value)
-        with pydedup.open(url, mode="r") as target:
-            assert [info.address for info in target.models()] == ["base@1"]
-        report = store.copy_to(through)
+    with CuttingProxy(url) as proxy:
+        adapter, control = inject(registry.connect(proxy.url, mode="a"))
+        # In the middle of a transaction of the second model; of the first, reading is only
+        # repeated.
+        control.add_fault(Fault("bump_epoch", lambda: proxy.cut_after(0), call=2))
+        with pydedup.open(source_url, mode="r") as store:
+            items = plan_copy(
+                store._adapter, adapter, None, all_versions=False, on_conflict="error"
+            )
+            with Store(adapter, 64 << 20) as target, pytest.raises(UnavailableError) as caught:
+                copy_models(store._end(), target._end(), items)
+            assert proxy.cuts == 1
+            assert "root:" not in str(caught.value)
+            with pydedup.open(url, mode="r") as target:
+                assert [info.address for info in target.models()] == ["base@1"]
+            report = store.copy_to(proxy.url)
     assert [m.model for m in report.models if m.status == "there"] == ["base@1"]
     assert_same(source_url, url)
 

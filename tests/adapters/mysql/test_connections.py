@@ -7,9 +7,8 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import mysql.connector
 import mysql.connector.errorcode
@@ -17,7 +16,13 @@ import pytest
 
 from pydedup.adapter import Adapter
 from pydedup.errors import UnavailableError
-from pydedup.testing._contract_base import add_pages, add_random_pages, in_thread, open_store
+from pydedup.testing._contract_base import (
+    add_pages,
+    add_random_pages,
+    in_thread,
+    open_store,
+    with_option,
+)
 from pydedup.testing.proxy import CuttingProxy
 
 MIB = 1 << 20
@@ -84,14 +89,10 @@ def test_a_lost_connection_undoes_a_transaction(adapter: Adapter, url: str, run:
 
 
 def test_a_connection_that_is_cut_within_a_page(adapter: Adapter, url: str) -> None:
-    target = dict(parse_qsl(urlsplit(url).query)).get("unix_socket")
-    if target is None:
-        pytest.skip("the server was given by host and port; the proxy needs its socket")
     pages = add_random_pages(adapter, 40)
-    path = Path(target).with_name("cut.sock")
-    base, pure = url.partition("?")[0], adapter._place.options["use_pure"]  # type: ignore[attr-defined]
-    with CuttingProxy(path, Path(target)) as proxy:
-        through = open_store(f"{base}?unix_socket={path}&use_pure={pure}")
+    pure = adapter._place.options["use_pure"]  # type: ignore[attr-defined]
+    with CuttingProxy(url) as proxy:
+        through = open_store(with_option(proxy.url, f"use_pure={pure}"))
         proxy.connections = 0
         proxy.cut_after(3 * MIB + 5, 7 * MIB + 77_777)
         assert in_thread(lambda: dict(through.read_pages(list(pages)))) == pages

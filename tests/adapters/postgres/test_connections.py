@@ -7,11 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from itertools import islice
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -160,16 +158,9 @@ def test_a_cut_transaction_is_told_and_not_repeated(
     assert [job[0] for job in adapter.jobs()] == ["kept"]
 
 
-def test_a_connection_that_is_cut_within_a_page(postgres_url: str, url: str, schema: str) -> None:
-    with psycopg.connect(postgres_url) as connection:
-        info = connection.info
-        assert info.host.startswith("/"), "this test needs a server with a Unix socket"
-        target, user, database = f"{info.host}/.s.PGSQL.{info.port}", info.user, info.dbname
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        CuttingProxy(Path(folder) / ".s.PGSQL.5432", Path(target)) as proxy,
-    ):
-        adapter = open_store(f"postgresql://{user}@/{database}?host={folder}&schema={schema}")
+def test_a_connection_that_is_cut_within_a_page(url: str) -> None:
+    with CuttingProxy(url) as proxy:
+        adapter = open_store(proxy.url)
         pages = add_random_pages(adapter, 20)
         for number, after in enumerate((100_000, MIB + 20, 9 * MIB, 17 * MIB), start=1):
             proxy.cut_after(after)

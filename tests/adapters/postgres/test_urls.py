@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pydedup import registry
@@ -87,8 +89,11 @@ def test_timeouts_that_cannot_be(url: str, timeout: str) -> None:
         registry.connect(with_option(url, f"timeout={timeout}"), mode="a")
 
 
-def test_a_password_is_never_shown(url: str) -> None:
-    adapter = open_store(with_option(url, f"password={SECRET}&sslpassword={SECRET}"))
+def test_a_password_is_never_shown(url: str, role: str, sql: Any, schema: str) -> None:
+    sql(f"ALTER ROLE {role} PASSWORD '{SECRET}'")
+    sql(f"CREATE SCHEMA {schema} AUTHORIZATION {role}")
+    login = f"user={role}&password={SECRET}&sslpassword={SECRET}"
+    adapter = open_store(with_option(url, login))
     try:
         assert SECRET not in f"{adapter.url} {adapter!r} {vars(adapter)}"
         with pytest.raises(StoreError) as caught:
