@@ -98,10 +98,10 @@ class ShardedList(ShardedReads):
                 shard.lost(error)
                 found.silent.append(shard)
                 continue
-            except MissingDatabaseError:
+            except MissingDatabaseError as error:
                 # Of a place that the store knows it was dropped; any other is a slip in the URL.
                 if not any(is_same_place(shard.shown, place) for place in ring.shards.values()):
-                    raise
+                    raise MissingDatabaseError(f"{error}; {self._listed(ring)}") from error
                 shard.failed()
                 found.silent.append(shard)
                 continue

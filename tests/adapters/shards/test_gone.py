@@ -98,8 +98,10 @@ def test_a_database_that_never_was_the_stores_is_a_slip(
     lost = new_place("database")
     fill(place.url(2, shards=[0, lost, 2]))
     slip = lost.replace(name_of(lost), unused_name())
-    with pytest.raises(UnavailableError, match="create the database first"):
+    with pytest.raises(UnavailableError, match="create the database first") as told:
         pydedup.open(place.url(2, shards=[0, slip, 2]))
+    assert "has 3 shards: postgresql://" in str(told.value)
+    assert f"/{name_of(lost)}" in str(told.value)
 
 
 def test_the_same_place_by_another_user() -> None:
