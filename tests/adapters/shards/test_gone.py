@@ -131,11 +131,11 @@ def test_the_database_that_cannot_be_reached_is_named(
         wanted += " (the coordinator)"
     with pytest.raises(UnavailableError) as told:
         load_all(url)
-    assert str(told.value).startswith(f"postgresql://joe@{wanted}: connection failed")
+    assert str(told.value).startswith(f"postgresql://joe@{wanted}: connection to server")
     target = str(tmp_path / "x.safetensors")
     assert Exit.STORE in [main(["export", url, address, target, "-q"]) for address in MODELS]
     said = capsys.readouterr().err
-    assert f"error: postgresql://***@{wanted}: connection failed" in said
+    assert f"error: postgresql://***@{wanted}: connection to server" in said
     assert "geheim" not in said + str(told.value)
 
 
