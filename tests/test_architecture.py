@@ -361,6 +361,17 @@ def test_adapters_are_thin() -> None:
     assert not broken, listed(broken)
 
 
+def test_an_adapter_is_short() -> None:
+    """What needs the driver; all else is shared, or in private modules beside it."""
+    lengths = {
+        path.name: len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "adapters").glob("*.py")
+        if path.stem in ("sqlite", "postgres", "mysql")
+    }
+    assert len(lengths) == 3
+    assert max(lengths.values()) < 200, lengths
+
+
 def test_importing_the_adapters_package_loads_no_driver() -> None:
     path = ROOT / "adapters" / "__init__.py"
     assert [found for found in imports(path) if found.target != "__future__"] == []
