@@ -88,8 +88,12 @@ class PostgresServer:
         """End all of its processes at once, as a failing machine does."""
         import psutil  # type: ignore[import-untyped]
 
-        pid = int((self.folder / "postmaster.pid").read_text().split()[0])
-        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        # A process that it began meanwhile would hold on to its memory, and it could not start.
+        postmaster = psutil.Process(int((self.folder / "postmaster.pid").read_text().split()[0]))
+        postmaster.suspend()
+        while postmaster.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        processes = [postmaster, *postmaster.children(recursive=True)]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
