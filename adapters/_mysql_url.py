@@ -6,6 +6,7 @@ Nothing here connects, and nothing here repeats a password.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,10 @@ __all__ = ["Place", "locate"]
 TIMEOUT_SECONDS: Final = 30.0
 MOST_SECONDS: Final = 86400.0
 
+#: Of our tables and views; those of a server that ignores case are in lower case.
+PREFIX: Final = "pydedup_"
+_A_PREFIX: Final = re.compile(r"[a-z][a-z0-9_]{0,19}")
+
 FORM: Final = "mysql://user:password@host:port/database"
 
 
@@ -31,6 +36,8 @@ class Place:
     database: str
     timeout: float
     """Seconds to wait for another writer."""
+    prefix: str
+    """What the names of tables and views begin with."""
     options: Mapping[str, Any] = field(repr=False)
     """Arguments of ``mysql.connector.connect``, the password among them."""
 
@@ -58,20 +65,23 @@ def locate(url: str, schema: str | None = None) -> Place:
     options |= {"port": port} if port else {}
     options |= {"user": user} if user else {}
     options |= {"password": unquote(parts.password)} if parts.password else {}
-    timeout = TIMEOUT_SECONDS
+    timeout, prefix = TIMEOUT_SECONDS, PREFIX
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name == "timeout":
             timeout = _option(shown, name, value, _seconds)
+        elif name == "prefix":
+            prefix = _option(shown, name, value, _prefix)
         elif name in _OPTIONS:
             key, parse = _OPTIONS[name]
             options[key] = _option(shown, name, value, parse)
         else:
-            known = ", ".join(sorted({"timeout", *_OPTIONS}))
+            known = ", ".join(sorted({"prefix", "timeout", *_OPTIONS}))
             raise ArgumentError(f"{shown}: option {name!r} is not known; there are: {known}")
     _settle_tls(shown, options)
-    if "unix_socket" in options:
-        shown = f"{shown}?unix_socket={options['unix_socket']}"
-    return Place(shown, database, timeout, options)
+    told = [f"unix_socket={options['unix_socket']}"] if "unix_socket" in options else []
+    told += [f"prefix={prefix}"] if prefix != PREFIX else []
+    shown = f"{shown}?{'&'.join(told)}" if told else shown
+    return Place(shown, database, timeout, prefix, options)
 
 
 def _split(url: str) -> tuple[SplitResult, int | None]:
@@ -108,6 +118,14 @@ def _option(shown: str, name: str, value: str, parse: Callable[[str], Any]) -> A
         return parse(value)
     except ValueError as error:
         raise ArgumentError(f"{shown}: {name} must be {error}") from None
+
+
+def _prefix(value: str) -> str:
+    if not _A_PREFIX.fullmatch(value):
+        raise ValueError(
+            "1 to 20 lower-case letters, digits and underscores, a letter first, as in acme_"
+        )
+    return value
 
 
 def _seconds(value: str) -> float:

@@ -7,6 +7,7 @@ Here: all that needs the driver, mysql-connector-python, which is connecting and
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Final, cast
 
 import mysql.connector
@@ -45,8 +46,9 @@ MOST_PARAMETERS: Final = 65535
 def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     """Open ``mysql://user:password@host:port/database`` (or ``mariadb://``), which must exist.
 
-    Options in the URL are ``timeout``, seconds to wait for another writer, and those of the
-    driver that ``_mysql_url`` lists, ``unix_socket`` and ``ssl_ca`` among them.
+    Options in the URL are ``timeout``, seconds to wait for another writer, ``prefix``, what the
+    names of tables begin with (``pydedup_`` unless told otherwise), and those of the driver that
+    ``_mysql_url`` lists, ``unix_socket`` and ``ssl_ca`` among them.
 
     Parameters
     ----------
@@ -94,7 +96,11 @@ class MysqlAdapter(MysqlBase):
                 shrinks=False,
             )
         super().__init__(
-            place.url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool
+            place.url,
+            dialect=replace(DIALECT, prefix=place.prefix),
+            read_only=read_only,
+            capabilities=capabilities,
+            pool=pool,
         )
 
     def _connect(self) -> Connection:

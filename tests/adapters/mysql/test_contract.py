@@ -14,6 +14,8 @@ from pydedup.testing.adapter_contract import AdapterContract
 
 
 class MysqlContract(AdapterContract):
+    prefix = "pydedup_"
+
     @pytest.fixture(autouse=True)
     def _database(self, mysql_database: str, mysql_connect: Callable[[str], Any]) -> None:
         self._url, self._raw = mysql_database, mysql_connect
@@ -25,7 +27,7 @@ class MysqlContract(AdapterContract):
         return with_option(url, f"timeout={seconds}")
 
     def raw_rows(self, url: str, table: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
-        query = f"SELECT {', '.join(columns)} FROM pydedup_{table} ORDER BY 1"  # noqa: S608
+        query = f"SELECT {', '.join(columns)} FROM {self.prefix}{table} ORDER BY 1"  # noqa: S608
         with self._raw(url) as connection, connection.cursor(prepared=True) as cursor:
             cursor.execute(query)
             return [
@@ -39,7 +41,9 @@ class TestMysql(MysqlContract):
 
 
 class TestMysqlWithoutExtension(MysqlContract):
-    """As where the extension does not load: after an import of torch."""
+    """As where the extension does not load, after an import of torch; and with another prefix."""
+
+    prefix = "acme_x"
 
     def make_url(self, folder: Path) -> str:
-        return with_option(self._url, "use_pure=true")
+        return with_option(self._url, f"use_pure=true&prefix={self.prefix}")

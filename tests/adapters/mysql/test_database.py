@@ -6,15 +6,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
+import numpy as np
 import pytest
 
+import pydedup
 from pydedup import registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.cli.app import main
-from pydedup.errors import NotAStoreError, ReadOnlyError, StoreError
-from pydedup.testing._contract_base import add_pages, add_random_pages, model_row
+from pydedup.errors import (
+    ArgumentError,
+    MissingStoreError,
+    NotAStoreError,
+    ReadOnlyError,
+    StoreError,
+)
+from pydedup.testing._contract_base import add_pages, add_random_pages, model_row, with_option
 
 MIB = 1 << 20
 Run = Callable[..., list[tuple[Any, ...]]]
@@ -187,3 +195,36 @@ def test_tables_of_others_are_left_alone(url: str, run: Run) -> None:
     finally:
         adapter.close()
     assert run(url, "SHOW TABLES") == [("pydedup_meta",), ("theirs",)]
+
+
+# ---- beside each other --------------------------------------------------------------------------
+
+
+def test_stores_of_several_prefixes_share_a_database_and_nothing_else(url: str, run: Run) -> None:
+    run(url, "CREATE TABLE acme (id INTEGER PRIMARY KEY)")  # a user's
+    urls = [url, with_option(url, "prefix=acme_"), with_option(url, "prefix=acme_b_")]
+    for number, one in enumerate(urls):
+        assert registry.connect(one, mode="a").schema_version() is None
+        with pydedup.open(one) as store:
+            store.add("m", {"w": np.full((70, 70), number, np.float32)})
+    for number, one in enumerate(urls):
+        with pydedup.open(one) as store:
+            assert [info.address for info in store.models()] == ["m@1"]
+            assert (store.load("m")["w"] == number).all()
+            store.remove("m")
+            store.vacuum()
+            assert store.verify().errors == []
+    names = {name for (name,) in run(url, "SHOW TABLES")}
+    assert {"acme", "acme_pages", "acme_b_pages", "pydedup_pages", "acme_sharing"} <= names
+
+
+def test_a_prefix_is_in_what_is_told(url: str) -> None:
+    place = with_option(url, "prefix=acme_")
+    with pytest.raises(MissingStoreError, match="prefix=acme_"):
+        pydedup.open(place, mode="r")
+
+
+@pytest.mark.parametrize("prefix", ["", "Acme_", "1a", "a-b", "a`; DROP TABLE x", "a" * 21, "ä_"])
+def test_a_prefix_is_a_short_name_in_lower_case(url: str, prefix: str) -> None:
+    with pytest.raises(ArgumentError, match="prefix must be 1 to 20 lower-case letters"):
+        pydedup.open(with_option(url, f"prefix={quote(prefix)}"))
