@@ -128,8 +128,8 @@ struct BaseBlocks {
 };
 
 /// encode_delta() for blocks `indices` of a matrix, into `arena`, one after another without gaps,
-/// block i at offsets[i]. Up to eight in a row are coded alike where that takes no more room, which
-/// saves time: so their bytes may differ from those of encode_delta(), but not by `threads`.
+/// block i at offsets[i]. Up to eight in a row are coded alike where that takes hardly more room,
+/// which saves time: so their bytes may differ from those of encode_delta(), but not by `threads`.
 /// limits[i] is the most bytes that block i may take; encoded[i].length is 0 where that is not
 /// enough. `arena` has room for the sum of the limits; returns how many bytes of it were used.
 /// `threads` 0 means one per core for large inputs.

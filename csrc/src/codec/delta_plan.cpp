@@ -22,6 +22,7 @@ namespace pydedup::detail {
 namespace {
 
 constexpr unsigned kEqualContexts = 8;
+constexpr std::uint64_t kNoisy = 5 << 9;  // 2.5 bits an element, in 1024ths
 static_assert(kMaxExactGroups * kEqualContexts <= kMaxContexts);
 
 // The exponent field of the largest magnitude, whatever it is.
@@ -231,7 +232,15 @@ void plan_delta(const Differences& d, RowScore score, const CodecKernels& codec,
 
 bool plan_alike(const Differences& d, const CodecKernels& codec, const PlanRoom& room,
                 const DeltaPlan& like, DeltaPlan& plan) {
-    if (like.contexts.groups.size() != 1) return false;
+    const auto per_element = [](const DeltaPlan& p) {
+        return ((p.symbol_bits + p.raw_bits) << 10) / p.count;
+    };
+    const std::uint64_t before = per_element(like);
+    // Elements of a context cost nothing while they all have one symbol, and a bit each as soon as
+    // one has another: where most did not change, what pays for a block may not for the next.
+    if (like.contexts.groups.size() != 1 || like.count != d.count() || before < kNoisy) {
+        return false;
+    }
     reuse_alphabet(d, like.alphabet, plan.alphabet, room.symbols);
     plan.contexts = like.contexts;
     assign_contexts(plan.contexts, d.base, d.rows, d.cols, d.layout, codec, room.features,
@@ -242,12 +251,8 @@ bool plan_alike(const Differences& d, const CodecKernels& codec, const PlanRoom&
     add_up(d, plan);
     // Blocks of one matrix have much the same differences; where they do not, there may be more to
     // gain.
-    const auto per_element = [](const DeltaPlan& p) {
-        return ((p.symbol_bits + p.raw_bits) << 10) / p.count;
-    };
-    const std::uint64_t before = per_element(like);
     const std::uint64_t now = per_element(plan);
-    return 32 * now <= 33 * before && 32 * now >= 31 * before;
+    return 64 * now <= 65 * before && 32 * now >= 31 * before;
 }
 
 std::uint64_t plan_codes(const DeltaPlan& plan, Codes& codes) {

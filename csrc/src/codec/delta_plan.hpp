@@ -49,7 +49,8 @@ void plan_delta(const Differences& differences, RowScore score, const CodecKerne
                 const PlanRoom& room, DeltaPlan& plan);
 
 /// Plans as another block was planned, with codes of its own: several times as fast. False when
-/// that block's rows were told apart, or when this one takes more or less room than that one did.
+/// that block has another size, its rows were told apart or little in it changed, or when this one
+/// takes more or less room than that one did.
 [[nodiscard]] bool plan_alike(const Differences& differences, const CodecKernels& codec,
                               const PlanRoom& room, const DeltaPlan& like, DeltaPlan& plan);
 
