@@ -15,13 +15,14 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from pydedup.errors import ArgumentError
 
+from ._schema import PREFIX
+
 __all__ = ["Place", "locate"]
 
 TIMEOUT_SECONDS: Final = 30.0
 MOST_SECONDS: Final = 86400.0
 
-#: Of our tables and views; those of a server that ignores case are in lower case.
-PREFIX: Final = "pydedup_"
+#: Names on a server that ignores case are in lower case.
 _A_PREFIX: Final = re.compile(r"[a-z][a-z0-9_]{0,19}")
 
 FORM: Final = "mysql://user:password@host:port/database"

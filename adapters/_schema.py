@@ -15,7 +15,10 @@ from typing import Final
 
 from pydedup.adapter import LIVE, RETIRED, STAGING
 
-__all__ = ["TABLES", "VIEWS", "Dialect", "Table", "create_statements", "literal"]
+__all__ = ["PREFIX", "TABLES", "VIEWS", "Dialect", "Table", "create_statements", "literal"]
+
+#: What names of tables and views begin with, unless stores live in a schema of their own.
+PREFIX: Final = "pydedup_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Dialect:
     quote: str = '"'
     #: ``'"some_schema".'`` where stores live in a schema of their own (then ``prefix`` is empty).
     qualifier: str = ""
-    prefix: str = "pydedup_"
+    prefix: str = PREFIX
     table_options: str = ""
     upsert: str = "ON CONFLICT ({key}) DO UPDATE SET {changes}"
     upsert_change: str = "{column} = excluded.{column}"

@@ -211,8 +211,8 @@ def _create_database(process: subprocess.Popen[bytes], path: Path, log: Path) ->
 def as_user(url: str, name: str) -> str:
     """Return a URL of PostgreSQL or MySQL for another user, who has the same password."""
     parts = urlsplit(url)
-    _, colon, password = (parts.netloc.rpartition("@")[0]).partition(":")
-    place = parts.netloc.rpartition("@")[2]
+    login, _, place = parts.netloc.rpartition("@")
+    _, colon, password = login.partition(":")
     return parts._replace(netloc=f"{name}{colon}{password}@{place}").geturl()
 
 

@@ -102,8 +102,7 @@ TEST(a_batch_takes_no_more_room_than_its_blocks_do_alone) {
     };
     const Family families[] = {
         // Most weights stay: where all those of some exponents do, they cost nothing, but a bit
-        // each
-        // where a single one moved; so what is best for a block says little about the next.
+        // each where a single one moved; so what is best for a block says little about the next.
         {Dtype::bf16, 256, 5e-4, 1e-5},
         // Full blocks and narrow ones at the edge in turns.
         {Dtype::f16, 130, 0, 1e-4},

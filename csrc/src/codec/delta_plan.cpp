@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Within a group of rows (delta_rows.cpp), the base's exponent or mantissa may say what
-// a difference is likely to be. (The last bits of an exact difference grow as the exponent of the
+// Within a group of rows (delta_rows.cpp), the base's exponent or mantissa may say what a
+// difference is likely to be. (The last bits of an exact difference grow as the exponent of the
 // base falls; and what an optimizer's weight decay leaves behind is a function of the mantissa.)
 // Each step is decided by estimated bits.
 #include "codec/delta_plan.hpp"
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cstring>
-#include <limits>
 #include <span>
 #include <type_traits>
 

@@ -34,11 +34,19 @@ constexpr unsigned kNarrowWidth = 8;
 // Bits of a word that are there, and have room, wherever within a byte it begins.
 constexpr unsigned kWordBits = 56;
 
-// How many of the first symbols have at most kNarrowWidth raw bits, and values of 16 bits. (Widths
-// never fall from one to the next.)
-inline unsigned narrow_symbols(const std::uint64_t* bases, const std::uint8_t* widths) noexcept {
+// How many of the first symbols have at most kNarrowWidth raw bits. (Widths never fall from one to
+// the next.)
+inline unsigned narrow_symbols(const std::uint8_t* widths) noexcept {
     unsigned n = 0;
-    while (n < kNarrowSymbols && widths[n] <= kNarrowWidth && bases[n] <= 0xFF00) ++n;
+    while (n < kNarrowSymbols && widths[n] <= kNarrowWidth) ++n;
+    return n;
+}
+
+// And of these, how many of the first have values of 16 bits.
+inline unsigned narrow_symbols(const std::uint64_t* bases, const std::uint8_t* widths) noexcept {
+    const unsigned most = narrow_symbols(widths);
+    unsigned n = 0;
+    while (n < most && bases[n] <= 0xFF00) ++n;
     return n;
 }
 
@@ -215,8 +223,7 @@ inline __m256i low_bytes(const std::uint32_t* z) noexcept {
 std::uint8_t* delta_write_raw_narrow(const void* z, const std::uint8_t* symbols, std::size_t count,
                                      bool wide, const std::uint8_t* widths,
                                      std::uint8_t* to) noexcept {
-    unsigned n_narrow = 0;
-    while (n_narrow < kNarrowSymbols && widths[n_narrow] <= kNarrowWidth) ++n_narrow;
+    const unsigned n_narrow = narrow_symbols(widths);
     if (wide || !is_mostly_narrow(symbols, count, n_narrow)) {
         return delta_write_raw(z, symbols, count, wide, widths, to);
     }
