@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a Ray cluster is at an address and lets us in: asked before Ray, which tries for long.
+"""Whether a Ray cluster is at an address, lets us in, and fits: asked before Ray, which tries long.
 
 Newer Rays may want a token: a cluster does where ``ray start`` found ``~/.ray/auth_token`` (2.60),
 or was told to. Ray sends its token to no address that it was given unless told to, and then does
@@ -18,6 +18,7 @@ import time
 from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
+from pydedup.ray.versions import check_versions
 from pydedup.registry import redact
 
 __all__ = ["probe"]
@@ -37,7 +38,8 @@ def probe(on: str) -> None:
     ArgumentError
         That is no address.
     ClusterError
-        Nobody listens there, or who does is no cluster, or wants a token and gets none that fits.
+        Nobody listens there, or who does is no cluster, is one of another version, or wants a token
+        and gets none that fits.
     """
     client = on.startswith("ray://")
     place = on.removeprefix("ray://").partition("?")[0]
@@ -73,6 +75,7 @@ def probe(on: str) -> None:
         )
     if code is not None:
         raise ClusterError(f"what listens at {on} is no Ray cluster ({code}); {to_do}")
+    check_versions(on, f"{host}:{port}", _channel, client=client)
 
 
 def _asked(place: str, client: bool) -> str | None:
