@@ -7,7 +7,8 @@ A weight of 4096 x 4096, two threads on all sides (numpy takes what it finds: OP
 on a larger machine), everything in memory. f32: x @ W.T beside the three. bf16: the weight in bf16
 beside our own f32 and beside torch, both given x in bf16; and given x in f32, which torch cannot
 take. transposed: x @ W. avx2: f32 and bf16 once more in another process, where both sides may use
-no more than AVX2 (PYDEDUP_KERNEL, ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA).
+no more than AVX2 (PYDEDUP_KERNEL, ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, and for Intel's CPUs
+MKL_ENABLE_INSTRUCTIONS).
 
 The products of every side are held against float64 before they are timed.
 """
@@ -48,6 +49,7 @@ ONLY_AVX2 = {
     "PYDEDUP_KERNEL": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
 }
 
 

@@ -46,6 +46,12 @@ function(pydedup_add_kernels core)
         pydedup_add_isa(${core} avx512bf16 src/kernels/avx512bf16.cpp
           ${PYDEDUP_AVX512_FLAGS} -mavx512bf16)
       endif()
+      # The registers of AMX have to be asked of the operating system: so far, of Linux alone.
+      check_cxx_compiler_flag("-mavx512f -mavx512bw -mamx-tile -mamx-bf16" PYDEDUP_CXX_AMX)
+      if(PYDEDUP_CXX_AMX AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
+        pydedup_add_isa(${core} amx src/kernels/amx.cpp
+          ${PYDEDUP_AVX512_FLAGS} -mamx-tile -mamx-bf16)
+      endif()
     endif()
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
     pydedup_add_isa(${core} neon src/kernels/neon.cpp)  # in every aarch64: no flags

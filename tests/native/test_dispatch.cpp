@@ -198,6 +198,13 @@ TEST(the_last_that_runs_is_taken_by_default) {
     const KernelCandidate machine[] = {{"first", &first, true, ""}, {"second", &second, true, ""}};
     CHECK(choose_kernel(machine, nullptr).table == &second);
     CHECK(choose_kernel(machine, "first").table == &first);
+
+    // What is known to be slower on this CPU waits for a demand.
+    const KernelCandidate other[] = {{"first", &first, true, ""},
+                                     {"second", &second, true, "", "this CPU is odd"}};
+    const KernelChoice found = choose_kernel(other, nullptr);
+    CHECK(found.table == &first && says(found.reason, "second: this CPU is odd"));
+    CHECK(choose_kernel(other, "second").table == &second);
 }
 
 TEST(infos_tell_what_candidates_are) {
@@ -224,19 +231,21 @@ TEST(features_need_the_cpu_and_the_operating_system) {
     CHECK(!has.neon);
     CHECK(!has.avx512 || has.avx2);
     CHECK(!has.avx512_in_halves || has.avx512);
+    CHECK(!has.amx || has.avx512);
     unsigned eax = 0;
     unsigned ebx = 0;
     unsigned ecx = 0;
     unsigned edx = 0;
     CHECK(__get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0);
     constexpr unsigned kOsxsave = 1U << 27;
-    std::uint32_t saved = 0;  // XCR0: bits 1, 2 for YMM; 5, 6, 7 for ZMM and masks besides
+    std::uint32_t saved = 0;  // XCR0: bits 1, 2 for YMM; 5, 6, 7 for ZMM and masks; 17, 18 for AMX
     if ((ecx & kOsxsave) != 0) {
         std::uint32_t high = 0;
         __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
     }
     if ((saved & 0x06U) != 0x06U) CHECK(!has.avx2);
     if ((saved & 0xE6U) != 0xE6U) CHECK(!has.avx512);
+    if ((saved & 0x60000U) != 0x60000U) CHECK(!has.amx);
     unsigned leaf7 = 0;
     CHECK(__get_cpuid_count(7, 0, &eax, &leaf7, &ecx, &edx) != 0);
     if ((leaf7 & bit_AVX2) == 0) CHECK(!has.avx2);

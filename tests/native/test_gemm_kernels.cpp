@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product kernels of every instruction set that runs here, against long sums.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "dispatch/tile_registers.hpp"
 #include "gemm_reference.hpp"
 #include "kernels.hpp"
 
@@ -94,6 +96,128 @@ TEST(kernels_agree_with_long_sums) {
                     if (!sampled()) continue;
                     check_kernels<float>(*table, m, n, k);
                     check_kernels<double>(*table, m, n, k);
+                }
+            }
+        }
+    }
+}
+
+using Bits = std::uint16_t;
+constexpr Bits kNan = 0x7FC0;
+
+Bits upper_half(float value) {
+    return static_cast<Bits>(std::bit_cast<std::uint32_t>(value) >> 16);
+}
+float widened(Bits bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
+
+std::vector<float> bf16_numbers(std::size_t count) {
+    auto values = normal<float>(count);
+    for (float& value : values) value = widened(upper_half(value));
+    return values;
+}
+
+// What lies beside a block and behind x is NaN: whatever is read of it shows.
+struct Pairs {
+    std::size_t width, rows, cols;
+    std::vector<float> x, w;  // width x cols, rows x cols
+    std::vector<Bits> packed, stored;
+    std::size_t ldw;
+
+    Pairs(const GemmTile<Bits, float>& tile, std::size_t n, std::size_t k)
+        : width(tile.width),
+          rows(n),
+          cols(k),
+          x(bf16_numbers(width * k)),
+          w(bf16_numbers(n * k)),
+          ldw(k + 3) {
+        const std::size_t group = tile.group;
+        packed.assign((k + group - 1) / group * width * group, 0);
+        for (std::size_t i = 0; i < width; ++i) {
+            for (std::size_t c = 0; c < k; ++c) {
+                packed[(c / group * width + i) * group + c % group] = upper_half(x[i * k + c]);
+            }
+        }
+        packed.insert(packed.end(), 2048, kNan);
+        stored.assign((n + 32) * ldw, kNan);
+        for (std::size_t r = 0; r < n; ++r) {
+            for (std::size_t c = 0; c < k; ++c) stored[r * ldw + c] = upper_half(w[r * k + c]);
+        }
+    }
+};
+
+// Sums of a tile, and what lies behind them, from (width x rows).
+std::vector<float> sums_from(const GemmTile<Bits, float>& tile, const std::vector<float>& start,
+                             std::size_t rows) {
+    const std::size_t sums = tile.width * tile.sums();
+    std::vector<float> acc((rows + 1) * sums, 0.0F);
+    for (std::size_t i = 0; i < tile.width; ++i) {
+        for (std::size_t r = 0; r < rows; ++r) {
+            acc[r * sums + i * tile.sums()] = start[i * rows + r];
+        }
+    }
+    std::fill(acc.end() - static_cast<std::ptrdiff_t>(sums), acc.end(), -7.0F);
+    return acc;
+}
+
+std::vector<float> added_up(const GemmTile<Bits, float>& tile, const std::vector<float>& acc,
+                            std::size_t rows) {
+    const std::size_t sums = tile.width * tile.sums();
+    for (std::size_t s = 0; s < sums; ++s) CHECK(acc[rows * sums + s] == -7.0F);
+    std::vector<float> y(tile.width * rows);
+    for (std::size_t i = 0; i < tile.width; ++i) {
+        for (std::size_t r = 0; r < rows; ++r) {
+            const float* const from = acc.data() + r * sums + i * tile.sums();
+            y[i * rows + r] = std::accumulate(from, from + tile.sums(), 0.0F);
+        }
+    }
+    return y;
+}
+
+void check_pairs(const GemmTile<Bits, float>& tile, std::size_t n, std::size_t k) {
+    const Pairs p(tile, n, k);
+    const auto start = normal<float>(tile.width * n);
+    auto acc = sums_from(tile, start, n);
+    tile.tile_nt(p.packed.data(), p.stored.data(), n, k, p.ldw,
+                 n % 2 == 0 ? p.stored.data() : nullptr, acc.data());
+    CHECK(exact(p.x, p.w, tile.width, n, k, false, start).agrees(added_up(tile, acc, n)));
+}
+
+// One block after another and all at once.
+void check_pieces(const GemmTile<Bits, float>& tile, std::size_t n, std::size_t k) {
+    std::vector<Pairs> blocks;
+    std::vector<GemmPiece<Bits>> pieces;
+    for (std::size_t i = 0; i < kMaxGemmPieces; ++i) blocks.emplace_back(tile, n, k + 7 * i);
+    for (const Pairs& p : blocks) {
+        const Bits* const next = pieces.size() % 2 == 0 ? p.stored.data() : nullptr;
+        pieces.push_back({p.packed.data(), p.stored.data(), p.cols, p.ldw, next});
+    }
+    auto want = normal<float>(tile.width * n);
+    Exact<float> sums{std::vector<double>(want.begin(), want.end()),
+                      std::vector<double>(want.size()), 1};
+    auto acc = sums_from(tile, want, n);
+    tile.tile_nt_pieces(pieces.data(), pieces.size(), n, acc.data());
+    for (const Pairs& p : blocks) {
+        const std::vector<float> zeros(want.size());
+        const auto one = exact(p.x, p.w, tile.width, n, p.cols, false, zeros);
+        for (std::size_t i = 0; i < want.size(); ++i) {
+            sums.value[i] += one.value[i];
+            sums.magnitude[i] += one.magnitude[i] + std::abs(want[i]);
+        }
+        sums.terms += one.terms;
+    }
+    CHECK(sums.agrees(added_up(tile, acc, n)));
+}
+
+TEST(pairs_of_bf16_agree_with_long_sums) {
+    for (const KernelTable* table : runnable_kernels()) {
+        const TileRegisters registers(table->gemm.bf16);
+        for (const auto& tile : table->gemm.bf16.tiles) {
+            if (tile.width == 0) break;
+            for (const std::size_t n : {1, 8, 15, 16, 17, 31, 32, 33, 48, 64, 70}) {
+                for (const std::size_t k : {1, 2, 3, 15, 31, 32, 33, 64, 70, 300}) {
+                    if (!sampled()) continue;
+                    check_pairs(tile, n, k);
+                    if (tile.tile_nt_pieces != nullptr) check_pieces(tile, n, k);
                 }
             }
         }

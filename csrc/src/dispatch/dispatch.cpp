@@ -20,19 +20,18 @@ constexpr const char* kNeedsAvx512 = "AVX-512 F, BW, DQ and VL";
 constexpr const char* kNeedsAvx512InHalves =
     "AVX-512 F, BW, DQ and VL (this CPU computes 512 bits in two halves)";
 constexpr const char* kNeedsAvx512Bf16 = "AVX-512 F, BW, DQ, VL and BF16";
+constexpr const char* kNeedsAmx = "AVX-512 F, BW, DQ and VL, AMX-TILE and AMX-BF16, and Linux 5.16";
+constexpr const char* kSlowPairs = "this CPU multiplies pairs of bf16 more slowly than f32";
 constexpr const char* kNeedsNeon = "aarch64";
 
-using Candidates = std::array<KernelCandidate, 5>;
+using Candidates = std::array<KernelCandidate, 6>;
 
-#if defined(PYDEDUP_HAVE_AVX512) && defined(PYDEDUP_HAVE_AVX512BF16)
-const KernelTable* avx512bf16_table() noexcept {
-    static const KernelTable table = [] {
-        KernelTable made = kAvx512Kernels;
-        made.name = "avx512bf16";
-        made.gemm.bf16 = kAvx512Bf16GemmKernels;
-        return made;
-    }();
-    return &table;
+#if defined(PYDEDUP_HAVE_AVX512)
+[[maybe_unused]] KernelTable avx512_with(const char* name, const Bf16GemmKernels& bf16) noexcept {
+    KernelTable made = kAvx512Kernels;
+    made.name = name;
+    made.gemm.bf16 = bf16;
+    return made;
 }
 #endif
 
@@ -42,6 +41,7 @@ Candidates list_candidates() noexcept {
     const KernelTable* avx2 = nullptr;
     const KernelTable* avx512 = nullptr;
     const KernelTable* avx512bf16 = nullptr;
+    const KernelTable* amx = nullptr;
 #if defined(PYDEDUP_HAVE_NEON)
     neon = &kNeonKernels;
 #endif
@@ -52,14 +52,21 @@ Candidates list_candidates() noexcept {
     avx512 = &kAvx512Kernels;
 #endif
 #if defined(PYDEDUP_HAVE_AVX512) && defined(PYDEDUP_HAVE_AVX512BF16)
-    avx512bf16 = avx512bf16_table();
+    static const KernelTable with_pairs = avx512_with("avx512bf16", kAvx512Bf16GemmKernels);
+    avx512bf16 = &with_pairs;
+#endif
+#if defined(PYDEDUP_HAVE_AVX512) && defined(PYDEDUP_HAVE_AMX)
+    static const KernelTable with_tiles = avx512_with("amx", kAmxGemmKernels);
+    amx = &with_tiles;
 #endif
     return {{
         {"scalar", &kScalarKernels, true, "any CPU"},
         {"neon", neon, cpu.neon, kNeedsNeon},
         {"avx2", avx2, cpu.avx2, kNeedsAvx2},
         {"avx512", avx512, cpu.avx512, cpu.avx512_in_halves ? kNeedsAvx512InHalves : kNeedsAvx512},
-        {"avx512bf16", avx512bf16, cpu.avx512bf16, kNeedsAvx512Bf16},
+        {"avx512bf16", avx512bf16, cpu.avx512bf16, kNeedsAvx512Bf16,
+         cpu.slow_bf16_pairs ? kSlowPairs : nullptr},
+        {"amx", amx, cpu.amx, kNeedsAmx},
     }};
 }
 
@@ -126,6 +133,8 @@ KernelChoice choose_kernel(std::span<const KernelCandidate> candidates, const ch
         if (c.table == nullptr) continue;
         if (!c.runnable) {
             passed_over += std::string("; ") + c.name + " needs " + c.needs;
+        } else if (c.slower != nullptr) {
+            passed_over += std::string("; ") + c.name + ": " + c.slower;
         } else if (const char* group = first_wrong_group(*c.table); group != nullptr) {
             passed_over += std::string("; ") + c.name + " gave wrong answers (" + group + ")";
         } else {

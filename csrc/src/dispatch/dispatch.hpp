@@ -21,6 +21,8 @@ struct KernelCandidate {
     const KernelTable* table;  ///< nullptr: not built
     bool runnable;
     const char* needs;
+    /// Why it is not chosen by itself, though it runs; nullptr where it is.
+    const char* slower = nullptr;
 };
 
 /// Every kernel that this version knows, in order of preference: the fastest measured one last.

@@ -11,6 +11,8 @@
 #include <span>
 #include <tuple>
 
+#include "dispatch/tile_registers.hpp"
+
 namespace pydedup {
 namespace {
 
@@ -105,25 +107,26 @@ struct Products {
     }
 };
 
-// As many columns as the question fills, 14 rows: whole register tiles and single rows.
-template <class E, class A, std::size_t N>
+// As many columns as x fills and w has, `Rows` rows: whole register tiles and single rows.
+template <std::size_t Rows, class E, class A>
 bool multiply_tiles(
-    std::span<const GemmTile<E, A>> tiles, const std::array<E, N>& x, const std::array<E, N>& w,
+    std::span<const GemmTile<E, A>> tiles, std::span<const E> x, std::span<const E> w,
     A (*value)(E) = [](E e) { return A{e}; }) noexcept {
+    const std::size_t ldw = w.size() / Rows;
     for (const GemmTile<E, A>& tile : tiles) {
         if (tile.width == 0) break;
         const std::size_t elements = tile.width * tile.group;
         const std::size_t sums = tile.width * tile.sums();
-        const std::size_t cols = std::min(N / elements * tile.group, kSide);
-        std::array<A, 14 * 64> acc{};
+        const std::size_t cols = std::min(x.size() / elements * tile.group, ldw);
+        std::array<A, Rows * 64> acc{};
         if (sums > 64 || cols == 0) return false;
-        tile.tile_nt(x.data(), w.data(), 14, cols, kSide, nullptr, acc.data());
-        for (std::size_t r = 0; r < 14; ++r) {
+        tile.tile_nt(x.data(), w.data(), Rows, cols, ldw, nullptr, acc.data());
+        for (std::size_t r = 0; r < Rows; ++r) {
             std::array<A, 64> want{};
             for (std::size_t k = 0; k < (cols + tile.group - 1) / tile.group * elements; ++k) {
                 const std::size_t c = k / elements * tile.group + k % tile.group;
                 if (c >= cols) continue;
-                want[k % elements / tile.per_sum] += value(x[k]) * value(w[r * kSide + c]);
+                want[k % elements / tile.per_sum] += value(x[k]) * value(w[r * ldw + c]);
             }
             for (std::size_t s = 0; s < sums; ++s) {
                 if (acc[r * sums + s] != want[s]) return false;
@@ -151,7 +154,7 @@ bool same_products(const GemmKernelsOf<T>& gemm, const GemmKernelsOf<T>& referen
         gemm.add_to(in.x.data(), m * n, got.data());
         if (want != got) return false;
     }
-    return multiply_tiles<T, T>(gemm.tiles, in.x, in.w);
+    return multiply_tiles<kSide, T, T>(gemm.tiles, in.x, in.w);
 }
 
 bool same_halves(const GemmKernels& gemm, const GemmKernels& reference,
@@ -346,15 +349,20 @@ float value_of_bf16(std::uint16_t bits) noexcept {
     return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
 
+// 47 rows and 35 columns: a whole set of matrix registers, half of one, and a tail.
 bool same_pairs(const Bf16GemmKernels& bf16, const Question& question) noexcept {
-    const Products<float> in(question);
-    std::array<std::uint16_t, kSide * kSide> x{};
-    std::array<std::uint16_t, kSide * kSide> w{};
-    for (std::size_t i = 0; i < x.size(); ++i) {
-        x[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(in.x[i]) >> 16);
-        w[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(in.w[i]) >> 16);
-    }
-    return multiply_tiles<std::uint16_t, float>(bf16.tiles, x, w, value_of_bf16);
+    constexpr std::size_t kRows = 47;
+    constexpr std::size_t kCols = 35;
+    std::array<std::uint16_t, (kCols + 1) * 32> x{};
+    std::array<std::uint16_t, kRows * kCols> w{};
+    const auto small = [&](std::size_t i, int range) {
+        const auto value = static_cast<float>(question[i % question.size()] % range - range / 2);
+        return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
+    };
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = small(i, 15);
+    for (std::size_t i = 0; i < w.size(); ++i) w[i] = small(i + 200, 13);
+    const TileRegisters registers(bf16);
+    return multiply_tiles<kRows, std::uint16_t, float>(bf16.tiles, x, w, value_of_bf16);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 
 #include "base/parallel.hpp"
 #include "dispatch/dispatch.hpp"
+#include "dispatch/tile_registers.hpp"
 #include "gemm/activation.hpp"
 #include "gemm/matmul_impl.hpp"
 #include "gemm/packed_x.hpp"
@@ -40,6 +41,9 @@ constexpr std::size_t kMinTaskRows = 32;
 constexpr std::size_t kMaxSumBytes = std::size_t{256} << 10;
 // Bytes of x that one pass of a tile reads: half of a 32 KiB first-level cache.
 constexpr std::size_t kPassBytes = std::size_t{16} << 10;
+// Bytes of blocks that a tile is multiplied with at once: half of a 48 KiB first-level cache, which
+// every CPU has whose kernels do so (AMX).
+constexpr std::size_t kTogetherBytes = std::size_t{24} << 10;
 // Largest block to ask for while the one before is computed with: it has to stay in the
 // second-level cache until then.
 constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
@@ -242,6 +246,8 @@ class Matmul::Typed final : public Matmul::Impl {
     template <class E>
     void multiply_tiles(const PackedX<E, T>& x, std::span<const BlockView> blocks, std::size_t row,
                         std::size_t t0, std::size_t t1, Worker& worker) const {
+        std::optional<TileRegisters> registers;
+        if constexpr (!std::is_same_v<E, T>) registers.emplace(kernels_.bf16);
         const Part part = part_of_row(row, blocks.size());
         const BlockRect rect = block_rect(p_.grid, row * p_.grid.grid_cols());
         const std::size_t sum0 = x.sums_before(t0);
@@ -260,6 +266,13 @@ class Matmul::Typed final : public Matmul::Impl {
         for (std::size_t number = part.begin; number < part.end; ++number) {
             const std::size_t column = place(number) % p_.grid.grid_cols();
             const BlockView& block = blocks[number - fed_];
+            if (const std::size_t n = blocks_together(x, blocks, number, part.end, t0); n > 1) {
+                for (std::size_t t = t0; t < t1; ++t) {
+                    multiply_together(x, blocks, number, n, t, t == t0, sums_of(t));
+                }
+                number += n - 1;
+                continue;
+            }
             const E* const next = next_block<E>(blocks, number - fed_);
             const bool is_last = number + 1 == part.end || column + 1 == p_.grid.grid_cols();
             const E* next_x = is_last ? nullptr : x.at(column + 1, t0, 0);
@@ -290,6 +303,39 @@ class Matmul::Typed final : public Matmul::Impl {
         if (!part.ends) return;
         for (std::size_t t = t0; t < t1; ++t) store_sums(x.tile(t), rect, sums_of(t));
         finish(x.tile(t0).row0, x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows, rect.row0, rect.rows);
+    }
+
+    // How many blocks from `number` on a tile takes at once: such as lie as they are in their
+    // pages.
+    template <class E>
+    [[nodiscard]] std::size_t blocks_together(const PackedX<E, T>& x,
+                                              std::span<const BlockView> blocks, std::size_t number,
+                                              std::size_t end, std::size_t t) const noexcept {
+        if (x.tile(t).kernel->tile_nt_pieces == nullptr || !members_.empty()) return 1;
+        std::size_t n = 0;
+        std::size_t bytes = 0;
+        while (n < kMaxGemmPieces && number + n < end) {
+            const BlockView& block = blocks[number + n - fed_];
+            bytes += block.length;
+            if (block.encoding != Encoding::raw || bytes > kTogetherBytes) break;
+            ++n;
+        }
+        return n;
+    }
+
+    // n blocks by tile t of x. What comes next, of W for the first tile, else of x, is asked for.
+    template <class E>
+    void multiply_together(const PackedX<E, T>& x, std::span<const BlockView> blocks,
+                           std::size_t number, std::size_t n, std::size_t t, bool first,
+                           T* sums) const {
+        GemmPiece<E> pieces[kMaxGemmPieces];
+        for (std::size_t i = 0; i < n; ++i) {
+            const BlockView& block = blocks[number + i - fed_];
+            const std::size_t column = place(number + i) % p_.grid.grid_cols();
+            pieces[i] = {x.at(column, t, 0), reinterpret_cast<const E*>(block.data), block.cols,
+                         block.cols, first ? next_block<E>(blocks, number + i - fed_, n) : nullptr};
+        }
+        x.tile(t).kernel->tile_nt_pieces(pieces, n, blocks[number - fed_].rows, sums);
     }
 
     // Dot products take as long as their block takes to come: the next one should be under way.

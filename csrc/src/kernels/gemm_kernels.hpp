@@ -19,6 +19,18 @@ namespace pydedup {
 
 inline constexpr std::size_t kMaxGemmTiles = 6;
 
+inline constexpr std::size_t kMaxGemmPieces = 4;
+
+/// A block w of `cols` columns, and the columns of packed x that it is multiplied with. What is at
+/// `next` is prefetched as by GemmTile::tile_nt.
+template <class E>
+struct GemmPiece {
+    const E* x;
+    const E* w;
+    std::size_t cols, ldw;
+    const E* next;
+};
+
 /// How a tile of rows of x, elements E, is multiplied with a block; summed in A.
 template <class E, class A>
 struct GemmTile {
@@ -33,6 +45,10 @@ struct GemmTile {
                     const E* next, A* acc) noexcept;
     std::size_t group = 1;    ///< neighbouring columns that lie beside each other in a vector
     std::size_t per_sum = 1;  ///< of them, neighbours that are added up at once; divides group
+    /// tile_nt for up to kMaxGemmPieces blocks of as many rows, one after another, while the sums
+    /// stay in registers. nullptr where that gains nothing.
+    void (*tile_nt_pieces)(const GemmPiece<E>* pieces, std::size_t count, std::size_t rows,
+                           A* acc) noexcept = nullptr;
 
     [[nodiscard]] constexpr std::size_t sums() const noexcept { return group / per_sum; }
 };
@@ -55,6 +71,10 @@ struct GemmKernelsOf {
 /// Products of bf16 numbers with bf16 numbers. A number below 2^-126 counts as zero.
 struct Bf16GemmKernels {
     GemmTile<std::uint16_t, float> tiles[kMaxGemmTiles];  ///< widest first; may be none
+    /// A thread calls these before its first tile and after its last one: they set up, and give
+    /// back, registers that nothing else uses meanwhile. nullptr where there are none.
+    void (*enter)() noexcept = nullptr;
+    void (*leave)() noexcept = nullptr;
 };
 
 struct GemmKernels {

@@ -29,7 +29,8 @@ extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kNeonKernels;
-// A part of a table, for `gemm.bf16` of the avx512 one.
+// Parts of a table, for `gemm.bf16` of the avx512 one.
 extern const Bf16GemmKernels kAvx512Bf16GemmKernels;
+extern const Bf16GemmKernels kAmxGemmKernels;
 
 }  // namespace pydedup
