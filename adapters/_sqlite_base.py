@@ -19,7 +19,7 @@ from pydedup.errors import (
 from ._base import Row, fetch_all
 from ._dbapi import DbApiAdapter
 from ._schema import Dialect
-from ._sessions import READ, Connection, Session
+from ._sessions import READ, WRITE, Connection, Session
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile
 from ._sqlite_rows import SqliteRows
@@ -36,7 +36,8 @@ DIALECT: Final = Dialect(
     table_options=" STRICT",
     page_pad=True,
     list_tables="SELECT name FROM sqlite_master WHERE type IN ('table', 'view')",
-    begin_write=("BEGIN IMMEDIATE",),
+    # On the disk when it is committed: see `staging`.
+    begin_write=("PRAGMA synchronous = FULL", "BEGIN IMMEDIATE"),
     begin_snapshot=("BEGIN", ANY_READ),
 )
 
@@ -89,6 +90,19 @@ class SqliteBase(SqliteRows, DbApiAdapter):
                 stamp = _stamp_of(session.connection)
             if stamp is not None and stamp != self._file.stamp():
                 raise ConflictError(f"{self._file.path} was changed while it was read; read again")
+
+    # ---- staging ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[None]:
+        """Write transaction that a loss of power may undo, until a later one is committed.
+
+        The log is synced as a whole and before any of it goes into the main file, so no commit
+        outlives an earlier one.
+        """
+        self._refuse_when_read_only()
+        with self._scope(WRITE, ("PRAGMA synchronous = NORMAL", "BEGIN IMMEDIATE")):
+            yield
 
     # ---- waiting ------------------------------------------------------------------------------
 

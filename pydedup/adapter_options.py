@@ -23,6 +23,7 @@ __all__ = [
     "RowAdapter",
     "RowColumn",
     "RowStream",
+    "StagingAdapter",
 ]
 
 
@@ -134,6 +135,22 @@ class RangeAdapter(RowAdapter, Protocol):
         """Return a column for keys that come from elsewhere.
 
         Kinds: ``integer``, ``number``, ``text``, ``bytes``, ``date``, ``time``.
+        """
+
+
+@runtime_checkable
+class StagingAdapter(Protocol):
+    """Transactions that need not outlive a loss of power, optional for an adapter.
+
+    Only for a database that ends with its machine: one that comes back while a writer goes on
+    would let him publish what it has forgotten.
+    """
+
+    def staging(self) -> AbstractContextManager[None]:
+        """Like `Adapter.transaction`, but a loss of power may undo it.
+
+        That ends once a later ``transaction()`` is committed: never is an earlier one lost and a
+        later one kept.
         """
 
 

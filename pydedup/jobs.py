@@ -12,9 +12,11 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pydedup.adapter import LIVE, STAGING, Adapter
+from pydedup.adapter_options import StagingAdapter
 
 __all__ = ["LEASE_SECONDS", "SCORING", "Job", "job_is_dead", "models_of_job", "staging_jobs"]
 
@@ -47,13 +49,19 @@ class Job:
         self._adapter.put_job(self._id, spec, repr(time.time()), "running")
         self._beaten = time.monotonic()
 
+    def staging(self) -> AbstractContextManager[None]:
+        """Transaction that stages: durable when what it wrote is published, if not at once."""
+        if isinstance(self._adapter, StagingAdapter):
+            return self._adapter.staging()
+        return self._adapter.transaction()
+
     def keep_alive(self, model_ids: Sequence[int] = ()) -> None:
         """Beat once a minute, in a transaction of its own: for where nothing is written for long.
 
         Cheap enough for every turn of a loop.
         """
         if time.monotonic() - self._beaten > _BEAT_SECONDS:
-            with self._adapter.transaction():
+            with self.staging():
                 self.beat(model_ids)
 
     def stage_page(self, checksum: bytes, payload: bytes, hashes: Sequence[bytes | None]) -> int:

@@ -110,7 +110,6 @@ class Stager:
 
     def stage(self, layout: Sequence[NDArray[np.int64]]) -> None:
         """Write everything in state ``staging``; what is small in one transaction."""
-        adapter = self._adapter
         keys = hash_keys(self._spool.hashes)
         self._page_of = np.zeros(self._spool.count, np.int64)
         self._slot_of = np.zeros(self._spool.count, np.uint32)
@@ -123,7 +122,7 @@ class Stager:
         images_of = self._images(groups)
         images = next(images_of) if is_small and groups else []
         try:
-            with adapter.transaction():
+            with self._job.staging():
                 self._has_begun = True
                 for model in self._models:
                     model.model_id = self._insert_model(model)
@@ -141,14 +140,14 @@ class Stager:
         for group in groups:
             if not is_small:
                 images = next(images_of)
-                with adapter.transaction():
+                with self._job.staging():
                     ids = self._stage_pages(group, images, keys)
                     self._beat()
                 self.page_ids.extend(ids)  # only now, for the same reason
             if self._advance is not None:
                 self._advance(sum(int(self._spool.costs[numbers].sum()) for numbers in group))
         for batch in rows:
-            with adapter.transaction():
+            with self._job.staging():
                 self._insert(batch)
                 self._beat()
 

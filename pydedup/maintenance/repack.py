@@ -141,7 +141,7 @@ def repack(
     try:
         for start in range(0, len(layout.pages), _PAGES_PER_TRANSACTION):
             group = layout.pages[start : start + _PAGES_PER_TRANSACTION]
-            new_ids.extend(_stage(adapter, pool, places, group, page_of, slot_of, job))
+            new_ids.extend(_stage(pool, places, group, page_of, slot_of, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
         _stage_deltas(adapter, places, page_of, slot_of, job)
@@ -197,7 +197,6 @@ def _better(layout: Layout, places: _Places, live_pages: int) -> bool:
 
 
 def _stage(
-    adapter: Adapter,
     pool: PagePool,
     places: _Places,
     group: Sequence[NDArray[np.int64]],
@@ -207,7 +206,7 @@ def _stage(
 ) -> list[int]:
     images = [copy_page(pool, *places.at(numbers)) for numbers in group]
     new_ids = []
-    with adapter.transaction():
+    with job.staging():
         for image, numbers in zip(images, group, strict=True):
             hashes = [
                 places.hashes[number] if places.bases[number] == _NO_BASE else None
@@ -236,7 +235,7 @@ def _stage_deltas(
         for number, base in zip(numbers.tolist(), base_places, strict=True)
     ]
     for start in range(0, len(rows), _ROWS_PER_TRANSACTION):
-        with adapter.transaction():
+        with job.staging():
             adapter.insert_blocks(rows[start : start + _ROWS_PER_TRANSACTION])
             job.beat()
 

@@ -21,11 +21,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
-from pydedup.errors import ArgumentError, ConflictError
+from pydedup.adapter_options import StagingAdapter
+from pydedup.errors import ArgumentError, ConflictError, StoreError
+from pydedup.policies import Exact
 from pydedup.testing.adapter_contract import AdapterContract
 
 MIB = 1 << 20
@@ -99,18 +103,57 @@ def test_an_empty_database_of_another_shape_is_adopted(path: Path) -> None:
     assert ask(path, "PRAGMA auto_vacuum") == 2
 
 
+def synced(adapter: Adapter) -> int:
+    return int(adapter._query("PRAGMA synchronous")[0][0])  # type: ignore[attr-defined]
+
+
 def test_every_connection_syncs_commits(adapter: Adapter) -> None:
-    # The setting is not kept in the file, so a thread's connection could lack it.
-    found: list[Any] = []
+    found: list[int] = []
 
     def look() -> None:
-        found.append(adapter._query("PRAGMA synchronous")[0][0])  # type: ignore[attr-defined]
+        with adapter.transaction():
+            found.append(synced(adapter))
 
-    look()
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    assert found == [2, 2]
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [2, 2, 2]  # FULL
+
+
+def test_what_is_staged_is_synced_with_what_publishes_it(adapter: Adapter) -> None:
+    assert isinstance(adapter, StagingAdapter)
+    with adapter.staging():
+        assert synced(adapter) == 1  # NORMAL
+        adapter.set_meta("staged", "yes")
+    with pytest.raises(ZeroDivisionError), adapter.staging():
+        adapter.set_meta("staged", str(1 // 0))
+    with pytest.raises(StoreError), adapter.staging(), adapter.transaction():
+        pass
+    with adapter.transaction():
+        assert synced(adapter) == 2
+        assert adapter.meta()["staged"] == "yes"
+
+
+def test_an_add_ends_with_a_synced_commit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statements: list[str] = []
+    connect = sqlite3.connect
+
+    def told(*args: Any, **settings: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*args, **settings)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", told)
+    rng = np.random.default_rng(0)
+    with pydedup.open(f"sqlite:///{path}") as store:
+        statements.clear()
+        store.add("m", {"w": rng.standard_normal((2048, 2048), np.float32)}, policy=Exact())
+    mark = "PRAGMA synchronous = "
+    modes = [said.removeprefix(mark) for said in statements if said.startswith(mark)]
+    assert modes[-1] == "FULL"  # the one that publishes
+    assert modes.count("NORMAL") >= 2
 
 
 def test_capabilities_are_those_of_the_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
