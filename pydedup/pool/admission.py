@@ -131,8 +131,13 @@ class Gate:
             self._use(amount)
             return True
 
+    def take(self, amount: int) -> None:
+        """Take room, whether there is some or not, until `give_back` is called."""
+        with self._changed:
+            self._use(amount)
+
     def give_back(self, amount: int) -> None:
-        """Return what `try_take` took; on any thread."""
+        """Return what `take` or `try_take` took; on any thread."""
         with self._changed:
             self._use(-amount)
             self._changed.notify_all()

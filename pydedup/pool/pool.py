@@ -350,13 +350,24 @@ class PagePool:
         return self._activations.limit
 
     @contextmanager
-    def activations(self, nbytes: int) -> Iterator[None]:
+    def activations(self, nbytes: int) -> Iterator[Callable[[int], None]]:
         """Count the activations of a prediction against the budget, waiting for others' to go.
 
-        More than `activation_bytes` is let in alone, and counted as far as there is room.
+        More than `activation_bytes` is let in alone, and counted as far as there is room. What is
+        yielded counts so many bytes more, without waiting, for one who finds out on the way.
         """
-        with self._activations.hold(nbytes):
-            yield
+        gate, more = self._activations, 0
+
+        def take_more(nbytes: int) -> None:
+            nonlocal more
+            gate.take(nbytes)
+            more += nbytes
+
+        with gate.hold(nbytes):
+            try:
+                yield take_more
+            finally:
+                gate.give_back(more)
 
     def record(self, max_uses: int) -> None:
         """Record uses of pages from now on, at 16 bytes each; 0 ends that."""

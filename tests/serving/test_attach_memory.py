@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attaching gives the memory of a module's weights back, measured as RSS of a child process."""
+"""What attached modules take, weights and activations, measured as RSS of a child process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import pydedup
 
 pytest.importorskip("torch")
 
@@ -68,9 +71,9 @@ with torch.no_grad(), pydedup.open(sys.argv[1], memory="16MiB") as store:
 """
 
 
-def run(code: str, path: Path) -> str:
+def run(code: str, path: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", NET + code, str(path)],
+        [sys.executable, "-P", "-c", code, str(path), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -80,10 +83,102 @@ def run(code: str, path: Path) -> str:
 
 
 def test_memory_of_weights_is_given_back(tmp_path: Path) -> None:
-    run(ADD, tmp_path / "m.db")
-    found = json.loads(run(SERVE, tmp_path / "m.db"))
+    run(NET + ADD, tmp_path / "m.db")
+    found = json.loads(run(NET + SERVE, tmp_path / "m.db"))
     assert found["error"] < 1e-4
     assert found["made"] > 155
     assert found["attached"] < 16 + 24, found
     assert found["six"] < found["attached"] + 5 * 3, found
     assert found["detached"] > 155
+
+
+MODULES = """
+import torch
+
+class Wide(torch.nn.Module):  # weights of 320 MiB
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(1024, 1024) for _ in range(80))
+
+    def run(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+class Operators(Wide):  # twice 86 MiB that torch allocates, one while all weights are read
+    def forward(self, x):
+        large = x[:1].repeat(22_000, 1)
+        return torch.cat([large, self.run(x)]).sum(0)
+
+class Products(Wide):  # 3 times 60 MiB: what goes in, what comes out, and a copy of the former
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x.repeat(60, 1))).sum(0) + self.run(x).sum(0)
+
+class Rows(Wide):  # 160 MiB of rows
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(100, 1024)
+
+    def forward(self, x):
+        rows = self.table(torch.arange(40_000) % 100)
+        return self.run(x).sum(0) + rows[-1]
+"""
+
+ACTIVATIONS = """
+import json, sys, threading, time
+import psutil
+import pydedup
+
+def watch():
+    while watching:
+        seen.append(me.memory_info().rss)
+        time.sleep(0.002)
+
+torch.set_grad_enabled(False)
+me = psutil.Process()
+with torch.device("meta"):  # for which torch imports 70 MB, once
+    module = globals()[sys.argv[2]]().eval()
+torch.nn.Linear(64, 64)(torch.ones(64, 64)).repeat(2, 2)
+x = torch.ones(256, 1024)
+with pydedup.open(sys.argv[1], mode="r", memory="384MiB") as store:
+    seen, watching = [], True
+    before = me.memory_info().rss
+    threading.Thread(target=watch, daemon=True).start()
+    store.attach(module, sys.argv[3])
+    store.warm(sys.argv[3])
+    full = max(seen) - before
+    peaks = []
+    for _ in range(2):  # the first one is measured, the second one known
+        seen.clear()
+        module(x)
+        peaks.append(max(seen) - before)
+    store.warm(sys.argv[3])
+    watching = False
+    print(json.dumps({"full": full, "peaks": peaks, "again": me.memory_info().rss - before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("wide") / "m.db"
+    generator = np.random.default_rng(1)
+    tensors = {}
+    for layer in range(80):
+        tensors[f"layers.{layer}.weight"] = generator.random((1024, 1024), np.float32) / 1024
+        tensors[f"layers.{layer}.bias"] = np.zeros(1024, np.float32)
+    with pydedup.open(path) as store:
+        store.add("m", tensors, policy=pydedup.policies.Exact())
+        tensors["table.weight"] = generator.random((100, 1024), np.float32)
+        store.add("rows", tensors, policy=pydedup.policies.Exact())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Operators", "Products", "Rows"])
+def test_activations_are_counted_against_the_budget(wide: Path, kind: str) -> None:
+    model = "rows" if kind == "Rows" else "m"
+    found = json.loads(run(MODULES + ACTIVATIONS, wide, kind, model))
+    mib = 1 << 20
+    assert found["full"] > 300 * mib, found  # all weights are here, and give way
+    assert max(found["peaks"]) < (384 + 64) * mib, found
+    assert found["peaks"][1] > 250 * mib, found
+    assert found["again"] > 300 * mib, found

@@ -5,5 +5,6 @@ slots      which tensors of a module have their values in a store
 weights    one version of a model as a module uses it: streamed tensors, loaded ones
 parameter  the tensor that stands in a module where a parameter was
 functions  what torch's functions do when they are given such a tensor
+activations  what torch allocates in a call, counted against the budget
 modules    what the modules themselves do otherwise: versions per call, refusals
 """

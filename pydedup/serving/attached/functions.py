@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from pydedup.errors import ArgumentError
 from pydedup.formats.torch import to_torch
+from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
 from pydedup.serving.tensor import StoredTensor
 
@@ -47,7 +48,7 @@ def _array(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
     elif dtype is not torch.float32 and dtype is not torch.float64:
         raise ArgumentError(f"the input of {weight.label} is {dtype}; floats are needed")
     try:
-        return x.numpy()
+        return (x if x.is_contiguous() else x.contiguous()).numpy()  # torch's copies are counted
     except (RuntimeError, TypeError) as exc:
         raise ArgumentError(
             f"the input of {weight.label} is no plain tensor in memory (sparse, nested, of vmap or "
@@ -56,8 +57,8 @@ def _array(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
 
 
 def _result(y: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-    made = torch.from_numpy(y)
-    return made if made.dtype is dtype else made.to(dtype)
+    result = made(torch.from_numpy(y))
+    return result if result.dtype is dtype else result.to(dtype)
 
 
 def _bias(bias: torch.Tensor | None) -> NDArray[Any] | None:
@@ -102,15 +103,20 @@ def _product(
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
+    given = _array(x, weight)
     transpose = weight.transposed is not transpose
     if weight.rows is None:
-        y = stored.matmul(_array(x, weight), bias=_bias(bias), transpose=transpose)
+        outer, inner = stored.shape[::-1] if transpose else stored.shape
+        # Kernels keep a copy of x beside the result.
+        needed(given.nbytes + given.nbytes // max(inner, 1) * outer)
+        y = stored.matmul(given, bias=_bias(bias), transpose=transpose)
         return _result(y, x.dtype)
     if transpose:
         return NotImplemented
     part, before = weight.attachment.weights().part(weight.number, weight.rows)
     count = weight.rows[1] - weight.rows[0]
-    y = np.ascontiguousarray(part.matmul(_array(x, weight))[..., before : before + count])
+    needed(given.nbytes + given.nbytes // max(part.shape[1], 1) * part.shape[0])
+    y = np.ascontiguousarray(part.matmul(given)[..., before : before + count])
     if bias is not None:
         y += _bias(bias)
     return _result(y, x.dtype)
@@ -243,7 +249,7 @@ def rows_of(weight: torch.Tensor, ids: torch.Tensor) -> Any:
                 f"{weight.label}"
             )
         taken = taken + weight.rows[0]
-    return to_torch(stored.take(taken)).to(weight.attachment.slots[weight.number].dtype)
+    return made(to_torch(stored.take(taken))).to(weight.attachment.slots[weight.number].dtype)
 
 
 @handles(functional.embedding_bag)

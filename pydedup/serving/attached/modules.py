@@ -46,7 +46,7 @@ class _Attached(nn.Module):
         weights = outer or attachment.resolve()
         inside.weights, inside.is_call = weights, True
         try:
-            with weights.call():
+            with weights.call(), attachment.counted(self, args, kwargs):
                 return super().__call__(*args, **kwargs)
         finally:
             inside.weights, inside.is_call = outer, False

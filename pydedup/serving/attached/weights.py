@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from pydedup.formats.torch import to_torch
 from pydedup.matmul import compute_dtype
 from pydedup.names import parse_address
 from pydedup.pool import PagePool, Reservation
+from pydedup.serving.attached.activations import Activations, not_measured
 from pydedup.serving.attached.slots import Slot
 from pydedup.serving.tensor import StoredTensor, called
 
@@ -120,7 +122,8 @@ class Weights:
                 f"{stored.name!r} of {self.model.address} cannot be streamed by {self._kind} and "
                 f"is loaded whole, {slot.nbytes:,} bytes: {exc}"
             ) from exc
-        with torch.inference_mode(False):  # else it would be of no use outside of it
+        # Outside of inference mode: made in it, the tensor would be of no use elsewhere.
+        with torch.inference_mode(False), not_measured():
             return to_torch(whole).to(slot.dtype), reservation
 
 
@@ -244,6 +247,17 @@ class Attachment:
         #: What is replaced in the module.
         self.slots = find(model)
         self._current = now, self._weights(model)
+        layers = tuple((slot.names, slot.shape, slot.dtype) for slot in self.slots)
+        self._layers = kind, hash(layers)
+        self._activations = Activations.of(pool)
+
+    def counted(
+        self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Return a context in which what torch allocates for a call counts against the budget."""
+        is_whole = self.root is not None and self.root() is module
+        called = (*self._layers, None if is_whole else id(module))
+        return self._activations.counted(self._pool, called, args, kwargs)
 
     @property
     def memory_bytes(self) -> int:
