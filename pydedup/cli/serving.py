@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote, urlsplit
 
 import click
 
@@ -194,8 +195,7 @@ def serve(
         def started(address: str) -> None:
             _say_hello(address, store.url, names, secured=chosen.token is not None)
 
-        if chosen.token is None and not host.startswith(_LOOPBACK):
-            warn(f"everybody who reaches {host} may use this server; {TOKEN_VARIABLE} sets a token")
+        _warn_if_open(host, chosen.token)
         if record is not None:
             record.open("ab").close()  # what cannot be written is said now, and not at the end
             store.record()
@@ -228,6 +228,8 @@ def _serve_on(
     def started(address: str, names: list[str]) -> None:
         place = f"{redact(url)} on Ray"
         _say_hello(address, place, names, secured=chosen.token is not None)
+        # Where Ray Serve ran before, it listens where it was told to then.
+        _warn_if_open(urlsplit(address).hostname or chosen.host, chosen.token)
 
     run(
         url,
@@ -249,6 +251,11 @@ def _serve_on(
     )
 
 
+def _warn_if_open(host: str, token: bytes | None) -> None:
+    if token is None and not host.startswith(_LOOPBACK):
+        warn(f"everybody who reaches {host} may use this server; {TOKEN_VARIABLE} sets a token")
+
+
 def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> None:
     count = len(set(names))
     models = f"{count} model{'' if count == 1 else 's'}"
@@ -257,7 +264,7 @@ def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> 
     output.print_line(f"pydedup serves {models} of {store}")
     output.print_line(f"on {address}, by the Open Inference Protocol v2; Ctrl-C stops it. Try:")
     token = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if secured else ""
-    path = f"/v2/models/{_quoted(names[0])}" if names else "/v2"
+    path = f"/v2/models/{quote(names[0], safe='')}" if names else "/v2"
     insecure = " -k" if address.startswith("https") else ""
     output.print_line(f"  curl{insecure}{token} {address}{path}")
     if not names:
@@ -266,9 +273,3 @@ def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> 
             "or with graph=; it is served as soon as it is there"
         )
     sys.stdout.flush()
-
-
-def _quoted(name: str) -> str:
-    from urllib.parse import quote
-
-    return quote(name, safe="")
