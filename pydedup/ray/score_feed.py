@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import logging
+import threading
 import warnings
 from collections.abc import Generator, Sequence
 from typing import Any, Final
@@ -20,7 +21,7 @@ from typing import Any, Final
 from pydedup.errors import ClusterError
 from pydedup.ray.cluster import import_ray
 from pydedup.ray.score_plan import Settings
-from pydedup.ray.score_pool import Pool, cause_of, never_began, words_of
+from pydedup.ray.score_pool import CLOSE_SECONDS, Pool, cause_of, never_began, words_of
 from pydedup.text import plural
 
 __all__ = ["scored"]
@@ -61,7 +62,7 @@ def _of_dataset(
     deaths = most = 0
     while True:
         blocks = 0
-        feeder = ray.remote(num_cpus=0, max_restarts=0)(_Feeder).remote(
+        feeder = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=2)(_Feeder).remote(
             dataset, settings, workers, max_deaths
         )
         try:
@@ -88,8 +89,18 @@ def _of_dataset(
                 ) from None
             yield None
         finally:
-            with contextlib.suppress(Exception):
-                ray.kill(feeder)
+            _end(ray, feeder)
+
+
+def _end(ray: Any, feeder: Any) -> None:
+    """End what reads a dataset, when its workers have closed what they have open."""
+    try:
+        with contextlib.suppress(Exception):  # of a cluster that is gone
+            feeder.stop.remote()
+            ray.wait([feeder.close.remote()], timeout=2 * CLOSE_SECONDS)
+    finally:
+        with contextlib.suppress(Exception):
+            ray.kill(feeder)
 
 
 class _Feeder:
@@ -112,13 +123,24 @@ class _Feeder:
             except Exception:  # what kills the workers may be the block itself
                 return said
 
-        pool = Pool(ray, settings, "block", workers, max_deaths, name)
-        self._results = pool.results(blocks)
+        self._pool = Pool(ray, settings, "block", workers, max_deaths, name)
+        self._results = self._pool.results(blocks)
+        self._at_work = threading.Lock()
+
+    def stop(self) -> None:
+        """Have workers end soon, beside `next`."""
+        self._pool.stop()
+
+    def close(self) -> None:
+        """Return when workers have closed what they had open."""
+        with self._at_work:
+            self._results.close()
 
     def next(self) -> tuple[int, str] | None:
         """Return the next result, ``None`` after the last; what went wrong as a text."""
         try:
-            return next(self._results, None)
+            with self._at_work:
+                return next(self._results, None)
         except ClusterError as error:
             return _GAVE_UP, str(error)
         except Exception as error:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import re
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
@@ -20,8 +22,11 @@ from pydedup.ray.score_plan import Settings
 from pydedup.ray.score_worker import ScoreWorker
 from pydedup.text import plural, without_secrets
 
-__all__ = ["Pool", "cause_of", "never_began", "words_of"]
+__all__ = ["CLOSE_SECONDS", "Pool", "cause_of", "never_began", "words_of"]
 
+_LOG = logging.getLogger("pydedup.ray")
+#: What a worker may take to close what it has open, after the batch that it is at.
+CLOSE_SECONDS: Final = 5.0
 #: How often in a row workers may die without a piece done, and how often for each of them; of those
 #: that die at one piece, the first counts.
 _MOST_IN_A_ROW: Final = (20, 3)
@@ -99,6 +104,7 @@ class Pool:
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
+            max_concurrency=2,  # its work, and a call that stops it
         )(ScoreWorker)
         exceptions = importlib.import_module("ray.exceptions")
         self._any_error = exceptions.RayError
@@ -114,6 +120,7 @@ class Pool:
         self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[Any, int, Any]] = {}
+        self._stopped = threading.Event()
 
     def results(self, pieces: Iterator[tuple[int, Any]]) -> Generator[tuple[int, str], None, None]:
         """Yield the number of each piece and what a worker said of it, in the order of their ends.
@@ -134,18 +141,44 @@ class Pool:
                     break
                 self._start(self._count if more else len(self._again) + len(self._running))
                 ended, _ = self._ray.wait([*self._running, *self._starting], num_returns=1)
+                if self._stopped.is_set():
+                    raise ClusterError("stopped")
                 told = self._heard(ended[0])
                 if told is not None:
                     yield told
-        except BaseException:
-            for actor in (*self._starting.values(), *(one[0] for one in self._running.values())):
-                self._kill(actor)
-            raise
-        finally:  # those without work end by themselves, and close what they have open
-            self._starting, self._running = {}, {}
-            self._idle.clear()
+        finally:
+            self._end()
         if self._left:
             raise ClusterError(self._said())
+
+    def stop(self) -> None:
+        """Have `results` end soon, with an error: from a thread beside it."""
+        self._stopped.set()
+        for actor in list(self._starting.values()):
+            self._kill(actor)
+        self._stop_running()
+
+    def _stop_running(self) -> None:
+        for actor, _, _ in list(self._running.values()):
+            with contextlib.suppress(Exception):
+                actor.stop.remote()
+
+    def _end(self) -> None:
+        """End all workers; those that have something open close it, if they do so soon."""
+        starting, open_ones = list(self._starting.values()), list(self._idle)
+        open_ones += [actor for actor, _, _ in self._running.values()]
+        try:
+            self._stop_running()
+            closing = [actor.close.remote() for actor in open_ones]
+            if closing:
+                self._ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
+        except Exception:  # of a cluster that is gone
+            _LOG.debug("workers could not be told to close", exc_info=True)
+        finally:
+            for actor in (*starting, *open_ones):
+                self._kill(actor)
+            self._starting, self._running = {}, {}
+            self._idle.clear()
 
     def _start(self, wanted: int) -> None:
         there = len(self._starting) + len(self._idle) + len(self._running)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +21,7 @@ from pydedup.adapter_options import KeyRange, RangeAdapter, RowAdapter, RowColum
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import (
     ArgumentError,
+    ClusterError,
     ConflictError,
     NotFoundError,
     PydedupError,
@@ -54,11 +55,19 @@ def rows_of(adapter: Adapter, source: str | None, into: str | None) -> Iterator[
         yield rows
 
 
-class Scorer:
-    """A store open for one model, and what its rows are read from and written to."""
+class _StoppedError(Exception):
+    """Who began the work wants no more of it."""
 
-    def __init__(self, settings: Settings) -> None:
+
+class Scorer:
+    """A store open for one model, and what its rows are read from and written to.
+
+    Set ``stopped``, and it ends before the next batch.
+    """
+
+    def __init__(self, settings: Settings, stopped: threading.Event | None = None) -> None:
         self.settings = settings
+        self._stopped = stopped or threading.Event()
         self._opened = contextlib.ExitStack()
         try:
             self._open()
@@ -137,6 +146,8 @@ class Scorer:
         written = result.rows
         try:
             for found in stream:
+                if self._stopped.is_set():
+                    raise _StoppedError
                 work.score(found)
         finally:  # what is written stays, also when the part is begun again
             report = work.report(resumed=False)
@@ -156,15 +167,37 @@ class Scorer:
 
 
 class ScoreWorker:
-    """The actor: opens when there is work, and tells errors as text."""
+    """The actor: opens when there is work, and tells errors as text.
+
+    Who ends it lets it close first: a server of a database takes a session for lost whose process
+    is gone, says so in its log, and may keep it for long. `stop` runs beside the work
+    (``max_concurrency``), all else after it.
+    """
 
     def __init__(self, settings: Settings) -> None:
         use_threads(settings.threads)
         self._settings = settings
         self._scorer: Scorer | None = None
+        self._stopped = threading.Event()
+        self._at_work = threading.Lock()
 
     def ready(self) -> None:
         """Return when this is up."""
+
+    def stop(self) -> None:
+        """Have the work that is under way end before its next batch."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Close all that is open, after the work that is under way."""
+        with self._at_work:
+            self._close()
+
+    def _close(self) -> None:
+        scorer, self._scorer = self._scorer, None
+        if scorer is not None:
+            with contextlib.suppress(Exception):  # there is nobody to be told
+                scorer.close()
 
     def part(self, number: int) -> str:
         """Score a part, and return JSON of its result."""
@@ -177,21 +210,24 @@ class ScoreWorker:
 
     def _told(self, work: Callable[[Scorer, PartResult], None]) -> str:
         """Do something with a scorer, which adds to a result, and return JSON of it."""
+        with self._at_work:
+            return self._done(work)
+
+    def _done(self, work: Callable[[Scorer, PartResult], None]) -> str:
         result = PartResult()
         try:
             for again in range(_TRIES):
                 try:
                     if self._scorer is None:
-                        self._scorer = Scorer(self._settings)
+                        self._scorer = Scorer(self._settings, self._stopped)
                     work(self._scorer, result)
                     break
                 except (UnavailableError, ConflictError):
-                    if self._scorer is not None:
-                        self._scorer.close()
-                    self._scorer = None
-                    if again + 1 == _TRIES:
+                    self._close()
+                    if again + 1 == _TRIES or self._stopped.wait(_PAUSE_SECONDS * 2**again):
                         raise
-                    time.sleep(_PAUSE_SECONDS * 2**again)
+        except _StoppedError:
+            return _failure(ClusterError.__name__, "stopped", result)
         except PydedupError as error:
             public = (one.__name__ for one in type(error).__mro__ if hasattr(errors, one.__name__))
             return _failure(next(public), str(error), result)

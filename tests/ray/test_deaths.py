@@ -191,7 +191,7 @@ def test_errors_of_an_adapters_own_keep_their_kind() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_worker, "_PAUSE_SECONDS", 0.0)
         scorer = SimpleNamespace(close=lambda: None)
-        patch.setattr(score_worker, "Scorer", lambda _: scorer)
+        patch.setattr(score_worker, "Scorer", lambda *_: scorer)
         told = worker._told(lose)
     with pytest.raises(UnavailableError, match=r"^away$"):
         result_of(told)

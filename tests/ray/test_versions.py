@@ -19,7 +19,7 @@ import grpc
 import pytest
 
 from pydedup.errors import ClusterError
-from pydedup.ray import attached, cluster, probe, versions
+from pydedup.ray import cluster, probe, versions
 
 NODE = b"DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX:" + b"0123456789abcdef" * 3
 
@@ -91,9 +91,8 @@ def test_a_head_of_another_version_is_named_at_once(
     with (
         head(ray or ours, python) as port,
         pytest.raises(ClusterError, match=f"127.0.0.1:{port} is of another version") as raised,
-        attached(f"127.0.0.1:{port}"),
     ):
-        pass
+        probe.probe(f"127.0.0.1:{port}")
     assert time.monotonic() - begun < 5
     here = f"Ray {ours} on Python {platform.python_version()} here"
     for said in [*named, here, "install the Ray and the Python of the cluster"]:
@@ -104,11 +103,8 @@ def test_a_cluster_is_known_by_ray_client_as_well(monkeypatch: pytest.MonkeyPatc
     with head("2.1.0", "3.11.1") as port, proxy(b"gcs_pid", NODE) as client:
         monkeypatch.setattr(versions, "_HEAD_PORT", port)
         begun = time.monotonic()
-        with (
-            pytest.raises(ClusterError, match=r"Ray 2\.1\.0 on Python 3\.11\.1 there, Ray"),
-            attached(f"ray://127.0.0.1:{client}"),
-        ):
-            pass
+        with pytest.raises(ClusterError, match=r"Ray 2\.1\.0 on Python 3\.11\.1 there, Ray"):
+            probe.probe(f"ray://127.0.0.1:{client}")
         assert time.monotonic() - begun < 5
 
 
