@@ -65,6 +65,8 @@ void pause_briefly() noexcept {
 #endif
 }
 
+// Does not yield: beside any other process that computes, however nice, that gives it a whole slice
+// (Emerald Rapids, Linux 6, a compiler at nice 10: 4096 x 4096 by one row 2.6 ms, without 1.55).
 template <class Condition>
 void spin_until(const Condition& condition) noexcept {
     const auto end = std::chrono::steady_clock::now() + kSpin;
@@ -73,8 +75,6 @@ void spin_until(const Condition& condition) noexcept {
             if (condition()) return;
             pause_briefly();
         }
-        // Threads of others, torch's for one, may want this CPU, and spin themselves.
-        std::this_thread::yield();
     } while (std::chrono::steady_clock::now() < end);
 }
 
