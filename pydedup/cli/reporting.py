@@ -41,9 +41,16 @@ __all__ = ["report"]
     help="Uses of pages that `pydedup serve --record` wrote: what each policy would have missed.",
 )
 @options.memory_option
+@options.json_option
 @options.quiet_option
 def report(
-    url: str, path: Path, models: tuple[str, ...], trace: Path | None, memory: str, quiet: bool
+    url: str,
+    path: Path,
+    models: tuple[str, ...],
+    trace: Path | None,
+    memory: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Write a store as one HTML page.
 
@@ -53,11 +60,17 @@ def report(
 
     Needs the extra `report`.
     """
-    recorded = None if trace is None else Trace.load(trace)
     to_stdout = str(path) == "-"
+    if to_stdout and as_json:
+        raise click.UsageError("-o - prints the page, and --json a document: name a file with -o")
+    recorded = None if trace is None else Trace.load(trace)
     with options.read_store(url, memory) as store, Watch("looking at the store", quiet=quiet):
         page = store.report(None if to_stdout else path, models=models, trace=recorded)
+        where = store.url
+    n_bytes = len(page.encode())
     if to_stdout:
         click.echo(page, nl=False)
+    elif as_json:
+        output.emit_json({"url": where, "path": str(path), "bytes": n_bytes})
     else:
-        output.print_note(f"wrote {path}: {text.size(len(page.encode()))}")
+        output.print_note(f"wrote {path}: {text.size(n_bytes)}")

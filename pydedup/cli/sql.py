@@ -65,22 +65,33 @@ def install(url: str, python_path: str | None, as_json: bool) -> None:
 
 @sql.command(short_help="Take the functions out again.")
 @options.store_argument
-def uninstall(url: str) -> None:
+@options.json_option
+def uninstall(url: str, as_json: bool) -> None:
     """Take the functions out of the schema of STORE; models and the language PL/Python stay."""
     options.read_store(url).close()
     with registry.opened(url, mode="a") as adapter:
         _functions(adapter).drop_functions()
-        output.print_note(f"functions are gone from {adapter.url}")
+        where = adapter.url
+    if as_json:
+        output.emit_json({"store": where})
+        return
+    output.print_note(f"functions are gone from {where}")
 
 
 @sql.command(short_help="Print the SQL that makes the functions.")
 @options.store_argument
 @_path_option
-def show(url: str, python_path: str | None) -> None:
+@options.json_option
+def show(url: str, python_path: str | None, as_json: bool) -> None:
     """Print the SQL that `pydedup sql install` runs, for an administrator to read or to run."""
     with registry.opened(url, mode="r") as adapter:
-        for statement in _functions(adapter).function_statements(python_path):
-            click.echo(f"{statement};")
+        statements = _functions(adapter).function_statements(python_path)
+        where = adapter.url
+    if as_json:
+        output.emit_json({"store": where, "statements": list(statements)})
+        return
+    for statement in statements:
+        click.echo(f"{statement};")
 
 
 def _functions(adapter: object) -> FunctionsAdapter:

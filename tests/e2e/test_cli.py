@@ -13,34 +13,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import pydedup
+from pydedup.cli.app import program
 from pydedup.graph import Graph, Node
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-COMMANDS = (
-    *(
-        "add",
-        "load",
-        "export",
-        "predict",
-        "score",
-        "ls",
-        "info",
-        "stats",
-        "explain",
-        "diff",
-        "alias",
-        "rm",
-    ),
-    *("verify", "refill", "vacuum", "quota", "demo", "kernels"),
+#: All commands but groups, by what is typed.
+COMMANDS = tuple(
+    f"{name} {inner}" if inner else name
+    for name, command in program.commands.items()
+    for inner in (command.commands if isinstance(command, click.Group) else [""])
 )
 #: What prints no result.
-WITHOUT_JSON = ("serve", "sql")
+WITHOUT_JSON = ("serve",)
 
 
 def run_program(
@@ -139,7 +131,7 @@ def expected(x: np.ndarray) -> np.ndarray:
 
 def test_help_names_every_command_and_exit_status() -> None:
     text = succeed("--help")
-    for command in COMMANDS + WITHOUT_JSON:
+    for command in program.commands:
         assert re.search(rf"^  {command} ", text, re.MULTILINE), command
     for status in (0, 1, 2, 3, 4, 5, 6, 70, 130, 141):
         assert re.search(rf"^  {status} ", text, re.MULTILINE), status
@@ -147,11 +139,11 @@ def test_help_names_every_command_and_exit_status() -> None:
     assert succeed("-h") == text
 
 
-@pytest.mark.parametrize("command", COMMANDS + WITHOUT_JSON)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help(command: str) -> None:
-    text = succeed(command, "--help")
+    text = succeed(*command.split(), "--help")
     assert text.startswith(f"Usage: pydedup {command} ")
-    assert ("--json" in text) == (command in COMMANDS)
+    assert ("--json" in text) == (command not in WITHOUT_JSON)
 
 
 def test_help_starts_fast_and_loads_nothing_big() -> None:
@@ -386,3 +378,28 @@ def test_alias_rm_vacuum_verify(files: Path, tmp_path: Path) -> None:
     checked = document("verify", url)
     assert (checked["ok"], checked["models"], checked["errors"]) == (True, 1, [])
     assert succeed("verify", url).startswith("sound: 1 model, ")
+
+
+def test_what_sql_prints_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that takes a SQLite store for one with functions: PL/Python is not everywhere."""
+
+    class Functions:
+        def function_statements(self, python_path: str | None) -> list[str]:
+            return ["CREATE FUNCTION f()", f"-- {python_path}"]
+
+        def drop_functions(self) -> None:
+            dropped.append(True)
+
+    dropped: list[bool] = []
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    pydedup.open(url).close()
+    monkeypatch.setattr("pydedup.cli.sql._functions", lambda adapter: Functions())
+    shown = CliRunner().invoke(program, ["sql", "show", url, "--python-path", "/p", "--json"])
+    assert json.loads(shown.stdout) == {
+        "store": url,
+        "statements": ["CREATE FUNCTION f()", "-- /p"],
+    }
+    plain = CliRunner().invoke(program, ["sql", "show", url])
+    assert plain.stdout == "CREATE FUNCTION f();\n-- None;\n"
+    gone = CliRunner().invoke(program, ["sql", "uninstall", url, "--json"])
+    assert (json.loads(gone.stdout), dropped) == ({"store": url}, [True])

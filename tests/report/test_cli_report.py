@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_a_report_on_standard_output_is_the_page_alone(family_url: str, tmp_path
     assert done.stdout.startswith("<!DOCTYPE html>")
     assert done.stdout.rstrip().endswith("</html>")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_report_is_as_json(family_url: str, tmp_path: Path) -> None:
+    done = run(family_url, "-o", "r.html", "--json", folder=tmp_path)
+    size = (tmp_path / "r.html").stat().st_size
+    assert json.loads(done.stdout) == {"url": family_url, "path": "r.html", "bytes": size}
+    both = run(family_url, "-o", "-", "--json", folder=tmp_path)
+    assert (both.returncode, both.stdout) == (2, "")
+    assert "name a file with -o" in both.stderr
 
 
 def test_what_is_wrong_is_said_and_nothing_written(family_url: str, tmp_path: Path) -> None:

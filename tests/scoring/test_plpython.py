@@ -291,7 +291,10 @@ def test_roles(place: Place) -> None:
 def test_show_and_uninstall(place: Place) -> None:
     w = add(place.url, "m@1")
     shown = run("sql", "show", place.url, "--python-path", place.server.python_path).stdout
-    run("sql", "uninstall", place.url)
+    listed = run("sql", "show", place.url, "--python-path", place.server.python_path, "--json")
+    statements = json.loads(listed.stdout)["statements"]
+    assert "".join(f"{statement};\n" for statement in statements) == shown
+    gone = json.loads(run("sql", "uninstall", place.url, "--json").stdout)
     with pytest.raises(psycopg.errors.UndefinedFunction):
         place.ask("SELECT pydedup_model('m')")
     run("sql", "uninstall", place.url)  # of what is gone already
@@ -301,7 +304,7 @@ def test_show_and_uninstall(place: Place) -> None:
     document = json.loads(
         run("sql", "install", place.url, "--python-path", place.server.python_path, "--json").stdout
     )
-    assert document["version"] == pydedup.__version__
+    assert document == {**gone, "version": pydedup.__version__}
 
 
 def test_a_python_that_has_no_pydedup(place: Place, tmp_path: Path) -> None:
