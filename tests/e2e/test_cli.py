@@ -381,7 +381,7 @@ def test_alias_rm_vacuum_verify(files: Path, tmp_path: Path) -> None:
 
 
 def test_what_sql_prints_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process that takes a SQLite store for one with functions: PL/Python is not everywhere."""
+    """A SQLite store is taken for one with functions: PL/Python is not everywhere."""
 
     class Functions:
         def function_statements(self, python_path: str | None) -> list[str]:
