@@ -23,7 +23,6 @@ from pydedup.errors import (
     ArgumentError,
     ClusterError,
     ConflictError,
-    NotFoundError,
     PydedupError,
     UnavailableError,
 )
@@ -32,7 +31,7 @@ from pydedup.ray.cluster import import_ray, use_threads
 from pydedup.ray.score_parquet import ParquetPart, TableRows, key_kind, read_part
 from pydedup.ray.score_plan import FilePart, FolderNotes, PartResult, QueryPart, Settings
 from pydedup.serving.features import InputKind
-from pydedup.serving.score import MOST_FAILURES, Scoring, kind_of
+from pydedup.serving.score import MOST_FAILURES, Scoring, kind_of, removed
 from pydedup.store import Store
 from pydedup.text import without_secrets
 
@@ -92,7 +91,8 @@ class Scorer:
         for row in adapter.models(name=self.settings.model_name):
             if row.id == self.settings.model_id:
                 return self._catalog.of_row(row)
-        raise NotFoundError(f"{self.settings.address} was removed from {adapter.url} meanwhile")
+        told = self.settings
+        raise removed(told.address, told.into or str(told.folder), files=told.folder is not None)
 
     def close(self) -> None:
         """Close all that is open."""
@@ -110,6 +110,7 @@ class Scorer:
             self._kind,
             lambda stored, x: self._store.predict(stored.address, x),
             self.settings.on_error,
+            to_files=self.settings.folder is not None,
         )
         work.begin()
         return work

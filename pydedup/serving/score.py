@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter, RowColumn
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import ArgumentError, ConflictError, NotFoundError
+from pydedup.errors import ArgumentError, ConflictError, NotFoundError, PydedupError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.serving.features import (
@@ -35,7 +35,7 @@ from pydedup.serving.features import (
 from pydedup.serving.pin import Pin
 from pydedup.types import Progress, RowFailure, ScoreReport
 
-__all__ = ["Scoring", "graph_of", "key_place", "kind_of", "score_rows"]
+__all__ = ["Scoring", "graph_of", "key_place", "kind_of", "removed", "score_rows"]
 
 Array = NDArray[Any]
 #: Returns what a stored model predicts, as `Store.predict` does.
@@ -67,6 +67,18 @@ def graph_of(model: StoredModel) -> Graph:
             "add it from a torch.nn.Sequential, Keras or ONNX model of layers that pydedup knows"
         )
     return graph
+
+
+def removed(address: str, table: str, *, files: bool) -> NotFoundError:
+    """Return the error of a version that is not there any more while rows are scored with it.
+
+    ``files`` says that the table is a folder of files, which are of one version.
+    """
+    others = "and a new folder" if files else "rows that are there stay as they are"
+    return NotFoundError(
+        f"{address} was removed while rows were scored with it; what was scored stays in {table}. "
+        f"Name another version to score the rest ({others})"
+    )
 
 
 def score_rows(
@@ -134,8 +146,11 @@ class Scoring:
         kind: InputKind,
         predict: Predict,
         on_error: str,
+        *,
+        to_files: bool = False,
     ) -> None:
         self._rows, self._table, self._model = rows, table, model
+        self._to_files = to_files
         self._catalog, self._answer = catalog, predict
         self._skips = on_error == "skip"
         self._place = key_place(columns, key)
@@ -156,9 +171,22 @@ class Scoring:
 
     def _predict(self, x: Array) -> Any:
         """Predict with the version of the work, and with none that took its name meanwhile."""
-        if self._catalog.resolve(self._model.address).id != self._model.row.id:
-            raise NotFoundError(f"{self._model.address} was removed and added again meanwhile")
-        return self._answer(self._model, x)
+        self._check_model()
+        try:
+            return self._answer(self._model, x)
+        except ArgumentError:
+            raise
+        except PydedupError:
+            self._check_model()  # its pages may have gone
+            raise
+
+    def _check_model(self) -> None:
+        try:
+            there = self._catalog.resolve(self._model.address).id == self._model.row.id
+        except NotFoundError:
+            there = False
+        if not there:
+            raise removed(self._model.address, self._table, files=self._to_files)
 
     def begin(self) -> None:
         """Look at the table, which may be missing, and at what is known before any row."""

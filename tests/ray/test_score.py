@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,30 @@ def test_parquet_becomes_parquet_once(parquet: Path, scored_file: Scored, connec
         score(parquet, scored_file, parquet, columns=columns)
     with pytest.raises(ArgumentError, match="predictions of another work"):
         score(parquet / "a.parquet", scored_file, out, columns=columns)
+
+
+@pytest.mark.parametrize("into", ["table", "folder"])
+def test_a_version_that_is_removed_under_the_work_is_told(
+    into: str, scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    target: Any = "p" if into == "table" else tmp_path / "out"
+
+    def remove(stage: str, done: int, total: int) -> None:
+        with pydedup.open(scored_file.url) as store, contextlib.suppress(NotFoundError):
+            store.alias("m", "prod", "2")
+            store.remove("m@1")
+
+    stays = r"\S*p\b" if into == "table" else re.escape(str(target))
+    said = f"m@1 was removed while rows were scored with it; what was scored stays in {stays}. Name"
+    with pytest.raises(NotFoundError, match=said) as raised:
+        score(scored_file.query, scored_file, target, workers=1, part_rows=50, progress=remove)
+    assert ("and a new folder" in str(raised.value)) == (into == "folder")
+    found = scored_file.predictions() if into == "table" else of_folder(target)
+    assert 0 < len(found) < ROWS
+    if into == "table":
+        report = score(scored_file.query, scored_file, target, model="m@2")
+        assert report.rows + report.skipped == ROWS
+        assert report.skipped == len(found)
 
 
 def test_a_query_becomes_parquet(scored_file: Scored, tmp_path: Path, connected: Any) -> None:

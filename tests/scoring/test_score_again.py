@@ -98,6 +98,31 @@ def test_the_version_of_work_that_was_removed_is_told(
         assert store.score(query_of(table), "m@2", into=into).rows == 3
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_version_that_is_removed_under_the_work_is_told(
+    again: bool, tables: Tables, source: Make, new_name: Make
+) -> None:
+    """Also where another took its name and version meanwhile."""
+    add(tables.url, "m@1", seed=1)
+    add(tables.url, "m@2", seed=2)
+    table, into = source(features(30)), new_name()
+
+    def remove(stage: str, done: int, total: int) -> None:
+        if done == 10:
+            with pydedup.open(tables.url) as other:
+                other.remove("m@1")
+            if again:
+                add(tables.url, "m@1", seed=3)
+
+    said = rf"m@1 was removed while rows were scored with it; what was scored stays in \S*{into}\. "
+    with pydedup.open(tables.url) as store:
+        with pytest.raises(NotFoundError, match=said + "Name another version to score the rest"):
+            store.score(query_of(table), "m@1", into=into, batch=10, progress=remove)
+        assert len(predictions(tables, into)) == 10
+        report = store.score(query_of(table), "m@2", into=into)
+        assert (report.rows, report.skipped) == (20, 10)
+
+
 def test_two_at_once_write_each_row_once(tables: Tables, source: Make, new_name: Make) -> None:
     w, x, into = add(tables.url, "m@1"), features(200), new_name()
     table = source(x)
