@@ -22,7 +22,7 @@ from pydedup.ingest.ahead import Ahead
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
-from pydedup.ingest.previous import Previous
+from pydedup.ingest.previous import Previous, split_sums
 from pydedup.ingest.publish import Batch, publish_batch
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.replace import choose_blocks
@@ -160,6 +160,8 @@ def _match(
         for request in requests:
             with _named(request, requests):
                 models.append(_match_model(adapter, matcher, ahead, request, progress, advance))
+    reader = matcher.reader
+    split_sums(matcher.stored, reader, (model.references(reader) for model in models))
     return models
 
 

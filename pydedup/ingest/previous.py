@@ -10,6 +10,7 @@ hash, which elsewhere are told apart by their bytes, would be met here once in 2
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import block_places, by_page, joined, split_places, used_places
 from pydedup.policies import Policy
 
-__all__ = ["Previous"]
+__all__ = ["Previous", "split_sums"]
 
 _UNKNOWN = 1 << 40
 
@@ -93,7 +94,8 @@ class Previous:
         ``references`` are all of the model, with bases. Nothing need be read of a page of which
         this version has the same blocks, as their sum is known; nor where it has but raw blocks,
         which that sum tells; nor where a block was looked at meanwhile, as those are that changed
-        ones might be near to. The rest is read.
+        ones might be near to. The rest is read. When all models of an add were settled,
+        `split_sums` has to be called.
         """
         stored = np.unique(references[references < 0])
         unknown = self._stored.without_cost(stored)
@@ -114,13 +116,9 @@ class Previous:
                 continue
             if raw[all_old].sum() == size:  # none takes more than raw, so each takes as much
                 costs = raw[np.searchsorted(before, places[at])]
+                self._stored.set_costs(mine[at], costs)
             elif len(at) == blocks:
-                # Which of them takes what does not matter to anybody, as long as the sum is right.
-                costs = np.full(blocks, size // blocks)
-                costs[0] += size % blocks
-            else:
-                continue
-            self._stored.set_costs(mine[at], costs)
+                self._stored.set_sum(mine[at], size)
         for _ in reader.windows(self._stored.without_cost(mine)):
             pass  # they are noted on the way
 
@@ -138,6 +136,20 @@ class Previous:
         raw = np.full(len(used), _UNKNOWN)
         raw[np.searchsorted(used, joined(places))] = joined(costs)
         return used, raw
+
+
+def split_sums(
+    stored: StoredTable, reader: BlockReader, models: Iterable[NDArray[np.int64]]
+) -> None:
+    """See to it that sums which `Previous.settle_costs` found are not used for parts of them.
+
+    That is where models of one add share blocks of a page, and differ in others; the page is read.
+    ``models`` are the references of each.
+    """
+    for references in models:
+        unknown = stored.parts_apart(np.unique(references[references < 0]))
+        for _ in reader.windows(stored.without_cost(unknown)):
+            pass  # they are noted on the way
 
 
 def _error_of(row: ModelRow) -> float:

@@ -39,6 +39,10 @@ class StoredTable:
         self._slots = np.empty(0, np.uint32)
         #: What each takes on its page; 0 until somebody looked.
         self._costs = np.empty(0, np.int64)
+        #: Of which sum the cost is a part that was made up, 0 where it is what the block takes.
+        self._sums = np.empty(0, np.int32)
+        #: How many blocks have a part of each sum.
+        self._parts = [0]
         #: References to what each is a delta of, or `NO_BASE`.
         self._bases = np.empty(0, np.int64)
         #: Dtype codes; 0 until somebody looked.
@@ -110,11 +114,12 @@ class StoredTable:
         self._page_ids = _with_room(self._page_ids, end)
         self._slots = _with_room(self._slots, end)
         self._costs = _with_room(self._costs, end)
+        self._sums = _with_room(self._sums, end)
         self._bases = _with_room(self._bases, end)
         self._dtypes = _with_room(self._dtypes, end)
         new = slice(start, end)
         self._page_ids[new], self._slots[new], self._costs[new] = page_ids, slots, costs
-        self._bases[new], self._dtypes[new] = NO_BASE, 0
+        self._bases[new], self._dtypes[new], self._sums[new] = NO_BASE, 0, 0
         self._count = end
         return np.arange(start, end)
 
@@ -132,6 +137,29 @@ class StoredTable:
     def set_costs(self, references: NDArray[np.int64], costs: ArrayLike) -> None:
         """Say what blocks take on their pages."""
         self._costs[-1 - references] = costs
+        self._sums[-1 - references] = 0
+
+    def set_sum(self, references: NDArray[np.int64], total: int) -> None:
+        """Say what blocks take together, where it matters to nobody which of them takes what."""
+        costs = np.full(len(references), total // len(references))
+        costs[0] += total % len(references)
+        self.set_costs(references, costs)
+        self._sums[-1 - references] = len(self._parts)
+        self._parts.append(len(references))
+
+    def parts_apart(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the blocks of sums of which these distinct (negative) references are but a part.
+
+        What each of them takes is unknown from then on.
+        """
+        sums = self._sums[-1 - references]
+        found, counts = np.unique(sums[sums > 0], return_counts=True)
+        apart = found[counts < np.array(self._parts)[found]]
+        numbers = np.flatnonzero(np.isin(self._sums[: self._count], apart))
+        blocks: NDArray[np.int64] = -1 - numbers
+        if len(blocks):
+            self.set_costs(blocks, 0)
+        return blocks
 
     def bases_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the references of their bases, `NO_BASE` for blocks that are no deltas."""

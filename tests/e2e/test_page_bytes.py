@@ -99,3 +99,31 @@ def test_raw_pages_are_not_read_for_it(tmp_path: Path, monkeypatch: pytest.Monke
         assert read == []
         assert_exact(store)
         assert read
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("m", "part"), ("part", "m"), ("m", "new"), ("new", "m"), ("m", "part", "new")],
+    ids="-".join,
+)
+def test_of_versions_added_together_that_share_blocks_of_a_page(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """None of them is read, and the sum that one knows says nothing of what another has of it."""
+    rng = np.random.default_rng(2)
+    url = f"sqlite:///{tmp_path}/store.db"
+    table = rng.standard_normal((3001, 256)).astype(np.float32)
+    table[::7, ::3] = 0  # blocks that take less than raw, each by another amount
+    table[1000:1400] = (table[1000:1400] * 10).round()
+    with pydedup.open(url) as store:
+        store.add("m", {"w": table})
+        store.add("part", {"w": table[:1280], "b": table[0]})
+    models = {
+        "m": {"w": np.concatenate([table[:2900], table[2900:] * 2])},
+        "part": {"w": table[:1280], "b": table[0] + 1},
+        "new": {"w": table[:640]},
+    }
+    with pydedup.open(url) as store:  # nothing is in memory
+        store.add_many({name: models[name] for name in names})
+        assert_exact(store)
+        assert store.verify().ok
