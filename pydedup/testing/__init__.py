@@ -3,6 +3,7 @@
 
 - :mod:`pydedup.testing.adapter_contract`: the suite that every database adapter must pass.
 - :mod:`pydedup.testing.rows_contract`: those for tables of users, where an adapter knows them.
+- :mod:`pydedup.testing.functions_contract`: those for functions inside of a server.
 - :mod:`pydedup.testing.faults`: an adapter that fails where a test wants it to.
 - :mod:`pydedup.testing.crash`: ends a process in a chosen phase of what it does to a store.
 - :mod:`pydedup.testing.proxy`: cuts connections to a server in the middle of an answer.
