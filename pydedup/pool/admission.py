@@ -91,14 +91,14 @@ class Gate:
             self._changed.notify_all()
 
     @contextmanager
-    def hold(self, amount: int) -> Iterator[None]:
-        """Wait until there is room, and hold it."""
+    def hold(self, amount: int, *, waits: bool = True) -> Iterator[None]:
+        """Wait until there is room, unless told otherwise, and hold it."""
         thread = threading.get_ident()
         ticket = object()
         inside = False
         try:
             with self._changed:
-                if thread not in self._inside:
+                if waits and thread not in self._inside:
                     self._waiting.append(ticket)
                     self._changed.wait_for(
                         lambda: (
@@ -141,6 +141,17 @@ class Gate:
         with self._changed:
             self._use(-amount)
             self._changed.notify_all()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Tell that nothing is in use, as long as this lasts; nobody comes or goes meanwhile."""
+        with self._changed:
+            used, self._used = self._used, 0
+            try:
+                self._use(0)
+                yield
+            finally:
+                self._use(used)
 
     def _use(self, amount: int) -> None:
         self._used += amount

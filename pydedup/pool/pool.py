@@ -132,7 +132,7 @@ class PagePool:
             self._core,
             self._scratch,
             # A delta needs its page and that of its base at once.
-            lambda: min(self._budget // 2, self._budget - 2 * self._loader.largest),
+            lambda: min(self._left // 2, self._left - 2 * self._loader.largest),
         )
         self._activations = Gate(self._scratch + self._budget // 2, shadow.follow)
         self._reserved = 0
@@ -340,9 +340,12 @@ class PagePool:
         They come back when the result is released or gone, or is left as a context manager. Evicts
         what it must; raises BudgetError when that much is not to be had.
         """
-        reservation = Reservation(self._core.reserve(nbytes), nbytes, self._give_back)
-        self._widen(-nbytes)
-        return reservation
+        try:
+            return self._reserve(nbytes)
+        except BudgetError:
+            # Activations count as far as there is room: what they will take is only foreseen.
+            with self._activations.aside():
+                return self._reserve(nbytes)
 
     @property
     def activation_bytes(self) -> int:
@@ -350,7 +353,7 @@ class PagePool:
         return self._activations.limit
 
     @contextmanager
-    def activations(self, nbytes: int) -> Iterator[Callable[[int], None]]:
+    def activations(self, nbytes: int, *, waits: bool = True) -> Iterator[Callable[[int], None]]:
         """Count the activations of a prediction against the budget, waiting for others' to go.
 
         More than `activation_bytes` is let in alone, and counted as far as there is room. What is
@@ -363,7 +366,7 @@ class PagePool:
             gate.take(nbytes)
             more += nbytes
 
-        with gate.hold(nbytes):
+        with gate.hold(nbytes, waits=waits):
             try:
                 yield take_more
             finally:
@@ -401,11 +404,20 @@ class PagePool:
 
     # ---- inside -------------------------------------------------------------------------------
 
+    def _reserve(self, nbytes: int) -> Reservation:
+        reservation = Reservation(self._core.reserve(nbytes), nbytes, self._give_back)
+        self._widen(-nbytes)
+        return reservation
+
     def _give_back(self, nbytes: int, process: int) -> None:
         if process != self._process:
             self._inherited -= nbytes
             self._carry()
         self._widen(nbytes)
+
+    @property
+    def _left(self) -> int:
+        return max(self._budget - self._reserved, 0)
 
     def _carry(self) -> None:
         self._carried.release()
@@ -413,7 +425,7 @@ class PagePool:
 
     def _widen(self, nbytes: int) -> None:
         self._reserved -= nbytes
-        left = max(self._budget - self._reserved, 0)
+        left = self._left
         self._gate.narrow(left // 4)
         self._ahead.narrow(left // 4)
         self._activations.narrow(self._scratch + left // 2)

@@ -67,27 +67,47 @@ class Activations:
         return _known.setdefault(pool, cls())
 
     def counted(
-        self, pool: PagePool, module: object, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        pool: PagePool,
+        module: object,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        threads: set[int],
+        *,
+        is_part: bool,
     ) -> AbstractContextManager[None]:
         """Return a context in which what torch allocates is counted.
 
         It waits until other calls leave room for that. Calls of modules that are equal, or of one,
         are told from each other by their arguments.
+
+        Parameters
+        ----------
+        threads
+            Those whose calls of an attached module are counted now; this one is added meanwhile.
+        is_part
+            Whether it is a part of that module. Then no other call of it is waited for: the
+            module may have threads that call its parts, and wait for them.
         """
         if _here.counted:
             return nullcontext()
         form, sizes = _form(module, args, kwargs)
         if self._peaks.get(form, {}).get(sizes, _NOTHING + 1) <= _NOTHING:
             return nullcontext()
-        return self._counted(pool, form, sizes)
+        waits = not (is_part and threads)
+        return self._counted(pool, form, sizes, threads, waits)
 
     @contextmanager
-    def _counted(self, pool: PagePool, form: _Form, sizes: _Sizes) -> Iterator[None]:
+    def _counted(
+        self, pool: PagePool, form: _Form, sizes: _Sizes, threads: set[int], waits: bool
+    ) -> Iterator[None]:
         found = self._expected(form, sizes)
         expected, is_known = (pool.activation_bytes, False) if found is None else found
+        thread = threading.get_ident()
         _here.counted = True
         try:
-            with pool.activations(expected) as take_more:
+            with pool.activations(expected, waits=waits) as take_more:
+                threads.add(thread)
                 if is_known:
                     yield
                     return
@@ -99,6 +119,7 @@ class Activations:
                     peak = meter.end()
             self._note(form, sizes, peak)
         finally:
+            threads.discard(thread)
             _here.counted = False
 
     def _expected(self, form: _Form, sizes: _Sizes) -> tuple[int, bool] | None:
@@ -142,12 +163,15 @@ _known: weakref.WeakKeyDictionary[PagePool, Activations] = weakref.WeakKeyDictio
 
 
 def _form(module: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[_Form, _Sizes]:
-    if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor:  # the most common one
-        return (module, args[0].dtype, args[0].ndim), tuple(args[0].shape)
+    if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor and not args[0].is_nested:
+        return (module, args[0].dtype, args[0].ndim), tuple(args[0].shape)  # the most common one
     kinds: list[object] = [module]
     sizes: list[int] = []
     for value in _flat((args, kwargs)):
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            kinds.append(("nested", value.dtype, value.ndim))
+            sizes.append(value.values().numel())  # has no shape
+        elif isinstance(value, torch.Tensor):
             kinds.append((value.dtype, value.ndim))
             sizes.extend(value.shape)
         elif value is None or isinstance(value, bool | str):

@@ -250,6 +250,8 @@ class Attachment:
         layers = tuple((slot.names, slot.shape, slot.dtype) for slot in self.slots)
         self._layers = kind, hash(layers)
         self._activations = Activations.of(pool)
+        #: Where calls of the module and its parts are counted.
+        self._threads: set[int] = set()
 
     def counted(
         self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -257,7 +259,9 @@ class Attachment:
         """Return a context in which what torch allocates for a call counts against the budget."""
         is_whole = self.root is not None and self.root() is module
         called = (*self._layers, None if is_whole else id(module))
-        return self._activations.counted(self._pool, called, args, kwargs)
+        return self._activations.counted(
+            self._pool, called, args, kwargs, self._threads, is_part=not is_whole
+        )
 
     @property
     def memory_bytes(self) -> int:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting the activations of attached modules hinders no call that would do without it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pydedup
+
+torch: Any = pytest.importorskip("torch")
+nn = torch.nn
+
+
+def test_a_module_may_call_its_parts_on_threads_of_its_own(tmp_path: Path) -> None:
+    class SideBySide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(512, 512) for _ in range(2))
+
+        def forward(self, x: Any) -> Any:
+            seen: dict[int, Any] = {}
+
+            def call(number: int) -> None:
+                with torch.no_grad():
+                    seen[number] = self.parts[number](x)
+
+            run_all([lambda: call(0), lambda: call(1)])
+            return seen[0] + seen[1]
+
+    module = SideBySide().eval()
+    x = torch.randn(600, 512)
+    with torch.no_grad(), pydedup.open(tmp_path / "a.db", memory="64MiB") as store:
+        want = module(x)
+        store.add("m", module)
+        store.attach(module, "m")
+        for _ in range(3):  # measured, then known
+            torch.testing.assert_close(module(x), want, atol=1e-4, rtol=1e-4)
+        # Called on their own, they wait for each other as modules do.
+        run_all([lambda: module.parts[0](x), lambda: module.parts[1](x)])
+        assert not store._pool._activations._inside
+        assert store._pool.stats()["reserved_bytes"] == 2 * 512 * 4  # biases
+
+
+def run_all(calls: list[Callable[[], object]]) -> None:
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "waits for ever"
+
+
+def test_a_weight_is_loaded_though_activations_may_need_the_room(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv3d(900, 64, 5)).eval()  # 27 of 32 MiB
+    x = torch.randn(1, 900, 5, 5, 5)
+    with torch.no_grad(), pydedup.open(tmp_path / "a.db", memory="64MiB") as store:
+        want = module(x)
+        store.add("m", module)
+        store.attach(module, "m")
+        torch.testing.assert_close(module(x), want, atol=1e-4, rtol=1e-4)
+        weights = 4 * (900 * 125 * 64 + 64)
+        assert store._pool.stats()["reserved_bytes"] == weights
+        # What is left is enough for a page and its base, also while activations are counted.
+        with store._pool.activations(store._pool.activation_bytes):
+            stats = store._pool.stats()
+            assert stats["budget_bytes"] - stats["reserved_bytes"] >= 2 << 20
+            assert stats["reserved_bytes"] > weights
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_module_may_be_given_a_nested_tensor(tmp_path: Path, layout: Any) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: Any) -> Any:
+            return self.linear(x.to_padded_tensor(0.0)).repeat(8, 1, 1)
+
+    module = Padded().eval()
+    with torch.no_grad(), pydedup.open(tmp_path / "a.db", memory="64MiB") as store:
+        store.add("m", module)
+        attached = store.attach(Padded().eval(), "m")
+        for rows in (900, 900, 1000, 300, 3000):
+            x = torch.nested.nested_tensor([torch.ones(rows, 64), torch.ones(2, 64)], layout=layout)
+            torch.testing.assert_close(attached(x), module(x), atol=1e-4, rtol=1e-4)
