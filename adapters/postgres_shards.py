@@ -20,6 +20,7 @@ from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.errors import PydedupError, SchemaVersionError, StoreError
 
 from ._postgres_base import SHARDS
+from ._postgres_errors import ConnectionLostError
 from ._postgres_statement import Statement, run_together
 from ._schema import Dialect
 from ._sessions import Session
@@ -262,11 +263,28 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
                 shard.compact()
 
     def integrity_errors(self) -> list[str]:
-        """Return complaints of the coordinator, and which copies are not where they belong."""
+        """Return complaints of the coordinator, and which copies are not where they belong.
+
+        Of a shard that is merely down, nothing is known, see `unreachable_places`.
+        """
         complaints = super().integrity_errors()
         for shard in self._shards:
             try:
                 complaints += self._wrong_on(shard)
+            except ConnectionLostError:
+                continue
             except PydedupError as error:
                 complaints.append(f"the pages of a shard were not checked: {error}")
         return complaints
+
+    def unreachable_places(self) -> list[str]:
+        """Return what there is to say of each shard that does not answer now."""
+        found: list[str] = []
+        for shard in self._shards:
+            try:
+                shard.payload_ids(0, 1)
+            except ConnectionLostError as error:
+                found.append(f"shard {shard.id[:8]}: {error}")
+            except PydedupError:  # which is no silence, and told where it matters
+                continue
+        return found

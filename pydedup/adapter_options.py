@@ -185,6 +185,14 @@ class CopiesAdapter(Protocol):
 
 
 @runtime_checkable
+class PlacesAdapter(Protocol):
+    """Pages that are on servers of their own, optional for an adapter."""
+
+    def unreachable_places(self) -> list[str]:
+        """Return what there is to say of each place that does not answer now, by its name."""
+
+
+@runtime_checkable
 class RefillAdapter(CopiesAdapter, Protocol):
     """Copies that can be looked at and put back one by one, optional for an adapter.
 

@@ -82,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "conv": VALUES | {"_core", "blocks", "config", "matmul", "pool"},
     "formats": VALUES | {"_lazy", "names", "graph", "blocks"},
     "layout": VALUES | {"blocks", "codec", "packing", "pool"},
-    "jobs": VALUES | {"adapter"},
+    "jobs": VALUES | ADAPTERS,
     "signatures": VALUES | {"adapter", "similarity"},
     "catalog": MODEL,
     "usage": MODEL | {"catalog", "layout", "pool"},

@@ -62,7 +62,8 @@ def verify(
     served meanwhile. What was found nowhere is listed with the models that miss it, and can be
     tried again from elsewhere. All else that is printed is how things are after the repair.
 
-    The exit status is 1 when something is damaged, or a metric is below what was promised.
+    The exit status is 1 when something is damaged, or could not be checked since its server does
+    not answer, or a metric is below what was promised.
     """
     evaluate = {name: options.load_function(place) for name, place in metrics}
     opened = options.read_store if source is None else options.existing_store
@@ -75,6 +76,8 @@ def verify(
         _print_repair(report.repair, source or "")
     for complaint in report.errors:
         output.print_note(f"damaged: {complaint}", "red")
+    for complaint in report.unreachable:
+        output.print_note(f"unreachable: {complaint}", "yellow")
     for complaint in report.broken_promises:
         output.print_note(f"promise broken: {complaint}", "red")
     for note in report.notes[:_SHOWN_NOTES]:
@@ -90,6 +93,8 @@ def verify(
     )
     verdict, style = "sound", "green"
     if not report.ok:
+        verdict, style = "NOT ALL CHECKED", "bold yellow"
+    if report.errors or report.broken_promises:
         verdict, style = "DAMAGED" if report.errors else "PROMISE BROKEN", "bold red"
     output.print_note(f"{verdict}: {checked}, checked in {text.duration(watch.seconds)}", style)
     return Exit.OK if report.ok else Exit.DIFFERENT

@@ -7,10 +7,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from pydedup.adapter import LIVE, Adapter
+from pydedup.adapter_options import PlacesAdapter
 from pydedup.catalog import listed
-from pydedup.errors import CorruptStoreError
+from pydedup.errors import CorruptStoreError, UnavailableError
 from pydedup.maintenance.repair import RepairReport
 from pydedup.pool import PagePool
+from pydedup.text import plural
 
 __all__ = ["Damage", "VerifyReport", "unreadable_pages"]
 
@@ -24,6 +26,8 @@ class VerifyReport:
     ``errors`` are damage, ``broken_promises`` metrics below what a certificate says; ``notes`` are
     harmless leftovers that a vacuum removes. ``damaged_pages`` has the pages that cannot be read,
     or do not hold what was recorded, each with the models that read it; all others are served.
+    ``unreachable`` says which servers do not answer now, and ``unreachable_pages`` has what is
+    nowhere else: neither sound nor damaged, as far as is known.
     """
 
     pages: int = 0
@@ -32,6 +36,8 @@ class VerifyReport:
     page_bytes: int = 0
     errors: list[str] = field(default_factory=list)
     damaged_pages: dict[int, list[str]] = field(default_factory=dict)
+    unreachable: list[str] = field(default_factory=list)
+    unreachable_pages: dict[int, list[str]] = field(default_factory=dict)
     broken_promises: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     repair: RepairReport | None = None
@@ -39,8 +45,12 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged, and each promise that was checked is kept."""
-        return not self.errors and not self.broken_promises
+        """Whether all was checked, nothing is damaged, and the promises asked about are kept."""
+        return not self.errors and not self.broken_promises and not self.unreachable
+
+    def unread(self, page_id: int) -> bool:
+        """Whether a page was told of already, as damaged or not to be had."""
+        return page_id in self.damaged_pages or page_id in self.unreachable_pages
 
     def add_error(self, text: str) -> None:
         """Record damage; a hopeless store stops the list at some point."""
@@ -63,6 +73,7 @@ class Damage:
         self._live = live
         self._pool = pool
         self._can_read: dict[int, bool] = {}
+        self._said = ""
 
     def note(self, page_id: int, text: str) -> None:
         """Record damage of a page; its readers are named once."""
@@ -85,14 +96,37 @@ class Damage:
         self.note(page_id, f": {said}")
         self._can_read[page_id] = False
 
+    def note_unreachable(self, page_id: int, said: str) -> None:
+        """Record a page that is where nobody answers."""
+        if not self._report.unreachable_pages:
+            self._said = said
+        self._report.unreachable_pages[page_id] = self._readers.get(page_id, [])
+        self._can_read[page_id] = False
+
+    def sum_up_unreachable(self, adapter: Adapter) -> None:
+        """Say which servers do not answer, and what is not known for that."""
+        report = self._report
+        pages = report.unreachable_pages
+        if isinstance(adapter, PlacesAdapter):
+            report.unreachable += adapter.unreachable_places()
+        if not pages:
+            return
+        if not report.unreachable:
+            report.unreachable.append(self._said)
+        models = sorted({name for readers in pages.values() for name in readers})
+        read_by = f"read by {listed(models)}" if models else "no model reads them"
+        report.unreachable.append(f"{plural(len(pages), 'page')} could not be checked; {read_by}")
+
     def can_read(self, page_id: int) -> bool:
-        """Whether a page is live and parses."""
+        """Whether a page is live, can be had, and parses."""
         if page_id not in self._can_read:
             try:
                 is_there = page_id in self._live and bool(self._pool.pages([page_id]))
                 self._can_read[page_id] = is_there
             except CorruptStoreError:
                 self._can_read[page_id] = False
+            except UnavailableError as exc:
+                self.note_unreachable(page_id, str(exc))
         return self._can_read[page_id]
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
 from pydedup.catalog import SourceHashes, StoredModel, page_copies, page_readers
-from pydedup.errors import CorruptStoreError, PydedupError, StoreError
+from pydedup.errors import CorruptStoreError, PydedupError, StoreError, UnavailableError
 from pydedup.layout import base_places, by_page, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport, unreadable_pages
 from pydedup.policies import LOSSY
@@ -111,7 +111,7 @@ def _verify_pages(
         for block in adapter.blocks_on_pages(list(group)):
             recorded.setdefault(block.page_id, {})[block.slot] = block
         unseen = set(group)
-        for page_id, payload in _payloads(adapter, list(group), report):
+        for page_id, payload in _payloads(adapter, list(group), report, damage):
             unseen.discard(page_id)
             report.pages += 1
             report.page_bytes += len(payload)
@@ -121,6 +121,9 @@ def _verify_pages(
                 bases = _bases_on(page, page_id, wanted, report)
                 readable = _has_base(page, bases, damage.can_read)
                 digests = content_digests(page, bases, readable, pool)
+            except UnavailableError as exc:
+                damage.note_unreachable(page_id, str(exc))
+                continue
             except PydedupError as exc:
                 damage.note(page_id, f": {exc}")
                 continue
@@ -153,20 +156,21 @@ def _verify_pages(
                         f"recorded was {wanted[slot].hash128.hex()}",
                     )
                 _note_twin(report, seen, contents, digest, page_id, slot)
-        for page_id in sorted(unseen):
+        for page_id in sorted(unseen.difference(report.unreachable_pages)):
             damage.note(page_id, ": its bytes are in no place that answers")
         if progress is not None:
             progress("checking pages", min(start + _PAGES_AT_ONCE, len(rows)), len(rows))
+    damage.sum_up_unreachable(adapter)
     return contents
 
 
 def _payloads(
-    adapter: Adapter, page_ids: Sequence[int], report: VerifyReport
+    adapter: Adapter, page_ids: Sequence[int], report: VerifyReport, damage: Damage
 ) -> Iterator[tuple[int, bytes]]:
     """Yield pages; where there are copies, the first that is whole, after a look at all of them."""
     copies = page_copies(adapter)
     if copies is None:
-        yield from adapter.read_pages(page_ids)
+        yield from _had(adapter, page_ids, damage)
         return
     for page_id in page_ids:
         whole: list[bytes] = []
@@ -183,6 +187,22 @@ def _payloads(
             report.add_error(f"page {page_id}: a copy of it is damaged ({said}); another is read")
         for payload in (*whole, *damaged)[:1]:
             yield page_id, payload
+        if not whole and not damaged:
+            yield from _had(adapter, [page_id], damage)
+
+
+def _had(adapter: Adapter, page_ids: Sequence[int], damage: Damage) -> Iterator[tuple[int, bytes]]:
+    """Yield pages without those that are where nobody answers, which are noted."""
+    try:
+        found = list(adapter.read_pages(page_ids))
+    except UnavailableError as exc:
+        if len(page_ids) == 1:
+            damage.note_unreachable(page_ids[0], str(exc))
+            return
+        for page_id in page_ids:
+            yield from _had(adapter, [page_id], damage)
+        return
+    yield from found
 
 
 def _bases_on(
@@ -297,7 +317,7 @@ def _verify_model(
         for page_id, blocks in by_page(block_map.page_ids):
             content = contents.get(page_id)
             if content is None:
-                if page_id not in report.damaged_pages:
+                if not report.unread(page_id):
                     report.add_error(f"{where}: page {page_id} is missing, damaged or not live")
                 continue
             if page_id not in read:
@@ -325,7 +345,7 @@ def _verify_model(
                     f"{where}: blocks on page {page_id} have other bases than recorded"
                 )
             lost = np.setdiff1d(split_places(needed[needed != _NO_BASE])[0], live)
-            if any(base_page not in report.damaged_pages for base_page in lost.tolist()):
+            if not all(map(report.unread, lost.tolist())):
                 report.add_error(f"{where}: bases of blocks on page {page_id} are missing")
 
 

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verifying a store of which a shard is down: nothing there is damaged, and not all is checked."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import pydedup
+from pydedup.cli.app import main
+from pydedup.testing.servers import PostgresServer
+from pydedup.testing.shards import MODELS, ShardedPlace, fill
+
+PASSWORD = "geheim-4711"
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_what_is_on_a_shard_that_is_down_is_unreachable(
+    replicas: int,
+    place: ShardedPlace,
+    shard_servers: list[PostgresServer],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.3)
+    # The servers trust everybody, whatever the password.
+    shards = [url.replace("postgres@", f"postgres:{PASSWORD}@") for url in place.servers]
+    url = place.url(replicas, shards=shards)
+    fill(url)
+    ((there,),) = place.rows(2, "SELECT array_agg(id) FROM {}.page_payloads")
+    shard_servers[2].kill()
+    try:
+        with pydedup.open(url, mode="r") as store:
+            report = store.verify()
+        assert main(["verify", url, "-q"]) == 1
+        said = capsys.readouterr().out
+        assert main(["verify", url, "--json", "-q"]) == 1
+        found = json.loads(capsys.readouterr().out)
+    finally:
+        shard_servers[2].start()
+    assert (report.errors, report.damaged_pages, report.ok) == ([], {}, False)
+    assert f"port={shard_servers[2].port}" in report.unreachable[0]
+    assert PASSWORD not in said + str(found) + str(report)
+    assert report.models == len(MODELS)
+    assert "DAMAGED" not in said
+    assert "damaged:" not in said
+    assert "NOT ALL CHECKED" in said
+    assert f"port={shard_servers[2].port}" in said
+    assert (found["ok"], found["unreachable"]) == (False, report.unreachable)
+    if replicas == 1:
+        assert sorted(report.unreachable_pages) == sorted(there)
+        models = {name for readers in report.unreachable_pages.values() for name in readers}
+        assert models
+        assert all(name in report.unreachable[1] for name in models)
+        assert "could not be checked; read by" in said
+    else:  # other copies of all were
+        assert report.unreachable_pages == {}
+        assert report.pages
+    with pydedup.open(url, mode="r") as store:
+        assert store.verify().ok
