@@ -23,6 +23,7 @@ from pydedup.pool import PagePool
 from pydedup.serving.attached import functions, recurrent, views  # noqa: F401  (they register)
 from pydedup.serving.attached.modules import attachment_of, enclose, release
 from pydedup.serving.attached.parameter import StoredParameter
+from pydedup.serving.attached.pieces import Pieces
 from pydedup.serving.attached.slots import Slot, find_slots
 from pydedup.serving.attached.weights import Attachment
 
@@ -79,6 +80,7 @@ def attach(
 
     attachment = Attachment(address, catalog, pool, epoch, find, prefix, type(module).__name__)
     attachment.root = weakref.ref(module)
+    attachment.pieces = Pieces(module)
     enclose(module, attachment)
     for number, slot in enumerate(attachment.slots):
         stored = StoredParameter(attachment, number)

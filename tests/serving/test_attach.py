@@ -566,6 +566,57 @@ def test_activations_are_taken_off_the_pool_for_a_call(tmp_path: Path) -> None:
         assert reserved(rows) == 3
 
 
+def test_a_batch_is_cut_where_rows_are_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    relu = nn.ReLU.forward
+
+    def noted(self: Any, x: Any) -> Any:
+        sizes.append(len(x))
+        return relu(self, x)
+
+    def pieces(module: Any, *args: Any, **kwargs: Any) -> int:
+        """Call a module attached, compare, and return in how many pieces that was."""
+        wanted = module(*args, **kwargs)
+        store.add("m", module)
+        attached = store.attach(copy.deepcopy(module), "m@1")
+        sizes.clear()
+        torch.testing.assert_close(attached(*args, **kwargs), wanted)
+        assert sum(sizes) == len(wanted)
+        store.remove("m@1")
+        return len(sizes)
+
+    monkeypatch.setattr(nn.ReLU, "forward", noted)
+    x = torch.randn(9_001, 80)  # 3 MB, with others beside it; 2 MiB are let in at a time
+    with pydedup.open(tmp_path / "a.db", memory="8MiB") as store:
+        assert pieces(net(), x) > 2
+        assert pieces(net(), x[:1000]) == 1
+        assert pieces(net(), x[:0]) == 1
+        assert pieces(net(), x.reshape(9_001, 1, 80)) > 2
+        assert pieces(net().double(), x.double()) > 4
+        assert pieces(nn.Sequential(net(), nn.Softmax(1)).eval(), x) > 2
+        images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        assert pieces(images, torch.randn(900, 1, 12, 12)) > 1
+        # Rows that depend on each other, or of which that is not known.
+        assert pieces(nn.Sequential(net(), nn.Softmax(0)).eval(), x) == 1
+        assert pieces(Unknown(*net()).eval(), x) == 1
+        assert pieces(net(), input=x) == 1
+        store.add("m", net())
+        module = store.attach(net(), "m")
+        module[1].register_forward_hook(lambda *_: None)
+        sizes.clear()
+        module(x)
+        assert sizes == [len(x)]
+
+
+class Unknown(nn.Sequential):  # type: ignore[misc]
+    """Computes as any such module does, as far as that can be known."""
+
+    def forward(self, input: Any) -> Any:
+        return super().forward(input)
+
+
 def test_two_threads_load_a_tensor_once(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Conv3d(32, 64, 5)).eval()
     x = torch.randn(1, 32, 5, 5, 5)

@@ -71,6 +71,53 @@ with torch.no_grad(), pydedup.open(sys.argv[1], memory="16MiB") as store:
 """
 
 
+SEQUENTIAL = """
+import json, sys, threading, time
+import psutil
+import pydedup
+
+def watch():
+    while watching:
+        seen.append(me.memory_info().rss)
+        time.sleep(0.002)
+
+def peak_of(call):
+    seen.clear()
+    y = call()
+    return max(seen) - before, y
+
+torch.set_grad_enabled(False)
+me = psutil.Process()
+with torch.device("meta"):
+    layers = [torch.nn.Linear(1024, 1024) for _ in range(3)]
+    net = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Linear(1024, 1))
+torch.nn.Linear(64, 64)(torch.ones(64, 64)).tanh()
+x = torch.rand(20_000, 1024)  # of 80 MiB, as are the values between the layers
+with pydedup.open(sys.argv[1], memory="192MiB") as store:
+    arrays = store.load("m")
+    store.add("net", {
+        **{f"{to}.{kind}": arrays[f"layers.{at}.{kind}"]
+           for to, at in ((0, 0), (2, 1)) for kind in ("weight", "bias")},
+        "3.weight": arrays["layers.2.weight"][:1].copy(), "3.bias": arrays["layers.2.bias"][:1],
+    })
+    del arrays
+with pydedup.open(sys.argv[1], mode="r", memory="192MiB") as store:
+    store.attach(net.eval(), "net")
+    store.warm("m")
+    net(x[:4])
+    seen, watching = [], True
+    before = me.memory_info().rss - store._pool.stats()["bytes"]
+    threading.Thread(target=watch, daemon=True).start()
+    peak, y = peak_of(lambda: net(x))
+    sizes = []
+    handle = net[0].register_forward_hook(lambda layer, given, made: sizes.append(len(made)))
+    whole, z = peak_of(lambda: net(x))
+    assert sizes == [len(x)]
+    watching = False
+    print(json.dumps({"peak": peak, "whole": whole, "error": float((y - z).abs().max())}))
+"""
+
+
 def run(code: str, path: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, str(path), *arguments],
@@ -182,3 +229,11 @@ def test_activations_are_counted_against_the_budget(wide: Path, kind: str) -> No
     assert max(found["peaks"]) < (384 + 64) * mib, found
     assert found["peaks"][1] > 250 * mib, found
     assert found["again"] > 300 * mib, found
+
+
+def test_a_batch_that_is_too_large_is_cut_where_rows_are_apart(wide: Path) -> None:
+    found = json.loads(run(MODULES + SEQUENTIAL, wide))
+    mib = 1 << 20
+    assert found["peak"] < (192 + 64) * mib, found
+    assert found["error"] < 1e-4
+    assert found["whole"] > (192 + 64) * mib, found  # with a hook that wants to see it whole

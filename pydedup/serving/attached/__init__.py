@@ -6,5 +6,6 @@ weights    one version of a model as a module uses it: streamed tensors, loaded 
 parameter  the tensor that stands in a module where a parameter was
 functions  what torch's functions do when they are given such a tensor
 activations  what torch allocates in a call, counted against the budget
+pieces     how batches that are too large for the budget are cut
 modules    what the modules themselves do otherwise: versions per call, refusals
 """

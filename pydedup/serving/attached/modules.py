@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pydedup.errors import ArgumentError
+from pydedup.serving.attached.pieces import in_pieces
 from pydedup.serving.attached.weights import Attachment
 
 __all__ = ["attachment_of", "enclose", "release"]
@@ -46,10 +47,22 @@ class _Attached(nn.Module):
         weights = outer or attachment.resolve()
         inside.weights, inside.is_call = weights, True
         try:
-            with weights.call(), attachment.counted(self, args, kwargs):
-                return super().__call__(*args, **kwargs)
+            with weights.call():
+                call = super().__call__
+                n_rows = None if kwargs else attachment.rows_at_once(self, args, weights)
+                if n_rows is not None:
+                    return in_pieces(
+                        functools.partial(self._counted, attachment, call), args[0], n_rows
+                    )
+                return self._counted(attachment, call, *args, **kwargs)
         finally:
             inside.weights, inside.is_call = outer, False
+
+    def _counted(
+        self, attachment: Attachment, call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        with attachment.counted(self, args, kwargs):
+            return call(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("has no state_dict() of its own")

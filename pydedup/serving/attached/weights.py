@@ -27,6 +27,7 @@ from pydedup.matmul import compute_dtype
 from pydedup.names import parse_address
 from pydedup.pool import PagePool, Reservation
 from pydedup.serving.attached.activations import Activations, not_measured
+from pydedup.serving.attached.pieces import Pieces
 from pydedup.serving.attached.slots import Slot
 from pydedup.serving.tensor import StoredTensor, called
 
@@ -236,6 +237,7 @@ class Attachment:
         self.prefix = prefix
         self.catalog = catalog
         self.root: weakref.ref[torch.nn.Module] | None = None
+        self.pieces: Pieces | None = None
         self.inside = _Inside()
         self._pool = pool
         self._epoch = epoch
@@ -257,11 +259,25 @@ class Attachment:
         self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> AbstractContextManager[None]:
         """Return a context in which what torch allocates for a call counts against the budget."""
-        is_whole = self.root is not None and self.root() is module
+        is_whole = self._is_root(module)
         called = (*self._layers, None if is_whole else id(module))
         return self._activations.counted(
             self._pool, called, args, kwargs, self._threads, is_part=not is_whole
         )
+
+    def rows_at_once(
+        self, module: torch.nn.Module, args: tuple[Any, ...], weights: Weights
+    ) -> int | None:
+        """Return of how many rows the module's batch may be at a time; None to give it whole."""
+        if self.pieces is None or not self._is_root(module):
+            return None
+        tensor = weights.model.tensor
+        # Half, so that two can predict at a time.
+        nbytes = self._pool.activation_bytes // 2
+        return self.pieces.rows(module, args, lambda name: tensor(self.prefix + name), nbytes)
+
+    def _is_root(self, module: torch.nn.Module) -> bool:
+        return self.root is not None and self.root() is module
 
     @property
     def memory_bytes(self) -> int:
