@@ -356,8 +356,9 @@ bool same_pairs(const Bf16GemmKernels& bf16, const Question& question) noexcept 
     std::array<std::uint16_t, (kCols + 1) * 32> x{};
     std::array<std::uint16_t, kRows * kCols> w{};
     const auto small = [&](std::size_t i, int range) {
-        const auto value = static_cast<float>(question[i % question.size()] % range - range / 2);
-        return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
+        const int value = question[i % question.size()] % range - range / 2;
+        const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(value));
+        return static_cast<std::uint16_t>(bits >> 16);
     };
     for (std::size_t i = 0; i < x.size(); ++i) x[i] = small(i, 15);
     for (std::size_t i = 0; i < w.size(); ++i) w[i] = small(i + 200, 13);
