@@ -208,12 +208,14 @@ def test_bias_and_activations_match_torch() -> None:
 
 
 @pytest.mark.parametrize("m", [1, 3, 8, 40])
-def test_nan_and_infinity_stay_in_their_rows(m: int) -> None:
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_nan_and_infinity_stay_in_their_rows(m: int, dtype: DType) -> None:
     rng = np.random.default_rng(9)
-    w = rng.standard_normal((20, 37)).astype(np.float32)
+    w = rng.standard_normal((20, 37)).astype(dtype.numpy)
     w[4, 36], w[11, 0] = np.nan, np.inf
     x = np.abs(rng.standard_normal((m, 37))).astype(np.float32)
     x[0, 5] = -np.inf
+    x[m // 2 :, 0] = 1.5  # a bf16 number, beside others that are none
     pages = MemoryPages()
     y = matmul.matmul(pages.add(w, (8, 8)), pages.pool(), x)
     with np.errstate(invalid="ignore"):
@@ -221,6 +223,16 @@ def test_nan_and_infinity_stay_in_their_rows(m: int) -> None:
     assert np.array_equal(np.isnan(y), np.isnan(want))
     assert np.array_equal(np.isposinf(y), np.isposinf(want))
     assert np.array_equal(np.isneginf(y), np.isneginf(want))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-29, 1e30])
+def test_inputs_of_any_size_with_bf16_weights(scale: float) -> None:
+    rng = np.random.default_rng(9)
+    w = rng.standard_normal((70, 135)).astype(DType.BF16.numpy)
+    pages = MemoryPages()
+    block_map = pages.add(w, (16, 32))
+    x = (rng.standard_normal((33, 135)) * scale).astype(np.float32)
+    assert_close(matmul.matmul(block_map, pages.pool(), x), x, w)
 
 
 @pytest.mark.parametrize(

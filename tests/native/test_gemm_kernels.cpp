@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -221,6 +222,78 @@ TEST(pairs_of_bf16_agree_with_long_sums) {
                 }
             }
         }
+    }
+}
+
+// Any that may be cut: all exponents from 2^-94 on, all kinds of significands, and what is special.
+std::vector<float> numbers_to_cut() {
+    std::vector<float> numbers = {0.0F,
+                                  -0.0F,
+                                  1.0F,
+                                  -1.5F,
+                                  0x1p-94F,
+                                  -0x1.fffffep-94F,
+                                  INFINITY,
+                                  -INFINITY,
+                                  0x1.000002p0F,
+                                  0x1.0002p3F,
+                                  std::numeric_limits<float>::max()};
+    for (const std::uint32_t bits : {0x7F800001U, 0xFFC00000U, 0x7FC12345U}) {
+        numbers.push_back(std::bit_cast<float>(bits));
+    }
+    while (numbers.size() < 5000) {
+        const auto bits = static_cast<std::uint32_t>(rng()());
+        const std::uint32_t kept = numbers.size() % 3 == 0 ? 0xFFFFFFFFU << rng()() % 24 : ~0U;
+        const auto number = std::bit_cast<float>(bits & kept);
+        if (std::abs(number) >= 0x1p-94F) numbers.push_back(number);
+    }
+    return numbers;
+}
+
+TEST(a_number_is_the_sum_of_its_three_parts) {
+    const auto numbers = numbers_to_cut();
+    const std::size_t count = numbers.size();
+    const auto& scalar = kernels_named("scalar").gemm.bf16.cut;
+    std::vector<float> high(count), middle(count), low(count);
+    scalar(numbers.data(), count, high.data(), middle.data(), low.data());
+    bool right = true;
+    for (std::size_t i = 0; i < count; ++i) {
+        const float x = numbers[i];
+        for (const float part : {high[i], middle[i], low[i]}) {
+            right = right && (widened(upper_half(part)) == part) == !std::isnan(x);
+            right = right && (std::isfinite(x) ? std::isfinite(part) && (part == 0) == (x == 0)
+                                               : std::isnan(part) == std::isnan(x));
+            right = right && (std::isnan(x) || std::signbit(part) == std::signbit(x));
+        }
+        if (!std::isfinite(x)) continue;
+        const double sum = double{high[i]} + double{middle[i]} + double{low[i]};
+        right = right && std::abs(sum - x) <= 0x1p-31 * std::abs(x);
+    }
+    CHECK(right);
+}
+
+TEST(kernels_cut_as_the_scalar_one) {
+    const auto numbers = numbers_to_cut();
+    const auto& scalar = kernels_named("scalar").gemm.bf16.cut;
+    for (const KernelTable* table : runnable_kernels()) {
+        const auto& kernel = table->gemm.bf16.cut;
+        if (kernel == nullptr) continue;
+        for (std::size_t n = 0; n <= numbers.size(); n = n < 40 ? n + 1 : 2 * n) {
+            const auto x = tight(
+                std::vector<float>(numbers.end() - static_cast<std::ptrdiff_t>(n), numbers.end()));
+            std::vector<float> want(3 * n + 3, -7.0F), got = want;
+            const auto cut = [&](const auto& by, std::vector<float>& to) {
+                by(x.get(), n, to.data(), to.data() + n + 1, to.data() + 2 * n + 2);
+            };
+            cut(scalar, want);
+            cut(kernel, got);
+            CHECK(std::memcmp(want.data(), got.data(), want.size() * sizeof(float)) == 0);
+        }
+        std::vector<float> want(3 * numbers.size()), got = want;
+        const std::size_t n = numbers.size();
+        scalar(numbers.data(), n, want.data(), want.data() + n, want.data() + 2 * n);
+        kernel(numbers.data(), n, got.data(), got.data() + n, got.data() + 2 * n);
+        CHECK(std::memcmp(want.data(), got.data(), want.size() * sizeof(float)) == 0);
     }
 }
 

@@ -19,9 +19,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <deque>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -171,16 +171,20 @@ class Pool {
         sigset_t before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
-        try {
-            while (threads_.size() < count) {
-                std::thread thread([this] { work(); });
-                threads_.push_back(thread.native_handle());
-                thread.detach();
-            }
-        } catch (const std::system_error&) {
-        } catch (const std::bad_alloc&) {
+        while (threads_.size() < count && make_thread()) {
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    bool make_thread() {
+        try {
+            std::thread thread([this] { work(); });
+            threads_.push_back(thread.native_handle());
+            thread.detach();
+            return true;
+        } catch (const std::exception&) {  // no more threads, or no memory
+            return false;
+        }
     }
 
     [[noreturn]] void work() noexcept {

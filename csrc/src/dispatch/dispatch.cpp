@@ -88,9 +88,11 @@ const KernelTable* find(std::span<const KernelCandidate> candidates, std::string
     for (const KernelCandidate& c : candidates) {
         if (name != c.name) continue;
         if (c.table == nullptr) {
-            error = quoted + "is not built into this pydedup (it needs " + c.needs + ")" + advice;
+            error.append(quoted).append("is not built into this pydedup (it needs ");
+            error.append(c.needs).append(")").append(advice);
         } else if (!c.runnable) {
-            error = quoted + "cannot run on this machine: it needs " + c.needs + advice;
+            error.append(quoted).append("cannot run on this machine: it needs ");
+            error.append(c.needs).append(advice);
         }
         return error.empty() ? c.table : nullptr;
     }

@@ -167,7 +167,11 @@ bool same_halves(const GemmKernels& gemm, const GemmKernels& reference,
     codes[1] = 0xFC00;
     std::array<float, 35> want{};
     std::array<float, 35> got{};
-    const auto same = [&] { return std::memcmp(want.data(), got.data(), sizeof want) == 0; };
+    const auto same = [&] {
+        return std::equal(want.begin(), want.end(), got.begin(), [](float a, float b) {
+            return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
+        });
+    };
     reference.bf16_to_f32(codes.data(), codes.size(), want.data());
     gemm.bf16_to_f32(codes.data(), codes.size(), got.data());
     if (!same()) return false;

@@ -6,8 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -16,30 +14,11 @@
 
 #include "base/parallel.hpp"
 #include "gemm/aligned_array.hpp"
+#include "gemm/bf16_parts.hpp"
 #include "gemm/transpose.hpp"
 #include "kernels/gemm_kernels.hpp"
 
 namespace pydedup::detail {
-
-/// Whether all of x are bf16 numbers, none of them subnormal.
-[[nodiscard]] inline bool is_bf16(const float* x, std::size_t count, unsigned threads) {
-    constexpr std::size_t kPiece = std::size_t{1} << 14;
-    std::atomic<bool> other{false};
-    parallel_for(count, kPiece, threads, [&](std::size_t begin, std::size_t end) {
-        for (std::size_t at = begin; at < end && !other.load(std::memory_order_relaxed);) {
-            std::uint32_t low = 0;
-            std::uint32_t subnormal = 0;
-            for (const std::size_t stop = std::min(end, at + 256); at < stop; ++at) {
-                const auto bits = std::bit_cast<std::uint32_t>(x[at]);
-                low |= bits << 16;
-                const std::uint32_t magnitude = bits & 0x7FFFFFFFU;
-                subnormal |= static_cast<std::uint32_t>(magnitude - 1U < 0x007FFFFFU);
-            }
-            if ((low | subnormal) != 0) other.store(true, std::memory_order_relaxed);
-        }
-    });
-    return !other;
-}
 
 template <class E, class A>
 struct RowTile {
@@ -74,14 +53,18 @@ std::vector<RowTile<E, A>> cut_rows(std::size_t m, std::span<const GemmTile<E, A
     return tiles;
 }
 
+inline constexpr unsigned kCutParts = 3;
+
 template <class E, class A>
 class PackedX {
   public:
     using Tile = RowTile<E, A>;
+    using Cut = decltype(Bf16GemmKernels::cut);
 
+    /// Where E are bf16 numbers, `cut` makes of each of x three of them; nullptr: it is one.
     PackedX(const A* x, std::size_t m, std::size_t cols, std::size_t strip,
-            std::span<const GemmTile<E, A>> kernels, unsigned threads)
-        : cols_(cols), strip_(std::min(strip, cols)), tiles_(cut_rows(m, kernels)) {
+            std::span<const GemmTile<E, A>> kernels, unsigned threads, Cut cut = nullptr)
+        : cols_(cols), strip_(std::min(strip, cols)), cut_(cut), tiles_(cut_rows(m, kernels)) {
         const std::size_t strips = (cols + strip_ - 1) / strip_;
         places_.reserve(2 * tiles_.size() + 2);
         for (const std::size_t width : {strip_, cols - (strips - 1) * strip_}) {
@@ -92,7 +75,8 @@ class PackedX {
             }
             places_.push_back(place);
         }
-        packed_ = AlignedArray<E>((strips - 1) * strip_elements() + places_.back());
+        part_elements_ = (strips - 1) * strip_elements() + places_.back();
+        packed_ = AlignedArray<E>(n_parts() * part_elements_);
         parallel_for(strips, 1, threads, [&](std::size_t begin, std::size_t end) {
             for (std::size_t s = begin; s < end; ++s) {
                 for (std::size_t t = 0; t < tiles_.size(); ++t) pack(x, s, t);
@@ -100,6 +84,7 @@ class PackedX {
         });
     }
 
+    [[nodiscard]] unsigned n_parts() const noexcept { return cut_ == nullptr ? 1 : kCutParts; }
     [[nodiscard]] std::size_t n_tiles() const noexcept { return tiles_.size(); }
     [[nodiscard]] const Tile& tile(std::size_t t) const noexcept { return tiles_[t]; }
 
@@ -109,10 +94,11 @@ class PackedX {
         return tiles_.empty() ? 0 : tiles_.back().sum0 + tiles_.back().sums();
     }
 
-    /// Tile t of strip s from its column c on, a multiple of the tile's group.
-    [[nodiscard]] E* at(std::size_t s, std::size_t t, std::size_t c) const noexcept {
+    /// Tile t of strip s from its column c on, a multiple of the tile's group; of one part.
+    [[nodiscard]] E* at(std::size_t s, std::size_t t, std::size_t c,
+                        unsigned part = 0) const noexcept {
         const bool is_last = cols_ - s * strip_ <= strip_;
-        return packed_.data() + s * strip_elements() +
+        return packed_.data() + part * part_elements_ + s * strip_elements() +
                places_[t + (is_last ? tiles_.size() + 1 : 0)] + c * tiles_[t].kernel->width;
     }
 
@@ -139,33 +125,51 @@ class PackedX {
         }
     }
 
+    void pack(const A* x, std::size_t s, std::size_t t) const {
+        const Tile& tile = tiles_[t];
+        const std::size_t width = std::min(strip_, cols_ - s * strip_);
+        const A* const from = x + tile.row0 * cols_ + s * strip_;
+        if (cut_ == nullptr) {
+            pack_tile(from, cols_, width, tile, at(s, t, 0));
+            return;
+        }
+        if constexpr (!std::is_same_v<E, A>) {
+            const std::size_t count = tile.rows * width;
+            const AlignedArray<A> parts(kCutParts * count);
+            for (std::size_t i = 0; i < tile.rows; ++i) {
+                A* const to = parts.data() + i * width;
+                cut_(from + i * cols_, width, to, to + count, to + 2 * count);
+            }
+            for (unsigned part = 0; part < kCutParts; ++part) {
+                pack_tile(parts.data() + part * count, width, width, tile, at(s, t, 0, part));
+            }
+        }
+    }
+
     // A cache line of columns at a time: rows of x may lie a power of two apart, and one element
     // of each would evict the next one's line.
-    void pack(const A* x, std::size_t s, std::size_t t) const noexcept {
-        const Tile& tile = tiles_[t];
+    static void pack_tile(const A* from, std::size_t ld, std::size_t width, const Tile& tile,
+                          E* to) noexcept {
         const std::size_t group = tile.kernel->group;
         const std::size_t step = std::max(64 / sizeof(A), group);
-        const std::size_t width = std::min(strip_, cols_ - s * strip_);
-        E* const to = at(s, t, 0);
         if (width % group != 0 || tile.rows < tile.kernel->width) {
             std::fill_n(to, groups(width, tile) * tile.elements(), E{0});
         }
-        const A* const from = x + tile.row0 * cols_ + s * strip_;
         if constexpr (std::is_same_v<E, A>) {
             if (group == 1) {
-                transpose(from, cols_, tile.rows, width, to, tile.elements());
+                transpose(from, ld, tile.rows, width, to, tile.elements());
                 return;
             }
         } else {
             if (group == 2) {
-                transpose_pairs(from, cols_, tile.rows, width, to, tile.elements());
+                transpose_pairs(from, ld, tile.rows, width, to, tile.elements());
                 return;
             }
         }
         for (std::size_t c0 = 0; c0 < width; c0 += step) {
             const std::size_t c1 = std::min(width, c0 + step);
             for (std::size_t i = 0; i < tile.rows; ++i) {
-                const A* const line = from + i * cols_;
+                const A* const line = from + i * ld;
                 E* const row = to + i * group;
                 for (std::size_t c = c0; c < c1; c += group) {
                     std::transform(line + c, line + std::min(c1, c + group),
@@ -177,6 +181,8 @@ class PackedX {
 
     std::size_t cols_;
     std::size_t strip_;
+    Cut cut_;
+    std::size_t part_elements_ = 0;
     std::vector<Tile> tiles_;
     // Where the tiles of a strip of full width begin, and its end; the same for the last strip.
     std::vector<std::size_t> places_;

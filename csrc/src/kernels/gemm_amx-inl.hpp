@@ -193,8 +193,46 @@ void tile_nt(const Bits* x, const Bits* w, std::size_t rows, std::size_t cols, s
     tile_pieces<X>(&piece, 1, rows, acc);
 }
 
+void cut(const float* x, std::size_t count, float* high, float* middle, float* low) noexcept {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    const __m512i infinity = _mm512_set1_epi32(0x7F800000);
+    const __m512i quiet = _mm512_set1_epi32(0x00400000);
+    const __m512i exponent32 = _mm512_set1_epi32(32 << 23);
+    const auto truncated = [=](__m512 value) noexcept {
+        return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(value), upper));
+    };
+    for (std::size_t i = 0; i < count; i += 16) {
+        const std::size_t left = count - i;
+        const auto some = static_cast<__mmask16>(left < 16 ? (1U << left) - 1U : 0xFFFFU);
+        const __m512 number = _mm512_maskz_loadu_ps(some, x + i);
+        const __m512i bits = _mm512_castps_si512(number);
+        const __m512i size = _mm512_and_si512(bits, magnitude);
+        const __mmask16 is_some = _mm512_test_epi32_mask(size, size);
+        const __mmask16 is_nan = _mm512_cmpgt_epi32_mask(size, infinity);
+        const __mmask16 is_endless = _mm512_cmpge_epi32_mask(size, infinity);
+        const __m512 first = truncated(number);
+        const __m512 rest = _mm512_sub_ps(number, first);
+        const __m512 second = truncated(rest);
+        const __m512i top = _mm512_castps_si512(first);
+        const __m512i tiny = _mm512_mask_sub_epi32(bits, is_some, top, exponent32);
+        // A NaN may have its bits in the lower half alone.
+        const __m512i endless = _mm512_mask_or_epi32(top, is_nan, top, quiet);
+        const auto store = [=](float* to, __m512 part) noexcept {
+            const __m512i exact = _mm512_castps_si512(part);
+            const __mmask16 is_gone = _mm512_testn_epi32_mask(exact, magnitude);
+            const __m512i finite = _mm512_mask_mov_epi32(exact, is_gone, tiny);
+            _mm512_mask_storeu_epi32(to, some, _mm512_mask_mov_epi32(finite, is_endless, endless));
+        };
+        store(high + i, first);
+        store(middle + i, second);
+        store(low + i, _mm512_sub_ps(rest, second));
+    }
+}
+
 constexpr Bf16GemmKernels kGemm = {
     {{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>}, {kSide, tile_nt<1>, 2, 2, tile_pieces<1>}},
+    cut,
     enter,
     leave};
 

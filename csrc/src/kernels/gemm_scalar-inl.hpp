@@ -100,11 +100,42 @@ void f16_to_f32(const std::uint16_t* src, std::size_t count, float* dst) noexcep
     for (std::size_t i = 0; i < count; ++i) dst[i] = widen_f16(src[i]);
 }
 
+std::uint32_t bits_of(float value) noexcept {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+float value_of(std::uint32_t bits) noexcept {
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+float truncated_to_bf16(float value) noexcept { return value_of(bits_of(value) & 0xFFFF0000U); }
+
+void cut(const float* x, std::size_t count, float* high, float* middle, float* low) noexcept {
+    for (std::size_t i = 0; i < count; ++i) {
+        if (x[i] != x[i]) {  // its bits may be in the lower half alone
+            high[i] = middle[i] = low[i] = value_of((bits_of(x[i]) & 0xFFFF0000U) | 0x00400000U);
+        } else if (x[i] - x[i] != 0.0F || x[i] == 0.0F) {
+            high[i] = middle[i] = low[i] = x[i];
+        } else {
+            high[i] = truncated_to_bf16(x[i]);
+            const float rest = x[i] - high[i];
+            middle[i] = truncated_to_bf16(rest);
+            low[i] = rest - middle[i];
+            if (middle[i] == 0.0F) middle[i] = high[i] * 0x1p-32F;
+            if (low[i] == 0.0F) low[i] = high[i] * 0x1p-32F;
+        }
+    }
+}
+
 template <class T>
 constexpr GemmKernelsOf<T> kGemmOf = {dot_nt<T>, block_nn<T>, add_to<T>, {{kWidth, tile_nt<T>}}, 4};
 
-constexpr GemmKernels kGemm = {kGemmOf<float>, kGemmOf<double>, dot_nt_bf16,
-                               dot_nt_f16,     bf16_to_f32,     f16_to_f32};
+constexpr GemmKernels kGemm = {kGemmOf<float>, kGemmOf<double>, dot_nt_bf16, dot_nt_f16,
+                               bf16_to_f32,    f16_to_f32,      {{}, cut}};
 
 }  // namespace
 }  // namespace pydedup::isa_scalar
