@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // parallel_for: every index once, errors, nesting, many callers at once, and children of a fork.
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <ctime>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -104,6 +106,37 @@ TEST(after_a_pause_they_come_again) {
         CHECK(begun == 3);
     }
 }
+
+#if defined(__linux__)
+// Seconds of CPU time, of all threads, that short calls from one CPU take.
+double seconds_on_one_cpu(unsigned threads) {
+    double seconds = 0;
+    std::thread([&] {
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(sched_getcpu(), &one);
+        CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        const std::clock_t begin = std::clock();
+        std::atomic<double> sum{0};
+        for (int call = 0; call < 400; ++call) {
+            parallel_for(8, 1, threads, [&](std::size_t begin, std::size_t end) {
+                double part = 0;
+                for (std::size_t i = begin * 2000; i < end * 2000; ++i) {
+                    part += 1.0 / static_cast<double>(i + 1);
+                }
+                sum = part;
+            });
+        }
+        seconds = static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
+    }).join();
+    return seconds;
+}
+
+TEST(on_the_only_cpu_nobody_waits_in_the_way_of_work) {
+    CHECK(seconds_on_one_cpu(8) < 3 * seconds_on_one_cpu(1));
+}
+#endif
 
 #if !defined(__SANITIZE_THREAD__)  // which allows no threads after a fork
 TEST(a_forked_child_has_threads_of_its_own) {
