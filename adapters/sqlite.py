@@ -2,7 +2,8 @@
 """SQLite: a store in one file, which nothing has to be installed for.
 
 Here: all that needs the driver, which is connecting, capabilities and reading of payloads. The
-file is in WAL mode, so that reading never waits for writing, and every commit is synced.
+file is in WAL mode, so that reading never waits for writing, and every commit is synced but those
+that only stage (``SqliteBase.staging``).
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ void enter() noexcept { _tile_loadconfig(&kShape); }
 void leave() noexcept { _tile_release(); }
 
 // The instructions below are opaque to the compiler: what C++ wrote has to be in memory before they
-// read it, and what they wrote must not be read earlier.
+// read it, what they wrote must not be read earlier, and what they have yet to read must not be
+// written over (GCC's loads do not say that they read memory).
 inline void order_memory() noexcept { asm volatile("" ::: "memory"); }
 
 // Rows of w, or of pairs of x, in zeros up to a whole register.
@@ -39,6 +40,7 @@ struct alignas(64) Padded {
     Bits elements[kRegister];
 
     void fill(const Bits* from, std::size_t rows, std::size_t cols, std::size_t ld) noexcept {
+        order_memory();
         const __mmask32 some = cols >= kColumns ? ~__mmask32{0} : (__mmask32{1} << cols) - 1U;
         for (std::size_t r = 0; r < kSide; ++r) {
             const __m512i row =
