@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 START_SECONDS = 60
+_PORTS = range(20_000, 32_000)
 
 
 class ServerMissingError(RuntimeError):
@@ -82,7 +84,11 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        self._control("start")
+        try:
+            self._control("start")
+        except subprocess.CalledProcessError as error:
+            said = (self.folder / "log").read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"PostgreSQL did not start: {said}") from error
 
     def kill(self) -> None:
         """End all of its processes at once, as a failing machine does."""
@@ -227,11 +233,16 @@ def unused_name() -> str:
 
 
 def unused_port() -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Return a TCP port that nobody listens on.
+
+    None of those that the kernel gives to connections, nor of those that Ray takes by default: of a
+    server that is killed, another would have it before that is started again.
+    """
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,17 @@ def test_servers_that_are_not_there(where: str, advice: str) -> None:
     start = time.monotonic()
     assert advice in refused(f"postgresql://u:{PASSWORD}@{where}")
     assert time.monotonic() - start < 9, "opening must not wait for a server to come"
+
+
+def test_a_server_in_a_test_keeps_its_port_while_it_is_down(own_postgres: Any) -> None:
+    """The kernel gives it to no connection; of one that has it all the same, the log tells."""
+    begins = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert own_postgres.port < begins
+    own_postgres.kill()
+    with (
+        socket.create_server(("127.0.0.1", own_postgres.port)),
+        pytest.raises(RuntimeError, match=r"did not start: (?s:.*)could not bind"),
+    ):
+        own_postgres.start()
+    own_postgres.start()
+    assert open_store(own_postgres.new_place()).models() == []
