@@ -12,7 +12,10 @@ import pytest
 
 import pydedup
 
-torch: Any = pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
+
+from pydedup.serving.attached import pieces  # noqa: E402
+
 nn = torch.nn
 
 
@@ -90,3 +93,20 @@ def test_a_module_may_be_given_a_nested_tensor(tmp_path: Path, layout: Any) -> N
         for rows in (900, 900, 1000, 300, 3000):
             x = torch.nested.nested_tensor([torch.ones(rows, 64), torch.ones(2, 64)], layout=layout)
             torch.testing.assert_close(attached(x), module(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_plan_is_used_though_another_thread_forgets_all(tmp_path: Path) -> None:
+    class Forgotten(dict[Any, Any]):
+        def __contains__(self, key: object) -> bool:
+            known._known = {}  # as another thread that brings one shape too many
+            return super().__contains__(key)
+
+    module = nn.Sequential(nn.Linear(8, 4)).eval()
+    with pydedup.open(tmp_path / "a.db") as store:
+        store.add("m", module)
+        tensor = store._catalog.model("m").tensor
+        known = pieces.Pieces(module)
+        x = (torch.ones(10, 8),)
+        rows = known.rows(module, x, tensor, 1)
+        known._known = Forgotten(known._known)
+        assert known.rows(module, x, tensor, 1) == rows == 1

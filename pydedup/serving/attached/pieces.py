@@ -46,11 +46,12 @@ class Pieces:
         if x.is_nested or x.layout is not torch.strided or x.is_meta:
             return None
         key = x.dtype, x.shape
-        if key not in self._known:
-            if len(self._known) >= _PLANS:
-                self._known = {}
-            self._known[key] = _plan(self._graph, tensor, x)
-        plan = self._known[key]
+        known = self._known  # another thread may begin anew
+        if key not in known:
+            if len(known) >= _PLANS:
+                known = self._known = {}
+            known[key] = _plan(self._graph, tensor, x)
+        plan = known[key]
         if plan is None or plan.rows is None or plan.nbytes <= nbytes or plan.rows < 2:
             return None
         if infer_from_torch(module) != self._graph:  # it was changed, or has hooks by now
