@@ -122,6 +122,25 @@ def test_every_connection_syncs_commits(adapter: Adapter) -> None:
     assert found == [2, 2, 2]  # FULL
 
 
+def test_checkpoints_are_synced_whatever_the_library_is_built_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+
+    def careless(*args: Any, **settings: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*args, **settings)
+        connection.execute("PRAGMA synchronous = OFF")  # SQLITE_DEFAULT_SYNCHRONOUS=0
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", careless)
+    with pydedup.open(f"sqlite:///{path}") as store:
+        found: list[int] = []
+        reader = threading.Thread(target=lambda: found.append(synced(store._adapter)))
+        reader.start()
+        reader.join()
+    assert found == [2]
+
+
 def test_what_is_staged_is_synced_with_what_publishes_it(adapter: Adapter) -> None:
     assert isinstance(adapter, StagingAdapter)
     with adapter.staging():
