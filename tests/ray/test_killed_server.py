@@ -72,7 +72,7 @@ def scored_while_killed(url: str, home: str, servers: list[Any], chance: random.
     killer.start()
     told, in_the_middle, met = "done at once", False, ""
     try:
-        for _ in range(20):
+        for _ in range(5):
             try:
                 report = pydedup.ray.score(
                     query,
@@ -89,6 +89,8 @@ def scored_while_killed(url: str, home: str, servers: list[Any], chance: random.
             except (UnavailableError, ClusterError) as error:  # the latter of a worker's database
                 if not killer.struck:
                     raise AssertionError("nobody was killed yet") from error
+                # Who is refused at once would try for less time than a busy machine takes to start.
+                killer.join()
                 if killer.failed is not None:
                     raise killer.failed from error
                 told, met = "told, and done again", f"{type(error).__name__}: {error}"
