@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A new layout for live blocks, published in one transaction.
+"""A new layout for all live blocks, published in one transaction.
 
-Pages that are full of what their owners all read stay where they are, and others, too, unless what
-is saved is worth writing them. Blocks are copied as they are encoded; of pages that are written
-anew, blocks that no model uses any more are left behind. A base is in use as long as a delta on it
-is, and deltas follow it to its new place. Old pages are retired and not deleted: readers under way
-still find them. `plan_repack` says what it would be, to the byte,
+Blocks are copied as they are encoded; blocks that no model uses any more are left behind. A base is
+in use as long as a delta on it is, and deltas follow it to its new place. Old pages are retired and
+not deleted: readers under way still find them. `plan_repack` says what it would be, to the byte,
 and changes nothing.
 """
 
@@ -15,7 +13,6 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,15 +39,11 @@ from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
 from pydedup.types import Progress
 
-__all__ = ["RepackPlan", "Repacked", "plan_repack", "repack"]
+__all__ = ["RepackPlan", "plan_repack", "repack"]
 
 _PAGES_PER_TRANSACTION = 16
 _ROWS_PER_TRANSACTION = 20_000
 _NO_BASE = -1
-#: A page is left alone when this part of it is in use, and each of its owners reads as much.
-_GOOD_PART = 0.9
-#: A new page is written for so many that are no longer stored, or no longer read, at least.
-_LEAST_GAIN = 0.1
 
 
 @dataclass(slots=True)
@@ -58,8 +51,7 @@ class _Places:
     """All blocks that live models use, those that are only bases of others included.
 
     They are numbered 0 to n - 1 by ascending place (`block_places`); ``bases`` holds the number of
-    each one's base, -1 for blocks that are no deltas. ``leaning`` are the pages of all deltas that
-    lie beside them, those that no model uses included, and of their bases.
+    each one's base, -1 for blocks that are no deltas.
     """
 
     places: NDArray[np.int64]
@@ -67,7 +59,6 @@ class _Places:
     encodings: NDArray[np.uint8]
     hashes: list[bytes]
     bases: NDArray[np.int64]
-    leaning: tuple[NDArray[np.int64], NDArray[np.int64]]
     owners: list[NDArray[np.int64]]
 
     def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
@@ -81,40 +72,29 @@ class _Places:
 
 @dataclass(frozen=True, slots=True)
 class RepackPlan:
-    """A layout that is better than the one there is, and the state of the store it is for.
-
-    ``kept`` are the ids of the pages that stay, in ascending order.
-    """
+    """A layout that is better than the one there is, and the state of the store it is for."""
 
     epoch: int
     models: list[StoredModel]
     places: _Places
     layout: Layout
-    kept: NDArray[np.int64]
 
     @property
     def pages(self) -> int:
-        """How many pages will be new."""
+        """How many pages there will be."""
         return len(self.layout.pages)
 
     @property
     def page_bytes(self) -> int:
-        """What the new pages will have, in bytes."""
+        """What these pages will have, in bytes."""
         lengths, encodings = self.places.lengths, self.places.encodings
         return sum(page_bytes(lengths[n], encodings[n]) for n in self.layout.pages)
 
     @property
     def reads(self) -> dict[int, int]:
-        """How many pages each model will read."""
+        """How many of them each model will read."""
         ids = [model.row.id for model in self.models]
         return dict(zip(ids, self.layout.page_reads.tolist(), strict=True))
-
-
-class Repacked(NamedTuple):
-    """How many pages were given up, and how many new ones there are for them."""
-
-    old_pages: int
-    new_pages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,33 +117,25 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
         places = _places(adapter, pool, models)
     if not len(places.places):
         return None
-    pages_now = live_pages + sum(len(np.unique(places.at(o)[0])) for o in places.owners)
-    best, plan = 0.0, None
-    good, none = _good_pages(places), np.empty(0, np.int64)
-    for kept in (good, none) if len(good) else (none,):
-        layout = _layout_beside(places, kept)
-        saved = pages_now - layout.stored_pages - int(layout.page_reads.sum())
-        gain = saved - _LEAST_GAIN * len(layout.pages)
-        if gain > best and layout.stored_pages <= live_pages:
-            best, plan = gain, RepackPlan(epoch, models, places, layout, kept)
-    return plan
+    layout = pack(places.owners, PAGE_CAPACITY, sizes=codec.page_cost(places.lengths))
+    if not _better(layout, places, live_pages):
+        return None
+    return RepackPlan(epoch, models, places, layout)
 
 
 def repack(
     adapter: Adapter, catalog: Catalog, pool: PagePool, *, progress: Progress | None = None
-) -> Repacked:
-    """Write a better layout if there is one.
+) -> int:
+    """Write a better layout if there is one; returns the number of new pages.
 
-    Gives way (and has done nothing) when another writer publishes meanwhile: the next vacuum tries
-    again.
+    Gives way (returns 0) when another writer publishes meanwhile: the next vacuum tries again.
     """
-    live_pages = len(adapter.page_rows(state=LIVE))
-    plan = plan_repack(adapter, pool, live_pages=live_pages)
+    plan = plan_repack(adapter, pool, live_pages=len(adapter.page_rows(state=LIVE)))
     if plan is None:
-        return Repacked(0, 0)
+        return 0
     places, layout = plan.places, plan.layout
-    page_of, slot_of = split_places(places.places)
-    moved = ~np.isin(page_of, plan.kept)
+    page_of = np.empty(len(places.places), np.int64)
+    slot_of = np.empty(len(places.places), np.uint32)
     new_ids: list[int] = []
     job = Job(adapter, "repack")
     try:
@@ -172,18 +144,14 @@ def repack(
             new_ids.extend(_stage(pool, places, group, page_of, slot_of, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
-        _stage_deltas(adapter, places, page_of, slot_of, moved, job)
-        moves = [
-            _move(model, places, page_of, slot_of)
-            for model, owned in zip(plan.models, places.owners, strict=True)
-            if moved[owned].any()
-        ]
-        published = _publish(adapter, moves, new_ids, plan, job)
+        _stage_deltas(adapter, places, page_of, slot_of, job)
+        moves = [_move(model, places, page_of, slot_of) for model in plan.models]
+        published = _publish(adapter, moves, new_ids, plan.epoch, job)
     except PageNotFoundError:
         job.discard(new_ids)
         if adapter.epoch() == plan.epoch:
             raise
-        return Repacked(0, 0)
+        return 0
     except BaseException:
         # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
         with contextlib.suppress(PydedupError):
@@ -192,9 +160,9 @@ def repack(
         raise
     if not published:
         job.discard(new_ids)
-        return Repacked(0, 0)
+        return 0
     catalog.refresh()
-    return Repacked(live_pages - len(plan.kept), len(new_ids))
+    return len(new_ids)
 
 
 def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> _Places:
@@ -216,40 +184,16 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
     bases[is_delta] = np.searchsorted(used, bases[is_delta])
     owners = [np.searchsorted(used, key) for key in keys]
     hashes = [row.hash128 for row in rows]
-    leaning = [(row.page_id, row.base_id) for row in recorded.values() if row.base_id is not None]
-    deltas, base_places = np.array(leaning, np.int64).reshape(-1, 2).T
-    forms = block_forms(pool, used)
-    return _Places(used, *forms, hashes, bases, (deltas, split_places(base_places)[0]), owners)
+    return _Places(used, *block_forms(pool, used), hashes, bases, owners)
 
 
-def _good_pages(places: _Places) -> NDArray[np.int64]:
-    """Return the ids of pages that no layout would make much better."""
-    page_of, _ = places.at(np.arange(len(places.places)))
-    pages, index = np.unique(page_of, return_inverse=True)
-    costs = codec.page_cost(places.lengths)
-    in_use = np.bincount(index, costs, len(pages))
-    good = in_use >= _GOOD_PART * PAGE_CAPACITY
-    for owned in places.owners:
-        read = np.bincount(index[owned], costs[owned], len(pages))
-        good &= (read == 0) | (read >= _GOOD_PART * in_use)
-    # What is written of a delta names its base's place: it moves when that does.
-    deltas, bases = places.leaning
-    while len(kept := pages[good]):
-        alone = np.isin(deltas, kept) & ~np.isin(bases, kept)
-        if not alone.any():
-            break
-        good &= ~np.isin(pages, deltas[alone])
-    return kept
-
-
-def _layout_beside(places: _Places, kept: NDArray[np.int64]) -> Layout:
-    """Return a layout of all blocks that are not on these pages."""
-    page_of, _ = places.at(np.arange(len(places.places)))
-    stay = np.flatnonzero(np.isin(page_of, kept))
-    ends = np.searchsorted(page_of[stay], kept, side="right")  # places ascend by page
-    existing = (np.concatenate([[0], ends]), stay)
-    sizes = codec.page_cost(places.lengths)
-    return pack(places.owners, PAGE_CAPACITY, sizes=sizes, existing=existing)
+def _better(layout: Layout, places: _Places, live_pages: int) -> bool:
+    """Whether fewer pages are stored, or fewer read at no more stored."""
+    reads_now = sum(len(np.unique(places.at(owned)[0])) for owned in places.owners)
+    reads_then = int(layout.page_reads.sum())
+    if layout.stored_pages > live_pages:
+        return False
+    return layout.stored_pages < live_pages or reads_then < reads_now
 
 
 def _stage(
@@ -281,11 +225,10 @@ def _stage_deltas(
     places: _Places,
     page_of: NDArray[np.int64],
     slot_of: NDArray[np.uint32],
-    moved: NDArray[np.bool_],
     job: Job,
 ) -> None:
-    """Write the rows of deltas that move: only now do all bases have a place."""
-    numbers = np.flatnonzero(moved & (places.bases != _NO_BASE))
+    """Write the rows of deltas: only now do all bases have a place."""
+    numbers = np.flatnonzero(places.bases != _NO_BASE)
     base_places = block_places(page_of, slot_of)[places.bases[numbers]].tolist()
     rows = [
         (places.hashes[number], int(page_of[number]), int(slot_of[number]), base)
@@ -323,18 +266,17 @@ def _move(
 
 
 def _publish(
-    adapter: Adapter, moves: Sequence[_Move], new_ids: Sequence[int], plan: RepackPlan, job: Job
+    adapter: Adapter, moves: Sequence[_Move], new_ids: Sequence[int], epoch: int, job: Job
 ) -> bool:
     with adapter.transaction():
-        if not adapter.bump_epoch(plan.epoch):
+        if not adapter.bump_epoch(epoch):
             return False
         for move in moves:
             for ordinal, block_map in enumerate(move.maps):
                 adapter.replace_block_map(move.model_id, ordinal, list(block_map.parts()))
             adapter.delete_model_pages(move.model_id)
             adapter.insert_model_pages((move.model_id, *read) for read in move.reads)
-        kept = set(plan.kept.tolist())
-        old_ids = [row.id for row in adapter.page_rows(state=LIVE) if row.id not in kept]
+        old_ids = [row.id for row in adapter.page_rows(state=LIVE)]
         adapter.set_page_state(old_ids, RETIRED, time.time())
         adapter.set_page_state(new_ids, LIVE)
         job.end()
