@@ -45,6 +45,7 @@ bool has_f16c() noexcept {
     unsigned edx = 0;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
+
 // Whether this process may use the matrix registers of AMX: Linux (5.16) grants them to a process
 // that asks, and saves 8 KiB more per thread from its first use of them on.
 bool may_use_amx() noexcept {

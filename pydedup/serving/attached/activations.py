@@ -6,7 +6,7 @@ that activations may take, and is measured: the memory behind the result of each
 followed until it is freed. Later calls of about these shapes take the peak before they begin, as
 predictions without torch do, and are not slowed down; much larger or smaller ones are measured too.
 
-Deliberately not here: cutting batches, since whether rows are apart is not known of a module.
+Deliberately not here: cutting batches (pieces.py), which needs to know that rows are apart.
 """
 
 from __future__ import annotations
