@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with x in tiles, as the micro-kernels read it (packed_x.hpp).
+#include <bit>
+
+#include "dispatch/tile_registers.hpp"
+#include "gemm/matmul_typed.hpp"
+#include "gemm/transpose.hpp"
+
+namespace pydedup {
+namespace {
+
+using detail::AlignedArray;
+using detail::PackedX;
+using detail::WeightReader;
+
+// Bytes of blocks that a tile is multiplied with at once: half of a 48 KiB first-level cache, which
+// every CPU has whose kernels do so (AMX).
+constexpr std::size_t kTogetherBytes = std::size_t{24} << 10;
+
+// Dot products take as long as their block takes to come: the next one should be under way.
+void ask_for(const void* memory, std::size_t bytes) noexcept {
+    constexpr std::size_t kLine = 64;
+    const auto* const from = static_cast<const std::byte*>(memory);
+    for (std::size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at);
+}
+
+template <class E, class T>
+[[nodiscard]] const E* read(const BlockView& block, WeightReader<T>& reader) {
+    if constexpr (std::is_same_v<E, T>) {
+        return reader.read(block);
+    } else {
+        return reinterpret_cast<const E*>(reader.stored(block));
+    }
+}
+
+}  // namespace
+
+template <class T>
+template <class E>
+void Matmul::Typed<T>::multiply_packed(const PackedX<E, T>& x, std::span<const BlockView> blocks,
+                                       std::size_t first, std::size_t panels, unsigned threads) {
+    // Of the last panel what comes later will need the sums.
+    const std::size_t last = first + panels - 1;
+    if (!part_of_row(last, blocks.size()).ends) {
+        to_go_on_ = AlignedArray<T>(x.sums_before(x.n_tiles()) *
+                                    block_rect(p_.grid, last * p_.grid.grid_cols()).rows);
+    }
+    run(panels, x.n_tiles(), x.tile(0).kernel->width, threads,
+        [&](const Task& task, Worker& worker) {
+            multiply_tiles(x, blocks, first + task.panel, task.unit0, task.unit1, worker);
+        });
+    begun_ = std::move(to_go_on_);
+}
+
+template <class T>
+template <class E>
+void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const BlockView> blocks,
+                                      std::size_t row, std::size_t t0, std::size_t t1,
+                                      Worker& worker) const {
+    std::optional<TileRegisters> registers;
+    if constexpr (!std::is_same_v<E, T>) registers.emplace(kernels_.bf16);
+    const Part part = part_of_row(row, blocks.size());
+    const BlockRect rect = block_rect(p_.grid, row * p_.grid.grid_cols());
+    const std::size_t sum0 = x.sums_before(t0);
+    const std::size_t count = (x.sums_before(t1) - sum0) * rect.rows;
+    T* const sums = part.ends ? worker.sums.at_least(count) : to_go_on_.data() + sum0 * rect.rows;
+    if (part.starts) {
+        std::fill_n(sums, count, T{0});
+    } else {
+        std::copy_n(begun_.data() + sum0 * rect.rows, count, sums);
+    }
+    const auto sums_of = [&](std::size_t t) {
+        return sums + (x.sums_before(t) - sum0) * rect.rows;
+    };
+    const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
+    for (std::size_t number = part.begin; number < part.end; ++number) {
+        const std::size_t column = place(number) % p_.grid.grid_cols();
+        const BlockView& block = blocks[number - fed_];
+        if (const std::size_t n = blocks_together(x, blocks, number, part.end, t0); n > 0) {
+            for (std::size_t t = t0; t < t1; ++t) {
+                multiply_together(x, blocks, number, n, t, t == t0, sums_of(t));
+            }
+            number += n - 1;
+            continue;
+        }
+        const E* const next = next_block<E>(blocks, number - fed_);
+        const bool is_last = number + 1 == part.end || column + 1 == p_.grid.grid_cols();
+        const E* next_x = is_last ? nullptr : x.at(column + 1, t0, 0);
+        const E* const next_x_end = is_last ? nullptr : x.end_of(column + 1, t1 - 1);
+        if (!members_.empty()) {
+            for (std::size_t t = t0; t < t1; ++t) {
+                multiply_for_members(x, column, t, block, number, t == t0 ? next : nullptr,
+                                     sums_of(t), worker);
+            }
+            continue;
+        }
+        const E* const w = read<E>(block, worker.reader);
+        for (std::size_t c = 0; c < block.cols; c += strip) {
+            const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
+            for (std::size_t t = t0; t < t1; ++t) {
+                const E* ahead = nullptr;
+                if (t == t0 && next != nullptr) {
+                    ahead = next + c * block.rows;
+                } else if (next_x < next_x_end) {
+                    ahead = next_x;
+                    next_x += n * block.rows;
+                }
+                multiply_tile(x, column, t, c, w + c, n, block, ahead, sums_of(t));
+            }
+        }
+    }
+    if (!part.ends) return;
+    for (std::size_t t = t0; t < t1; ++t) store_sums(x.tile(t), rect, sums_of(t));
+    finish(x.tile(t0).row0, x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows, rect.row0, rect.rows);
+}
+
+template <class T>
+template <class E>
+void Matmul::Typed<T>::multiply_tile(const PackedX<E, T>& x, std::size_t column, std::size_t t,
+                                     std::size_t c, const E* w, std::size_t n,
+                                     const BlockView& block, const E* next, T* sums) noexcept {
+    for (unsigned part = 0; part < x.n_parts(); ++part) {
+        x.tile(t).kernel->tile_nt(x.at(column, t, c, part), w, block.rows, n, block.cols,
+                                  part == 0 ? next : nullptr, sums);
+    }
+}
+
+template <class T>
+template <class E>
+std::size_t Matmul::Typed<T>::blocks_together(const PackedX<E, T>& x,
+                                              std::span<const BlockView> blocks, std::size_t number,
+                                              std::size_t end, std::size_t t) const noexcept {
+    if (x.tile(t).kernel->tile_nt_pieces == nullptr || !members_.empty()) return 0;
+    std::size_t n = 0;
+    std::size_t bytes = 0;
+    while (n < kMaxGemmPieces / x.n_parts() && number + n < end) {
+        const BlockView& block = blocks[number + n - fed_];
+        bytes += block.length;
+        if (block.encoding != Encoding::raw || bytes > kTogetherBytes) break;
+        ++n;
+    }
+    return n;
+}
+
+template <class T>
+template <class E>
+void Matmul::Typed<T>::multiply_together(const PackedX<E, T>& x, std::span<const BlockView> blocks,
+                                         std::size_t number, std::size_t n, std::size_t t,
+                                         bool first, T* sums) const {
+    GemmPiece<E> pieces[kMaxGemmPieces];
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        const BlockView& block = blocks[number + i - fed_];
+        const std::size_t column = place(number + i) % p_.grid.grid_cols();
+        const E* const next = first ? next_block<E>(blocks, number + i - fed_, n) : nullptr;
+        for (unsigned part = 0; part < x.n_parts(); ++part) {
+            pieces[count++] = {x.at(column, t, 0, part), reinterpret_cast<const E*>(block.data),
+                               block.cols, block.cols, part == 0 ? next : nullptr};
+        }
+    }
+    x.tile(t).kernel->tile_nt_pieces(pieces, count, blocks[number - fed_].rows, sums);
+}
+
+template <class T>
+template <class E>
+void Matmul::Typed<T>::multiply_for_members(const PackedX<E, T>& x, std::size_t column,
+                                            std::size_t t, const BlockView& block,
+                                            std::size_t number, const E* next, T* sums,
+                                            Worker& worker) const {
+    using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+    const auto& tile = x.tile(t);
+    std::size_t having = 0;
+    for (std::size_t i = 0; i < tile.rows; ++i) having += has(number, tile.row0 + i) ? 1 : 0;
+    if (having == 0) return;
+    const std::size_t lanes = tile.sums();
+    if (having <= own().dot_max_m) {
+        if (next != nullptr) ask_for(next, std::size_t{block.rows} * block.cols * sizeof(E));
+        T* const products = worker.apart.at_least(having * block.rows);
+        for_rows_with(
+            number, tile.row0, tile.row0 + tile.rows, [&](std::size_t begin, std::size_t end) {
+                const std::size_t n = end - begin;
+                std::fill_n(products, n * block.rows, T{0});
+                dot(x_ + begin * p_.grid.cols + column * p_.grid.block_cols, n, block, products,
+                    block.rows, worker.reader);
+                T* const to = sums + (begin - tile.row0) * tile.kernel->sums();
+                for (std::size_t i = 0; i < n; ++i) {
+                    for (std::size_t r = 0; r < block.rows; ++r) {
+                        to[r * lanes + i * tile.kernel->sums()] += products[i * block.rows + r];
+                    }
+                }
+            });
+        return;
+    }
+    const E* const w = read<E>(block, worker.reader);
+    const bool is_some = having != tile.rows;
+    T* const to = is_some ? worker.apart.at_least(block.rows * lanes) : sums;
+    if (is_some) std::fill_n(to, block.rows * lanes, T{0});
+    const std::size_t strip = columns_in_a_pass(tile.kernel->width);
+    for (std::size_t c = 0; c < block.cols; c += strip) {
+        const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
+        multiply_tile(x, column, t, c, w + c, n, block,
+                      next == nullptr ? nullptr : next + c * block.rows, to);
+    }
+    if (!is_some) return;
+    Bits* const mask = worker.mask.at_least(lanes);
+    const std::size_t group = tile.kernel->sums();
+    for (std::size_t i = 0; i < lanes; ++i) {
+        const bool counts = i / group < tile.rows && has(number, tile.row0 + i / group);
+        mask[i] = counts ? ~Bits{0} : Bits{0};
+    }
+    for (std::size_t r = 0; r < block.rows; ++r) {
+        for (std::size_t i = 0; i < lanes; ++i) {
+            sums[r * lanes + i] +=
+                std::bit_cast<T>(std::bit_cast<Bits>(to[r * lanes + i]) & mask[i]);
+        }
+    }
+}
+
+template <class T>
+template <class Tile>
+void Matmul::Typed<T>::store_sums(const Tile& tile, const BlockRect& rect,
+                                  const T* sums) const noexcept {
+    const std::size_t group = tile.kernel->sums();
+    const std::size_t lanes = tile.sums();
+    if (group == 1) {
+        detail::transpose_apart(sums, lanes, rect.rows, tile.rows, y_ + tile.row0 * n_ + rect.row0,
+                                n_);
+        return;
+    }
+    for (std::size_t i = 0; i < tile.rows; ++i) {
+        T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
+        for (std::size_t r = 0; r < rect.rows; ++r) {
+            const T* const from = sums + r * lanes + i * group;
+            T sum = from[0];
+            for (std::size_t j = 1; j < group; ++j) sum += from[j];
+            y[r] = sum;
+        }
+    }
+}
+
+template void Matmul::Typed<float>::multiply_packed(const PackedX<float, float>&,
+                                                    std::span<const BlockView>, std::size_t,
+                                                    std::size_t, unsigned);
+template void Matmul::Typed<float>::multiply_packed(const PackedX<std::uint16_t, float>&,
+                                                    std::span<const BlockView>, std::size_t,
+                                                    std::size_t, unsigned);
+template void Matmul::Typed<double>::multiply_packed(const PackedX<double, double>&,
+                                                     std::span<const BlockView>, std::size_t,
+                                                     std::size_t, unsigned);
+
+}  // namespace pydedup

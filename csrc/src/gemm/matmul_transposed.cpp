@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// x @ W: columns of blocks.
+#include "gemm/matmul_typed.hpp"
+#include "gemm/transpose.hpp"
+
+namespace pydedup {
+namespace {
+
+using detail::ceil_div;
+using detail::PackedX;
+using detail::WeightReader;
+
+// Bytes of y that a task of a transposed product adds to.
+constexpr std::size_t kMaxSumBytes = std::size_t{256} << 10;
+
+}  // namespace
+
+template <class T>
+std::size_t Matmul::Typed<T>::columns_together(unsigned threads) const noexcept {
+    const std::size_t rows = std::min(p_.m, detail::kMaxTaskRows);
+    const std::size_t fitting = kMaxSumBytes / (rows * p_.grid.block_cols * sizeof(T));
+    const std::size_t enough = p_.grid.grid_cols() / (detail::kPiecesPerThread * threads);
+    return std::max<std::size_t>(std::min(fitting, enough), 1);
+}
+
+template <class T>
+void Matmul::Typed<T>::multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column,
+                                         std::size_t t0, std::size_t t1, Worker& worker) const {
+    const PackedX<T, T>& x = *packed_;
+    const std::size_t columns = p_.grid.grid_cols();
+    const std::size_t first = column + ceil_div(fed_ - std::min(fed_, column), columns) * columns;
+    const std::size_t end = fed_ + blocks.size();
+    if (first >= end) return;
+    const BlockRect rect = block_rect(p_.grid, column);
+    const std::size_t sum0 = x.sums_before(t0);
+    T* const sums = worker.sums.at_least((x.sums_before(t1) - sum0) * rect.cols);
+    const auto sums_of = [&](std::size_t t) {
+        return sums + (x.sums_before(t) - sum0) * rect.cols;
+    };
+    const auto y_of = [&](std::size_t t) { return y_ + x.tile(t).row0 * n_ + rect.col0; };
+    for (std::size_t t = t0; t < t1; ++t) {
+        const auto& tile = x.tile(t);
+        if (first == column) {
+            std::fill_n(sums_of(t), tile.sums() * rect.cols, T{0});
+        } else {
+            detail::transpose(y_of(t), n_, tile.rows, rect.cols, sums_of(t), tile.sums());
+        }
+    }
+    const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
+    for (std::size_t number = first; number < end; number += columns) {
+        const BlockView& block = blocks[number - fed_];
+        T* const w = worker.apart.at_least(std::size_t{block.rows} * block.cols);
+        detail::transpose(worker.reader.read(block), block.cols, block.rows, block.cols, w,
+                          block.rows);
+        const T* const next = next_block<T>(blocks, number - fed_, columns);
+        for (std::size_t r = 0; r < block.rows; r += strip) {
+            const std::size_t n = std::min<std::size_t>(strip, block.rows - r);
+            for (std::size_t t = t0; t < t1; ++t) {
+                x.tile(t).kernel->tile_nt(
+                    x.at(number / columns, t, r), w + r, block.cols, n, block.rows,
+                    t == t0 && next != nullptr ? next + r * block.cols : nullptr, sums_of(t));
+            }
+        }
+    }
+    for (std::size_t t = t0; t < t1; ++t) {
+        const auto& tile = x.tile(t);
+        detail::transpose_apart(sums_of(t), tile.sums(), rect.cols, tile.rows, y_of(t), n_);
+    }
+    if (end + columns > p_.grid.count() + column) {
+        finish(x.tile(t0).row0, x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows, rect.col0, rect.cols);
+    }
+}
+
+template <class T>
+void Matmul::Typed<T>::multiply_nn(std::span<const BlockView> blocks, std::size_t column0,
+                                   std::size_t column1, std::size_t i0, std::size_t i1,
+                                   WeightReader<T>& reader) const {
+    const BlockGrid& grid = p_.grid;
+    const std::size_t end = fed_ + blocks.size();
+    for (std::size_t row = place(fed_) / grid.grid_cols(); row < grid.grid_rows(); ++row) {
+        const std::size_t row0 = row * grid.grid_cols();
+        const std::size_t from = std::max(fed_, first_from(row0 + column0));
+        if (from >= end) break;
+        const std::size_t to = std::min(end, first_from(row0 + column1));
+        for (std::size_t number = from; number < to; ++number) {
+            const std::size_t at = place(number);
+            const BlockRect rect = block_rect(grid, at);
+            const BlockView& block = blocks[number - fed_];
+            if (row == 0 && (number == 0 || place(number - 1) != at)) {
+                for (std::size_t i = i0; i < i1; ++i) {
+                    std::fill_n(y_ + i * n_ + rect.col0, rect.cols, T{0});
+                }
+            }
+            const T* const w = reader.read(block);
+            for_rows_with(number, i0, i1, [&](std::size_t begin, std::size_t stop) {
+                own().block_nn(x_ + begin * grid.rows + row * grid.block_rows, grid.rows,
+                               stop - begin, w, block.rows, block.cols, block.cols,
+                               y_ + begin * n_ + rect.col0, n_);
+            });
+            const bool is_last = number + 1 == count() || place(number + 1) != at;
+            if (row + 1 == grid.grid_rows() && is_last) finish(i0, i1, rect.col0, rect.cols);
+        }
+    }
+}
+
+template std::size_t Matmul::Typed<float>::columns_together(unsigned) const noexcept;
+template void Matmul::Typed<float>::multiply_nn_tiles(std::span<const BlockView>, std::size_t,
+                                                      std::size_t, std::size_t, Worker&) const;
+template void Matmul::Typed<float>::multiply_nn(std::span<const BlockView>, std::size_t,
+                                                std::size_t, std::size_t, std::size_t,
+                                                WeightReader<float>&) const;
+template std::size_t Matmul::Typed<double>::columns_together(unsigned) const noexcept;
+template void Matmul::Typed<double>::multiply_nn_tiles(std::span<const BlockView>, std::size_t,
+                                                       std::size_t, std::size_t, Worker&) const;
+template void Matmul::Typed<double>::multiply_nn(std::span<const BlockView>, std::size_t,
+                                                 std::size_t, std::size_t, std::size_t,
+                                                 WeightReader<double>&) const;
+
+}  // namespace pydedup

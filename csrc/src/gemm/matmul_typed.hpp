@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+// A matrix product in one dtype of sums: which thread computes what, on which block, in which
+// order.
+//
+// A task is a range of columns of y (a panel of W: one row of blocks, or a few columns of blocks
+// when transposed) by a chunk of rows of x. Tasks share nothing that they write, and each walks its
+// blocks in order, so neither the threads nor the cuts between calls of feed() show in the result.
+// A panel that is cut by the end of a call keeps its sums, as they are.
+//
+// matmul.cpp has the frame and what takes few rows of x, matmul_tiles.cpp what takes x in tiles,
+// matmul_transposed.cpp x @ W.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <type_traits>
+
+#include "base/parallel.hpp"
+#include "dispatch/dispatch.hpp"
+#include "gemm/matmul_impl.hpp"
+#include "gemm/packed_x.hpp"
+#include "gemm/weights.hpp"
+#include "pydedup/gemm.hpp"
+
+namespace pydedup {
+
+namespace detail {
+
+// Rows of x in one task. At most: their sums for a panel of 64 rows are 128 KiB of f32, which stays
+// in the second-level cache beside the block. At least: fewer would read W more often for nothing.
+inline constexpr std::size_t kMaxTaskRows = 512;
+inline constexpr std::size_t kMinTaskRows = 32;
+// Bytes of x that one pass of a tile reads: half of a 32 KiB first-level cache.
+inline constexpr std::size_t kPassBytes = std::size_t{16} << 10;
+// Largest block to ask for while the one before is computed with: it has to stay in the
+// second-level cache until then.
+inline constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
+// Pieces per thread that a call should have, so that one late thread does not hold up the rest.
+inline constexpr std::size_t kPiecesPerThread = 4;
+
+[[nodiscard]] constexpr std::size_t ceil_div(std::size_t a, std::size_t b) noexcept {
+    return (a + b - 1) / b;
+}
+
+}  // namespace detail
+
+template <class T>
+class Matmul::Typed final : public Matmul::Impl {
+  public:
+    explicit Typed(const Problem& problem);
+
+  protected:
+    void multiply(std::span<const BlockView> blocks) override;
+
+  private:
+    [[nodiscard]] const GemmKernelsOf<T>& own() const noexcept {
+        return detail::of_type<T>(kernels_);
+    }
+
+    [[nodiscard]] unsigned threads_for(std::size_t work) const noexcept;
+
+    // One panel by rows (or tiles of rows) of x [unit0, unit1).
+    struct Task {
+        std::size_t panel, unit0, unit1;
+    };
+    struct Worker {
+        detail::WeightReader<T> reader;
+        detail::Scratch<T> sums;
+        detail::Scratch<T> apart;
+        detail::Scratch<std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>> mask;
+    };
+
+    // Deals out panels by `units` of `unit_rows` rows of x each: as many as fit a task, fewer where
+    // there would be too few pieces for the threads.
+    template <class Body>
+    void run(std::size_t panels, std::size_t units, std::size_t unit_rows, unsigned threads,
+             const Body& body) const {
+        const std::size_t rows = units * unit_rows;
+        const std::size_t wanted =
+            threads == 1 ? 1 : detail::ceil_div(detail::kPiecesPerThread * threads, panels);
+        const std::size_t chunks =
+            std::max(detail::ceil_div(rows, detail::kMaxTaskRows),
+                     std::min(wanted, detail::ceil_div(rows, detail::kMinTaskRows)));
+        const std::size_t chunk = detail::ceil_div(units, chunks);
+        const std::size_t per_panel = detail::ceil_div(units, chunk);
+        parallel_for(panels * per_panel, 1, threads, [&](std::size_t begin, std::size_t end) {
+            Worker worker{detail::WeightReader<T>(kernels_), {}, {}, {}};
+            for (std::size_t i = begin; i < end; ++i) {
+                const std::size_t unit = i % per_panel * chunk;
+                body(Task{i / per_panel, unit, std::min(units, unit + chunk)}, worker);
+            }
+        });
+    }
+
+    void finish(std::size_t i0, std::size_t i1, std::size_t j0, std::size_t count) const noexcept;
+
+    // The blocks of block row `row` that this call brings: numbers [begin, end).
+    struct Part {
+        std::size_t begin, end;
+        bool starts, ends;  // whether it holds the first and the last block of the row
+    };
+    [[nodiscard]] Part part_of_row(std::size_t row, std::size_t n_blocks) const noexcept {
+        const std::size_t first = first_from(row * p_.grid.grid_cols());
+        const std::size_t last = first_from((row + 1) * p_.grid.grid_cols());
+        const std::size_t begin = std::max(fed_, first);
+        const std::size_t end = std::min(fed_ + n_blocks, last);
+        return {begin, end, begin == first, end == last};
+    }
+
+    // ---- few rows of x: matmul.cpp
+
+    void multiply_dots(std::span<const BlockView> blocks, std::size_t row, std::size_t i0,
+                       std::size_t i1, detail::WeightReader<T>& reader) const;
+    void dot(const T* x, std::size_t m, const BlockView& block, T* y, std::size_t ldy,
+             detail::WeightReader<T>& reader) const;
+
+    // ---- x in tiles: matmul_tiles.cpp
+
+    template <class E>
+    void multiply_packed(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                         std::size_t first, std::size_t panels, unsigned threads);
+    template <class E>
+    void multiply_tiles(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                        std::size_t row, std::size_t t0, std::size_t t1, Worker& worker) const;
+    // n columns of a block by those of tile t of x, in all parts of it.
+    template <class E>
+    static void multiply_tile(const detail::PackedX<E, T>& x, std::size_t column, std::size_t t,
+                              std::size_t c, const E* w, std::size_t n, const BlockView& block,
+                              const E* next, T* sums) noexcept;
+    // How many blocks from `number` on tile t of x takes at once: such as lie as they are in their
+    // pages. 0 where a kernel does not do that.
+    template <class E>
+    [[nodiscard]] std::size_t blocks_together(const detail::PackedX<E, T>& x,
+                                              std::span<const BlockView> blocks, std::size_t number,
+                                              std::size_t end, std::size_t t) const noexcept;
+    // n blocks by tile t of x, in all parts of it. For the first tile, the blocks that come next
+    // are asked for.
+    template <class E>
+    void multiply_together(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                           std::size_t number, std::size_t n, std::size_t t, bool first,
+                           T* sums) const;
+    // A block for those rows of a tile that have it. Where these are some, its sums are formed
+    // apart, so that nothing of it, not even a NaN, gets into those of other rows.
+    template <class E>
+    void multiply_for_members(const detail::PackedX<E, T>& x, std::size_t column, std::size_t t,
+                              const BlockView& block, std::size_t number, const E* next, T* sums,
+                              Worker& worker) const;
+    template <class Tile>
+    void store_sums(const Tile& tile, const BlockRect& rect, const T* sums) const noexcept;
+
+    // ---- x @ W: matmul_transposed.cpp
+
+    // Columns of blocks in one panel. Neighbours in a row of blocks lie together in memory, so more
+    // columns are longer reads; but their part of y should stay in the second-level cache.
+    [[nodiscard]] std::size_t columns_together(unsigned threads) const noexcept;
+    // Column `column` of blocks for tiles [t0, t1) of x. With its rows and columns exchanged, a
+    // block is multiplied as for x @ W.T: that takes as long as a few rows of x do.
+    void multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column, std::size_t t0,
+                           std::size_t t1, Worker& worker) const;
+    // Columns [column0, column1) of blocks, for rows [i0, i1) of x.
+    void multiply_nn(std::span<const BlockView> blocks, std::size_t column0, std::size_t column1,
+                     std::size_t i0, std::size_t i1, detail::WeightReader<T>& reader) const;
+
+    // ---- of both
+
+    // Whole groups of any tile, of which the largest are 32 bf16 numbers.
+    [[nodiscard]] static std::size_t columns_in_a_pass(std::size_t tile_width) noexcept {
+        constexpr std::size_t kGroup = 32;
+        const std::size_t fitting = detail::kPassBytes / (tile_width * sizeof(T));
+        return std::max<std::size_t>(fitting / kGroup, 1) * kGroup;
+    }
+
+    // The block so many places on, in its row or column of blocks the next one, when its memory is
+    // worth asking for.
+    template <class E>
+    [[nodiscard]] static const E* next_block(std::span<const BlockView> blocks, std::size_t index,
+                                             std::size_t step = 1) noexcept {
+        if (index + step >= blocks.size() || blocks[index + step].length > detail::kMaxAheadBytes) {
+            return nullptr;
+        }
+        return reinterpret_cast<const E*>(blocks[index + step].data);
+    }
+
+    const GemmKernels& kernels_;
+    const T* const x_;
+    const T* const bias_;
+    T* const y_;
+    const std::size_t n_;    // columns of y
+    std::size_t tiled_ = 0;  // rows of x that a transposed product takes by tiles
+    // x as the kernels want it: none for dot products, pairs_ for products of bf16 numbers.
+    std::optional<detail::PackedX<T, T>> packed_;
+    std::optional<detail::PackedX<std::uint16_t, float>> pairs_;
+    // Sums of the panel that a call of feed() began or went on with, but did not end: of the call
+    // before, and of this one.
+    detail::AlignedArray<T> begun_, to_go_on_;
+};
+
+}  // namespace pydedup
