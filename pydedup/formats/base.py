@@ -13,6 +13,7 @@ Deliberately not here: bytes of any particular format, and the choice between fo
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -43,6 +44,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 #: What numpy 1.26 can hold.
 _MAX_AXES = 32
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 #: Prefix of artifacts that were no file of their own.
 DERIVED = "pydedup:"
@@ -262,7 +264,7 @@ def name_problem(name: object) -> str | None:
         return "is no text"
     if not name:
         return "is empty"
-    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+    if _CONTROL.search(name):
         return "holds control characters"
     try:
         encoded = name.encode("utf-8")

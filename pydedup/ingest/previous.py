@@ -47,6 +47,7 @@ class Previous:
         self._maps = model.block_maps()
         self._hashes = SourceHashes(adapter, model)
         self._ordinals = {info.name: i for i, info in enumerate(self._model.tensors)}
+        self._references = self._all_references()
         pages = [row[1:] for row in adapter.model_pages(model.row.id)]
         #: Page, distinct blocks that this version has of it, and their bytes; int64 (n, 3).
         self._pages = np.array(pages, np.int64).reshape(-1, 3)
@@ -79,14 +80,30 @@ class Previous:
             return found
         before = np.frombuffer(source, "<u8").reshape(-1, 2)
         same = np.flatnonzero((before == digests).all(axis=1))
-        refer = self._stored.references_at
-        found[same] = refer(block_map.page_ids[same], block_map.slots[same])
-        if block_map.bases is not None:
-            base_page_ids, base_slots = block_map.bases
-            deltas = same[base_page_ids[same] != NO_PAGE]
-            bases = refer(base_page_ids[deltas], base_slots[deltas])
-            self._stored.set_bases(found[deltas], bases)
+        found[same] = self._references[ordinal][same]
         return found
+
+    def _all_references(self) -> list[NDArray[np.int64]]:
+        """Return the references of all blocks, tensor by tensor, and make those of their bases.
+
+        They are looked up together: one by one, a hundred small tensors take longer than hashing
+        the blocks.
+        """
+        maps, refer = self._maps, self._stored.references_at
+        every = refer(
+            joined([block_map.page_ids for block_map in maps]),
+            joined([block_map.slots for block_map in maps]).astype(np.uint32),
+        )
+        ends = np.cumsum([len(block_map.page_ids) for block_map in maps], dtype=np.int64)
+        parts = np.split(every, ends)[: len(maps)]
+        leaning = [(part, m.bases) for part, m in zip(parts, maps, strict=True) if m.bases]
+        owners = joined([part for part, _ in leaning])
+        page_ids = joined([bases[0] for _, bases in leaning])
+        slots = joined([bases[1] for _, bases in leaning]).astype(np.uint32)
+        is_delta = page_ids != NO_PAGE
+        bases = refer(page_ids[is_delta], slots[is_delta])
+        self._stored.set_bases(owners[is_delta], bases)
+        return parts
 
     def settle_costs(self, references: NDArray[np.int64], reader: BlockReader) -> None:
         """See that it is known what a model has of each page, in bytes.
