@@ -19,6 +19,7 @@ from pydedup.cli.tables import Column, print_table
 if TYPE_CHECKING:
     from pydedup.maintenance.refill import RefillReport
     from pydedup.maintenance.repair import MissingBlocks, RepairReport
+    from pydedup.maintenance.vacuum import VacuumReport
 
 __all__ = ["refill", "vacuum", "verify"]
 
@@ -249,6 +250,8 @@ def _print_refill(report: RefillReport, seconds: float) -> None:
 def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, quiet: bool) -> None:
     """Free what nobody uses, and repack pages where models read more of them than they must.
 
+    Only pages are written anew that others make fewer, or that models then read fewer of, by a
+    tenth of their number at least.
     What abandoned adds left behind goes as well. Reading goes on meanwhile. With --dry-run the
     figures are what vacuum would do now: exact, but for the size of the store.
     """
@@ -274,7 +277,7 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
                 "freed",
                 f"{text.plural(report.freed_pages, 'page')}, {text.size(report.freed_bytes)}",
             ),
-            ("repacked", text.plural(report.repacked_pages, "new page")),
+            ("repacked", _repacked(report)),
             (
                 "pages",
                 f"{text.count(report.pages_before)} -> {text.count(report.pages_after)}, "
@@ -308,4 +311,13 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
                 else []
             ),
         ]
+    )
+
+
+def _repacked(report: VacuumReport) -> str:
+    if not report.repacked_pages:
+        return "nothing"
+    return (
+        f"{text.count(report.rewritten_pages)} of {text.plural(report.pages_before, 'page')}, into "
+        f"{text.plural(report.repacked_pages, 'new one')}"
     )

@@ -90,19 +90,17 @@ class Previous:
         the blocks.
         """
         maps, refer = self._maps, self._stored.references_at
-        every = refer(
-            joined([block_map.page_ids for block_map in maps]),
-            joined([block_map.slots for block_map in maps]).astype(np.uint32),
-        )
-        ends = np.cumsum([len(block_map.page_ids) for block_map in maps], dtype=np.int64)
-        parts = np.split(every, ends)[: len(maps)]
-        leaning = [(part, m.bases) for part, m in zip(parts, maps, strict=True) if m.bases]
-        owners = joined([part for part, _ in leaning])
-        page_ids = joined([bases[0] for _, bases in leaning])
-        slots = joined([bases[1] for _, bases in leaning]).astype(np.uint32)
-        is_delta = page_ids != NO_PAGE
-        bases = refer(page_ids[is_delta], slots[is_delta])
-        self._stored.set_bases(owners[is_delta], bases)
+        places = [block_places(block_map.page_ids, block_map.slots) for block_map in maps]
+        every = refer(*split_places(joined(places)))
+        parts = np.split(every, np.cumsum(list(map(len, places)), dtype=np.int64))[: len(maps)]
+        owners, base_places = [], []
+        for part, block_map in zip(parts, maps, strict=True):
+            if block_map.bases is not None:
+                page_ids, slots = block_map.bases
+                is_delta = page_ids != NO_PAGE
+                owners.append(part[is_delta])
+                base_places.append(block_places(page_ids[is_delta], slots[is_delta]))
+        self._stored.set_bases(joined(owners), refer(*split_places(joined(base_places))))
         return parts
 
     def settle_costs(self, references: NDArray[np.int64], reader: BlockReader) -> None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A new layout for all live blocks, published in one transaction.
+"""A new layout for live blocks, published in one transaction.
 
-Blocks are copied as they are encoded; blocks that no model uses any more are left behind. A base is
-in use as long as a delta on it is, and deltas follow it to its new place. Old pages are retired and
-not deleted: readers under way still find them. `plan_repack` says what it would be, to the byte,
+Pages that are full of what their owners all read stay where they are, and others, too, unless what
+is saved is worth writing them. Blocks are copied as they are encoded; of pages that are written
+anew, blocks that no model uses any more are left behind. A base is in use as long as a delta on it
+is, and deltas follow it to its new place. Old pages are retired and not deleted: readers under way
+still find them. `plan_repack` says what it would be, to the byte,
 and changes nothing.
 """
 
@@ -13,6 +15,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,11 +42,16 @@ from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
 from pydedup.types import Progress
 
-__all__ = ["RepackPlan", "plan_repack", "repack"]
+__all__ = ["RepackPlan", "Repacked", "plan_repack", "repack"]
 
 _PAGES_PER_TRANSACTION = 16
 _ROWS_PER_TRANSACTION = 20_000
 _NO_BASE = -1
+#: A page is left alone when so much of it is in use, and nothing else on it, and each of its owners
+#: reads as much.
+_GOOD_PART = 0.9
+#: A new page is written for so many that are no longer stored, or no longer read, at least.
+_LEAST_GAIN = 0.1
 
 
 @dataclass(slots=True)
@@ -51,7 +59,8 @@ class _Places:
     """All blocks that live models use, those that are only bases of others included.
 
     They are numbered 0 to n - 1 by ascending place (`block_places`); ``bases`` holds the number of
-    each one's base, -1 for blocks that are no deltas.
+    each one's base, -1 for blocks that are no deltas. ``littered`` are the ids of pages that hold
+    others beside them, which nobody uses any more.
     """
 
     places: NDArray[np.int64]
@@ -59,6 +68,7 @@ class _Places:
     encodings: NDArray[np.uint8]
     hashes: list[bytes]
     bases: NDArray[np.int64]
+    littered: NDArray[np.int64]
     owners: list[NDArray[np.int64]]
 
     def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
@@ -72,29 +82,40 @@ class _Places:
 
 @dataclass(frozen=True, slots=True)
 class RepackPlan:
-    """A layout that is better than the one there is, and the state of the store it is for."""
+    """A layout that is better than the one there is, and the state of the store it is for.
+
+    ``kept`` are the ids of the pages that stay, in ascending order.
+    """
 
     epoch: int
     models: list[StoredModel]
     places: _Places
     layout: Layout
+    kept: NDArray[np.int64]
 
     @property
     def pages(self) -> int:
-        """How many pages there will be."""
+        """How many pages will be new."""
         return len(self.layout.pages)
 
     @property
     def page_bytes(self) -> int:
-        """What these pages will have, in bytes."""
+        """What the new pages will have, in bytes."""
         lengths, encodings = self.places.lengths, self.places.encodings
         return sum(page_bytes(lengths[n], encodings[n]) for n in self.layout.pages)
 
     @property
     def reads(self) -> dict[int, int]:
-        """How many of them each model will read."""
+        """How many pages each model will read."""
         ids = [model.row.id for model in self.models]
         return dict(zip(ids, self.layout.page_reads.tolist(), strict=True))
+
+
+class Repacked(NamedTuple):
+    """How many pages were given up, and how many new ones there are for them."""
+
+    old_pages: int
+    new_pages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,25 +138,33 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
         places = _places(adapter, pool, models)
     if not len(places.places):
         return None
-    layout = pack(places.owners, PAGE_CAPACITY, sizes=codec.page_cost(places.lengths))
-    if not _better(layout, places, live_pages):
-        return None
-    return RepackPlan(epoch, models, places, layout)
+    pages_now = live_pages + sum(len(np.unique(places.at(o)[0])) for o in places.owners)
+    best, plan = 0.0, None
+    good, none = _good_pages(places), np.empty(0, np.int64)
+    for kept in (good, none) if len(good) else (none,):
+        layout = _layout_beside(places, kept)
+        saved = pages_now - layout.stored_pages - int(layout.page_reads.sum())
+        gain = saved - _LEAST_GAIN * len(layout.pages)
+        if gain > best and layout.stored_pages <= live_pages:
+            best, plan = gain, RepackPlan(epoch, models, places, layout, kept)
+    return plan
 
 
 def repack(
     adapter: Adapter, catalog: Catalog, pool: PagePool, *, progress: Progress | None = None
-) -> int:
-    """Write a better layout if there is one; returns the number of new pages.
+) -> Repacked:
+    """Write a better layout if there is one.
 
-    Gives way (returns 0) when another writer publishes meanwhile: the next vacuum tries again.
+    Gives way (and has done nothing) when another writer publishes meanwhile: the next vacuum tries
+    again.
     """
-    plan = plan_repack(adapter, pool, live_pages=len(adapter.page_rows(state=LIVE)))
+    live_pages = len(adapter.page_rows(state=LIVE))
+    plan = plan_repack(adapter, pool, live_pages=live_pages)
     if plan is None:
-        return 0
+        return Repacked(0, 0)
     places, layout = plan.places, plan.layout
-    page_of = np.empty(len(places.places), np.int64)
-    slot_of = np.empty(len(places.places), np.uint32)
+    page_of, slot_of = split_places(places.places)
+    moved = ~np.isin(page_of, plan.kept)
     new_ids: list[int] = []
     job = Job(adapter, "repack")
     try:
@@ -144,14 +173,18 @@ def repack(
             new_ids.extend(_stage(pool, places, group, page_of, slot_of, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
-        _stage_deltas(adapter, places, page_of, slot_of, job)
-        moves = [_move(model, places, page_of, slot_of) for model in plan.models]
-        published = _publish(adapter, moves, new_ids, plan.epoch, job)
+        _stage_deltas(adapter, places, page_of, slot_of, moved, job)
+        moves = [
+            _move(model, places, page_of, slot_of)
+            for model, owned in zip(plan.models, places.owners, strict=True)
+            if moved[owned].any()
+        ]
+        published = _publish(adapter, moves, new_ids, plan, job)
     except PageNotFoundError:
         job.discard(new_ids)
         if adapter.epoch() == plan.epoch:
             raise
-        return 0
+        return Repacked(0, 0)
     except BaseException:
         # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
         with contextlib.suppress(PydedupError):
@@ -160,9 +193,9 @@ def repack(
         raise
     if not published:
         job.discard(new_ids)
-        return 0
+        return Repacked(0, 0)
     catalog.refresh()
-    return len(new_ids)
+    return Repacked(live_pages - len(plan.kept), len(new_ids))
 
 
 def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> _Places:
@@ -184,16 +217,37 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
     bases[is_delta] = np.searchsorted(used, bases[is_delta])
     owners = [np.searchsorted(used, key) for key in keys]
     hashes = [row.hash128 for row in rows]
-    return _Places(used, *block_forms(pool, used), hashes, bases, owners)
+    places_there = block_places(*np.array(list(recorded), np.int64).reshape(-1, 2).T)
+    littered = np.unique(split_places(np.setdiff1d(places_there, used))[0])
+    return _Places(used, *block_forms(pool, used), hashes, bases, littered, owners)
 
 
-def _better(layout: Layout, places: _Places, live_pages: int) -> bool:
-    """Whether fewer pages are stored, or fewer read at no more stored."""
-    reads_now = sum(len(np.unique(places.at(owned)[0])) for owned in places.owners)
-    reads_then = int(layout.page_reads.sum())
-    if layout.stored_pages > live_pages:
-        return False
-    return layout.stored_pages < live_pages or reads_then < reads_now
+def _good_pages(places: _Places) -> NDArray[np.int64]:
+    """Return the ids of pages that no layout would make much better."""
+    page_of, _ = places.at(np.arange(len(places.places)))
+    pages, index = np.unique(page_of, return_inverse=True)
+    costs = codec.page_cost(places.lengths)
+    in_use = np.bincount(index, costs, len(pages))
+    good = (in_use >= _GOOD_PART * PAGE_CAPACITY) & ~np.isin(pages, places.littered)
+    for owned in places.owners:
+        read = np.bincount(index[owned], costs[owned], len(pages))
+        good &= (read == 0) | (read >= _GOOD_PART * in_use)
+    # What is written of a delta names its base's place: it moves when that does.
+    deltas = np.flatnonzero(places.bases != _NO_BASE)
+    bases = places.bases[deltas]
+    while (alone := good[index[deltas]] & ~good[index[bases]]).any():
+        good[index[deltas[alone]]] = False
+    return pages[good]
+
+
+def _layout_beside(places: _Places, kept: NDArray[np.int64]) -> Layout:
+    """Return a layout of all blocks that are not on these pages."""
+    page_of, _ = places.at(np.arange(len(places.places)))
+    stay = np.flatnonzero(np.isin(page_of, kept))
+    ends = np.searchsorted(page_of[stay], kept, side="right")  # places ascend by page
+    existing = (np.concatenate([[0], ends]), stay)
+    sizes = codec.page_cost(places.lengths)
+    return pack(places.owners, PAGE_CAPACITY, sizes=sizes, existing=existing)
 
 
 def _stage(
@@ -225,10 +279,11 @@ def _stage_deltas(
     places: _Places,
     page_of: NDArray[np.int64],
     slot_of: NDArray[np.uint32],
+    moved: NDArray[np.bool_],
     job: Job,
 ) -> None:
-    """Write the rows of deltas: only now do all bases have a place."""
-    numbers = np.flatnonzero(places.bases != _NO_BASE)
+    """Write the rows of deltas that move: only now do all bases have a place."""
+    numbers = np.flatnonzero(moved & (places.bases != _NO_BASE))
     base_places = block_places(page_of, slot_of)[places.bases[numbers]].tolist()
     rows = [
         (places.hashes[number], int(page_of[number]), int(slot_of[number]), base)
@@ -266,17 +321,18 @@ def _move(
 
 
 def _publish(
-    adapter: Adapter, moves: Sequence[_Move], new_ids: Sequence[int], epoch: int, job: Job
+    adapter: Adapter, moves: Sequence[_Move], new_ids: Sequence[int], plan: RepackPlan, job: Job
 ) -> bool:
     with adapter.transaction():
-        if not adapter.bump_epoch(epoch):
+        if not adapter.bump_epoch(plan.epoch):
             return False
         for move in moves:
             for ordinal, block_map in enumerate(move.maps):
                 adapter.replace_block_map(move.model_id, ordinal, list(block_map.parts()))
             adapter.delete_model_pages(move.model_id)
             adapter.insert_model_pages((move.model_id, *read) for read in move.reads)
-        old_ids = [row.id for row in adapter.page_rows(state=LIVE)]
+        kept = set(plan.kept.tolist())
+        old_ids = [row.id for row in adapter.page_rows(state=LIVE) if row.id not in kept]
         adapter.set_page_state(old_ids, RETIRED, time.time())
         adapter.set_page_state(new_ids, LIVE)
         job.end()

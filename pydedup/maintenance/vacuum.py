@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frees what nobody uses, and repacks pages when models read more of them than they must.
 
-In order: stagings of dead adds, pages without an owner, a new layout where it helps, retired
-pages whose grace period is over, and space given back to the file system. Every step is a series
-of bounded transactions but the one that publishes a new layout; readers go on throughout.
+In order: stagings of dead adds, pages without an owner, a new layout of the pages where that saves
+enough to be worth writing them, retired pages whose grace period is over, and space given back to
+the file system. Every step is a series of bounded transactions but the one that publishes a new
+layout; readers go on throughout.
 `plan_vacuum` says beforehand what that would save, and writes nothing.
 """
 
@@ -18,7 +19,7 @@ from pydedup.catalog import Catalog
 from pydedup.errors import UnavailableError
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
-from pydedup.maintenance.repack import RepackPlan, plan_repack, repack
+from pydedup.maintenance.repack import Repacked, RepackPlan, plan_repack, repack
 from pydedup.pool import PagePool
 from pydedup.signatures import drop_dead_segments
 from pydedup.types import Progress
@@ -52,16 +53,18 @@ class VacuumReport:
     """What a vacuum did, or would do. Amplification is the worst of all models.
 
     ``pages_*`` and ``page_bytes_*`` count live pages, ``freed_*`` also what dead adds and earlier
-    vacuums left. After a dry run ``stored_bytes_after`` is an estimate: what the database needs
-    beside pages is not foreseen. Where ``stored_bytes_exact`` is false, both ``stored_bytes_*`` are
-    the least that the store may occupy. ``not_repacked`` says why pages stayed where they are, when
-    a part of the database that a new layout needs was away.
+    vacuums left. ``rewritten_pages`` are those whose blocks go to the ``repacked_pages``, which are
+    new; all others stay as they are. After a dry run ``stored_bytes_after`` is an estimate: what
+    the database needs beside pages is not foreseen. Where ``stored_bytes_exact`` is false, both
+    ``stored_bytes_*`` are the least that the store may occupy. ``not_repacked`` says why pages
+    stayed where they are, when a part of the database that a new layout needs was away.
     """
 
     abandoned_adds: int
     freed_pages: int
     freed_bytes: int
     waiting_pages: int
+    rewritten_pages: int
     repacked_pages: int
     pages_before: int
     pages_after: int
@@ -120,7 +123,7 @@ def vacuum_store(
     reads_before = read_amplification(adapter)
     live_before = adapter.page_rows(state=LIVE)
     abandoned = _collect_and_retire(adapter, lease_seconds)
-    repacked, not_repacked = 0, None
+    repacked, not_repacked = Repacked(0, 0), None
     if _wants_repack(adapter, adapter.page_rows(state=LIVE)):
         try:
             repacked = repack(adapter, catalog, pool, progress=progress)
@@ -137,7 +140,8 @@ def vacuum_store(
         freed_pages=freed,
         freed_bytes=freed_bytes,
         waiting_pages=waiting,
-        repacked_pages=repacked,
+        rewritten_pages=repacked.old_pages,
+        repacked_pages=repacked.new_pages,
         pages_before=len(live_before),
         pages_after=len(live_after),
         page_bytes_before=_bytes_of(live_before),
@@ -180,22 +184,26 @@ def plan_vacuum(
         plan: RepackPlan | None = None
         if _wants_repack(adapter, live, gone):
             plan = plan_repack(adapter, pool, live_pages=len(live))
+        kept: list[PageRow] = live
         if plan is not None:
-            newly += live
+            staying = set(plan.kept.tolist())
+            kept = [row for row in live if row.id in staying]
+            newly += [row for row in live if row.id not in staying]
             reads_after = {m: (plan.reads[m], least) for m, (_, least) in reads_before.items()}
         freed = due if grace_seconds > 0 else due + newly
         stored = adapter.stored_bytes()
-        new_bytes = 0 if plan is None else plan.page_bytes
+        new_pages, new_bytes = (0, 0) if plan is None else (plan.pages, plan.page_bytes)
         return VacuumReport(
             abandoned_adds=len(abandoned),
             freed_pages=len(freed),
             freed_bytes=_bytes_of(freed),
             waiting_pages=len(retired) + len(newly) - len(freed),
-            repacked_pages=0 if plan is None else plan.pages,
+            rewritten_pages=len(live) - len(kept),
+            repacked_pages=new_pages,
             pages_before=len(live_before),
-            pages_after=len(live) if plan is None else plan.pages,
+            pages_after=len(kept) + new_pages,
             page_bytes_before=_bytes_of(live_before),
-            page_bytes_after=_bytes_of(live) if plan is None else new_bytes,
+            page_bytes_after=_bytes_of(kept) + new_bytes,
             amplification_before=worst_amplification(reads_before),
             amplification_after=worst_amplification(reads_after),
             stored_bytes_before=stored,

@@ -328,3 +328,35 @@ def test_places_of_bases_are_page_and_slot(store: pydedup.Store, path: Path) -> 
     pages, slots = split_places(np.array([place[0] for place in places], np.int64))
     known = set(zip(base_map.page_ids.tolist(), base_map.slots.tolist(), strict=True))
     assert set(zip(pages.tolist(), slots.tolist(), strict=True)) <= known
+
+
+@pytest.mark.parametrize(("kept_rows", "removed"), [(12_000, ()), (11_400, ("base", "fine"))])
+def test_full_pages_of_deltas_move_only_with_their_bases(
+    store: pydedup.Store, kept_rows: int, removed: tuple[str, ...]
+) -> None:
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal((12_000, 128)).astype(np.float32)
+    fine = base + rng.standard_normal(base.shape).astype(np.float32) * np.float32(1e-4)
+    own = rng.standard_normal((900, 128)).astype(np.float32)
+    tables = {
+        "base": base,
+        "fine": fine,  # pages of deltas
+        "part": fine[:kept_rows],  # the deltas that stay in use when fine is removed
+        "head": base[:1000],  # reads little of a page of bases
+        "own": own,
+        "mixed": np.concatenate([own[:300], rng.random((100, 128), np.float32)]),
+    }
+    for name, table in tables.items():
+        store.add(name, {"w": table})
+    for name in removed:
+        store.remove(name)
+    plan = store.vacuum(dry_run=True)
+    report = store.vacuum()
+    assert plan.rewritten_pages == report.rewritten_pages > 0
+    assert (report.rewritten_pages < report.pages_before) == bool(removed)
+    assert store.verify().ok
+    for name in removed:  # matches what nobody uses, too
+        store.add(name, {"w": tables[name]})
+    assert store.verify().ok
+    for name, table in tables.items():
+        np.testing.assert_array_equal(store.load(name)["w"], table)

@@ -16,8 +16,9 @@ import pytest
 
 import pydedup
 from pydedup import policies
-from pydedup.adapter import STAGING
+from pydedup.adapter import LIVE, STAGING
 from pydedup.errors import ReadOnlyError
+from pydedup.maintenance.repack import plan_repack
 from pydedup.maintenance.vacuum import VacuumReport
 
 
@@ -52,6 +53,48 @@ def same_but_for_the_file(dry: VacuumReport, wet: VacuumReport) -> None:
 
 def content(path: Path) -> bytes:
     return path.read_bytes()
+
+
+def live_pages(store: pydedup.Store) -> set[int]:
+    return {row.id for row in store._adapter.page_rows(state=LIVE)}
+
+
+def test_pages_that_bring_nothing_stay(store: pydedup.Store, url: str) -> None:
+    rng = np.random.default_rng(0)
+    large, small = rng.random((24_000, 256), np.float32), rng.random((600, 128), np.float32)
+    store.add("large", {"w": large}, policy=policies.Exact())
+    full = live_pages(store)
+    store.add("one", {"w": small[:400]}, policy=policies.Exact())
+    store.add("two", {"w": small}, policy=policies.Exact())  # on the page of one, and its own
+    before = live_pages(store)
+    assert len(full) == 24
+    dry = store.vacuum(dry_run=True)
+    assert dry.rewritten_pages <= 3
+    assert {m.model: (m.before, m.after) for m in dry.models}["two@1"] == (2, 1)
+    said = subprocess.run(
+        [sys.executable, "-P", "-m", "pydedup", "vacuum", url, "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert f"{dry.rewritten_pages} of {len(before)} pages, into" in said
+    wet = store.vacuum()
+    same_but_for_the_file(dry, wet)
+    assert len(live_pages(store) & full) >= 23
+    assert len(before - live_pages(store)) == wet.rewritten_pages
+    for name, table in (("large", large), ("one", small[:400]), ("two", small)):
+        np.testing.assert_array_equal(store.load(name)["w"], table)
+    assert store.verify().ok
+    assert store.vacuum(dry_run=True).repacked_pages == 0
+
+
+def test_one_page_less_is_not_worth_all_of_them(store: pydedup.Store) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(24):  # each on a page of its own, full to 95 %: 23 would do
+        store.add(f"m{number}", {"w": rng.random((500, 500), np.float32)}, policy=policies.Exact())
+    pages = len(live_pages(store))
+    assert pages == 24
+    assert plan_repack(store._adapter, store._pool, live_pages=pages) is None
 
 
 def test_a_repack_saves_what_was_foreseen(store: pydedup.Store) -> None:
