@@ -5,8 +5,7 @@ Pages that are full of what their owners all read stay where they are, and other
 is saved is worth writing them. Blocks are copied as they are encoded; of pages that are written
 anew, blocks that no model uses any more are left behind. A base is in use as long as a delta on it
 is, and deltas follow it to its new place. Old pages are retired and not deleted: readers under way
-still find them. `plan_repack` says what it would be, to the byte,
-and changes nothing.
+still find them. `plan_repack` says what it would be, to the byte, and changes nothing.
 """
 
 from __future__ import annotations
@@ -158,8 +157,7 @@ def repack(
     Gives way (and has done nothing) when another writer publishes meanwhile: the next vacuum tries
     again.
     """
-    live_pages = len(adapter.page_rows(state=LIVE))
-    plan = plan_repack(adapter, pool, live_pages=live_pages)
+    plan = plan_repack(adapter, pool, live_pages=len(adapter.page_rows(state=LIVE)))
     if plan is None:
         return Repacked(0, 0)
     places, layout = plan.places, plan.layout
@@ -179,7 +177,7 @@ def repack(
             for model, owned in zip(plan.models, places.owners, strict=True)
             if moved[owned].any()
         ]
-        published = _publish(adapter, moves, new_ids, plan, job)
+        old_pages = _publish(adapter, moves, new_ids, plan, job)
     except PageNotFoundError:
         job.discard(new_ids)
         if adapter.epoch() == plan.epoch:
@@ -191,11 +189,11 @@ def repack(
             job.discard(new_ids)
         catalog.refresh()
         raise
-    if not published:
+    if old_pages is None:
         job.discard(new_ids)
         return Repacked(0, 0)
     catalog.refresh()
-    return Repacked(live_pages - len(plan.kept), len(new_ids))
+    return Repacked(old_pages, len(new_ids))
 
 
 def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> _Places:
@@ -322,10 +320,11 @@ def _move(
 
 def _publish(
     adapter: Adapter, moves: Sequence[_Move], new_ids: Sequence[int], plan: RepackPlan, job: Job
-) -> bool:
+) -> int | None:
+    """Return how many pages were given up; ``None``, and nothing is done, if others published."""
     with adapter.transaction():
         if not adapter.bump_epoch(plan.epoch):
-            return False
+            return None
         for move in moves:
             for ordinal, block_map in enumerate(move.maps):
                 adapter.replace_block_map(move.model_id, ordinal, list(block_map.parts()))
@@ -336,4 +335,4 @@ def _publish(
         adapter.set_page_state(old_ids, RETIRED, time.time())
         adapter.set_page_state(new_ids, LIVE)
         job.end()
-    return True
+    return len(old_ids)

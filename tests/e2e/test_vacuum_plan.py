@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import pydedup
 from pydedup import policies
 from pydedup.adapter import LIVE, STAGING
 from pydedup.errors import ReadOnlyError
+from pydedup.maintenance import repack as repack_module
 from pydedup.maintenance.repack import plan_repack
 from pydedup.maintenance.vacuum import VacuumReport
 
@@ -95,6 +97,24 @@ def test_one_page_less_is_not_worth_all_of_them(store: pydedup.Store) -> None:
     pages = len(live_pages(store))
     assert pages == 24
     assert plan_repack(store._adapter, store._pool, live_pages=pages) is None
+
+
+def test_pages_published_before_the_plan_count(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_family(store, 6)
+    before = live_pages(store)
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        rng = np.random.default_rng(8)
+        store.add("late", {"w": rng.random((600, 500), np.float32)}, policy=policies.Exact())
+        before.update(live_pages(store))
+        return plan_repack(*args, **kwargs)
+
+    monkeypatch.setattr(repack_module, "plan_repack", late)
+    report = store.vacuum()
+    assert report.repacked_pages > 0
+    assert report.rewritten_pages == len(before - live_pages(store))
 
 
 def test_a_repack_saves_what_was_foreseen(store: pydedup.Store) -> None:
