@@ -74,6 +74,12 @@ class SqliteBase(SqliteRows, DbApiAdapter):
     def _translate(self, error: Exception) -> PydedupError:
         return meaning(error, self._file.path)
 
+    def _root_of_pages(self) -> int:
+        """Return the number of the first page of the table ``pages`` in the file, 0 for none."""
+        sql = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        rows = self._query(sql, [DIALECT.name("pages")])
+        return int(rows[0][0]) if rows else 0
+
     # ---- files that nobody changes ------------------------------------------------------------
 
     def _is_stale(self, connection: Connection) -> bool:

@@ -19,6 +19,7 @@ from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import ArgumentError, NotAStoreError, StoreError
 
 from ._sessions import Connection, SessionPool
+from ._sqlite_ahead import PagesAhead
 from ._sqlite_base import ANY_READ, DIALECT, SqliteBase, closed_on_error
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile, configure, is_ours, locate, make_ours
@@ -121,6 +122,7 @@ class SqliteAdapter(SqliteBase):
         super().__init__(
             url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool
         )
+        self._ahead = PagesAhead(file.path, self._root_of_pages)
         # Of a file that is deleted from now on, another thread makes no new one.
         self._options = "mode=ro" if read_only else "mode=rw"
 
@@ -169,7 +171,7 @@ class SqliteAdapter(SqliteBase):
 
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         table = DIALECT.name("pages")
-        for page_id in ids:
+        for page_id in self._ahead.walk(ids):
             try:
                 with self._pool.acquire() as session:
                     connection = cast(_Connection, session.connection)
