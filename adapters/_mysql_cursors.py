@@ -54,6 +54,18 @@ class PreparedConnection:
         self.raw.close()
         self._kept.clear()
 
+    def leave(self) -> None:
+        """Close it, whatever of a result was not read: nothing of that is read any more.
+
+        The server counts who leaves so as an aborted client, and ends the query.
+        """
+        # Closed the driver's way, the C extension would first read all that is left of a result.
+        extension = getattr(self.raw, "_cmysql", None)
+        if extension is not None and self.raw.unread_result:
+            extension.close()
+        else:
+            self.close()
+
     def is_lost(self, idle_seconds: float) -> bool:
         """Whether it cannot be used; the server is only asked after so much time without use."""
         if self.broken:

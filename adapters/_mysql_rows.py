@@ -59,9 +59,9 @@ class MysqlRows(RowCalls):
 
         Connections are opened so that the server takes one statement at a time.
         """
-        connection = self._connect()
+        connection = cast(PreparedConnection, self._connect())
         try:
-            raw = cast(PreparedConnection, connection).raw
+            raw = connection.raw
             for statement in (_PATIENCE, *self._sql.dialect.begin_snapshot):
                 self._on(raw, statement).close()
             with self._of_user("the query failed"):
@@ -76,7 +76,7 @@ class MysqlRows(RowCalls):
 
             yield Rows(columns, fetch)
         finally:
-            connection.close()
+            connection.leave()
 
     def _on(self, raw: Any, statement: str, values: Sequence[object] = ()) -> Any:
         try:

@@ -120,6 +120,14 @@ class RowCalls(DbApiBase):
         check_select(query)
         return self._stream(query, batch)
 
+    def query_columns(self, query: str) -> list[RowColumn]:
+        """Return the columns of a query."""
+        # Rows would have to be given up, which MySQL counts as an aborted client.
+        with self._stream(f"SELECT * FROM {as_table(query)} LIMIT 0", 1) as stream:
+            for _ in stream:
+                pass  # to the end, which has to be read, too
+            return list(stream.columns)
+
     def key_bounds(self, query: str, key: str, every: int) -> list[object]:
         """Return every so-manieth key of a query, in the order of the database."""
         name, inner = self._quoted(key, "column"), as_table(query)

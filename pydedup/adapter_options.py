@@ -120,6 +120,9 @@ class KeyRange:
 class RangeAdapter(RowAdapter, Protocol):
     """Queries of users in parts, optional for an adapter: several can read one then."""
 
+    def query_columns(self, query: str) -> Sequence[RowColumn]:
+        """Return the columns that `read_rows` gives for a query, without reading rows."""
+
     def key_bounds(self, query: str, key: str, every: int) -> list[object]:
         """Return every so-manieth key of a query, in the order of the database."""
 

@@ -172,8 +172,7 @@ class Job:
             if columns is not None:
                 raise ArgumentError("a query names its columns itself; leave out columns")
             assert self.rows is not None
-            with self.rows.read_rows(self.query, 1) as stream:
-                found = list(stream.columns)
+            found = self.rows.query_columns(self.query)
             return [column.name for column in found], [column.type for column in found]
         if self.files is not None:
             _, schema = cut_files(self.files, columns, MOST_ROWS)

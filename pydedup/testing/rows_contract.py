@@ -290,6 +290,7 @@ class RangeAdapterContract(RowAdapterContract):
             f"SELECT id AS k, square AS n FROM {table} UNION SELECT id + 1000, 1 FROM {table}",
         ):
             with adapter.read_rows(query.rstrip(";"), 1000) as stream:
+                assert list(adapter.query_columns(query)) == list(stream.columns)
                 whole = [row for found in stream for row in found]
             _, parts = read_ranges(adapter, query, 4)
             assert sorted(row for part in parts for row in part) == sorted(whole)
