@@ -180,6 +180,15 @@ def replay(
 
 # ---- gemm: products, rows, bags ----
 
+class BlockWindow:
+    def __init__(
+        self,
+        page_ids: NDArray[np.int64],
+        page_index: NDArray[np.uint32],
+        slots: NDArray[np.uint32],
+        bases: tuple[NDArray[np.int64], NDArray[np.uint32]] | None = None,
+    ) -> None: ...
+
 class Matmul:
     def __init__(
         self,
@@ -208,10 +217,7 @@ class Matmul:
     def feed_resident(
         self,
         pool: BufferPool,
-        page_ids: NDArray[np.int64],
-        page_index: NDArray[np.uint32],
-        slots: NDArray[np.uint32],
-        bases: tuple[NDArray[np.int64], NDArray[np.uint32]] | None = None,
+        window: BlockWindow,
         members: NDArray[np.uint64] | None = None,
     ) -> bool: ...
     @property
@@ -328,10 +334,7 @@ class Conv2d:
     def feed_resident(
         self,
         pool: BufferPool,
-        page_ids: NDArray[np.int64],
-        page_index: NDArray[np.uint32],
-        slots: NDArray[np.uint32],
-        bases: tuple[NDArray[np.int64], NDArray[np.uint32]] | None = None,
+        window: BlockWindow,
     ) -> bool: ...
     @property
     def fed(self) -> int: ...

@@ -187,21 +187,31 @@ def feed_blocks(
     ``members`` is `Among.members`, for a Matmul only. Windows whose pages are all here are used out
     of the pool, and what has to be decoded of them is kept where there is memory for that.
     """
-    map_bases = block_map.bases
 
     def at_once(window: Window) -> bool:
-        slots, bases = block_map.slots[window.rows], None
-        if map_bases is not None and window.base_index is not None:
-            bases = window.base_index, map_bases[1][window.rows]
         return product.feed_resident(
-            pool.native, window.ids, window.page_index, slots, bases, **_of(members, window.rows)
+            pool.native, _blocks_in(window, block_map), **_of(members, window.rows)
         )
 
     for part, pages, page_index, bases in pool.stream_with_bases(
-        block_map.page_ids, map_bases, at_once
+        block_map.page_ids, block_map.bases, at_once
     ):
         slots, at = block_map.slots[part], codec.bases_for_core(bases)
         product.feed(pages, page_index, slots, at, **_of(members, part))
+
+
+def _blocks_in(window: Window, block_map: BlockMap) -> _core.BlockWindow:
+    """Return the blocks of a window of this map, the same object each time."""
+    blocks: _core.BlockWindow
+    for slots, base_slots, blocks in window.kept:
+        if slots is block_map.slots and base_slots is block_map.base_slots:
+            return blocks
+    bases = None
+    if block_map.base_slots is not None and window.base_index is not None:
+        bases = window.base_index, block_map.base_slots[window.rows]
+    blocks = _core.BlockWindow(window.ids, window.page_index, block_map.slots[window.rows], bases)
+    window.kept[:] = [(block_map.slots, block_map.base_slots, blocks)]
+    return blocks
 
 
 def _of(members: NDArray[np.uint64] | None, part: Any) -> dict[str, NDArray[np.uint64]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,12 +38,14 @@ class Window:
 
     ``rows`` selects them from the walk's ``page_ids``; block ``rows[i]`` is on page
     ``ids[page_index[i]]``, its base on ``ids[base_index[i]]``, or there is none where that is -1.
+    ``kept`` is for what its user wants to find again in the next walk.
     """
 
     rows: slice | NDArray[np.int64]
     ids: NDArray[np.int64]
     page_index: NDArray[np.uint32]
     base_index: NDArray[np.int64] | None = None
+    kept: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
 
 def within(window: Window, part: Window) -> Window:

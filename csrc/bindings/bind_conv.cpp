@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bindings.hpp"
+#include "block_window.hpp"
 #include "blocks.hpp"
 #include "pydedup/conv.hpp"
 
@@ -55,12 +56,9 @@ class BoundConv2d {
         conv_->feed(held.blocks());
     }
 
-    bool feed_resident(BufferPool& pool, const Array<std::int64_t>& page_ids,
-                       const Array<std::uint32_t>& page_index, const Array<std::uint32_t>& slots,
-                       const py::object& bases) {
-        return with_resident_blocks(
-            pool, page_ids, page_index, slots, bases, threads_,
-            [this](std::span<const BlockView> blocks) { conv_->feed(blocks); });
+    bool feed_resident(BufferPool& pool, BlockWindow& window) {
+        return window.use(pool, threads_,
+                          [this](std::span<const BlockView> blocks) { conv_->feed(blocks); });
     }
 
     [[nodiscard]] std::size_t fed() const noexcept { return conv_->fed(); }
@@ -87,9 +85,7 @@ void bind_conv(py::module_& m) {
              py::arg("dilation"), py::arg("groups"), py::arg("threads") = 0)
         .def("feed", &BoundConv2d::feed, py::arg("pages"), py::arg("page_index").noconvert(),
              py::arg("slots").noconvert(), py::arg("bases") = py::none())
-        .def("feed_resident", &BoundConv2d::feed_resident, py::arg("pool"),
-             py::arg("page_ids").noconvert(), py::arg("page_index").noconvert(),
-             py::arg("slots").noconvert(), py::arg("bases") = py::none())
+        .def("feed_resident", &BoundConv2d::feed_resident, py::arg("pool"), py::arg("window"))
         .def_property_readonly("fed", &BoundConv2d::fed);
 }
 

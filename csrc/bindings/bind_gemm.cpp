@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "block_window.hpp"
 #include "blocks.hpp"
 #include "pydedup/gemm.hpp"
 
@@ -76,13 +77,10 @@ class BoundMatmul {
         matmul_->feed(held.blocks(), who);
     }
 
-    bool feed_resident(BufferPool& pool, const Array<std::int64_t>& page_ids,
-                       const Array<std::uint32_t>& page_index, const Array<std::uint32_t>& slots,
-                       const py::object& bases, const Members& members) {
+    bool feed_resident(BufferPool& pool, BlockWindow& window, const Members& members) {
         const std::vector<std::uint64_t> who = as_members(members);
-        return with_resident_blocks(
-            pool, page_ids, page_index, slots, bases, threads_,
-            [&](std::span<const BlockView> blocks) { matmul_->feed(blocks, who); });
+        return window.use(pool, threads_,
+                          [&](std::span<const BlockView> blocks) { matmul_->feed(blocks, who); });
     }
 
     [[nodiscard]] std::size_t fed() const noexcept { return matmul_->fed(); }
@@ -106,6 +104,11 @@ class BoundMatmul {
 void bind_gemm(py::module_& m) {
     m.def("compute_dtype",
           [](int dtype) { return static_cast<int>(compute_dtype(as_dtype(dtype))); });
+    py::class_<BlockWindow>(m, "BlockWindow")
+        .def(py::init<const Array<std::int64_t>&, const Array<std::uint32_t>&,
+                      const Array<std::uint32_t>&, const py::object&>(),
+             py::arg("page_ids").noconvert(), py::arg("page_index").noconvert(),
+             py::arg("slots").noconvert(), py::arg("bases") = py::none());
     py::class_<BoundMatmul>(m, "Matmul")
         .def(py::init<std::size_t, std::size_t, std::size_t, std::size_t, int, py::array,
                       py::object, const std::string&, bool, py::array, unsigned,
@@ -118,9 +121,7 @@ void bind_gemm(py::module_& m) {
         .def("feed", &BoundMatmul::feed, py::arg("pages"), py::arg("page_index").noconvert(),
              py::arg("slots").noconvert(), py::arg("bases") = py::none(),
              py::arg("members") = py::none())
-        .def("feed_resident", &BoundMatmul::feed_resident, py::arg("pool"),
-             py::arg("page_ids").noconvert(), py::arg("page_index").noconvert(),
-             py::arg("slots").noconvert(), py::arg("bases") = py::none(),
+        .def("feed_resident", &BoundMatmul::feed_resident, py::arg("pool"), py::arg("window"),
              py::arg("members") = py::none())
         .def_property_readonly("fed", &BoundMatmul::fed);
     m.def("activate", &activate_array, py::arg("values").noconvert(), py::arg("activation"),

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "bindings.hpp"
-#include "pydedup/buffer_pool.hpp"
 #include "pydedup/gemm.hpp"
 #include "pydedup/page_format.hpp"
 
@@ -128,37 +127,6 @@ struct HeldBlocks {
 
     [[nodiscard]] std::span<const BlockView> blocks() const noexcept { return *views; }
 };
-
-/// Calls use(blocks) with blocks on pages of a pool, pinned meanwhile, and returns true; or does
-/// nothing, when one of the pages is not there. No page becomes a Python object: for 64 of them
-/// that costs as long as a row of a product. `bases` is None, or a tuple of the index of each
-/// block's base among the pages (-1 for none) and of its slot.
-template <class Use>
-[[nodiscard]] bool with_resident_blocks(BufferPool& pool, const Array<std::int64_t>& page_ids,
-                                        const Array<std::uint32_t>& page_index,
-                                        const Array<std::uint32_t>& slots, const py::object& bases,
-                                        unsigned threads, const Use& use) {
-    const auto ids = as_span(page_ids, "page_ids");
-    const auto page_of = as_span(page_index, "page_index");
-    const auto slot_of = as_span(slots, "slots");
-    if (page_of.size() != slot_of.size()) {
-        throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
-    }
-    const std::vector<StoredBlock> base_of = places_of_bases(bases, 0, page_of.size());
-    const WithoutGil no_gil;
-    const BufferPool::Pins pins = pool.pin_all(ids);
-    if (!pins) return false;
-    Views views;
-    (*views).resize(page_of.size());
-    view_blocks(pins->pages, page_of, slot_of, *views, threads, pins->decoded);
-    std::vector<BlockView> base_blocks(base_of.size());
-    const StoredBases of{pins->pages, base_of};
-    for (std::size_t i = 0; i < base_of.size(); ++i) {
-        (*views)[i] = with_base((*views)[i], of, i, base_blocks[i]);
-    }
-    use(std::span<const BlockView>(*views));
-    return true;
-}
 
 [[nodiscard]] inline HeldBlocks hold_blocks(const py::sequence& pages,
                                             const Array<std::uint32_t>& page_index,

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -140,6 +141,53 @@ def test_result_depends_on_neither_threads_nor_memory() -> None:
                 got = matmul.matmul(block_map, pool, x, transpose=transpose, threads=threads)
                 assert np.array_equal(got, want)
                 assert pool.stats()["bytes"] <= memory
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_products_with_pages_that_come_and_go(planes: bool) -> None:
+    rng = np.random.default_rng(9)
+    w = rng.integers(-3, 3, (300, 40)).astype(np.float32)  # sums are exact in any order
+    x = rng.integers(-3, 3, (3, 40)).astype(np.float32)
+    pages = MemoryPages()
+    block_map = pages.add(w, (16, 16), planes=planes, per_page=4)
+    pool = pages.pool()
+    for round_ in range(3):  # cold, resident, and read anew
+        for _ in range(3):
+            for m in (1, 3):
+                assert np.array_equal(matmul.matmul(block_map, pool, x[:m]), x[:m] @ w.T)
+        assert pool.stats()["pinned_bytes"] == 0
+        if round_ < 2:
+            pool.drop(block_map.page_ids[:: 3 + round_].copy())
+    # What was where is forgotten with the pages: another page of an id is seen as it is.
+    other = MemoryPages()
+    other.add(-w, (16, 16), planes=planes, per_page=4)
+    pages.payloads.update(other.payloads)
+    assert np.array_equal(matmul.matmul(block_map, pool, x), x @ w.T)
+    pool.clear()
+    for _ in range(3):
+        assert np.array_equal(matmul.matmul(block_map, pool, x), x @ -w.T)
+
+
+def test_products_of_many_threads_with_pages_that_come_and_go() -> None:
+    rng = np.random.default_rng(10)
+    w = rng.integers(-3, 3, (256, 64)).astype(np.float32)
+    x = rng.integers(-3, 3, (1, 64)).astype(np.float32)
+    pages = MemoryPages()
+    block_map = pages.add(w, (16, 16), per_page=4)
+    pool = pages.pool()
+    wanted = x @ w.T
+
+    def multiply(seed: int) -> bool:
+        chance = np.random.default_rng(seed)
+        right = True
+        for _ in range(200):
+            right &= np.array_equal(matmul.matmul(block_map, pool, x), wanted)
+            if chance.random() < 0.2:
+                pool.drop(chance.choice(block_map.page_ids, 2))
+        return right
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(multiply, range(4)))
 
 
 def test_x_of_any_rank_and_dtype() -> None:
