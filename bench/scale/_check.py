@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from _costs import HASH_PAGE, add_work, ingest_seconds
@@ -35,10 +35,13 @@ __all__ = ["Compared", "check"]
 #: Corpus, words and first seed of the checked families; `_measure.py` has others.
 CORPUS, WORDS, SEED, FAMILIES = "rt", 60_000, 101, 2
 PILOT = 12
+#: Adds of a measured family between those that are checked: at so many points, so many at each.
+POINTS, AT_A_POINT = 15, 2
+CONTROLS = 1 + (POINTS + 2) * AT_A_POINT
 #: A family that was measured: name there, words, seed.
 CONTROL = ("imdb", 20_000, 7)
-#: Prices of predictions, which the pilot is timed for in the same run.
-READING = ("read_page", "read_byte", "catalog_model", "catalog_tensor", "victim_page")
+#: Times that a prediction of the pilot is timed in between those that are checked.
+HOT_POINTS = 6
 POPULARITY = 0.9
 
 
@@ -111,43 +114,73 @@ def check(
             pilot = _pilot(store, families[0].name, [name for name, _ in named], asked[:200])
         tell(f"pilot: {pilot.family.further}, touches {pilot.touches}")
         database = "sqlite" if url is None else "postgres"
-        control = list(classifiers(control_of(corpus), PILOT))
-        paces = _paces(measured, Path(scratch) / "before.db", control)
         fed = replace_families(measured, {"pilot": pilot.family}, 0.0)
         held = _stock(fed, pilot, models, database, memories[0])
         address = url or f"sqlite:///{scratch}/checked.db"
-        with pydedup.open(address, memory="256MiB") as store:
+        pace = _Pace(
+            measured, Path(scratch) / "control.db", classifiers(control_of(corpus), CONTROLS)
+        )
+        with pydedup.open(address, memory="256MiB") as store, pace:
             spent: list[float] = []
             names: list[str] = []
             sources = [classifiers(family, models // FAMILIES) for family in families]
-            for both in zip(*sources, strict=True):  # in turns, as models of a hub arrive
-                names += [name for name, _ in both]
+            for number, both in enumerate(zip(*sources, strict=True)):
+                if number % (models // FAMILIES // POINTS) == 0:
+                    pace.take(len(spent))
+                names += [name for name, _ in both]  # in turns, as models of a hub arrive
                 spent += timed_adds(store, both)
+            pace.take(len(spent))
             tell(f"{len(spent)} adds in {sum(spent):.1f} s")
-            paces += _paces(measured, Path(scratch) / "after.db", control)
-            factor = float(np.median(paces))
-            tell(f"adds of a measured family take {factor:.2f} times what was measured")
-            fed.costs = {
-                kind: price * (1.0 if kind in READING else factor)
-                for kind, price in measured.costs.items()
-            }
-            found = _stored(fed, held, store, spent)
+            tell(f"adds of a measured family take {pace} times what was measured")
+            found = _stored(fed, held, store, spent, pace.of_adds())
         found += _served(
             fed, held, pilot, address, sorted(names), asked[200:], requests, memories, tell
         )
     return found
 
 
-def _paces(measured: Measured, path: Path, models: Sequence[Any]) -> list[float]:
-    """Return how much longer adds of a family that was measured take now: the machine's mood."""
-    with pydedup.open(path, memory="1GiB") as store:
-        spent = timed_adds(store, models)
-    family = measured.families[CONTROL[0]]
-    expected = [
-        ingest_seconds(work_of(family, family.further, number), measured.costs)
-        for number in range(1, len(spent))
-    ]
-    return (np.array(spent[1:]) / expected).tolist()
+class _Pace:
+    """How much longer adds of a family that was measured take now: the machine's mood.
+
+    It changes within seconds, by half and more, so it is taken in between the adds that are
+    checked, some adds at a time.
+    """
+
+    def __init__(self, measured: Measured, path: Path, models: Iterator[Any]) -> None:
+        self._family = measured.families[CONTROL[0]]
+        self._costs = measured.costs
+        self._path = path
+        self._models = models
+        self._added = 0
+        self._points: list[tuple[int, float]] = []
+
+    def __enter__(self) -> Self:
+        self._store = pydedup.open(self._path, memory="1GiB")
+        timed_adds(self._store, list(itertools.islice(self._models, 1)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{pace:.2f}" for _, pace in self._points)
+
+    def take(self, at: int) -> None:
+        """Take it after so many of the adds that are checked."""
+        spent = timed_adds(self._store, list(itertools.islice(self._models, AT_A_POINT)))
+        expected = 0.0
+        for _ in spent:
+            self._added += 1
+            work = work_of(self._family, self._family.further, self._added)
+            expected += ingest_seconds(work, self._costs)
+        self._points.append((at, sum(spent) / expected))
+
+    def of_adds(self) -> NDArray[np.float64]:
+        """Return the pace of each add: the mean of those before and after it."""
+        paces = np.empty(self._points[-1][0])
+        for (start, before), (stop, after) in itertools.pairwise(self._points):
+            paces[start:stop] = (before + after) / 2
+        return paces
 
 
 def replace_families(measured: Measured, families: dict[str, Family], hot: float) -> Measured:
@@ -213,7 +246,11 @@ def _pilot(
 
 
 def _stored(
-    fed: Measured, held: Stock, store: pydedup.Store, spent: Sequence[float]
+    fed: Measured,
+    held: Stock,
+    store: pydedup.Store,
+    spent: Sequence[float],
+    paces: NDArray[np.float64],
 ) -> list[Compared]:
     adapter = store._adapter
     rows, sizes = table_rows(adapter), table_bytes(adapter)
@@ -226,7 +263,7 @@ def _stored(
     memory, indexed = index_bytes(store)
     found.append(Compared("blocks in the similarity index", held.index_blocks, indexed))
     found.append(Compared("memory of that index", held.index_bytes / 1e6, memory / 1e6, "MB"))
-    predicted = _adding(fed, held)
+    predicted = (np.array(_adding(fed, held)) * paces).tolist()
     found.append(Compared("ingest", sum(predicted), sum(spent), "s"))
     tail = len(spent) // 10
     found.append(
@@ -280,11 +317,10 @@ def _served(
     found = []
     for memory in memories:
         models = draw_requests(chances, requests, np.random.default_rng(17))
-        hot = [pilot.hot()]
-        real = _real(url, names, models, asked, memory)
-        hot.append(pilot.hot())  # the machine has its moods
-        tell(f"a prediction of the pilot from memory: {hot[0]:.5f} s before, {hot[1]:.5f} after")
-        now = replace_families(fed, fed.families, float(np.mean(hot)))
+        real = _real(url, names, models, asked, memory, pilot.hot)
+        hot = ", ".join(f"{1e3 * seconds:.2f}" for seconds in real.hot)
+        tell(f"a prediction of the pilot from memory meanwhile: {hot} ms")
+        now = replace_families(fed, fed.families, float(np.mean(real.hot)))
         title = f"{memory >> 20} MiB"
         found += _beside(title, _expected(fleet, chances, requests, memory), real, now, held, fleet)
     memory = memories[0]
@@ -329,13 +365,23 @@ class _Real:
     reads: float
     seconds: float
     replayed_reads: float
+    hot: list[float]
 
 
 def _real(
-    url: str, names: Sequence[str], models: NDArray[np.int64], asked: Sequence[Any], memory: int
+    url: str,
+    names: Sequence[str],
+    models: NDArray[np.int64],
+    asked: Sequence[Any],
+    memory: int,
+    hot: Callable[[], float] | None = None,
 ) -> _Real:
-    """Predict with these models, one request after another, in a store opened anew."""
+    """Predict with these models, one request after another, in a store opened anew.
+
+    ``hot`` is called now and then during the second half.
+    """
     half = len(models) // 2
+    taken: list[float] = []
     with pydedup.open(url, mode="r", memory=memory) as store:
         store.record(1 << 24)
         spent = []
@@ -343,6 +389,8 @@ def _real(
         for number, model in enumerate(models.tolist()):
             if number == half:
                 before = store._pool.stats()["inserts"]
+            if hot is not None and number >= half and (number - half) % (half // HOT_POINTS) == 0:
+                taken.append(hot())  # the machine has its moods
             started = time.perf_counter()
             store.predict(names[model], asked[number % len(asked)])
             spent.append(time.perf_counter() - started)
@@ -350,7 +398,7 @@ def _real(
         trace = store.recorded()
     uses = len(np.unique((trace.calls.astype(np.int64) << 40) | trace.pages)) / len(models)
     replayed = replay(trace, pool_bytes(memory), "reuse").misses / len(models)
-    return _Real(uses, reads, float(np.mean(spent[half:])), replayed)
+    return _Real(uses, reads, float(np.mean(spent[half:])), replayed, taken)
 
 
 def _expected(
