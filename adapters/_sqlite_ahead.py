@@ -13,6 +13,8 @@ hint. The handle is one that SQLite has open; to close one of our own would rele
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import errno
 import os
 import struct
@@ -26,7 +28,8 @@ __all__ = ["PagesAhead"]
 
 #: Pages asked for before the first of them is read, by each thread that reads.
 _WINDOW: Final = 16
-#: A page is one of a stretch with so many that follow or precede it among twice as many.
+#: A page is one of a stretch with so many others that lie among twice as many. One less will do
+#: where there are no more: what several readers share is as little as four pages for each.
 _NEIGHBOURS: Final = 4
 #: Places that are remembered: 3 MiB.
 _MOST_KNOWN: Final = 16384
@@ -60,7 +63,7 @@ class PagesAhead:
 
         Where most pages of a stretch are wanted, the system reads ahead what is needed by itself.
         """
-        apart = [number for number in range(len(ids)) if _is_apart(ids, number)]
+        apart = _apart(ids) if self._helps else []
         asked = 0
         for number, page_id in enumerate(ids):
             if self._helps and asked < len(apart) and apart[asked] <= number + _WINDOW // 2:
@@ -73,18 +76,21 @@ class PagesAhead:
         """Ask for what is not in memory of these pages; a hint that fails is none."""
         try:
             handle, size = self._open_handle()
-            if size < self._size:  # rows move when a file shrinks
+            if size != self._size:  # rows move when a file shrinks, which then may grow again
                 self._known.clear()
             self._size = size
             places = self._places(handle, size, ids)
             for start, stop in places:
-                if not (_is_here(handle, start) and _is_here(handle, stop - 1)):
+                # The end first: to look brings in what is looked for, and where what lies before it
+                # is in memory, as behind another row, the system takes that for reading in a row.
+                if not (_is_here(handle, stop - 1) and _is_here(handle, start)):
                     os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
         except (_NoHintError, PydedupError):
             pass
         except OSError as error:
             # Some file systems cannot say what is in memory; a handle may be closed meanwhile.
-            self._helps = error.errno != errno.EOPNOTSUPP
+            if error.errno == errno.EOPNOTSUPP:
+                self._helps = False
 
     def place(self, page_id: int) -> _Place | None:
         """Return where a page's row lies in the file, ``None`` where that cannot be told."""
@@ -99,14 +105,18 @@ class PagesAhead:
         """Return a handle of the file that SQLite has open, and the file's size."""
         try:
             file = Path(self._path).stat()
-            if not _is_of(self._handle, file):
-                handles = [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
-                self._handle = next((each for each in handles if _is_of(each, file)), -1)
+            handle = self._handle
+            if not _is_of(handle, file):
+                handle = _handle_of(self._path, file)
+                if handle < 0:
+                    self._root()  # has it opened where it is not, as after a fork
+                    handle = _handle_of(self._path, file)
+                self._handle = handle
         except OSError as error:
             raise _NoHintError from error
-        if self._handle < 0:
+        if handle < 0:
             raise _NoHintError
-        return self._handle, file.st_size
+        return handle, file.st_size
 
     def _places(self, handle: int, size: int, ids: Sequence[int]) -> list[_Place]:
         known = self._known
@@ -116,17 +126,37 @@ class PagesAhead:
                 known.clear()
             tree = _Tree(handle, size)
             known.update(tree.find(self._root(), sorted(unknown)))
-        return [known[page_id] for page_id in ids if page_id in known]
+        # Another thread may have forgotten some meanwhile.
+        places = [known.get(page_id) for page_id in ids]
+        return [place for place in places if place is not None]
 
 
 class _NoHintError(Exception):
     """Where something lies cannot be told."""
 
 
-def _is_apart(ids: Sequence[int], number: int) -> bool:
-    """Whether few others are wanted of the pages around one of these."""
-    firsts = [at for at in (number, number - _NEIGHBOURS) if 0 <= at < len(ids) - _NEIGHBOURS]
-    return not any(0 < ids[at + _NEIGHBOURS] - ids[at] <= 2 * _NEIGHBOURS for at in firsts)
+def _apart(ids: Sequence[int]) -> list[int]:
+    """Return the numbers of those of which few others are wanted of the pages around them."""
+    others = min(_NEIGHBOURS, max(len(ids) - 1, _NEIGHBOURS - 1))
+    apart = bytearray(b"\1" * len(ids))
+    for number, (first, last) in enumerate(zip(ids, ids[others:], strict=False)):
+        if 0 < last - first <= 2 * others:
+            apart[number : number + others + 1] = bytes(others + 1)
+    return [number for number, is_apart in enumerate(apart) if is_apart]
+
+
+def _handle_of(path: str, file: os.stat_result) -> int:
+    """Return a handle of a file that this process has open, -1 for none.
+
+    Others are told apart by their names: to ask what they are could hang, as on a network that is
+    down.
+    """
+    name = os.path.realpath(path)
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if str(entry.readlink()) == name and _is_of(int(entry.name), file):
+                return int(entry.name)
+    return -1
 
 
 def _is_of(handle: int, file: os.stat_result) -> bool:
@@ -137,7 +167,7 @@ def _is_of(handle: int, file: os.stat_result) -> bool:
 
 
 def _is_here(handle: int, at: int) -> bool:
-    """Whether a byte of the file is in memory."""
+    """Whether a byte of the file is in memory; if not, it comes, and a page with it."""
     try:
         return os.preadv(handle, [bytearray(1)], at, os.RWF_NOWAIT) == 1
     except BlockingIOError:
@@ -232,22 +262,29 @@ class _Tree:
 
 def _child(page: bytes, row: int) -> int:
     """Return the number of the child of an interior page that a row is below."""
-    cells = _cells(page, 12)
-    low, high = 0, len(cells)
-    while low < high:
-        middle = (low + high) // 2
-        if _varint(page, cells[middle] + 4)[0] < row:
-            low = middle + 1
-        else:
-            high = middle
-    return _number(page, cells[low] if low < len(cells) else 8)
+    count = _count(page, 12)
+
+    def cell(number: int) -> int:
+        (at,) = struct.unpack_from(">H", page, 12 + 2 * number)
+        return int(at)
+
+    # Of thousands of cells a dozen are looked at.
+    number = bisect.bisect_left(range(count), row, key=lambda n: _varint(page, cell(n) + 4)[0])
+    return _number(page, cell(number) if number < count else 8)
 
 
 def _cells(page: bytes, header_bytes: int) -> tuple[int, ...]:
-    (count,) = struct.unpack_from(">H", page, 3)
+    return struct.unpack_from(f">{_count(page, header_bytes)}H", page, header_bytes)
+
+
+def _count(page: bytes, header_bytes: int) -> int:
+    """Return how many cells a page has, of which the header is followed by where they are."""
+    if len(page) < header_bytes:
+        raise _NoHintError
+    count = int.from_bytes(page[3:5], "big")
     if header_bytes + 2 * count > len(page):
         raise _NoHintError
-    return struct.unpack_from(f">{count}H", page, header_bytes)
+    return count
 
 
 def _number(page: bytes, at: int) -> int:
