@@ -188,6 +188,8 @@ class BlockWindow:
         slots: NDArray[np.uint32],
         bases: tuple[NDArray[np.int64], NDArray[np.uint32]] | None = None,
     ) -> None: ...
+    @property
+    def remembers(self) -> bool: ...
 
 class Matmul:
     def __init__(

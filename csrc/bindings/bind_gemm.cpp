@@ -108,7 +108,8 @@ void bind_gemm(py::module_& m) {
         .def(py::init<const Array<std::int64_t>&, const Array<std::uint32_t>&,
                       const Array<std::uint32_t>&, const py::object&>(),
              py::arg("page_ids").noconvert(), py::arg("page_index").noconvert(),
-             py::arg("slots").noconvert(), py::arg("bases") = py::none());
+             py::arg("slots").noconvert(), py::arg("bases") = py::none())
+        .def_property_readonly("remembers", &BlockWindow::remembers);
     py::class_<BoundMatmul>(m, "Matmul")
         .def(py::init<std::size_t, std::size_t, std::size_t, std::size_t, int, py::array,
                       py::object, const std::string&, bool, py::array, unsigned,

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <span>
 #include <utility>
 #include <vector>
@@ -20,8 +21,9 @@ namespace pydedup {
 /// Where raw blocks lie in memory is remembered for as long as their pages are the same ones: for a
 /// single row of x, to look them up in the directories of their pages takes a tenth of the product.
 ///
-/// What is remembered changes with the GIL only, so it needs no lock that a fork could leave
-/// locked.
+/// Threads use a window at once, and a Python may have no GIL. They wait for each other nowhere:
+/// who cannot look at what is remembered, since another one does, finds the blocks by himself. So a
+/// fork in the middle of that costs no more.
 class BlockWindow {
   public:
     /// Block i is on page page_ids[page_index[i]], slot slots[i]. `bases` is None, or a tuple of
@@ -42,7 +44,7 @@ class BlockWindow {
     /// that costs as long as a row of a product.
     template <class Use>
     [[nodiscard]] bool use(BufferPool& pool, unsigned threads, const Use& use) {
-        const std::shared_ptr<const Found> before = found_;
+        const std::shared_ptr<const Found> before = remembered();
         std::shared_ptr<const Found> now;
         {
             const WithoutGil no_gil;
@@ -63,9 +65,13 @@ class BlockWindow {
             use(std::span<const BlockView>(*views));
             now = Found::of(*pins, *views);
         }
-        if (now) found_ = std::move(now);
+        // Nothing takes the place of what is no longer true, too: others may need its memory.
+        remember(std::move(now));
         return true;
     }
+
+    /// Whether where the blocks lay is remembered.
+    [[nodiscard]] bool remembers() noexcept { return remembered() != nullptr; }
 
   private:
     // Views of raw blocks, and which pages they are on.
@@ -85,13 +91,24 @@ class BlockWindow {
             }
             const std::size_t bytes =
                 views.size_bytes() + pages.pages.size() * sizeof(std::uint64_t);
-            if (remembered_.fetch_add(bytes, std::memory_order_relaxed) + bytes > kMostRemembered) {
-                remembered_.fetch_sub(bytes, std::memory_order_relaxed);
+            if (total_.fetch_add(bytes, std::memory_order_relaxed) + bytes > kMostRemembered) {
+                total_.fetch_sub(bytes, std::memory_order_relaxed);
                 return nullptr;
             }
-            return std::shared_ptr<const Found>(new Found(pages.pages, views, bytes));
+            try {
+                return std::make_shared<const Found>(pages.pages, views, bytes);
+            } catch (const std::bad_alloc&) {  // the product itself is there
+                total_.fetch_sub(bytes, std::memory_order_relaxed);
+                return nullptr;
+            }
         }
-        ~Found() { remembered_.fetch_sub(bytes_, std::memory_order_relaxed); }
+        Found(std::span<const Page* const> pages, std::span<const BlockView> views,
+              std::size_t bytes)
+            : bytes_(bytes), views_(views.begin(), views.end()) {
+            serials_.reserve(pages.size());
+            for (const Page* page : pages) serials_.push_back(page->serial());
+        }
+        ~Found() { total_.fetch_sub(bytes_, std::memory_order_relaxed); }
         Found(const Found&) = delete;
         Found& operator=(const Found&) = delete;
 
@@ -103,26 +120,33 @@ class BlockWindow {
         [[nodiscard]] std::span<const BlockView> blocks() const noexcept { return views_; }
 
       private:
-        Found(std::span<const Page* const> pages, std::span<const BlockView> views,
-              std::size_t bytes)
-            : bytes_(bytes), views_(views.begin(), views.end()) {
-            serials_.reserve(pages.size());
-            for (const Page* page : pages) serials_.push_back(page->serial());
-        }
-
-        // Of all windows of the process: of 2 GiB of f32 in blocks of 64 x 64.
+        // Bytes, of all windows of the process: for 2.6 GiB of f32 in blocks of 64 x 64.
         static constexpr std::size_t kMostRemembered = std::size_t{8} << 20;
-        static inline std::atomic<std::size_t> remembered_{0};
+        static inline std::atomic<std::size_t> total_{0};
 
         std::size_t bytes_;
         std::vector<std::uint64_t> serials_;
         std::vector<BlockView> views_;
     };
 
+    [[nodiscard]] std::shared_ptr<const Found> remembered() noexcept {
+        if (taken_.test_and_set(std::memory_order_acquire)) return nullptr;
+        std::shared_ptr<const Found> found = found_;
+        taken_.clear(std::memory_order_release);
+        return found;
+    }
+
+    void remember(std::shared_ptr<const Found> now) noexcept {
+        if (taken_.test_and_set(std::memory_order_acquire)) return;
+        found_.swap(now);
+        taken_.clear(std::memory_order_release);
+    }
+
     std::vector<std::int64_t> ids_;
     std::vector<std::uint32_t> page_of_;
     std::vector<std::uint32_t> slot_of_;
     std::vector<StoredBlock> base_of_;
+    std::atomic_flag taken_;  // while found_ is looked at or changed
     std::shared_ptr<const Found> found_;
 };
 

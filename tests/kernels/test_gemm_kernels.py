@@ -7,10 +7,11 @@ so a kernel may add as it likes, and no more.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +23,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pydedup import config, matmul
+from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
+from pydedup.pool import PagePool
 from pydedup.testing.memory_pages import MemoryPages
 from pydedup.types import DType
 
@@ -168,13 +171,58 @@ def test_products_with_pages_that_come_and_go(planes: bool) -> None:
         assert np.array_equal(matmul.matmul(block_map, pool, x), x @ -w.T)
 
 
+def remembered(pool: PagePool) -> list[bool]:
+    """Return of each window of a pool whether it is remembered where its blocks lie."""
+    windows = [window for plan in pool._plans._plans.values() for window in plan.windows]
+    return [window.kept[0][2].remembers for window in windows]
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_where_raw_blocks_lie_is_remembered(planes: bool) -> None:
+    w = np.random.default_rng(3).integers(-3, 3, (64, 64)).astype(np.float32)
+    x = np.ones((1, 64), np.float32)
+    pages = MemoryPages()
+    block_map = pages.add(w, (16, 16), planes=planes)
+    pool = pages.pool()
+    for _ in range(3):
+        assert np.array_equal(matmul.matmul(block_map, pool, x), x @ w.T)
+    assert remembered(pool) == [not planes]
+
+
+def test_what_is_remembered_is_bounded_and_given_up() -> None:
+    gc.collect()  # windows of other pools
+    rng = np.random.default_rng(4)
+    w = rng.integers(-3, 3, (100, 1000)).astype(np.float32)
+    x = np.ones((1, 1000), np.float32)
+    pages = MemoryPages()
+    maps = [pages.add(w, (1, 1), per_page=4096) for _ in range(2)]  # 4.8 MB each of 8
+    pool = pages.pool()
+
+    def multiply(block_map: BlockMap) -> None:
+        for _ in range(2):  # from pages that are read, then from those that are here
+            assert np.array_equal(matmul.matmul(block_map, pool, x), x @ w.T)
+
+    multiply(maps[0])
+    multiply(maps[1])
+    assert remembered(pool) == [True, False]
+    pool.drop(np.unique(maps[0].page_ids))
+    multiply(maps[0])  # whose pages are others now: there is no room yet to remember both
+    multiply(maps[1])
+    assert remembered(pool)[1]
+
+
 def test_products_of_many_threads_with_pages_that_come_and_go() -> None:
     rng = np.random.default_rng(10)
     w = rng.integers(-3, 3, (256, 64)).astype(np.float32)
     x = rng.integers(-3, 3, (1, 64)).astype(np.float32)
     pages = MemoryPages()
     block_map = pages.add(w, (16, 16), per_page=4)
-    pool = pages.pool()
+
+    def fetch(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        # In other memory each time: what is remembered of pages that went leads nowhere.
+        return ((number, bytes(bytearray(payload))) for number, payload in pages.fetch(ids))
+
+    pool = PagePool(fetch, 1 << 30)
     wanted = x @ w.T
 
     def multiply(seed: int) -> bool:
