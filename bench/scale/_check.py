@@ -37,7 +37,7 @@ CORPUS, WORDS, SEED, FAMILIES = "rt", 60_000, 101, 2
 PILOT = 12
 #: Adds of a measured family between those that are checked: at so many points, so many at each.
 POINTS, AT_A_POINT = 15, 2
-CONTROLS = 1 + (POINTS + 2) * AT_A_POINT
+CONTROLS = 1 + (POINTS + 1) * AT_A_POINT
 #: A family that was measured: name there, words, seed.
 CONTROL = ("imdb", 20_000, 7)
 #: Times that a prediction of the pilot is timed in between those that are checked.
@@ -124,8 +124,9 @@ def check(
             spent: list[float] = []
             names: list[str] = []
             sources = [classifiers(family, models // FAMILIES) for family in families]
+            points = control_points(models // FAMILIES)
             for number, both in enumerate(zip(*sources, strict=True)):
-                if number % (models // FAMILIES // POINTS) == 0:
+                if number in points:
                     pace.take(len(spent))
                 names += [name for name, _ in both]  # in turns, as models of a hub arrive
                 spent += timed_adds(store, both)
@@ -137,6 +138,11 @@ def check(
             fed, held, pilot, address, sorted(names), asked[200:], requests, memories, tell
         )
     return found
+
+
+def control_points(rounds: int) -> set[int]:
+    """Return before which of so many rounds of adds the pace is taken: `POINTS` at most."""
+    return set(np.linspace(0, rounds, POINTS, endpoint=False).astype(int).tolist())
 
 
 class _Pace:
@@ -385,11 +391,11 @@ def _real(
     with pydedup.open(url, mode="r", memory=memory) as store:
         store.record(1 << 24)
         spent = []
-        before = 0
+        before, apart = 0, max(half // HOT_POINTS, 1)
         for number, model in enumerate(models.tolist()):
             if number == half:
                 before = store._pool.stats()["inserts"]
-            if hot is not None and number >= half and (number - half) % (half // HOT_POINTS) == 0:
+            if hot is not None and number >= half and (number - half) % apart == 0:
                 taken.append(hot())  # the machine has its moods
             started = time.perf_counter()
             store.predict(names[model], asked[number % len(asked)])

@@ -353,3 +353,14 @@ def test_the_program_prints_its_tables() -> None:
     )
     assert wrong.returncode == 1
     assert "run.py measure" in wrong.stderr
+
+
+@pytest.mark.parametrize("rounds", [1, 7, 14, 29, 44, 100, 150, 1000])
+def test_a_check_of_any_size_has_models_for_its_controls(rounds: int) -> None:
+    from _check import AT_A_POINT, CONTROLS, POINTS, control_points
+
+    points = control_points(rounds)
+    assert 0 in points
+    assert points <= set(range(rounds))
+    assert len(points) == min(POINTS, rounds)
+    assert 1 + (len(points) + 1) * AT_A_POINT <= CONTROLS  # the first add, and those at the end
