@@ -17,6 +17,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
 # The tools that were installed into the environment (cmake, ninja, ruff) go before the system's.
 export PATH="$VENV/bin:$PATH"
 
+# What a wheel and the native tests have in common is compiled once, where ccache is there: it wants
+# the compiler by one name, which pip and CMake would choose by themselves, and differently.
+if [ -z "${CXX:-}" ] && command -v g++ >/dev/null; then export CXX=g++; fi
+with_ccache() {
+    ! command -v ccache >/dev/null || export CMAKE_CXX_COMPILER_LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER-ccache}
+}
+with_ccache
+
 say() { printf '%s\n' "$@"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }

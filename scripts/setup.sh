@@ -65,6 +65,7 @@ case $PY_REAL in
         has_headers || die "$PY_REAL has no Python.h; install its headers, or choose another with PYTHON=..."
         makes_venvs || die "$PY_REAL cannot make virtual environments; choose another with PYTHON=..." ;;
 esac
+if [ "$EXTRA" = test ] && ! have ccache; then packages+=(ccache); fi
 # The -core packages are the programs alone: no service is started, no account made.
 if [ "$EXTRA" = test ] && ! has_mariadb; then packages+=(mariadb-server-core mariadb-client-core); fi
 # Tests run the commands of docs/moving.md. The package has programs alone, too.
@@ -78,6 +79,7 @@ if [ "$EXTRA" = test ] && plpython_is_of "$PY_MINOR" && ! has_plpython; then
     packages+=("postgresql-plpython3-$(plpython_version)")
 fi
 apt_install "${packages[@]}"
+with_ccache
 compiles || die "${CXX:-c++} cannot compile C++20; GCC 11 or Clang 14 is the least (choose with CC= and CXX=)"
 
 # -- The environment ------------------------------------------------------------------------------
