@@ -41,8 +41,12 @@ def rows_of(
             connection.executemany(
                 "INSERT INTO pages VALUES (?, 'live', x'00', ?)", payloads.items()
             )
-        ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'pages'")
-        yield connection, PagesAhead(str(path), lambda: root)
+        yield connection, asking(connection, path)
+
+
+def asking(connection: sqlite3.Connection, path: Path) -> PagesAhead:
+    ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'pages'")
+    return PagesAhead(str(path), lambda: root)
 
 
 def content(data: bytes, start: int, page_bytes: int) -> bytes | None:
@@ -142,15 +146,20 @@ def forget(path: Path) -> None:
         os.close(handle)
 
 
-def test_what_is_asked_for_comes_and_nothing_else(tmp_path: Path) -> None:
-    payloads = {number: os.urandom(1 << 20) for number in range(1, 41)}
-    path = tmp_path / "rows.db"
+@contextlib.contextmanager
+def rows_out_of_memory(path: Path, payloads: dict[int, bytes]) -> Iterator[PagesAhead]:
+    """Make such a database that the system has to read; yield who asks ahead."""
     with rows_of(path, payloads, 65536):
         pass
     forget(path)
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'pages'")
-        ahead = PagesAhead(str(path), lambda: root)
+        yield asking(connection, path)
+
+
+def test_what_is_asked_for_comes_and_nothing_else(tmp_path: Path) -> None:
+    payloads = {number: os.urandom(1 << 20) for number in range(1, 41)}
+    path = tmp_path / "rows.db"
+    with rows_out_of_memory(path, payloads) as ahead:
         walk = ahead.walk([10, 20, 30])
         assert next(walk) == 10
         places = {number: ahead.place(number) for number in payloads}
@@ -162,12 +171,7 @@ def test_what_is_asked_for_comes_and_nothing_else(tmp_path: Path) -> None:
 def test_nothing_comes_behind_rows_that_are_in_memory(tmp_path: Path) -> None:
     payloads = {number: os.urandom(1 << 20) for number in range(1, 31)}
     path = tmp_path / "rows.db"
-    with rows_of(path, payloads, 65536):
-        pass
-    forget(path)
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'pages'")
-        ahead = PagesAhead(str(path), lambda: root)
+    with rows_out_of_memory(path, payloads) as ahead:
         some = [10, 11, 12, 13]
         ahead.ask(some)
         places = {number: ahead.place(number) for number in payloads}
