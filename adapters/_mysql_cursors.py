@@ -39,6 +39,9 @@ class PreparedConnection:
 
     def __init__(self, raw: Any) -> None:
         self.raw = raw
+        # The driver's own way to a cursor asks the server each time whether it is there. That costs
+        # a round trip, and what Galera has to say of a transaction goes into the answer of it.
+        self._kinds = {prepared: type(raw.cursor(prepared=prepared)) for prepared in (False, True)}
         self._kept: OrderedDict[str, tuple[str, Any]] = OrderedDict()
         self._used = time.monotonic()
         self.broken = False
@@ -86,7 +89,7 @@ class PreparedConnection:
         if cursor is None:
             if len(self._kept) >= KEPT:  # before there is a result, beside which nothing can be
                 self._kept.popitem(last=False)[1][1].close()
-            cursor = self.raw.cursor(prepared=prepared)
+            cursor = self._kinds[prepared](self.raw)
         try:
             cursor.execute(sql, tuple(map(sent, parameters)))
         except Exception as error:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup import policies
+from pydedup import policies, registry
 from pydedup.errors import ConflictError, UnavailableError
+from pydedup.testing.servers import unused_name
 
 POLICY = policies.Exact()
 
@@ -28,9 +29,9 @@ def same(store: pydedup.Store, name: str, seed: int) -> bool:
 
 
 @pytest.fixture
-def urls(galera: Any, run: Any, request: pytest.FixtureRequest) -> list[str]:
+def urls(galera: Any, run: Any) -> list[str]:
     """The same empty database, at each node."""
-    name = f"pydedup_{request.node.name[:40]}".replace("[", "_").replace("]", "")
+    name = unused_name()
     run(galera[0].url(""), f"CREATE DATABASE {name}")
     # Each node applies what others commit a moment later; reads wait for it.
     return [node.url(name) for node in galera]
@@ -99,6 +100,32 @@ def test_writers_on_both_nodes(urls: list[str]) -> None:
                 for version in range(4)
             )
             assert store.verify().errors == []
+
+
+@pytest.mark.parametrize("later", ["read", "write", "commit"])
+def test_a_transaction_that_another_node_ended(urls: list[str], later: str) -> None:
+    """It is told as a conflict, whatever its next statement is, and nothing of it is kept."""
+    pydedup.open(urls[0]).close()
+    with contextlib.ExitStack() as stack:
+        here, beside, there = (
+            stack.enter_context(contextlib.closing(registry.connect(url, mode="a")))
+            for url in (urls[0], urls[0], urls[1])
+        )
+        before = here.epoch()
+        with pytest.raises(ConflictError), here.transaction():  # noqa: PT012 (which one, varies)
+            here.bump_epoch()
+            here.set_meta("of", "here")
+            with there.transaction():
+                there.bump_epoch()
+            assert beside.epoch() == before + 1  # so it has come to this node
+            if later == "read":
+                here.page_rows()
+            elif later == "write":
+                here.set_meta("of", "later")
+        assert (here.epoch(), "of" in here.meta()) == (before + 1, False)
+        with here.transaction():
+            here.bump_epoch()
+        assert there.epoch() == before + 2
 
 
 def bootstrap(node: Any, run: Any) -> None:

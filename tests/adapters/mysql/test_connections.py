@@ -165,3 +165,22 @@ def test_an_equal_statement_is_not_prepared_again(adapter: Adapter) -> None:
     for _ in range(5):
         assert len(adapter.page_rows(ids=pages)) == 20
     assert prepared() == first == before + 1
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_within_a_transaction_nothing_is_sent_but_its_statements(url: str, pure: bool) -> None:
+    """The answer to a ping may be that another node of Galera ended it, and is lost then."""
+    adapter = open_store(with_option(url, "use_pure=true") if pure else url)
+
+    def received() -> int:
+        sql = "SELECT CAST(SUM(variable_value) AS INT) FROM information_schema.session_status "
+        sql += "WHERE variable_name IN ('QUESTIONS', 'COM_ADMIN_COMMANDS')"
+        ((count,),) = adapter._query(sql)  # type: ignore[attr-defined]
+        return int(count)
+
+    with adapter.transaction():
+        before = received()
+        adapter.set_meta("of", "a test")
+        adapter.set_meta("of", "the same statement again")
+        adapter.bump_epoch()
+        assert received() - before == 3 + 1
