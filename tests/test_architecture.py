@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import re
 import subprocess
 import sys
@@ -189,6 +190,7 @@ def module_name(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
+@functools.cache
 def is_module(name: str) -> bool:
     """Whether a dotted name below pydedup is a module of ours, and not a name inside of one."""
     base = ROOT.joinpath(*name.split("."))
@@ -197,20 +199,27 @@ def is_module(name: str) -> bool:
     return name in {"pydedup._core", "pydedup._pages", "pydedup.adapters"}
 
 
-def imports(path: Path) -> Iterator[Import]:
-    """Yield each imported module; ``from package import module`` counts as ``package.module``."""
+@functools.cache
+def imports(path: Path) -> tuple[Import, ...]:
+    """Return each imported module; ``from package import module`` counts as ``package.module``."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[Import]:
     tree = parsed(path)
+    nodes = list(ast.walk(tree))
     top = set(map(id, tree.body))
     for_types = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for inner in ast.walk(node)
     }
+    where = path.relative_to(ROOT).as_posix()
     package = module_name(path)
     if path.stem != "__init__":
         package = package.rpartition(".")[0]
-    for node in ast.walk(tree):
+    for node in nodes:
         targets: list[str] = []
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -223,7 +232,6 @@ def imports(path: Path) -> Iterator[Import]:
             for alias in node.names:
                 full = f"{base}.{alias.name}"
                 targets.append(full if base.startswith("pydedup") and is_module(full) else base)
-        where = path.relative_to(ROOT).as_posix()
         for target in dict.fromkeys(targets):
             yield Import(where, node.lineno, target, id(node) in top, id(node) in for_types)
 
@@ -383,6 +391,7 @@ def test_nobody_imports_adapters_by_its_top_level_name(folder: str) -> None:
     broken = [
         found
         for path in python_files(folder)
+        if "adapters" in path.read_text(encoding="utf-8")  # parsing all tests takes seconds
         for found in imports(path)
         if root_of(found.target) == "adapters"
     ]
@@ -395,12 +404,14 @@ def test_sql_is_written_in_the_adapters_alone() -> None:
         r"|CREATE\s+(TABLE|VIEW|INDEX)\s|ALTER\s+TABLE\s|PRAGMA\s)",
         re.DOTALL,
     )
+    first_word = re.compile("SELECT|INSERT|UPDATE|DELETE|CREATE|ALTER|PRAGMA")
     # Statements of users, and looks behind an adapter's back.
     of_tests = ROOT / "pydedup" / "testing"
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in python_files("pydedup")
         if path.suffix == ".py" and not path.is_relative_to(of_tests)
+        if first_word.search(path.read_text(encoding="utf-8"))
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
