@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup import conv, joint, matmul
+from pydedup import conv, joint, lookup, matmul
 from pydedup.blocks import BlockMap
 from pydedup.catalog import StoredModel
 from pydedup.conv import Padding, Pair
@@ -200,7 +200,7 @@ class StoredTensor:
         when ids are no integers or out of range, or the tensor has fewer than 2 axes.
         """
         self._check_rows("take")
-        rows = self._with_map(lambda block_map: matmul.take(block_map, self._pool, ids))
+        rows = self._with_map(lambda block_map: lookup.take(block_map, self._pool, ids))
         return rows.reshape(*rows.shape[:-1], *self.shape[1:])
 
     def bag(
@@ -211,7 +211,7 @@ class StoredTensor:
         *,
         weights: ArrayLike | None = None,
     ) -> NDArray[Any]:
-        """Return the sum, mean or maximum of the rows of each bag; see `pydedup.matmul.bag`.
+        """Return the sum, mean or maximum of the rows of each bag; see `pydedup.lookup.bag`.
 
         ``ids`` is 2-D with a bag per row, or 1-D with ``offsets`` that say where bags begin.
         ``weights``, in the shape of ids, are factors of the rows of a sum. The result has shape
@@ -219,7 +219,7 @@ class StoredTensor:
         """
         self._check_rows("bag")
         bags = self._with_map(
-            lambda block_map: matmul.bag(block_map, self._pool, ids, offsets, mode, weights=weights)
+            lambda block_map: lookup.bag(block_map, self._pool, ids, offsets, mode, weights=weights)
         )
         return bags.reshape(len(bags), *self.shape[1:])
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pydedup import codec, hashing
 from pydedup.blocks import NO_PAGE, BlockMap, MatrixView
 from pydedup.pool import PagePool
+from pydedup.types import DType
 
-__all__ = ["MemoryPages"]
+__all__ = ["MemoryPages", "random_weights"]
 
 
 class MemoryPages:
@@ -136,3 +137,17 @@ class MemoryPages:
                 None if tags is None else tags[mine],
             )
         return BlockMap(view.grid, view.dtype, (first + page_of).astype(np.int64), slots)
+
+
+def random_weights(rng: np.random.Generator, shape: tuple[int, int], dtype: DType) -> NDArray[Any]:
+    """Return weights of any dtype: normal, or integers below 2**40 in magnitude.
+
+    Sums of products of these are far from the limits of int64, so that a reference is exact.
+    """
+    if dtype is DType.BOOL:
+        return rng.random(shape) < 0.5
+    if dtype.is_float:
+        return rng.standard_normal(shape).astype(dtype.numpy)
+    limits = np.iinfo(dtype.numpy)
+    low, high = max(limits.min, -(1 << 40)), min(limits.max, 1 << 40)
+    return rng.integers(low, high, shape, dtype=dtype.numpy, endpoint=True)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a stored matrix, and sums, means and maxima of them: the lookups of embeddings.
+
+Only pages that hold one of the rows are read. Pages are pinned a window at a time, so that memory
+stays within the pool's budget; rows are taken where they lie in their page, or out of blocks that
+are decoded into small scratch tiles. All work runs natively, without the GIL.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pydedup import _core, codec
+from pydedup.blocks import BlockMap
+from pydedup.errors import ArgumentError
+from pydedup.matmul import Shape, as_array, compute_dtype, real_array, shape_of
+from pydedup.pool import Page, PagePool
+
+__all__ = ["BAG_MODES", "bag", "take"]
+
+#: How the rows of a bag become one.
+BAG_MODES = ("sum", "mean", "max")
+
+_INT64_MAX = np.iinfo(np.int64).max
+
+
+def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 0) -> NDArray[Any]:
+    """Return rows of the matrix, reading only the pages that hold them.
+
+    Parameters
+    ----------
+    ids
+        Integers of any shape, each at least 0 and below the number of rows.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape ``ids.shape + (cols,)``, in the dtype that is stored.
+
+    Raises
+    ------
+    ArgumentError
+        When ids are no integers or out of range.
+    PageNotFoundError, CorruptStoreError, BudgetError
+        When the pages cannot be had.
+    """
+    wanted = _ids(ids)
+    flat = wanted.reshape(-1)
+    cols = block_map.grid.cols
+    out = np.empty((len(flat), cols * block_map.dtype.itemsize), np.uint8)
+    table = _row_table(block_map)
+    missing = table.take(pool.native, flat, out, threads)
+    if missing is not None and block_map.bases is not None:
+        for blocks in _blocks_of_rows(block_map, pool, flat):
+            table.take_blocks(*blocks, flat, out, threads)
+    elif missing is not None:
+        for page_ids, pages in _windows(pool, missing):
+            table.take_from(page_ids, pages, flat, out, threads)
+    return out.reshape(-1).view(block_map.dtype.numpy).reshape(*wanted.shape, cols)
+
+
+def bag(
+    block_map: BlockMap,
+    pool: PagePool,
+    ids: ArrayLike,
+    offsets: ArrayLike | None = None,
+    mode: str = "mean",
+    *,
+    weights: ArrayLike | None = None,
+    threads: int = 0,
+) -> NDArray[Any]:
+    """Return the sum, mean or maximum of the rows of each bag, without gathering them first.
+
+    Parameters
+    ----------
+    ids
+        Row numbers: 2-D, a bag per row; or 1-D with ``offsets``.
+    offsets
+        Where each bag begins in 1-D ``ids``: ascending, the first one 0. A bag ends where the
+        next one begins, the last one with ``ids``.
+    mode
+        ``"sum"``, ``"mean"`` or ``"max"`` (a NaN wins).
+    weights
+        A factor for each of the ids, in their shape; with ``"sum"`` only.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (n_bags, cols) in ``compute_dtype``; zero for an empty bag. Summed in an order that
+        depends on the layout of the pages, not on the number of threads.
+
+    Raises
+    ------
+    ArgumentError
+        When ids or offsets are no integers, out of range or of the wrong rank, when weights do not
+        have the shape of ids or come with another mode than ``"sum"``, or for an unknown mode.
+    PageNotFoundError, CorruptStoreError, BudgetError
+        When the pages cannot be had.
+    """
+    if mode not in BAG_MODES:
+        raise ArgumentError(f"unknown mode {mode!r}; choose one of: {', '.join(BAG_MODES)}")
+    wanted = _ids(ids)
+    edges = _bag_edges(wanted, offsets)
+    dtype = compute_dtype(block_map.dtype)
+    factors = None
+    if weights is not None:
+        factors = real_array(weights, dtype, "weights")
+        if mode != "sum":
+            raise ArgumentError(f"weights go with mode 'sum' only, not {mode!r}")
+        if factors.shape != wanted.shape:
+            raise ArgumentError(
+                f"weights have shape {factors.shape}; that of ids, {wanted.shape}, is needed"
+            )
+        factors = factors.reshape(-1)
+    flat = wanted.reshape(-1)
+    counts = np.diff(edges)
+    out = np.zeros((len(counts), block_map.grid.cols), dtype)
+    if mode == "max":
+        out[counts > 0] = -np.inf
+    table = _row_table(block_map)
+    how = "max" if mode == "max" else "sum"
+    missing = table.bag(pool.native, flat, edges, factors, how, out, threads)
+    if missing is not None and block_map.bases is not None:
+        for blocks in _blocks_of_rows(block_map, pool, flat):
+            table.bag_blocks(*blocks, flat, edges, factors, how, out, threads)
+    elif missing is not None:
+        for page_ids, pages in _windows(pool, missing):
+            table.bag_from(page_ids, pages, flat, edges, factors, how, out, threads)
+    if mode == "mean":
+        out /= np.maximum(counts, 1)[:, None]
+    return out
+
+
+# ---- inside -------------------------------------------------------------------------------------
+
+
+def _ids(ids: ArrayLike) -> NDArray[np.int64]:
+    """Return ids as int64; that they are in range, the core checks."""
+    given = as_array(ids, "ids")
+    if given.size == 0 and given.dtype == np.float64:
+        given = given.astype(np.int64)  # what numpy makes of an empty list
+    if given.dtype.kind not in "iu":
+        raise ArgumentError(f"ids must be integers, not {given.dtype}")
+    if given.dtype == np.uint64 and given.size and int(given.max()) > _INT64_MAX:
+        raise ArgumentError(f"id {int(given.max())} is out of range")
+    ready: NDArray[np.int64] = np.require(given, np.int64, ["C", "A"])
+    return ready
+
+
+def _bag_edges(ids: NDArray[np.int64], offsets: ArrayLike | None) -> NDArray[np.int64]:
+    """Return where each bag begins in the flat ids, and the end of the last one."""
+    if ids.ndim == 2 and offsets is None:
+        regular: NDArray[np.int64] = np.arange(ids.shape[0] + 1, dtype=np.int64) * ids.shape[1]
+        return regular
+    if ids.ndim != 1 or offsets is None:
+        raise ArgumentError(
+            f"ids of rank {ids.ndim} {'with' if offsets is not None else 'without'} offsets; "
+            "give 2-D ids, a bag per row, or 1-D ids and offsets"
+        )
+    starts = as_array(offsets, "offsets")
+    if starts.ndim != 1 or (starts.dtype.kind not in "iu" and starts.size):
+        raise ArgumentError(f"offsets must be a 1-D array of integers, got {starts.dtype}")
+    if len(starts) == 0:
+        if len(ids):
+            raise ArgumentError(f"offsets name no bag for {len(ids)} ids")
+        return np.zeros(1, np.int64)
+    edges = np.append(starts.astype(np.int64), len(ids))
+    if edges[0] != 0 or np.diff(edges).min() < 0:
+        raise ArgumentError(f"offsets must begin with 0, ascend and stay within the {len(ids)} ids")
+    return edges
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The table of a block map, as long as its page ids live: they and the slots never change."""
+
+    page_ids: weakref.ref[NDArray[np.int64]]
+    slots: NDArray[np.uint32]
+    base_slots: NDArray[np.uint32] | None
+    shape: Shape
+    table: _core.RowTable
+
+
+_tables: dict[int, _Known] = {}
+
+
+def _row_table(block_map: BlockMap) -> _core.RowTable:
+    page_ids, shape = block_map.page_ids, shape_of(block_map)
+    key = id(page_ids)
+    known = _tables.get(key)
+    if (
+        known is not None
+        and known.page_ids() is page_ids
+        and known.slots is block_map.slots
+        and known.base_slots is block_map.base_slots
+        and known.shape == shape
+    ):
+        return known.table
+    table = _core.RowTable(
+        *shape, page_ids, block_map.slots, block_map.base_page_ids, block_map.base_slots
+    )
+    gone = weakref.ref(page_ids, lambda _: _tables.pop(key, None))
+    _tables[key] = _Known(gone, block_map.slots, block_map.base_slots, shape, table)
+    return table
+
+
+def _windows(
+    pool: PagePool, page_ids: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], list[Page]]]:
+    """Yield these pages, given in ascending order, as many together as the budget lets in."""
+    for rows, pages, _ in pool.windows(page_ids):
+        yield page_ids[rows], pages
+
+
+_Blocks: TypeAlias = tuple[
+    NDArray[np.int64], list[Page], NDArray[np.uint32], NDArray[np.uint32], "_core.Bases | None"
+]
+
+
+def _blocks_of_rows(
+    block_map: BlockMap, pool: PagePool, ids: NDArray[np.int64]
+) -> Iterator[_Blocks]:
+    """Yield the blocks with a piece of these rows, each once: the first arguments of take_blocks.
+
+    A delta needs two pages at a time, so it is blocks that are walked over here, not pages.
+    """
+    grid = block_map.grid
+    rows = np.unique(ids // grid.block_rows)
+    numbers = (rows[:, None] * grid.grid_cols + np.arange(grid.grid_cols)).reshape(-1)
+    slots = block_map.slots[numbers]
+    bases = block_map.bases
+    if bases is not None:
+        bases = bases[0][numbers], bases[1][numbers]
+    for part, pages, page_index, here in pool.windows_with_bases(
+        block_map.page_ids[numbers], bases
+    ):
+        yield numbers[part], pages, page_index, slots[part], codec.bases_for_core(here)
