@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pydedup import _core, codec, conv, hashing, matmul
+from pydedup import _core, codec, conv, hashing, lookup, matmul
 from pydedup.blocks import NO_PAGE, BlockMap, MatrixView
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
 from pydedup.pool import PagePool
@@ -136,8 +136,8 @@ def test_two_pages_are_memory_enough(every: int, scattered: bool) -> None:
         matmul.read,
         lambda m, pool: matmul.matmul(m, pool, x),
         lambda m, pool: matmul.matmul(m, pool, x_t, transpose=True),
-        lambda m, pool: matmul.take(m, pool, ids),
-        lambda m, pool: matmul.bag(m, pool, ids, mode="max"),
+        lambda m, pool: lookup.take(m, pool, ids),
+        lambda m, pool: lookup.bag(m, pool, ids, mode="max"),
     ]
     for use in uses:
         want = use(pair.raw, everything).tobytes()
@@ -154,7 +154,7 @@ def test_less_than_two_pages_is_an_error_not_a_loop() -> None:
     with pytest.raises(BudgetError):
         matmul.matmul(pair.delta, pool, x_for(pair, 1))
     with pytest.raises(BudgetError):
-        matmul.take(pair.delta, pool, [0])
+        lookup.take(pair.delta, pool, [0])
     assert pool.stats()["pinned_bytes"] == 0
 
 
@@ -173,13 +173,13 @@ def test_bags_of_whole_numbers(dtype: DType) -> None:
     scales = rng.integers(-3, 3, 300)
     exact = w.astype(np.float64)[ids]
     for pool in (pages.pool(), pages.pool(6 * 16 * 32 * w.itemsize + 4000 + base.nbytes // 2)):
-        got = matmul.bag(delta, pool, ids, offsets, "sum")
+        got = lookup.bag(delta, pool, ids, offsets, "sum")
         assert (
             got == np.add.reduceat(exact, [0, 4, 200]).take([0, 0, 1, 2], 0) * [[1], [0], [1], [1]]
         ).all()
-        weighted = matmul.bag(delta, pool, ids, offsets, "sum", weights=scales)
+        weighted = lookup.bag(delta, pool, ids, offsets, "sum", weights=scales)
         assert (weighted[0] == (exact[:4] * scales[:4, None]).sum(0)).all()
-        assert (matmul.take(delta, pool, ids).view(np.uint8) == w[ids].view(np.uint8)).all()
+        assert (lookup.take(delta, pool, ids).view(np.uint8) == w[ids].view(np.uint8)).all()
 
 
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
@@ -210,7 +210,7 @@ def test_quantised_blocks_compute_as_what_they_decode_to() -> None:
     again = pages.add(read, BLOCK)
     x = rng.standard_normal((4, SHAPE[1])).astype(np.float32)
     assert (matmul.matmul(delta, pool, x) == matmul.matmul(again, pool, x)).all()
-    assert (matmul.take(delta, pool, [5, 69]) == read[[5, 69]]).all()
+    assert (lookup.take(delta, pool, [5, 69]) == read[[5, 69]]).all()
 
 
 def test_threads() -> None:
@@ -227,7 +227,7 @@ def test_threads() -> None:
             for _ in range(3):
                 if matmul.matmul(pair.delta, pool, x, threads=threads).tobytes() != want:
                     wrong.append("matmul")
-                if matmul.take(pair.delta, pool, ids).tobytes() != pair.w[ids].tobytes():
+                if lookup.take(pair.delta, pool, ids).tobytes() != pair.w[ids].tobytes():
                     wrong.append("take")
         except Exception as exc:
             wrong.append(repr(exc))
@@ -341,8 +341,8 @@ USES: dict[str, Callable[[BlockMap, PagePool], Any]] = {
     "transposed": lambda m, pool: matmul.matmul(
         m, pool, np.ones((2, SHAPE[0]), np.float32), transpose=True
     ),
-    "take": lambda m, pool: matmul.take(m, pool, [0, 1]),
-    "bag": lambda m, pool: matmul.bag(m, pool, [[0, 1]]),
+    "take": lambda m, pool: lookup.take(m, pool, [0, 1]),
+    "bag": lambda m, pool: lookup.bag(m, pool, [[0, 1]]),
     "conv": lambda m, pool: conv.conv2d(
         m, pool, np.ones((1, SHAPE[1] // 27, 9, 9), np.float32), kernel=(3, 9)
     ),
