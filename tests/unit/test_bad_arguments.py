@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydedup import matmul
+from pydedup import lookup, matmul
 from pydedup.errors import ArgumentError
 from pydedup.hashing import hash_blocks
 from pydedup.testing.memory_pages import MemoryPages
@@ -43,10 +43,10 @@ def test_ragged_lists_are_named() -> None:
     for call, name in (
         (lambda: matmul.matmul(block_map, pool, RAGGED), "x"),
         (lambda: matmul.matmul(block_map, pool, np.ones((1, 4)), bias=RAGGED), "bias"),
-        (lambda: matmul.take(block_map, pool, RAGGED), "ids"),
-        (lambda: matmul.bag(block_map, pool, RAGGED, None, "sum"), "ids"),
-        (lambda: matmul.bag(block_map, pool, [1, 2], RAGGED, "sum"), "offsets"),
-        (lambda: matmul.bag(block_map, pool, [[1]], None, "sum", weights=RAGGED), "weights"),
+        (lambda: lookup.take(block_map, pool, RAGGED), "ids"),
+        (lambda: lookup.bag(block_map, pool, RAGGED, None, "sum"), "ids"),
+        (lambda: lookup.bag(block_map, pool, [1, 2], RAGGED, "sum"), "offsets"),
+        (lambda: lookup.bag(block_map, pool, [[1]], None, "sum", weights=RAGGED), "weights"),
     ):
         with pytest.raises(ArgumentError, match=f"^{name} does not make an array"):
             call()
