@@ -6,6 +6,7 @@
 - :mod:`pydedup.testing.functions_contract`: those for functions inside of a server.
 - :mod:`pydedup.testing.faults`: an adapter that fails where a test wants it to.
 - :mod:`pydedup.testing.crash`: ends a process in a chosen phase of what it does to a store.
+- :mod:`pydedup.testing.program`: the program, in a process or in that of the tests.
 - :mod:`pydedup.testing.proxy`: cuts connections to a server in the middle of an answer.
 - :mod:`pydedup.testing.servers`: private PostgreSQL and MariaDB servers.
 - :mod:`pydedup.testing.memory_pages`: matrices on pages in memory, without a database.

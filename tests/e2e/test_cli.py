@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program as it is run: child processes on tiny stores, what they print and how they end."""
+"""The program as it is run, on tiny stores: what it prints and how it ends."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import pydedup
 from pydedup.cli.app import program
 from pydedup.graph import Graph, Node
+from pydedup.testing.program import run_here, run_process
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -35,40 +35,27 @@ COMMANDS = tuple(
 WITHOUT_JSON = ("serve",)
 
 
-def run_program(
-    *arguments: object, env: dict[str, str] | None = None, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """Run the program; whatever happens, nobody is shown a traceback."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", *map(str, arguments)],
-        env={**clean, "PYTHONWARNINGS": "default", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **({"stdin": subprocess.DEVNULL} if "input" not in options else {}),
-        **options,
-    )
-    if "PYDEDUP_TRACEBACK" not in (env or {}):
-        assert "Traceback" not in done.stderr + done.stdout
+def checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    """Whatever happens, nobody is shown a traceback."""
+    assert "Traceback" not in done.stderr + done.stdout
     return done
 
 
-def succeed(*arguments: object, status: int = 0, **options: Any) -> str:
-    done = run_program(*arguments, **options)
+def succeed(*arguments: object, status: int = 0, run: Run = run_here, **options: Any) -> str:
+    done = checked(run(*arguments, **options))
     assert done.returncode == status, (done.stdout, done.stderr)
     assert done.stderr == "" or done.stderr.startswith("pydedup: "), done.stderr
     return done.stdout
 
 
-def document(*arguments: object, status: int = 0, **options: Any) -> Any:
-    return json.loads(succeed(*arguments, "--json", status=status, **options))
+def document(*arguments: object, status: int = 0, run: Run = run_process, **options: Any) -> Any:
+    """Return what a process prints: programs read JSON. People's tables are printed in this one."""
+    return json.loads(succeed(*arguments, "--json", status=status, run=run, **options))
 
 
 def fail(*arguments: object, status: int, **options: Any) -> str:
     """Run a command that fails; returns its one line."""
-    done = run_program(*arguments, **options)
+    done = checked(run_here(*arguments, **options))
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     assert re.fullmatch(r"pydedup: error: [^\n]+\n", done.stderr), done.stderr
     assert done.stdout == ""
@@ -130,7 +117,7 @@ def expected(x: np.ndarray) -> np.ndarray:
 
 
 def test_help_names_every_command_and_exit_status() -> None:
-    text = succeed("--help")
+    text = succeed("--help", run=run_process)
     for command in program.commands:
         assert re.search(rf"^  {command} ", text, re.MULTILINE), command
     for status in (0, 1, 2, 3, 4, 5, 6, 70, 130, 141):
@@ -159,7 +146,7 @@ def test_help_starts_fast_and_loads_nothing_big() -> None:
 
 
 def test_version() -> None:
-    assert succeed("--version") == f"pydedup {pydedup.__version__}\n"
+    assert succeed("--version", run=run_process) == f"pydedup {pydedup.__version__}\n"
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -174,7 +161,7 @@ def test_add_reports_what_was_stored(files: Path, tmp_path: Path) -> None:
     assert report["logical_bytes"] == model["logical_bytes"]
     assert model["logical_bytes"] == sum(array.nbytes for array in weights().values())
     assert model["shared_blocks"] == 0
-    again = document("add", url, "m", files / "base.npz")
+    again = document("add", url, "m", files / "base.npz", run=run_here)
     assert again["models"][0]["model"] == "m@2"
     assert again["stored_bytes"] == 0
     assert again["models"][0]["shared_blocks"] == model["blocks"]
@@ -187,8 +174,8 @@ def test_add_several_prints_a_row_each_and_the_sum(files: Path, tmp_path: Path) 
     assert [line.split()[0] for line in text.splitlines()] == [
         *("Model", "a@1", "b@1", "together", "added")
     ]
-    assert document("info", url, "b")["policy"] == "exact"
-    tensors = document("info", url, "a", "--tensors")["tensors"]
+    assert document("info", url, "b", run=run_here)["policy"] == "exact"
+    tensors = document("info", url, "a", "--tensors", run=run_here)["tensors"]
     assert {tensor["name"]: tensor["block_shape"] for tensor in tensors}["embedding.weight"] == [
         64,
         64,
@@ -201,7 +188,7 @@ def test_dry_run_writes_nothing(files: Path, tmp_path: Path, exists: bool) -> No
     if exists:
         succeed("add", path, "m", files / "base.safetensors")
     before = path.read_bytes() if exists else None
-    report = document("add", path, "n", files / "base.safetensors", "--dry-run")
+    report = document("add", path, "n", files / "base.safetensors", "--dry-run", run=run_here)
     assert report["dry_run"] is True
     assert (report["stored_bytes"] == 0) == exists
     assert "nothing was written" in succeed("add", path, "n", files / "base.npz", "--dry-run")
@@ -211,7 +198,8 @@ def test_dry_run_writes_nothing(files: Path, tmp_path: Path, exists: bool) -> No
 
 def test_a_plain_path_is_a_store_too(files: Path, tmp_path: Path) -> None:
     succeed("add", "plain.db", "m", files / "base.npz", cwd=tmp_path)
-    assert document("ls", "sqlite:///plain.db", cwd=tmp_path)["models"][0]["model"] == "m@1"
+    (model,) = document("ls", "sqlite:///plain.db", cwd=tmp_path, run=run_here)["models"]
+    assert model["model"] == "m@1"
 
 
 # ---- looking ------------------------------------------------------------------------------------
@@ -231,7 +219,7 @@ def test_ls(family: str) -> None:
     assert lines[0].split()[0] == "Model"
     assert "prod" in lines[2]
     assert lines[4].startswith("2 models in 3 versions: ")
-    assert [m["model"] for m in document("ls", family, "net")["models"]] == ["net@1"]
+    assert [m["model"] for m in document("ls", family, "net", run=run_here)["models"]] == ["net@1"]
 
 
 def test_info(family: str) -> None:
@@ -271,12 +259,12 @@ def test_explain_names_some_of_many(tmp_path: Path) -> None:
         store.add_many({f"m{number}": {"w": np.ones((9, 9))} for number in range(20)})
     text = succeed("explain", url, "m7")
     assert "m0@1, m1@1, m2@1, m3@1, m4@1 and 14 more" in text
-    (tensor,) = document("explain", url, "m7")["tensors"]
+    (tensor,) = document("explain", url, "m7", run=run_here)["tensors"]
     assert len(tensor["shared_with"]) == 19
 
 
 def test_diff_tells_by_its_exit_status(family: str) -> None:
-    assert document("diff", family, "base@1", "net")["same"] is True
+    assert document("diff", family, "base@1", "net", run=run_here)["same"] is True
     found = document("diff", family, "base@1", "base@2", status=1)
     states = {tensor["name"]: tensor["status"] for tensor in found["tensors"]}
     assert states == {
@@ -295,7 +283,8 @@ def test_kernels() -> None:
     found = document("kernels", env={"PYDEDUP_KERNEL": "scalar"})
     assert found["in_use"] == "scalar"
     assert "scalar" in {kernel["name"] for kernel in found["available"]}
-    assert "in use: scalar" in succeed("kernels", env={"PYDEDUP_KERNEL": "scalar"})
+    scalar = {"PYDEDUP_KERNEL": "scalar"}
+    assert "in use: scalar" in succeed("kernels", env=scalar, run=run_process)
 
 
 # ---- out ----------------------------------------------------------------------------------------
@@ -340,8 +329,11 @@ def test_predict(family: str, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", x)
     np.savez(tmp_path / "x.npz", x=x)
     (tmp_path / "x.json").write_text(json.dumps(x.tolist()))
-    for source in ("x.npy", "x.npz", "x=x.npy", "x.json"):
-        found = document("predict", family, "net", source, cwd=tmp_path)
+    for source, run in (
+        ("x.npy", run_process),
+        *((same, run_here) for same in ("x.npz", "x=x.npy", "x.json")),
+    ):
+        found = document("predict", family, "net", source, cwd=tmp_path, run=run)
         assert found["model"] == "net@1"  # the version that was asked, as `load` says it
         (output,) = found["outputs"].values()
         assert (output["dtype"], output["shape"]) == ("f32", [5, 40])

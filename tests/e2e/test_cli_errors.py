@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,17 @@ import pytest
 from safetensors.numpy import save_file
 
 import pydedup
+from pydedup.testing.program import PROGRAM, clean_environment, run_here, run_process
 
-PROGRAM = [sys.executable, "-P", "-m", "pydedup"]
-#: Without what would change how Python writes to a pipe that breaks.
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
-
-def run_program(
-    *arguments: object, env: dict[str, str] | None = None, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *map(str, arguments)],
-        env={**ENVIRONMENT, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **({"stdin": subprocess.DEVNULL} if "input" not in options else {}),
-        **options,
-    )
+#: Run the program where nothing but its output and its status counts.
+run_program = run_here
 
 
-def fail(*arguments: object, status: int, **options: Any) -> str:
+def fail(*arguments: object, status: int, run: Run = run_here, **options: Any) -> str:
     """Run a command that must fail with one line on standard error, and return the line."""
-    done = run_program(*arguments, **options)
+    done = run(*arguments, **options)
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     assert re.fullmatch(r"pydedup: error: [^\n]+\n", done.stderr), done.stderr
     assert done.stdout == ""
@@ -138,7 +126,9 @@ def test_values_that_the_store_refuses(url: str) -> None:
     assert "--all-versions" in fail("rm", url, "m", status=2)
     assert "alias" in fail("alias", url, "m", "1", "2", status=2)
     assert "size" in fail("explain", url, "m", "--memory", "-5", status=2)
-    assert "two-tone" in fail("kernels", env={"PYDEDUP_KERNEL": "two-tone"}, status=2)
+    assert "two-tone" in fail(
+        "kernels", env={"PYDEDUP_KERNEL": "two-tone"}, status=2, run=run_process
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +188,7 @@ def test_names_from_files_cannot_steer_the_terminal(url: str, tmp_path: Path) ->
 
 
 def test_not_found(kept: str, tmp_path: Path) -> None:
-    assert "did you mean 'm'" in fail("info", kept, "mm", status=3)
+    assert "did you mean 'm'" in fail("info", kept, "mm", status=3, run=run_process)
     for command in (
         *(("load", kept, "x"), ("export", kept, "x", tmp_path / "x.npz"), ("rm", kept, "x")),
         *(("explain", kept, "x"), ("diff", kept, "m@1", "m@7"), ("ls", kept, "x")),
@@ -229,7 +219,7 @@ def test_stores_that_are_not_ours(model: Path, tmp_path: Path) -> None:
         connection.execute("CREATE TABLE cats (name TEXT)")
     for name in ("noise.db", "other.db"):
         before = (tmp_path / name).read_bytes()
-        fail("ls", tmp_path / name, status=4)
+        fail("ls", tmp_path / name, status=4, run=run_process)
         fail("add", tmp_path / name, "m", model, status=4)
         fail("add", tmp_path / name, "m", model, "--dry-run", status=4)
         assert (tmp_path / name).read_bytes() == before
@@ -247,14 +237,14 @@ def test_damage_is_found_and_said(url: str) -> None:
         broken = bytearray(payload)
         broken[len(broken) // 2] ^= 1
         connection.execute("UPDATE pydedup_pages SET payload = ? WHERE id = ?", (broken, page))
-    done = run_program("verify", url)
+    done = run_process("verify", url)
     assert done.returncode == 1
     assert f"damaged: page {page}" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("DAMAGED: 2 models")
     found = run_program("verify", url, "--json")
     assert found.returncode == 1
     assert json.loads(found.stdout)["ok"] is False
-    fail("load", url, "m@1", status=4)
+    fail("load", url, "m@1", status=4, run=run_process)
 
 
 # ---- 5 and 6: files, duplicates -----------------------------------------------------------------
@@ -281,7 +271,7 @@ def test_bad_model_files(url: str, model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
     fail("predict", url, "m", tmp_path / "in.npy", status=5)
     fail("predict", url, "m", "-", input="[1, 2", status=5)
-    fail("export", url, "m", tmp_path / "m.unknown", status=5)
+    fail("export", url, "m", tmp_path / "m.unknown", status=5, run=run_process)
     assert not (tmp_path / "pwned").exists()
     listed = json.loads(run_program("ls", url, "--json").stdout)["models"]
     assert [found["model"] for found in listed] == ["m@1", "m@2"]
@@ -289,7 +279,7 @@ def test_bad_model_files(url: str, model: Path, tmp_path: Path) -> None:
 
 
 def test_duplicate(url: str, model: Path) -> None:
-    assert "m@1" in fail("add", url, "m@1", model, status=6)
+    assert "m@1" in fail("add", url, "m@1", model, status=6, run=run_process)
 
 
 # ---- secrets, tracebacks, faults ----------------------------------------------------------------
@@ -316,7 +306,7 @@ def test_credentials_are_never_printed(
 
 
 def test_a_traceback_when_it_is_asked_for(kept: str) -> None:
-    done = run_program("info", kept, "x", env={"PYDEDUP_TRACEBACK": "1"})
+    done = run_process("info", kept, "x", env={"PYDEDUP_TRACEBACK": "1"})
     assert done.returncode == 3
     assert done.stderr.startswith("Traceback (most recent call last)")
     assert done.stderr.splitlines()[-1].startswith("pydedup: error: no model 'x'")
@@ -335,7 +325,7 @@ def test_a_fault_of_ours_asks_to_be_reported(kept: str) -> None:
             [sys.executable, "-P", "-c", code],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYDEDUP_TRACEBACK": value},
+            env=clean_environment({"PYDEDUP_TRACEBACK": value}),
             check=False,
         )
         assert done.returncode == 70
@@ -361,9 +351,9 @@ def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
     assert re.match(r"pydedup: \w+", first), first  # progress: not on a terminal, a line at times
     process.send_signal(signal.SIGINT)
     # It tidies up, for which it must wait for the blocker as well; who is impatient asks again.
-    for _ in range(20):
+    for _ in range(100):
         try:
-            out, err = process.communicate(timeout=1)
+            out, err = process.communicate(timeout=0.2)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
@@ -378,12 +368,18 @@ def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
     assert [found["model"] for found in listed] == ["m@1", "m@2"]
 
 
-@pytest.mark.parametrize("command", ["--help", "info", "info --json", "ls", "load"])
-def test_a_reader_that_goes_away_is_no_error(command: str, url: str, tmp_path: Path) -> None:
-    many = {f"layer.{number}.weight": np.zeros(1, np.float32) for number in range(2000)}
-    save_file(many, tmp_path / "many.safetensors")
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store of a model whose list of tensors is longer than a pipe holds."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('long') / 'long.db'}"
     with pydedup.open(url) as store:
-        store.add("many", tmp_path / "many.safetensors")
+        store.add("many", {f"layer.{n}.weight": np.zeros(1, np.float32) for n in range(2000)})
+    return url
+
+
+@pytest.mark.parametrize("command", ["--help", "info", "info --json", "ls", "load"])
+def test_a_reader_that_goes_away_is_no_error(command: str, long: str) -> None:
+    url = long
     words = {
         "info": f"info {url} many --tensors",
         "info --json": f"info {url} many --tensors --json",
@@ -392,7 +388,7 @@ def test_a_reader_that_goes_away_is_no_error(command: str, url: str, tmp_path: P
     }.get(command, command)
     done = subprocess.run(
         ["bash", "-c", f"{' '.join(PROGRAM)} {words} | head -n 1; exit ${{PIPESTATUS[0]}}"],
-        env=ENVIRONMENT,
+        env=clean_environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -6,13 +6,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+
+from pydedup.testing.program import run_here, run_process
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 METRICS = """
 import numpy as np
@@ -45,15 +49,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-        check=False,
-    )
+def run(*arguments: object, run: Run = run_here) -> subprocess.CompletedProcess[str]:
+    done = run(*arguments)
     assert "Traceback" not in done.stdout + done.stderr
     return done
 
@@ -83,6 +80,7 @@ def test_bounded(folder: Path) -> None:
         *["--policy", "bounded"],
         "--max-rel-error",
         0.001,
+        run=run_process,
     )
     assert done.returncode == 0, done.stderr
     assert "within 0.001 of its norm" in done.stdout + done.stderr
@@ -94,7 +92,10 @@ def test_bounded(folder: Path) -> None:
 
 def test_accuracy_and_its_certificate(folder: Path) -> None:
     words = ("--policy", "accuracy", "--max-drop", 0.1, "--evaluate", "metrics:accuracy")
-    (report,) = document("add", "m.db", "near", "near.safetensors", *words)["models"]
+    words += ("--json",)
+    (report,) = json.loads(
+        run("add", "m.db", "near", "near.safetensors", *words, run=run_process).stdout
+    )["models"]
     assert report["stored_bytes"] < 0.1 * report["logical_bytes"]
     certificate = document("info", "m.db", "near")["certificate"]
     assert certificate["metric_before"] == 1.0
@@ -111,7 +112,7 @@ def test_accuracy_and_its_certificate(folder: Path) -> None:
     assert "promise broken: near@1: the metric is" in said
     assert "where 0.1 was promised" in said
     assert "damaged" not in said.lower()
-    done = run("verify", "m.db", "--evaluate", "near", "metrics:broken")
+    done = run("verify", "m.db", "--evaluate", "near", "metrics:broken", run=run_process)
     assert done.returncode == 2
     assert "near@1: evaluate raised " in done.stderr  # of several models, which one
 

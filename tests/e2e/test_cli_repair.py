@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,15 @@ import numpy as np
 import pytest
 
 import pydedup
+from pydedup.testing.program import run_here, run_process
 
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", *map(str, arguments)],
-        env={key: value for key, value in os.environ.items() if key != "COLUMNS"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def run(
+    *arguments: object, run: Callable[..., subprocess.CompletedProcess[str]] = run_here
+) -> subprocess.CompletedProcess[str]:
+    done = run(*arguments)
     assert "Traceback" not in done.stderr
     return done
 
@@ -71,7 +65,7 @@ def test_damage_is_repaired(
     assert f"damaged: page {pages[0]}: corrupt page: its bytes do not match" in found.stdout
     assert found.stdout.splitlines()[-1].startswith("DAMAGED: 2 models")
 
-    partly = run("verify", store_url, "--repair-from", models["first"])
+    partly = run("verify", store_url, "--repair-from", models["first"], run=run_process)
     assert partly.returncode == 1
     lines = partly.stdout.splitlines()
     assert lines[0].startswith(f"repaired 1 of {len(pages)} damaged pages: 1 block from ")
@@ -80,7 +74,7 @@ def test_damage_is_repaired(
     )
     assert lines[-1].startswith("DAMAGED")
 
-    done = run("verify", store_url, "--repair-from", other, "--json")
+    done = run("verify", store_url, "--repair-from", other, "--json", run=run_process)
     document = json.loads(done.stdout)
     assert (done.returncode, document["ok"], document["damaged_pages"]) == (0, True, {})
     assert document["repair"]["found_blocks"] == 1

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,19 @@ import numpy as np
 import pytest
 
 import pydedup
+from pydedup.testing.program import run_here, run_process
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", *map(str, arguments)],
-        env={key: value for key, value in os.environ.items() if key != "COLUMNS"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def succeed(*arguments: object) -> str:
+def succeed(*arguments: object, run: Run = run_here) -> str:
     done = run(*arguments)
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
 
-def document(*arguments: object) -> Any:
-    return json.loads(succeed(*arguments, "--json"))
+def document(*arguments: object, run: Run = run_here) -> Any:
+    return json.loads(succeed(*arguments, "--json", run=run))
 
 
 @pytest.fixture
@@ -53,7 +44,7 @@ def test_a_tenant_with_a_quota(folder: Path, store_url: str) -> None:
     url = store_url
     succeed("add", url, "base", folder / "base.npz", "-q")
     succeed("add", url, "a", folder / "a.npz", "--metadata", "tenant=acme", "-q")
-    lines = succeed("stats", url, "--by", "tenant").splitlines()
+    lines = succeed("stats", url, "--by", "tenant", run=run_process).splitlines()
     assert lines[0].split() == ["tenant", "Models", "Weights", "Shared", "Marginal"]
     assert [line.split()[0] for line in lines[1:3]] == ["acme", "(none)"]
     assert "counted once" in lines[3]
@@ -66,7 +57,7 @@ def test_a_tenant_with_a_quota(folder: Path, store_url: str) -> None:
         value["marginal_bytes"] for value in found["values"]
     )
 
-    assert "no quota" in succeed("quota", url)
+    assert "no quota" in succeed("quota", url, run=run_process)
     said = succeed("quota", url, "tenant=acme", "100kB")
     assert said == "tenant=acme may take 97.7 KiB (100,000 bytes), marginal\n"
     listed = document("quota", url)["quotas"]
@@ -81,7 +72,7 @@ def test_a_tenant_with_a_quota(folder: Path, store_url: str) -> None:
         }
     ]
     assert "tenant=acme" in succeed("quota", url).splitlines()[1]
-    for dry_run in (["--dry-run"], []):
+    for dry_run, run in ((["--dry-run"], run_here), ([], run_process)):
         refused = run("add", url, "b", folder / "b.npz", "--metadata", "tenant=acme", *dry_run)
         assert (refused.returncode, refused.stdout) == (7, "")
         assert refused.stderr.startswith("pydedup: error: with this add, tenant=acme would take")
@@ -111,7 +102,7 @@ def test_each_other_value(folder: Path, tmp_path: Path) -> None:
     assert row.split()[-5:] == ["128.0", "KiB", "(acme)", "67.3", "KiB"]
     assert document("quota", url, "team=x")["quotas"] == []
     assert "no quota for team=x" in succeed("quota", url, "team=x")
-    refused = run("add", url, "b", folder / "b.npz", "--metadata", "tenant=acme", "-q")
+    refused = run_here("add", url, "b", folder / "b.npz", "--metadata", "tenant=acme", "-q")
     assert refused.returncode == 7
     succeed("add", url, "b", folder / "b.npz", "--metadata", "tenant=other", "-q")
     # Who has a quota of his own does not count for that of the others, nor does who has no tenant.
@@ -162,8 +153,8 @@ def test_what_is_wrong_is_said(
 ) -> None:
     path = tmp_path / "models.db"
     pydedup.open(path).close()
-    done = run("quota", path, *words)
+    done = run_here("quota", path, *words)
     assert done.returncode == status
     assert said in done.stderr
-    assert run("quota", tmp_path / "none.db", "tenant=a", "5").returncode == 4
+    assert run_here("quota", tmp_path / "none.db", "tenant=a", "5").returncode == 4
     assert not (tmp_path / "none.db").exists()
