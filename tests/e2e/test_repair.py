@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,7 @@ Model = dict[str, NDArray[Any]]
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
 
 
+@functools.cache
 def family() -> dict[str, Model]:
     """A base, two fine-tunes that become deltas on it, one that shares, one of its own."""
     rng = np.random.default_rng(7)
@@ -48,10 +51,32 @@ def family() -> dict[str, Model]:
     shares["w"][:64] = rng.standard_normal((64, 256))
     models["shares"] = shares
     models["own"] = {"w": rng.standard_normal((256, 256)).astype(np.float16)}
+    for model in models.values():
+        for array in model.values():
+            array.flags.writeable = False
     return models
 
 
-def fill(url: str, names: tuple[str, ...] = ("base", "near", "nearer", "shares", "own")) -> None:
+ALL = ("base", "near", "nearer", "shares", "own")
+
+
+def fill(url: str, names: tuple[str, ...] = ALL) -> None:
+    if url.startswith("sqlite:"):
+        Path(url.removeprefix("sqlite:///")).write_bytes(file_with(names))
+    else:
+        add_all(url, names)
+
+
+@functools.cache
+def file_with(names: tuple[str, ...]) -> bytes:
+    """A store in a file, which is made once."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "store.db"
+        add_all(f"sqlite:///{path}", names)
+        return path.read_bytes()
+
+
+def add_all(url: str, names: tuple[str, ...]) -> None:
     models = family()
     with pydedup.open(url) as store:
         for name in names:
@@ -59,11 +84,11 @@ def fill(url: str, names: tuple[str, ...] = ("base", "near", "nearer", "shares",
             store.add(name, models[name], policy=policy)
 
 
-@pytest.fixture
-def healthy(tmp_path: Path) -> str:
-    """Another store with the same models."""
-    url = f"sqlite:///{tmp_path}/healthy.db"
-    fill(url)
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another store with the same models, from which others are repaired."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('healthy')}/healthy.db"
+    add_all(url, ALL)
     return url
 
 
