@@ -24,7 +24,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pydedup.errors import ArgumentError, ClusterError
 from pydedup.ray.probe import probe
@@ -40,6 +40,8 @@ _OLDEST, _TOO_NEW = (2, 44), (3,)
 _PREFIX: Final = "pydedup-ray-"
 #: Of what a private Ray may keep in shared memory; little passes through it.
 _OBJECT_STORE_BYTES: Final = 128 * 1024 * 1024
+#: What a function tells of a node.
+_Told = TypeVar("_Told")
 
 
 class Secret:
@@ -277,17 +279,19 @@ def use_threads(count: int) -> None:
 
 def on_each_node(
     ray: Any,
-    function: Callable[..., str | None],
+    function: Callable[..., _Told | str],
     *arguments: object,
     resources: Mapping[str, float] | None = None,
     runtime_env: Mapping[str, Any] | None = None,
-) -> None:
+) -> list[_Told]:
     """Call a function once on each node that has CPUs, and see that nothing hinders its work.
+
+    Returns what it returned on each.
 
     Parameters
     ----------
     function
-        Of a module of pydedup. Returns what hinders, ``None`` where nothing does.
+        Of a module of pydedup. Returns what hinders, which is a text; else whatever is no text.
     resources
         Nodes without these of Ray's are left out.
     runtime_env
@@ -310,9 +314,10 @@ def on_each_node(
             asked.append((str(node["NodeManagerAddress"]), call))
     if not asked and not resources:
         raise ClusterError("no node of the Ray cluster has a CPU to work with")
+    found: list[_Told] = []
     for address, call in asked:
         try:
-            hindrance = ray.get(call)
+            told: _Told | str = ray.get(call)
         except Exception as error:
             said = without_secrets(str(error)).strip().splitlines()
             raise ClusterError(
@@ -320,5 +325,7 @@ def on_each_node(
                 f"({said[-1].strip() if said else type(error).__name__}); install the same pydedup "
                 "there, with the extra of its database"
             ) from error
-        if hindrance is not None:
-            raise ClusterError(f"the Ray worker on {address}: {hindrance}")
+        if isinstance(told, str):
+            raise ClusterError(f"the Ray worker on {address}: {told}")
+        found.append(told)
+    return found

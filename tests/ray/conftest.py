@@ -69,6 +69,7 @@ def started(**environment: str) -> Iterator[Cluster]:
         command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={tmp}"]
         command += [f"--ray-client-server-port={client}", "--num-cpus=2", "--disable-usage-stats"]
         command += ["--include-dashboard=false", f"--object-store-memory={128 << 20}"]
+        command += ["--include-log-monitor=false", "--no-monitor"]  # of which nobody asks anything
         options = zip((f"--{name}-port" for name in named), others[:3] + others[4:], strict=True)
         command += [f"{name}={number}" for name, number in options]
         log = Path(tmp) / "start.log"

@@ -411,8 +411,11 @@ def test_the_command_serves_on_a_cluster(
     cluster: Any, connected: Any, port: int, url: str, apps: object
 ) -> None:
     serve.delete("families")
-    # By Ray Client, as from a machine that is not of the cluster.
-    with serving(url, "--on", cluster.client, "--replicas", "1:2", "--memory", MEMORY) as server:
+    # By Ray Client, as from a machine that is not of the cluster. What a router of Ray Serve's asks
+    # there is given up at once, and answers that come all the same are shown as faults.
+    deadline = {"RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "0.0001"}
+    options = ("--on", cluster.client, "--replicas", "1:2", "--memory", MEMORY)
+    with serving(url, *options, env=deadline) as server:
         assert f"12 models of {redact(url)} on Ray" in server.hello[0]
         assert server.port == port  # of Ray Serve, which ran already
         assert server.infer("family0%2Fvariant0", asked()).status == 200

@@ -16,7 +16,13 @@ from pydedup.http.access import check_token
 from pydedup.http.options import ServeOptions
 from pydedup.opening import connect_store, pool_bytes
 from pydedup.ray.cluster import Secret, absolute, import_ray
-from pydedup.ray.serving.checks import as_arguments, check_actors, check_nodes, check_scale
+from pydedup.ray.serving.checks import (
+    as_arguments,
+    check_actors,
+    check_nodes,
+    check_scale,
+    said_at_once,
+)
 from pydedup.ray.serving.source import is_here
 from pydedup.registry import redact
 from pydedup.replacement import DEFAULT_POLICY, check_policy
@@ -181,6 +187,11 @@ def app(arguments: Mapping[str, Any]) -> Any:
     StoreError
         The store cannot be opened.
     """
+    with said_at_once():
+        return _built(arguments)
+
+
+def _built(arguments: Mapping[str, Any]) -> Any:
     known = list(inspect.signature(deployment).parameters)
     unknown = sorted(set(arguments) - set(known))
     if unknown:

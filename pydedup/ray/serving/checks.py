@@ -14,11 +14,18 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, PydedupError, UnavailableError
 from pydedup.ray.cluster import Secret, import_ray, on_each_node
 from pydedup.ray.serving.source import hindrance, is_here
 
-__all__ = ["as_arguments", "check_actors", "check_nodes", "check_scale", "hindrances"]
+__all__ = [
+    "as_arguments",
+    "check_actors",
+    "check_nodes",
+    "check_scale",
+    "hindrances",
+    "said_at_once",
+]
 
 _MANY: Final = 1 << 20
 
@@ -62,6 +69,25 @@ def as_arguments() -> Iterator[None]:
     except (ValueError, TypeError) as error:
         said = " ".join(str(error).split()).partition(" For further information")[0]
         raise ArgumentError(f"Ray Serve does not take the arguments: {said}") from error
+
+
+@contextlib.contextmanager
+def said_at_once() -> Iterator[None]:
+    """Have Ray Serve, when it builds the application of a config file, tell errors as they are.
+
+    Of what is no exception of its own it shows a traceback, and before that it tries three times
+    more, each in a process of its own. An error keeps its class, and becomes one of Ray's besides.
+    """
+    try:
+        yield
+    except UnavailableError:  # that may be over at the next try
+        raise
+    except PydedupError as error:
+        kind, its_own = type(error), import_ray("ray.serve.exceptions").RayServeException
+        both: Any = type(kind.__name__, (kind, its_own), {})
+        told = both.__new__(both, *error.args)
+        vars(told).update(vars(error))
+        raise told from error
 
 
 def check_actors(options: Mapping[str, Any]) -> None:

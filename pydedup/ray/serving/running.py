@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import signal
 import socket
@@ -15,7 +14,7 @@ from typing import Any, Final
 from pydedup.errors import ArgumentError, ClusterError
 from pydedup.ray.cluster import Secret, absolute, attached, import_ray, on_each_node
 from pydedup.ray.serving.application import deployment
-from pydedup.ray.serving.source import hindrance
+from pydedup.ray.serving.source import models
 from pydedup.text import without_secrets
 
 __all__ = ["APPLICATION", "parse_replicas", "run"]
@@ -23,6 +22,8 @@ __all__ = ["APPLICATION", "parse_replicas", "run"]
 _LOG = logging.getLogger("pydedup.ray")
 #: What it is called in Ray's dashboard.
 APPLICATION: Final = "pydedup"
+#: What Ray calls the actor that shows that a command serves.
+_GUARD: Final = {"name": APPLICATION, "namespace": f"{APPLICATION}-serve"}
 
 
 def parse_replicas(text: str) -> dict[str, Any]:
@@ -75,7 +76,8 @@ def run(
     url = absolute(url)
     with contextlib.ExitStack() as left:
         ray = left.enter_context(attached(on))
-        on_each_node(ray, hindrance, Secret(url))
+        _refuse_second(ray)  # again below, when others had time to come first
+        names = on_each_node(ray, models, Secret(url))[0]
         serve = import_ray("ray.serve")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         application = deployment(url, check=False, **chosen)
@@ -85,8 +87,9 @@ def run(
         mine = not serve.status().proxies
         try:
             _start(serve, application, dict(http))
-            handle = serve.get_deployment_handle("Models", APPLICATION)
-            started(_address(serve, http), _names(handle))
+            # Not asked by a handle of Ray Serve's: its router gives up calls that take a tenth of a
+            # second, and Ray Client then shows tracebacks of their late answers.
+            started(_address(serve, http), names)
             stop.wait()
         finally:
             for number, before in taken.items():
@@ -104,22 +107,28 @@ class _Guard:
         """Return when this is the one of its name."""
 
 
-@contextlib.contextmanager
-def _alone(ray: Any) -> Iterator[None]:
-    """Let no other command replace what this one serves. Raises ClusterError if one serves."""
-    name = {"name": APPLICATION, "namespace": f"{APPLICATION}-serve"}
-    taken = ClusterError(
+def _taken() -> ClusterError:
+    return ClusterError(
         "a `pydedup serve --on` serves on this Ray cluster already, and stays as it is; stop that "
         "first (where its connection was lost, Ray may take half a minute to see it)"
     )
+
+
+def _refuse_second(ray: Any) -> None:
     with contextlib.suppress(ValueError):
-        ray.get_actor(**name)
-        raise taken
+        ray.get_actor(**_GUARD)
+        raise _taken()
+
+
+@contextlib.contextmanager
+def _alone(ray: Any) -> Iterator[None]:
+    """Let no other command replace what this one serves. Raises ClusterError if one serves."""
+    _refuse_second(ray)
     try:
-        guard = ray.remote(num_cpus=0)(_Guard).options(**name).remote()
+        guard = ray.remote(num_cpus=0)(_Guard).options(**_GUARD).remote()
         ray.get(guard.ready.remote())
     except ValueError:  # another came first
-        raise taken from None
+        raise _taken() from None
     try:
         yield
     finally:
@@ -171,9 +180,3 @@ def _address(serve: Any, http: Mapping[str, Any]) -> str:
     secured = getattr(used, "ssl_certfile", http.get("ssl_certfile"))
     shown = f"[{host}]" if ":" in host else host
     return f"http{'s' if secured else ''}://{shown}:{port}"
-
-
-def _names(handle: Any) -> list[str]:
-    call = handle.options(method_name="answer")
-    body = call.remote("POST", b"/v2/repository/index", [], b'{"ready":true}').result()[2]
-    return [str(entry["name"]) for entry in json.loads(body)]

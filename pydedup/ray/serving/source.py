@@ -8,16 +8,21 @@ handed it. The text itself travels as a `Secret`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final, TypeVar
 
 from pydedup.errors import ArgumentError, PydedupError
 from pydedup.opening import connect_store
 from pydedup.ray.cluster import Secret
 from pydedup.registry import redact
 
-__all__ = ["ENVIRONMENT", "FILE", "hindrance", "is_here", "reveal"]
+__all__ = ["ENVIRONMENT", "FILE", "hindrance", "is_here", "models", "reveal"]
 
 ENVIRONMENT, FILE = "env:", "file:"
+#: Of a pool that no page is read into.
+_LEAST_MEMORY: Final = "64MiB"
+_Told = TypeVar("_Told")
 
 
 def is_here(text: str) -> bool:
@@ -48,12 +53,27 @@ def reveal(source: Secret) -> str:
 
 def hindrance(source: Secret) -> str | None:
     """Return what keeps a process from opening a store, without its password; None if nothing."""
+    return _asked(source, lambda url: connect_store(url, mode="r").close())
+
+
+def models(source: Secret) -> list[str] | str:
+    """Return the names of the models that can be served, one for each version; or what hinders."""
+    return _asked(source, _served)
+
+
+def _asked(source: Secret, ask: Callable[[str], _Told]) -> _Told | str:
     try:
         url = reveal(source)
     except PydedupError as error:
         return str(error)
     try:
-        connect_store(url, mode="r").close()
+        return ask(url)
     except PydedupError as error:
         return str(error).replace(url, redact(url))
-    return None
+
+
+def _served(url: str) -> list[str]:
+    from pydedup.http.served import ServedStore
+
+    with ServedStore.connect(url, _LEAST_MEMORY) as store:
+        return [entry.name for entry in store.index() if entry.has_graph]
