@@ -84,7 +84,13 @@ def counter(console: Console, text: str, total: int) -> Iterator[Callable[[int],
 def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> None:
     """Print what each model and all of them together took."""
     table = _table(
-        "Model", "Weights", "New in\nstore", "Of its\nsize", "Shared\nblocks", "New\npages"
+        "Model",
+        "Weights",
+        "New in\nstore",
+        "Of its\nsize",
+        "Shared\nblocks",
+        "Delta\nblocks",
+        "New\npages",
     )
     for report in reports:
         table.add_row(
@@ -93,6 +99,7 @@ def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> 
             size(report.stored_bytes),
             _percent(report.stored_bytes, report.logical_bytes),
             _percent(report.shared_blocks, report.blocks),
+            _percent(report.delta_blocks, report.blocks),
             f"{report.pages:,}",
         )
     table.add_section()
@@ -104,9 +111,12 @@ def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> 
             sum(report.stored_bytes for report in reports),
             sum(report.logical_bytes for report in reports),
         ),
-        _percent(
-            sum(report.shared_blocks for report in reports),
-            sum(report.blocks for report in reports),
+        *(
+            _percent(sum(counts), sum(report.blocks for report in reports))
+            for counts in (
+                [report.shared_blocks for report in reports],
+                [report.delta_blocks for report in reports],
+            )
         ),
         f"{sum(report.pages for report in reports):,}",
         style="bold",
@@ -120,14 +130,15 @@ def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> 
 
 
 def pair(console: Console, base: str, tuned: str, reports: Sequence[AddReport]) -> None:
-    """Say plainly how little exact blocks do for a full fine-tune."""
+    """Say what a full fine-tune takes, and why."""
     by_model = {report.model: report for report in reports}
     report = by_model[tuned]
     console.print(
         f"  {tuned} is a full fine-tune of {base}: nearly every weight moved, so only "
-        f"{_percent(report.shared_blocks, report.blocks)} of its blocks are shared, and it still "
-        f"takes {_percent(report.stored_bytes, report.logical_bytes)} of its size. Storing such a "
-        "model as differences to its base is not built yet.",
+        f"{_percent(report.shared_blocks, report.blocks)} of its blocks are shared. "
+        f"{_percent(report.delta_blocks, report.blocks)} are kept as their difference to a similar "
+        f"block, bit for bit: it takes {_percent(report.stored_bytes, report.logical_bytes)} of "
+        "its size.",
         style="dim",
         soft_wrap=False,
     )

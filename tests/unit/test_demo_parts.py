@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 import torch
 
 import pydedup
-from pydedup.demo import models, run, train
+from pydedup.demo import models, run, show, train
 from pydedup.demo.checks import compare_outputs, differing_tensors
 from pydedup.demo.data import Bags, Split, Task, WordVectors, encode, predict_all
 from pydedup.demo.models import Spec, base_table, build, embedding
@@ -265,6 +265,22 @@ def run_toy(url: str, tmp_path: Path) -> tuple[list[str], str]:
         run.run_demo(url, tmp_path / "cache", Console(file=shown, width=200))
     assert "larger than what was put into it" in str(caught.value)
     return str(caught.value).split("; ")[1:], shown.getvalue()
+
+
+def test_what_is_said_of_a_fine_tune_is_what_was_stored(tmp_path: Path) -> None:
+    base = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
+    tuned = base.copy()
+    tuned[:192] *= 1 + 1e-4  # of four blocks one stays
+    with pydedup.open(tmp_path / "store.db") as store:
+        policy = pydedup.policies.Lossless()
+        reports = [store.add("a@1", {"w": base}, policy=policy)]
+        reports.append(store.add("b@1", {"w": tuned}, policy=policy))
+    shown = io.StringIO()
+    show.pair(Console(file=shown, width=500), "a@1", "b@1", reports)
+    assert (
+        "only 25.0 % of its blocks are shared. 75.0 % are kept as their difference"
+        in shown.getvalue()
+    )
 
 
 def test_a_sound_store_fails_no_check_but_that_of_its_size(toy: str, tmp_path: Path) -> None:
