@@ -149,7 +149,7 @@ class DuckdbAdapter(DbApiAdapter):
             read_only=self._reads_only,
             capabilities=Capabilities(
                 max_payload_bytes=MAX_PAYLOAD_BYTES,
-                max_parameters=10_000,
+                max_parameters=1_000,
                 concurrent_writers=False,
                 incremental_read=False,
                 shrinks=False,
