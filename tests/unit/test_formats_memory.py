@@ -21,7 +21,7 @@ from pydedup.formats.onnx import GRAPH
 from pydedup.formats.registry import write_model
 from pydedup.types import DType
 
-TENSORS, ROWS, COLUMNS = 20, 5000, 1000
+TENSORS, ROWS, COLUMNS = 20, 2500, 1000
 TENSOR_BYTES = ROWS * COLUMNS * 4
 FILE_BYTES = TENSORS * TENSOR_BYTES
 
