@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from safetensors.numpy import save_file
 
 import pydedup
 from pydedup.cli.app import main
+from pydedup.testing.program import run_here, run_process
 from pydedup.testing.serving import serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,13 +106,8 @@ def test_the_python_of_the_readme_runs(folder: Path) -> None:
 
 def test_the_commands_of_the_readme_run(folder: Path) -> None:
     assert len(commands()) >= 7
-    for arguments in commands():
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "pydedup", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    for number, arguments in enumerate(commands()):
+        done = (run_here if number else run_process)(*arguments)
         # Like diff(1), `pydedup diff` says with 1 that there are differences.
         wanted = 1 if arguments[0] == "diff" else 0
         assert done.returncode == wanted, f"pydedup {' '.join(arguments)}: {done.stderr}"

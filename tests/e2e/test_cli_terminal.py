@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import pty
 import re
@@ -20,6 +22,7 @@ import pytest
 import pydedup
 from pydedup import text
 from pydedup.cli import tables
+from pydedup.testing.program import run_here
 
 PROGRAM = [sys.executable, "-P", "-m", "pydedup"]
 LONG = "encoder.layer.11.attention.self.query.weight"
@@ -59,10 +62,16 @@ def read_all(master: int) -> str:
 
 def on_terminal(*words: str, columns: int = 80, answer: str = "", **extra: str) -> tuple[int, str]:
     """Run the program on a terminal of its own; returns its status and all that it wrote."""
+    return process_on_terminal([*PROGRAM, *words], columns, answer, **extra)
+
+
+def process_on_terminal(
+    command: list[str], columns: int, answer: str = "", **extra: str
+) -> tuple[int, str]:
     master, slave = pty.openpty()
     ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     process = subprocess.Popen(
-        [*PROGRAM, *words], stdin=slave, stdout=slave, stderr=slave, env=clean_environment(**extra)
+        command, stdin=slave, stdout=slave, stderr=slave, env=clean_environment(**extra)
     )
     os.close(slave)
     if answer:
@@ -87,26 +96,38 @@ def plain(shown: str) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "").splitlines()
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("ls",),
-        ("info", "small"),
-        ("info", "sentiment-classifier-for-film-reviews", "--tensors"),
-        ("explain", "sentiment-classifier-for-film-reviews"),
-        ("load", "sentiment-classifier-for-film-reviews"),
-    ],
-)
-def test_no_line_is_wider_than_the_terminal(words: tuple[str, ...], url: str) -> None:
-    for columns in (40, 80):
-        status, shown = on_terminal(words[0], url, *words[1:], columns=columns)
-        assert status == 0
-        lines = plain(shown)
-        assert lines
-        # Words are never broken: a digest or a name alone in its line may be wider.
-        assert [line for line in lines if len(line) > columns and len(line.split()) > 1] == []
-    piped = in_pipe(words[0], url, *words[1:], COLUMNS="60").splitlines()
-    assert [line for line in piped if len(line) > 60 and len(line.split()) > 1] == []
+#: Runs commands one after the other; a process for each would be started for most of the time.
+_IN_TURN = """
+import json, sys
+from pydedup.cli import main
+for words in json.loads(sys.argv[1]):
+    print("status", main(words))
+"""
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_no_line_is_wider_than_the_terminal(columns: int, url: str) -> None:
+    commands = [
+        ["ls", url],
+        ["info", url, "small"],
+        ["info", url, "sentiment-classifier-for-film-reviews", "--tensors"],
+        ["explain", url, "sentiment-classifier-for-film-reviews"],
+        ["load", url, "sentiment-classifier-for-film-reviews"],
+    ]
+    command = [sys.executable, "-P", "-c", _IN_TURN, json.dumps(commands)]
+    status, shown = process_on_terminal(command, columns)
+    assert status == 0
+    lines = plain(shown)
+    ends = [number for number, line in enumerate(lines) if line == "status 0"]
+    assert len(ends) == len(commands)
+    assert all(end - start > 1 for start, end in itertools.pairwise([-1, *ends]))
+    # Words are never broken: a digest or a name alone in its line may be wider.
+    assert [line for line in lines if len(line) > columns and len(line.split()) > 1] == []
+    for words in commands:
+        piped = run_here(*words, env={"COLUMNS": "60"})
+        assert (piped.returncode, piped.stderr) == (0, "")
+        lines = piped.stdout.splitlines()
+        assert [line for line in lines if len(line) > 60 and len(line.split()) > 1] == []
 
 
 def test_a_narrow_table_becomes_a_list_that_loses_nothing(url: str) -> None:
@@ -155,11 +176,13 @@ def test_rm_asks_on_a_terminal(tmp_path: Path) -> None:
     assert (status, plain(shown)) == (0, ["removed n@1"])
 
 
-def slow(seconds: float, stages: list[tuple[str, int, int]], delay: float = 0.7) -> str:
+def slow(
+    seconds: float, stages: list[tuple[str, int, int]], delay: float = 0.7, line: float = 5
+) -> str:
     return (
         "import sys, time, rich.progress; from pydedup.cli import progress\n"
         "from pydedup.cli.progress import Watch\n"
-        f"progress._DELAY_SECONDS = {delay}\n"
+        f"progress._DELAY_SECONDS, progress._LINE_SECONDS = {delay}, {line}\n"
         f"with Watch('opening') as watch:\n"
         f"    for stage in {stages!r}:\n"
         f"        watch(*stage); time.sleep({seconds / len(stages)})\n"
@@ -191,7 +214,7 @@ def test_progress_is_a_bar_that_goes_away() -> None:
 def test_progress_says_nothing_when_it_is_quick_or_unwanted() -> None:
     for code in (
         slow(0.1, [("matching", 1, 2)]),
-        slow(1.5, [("a", 1, 2)]).replace("g')", "g', quiet=True)"),
+        slow(0.3, [("a", 1, 2)], delay=0, line=0.01).replace("g')", "g', quiet=True)"),
     ):
         done = subprocess.run(
             [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
