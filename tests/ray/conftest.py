@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 import pydedup
+from pydedup.testing.servers import PostgresServer
 
 from ..scoring.conftest import Tables, add, features, weights
 
@@ -164,3 +165,53 @@ def scored_file(scored_once: Path, tmp_path: Path) -> Scored:
     """On SQLite, where the back end does not matter."""
     shutil.copyfile(scored_once, tmp_path / "store.db")
     return Scored(f"sqlite:///{tmp_path / 'store.db'}", filled=True)
+
+
+class Sessions(Tables):
+    """A store and a table of features on a server of its own, which counts its sessions."""
+
+    ROWS = 600
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        add(url, "m@1", seed=1)
+        self.run("DROP TABLE IF EXISTS t, p")
+        self.run("CREATE TABLE t (id INTEGER PRIMARY KEY, f0 FLOAT, f1 FLOAT, f2 FLOAT)")
+        self.run(
+            "INSERT INTO t VALUES (?, ?, ?, ?)",
+            [[i, *map(float, row)] for i, row in enumerate(features(self.ROWS))],
+        )
+        self._lost = self._count()
+
+    def _count(self) -> int:
+        ((lost,),) = self.run("SELECT SUM(sessions_abandoned) FROM pg_stat_database")
+        return int(lost)
+
+    def others(self) -> list[Any]:
+        """Sessions that are open beside the one that asks."""
+        return self.run(
+            "SELECT pid, state, query FROM pg_stat_activity WHERE backend_type = 'client backend' "
+            "AND pid <> pg_backend_pid()"
+        )
+
+    def lost(self) -> int:
+        """How many clients went away without a word, when all are gone."""
+        _until(lambda: not self.others())
+        return self._count() - self._lost
+
+    def wait_for_rows(self) -> None:
+        """Return when predictions are there."""
+        _until(lambda: self.run("SELECT to_regclass('p')")[0][0] is not None)
+        _until(lambda: self.run("SELECT COUNT(*) FROM p")[0][0])
+
+
+def _until(done: Any) -> None:
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def sessions(own_postgres: PostgresServer) -> Sessions:
+    return Sessions(own_postgres.new_place())

@@ -33,6 +33,8 @@ from pydedup.ray.serving.source import hindrance
 from pydedup.registry import redact
 from pydedup.testing.serving import Server, serving
 
+from .conftest import Sessions
+
 serve = import_ray("ray.serve")
 PASSWORD = "geheim-4711"
 TOKEN = "token-0815"
@@ -69,16 +71,19 @@ def asked(n: int = 1) -> dict[str, Any]:
     return {"inputs": [entry]}
 
 
-@pytest.fixture(scope="module")
-def url(postgres_url: str) -> Iterator[str]:
-    """A store that is filled; the server trusts everybody, whatever the password."""
-    place = postgres_url.partition("?")
+def with_password(url: str) -> str:
+    """Return a URL of a server that trusts everybody, whatever the password."""
+    place = url.partition("?")
     head, _, rest = place[0].partition("://")
     user, at, where = rest.rpartition("@")
-    assert at, postgres_url
-    mark = "&" if place[1] else ""
-    url = f"{head}://{user.partition(':')[0]}:{PASSWORD}@{where}?{place[2]}{mark}"
-    url = url.rstrip("?&")
+    assert at, url
+    return f"{head}://{user.partition(':')[0]}:{PASSWORD}@{where}{place[1]}{place[2]}"
+
+
+@pytest.fixture(scope="module")
+def url(postgres_url: str) -> Iterator[str]:
+    """A store that is filled."""
+    url = with_password(postgres_url)
     with pydedup.open(url) as store:
         for info in store.models():
             store.remove(f"{info.name}@{info.version}")
@@ -100,9 +105,22 @@ def port(connected: Any) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def apps(port: int, url: str) -> dict[str, Any]:
+def apps(port: int, url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Handles of the replicas of three applications: by families, by whatever replica, and as many
-    as requests need."""
+    as requests need. The first is that of the docs' config file, as `serve deploy` has it."""
+    docs = (Path(__file__).parents[2] / "docs" / "ray.md").read_text()
+    block = re.search(r"(?m)^    proxy_location:.*\n(?:    .*\n)+", docs)
+    assert block
+    config = yaml.safe_load(textwrap.dedent(block.group()))
+    (application,) = config["applications"]
+    assert application["args"]["store"] == "env:PYDEDUP_STORE"
+    place = tmp_path_factory.mktemp("secrets") / "url"
+    place.write_text(url)
+    common = {"memory": MEMORY, "num_cpus": 0.1, "max_body": "1MiB"}
+    application["args"] |= {"store": f"file:{place}", **common}
+    schema = importlib.import_module("ray.serve.schema").ServeDeploySchema
+    client = importlib.import_module("ray.serve.context")._get_global_client()
+    client.deploy_apps(schema(**config))
     scale = {
         "min_replicas": 1,
         "max_replicas": 2,
@@ -110,24 +128,17 @@ def apps(port: int, url: str) -> dict[str, Any]:
         "upscale_delay_s": 0,
     }
     options: dict[str, dict[str, Any]] = {
-        "families": {"num_replicas": 2},
         "any": {"num_replicas": 2, "routing": "any"},
         "scaled": {"autoscaling_config": scale, "token": TOKEN},
     }
-    targets = [
-        (
-            deployment(url, memory=MEMORY, num_cpus=0.1, max_body="1MiB", **chosen),
-            name,
-            "/" if name == "families" else f"/{name}",
-        )
-        for name, chosen in options.items()
-    ]
-    if hasattr(serve, "run_many"):
-        serve.run_many([serve.RunTarget(*target) for target in targets])
-    else:  # Ray before 2.44
-        for application, name, prefix in targets:
-            serve.run(application, name=name, route_prefix=prefix)
-    return {name: serve.get_deployment_handle("Models", name) for name in options}
+    serve.run_many(
+        [
+            serve.RunTarget(deployment(url, **common, **chosen), name, f"/{name}")
+            for name, chosen in options.items()
+        ]
+    )
+    eventually(lambda: serve.status().applications["models"].status == "RUNNING")
+    return {name: serve.get_deployment_handle("Models", name) for name in ("models", *options)}
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +171,7 @@ def test_families_meet_in_one_pool(server: Server, apps: dict[str, Any]) -> None
     names = [f"family{f}%2Fvariant{v}" for f in range(FAMILIES) for v in range(VARIANTS)]
     order = np.random.default_rng(0).permutation(names * 12)
     read = {}
-    for name, prefix in (("families", ""), ("any", "/any")):
+    for name, prefix in (("models", ""), ("any", "/any")):
         with ThreadPoolExecutor(4) as threads:
             paths = [f"{prefix}/v2/models/{one}/infer" for one in order]
             answers = list(threads.map(lambda path: server.ask("POST", path, asked()), paths))
@@ -168,7 +179,7 @@ def test_families_meet_in_one_pool(server: Server, apps: dict[str, Any]) -> None
         read[name] = total(apps[name], "misses")
         assert all(stats["hits"] for _, stats in pools(apps[name]).values())  # both work
     # Each page of the store once, and a little where a family had help; else again and again.
-    assert read["families"] < 0.5 * read["any"], read
+    assert read["models"] < 0.5 * read["any"], read
 
 
 def test_tritonclient(server: Server, url: str) -> None:
@@ -207,7 +218,7 @@ def test_errors_are_those_of_pydedup_serve(server: Server, apps: dict[str, Any])
     assert (answer.status, answer.error[:6]) == (400, "inputs")
     text = server.ask("GET", "/metrics").body.decode()
     assert 'pydedup_requests_total{model="family0/variant0@1",outcome="ok"}' in text
-    if hasattr(type(apps["families"]), "broadcast"):
+    if hasattr(type(apps["models"]), "broadcast"):
         assert text.count("\npydedup_pool_misses_total{replica=") == 2
         assert parse(text).pool["misses"] >= FAMILIES  # what `pydedup top` reads, of both
 
@@ -234,7 +245,7 @@ def test_what_changes_counts_at_once(server: Server, url: str) -> None:
 
 
 def test_a_killed_replica_costs_no_request(server: Server, apps: dict[str, Any]) -> None:
-    before = pools(apps["families"])
+    before = pools(apps["models"])
     stop = threading.Event()
     statuses: list[int] = []
 
@@ -256,7 +267,7 @@ def test_a_killed_replica_costs_no_request(server: Server, apps: dict[str, Any])
         for one in running:
             one.result()
     assert set(statuses) == {200}
-    assert victim not in pools(apps["families"])
+    assert victim not in pools(apps["models"])
 
 
 def test_replicas_come_with_requests(server: Server, apps: dict[str, Any]) -> None:
@@ -285,7 +296,7 @@ def logs(ray: Any) -> str:
     """All that Ray has written to files since it began."""
     folder = Path(ray._private.worker.global_worker.node.get_session_dir_path())
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert any("replica_families_Models" in path.name for path in files)
+    assert any("replica_models_Models" in path.name for path in files)
     return "".join(path.read_bytes().decode("latin-1") for path in files)
 
 
@@ -352,29 +363,11 @@ def test_config_files_name_where_secrets_are(
     assert PASSWORD not in said
 
 
-def test_the_config_file_of_the_docs_is_deployed(
-    server: Server, url: str, connected: Any, tmp_path: Path
-) -> None:
-    """What `serve deploy` and `serve run FILE` do with it, under another prefix."""
-    docs = (Path(__file__).parents[2] / "docs" / "ray.md").read_text()
-    block = re.search(r"(?m)^    proxy_location:.*\n(?:    .*\n)+", docs)
-    assert block
-    config = yaml.safe_load(textwrap.dedent(block.group()))
-    (tmp_path / "url").write_text(url)
-    (application,) = config["applications"]
-    assert application["args"]["store"] == "env:PYDEDUP_STORE"
-    application["args"] |= {"store": f"file:{tmp_path / 'url'}", "num_cpus": 0.1, "memory": MEMORY}
-    application["route_prefix"] = "/configured"
-    schema = importlib.import_module("ray.serve.schema").ServeDeploySchema
-    client = importlib.import_module("ray.serve.context")._get_global_client()
-    client.deploy_apps(schema(**config))
-    try:
-        eventually(lambda: serve.status().applications["models"].status == "RUNNING")
-        path = "/configured/v2/models/family0%2Fvariant0/infer"
-        assert server.ask("POST", path, asked()).status == 200
-        assert len(pools(serve.get_deployment_handle("Models", "models"))) == 2
-    finally:
-        serve.delete("models")
+def test_the_config_file_of_the_docs_is_deployed(server: Server, apps: dict[str, Any]) -> None:
+    """What `serve deploy` and `serve run FILE` do with it."""
+    assert serve.status().applications["models"].status == "RUNNING"
+    assert server.infer("family0%2Fvariant0", asked()).status == 200
+    assert len(pools(apps["models"])) == 2
 
 
 def test_a_missing_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,16 +401,20 @@ def test_the_command_says_what_is_wrong(url: str) -> None:
 
 
 def test_the_command_serves_on_a_cluster(
-    cluster: Any, connected: Any, port: int, url: str, apps: object
+    cluster: Any, connected: Any, port: int, sessions: Sessions, apps: object
 ) -> None:
-    serve.delete("families")
+    serve.delete("models")
+    url = with_password(sessions.url)
     # By Ray Client, as from a machine that is not of the cluster. What a router of Ray Serve's asks
     # there is given up at once, and answers that come all the same are shown as faults.
     deadline = {"RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "0.0001"}
     options = ("--on", cluster.client, "--replicas", "1:2", "--memory", MEMORY)
     with serving(url, *options, env=deadline) as server:
-        assert f"12 models of {redact(url)} on Ray" in server.hello[0]
+        assert f"1 model of {redact(url)} on Ray" in server.hello[0]
         assert server.port == port  # of Ray Serve, which ran already
-        assert server.infer("family0%2Fvariant0", asked()).status == 200
+        data = {"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}
+        assert server.infer("m", {"inputs": [data]}).status == 200
+        assert sessions.others()
     assert "pydedup" not in serve.status().applications
     assert PASSWORD not in logs(connected)
+    assert sessions.lost() == 0

@@ -6,7 +6,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pyarrow as pa
@@ -14,65 +13,15 @@ import pytest
 
 import pydedup.ray
 from pydedup.ray.cluster import import_ray
-from pydedup.testing.servers import PostgresServer
 
-from ..scoring.conftest import Tables, add, features
-from .conftest import Cluster
+from ..scoring.conftest import features
+from .conftest import Cluster, Sessions
 from .test_killed_server import SLEEPS
 
-ROWS = 600
+ROWS = Sessions.ROWS
 QUERY = "SELECT id, f0, f1, f2 FROM t"
 SLOW = QUERY.replace("f2", f"f2 + 0 * {SLEEPS['postgresql']} AS f2")
-_PATIENCE_SECONDS = 60.0
 _COMMAND = [sys.executable, "-P", "-m", "pydedup"]
-
-
-class Sessions(Tables):
-    """A store and a table of features on a server of its own, which counts its sessions."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        add(url, "m@1", seed=1)
-        self.run("DROP TABLE IF EXISTS t, p")
-        self.run("CREATE TABLE t (id INTEGER PRIMARY KEY, f0 FLOAT, f1 FLOAT, f2 FLOAT)")
-        self.run(
-            "INSERT INTO t VALUES (?, ?, ?, ?)",
-            [[i, *map(float, row)] for i, row in enumerate(features(ROWS))],
-        )
-        self._lost = self._count()
-
-    def _count(self) -> int:
-        ((lost,),) = self.run("SELECT SUM(sessions_abandoned) FROM pg_stat_database")
-        return int(lost)
-
-    def others(self) -> list[Any]:
-        """Sessions that are open beside the one that asks."""
-        return self.run(
-            "SELECT pid, state, query FROM pg_stat_activity WHERE backend_type = 'client backend' "
-            "AND pid <> pg_backend_pid()"
-        )
-
-    def lost(self) -> int:
-        """How many clients went away without a word, when all are gone."""
-        _until(lambda: not self.others())
-        return self._count() - self._lost
-
-    def wait_for_rows(self) -> None:
-        """Return when predictions are there."""
-        _until(lambda: self.run("SELECT to_regclass('p')")[0][0] is not None)
-        _until(lambda: self.run("SELECT COUNT(*) FROM p")[0][0])
-
-
-def _until(done: Any) -> None:
-    end = time.monotonic() + _PATIENCE_SECONDS
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def sessions(own_postgres: PostgresServer) -> Sessions:
-    return Sessions(own_postgres.new_place())
 
 
 @pytest.mark.parametrize("how", ["done", "stopped"])
@@ -128,10 +77,9 @@ def test_a_scoring_that_is_interrupted_closes_all_sessions(
     assert sessions.lost() == 0
 
 
-@pytest.mark.parametrize("on", ["local", "a cluster"])
-def test_replicas_close_all_sessions(on: str, sessions: Sessions, cluster: Cluster) -> None:
-    at = "local" if on == "local" else cluster.address
-    command = [*_COMMAND, "serve", sessions.url, "--on", at, "--port", "0", "--replicas", "1"]
+def test_replicas_close_all_sessions(sessions: Sessions) -> None:
+    """On a private Ray; test_serving.py looks at a cluster."""
+    command = [*_COMMAND, "serve", sessions.url, "--on", "local", "--port", "0", "--replicas", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
         assert serving.stdout is not None
         assert "pydedup serves 1 model" in serving.stdout.readline()
