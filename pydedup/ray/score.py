@@ -92,7 +92,7 @@ def score(
     ArgumentError, NotFoundError, ReadOnlyError, ConflictError, UnavailableError, ClusterError
     """
     begun = time.monotonic()
-    import_ray("ray.data")
+    import_ray()
     _check(workers=workers, cpus_per_worker=cpus_per_worker, batch=batch, part_rows=part_rows)
     _check(max_deaths=max_deaths)
     if on_error not in ("fail", "skip"):

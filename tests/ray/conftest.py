@@ -56,8 +56,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 @contextlib.contextmanager
-def started(**environment: str) -> Iterator[Cluster]:
-    """Start a cluster, and end it."""
+def started(cpus: int = 2, **environment: str) -> Iterator[Cluster]:
+    """Start a cluster, in an environment that may have more, and end it."""
     port, client, *others = free_ports(7)
     named = ("node-manager", "object-manager", "dashboard-agent-grpc", "metrics-export")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as tmp:
@@ -68,8 +68,12 @@ def started(**environment: str) -> Iterator[Cluster]:
         environment["RAY_raylet_start_wait_time_s"] = "120"  # a machine may have much else to do
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={tmp}"]
-        command += [f"--ray-client-server-port={client}", "--num-cpus=2", "--disable-usage-stats"]
-        command += ["--include-dashboard=false", f"--object-store-memory={128 << 20}"]
+        command += [f"--ray-client-server-port={client}", f"--num-cpus={cpus}"]
+        command += [
+            "--disable-usage-stats",
+            "--include-dashboard=false",
+            f"--object-store-memory={128 << 20}",
+        ]
         command += ["--include-log-monitor=false", "--no-monitor"]  # of which nobody asks anything
         options = zip((f"--{name}-port" for name in named), others[:3] + others[4:], strict=True)
         command += [f"{name}={number}" for name, number in options]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import pickle
 import subprocess
@@ -85,34 +86,40 @@ def test_a_cluster_that_wants_a_token_says_so_at_once(tmp_path: Path) -> None:
     token.write_text("a" * 32)
     other.write_text("b" * 32)
     code = """
-import sys, time
+import json, os, sys, time
 from pydedup.errors import ClusterError
-from pydedup.ray.cluster import attached
-for on in sys.argv[1:]:
-    begun = time.monotonic()
-    try:
-        with attached(on) as ray:
-            print(sorted(ray.cluster_resources()).count("CPU"))
-    except ClusterError as error:
-        print(f"{time.monotonic() - begun < 5} {error}")
+from pydedup.ray import cluster
+for environment in json.loads(sys.argv[1]):
+    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    os.environ.update(environment)
+    cluster._read_environment()
+    for on in sys.argv[2:]:
+        begun = time.monotonic()
+        try:
+            with cluster.attached(on) as ray:
+                print(sorted(ray.cluster_resources()).count("CPU"))
+        except ClusterError as error:
+            print(f"{time.monotonic() - begun < 5} {error}")
 """
-    with started(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)) as made:
-
-        def told(**environment: str) -> list[str]:
-            command = [sys.executable, "-P", "-c", code, made.address, made.client]
-            without = {name: os.environ[name] for name in os.environ if "RAY_AUTH" not in name}
-            environment = without | {"HOME": str(tmp_path)} | environment
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            assert done.returncode == 0, done.stderr
-            return done.stdout.splitlines()
-
-        for said in told():
-            assert said.startswith("True the Ray cluster at ")
-            assert "wants a token; set RAY_AUTH_MODE=token" in said
-        for said in told(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(other)):
-            assert "True" in said
-            assert "does not take the token" in said
-        assert told(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)) == ["1", "1"]
+    asked: list[dict[str, str]] = [
+        {},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(other)},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)},
+    ]
+    with started(cpus=1, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)) as made:
+        command = [sys.executable, "-P", "-c", code, json.dumps(asked), made.address, made.client]
+        without = {name: os.environ[name] for name in os.environ if "RAY_AUTH" not in name}
+        environment = without | {"HOME": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout.splitlines()
+        for one in said[:2]:
+            assert one.startswith("True the Ray cluster at ")
+            assert "wants a token; set RAY_AUTH_MODE=token" in one
+        for one in said[2:4]:
+            assert "True" in one
+            assert "does not take the token" in one
+        assert said[4:] == ["1", "1"]
 
 
 def test_a_secret_travels_and_does_not_show() -> None:
@@ -120,33 +127,6 @@ def test_a_secret_travels_and_does_not_show() -> None:
     assert pickle.loads(pickle.dumps(secret)).reveal() == URL  # noqa: S301 (made here)
     for shown in (repr(secret), str(secret), f"{secret}", repr({"url": [secret]})):
         assert "pa55word" not in shown
-
-
-def test_a_private_ray_leaves_nothing_and_is_not_told_passwords(tmp_path: Path) -> None:
-    code = """
-import glob, os
-from pydedup.ray.cluster import attached
-with attached("local", cpus=1) as ray:
-    (job,) = ray._private.worker.global_worker.gcs_client.get_all_job_info().values()
-    print(job.entrypoint)
-    print(ray.cluster_resources()["CPU"], ray.get_runtime_context().gcs_address != "")
-    session = ray._private.worker._global_node.get_session_dir_path()
-    assert os.environ.get("RAY_AUTH_TOKEN_PATH", session).startswith("/tmp/pydedup-ray-")
-    print(*[folder for folder in glob.glob("/tmp/pydedup-ray-*") if folder in session])
-assert not [name for name in os.environ if "RAY_AUTH" in name]
-"""
-    arguments = [sys.executable, "-P", "-c", code, URL, f"--source={URL}"]
-    without = {name: os.environ[name] for name in os.environ if "RAY_AUTH" not in name}
-    environment = without | {"HOME": str(tmp_path)}
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    *told, resources, folder = done.stdout.splitlines()
-    assert "pa55word" not in "\n".join(told)
-    assert "db.example" in told[-1]
-    assert resources == "1.0 True"
-    assert not Path(folder).exists()
-    # A token there would be wanted by the clusters that are started here later.
-    assert not (tmp_path / ".ray").exists()
 
 
 def test_folders_of_killed_processes_are_swept() -> None:
