@@ -9,6 +9,8 @@ include(UseCython)
 file(GLOB PYDEDUP_BINDING_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/*.cpp)
 pybind11_add_module(_core MODULE NO_EXTRAS ${PYDEDUP_BINDING_SOURCES})
 target_link_libraries(_core PRIVATE pydedup_core)
+# One file by itself takes 8 s to compile, whatever is in it: pybind11. A unit for each of two cores.
+set_target_properties(_core PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 6)
 # A hidden copy of libstdc++ of its own: wheels then run on older systems, and other extension
 # modules load beside it. (mysql-connector's wants libstdc++ in the static TLS block, which fails
 # once another module has thrown an exception or used std::call_once through the shared one.)
