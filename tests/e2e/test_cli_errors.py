@@ -340,20 +340,27 @@ def test_a_fault_of_ours_asks_to_be_reported(kept: str) -> None:
 def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
     blocker = sqlite3.connect(path_of(url), isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")  # the add has to wait for this one, so it is under way
+    code = (
+        "import sys; from pydedup.cli import main, progress\n"
+        "progress._DELAY_SECONDS, progress._LINE_SECONDS = 0, 0.1\n"  # by itself after 5 s
+        "sys.exit(main(sys.argv[1:]))"
+    )
     process = subprocess.Popen(
-        [*PROGRAM, "add", f"{url}?timeout=60", "n@1", str(model)],
+        [sys.executable, "-P", "-c", code, "add", f"{url}?timeout=60", "n@1", str(model)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert process.stderr is not None
-    first = process.stderr.readline()
-    assert re.match(r"pydedup: \w+", first), first  # progress: not on a terminal, a line at times
+    line = ""
+    while "matching 100.0 %" not in line:  # then comes what has to wait
+        line = process.stderr.readline()
+        assert re.match(r"pydedup: \w+", line), line  # progress: not on a terminal, lines
     process.send_signal(signal.SIGINT)
     # It tidies up, for which it must wait for the blocker as well; who is impatient asks again.
-    for _ in range(100):
+    for _ in range(20):
         try:
-            out, err = process.communicate(timeout=0.2)
+            out, err = process.communicate(timeout=1)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
