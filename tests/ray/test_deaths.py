@@ -79,6 +79,7 @@ def test_a_part_that_kills_its_workers_is_left_and_named(
             poisoned.query,
             poisoned,
             target,
+            workers=2,
             max_deaths=2,
             progress=lambda stage, done, total: told.append(done),
         )
@@ -117,7 +118,7 @@ def test_a_block_of_a_dataset_that_kills_its_workers_is_left_and_named(
     blocks = [table[start : start + 500] for start in range(0, ROWS, 500)]
     dataset = import_ray("ray.data").from_arrow(blocks)
     with pytest.raises(ClusterError) as raised:
-        score(dataset, poisoned, "p", max_deaths=2, workers=1)
+        score(dataset, poisoned, "p", max_deaths=2)
     assert deaths.read_text() == "xx"
     said = f"block 1 of the dataset, 500 rows with keys from 1500 to 2997 ({KILLED}: 2 times)"
     assert said in str(raised.value)
@@ -164,7 +165,7 @@ def test_a_dataset_that_cannot_be_read_is_said_at_once(
     dataset = import_ray("ray.data").read_parquet(str(file))
     file.unlink()
     with pytest.raises(ClusterError, match=r"the dataset cannot be read: .*x\.parquet$"):
-        score(dataset, scored_file, "p", workers=1)
+        score(dataset, scored_file, "p")
 
     def refuse(block: Any) -> Any:
         if block["id"][0].as_py():
@@ -175,7 +176,7 @@ def test_a_dataset_that_cannot_be_read_is_said_at_once(
     dataset = import_ray("ray.data").from_arrow([rows[:1], rows[1:]])
     dataset = dataset.map_batches(refuse, batch_format="pyarrow")
     with pytest.raises(ClusterError, match=r"read: ValueError: f2 is odd$"):
-        score(dataset, scored_file, "q", workers=1)
+        score(dataset, scored_file, "q")
 
 
 def test_errors_of_an_adapters_own_keep_their_kind() -> None:

@@ -200,7 +200,7 @@ def test_a_killed_driver_goes_on(
         with pydedup.open(scored_file.url) as store:
             store.alias("m", "prod", "2")
         report = pydedup.ray.score(
-            query, scored_file.url, "m@prod", into=target, workers=2, part_rows=100, batch=10
+            query, scored_file.url, "m@prod", into=target, workers=1, part_rows=100, batch=10
         )
         assert report.model in ("m@1", "m@2")
         assert report.resumed == (report.model == "m@1")

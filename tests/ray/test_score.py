@@ -18,7 +18,7 @@ import pytest
 import pydedup
 import pydedup.ray
 from pydedup.errors import ArgumentError, ClusterError, MissingStoreError, NotFoundError
-from pydedup.ray.cluster import Secret
+from pydedup.ray.cluster import Secret, import_ray
 from pydedup.ray.score_plan import QueryPart, Settings
 from pydedup.ray.score_worker import hindrance
 from pydedup.types import ScoreReport
@@ -27,7 +27,7 @@ from .conftest import ROWS, Cluster, Scored
 
 
 def score(data: Any, at: Scored, into: Any, **options: Any) -> ScoreReport:
-    options = {"workers": 2, "part_rows": 300, "batch": 64} | options
+    options = {"workers": 1, "part_rows": 300, "batch": 64} | options
     return pydedup.ray.score(data, at.url, options.pop("model", "m@prod"), into=into, **options)
 
 
@@ -58,7 +58,7 @@ def parquet(scored_file: Scored, tmp_path: Path) -> Path:
 
 def test_a_table_is_scored_like_store_score_does(scored: Scored, connected: Any) -> None:
     told: list[tuple[str, int, int]] = []
-    report = score(scored.query, scored, "p", progress=lambda *one: told.append(one))
+    report = score(scored.query, scored, "p", workers=2, progress=lambda *one: told.append(one))
     assert (report.model, report.rows, report.skipped, report.failed) == ("m@1", ROWS, 0, 0)
     assert not report.resumed
     assert told[-1][:2] == ("scoring", ROWS)
@@ -72,7 +72,7 @@ def test_a_table_is_scored_like_store_score_does(scored: Scored, connected: Any)
 
 def test_parquet_becomes_parquet_once(parquet: Path, scored_file: Scored, connected: Any) -> None:
     out, columns = parquet.parent / "out", ["id", "f0", "f1", "f2"]
-    report = score(parquet, scored_file, out, columns=columns)
+    report = score(parquet, scored_file, out, columns=columns, workers=2)
     assert (report.rows, report.failed, report.table) == (ROWS, 0, str(out))
     assert_right(of_folder(out), scored_file)
     schema = pq.read_schema(next(out.glob("*.parquet")))
@@ -115,7 +115,7 @@ def test_a_version_that_is_removed_under_the_work_is_told(
     stays = r"\S*p\b" if into == "table" else re.escape(str(target))
     said = f"m@1 was removed while rows were scored with it; what was scored stays in {stays}. Name"
     with pytest.raises(NotFoundError, match=said) as raised:
-        score(scored_file.query, scored_file, target, workers=1, part_rows=50, progress=remove)
+        score(scored_file.query, scored_file, target, part_rows=50, progress=remove)
     assert ("and a new folder" in str(raised.value)) == (into == "folder")
     found = scored_file.predictions() if into == "table" else of_folder(target)
     assert 0 < len(found) < ROWS
@@ -138,13 +138,13 @@ def test_a_query_becomes_parquet(scored_file: Scored, tmp_path: Path, connected:
 def test_parquet_and_datasets_become_tables(
     parquet: Path, scored_file: Scored, connected: Any
 ) -> None:
-    import ray.data
-
     columns = ["id", "f0", "f1", "f2"]
-    score([parquet / "a.parquet", parquet / "more"], scored_file, "p", columns=columns)
+    files = [parquet / "a.parquet", parquet / "more"]
+    score(files, scored_file, "p", columns=columns, workers=2)
     assert_right(scored_file.predictions("p"), scored_file)
-    dataset = ray.data.read_parquet([str(path) for path in parquet.rglob("*.parquet")])
-    report = score(dataset, scored_file, "q", key="id", columns=columns, workers=1)
+    paths = [str(path) for path in parquet.rglob("*.parquet")]
+    dataset = import_ray("ray.data").read_parquet(paths)
+    report = score(dataset, scored_file, "q", key="id", columns=columns)
     assert report.rows == ROWS
     assert_right(scored_file.predictions("q"), scored_file)
     with pytest.raises(ArgumentError, match="has no parts that are the same"):
