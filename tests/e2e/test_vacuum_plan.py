@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from pydedup.errors import ReadOnlyError
 from pydedup.maintenance import repack as repack_module
 from pydedup.maintenance.repack import plan_repack
 from pydedup.maintenance.vacuum import VacuumReport
+from pydedup.testing.program import run_here
 
 
 @pytest.fixture
@@ -73,12 +72,7 @@ def test_pages_that_bring_nothing_stay(store: pydedup.Store, url: str) -> None:
     dry = store.vacuum(dry_run=True)
     assert dry.rewritten_pages <= 3
     assert {m.model: (m.before, m.after) for m in dry.models}["two@1"] == (2, 1)
-    said = subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", "vacuum", url, "--dry-run"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    said = run("vacuum", url, "--dry-run")
     assert f"{dry.rewritten_pages} of {len(before)} pages, into" in said
     wet = store.vacuum()
     same_but_for_the_file(dry, wet)
@@ -219,8 +213,9 @@ def test_a_dry_run_needs_no_right_to_write(store: pydedup.Store, url: str, tmp_p
 
 
 def run(*arguments: str) -> str:
-    command = [sys.executable, "-P", "-m", "pydedup", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    done = run_here(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_command_shows_what_it_would_save(store: pydedup.Store, url: str) -> None:
