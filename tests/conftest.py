@@ -31,6 +31,7 @@ import pytest
 from pydedup import registry
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.disks import DiskRefusedError, SmallDisk
+from pydedup.testing.pages import small_pages
 from pydedup.testing.servers import (
     MariadbServer,
     PlpythonServer,
@@ -317,18 +318,60 @@ def new_store(
     with contextlib.ExitStack() as made:
 
         def make(backend: str) -> str:
-            name = unused_name()
             if backend == "sqlite":
-                return f"sqlite:///{tmp_path / name}.db"
+                return f"sqlite:///{tmp_path / unused_name()}.db"
             url: str = request.getfixturevalue(f"{backend}_url")
             if backend == "postgres":
-                made.callback(_drop_schema, url, name)
-                return with_option(url, f"schema={name}")
-            mysql_run(url, f"CREATE DATABASE {name}")
-            made.callback(mysql_run, url, f"DROP DATABASE {name}")
-            return urlsplit(url)._replace(path=f"/{name}").geturl()
+                return _new_schema(url, made)
+            return _new_database(url, mysql_run, made)
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def lasting_schema(postgres_url: str) -> Iterator[Callable[[], str]]:
+    """Return the URL of another empty schema each time, which is there until the last test."""
+    with contextlib.ExitStack() as made:
+        yield lambda: _new_schema(postgres_url, made)
+
+
+@pytest.fixture(scope="session")
+def lasting_database(
+    mysql_url: str, mysql_run: Callable[..., object]
+) -> Iterator[Callable[[], str]]:
+    """Return the URL of another empty database each time, which is there until the last test."""
+    with contextlib.ExitStack() as made:
+        yield lambda: _new_database(mysql_url, mysql_run, made)
+
+
+@pytest.fixture(scope="session")
+def new_lasting_store(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], str]:
+    """As :func:`new_store`, for stores that many tests read."""
+    folder = tmp_path_factory.mktemp("stores")
+
+    def make(backend: str) -> str:
+        if backend == "sqlite":
+            return f"sqlite:///{folder / unused_name()}.db"
+        place = "lasting_schema" if backend == "postgres" else "lasting_database"
+        url: str = request.getfixturevalue(place)()
+        return url
+
+    return make
+
+
+def _new_schema(url: str, made: contextlib.ExitStack) -> str:
+    name = unused_name()
+    made.callback(_drop_schema, url, name)
+    return with_option(url, f"schema={name}")
+
+
+def _new_database(url: str, run: Callable[..., object], made: contextlib.ExitStack) -> str:
+    name = unused_name()
+    run(url, f"CREATE DATABASE {name}")
+    made.callback(run, url, f"DROP DATABASE {name}")
+    return urlsplit(url)._replace(path=f"/{name}").geturl()
 
 
 def _drop_schema(url: str, name: str) -> None:
@@ -336,6 +379,13 @@ def _drop_schema(url: str, name: str) -> None:
 
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE")
+
+
+@pytest.fixture(name="small_pages")
+def _small_pages() -> Iterator[None]:
+    """Pages of 256 KiB, see :func:`small_pages`."""
+    with small_pages():
+        yield
 
 
 @pytest.fixture

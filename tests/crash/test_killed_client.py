@@ -36,16 +36,16 @@ COMMIT_SECONDS = 0.0015
 Model = dict[str, np.ndarray]
 
 
-def member(seed: int, rows: int = 10000) -> Model:
+def member(seed: int, rows: int = 2500) -> Model:
     """One of a family: half of its rows are everybody's, of the others some near to them."""
-    table = np.random.default_rng(0).standard_normal((20000, 50)).astype(np.float32)
+    table = np.random.default_rng(0).standard_normal((5000, 50)).astype(np.float32)
     own = np.random.default_rng(1000 + seed)
-    table[10000 : 10000 + rows] *= 1 + 0.01 * own.standard_normal((rows, 50)).astype(np.float32)
+    table[2500 : 2500 + rows] *= 1 + 0.01 * own.standard_normal((rows, 50)).astype(np.float32)
     return {"embedding": table, "bias": own.standard_normal(100).astype(np.float32)}
 
 
 KEPT = {"kept0@1": member(0), "kept1@1": member(1)}
-SMALL = {f"small{number}@1": member(10 + number, rows=1000) for number in range(3)}
+SMALL = {f"small{number}@1": member(10 + number, rows=250) for number in range(3)}
 
 
 def twins(number: int) -> dict[str, Model]:
@@ -153,6 +153,7 @@ def expected(action: str, phase: str | None, killed: bool) -> bool | None:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.timeout(120 + 20 * ROUNDS)
+@pytest.mark.usefixtures("small_pages")
 @pytest.mark.parametrize("action", WORK)
 def test_a_killed_client_leaves_a_sound_store(store_url: str, action: str) -> None:
     prepare, work = WORK[action]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from pydedup.moving.copy import copy_models
 from pydedup.moving.plan import plan_copy
 from pydedup.store import Store
 from pydedup.testing.crash import PHASES, work_and_kill
+from pydedup.testing.pages import small_pages
 
 ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "10"))
 CYCLE = 10
@@ -33,9 +35,9 @@ Model = dict[str, np.ndarray]
 
 
 def member(number: int) -> Model:
-    table = np.random.default_rng(0).standard_normal((16000, 50)).astype(np.float32)
+    table = np.random.default_rng(0).standard_normal((4000, 50)).astype(np.float32)
     own = np.random.default_rng(1000 + number)
-    table[8000:] *= 1 + 0.01 * own.standard_normal((8000, 50)).astype(np.float32)
+    table[2000:] *= 1 + 0.01 * own.standard_normal((2000, 50)).astype(np.float32)
     return {"embedding": table, "bias": own.standard_normal(100).astype(np.float32)}
 
 
@@ -43,8 +45,14 @@ MODELS = {f"m{number}@1": member(number) for number in range(3)}
 OTHER = {"other@1": member(7)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_pages() -> Iterator[None]:
+    with small_pages():
+        yield
+
+
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(_small_pages: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("source") / "source.db"
     with pydedup.open(path) as store:
         for address, model in MODELS.items():

@@ -37,9 +37,9 @@ Change = Callable[[str, int, Callable[[bytearray], Any]], None]
 
 def member(number: int) -> Model:
     """One of a family whose second half are deltas on the first one's."""
-    table = np.random.default_rng(0).standard_normal((12000, 50)).astype(np.float32)
+    table = np.random.default_rng(0).standard_normal((3000, 50)).astype(np.float32)
     own = np.random.default_rng(1000 + number)
-    table[6000:] *= 1 + 0.001 * own.standard_normal((6000, 50)).astype(np.float32)
+    table[1500:] *= 1 + 0.001 * own.standard_normal((1500, 50)).astype(np.float32)
     return {"embedding": table, "bias": own.standard_normal(100).astype(np.float32)}
 
 
@@ -78,6 +78,7 @@ def loads(store: Store, address: str) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.timeout(120 + 20 * ROUNDS)
+@pytest.mark.usefixtures("small_pages")
 def test_a_killed_repair_is_done_again(store_url: str, change_page: Change, tmp_path: Path) -> None:
     source = tmp_path / "source.db"
     fill(str(source), MODELS)

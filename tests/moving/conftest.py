@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +26,11 @@ GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w", "bias
 def member(seed: int, root: int = 0) -> Model:
     """One of a family: some rows of the table are its own, its weights are near to the others'."""
     rng, base = np.random.default_rng(1000 + seed), np.random.default_rng(root)
-    table = base.standard_normal((12_000, 64)).astype(np.float32)
-    weights = base.standard_normal((384, 256)).astype(np.float32)
-    bias = base.standard_normal(384).astype(np.float32)
+    table = base.standard_normal((3_000, 64)).astype(np.float32)
+    weights = base.standard_normal((96, 256)).astype(np.float32)
+    bias = base.standard_normal(96).astype(np.float32)
     if seed:
-        table[rng.integers(0, 12_000, 600)] += 1
+        table[rng.integers(0, 3_000, 150)] += 1
         weights *= 1 + 1e-4 * rng.standard_normal(weights.shape).astype(np.float32)
     return {"table": table, "w": weights, "b": bias, "step": np.array(seed, np.int64)}
 
@@ -46,18 +48,47 @@ def fill(store: Store) -> None:
     store.alias("near", "next", "2")
 
 
+@pytest.fixture(autouse=True)
+def _pages_for_the_family(small_pages: None) -> None:
+    """Its models have several pages each."""
+
+
 @pytest.fixture
 def family() -> Callable[..., Model]:
     """:func:`member`."""
     return member
 
 
+@pytest.fixture(scope="session")
+def filled_for_all(new_lasting_store: Callable[[str], str]) -> Callable[[str], str]:
+    """Return the URL of a store with the family in it, on the back end named, which no test
+    may change: it is one for all.
+    """
+
+    @functools.cache
+    def make(backend: str) -> str:
+        url = new_lasting_store(backend)
+        with pydedup.open(url) as store:
+            fill(store)
+        return url
+
+    return make
+
+
 @pytest.fixture
-def filled(new_store: Callable[[str], str]) -> Callable[[str], str]:
+def filled(
+    new_store: Callable[[str], str], filled_for_all: Callable[[str], str]
+) -> Callable[[str], str]:
     """Return the URL of a new store with the family in it, on the back end named."""
 
     def make(backend: str) -> str:
         url = new_store(backend)
+        if backend == "sqlite":
+            source, path = (
+                place.removeprefix("sqlite:///") for place in (filled_for_all(backend), url)
+            )
+            shutil.copy(source, path)
+            return url
         with pydedup.open(url) as store:
             fill(store)
         return url

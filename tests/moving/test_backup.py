@@ -27,7 +27,7 @@ def test_there_and_back(
 ) -> None:
     source_url, url, file = filled(backend), new_store(backend), tmp_path / "backup.pydedup"
     with pydedup.open(source_url) as store:
-        store.quotas.set("task", None, "2MiB", measure="logical")
+        store.quotas.set("task", None, "512KiB", measure="logical")
         report = store.backup(file)
         assert (report.copied, report.target) == (8, f"sqlite:///{file}")
         quotas = list(store.quotas)

@@ -33,7 +33,7 @@ def test_copy_says_what_it_did(filled: New, new_store: New, assert_same: Any) ->
     lines = out.splitlines()
     assert lines[0].split() == ["Model", "Size", "New", "bytes", "Blocks", "Shared", "New", "pages"]
     assert lines[1].startswith("base@1 ")
-    assert lines[3].startswith("copied 2 models: 6.6 MiB of weights, ")
+    assert lines[3].startswith("copied 2 models: 1.7 MiB of weights, ")
     assert lines[4].startswith(f"to {url}, read back and checked, in ")
     out, _ = run("copy", source_url, url)
     assert out.count("was there") == 2

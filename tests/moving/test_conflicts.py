@@ -117,13 +117,13 @@ def test_another_policy_is_another_model(new_store: New, family: Callable[..., A
 def test_a_quota_holds_for_copies(filled: New, new_store: New) -> None:
     url = new_store("sqlite")
     with pydedup.open(url) as store:
-        store.quotas.set("task", "Ω\n'\"", "3MiB")
+        store.quotas.set("task", "Ω\n'\"", "740KiB")
     with pydedup.open(filled("sqlite"), mode="r") as source:
         with pytest.raises(QuotaError, match="over its quota"):
             source.copy_to(url)
         with pydedup.open(url) as store:
             assert [info.address for info in store.models()] == ["base@1"], "near@1 was too much"
-            store.quotas.set("task", "Ω\n'\"", "5MiB")
+            store.quotas.set("task", "Ω\n'\"", "1280KiB")
         source.copy_to(url)
 
 

@@ -42,9 +42,9 @@ def checksums(url: str) -> Counter[bytes]:
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_an_empty_store_gets_the_pages_as_they_are(
-    filled: New, new_store: New, assert_same: Callable[..., None], source: str, target: str
+    filled_for_all: New, new_store: New, assert_same: Callable[..., None], source: str, target: str
 ) -> None:
-    source_url, url = filled(source), new_store(target)
+    source_url, url = filled_for_all(source), new_store(target)
     stages: list[tuple[str, int, int]] = []
     with pydedup.open(source_url, mode="r") as store:
         report = store.copy_to(url, progress=lambda *state: stages.append(state))
@@ -69,14 +69,14 @@ def test_an_empty_store_gets_the_pages_as_they_are(
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_a_store_with_models_gets_only_what_it_lacks(
-    filled: New,
+    filled_for_all: New,
     new_store: New,
     family: Callable[..., Any],
     assert_same: Callable[..., None],
     source: str,
     target: str,
 ) -> None:
-    source_url, url = filled(source), new_store(target)
+    source_url, url = filled_for_all(source), new_store(target)
     with pydedup.open(url) as store:
         others = {"other@1": family(0), "other@2": family(9), "alien@1": family(0, root=7)}
         store.add_many(others)
@@ -268,7 +268,7 @@ def test_the_similarity_index_comes_along(
         found = store.add("new", family(8))
     with pydedup.open(source_url) as store:
         expected = store.add("new", family(8))
-    assert found.delta_blocks == expected.delta_blocks > 50
+    assert found.delta_blocks == expected.delta_blocks > 12
     assert found.stored_bytes == pytest.approx(expected.stored_bytes, rel=0.02)
 
 

@@ -18,7 +18,7 @@ from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
 from pydedup.testing.proxy import CuttingProxy
 
-MIB = 1 << 20
+PAGE = 1 << 18
 New = Callable[[str], str]
 
 
@@ -30,7 +30,7 @@ def test_a_source_that_is_cut_is_read_on(
     with CuttingProxy(source_url) as proxy, pydedup.open(proxy.url, mode="r") as store:
         items = plan_copy(store._adapter, None, None, all_versions=False, on_conflict="error")
         assert len(items) == 8
-        proxy.cut_after(MIB + 7, MIB, MIB // 2)
+        proxy.cut_after(PAGE + 7, PAGE, PAGE // 2)
         store.copy_to(url)
         assert proxy.cuts == 3
     assert_same(source_url, url)
