@@ -171,6 +171,21 @@ def scored_file(scored_once: Path, tmp_path: Path) -> Scored:
     return Scored(f"sqlite:///{tmp_path / 'store.db'}", filled=True)
 
 
+def slowly(tables: Tables) -> str:
+    """Return what is f2, and takes some milliseconds for each row that is read.
+
+    Not for each row when a query is cut into parts. There, PostgreSQL leaves out what nobody needs,
+    but no call that may have effects, such as pg_sleep itself.
+    """
+    if tables.kind == "mysql":
+        return "f2 + 0 * SLEEP(0.006)"
+    tables.run(
+        "CREATE OR REPLACE FUNCTION slowly(float) RETURNS float STABLE LANGUAGE plpgsql AS "
+        "'BEGIN PERFORM pg_sleep(0.006); RETURN $1; END'"
+    )
+    return "slowly(f2)"
+
+
 class Sessions(Tables):
     """A store and a table of features on a server of its own, which counts its sessions."""
 
@@ -185,6 +200,9 @@ class Sessions(Tables):
             "INSERT INTO t VALUES (?, ?, ?, ?)",
             [[i, *map(float, row)] for i, row in enumerate(features(self.ROWS))],
         )
+        #: Of the features: one whose rows come at once, and one whose rows come slowly.
+        self.query = "SELECT id, f0, f1, f2 FROM t"
+        self.slow_query = self.query.replace("f2", f"{slowly(self)} AS f2")
         self._lost = self._count()
 
     def _count(self) -> int:

@@ -26,16 +26,12 @@ from pydedup.testing.servers import unused_name
 from pydedup.testing.shards import ShardedPlace, run
 
 from ..scoring.conftest import Tables, add, features
+from .conftest import slowly
 
 ROUNDS = min(50, int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "1")))
 ROWS = 600
 #: How a round went in which the work was done before the server was killed, on a busy machine.
 TOO_LATE = "done before"
-#: A row takes some milliseconds, so that a kill is in the middle.
-SLEEPS = {
-    "postgresql": "(pg_sleep(0.006)::text = 'x')::int",
-    "mysql": "SLEEP(0.006)",
-}
 
 
 class Killer(threading.Thread):
@@ -67,7 +63,8 @@ def scored_while_killed(url: str, home: str, servers: list[Any], chance: random.
     tables.run(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY, f0 FLOAT, f1 FLOAT, f2 FLOAT)")
     rows = [[i, *map(float, row)] for i, row in enumerate(x)]
     tables.run(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", rows)
-    query = f"SELECT id, f0, f1, f2 + 0 * {SLEEPS[tables.kind]} AS f2 FROM {table}"
+    # So slow that a kill is in the middle.
+    query = f"SELECT id, f0, f1, {slowly(tables)} AS f2 FROM {table}"
     killer = Killer(chance.choice(servers), chance.random(), 0.2 + chance.random())
     killer.start()
     told, in_the_middle, met = "done at once", False, ""

@@ -16,11 +16,8 @@ from pydedup.ray.cluster import import_ray
 
 from ..scoring.conftest import features
 from .conftest import Cluster, Sessions
-from .test_killed_server import SLEEPS
 
 ROWS = Sessions.ROWS
-QUERY = "SELECT id, f0, f1, f2 FROM t"
-SLOW = QUERY.replace("f2", f"f2 + 0 * {SLEEPS['postgresql']} AS f2")
 _COMMAND = [sys.executable, "-P", "-m", "pydedup"]
 
 
@@ -29,7 +26,7 @@ _COMMAND = [sys.executable, "-P", "-m", "pydedup"]
 def test_workers_of_a_scoring_close_what_they_have_open(
     what: str, how: str, sessions: Sessions, connected: Any
 ) -> None:
-    data: Any = SLOW if how == "stopped" else QUERY
+    data: Any = sessions.slow_query if how == "stopped" else sessions.query
     columns = None
     if what == "dataset":
         x, columns = features(ROWS), ["id", "f0", "f1", "f2"]
@@ -66,8 +63,8 @@ def test_a_scoring_that_is_interrupted_closes_all_sessions(
     on: str, sessions: Sessions, cluster: Cluster
 ) -> None:
     at = "local" if on == "local" else cluster.client
-    command = [*_COMMAND, "score", sessions.url, "--model", "m@1", "--query", SLOW, "--into", "p"]
-    command += ["--on", at, "--workers", "2", "--batch", "10"]
+    command = [*_COMMAND, "score", sessions.url, "--model", "m@1", "--into", "p", "--on", at]
+    command += ["--query", sessions.slow_query, "--workers", "2", "--batch", "10"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as scoring:
         sessions.wait_for_rows()
         scoring.send_signal(signal.SIGINT)
