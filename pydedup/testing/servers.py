@@ -154,6 +154,7 @@ class MariadbServer:
         # --no-defaults: what the machine's own server is configured to do must not matter.
         common = ["--no-defaults", *user, f"--datadir={data}"]
         setup = [install, *common, "--skip-test-db", "--auth-root-authentication-method=normal"]
+        setup.append("--debug-no-sync")  # what is lost when the machine stops now is made again
         subprocess.run(setup, check=True, capture_output=True)
         self._command = [server, *common, f"--socket={self._socket}", f"--port={self.port}"]
         self._command += ["--bind-address=127.0.0.1", f"--ssl-cert={self.certificate}"]
