@@ -102,6 +102,42 @@ fi
 [ -n "$EXTRA" ] || exit 0
 
 # -- Build and install ----------------------------------------------------------------------------
+DEPENDENCIES_KEY="$TOOLS_KEY $PY_REAL"
+
+# What pydedup needs is fetched and unpacked while pydedup compiles. The step below that installs it
+# with the extra waits for that, and says what is wrong, since it has to do it all then.
+ahead=
+if ! fresh "extra-$EXTRA" "$DEPENDENCIES_KEY"; then
+    mapfile -t requirements < <("$VENV/bin/python" - "$EXTRA" <<'PYTHON'
+import re, sys, tomllib
+
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+
+
+def of_extra(name):
+    for requirement in project["optional-dependencies"][name]:
+        ours = re.fullmatch(r"pydedup\[(.*)\]", requirement)
+        if ours:
+            for inner in ours[1].split(","):
+                yield from of_extra(inner.strip())
+        else:
+            yield requirement
+
+
+print(*project["dependencies"], *of_extra(sys.argv[1]), sep="\n")
+PYTHON
+    )
+    set -m  # a process group of its own, to be ended with all that it has started
+    "$VENV/bin/pip" install "${requirements[@]}" >"$LOGS/ahead.log" 2>&1 </dev/null &
+    ahead=$!
+    set +m
+    trap 'kill -TERM -- "-$ahead" 2>/dev/null' EXIT
+fi
+install_extra() {
+    tail -n 1 -f --pid="$ahead" "$LOGS/ahead.log"
+    "$VENV/bin/pip" install "${WHEEL}[$EXTRA]"
+}
+
 # A wheel, and not an editable install: what runs is what would be shipped. Without isolation, so
 # that CMake's build folder stays valid and a second build compiles only what changed.
 WHEELS=$ROOT/build/wheels
@@ -114,9 +150,9 @@ if ! fresh wheel "$SOURCES_KEY" || ! compgen -G "$WHEELS/pydedup-*.whl" >/dev/nu
 fi
 WHEEL=$(compgen -G "$WHEELS/pydedup-*.whl")
 
-DEPENDENCIES_KEY="$TOOLS_KEY $PY_REAL"
-if ! fresh "extra-$EXTRA" "$DEPENDENCIES_KEY"; then
-    step "install with the extra '$EXTRA'" "extra-$EXTRA" "$VENV/bin/pip" install "${WHEEL}[$EXTRA]"
+if [ -n "$ahead" ]; then
+    step "install with the extra '$EXTRA'" "extra-$EXTRA" install_extra
+    trap - EXIT
     done_with "extra-$EXTRA" "$DEPENDENCIES_KEY"
     rm -f "$STAMPS/installed"
 fi
