@@ -167,6 +167,13 @@ def eventually(holds: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+def test_the_config_file_of_the_docs_is_deployed(server: Server, apps: dict[str, Any]) -> None:
+    """What `serve deploy` and `serve run FILE` do with it. (Before a test kills replicas.)"""
+    assert serve.status().applications["models"].status == "RUNNING"
+    assert server.infer("family0%2Fvariant0", asked()).status == 200
+    assert len(pools(apps["models"])) == 2
+
+
 def test_families_meet_in_one_pool(server: Server, apps: dict[str, Any]) -> None:
     names = [f"family{f}%2Fvariant{v}" for f in range(FAMILIES) for v in range(VARIANTS)]
     order = np.random.default_rng(0).permutation(names * 12)
@@ -361,13 +368,6 @@ def test_config_files_name_where_secrets_are(
     said = str(hindrance(Secret(f"file:{path}")))
     assert "127.0.0.1" in said
     assert PASSWORD not in said
-
-
-def test_the_config_file_of_the_docs_is_deployed(server: Server, apps: dict[str, Any]) -> None:
-    """What `serve deploy` and `serve run FILE` do with it."""
-    assert serve.status().applications["models"].status == "RUNNING"
-    assert server.infer("family0%2Fvariant0", asked()).status == 200
-    assert len(pools(apps["models"])) == 2
 
 
 def test_a_missing_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
