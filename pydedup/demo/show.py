@@ -102,6 +102,7 @@ def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> 
             _percent(report.delta_blocks, report.blocks),
             f"{report.pages:,}",
         )
+    blocks = sum(report.blocks for report in reports)
     table.add_section()
     table.add_row(
         "all of them",
@@ -111,13 +112,8 @@ def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> 
             sum(report.stored_bytes for report in reports),
             sum(report.logical_bytes for report in reports),
         ),
-        *(
-            _percent(sum(counts), sum(report.blocks for report in reports))
-            for counts in (
-                [report.shared_blocks for report in reports],
-                [report.delta_blocks for report in reports],
-            )
-        ),
+        _percent(sum(report.shared_blocks for report in reports), blocks),
+        _percent(sum(report.delta_blocks for report in reports), blocks),
         f"{sum(report.pages for report in reports):,}",
         style="bold",
     )

@@ -9,6 +9,7 @@
 - :mod:`pydedup.testing.program`: the program, in a process or in that of the tests.
 - :mod:`pydedup.testing.proxy`: cuts connections to a server in the middle of an answer.
 - :mod:`pydedup.testing.servers`: private PostgreSQL and MariaDB servers.
+- :mod:`pydedup.testing.pages`: smaller pages, so that little data spans several.
 - :mod:`pydedup.testing.memory_pages`: matrices on pages in memory, without a database.
 
 Nothing is imported here: the modules need pytest, which users of pydedup may not have.

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import pydedup
 from pydedup.cli.app import program
 from pydedup.graph import Graph, Node
-from pydedup.testing.program import run_here, run_process
+from pydedup.testing.program import PROGRAM, run_here, run_process
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -317,7 +317,7 @@ def test_load_prints_or_writes_tensors(family: str, tmp_path: Path) -> None:
 
 
 def test_load_writes_npy_to_standard_output(family: str) -> None:
-    command = [sys.executable, "-P", "-m", "pydedup", "load", family, "base@1"]
+    command = [*PROGRAM, "load", family, "base@1"]
     done = subprocess.run(
         [*command, "-t", "dense.bias", "-o", "-"], capture_output=True, check=True
     )

@@ -22,9 +22,8 @@ import pytest
 import pydedup
 from pydedup import text
 from pydedup.cli import tables
-from pydedup.testing.program import run_here
+from pydedup.testing.program import PROGRAM, run_here
 
-PROGRAM = [sys.executable, "-P", "-m", "pydedup"]
 LONG = "encoder.layer.11.attention.self.query.weight"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from typing import Any
 
 import pyarrow as pa
@@ -13,12 +12,12 @@ import pytest
 
 import pydedup.ray
 from pydedup.ray.cluster import import_ray
+from pydedup.testing.program import PROGRAM
 
 from ..scoring.conftest import features
 from .conftest import Cluster, Sessions
 
 ROWS = Sessions.ROWS
-_COMMAND = [sys.executable, "-P", "-m", "pydedup"]
 
 
 @pytest.mark.parametrize("how", ["done", "stopped"])
@@ -63,7 +62,7 @@ def test_a_scoring_that_is_interrupted_closes_all_sessions(
     on: str, sessions: Sessions, cluster: Cluster
 ) -> None:
     at = "local" if on == "local" else cluster.client
-    command = [*_COMMAND, "score", sessions.url, "--model", "m@1", "--into", "p", "--on", at]
+    command = [*PROGRAM, "score", sessions.url, "--model", "m@1", "--into", "p", "--on", at]
     command += ["--query", sessions.slow_query, "--workers", "2", "--batch", "10"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as scoring:
         sessions.wait_for_rows()
@@ -76,7 +75,7 @@ def test_a_scoring_that_is_interrupted_closes_all_sessions(
 
 def test_replicas_close_all_sessions(sessions: Sessions) -> None:
     """On a private Ray; test_serving.py looks at a cluster."""
-    command = [*_COMMAND, "serve", sessions.url, "--on", "local", "--port", "0", "--replicas", "1"]
+    command = [*PROGRAM, "serve", sessions.url, "--on", "local", "--port", "0", "--replicas", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
         assert serving.stdout is not None
         assert "pydedup serves 1 model" in serving.stdout.readline()
