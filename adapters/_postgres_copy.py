@@ -58,14 +58,16 @@ class PostgresCopy(PostgresBase):
             if made := list(rows):
                 self._copy_in(session, table, columns or TABLES[table].names, made)
 
-    def insert_pages(self, pages: Sequence[tuple[bytes, bytes]], *, state: str) -> list[int]:
-        """Insert (checksum, payload) and return their ids, in order."""
+    def insert_pages(
+        self, pages: Sequence[tuple[bytes, bytes]], *, state: str, ids: Sequence[int] | None = None
+    ) -> list[int]:
+        """Insert (checksum, payload), with these ids if there are any, and return the ids."""
         sized = self._checked_pages(pages, state)
         with self._writer() as session:
-            ids = self._new_page_ids(len(sized))
-            rows = ((i, state, *page) for i, page in zip(ids, sized, strict=True))
+            numbers = self.new_page_ids(len(sized)) if ids is None else list(ids)
+            rows = ((i, state, *page) for i, page in zip(numbers, sized, strict=True))
             self._copy_in(session, "pages", ("id", "state", "checksum", "payload"), rows)
-        return ids
+        return numbers
 
     def _checked_pages(
         self, pages: Sequence[tuple[bytes, bytes]], state: str
@@ -73,8 +75,8 @@ class PostgresCopy(PostgresBase):
         check_state(state)
         return [(checksum, self._sized(payload, "a page")) for checksum, payload in pages]
 
-    def _new_page_ids(self, count: int) -> list[int]:
-        """Return ids that no page ever had, ascending."""
+    def new_page_ids(self, count: int) -> list[int]:
+        """Return ids for `insert_pages`, ascending; nobody else ever gets them."""
         numbers = self._query(
             "SELECT nextval(s.name) FROM (SELECT CAST(pg_get_serial_sequence(%b, 'id') AS "
             "regclass) AS name) s, generate_series(1, %b)",

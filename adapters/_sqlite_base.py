@@ -110,6 +110,11 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         with self._scope(WRITE, ("PRAGMA synchronous = NORMAL", "BEGIN IMMEDIATE")):
             yield
 
+    def settle(self) -> None:
+        """Move what of the log is committed into the main file, without waiting for anybody."""
+        with contextlib.suppress(ConflictError, StorageFullError), self._pool.acquire() as session:
+            self._pragma(session, "wal_checkpoint(PASSIVE)")
+
     # ---- waiting ------------------------------------------------------------------------------
 
     def _begin(self, session: Session, statements: Sequence[str]) -> None:

@@ -170,22 +170,24 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
                     f"{shard.shown} did not keep what was written; nothing was changed"
                 )
 
-    def insert_pages(self, pages: Sequence[tuple[bytes, bytes]], *, state: str) -> list[int]:
-        """Insert (checksum, payload) and return their ids, in order."""
+    def insert_pages(
+        self, pages: Sequence[tuple[bytes, bytes]], *, state: str, ids: Sequence[int] | None = None
+    ) -> list[int]:
+        """Insert (checksum, payload), with these ids if there are any, and return the ids."""
         sized = self._checked_pages(pages, state)
         with self._writer():  # raises outside of a transaction; not held while shards connect
             self._query("SELECT pg_advisory_xact_lock_shared(%b)", [self._users_lock])
             self._keep_list()
-            ids = self._new_page_ids(len(sized))
-        self._write_payloads({i: payload for i, (_, payload) in zip(ids, sized, strict=True)})
+            numbers = self.new_page_ids(len(sized)) if ids is None else list(ids)
+        self._write_payloads({i: payload for i, (_, payload) in zip(numbers, sized, strict=True)})
         rows = [
             (i, state, checksum, b"", len(payload))
-            for i, (checksum, payload) in zip(ids, sized, strict=True)
+            for i, (checksum, payload) in zip(numbers, sized, strict=True)
         ]
         columns = ("id", "state", "checksum", "payload", "payload_bytes")
         with self._writer() as session:
             self._copy_in(session, "pages", columns, rows)
-        return ids
+        return numbers
 
     def _write_payloads(self, payloads: Mapping[int, bytes]) -> None:
         """Write payloads to all of their shards at once, in this thread's transactions there."""

@@ -18,6 +18,8 @@ __all__ = [
     "CopiesAdapter",
     "FunctionsAdapter",
     "KeyRange",
+    "NumberingAdapter",
+    "PlacesAdapter",
     "RangeAdapter",
     "RefillAdapter",
     "RowAdapter",
@@ -155,6 +157,28 @@ class StagingAdapter(Protocol):
         That ends once a later ``transaction()`` is committed: never is an earlier one lost and a
         later one kept.
         """
+
+    def settle(self) -> None:
+        """Do what such transactions leave to be done, while others are made: of another thread.
+
+        What cannot be done now is left for later.
+        """
+
+
+@runtime_checkable
+class NumberingAdapter(Protocol):
+    """Ids of pages before there are the pages, optional for an adapter.
+
+    Then several threads write them, each in transactions of its own, whichever ends first.
+    """
+
+    def new_page_ids(self, count: int) -> list[int]:
+        """Return ids for `insert_pages`, ascending; nobody else ever gets them."""
+
+    def insert_pages(
+        self, pages: Sequence[tuple[bytes, bytes]], *, state: str, ids: Sequence[int] | None = None
+    ) -> list[int]:
+        """Insert (checksum, payload), with these ids if there are any, and return the ids."""
 
 
 @runtime_checkable

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from pydedup import codec
 from pydedup.adapter import LIVE, STAGING, Adapter
-from pydedup.adapter_options import StagingAdapter
+from pydedup.adapter_options import NumberingAdapter, StagingAdapter
 
 __all__ = ["LEASE_SECONDS", "SCORING", "Job", "job_is_dead", "models_of_job", "staging_jobs"]
 
@@ -55,6 +56,11 @@ class Job:
             return self._adapter.staging()
         return self._adapter.transaction()
 
+    def settle(self) -> None:
+        """Do what `staging` leaves to be done, while more is staged: of another thread."""
+        if isinstance(self._adapter, StagingAdapter):
+            self._adapter.settle()
+
     def keep_alive(self, model_ids: Sequence[int] = ()) -> None:
         """Beat once a minute, in a transaction of its own: for where nothing is written for long.
 
@@ -64,18 +70,37 @@ class Job:
             with self.staging():
                 self.beat(model_ids)
 
-    def stage_page(self, checksum: bytes, payload: bytes, hashes: Sequence[bytes | None]) -> int:
+    def new_page_ids(self, count: int) -> list[int] | None:
+        """Return ids for `stage_numbered_pages`; ``None`` where the database gives them itself."""
+        adapter = self._adapter
+        return adapter.new_page_ids(count) if isinstance(adapter, NumberingAdapter) else None
+
+    def stage_page(self, image: bytes, hashes: Sequence[bytes | None]) -> int:
         """Insert a page and its distinct blocks, in slot order; inside a transaction.
 
-        ``None`` is for a delta: its row waits until its base has a place.
+        ``None`` is for a delta: its row waits until its base has a place. Page by page, since
+        MariaDB 11.8 ends itself when its disk fills up between two of a row of pages.
         """
-        (page_id,) = self._adapter.insert_pages([(checksum, payload)], state=STAGING)
+        (page_id,) = self._adapter.insert_pages([_checked(image)], state=STAGING)
+        self.stage_blocks([page_id], [hashes])
+        return page_id
+
+    def stage_numbered_pages(self, images: Sequence[bytes], ids: Sequence[int]) -> None:
+        """Insert pages with ids of `new_page_ids`, without their blocks; inside a transaction."""
+        adapter = self._adapter
+        assert isinstance(adapter, NumberingAdapter)
+        adapter.insert_pages(list(map(_checked, images)), state=STAGING, ids=ids)
+
+    def stage_blocks(
+        self, page_ids: Sequence[int], hashes: Sequence[Sequence[bytes | None]]
+    ) -> None:
+        """Insert the distinct blocks of pages as `stage_page` does; inside a transaction."""
         self._adapter.insert_blocks(
             (digest, page_id, slot, None)
-            for slot, digest in enumerate(hashes)
+            for page_id, digests in zip(page_ids, hashes, strict=True)
+            for slot, digest in enumerate(digests)
             if digest is not None
         )
-        return page_id
 
     def end(self) -> None:
         """Take the job back; inside a transaction."""
@@ -94,6 +119,11 @@ class Job:
                 self._adapter.delete_pages([row.id for row in rows if row.state != LIVE])
         with self._adapter.transaction():
             self.end()
+
+
+def _checked(image: bytes) -> tuple[bytes, bytes]:
+    """Return what `Adapter.insert_pages` takes for a page."""
+    return codec.page_checksum(image), image
 
 
 def staging_jobs(adapter: Adapter) -> list[tuple[str, str, str, str]]:

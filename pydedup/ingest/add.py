@@ -210,7 +210,7 @@ def _match_chosen(
         deltas = chosen.deltas.get(entry.name, {})
         hints = replace(hints_for(matcher, request, entry, view.grid), deltas=deltas)
         matched = matcher.match(view, policy=Lossless(), hints=hints)
-        matcher.aligned.note(entry, view.grid, matched.references)
+        matcher.aligned.note(request, entry, view.grid, matched.references)
         model.tensors.append(
             MatchedTensor(
                 entry,

@@ -3,16 +3,17 @@
 
 The variants of a family are cut alike, so the block at the same place is near even where it is too
 far for the similarity index to find it for certain. Where that block is itself a delta, its base is
-the candidate: so all of a family come to lie around the blocks of one model. A model whose first
-blocks are near to none of these is no relative, and asked no more: models of one architecture that
-were trained separately have all names in common and nothing else.
+the candidate: so all of a family come to lie around the blocks of one model. A model that helped
+none of another's first blocks is no relative of it, and asked no more: models of one architecture
+that were trained separately have all names in common and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader
+from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.types import TensorInfo
@@ -33,7 +35,8 @@ __all__ = ["Aligned", "ByPosition", "Neighbours"]
 _NEWEST = 32
 _ENOUGH = 2
 # Blocks of another model that were compared with and no use, after which it is not asked again;
-# models of which that became known, after which no further one is tried.
+# models of the store, and of the same add, of which that became known, after which no further one
+# is tried.
 _PATIENCE = 32
 _STRANGERS = 8
 
@@ -42,12 +45,27 @@ _STRANGERS = 8
 _Key = tuple[str, tuple[int, ...]]
 
 
-@dataclass(slots=True)
-class _Relative:
-    """A model of the store: its tensors by name and shape, and what came of asking it."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A model of the store, and its tensors by name and shape."""
 
     model: StoredModel
     tensors: dict[_Key, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """A tensor of a model of this add, which has this address."""
+
+    address: str
+    grid: BlockGrid
+    references: NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class _Relation:
+    """What came of asking one model for the blocks of another."""
+
     asked: int = 0
     is_near: bool = False
 
@@ -75,21 +93,18 @@ class Neighbours:
     """Candidates for the blocks of one tensor, from one other model (a `ByPosition`)."""
 
     _find: Callable[[NDArray[np.int64]], NDArray[np.int64]]
-    _relative: _Relative | None = None
+    _relation: _Relation
 
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return a candidate for each of these blocks."""
-        if self._relative is None:
-            return self._find(numbers)
-        if self._relative.is_stranger:
+        if self._relation.is_stranger:
             return np.full(len(numbers), NO_BASE, np.int64)
-        self._relative.asked += len(numbers)
+        self._relation.asked += len(numbers)
         return self._find(numbers)
 
     def note(self, numbers: NDArray[np.int64], helped: NDArray[np.bool_]) -> None:
         """Remember whether the model that the candidates are of is a relative."""
-        if self._relative is not None:
-            self._relative.is_near |= bool(helped.any())
+        self._relation.is_near |= bool(helped.any())
 
 
 class Aligned:
@@ -103,40 +118,56 @@ class Aligned:
         self._stored = stored
         self._reader = reader
         self._rows: list[ModelRow] | None = None  # newest first
-        self._relatives: dict[int, _Relative] = {}  # by model id
-        # Of this add: (name, shape) of a tensor -> (grid, references), newest last.
-        self._matched: dict[_Key, list[tuple[BlockGrid, NDArray[np.int64]]]] = {}
+        self._stored_models: dict[int, _Stored] = {}  # by model id
+        self._matched: dict[_Key, list[_Matched]] = {}  # of this add, newest last
+        # Of the model that asks now: by model id, those of this add by address.
+        self._relations: dict[int | str, _Relation] = {}
+        self._asker = ""
 
-    def note(self, entry: TensorEntry, grid: BlockGrid, references: NDArray[np.int64]) -> None:
-        """Remember a tensor of this add."""
-        self._matched.setdefault((entry.name, entry.shape), []).append((grid, references))
+    def note(
+        self, request: Request, entry: TensorEntry, grid: BlockGrid, references: NDArray[np.int64]
+    ) -> None:
+        """Remember a tensor of a model of this add."""
+        matched = _Matched(request.address, grid, references)
+        self._matched.setdefault((entry.name, entry.shape), []).append(matched)
 
-    def neighbours(self, entry: TensorEntry, grid: BlockGrid, name: str) -> list[Neighbours]:
+    def neighbours(self, request: Request, entry: TensorEntry, grid: BlockGrid) -> list[Neighbours]:
         """Return what gives candidates for the blocks of a tensor, per model that has such a one.
 
-        ``name`` is that of the model which the tensor is of; its older versions come first.
+        Models of the same add come first, then older versions of the model that is asked for.
         """
-        found: list[Neighbours] = []
+        if request.address != self._asker:
+            self._relations.clear()
+            self._asker = request.address
         key = entry.name, entry.shape
-        for other, references in reversed(self._matched.get(key, [])):
-            if len(found) >= _ENOUGH:
-                return found
-            if other == grid:
-                found.append(Neighbours(partial(self._matched_blocks, references)))
+        found = list(islice(self._in_this_add(key, grid), _ENOUGH))
+        return found + list(islice(self._in_the_store(request, key, grid), _ENOUGH - len(found)))
+
+    def _in_this_add(self, key: _Key, grid: BlockGrid) -> Iterator[Neighbours]:
         strangers = 0
-        for row in sorted(self._newest(), key=lambda row: row.name != name):
-            if len(found) >= _ENOUGH or strangers >= _STRANGERS:
-                break
-            relative = self._relative(row)
-            if relative.is_stranger:
+        for other in reversed(self._matched.get(key, [])):
+            relation = self._relations.setdefault(other.address, _Relation())
+            if relation.is_stranger:
                 strangers += 1
+                if strangers == _STRANGERS:
+                    return
+            elif other.grid == grid:
+                yield Neighbours(partial(self._matched_blocks, other.references), relation)
+
+    def _in_the_store(self, request: Request, key: _Key, grid: BlockGrid) -> Iterator[Neighbours]:
+        strangers = 0
+        for row in sorted(self._newest(), key=lambda row: row.name != request.name):
+            relation = self._relations.setdefault(row.id, _Relation())
+            if relation.is_stranger:
+                strangers += 1
+                if strangers == _STRANGERS:
+                    return
                 continue
-            info = relative.tensors.get(key)
+            other = self._stored_model(row)
+            info = other.tensors.get(key)
             if info is not None and info.block_shape == (grid.block_rows, grid.block_cols):
                 # The map is read when a block asks: in a new version of a model few do.
-                blocks = partial(self._stored_blocks, relative.model, entry.name)
-                found.append(Neighbours(blocks, relative))
-        return found[:_ENOUGH]
+                yield Neighbours(partial(self._stored_blocks, other.model, key[0]), relation)
 
     def _matched_blocks(
         self, references: NDArray[np.int64], numbers: NDArray[np.int64]
@@ -166,10 +197,10 @@ class Aligned:
             self._rows = self._adapter.models(newest=_NEWEST)[::-1]
         return self._rows
 
-    def _relative(self, row: ModelRow) -> _Relative:
-        relative = self._relatives.get(row.id)
-        if relative is None:
+    def _stored_model(self, row: ModelRow) -> _Stored:
+        known = self._stored_models.get(row.id)
+        if known is None:
             model = self._catalog.of_row(row)
             tensors = {(info.name, info.shape): info for info in model.tensors}
-            relative = self._relatives[row.id] = _Relative(model, tensors)
-        return relative
+            known = self._stored_models[row.id] = _Stored(model, tensors)
+        return known

@@ -109,7 +109,7 @@ def choose_blocks(
         references = matcher.find(view, digests)
         found = np.flatnonzero(references != NO_BASE)
         shared[entry.name] = [_area(view.grid, number) for number in found.tolist()]
-        aligned = matcher.aligned.neighbours(entry, view.grid, request.name)
+        aligned = matcher.aligned.neighbours(request, entry, view.grid)
         tensor = _Tensor(matcher, entry, view, digests, policy.max_rel_error, previous, aligned)
         offers += tensor.offers(np.flatnonzero(references == NO_BASE))
         advance(array.nbytes)
@@ -173,7 +173,9 @@ class _Tensor:
         levels: list[list[_Level]] = [[] for _ in numbers]
         rest = self._as_before(numbers, shape, plain, levels)
         near = [neighbours(numbers) for neighbours in self._aligned]
-        self._as_others(blocks, near, plain, rest, levels)
+        taken = self._as_others(blocks, near, plain, rest, levels)
+        for neighbours, references in zip(self._aligned, near, strict=True):
+            neighbours.note(numbers, (references == taken) & (references != NO_BASE))
         for row, number in enumerate(numbers.tolist()):
             if not levels[row]:
                 continue
@@ -218,11 +220,12 @@ class _Tensor:
         plain: NDArray[np.int64],
         rest: NDArray[np.bool_],
         levels: list[list[_Level]],
-    ) -> None:
-        """Offer the nearest stored block, and quantised deltas on it."""
+    ) -> NDArray[np.int64]:
+        """Offer the nearest stored block, and quantised deltas on it; return its reference."""
         pairs = self._matcher.similar.pairs(blocks, self._farthest, aligned)
         least = np.full(len(plain), np.inf)
         choice = np.zeros((len(plain), 2), np.int64)
+        taken = np.full(len(plain), NO_BASE, np.int64)
         for which, some in enumerate(pairs):
             away = exact_distances(blocks, some, self._farthest)
             for entry, row in enumerate(some.rows.tolist()):
@@ -232,6 +235,7 @@ class _Tensor:
         for which, some in enumerate(pairs):
             rows = np.flatnonzero(np.isfinite(least) & (choice[:, 0] == which))
             entries = choice[rows, 1]
+            taken[rows] = some.references[entries]
             if some.bases.dtype == blocks.dtype:
                 contents = values_of(some.bases)
                 for row, base in zip(rows.tolist(), some.base_index[entries], strict=True):
@@ -240,6 +244,7 @@ class _Tensor:
             for bound in _BOUNDS:
                 worth = least[rows] > bound
                 self._quantise(blocks, some, rows[worth], entries[worth], plain, bound, levels)
+        return taken
 
     @staticmethod
     def _quantise(

@@ -85,7 +85,7 @@ def _neighbours(
 ) -> Sequence[Neighbours]:
     if not request.policy.uses_deltas:
         return ()
-    return matcher.aligned.neighbours(entry, grid, request.name)
+    return matcher.aligned.neighbours(request, entry, grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def _match_one(
         hints=hints_for(matcher, request, entry, view.grid),
         advance=advance,
     )
-    matcher.aligned.note(entry, view.grid, found.references)
+    matcher.aligned.note(request, entry, view.grid, found.references)
     errors = np.maximum(known.errors, found.errors)
     largest_error = float(errors.max(initial=0.0))
     return MatchedTensor(entry, view.grid, found.references, known.digests, largest_error)
@@ -263,7 +263,7 @@ class _Bundle:
         done = {}
         for waiting in tensors:
             here, entry, grid = waiting.blocks, waiting.entry, waiting.grid
-            self._matcher.aligned.note(entry, grid, references[here])
+            self._matcher.aligned.note(self._request, entry, grid, references[here])
             largest = float(errors[here].max(initial=0.0))
             done[entry.name] = MatchedTensor(entry, grid, references[here], digests[here], largest)
             advance(entry.nbytes)

@@ -3,14 +3,14 @@
 
 Threads rather than processes: nearly all of the time of an add goes into the core, the driver of
 the database and the file system, which let other threads run, and blocks need not be copied from
-one process to another. What is handed over is pure: its result does not depend on when or where it
-runs, and it knows no database.
+one process to another. What is handed over before all is matched is pure: its result does not
+depend on when or where it runs, and it knows no database.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -84,6 +84,11 @@ class Task(Generic[_Result]):
             and not future.cancelled()
             and future.exception() is None
         )
+
+    def end(self) -> None:
+        """Make sure that nobody works on it from now on, and raise nothing."""
+        if self._future is not None and not self._future.cancel():
+            wait([self._future])
 
     def drop(self) -> None:
         """Say that nobody needs it any more."""

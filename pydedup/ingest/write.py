@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup import codec
 from pydedup.adapter import LIVE, Adapter, TensorRow
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.errors import ConflictError
@@ -37,6 +37,8 @@ _HASH_PART_BYTES = 1024 * 1024
 # What a row takes beside its payload, about.
 _ROW_BYTES = 200
 
+# Blocks of some pages, in slot order.
+_Group = Sequence[NDArray[np.int64]]
 # What kind of row it is, and the row.
 _Row = tuple[str, TensorRow | tuple[Any, ...]]
 
@@ -75,7 +77,8 @@ class Stager:
     """Stages and publishes one batch of matched models.
 
     ``segments`` gives their part of the similarity index; by default what the matcher indexed.
-    ``workers`` make the next pages while some are being written.
+    ``workers`` write pages side by side, where the database lets them; elsewhere they make the next
+    ones while some are being written.
     """
 
     def __init__(
@@ -137,28 +140,92 @@ class Stager:
                 model.model_id = 0
             self.page_ids = []
             raise
-        for group in groups:
-            if not is_small:
-                images = next(images_of)
-                with self._job.staging():
-                    ids = self._stage_pages(group, images, keys)
-                    self._beat()
-                self.page_ids.extend(ids)  # only now, for the same reason
-            if self._advance is not None:
-                self._advance(sum(int(self._spool.costs[numbers].sum()) for numbers in group))
+        if is_small:
+            for group in groups:
+                self._note_written(group)
+        else:
+            self._stage_groups(groups, images_of, keys)
         for batch in rows:
             with self._job.staging():
                 self._insert(batch)
                 self._beat()
 
-    def _images(self, groups: Sequence[Sequence[NDArray[np.int64]]]) -> Iterator[list[bytes]]:
+    def _stage_groups(
+        self, groups: Sequence[_Group], images_of: Iterator[list[bytes]], keys: Sequence[bytes]
+    ) -> None:
+        """Write groups of pages, each in a transaction of its own."""
+        workers = self._helpers
+        numbers = self._job.new_page_ids(sum(map(len, groups))) if workers is not None else None
+        if workers is not None and numbers is not None:
+            self._stage_side_by_side(workers, groups, numbers, keys)
+            return
+        settling: Task[None] | None = None
+        try:
+            for group in groups:
+                images = next(images_of)
+                with self._job.staging():
+                    ids = self._stage_pages(group, images, keys)
+                    self._beat()
+                self.page_ids.extend(ids)  # only now: ids of one that failed may become another's
+                self._note_written(group)
+                if workers is not None and (settling is None or settling.is_ready):
+                    settling = workers.submit(lambda _threads: self._job.settle())
+        finally:
+            if settling is not None:
+                settling.end()
+
+    def _stage_side_by_side(
+        self,
+        workers: Workers,
+        groups: Sequence[_Group],
+        page_ids: list[int],
+        keys: Sequence[bytes],
+    ) -> None:
+        """Write groups of pages, as many at once as there are workers."""
+
+        def stage(group: _Group, ids: Sequence[int], _threads: int = 0) -> None:
+            images = self._spool.images(group)
+            with self._job.staging():
+                self._job.stage_numbered_pages(images, ids)
+
+        self.page_ids = page_ids  # nobody else gets them, whatever becomes of the transactions
+        bounds = np.cumsum([0, *map(len, groups)]).tolist()
+        for start in range(0, len(groups), workers.count):
+            some = range(start, min(start + workers.count, len(groups)))
+            ids = {i: page_ids[bounds[i] : bounds[i + 1]] for i in some}
+            tasks = [workers.submit(partial(stage, groups[i], ids[i])) for i in some[1:]]
+            try:
+                stage(groups[start], ids[start])
+                for task in tasks:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.end()
+            with self._job.staging():  # in their order, as one thread would
+                for i in some:
+                    self._stage_blocks(groups[i], ids[i], keys)
+                self._beat()
+            for i in some:
+                self._note_written(groups[i])
+
+    def _note_written(self, group: _Group) -> None:
+        if self._advance is not None:
+            self._advance(sum(int(self._spool.costs[numbers].sum()) for numbers in group))
+
+    @property
+    def _helpers(self) -> Workers | None:
+        """Workers that can make pages, if there are several."""
+        workers = self._workers
+        return None if workers is None or not workers.are_several or self._spool.lists else workers
+
+    def _images(self, groups: Sequence[_Group]) -> Iterator[list[bytes]]:
         """Yield the pages of each group, the next one being made meanwhile."""
-        workers, spool = self._workers, self._spool
-        if workers is None or not workers.are_several or spool.lists:
+        workers, spool = self._helpers, self._spool
+        if workers is None:
             yield from map(spool.images, groups)
             return
 
-        def made(group: Sequence[NDArray[np.int64]]) -> Task[list[bytes]]:
+        def made(group: _Group) -> Task[list[bytes]]:
             return workers.submit(lambda _threads: spool.images(group))
 
         coming = [made(group) for group in groups[:1]]
@@ -221,20 +288,29 @@ class Stager:
         self._job.beat([model.model_id for model in self._models])
 
     def _stage_pages(
-        self, group: Sequence[NDArray[np.int64]], images: Sequence[bytes], keys: Sequence[bytes]
+        self, group: _Group, images: Sequence[bytes], keys: Sequence[bytes]
     ) -> list[int]:
         page_ids = []
         for numbers, image in zip(group, images, strict=True):
-            is_delta = self._spool.bases[numbers] != NO_BASE
-            hashes = [
-                None if delta else keys[number]
-                for number, delta in zip(numbers.tolist(), is_delta.tolist(), strict=True)
-            ]
-            page_id = self._job.stage_page(codec.page_checksum(image), image, hashes)
-            self._page_of[numbers] = page_id
-            self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
-            page_ids.append(page_id)
+            page_ids.append(self._job.stage_page(image, self._hashes(numbers, keys)))
+            self._note_places(numbers, page_ids[-1])
         return page_ids
+
+    def _stage_blocks(self, group: _Group, page_ids: Sequence[int], keys: Sequence[bytes]) -> None:
+        self._job.stage_blocks(page_ids, [self._hashes(numbers, keys) for numbers in group])
+        for numbers, page_id in zip(group, page_ids, strict=True):
+            self._note_places(numbers, page_id)
+
+    def _hashes(self, numbers: NDArray[np.int64], keys: Sequence[bytes]) -> list[bytes | None]:
+        is_delta = (self._spool.bases[numbers] != NO_BASE).tolist()
+        return [
+            None if delta else keys[number]
+            for number, delta in zip(numbers.tolist(), is_delta, strict=True)
+        ]
+
+    def _note_places(self, numbers: NDArray[np.int64], page_id: int) -> None:
+        self._page_of[numbers] = page_id
+        self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
 
     def _insert_model(self, model: StagedModel) -> int:
         return self._adapter.insert_model(model.row(), replaces=model.replaces)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from itertools import islice
 
 import pytest
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
-from pydedup.errors import ArgumentError, StoreError
+from pydedup.adapter_options import NumberingAdapter
+from pydedup.errors import ArgumentError, PydedupError, StoreError
 from pydedup.testing._contract_base import (
     EVERY_BYTE,
     ContractBase,
@@ -196,6 +198,42 @@ class PagesContract(ContractBase):
             assert [row.checksum for row in adapter.page_rows()] == [
                 checksum_of(i) for i in (0, 1, 2)
             ]
+
+    def test_pages_whose_ids_were_given_before(self, adapter: Adapter) -> None:
+        """Transactions of two threads, open at once, write them, the later ones first."""
+        if not isinstance(adapter, NumberingAdapter):
+            pytest.skip("its database gives ids to pages as they are written")
+        numbering: NumberingAdapter = adapter
+        ids = numbering.new_page_ids(40)
+        later = numbering.new_page_ids(3)
+        assert numbering.new_page_ids(0) == []
+        assert ids == sorted(set(ids))
+        assert ids[-1] < later[0]
+        pages = {i: (checksum_of(i), random.Random(i).randbytes(i * 100)) for i in ids[:20]}
+        mine, theirs = ids[:10], ids[10:20]
+        others: list[int] = []
+
+        def write(some: list[int]) -> list[int]:
+            with adapter.transaction():
+                return numbering.insert_pages([pages[i] for i in some], state=STAGING, ids=some)
+
+        writer = threading.Thread(target=lambda: others.extend(write(theirs)))
+        with adapter.transaction():
+            assert numbering.insert_pages([pages[i] for i in mine], state=STAGING, ids=mine) == mine
+            writer.start()
+            writer.join(30)
+            assert others == theirs
+            assert [row.id for row in adapter.page_rows()] == ids[:20]
+        with adapter.transaction():
+            (own,) = adapter.insert_pages([(bytes(16), b"")], state=LIVE)
+        assert own > later[-1], "nobody else gets them, unused ones included"
+        found = dict(adapter.read_pages(ids))
+        assert found == {i: payload for i, (_, payload) in pages.items()}
+        with pytest.raises(StoreError):
+            numbering.insert_pages([(bytes(16), b"")], state=LIVE, ids=later[:1])
+        with pytest.raises(PydedupError), adapter.transaction():
+            numbering.insert_pages([(bytes(16), b"")], state=LIVE, ids=mine[:1])
+        assert [row.id for row in adapter.page_rows()] == [*ids[:20], own]
 
     def test_deleting_pages_deletes_their_blocks(self, adapter: Adapter) -> None:
         """Blocks on other pages stay."""

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from pydedup.adapter import Adapter
-from pydedup.adapter_options import RowAdapter
+from pydedup.adapter_options import NumberingAdapter, RowAdapter, StagingAdapter
 
 __all__ = ["Fault", "FaultyAdapter", "inject"]
 
-_SCOPES = ("transaction", "snapshot")
+_SCOPES = ("transaction", "staging", "snapshot")
 _NOT_CALLS = ("url", "read_only", "capabilities")
+#: Passed on, too, where an adapter has them.
+_OPTIONAL = (StagingAdapter, NumberingAdapter)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Fault:
 
     def __post_init__(self) -> None:
         known = self.method == "commit" or any(
-            callable(getattr(protocol, self.method, None)) for protocol in (Adapter, RowAdapter)
+            callable(getattr(protocol, self.method, None))
+            for protocol in (Adapter, RowAdapter, *_OPTIONAL)
         )
         if not known or self.method in _NOT_CALLS:
             raise ValueError(f"an adapter has no method {self.method!r} that could fail")
@@ -111,7 +114,7 @@ class FaultyAdapter:
         commit: list[Fault] = []
         with getattr(self._adapter, name)():
             yield
-            if name == "transaction":
+            if name != "snapshot":
                 commit = self._due("commit")
             _strike(commit, after=False)
         _strike(commit, after=True)
@@ -130,13 +133,20 @@ def _passed_on(name: str) -> Any:
 
 
 # Written into the class, not found by __getattr__, so that isinstance sees the protocol.
-for _name in {n for p in (Adapter, RowAdapter) for n in vars(p) if not n.startswith("_")}:
-    setattr(FaultyAdapter, _name, _passed_on(_name))
+def _calls(*protocols: type) -> dict[str, Any]:
+    names = {name for one in protocols for name in vars(one) if not name.startswith("_")}
+    return {name: _passed_on(name) for name in names}
+
+
+for _name, _attribute in _calls(Adapter, RowAdapter).items():
+    setattr(FaultyAdapter, _name, _attribute)
 
 
 def inject(adapter: Adapter, *faults: Fault) -> tuple[Adapter, FaultyAdapter]:
     """Return the adapter with these faults, once as an Adapter and once as what controls them."""
-    faulty = FaultyAdapter(adapter, *faults)
+    given: object = adapter
+    optional = _calls(*(one for one in _OPTIONAL if isinstance(given, one)))
+    faulty: FaultyAdapter = type("FaultyAdapter", (FaultyAdapter,), optional)(adapter, *faults)
     return cast(Adapter, faulty), faulty
 
 

@@ -151,6 +151,38 @@ def test_strangers_of_the_same_names_do_not_hide_a_relative(store: pydedup.Store
     assert same(store.load("relative"), moved)
 
 
+def test_families_that_are_added_at_once_find_their_relatives(store: pydedup.Store) -> None:
+    """Among other models of the same names, and whichever model of the batch comes between."""
+    rng = np.random.default_rng(6)
+
+    def drawn() -> Model:
+        return {f"layer{i}": rng.standard_normal((512, 512)).astype("f4") for i in range(4)}
+
+    def moved(base: Model) -> Model:
+        # Too far for the similarity index: only the place in the model tells what it is near to.
+        return {k: w + 0.25 * rng.standard_normal(w.shape).astype("f4") for k, w in base.items()}
+
+    bases = {name: drawn() for name in ("red", "green", "blue")}
+    models = {**bases, **{f"{name}-moved": moved(base) for name, base in bases.items()}}
+    reports = store.add_many(models)
+    of = {report.model.partition("@")[0]: report for report in reports}
+    for name in bases:
+        assert of[name].delta_blocks == 0
+        near = of[f"{name}-moved"]
+        assert near.delta_blocks > near.blocks / 2
+    assert all(same(store.load(name), model) for name, model in models.items())
+
+
+def test_under_accuracy_a_relative_is_one_beyond_its_first_blocks(store: pydedup.Store) -> None:
+    rng = np.random.default_rng(7)
+    base = {f"layer{i}": rng.standard_normal((512, 512)).astype("f4") for i in range(6)}
+    store.add("base", base)
+    moved = {k: w + 0.25 * rng.standard_normal(w.shape).astype("f4") for k, w in base.items()}
+    policy = policies.Accuracy(lambda _: 1.0, 0.1, max_rel_error=0.4)
+    report = store.add("moved", moved, policy=policy)
+    assert report.shared_blocks == report.blocks, "the metric does not care"
+
+
 def test_odd_values_survive(store: pydedup.Store) -> None:
     base = base_model()
     base["hidden"][3, 5] = np.nan

@@ -25,9 +25,10 @@ from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import config, registry
-from pydedup.errors import ArgumentError, FormatError
+from pydedup.errors import ArgumentError, FormatError, StorageFullError
 from pydedup.ingest import ahead, workers
 from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
+from pydedup.testing.faults import Fault, inject
 from pydedup.types import DType
 
 Model = dict[str, np.ndarray]
@@ -116,7 +117,7 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "_MADE_BYTES", 1024 * 1024)
     monkeypatch.setattr("pydedup.ingest.tensors.SMALL_BYTES", 16 * 1024)
     monkeypatch.setattr("pydedup.ingest.match._PIECE_BLOCKS", 8)
-    monkeypatch.setattr("pydedup.ingest.write._PAGES_PER_TRANSACTION", 2)
+    monkeypatch.setattr("pydedup.ingest.write._PAGES_PER_TRANSACTION", 1)
 
 
 def added(url: str, models: Mapping[str, Any], policy: Policy, count: int | None) -> Any:
@@ -210,11 +211,13 @@ def test_a_bad_file_leaves_the_store_as_it_was(
 
 
 @pytest.mark.usefixtures("little_room")
-@pytest.mark.parametrize("stage", ["matching", "writing"])
+@pytest.mark.parametrize(
+    ("backend", "stage"), [("sqlite", "matching"), ("sqlite", "writing"), ("postgres", "writing")]
+)
 def test_an_interrupt_leaves_the_store_as_it_was(
-    new_store: Callable[[str], str], stage: str
+    new_store: Callable[[str], str], backend: str, stage: str
 ) -> None:
-    url, models = new_store("sqlite"), family(7)
+    url, models = new_store(backend), family(7)
     with pydedup.open(url) as store:
         store.add("kept", models["m0"])
     before = rows_of(url)
@@ -230,6 +233,69 @@ def test_an_interrupt_leaves_the_store_as_it_was(
         assert [info.address for info in store.models()] == ["kept@1"]
         store.vacuum()
     assert {**rows_of(url), "meta": before["meta"]} == before
+
+
+@pytest.mark.usefixtures("little_room")
+@pytest.mark.parametrize("backend", ["sqlite", "postgres", "mysql"])
+@pytest.mark.parametrize("call", [2, 3])
+def test_a_database_that_takes_no_more_pages_leaves_the_store_as_it_was(
+    new_store: Callable[[str], str], backend: str, call: int
+) -> None:
+    """Whichever thread is told so: those beside it have written some by then, or are about to."""
+    url, models = new_store(backend), family(8, 8)
+    with pydedup.open(url) as store:
+        store.add("kept", models["m0"])
+    before = rows_of(url)
+    adapter, control = inject(registry.connect(url, mode="a"))
+    with pydedup.Store(adapter, 64 << 20) as store:
+        control.add_fault(Fault("insert_pages", StorageFullError("no room"), call))
+        with pytest.raises(StorageFullError, match="no room"):
+            store.add_many(models, workers=3)
+        control.clear_faults()
+        assert store.verify().errors == []
+        assert [info.address for info in store.models()] == ["kept@1"]
+    assert {**rows_of(url), "meta": before["meta"]} == before
+    assert not [t for t in threading.enumerate() if t.name.startswith("pydedup-add")]
+
+
+@pytest.mark.usefixtures("little_room")
+def test_pages_are_written_side_by_side_where_the_database_lets_them(
+    new_store: Callable[[str], str],
+) -> None:
+    """Two transactions are open at once, else this waits in vain."""
+    both = threading.Barrier(2, timeout=30)
+
+    def meet() -> None:
+        both.wait()
+
+    url = new_store("postgres")
+    pydedup.open(url).close()
+    adapter, control = inject(registry.connect(url, mode="a"))
+    with pydedup.Store(adapter, 64 << 20) as store:
+        for call in (1, 2):
+            control.add_fault(Fault("insert_pages", meet, call))
+        store.add_many(family(9, 8), workers=2)
+        assert control.calls["insert_pages"] > 2
+        assert store.verify().errors == []
+
+
+@pytest.mark.usefixtures("little_room")
+def test_the_log_of_sqlite_is_moved_while_more_is_staged(
+    new_store: Callable[[str], str],
+) -> None:
+    url = new_store("sqlite")
+    pydedup.open(url).close()
+    adapter, control = inject(registry.connect(url, mode="a"))
+    threads: set[str] = set()
+    with pydedup.Store(adapter, 64 << 20) as store:
+        control.add_fault(
+            Fault("settle", lambda: threads.add(threading.current_thread().name), call=0)
+        )
+        store.add_many(family(9), workers=1)
+        assert not threads
+        store.add_many({f"later-{k}": v for k, v in family(10).items()}, workers=2)
+        assert threads
+        assert store.verify().errors == []
 
 
 @pytest.mark.parametrize("count", [0, -1, 257, 1.5, True, "2"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ def test_of_many_models_in_one_add_the_newest_are_looked_at(
     monkeypatch.setattr(aligned, "_newest", list)  # the store has none
     entry = TensorEntry("w", DType.F32, (4, 4), "w")
     for number in range(500):
-        aligned.note(entry, grid, np.array([number]))  # type: ignore[arg-type]
-    found = aligned.neighbours(entry, grid, "m")  # type: ignore[arg-type]
+        other = SimpleNamespace(name=f"m{number}", address=f"m{number}@v1")
+        aligned.note(other, entry, grid, np.array([number]))  # type: ignore[arg-type]
+    last = SimpleNamespace(name="m", address="m@v1")
+    found = aligned.neighbours(last, entry, grid)  # type: ignore[arg-type]
     assert len(found) == CountedGrid.compared == 2

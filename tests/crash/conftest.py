@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests that kill have in common."""
+
+from __future__ import annotations
+
+import pytest
+
+from pydedup.ingest import write
+from pydedup.maintenance import repack, repair, vacuum
+
+
+@pytest.fixture(autouse=True)
+def bounds_of_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put back what is made small for small data, where that ran in this process too."""
+    for module in (write, repack, repair):
+        monkeypatch.setattr(module, "_PAGES_PER_TRANSACTION", module._PAGES_PER_TRANSACTION)
+    monkeypatch.setattr(vacuum, "_ROWS_PER_TRANSACTION", vacuum._ROWS_PER_TRANSACTION)
