@@ -33,6 +33,8 @@ __all__ = ["Segments", "Stager", "plan_layout"]
 _PAGES_PER_TRANSACTION = 16
 _BYTES_PER_TRANSACTION = 16 * 1024 * 1024
 _HASH_PART_BYTES = 1024 * 1024
+# Transactions that write pages side by side, where the database lets them.
+_MOST_AT_ONCE = 4
 
 # What a row takes beside its payload, about.
 _ROW_BYTES = 200
@@ -181,7 +183,7 @@ class Stager:
         page_ids: list[int],
         keys: Sequence[bytes],
     ) -> None:
-        """Write groups of pages, as many at once as there are workers."""
+        """Write groups of pages, some at once: each takes a connection and its pages in memory."""
 
         def stage(group: _Group, ids: Sequence[int], _threads: int = 0) -> None:
             images = self._spool.images(group)
@@ -190,8 +192,9 @@ class Stager:
 
         self.page_ids = page_ids  # nobody else gets them, whatever becomes of the transactions
         bounds = np.cumsum([0, *map(len, groups)]).tolist()
-        for start in range(0, len(groups), workers.count):
-            some = range(start, min(start + workers.count, len(groups)))
+        at_once = min(workers.count, _MOST_AT_ONCE)
+        for start in range(0, len(groups), at_once):
+            some = range(start, min(start + at_once, len(groups)))
             ids = {i: page_ids[bounds[i] : bounds[i + 1]] for i in some}
             tasks = [workers.submit(partial(stage, groups[i], ids[i])) for i in some[1:]]
             try:

@@ -132,12 +132,13 @@ def _passed_on(name: str) -> Any:
     return lambda self, /, *args, **kwargs: self._call(name, *args, **kwargs)
 
 
-# Written into the class, not found by __getattr__, so that isinstance sees the protocol.
 def _calls(*protocols: type) -> dict[str, Any]:
+    """Return what passes on the calls of these protocols, by name."""
     names = {name for one in protocols for name in vars(one) if not name.startswith("_")}
     return {name: _passed_on(name) for name in names}
 
 
+# Written into the class, not found by __getattr__, so that isinstance sees the protocol.
 for _name, _attribute in _calls(Adapter, RowAdapter).items():
     setattr(FaultyAdapter, _name, _attribute)
 
