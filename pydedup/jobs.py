@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from pydedup import codec
 from pydedup.adapter import LIVE, STAGING, Adapter
 from pydedup.adapter_options import NumberingAdapter, StagingAdapter
 
@@ -75,21 +74,23 @@ class Job:
         adapter = self._adapter
         return adapter.new_page_ids(count) if isinstance(adapter, NumberingAdapter) else None
 
-    def stage_page(self, image: bytes, hashes: Sequence[bytes | None]) -> int:
+    def stage_page(self, checksum: bytes, payload: bytes, hashes: Sequence[bytes | None]) -> int:
         """Insert a page and its distinct blocks, in slot order; inside a transaction.
 
         ``None`` is for a delta: its row waits until its base has a place. Page by page, since
         MariaDB 11.8 ends itself when its disk fills up between two of a row of pages.
         """
-        (page_id,) = self._adapter.insert_pages([_checked(image)], state=STAGING)
+        (page_id,) = self._adapter.insert_pages([(checksum, payload)], state=STAGING)
         self.stage_blocks([page_id], [hashes])
         return page_id
 
-    def stage_numbered_pages(self, images: Sequence[bytes], ids: Sequence[int]) -> None:
-        """Insert pages with ids of `new_page_ids`, without their blocks; inside a transaction."""
+    def stage_numbered_pages(
+        self, pages: Sequence[tuple[bytes, bytes]], ids: Sequence[int]
+    ) -> None:
+        """Insert (checksum, payload) with ids of `new_page_ids`; inside a transaction."""
         adapter = self._adapter
         assert isinstance(adapter, NumberingAdapter)
-        adapter.insert_pages(list(map(_checked, images)), state=STAGING, ids=ids)
+        adapter.insert_pages(pages, state=STAGING, ids=ids)
 
     def stage_blocks(
         self, page_ids: Sequence[int], hashes: Sequence[Sequence[bytes | None]]
@@ -119,11 +120,6 @@ class Job:
                 self._adapter.delete_pages([row.id for row in rows if row.state != LIVE])
         with self._adapter.transaction():
             self.end()
-
-
-def _checked(image: bytes) -> tuple[bytes, bytes]:
-    """Return what `Adapter.insert_pages` takes for a page."""
-    return codec.page_checksum(image), image
 
 
 def staging_jobs(adapter: Adapter) -> list[tuple[str, str, str, str]]:

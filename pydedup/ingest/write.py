@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup import codec
 from pydedup.adapter import LIVE, Adapter, TensorRow
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.errors import ConflictError
@@ -187,8 +188,9 @@ class Stager:
 
         def stage(group: _Group, ids: Sequence[int], _threads: int = 0) -> None:
             images = self._spool.images(group)
+            pages = [(codec.page_checksum(image), image) for image in images]
             with self._job.staging():
-                self._job.stage_numbered_pages(images, ids)
+                self._job.stage_numbered_pages(pages, ids)
 
         self.page_ids = page_ids  # nobody else gets them, whatever becomes of the transactions
         bounds = np.cumsum([0, *map(len, groups)]).tolist()
@@ -295,8 +297,10 @@ class Stager:
     ) -> list[int]:
         page_ids = []
         for numbers, image in zip(group, images, strict=True):
-            page_ids.append(self._job.stage_page(image, self._hashes(numbers, keys)))
-            self._note_places(numbers, page_ids[-1])
+            hashes = self._hashes(numbers, keys)
+            page_id = self._job.stage_page(codec.page_checksum(image), image, hashes)
+            self._note_places(numbers, page_id)
+            page_ids.append(page_id)
         return page_ids
 
     def _stage_blocks(self, group: _Group, page_ids: Sequence[int], keys: Sequence[bytes]) -> None:

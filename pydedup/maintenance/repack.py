@@ -264,7 +264,7 @@ def _stage(
                 places.hashes[number] if places.bases[number] == _NO_BASE else None
                 for number in numbers.tolist()
             ]
-            new_ids.append(job.stage_page(image, hashes))
+            new_ids.append(job.stage_page(codec.page_checksum(image), image, hashes))
         job.beat()
     for page_id, numbers in zip(new_ids, group, strict=True):
         page_of[numbers] = page_id

@@ -202,7 +202,8 @@ class PagesContract(ContractBase):
     def test_pages_whose_ids_were_given_before(self, adapter: Adapter) -> None:
         """Transactions of two threads, open at once, write them, the later ones first."""
         if not isinstance(adapter, NumberingAdapter):
-            pytest.skip("its database gives ids to pages as they are written")
+            assert not hasattr(adapter, "new_page_ids"), "insert_pages has to take them, too"
+            return
         numbering: NumberingAdapter = adapter
         ids = numbering.new_page_ids(40)
         later = numbering.new_page_ids(3)
