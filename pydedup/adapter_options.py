@@ -159,7 +159,7 @@ class StagingAdapter(Protocol):
         """
 
     def settle(self) -> None:
-        """Do what such transactions leave to be done, while others are made: of another thread.
+        """Do what such transactions leave to be done, in another thread while more are made.
 
         What cannot be done now is left for later.
         """

@@ -56,7 +56,7 @@ class Job:
         return self._adapter.transaction()
 
     def settle(self) -> None:
-        """Do what `staging` leaves to be done, while more is staged: of another thread."""
+        """Do what `staging` leaves to be done, in another thread while more is staged."""
         if isinstance(self._adapter, StagingAdapter):
             self._adapter.settle()
 

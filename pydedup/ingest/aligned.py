@@ -10,11 +10,11 @@ that were trained separately have all names in common and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ _STRANGERS = 8
 
 # Name and shape of a tensor.
 _Key = tuple[str, tuple[int, ...]]
+_Other = TypeVar("_Other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,30 +145,33 @@ class Aligned:
         return found + list(islice(self._in_the_store(request, key, grid), _ENOUGH - len(found)))
 
     def _in_this_add(self, key: _Key, grid: BlockGrid) -> Iterator[Neighbours]:
-        strangers = 0
-        for other in reversed(self._matched.get(key, [])):
-            relation = self._relations.setdefault(other.address, _Relation())
-            if relation.is_stranger:
-                strangers += 1
-                if strangers == _STRANGERS:
-                    return
-            elif other.grid == grid:
+        matched = reversed(self._matched.get(key, []))
+        for other, relation in self._but_strangers((one.address, one) for one in matched):
+            if other.grid == grid:
                 yield Neighbours(partial(self._matched_blocks, other.references), relation)
 
     def _in_the_store(self, request: Request, key: _Key, grid: BlockGrid) -> Iterator[Neighbours]:
-        strangers = 0
-        for row in sorted(self._newest(), key=lambda row: row.name != request.name):
-            relation = self._relations.setdefault(row.id, _Relation())
-            if relation.is_stranger:
-                strangers += 1
-                if strangers == _STRANGERS:
-                    return
-                continue
+        newest = sorted(self._newest(), key=lambda row: row.name != request.name)
+        for row, relation in self._but_strangers((row.id, row) for row in newest):
             other = self._stored_model(row)
             info = other.tensors.get(key)
             if info is not None and info.block_shape == (grid.block_rows, grid.block_cols):
                 # The map is read when a block asks: in a new version of a model few do.
                 yield Neighbours(partial(self._stored_blocks, other.model, key[0]), relation)
+
+    def _but_strangers(
+        self, others: Iterable[tuple[int | str, _Other]]
+    ) -> Iterator[tuple[_Other, _Relation]]:
+        """Leave out who is known to be no relative, and all others after some of these."""
+        strangers = 0
+        for key, other in others:
+            relation = self._relations.setdefault(key, _Relation())
+            if not relation.is_stranger:
+                yield other, relation
+                continue
+            strangers += 1
+            if strangers == _STRANGERS:
+                return
 
     def _matched_blocks(
         self, references: NDArray[np.int64], numbers: NDArray[np.int64]

@@ -158,10 +158,11 @@ class Stager:
     ) -> None:
         """Write groups of pages, each in a transaction of its own."""
         workers = self._helpers
-        numbers = self._job.new_page_ids(sum(map(len, groups))) if workers is not None else None
-        if workers is not None and numbers is not None:
-            self._stage_side_by_side(workers, groups, numbers, keys)
-            return
+        if workers is not None:
+            page_ids = self._job.new_page_ids(sum(map(len, groups)))
+            if page_ids is not None:
+                self._stage_side_by_side(workers, groups, page_ids, keys)
+                return
         settling: Task[None] | None = None
         try:
             for group in groups:

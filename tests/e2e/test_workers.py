@@ -117,7 +117,7 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "_MADE_BYTES", 1024 * 1024)
     monkeypatch.setattr("pydedup.ingest.tensors.SMALL_BYTES", 16 * 1024)
     monkeypatch.setattr("pydedup.ingest.match._PIECE_BLOCKS", 8)
-    monkeypatch.setattr("pydedup.ingest.write._PAGES_PER_TRANSACTION", 1)
+    monkeypatch.setattr("pydedup.ingest.write._PAGES_PER_TRANSACTION", 2)
 
 
 def added(url: str, models: Mapping[str, Any], policy: Policy, count: int | None) -> Any:
@@ -274,7 +274,7 @@ def test_pages_are_written_side_by_side_where_the_database_lets_them(
     with pydedup.Store(adapter, 64 << 20) as store:
         for call in (1, 2):
             control.add_fault(Fault("insert_pages", meet, call))
-        store.add_many(family(9, 8), workers=2)
+        store.add_many(family(9, 16), workers=2)
         assert control.calls["insert_pages"] > 2
         assert store.verify().errors == []
 
