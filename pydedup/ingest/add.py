@@ -20,6 +20,7 @@ from pydedup.blocks import MatrixView
 from pydedup.errors import ConflictError, NotFoundError, PageNotFoundError, PydedupError
 from pydedup.ingest.ahead import Ahead
 from pydedup.ingest.match import Matcher
+from pydedup.ingest.pages import plan_layout
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous, split_sums
@@ -30,7 +31,7 @@ from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedModel, MatchedTensor
 from pydedup.ingest.tensors import hints_for, match_tensors
 from pydedup.ingest.workers import Workers, worker_count
-from pydedup.ingest.write import Stager, plan_layout
+from pydedup.ingest.write import Stager
 from pydedup.policies import Lossless
 from pydedup.pool import PagePool
 from pydedup.types import AddReport, Progress

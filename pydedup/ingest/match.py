@@ -121,12 +121,10 @@ class Matcher:
         self.similar = Similar(self.reader, self.candidates)
         self.catalog = Catalog(adapter)
         self.aligned = Aligned(adapter, self.catalog, self.stored, self.reader)
-        # hash -> references of blocks with that hash; several only where hashes collide, or the
-        # same bytes exist under two dtypes.
-        self._known: dict[bytes, list[int]] = {}
+        self._known = _Known()
         self._looked_up: set[bytes] = set()
         # What the store said about hashes that were asked about, but not looked up yet.
-        self._answers: dict[bytes, list[BlockRow]] = {}
+        self._answers: dict[bytes, tuple[BlockRow, ...]] = {}
         self.look: _Look = look_now
 
     def match(
@@ -180,7 +178,7 @@ class Matcher:
         numbers = self._spool.count + np.arange(len(indices), dtype=np.int64)
         self._spool.append(view, indices, encoded, digests, bases, base_tags)
         for key, number in zip(hash_keys(digests), numbers.tolist(), strict=True):
-            self._known.setdefault(key, []).append(number)
+            self._known.add(key, number)
         return numbers
 
     def _find(
@@ -202,10 +200,8 @@ class Matcher:
         self._looked_up.update(unknown)
         rows = [row for key in unknown for row in self._answers.pop(key)]
         for row, reference in zip(rows, self.stored.references(rows), strict=True):
-            found = self._known.setdefault(row.hash128, [])
-            if reference not in found:
-                # Stored blocks first: sharing with the store beats sharing within the batch.
-                found.insert(0, reference)
+            # Stored blocks first: sharing with the store beats sharing within the batch.
+            self._known.add(row.hash128, reference, first=True)
 
     def ask(self, keys: Sequence[bytes]) -> None:
         """Ask the store about hashes that it was not asked about before."""
@@ -214,14 +210,14 @@ class Matcher:
             for key in dict.fromkeys(keys)
             if key not in self._looked_up and key not in self._answers
         ]
-        self._answers.update((key, []) for key in unknown)
+        self._answers.update(dict.fromkeys(unknown, ()))
         rows = self.with_live_bases(self._adapter.find_blocks(unknown))
         for row in sorted(rows, key=lambda row: (row.page_id, row.slot)):
-            self._answers[row.hash128].append(row)
+            self._answers[row.hash128] += (row,)
 
     def is_known(self, key: bytes) -> bool:
         """Whether a block with this hash was met, or is in the store as far as that was asked."""
-        return bool(self._known.get(key) or self._answers.get(key))
+        return key in self._known or bool(self._answers.get(key))
 
     def with_live_bases(self, rows: Sequence[BlockRow]) -> list[BlockRow]:
         """Leave out deltas whose base is on no live page.
@@ -251,12 +247,12 @@ class Matcher:
             indices: list[int] = []
             candidates: list[int] = []
             for i in pending:
-                known = self._known.get(keys[i], ())
-                if attempt < len(known):
-                    indices.append(i)
-                    candidates.append(known[attempt])
-                else:
+                candidate = self._known.get(keys[i], attempt)
+                if candidate is None:
                     fresh.setdefault(keys[i], []).append(i)
+                else:
+                    indices.append(i)
+                    candidates.append(candidate)
             same = self.reader.equal(
                 view, np.array(indices, np.int64), np.array(candidates, np.int64)
             )
@@ -335,6 +331,41 @@ class Matcher:
         spooled[new] = numbers
         self.similar.add(kept, spooled)
         matched.errors[piece] = kept.errors
+
+
+class _Known:
+    """References of blocks by hash, in an order.
+
+    There are several of one hash only where hashes collide, or the same bytes exist under two
+    dtypes. So most need no list, of which Python's garbage collector would visit each again and
+    again.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, int] = {}
+        self._others: dict[bytes, list[int]] = {}
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._first
+
+    def get(self, key: bytes, number: int) -> int | None:
+        """Return the reference with this hash and number, if there is one."""
+        if number == 0:
+            return self._first.get(key)
+        others = self._others.get(key, ())
+        return others[number - 1] if number <= len(others) else None
+
+    def add(self, key: bytes, reference: int, *, first: bool = False) -> None:
+        """Add a reference after, or ``first`` before, those that are there; one of them: not."""
+        known = self._first.setdefault(key, reference)
+        if known == reference:
+            return
+        others = self._others.setdefault(key, [])
+        if reference in others:
+            return
+        if first:
+            self._first[key], reference = reference, known
+        others.insert(0 if first else len(others), reference)
 
 
 def _same_bytes(view: MatrixView, a: int, b: int) -> bool:

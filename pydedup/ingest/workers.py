@@ -105,6 +105,7 @@ class Workers:
     def __init__(self, count: int) -> None:
         self.count = count
         self._threads = ThreadPoolExecutor(count - 1, "pydedup-add") if count > 1 else None
+        self._waiting = ThreadPoolExecutor(1, "pydedup-add-waiting")  # begins with its first work
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +116,7 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._waiting.shutdown(cancel_futures=True)
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
@@ -128,3 +130,7 @@ class Workers:
         if self._threads is None:
             return Task(work, None)
         return Task(work, self._threads.submit(work, 1))
+
+    def submit_waiting(self, work: Callable[[], _Result]) -> Task[_Result]:
+        """Hand over work that waits for a disk most of the time: it has a thread of its own."""
+        return Task(lambda _threads: work(), self._waiting.submit(work))

@@ -10,38 +10,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup import codec
 from pydedup.adapter import LIVE, Adapter, TensorRow
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.errors import ConflictError
 from pydedup.ingest.match import Matcher, hash_keys
-from pydedup.ingest.places import BlockReader
+from pydedup.ingest.pages import PageWriter
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedTensor, StagedModel
-from pydedup.ingest.workers import Task, Workers
+from pydedup.ingest.workers import Workers
 from pydedup.jobs import LEASE_SECONDS, Job
-from pydedup.layout import PAGE_CAPACITY, block_places, pages_read
-from pydedup.packing import pack
+from pydedup.layout import block_places, pages_read
 
-__all__ = ["Segments", "Stager", "plan_layout"]
+__all__ = ["Segments", "Stager"]
 
-_PAGES_PER_TRANSACTION = 16
 _BYTES_PER_TRANSACTION = 16 * 1024 * 1024
 _HASH_PART_BYTES = 1024 * 1024
-# Transactions that write pages side by side, where the database lets them.
-_MOST_AT_ONCE = 4
-
 # What a row takes beside its payload, about.
 _ROW_BYTES = 200
 
-# Blocks of some pages, in slot order.
-_Group = Sequence[NDArray[np.int64]]
 # What kind of row it is, and the row.
 _Row = tuple[str, TensorRow | tuple[Any, ...]]
 
@@ -59,29 +50,11 @@ class Segments(Protocol):
         """Yield rows of ``signatures``; see `pydedup.ingest.candidates.Candidates.segments`."""
 
 
-def plan_layout(
-    models: Sequence[StagedModel], spool: Spool, reader: BlockReader
-) -> list[NDArray[np.int64]]:
-    """Return the pages of the spooled blocks: per page, block numbers in slot order."""
-    if spool.count == 0:
-        return []
-    owners = []
-    for model in models:
-        references = model.references(reader)
-        owners.append(np.unique(references[references >= 0]))
-    used = np.unique(np.concatenate(owners))
-    if len(used) == 0:
-        return []
-    layout = pack(owners, PAGE_CAPACITY, sizes=spool.costs[used])
-    return list(layout.pages)
-
-
 class Stager:
     """Stages and publishes one batch of matched models.
 
     ``segments`` gives their part of the similarity index; by default what the matcher indexed.
-    ``workers`` write pages side by side, where the database lets them; elsewhere they make the next
-    ones while some are being written.
+    ``workers`` help to write pages (pages.py).
     """
 
     def __init__(
@@ -106,140 +79,45 @@ class Stager:
         self._advance = advance
         self._job = Job(adapter, kind)
         self._has_begun = False
-        self.page_ids: list[int] = []
+        self._pages = self._page_writer([])
         #: That of the store once this was published.
         self.epoch = -1
-        self._page_of = np.empty(0, np.int64)
-        self._slot_of = np.empty(0, np.uint32)
+
+    @property
+    def page_ids(self) -> list[int]:
+        """Ids of the pages that are staged, in the order of their layout."""
+        return self._pages.page_ids
 
     # ---- staging ------------------------------------------------------------------------------
 
     def stage(self, layout: Sequence[NDArray[np.int64]]) -> None:
         """Write everything in state ``staging``; what is small in one transaction."""
-        keys = hash_keys(self._spool.hashes)
-        self._page_of = np.zeros(self._spool.count, np.int64)
-        self._slot_of = np.zeros(self._spool.count, np.uint32)
-        groups = [
-            layout[start : start + _PAGES_PER_TRANSACTION]
-            for start in range(0, len(layout), _PAGES_PER_TRANSACTION)
-        ]
+        pages = self._pages = self._page_writer(layout)
         rows = _batches(self._rows())
-        is_small = len(groups) <= 1
-        images_of = self._images(groups)
-        images = next(images_of) if is_small and groups else []
+        images = pages.make_small() if pages.is_small else []
         try:
             with self._job.staging():
                 self._has_begun = True
                 for model in self._models:
                     model.model_id = self._insert_model(model)
-                if is_small:
-                    for group in groups:
-                        self.page_ids = self._stage_pages(group, images, keys)
+                if pages.is_small:
+                    pages.write_small(images)
                     self._insert(next(rows, []))
                 self._beat()
         except BaseException:
             # Ids of a transaction that failed may become another writer's.
             for model in self._models:
                 model.model_id = 0
-            self.page_ids = []
+            pages.forget()
             raise
-        if is_small:
-            for group in groups:
-                self._note_written(group)
+        if pages.is_small:
+            pages.note_small()
         else:
-            self._stage_groups(groups, images_of, keys)
+            pages.write()
         for batch in rows:
             with self._job.staging():
                 self._insert(batch)
                 self._beat()
-
-    def _stage_groups(
-        self, groups: Sequence[_Group], images_of: Iterator[list[bytes]], keys: Sequence[bytes]
-    ) -> None:
-        """Write groups of pages, each in a transaction of its own."""
-        workers = self._helpers
-        if workers is not None:
-            page_ids = self._job.new_page_ids(sum(map(len, groups)))
-            if page_ids is not None:
-                self._stage_side_by_side(workers, groups, page_ids, keys)
-                return
-        settling: Task[None] | None = None
-        try:
-            for group in groups:
-                images = next(images_of)
-                with self._job.staging():
-                    ids = self._stage_pages(group, images, keys)
-                    self._beat()
-                self.page_ids.extend(ids)  # only now: ids of one that failed may become another's
-                self._note_written(group)
-                if workers is not None and (settling is None or settling.is_ready):
-                    settling = workers.submit(lambda _threads: self._job.settle())
-        finally:
-            if settling is not None:
-                settling.end()
-
-    def _stage_side_by_side(
-        self,
-        workers: Workers,
-        groups: Sequence[_Group],
-        page_ids: list[int],
-        keys: Sequence[bytes],
-    ) -> None:
-        """Write groups of pages, some at once: each takes a connection and its pages in memory."""
-
-        def stage(group: _Group, ids: Sequence[int], _threads: int = 0) -> None:
-            images = self._spool.images(group)
-            pages = [(codec.page_checksum(image), image) for image in images]
-            with self._job.staging():
-                self._job.stage_numbered_pages(pages, ids)
-
-        self.page_ids = page_ids  # nobody else gets them, whatever becomes of the transactions
-        bounds = np.cumsum([0, *map(len, groups)]).tolist()
-        at_once = min(workers.count, _MOST_AT_ONCE)
-        for start in range(0, len(groups), at_once):
-            some = range(start, min(start + at_once, len(groups)))
-            ids = {i: page_ids[bounds[i] : bounds[i + 1]] for i in some}
-            tasks = [workers.submit(partial(stage, groups[i], ids[i])) for i in some[1:]]
-            try:
-                stage(groups[start], ids[start])
-                for task in tasks:
-                    task.result()
-            finally:
-                for task in tasks:
-                    task.end()
-            with self._job.staging():  # in their order, as one thread would
-                for i in some:
-                    self._stage_blocks(groups[i], ids[i], keys)
-                self._beat()
-            for i in some:
-                self._note_written(groups[i])
-
-    def _note_written(self, group: _Group) -> None:
-        if self._advance is not None:
-            self._advance(sum(int(self._spool.costs[numbers].sum()) for numbers in group))
-
-    @property
-    def _helpers(self) -> Workers | None:
-        """Workers that can make pages, if there are several."""
-        workers = self._workers
-        return None if workers is None or not workers.are_several or self._spool.lists else workers
-
-    def _images(self, groups: Sequence[_Group]) -> Iterator[list[bytes]]:
-        """Yield the pages of each group, the next one being made meanwhile."""
-        workers, spool = self._helpers, self._spool
-        if workers is None:
-            yield from map(spool.images, groups)
-            return
-
-        def made(group: _Group) -> Task[list[bytes]]:
-            return workers.submit(lambda _threads: spool.images(group))
-
-        coming = [made(group) for group in groups[:1]]
-        for group in [*groups[1:], None]:
-            now = coming.pop()
-            if group is not None:
-                coming.append(made(group))
-            yield now.result()
 
     def discard(self) -> None:
         """Remove what was staged; leaves nothing behind but a gap in the ids.
@@ -260,7 +138,7 @@ class Stager:
                     adapter.delete_model(model.model_id)
                 model.model_id = 0
         self._job.discard(self.page_ids)
-        self.page_ids = []
+        self._pages.forget()
 
     def publish(self, epoch: int) -> bool:
         """Make everything live in one transaction, if the epoch is still ``epoch``.
@@ -293,32 +171,8 @@ class Stager:
     def _beat(self) -> None:
         self._job.beat([model.model_id for model in self._models])
 
-    def _stage_pages(
-        self, group: _Group, images: Sequence[bytes], keys: Sequence[bytes]
-    ) -> list[int]:
-        page_ids = []
-        for numbers, image in zip(group, images, strict=True):
-            hashes = self._hashes(numbers, keys)
-            page_id = self._job.stage_page(codec.page_checksum(image), image, hashes)
-            self._note_places(numbers, page_id)
-            page_ids.append(page_id)
-        return page_ids
-
-    def _stage_blocks(self, group: _Group, page_ids: Sequence[int], keys: Sequence[bytes]) -> None:
-        self._job.stage_blocks(page_ids, [self._hashes(numbers, keys) for numbers in group])
-        for numbers, page_id in zip(group, page_ids, strict=True):
-            self._note_places(numbers, page_id)
-
-    def _hashes(self, numbers: NDArray[np.int64], keys: Sequence[bytes]) -> list[bytes | None]:
-        is_delta = (self._spool.bases[numbers] != NO_BASE).tolist()
-        return [
-            None if delta else keys[number]
-            for number, delta in zip(numbers.tolist(), is_delta, strict=True)
-        ]
-
-    def _note_places(self, numbers: NDArray[np.int64], page_id: int) -> None:
-        self._page_of[numbers] = page_id
-        self._slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
+    def _page_writer(self, layout: Sequence[NDArray[np.int64]]) -> PageWriter:
+        return PageWriter(self._job, self._spool, layout, self._workers, self._beat, self._advance)
 
     def _insert_model(self, model: StagedModel) -> int:
         return self._adapter.insert_model(model.row(), replaces=model.replaces)
@@ -342,7 +196,7 @@ class Stager:
         """Yield all rows but those of models and pages."""
         yield from self._delta_rows()
         segments = self._segments.segments(
-            self._models[0].model_id, self._page_of, self._slot_of, self.page_ids
+            self._models[0].model_id, self._pages.page_of, self._pages.slot_of, self.page_ids
         )
         yield from (("signature", row) for row in segments)
         for model in self._models:
@@ -350,11 +204,11 @@ class Stager:
 
     def _delta_rows(self) -> Iterator[_Row]:
         """Yield the distinct blocks that name a base: now all of those have a place."""
-        spool = self._spool
-        numbers = np.flatnonzero((spool.bases != NO_BASE) & (self._page_of > 0))
+        spool, pages = self._spool, self._pages
+        numbers = np.flatnonzero((spool.bases != NO_BASE) & (pages.page_of > 0))
         base_places = block_places(*self.places(spool.bases[numbers])).tolist()
         keys = hash_keys(spool.hashes[numbers])
-        page_ids, slots = self._page_of[numbers].tolist(), self._slot_of[numbers].tolist()
+        page_ids, slots = pages.page_of[numbers].tolist(), pages.slot_of[numbers].tolist()
         for row in zip(keys, page_ids, slots, base_places, strict=True):
             yield "delta", row
 
@@ -393,8 +247,8 @@ class Stager:
         page_ids = np.empty(len(references), np.int64)
         slots = np.empty(len(references), np.uint32)
         new = references >= 0
-        page_ids[new] = self._page_of[references[new]]
-        slots[new] = self._slot_of[references[new]]
+        page_ids[new] = self._pages.page_of[references[new]]
+        slots[new] = self._pages.slot_of[references[new]]
         page_ids[~new], slots[~new] = self._stored.places(references[~new])
         return page_ids, slots
 

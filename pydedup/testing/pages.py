@@ -21,7 +21,7 @@ __all__ = ["small_pages"]
 _MODULES: Final = (
     "pydedup.layout",
     "pydedup.ingest.spool",
-    "pydedup.ingest.write",
+    "pydedup.ingest.pages",
     "pydedup.maintenance.repack",
     "pydedup.maintenance.repair",
     "pydedup.moving.copy",

@@ -20,6 +20,7 @@ import pytest
 
 from pydedup import policies, registry
 from pydedup.adapter import Adapter
+from pydedup.ingest import pages as page_writing
 from pydedup.ingest import write
 from pydedup.store import Store
 from pydedup.testing.faults import FaultyAdapter
@@ -125,7 +126,7 @@ def test_rows_and_staging_are_within_the_limits(recorded: Recorder, engine: str)
 
 
 def test_transactions_are_bounded_by_what_staging_gathers(recorded: Recorder) -> None:
-    pages = write._PAGES_PER_TRANSACTION
+    pages = page_writing._PAGES_PER_TRANSACTION
     assert recorded.largest_as_written <= pages * MIB + write._BYTES_PER_TRANSACTION
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import pytest
 
-from pydedup.ingest import write
+from pydedup.ingest import pages
 from pydedup.maintenance import repack, repair, vacuum
 
 
 @pytest.fixture(autouse=True)
 def bounds_of_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put back what is made small for small data, where that ran in this process too."""
-    for module in (write, repack, repair):
+    for module in (pages, repack, repair):
         monkeypatch.setattr(module, "_PAGES_PER_TRANSACTION", module._PAGES_PER_TRANSACTION)
     monkeypatch.setattr(vacuum, "_ROWS_PER_TRANSACTION", vacuum._ROWS_PER_TRANSACTION)

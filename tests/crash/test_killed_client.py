@@ -22,7 +22,7 @@ from pydedup.adapters._schema import TABLES
 import pydedup
 from pydedup import policies, registry
 from pydedup.adapter import LIVE, STAGING, Adapter
-from pydedup.ingest import write
+from pydedup.ingest import pages
 from pydedup.maintenance import repack, vacuum
 from pydedup.store import Store
 from pydedup.testing.crash import PHASES, work_and_kill
@@ -67,7 +67,7 @@ def before_add(store: Store, number: int) -> dict[str, Model]:
 
 
 def add(store: Store, number: int) -> None:
-    write._PAGES_PER_TRANSACTION = 1  # so that a small add takes as many as a large one
+    pages._PAGES_PER_TRANSACTION = 1  # so that a small add takes as many as a large one
     # A kill takes all workers along, whatever each of them is at.
     store.add_many(twins(number), policy=policy(number), workers=(1, 2, 4)[number % 3])
 

@@ -117,7 +117,7 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "_MADE_BYTES", 1024 * 1024)
     monkeypatch.setattr("pydedup.ingest.tensors.SMALL_BYTES", 16 * 1024)
     monkeypatch.setattr("pydedup.ingest.match._PIECE_BLOCKS", 8)
-    monkeypatch.setattr("pydedup.ingest.write._PAGES_PER_TRANSACTION", 2)
+    monkeypatch.setattr("pydedup.ingest.pages._PAGES_PER_TRANSACTION", 2)
 
 
 def added(url: str, models: Mapping[str, Any], policy: Policy, count: int | None) -> Any:

@@ -118,8 +118,8 @@ def test_a_backup_goes_into_an_empty_store(
 SCRIPT = """
 import sys, time
 import pydedup
-from pydedup.ingest import write
-write._PAGES_PER_TRANSACTION = 1
+from pydedup.ingest import pages
+pages._PAGES_PER_TRANSACTION = 1
 count = 0
 def slowly(stage, done, total):
     global count

@@ -12,7 +12,7 @@ import pytest
 
 import pydedup
 from pydedup import layout
-from pydedup.ingest import write
+from pydedup.ingest import pages as page_writing
 from pydedup.testing.pages import small_pages
 
 
@@ -28,8 +28,8 @@ def test_a_model_has_more_of_them(tmp_path: Path) -> None:
     usual = pages(tmp_path / "usual.db")
     with small_pages(64):
         assert pages(tmp_path / "small.db") >= 16 > usual
-        assert before - write.PAGE_CAPACITY == 960 * 1024
-    assert before == layout.PAGE_CAPACITY == write.PAGE_CAPACITY
+        assert before - page_writing.PAGE_CAPACITY == 960 * 1024
+    assert before == layout.PAGE_CAPACITY == page_writing.PAGE_CAPACITY
     assert pages(tmp_path / "again.db") == usual
 
 

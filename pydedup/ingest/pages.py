@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing the pages of a batch, in state ``staging`` and in transactions of bounded size.
+
+A worker makes the next pages while some are being written. Where ids of pages can be had before
+(`NumberingAdapter`), several write side by side, each with a connection of its own; which page gets
+which id does not depend on that. On SQLite, which has one writer, its log is moved into the main
+file meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.ingest.match import hash_keys
+from pydedup.ingest.places import BlockReader
+from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.staged import StagedModel
+from pydedup.ingest.workers import Task, Workers
+from pydedup.jobs import Job
+from pydedup.layout import PAGE_CAPACITY
+from pydedup.packing import pack
+
+__all__ = ["PageWriter", "plan_layout"]
+
+_PAGES_PER_TRANSACTION = 16
+# Transactions that write pages side by side, where the database lets them.
+_MOST_AT_ONCE = 4
+
+# Blocks of some pages, in slot order.
+_Group: TypeAlias = Sequence[NDArray[np.int64]]
+
+
+def plan_layout(
+    models: Sequence[StagedModel], spool: Spool, reader: BlockReader
+) -> list[NDArray[np.int64]]:
+    """Return the pages of the spooled blocks: per page, block numbers in slot order."""
+    if spool.count == 0:
+        return []
+    owners = []
+    for model in models:
+        references = model.references(reader)
+        owners.append(np.unique(references[references >= 0]))
+    used = np.unique(np.concatenate(owners))
+    if len(used) == 0:
+        return []
+    layout = pack(owners, PAGE_CAPACITY, sizes=spool.costs[used])
+    return list(layout.pages)
+
+
+class PageWriter:
+    """Writes pages of spooled blocks, and knows where each block came to lie.
+
+    Parameters
+    ----------
+    job
+        What the pages are staged for.
+    spool
+        Has the blocks; frozen.
+    layout
+        The pages: per page, block numbers in slot order.
+    beat
+        Called in each transaction: a sign of life.
+    advance
+        Called with bytes of pages that were written.
+
+    Attributes
+    ----------
+    page_ids
+        Of the pages that were written, in the order of the layout.
+    page_of, slot_of
+        Of each block of the spool, 0 until it was written.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        spool: Spool,
+        layout: _Group,
+        workers: Workers | None,
+        beat: Callable[[], None],
+        advance: Callable[[int], None] | None,
+    ) -> None:
+        self._job = job
+        self._spool = spool
+        self._beat = beat
+        self._advance = advance
+        self._groups = [
+            layout[start : start + _PAGES_PER_TRANSACTION]
+            for start in range(0, len(layout), _PAGES_PER_TRANSACTION)
+        ]
+        helpful = workers is not None and workers.are_several and not spool.lists
+        self._workers = workers if helpful else None
+        self.page_ids: list[int] = []
+        self.page_of = np.zeros(spool.count, np.int64)
+        self.slot_of = np.zeros(spool.count, np.uint32)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether all pages fit into one transaction, beside other things."""
+        return len(self._groups) <= 1
+
+    def make_small(self) -> list[bytes]:
+        """Return all pages, for `write_small`."""
+        return [image for group in self._groups for image in self._spool.images(group)]
+
+    def write_small(self, images: Sequence[bytes]) -> None:
+        """Write the pages that `make_small` returned, inside a transaction."""
+        for group in self._groups:
+            self.page_ids = self._write_pages(group, images)
+
+    def note_small(self) -> None:
+        """Tell of the pages of `write_small`, when that transaction is committed."""
+        for group in self._groups:
+            self._note_written(group)
+
+    def write(self) -> None:
+        """Write all pages, in several transactions."""
+        page_ids = None
+        if self._workers is not None:
+            page_ids = self._job.new_page_ids(sum(map(len, self._groups)))
+        if self._workers is None or page_ids is None:
+            self._write_in_turn()
+        else:
+            self._write_side_by_side(self._workers, page_ids)
+
+    def forget(self) -> None:
+        """Take note that the written pages are gone."""
+        self.page_ids = []
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _write_in_turn(self) -> None:
+        settling: Task[None] | None = None
+        try:
+            for group, images in zip(self._groups, self._images(), strict=True):
+                with self._job.staging():
+                    ids = self._write_pages(group, images)
+                    self._beat()
+                self.page_ids.extend(ids)  # only now: ids of one that failed may become another's
+                self._note_written(group)
+                if self._workers is not None and (settling is None or settling.is_ready):
+                    settling = self._workers.submit_waiting(self._job.settle)
+        finally:
+            if settling is not None:
+                settling.end()
+
+    def _write_side_by_side(self, workers: Workers, page_ids: list[int]) -> None:
+        """Write groups of pages, some at once: each takes a connection and its pages in memory."""
+
+        def write(group: _Group, ids: Sequence[int], _threads: int = 0) -> None:
+            images = self._spool.images(group)
+            pages = [(codec.page_checksum(image), image) for image in images]
+            with self._job.staging():
+                self._job.stage_numbered_pages(pages, ids)
+
+        self.page_ids = page_ids  # nobody else gets them, whatever becomes of the transactions
+        groups = self._groups
+        bounds = np.cumsum([0, *map(len, groups)]).tolist()
+        at_once = min(workers.count, _MOST_AT_ONCE)
+        for start in range(0, len(groups), at_once):
+            some = range(start, min(start + at_once, len(groups)))
+            ids = {i: page_ids[bounds[i] : bounds[i + 1]] for i in some}
+            tasks = [workers.submit(partial(write, groups[i], ids[i])) for i in some[1:]]
+            try:
+                write(groups[start], ids[start])
+                for task in tasks:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.end()
+            with self._job.staging():  # in their order, as one thread would
+                for i in some:
+                    self._write_blocks(groups[i], ids[i])
+                self._beat()
+            for i in some:
+                self._note_written(groups[i])
+
+    def _images(self) -> Iterator[list[bytes]]:
+        """Yield the pages of each group, the next one being made meanwhile."""
+        workers, spool, groups = self._workers, self._spool, self._groups
+        if workers is None:
+            yield from map(spool.images, groups)
+            return
+
+        def made(group: _Group) -> Task[list[bytes]]:
+            return workers.submit(lambda _threads: spool.images(group))
+
+        coming = [made(group) for group in groups[:1]]
+        for group in [*groups[1:], None]:
+            now = coming.pop()
+            if group is not None:
+                coming.append(made(group))
+            yield now.result()
+
+    def _write_pages(self, group: _Group, images: Sequence[bytes]) -> list[int]:
+        page_ids = []
+        for numbers, image in zip(group, images, strict=True):
+            hashes = self._hashes(numbers)
+            page_id = self._job.stage_page(codec.page_checksum(image), image, hashes)
+            self._note_places(numbers, page_id)
+            page_ids.append(page_id)
+        return page_ids
+
+    def _write_blocks(self, group: _Group, page_ids: Sequence[int]) -> None:
+        self._job.stage_blocks(page_ids, [self._hashes(numbers) for numbers in group])
+        for numbers, page_id in zip(group, page_ids, strict=True):
+            self._note_places(numbers, page_id)
+
+    def _hashes(self, numbers: NDArray[np.int64]) -> list[bytes | None]:
+        is_delta = (self._spool.bases[numbers] != NO_BASE).tolist()
+        return [
+            None if delta else key
+            for key, delta in zip(hash_keys(self._spool.hashes[numbers]), is_delta, strict=True)
+        ]
+
+    def _note_places(self, numbers: NDArray[np.int64], page_id: int) -> None:
+        self.page_of[numbers] = page_id
+        self.slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
+
+    def _note_written(self, group: _Group) -> None:
+        if self._advance is not None:
+            self._advance(sum(int(self._spool.costs[numbers].sum()) for numbers in group))
