@@ -171,9 +171,16 @@ def test_tied_and_equal_tensors_are_stored_once(store: pydedup.Store) -> None:
 
 
 def test_equal_bytes_of_another_dtype_are_not_confused(store: pydedup.Store) -> None:
-    zeros = {"f": np.zeros((64, 64), np.float32), "i": np.zeros((64, 64), np.int32)}
-    store.add("zeros", zeros)
-    assert_same(store.load("zeros"), zeros)
+    """Their hash is the same, so several blocks are looked at before one fits, or none does."""
+    numbers = np.random.default_rng(0).integers(0, 1 << 30, (64, 128), np.int32)
+    whole = {dtype: numbers.view(dtype) for dtype in ("float32", "int32", "uint32")}
+    store.add("one", {"f": whole["float32"]}, policy=policies.Exact())
+    batch = {"i": {"i": whole["int32"]}, "all": whole, "again": dict(reversed(whole.items()))}
+    reports = store.add_many(batch, policy=policies.Exact())
+    assert [report.stored_bytes for report in reports] == [numbers.nbytes, numbers.nbytes, 0]
+    assert store.add("all", whole, policy=policies.Exact()).stored_bytes == 0
+    for name in batch:
+        assert_same(store.load(name), batch[name])
     assert store.verify().errors == []
 
 
