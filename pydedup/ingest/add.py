@@ -38,7 +38,8 @@ from pydedup.types import AddReport, Progress
 
 __all__ = ["add_models"]
 
-_SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
+# Of pages of new blocks, which models after them are compared with: for one worker, for several.
+_SPOOL_BYTES, _SHARED_SPOOL_BYTES = 4 * 1024 * 1024, 32 * 1024 * 1024
 _ATTEMPTS = 8
 
 
@@ -54,7 +55,7 @@ def add_models(
     """Add models with one joint layout, all of them or none.
 
     Memory: one tensor, the pool, and about 16 bytes and one index entry per block; with more than
-    one of ``workers`` about 100 MiB more, whatever is added (docs/architecture.md, "Workers").
+    one of ``workers`` up to 200 MiB more, whatever is added (docs/architecture.md, "Workers").
     Holds no lock while hashing or staging.
 
     Raises
@@ -95,7 +96,8 @@ def _attempt(
 
     Quotas are checked on the state of the store that `Stager.publish` then insists on.
     """
-    with Spool(_SPOOL_MEMORY_BYTES, workers=workers) as spool:
+    memory = _SHARED_SPOOL_BYTES if workers.are_several else _SPOOL_BYTES
+    with Spool(memory, workers=workers) as spool:
         matcher = Matcher(adapter, pool, spool)
         models = _match(adapter, matcher, requests, workers, progress)
         spool.freeze()

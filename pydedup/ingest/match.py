@@ -244,22 +244,18 @@ class Matcher:
         fresh: dict[bytes, list[int]] = {}
         attempt = 0
         while pending:
-            indices: list[int] = []
-            candidates: list[int] = []
-            for i in pending:
-                candidate = self._known.get(keys[i], attempt)
+            candidates = [self._known.get(keys[i], attempt) for i in pending]
+            indices, chosen = [], []
+            for i, candidate in zip(pending, candidates, strict=True):
                 if candidate is None:
                     fresh.setdefault(keys[i], []).append(i)
                 else:
                     indices.append(i)
-                    candidates.append(candidate)
-            same = self.reader.equal(
-                view, np.array(indices, np.int64), np.array(candidates, np.int64)
-            )
-            for i, reference, equal in zip(indices, candidates, same, strict=True):
-                if equal:
-                    references[i] = reference
-            pending = [i for i, equal in zip(indices, same, strict=True) if not equal]
+                    chosen.append(candidate)
+            at, found = np.array(indices, np.int64), np.array(chosen, np.int64)
+            same = self.reader.equal(view, at, found)
+            references[at[same]] = found[same]
+            pending = at[~same].tolist()
             attempt += 1
         return fresh
 

@@ -36,6 +36,8 @@ __all__ = ["NO_BASE", "Spool"]
 #: Instead of a reference to a base, for a block that is no delta.
 NO_BASE = int(np.iinfo(np.int64).min)
 
+# Bytes of pages in memory once all blocks are there: each is needed about once then.
+_FROZEN_BYTES = 4 * 1024 * 1024
 # Full pages that wait to be written, at most.
 _SEALING = 8
 # Added to the ids of pages that are elsewhere.
@@ -48,8 +50,8 @@ _Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray
 class Spool:
     """Append-only pages of new blocks. Not thread-safe, but for `images`; a context manager.
 
-    ``elsewhere`` are the pages of the store whose pages may be listed; ``workers`` build pages and
-    write them to the file.
+    ``memory_bytes`` are those of pages kept in memory until it is frozen, ``elsewhere`` the pages
+    of the store whose pages may be listed; ``workers`` build pages and write them to the file.
     """
 
     def __init__(
@@ -159,6 +161,8 @@ class Spool:
         if self._open.count:
             self._seal()
         self._finish(len(self._sealing))
+        self._pages.clear()
+        self._pages = PagePool(self._read_pages, _FROZEN_BYTES)
 
     @property
     def lists(self) -> bool:
