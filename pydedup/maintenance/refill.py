@@ -20,7 +20,12 @@ from pydedup import codec
 from pydedup.adapter import Adapter, PageRow
 from pydedup.adapter_options import RefillAdapter
 from pydedup.catalog import page_readers
-from pydedup.errors import CorruptStoreError, PydedupError, UnavailableError
+from pydedup.errors import (
+    CorruptStoreError,
+    PydedupError,
+    SchemaVersionError,
+    UnavailableError,
+)
 from pydedup.types import Progress
 
 __all__ = ["RefillReport", "refill_store"]
@@ -218,7 +223,7 @@ class _Refill:
 def _is_whole(payload: bytes, row: PageRow) -> bool:
     try:
         return codec.Page(payload).checksum == row.checksum
-    except PydedupError:
+    except (CorruptStoreError, SchemaVersionError):
         return False
 
 

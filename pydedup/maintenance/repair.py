@@ -22,7 +22,12 @@ import numpy as np
 
 from pydedup import codec
 from pydedup.adapter import Adapter
-from pydedup.errors import CorruptStoreError, PydedupError
+from pydedup.errors import (
+    CorruptStoreError,
+    PydedupError,
+    SchemaVersionError,
+    UnavailableError,
+)
 from pydedup.jobs import Job
 from pydedup.layout import PAGE_CAPACITY, block_places, split_places
 from pydedup.maintenance.blocks_from import (
@@ -297,7 +302,8 @@ class _Repair:
             return None
         try:
             encoded = read_block(page, 0, self._base(block), keep_delta=True)
-        except PydedupError:  # it does not decode, or its base is lost
+        except (CorruptStoreError, SchemaVersionError, UnavailableError):
+            # It does not decode, or its base is lost, or on a server that does not answer.
             return None
         return encoded if encoded.content.digest == block.digest else None
 

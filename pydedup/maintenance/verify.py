@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
 from pydedup.catalog import SourceHashes, StoredModel, page_copies, page_readers
-from pydedup.errors import CorruptStoreError, PydedupError, StoreError, UnavailableError
+from pydedup.errors import (
+    ArgumentError,
+    CorruptStoreError,
+    NotFoundError,
+    SchemaVersionError,
+    StoreError,
+    UnavailableError,
+)
 from pydedup.layout import base_places, by_page, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport, unreadable_pages
 from pydedup.policies import LOSSY
@@ -33,6 +40,9 @@ _PAGES_AT_ONCE = 8
 # Pages with bases, which come up again and again.
 _BASE_PAGE_BYTES = 64 * 1024 * 1024
 _NO_BASE = -1
+# What says that a page is damaged. Any other error (a kernel or memory that cannot be had) says
+# nothing about the store.
+_DAMAGE = (CorruptStoreError, SchemaVersionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +134,7 @@ def _verify_pages(
             except UnavailableError as exc:
                 damage.note_unreachable(page_id, str(exc))
                 continue
-            except PydedupError as exc:
+            except _DAMAGE as exc:
                 damage.note(page_id, f": {exc}")
                 continue
             if page.checksum != group[page_id].checksum:
@@ -180,7 +190,7 @@ def _payloads(
             try:
                 codec.Page(payload)
                 whole.append(payload)
-            except PydedupError as exc:
+            except _DAMAGE as exc:
                 damaged.append(payload)
                 said = str(exc)
         if whole and damaged:
@@ -301,7 +311,7 @@ def _verify_model(
         where = f"{model.address}, tensor {info.name!r}"
         try:
             block_map = model.block_map(info.name)
-        except PydedupError as exc:
+        except (*_DAMAGE, NotFoundError, ArgumentError) as exc:  # of its rows, all of them
             report.add_error(str(exc))
             continue
         source = hashes.of(ordinal)

@@ -247,6 +247,13 @@ def test_damage_is_found_and_said(url: str) -> None:
     fail("load", url, "m@1", status=4, run=run_process)
 
 
+def test_a_mistyped_kernel_is_no_damage(kept: str) -> None:
+    for options in ([], ["--json"]):
+        mistyped = {"PYDEDUP_KERNEL": "foo"}
+        said = fail("verify", kept, *options, status=2, run=run_process, env=mistyped)
+        assert "kernel 'foo' is unknown" in said
+
+
 # ---- 5 and 6: files, duplicates -----------------------------------------------------------------
 
 
