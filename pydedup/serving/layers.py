@@ -24,7 +24,7 @@ from pydedup.serving.attached import functions, recurrent, views  # noqa: F401  
 from pydedup.serving.attached.modules import attachment_of, enclose, release
 from pydedup.serving.attached.parameter import StoredParameter
 from pydedup.serving.attached.pieces import Pieces
-from pydedup.serving.attached.slots import Slot, find_slots
+from pydedup.serving.attached.slots import Slot, find_slots, named_modules
 from pydedup.serving.attached.weights import Attachment
 
 __all__ = ["attach", "detach"]
@@ -45,7 +45,7 @@ def attach(
     module
         In eval mode, on the CPU or the meta device. Left as it is when this fails.
     address
-        What is attached; an alias, or the newest version, is looked up for each call of the module.
+        What is attached; it is looked up for each call of the module.
     catalog, pool, epoch
         The store's.
     prefix
@@ -61,14 +61,14 @@ def attach(
     """
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"attach takes a torch.nn.Module, not a {type(module).__name__}")
-    for path, inner in module.named_modules():
+    for path, inner in named_modules(module):
         before = attachment_of(inner)
         if before is not None:
             raise ArgumentError(
                 f"{f'{path!r} in the module' if path else 'the module'} is attached to "
                 f"{before.address} already; detach it first"
             )
-    training = [path or "the module itself" for path, m in module.named_modules() if m.training]
+    training = [path or "the module itself" for path, m in named_modules(module) if m.training]
     if training:
         raise ArgumentError(
             f"attached modules only predict; this one is in training mode ({listed(training)}): "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from pydedup.errors import ArgumentError
 from pydedup.serving.attached.pieces import in_pieces
+from pydedup.serving.attached.slots import named_modules, tensors
 from pydedup.serving.attached.weights import Attachment
 
 __all__ = ["attachment_of", "enclose", "release"]
@@ -87,7 +88,7 @@ class _Attached(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Apply what ``to``, ``half``, ``cuda`` and the like do, where that changes nothing."""
-        for dtype in {tensor.dtype for tensor in _tensors(self, recurse)}:
+        for dtype in {tensor.dtype for *_, tensor in tensors(self, recurse=recurse)}:
             before = torch.zeros(1, dtype=dtype)
             after = fn(before)
             if after.device != before.device or after.dtype != dtype:
@@ -123,7 +124,7 @@ def enclose(module: nn.Module, attachment: Attachment) -> None:
     """
     owners = {path for slot in attachment.slots for path, _ in slot.places}
     try:
-        for path, inner in list(module.named_modules()):
+        for path, inner in list(named_modules(module)):
             if path in owners or inner._modules or inner is module:
                 inner.__class__ = _attached_class(type(inner))
                 inner.__dict__[_KEY] = attachment
@@ -134,7 +135,7 @@ def enclose(module: nn.Module, attachment: Attachment) -> None:
 
 def release(module: nn.Module) -> None:
     """Give all modules of a tree their classes back."""
-    for inner in list(module.modules()):
+    for _, inner in list(named_modules(module)):
         if isinstance(inner, _Attached):
             inner.__dict__.pop(_KEY, None)
             inner.__class__ = type(inner).__bases__[1]
@@ -184,8 +185,3 @@ def _check_surroundings(label: str) -> None:
             f"{label} cannot be traced, compiled or exported: streamed weights would become "
             "constants of the program; detach it first"
         )
-
-
-def _tensors(module: nn.Module, recurse: bool) -> Iterator[torch.Tensor]:
-    yield from module.parameters(recurse)
-    yield from module.buffers(recurse)

@@ -17,7 +17,7 @@ from torch import nn
 from pydedup.catalog import listed
 from pydedup.errors import ArgumentError
 
-__all__ = ["Slot", "find_slots"]
+__all__ = ["Slot", "find_slots", "named_modules", "tensors"]
 
 #: Kinds of tensors that are known to be nothing but their elements.
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -65,7 +65,7 @@ def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[S
     names = _state_names(module)
     slots: dict[int, Slot] = {}
     empty = []
-    for path, attribute, tensor in _tensors(module):
+    for path, attribute, tensor in tensors(module):
         full = f"{path}.{attribute}" if path else attribute
         own = tuple(names.get(id(tensor), ()))
         optional = not own or attribute == "num_batches_tracked"
@@ -98,10 +98,27 @@ def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[S
     return list(slots.values())
 
 
+def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules of a tree with their paths, each once, in the order of torch.
+
+    Torch's own tells them apart by their hash and ``__eq__``, which a class may have changed.
+    """
+    seen: set[int] = set()
+    left: list[tuple[str, nn.Module | None]] = [("", module)]
+    while left:
+        path, one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield path, one
+        before = f"{path}." if path else ""
+        left += [(before + name, part) for name, part in reversed(one._modules.items())]
+
+
 def _state_names(module: nn.Module) -> dict[int, list[str]]:
     """Return the names in the state dict by the identity of the tensor."""
     names: dict[int, list[str]] = {}
-    present = {id(tensor) for _, _, tensor in _tensors(module)}
+    present = {id(tensor) for _, _, tensor in tensors(module)}
     for name, value in module.state_dict(keep_vars=True).items():
         if name.rpartition(".")[2] == "_extra_state":
             continue
@@ -115,11 +132,11 @@ def _state_names(module: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+def tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield (path of the module, attribute, tensor) of all parameters and buffers."""
-    for path, owner in module.named_modules():
-        for tensors in (owner._parameters, owner._buffers):
-            for attribute, tensor in tensors.items():
+    for path, owner in named_modules(module) if recurse else [("", module)]:
+        for own in (owner._parameters, owner._buffers):
+            for attribute, tensor in own.items():
                 if tensor is not None:
                     yield path, attribute, tensor
 
