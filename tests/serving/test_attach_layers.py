@@ -290,6 +290,61 @@ def test_a_module_of_ones_own(check: Check) -> None:
     assert check(Custom(), torch.randn(2, 6, 50) / 50, rtol=1e-3) == {"positions", "matrix"}
 
 
+class Calls(nn.Module):
+    """A function of the input and a matrix."""
+
+    def __init__(self, call: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(70, 50))
+        self.call = call
+
+    def forward(self, x: Any) -> Any:
+        return self.call(x, self.matrix)
+
+
+linear = nn.functional.linear
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: torch.mm(x, mat2=w.t()),
+        lambda x, w: x.matmul(other=w.t()),
+        lambda x, w: x @ torch.t(input=w),
+        lambda x, w: x @ torch.transpose(input=w, dim0=-1, dim1=0),
+        lambda x, w: linear(x, torch.chunk(input=w, chunks=2)[1]),
+        lambda x, w: linear(x, w.contiguous(memory_format=torch.contiguous_format)),
+        lambda x, w: linear(x.type_as(other=w), w),
+        lambda x, w: linear(x, w, torch.ones(1)),
+        lambda x, w: linear(x[0], w, torch.ones(())),
+        lambda x, w: linear(x, w[3:9], torch.ones(1)),
+    ],
+)
+def test_arguments_as_torch_takes_them(check: Check, call: Callable[[Any, Any], Any]) -> None:
+    assert check(Calls(call), torch.randn(4, 50)) == set()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: torch.mm(x, w.t(), out=x.new_empty(4, 70)),
+        lambda x, w: torch.matmul(x, w.t(), out=x.new_empty(4, 70)),
+        lambda x, w: torch.addmm(x.new_ones(70), x, w.t(), out=x.new_empty(4, 70)),
+        lambda x, w: linear(x, w, torch.ones(4, 70)),
+    ],
+)
+def test_arguments_that_no_kernel_takes(check: Check, call: Callable[[Any, Any], Any]) -> None:
+    assert check(Calls(call), torch.randn(4, 50)) == {"matrix"}
+
+
+@pytest.mark.parametrize("axes", [(0, 3), (-3, 0), (1, 2)])
+def test_axes_that_a_matrix_has_not(store: pydedup.Store, axes: tuple[int, int]) -> None:
+    module = Calls(lambda x, w: w.transpose(*axes)).eval()
+    store.add("m", module.state_dict())
+    with torch.no_grad(), pytest.raises(IndexError, match="out of range"):
+        store.attach(module, "m")(torch.randn(4, 50))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(check: Check, dtype: Any) -> None:
     rtol = 1e-9 if dtype == torch.float64 else 2e-2

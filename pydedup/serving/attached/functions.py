@@ -103,13 +103,18 @@ def _product(
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
+    offset = _bias(bias)
+    if offset is not None and offset.ndim > 1:
+        return NotImplemented
     given = _array(x, weight)
     transpose = weight.transposed is not transpose
     if weight.rows is None:
         outer, inner = stored.shape[::-1] if transpose else stored.shape
         # Kernels keep a copy of x beside the result.
         needed(given.nbytes + given.nbytes // max(inner, 1) * outer)
-        y = stored.matmul(given, bias=_bias(bias), transpose=transpose)
+        if offset is not None and offset.size == 1:  # torch adds it to every column
+            offset = offset.repeat(outer)
+        y = stored.matmul(given, bias=offset, transpose=transpose)
         return _result(y, x.dtype)
     if transpose:
         return NotImplemented
@@ -117,12 +122,12 @@ def _product(
     count = weight.rows[1] - weight.rows[0]
     needed(given.nbytes + given.nbytes // max(part.shape[1], 1) * part.shape[0])
     y = np.ascontiguousarray(part.matmul(given)[..., before : before + count])
-    if bias is not None:
-        y += _bias(bias)
+    if offset is not None:
+        y += offset
     return _result(y, x.dtype)
 
 
-@handles(torch.matmul, torch.mm, _Tensor.matmul, _Tensor.mm, _Tensor.__matmul__)
+@handles(torch.matmul, _Tensor.matmul, _Tensor.__matmul__)
 def _matmul(input: torch.Tensor, other: torch.Tensor) -> Any:
     if type(input) is StoredParameter:  # W @ x = (x.T @ W.T).T
         if other.ndim not in (1, 2):
@@ -130,6 +135,11 @@ def _matmul(input: torch.Tensor, other: torch.Tensor) -> Any:
         y = _product(other.t(), input, None, transpose=False)
         return y if y is NotImplemented else y.t()
     return _product(input, other, None, transpose=True)
+
+
+@handles(torch.mm, _Tensor.mm)
+def _mm(input: torch.Tensor, mat2: torch.Tensor) -> Any:
+    return _matmul(input, mat2)
 
 
 @handles(_Tensor.__rmatmul__)

@@ -10,6 +10,7 @@ What reaches torch's dispatcher unseen by the first does so through ``__torch_di
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
@@ -126,7 +127,12 @@ class StoredParameter(torch.Tensor):
         """Call a function of torch with stored tensors among its arguments."""
         handler = _HANDLERS.get(func)
         if handler is not None:
-            result = handler(*args, **kwargs) if kwargs else handler(*args)
+            try:
+                result = handler(*args, **kwargs) if kwargs else handler(*args)
+            except TypeError:
+                if _takes(handler, args, kwargs or {}):
+                    raise
+                result = NotImplemented  # `out=`, or a name that another form of it has
             if result is not NotImplemented:
                 return result
         name = func.__name__
@@ -155,6 +161,14 @@ def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         return handler
 
     return register
+
+
+def _takes(handler: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(handler).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _with_loaded(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -25,17 +25,17 @@ _Tensor = torch.Tensor
 
 
 @handles(_Tensor.t, torch.t, _Tensor.T.__get__, _Tensor.mT.__get__)  # type: ignore[attr-defined]
-def _t(self: StoredParameter) -> Any:
-    if self.ndim != 2:
+def _t(input: StoredParameter) -> Any:
+    if input.ndim != 2:
         return NotImplemented
-    return self.view_of(rows=self.rows, transposed=not self.transposed)
+    return input.view_of(rows=input.rows, transposed=not input.transposed)
 
 
 @handles(_Tensor.transpose, torch.transpose)
-def _transpose(self: StoredParameter, dim0: int, dim1: int) -> Any:
-    if self.ndim != 2 or {dim0 % 2, dim1 % 2} != {0, 1}:
+def _transpose(input: StoredParameter, dim0: int, dim1: int) -> Any:
+    if input.ndim != 2 or not {dim0, dim1} <= {-2, -1, 0, 1} or dim0 % 2 == dim1 % 2:
         return NotImplemented
-    return _t(self)
+    return _t(input)
 
 
 @handles(_Tensor.split, torch.split)
@@ -54,10 +54,10 @@ def _split(self: StoredParameter, split_size: Any, dim: int = 0) -> Any:
 
 
 @handles(_Tensor.chunk, torch.chunk)
-def _chunk(self: StoredParameter, chunks: int, dim: int = 0) -> Any:
-    if self.ndim == 0 or chunks < 1:
+def _chunk(input: StoredParameter, chunks: int, dim: int = 0) -> Any:
+    if input.ndim == 0 or chunks < 1:
         return NotImplemented
-    return _split(self, max(1, -(-self.shape[0] // chunks)), dim)
+    return _split(input, max(1, -(-input.shape[0] // chunks)), dim)
 
 
 @handles(_Tensor.__getitem__)
@@ -94,7 +94,9 @@ def _converts(method: Callable[..., Any]) -> None:
 
     @handles(method)
     def convert(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        like = [_empty_like(arg) for arg in args]  # of `x.to(weight)`, only the kind matters
+        # Of `x.to(weight)`, only the kind matters.
+        like = [_empty_like(arg) for arg in args]
+        kwargs = {name: _empty_like(value) for name, value in kwargs.items()}
         if type(self) is not StoredParameter:
             return method(self, *like, **kwargs)
         empty = _empty_like(self)
@@ -118,8 +120,12 @@ for _method in (
 
 
 @handles(_Tensor.contiguous)
-def _contiguous(self: StoredParameter) -> Any:
-    return NotImplemented if self.transposed else self
+def _contiguous(
+    self: StoredParameter, *, memory_format: torch.memory_format = torch.contiguous_format
+) -> Any:
+    if self.transposed or memory_format is not torch.contiguous_format:
+        return NotImplemented
+    return self
 
 
 @handles(_Tensor.requires_grad_)
