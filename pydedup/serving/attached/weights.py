@@ -24,7 +24,6 @@ from pydedup.catalog import Catalog, StoredModel, listed
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.formats.torch import to_torch
 from pydedup.matmul import compute_dtype
-from pydedup.names import parse_address
 from pydedup.pool import PagePool, Reservation
 from pydedup.serving.attached.activations import Activations, not_measured
 from pydedup.serving.attached.pieces import Pieces
@@ -213,7 +212,7 @@ class Attachment:
     address
         Of the model.
     catalog, pool, epoch
-        The store's; the epoch grows with every change of an alias and with every new version.
+        The store's; the epoch grows with every change of aliases and versions.
     find
         Returns what is replaced in the module.
     prefix
@@ -243,8 +242,6 @@ class Attachment:
         self._epoch = epoch
         now = epoch()
         row = catalog.resolve(address)
-        # A version never changes; an alias and the newest version do.
-        self._is_fixed = parse_address(address).selector == row.version
         model = catalog.of_row(row)
         #: What is replaced in the module.
         self.slots = find(model)
@@ -290,9 +287,8 @@ class Attachment:
 
     def resolve(self) -> Weights:
         """Return the version that the address means now."""
+        # Also a fixed version may be removed, and another model added by its name.
         epoch, weights = self._current
-        if self._is_fixed:
-            return weights
         now = self._epoch()
         if now != epoch:
             row = self.catalog.resolve(self.address)
