@@ -39,7 +39,8 @@ class ValueUsage:
         Stored blocks that they use, and models of other values too.
     marginal_bytes
         Stored blocks that nobody else uses: what removing these models would free. Pages that hold
-        nothing else are freed at once, blocks on pages of others when `vacuum` packs anew.
+        nothing else are freed at once, blocks on pages of others when `vacuum` packs these anew:
+        those of which nobody uses a quarter, at least.
     """
 
     value: str | None

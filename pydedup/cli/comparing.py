@@ -54,7 +54,11 @@ _DIFF_COLUMNS = (
 @options.json_option
 @options.quiet_option
 def explain(url: str, name: str, memory: str, as_json: bool, quiet: bool) -> None:
-    """Say which tensors and blocks of a model are shared with whom, and what removing it frees."""
+    """Say which tensors and blocks of a model are shared with whom, and what removing it frees.
+
+    That is blocks that nobody else uses, and is given back by `pydedup vacuum`, but for less than a
+    quarter of a page that others use.
+    """
     with options.read_store(url, memory) as store, Watch("looking at pages", quiet=quiet):
         explanation = store.explain(name)
     if as_json:

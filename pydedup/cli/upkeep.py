@@ -251,7 +251,7 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
     """Free what nobody uses, and repack pages where models read more of them than they must.
 
     Only pages are written anew that others make fewer, or that models then read fewer of, by a
-    tenth of their number at least.
+    tenth of their number at least, and those of which nobody uses a quarter.
     What abandoned adds left behind goes as well. Reading goes on meanwhile. With --dry-run the
     figures are what vacuum would do now: exact, but for the size of the store.
     """
@@ -275,7 +275,9 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
         [
             (
                 "freed",
-                f"{text.plural(report.freed_pages, 'page')}, {text.size(report.freed_bytes)}",
+                # Less what took their place; with --grace, that comes before they go.
+                f"{text.plural(max(report.freed_pages - report.repacked_pages, 0), 'page')}, "
+                f"{text.size(max(report.freed_bytes - report.repacked_bytes, 0))}",
             ),
             ("repacked", _repacked(report)),
             (

@@ -2,10 +2,11 @@
 """A new layout for live blocks, published in one transaction.
 
 Pages that are full of what their owners all read stay where they are, and others, too, unless what
-is saved is worth writing them. Blocks are copied as they are encoded; of pages that are written
-anew, blocks that no model uses any more are left behind. A base is in use as long as a delta on it
-is, and deltas follow it to its new place. Old pages are retired and not deleted: readers under way
-still find them. `plan_repack` says what it would be, to the byte, and changes nothing.
+is saved is worth writing them: pages stored, pages read, and bytes that nobody uses. Blocks are
+copied as they are encoded; of pages that are written anew, blocks that no model uses any more are
+left behind. A base is in use as long as a delta on it is, and deltas follow it to its new place.
+Old pages are retired and not deleted: readers under way still find them. `plan_repack` says what it
+would be, to the byte, and changes nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
 from pydedup.types import Progress
 
-__all__ = ["RepackPlan", "Repacked", "plan_repack", "repack"]
+__all__ = ["UNUSED_PART", "RepackPlan", "Repacked", "plan_repack", "repack"]
 
 _PAGES_PER_TRANSACTION = 16
 _ROWS_PER_TRANSACTION = 20_000
@@ -49,8 +50,11 @@ _NO_BASE = -1
 #: A page is left alone when so much of it is in use, and nothing else on it, and each of its owners
 #: reads as much.
 _GOOD_PART = 0.9
-#: A new page is written for so many that are no longer stored, or no longer read, at least.
+#: A new page is written for so many that are no longer stored, or no longer read, at least; what
+#: nobody uses counts as a part of its page.
 _LEAST_GAIN = 0.1
+#: A page is written anew for itself when nobody uses so much of it.
+UNUSED_PART = 0.25
 
 
 @dataclass(slots=True)
@@ -58,8 +62,8 @@ class _Places:
     """All blocks that live models use, those that are only bases of others included.
 
     They are numbered 0 to n - 1 by ascending place (`block_places`); ``bases`` holds the number of
-    each one's base, -1 for blocks that are no deltas. ``littered`` are the ids of pages that hold
-    others beside them, which nobody uses any more.
+    each one's base, -1 for blocks that are no deltas. ``pages`` are the ids of the pages they are
+    on, in ascending order, and ``unused`` which part of each is blocks that nobody uses any more.
     """
 
     places: NDArray[np.int64]
@@ -67,7 +71,8 @@ class _Places:
     encodings: NDArray[np.uint8]
     hashes: list[bytes]
     bases: NDArray[np.int64]
-    littered: NDArray[np.int64]
+    pages: NDArray[np.int64]
+    unused: NDArray[np.float64]
     owners: list[NDArray[np.int64]]
 
     def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
@@ -111,10 +116,11 @@ class RepackPlan:
 
 
 class Repacked(NamedTuple):
-    """How many pages were given up, and how many new ones there are for them."""
+    """How many pages were given up, how many new ones there are for them, and their bytes."""
 
-    old_pages: int
-    new_pages: int
+    old_pages: int = 0
+    new_pages: int = 0
+    new_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +145,12 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
         return None
     pages_now = live_pages + sum(len(np.unique(places.at(o)[0])) for o in places.owners)
     best, plan = 0.0, None
-    good, none = _good_pages(places), np.empty(0, np.int64)
-    for kept in (good, none) if len(good) else (none,):
+    choices = [_good_pages(places), _staying(places, places.unused < UNUSED_PART)]
+    for kept in (*(kept for kept in choices if len(kept)), np.empty(0, np.int64)):
         layout = _layout_beside(places, kept)
         saved = pages_now - layout.stored_pages - int(layout.page_reads.sum())
-        gain = saved - _LEAST_GAIN * len(layout.pages)
+        unused = float(places.unused[~np.isin(places.pages, kept)].sum())
+        gain = saved + unused - _LEAST_GAIN * len(layout.pages)
         if gain > best and layout.stored_pages <= live_pages:
             best, plan = gain, RepackPlan(epoch, models, places, layout, kept)
     return plan
@@ -159,7 +166,7 @@ def repack(
     """
     plan = plan_repack(adapter, pool, live_pages=len(adapter.page_rows(state=LIVE)))
     if plan is None:
-        return Repacked(0, 0)
+        return Repacked()
     places, layout = plan.places, plan.layout
     page_of, slot_of = split_places(places.places)
     moved = ~np.isin(page_of, plan.kept)
@@ -182,7 +189,7 @@ def repack(
         job.discard(new_ids)
         if adapter.epoch() == plan.epoch:
             raise
-        return Repacked(0, 0)
+        return Repacked()
     except BaseException:
         # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
         with contextlib.suppress(PydedupError):
@@ -191,9 +198,9 @@ def repack(
         raise
     if old_pages is None:
         job.discard(new_ids)
-        return Repacked(0, 0)
+        return Repacked()
     catalog.refresh()
-    return Repacked(old_pages, len(new_ids))
+    return Repacked(old_pages, len(new_ids), plan.page_bytes)
 
 
 def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> _Places:
@@ -215,27 +222,42 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
     bases[is_delta] = np.searchsorted(used, bases[is_delta])
     owners = [np.searchsorted(used, key) for key in keys]
     hashes = [row.hash128 for row in rows]
-    places_there = block_places(*np.array(list(recorded), np.int64).reshape(-1, 2).T)
-    littered = np.unique(split_places(np.setdiff1d(places_there, used))[0])
-    return _Places(used, *block_forms(pool, used), hashes, bases, littered, owners)
+    there = np.sort(block_places(*np.array(list(recorded), np.int64).reshape(-1, 2).T))
+    lengths, encodings = block_forms(pool, there)
+    in_use = np.isin(there, used)
+    pages, at = np.unique(split_places(there)[0], return_inverse=True)
+    litter = np.where(in_use, 0, codec.page_cost(lengths))
+    unused = np.bincount(at, litter) / np.bincount(at, codec.page_cost(lengths))
+    sizes = lengths[in_use], encodings[in_use]
+    return _Places(used, *sizes, hashes, bases, pages, unused, owners)
 
 
 def _good_pages(places: _Places) -> NDArray[np.int64]:
     """Return the ids of pages that no layout would make much better."""
-    page_of, _ = places.at(np.arange(len(places.places)))
-    pages, index = np.unique(page_of, return_inverse=True)
-    costs = codec.page_cost(places.lengths)
-    in_use = np.bincount(index, costs, len(pages))
-    good = (in_use >= _GOOD_PART * PAGE_CAPACITY) & ~np.isin(pages, places.littered)
+    index, costs = _page_numbers(places), codec.page_cost(places.lengths)
+    in_use = np.bincount(index, costs)
+    good = (in_use >= _GOOD_PART * PAGE_CAPACITY) & (places.unused == 0)
     for owned in places.owners:
-        read = np.bincount(index[owned], costs[owned], len(pages))
+        read = np.bincount(index[owned], costs[owned], len(in_use))
         good &= (read == 0) | (read >= _GOOD_PART * in_use)
+    return _staying(places, good)
+
+
+def _staying(places: _Places, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the ids of those of these pages that can stay when all others go."""
+    index, stays = _page_numbers(places), wanted.copy()
     # What is written of a delta names its base's place: it moves when that does.
     deltas = np.flatnonzero(places.bases != _NO_BASE)
     bases = places.bases[deltas]
-    while (alone := good[index[deltas]] & ~good[index[bases]]).any():
-        good[index[deltas[alone]]] = False
-    return pages[good]
+    while (alone := stays[index[deltas]] & ~stays[index[bases]]).any():
+        stays[index[deltas[alone]]] = False
+    return places.pages[stays]
+
+
+def _page_numbers(places: _Places) -> NDArray[np.int64]:
+    """Return for each block which of ``places.pages`` it is on."""
+    page_of, _ = places.at(np.arange(len(places.places)))
+    return np.searchsorted(places.pages, page_of)
 
 
 def _layout_beside(places: _Places, kept: NDArray[np.int64]) -> Layout:

@@ -14,12 +14,13 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
 from pydedup.catalog import Catalog
 from pydedup.errors import UnavailableError
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
-from pydedup.maintenance.repack import Repacked, RepackPlan, plan_repack, repack
+from pydedup.maintenance.repack import UNUSED_PART, Repacked, RepackPlan, plan_repack, repack
 from pydedup.pool import PagePool
 from pydedup.signatures import drop_dead_segments
 from pydedup.types import Progress
@@ -54,10 +55,11 @@ class VacuumReport:
 
     ``pages_*`` and ``page_bytes_*`` count live pages, ``freed_*`` also what dead adds and earlier
     vacuums left. ``rewritten_pages`` are those whose blocks go to the ``repacked_pages``, which are
-    new; all others stay as they are. After a dry run ``stored_bytes_after`` is an estimate: what
-    the database needs beside pages is not foreseen. Where ``stored_bytes_exact`` is false, both
-    ``stored_bytes_*`` are the least that the store may occupy. ``not_repacked`` says why pages
-    stayed where they are, when a part of the database that a new layout needs was away.
+    new and have ``repacked_bytes``; all others stay as they are. After a dry run
+    ``stored_bytes_after`` is an estimate: what the database needs beside pages is not foreseen.
+    Where ``stored_bytes_exact`` is false, both ``stored_bytes_*`` are the least that the store may
+    occupy. ``not_repacked`` says why pages stayed where they are, when a part of the database that
+    a new layout needs was away.
     """
 
     abandoned_adds: int
@@ -66,6 +68,7 @@ class VacuumReport:
     waiting_pages: int
     rewritten_pages: int
     repacked_pages: int
+    repacked_bytes: int
     pages_before: int
     pages_after: int
     page_bytes_before: int
@@ -123,7 +126,7 @@ def vacuum_store(
     reads_before = read_amplification(adapter)
     live_before = adapter.page_rows(state=LIVE)
     abandoned = _collect_and_retire(adapter, lease_seconds)
-    repacked, not_repacked = Repacked(0, 0), None
+    repacked, not_repacked = Repacked(), None
     if _wants_repack(adapter, adapter.page_rows(state=LIVE)):
         try:
             repacked = repack(adapter, catalog, pool, progress=progress)
@@ -142,6 +145,7 @@ def vacuum_store(
         waiting_pages=waiting,
         rewritten_pages=repacked.old_pages,
         repacked_pages=repacked.new_pages,
+        repacked_bytes=repacked.new_bytes,
         pages_before=len(live_before),
         pages_after=len(live_after),
         page_bytes_before=_bytes_of(live_before),
@@ -201,6 +205,7 @@ def plan_vacuum(
             waiting_pages=len(retired) + len(newly) - len(freed),
             rewritten_pages=len(live) - len(kept),
             repacked_pages=new_pages,
+            repacked_bytes=new_bytes,
             pages_before=len(live_before),
             pages_after=len(kept) + new_pages,
             page_bytes_before=_bytes_of(live_before),
@@ -295,13 +300,20 @@ def _wants_repack(adapter: Adapter, live: Sequence[PageRow], gone: Collection[in
     if worst_amplification(read_amplification(adapter)) > TARGET_AMPLIFICATION:
         return True
     largest: dict[int, int] = {}
+    together: dict[int, int] = {}
     for model_id, page_id, _, block_bytes in adapter.model_pages():
         if model_id not in gone:
             largest[page_id] = max(largest.get(page_id, 0), block_bytes)
+            together[page_id] = together.get(page_id, 0) + block_bytes
     stored = _bytes_of(live)
     if len(live) > TARGET_AMPLIFICATION * max(least_pages(stored), 1):
         return True
-    # What one model uses of a page is a lower bound of what all use: cheap, and repack decides.
+    # What all models use of a page is at most the sum, and at least what one of them uses: cheap
+    # to know, and repack decides.
+    for row in live:
+        blocks = row.payload_bytes - codec.PAGE_OVERHEAD_BYTES
+        if together.get(row.id, 0) < (1 - UNUSED_PART) * blocks:
+            return True
     return stored > TARGET_AMPLIFICATION * (sum(largest.values()) + len(live))
 
 

@@ -60,7 +60,8 @@ class Explanation:
     """Where a model's bytes are and what removing it would free.
 
     ``removal_frees_bytes`` counts blocks that no other live model uses; those that lie on pages
-    of others are given back by ``vacuum``.
+    of others are given back when ``vacuum`` packs these anew: those of which nobody uses a quarter,
+    at least.
     """
 
     model: str

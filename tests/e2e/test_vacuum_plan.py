@@ -93,6 +93,32 @@ def test_one_page_less_is_not_worth_all_of_them(store: pydedup.Store) -> None:
     assert plan_repack(store._adapter, store._pool, live_pages=pages) is None
 
 
+def test_what_a_removed_model_leaves_on_a_page_of_others_is_freed(
+    store: pydedup.Store, url: str
+) -> None:
+    """The number of pages stays, so that vacuum left half of one unused."""
+    rng = np.random.default_rng(0)
+    store.add("large", {"w": rng.random((4000, 512), np.float32)}, policy=policies.Exact())
+    full = live_pages(store)
+    models = {name: {"w": rng.random((320, 320), np.float32)} for name in "ab"}
+    store.add_many(models, policy=policies.Exact())
+    assert len(live_pages(store) - full) == 1
+    promised = store.explain("b").removal_frees_bytes
+    stored = store.stats().page_bytes
+    store.remove("b")
+    dry = store.vacuum(dry_run=True)
+    said = run("vacuum", url)
+    assert stored - store.stats().page_bytes == pytest.approx(promised, rel=0.01)
+    assert (dry.rewritten_pages, dry.repacked_pages) == (1, 1)
+    assert dry.page_bytes_after == store.stats().page_bytes
+    assert full < live_pages(store)
+    # One page went and one came: what is freed is the difference.
+    assert "0 pages, 400.8 KiB" in said
+    np.testing.assert_array_equal(store.load("a")["w"], models["a"]["w"])
+    assert store.verify().ok
+    assert store.vacuum(dry_run=True).repacked_pages == 0
+
+
 def test_pages_published_before_the_plan_count(
     store: pydedup.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
