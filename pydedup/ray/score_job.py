@@ -129,7 +129,7 @@ class Job:
 
     def take_back(self) -> None:
         """Forget what was noted of a work that could not begin, unless another run began it."""
-        if self.notes is not None and not self.resumed:
+        if self.notes is not None and not (self.resumed and self.folder is not None):
             with contextlib.suppress(PydedupError, OSError):
                 self.notes.forget()
 

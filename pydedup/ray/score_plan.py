@@ -219,8 +219,8 @@ class TableNotes:
         self._pin.noted(change)
 
     def forget(self) -> None:
-        """Take back all that was noted."""
-        self._pin.end()
+        """Take back all that was noted, unless other runs go by it."""
+        self._pin.take_back()
 
 
 class FolderNotes:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydedup.adapter import Adapter
@@ -23,6 +25,8 @@ class Pin:
 
     An address that names a version needs nothing of that. For others there is a row of ``jobs``
     from the beginning to the end of the work; the same work is the same query, table and address.
+    In it are the runs that may have written something, so that the last of those that wrote nothing
+    takes it back. Who is killed stays in it.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class Pin:
         self._table = table
         work = json.dumps([url, table, " ".join(query.split()), address])
         self._id = f"score:{hashlib.sha256(work.encode()).hexdigest()[:32]}"
+        self._run = uuid.uuid4().hex
         self._pinned = False
         self.resumed = False
 
@@ -52,21 +57,25 @@ class Pin:
                 f"{self._adapter.url} is open for reading only, so that this cannot be noted "
                 f"there; name the version: {row.name}@{row.version}"
             )
-        with self._adapter.transaction():
+        with self._alone():
             spec = self._spec()
             if spec is None or (exact and spec["model"] != row.id):
                 spec = {"kind": "score", "model": row.id, "address": f"{row.name}@{row.version}"}
-                self._put(spec | {"table": self._table})
+                spec |= {"table": self._table, "runs": []}
             else:
                 self.resumed = True
+            live = next(
+                (m for m in self._adapter.models(name=row.name) if m.id == spec["model"]), None
+            )
+            if live is None:
+                raise NotFoundError(
+                    f"the work began with {spec['address']}, which was removed; to go on with "
+                    f"another version, name it: {row.name}@{row.version}"
+                )
+            # What an older pydedup noted names no runs, and some may have written.
+            self._put(spec | {"runs": [*spec.get("runs", [""]), self._run]})
         self._pinned = True
-        for live in self._adapter.models(name=row.name):
-            if live.id == spec["model"]:
-                return self._catalog.of_row(live)
-        raise NotFoundError(
-            f"the work began with {spec['address']}, which was removed; to go on with another "
-            f"version, name it: {row.name}@{row.version}"
-        )
+        return self._catalog.of_row(live)
 
     def noted(self, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Change what is noted beside the version, in one transaction, and return it.
@@ -77,13 +86,27 @@ class Pin:
             spec: dict[str, Any] = {}
             change(spec)
             return spec
-        with self._adapter.transaction():
-            found = self._spec()
+        with self._alone():
+            found = self._own()
             spec = found or {}
             change(spec)
             if found is not None:
                 self._put(spec)
         return spec
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Transaction in which no other run of the work reads or changes what is noted."""
+        lock = f"{self._id}:lock"
+        with self._adapter.transaction():
+            self._adapter.put_job(lock, "{}", repr(time.time()), SCORING)  # others wait for its row
+            yield
+            self._adapter.delete_job(lock)
+
+    def _own(self) -> dict[str, Any] | None:
+        """Return what is noted, unless another run ended the work, and others began it again."""
+        spec = self._spec()
+        return spec if spec is not None and self._run in spec.get("runs", ()) else None
 
     def _spec(self) -> dict[str, Any] | None:
         found = next((job[1] for job in self._adapter.jobs() if job[0] == self._id), None)
@@ -95,5 +118,19 @@ class Pin:
     def end(self) -> None:
         """Forget the version: the work is done."""
         if self._pinned:
-            with self._adapter.transaction():
-                self._adapter.delete_job(self._id)
+            with self._alone():
+                if self._own() is not None:
+                    self._adapter.delete_job(self._id)
+
+    def take_back(self) -> None:
+        """Forget the version of a run that wrote nothing, unless it is that of other runs too."""
+        if not self._pinned:
+            return
+        with self._alone():
+            spec = self._own()
+            if spec is not None:
+                spec["runs"].remove(self._run)
+                if spec["runs"]:
+                    self._put(spec)
+                else:
+                    self._adapter.delete_job(self._id)

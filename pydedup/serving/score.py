@@ -10,6 +10,7 @@ ended, a row of ``jobs`` in the store says so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,13 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter, RowColumn
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import ArgumentError, ConflictError, NotFoundError, PydedupError
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    NotFoundError,
+    PydedupError,
+    UnavailableError,
+)
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.serving.features import (
@@ -111,15 +118,23 @@ def score_rows(
     table = rows.full_table_name(into)
     pin = Pin(adapter, catalog, rows.url, table, query, model)
     stored = pin.take()
-    kind = kind_of(stored, adapter)
-    with rows.read_rows(query, batch) as stream:
-        work = Scoring(rows, table, stream.columns, key, stored, catalog, kind, predict, on_error)
-        work.begin()
-        for found in stream:
-            work.score(found)
-            if progress is not None:
-                progress("scoring", work.seen, 0)
-        work.end()
+    work: Scoring | None = None
+    try:
+        kind = kind_of(stored, adapter)
+        with rows.read_rows(query, batch) as stream:
+            columns = stream.columns
+            work = Scoring(rows, table, columns, key, stored, catalog, kind, predict, on_error)
+            work.begin()
+            for found in stream:
+                work.score(found)
+                if progress is not None:
+                    progress("scoring", work.seen, 0)
+            work.end()
+    except BaseException:
+        if work is None or not work.may_have_written:
+            with contextlib.suppress(PydedupError):
+                pin.take_back()
+        raise
     pin.end()
     return work.report(resumed=pin.resumed)
 
@@ -168,6 +183,7 @@ class Scoring:
         self._started = time.monotonic()
         self._failures: list[RowFailure] = []
         self.seen = self._written = self._skipped = self._failed = 0
+        self.may_have_written = False
 
     def _predict(self, x: Array) -> Any:
         """Predict with the version of the work, and with none that took its name meanwhile."""
@@ -343,7 +359,16 @@ class Scoring:
             columns.append(_MODEL_COLUMN)
             tail.append(self._model.address)
         lines = [(key, *line, *tail) for key, line in made.items()]
-        return self._rows.insert_predictions(self._table, columns, lines)
+        wrote, self.may_have_written = self.may_have_written, True
+        try:
+            done = self._rows.insert_predictions(self._table, columns, lines)
+        except UnavailableError:  # it may hide a commit, as an interrupt may
+            raise
+        except PydedupError:
+            self.may_have_written = wrote
+            raise
+        self.may_have_written = wrote or done
+        return done
 
     def _values(self, result: Any) -> _Line:
         if isinstance(result, Mapping):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError, NotFoundError
+from pydedup.errors import ArgumentError, NotFoundError, UnavailableError
 from pydedup.jobs import SCORING
 
 from .conftest import Tables, add, assert_right, features, predictions, query_of
@@ -86,16 +86,133 @@ def test_the_version_of_work_that_was_removed_is_told(
 ) -> None:
     add(tables.url, "m@1", seed=1)
     table, into = source(features(3)), new_name()
+    ordered = query_of(table, "ORDER BY id")
     tables.run(f"UPDATE {table} SET f0 = NULL WHERE id = 2")
     with pydedup.open(tables.url) as store, pytest.raises(ArgumentError):
-        store.score(query_of(table), "m", into=into)
+        store.score(ordered, "m", into=into, batch=1)
     add(tables.url, "m@2", seed=2)
     with pydedup.open(tables.url) as store:
         store.remove("m@1")
-        with pytest.raises(NotFoundError, match=r"began with m@1, which was removed.*: m@2"):
-            store.score(query_of(table), "m", into=into)
+        for _ in range(2):
+            with pytest.raises(NotFoundError, match=r"began with m@1, which was removed.*: m@2"):
+                store.score(ordered, "m", into=into)
         tables.run(f"UPDATE {table} SET f0 = 0 WHERE id = 2")
-        assert store.score(query_of(table), "m@2", into=into).rows == 3
+        assert store.score(ordered, "m@2", into=into).rows == 2
+
+
+def test_a_run_that_wrote_nothing_holds_no_version(
+    tables: Tables, source: Make, new_name: Make
+) -> None:
+    """Whatever it was refused for, the next run takes the alias as it is by then."""
+    add(tables.url, "m@1", seed=1)
+    w2, x = add(tables.url, "m@2", seed=2), features(3)
+    table, into = source(x), new_name()
+    tables.run(f"CREATE TABLE {into} (id BIGINT, prediction DOUBLE PRECISION)")
+    query = query_of(table)
+    with pydedup.open(tables.url) as store:
+        store.add("plain@1", {"w": w2})
+        store.alias("m", "prod", "1")
+        with pytest.raises(ArgumentError, match="not unique by itself"):
+            store.score(query, "m@prod", into=into)
+        with pytest.raises(ArgumentError, match="no column 'nope'"):
+            store.score(query, "m@prod", into=into, key="nope")
+        for wrong in (f"SELECT id, f0, f9 FROM {table}", f"SELECT * FROM {table}_not"):
+            with pytest.raises(ArgumentError, match="query failed"):
+                store.score(wrong, "m@prod", into=into)
+        with pytest.raises(NotFoundError, match="no graph"):
+            store.score(query, "plain", into=into)
+        tables.run(f"DROP TABLE {into}")
+        limit = "prediction DOUBLE PRECISION CHECK (prediction > 1e9)"
+        tables.run(f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, {limit})")
+        with pytest.raises(ArgumentError, match=f"writing to table .*{into}"):
+            store.score(query, "m@prod", into=into)
+        tables.run(f"UPDATE {table} SET f0 = NULL WHERE id = 2")
+        with pytest.raises(ArgumentError, match="row with id 2"):
+            store.score(query, "m@prod", into=into)
+        assert store._adapter.jobs() == []
+        tables.run(f"UPDATE {table} SET f0 = {float(x[1, 0])!r} WHERE id = 2")
+        tables.run(f"DROP TABLE {into}")
+        store.alias("m", "prod", "2")
+        report = store.score(query, "m@prod", into=into)
+        assert (report.model, report.rows, report.resumed) == ("m@2", 3, False)
+    assert_right(predictions(tables, into), x, w2)
+
+
+class _CutOffError(Exception):
+    """What ends a run in these tests."""
+
+
+@pytest.mark.parametrize("other_writes", [False, True])
+def test_of_two_at_once_that_fail_the_version_stays_if_one_wrote(
+    other_writes: bool,
+    tables: Tables,
+    source: Make,
+    new_name: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first wrote nothing; the second goes by the version of the first, and may have."""
+    w1 = add(tables.url, "m@1", seed=1)
+    w2, x = add(tables.url, "m@2", seed=2), features(30)
+    table, into = source(x), new_name()
+    ordered = query_of(table, "ORDER BY id")
+    bad = 15 if other_writes else 5
+    tables.run(f"UPDATE {table} SET f0 = NULL WHERE id = {bad}")
+
+    def cut_off(stage: str, done: int, total: int) -> None:
+        raise _CutOffError
+
+    with pydedup.open(tables.url) as first, pydedup.open(tables.url) as second:
+        first.alias("m", "prod", "1")
+        real = type(first._adapter).table_columns
+        begun: list[Any] = []
+
+        def meanwhile(self: Any, *given: Any) -> Any:
+            if self is first._adapter and not begun:
+                begun.append(first._adapter.jobs())
+                first.alias("m", "prod", "2")
+                with pytest.raises(_CutOffError if other_writes else ArgumentError):
+                    second.score(ordered, "m@prod", into=into, batch=10, progress=cut_off)
+                begun.append(first._adapter.jobs())
+            return real(self, *given)
+
+        monkeypatch.setattr(type(first._adapter), "table_columns", meanwhile)
+        with pytest.raises(ArgumentError, match=f"row with id {bad}"):
+            first.score(ordered + " ", "m@prod", into=into, batch=20)
+        assert [len(jobs) for jobs in begun] == [1, 1]  # it stays as long as the first may go on
+        assert len(first._adapter.jobs()) == other_writes
+        tables.run(f"UPDATE {table} SET f0 = {float(x[bad - 1, 0])!r} WHERE id = {bad}")
+        report = first.score(ordered, "m@prod", into=into)
+        assert (report.model, report.resumed) == (("m@1", True) if other_writes else ("m@2", False))
+        assert report.skipped == (10 if other_writes else 0)
+        assert first._adapter.jobs() == []
+    assert_right(predictions(tables, into), x, w1 if other_writes else w2)
+
+
+def test_a_run_that_may_have_written_holds_its_version(
+    tables: Tables, source: Make, new_name: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost connection, or an interrupt, may hide a commit."""
+    add(tables.url, "m@1", seed=1)
+    add(tables.url, "m@2", seed=2)
+    table, into = source(features(3)), new_name()
+    with pydedup.open(tables.url) as store:
+        store.alias("m", "prod", "1")
+        real = type(store._adapter).insert_predictions
+        for error in (UnavailableError, KeyboardInterrupt):
+            tables.run(f"DROP TABLE IF EXISTS {into}")
+
+            def lost(self: Any, *given: Any, error: type[BaseException] = error) -> bool:
+                assert real(self, *given)
+                raise error
+
+            with monkeypatch.context() as patched:
+                patched.setattr(type(store._adapter), "insert_predictions", lost)
+                with pytest.raises(error):
+                    store.score(query_of(table), "m@prod", into=into)
+            store.alias("m", "prod", "2")
+            report = store.score(query_of(table), "m@prod", into=into)
+            assert (report.model, report.skipped, report.resumed) == ("m@1", 3, True)
+            store.alias("m", "prod", "1")
 
 
 @pytest.mark.parametrize("again", [False, True])
