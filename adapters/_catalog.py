@@ -59,7 +59,7 @@ class CatalogCalls(DbApiBase):
     def insert_model(self, row: ModelRow, *, replaces: int = 0) -> int:
         """Insert and return the id."""
         check_state(row.state)
-        taken = DuplicateError(f"the store has a model {row.name}@{row.version} already")
+        taken = DuplicateError(_taken(row.name, row.version))
         values = [getattr(row, column) for column in TABLES["models"].names[1:]]
         with self._writer():
             rivals = self._query(self._sql.live_model, [row.name, row.version, LIVE])
@@ -96,9 +96,7 @@ class CatalogCalls(DbApiBase):
                 return bool(self._query(self._sql.model_exists, [model_id]))
             if state == LIVE:
                 for name, version in self._query(self._sql.live_rival, [model_id]):
-                    raise DuplicateError(
-                        f"the store has a model {text(name)}@{text(version)} already"
-                    )
+                    raise DuplicateError(_taken(text(name), text(version)))
             try:
                 sql = self._sql.update_model(list(changes))
                 return self._write(sql, [*changes.values(), model_id]) > 0
@@ -235,4 +233,11 @@ def _model_row(row: Row) -> ModelRow:
         metadata=text(metadata),
         logical_bytes=size,
         digest=bytes(digest),
+    )
+
+
+def _taken(name: str, version: str) -> str:
+    return (
+        f"the store has a model {name}@{version} already; add another version, or remove that one "
+        "first"
     )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pydedup.errors import ArgumentError
 
-__all__ = ["Accuracy"]
+__all__ = ["Accuracy", "number"]
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 Order: TypeAlias = Literal["magnitude", "saliency"]
@@ -36,7 +36,8 @@ class Accuracy:
     evaluate
         Maps the model's tensors by name (read-only arrays in their original shapes) to a number,
         or to a 1-D array of one score per validation example; higher is better. It must give the
-        same for the same weights. `torch_evaluate` makes one of a torch module.
+        same for the same weights, and leave the model that is added as it is; the arrays change
+        after each call. `torch_evaluate` makes one of a torch module.
     max_drop
         How far the metric (of scores, their mean) may fall, in its own units: 0.005 is half a
         point of accuracy. 0 wants no fall at all.
@@ -73,7 +74,7 @@ class Accuracy:
         (lowest, highest) score that an example can have; only needed with ``confidence``.
     deterministic
         False for an ``evaluate`` that may differ from call to call: how far two calls on the
-        unchanged weights are apart then counts as part of every drop.
+        unchanged weights are apart then counts as part of every drop. Not with ``confidence``.
 
     Raises
     ------
@@ -102,8 +103,9 @@ class Accuracy:
         if self.finetune is not None and not callable(self.finetune):
             raise ArgumentError(f"finetune must be callable or None, got {self.finetune!r}")
         for name, value in (("max_drop", self.max_drop), ("max_rel_error", self.max_rel_error)):
-            if not _number(name, value) >= 0:
+            if not number(name, value) >= 0:
                 raise ArgumentError(f"{name} must be 0 or more, got {value!r}")
+            object.__setattr__(self, name, number(name, value))
         for name, chosen, allowed in (
             ("order", self.order, get_args(Order)),
             ("search", self.search, get_args(Search)),
@@ -115,13 +117,16 @@ class Accuracy:
                 'order="saliency" and saliency go together: give both, or neither for the order '
                 "by magnitude"
             )
-        for name, number, least in (
+        for name, count, least in (
             ("every", self.every, 1),
             ("seed", self.seed, 0),
             ("max_evaluations", self.max_evaluations, 3),
         ):
-            if number is not None and _integer(name, number) < least:
-                raise ArgumentError(f"{name} must be {least} or more, got {number!r}")
+            if count is None:
+                continue
+            if _integer(name, count) < least:
+                raise ArgumentError(f"{name} must be {least} or more, got {count!r}")
+            object.__setattr__(self, name, _integer(name, count))
         self._check_scores()
 
     @property
@@ -142,29 +147,41 @@ class Accuracy:
     def parameters(self) -> dict[str, Any]:
         """Return what the certificate says of the policy beside its name; JSON-able."""
         return {
-            "max_drop": float(self.max_drop),
-            "confidence": None if self.confidence is None else float(self.confidence),
+            "max_drop": self.max_drop,
+            "confidence": self.confidence,
             "order": self.order,
             "search": self.search,
-            "every": None if self.every is None else int(self.every),
-            "seed": int(self.seed),
-            "max_evaluations": int(self.max_evaluations),
+            "every": self.every,
+            "seed": self.seed,
+            "max_evaluations": self.max_evaluations,
+            "max_rel_error": self.max_rel_error,
+            "score_range": list(self.score_range),
+            "deterministic": self.deterministic,
         }
 
     def _check_scores(self) -> None:
         try:
-            lowest, highest = (_number("score_range", value) for value in self.score_range)
+            lowest, highest = (number("score_range", value) for value in self.score_range)
         except (TypeError, ValueError):
             lowest, highest = 0.0, 0.0
         if not lowest < highest:
             raise ArgumentError(
                 f"score_range must be two numbers (lowest, highest), got {self.score_range!r}"
             )
+        object.__setattr__(self, "score_range", (lowest, highest))
         if self.confidence is None:
             return
-        if not 0 < _number("confidence", self.confidence) < 1:
+        confidence = number("confidence", self.confidence)
+        if not 0 < confidence < 1:
             raise ArgumentError(
                 f"confidence must lie between 0 and 1, such as 0.95; got {self.confidence!r}"
+            )
+        object.__setattr__(self, "confidence", confidence)
+        if not self.deterministic:
+            raise ArgumentError(
+                "confidence needs an evaluate that gives the same for the same weights: chance "
+                "that all examples of a call share would pass for a drop, or hide one; fix its "
+                "seed, or leave confidence out"
             )
         if self.max_drop == 0:
             raise ArgumentError(
@@ -173,14 +190,17 @@ class Accuracy:
             )
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """Return an argument of a policy as a float. Raises ArgumentError when it is no finite one."""
     try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
+        converted = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ArgumentError(f"{name} must be a number, got {value!r}") from error
-    if not math.isfinite(number):
+    if not math.isfinite(converted):
         raise ArgumentError(f"{name} must be finite, got {value!r}")
-    return number
+    return converted
 
 
 def _integer(name: str, value: Any) -> int:

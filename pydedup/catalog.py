@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.adapter_options import CopiesAdapter
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
+from pydedup.certificates import keeps_bits, largest_error
 from pydedup.errors import CorruptStoreError, NotFoundError
 from pydedup.graph import Graph
 from pydedup.names import parse_address
@@ -52,6 +55,23 @@ class StoredModel:
     def address(self) -> str:
         """``name@version``."""
         return f"{self.row.name}@{self.row.version}"
+
+    @cached_property
+    def certificate(self) -> dict[str, Any]:
+        """What was guaranteed when it was added, and what was measured of it."""
+        found: dict[str, Any] = json.loads(self.row.certificate or "{}")
+        return found
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether it is stored to the bit, by promise."""
+        return keeps_bits(self.row.policy, self.certificate)
+
+    def error_of(self, name: str) -> float:
+        """Return the greatest relative L2 difference of a tensor's blocks to what is stored."""
+        largest = largest_error(self.certificate)
+        errors = self.certificate.get("tensor_errors")
+        return largest if errors is None else float(errors.get(name, 0.0))
 
     def tensor(self, name: str) -> TensorInfo:
         """Return one tensor. Raises NotFoundError."""

@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["describe", "largest_error"]
+__all__ = ["describe", "keeps_bits", "largest_error"]
+
+# Before certificates said so themselves.
+_KEEP_BITS = ("exact", "lossless")
+
+
+def keeps_bits(policy: str, certificate: Mapping[str, Any]) -> bool:
+    """Return whether a model that was added under a policy is stored to the bit, by promise.
+
+    A relative difference of 0 says less: zeros of another sign, and numbers whose squares
+    underflow, differ by that.
+    """
+    return bool(certificate.get("same_bits", policy in _KEEP_BITS))
 
 
 def largest_error(certificate: Mapping[str, Any]) -> float:
@@ -22,13 +34,15 @@ def describe(certificate: Mapping[str, Any]) -> list[str]:
     """Return a certificate as lines of text."""
     if certificate.get("policy") == "accuracy":
         return _describe_accuracy(certificate)
+    if keeps_bits(certificate.get("policy", "exact"), certificate):
+        return ["the same bits"]
     largest = largest_error(certificate)
     if certificate.get("policy") == "bounded":
         return [
             f"each block within {certificate['max_rel_error']:g} of its norm of the source; "
             f"the farthest is {largest:.3g} away"
         ]
-    return ["the same bits"]
+    return [f"not the same bits: the farthest block is {largest:.3g} of its norm away"]
 
 
 def _describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydedup.accuracy import Accuracy
+from pydedup.accuracy import Accuracy, number
 from pydedup.errors import ArgumentError
 from pydedup.training import torch_evaluate, torch_finetune, torch_saliency
 
 __all__ = [
-    "LOSSY",
     "Accuracy",
     "Bounded",
     "Exact",
@@ -22,10 +21,6 @@ __all__ = [
     "torch_finetune",
     "torch_saliency",
 ]
-
-
-#: Names of the policies whose models are not stored to the bit.
-LOSSY = ("bounded", "accuracy")
 
 
 class Policy(Protocol):
@@ -129,12 +124,12 @@ class Bounded:
     max_rel_error: float
 
     def __post_init__(self) -> None:
-        given: object = self.max_rel_error
-        number = isinstance(given, int | float) and not isinstance(given, bool)
-        if not number or not 0 < self.max_rel_error < 1:
+        bound = number("max_rel_error", self.max_rel_error)
+        if not 0 < bound < 1:
             raise ArgumentError(
-                f"max_rel_error must be a number above 0 and below 1, got {given!r}"
+                f"max_rel_error must be a number above 0 and below 1, got {self.max_rel_error!r}"
             )
+        object.__setattr__(self, "max_rel_error", bound)
 
     @property
     def name(self) -> str:
@@ -153,4 +148,4 @@ class Bounded:
 
     def parameters(self) -> Mapping[str, Any]:
         """Return the bound."""
-        return {"max_rel_error": float(self.max_rel_error)}
+        return {"max_rel_error": self.max_rel_error}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from pydedup.adapter import Adapter, ModelRow
 from pydedup.config import parse_bytes
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, QuotaError
 from pydedup.pool import PagePool
-from pydedup.usage import Readers, marginal_bytes, value_of
+from pydedup.usage import Readers, marginal_bytes, text_of, value_of
 
 __all__ = [
     "MEASURES",
@@ -119,8 +120,7 @@ class Quotas:
         ------
         ArgumentError, ReadOnlyError, ConflictError
         """
-        if not key:
-            raise ArgumentError("a quota needs a key of metadata, such as tenant")
+        key, value = _subject(key, value)
         if value == "":
             raise ArgumentError(
                 f"{key}= names no value; leave out the '=' for a quota of each {key} that has none "
@@ -138,7 +138,8 @@ class Quotas:
         return quota
 
     def remove(self, key: str, value: str | None) -> Quota:
-        """Remove a quota and return it. Raises NotFoundError, ReadOnlyError."""
+        """Remove a quota and return it. Raises ArgumentError, NotFoundError, ReadOnlyError."""
+        key, value = _subject(key, value)
         with self._adapter.transaction():
             self._adapter.bump_epoch()
             quotas = list(self)
@@ -161,12 +162,27 @@ def read_quotas(adapter: Adapter) -> list[Quota]:
     """Return all quotas, ordered by key and value. Raises CorruptStoreError."""
     try:
         found = [Quota(**entry) for entry in json.loads(adapter.meta().get(QUOTAS_NAME, "[]"))]
+        # Early ones may be for a number, where that of a model is looked up as text.
+        found = [replace(quota, value=text_of(quota.value)) for quota in found]
+        found.sort(key=lambda quota: (quota.key, quota.value is not None, quota.value or ""))
     except (ValueError, TypeError) as exc:
         raise CorruptStoreError(
             f"{adapter.url} has quotas that do not parse ({exc}): row {QUOTAS_NAME!r} of its table "
             "meta; restore a backup"
         ) from exc
-    return sorted(found, key=lambda quota: (quota.key, quota.value is not None, quota.value or ""))
+    return found
+
+
+def _subject(key: Any, value: Any) -> tuple[str, str | None]:
+    """Return for whom a quota is, the value as `pydedup.usage.value_of` gives that of a model."""
+    if not isinstance(key, str) or not key:
+        raise ArgumentError(f"a quota needs a key of metadata, such as 'tenant'; got {key!r}")
+    try:
+        said = text_of(value)
+        (key + (said or "")).encode()
+    except (TypeError, ValueError) as exc:
+        raise ArgumentError(f"{key!r}: {value!r} is no metadata that a model can have") from exc
+    return key, said
 
 
 def quota_of(quotas: Sequence[Quota], key: str, value: str | None) -> Quota | None:

@@ -243,7 +243,7 @@ class Store(StorePredictions, StoreUpkeep):
         with contextlib.ExitStack() as opened:
             requests: dict[str, Request] = {}  # by address
             for name, given in models.items():
-                base, number = plan_address(self._adapter, name, version)
+                base, number, is_numbered = plan_address(self._adapter, name, version)
                 source = opened.enter_context(open_source(given))
                 request = Request(
                     name=base,
@@ -253,6 +253,7 @@ class Store(StorePredictions, StoreUpkeep):
                     graph=source.graph if graph is None else graph,
                     metadata={} if metadata is None else metadata,
                     block_shape=block_shape,
+                    is_numbered=is_numbered,
                 )
                 if graph is not None:
                     graph.validate({entry.name: entry.shape for entry in source.entries})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from pydedup.catalog import StoredModel
 from pydedup.layout import block_costs, block_places, joined, map_places, split_places
 from pydedup.pool import PagePool
 
-__all__ = ["Readers", "Usage", "ValueUsage", "marginal_bytes", "usage_by", "value_of"]
+__all__ = ["Readers", "Usage", "ValueUsage", "marginal_bytes", "text_of", "usage_by", "value_of"]
 
 _NOBODY, _SEVERAL = -1, -2
 _UNKNOWN = -1
@@ -115,7 +116,11 @@ class Readers:
 
 def value_of(metadata: str, key: str) -> str | None:
     """Return the value of a key of metadata (JSON); one that is no text, as JSON writes it."""
-    value = json.loads(metadata or "{}").get(key)
+    return text_of(json.loads(metadata or "{}").get(key))
+
+
+def text_of(value: Any) -> str | None:
+    """Return a value of metadata as text, as JSON writes it if it is none; ``None`` for none."""
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value, sort_keys=True, ensure_ascii=False)

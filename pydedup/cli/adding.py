@@ -14,12 +14,12 @@ from typing import Any
 import click
 
 from pydedup import text
-from pydedup.certificates import describe
+from pydedup.certificates import describe, keeps_bits
 from pydedup.cli import options, output
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import NotFoundError
-from pydedup.policies import LOSSY, Accuracy, Bounded, Exact, Lossless, Policy
+from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
 from pydedup.types import AddReport
 
 __all__ = ["add"]
@@ -243,7 +243,7 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
         if report.left_out:
             shown = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
             output.print_note(f"{report.model}: not part of the model, left out: {shown}", "yellow")
-        if report.certificate["policy"] in LOSSY:
+        if not keeps_bits(report.certificate["policy"], report.certificate):
             for line in describe(report.certificate):
                 output.print_note(f"{report.model}: {line}", "dim")
     if dry_run:

@@ -107,11 +107,14 @@ class Choice:
         How it was found and what holds, a JSON object.
     finetuned
         Tensors that fine-tuning changed; what is to be stored of them is in the arrays.
+    errors
+        Largest relative L2 change of a replaced block, by tensor; of those that have one.
     """
 
     levels: NDArray[np.int64]
     certificate: dict[str, Any]
     finetuned: frozenset[str]
+    errors: dict[str, float]
 
 
 def choose(
@@ -120,6 +123,7 @@ def choose(
     policy: Accuracy,
     *,
     shared: Mapping[str, Sequence[Area]] | None = None,
+    tell: Callable[[int], None] | None = None,
 ) -> Choice:
     """Replace what the policy allows, and leave the chosen state in ``weights``.
 
@@ -134,6 +138,8 @@ def choose(
     shared
         Blocks of the matrix views that are stored already, bit for bit, so that fine-tuning had
         better not change them.
+    tell
+        Told, before each evaluation, which one it is.
 
     Returns
     -------
@@ -148,7 +154,8 @@ def choose(
         When confidence needs more validation examples, saliency does not fit the tensors, or a
         replacement does not fit its tensor.
     """
-    trial = Trial(weights, [(r.tensor, r.rows, r.cols, r.levels) for r in replacements], policy)
+    candidates = [(r.tensor, r.rows, r.cols, r.levels) for r in replacements]
+    trial = Trial(weights, candidates, policy, tell)
     order = _ordered(weights, replacements, policy)
     gentlest = [len(r.levels) - 1 for r in replacements]
     deepest = max(gentlest, default=0)
@@ -178,7 +185,10 @@ def choose(
         # The gentlest level again, for blocks that its round did not reach.
         left = [i for i in order if level <= gentlest[i] and i not in too_much]
         search(dict.fromkeys(left, level), last=level == deepest)
-    return Choice(trial.levels, _certificate(trial, policy, replacements, finetuned), finetuned)
+    errors = trial.errors()
+    certificate = _certificate(trial, policy, replacements, finetuned)
+    certificate["largest_block_error"] = max(errors.values(), default=0.0)
+    return Choice(trial.levels, certificate, finetuned, errors)
 
 
 def _run(trial: Trial, wanted: Mapping[int, int], batch: int | None, *, last: bool) -> None:
@@ -228,6 +238,12 @@ def _ordered(
             raise
         except Exception as error:
             raise EvaluationError(f"saliency raised {type(error).__name__}: {error}") from error
+    given_as: object = given
+    if not isinstance(given_as, Mapping):
+        raise ArgumentError(
+            f"saliency is {type(given_as).__name__}, not arrays by name, which a callable must "
+            "return"
+        )
     assert given is not None
     means = np.empty(len(replacements))
     for index, replacement in enumerate(replacements):
@@ -241,7 +257,10 @@ def _ordered(
                 f"{weights[name].shape}"
             )
         block = array.reshape(matrix_shape(array.shape))[replacement.rows, replacement.cols]
-        means[index] = np.abs(block.astype(np.float64)).mean()
+        try:
+            means[index] = np.abs(block.astype(np.float64, casting="same_kind")).mean()
+        except TypeError as error:
+            raise ArgumentError(f"saliency of {name!r} is {array.dtype}, not numbers") from error
         if not np.isfinite(means[index]):
             raise ArgumentError(f"saliency of {name!r} holds NaN or infinity")
     return [int(index) for index in np.argsort(means, kind="stable")]
@@ -264,12 +283,16 @@ def _finetune(
         raise EvaluationError(f"finetune raised {type(error).__name__}: {error}") from error
     if not isinstance(result, Mapping):
         raise EvaluationError(f"finetune returned {type(result).__name__}, not arrays by name")
-    if unknown := sorted(set(result) - set(weights)):
-        raise EvaluationError(f"finetune returned {unknown[0]!r}, which the model does not have")
+    if unknown := sorted(map(repr, set(result) - set(weights))):
+        raise EvaluationError(f"finetune returned {unknown[0]}, which the model does not have")
     changed: dict[str, NDArray[Any]] = {}
     tied: dict[int, tuple[str, NDArray[Any]]] = {}
     for name, value in result.items():
-        array, old = np.ascontiguousarray(value), weights[name]
+        old = weights[name]
+        try:
+            array = np.ascontiguousarray(value)
+        except ValueError as error:
+            raise EvaluationError(f"finetune returned no array for {name!r}: {error}") from error
         if np.shape(value) != old.shape or array.dtype != old.dtype:
             raise EvaluationError(
                 f"finetune returned {array.dtype} {np.shape(value)} for {name!r}, "
@@ -332,7 +355,6 @@ def _certificate(
         "untried": int((levels == KEPT).sum()) - int(refused),
         "levels": [int(count) for count in taken],
         "saved": sum(r.saved[k] for r, k in zip(replacements, levels, strict=True) if k >= 0),
-        "largest_block_error": trial.largest_error(),
         "finetuned": bool(finetuned),
         "ended": trial.ended if replacements else "there was nothing to replace",
     }

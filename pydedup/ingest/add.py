@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,8 +188,7 @@ def _match_model(
 ) -> MatchedModel:
     previous = Previous.of(adapter, matcher.stored, matcher.catalog, request.name, request.policy)
     if isinstance(request.policy, Accuracy):
-        policy = _counting(request.policy, progress)
-        return _match_chosen(matcher, ahead, request, policy, previous, advance)
+        return _match_chosen(matcher, ahead, request, request.policy, previous, advance, progress)
     model = MatchedModel(request, match_tensors(matcher, ahead, request, previous, advance))
     if previous is not None:
         previous.settle_costs(model.references(matcher.reader), matcher.reader)
@@ -204,9 +202,15 @@ def _match_chosen(
     policy: Accuracy,
     previous: Previous | None,
     advance: Callable[[int], None],
+    progress: Progress | None,
 ) -> MatchedModel:
     """Match what the search of `Accuracy` made of the model: its bits, as `Lossless` would."""
-    chosen = choose_blocks(matcher, ahead, request, policy, previous, advance)
+
+    def tell(count: int) -> None:
+        if progress is not None:  # evaluations may take minutes
+            progress("evaluating", count, policy.max_evaluations)
+
+    chosen = choose_blocks(matcher, ahead, request, policy, previous, advance, tell)
     model = MatchedModel(request, evidence=chosen.certificate)
     for entry in request.source.entries:
         view = MatrixView.of(chosen.arrays[entry.name], request.block_shape)
@@ -224,21 +228,6 @@ def _match_chosen(
             )
         )
     return model
-
-
-def _counting(policy: Accuracy, progress: Progress | None) -> Accuracy:
-    """Return a policy that tells of its evaluations, which may take minutes."""
-    if progress is None:
-        return policy
-    count = 0
-
-    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> Any:
-        nonlocal count
-        count += 1
-        progress("evaluating", count, policy.max_evaluations)
-        return policy.evaluate(arrays)
-
-    return replace(policy, evaluate=evaluate)
 
 
 def _reports(

@@ -32,12 +32,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Bets", "rows_needed", "split_rows"]
 
+# Distinct drops, and how many rows have each; float64.
+_Counted: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+#: Nobody has so many.
+_MOST_ROWS = 1 << 62
 #: One row in so many steers.
 _STEERING = 5
 _HALVINGS = 8
@@ -70,9 +76,13 @@ class Bets:
 
         ``judging`` is the number of rows that will be bet on.
         """
+        return cls._of(_counted(steering), judging, limit, span)
+
+    @classmethod
+    def _of(cls, steering: _Counted, judging: int, limit: float, span: float) -> Bets:
         # A limit of the whole span holds anyway, and would divide by nothing.
         limit = min(limit, 0.999 * span)
-        growth = _log_growth(steering, limit, span, _SHARES) * (judging / len(steering))
+        growth = _log_growth(steering, limit, span, _SHARES) * (judging / steering[1].sum())
         with np.errstate(divide="ignore"):
             growth = growth + _IMAGINED * np.log1p(-_SHARES)
         best = _SHARES[int(np.argmax(growth))]
@@ -101,6 +111,9 @@ class Bets:
 
     def log_capital(self, drops: NDArray[np.float64], limit: float) -> float:
         """Return the log of what 1 has become after betting on all rows against ``limit``."""
+        return self._log_capital(_counted(drops), limit)
+
+    def _log_capital(self, drops: _Counted, limit: float) -> float:
         if limit >= self.span:
             return math.inf
         growth = _log_growth(drops, limit, self.span, self.shares) + np.log(self.weights)
@@ -117,17 +130,22 @@ def split_rows(n_rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.in
 
 
 def rows_needed(limit: float, span: float, confidence: float) -> int:
-    """Return how many rows it takes at the least: fewer cannot show it, even if none got worse."""
+    """Return how many rows it takes at the least: fewer cannot show it, even if none got worse.
+
+    2**62 stands for all that is more.
+    """
 
     def enough(n_rows: int) -> bool:
         steering = max(1, n_rows // _STEERING)
         judging = n_rows - steering
-        bets = Bets.of(np.zeros(steering), judging, limit, span)
-        return bets.refutes(np.zeros(judging), limit, confidence)
+        bets = Bets._of(_unchanged(steering), judging, limit, span)
+        return bets._log_capital(_unchanged(judging), limit) >= -math.log(1.0 - confidence)
 
     high = 2
-    while not enough(high):
+    while high < _MOST_ROWS and not enough(high):
         high *= 2
+    if high == _MOST_ROWS:
+        return high
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -135,11 +153,20 @@ def rows_needed(limit: float, span: float, confidence: float) -> int:
     return high
 
 
+def _counted(drops: NDArray[np.float64]) -> _Counted:
+    values, counts = np.unique(drops, return_counts=True)
+    return values, counts.astype(np.float64)
+
+
+def _unchanged(n_rows: int) -> _Counted:
+    return np.zeros(1), np.array([float(n_rows)])
+
+
 def _log_growth(
-    drops: NDArray[np.float64], limit: float, span: float, shares: NDArray[np.float64]
+    drops: _Counted, limit: float, span: float, shares: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return, for each share, the log of what 1 has become after betting on all rows."""
-    values, counts = np.unique(drops, return_counts=True)
+    values, counts = drops
     # Products with a count of 0 do not occur, so -inf (a share of 1, a row at span) stays -inf.
     steps = shares[:, np.newaxis] * ((limit - values) / (span - limit))
     with np.errstate(divide="ignore"):

@@ -7,7 +7,7 @@ afterwards, and what comes back is checked. `Judge` decides. Neither knows block
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -52,10 +52,18 @@ class Scorer:
         Whose ``evaluate`` is called.
     weights
         C-contiguous arrays by name; tied ones are one array. Whoever writes to one calls `touched`.
+    tell
+        Told, before each evaluation, which one it is.
     """
 
-    def __init__(self, policy: Accuracy, weights: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(
+        self,
+        policy: Accuracy,
+        weights: Mapping[str, NDArray[Any]],
+        tell: Callable[[int], None] | None = None,
+    ) -> None:
         self._policy = policy
+        self._tell = tell
         self._weights = weights
         self._prints: dict[int, bytes] = {}  # by id of the array, which lives as long as weights
         self._like: Measure | None = None
@@ -78,6 +86,8 @@ class Scorer:
             if id(array) not in self._prints:
                 self._prints[id(array)] = _fingerprint(array)
         self.evaluations += 1
+        if self._tell is not None:
+            self._tell(self.evaluations)
         try:
             result = self._policy.evaluate(read_only(self._weights))
         except PydedupError:
@@ -229,6 +239,8 @@ def _fingerprint(array: NDArray[Any]) -> bytes:
 
 def measured(result: Any) -> Measure:
     """Return what ``evaluate`` gave. Raises EvaluationError when it is no metric."""
+    if np.ma.is_masked(result):
+        raise EvaluationError("evaluate returned masked scores; leave those examples out each time")
     try:
         values = np.asarray(result).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -246,7 +258,11 @@ def measured(result: Any) -> Measure:
         where = "" if values.ndim == 0 else f" for example {int(np.argmax(wrong))}"
         value = values[wrong].flat[0]
         raise EvaluationError(f"evaluate returned {value}{where}; scores must be finite")
-    return Measure(float(values.mean()), values if values.ndim else None)
+    with np.errstate(over="ignore"):
+        metric = float(values.mean())
+    if not np.isfinite(metric):
+        raise EvaluationError("evaluate returned scores too large to have a mean; scale them down")
+    return Measure(metric, values if values.ndim else None)
 
 
 def _kind(measure: Measure) -> str:

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydedup.adapter import Adapter
-from pydedup.errors import ArgumentError, DuplicateError
+from pydedup.errors import ArgumentError, ConflictError, DuplicateError
 from pydedup.formats.base import ModelSource
 from pydedup.graph import Graph
 from pydedup.names import check_name, parse_address
@@ -32,6 +32,10 @@ class Request:
     graph: Graph | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     block_shape: tuple[int, int] | None = None
+    #: Whether the version is the next number, and not one that somebody asked for.
+    is_numbered: bool = False
+    #: Tensors as they were read before code of the user ran, by name.
+    _first_read: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what is no policy, graph or metadata; raises ArgumentError."""
@@ -41,6 +45,10 @@ class Request:
                 f"{policy!r} is no policy; give one of pydedup.policies, such as Exact(), "
                 "Lossless() or Bounded(0.001)"
             )
+        try:
+            json.dumps(dict(self.policy.parameters()), allow_nan=False)
+        except (TypeError, ValueError) as exc:
+            raise ArgumentError(f"parameters() of {policy!r} are not JSON: {exc}") from exc
         graph: object = self.graph
         if not isinstance(graph, Graph | None):
             raise ArgumentError(
@@ -59,6 +67,27 @@ class Request:
         """``name@version``."""
         return f"{self.name}@{self.version}"
 
+    def check_unchanged(self, tensor: str, digests: bytes) -> None:
+        """Raise ConflictError for a tensor that is not what it was when it was read first.
+
+        An add that others are in the way of reads its source again, after ``evaluate`` ran.
+        """
+        if self._first_read.setdefault(tensor, digests) != digests:
+            raise ConflictError(
+                f"{tensor!r} of the source of {self.address} changed while it was being added: "
+                "evaluate and finetune must work on a copy of it, or put back what was there"
+            )
+
+    def renumber(self, adapter: Adapter) -> bool:
+        """Take the next version if it is one that nobody asked for, and others took it."""
+        if not self.is_numbered:
+            return False
+        taken = _versions(adapter, self.name)
+        if self.version not in taken:
+            return False
+        self.version = _next(taken)
+        return True
+
     @property
     def logical_bytes(self) -> int:
         """Bytes of all tensors; tied ones count as often as they are named."""
@@ -67,10 +96,12 @@ class Request:
     def metadata_json(self) -> str:
         """Return the metadata as canonical JSON."""
         try:
-            return json.dumps(
+            text = json.dumps(
                 dict(self.metadata), sort_keys=True, ensure_ascii=False, allow_nan=False
             )
-        except (TypeError, ValueError) as exc:
+            text.encode()  # not of half a character
+            return text
+        except (TypeError, ValueError, RecursionError) as exc:
             raise ArgumentError(f"metadata of {self.address} is not JSON: {exc}") from exc
 
 
@@ -81,10 +112,19 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def plan_address(adapter: Adapter, text: str, version: str | None) -> tuple[str, str]:
-    """Return the (name, version) that an add of ``text`` means, and check that it is free.
+def _versions(adapter: Adapter, name: str) -> set[str]:
+    return {row.version for row in adapter.models(name=name)}
 
-    Without a version it is the next whole number after the highest one in use.
+
+def _next(taken: Iterable[str]) -> str:
+    return str(max((int(v) for v in taken if v.isascii() and v.isdigit()), default=0) + 1)
+
+
+def plan_address(adapter: Adapter, text: str, version: str | None) -> tuple[str, str, bool]:
+    """Return the name and version that an add of ``text`` means, and check that they are free.
+
+    Without a version it is the next whole number after the highest one in use, and the third value
+    is true.
 
     Raises
     ------
@@ -101,10 +141,10 @@ def plan_address(adapter: Adapter, text: str, version: str | None) -> tuple[str,
                 f"{text!r} names version {address.selector!r} but version={version!r} was given"
             )
     wanted = version or address.selector
-    taken = {row.version for row in adapter.models(name=address.name)}
+    is_numbered = wanted is None
+    taken = _versions(adapter, address.name)
     if wanted is None:
-        numbers = [int(v) for v in taken if v.isascii() and v.isdigit()]
-        wanted = str(max(numbers, default=0) + 1)
+        wanted = _next(taken)
     if wanted in taken:
         raise DuplicateError(
             f"{address.name}@{wanted} is in the store already; "
@@ -115,4 +155,4 @@ def plan_address(adapter: Adapter, text: str, version: str | None) -> tuple[str,
             raise ArgumentError(
                 f"{wanted!r} is an alias of {address.name}; a version cannot have the same name"
             )
-    return address.name, wanted
+    return address.name, wanted, is_numbered

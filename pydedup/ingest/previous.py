@@ -9,17 +9,15 @@ hash, which elsewhere are told apart by their bytes, would be met here once in 2
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter import Adapter
 from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, SourceHashes, StoredModel
-from pydedup.certificates import largest_error
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE
@@ -35,13 +33,12 @@ _UNKNOWN = 1 << 40
 class Previous:
     """The newest version of a model that is being added again.
 
-    Attributes
-    ----------
-    largest_error
-        Greatest relative L2 difference between its blocks and what is stored for them.
+    ``limit`` is how far what is stored of a tensor may be from its source to be taken again.
     """
 
-    def __init__(self, adapter: Adapter, stored: StoredTable, model: StoredModel) -> None:
+    def __init__(
+        self, adapter: Adapter, stored: StoredTable, model: StoredModel, limit: float
+    ) -> None:
         self._stored = stored
         self._model = model
         self._maps = model.block_maps()
@@ -51,7 +48,7 @@ class Previous:
         pages = [row[1:] for row in adapter.model_pages(model.row.id)]
         #: Page, distinct blocks that this version has of it, and their bytes; int64 (n, 3).
         self._pages = np.array(pages, np.int64).reshape(-1, 3)
-        self.largest_error = _error_of(model.row)
+        self._limit = limit
 
     @classmethod
     def of(
@@ -59,9 +56,18 @@ class Previous:
     ) -> Previous | None:
         """Return the newest version, if there is one and the policy takes what is stored of it."""
         rows = adapter.models(name=name)
-        if not rows or _error_of(rows[-1]) > policy.max_rel_error:
+        if not rows:
             return None
-        return cls(adapter, stored, catalog.of_row(rows[-1]))
+        model = catalog.of_row(rows[-1])
+        if policy.max_rel_error == 0 and not model.keeps_bits:
+            return None
+        if all(model.error_of(info.name) > policy.max_rel_error for info in model.tensors):
+            return None
+        return cls(adapter, stored, model, policy.max_rel_error)
+
+    def error_of(self, name: str) -> float:
+        """Return the greatest relative L2 difference of a tensor's blocks to what is stored."""
+        return self._model.error_of(name)
 
     def references(
         self, entry: TensorEntry, grid: BlockGrid, digests: NDArray[np.uint64]
@@ -69,7 +75,7 @@ class Previous:
         """Return references of unchanged blocks, `NO_BASE` for all others."""
         found = np.full(grid.count, NO_BASE, np.int64)
         ordinal = self._ordinals.get(entry.name)
-        if ordinal is None:
+        if ordinal is None or self.error_of(entry.name) > self._limit:
             return found
         info = self._model.tensors[ordinal]
         if (info.dtype, info.shape) != (entry.dtype, entry.shape):
@@ -165,7 +171,3 @@ def split_sums(
         unknown = stored.parts_apart(np.unique(references[references < 0]))
         for _ in reader.windows(stored.without_cost(unknown)):
             pass  # they are noted on the way
-
-
-def _error_of(row: ModelRow) -> float:
-    return largest_error(json.loads(row.certificate or "{}"))

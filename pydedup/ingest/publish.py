@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, Adapter
-from pydedup.errors import PydedupError
+from pydedup.errors import DuplicateError, PydedupError
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
@@ -63,7 +63,7 @@ def publish_batch(
     adapter, matcher, models, stager = batch.adapter, batch.matcher, batch.models, batch.stager
     try:
         layout = lay_out()
-        stager.stage(layout)
+        _stage(batch, layout)
         if check is not None:
             check(layout)
         if batch.spool.lists:
@@ -75,13 +75,14 @@ def publish_batch(
                 stager.discard()
                 return None
             changed = _match_again(adapter, batch.pool, matcher, models, batch.spool)
+            changed |= _renumber(batch)
             check_quotas(adapter, batch.pool, matcher, models, batch.spool, epoch)
             if changed:
                 stager.discard()
                 if batch.spool.lists:
                     return None  # pages that are taken over whole cannot lose a block
                 layout = lay_out()
-                stager.stage(layout)
+                _stage(batch, layout)
                 if check is not None:
                     check(layout)
     except BaseException:
@@ -91,6 +92,21 @@ def publish_batch(
         raise
     adapter.checkpoint()
     return layout
+
+
+def _stage(batch: Batch, layout: list[NDArray[np.int64]]) -> None:
+    while True:
+        try:
+            batch.stager.stage(layout)
+            return
+        except DuplicateError:
+            if not _renumber(batch):
+                raise
+
+
+def _renumber(batch: Batch) -> bool:
+    """Give models other versions whose own, which nobody asked for, others took meanwhile."""
+    return sum(model.renumber(batch.adapter) for model in batch.models) > 0
 
 
 def _shared_pages_live(adapter: Adapter, matcher: Matcher, models: Sequence[StagedModel]) -> bool:

@@ -60,20 +60,32 @@ class Chosen:
         By name: number of a block -> the quantised delta that gives what ``arrays`` has there.
     certificate
         What `choose` found out.
+    errors
+        Largest relative L2 change of a replaced block, by name; of those that have one.
+    trained
+        Tensors that fine-tuning changed, so that more than what was replaced differs.
     """
 
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     digests: dict[str, NDArray[np.uint64]] = field(default_factory=dict)
     deltas: dict[str, dict[int, Delta]] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    trained: frozenset[str] = frozenset()
 
     def error(self, request: Request, entry: TensorEntry) -> float:
-        """Return the greatest relative L2 difference of a tensor's blocks to the source's."""
+        """Return the greatest relative L2 difference of a tensor's blocks to the source's.
+
+        Raises ConflictError when the source has to be looked at again, and is another by now.
+        """
+        if entry.name not in self.trained:
+            return self.errors.get(entry.name, 0.0)
         now = MatrixView.of(self.arrays[entry.name], request.block_shape)
         changed = np.flatnonzero((hash_view(now) != self.digests[entry.name]).any(axis=1))
         if not len(changed):
             return 0.0
         source = MatrixView.of(request.source.read(entry.name), request.block_shape)
+        request.check_unchanged(entry.name, hash_view(source).tobytes())
         largest = 0.0
         for shape, at in by_shape(changed, now, np.arange(now.grid.count)):
             for some in pieces_of(now, at):
@@ -89,12 +101,18 @@ def choose_blocks(
     policy: Accuracy,
     previous: Previous | None,
     advance: Callable[[int], None],
+    tell: Callable[[int], None] | None = None,
 ) -> Chosen:
-    """Search for what may be replaced; ``advance`` is told the bytes of each tensor looked at."""
+    """Search for what may be replaced.
+
+    ``advance`` is told the bytes of each tensor looked at, ``tell`` which evaluation comes next.
+    """
     chosen = Chosen()
+    same: dict[str, str] = {}  # of tied tensors, the name of the first
     offers: list[_Offer] = []
     shared: dict[str, list[tuple[slice, slice]]] = {}
     for entry, twin in distinct_entries(request):
+        same[entry.name] = entry.name if twin is None else twin.name
         if twin is not None:
             # Tied weights stay tied: one array, of whose blocks each is replaced once.
             chosen.arrays[entry.name] = chosen.arrays[twin.name]
@@ -106,6 +124,7 @@ def choose_blocks(
         chosen.arrays[entry.name] = array
         view = MatrixView.of(array, request.block_shape)
         digests = chosen.digests[entry.name] = hash_view(view) if known is None else known
+        request.check_unchanged(entry.name, digests.tobytes())
         references = matcher.find(view, digests)
         found = np.flatnonzero(references != NO_BASE)
         shared[entry.name] = [_area(view.grid, number) for number in found.tolist()]
@@ -113,13 +132,17 @@ def choose_blocks(
         tensor = _Tensor(matcher, entry, view, digests, policy.max_rel_error, previous, aligned)
         offers += tensor.offers(np.flatnonzero(references == NO_BASE))
         advance(array.nbytes)
-    choice = choose(chosen.arrays, [o.replacement for o in offers], policy, shared=shared)
+    replacements = [offer.replacement for offer in offers]
+    choice = choose(chosen.arrays, replacements, policy, shared=shared, tell=tell)
     for level, offer in zip(choice.levels.tolist(), offers, strict=True):
         # Also of tensors that fine-tuning changed: what was replaced kept its bits.
         delta = offer.deltas[level] if level >= 0 else None
         if delta is not None:
             chosen.deltas.setdefault(offer.replacement.tensor, {})[offer.number] = delta
     chosen.certificate = choice.certificate
+    chosen.errors = {n: choice.errors[first] for n, first in same.items() if first in choice.errors}
+    trained = {same[name] for name in choice.finetuned}
+    chosen.trained = frozenset(name for name, first in same.items() if first in trained)
     return chosen
 
 

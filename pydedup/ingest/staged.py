@@ -84,6 +84,10 @@ class StagedModel(abc.ABC):
         """The id of the live model whose place it takes, 0 for none."""
         return 0
 
+    def renumber(self, adapter: Adapter) -> bool:
+        """Take another version if others took its own, and return whether that was allowed."""
+        return False
+
     def created_at(self) -> float:
         """Return when it was added, as it is being published."""
         return time.time()
@@ -126,6 +130,10 @@ class MatchedModel(StagedModel):
         """Bytes of all its tensors."""
         return self.request.logical_bytes
 
+    def renumber(self, adapter: Adapter) -> bool:
+        """Take another version if others took its own, and return whether that was allowed."""
+        return self.request.renumber(adapter)
+
     def row(self) -> ModelRow:
         """Return its row, as it is to be staged."""
         request = self.request
@@ -158,6 +166,8 @@ class MatchedModel(StagedModel):
             "policy": policy.name,
             **policy.parameters(),
             **self.evidence,
+            # What a search chose may differ though no relative error shows it.
+            "same_bits": policy.max_rel_error == 0 and not self.evidence,
             "largest_block_error": max(errors.values(), default=0.0),
         }
         return {**certificate, "tensor_errors": errors} if errors else certificate

@@ -110,7 +110,7 @@ def _known(
     if previous is None:
         return _Known(digests, np.full(grid.count, NO_BASE, np.int64), np.zeros(grid.count))
     references = previous.references(entry, grid, digests)
-    errors = np.where(references != NO_BASE, previous.largest_error, 0.0)
+    errors = np.where(references != NO_BASE, previous.error_of(entry.name), 0.0)
     return _Known(digests, references, errors)
 
 

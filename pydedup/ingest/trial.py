@@ -55,6 +55,7 @@ class Trial:
         weights: Mapping[str, NDArray[Any]],
         candidates: Sequence[Candidate],
         policy: Accuracy,
+        tell: Callable[[int], None] | None = None,
     ) -> None:
         self.weights = weights
         self.policy = policy
@@ -62,7 +63,7 @@ class Trial:
         self._matrices = {name: _matrix(name, array) for name, array in weights.items()}
         self._spots = [self._spot(candidate) for candidate in candidates]
         self._originals: dict[int, NDArray[Any]] = {}
-        self._scorer = Scorer(policy, weights)
+        self._scorer = Scorer(policy, weights, tell)
         self.judge = Judge(policy, self._scorer)
         self.accepted = self.judge.before
         self.levels = np.full(len(candidates), KEPT, np.int64)
@@ -127,17 +128,19 @@ class Trial:
             masks[name].reshape(matrix_shape(masks[name].shape))[area] = True
         return masks
 
-    def largest_error(self) -> float:
-        """Return the largest relative L2 change of a replaced block, against what it replaced."""
-        largest = 0.0
+    def errors(self) -> dict[str, float]:
+        """Return the largest relative L2 change of a replaced block, by tensor."""
+        largest: dict[str, float] = {}
         for index in np.flatnonzero(self.levels != KEPT).tolist():
+            name = self._candidates[index][0]
             old, new = self._originals[index].astype(np.float64), self._spots[index]
             change = float(np.linalg.norm(new.astype(np.float64) - old))
             if change > 0:
                 # Of a block of zeros, relative to a block like the rest of its tensor.
                 norm = float(np.linalg.norm(old)) or self._typical_norm(index) or change
-                largest = max(largest, change / norm)
-        return largest if math.isfinite(largest) else float(np.finfo(np.float64).max)
+                relative = min(change / norm, float(np.finfo(np.float64).max))
+                largest[name] = max(largest.get(name, 0.0), relative)
+        return largest
 
     def _evaluated(self, better_than: Any = None) -> tuple[Verdict, Any]:
         measure = self._scorer.measure()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +42,7 @@ def recheck(
     EvaluationError
         When ``evaluate`` raises, or returns what is no metric.
     """
-    certificate = json.loads(model.row.certificate or "{}")
+    certificate = model.certificate
     if certificate.get("policy") != "accuracy":
         raise ArgumentError(
             f"{model.address} was added with the policy {model.row.policy!r}, which promises "

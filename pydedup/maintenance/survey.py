@@ -14,7 +14,6 @@ from pydedup.blocks import BlockMap
 from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places, split_places
-from pydedup.policies import LOSSY
 
 __all__ = ["Lost", "Survey", "maps_of", "survey"]
 
@@ -124,7 +123,7 @@ def _note_blocks(
         block = found.lost.setdefault(place, Lost(rows, cols))
         block.dtypes = (info.dtype.code,)
         block.is_raw |= model.row.policy == _RAW
-        if place not in recorded and block.digest is None and model.row.policy not in LOSSY:
+        if place not in recorded and block.digest is None and model.keeps_bits:
             # What the page held is forgotten, but not what the source's block was.
             block.digest = hashes.of(ordinal)[16 * number : 16 * number + 16] or None
 

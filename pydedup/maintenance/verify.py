@@ -29,7 +29,6 @@ from pydedup.errors import (
 )
 from pydedup.layout import base_places, by_page, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport, unreadable_pages
-from pydedup.policies import LOSSY
 from pydedup.pool import PagePool
 from pydedup.text import plural
 from pydedup.types import Progress
@@ -305,7 +304,7 @@ def _verify_model(
 ) -> None:
     read = {page_id for _, page_id, _, _ in adapter.model_pages(model.row.id)}
     live = np.array(list(contents), np.int64)
-    lossy = model.row.policy in LOSSY
+    lossy = not model.keeps_bits
     hashes = SourceHashes(adapter, model)
     for ordinal, info in enumerate(model.tensors):
         where = f"{model.address}, tensor {info.name!r}"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +121,7 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     shared = np.zeros(len(used), np.bool_)
     for _, common in per_other:
         shared |= common
-    errors = json.loads(model.row.certificate or "{}").get("tensor_errors", {})
+    errors = model.certificate.get("tensor_errors", {})
     tensors = []
     for info, block_map, places in zip(model.tensors, maps, mine, strict=True):
         count = block_map.grid.count

@@ -101,6 +101,13 @@ def test_rows_needed_is_exact_and_near_the_rule_of_three(
     assert needed <= 2 + 1.7 * math.log(1 - confidence) / math.log(1 - limit / span)
 
 
+def test_rows_needed_for_very_small_drops_are_counted_and_not_listed() -> None:
+    one, other = rows_needed(1e-6, 1.0, 0.95), rows_needed(1e-9, 1.0, 0.95)
+    assert other == pytest.approx(1000 * one, rel=0.01)
+    assert rows_needed(1e-9, 1e6, 0.95) == pytest.approx(1e6 * other, rel=0.01)
+    assert rows_needed(5e-324, 1.0, 0.95) == 1 << 62
+
+
 def test_a_limit_of_the_whole_range_always_holds() -> None:
     assert rows_needed(1.0, 1.0, 0.95) == 2
     assert Bets.of(np.ones(3), 3, 1.0, 1.0).refutes(np.ones(3), 1.0, 0.95)

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from pydedup.accuracy import Accuracy
 from pydedup.certificates import describe
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.ingest.accuracy import Choice, Replacement, choose
+from pydedup.policies import Bounded
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -83,6 +87,9 @@ def test_an_interrupt_is_no_mistake_of_evaluate() -> None:
         (np.zeros((2, 2)), r"shape \(2, 2\)"),
         ([], r"shape \(0,\)"),
         ([0.1, np.nan, 0.2], "nan for example 1"),
+        (np.ma.masked, "masked scores"),
+        (np.ma.array([0.1, 0.2], mask=[False, True]), "masked scores"),
+        (np.full(4, 1.7e308), "too large to have a mean"),
     ],
 )
 def test_what_is_no_metric(calls: int, value: Any, said: str) -> None:
@@ -159,6 +166,12 @@ def test_rounding_of_the_metric_is_no_drop() -> None:
         ({"max_drop": -0.1}, "max_drop must be 0 or more"),
         ({"max_drop": float("nan")}, "finite"),
         ({"max_drop": "much"}, "must be a number"),
+        ({"max_drop": "0.1"}, "must be a number"),
+        ({"max_drop": True}, "must be a number"),
+        ({"max_rel_error": "0.1"}, "must be a number"),
+        ({"confidence": "0.95"}, "must be a number"),
+        ({"score_range": ("0", "1")}, "lowest, highest"),
+        ({"confidence": 0.95, "deterministic": False}, "same for the same weights"),
         ({"evaluate": 3}, "evaluate must be callable"),
         ({"finetune": 3}, "finetune must be callable"),
         ({"order": "size"}, "one of magnitude, saliency"),
@@ -179,6 +192,23 @@ def test_rounding_of_the_metric_is_no_drop() -> None:
 def test_arguments_of_the_policy(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
         Accuracy(**{"evaluate": len, "max_drop": 0.1, **options})
+
+
+def test_numbers_of_any_kind_are_arguments() -> None:
+    policy = Accuracy(
+        len,  # type: ignore[arg-type]
+        Decimal("0.1"),  # type: ignore[arg-type]
+        confidence=np.float32(0.5),  # type: ignore[arg-type]
+        every=np.int64(3),
+        score_range=(Fraction(0), np.float16(2)),  # type: ignore[arg-type]
+    )
+    parameters = policy.parameters()
+    assert json.loads(json.dumps(parameters)) == parameters
+    assert (parameters["max_drop"], parameters["every"]) == (0.1, 3)
+    assert (parameters["confidence"], parameters["score_range"]) == (0.5, [0.0, 2.0])
+    assert Bounded(np.float32(0.5)).parameters() == {"max_rel_error": 0.5}  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="max_rel_error must be a number"):
+        Bounded("0.5")  # type: ignore[arg-type]
 
 
 def test_the_policy_says_what_it_is() -> None:
@@ -283,6 +313,8 @@ def test_frozen_elements_are_compared_by_their_bits() -> None:
         (lambda w: {"w": w["w"][:2]}, r"\(2, 2\) for 'w'"),
         (lambda w: {"w": w["w"].reshape(2, 4)}, r"\(2, 4\) for 'w'"),
         (lambda w: {"other": w["w"]}, "'other', which the model does not have"),
+        (lambda w: {3: w["w"], "other": w["w"]}, "'other', which the model does not have"),
+        (lambda w: {"w": [[1.0], [2.0, 3.0]]}, "no array for 'w'"),
         (lambda w: None, "NoneType"),
         (lambda w: 1 / 0, "finetune raised ZeroDivisionError"),
     ],
@@ -295,6 +327,20 @@ def test_what_finetuning_may_not_do(change: Callable[[Arrays], Any], said: str) 
 def test_saliency_that_raises_is_said_so() -> None:
     with pytest.raises(EvaluationError, match="saliency raised ZeroDivisionError"):
         run(closeness, order="saliency", saliency=lambda _: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("saliency", "said"),
+    [
+        (5, "saliency is int, not arrays by name"),
+        (lambda _: None, "saliency is NoneType, not arrays by name"),
+        ({"w": np.full((4, 2), "x")}, "saliency of 'w' is <U1, not numbers"),
+        ({"w": np.full((4, 2), 1j)}, "saliency of 'w' is complex128, not numbers"),
+    ],
+)
+def test_what_is_no_saliency(saliency: Any, said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        run(closeness, order="saliency", saliency=saliency)
 
 
 # ---- tied weights -------------------------------------------------------------------------------

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What policies promise and certificates say: of new versions too, and whatever users' code does.
+
+Synthetic weights: a matrix, and a copy that every weight moved a little of, as a fine-tune does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import pydedup
+from pydedup import policies, registry
+from pydedup.certificates import describe
+from pydedup.errors import ArgumentError, ConflictError, DuplicateError
+from pydedup.policies import Policy
+from pydedup.store import Store
+from pydedup.testing.faults import Fault, inject
+
+Model = dict[str, NDArray[Any]]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[pydedup.Store]:
+    with pydedup.open(tmp_path / "store.db") as opened:
+        yield opened
+
+
+def weights() -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
+
+
+def moved(array: NDArray[np.float32], by: float = 0.01) -> NDArray[np.float32]:
+    noise = np.random.default_rng(1).standard_normal(array.shape)
+    return (array + by * noise).astype(np.float32)
+
+
+def same(got: Mapping[str, NDArray[Any]], want: Model) -> bool:
+    return all(got[name].tobytes() == array.tobytes() for name, array in want.items())
+
+
+def good(_: Mapping[str, NDArray[Any]]) -> float:
+    return 1.0
+
+
+# ---- bits ---------------------------------------------------------------------------------------
+
+
+def other_zeros() -> tuple[Model, Model]:
+    base = weights()[:64]
+    base[3] = 0.0
+    pruned = base.copy()
+    pruned[3] = -0.0  # as weights times a mask become
+    return {"w": base}, {"w": pruned}
+
+
+def underflow() -> tuple[Model, Model]:
+    base = weights()[:64].astype(np.float64)
+    base[0, 0] = 5e-324
+    other = base.copy()
+    other[0, 0] = 0.0
+    return {"w": base}, {"w": other}
+
+
+@pytest.mark.parametrize("models", [other_zeros, underflow])
+@pytest.mark.parametrize("before", [policies.Bounded(0.01), policies.Accuracy(good, 0.1)])
+@pytest.mark.parametrize("after", [policies.Exact(), policies.Lossless()])
+def test_a_version_keeps_its_bits_after_one_that_did_not(
+    store: pydedup.Store, models: Any, before: Policy, after: Policy
+) -> None:
+    base, model = models()
+    store.add("base", base, policy=policies.Exact())
+    lossy = store.add("m", model, policy=before)
+    assert lossy.certificate["largest_block_error"] == 0  # which is not to say the same bits
+    assert not same(store.load("m@1"), model)
+    store.add("m", model, policy=after)
+    assert same(store.load("m@2"), model)
+    assert store.verify().errors == []
+
+
+def test_a_version_after_a_lossy_one_takes_what_its_bound_allows(store: pydedup.Store) -> None:
+    """Tensor by tensor: one that was near enough says nothing of the others."""
+    base, exact = weights(), weights()[:64] * 3
+    store.add("base", {"a": base, "b": exact}, policy=policies.Exact())
+    model = {"a": moved(base, 0.04), "b": exact}
+    for bound in (0.05, 0.05, 0.01):
+        store.add("m", model, policy=policies.Bounded(bound))
+    for version in (1, 2):
+        errors = store.info(f"m@{version}").certificate["tensor_errors"]
+        assert list(errors) == ["a"]
+        assert 0.03 < errors["a"] <= 0.05
+    assert store.info("m@3").certificate["largest_block_error"] <= 0.01
+    assert np.linalg.norm(store.load("m@3")["a"] - model["a"]) <= 0.01 * np.linalg.norm(model["a"])
+
+
+# ---- policies of users --------------------------------------------------------------------------
+
+
+class Mine:
+    name = "mine"
+    compresses = uses_deltas = True
+    max_rel_error = 0.05
+
+    def __init__(self, **parameters: Any) -> None:
+        self._parameters = parameters
+
+    def parameters(self) -> Mapping[str, Any]:
+        return self._parameters
+
+
+def test_a_policy_of_the_users_own_may_be_lossy(store: pydedup.Store) -> None:
+    base = weights()
+    store.add("base", {"w": base})
+    report = store.add("m", {"w": moved(base)}, policy=Mine(level=3))
+    assert report.certificate["largest_block_error"] > 0
+    assert "not the same bits" in describe(report.certificate)[0]
+    assert store.verify().errors == []
+    store.add("m", {"w": moved(base)})
+    assert same(store.load("m@2"), {"w": moved(base)})
+
+
+def test_parameters_that_are_not_json_are_refused(store: pydedup.Store) -> None:
+    with pytest.raises(ArgumentError, match=r"parameters\(\) of .* are not JSON"):
+        store.add("m", {"w": weights()}, policy=Mine(level=np.float32(1)))
+    assert store.models() == []
+
+
+# ---- evaluate -----------------------------------------------------------------------------------
+
+
+def test_an_evaluate_that_loads_into_the_model_that_is_added(store: pydedup.Store) -> None:
+    base = weights()
+    store.add("base", {"weight": base}, policy=policies.Exact())
+    module = torch.nn.Linear(64, 256, bias=False)
+    original = moved(base)
+    module.load_state_dict({"weight": torch.from_numpy(original.copy())})
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> float:
+        module.load_state_dict({n: torch.from_numpy(a.copy()) for n, a in arrays.items()})
+        return 1.0
+
+    report = store.add("m", module, policy=policies.Accuracy(evaluate, 0.1))
+    stored = store.load("m")["weight"]
+    error = np.linalg.norm(stored - original) / np.linalg.norm(original)
+    assert report.certificate["replaced"] > 0
+    assert report.certificate["largest_block_error"] >= 0.9 * error > 0
+    store.add("m", {"weight": original}, policy=policies.Exact())
+    assert same(store.load("m@2"), {"weight": original})
+    assert store.verify().errors == []
+
+
+def test_a_source_that_finetuning_changed_is_noticed(store: pydedup.Store) -> None:
+    base = weights()
+    store.add("base", {"w": base}, policy=policies.Exact())
+    source = {"w": moved(base), "free": np.zeros((8, 8), np.float32)}
+
+    def finetune(
+        arrays: Mapping[str, NDArray[Any]], _: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        source["free"] += 1
+        return {**arrays, "free": arrays["free"] + 1}
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> float:
+        return 1.0 + float(arrays["free"].sum())
+
+    with pytest.raises(ConflictError, match=r"'free' of the source of m@1 changed"):
+        store.add("m", source, policy=policies.Accuracy(evaluate, 0.1, finetune=finetune))
+    assert [info.name for info in store.models()] == ["base"]
+
+
+def test_a_source_that_changed_before_a_second_attempt_is_noticed(store: pydedup.Store) -> None:
+    """Another writer removes what the add is compared with, so it reads its source once more."""
+    base = weights()
+    store.add("base", {"w": base}, policy=policies.Exact())
+    source = {"w": moved(base)}
+    attempts = 0
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> float:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 4:
+            source["w"][:] = arrays["w"]
+            store.remove("base")
+            store.vacuum()
+        return 1.0
+
+    with pytest.raises(ConflictError, match=r"'w' of the source of m@1 changed"):
+        store.add("m", source, policy=policies.Accuracy(evaluate, 0.1, every=1))
+    assert store.models() == []
+
+
+def test_what_progress_raises_is_not_laid_to_evaluate(store: pydedup.Store) -> None:
+    class StopNowError(Exception):
+        pass
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "evaluating":
+            raise StopNowError
+
+    with pytest.raises(StopNowError):
+        store.add("m", {"w": weights()}, policy=policies.Accuracy(good, 0.1), progress=progress)
+    assert store.models() == []
+
+
+# ---- versions and metadata ----------------------------------------------------------------------
+
+
+def test_adds_at_once_without_a_version_each_get_one(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with pydedup.open(url) as store:
+        failed: list[BaseException] = []
+        barrier = threading.Barrier(4)
+
+        def add(number: int) -> None:
+            try:
+                barrier.wait()
+                store.add("m", {"w": weights() + number})
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert sorted(info.version for info in store.versions("m")) == ["1", "2", "3", "4"]
+        stored = {float(store.load(f"m@{v}")["w"][0, 0] - weights()[0, 0]) for v in "1234"}
+        assert len(stored) == 4
+        assert store.verify().errors == []
+
+
+def test_a_number_taken_while_an_add_was_staged_is_passed_over(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with pydedup.open(url) as others:
+
+        def overtake() -> None:
+            others.add("m", {"w": weights() * 2})
+
+        fault = Fault("commit", overtake, 1, after=True)  # of what is staged
+        adapter, _ = inject(registry.connect(url, mode="a"), fault)
+        with Store(adapter, 1 << 26) as store:
+            assert store.add("m", {"w": weights()}).model == "m@2"
+        assert same(others.load("m@2"), {"w": weights()})
+        assert same(others.load("m@1"), {"w": weights() * 2})
+        assert others.verify().errors == []
+
+
+def test_a_version_that_was_asked_for_is_not_passed_over(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with pydedup.open(url) as others:
+        fault = Fault("commit", lambda: others.add("m@1", {"w": weights()}) and None, 1, after=True)
+        adapter, _ = inject(registry.connect(url, mode="a"), fault)
+        with Store(adapter, 1 << 26) as store, pytest.raises(DuplicateError, match="add another"):
+            store.add("m@1", {"w": weights() * 2})
+        assert same(others.load("m"), {"w": weights()})
+
+
+@pytest.mark.parametrize("value", ["\ud800", [[]]])
+def test_metadata_that_cannot_be_kept_is_refused(store: pydedup.Store, value: Any) -> None:
+    for _ in range(5000 if isinstance(value, list) else 0):
+        value = [value]
+    with pytest.raises(ArgumentError, match="metadata of m@1 is not JSON"):
+        store.add("m", {"w": weights()}, metadata={"a": value}, dry_run=True)
+
+
+@pytest.mark.parametrize("value", [42, True, 1.5])
+def test_a_quota_of_a_number_is_that_of_its_models(store: pydedup.Store, value: Any) -> None:
+    assert store.quotas.set("tenant", value, 1).value == str(value).lower()
+    store.quotas.set("tenant", "acme", "1GB")
+    with pytest.raises(pydedup.errors.QuotaError, match="tenant="):
+        store.add("a", {"w": weights()}, metadata={"tenant": value})
+    store.add("b", {"w": weights()})
+    store.quotas.remove("tenant", value)
+    store.add("a", {"w": weights()}, metadata={"tenant": value})
+
+
+def test_quotas_of_numbers_that_early_stores_have_hold(store: pydedup.Store) -> None:
+    old = '[{"key": "tenant", "value": 42, "bytes": 1, "measure": "marginal"}]'
+    adapter = store._adapter
+    with adapter.transaction():
+        adapter.set_meta("quotas", old)
+    assert [quota.value for quota in store.quotas] == ["42"]
+    with pytest.raises(pydedup.errors.QuotaError):
+        store.add("a", {"w": weights()}, metadata={"tenant": 42})
+
+
+@pytest.mark.parametrize(("key", "value"), [(3, "x"), ("a", object()), ("\ud800", "x")])
+def test_quotas_that_no_model_can_meet_are_refused(
+    store: pydedup.Store, key: Any, value: Any
+) -> None:
+    with pytest.raises(ArgumentError):
+        store.quotas.set(key, value, 1)
+    assert list(store.quotas) == []
