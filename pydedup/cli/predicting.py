@@ -61,10 +61,11 @@ def predict(
     with options.read_store(url, memory) as store, Watch("predicting", quiet=quiet):
         address = store.info(name).info.address  # an alias may move, and --json says which it was
         found = store.predict(address, given)
+        graph = store.graph(address)
     outputs: dict[str, Array] = (
         {str(key): np.asarray(value) for key, value in found.items()}
         if isinstance(found, Mapping)
-        else {"output": np.asarray(found)}
+        else {"output" if graph is None else graph.outputs[0]: np.asarray(found)}
     )
     if target is not None:
         _write(Path(target), outputs)

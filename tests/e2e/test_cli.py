@@ -335,7 +335,8 @@ def test_predict(family: str, tmp_path: Path) -> None:
     ):
         found = document("predict", family, "net", source, cwd=tmp_path, run=run)
         assert found["model"] == "net@1"  # the version that was asked, as `load` says it
-        (output,) = found["outputs"].values()
+        ((name, output),) = found["outputs"].items()
+        assert name == "y"  # as it is called over HTTP, whatever form the input has
         assert (output["dtype"], output["shape"]) == ("f32", [5, 40])
         np.testing.assert_allclose(output["values"], expected(x), rtol=1e-4, atol=1e-4)
     piped = document("predict", family, "net", "-", input=json.dumps({"x": x.tolist()}))
