@@ -259,7 +259,6 @@ def _without(ids: _Array, offsets: _Array | None, padding: int) -> tuple[_Array,
     """Return bags as 1-D ids and offsets, without the entries that are padding."""
     if ids.dtype.kind not in "iu" or (ids.ndim != 2 and offsets is None):
         return ids, offsets  # `bag` says what is wrong
-    kept = ids != padding
     if ids.ndim == 2 and offsets is None:
         starts = np.arange(ids.shape[0]) * ids.shape[1]
     elif offsets is not None and offsets.ndim == 1 and offsets.dtype.kind in "iu":
@@ -268,8 +267,10 @@ def _without(ids: _Array, offsets: _Array | None, padding: int) -> tuple[_Array,
         starts = offsets
     else:
         return ids, offsets
-    before = np.concatenate(([0], np.cumsum(kept.reshape(-1))))
-    return ids[kept], before[starts]
+    flat = ids.reshape(-1)
+    dropped = np.flatnonzero(flat == padding)
+    starts = starts.astype(np.int64)
+    return np.delete(flat, dropped), starts - np.searchsorted(dropped, starts)
 
 
 def _activation(run: _Run, node: Node, x: _Array) -> _Array:

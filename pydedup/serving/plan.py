@@ -9,7 +9,7 @@ that do not fit, which the engine gives where it meets them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
 from pydedup.types import TensorInfo
 
-__all__ = ["Plan", "plan_run"]
+__all__ = ["Bags", "Plan", "plan_run"]
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -28,9 +28,28 @@ Shape: TypeAlias = tuple[int, ...]
 _SCRATCH = {"softmax": 2, "log_softmax": 2, "layer_norm": 2, "batch_norm": 1, "elu": 2, "gelu": 1}
 # Operations whose result is a view of their input.
 _VIEWS = {"identity", "flatten", "reshape", "transpose"}
+# Bytes beside its result that a look-up needs: ids as the core wants them, and without padding;
+# where bags begin, and how many ids they have.
+_PER_ID, _PER_BAG = 8, 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Bags:
+    """Ids of bags one after the other, and where each begins: two inputs, to be cut together."""
+
+    ids: str
+    offsets: str
+    #: Where each bag begins in the ids, and where the last one ends.
+    edges: NDArray[np.int64]
+    #: Whether the offsets say where the last one ends.
+    with_end: bool
+
+    def ids_of(self, first: int, stop: int) -> int:
+        """Return how many ids these bags have."""
+        return int(self.edges[stop] - self.edges[first])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """What one run needs.
 
@@ -40,10 +59,44 @@ class Plan:
         Length of the first axis of all inputs and outputs, where rows are apart; else None.
     nbytes
         The most bytes that activations take at one time, scratch included, inputs not.
+    out_nbytes
+        Bytes of the outputs.
+    bags
+        Inputs that have no row for each row of the others, but a bag of ids.
     """
 
     rows: int | None
     nbytes: int
+    out_nbytes: int
+    bags: Sequence[Bags] = ()
+
+    def end(self, first: int, nbytes: int) -> int:
+        """Return where a piece of about so many bytes ends that begins here; it has a row."""
+        assert self.rows is not None
+        stop = first + self.rows * nbytes // self.nbytes
+        for bags in self.bags:
+            ids = int(bags.edges[-1]) * nbytes // self.nbytes
+            most = int(bags.edges[first]) + ids
+            stop = min(stop, int(np.searchsorted(bags.edges, most, side="right")) - 1)
+        return min(max(stop, first + 1), self.rows)
+
+    def share(self, first: int, stop: int) -> int:
+        """Return how many bytes these rows take: their part of all rows or ids, if it is larger."""
+        assert self.rows is not None
+        shares = [(stop - first, self.rows)]
+        shares += [(bags.ids_of(first, stop), int(bags.edges[-1])) for bags in self.bags]
+        return max(self.nbytes * part // max(whole, 1) for part, whole in shares)
+
+    def part(
+        self, inputs: Mapping[str, NDArray[Any]], first: int, stop: int
+    ) -> dict[str, NDArray[Any]]:
+        """Return these rows of the inputs."""
+        part = {name: value[first:stop] for name, value in inputs.items()}
+        for bags in self.bags:
+            edges = bags.edges[first : stop + 1]
+            part[bags.ids] = inputs[bags.ids][edges[0] : edges[-1]]
+            part[bags.offsets] = (edges if bags.with_end else edges[:-1]) - edges[0]
+        return part
 
 
 def plan_run(
@@ -53,9 +106,17 @@ def plan_run(
     shapes: dict[str, Shape] = {name: inputs[name].shape for name in graph.inputs if name in inputs}
     if len(shapes) < len(graph.inputs):
         return None
-    lengths = {shape[0] if shape else -1 for shape in shapes.values()}
+    bags = _bags(graph, inputs)
+    of_bags = {one.ids for one in bags}
+    counts = {one.offsets: len(one.edges) - 1 for one in bags}
+    lengths = {
+        counts.get(name, shape[0] if shape else -1)
+        for name, shape in shapes.items()
+        if name not in of_bags
+    }
     apart = dict.fromkeys(shapes, len(lengths) == 1 and -1 not in lengths)
     wide = any(value.dtype.itemsize == 8 and value.dtype.kind == "f" for value in inputs.values())
+    itemsize = {name: inputs[name].dtype.itemsize for name in shapes}
     root = {name: name for name in graph.inputs}  # whose memory a value is
     last_use = _last_uses(graph, root)
     live: dict[str, int] = {}
@@ -69,20 +130,68 @@ def plan_run(
             return None
         wide = wide or (weight is not None and compute_dtype(weight.dtype).itemsize == 8)
         shapes[node.output] = shape
-        apart[node.output] = all(apart[name] for name in node.inputs) and _keeps_rows(
-            node, given, shape
+        apart[node.output] = all(apart[name] for name in node.inputs) and (
+            node.inputs[0] in of_bags or _keeps_rows(node, given, shape)
         )
-        size = math.prod(shape) * (8 if wide else 4)
+        width = 8 if wide else 4
+        if node.op in _VIEWS or node.op == "concat":  # ids stay ids
+            width = max(itemsize[name] for name in node.inputs)
+        itemsize[node.output] = width
+        size = math.prod(shape) * width
         if root[node.output] == node.output:
             live[node.output] = size
         scratch = _SCRATCH.get(node.op, 0) * size
         if node.op in ("linear", "conv2d"):
-            scratch = math.prod(given[0]) * (8 if wide else 4)  # x as the kernels want it
+            scratch = math.prod(given[0]) * width  # x as the kernels want it
+        elif node.op in ("embedding", "embedding_bag"):
+            scratch = math.prod(given[0]) * _PER_ID
+            if node.op == "embedding_bag":
+                scratch *= 1 if node.attr("padding_idx") is None else 2
+                scratch += shape[0] * _PER_BAG
         most = max(most, sum(live.values()) + scratch)
         for name in [name for name in live if last_use[name] <= i]:
             del live[name]
     rows = lengths.pop() if all(apart[name] for name in graph.outputs) else None
-    return Plan(rows, most)
+    out_nbytes = sum(math.prod(shapes[name]) * itemsize[name] for name in graph.outputs)
+    return Plan(rows, most, out_nbytes, bags)
+
+
+def _bags(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> list[Bags]:
+    """Return all bags with offsets, if each can be cut: nothing else looks at ids or offsets."""
+    found: dict[str, Bags] = {}
+    elsewhere = set(graph.outputs)
+    for node in graph.nodes:
+        if node.op != "embedding_bag" or len(node.inputs) == 1:
+            elsewhere.update(node.inputs)
+            continue
+        ids, offsets = node.inputs
+        with_end = bool(node.attr("include_last_offset"))
+        edges = _edges(inputs.get(ids), inputs.get(offsets), with_end)
+        if edges is None:
+            return []
+        one = found.setdefault(ids, Bags(ids, offsets, edges, with_end))
+        if (one.offsets, one.with_end) != (offsets, with_end):
+            return []
+    ends = {(one.offsets, one.with_end) for one in found.values()}
+    names = [*found, *(offsets for offsets, _ in ends)]
+    if len(set(names)) < len(names) or not elsewhere.isdisjoint(names):
+        return []
+    return list(found.values())
+
+
+def _edges(
+    ids: NDArray[Any] | None, offsets: NDArray[Any] | None, with_end: bool
+) -> NDArray[np.int64] | None:
+    """Return where bags begin, and where the last one ends; None where something is wrong."""
+    if ids is None or offsets is None or ids.ndim != 1 or offsets.ndim != 1:
+        return None
+    if offsets.dtype.kind not in "iu":
+        return None
+    edges = offsets.astype(np.int64)
+    if not with_end:
+        edges = np.append(edges, len(ids))
+    wrong = len(edges) == 0 or edges[0] != 0 or edges[-1] > len(ids)
+    return None if wrong or bool((edges[1:] < edges[:-1]).any()) else edges
 
 
 def _last_uses(graph: Graph, root: dict[str, str]) -> dict[str, int]:
@@ -111,7 +220,12 @@ def _shape_of(node: Node, given: list[Shape], weight: Shape) -> Shape:
         case "embedding":
             return (*x, *weight[1:])
         case "embedding_bag":
-            return (x[0] if len(given) == 1 else given[1][0], *weight[1:])
+            if len(given) == 1:
+                return (x[0], *weight[1:])
+            count = given[1][0] - bool(node.attr("include_last_offset"))
+            if count < 0:
+                raise ValueError("there is no last offset")
+            return (count, *weight[1:])
         case "conv2d":
             kernel = weight[2:] if len(weight) == 4 else (1, weight[2])
             return (*x[:-3], weight[0], *_windows(node, x[-2:], kernel))

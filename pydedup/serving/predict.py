@@ -87,27 +87,21 @@ def _run(request: Prediction, tensor_of: _TensorOf, pool: PagePool) -> dict[str,
     def run(inputs: dict[str, _Array]) -> dict[str, _Array]:
         return run_graph(request.graph, lambda name: tensor_of(model, name), inputs)
 
-    # Half, so that two can predict at a time.
-    step = _rows_that_fit(plan, pool.activation_bytes // 2)
-    if plan is None or plan.rows is None or step >= plan.rows:
+    most = pool.activation_bytes // 2  # so that two can predict at a time
+    if plan is None or plan.rows is None or plan.rows < 2 or plan.nbytes <= most:
         with pool.activations(nbytes):
             return run(request.inputs)
     outputs: dict[str, _Array] = {}
-    for at in range(0, plan.rows, step):
-        rows = slice(at, at + step)
-        with pool.activations(nbytes * step // plan.rows):
-            part = run({name: value[rows] for name, value in request.inputs.items()})
+    stop = 0
+    while stop < plan.rows:
+        at, stop = stop, plan.end(stop, most)
+        with pool.activations(plan.share(at, stop)):
+            part = run(plan.part(request.inputs, at, stop))
         for name, value in part.items():
             if name not in outputs:
                 outputs[name] = np.empty((plan.rows, *value.shape[1:]), value.dtype)
-            outputs[name][rows] = value
+            outputs[name][at:stop] = value
     return outputs
-
-
-def _rows_that_fit(plan: Plan | None, nbytes: int) -> int:
-    if plan is None or plan.rows is None or plan.nbytes <= nbytes:
-        return 1 if plan is None or plan.rows is None else max(plan.rows, 1)
-    return max(plan.rows * nbytes // plan.nbytes, 1)
 
 
 def predict_together(
@@ -182,7 +176,7 @@ def _run_group(
         shapes = tuple(
             (name, value.dtype.str, value.shape[1:]) for name, value in request.inputs.items()
         )
-        apart = plan is not None and plan.rows is not None
+        apart = plan is not None and plan.rows is not None and not plan.bags
         batches.setdefault((request.model.row.id, shapes) if apart else number, []).append(number)
     runs = []
     for numbers in batches.values():

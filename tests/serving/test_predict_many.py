@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +116,109 @@ def test_a_batch_larger_than_the_budget_is_cut(store: pydedup.Store) -> None:
     assert peak < 6 << 20
 
 
+def bags(**attrs: Any) -> Graph:
+    """Bags with offsets, beside an input that has a row for each bag."""
+    weights = {"weight": "table"}
+    return Graph(
+        ("ids", "offsets", "x"),
+        ("out",),
+        (
+            Node("embedding_bag", ("ids", "offsets"), "bag", weights=weights, attrs=attrs),
+            Node("add", ("bag", "x"), "sum"),
+            Node("linear", ("sum",), "h", weights={"weight": "a.weight", "bias": "a.bias"}),
+            Node("softmax", ("h",), "out"),
+        ),
+    )
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("with_end", [False, True])
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_bags_with_offsets_are_cut(
+    tmp_path: Path, mode: str, with_end: bool, padding: int | None
+) -> None:
+    attrs = {"mode": mode, "padding_idx": padding, "include_last_offset": with_end}
+    arrays = {**weights(), "table": RNG.standard_normal((50, 256)).astype(np.float32)}
+    sizes = RNG.integers(0, 5, 6000)
+    sizes[100:400] = 0
+    sizes[[0, 700, -1]] = 0, 20_000, 0
+    edges = np.concatenate(([0], np.cumsum(sizes)))
+    ids = RNG.integers(0, 50, edges[-1] + 7 * with_end)
+    x = RNG.standard_normal((6000, 256)).astype(np.float32)
+    given = {"ids": ids, "offsets": edges if with_end else edges[:-1], "x": x}
+    with pydedup.open(tmp_path / "m.db", memory="8MiB") as opened:
+        opened.add("m", arrays, graph=bags(**attrs))
+        tracemalloc.start()
+        got = opened.predict("m", given)["out"]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < got.nbytes + (6 << 20)
+        none = {"ids": ids[:0], "offsets": edges[:with_end], "x": x[:0]}
+        assert opened.predict("m", none)["out"].shape == (0, WIDE)
+        for wrong in ({"x": x[1:]}, {"offsets": given["offsets"] + 1}):
+            with pytest.raises(ArgumentError, match=r"node '(add|embedding_bag)'"):
+                opened.predict("m", {**given, **wrong})
+        two = opened.predict_many([("m", given), ("m", none)])
+        np.testing.assert_array_equal(two[0]["out"], got)
+        assert two[1]["out"].shape == (0, WIDE)
+    with pydedup.open(tmp_path / "m.db", mode="r", memory="512MiB") as opened:
+        want = opened.predict("m", given)["out"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+MEMORY = """
+import json, sys, threading, time
+import numpy as np
+import psutil
+import pydedup
+from pydedup.graph import Graph, Node
+
+rng = np.random.default_rng(0)
+shapes = {"table": (1000, 64), "w": (512, 64), "v": (1, 512)}
+graph = Graph(("ids", "offsets"), ("y",), (
+    Node("embedding_bag", ("ids", "offsets"), "a", {"weight": "table"}, {"padding_idx": 1}),
+    Node("linear", ("a",), "b", {"weight": "w"}),
+    Node("relu", ("b",), "r"),
+    Node("linear", ("r",), "y", {"weight": "v"}),
+))
+with pydedup.open(sys.argv[1]) as store:
+    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    store.add("m", arrays, graph=graph)
+
+def watch():
+    while watching:
+        seen.append(me.memory_info().rss)
+        time.sleep(0.002)
+
+me, seen, watching = psutil.Process(), [], True
+with pydedup.open(sys.argv[1], mode="r", memory="32MiB") as store:
+    store.predict("m", {"ids": np.arange(4), "offsets": np.array([0, 2])})
+    threading.Thread(target=watch, daemon=True).start()
+    peaks = []
+    for count, size in ((200_000, 2), (20_000, 400)):
+        ids = rng.integers(0, 1000, count * size, dtype=np.int32)
+        offsets = np.arange(0, count * size, size)
+        seen.clear()
+        before = me.memory_info().rss
+        y = store.predict("m", {"ids": ids, "offsets": offsets})["y"]
+        assert y.shape == (count, 1)
+        peaks.append(max(seen) - before)
+    watching = False
+print(json.dumps(peaks))
+"""
+
+
+def test_memory_of_bags_with_offsets(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", MEMORY, str(tmp_path / "m.db")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(json.loads(done.stdout)) < (32 + 64) << 20, done.stdout
+
+
 def test_rows_that_depend_on_each_other_are_not_cut(store: pydedup.Store) -> None:
     nodes = (*layers().nodes[:3], Node("softmax", ("logits",), "out", attrs={"axis": 0}))
     store.add("across", weights(), graph=Graph(("x",), ("out",), nodes))
@@ -145,8 +251,13 @@ def planned(nodes: list[Node], *shapes: tuple[int, ...]) -> Any:
     [
         (Node("linear", ("x",), "o", weights={"weight": "w"}), (5, 6), 5, 5 * (8 + 6)),
         (Node("linear", ("x",), "o", weights={"weight": "w"}), (6,), None, 8 + 6),
-        (Node("embedding", ("x",), "o", weights={"weight": "e"}), (5, 7), 5, 5 * 7 * 6),
-        (Node("embedding_bag", ("x",), "o", weights={"weight": "e"}), (5, 7), 5, 5 * 6),
+        (Node("embedding", ("x",), "o", weights={"weight": "e"}), (5, 7), 5, 5 * 7 * (6 + 2)),
+        (
+            Node("embedding_bag", ("x",), "o", weights={"weight": "e"}),
+            (5, 7),
+            5,
+            5 * (6 + 7 * 2 + 8),
+        ),
         (
             Node(
                 "conv2d",
