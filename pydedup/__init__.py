@@ -78,4 +78,4 @@ if not TYPE_CHECKING:  # to a type checker, names that there are not stay unknow
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *__all__})
+    return sorted({*_MODULES, *__all__})

@@ -21,7 +21,16 @@ from pydedup.errors import ArgumentError
 if TYPE_CHECKING:
     from fractions import Fraction
 
-__all__ = ["Kernel", "Kernels", "at_most_threads", "kernels", "parse_bytes", "threads"]
+__all__ = [
+    "LEAST_MEMORY",
+    "Kernel",
+    "Kernels",
+    "at_most_threads",
+    "kernels",
+    "parse_bytes",
+    "parse_memory",
+    "threads",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,8 @@ def at_most_threads(most: int | None) -> Iterator[None]:
         _core.limit_threads(before)
 
 
+#: The least memory budget of a store: its half is a page (`pydedup.layout.PAGE_BYTES`).
+LEAST_MEMORY = 2 * 1024 * 1024
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 _LONGEST_SIZE = 40
 #: What a column of integers takes.
@@ -105,6 +116,23 @@ def parse_bytes(text: str | int) -> int:
     if not 1 <= exact <= _MOST_BYTES:
         raise ArgumentError(f"{text!r} is not within 1 byte and 8 EiB")
     return int(exact)
+
+
+def parse_memory(text: str | int) -> int:
+    """Return a memory budget in bytes, given as `parse_bytes` takes it.
+
+    Raises
+    ------
+    ArgumentError
+        When it is no size, or less than `LEAST_MEMORY`.
+    """
+    budget = parse_bytes(text)
+    if budget < LEAST_MEMORY:
+        raise ArgumentError(
+            f"{text!r} is too little memory for a store: give {LEAST_MEMORY >> 20}MiB or more; "
+            "half of so little is for pages, of up to 1 MiB each"
+        )
+    return budget
 
 
 def _exact(number: str) -> int | Fraction:

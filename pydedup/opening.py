@@ -49,7 +49,13 @@ def connect_store(url: str | os.PathLike[str], *, mode: str, schema: str | None 
         raise ArgumentError(
             f"mode {mode!r} is unknown; use 'a' (read and write) or 'r' (read only)"
         )
-    adapter = registry.connect(str(os.fspath(url)), mode=mode, schema=schema)
+    try:
+        place = os.fsdecode(url)
+    except TypeError:
+        raise ArgumentError(
+            f"{url!r} is no store; give a URL such as 'sqlite:///models.db', or the path of a file"
+        ) from None
+    adapter = registry.connect(place, mode=mode, schema=schema)
     try:
         _check_schema(adapter, mode)
         return adapter
@@ -122,7 +128,7 @@ def open_end(
     """Open a store that models are copied to or from."""
     from pydedup.moving.source import End
 
-    budget = config.parse_bytes(memory)
+    budget = config.parse_memory(memory)
     adapter = connect_store(url, mode=mode, schema=schema)
     try:
         yield End(adapter, pool_of(adapter, budget))

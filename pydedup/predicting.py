@@ -207,8 +207,8 @@ class StorePredictions:
         payload = self._adapter.artifact(model.row.id, GRAPH)
         if payload is None:
             raise NotFoundError(
-                f"{model.address} has no graph to predict with; give add(..., graph=...), "
-                "or add it from a torch.nn.Sequential, Keras or ONNX model"
+                f"{model.address} has no graph to predict with; add it from an ONNX or Keras "
+                "file, as `pydedup add` does, or a torch.nn.Sequential, or give add(..., graph=...)"
             )
         outputs = run_onnx(
             model, payload, lambda tensor: self._stored_tensor(model, tensor), self._pool, x

@@ -96,6 +96,9 @@ class Quotas:
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
 
+    def __repr__(self) -> str:
+        return f"<pydedup.quotas.Quotas of {self._adapter.url}>"
+
     def __iter__(self) -> Iterator[Quota]:
         return iter(read_quotas(self._adapter))
 

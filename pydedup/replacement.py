@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup import _core
+from pydedup import _core, config
 from pydedup.errors import ArgumentError, FormatError
 
 __all__ = ["DEFAULT_POLICY", "POLICIES", "Replay", "Trace", "check_policy", "replay"]
@@ -103,8 +103,13 @@ class Trace:
                     columns["owners"].astype(np.int64, casting="safe"),
                     bool(columns["complete"]),
                 )
+        except FormatError:
+            raise
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
-            raise FormatError(f"{path} is no recorded trace: {exc}") from exc
+            raise FormatError(
+                f"{path} is no recorded trace, or a damaged one; `pydedup serve --record FILE` "
+                "makes one, and store.recorded().save(FILE) after store.record()"
+            ) from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +128,8 @@ class Replay:
         return self.hits / uses if uses else 0.0
 
 
-def replay(trace: Trace, memory_bytes: int, policy: str) -> Replay:
-    """Replay a trace through a pool of so many bytes.
+def replay(trace: Trace, memory_bytes: str | int, policy: str) -> Replay:
+    """Replay a trace through a pool of so much memory, e.g. ``"512MiB"``.
 
     ``policy`` is one of `POLICIES`, or ``"optimum"``: the page whose next use is farthest away goes
     first, which needs to know the future (Belady, 1966; fewest misses where pages are of one size).
@@ -132,8 +137,8 @@ def replay(trace: Trace, memory_bytes: int, policy: str) -> Replay:
     Raises
     ------
     ArgumentError
-        For an unknown policy, and when the trace does not fit together or has a page larger than
-        the memory.
+        For an unknown policy or what is no size, and when the trace does not fit together or has a
+        page larger than the memory.
     """
     if policy != "optimum":
         check_policy(policy)
@@ -142,7 +147,7 @@ def replay(trace: Trace, memory_bytes: int, policy: str) -> Replay:
         np.ascontiguousarray(trace.nbytes, np.uint32),
         np.ascontiguousarray(trace.calls, np.uint32),
         np.ascontiguousarray(trace.owners, np.int64),
-        memory_bytes,
+        config.parse_bytes(memory_bytes),
         None if policy == "optimum" else policy,
     )
     return Replay(policy, *counts)

@@ -95,6 +95,10 @@ class SqlFunctions:
         if opened is not None:
             weakref.finalize(self, opened.close).atexit = False
 
+    def __repr__(self) -> str:
+        of = "" if self._opened is None else f" of {self._opened!r}"
+        return f"<pydedup.sql.SqlFunctions{of}, last_error={self.last_error!r}>"
+
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
         """Raise, for the error that SQLite makes of it, what happened inside of a function."""
@@ -244,7 +248,7 @@ class PostgresFunctions:
     def _calls(self) -> Calls:
         if self._ready is None:
             adapter, memory = registry.inside_postgres(self._plpy, self._schema)
-            store = Store(check_store(adapter), config.parse_bytes(memory or POSTGRES_MEMORY))
+            store = Store(check_store(adapter), config.parse_memory(memory or POSTGRES_MEMORY))
             # Nothing is read ahead: that takes a thread, and a backend must have one alone.
             self._ready = Calls(
                 store._catalog,

@@ -84,7 +84,7 @@ def open(
     NotAStoreError, SchemaVersionError, UnavailableError, ReadOnlyError
         When there is no store, one of a newer pydedup, no database, or no way to write it.
     """
-    budget = config.parse_bytes(memory)
+    budget = config.parse_memory(memory)
     check_policy(replacement)
     adapter = connect_store(url, mode=mode, schema=schema)
     try:
@@ -103,6 +103,7 @@ class Store(StorePredictions, StoreUpkeep):
         self._adapter = adapter
         self._catalog = Catalog(adapter)
         self._pool = pool_of(adapter, memory_bytes, replacement)
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +117,7 @@ class Store(StorePredictions, StoreUpkeep):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<pydedup.Store {self._adapter.url}>"
+        return f"<pydedup.Store {self._adapter.url}{', closed' if self._closed else ''}>"
 
     @property
     def url(self) -> str:
@@ -130,6 +131,7 @@ class Store(StorePredictions, StoreUpkeep):
 
     def close(self) -> None:
         """Close the database and drop the pool. Idempotent."""
+        self._closed = True
         self._pool.clear()
         self._adapter.close()
 

@@ -77,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "encoding": VALUES | {"_core", "blocks", "config"},
     "codec": VALUES | {"_core", "blocks", "config", "encoding", "hashing"},
     "windows": {"blocks"},
-    "replacement": VALUES | {"_core"},
+    "replacement": VALUES | {"_core", "config"},
     "pool": VALUES | {"_core", "blocks", "codec", "config", "replacement", "windows"},
     "matmul": VALUES | {"_core", "blocks", "codec", "config", "pool", "windows"},
     "lookup": VALUES | {"_core", "blocks", "codec", "matmul", "pool"},

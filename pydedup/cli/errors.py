@@ -89,6 +89,11 @@ def _describe(error: BaseException) -> tuple[Exit, str]:
         return Exit.USAGE, _usage(error)
     if isinstance(error, MissingStoreError):
         return Exit.STORE, error.told("`pydedup add` creates one")
+    if isinstance(error, BudgetError):
+        # The pool knows only stores that are opened in Python.
+        return Exit.USAGE, str(error).replace(
+            "open the store with more memory", "give more with --memory"
+        )
     if isinstance(error, PydedupError):
         return _status(error), str(error) or type(error).__name__
     if isinstance(error, FileNotFoundError):
@@ -115,7 +120,7 @@ def _status(error: PydedupError) -> Exit:
         return Exit.QUOTA
     if isinstance(error, FormatError):
         return Exit.BAD_FILE
-    if isinstance(error, (ArgumentError, BudgetError, EvaluationError)):
+    if isinstance(error, (ArgumentError, EvaluationError)):
         return Exit.USAGE
     return Exit.STORE
 

@@ -224,7 +224,7 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
         ),
         ("policy", f"{model.policy}: {certified[0]}"),
         *(("", line) for line in certified[1:]),
-        ("predicts", "yes" if figures.has_graph else "no, its layers are not known"),
+        ("predicts", _predicts(figures)),
         ("added", text.moment(model.created_at)),
         ("digest", model.digest),
     ]
@@ -236,6 +236,12 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
         (f"metadata {text.clean(key)}", _shown(value)) for key, value in model.metadata.items()
     ]
     return fields
+
+
+def _predicts(figures: ModelFigures) -> str:
+    if not figures.has_graph:
+        return "no, its layers are not known"
+    return "yes, by ONNX Runtime" if figures.by_onnx_runtime else "yes"
 
 
 def _shown(value: object) -> str:
@@ -290,6 +296,7 @@ def _figures_document(figures: ModelFigures, tensors: bool) -> dict[str, Any]:
         "certificate": dict(figures.certificate),
         "artifacts": list(figures.artifacts),
         "has_graph": figures.has_graph,
+        "by_onnx_runtime": figures.by_onnx_runtime,
         "n_tensors": len(figures.tensors),
         "used_bytes": figures.used_bytes,
         "exclusive_bytes": figures.exclusive_bytes,

@@ -76,6 +76,12 @@ def copy(
     if all_versions and not names:
         raise click.UsageError("--all-versions goes with a NAME; without one, all are copied")
     half = config.parse_bytes(memory) // 2
+    if half < config.LEAST_MEMORY:
+        least = f"{config.LEAST_MEMORY >> 19}MiB"
+        raise click.BadParameter(
+            f"{memory!r} is too little for two stores; give {least} or more",
+            param_hint="'--memory'",
+        )
     with options.read_store(url, str(half)) as store, Watch("opening", quiet=quiet) as watch:
         report = store.copy_to(
             target,

@@ -72,6 +72,14 @@ def check_size(context: click.Context, option: click.Parameter, value: str) -> s
     return value
 
 
+def _check_memory(context: click.Context, option: click.Parameter, value: str) -> str:
+    try:
+        config.parse_memory(value)
+    except ArgumentError as error:
+        raise click.BadParameter(str(error), context, option) from None
+    return value
+
+
 def on_option(what: str) -> Callable[[_F], _F]:
     """Add where the Ray cluster is that does the work; without it, none does."""
     return click.option(
@@ -110,7 +118,7 @@ def memory_option(command: _F) -> _F:
         metavar="SIZE",
         default=DEFAULT_MEMORY,
         show_default=True,
-        callback=check_size,
+        callback=_check_memory,
         help="Memory for pages of the store.",
     )(command)
 

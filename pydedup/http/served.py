@@ -86,7 +86,7 @@ class ServedStore(Store):
     @classmethod
     def connect(cls, url: str, memory: str | int, replacement: str = DEFAULT_POLICY) -> Self:
         """Open a store that is there. Raises what `pydedup.open` does."""
-        budget = config.parse_bytes(memory)
+        budget = config.parse_memory(memory)
         check_policy(replacement)
         adapter = connect_store(url, mode="r")
         try:

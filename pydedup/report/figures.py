@@ -10,8 +10,9 @@ from typing import Any
 
 from pydedup.adapter import LIVE, Adapter
 from pydedup.catalog import Catalog, StoredModel, model_info
+from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.layout import least_pages
-from pydedup.types import ModelInfo, TensorInfo
+from pydedup.types import GRAPH_ARTIFACT, ModelInfo, TensorInfo
 
 __all__ = ["ModelFigures", "StoreStats", "model_figures", "store_stats"]
 
@@ -24,6 +25,8 @@ class ModelFigures:
     ----------
     used_bytes
         What its distinct blocks take on their pages.
+    has_graph
+        Whether it can predict; where ``by_onnx_runtime`` is true, ONNX Runtime runs it.
     exclusive_bytes
         The part of it on pages that no other model reads: what removing it frees at once.
     pages, least_pages, read_amplification
@@ -39,6 +42,11 @@ class ModelFigures:
     exclusive_bytes: int
     pages: int
     least_pages: int
+
+    @property
+    def by_onnx_runtime(self) -> bool:
+        """Whether it predicts, and has operations that pydedup has no kernels for."""
+        return self.has_graph and GRAPH_ARTIFACT not in self.artifacts
 
     @property
     def read_amplification(self) -> float:
@@ -91,7 +99,7 @@ def model_figures(adapter: Adapter, catalog: Catalog, address: str) -> ModelFigu
         certificate=json.loads(row.certificate or "{}"),
         tensors=model.tensors,
         artifacts=artifacts,
-        has_graph=model.graph() is not None,
+        has_graph=not {GRAPH_ARTIFACT, ONNX_GRAPH}.isdisjoint(artifacts),
         used_bytes=sum(mine.values()),
         exclusive_bytes=sum(size for page, size in mine.items() if page not in others),
         pages=len(mine),

@@ -55,6 +55,9 @@ MOST_FAILURES: Final = 20
 #: How often a batch is written again when others write the same rows.
 _TRIES: Final = 5
 _MODEL_COLUMN: Final = "model"
+_IN_SQL: Final = (
+    ", which functions of SQL need (ONNX Runtime is not used for them, but by `pydedup score`)"
+)
 
 
 class _Made(NamedTuple):
@@ -64,14 +67,14 @@ class _Made(NamedTuple):
     outputs: list[Outputs]
 
 
-def graph_of(model: StoredModel) -> Graph:
+def graph_of(model: StoredModel, needed: str = _IN_SQL) -> Graph:
     """Return a model's graph. Raises NotFoundError when the store knows none."""
     graph = model.graph()
     if graph is None:
         raise NotFoundError(
-            f"{model.address} has no graph to predict with, which functions of SQL need (ONNX "
-            "Runtime is not used for them, but by `pydedup score`); give add(..., graph=...), or "
-            "add it from a torch.nn.Sequential, Keras or ONNX model of layers that pydedup knows"
+            f"{model.address} has no graph to predict with{needed}; add it from an ONNX or Keras "
+            "file, as `pydedup add` does, or a torch.nn.Sequential, of layers that pydedup knows, "
+            "or give add(..., graph=...)"
         )
     return graph
 
@@ -144,7 +147,7 @@ def kind_of(model: StoredModel, adapter: Adapter) -> InputKind:
     if model.graph() is None and ONNX_GRAPH in dict(adapter.artifacts(model.row.id)):
         return InputKind(ids=False, width=None, as_given=True)
     shapes = {info.name: info.shape for info in model.tensors}
-    return input_kind(graph_of(model), shapes, model.address)
+    return input_kind(graph_of(model, needed=""), shapes, model.address)
 
 
 class Scoring:

@@ -86,6 +86,8 @@ def path_of(url: str) -> Path:
         (["add", "m.db", "a", __file__, "--block-shape", "0x8"], "ROWSxCOLUMNS"),
         (["add", "m.db", "a", __file__, "--policy", "loose"], "loose"),
         (["add", "m.db", "a", __file__, "--memory", "lots"], "'--memory': 'lots' is not a size"),
+        (["serve", "m.db", "--memory", "1"], "'--memory': '1' is too little memory for a store: g"),
+        (["copy", "a.db", "b.db", "--memory", "3MiB"], "two stores; give 4MiB or more"),
         (["serve", "m.db", "--max-body", "lots"], "'--max-body': 'lots' is not a size"),
         (["verify", "m.db", "--evaluate", "a", "f"], "'--evaluate': 'f' is not MODULE:FUNCTION"),
         (["add", "m.db", __file__, "a"], "the name comes before the file"),

@@ -10,6 +10,7 @@ import pytest
 
 import pydedup
 from pydedup import policies
+from pydedup.opening import connect_store
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -88,7 +89,8 @@ def test_a_trained_network_is_served(
         direct = filters.conv2d(inner.numpy(), stride=2, padding=1)
         theirs = nn.functional.conv2d(inner, state["4.weight"], None, 2, 1).numpy()
         np.testing.assert_allclose(direct, theirs, rtol=1e-4, atol=1e-5)
-    with pydedup.open(f"sqlite:///{tmp_path}/m.db", mode="r", memory="64KiB") as store:
+    adapter = connect_store(f"sqlite:///{tmp_path}/m.db", mode="r")
+    with pydedup.Store(adapter, 64 << 10) as store:  # less than `pydedup.open` takes
         tight = store.predict("bars@shifted", x.numpy())
         # In pieces of few images, which are summed in another order than many.
         assert np.abs(tight - shifted).max() <= 1e-6 * np.abs(shifted).max()

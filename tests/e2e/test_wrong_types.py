@@ -7,6 +7,8 @@ what was meant.
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,11 @@ import numpy as np
 import pytest
 
 import pydedup
+import pydedup.sql
+from pydedup.config import LEAST_MEMORY
 from pydedup.errors import ArgumentError
+from pydedup.layout import PAGE_BYTES
+from pydedup.opening import pool_bytes
 from pydedup.policies import Bounded, Exact
 
 MODEL = {"w": np.arange(6000.0, dtype=np.float32).reshape(60, 100)}
@@ -52,6 +58,33 @@ def test_what_is_of_the_wrong_kind_is_named(
 ) -> None:
     with pytest.raises(ArgumentError, match=says):
         call(store)
+
+
+@pytest.mark.parametrize("nothing", [None, 3])
+def test_what_is_no_store_is_named(nothing: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{nothing} is no store; give a URL such as"):
+        pydedup.open(nothing)
+
+
+@pytest.mark.parametrize("memory", [1, "2047KiB"])
+def test_a_budget_below_a_page_is_refused(memory: Any, tmp_path: Path) -> None:
+    """It was found out by the first request, which got an error about a page."""
+    path = tmp_path / "new.db"
+    with pytest.raises(ArgumentError, match="is too little memory for a store: give 2MiB or more"):
+        pydedup.open(path, memory=memory)
+    assert not path.exists()
+    assert pool_bytes(LEAST_MEMORY) == PAGE_BYTES
+
+
+def test_what_is_printed_of_a_store(tmp_path: Path) -> None:
+    with pydedup.open(tmp_path / "store.db") as store:
+        assert repr(store) == f"<pydedup.Store {store.url}>"
+        assert repr(store.quotas) == f"<pydedup.quotas.Quotas of {store.url}>"
+        with contextlib.closing(sqlite3.connect(tmp_path / "store.db")) as connection:
+            functions = pydedup.sql.register(connection)
+            shown = f"SqlFunctions of <pydedup.Store {store.url}>, last_error=None>"
+            assert repr(functions) == f"<pydedup.sql.{shown}"
+    assert repr(store) == f"<pydedup.Store {store.url}, closed>"
 
 
 def test_nothing_to_add_is_nothing(store: pydedup.Store) -> None:

@@ -99,6 +99,7 @@ def looped(rounds: int, pages: int) -> Trace:
 def test_a_loop_that_does_not_fit_keeps_what_does() -> None:
     trace = looped(20, 100)
     assert replay(trace, 500, "lru").misses == 2000
+    assert replay(trace, "0.5kB", "lru") == replay(trace, 500, "lru")
     optimum = replay(trace, 500, "optimum").misses
     assert replay(trace, 500, "reuse").misses <= 1.02 * optimum
 

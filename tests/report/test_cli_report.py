@@ -57,8 +57,10 @@ def test_where_a_report_is_as_json(family_url: str, tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_said_and_nothing_written(family_url: str, tmp_path: Path) -> None:
     (tmp_path / "notes.npz").write_text("no trace")
+    (tmp_path / "x.json").write_text("[[1, 2]]")
     for words, status, said in (
         (["--trace", "notes.npz"], 5, "notes.npz is no recorded trace"),
+        (["--trace", "x.json"], 5, "trace, or a damaged one; `pydedup serve --record FILE` makes"),
         (["--trace", "missing.npz"], 2, "missing.npz"),
         (["--model", "nobody"], 3, "no model 'nobody'"),
         (["-o", "missing/report.html"], 2, "missing/report.html cannot be written: folder"),
@@ -68,7 +70,7 @@ def test_what_is_wrong_is_said_and_nothing_written(family_url: str, tmp_path: Pa
         assert done.returncode == status, done.stderr
         assert said in done.stderr
         assert done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.npz"]
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.npz", "x.json"}
 
 
 def test_a_trace_of_another_store_is_told_apart(family_url: str) -> None:

@@ -102,7 +102,8 @@ def test_wrong_columns_are_told_before_any_row(
         with pytest.raises(NotFoundError, match="no model 'other'"):
             store.score(query_of(table), "other", into=new_name())
         store.add("plain@1", {"w": np.ones((2, 2), np.float32)})
-        with pytest.raises(NotFoundError, match="no graph to predict with"):
+        # It told users of `pydedup score` to use `pydedup score`.
+        with pytest.raises(NotFoundError, match="no graph to predict with; add it from an ONNX"):
             store.score(query_of(table), "plain@1", into=new_name())
 
 

@@ -20,6 +20,7 @@ import pytest
 
 import pydedup
 from pydedup.errors import ArgumentError, BudgetError, NotFoundError
+from pydedup.opening import connect_store
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -564,7 +565,8 @@ def test_what_is_loaded_is_counted(tmp_path: Path) -> None:
         assert store.stats().pool["reserved_bytes"] - free == 4 * (32 * 64 * 125 + 64)
         store.detach(module)
         assert store.stats().pool["reserved_bytes"] == free
-    with pydedup.open(tmp_path / "small.db", memory="1MiB") as store:
+    adapter = connect_store(tmp_path / "small.db", mode="r")
+    with pydedup.Store(adapter, 1 << 20) as store:  # less than `pydedup.open` takes
         store.attach(module, "m")
         with pytest.raises(
             BudgetError, match=r"'0.weight' of m@1 cannot be streamed by Sequential"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 import pydedup
 from pydedup.errors import ArgumentError, BudgetError, NotFoundError, UnsupportedFormatError
 from pydedup.serving import onnx_session
+from pydedup.testing.program import run_here
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -200,6 +202,17 @@ def test_an_operation_that_nobody_knows(store: pydedup.Store, tmp_path: Path) ->
         store.predict("m", X)
 
 
+def test_info_says_who_runs_it(store: pydedup.Store, tmp_path: Path) -> None:
+    path = stack(tmp_path, "m", {"w": normal(64, 80), "v": normal(80, 9), "bias": normal(9)})
+    store.add("m", path)
+    store.add("weights", {"w": normal(64, 80)})
+    for name, predicts, said in (("m", True, "yes, by ONNX Runtime"), ("weights", False, "no, ")):
+        figures = store.info(name)
+        assert (figures.has_graph, figures.by_onnx_runtime) == (predicts, predicts)
+        shown = run_here("info", store.url, name).stdout
+        assert re.search(rf"predicts +{said}", shown), shown
+
+
 def test_a_model_without_a_graph(store: pydedup.Store) -> None:
     store.add("m", {"w": normal(64, 80)})
     with pytest.raises(NotFoundError, match="has no graph to predict with"):
@@ -259,3 +272,8 @@ def test_weights_make_room_for_those_of_other_models(tmp_path: Path) -> None:
         pytest.raises(BudgetError, match=message),
     ):
         store.predict("0", X)
+    np.save(tmp_path / "x.npy", X)
+    done = run_here("predict", store.url, "0", tmp_path / "x.npy", "--memory", "2MiB")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.endswith("; give more with --memory\n")

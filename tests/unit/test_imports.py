@@ -125,6 +125,7 @@ def test_all_that_is_listed_is_there() -> None:
     listed = dir(pydedup)
     assert {"policies", "errors", "report", "__version__", "Store", "open"} <= set(listed)
     assert set(pydedup.__all__) <= set(listed)
+    assert not {"Any", "TYPE_CHECKING", "annotations", "windows"} & set(listed)
     for name in listed:
         assert getattr(pydedup, name, None) is not None, name
 

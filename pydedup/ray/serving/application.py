@@ -106,7 +106,7 @@ def deployment(
         It cannot be opened on a machine of the cluster, or the token is not there.
     """
     serve = import_ray("ray.serve")
-    budget = config.parse_bytes(memory)
+    budget = config.parse_memory(memory)
     check_policy(replacement)
     if routing is None:
         routing = ROUTINGS[0] if _has_routers() else ROUTINGS[1]
