@@ -11,7 +11,6 @@ ended, a row of ``jobs`` in the store says so.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -27,7 +26,6 @@ from pydedup.errors import (
     ConflictError,
     NotFoundError,
     PydedupError,
-    UnavailableError,
 )
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
@@ -40,6 +38,7 @@ from pydedup.serving.features import (
     predict_rows,
 )
 from pydedup.serving.pin import Pin
+from pydedup.serving.score_table import Line, PredictionTable
 from pydedup.types import Progress, RowFailure, ScoreReport
 
 __all__ = ["Scoring", "graph_of", "key_place", "kind_of", "removed", "score_rows"]
@@ -47,24 +46,21 @@ __all__ = ["Scoring", "graph_of", "key_place", "kind_of", "removed", "score_rows
 Array = NDArray[Any]
 #: Returns what a stored model predicts, as `Store.predict` does.
 Predict = Callable[[StoredModel, Array], Any]
-#: What is written of one prediction: a value for each of its columns.
-_Line = Sequence[object]
 
 #: Rows that failed are all counted, and so many are kept with their reasons.
 MOST_FAILURES: Final = 20
 #: How often a batch is written again when others write the same rows.
 _TRIES: Final = 5
-_MODEL_COLUMN: Final = "model"
 _IN_SQL: Final = (
     ", which functions of SQL need (ONNX Runtime is not used for them, but by `pydedup score`)"
 )
 
 
 class _Made(NamedTuple):
-    """Predictions by key, and what they look like."""
+    """Predictions by key, and what they look like if that is known."""
 
-    lines: dict[object, _Line]
-    outputs: list[Outputs]
+    lines: dict[object, Line]
+    outputs: Outputs | None
 
 
 def graph_of(model: StoredModel, needed: str = _IN_SQL) -> Graph:
@@ -134,7 +130,7 @@ def score_rows(
                     progress("scoring", work.seen, 0)
             work.end()
     except BaseException:
-        if work is None or not work.may_have_written:
+        if work is None or not work.target.may_have_written:
             with contextlib.suppress(PydedupError):
                 pin.take_back()
         raise
@@ -167,7 +163,7 @@ class Scoring:
         *,
         to_files: bool = False,
     ) -> None:
-        self._rows, self._table, self._model = rows, table, model
+        self._table, self._model = table, model
         self._to_files = to_files
         self._catalog, self._answer = catalog, predict
         self._skips = on_error == "skip"
@@ -180,13 +176,11 @@ class Scoring:
                 "it: SELECT id, f1, f2 ..."
             )
         self._kind = kind
-        self._outputs: Outputs | None = None
+        self.target = PredictionTable(rows, table, self._key, model.address)
         self._is_plain = True  # as far as is known, an array with a row for each
-        self._columns: tuple[str, ...] | None = None
         self._started = time.monotonic()
         self._failures: list[RowFailure] = []
         self.seen = self._written = self._skipped = self._failed = 0
-        self.may_have_written = False
 
     def _predict(self, x: Array) -> Any:
         """Predict with the version of the work, and with none that took its name meanwhile."""
@@ -216,20 +210,7 @@ class Scoring:
                 f"{len(self._names)} columns beside the key {self._key.name!r}: "
                 f"{', '.join(self._names)}"
             )
-        self._columns = self._rows.table_columns(self._table, self._key.name)
-        if self._columns is None:
-            return
-        if self._key.name not in self._columns:
-            raise ArgumentError(
-                f"table {self._table} has no column {self._key.name!r} for the key; it has: "
-                f"{', '.join(self._columns)}"
-            )
-        # Of another table, the query's own say, all keys may be there, and nothing be written.
-        if not {"prediction", "prediction_0"} & set(self._columns):
-            raise ArgumentError(
-                f"table {self._table} has no column 'prediction' or 'prediction_0', ...; it has: "
-                f"{', '.join(self._columns)}; name another table, it is created when it is missing"
-            )
+        self.target.look()
 
     def score(self, found: Sequence[Sequence[object]]) -> None:
         """Predict and write one batch."""
@@ -241,8 +222,8 @@ class Scoring:
             raise ArgumentError(self._refusal(failures))
         self._failed += len(failures)
         self._failures += failures[: MOST_FAILURES - len(self._failures)]
-        for outputs in made.outputs:
-            self._prepare(outputs)
+        if made.outputs is not None:
+            self.target.prepare(made.outputs)
         if made.lines:
             self._write(made.lines)
 
@@ -264,11 +245,13 @@ class Scoring:
         if not found.size or not np.isfinite(found).all():
             return None
         outputs = Outputs.of(found[0])
+        if outputs != (self.target.outputs or outputs):
+            return None
         if outputs.kind == "vector":
-            lines: Sequence[_Line] = [self._values(row) for row in found]
+            lines: Sequence[Line] = [self.target.line(row) for row in found]
         else:
             lines = found.reshape(len(wanted), -1).astype(np.float64).tolist()
-        return _Made(dict(zip(wanted, lines, strict=True)), [outputs])
+        return _Made(dict(zip(wanted, lines, strict=True)), outputs)
 
     def _one_by_one(
         self, wanted: Mapping[object, Sequence[object]], failures: list[RowFailure]
@@ -281,27 +264,60 @@ class Scoring:
                 keys.append(key)
             except ArgumentError as error:
                 failures.append(RowFailure(key, str(error)))
-        made = _Made({}, [])
-        for key, result in zip(keys, predict_rows(self._predict, inputs), strict=True):
+        results = predict_rows(self._predict, inputs)
+        made = _Made({}, self._settled(inputs, results))
+        for key, result in zip(keys, results, strict=True):
             if isinstance(result, ArgumentError):
                 failures.append(RowFailure(key, str(result)))
+            elif (outputs := Outputs.of(result)) == made.outputs:
+                made.lines[key] = self.target.line(result)
             else:
-                made.lines[key] = self._values(result)
-                made.outputs.append(Outputs.of(result))
+                assert made.outputs is not None
+                reason = (
+                    f"the model gives {outputs.width} numbers for it, and the table takes "
+                    f"{made.outputs.width} of each row"
+                )
+                failures.append(RowFailure(key, reason))
         return made
+
+    def _settled(self, inputs: Sequence[Array], results: Sequence[Any]) -> Outputs | None:
+        """Return what all predictions are to look like, once one was made.
+
+        That is as of a plain row, where the model tells how many features that has, so that it is
+        the same whichever row comes first. What a table of the user's does not take is passed over.
+        """
+        if self.target.outputs is not None:
+            return self.target.outputs
+        made = [
+            (x.ndim, Outputs.of(result))
+            for x, result in zip(inputs, results, strict=True)
+            if not isinstance(result, ArgumentError)
+        ]
+        if not made:
+            return None
+        known = [outputs for _, outputs in made]
+        if self._kind.width is not None:
+            plain = next((outputs for axes, outputs in made if axes == 1), None) or self._of_zeros()
+            known[:0] = [plain] if isinstance(plain, Outputs) else []
+        return next(filter(self.target.takes, known), known[0])
+
+    def _of_zeros(self) -> Outputs | ArgumentError:
+        """Return what the prediction of a row of zeros looks like."""
+        shape = (self._kind.width or len(self._names),)
+        dtype = np.int64 if self._kind.ids else np.float32
+        (result,) = predict_rows(self._predict, [np.zeros(shape, dtype)])
+        return result if isinstance(result, ArgumentError) else Outputs.of(result)
 
     def end(self) -> None:
         """Make the table also where there was nothing to write."""
-        if self._columns is None:
-            shape = (1, self._kind.width or len(self._names))
-            dtype = np.int64 if self._kind.ids else np.float32
-            (result,) = predict_rows(self._predict, [np.zeros(shape[1:], dtype)])
-            if isinstance(result, ArgumentError):
+        if not self.target.is_there:
+            outputs = self._of_zeros()
+            if isinstance(outputs, ArgumentError):
                 raise ArgumentError(
                     f"no row was predicted, and so table {self._table} was not created: what a "
-                    f"prediction looks like cannot be told without one ({result})"
+                    f"prediction looks like cannot be told without one ({outputs})"
                 )
-            self._prepare(Outputs.of(result))
+            self.target.prepare(outputs)
 
     def report(self, *, resumed: bool) -> ScoreReport:
         """Return what was done."""
@@ -332,85 +348,25 @@ class Scoring:
                 failures.append(RowFailure(key, f"the key {self._key.name!r} occurs twice"))
             else:
                 wanted[key] = (*row[:place], *row[place + 1 :])
-        if self._columns is not None and wanted:
-            for key in self._rows.present_keys(self._table, self._key.name, list(wanted)):
+        if self.target.is_there and wanted:
+            for key in self.target.present(list(wanted)):
                 if wanted.pop(key, None) is not None:
                     self._skipped += 1
         return wanted
 
-    def _write(self, made: dict[object, _Line]) -> None:
+    def _write(self, made: dict[object, Line]) -> None:
         """Write predictions, without those that others wrote meanwhile."""
         for _ in range(_TRIES):
-            if not made or self._insert(made):
+            if not made or self.target.insert(made):
                 self._written += len(made)
                 return
-            there = self._rows.present_keys(self._table, self._key.name, list(made))
+            there = self.target.present(list(made))
             self._skipped += len(there)
             made = {key: line for key, line in made.items() if key not in there}
         raise ConflictError(
             f"others write the same rows to {self._table}, or it takes two of the keys "
             f"for one: {', '.join(map(repr, list(made)[:3]))}; try again"
         )
-
-    def _insert(self, made: Mapping[object, _Line]) -> bool:
-        assert self._columns is not None
-        outputs = self._outputs
-        assert outputs is not None
-        columns = [self._key.name, *_names_of(outputs)]
-        tail: list[object] = []
-        if _MODEL_COLUMN in self._columns:
-            columns.append(_MODEL_COLUMN)
-            tail.append(self._model.address)
-        lines = [(key, *line, *tail) for key, line in made.items()]
-        wrote, self.may_have_written = self.may_have_written, True
-        try:
-            done = self._rows.insert_predictions(self._table, columns, lines)
-        except UnavailableError:  # it may hide a commit, as an interrupt may
-            raise
-        except PydedupError:
-            self.may_have_written = wrote
-            raise
-        self.may_have_written = wrote or done
-        return done
-
-    def _values(self, result: Any) -> _Line:
-        if isinstance(result, Mapping):
-            return [
-                json.dumps({name: np.asarray(value).tolist() for name, value in result.items()})
-            ]
-        if Outputs.of(result).kind == "vector":
-            return [self._rows.vector(np.ascontiguousarray(result, dtype="<f4").tobytes())]
-        return [float(value) for value in np.asarray(result).reshape(-1)]
-
-    def _prepare(self, outputs: Outputs) -> None:
-        """See that the table fits a prediction; create it when it is missing."""
-        if outputs == self._outputs:
-            return
-        if self._outputs is not None:
-            raise ArgumentError(
-                f"{self._model.address} gives {outputs.width} numbers for one row and "
-                f"{self._outputs.width} for another; a table needs the same for all"
-            )
-        names = _names_of(outputs)
-        if self._key.name in (*names, _MODEL_COLUMN):
-            raise ArgumentError(
-                f"the key cannot be called {self._key.name!r}, as a column of the predictions is; "
-                "give it another name with AS"
-            )
-        if self._columns is None:
-            kind = {"one": "float", "few": "float", "vector": "vector", "named": "text"}
-            columns = [(name, kind[outputs.kind]) for name in names]
-            self._rows.create_predictions(
-                self._table, self._key, [*columns, (_MODEL_COLUMN, "text")]
-            )
-            self._columns = self._rows.table_columns(self._table, self._key.name) or ()
-        missing = [name for name in (self._key.name, *names) if name not in self._columns]
-        if missing:
-            raise ArgumentError(
-                f"table {self._table} has no column {missing[0]!r}, which predictions of "
-                f"{self._model.address} need; it has: {', '.join(self._columns)}"
-            )
-        self._outputs = outputs
 
     def _refusal(self, failures: Sequence[RowFailure]) -> str:
         first = failures[0]
@@ -435,10 +391,3 @@ def key_place(columns: Sequence[RowColumn], key: str | None) -> int:
             f"it has: {', '.join(column.name for column in columns)}"
         )
     return places[0]
-
-
-def _names_of(outputs: Outputs) -> list[str]:
-    """Return the names of the columns of predictions."""
-    if outputs.kind == "few":
-        return [f"prediction_{number}" for number in range(outputs.width)]
-    return ["prediction"]

@@ -11,6 +11,7 @@ import pytest
 
 import pydedup
 from pydedup.errors import ArgumentError, NotFoundError, ReadOnlyError
+from pydedup.graph import Graph, Node
 
 from .conftest import Tables, add, assert_right, features, predictions, query_of
 
@@ -77,6 +78,50 @@ def test_values_that_are_no_numbers(tables: Tables, new_name: Make) -> None:
             with pytest.raises(ArgumentError) as caught:
                 store.score(query, "m@1", into=into)
             assert reason in str(caught.value), query
+
+
+_ODD = " UNION ALL ".join(
+    f"SELECT {number} AS id, '{features}' AS v"
+    for number, features in enumerate(("[[1, 2, 3], [4, 5, 6]]", "[1, 2, 3]", "[[1, 2, 3]]"), 1)
+)
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+def test_a_row_with_another_number_of_predictions(
+    batch: int, tables: Tables, new_name: Make
+) -> None:
+    """It fails by itself, also where it comes first: the table is as of a plain row."""
+    w, into = add(tables.url, "m@1"), new_name()
+    with pydedup.open(tables.url) as store:
+        with pytest.raises(ArgumentError, match="row with id 1: the model gives 2 numbers"):
+            store.score(_ODD, "m@1", into=into, batch=batch)
+        for rows in (2, 0):
+            report = store.score(_ODD, "m@1", into=into, batch=batch, on_error="skip")
+            assert (report.rows, report.skipped, report.failed) == (rows, 2 - rows, 1)
+            assert report.failures[0].key == 1
+            assert report.failures[0].reason == (
+                "the model gives 2 numbers for it, and the table takes 1 of each row"
+            )
+        wanted = float((w @ [1, 2, 3])[0])
+        assert predictions(tables, into) == pytest.approx({2: wanted, 3: wanted}, rel=1e-5)
+        # A table of the user's says itself what it is for.
+        tables.run(f"DROP TABLE {into}")
+        columns = "prediction_0 DOUBLE PRECISION, prediction_1 DOUBLE PRECISION"
+        tables.run(f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, {columns})")
+        report = store.score(_ODD, "m@1", into=into, batch=100, on_error="skip")
+        assert [failure.key for failure in report.failures] == [2, 3]
+    assert [row[0] for row in tables.run(f"SELECT id FROM {into}")] == [1]
+
+
+def test_where_the_model_tells_no_width_the_first_row_does(tables: Tables, new_name: Make) -> None:
+    into = new_name()
+    graph = Graph(("x",), ("y",), (Node("embedding", ("x",), "y", {"weight": "w"}),))
+    with pydedup.open(tables.url) as store:
+        store.add("ids@1", {"w": np.ones((5, 1), np.float32)}, graph=graph)
+        query = "SELECT 1 AS id, '[9]' AS v UNION ALL SELECT 2, '[1]' UNION ALL SELECT 3, '[1, 2]'"
+        report = store.score(query, "ids@1", into=into, batch=1, on_error="skip")
+    assert [failure.key for failure in report.failures] == [1, 3]
+    assert predictions(tables, into) == {2: 1.0}
 
 
 def test_a_key_that_is_not_unique_is_told(tables: Tables, new_name: Make) -> None:

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table that predictions go to: the columns that it has or gets, and writing rows of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from pydedup.adapter_options import RowAdapter, RowColumn
+from pydedup.errors import ArgumentError, PydedupError, UnavailableError
+from pydedup.serving.features import Outputs
+
+__all__ = ["Line", "PredictionTable"]
+
+#: What is written of one prediction: a value for each of its columns.
+Line: TypeAlias = Sequence[object]
+
+_MODEL_COLUMN: Final = "model"
+
+
+class PredictionTable:
+    """One table, which may be missing until the first prediction is made.
+
+    Attributes
+    ----------
+    outputs
+        What its predictions look like, once that is known.
+    may_have_written
+        Whether a row may be in it that is from here.
+    """
+
+    def __init__(self, rows: RowAdapter, name: str, key: RowColumn, model: str) -> None:
+        self._rows, self._name, self._key, self._model = rows, name, key, model
+        self._columns: tuple[str, ...] | None = None
+        self.outputs: Outputs | None = None
+        self.may_have_written = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is known to exist."""
+        return self._columns is not None
+
+    def look(self) -> None:
+        """Look at it. Raises ArgumentError when it has not what is needed."""
+        self._columns = self._rows.table_columns(self._name, self._key.name)
+        if self._columns is None:
+            return
+        if self._key.name not in self._columns:
+            raise ArgumentError(
+                f"table {self._name} has no column {self._key.name!r} for the key; it has: "
+                f"{', '.join(self._columns)}"
+            )
+        # Of another table, the query's own say, all keys may be there, and nothing be written.
+        if not {"prediction", "prediction_0"} & set(self._columns):
+            raise ArgumentError(
+                f"table {self._name} has no column 'prediction' or 'prediction_0', ...; it has: "
+                f"{', '.join(self._columns)}; name another table, it is created when it is missing"
+            )
+
+    def present(self, keys: Sequence[object]) -> set[object]:
+        """Return those of the keys that have a row."""
+        return self._rows.present_keys(self._name, self._key.name, keys)
+
+    def takes(self, outputs: Outputs) -> bool:
+        """Whether it has the columns of such predictions, or gets them when it is created."""
+        return self._columns is None or not self._missing(outputs)
+
+    def prepare(self, outputs: Outputs) -> None:
+        """See that it fits predictions; create it when it is missing."""
+        if outputs == self.outputs:
+            return
+        names = _names_of(outputs)
+        if self._key.name in (*names, _MODEL_COLUMN):
+            raise ArgumentError(
+                f"the key cannot be called {self._key.name!r}, as a column of the predictions is; "
+                "give it another name with AS"
+            )
+        if self._columns is None:
+            kind = {"one": "float", "few": "float", "vector": "vector", "named": "text"}
+            columns = [(name, kind[outputs.kind]) for name in names]
+            self._rows.create_predictions(
+                self._name, self._key, [*columns, (_MODEL_COLUMN, "text")]
+            )
+            self._columns = self._rows.table_columns(self._name, self._key.name) or ()
+        missing = self._missing(outputs)
+        if missing:
+            raise ArgumentError(
+                f"table {self._name} has no column {missing[0]!r}, which predictions of "
+                f"{self._model} need; it has: {', '.join(self._columns)}"
+            )
+        self.outputs = outputs
+
+    def line(self, result: Any) -> Line:
+        """Return the values of one prediction."""
+        if isinstance(result, Mapping):
+            return [
+                json.dumps({name: np.asarray(value).tolist() for name, value in result.items()})
+            ]
+        if Outputs.of(result).kind == "vector":
+            return [self._rows.vector(np.ascontiguousarray(result, dtype="<f4").tobytes())]
+        return [float(value) for value in np.asarray(result).reshape(-1)]
+
+    def insert(self, made: Mapping[object, Line]) -> bool:
+        """Insert rows by key; ``False``, and none, when a key is taken."""
+        assert self.outputs is not None
+        columns = [self._key.name, *_names_of(self.outputs)]
+        tail: list[object] = []
+        if _MODEL_COLUMN in (self._columns or ()):
+            columns.append(_MODEL_COLUMN)
+            tail.append(self._model)
+        lines = [(key, *line, *tail) for key, line in made.items()]
+        wrote, self.may_have_written = self.may_have_written, True
+        try:
+            done = self._rows.insert_predictions(self._name, columns, lines)
+        except UnavailableError:  # it may hide a commit, as an interrupt may
+            raise
+        except PydedupError:
+            self.may_have_written = wrote
+            raise
+        self.may_have_written = wrote or done
+        return done
+
+    def _missing(self, outputs: Outputs) -> list[str]:
+        names = (self._key.name, *_names_of(outputs))
+        return [name for name in names if name not in (self._columns or ())]
+
+
+def _names_of(outputs: Outputs) -> list[str]:
+    """Return the names of the columns of predictions."""
+    if outputs.kind == "few":
+        return [f"prediction_{number}" for number in range(outputs.width)]
+    return ["prediction"]
