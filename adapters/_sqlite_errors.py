@@ -32,8 +32,8 @@ _FREE: Final = (
 )
 # Also what `pydedup verify` itself says, of a file that was cut off.
 _DAMAGED: Final = (
-    "`pydedup verify` says what is damaged where the file can be read at all; otherwise restore a "
-    "backup"
+    "`pydedup verify` lists what is damaged; where that says no more than this, the file cannot be "
+    "read any more: restore a backup"
 )
 
 #: Result code -> error and what to do. An extended code that is not here counts as its lowest

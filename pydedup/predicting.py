@@ -35,6 +35,22 @@ Module = TypeVar("Module", bound="torch.nn.Module")
 _BATCH: Final = 1024
 
 
+def _check_width(request: Prediction) -> None:
+    """Raise ArgumentError where a request has too many or few features, which a layer told."""
+    from pydedup.serving.features import input_kind
+
+    inputs = request.graph.inputs
+    if len(inputs) != 1 or inputs[0] not in request.inputs:
+        return
+    shapes = {info.name: info.shape for info in request.model.tensors}
+    width = input_kind(request.graph, shapes, request.model.address).width
+    x = request.inputs[inputs[0]]
+    if x.ndim == 2 and width not in (None, x.shape[1]):
+        raise ArgumentError(
+            f"{request.model.address} takes {width} features, and x has {x.shape[1]}"
+        ) from None
+
+
 def _pair(request: object) -> tuple[str, Any]:
     """Return a request of `StorePredictions.predict_many`; two letters are no pair."""
     if not isinstance(request, tuple | list) or len(request) != 2:
@@ -64,7 +80,12 @@ class StorePredictions:
         graph = model.graph()
         if graph is None:
             return self._predict_onnx(model, x)
-        return predict(Prediction.of(model, graph, x), self._stored_tensor, self._pool)
+        request = Prediction.of(model, graph, x)
+        try:
+            return predict(request, self._stored_tensor, self._pool)
+        except ArgumentError:
+            _check_width(request)
+            raise
 
     def predict_many(
         self, requests: Sequence[tuple[str, ArrayLike | Mapping[str, ArrayLike]]]

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pydedup import text
-from pydedup.catalog import listed
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit
 from pydedup.cli.progress import Watch
-from pydedup.cli.tables import Column, print_table
+from pydedup.cli.tables import Column, NameList, print_table
 
 if TYPE_CHECKING:
     from pydedup.report.compare import Diff, Explanation, TensorDiff, TensorSharing
@@ -152,7 +151,7 @@ def _sharing_row(sharing: TensorSharing) -> list[str]:
         text.count(sharing.delta_blocks),
         f"{sharing.largest_error:.2g}" if sharing.largest_error else "0",
         text.size(sharing.used_bytes),
-        listed(sharing.shared_with),
+        NameList(sharing.shared_with, "model"),
     ]
 
 

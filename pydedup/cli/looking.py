@@ -14,7 +14,6 @@ from pydedup.certificates import describe
 from pydedup.cli import options, output
 from pydedup.cli.tables import Column, print_table
 from pydedup.cli.tenants import print_usage
-from pydedup.names import check_name
 from pydedup.types import ModelInfo, TensorInfo
 
 if TYPE_CHECKING:
@@ -55,15 +54,16 @@ _KERNEL_COLUMNS = (
 @click.argument("name", metavar="[NAME]", required=False)
 @options.json_option
 def ls(url: str, name: str | None, as_json: bool) -> None:
-    """List models, their versions, aliases and sizes; with NAME the versions of one model.
+    """List models, their versions, aliases and sizes.
+
+    With NAME, the versions of one model; with NAME@VERSION or NAME@ALIAS, that version.
 
     "Takes" counts each page for the models that read it, by how much of it they use, so it adds up
     to the size of all pages; "Saved" is what that is less than the size of the weights.
     """
     with options.read_store(url) as store:
-        if name is not None:
-            store.versions(check_name(name, "model name"))  # raises for a name that is not there
-        sizes = [size for size in store.sizes() if name in (None, size.info.name)]
+        meant = None if name is None else {info.address for info in options.meant_by(store, name)}
+        sizes = [size for size in store.sizes() if meant is None or size.info.address in meant]
         figures = store.stats()
     if as_json:
         models = [_size_document(size) for size in sizes]

@@ -10,7 +10,6 @@ import click
 from pydedup import Store, text
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
-from pydedup.names import parse_address
 
 __all__ = ["alias", "rm"]
 
@@ -69,8 +68,7 @@ def rm(url: str, name: str, all_versions: bool, yes: bool, as_json: bool) -> int
 
 def _agreed(store: Store, name: str, all_versions: bool) -> bool:
     """Ask on standard error whether the versions that an address means may go."""
-    address = parse_address(name)
-    meant = store.versions(address.name) if address.selector is None else [store.info(name).info]
+    meant = options.meant_by(store, name)
     if len(meant) > 1 and not all_versions:
         return True  # which the store refuses, and says why
     size = text.size(sum(info.logical_bytes for info in meant))

@@ -8,7 +8,7 @@ import importlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +17,15 @@ import click
 import pydedup
 from pydedup import Store, config
 from pydedup.errors import ArgumentError, MissingStoreError, SchemaVersionError
+from pydedup.names import parse_address
+from pydedup.types import ModelInfo
 
 __all__ = [
     "check_size",
     "existing_store",
     "json_option",
     "load_function",
+    "meant_by",
     "memory_option",
     "model_argument",
     "on_option",
@@ -125,7 +128,15 @@ def memory_option(command: _F) -> _F:
 
 def read_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
     """Open a store for reading; a mistyped URL creates nothing."""
-    return pydedup.open(url, mode="r", memory=memory)
+    try:
+        return pydedup.open(url, mode="r", memory=memory)
+    except MissingStoreError:
+        context = click.get_current_context(silent=True)
+        given = {} if context is None else context.params
+        name = given.get("name") or given.get("first") or ""
+        if "://" in name or Path(name).is_file():
+            raise click.UsageError(f"the store comes first: {name!r} {url!r}") from None
+        raise
 
 
 def writable_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
@@ -157,6 +168,12 @@ def trial_store(url: str, memory: str = DEFAULT_MEMORY) -> Iterator[Store]:
         writable_store(str(Path(folder) / "dry-run.db"), memory) as store,
     ):
         yield store
+
+
+def meant_by(store: Store, name: str) -> Sequence[ModelInfo]:
+    """Return the versions that NAME means: all of a model, or the one of a version or an alias."""
+    address = parse_address(name)
+    return store.versions(address.name) if address.selector is None else [store.info(name).info]
 
 
 def parse_block_shape(text: str) -> tuple[int, int]:

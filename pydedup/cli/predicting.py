@@ -135,8 +135,8 @@ def _parse(payload: bytes, where: str) -> Array | dict[str, Array]:
 def _array(value: Any, where: str) -> Array:
     try:
         array = np.asarray(value)
-    except (ValueError, OverflowError) as error:
-        raise ArgumentError(f"{where} is no array, its lists differ in length: {error}") from error
+    except (ValueError, OverflowError) as error:  # in numpy's words, of "inhomogeneous shapes"
+        raise ArgumentError(f"{where} is no array: its lists differ in length or depth") from error
     if array.dtype.kind not in "biuf":
         raise ArgumentError(f"{where} is no array of numbers")
     return array.astype(np.float32) if array.dtype.kind == "f" else array

@@ -8,17 +8,18 @@ A pipe gets all columns, whatever their width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+from pydedup.catalog import listed
 from pydedup.cli.output import console, print_fields, print_line, width
-from pydedup.text import clean
+from pydedup.text import clean, count, plural
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Column", "print_table", "shorten"]
+__all__ = ["Column", "NameList", "print_table", "shorten"]
 
 _GAP = "  "
 #: A name is shortened to no less than this; below, nobody could tell it from its siblings.
@@ -50,9 +51,26 @@ class Column:
     style: str = ""
 
 
+class NameList(str):
+    """Names in a cell. Where they do not fit, whole ones are left out, and counted.
+
+    ``what`` is what one of them names, for when none fits.
+    """
+
+    names: tuple[str, ...]
+    what: str
+
+    def __new__(cls, names: Iterable[str], what: str) -> Self:
+        """Make a cell of names, of many some."""
+        cleaned = tuple(map(clean, names))
+        made = super().__new__(cls, listed(cleaned))
+        made.names, made.what = cleaned, what
+        return made
+
+
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; every row has one value per column."""
-    cells = [[clean(value) for value in row] for row in rows]
+    cells = [[v if isinstance(v, NameList) else clean(v) for v in row] for row in rows]
     limit = width()
     kept = list(range(len(columns)))
     while True:
@@ -144,6 +162,14 @@ def shorten(text: str, room: int) -> str:
 
     if cell_len(text) <= room:
         return text
+    if isinstance(text, NameList) and len(text.names) > 1:
+        fitting = plural(len(text.names), text.what)
+        for shown in range(1, len(text.names)):
+            longer = f"{', '.join(text.names[:shown])} and {count(len(text.names) - shown)} more"
+            if cell_len(longer) > room:
+                break
+            fitting = longer
+        return fitting
     head, tail = 0, 0
     used = 1
     # Beginnings tell the layer, ends the role of a tensor: keep as much of both.

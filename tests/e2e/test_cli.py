@@ -219,7 +219,14 @@ def test_ls(family: str) -> None:
     assert lines[0].split()[0] == "Model"
     assert "prod" in lines[2]
     assert lines[4].startswith("2 models in 3 versions: ")
-    assert [m["model"] for m in document("ls", family, "net", run=run_here)["models"]] == ["net@1"]
+    for name, listed in (
+        ("net", ["net@1"]),
+        ("base", ["base@1", "base@2"]),
+        ("base@1", ["base@1"]),
+        ("base@prod", ["base@2"]),
+    ):
+        models = document("ls", family, name, run=run_here)["models"]
+        assert [model["model"] for model in models] == listed
 
 
 def test_info(family: str) -> None:
@@ -259,6 +266,13 @@ def test_explain_names_some_of_many(tmp_path: Path) -> None:
         store.add_many({f"m{number}": {"w": np.ones((9, 9))} for number in range(20)})
     text = succeed("explain", url, "m7")
     assert "m0@1, m1@1, m2@1, m3@1, m4@1 and 14 more" in text
+    # Where there is no room, whole names are left out, and counted: 19 they are.
+    for columns in (60, 65, 70, 75, 80, 90):
+        narrow = run_here("explain", url, "m7", env={"COLUMNS": str(columns)}).stdout
+        (row,) = [line for line in narrow.splitlines() if line.startswith("w ")]
+        names, more = re.findall(r"m\d+@1", row), re.search(r" and (\d+) more", row)
+        assert "…" not in row, row
+        assert not more or len(names) + int(more.group(1)) == 19, row
     (tensor,) = document("explain", url, "m7", run=run_here)["tensors"]
     assert len(tensor["shared_with"]) == 19
 
@@ -348,6 +362,18 @@ def test_predict(family: str, tmp_path: Path) -> None:
     for target in ("no/y.npy", "no/y.json"):
         line = fail("predict", family, "net", "x.npy", "-o", target, status=2, cwd=tmp_path)
         assert f"{target} cannot be written: folder no does not exist" in line
+
+
+def test_inputs_that_do_not_fit_are_told_in_our_words(family: str, tmp_path: Path) -> None:
+    for given, said in (
+        ("[[1, 2], [3]]", "x.json is no array: its lists differ in length or depth\n"),
+        ("[[1, 2]]", "net@1 takes 60 features, and x has 2\n"),
+        ('{"x": [[1, 2]]}', "net@1 takes 60 features, and x has 2\n"),
+        ("[1, 2]", "its last axis must be 60"),
+    ):
+        (tmp_path / "x.json").write_text(given)
+        line = fail("predict", family, "net", "x.json", status=2, cwd=tmp_path)
+        assert said in line
 
 
 # ---- names and upkeep ---------------------------------------------------------------------------

@@ -201,6 +201,15 @@ def test_not_found(kept: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_store_behind_the_name_is_told(kept: str, tmp_path: Path) -> None:
+    said = f"the store comes first: {kept!r} 'm@1'"
+    assert said in fail("info", "m@1", kept, status=2, cwd=tmp_path)
+    assert said in fail("diff", "m@1", kept, "m@2", status=2, cwd=tmp_path)
+    said = f"the store comes first: {str(path_of(kept))!r} 'm@1'"
+    assert said in fail("rm", "m@1", path_of(kept), status=2, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_source_that_is_not_there_creates_no_store(tmp_path: Path) -> None:
     assert "nothing.npz" in fail("add", "new.db", "m", "nothing.npz", status=3, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -263,7 +272,7 @@ def test_a_file_that_was_cut_off(url: str) -> None:
     """`pydedup verify` itself said to run `pydedup verify`."""
     path = path_of(url)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    assert "otherwise restore a backup" in fail("verify", url, status=4)
+    assert "says no more than this, the file cannot be read" in fail("verify", url, status=4)
 
 
 def test_bad_model_files(url: str, model: Path, tmp_path: Path) -> None:
