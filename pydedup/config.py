@@ -3,13 +3,14 @@
 
 Environment: ``PYDEDUP_KERNEL`` demands a kernel by name (an error when it cannot be had);
 ``PYDEDUP_THREADS`` says how many threads a computation takes that asks for no number (one per core
-without it, or where it is no number), and is read once.
+without it); it is read once, and what is no number of threads is refused when a store is opened.
 Deliberately not here: settings of a store, which live in its ``meta`` table.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,16 @@ def kernels() -> Kernels:
 
 
 def threads() -> int:
-    """Return how many threads a computation takes that asks for no number, here and now."""
+    """Return how many threads a computation takes that asks for no number, here and now.
+
+    Raises ArgumentError when ``PYDEDUP_THREADS`` is no number above 0.
+    """
+    said = os.environ.get("PYDEDUP_THREADS", "")
+    if said and re.fullmatch("0*[1-9][0-9]*", said) is None:
+        raise ArgumentError(
+            f"PYDEDUP_THREADS: {said!r} is no number of threads; give one above 0, or leave it out "
+            "for one per core"
+        )
     return _core.default_threads()
 
 

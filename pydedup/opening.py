@@ -55,6 +55,7 @@ def connect_store(url: str | os.PathLike[str], *, mode: str, schema: str | None 
         raise ArgumentError(
             f"{url!r} is no store; give a URL such as 'sqlite:///models.db', or the path of a file"
         ) from None
+    config.threads()  # refuses a setting that the core would take for none
     adapter = registry.connect(place, mode=mode, schema=schema)
     try:
         _check_schema(adapter, mode)

@@ -111,6 +111,8 @@ def info(url: str, name: str, tensors: bool, as_json: bool) -> None:
 def stats(url: str, by: str | None, as_json: bool) -> None:
     """Show the store in numbers: what is in it, and what it occupies in its database.
 
+    In SQLite that is the file, tables of your own in it included.
+
     With --by KEY, show for the models of each value: the size of their weights; "Shared", stored
     blocks that models of other values use too; and "Marginal", blocks that only they use, which is
     what removing them would free.

@@ -6,8 +6,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError
 
 CODE = """
 import os
@@ -18,7 +23,7 @@ print(config.threads(), len(os.listdir("/proc/self/task")))
 """
 
 
-@pytest.mark.parametrize(("said", "threads"), [("1", 1), ("3", 3), ("0", 0), ("many", 0)])
+@pytest.mark.parametrize(("said", "threads"), [("1", 1), ("3", 3), ("", 0)])
 def test_threads_are_as_many_as_said(said: str, threads: int) -> None:
     environment = os.environ | {"PYDEDUP_THREADS": said, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -28,3 +33,14 @@ def test_threads_are_as_many_as_said(said: str, threads: int) -> None:
     wanted, running = map(int, done.stdout.split())
     assert wanted == (threads or os.cpu_count())
     assert running == wanted
+
+
+@pytest.mark.parametrize("said", ["0", "-3", "many", "2.5"])
+def test_what_is_no_number_of_threads_is_refused(said: str, tmp_path: Path) -> None:
+    """One per core was taken instead, without a word."""
+    with (
+        mock.patch.dict(os.environ, PYDEDUP_THREADS=said),
+        pytest.raises(ArgumentError, match=f"PYDEDUP_THREADS: '{said}' is no number of threads"),
+    ):
+        pydedup.open(tmp_path / "new.db")
+    assert list(tmp_path.iterdir()) == []
