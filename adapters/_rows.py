@@ -309,6 +309,13 @@ def as_table(query: str) -> str:
 
 def check_select(query: str) -> None:
     """Raise ArgumentError for what is plainly no SELECT; the database sees to the rest."""
+    try:
+        query.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"the query is no Unicode text: it holds {query[error.start]!r} at place "
+            f"{error.start}; write it in UTF-8"
+        ) from None
     start = _COMMENTS.match(query)
     rest = query[start.end() if start else 0 :]
     word = re.match(r"[a-z]*", rest[:10].lower())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import marshal
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -52,6 +53,8 @@ class SqliteRows(RowCalls):
         meanwhile: then the rows are first copied into a temporary file.
         """
         with contextlib.closing(cast(sqlite3.Connection, self._connect())) as connection:
+            # A text that is no UTF-8 is a fault of its row alone.
+            connection.text_factory = lambda value: value.decode(errors="surrogateescape")
             connection.execute("PRAGMA query_only = ON")
             ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
             connection.set_authorizer(_only_reads)
@@ -79,6 +82,10 @@ class SqliteRows(RowCalls):
                 raise ArgumentError(f"the query must be one SELECT: {error}") from error
             except sqlite3.Error as error:
                 raise self._translate(error) from error
+            except UnicodeEncodeError as error:  # a key that bounds a range of the query
+                raise ArgumentError(
+                    f"the query has a key that is no UTF-8: {error.object!r}; leave it out"
+                ) from error
 
     def full_table_name(self, table: str) -> str:
         """Return the name itself: there is one schema."""
@@ -108,9 +115,10 @@ def _only_reads(action: int, *about: str | None) -> int:
 
 def _copied(cursor: sqlite3.Cursor, spool: sqlite3.Connection) -> sqlite3.Cursor:
     """Copy all rows into a temporary database, and return a cursor on them there."""
-    count = len(cursor.description)
-    columns = ", ".join(f"c{number}" for number in range(count))
-    spool.execute(f"CREATE TABLE rows ({columns})")
-    spool.executemany(f"INSERT INTO rows VALUES ({', '.join('?' * count)})", cursor)  # noqa: S608
+    spool.execute("CREATE TABLE rows (row BLOB)")
+    # As a whole, since SQLite would not take a text that is no UTF-8 again.
+    spool.executemany("INSERT INTO rows VALUES (?)", ((marshal.dumps(row),) for row in cursor))
     cursor.close()
-    return spool.execute(f"SELECT {columns} FROM rows ORDER BY rowid")  # noqa: S608
+    found = spool.execute("SELECT row FROM rows ORDER BY rowid")
+    found.row_factory = lambda _, row: marshal.loads(row[0])  # what was written above
+    return found

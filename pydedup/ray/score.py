@@ -119,8 +119,8 @@ def score(
 
 def _check(**given: int | None) -> None:
     for name, value in given.items():
-        if value is not None and not 1 <= value <= 1 << 20:
-            raise ArgumentError(f"{name} is {value}; it must be 1 to {1 << 20}")
+        if value is not None and (type(value) is not int or not 1 <= value <= 1 << 20):
+            raise ArgumentError(f"{name} is {value!r}; it must be 1 to {1 << 20}")
 
 
 def _workers(ray: Any, wanted: int | None, cpus: int, *, reads: bool) -> int:

@@ -11,6 +11,7 @@ ended, a row of ``jobs`` in the store says so.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -51,6 +52,8 @@ Predict = Callable[[StoredModel, Array], Any]
 MOST_FAILURES: Final = 20
 #: How often a batch is written again when others write the same rows.
 _TRIES: Final = 5
+#: Bytes of a text that are no UTF-8, which SQLite keeps, stand in Python's for halves of pairs.
+_NO_UNICODE: Final = re.compile("[\ud800-\udfff]")
 _IN_SQL: Final = (
     ", which functions of SQL need (ONNX Runtime is not used for them, but by `pydedup score`)"
 )
@@ -112,8 +115,11 @@ def score_rows(
     """
     if on_error not in ("fail", "skip"):
         raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
-    if not 1 <= batch <= 1 << 20:
-        raise ArgumentError(f"batch is {batch}; it must be 1 to {1 << 20} rows")
+    if not hasattr(batch, "__index__") or not 1 <= batch <= 1 << 20:
+        raise ArgumentError(f"batch is {batch!r}; it must be 1 to {1 << 20} rows")
+    for name, text in (("query", query), ("into", into)):
+        if not isinstance(text, str):
+            raise ArgumentError(f"{name} must be a string, not {type(text).__name__}")
     table = rows.full_table_name(into)
     pin = Pin(adapter, catalog, rows.url, table, query, model)
     stored = pin.take()
@@ -346,6 +352,8 @@ class Scoring:
                 failures.append(RowFailure(key, reason))
             elif key in wanted:
                 failures.append(RowFailure(key, f"the key {self._key.name!r} occurs twice"))
+            elif isinstance(key, str) and not key.isascii() and _NO_UNICODE.search(key):
+                failures.append(RowFailure(key, f"the key {self._key.name!r} is no UTF-8"))
             else:
                 wanted[key] = (*row[:place], *row[place + 1 :])
         if self.target.is_there and wanted:

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +80,29 @@ def test_values_that_are_no_numbers(tables: Tables, new_name: Make) -> None:
             with pytest.raises(ArgumentError) as caught:
                 store.score(query, "m@1", into=into)
             assert reason in str(caught.value), query
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_a_text_that_is_no_utf8_is_told_with_its_row(mode: str, tmp_path: Path) -> None:
+    """SQLite keeps any bytes as a text; another journal has the rows copied first."""
+    url, source = f"sqlite:///{tmp_path / 'store.db'}", Tables(f"sqlite:///{tmp_path / 'rows.db'}")
+    w = add(url, "m@1")
+    source.run(f"PRAGMA journal_mode = {mode}")
+    source.run("CREATE TABLE t (id PRIMARY KEY, f0, f1, f2)")
+    bad = "CAST(x'61ff' AS TEXT)"
+    source.run(
+        f"INSERT INTO t VALUES ('a', 1, 2, 3), ('b', {bad}, 2, 3), ({bad}, 1, 2, 3), ('é', 1, 2, 3)"
+    )
+    with pydedup.open(url) as store:
+        with pytest.raises(ArgumentError, match=r"row with id 'a\\udcff', and 1 more"):
+            store.score(query_of("t"), "m@1", into="p", source=source.url)
+        report = store.score(query_of("t"), "m@1", into="p", source=source.url, on_error="skip")
+    assert [(failure.key, failure.reason) for failure in report.failures] == [
+        ("a\udcff", "the key 'id' is no UTF-8"),
+        ("b", "f0 is no number but str"),
+    ]
+    wanted = float((w @ [1, 2, 3])[0])
+    assert predictions(source, "p") == pytest.approx({"a": wanted, "é": wanted}, rel=1e-5)
 
 
 _ODD = " UNION ALL ".join(
@@ -173,6 +198,7 @@ REFUSED = (
     "SELECT id, f0, f1, f2 FROM {t} WHERE",
     "EXPLAIN SELECT 1",
     "SELECT 1\0",
+    "SELECT '\ud800' AS id, f0, f1, f2 FROM {t}",
 )
 
 
@@ -233,5 +259,12 @@ def test_arguments_that_are_wrong(tables: Tables, new_name: Make) -> None:
     with pydedup.open(tables.url) as store:
         with pytest.raises(ArgumentError, match="on_error is 'ignore'"):
             store.score(query, "m@1", into=new_name(), on_error="ignore")
-        with pytest.raises(ArgumentError, match="batch is 0"):
-            store.score(query, "m@1", into=new_name(), batch=0)
+        wrong: Any
+        for wrong in (0, 2.5, "3", None):
+            with pytest.raises(ArgumentError, match=f"batch is {wrong!r}; it must be 1 to"):
+                store.score(query, "m@1", into=new_name(), batch=wrong)
+        wrong = 5
+        with pytest.raises(ArgumentError, match="query must be a string, not int"):
+            store.score(wrong, "m@1", into=new_name())
+        with pytest.raises(ArgumentError, match="into must be a string, not int"):
+            store.score(query, "m@1", into=wrong)
