@@ -115,6 +115,17 @@ class MysqlRows(RowCalls):
         scale = max(0, -exponent) if isinstance(exponent, int) else 0
         return f"CAST(? AS DECIMAL({_DIGITS}, {scale}))"
 
+    def _is_same(self, asked: object, found: object) -> bool:
+        """Whether it is that; the server takes the text ``7a`` and the number 7 for one."""
+        if isinstance(found, str) and isinstance(asked, int | float | Decimal):
+            return str(asked) == found
+        if isinstance(asked, str) and isinstance(found, int | float | Decimal):
+            try:
+                return (float if isinstance(found, float) else Decimal)(asked) == found
+            except (ValueError, ArithmeticError):
+                return False
+        return super()._is_same(asked, found)
+
     def full_table_name(self, table: str) -> str:
         """Return the name with its database."""
         if "." not in table:

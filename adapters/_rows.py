@@ -36,6 +36,8 @@ __all__ = ["RowCalls", "Rows", "as_table", "check_select", "split_name", "words_
 
 #: PostgreSQL takes no longer names, and would cut them.
 NAME_BYTES: Final = 63
+#: Each a query within one, of which SQLite takes 2,000.
+_KEYS_ONE_BY_ONE: Final = 256
 _NAME: Final = re.compile(r"[^\W\d]\w*")
 _COMMENTS: Final = re.compile(r"(?s)(\s|\(|;|--[^\n]*(\n|$)|/\*(?!!).*?\*/)*")
 _FIRST_WORDS: Final = ("select", "with", "values", "table")
@@ -219,7 +221,7 @@ class RowCalls(DbApiBase):
             self._write(statement)
 
     def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
-        """Return those of the keys that have a row."""
+        """Return those of the keys that have a row, as they were asked."""
         name = self._quoted(key, "column")
         head = f"SELECT {name} FROM {self._table(table)} WHERE {name} "
         distinct: list[Any] = list(dict.fromkeys(keys))
@@ -228,11 +230,30 @@ class RowCalls(DbApiBase):
         else:
             pieces = batches(distinct, self.capabilities.max_parameters)
         with self._of_user(f"table {table}"):
-            return {
+            found = {
                 plain_key(row[0])
                 for piece in pieces
                 for row in self._query(head + self._members_of(piece), piece)
             }
+            if found.issubset(distinct):
+                return found
+            # The column's type writes some in another way, such as the text 7 as a number.
+            unknown = [one for one in distinct if one not in found]
+            return found.intersection(distinct) | self._present_one_by_one(head, unknown)
+
+    def _present_one_by_one(self, head: str, keys: Sequence[object]) -> set[object]:
+        """Return those of the keys for which the column has another spelling."""
+        there: set[object] = set()
+        for piece in batches(keys, _KEYS_ONE_BY_ONE):
+            marks = ", ".join(f"({head} = {self._mark(one)} LIMIT 1)" for one in piece)
+            (found,) = self._query(f"SELECT {marks}", piece)
+            pairs = zip(piece, found, strict=True)
+            there.update(asked for asked, one in pairs if self._is_same(asked, one))
+        return there
+
+    def _is_same(self, asked: object, found: object) -> bool:
+        """Whether a key that the database takes for another one is that; ``None`` is none."""
+        return found is not None
 
     def _members_of(self, keys: Sequence[object]) -> str:
         if self._sql.dialect.arrays:

@@ -92,7 +92,10 @@ class RowAdapter(Protocol):
         """Return float32 in little-endian order as a value of kind ``vector``."""
 
     def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
-        """Return those of the keys that have a row."""
+        """Return those of the keys that have a row, as they were asked.
+
+        What is equal, the column says: it may hold the text 7 as a number.
+        """
 
     def insert_predictions(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]

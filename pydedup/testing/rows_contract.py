@@ -206,6 +206,16 @@ class RowAdapterContract(abc.ABC):
         assert adapter.present_keys(full, "id", asked) == set(range(1000, 2001))
         assert adapter.present_keys(full, "id", []) == set()
 
+    def test_keys_of_another_type_are_found(
+        self, adapter: RowAdapter, url: str, table: str
+    ) -> None:
+        """What is equal, the column says, and they are returned as they were asked."""
+        full = adapter.full_table_name(table)
+        self.fill(url, table, 2000)
+        asked = [str(number) for number in range(1500, 3000)]
+        assert adapter.present_keys(full, "id", asked) == set(asked[:501])
+        assert adapter.present_keys(full, "id", ["007", "70000", "7", "7"]) == {"007", "7"}
+
     def test_a_key_must_be_unique(self, adapter: RowAdapter, url: str, table: str) -> None:
         """Otherwise nobody knows which row is done."""
         full = adapter.full_table_name(table)

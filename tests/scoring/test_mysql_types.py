@@ -84,3 +84,23 @@ def test_a_set_is_no_key(mysql_database: str) -> None:
         cursor.execute("INSERT INTO sets VALUES ('a,b', 1, 2, 3)")
         with pytest.raises(ArgumentError, match="the key 'id' is NULL, or a list or a set"):
             store.score("SELECT * FROM sets", "m@1", into="p")
+
+
+def test_a_text_that_begins_with_a_number_is_not_the_number(mysql_database: str) -> None:
+    """The server takes them for equal, and would count a row as done that is not."""
+    with (
+        mysql_connection(mysql_database) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute("CREATE TABLE whole (id BIGINT PRIMARY KEY, prediction REAL)")
+        cursor.execute("CREATE TABLE texts (id VARCHAR(9) PRIMARY KEY, prediction REAL)")
+        cursor.execute("INSERT INTO whole VALUES (7, 1), (9007199254740993, 1)")
+        cursor.execute("INSERT INTO texts VALUES ('7', 1), ('8a', 1)")
+        rows = registry.connect_rows(mysql_database)
+        try:
+            asked = ["7", "7a", "07", "9007199254740993", "9007199254740992", "a"]
+            found = rows.present_keys(rows.full_table_name("whole"), "id", asked)
+            assert found == {"7", "07", "9007199254740993"}
+            assert rows.present_keys(rows.full_table_name("texts"), "id", [7, 8, 9]) == {7}
+        finally:
+            rows.close()

@@ -33,6 +33,28 @@ def test_new_rows_alone_are_written_the_next_time(
     assert_right({**found, 3: float((x @ w.T)[2, 0])}, x, w)
 
 
+@pytest.mark.parametrize("kind", ["BIGINT", "VARCHAR(20)"])
+def test_keys_of_another_type_than_the_tables(
+    kind: str, tables: Tables, source: Make, new_name: Make
+) -> None:
+    """A table of the user's own writes a key in its own way; the next run knows it again."""
+    w, x, into = add(tables.url, "m@1"), features(600), new_name()
+    table = source(x)
+    tables.run(f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction DOUBLE PRECISION)")
+    text = "CHAR(20)" if tables.kind == "mysql" else "VARCHAR(20)"
+    key = f"CAST(id AS {text})" if kind == "BIGINT" else "id"
+    if kind != "BIGINT" and tables.kind.startswith("postgres"):
+        pytest.skip("PostgreSQL compares no text with a number")
+    query = f"SELECT {key} AS id, f0, f1, f2 FROM {table}"
+    with pydedup.open(tables.url) as store:
+        first = store.score(f"{query} WHERE id <= 400", "m@1", into=into)
+        assert (first.rows, first.skipped) == (400, 0)
+        for rows in (200, 0):
+            report = store.score(query, "m@1", into=into)
+            assert (report.rows, report.skipped) == (rows, 600 - rows)
+    assert_right({int(k): v for k, v in predictions(tables, into).items()}, x, w)
+
+
 def test_an_alias_is_what_it_was_until_the_work_is_done(
     tables: Tables, source: Make, new_name: Make
 ) -> None:
