@@ -84,6 +84,14 @@ _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Largest body of a request; all together may have four times as much.",
 )
 @click.option(
+    "--max-answer",
+    metavar="SIZE",
+    default="64MiB",
+    show_default=True,
+    callback=options.check_size,
+    help="What a request may take beside --memory until it is answered; all together, four times.",
+)
+@click.option(
     "--max-queue",
     metavar="N",
     type=click.IntRange(1),
@@ -140,6 +148,7 @@ def serve(
     max_wait_ms: float,
     threads: int | None,
     max_body: str,
+    max_answer: str,
     max_queue: int,
     timeout: float,
     grace: float,
@@ -178,6 +187,7 @@ def serve(
         max_wait_ms=max_wait_ms,
         threads=Chosen().threads if threads is None else threads,
         max_body=config.parse_bytes(max_body),
+        max_answer=config.parse_bytes(max_answer),
         max_queue=max_queue,
         timeout=timeout,
         grace=grace,
@@ -244,6 +254,7 @@ def _serve_on(
         max_wait_ms=chosen.max_wait_ms,
         threads=threads,
         max_body=chosen.max_body,
+        max_answer=chosen.max_answer,
         max_queue=chosen.max_queue,
         timeout=chosen.timeout,
         grace=chosen.grace,

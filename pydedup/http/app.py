@@ -23,13 +23,15 @@ from pydedup.http.options import ServeOptions
 from pydedup.http.problems import RETRY_SOON, HttpError, bad, problem_of
 from pydedup.http.requests import header_length, parse_infer, parse_object
 from pydedup.http.responses import Reply
-from pydedup.http.served import Arrays, ServedStore
+from pydedup.http.served import Admit, Arrays, ServedStore
 
 __all__ = ["App"]
 
 _T = TypeVar("_T")
 #: Seconds that the database has to say that it is there.
 _PING_SECONDS = 5.0
+#: An output and its JSON take at most so many times the bytes of the output, but for f16.
+_AS_JSON = 5
 
 
 class App(Endpoint):
@@ -40,7 +42,7 @@ class App(Endpoint):
     ) -> None:
         super().__init__(options, gate, log, store.url)
         self._store = store
-        self._batcher = Batcher[tuple[str, Arrays], service.Answer](
+        self._batcher = Batcher[tuple[str, Arrays, Admit], service.Answer](
             lambda requests: service.run_batch(store, requests),
             max_rows=options.max_batch,
             max_wait=options.max_wait_ms / 1000,
@@ -55,6 +57,7 @@ class App(Endpoint):
                 "running_batches": ("Batches that run.", lambda: self._batcher.running),
                 "open_requests": ("Requests under way.", lambda: self.under_way),
                 "body_bytes": ("Bytes of requests under way.", lambda: self._room.held),
+                "answer_bytes": ("Bytes that answers take.", lambda: self._answers.held),
             },
         )
         # Apart, so that a database that does not answer, or a model that is loaded, holds up
@@ -146,8 +149,13 @@ class App(Endpoint):
             request = await self._in("parse", parse_infer, body, json_bytes)
         else:
             request = parse_infer(body, json_bytes)
+        times = _AS_JSON if request.wants_json else 1
+
+        def admit(out_nbytes: int, more: int) -> None:
+            exchange.answer.take(times * out_nbytes + more)
+
         answer = await self._batcher.submit(
-            (exchange.address, request.inputs), service.rows_of(request.inputs)
+            (exchange.address, request.inputs, admit), service.rows_of(request.inputs)
         )
         model, outputs = answer.model, answer.outputs
         exchange.model = model.address

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies of requests, as they come in, within limits."""
+"""Bodies of requests as they come in, and the bytes that answers take, within limits."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydedup.http.problems import RETRY_SOON, HttpError, bad
 
 __all__ = ["DisconnectedError", "Held", "Room", "read_body"]
 
-#: Bodies that are held at once, all together, may be so many times as large as one.
+#: Bodies, or answers, that are held at once may be so many times as large as one, all together.
 _AT_ONCE = 4
 
 
@@ -19,29 +20,30 @@ class DisconnectedError(Exception):
 
 
 class Room:
-    """How many bytes of bodies the server holds, and may."""
+    """How many bytes of bodies, or of answers, the server holds, and may.
 
-    def __init__(self, max_body: int) -> None:
-        self.max_body = max_body
+    Parameters
+    ----------
+    most
+        Bytes of one.
+    what, advice
+        What a message calls one, and what it says that a client can do.
+    """
+
+    def __init__(self, most: int, what: str, advice: str = "") -> None:
+        self.most = most
+        self.what = what
+        self.advice = advice
         self.held = 0
-
-    def take(self, nbytes: int) -> None:
-        """Count bytes. Raises HttpError 503 when there is no room for them."""
-        if self.held + nbytes > _AT_ONCE * self.max_body:
-            raise HttpError(
-                503,
-                f"requests of {self.held} bytes are being served already; try again soon",
-                "queue_full",
-                RETRY_SOON,
-            )
-        self.held += nbytes
+        self.lock = threading.Lock()
 
 
 class Held:
-    """What one request holds of the room."""
+    """What one request holds of a room. Safe between threads."""
 
     def __init__(self, room: Room) -> None:
         self._room = room
+        self._is_over = False
         self.nbytes = 0
 
     def take(self, nbytes: int) -> None:
@@ -50,19 +52,35 @@ class Held:
         Raises
         ------
         HttpError
-            413 when they are more than one body may have, 503 when all together are too many.
+            413 when they are more than one may have, 503 when all together are too many.
+        DisconnectedError
+            When they were given back: the request has ended meanwhile.
         """
-        if self.nbytes + nbytes > self._room.max_body:
-            raise bad(
-                "body", f"it is larger than the {self._room.max_body} bytes that are allowed", 413
-            )
-        self._room.take(nbytes)
-        self.nbytes += nbytes
+        room = self._room
+        with room.lock:
+            total = self.nbytes + nbytes
+            if self._is_over:
+                raise DisconnectedError
+            if total > room.most:
+                said = f"it takes {total} bytes, and {room.most} are allowed{room.advice}"
+                raise bad(room.what, said, 413)
+            if room.held + nbytes > _AT_ONCE * room.most:
+                raise HttpError(
+                    503,
+                    f"requests whose {room.what} takes {room.held} bytes, all together, are being "
+                    "served already; try again soon",
+                    "queue_full",
+                    RETRY_SOON,
+                )
+            room.held += nbytes
+            self.nbytes = total
 
     def give_back(self) -> None:
         """Count nothing any more."""
-        self._room.held -= self.nbytes
-        self.nbytes = 0
+        with self._room.lock:
+            self._room.held -= self.nbytes
+            self.nbytes = 0
+            self._is_over = True
 
 
 async def read_body(receive: Any, headers: Mapping[bytes, bytes], held: Held) -> bytes | bytearray:

@@ -31,6 +31,7 @@ _PART_BYTES = 1024 * 1024
 _OPEN_TO_ALL = ("live", "ready")
 #: What takes as long as reading the model takes.
 _UNHURRIED = ("load",)
+_ADVICE = " (--max-answer); ask for fewer or shorter rows at a time, or for binary data"
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class Exchange:
     receive: Any
     headers: Mapping[bytes, bytes]
     held: Held
+    answer: Held
     route: Route | None = None
     model: str = ""
     outcome: str = "ok"
@@ -52,6 +54,11 @@ class Exchange:
         """The model that is asked for."""
         assert self.route is not None
         return self.route.address
+
+    def give_back(self) -> None:
+        """Hold nothing any more, of what bodies and answers may take."""
+        self.held.give_back()
+        self.answer.give_back()
 
 
 class Endpoint:
@@ -74,7 +81,8 @@ class Endpoint:
         self._gate = gate
         self._log = log
         self._secret = secret
-        self._room = Room(options.max_body)
+        self._room = Room(options.max_body, "body")
+        self._answers = Room(options.max_answer, "answer", _ADVICE)
         #: What each path does; set by those who derive, as are the metrics.
         self._actions: Mapping[str, Callable[[Exchange], Any]] = {}
         self._metrics: Metrics
@@ -100,12 +108,13 @@ class Endpoint:
         finally:
             self.under_way -= 1
             received = exchange.held.nbytes
-            exchange.held.give_back()
+            exchange.give_back()
             self._account(exchange, status, received, sent)
 
     def exchange(self, scope: Mapping[str, Any], receive: Any) -> Exchange:
         """Return a request as it begins."""
-        return Exchange(scope, receive, dict(scope["headers"]), Held(self._room))
+        held, answer = Held(self._room), Held(self._answers)
+        return Exchange(scope, receive, dict(scope["headers"]), held, answer)
 
     async def answer(self, exchange: Exchange) -> Reply:
         """Return the answer to a request; that of an error, where there is one."""

@@ -19,6 +19,7 @@ _RANGES: Final[dict[str, tuple[float, float, bool]]] = {
     "max_wait_ms": (0, 60_000, False),
     "threads": (1, 256, True),
     "max_body": (0, _MANY, True),
+    "max_answer": (0, _MANY, True),
     "max_queue": (1, _MANY, True),
     "timeout": (0.001, _MANY, False),
     "grace": (0, _MANY, False),
@@ -37,8 +38,9 @@ class ServeOptions:
         Rows that go together; how long a request waits for others while a thread is free.
     threads
         Batches that are predicted at once.
-    max_body, max_queue
-        Bytes of one request's body; requests that may wait.
+    max_body, max_answer, max_queue
+        Bytes of one request's body, and those that it takes beside the memory budget until it is
+        answered; requests that may wait.
     timeout
         Seconds that a request may take.
     grace
@@ -62,6 +64,7 @@ class ServeOptions:
     max_wait_ms: float = 2.0
     threads: int = min(4, os.cpu_count() or 1)
     max_body: int = 64 * 1024 * 1024
+    max_answer: int = 64 * 1024 * 1024
     max_queue: int = 512
     timeout: float = 30.0
     grace: float = 30.0

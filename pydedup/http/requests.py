@@ -49,6 +49,13 @@ class InferRequest:
     outputs: tuple[Wanted, ...] | None
     binary: bool
 
+    @property
+    def wants_json(self) -> bool:
+        """Whether an output is to be written as JSON."""
+        if self.outputs is None:
+            return not self.binary
+        return not all(one.binary for one in self.outputs)
+
 
 def header_length(text: str | None, body_bytes: int) -> int | None:
     """Return what ``Inference-Header-Content-Length`` says, None where it is not given."""

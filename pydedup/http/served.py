@@ -6,7 +6,7 @@ Everything here may wait for the database, so it is called from threads, never f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -26,9 +26,12 @@ from pydedup.serving.predict import Prediction, as_predicted
 from pydedup.store import Store
 from pydedup.types import GRAPH_ARTIFACT
 
-__all__ = ["Arrays", "IndexEntry", "Outcome", "Served", "ServedStore"]
+__all__ = ["Admit", "Arrays", "IndexEntry", "Outcome", "Served", "ServedStore"]
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+#: Counts what a request takes beside the budget, or raises why it may not: bytes of its outputs,
+#: and those that activations take more than the budget lets them.
+Admit: TypeAlias = Callable[[int, int], None]
 #: Outputs by name, or what was raised.
 Outcome: TypeAlias = dict[str, NDArray[Any]] | Exception
 
@@ -129,9 +132,12 @@ class ServedStore(Store):
         return Served(row, None, onnx_signature(payload))
 
     def predict_served(
-        self, asks: Sequence[tuple[Served, Arrays]]
+        self, asks: Sequence[tuple[Served, Arrays, Admit]]
     ) -> Iterator[tuple[int, Outcome]]:
         """Do what `predict_many` does, of models that are resolved already.
+
+        What a request takes beside the budget is known, and admitted, before anything runs; of one
+        that ONNX Runtime runs, when it is there.
 
         Yields
         ------
@@ -140,20 +146,25 @@ class ServedStore(Store):
             of ONNX Runtime, which are run one by one, come last.
         """
         ready: list[tuple[int, Prediction]] = []
-        others: list[tuple[int, StoredModel, Arrays]] = []
-        for number, (served, inputs) in enumerate(asks):
+        others: list[tuple[int, StoredModel, Arrays, Admit]] = []
+        for number, (served, inputs, admit) in enumerate(asks):
             try:
                 model = self._catalog.of_row(served.row)
                 if served.graph is None:
-                    others.append((number, model, inputs))
-                else:
-                    ready.append((number, Prediction.of(model, served.graph, inputs)))
+                    others.append((number, model, inputs, admit))
+                    continue
+                prediction = Prediction.of(model, served.graph, inputs)
+                plan = prediction.plan
+                if plan is not None:
+                    admit(plan.out_nbytes, plan.beyond(self._pool.activation_bytes))
+                ready.append((number, prediction))
             except Exception as error:  # told to this one alone
                 yield number, error
         yield from self._together(ready)
-        for number, model, inputs in others:
+        for number, model, inputs, admit in others:
             try:
                 outcome = self._predict_onnx(model, inputs)
+                admit(sum(output.nbytes for output in outcome.values()), 0)
             except Exception as error:
                 outcome = error
             yield number, outcome

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pydedup.errors import UnavailableError
 from pydedup.http.problems import bad
-from pydedup.http.served import Arrays, Served, ServedStore
+from pydedup.http.served import Admit, Arrays, Served, ServedStore
 from pydedup.http.shapes import TensorSpec
 
 __all__ = ["Answer", "check_inputs", "model_config", "model_metadata", "rows_of", "run_batch"]
@@ -30,18 +30,18 @@ class Answer:
 
 
 def run_batch(
-    store: ServedStore, requests: Sequence[tuple[str, Arrays]]
+    store: ServedStore, requests: Sequence[tuple[str, Arrays, Admit]]
 ) -> Iterator[tuple[int, Answer | Exception]]:
-    """Predict for several requests, each an address and inputs.
+    """Predict for several requests, each an address, inputs, and what admits it by its size.
 
     An address that occurs more than once is resolved once. Yields of each request, as soon as it is
     there, its number and its answer, or why there is no such model.
     """
     models: dict[str, Served | Exception] = {}
     away: UnavailableError | None = None
-    asks: list[tuple[Served, Arrays]] = []
+    asks: list[tuple[Served, Arrays, Admit]] = []
     numbers: list[int] = []
-    for number, (address, inputs) in enumerate(requests):
+    for number, (address, inputs, admit) in enumerate(requests):
         if address not in models:
             try:
                 if away is not None:  # waiting for the database once is enough
@@ -63,7 +63,7 @@ def run_batch(
         numbers.append(number)
         # The native kernels want aligned arrays; those in a body lie where they lie.
         aligned = {name: np.require(one, requirements=["C", "A"]) for name, one in inputs.items()}
-        asks.append((model, aligned))
+        asks.append((model, aligned, admit))
     for place, outcome in store.predict_served(asks):
         yield numbers[place], Answer(asks[place][0], outcome)
 

@@ -63,12 +63,27 @@ class Plan:
         Bytes of the outputs.
     bags
         Inputs that have no row for each row of the others, but a bag of ids.
+    fits
+        Whether the inputs fit all nodes. If not, this is what runs before the first that they do
+        not fit.
     """
 
     rows: int | None
     nbytes: int
     out_nbytes: int
     bags: Sequence[Bags] = ()
+    fits: bool = True
+
+    def beyond(self, nbytes: int) -> int:
+        """Return how many bytes more than so many the smallest pieces take, beside the outputs."""
+        if self.nbytes <= nbytes:
+            return 0
+        if self.rows is None or self.rows < 2:
+            return max(self.nbytes - nbytes - self.out_nbytes, 0)
+        shares = [(1, self.rows)]
+        shares += [(int(np.diff(one.edges).max()), int(one.edges[-1])) for one in self.bags]
+        row = max(self.nbytes * part // max(whole, 1) for part, whole in shares)
+        return max(row - nbytes, 0)
 
     def end(self, first: int, nbytes: int) -> int:
         """Return where a piece of about so many bytes ends that begins here; it has a row."""
@@ -102,7 +117,7 @@ class Plan:
 def plan_run(
     graph: Graph, tensor: Callable[[str], TensorInfo], inputs: Mapping[str, NDArray[Any]]
 ) -> Plan | None:
-    """Return what a run with these inputs needs, or None when they do not fit the graph."""
+    """Return what a run with these inputs needs, or None when one is missing."""
     shapes: dict[str, Shape] = {name: inputs[name].shape for name in graph.inputs if name in inputs}
     if len(shapes) < len(graph.inputs):
         return None
@@ -127,7 +142,7 @@ def plan_run(
             weight = tensor(node.weights["weight"]) if "weight" in node.weights else None
             shape = _shape_of(node, given, () if weight is None else weight.shape)
         except (ValueError, IndexError, ZeroDivisionError):
-            return None
+            return Plan(None, most, 0, fits=False)
         wide = wide or (weight is not None and compute_dtype(weight.dtype).itemsize == 8)
         shapes[node.output] = shape
         apart[node.output] = all(apart[name] for name in node.inputs) and (

@@ -36,7 +36,7 @@ class Prediction:
     graph: Graph
     inputs: dict[str, _Array]
     as_mapping: bool  # the result takes the form of what was given
-    #: What it needs, or None when its inputs do not fit.
+    #: What it needs, or None when an input is missing.
     plan: Plan | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ def _groups(requests: Sequence[Prediction], limit: int) -> list[list[int]]:
     begun: dict[object, tuple[list[int], int]] = {}
     for place, request in enumerate(requests):
         plan = request.plan
-        if plan is None or plan.nbytes > limit:
+        if plan is None or not plan.fits or plan.nbytes > limit:
             groups.append([place])
             continue
         key = request.model.layers_key

@@ -300,7 +300,7 @@ def test_answers_do_not_depend_on_company(joined_store: Any, data: st.DataObject
 
 def answers(store: Any, requests: Sequence[Any]) -> list[Any]:
     """Return what a batch yields, in the order of the requests: an answer, or an exception."""
-    found = dict(run_batch(store, requests))
+    found = dict(run_batch(store, [(*request, lambda *nbytes: None) for request in requests]))
     ordered = [found[number] for number in range(len(requests))]
     reasons = [one.outputs if isinstance(one, Answer) else one for one in ordered]
     return [
@@ -317,6 +317,22 @@ def test_one_that_fails_does_not_disturb_the_others(joined_store: Any) -> None:
     for x, one in ((ids[0], found[0]), (ids[2], found[2])):
         assert not isinstance(one, Exception)
         np.testing.assert_allclose(one.outputs["y"], W[x[0]].mean(axis=0)[None], rtol=1e-5)
+
+
+def test_one_that_is_not_admitted_does_not_disturb_the_others(joined_store: Any) -> None:
+    def admit(out_nbytes: int, more: int) -> None:
+        if (out_nbytes, more) != (16, 0):
+            raise HttpError(413, f"{out_nbytes}", "bad_request")
+
+    number = list(GRAPHS).index("bags by row")
+    ids = [np.zeros((count, 3), np.int64) for count in (1, 2, 1)]
+    requests = [(f"m{number}@1", {"x": x}, admit) for x in ids]
+    found = dict(run_batch(joined_store, requests))
+    outputs = [found[at].outputs for at in range(3) if isinstance(found[at], Answer)]
+    assert isinstance(outputs[1], HttpError)
+    assert outputs[1].message == "32"
+    for one in (outputs[0], outputs[2]):
+        np.testing.assert_allclose(one["y"], W[[0]], rtol=1e-5)
 
 
 def test_what_does_not_fit_together_is_tried_in_parts(

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import pydedup
+from pydedup.graph import Graph, Node
 from pydedup.testing.serving import Server, Start
 
 GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
@@ -223,6 +225,93 @@ def test_only_so_many_bytes_are_held(start: Start, store_url: str) -> None:
     assert server.infer("dense", GOOD).status == 200
 
 
+def words_body(*shape: int, binary: bool = True) -> tuple[bytes, dict[str, str]]:
+    """A request of a byte for each id; with one in a row, an answer has 17 bytes for it."""
+    entry = {"name": "ids", "datatype": "UINT8", "shape": shape}
+    size = int(np.prod(shape))
+    head = json.dumps(
+        {
+            "inputs": [{**entry, "parameters": {"binary_data_size": size}}],
+            "parameters": {"binary_data_output": binary},
+        }
+    )
+    return head.encode() + bytes(size), {"Inference-Header-Content-Length": str(len(head))}
+
+
+def test_an_answer_that_is_too_large(start: Start, store_url: str) -> None:
+    server = start(store_url, "--max-answer", "100KiB")
+    for rows, binary, status in (
+        (7000, True, 413),
+        (6000, True, 200),
+        (6000, False, 413),  # JSON is larger
+        (1000, False, 200),
+    ):
+        body, headers = words_body(rows, 1, binary=binary)
+        answer = server.infer("words", body, headers=headers)
+        assert answer.status == status
+        if status == 413:
+            for said in ("102400", "--max-answer", "fewer", "binary"):
+                assert said in answer.error
+    until(lambda: server.metric("pydedup_answer_bytes") == 0)
+
+
+def test_a_small_body_does_not_take_much_memory(start: Start, own_url: str) -> None:
+    table = {"table": np.ones((200, 768), np.float32)}
+    look_up = Node("embedding", ("ids",), "rows", {"weight": "table"})
+    graphs = {
+        "rows": (look_up, Node("identity", ("rows",), "y")),
+        "mean": (look_up, Node("mean", ("rows",), "y", attrs={"axis": 1})),
+        "refused": (look_up, Node("reshape", ("rows",), "y", attrs={"shape": [7, 7]})),
+    }
+    with pydedup.open(own_url) as store:
+        for name, nodes in graphs.items():
+            store.add(name, table, graph=Graph(("ids",), ("y",), nodes))
+    server = start(own_url, "--memory", "16MiB")
+    process = psutil.Process(server.process.pid)
+    seen = [process.memory_info().rss]
+    watching = True
+
+    def watch() -> None:
+        while watching:
+            seen.append(process.memory_info().rss)
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    # 614 MB of outputs; and between layers, of one row, and before it shows that it does not fit.
+    for name, shape in (("rows", (200_000, 1)), ("mean", (1, 200_000)), ("refused", (200_000, 1))):
+        body, headers = words_body(*shape)
+        answer = server.infer(name, body, headers=headers)
+        assert answer.status == 413, name
+        assert "fewer or shorter rows" in answer.error
+    body, headers = words_body(2000, 100)  # 614 MB between layers, in pieces
+    assert server.infer("mean", body, headers=headers).status == 200
+    watching = False
+    watcher.join()
+    assert max(seen) - seen[0] < 64 << 20
+
+
+def test_only_so_many_bytes_of_answers_are_held(start: Start, store_url: str) -> None:
+    server = start(store_url, "--max-answer", "16MiB")
+    body, headers = words_body(900_000, 1)
+    head = "POST /v2/models/words/infer HTTP/1.1\r\nHost: x\r\n"
+    for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        head += f"{name}: {value}\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):  # whose answers nobody reads
+            connection = stack.enter_context(
+                socket.create_connection(("127.0.0.1", server.port), 10)
+            )
+            connection.sendall(head.encode() + b"\r\n" + body)
+        until(lambda: server.metric("pydedup_answer_bytes") == 4 * 17 * 900_000)
+        answer = server.infer("words", body, headers=headers)
+        assert answer.status == 503
+        assert "retry-after" in answer.headers
+        assert server.infer("dense", GOOD).status == 200
+    until(lambda: server.metric("pydedup_answer_bytes") == 0)
+    assert server.infer("words", body, headers=headers).status == 200
+
+
 @pytest.mark.parametrize("place", ["file", "environment"])
 def test_token(start: Start, store_url: str, tmp_path: Path, place: str) -> None:
     (tmp_path / "token").write_text("s3cret-token\n")
@@ -359,8 +448,6 @@ def test_headers_that_never_end(server: Server) -> None:
 def test_a_database_that_goes_away(start: Start, own_postgres: Any) -> None:
     url = own_postgres.new_place()
     with pydedup.open(url) as store:
-        from pydedup.graph import Graph, Node
-
         graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
         store.add("dense@1", {"w": np.ones((3, 4), np.float32)}, graph=graph)
     server = start(url)

@@ -314,6 +314,8 @@ def test_memory_lives_as_long_as_any_view_of_it() -> None:
     assert planned(turned, (5, 6, 2)).nbytes == 4 * 60  # flattening what is turned copies
 
 
-def test_what_does_not_fit_has_no_plan() -> None:
-    assert planned([Node("transpose", ("x",), "o", attrs={"perm": [2, 0, 1]})], (5, 6)) is None
-    assert planned([Node("reshape", ("x",), "o", attrs={"shape": [4, 7]})], (5, 6)) is None
+def test_what_does_not_fit_is_planned_up_to_there() -> None:
+    assert not planned([Node("transpose", ("x",), "o", attrs={"perm": [2, 0, 1]})], (5, 6)).fits
+    before = Node("relu", ("x",), "h")
+    plan = planned([before, Node("reshape", ("h",), "o", attrs={"shape": [4, 7]})], (5, 6))
+    assert (plan.fits, plan.rows, plan.nbytes) == (False, None, 4 * 30)

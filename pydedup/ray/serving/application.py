@@ -38,7 +38,9 @@ _MAX_ONGOING = 16
 #: Requests that a front has at once; the bytes of their bodies are limited.
 _MAX_ONGOING_FRONT = 4096
 #: Arguments that are texts.
-_TEXTS: Final = frozenset(("store", "memory", "replacement", "routing", "token", "max_body"))
+_TEXTS: Final = frozenset(
+    ("store", "memory", "replacement", "routing", "token", "max_body", "max_answer")
+)
 _ROUTER: Final = "pydedup.ray.serving.router:FamilyRouter"
 
 
@@ -59,6 +61,7 @@ def deployment(
     max_wait_ms: float = 2.0,
     threads: int | None = None,
     max_body: str | int = "64MiB",
+    max_answer: str | int = "64MiB",
     max_queue: int = 512,
     timeout: float = 30.0,
     grace: float = 30.0,
@@ -88,7 +91,7 @@ def deployment(
         is too old for it.
     token
         What clients must send, itself or as ``env:NAME`` or ``file:PATH`` of the front.
-    max_batch, max_wait_ms, threads, max_body, max_queue, timeout, grace, access_log
+    max_batch, max_wait_ms, threads, max_body, max_answer, max_queue, timeout, grace, access_log
         As for ``pydedup serve`` (docs/http.md). ``max_queue`` are requests that wait for a replica
         in one front.
     check
@@ -134,6 +137,7 @@ def deployment(
         # One may wait for the database while another computes.
         threads=min(4, cores + 1) if threads is None else threads,
         max_body=config.parse_bytes(max_body),
+        max_answer=config.parse_bytes(max_answer),
         max_queue=max_queue,
         timeout=timeout,
         grace=grace,

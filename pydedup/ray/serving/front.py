@@ -82,6 +82,7 @@ class Front(Endpoint):
             {
                 "open_requests": ("Requests under way.", lambda: self.under_way),
                 "body_bytes": ("Bytes of requests under way.", lambda: self._room.held),
+                "answer_bytes": ("Bytes of answers under way.", lambda: self._answers.held),
             },
         )
         self._metrics.register(self._pools)
@@ -138,6 +139,8 @@ class Front(Endpoint):
                 continue
             break
         exchange.model, exchange.outcome = model, outcome
+        if model:  # a prediction; that it is not too large, the replica has seen to
+            exchange.answer.take(min(len(whole), self._options.max_answer))
         return Reply(status, list(replied), [whole])
 
     def _handle_of(self, address: str) -> Any:

@@ -56,7 +56,7 @@ class Replica:
         try:
             reply = await self._app.answer(exchange)
         finally:
-            exchange.held.give_back()
+            exchange.give_back()
         parts = list(reply.parts)
         whole = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
         return reply.status, list(reply.headers), whole, exchange.model, exchange.outcome
