@@ -126,6 +126,39 @@ def test_too_many_requests_are_told_to_come_again(ask: Ask) -> None:
     assert "7 requests wait already" in json.loads(body)["error"]
 
 
+def test_only_so_many_bytes_of_answers_are_held() -> None:
+    from pydedup.ray.serving.front import Front
+
+    async def run() -> list[int]:
+        handle = Handle(*[ANSWERED] * 6)
+        options = ServeOptions(max_answer=4)
+        front = Front(handle, Families(), options, Gate(None), None, "x")  # type: ignore[arg-type]
+        statuses: list[int] = []
+        read = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if "status" in message:
+                statuses.append(message["status"])
+                if len(statuses) <= 4:
+                    await read.wait()
+
+        path = b"/v2/models/m/infer"
+        scope = {"type": "http", "method": "POST", "raw_path": path, "headers": []}
+        slow = [asyncio.create_task(front(scope, receive, send)) for _ in range(4)]
+        while len(statuses) < 4:
+            await asyncio.sleep(0)
+        await front(scope, receive, send)
+        read.set()
+        await asyncio.gather(*slow)
+        await front(scope, receive, send)
+        return statuses
+
+    assert asyncio.run(run()) == [200, 200, 200, 200, 503, 200]
+
+
 def test_what_takes_too_long_is_cancelled(ask: Ask) -> None:
     handle = Handle(None)
     assert ask(handle, timeout=0.05)[0] == 504

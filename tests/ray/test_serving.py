@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import signal
@@ -116,7 +117,7 @@ def apps(port: int, url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
     assert application["args"]["store"] == "env:PYDEDUP_STORE"
     place = tmp_path_factory.mktemp("secrets") / "url"
     place.write_text(url)
-    common = {"memory": MEMORY, "num_cpus": 0.1, "max_body": "1MiB"}
+    common = {"memory": MEMORY, "num_cpus": 0.1, "max_body": "1MiB", "max_answer": "1MiB"}
     application["args"] |= {"store": f"file:{place}", **common}
     schema = importlib.import_module("ray.serve.schema").ServeDeploySchema
     client = importlib.import_module("ray.serve.context")._get_global_client()
@@ -223,6 +224,12 @@ def test_errors_are_those_of_pydedup_serve(server: Server, apps: dict[str, Any])
     assert server.ask("POST", path, b"{}", {"content-encoding": "gzip"}).status == 415
     answer = server.ask("POST", path, {"inputs": []})
     assert (answer.status, answer.error[:6]) == (400, "inputs")
+    size = 2000 * DIM  # and four times that of the answer
+    entry = {"name": "x", "datatype": "INT8", "shape": [2000, DIM]}
+    head = json.dumps({"inputs": [{**entry, "parameters": {"binary_data_size": size}}]}).encode()
+    given = {"inference-header-content-length": str(len(head))}
+    answer = server.ask("POST", path, head + bytes(size), given)
+    assert (answer.status, "--max-answer" in answer.error) == (413, True)
     text = server.ask("GET", "/metrics").body.decode()
     assert 'pydedup_requests_total{model="family0/variant0@1",outcome="ok"}' in text
     if hasattr(type(apps["models"]), "broadcast"):
