@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import pydedup
 from pydedup import policies, registry
@@ -42,7 +43,7 @@ def fill(store: Store) -> None:
     store.add("close@1", member(3), policy=policies.Bounded(0.001))
     store.add("exact@1", member(4), policy=policies.Exact())
     store.add("kept@1", member(5), policy=policies.Accuracy(lambda arrays: 1.0, max_drop=0.5))
-    store.add("nothing@0", {})
+    store.add("nothing@0", torch.nn.Sequential(torch.nn.ReLU()))
     store.add("hollow@0", {"none": np.empty((0, 3), np.float32), "one": np.array(True)})
     store.alias("near", "prod", "1")
     store.alias("near", "next", "2")
