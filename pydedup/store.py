@@ -246,6 +246,10 @@ class Store(StorePredictions, StoreUpkeep):
             requests: dict[str, Request] = {}  # by address
             for name, given in models.items():
                 base, number, is_numbered = plan_address(self._adapter, name, version)
+                if isinstance(given, Mapping) and not given and graph is None:
+                    raise ArgumentError(
+                        f"the mapping given for {name!r} is empty; a model is arrays by name"
+                    )
                 source = opened.enter_context(open_source(given))
                 request = Request(
                     name=base,

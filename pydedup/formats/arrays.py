@@ -27,8 +27,6 @@ class MappingSource(SourceBase):
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__("the given mapping")
-        if not values:
-            raise ArgumentError("the given mapping is empty; a model is arrays by name")
         self._arrays: dict[str, Any] = {}
         # Otherwise wrong input is the caller's slip here, not a damaged file.
         for name in values:

@@ -47,7 +47,7 @@ def store(tmp_path: Path) -> Iterator[Any]:
         (lambda store: store.add("m", MODEL, graph=[{"op": "linear"}]), r"Graph, not list"),
         (lambda store: store.add("m", MODEL, graph="{}"), r"not str; Graph\.from_json"),
         (lambda store: store.add("m", MODEL, metadata="acme"), "metadata 'acme' is no mapping"),
-        (lambda store: store.add("m", {}), "mapping is empty; a model is arrays by name"),
+        (lambda store: store.add("m", {}), "mapping given for 'm' is empty; a model is arrays"),
         (lambda store: store.add_many([("m", MODEL)]), "mapping of names to sources.* not list"),
         (lambda store: store.predict_many([3]), "pair of a model and its input, not 3"),
         (lambda store: store.predict_many({"ab": 1}), "pair of a model and its input, not 'ab'"),
