@@ -57,6 +57,10 @@ def _checked(connection: object) -> sqlite3.Connection:
         raise ArgumentError(
             f"a connection of the module sqlite3 is needed, not {type(connection).__name__}"
         )
+    try:
+        connection.cursor().close()
+    except sqlite3.ProgrammingError as error:  # closed, or of another thread
+        raise ArgumentError(f"this connection cannot be used here: {error}") from error
     return connection
 
 

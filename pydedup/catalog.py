@@ -19,7 +19,7 @@ from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.adapter_options import CopiesAdapter
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.certificates import keeps_bits, largest_error
-from pydedup.errors import CorruptStoreError, NotFoundError
+from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.graph import Graph
 from pydedup.names import parse_address
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, TensorInfo
@@ -74,7 +74,9 @@ class StoredModel:
         return largest if errors is None else float(errors.get(name, 0.0))
 
     def tensor(self, name: str) -> TensorInfo:
-        """Return one tensor. Raises NotFoundError."""
+        """Return one tensor. Raises NotFoundError, ArgumentError for what is no name."""
+        if not isinstance(name, str):
+            raise ArgumentError(f"a tensor's name must be a string, not {name!r}")
         ordinal = self._ordinal.get(name)
         if ordinal is None:
             hint = _did_you_mean(name, list(self._ordinal))

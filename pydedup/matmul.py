@@ -258,7 +258,7 @@ def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
     """Return values as an array. Raises ArgumentError when they make none."""
     try:
         return np.asarray(values)
-    except ValueError as error:  # rows of different lengths
+    except Exception as error:  # rows of different lengths, or whatever __array__ of others raises
         raise ArgumentError(f"{name} does not make an array: {error}") from error
 
 

@@ -7,7 +7,7 @@ As in `pydedup.store`, what opening and predicting do not need is imported where
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from numpy.typing import ArrayLike
@@ -112,6 +112,10 @@ class StorePredictions:
             When a request is no such pair.
         """
         results: list[Any] = []
+        if not isinstance(requests, Iterable):
+            raise ArgumentError(
+                f"requests must be pairs of a model and its input, not {requests!r}"
+            )
         for name, x in map(_pair, requests):
             try:
                 model = self._catalog.model(name)

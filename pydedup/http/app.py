@@ -21,7 +21,7 @@ from pydedup.http.metrics import CONTENT_TYPE, Metrics
 from pydedup.http.numbers import PIECE_BYTES
 from pydedup.http.options import ServeOptions
 from pydedup.http.problems import RETRY_SOON, HttpError, bad, problem_of
-from pydedup.http.requests import header_length, parse_infer, parse_object
+from pydedup.http.requests import header_length, parameters_of, parse_infer, parse_object
 from pydedup.http.responses import Reply
 from pydedup.http.served import Admit, Arrays, ServedStore
 
@@ -183,8 +183,8 @@ class App(Endpoint):
         return responses.json_reply(entries)
 
     async def _load(self, exchange: Exchange) -> Reply:
-        asked = parse_object(await self._body(exchange))
-        if any(name == "config" or "file:" in name for name in asked.get("parameters") or ()):
+        asked = parameters_of(parse_object(await self._body(exchange)), "parameters")
+        if any(name == "config" or "file:" in name for name in asked):
             raise bad("parameters", "models come from the store alone, without config or files")
         pages = await self._in("load", self._warm, exchange.address)
         return responses.json_reply({"pages": pages})

@@ -19,7 +19,14 @@ from pydedup.http.datatypes import BINARY_ONLY, DATATYPES
 from pydedup.http.numbers import PIECE_BYTES, Lists, flat_array, outline
 from pydedup.http.problems import bad
 
-__all__ = ["InferRequest", "Wanted", "header_length", "parse_infer", "parse_object"]
+__all__ = [
+    "InferRequest",
+    "Wanted",
+    "header_length",
+    "parameters_of",
+    "parse_infer",
+    "parse_object",
+]
 
 _LARGEST_RANK = 32
 #: Elements of an input, empty axes counted as 1.
@@ -99,7 +106,7 @@ def parse_infer(body: bytes | bytearray, json_bytes: int | None) -> InferRequest
     identity = document.get("id")
     if identity is not None and not _is_text(identity, _LONGEST_ID):
         raise bad("id", f"it must be text of at most {_LONGEST_ID} characters")
-    parameters = _parameters(document, "parameters")
+    parameters = parameters_of(document, "parameters")
     items = document.get("inputs")
     if not isinstance(items, list) or not items:
         raise bad("inputs", "a list of at least one input is needed")
@@ -133,7 +140,7 @@ class _Inputs:
             known = ", ".join(DATATYPES)
             raise bad(f"{where}.datatype", f"{datatype[:40]!r} is not one of {known}")
         shape = _shape(item.get("shape"), f"{where}.shape")
-        parameters = _parameters(item, f"{where}.parameters")
+        parameters = parameters_of(item, f"{where}.parameters")
         size = parameters.get("binary_data_size")
         if size is not None:
             if "data" in item:
@@ -196,7 +203,7 @@ def _outputs(document: dict[str, Any], binary: bool) -> tuple[Wanted, ...] | Non
         name = _text(item, "name", where)
         if name in wanted:
             raise bad(f"{where}.name", f"output {name[:100]!r} is asked for twice")
-        parameters = _parameters(item, f"{where}.parameters")
+        parameters = parameters_of(item, f"{where}.parameters")
         if parameters.get("classification"):
             raise bad(f"{where}.parameters.classification", "it is not supported")
         flag = _flag(parameters, "binary_data", f"{where}.parameters", binary)
@@ -210,7 +217,8 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _parameters(holder: dict[str, Any], where: str) -> dict[str, Any]:
+def parameters_of(holder: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the ``parameters`` of a body, or of an object in it."""
     value = holder.get("parameters")
     found = {} if value is None else _object(value, where)
     for name in _UNSUPPORTED:

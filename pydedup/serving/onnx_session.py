@@ -29,6 +29,7 @@ from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
 from pydedup.formats.onnx_inputs import OpenedGraph, open_graph
 from pydedup.pool import PagePool, Reservation
+from pydedup.serving.predict import as_input
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 
@@ -271,7 +272,7 @@ def _as_value(array: NDArray[Any], kind: int) -> Any:
 
 def _as_input(x: ArrayLike, kind: Any) -> Any:
     """Return an input in the type that the model wants. Raises ArgumentError."""
-    array = np.asarray(x)
+    array = as_input(x, f"input {kind.name!r}")
     wanted = _TYPES.get(kind.type)
     if wanted is None:
         raise ArgumentError(f"input {kind.name!r} is a {kind.type}, which is not supported")

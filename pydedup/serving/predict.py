@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup.catalog import StoredModel
-from pydedup.errors import ArgumentError, PydedupError
+from pydedup.errors import ArgumentError, PydedupError, UnsupportedFormatError
 from pydedup.graph import Graph
+from pydedup.matmul import as_array
 from pydedup.pool import PagePool
 from pydedup.serving.engine import run_graph, run_together
 from pydedup.serving.plan import Plan, plan_run
 from pydedup.serving.tensor import StoredTensor, called
 
-__all__ = ["Prediction", "as_predicted", "predict", "predict_together"]
+__all__ = ["Prediction", "as_input", "as_predicted", "predict", "predict_together"]
 
 _Array: TypeAlias = NDArray[Any]
 _TensorOf: TypeAlias = Callable[[StoredModel, str], StoredTensor]
@@ -48,9 +49,14 @@ class Prediction:
     ) -> Prediction:
         """Check a request. Raises ArgumentError when several inputs are taken and one was given."""
         if isinstance(x, Mapping):
-            return cls(model, graph, {key: _array(value) for key, value in x.items()}, True)
+            return cls(
+                model,
+                graph,
+                {key: as_input(value, f"input {key!r}") for key, value in x.items()},
+                True,
+            )
         if len(graph.inputs) == 1:
-            return cls(model, graph, {graph.inputs[0]: _array(x)}, False)
+            return cls(model, graph, {graph.inputs[0]: as_input(x, "x")}, False)
         raise ArgumentError(f"{model.address} takes several inputs: {', '.join(graph.inputs)}")
 
     def result(self, outputs: dict[str, _Array]) -> Any:
@@ -60,11 +66,21 @@ class Prediction:
         return outputs[self.graph.outputs[0]]
 
 
-def _array(x: ArrayLike) -> _Array:
+def as_input(x: ArrayLike, name: str) -> _Array:
+    """Return an input as an array, a torch tensor's elements too. Raises ArgumentError."""
     try:
-        return np.asarray(x)
-    except ValueError as error:  # rows of different lengths
-        raise ArgumentError(f"x does not make an array: {error}") from error
+        return as_array(x, name)
+    except ArgumentError:
+        from pydedup.formats import torch as torch_format  # of use here alone
+
+        tensor: Any = x
+        if not torch_format.is_tensor(tensor):
+            raise
+        try:  # numpy does not read bf16, nor what requires a gradient
+            torch_format.torch_entry(name, tensor, name)
+            return torch_format.to_numpy(tensor)
+        except UnsupportedFormatError as error:
+            raise ArgumentError(str(error)) from error
 
 
 def predict(

@@ -21,6 +21,7 @@ import pydedup
 import pydedup.sql
 from pydedup.config import LEAST_MEMORY
 from pydedup.errors import ArgumentError
+from pydedup.graph import Graph, Node
 from pydedup.layout import PAGE_BYTES
 from pydedup.opening import pool_bytes
 from pydedup.policies import Bounded, Exact
@@ -50,6 +51,8 @@ def store(tmp_path: Path) -> Iterator[Any]:
         (lambda store: store.add("m", {}), "mapping given for 'm' is empty; a model is arrays"),
         (lambda store: store.add_many([("m", MODEL)]), "mapping of names to sources.* not list"),
         (lambda store: store.predict_many([3]), "pair of a model and its input, not 3"),
+        (lambda store: store.predict_many(5), "pairs of a model and its input, not 5"),
+        (lambda store: store.tensor("good", None), "tensor's name must be a string, not None"),
         (lambda store: store.predict_many({"ab": 1}), "pair of a model and its input, not 'ab'"),
         (lambda store: store.verify(evaluate=len), "mapping of models to metrics.* not builtin"),
     ],
@@ -86,6 +89,34 @@ def test_what_is_printed_of_a_store(tmp_path: Path) -> None:
             shown = f"SqlFunctions of <pydedup.Store {store.url}>, last_error=None>"
             assert repr(functions) == f"<pydedup.sql.{shown}"
     assert repr(store) == f"<pydedup.Store {store.url}, closed>"
+
+
+def test_a_connection_that_is_closed_is_told(tmp_path: Path) -> None:
+    with pydedup.open(tmp_path / "store.db") as store:
+        connection = sqlite3.connect(tmp_path / "store.db")
+        connection.close()
+        for more in ((), (store,)):
+            with pytest.raises(ArgumentError, match=r"cannot be used here: .* closed"):
+                pydedup.sql.register(connection, *more)
+
+
+def test_tensors_of_torch_are_inputs(store: pydedup.Store, tmp_path: Path) -> None:
+    """Those that numpy does not read, too; what has no elements to read is told."""
+    torch = pytest.importorskip("torch")
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    x = torch.arange(200, dtype=torch.float32).reshape(2, 100)
+    with pydedup.open(tmp_path / "linear.db") as linear:
+        linear.add("m", MODEL, graph=graph)
+        wanted = linear.predict("m", x.numpy())
+        for given in (x, x.clone().requires_grad_(), x.bfloat16(), x.double().requires_grad_()):
+            np.testing.assert_allclose(linear.predict("m", given), wanted, rtol=1e-6)
+            np.testing.assert_allclose(linear.predict("m", {"x": given})["y"], wanted, rtol=1e-6)
+        for wrong in (x.to("meta"), x.to_sparse()):
+            with pytest.raises(ArgumentError, match=r"x is .*; convert it to a dense tensor"):
+                linear.predict("m", wrong)
+        weight = linear.tensor("m", "w")
+        with pytest.raises(ArgumentError, match=r"x does not make an array.*detach"):
+            weight.matmul(x.clone().requires_grad_())
 
 
 def test_nothing_to_add_is_nothing(store: pydedup.Store) -> None:

@@ -254,6 +254,9 @@ def test_repository(server: Server) -> None:
         "POST", "/v2/repository/models/dense/load", {"parameters": {"config": "{}"}}
     )
     assert answer.status == 400
+    for wrong in (5, [1], "config", [[1]], True, 1.5):
+        answer = server.ask("POST", "/v2/repository/models/dense/load", {"parameters": wrong})
+        assert (answer.status, "a JSON object is needed" in answer.json["error"]) == (400, True)
     for action in ("load", "unload"):
         assert server.ask("POST", f"/v2/repository/models/none/{action}", b"").status == 404
 
