@@ -77,7 +77,12 @@ class Stager:
         self._reader = matcher.reader
         self._segments = matcher.candidates if segments is None else segments
         self._advance = advance
-        self._job = Job(adapter, kind)
+        job = self._job = Job(adapter, kind)
+
+        def beat() -> None:  # without self: a circle would keep what was added in memory
+            job.beat([model.model_id for model in models])
+
+        self._beat = beat
         self._has_begun = False
         self._pages = self._page_writer([])
         #: That of the store once this was published.
@@ -167,9 +172,6 @@ class Stager:
     def keep_alive(self) -> None:
         """Say that this is still going on, where nothing is written for long."""
         self._job.keep_alive([model.model_id for model in self._models])
-
-    def _beat(self) -> None:
-        self._job.beat([model.model_id for model in self._models])
 
     def _page_writer(self, layout: Sequence[NDArray[np.int64]]) -> PageWriter:
         return PageWriter(self._job, self._spool, layout, self._workers, self._beat, self._advance)
