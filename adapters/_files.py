@@ -27,6 +27,7 @@ def locate_file(url: str) -> tuple[DatabaseFile, float]:
     """Return the file, and the wait for locks in seconds, of ``sqlite:///...`` and the like.
 
     The path is taken as it is written, as SQLAlchemy does: nothing in it is percent-decoded.
+    Options follow the last ``?``, so one at the end lets a path hold others.
 
     Raises
     ------
@@ -34,7 +35,9 @@ def locate_file(url: str) -> tuple[DatabaseFile, float]:
         For another form, a database in memory, or an option that is not known.
     """
     scheme, _, rest = url.partition("://")
-    rest, _, query = rest.partition("?")
+    rest, mark, query = rest.rpartition("?")
+    if not mark:
+        rest, query = query, ""
     host, slash, path = rest.partition("/")
     if path == ":memory:" or (not host and not path):
         raise ArgumentError(
@@ -49,7 +52,10 @@ def locate_file(url: str) -> tuple[DatabaseFile, float]:
     timeout = TIMEOUT_SECONDS
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name != "timeout":
-            raise ArgumentError(f"{url!r}: option {name!r} is not known; there is: timeout")
+            raise ArgumentError(
+                f"{url!r}: option {name!r} is not known; there is: timeout (a path that holds '?' "
+                "is to end in one more)"
+            )
         try:
             timeout = float(value)
         except ValueError:

@@ -49,12 +49,7 @@ def connect_store(url: str | os.PathLike[str], *, mode: str, schema: str | None 
         raise ArgumentError(
             f"mode {mode!r} is unknown; use 'a' (read and write) or 'r' (read only)"
         )
-    try:
-        place = os.fsdecode(url)
-    except TypeError:
-        raise ArgumentError(
-            f"{url!r} is no store; give a URL such as 'sqlite:///models.db', or the path of a file"
-        ) from None
+    place = registry.place_of(url)
     config.threads()  # refuses a setting that the core would take for none
     adapter = registry.connect(place, mode=mode, schema=schema)
     try:
@@ -141,7 +136,7 @@ def open_end(
 def open_rows(adapter: Adapter, source: str | os.PathLike[str] | None) -> Iterator[RowAdapter]:
     """Give the database of users' tables: the one of a store, or another."""
     if source is not None:
-        rows = registry.connect_rows(str(os.fspath(source)))
+        rows = registry.connect_rows(registry.place_of(source))
         try:
             yield rows
         finally:

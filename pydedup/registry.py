@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ __all__ = [
     "Connect",
     "connect",
     "connect_rows",
+    "file_url",
     "inside_postgres",
     "opened",
+    "place_of",
     "redact",
     "replace_lost",
     "schemes",
@@ -81,6 +84,7 @@ _USER_FILE: Final = _BuiltIn(
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # A URL without its colon, or what libpq and others take for a connection: never a file to create.
 _MISTYPED = re.compile(r"(?i)(postgres(ql)?|mysql|mariadb|sqlite)//|(.*\s)?(password|dbname)\s*=")
+_OPTIONS = re.compile(r"\?\w+=[^?]*$")
 _SECRETS = re.compile(r"(?i)([?&;](?:password|passwd|pwd|passphrase|sslpassword|token)=)[^&;#]*")
 
 
@@ -207,8 +211,31 @@ def _with_scheme(url: str) -> tuple[str, str]:
                 "postgresql://user@host/database, mysql://user@host/database or the path of a "
                 "SQLite file"
             )
-        scheme, url = "sqlite", f"sqlite:///{url}"
+        scheme, url = "sqlite", file_url(url)
     return scheme.lower(), url
+
+
+def place_of(given: str | os.PathLike[str]) -> str:
+    """Return a URL or plain path as a text. Raises ArgumentError for what is neither."""
+    if isinstance(given, os.PathLike):
+        return file_url(given)
+    if not isinstance(given, str):
+        raise ArgumentError(
+            f"{given!r} is no store; give a URL such as 'sqlite:///models.db', or the path of a "
+            "file"
+        )
+    return given
+
+
+def file_url(path: str | os.PathLike[str]) -> str:
+    """Return the URL of a SQLite file.
+
+    A text may end in options, ``models.db?timeout=5``; of a path object all is the file's name.
+    """
+    text = os.fsdecode(path)
+    if "?" not in text or (isinstance(path, str) and _OPTIONS.search(text)):
+        return f"sqlite:///{text}"
+    return f"sqlite:///{text}?"  # with no options after it
 
 
 def redact(url: str) -> str:

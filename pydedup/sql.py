@@ -14,6 +14,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def register(
     known = registry.sqlite_functions()
     own = store is None
     if store is None:
-        store = known.main_file(connection)
+        store = Path(known.main_file(connection))
     opened = None
     if not isinstance(store, Store):
         store = opened = open_store(store, mode="r", memory=memory)

@@ -65,7 +65,7 @@ def open(
     ----------
     url
         ``sqlite:///models.db`` (a relative path), ``sqlite:////abs/models.db``; a plain path is a
-        SQLite file.
+        SQLite file. Of a `pathlib.Path` all is the file's name, also what looks like options.
     mode
         ``"a"`` reads and writes and creates what is missing; ``"r"`` never creates or writes.
     memory

@@ -28,7 +28,7 @@ from typing import Any, Final, TypeVar
 
 from pydedup.errors import ArgumentError, ClusterError
 from pydedup.ray.probe import probe
-from pydedup.registry import redact
+from pydedup.registry import file_url, place_of, redact
 from pydedup.text import without_secrets
 
 __all__ = ["INSTALL", "Secret", "absolute", "attached", "import_ray", "on_each_node", "use_threads"]
@@ -265,11 +265,13 @@ def _quiet_entry_point() -> Iterator[None]:
         utils.get_entrypoint_name = real
 
 
-def absolute(url: str) -> str:
+def absolute(place: str | os.PathLike[str]) -> str:
     """Return a URL that means the same in other folders, where it is a file of SQLite."""
+    url = place_of(place)
     found = re.fullmatch(r"sqlite:///([^/?].*)", url)
-    path = url if ":" not in url else found and found.group(1)
-    return f"sqlite:///{Path(path).absolute()}" if path else url
+    if ":" not in url:
+        return file_url(str(Path(url).absolute()))
+    return f"sqlite:///{Path(found.group(1)).absolute()}" if found else url
 
 
 def use_threads(count: int) -> None:

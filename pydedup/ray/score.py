@@ -98,8 +98,8 @@ def score(
     if on_error not in ("fail", "skip"):
         raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
     config.parse_memory(memory)
-    reads = None if source is None else absolute(os.fspath(source))
-    job = Job(dataset, absolute(str(os.fspath(store_url))), reads, model, into)
+    reads = None if source is None else absolute(source)
+    job = Job(dataset, absolute(store_url), reads, model, into)
     cpus = None if workers is None else workers * cpus_per_worker
     with contextlib.ExitStack() as left:
         left.enter_context(job.opened())

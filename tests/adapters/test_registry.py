@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydedup import registry
+import pydedup
+from pydedup import opening, registry
 from pydedup.adapter import Adapter
 from pydedup.errors import ArgumentError
 
@@ -27,6 +28,32 @@ def test_a_plain_path_is_a_file_of_sqlite(tmp_path: Path, monkeypatch: pytest.Mo
         assert adapter.schema_version() is None
         adapter.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["absolute.db", "relative.db"]
+
+
+@pytest.mark.parametrize("name", ["a?b.db", "a?timeout=5", "a?b?", "?", "a:b.db"])
+def test_a_path_is_no_url(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a path is the name of a file, for a store and for rows; its URL means the same."""
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(name), tmp_path / name):
+        with pydedup.open(path) as store, opening.open_rows(store._adapter, path) as rows:
+            assert rows.table_columns("t", "id") is None
+        with pydedup.open(store.url, mode="r") as again:
+            assert again.models() == []
+        assert [found.name for found in tmp_path.iterdir()] == [name]
+
+
+def test_a_text_that_may_be_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like options at its end are some, as in a URL."""
+    monkeypatch.chdir(tmp_path)
+    for place, name in (("a?b.db", "a?b.db"), ("b.db?timeout=1", "b.db"), ("c?d?", "c?d?")):
+        registry.connect(place, mode="a").close()
+        assert (tmp_path / name).is_file()
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(ArgumentError, match="option 'mode' is not known"):
+        registry.connect("d.db?mode=ro", mode="a")
+    with pytest.raises(ArgumentError, match=r"'b.db' is not known.* is to end in one more"):
+        registry.connect("sqlite:///a?b.db", mode="r")
+    registry.connect("sqlite:///a?b.db?", mode="r").close()
 
 
 @pytest.mark.parametrize("url", ["oracle://host/db", "SQLITE3:///x.db", "://x", "http://x"])

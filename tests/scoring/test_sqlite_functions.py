@@ -96,6 +96,16 @@ def test_a_number_for_each_row(connection: sqlite3.Connection, url: str, x: np.n
     assert count == int((wanted > 0).sum())
 
 
+@pytest.mark.parametrize("name", ["a?b.db", "a?timeout=5"])
+def test_a_file_of_any_name(name: str, tmp_path: Path) -> None:
+    """The name of a connection's file was taken for a URL with options."""
+    with pydedup.open(tmp_path / name) as store:
+        store.add("m@1", linear()[0], graph=linear()[1])
+    with contextlib.closing(sqlite3.connect(tmp_path / name)) as connection:
+        pydedup.sql.register(connection)
+        assert connection.execute("SELECT pydedup_model('m')").fetchone() == ("m@1",)
+
+
 def test_blobs_and_json(connection: sqlite3.Connection, url: str, x: np.ndarray) -> None:
     w = add(url, "many@1", outputs=5)
     pydedup.sql.register(connection)

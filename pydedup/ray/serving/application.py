@@ -128,7 +128,7 @@ def deployment(
     there = {name: value for name, value in actors.items() if name == "runtime_env"}
     if token is not None and is_here(token):
         check_token(token, "token")
-    source = Secret(absolute(os.fspath(store)))
+    source = Secret(absolute(store))
     secret = None if token is None else Secret(token)
     cores = max(1, math.floor(num_cpus))
     options = ServeOptions(
