@@ -67,17 +67,10 @@ def _bad_function(what: str) -> click.BadParameter:
 
 
 def check_size(context: click.Context, option: click.Parameter, value: str) -> str:
-    """Refuse under the option's own name what is no size; a callback."""
+    """Refuse under the option's own name what is no size, or too little memory; a callback."""
+    parse = config.parse_memory if option.name == "memory" else config.parse_bytes
     try:
-        config.parse_bytes(value)
-    except ArgumentError as error:
-        raise click.BadParameter(str(error), context, option) from None
-    return value
-
-
-def _check_memory(context: click.Context, option: click.Parameter, value: str) -> str:
-    try:
-        config.parse_memory(value)
+        parse(value)
     except ArgumentError as error:
         raise click.BadParameter(str(error), context, option) from None
     return value
@@ -121,7 +114,7 @@ def memory_option(command: _F) -> _F:
         metavar="SIZE",
         default=DEFAULT_MEMORY,
         show_default=True,
-        callback=_check_memory,
+        callback=check_size,
         help="Memory for pages of the store.",
     )(command)
 
