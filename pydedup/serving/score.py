@@ -22,12 +22,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter, RowColumn
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import (
-    ArgumentError,
-    ConflictError,
-    NotFoundError,
-    PydedupError,
-)
+from pydedup.errors import ArgumentError, ConflictError, NotFoundError, PydedupError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.serving.features import (
@@ -39,7 +34,7 @@ from pydedup.serving.features import (
     predict_rows,
 )
 from pydedup.serving.pin import Pin
-from pydedup.serving.score_table import Line, PredictionTable
+from pydedup.serving.score_table import Line, PredictionTable, comparable
 from pydedup.types import Progress, RowFailure, ScoreReport
 
 __all__ = ["Scoring", "graph_of", "key_place", "kind_of", "removed", "score_rows"]
@@ -346,7 +341,7 @@ class Scoring:
         place = self._place
         for row in found:
             key = row[place]
-            key = bytes(key) if isinstance(key, (bytearray, memoryview)) else key
+            key = bytes(key) if isinstance(key, (bytearray, memoryview)) else comparable(key)
             if key is None or isinstance(key, (list, dict, set)):
                 reason = f"the key {self._key.name!r} is NULL, or a list or a set"
                 failures.append(RowFailure(key, reason))

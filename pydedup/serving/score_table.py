@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -13,7 +14,7 @@ from pydedup.adapter_options import RowAdapter, RowColumn
 from pydedup.errors import ArgumentError, PydedupError, UnavailableError
 from pydedup.serving.features import Outputs
 
-__all__ = ["Line", "PredictionTable"]
+__all__ = ["Line", "PredictionTable", "comparable"]
 
 #: What is written of one prediction: a value for each of its columns.
 Line: TypeAlias = Sequence[object]
@@ -62,7 +63,7 @@ class PredictionTable:
 
     def present(self, keys: Sequence[object]) -> set[object]:
         """Return those of the keys that have a row."""
-        return self._rows.present_keys(self._name, self._key.name, keys)
+        return set(map(comparable, self._rows.present_keys(self._name, self._key.name, keys)))
 
     def takes(self, outputs: Outputs) -> bool:
         """Whether it has the columns of such predictions, or gets them when it is created."""
@@ -126,6 +127,16 @@ class PredictionTable:
     def _missing(self, outputs: Outputs) -> list[str]:
         names = (self._key.name, *_names_of(outputs))
         return [name for name in names if name not in (self._columns or ())]
+
+
+def comparable(key: object) -> object:
+    """Return a key as Python tells it from others.
+
+    Instants of one time zone are compared by its clock, which shows an hour twice when summer ends.
+    """
+    if isinstance(key, datetime) and key.tzinfo is not None:
+        return key.astimezone(UTC)
+    return key
 
 
 def _names_of(outputs: Outputs) -> list[str]:

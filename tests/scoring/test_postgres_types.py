@@ -207,3 +207,21 @@ def test_a_scoring_goes_on_by_such_keys(postgres_url: str, kind: str, made: str 
         wanted = sorted((np.array([[1, 2, 3], [4, 5, 6]]) @ model["w"].T)[:, 0])
         np.testing.assert_allclose([value for (value,) in found], wanted, rtol=1e-5)
         connection.execute(f"DROP TABLE {source}, {into}")
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+def test_the_hour_that_a_clock_shows_twice(postgres_url: str, batch: int) -> None:
+    """Instants are keys, not what the clock of the session's time zone says of them."""
+    store_url = f"{postgres_url}&options=-c%20timezone%3DEurope/Berlin"
+    with pydedup.open(store_url, schema=unused_name()) as store:
+        store.add("m", {"w": np.array([[1.0, 10.0]], np.float32)}, graph=linear()[1])
+        into = unused_name()
+        values = "('2024-10-27 00:30Z', 1), ('2024-10-27 01:30Z', 2)"
+        query = f"SELECT t::timestamptz AS id, a, a AS b FROM (VALUES {values}) AS v(t, a)"
+        first = store.score(f"{query} WHERE a = 2", "m", into=into, batch=batch)
+        rest = store.score(query, "m", into=into, batch=batch)
+        assert (first.rows, rest.rows, rest.skipped) == (1, 1, 1)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        found = connection.execute(f"SELECT prediction FROM {into} ORDER BY id").fetchall()
+        assert found == [(11.0,), (22.0,)]
+        connection.execute(f"DROP TABLE {into}")
