@@ -96,8 +96,12 @@ def hdf5_errors(where: str) -> Iterator[None]:
         raise FormatError(f"{where} is a damaged or truncated HDF5 file: {reason}") from exc
 
 
-def numeric(file: Any, skip: Callable[[str], bool], where: str) -> Iterator[Dataset]:
+def numeric(
+    file: Any, skip: Callable[[str], bool], where: str, *, skeleton: bool = False
+) -> Iterator[Dataset]:
     """Yield the numeric datasets outside of groups that ``skip`` names.
+
+    Those of a ``skeleton`` have no data yet, whatever their size.
 
     A dataset that is reachable by two names (a hard link) is yielded once per name, with the same
     ``address``.
@@ -108,9 +112,10 @@ def numeric(file: Any, skip: Callable[[str], bool], where: str) -> Iterator[Data
         dtype = _dtype_of(item)
         if dtype is None:
             continue
-        _check_layout(item, path, where)
+        if not skeleton:
+            _check_layout(item, path, where)
         offset = None
-        if item.chunks is None and not item.compression and file.userblock_size == 0:
+        if file.userblock_size == 0 and _is_plain(item):
             offset = item.id.get_offset()
         info = import_h5py().h5o.get_info(item.id)
         yield Dataset(path, dtype, tuple(item.shape), item.dtype, offset, int(info.addr))
@@ -155,7 +160,7 @@ def fill_skeleton(
             file.write(piece)
     with h5py.File(path, "r+") as target:
         done: set[int] = set()
-        for dataset in list(numeric(target, lambda _: False, str(path))):
+        for dataset in list(numeric(target, lambda _: False, str(path), skeleton=True)):
             if dataset.address in done or not count(dataset.shape):
                 continue
             done.add(dataset.address)
@@ -246,12 +251,30 @@ def _dtype_of(dataset: Any) -> DType | None:
         return None
 
 
+def _is_plain(item: Any) -> bool:
+    """Return whether a dataset lies in the file as an array of its ``dtype`` does in memory.
+
+    h5py gives the nearest dtype of types that numpy lacks, such as integers of 12 bits.
+    """
+    if item.chunks is not None or item.compression:
+        return False
+    if item.id.get_storage_size() != count(item.shape) * item.dtype.itemsize:
+        return False
+    h5t = import_h5py().h5t
+    stored = item.id.get_type()
+    return stored.get_class() == h5t.OPAQUE or bool(
+        stored == h5t.py_create(item.dtype, logical=True)
+    )
+
+
 def _check_layout(item: Any, path: str, where: str) -> None:
     if item.external or item.is_virtual:
         raise FormatError(f"{where}: dataset {path!r} keeps its data in other files; it is refused")
     n_bytes = count(item.shape) * item.dtype.itemsize
     stored = item.id.get_storage_size()
-    if item.chunks is not None and n_bytes > (1 << 20) + _MAX_EXPANSION * stored:
+    # One that was never written has no place in the file, whatever size it claims.
+    apart = item.chunks is not None or item.id.get_offset() is None
+    if apart and n_bytes > (1 << 20) + _MAX_EXPANSION * stored:
         raise FormatError(
             f"{where}: dataset {path!r} claims {n_bytes} bytes out of {stored}; it is damaged"
         )

@@ -298,6 +298,35 @@ def test_other_layouts_of_datasets_are_read(tmp_path: Path) -> None:
         assert file["null"].shape is None
 
 
+def test_numbers_of_types_that_numpy_lacks_are_read(tmp_path: Path) -> None:
+    short = h5py.h5t.IEEE_F32LE.copy()  # bfloat16 as a float type of HDF5
+    short.set_fields(15, 7, 8, 0, 7)
+    short.set_size(2)
+    short.set_ebias(127)
+    twelve = h5py.h5t.STD_I32LE.copy()
+    twelve.set_precision(12)
+    twelve.set_offset(4)
+    expected = {
+        "float": np.array([1, 2, 3.5, -1, 0], np.float32),
+        "int": np.arange(-3, 5, dtype=np.int32),
+    }
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        for name, kind in (("float", short), ("int", twelve)):
+            space = h5py.h5s.create_simple(expected[name].shape)
+            dataset = h5py.h5d.create(file.id, name.encode(), kind, space)
+            dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, expected[name])
+    check(tmp_path / "m.h5", expected, ())
+    export(tmp_path / "m.h5", tmp_path / "out.h5")
+    check(tmp_path / "out.h5", expected, ())
+
+
+def test_a_dataset_that_was_never_written_cannot_claim_any_size(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file.create_dataset("w", shape=(1 << 28,), dtype="f4")
+    with pytest.raises(FormatError, match="'w' claims 1073741824 bytes out of 0; it is damaged"):
+        open_source(tmp_path / "m.h5")
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, ml_dtypes.float8_e5m2])
 def test_floats_that_hdf5_lacks(dtype: Any, tmp_path: Path) -> None:
     values = RNG.standard_normal((5, 3)).astype(dtype)
