@@ -55,7 +55,10 @@ def infer_from_keras(
     """
     try:
         return _Translation(layer_weights).model(config)
-    except (_UnknownError, ArgumentError, KeyError, TypeError, IndexError, AttributeError):
+    except (
+        *(_UnknownError, ArgumentError, KeyError, TypeError, IndexError, AttributeError),
+        *(ValueError, OverflowError),
+    ):
         # The config is foreign JSON: whatever does not look as expected is unknown.
         return None
 
@@ -121,9 +124,11 @@ class _Translation:
             (source,) = sources
             return source
         if kind in _MERGES:
-            if len(sources) != 2:
+            ranks = [self._ranks.get(source) for source in sources]
+            # Keras lets an input of fewer axes have further ones after the batch, not before it.
+            if len(sources) != 2 or ranks[0] is None or ranks[0] != ranks[1]:
                 raise _UnknownError
-            return self._add(_MERGES[kind], name, sources, rank=self._ranks.get(sources[0]))
+            return self._add(_MERGES[kind], name, sources, rank=ranks[0])
         if kind == "Concatenate":
             rank = self._ranks.get(sources[0])
             return self._add("concat", name, sources, attrs={"axis": config["axis"]}, rank=rank)

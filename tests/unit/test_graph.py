@@ -670,6 +670,14 @@ IN = _layer("InputLayer", "in", batch_shape=[None, 4])
         ),
         _sequential(IN),
         _sequential(IN, _sequential(_dense("dense", 3))),
+        _sequential(IN, _layer("Softmax", "s", axis=[1, 2])),
+        _sequential(IN, _layer("Softmax", "s", axis=float("inf"))),
+        _sequential(
+            IN, _layer("BatchNormalization", "bn", axis=[1, 2], epsilon=1, scale=True, center=True)
+        ),
+        _sequential(
+            IN, _layer("LayerNormalization", "ln", axis=[1, 2], epsilon=1, scale=True, center=True)
+        ),
         {"class_name": "MyModel", "config": {}},
         {"class_name": "Sequential"},
         {},
@@ -677,3 +685,27 @@ IN = _layer("InputLayer", "in", batch_shape=[None, 4])
 )
 def test_unknown_keras_models_have_no_graph(config: dict[str, Any]) -> None:
     assert infer_from_keras(config, WEIGHTS) is None
+
+
+@pytest.mark.parametrize("kind", ["Add", "Multiply", "Subtract"])
+@pytest.mark.parametrize("other", [(None, 4), None])
+def test_keras_merges_of_unequal_or_unknown_ranks_have_no_graph(
+    kind: str, other: tuple[int | None, ...] | None
+) -> None:
+    def layer(kind: str, name: str, *sources: str, **config: Any) -> dict[str, Any]:
+        calls = [[[source, 0, 0, {}] for source in sources]] if sources else []
+        return {**_layer(kind, name, **config), "name": name, "inbound_nodes": calls}
+
+    def infer(shape: tuple[int | None, ...] | None) -> Graph | None:
+        more = {} if shape is None else {"batch_shape": list(shape)}
+        layers = [
+            layer("InputLayer", "a", batch_shape=[None, 4, 4]),
+            layer("InputLayer", "b", **more),
+            layer(kind, "merge", "a", "b"),
+        ]
+        ends = {"input_layers": [["a", 0, 0], ["b", 0, 0]], "output_layers": [["merge", 0, 0]]}
+        inner = {"name": "m", "layers": layers, **ends}
+        return infer_from_keras({"class_name": "Functional", "config": inner}, {})
+
+    assert infer((None, 4, 4)) is not None
+    assert infer(other) is None
