@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adding a large model takes one tensor plus the pool, measured as RSS of a child process.
 
-What workers do ahead of their turn is bounded, too (docs/architecture.md, "Workers").
+That is with one worker. What more of them do ahead of their turn is bounded, too
+(docs/architecture.md, "Workers").
 
 Synthetic weights: they imitate a network of equal dense layers and a fine-tune of its last half.
 """
@@ -82,7 +83,7 @@ def test_adding_takes_one_tensor_plus_the_pool(tmp_path: Path, suffix: str) -> N
     del layers, whole
     url = f"sqlite:///{tmp_path / 'store.db'}"
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, url, *map(str, paths), str(POOL_BYTES)],
+        [sys.executable, "-c", CHILD, url, *map(str, paths), str(POOL_BYTES), "1"],
         capture_output=True,
         text=True,
         check=True,
