@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pydedup.errors import ArgumentError
-from pydedup.formats._onnx_tensors import is_constant_weight
+from pydedup.formats._onnx_tensors import DTYPES, is_constant_weight
 from pydedup.graph import AttrValue, Graph, Node
 
 __all__ = ["infer_from_onnx"]
@@ -37,6 +37,9 @@ _SAME_RANK = {
     *("relu", "sigmoid", "tanh", "softplus", "identity", "gelu", "leaky_relu", "elu"),
     *("batch_norm", "layer_norm", "softmax", "log_softmax", "add", "sub", "mul"),
 }
+_FLOATS = {kind for kind, dtype in DTYPES.items() if dtype.is_float}
+#: Operations that keep integers as they are; all others compute, and with floats alone.
+_MOVES = {"identity", "concat", "flatten", "reshape", "transpose"}
 
 
 class _UnknownError(Exception):
@@ -47,7 +50,8 @@ def infer_from_onnx(model: Any) -> Graph | None:
     """Return the graph of an ``onnx.ModelProto``, or ``None`` when it cannot be exact."""
     try:
         return _Translation(model).graph()
-    except (_UnknownError, ArgumentError):
+    except (_UnknownError, ArgumentError, IndexError, ValueError):
+        # Nobody has checked the model: nodes may lack inputs, and attributes be of any length.
         return None
 
 
@@ -66,6 +70,11 @@ class _Translation:
             for v in (*graph.input, *graph.value_info, *graph.output)
             if v.type.tensor_type.HasField("shape")
         }
+        #: Element types of values and weights, by which computing with integers shows.
+        self._types: dict[str, int | None] = {
+            i.name: i.type.tensor_type.elem_type for i in graph.input
+        }
+        self._types.update((t.name, t.data_type) for t in graph.initializer)
         self._constants: dict[str, Any] = {}
         self._uses: dict[str, int] = {}
         for node in graph.node:
@@ -133,6 +142,12 @@ class _Translation:
         attrs: Mapping[str, AttrValue] | None = None,
     ) -> None:
         values = tuple(self._value(name) for name in inputs)
+        # Of an embedding, ids are no part of what is computed.
+        terms = (*(() if op == "embedding" else values), *(weights or {}).values())
+        types = [self._types.get(name) for name in terms]
+        if op not in _MOVES and not _FLOATS.issuperset(types):
+            raise _UnknownError
+        self._types[node.output[0]] = types[0]
         self._nodes.append(Node(op, values, node.output[0], weights or {}, attrs or {}))
         # What exporters leave out of value_info, pools of whole images have to know.
         ranks = [self._ranks.get(name) for name in inputs]
@@ -160,6 +175,7 @@ class _Translation:
                 raise _UnknownError
             weights = {**linear.weights, "bias": bias}
             self._nodes[at] = Node("linear", linear.inputs, node.output[0], weights, linear.attrs)
+            self._types[node.output[0]] = self._types[value]
             return True
         return False
 
@@ -308,6 +324,8 @@ class _Translation:
             axes = list(attrs["axes"].ints)
         else:
             raise _UnknownError
+        if not axes:  # all axes or none, by a further attribute
+            raise _UnknownError
         keep = bool(_int(attrs, "keepdims", 1))
         axis: AttrValue = axes[0] if len(axes) == 1 else axes
         op = "mean" if node.op_type == "ReduceMean" else "max"
@@ -335,6 +353,7 @@ class _Translation:
         if "value" in attrs and is_constant_weight(attrs["value"].t):
             self._tensors[node.output[0]] = attrs["value"].t
             self._shapes[node.output[0]] = tuple(attrs["value"].t.dims)
+            self._types[node.output[0]] = attrs["value"].t.data_type
         elif "value" in attrs:
             self._constants[node.output[0]] = attrs["value"].t
         elif "value_ints" in attrs:

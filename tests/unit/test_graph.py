@@ -415,6 +415,10 @@ def _ints(name: str, *values: int) -> onnx.TensorProto:
     return numpy_helper.from_array(np.array(values, np.int64), name)
 
 
+def _grid(name: str) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.arange(24).reshape(6, 4), name)
+
+
 def _model(
     nodes: list[onnx.NodeProto],
     initializers: list[onnx.TensorProto],
@@ -464,6 +468,11 @@ ONNX: dict[str, onnx.ModelProto] = {
             _n("Gemm", "d w b", transB=1),
         ],
         [_tensor("table", 9, 4), _ints("axes", 1), _tensor("w", 3, 4), _tensor("b", 3)],
+        kind=TensorProto.INT64,
+    ),
+    "flat-text": _model(
+        [_n("Reshape", "x to", "r"), _n("Gather", "table r", "e"), _n("MatMul", "e w")],
+        [_tensor("table", 9, 4), _ints("to", -1), _tensor("w", 4, 3)],
         kind=TensorProto.INT64,
     ),
     "old-mean": _model([_n("ReduceMean", "x", axes=[1], keepdims=1)], [], opset=11),
@@ -533,9 +542,41 @@ def test_onnx_models_compute_the_same(name: str) -> None:
         _model([_n("LayerNormalization", "x s")], [_tensor("s", 6)]),
         _model([_n("Erf", "x")], []),
         _model([_n("ReduceMean", "x")], []),
+        _model([_n("ReduceMean", "x axes", keepdims=0)], [_ints("axes")], rank=0),
+        _model([_n("ReduceMax", "x axes", keepdims=0)], [_ints("axes")], rank=0),
+        _model([_n("Add", "x x")], [], kind=TensorProto.INT32),
+        _model([_n("ReduceMax", "x", axes=[1])], [], kind=TensorProto.INT64, opset=11),
+        _model([_n("MatMul", "x w")], [_grid("w")], kind=TensorProto.INT64),
+        _model([_n("Gather", "w x")], [_grid("w")], kind=TensorProto.INT64),
+        _model(
+            [_n("Add", "x x", "i"), _n("Gather", "table i")],
+            [_tensor("table", 9, 4)],
+            kind=TensorProto.INT64,
+        ),
     ],
 )
 def test_inexact_onnx_models_have_no_graph(model: onnx.ModelProto) -> None:
+    assert infer_from_onnx(model) is None
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        _n("Reshape", "x", shape=[-1, 4]),  # before opset 5
+        _n("Gemm", "x"),
+        _n("Gather", ""),
+        _n("Relu", ""),
+        _n("BatchNormalization", "x w w"),
+        _n("Conv", "x w", auto_pad="SAME_UPPER", dilations=[1]),
+        _n("Gelu", "x", approximate=b"\xff\xfe"),
+    ],
+    ids=lambda node: node.op_type,
+)
+def test_damaged_onnx_nodes_have_no_graph(node: onnx.NodeProto) -> None:
+    model = _model([_n("Relu", "x")], [])
+    model.graph.node[0].CopyFrom(node)
+    shape = [4] * (4 if node.op_type == "Conv" else 1)
+    model.graph.initializer.append(_tensor("w", *shape))
     assert infer_from_onnx(model) is None
 
 
