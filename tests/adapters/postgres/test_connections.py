@@ -212,6 +212,26 @@ def test_ctrl_c_ends_the_wait_for_a_lock(adapter: Adapter, url: str) -> None:
     patient.close()
 
 
+@pytest.mark.parametrize(("begun", "read"), [(b"SELECT 17", False), (b"BEGIN", True)])
+def test_what_was_interrupted_is_read_by_nobody_else(
+    adapter: Adapter, begun: bytes, read: bool
+) -> None:
+    """Ctrl-C may come when a statement has been sent, before the driver waits for its answer."""
+    with adapter._pool.acquire() as session:  # type: ignore[attr-defined]
+        pgconn = session.connection.pgconn
+        if read:
+            pgconn.exec_(begun)
+        else:
+            pgconn.send_query(begun)
+    start = time.monotonic()
+    assert adapter.epoch() == 0
+    assert adapter.jobs() == []
+    assert time.monotonic() - start < 5
+    with adapter.transaction():
+        adapter.bump_epoch()
+    assert adapter.epoch() == 1
+
+
 def test_a_killed_writer_leaves_whole_transactions(url: str) -> None:
     code = (
         "import os, signal, sys\n"

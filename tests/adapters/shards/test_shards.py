@@ -66,6 +66,14 @@ def test_payloads_are_in_the_shards_alone(store: Adapter, place: ShardedPlace) -
     assert min(there) > 0
 
 
+def test_what_was_interrupted_on_a_shard_is_read_by_nobody_else(store: Adapter) -> None:
+    pages = add_random_pages(store, 30, size=2000)
+    for shard in store._shards:  # type: ignore[attr-defined]
+        with shard._pool.acquire() as session:
+            session.connection.pgconn.send_query(b"SELECT 17")
+    assert dict(store.read_pages(list(pages))) == pages
+
+
 # ---- the list of shards ------------------------------------------------------------------------
 
 
