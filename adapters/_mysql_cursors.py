@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any, Final
 
@@ -147,4 +148,9 @@ def sent(value: Any) -> Any:
         return repr(value)  # the C extension would round it to 32 bits
     if isinstance(value, Decimal):
         return f"{value:f}"  # the C extension would write beyond its memory
+    if isinstance(value, timedelta):  # the C extension would send 0, the other mangle negative ones
+        seconds = abs(value) // timedelta(seconds=1)
+        sign = "-" if value < timedelta(0) else ""
+        micros = abs(value).microseconds
+        return f"{sign}{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}.{micros:06}"
     return bytes(value) if isinstance(value, memoryview | bytearray) else value

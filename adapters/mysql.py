@@ -108,7 +108,8 @@ class MysqlAdapter(MysqlBase):
         try:
             connection = mysql.connector.connect(**self._place.options, **ALWAYS)
             with connection.cursor() as cursor:
-                cursor.execute("SELECT VERSION(), @@SESSION.max_allowed_packet")
+                # A limit of its own, which one of the server's does not cut.
+                cursor.execute("SELECT VERSION(), @@SESSION.max_allowed_packet LIMIT 1")
                 version, packet_bytes = cast(tuple[str, int], cursor.fetchone())
                 self._is_maria = "mariadb" in version.lower()
                 self._max_payload_bytes = check_server(version, packet_bytes, self._place)

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import pytest
+from mysql.connector import HAVE_CEXT
 
 import pydedup
 from pydedup import registry
 from pydedup.adapter_options import RangeAdapter
 from pydedup.errors import ArgumentError
+from pydedup.testing._contract_base import with_option
 from pydedup.testing.rows_contract import read_ranges
 from pydedup.testing.servers import mysql_connection, unused_name
 
@@ -104,3 +106,32 @@ def test_a_text_that_begins_with_a_number_is_not_the_number(mysql_database: str)
             assert rows.present_keys(rows.full_table_name("texts"), "id", [7, 8, 9]) == {7}
         finally:
             rows.close()
+
+
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+def test_a_time_is_written_as_it_is(mysql_database: str, pure: bool) -> None:
+    """Those of more than a day, negative ones and parts of seconds, too."""
+    texts = ["08:00:00", "-01:00:00", "838:59:59", "-838:59:59.5", "00:00:00.000001", "-25:30:01"]
+    with (
+        mysql_connection(mysql_database) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute("CREATE TABLE shifts (k TIME(6) PRIMARY KEY, n INTEGER DEFAULT 1)")
+        cursor.execute("CREATE TABLE done (id TIME(6) PRIMARY KEY, prediction DOUBLE)")
+        cursor.executemany("INSERT INTO shifts (k) VALUES (%s)", [[text] for text in texts])
+        rows = registry.connect_rows(with_option(mysql_database, f"use_pure={pure}"))
+        try:
+            assert isinstance(rows, RangeAdapter)
+            with rows.read_rows("SELECT k FROM shifts", 10) as stream:
+                keys = [row[0] for batch in stream for row in batch]
+            table = rows.full_table_name("done")
+            assert rows.insert_predictions(table, ["id", "prediction"], [(key, 1) for key in keys])
+            assert rows.present_keys(table, "id", keys) == set(keys)
+            bounds, parts = read_ranges(rows, "SELECT k, n FROM shifts", 2)
+        finally:
+            rows.close()
+        assert len(bounds) == 3
+        assert [len(part) for part in parts] == [2, 2, 2, 0]
+        cursor.execute("SELECT COUNT(*) FROM shifts JOIN done ON k = id")
+        assert cursor.fetchall() == [(len(texts),)]
+        cursor.execute("DROP TABLE shifts, done")

@@ -228,3 +228,30 @@ def test_a_prefix_is_in_what_is_told(url: str) -> None:
 def test_a_prefix_is_a_short_name_in_lower_case(url: str, prefix: str) -> None:
     with pytest.raises(ArgumentError, match="prefix must be 1 to 20 lower-case letters"):
         pydedup.open(with_option(url, f"prefix={quote(prefix)}"))
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_settings_of_the_server_cut_no_result_and_stop_no_write(
+    url: str, run: Run, limit: int
+) -> None:
+    settings = {"sql_select_limit": limit, "sql_safe_updates": 1}
+    ((*before,),) = run(url, f"SELECT {', '.join(f'@@GLOBAL.{name}' for name in settings)}")
+    run(url, *(f"SET GLOBAL {name} = {value}" for name, value in settings.items()))
+    try:
+        with pydedup.open(url) as store:
+            model = {f"t{n}": np.full(3, n, np.float32) for n in range(9)}
+            for name in ("a", "b"):
+                store.add(name, model)
+            assert len(store.load("a")) == 9
+            store.remove("b")
+            store.vacuum()
+            assert [one.name for one in store.models()] == ["a"]
+        rows = registry.connect_rows(url)
+        try:
+            with rows.read_rows("SELECT 1 UNION SELECT 2 UNION SELECT 3", 10) as stream:
+                assert [row for batch in stream for row in batch] == [(1,), (2,), (3,)]
+        finally:
+            rows.close()
+    finally:
+        pairs = zip(settings, before, strict=True)
+        run(url, *(f"SET GLOBAL {name} = {value}" for name, value in pairs))
