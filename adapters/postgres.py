@@ -182,14 +182,11 @@ def _first(cursor: Any) -> Any:
 
 
 def is_stale(connection: Connection) -> bool:
-    """Whether a connection outside of transactions is of no use.
-
-    Where the server has closed it, there is something to read; what Ctrl-C cut short is not idle.
-    """
+    """Whether the server has closed an idle connection, or Ctrl-C cut a statement of it short."""
     pgconn = cast("psycopg.Connection[Any]", connection).pgconn
     if pgconn.transaction_status != pq.TransactionStatus.IDLE:
         return True
-    with contextlib.suppress(psycopg.Error, OSError, ValueError):
+    with contextlib.suppress(psycopg.Error, OSError, ValueError):  # closed: there is more to read
         for _ in range(3):  # a last message, then the end
             if pgconn.status != pq.ConnStatus.OK:
                 return True
