@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+from pydedup.errors import ArgumentError
 from pydedup.graph import AttrValue, Graph, Node
 
 __all__ = ["infer_from_torch"]
@@ -45,11 +46,13 @@ def infer_from_torch(module: object) -> Graph | None:
                 continue
             op, roles, attrs = found
             weights = {role: f"{path}.{name}" for role, name in roles}
-            nodes.append(Node(op, (value,), path, weights, attrs))
-            value = path
-    except _UncertainError:
+            # No path is that of a layer and goes on, too.
+            output = path if path != "input" else "input.output"
+            nodes.append(Node(op, (value,), output, weights, attrs))
+            value = output
+        return Graph(("input",), (value,), tuple(nodes)) if nodes else None
+    except (_UncertainError, ArgumentError):
         return None
-    return Graph(("input",), (value,), tuple(nodes)) if nodes else None
 
 
 def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -85,7 +88,7 @@ def _name(kind: type) -> str:
 def _layer(layer: Any) -> _Layer | None:
     """Return what a layer computes, ``None`` for one that does nothing when predicting."""
     kind = _name(type(layer))
-    if "forward" in vars(layer):
+    if layer is None or "forward" in vars(layer):
         raise _UncertainError
     if kind in _DROPPED:
         return None

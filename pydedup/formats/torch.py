@@ -180,12 +180,21 @@ def torch_entry(name: str, tensor: torch.Tensor, where: str) -> TensorEntry:
     Raises
     ------
     UnsupportedFormatError
-        When it is sparse, quantised, without data, or of a dtype that cannot be stored.
+        When it is sparse, nested, quantised, without data, or of a dtype that cannot be stored.
     """
     import torch
 
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        kind = "without data (meta)" if tensor.device.type == "meta" else str(tensor.layout)
+    if torch.nn.parameter.is_lazy(tensor):
+        raise UnsupportedFormatError(
+            f"{where} is not initialised yet; run the module once, then store it"
+        )
+    if tensor.is_quantized:
+        raise UnsupportedFormatError(f"{where} is quantised; dequantize() it first")
+    # Torch's tracers use the other kind; it claims to be on the CPU.
+    for kind in {tensor.device.type, type(tensor).__name__} & {"meta", "FakeTensor"}:
+        raise UnsupportedFormatError(f"{where} is without data ({kind}); load its values first")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
         raise UnsupportedFormatError(f"{where} is {kind}; convert it to a dense tensor")
     if tensor.is_neg() or tensor.is_conj():
         raise UnsupportedFormatError(f"{where} is a lazily negated view; clone() it first")

@@ -8,6 +8,7 @@ import io
 import mmap
 import os
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pydedup.errors import (
     ArgumentError,
@@ -195,6 +197,24 @@ def test_tied_parameters_of_a_module_share_a_key() -> None:
         assert source.graph is None
 
 
+def _fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.ones(3)
+
+
+def _unusual(kind: str) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises against both
+        if kind == "nested":
+            return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        return torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+
+
+def test_a_lazy_module_is_named() -> None:
+    with pytest.raises(UnsupportedFormatError, match=r"tensor '0\.weight' is not initialised yet"):
+        open_source(nn.Sequential(nn.LazyLinear(4)))
+
+
 @pytest.mark.parametrize(
     ("tensor", "says"),
     [
@@ -202,6 +222,10 @@ def test_tied_parameters_of_a_module_share_a_key() -> None:
         (torch.zeros(2, device="meta"), "meta"),
         (torch.zeros(2, dtype=torch.complex64), "complex64"),
         (torch.tensor([1 + 2j]).conj().imag, "negated"),
+        (nn.UninitializedParameter(), "not initialised yet; run the module once"),
+        (_unusual("nested"), "nested"),
+        (_unusual("quantised"), r"quantised; dequantize\(\)"),
+        (_fake(), r"without data \(FakeTensor\)"),
     ],
 )
 def test_tensors_that_cannot_be_stored(tensor: torch.Tensor, says: str) -> None:

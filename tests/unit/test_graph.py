@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -333,6 +334,18 @@ def test_torch_chains_compute_the_same(name: str) -> None:
     np.testing.assert_allclose(result, module(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_may_be_called_as_the_input_is() -> None:
+    module = nn.Sequential(OrderedDict(input=nn.Linear(3, 3), output=nn.Linear(3, 2)))
+    for chain in (module, module[:1]):
+        graph = infer_from_torch(chain)
+        assert graph is not None
+        assert graph.inputs == ("input",)
+        tensors = {key: value.numpy() for key, value in chain.state_dict().items()}
+        x = torch.randn(2, 3)
+        (result,) = compute(graph, tensors, x.numpy())
+        np.testing.assert_allclose(result, chain(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_used_twice_appears_twice() -> None:
     shared = nn.Linear(4, 4)
     module = nn.Sequential(shared, nn.ReLU(), shared).eval()
@@ -363,6 +376,12 @@ def _with_patched_forward() -> nn.Module:
     return module
 
 
+def _without_layer() -> nn.Module:
+    module = nn.Sequential(nn.ReLU())
+    module.add_module("none", None)
+    return module
+
+
 def _with_patched_layer() -> nn.Module:
     module = nn.Sequential(nn.ReLU())
     module[0].forward = lambda x: x
@@ -379,6 +398,7 @@ def _with_patched_layer() -> nn.Module:
         _with_outer_hook,
         _with_patched_forward,
         _with_patched_layer,
+        _without_layer,
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))),
         lambda: nn.Sequential(nn.Conv1d(2, 2, 1)),
         lambda: nn.Sequential(nn.LSTM(2, 2)),
