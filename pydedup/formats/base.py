@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import abc
 import re
+import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -242,7 +243,8 @@ def checked_entries(description: str, entries: Iterable[TensorEntry]) -> tuple[T
     Raises
     ------
     FormatError
-        Naming the first name that is empty, repeated or no valid Unicode text.
+        Naming the first one whose name is empty, repeated or no valid Unicode text, or whose
+        shape is that of no array.
     """
     result = tuple(entries)
     seen: set[str] = set()
@@ -252,6 +254,9 @@ def checked_entries(description: str, entries: Iterable[TensorEntry]) -> tuple[T
             problem = "occurs twice"
         if problem is None and len(entry.shape) > _MAX_AXES:
             problem = f"has {len(entry.shape)} axes; at most {_MAX_AXES} can be stored"
+        # No array has such axes, not even one without elements.
+        if problem is None and count(n or 1 for n in entry.shape) > sys.maxsize // 16:
+            problem = f"has the impossible shape {entry.shape}"
         if problem is not None:
             raise FormatError(f"{description}: tensor name {entry.name!r:.80} {problem}")
         seen.add(entry.name)

@@ -184,12 +184,19 @@ class OnnxSource(SourceBase):
             )
         if location not in self._external:
             target = self._path.parent / location
-            if not is_inside(target, self._path.parent):
+            try:
+                inside, exists = is_inside(target, self._path.parent), target.exists()
+            except (OSError, ValueError) as exc:  # a name too long, a zero byte
+                reason = getattr(exc, "strerror", None) or exc
+                raise FormatError(
+                    f"{where}: external file {location!r:.80} cannot be read: {reason}"
+                ) from exc
+            if not inside:
                 raise FormatError(
                     f"{where}: external file {location!r} leads outside of the model's folder; "
                     "copy the folder with its links resolved (cp -rL)"
                 )
-            if not target.exists():
+            if not exists:
                 raise FormatError(f"{where} needs the file {target}, which does not exist")
             self._external[location] = RawFile(target)
         if offset + length > self._external[location].size:

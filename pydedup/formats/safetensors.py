@@ -208,6 +208,12 @@ def _metadata(where: str, value: object) -> dict[str, str] | None:
         return None
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise FormatError(f"{where}: __metadata__ of a safetensors file must map text to text")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise FormatError(
+            f"{where}: __metadata__ of the safetensors file is no valid Unicode text"
+        ) from exc
     return value
 
 

@@ -167,6 +167,7 @@ BAD_NPY = {
     "short": (_array("(3,)", bytes(11)), "describes"),
     "long": (_array("(3,)", bytes(13)), "describes"),
     "huge": (_array("(9000000000000000000, 9)"), "describes"),
+    "empty-and-huge": (_array("(0, 4611686018427387904)"), "impossible shape"),
     "objects": (_array("(0,)", descr="'|O'"), "run code"),
     "text": (_array("(1,)", bytes(8), "'<U2'"), "cannot be stored"),
     "complex": (_array("(1,)", bytes(8), "'<c8'"), "cannot be stored"),

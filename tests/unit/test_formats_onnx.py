@@ -368,6 +368,13 @@ def test_data_of_the_wrong_size_is_refused(n_bytes: int, tmp_path: Path) -> None
         open_source(tmp_path / "m.onnx")
 
 
+def test_an_empty_tensor_of_an_impossible_shape_is_refused(tmp_path: Path) -> None:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[0, 1 << 62])
+    (tmp_path / "m.onnx").write_bytes(holder(tensor).SerializeToString())
+    with pytest.raises(FormatError, match="'w' has the impossible shape"):
+        open_source(tmp_path / "m.onnx")
+
+
 def test_names_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
     one = numpy_helper.from_array(np.ones(1, np.float32), "w")
     for name, says in (("", "is empty"), ("w", "occurs twice"), ("a\tb", "control")):
@@ -399,6 +406,8 @@ def _external(path: Path, **fields: str) -> None:
         ({"location": "w.data", "offset": "4"}, "truncated"),
         ({"location": "w.data", "length": "8"}, "has 8 bytes"),
         ({"location": "folder"}, "no regular file"),
+        ({"location": "w\0data"}, "cannot be read: embedded null byte"),
+        ({"location": "w" * 300}, "cannot be read: File name too long"),
     ],
 )
 def test_external_data_stays_in_its_folder(

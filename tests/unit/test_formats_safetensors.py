@@ -218,6 +218,14 @@ BAD_HEADERS: dict[str, tuple[bytes, str]] = {
     "empty-name": (_file({"": _entry()}, EIGHT), "is empty"),
     "control-characters": (_file({"a\n": _entry()}, EIGHT), "control characters"),
     "lone-surrogate": (_file({"\ud800": _entry()}, EIGHT), "Unicode"),
+    "surrogate-in-metadata": (
+        _file({"__metadata__": {"a": "\ud800"}, "a": _entry()}, EIGHT),
+        "__metadata__ .* no valid Unicode",
+    ),
+    "empty-and-huge": (
+        _file({"a": _entry(shape=(0, 1 << 62), offsets=(0, 0))}, b""),
+        "'a' has the impossible shape",
+    ),
     "too-many-axes": (_file({"a": _entry(shape=[1] * 40 + [2])}, EIGHT), "41 axes"),
 }
 
