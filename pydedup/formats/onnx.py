@@ -15,13 +15,14 @@ protobuf's 2 GiB gets its tensors in a file of external data beside it.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, FormatError, PydedupError, UnsupportedFormatError
 from pydedup.formats._files import RawFile, write_array
 from pydedup.formats._onnx_tensors import (
     DTYPES,
@@ -48,7 +49,7 @@ from pydedup.formats.base import (
 from pydedup.formats.infer_onnx import infer_from_onnx
 from pydedup.graph import Graph
 
-__all__ = ["GRAPH", "OnnxSource", "looks_like", "write"]
+__all__ = ["GRAPH", "OnnxSource", "looks_like", "own_data", "write"]
 
 #: The artifact with the model without its initialisers' data.
 GRAPH = DERIVED + "onnx-graph"
@@ -323,6 +324,16 @@ def _check_complete(
     if wrong:
         name = wrong[0]
         raise ArgumentError(f"tensors and the stored ONNX graph do not belong together: {name!r}")
+
+
+def own_data(path: Path) -> list[Path]:
+    """Return the files of external data that the model at ``path`` uses and that `write` named."""
+    named = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.data")
+    try:
+        with OnnxSource(path) as source:
+            return [path.parent / name for name in source._external if named.fullmatch(name)]
+    except (PydedupError, OSError):  # what is there, if anything, is no model
+        return []
 
 
 def _external_path(final_path: Path) -> Path:

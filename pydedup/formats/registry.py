@@ -7,6 +7,7 @@ give the error that the user expects: a damaged ``x.onnx`` is reported as a dama
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -210,8 +211,12 @@ def write_model(
         with atomic_folder(target) as scratch:
             folder.write(scratch, tensors, entries, artifacts, graph)
         return
+    replaced = onnx.own_data(target) if kind == "onnx" else []
     with atomic_file(target) as scratch:
         _write_file(kind, scratch, target, tensors, entries, artifacts)
+    for data in replaced:
+        with contextlib.suppress(OSError):
+            data.unlink()
 
 
 def _write_file(
