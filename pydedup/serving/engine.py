@@ -182,7 +182,7 @@ class _Run:
         if offsets is not None and node.attr("include_last_offset"):
             ids, offsets = _until_last(ids, offsets)
         padding = node.attr("padding_idx")
-        if padding is not None:
+        if padding is not None and weight.shape[0]:  # `bag` refuses any id of an empty table
             ids, offsets = _without(ids, offsets, padding % weight.shape[0])
         return weight.bag(ids, offsets, node.attr("mode"))
 

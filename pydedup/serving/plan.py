@@ -272,6 +272,8 @@ def _shape_of(node: Node, given: list[Shape], weight: Shape) -> Shape:
 def _keeps_rows(node: Node, given: list[Shape], shape: Shape) -> bool:
     """Return whether row i of the result comes from row i of each input, and is at its place."""
     x = given[0]
+    if not x or not shape:  # one number has no rows
+        return False
     match node.op:
         case "linear" | "relu" | "gelu" | "silu" | "sigmoid" | "tanh" | "leaky_relu" | "elu":
             return len(x) > 1 or node.op != "linear"

@@ -287,6 +287,27 @@ def test_plans(node: Node, shape: tuple[int, ...], rows: int | None, elements: i
     assert (plan.rows, plan.nbytes) == (rows, 4 * elements)
 
 
+@pytest.mark.parametrize(
+    ("node", "shape"),
+    [
+        (Node("transpose", ("x",), "o", attrs={"perm": []}), (5,)),
+        (Node("transpose", ("x",), "o", attrs={"perm": []}), ()),
+        (Node("softmax", ("x",), "o", attrs={"axis": 0}), ()),
+        (Node("add", ("x", "x"), "o"), ()),
+    ],
+)
+def test_a_single_number_has_no_rows(node: Node, shape: tuple[int, ...]) -> None:
+    assert planned([node], shape).rows is None
+
+
+def test_a_permutation_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    graph = Graph(("x",), ("o",), (Node("transpose", ("x",), "o", attrs={"perm": []}),))
+    with pydedup.open(tmp_path / "m.db") as opened:
+        opened.add("m", {"w": np.ones(3, np.float32)}, graph=graph)
+        with pytest.raises(ArgumentError, match="node 'transpose' that makes 'o' does not fit"):
+            opened.predict("m", np.ones(5, np.float32))
+
+
 def test_inputs_of_different_lengths_are_not_rows() -> None:
     nodes = [Node("add", ("x", "y"), "o")]
     assert planned(nodes, (5, 6), (5, 6)).rows == 5

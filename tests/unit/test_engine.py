@@ -232,6 +232,14 @@ def test_embedding_bag(mode: str, padding: int | None) -> None:
     np.testing.assert_allclose(got, want(line[:260], ends, True), rtol=1e-5, atol=1e-5)
 
 
+def test_an_empty_table_has_no_rows_even_for_padding() -> None:
+    model = Model(w=np.ones((0, 2), np.float32))
+    node = Node("embedding_bag", ("ids",), "out", {"weight": "w"}, {"padding_idx": 0})
+    assert run_node(node, model, np.zeros((3, 0), np.int64)).tolist() == [[0, 0]] * 3
+    with pytest.raises(ArgumentError, match="id 0 is out of range; the matrix has 0 rows"):
+        run_node(node, model, np.zeros((3, 1), np.int64))
+
+
 def test_wrong_bags_are_refused() -> None:
     model = Model(w=np.ones((5, 2), np.float32))
     for padding in (None, 1):
