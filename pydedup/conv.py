@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
 from pydedup.blocks import BlockMap
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, BudgetError
 from pydedup.matmul import ACTIVATIONS, compute_dtype, feed_blocks, real_array
 from pydedup.pool import PagePool
 
@@ -129,7 +129,7 @@ def conv2d(
     ArgumentError
         When sizes do not fit, are zero or negative, or an input does not hold real numbers.
     PageNotFoundError, CorruptStoreError, BudgetError
-        When the pages cannot be had; see `PagePool.windows`.
+        When the pages cannot be had; see `PagePool.windows`. Or no memory for the result.
 
     Notes
     -----
@@ -172,6 +172,8 @@ def conv2d(
         y = np.empty((images.shape[0], grid.rows, *out_size), dtype)
     except ValueError as exc:  # more than an array can be
         raise ArgumentError(f"the result of size {out_size} is too large: {exc}") from exc
+    except MemoryError as exc:
+        raise BudgetError(f"no memory for the result of size {out_size}: {exc}") from exc
     product = _core.Conv2d(
         grid.rows,
         grid.cols,
@@ -202,8 +204,10 @@ _LARGEST = 2**31 - 1
 
 def _sizes(value: object, name: str, lengths: tuple[int, ...], least: int) -> tuple[int, ...]:
     """Return an integer, or a sequence of as many as ``lengths`` allow, as a tuple."""
-    several = isinstance(value, Sequence | np.ndarray)
-    values = list(value) if isinstance(value, Sequence | np.ndarray) else [value]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    several = isinstance(value, Sequence)
+    values = list(value) if isinstance(value, Sequence) else [value]
     if isinstance(value, str) or (several and len(values) not in lengths):
         wanted = "".join(f" or {length} of them" for length in lengths)
         raise ArgumentError(f"{name} is {value!r}; give an integer{wanted}")
@@ -225,14 +229,14 @@ def _pair(value: object, name: str, least: int) -> tuple[int, int]:
 def _padding(
     padding: Padding, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding == "same":
-        if stride != (1, 1):
-            raise ArgumentError(f"padding 'same' needs stride 1, not {stride}")
-        high, wide = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
-        return high // 2, wide // 2, high - high // 2, wide - wide // 2
     if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding == "same":
+            if stride != (1, 1):
+                raise ArgumentError(f"padding 'same' needs stride 1, not {stride}")
+            high, wide = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+            return high // 2, wide // 2, high - high // 2, wide - wide // 2
         raise ArgumentError(f"padding is {padding!r}; give sizes, 'same' or 'valid'")
     sizes = _sizes(padding, "padding", (2, 4), 0)
     if len(sizes) == 4:

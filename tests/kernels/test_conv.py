@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pydedup import _core, config, conv, matmul
 from pydedup.blocks import BlockMap
-from pydedup.errors import ArgumentError, CorruptStoreError, PageNotFoundError
+from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
 from pydedup.pool import PagePool
 from pydedup.testing.memory_pages import MemoryPages
 from pydedup.types import DType
@@ -336,6 +336,8 @@ X = np.ones((1, 4, 5, 6), np.float32)
         ({"dilation": 3}, "covers 7 of the image's height, which is 5"),
         ({"padding": -1}, "padding is -1; sizes are from 0"),
         ({"padding": (0, 0, 0)}, "padding is"),
+        ({"padding": np.array([1.0, 1.0])}, "padding is .* must hold integers"),
+        ({"kernel": np.ones((2, 2), int)}, "kernel is .* must hold integers"),
         ({"padding": "full"}, "padding is 'full'"),
         ({"padding": "same", "stride": 2}, "padding 'same' needs stride 1"),
         ({"padding": (1 << 31) - 1}, "more elements than memory can hold|too large"),
@@ -352,6 +354,20 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     given_ = {"x": X, "kernel": 3, "groups": 2, **change}
     with pytest.raises(ArgumentError, match=message):
         conv.conv2d(block_map, pool, given_.pop("x"), **given_)
+
+
+def test_sizes_may_be_arrays() -> None:
+    block_map, pool = stored(np.ones((6, 2, 3, 3), np.float32), (4, 4))
+    for kernel, padding in ((np.array(3), np.array([1, 2])), (np.array([3, 3]), np.array(1))):
+        got = conv.conv2d(block_map, pool, X, kernel=kernel, padding=padding, groups=2)
+        pad = padding.tolist()
+        assert np.array_equal(got, conv.conv2d(block_map, pool, X, kernel=3, padding=pad, groups=2))
+
+
+def test_a_result_beyond_memory_is_told() -> None:
+    block_map, pool = stored(np.ones((6, 2, 3, 3), np.float32), (4, 4))
+    with pytest.raises(BudgetError, match=r"no memory for the result of size \(2097155, "):
+        conv.conv2d(block_map, pool, X, kernel=3, padding=1 << 20, groups=2)
 
 
 def test_the_core_checks_what_the_facade_would() -> None:
