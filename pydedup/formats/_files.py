@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a file by position, and replacing a file or folder in one step.
 
-Why a mapping per tensor: one mapping of the whole file keeps every page that was touched in the
-process's resident set, so that a pass over a model would end with all of it resident. A mapping
-that lives exactly as long as the array over it is zero-copy, costs at most one tensor, and gives
-its pages back when the array goes. Small or misaligned tensors are copied with ``pread``.
-
-A mapped file that somebody truncates meanwhile cannot be read safely by any program; the size is
-checked again before each mapping, which leaves only that moment.
+Tensors are copied with ``pread``: who writes to a file while it is read, as a job that saves its
+checkpoint again, would change a mapped tensor between its hash and its blocks, or end the process
+where the file is cut short (SIGBUS). It costs nothing that could be measured, as the memory is used
+again. Only what might not fit into memory is mapped, for exactly as long as there is an array over
+it: one mapping of the whole file would end with all of it resident.
 """
 
 from __future__ import annotations
@@ -30,8 +28,10 @@ from pydedup.formats.base import Array, count
 
 __all__ = ["RawFile", "atomic_file", "atomic_folder", "contiguous_bytes", "open_raw", "write_array"]
 
-#: Below this a copy is cheaper than a mapping (page table work and a system call each way).
-_MAP_FROM = 256 * 1024
+#: Tensors of so many bytes are not copied.
+_MAP_FROM = 1 << 30
+#: Copies of so many bytes go back to the system with the array, where the heap might keep them.
+_OWN_MAPPING = 32 << 20
 #: One system call moves less than 2 GiB on Linux.
 _IO_CHUNK = 1 << 30
 _WRITE_CHUNK = 8 << 20
@@ -82,7 +82,7 @@ class RawFile:
     def array(self, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         """Return the elements at ``offset`` in native byte order, read-only.
 
-        A view of the file where alignment and byte order allow it, else a copy.
+        A copy, but for a very large one.
         """
         n_bytes = count(shape) * dtype.itemsize
         native = dtype.newbyteorder("=")
@@ -121,9 +121,7 @@ class RawFile:
 
     def _copy(self, offset: int, n_bytes: int) -> Array:
         self._check(offset, n_bytes)
-        # A mapping of its own goes back to the system with the array; the heap might keep it, and
-        # a model that alternates between copies and views would need both.
-        large = n_bytes >= _MAP_FROM
+        large = n_bytes >= _OWN_MAPPING
         buffer = (
             np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8) if large else np.empty(n_bytes, "u1")
         )

@@ -285,3 +285,39 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
         store.vacuum()
         report = store.verify()
         assert (report.errors, report.notes) == ([], [])
+
+
+CUT_SHORT = """
+import os, sys
+import numpy as np
+import pydedup
+from pydedup.errors import FormatError
+from safetensors.numpy import save_file
+
+folder, workers = sys.argv[1], int(sys.argv[2])
+path = f"{folder}/m.safetensors"
+rng = np.random.default_rng(0)
+model = {f"t{i}": rng.standard_normal((300, 300), np.float32) for i in range(30)}
+save_file(model, path)
+with pydedup.open(f"{folder}/cut.db") as store:
+    try:
+        store.add("m", path, progress=lambda *_: os.truncate(path, 100), workers=workers)
+        assert all((store.load("m")[name] == array).all() for name, array in model.items())
+    except FormatError as error:
+        print(error)
+        assert store.models() == []
+    assert store.verify().errors == []
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_file_that_is_cut_short_while_it_is_added(tmp_path: Path, workers: int) -> None:
+    """As by a job that saves its checkpoint again: an error, where a mapping would be SIGBUS."""
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_SHORT, str(tmp_path), str(workers)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # Several may have read all of it by then.
+    assert "m.safetensors is truncated" in done.stdout or (workers > 1 and not done.stdout)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pydedup.errors import FormatError, UnsupportedFormatError
+from pydedup.formats import _files
 from pydedup.formats.registry import open_source, write_model
 
 RNG = np.random.default_rng(0)
@@ -75,7 +76,9 @@ def test_npy_reads_what_numpy_wrote(name: str, tmp_path: Path) -> None:
         same(source.read("arr_0"), expected)
 
 
-def test_numpy_reads_an_export_and_it_is_aligned(tmp_path: Path) -> None:
+def test_numpy_reads_an_export_and_it_is_aligned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = {name: np.asarray(array) for name, array in model().items()}
     path = tmp_path / "out.npz"
     with open_source(tensors) as source:
@@ -86,6 +89,7 @@ def test_numpy_reads_an_export_and_it_is_aligned(tmp_path: Path) -> None:
         for name, array in tensors.items():
             if name != "ends.npy":  # numpy looks the suffix up twice
                 assert loaded[name].tobytes() == array.astype(loaded[name].dtype).tobytes()
+    monkeypatch.setattr(_files, "_MAP_FROM", 1)
     with open_source(path) as source:
         read = source.read("c-order")
         assert is_mapped(read)  # a view: the writer aligns what zip would not

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pydedup.errors import FormatError, NotFoundError, UnsupportedFormatError
+from pydedup.formats import _files
 from pydedup.formats.base import Artifact, TensorEntry
 from pydedup.formats.registry import open_source, write_model
 from pydedup.formats.safetensors import METADATA
@@ -94,10 +95,28 @@ def test_arrays_outlive_the_source(path: Path) -> None:
     assert small.tobytes() == bits(model()["half"])
 
 
-def test_large_tensors_are_views_of_the_file(path: Path) -> None:
+def test_very_large_tensors_are_views_of_the_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_files, "_MAP_FROM", 256 * 1024)
     with open_source(path) as source:
         assert is_mapped(source.read("brain"))
         assert not is_mapped(source.read("half"))  # a copy is cheaper
+
+
+def test_tensors_stay_when_the_file_changes(path: Path) -> None:
+    """Somebody saves it again while it is being added."""
+    with open_source(path) as source:
+        read = {entry.name: source.read(entry.name) for entry in source.entries}
+        before = {name: array.tobytes() for name, array in read.items()}
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.write(bytes(size))
+        assert {name: array.tobytes() for name, array in read.items()} == before
+        path.write_bytes(b"")
+        assert {name: array.tobytes() for name, array in read.items()} == before
+        with pytest.raises(FormatError, match="is truncated"):
+            source.read("brain")
 
 
 def test_an_export_is_the_same_file(path: Path, tmp_path: Path) -> None:

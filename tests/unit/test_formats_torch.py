@@ -27,6 +27,7 @@ from pydedup.errors import (
     StorageFullError,
     UnsupportedFormatError,
 )
+from pydedup.formats import _files
 from pydedup.formats.registry import open_source, write_model
 from pydedup.types import DType
 
@@ -105,7 +106,10 @@ def test_reads_the_format_before_zip(tmp_path: Path) -> None:
         assert keys["big"] == keys["tied"] != keys["transposed"]
 
 
-def test_large_contiguous_tensors_are_views_of_the_file(tmp_path: Path) -> None:
+def test_very_large_contiguous_tensors_are_views_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_files, "_MAP_FROM", 256 * 1024)
     torch.save(model(), tmp_path / "m.pt")
     with open_source(tmp_path / "m.pt") as source:
         for name in ("big", "tied", "brain"):
