@@ -28,6 +28,7 @@ __all__ = [
     "BlockMap",
     "MatrixView",
     "as_block_shape",
+    "as_unsigned",
     "default_block_shape",
     "matrix_shape",
 ]
@@ -87,6 +88,23 @@ def as_block_shape(shape: object) -> tuple[int, int]:
     if not (1 <= rows < 2**63 and 1 <= cols < 2**63):
         raise ArgumentError(f"block shape {shape!r} must be at least (1, 1) and below 2**63")
     return rows, cols
+
+
+def as_unsigned(name: str, value: object, bits: int) -> int:
+    """Return an integer that a caller gave as ``name``, such as threads, as a plain one.
+
+    Raises
+    ------
+    ArgumentError
+        When it is no integer from 0 to ``2**bits - 1``.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ArgumentError(f"{name} must be an integer, got {value!r}") from error
+    if not 0 <= number < 1 << bits:
+        raise ArgumentError(f"{name} must be from 0 to 2**{bits} - 1, got {number}")
+    return number
 
 
 def default_block_shape(rows: int, cols: int, dtype: DType) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
 from pydedup._core import Page
-from pydedup.blocks import MatrixView
+from pydedup.blocks import MatrixView, as_unsigned
 from pydedup.encoding import (
     EncodedBlocks,
     Encoding,
@@ -174,7 +174,7 @@ def page_digests(page: Page, *, threads: int = 0) -> NDArray[np.uint64]:
     The result is uint64 of shape (n_slots, 2). Raises CorruptStoreError when a block does not
     decode, which deltas never do here: `block_digests` takes their bases.
     """
-    return _core.page_digests(page, threads)
+    return _core.page_digests(page, as_unsigned("threads", threads, 31))
 
 
 def block_digests(
@@ -195,7 +195,7 @@ def block_digests(
         column(page_index, np.uint32, "page_index"),
         column(slots, np.uint32, "slots"),
         bases_for_core(bases),
-        threads,
+        as_unsigned("threads", threads, 31),
     )
 
 
@@ -248,7 +248,7 @@ def read_blocks(
         grid.block_rows,
         grid.block_cols,
         bases_for_core(bases),
-        threads,
+        as_unsigned("threads", threads, 31),
     )
 
 
@@ -283,7 +283,7 @@ def blocks_equal(
         column(page_index, np.uint32, "page_index"),
         column(slots, np.uint32, "slots"),
         bases_for_core(bases),
-        threads,
+        as_unsigned("threads", threads, 31),
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.blocks import BlockMap
+from pydedup.blocks import BlockMap, as_unsigned
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.matmul import ACTIVATIONS, compute_dtype, feed_blocks, real_array
 from pydedup.pool import PagePool
@@ -189,7 +189,7 @@ def conv2d(
         window.padding,
         window.dilation,
         groups,
-        threads,
+        as_unsigned("threads", threads, 31),
     )
     if y.size:
         feed_blocks(product, block_map, pool)

@@ -7,13 +7,11 @@ compares bytes before it shares a block. Deliberately not here: what is done wit
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup.blocks import MatrixView, as_block_shape
+from pydedup.blocks import MatrixView, as_block_shape, as_unsigned
 from pydedup.errors import ArgumentError
 
 __all__ = ["HASH_VERSION", "hash_blocks", "hash_buffer", "hash_view"]
@@ -63,19 +61,9 @@ def hash_view(view: MatrixView, *, seed: int = 0, threads: int = 0) -> NDArray[n
         view.dtype.code,
         grid.block_rows,
         grid.block_cols,
-        _unsigned("seed", seed, 64),
-        _unsigned("threads", threads, 31),
+        as_unsigned("seed", seed, 64),
+        as_unsigned("threads", threads, 31),
     )
-
-
-def _unsigned(name: str, value: int, bits: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise ArgumentError(f"{name} must be an integer, got {value!r}") from error
-    if not 0 <= number < 1 << bits:
-        raise ArgumentError(f"{name} must be from 0 to 2**{bits} - 1, got {number}")
-    return number
 
 
 #: Return the 16-byte digest of contiguous bytes (``help(hash_buffer)``). The native function as it

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.blocks import BlockMap
+from pydedup.blocks import BlockMap, as_unsigned
 from pydedup.errors import ArgumentError
 from pydedup.matmul import Shape, as_array, compute_dtype, real_array, shape_of
 from pydedup.pool import Page, PagePool
@@ -50,6 +50,7 @@ def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 
     PageNotFoundError, CorruptStoreError, BudgetError
         When the pages cannot be had.
     """
+    threads = as_unsigned("threads", threads, 31)
     wanted = _ids(ids)
     flat = wanted.reshape(-1)
     cols = block_map.grid.cols
@@ -105,6 +106,7 @@ def bag(
     """
     if mode not in BAG_MODES:
         raise ArgumentError(f"unknown mode {mode!r}; choose one of: {', '.join(BAG_MODES)}")
+    threads = as_unsigned("threads", threads, 31)
     wanted = _ids(ids)
     edges = _bag_edges(wanted, offsets)
     dtype = compute_dtype(block_map.dtype)

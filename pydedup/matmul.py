@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.blocks import BlockMap, MatrixView
+from pydedup.blocks import BlockMap, MatrixView, as_unsigned
 from pydedup.errors import ArgumentError
 from pydedup.pool import PagePool
 from pydedup.types import DType
@@ -135,7 +135,7 @@ def matmul(
         activation or "none",
         transpose,
         y,
-        threads,
+        as_unsigned("threads", threads, 31),
         None if among is None else among.variants,
         None if among is None else among.places,
     )
@@ -236,7 +236,7 @@ def activate(x: NDArray[Any], activation: str, *, threads: int = 0) -> NDArray[A
     if x.dtype not in (np.float32, np.float64):
         raise ArgumentError(f"activate takes float32 or float64 values, got {x.dtype}")
     out = np.array(x, order="C")
-    _core.activate(out, activation, threads)
+    _core.activate(out, activation, as_unsigned("threads", threads, 31))
     return out
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydedup import lookup, matmul
+from pydedup import codec, conv, lookup, matmul
+from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError
 from pydedup.hashing import hash_blocks
 from pydedup.testing.memory_pages import MemoryPages
@@ -49,6 +50,30 @@ def test_ragged_lists_are_named() -> None:
         (lambda: lookup.bag(block_map, pool, [[1]], None, "sum", weights=RAGGED), "weights"),
     ):
         with pytest.raises(ArgumentError, match=f"^{name} does not make an array"):
+            call()
+
+
+@pytest.mark.parametrize("threads", [-1, 1.5, None, 1 << 40])
+def test_what_is_no_number_of_threads_is_named(threads: Any) -> None:
+    pages = MemoryPages()
+    w = np.ones((6, 4), np.float32)
+    block_map = pages.add(w, (2, 2), per_page=2)
+    pool = pages.pool()
+    page = codec.Page(next(iter(pages.payloads.values())))
+    view = MatrixView.of(w, (2, 2))
+    x = np.ones((1, 4), np.float32)
+    for call in (
+        lambda: matmul.matmul(block_map, pool, x, threads=threads),
+        lambda: matmul.activate(x, "relu", threads=threads),
+        lambda: lookup.take(block_map, pool, [0], threads=threads),
+        lambda: lookup.bag(block_map, pool, [[0]], threads=threads),
+        lambda: conv.conv2d(block_map, pool, np.ones((4, 1, 1)), kernel=1, threads=threads),
+        lambda: codec.page_digests(page, threads=threads),
+        lambda: codec.block_digests([page], [0], [0], threads=threads),
+        lambda: codec.read_blocks(view, [0], [page], [0], [0], threads=threads),
+        lambda: codec.blocks_equal(view, [0], [page], [0], [0], threads=threads),
+    ):
+        with pytest.raises(ArgumentError, match=r"^threads must be"):
             call()
 
 
