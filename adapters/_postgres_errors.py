@@ -47,6 +47,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
     "23505": (KeyTakenError, "there is a row of this key"),
     "25006": (ReadOnlyError, "connect to the primary server, as a role that may write"),
     "25P03": (ConnectionLostError, "raise idle_in_transaction_session_timeout for this role"),
+    "25P04": (ConnectionLostError, "raise transaction_timeout for this role"),
     "28": (UnavailableError, "check the user and password"),
     "3D": (MissingDatabaseError, "create the database first, with createdb, or name another"),
     "3F": (NotAStoreError, "the schema was dropped; open the store again"),

@@ -16,18 +16,22 @@ from pydedup.adapter_options import KeyRange, RowColumn, RowStream
 from pydedup.errors import ArgumentError
 
 from ._base import Row
-from ._rows import RowCalls, Rows, as_table, split_name
+from ._rows import RowCalls, Rows, as_table, split_name, words_of
 from ._sessions import Connection
 
 __all__ = ["PostgresRows"]
 
-#: Names in a user's query mean what they mean to him, and he may take his time between rows.
+#: Names in a user's query mean what they mean to him, and he may take his time between rows. The
+#: second of these timeouts is there from PostgreSQL 17 on.
 _AS_USER: Final = (
+    "SELECT set_config(name, '0', false) FROM pg_settings "
+    "WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')",
     "RESET search_path",
-    "SET idle_in_transaction_session_timeout = 0",
     "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
 )
 _BINARY: Final = 1
+#: The driver makes days of the months of an interval, with which it is another key.
+_INTERVAL: Final = 1186
 #: Values sent as one array, of which the server takes 1 GB.
 ROWS_PER_ARRAY: Final = 8192
 
@@ -69,10 +73,20 @@ class PostgresRows(RowCalls):
             def fetch() -> list[Row]:
                 with self._of_user("the query failed"):
                     found = self._on(connection, f"FETCH FORWARD {int(batch)} FROM pydedup_rows")
-                    rows: list[Row] = found.fetchall()
-                    return rows
+                return self._fetched(found)
 
             yield Rows(columns, fetch)
+
+    def _fetched(self, cursor: Any) -> list[Row]:
+        try:
+            rows: list[Row] = cursor.fetchall()
+            return rows
+        except self.driver_error as error:
+            # Infinite dates, and those before our era, are none of Python's.
+            raise ArgumentError(
+                f"{self._url}: the query gives a value that Python has none for: "
+                f"{words_of(error)}; leave out its row, or cast the column to text"
+            ) from error
 
     def _declare(
         self, connection: Connection, query: str, values: Sequence[object]
@@ -229,8 +243,8 @@ class PostgresRows(RowCalls):
 
 
 def _is_strange(connection: Connection, oid: int) -> bool:
-    """Whether the driver knows no values of a type, and would give what the server keeps inside."""
-    return cast(Any, connection).adapters.get_loader(oid, _BINARY) is None
+    """Whether the driver would give values of a type as what the server keeps inside, or others."""
+    return oid == _INTERVAL or cast(Any, connection).adapters.get_loader(oid, _BINARY) is None
 
 
 def _told_as_text(query: str, count: int, strange: Collection[int]) -> str:

@@ -9,18 +9,19 @@ do, so that there is one statement under way on each connection.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import psycopg
 from psycopg import pq
 
-from ._sessions import Session
+from ._sessions import Connection, Session
 
-__all__ = ["Statement", "copy_statement", "run_together"]
+__all__ = ["Statement", "copy_statement", "is_stale", "run_together"]
 
 #: What a binary COPY begins with: signature, flags, length of an extension.
 _HEAD: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
@@ -155,3 +156,21 @@ def run_together(statements: Iterable[Statement]) -> None:
             if statement.done:
                 poll.unregister(socket)
                 del open_ones[socket]
+
+
+def is_stale(connection: Connection) -> bool:
+    """Whether the server has closed an idle connection, or Ctrl-C cut a statement of it short."""
+    pgconn = cast("psycopg.Connection[Any]", connection).pgconn
+    if pgconn.transaction_status != pq.TransactionStatus.IDLE:
+        return True
+    with contextlib.suppress(psycopg.Error, OSError, ValueError):  # closed: there is more to read
+        for _ in range(3):  # a last message, then the end
+            if pgconn.status != pq.ConnStatus.OK:
+                return True
+            poll = select.poll()
+            poll.register(pgconn.socket, select.POLLIN)
+            if not poll.poll(0):
+                return False
+            pgconn.consume_input()
+        return pgconn.status != pq.ConnStatus.OK
+    return True

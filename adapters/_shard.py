@@ -25,11 +25,11 @@ from pydedup.errors import (
 from ._base import DbApiBase
 from ._postgres_base import CREATING, SHARDS
 from ._postgres_errors import ConnectionLostError, MissingDatabaseError
-from ._postgres_statement import copy_statement
+from ._postgres_statement import copy_statement, is_stale
 from ._postgres_url import Place
 from ._sessions import WRITE, Connection, Session, SessionPool
 from ._shards_url import Ring, shard_of_name
-from .postgres import CAPABILITIES, PostgresAdapter, is_stale
+from .postgres import CAPABILITIES, PostgresAdapter
 
 __all__ = ["Shard"]
 

@@ -7,13 +7,13 @@ or fetched as text that is not text.
 
 from __future__ import annotations
 
-import contextlib
-import select
+import json
 import time
 from typing import Any, Final, cast
 
 import psycopg
 from psycopg import pq
+from psycopg.types.json import set_json_loads
 from psycopg.types.numeric import Int8BinaryDumper
 
 from pydedup.adapter import Adapter, Capabilities
@@ -23,11 +23,12 @@ from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
 from ._postgres_errors import meaning, refusal
 from ._postgres_said import said, sqlstate_of
+from ._postgres_statement import is_stale
 from ._postgres_url import TIMEOUT_SECONDS, Place, locate
 from ._schema import Dialect
 from ._sessions import Connection, Session, SessionPool
 
-__all__ = ["CAPABILITIES", "PostgresAdapter", "connect", "is_stale", "known_options"]
+__all__ = ["CAPABILITIES", "PostgresAdapter", "connect", "known_options"]
 
 #: Larger values could be stored, but not dumped by pg_dump, which doubles them on their way.
 MAX_PAYLOAD_BYTES: Final = 256 << 20
@@ -159,6 +160,7 @@ class PostgresAdapter(PostgresCopy):
             )
         wait = TIMEOUT_SECONDS if self._place.timeout is None else self._place.timeout
         connection.adapters.register_dumper(int, Int8BinaryDumper)  # one type, whatever the value
+        set_json_loads(_json_or_text, connection)  # a row is refused then, and not its query
         connection.execute(
             _SETTINGS,
             {
@@ -181,19 +183,9 @@ def _first(cursor: Any) -> Any:
     return cursor.fetchone()[0]
 
 
-def is_stale(connection: Connection) -> bool:
-    """Whether the server has closed an idle connection, or Ctrl-C cut a statement of it short."""
-    pgconn = cast("psycopg.Connection[Any]", connection).pgconn
-    if pgconn.transaction_status != pq.TransactionStatus.IDLE:
-        return True
-    with contextlib.suppress(psycopg.Error, OSError, ValueError):  # closed: there is more to read
-        for _ in range(3):  # a last message, then the end
-            if pgconn.status != pq.ConnStatus.OK:
-                return True
-            poll = select.poll()
-            poll.register(pgconn.socket, select.POLLIN)
-            if not poll.poll(0):
-                return False
-            pgconn.consume_input()
-        return pgconn.status != pq.ConnStatus.OK
-    return True
+def _json_or_text(document: str | bytes) -> Any:
+    """Return what JSON says, or itself where that is too deep, or a number of it too long."""
+    try:
+        return json.loads(document)
+    except (ValueError, RecursionError):
+        return document if isinstance(document, str) else str(document, "utf-8")

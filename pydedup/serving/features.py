@@ -40,6 +40,8 @@ _KEEPING: Final = frozenset(
     | {"softplus", "identity", "flatten"}
 )
 _INT64: Final = (-(2**63), 2**63 - 1)
+#: What numpy of any version takes, less the one of the rows.
+_MOST_AXES: Final = 31
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 
 
@@ -198,6 +200,8 @@ def _from_one(value: Any, name: str, kind: InputKind) -> Array:
     while isinstance(level, list):
         shape.append(len(level))
         level = level[0] if level else None
+    if len(shape) > _MOST_AXES:
+        raise ArgumentError(f"{name} is nested {len(shape)} deep; {_MOST_AXES} is the most")
     flat = list(_flat(value, shape, name))
     if not flat:
         raise ArgumentError(f"{name} is an empty array")
@@ -220,7 +224,9 @@ def _number(value: object, name: str) -> int | float:
     if isinstance(value, (int, float)):
         return value
     if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
+        # Whole numbers beyond 64 bits are no ids, and may have more digits than Python writes.
+        whole = value.is_finite() and abs(value) < 2**64 and value == value.to_integral_value()
+        return int(value) if whole else float(value)
     if value is None:
         raise ArgumentError(f"{name} is NULL")
     raise ArgumentError(f"{name} is no number but {type(value).__name__}")

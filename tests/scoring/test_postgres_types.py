@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 import pydedup
 from pydedup import registry
 from pydedup.adapter_options import RangeAdapter, RowAdapter
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, UnavailableError
+from pydedup.graph import Graph, Node
 from pydedup.testing.rows_contract import read_ranges
-from pydedup.testing.servers import unused_name
+from pydedup.testing.servers import as_user, password_of, unused_name
 
 from .conftest import linear
 
@@ -77,7 +79,11 @@ def rows(postgres_url: str) -> Iterator[RowAdapter]:
 TWO_TYPES = [("inet", ("'10.0.0.0/8'", "'10.1.2.3'")), ("inet", ("'10.1.2.3'", "'10.0.0.0/8'"))]
 
 
-@pytest.mark.parametrize(("kind", "values"), [*KEYS.items(), *TWO_TYPES])
+#: What the driver would make 365 days of, which the server takes for 5 more than a year.
+YEARS = ("interval", ("'1 year'", "'-3 mons 2 days 00:00:00.5'"))
+
+
+@pytest.mark.parametrize(("kind", "values"), [*KEYS.items(), *TWO_TYPES, YEARS])
 def test_a_key_that_was_read_is_written(
     postgres_url: str, rows: RowAdapter, kind: str, values: tuple[str, str]
 ) -> None:
@@ -225,3 +231,72 @@ def test_the_hour_that_a_clock_shows_twice(postgres_url: str, batch: int) -> Non
         found = connection.execute(f"SELECT prediction FROM {into} ORDER BY id").fetchall()
         assert found == [(11.0,), (22.0,)]
         connection.execute(f"DROP TABLE {into}")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "reason"),
+    [
+        ("Infinity", "numeric", "x is inf"),
+        ("9" * 5000, "numeric", "x is inf"),
+        (f"[{'9' * 5000}]", "jsonb", "x is a text that is no JSON array of numbers"),
+        ("[" * 2000 + "1" + "]" * 2000, "jsonb", "x is a text that is no JSON array of numbers"),
+        ("[" * 70 + "1" + "]" * 70, "text", "x is nested 70 deep; 31 is the most"),
+    ],
+)
+def test_one_value_that_is_beyond_python_is_of_one_row(
+    postgres_url: str, value: str, kind: str, reason: str
+) -> None:
+    good = "[1]" if kind != "numeric" else "1"
+    query = f"SELECT 1 AS id, CAST('{value}' AS {kind}) AS x UNION ALL SELECT 2, '{good}'"
+    into = unused_name()
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    with pydedup.open(postgres_url, schema=unused_name()) as store:
+        store.add("m@1", {"w": np.ones((1, 1), np.float32)}, graph=graph)
+        report = store.score(query, "m@1", into=into, on_error="skip")
+    assert (report.rows, [one.reason for one in report.failures]) == (1, [reason])
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"DROP TABLE {into}")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "date 'infinity'",
+        "timestamptz '-infinity'",
+        "timestamp '0044-03-15 BC'",
+        "time '24:00'",
+    ],
+)
+def test_a_date_that_python_lacks_is_told(rows: RowAdapter, value: str) -> None:
+    with (
+        rows.read_rows(f"SELECT {value} AS id", 10) as stream,
+        pytest.raises(ArgumentError, match=r"Python has none for.*cast the column to text"),
+    ):
+        list(stream)
+    with rows.read_rows(f"SELECT CAST({value} AS text) AS id", 10) as stream:
+        assert len(list(stream)) == 1
+
+
+def test_a_query_may_take_longer_than_a_transaction_may(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        if connection.info.server_version < 170000:
+            pytest.skip("PostgreSQL 17 has transaction_timeout")
+        role = unused_name()
+        secret = password_of(postgres_url)
+        connection.execute(f"CREATE ROLE {role} SUPERUSER LOGIN PASSWORD '{secret}'")
+        connection.execute(f"ALTER ROLE {role} SET transaction_timeout = '300ms'")
+        connection.execute(f"ALTER ROLE {role} SET idle_in_transaction_session_timeout = '200ms'")
+        rows = registry.connect_rows(as_user(postgres_url, role))
+        try:
+            assert isinstance(rows, RowAdapter)
+            with rows.read_rows("SELECT * FROM generate_series(1, 3)", 1) as stream:
+                for _ in stream:
+                    time.sleep(0.25)
+            with (
+                pytest.raises(UnavailableError, match="raise transaction_timeout for this role"),
+                rows.snapshot(),  # type: ignore[attr-defined]
+            ):
+                rows._query("SELECT pg_sleep(5)")  # type: ignore[attr-defined]
+        finally:
+            rows.close()
+            connection.execute(f"DROP ROLE {role}")
