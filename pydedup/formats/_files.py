@@ -23,10 +23,24 @@ from typing import IO, Any
 
 import numpy as np
 
-from pydedup.errors import ArgumentError, FormatError, NotFoundError, StorageFullError
+from pydedup.errors import (
+    ArgumentError,
+    FormatError,
+    NotFoundError,
+    StorageFullError,
+    UnsupportedFormatError,
+)
 from pydedup.formats.base import Array, count
 
-__all__ = ["RawFile", "atomic_file", "atomic_folder", "contiguous_bytes", "open_raw", "write_array"]
+__all__ = [
+    "RawFile",
+    "atomic_file",
+    "atomic_folder",
+    "contiguous_bytes",
+    "open_raw",
+    "refuse_foreign",
+    "write_array",
+]
 
 #: Tensors of so many bytes are not copied.
 _MAP_FROM = 1 << 30
@@ -35,6 +49,17 @@ _OWN_MAPPING = 32 << 20
 #: One system call moves less than 2 GiB on Linux.
 _IO_CHUNK = 1 << 30
 _WRITE_CHUNK = 8 << 20
+#: Beginnings of files that people mistake for models, or that are models we cannot read.
+_FOREIGN: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer; run: git lfs pull"),
+    (b"<!DOCTYPE html", "is a web page, not a model; download the file itself"),
+    (b"<html", "is a web page, not a model; download the file itself"),
+    (b"GGUF", "is a GGUF file, which is not supported; use the safetensors of that model"),
+    (b"\x1f\x8b", "is compressed by gzip; unpack it first"),
+    (b"BZh", "is compressed by bzip2; unpack it first"),
+    (b"\xfd7zXZ\x00", "is compressed by xz; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstandard; unpack it first"),
+)
 
 
 class RawFile:
@@ -146,6 +171,13 @@ def open_raw(path: Path) -> Iterator[RawFile]:
         yield raw
     finally:
         raw.close()
+
+
+def refuse_foreign(path: Path, head: bytes) -> None:
+    """Raise UnsupportedFormatError for a file that begins like one that is no model."""
+    for magic, message in _FOREIGN:
+        if head[:64].lower().startswith(magic.lower()):
+            raise UnsupportedFormatError(f"{path} {message}")
 
 
 def contiguous_bytes(array: Array) -> memoryview:

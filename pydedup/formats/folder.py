@@ -24,6 +24,7 @@ from typing import Any
 
 from pydedup.errors import ArgumentError, FormatError
 from pydedup.formats import safetensors, torch
+from pydedup.formats._files import refuse_foreign
 from pydedup.formats._paths import is_inside
 from pydedup.formats.base import (
     DERIVED,
@@ -144,9 +145,9 @@ class FolderSource(SourceBase):
                 metadata = None if payload is None else json.loads(payload)
                 files.append({"name": file, "metadata": metadata, "also": also})
             missing = sorted(set(part.weight_map) - found)
-            if missing:
+            if missing and part.index:
                 raise FormatError(
-                    f"{self._path / prefix}{part.index} lists tensor {missing[0]!r} in "
+                    f"{self._path / part.folder / part.index} lists tensor {missing[0]!r} in "
                     f"{part.weight_map[missing[0]]!r}, which does not have it"
                 )
             self._layout.append({"folder": part.folder, "index": part.index, "files": files})
@@ -347,8 +348,11 @@ def _open_weights(path: Path) -> SourceBase:
             f"{path} leads outside of the model's folder; copy it with its links resolved (cp -rL)"
         )
     with path.open("rb") as file:
-        head = file.read(16)
-    if safetensors.looks_like(head, path.stat().st_size) or path.suffix == _SAFE_SUFFIX:
+        head = file.read(64)
+    known = safetensors.looks_like(head, path.stat().st_size)
+    if not known:
+        refuse_foreign(path, head)
+    if known or path.suffix == _SAFE_SUFFIX:
         return safetensors.SafetensorsSource(path)
     if head[:2] != b"PK" and not torch.looks_like_legacy(head):
         raise FormatError(f"{path} is no torch checkpoint")

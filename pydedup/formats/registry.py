@@ -21,7 +21,7 @@ from pydedup.errors import (
     UnsupportedFormatError,
 )
 from pydedup.formats import folder, keras, npz, onnx, safetensors, torch, wordvec
-from pydedup.formats._files import RawFile, atomic_file, atomic_folder, open_raw
+from pydedup.formats._files import RawFile, atomic_file, atomic_folder, open_raw, refuse_foreign
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.arrays import MappingSource
 from pydedup.formats.base import (
@@ -73,17 +73,6 @@ _SUFFIXES = {
 
 _HEAD = 1 << 20
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-#: Beginnings of files that people mistake for models, or that are models we cannot read.
-_FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer; run: git lfs pull"),
-    (b"<!DOCTYPE html", "is a web page, not a model; download the file itself"),
-    (b"<html", "is a web page, not a model; download the file itself"),
-    (b"GGUF", "is a GGUF file, which is not supported; use the safetensors of that model"),
-    (b"\x1f\x8b", "is compressed by gzip; unpack it first"),
-    (b"BZh", "is compressed by bzip2; unpack it first"),
-    (b"\xfd7zXZ\x00", "is compressed by xz; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "is compressed by zstandard; unpack it first"),
-)
 
 
 def open_source(
@@ -265,9 +254,7 @@ def _format_of(text: str, target: Path, artifacts: Sequence[Artifact]) -> str:
 
 
 def _by_content(path: Path, raw: RawFile, head: bytes) -> str | None:
-    for magic, message in _FOREIGN:
-        if head[:64].lower().startswith(magic.lower()):
-            raise UnsupportedFormatError(f"{path} {message}")
+    refuse_foreign(path, head)
     if head[:2] == b"PK" and head[2:4] in (b"\x03\x04", b"\x05\x06"):
         return _zip_kind(path)
     if head.startswith(b"\x93NUMPY"):

@@ -277,12 +277,24 @@ FIRST = "model-00001-of-00002.safetensors"
         ({"weight_map": {"a": "../secret.safetensors"}}, "not in its folder"),
         ({"weight_map": {"a": "/etc/passwd"}}, "not in its folder"),
         ({"weight_map": {"a": "missing.safetensors"}}, "which is missing"),
-        ({"weight_map": {"a": FIRST, "gone": FIRST}}, "does not have it"),
+        (
+            {"weight_map": {"a": FIRST, "gone": FIRST}},
+            r"/model.safetensors.index.json lists tensor 'gone' .* not have it",
+        ),
     ],
 )
 def test_bad_indexes_are_refused(content: Any, says: str, folder: Path) -> None:
     _index(folder, content)
     with pytest.raises(FormatError, match=says):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("layout", ["one-file", "shards", "torch", "torch-shards"])
+def test_pointers_of_git_lfs_are_named(layout: str, folder: Path) -> None:
+    LAYOUTS[layout](folder)
+    weights = sorted(path for path in folder.iterdir() if path.suffix != ".json")
+    weights[-1].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UnsupportedFormatError, match="is a Git LFS pointer; run: git lfs pull"):
         open_source(folder)
 
 
