@@ -190,8 +190,8 @@ def torch_entry(name: str, tensor: torch.Tensor, where: str) -> TensorEntry:
         )
     if tensor.is_quantized:
         raise UnsupportedFormatError(f"{where} is quantised; dequantize() it first")
-    # Torch's tracers use the other kind; it claims to be on the CPU.
-    for kind in {tensor.device.type, type(tensor).__name__} & {"meta", "FakeTensor"}:
+    kind = "meta" if tensor.device.type == "meta" else type(tensor).__name__
+    if kind in ("meta", "FakeTensor"):  # of torch's tracers; it claims to be on the CPU
         raise UnsupportedFormatError(f"{where} is without data ({kind}); load its values first")
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout)
