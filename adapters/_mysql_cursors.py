@@ -35,7 +35,8 @@ class PreparedConnection:
     raw
         The driver's connection.
     broken
-        Whether a statement was given up in its middle: what comes next would be its answer.
+        Whether a statement is in its middle; where it was given up, what comes next would be its
+        answer.
     """
 
     def __init__(self, raw: Any) -> None:
@@ -101,7 +102,7 @@ class PreparedConnection:
         if prepared:
             self._kept[sql] = (sql, cursor)
         self._used = time.monotonic()
-        self.broken = False
+        self.broken = bool(cursor.description)  # until the result is read
         return cursor
 
 
@@ -116,9 +117,8 @@ class _Cursor:
         self._cursor = self._connection.execute(sql, parameters)
 
     def fetchall(self) -> list[tuple[Any, ...]]:
-        connection, connection.broken = self._connection, True
         rows: list[tuple[Any, ...]] = self._cursor.fetchall()
-        connection.broken = False
+        self._connection.broken = False
         return rows
 
     @property
@@ -146,6 +146,8 @@ def sent(value: Any) -> Any:
     """Return a parameter as the driver carries it without loss."""
     if isinstance(value, float):
         return repr(value)  # the C extension would round it to 32 bits
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)  # the C extension would fail
     if isinstance(value, Decimal):
         return f"{value:f}"  # the C extension would write beyond its memory
     if isinstance(value, timedelta):  # the C extension would send 0, the other mangle negative ones

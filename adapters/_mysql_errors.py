@@ -114,6 +114,8 @@ def meaning(error: Exception, place: Place) -> PydedupError:
     code: int | None = getattr(error, "errno", None)
     said = str(getattr(error, "msg", None) or error)
     kind: type[PydedupError]
+    if code == 1049 and f"'{place.database}'".lower() not in said.lower():  # of a table of a user's
+        return ArgumentError(f"{place.url}: {said}; create it, or name another database")
     if code == 1049:
         return UnavailableError(
             f"{place.url}: there is no database {place.database!r}; create it: CREATE DATABASE "

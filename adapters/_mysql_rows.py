@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Final, cast
 
 from pydedup.adapter_options import RowColumn
+from pydedup.errors import ArgumentError
 
 from ._base import Row, text
 from ._mysql_cursors import PreparedConnection, sent
@@ -30,6 +32,13 @@ _TEXT: Final = "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
 _UNSIGNED: Final = 32
 _ENUM: Final = 256
 _BINARY: Final = 63
+#: Strings, quoted names and comments, but for those that the server runs.
+_NO_SQL: Final = re.compile(
+    r"""(?s)'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`[^`]*`|/\*(?!M?!).*?\*/"""
+    r"""|(?:\#|--(?=\s))[^\n]*"""
+)
+#: The word, where it is no column of a table, and no variable.
+_INTO: Final = re.compile(r"(?i)(?<![\w$@])(?<![a-z_$`]\.)into(?![\w$])")
 #: The most that a decimal has.
 _DIGITS: Final = 65
 
@@ -59,6 +68,11 @@ class MysqlRows(RowCalls):
 
         Connections are opened so that the server takes one statement at a time.
         """
+        if _INTO.search(_NO_SQL.sub("`", query)):
+            raise ArgumentError(
+                "the query must give its rows, and this one writes them INTO a file or variables; "
+                "leave that out"
+            )
         connection = cast(PreparedConnection, self._connect())
         try:
             raw = connection.raw
@@ -66,6 +80,8 @@ class MysqlRows(RowCalls):
                 self._on(raw, statement).close()
             with self._of_user("the query failed"):
                 cursor = self._on(raw, query, values)
+            if not cursor.description:
+                raise ArgumentError("the query gives no columns; write one SELECT")
             columns = [
                 RowColumn(text(column[0]), _key_type(column)) for column in cursor.description
             ]
@@ -108,7 +124,12 @@ class MysqlRows(RowCalls):
         return f"CONCAT({name})" if column[7] & _ENUM else name
 
     def _mark(self, value: object) -> str:
-        """Return what makes a decimal of one again: it is sent as text, compared as a float."""
+        """Return what makes a decimal of one again: it is sent as text, compared as a float.
+
+        So are integers beyond 64 bits with a sign.
+        """
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            value = Decimal(value)
         if not isinstance(value, Decimal):
             return super()._mark(value)
         exponent = value.as_tuple().exponent

@@ -6,6 +6,7 @@ Nothing here connects, and nothing here repeats a password.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -59,9 +60,7 @@ def locate(url: str, schema: str | None = None) -> Place:
     place = f"{user}@{parts.hostname or 'localhost'}" if user else parts.hostname or "localhost"
     shown = f"{parts.scheme}://{place}{f':{port}' if port else ''}/{quote(database)}"
     if not database or "\0" in database or (schema is None and "/" in database):
-        # With one "/" too many, user and password are where the database should be.
-        what = shown if "@" not in database else f"{parts.scheme}://{place}"
-        raise ArgumentError(f"{what} names no database; write {FORM}")
+        raise ArgumentError(f"{shown} names no database; write {FORM}")
     options: dict[str, Any] = {"host": parts.hostname or "localhost", "database": database}
     options |= {"port": port} if port else {}
     options |= {"user": user} if user else {}
@@ -86,15 +85,17 @@ def locate(url: str, schema: str | None = None) -> Place:
 
 
 def _split(url: str) -> tuple[SplitResult, int | None]:
-    try:
+    with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        return parts, parts.port
-    except ValueError:
-        # What it complains about may be a part of the password.
-        raise ArgumentError(
-            f"this is no URL of a MySQL database; write {FORM}, with special characters of the "
-            "password percent-encoded"
-        ) from None
+        port = parts.port
+        # After a password with a special character, or one "/" too many, comes a piece of it.
+        if "@" not in parts.path + parts.query.partition("=")[0] + parts.fragment:
+            return parts, port
+    # What is wrong may be a part of the password.
+    raise ArgumentError(
+        f"this is no URL of a MySQL database; write {FORM}, with special characters of the "
+        "names and the password percent-encoded"
+    )
 
 
 def _settle_tls(shown: str, options: dict[str, Any]) -> None:

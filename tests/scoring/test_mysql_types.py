@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from mysql.connector import HAVE_CEXT
 
@@ -135,3 +137,61 @@ def test_a_time_is_written_as_it_is(mysql_database: str, pure: bool) -> None:
         cursor.execute("SELECT COUNT(*) FROM shifts JOIN done ON k = id")
         assert cursor.fetchall() == [(len(texts),)]
         cursor.execute("DROP TABLE shifts, done")
+
+
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+def test_integers_beyond_64_bits_with_a_sign(mysql_database: str, pure: bool) -> None:
+    keys = [2**64 - 1, 2**64 - 3, 2**63, 5]
+    with (
+        mysql_connection(mysql_database) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute("CREATE TABLE large (k BIGINT UNSIGNED PRIMARY KEY, n INTEGER DEFAULT 1)")
+        cursor.execute("CREATE TABLE done (id BIGINT UNSIGNED PRIMARY KEY)")
+        cursor.executemany("INSERT INTO large (k) VALUES (%s)", [[str(key)] for key in keys])
+        rows = registry.connect_rows(with_option(mysql_database, f"use_pure={pure}"))
+        try:
+            assert isinstance(rows, RangeAdapter)
+            table = rows.full_table_name("done")
+            assert rows.insert_predictions(table, ["id"], [(key,) for key in keys])
+            asked = [*keys, 2**64 - 2, 2**64, 6]
+            assert rows.present_keys(table, "id", asked) == set(keys)
+            _, parts = read_ranges(rows, "SELECT k, n FROM large", 1)
+        finally:
+            rows.close()
+        assert [len(part) for part in parts] == [1, 1, 1, 1, 0]
+        cursor.execute("DROP TABLE large, done")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT 1 INTO @x",
+        "SELECT 'it\\'s',\"a\"INTO @x",
+        "SELECT 1.into OUTFILE '{file}'",
+        "SELECT 1 /* 'into */ INTO -- '\n DUMPFILE '{file}'",
+        "SELECT 1 /*!INTO OUTFILE '{file}' */",
+        "SELECT 1 /*M!99999 INTO @x */",
+    ],
+)
+def test_what_writes_its_rows_elsewhere_is_refused(
+    mysql_database: str, query: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows"
+    tmp_path.chmod(0o777)
+    rows = registry.connect_rows(mysql_database)
+    try:
+        with (
+            pytest.raises(ArgumentError, match="INTO a file or variables"),
+            rows.read_rows(query.format(file=file), 10),
+        ):
+            pass
+        assert not file.exists()
+        harmless = (
+            "SELECT 'into', ' into \\' into ', `a into`, t.into, a$into -- into @x\n"
+            "FROM (SELECT 1 AS `a into`, 2 AS `into`, 3 AS a$into) t # into @x"
+        )
+        with rows.read_rows(harmless, 10) as stream:
+            assert list(stream) == [[("into", " into ' into ", 1, 2, 3)]]
+    finally:
+        rows.close()

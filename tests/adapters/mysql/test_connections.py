@@ -128,6 +128,19 @@ def test_what_was_interrupted_answers_nobody_else(adapter: Adapter) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_result_that_nobody_read_is_left_with_its_connection(adapter: Adapter) -> None:
+    """Ctrl-C may come between a statement and its rows."""
+
+    def interrupt(cursor: object) -> None:
+        raise KeyboardInterrupt
+
+    for sql in ("SELECT 17", "SELECT 17 + %s"):  # prepared, and as a text
+        with adapter._pool.acquire() as session, pytest.raises(KeyboardInterrupt):  # type: ignore[attr-defined]
+            adapter._run(session, sql, [1] if "%s" in sql else [], interrupt)  # type: ignore[attr-defined]
+        assert session.connection.broken
+        assert adapter.epoch() == 0
+
+
 def test_statements_are_kept_within_a_bound(adapter: Adapter, url: str, run: Run) -> None:
     def kept() -> int:
         ((_, count),) = run(url, "SHOW GLOBAL STATUS LIKE 'Prepared_stmt_count'")

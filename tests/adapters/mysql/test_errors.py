@@ -17,6 +17,7 @@ from mysql.connector import HAVE_CEXT
 
 from pydedup import registry
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import RowColumn
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -134,6 +135,11 @@ def test_users_that_are_not_let_in_are_told_why(url: str, user: Any, run: Any, p
         ("mysql://u:s3cret@host/a/b", "no database"),
         ("mysql://u:s3cret@host:port/db", "no URL of a MySQL database"),
         ("mysql://u:s3cret@[host/db", "no URL of a MySQL database"),
+        ("mysql://u:a@s3cret/b@host/db", "no URL of a MySQL database"),
+        ("mysql://u:a@s3cret/b@host", "no URL of a MySQL database"),
+        ("mysql://u:a@s3cret?b@host/db", "no URL of a MySQL database"),
+        ("mysql://u:a@s3cret/b#c@host/db", "no URL of a MySQL database"),
+        ("mysql:///u:s3cret@host/db", "no URL of a MySQL database"),
         ("mysql://u:s3cret@host/db?tmeout=1", "tmeout"),
         ("mysql://u:s3cret@host/db?timeout=soon", "soon"),
         ("mysql://u:s3cret@host/db?ssl_verify_cert=maybe", "maybe"),
@@ -245,3 +251,14 @@ def test_a_statement_timeout_says_so(adapter: Adapter, url: str, user: Any, run:
             hasty.bump_epoch()
     assert hasty.epoch() == 1
     hasty.close()
+
+
+def test_a_database_of_a_table_that_is_missing_is_named(url: str) -> None:
+    """And not that of the URL, which is there."""
+    rows = registry.connect_rows(url)
+    try:
+        with pytest.raises(ArgumentError, match="Unknown database 'nosuchdb'") as caught:
+            rows.create_predictions("nosuchdb.t", RowColumn("id", "BIGINT"), [("p", "float")])
+        assert "CREATE DATABASE" not in str(caught.value)
+    finally:
+        rows.close()

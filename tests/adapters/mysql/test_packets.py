@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from mysql.connector import HAVE_CEXT
 
+import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE
 from pydedup.errors import ArgumentError, StoreError
@@ -61,6 +63,17 @@ def test_payloads_as_large_as_the_packet(
         assert ("max_allowed_packet to 16777216" in str(caught.value)) == (size < 16 * MIB)
     finally:
         adapter.close()
+
+
+def test_metadata_beyond_the_packet_are_told(url: str, packet: Callable[[int], None]) -> None:
+    packet(2 * MIB)
+    with pydedup.open(url) as store:
+        with pytest.raises(
+            ArgumentError, match=r"metadata of m@1 .* max_allowed_packet to 16777216"
+        ):
+            store.add("m@1", {"w": np.ones(3)}, metadata={"k": "x" * (3 * MIB)})
+        store.add("m@1", {"w": np.ones(3)}, metadata={"k": "x" * MIB})
+        assert store.verify().ok
 
 
 def test_an_import_of_torch_before_the_driver_changes_nothing(url: str) -> None:
