@@ -319,5 +319,6 @@ def test_a_file_that_is_cut_short_while_it_is_added(tmp_path: Path, workers: int
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    cut = ("m.safetensors is truncated", "m.safetensors ended early")  # before, or in a read
     # Several may have read all of it by then.
-    assert "m.safetensors is truncated" in done.stdout or (workers > 1 and not done.stdout)
+    assert any(said in done.stdout for said in cut) or (workers > 1 and not done.stdout)
