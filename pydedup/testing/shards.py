@@ -81,6 +81,17 @@ class ShardedPlace:
             cursor = connection.execute(query.format(self.schema), values or None, binary=True)
             return cursor.fetchall() if cursor.description else []
 
+    def fullest(self) -> int:
+        """Return the number of the server that has most pages, but for the first.
+
+        Which pages a shard has is drawn anew for each store: of a few, one may have none.
+        """
+
+        def pages(number: int) -> int:
+            return len(self.rows(number, "SELECT id FROM {}.page_payloads"))
+
+        return max(range(1, len(self.servers)), key=pages)
+
     def payloads(self) -> dict[int, set[bytes]]:
         """Return what the shards have of each page."""
         found: dict[int, set[bytes]] = {}

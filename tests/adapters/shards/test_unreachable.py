@@ -28,10 +28,8 @@ def test_what_is_on_a_shard_that_is_down_is_unreachable(
     shards = [url.replace("postgres@", f"postgres:{PASSWORD}@") for url in place.servers]
     url = place.url(replicas, shards=shards)
     fill(url)
-    # Of few pages, one of the two may have none.
-    pages = {shard: place.rows(shard, "SELECT id FROM {}.page_payloads") for shard in (1, 2)}
-    shard = max(pages, key=lambda shard: len(pages[shard]))
-    there, down = [page_id for (page_id,) in pages[shard]], shard_servers[shard]
+    down = shard_servers[place.fullest()]
+    ((there,),) = place.rows(place.fullest(), "SELECT array_agg(id) FROM {}.page_payloads")
     down.kill()
     try:
         with pydedup.open(url, mode="r") as store:
