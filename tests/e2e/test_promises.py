@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 import pydedup
@@ -136,6 +135,7 @@ def test_parameters_that_are_not_json_are_refused(store: pydedup.Store) -> None:
 
 
 def test_an_evaluate_that_loads_into_the_model_that_is_added(store: pydedup.Store) -> None:
+    torch = pytest.importorskip("torch")
     base = weights()
     store.add("base", {"weight": base}, policy=policies.Exact())
     module = torch.nn.Linear(64, 256, bias=False)
