@@ -3,9 +3,9 @@
 
 Tensors are copied with ``pread``: who writes to a file while it is read, as a job that saves its
 checkpoint again, would change a mapped tensor between its hash and its blocks, or end the process
-where the file is cut short (SIGBUS). It costs nothing that could be measured, as the memory is used
-again. Only what might not fit into memory is mapped, for exactly as long as there is an array over
-it: one mapping of the whole file would end with all of it resident.
+where the file is cut short (SIGBUS). Up to 32 MiB that takes no longer, as the heap's memory is
+used again. Only what might not fit into memory is mapped, for exactly as long as there is an array
+over it: one mapping of the whole file would end with all of it resident.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ __all__ = [
 
 #: Tensors of so many bytes are not copied.
 _MAP_FROM = 1 << 30
-#: Copies of so many bytes go back to the system with the array, where the heap might keep them.
-_OWN_MAPPING = 32 << 20
 #: One system call moves less than 2 GiB on Linux.
 _IO_CHUNK = 1 << 30
 _WRITE_CHUNK = 8 << 20
@@ -146,10 +144,7 @@ class RawFile:
 
     def _copy(self, offset: int, n_bytes: int) -> Array:
         self._check(offset, n_bytes)
-        large = n_bytes >= _OWN_MAPPING
-        buffer = (
-            np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8) if large else np.empty(n_bytes, "u1")
-        )
+        buffer = np.empty(n_bytes, np.uint8)
         view = buffer.data
         done = 0
         while done < n_bytes:
