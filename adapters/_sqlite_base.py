@@ -121,6 +121,7 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         if session.scope == READ:
             super()._begin(session, statements)
             return
+        self._file.same()
         deadline = time.monotonic() + self._timeout
         with self._patience(session, min(WAIT_SLICE_SECONDS, self._timeout)):
             while True:

@@ -48,7 +48,7 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     8: (ReadOnlyError, "make the file and its folder writable"),  # READONLY
     8 | 4 << 8: (  # READONLY_DBMOVED
         UnavailableError,
-        "the file was moved or deleted while it was open; open it again",
+        "the file was moved, deleted or replaced while it was open; open it again",
     ),
     10: (UnavailableError, "check the medium it lies on"),  # IOERR
     10 | 19 << 8: (StorageFullError, _FREE),  # IOERR_SHMSIZE

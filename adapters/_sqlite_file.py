@@ -38,6 +38,7 @@ class StoreFile(DatabaseFile):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._wal = Path(path + "-wal")
+        self._inode: int | None = None
 
     def uri(self, options: str) -> str:
         """Return a SQLite URI of the file, whatever bytes are in its name."""
@@ -56,10 +57,21 @@ class StoreFile(DatabaseFile):
 
     def stored_bytes(self) -> int:
         """Return what the file and its log occupy together."""
+        return self.same()[1] + self.wal_bytes()
+
+    def same(self) -> Stamp:
+        """Return the stamp of the file, which must be the one that it was when first asked.
+
+        Another of that name has other pages under the same ids, and what is written to one that
+        has no name any more is lost. Raises UnavailableError.
+        """
         stamp = self.stamp()
-        if stamp is None:
-            raise UnavailableError(f"{self.path} was moved or deleted while it was open")
-        return stamp[1] + self.wal_bytes()
+        if stamp is None or stamp[0] != (self._inode or stamp[0]):
+            raise UnavailableError(
+                f"{self.path} was moved, deleted or replaced while it was open; open it again"
+            )
+        self._inode = stamp[0]
+        return stamp
 
     def refuse_unmerged_wal(self) -> None:
         """Raise UnavailableError when a log lies beside a file whose folder cannot be written."""

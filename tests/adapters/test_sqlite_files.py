@@ -12,8 +12,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, Adapter
 from pydedup.errors import (
@@ -25,6 +27,7 @@ from pydedup.errors import (
     StoreError,
     UnavailableError,
 )
+from pydedup.testing._contract_base import in_thread
 from pydedup.testing.disks import SmallDisk
 
 MIB = 1 << 20
@@ -219,6 +222,31 @@ def test_a_file_that_is_deleted_is_not_made_again(tmp_path: Path) -> None:
         adapter.stored_bytes()
     adapter.close()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("mode", ["a", "r"])
+def test_a_file_that_another_takes_the_place_of_is_told(tmp_path: Path, mode: str) -> None:
+    """Pages were read from the new one as those of the old, and what was added was lost."""
+    path, other = tmp_path / "models.db", tmp_path / "other.db"
+    rng = np.random.default_rng(5)
+    models = [{"w": rng.standard_normal((2048, 2048), np.float32)} for _ in range(2)]
+    for place, order in ((path, (0, 1)), (other, (1, 0))):
+        with pydedup.open(place) as store:
+            for number in order:
+                store.add(f"m{number}", models[number])
+    with pydedup.open(path, mode=mode) as store:
+        assert len(store.models()) == 2
+        other.replace(path)
+        with contextlib.suppress(UnavailableError):
+            assert store.load("m0")["w"].tobytes() == models[0]["w"].tobytes()
+        with pytest.raises(UnavailableError, match=r"models\.db was moved.*open it again"):
+            in_thread(lambda: store.load("m0"))  # by a new connection
+        if mode == "a":
+            with pytest.raises(UnavailableError, match="open it again"):
+                store.add("m2", models[0])
+    with pydedup.open(path) as store:
+        for number, model in enumerate(models):
+            assert store.load(f"m{number}")["w"].tobytes() == model["w"].tobytes()
 
 
 # ---- reading alone ------------------------------------------------------------------------------
