@@ -24,6 +24,8 @@ __all__ = [
     "SIDE_BITS",
     "BlockKind",
     "Segment",
+    "drop_dead_segments",
+    "drop_segment",
     "group_of",
     "read_pieces",
     "read_segments",
@@ -38,6 +40,7 @@ SIDE_BITS = 28
 
 _COVERAGE = 0  # group of the rows that say what a segment covers
 _NUMBER_BITS = 20
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,19 @@ def read_pieces(
             continue
         if (piece.dtype, piece.block_shape) == (kind[0].numpy, kind[1:]):
             yield piece
+
+
+def drop_segment(adapter: Adapter, number: int) -> None:
+    """Delete the segment of an add that came to nothing; inside a transaction of the caller.
+
+    ``number`` is that of `segment_rows`. A segment that was not written to its end has no row that
+    says how many there are, but none is missing between them.
+    """
+    first = number << _NUMBER_BITS
+    rows = range(first, first + _ROWS_AT_ONCE)
+    while any(True for _ in adapter.signatures_of(rows)):
+        adapter.delete_signatures(rows)
+        rows = range(rows.stop, rows.stop + _ROWS_AT_ONCE)
 
 
 def drop_dead_segments(adapter: Adapter) -> int:

@@ -25,6 +25,7 @@ from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.ingest.workers import Workers
 from pydedup.jobs import LEASE_SECONDS, Job
 from pydedup.layout import block_places, pages_read
+from pydedup.signatures import drop_segment
 
 __all__ = ["Segments", "Stager"]
 
@@ -140,6 +141,7 @@ class Stager:
             if model.model_id:
                 # Also what was written under an id that a vacuum has collected meanwhile.
                 with adapter.transaction():
+                    drop_segment(adapter, model.model_id)
                     adapter.delete_model(model.model_id)
                 model.model_id = 0
         self._job.discard(self.page_ids)

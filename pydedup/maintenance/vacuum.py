@@ -22,7 +22,7 @@ from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
 from pydedup.maintenance.repack import UNUSED_PART, Repacked, RepackPlan, plan_repack, repack
 from pydedup.pool import PagePool
-from pydedup.signatures import drop_dead_segments
+from pydedup.signatures import drop_dead_segments, drop_segment
 from pydedup.types import Progress
 
 __all__ = [
@@ -269,6 +269,7 @@ def _collect_and_retire(adapter: Adapter, lease_seconds: float) -> int:
         staged_pages = {row.id for row in adapter.page_rows(state=STAGING)}
         abandoned, dead, nothing_runs = _dead_stagings(adapter, lease_seconds)
         for model_id in abandoned:
+            drop_segment(adapter, model_id)
             adapter.delete_model(model_id)
         for job_id in dead:
             adapter.delete_job(job_id)

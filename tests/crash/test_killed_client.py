@@ -22,10 +22,12 @@ from pydedup.adapters._schema import TABLES
 import pydedup
 from pydedup import policies, registry
 from pydedup.adapter import LIVE, STAGING, Adapter
-from pydedup.ingest import pages
+from pydedup.errors import StorageFullError
+from pydedup.ingest import candidates, pages, write
 from pydedup.maintenance import repack, vacuum
 from pydedup.store import Store
-from pydedup.testing.crash import PHASES, work_and_kill
+from pydedup.testing.crash import PHASES, Phase, work_and_kill
+from pydedup.testing.faults import Fault, inject
 
 ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "10"))
 #: After so many rounds the phases come again; what is left of them are random moments.
@@ -204,3 +206,30 @@ def test_a_killed_client_leaves_a_sound_store(store_url: str, action: str) -> No
         counts = row_counts(adapter)
         assert counts.pop("meta") > 0
         assert set(counts.values()) == {0}, counts
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_similarity_index_that_is_written_in_part_goes(
+    store_url: str, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a kill with the next vacuum, at an error at once: every add would read it."""
+    monkeypatch.setattr(candidates, "_PIECE_BLOCKS", 8)
+    monkeypatch.setattr(write, "_BYTES_PER_TRANSACTION", 1)
+    pydedup.open(store_url).close()  # makes the tables
+    with opened(store_url) as (_, adapter):
+        empty = row_counts(adapter)
+    if killed:
+        phase = Phase("insert_signatures", 2, "after the commit")
+        assert work_and_kill(store_url, lambda store: store.add("new", member(0)), phase, 0)
+        with opened(store_url) as (store, adapter):
+            assert row_counts(adapter)["signatures"] == 2
+            store.vacuum()
+    else:
+        adapter, control = inject(registry.connect(store_url, mode="a"))
+        with Store(adapter, 64 << 20) as store:
+            control.add_fault(Fault("insert_signatures", StorageFullError("no room"), 3))
+            with pytest.raises(StorageFullError, match="no room"):
+                store.add("new", member(0))
+    with opened(store_url) as (_, adapter):
+        assert row_counts(adapter) == empty
