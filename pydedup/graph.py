@@ -8,7 +8,7 @@ attributes. What the operations compute (``x`` is the first input, ``y`` the sec
 =================  =============================================================================
 ``linear``         ``x @ W.T + bias`` with weight (out, in); with ``transpose`` the tensor is
                    stored as (in, out) and the result is ``x @ W + bias``
-``embedding``      ``weight[ids]``
+``embedding``      ``weight[ids]``; negative ids, counted from the end, only with ``from_end``
 ``embedding_bag``  rows of ``weight`` per bag, reduced by ``mode`` (sum, mean, max). Inputs: ids
                    2-D, a bag per row; or ids 1-D and offsets 1-D, with the end of the last bag
                    as one more offset when ``include_last_offset``. Entries equal to
@@ -96,7 +96,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
         "linear": OpSpec(
             weights=("weight",), optional_weights=("bias",), attrs={"transpose": False}
         ),
-        "embedding": OpSpec(weights=("weight",)),
+        "embedding": OpSpec(weights=("weight",), attrs={"from_end": False}),
         "embedding_bag": OpSpec(
             1,
             2,
@@ -141,6 +141,7 @@ _INT_ATTRS = {"start_axis", "axes", "axis", "padding_idx", "groups"}
 _FLOAT_ATTRS = {"alpha", "eps"}
 _BOOL_ATTRS = {
     "transpose",
+    "from_end",
     "include_last_offset",
     "keepdims",
     "ceil_mode",

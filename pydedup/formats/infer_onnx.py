@@ -249,7 +249,7 @@ class _Translation:
         if _int(attrs, "axis", 0) != 0:
             raise _UnknownError
         weights = {"weight": self._weight(node.input[0], 2)}
-        self._add("embedding", node, (node.input[1],), weights)
+        self._add("embedding", node, (node.input[1],), weights, {"from_end": True})
 
     def _gelu(self, node: Any, attrs: Mapping[str, Any]) -> None:
         mode = attrs["approximate"].s.decode() if "approximate" in attrs else "none"
@@ -295,6 +295,8 @@ class _Translation:
         if len(node.input) < 3 or _int(attrs, "stash_type", 1) != 1:
             raise _UnknownError
         scale, bias = self._weight(node.input[1]), self._weight(node.input[2])
+        if 1 in self._shapes[scale] or self._shapes[bias] != self._shapes[scale]:
+            raise _UnknownError  # may be stretched to the axes that are normalised
         axes = len(self._shapes[scale])
         axis = _int(attrs, "axis", -1)
         rank = self._ranks.get(node.input[0])

@@ -159,7 +159,7 @@ class Source:
     Raises
     ------
     ArgumentError
-        For a URL that is none of a server.
+        For a URL that is none of a server, and a file without a certificate.
     """
 
     def __init__(
@@ -168,7 +168,9 @@ class Source:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
-        except ValueError as error:
+            (host or "").encode("idna")  # as it is looked up
+            http.client.HTTPConnection(host or "localhost")
+        except (ValueError, http.client.InvalidURL) as error:
             raise ArgumentError(f"{url!r} is no URL of a server: {error}") from None
         if parts.scheme not in ("http", "https") or not host or parts.username or parts.query:
             raise ArgumentError(f"{url!r} is no URL of a server; write it as http://127.0.0.1:8000")
@@ -180,7 +182,10 @@ class Source:
         else:
             context = ssl.create_default_context()
             if trust is not None:
-                context.load_verify_locations(trust)
+                try:
+                    context.load_verify_locations(trust)
+                except OSError as error:  # of which that of ssl is one
+                    raise ArgumentError(f"no certificate (PEM) in {trust}: {error}") from error
             self._connection = http.client.HTTPSConnection(
                 host, port or 443, timeout=timeout, context=context
             )

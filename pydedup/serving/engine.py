@@ -175,7 +175,11 @@ class _Run:
         )
 
     def embedding(self, node: Node, ids: _Array) -> _Array:
-        return _widen(self.tensor(node.weights["weight"]).take(ids))
+        weight = self.tensor(node.weights["weight"])
+        if node.attr("from_end") and ids.dtype.kind == "i":
+            ids, count = ids.astype(np.int64, copy=False), weight.shape[0]
+            ids = np.where((ids < 0) & (ids >= -count), ids + count, ids)
+        return _widen(weight.take(ids))
 
     def embedding_bag(self, node: Node, ids: _Array, offsets: _Array | None = None) -> _Array:
         weight = self.tensor(node.weights["weight"])

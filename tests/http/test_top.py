@@ -136,6 +136,9 @@ def test_a_token_and_tls(start: Start, store_url: str, certificate: tuple[Path, 
     untrusted = top(*words, PYDEDUP_TOKEN="s3cret")
     assert untrusted.returncode == 4
     assert "certificate" in untrusted.stderr.lower()
+    none = top(*words, "--tls-ca", __file__)
+    assert none.returncode == 2
+    assert f"no certificate (PEM) in {__file__}" in none.stderr
 
 
 def test_what_is_no_server_is_said(server: Server, store_url: str) -> None:
@@ -145,6 +148,8 @@ def test_what_is_no_server_is_said(server: Server, store_url: str) -> None:
         (store_url, 2, "no URL of a server"),
         ("http://127.0.0.1:99999", 2, "no URL of a server"),
         ("http://", 2, "no URL of a server"),
+        ("http://a b", 2, "no URL of a server"),
+        ("http://a..b", 2, "no URL of a server"),
     ):
         done = top(url, "--once", "--interval", 0.1)
         assert (done.returncode, done.stdout) == (status, ""), done.stderr

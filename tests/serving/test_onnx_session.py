@@ -177,6 +177,25 @@ def test_recurrent_and_look_ups(store: pydedup.Store, tmp_path: Path) -> None:
         store.predict("m", X)
 
 
+def test_look_ups_from_the_end_and_norms_with_one_scale(
+    store: pydedup.Store, tmp_path: Path
+) -> None:
+    path = save(
+        tmp_path / "rows.onnx",
+        [node("Gather", "table x", "y")],
+        {"table": normal(500, 64)},
+        [value("x", 7, ("b",))],
+    )
+    store.add("rows", path)
+    assert store.graph("rows") is not None
+    ids = np.array([0, -1, -500, 499])
+    np.testing.assert_array_equal(store.predict("rows", ids), run(path, x=ids))
+    weights = {"scale": normal(1), "shift": normal(1)}
+    path = save(tmp_path / "n.onnx", [node("LayerNormalization", "x scale shift", "y")], weights)
+    store.add("norm", path)
+    np.testing.assert_allclose(store.predict("norm", X), run(path, x=X), rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_inputs(store: pydedup.Store, tmp_path: Path) -> None:
     nodes = [node("Mul", "x z", "a"), node("MatMul", "a w", "c"), node("Sin", "c", "y")]
     path = save(tmp_path / "m.onnx", nodes, {"w": normal(64, 80)}, [value("x"), value("z")])

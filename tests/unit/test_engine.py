@@ -193,6 +193,16 @@ def test_embedding(dtype: Any) -> None:
             run_node(node, model, np.array(wrong))
 
 
+def test_ids_counted_from_the_end() -> None:
+    w = RNG.standard_normal((200, 6)).astype(np.float32)
+    node = Node("embedding", ("ids",), "out", {"weight": "w"}, {"from_end": True})
+    for ids in (np.array([[0, -1], [-128, 127]], np.int8), np.array(-200), np.array([3], np.uint8)):
+        assert np.array_equal(run_node(node, Model(w=w), ids), w[ids])
+    for wrong in (-201, 200):
+        with pytest.raises(ArgumentError, match=f"id {wrong} is out of range"):
+            run_node(node, Model(w=w), np.array([wrong]))
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding", [None, 0, 7, -3])
 def test_embedding_bag(mode: str, padding: int | None) -> None:

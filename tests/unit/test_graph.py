@@ -560,6 +560,8 @@ def test_onnx_models_compute_the_same(name: str) -> None:
         _model([_n("Flatten", "x", axis=0)], []),
         _model([_n("Reshape", "x to")], [_ints("to", 2, 0)], (3, 6)),
         _model([_n("LayerNormalization", "x s")], [_tensor("s", 6)]),
+        _model([_n("LayerNormalization", "x s b")], [_tensor("s", 1), _tensor("b", 1)]),
+        _model([_n("LayerNormalization", "x s b")], [_tensor("s", 6), _tensor("b", 1)]),
         _model([_n("Erf", "x")], []),
         _model([_n("ReduceMean", "x")], []),
         _model([_n("ReduceMean", "x axes", keepdims=0)], [_ints("axes")], rank=0),
