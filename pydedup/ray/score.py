@@ -150,7 +150,7 @@ def _run(
 ) -> ScoreReport:
     """Have workers do what is not done yet."""
     assert job.notes is not None
-    done = {} if job.dataset is not None else job.notes.done()
+    done = {} if job.dataset is not None else job.done(settings)
     total = _Total()
     for result in done.values():
         total.skipped += result.rows + result.skipped

@@ -28,14 +28,17 @@ from pydedup.ray.score_plan import (
     FilePart,
     FolderNotes,
     Notes,
+    PartResult,
     QueryPart,
     Settings,
     TableNotes,
     from_json,
 )
 from pydedup.ray.score_worker import Scorer, rows_of
+from pydedup.registry import redact
 from pydedup.serving.pin import Pin
 from pydedup.serving.score import Scoring, key_place
+from pydedup.serving.score_table import PredictionTable, comparable
 
 __all__ = ["MOST_ROWS", "Job"]
 
@@ -159,12 +162,26 @@ class Job:
                 "name them as before, or a new table or folder"
             )
         parts = [kind(*map(from_json, part)) for part in cut]
-        if kind is FilePart and {part.path for part in parts} != set(map(str, self.files or ())):
-            raise ArgumentError(
-                "the Parquet files are not those that the work began with; name a new table or "
-                "folder for others, or the files as before"
-            )
         return dataclasses.replace(settings, parts=parts)
+
+    def done(self, settings: Settings) -> dict[int, PartResult]:
+        """Return the parts that are done, but for those whose rows somebody took away.
+
+        Of each, one key is looked for: the table may have been emptied, or made anew.
+        """
+        assert self.notes is not None
+        found = self.notes.done()
+        if self.folder is not None or not found:
+            return found
+        assert self.rows is not None
+        key = RowColumn(settings.key, settings.key_type)
+        table = PredictionTable(self.rows, self.table, key, settings.address)
+        table.look()
+        if not table.is_there:
+            return {}
+        known = {comparable(result.key) for result in found.values()} - {None}
+        gone = known - table.present(list(known))
+        return {n: result for n, result in found.items() if comparable(result.key) not in gone}
 
     def _columns(self, columns: Sequence[str] | None) -> tuple[list[str], list[Any]]:
         """Return the columns of a row, and their types: of a database or of pyarrow."""
@@ -212,8 +229,9 @@ class Job:
         row = self._catalog.resolve(self._model)
         folder = FolderNotes(self.folder)
         noted, self.resumed = folder.begin(
-            {"what": what, "asked": self._model, "model": row.id, "name": row.name}
-            | {"address": f"{row.name}@{row.version}", "store": self._adapter.meta()["store_id"]}
+            {"what": what, "source": redact(self._source or ""), "asked": self._model}
+            | {"model": row.id, "name": row.name, "address": f"{row.name}@{row.version}"}
+            | {"store": self._adapter.meta()["store_id"]}
         )
         self.notes = folder
         if noted["store"] != self._adapter.meta()["store_id"]:

@@ -21,7 +21,7 @@ import numpy as np
 from pydedup.adapter_options import RowColumn, RowStream
 from pydedup.errors import ArgumentError, FormatError
 from pydedup.ray.cluster import INSTALL
-from pydedup.ray.score_plan import FilePart
+from pydedup.ray.score_plan import FilePart, part_file
 
 __all__ = [
     "ParquetPart",
@@ -209,7 +209,7 @@ class ParquetPart:
     """
 
     def __init__(self, folder: Path, number: int, key_type: Any, *, unique: bool) -> None:
-        self._path = folder / f"part-{number:05d}.parquet"
+        self._path = folder / part_file(number)
         self._written = folder / f".{self._path.name}.{uuid.uuid4().hex}.tmp"
         self._key_type, self._unique = key_type, unique
         self._seen: set[object] = set()
@@ -273,9 +273,9 @@ class ParquetPart:
         self._flush()
         self._writer.close()
         self._writer = None
-        with self._written.open("rb") as file:
-            os.fsync(file.fileno())
         try:
+            with self._written.open("rb") as file:
+                os.fsync(file.fileno())
             self._written.replace(self._path)
         except FileNotFoundError:  # another run ended, and with it took what it thought left over
             if not self._path.exists():

@@ -26,7 +26,16 @@ from pydedup.ray.cluster import Secret
 from pydedup.serving.pin import Pin
 from pydedup.types import RowFailure
 
-__all__ = ["FilePart", "FolderNotes", "Notes", "PartResult", "QueryPart", "Settings", "TableNotes"]
+__all__ = [
+    "FilePart",
+    "FolderNotes",
+    "Notes",
+    "PartResult",
+    "QueryPart",
+    "Settings",
+    "TableNotes",
+    "part_file",
+]
 
 #: Folder of notes beside Parquet files; who reads those skips names that begin so.
 NOTES: Final = "_pydedup"
@@ -137,28 +146,37 @@ class Settings:
 
 @dataclass
 class PartResult:
-    """What became of a part: rows written, there already, failed, and the first that did."""
+    """What became of a part: rows written, there already, failed, and the first that did.
+
+    ``key`` is that of a row that was there when it was done.
+    """
 
     rows: int = 0
     skipped: int = 0
     failed: int = 0
     failures: list[RowFailure] = field(default_factory=list)
+    key: object = None
 
     def noted(self) -> dict[str, Any]:
         """Return it as JSON has it; keys of other types than JSON's as Python writes them."""
         failures = [[_plain(one.key), one.reason] for one in self.failures]
+        key = None
+        with contextlib.suppress(ArgumentError):
+            key = to_json(self.key)
         return {
             "rows": self.rows,
             "skipped": self.skipped,
             "failed": self.failed,
             "failures": failures,
+            "key": key,
         }
 
     @classmethod
     def of(cls, noted: Mapping[str, Any]) -> PartResult:
         """Return what was noted."""
         failures = [RowFailure(from_json(key), reason) for key, reason in noted["failures"]]
-        return cls(noted["rows"], noted["skipped"], noted["failed"], failures)
+        key = from_json(noted.get("key"))
+        return cls(noted["rows"], noted["skipped"], noted["failed"], failures, key)
 
 
 def _short(key: object) -> str:
@@ -253,11 +271,12 @@ class FolderNotes:
             finally:
                 written.unlink()
         found = dict(json.loads(noted.read_text()))
-        differ = [name for name in ("what", "asked") if found.get(name) != work.get(name)]
-        if differ:
+        # What an older pydedup noted says nothing of the source.
+        if any(found.get(name, work[name]) != work[name] for name in ("what", "source", "asked")):
+            of = f" in {found['source']}" if found.get("source") else ""
             raise ArgumentError(
                 f"{parent} holds predictions of another work ({found['asked']} of "
-                f"{found['what'][:200]!r}); name a new folder"
+                f"{found['what'][:200]!r}{of}); name a new folder"
             )
         return found, True
 
@@ -283,16 +302,27 @@ class FolderNotes:
         return list(json.loads(noted.read_text()))
 
     def done(self) -> dict[int, PartResult]:
-        """Return the parts that are done."""
-        return {
+        """Return the parts that are done, but for those whose file somebody took away."""
+        found = {
             int(path.stem.removeprefix("done-")): PartResult.of(json.loads(path.read_text()))
             for path in self._folder.glob("done-*.json")
+        }
+        there = {path.name for path in self._folder.parent.iterdir()}
+        return {
+            number: result
+            for number, result in found.items()
+            if not result.rows or part_file(number) in there
         }
 
     def mark(self, number: int, result: PartResult) -> None:
         """Note that a part is done."""
         written = _write(self._folder, json.dumps(result.noted()))
         written.replace(self._folder / f"done-{number:05d}.json")
+
+
+def part_file(number: int) -> str:
+    """Return the name of the Parquet file of a part."""
+    return f"part-{number:05d}.parquet"
 
 
 def _write(folder: Path, text: str) -> Path:

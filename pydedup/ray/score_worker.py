@@ -156,6 +156,7 @@ class Scorer:
         result.skipped += max(report.skipped - written, 0)
         result.failed += report.failed
         result.failures += report.failures[: MOST_FAILURES - len(result.failures)]
+        result.key = work.last_key
 
     def _read(self, part: QueryPart | FilePart) -> AbstractContextManager[RowStream]:
         told = self.settings

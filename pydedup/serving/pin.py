@@ -36,7 +36,7 @@ class Pin:
         self._catalog = catalog
         self._address = address
         self._table = table
-        work = json.dumps([url, table, " ".join(query.split()), address])
+        work = json.dumps([url, table, query.strip(), address])
         self._id = f"score:{hashlib.sha256(work.encode()).hexdigest()[:32]}"
         self._run = uuid.uuid4().hex
         self._pinned = False

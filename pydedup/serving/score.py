@@ -181,6 +181,7 @@ class Scoring:
         self._is_plain = True  # as far as is known, an array with a row for each
         self._started = time.monotonic()
         self._failures: list[RowFailure] = []
+        self.last_key: object = None  # of a row that is in the table
         self.seen = self._written = self._skipped = self._failed = 0
 
     def _predict(self, x: Array) -> Any:
@@ -355,6 +356,7 @@ class Scoring:
             for key in self.target.present(list(wanted)):
                 if wanted.pop(key, None) is not None:
                     self._skipped += 1
+                    self.last_key = key
         return wanted
 
     def _write(self, made: dict[object, Line]) -> None:
@@ -362,6 +364,7 @@ class Scoring:
         for _ in range(_TRIES):
             if not made or self.target.insert(made):
                 self._written += len(made)
+                self.last_key = next(reversed(made), self.last_key)
                 return
             there = self.target.present(list(made))
             self._skipped += len(there)

@@ -101,6 +101,88 @@ def test_parquet_becomes_parquet_once(parquet: Path, scored_file: Scored, connec
         score(parquet / "a.parquet", scored_file, out, columns=columns)
 
 
+class _StopError(Exception):
+    pass
+
+
+def _interrupted(data: Any, at: Scored, into: Any, **options: Any) -> None:
+    """Begin a scoring, and end it when some rows are done."""
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done >= 600:
+            raise _StopError
+
+    with pytest.raises(_StopError):
+        score(data, at, into, progress=stop, **options)
+
+
+@pytest.mark.parametrize("data", ["query", "files"])
+@pytest.mark.parametrize("change", ["DROP TABLE p", "DELETE FROM p"])
+def test_predictions_that_are_taken_away_are_made_again(
+    data: str, change: str, parquet: Path, scored_file: Scored, connected: Any
+) -> None:
+    """Parts noted as done were left out, although nothing was there of them any more."""
+    files, columns = data == "files", ["id", "f0", "f1", "f2"]
+    dataset: Any = parquet if files else scored_file.query
+    options = {"columns": columns if files else None}
+    _interrupted(dataset, scored_file, "p", **options)
+    scored_file.run(change)
+    report = score(dataset, scored_file, "p", **options)
+    assert (report.resumed, report.rows) == (True, ROWS)
+    assert_right(scored_file.predictions(), scored_file)
+
+
+def test_a_file_of_predictions_that_is_taken_away_is_made_again(
+    scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    out = tmp_path / "out"
+    score(scored_file.query, scored_file, out)
+    sorted(out.glob("*.parquet"))[1].unlink()
+    assert 0 < score(scored_file.query, scored_file, out).rows <= 300
+    assert_right(of_folder(out), scored_file)
+
+
+def test_queries_that_differ_in_blanks_are_not_one_work(
+    scored_file: Scored, connected: Any
+) -> None:
+    """Those of a text mean something: parts of the one were taken for done in the other."""
+    scored_file.run("ALTER TABLE t ADD COLUMN name TEXT")
+    scored_file.run("UPDATE t SET name = CASE WHEN id % 2 = 0 THEN 'a b' ELSE 'a  b' END")
+    _interrupted(f"{scored_file.query} WHERE name = 'a b'", scored_file, "p")
+    for name in ("a  b", "a b"):
+        score(f"{scored_file.query} WHERE name = '{name}'", scored_file, "p")
+    assert_right(scored_file.predictions(), scored_file)
+
+
+def test_a_folder_is_of_one_source(scored_file: Scored, tmp_path: Path, connected: Any) -> None:
+    """Another one's rows were said to be there."""
+    score(scored_file.query, scored_file, tmp_path / "out")
+    other = Scored(f"sqlite:///{tmp_path / 'other.db'}")
+    with pytest.raises(ArgumentError, match="predictions of another work"):
+        score(scored_file.query, scored_file, tmp_path / "out", source=other.url)
+
+
+@pytest.mark.parametrize("into", ["table", "folder"])
+def test_files_and_row_groups_may_be_empty(
+    into: str, parquet: Path, scored_file: Scored, connected: Any
+) -> None:
+    """With one among them, or nothing else, files were "not those that the work began with"."""
+    columns = ["id", "f0", "f1", "f2"]
+    empty = parquet.parent / "empty.parquet"
+    pq.write_table(pq.read_table(parquet / "a.parquet")[:0], empty)
+    targets: list[Any] = ["p", "q"]
+    if into == "folder":
+        targets = [parquet.parent / name for name in targets]
+    report = score([empty, parquet], scored_file, targets[0], columns=columns)
+    assert report.rows == ROWS
+    assert score(empty, scored_file, targets[1], columns=columns).rows == 0
+    if into == "folder":
+        assert_right(of_folder(targets[0]), scored_file)
+    else:
+        assert_right(scored_file.predictions("p"), scored_file)
+        assert scored_file.predictions("q") == {}
+
+
 @pytest.mark.parametrize("into", ["table", "folder"])
 def test_a_version_that_is_removed_under_the_work_is_told(
     into: str, scored_file: Scored, tmp_path: Path, connected: Any
