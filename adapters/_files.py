@@ -38,23 +38,24 @@ def locate_file(url: str) -> tuple[DatabaseFile, float]:
     rest, mark, query = rest.rpartition("?")
     if not mark:
         rest, query = query, ""
+    shown = f"{scheme}://{rest}"  # an option that is none of ours may be a password
     host, slash, path = rest.partition("/")
     if path == ":memory:" or (not host and not path):
         raise ArgumentError(
-            f"{url!r} is a database in memory, of which each thread would see another; name a "
+            f"{shown!r} is a database in memory, of which each thread would see another; name a "
             f"file, e.g. {scheme}:///models.db"
         )
     if host or not slash or "\0" in path:
         raise ArgumentError(
-            f"{_unless_secret(url)} names no file; write {scheme}:///relative.db or "
+            f"{_unless_secret(shown)} names no file; write {scheme}:///relative.db or "
             f"{scheme}:////absolute.db"
         )
     timeout = TIMEOUT_SECONDS
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name != "timeout":
             raise ArgumentError(
-                f"{url!r}: option {name!r} is not known; there is: timeout (a path that holds '?' "
-                "is to end in one more)"
+                f"{shown!r}: option {name!r} is not known; there is: timeout (a path that holds "
+                "'?' is to end in one more)"
             )
         try:
             timeout = float(value)
@@ -62,7 +63,7 @@ def locate_file(url: str) -> tuple[DatabaseFile, float]:
             timeout = -1.0
         if not 0 <= timeout <= MOST_SECONDS:
             raise ArgumentError(
-                f"{url!r}: timeout={value} must be a number of seconds, 0 to {MOST_SECONDS:.0f}"
+                f"{shown!r}: timeout={value} must be a number of seconds, 0 to {MOST_SECONDS:.0f}"
             )
     return DatabaseFile(os.path.realpath(path)), timeout
 

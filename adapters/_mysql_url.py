@@ -89,7 +89,8 @@ def _split(url: str) -> tuple[SplitResult, int | None]:
         parts = urlsplit(url)
         port = parts.port
         # After a password with a special character, or one "/" too many, comes a piece of it.
-        if "@" not in parts.path + parts.query.partition("=")[0] + parts.fragment:
+        misplaced = "@" in parts.path + parts.query.partition("=")[0] + parts.fragment
+        if not misplaced and "\0" not in unquote(url):
             return parts, port
     # What is wrong may be a part of the password.
     raise ArgumentError(

@@ -83,7 +83,9 @@ _USER_FILE: Final = _BuiltIn(
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # A URL without its colon, or what libpq and others take for a connection: never a file to create.
-_MISTYPED = re.compile(r"(?i)(postgres(ql)?|mysql|mariadb|sqlite)//|(.*\s)?(password|dbname)\s*=")
+_MISTYPED = re.compile(
+    r"(?i)(postgres(ql)?(\+shards)?|mysql|mariadb|sqlite)//|(.*\s)?(password|dbname)\s*="
+)
 _OPTIONS = re.compile(r"\?\w+=[^?]*$")
 _SECRETS = re.compile(r"(?i)([?&;](?:password|passwd|pwd|passphrase|sslpassword|token)=)[^&;#]*")
 

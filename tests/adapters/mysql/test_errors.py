@@ -140,6 +140,8 @@ def test_users_that_are_not_let_in_are_told_why(url: str, user: Any, run: Any, p
         ("mysql://u:a@s3cret?b@host/db", "no URL of a MySQL database"),
         ("mysql://u:a@s3cret/b#c@host/db", "no URL of a MySQL database"),
         ("mysql:///u:s3cret@host/db", "no URL of a MySQL database"),
+        ("mysql://u:s3cret%00@host/db", "no URL of a MySQL database"),
+        ("mysql://u@host/db?password=s3cret%00", "no URL of a MySQL database"),
         ("mysql://u:s3cret@host/db?tmeout=1", "tmeout"),
         ("mysql://u:s3cret@host/db?timeout=soon", "soon"),
         ("mysql://u:s3cret@host/db?ssl_verify_cert=maybe", "maybe"),
