@@ -89,11 +89,16 @@ unsigned longest_code(const Codes& codes) noexcept {
 
 namespace {
 
-// First code of each length, left-aligned to `max_bits`; false when incomplete.
-bool first_codes(const ContextCode& code, unsigned max_bits,
-                 std::array<std::uint32_t, kMaxCodeBits + 1>& start) noexcept {
-    std::array<std::uint32_t, kMaxCodeBits + 1> of_length{};
+using OfLength = std::array<std::uint32_t, kMaxCodeBits + 1>;
+
+OfLength symbols_of_length(const ContextCode& code) noexcept {
+    OfLength of_length{};
     for (std::size_t s = code.first; s <= code.last; ++s) ++of_length[code.bits[s]];
+    return of_length;
+}
+
+// First code of each length, left-aligned to `max_bits`; false when incomplete.
+bool first_codes(const OfLength& of_length, unsigned max_bits, OfLength& start) noexcept {
     std::uint32_t at = 0;
     for (unsigned bits = 1; bits <= max_bits; ++bits) {
         start[bits] = at;
@@ -102,15 +107,43 @@ bool first_codes(const ContextCode& code, unsigned max_bits,
     return at == 1U << max_bits;
 }
 
-// `run` is a power of two.
+// Entries that are stored at once, the ones behind a run included, which are overwritten then.
+constexpr std::size_t kStored = 16;
+
 void fill_run(std::uint16_t* to, std::size_t run, std::uint16_t entry) noexcept {
-    if (run < 4) {
-        to[0] = entry;
-        to[run - 1] = entry;
-        return;
+    std::array<std::uint16_t, kStored> stored;
+    stored.fill(entry);
+    std::size_t i = 0;
+    do {
+        std::memcpy(to + i, stored.data(), sizeof stored);
+        i += kStored;
+    } while (i < run);
+}
+
+// The table of one context, whose entries come one behind the other in the order of the codes: by
+// length, then by symbol. False when the code is incomplete.
+bool fill_table(const ContextCode& code, unsigned table_bits, std::uint16_t* to) noexcept {
+    const OfLength of_length = symbols_of_length(code);
+    OfLength next{};
+    if (!first_codes(of_length, table_bits, next)) return false;
+    std::array<std::uint8_t, 512> by_code;  // the upper half for symbols without a code
+    next[0] = 256;
+    std::uint32_t count = 0;
+    for (unsigned bits = 1; bits <= table_bits; ++bits) {
+        next[bits] = count;
+        count += of_length[bits];
     }
-    const std::uint64_t four = entry * 0x0001000100010001U;
-    for (std::size_t i = 0; i < run; i += 4) std::memcpy(to + i, &four, sizeof four);
+    for (std::size_t s = code.first; s <= code.last; ++s) {
+        by_code[next[code.bits[s]]++] = static_cast<std::uint8_t>(s);
+    }
+    for (std::uint32_t i = 0; i < count; ++i) {
+        const unsigned symbol = by_code[i];
+        const unsigned bits = code.bits[symbol];
+        const std::size_t run = std::size_t{1} << (table_bits - bits);
+        fill_run(to, run, static_cast<std::uint16_t>(symbol << 8 | bits));
+        to += run;
+    }
+    return true;
 }
 
 }  // namespace
@@ -120,8 +153,8 @@ void make_codes(const Codes& codes, std::vector<std::uint32_t>& table) {
     for (std::size_t c = 0; c < codes.size(); ++c) {
         const ContextCode& code = codes[c];
         if (!code.used || code.single >= 0) continue;
-        std::array<std::uint32_t, kMaxCodeBits + 1> start{};
-        static_cast<void>(first_codes(code, kMaxCodeBits, start));
+        OfLength start{};
+        static_cast<void>(first_codes(symbols_of_length(code), kMaxCodeBits, start));
         for (std::size_t s = code.first; s <= code.last; ++s) {
             const unsigned bits = code.bits[s];
             if (bits == 0) continue;
@@ -134,23 +167,16 @@ void make_codes(const Codes& codes, std::vector<std::uint32_t>& table) {
 
 bool make_read_table(const Codes& codes, unsigned table_bits, std::vector<std::uint16_t>& table) {
     const std::size_t size = std::size_t{1} << table_bits;
-    table.resize(codes.size() * size);
+    const std::size_t needed = codes.size() * size + kStored;
+    if (table.size() < needed) table.resize(needed);
     for (std::size_t c = 0; c < codes.size(); ++c) {
         const ContextCode& code = codes[c];
         std::uint16_t* const to = table.data() + c * size;
         if (!code.used || code.single >= 0) {
-            std::fill_n(to, size,
-                        static_cast<std::uint16_t>(code.used ? unsigned(code.single) << 8 : 0));
-            continue;
-        }
-        std::array<std::uint32_t, kMaxCodeBits + 1> start{};
-        if (!first_codes(code, table_bits, start)) return false;
-        for (std::size_t s = code.first; s <= code.last; ++s) {
-            const unsigned bits = code.bits[s];
-            if (bits == 0) continue;
-            const std::uint32_t run = 1U << (table_bits - bits);
-            fill_run(to + start[bits], run, static_cast<std::uint16_t>(s << 8 | bits));
-            start[bits] += run;
+            fill_run(to, size,
+                     static_cast<std::uint16_t>(code.used ? unsigned(code.single) << 8 : 0));
+        } else if (!fill_table(code, table_bits, to)) {
+            return false;
         }
     }
     return true;

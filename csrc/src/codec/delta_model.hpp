@@ -84,7 +84,8 @@ using Codes = std::vector<ContextCode>;
 /// One code (code << 8 | bits) per context and symbol, for writing.
 void make_codes(const Codes& codes, std::vector<std::uint32_t>& table);
 
-/// The table that is read by; false when a context's bits are not those of a complete code.
+/// The table that is read by, which only grows; false when a context's bits are not those of a
+/// complete code.
 [[nodiscard]] bool make_read_table(const Codes& codes, unsigned table_bits,
                                    std::vector<std::uint16_t>& table);
 

@@ -97,15 +97,20 @@ class BitSink {
 class BitSource {
   public:
     explicit BitSource(Source& source) : source_(source) {}
+    /// The next bits, at most 32.
     unsigned value(unsigned bits) noexcept {
-        const auto value = static_cast<unsigned>(window() & ((1U << bits) - 1));
-        position_ += bits;
+        if (held_bits_ < bits) fill();
+        const auto value = static_cast<unsigned>(held_ & ((std::uint64_t{1} << bits) - 1));
+        skip(bits);
         return value;
     }
-    /// How many ones there are before a zero, which is taken with them; at most 56.
-    unsigned ones() noexcept {
-        const auto n = static_cast<unsigned>(std::countr_one(window()));
-        position_ += n + 1;
+    /// How many ones there are before a zero, which is taken with them; for more than `most`,
+    /// which is at most 31, one more than that, and nothing is taken.
+    unsigned ones(unsigned most) noexcept {
+        if (held_bits_ <= most) fill();
+        const auto n = static_cast<unsigned>(std::countr_one(held_));
+        if (n > most) return most + 1;
+        skip(n + 1);
         return n;
     }
     /// Takes what was read from the source, which fails if it ends before that. Returns whether
@@ -117,21 +122,32 @@ class BitSource {
     }
 
   private:
-    // The next 56 bits, a zero behind them.
-    [[nodiscard]] std::uint64_t window() const noexcept {
+    static constexpr unsigned kFilled = 56;
+
+    void skip(unsigned bits) noexcept {
+        held_ >>= bits;
+        held_bits_ -= bits;
+        position_ += bits;
+    }
+    // Holds the next bits, zeros behind them.
+    void fill() noexcept {
         const std::size_t at = position_ / 8;
         const std::size_t size = source_.left.size();
-        std::uint64_t bits = 0;
-        if (at < size) {
-            std::array<std::byte, 8> bytes{};
-            std::memcpy(bytes.data(), source_.left.data() + at, std::min(bytes.size(), size - at));
-            bits = load_le<std::uint64_t>(bytes.data());
+        std::array<std::byte, 8> bytes{};
+        if (at + bytes.size() <= size) {  // a copy of fixed size is one load
+            std::memcpy(bytes.data(), source_.left.data() + at, bytes.size());
+        } else if (at < size) {
+            std::memcpy(bytes.data(), source_.left.data() + at, size - at);
         }
-        return bits >> (position_ % 8) & ((std::uint64_t{1} << 56) - 1);
+        held_ = load_le<std::uint64_t>(bytes.data()) >> (position_ % 8) &
+                ((std::uint64_t{1} << kFilled) - 1);
+        held_bits_ = kFilled;
     }
 
     Source& source_;
     std::size_t position_ = 0;
+    std::uint64_t held_ = 0;  // the next bits, the first one lowest
+    unsigned held_bits_ = 0;
 };
 
 unsigned bits_of_group(std::size_t n_groups) noexcept {
@@ -335,7 +351,7 @@ const char* get_code_bits(Source& source, unsigned n_contexts, unsigned n_symbol
         code.last = static_cast<std::uint8_t>(last);
         LengthGuess guess;
         for (unsigned s = first; s <= last; ++s) {
-            const unsigned rank = bits.ones();
+            const unsigned rank = bits.ones(kMaxCodeBits);
             if (rank > kMaxCodeBits) return "a code has an impossible length";
             code.bits[s] = guess.order()[rank];
             guess.saw(code.bits[s]);
