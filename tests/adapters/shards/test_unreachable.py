@@ -15,6 +15,7 @@ from pydedup.testing.shards import MODELS, ShardedPlace, fill
 PASSWORD = "geheim-4711"
 
 
+@pytest.mark.usefixtures("known_places")
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_what_is_on_a_shard_that_is_down_is_unreachable(
     replicas: int,
