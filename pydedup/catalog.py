@@ -19,7 +19,7 @@ from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.adapter_options import CopiesAdapter
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.certificates import keeps_bits, largest_error
-from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
+from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
 from pydedup.graph import Graph
 from pydedup.names import parse_address
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, TensorInfo
@@ -185,7 +185,14 @@ class Catalog:
             When the address is malformed.
         NotFoundError
             When there is no such model, version or alias; the message names close ones.
+        UnavailableError
+            When another store has taken the place of the one that was opened.
         """
+        row = self._find(address)
+        self._cached(row)
+        return row
+
+    def _find(self, address: str) -> ModelRow:
         parsed = parse_address(address)
         rows = self._adapter.models(name=parsed.name)
         if not rows:
@@ -214,13 +221,27 @@ class Catalog:
         return self.of_row(self.resolve(address))
 
     def of_row(self, row: ModelRow) -> StoredModel:
-        """Return the model of a row, with what is cached of it."""
-        model = self._models.get(row.id)
+        """Return the model of a row, with what is cached of it. Raises as `resolve` does."""
+        model = self._cached(row)
         if model is None:
             model = StoredModel(self._adapter, row)
             self._models[row.id] = model
             for oldest in list(self._models)[:-_CACHED_MODELS]:
                 self._models.pop(oldest, None)
+        return model
+
+    def _cached(self, row: ModelRow) -> StoredModel | None:
+        """Return the model of a row, if it is cached.
+
+        Ids are given once in a store: where one means another model, tables were dropped and made
+        anew, and what is cached, pages too, is of the store before.
+        """
+        model = self._models.get(row.id)
+        if model is not None and _is_other(model.row, row):
+            raise UnavailableError(
+                f"{self._adapter.url} is another store than the one that was opened: its tables "
+                "were made anew; open it again"
+            )
         return model
 
     def infos(self, name: str | None = None) -> list[ModelInfo]:
@@ -254,6 +275,11 @@ def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
         aliases=tuple(sorted(aliases)),
         metadata=json.loads(row.metadata or "{}"),
     )
+
+
+def _is_other(one: ModelRow, other: ModelRow) -> bool:
+    """Whether two rows of one id are of different models."""
+    return (one.created_at, one.digest) != (other.created_at, other.digest)
 
 
 def _tensor_info(row: TensorRow) -> TensorInfo:

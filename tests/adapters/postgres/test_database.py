@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, RETIRED, Adapter
-from pydedup.errors import NotAStoreError, ReadOnlyError, StoreError
+from pydedup.errors import NotAStoreError, ReadOnlyError, StoreError, UnavailableError
 from pydedup.testing._contract_base import add_pages, open_store, with_option
 
 MIB = 1 << 20
@@ -65,6 +67,25 @@ def test_freed_space_is_used_again(adapter: Adapter) -> None:
     assert max(sizes) < sizes[0] + (2 << 20), sizes
     with pytest.raises(StoreError, match="inside of a transaction"), adapter.transaction():
         adapter.compact()
+
+
+def test_tables_that_are_made_anew_under_a_reader_are_another_store(
+    url: str, schema: str, sql: Any
+) -> None:
+    """What was cached of the store before was served as models of the new one."""
+    old, new = (np.random.default_rng(seed).standard_normal((99, 99)) for seed in (1, 2))
+    with pydedup.open(url) as store:
+        store.add("m@1", {"w": old})
+    with pydedup.open(url, mode="r") as reader:
+        assert reader.load("m")["w"].tobytes() == old.tobytes()
+        sql(f"DROP SCHEMA {schema} CASCADE")
+        with pydedup.open(url) as store:
+            store.add("m@1", {"w": new})
+        for read in (lambda: reader.load("m"), lambda: reader.tensor("m", "w")):
+            with pytest.raises(UnavailableError, match=r"is another store .* open it again"):
+                read()
+    with pydedup.open(url, mode="r") as reader:
+        assert reader.load("m")["w"].tobytes() == new.tobytes()
 
 
 def test_invalid_indexes_are_complained_of(adapter: Adapter, schema: str, sql: Any) -> None:
