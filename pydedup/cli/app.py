@@ -176,12 +176,14 @@ _INTERRUPTED = {
 
 
 def _prepare_streams() -> None:
-    """Make printing safe: a closed standard output, names that its encoding lacks."""
+    """Make printing safe: a closed standard output, names that its encoding lacks, no columns."""
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - lives on
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if not os.environ.get("COLUMNS", "").strip("0"):
+        os.environ.pop("COLUMNS", None)  # 0 is an unknown width, in which rich prints nothing
 
 
 def _flush(status: int) -> int:

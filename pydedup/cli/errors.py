@@ -146,6 +146,11 @@ def _one_line(text: str) -> str:
 
 
 def _write(text: str) -> None:
-    if sys.stderr is not None:
+    if sys.stderr is None:
+        return
+    try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+    except OSError:
+        # Nobody reads it, but the exit status still counts. Python must not try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

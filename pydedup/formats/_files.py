@@ -202,6 +202,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         target = path.resolve() if path.is_symlink() else path
         if target.is_dir():
             raise ArgumentError(f"{path} is a folder; give the path of a file")
+        if target.exists() and not target.is_file():
+            # Renaming onto /dev/null would take it away from everybody.
+            raise ArgumentError(f"{path} is no regular file; choose another path")
         _check_parent(path, target.parent)
         scratch = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
         try:

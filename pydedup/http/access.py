@@ -31,7 +31,8 @@ def read_token(path: Path | None, environment: Mapping[str, str], variable: str)
         When it is empty, or not what a header can hold.
     """
     if path is not None:
-        where, text = f"the token in {path}", path.read_text(encoding="utf-8").strip()
+        # What is no ASCII is refused below.
+        where, text = f"the token in {path}", path.read_text("utf-8", errors="replace").strip()
     elif variable in environment:
         where, text = f"the token in {variable}", environment[variable].strip()
     else:

@@ -425,6 +425,15 @@ def test_a_reader_that_goes_away_is_no_error(command: str, long: str) -> None:
         assert done.returncode == 141
 
 
+def test_standard_error_that_cannot_be_written(kept: str) -> None:
+    """The status was 1 then, as if `verify` had found damage."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*PROGRAM, "info", kept, "x"], stderr=full, check=False)
+    assert done.returncode == 3
+    gone = f"{' '.join(PROGRAM)} info {kept} x 2>&1 | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", gone], check=False).returncode == 3
+
+
 def test_standard_output_that_cannot_be_written(kept: str) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(

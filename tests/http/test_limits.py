@@ -360,6 +360,7 @@ def test_what_cannot_start_says_why(
     store_url: str, tmp_path: Path, certificate: tuple[Path, Path]
 ) -> None:
     (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
     cert, key = certificate
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -368,6 +369,7 @@ def test_what_cannot_start_says_why(
             (4, ["listen", str(port)], [store_url, "--port", port]),
             (4, ["listen on no.invalid, port 8000"], [store_url, "--host", "no.invalid"]),
             (2, ["empty"], [store_url, "--token-file", tmp_path / "empty"]),
+            (2, ["latin", "ASCII"], [store_url, "--token-file", tmp_path / "latin"]),
             (2, ["--tls-key"], [store_url, "--tls-cert", cert]),
             (2, ["certificate"], [store_url, "--tls-cert", key, "--tls-key", cert]),
             (2, ["--max-batch"], [store_url, "--max-batch", 0]),

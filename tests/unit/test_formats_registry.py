@@ -425,6 +425,17 @@ def test_links_are_written_through_and_modes_are_usual(tmp_path: Path) -> None:
         assert len(source.entries) == 1
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    """An export to /dev/null, as root, put a file in the place of the device."""
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "pipe.npz")
+    for name in ("pipe.npz", "link.npz"):
+        with pytest.raises(ArgumentError, match=f"{name} is no regular file; choose another path"):
+            _give(tmp_path / name)
+    assert (tmp_path / "pipe.npz").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("kind", WRITABLE)
 def test_a_full_disk_is_named_and_nothing_stays(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

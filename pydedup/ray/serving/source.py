@@ -41,7 +41,7 @@ def reveal(source: Secret) -> str:
         path = Path(text.removeprefix(FILE))
         where = f"the file {path}"
         try:
-            found = path.read_text(encoding="utf-8").strip()
+            found = path.read_text("utf-8", errors="replace").strip()
         except OSError as error:
             raise ArgumentError(f"{where} cannot be read: {error.strerror}") from None
     else:
