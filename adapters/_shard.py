@@ -19,10 +19,11 @@ from pydedup.errors import (
     CorruptStoreError,
     NotAStoreError,
     PydedupError,
+    StoreError,
     UnavailableError,
 )
 
-from ._base import DbApiBase
+from ._base import DbApiBase, KeyTakenError
 from ._postgres_base import CREATING, SHARDS
 from ._postgres_errors import ConnectionLostError, MissingDatabaseError
 from ._postgres_statement import copy_statement, is_stale
@@ -284,14 +285,24 @@ class Shard(PostgresAdapter):
                 copy.set_types(["int8", "bytea"])
                 yield copy
         except self.driver_error as error:
-            raise self._translate(error) from error
+            raise self._refused(error) from error
 
     def write(self, copy: Any, page_id: int, payload: bytes) -> None:
         """Write one row, so that an error is told as this shard's."""
         try:
             copy.write_row((page_id, payload))
         except self.driver_error as error:
-            raise self._translate(error) from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> PydedupError:
+        """Return what an error means that payloads of new pages met."""
+        meant = self._translate(error)
+        if isinstance(meant, KeyTakenError):
+            return StoreError(
+                f"{self.shown} has pages that the coordinator knows nothing of, as when an older "
+                "state of it was restored; run `pydedup vacuum`, which deletes them, and try again"
+            )
+        return meant
 
     def read_statement(self, ids: Sequence[int]) -> bytes:
         """Return the COPY of some payloads."""
