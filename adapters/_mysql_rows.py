@@ -51,7 +51,7 @@ class MysqlRows(RowCalls):
     )
     _key_types: Mapping[str, str] = MappingProxyType(
         {"integer": "BIGINT", "text": _TEXT, "bytes": "VARBINARY(255)"}
-        | {"date": "DATE", "time": "DATETIME(6)"}
+        | {"date": "DATE", "time": "DATETIME(6)", "instant": "DATETIME(6)"}
     )
 
     @abc.abstractmethod

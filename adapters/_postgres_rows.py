@@ -41,7 +41,7 @@ class PostgresRows(RowCalls):
 
     _key_types: Mapping[str, str] = MappingProxyType(
         {"integer": "bigint", "number": "numeric", "text": "text", "bytes": "bytea"}
-        | {"date": "date", "time": "timestamp"}
+        | {"date": "date", "time": "timestamp", "instant": "timestamptz"}
     )
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -307,6 +307,11 @@ class RowCalls(DbApiBase):
             CorruptStoreError,
         ):
             raise
+        except OverflowError as error:
+            raise ArgumentError(
+                f"{self._url}: {what}: a number is beyond what the database holds ({error}); "
+                "make a text of it"
+            ) from error
         except PydedupError as error:
             if not isinstance(error.__cause__, self.driver_error):
                 raise

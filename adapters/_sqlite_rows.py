@@ -36,9 +36,9 @@ class SqliteRows(RowCalls):
     """How SQLite streams a user's query, and what it knows of tables."""
 
     _table_options = " WITHOUT ROWID"
-    #: Keys keep what they are: a type of SQLite would turn some into others.
+    #: Keys keep what they are: a type of SQLite would turn some into others. It has no decimals.
     _key_types: Mapping[str, str] = MappingProxyType(
-        dict.fromkeys(("integer", "number", "text", "bytes", "date", "time"), "")
+        dict.fromkeys(("integer", "text", "bytes", "date", "time", "instant"), "")
     )
 
     @abc.abstractmethod

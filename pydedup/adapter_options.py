@@ -142,7 +142,8 @@ class RangeAdapter(RowAdapter, Protocol):
     def key_column(self, name: str, kind: str) -> RowColumn:
         """Return a column for keys that come from elsewhere.
 
-        Kinds: ``integer``, ``number``, ``text``, ``bytes``, ``date``, ``time``.
+        Kinds: ``integer``, ``number``, ``text``, ``bytes``, ``date``, ``time``,
+        ``instant`` (a time with its zone).
         """
 
 

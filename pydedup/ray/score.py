@@ -191,7 +191,13 @@ def _end(job: Job, settings: Settings, total: _Total) -> None:
         return
     if not total.rows + total.skipped:
         with contextlib.closing(Scorer(settings)) as scorer:
-            job.scoring(scorer).end()
+            work = job.scoring(scorer)
+            if job.dataset is not None and not work.target.is_there:
+                raise ArgumentError(
+                    f"no row of the dataset was predicted, and so table {job.table} was not "
+                    "created: of what type its key is cannot be told without one"
+                )
+            work.end()
     if job.pin is not None:
         job.pin.end()
 

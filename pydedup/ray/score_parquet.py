@@ -56,7 +56,26 @@ class TableRows:
 
     def __iter__(self) -> Iterator[list[tuple[object, ...]]]:
         for batch in self._batches:
-            yield list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+            values = map(_values, batch.columns, self.columns)
+            yield list(zip(*values, strict=True))
+
+
+def _values(column: Any, about: RowColumn) -> list[object]:
+    """Return a column as Python has it; of a key of a table in the units of databases."""
+    pa = _arrow()
+    kind = column.type
+    if about.type is not None and pa.types.is_timestamp(kind) and kind.unit == "ns":
+        try:
+            column = column.cast(pa.timestamp("us", kind.tz))
+        except pa.ArrowInvalid:
+            raise ArgumentError(
+                f"keys {about.name!r} differ in nanoseconds, and databases have microseconds; "
+                "round them, or make integers of them"
+            ) from None
+    values: list[object] = column.to_pylist()
+    if isinstance(kind, pa.BaseExtensionType):  # such as tensors of Ray Data
+        values = [one.tolist() if isinstance(one, np.ndarray) else one for one in values]
+    return values
 
 
 def files_of(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -148,10 +167,11 @@ def key_kind(pa_type: Any) -> str:
         "text": ("is_string", "is_large_string"),
         "bytes": ("is_binary", "is_large_binary", "is_fixed_size_binary"),
         "date": ("is_date",),
-        "time": ("is_timestamp",),
     }.items():
         if any(getattr(types, test)(pa_type) for test in tests):
             return kind
+    if types.is_timestamp(pa_type):
+        return "time" if pa_type.tz is None else "instant"
     return "other"
 
 
@@ -178,7 +198,9 @@ def read_part(
 ) -> Iterator[RowStream]:
     """Stream the rows of a part. Raises FormatError, ArgumentError when the file is another one."""
     if not Path(part.path).is_file() or Path(part.path).stat().st_size != part.size:
-        raise ArgumentError(f"{part.path} is not what it was when the work began")
+        raise ArgumentError(
+            f"{part.path} is not what it was when the work began, or not on all machines"
+        )
     with opened(part.path) as file:
 
         def batches() -> Iterator[Any]:

@@ -111,6 +111,7 @@ class Scorer:
             lambda stored, x: self._store.predict(stored.address, x),
             self.settings.on_error,
             to_files=self.settings.folder is not None,
+            keys_repeat=self.settings.folder is not None and self.settings.query is None,
         )
         work.begin()
         return work
@@ -137,6 +138,13 @@ class Scorer:
         """Score the rows of a table of pyarrow, and add to the result what was done."""
         assert isinstance(self._rows, RangeAdapter)
         told = self.settings
+        if not table.num_rows:  # a block without rows need have no columns
+            return
+        if missing := [name for name in told.columns if name not in table.column_names]:
+            raise ArgumentError(
+                f"a block of the dataset has no column {missing[0]!r}; it has: "
+                f"{', '.join(table.column_names)}"
+            )
         key = self._rows.key_column(told.key, key_kind(table.schema.field(told.key).type))
         columns = [key if name == told.key else RowColumn(name, None) for name in told.columns]
         batches = iter(table.select(list(told.columns)).to_batches(told.batch))
@@ -251,19 +259,10 @@ def hindrance(settings: Settings, versions: str) -> str | None:
         return f"pydedup {pydedup.__version__} is there, and {versions} here; install the same"
     try:
         Scorer(settings).close()
-        for path in _paths(settings):
-            if not path.exists():
-                return f"{path} is not there; it must be a folder that all machines share"
+        if settings.folder is not None and not Path(settings.folder).exists():
+            return f"{settings.folder} is not there; it must be a folder that all machines share"
     except PydedupError as error:
         return without_secrets(str(error))
     except Exception as error:
         return without_secrets(f"{type(error).__name__}: {error}")
     return None
-
-
-def _paths(settings: Settings) -> Iterator[Path]:
-    if settings.folder is not None:
-        yield Path(settings.folder)
-    yield from dict.fromkeys(
-        Path(part.path) for part in settings.parts if isinstance(part, FilePart)
-    )

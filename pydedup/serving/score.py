@@ -34,7 +34,7 @@ from pydedup.serving.features import (
     predict_rows,
 )
 from pydedup.serving.pin import Pin
-from pydedup.serving.score_table import Line, PredictionTable, comparable
+from pydedup.serving.score_table import Line, PredictionTable, Repeated, comparable, key_of
 from pydedup.types import Progress, RowFailure, ScoreReport
 
 __all__ = ["Scoring", "graph_of", "key_place", "kind_of", "removed", "score_rows"]
@@ -163,9 +163,10 @@ class Scoring:
         on_error: str,
         *,
         to_files: bool = False,
+        keys_repeat: bool = False,
     ) -> None:
         self._table, self._model = table, model
-        self._to_files = to_files
+        self._to_files, self._keys_repeat = to_files, keys_repeat
         self._catalog, self._answer = catalog, predict
         self._skips = on_error == "skip"
         self._place = key_place(columns, key)
@@ -265,12 +266,12 @@ class Scoring:
                 inputs.append(features_of(values, self._names, self._kind))
                 keys.append(key)
             except ArgumentError as error:
-                failures.append(RowFailure(key, str(error)))
+                failures.append(RowFailure(key_of(key), str(error)))
         results = predict_rows(self._predict, inputs)
         made = _Made({}, self._settled(inputs, results))
         for key, result in zip(keys, results, strict=True):
             if isinstance(result, ArgumentError):
-                failures.append(RowFailure(key, str(result)))
+                failures.append(RowFailure(key_of(key), str(result)))
             elif (outputs := Outputs.of(result)) == made.outputs:
                 made.lines[key] = self.target.line(result)
             else:
@@ -279,7 +280,7 @@ class Scoring:
                     f"the model gives {outputs.width} numbers for it, and the table takes "
                     f"{made.outputs.width} of each row"
                 )
-                failures.append(RowFailure(key, reason))
+                failures.append(RowFailure(key_of(key), reason))
         return made
 
     def _settled(self, inputs: Sequence[Array], results: Sequence[Any]) -> Outputs | None:
@@ -346,6 +347,8 @@ class Scoring:
             if key is None or isinstance(key, (list, dict, set)):
                 reason = f"the key {self._key.name!r} is NULL, or a list or a set"
                 failures.append(RowFailure(key, reason))
+            elif key in wanted and self._keys_repeat:
+                wanted[Repeated(key)] = (*row[:place], *row[place + 1 :])
             elif key in wanted:
                 failures.append(RowFailure(key, f"the key {self._key.name!r} occurs twice"))
             elif isinstance(key, str) and not key.isascii() and _NO_UNICODE.search(key):

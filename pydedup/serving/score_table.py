@@ -14,12 +14,21 @@ from pydedup.adapter_options import RowAdapter, RowColumn
 from pydedup.errors import ArgumentError, PydedupError, UnavailableError
 from pydedup.serving.features import Outputs
 
-__all__ = ["Line", "PredictionTable", "comparable"]
+__all__ = ["Line", "PredictionTable", "Repeated", "comparable", "key_of"]
 
 #: What is written of one prediction: a value for each of its columns.
 Line: TypeAlias = Sequence[object]
 
 _MODEL_COLUMN: Final = "model"
+
+
+class Repeated:
+    """A key that another row of its batch has, where keys need not tell rows apart."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: object) -> None:
+        self.key = key
 
 
 class PredictionTable:
@@ -112,7 +121,7 @@ class PredictionTable:
         if _MODEL_COLUMN in (self._columns or ()):
             columns.append(_MODEL_COLUMN)
             tail.append(self._model)
-        lines = [(key, *line, *tail) for key, line in made.items()]
+        lines = [(key_of(key), *line, *tail) for key, line in made.items()]
         wrote, self.may_have_written = self.may_have_written, True
         try:
             done = self._rows.insert_predictions(self._name, columns, lines)
@@ -127,6 +136,11 @@ class PredictionTable:
     def _missing(self, outputs: Outputs) -> list[str]:
         names = (self._key.name, *_names_of(outputs))
         return [name for name in names if name not in (self._columns or ())]
+
+
+def key_of(key: object) -> object:
+    """Return what a key is for others."""
+    return key.key if isinstance(key, Repeated) else key
 
 
 def comparable(key: object) -> object:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Scoring on Ray: what columns of Parquet files and of datasets may be."""
+
+from __future__ import annotations
+
+import datetime as dt
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pydedup.ray
+from pydedup.errors import ArgumentError
+from pydedup.ray.cluster import import_ray
+from pydedup.types import ScoreReport
+
+from ..scoring.conftest import Tables, add
+from .conftest import Scored
+
+ROWS = 30
+
+
+def score(data: Any, url: str, into: Any, **options: Any) -> ScoreReport:
+    return pydedup.ray.score(data, url, "m@1", into=into, workers=1, batch=10, **options)
+
+
+def table_of(at: Scored, keys: Any) -> pa.Table:
+    return pa.table({"id": keys} | {f"f{i}": at.features[:ROWS, i] for i in range(3)})
+
+
+def written(folder: Path, table: pa.Table) -> Path:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(table, folder / "rows.parquet", row_group_size=12)
+    return folder / "rows.parquet"
+
+
+def test_of_parquet_to_parquet_keys_may_repeat(
+    scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    """Those of one batch were refused."""
+    table = table_of(scored_file, [n // 10 for n in range(ROWS)])
+    features = table["f1"].to_pylist()
+    features[5] = None
+    table = table.set_column(2, "f1", pa.array(features, pa.float32()))
+    out = tmp_path / "out"
+    report = score(written(tmp_path / "in", table), scored_file.url, out, on_error="skip")
+    assert (report.rows, report.failed) == (ROWS - 1, 1)
+    (failure,) = report.failures
+    assert (failure.key, failure.reason) == (0, "f1 is NULL")
+    found = pq.read_table(out)
+    assert found["id"].to_pylist() == [n // 10 for n in range(ROWS) if n != 5]
+    wanted = np.delete(scored_file.wanted()[:ROWS], 5)
+    np.testing.assert_allclose(found["prediction"].to_numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_in_nanoseconds(scored_file: Scored, tmp_path: Path, connected: Any) -> None:
+    """As pandas writes them; SQLite was given what its driver does not take."""
+    begun = dt.datetime(2024, 1, 1)
+    keys = pa.array([begun + dt.timedelta(seconds=n) for n in range(ROWS)], pa.timestamp("ns"))
+    data = written(tmp_path / "in", table_of(scored_file, keys))
+    assert score(data, scored_file.url, "p").rows == ROWS
+    assert score(data, scored_file.url, "p").skipped == ROWS
+    assert (str(begun),) in scored_file.run("SELECT id FROM p")
+    finer = pa.array(range(ROWS), pa.int64()).cast(pa.timestamp("ns"))
+    data = written(tmp_path / "finer", table_of(scored_file, finer))
+    with pytest.raises(ArgumentError, match="keys 'id' differ in nanoseconds"):
+        score(data, scored_file.url, "q")
+    assert score(data, scored_file.url, tmp_path / "out").rows == ROWS
+    assert pq.read_table(tmp_path / "out")["id"].combine_chunks().equals(finer)
+
+
+def test_instants_are_keys_in_postgresql(
+    postgres_url: str, postgres_schema: str, scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    """Without their zone, those of an hour that the clock shows twice were taken for others."""
+    options = f"options=-c%20timezone%3DEurope/Berlin&schema={postgres_schema}"
+    url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}{options}"
+    add(url, "m@1", seed=1)
+    begun = dt.datetime(2024, 10, 27, tzinfo=dt.UTC)
+    instants = [begun + dt.timedelta(minutes=10 * n) for n in range(ROWS)]
+    keys = pa.array(instants, pa.timestamp("us", "UTC"))
+    data = written(tmp_path / "in", table_of(scored_file, keys))
+    into = postgres_schema.replace("pydedup", "p")
+    try:
+        assert score(data, url, into).rows == ROWS
+        assert score(data, url, into).skipped == ROWS
+        found = Tables(url).run(f"SELECT id FROM {into}")  # noqa: S608 (made here)
+        assert {key.astimezone(dt.UTC) for (key,) in found} == set(instants)
+    finally:
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            connection.execute(f"DROP TABLE IF EXISTS {into}".encode())
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (pa.array([2**64 - 1 - n for n in range(ROWS)], pa.uint64()), "beyond what the database"),
+        (pa.array([Decimal(n) / 4 for n in range(ROWS)], pa.decimal128(9, 2)), "can be no key"),
+    ],
+)
+def test_keys_that_sqlite_lacks_are_told(
+    keys: Any, said: str, scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    data = written(tmp_path / "in", table_of(scored_file, keys))
+    with pytest.raises(ArgumentError, match=said):
+        score(data, scored_file.url, "p")
+    assert score(data, scored_file.url, tmp_path / "out").rows == ROWS
+    assert pq.read_table(tmp_path / "out")["id"].combine_chunks().equals(keys)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'expr'")
+def test_blocks_without_rows_or_with_tensors(scored_file: Scored, connected: Any) -> None:
+    """Those that a filter empties have no columns, and what numpy gives is a column of tensors."""
+    features = scored_file.features
+
+    def rows(row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": 3 * row["id"], "x": features[row["id"]]}
+
+    numbers = import_ray("ray.data").range(ROWS, override_num_blocks=5)
+    dataset = numbers.filter(lambda row: row["id"] >= 25).map(rows)
+    assert score(dataset, scored_file.url, "p", columns=["id", "x"]).rows == 5
+    found = scored_file.predictions()
+    assert sorted(found) == [3 * n for n in range(25, ROWS)]
+    wanted = scored_file.wanted()[25:ROWS]
+    np.testing.assert_allclose([found[key] for key in sorted(found)], wanted, rtol=1e-5, atol=1e-6)
+    none = numbers.filter(lambda row: row["id"] > ROWS).map(rows)
+    assert score(none, scored_file.url, "p", columns=["id", "x"]).rows == 0
+    with pytest.raises(ArgumentError, match="no row of the dataset was predicted, and so table q"):
+        score(none, scored_file.url, "q", columns=["id", "x"])
+    with pytest.raises(ArgumentError, match="a block of the dataset has no column 'none'"):
+        score(dataset, scored_file.url, "r", columns=["id", "none"])
