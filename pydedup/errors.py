@@ -6,7 +6,7 @@
     │   └── KernelUnavailableError         PYDEDUP_KERNEL demands what cannot be had
     ├── FormatError (ValueError)           a model file is truncated, corrupt or unsafe
     │   └── UnsupportedFormatError         no reader or writer for it, or an extra is missing
-    ├── NotFoundError (LookupError)        no such model, version, alias or tensor
+    ├── NotFoundError (LookupError)        no such model, version, alias, tensor or file
     ├── DuplicateError                     name@version exists already
     ├── QuotaError                         an add would take a value of metadata over its quota
     ├── BudgetError (MemoryError)          the memory budget does not allow the request
@@ -75,7 +75,7 @@ class UnsupportedFormatError(FormatError):
 
 
 class NotFoundError(PydedupError, LookupError):
-    """No such model, version, alias or tensor."""
+    """No such model, version, alias or tensor, or no such file to read."""
 
     def __str__(self) -> str:
         # KeyError-style quoting of LookupError subclasses would wrap the sentence in quotes.

@@ -15,6 +15,7 @@ from pydedup.catalog import listed, page_copies, page_readers
 from pydedup.errors import (
     ArgumentError,
     MissingStoreError,
+    NotFoundError,
     PydedupError,
     ReadOnlyError,
     SchemaVersionError,
@@ -136,7 +137,10 @@ def open_end(
 def open_rows(adapter: Adapter, source: str | os.PathLike[str] | None) -> Iterator[RowAdapter]:
     """Give the database of users' tables: the one of a store, or another."""
     if source is not None:
-        rows = registry.connect_rows(registry.place_of(source))
+        try:
+            rows = registry.connect_rows(registry.place_of(source))
+        except MissingStoreError as error:
+            raise NotFoundError(f"{error.what} that is to be read and written") from error
         try:
             yield rows
         finally:

@@ -58,7 +58,7 @@ _MEANINGS = {
     Exit.OK: "all went well",
     Exit.DIFFERENT: "verify or refill left damage, diff found differences, or rm was declined",
     Exit.USAGE: "the command line or a value on it is wrong",
-    Exit.NOT_FOUND: "no such model, version, alias, tensor or file",
+    Exit.NOT_FOUND: "no such store, model, version, alias, tensor, or file to read",
     Exit.STORE: "the store, its database, the file system or Ray failed",
     Exit.BAD_FILE: "a file is damaged, unsafe or of no known format, or an extra is missing",
     Exit.DUPLICATE: "that name@version is in the store already",
@@ -88,7 +88,7 @@ def _describe(error: BaseException) -> tuple[Exit, str]:
     if isinstance(error, click.ClickException):
         return Exit.USAGE, _usage(error)
     if isinstance(error, MissingStoreError):
-        return Exit.STORE, error.told("`pydedup add` creates one")
+        return Exit.NOT_FOUND, error.told("`pydedup add` creates one")
     if isinstance(error, BudgetError):
         # The pool knows only stores that are opened in Python.
         return Exit.USAGE, str(error).replace(
@@ -112,13 +112,13 @@ def _describe(error: BaseException) -> tuple[Exit, str]:
 
 
 def _status(error: PydedupError) -> Exit:
-    if isinstance(error, NotFoundError):
+    if isinstance(error, NotFoundError) or isinstance(error.__cause__, MissingStoreError):
         return Exit.NOT_FOUND
     if isinstance(error, DuplicateError):
         return Exit.DUPLICATE
     if isinstance(error, QuotaError):
         return Exit.QUOTA
-    if isinstance(error, FormatError):
+    if isinstance(error, FormatError) or isinstance(error.__cause__, ImportError):
         return Exit.BAD_FILE
     if isinstance(error, (ArgumentError, EvaluationError)):
         return Exit.USAGE

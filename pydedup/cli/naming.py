@@ -10,6 +10,7 @@ import click
 from pydedup import Store, text
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
+from pydedup.cli.progress import WAITING, Watch
 
 __all__ = ["alias", "rm"]
 
@@ -29,7 +30,8 @@ def alias(
         raise click.UsageError("give either a VERSION to point at or --delete")
     with options.existing_store(url) as store:
         before = next((info for info in store.versions(name) if alias in info.aliases), None)
-        store.alias(name, alias, version)
+        with Watch(WAITING):
+            store.alias(name, alias, version)
     was = None if before is None else before.version
     if as_json:
         output.emit_json({"name": name, "alias": alias, "version": version, "previous": was})
@@ -57,7 +59,8 @@ def rm(url: str, name: str, all_versions: bool, yes: bool, as_json: bool) -> int
         if asks and not _agreed(store, name, all_versions):
             warn("nothing was removed")
             return Exit.DIFFERENT
-        removed = store.remove(name, all_versions=all_versions)
+        with Watch(WAITING):
+            removed = store.remove(name, all_versions=all_versions)
     if as_json:
         output.emit_json({"removed": removed})
     else:

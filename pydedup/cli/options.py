@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import re
 import sys
 import tempfile
@@ -16,11 +17,17 @@ import click
 
 import pydedup
 from pydedup import Store, config
-from pydedup.errors import ArgumentError, MissingStoreError, SchemaVersionError
+from pydedup.errors import (
+    ArgumentError,
+    MissingStoreError,
+    NotFoundError,
+    SchemaVersionError,
+)
 from pydedup.names import parse_address
 from pydedup.types import ModelInfo
 
 __all__ = [
+    "FileToRead",
     "check_size",
     "existing_store",
     "json_option",
@@ -40,6 +47,24 @@ __all__ = [
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 DEFAULT_MEMORY = "512MiB"
+
+
+class FileToRead(click.Path):
+    """A file that an option names; a missing one is no wrong command line, but not found."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, path_type=Path)
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        """Return the path."""
+        if param is not None and not os.path.lexists(value):
+            raise NotFoundError(f"{param.opts[0]}: there is no file {os.fspath(value)!r}")
+        return super().convert(value, param, ctx)
 
 
 def load_function(place: str) -> Callable[..., Any]:

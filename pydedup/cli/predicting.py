@@ -110,6 +110,8 @@ def _read(path: str) -> Array | dict[str, Array]:
         if sys.stdin is None or sys.stdin.isatty():
             raise click.UsageError("'-' reads standard input: send a file or a program's output")
         return _parse(sys.stdin.buffer.read(), "standard input")
+    if Path(path).is_dir():
+        raise FormatError(f"{path} is a folder; give a .npy, .npz or .json file")
     return _parse(Path(path).read_bytes(), path)
 
 

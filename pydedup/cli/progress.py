@@ -19,7 +19,10 @@ from pydedup.text import clean, count, duration, percent, size
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-__all__ = ["Watch"]
+__all__ = ["WAITING", "Watch"]
+
+#: What a change that is quick by itself is at, when it takes a moment.
+WAITING = "waiting for the database, which others may be writing to"
 
 _DELAY_SECONDS = 0.7
 _LINE_SECONDS = 5.0

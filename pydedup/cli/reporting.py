@@ -37,7 +37,7 @@ __all__ = ["report"]
 @click.option(
     "--trace",
     metavar="FILE",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=options.FileToRead(),
     help="Uses of pages that `pydedup serve --record` wrote: what each policy would have missed.",
 )
 @options.memory_option

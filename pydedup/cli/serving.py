@@ -14,7 +14,7 @@ import click
 from pydedup import config
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
-from pydedup.errors import UnsupportedFormatError
+from pydedup.errors import ArgumentError, UnsupportedFormatError
 from pydedup.registry import redact
 from pydedup.replacement import DEFAULT_POLICY, POLICIES
 
@@ -25,7 +25,7 @@ __all__ = ["serve"]
 
 TOKEN_VARIABLE = "PYDEDUP_TOKEN"
 _LOOPBACK = ("127.", "::1", "localhost")
-_PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
+_PATH = options.FileToRead()
 
 
 @click.command(short_help="Predict over HTTP, by the Open Inference Protocol v2.")
@@ -207,7 +207,7 @@ def serve(
 
         _warn_if_open(host, chosen.token)
         if record is not None:
-            record.open("ab").close()  # what cannot be written is said now, and not at the end
+            _check_record(record)
             store.record()
         left = run(store, chosen, started)
         if record is not None:
@@ -218,6 +218,14 @@ def serve(
             # A thread may wait for the database for ever, and Python would wait for the thread.
             os._exit(Exit.INTERRUPTED)
     context.exit(Exit.OK)
+
+
+def _check_record(path: Path) -> None:
+    """Say now, and not at the end, that the record cannot be written."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _serve_on(

@@ -11,6 +11,7 @@ import click
 
 from pydedup import Store, text
 from pydedup.cli import options, output
+from pydedup.cli.progress import WAITING, Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.quotas import MEASURES, Quota, quota_of
 
@@ -78,7 +79,7 @@ _QUOTA_COLUMNS = (
 def _change(
     url: str, key: str, value: str | None, limit: str | None, measure: str, as_json: bool
 ) -> None:
-    with options.existing_store(url) as store:
+    with options.existing_store(url) as store, Watch(WAITING):
         if limit is None:
             changed = store.quotas.remove(key, value)
         else:

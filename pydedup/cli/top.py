@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["top"]
 
-_PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
+_PATH = options.FileToRead()
 _COLUMNS = (
     Column("Model", number=False, name=True, style="cyan"),
     Column("Requests/s"),

@@ -18,7 +18,6 @@ from pydedup import codec
 from pydedup.adapter import Adapter, BlockRow
 from pydedup.blocks import MatrixView
 from pydedup.errors import (
-    ArgumentError,
     CorruptStoreError,
     FormatError,
     MissingStoreError,
@@ -195,7 +194,7 @@ def block_source(
 
     Raises
     ------
-    ArgumentError
+    UnsupportedFormatError
         When a path is neither a store nor a model.
     """
     if "://" in place or not Path(place).is_dir():
@@ -213,7 +212,7 @@ def block_source(
     try:
         opened = open_source(place)
     except UnsupportedFormatError as exc:
-        raise ArgumentError(
+        raise UnsupportedFormatError(
             f"{place} is neither a store nor a model in a format that pydedup reads"
         ) from exc
     with opened as model:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from pydedup.adapter_options import RowColumn, RowStream
-from pydedup.errors import ArgumentError, FormatError
+from pydedup.errors import ArgumentError, FormatError, NotFoundError
 from pydedup.ray.cluster import INSTALL
 from pydedup.ray.score_plan import FilePart, part_file
 
@@ -81,8 +81,8 @@ def _values(column: Any, about: RowColumn) -> list[object]:
 def files_of(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the files that paths mean: of a folder those that end in .parquet, below it as well.
 
-    Raises ArgumentError when there are none, or for a URL. Names that begin with ``_`` or ``.`` are
-    passed over.
+    Raises NotFoundError, and ArgumentError for a folder without any, or a URL. Names that begin
+    with ``_`` or ``.`` are passed over.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -98,7 +98,7 @@ def files_of(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise ArgumentError(f"there is no Parquet file {str(path)!r}")
+            raise NotFoundError(f"there is no Parquet file {str(path)!r}")
     if not found:
         raise ArgumentError(
             f"there is no Parquet file in {', '.join(map(str, paths)) or 'nothing'}"

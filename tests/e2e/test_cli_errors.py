@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import pydedup
+from pydedup.cli import progress
 from pydedup.testing.program import PROGRAM, clean_environment, run_here, run_process
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -201,6 +203,32 @@ def test_not_found(kept: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["ls"], ["rm", "m"], ["vacuum"], ["alias", "m", "a", "1"]])
+def test_a_mistyped_store_is_not_created(command: list[str], tmp_path: Path) -> None:
+    fail(command[0], "sqlite:///typo.db", *command[1:], status=3, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_file_that_is_missing_is_not_found(kept: str, tmp_path: Path) -> None:
+    """It was 2, 3 or 4, by command and option."""
+    for command, said in (
+        (("add", "m.db", "n", "none.npz"), "no file or folder 'none.npz'"),
+        (("predict", kept, "m", "none.npy"), "'none.npy'"),
+        (("verify", kept, "--repair-from", "none.npz"), "none.npz does not exist"),
+        (("verify", kept, "--repair-from", "sqlite:///none.db"), "there is no file"),
+        (("report", kept, "--trace", "none.npz"), "--trace: there is no file 'none.npz'"),
+        (("top", "http://127.0.0.1:1", "--token-file", "none"), "--token-file: there is no file"),
+        (("restore", "none.bak", "m.db"), "there is no such backup: there is no file"),
+        (("copy", "none.db", "m.db"), "none.db; `pydedup add` creates one"),
+        (
+            ("score", kept, "--source", "none.db", "--model", "m", "--query", "q", "--into", "t"),
+            "none.db that is to be read and written",
+        ),
+    ):
+        assert said in fail(*command, status=3, cwd=tmp_path), command
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_store_behind_the_name_is_told(kept: str, tmp_path: Path) -> None:
     said = f"the store comes first: {kept!r} 'm@1'"
     assert said in fail("info", "m@1", kept, status=2, cwd=tmp_path)
@@ -216,12 +244,6 @@ def test_a_source_that_is_not_there_creates_no_store(tmp_path: Path) -> None:
 
 
 # ---- 4: the store -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", [["ls"], ["rm", "m"], ["vacuum"], ["alias", "m", "a", "1"]])
-def test_a_mistyped_store_is_not_created(command: list[str], tmp_path: Path) -> None:
-    fail(command[0], "sqlite:///typo.db", *command[1:], status=4, cwd=tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_stores_that_are_not_ours(model: Path, tmp_path: Path) -> None:
@@ -268,6 +290,13 @@ def test_a_mistyped_kernel_is_no_damage(kept: str) -> None:
 # ---- 5 and 6: files, duplicates -----------------------------------------------------------------
 
 
+def test_a_driver_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The status was 2, and 5 of all other extras."""
+    for module in ("psycopg", "pydedup.adapters.postgres"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install -U 'pydedup[postgres]'" in fail("ls", "postgresql://host/db", status=5)
+
+
 def test_a_file_that_was_cut_off(url: str) -> None:
     """`pydedup verify` itself said to run `pydedup verify`."""
     path = path_of(url)
@@ -286,6 +315,7 @@ def test_bad_model_files(url: str, model: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         fail("add", url, "bad", tmp_path / name, status=5, cwd=tmp_path)
     fail("add", url, "good@1", model, "bad@1", tmp_path / "cut.safetensors", status=5)
+    fail("predict", url, "m", tmp_path, status=5)
     (tmp_path / "in.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
     fail("predict", url, "m", tmp_path / "in.npy", status=5)
     fail("predict", url, "m", "-", input="[1, 2", status=5)
@@ -391,6 +421,23 @@ def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
     assert run_program("verify", url).returncode == 0
     listed = json.loads(run_program("ls", url, "--json").stdout)["models"]
     assert [found["model"] for found in listed] == ["m@1", "m@2"]
+
+
+@pytest.mark.parametrize("words", ["alias m prod 1", "rm m@2 -y", "quota t=a 5"])
+def test_a_change_that_waits_for_another_writer_says_so(
+    words: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was silent for half a minute."""
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0)
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.1)
+    command, *rest = words.split()
+    with contextlib.closing(sqlite3.connect(path_of(url), isolation_level=None)) as blocker:
+        blocker.execute("BEGIN IMMEDIATE")
+        done = run_here(command, f"{url}?timeout=1", *rest)
+    assert done.returncode == 4
+    first, *_, last = done.stderr.splitlines()
+    assert first.startswith("pydedup: waiting for the database, which others may be writing to, ")
+    assert "database is locked" in last
 
 
 @pytest.fixture(scope="module")

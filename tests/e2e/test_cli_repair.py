@@ -92,8 +92,8 @@ def test_damage_is_repaired(
     ("source", "status", "said"),
     [
         ("none.db", 3, "none.db does not exist"),
-        ("notes.md", 2, "neither a store nor a model"),
-        ("sqlite:///none.db", 4, "nothing to repair from: there is no file"),
+        ("notes.md", 5, "neither a store nor a model"),
+        ("sqlite:///none.db", 3, "nothing to repair from: there is no file"),
         ("postgresql://me:secret@127.0.0.1:1/x", 4, "127.0.0.1"),
         ("nosql://here", 2, "nosql:// is not known"),
     ],
@@ -109,5 +109,5 @@ def test_what_is_no_source(
     assert said in done.stderr
     assert "secret" not in done.stderr
     assert not (tmp_path / "none.db").exists()
-    assert run("verify", "none.db", "--repair-from", "store.db").returncode == 4
+    assert run("verify", "none.db", "--repair-from", "store.db").returncode == 3
     assert not (tmp_path / "none.db").exists()

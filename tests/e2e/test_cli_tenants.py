@@ -156,5 +156,5 @@ def test_what_is_wrong_is_said(
     done = run_here("quota", path, *words)
     assert done.returncode == status
     assert said in done.stderr
-    assert run_here("quota", tmp_path / "none.db", "tenant=a", "5").returncode == 4
+    assert run_here("quota", tmp_path / "none.db", "tenant=a", "5").returncode == 3
     assert not (tmp_path / "none.db").exists()

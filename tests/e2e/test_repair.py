@@ -19,13 +19,13 @@ import pydedup
 from pydedup import policies
 from pydedup.adapter import LIVE
 from pydedup.errors import (
-    ArgumentError,
     ConflictError,
     CorruptStoreError,
     NotAStoreError,
     NotFoundError,
     ReadOnlyError,
     StorageFullError,
+    UnsupportedFormatError,
 )
 from pydedup.jobs import Job
 from pydedup.layout import block_costs, map_places, pages_read
@@ -617,7 +617,7 @@ def test_what_cannot_be_repaired_from(tmp_path: Path) -> None:
     fill(url, ("own",))
     (tmp_path / "notes.md").write_text("no model")
     with pydedup.open(url) as store:
-        with pytest.raises(ArgumentError, match="neither a store nor a model"):
+        with pytest.raises(UnsupportedFormatError, match="neither a store nor a model"):
             store.verify(repair_from=tmp_path / "notes.md")
         with pytest.raises(NotAStoreError):
             store.verify(repair_from=f"sqlite:///{tmp_path}/none.db")

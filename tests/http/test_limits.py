@@ -365,9 +365,11 @@ def test_what_cannot_start_says_why(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for status, words, arguments in (
-            (4, ["no.db"], ["sqlite:///" + str(tmp_path / "no.db")]),
+            (3, ["no.db"], ["sqlite:///" + str(tmp_path / "no.db")]),
             (4, ["listen", str(port)], [store_url, "--port", port]),
             (4, ["listen on no.invalid, port 8000"], [store_url, "--host", "no.invalid"]),
+            (3, ["--token-file", "'none'"], [store_url, "--token-file", "none"]),
+            (3, ["--tls-cert"], [store_url, "--tls-cert", "none", "--tls-key", key]),
             (2, ["empty"], [store_url, "--token-file", tmp_path / "empty"]),
             (2, ["latin", "ASCII"], [store_url, "--token-file", tmp_path / "latin"]),
             (2, ["--tls-key"], [store_url, "--tls-cert", cert]),

@@ -328,6 +328,6 @@ def test_a_trace_that_cannot_be_written_is_said_at_once(store_url: str, tmp_path
         check=False,
         timeout=60,
     )
-    assert done.returncode == 3, done.stderr
+    assert done.returncode == 2, done.stderr
     assert "missing/trace.npz" in done.stderr
     assert done.stdout == ""

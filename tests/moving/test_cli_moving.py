@@ -64,7 +64,7 @@ def test_what_goes_wrong_is_one_line(filled: New, new_store: New, family: Any) -
         ((source_url, url, "near", "--on-conflict", "ask"), 2, "--on-conflict"),
         ((source_url, url, "--all-versions"), 2, "--all-versions goes with a NAME"),
         ((source_url, source_url), 2, "are one store"),
-        ((url + "x", url), 4, "there is no file"),
+        ((url + "x", url), 3, "there is no file"),
     ]:
         out, err = run("copy", *words, status=status)
         assert out == ""
@@ -94,7 +94,7 @@ def test_backup_and_restore(
     out, _ = run("restore", file, url, "--json")
     assert {model["status"] for model in json.loads(out)["models"]} == {"there"}
     run("rm", url, "base", "-y")
-    _, err = run("restore", tmp_path / "missing", tmp_path / "new.db", status=4)
+    _, err = run("restore", tmp_path / "missing", tmp_path / "new.db", status=3)
     assert "there is no file" in err
     assert not (tmp_path / "new.db").exists()
 

@@ -263,7 +263,6 @@ def test_what_is_wrong_is_said_before_work_begins(
         ("SELECT id, f0, f1 FROM t", "p", {}, "takes 3 features, and the query has"),
         ("SELECT f0, f1, f2, id FROM t", "t", {}, "'f0' of table t is not unique"),
         (7, "p", {}, "dataset is a int"),
-        (tmp_path / "none.parquet", "p", {}, "there is no Parquet file"),
         ([], "p", {}, "no Parquet file in nothing"),
         (Path("s3://bucket/x"), "p", {}, "s3:/bucket/x is in an object store"),
         (["s3://bucket/x"], "p", {}, "let Ray read it, into a table"),
@@ -273,6 +272,8 @@ def test_what_is_wrong_is_said_before_work_begins(
             score(data, scored_file, into, **options)
     with pytest.raises(NotFoundError):
         score(query, scored_file, "p", model="other")
+    with pytest.raises(NotFoundError, match="there is no Parquet file"):
+        score(tmp_path / "none.parquet", scored_file, "p")
     missing = f"sqlite:///{tmp_path / 'missing.db'}"
     with pytest.raises(MissingStoreError):
         pydedup.ray.score(query, missing, "m", into="p")

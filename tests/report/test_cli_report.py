@@ -61,7 +61,7 @@ def test_what_is_wrong_is_said_and_nothing_written(family_url: str, tmp_path: Pa
     for words, status, said in (
         (["--trace", "notes.npz"], 5, "notes.npz is no recorded trace"),
         (["--trace", "x.json"], 5, "trace, or a damaged one; `pydedup serve --record FILE` makes"),
-        (["--trace", "missing.npz"], 2, "missing.npz"),
+        (["--trace", "missing.npz"], 3, "missing.npz"),
         (["--model", "nobody"], 3, "no model 'nobody'"),
         (["-o", "missing/report.html"], 2, "missing/report.html cannot be written: folder"),
         (["-o", "."], 2, "is a directory"),
