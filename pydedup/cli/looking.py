@@ -136,7 +136,7 @@ def stats(url: str, by: str | None, as_json: bool) -> None:
                 f"{text.plural(figures.tensors, 'tensor')}",
             ),
             ("weights", text.size(figures.logical_bytes)),
-            ("database", _database(figures) + ("" if exact else _WHY_AT_LEAST)),
+            ("database", _database(figures) + ("" if exact else _why_at_least(figures.url))),
             ("saved", ("" if exact else "at most ") + text.saved(figures.saved_share)),
             ("pages", f"{text.count(figures.pages)} ({text.size(figures.page_bytes)}){retired}"),
             ("distinct blocks", text.count(figures.distinct_blocks)),
@@ -203,8 +203,11 @@ def _summary(figures: StoreStats) -> str:
     )
 
 
-#: Said where the database does not tell its size.
-_WHY_AT_LEAST = " (this user is not told more: the server asks for the privilege PROCESS)"
+def _why_at_least(url: str) -> str:
+    """Say why the size of a database is not known."""
+    if "+shards://" in url:
+        return " (a shard does not answer)"
+    return " (this user is not told more: the server asks for the privilege PROCESS)"
 
 
 def _database(figures: StoreStats) -> str:

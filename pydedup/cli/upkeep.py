@@ -207,7 +207,8 @@ def _print_refill(report: RefillReport, seconds: float) -> None:
     for place, copies in report.places.items():
         output.print_note(f"{place}: {text.count(copies)} of its copies put back", "green")
     for place, why in report.failed.items():
-        output.print_note(f"not refilled: {place}: {why}", "red")
+        said = why if why.startswith(place) else f"{place}: {why}"
+        output.print_note(f"not refilled: {said}", "red")
     if report.failed:
         output.print_note(
             "run it again when that is mended; a shard that is lost for good is replaced by a new, "

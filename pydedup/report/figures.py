@@ -59,7 +59,7 @@ class StoreStats:
     """A store in numbers.
 
     ``stored_bytes`` is all it occupies in its database, at least where ``stored_bytes_exact`` is
-    false: MariaDB and MySQL tell it only to who has the privilege PROCESS.
+    false: MariaDB and MySQL tell it only to who has the privilege PROCESS, and a shard may be down.
     """
 
     url: str

@@ -39,11 +39,18 @@ def test_what_is_on_a_shard_that_is_down_is_unreachable(
         said = capsys.readouterr().out
         assert main(["verify", url, "--json", "-q"]) == 1
         found = json.loads(capsys.readouterr().out)
+        assert main(["stats", url]) == 0
+        sizes = capsys.readouterr().out
+        refilled = main(["refill", url, "-q"])
+        not_refilled = capsys.readouterr().out
     finally:
         down.start()
     assert (report.errors, report.damaged_pages, report.ok) == ([], {}, False)
     assert f"port={down.port}" in report.unreachable[0]
-    assert PASSWORD not in said + str(found) + str(report)
+    assert PASSWORD not in said + str(found) + str(report) + sizes + not_refilled
+    assert "(a shard does not answer)" in " ".join(sizes.split())
+    assert refilled == (replicas == 2)
+    assert not_refilled.count(f"port={down.port}") == (1 if replicas == 2 else 0)  # not twice
     assert report.models == len(MODELS)
     assert "DAMAGED" not in said
     assert "damaged:" not in said
