@@ -405,6 +405,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "item": (lambda m: m[0].weight.__setitem__(0, 1), r"cannot be changed \(by __setitem__\)"),
     "init": (lambda m: nn.init.normal_(m[0].weight), r"cannot be changed \(by normal_\)"),
     "out": (lambda m: torch.add(X, X, out=m[0].weight), r"cannot be changed \(by add\)"),
+    "inplace": (lambda m: nn.functional.relu(m[0].bias, inplace=True), "'0.bias' of m@1 is in a"),
+    "several at once": (lambda m: torch._foreach_mul_([m[0].bias], 2.0), "cannot be changed"),
+    "view": (lambda m: (m[0].bias.view(7, 10).fill_(9), m(X)), "was changed in place, maybe"),
+    "view of a matrix": (lambda m: (m[0].weight.flatten().zero_(), m[0].weight + 1), "was changed"),
     "requires_grad_": (lambda m: m.requires_grad_(), "has no gradient"),
     "script": (torch.jit.script, "cannot be compiled by TorchScript"),
     "trace": (lambda m: torch.jit.trace(m, X), "cannot be traced, compiled or exported"),
@@ -413,7 +417,12 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "shape": (lambda m: m(X[:, :9]), r"x has shape \(3, 9\)"),
     "device": (lambda m: m(X.to("meta")), "the input is on meta"),
     "sparse": (lambda m: m(X.to_sparse()), "is no plain tensor in memory"),
-    "vmap": (lambda m: torch.vmap(m)(X), "is no plain tensor in memory"),
+    "vmap": (lambda m: torch.vmap(m)(X), "cannot be part of what torch.func transforms"),
+    "jvp": (lambda m: torch.func.jvp(m, (X,), (X,)), "cannot be part of what torch.func"),
+    "vmap of a part": (
+        lambda m: torch.vmap(lambda x: nn.functional.linear(x, m[0].weight))(X),
+        "is no plain tensor in memory",
+    ),
 }
 
 

@@ -279,8 +279,21 @@ def _embedding_bag(
     stored = _streamed(weight, input)
     if stored is None or not isinstance(weight, StoredParameter):
         return NotImplemented
-    if max_norm is not None or weight.transposed or weight.rows is not None:
+    if weight.transposed or weight.rows is not None:
         return NotImplemented
+    if max_norm is not None:  # torch shrinks the rows of its own table
+        used, places = np.unique(_ids(input), return_inverse=True)
+        padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+        at = np.flatnonzero(used == padding)
+        return functional.embedding_bag(
+            torch.from_numpy(places.reshape(input.shape)).to(input.dtype),
+            _embedding(torch.from_numpy(used), weight, None, max_norm, norm_type),
+            offsets,
+            mode=mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=include_last_offset,
+            padding_idx=int(at[0]) if at.size else None,
+        )
     ids = _ids(input)
     starts = None if offsets is None else _ids(offsets)
     factors = None if per_sample_weights is None else _array(per_sample_weights, weight)

@@ -180,6 +180,11 @@ def _check_surroundings(label: str) -> None:
             f"{label} computes in the dtype of its inputs; leave torch.autocast for the call, or "
             "attach a module in the dtype that you want"
         )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ArgumentError(
+            f"{label} streams its weights and cannot be part of what torch.func transforms (vmap, "
+            "grad and the like); call it outside, or detach it first"
+        )
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         raise ArgumentError(
             f"{label} cannot be traced, compiled or exported: streamed weights would become "

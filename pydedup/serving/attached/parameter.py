@@ -67,7 +67,11 @@ class StoredParameter(torch.Tensor):
         slot = attachment.slots[number]
         shape = slot.shape if rows is None else (rows[1] - rows[0], *slot.shape[1:])
         made: Self = torch.Tensor._make_wrapper_subclass(
-            cls, shape[::-1] if transposed else shape, dtype=slot.dtype, device=_CPU
+            cls,
+            shape[::-1] if transposed else shape,
+            strides=(1, shape[1]) if transposed else None,
+            dtype=slot.dtype,
+            device=_CPU,
         )
         made.attachment = attachment
         made.number = number
@@ -173,13 +177,17 @@ def _takes(handler: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
 def _with_loaded(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function with the loaded tensors in the place of stored ones."""
-    changed = [kwargs.get("out")]
+    changed: list[Any] = [kwargs.get("out")]
     if _changes_first(name):  # torch.nn.init passes it by name
-        changed += [*args, *kwargs.values()][:1]
+        first = next(iter((*args, *kwargs.values())), None)
+        changed += first if isinstance(first, list | tuple) else [first]
     for value in changed:
         if type(value) is StoredParameter:
             value._refuse(f"changed (by {name})")
-    return func(*map(_loaded, args), **{key: _loaded(value) for key, value in kwargs.items()})
+    result = func(*map(_loaded, args), **{key: _loaded(value) for key, value in kwargs.items()})
+    for value in (*args, *kwargs.values()):  # `inplace=True`: it raises where that happened
+        _loaded(value)
+    return result
 
 
 def _changes_first(name: str) -> bool:

@@ -49,7 +49,8 @@ class Weights:
         model.block_maps()  # all at once, instead of one by one later
         self._stored = [self._tensor(name) for name in self._names]
         self._lock, self._process = threading.Lock(), os.getpid()
-        self._loaded: dict[int, tuple[torch.Tensor, Reservation]] = {}
+        #: Whole tensors, with what torch counts of changes in place, when they were new.
+        self._loaded: dict[int, tuple[torch.Tensor, int, Reservation]] = {}
         self._biases: dict[int, NDArray[np.floating]] = {}
         self._parts: dict[tuple[int, Rows], tuple[StoredTensor, int]] = {}
         self._slots = slots
@@ -71,7 +72,10 @@ class Weights:
         return found
 
     def loaded(self, number: int) -> torch.Tensor:
-        """Return the whole tensor of a slot in the module's dtype. Raises BudgetError."""
+        """Return the whole tensor of a slot in the module's dtype.
+
+        Raises BudgetError, and ArgumentError when somebody changed it; then it is read anew.
+        """
         found = self._loaded.get(number)
         if found is None:
             if self._process != os.getpid():  # a fork may have left it locked
@@ -80,14 +84,23 @@ class Weights:
                 found = self._loaded.get(number)
                 if found is None:
                     found = self._loaded[number] = self._load(number)
-        return found[0]
+        whole, version, _ = found
+        if whole._version != version:
+            self._loaded.pop(number, None)
+            self._biases.pop(number, None)
+            raise ArgumentError(
+                f"{self._names[number]!r} of {self.model.address} is in a store and was changed "
+                "in place, maybe through a view of it; the change is dropped: detach the module "
+                "first, or load the weights with store.load_torch"
+            )
+        return whole
 
     def bias(self, number: int) -> NDArray[np.floating]:
         """Return a vector as kernels take it: float32, or float64 where that is stored."""
+        whole = self.loaded(number)
         found = self._biases.get(number)
         if found is None:
             dtype = compute_dtype(self._stored[number].dtype)
-            whole = self.loaded(number)
             if whole.dtype in (torch.float32, torch.float64) and whole.numpy().dtype == dtype:
                 found = whole.numpy()
             else:  # not rounded to the module's dtype first
@@ -112,7 +125,7 @@ class Weights:
         block_map = _PartOfMap(self.model, name, (first, stop))
         return StoredTensor(part, block_map, self._pool, self.model.refresh), rows[0] - first
 
-    def _load(self, number: int) -> tuple[torch.Tensor, Reservation]:
+    def _load(self, number: int) -> tuple[torch.Tensor, int, Reservation]:
         slot, stored = self._slots[number], self._stored[number]
         try:
             reservation = self._pool.reserve(slot.nbytes)
@@ -124,7 +137,8 @@ class Weights:
             ) from exc
         # Outside of inference mode: made in it, the tensor would be of no use elsewhere.
         with torch.inference_mode(False), not_measured():
-            return to_torch(whole).to(slot.dtype), reservation
+            tensor = to_torch(whole).to(slot.dtype)
+            return tensor, tensor._version, reservation
 
 
 class _PartOfMap:
