@@ -216,7 +216,7 @@ def test_another_database_than_the_stores(
         report = store.score(query_of(table), "m", into=into, batch=16, source=tables.url)
         assert store.score(query_of(table), "m", into=into, source=tables.url).skipped == 100
         if tables.kind == "sqlite":
-            with pytest.raises(pydedup.errors.NotAStoreError):
+            with pytest.raises(pydedup.errors.NotFoundError, match="to be read and written"):
                 store.score(query_of(table), "m", into=into, source=str(tmp_path / "none.db"))
     assert report.rows == 100
     assert_right(predictions(tables, into), x, w)
