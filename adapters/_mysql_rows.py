@@ -7,6 +7,7 @@ import abc
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Final, cast
@@ -79,7 +80,7 @@ class MysqlRows(RowCalls):
             for statement in (_PATIENCE, *self._sql.dialect.begin_snapshot):
                 self._on(raw, statement).close()
             with self._of_user("the query failed"):
-                cursor = self._on(raw, query, values)
+                cursor = self._on(raw, query)
             if not cursor.description:
                 raise ArgumentError("the query gives no columns; write one SELECT")
             columns = [
@@ -94,14 +95,10 @@ class MysqlRows(RowCalls):
         finally:
             connection.leave()
 
-    def _on(self, raw: Any, statement: str, values: Sequence[object] = ()) -> Any:
+    def _on(self, raw: Any, statement: str) -> Any:
         try:
-            if values:  # prepared, so that they are bound
-                cursor = raw.cursor(prepared=True)
-                cursor.execute(statement, tuple(map(sent, values)))
-            else:
-                cursor = raw.cursor(buffered=False)
-                cursor.execute(statement)
+            cursor = raw.cursor(buffered=False)
+            cursor.execute(statement)
             return cursor
         except self.driver_error as error:
             raise self._translate(error) from error
@@ -122,6 +119,10 @@ class MysqlRows(RowCalls):
             cursor.fetchall()
             cursor.close()
         return f"CONCAT({name})" if column[7] & _ENUM else name
+
+    def _bound_key(self, key: RowColumn, value: object, values: list[object]) -> str:
+        """Write it out: from a prepared statement the driver reads some numbers and times wrong."""
+        return _literal(value)
 
     def _mark(self, value: object) -> str:
         """Return what makes a decimal of one again: it is sent as text, compared as a float.
@@ -175,6 +176,21 @@ class MysqlRows(RowCalls):
 
     def _define_table(self, statement: str) -> None:
         self._define(statement)
+
+
+def _literal(value: object) -> str:
+    """Return a value of a query as SQL, in which no setting of the server changes its meaning."""
+    if isinstance(value, str):
+        return f"_utf8mb4 X'{value.encode().hex()}'"
+    if isinstance(value, bytes):
+        return f"X'{value.hex()}'"
+    if isinstance(value, float):
+        said = repr(value)
+        return said if "e" in said else f"{said}e0"  # without, it were a decimal
+    for kind, word in ((datetime, "TIMESTAMP"), (date, "DATE"), (timedelta, "TIME")):
+        if isinstance(value, kind):
+            return f"{word}'{sent(value)}'"
+    return str(sent(value))
 
 
 def _key_type(column: Sequence[Any]) -> str | None:

@@ -30,8 +30,13 @@ _AS_USER: Final = (
     "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
 )
 _BINARY: Final = 1
-#: The driver makes days of the months of an interval, with which it is another key.
-_INTERVAL: Final = 1186
+#: An interval, of whose months the driver makes days, with which it is another key; and ranges, one
+#: and several, which it sends as no type at all.
+_AS_TEXT: Final = frozenset(
+    (1186, 3904, 3906, 3908, 3910, 3912, 3926, 4451, 4532, 4533, 4534, 4535, 4536)
+)
+#: What is in JSON is no key: Python has it as values of many types.
+_JSON: Final = frozenset((114, 3802))
 #: Values sent as one array, of which the server takes 1 GB.
 ROWS_PER_ARRAY: Final = 8192
 
@@ -119,8 +124,9 @@ class PostgresRows(RowCalls):
             query = query.replace("%", "%%")  # beside values, a single one would mark one
         return super().read_range(query, batch, within)
 
-    def _bound_key(self, key: RowColumn, value: object) -> str:
+    def _bound_key(self, key: RowColumn, value: object, values: list[object]) -> str:
         """Name the type, as `format_type` has it: a text is compared with no enum, say."""
+        values.append(value)
         return f"CAST(%b AS {key.type})"
 
     def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
@@ -170,8 +176,10 @@ class PostgresRows(RowCalls):
             piece = [one[start : start + ROWS_PER_ARRAY] for one in lists]
             self._write(f"{head} SELECT * FROM ROWS FROM ({arrays})", piece)
 
-    def _type_name(self, oid: int) -> str:
+    def _type_name(self, oid: int) -> str | None:
         """Return a type as any connection of ours understands it, without a length."""
+        if oid in _JSON:
+            return None
         # With our search path, in which there is nothing of users, all of theirs get their schema.
         ((name,),) = self._query("SELECT format_type(CAST(%b AS oid), -1)", [oid])
         return str(name)
@@ -244,7 +252,7 @@ class PostgresRows(RowCalls):
 
 def _is_strange(connection: Connection, oid: int) -> bool:
     """Whether the driver would give values of a type as what the server keeps inside, or others."""
-    return oid == _INTERVAL or cast(Any, connection).adapters.get_loader(oid, _BINARY) is None
+    return oid in _AS_TEXT or cast(Any, connection).adapters.get_loader(oid, _BINARY) is None
 
 
 def _told_as_text(query: str, count: int, strange: Collection[int]) -> str:

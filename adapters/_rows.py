@@ -150,15 +150,14 @@ class RowCalls(DbApiBase):
     ) -> AbstractContextManager[RowStream]:
         """Stream those rows of a query whose keys are within a range."""
         name = self._quoted(within.key.name, "column")
-        conditions, values = [], []
+        conditions: list[str] = []
+        values: list[object] = []
         if within.above is not None:
-            conditions.append(f"{name} > {self._bound_key(within.key, within.above)}")
-            values.append(within.above)
+            conditions.append(f"{name} > {self._bound_key(within.key, within.above, values)}")
         if within.up_to is not None:
-            last = f"{name} <= {self._bound_key(within.key, within.up_to)}"
+            last = f"{name} <= {self._bound_key(within.key, within.up_to, values)}"
             # Rows without a key are of the first range, where they are told as such.
             conditions.append(f"({last} OR {name} IS NULL)" if within.above is None else last)
-            values.append(within.up_to)
         if not conditions:
             return self.read_rows(query, batch)
         return self._stream(
@@ -173,8 +172,9 @@ class RowCalls(DbApiBase):
         """Return what a column of a query is sorted by to be in the order of comparisons."""
         return name
 
-    def _bound_key(self, key: RowColumn, value: object) -> str:
-        """Return the placeholder of a value that keys of a query are compared with."""
+    def _bound_key(self, key: RowColumn, value: object, values: list[object]) -> str:
+        """Return what keys of a query are compared with, as SQL; what is bound joins ``values``."""
+        values.append(value)
         return self._mark(value)
 
     def _mark(self, value: object) -> str:

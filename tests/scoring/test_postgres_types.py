@@ -46,6 +46,8 @@ KEYS = {
     "name": ("'a'", "'b'"),
     "macaddr": ("'08:00:2b:01:02:03'", "'08:00:2b:01:02:04'"),
     "bit(3)": ("B'101'", "B'010'"),
+    "int4range": ("'[1,3)'", "'empty'"),
+    "tsrange": ("'[2026-02-03 04:05, 2026-02-03 04:06)'", "'(,)'"),
     'varchar(3) COLLATE "C"': ("'a '", "'a'"),
     'types_of."Mo""od"': ("'glad'", "'a sad\"''{one,'"),
     "types_of.code": ("'ab'", "'a'"),
@@ -105,6 +107,20 @@ def test_a_key_that_was_read_is_written(
         same = f"SELECT count(*) FROM {source} JOIN {into} USING (id) WHERE model = 'm@1'"
         assert connection.execute(same).fetchone() == (2,)
         connection.execute(f"DROP TABLE {source}, {into}")
+
+
+def test_json_is_no_key(postgres_url: str) -> None:
+    """A table for it was made before that was seen, and stayed."""
+    model, graph = linear()
+    into = unused_name().replace("pydedup", "t")
+    query = "SELECT CAST('{\"a\": 1}' AS jsonb) AS id, 1 AS a, 2 AS b, 3 AS c"
+    with pydedup.open(postgres_url, schema=unused_name()) as store:
+        store.add("m@1", model, graph=graph)
+        for said in (query, query.replace("""{"a": 1}""", "1")):
+            with pytest.raises(ArgumentError, match=r"'id' .*can be no key|NULL, or a list"):
+                store.score(said, "m@1", into=into)
+    with psycopg.connect(postgres_url) as connection:
+        assert connection.execute("SELECT to_regclass(%s)", [into]).fetchone() == (None,)
 
 
 def test_a_table_made_anew_with_other_types_is_looked_at_again(
