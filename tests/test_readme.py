@@ -121,12 +121,14 @@ def test_the_request_of_the_readme_is_answered(folder: Path) -> None:
     for words in commands():
         if words[:1] == ["add"] and words[2].startswith("churn"):
             assert main(words) == 0
-    asked = re.search(r"^    curl http://127.0.0.1:8000(\S+) \\\n +-d '(.*)'$", README, re.M)
-    assert asked is not None
-    path, body = asked.groups()
+    assert main(["alias", "sqlite:///models.db", "churn", "prod", "1"]) == 0
     with serving("sqlite:///models.db") as server:
-        answer = server.ask("POST", path, json.loads(body))
-    assert answer.json["outputs"][0]["data"] == [321.0]
+        for text in (README, (ROOT / "docs" / "http.md").read_text(encoding="utf-8")):
+            asked = re.search(r"^    curl http://127.0.0.1:8000(\S+) \\\n +-d '(.*)'$", text, re.M)
+            assert asked is not None
+            path, body = asked.groups()
+            answer = server.ask("POST", path, json.loads(body))
+            assert answer.json["outputs"][0]["data"] == [321.0]
 
 
 @pytest.mark.parametrize("page", PAGES)
