@@ -61,12 +61,19 @@ def attach(
     """
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"attach takes a torch.nn.Module, not a {type(module).__name__}")
+    if not isinstance(prefix, str):
+        raise ArgumentError(f"prefix must be a text, such as 'bert.', not {prefix!r}")
     for path, inner in named_modules(module):
         before = attachment_of(inner)
         if before is not None:
             raise ArgumentError(
                 f"{f'{path!r} in the module' if path else 'the module'} is attached to "
                 f"{before.address} already; detach it first"
+            )
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise ArgumentError(
+                f"{f'{path!r} in the module' if path else 'the module'} is TorchScript, whose code "
+                "is not Python's; attach the module that it was made from"
             )
     training = [path or "the module itself" for path, m in named_modules(module) if m.training]
     if training:

@@ -314,6 +314,8 @@ def test_modules_that_cannot_be_attached(store: pydedup.Store) -> None:
         store.attach(module, "m")
     with pytest.raises(ArgumentError, match=r"takes a torch.nn.Module, not a dict"):
         store.attach({}, "m")  # type: ignore[type-var]
+    with pytest.raises(ArgumentError, match="prefix must be a text"):
+        store.attach(net(), "m", prefix=b"body.")  # type: ignore[arg-type]
     lazy = nn.LazyLinear(5).eval()
     with pytest.raises(ArgumentError, match="'weight' is a UninitializedParameter"):
         store.attach(lazy, "m")
@@ -322,6 +324,19 @@ def test_modules_that_cannot_be_attached(store: pydedup.Store) -> None:
     for again in (module, outer):
         with pytest.raises(ArgumentError, match="is attached to m already; detach it first"):
             store.attach(again, "m")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace", "freeze"])
+def test_torchscript_is_refused_and_left_as_it_was(store: pydedup.Store, how: str) -> None:
+    module = net()
+    store.add("m", module)
+    script = torch.jit.trace(module, X) if how == "trace" else torch.jit.script(module)
+    script = torch.jit.freeze(script) if how == "freeze" else script
+    for refused in (script, nn.Sequential(script).eval()):
+        with pytest.raises(ArgumentError, match=r"is TorchScript, .* it was made from"):
+            store.attach(refused, "m")
+        assert torch.equal(refused(X), module(X))
 
 
 class Equal(nn.Linear):
