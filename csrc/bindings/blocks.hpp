@@ -22,8 +22,12 @@ using PageList = std::vector<std::shared_ptr<Page>>;
 [[nodiscard]] inline PageList as_pages(const py::sequence& pages) {
     PageList list;
     list.reserve(pages.size());
-    for (const py::handle page : pages) {
-        if (page.is_none()) throw Error(ErrorCode::invalid_argument, "pages holds a None");
+    // Objects, not handles: a sequence that is no list may make its items as it is asked for them.
+    for (const py::object page : pages) {
+        if (!py::isinstance<Page>(page)) {
+            throw Error(ErrorCode::invalid_argument,
+                        std::string("pages holds a ") + Py_TYPE(page.ptr())->tp_name);
+        }
         list.push_back(py::cast<std::shared_ptr<Page>>(page));
     }
     return list;

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +71,36 @@ def test_page_figures() -> None:
 def test_page_takes_bytes_alone(payload: object) -> None:
     with pytest.raises(TypeError):
         codec.Page(payload)  # type: ignore[arg-type]
+
+
+class MadeWhenAsked(Sequence[codec.Page]):
+    """Pages of which nobody but who asked for one holds it."""
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: Any) -> Any:
+        if number >= len(self):
+            raise IndexError(number)
+        return codec.Page(self.payload)
+
+
+def test_pages_need_nobody_else_to_hold_them() -> None:
+    payload = small_page()
+    wanted = codec.page_digests(codec.Page(payload))
+    for _ in range(100):
+        found = codec.block_digests(MadeWhenAsked(payload), [0, 1, 1], [0, 1, 2])
+        assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("other", [None, "page", b"PDPG", np.zeros(1)])
+def test_what_is_no_page_is_named(other: object) -> None:
+    pages: Any = [codec.Page(small_page()), other]
+    with pytest.raises(ArgumentError, match=f"pages holds a .*{type(other).__name__}"):
+        codec.block_digests(pages, [0], [0])
 
 
 def test_empty_page() -> None:
