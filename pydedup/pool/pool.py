@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pydedup import _core
 from pydedup._core import Page
+from pydedup.blocks import as_unsigned
 from pydedup.codec import StoredBases
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError
 from pydedup.pool.admission import Gate, Reservation, Shadow
@@ -374,7 +375,7 @@ class PagePool:
 
     def record(self, max_uses: int) -> None:
         """Record uses of pages from now on, at 16 bytes each; 0 ends that."""
-        self._core.record(max_uses)
+        self._core.record(as_unsigned("max_uses", max_uses, 32))
 
     def recorded(self) -> Trace:
         """Return what was recorded so far."""

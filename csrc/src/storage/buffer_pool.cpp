@@ -169,15 +169,16 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         const std::scoped_lock lock(mutex_);
         replacement_.call(owner);
         ++calls_;
-        if (trace_room_ != 0) trace_.owners.push_back(owner);
+        if (is_recording()) trace_.owners.push_back(owner);
     }
 
     void record(std::size_t max_uses) {
+        Trace fresh;
+        fresh.pages.reserve(max_uses);
+        fresh.bytes.reserve(max_uses);
+        fresh.calls.reserve(max_uses);
         const std::scoped_lock lock(mutex_);
-        trace_ = Trace();
-        trace_.pages.reserve(max_uses);
-        trace_.bytes.reserve(max_uses);
-        trace_.calls.reserve(max_uses);
+        trace_ = std::move(fresh);
         trace_room_ = max_uses;
     }
 
@@ -292,11 +293,16 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         use(place);
     }
 
+    // Whether there is room for more, also of calls: they need not use any page.
+    [[nodiscard]] bool is_recording() const noexcept {
+        return trace_.pages.size() < trace_room_ && trace_.owners.size() <= trace_room_;
+    }
+
     // Never allocates: there is room for what is recorded.
     void use(Place place) noexcept {
         place->ahead = false;
         replacement_.use(*place->history);
-        if (trace_.pages.size() < trace_room_) {
+        if (is_recording()) {
             trace_.pages.push_back(place->id);
             trace_.bytes.push_back(static_cast<std::uint32_t>(place->page.nbytes()));
             trace_.calls.push_back(static_cast<std::uint32_t>(trace_.owners.size()));
