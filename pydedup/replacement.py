@@ -7,6 +7,7 @@ here: the pool (:mod:`pydedup.pool`).
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,9 @@ class Trace:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote. Raises FormatError for another file."""
-        import zipfile
-
+        content = io.BytesIO(Path(path).read_bytes())  # so that an OSError is one of the file
         try:
-            with np.load(path, allow_pickle=False) as columns:
+            with np.load(content, allow_pickle=False) as columns:
                 if int(columns["version"]) != _TRACE_VERSION:
                     raise FormatError(
                         f"{path} is a trace of version {int(columns['version'])}; "
@@ -105,7 +105,7 @@ class Trace:
                 )
         except FormatError:
             raise
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
+        except Exception as exc:  # numpy, zipfile and zlib raise all kinds on damaged bytes
             raise FormatError(
                 f"{path} is no recorded trace, or a damaged one; `pydedup serve --record FILE` "
                 "makes one, and store.recorded().save(FILE) after store.record()"

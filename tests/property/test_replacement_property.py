@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, FormatError
 from pydedup.replacement import POLICIES, Trace, replay
 
 _CALLS = st.lists(
@@ -141,6 +142,22 @@ def test_traces_that_make_no_sense_are_refused() -> None:
     late = Trace(trace.pages, trace.nbytes, np.array([1, 9], np.uint32), trace.owners)
     with pytest.raises(ArgumentError, match="call 9 at use 1"):
         replay(late, 100, "lru")
+
+
+def test_damage_to_a_saved_trace_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    trace_of([(owner, [3, 1, 4]) for owner in range(20)]).save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 9]) + whole[at + 1 :])
+        try:
+            Trace.load(path)
+        except FormatError as error:
+            refused += "no recorded trace, or a damaged one" in str(error)
+    assert refused > len(whole) / 7 / 2
+    with pytest.raises(FileNotFoundError):
+        Trace.load(tmp_path / "missing.npz")
 
 
 def test_many_sets_of_owners_take_little_memory() -> None:
