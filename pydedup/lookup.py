@@ -94,7 +94,8 @@ def bag(
     -------
     numpy.ndarray
         Shape (n_bags, cols) in ``compute_dtype``; zero for an empty bag. Summed in an order that
-        depends on the layout of the pages, not on the number of threads.
+        depends on the layout of the pages and on whether all of them are in memory, so that the
+        last bits of a first call may differ from later ones; not on the number of threads.
 
     Raises
     ------
