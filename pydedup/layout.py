@@ -6,7 +6,7 @@ The packer itself is `pydedup.packing`; here is what the way in and the upkeep b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.blocks import NO_PAGE, SLOT_BITS, BlockMap
+from pydedup.errors import CorruptStoreError
 from pydedup.pool import PagePool
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "map_places",
     "page_bytes",
     "pages_read",
+    "slot_entries",
     "split_places",
     "used_places",
 ]
@@ -58,6 +60,30 @@ def split_places(places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[
     return places >> SLOT_BITS, (places & ((1 << SLOT_BITS) - 1)).astype(np.uint32)
 
 
+def slot_entries(
+    pages: Sequence[codec.Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
+) -> NDArray[np.void]:
+    """Return the slot of each block, ``slots[i]`` of ``pages[page_index[i]]``.
+
+    Raises CorruptStoreError when a page does not have the slot: block maps may be damaged.
+    """
+    # As rows of bytes: numpy takes long to see that records have the same fields.
+    none = np.empty((0, codec.SLOT_BYTES), np.uint8)
+    tables = [page.slots.view(np.uint8).reshape(-1, codec.SLOT_BYTES) for page in pages]
+    counts = np.array([len(table) for table in tables], np.int64)
+    beyond = np.flatnonzero(slots >= counts[page_index])
+    if len(beyond):
+        first = beyond[0]
+        raise CorruptStoreError(
+            f"slot {slots[first]} was asked of a page with {counts[page_index[first]]} slots; "
+            "run verify on the store"
+        )
+    starts = np.cumsum(counts) - counts
+    chosen = np.concatenate([none, *tables])[starts[page_index] + slots]
+    entries: NDArray[np.void] = chosen.view(codec.SLOT_DTYPE).reshape(-1)
+    return entries
+
+
 def block_forms(
     pool: PagePool, places: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
@@ -66,10 +92,9 @@ def block_forms(
     encodings = np.empty(len(places), np.uint8)
     page_ids, slots = split_places(places)
     for rows, pages, page_index in pool.windows(page_ids):
-        tables = [page.slots for page in pages]
-        entries = [tables[page][slot] for page, slot in zip(page_index, slots[rows], strict=True)]
-        lengths[rows] = [entry["length"] for entry in entries]
-        encodings[rows] = [entry["encoding"] for entry in entries]
+        entries = slot_entries(pages, page_index, slots[rows])
+        lengths[rows] = entries["length"]
+        encodings[rows] = entries["encoding"]
     return lengths, encodings
 
 
@@ -152,7 +177,7 @@ def copy_page(pool: PagePool, page_ids: NDArray[np.int64], slots: NDArray[np.uin
     for rows, pages, page_index in pool.windows(page_ids):
         for number, page in enumerate(pages):
             mine = rows[page_index == number]
-            table = page.slots[slots[mine]]
+            table = slot_entries([page], np.zeros(len(mine), np.uint32), slots[mine])
             columns[mine] = table
             lengths = table["length"].astype(np.int64)
             places = np.cumsum(lengths) - lengths

@@ -16,7 +16,8 @@ from pydedup import codec
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.ingest.stored_table import StoredTable, slot_entries
+from pydedup.ingest.stored_table import StoredTable
+from pydedup.layout import slot_entries
 from pydedup.types import DType
 
 __all__ = ["BlockReader", "stack_blocks", "stacked"]

@@ -15,10 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup import codec
 from pydedup.adapter import BlockRow
 from pydedup.ingest.spool import NO_BASE
-from pydedup.layout import by_page, split_places
+from pydedup.layout import by_page, slot_entries, split_places
 from pydedup.types import DType
 
-__all__ = ["StoredTable", "slot_entries"]
+__all__ = ["StoredTable"]
 
 T = TypeVar("T", bound=np.generic)
 
@@ -205,21 +205,10 @@ class StoredTable:
         for page_id, at in by_page(page_ids):
             costs = self._costs_on.get(page_id)
             if costs is not None:
-                self.set_costs(unknown[at], costs[slots[at]])
+                there = at[slots[at] < len(costs)]  # a damaged block map may name any slot
+                self.set_costs(unknown[there], costs[slots[there]])
         left: NDArray[np.int64] = unknown[self.costs_of(unknown) == 0]
         return left
-
-
-def slot_entries(
-    pages: Sequence[codec.Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
-) -> NDArray[np.void]:
-    """Return the slot of each block."""
-    # As rows of bytes: numpy takes long to see that records have the same fields.
-    none = np.empty((0, codec.SLOT_BYTES), np.uint8)
-    tables = [page.slots.view(np.uint8).reshape(-1, codec.SLOT_BYTES) for page in pages]
-    starts = np.cumsum([0, *map(len, tables)])
-    chosen = np.concatenate([none, *tables])[starts[page_index] + slots]
-    return chosen.view(codec.SLOT_DTYPE).reshape(-1)
 
 
 def _with_room(column: NDArray[T], count: int) -> NDArray[T]:

@@ -211,7 +211,14 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
         (block.page_id, block.slot): block
         for block in adapter.blocks_on_pages(np.unique(page_ids).tolist())
     }
-    rows = [recorded[place] for place in zip(page_ids.tolist(), slots.tolist(), strict=True)]
+    named = list(zip(page_ids.tolist(), slots.tolist(), strict=True))
+    lost = next((place for place in named if place not in recorded), None)
+    if lost is not None:
+        raise CorruptStoreError(
+            f"a block map names slot {lost[1]} of page {lost[0]}, for which no distinct block is "
+            "recorded; run verify on the store"
+        )
+    rows = [recorded[place] for place in named]
     bases = np.array([_NO_BASE if row.base_id is None else row.base_id for row in rows], np.int64)
     is_delta = bases != _NO_BASE
     if not np.isin(bases[is_delta], used).all():

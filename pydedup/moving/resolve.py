@@ -22,8 +22,7 @@ from pydedup.hashing import hash_view
 from pydedup.ingest.match import Hints, Matcher, hash_keys
 from pydedup.ingest.places import stack_blocks, stacked
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.ingest.stored_table import slot_entries
-from pydedup.layout import block_places, by_page, split_places
+from pydedup.layout import block_places, by_page, slot_entries, split_places
 from pydedup.moving.known import Known, Whereabouts
 from pydedup.moving.source import NO_PLACE, End, SourceModel, recorded
 from pydedup.moving.whole import WholePages

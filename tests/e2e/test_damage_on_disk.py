@@ -7,6 +7,8 @@ returns a part of it; SQLite returns it.
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 import pydedup
 from pydedup import policies
+from pydedup.blocks import BlockMap
 from pydedup.errors import CorruptStoreError
 from pydedup.testing.servers import MariadbServer, PostgresServer
 
@@ -102,6 +105,36 @@ def test_a_bit_that_flips_on_disk(place: Place, tmp_path: Path) -> None:
         assert (report.errors, report.notes) == ([], [])
         for name, model in models.items():
             assert np.array_equal(store.load(name)["w"], model["w"])
+
+
+@pytest.mark.parametrize("slot", [40, 3000])  # of other pages there are as many, or not
+def test_a_block_map_that_names_a_slot_beyond_its_page(tmp_path: Path, slot: int) -> None:
+    rng = np.random.default_rng(0)
+    small, large = ({"w": rng.standard_normal((rows, 64))} for rows in (64, 2000))
+    path = tmp_path / "store.db"
+    with pydedup.open(path) as store:
+        store.add("large", large, policy=policies.Exact())
+        store.add("small", small, policy=policies.Exact())
+        store.add("other", {"w": small["w"] + 1}, policy=policies.Exact())
+        old = store._catalog.model("small").block_map("w")
+    slots = np.full_like(old.slots, slot)
+    (part,) = BlockMap(old.grid, old.dtype, old.page_ids, slots).parts()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE pydedup_block_maps SET payload = ? WHERE model_id = 2", [part])
+    both = {"w": np.concatenate([large["w"], small["w"]])}
+    with pydedup.open(path) as store:
+        for work in (
+            lambda: store.load("small"),
+            lambda: store.explain("small"),
+            lambda: store.copy_to(tmp_path / "copy.db", ["small"]),
+            store.vacuum,
+        ):
+            with pytest.raises(CorruptStoreError, match=f"slot {slot} .*run verify"):
+                work()
+        assert not store.verify().ok
+        with contextlib.suppress(CorruptStoreError):
+            store.add("small", both)  # looks at the version before
+        assert np.array_equal(store.load("large")["w"], large["w"])
 
 
 def delete_as_documented(url: str, page_id: int) -> None:

@@ -250,8 +250,9 @@ Digest PageView::checksum() const noexcept {
 
 BlockView PageView::block(std::size_t slot) const {
     if (slot >= n_slots_) {
-        corrupt("slot " + std::to_string(slot) + " was asked of a page with " +
-                std::to_string(n_slots_) + " slots");
+        throw Error(ErrorCode::corrupt_page,
+                    "slot " + std::to_string(slot) + " was asked of a page with " +
+                        std::to_string(n_slots_) + " slots; run verify on the store");
     }
     return read_slot(bytes_, slot);
 }
