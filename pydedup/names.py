@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model addresses: ``name``, ``name@version``, ``name@alias``."""
+"""What users name: models, as ``name``, ``name@version`` or ``name@alias``, and files."""
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from dataclasses import dataclass
 
 from pydedup.errors import ArgumentError
 
-__all__ = ["Address", "check_name", "parse_address"]
+__all__ = ["Address", "check_name", "check_path", "parse_address"]
 
 _MAX_LENGTH = 255
 
@@ -50,6 +51,24 @@ def check_name(text: str, what: str) -> str:
     if reason:
         raise ArgumentError(f"{what} {text[:60]!r} {reason}")
     return text
+
+
+def check_path(path: object, what: str) -> str:
+    """Return a path as a text.
+
+    Raises
+    ------
+    ArgumentError
+        When it is no path, or one that no file can have.
+    """
+    try:
+        text = os.fspath(path)  # type: ignore[call-overload]
+        is_path = isinstance(text, str) and b"\0" not in os.fsencode(text)
+    except (TypeError, UnicodeEncodeError):
+        is_path = False
+    if not is_path:
+        raise ArgumentError(f"{what} must be the path of a file, not {path!r:.100}")
+    return str(text)
 
 
 def parse_address(text: str) -> Address:

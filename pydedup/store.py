@@ -23,7 +23,7 @@ from pydedup.errors import (
     ArgumentError,
 )
 from pydedup.graph import Graph
-from pydedup.names import check_name
+from pydedup.names import check_name, parse_address
 from pydedup.opening import check_writable, connect_store, pool_of
 from pydedup.predicting import StorePredictions
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
@@ -183,6 +183,7 @@ class Store(StorePredictions, StoreUpkeep):
         ConflictError, StorageFullError
             The store is as it was before.
         """
+        parse_address(name)  # what is no text may be no key either
         return self._add(
             {name: source},
             policy,

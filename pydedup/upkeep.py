@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import registry
@@ -19,6 +20,7 @@ from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog
 from pydedup.errors import ArgumentError
 from pydedup.jobs import LEASE_SECONDS
+from pydedup.names import check_path
 from pydedup.opening import check_writable, connect_store, open_end
 from pydedup.pool import PagePool
 from pydedup.types import CopyReport, Progress
@@ -81,7 +83,7 @@ class StoreUpkeep(abc.ABC):
             report = verify_store(self._adapter, progress=progress)
         else:
             check_writable(self._adapter, "repair")
-            report = self._repaired(os.fspath(repair_from), progress)
+            report = self._repaired(check_path(repair_from, "repair_from"), progress)
         for name, function in (evaluate or {}).items():
             model = self._catalog.model(name)
             recheck(model, self.load(model.address), function, report)
@@ -98,9 +100,17 @@ class StoreUpkeep(abc.ABC):
         """Free what nobody uses and repack where models read too many pages.
 
         With ``dry_run`` only say what that would save; the store may be open for reading only.
+        Raises ArgumentError for seconds that are none, ReadOnlyError, ConflictError,
+        StorageFullError, UnavailableError.
         """
         from pydedup.maintenance.vacuum import plan_vacuum, vacuum_store
 
+        given: Mapping[str, object] = {"grace": grace_seconds, "lease": lease_seconds}
+        for what, seconds in given.items():
+            if not isinstance(seconds, int | float | np.number) or not seconds >= 0:
+                raise ArgumentError(
+                    f"{what}_seconds must be seconds, 0 or more, not {seconds!r:.100}"
+                )
         if dry_run:
             return plan_vacuum(
                 self._adapter, self._pool, grace_seconds=grace_seconds, lease_seconds=lease_seconds

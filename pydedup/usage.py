@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.catalog import StoredModel
+from pydedup.errors import ArgumentError
 from pydedup.layout import block_costs, block_places, joined, map_places, split_places
 from pydedup.pool import PagePool
 
@@ -133,6 +134,8 @@ def usage_by(adapter: Adapter, pool: PagePool, key: str) -> Usage:
     some are shared and others not. Memory: 4 bytes per block on shared pages, and what
     `Readers.of_store` takes.
     """
+    if not isinstance(key, str):
+        raise ArgumentError(f"by must be a key of metadata, a string, not {key!r:.100}")
     with adapter.snapshot():
         models = adapter.models()
         found = [value_of(model.metadata, key) for model in models]

@@ -34,6 +34,7 @@ from pydedup.formats.base import (
     checked_entries,
 )
 from pydedup.graph import Graph
+from pydedup.names import check_path
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -188,7 +189,7 @@ def write_model(
     StorageFullError
         When there is no room.
     """
-    text = os.fspath(path)
+    text = check_path(path, "path")
     target = Path(text)
     artifacts = list(artifacts)
     entries = checked_entries("the model", entries)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pydedup.errors import FormatError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats._files import open_raw, write_array
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.base import Array, LazyTensors, SourceBase, TensorEntry, fetch_tensor
@@ -228,10 +228,17 @@ def to_torch(array: Array, device: str | None = None) -> torch.Tensor:
     ------
     UnsupportedFormatError
         When torch is not installed.
+    ArgumentError
+        When torch has no such device.
     """
     _require_torch()
     import torch
 
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as exc:
+            raise ArgumentError(f"device {device!r:.100} is none that torch has here") from exc
     dtype = {label: dtype for dtype, label in _dtypes().items()}[DType.of(array.dtype)]
     if array.size == 0:
         return torch.empty(array.shape, dtype=dtype, device=device)

@@ -18,6 +18,8 @@ def set_alias(
     """Point an alias at a version, or delete it; see `pydedup.Store.alias`."""
     check_name(name, "model name")
     check_name(alias, "alias")
+    if version is not None:
+        check_name(version, "version")
     with adapter.transaction():
         adapter.bump_epoch()  # nobody removes the version meanwhile
         rows = {row.version: row for row in adapter.models(name=name)}

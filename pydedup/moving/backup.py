@@ -28,6 +28,7 @@ from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.copy import copy_models
 from pydedup.moving.plan import plan_copy, same_model
 from pydedup.moving.source import End
+from pydedup.names import check_path
 from pydedup.quotas import QUOTAS_NAME
 from pydedup.types import CopyReport, Progress
 
@@ -47,11 +48,11 @@ Opener = Callable[[str, str], AbstractContextManager[End]]
 
 def file_url(path: str | os.PathLike[str]) -> str:
     """Return the URL of a SQLite file."""
-    text = os.fspath(path)
+    text = check_path(path, "path")
     if "://" in text:
         raise ArgumentError("a backup is a file; name one (copy takes models to another store)")
-    if "?" in text or "\0" in text:
-        raise ArgumentError(f"{text!r} cannot be the name of a backup: it holds '?' or NUL")
+    if "?" in text:
+        raise ArgumentError(f"{text!r} cannot be the name of a backup: it holds '?'")
     return f"sqlite:///{Path(text).absolute()}"
 
 

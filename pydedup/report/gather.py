@@ -13,6 +13,7 @@ import numpy as np
 
 from pydedup.adapter import LIVE, Adapter, ModelRow
 from pydedup.catalog import Catalog, StoredModel, model_info
+from pydedup.errors import ArgumentError
 from pydedup.layout import PAGE_BYTES
 from pydedup.pool import PagePool
 from pydedup.replacement import Trace
@@ -110,8 +111,14 @@ def gather(
     NotFoundError
         When there is no such model.
     ArgumentError
-        When the trace does not fit together.
+        When the trace is none, or does not fit together.
     """
+    given: object = trace
+    if not isinstance(given, Trace | None):
+        raise ArgumentError(
+            "trace must be a pydedup.replacement.Trace, as Trace.load(path) gives, not "
+            f"{type(given).__name__}"
+        )
     with adapter.snapshot():
         stats = store_stats(adapter, pool.stats())
         rows = adapter.models()

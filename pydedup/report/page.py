@@ -10,6 +10,7 @@ from pathlib import Path
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog
 from pydedup.errors import UnsupportedFormatError
+from pydedup.names import check_path
 from pydedup.pool import PagePool
 from pydedup.replacement import Trace
 from pydedup.report.gather import gather
@@ -32,10 +33,11 @@ def report(
         raise UnsupportedFormatError(
             f"reports need the package {error.name!r}: pip install 'pydedup[report]'"
         ) from None
+    target = None if path is None else Path(check_path(path, "path"))
     page = render(gather(adapter, catalog, pool, models, trace))
-    if path is not None:
+    if target is not None:
         from pydedup.formats._files import atomic_file
 
-        with atomic_file(Path(path)) as scratch:
+        with atomic_file(target) as scratch:
             scratch.write_text(page, encoding="utf-8")
     return page

@@ -112,7 +112,7 @@ def score_rows(
         raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
     if not hasattr(batch, "__index__") or not 1 <= batch <= 1 << 20:
         raise ArgumentError(f"batch is {batch!r}; it must be 1 to {1 << 20} rows")
-    for name, text in (("query", query), ("into", into)):
+    for name, text in (("query", query), ("model", model), ("into", into)):
         if not isinstance(text, str):
             raise ArgumentError(f"{name} must be a string, not {type(text).__name__}")
     table = rows.full_table_name(into)
