@@ -7,12 +7,13 @@ import abc
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Final, cast
 
-from pydedup.adapter_options import RowColumn
+from pydedup.adapter_options import KeyRange, RowColumn, RowStream
 from pydedup.errors import ArgumentError
 
 from ._base import Row, text
@@ -42,6 +43,14 @@ _NO_SQL: Final = re.compile(
 _INTO: Final = re.compile(r"(?i)(?<![\w$@])(?<![a-z_$`]\.)into(?![\w$])")
 #: The most that a decimal has.
 _DIGITS: Final = 65
+#: What makes values of a query of the texts that they are sent as.
+_TYPED: Final = (
+    (float, "({} + 0e0)"),
+    (bytes, "UNHEX({})"),
+    (datetime, "CAST({} AS DATETIME(6))"),
+    (date, "CAST({} AS DATE)"),
+    (timedelta, "CAST({} AS TIME(6))"),
+)
 
 
 class MysqlRows(RowCalls):
@@ -80,7 +89,7 @@ class MysqlRows(RowCalls):
             for statement in (_PATIENCE, *self._sql.dialect.begin_snapshot):
                 self._on(raw, statement).close()
             with self._of_user("the query failed"):
-                cursor = self._on(raw, query)
+                cursor = self._on(raw, query, values)
             if not cursor.description:
                 raise ArgumentError("the query gives no columns; write one SELECT")
             columns = [
@@ -95,10 +104,12 @@ class MysqlRows(RowCalls):
         finally:
             connection.leave()
 
-    def _on(self, raw: Any, statement: str) -> Any:
+    def _on(self, raw: Any, statement: str, values: Sequence[object] = ()) -> Any:
+        """Run a plain statement: of prepared ones the driver reads some numbers and times wrong."""
         try:
             cursor = raw.cursor(buffered=False)
-            cursor.execute(statement)
+            named = {_named(number): sent(value) for number, value in enumerate(values)}
+            cursor.execute(statement, named or None)
             return cursor
         except self.driver_error as error:
             raise self._translate(error) from error
@@ -120,9 +131,23 @@ class MysqlRows(RowCalls):
             cursor.close()
         return f"CONCAT({name})" if column[7] & _ENUM else name
 
+    def read_range(
+        self, query: str, batch: int, within: KeyRange
+    ) -> AbstractContextManager[RowStream]:
+        """Stream those rows of a query whose keys are within a range."""
+        if within.above is not None or within.up_to is not None:
+            # Beside values, the driver takes %(name)s for one, and %(name)% for a percent sign.
+            query = query.replace("%(", "%(percent)%(")
+        return super().read_range(query, batch, within)
+
     def _bound_key(self, key: RowColumn, value: object, values: list[object]) -> str:
-        """Write it out: from a prepared statement the driver reads some numbers and times wrong."""
-        return _literal(value)
+        """Name the value, and its type, since all but integers are sent as texts."""
+        mark = f"%({_named(len(values))})s"
+        values.append(value.hex() if isinstance(value, bytes) else value)
+        for kind, typed in _TYPED:
+            if isinstance(value, kind):
+                return typed.format(mark)
+        return self._mark(value).replace("?", mark)
 
     def _mark(self, value: object) -> str:
         """Return what makes a decimal of one again: it is sent as text, compared as a float.
@@ -178,19 +203,9 @@ class MysqlRows(RowCalls):
         self._define(statement)
 
 
-def _literal(value: object) -> str:
-    """Return a value of a query as SQL, in which no setting of the server changes its meaning."""
-    if isinstance(value, str):
-        return f"_utf8mb4 X'{value.encode().hex()}'"
-    if isinstance(value, bytes):
-        return f"X'{value.hex()}'"
-    if isinstance(value, float):
-        said = repr(value)
-        return said if "e" in said else f"{said}e0"  # without, it were a decimal
-    for kind, word in ((datetime, "TIMESTAMP"), (date, "DATE"), (timedelta, "TIME")):
-        if isinstance(value, kind):
-            return f"{word}'{sent(value)}'"
-    return str(sent(value))
+def _named(number: int) -> str:
+    """Return the name of a value of a query."""
+    return f"key{number}"
 
 
 def _key_type(column: Sequence[Any]) -> str | None:

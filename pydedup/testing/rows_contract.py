@@ -281,7 +281,7 @@ class RangeAdapterContract(RowAdapterContract):
         values = [*keys, None, None]
         self.run(url, f"INSERT INTO {table} VALUES (?, ?)", [[k, n] for n, k in enumerate(values)])
         self.run(url, f"CREATE INDEX {table}_k ON {table} (k)")
-        query = f"SELECT k, n FROM {table} WHERE 'x%' LIKE 'x%' -- all of them"
+        query = f"SELECT k, n FROM {table} WHERE '%(key0)s %s' LIKE '%(key0)s %' -- all"
         bounds, parts = read_ranges(adapter, query, 20)
         assert Counter(row[1] for part in parts for row in part) == Counter(range(len(values)))
         assert len(bounds) == len(keys) // 20

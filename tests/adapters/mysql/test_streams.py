@@ -71,14 +71,14 @@ def test_a_stream_read_to_its_end_says_goodbye(
     assert counter(run, url, "Aborted_clients") == aborted
 
 
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("ranged", [False, True])
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_is_left_of_a_stream_is_not_read(
-    rows: RangeAdapter, url: str, run: Run, prepared: bool, fails: bool
+    rows: RangeAdapter, url: str, run: Run, ranged: bool, fails: bool
 ) -> None:
     sent = counter(run, url, "Bytes_sent")
     query, within = numbers(1000, MANY // 1000), KeyRange(RowColumn("k", "BIGINT"), 0, 1000)
-    opened = rows.read_range(query, 4, within) if prepared else rows.read_rows(query, 4)
+    opened = rows.read_range(query, 4, within) if ranged else rows.read_rows(query, 4)
     with contextlib.suppress(ZeroDivisionError), opened as stream:
         some: list[Any] = list(next(iter(stream)))
         assert len(some) == 4
