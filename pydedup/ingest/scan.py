@@ -64,13 +64,11 @@ class PageScan:
         return [found[number] for number in ids.tolist()]
 
     def _read(self, ids: list[int]) -> dict[int, codec.Page]:
-        """Read pages past the pool; those that do not exist are reported by it."""
+        """Read pages past the pool; what is wrong with others is its to see to, and to say."""
         pages: dict[int, codec.Page] = {}
         for number, payload in self._adapter.read_pages(ids) if ids else ():
-            try:
+            with contextlib.suppress(CorruptStoreError):  # there may be another copy
                 pages[number] = codec.Page(payload)
-            except CorruptStoreError as exc:
-                raise self._pool.damaged(number, exc) from exc
         absent = [number for number in ids if number not in pages]
         if absent:
             pages.update(zip(absent, self._pool.pages(absent), strict=True))

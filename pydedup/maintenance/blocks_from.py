@@ -17,6 +17,7 @@ import numpy as np
 from pydedup import codec
 from pydedup.adapter import Adapter, BlockRow
 from pydedup.blocks import MatrixView
+from pydedup.catalog import page_copies
 from pydedup.errors import (
     CorruptStoreError,
     FormatError,
@@ -104,7 +105,7 @@ class StoreSource:
 
     def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
         self._adapter = adapter
-        self._pool = PagePool(adapter.read_pages, memory_bytes)
+        self._pool = PagePool(adapter.read_pages, memory_bytes, copies=page_copies(adapter))
         self.damage: dict[str, str] = {}
         self.unreadable: dict[bytes, set[int]] = {}
 

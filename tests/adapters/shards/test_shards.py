@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -227,6 +229,29 @@ def test_of_a_damaged_copy_the_other_is_read(place: ShardedPlace) -> None:
         place.rows(number, damage)
     with pydedup.open(url, mode="r") as store, pytest.raises(StoreError, match="read by m@1"):
         store.load("m")
+
+
+def test_adds_and_repairs_read_the_other_copy_too(place: ShardedPlace, tmp_path: Path) -> None:
+    model = {"w": np.random.default_rng(1).standard_normal((512, 1024)).astype(np.float32)}
+    other = tmp_path / "other.db"
+    for url in (place.url(replicas=2), other):
+        with pydedup.open(url) as store:
+            store.add("m@1", model, policy=policies.Exact())
+    pages = list(place.payloads())
+    for number in range(3):  # in one of these turns the copy that is asked for first
+        with contextlib.closing(sqlite3.connect(other)) as connection, connection:
+            connection.execute("UPDATE pydedup_pages SET payload = substr(payload, 1, 9000)")
+        damage = "UPDATE {}.page_payloads SET payload = "
+        damage += "set_byte(payload, 9000, 255 - get_byte(payload, 9000)) WHERE id = ANY(%s)"
+        place.rows(number, damage, pages)
+        near = {"w": model["w"] + np.float32(1e-6 * (number + 1))}
+        with pydedup.open(place.url(replicas=2)) as store:
+            assert store.add(f"near{number}", near).delta_blocks
+            assert store.load(f"near{number}")["w"].tobytes() == near["w"].tobytes()
+        with pydedup.open(other) as store:
+            assert store.verify(repair_from=place.url(replicas=2)).ok
+            assert store.load("m")["w"].tobytes() == model["w"].tobytes()
+        place.rows(number, damage, pages)  # as it was
 
 
 def test_of_a_lost_copy_the_other_is_read(place: ShardedPlace) -> None:
