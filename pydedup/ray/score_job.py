@@ -33,6 +33,7 @@ from pydedup.ray.score_plan import (
     Settings,
     TableNotes,
     from_json,
+    to_json,
 )
 from pydedup.ray.score_worker import Scorer, rows_of
 from pydedup.registry import redact
@@ -256,6 +257,8 @@ class Job:
         assert isinstance(self.rows, RangeAdapter)
         every = min(_BOUND_EVERY, part_rows)
         bounds = self.rows.key_bounds(self.query, key, every)
+        for one in bounds[:1]:
+            to_json(one)  # so that one of a type that has no hash is told as that
         wanted = _rows_of_part(len(bounds) * every, part_rows, workers)
         step = max(wanted // every, -(-len(bounds) // _MOST_PARTS), 1)
         # Keys that more rows have than a part has are one bound.

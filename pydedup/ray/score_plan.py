@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import decimal
+import ipaddress
 import json
 import math
 import os
@@ -41,18 +42,30 @@ __all__ = [
 NOTES: Final = "_pydedup"
 #: Of a key in a message, so many characters.
 _SHOWN: Final = 80
+_MICROSECOND: Final = datetime.timedelta(microseconds=1)
+_ADDRESSES: Final[tuple[type[Any], ...]] = (
+    *(ipaddress.IPv4Address, ipaddress.IPv4Interface, ipaddress.IPv4Network),
+    *(ipaddress.IPv6Address, ipaddress.IPv6Interface, ipaddress.IPv6Network),
+)
 _TAGGED: Final[dict[type, tuple[str, Callable[[Any], str], Callable[[str], Any]]]] = {
     bytes: ("bytes", bytes.hex, bytes.fromhex),
     datetime.datetime: ("time", datetime.datetime.isoformat, datetime.datetime.fromisoformat),
     datetime.date: ("date", datetime.date.isoformat, datetime.date.fromisoformat),
+    datetime.time: ("clock", datetime.time.isoformat, datetime.time.fromisoformat),
+    datetime.timedelta: (
+        "microseconds",
+        lambda span: str(span // _MICROSECOND),
+        lambda count: int(count) * _MICROSECOND,
+    ),
+    float: ("float", repr, float),  # one that JSON has not
     decimal.Decimal: ("decimal", str, decimal.Decimal),
     uuid.UUID: ("uuid", str, uuid.UUID),
-}
+} | {kind: (kind.__name__, str, kind) for kind in _ADDRESSES}
 
 
 def to_json(key: object) -> object:
     """Return a key as JSON has it. Raises ArgumentError for a type that is none of ours."""
-    if key is None or type(key) in (int, str) or (type(key) is float and math.isfinite(key)):
+    if key is None or type(key) in (int, str, bool) or (type(key) is float and math.isfinite(key)):
         return key
     if type(key) not in _TAGGED:
         raise ArgumentError(

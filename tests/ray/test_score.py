@@ -21,8 +21,10 @@ from pydedup.errors import ArgumentError, ClusterError, MissingStoreError, NotFo
 from pydedup.ray.cluster import Secret, import_ray
 from pydedup.ray.score_plan import QueryPart, Settings
 from pydedup.ray.score_worker import hindrance
+from pydedup.testing.servers import unused_name
 from pydedup.types import ScoreReport
 
+from ..scoring.conftest import Tables
 from .conftest import ROWS, Cluster, Scored
 
 
@@ -152,6 +154,50 @@ def test_queries_that_differ_in_blanks_are_not_one_work(
     for name in ("a  b", "a b"):
         score(f"{scored_file.query} WHERE name = '{name}'", scored_file, "p")
     assert_right(scored_file.predictions(), scored_file)
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "keys"),
+    [
+        ("postgres", "inet", ["10.0.0.1", "10.0.0.0/8", "::1", "10.0.0.2"]),
+        ("postgres", "time", ["10:00", "00:00", "10:00:00.000001", "09:00"]),
+        ("postgres", "float8", ["-Infinity", "0.1", "Infinity", "NaN"]),
+        ("mysql", "TIME(6)", ["-01:00:00", "25:00:00.000001", "00:00:00", "-00:00:00.5"]),
+    ],
+)
+def test_work_is_cut_by_keys_of_any_type(
+    backend: str, kind: str, keys: list[str], request: pytest.FixtureRequest, connected: Any
+) -> None:
+    """Those that Python has as times of day, spans, addresses or no finite number were refused."""
+    url = request.getfixturevalue(f"{backend}_{'url' if backend == 'postgres' else 'database'}")
+    models = request.getfixturevalue("scored_file")
+    at, name = Tables(url), unused_name().replace("pydedup", "t")
+    at.run(f"CREATE TABLE {name} (id {kind}, a FLOAT, b FLOAT, c FLOAT)")
+    try:
+        at.run(f"CREATE TABLE {name}_p (id {kind} PRIMARY KEY, prediction FLOAT)")
+        at.run(f"INSERT INTO {name} VALUES (?, 1, 2, 3)", [[key] for key in keys])  # noqa: S608
+        for written in (len(keys), 0):
+            report = score(
+                f"SELECT * FROM {name}",  # noqa: S608
+                models,
+                f"{name}_p",
+                source=url,
+                model="m@1",
+                part_rows=1,
+            )
+            assert (report.rows, report.skipped) == (written, len(keys) - written)
+        joined = f"SELECT COUNT(*) FROM {name} JOIN {name}_p USING (id)"  # noqa: S608
+        assert at.run(joined) == [(len(keys),)]
+    finally:
+        at.run(f"DROP TABLE IF EXISTS {name}, {name}_p")
+
+
+def test_keys_that_work_cannot_be_cut_by_are_told(
+    postgres_url: str, scored_file: Scored, connected: Any
+) -> None:
+    query = "SELECT ARRAY[n] AS id, 1 AS a, 2 AS b, 3 AS c FROM generate_series(1, 9) n"
+    with pytest.raises(ArgumentError, match="of type list, in which the work cannot be cut"):
+        score(query, scored_file, "p", source=postgres_url, part_rows=2)
 
 
 def test_a_folder_is_of_one_source(scored_file: Scored, tmp_path: Path, connected: Any) -> None:
