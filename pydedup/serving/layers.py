@@ -113,13 +113,14 @@ def detach(module: nn.Module, catalog: Catalog) -> None:
         raise ArgumentError(f"the module is attached to {attachment.address} of another store")
     weights = attachment.resolve()
     tensors = []
-    for number, slot in enumerate(attachment.slots):  # all of them, before anything is changed
-        tensor = to_torch(weights.stored(number).numpy()).to(slot.dtype)
-        tensors.append(
-            nn.Parameter(tensor, slot.requires_grad)
-            if slot.is_parameter
-            else tensor.requires_grad_(slot.requires_grad)
-        )
+    with torch.inference_mode(False):  # tensors made in it could not be trained
+        for number, slot in enumerate(attachment.slots):  # all, before anything is changed
+            tensor = to_torch(weights.stored(number).numpy()).to(slot.dtype)
+            tensors.append(
+                nn.Parameter(tensor, slot.requires_grad)
+                if slot.is_parameter
+                else tensor.requires_grad_(slot.requires_grad)
+            )
     release(module)
     for slot, tensor in zip(attachment.slots, tensors, strict=True):
         for path, attribute in slot.places:

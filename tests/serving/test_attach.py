@@ -521,6 +521,20 @@ def test_inference_mode(store: pydedup.Store) -> None:
     store.attach(module, "m")
     with torch.inference_mode():
         torch.testing.assert_close(module(X), wanted)
+        store.detach(module)
+    with torch.enable_grad():
+        module(X).sum().backward()
+    assert module[0].weight.grad is not None
+
+
+def test_ids_that_are_no_plain_tensor_are_refused(store: pydedup.Store) -> None:
+    module = nn.Embedding(9, 4).eval()
+    store.add("m", module)
+    store.attach(module, "m")
+    ids = torch.arange(6).view(2, 3)
+    for given in (ids.to("meta"), ids.to_sparse()):
+        with pytest.raises(ArgumentError, match="input of 'weight' of m is no plain tensor"):
+            module(given)
 
 
 # ---- detaching, budget, life ---------------------------------------------------------------------

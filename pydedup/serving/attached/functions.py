@@ -47,6 +47,10 @@ def _array(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
         x = x.float()
     elif dtype is not torch.float32 and dtype is not torch.float64:
         raise ArgumentError(f"the input of {weight.label} is {dtype}; floats are needed")
+    return _numpy(x, weight)
+
+
+def _numpy(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
     try:
         return (x if x.is_contiguous() else x.contiguous()).numpy()  # torch's copies are counted
     except (RuntimeError, TypeError) as exc:
@@ -223,8 +227,8 @@ def _sizes(size: Any) -> Any:
 # ---- rows ---------------------------------------------------------------------------------------
 
 
-def _ids(ids: torch.Tensor) -> NDArray[Any]:
-    return ids.detach().cpu().numpy()
+def _ids(ids: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
+    return _numpy(ids.detach() if ids.is_meta else ids.detach().cpu(), weight)
 
 
 @handles(functional.embedding)
@@ -251,7 +255,7 @@ def rows_of(weight: torch.Tensor, ids: torch.Tensor) -> Any:
     stored = weight.stored()
     if len(stored.shape) < 2 or ids.dtype.is_floating_point:
         return NotImplemented
-    taken = _ids(ids)
+    taken = _ids(ids, weight)
     if weight.rows is not None:
         if taken.size and not 0 <= taken.min() <= taken.max() < weight.shape[0]:
             raise ArgumentError(
@@ -282,7 +286,7 @@ def _embedding_bag(
     if weight.transposed or weight.rows is not None:
         return NotImplemented
     if max_norm is not None:  # torch shrinks the rows of its own table
-        used, places = np.unique(_ids(input), return_inverse=True)
+        used, places = np.unique(_ids(input, weight), return_inverse=True)
         padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
         at = np.flatnonzero(used == padding)
         return functional.embedding_bag(
@@ -294,8 +298,8 @@ def _embedding_bag(
             include_last_offset=include_last_offset,
             padding_idx=int(at[0]) if at.size else None,
         )
-    ids = _ids(input)
-    starts = None if offsets is None else _ids(offsets)
+    ids = _ids(input, weight)
+    starts = None if offsets is None else _ids(offsets, weight)
     factors = None if per_sample_weights is None else _array(per_sample_weights, weight)
     if starts is not None and include_last_offset:
         ids, starts = ids[: starts[-1]], starts[:-1]
