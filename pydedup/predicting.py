@@ -216,12 +216,7 @@ class StorePredictions:
 
     def record(self, max_uses: int = 1_000_000) -> None:
         """Record the uses of pages from now on, at 16 bytes each; 0 ends that."""
-        try:
-            self._pool.record(max_uses)
-        except TypeError:
-            raise ArgumentError(
-                f"max_uses must be a number of uses, not {max_uses!r:.100}"
-            ) from None
+        self._pool.record(max_uses)
 
     def recorded(self) -> Trace:
         """Return what was recorded so far, to be saved, replayed, or shown by `report`."""

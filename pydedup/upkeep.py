@@ -105,12 +105,9 @@ class StoreUpkeep(abc.ABC):
         """
         from pydedup.maintenance.vacuum import plan_vacuum, vacuum_store
 
-        given: Mapping[str, object] = {"grace": grace_seconds, "lease": lease_seconds}
-        for what, seconds in given.items():
-            if not isinstance(seconds, int | float | np.number) or not seconds >= 0:
-                raise ArgumentError(
-                    f"{what}_seconds must be seconds, 0 or more, not {seconds!r:.100}"
-                )
+        given: object = grace_seconds
+        if not isinstance(given, int | float | np.number) or not given >= 0:
+            raise ArgumentError(f"grace_seconds must be seconds, 0 or more, not {given!r:.100}")
         if dry_run:
             return plan_vacuum(
                 self._adapter, self._pool, grace_seconds=grace_seconds, lease_seconds=lease_seconds

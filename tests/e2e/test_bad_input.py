@@ -153,8 +153,7 @@ def test_what_is_of_another_type_is_named(store: pydedup.Store, value: Any) -> N
         (lambda: store.alias("good", "prod", 1), "version must be a string, got int"),  # type: ignore[arg-type]
         (lambda: store.vacuum(grace_seconds=value), "grace_seconds must be seconds"),
         (lambda: store.vacuum(grace_seconds=float("nan"), dry_run=True), "grace_seconds must be"),
-        (lambda: store.record(value), "max_uses must be a number"),
-        (lambda: store.record(-1), "max_uses must be a number"),
+        (lambda: store.record(value), "max_uses must be"),
         (lambda: store.report(trace=value), r"trace must be a pydedup.replacement.Trace"),
     ):
         with pytest.raises(ArgumentError, match=f"^{said}"):
