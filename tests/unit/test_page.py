@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import threading
 from collections.abc import Sequence
@@ -101,6 +102,18 @@ def test_what_is_no_page_is_named(other: object) -> None:
     pages: Any = [codec.Page(small_page()), other]
     with pytest.raises(ArgumentError, match=f"pages holds a .*{type(other).__name__}"):
         codec.block_digests(pages, [0], [0])
+
+
+@pytest.mark.parametrize("encoding", [codec.Encoding.PLANES, codec.Encoding.QUANTISED])
+def test_what_a_slot_claims_takes_no_memory(encoding: codec.Encoding) -> None:
+    base = [1 if encoding.is_delta else 0]
+    payload = codec.build_page(
+        np.zeros(600, np.uint8), [0], [600], [encoding], [2], [1 << 24], [63], base
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptStoreError):
+        codec.page_digests(codec.Page(payload))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB, of 4 GiB
 
 
 def test_empty_page() -> None:

@@ -6,18 +6,20 @@
 #include <vector>
 
 #include "base/parallel.hpp"
+#include "gemm/aligned_array.hpp"
 #include "pydedup/error.hpp"
 
 namespace pydedup {
 namespace {
 
-// The block's rows, dense; `scratch` keeps them where they had to be decoded.
-const std::byte* content(const BlockView& block, std::vector<std::byte>& scratch) {
+// The block's rows, dense; `scratch` keeps them where they had to be decoded. It is not cleared: a
+// damaged slot may claim 4 GiB, which nobody has touched when its bytes turn out to be no such
+// block.
+const std::byte* content(const BlockView& block, detail::Scratch<std::byte>& scratch) {
     if (block.encoding == Encoding::raw) return block.data;
-    const std::size_t row_bytes = block.cols * item_bytes(block.dtype);
-    scratch.resize(block.rows * row_bytes);
-    decode_block(block, scratch.data(), row_bytes);
-    return scratch.data();
+    std::byte* const rows = scratch.at_least(block.raw_bytes());
+    decode_block(block, rows, block.row_bytes());
+    return rows;
 }
 
 }  // namespace
@@ -27,7 +29,7 @@ void block_digests(std::span<const BlockView> blocks, std::span<Digest> digests,
         throw Error(ErrorCode::invalid_argument, "one digest per block is needed");
     }
     parallel_for(blocks.size(), 16, thread_count(threads), [&](std::size_t begin, std::size_t end) {
-        std::vector<std::byte> scratch;
+        detail::Scratch<std::byte> scratch;
         for (std::size_t i = begin; i < end; ++i) {
             const BlockView& block = blocks[i];
             digests[i] = hash_rows(content(block, scratch), block.rows, block.row_bytes(),
@@ -45,8 +47,8 @@ void page_digests(const Page& page, std::span<Digest> digests, unsigned threads)
 bool same_block(const BlockView& a, const BlockView& b) {
     if (a.dtype != b.dtype || a.rows != b.rows || a.cols != b.cols) return false;
     const std::size_t bytes = std::size_t{a.rows} * a.cols * item_bytes(a.dtype);
-    std::vector<std::byte> scratch_a;
-    std::vector<std::byte> scratch_b;
+    detail::Scratch<std::byte> scratch_a;
+    detail::Scratch<std::byte> scratch_b;
     return std::memcmp(content(a, scratch_a), content(b, scratch_b), bytes) == 0;
 }
 
