@@ -124,6 +124,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     """
     if mode not in ("a", "r"):
         raise ArgumentError(f'mode is {mode!r}; use "a" (read and write) or "r" (read alone)')
+    _check_schema(schema)
     scheme, url = _with_scheme(url)
     return _find(scheme)(url, mode=mode, schema=schema)
 
@@ -157,6 +158,7 @@ def replace_lost(url: str, *, schema: str | None = None) -> tuple[str, str] | No
     Returns where the lost one was, and what has its place, ``None`` when there is nothing to
     replace. Raises ArgumentError when that cannot be, or the store has no such places.
     """
+    _check_schema(schema)
     scheme, url = _with_scheme(url)
     if scheme not in _REPLACING:
         _find(scheme)
@@ -215,6 +217,12 @@ def _with_scheme(url: str) -> tuple[str, str]:
             )
         scheme, url = "sqlite", file_url(url)
     return scheme.lower(), url
+
+
+def _check_schema(schema: object) -> None:
+    """Raise ArgumentError for a schema that is no text."""
+    if not isinstance(schema, str | None):
+        raise ArgumentError(f"schema must be a text, not {schema!r}")
 
 
 def place_of(given: str | os.PathLike[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,7 +151,7 @@ class StoreUpkeep(abc.ABC):
         Raises ArgumentError when no place is lost, more than one is or may be, the store keeps each
         page once, or the new place is not empty; ReadOnlyError, ConflictError, UnavailableError.
         """
-        return registry.replace_lost(url, schema=schema)
+        return registry.replace_lost(registry.place_of(url), schema=schema)
 
     # ---- moving -------------------------------------------------------------------------------
 
@@ -202,6 +202,10 @@ class StoreUpkeep(abc.ABC):
 
         if isinstance(names, str):
             names = (names,)
+        elif isinstance(names, Iterable):
+            names = tuple(names)  # which are gone through twice
+        elif names is not None:
+            raise ArgumentError(f"names must be names of models, or one, not {names!r}")
         plan_copy(
             self._adapter, None, names, all_versions=all_versions, on_conflict=on_conflict
         )  # what is wrong with the names must not create a store

@@ -64,10 +64,27 @@ def test_what_is_of_the_wrong_kind_is_named(
         call(store)
 
 
+@pytest.mark.parametrize("call", [pydedup.open, pydedup.Store.replace_lost])
 @pytest.mark.parametrize("nothing", [None, 3])
-def test_what_is_no_store_is_named(nothing: Any) -> None:
+def test_what_is_no_store_is_named(nothing: Any, call: Callable[[Any], object]) -> None:
     with pytest.raises(ArgumentError, match=f"{nothing} is no store; give a URL such as"):
-        pydedup.open(nothing)
+        call(nothing)
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+shards", "mysql", "sqlite"])
+def test_what_is_no_schema_is_named(scheme: str) -> None:
+    schema: Any = 3
+    with pytest.raises(ArgumentError, match="schema must be a text, not 3"):
+        pydedup.open(f"{scheme}://host/db|host/db", schema=schema)
+
+
+def test_names_to_copy_are_gone_through_as_they_come(store: Any, tmp_path: Path) -> None:
+    """An iterator was at its end when the copying began, and nothing was copied."""
+    target = tmp_path / "target.db"
+    with pytest.raises(ArgumentError, match="names must be names of models, or one, not 3"):
+        store.copy_to(target, 3)
+    assert not target.exists()
+    assert store.copy_to(target, (name for name in ["good"])).copied == 1
 
 
 @pytest.mark.parametrize("memory", [1, "2047KiB"])
