@@ -17,6 +17,7 @@ from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import StagedModel
+from pydedup.ingest.stored_table import StoredTable
 from pydedup.ingest.write import Stager
 from pydedup.pool import PagePool
 
@@ -122,24 +123,26 @@ def _match_again(
     """Point references at blocks that others published meanwhile; return whether any were."""
     used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
     used = used[used >= 0]
-    # What a delta holds would have to be decoded to be compared: such a twin is only a waste.
-    used = used[spool.bases[used] == NO_BASE]
+    are_bases = set(spool.bases[used].tolist())
     keys = hash_keys(spool.hashes[used])
     number_of: dict[bytes, list[int]] = {}
     for number, key in zip(used.tolist(), keys, strict=True):
         number_of.setdefault(key, []).append(number)
     moved = np.arange(spool.count, dtype=np.int64)
-    for row in adapter.find_blocks(list(number_of)):
-        if row.base_id is not None:
-            continue
-        (stored,) = pool.pages([row.page_id])
+    blocks = _Blocks(pool, matcher.stored, spool)
+    for row in matcher.with_live_bases(adapter.find_blocks(list(number_of))):
+        (reference,) = matcher.stored.references([row])
         for number in number_of[row.hash128]:
-            if codec.same_block(*spool.block(number), stored, row.slot):
-                (moved[number],) = matcher.stored.references([row])
-                cost = codec.page_cost(stored.slots["length"])[row.slot]
-                matcher.stored.set_costs(moved[[number]], cost)
-    if np.array_equal(moved, np.arange(spool.count)):
+            if row.base_id is not None and number in are_bases:
+                continue  # a base is never itself a delta
+            if blocks.are_same(number, reference):
+                moved[number] = reference
+    found = moved[moved < 0]
+    if not len(found):
         return False
+    bases = matcher.stored.bases_of(found)
+    for _ in matcher.reader.windows(np.unique(np.append(found, bases[bases != NO_BASE]))):
+        pass  # what they take is noted on the way
     spool.move_bases(moved)
     for model in models:
         for tensor in model.tensors:
@@ -148,3 +151,33 @@ def _match_again(
             references[new] = moved[references[new]]
             tensor.references = references
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Blocks of the spool and of the store, compared one by one."""
+
+    pool: PagePool
+    stored: StoredTable
+    spool: Spool
+
+    def are_same(self, a: int, b: int) -> bool:
+        """Whether two references are to blocks of one dtype, shape and content."""
+        bases = [self._base(reference) for reference in (a, b)]
+        return codec.same_block(*self._at(a), *self._at(b), base_a=bases[0], base_b=bases[1])
+
+    def _at(self, reference: int) -> tuple[codec.Page, int]:
+        """Return the page and slot of a block."""
+        if reference >= 0:
+            return self.spool.block(reference)
+        page_ids, slots = self.stored.places(np.array([reference]))
+        (page,) = self.pool.pages(page_ids.tolist())
+        return page, int(slots[0])
+
+    def _base(self, reference: int) -> tuple[codec.Page, int] | None:
+        """Return the page and slot of what a block is a delta of, if it is one."""
+        if reference >= 0:
+            base = int(self.spool.bases[reference])
+        else:
+            base = int(self.stored.bases_of(np.array([reference]))[0])
+        return None if base == NO_BASE else self._at(base)

@@ -22,6 +22,7 @@ from pydedup.errors import ArgumentError, ConflictError
 from pydedup.graph import Graph, Node
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
+from pydedup.types import AddReport
 
 Model = dict[str, np.ndarray]
 
@@ -108,6 +109,38 @@ def test_processes_that_add_at_once_store_no_block_twice(store_url: str) -> None
     assert blocks == different, "a block was stored twice"
     own, shared = 9 * 3000 * 64 * 4, 3000 * 64 * 4
     assert blocks * 16 * 1024 >= 0.9 * (own + shared), "these are all of them"
+
+
+@pytest.mark.parametrize("policy", [policies.Lossless(), policies.Bounded(1e-5)], ids=str)
+@pytest.mark.parametrize("base_is_there", [True, False])
+def test_deltas_that_another_writer_published_are_not_stored_twice(
+    store_url: str, policy: policies.Policy, base_is_there: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((512, 256)).astype(np.float32)
+    tuned = base * (1 + 1e-4 * rng.standard_normal(base.shape)).astype(np.float32)
+    model = {"base": base, "tuned": tuned}
+    faster: list[AddReport] = []
+    with pydedup.open(store_url) as store, pydedup.open(store_url) as other:
+        if base_is_there:
+            store.add("base", {"base": base})
+
+        def be_faster(stage: str, done: int, total: int) -> None:
+            if stage == "writing" and not faster:
+                faster.append(other.add("faster", model, policy=policy))
+
+        mine = store.add("mine", model, policy=policy, progress=be_faster)
+        assert faster[0].delta_blocks == mine.delta_blocks == 32
+        assert (mine.stored_bytes, mine.shared_blocks) == (0, mine.blocks)
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+        assert store.info("mine").used_bytes == store.explain("mine").used_bytes
+        assert same(store.load("mine"), other.load("faster"))
+        store.remove("faster")
+        store.vacuum()
+        assert store.verify().ok
+        if policy.max_rel_error == 0:
+            assert same(store.load("mine"), model)
 
 
 GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "weight", "bias": "bias"}),))
