@@ -90,6 +90,7 @@ class Program(click.Group):
                     ("PYDEDUP_KERNEL", "demands a kernel by name, e.g. scalar"),
                     ("PYDEDUP_THREADS", "how many threads compute; one per core without it"),
                     (serving.TOKEN_VARIABLE, "what clients of serve must send as a bearer token"),
+                    ("PYDEDUP_CACHE", "where demo keeps what it downloads"),
                     (TRACEBACK_VARIABLE, "1 shows tracebacks of errors"),
                     ("NO_COLOR", "anything turns colours off"),
                 ]

@@ -73,7 +73,7 @@ def load(
     the values themselves. One tensor at a time is held in memory.
     """
     wanted = None if dtype is None else DType.of_floats(dtype)
-    _check_target(target, tensor)
+    _check_target(target, tensor, as_json)
     with options.read_store(url, memory) as store, Watch("reading", quiet=quiet) as watch:
         figures = store.info(name)
         # Pinned: the alias or the newest version may change while its tensors are read.
@@ -171,13 +171,15 @@ def _stored_as(dtype: DType, wanted: DType | None) -> DType:
     return wanted if wanted is not None and dtype.is_float else dtype
 
 
-def _check_target(target: str | None, tensor: str | None) -> None:
+def _check_target(target: str | None, tensor: str | None, as_json: bool) -> None:
     """Refuse what cannot be written before anything is read."""
     if target is None:
         return
     if target == "-":
         if tensor is None:
             raise click.UsageError("'-o -' writes one tensor: name it with --tensor")
+        if as_json:
+            raise click.UsageError("'-o -' writes bytes, and --json a document: name a file")
         if sys.stdout.isatty():
             raise click.UsageError("'-o -' writes bytes: send them to a file or a program")
         return

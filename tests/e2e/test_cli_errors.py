@@ -98,6 +98,7 @@ def path_of(url: str) -> Path:
         (["load", "m.db", "a", "-o", "x.onnx"], ".npz"),
         (["load", "m.db", "a", "-o", "x.npy"], "--tensor"),
         (["load", "m.db", "a", "-o", "-"], "--tensor"),
+        (["load", "m.db", "a", "-t", "w", "-o", "-", "--json"], "and --json a document"),
         (["load", "m.db", "a", "--dtype", "f33"], "f33"),
         (["load", "m.db", "a", "--dtype", "int8"], "loaded as 'int8'; choose one of: f64, f32"),
         (["export", "m.db", "a", "x", "--format", "gguf"], "gguf"),
