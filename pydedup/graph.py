@@ -214,6 +214,8 @@ class Node:
 class Graph:
     """Nodes in computable order between named inputs and outputs. Checked on creation.
 
+    ``halves`` are the outputs that are given as float16; others are float32 or float64.
+
     Raises
     ------
     ArgumentError
@@ -223,6 +225,7 @@ class Graph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     nodes: tuple[Node, ...]
+    halves: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.inputs or not self.outputs:
@@ -245,6 +248,9 @@ class Graph:
         for name in self.outputs:
             if name not in known:
                 raise ArgumentError(f"graph output {name!r} is made by no node")
+        for name in self.halves:
+            if name not in self.outputs:
+                raise ArgumentError(f"{name!r} of 'halves' is no output of the graph")
 
     def tensors(self) -> tuple[str, ...]:
         """Return the names of all tensors that the nodes use, each once, in order of use."""
@@ -283,6 +289,7 @@ class Graph:
                 "version": GRAPH_VERSION,
                 "inputs": list(self.inputs),
                 "outputs": list(self.outputs),
+                **({"halves": list(self.halves)} if self.halves else {}),
                 "nodes": [
                     {
                         "op": node.op,
@@ -326,6 +333,7 @@ class Graph:
             _names(data.get("inputs"), "'inputs' of a graph"),
             _names(data.get("outputs"), "'outputs' of a graph"),
             tuple(_node(node) for node in nodes),
+            _names(data.get("halves", []), "'halves' of a graph"),
         )
 
 

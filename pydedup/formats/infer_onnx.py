@@ -16,6 +16,7 @@ import numpy as np
 from pydedup.errors import ArgumentError
 from pydedup.formats._onnx_tensors import DTYPES, is_constant_weight
 from pydedup.graph import AttrValue, Graph, Node
+from pydedup.types import DType
 
 __all__ = ["infer_from_onnx"]
 
@@ -102,7 +103,9 @@ class _Translation:
             else:
                 translate(self, node, {a.name: a for a in node.attribute})
         outputs = tuple(self._value(v.name) for v in self._proto.output)
-        return Graph(self._inputs, outputs, tuple(self._nodes))
+        kinds = (DTYPES.get(v.type.tensor_type.elem_type) for v in self._proto.output)
+        halves = tuple(name for name, kind in zip(outputs, kinds, strict=True) if kind is DType.F16)
+        return Graph(self._inputs, outputs, tuple(self._nodes), halves)
 
     # ---- helpers ------------------------------------------------------------------------------
 

@@ -66,7 +66,8 @@ def signature_of(graph: Graph, weights: Mapping[str, Weight]) -> Signature:
     outputs = []
     for name in graph.outputs:
         shape = shapes[name]
-        outputs.append(TensorSpec(name, types[name], (-1,) if shape is None else shape))
+        datatype = "FP16" if name in graph.halves else types[name]
+        outputs.append(TensorSpec(name, datatype, (-1,) if shape is None else shape))
     return Signature(inputs, tuple(outputs))
 
 

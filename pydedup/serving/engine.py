@@ -82,7 +82,12 @@ def run_together(
                 if last_use[name] == i and name not in graph.outputs:
                     for state in states:
                         state.values.pop(name, None)
-    return [{name: np.asarray(state.values[name]) for name in graph.outputs} for state in states]
+        return [{name: _output(graph, state, name) for name in graph.outputs} for state in states]
+
+
+def _output(graph: Graph, run: _Run, name: str) -> _Array:
+    value = np.asarray(run.values[name])
+    return value.astype(np.float16, copy=False) if name in graph.halves else value
 
 
 def _checked_inputs(graph: Graph, inputs: Mapping[str, ArrayLike]) -> dict[str, _Array]:

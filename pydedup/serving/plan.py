@@ -167,7 +167,9 @@ def plan_run(
         for name in [name for name in live if last_use[name] <= i]:
             del live[name]
     rows = lengths.pop() if all(apart[name] for name in graph.outputs) else None
+    itemsize.update(dict.fromkeys(graph.halves, 2))
     out_nbytes = sum(math.prod(shapes[name]) * itemsize[name] for name in graph.outputs)
+    most = max(most, sum(live.values()) + (out_nbytes if graph.halves else 0))
     return Plan(rows, most, out_nbytes, bags)
 
 

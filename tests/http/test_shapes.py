@@ -48,6 +48,11 @@ CASES: dict[str, tuple[Graph, list[Any], list[Any]]] = {
         [("FP64", [-1, 4])],
         [("FP64", [-1, 3])],
     ),
+    "given as halves": (
+        Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),), ("y",)),
+        [("FP32", [-1, 4])],
+        [("FP16", [-1, 3])],
+    ),
     "behind others": (
         make(
             Node("relu", ("x",), "r"),
@@ -165,4 +170,6 @@ def test_signature(store: Any, name: str) -> None:
         found = store.predict(f"m{number}", given)[spec.name]
         assert found.ndim == len(spec.shape)
         assert all(a == b for a, b in zip(found.shape, spec.shape, strict=True) if b != -1)
-        assert found.dtype == (np.float64 if spec.datatype == "FP64" else np.float32)
+        assert found.dtype == {"FP16": np.float16, "FP64": np.float64}.get(
+            spec.datatype, np.float32
+        )

@@ -196,6 +196,31 @@ def test_look_ups_from_the_end_and_norms_with_one_scale(
     np.testing.assert_allclose(store.predict("norm", X), run(path, x=X), rtol=1e-4, atol=1e-5)
 
 
+def test_half_precision_gives_what_it_declares(store: pydedup.Store, tmp_path: Path) -> None:
+    weights = {"w": normal(64, 80).astype(np.float16), "b": normal(80).astype(np.float16)}
+    nodes = [node("MatMul", "x w", "a"), node("Add", "a b", "h"), node("Relu", "h", "y")]
+    path = save(tmp_path / "m.onnx", nodes, weights, [value("x", 10)])
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.elem_type = 10
+    onnx.save(model, path)
+    store.add("m", path)
+    assert store.graph("m") is not None
+    x = X.astype(np.float16)
+    wanted = run(path, x=x)
+    assert wanted.dtype == np.float16
+    many = store.predict_many([("m", x), ("m", {"x": x[:1]})])
+    for got, expected in (
+        (store.predict("m", x), wanted),
+        (store.predict("m", X), wanted),
+        (many[0], wanted),
+        (many[1]["y"], wanted[:1]),
+    ):
+        assert got.dtype == np.float16
+        np.testing.assert_allclose(got, expected, rtol=0.01, atol=0.01)
+    with np.errstate(all="raise"):
+        assert np.isinf(store.predict("m", np.full((1, 64), 6e4, np.float32))).any()
+
+
 def test_wrong_inputs(store: pydedup.Store, tmp_path: Path) -> None:
     nodes = [node("Mul", "x z", "a"), node("MatMul", "a w", "c"), node("Sin", "c", "y")]
     path = save(tmp_path / "m.onnx", nodes, {"w": normal(64, 80)}, [value("x"), value("z")])

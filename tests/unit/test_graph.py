@@ -192,7 +192,7 @@ def test_every_operation_survives_json() -> None:
         weights = {role: f'wörter "{role}"' for role in spec.weights + spec.optional_weights}
         inputs = ("x",) * spec.min_inputs
         nodes.append(Node(op, inputs, f"v{number}", weights, attrs.get(op, {})))
-    graph = Graph(("x",), (f"v{len(nodes) - 1}",), tuple(nodes))
+    graph = Graph(("x",), ("v0", f"v{len(nodes) - 1}"), tuple(nodes), ("v0",))
     assert Graph.from_json(graph.to_json()) == graph
     assert Graph.from_json(graph.to_json().encode()) == graph
 
@@ -205,6 +205,8 @@ def test_every_operation_survives_json() -> None:
         ({"nodes": {}}, "'nodes'"),
         ({"nodes": [1]}, "'nodes'"),
         ({"inputs": "x"}, "'inputs' of a graph"),
+        ({"halves": "x"}, "'halves' of a graph"),
+        ({"halves": ["x"]}, "'x' of 'halves' is no output"),
         ({"nodes": [{"op": "relu", "inputs": ["x"], "output": "y", "extra": 1}]}, "'extra'"),
         ({"nodes": [{"op": ["relu"], "inputs": ["x"], "output": "y"}]}, "must be text"),
         ({"nodes": [{"op": "relu", "inputs": [1], "output": "y"}]}, "list of names"),
