@@ -234,6 +234,10 @@ def place_of(given: str | os.PathLike[str]) -> str:
             f"{given!r} is no store; give a URL such as 'sqlite:///models.db', or the path of a "
             "file"
         )
+    try:
+        os.fsencode(given)
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{redact(given)!r} is no text that can name a store") from None
     return given
 
 

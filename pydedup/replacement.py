@@ -38,7 +38,7 @@ _TRACE_VERSION = 1
 
 def check_policy(name: str) -> str:
     """Return a policy's name. Raises ArgumentError for an unknown one."""
-    if name not in POLICIES:
+    if name not in tuple(POLICIES):
         raise ArgumentError(
             f"unknown replacement policy {name!r}; choose one of: {', '.join(POLICIES)}"
         )

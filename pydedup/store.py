@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
@@ -438,6 +438,9 @@ class Store(StorePredictions, StoreUpkeep):
         """
         from pydedup.report import page
 
+        given: object = models
+        if not isinstance(given, Iterable):
+            raise ArgumentError(f"models must be names of models, or one, not {given!r:.100}")
         shown = (models,) if isinstance(models, str) else models
         return page.report(self._adapter, self._catalog, self._pool, path, shown, trace)
 

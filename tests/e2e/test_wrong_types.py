@@ -55,6 +55,12 @@ def store(tmp_path: Path) -> Iterator[Any]:
         (lambda store: store.tensor("good", None), "tensor's name must be a string, not None"),
         (lambda store: store.predict_many({"ab": 1}), "pair of a model and its input, not 'ab'"),
         (lambda store: store.verify(evaluate=len), "mapping of models to metrics.* not builtin"),
+        (lambda store: store.report(models=5), "models must be names of models, or one, not 5"),
+        (lambda store: pydedup.open("m.db", replacement=["lru"]), "unknown replacement policy"),
+        (
+            lambda store: pydedup.open("\ud800.db"),
+            "is no text that can name a store",
+        ),
     ],
 )
 def test_what_is_of_the_wrong_kind_is_named(
@@ -62,6 +68,51 @@ def test_what_is_of_the_wrong_kind_is_named(
 ) -> None:
     with pytest.raises(ArgumentError, match=says):
         call(store)
+
+
+@pytest.mark.parametrize("path", [None, 7, b"x.npz", ["x"], "x\0.npz", "\ud800.npz"])
+def test_what_is_no_path_is_named(store: Any, path: Any) -> None:
+    """These were TypeError, ValueError and UnicodeEncodeError, from somewhere below."""
+    for call in (
+        lambda: store.export("good", path),
+        lambda: store.backup(path),
+        lambda: store.restore(path),
+    ):
+        with pytest.raises(ArgumentError, match=r"^path must be the path of a file, not "):
+            call()
+    if path is not None:
+        with pytest.raises(ArgumentError, match=r"^path must be the path of a file, not "):
+            store.report(path)
+        with pytest.raises(ArgumentError, match=r"^repair_from must be the path of a file, not "):
+            store.verify(repair_from=path)
+
+
+@pytest.mark.parametrize("value", [["good"], {}, b"good", object(), "good\0"])
+def test_what_is_of_another_type_is_named(store: Any, value: Any) -> None:
+    """These were TypeError, AttributeError and RuntimeError, and 1 no version though there is 1."""
+    for call, said in (
+        (lambda: store.add(value, MODEL), "(a )?model"),
+        (lambda: store.alias("good", "prod", value), "version"),
+        (lambda: store.alias("good", "prod", 1), "version must be a string, got int"),
+        (lambda: store.vacuum(grace_seconds=value), "grace_seconds must be seconds"),
+        (lambda: store.vacuum(grace_seconds=float("nan"), dry_run=True), "grace_seconds must be"),
+        (lambda: store.record(value), "max_uses must be"),
+        (lambda: store.report(trace=value), r"trace must be a pydedup.replacement.Trace"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{said}"):
+            call()
+    if not isinstance(value, str):
+        with pytest.raises(ArgumentError, match=r"^by must be a key of metadata"):
+            store.stats(by=value)
+        with pytest.raises(ArgumentError, match=r"^model must be a string"):
+            store.score("SELECT 1", value, into="t")
+
+
+def test_a_device_that_torch_lacks_is_named(store: Any) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(ArgumentError, match="device 'abacus' is none that torch has here"):
+        store.load_torch("good", device="abacus")
+    assert store.load_torch("good", device="meta")["w"].shape == (60, 100)
 
 
 @pytest.mark.parametrize("call", [pydedup.open, pydedup.Store.replace_lost])
