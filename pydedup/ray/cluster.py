@@ -219,11 +219,12 @@ def _connected(ray: Any, what: str, options: dict[str, Any]) -> Iterator[None]:
                 "Python of the cluster"
             ) from error
         raise ClusterError(f"{what} cannot be used: {said}") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(Exception):  # a cluster that is gone needs no goodbye
-            ray.shutdown()
+    with _quiet_output():
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Exception):  # a cluster that is gone needs no goodbye
+                ray.shutdown()
 
 
 def _init(ray: Any, options: dict[str, Any]) -> None:
@@ -244,6 +245,21 @@ def _away_from_sources() -> Iterator[None]:
         return
     with contextlib.chdir("/"):
         yield
+
+
+@contextlib.contextmanager
+def _quiet_output() -> Iterator[None]:
+    """Have Ray not print what it notes of processes that died: our own output goes there."""
+    worker: Any = sys.modules.get("ray._private.worker")
+    real = getattr(worker, "print_to_stdstream", None)
+    if real is None:
+        yield
+        return
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = real
 
 
 @contextlib.contextmanager

@@ -169,6 +169,32 @@ def _broken() -> str | None:
     raise ModuleNotFoundError("No module named 'pydedup'")
 
 
+DYING = """
+import os, signal, sys, time
+from pydedup.ray.cluster import attached
+
+class Dying:
+    def die(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with attached(sys.argv[1]) as ray:
+    died = ray.remote(num_cpus=0, max_restarts=0)(Dying).remote().die.remote()
+    try:
+        ray.get(died)
+    except ray.exceptions.RayActorError:
+        time.sleep(3)
+        print("died")
+"""
+
+
+def test_what_died_is_not_in_our_output(cluster: Cluster) -> None:
+    """Ray printed it there, before the JSON of a scoring."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", DYING, cluster.address], capture_output=True, text=True
+    )
+    assert done.stdout == "died\n", done.stderr
+
+
 def test_each_node_is_asked(connected: Any) -> None:
     cluster.on_each_node(connected, os.getenv, "PYDEDUP_NOTHING")
     with pytest.raises(ClusterError, match=r"worker on [\d.]+: no driver"):
