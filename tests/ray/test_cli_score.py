@@ -128,5 +128,5 @@ def test_a_missing_ray_is_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     options = ["--query", scored_file.query, "--into", "p", "--on", "local"]
-    assert main(["score", scored_file.url, "--model", "m@1", *options]) == 2
+    assert main(["score", scored_file.url, "--model", "m@1", *options]) == 5
     assert "pip install 'pydedup[ray]'" in " ".join(capsys.readouterr().err.split())
