@@ -11,6 +11,7 @@ from pydedup import Store, text
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import WAITING, Watch
+from pydedup.names import parse_address
 
 __all__ = ["alias", "rm"]
 
@@ -72,7 +73,8 @@ def rm(url: str, name: str, all_versions: bool, yes: bool, as_json: bool) -> int
 def _agreed(store: Store, name: str, all_versions: bool) -> bool:
     """Ask on standard error whether the versions that an address means may go."""
     meant = options.meant_by(store, name)
-    if len(meant) > 1 and not all_versions:
+    names_one = parse_address(name).selector is not None
+    if names_one if all_versions else len(meant) > 1:
         return True  # which the store refuses, and says why
     size = text.size(sum(info.logical_bytes for info in meant))
     what = ", ".join(info.address for info in meant)

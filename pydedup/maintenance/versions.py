@@ -61,6 +61,11 @@ def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -
                 "or remove all of them (all_versions=True, --all-versions)"
             )
         return rows
+    if all_versions:
+        raise ArgumentError(
+            f"{name!r} names one version; with all versions (all_versions=True, --all-versions) "
+            "give the name alone"
+        )
     if row.version != address.selector:
         raise ArgumentError(
             f"{name!r} is an alias of {row.name}@{row.version}; name the version to remove"

@@ -259,7 +259,7 @@ _KEYS: dict[str, tuple[str, list[object]]] = {
     "whole numbers": ("BIGINT", [-(2**62), *range(0, 400, 7), 2**62]),
     "numbers": ("DOUBLE PRECISION", [i / 3 - 20 for i in range(120)]),
     "decimals": ("DECIMAL(20, 2)", [f"{i}.25" for i in range(90)]),
-    "texts": ("VARCHAR(40)", [f"{'aÄzß'[i % 4]}{i % 10}%s?'" for i in range(150)]),
+    "texts": ("VARCHAR(40)", [f"{'aÄzß'[i % 4]}{i % 10}%s?'\\" for i in range(150)]),
     "days": ("DATE", [f"20{i:02d}-03-{i % 27 + 1:02d}" for i in range(90)]),
     "moments": ("TIMESTAMP", [f"2024-03-05 10:{i % 60:02d}:{i // 60:02d}" for i in range(120)]),
     "one of many rows": ("INTEGER", [*[5] * 100, 6]),

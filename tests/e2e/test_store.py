@@ -204,6 +204,8 @@ def test_versions_and_aliases(store: pydedup.Store) -> None:
     with pytest.raises(ArgumentError, match="3 versions"):
         store.remove("m")
     store.alias("m", "prod", None)
+    with pytest.raises(ArgumentError, match="'m@1' names one version"):
+        store.remove("m@1", all_versions=True)
     assert store.remove("m@1") == ["m@1"]
     assert store.remove("m", all_versions=True) == ["m@2", "m@3"]
     assert store.models() == []
