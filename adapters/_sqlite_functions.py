@@ -10,11 +10,14 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from pydedup.adapter import Adapter
 from pydedup.errors import ArgumentError, StoreError
 
 from ._sqlite_base import DIALECT
+from ._sqlite_file import locate
+from .sqlite import SqliteAdapter
 
-__all__ = ["bind", "epoch", "main_file"]
+__all__ = ["as_seen", "bind", "epoch", "main_file"]
 
 _EPOCH: Final = f"SELECT value FROM {DIALECT.name('meta')} WHERE name = 'epoch'"  # noqa: S608
 
@@ -50,6 +53,40 @@ def epoch(connection: object) -> int:
     """Return the epoch of the store in a connection's file, as its statement under way sees it."""
     ((value,),) = _rows(_checked(connection), _EPOCH)
     return int(value)
+
+
+def as_seen(connection: object, url: str) -> Adapter:
+    """Return the store in a connection's file, read as the connection's statement sees it.
+
+    To look models up; closing it leaves the connection open.
+    """
+    return _AsSeen(_checked(connection), url)
+
+
+class _AsSeen(SqliteAdapter):
+    def __init__(self, connection: sqlite3.Connection, url: str) -> None:
+        self._users = connection
+        file, timeout = locate(url)
+        super().__init__(url, file, "mode=ro", timeout)
+
+    def _connect(self) -> _Borrowed:
+        return _Borrowed(self._users)
+
+
+class _Borrowed:
+    """A connection of a user's, for reading rows as they are."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self.getlimit = connection.getlimit
+
+    def cursor(self) -> sqlite3.Cursor:
+        cursor = self._connection.cursor()
+        cursor.row_factory = None
+        return cursor
+
+    def close(self) -> None:
+        """Leave it open: it is the user's."""
 
 
 def _checked(connection: object) -> sqlite3.Connection:

@@ -192,6 +192,9 @@ class SqliteFunctions(Protocol):
     def epoch(self, connection: object) -> int:
         """Return the epoch of the store in that file, as a statement under way sees it."""
 
+    def as_seen(self, connection: object, url: str) -> Adapter:
+        """Return the store in that file, to look models up as a statement under way sees them."""
+
 
 def sqlite_functions() -> SqliteFunctions:
     """Return what there is for functions on a connection of a user's to SQLite."""

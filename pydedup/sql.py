@@ -14,6 +14,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,11 @@ def register(
     if not isinstance(store, Store):
         store = opened = open_store(store, mode="r", memory=memory)
     try:
-        epoch = (lambda: known.epoch(connection)) if own else store._adapter.epoch
+        adapter = store._adapter
+        epoch = partial(known.epoch, connection) if own else adapter.epoch
+        seen = known.as_seen(connection, adapter.url) if own else None
         functions = SqlFunctions(
-            Calls(store._catalog, store._pool, store._stored_tensor, epoch), opened
+            Calls(store._catalog, store._pool, store._stored_tensor, epoch, seen=seen), opened
         )
         known.bind(connection, functions._table())
         return functions

@@ -2,8 +2,9 @@
 """What functions of SQL call: one row predicted, at the cost of little more than the product.
 
 An address is looked up once per epoch of the store, which grows with every change of an alias; what
-is known of a model is kept from call to call. Where the epoch is read as the statement under way
-sees it, all rows of the statement are predicted by one version.
+is known of a model is kept from call to call. Where both are read as the statement under way sees
+them, all rows of the statement are predicted by one version, also when it names more models than
+are kept.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError
 from pydedup.pool import PagePool
@@ -74,6 +76,8 @@ class Calls:
         Returns a tensor of a model.
     epoch
         Returns the epoch of the store, as the statement under way sees it.
+    seen
+        The store as that statement sees it, where the one of the catalog may be newer.
     ahead
         Whether pages may be read ahead, on a thread.
     """
@@ -85,9 +89,11 @@ class Calls:
         tensor_of: TensorOf,
         epoch: Callable[[], int],
         *,
+        seen: Adapter | None = None,
         ahead: bool = True,
     ) -> None:
         self._catalog, self._epoch = catalog, epoch
+        self._resolve = (catalog if seen is None else Catalog(seen)).resolve
         self._make = partial(
             _Ready, tensor_of=tensor_of if ahead else _read_alone(pool), pool=pool, ahead=ahead
         )
@@ -136,10 +142,11 @@ class Calls:
         known = self._addresses.get(address)
         if known is not None and known[0] == epoch:
             return known[1]
-        row = self._catalog.resolve(address)
+        row = self._resolve(address)
+        model = self._catalog.of_row(row)  # raises where another store has taken the place
         ready = self._models.get(row.id)
         if ready is None:
-            ready = self._make(self._catalog.of_row(row))
+            ready = self._make(model)
             self._models[row.id] = ready
             while len(self._models) > _KEPT:
                 self._models.popitem(last=False)

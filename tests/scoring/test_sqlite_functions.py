@@ -225,6 +225,49 @@ def test_an_alias_takes_effect_with_the_next_statement(
         assert connection.execute(said).fetchone()[0] == pytest.approx(w1[0, 0])
 
 
+def test_what_a_transaction_sees_holds_for_models_it_had_not_asked_for(
+    connection: sqlite3.Connection, url: str
+) -> None:
+    """An address was looked up in the newest state when it was first asked for."""
+    add(url, "m@2", seed=2)
+    functions = pydedup.sql.register(connection)
+    with pydedup.open(url) as store:
+        store.alias("m", "prod", "1")
+        connection.execute("BEGIN")
+        connection.execute("SELECT COUNT(*) FROM t").fetchall()
+        store.alias("m", "prod", "2")
+        add(url, "m@3", seed=3)
+        said = "SELECT pydedup_model('m@prod'), pydedup_model('m')"
+        assert connection.execute(said).fetchall() == [("m@1", "m@2")]
+        store.remove("m@1")
+        with pytest.raises(NotFoundError, match="m@1 was removed"), functions.raising():
+            connection.execute("SELECT pydedup_predict('m@prod', 1, 2, 3)").fetchall()
+        connection.execute("COMMIT")
+        assert connection.execute(said).fetchall() == [("m@2", "m@3")]
+
+
+def test_one_version_of_each_of_many_models_for_a_statement(
+    connection: sqlite3.Connection, url: str
+) -> None:
+    """With more models than are kept ready, a statement went on with versions of two states."""
+    count = 70
+    with pydedup.open(url) as store:
+        for i in range(count):
+            for version in "12":
+                model, graph = linear(seed=10 * i + int(version))
+                store.add(f"n{i}@{version}", model, graph=graph)
+            store.alias(f"n{i}", "prod", "1")
+        pydedup.sql.register(connection)
+        cursor = connection.execute(
+            "SELECT pydedup_model('n' || (id % ?) || '@prod') FROM t ORDER BY id", [count]
+        )
+        found = [cursor.fetchone()[0] for _ in range(100)]
+        for i in range(count):
+            store.alias(f"n{i}", "prod", "2")
+        found += [value for (value,) in cursor.fetchall()]
+    assert found == [f"n{i % count}@1" for i in range(1, 201)]
+
+
 def test_one_version_for_a_statement_wherever_the_store_is(
     path: Path, url: str, x: np.ndarray
 ) -> None:
