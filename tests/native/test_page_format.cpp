@@ -270,8 +270,8 @@ TEST(blocks_of_a_matrix_go_to_pages_and_back) {
         compressed |= encoded[i].encoding == Encoding::planes;
     }
     CHECK(compressed);
+    bool released = false;  // outlives the pages, which write to it
     std::vector<Page> pages;
-    bool released = false;
     for (const auto& blocks : on_page) {
         Buffer bytes(page_bytes(blocks));
         build_page(blocks, bytes);

@@ -117,7 +117,7 @@ double seconds_on_one_cpu(unsigned threads) {
         CPU_SET(sched_getcpu(), &one);
         CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
         std::this_thread::sleep_for(std::chrono::milliseconds(2));
-        const std::clock_t begin = std::clock();
+        const std::clock_t started = std::clock();
         std::atomic<double> sum{0};
         for (int call = 0; call < 400; ++call) {
             parallel_for(8, 1, threads, [&](std::size_t begin, std::size_t end) {
@@ -128,7 +128,7 @@ double seconds_on_one_cpu(unsigned threads) {
                 sum = part;
             });
         }
-        seconds = static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
+        seconds = static_cast<double>(std::clock() - started) / CLOCKS_PER_SEC;
     }).join();
     return seconds;
 }
