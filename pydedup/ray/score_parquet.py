@@ -34,7 +34,9 @@ __all__ = [
     "read_part",
 ]
 
+#: A row group ends where it has so many rows, or bytes: until then it is in memory.
 _ROW_GROUP: Final = 131_072
+_ROW_GROUP_BYTES: Final = 32 << 20
 
 
 def _arrow() -> Any:
@@ -238,7 +240,7 @@ class ParquetPart:
         self._schema: Any = None
         self._writer: Any = None
         self._waiting: list[Any] = []
-        self._rows = 0
+        self._rows = self._bytes = 0
 
     def table_columns(self, table: str, key: str) -> tuple[str, ...] | None:
         """Return the columns, once they are known."""
@@ -277,16 +279,17 @@ class ParquetPart:
             ) from error
         self._waiting.append(pa.record_batch(arrays, schema=self._schema))
         self._rows += len(rows)
+        self._bytes += self._waiting[-1].nbytes
         if self._unique:
             self._seen.update(row[0] for row in rows)
-        if self._rows >= _ROW_GROUP:
+        if self._rows >= _ROW_GROUP or self._bytes >= _ROW_GROUP_BYTES:
             self._flush()
         return True
 
     def _flush(self) -> None:
         if self._waiting:
             self._writer.write_table(_arrow().Table.from_batches(self._waiting))
-        self._waiting, self._rows = [], 0
+        self._waiting, self._rows, self._bytes = [], 0, 0
 
     def finish(self) -> None:
         """Give the file its name, all of it on the disk; without a row there is none."""

@@ -21,6 +21,7 @@ from pydedup.ray.cluster import import_ray
 from pydedup.types import ScoreReport
 
 from ..scoring.conftest import Tables, add
+from .conftest import ROWS as MANY
 from .conftest import Scored
 
 ROWS = 30
@@ -57,6 +58,26 @@ def test_of_parquet_to_parquet_keys_may_repeat(
     assert found["id"].to_pylist() == [n // 10 for n in range(ROWS) if n != 5]
     wanted = np.delete(scored_file.wanted()[:ROWS], 5)
     np.testing.assert_allclose(found["prediction"].to_numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_wide_predictions_are_written_as_they_come(
+    scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    """A part of them, up to gigabytes, was in memory until it was complete."""
+    weights = add(scored_file.url, "m@3", outputs=5000)
+    options = {"into": tmp_path / "out", "workers": 1, "batch": 100}
+    report = pydedup.ray.score(scored_file.query, scored_file.url, "m@3", **options)
+    assert report.rows == MANY
+    seen: list[int] = []
+    with pq.ParquetFile(tmp_path / "out" / "part-00000.parquet") as file:  # 38 MiB
+        for number in range(file.num_row_groups):
+            group = file.read_row_group(number)
+            assert group.nbytes < 36 << 20
+            seen += group["id"].to_pylist()
+            got = group["prediction"].combine_chunks().flatten().to_numpy().reshape(-1, 5000)
+            wanted = scored_file.features[group["id"].to_numpy() // 3] @ weights.T
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    assert sorted(seen) == [3 * n for n in range(MANY)]
 
 
 def test_keys_in_nanoseconds(scored_file: Scored, tmp_path: Path, connected: Any) -> None:
