@@ -13,7 +13,7 @@ from typing import Any
 
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import NotFoundError, ReadOnlyError
+from pydedup.errors import NotFoundError, PydedupError, ReadOnlyError
 from pydedup.jobs import SCORING
 from pydedup.names import parse_address
 
@@ -36,8 +36,8 @@ class Pin:
         self._catalog = catalog
         self._address = address
         self._table = table
-        work = json.dumps([url, table, query.strip(), address])
-        self._id = f"score:{hashlib.sha256(work.encode()).hexdigest()[:32]}"
+        self._work = [url, table, query.strip()]
+        self._id = self._id_of(address)
         self._run = uuid.uuid4().hex
         self._pinned = False
         self.resumed = False
@@ -70,7 +70,8 @@ class Pin:
             if live is None:
                 raise NotFoundError(
                     f"the work began with {spec['address']}, which was removed; to go on with "
-                    f"another version, name it: {row.name}@{row.version}"
+                    f"another version, name it: {row.name}@{row.version}; when that has ended, "
+                    f"{self._address} is taken again"
                 )
             # What an older pydedup noted names no runs, and some may have written.
             self._put(spec | {"runs": [*spec.get("runs", [""]), self._run]})
@@ -95,21 +96,26 @@ class Pin:
         return spec
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, job: str = "") -> Iterator[None]:
         """Transaction in which no other run of the work reads or changes what is noted."""
-        lock = f"{self._id}:lock"
+        lock = f"{job or self._id}:lock"
         with self._adapter.transaction():
             self._adapter.put_job(lock, "{}", repr(time.time()), SCORING)  # others wait for its row
             yield
             self._adapter.delete_job(lock)
+
+    def _id_of(self, address: str) -> str:
+        work = json.dumps([*self._work, address])
+        return f"score:{hashlib.sha256(work.encode()).hexdigest()[:32]}"
 
     def _own(self) -> dict[str, Any] | None:
         """Return what is noted, unless another run ended the work, and others began it again."""
         spec = self._spec()
         return spec if spec is not None and self._run in spec.get("runs", ()) else None
 
-    def _spec(self) -> dict[str, Any] | None:
-        found = next((job[1] for job in self._adapter.jobs() if job[0] == self._id), None)
+    def _spec(self, job: str = "") -> dict[str, Any] | None:
+        wanted = job or self._id
+        found = next((row[1] for row in self._adapter.jobs() if row[0] == wanted), None)
         return None if found is None else dict(json.loads(found))
 
     def _put(self, spec: Mapping[str, Any]) -> None:
@@ -121,6 +127,23 @@ class Pin:
             with self._alone():
                 if self._own() is not None:
                     self._adapter.delete_job(self._id)
+        if not self._adapter.read_only:
+            with contextlib.suppress(PydedupError):  # the work is done all the same
+                self._forget_removed()
+
+    def _forget_removed(self) -> None:
+        """Forget what the work began with by other addresses, if it was removed.
+
+        Who asks by those was told to name a version, and now that has done the work.
+        """
+        name = parse_address(self._address).name
+        aliases = (alias for _, alias, _ in self._adapter.aliases(name))
+        ids = {self._id_of(name), *(self._id_of(f"{name}@{alias}") for alias in aliases)}
+        for job in [row[0] for row in self._adapter.jobs() if row[0] in ids]:
+            with self._alone(job):
+                spec, live = self._spec(job), self._adapter.models(name=name)
+                if spec is not None and spec["model"] not in {model.id for model in live}:
+                    self._adapter.delete_job(job)
 
     def take_back(self) -> None:
         """Forget the version of a run that wrote nothing, unless it is that of other runs too."""

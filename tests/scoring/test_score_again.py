@@ -120,6 +120,9 @@ def test_the_version_of_work_that_was_removed_is_told(
                 store.score(ordered, "m", into=into)
         tables.run(f"UPDATE {table} SET f0 = 0 WHERE id = 2")
         assert store.score(ordered, "m@2", into=into).rows == 2
+        # It was refused for good, also when the rest was done.
+        assert store.score(ordered, "m", into=into).skipped == 3
+        assert store._adapter.jobs() == []
 
 
 def test_a_run_that_wrote_nothing_holds_no_version(
