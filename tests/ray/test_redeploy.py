@@ -76,6 +76,9 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
         "does not take the arguments: .*max_replicas",
         {"autoscaling_config": {"min_replicas": 3, "max_replicas": 1}},
     ),
+    ("autoscaling_config is 'mn'; it must be a mapping", {"autoscaling_config": "mn"}),
+    ("ray_actor_options is 3; it must be a mapping", {"ray_actor_options": 3}),
+    ("token must be a string, not int", {"token": 4711}),
     ("does not take the arguments: .*'nothing'", {"ray_actor_options": {"nothing": 1}}),
     (
         "does not take the arguments: .*env_vars",

@@ -361,7 +361,9 @@ def test_config_files_name_where_secrets_are(
     scale = "{min_replicas: 0, max_replicas: 3}"
     texts = {"num_cpus": "0.5", "max_batch": "8", "access_log": "true", "memory": "64MiB"}
     assert app({**later, "autoscaling_config": scale, **texts})
-    with pytest.raises(ArgumentError, match=r"autoscaling_config is '\{min', which is no YAML"):
+    with pytest.raises(
+        ArgumentError, match=r"autoscaling_config is '\{min', which is no YAML: while .*$"
+    ):
         app({"store": "env:PYDEDUP_STORE", "autoscaling_config": "{min"})
 
     assert "PYDEDUP_STORE is empty, or not set" in str(hindrance(Secret("env:PYDEDUP_STORE")))

@@ -21,6 +21,7 @@ from pydedup.ray.serving.checks import (
     check_actors,
     check_nodes,
     check_scale,
+    check_types,
     said_at_once,
 )
 from pydedup.ray.serving.source import is_here
@@ -109,6 +110,7 @@ def deployment(
         It cannot be opened on a machine of the cluster, or the token is not there.
     """
     serve = import_ray("ray.serve")
+    check_types(token, autoscaling_config=autoscaling_config, ray_actor_options=ray_actor_options)
     budget = config.parse_memory(memory)
     check_policy(replacement)
     if routing is None:
@@ -224,7 +226,8 @@ def _read(name: str, value: Any) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ArgumentError(f"{name} is {value!r}, which is no YAML: {error}") from error
+        said = " ".join(str(error).split())
+        raise ArgumentError(f"{name} is {value!r}, which is no YAML: {said}") from error
 
 
 def _has_routers() -> bool:

@@ -23,11 +23,21 @@ __all__ = [
     "check_actors",
     "check_nodes",
     "check_scale",
+    "check_types",
     "hindrances",
     "said_at_once",
 ]
 
 _MANY: Final = 1 << 20
+
+
+def check_types(token: object, **mappings: object) -> None:
+    """Raise ArgumentError for a token that is no text, and for what is no mapping."""
+    if not isinstance(token, str | None):
+        raise ArgumentError(f"token must be a string, not {type(token).__name__}")
+    for name, value in mappings.items():
+        if not isinstance(value, Mapping | None):
+            raise ArgumentError(f"{name} is {value!r}; it must be a mapping of names to values")
 
 
 def check_scale(
