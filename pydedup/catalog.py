@@ -194,7 +194,8 @@ class Catalog:
 
     def _find(self, address: str) -> ModelRow:
         parsed = parse_address(address)
-        rows = self._adapter.models(name=parsed.name)
+        newest = 1 if parsed.selector is None else None
+        rows = self._adapter.models(name=parsed.name, newest=newest)
         if not rows:
             names = sorted({row.name for row in self._adapter.models(newest=_SUGGESTED_MODELS)})
             raise NotFoundError(

@@ -8,6 +8,7 @@ not wait for what adds, scores or compares.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -232,7 +233,7 @@ class Store(StorePredictions, StoreUpkeep):
             check_writable(self._adapter, "add a model")
         from pydedup.formats.registry import open_source
         from pydedup.ingest.add import add_models
-        from pydedup.ingest.plan import Request, plan_address
+        from pydedup.ingest.plan import Request, Taken, plan_address
         from pydedup.policies import Lossless
 
         given_as: object = models
@@ -245,8 +246,9 @@ class Store(StorePredictions, StoreUpkeep):
             return []
         with contextlib.ExitStack() as opened:
             requests: dict[str, Request] = {}  # by address
+            taken = functools.cache(functools.partial(Taken.of, self._adapter))
             for name, given in models.items():
-                base, number, is_numbered = plan_address(self._adapter, name, version)
+                base, number, is_numbered = plan_address(taken, name, version)
                 if isinstance(given, Mapping) and not given and graph is None:
                     raise ArgumentError(
                         f"the mapping given for {name!r} is empty; a model is arrays by name"

@@ -154,7 +154,7 @@ def _match(
 
     @functools.cache
     def has_version_before(name: str) -> bool:
-        return bool(adapter.models(name=name))
+        return bool(adapter.models(name=name, newest=1))
 
     models = []
     with Ahead(workers, requests, matcher, has_version_before) as ahead:

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from pydedup.adapter import Adapter
 from pydedup.errors import ArgumentError, ConflictError, DuplicateError
@@ -15,7 +15,7 @@ from pydedup.graph import Graph
 from pydedup.names import check_name, parse_address
 from pydedup.policies import Policy
 
-__all__ = ["Request", "plan_address"]
+__all__ = ["Request", "Taken", "plan_address"]
 
 #: What all policies have, those of users too (`pydedup.policies.Policy`).
 _POLICY = ("name", "compresses", "uses_deltas", "max_rel_error", "parameters")
@@ -120,8 +120,26 @@ def _next(taken: Iterable[str]) -> str:
     return str(max((int(v) for v in taken if v.isascii() and v.isdigit()), default=0) + 1)
 
 
-def plan_address(adapter: Adapter, text: str, version: str | None) -> tuple[str, str, bool]:
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The versions and aliases that a model has."""
+
+    versions: frozenset[str]
+    aliases: frozenset[str]
+
+    @classmethod
+    def of(cls, adapter: Adapter, name: str) -> Self:
+        """Return those of a model, which need not be there."""
+        aliases = frozenset(alias for _, alias, _ in adapter.aliases(name))
+        return cls(frozenset(_versions(adapter, name)), aliases)
+
+
+def plan_address(
+    taken: Callable[[str], Taken], text: str, version: str | None
+) -> tuple[str, str, bool]:
     """Return the name and version that an add of ``text`` means, and check that they are free.
+
+    ``taken`` is asked for each address; who adds many versions of one model remembers its answers.
 
     Without a version it is the next whole number after the highest one in use, and the third value
     is true.
@@ -142,17 +160,16 @@ def plan_address(adapter: Adapter, text: str, version: str | None) -> tuple[str,
             )
     wanted = version or address.selector
     is_numbered = wanted is None
-    taken = _versions(adapter, address.name)
+    used = taken(address.name)
     if wanted is None:
-        wanted = _next(taken)
-    if wanted in taken:
+        wanted = _next(used.versions)
+    if wanted in used.versions:
         raise DuplicateError(
             f"{address.name}@{wanted} is in the store already; "
             "add another version or remove it first"
         )
-    for _, alias, _ in adapter.aliases(address.name):
-        if alias == wanted:
-            raise ArgumentError(
-                f"{wanted!r} is an alias of {address.name}; a version cannot have the same name"
-            )
+    if wanted in used.aliases:
+        raise ArgumentError(
+            f"{wanted!r} is an alias of {address.name}; a version cannot have the same name"
+        )
     return address.name, wanted, is_numbered

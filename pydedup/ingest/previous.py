@@ -55,10 +55,10 @@ class Previous:
         cls, adapter: Adapter, stored: StoredTable, catalog: Catalog, name: str, policy: Policy
     ) -> Previous | None:
         """Return the newest version, if there is one and the policy takes what is stored of it."""
-        rows = adapter.models(name=name)
+        rows = adapter.models(name=name, newest=1)
         if not rows:
             return None
-        model = catalog.of_row(rows[-1])
+        model = catalog.of_row(rows[0])
         if policy.max_rel_error == 0 and not model.keeps_bits:
             return None
         if all(model.error_of(info.name) > policy.max_rel_error for info in model.tensors):

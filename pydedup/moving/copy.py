@@ -112,6 +112,8 @@ def _set_aliases(target: Adapter, items: Sequence[Item]) -> int:
 
 def _point(target: Adapter, item: Item, model_id: int, aliases: Sequence[str]) -> None:
     """Point aliases at a model, unless somebody gave them another meaning since the plan."""
+    if not aliases:
+        return
     name = item.row.name
     pointed = {alias: model for _, alias, model in target.aliases(name)}
     versions = {row.version for row in target.models(name=name)}
@@ -175,9 +177,10 @@ class _Copy(StagedModel):
         name = self.item.row.name
         pointing = aliases_of(adapter, name)
         moved: list[str] = []
-        if any(row.id == self.item.replaces for row in adapter.models(name=name)):
-            moved = pointing.pop(self.item.replaces, [])
-            adapter.delete_model(self.item.replaces)
+        replaces = self.item.replaces
+        if replaces and any(row.id == replaces for row in adapter.models(name=name)):
+            moved = pointing.pop(replaces, [])
+            adapter.delete_model(replaces)
             retire_orphans(adapter)
         taken = {alias for aliases in pointing.values() for alias in aliases}
         if self.item.row.version in taken:

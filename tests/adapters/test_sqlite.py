@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import pydedup
 from pydedup import registry
@@ -155,16 +156,46 @@ def test_what_is_staged_is_synced_with_what_publishes_it(adapter: Adapter) -> No
         assert adapter.meta()["staged"] == "yes"
 
 
-def test_an_add_ends_with_a_synced_commit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    statements: list[str] = []
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All that SQLite is told from now on."""
+    said: list[str] = []
     connect = sqlite3.connect
 
     def told(*args: Any, **settings: Any) -> sqlite3.Connection:
         connection: sqlite3.Connection = connect(*args, **settings)
-        connection.set_trace_callback(statements.append)
+        connection.set_trace_callback(said.append)
         return connection
 
     monkeypatch.setattr(sqlite3, "connect", told)
+    return said
+
+
+def test_versions_are_not_listed_once_for_each(path: Path, statements: list[str]) -> None:
+    # With thousands of versions of a model, that took nearly all of the time.
+    def listings() -> int:
+        start = "SELECT id, name, version"
+        found = [said for said in statements if said.startswith(start) and "name = 'm'" in said]
+        statements.clear()
+        return sum("LIMIT" not in said for said in found)
+
+    def versions(*numbers: int) -> dict[str, dict[str, NDArray[np.float32]]]:
+        return {f"m@{number}": {"w": np.full((4, 4), number, np.float32)} for number in numbers}
+
+    with pydedup.open(f"sqlite:///{path}") as store:
+        store.add_many(versions(*range(10)))
+        assert listings() == 1
+        store.add_many(versions(*range(10, 12)))
+        assert listings() == 1
+        assert store.load("m")["w"][0, 0] == 11
+        assert listings() == 0
+        store.copy_to(f"sqlite:///{path}.copy")
+        assert listings() == 0
+    with pydedup.open(f"sqlite:///{path}.copy") as other:
+        assert [info.version for info in other.versions("m")] == [str(i) for i in range(12)]
+
+
+def test_an_add_ends_with_a_synced_commit(path: Path, statements: list[str]) -> None:
     rng = np.random.default_rng(0)
     with pydedup.open(f"sqlite:///{path}") as store:
         statements.clear()
