@@ -13,13 +13,17 @@ from typing import Any, Final
 from pydedup.adapter import Adapter
 from pydedup.errors import ArgumentError, StoreError
 
+from ._base import text
 from ._sqlite_base import DIALECT
 from ._sqlite_file import locate
 from .sqlite import SqliteAdapter
 
-__all__ = ["as_seen", "bind", "epoch", "main_file"]
+__all__ = ["as_seen", "bind", "main_file", "state"]
 
-_EPOCH: Final = f"SELECT value FROM {DIALECT.name('meta')} WHERE name = 'epoch'"  # noqa: S608
+_STATE: Final = (
+    f"SELECT value FROM {DIALECT.name('meta')} "  # noqa: S608
+    "WHERE name IN ('epoch', 'store_id') ORDER BY name DESC"
+)
 
 
 def bind(
@@ -49,10 +53,10 @@ def main_file(connection: object) -> str:
     return path if isinstance(path, str) else str(path, "utf-8")
 
 
-def epoch(connection: object) -> int:
-    """Return the epoch of the store in a connection's file, as its statement under way sees it."""
-    ((value,),) = _rows(_checked(connection), _EPOCH)
-    return int(value)
+def state(connection: object) -> tuple[str, str]:
+    """Return id and epoch of the store in a connection's file, as its statement sees it."""
+    ((store_id,), (epoch,)) = _rows(_checked(connection), _STATE)
+    return text(store_id), text(epoch)
 
 
 def as_seen(connection: object, url: str) -> Adapter:

@@ -175,6 +175,7 @@ class Catalog:
         self._adapter = adapter
         # No lock, which a fork could leave held: each use is one operation on the dict.
         self._models: dict[int, StoredModel] = {}
+        self._store_id: str | None = None
 
     def resolve(self, address: str) -> ModelRow:
         """Return the live model that an address means.
@@ -225,6 +226,7 @@ class Catalog:
         """Return the model of a row, with what is cached of it. Raises as `resolve` does."""
         model = self._cached(row)
         if model is None:
+            self._refuse_another_store()
             model = StoredModel(self._adapter, row)
             self._models[row.id] = model
             for oldest in list(self._models)[:-_CACHED_MODELS]:
@@ -239,11 +241,25 @@ class Catalog:
         """
         model = self._models.get(row.id)
         if model is not None and _is_other(model.row, row):
-            raise UnavailableError(
-                f"{self._adapter.url} is another store than the one that was opened: its tables "
-                "were made anew; open it again"
-            )
+            raise self._another_store()
         return model
+
+    def _refuse_another_store(self) -> None:
+        """Raise UnavailableError where a model that is not cached is of another store.
+
+        What is cached of pages, whose ids begin anew with the tables, would be taken for its own.
+        """
+        found = self._adapter.meta().get("store_id")
+        if self._store_id is None:
+            self._store_id = found
+        elif found != self._store_id:
+            raise self._another_store()
+
+    def _another_store(self) -> UnavailableError:
+        return UnavailableError(
+            f"{self._adapter.url} is another store than the one that was opened: its tables "
+            "were made anew; open it again"
+        )
 
     def infos(self, name: str | None = None) -> list[ModelInfo]:
         """Return what the store knows of its live models, ordered by name, then age."""

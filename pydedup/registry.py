@@ -189,8 +189,8 @@ class SqliteFunctions(Protocol):
     def main_file(self, connection: object) -> str:
         """Return the file of a connection."""
 
-    def epoch(self, connection: object) -> int:
-        """Return the epoch of the store in that file, as a statement under way sees it."""
+    def state(self, connection: object) -> tuple[str, str]:
+        """Return id and epoch of the store in that file, as a statement under way sees it."""
 
     def as_seen(self, connection: object, url: str) -> Adapter:
         """Return the store in that file, to look models up as a statement under way sees them."""

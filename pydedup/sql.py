@@ -29,7 +29,7 @@ from pydedup.errors import (
     PydedupError,
 )
 from pydedup.opening import check_store
-from pydedup.serving.calls import Calls, as_json, one_output
+from pydedup.serving.calls import Calls, StoreState, as_json, one_output, state_of
 from pydedup.store import Store
 from pydedup.store import open as open_store
 
@@ -71,10 +71,10 @@ def register(
         store = opened = open_store(store, mode="r", memory=memory)
     try:
         adapter = store._adapter
-        epoch = partial(known.epoch, connection) if own else adapter.epoch
+        state = partial(known.state, connection) if own else partial(state_of, adapter)
         seen = known.as_seen(connection, adapter.url) if own else None
         functions = SqlFunctions(
-            Calls(store._catalog, store._pool, store._stored_tensor, epoch, seen=seen), opened
+            Calls(store._catalog, store._pool, store._stored_tensor, state, seen=seen), opened
         )
         known.bind(connection, functions._table())
         return functions
@@ -195,6 +195,8 @@ class PostgresFunctions:
     def __init__(self, plpy: Any, schema: str) -> None:
         self._plpy = plpy
         self._schema = schema
+        self._store: Store | None = None
+        self._state: StoreState = ("", "")
         self._ready: Calls | None = None
 
     def version(self) -> str:
@@ -250,15 +252,20 @@ class PostgresFunctions:
             return as_json(self._calls().row(model, [features]))
 
     def _calls(self) -> Calls:
+        if self._store is not None:
+            before, self._state = self._state, state_of(self._store._adapter)
+            if before[0] != self._state[0]:  # another store: its tables were made anew
+                self._ready = None
         if self._ready is None:
             adapter, memory = registry.inside_postgres(self._plpy, self._schema)
             store = Store(check_store(adapter), config.parse_memory(memory or POSTGRES_MEMORY))
+            self._store, self._state = store, state_of(adapter)
             # Nothing is read ahead: that takes a thread, and a backend must have one alone.
             self._ready = Calls(
                 store._catalog,
                 store._pool,
                 store._stored_tensor,
-                store._adapter.epoch,
+                lambda: self._state,
                 ahead=False,
             )
         return self._ready
@@ -270,7 +277,9 @@ class PostgresFunctions:
             yield
         except PydedupError as error:
             code = next((code for kind, code in _CODES if isinstance(error, kind)), "XX000")
-            self._plpy.error(str(error), sqlstate=code)
+            # What a statement of ours met has a code already, as when it was cancelled.
+            met = getattr(error.__cause__, "sqlstate", None)
+            self._plpy.error(str(error), sqlstate=met or code)
 
 
 def _numbers(array: Any) -> list[float]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What functions of SQL call: one row predicted, at the cost of little more than the product.
 
-An address is looked up once per epoch of the store, which grows with every change of an alias; what
-is known of a model is kept from call to call. Where both are read as the statement under way sees
-them, all rows of the statement are predicted by one version, also when it names more models than
-are kept.
+An address is looked up once per state of the store: its epoch grows with every change of an alias.
+What is known of a model is kept from call to call. Where both are read as the statement under way
+sees them, all rows of the statement are predicted by one version, also when it names more models
+than are kept.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from pydedup.serving.predict import Prediction, predict
 from pydedup.serving.score import graph_of
 from pydedup.serving.tensor import StoredTensor
 
-__all__ = ["Calls", "as_json", "one_output"]
+__all__ = ["Calls", "StoreState", "as_json", "one_output", "state_of"]
 
 Array = NDArray[Any]
 TensorOf = Callable[[StoredModel, str], StoredTensor]
+#: The id of a store, which is another when its tables were made anew, and its epoch.
+StoreState = tuple[str, str]
 #: Addresses, and models, that are kept ready.
 _KEPT: Final = 64
 
@@ -74,8 +76,8 @@ class Calls:
     ----------
     tensor_of
         Returns a tensor of a model.
-    epoch
-        Returns the epoch of the store, as the statement under way sees it.
+    state
+        Returns which store it is, and its epoch, as the statement under way sees it.
     seen
         The store as that statement sees it, where the one of the catalog may be newer.
     ahead
@@ -87,17 +89,17 @@ class Calls:
         catalog: Catalog,
         pool: PagePool,
         tensor_of: TensorOf,
-        epoch: Callable[[], int],
+        state: Callable[[], StoreState],
         *,
         seen: Adapter | None = None,
         ahead: bool = True,
     ) -> None:
-        self._catalog, self._epoch = catalog, epoch
+        self._catalog, self._state = catalog, state
         self._resolve = (catalog if seen is None else Catalog(seen)).resolve
         self._make = partial(
             _Ready, tensor_of=tensor_of if ahead else _read_alone(pool), pool=pool, ahead=ahead
         )
-        self._addresses: OrderedDict[str, tuple[int, _Ready]] = OrderedDict()
+        self._addresses: OrderedDict[str, tuple[StoreState, _Ready]] = OrderedDict()
         self._models: OrderedDict[int, _Ready] = OrderedDict()
 
     def address(self, model: str) -> str:
@@ -138,9 +140,9 @@ class Calls:
     def _ready(self, address: str) -> _Ready:
         if not isinstance(address, str):
             raise ArgumentError(f"the model must be a text, name@version, not {address!r}")
-        epoch = self._epoch()
+        state = self._state()
         known = self._addresses.get(address)
-        if known is not None and known[0] == epoch:
+        if known is not None and known[0] == state:
             return known[1]
         row = self._resolve(address)
         model = self._catalog.of_row(row)  # raises where another store has taken the place
@@ -150,11 +152,17 @@ class Calls:
             self._models[row.id] = ready
             while len(self._models) > _KEPT:
                 self._models.popitem(last=False)
-        self._addresses[address] = (epoch, ready)
+        self._addresses[address] = (state, ready)
         self._addresses.move_to_end(address)
         while len(self._addresses) > _KEPT:
             self._addresses.popitem(last=False)
         return ready
+
+
+def state_of(adapter: Adapter) -> StoreState:
+    """Return the state of a store."""
+    meta = adapter.meta()
+    return meta.get("store_id", ""), meta.get("epoch", "")
 
 
 def _only(predicted: Array) -> Array:

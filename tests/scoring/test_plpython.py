@@ -227,6 +227,18 @@ $$"""
             connection.execute("SELECT pydedup_predict('m', 1, 2, 3)")
 
 
+def test_a_session_goes_on_with_a_store_that_takes_the_place(place: Place) -> None:
+    """Tables that were made anew with an epoch as before were served as the store before."""
+    add(place.url, "m@1", seed=1)
+    with place.connect() as connection:
+        assert connection.execute("SELECT pydedup_predict('m', 1, 0, 0)").fetchone()
+        connection.execute(f"DROP SCHEMA {place.schema} CASCADE")
+        w = add(place.url, "m@1", seed=2)
+        place.install()
+        found = connection.execute("SELECT pydedup_predict('m', 1, 0, 0)").fetchall()
+        assert found == [(pytest.approx(w[0, 0]),)]
+
+
 def test_a_model_larger_than_the_pool_on_the_one_thread_of_a_backend(place: Place) -> None:
     rng = np.random.default_rng(0)
     model = {
@@ -275,7 +287,7 @@ def test_roles(place: Place) -> None:
         assert place.ask("SELECT pydedup_predict('m', 1, 0, 0)", role=reader) == [
             (pytest.approx(w[0, 0]),)
         ]
-        with pytest.raises(psycopg.Error, match="permission denied"):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied"):
             place.ask("SELECT pydedup_predict('m', 1, 0, 0)", role=stranger)
         url = place.url.replace("postgres@", f"{reader}@", 1)
         said = run("sql", "install", url, status=4).stderr

@@ -14,12 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
 
 import pydedup
 import pydedup.sql
-from pydedup.errors import ArgumentError, NotAStoreError, NotFoundError, StoreError
+from pydedup.errors import (
+    ArgumentError,
+    NotAStoreError,
+    NotFoundError,
+    StoreError,
+    UnavailableError,
+)
 from pydedup.graph import Graph, Node
+from pydedup.testing._contract_base import with_option
 
 from .conftest import add, features, linear
 
@@ -305,6 +313,25 @@ def test_a_store_on_any_database(store_url: str) -> None:
         pydedup.sql.register(connection, store)
         ((found,),) = connection.execute("SELECT pydedup_predict('m', 0, 1, 0)").fetchall()
         assert found == pytest.approx(w[0, 1])
+
+
+def test_tables_that_are_made_anew_are_another_store(
+    postgres_url: str, postgres_schema: str
+) -> None:
+    """With an epoch as before, its models of the same names were those of the store before."""
+    url = with_option(postgres_url, f"schema={postgres_schema}")
+    add(url, "m@1", seed=1)
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        functions = pydedup.sql.register(connection, url)
+        said = "SELECT pydedup_predict('m', 1, 0, 0)"
+        assert connection.execute(said).fetchone()
+        with psycopg.connect(postgres_url, autocommit=True) as server:
+            server.execute(f"DROP SCHEMA {postgres_schema} CASCADE")
+        w = add(url, "m@1", seed=2)
+        with pytest.raises(UnavailableError, match="another store"), functions.raising():
+            connection.execute(said).fetchall()
+        functions = pydedup.sql.register(connection, url)
+        assert connection.execute(said).fetchone() == (pytest.approx(w[0, 0]),)
 
 
 def test_connections_as_users_have_them(connection: sqlite3.Connection, path: Path) -> None:

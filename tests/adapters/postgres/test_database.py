@@ -88,6 +88,28 @@ def test_tables_that_are_made_anew_under_a_reader_are_another_store(
         assert reader.load("m")["w"].tobytes() == new.tobytes()
 
 
+def test_a_model_not_read_before_is_not_made_of_pages_of_the_store_before(
+    url: str, schema: str, sql: Any
+) -> None:
+    """Ids of pages begin anew too, and those of before were in memory: weights were wrong."""
+    rng = np.random.default_rng(0)
+    with pydedup.open(url) as store:
+        store.add("m@1", {"w": rng.standard_normal((3000, 400))})
+        assert store.stats().pages > 2
+    new = rng.standard_normal((99, 99))
+    with pydedup.open(url, mode="r") as reader:
+        reader.tensor("m", "w").matmul(np.ones((1, 400)))
+        sql(f"DROP SCHEMA {schema} CASCADE")
+        with pydedup.open(url) as store:
+            store.add("first", {"w": rng.standard_normal((99, 99))})
+            store.add("second", {"w": new})
+        for read in (reader.load, lambda name: reader.tensor(name, "w")):
+            with pytest.raises(UnavailableError, match=r"is another store .* open it again"):
+                read("second")
+    with pydedup.open(url, mode="r") as reader:
+        assert reader.load("second")["w"].tobytes() == new.tobytes()
+
+
 def test_invalid_indexes_are_complained_of(adapter: Adapter, schema: str, sql: Any) -> None:
     assert adapter.integrity_errors() == []
     index = f"{schema}.pydedup_distinct_blocks_hash128"
