@@ -143,6 +143,33 @@ def test_deltas_that_another_writer_published_are_not_stored_twice(
             assert same(store.load("mine"), model)
 
 
+def test_a_base_that_another_writer_published_as_a_delta_stays_a_base(store_url: str) -> None:
+    """A base is never itself a delta, also when the same block is one elsewhere."""
+    rng = np.random.default_rng(1)
+    root = rng.standard_normal((512, 256)).astype(np.float32)
+    base, tuned = (
+        root * (1 + far * rng.standard_normal(root.shape)).astype(np.float32)
+        for far in (1e-4, 2e-4)
+    )
+    faster: list[AddReport] = []
+    with pydedup.open(store_url) as store, pydedup.open(store_url) as other:
+
+        def be_faster(stage: str, done: int, total: int) -> None:
+            if stage == "writing" and not faster:
+                faster.extend(other.add(name, {"w": w}) for name, w in [("a", root), ("b", base)])
+
+        model = {"base": base, "tuned": tuned}
+        mine = store.add("mine", model, progress=be_faster)
+        assert faster[1].delta_blocks == mine.delta_blocks == 32
+        assert mine.shared_blocks == 0
+        assert store.verify().errors == []
+        for name in ("a", "b"):
+            store.remove(name)
+        store.vacuum()
+        assert store.verify().errors == []
+        assert same(store.load("mine"), model)
+
+
 GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "weight", "bias": "bias"}),))
 
 

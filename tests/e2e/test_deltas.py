@@ -17,6 +17,7 @@ import pydedup
 from pydedup import policies
 from pydedup.errors import ArgumentError
 from pydedup.graph import Graph, Node
+from pydedup.layout import base_places, block_places
 
 Model = dict[str, NDArray[Any]]
 
@@ -92,6 +93,30 @@ def test_one_add_of_a_whole_family(store: pydedup.Store) -> None:
     assert reports[1].delta_blocks > 20
     assert reports[2].delta_blocks > 20
     assert sum(r.stored_bytes for r in reports[1:]) < 1.6 * reports[0].stored_bytes
+    for name, model in models.items():
+        assert same(store.load(name), model)
+    assert store.verify().ok
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_chain_of_models_lies_around_its_first(store: pydedup.Store, at_once: bool) -> None:
+    """The nearest is the model before, which is deltas: of those, their bases are the bases."""
+    rng = np.random.default_rng(8)
+    chain = {"a": rng.standard_normal((512, 256)).astype(np.float32)}
+    for name, before, far in (("b", "a", 1e-3), ("c", "b", 1e-6)):
+        noise = far * rng.standard_normal((512, 256)).astype(np.float32)
+        chain[name] = chain[before] + noise
+    models = {name: {"w": w} for name, w in chain.items()}
+    reports = store.add_many(models) if at_once else [store.add(*model) for model in models.items()]
+    assert [report.delta_blocks for report in reports] == [0, 32, 32]
+    bases = set[int]()
+    for name in models:
+        block_map = store._catalog.model(name).block_map("w")
+        own = set(block_places(block_map.page_ids, block_map.slots).tolist())
+        if name == "a":
+            bases = own
+        else:
+            assert set(base_places(block_map).tolist()) == bases
     for name, model in models.items():
         assert same(store.load(name), model)
     assert store.verify().ok

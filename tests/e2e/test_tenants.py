@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -289,3 +290,47 @@ def test_a_quota_set_during_an_add_holds_for_it(store_url: str) -> None:
             store.add("m", model(1, 2), metadata={"tenant": "a"}, progress=restrict)
         assert store.models() == []
         assert store.verify().notes == []
+
+
+def test_blocks_that_others_publish_during_an_add_are_free_for_it(store_url: str) -> None:
+    """A quota is held against what the store has when the add is published, not when it began."""
+    with pydedup.open(store_url) as store, pydedup.open(store_url) as other:
+        store.quotas.set("tenant", "a", 0)
+        with pytest.raises(QuotaError):
+            add(store, "m", range(2), tenant="a")
+        faster: list[str] = []
+
+        def be_faster(stage: str, done: int, total: int) -> None:
+            if not faster:
+                faster.append(stage)
+                add(other, "faster", range(2))
+
+        store.add(
+            "m",
+            model(0, 1),
+            policy=policies.Exact(),
+            block_shape=(SIDE, SIDE),
+            metadata={"tenant": "a"},
+            progress=be_faster,
+        )
+        assert by_value(store.stats(by="tenant"))["a"].marginal_bytes == 0
+        assert store.verify().notes == []
+
+
+def test_quotas_that_are_changed_at_once_all_hold(store_url: str) -> None:
+    """They are one row, which each change reads and writes."""
+    pydedup.open(store_url).close()
+
+    def change(number: int) -> None:
+        with pydedup.open(store_url) as store:
+            for name in range(8):
+                store.quotas.set("tenant", f"{number}-{name}", name)
+            for name in range(0, 8, 2):
+                store.quotas.remove("tenant", f"{number}-{name}")
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(change, range(3)))
+    with pydedup.open(store_url, mode="r") as store:
+        assert [quota.value for quota in store.quotas] == [
+            f"{number}-{name}" for number in range(3) for name in range(1, 8, 2)
+        ]
