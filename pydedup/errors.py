@@ -11,7 +11,7 @@
     ├── QuotaError                         an add would take a value of metadata over its quota
     ├── BudgetError (MemoryError)          the memory budget does not allow the request
     ├── EvaluationError                    a policy's callable failed or returned what is no use
-    ├── ClusterError                   a Ray cluster cannot be reached, or does not fit
+    ├── ClusterError                       a Ray cluster cannot be reached, or does not fit
     └── StoreError
         ├── NotAStoreError                 the database holds no pydedup store (or something else)
         │   └── MissingStoreError          there could be one, but nobody has created it yet

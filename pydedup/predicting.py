@@ -72,7 +72,10 @@ class StorePredictions:
     def predict(self, name: str, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
         """Predict with a model whose graph the store knows, streaming its weights.
 
-        ``x`` is an array, or a mapping of input names to arrays; the result takes the same form.
+        ``x`` is an array, or a mapping of input names to arrays; the result takes the same form,
+        in float32 or float64 (docs/serving.md says which), of the shape
+        that the layers give: (rows, outputs) for (rows, features) where they are linear.
+
         Raises NotFoundError (also when the model has no graph), ArgumentError for inputs that do
         not fit.
         """

@@ -162,6 +162,8 @@ class Store(StorePredictions, StoreUpkeep):
             Path of a known format, mapping of tensor names to arrays, or torch module.
         policy
             The guarantee; `policies.Lossless` by default.
+        version
+            The version, when ``name`` does not say it.
         graph
             Layers naming tensors, for `predict`; inferred where the source tells.
         metadata
@@ -180,8 +182,8 @@ class Store(StorePredictions, StoreUpkeep):
 
         Raises
         ------
-        DuplicateError, QuotaError, ArgumentError, FormatError, NotFoundError, ReadOnlyError,
-        ConflictError, StorageFullError
+        DuplicateError, QuotaError, ArgumentError, FormatError, NotFoundError, EvaluationError,
+        ReadOnlyError, ConflictError, StorageFullError, UnavailableError, CorruptStoreError
             The store is as it was before.
         """
         parse_address(name)  # what is no text may be no key either

@@ -100,8 +100,21 @@ class StoreUpkeep(abc.ABC):
         """Free what nobody uses and repack where models read too many pages.
 
         With ``dry_run`` only say what that would save; the store may be open for reading only.
-        Raises ArgumentError for seconds that are none, ReadOnlyError, ConflictError,
-        StorageFullError, UnavailableError.
+
+        Parameters
+        ----------
+        grace_seconds
+            How long a page that was given up is kept for readers that may still ask for it. They
+            look up where a block is again when a page is gone, so 0 is safe.
+        lease_seconds
+            Silence after which an unfinished add or copy, whose process is not known to be gone,
+            counts as abandoned; 0 takes what goes on along, which then ends with ConflictError.
+
+        Raises
+        ------
+        ArgumentError
+            For a grace that is no number of seconds, or negative.
+        ReadOnlyError, ConflictError, StorageFullError, UnavailableError
         """
         from pydedup.maintenance.vacuum import plan_vacuum, vacuum_store
 

@@ -2,9 +2,10 @@
 """Predictions from a graph whose weights stay in the store. Needs no framework.
 
 Weights of ``linear``, ``conv2d``, ``embedding`` and ``embedding_bag`` are streamed; vectors (bias,
-norms) are read whole, once per run. Arithmetic is float32, or float64 where weights or inputs are;
-the functions follow torch, NaN and infinities included. Deliberately not here: where graphs come
-from (:mod:`pydedup.graph`), which also says what each operation means.
+norms) are read whole, once per run. What is streamed computes in float32, or float64 where the
+weights are; all else in float64 where its inputs are, else in float32. The functions follow torch,
+NaN and infinities included. Deliberately not here: where graphs come from (:mod:`pydedup.graph`),
+which also says what each operation means.
 """
 
 from __future__ import annotations
@@ -41,8 +42,7 @@ def run_graph(graph: Graph, tensors: Tensors, inputs: Mapping[str, ArrayLike]) -
     tensors
         Returns a tensor of the model by name.
     inputs
-        An array for each of the graph's inputs. Ids and offsets must be integers; other inputs
-        are computed with as float32, float64 ones as float64.
+        An array for each of the graph's inputs. Ids and offsets must be integers.
 
     Returns
     -------
