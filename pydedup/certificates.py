@@ -26,8 +26,8 @@ def keeps_bits(policy: str, certificate: Mapping[str, Any]) -> bool:
 
 def largest_error(certificate: Mapping[str, Any]) -> float:
     """Return the greatest relative L2 difference of a block to what is stored for it."""
-    # Before deltas there was only "max_rel_error", which was 0.
-    return float(certificate.get("largest_block_error", certificate.get("max_rel_error", 0.0)))
+    # Before deltas, without which there is none, it was not recorded.
+    return float(certificate.get("largest_block_error", 0.0))
 
 
 def describe(certificate: Mapping[str, Any]) -> list[str]:

@@ -331,7 +331,7 @@ def test_pages_are_read_right_while_rows_move(tmp_path: Path) -> None:
     with pydedup.open(tmp_path / "models.db") as store:
         left = {row.id for row in store._adapter.page_rows()}
         again = dict(store._adapter.read_pages(ids))
-        assert set(again) == left.intersection(ids)
+        assert set(again) == left.intersection(ids) != set()
         assert all(again[number] == first[number] for number in again)
         for name, arrays in before.items():
             for array, found in zip(arrays, store.load(name).values(), strict=True):

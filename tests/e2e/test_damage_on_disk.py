@@ -137,6 +137,24 @@ def test_a_block_map_that_names_a_slot_beyond_its_page(tmp_path: Path, slot: int
         assert np.array_equal(store.load("large")["w"], large["w"])
 
 
+def test_a_block_map_that_names_the_same_bytes_of_another_type(tmp_path: Path) -> None:
+    """Hashes are of bytes, so these are those of the source."""
+    path = tmp_path / "store.db"
+    floats = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    with pydedup.open(path) as store:
+        store.add("floats", {"w": floats}, policy=policies.Exact())
+        store.add("whole", {"w": floats.view(np.int32)}, policy=policies.Exact())
+        of, own = (store._catalog.model(name).block_map("w") for name in ("floats", "whole"))
+    (part,) = BlockMap(own.grid, own.dtype, of.page_ids, of.slots).parts()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE pydedup_block_maps SET payload = ? WHERE model_id = 2", [part])
+    with pydedup.open(path) as store:
+        with pytest.raises(CorruptStoreError, match="of dtype code"):
+            store.load("whole")
+        (error,) = [found for found in store.verify().errors if "source" in found]
+    assert "whole@1, tensor 'w': 1 blocks on page 1 are not the source's" in error
+
+
 def delete_as_documented(url: str, page_id: int) -> None:
     """Run what docs/faults.md tells a superuser."""
     import psycopg

@@ -131,6 +131,22 @@ def test_parameters_that_are_not_json_are_refused(store: pydedup.Store) -> None:
     assert store.models() == []
 
 
+@pytest.mark.parametrize(
+    ("certificate", "said"),
+    [
+        ({"policy": "exact", "max_rel_error": 0.0}, "the same bits"),
+        ({"policy": "lossless", "max_rel_error": 0.0}, "the same bits"),
+        ({"policy": "bounded", "max_rel_error": 0.01, "largest_block_error": 0.002}, "within 0.01"),
+        ({"policy": "mine", "largest_block_error": 0.002}, "not the same bits"),
+    ],
+)
+def test_certificates_that_do_not_say_same_bits(certificate: dict[str, Any], said: str) -> None:
+    """Those of earlier versions: then it is what the policy promises."""
+    (line,) = describe(certificate)
+    assert said in line
+    assert ("not" in line) == ("not" in said)
+
+
 # ---- evaluate -----------------------------------------------------------------------------------
 
 

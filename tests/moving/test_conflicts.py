@@ -326,6 +326,25 @@ def test_what_goes_while_another_model_is_published_is_not_relied_upon(
         assert np.array_equal(target.load("m1@1")["b"], b)
 
 
+def test_pages_of_a_model_that_is_replaced_are_not_relied_upon(new_store: New) -> None:
+    """They have what a later model of the copy needs, and go with the one that is replaced."""
+    rng = np.random.default_rng(1)
+    a, b = (rng.standard_normal((256, 256)).astype(np.float32) for _ in range(2))
+    url = new_store("sqlite")
+    with pydedup.open(url) as target:
+        target.add("m@1", {"w": b})
+    with pydedup.open(new_store("sqlite")) as store:
+        store.add("m@1", {"w": a})
+        store.add("n@1", {"w": b})
+        report = store.copy_to(url, on_conflict="replace")
+    assert [model.status for model in report.models] == ["replaced", "copied"]
+    with pydedup.open(url) as target:
+        target.vacuum()
+        assert target.verify().ok
+        assert np.array_equal(target.load("m@1")["w"], a)
+        assert np.array_equal(target.load("n@1")["w"], b)
+
+
 @pytest.mark.parametrize("alias_of", ["another version", "nothing, it is a version"])
 def test_aliases_that_others_take_meanwhile(
     new_store: New, family: Callable[..., Any], alias_of: str
