@@ -314,12 +314,16 @@ class PagePool:
                 self._told[model.owner] = model.state
             self._core.call(model.owner)
         owner = tuple(sorted(model.owner for model in models))
-        room = self.window_pages * self._loader.largest
+        # However small the pool, a window may be two pages, a block's and its base's. Those of a
+        # walk and those ahead of it fit beside activations from eight pages on; in less there is
+        # no room to read ahead.
+        most = max(2, self.window_pages)
+        room = most * self._loader.largest
         core, ahead = self._core, self._ahead
         call = Call(
             self._last.get(owner, []),
             self._load_ahead,
-            self.window_pages,
+            most,
             lambda: ahead.try_take(room),
             lambda: ahead.give_back(room),
         )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,39 @@ def test_a_batch_larger_than_the_budget_is_cut(store: pydedup.Store) -> None:
     tracemalloc.stop()
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
     assert peak < 6 << 20
+
+
+def test_threads_share_a_small_budget(tmp_path: Path) -> None:
+    """Deltas need two pages at once, whatever other threads compute and read ahead."""
+    rng = np.random.default_rng(3)
+    shapes = {"table": (6000, 64), "up": (2048, 64), "down": (16, 2048)}
+    base = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    graph = Graph(
+        ("x",),
+        ("y",),
+        (
+            Node("embedding_bag", ("x",), "bags", weights={"weight": "table"}),
+            Node("linear", ("bags",), "wide", weights={"weight": "up"}),
+            Node("linear", ("wide",), "y", weights={"weight": "down"}),
+        ),
+    )
+    names = [f"v{number}" for number in range(6)]
+    with pydedup.open(tmp_path / "m.db", memory="64MiB") as opened:
+        for name in names:
+            moved = {
+                key: (array * (1 + 1e-3 * rng.standard_normal(array.shape))).astype(np.float32)
+                for key, array in base.items()
+            }
+            opened.add(name, moved, graph=graph)
+        ids = rng.integers(0, 6000, (2000, 4))
+        want = {name: opened.predict(name, ids) for name in names}
+    with (
+        pydedup.open(tmp_path / "m.db", mode="r", memory="8MiB") as opened,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        found = list(threads.map(lambda name: opened.predict(name, ids), names * 3))
+    for name, got in zip(names * 3, found, strict=True):
+        np.testing.assert_allclose(got, want[name], rtol=1e-4, atol=2e-3)  # of up to 1,000
 
 
 def bags(**attrs: Any) -> Graph:
