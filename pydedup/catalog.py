@@ -47,14 +47,19 @@ class StoredModel:
         #: How often its block maps were forgotten: its pages are the same as long as this is.
         self.state = 0
         self.tensors = tuple(_tensor_info(tensor) for tensor in adapter.tensors(row.id))
-        if not self.tensors and all(live.id != row.id for live in adapter.models(name=row.name)):
-            raise NotFoundError(f"{row.name}@{row.version} was removed from the store")
+        if not self.tensors:
+            self.check_live()
         self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
 
     @property
     def address(self) -> str:
         """``name@version``."""
         return f"{self.row.name}@{self.row.version}"
+
+    def check_live(self) -> None:
+        """Raise NotFoundError when it was removed meanwhile, with all that was to be read of it."""
+        if all(live.id != self.row.id for live in self._adapter.models(name=self.row.name)):
+            raise NotFoundError(f"{self.address} was removed from the store")
 
     @cached_property
     def certificate(self) -> dict[str, Any]:

@@ -234,6 +234,7 @@ class StorePredictions:
 
         payload = self._adapter.artifact(model.row.id, GRAPH)
         if payload is None:
+            model.check_live()
             raise NotFoundError(
                 f"{model.address} has no graph to predict with; add it from an ONNX or Keras "
                 "file, as `pydedup add` does, or a torch.nn.Sequential, or give add(..., graph=...)"

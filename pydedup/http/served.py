@@ -125,6 +125,7 @@ class ServedStore(Store):
             return Served(row, graph, signature_of(graph, weights))
         payload = self._adapter.artifact(row.id, ONNX_GRAPH)
         if payload is None:
+            model.check_live()
             raise NotFoundError(
                 f"{model.address} has no graph to predict with; add it with graph=..., or from "
                 "a torch.nn.Sequential, Keras or ONNX model"

@@ -18,7 +18,7 @@ import pytest
 
 import pydedup
 from pydedup import policies, registry
-from pydedup.errors import ArgumentError, ConflictError
+from pydedup.errors import ArgumentError, ConflictError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
@@ -378,6 +378,27 @@ def test_an_alias_never_points_at_what_is_removed_meanwhile(store_url: str) -> N
         assert "alias 'prod' points at m@1" in str(told[0])
         assert same(store.load("m@prod"), version(1))
         assert store.verify().errors == []
+
+
+def test_a_model_that_is_removed_before_its_layers_are_read_is_told_as_removed(
+    store_url: str,
+) -> None:
+    """It was said to have no graph."""
+    x = np.ones((1, 3), np.float32)
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    with pydedup.open(store_url) as store:
+        store.add("m", {"w": x}, graph=graph)
+
+    def remove() -> None:
+        with pydedup.open(store_url) as store:
+            store.remove("m@1")
+
+    adapter, _ = inject(registry.connect(store_url, mode="r"), Fault("artifact", remove))
+    with (
+        Store(adapter, 64 << 20) as store,
+        pytest.raises(NotFoundError, match="m@1 was removed from the store"),
+    ):
+        store.predict("m", x)
 
 
 def test_another_writer_is_waited_for_once(tmp_path: Path) -> None:
