@@ -25,6 +25,9 @@ __all__ = [
     "explain_model",
 ]
 
+#: How many numbers of two tensors are compared at a time, as f64.
+_PIECE = 2**18
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSharing:
@@ -197,20 +200,28 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
         if not apart.any():
             return TensorDiff(info.name, "same", blocks)
         changed = int(apart.sum())
-    bytes_a, bytes_b = matmul.read(map_a, pool), matmul.read(map_b, pool)
-    if np.array_equal(bytes_a.view(np.uint8), bytes_b.view(np.uint8)):
+    whole_a, whole_b = matmul.read(map_a, pool).reshape(-1), matmul.read(map_b, pool).reshape(-1)
+    pieces = [slice(at, at + _PIECE) for at in range(0, whole_a.size, _PIECE)]
+    if all(
+        np.array_equal(whole_a[piece].view(np.uint8), whole_b[piece].view(np.uint8))
+        for piece in pieces
+    ):
         return TensorDiff(info.name, "same", blocks)
-    value_a, value_b = bytes_a.astype(np.float64), bytes_b.astype(np.float64)
+    largest = squares = squares_apart = np.float64(0)
     with np.errstate(invalid="ignore", over="ignore"):
-        delta = value_b - value_a
-        norm = float(np.linalg.norm(value_a))
-        distance = float(np.linalg.norm(delta))
+        for piece in pieces:
+            value = whole_a[piece].astype(np.float64)
+            delta = whole_b[piece].astype(np.float64) - value
+            squares += np.dot(value, value)
+            squares_apart += np.dot(delta, delta)
+            largest = np.maximum(largest, np.max(np.abs(delta)))  # NaN stays NaN
+        norm, distance = float(np.sqrt(squares)), float(np.sqrt(squares_apart))
     return TensorDiff(
         info.name,
         "changed",
         blocks,
         changed or blocks,
-        float(np.max(np.abs(delta))),
+        float(largest),
         distance / norm if norm else float("inf"),
     )
 

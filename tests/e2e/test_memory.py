@@ -12,11 +12,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+import pydedup
 
 TENSOR_BYTES = 48 * 1024 * 1024
 TENSORS = 6
@@ -116,3 +119,25 @@ def test_what_workers_do_ahead_is_bounded(tmp_path: Path) -> None:
     assert result["errors"] == []
     for peak in result["peaks"]:
         assert peak < 224 << 20 < model_bytes, result
+
+
+def test_a_difference_takes_two_tensors(tmp_path: Path) -> None:
+    before = np.random.default_rng(0).standard_normal(2**22 + 7, np.float32)
+    after = before.copy()
+    after[[0, -1]] += np.float32([3.0, -4.0])
+    with pydedup.open(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        store.add("m@1", {"w": before})
+        store.add("m@2", {"w": after})
+        store.diff("m@1", "m@2")
+        tracemalloc.start()
+        try:
+            (found,) = store.diff("m@1", "m@2").tensors
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 2.5 * before.nbytes
+    apart = after.astype(np.float64) - before
+    assert found.status == "changed"
+    assert found.max_abs == np.abs(apart).max()
+    norm = np.linalg.norm(before.astype(np.float64))
+    assert found.relative_l2 == pytest.approx(np.linalg.norm(apart) / norm)
