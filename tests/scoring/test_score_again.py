@@ -213,6 +213,37 @@ def test_of_two_at_once_that_fail_the_version_stays_if_one_wrote(
     assert_right(predictions(tables, into), x, w1 if other_writes else w2)
 
 
+def test_a_run_whose_work_others_ended_and_began_again_leaves_theirs_alone(
+    tables: Tables, source: Make, new_name: Make
+) -> None:
+    add(tables.url, "m@1", seed=1)
+    add(tables.url, "m@2", seed=2)
+    query, into = query_of(source(features(30)), "ORDER BY id"), new_name()
+    begun: list[str] = []
+
+    def cut_off(stage: str, done: int, total: int) -> None:
+        raise _CutOffError
+
+    with pydedup.open(tables.url) as store, pydedup.open(tables.url) as other:
+        store.alias("m", "prod", "1")
+
+        def meanwhile(stage: str, done: int, total: int) -> None:
+            if not begun:
+                begun.append(stage)
+                assert other.score(query, "m@prod", into=into).resumed
+                assert other._adapter.jobs() == []
+                tables.run(f"DELETE FROM {into}")
+                other.alias("m", "prod", "2")
+                with pytest.raises(_CutOffError):
+                    other.score(query, "m@prod", into=into, batch=10, progress=cut_off)
+
+        store.score(query, "m@prod", into=into, batch=10, progress=meanwhile)
+        store.alias("m", "prod", "1")
+        report = store.score(query, "m@prod", into=into)
+        assert (report.model, report.resumed) == ("m@2", True)
+        assert store._adapter.jobs() == []
+
+
 def test_a_run_that_may_have_written_holds_its_version(
     tables: Tables, source: Make, new_name: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
