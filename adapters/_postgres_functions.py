@@ -112,7 +112,8 @@ class PostgresFunctions(DbApiBase):
                 f"install postgresql-plpython3-{number}) and run this again"
             )
         with self._scope(WRITE, self._sql.dialect.begin_write):
-            for statement in statements:
+            # One at a time: two that make the language, or a function, at once are an error.
+            for statement in (*self._sql.dialect.lock_schema, *statements):
                 self._write(statement)
             try:
                 ((version,),) = self._query(f'SELECT "{self._place.schema}".pydedup_version()')
@@ -128,7 +129,7 @@ class PostgresFunctions(DbApiBase):
     def drop_functions(self) -> None:
         """Take the functions out. Raises StoreError when they are somebody else's."""
         with self._scope(WRITE, self._sql.dialect.begin_write):
-            for statement in self.drop_statements():
+            for statement in (*self._sql.dialect.lock_schema, *self.drop_statements()):
                 self._write(statement)
 
     def _refuse_unless_superuser(self) -> None:

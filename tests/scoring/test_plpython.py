@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,17 @@ def test_show_and_uninstall(place: Place) -> None:
         run("sql", "install", place.url, "--python-path", place.server.python_path, "--json").stdout
     )
     assert document == {**gone, "version": pydedup.__version__}
+
+
+def test_installed_by_two_at_once(place: Place) -> None:
+    """One of them failed by a key of the server's catalog, as the language was made twice."""
+    w = add(place.url, "m@1")
+    with place.connect() as connection:
+        connection.execute("DROP EXTENSION plpython3u CASCADE")
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(place.install) for _ in range(3)]:
+            done.result()
+    assert place.ask("SELECT pydedup_predict('m', 1, 0, 0)") == [(pytest.approx(w[0, 0]),)]
 
 
 def test_a_python_that_has_no_pydedup(place: Place, tmp_path: Path) -> None:
