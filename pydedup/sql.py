@@ -277,9 +277,7 @@ class PostgresFunctions:
             yield
         except PydedupError as error:
             code = next((code for kind, code in _CODES if isinstance(error, kind)), "XX000")
-            # What a statement of ours met has a code already, as when it was cancelled.
-            met = getattr(error.__cause__, "sqlstate", None)
-            self._plpy.error(str(error), sqlstate=met or code)
+            self._plpy.error(str(error), sqlstate=code)
 
 
 def _numbers(array: Any) -> list[float]:
