@@ -124,10 +124,10 @@ void fill_run(std::uint16_t* to, std::size_t run, std::uint16_t entry) noexcept 
 // length, then by symbol. False when the code is incomplete.
 bool fill_table(const ContextCode& code, unsigned table_bits, std::uint16_t* to) noexcept {
     const OfLength of_length = symbols_of_length(code);
-    OfLength next{};
-    if (!first_codes(of_length, table_bits, next)) return false;
+    OfLength codes{};
+    if (!first_codes(of_length, table_bits, codes)) return false;
     std::array<std::uint8_t, 512> by_code;  // the upper half for symbols without a code
-    next[0] = 256;
+    OfLength next{256};                     // where the next symbol of each length comes
     std::uint32_t count = 0;
     for (unsigned bits = 1; bits <= table_bits; ++bits) {
         next[bits] = count;
