@@ -23,6 +23,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -247,38 +248,33 @@ def _away_from_sources() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _quiet_output() -> Iterator[None]:
+def _quiet_output() -> AbstractContextManager[None]:
     """Have Ray not print what it notes of processes that died: our own output goes there."""
-    worker: Any = sys.modules.get("ray._private.worker")
-    real = getattr(worker, "print_to_stdstream", None)
-    if real is None:
-        yield
-        return
-    worker.print_to_stdstream = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = real
+    return _instead("ray._private.worker", "print_to_stdstream", lambda _: lambda *_, **__: None)
+
+
+def _quiet_entry_point() -> AbstractContextManager[None]:
+    """Have Ray note the command line, as the entry point of its job, without passwords."""
+
+    def without_passwords(real: Callable[[], object]) -> Callable[[], str]:
+        return lambda: " ".join(without_secrets(redact(part)) for part in str(real()).split(" "))
+
+    return _instead("ray._private.utils", "get_entrypoint_name", without_passwords)
 
 
 @contextlib.contextmanager
-def _quiet_entry_point() -> Iterator[None]:
-    """Have Ray note the command line, as the entry point of its job, without passwords."""
-    utils: Any = sys.modules.get("ray._private.utils")
-    real = getattr(utils, "get_entrypoint_name", None)
+def _instead(module: str, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Put a function, made of Ray's own, in the place of that, where this Ray has it."""
+    where = sys.modules.get(module)
+    real = getattr(where, name, None)
     if real is None:
         yield
         return
-
-    def told() -> str:
-        return " ".join(without_secrets(redact(part)) for part in str(real()).split(" "))
-
-    utils.get_entrypoint_name = told
+    setattr(where, name, make(real))
     try:
         yield
     finally:
-        utils.get_entrypoint_name = real
+        setattr(where, name, real)
 
 
 def absolute(place: str | os.PathLike[str]) -> str:
