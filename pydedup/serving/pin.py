@@ -57,8 +57,8 @@ class Pin:
                 f"{self._adapter.url} is open for reading only, so that this cannot be noted "
                 f"there; name the version: {row.name}@{row.version}"
             )
-        with self._alone():
-            spec = self._spec()
+        with self._alone(self._id):
+            spec = self._spec(self._id)
             if spec is None or (exact and spec["model"] != row.id):
                 spec = {"kind": "score", "model": row.id, "address": f"{row.name}@{row.version}"}
                 spec |= {"table": self._table, "runs": []}
@@ -87,7 +87,7 @@ class Pin:
             spec: dict[str, Any] = {}
             change(spec)
             return spec
-        with self._alone():
+        with self._alone(self._id):
             found = self._own()
             spec = found or {}
             change(spec)
@@ -96,9 +96,9 @@ class Pin:
         return spec
 
     @contextlib.contextmanager
-    def _alone(self, job: str = "") -> Iterator[None]:
+    def _alone(self, job: str) -> Iterator[None]:
         """Transaction in which no other run of the work reads or changes what is noted."""
-        lock = f"{job or self._id}:lock"
+        lock = f"{job}:lock"
         with self._adapter.transaction():
             self._adapter.put_job(lock, "{}", repr(time.time()), SCORING)  # others wait for its row
             yield
@@ -110,12 +110,11 @@ class Pin:
 
     def _own(self) -> dict[str, Any] | None:
         """Return what is noted, unless another run ended the work, and others began it again."""
-        spec = self._spec()
+        spec = self._spec(self._id)
         return spec if spec is not None and self._run in spec.get("runs", ()) else None
 
-    def _spec(self, job: str = "") -> dict[str, Any] | None:
-        wanted = job or self._id
-        found = next((row[1] for row in self._adapter.jobs() if row[0] == wanted), None)
+    def _spec(self, job: str) -> dict[str, Any] | None:
+        found = next((row[1] for row in self._adapter.jobs() if row[0] == job), None)
         return None if found is None else dict(json.loads(found))
 
     def _put(self, spec: Mapping[str, Any]) -> None:
@@ -124,7 +123,7 @@ class Pin:
     def end(self) -> None:
         """Forget the version: the work is done."""
         if self._pinned:
-            with self._alone():
+            with self._alone(self._id):
                 if self._own() is not None:
                     self._adapter.delete_job(self._id)
         if not self._adapter.read_only:
@@ -149,7 +148,7 @@ class Pin:
         """Forget the version of a run that wrote nothing, unless it is that of other runs too."""
         if not self._pinned:
             return
-        with self._alone():
+        with self._alone(self._id):
             spec = self._own()
             if spec is not None:
                 spec["runs"].remove(self._run)
