@@ -24,7 +24,7 @@ import pydedup
 from pydedup import registry
 from pydedup.errors import ArgumentError, PydedupError, UnavailableError
 from pydedup.testing.servers import unused_name, unused_port
-from pydedup.testing.shards import MODELS, POLICY
+from pydedup.testing.shards import MODELS, POLICY, give_known_places
 
 GERMAN = "Das geht hier leider nicht"
 NEGOTIATIONS = (80877103, 80877104)  # of TLS and GSSAPI, which come before the user and database
@@ -146,8 +146,11 @@ def test_a_real_one_is_understood(german: str) -> None:
         registry.connect(f"{german}/postgres?options=-c%20there%3D1", mode="a")
 
 
-def test_shards_that_are_gone_and_slips_are_told_apart(german: str) -> None:
+def test_shards_that_are_gone_and_slips_are_told_apart(
+    german: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The words were not understood: a slip, or a wrong password, was a shard that is down."""
+    give_known_places(monkeypatch)  # of three new pages, none was for the shard that is gone: 1/27
     names = [unused_name() for _ in range(3)]
 
     def url(*shards: str) -> str:
