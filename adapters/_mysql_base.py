@@ -265,7 +265,11 @@ class MysqlBase(MysqlRows, DbApiAdapter):
 
     def _file_bytes(self) -> int | None:
         """Return the size of the tables' files; None to who may not see it."""
-        spaces = [f"{self._place.database}/{self._bare(table)}" for table in TABLES]
+        database = self._place.database
+        if self._is_maria:  # which calls files of `a-b` a@002db
+            sql = "SELECT CAST(CONVERT(DATABASE() USING filename) AS BINARY)"
+            database = text(self._query(sql)[0][0])
+        spaces = [f"{database}/{self._bare(table)}" for table in TABLES]
         files = "innodb_sys_tablespaces" if self._is_maria else "innodb_tablespaces"
         with contextlib.suppress(DeniedError):
             marks = self._sql.members(len(spaces))

@@ -67,9 +67,12 @@ def session_statements(version: str, timeout: float, *, read_only: bool) -> list
         f"innodb_lock_wait_timeout = {seconds}",
         f"lock_wait_timeout = {seconds}",
         f"group_concat_max_len = {1 << 24}",
-        # Whatever the server's are: by them results end early, and writes are refused.
+        # Whatever the server's are: by them results end early, statements are refused, and a commit
+        # begins another transaction.
         f"sql_select_limit = {2**64 - 1}",
         "sql_safe_updates = 0",
+        "sql_big_selects = 1",
+        "completion_type = 0",
     ]
     if "mariadb" not in version.lower():
         settings.append("information_schema_stats_expiry = 0")  # sizes as they are now

@@ -23,6 +23,7 @@ from pydedup.errors import (
     StoreError,
 )
 from pydedup.testing._contract_base import add_pages, add_random_pages, model_row, with_option
+from pydedup.testing.servers import unused_name
 
 MIB = 1 << 20
 Run = Callable[..., list[tuple[Any, ...]]]
@@ -230,11 +231,25 @@ def test_a_prefix_is_a_short_name_in_lower_case(url: str, prefix: str) -> None:
         pydedup.open(with_option(url, f"prefix={quote(prefix)}"))
 
 
+def test_a_size_is_exact_whatever_the_name_of_the_database(mysql_url: str, run: Run) -> None:
+    name = f"{unused_name()}-naïve`"
+    quoted = f"`{name.replace('`', '``')}`"
+    run(mysql_url, f"CREATE DATABASE {quoted}")
+    try:
+        url = urlsplit(mysql_url)._replace(path=f"/{quote(name)}").geturl()
+        with pydedup.open(url) as store:
+            store.add("m", {"w": np.ones((300, 300), np.float32)})
+            assert store.stats().stored_bytes_exact
+    finally:
+        run(mysql_url, f"DROP DATABASE {quoted}")
+
+
 @pytest.mark.parametrize("limit", [0, 2])
 def test_settings_of_the_server_cut_no_result_and_stop_no_write(
     url: str, run: Run, limit: int
 ) -> None:
     settings = {"sql_select_limit": limit, "sql_safe_updates": 1}
+    settings |= {"max_join_size": 1, "completion_type": 1}
     ((*before,),) = run(url, f"SELECT {', '.join(f'@@GLOBAL.{name}' for name in settings)}")
     run(url, *(f"SET GLOBAL {name} = {value}" for name, value in settings.items()))
     try:
