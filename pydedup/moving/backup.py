@@ -97,12 +97,14 @@ def restore_store(
     with _opened_backup(path, opened) as source:
         items = plan_copy(source.adapter, None, None, all_versions=False, on_conflict="error")
         mine = {item.address: item.row for item in items}
-        strangers = [
-            f"{row.name}@{row.version}"
-            for row in target.adapter.models()
-            if (row.name, row.version) not in {(r.name, r.version) for r in mine.values()}
-            or not same_model(row, mine[f"{row.name}@{row.version}"])
-        ]
+        with target.adapter.snapshot():
+            theirs = {f"{row.name}@{row.version}": row for row in target.adapter.models()}
+            strangers = [
+                address
+                for address, row in theirs.items()
+                if address not in mine
+                or not same_model(source.adapter, mine[address], target.adapter, row)
+            ]
         if strangers:
             more = ", ..." if len(strangers) > _SHOWN else ""
             raise ArgumentError(
@@ -173,21 +175,25 @@ def _drop_useless(source: Adapter, partial: Path, opened: Opener) -> None:
     """Delete what an earlier backup left, unless all of it is still what the source has."""
     if not os.path.lexists(partial):
         return
-    wanted = {(row.name, row.version): row for row in source.models()}
     try:
-        with opened(file_url(partial), "r") as end:
-            rows = end.adapter.models()
+        with opened(file_url(partial), "r") as end, source.snapshot():
+            wanted, rows = source.models(), end.adapter.models()
             _refuse_others(end.adapter, partial)
             if rows and not end.adapter.meta().get(_BACKUP_OF):
                 raise ArgumentError(
                     f"{partial} is a store and no unfinished backup; move it, or give the backup "
                     "another name"
                 )
-            aliases = {(name, alias, ids) for name, alias, ids in _by_version(end.adapter)}
-        is_useful = aliases <= set(_by_version(source)) and all(
-            (row.name, row.version) in wanted and same_model(row, wanted[row.name, row.version])
-            for row in rows
-        )
+            # In the same order, too: a bare name means the last version.
+            is_useful = (
+                set(_by_version(end.adapter)) <= set(_by_version(source))
+                and len(rows) <= len(wanted)
+                and all(
+                    (row.name, row.version) == (other.name, other.version)
+                    and same_model(source, other, end.adapter, row)
+                    for row, other in zip(rows, wanted, strict=False)
+                )
+            )
     except NotAStoreError:
         if partial.stat().st_size:
             raise

@@ -269,8 +269,11 @@ class _Copier:
         return f"copying {item.address} from {self._source.adapter.url}: {error}"
 
     def _was_copied(self, item: Item) -> bool:
-        rows = self._target.adapter.models(name=item.row.name)
-        return any(row.version == item.row.version and same_model(row, item.row) for row in rows)
+        ours, theirs = self._source.adapter, self._target.adapter
+        return any(
+            row.version == item.row.version and same_model(ours, item.row, theirs, row)
+            for row in theirs.models(name=item.row.name)
+        )
 
     def _attempt(self, item: Item, not_whole: set[int]) -> CopiedModel | None:
         """Copy once; ``None`` when that must be done anew."""

@@ -76,22 +76,27 @@ def plan_copy(
     with source.snapshot():
         rows = _chosen(source, names, all_versions)
         pointing = aliases_of(source)
-    moves = on_conflict == "replace"
-    items = [Item(row, sorted(pointing.get(row.id, ())), moves_aliases=moves) for row in rows]
-    if target is not None:
-        with target.snapshot():
-            _settle_clashes(items, target, on_conflict)
+        moves = on_conflict == "replace"
+        items = [Item(row, sorted(pointing.get(row.id, ())), moves_aliases=moves) for row in rows]
+        if target is not None:
+            with target.snapshot():
+                _settle_clashes(items, source, target, on_conflict)
     return items
 
 
-def same_model(a: ModelRow, b: ModelRow) -> bool:
-    """Whether two rows of one name and version say the same of their models."""
-    return (a.digest, a.policy, a.certificate, a.metadata, a.logical_bytes) == (
+def same_model(ours: Adapter, a: ModelRow, theirs: Adapter, b: ModelRow) -> bool:
+    """Whether two stores have the same under one name and version, artifacts included."""
+    if (a.digest, a.policy, a.certificate, a.metadata, a.logical_bytes) != (
         b.digest,
         b.policy,
         b.certificate,
         b.metadata,
         b.logical_bytes,
+    ):
+        return False
+    artifacts = ours.artifacts(a.id)
+    return artifacts == theirs.artifacts(b.id) and all(
+        ours.artifact(a.id, name) == theirs.artifact(b.id, name) for name, _ in artifacts
     )
 
 
@@ -122,14 +127,16 @@ def _chosen(source: Adapter, names: Sequence[str] | None, all_versions: bool) ->
     return [chosen[model_id] for model_id in sorted(chosen)]
 
 
-def _settle_clashes(items: Sequence[Item], target: Adapter, on_conflict: str) -> None:
+def _settle_clashes(
+    items: Sequence[Item], source: Adapter, target: Adapter, on_conflict: str
+) -> None:
     there = {(row.name, row.version): row for row in target.models()}
     pointed = {(name, alias): model_id for name, alias, model_id in target.aliases()}
     clashes: list[str] = []
     for item in items:
         row = item.row
         other = there.get((row.name, row.version))
-        if other is not None and same_model(other, row):
+        if other is not None and same_model(target, other, source, row):
             item.status = "there"
         elif other is not None:
             item.status, item.replaces = on_conflict, other.id

@@ -196,6 +196,24 @@ def test_what_is_left_of_another_backup_is_not_used(
     assert partial.read_text() == "notes " * 1000
 
 
+def test_what_is_left_is_not_used_where_the_order_of_versions_has_changed(
+    tmp_path: Path, family: Callable[..., Any]
+) -> None:
+    url, file = f"sqlite:///{tmp_path / 'store.db'}", tmp_path / "backup"
+    with pydedup.open(url) as store:
+        store.add("m@1", family(1))
+        store.add("m@2", family(2))
+    interrupted(url, file)
+    with pydedup.open(url) as store:
+        store.remove("m@1")
+        store.add("m@1", family(1))
+        store.backup(file)
+        assert store.info("m").info.version == "1"
+    with pydedup.open(file, mode="r") as kept:
+        assert kept.info("m").info.version == "1", "the one that was added last"
+        assert [info.version for info in kept.versions("m")] == ["2", "1"]
+
+
 def test_an_interrupted_backup_can_be_started_again_at_once(
     filled: New, tmp_path: Path, assert_same: Any
 ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ import pytest
 import pydedup
 from pydedup import registry
 from pydedup.adapter import Adapter
-from pydedup.errors import ConflictError, DuplicateError, NotFoundError, QuotaError
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    DuplicateError,
+    NotFoundError,
+    QuotaError,
+)
+from pydedup.graph import Graph, Node
 from pydedup.moving.copy import copy_models
 from pydedup.moving.plan import plan_copy
 from pydedup.store import Store
@@ -112,6 +120,30 @@ def test_another_policy_is_another_model(new_store: New, family: Callable[..., A
     with pydedup.open(url) as store:
         assert store.info("m").certificate["policy"] == "lossless"
         assert (store.verify().errors, store.verify().notes) == ([], [])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_graph_is_another_model(
+    new_store: New, family: Callable[..., Any], tmp_path: Path, backend: str
+) -> None:
+    source_url, url = new_store("sqlite"), new_store(backend)
+    with pydedup.open(url) as store:
+        store.add("m@1", family(0))
+    with pydedup.open(source_url) as store:
+        node = Node("linear", ("x",), "y", {"weight": "w", "bias": "b"})
+        store.add("m@1", family(0), graph=Graph(("x",), ("y",), (node,)))
+        store.backup(tmp_path / "backup")
+        with pytest.raises(DuplicateError, match=r"m@1 \(another model\)"):
+            store.copy_to(url)
+        with pydedup.open(url) as target, pytest.raises(ArgumentError, match="other models.*m@1"):
+            target.restore(tmp_path / "backup")
+        (model,) = store.copy_to(url, on_conflict="replace").models
+        assert (model.status, model.stored_bytes) == ("replaced", 0)
+        (model,) = store.copy_to(url).models
+        assert model.status == "there"
+        x = np.ones((1, 256), np.float32)
+        with pydedup.open(url) as target:
+            np.testing.assert_array_equal(target.predict("m@1", x), store.predict("m@1", x))
 
 
 def test_a_quota_holds_for_copies(filled: New, new_store: New) -> None:
