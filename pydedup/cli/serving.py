@@ -222,6 +222,9 @@ def serve(
 
 def _check_record(path: Path) -> None:
     """Say now, and not at the end, that the record cannot be written."""
+    from pydedup.formats._files import refuse_database
+
+    refuse_database(path)
     try:
         path.open("ab").close()
     except OSError as error:

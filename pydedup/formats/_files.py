@@ -38,6 +38,7 @@ __all__ = [
     "atomic_folder",
     "contiguous_bytes",
     "open_raw",
+    "refuse_database",
     "refuse_foreign",
     "write_array",
 ]
@@ -47,6 +48,8 @@ _MAP_FROM = 1 << 30
 #: One system call moves less than 2 GiB on Linux.
 _IO_CHUNK = 1 << 30
 _WRITE_CHUNK = 8 << 20
+#: The beginning of every SQLite database.
+_SQLITE = b"SQLite format 3\0"
 #: Beginnings of files that people mistake for models, or that are models we cannot read.
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer; run: git lfs pull"),
@@ -205,6 +208,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         if target.exists() and not target.is_file():
             # Renaming onto /dev/null would take it away from everybody.
             raise ArgumentError(f"{path} is no regular file; choose another path")
+        refuse_database(target)
         _check_parent(path, target.parent)
         scratch = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
         try:
@@ -248,6 +252,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _sync(target.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_database(path: Path) -> None:
+    """Raise ArgumentError where a SQLite database is: by `-o STORE` a store was lost."""
+    try:
+        with path.open("rb") as file:
+            is_database = file.read(len(_SQLITE)) == _SQLITE
+    except OSError:
+        return  # nothing is there, or what this user cannot use as a store either
+    if is_database:
+        raise ArgumentError(f"{path} is a SQLite database, maybe a store; choose another path")
 
 
 def _check_parent(path: Path, parent: Path) -> None:

@@ -259,6 +259,29 @@ def test_stores_that_are_not_ours(model: Path, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "STORE", "m", "STORE", "--format", "npz"],
+        ["load", "STORE", "m", "-o", "STORE"],
+        ["report", "STORE", "-o", "STORE"],
+        ["serve", "STORE", "--port", "0", "--record", "STORE"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_no_output_replaces_a_store(command: list[str], kept: str, tmp_path: Path) -> None:
+    """`pydedup report STORE -o STORE` wrote its page in the place of all models."""
+    if command[0] in ("report", "serve"):
+        pytest.importorskip({"report": "jinja2", "serve": "uvicorn"}[command[0]])
+    store = tmp_path / "store.npz"
+    shutil.copy(kept.removeprefix("sqlite:///"), store)
+    words = [str(store) if word == "STORE" else word for word in command]
+    assert "is a SQLite database, maybe a store; choose another" in fail(*words, status=2)
+    with pydedup.open(store, mode="r") as reopened:
+        assert reopened.verify().ok
+        assert [info.address for info in reopened.models()] == ["m@1", "m@2"]
+
+
 def test_a_store_of_a_newer_schema(url: str) -> None:
     with sqlite3.connect(path_of(url)) as connection:
         connection.execute("UPDATE pydedup_meta SET value = '99' WHERE name = 'schema_version'")
