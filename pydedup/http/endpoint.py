@@ -20,7 +20,7 @@ from pydedup.http.bodies import DisconnectedError, Held, Room, read_body
 from pydedup.http.metrics import Metrics
 from pydedup.http.options import ServeOptions
 from pydedup.http.paths import Route, route_of
-from pydedup.http.problems import RETRY_SOON, HttpError, problem_of
+from pydedup.http.problems import RETRY_SOON, HttpError, let_go, problem_of
 from pydedup.http.responses import Reply
 
 __all__ = ["Endpoint", "Exchange"]
@@ -152,6 +152,7 @@ class Endpoint:
             # Clients need not know where the store is.
             problem.message = problem.message.replace(self._secret, "the store")
             exchange.outcome = problem.outcome
+            let_go(error)
             return responses.error_reply(problem)
 
     def _complain(self, cause: BaseException) -> None:

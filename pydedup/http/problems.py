@@ -15,7 +15,7 @@ from pydedup.errors import (
     UnsupportedFormatError,
 )
 
-__all__ = ["RETRY_SOON", "HttpError", "bad", "problem_of"]
+__all__ = ["RETRY_SOON", "HttpError", "bad", "let_go", "problem_of"]
 
 #: For clients that were turned away because there was too much to do.
 RETRY_SOON = ((b"retry-after", b"1"),)
@@ -66,6 +66,23 @@ def problem_of(error: BaseException) -> HttpError:
     if isinstance(error, PydedupError):  # the store itself: damaged, of a newer version
         return HttpError(500, text, "error", cause=error)
     return HttpError(500, "a fault of the server; its log says more", "error", cause=error)
+
+
+def let_go(error: BaseException) -> None:
+    """Drop the tracebacks of an exception that has been told, and of those that led to it.
+
+    Their frames hold the body and the arrays of a request, and some hold the exception, too: in
+    such a circle all of it would stay until Python happens to look for circles.
+    """
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        one.__traceback__ = None
+        left += [one.__cause__, one.__context__]
 
 
 def _short(text: str) -> str:

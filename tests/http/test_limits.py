@@ -255,6 +255,26 @@ def test_an_answer_that_is_too_large(start: Start, store_url: str) -> None:
     until(lambda: server.metric("pydedup_answer_bytes") == 0)
 
 
+@contextlib.contextmanager
+def watched(server: Server) -> Iterator[list[int]]:
+    """Give the memory that a server has, looked at again and again; the first is as it began."""
+    process = psutil.Process(server.process.pid)
+    seen = [process.memory_info().rss]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            seen.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()
+
+
 def test_a_small_body_does_not_take_much_memory(start: Start, own_url: str) -> None:
     table = {"table": np.ones((200, 768), np.float32)}
     look_up = Node("embedding", ("ids",), "rows", {"weight": "table"})
@@ -267,28 +287,42 @@ def test_a_small_body_does_not_take_much_memory(start: Start, own_url: str) -> N
         for name, nodes in graphs.items():
             store.add(name, table, graph=Graph(("ids",), ("y",), nodes))
     server = start(own_url, "--memory", "16MiB")
-    process = psutil.Process(server.process.pid)
-    seen = [process.memory_info().rss]
-    watching = True
-
-    def watch() -> None:
-        while watching:
-            seen.append(process.memory_info().rss)
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     # 614 MB of outputs; and between layers, of one row, and before it shows that it does not fit.
-    for name, shape in (("rows", (200_000, 1)), ("mean", (1, 200_000)), ("refused", (200_000, 1))):
-        body, headers = words_body(*shape)
-        answer = server.infer(name, body, headers=headers)
-        assert answer.status == 413, name
-        assert "fewer or shorter rows" in answer.error
-    body, headers = words_body(2000, 100)  # 614 MB between layers, in pieces
-    assert server.infer("mean", body, headers=headers).status == 200
-    watching = False
-    watcher.join()
+    shapes = {"rows": (200_000, 1), "mean": (1, 200_000), "refused": (200_000, 1)}
+    with watched(server) as seen:
+        for name, shape in shapes.items():
+            body, headers = words_body(*shape)
+            answer = server.infer(name, body, headers=headers)
+            assert answer.status == 413, name
+            assert "fewer or shorter rows" in answer.error
+        body, headers = words_body(2000, 100)  # 614 MB between layers, in pieces
+        assert server.infer("mean", body, headers=headers).status == 200
     assert max(seen) - seen[0] < 64 << 20
+
+
+@pytest.mark.parametrize("wrong", ["model", "name", "outputs", "answer"])
+def test_nothing_stays_of_a_request_that_fails(start: Start, store_url: str, wrong: str) -> None:
+    server = start(store_url)
+    size = 48 << 20
+    head: dict[str, Any] = {
+        "inputs": [
+            {
+                "name": "a" if wrong == "name" else "ids",
+                "datatype": "UINT8",
+                "shape": [size, 1],
+                "parameters": {"binary_data_size": size},
+            }
+        ]
+    }
+    if wrong == "outputs":
+        head["outputs"] = 5
+    text = json.dumps(head).encode()
+    body, headers = text + bytes(size), {"Inference-Header-Content-Length": str(len(text))}
+    with watched(server) as seen:
+        for _ in range(8):  # one at a time
+            answer = server.infer("no" if wrong == "model" else "words", body, headers=headers)
+            assert answer.status == {"model": 404, "answer": 413}.get(wrong, 400)
+    assert max(seen) - seen[0] < 4 * size
 
 
 def test_only_so_many_bytes_of_answers_are_held(start: Start, store_url: str) -> None:
