@@ -9,9 +9,10 @@ called. Not here: the search (``ingest/accuracy.py``), or anything that knows a 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,8 +120,9 @@ def torch_finetune(
     steps
         How many steps to take. After each one, frozen elements get back the bits they had.
     """
-    if steps < 1:
-        raise ArgumentError(f"steps must be 1 or more, got {steps}")
+    given_as: object = steps
+    if not isinstance(given_as, SupportsIndex) or operator.index(steps) < 1:
+        raise ArgumentError(f"steps must be a whole number, 1 or more, got {steps!r}")
 
     def finetune(weights: Arrays, frozen: Arrays) -> dict[str, NDArray[Any]]:
         import torch
@@ -149,9 +151,22 @@ def _holding(module: torch.nn.Module, weights: Arrays) -> Iterator[dict[str, tor
 
     state: dict[str, torch.Tensor] = module.state_dict()
     given = {name: _to_torch(name, array, state) for name, array in weights.items()}
-    # All of it, since a forward pass may change buffers that are not in the store.
-    before = {name: tensor.detach().clone() for name, tensor in state.items()}
     modes = [(part, part.training) for part in module.modules()]
+    # All of it, since a forward pass may change buffers that are not in the store, nor in the
+    # state dict. `half` and `to` put other memory, or other buffers, into their places.
+    places = [
+        (part, name, tensor)
+        for part, _ in modes
+        for found in (part.named_parameters, part.named_buffers)
+        for name, tensor in found(recurse=False, remove_duplicate=False)
+    ]
+    held = [tensor for _, _, tensor in places]
+    known = {tensor.data_ptr() for tensor in held}
+    # What a module makes its state of by itself need be neither.
+    held += [
+        tensor for name, tensor in state.items() if name in given and tensor.data_ptr() not in known
+    ]
+    before = {id(t): (t, t.data, t.detach().clone()) for t in held}
     try:
         with torch.no_grad():
             for name, tensor in given.items():
@@ -159,8 +174,12 @@ def _holding(module: torch.nn.Module, weights: Arrays) -> Iterator[dict[str, tor
         yield state
     finally:
         with torch.no_grad():
-            for name, tensor in before.items():
-                state[name].copy_(tensor)
+            for tensor, memory, values in before.values():
+                tensor.data = memory
+                tensor.copy_(values)
+        for part, name, tensor in places:
+            if getattr(part, name) is not tensor:
+                setattr(part, name, tensor)
         for part, mode in modes:
             part.training = mode
 

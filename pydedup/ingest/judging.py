@@ -125,11 +125,13 @@ class Judge:
     def __init__(self, policy: Accuracy, scorer: Scorer) -> None:
         self._policy = policy
         first, second = scorer.measure(), scorer.measure()
-        self.noise = _distance(first, second)
-        if self.noise > 0 and policy.deterministic:
+        apart = _apart(first, second)
+        # Of scores the mean, as the metric is; differences that cancel out count all the same.
+        self.noise = float(apart.mean())
+        if apart.any() and policy.deterministic:
             raise EvaluationError(
                 f"evaluate gave {first.metric!r} and then {second.metric!r} for the same weights, "
-                f"values that differ by up to {self.noise:.3g}: is there chance in it (dropout, "
+                f"values that differ by up to {apart.max():.3g}: is there chance in it (dropout, "
                 "sampling, shuffled rows), or a module in training mode? Mend that, or allow for "
                 "it with deterministic=False"
             )
@@ -269,7 +271,9 @@ def _kind(measure: Measure) -> str:
     return "a number" if measure.scores is None else f"{len(measure.scores):,} scores"
 
 
-def _distance(first: Measure, second: Measure) -> float:
+def _apart(first: Measure, second: Measure) -> NDArray[np.float64]:
     if first.scores is not None and second.scores is not None:
-        return float(np.abs(first.scores - second.scores).max())
-    return abs(first.metric - second.metric)
+        apart = first.scores - second.scores
+    else:
+        apart = np.array([first.metric - second.metric])
+    return np.absolute(apart, out=apart)

@@ -90,7 +90,10 @@ class Chosen:
         for shape, at in by_shape(changed, now, np.arange(now.grid.count)):
             for some in pieces_of(now, at):
                 pair = [values_of(stack_blocks(view, some, shape)) for view in (source, now)]
-                largest = max(largest, float(distances(*pair).relative_l2.max()))
+                away = distances(*pair).relative_l2
+                # Of a block of zeros, or one with a NaN, all has changed; JSON has no infinity.
+                away[~np.isfinite(away)] = 1.0
+                largest = max(largest, float(away.max()))
         return largest
 
 

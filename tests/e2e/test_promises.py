@@ -6,6 +6,7 @@ Synthetic weights: a matrix, and a copy that every weight moved a little of, as 
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -189,6 +190,27 @@ def test_a_source_that_finetuning_changed_is_noticed(store: pydedup.Store) -> No
     with pytest.raises(ConflictError, match=r"'free' of the source of m@1 changed"):
         store.add("m", source, policy=policies.Accuracy(evaluate, 0.1, finetune=finetune))
     assert [info.name for info in store.models()] == ["base"]
+
+
+def test_the_certificate_of_trained_zeros_is_json(store: pydedup.Store) -> None:
+    """Biases begin as zeros, and what training made of them is infinitely far by their norm."""
+
+    def finetune(
+        arrays: Mapping[str, NDArray[Any]], _: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        return {**arrays, "bias": arrays["bias"] + 0.5}
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> float:
+        return float(arrays["bias"].sum())
+
+    source = {"w": weights(), "bias": np.zeros(2048, np.float32)}
+    store.add("m", source, policy=policies.Accuracy(evaluate, 0.1, finetune=finetune))
+    certificate = store.info("m").certificate
+    assert certificate["finetuned"]
+    assert certificate["tensor_errors"] == {"bias": 1.0}
+    json.dumps(dict(certificate), allow_nan=False)
+    store.add("m", source, policy=policies.Bounded(0.9))
+    assert not store.load("m")["bias"].any()
 
 
 def test_a_source_that_changed_before_a_second_attempt_is_noticed(store: pydedup.Store) -> None:

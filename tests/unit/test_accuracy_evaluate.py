@@ -131,6 +131,19 @@ def test_chance_that_is_allowed_for_counts_as_drop() -> None:
     assert any("varied" in line for line in describe(choice.certificate))
 
 
+def test_chance_in_scores_counts_as_much_as_their_mean_may_move() -> None:
+    calls = iter(range(100))
+
+    def evaluate(_: Arrays) -> NDArray[np.float64]:
+        scores = np.ones(100)
+        scores[next(calls) % 100] = 0  # each time another example is got wrong
+        return scores
+
+    choice = run(evaluate, 0.03, deterministic=False)
+    assert choice.certificate["noise"] == pytest.approx(0.02)
+    assert choice.certificate["replaced"] == 4
+
+
 def test_weights_are_read_only() -> None:
     def evaluate(weights: Arrays) -> float:
         weights["w"][0, 0] = 5

@@ -332,6 +332,36 @@ def test_saliency_is_the_product_of_gradient_and_weight() -> None:
     assert found["bias"] == pytest.approx(abs(module.bias.item()))
 
 
-def test_finetune_wants_steps() -> None:
-    with pytest.raises(ArgumentError, match="steps must be 1"):
-        torch_finetune(small(), lambda m, _: None, steps=0)
+class Counting(nn.Module):
+    """Counts its calls in a buffer that is in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(3, 2)
+        self.calls: torch.Tensor
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.line(x)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m, lambda m: m.half().float(), lambda m: m.double()])
+def test_a_module_is_as_before_whatever_was_done_to_it(cast: Callable[[Any], Any]) -> None:
+    module, x = Counting().eval(), torch.ones(1, 3)
+    before, given = module(x).clone(), arrays(module)
+    others = {name: array + 0.1 for name, array in given.items()}
+    tensors = [*module.parameters(), *module.buffers()]
+    torch_evaluate(module, lambda m: (m(x).sum(), cast(m))[0])(others)
+    assert module.calls.item() == 1
+    assert torch.equal(module(x), before)
+    torch_finetune(module, lambda m, _: (m(x), cast(m)), steps=1)(others, {})
+    assert module.calls.item() == 2
+    now = [*module.parameters(), *module.buffers()]
+    assert [id(tensor) for tensor in now] == [id(tensor) for tensor in tensors]
+
+
+@pytest.mark.parametrize("steps", [0, 1.5, "3", None])
+def test_finetune_wants_steps(steps: Any) -> None:
+    with pytest.raises(ArgumentError, match="steps must be"):
+        torch_finetune(small(), lambda m, _: None, steps=steps)
