@@ -49,8 +49,9 @@ def dialect_of(schema: str) -> Dialect:
             "AND c.relkind IN ('r', 'p', 'v', 'm', 'f')"
         ),
         # Under READ COMMITTED the second of two that bump the epoch sees what the first made of
-        # it; any stricter level would end in a serialization failure.
-        begin_write=("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",),
+        # it; any stricter level would end in a serialization failure. Whether it may write is left
+        # to the server, which may have become a standby.
+        begin_write=("BEGIN ISOLATION LEVEL READ COMMITTED",),
         begin_snapshot=("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1"),
         lock_schema=(f"SELECT pg_advisory_xact_lock({CREATING})",),
         placeholder="%b",  # everything goes in binary

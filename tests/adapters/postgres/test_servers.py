@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psycopg
 import pytest
 
+import pydedup
 from pydedup import registry
-from pydedup.errors import UnavailableError
+from pydedup.errors import ReadOnlyError, UnavailableError
 from pydedup.testing._contract_base import open_store, with_option
 
 PASSWORD = "right-0f-c0urse"
@@ -85,6 +88,46 @@ def test_servers_that_are_not_there(where: str, advice: str) -> None:
     start = time.monotonic()
     assert advice in refused(f"postgresql://u:{PASSWORD}@{where}")
     assert time.monotonic() - start < 9, "opening must not wait for a server to come"
+
+
+@pytest.fixture(params=["standby", "setting"])
+def read_only_server(request: pytest.FixtureRequest, own_postgres: Any) -> Iterator[Any]:
+    """A server, and what makes it one that only reads, under clients that go on."""
+    signal = own_postgres.folder / "standby.signal"
+
+    def restart() -> None:
+        signal.touch()
+        own_postgres.kill()
+        own_postgres.start()
+
+    def switch(value: str = "on") -> None:
+        with psycopg.connect(own_postgres.url, autocommit=True) as connection:
+            connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
+            connection.execute("SELECT pg_reload_conf()")
+            pids = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            connection.execute(f"{pids} WHERE application_name = 'pydedup'")
+
+    if request.param == "setting":
+        yield own_postgres, switch
+        switch("off")
+        return
+    yield own_postgres, restart
+    signal.unlink()
+    own_postgres.kill()
+    own_postgres.start()
+
+
+def test_a_server_that_became_read_only(read_only_server: Any) -> None:
+    server, becomes_read_only = read_only_server
+    weights = np.arange(70_000, dtype=np.float32)
+    with pydedup.open(server.new_place()) as store:
+        store.add("m", {"w": weights})
+        becomes_read_only()
+        assert (store.load("m")["w"] == weights).all()
+        for change in (lambda: store.add("n", {"w": -weights}), lambda: store.remove("m")):
+            with pytest.raises(ReadOnlyError, match="connect to the primary server"):
+                change()
+        assert [info.name for info in store.models()] == ["m"]
 
 
 def test_a_server_in_a_test_keeps_its_port_while_it_is_down(own_postgres: Any) -> None:
