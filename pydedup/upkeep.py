@@ -113,14 +113,15 @@ class StoreUpkeep(abc.ABC):
         Raises
         ------
         ArgumentError
-            For a grace that is no number of seconds, or negative.
+            For a grace or lease that is no number of seconds, or negative.
         ReadOnlyError, ConflictError, StorageFullError, UnavailableError
         """
         from pydedup.maintenance.vacuum import plan_vacuum, vacuum_store
 
-        given: object = grace_seconds
-        if not isinstance(given, int | float | np.number) or not given >= 0:
-            raise ArgumentError(f"grace_seconds must be seconds, 0 or more, not {given!r:.100}")
+        given: dict[str, object] = {"grace_seconds": grace_seconds, "lease_seconds": lease_seconds}
+        for name, value in given.items():
+            if not isinstance(value, int | float | np.number) or not value >= 0:
+                raise ArgumentError(f"{name} must be seconds, 0 or more, not {value!r:.100}")
         if dry_run:
             return plan_vacuum(
                 self._adapter, self._pool, grace_seconds=grace_seconds, lease_seconds=lease_seconds

@@ -96,6 +96,8 @@ def test_what_is_of_another_type_is_named(store: Any, value: Any) -> None:
         (lambda: store.alias("good", "prod", 1), "version must be a string, got int"),
         (lambda: store.vacuum(grace_seconds=value), "grace_seconds must be seconds"),
         (lambda: store.vacuum(grace_seconds=float("nan"), dry_run=True), "grace_seconds must be"),
+        (lambda: store.vacuum(lease_seconds=value), "lease_seconds must be seconds"),
+        (lambda: store.vacuum(lease_seconds=-1), "lease_seconds must be seconds"),
         (lambda: store.record(value), "max_uses must be"),
         (lambda: store.report(trace=value), r"trace must be a pydedup.replacement.Trace"),
     ):
