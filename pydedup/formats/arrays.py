@@ -64,6 +64,8 @@ def _as_array(name: str, value: object) -> Array:
         raise ArgumentError(
             f"tensor {name!r} is a {type(value).__name__}, which numpy cannot read: {exc}"
         ) from exc
+    if np.ma.is_masked(value):
+        raise ArgumentError(f"tensor {name!r} has masked elements, which are lost; fill them first")
     if array.dtype.hasobject:
         raise ArgumentError(
             f"tensor {name!r} is a {type(value).__name__}, which is no array of numbers"

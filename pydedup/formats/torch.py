@@ -204,8 +204,19 @@ def torch_entry(name: str, tensor: torch.Tensor, where: str) -> TensorEntry:
     shape = tuple(tensor.shape)
     key: Hashable = name
     if tensor.numel():
-        storage = tensor.untyped_storage().data_ptr()
-        key = (storage, tensor.storage_offset(), tensor.dtype, shape, tensor.stride())
+        storage = tensor.untyped_storage()
+        try:
+            address = storage.data_ptr()
+        except RuntimeError as exc:  # of subclasses that wrap others
+            kind = type(tensor).__name__
+            raise UnsupportedFormatError(f"{where} is a {kind}; give plain tensors") from exc
+        last = sum((n - 1) * step for n, step in zip(shape, tensor.stride(), strict=True))
+        if (tensor.storage_offset() + last + 1) * dtype.itemsize > storage.nbytes():
+            # Whoever shards a model frees what others hold; torch itself would read there.
+            raise UnsupportedFormatError(
+                f"{where} is without data (freed); gather its values first"
+            )
+        key = (address, tensor.storage_offset(), tensor.dtype, shape, tensor.stride())
     return TensorEntry(name, dtype, shape, key)
 
 

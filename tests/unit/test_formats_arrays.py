@@ -97,6 +97,7 @@ class Broken:
     ("value", "says"),
     [
         (None, "NoneType, which is no array"),
+        (np.ma.masked_array([1.0, 2.0], [True, False]), "masked elements"),
         ("text", "cannot be stored"),
         ({"x": 1}, "dict, which is no array"),
         (np.array([object()]), "no array of numbers"),

@@ -208,10 +208,19 @@ def _fake() -> torch.Tensor:
 
 def _unusual(kind: str) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch advises against both
+        warnings.simplefilter("ignore")  # torch advises against them
         if kind == "nested":
             return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        if kind == "masked":
+            return torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
         return torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+
+
+def _freed() -> torch.Tensor:
+    """Return a tensor as FSDP leaves those that other ranks hold."""
+    tensor = torch.ones(1000)
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 def test_a_lazy_module_is_named() -> None:
@@ -230,6 +239,8 @@ def test_a_lazy_module_is_named() -> None:
         (_unusual("nested"), "nested"),
         (_unusual("quantised"), r"quantised; dequantize\(\)"),
         (_fake(), r"without data \(FakeTensor\)"),
+        (_unusual("masked"), "MaskedTensor; give plain tensors"),
+        (_freed(), r"without data \(freed\); gather"),
     ],
 )
 def test_tensors_that_cannot_be_stored(tensor: torch.Tensor, says: str) -> None:
