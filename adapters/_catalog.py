@@ -117,6 +117,17 @@ class CatalogCalls(DbApiBase):
         rows = [_model_row(row) for row in self._query(sql, parameters)]
         return rows if newest is None else rows[::-1]
 
+    def model(self, model_id: int) -> ModelRow | None:
+        """Return one live model."""
+        rows = self._query(self._sql.model, [model_id])
+        return _model_row(rows[0]) if rows else None
+
+    def model_called(self, name: str, selector: str) -> ModelRow | None:
+        """Return the live model of a name with a version, or else an alias."""
+        found = map(_model_row, self._query(self._sql.models_called, [name, selector] * 2))
+        rows = sorted(found, key=lambda row: row.version != selector)
+        return rows[0] if rows else None
+
     def delete_model(self, model_id: int) -> None:
         """Delete the row and what belongs to it."""
         for statement in self._sql.delete_model:

@@ -21,6 +21,10 @@ __all__ = ["PREFIX", "TABLES", "VIEWS", "Dialect", "Table", "create_statements",
 PREFIX: Final = "pydedup_"
 
 
+#: The version of a live model, NULL of any other.
+_LIVE_VERSION: Final = f"CASE WHEN state = '{LIVE}' THEN version END"
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How one database spells things. The defaults are those of SQLite."""
@@ -65,6 +69,13 @@ class Dialect:
     address: str = "{model}.name || '@' || {model}.version"
     join_text: str = "group_concat({value}, ', ')"
     byte_length: str = "length({value})"
+
+    @property
+    def live_version(self) -> str:
+        """What the index of live models has beside their names; of no other model is it equal."""
+        if self.partial_indexes:
+            return "version"
+        return f"({_LIVE_VERSION})" if self.expression_indexes else "live_version"
 
     def name(self, table: str) -> str:
         """Return the full name of one of our tables or views."""
@@ -214,10 +225,6 @@ _INDEXES: Final = (
 )
 
 
-#: The version of a live model, NULL of any other.
-_LIVE_VERSION: Final = f"CASE WHEN state = '{LIVE}' THEN version END"
-
-
 def create_statements(dialect: Dialect) -> list[str]:
     """Return the statements that create tables, indexes and views, in order."""
     statements = [_create_table(dialect, table, spec) for table, spec in TABLES.items()]
@@ -225,13 +232,10 @@ def create_statements(dialect: Dialect) -> list[str]:
         statements.append(
             f"CREATE INDEX pydedup_{table}_{column} ON {dialect.name(table)} ({column})"
         )
+    live = f"{dialect.name('models')} (name, {dialect.live_version})"
     if dialect.partial_indexes:
-        live = f"(name, version) WHERE state = {literal(LIVE)}"
-    elif dialect.expression_indexes:
-        live = f"(name, ({_LIVE_VERSION}))"
-    else:
-        live = "(name, live_version)"
-    statements.append(f"CREATE UNIQUE INDEX pydedup_models_live ON {dialect.name('models')} {live}")
+        live += f" WHERE state = {literal(LIVE)}"
+    statements.append(f"CREATE UNIQUE INDEX pydedup_models_live ON {live}")
     return statements + _create_views(dialect)
 
 

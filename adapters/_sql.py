@@ -85,6 +85,14 @@ class Statements:
         self.model_exists = self.select("models", ("id",), where=("id",))
         self.live_model = self.select("models", ("id",), where=("name", "version", "state"))
         models = self._name("models")
+        one = f"SELECT {self._columns(MODEL_COLUMNS)} FROM {models} WHERE state = {literal(LIVE)}"
+        self.model = f"{one} AND id = {dialect.placeholder}"
+        self.models_called = (  # an OR of the two would keep some databases from their indexes
+            f"{one} AND name = {dialect.placeholder} "
+            f"AND {dialect.live_version} = {dialect.placeholder} "
+            f"UNION ALL {one} AND id = (SELECT model_id FROM {self._name('aliases')}"
+            f"{self._where(('name', 'alias'))})"
+        )
         self.live_rival = (
             f"SELECT other.name, other.version FROM {models} me JOIN {models} other "
             "ON other.name = me.name AND other.version = me.version AND other.id <> me.id "

@@ -225,6 +225,15 @@ class Adapter(Protocol):
         With ``newest`` only so many, those with the largest ids, without looking at all others.
         """
 
+    def model(self, model_id: int) -> ModelRow | None:
+        """Return one live model."""
+
+    def model_called(self, name: str, selector: str) -> ModelRow | None:
+        """Return the live model of a name with a version, or an alias where none has the version.
+
+        Without looking at all other versions of the name.
+        """
+
     def delete_model(self, model_id: int) -> None:
         """Delete the row and all that hangs on it.
 

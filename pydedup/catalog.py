@@ -24,7 +24,7 @@ from pydedup.graph import Graph
 from pydedup.names import parse_address
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, TensorInfo
 
-__all__ = ["Catalog", "SourceHashes", "StoredModel", "listed", "page_readers"]
+__all__ = ["Catalog", "SourceHashes", "StoredModel", "listed", "page_readers", "version_of"]
 
 _HASHES_PER_READ = 16 * 1024
 # Models whose tensors and block maps are kept in memory: about 6 bytes per block each.
@@ -58,7 +58,7 @@ class StoredModel:
 
     def check_live(self) -> None:
         """Raise NotFoundError when it was removed meanwhile, with all that was to be read of it."""
-        if all(live.id != self.row.id for live in self._adapter.models(name=self.row.name)):
+        if self._adapter.model(self.row.id) is None:
             raise NotFoundError(f"{self.address} was removed from the store")
 
     @cached_property
@@ -200,8 +200,11 @@ class Catalog:
 
     def _find(self, address: str) -> ModelRow:
         parsed = parse_address(address)
-        newest = 1 if parsed.selector is None else None
-        rows = self._adapter.models(name=parsed.name, newest=newest)
+        if parsed.selector is not None:
+            called = self._adapter.model_called(parsed.name, parsed.selector)
+            if called is not None:
+                return called
+        rows = self._adapter.models(name=parsed.name, newest=1)
         if not rows:
             names = sorted({row.name for row in self._adapter.models(newest=_SUGGESTED_MODELS)})
             raise NotFoundError(
@@ -210,14 +213,8 @@ class Catalog:
             )
         if parsed.selector is None:
             return rows[-1]
-        for row in rows:
-            if row.version == parsed.selector:
-                return row
-        aliases = {alias: model_id for _, alias, model_id in self._adapter.aliases(parsed.name)}
-        for row in rows:
-            if row.id == aliases.get(parsed.selector):
-                return row
-        known = [row.version for row in rows] + sorted(aliases)
+        known = [row.version for row in self._adapter.models(name=parsed.name)]
+        known += [alias for _, alias, _ in self._adapter.aliases(parsed.name)]
         raise NotFoundError(
             f"{parsed.name!r} has no version or alias {parsed.selector!r}; "
             f"it has: {', '.join(known)}"
@@ -337,6 +334,12 @@ def page_readers(adapter: Adapter) -> dict[int, list[str]]:
         if model_id in address:
             readers.setdefault(page_id, []).append(address[model_id])
     return {page_id: sorted(names) for page_id, names in readers.items()}
+
+
+def version_of(adapter: Adapter, name: str, version: str) -> ModelRow | None:
+    """Return a live model of a name and version; an alias is none."""
+    row = adapter.model_called(name, version)
+    return row if row is not None and row.version == version else None
 
 
 def listed(names: Sequence[str]) -> str:

@@ -134,8 +134,8 @@ class Stager:
         if not self._has_begun:
             return  # another writer was in the way: he need not be waited for once more
         adapter = self._adapter
-        mine = {model.model_id for model in self._models if model.model_id}
-        if mine & {row.id for row in adapter.models(state=LIVE)}:
+        mine = [model.model_id for model in self._models if model.model_id]
+        if any(adapter.model(model_id) is not None for model_id in mine):
             return
         for model in self._models:
             if model.model_id:

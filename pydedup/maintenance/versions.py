@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pydedup.adapter import Adapter, ModelRow
-from pydedup.catalog import Catalog
+from pydedup.catalog import Catalog, version_of
 from pydedup.errors import ArgumentError, NotFoundError
 from pydedup.maintenance.vacuum import retire_orphans
 from pydedup.names import check_name, parse_address
@@ -22,18 +22,18 @@ def set_alias(
         check_name(version, "version")
     with adapter.transaction():
         adapter.bump_epoch()  # nobody removes the version meanwhile
-        rows = {row.version: row for row in adapter.models(name=name)}
-        if not rows:
-            catalog.resolve(name)
-        if alias in rows:
+        catalog.resolve(name)
+        if version_of(adapter, name, alias) is not None:
             raise ArgumentError(f"{alias!r} is a version of {name}; choose another alias")
         if version is None:
             if not adapter.delete_alias(name, alias):
                 raise NotFoundError(f"{name!r} has no alias {alias!r}")
-        elif version not in rows:
-            raise NotFoundError(f"{name!r} has no version {version!r}; it has: {', '.join(rows)}")
-        else:
-            adapter.set_alias(name, alias, rows[version].id)
+            return
+        row = version_of(adapter, name, version)
+        if row is None:
+            known = ", ".join(row.version for row in adapter.models(name=name))
+            raise NotFoundError(f"{name!r} has no version {version!r}; it has: {known}")
+        adapter.set_alias(name, alias, row.id)
 
 
 def remove(adapter: Adapter, catalog: Catalog, name: str, *, all_versions: bool) -> list[str]:

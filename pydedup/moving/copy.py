@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
+from pydedup.catalog import version_of
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -116,11 +117,11 @@ def _point(target: Adapter, item: Item, model_id: int, aliases: Sequence[str]) -
         return
     name = item.row.name
     pointed = {alias: model for _, alias, model in target.aliases(name)}
-    versions = {row.version for row in target.models(name=name)}
     for alias in aliases:
         elsewhere = pointed.get(alias, model_id) != model_id
-        if alias in versions or (elsewhere and not item.moves_aliases):
-            what = "a version" if alias in versions else "an alias of another version"
+        is_version = version_of(target, name, alias) is not None
+        if is_version or (elsewhere and not item.moves_aliases):
+            what = "a version" if is_version else "an alias of another version"
             raise DuplicateError(
                 f"{target.url} has {name}@{alias} as {what} since a moment ago; start again"
             )
@@ -178,7 +179,7 @@ class _Copy(StagedModel):
         pointing = aliases_of(adapter, name)
         moved: list[str] = []
         replaces = self.item.replaces
-        if replaces and any(row.id == replaces for row in adapter.models(name=name)):
+        if replaces and adapter.model(replaces) is not None:
             moved = pointing.pop(replaces, [])
             adapter.delete_model(replaces)
             retire_orphans(adapter)
@@ -231,7 +232,7 @@ class _Copier:
                     raise type(error)(self._where(item, error)) from error
                 continue
             except NotFoundError:
-                if any(row.id == item.row.id for row in self._source.adapter.models()):
+                if self._source.adapter.model(item.row.id) is not None:
                     raise
                 item.status = "gone"
                 copied = _nothing_done(item)
@@ -270,10 +271,8 @@ class _Copier:
 
     def _was_copied(self, item: Item) -> bool:
         ours, theirs = self._source.adapter, self._target.adapter
-        return any(
-            row.version == item.row.version and same_model(ours, item.row, theirs, row)
-            for row in theirs.models(name=item.row.name)
-        )
+        row = version_of(theirs, item.row.name, item.row.version)
+        return row is not None and same_model(ours, item.row, theirs, row)
 
     def _attempt(self, item: Item, not_whole: set[int]) -> CopiedModel | None:
         """Copy once; ``None`` when that must be done anew."""

@@ -115,7 +115,6 @@ class Job:
             store=Secret(self._url),
             source=None if self._source is None else Secret(self._source),
             model_id=stored.row.id,
-            model_name=stored.row.name,
             address=stored.address,
             query=self.query,
             parts=(),
@@ -237,9 +236,9 @@ class Job:
         self.notes = folder
         if noted["store"] != self._adapter.meta()["store_id"]:
             raise ArgumentError(f"{self.folder} was begun with another store; name a new folder")
-        for live in self._adapter.models(name=noted["name"]):
-            if live.id == noted["model"]:
-                return self._catalog.of_row(live)
+        live = self._adapter.model(noted["model"])
+        if live is not None:
+            return self._catalog.of_row(live)
         raise ArgumentError(
             f"the work began with {noted['address']}, which was removed; name a new folder"
         )

@@ -141,7 +141,6 @@ class Settings:
     store: Secret
     source: Secret | None
     model_id: int
-    model_name: str
     address: str
     query: str | None
     parts: Sequence[QueryPart | FilePart]

@@ -88,10 +88,10 @@ class Scorer:
         self._kind: InputKind = kind_of(self.model, adapter)
 
     def _model(self, adapter: Adapter) -> StoredModel:
-        for row in adapter.models(name=self.settings.model_name):
-            if row.id == self.settings.model_id:
-                return self._catalog.of_row(row)
         told = self.settings
+        row = adapter.model(told.model_id)
+        if row is not None:
+            return self._catalog.of_row(row)
         raise removed(told.address, told.into or str(told.folder), files=told.folder is not None)
 
     def close(self) -> None:

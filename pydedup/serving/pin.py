@@ -64,9 +64,7 @@ class Pin:
                 spec |= {"table": self._table, "runs": []}
             else:
                 self.resumed = True
-            live = next(
-                (m for m in self._adapter.models(name=row.name) if m.id == spec["model"]), None
-            )
+            live = self._adapter.model(spec["model"])
             if live is None:
                 raise NotFoundError(
                     f"the work began with {spec['address']}, which was removed; to go on with "
@@ -140,8 +138,8 @@ class Pin:
         ids = {self._id_of(name), *(self._id_of(f"{name}@{alias}") for alias in aliases)}
         for job in [row[0] for row in self._adapter.jobs() if row[0] in ids]:
             with self._alone(job):
-                spec, live = self._spec(job), self._adapter.models(name=name)
-                if spec is not None and spec["model"] not in {model.id for model in live}:
+                spec = self._spec(job)
+                if spec is not None and self._adapter.model(spec["model"]) is None:
                     self._adapter.delete_job(job)
 
     def take_back(self) -> None:

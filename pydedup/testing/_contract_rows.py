@@ -139,6 +139,31 @@ class RowsContract(ContractBase):
         assert len(adapter.models(name="a", state=None)) == 6
         assert adapter.models(name="c", state=None) == []
 
+    def test_a_model_is_found_by_version_or_alias(self, adapter: Adapter) -> None:
+        """Among the live ones of that name, to the letter; a version goes before an alias."""
+        with adapter.transaction():
+            ids = {
+                (name, version, state): adapter.insert_model(model_row(name, version, state))
+                for version in ("1", "2", "a", "a ")
+                for name in ("m", "M")
+                for state in (STAGING, RETIRED, LIVE)
+            }
+            for alias, version in (("prod", "2"), ("a", "1"), ("b", "1")):
+                adapter.set_alias("m", alias, ids["m", version, LIVE])
+            adapter.set_alias("m", "staged", ids["m", "2", STAGING])
+        expected = {"1": "1", "2": "2", "a": "a", "a ": "a ", "prod": "2", "b": "1"}
+        for selector, version in expected.items():
+            row = adapter.model_called("m", selector)
+            assert row == adapter.model(ids["m", version, LIVE])
+            assert row is not None
+            assert (row.name, row.version, row.state) == ("m", version, LIVE)
+        for selector in ("staged", "A", "3", "", "prod ", "Prod"):
+            assert adapter.model_called("m", selector) is None
+        assert adapter.model_called("M", "prod") is None
+        assert adapter.model_called("n", "1") is None
+        assert adapter.model(ids["m", "1", RETIRED]) is None
+        assert adapter.model(max(ids.values()) + 1) is None
+
     def test_a_live_name_and_version_is_unique(self, adapter: Adapter) -> None:
         """A second one is refused, whether inserted or published; staged ones may coexist."""
         with adapter.transaction():

@@ -359,7 +359,7 @@ def test_a_work_that_could_not_begin_is_not_gone_on_with(
 
 def settings(url: str, model_id: int = 1) -> Settings:
     return Settings(
-        store=Secret(url), source=None, model_id=model_id, model_name="m", address="m@1",
+        store=Secret(url), source=None, model_id=model_id, address="m@1",
         query="SELECT 1", parts=[QueryPart(None, None)], into="p", folder=None, key="id",
         key_type="", file_key_type=None, columns=["id", "f"], batch=1, memory="64MiB", threads=1,
         on_error="fail",
