@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""uvicorn's HTTP/1.1 with limits that it lacks: on headers, and on how slowly they come."""
+"""uvicorn's HTTP/1.1 with limits that it lacks: on headers, and on how slowly they come.
+
+An offer to go on in another protocol, as Java's client makes with every request, is passed over:
+httptools would leave out the body of such a request.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ __all__ = ["LimitedProtocol"]
 
 #: Bytes of the line of a request and its headers together.
 _LARGEST_HEAD = 64 * 1024
+#: Headers that say where a body ends.
+_FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -25,6 +31,10 @@ class LimitedProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _in_head = True
     _head_timer: asyncio.TimerHandle | None = None
+    #: Whether the body of a request is to come that httptools takes to be complete.
+    _body_follows = False
+    #: Whether the parser is told again of the head of such a request.
+    _is_repeated = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection."""
@@ -42,27 +52,63 @@ class LimitedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_timer is None:
                 self._await_head()
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        rest = data
+        while rest and not self.transport.is_closing():
+            rest = self._parse(rest)
         if self._in_head and self._head_bytes > _LARGEST_HEAD and not self.transport.is_closing():
             self._refuse(431, f"the headers have more than {_LARGEST_HEAD} bytes")
 
+    def _parse(self, data: bytes) -> bytes:
+        """Take bytes up to the end of a request that offers another protocol; returns the rest."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            if self._body_follows:
+                framing = [b"%s: %s\r\n" % one for one in self.headers if one[0] in _FRAMING]
+                self._body_follows, self._is_repeated = False, True
+                self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
+                self._is_repeated = False
+            return data[offer.args[0] :]
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        return b""
+
     def on_message_begin(self) -> None:
         """Begin a request."""
+        if self._is_repeated:
+            return
         self._in_head = True
         super().on_message_begin()
 
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the line of a request."""
+        if not self._is_repeated:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header."""
+        if not self._is_repeated:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Begin the body of a request."""
+        if self._is_repeated:
+            return
         length = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if length > _LARGEST_HEAD:
             raise httptools.HttpParserError("headers are too large")
         self._stop_timer()
         self._in_head = False
         self._head_bytes = 0
+        is_framed = any(name in _FRAMING for name, _ in self.headers)
+        self._body_follows = is_framed and self.parser.should_upgrade()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """End the body of a request."""
+        if self._body_follows:
+            return
         self._in_head = True
         self._head_bytes = 0
         super().on_message_complete()
