@@ -203,10 +203,11 @@ class MysqlBase(MysqlRows, DbApiAdapter):
     def _grant(self) -> str:
         """Say what an administrator must run for this user to create a store."""
         ((who,),) = self._query("SELECT CURRENT_USER()")
-        name, _, host = text(who).rpartition("@")
+        name, _, host = text(who).replace("'", "''").rpartition("@")
+        database = self._place.database.replace("`", "``")
         return (
             f"user {text(who)} may not create one: let an administrator run GRANT {CREATOR} ON "
-            f"`{self._place.database}`.* TO '{name}'@'{host}'"
+            f"`{database}`.* TO '{name}'@'{host}'"
         )
 
     @contextlib.contextmanager

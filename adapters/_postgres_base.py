@@ -167,10 +167,11 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
             "ON n.nspname = w.name",
             [schema],
         )
+        quoted = role.replace('"', '""')
         to_do = (
-            f'GRANT CREATE, USAGE ON SCHEMA "{schema}" TO "{role}"'
+            f'GRANT CREATE, USAGE ON SCHEMA "{schema}" TO "{quoted}"'
             if there
-            else f'CREATE SCHEMA "{schema}" AUTHORIZATION "{role}"'
+            else f'CREATE SCHEMA "{schema}" AUTHORIZATION "{quoted}"'
         )
         return there, "" if allowed else (
             f"user {role} may not create one: let an administrator run, in database {database}: "
@@ -237,7 +238,7 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
         indexes = "JOIN pg_index i ON i.indrelid = c.oid JOIN pg_class x ON x.oid = i.indexrelid"
         found = self._of_tables("x.relname, i.indexrelid, i.indisvalid AND i.indisready", indexes)
         complaints = [
-            f"index {name} is not valid; run REINDEX SCHEMA {self._place.schema}"
+            f'index {name} is not valid; run REINDEX SCHEMA "{self._place.schema}"'
             for name, _, valid in found
             if not valid
         ]

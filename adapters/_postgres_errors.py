@@ -54,9 +54,9 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
     "40": (ConflictError, _AGAIN),  # serialization failures and deadlocks
     "42501": (  # insufficient_privilege
         DeniedError,
-        "ask the owner of schema {schema} for GRANT USAGE ON SCHEMA {schema}, and to read GRANT "
+        'ask the owner of schema {schema} for GRANT USAGE ON SCHEMA "{schema}", and to read GRANT '
         "SELECT, to write GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES and GRANT USAGE ON "
-        "ALL SEQUENCES IN SCHEMA {schema}",
+        'ALL SEQUENCES IN SCHEMA "{schema}"',
     ),
     "42P01": (NotAStoreError, "tables of schema {schema} were dropped; restore a backup"),
     "53": (UnavailableError, "the server is short of resources; try again later"),
@@ -75,7 +75,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
     "58": (UnavailableError, "check the server's log and its disks"),
     "XX": (StoreError, "see the server's log"),
     "XX001": (CorruptStoreError, "run `pydedup verify`, or restore a backup"),
-    "XX002": (CorruptStoreError, "REINDEX SCHEMA {schema}, then run `pydedup verify`"),
+    "XX002": (CorruptStoreError, 'REINDEX SCHEMA "{schema}", then run `pydedup verify`'),
 }
 
 

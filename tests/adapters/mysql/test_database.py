@@ -23,7 +23,7 @@ from pydedup.errors import (
     StoreError,
 )
 from pydedup.testing._contract_base import add_pages, add_random_pages, model_row, with_option
-from pydedup.testing.servers import unused_name
+from pydedup.testing.servers import as_user, password_of, unused_name
 
 MIB = 1 << 20
 Run = Callable[..., list[tuple[Any, ...]]]
@@ -231,17 +231,24 @@ def test_a_prefix_is_a_short_name_in_lower_case(url: str, prefix: str) -> None:
         pydedup.open(with_option(url, f"prefix={quote(prefix)}"))
 
 
-def test_a_size_is_exact_whatever_the_name_of_the_database(mysql_url: str, run: Run) -> None:
+def test_names_of_all_kinds(mysql_url: str, run: Run) -> None:
     name = f"{unused_name()}-naïve`"
-    quoted = f"`{name.replace('`', '``')}`"
-    run(mysql_url, f"CREATE DATABASE {quoted}")
+    database, user = f"`{name.replace('`', '``')}`", "'o''brien'@'localhost'"
+    url = urlsplit(mysql_url)._replace(path=f"/{quote(name)}").geturl()
+    theirs = as_user(url, "o%27brien")
+    run(mysql_url, f"CREATE DATABASE {database}")
+    run(mysql_url, f"CREATE USER {user} IDENTIFIED BY '{password_of(mysql_url)}'")
     try:
-        url = urlsplit(mysql_url)._replace(path=f"/{quote(name)}").geturl()
+        run(mysql_url, f"GRANT SELECT ON {database}.* TO {user}")
+        with pydedup.open(theirs) as store, pytest.raises(ReadOnlyError) as told:
+            store.add("m", {"w": np.ones(9, np.float32)})
+        run(mysql_url, str(told.value).rpartition(" run ")[2])
+        with pydedup.open(theirs) as store:
+            store.add("m", {"w": np.ones(9, np.float32)})
         with pydedup.open(url) as store:
-            store.add("m", {"w": np.ones((300, 300), np.float32)})
             assert store.stats().stored_bytes_exact
     finally:
-        run(mysql_url, f"DROP DATABASE {quoted}")
+        run(mysql_url, f"DROP USER {user}", f"DROP DATABASE {database}")
 
 
 @pytest.mark.parametrize("limit", [0, 2])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -193,10 +194,28 @@ def test_a_user_without_rights_is_told_what_to_ask_for(
     adapter.close()
 
 
+def test_what_is_to_be_granted_names_what_it_must(url: str, role: str, sql: Any) -> None:
+    """Names of schemas and roles with capitals and quotes in them."""
+    odd, schema = f'{role}"X', f"{role}_Big"
+    place = url.replace(url.partition("schema=")[2], schema)
+    sql(f'ALTER ROLE {role} RENAME TO "{role}""X"')
+    try:
+        mine = as_role(place, quote(odd))
+        with pytest.raises(ReadOnlyError, match="administrator") as caught:
+            open_store(mine)
+        sql(str(caught.value).rpartition(": ")[2])
+        open_store(mine).close()
+        sql(f'REVOKE ALL ON SCHEMA "{schema}" FROM "{role}""X"')
+        with pytest.raises(StoreError, match=f'GRANT USAGE ON SCHEMA "{schema}"'):
+            open_store(mine)
+    finally:
+        sql(f'ALTER ROLE "{role}""X" RENAME TO {role}')
+
+
 def test_a_reader_role_reads(adapter: Adapter, schema: str, url: str, role: str, sql: Any) -> None:
     ids = add_pages(adapter, 3, size=5000)
     for mode in ("a", "r"):
-        with pytest.raises(StoreError, match=f"GRANT USAGE ON SCHEMA {schema}"):
+        with pytest.raises(StoreError, match=f'GRANT USAGE ON SCHEMA "{schema}"'):
             registry.connect(as_role(url, role), mode=mode).epoch()
     sql(f'GRANT USAGE ON SCHEMA {schema} TO "{role}"')
     sql(f'GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO "{role}"')
