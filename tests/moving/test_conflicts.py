@@ -135,7 +135,7 @@ def test_another_graph_is_another_model(
         store.backup(tmp_path / "backup")
         with pytest.raises(DuplicateError, match=r"m@1 \(another model\)"):
             store.copy_to(url)
-        with pydedup.open(url) as target, pytest.raises(ArgumentError, match="other models.*m@1"):
+        with pydedup.open(url) as target, pytest.raises(ArgumentError, match=r"other models.*m@1"):
             target.restore(tmp_path / "backup")
         (model,) = store.copy_to(url, on_conflict="replace").models
         assert (model.status, model.stored_bytes) == ("replaced", 0)
