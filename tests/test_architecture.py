@@ -41,7 +41,11 @@ FACADES = {
 }
 VALUES = {"errors", "types"}
 ADAPTERS = {"adapter", "adapter_options"}
-MODEL = VALUES | {"names", "accuracy", "policies", "certificates", "graph", "blocks"} | ADAPTERS
+MODEL = (
+    VALUES
+    | {"names", "accuracy", "policies", "certificates", "operations", "graph", "blocks"}
+    | ADAPTERS
+)
 CORE = (
     MODEL
     | FACADES
@@ -65,7 +69,8 @@ ALLOWED: dict[str, set[str]] = {
     "accuracy": VALUES,
     "policies": VALUES | {"accuracy", "training"},
     "certificates": VALUES,
-    "graph": VALUES,
+    "operations": VALUES,
+    "graph": VALUES | {"operations"},
     "adapter": VALUES,
     "adapter_options": VALUES,
     "registry": VALUES | ADAPTERS | {"text"},
@@ -129,6 +134,7 @@ RUNTIME: dict[str, set[str]] = {
 ATTACHED = "pydedup/serving/attached"
 TORCH_FILES = {
     "pydedup/formats/torch.py",
+    "pydedup/formats/torch_tensors.py",
     "pydedup/serving/layers.py",
     *(f"{ATTACHED}/{path.name}" for path in (ROOT / ATTACHED).glob("*.py")),
     "pydedup/training.py",

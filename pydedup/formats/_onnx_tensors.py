@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pydedup.errors import FormatError
+from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats.base import Array, TensorEntry, count
 from pydedup.types import DType
 
@@ -22,8 +22,10 @@ __all__ = [
     "EXTERNAL",
     "clear_values",
     "has_values",
+    "import_onnx",
     "is_constant_weight",
     "nested_tensors",
+    "parse",
     "typed_values",
 ]
 
@@ -53,6 +55,26 @@ _GRAPH, _GRAPHS = 5, 10
 _VALUE_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 #: Smaller ones inside nodes and subgraphs are shapes, axes and scalars, which belong to the graph.
 _NESTED_FROM = 1024
+
+
+def import_onnx() -> Any:
+    """Return the package. Raises UnsupportedFormatError where it is not installed."""
+    try:
+        import onnx
+    except ImportError as exc:
+        raise UnsupportedFormatError(
+            "ONNX models need the package onnx, which is not installed; "
+            "run: pip install 'pydedup[onnx]'"
+        ) from exc
+    return onnx
+
+
+def parse(kind: Any, data: bytes, where: str) -> Any:
+    """Return a message of that kind. Raises FormatError."""
+    try:
+        return kind.FromString(data)
+    except Exception as exc:  # DecodeError lives in the protobuf package, which onnx brings
+        raise FormatError(f"{where} is no ONNX model: {exc}") from exc
 
 
 def nested_tensors(graph: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pydedup.errors import ArgumentError
-from pydedup.formats import torch as torch_format
 from pydedup.formats.base import Array, SourceBase, TensorEntry, name_problem
+from pydedup.formats.torch_tensors import is_tensor, to_numpy, torch_entry
 from pydedup.types import DType
 
 __all__ = ["MappingSource"]
@@ -35,9 +35,9 @@ class MappingSource(SourceBase):
                 raise ArgumentError(f"tensor name {name!r:.80} {problem}")
         entries = []
         for name, value in values.items():
-            if torch_format.is_tensor(value):
+            if is_tensor(value):
                 self._arrays[name] = value
-                entries.append(torch_format.torch_entry(name, value, f"tensor {name!r}"))
+                entries.append(torch_entry(name, value, f"tensor {name!r}"))
                 continue
             array = _as_array(name, value)
             # The key may name temporary memory of a conversion: keeping the array keeps it valid.
@@ -52,7 +52,7 @@ class MappingSource(SourceBase):
     def _read(self, entry: TensorEntry) -> Array:
         value = self._arrays[entry.name]
         if not isinstance(value, np.ndarray):
-            return torch_format.to_numpy(value)
+            return to_numpy(value)
         array = value.astype(entry.dtype.numpy, copy=False)
         return array if array.flags.c_contiguous else array.copy("C")
 

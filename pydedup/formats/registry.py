@@ -20,7 +20,7 @@ from pydedup.errors import (
     NotFoundError,
     UnsupportedFormatError,
 )
-from pydedup.formats import folder, keras, npz, onnx, safetensors, torch, wordvec
+from pydedup.formats import folder, keras, npz, onnx, onnx_write, safetensors, torch, wordvec
 from pydedup.formats._files import RawFile, atomic_file, atomic_folder, open_raw, refuse_foreign
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.arrays import MappingSource
@@ -33,6 +33,7 @@ from pydedup.formats.base import (
     TensorEntry,
     checked_entries,
 )
+from pydedup.formats.torch_tensors import is_module
 from pydedup.graph import Graph
 from pydedup.names import check_path
 
@@ -106,7 +107,7 @@ def open_source(
             if isinstance(exc, BudgetError):
                 raise
             raise BudgetError(f"no memory to open {path}") from exc
-    if torch.is_module(source):
+    if is_module(source):
         return torch.ModuleSource(source)  # type: ignore[arg-type]
     if isinstance(source, Mapping):
         return MappingSource(source)
@@ -227,7 +228,7 @@ def _write_file(
         case "npy":
             npz.write_npy(scratch, tensors, entries)
         case "onnx":
-            onnx.write(scratch, tensors, entries, artifacts, final_path=target)
+            onnx_write.write(scratch, tensors, entries, artifacts, final_path=target)
         case "keras":
             keras.write_archive(scratch, tensors, entries, artifacts)
         case "keras-h5":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch checkpoints (``.pt``, ``.pth``, ``.bin``), torch modules and torch tensors in mappings.
+"""torch checkpoints (``.pt``, ``.pth``, ``.bin``) and torch modules.
 
 A checkpoint is a pickle with the bytes of its storages beside it. The pickle goes through
 ``torch.load(weights_only=True)`` and nothing else, so code in it never runs. For the zip format
@@ -8,8 +8,6 @@ in the file, drop the mapping, and then read each tensor as a range of the file 
 checksum verified. (Reading through torch's own mapping would leave every page that was ever
 touched resident.) The old format without zip cannot be read in parts: its tensors are in memory
 while the source is open.
-
-Of all of pydedup's readers only this file imports torch, and only when it is used.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
+from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats._files import open_raw, write_array
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.base import Array, LazyTensors, SourceBase, TensorEntry, fetch_tensor
 from pydedup.formats.infer_torch import infer_from_torch
+from pydedup.formats.torch_tensors import dtypes, require_torch, to_numpy, torch_entry
 from pydedup.graph import Graph
-from pydedup.types import DType
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModuleSource",
     "TorchSource",
-    "is_module",
-    "is_tensor",
     "looks_like_legacy",
-    "to_numpy",
-    "to_torch",
-    "torch_entry",
     "write",
 ]
 
@@ -74,7 +67,7 @@ class TorchSource(SourceBase):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        _require_torch()
+        require_torch()
         self._zip: ZipMembers | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._places: dict[str, _Place] = {}
@@ -174,89 +167,6 @@ def looks_like_legacy(head: bytes) -> bool:
     return head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]
 
 
-def torch_entry(name: str, tensor: torch.Tensor, where: str) -> TensorEntry:
-    """Return the entry of a tensor; tied tensors get equal keys.
-
-    Raises
-    ------
-    UnsupportedFormatError
-        When it is sparse, nested, quantised, without data, or of a dtype that cannot be stored.
-    """
-    import torch
-
-    if torch.nn.parameter.is_lazy(tensor):
-        raise UnsupportedFormatError(
-            f"{where} is not initialised yet; run the module once, then store it"
-        )
-    if tensor.is_quantized:
-        raise UnsupportedFormatError(f"{where} is quantised; dequantize() it first")
-    kind = "meta" if tensor.device.type == "meta" else type(tensor).__name__
-    if kind in ("meta", "FakeTensor"):  # of torch's tracers; it claims to be on the CPU
-        raise UnsupportedFormatError(f"{where} is without data ({kind}); load its values first")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else str(tensor.layout)
-        raise UnsupportedFormatError(f"{where} is {kind}; convert it to a dense tensor")
-    if tensor.is_neg() or tensor.is_conj():
-        raise UnsupportedFormatError(f"{where} is a lazily negated view; clone() it first")
-    dtype = _dtypes().get(tensor.dtype)
-    if dtype is None:
-        raise UnsupportedFormatError(f"{where} has dtype {tensor.dtype}, which cannot be stored")
-    shape = tuple(tensor.shape)
-    key: Hashable = name
-    if tensor.numel():
-        storage = tensor.untyped_storage()
-        try:
-            address = storage.data_ptr()
-        except RuntimeError as exc:  # of subclasses that wrap others
-            kind = type(tensor).__name__
-            raise UnsupportedFormatError(f"{where} is a {kind}; give plain tensors") from exc
-        last = sum((n - 1) * step for n, step in zip(shape, tensor.stride(), strict=True))
-        if (tensor.storage_offset() + last + 1) * dtype.itemsize > storage.nbytes():
-            # Whoever shards a model frees what others hold; torch itself would read there.
-            raise UnsupportedFormatError(
-                f"{where} is without data (freed); gather its values first"
-            )
-        key = (address, tensor.storage_offset(), tensor.dtype, shape, tensor.stride())
-    return TensorEntry(name, dtype, shape, key)
-
-
-def to_numpy(tensor: torch.Tensor) -> Array:
-    """Return the elements, C-contiguous; a view where the tensor is contiguous on the CPU."""
-    import torch
-
-    dtype = _dtypes()[tensor.dtype].numpy
-    if tensor.numel() == 0:
-        return np.empty(tuple(tensor.shape), dtype)
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    array: Array = flat.numpy().view(dtype).reshape(tuple(tensor.shape))
-    return array
-
-
-def to_torch(array: Array, device: str | None = None) -> torch.Tensor:
-    """Return a tensor of an array's elements; on the CPU it uses the array's memory.
-
-    Raises
-    ------
-    UnsupportedFormatError
-        When torch is not installed.
-    ArgumentError
-        When torch has no such device.
-    """
-    _require_torch()
-    import torch
-
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (AssertionError, RuntimeError, TypeError, ValueError) as exc:
-            raise ArgumentError(f"device {device!r:.100} is none that torch has here") from exc
-    dtype = {label: dtype for dtype, label in _dtypes().items()}[DType.of(array.dtype)]
-    if array.size == 0:
-        return torch.empty(array.shape, dtype=dtype, device=device)
-    flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return flat.view(dtype).reshape(array.shape).to(device)
-
-
 def write(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> None:
     """Write a state dict with ``torch.save``; tied tensors share one storage in the file.
 
@@ -264,10 +174,10 @@ def write(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> N
     temporary file beside the target, and given to torch as views of it: memory stays at one
     tensor, disk space is needed twice for the moment.
     """
-    _require_torch()
+    require_torch()
     import torch
 
-    dtypes = {label: dtype for dtype, label in _dtypes().items()}
+    torch_dtypes = {label: dtype for dtype, label in dtypes().items()}
     places: dict[Hashable, int] = {}
     with tempfile.TemporaryFile(dir=path.parent) as spool:
         for entry in entries:
@@ -282,11 +192,11 @@ def write(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> N
         views: dict[Hashable, torch.Tensor] = {}
         for entry in entries:
             if mapping is None or not entry.nbytes:
-                state[entry.name] = torch.empty(entry.shape, dtype=dtypes[entry.dtype])
+                state[entry.name] = torch.empty(entry.shape, dtype=torch_dtypes[entry.dtype])
                 continue
             if entry.key not in views:
                 raw = np.frombuffer(mapping, np.uint8, entry.nbytes, places[entry.key])
-                views[entry.key] = torch.from_numpy(raw).view(dtypes[entry.dtype])
+                views[entry.key] = torch.from_numpy(raw).view(torch_dtypes[entry.dtype])
             state[entry.name] = views[entry.key].reshape(entry.shape)
         # Through a file of ours, so that a full disk is first of all an OSError; torch then fails
         # to finish the archive, too, and says only that.
@@ -306,37 +216,6 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return False
         expected *= extent
     return True
-
-
-def _require_torch() -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError as exc:
-        raise UnsupportedFormatError(
-            "torch files need torch, which is not installed; run: pip install 'pydedup[torch]'"
-        ) from exc
-
-
-def _dtypes() -> dict[torch.dtype, DType]:
-    import torch
-
-    return {
-        torch.float64: DType.F64,
-        torch.float32: DType.F32,
-        torch.float16: DType.F16,
-        torch.bfloat16: DType.BF16,
-        torch.float8_e4m3fn: DType.F8_E4M3,
-        torch.float8_e5m2: DType.F8_E5M2,
-        torch.int8: DType.I8,
-        torch.int16: DType.I16,
-        torch.int32: DType.I32,
-        torch.int64: DType.I64,
-        torch.uint8: DType.U8,
-        torch.uint16: DType.U16,
-        torch.uint32: DType.U32,
-        torch.uint64: DType.U64,
-        torch.bool: DType.BOOL,
-    }
 
 
 def _can_map(archive: ZipMembers, path: Path) -> bool:
@@ -458,17 +337,3 @@ def _members_of(loaded: object, archive: ZipMembers) -> dict[int, str] | None:
     if len(fitting) != 1:
         return None
     return {ptr: records[ptr - fitting[0]] for ptr in addresses}
-
-
-def is_tensor(value: object) -> bool:
-    """Return whether ``value`` is a torch tensor, without importing torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def is_module(value: object) -> bool:
-    """Return whether ``value`` is a torch module, without importing torch."""
-    torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "nn"):
-        return False
-    return isinstance(value, torch.nn.Module)

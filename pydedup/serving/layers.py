@@ -18,7 +18,7 @@ from torch import nn
 
 from pydedup.catalog import Catalog, StoredModel, listed
 from pydedup.errors import ArgumentError
-from pydedup.formats.torch import to_torch
+from pydedup.formats.torch_tensors import to_torch
 from pydedup.pool import PagePool
 from pydedup.serving.attached import functions, recurrent, views  # noqa: F401  (they register)
 from pydedup.serving.attached.modules import attachment_of, enclose, release

@@ -71,14 +71,14 @@ def as_input(x: ArrayLike, name: str) -> _Array:
     try:
         return as_array(x, name)
     except ArgumentError:
-        from pydedup.formats import torch as torch_format  # of use here alone
+        from pydedup.formats import torch_tensors  # of use here alone
 
         tensor: Any = x
-        if not torch_format.is_tensor(tensor):
+        if not torch_tensors.is_tensor(tensor):
             raise
         try:  # numpy does not read bf16, nor what requires a gradient
-            torch_format.torch_entry(name, tensor, name)
-            return torch_format.to_numpy(tensor)
+            torch_tensors.torch_entry(name, tensor, name)
+            return torch_tensors.to_numpy(tensor)
         except UnsupportedFormatError as error:
             raise ArgumentError(str(error)) from error
 

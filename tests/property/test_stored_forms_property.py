@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from pydedup.blocks import BlockGrid, BlockMap
 from pydedup.errors import ArgumentError, CorruptStoreError
-from pydedup.graph import OPS, Graph
+from pydedup.graph import Graph
+from pydedup.operations import OPS
 from pydedup.types import DType
 
 NAMES = st.sampled_from(["x", "y", "h", "w", "b", ""])

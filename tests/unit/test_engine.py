@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from pydedup.errors import ArgumentError
-from pydedup.graph import OPS, Graph, Node
+from pydedup.graph import Graph, Node
+from pydedup.operations import OPS
 from pydedup.serving.engine import _OPS, run_graph
 from pydedup.serving.tensor import StoredTensor
 from pydedup.testing.memory_pages import MemoryPages

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats import onnx as onnx_format
+from pydedup.formats import onnx_write
 from pydedup.formats.registry import open_source, write_model
 
 RNG = np.random.default_rng(0)
@@ -132,7 +133,7 @@ def test_external_data_is_read(one_file: bool, tmp_path: Path) -> None:
 def test_models_beyond_the_limit_get_external_data(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_format, "_MAX_MESSAGE", 4096)
+    monkeypatch.setattr(onnx_write, "_MAX_MESSAGE", 4096)
     (tmp_path / "out").mkdir()
     target = tmp_path / "out" / "big.onnx"
     export(path, target)
@@ -157,7 +158,7 @@ def test_models_beyond_the_limit_get_external_data(
 def test_a_failed_export_leaves_no_external_data(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_format, "_MAX_MESSAGE", 4096)
+    monkeypatch.setattr(onnx_write, "_MAX_MESSAGE", 4096)
     (tmp_path / "out").mkdir()
     with open_source(path) as source:
         tensors = {"w1": W1, "b1": B1, "w2": W2[:1]}  # does not fit its entry

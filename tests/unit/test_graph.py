@@ -27,7 +27,8 @@ from pydedup.errors import ArgumentError
 from pydedup.formats.infer_keras import infer_from_keras
 from pydedup.formats.infer_onnx import infer_from_onnx
 from pydedup.formats.infer_torch import infer_from_torch
-from pydedup.graph import OPS, Graph, Node
+from pydedup.graph import Graph, Node
+from pydedup.operations import OPS
 
 Array = npt.NDArray[Any]
 _erf = np.vectorize(math.erf)

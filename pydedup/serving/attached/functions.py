@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from pydedup.errors import ArgumentError
-from pydedup.formats.torch import to_torch
+from pydedup.formats.torch_tensors import to_torch
 from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
 from pydedup.serving.tensor import StoredTensor

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydedup.blocks import BlockGrid, BlockMap
 from pydedup.catalog import Catalog, StoredModel, listed
 from pydedup.errors import ArgumentError, BudgetError
-from pydedup.formats.torch import to_torch
+from pydedup.formats.torch_tensors import to_torch
 from pydedup.matmul import compute_dtype
 from pydedup.pool import PagePool, Reservation
 from pydedup.serving.attached.activations import Activations, not_measured

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing ONNX models: the stored graph with its tensors put back.
+
+Writing streams: everything except the tensors is known, hence every length. A model beyond
+protobuf's 2 GiB gets its tensors in a file of external data beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from pydedup.errors import ArgumentError, UnsupportedFormatError
+from pydedup.formats._files import write_array
+from pydedup.formats._onnx_places import GRAPH_INITIALIZER, MODEL_GRAPH, RAW_DATA
+from pydedup.formats._onnx_tensors import (
+    DTYPES,
+    EXTERNAL,
+    has_values,
+    import_onnx,
+    nested_tensors,
+    parse,
+)
+from pydedup.formats._protobuf import BYTES, tag, varint
+from pydedup.formats.base import Artifact, LazyTensors, TensorEntry, fetch_tensor, find_artifact
+from pydedup.formats.onnx import GRAPH
+
+__all__ = ["write"]
+
+#: protobuf messages end here; tests lower it.
+_MAX_MESSAGE = (1 << 31) - 1
+_EXTERNAL_ALIGNMENT = 4096
+#: Smaller tensors stay inside the model: runtimes want shapes and axes there.
+_EXTERNAL_FROM = 1024
+
+
+def write(
+    path: Path,
+    tensors: LazyTensors,
+    entries: Sequence[TensorEntry],
+    artifacts: Sequence[Artifact],
+    *,
+    final_path: Path,
+) -> None:
+    """Write the model with its tensors put back, streaming.
+
+    ``path`` is where to write, ``final_path`` what it will be called: a file of external data,
+    when one is needed, is named after that and written beside it first.
+    """
+    onnx = import_onnx()
+    payload = find_artifact(artifacts, GRAPH)
+    if payload is None:
+        raise UnsupportedFormatError(
+            "an ONNX file needs the graph, which is kept for models that were added from ONNX; "
+            "export to safetensors"
+        )
+    model = parse(onnx.ModelProto, payload, "the stored ONNX graph")
+    by_name = {entry.name: entry for entry in entries}
+    initializers = [tensor for tensor in model.graph.initializer if tensor.name in by_name]
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in by_name]
+    nested = {name: t for name, t in nested_tensors(model.graph) if not has_values(t)}
+    _check_complete({**{t.name: t for t in initializers}, **nested}, kept, by_name)
+    for name, tensor in nested.items():
+        tensor.raw_data = fetch_tensor(tensors, by_name[name]).tobytes()
+    sizes = {tensor.name: by_name[tensor.name].nbytes for tensor in initializers}
+    data_path: Path | None = None
+    try:
+        if model.ByteSize() + sum(sizes.values()) + 32 * len(sizes) > _MAX_MESSAGE:
+            data_path = _external_path(final_path)
+            large = [tensor for tensor in initializers if sizes[tensor.name] >= _EXTERNAL_FROM]
+            _write_external(data_path, tensors, by_name, large)
+            sizes = {name: size for name, size in sizes.items() if size < _EXTERNAL_FROM}
+        _write_model(path, tensors, by_name, model, kept, initializers, sizes)
+    except BaseException:
+        if data_path is not None:
+            data_path.unlink(missing_ok=True)
+        raise
+
+
+def _write_model(
+    path: Path,
+    tensors: LazyTensors,
+    by_name: dict[str, TensorEntry],
+    model: Any,
+    kept: Sequence[Any],
+    initializers: Sequence[Any],
+    sizes: dict[str, int],
+) -> None:
+    """Write the message; ``sizes`` names the tensors whose bytes go inside."""
+    heads = {tensor.name: _initializer_head(tensor, sizes) for tensor in initializers}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    bodies = [len(heads[name]) + sizes.get(name, 0) for name in heads]
+    framed = [len(tag(GRAPH_INITIALIZER, BYTES)) + len(varint(n)) + n for n in bodies]
+    with path.open("wb") as file:
+        file.write(model.SerializeToString())
+        file.write(tag(MODEL_GRAPH, BYTES) + varint(len(graph) + sum(framed)))
+        file.write(graph)
+        for (name, head), body in zip(heads.items(), bodies, strict=True):
+            file.write(tag(GRAPH_INITIALIZER, BYTES) + varint(body) + head)
+            if name in sizes:
+                write_array(file, fetch_tensor(tensors, by_name[name]))
+
+
+def _initializer_head(tensor: Any, sizes: dict[str, int]) -> bytes:
+    head: bytes = tensor.SerializeToString()
+    if tensor.name in sizes:
+        head += tag(RAW_DATA, BYTES) + varint(sizes[tensor.name])
+    return head
+
+
+def _check_complete(
+    wanted: dict[str, Any], kept: Sequence[Any], by_name: dict[str, TensorEntry]
+) -> None:
+    """Check that the tensors are exactly those that the graph wants."""
+    for name, tensor in wanted.items():
+        entry = by_name.get(name)
+        if entry is None:
+            continue
+        if DTYPES.get(tensor.data_type) != entry.dtype or tuple(tensor.dims) != entry.shape:
+            raise ArgumentError(
+                f"tensor {entry.name!r} is {entry.dtype.label} {entry.shape}, which the stored "
+                "ONNX graph does not expect; export without converting"
+            )
+    missing = [tensor.name for tensor in kept if tensor.data_type in DTYPES]
+    wrong = sorted({*missing, *(set(wanted) ^ set(by_name))})
+    if wrong:
+        name = wrong[0]
+        raise ArgumentError(f"tensors and the stored ONNX graph do not belong together: {name!r}")
+
+
+def _external_path(final_path: Path) -> Path:
+    path = final_path.with_name(final_path.name + ".data")
+    if path.exists():
+        # The model that is there now may use it until it is replaced.
+        path = final_path.with_name(f"{final_path.name}.{secrets.token_hex(4)}.data")
+    return path
+
+
+def _write_external(
+    path: Path, tensors: LazyTensors, by_name: dict[str, TensorEntry], large: Sequence[Any]
+) -> None:
+    with path.open("xb") as file:
+        for tensor in large:
+            _place_external(file, tensor, path.name, by_name[tensor.name].nbytes)
+            write_array(file, fetch_tensor(tensors, by_name[tensor.name]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _place_external(file: IO[bytes], tensor: Any, location: str, n_bytes: int) -> None:
+    file.write(bytes(-file.tell() % _EXTERNAL_ALIGNMENT))
+    tensor.data_location = EXTERNAL
+    place = {"location": location, "offset": str(file.tell()), "length": str(n_bytes)}
+    for key, value in place.items():
+        item = tensor.external_data.add()
+        item.key, item.value = key, value
