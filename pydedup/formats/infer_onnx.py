@@ -350,7 +350,10 @@ class _Translation:
             raise _UnknownError  # somebody wants the mask
         if len(node.input) > 2 and node.input[2]:
             raise _UnknownError  # may drop while predicting
-        self._alias[node.output[0]] = self._value(node.input[0])
+        if any(value.name == node.output[0] for value in self._proto.output):
+            self._add("identity", node, (node.input[0],))  # has the name that users ask for
+        else:
+            self._alias[node.output[0]] = self._value(node.input[0])
 
     def _constant_node(self, node: Any, attrs: Mapping[str, Any]) -> None:
         import onnx

@@ -24,7 +24,7 @@ from pydedup.serving.attached import functions, recurrent, views  # noqa: F401  
 from pydedup.serving.attached.modules import attachment_of, enclose, release
 from pydedup.serving.attached.parameter import StoredParameter
 from pydedup.serving.attached.pieces import Pieces
-from pydedup.serving.attached.slots import Slot, find_slots, named_modules
+from pydedup.serving.attached.slots import Slot, find_slots, named_modules, tensors
 from pydedup.serving.attached.weights import Attachment
 
 __all__ = ["attach", "detach"]
@@ -102,7 +102,8 @@ def detach(module: nn.Module, catalog: Catalog) -> None:
     Raises
     ------
     ArgumentError
-        When the module is not attached, to this store, as a whole.
+        When the module is not attached, to this store, as a whole, or has a part whose class was
+        made of the attached one.
     """
     attachment = attachment_of(module)
     if attachment is None or attachment.root is None or attachment.root() is not module:
@@ -111,23 +112,26 @@ def detach(module: nn.Module, catalog: Catalog) -> None:
         )
     if attachment.catalog is not catalog:
         raise ArgumentError(f"the module is attached to {attachment.address} of another store")
+    places = [
+        (path, attribute, stored)
+        for path, attribute, stored in tensors(module)  # else somebody has replaced it
+        if type(stored) is StoredParameter and stored.attachment is attachment
+    ]
     weights = attachment.resolve()
-    tensors = []
+    loaded: dict[int, torch.Tensor] = {}
     with torch.inference_mode(False):  # tensors made in it could not be trained
-        for number, slot in enumerate(attachment.slots):  # all, before anything is changed
+        for number in {stored.number for *_, stored in places}:  # all, before anything is changed
+            slot = attachment.slots[number]
             tensor = to_torch(weights.stored(number).numpy()).to(slot.dtype)
-            tensors.append(
+            loaded[number] = (
                 nn.Parameter(tensor, slot.requires_grad)
                 if slot.is_parameter
                 else tensor.requires_grad_(slot.requires_grad)
             )
     release(module)
-    for slot, tensor in zip(attachment.slots, tensors, strict=True):
-        for path, attribute in slot.places:
-            owner = module.get_submodule(path)
-            known = owner._parameters if slot.is_parameter else owner._buffers
-            if type(known.get(attribute)) is StoredParameter:  # else somebody has replaced it
-                _put(owner, attribute, tensor, slot.is_parameter)
+    for path, attribute, stored in places:
+        is_parameter = attachment.slots[stored.number].is_parameter
+        _put(module.get_submodule(path), attribute, loaded[stored.number], is_parameter)
 
 
 def _put(owner: nn.Module, attribute: str, tensor: torch.Tensor, is_parameter: bool) -> None:

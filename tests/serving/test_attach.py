@@ -577,6 +577,39 @@ def test_what_somebody_replaced_stays_when_detaching(store: pydedup.Store) -> No
     assert store.detach(module)[2] is head
 
 
+@pytest.mark.parametrize("how", ["replaced", "removed", "moved"])
+def test_parts_that_are_no_longer_where_they_were(store: pydedup.Store, how: str) -> None:
+    module = nn.Sequential(nn.Linear(80, 9), nn.Sequential(nn.ReLU(), nn.Linear(9, 2))).eval()
+    store.add("m", module)
+    wanted = module(X) if how == "moved" else module[0](X)
+    store.attach(module, "m")
+    head = module[1]
+    if how == "replaced":
+        module[1] = nn.Identity()
+    elif how == "removed":
+        del module[1]
+    else:
+        module.insert(0, nn.Identity())
+    store.detach(module)
+    torch.testing.assert_close(module(X), wanted)
+    assert all(type(weight) is nn.Parameter for weight in module.parameters())
+    assert head(torch.ones(4, 9)).shape == (4, 2)
+
+
+def test_a_class_that_was_made_of_an_attached_one(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    store.attach(module, "m")
+    nn.utils.parametrizations.weight_norm(module[2])
+    with pytest.raises(ArgumentError, match="'2' in the module has become a ParametrizedLinear"):
+        store.detach(module)
+    torch.testing.assert_close(module(X), wanted)  # it is attached as before
+    nn.utils.parametrize.remove_parametrizations(module[2], "weight")
+    torch.testing.assert_close(store.detach(module)(X), wanted)
+    assert type(module[2]) is nn.Linear
+
+
 def test_a_module_is_freed_without_a_collection_of_circles(store: pydedup.Store) -> None:
     module = net()
     store.add("m", module)

@@ -77,6 +77,18 @@ def test_embedding_with_a_largest_norm(store: pydedup.Store) -> None:
     torch.testing.assert_close(store.attach(layer, "m")(ids), wanted)
 
 
+@pytest.mark.parametrize("used", [torch.float64, torch.bfloat16])
+def test_a_bag_with_a_largest_norm_in_another_dtype(store: pydedup.Store, used: Any) -> None:
+    layer = nn.EmbeddingBag(9, 12, max_norm=0.5).eval()
+    store.add("m", layer)
+    ids = torch.randint(0, 9, (7, 5))
+    wanted = copy.deepcopy(layer).to(used)(ids)
+    for _ in range(2):
+        got = store.attach(copy.deepcopy(layer).to(used), "m")(ids)
+        rtol = 1e-9 if used == torch.float64 else 2e-2
+        torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol)
+
+
 @MANY
 @given(
     mode=st.sampled_from(["sum", "mean", "max"]),

@@ -196,6 +196,22 @@ def test_look_ups_from_the_end_and_norms_with_one_scale(
     np.testing.assert_allclose(store.predict("norm", X), run(path, x=X), rtol=1e-4, atol=1e-5)
 
 
+def test_dropout_at_the_end_has_the_name_of_the_output(
+    store: pydedup.Store, tmp_path: Path
+) -> None:
+    nodes = [node("MatMul", "x w", "h"), node("Dropout", "h", "y")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(64, 8)})
+    model = onnx.load(path)
+    model.graph.output.append(value("h", 1, ("b", 8)))
+    onnx.save(model, path)
+    store.add("m", path)
+    assert store.graph("m") is not None
+    found = store.predict("m", {"x": X})
+    assert list(found) == ["y", "h"]
+    for output in found.values():
+        np.testing.assert_allclose(output, run(path, x=X), rtol=1e-4, atol=1e-5)
+
+
 def test_half_precision_gives_what_it_declares(store: pydedup.Store, tmp_path: Path) -> None:
     weights = {"w": normal(64, 80).astype(np.float16), "b": normal(80).astype(np.float16)}
     nodes = [node("MatMul", "x w", "a"), node("Add", "a b", "h"), node("Relu", "h", "y")]

@@ -280,8 +280,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
-    stored = _streamed(weight, input)
-    if stored is None or not isinstance(weight, StoredParameter):
+    if type(weight) is not StoredParameter or type(input) is StoredParameter:
         return NotImplemented
     if weight.transposed or weight.rows is not None:
         return NotImplemented
@@ -298,6 +297,9 @@ def _embedding_bag(
             include_last_offset=include_last_offset,
             padding_idx=int(at[0]) if at.size else None,
         )
+    stored = _streamed(weight, input)
+    if stored is None:
+        return NotImplemented
     ids = _ids(input, weight)
     starts = None if offsets is None else _ids(offsets, weight)
     factors = None if per_sample_weights is None else _array(per_sample_weights, weight)

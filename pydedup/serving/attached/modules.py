@@ -134,11 +134,21 @@ def enclose(module: nn.Module, attachment: Attachment) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Give all modules of a tree their classes back."""
-    for _, inner in list(named_modules(module)):
-        if isinstance(inner, _Attached):
-            inner.__dict__.pop(_KEY, None)
-            inner.__class__ = type(inner).__bases__[1]
+    """Give all modules of a tree their classes back.
+
+    Raises ArgumentError, and leaves them as they are, for a class that was made of an attached one.
+    """
+    attached = [(path, m) for path, m in named_modules(module) if isinstance(m, _Attached)]
+    for path, inner in attached:
+        if type(inner).__bases__[0] is not _Attached:
+            raise ArgumentError(
+                f"{f'{path!r} in the module' if path else 'the module'} has become a "
+                f"{type(inner).__name__} since it was attached; undo that first, as with "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+    for _, inner in attached:
+        inner.__dict__.pop(_KEY, None)
+        inner.__class__ = type(inner).__bases__[1]
 
 
 _classes: weakref.WeakValueDictionary[type, type[nn.Module]] = weakref.WeakValueDictionary()
