@@ -513,6 +513,30 @@ def test_serving_and_writing_go_on(store_url: str, change_page: Change, healthy:
     assert_sound(store_url, notes=True)  # pages that the writer retired
 
 
+def test_an_add_that_matched_before_a_repair_names_no_page_that_went(
+    store_url: str, change_page: Change, healthy: str
+) -> None:
+    fill(store_url, ("base",))
+    pages = pages_of(store_url, "base")
+    repaired = False
+
+    def meddle(stage: str, finished: int, total: int) -> None:
+        nonlocal repaired
+        if stage == "writing" and not repaired:  # so all is matched
+            repaired = True
+            for page in pages:
+                change_page(store_url, page, flip_half)
+            with pydedup.open(store_url) as other:
+                assert other.verify(repair_from=healthy).ok
+                assert not other._adapter.page_rows(ids=pages)
+
+    with pydedup.open(store_url) as store:
+        report = store.add("shares", family()["shares"], progress=meddle)
+        assert repaired
+        assert report.shared_blocks
+    assert_sound(store_url)
+
+
 @pytest.mark.parametrize(
     ("method", "call"), [("insert_pages", 2), ("replace_block_map", 1), ("set_page_state", 1)]
 )
