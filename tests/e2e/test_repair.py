@@ -400,6 +400,7 @@ def test_part_of_a_page_is_missing(tmp_path: Path, change_page: Change) -> None:
         assert missing.page == page
         assert missing.models == ("base@1", "near@1", "nearer@1")
         assert 0 < missing.blocks < repaired.found_blocks
+        assert len(store._adapter.blocks_on_pages([page])) == missing.blocks, "others are not here"
         assert_holds(store, "shares")
         again = store.verify(repair_from=other)
         assert again.repair is not None
