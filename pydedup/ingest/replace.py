@@ -32,7 +32,8 @@ from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
 from pydedup.ingest.similar import Pairs, exact_distances, values_of
 from pydedup.ingest.spool import NO_BASE
-from pydedup.similarity import distances, magnitude
+from pydedup.ingest.trial import changes
+from pydedup.similarity import magnitude
 
 __all__ = ["Chosen", "choose_blocks"]
 
@@ -90,10 +91,7 @@ class Chosen:
         for shape, at in by_shape(changed, now, np.arange(now.grid.count)):
             for some in pieces_of(now, at):
                 pair = [values_of(stack_blocks(view, some, shape)) for view in (source, now)]
-                away = distances(*pair).relative_l2
-                # Of a block of zeros, or one with a NaN, all has changed; JSON has no infinity.
-                away[~np.isfinite(away)] = 1.0
-                largest = max(largest, float(away.max()))
+                largest = max(largest, float(changes(*pair).max()))
         return largest
 
 

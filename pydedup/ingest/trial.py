@@ -7,7 +7,6 @@ what the searches call. Which blocks, in which order and to which level is not d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,10 @@ from pydedup.accuracy import Accuracy
 from pydedup.blocks import matrix_shape
 from pydedup.errors import ArgumentError
 from pydedup.ingest.judging import Judge, Scorer, Verdict
+from pydedup.similarity import distances
+from pydedup.types import DType
 
-__all__ = ["KEPT", "RoundOver", "Trial"]
+__all__ = ["KEPT", "RoundOver", "Trial", "changes"]
 
 #: Level of a block that stays as it is.
 KEPT = -1
@@ -133,13 +134,10 @@ class Trial:
         largest: dict[str, float] = {}
         for index in np.flatnonzero(self.levels != KEPT).tolist():
             name = self._candidates[index][0]
-            old, new = self._originals[index].astype(np.float64), self._spots[index]
-            change = float(np.linalg.norm(new.astype(np.float64) - old))
+            old, new = self._originals[index], self._spots[index].copy()
+            change = float(changes(old[np.newaxis], new[np.newaxis])[0])
             if change > 0:
-                # Of a block of zeros, relative to a block like the rest of its tensor.
-                norm = float(np.linalg.norm(old)) or self._typical_norm(index) or change
-                relative = min(change / norm, float(np.finfo(np.float64).max))
-                largest[name] = max(largest.get(name, 0.0), relative)
+                largest[name] = max(largest.get(name, 0.0), change)
         return largest
 
     def _evaluated(self, better_than: Any = None) -> tuple[Verdict, Any]:
@@ -180,9 +178,21 @@ class Trial:
             raise ArgumentError(f"a replacement of {name!r} is an empty block or has no level")
         return spot
 
-    def _typical_norm(self, index: int) -> float:
-        matrix, spot = self._matrices[self._candidates[index][0]], self._spots[index]
-        return float(np.linalg.norm(matrix.astype(np.float64))) * math.sqrt(spot.size / matrix.size)
+
+def changes(before: NDArray[Any], after: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the relative L2 change of blocks (n, rows, cols).
+
+    1, as of a block of which nothing is left, where that is infinite (of zeros, or to a NaN), and
+    for what is no float: JSON has no infinity, and `Bounded` takes neither for near.
+    """
+    dtype = DType.of(before.dtype)
+    if not dtype.is_float:
+        differ: NDArray[np.bool_] = (before != after).any(axis=(1, 2))
+        return differ.astype(np.float64)
+    if dtype.itemsize == 1:
+        before, after = before.astype(np.float32), after.astype(np.float32)
+    found = distances(before, after).relative_l2
+    return np.where(np.isfinite(found), found, 1.0)
 
 
 def _matrix(name: str, array: NDArray[Any]) -> NDArray[Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -211,6 +212,40 @@ def test_the_certificate_of_trained_zeros_is_json(store: pydedup.Store) -> None:
     json.dumps(dict(certificate), allow_nan=False)
     store.add("m", source, policy=policies.Bounded(0.9))
     assert not store.load("m")["bias"].any()
+
+
+@pytest.mark.parametrize("dtype", ["i8", "u1", "?", "f2", "f8", ml_dtypes.float8_e4m3fn])
+def test_whatever_training_changed_is_stored(store: pydedup.Store, dtype: Any) -> None:
+    """Batch normalisation counts its batches in an integer."""
+
+    def finetune(
+        arrays: Mapping[str, NDArray[Any]], _: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        return {**arrays, "n": np.zeros_like(arrays["n"])}
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> float:
+        return -float(arrays["n"].astype(np.float64).sum())
+
+    source = {"w": weights(), "n": np.ones((3, 5), dtype)}
+    store.add("m", source, policy=policies.Accuracy(evaluate, 0.1, finetune=finetune))
+    assert store.info("m").certificate["tensor_errors"] == {"n": 1.0}
+    assert not store.load("m")["n"].any()
+    store.add("m", source, policy=policies.Bounded(0.9))
+    assert same(store.load("m"), source)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_a_version_after_one_whose_squares_leave_the_range(
+    store: pydedup.Store, scale: float
+) -> None:
+    base = weights().astype(np.float64)
+    model = {"w": moved(weights(), 0.05).astype(np.float64) * scale}
+    store.add("base", {"w": base * scale})
+    lossy = store.add("m", model, policy=policies.Accuracy(lambda _: 1.0, 0.1))
+    assert 0.04 < lossy.certificate["largest_block_error"] < 0.06
+    store.add("m", model, policy=policies.Bounded(0.01))
+    away = np.linalg.norm((store.load("m")["w"] - model["w"]) / scale)
+    assert away <= 0.01 * np.linalg.norm(model["w"] / scale)
 
 
 def test_a_source_that_changed_before_a_second_attempt_is_noticed(store: pydedup.Store) -> None:
