@@ -122,7 +122,7 @@ def test_a_staging_that_a_vacuum_collected_leaves_nothing(store_url: str) -> Non
 
         def collect(stage: str, done: int, total: int) -> None:
             if stage == "writing":
-                other.vacuum(lease_seconds=-1)  # as if this writer had slept for long
+                other.vacuum(lease_seconds=0)  # as if this writer had slept for long
 
         with pytest.raises(ConflictError, match="collected by a vacuum"):
             writer.add("new", {"embedding": MODELS["m0"]["embedding"] * 3}, progress=collect)

@@ -584,7 +584,7 @@ def test_a_repair_that_a_vacuum_collected_changes_nothing(
         nonlocal collected
         if stage == "restoring blocks":
             with pydedup.open(store_url) as other:
-                report = other.vacuum(lease_seconds=-1, grace_seconds=grace_seconds)
+                report = other.vacuum(lease_seconds=0, grace_seconds=grace_seconds)
                 collected += report.freed_pages + report.waiting_pages
 
     with pydedup.open(store_url) as store:
