@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Final
@@ -46,6 +47,10 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     ),
     6: (ConflictError, "end the transaction that is open in this thread first"),  # LOCKED
     8: (ReadOnlyError, "make the file and its folder writable"),  # READONLY
+    8 | 3 << 8: (  # READONLY_ROLLBACK
+        UnavailableError,
+        "a writer was interrupted; open the store once as who may write it, and its folder",
+    ),
     8 | 4 << 8: (  # READONLY_DBMOVED
         UnavailableError,
         "the file was moved, deleted or replaced while it was open; open it again",
@@ -76,7 +81,18 @@ def meaning(error: Exception, path: str) -> PydedupError:
     if code & 0xFF == 10 and _is_full(path):
         code = 13
     kind, advice = _MEANINGS.get(code) or _MEANINGS.get(code & 0xFF) or (StoreError, "")
+    if kind is ReadOnlyError and (left := _left_by_others(path)):
+        advice = (
+            f"{' and '.join(left)} is what another user left who may only read the store: make it "
+            "writable for this one, or, where no program uses the store and it is empty, delete it"
+        )
     return kind(f"{path}: {error}" + (f"; {advice}" if advice else f" (code {code})"))
+
+
+def _left_by_others(path: str) -> list[str]:
+    """Return the files beside one that may be written that may not."""
+    beside = [file for file in (f"{path}-wal", f"{path}-shm") if Path(file).exists()]
+    return [file for file in beside if os.access(path, os.W_OK) and not os.access(file, os.W_OK)]
 
 
 def _is_full(path: str) -> bool:

@@ -38,6 +38,7 @@ class StoreFile(DatabaseFile):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._wal = Path(path + "-wal")
+        self._journal = Path(path + "-journal")  # of a file that others took out of WAL mode
         self._inode: int | None = None
 
     def uri(self, options: str) -> str:
@@ -73,14 +74,20 @@ class StoreFile(DatabaseFile):
         self._inode = stamp[0]
         return stamp
 
-    def refuse_unmerged_wal(self) -> None:
-        """Raise UnavailableError when a log lies beside a file whose folder cannot be written."""
-        if self.wal_bytes():
-            raise UnavailableError(
-                f"{self._wal} holds changes that are not in {self.path} yet, and the folder "
-                f"{self.folder} cannot be written; open the store once where it can be written, "
-                "or copy both files to such a place"
-            )
+    def refuse_unmerged(self) -> None:
+        """Raise UnavailableError for a file that is nothing without the log beside it.
+
+        To be asked where the folder cannot be written, so that SQLite cannot put them together.
+        """
+        log, what = self._wal, "holds changes that are not yet in"
+        if not self.wal_bytes():
+            log, what = self._journal, "would undo what a writer left half done in"
+            if not _is_hot(log):
+                return
+        raise UnavailableError(
+            f"{log} {what} {self.path}, and the folder {self.folder} cannot be written; open the "
+            "store once where it can be written, or copy both files to such a place"
+        )
 
     def stamp(self) -> Stamp | None:
         """Return what changes when the file is written or replaced; ``None`` when it is gone."""
@@ -89,6 +96,15 @@ class StoreFile(DatabaseFile):
         except OSError:
             return None
         return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _is_hot(journal: Path) -> bool:
+    """Whether a journal is of a transaction that did not end: else it is gone, empty or zeroed."""
+    try:
+        with journal.open("rb") as file:
+            return any(file.read(1))
+    except OSError:
+        return journal.exists()
 
 
 def ask(connection: Any, sql: str) -> Any:

@@ -164,7 +164,7 @@ class SqliteAdapter(SqliteBase):
             refusals = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
             if _code(error) not in refusals or os.access(self._file.folder, os.W_OK):
                 raise
-        self._file.refuse_unmerged_wal()
+        self._file.refuse_unmerged()
         stamp = self._file.stamp()
         connection = _open(self._file, "mode=ro&immutable=1")
         connection.stamp = stamp

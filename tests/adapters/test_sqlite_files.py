@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,7 @@ from pydedup.errors import (
 )
 from pydedup.testing._contract_base import in_thread
 from pydedup.testing.disks import SmallDisk
+from pydedup.testing.servers import unused_name
 
 MIB = 1 << 20
 
@@ -315,6 +318,64 @@ def test_a_log_on_read_only_media_is_not_passed_over(disk: SmallDisk, tmp_path: 
     for mode in ("r", "a"):
         with pytest.raises(UnavailableError, match=r"models\.db-wal holds changes"):
             registry.connect(f"sqlite:///{disk.folder}/models.db", mode=mode)
+
+
+_INTERRUPTED = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.executescript("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 1; BEGIN IMMEDIATE;")
+connection.execute("UPDATE pydedup_meta SET value = 'unfinished' WHERE name = 'epoch'")
+connection.execute("UPDATE pydedup_pages SET payload = zeroblob(length(payload))")
+os._exit(0)
+"""
+
+
+def test_a_journal_on_read_only_media_is_not_passed_over(disk: SmallDisk) -> None:
+    """A program that took the file out of WAL mode was killed in the middle of a change."""
+    path = disk.folder / "models.db"
+    adapter = open_store(path)
+    ids = add_pages(adapter, 3)
+    adapter.close()
+    subprocess.run([sys.executable, "-c", _INTERRUPTED, str(path)], check=True)
+    disk.remount("ro")
+    for mode in ("r", "a"):
+        with pytest.raises(UnavailableError, match=r"models\.db-journal would undo"):
+            registry.connect(f"sqlite:///{path}", mode=mode)
+    disk.remount("rw")
+    with pytest.raises(UnavailableError, match="open the store once as who may write it"):
+        registry.connect(f"sqlite:///{path}", mode="r").models()
+    adapter = open_store(path)
+    assert adapter.epoch() == 1
+    assert len(list(adapter.read_pages(ids))) == 3
+    adapter.close()
+
+
+def test_a_log_that_another_user_left_is_named(server_folder: Path) -> None:
+    folder = server_folder / unused_name()  # where anybody may go
+    folder.mkdir()
+    path = folder / "models.db"
+    open_store(path).close()
+    for file in (path, folder):
+        file.chmod(0o777)
+    for end in ("-wal", "-shm"):  # as one who may not write the file leaves it
+        Path(f"{path}{end}").touch(mode=0o444)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # root may write anything
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            open_store(path)
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        said = told.read()
+    os.waitpid(child, 0)
+    assert said.startswith("ReadOnlyError")
+    assert f"{path}-wal and {path}-shm is what another user left" in said
 
 
 def test_media_that_were_read_only_may_change(disk: SmallDisk) -> None:
