@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import sys
@@ -69,6 +70,8 @@ def top(
     Shows requests per second, latencies, models, batches and the buffer pool, from /metrics. q or
     Ctrl-C ends it. Into a pipe or a file, and with --json, it is as with --once.
     """
+    if math.isnan(interval):  # which is in any range
+        raise click.UsageError("--interval must be a number of seconds")
     try:
         from pydedup.http.access import read_token
         from pydedup.http.scrape import Source

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -46,20 +47,23 @@ class Metrics:
             "pydedup_request_seconds",
             "From the first byte of an inference request to the last of its answer.",
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=None,
         )
         self._batch_requests = Histogram(
             "pydedup_batch_requests",
             "Requests that went together.",
             buckets=_SIZES,
-            registry=self._registry,
+            registry=None,
         )
         self._batch_rows = Histogram(
             "pydedup_batch_rows",
             "Rows of requests that went together.",
             buckets=_SIZES,
-            registry=self._registry,
+            registry=None,
         )
+        self._lock = threading.Lock()
+        histograms = (self._seconds, self._batch_requests, self._batch_rows)
+        self._registry.register(_Whole(histograms, self._lock))
         for name, (text, value) in gauges.items():
             Gauge(f"pydedup_{name}", text, registry=self._registry).set_function(value)
         if pool is not None:
@@ -74,16 +78,30 @@ class Metrics:
     def request(self, model: str, outcome: str, seconds: float) -> None:
         """Count one inference request."""
         self._requests.labels(model, outcome).inc()
-        self._seconds.observe(seconds)
+        with self._lock:
+            self._seconds.observe(seconds)
 
     def batch(self, requests: int, rows: int) -> None:
         """Count one batch."""
-        self._batch_requests.observe(requests)
-        self._batch_rows.observe(rows)
+        with self._lock:
+            self._batch_requests.observe(requests)
+            self._batch_rows.observe(rows)
 
     def text(self) -> bytes:
         """Return all of it, as Prometheus reads it."""
         return generate_latest(self._registry)
+
+
+class _Whole(Collector):
+    """Histograms of one moment: the counts and the sum of one are two numbers to its package."""
+
+    def __init__(self, histograms: Sequence[Histogram], lock: threading.Lock) -> None:
+        self._histograms = histograms
+        self._lock = lock
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            return [found for one in self._histograms for found in one.collect()]
 
 
 class _Pool(Collector):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -175,7 +175,8 @@ class Source:
         if parts.scheme not in ("http", "https") or not host or parts.username or parts.query:
             raise ArgumentError(f"{url!r} is no URL of a server; write it as http://127.0.0.1:8000")
         self.url = f"{parts.scheme}://{parts.netloc}"
-        self._path = parts.path.rstrip("/").removesuffix("/metrics") + "/metrics"
+        path = quote(parts.path, safe="/%:@!$&'()*+,;=~")  # what is not encoded yet
+        self._path = path.rstrip("/").removesuffix("/metrics") + "/metrics"
         self._headers = {} if token is None else {"Authorization": f"Bearer {token.decode()}"}
         if parts.scheme == "http":
             self._connection = http.client.HTTPConnection(host, port or 80, timeout=timeout)

@@ -54,7 +54,7 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
     Raises
     ------
     ArgumentError
-        When the certificate or its key cannot be used.
+        When the certificate or its key cannot be used, or the host has no possible name.
     OSError
         When the address cannot be had.
     """
@@ -149,6 +149,8 @@ def _listen(options: ServeOptions) -> socket.socket:
         )
     except OSError as error:
         raise OSError(error.errno, f"cannot listen on {place}: {error.strerror}") from error
+    except UnicodeError:  # an empty label, or one that is too long
+        raise ArgumentError(f"{options.host!r} is no name of a host") from None
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:

@@ -25,6 +25,7 @@ import pytest
 
 import pydedup
 from pydedup.errors import ArgumentError, UnavailableError
+from pydedup.http.metrics import Metrics
 from pydedup.http.scrape import Histogram, Rates, Source, parse
 from pydedup.replacement import Trace
 from pydedup.testing.serving import Server, Start
@@ -145,6 +146,7 @@ def test_what_is_no_server_is_said(server: Server, store_url: str) -> None:
     for url, status, said in (
         ("http://127.0.0.1:9", 4, "does not answer"),
         (f"{server.url}/v2", 4, "status 404"),
+        (f"{server.url}/é t", 4, "/%C3%A9%20t/metrics answers with status 404"),
         (store_url, 2, "no URL of a server"),
         ("http://127.0.0.1:99999", 2, "no URL of a server"),
         ("http://", 2, "no URL of a server"),
@@ -155,6 +157,9 @@ def test_what_is_no_server_is_said(server: Server, store_url: str) -> None:
         assert (done.returncode, done.stdout) == (status, ""), done.stderr
         assert said in done.stderr
         assert done.stderr.count("\n") == 1
+    done = top(server.url, "--once", "--interval", "nan")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--interval must be a number" in done.stderr
 
 
 class Terminal:
@@ -289,6 +294,32 @@ def test_what_is_no_metrics_is_refused() -> None:
     for text in ("", "up 1\n", "<html>", "pydedup_pool_hits_total one\n"):
         with pytest.raises(ValueError, match=r"."):
             parse(text)
+
+
+def test_histograms_are_of_one_moment() -> None:
+    metrics = Metrics(dict, {})
+    over = threading.Event()
+
+    def count() -> None:
+        while not over.is_set():
+            metrics.batch(1, 2)
+            metrics.request("m@1", "ok", 0.5)
+
+    counting = threading.Thread(target=count)
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    counting.start()
+    try:
+        for _ in range(300):
+            seen = parse(metrics.text().decode() + "pydedup_pool_hits 0\n")
+            assert seen.batch_requests.mean in (None, 1)
+            assert seen.batch_rows.mean in (None, 2)
+            assert seen.batch_rows.count == seen.batch_requests.count
+            assert seen.seconds.mean in (None, 0.5)
+    finally:
+        over.set()
+        counting.join()
+        sys.setswitchinterval(switch)
 
 
 def test_a_source_says_what_it_wants() -> None:
