@@ -138,10 +138,9 @@ def _verify_pages(
                 continue
             if page.checksum != group[page_id].checksum:
                 damage.note(page_id, ": its checksum is not the one of its row")
-            slots = page.slots
-            contents[page_id] = _PageContent(
-                slots["dtype"], slots["rows"], slots["cols"], digests, readable, bases
-            )
+            # Copies: what is only a part of the page's slots keeps all of the page in memory.
+            dtypes, heights, widths = (page.slots[key].copy() for key in ("dtype", "rows", "cols"))
+            contents[page_id] = _PageContent(dtypes, heights, widths, digests, readable, bases)
             report.blocks += page.n_slots
             actual = digests.astype("<u8").tobytes()
             gone = ~readable

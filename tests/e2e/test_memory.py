@@ -141,3 +141,19 @@ def test_a_difference_takes_two_tensors(tmp_path: Path) -> None:
     assert found.max_abs == np.abs(apart).max()
     norm = np.linalg.norm(before.astype(np.float64))
     assert found.relative_l2 == pytest.approx(np.linalg.norm(apart) / norm)
+
+
+def test_verify_keeps_no_pages(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with pydedup.open(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        for number in range(6):
+            store.add(f"m{number}", {"w": rng.standard_normal(2**21, np.float32)})
+        store.verify()
+        tracemalloc.start()
+        try:
+            report = store.verify()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert report.ok
+    assert peak < report.page_bytes // 2
