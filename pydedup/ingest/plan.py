@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from pydedup.accuracy import number
 from pydedup.adapter import Adapter
 from pydedup.errors import ArgumentError, ConflictError, DuplicateError
 from pydedup.formats.base import ModelSource
 from pydedup.graph import Graph
 from pydedup.names import check_name, parse_address
-from pydedup.policies import Policy
+from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
 
 __all__ = ["Request", "Taken", "plan_address"]
 
 #: What all policies have, those of users too (`pydedup.policies.Policy`).
 _POLICY = ("name", "compresses", "uses_deltas", "max_rel_error", "parameters")
+
+
+#: Names that certificates of ours have.
+_OURS = {"exact": Exact, "lossless": Lossless, "bounded": Bounded, "accuracy": Accuracy}
 
 
 @dataclass(slots=True)
@@ -39,16 +44,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Refuse what is no policy, graph or metadata; raises ArgumentError."""
-        policy: object = self.policy
-        if isinstance(policy, type) or not all(hasattr(policy, part) for part in _POLICY):
-            raise ArgumentError(
-                f"{policy!r} is no policy; give one of pydedup.policies, such as Exact(), "
-                "Lossless() or Bounded(0.001)"
-            )
-        try:
-            json.dumps(dict(self.policy.parameters()), allow_nan=False)
-        except (TypeError, ValueError) as exc:
-            raise ArgumentError(f"parameters() of {policy!r} are not JSON: {exc}") from exc
+        _check_policy(self.policy)
         graph: object = self.graph
         if not isinstance(graph, Graph | None):
             raise ArgumentError(
@@ -173,3 +169,24 @@ def plan_address(
             f"{wanted!r} is an alias of {address.name}; a version cannot have the same name"
         )
     return address.name, wanted, is_numbered
+
+
+def _check_policy(policy: Policy) -> None:
+    """Refuse what is no policy, and one of a user's own that cannot be kept."""
+    given_as: object = policy
+    if isinstance(given_as, type) or not all(hasattr(given_as, part) for part in _POLICY):
+        raise ArgumentError(
+            f"{policy!r} is no policy; give one of pydedup.policies, such as Exact(), "
+            "Lossless() or Bounded(0.001)"
+        )
+    name: object = policy.name
+    if not isinstance(name, str) or not isinstance(policy, _OURS.get(name, object)):
+        raise ArgumentError(
+            f"the name of {policy!r} is {name!r}; it must be text, and none of {', '.join(_OURS)}"
+        )
+    if not number(f"max_rel_error of {policy!r}", policy.max_rel_error) >= 0:
+        raise ArgumentError(f"max_rel_error of {policy!r} must be 0 or more")
+    try:
+        json.dumps(dict(policy.parameters()), allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise ArgumentError(f"parameters() of {policy!r} are not JSON: {exc}") from exc

@@ -167,7 +167,7 @@ class MatchedModel(StagedModel):
             **policy.parameters(),
             **self.evidence,
             # What a search chose may differ though no relative error shows it.
-            "same_bits": policy.max_rel_error == 0 and not self.evidence,
+            "same_bits": bool(policy.max_rel_error == 0) and not self.evidence,
             "largest_block_error": max(errors.values(), default=0.0),
         }
         return {**certificate, "tensor_errors": errors} if errors else certificate

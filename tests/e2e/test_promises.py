@@ -134,6 +134,34 @@ def test_parameters_that_are_not_json_are_refused(store: pydedup.Store) -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        ("name", "accuracy", "the name of .* none of exact, lossless"),
+        ("name", 3, "the name of .* must be text"),
+        ("max_rel_error", "0.1", "max_rel_error of .* must be a number"),
+        ("max_rel_error", None, "max_rel_error of .* must be a number"),
+        ("max_rel_error", float("nan"), "max_rel_error of .* must be finite"),
+        ("max_rel_error", -1, "max_rel_error of .* must be 0 or more"),
+    ],
+)
+def test_a_policy_that_cannot_be_kept_is_refused(
+    store: pydedup.Store, part: str, value: object, says: str
+) -> None:
+    policy = Mine()
+    setattr(policy, part, value)
+    with pytest.raises(ArgumentError, match=says):
+        store.add("m", {"w": weights()}, policy=policy)
+    assert store.models() == []
+
+
+def test_the_error_of_a_policy_may_be_a_number_of_numpy(store: pydedup.Store) -> None:
+    policy = Mine()
+    policy.max_rel_error = np.float32(0.05)
+    store.add("m", {"w": weights()}, policy=policy)
+    assert store.info("m").certificate["same_bits"] is False
+
+
+@pytest.mark.parametrize(
     ("certificate", "said"),
     [
         ({"policy": "exact", "max_rel_error": 0.0}, "the same bits"),
