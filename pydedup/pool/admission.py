@@ -20,7 +20,7 @@ from typing import Self
 from pydedup import _core
 from pydedup.errors import BudgetError
 
-__all__ = ["Gate", "Reservation", "Shadow"]
+__all__ = ["Gate", "Reservation", "Shadow", "Shares"]
 
 
 class Reservation:
@@ -184,3 +184,103 @@ class Shadow:
             left = stats["budget_bytes"] - stats["pinned_bytes"] - stats["reserved_bytes"]
             self._nbytes = max(min(wanted, left), 0) // 2  # others pin meanwhile
             self._held = self._core.reserve(self._nbytes)
+
+
+class Shares:
+    """How a pool's budget is divided now. Safe between threads.
+
+    Attributes
+    ----------
+    walks, ahead
+        The gates of pages that walks pin, and of those that are read ahead of walks.
+    """
+
+    def __init__(self, budget: int, scratch: int, largest: Callable[[], int]) -> None:
+        self._budget = budget
+        self._scratch = scratch  # for activations, beside the budget
+        self._largest = largest  # returns the bytes of the largest page so far
+        self._reserved = 0
+
+    def begin(self, core: _core.BufferPool) -> None:
+        """Begin with nobody at work: at first, and with the new pool of a forked child.
+
+        What was reserved before a fork is in the memory of the child as well.
+        """
+        self._core = core
+        self.walks = Gate(self._budget // 4)
+        self.ahead = Gate(self._budget // 4)
+        shadow = Shadow(
+            core,
+            self._scratch,
+            # A delta needs its page and that of its base at once.
+            lambda: min(self._left // 2, self._left - 2 * self._largest()),
+        )
+        self._activations = Gate(self._scratch + self._budget // 2, shadow.follow)
+        self._process = os.getpid()
+        self._inherited, self._carried = self._reserved, core.reserve(0)
+        self._widen(0)
+        self._carry()
+
+    def reserve(self, nbytes: int) -> Reservation:
+        """Take bytes off the budget, for something else than pages that lives long.
+
+        They come back when the result is released or gone, or is left as a context manager. Evicts
+        what it must; raises BudgetError when that much is not to be had.
+        """
+        try:
+            return self._reserve(nbytes)
+        except BudgetError:
+            # Activations count as far as there is room: what they will take is only foreseen.
+            with self._activations.aside():
+                return self._reserve(nbytes)
+
+    @property
+    def activation_bytes(self) -> int:
+        """What activations may take together, in bytes."""
+        return self._activations.limit
+
+    @contextmanager
+    def activations(self, nbytes: int, *, waits: bool = True) -> Iterator[Callable[[int], None]]:
+        """Count the activations of a prediction against the budget, waiting for others' to go.
+
+        More than `activation_bytes` is let in alone, and counted as far as there is room. What is
+        yielded counts so many bytes more, without waiting, for one who finds out on the way.
+        """
+        gate, more = self._activations, 0
+
+        def take_more(nbytes: int) -> None:
+            nonlocal more
+            gate.take(nbytes)
+            more += nbytes
+
+        with gate.hold(nbytes, waits=waits):
+            try:
+                yield take_more
+            finally:
+                gate.give_back(more)
+
+    def _reserve(self, nbytes: int) -> Reservation:
+        reservation = Reservation(self._core.reserve(nbytes), nbytes, self._give_back)
+        self._widen(-nbytes)
+        return reservation
+
+    def _give_back(self, nbytes: int, process: int) -> None:
+        if process != self._process:
+            self._inherited -= nbytes
+            self._carry()
+        self._widen(nbytes)
+
+    @property
+    def _left(self) -> int:
+        return max(self._budget - self._reserved, 0)
+
+    def _carry(self) -> None:
+        self._carried.release()
+        self._carried = self._core.reserve(min(self._inherited, self._budget))
+
+    def _widen(self, nbytes: int) -> None:
+        self._reserved -= nbytes
+        left = self._left
+        self.walks.narrow(left // 4)
+        self.ahead.narrow(left // 4)
+        self._activations.narrow(self._scratch + left // 2)

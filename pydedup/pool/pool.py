@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -28,7 +28,7 @@ from pydedup._core import Page
 from pydedup.blocks import as_unsigned
 from pydedup.codec import StoredBases
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError
-from pydedup.pool.admission import Gate, Reservation, Shadow
+from pydedup.pool.admission import Reservation, Shares
 from pydedup.pool.loading import Copies, Fetch, PageLoader
 from pydedup.pool.prefetch import Call, Lane
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
@@ -114,34 +114,20 @@ class PagePool:
         self._budget = memory_bytes
         self._policy = check_policy(policy)
         self._readers = readers
-        self._scratch = scratch_bytes
         self._copies = copies
         self._explain = explain
         self._plans = Plans()
+        self._shares = Shares(memory_bytes, scratch_bytes, lambda: self._loader.largest)
         self._start()
         _pools.add(self)
 
-    def _start(self, inherited: int = 0) -> None:
+    def _start(self) -> None:
         """Begin with nothing in memory and nobody at work: at first, and in a forked child."""
         self._core = _core.BufferPool(self._budget, self._policy)
         self._loader = PageLoader(
             self._core, self._fetch, self.damaged, self._readers, self._copies
         )
-        self._gate = Gate(self._budget // 4)
-        self._ahead = Gate(self._budget // 4)
-        shadow = Shadow(
-            self._core,
-            self._scratch,
-            # A delta needs its page and that of its base at once.
-            lambda: min(self._left // 2, self._left - 2 * self._loader.largest),
-        )
-        self._activations = Gate(self._scratch + self._budget // 2, shadow.follow)
-        self._reserved = 0
-        self._process = os.getpid()
-        # What was reserved before a fork is in the memory of the child as well.
-        self._inherited, self._carried = inherited, self._core.reserve(0)
-        self._widen(-inherited)
-        self._carry()
+        self._shares.begin(self._core)
         self._calls = threading.local()
         self._last: dict[tuple[int, ...], list[list[Window]]] = {}  # walks of models' last call
         self._told: dict[int, int] = {}  # by model: which state of its pages the policy knows
@@ -287,7 +273,7 @@ class PagePool:
             count = min(self.window_pages, (self._budget - total) // self._loader.largest)
             if count < 1:
                 break
-            with self._gate.hold(count * self._loader.largest):
+            with self._shares.walks.hold(count * self._loader.largest):
                 total += sum(page.nbytes for page in self.pages(wanted[at : at + count]))
             at += count
         return self._core.count_resident(wanted)
@@ -319,7 +305,7 @@ class PagePool:
         # no room to read ahead.
         most = max(2, self.window_pages)
         room = most * self._loader.largest
-        core, ahead = self._core, self._ahead
+        core, ahead = self._core, self._shares.ahead
         call = Call(
             self._last.get(owner, []),
             self._load_ahead,
@@ -340,42 +326,19 @@ class PagePool:
                     self._last.pop(oldest, None)
 
     def reserve(self, nbytes: int) -> Reservation:
-        """Take bytes off the budget, for something else than pages that lives long.
-
-        They come back when the result is released or gone, or is left as a context manager. Evicts
-        what it must; raises BudgetError when that much is not to be had.
-        """
-        try:
-            return self._reserve(nbytes)
-        except BudgetError:
-            # Activations count as far as there is room: what they will take is only foreseen.
-            with self._activations.aside():
-                return self._reserve(nbytes)
+        """Take bytes off the budget; see `pydedup.pool.admission.Shares.reserve`."""
+        return self._shares.reserve(nbytes)
 
     @property
     def activation_bytes(self) -> int:
         """What activations may take together, in bytes."""
-        return self._activations.limit
+        return self._shares.activation_bytes
 
-    @contextmanager
-    def activations(self, nbytes: int, *, waits: bool = True) -> Iterator[Callable[[int], None]]:
-        """Count the activations of a prediction against the budget, waiting for others' to go.
-
-        More than `activation_bytes` is let in alone, and counted as far as there is room. What is
-        yielded counts so many bytes more, without waiting, for one who finds out on the way.
-        """
-        gate, more = self._activations, 0
-
-        def take_more(nbytes: int) -> None:
-            nonlocal more
-            gate.take(nbytes)
-            more += nbytes
-
-        with gate.hold(nbytes, waits=waits):
-            try:
-                yield take_more
-            finally:
-                gate.give_back(more)
+    def activations(
+        self, nbytes: int, *, waits: bool = True
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """Count activations; see `pydedup.pool.admission.Shares.activations`."""
+        return self._shares.activations(nbytes, waits=waits)
 
     def record(self, max_uses: int) -> None:
         """Record uses of pages from now on, at 16 bytes each; 0 ends that."""
@@ -409,32 +372,6 @@ class PagePool:
 
     # ---- inside -------------------------------------------------------------------------------
 
-    def _reserve(self, nbytes: int) -> Reservation:
-        reservation = Reservation(self._core.reserve(nbytes), nbytes, self._give_back)
-        self._widen(-nbytes)
-        return reservation
-
-    def _give_back(self, nbytes: int, process: int) -> None:
-        if process != self._process:
-            self._inherited -= nbytes
-            self._carry()
-        self._widen(nbytes)
-
-    @property
-    def _left(self) -> int:
-        return max(self._budget - self._reserved, 0)
-
-    def _carry(self) -> None:
-        self._carried.release()
-        self._carried = self._core.reserve(min(self._inherited, self._budget))
-
-    def _widen(self, nbytes: int) -> None:
-        self._reserved -= nbytes
-        left = self._left
-        self._gate.narrow(left // 4)
-        self._ahead.narrow(left // 4)
-        self._activations.narrow(self._scratch + left // 2)
-
     def _calling(self) -> Call | None:
         call: Call | None = getattr(self._calls, "now", None)
         return call
@@ -464,7 +401,7 @@ class PagePool:
             number, window = ahead.pop()
             if lane is not None and number >= 0:
                 self._reach(lane, number, window)
-            with self._gate.hold(len(window.ids) * self._loader.largest):
+            with self._shares.walks.hold(len(window.ids) * self._loader.largest):
                 used = at_once is not None and at_once(window)
                 pages = None if used else self._pages_if_fit(window)
                 if lane is not None and number >= 0:
@@ -516,7 +453,7 @@ _pools: weakref.WeakSet[PagePool] = weakref.WeakSet()
 
 def _restart_pools() -> None:
     for pool in list(_pools):
-        pool._start(pool._reserved)
+        pool._start()
 
 
 os.register_at_fork(after_in_child=_restart_pools)
