@@ -30,6 +30,7 @@ from pydedup.errors import (
 from pydedup.jobs import Job
 from pydedup.layout import block_costs, map_places, pages_read
 from pydedup.testing.faults import Fault, inject
+from pydedup.types import DType
 
 Model = dict[str, NDArray[Any]]
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
@@ -173,6 +174,12 @@ def clear(payload: bytearray) -> None:
     payload[:] = b""
 
 
+def misname(payload: bytearray) -> None:
+    """Say that the first block is of another dtype of the same size."""
+    others = {DType.F32.code: DType.I32.code, DType.F16.code: DType.BF16.code}
+    payload[65] = others[payload[65]]
+
+
 def test_a_flipped_bit_is_told_with_page_and_models(store_url: str, change_page: Change) -> None:
     fill(store_url)
     (own_page,) = pages_of(store_url, "own")
@@ -241,6 +248,7 @@ def test_a_flipped_bit_in_any_page(store_url: str, change_page: Change) -> None:
     [
         *(flip(at) for at in (0, 4, 6, 8, 23, 24, 28, 32, 39, 40, 63)),  # header
         *(flip(at, 2) for at in (64, 65, 66, 68, 72, 76, 80, 88)),  # slot table
+        misname,
         flip_half,
         flip(-1),
         ruin,
