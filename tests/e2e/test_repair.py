@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import policies
-from pydedup.adapter import LIVE
+from pydedup.adapter import LIVE, STAGING
 from pydedup.errors import (
     ConflictError,
     CorruptStoreError,
@@ -520,6 +520,27 @@ def test_serving_and_writing_go_on(store_url: str, change_page: Change, healthy:
         assert_holds(served, name)
     served.close()
     assert_sound(store_url, notes=True)  # pages that the writer retired
+
+
+def test_nothing_is_kept_of_a_model_that_is_removed_meanwhile(
+    store_url: str, change_page: Change, healthy: str
+) -> None:
+    fill(store_url)
+    (page,) = pages_of(store_url, "own")
+    change_page(store_url, page, flip_half)
+
+    def meddle(stage: str, finished: int, total: int) -> None:
+        if stage == "restoring blocks":
+            with pydedup.open(store_url) as other:
+                other.remove("own")
+
+    with pydedup.open(store_url) as store:
+        report = store.verify(repair_from=healthy, progress=meddle)
+        assert report.repair is not None
+        assert (report.repair.new_pages, report.repair.missing) == (0, ())
+        assert store._adapter.page_rows(state=STAGING) == []
+        assert store._adapter.page_rows(ids=[page]) == []
+    assert_sound(store_url)
 
 
 def test_an_add_that_matched_before_a_repair_names_no_page_that_went(
