@@ -255,6 +255,34 @@ def test_a_vacuum_of_the_source_meanwhile(
     assert_same(source_url, url)
 
 
+def test_what_is_there_is_found_after_a_vacuum_of_the_source(
+    new_store: New, assert_same: Any
+) -> None:
+    """Between two models it moves the blocks that both have, so nothing is known of them."""
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    rng = np.random.default_rng(5)
+    shared, more, *own = (rng.standard_normal((200, 128)).astype(np.float32) for _ in range(4))
+    with pydedup.open(source_url) as store:
+        store.add("gone", {"t": shared, "w": more}, policy=pydedup.policies.Exact())
+        for name, array in zip("ab", own, strict=True):
+            store.add(name, {"t": shared, "w": array}, policy=pydedup.policies.Exact())
+        store.remove("gone")
+    moved: list[int] = []
+
+    def vacuum(stage: str, done: int, total: int) -> None:
+        with pydedup.open(url, mode="r") as target:
+            is_time = not moved and len(target.models()) == 1
+        if is_time:
+            with pydedup.open(source_url) as other:
+                moved.append(other.vacuum().repacked_pages)
+
+    with pydedup.open(source_url, mode="r") as store:
+        report = store.copy_to(url, progress=vacuum)
+    assert moved[0] > 0
+    assert [model.shared_blocks > 0 for model in report.models] == [False, True]
+    assert_same(source_url, url)
+
+
 def test_a_model_that_is_removed_meanwhile(filled: New, new_store: New, assert_same: Any) -> None:
     source_url, url = filled("sqlite"), new_store("sqlite")
 
