@@ -140,7 +140,7 @@ def configure(connection: Any) -> None:
     """Set what SQLite does not keep in the file."""
     for setting in (
         "PRAGMA synchronous = FULL",  # the library may be built for none, also for checkpoints
-        "PRAGMA cache_size = -4096",  # KiB; payloads are read past it
+        "PRAGMA cache_size = -4096",  # KiB, of each thread; payloads fill it, too
         "PRAGMA secure_delete = FAST",  # to overwrite what is deleted would double the work
         "PRAGMA trusted_schema = OFF",  # the file may come from anybody
     ):
