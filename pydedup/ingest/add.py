@@ -114,6 +114,7 @@ def _attempt(
         )
         if published is None:
             return None
+        adapter.checkpoint()
         return _reports(models, spool, matcher.reader, published, started, dry_run=False)
 
 

@@ -91,7 +91,6 @@ def publish_batch(
         with contextlib.suppress(PydedupError):
             stager.discard()
         raise
-    adapter.checkpoint()
     return layout
 
 

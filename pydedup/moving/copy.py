@@ -65,6 +65,7 @@ def copy_models(
     copier = _Copier(source, target, items, progress)
     models = [copier.copy(item) for item in items]
     aliases = _set_aliases(target.adapter, items)
+    target.adapter.checkpoint()  # once: what a small model writes takes less than this
     return CopyReport(
         source=source.adapter.url,
         target=target.adapter.url,
