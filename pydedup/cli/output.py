@@ -110,8 +110,8 @@ def array_text(array: NDArray[Any]) -> str:
 
 
 def plain_array(array: NDArray[Any]) -> NDArray[Any]:
-    """Return an array in a dtype that JSON has numbers for; those of ml_dtypes become f32."""
-    return array if array.dtype.kind in "biuf" else array.astype(np.float32)
+    """Return an array in a dtype that JSON has values for; those of ml_dtypes become f32."""
+    return array if array.dtype.kind in "biufO" else array.astype(np.float32)
 
 
 def _fold(text: str, room: int) -> list[str]:

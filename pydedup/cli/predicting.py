@@ -75,8 +75,7 @@ def predict(
         output.print_note(f"wrote {', '.join(outputs)} to {target}")
     else:
         for key, array in outputs.items():
-            label = DType.of(array.dtype).label
-            output.print_heading(f"{key}: {label} {text.shape(array.shape)}")
+            output.print_heading(f"{key}: {_label(array)} {text.shape(array.shape)}")
             output.print_line(output.array_text(array))
 
 
@@ -167,10 +166,15 @@ def _write(path: Path, outputs: Mapping[str, Array]) -> None:
     write_model(path, outputs, entries, format=suffix)
 
 
+def _label(array: Array) -> str:
+    """Return what the type of an array is called; that of names of classes is text."""
+    return "text" if array.dtype.kind == "O" else DType.of(array.dtype).label
+
+
 def _document(outputs: Mapping[str, Array]) -> dict[str, Any]:
     return {
         key: {
-            "dtype": DType.of(array.dtype).label,
+            "dtype": _label(array),
             "shape": list(array.shape),
             "values": output.plain_array(array).tolist(),
         }

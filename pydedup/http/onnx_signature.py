@@ -19,6 +19,7 @@ _DATATYPES = {
     5: "INT16",
     6: "INT32",
     7: "INT64",
+    8: "BYTES",
     9: "BOOL",
     10: "FP16",
     11: "FP64",

@@ -83,6 +83,8 @@ def infer_reply(
     parts: list[bytes] = [orjson.dumps(head)[:-1], b',"outputs":[']
     binary: list[memoryview] = []
     for number, one in enumerate(wanted):
+        if outputs[one.name].dtype.kind == "O":
+            raise bad("outputs", f"{one.name!r} is text, which is not supported; ask for others")
         datatype, array = named(outputs[one.name])
         entry: dict[str, Any] = {"name": one.name, "datatype": datatype, "shape": array.shape}
         if number:

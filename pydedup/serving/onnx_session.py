@@ -82,7 +82,8 @@ def run_onnx(
     BudgetError
         When the weights do not fit the budget.
     UnsupportedFormatError
-        When onnx or onnxruntime is not installed, or does not know the graph's operations.
+        When onnx or onnxruntime is not installed, or does not know the graph's operations, or an
+        output is no array, or of a type that numpy lacks.
     """
     runner = _runner_of(pool)
     graph, session = runner.graph(model, payload, tensor, pool)
@@ -115,7 +116,8 @@ def run_onnx(
         found = session.runtime.run_with_ort_values(list(graph.outputs), given)
     except Exception as exc:  # of many classes, by the runtime's own numbering
         raise ArgumentError(f"ONNX Runtime cannot run {model.address}: {exc}") from exc
-    return {name: value.numpy() for name, value in zip(graph.outputs, found, strict=True)}
+    outputs = zip(graph.outputs, found, strict=True)
+    return {name: _as_output(value, f"{model.address} gives {name!r}") for name, value in outputs}
 
 
 # ---- inside -------------------------------------------------------------------------------------
@@ -289,6 +291,16 @@ def _as_input(x: ArrayLike, kind: Any) -> Any:
     with np.errstate(over="ignore"):
         ready = np.ascontiguousarray(array, wanted.numpy)
     return _as_value(ready, 16 if wanted is DType.BF16 else 0)
+
+
+def _as_output(value: Any, what: str) -> NDArray[Any]:
+    """Return an output as an array. Raises UnsupportedFormatError."""
+    kind: str = value.data_type()
+    if kind != "tensor(string)" and (kind not in _TYPES or _TYPES[kind] is DType.BF16):
+        advice = "; convert its classifier with options={'zipmap': False}" if "map(" in kind else ""
+        raise UnsupportedFormatError(f"{what} as {kind}, which is not supported{advice}")
+    array: NDArray[Any] = value.numpy()
+    return array
 
 
 def _shorten(kept: OrderedDict[Any, Any]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 import pydedup
+from pydedup.errors import UnsupportedFormatError
+from pydedup.testing.program import run_here
 from pydedup.testing.serving import Start
 
 onnx = pytest.importorskip("onnx")
@@ -65,3 +68,69 @@ def test_it_is_served_like_any_other(start: Start, own_url: str, tmp_path: Path)
     assert answer.error
     assert server.infer("ceil", {"inputs": [{**entry, "name": "a"}]}).status == 400
     assert server.ask("POST", "/v2/repository/models/ceil/load", b"").status == 200
+
+
+def classifier(path: Path, kind: str) -> Any:
+    """Save a classifier as scikit-learn's are: labels, and what the kind says of its scores."""
+    make = onnx.helper
+    weight = np.random.default_rng(2).standard_normal((3, 4), np.float32)
+    nodes = [
+        make.make_node(
+            "LinearClassifier",
+            ["x"],
+            ["label", "scores"],
+            domain="ai.onnx.ml",
+            coefficients=weight.ravel().tolist(),
+            intercepts=[0.0] * 3,
+            classlabels_strings=["a", "b", "c"],
+        )
+    ]
+    if kind == "maps":
+        labels = {"domain": "ai.onnx.ml", "classlabels_strings": ["a", "b", "c"]}
+        nodes.append(make.make_node("ZipMap", ["scores"], ["p"], **labels))
+        scores = make.make_map_type_proto(8, make.make_tensor_type_proto(1, []))
+        last = make.make_value_info("p", make.make_sequence_type_proto(scores))
+    else:
+        nodes.append(make.make_node("Cast", ["scores"], ["p"], to=16 if kind == "bf16" else 1))
+        last = make.make_tensor_value_info("p", 16 if kind == "bf16" else 1, ["n", 3])
+    graph = make.make_graph(
+        nodes,
+        "g",
+        [make.make_tensor_value_info("x", 1, ["n", 4])],
+        [make.make_tensor_value_info("label", 8, ["n"]), last],
+    )
+    sets = [make.make_opsetid("", 17), make.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(make.make_model(graph, opset_imports=sets, ir_version=9), path)
+    return weight
+
+
+def test_outputs_that_are_text_or_no_arrays(start: Start, own_url: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(3).standard_normal((5, 4), np.float32)
+    with pydedup.open(own_url) as store:
+        for kind in ("plain", "maps", "bf16"):
+            weight = classifier(tmp_path / "m.onnx", kind)
+            store.add(kind, tmp_path / "m.onnx")
+        labels = [["a", "b", "c"][i] for i in (x @ weight.T).argmax(axis=1)]
+        assert store.predict("plain", x)["label"].tolist() == labels
+        for kind, said in (("maps", "'p' as seq.map.*zipmap"), ("bf16", "'p' as tensor.bfloat16")):
+            with pytest.raises(UnsupportedFormatError, match=f"{kind}@1 gives {said}"):
+                store.predict(kind, x)
+    np.save(tmp_path / "x.npy", x)
+    words = ["predict", own_url, "plain", tmp_path / "x.npy"]
+    found = json.loads(run_here(*words, "--json").stdout)["outputs"]["label"]
+    assert found == {"dtype": "text", "shape": [5], "values": labels}
+    assert "label: text 5" in run_here(*words).stdout
+
+    server = start(own_url)
+    told = server.ask("GET", "/v2/models/plain").json["outputs"]
+    assert [one["datatype"] for one in told] == ["BYTES", "FP32"]
+    entry = {"name": "x", "datatype": "FP32", "shape": [5, 4], "data": x.tolist()}
+    answer = server.infer("plain", {"inputs": [entry]})
+    assert answer.status == 400
+    assert "'label' is text" in answer.error
+    (p,) = server.infer("plain", {"inputs": [entry], "outputs": [{"name": "p"}]}).json["outputs"]
+    np.testing.assert_allclose(np.reshape(p["data"], (5, 3)), x @ weight.T, 1e-5)
+    for kind in ("maps", "bf16"):
+        answer = server.infer(kind, {"inputs": [entry]})
+        assert answer.status == 501
+        assert f"{kind}@1 gives 'p'" in answer.error
