@@ -12,7 +12,7 @@ import pytest
 
 import pydedup
 from pydedup import registry
-from pydedup.adapter import Adapter
+from pydedup.adapter import LIVE, Adapter
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -473,6 +473,9 @@ def test_a_quota_does_not_count_what_is_replaced(new_store: New) -> None:
         with pydedup.open(new_store("sqlite")) as store:
             store.add("m@1", {"w": new}, metadata=metadata)
             assert store.copy_to(url, on_conflict="replace").copied == 1
+            with pydedup.open(url, mode="r") as target:
+                live = {row.id for row in target._adapter.page_rows(state=LIVE)}
+                assert live == {page for _, page, _, _ in target._adapter.model_pages()}
             store.add("m@2", {"w": old}, metadata=metadata)
             with pytest.raises(QuotaError):
                 store.copy_to(url, on_conflict="replace")
