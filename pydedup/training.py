@@ -88,10 +88,10 @@ def torch_saliency(
     def saliency(weights: Arrays) -> dict[str, NDArray[np.float32]]:
         import torch
 
-        with _holding(module, weights), torch.enable_grad():
+        with _holding(module, weights), _differentiable(module), torch.enable_grad():
             module.eval()
             state = module.state_dict(keep_vars=True)
-            asked = {name: t for name, t in state.items() if t.requires_grad and name in weights}
+            asked = {name: state[name] for name in weights if state[name].requires_grad}
             found = torch.autograd.grad(loss(module), list(asked.values()), allow_unused=True)
             # What has no gradient (buffers, unused weights) changes the loss by nothing.
             result = {name: np.zeros(array.shape, np.float32) for name, array in weights.items()}
@@ -182,6 +182,19 @@ def _holding(module: torch.nn.Module, weights: Arrays) -> Iterator[dict[str, tor
                 setattr(part, name, tensor)
         for part, mode in modes:
             part.training = mode
+
+
+@contextmanager
+def _differentiable(module: torch.nn.Module) -> Iterator[None]:
+    """Give parameters that are not trained a gradient, too; they matter for the loss as well."""
+    frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

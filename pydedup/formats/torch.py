@@ -145,8 +145,13 @@ class ModuleSource(SourceBase):
         for name, value in module.state_dict(keep_vars=True).items():
             if isinstance(value, torch.Tensor):
                 self._tensors[name] = value
-            else:
+            elif _is_extra(name):
                 left_out.append(name)
+            else:
+                raise UnsupportedFormatError(
+                    f"{self.description}: {name!r} is a {type(value).__name__}, not a tensor, as "
+                    "of quantised layers; store the module as it was before"
+                )
         self.left_out = tuple(left_out)
         self._set_entries(
             torch_entry(name, tensor, f"{self.description}: tensor {name!r}")
@@ -282,7 +287,7 @@ def _state_dict(loaded: object, where: str) -> tuple[dict[str, torch.Tensor], tu
             raise FormatError(f"{where} has the key {name!r:.60}; names of tensors must be text")
         if isinstance(item, torch.Tensor):
             state[name] = item
-        elif name.rpartition(".")[2] == "_extra_state":
+        elif _is_extra(name):
             left_out.append(name)
         else:
             raise FormatError(
@@ -290,6 +295,11 @@ def _state_dict(loaded: object, where: str) -> tuple[dict[str, torch.Tensor], tu
                 "save model.state_dict() alone, or under the key 'state_dict'"
             )
     return state, tuple(left_out)
+
+
+def _is_extra(name: str) -> bool:
+    """Return whether an entry of a state dict is what ``get_extra_state`` of a module gave."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def _storages(value: object) -> Iterator[tuple[int, int]]:

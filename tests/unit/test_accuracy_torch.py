@@ -332,6 +332,27 @@ def test_saliency_is_the_product_of_gradient_and_weight() -> None:
     assert found["bias"] == pytest.approx(abs(module.bias.item()))
 
 
+class Versioned(nn.Linear):
+    """Has more in its state dict than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_saliency_of_a_frozen_module_is_that_of_a_trained_one() -> None:
+    module, x = nn.Sequential(Versioned(3, 2), nn.Linear(2, 1)), torch.ones(1, 3)
+    given = {n: t.detach().numpy().copy() for n, t in module.named_parameters()}
+    trained = torch_saliency(module, lambda m: m(x).sum())(given)
+    module[0].requires_grad_(False)
+    module[1].weight.requires_grad_(False)
+    frozen = torch_saliency(module, lambda m: m(x).sum())(given)
+    assert all(np.array_equal(frozen[name], trained[name]) for name in given)
+    assert [p.requires_grad for p in module.parameters()] == [False, False, False, True]
+
+
 class Counting(nn.Module):
     """Counts its calls in a buffer that is in no state dict."""
 

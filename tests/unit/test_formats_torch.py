@@ -228,6 +228,22 @@ def test_a_lazy_module_is_named() -> None:
         open_source(nn.Sequential(nn.LazyLinear(4)))
 
 
+def test_a_quantised_module_is_refused_and_extra_state_left_out() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+    class Packed(nn.Linear):
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            destination[prefix + "packed"] = (self.weight, self.bias)  # as torch's quantised layers
+
+    with open_source(nn.Sequential(Extra(2, 2))) as source:
+        assert source.left_out == ("0._extra_state",)
+        assert [entry.name for entry in source.entries] == ["0.weight", "0.bias"]
+    with pytest.raises(UnsupportedFormatError, match=r"'0\.packed' is a tuple.*quantised layers"):
+        open_source(nn.Sequential(Packed(2, 2)))
+
+
 @pytest.mark.parametrize(
     ("tensor", "says"),
     [
