@@ -54,8 +54,8 @@ def locate_file(url: str) -> tuple[DatabaseFile, float]:
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name != "timeout":
             raise ArgumentError(
-                f"{shown!r}: option {name!r} is not known; there is: timeout (a path that holds "
-                "'?' is to end in one more)"
+                f"{shown!r}: option {name!r} is not known; there is: timeout (the URL of a path "
+                f"that holds '?' ends in one more: {scheme}:///PATH?)"
             )
         try:
             timeout = float(value)

@@ -51,8 +51,11 @@ def test_a_text_that_may_be_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(list(tmp_path.iterdir())) == 3
     with pytest.raises(ArgumentError, match="option 'mode' is not known"):
         registry.connect("d.db?mode=ro", mode="a")
-    with pytest.raises(ArgumentError, match=r"'b.db' is not known.* is to end in one more"):
-        registry.connect("sqlite:///a?b.db", mode="r")
+    # Of a text that is no URL, "end in one more" named another file.
+    for place, option in (("sqlite:///a?b.db", "b.db"), ("a?b=c.db", "b")):
+        said = rf"'{option}' is not known.* ends in one more: sqlite:///PATH\?\)$"
+        with pytest.raises(ArgumentError, match=said):
+            registry.connect(place, mode="r")
     registry.connect("sqlite:///a?b.db?", mode="r").close()
 
 
