@@ -198,6 +198,13 @@ def test_tables_of_others_are_left_alone(url: str, run: Run) -> None:
     assert run(url, "SHOW TABLES") == [("pydedup_meta",), ("theirs",)]
 
 
+def test_a_table_that_is_gone_is_complained_of(adapter: Adapter, url: str, run: Run) -> None:
+    run(url, "DROP TABLE pydedup_signatures")
+    found = adapter.integrity_errors()
+    assert found
+    assert all("pydedup_signatures" in complaint for complaint in found)
+
+
 # ---- beside each other --------------------------------------------------------------------------
 
 
@@ -256,8 +263,11 @@ def test_settings_of_the_server_cut_no_result_and_stop_no_write(
     url: str, run: Run, limit: int
 ) -> None:
     settings = {"sql_select_limit": limit, "sql_safe_updates": 1}
-    settings |= {"max_join_size": 1, "completion_type": 1}
-    ((*before,),) = run(url, f"SELECT {', '.join(f'@@GLOBAL.{name}' for name in settings)}")
+    settings |= {"max_join_size": 1, "completion_type": 1, "group_concat_max_len": 4}
+    ((*before,),) = run(
+        url, f"SELECT {', '.join(f'@@GLOBAL.{name}' for name in (*settings, 'sql_mode'))}"
+    )
+    settings["sql_mode"] = "''"  # values that do not fit are cut
     run(url, *(f"SET GLOBAL {name} = {value}" for name, value in settings.items()))
     try:
         with pydedup.open(url) as store:
@@ -265,6 +275,11 @@ def test_settings_of_the_server_cut_no_result_and_stop_no_write(
             for name in ("a", "b"):
                 store.add(name, model)
             assert len(store.load("a")) == 9
+            adapter = registry.connect(url, mode="a")
+            assert [row["models"] for row in adapter.view("page_owners")] == ["a@1, b@1"]
+            with pytest.raises(ArgumentError, match="does not take"), adapter.transaction():
+                adapter.put_job("i" * 1021, "", "", "")
+            adapter.close()
             store.remove("b")
             store.vacuum()
             assert [one.name for one in store.models()] == ["a"]
@@ -276,4 +291,4 @@ def test_settings_of_the_server_cut_no_result_and_stop_no_write(
             rows.close()
     finally:
         pairs = zip(settings, before, strict=True)
-        run(url, *(f"SET GLOBAL {name} = {value}" for name, value in pairs))
+        run(url, *(f"SET GLOBAL {name} = {value!r}" for name, value in pairs))
