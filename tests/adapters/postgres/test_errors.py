@@ -152,6 +152,30 @@ def test_a_serialisation_failure_is_a_conflict(
         assert adapter.bump_epoch(5)
 
 
+def test_a_stricter_level_of_the_server_makes_no_conflicts(
+    adapter: Adapter, schema: str, postgres_url: str, url: str
+) -> None:
+    option = "options=-c%20default_transaction_isolation%3Dserializable"
+    strict = registry.connect(with_option(url, option), mode="a")
+    with strict.transaction():
+        assert strict.epoch() == 0
+        with psycopg.connect(postgres_url) as other:
+            other.execute(f"UPDATE {schema}.meta SET value = '5' WHERE name = 'epoch'")  # noqa: S608
+        strict.bump_epoch()
+    strict.close()
+    assert adapter.epoch() == 6
+
+
+def test_no_wait_for_another_writer_is_none_and_not_for_ever(adapter: Adapter, url: str) -> None:
+    option = "timeout=0&options=-c%20statement_timeout%3D20000"
+    hasty = registry.connect(with_option(url, option), mode="a")
+    with adapter.transaction():
+        adapter.bump_epoch()
+        with pytest.raises(ConflictError, match="timeout="), hasty.transaction():
+            hasty.bump_epoch()
+    hasty.close()
+
+
 def test_a_statement_timeout_says_so(adapter: Adapter, url: str) -> None:
     hasty = registry.connect(with_option(url, "options=-c%20statement_timeout%3D200"), mode="a")
     with adapter.transaction():
