@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,13 +209,18 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
     ):
         return TensorDiff(info.name, "same", blocks)
     largest = squares = squares_apart = np.float64(0)
+    peak = max(float(np.max(np.abs(whole_a[piece].astype(np.float64)))) for piece in pieces)
+    # A power of two, so that squares of what is tiny or huge in f64 stay in the range.
+    scale = math.ldexp(0.5, math.frexp(peak)[1]) if 0 < peak < math.inf else 1.0
     with np.errstate(invalid="ignore", over="ignore"):
         for piece in pieces:
             value = whole_a[piece].astype(np.float64)
             delta = whole_b[piece].astype(np.float64) - value
+            largest = np.maximum(largest, np.max(np.abs(delta)))  # NaN stays NaN
+            value /= scale
+            delta /= scale
             squares += np.dot(value, value)
             squares_apart += np.dot(delta, delta)
-            largest = np.maximum(largest, np.max(np.abs(delta)))  # NaN stays NaN
         norm, distance = float(np.sqrt(squares)), float(np.sqrt(squares_apart))
     return TensorDiff(
         info.name,

@@ -494,3 +494,13 @@ def test_what_a_source_holds_beside_the_model_is_reported(
     assert report.left_out == ("optimizer", "epoch")
     assert sorted(store.load("m")) == ["bias", "weight"]
     assert store.add("n", {"w": np.zeros(3)}).left_out == ()
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1.0, 1e200, 1e307])
+def test_diff_of_numbers_whose_squares_leave_the_range(store: pydedup.Store, scale: float) -> None:
+    one = np.full((4, 4), 4.0) * scale
+    store.add("a", {"w": one})
+    store.add("b", {"w": one * 1.25})
+    (tensor,) = store.diff("a", "b").tensors
+    assert tensor.max_abs == pytest.approx(scale, rel=1e-3)
+    assert tensor.relative_l2 == pytest.approx(0.25, rel=1e-3)
