@@ -429,7 +429,7 @@ class Store(StorePredictions, StoreUpkeep):
         path
             Where to write it, if anywhere; an existing file is replaced when the page is whole.
         models
-            The models to show block by block, or one; the largest by default.
+            The models to show block by block, or one; the four largest by default.
         trace
             Uses of pages (`recorded`, `pydedup.replacement.Trace.load`), replayed through every
             replacement policy.

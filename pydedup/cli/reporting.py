@@ -32,7 +32,7 @@ __all__ = ["report"]
     "models",
     metavar="NAME",
     multiple=True,
-    help="Show this model block by block, instead of the largest; may be given several times.",
+    help="Show this model block by block, not the four largest; may be given several times.",
 )
 @click.option(
     "--trace",

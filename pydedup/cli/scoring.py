@@ -80,6 +80,7 @@ _SHOWN = 10
 )
 @click.option(
     "--max-deaths",
+    metavar="N",
     type=click.IntRange(1, 1000),
     default=4,
     show_default=True,

@@ -131,6 +131,8 @@ def test_each_command_has_help(command: str) -> None:
     text = succeed(*command.split(), "--help")
     assert text.startswith(f"Usage: pydedup {command} ")
     assert ("--json" in text) == (command not in WITHOUT_JSON)
+    # What an option takes has a name of ours, not that of click's type.
+    assert not re.search(r"^  -.* (TEXT|INTEGER|FLOAT|FILENAME|DIRECTORY)( |$)", text, re.M)
 
 
 def test_help_starts_fast_and_loads_nothing_big() -> None:
