@@ -102,6 +102,7 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     **dict.fromkeys((1050, 1060, 1061), (DefinedError, "see what made it, or drop it")),
     **dict.fromkeys((1044, 1227), (DeniedError, "grant it to this user, or use another")),
     **dict.fromkeys((1153, 1162, 1301, 2020), (StoreError, packet_advice())),
+    1665: (StoreError, "set binlog_format of the server to MIXED or ROW"),
     1461: (UnavailableError, "raise max_prepared_stmt_count on the server, or try again"),
 }
 

@@ -193,6 +193,13 @@ def test_numbers_of_errors_have_meanings(
         adapter.bump_epoch()
 
 
+def test_a_server_that_logs_statements_alone_is_told_what_to_set(adapter: Adapter) -> None:
+    """One writes none of InnoDB's at our level; ours has no log to write to."""
+    statement = "SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = 1665"
+    with pytest.raises(StoreError, match="MIXED or ROW"), adapter.transaction():
+        adapter._write(statement)  # type: ignore[attr-defined]
+
+
 def test_a_deadlock_is_a_conflict(adapter: Adapter) -> None:
     with adapter.transaction():
         adapter.set_meta("a", "")
