@@ -34,12 +34,15 @@ class OpenedGraph:
         What the model takes and gives, weights left out.
     weights
         Inputs that are tensors of the model: name to the number of the ONNX element type.
+    is_recurrent
+        Whether it has an LSTM or GRU.
     """
 
     model: bytes
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: Mapping[str, int]
+    is_recurrent: bool
 
 
 def open_graph(
@@ -92,7 +95,16 @@ def open_graph(
             graph.input.append(kind)
     _keep(graph.initializer, lambda tensor: tensor.name not in given)
     _keep(graph.node, lambda node: not (node.op_type == "Constant" and node.output[0] in given))
-    return OpenedGraph(model.SerializeToString(deterministic=True), inputs, outputs, weights)
+    serialised = model.SerializeToString(deterministic=True)
+    return OpenedGraph(serialised, inputs, outputs, weights, _is_recurrent(graph))
+
+
+def _is_recurrent(graph: Any) -> bool:
+    return any(
+        node.op_type in ("LSTM", "GRU")
+        or any(_is_recurrent(inner) for attr in node.attribute for inner in (attr.g, *attr.graphs))
+        for node in graph.node
+    )
 
 
 def _top_level(graph: Any, initializers: Mapping[str, Any]) -> dict[str, Any]:

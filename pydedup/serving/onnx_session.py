@@ -100,6 +100,13 @@ def run_onnx(
         raise ArgumentError(f"{problem}; the model takes: {', '.join(graph.inputs)}")
     kinds = {value.name: value for value in session.runtime.get_inputs()}
     given = {name: _as_input(value, kinds[name]) for name, value in inputs.items()}
+    if graph.is_recurrent:  # the runtime ends the process where a batch or sequence is empty
+        for name, value in given.items():
+            if 0 in value.shape():
+                raise ArgumentError(
+                    f"input {name!r} has shape {tuple(value.shape())}; the LSTM or GRU of "
+                    f"{model.address} cannot be run on nothing"
+                )
     # Kept until the end: the runtime reads the arrays where they are.
     try:
         held = {

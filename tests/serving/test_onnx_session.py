@@ -177,6 +177,21 @@ def test_recurrent_and_look_ups(store: pydedup.Store, tmp_path: Path) -> None:
         store.predict("m", X)
 
 
+@pytest.mark.parametrize("op", ["LSTM", "GRU"])
+@pytest.mark.parametrize("shape", [(7, 0, 64), (0, 2, 64)])
+def test_recurrent_layers_on_nothing(
+    store: pydedup.Store, tmp_path: Path, op: str, shape: tuple[int, ...]
+) -> None:
+    """ONNX Runtime ends the process there."""
+    gates = 32 * (4 if op == "LSTM" else 3)
+    nodes = [node(op, "x w r", "h", hidden_size=32), node("Squeeze", "h axes", "y")]
+    weights = {"w": normal(1, gates, 64), "r": normal(1, gates, 32), "axes": np.array([1])}
+    store.add("m", save(tmp_path / "m.onnx", nodes, weights, [value("x", 1, ("t", "b", 64))]))
+    with pytest.raises(ArgumentError, match="the LSTM or GRU of m@1 cannot be run on nothing"):
+        store.predict("m", np.zeros(shape, np.float32))
+    assert store.predict("m", np.zeros((7, 2, 64), np.float32)).shape == (7, 2, 32)
+
+
 def test_look_ups_from_the_end_and_norms_with_one_scale(
     store: pydedup.Store, tmp_path: Path
 ) -> None:
