@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
 from pydedup.ray.cluster import Secret, absolute, attached, import_ray, on_each_node
+from pydedup.ray.score_pool import words_of
 from pydedup.ray.serving.application import deployment
 from pydedup.ray.serving.source import models
-from pydedup.text import without_secrets
 
 __all__ = ["APPLICATION", "parse_replicas", "run"]
 
@@ -86,15 +86,20 @@ def run(
         taken = {number: signal.signal(number, lambda *_: stop.set()) for number in _SIGNALS}
         mine = not serve.status().proxies
         try:
-            _start(serve, application, dict(http))
-            # Not asked by a handle of Ray Serve's: its router gives up calls that take a tenth of a
-            # second, and Ray Client then shows tracebacks of their late answers.
-            started(_address(serve, http), names)
-            stop.wait()
-        finally:
-            for number, before in taken.items():
-                signal.signal(number, before)
-            _take_down(serve, mine)
+            try:
+                _start(serve, application, dict(http))
+                # Not asked by a handle of Ray Serve's: its router gives up calls that take a tenth
+                # of a second, and Ray Client then shows tracebacks of their late answers.
+                started(_address(serve, http), names)
+                stop.wait()
+            finally:
+                for number, before in taken.items():
+                    signal.signal(number, before)
+        except BaseException:
+            with contextlib.suppress(ClusterError):  # what came first is what is told
+                _take_down(serve, mine)
+            raise
+        _take_down(serve, mine)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -142,7 +147,7 @@ def _take_down(serve: Any, mine: bool) -> None:
         if mine and not serve.status().applications:
             serve.shutdown()
     except Exception as error:
-        said = " ".join(without_secrets(str(error)).split())
+        said = words_of(error)
         raise ClusterError(f"the application {APPLICATION} was not taken down: {said}") from error
 
 
@@ -160,15 +165,14 @@ def _check_cpus(ray: Any, on: str, chosen: Mapping[str, Any]) -> None:
 
 
 def _start(serve: Any, application: Any, http: dict[str, Any]) -> None:
-    if http.get("port") == 0:
-        with socket.create_server((http["host"], 0)) as found:
-            http["port"] = found.getsockname()[1]
     try:
+        if http.get("port") == 0:
+            with socket.create_server((http["host"], 0)) as found:
+                http["port"] = found.getsockname()[1]
         serve.start(http_options=http)
         serve.run(application, name=APPLICATION, route_prefix="/")
     except Exception as error:
-        said = " ".join(without_secrets(str(error)).split())
-        raise ClusterError(f"Ray Serve does not start it: {said}") from error
+        raise ClusterError(f"Ray Serve does not start it: {words_of(error)}") from error
 
 
 def _address(serve: Any, http: Mapping[str, Any]) -> str:
