@@ -14,7 +14,7 @@ from pydedup.errors import ArgumentError, ConflictError, DuplicateError
 from pydedup.formats.base import ModelSource
 from pydedup.graph import Graph
 from pydedup.names import check_name, parse_address
-from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
+from pydedup.policies import Accuracy, Bounded, Policy
 
 __all__ = ["Request", "Taken", "plan_address"]
 
@@ -22,8 +22,8 @@ __all__ = ["Request", "Taken", "plan_address"]
 _POLICY = ("name", "compresses", "uses_deltas", "max_rel_error", "parameters")
 
 
-#: Names that certificates of ours have.
-_OURS = {"exact": Exact, "lossless": Lossless, "bounded": Bounded, "accuracy": Accuracy}
+#: Names of which certificates are told to say more than all policies' do.
+_OURS = {"bounded": Bounded, "accuracy": Accuracy}
 
 
 @dataclass(slots=True)
