@@ -52,6 +52,8 @@ class Dialect:
     qualifier: str = ""
     prefix: str = PREFIX
     table_options: str = ""
+    #: Further ones of tables whose key is no ``id``.
+    keyed_table_options: str = ""
     upsert: str = "ON CONFLICT ({key}) DO UPDATE SET {changes}"
     upsert_change: str = "{column} = excluded.{column}"
     increment: str = "CAST(CAST(value AS INTEGER) + 1 AS TEXT)"
@@ -256,7 +258,8 @@ def _create_table(dialect: Dialect, table: str, spec: Table) -> str:
     if spec.key:
         lines.append(f"PRIMARY KEY ({dialect.columns(spec.key)})")
     body = ",\n  ".join(lines)
-    return f"CREATE TABLE {dialect.name(table)} (\n  {body}\n){dialect.table_options}"
+    options = dialect.table_options + (dialect.keyed_table_options if spec.key else "")
+    return f"CREATE TABLE {dialect.name(table)} (\n  {body}\n){options}"
 
 
 def _create_views(dialect: Dialect) -> list[str]:

@@ -34,6 +34,8 @@ DIALECT: Final = Dialect(
     | {"int": "INTEGER", "float": "REAL", "hash": "BLOB", "blob": "BLOB"},
     identity="INTEGER PRIMARY KEY AUTOINCREMENT",
     table_options=" STRICT",
+    # Else the key is an index beside the table, and each takes a page of 64 KiB at least.
+    keyed_table_options=", WITHOUT ROWID",
     page_pad=True,
     list_tables="SELECT name FROM sqlite_master WHERE type IN ('table', 'view')",
     # On the disk when it is committed: see `staging`.
