@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +119,12 @@ class Store(StorePredictions, StoreUpkeep):
 
     def __repr__(self) -> str:
         return f"<pydedup.Store {self._adapter.url}{', closed' if self._closed else ''}>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ArgumentError(
+            f"{self!r} cannot be pickled or copied: open it by its URL in each process that is not "
+            "a fork of this one"
+        )
 
     @property
     def url(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -53,6 +53,12 @@ class StoredTensor:
     """
 
     __slots__ = ("_block_map", "_call", "_info", "_pool", "_refresh")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ArgumentError(
+            f"{self!r} cannot be pickled or copied: it reads from an open store; load it, or open "
+            "the store in the other process"
+        )
 
     def __init__(
         self,

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -407,6 +409,16 @@ def test_use_after_fork(url: str) -> None:
         assert {info.name for info in store.models()} == {"m", "from-child"}
         assert_same(store.load("from-child"), model)
         assert store.verify().errors == []
+
+
+@pytest.mark.parametrize("spread", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_reads_a_store_is_not_copied(url: str, spread: Callable[[object], object]) -> None:
+    """As who gives it to a process pool does: the error was one of the pickle module."""
+    with pydedup.open(url) as store:
+        store.add("m", {"w": np.ones((2, 2))})
+        for one in (store, store.tensor("m", "w")):
+            with pytest.raises(ArgumentError, match=r"cannot be pickled or copied.*open"):
+                spread(one)
 
 
 def test_many_threads_share_a_store(store: pydedup.Store) -> None:
