@@ -17,6 +17,7 @@ import pydedup
 from pydedup import policies, registry
 from pydedup.adapter import LIVE, STAGING, Adapter
 from pydedup.graph import Graph, Node
+from pydedup.layout import block_costs, map_places, pages_read
 from pydedup.store import Store
 
 Model = dict[str, np.ndarray]
@@ -138,5 +139,11 @@ def assert_same() -> Callable[..., None]:
             assert {row.state for row in target.page_rows()} <= {LIVE}
             for row in target.models():
                 json.loads(row.certificate)
+                maps = found._catalog.of_row(row).block_maps()
+                places = np.concatenate([np.empty(0, np.int64), *map(map_places, maps)])
+                reads = list(pages_read(places, block_costs(found._pool, places)))
+                assert [figures for _, *figures in target.model_pages(row.id)] == [
+                    *map(list, reads)
+                ]
 
     return check

@@ -17,7 +17,13 @@ import pytest
 import pydedup
 from pydedup import policies, registry
 from pydedup.adapter import LIVE
-from pydedup.errors import ArgumentError, NotAStoreError, NotFoundError, ReadOnlyError
+from pydedup.errors import (
+    ArgumentError,
+    CorruptStoreError,
+    NotAStoreError,
+    NotFoundError,
+    ReadOnlyError,
+)
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import split_places
@@ -114,6 +120,26 @@ def test_pages_that_are_there_are_not_written_again(
         again = store.copy_to(url)
         assert (again.copied, again.stored_bytes) == (0, 0)
     assert_same(source_url, url)
+
+
+def test_a_page_that_is_damaged_there_is_not_relied_upon(
+    new_store: New, family: Callable[..., Any], change_page: Any
+) -> None:
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    with pydedup.open(source_url) as store:
+        store.add("m@1", family(0))
+        store.copy_to(url)
+        store.add("m@2", family(0))
+        with pydedup.open(url) as target:
+            pages = {page for _, page, _, _ in target._adapter.model_pages()}
+        for page in pages:
+            change_page(url, page, lambda payload: payload.__setitem__(-1, payload[-1] ^ 1))
+        store.copy_to(url, ["m@2"])
+    with pydedup.open(url, mode="r") as target:
+        loaded = target.load("m@2")
+        assert all(np.array_equal(loaded[name], array) for name, array in family(0).items())
+        with pytest.raises(CorruptStoreError):
+            target.load("m@1")
 
 
 def test_pages_that_are_there_with_deltas_that_lost_their_base(new_store: New) -> None:
