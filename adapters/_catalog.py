@@ -124,7 +124,9 @@ class CatalogCalls(DbApiBase):
 
     def model_called(self, name: str, selector: str) -> ModelRow | None:
         """Return the live model of a name with a version, or else an alias."""
-        found = map(_model_row, self._query(self._sql.models_called, [name, selector] * 2))
+        found = map(
+            _model_row, self._query(self._sql.models_called, [name, selector, name, name, selector])
+        )
         rows = sorted(found, key=lambda row: row.version != selector)
         return rows[0] if rows else None
 

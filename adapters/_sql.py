@@ -87,10 +87,10 @@ class Statements:
         models = self._name("models")
         one = f"SELECT {self._columns(MODEL_COLUMNS)} FROM {models} WHERE state = {literal(LIVE)}"
         self.model = f"{one} AND id = {dialect.placeholder}"
+        named = f"{one} AND name = {dialect.placeholder}"
         self.models_called = (  # an OR of the two would keep some databases from their indexes
-            f"{one} AND name = {dialect.placeholder} "
-            f"AND {dialect.live_version} = {dialect.placeholder} "
-            f"UNION ALL {one} AND id = (SELECT model_id FROM {self._name('aliases')}"
+            f"{named} AND {dialect.live_version} = {dialect.placeholder} "
+            f"UNION ALL {named} AND id = (SELECT model_id FROM {self._name('aliases')}"
             f"{self._where(('name', 'alias'))})"
         )
         self.live_rival = (

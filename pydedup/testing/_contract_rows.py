@@ -151,13 +151,14 @@ class RowsContract(ContractBase):
             for alias, version in (("prod", "2"), ("a", "1"), ("b", "1")):
                 adapter.set_alias("m", alias, ids["m", version, LIVE])
             adapter.set_alias("m", "staged", ids["m", "2", STAGING])
+            adapter.set_alias("m", "damaged", ids["M", "2", LIVE])
         expected = {"1": "1", "2": "2", "a": "a", "a ": "a ", "prod": "2", "b": "1"}
         for selector, version in expected.items():
             row = adapter.model_called("m", selector)
             assert row == adapter.model(ids["m", version, LIVE])
             assert row is not None
             assert (row.name, row.version, row.state) == ("m", version, LIVE)
-        for selector in ("staged", "A", "3", "", "prod ", "Prod"):
+        for selector in ("staged", "damaged", "A", "3", "", "prod ", "Prod"):
             assert adapter.model_called("m", selector) is None
         assert adapter.model_called("M", "prod") is None
         assert adapter.model_called("n", "1") is None
