@@ -88,6 +88,12 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
             f"{adapter.url} was written by a newer pydedup (schema {version}, this one knows "
             f"{SCHEMA_VERSION}); upgrade pydedup"
         )
+    hashes = adapter.meta().get("hash_version")
+    if hashes != str(HASH_VERSION):  # pages say by themselves of what format each is
+        raise SchemaVersionError(
+            f"{adapter.url} was written by another pydedup (hash_version {hashes}, this one knows "
+            f"{HASH_VERSION}); use that one"
+        )
 
 
 def check_store(adapter: Adapter) -> Adapter:

@@ -388,6 +388,17 @@ def test_a_store_of_a_newer_schema_is_refused(url: str, tmp_path: Path) -> None:
             pydedup.open(url, mode=mode)
 
 
+def test_hashes_of_another_version_are_refused(url: str, tmp_path: Path) -> None:
+    """They would be those of no block: each was stored once more, in silence."""
+    pydedup.open(url).close()
+    with sqlite3.connect(tmp_path / "store.db") as raw:
+        raw.execute("UPDATE pydedup_meta SET value = '99' WHERE name = 'hash_version'")
+    raw.close()
+    for mode in ("a", "r"):
+        with pytest.raises(SchemaVersionError, match="hash_version 99, this one knows 1"):
+            pydedup.open(url, mode=mode)
+
+
 def test_use_after_fork(url: str) -> None:
     model = {"w": np.arange(10000.0).reshape(100, 100)}
     with pydedup.open(url) as store:
