@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def test_a_source_that_is_not_there_creates_no_store(tmp_path: Path) -> None:
 
 def test_stores_that_are_not_ours(model: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.db").write_bytes(b"no database at all" * 1000)
-    with sqlite3.connect(tmp_path / "other.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "other.db")) as connection, connection:
         connection.execute("CREATE TABLE cats (name TEXT)")
     for name in ("noise.db", "other.db"):
         before = (tmp_path / name).read_bytes()
@@ -283,13 +284,13 @@ def test_no_output_replaces_a_store(command: list[str], kept: str, tmp_path: Pat
 
 
 def test_a_store_of_a_newer_schema(url: str) -> None:
-    with sqlite3.connect(path_of(url)) as connection:
+    with closing(sqlite3.connect(path_of(url))) as connection, connection:
         connection.execute("UPDATE pydedup_meta SET value = '99' WHERE name = 'schema_version'")
     assert "newer" in fail("ls", url, status=4)
 
 
 def test_damage_is_found_and_said(url: str) -> None:
-    with sqlite3.connect(path_of(url)) as connection:
+    with closing(sqlite3.connect(path_of(url))) as connection, connection:
         ((page, payload),) = connection.execute("SELECT id, payload FROM pydedup_pages LIMIT 1")
         broken = bytearray(payload)
         broken[len(broken) // 2] ^= 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -376,7 +377,7 @@ def test_a_damaged_page_is_not_copied(filled: New, new_store: New, tmp_path: Pat
         exact = next(row for row in adapter.models(name="exact"))
         others = {p for m, p, _, _ in adapter.model_pages() if m != exact.id}
         page_id = next(p for _, p, _, _ in adapter.model_pages(exact.id) if p not in others)
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         (payload,) = connection.execute(
             "SELECT payload FROM pydedup_pages WHERE id = ?", [page_id]
         ).fetchone()
