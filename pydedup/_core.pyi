@@ -100,6 +100,9 @@ def build_page(
     cols: NDArray[np.uint32],
     bases: NDArray[np.uint64],
 ) -> bytes: ...
+def gather_page(
+    pages: Sequence[Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
+) -> bytes: ...
 def page_checksum(payload: bytes) -> bytes: ...
 
 #: Pages, index of each block's base among them (-1 for none), slot on it.

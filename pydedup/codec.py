@@ -49,6 +49,7 @@ __all__ = [
     "encode_blocks",
     "encode_deltas",
     "estimate_deltas",
+    "gather_page",
     "page_checksum",
     "page_cost",
     "page_digests",
@@ -153,6 +154,28 @@ def build_page(
         column(cols, np.uint32, "cols"),
         no_bases if bases is None else column(bases, np.uint64, "bases"),
     )
+
+
+def gather_page(
+    pages: Sequence[Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
+) -> bytes:
+    """Return the page of these blocks in this order, as they are encoded where they are now.
+
+    Parameters
+    ----------
+    pages
+        The pages that they are on.
+    page_index, slots
+        uint32 (n,): block i is in slot ``slots[i]`` of ``pages[page_index[i]]``.
+
+    Raises
+    ------
+    ArgumentError
+        For an index outside of ``pages``, or arrays that differ in length.
+    CorruptStoreError
+        When a page does not have the slot: block maps may be damaged.
+    """
+    return _core.gather_page(list(pages), page_index, slots)
 
 
 def page_checksum(payload: bytes) -> bytes:

@@ -170,33 +170,14 @@ def pages_read(
 
 def copy_page(pool: PagePool, page_ids: NDArray[np.int64], slots: NDArray[np.uint32]) -> bytes:
     """Return a new page of these blocks in this order, copied as they are encoded."""
-    columns = np.empty(len(page_ids), codec.SLOT_DTYPE)
-    arenas: list[NDArray[np.uint8]] = []
-    starts = np.empty(len(page_ids), np.int64)
-    end = 0
+    parts: list[bytes] = []
+    part_of = np.zeros(len(page_ids), np.uint32)
+    slot_of = np.zeros(len(page_ids), np.uint32)
     for rows, pages, page_index in pool.windows(page_ids):
-        for number, page in enumerate(pages):
-            mine = rows[page_index == number]
-            table = slot_entries([page], np.zeros(len(mine), np.uint32), slots[mine])
-            columns[mine] = table
-            lengths = table["length"].astype(np.int64)
-            places = np.cumsum(lengths) - lengths
-            arena = np.empty(int(lengths.sum()), np.uint8)
-            payload = np.frombuffer(page.payload, np.uint8)
-            for place, start, length in zip(
-                places.tolist(), table["offset"].tolist(), lengths.tolist(), strict=True
-            ):
-                arena[place : place + length] = payload[start : start + length]
-            arenas.append(arena)
-            starts[mine] = end + places
-            end += len(arena)
-    return codec.build_page(
-        np.concatenate([np.empty(0, np.uint8), *arenas]),
-        starts,
-        columns["length"].astype(np.int64),
-        columns["encoding"],
-        columns["dtype"],
-        columns["rows"],
-        columns["cols"],
-        columns["base"],
-    )
+        order = np.argsort(rows)
+        mine = rows[order]
+        part_of[mine], slot_of[mine] = len(parts), np.arange(len(mine))
+        parts.append(codec.gather_page(pages, page_index[order], slots[mine]))
+    if len(parts) == 1:
+        return parts[0]
+    return codec.gather_page([codec.Page(part) for part in parts], part_of, slot_of)

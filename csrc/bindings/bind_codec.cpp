@@ -148,6 +148,20 @@ py::array_t<std::int64_t> estimate_deltas_of(
     return estimates;
 }
 
+py::bytes page_with(std::span<const BlockView> blocks) {
+    const std::size_t total = page_bytes(blocks);
+    auto page = py::reinterpret_steal<py::bytes>(
+        PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(total)));
+    if (!page) throw py::error_already_set();
+    const std::span<std::byte> out(reinterpret_cast<std::byte*>(PyBytes_AS_STRING(page.ptr())),
+                                   total);
+    {
+        const WithoutGil no_gil;
+        build_page(blocks, out);
+    }
+    return page;
+}
+
 py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64_t>& offsets,
                         const Array<std::int64_t>& lengths, const Array<std::uint8_t>& encodings,
                         const Array<std::uint8_t>& dtypes, const Array<std::uint32_t>& rows,
@@ -178,17 +192,20 @@ py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64
                           static_cast<std::uint32_t>(length), static_cast<Encoding>(encoding_of[i]),
                           static_cast<Dtype>(dtype_of[i]), rows_of[i], cols_of[i], base_of[i]});
     }
-    const std::size_t total = page_bytes(blocks);
-    auto page = py::reinterpret_steal<py::bytes>(
-        PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(total)));
-    if (!page) throw py::error_already_set();
-    const std::span<std::byte> out(reinterpret_cast<std::byte*>(PyBytes_AS_STRING(page.ptr())),
-                                   total);
-    {
-        const WithoutGil no_gil;
-        build_page(blocks, out);
+    return page_with(blocks);
+}
+
+py::bytes gather_page_of(const py::sequence& pages, const Array<std::uint32_t>& page_index,
+                         const Array<std::uint32_t>& slots) {
+    const PageList held = as_pages(pages);
+    const std::vector<std::uint32_t> page_of = as_copy(page_index, "page_index");
+    const std::vector<std::uint32_t> slot_of = as_copy(slots, "slots");
+    if (page_of.size() != slot_of.size()) {
+        throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
     }
-    return page;
+    std::vector<BlockView> blocks(page_of.size());
+    view_blocks(pointers(held), page_of, slot_of, blocks, 1);
+    return page_with(blocks);
 }
 
 std::shared_ptr<Page> page_of(const py::bytes& payload) {
@@ -335,6 +352,8 @@ void bind_codec(py::module_& m) {
           py::arg("offsets").noconvert(), py::arg("lengths").noconvert(),
           py::arg("encodings").noconvert(), py::arg("dtypes").noconvert(),
           py::arg("rows").noconvert(), py::arg("cols").noconvert(), py::arg("bases").noconvert());
+    m.def("gather_page", &gather_page_of, py::arg("pages"), py::arg("page_index").noconvert(),
+          py::arg("slots").noconvert());
     m.def("page_checksum", [](const py::bytes& payload) {
         const Bytes bytes(reinterpret_cast<const std::byte*>(PyBytes_AS_STRING(payload.ptr())),
                           static_cast<std::size_t>(PyBytes_GET_SIZE(payload.ptr())));

@@ -8,6 +8,7 @@ import pytest
 
 from pydedup import codec
 from pydedup.blocks import MatrixView
+from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.ingest.places import by_shape, stack_blocks
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import copy_page
@@ -35,7 +36,10 @@ def test_stacks_hold_the_blocks_in_the_order_asked_for(dtype: type) -> None:
     assert sorted(seen) == list(range(len(wanted)))
 
 
-def test_a_page_of_blocks_from_anywhere_is_the_page_that_they_were_encoded_for() -> None:
+@pytest.mark.parametrize("memory_bytes", [1 << 16, 1 << 26])  # its pages one by one, or at once
+def test_a_page_of_blocks_from_anywhere_is_the_page_that_they_were_encoded_for(
+    memory_bytes: int,
+) -> None:
     rng = np.random.default_rng(0)
     view = MatrixView.of(rng.standard_normal((40, 300)).astype(np.float32), (8, 100))
     every = np.arange(view.grid.count)
@@ -55,11 +59,26 @@ def test_a_page_of_blocks_from_anywhere_is_the_page_that_they_were_encoded_for()
 
     parts = [every[:7], every[7:9], every[9:]]
     pages = {number: page(part) for number, part in enumerate(parts)}
-    pool = PagePool(lambda ids: ((i, pages[i]) for i in ids), 1 << 20)
+    pool = PagePool(lambda ids: ((i, pages[i]) for i in ids), memory_bytes)
     order = rng.permutation(every)
     page_of = np.searchsorted([7, 9], order, side="right")
     slots = (order - np.array([0, 7, 9])[page_of]).astype(np.uint32)
     assert copy_page(pool, page_of, slots) == page(order)
+    some = order[::3]
+    assert copy_page(pool, page_of[::3], slots[::3]) == page(some)
+    slots[4] = 9
+    with pytest.raises(CorruptStoreError, match=r"slot 9 was asked of a page with . slots"):
+        copy_page(pool, page_of, slots)
+
+
+def test_blocks_are_gathered_from_pages_that_are_there() -> None:
+    columns = (np.zeros(1, np.uint32), np.zeros(2, np.uint32))
+    for page_index, slots in (columns, columns[::-1]):
+        with pytest.raises(ArgumentError, match="differ in length"):
+            codec.gather_page([], page_index, slots)
+    with pytest.raises(ArgumentError, match="page_index 0 is outside of 0 pages"):
+        codec.gather_page([], columns[0], columns[0])
+    assert codec.Page(codec.gather_page([], columns[0][:0], columns[0][:0])).n_slots == 0
 
 
 def test_a_place_has_one_reference() -> None:
