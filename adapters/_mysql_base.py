@@ -48,7 +48,8 @@ DIALECT: Final = Dialect(
     identity="BIGINT NOT NULL AUTO_INCREMENT PRIMARY KEY",
     list_tables="SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()",
     # Sessions are READ COMMITTED: a writer that waited for the epoch sees what was committed.
-    begin_write=("START TRANSACTION READ WRITE",),
+    # Whether it may write is left to the server, which may have been set to read only.
+    begin_write=("START TRANSACTION",),
     begin_snapshot=(
         "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
         "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",
@@ -92,6 +93,18 @@ class MysqlBase(MysqlRows, DbApiAdapter):
     @abc.abstractmethod
     def _connect(self) -> Connection:
         """Return a new connection."""
+
+    def _cannot_write(self, session: Session, meta: str) -> bool:
+        """Whether the server only reads, or the user may only read the store there is."""
+        try:
+            self._run(session, f"SELECT 1 FROM {meta} LIMIT 0", (), fetch_all)
+            # Who has a change explained must be allowed to make it.
+            self._run(session, f"EXPLAIN INSERT INTO {meta} SELECT * FROM {meta}", (), fetch_all)
+        except ReadOnlyError:
+            return True
+        except StoreError:  # as where there is no store; who reads is told
+            return False
+        return False
 
     # ---- statements ---------------------------------------------------------------------------
 

@@ -110,8 +110,14 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
 _OF_SYSTEM: Final = frozenset({3, 1026, 1030, 1598})
 
 
-def meaning(error: Exception, place: Place) -> PydedupError:
-    """Return what an exception of the driver means for the database at a place."""
+def meaning(error: Exception, place: Place, *, connected: bool = True) -> PydedupError:
+    """Return what an exception of the driver means for the database at a place.
+
+    Parameters
+    ----------
+    connected
+        Whether there was a connection; else it is what none came about for.
+    """
     code: int | None = getattr(error, "errno", None)
     said = str(getattr(error, "msg", None) or error)
     kind: type[PydedupError]
@@ -137,6 +143,8 @@ def meaning(error: Exception, place: Place) -> PydedupError:
         # The driver itself: its connection is not there any more, or a value is none it knows.
         lost = type(error).__name__ in ("OperationalError", "InterfaceError")
         kind, advice = (ConnectionLostError, _DOWN) if lost else (ArgumentError, "")
+    elif code == 1044 and not connected:
+        kind, advice = UnavailableError, "let an administrator grant this user something there"
     else:
         kind, advice = _MEANINGS.get(code, (StoreError, ""))
         if code in _LOGIN_CODES and place.options.get("ssl_disabled"):

@@ -76,8 +76,8 @@ def session_statements(version: str, timeout: float, *, read_only: bool) -> list
     ]
     if "mariadb" not in version.lower():
         settings.append("information_schema_stats_expiry = 0")  # sizes as they are now
-    access = "READ ONLY" if read_only else "READ WRITE"
+    access = ", READ ONLY" if read_only else ""  # else as the server has it
     return [
         f"SET SESSION {', '.join(settings)}",
-        f"SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, {access}",
+        f"SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED{access}",
     ]

@@ -71,6 +71,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
         UnavailableError,
         "raise statement_timeout for this role, unless somebody cancelled the statement",
     ),
+    "57P05": (ConnectionLostError, "raise idle_session_timeout for this role"),
     "57": (ConnectionLostError, _GONE),  # the server shuts down, or starts up
     "58": (UnavailableError, "check the server's log and its disks"),
     "XX": (StoreError, "see the server's log"),

@@ -87,7 +87,9 @@ class MysqlAdapter(MysqlBase):
         self._max_payload_bytes = 0
         self._opens_to_read = read_only
         pool = SessionPool(self._connect, name=place.url, is_stale=_is_stale)
-        with pool.acquire():
+        dialect = replace(DIALECT, prefix=place.prefix)
+        with pool.acquire() as session:
+            read_only = read_only or self._cannot_write(session, dialect.name("meta"))
             capabilities = Capabilities(
                 max_payload_bytes=self._max_payload_bytes,
                 max_parameters=MOST_PARAMETERS,
@@ -97,7 +99,7 @@ class MysqlAdapter(MysqlBase):
             )
         super().__init__(
             place.url,
-            dialect=replace(DIALECT, prefix=place.prefix),
+            dialect=dialect,
             read_only=read_only,
             capabilities=capabilities,
             pool=pool,
@@ -123,7 +125,7 @@ class MysqlAdapter(MysqlBase):
                 with contextlib.suppress(mysql.connector.Error):
                     connection.close()
             if isinstance(error, mysql.connector.Error):
-                raise self._translate(error) from error
+                raise meaning(error, self._place, connected=connection is not None) from error
             if isinstance(error, AttributeError) and connection is None:
                 raise ArgumentError(
                     f"{self._place.url}: the driver refuses an option of the URL: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -46,12 +47,10 @@ def test_a_reader_needs_no_more_than_select(
         assert reader.stored_bytes() >= 3 * MIB
     finally:
         reader.close()
-    writer = registry.connect(user.url, mode="a")
-    try:
-        with pytest.raises(ReadOnlyError, match="denied"), writer.transaction():
-            writer.bump_epoch()
-    finally:
-        writer.close()
+    with pydedup.open(user.url) as store:
+        assert store.read_only
+        with pytest.raises(ReadOnlyError, match="this user may not write"):
+            store.add("m", {"w": np.ones(4, np.float32)})
     user.grant("SELECT, INSERT, UPDATE, DELETE")
     writer = registry.connect(user.url, mode="a")
     try:
@@ -145,17 +144,31 @@ def test_the_server_refuses_what_a_reader_would_change(adapter: Adapter, url: st
         reader.close()
 
 
-def test_a_server_that_is_read_only(adapter: Adapter, url: str, user: Any, run: Run) -> None:
+@pytest.mark.parametrize("setting", ["read_only", "tx_read_only"])
+def test_a_server_that_is_read_only(
+    adapter: Adapter, url: str, user: Any, run: Run, setting: str
+) -> None:
     user.grant("ALL")
     writer = registry.connect(user.url, mode="a")
-    run(url, "SET GLOBAL read_only = 1")
+    run(url, f"SET GLOBAL {setting} = 1")
     try:
-        with pytest.raises(ReadOnlyError), writer.transaction():
-            writer.bump_epoch()
+        with ThreadPoolExecutor(1) as thread:  # whose connection is new
+            refused = thread.submit(_bump_epoch, writer).exception()
+        assert isinstance(refused, ReadOnlyError)
+        assert "primary server" in str(refused)
         assert writer.epoch() == 0
+        later = registry.connect(user.url, mode="a")
+        assert later.read_only
+        later.close()
     finally:
-        run(url, "SET GLOBAL read_only = 0")
-        writer.close()
+        run(url, f"SET GLOBAL {setting} = 0")
+    _bump_epoch(writer)
+    writer.close()
+
+
+def _bump_epoch(adapter: Adapter) -> None:
+    with adapter.transaction():
+        adapter.bump_epoch()
 
 
 # ---- tables -------------------------------------------------------------------------------------

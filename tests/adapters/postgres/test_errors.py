@@ -40,6 +40,7 @@ from pydedup.testing.servers import as_user
         ("57014", UnavailableError, "statement_timeout"),
         ("53300", UnavailableError, "max_connections"),
         ("57P01", UnavailableError, "server runs"),
+        ("57P05", UnavailableError, "idle_session_timeout"),
         ("58030", UnavailableError, "disks"),
         ("XX001", CorruptStoreError, "verify"),
         ("22003", ArgumentError, "value"),
