@@ -33,7 +33,6 @@ _LIMITS: Final = Capabilities(
     max_payload_bytes=256 << 20,
     max_parameters=65535,
     concurrent_writers=True,
-    incremental_read=False,
     shrinks=False,
 )
 

@@ -32,7 +32,7 @@ from ._schema import TABLES, VIEWS
 from ._sessions import WRITE
 from ._sql import batches
 
-__all__ = ["RowCalls", "Rows", "as_table", "check_select", "split_name", "words_of"]
+__all__ = ["RowCalls", "Rows", "as_table", "split_name", "words_of"]
 
 #: PostgreSQL takes no longer names, and would cut them.
 NAME_BYTES: Final = 63
@@ -119,7 +119,7 @@ class RowCalls(DbApiBase):
 
     def read_rows(self, query: str, batch: int) -> AbstractContextManager[RowStream]:
         """Run one SELECT of a user, and stream it."""
-        check_select(query)
+        _check_select(query)
         return self._stream(query, batch)
 
     def query_columns(self, query: str) -> list[RowColumn]:
@@ -328,12 +328,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 def as_table(query: str) -> str:
     """Return a user's SELECT as a table to select from."""
-    check_select(query)
+    _check_select(query)
     # It may end in a comment.
     return f"({query.rstrip().removesuffix(';')}\n) pydedup_q"
 
 
-def check_select(query: str) -> None:
+def _check_select(query: str) -> None:
     """Raise ArgumentError for what is plainly no SELECT; the database sees to the rest."""
     try:
         query.encode()

@@ -28,11 +28,11 @@ from typing import Any, Final, Protocol, Self
 
 from pydedup.errors import StoreError, UnavailableError
 
-__all__ = ["READ", "STREAM", "WRITE", "Connection", "Session", "SessionPool"]
+__all__ = ["READ", "WRITE", "Connection", "Session", "SessionPool"]
 
 READ: Final = "snapshot"
 WRITE: Final = "transaction"
-STREAM: Final = "statement"
+_STREAM: Final = "statement"
 
 #: How long a fork waits for another thread's statement to end before it counts as busy.
 FORK_WAIT_SECONDS: Final = 5.0
@@ -208,7 +208,7 @@ class SessionPool:
             if session.scope is not None:
                 raise StoreError(f"the connection of a {session.scope} cannot be lent")
             anchor = self._local.anchor
-            session.scope = STREAM
+            session.scope = _STREAM
             self._local.anchor = None
         try:
             yield session

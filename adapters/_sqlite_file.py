@@ -16,10 +16,10 @@ from pydedup.errors import UnavailableError
 
 from ._files import DatabaseFile, locate_file
 
-__all__ = ["APPLICATION_ID", "Stamp", "StoreFile", "configure", "is_ours", "locate", "make_ours"]
+__all__ = ["Stamp", "StoreFile", "configure", "is_ours", "locate", "make_ours"]
 
 #: Marks a SQLite database as ours, in its header.
-APPLICATION_ID: Final = int.from_bytes(b"pydd", "big")
+_APPLICATION_ID: Final = int.from_bytes(b"pydd", "big")
 
 Stamp = tuple[int, int, int]
 
@@ -117,7 +117,7 @@ def is_ours(connection: Any) -> bool:
     mark = ask(connection, "PRAGMA application_id")
     if mark == 0:
         return bool(ask(connection, "SELECT COUNT(*) FROM sqlite_master") == 0)
-    return bool(mark == APPLICATION_ID)
+    return bool(mark == _APPLICATION_ID)
 
 
 def make_ours(connection: Any) -> None:
@@ -127,11 +127,11 @@ def make_ours(connection: Any) -> None:
     in the main file itself from its first page on, where :func:`is_ours` can be asked of a file
     without reading its log.
     """
-    if ask(connection, "PRAGMA application_id") != APPLICATION_ID:
+    if ask(connection, "PRAGMA application_id") != _APPLICATION_ID:
         shape = "PRAGMA page_size = 65536; PRAGMA auto_vacuum = INCREMENTAL;"
         if ask(connection, "PRAGMA page_count"):
             shape = f"PRAGMA journal_mode = DELETE; {shape} VACUUM;"
-        connection.executescript(f"{shape} PRAGMA application_id = {APPLICATION_ID};")
+        connection.executescript(f"{shape} PRAGMA application_id = {_APPLICATION_ID};")
     if ask(connection, "PRAGMA journal_mode") != "wal":
         connection.execute("PRAGMA journal_mode = WAL")
 

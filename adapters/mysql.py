@@ -94,7 +94,6 @@ class MysqlAdapter(MysqlBase):
                 max_payload_bytes=self._max_payload_bytes,
                 max_parameters=MOST_PARAMETERS,
                 concurrent_writers=True,
-                incremental_read=False,
                 shrinks=False,
             )
         super().__init__(

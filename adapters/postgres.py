@@ -38,7 +38,6 @@ CAPABILITIES: Final = Capabilities(
     max_payload_bytes=MAX_PAYLOAD_BYTES,
     max_parameters=MAX_PARAMETERS,
     concurrent_writers=True,
-    incremental_read=False,
     shrinks=False,
 )
 #: Identity columns, 13 being the oldest that is not long gone.

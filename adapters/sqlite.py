@@ -115,7 +115,6 @@ class SqliteAdapter(SqliteBase):
                 max_payload_bytes=limit(sqlite3.SQLITE_LIMIT_LENGTH) - ROW_BYTES,
                 max_parameters=limit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER),
                 concurrent_writers=False,
-                incremental_read=True,
                 shrinks=True,
                 page_readers=4,  # a disk has deeper queues than one reader fills
             )

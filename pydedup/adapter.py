@@ -49,8 +49,6 @@ class Capabilities:
     """Bound parameters in one statement."""
     concurrent_writers: bool
     """Whether two transactions that write different rows can run at once."""
-    incremental_read: bool
-    """Whether payloads are read without the driver copying whole rows."""
     shrinks: bool
     """Whether ``compact()`` gives space back to the file system."""
     many_processes: bool = True

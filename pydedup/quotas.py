@@ -31,7 +31,6 @@ __all__ = [
     "Quotas",
     "check",
     "quota_of",
-    "read_quotas",
 ]
 
 #: What a quota can limit.
@@ -100,7 +99,7 @@ class Quotas:
         return f"<pydedup.quotas.Quotas of {self._adapter.url}>"
 
     def __iter__(self) -> Iterator[Quota]:
-        return iter(read_quotas(self._adapter))
+        return iter(_read_quotas(self._adapter))
 
     def set(
         self, key: str, value: str | None, limit: int | str, *, measure: str = "marginal"
@@ -161,7 +160,7 @@ class Quotas:
         self._adapter.set_meta(QUOTAS_NAME, text)
 
 
-def read_quotas(adapter: Adapter) -> list[Quota]:
+def _read_quotas(adapter: Adapter) -> list[Quota]:
     """Return all quotas, ordered by key and value. Raises CorruptStoreError."""
     try:
         found = [Quota(**entry) for entry in json.loads(adapter.meta().get(QUOTAS_NAME, "[]"))]
@@ -202,12 +201,12 @@ def check(adapter: Adapter, pool: PagePool, newcomers: Newcomers, epoch: int) ->
     QuotaError
         When they do not.
     """
-    if not read_quotas(adapter):
+    if not _read_quotas(adapter):
         return True  # or one is set from now on, and so the epoch changed
     with adapter.snapshot():
         if adapter.epoch() != epoch:
             return False
-        quotas = read_quotas(adapter)
+        quotas = _read_quotas(adapter)
         models = [row for row in adapter.models() if row.id not in newcomers.replaced]
         together: Readers | None = None
         for quota, value in _concerned(quotas, newcomers):

@@ -28,7 +28,6 @@ from _traffic import Fleet, Served, Touches, draw_requests, serve, zipf
 from numpy.typing import NDArray
 
 import pydedup
-from pydedup.replacement import replay
 
 __all__ = ["Compared", "check"]
 
@@ -370,7 +369,6 @@ class _Real:
     uses: float
     reads: float
     seconds: float
-    replayed_reads: float
     hot: list[float]
 
 
@@ -403,8 +401,7 @@ def _real(
         reads = (store._pool.stats()["inserts"] - before) / (len(models) - half)
         trace = store.recorded()
     uses = len(np.unique((trace.calls.astype(np.int64) << 40) | trace.pages)) / len(models)
-    replayed = replay(trace, pool_bytes(memory), "reuse").misses / len(models)
-    return _Real(uses, reads, float(np.mean(spent[half:])), replayed, taken)
+    return _Real(uses, reads, float(np.mean(spent[half:])), taken)
 
 
 def _expected(

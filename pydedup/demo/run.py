@@ -30,9 +30,9 @@ from pydedup.types import AddReport
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["DEFAULT_URL", "DemoResult", "Prediction", "run_demo"]
+__all__ = ["DemoResult", "Prediction", "run_demo"]
 
-DEFAULT_URL = "sqlite:///pydedup-demo.db"
+_DEFAULT_URL = "sqlite:///pydedup-demo.db"
 
 #: The base table and the MiniLM pair, by address; the others are in ``models.SPECS``.
 GLOVE = "glove-6b-50d@1"
@@ -118,7 +118,7 @@ def run_demo(
     """
     console = console or Console()
     cache = cache or default_cache()
-    result = DemoResult(url or DEFAULT_URL)
+    result = DemoResult(url or _DEFAULT_URL)
     _require_torch()
     with pydedup.open(result.url) as store:
         with _phase(result, "prepare"):

@@ -36,7 +36,6 @@ __all__ = [
     "RawFile",
     "atomic_file",
     "atomic_folder",
-    "contiguous_bytes",
     "open_raw",
     "refuse_database",
     "refuse_foreign",
@@ -178,14 +177,14 @@ def refuse_foreign(path: Path, head: bytes) -> None:
             raise UnsupportedFormatError(f"{path} {message}")
 
 
-def contiguous_bytes(array: Array) -> memoryview:
+def _contiguous_bytes(array: Array) -> memoryview:
     """Return the bytes of a C-contiguous array of any dtype, without copying."""
     return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
 def write_array(file: IO[bytes], array: Array) -> None:
     """Write the elements of a C-contiguous array in pieces, so that the file keeps no copy."""
-    data = contiguous_bytes(array)
+    data = _contiguous_bytes(array)
     for start in range(0, len(data), _WRITE_CHUNK):
         file.write(data[start : start + _WRITE_CHUNK])
 

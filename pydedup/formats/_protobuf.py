@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pydedup.errors import FormatError
 from pydedup.formats._files import RawFile
 
-__all__ = ["BYTES", "FIXED32", "FIXED64", "VARINT", "Field", "tag", "varint", "walk"]
+__all__ = ["BYTES", "VARINT", "Field", "tag", "varint", "walk"]
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+VARINT, _FIXED64, BYTES, _FIXED32 = 0, 1, 2, 5
 #: A tag of up to 5 bytes and a length of up to 10.
 _PREFIX = 15
 
@@ -57,8 +57,8 @@ def walk(raw: RawFile, begin: int, end: int) -> Iterator[Field]:
             length, after = _read_varint(raw, prefix, used, position)
             value = position + after
             stop = value + length
-        elif wire in (FIXED64, FIXED32):
-            stop = value + (8 if wire == FIXED64 else 4)
+        elif wire in (_FIXED64, _FIXED32):
+            stop = value + (8 if wire == _FIXED64 else 4)
         else:
             raise _damaged(raw, position)
         if number == 0 or stop > end:

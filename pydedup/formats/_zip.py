@@ -22,7 +22,7 @@ from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats._files import RawFile
 from pydedup.formats.base import Array
 
-__all__ = ["ZipMembers", "zip_errors"]
+__all__ = ["ZipMembers"]
 
 _CHUNK = 4 << 20
 _ENCRYPTED = 0x1
@@ -42,7 +42,7 @@ class ZipMembers:
         # two caches here are not.
         self._lock = threading.Lock()
         try:
-            with zip_errors(path):
+            with _zip_errors(path):
                 self._zip = zipfile.ZipFile(path)
         except BaseException:
             self.raw.close()
@@ -110,7 +110,7 @@ class ZipMembers:
     @contextlib.contextmanager
     def stream(self, name: str) -> Iterator[IO[bytes]]:
         """Open a member of any compression; damage becomes a FormatError."""
-        with zip_errors(self.path), self._zip.open(self.members[name]) as file:
+        with _zip_errors(self.path), self._zip.open(self.members[name]) as file:
             yield file
 
     def read(self, name: str, limit: int) -> bytes:
@@ -174,7 +174,7 @@ class ZipMembers:
 
 
 @contextlib.contextmanager
-def zip_errors(path: Path) -> Iterator[None]:
+def _zip_errors(path: Path) -> Iterator[None]:
     """Turn what :mod:`zipfile` raises on damaged archives into FormatError."""
     try:
         yield

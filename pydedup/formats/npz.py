@@ -35,10 +35,10 @@ from pydedup.formats.base import (
 )
 from pydedup.types import DType
 
-__all__ = ["NPY_NAME", "NpySource", "NpzSource", "write_npy", "write_npz"]
+__all__ = ["NpySource", "NpzSource", "write_npy", "write_npz"]
 
 #: The name of the only array of a ``.npy`` file.
-NPY_NAME = "arr_0"
+_NPY_NAME = "arr_0"
 
 _NPY_MAGIC = b"\x93NUMPY"
 #: numpy's own limit: parsing longer literals can exhaust the interpreter's stack.
@@ -81,7 +81,7 @@ class NpySource(SourceBase):
                     f"{path} has {self._raw.size} bytes, its header describes {expected}; it is "
                     "truncated or holds more than one array"
                 )
-            self._set_entries([TensorEntry(NPY_NAME, dtype, self._header.shape, key=NPY_NAME)])
+            self._set_entries([TensorEntry(_NPY_NAME, dtype, self._header.shape, key=_NPY_NAME)])
         except BaseException:
             self._raw.close()
             raise

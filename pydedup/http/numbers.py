@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pydedup.http.problems import HttpError, bad
 
-__all__ = ["PIECE_BYTES", "Lists", "flat_array", "json_numbers", "outline", "parse_json"]
+__all__ = ["PIECE_BYTES", "Lists", "flat_array", "json_numbers", "outline"]
 
 #: About so much is parsed at once: under a millisecond.
 PIECE_BYTES = 64 * 1024
@@ -54,7 +54,7 @@ _NOT_JSON = re.compile(rb"NaN|Infinity")
 Lists = list[tuple[int, int]]
 
 
-def parse_json(text: bytes | bytearray | memoryview) -> Any:
+def _parse_json(text: bytes | bytearray | memoryview) -> Any:
     """Parse a small document. Raises HttpError 400."""
     try:
         return orjson.loads(text)
@@ -83,7 +83,7 @@ def outline(body: bytes | bytearray, end: int) -> tuple[Any, Lists]:
         400 when it is no JSON, or the rest is too large.
     """
     if end <= PIECE_BYTES:
-        return parse_json(body if end == len(body) else memoryview(body)[:end]), []
+        return _parse_json(body if end == len(body) else memoryview(body)[:end]), []
     kept: list[bytes | bytearray] = []
     lists: Lists = []
     at = 0
@@ -113,7 +113,7 @@ def outline(body: bytes | bytearray, end: int) -> tuple[Any, Lists]:
             "allowed",
             413,
         )
-    return parse_json(b"".join(kept)), lists
+    return _parse_json(b"".join(kept)), lists
 
 
 def flat_array(
@@ -247,7 +247,7 @@ def _cut(
                 raise bad(where, f"there is no number within {PIECE_BYTES} bytes")
         try:
             # What is between two cuts begins and ends in an innermost list.
-            yield parse_json(opened + body[at:end] + closed), goes_on
+            yield _parse_json(opened + body[at:end] + closed), goes_on
         except HttpError as error:
             raise bad(where, error.message.removeprefix("body: ")) from None
         if following == stop and end == stop:

@@ -18,7 +18,7 @@ from pydedup.http.problems import bad
 from pydedup.http.served import Admit, Arrays, Served, ServedStore
 from pydedup.http.shapes import TensorSpec
 
-__all__ = ["Answer", "check_inputs", "model_config", "model_metadata", "rows_of", "run_batch"]
+__all__ = ["Answer", "model_config", "model_metadata", "rows_of", "run_batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def run_batch(
             yield number, model
             continue
         try:
-            check_inputs(model, inputs)
+            _check_inputs(model, inputs)
         except Exception as error:
             yield number, Answer(model, error)
             continue
@@ -74,7 +74,7 @@ def rows_of(inputs: Arrays) -> int:
     return max(int(first.shape[0]), 1) if first.ndim else 1
 
 
-def check_inputs(model: Served, inputs: Arrays) -> None:
+def _check_inputs(model: Served, inputs: Arrays) -> None:
     """Raise HttpError 400 for inputs that a model does not take, naming the field."""
     specs = {spec.name: spec for spec in model.signature.inputs}
     takes = f"{model.address} takes: {', '.join(specs)}"

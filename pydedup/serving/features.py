@@ -20,7 +20,6 @@ from pydedup.errors import ArgumentError
 from pydedup.graph import Graph, Node
 
 __all__ = [
-    "MOST_COLUMNS",
     "InputKind",
     "Outputs",
     "features_of",
@@ -33,7 +32,7 @@ Array = NDArray[Any]
 Predict = Callable[[Array], Any]
 
 #: A prediction of more numbers than these is one value, not a column for each.
-MOST_COLUMNS: Final = 32
+_MOST_COLUMNS: Final = 32
 # Operations that keep a row's numbers as they are in number.
 _KEEPING: Final = frozenset(
     {"relu", "gelu", "sigmoid", "tanh", "softmax", "log_softmax", "leaky_relu", "elu", "silu"}
@@ -266,7 +265,7 @@ class Outputs:
     Attributes
     ----------
     kind
-        ``"one"``: a number; ``"few"``: up to MOST_COLUMNS; ``"vector"``: more; ``"named"``:
+        ``"one"``: a number; ``"few"``: up to _MOST_COLUMNS; ``"vector"``: more; ``"named"``:
         several outputs by name.
     width
         How many numbers, of one output.
@@ -282,7 +281,7 @@ class Outputs:
             return cls("named", 0)
         if prediction.size == 1:
             return cls("one", 1)
-        return cls("few" if prediction.size <= MOST_COLUMNS else "vector", prediction.size)
+        return cls("few" if prediction.size <= _MOST_COLUMNS else "vector", prediction.size)
 
 
 def predict_rows(

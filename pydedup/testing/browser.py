@@ -6,7 +6,6 @@ Driven by its own DevTools protocol over two pipes, so nothing but the browser i
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -17,7 +16,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 __all__ = ["Browser", "BrowserMissingError", "Page", "chromium"]
@@ -133,11 +131,6 @@ class Page:
         done = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
-
-    def screenshot(self, path: Path) -> None:
-        """Write the whole page as PNG."""
-        shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     @property
     def complaints(self) -> list[str]:

@@ -51,7 +51,6 @@ class GaleraNode:
         folder.mkdir()
         self.data, self.socket = folder / "data", folder / "sock"
         self.log, self.group = folder / "log", unused_port()
-        self._peer = peer
         user = "mysql" if os.geteuid() == 0 else None
         if user is not None:
             shutil.chown(folder, user)

@@ -17,7 +17,6 @@ from pydedup.errors import ArgumentError, CorruptStoreError, SchemaVersionError
 from pydedup.similarity import L2LSH, distances, magnitude
 
 SHAPE = (3, 5)
-NOT_A_HASH = np.iinfo(np.int32).min
 
 
 def make_blocks() -> NDArray[np.float32]:

@@ -24,7 +24,6 @@ __all__ = [
     "check_nodes",
     "check_scale",
     "check_types",
-    "hindrances",
     "said_at_once",
 ]
 
@@ -117,7 +116,7 @@ def check_nodes(store: Secret, token: Secret | None, options: Mapping[str, Any])
     if ray.is_initialized():
         on_each_node(
             ray,
-            hindrances,
+            _hindrances,
             store,
             token,
             resources=options.get("resources") or {},
@@ -125,7 +124,7 @@ def check_nodes(store: Secret, token: Secret | None, options: Mapping[str, Any])
         )
 
 
-def hindrances(store: Secret, token: Secret | None) -> str | None:
+def _hindrances(store: Secret, token: Secret | None) -> str | None:
     """Return what keeps a process from serving a store, and from asking for the token."""
     return hindrance(store) or (None if token is None else _of_token(token))
 

@@ -17,13 +17,13 @@ from pydedup.ray.score_pool import words_of
 from pydedup.ray.serving.application import deployment
 from pydedup.ray.serving.source import models
 
-__all__ = ["APPLICATION", "parse_replicas", "run"]
+__all__ = ["parse_replicas", "run"]
 
 _LOG = logging.getLogger("pydedup.ray")
 #: What it is called in Ray's dashboard.
-APPLICATION: Final = "pydedup"
+_APPLICATION: Final = "pydedup"
 #: What Ray calls the actor that shows that a command serves.
-_GUARD: Final = {"name": APPLICATION, "namespace": f"{APPLICATION}-serve"}
+_GUARD: Final = {"name": _APPLICATION, "namespace": f"{_APPLICATION}-serve"}
 
 
 def parse_replicas(text: str) -> dict[str, Any]:
@@ -143,12 +143,12 @@ def _alone(ray: Any) -> Iterator[None]:
 
 def _take_down(serve: Any, mine: bool) -> None:
     try:
-        serve.delete(APPLICATION)
+        serve.delete(_APPLICATION)
         if mine and not serve.status().applications:
             serve.shutdown()
     except Exception as error:
         said = words_of(error)
-        raise ClusterError(f"the application {APPLICATION} was not taken down: {said}") from error
+        raise ClusterError(f"the application {_APPLICATION} was not taken down: {said}") from error
 
 
 def _check_cpus(ray: Any, on: str, chosen: Mapping[str, Any]) -> None:
@@ -170,7 +170,7 @@ def _start(serve: Any, application: Any, http: dict[str, Any]) -> None:
             with socket.create_server((http["host"], 0)) as found:
                 http["port"] = found.getsockname()[1]
         serve.start(http_options=http)
-        serve.run(application, name=APPLICATION, route_prefix="/")
+        serve.run(application, name=_APPLICATION, route_prefix="/")
     except Exception as error:
         raise ClusterError(f"Ray Serve does not start it: {words_of(error)}") from error
 

@@ -17,9 +17,9 @@ from pydedup.opening import connect_store
 from pydedup.ray.cluster import Secret
 from pydedup.registry import redact
 
-__all__ = ["ENVIRONMENT", "FILE", "hindrance", "is_here", "models", "reveal"]
+__all__ = ["FILE", "hindrance", "is_here", "models", "reveal"]
 
-ENVIRONMENT, FILE = "env:", "file:"
+_ENVIRONMENT, FILE = "env:", "file:"
 #: Of a pool that no page is read into.
 _LEAST_MEMORY: Final = "64MiB"
 _Told = TypeVar("_Told")
@@ -27,14 +27,14 @@ _Told = TypeVar("_Told")
 
 def is_here(text: str) -> bool:
     """Whether this is the text itself, and not where a process finds it."""
-    return not text.startswith((ENVIRONMENT, FILE))
+    return not text.startswith((_ENVIRONMENT, FILE))
 
 
 def reveal(source: Secret) -> str:
     """Return the text. Raises ArgumentError where it is not to be had."""
     text = source.reveal()
-    if text.startswith(ENVIRONMENT):
-        name = text.removeprefix(ENVIRONMENT)
+    if text.startswith(_ENVIRONMENT):
+        name = text.removeprefix(_ENVIRONMENT)
         found = os.environ.get(name, "")
         where = f"the environment variable {name}"
     elif text.startswith(FILE):
