@@ -7,7 +7,6 @@ As for products, sums are held to the bound that no order of adding exceeds (Hig
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -20,16 +19,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pydedup import _core, config, conv, matmul
+from pydedup import _core, conv, matmul
 from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
 from pydedup.pool import PagePool
+from pydedup.testing.kernels import RUNNABLE, run_with_kernel
 from pydedup.testing.memory_pages import MemoryPages
 from pydedup.types import DType
 
-RUNNABLE = [
-    kernel.name for kernel in config.kernels().available if kernel.built and kernel.runnable
-]
 Array = NDArray[Any]
 Pads = tuple[int, int, int, int]
 
@@ -102,25 +99,15 @@ def check_layers(dtype: DType, seed: int) -> None:
 
 @pytest.mark.parametrize("kernel", RUNNABLE)
 def test_every_kernel_convolves(kernel: str) -> None:
-    # The kernel is chosen once per process, so each needs one of its own.
     code = (
         "import runpy\n"
-        "from pydedup import config\n"
         "from pydedup.types import DType\n"
-        f"assert config.kernels().in_use == {kernel!r}\n"
         f"check = runpy.run_path({__file__!r})['check_layers']\n"
         "for i, dtype in enumerate((DType.F32, DType.F64, DType.BF16, DType.F16, DType.F32)):\n"
         "    check(dtype, i)\n"
         "print('all hold')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env={**os.environ, "PYDEDUP_KERNEL": kernel},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "all hold\n", done.stderr
+    assert run_with_kernel(kernel, code) == "all hold\n"
 
 
 few = st.integers(1, 3)

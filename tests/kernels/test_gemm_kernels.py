@@ -8,9 +8,6 @@ so a kernel may add as it likes, and no more.
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,16 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pydedup import config, lookup, matmul
+from pydedup import lookup, matmul
 from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
 from pydedup.pool import PagePool
+from pydedup.testing.kernels import RUNNABLE, run_with_kernel
 from pydedup.testing.memory_pages import MemoryPages, random_weights
 from pydedup.types import DType
 
-RUNNABLE = [
-    kernel.name for kernel in config.kernels().available if kernel.built and kernel.runnable
-]
 DTYPES = list(DType)
 
 
@@ -63,25 +58,15 @@ def check_products(dtype: DType, m: int, seed: int) -> None:
 
 @pytest.mark.parametrize("kernel", RUNNABLE)
 def test_every_kernel_multiplies_every_dtype(kernel: str) -> None:
-    # The kernel is chosen once per process, so each needs one of its own.
     code = (
         "import runpy\n"
-        "from pydedup import config\n"
-        f"assert config.kernels().in_use == {kernel!r}\n"
         f"check = runpy.run_path({__file__!r})\n"
         "for dtype in check['DTYPES']:\n"
         "    for m in (1, 2, 3, 4, 6, 20, 33):\n"
         "        check['check_products'](dtype, m, m)\n"
         "print('all hold')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env={**os.environ, "PYDEDUP_KERNEL": kernel},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "all hold\n", done.stderr
+    assert run_with_kernel(kernel, code) == "all hold\n"
 
 
 sizes = st.integers(1, 90)

@@ -3,27 +3,22 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pydedup import codec, config
+from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.hashing import hash_blocks, hash_buffer
+from pydedup.testing.kernels import RUNNABLE, run_with_kernel
 from pydedup.types import DType
 
 GOLDEN_PAGE = Path(__file__).parents[1] / "golden" / "page_v1.page"
 GOLDEN_CONTENT = GOLDEN_PAGE.with_suffix(".content")
-RUNNABLE = [
-    kernel.name for kernel in config.kernels().available if kernel.built and kernel.runnable
-]
 DTYPES = {dtype.code: dtype for dtype in DType}
 
 # ---- a second reader, in plain Python -----------------------------------------------------------
@@ -180,22 +175,12 @@ def test_golden_page_is_written() -> None:
 def test_every_kernel_reads_and_writes_the_golden_page(kernel: str) -> None:
     script = (
         "import runpy, sys\n"
-        "from pydedup import config\n"
-        "assert config.kernels().in_use == sys.argv[2], config.kernels()\n"
         "tests = runpy.run_path(sys.argv[1])\n"
         "tests['test_golden_page_is_read']()\n"
         "tests['test_golden_page_is_written']()\n"
         "print('read and written')\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, __file__, kernel],
-        env={**os.environ, "PYDEDUP_KERNEL": kernel},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "read and written\n"
+    assert run_with_kernel(kernel, script, __file__) == "read and written\n"
 
 
 def test_raw_blocks_are_the_elements() -> None:

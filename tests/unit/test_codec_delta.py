@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import struct
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,18 +13,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pydedup import codec, config
+from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.hashing import hash_blocks
+from pydedup.testing.kernels import RUNNABLE, run_with_kernel
 from pydedup.types import DType
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAKER = runpy.run_path(str(GOLDEN / "make_delta_golden.py"))
 PLANES = runpy.run_path(str(Path(__file__).with_name("test_codec.py")))
-RUNNABLE = [
-    kernel.name for kernel in config.kernels().available if kernel.built and kernel.runnable
-]
 DTYPES = {dtype.code: dtype for dtype in DType}
 FIELDS = {DType.F64: (11, 52), DType.F32: (8, 23), DType.F16: (5, 10), DType.BF16: (8, 7)}
 
@@ -272,22 +267,12 @@ def test_golden_page_is_written() -> None:
 def test_every_kernel_reads_and_writes_the_golden_page(kernel: str) -> None:
     script = (
         "import runpy, sys\n"
-        "from pydedup import config\n"
-        "assert config.kernels().in_use == sys.argv[2], config.kernels()\n"
         "tests = runpy.run_path(sys.argv[1])\n"
         "tests['test_golden_page_says_what_the_format_document_says']()\n"
         "tests['test_golden_page_is_written']()\n"
         "print('read and written')\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, __file__, kernel],
-        env={**os.environ, "PYDEDUP_KERNEL": kernel},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "read and written\n"
+    assert run_with_kernel(kernel, script, __file__) == "read and written\n"
 
 
 # ---- behaviour ----------------------------------------------------------------------------------
