@@ -17,6 +17,8 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any, Final
 
+from pydedup.errors import ArgumentError
+
 from ._mysql_errors import LOST, ConnectionLostError
 
 __all__ = ["TEXT_MARK", "PreparedConnection", "sent"]
@@ -144,6 +146,11 @@ def _is_answer(code: int | None) -> bool:
 
 def sent(value: Any) -> Any:
     """Return a parameter as the driver carries it without loss."""
+    if isinstance(value, str):
+        try:  # the C extension would end the process
+            value.encode()
+        except UnicodeEncodeError:
+            raise ArgumentError(f"{value!r} is no valid Unicode text") from None
     if isinstance(value, float):
         return repr(value)  # the C extension would round it to 32 bits
     if isinstance(value, int) and not -(2**63) <= value < 2**63:

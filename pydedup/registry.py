@@ -226,6 +226,10 @@ def _check_schema(schema: object) -> None:
     """Raise ArgumentError for a schema that is no text."""
     if not isinstance(schema, str | None):
         raise ArgumentError(f"schema must be a text, not {schema!r}")
+    try:
+        (schema or "").encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"schema must be a text, not {schema!r}") from None
 
 
 def place_of(given: str | os.PathLike[str]) -> str:

@@ -184,6 +184,10 @@ def _check_policy(policy: Policy) -> None:
         raise ArgumentError(
             f"the name of {policy!r} is {name!r}; it must be text, and none of {', '.join(_OURS)}"
         )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"the name of {policy!r}, {name!r}, is no valid Unicode text") from None
     if not number(f"max_rel_error of {policy!r}", policy.max_rel_error) >= 0:
         raise ArgumentError(f"max_rel_error of {policy!r} must be 0 or more")
     try:

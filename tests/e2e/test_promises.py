@@ -138,6 +138,7 @@ def test_parameters_that_are_not_json_are_refused(store: pydedup.Store) -> None:
     [
         ("name", "accuracy", "the name of .* none of bounded, accuracy"),
         ("name", 3, "the name of .* must be text"),
+        ("name", "\ud800", "the name of .* no valid Unicode"),
         ("max_rel_error", "0.1", "max_rel_error of .* must be a number"),
         ("max_rel_error", None, "max_rel_error of .* must be a number"),
         ("max_rel_error", float("nan"), "max_rel_error of .* must be finite"),

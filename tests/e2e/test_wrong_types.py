@@ -8,6 +8,7 @@ what was meant.
 from __future__ import annotations
 
 import contextlib
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,9 +126,9 @@ def test_what_is_no_store_is_named(nothing: Any, call: Callable[[Any], object]) 
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgresql+shards", "mysql", "sqlite"])
-def test_what_is_no_schema_is_named(scheme: str) -> None:
-    schema: Any = 3
-    with pytest.raises(ArgumentError, match="schema must be a text, not 3"):
+@pytest.mark.parametrize("schema", [3, "\ud800"])
+def test_what_is_no_schema_is_named(scheme: str, schema: Any) -> None:
+    with pytest.raises(ArgumentError, match=re.escape(f"schema must be a text, not {schema!r}")):
         pydedup.open(f"{scheme}://host/db|host/db", schema=schema)
 
 

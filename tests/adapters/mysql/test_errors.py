@@ -195,6 +195,17 @@ def test_numbers_of_errors_have_meanings(
         adapter.bump_epoch()
 
 
+def test_half_of_a_character_is_refused(adapter: Adapter) -> None:
+    """The C extension ended the process."""
+    with pytest.raises(ArgumentError, match="no valid Unicode"):
+        adapter.model_called("m", "a\ud800")
+    with pytest.raises(ArgumentError, match="no valid Unicode"), adapter.transaction():
+        adapter.set_meta("x", "\udfff")
+    with adapter.transaction():
+        adapter.set_meta("x", "\uffff")
+    assert adapter.meta()["x"] == "\uffff"
+
+
 def test_a_server_that_logs_statements_alone_is_told_what_to_set(adapter: Adapter) -> None:
     """One writes none of InnoDB's at our level; ours has no log to write to."""
     statement = "SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = 1665"
