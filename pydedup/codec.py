@@ -156,9 +156,7 @@ def build_page(
     )
 
 
-def gather_page(
-    pages: Sequence[Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
-) -> bytes:
+def gather_page(pages: Sequence[Page], page_index: ArrayLike, slots: ArrayLike) -> bytes:
     """Return the page of these blocks in this order, as they are encoded where they are now.
 
     Parameters
@@ -166,7 +164,7 @@ def gather_page(
     pages
         The pages that they are on.
     page_index, slots
-        uint32 (n,): block i is in slot ``slots[i]`` of ``pages[page_index[i]]``.
+        Of shape (n,): block i is in slot ``slots[i]`` of ``pages[page_index[i]]``.
 
     Raises
     ------
@@ -175,7 +173,9 @@ def gather_page(
     CorruptStoreError
         When a page does not have the slot: block maps may be damaged.
     """
-    return _core.gather_page(list(pages), page_index, slots)
+    return _core.gather_page(
+        pages, column(page_index, np.uint32, "page_index"), column(slots, np.uint32, "slots")
+    )
 
 
 def page_checksum(payload: bytes) -> bytes:

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 #include <memory>
 #include <string>
 
@@ -53,22 +54,28 @@ class BoundConv2d {
               const Array<std::uint32_t>& slots, const py::object& bases) {
         const HeldBlocks held = hold_blocks(pages, page_index, slots, bases, threads_);
         const WithoutGil no_gil;
-        conv_->feed(held.blocks());
+        feed_blocks(held.blocks());
     }
 
     bool feed_resident(BufferPool& pool, BlockWindow& window) {
         return window.use(pool, threads_,
-                          [this](std::span<const BlockView> blocks) { conv_->feed(blocks); });
+                          [this](std::span<const BlockView> blocks) { feed_blocks(blocks); });
     }
 
     [[nodiscard]] std::size_t fed() const noexcept { return conv_->fed(); }
 
   private:
+    void feed_blocks(std::span<const BlockView> blocks) {
+        const OnlyFeeder only(feeding_);
+        conv_->feed(blocks);
+    }
+
     py::array x_;
     py::object bias_;  // an array or None
     py::array y_;
     unsigned threads_;
     std::unique_ptr<Conv2d> conv_;
+    std::atomic_flag feeding_;
 };
 
 }  // namespace

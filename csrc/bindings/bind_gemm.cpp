@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -74,18 +75,23 @@ class BoundMatmul {
         const HeldBlocks held = hold_blocks(pages, page_index, slots, bases, threads_);
         const std::vector<std::uint64_t> who = as_members(members);
         const WithoutGil no_gil;
-        matmul_->feed(held.blocks(), who);
+        feed_blocks(held.blocks(), who);
     }
 
     bool feed_resident(BufferPool& pool, BlockWindow& window, const Members& members) {
         const std::vector<std::uint64_t> who = as_members(members);
         return window.use(pool, threads_,
-                          [&](std::span<const BlockView> blocks) { matmul_->feed(blocks, who); });
+                          [&](std::span<const BlockView> blocks) { feed_blocks(blocks, who); });
     }
 
     [[nodiscard]] std::size_t fed() const noexcept { return matmul_->fed(); }
 
   private:
+    void feed_blocks(std::span<const BlockView> blocks, std::span<const std::uint64_t> who) {
+        const OnlyFeeder only(feeding_);
+        matmul_->feed(blocks, who);
+    }
+
     [[nodiscard]] static std::vector<std::uint64_t> as_members(const Members& members) {
         return members ? as_copy(*members, "members") : std::vector<std::uint64_t>();
     }
@@ -97,6 +103,7 @@ class BoundMatmul {
     std::vector<std::uint8_t> variants_;
     std::vector<std::uint32_t> places_;
     std::unique_ptr<Matmul> matmul_;
+    std::atomic_flag feeding_;
 };
 
 }  // namespace

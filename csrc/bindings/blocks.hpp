@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -155,6 +156,23 @@ struct HeldBlocks {
     }
     return held;
 }
+
+/// Held while a product is fed. A second thread is refused meanwhile: both would go on from the
+/// same block.
+class OnlyFeeder {
+  public:
+    explicit OnlyFeeder(std::atomic_flag& taken) : taken_(taken) {
+        if (taken_.test_and_set(std::memory_order_acquire)) {
+            throw Error(ErrorCode::invalid_argument, "two threads feed one product at once");
+        }
+    }
+    ~OnlyFeeder() { taken_.clear(std::memory_order_release); }
+    OnlyFeeder(const OnlyFeeder&) = delete;
+    OnlyFeeder& operator=(const OnlyFeeder&) = delete;
+
+  private:
+    std::atomic_flag& taken_;
+};
 
 /// A C-contiguous array of the compute dtype, borrowed.
 [[nodiscard]] inline std::byte* data_of(const py::object& object, Dtype compute, std::size_t size,

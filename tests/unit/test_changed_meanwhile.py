@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays that another thread changes while the core, without the GIL, works on them.
+"""Arrays that another thread changes while the core, without the GIL, works on them; and products.
 
 The core checks ids and offsets once and then relies on them. What a call makes of such an array is
 anybody's guess; that it neither crashes nor hangs nor leaves anything broken behind is not.
@@ -103,6 +103,36 @@ _CASES = {
                 assert np.array_equal(out[0][-1000:], table)
                 ids[:] = np.arange(1_000_000) % 1000
                 meanwhile(lambda: t.bag(ids.reshape(-1, 4), None, "sum"), lambda: ids.fill(other))
+        """,
+    "a product that two threads feed": """
+        from pydedup import _core, codec
+        from pydedup.blocks import MatrixView
+        n, code = 2048, 2
+        view = MatrixView.of(np.zeros((n, n), np.float32), (64, 64))
+        count = view.grid.count
+        blocks = codec.encode_blocks(view, np.arange(count), planes=False)
+        columns = blocks.arena, blocks.offsets, blocks.lengths, blocks.encodings
+        sizes = [np.full(count, number) for number in (code, 64, 64)]
+        page = codec.Page(codec.build_page(*columns, *sizes))
+        x, y = np.ones((64, n), np.float32), np.zeros((64, n), np.float32)
+        image, maps = x[:1].reshape(1, n, 1, 1), y[:1].reshape(1, n, 1, 1)
+        window = np.zeros(64, np.uint32), np.arange(64, dtype=np.uint32)
+        def feed(product):
+            for _ in range(16):
+                try:
+                    product.feed([page], *window)
+                except ArgumentError:
+                    pass
+        for _ in range(20):
+            for product in (
+                _core.Matmul(n, n, 64, 64, code, x, None, "none", False, y),
+                _core.Matmul(n, n, 64, 64, code, x, None, "none", True, y),
+                _core.Conv2d(
+                    n, n, 64, 64, code, image, None, "none", maps,
+                    (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1,
+                ),
+            ):
+                meanwhile(lambda: feed(product), lambda: feed(product))
         """,
     "encoding": """
         from pydedup import codec

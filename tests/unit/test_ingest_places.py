@@ -117,3 +117,7 @@ def test_slots_of_a_pooled_page_outlive_it() -> None:
     pool.clear()
     np.testing.assert_array_equal(slots, codec.Page(payload).slots)
     assert not slots.flags.writeable
+    with pytest.raises(ArgumentError, match=r"^slots must be a 1-D array of integers"):
+        codec.gather_page([], [0], [0.5])
+    with pytest.raises(ArgumentError, match=r"^page_index has values that do not fit uint32"):
+        codec.gather_page([], [-1], [0])
