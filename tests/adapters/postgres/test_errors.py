@@ -109,6 +109,8 @@ def test_a_deadlock_is_a_conflict(adapter: Adapter, schema: str, postgres_url: s
     # The other one waits for long before it looks for deadlocks, so ours is the one to give way.
     other = psycopg.connect(postgres_url, options="-c deadlock_timeout=20s")
 
+    waits = "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
+
     def wait_for_ours() -> None:
         held.wait(30)
         told.append(other.execute(f"UPDATE {schema}.jobs SET spec = 'x' WHERE id = 'a'").rowcount)  # noqa: S608
@@ -116,7 +118,11 @@ def test_a_deadlock_is_a_conflict(adapter: Adapter, schema: str, postgres_url: s
     def lock_in_turn() -> None:
         adapter.put_job("a", "mine", "", "")
         held.set()
-        time.sleep(0.5)
+        latest = time.monotonic() + 20
+        with psycopg.connect(postgres_url, autocommit=True) as looking:
+            while not looking.execute(waits, [other.info.backend_pid]).fetchall():
+                assert time.monotonic() < latest, "the other one does not wait for ours"
+                time.sleep(0.01)
         adapter.put_job("b", "mine", "", "")
 
     thread = threading.Thread(target=wait_for_ours)
