@@ -173,7 +173,10 @@ def check_writable(adapter: Adapter, what: str) -> None:
 
 def _said_of_damaged(adapter: Adapter, page_id: int) -> str:
     """Say for an error who reads a damaged page, and what to do."""
-    advice = "; verify --repair-from restores it from another store, a backup or a model's file"
+    advice = (
+        f"; verify --repair-from restores it in {adapter.url} from another store, a backup or a "
+        "model's file"
+    )
     try:
         readers = page_readers(adapter).get(page_id)
     except PydedupError:

@@ -35,6 +35,8 @@ from pydedup.types import CopyReport, Progress
 __all__ = ["backup_store", "file_url", "restore_store"]
 
 _PARTIAL = ".partial"
+#: Of a file's name, on all usual file systems.
+_NAME_BYTES = 255
 _BESIDE = ("-wal", "-shm", "-journal")
 _SHOWN = 3
 # In `meta` of a backup, from its beginning: of which store it is. Without it, a file is none.
@@ -67,6 +69,7 @@ def backup_store(
     """Write a whole store to a file; see `pydedup.Store.backup`."""
     url = file_url(path)
     target = Path(path).absolute()
+    _check_name(target.name)
     _check_free(source.adapter, target, url, opened, replace=replace)
     partial = target.with_name(target.name + _PARTIAL)
     mark = source.adapter.meta().get("store_id", "")
@@ -143,6 +146,18 @@ def _carry_settings(source: Adapter, target: Adapter, *, keep: bool = False) -> 
             target.bump_epoch()
             for name, value in wanted.items():
                 target.set_meta(name, value)
+
+
+def _check_name(name: str) -> None:
+    """Raise ArgumentError for a name that others are made of, or that none can be made of."""
+    if name.endswith(_PARTIAL):
+        raise ArgumentError(
+            f"{name} would be the unfinished backup {name.removesuffix(_PARTIAL)!r}; give the "
+            "backup another name"
+        )
+    most = _NAME_BYTES - len(_PARTIAL) - max(map(len, _BESIDE))
+    if len(os.fsencode(name)) > most:
+        raise ArgumentError(f"the name of a backup has at most {most} bytes; take a shorter one")
 
 
 def _check_free(source: Adapter, target: Path, url: str, opened: Opener, *, replace: bool) -> None:

@@ -262,7 +262,8 @@ class _Copier:
         self._there = look_at_target(self._target.adapter, self._source.adapter)
 
     def _where(self, item: Item, error: Exception) -> str:
-        return f"copying {item.address} from {self._source.adapter.url}: {error}"
+        ends = f"from {self._source.adapter.url} to {self._target.adapter.url}"
+        return f"copying {item.address} {ends}: {error}"
 
     def _was_copied(self, item: Item) -> bool:
         ours, theirs = self._source.adapter, self._target.adapter

@@ -244,6 +244,19 @@ def test_a_store_with_the_name_of_an_unfinished_backup_is_kept(
         assert precious.verify().ok
 
 
+def test_names_that_no_backup_can_have(filled: New, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    with pydedup.open(filled("sqlite"), mode="r") as store:
+        with pytest.raises(ArgumentError, match=r"k\.partial would be the unfinished backup 'k'"):
+            store.backup(here / "k.partial")
+        with pytest.raises(ArgumentError, match="has at most 239 bytes"):
+            store.backup(here / ("ü" * 120))
+        assert list(here.iterdir()) == []
+        store.backup(here / ("u" * 239))
+        assert [path.name for path in here.iterdir()] == ["u" * 239]
+
+
 def test_a_file_that_appears_during_a_backup_is_kept(
     filled: New, tmp_path: Path, family: Callable[..., Any], assert_same: Any
 ) -> None:

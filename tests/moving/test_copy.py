@@ -143,6 +143,26 @@ def test_a_page_that_is_damaged_there_is_not_relied_upon(
             target.load("m@1")
 
 
+def test_which_end_has_a_damaged_page_is_told(new_store: New, change_page: Any) -> None:
+    rng = np.random.default_rng(9)
+    base, other = (rng.standard_normal((256, 64)).astype(np.float32) for _ in range(2))
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    with pydedup.open(url) as target:
+        target.add("m@1", {"w": base})
+        target.add("z@1", {"w": base[:128], "other": other})
+        pages = {page for _, page, _, _ in target._adapter.model_pages()}
+        there = target.url
+    for page in pages:
+        change_page(url, page, lambda payload: payload.__setitem__(-1, payload[-1] ^ 1))
+    with pydedup.open(source_url) as store:
+        store.add("m@1", {"w": base})
+        store.add("m@2", {"w": base * np.float32(1 + 1e-6)})
+        with pytest.raises(CorruptStoreError) as caught:
+            store.copy_to(url, ["m@2"])
+    assert f"copying m@2 from {store.url} to {there}: page " in str(caught.value)
+    assert f"restores it in {there} from another store" in str(caught.value)
+
+
 def test_pages_that_are_there_with_deltas_that_lost_their_base(new_store: New) -> None:
     rng = np.random.default_rng(9)
     base, own = (rng.standard_normal((256, 64)).astype(np.float32) for _ in range(2))
