@@ -19,6 +19,7 @@ from pydedup.cli import options, output
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import NotFoundError
+from pydedup.formats import registry
 from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
 from pydedup.types import AddReport
 
@@ -124,6 +125,8 @@ def add(
     models = _named_sources(pairs)
     guarantee = parse_policy(policy, max_rel_error, evaluate, max_drop, confidence)
     kept = parse_metadata(metadata)
+    for source in models.values():
+        registry.detect(Path(source))  # before the store is opened: what is no model creates none
     opened = options.trial_store if dry_run else options.writable_store
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(opened(url, memory))

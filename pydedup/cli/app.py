@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.shell_completion import shell_complete
 
 from pydedup.cli import (
     adding,
@@ -54,6 +55,9 @@ SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ("Upkeep", (upkeep.verify, upkeep.refill, upkeep.vacuum, tenants.quota)),
     ("pydedup itself", (demo.demo, looking.kernels)),
 )
+
+#: Set by the scripts of click with which shells complete commands.
+_COMPLETE = "_PYDEDUP_COMPLETE"
 
 _EXAMPLES = (
     "pydedup add sqlite:///models.db sentiment@1 sentiment.safetensors",
@@ -101,7 +105,8 @@ class Program(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command; what was meant is guessed, and no URL is repeated."""
         word = args[0]
-        if self.get_command(ctx, word) is None and not word.startswith("-"):
+        is_guessed = not word.startswith("-") and not ctx.resilient_parsing  # no shell completes
+        if self.get_command(ctx, word) is None and is_guessed:
             if "://" in word:
                 raise click.UsageError(
                     "the command comes first, then the store: pydedup COMMAND STORE ...", ctx
@@ -143,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_streams()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they address developers; users get results or errors
+    if completing := os.environ.get(_COMPLETE):
+        return shell_complete(program, {}, "pydedup", _COMPLETE, completing)
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     status: int | None = Exit.OK
     context: click.Context | None = None

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 import pydedup
 from pydedup.cli import progress
+from pydedup.graph import Graph, Node
 from pydedup.testing.program import PROGRAM, clean_environment, run_here, run_process
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -245,6 +246,15 @@ def test_a_source_that_is_not_there_creates_no_store(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_source_that_is_no_model_creates_no_store(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for name, content in {"empty.npz": b"", "text.txt": b"hello\n", "x.npz": b"no zip"}.items():
+        (tmp_path / name).write_bytes(content)
+        fail("add", "new.db", "a", model, "b", tmp_path / name, status=5, cwd=folder)
+    assert list(folder.iterdir()) == []
+
+
 # ---- 4: the store -------------------------------------------------------------------------------
 
 
@@ -310,6 +320,16 @@ def test_a_mistyped_kernel_is_no_damage(kept: str) -> None:
         mistyped = {"PYDEDUP_KERNEL": "foo"}
         said = fail("verify", kept, *options, status=2, run=run_process, env=mistyped)
         assert "kernel 'foo' is unknown" in said
+
+
+def test_a_mistyped_kernel_is_no_fault_of_a_layer(tmp_path: Path) -> None:
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    with pydedup.open(tmp_path / "m.db") as store:
+        store.add("m", {"w": np.ones((2, 3), np.float32)}, graph=graph)
+    (tmp_path / "x.json").write_text("[[1, 2, 3]]")
+    words = ("predict", tmp_path / "m.db", "m", tmp_path / "x.json")
+    said = fail(*words, status=2, run=run_process, env={"PYDEDUP_KERNEL": "foo"})
+    assert said.startswith("pydedup: error: PYDEDUP_KERNEL: kernel 'foo' is unknown")
 
 
 # ---- 5 and 6: files, duplicates -----------------------------------------------------------------

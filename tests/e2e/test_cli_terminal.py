@@ -279,3 +279,18 @@ def test_secrets() -> None:
         assert text.without_secrets(f"at {scheme}{form}@db/x") == f"at {scheme}***@db/x"
     assert text.clean("a\x1b[0m\u202eb\n") == "a\\x1b[0m\\u202eb\\n"
     assert text.clean("é模🙂 ok") == "é模🙂 ok"
+
+
+def test_shells_complete_commands_and_options() -> None:
+    """The script of click printed the help."""
+    for words, place, found in (
+        ("pydedup sc", "1", ["score"]),
+        ("pydedup score --on", "2", ["--on-error", "--on"]),
+        ("pydedup nothing --on", "2", []),
+    ):
+        asked = {"COMP_WORDS": words, "COMP_CWORD": place, "_PYDEDUP_COMPLETE": "bash_complete"}
+        done = subprocess.run(
+            PROGRAM, env=clean_environment(**asked), capture_output=True, text=True, check=False
+        )
+        assert done.stderr == ""
+        assert done.stdout.split() == [f"plain,{word}" for word in found]
