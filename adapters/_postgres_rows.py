@@ -152,6 +152,11 @@ class PostgresRows(RowCalls):
             )
         return there.union(row[0] for row in found)
 
+    def _told_key(self, table: str, key: str) -> str:
+        """Name the type: else a statement that is prepared fails once a table is made anew."""
+        name, kind = self._quoted(key, "column"), self._types_of(table).get(key)
+        return f"CAST({name} AS {kind})" if kind else name
+
     def _insert_lines(
         self, head: str, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
     ) -> None:

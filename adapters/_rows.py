@@ -40,6 +40,9 @@ NAME_BYTES: Final = 63
 _KEYS_ONE_BY_ONE: Final = 256
 _NAME: Final = re.compile(r"[^\W\d]\w*")
 _COMMENTS: Final = re.compile(r"(?s)(\s|\(|;|--[^\n]*(\n|$)|/\*(?!!).*?\*/)*")
+#: A semicolon at the end, and comments behind it with no character that may end a text, a name or
+#: another comment, of which the semicolon would be part.
+_END: Final = re.compile(r""";\s*(--[^\n'"`$*\]]*(\n\s*|$))*$""")
 _FIRST_WORDS: Final = ("select", "with", "values", "table")
 
 
@@ -223,13 +226,13 @@ class RowCalls(DbApiBase):
     def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
         """Return those of the keys that have a row, as they were asked."""
         name = self._quoted(key, "column")
-        head = f"SELECT {name} FROM {self._table(table)} WHERE {name} "
         distinct: list[Any] = list(dict.fromkeys(keys))
         if self._sql.dialect.arrays:
             pieces: Iterator[Sequence[Any]] = iter([[distinct]] if distinct else [])
         else:
             pieces = batches(distinct, self.capabilities.max_parameters)
         with self._of_user(f"table {table}"):
+            head = f"SELECT {self._told_key(table, key)} FROM {self._table(table)} WHERE {name} "
             found = {
                 plain_key(row[0])
                 for piece in pieces
@@ -240,6 +243,10 @@ class RowCalls(DbApiBase):
             # The column's type writes some in another way, such as the text 7 as a number.
             unknown = [one for one in distinct if one not in found]
             return found.intersection(distinct) | self._present_one_by_one(head, unknown)
+
+    def _told_key(self, table: str, key: str) -> str:
+        """Return the key of a table as a SELECT gives it."""
+        return self._quoted(key, "column")
 
     def _present_one_by_one(self, head: str, keys: Sequence[object]) -> set[object]:
         """Return those of the keys for which the column has another spelling."""
@@ -329,8 +336,8 @@ def split_name(name: str) -> tuple[str, str]:
 def as_table(query: str) -> str:
     """Return a user's SELECT as a table to select from."""
     _check_select(query)
-    # It may end in a comment.
-    return f"({query.rstrip().removesuffix(';')}\n) pydedup_q"
+    # It may end in a comment, before or after its semicolon.
+    return f"({_END.sub('', query)}\n) pydedup_q"
 
 
 def _check_select(query: str) -> None:

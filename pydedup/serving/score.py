@@ -45,6 +45,8 @@ Predict = Callable[[StoredModel, Array], Any]
 
 #: Rows that failed are all counted, and so many are kept with their reasons.
 MOST_FAILURES: Final = 20
+#: Of the columns of a query, a message names no more than so many.
+_SHOWN: Final = 20
 #: How often a batch is written again when others write the same rows.
 _TRIES: Final = 5
 #: Bytes of a text that are no UTF-8, which SQLite keeps, stand in Python's for halves of pairs.
@@ -211,7 +213,7 @@ class Scoring:
             raise ArgumentError(
                 f"{self._model.address} takes {width} features, and the query has "
                 f"{len(self._names)} columns beside the key {self._key.name!r}: "
-                f"{', '.join(self._names)}"
+                f"{', '.join(self._names[:_SHOWN])}{', ...' if len(self._names) > _SHOWN else ''}"
             )
         self.target.look()
 

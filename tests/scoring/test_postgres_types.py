@@ -316,3 +316,22 @@ def test_a_query_may_take_longer_than_a_transaction_may(postgres_url: str) -> No
         finally:
             rows.close()
             connection.execute(f"DROP ROLE {role}")
+
+
+def test_a_table_that_is_made_anew_with_another_type(postgres_url: str) -> None:
+    """Statements that the driver had prepared failed for the rest of the session."""
+    model, graph = linear()
+    schema, name = unused_name(), unused_name().replace("pydedup", "t")
+    query = "SELECT i AS id, i AS f0, 2 AS f1, 3 AS f2 FROM generate_series(1, 12) i"
+    with (
+        psycopg.connect(postgres_url, autocommit=True) as user,
+        pydedup.open(postgres_url, schema=schema) as store,
+    ):
+        store.add("m", model, graph=graph)
+        for kind in ("bigint", "numeric", "smallint"):
+            user.execute(f"DROP TABLE IF EXISTS {name}")
+            user.execute(f"CREATE TABLE {name} (id {kind} PRIMARY KEY, prediction real)")
+            for written in (12, 0):
+                assert store.score(query, "m@1", into=name, batch=1).rows == written
+        user.execute(f"DROP TABLE {name}")
+        user.execute(f"DROP SCHEMA {schema} CASCADE")
