@@ -35,20 +35,26 @@ Module = TypeVar("Module", bound="torch.nn.Module")
 _BATCH: Final = 1024
 
 
-def _check_width(request: Prediction) -> None:
-    """Raise ArgumentError where a request has too many or few features, which a layer told."""
+def _wrong_width(request: Prediction) -> ArgumentError | None:
+    """Return the error of a request with too many or few features, which a layer told."""
     from pydedup.serving.features import input_kind
 
     inputs = request.graph.inputs
     if len(inputs) != 1 or inputs[0] not in request.inputs:
-        return
+        return None
     shapes = {info.name: info.shape for info in request.model.tensors}
     width = input_kind(request.graph, shapes, request.model.address).width
     x = request.inputs[inputs[0]]
-    if x.ndim == 2 and width not in (None, x.shape[1]):
-        raise ArgumentError(
-            f"{request.model.address} takes {width} features, and x has {x.shape[1]}"
-        ) from None
+    if x.ndim != 2 or width in (None, x.shape[1]):
+        return None
+    return ArgumentError(f"{request.model.address} takes {width} features, and x has {x.shape[1]}")
+
+
+def _told(request: Prediction, result: Any) -> Any:
+    """Return the result of one of several requests; of a wrong width, the error of `predict`."""
+    if isinstance(result, ArgumentError):
+        return _wrong_width(request) or result
+    return result
 
 
 def _pair(request: object) -> tuple[str, Any]:
@@ -86,9 +92,11 @@ class StorePredictions:
         request = Prediction.of(model, graph, x)
         try:
             return predict(request, self._stored_tensor, self._pool)
-        except ArgumentError:
-            _check_width(request)
-            raise
+        except ArgumentError as error:
+            told = _told(request, error)
+            if told is error:
+                raise
+            raise told from None
 
     def predict_many(
         self, requests: Sequence[tuple[str, ArrayLike | Mapping[str, ArrayLike]]]
@@ -131,7 +139,7 @@ class StorePredictions:
                 results.append(error)
         ready = [one for one in results if isinstance(one, Prediction)]
         made = iter(predict_together(ready, self._stored_tensor, self._pool))
-        return [next(made) if isinstance(one, Prediction) else one for one in results]
+        return [_told(one, next(made)) if isinstance(one, Prediction) else one for one in results]
 
     def attach(self, module: Module, name: str, *, prefix: str = "") -> Module:
         """Make a torch module compute with a model's weights where they lie, and return it.
@@ -140,6 +148,9 @@ class StorePredictions:
         store have before those of the module. See docs/attach.md. Raises NotFoundError;
         ArgumentError, and nothing is changed, when module and model do not fit.
         """
+        from pydedup.formats.torch_tensors import require_torch
+
+        require_torch("attach needs")
         from pydedup.serving import layers
 
         layers.attach(module, name, self._catalog, self._pool, self._adapter.epoch, prefix)
@@ -147,6 +158,9 @@ class StorePredictions:
 
     def detach(self, module: Module) -> Module:
         """Make an attached module a plain one, with the weights loaded, and return it."""
+        from pydedup.formats.torch_tensors import require_torch
+
+        require_torch("detach needs")
         from pydedup.serving import layers
 
         layers.detach(module, self._catalog)

@@ -303,8 +303,9 @@ class Store(StorePredictions, StoreUpkeep):
         self, name: str, dtype: FloatDType | None = None, device: str | None = None
     ) -> dict[str, torch.Tensor]:
         """Return a state dict of torch tensors; needs the extra ``torch``. See `load`."""
-        from pydedup.formats.torch_tensors import to_torch
+        from pydedup.formats.torch_tensors import require_torch, to_torch
 
+        require_torch("load_torch needs")
         return {key: to_torch(array, device) for key, array in self.load(name, dtype).items()}
 
     def export(

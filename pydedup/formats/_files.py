@@ -211,10 +211,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _check_parent(path, target.parent)
         scratch = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
         try:
-            # O_EXCL with the usual mode: the umask of the user applies, unlike with mkstemp.
-            os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            # A file that is replaced keeps its mode, and nobody else reads the new one before; for
+            # a new file the umask of the user applies, unlike with mkstemp.
+            kept = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+            mode = 0o666 if kept is None else 0o600
+            os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
             yield scratch
             _sync(scratch)
+            if kept is not None:
+                scratch.chmod(kept)
             scratch.replace(target)
             _sync(target.parent)
         finally:

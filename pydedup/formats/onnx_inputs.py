@@ -35,7 +35,7 @@ class OpenedGraph:
     weights
         Inputs that are tensors of the model: name to the number of the ONNX element type.
     is_recurrent
-        Whether it has an LSTM or GRU.
+        Whether it has an LSTM or GRU, in a function of its own, too.
     """
 
     model: bytes
@@ -95,8 +95,9 @@ def open_graph(
             graph.input.append(kind)
     _keep(graph.initializer, lambda tensor: tensor.name not in given)
     _keep(graph.node, lambda node: not (node.op_type == "Constant" and node.output[0] in given))
+    is_recurrent = any(map(_is_recurrent, (graph, *model.functions)))
     serialised = model.SerializeToString(deterministic=True)
-    return OpenedGraph(serialised, inputs, outputs, weights, _is_recurrent(graph))
+    return OpenedGraph(serialised, inputs, outputs, weights, is_recurrent)
 
 
 def _is_recurrent(graph: Any) -> bool:

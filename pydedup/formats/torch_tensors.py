@@ -127,13 +127,13 @@ def is_module(value: object) -> bool:
     return isinstance(value, torch.nn.Module)
 
 
-def require_torch() -> None:
+def require_torch(what: str = "torch files need") -> None:
     """Raise UnsupportedFormatError where torch is not installed."""
     try:
         import torch  # noqa: F401
     except ImportError as exc:
         raise UnsupportedFormatError(
-            "torch files need torch, which is not installed; run: pip install 'pydedup[torch]'"
+            f"{what} torch, which is not installed; run: pip install 'pydedup[torch]'"
         ) from exc
 
 

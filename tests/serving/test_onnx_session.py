@@ -192,6 +192,24 @@ def test_recurrent_layers_on_nothing(
     assert store.predict("m", np.zeros((7, 2, 64), np.float32)).shape == (7, 2, 32)
 
 
+def test_recurrent_layers_of_functions_on_nothing(store: pydedup.Store, tmp_path: Path) -> None:
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("own", 1)]
+    lstm = node("LSTM", "x w r", "h", hidden_size=32)
+    function = onnx.helper.make_function("own", "Layer", ["x", "w", "r"], ["h"], [lstm], opsets[:1])
+    nodes = [onnx.helper.make_node("Layer", ["x", "w", "r"], ["y"], domain="own")]
+    weights = {"w": normal(1, 128, 64), "r": normal(1, 128, 32)}
+    path = save(tmp_path / "m.onnx", nodes, weights, [value("x", 1, ("t", "b", 64))])
+    model = onnx.load(path)
+    model.functions.append(function)
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    onnx.save(model, path)
+    store.add("m", path)
+    with pytest.raises(ArgumentError, match="the LSTM or GRU of m@1 cannot be run on nothing"):
+        store.predict("m", np.zeros((7, 0, 64), np.float32))
+    assert store.predict("m", np.zeros((7, 2, 64), np.float32)).shape == (7, 1, 2, 32)
+
+
 def test_look_ups_from_the_end_and_norms_with_one_scale(
     store: pydedup.Store, tmp_path: Path
 ) -> None:

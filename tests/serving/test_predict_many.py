@@ -93,7 +93,7 @@ def test_a_bad_request_does_not_disturb_the_others(store: pydedup.Store) -> None
         ArgumentError,
         NotFoundError,
     ]
-    assert "must be 256" in str(results[2])
+    assert str(results[2]) == "v1@1 takes 256 features, and x has 100"
     assert store.predict_many([]) == []
 
 

@@ -411,16 +411,20 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
 
 
 def test_links_are_written_through_and_modes_are_usual(tmp_path: Path) -> None:
+    """A file that only its owner could read was for everybody when it was written anew."""
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "m.npz").write_bytes(b"")
+    (tmp_path / "real" / "m.npz").chmod(0o604)
     (tmp_path / "link.npz").symlink_to(tmp_path / "real" / "m.npz")
     old = os.umask(0o027)
     try:
         _give(tmp_path / "link.npz")
+        _give(tmp_path / "new.npz")
     finally:
         os.umask(old)
     assert (tmp_path / "link.npz").is_symlink()
-    assert (tmp_path / "real" / "m.npz").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "real" / "m.npz").stat().st_mode & 0o777 == 0o604
+    assert (tmp_path / "new.npz").stat().st_mode & 0o777 == 0o640
     with open_source(tmp_path / "link.npz") as source:
         assert len(source.entries) == 1
 

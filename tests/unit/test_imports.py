@@ -116,6 +116,23 @@ sys.exit(main(["ls", "models.db"]))
     assert done.stderr == "pydedup: interrupted, the store is as it was before\n"
 
 
+@pytest.mark.parametrize("call", ["attach", "detach", "load_torch"])
+def test_what_is_for_torch_says_how_to_get_it(call: str, tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+import pydedup
+with pydedup.open(sys.argv[1]) as store:
+    store.add("m", {"w": [1.0]})
+    try:
+        getattr(store, sys.argv[2])(*{"attach": (0, "m"), "detach": (0,)}.get(sys.argv[2], ("m",)))
+    except pydedup.errors.UnsupportedFormatError as error:
+        print(error)
+"""
+    said = in_child(code, str(tmp_path / "m.db"), call)
+    assert said.startswith(f"{call} needs torch, which is not installed; run: pip install")
+
+
 def test_star_import_gives_the_public_names() -> None:
     code = "from pydedup import *; print(open, Store, PydedupError, policies.Lossless, __version__)"
     assert in_child(code).strip().endswith(pydedup.__version__)
