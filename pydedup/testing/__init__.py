@@ -11,6 +11,12 @@
 - :mod:`pydedup.testing.servers`: private PostgreSQL and MariaDB servers.
 - :mod:`pydedup.testing.pages`: smaller pages, so that little data spans several.
 - :mod:`pydedup.testing.memory_pages`: matrices on pages in memory, without a database.
+- :mod:`pydedup.testing.kernels`: each kernel in a process of its own.
+- :mod:`pydedup.testing.resident`: how much memory a process takes at most.
+- :mod:`pydedup.testing.shards`: places for sharded stores, and a look behind the adapter.
+- :mod:`pydedup.testing.serving`: `pydedup serve` as a child process, and plain requests to it.
+- :mod:`pydedup.testing.browser`: a headless Chromium.
+- :mod:`pydedup.testing.disks`: a small disk, to be filled or made read-only.
 
 Nothing is imported here: the modules need pytest, which users of pydedup may not have.
 """

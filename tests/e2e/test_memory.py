@@ -26,34 +26,22 @@ TENSORS = 6
 POOL_BYTES = 128 * 1024 * 1024
 
 CHILD = """
-import json, sys, threading, time
-import psutil
+import json, sys
 import pydedup
+from pydedup.testing.resident import ResidentMemory
 
 url, small, first, second, pool = sys.argv[1:6]
 workers = int(sys.argv[6]) if len(sys.argv) > 6 else None
-me = psutil.Process()
-peak = 0
-done = threading.Event()
-
-def watch():
-    global peak
-    while not done.is_set():
-        peak = max(peak, me.memory_info().rss)
-        time.sleep(0.002)
 
 with pydedup.open(url, memory=int(pool)) as store:
     store.add("warm-up", small, workers=workers)
-    before = me.memory_info().rss
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     peaks = []
-    for name, path in (("first", first), ("second", second)):
-        peak = 0
-        store.add(name, path, workers=workers)
-        peaks.append(peak - before)
-    done.set()
-    watcher.join()
+    with ResidentMemory() as memory:
+        before = memory.now()
+        for name, path in (("first", first), ("second", second)):
+            memory.forget()
+            store.add(name, path, workers=workers)
+            peaks.append(memory.peak() - before)
     print(json.dumps({"peaks": peaks, "errors": store.verify().errors}))
 """
 

@@ -17,29 +17,18 @@ import pydedup
 POOL = 24 * 1024 * 1024
 
 CHILD = """
-import json, sys, threading, time
-import psutil
+import json, sys
 import pydedup
+from pydedup.testing.resident import ResidentMemory
 
 source, target, memory = sys.argv[1], sys.argv[2], int(sys.argv[3])
-me = psutil.Process()
-peak = 0
-done = threading.Event()
-
-def watch():
-    global peak
-    while not done.is_set():
-        peak = max(peak, me.memory_info().rss)
-        time.sleep(0.002)
 
 with pydedup.open(source, mode="r", memory=memory) as store:
     store.copy_to(target, ["warm-up"], memory=memory)
-    before = me.memory_info().rss
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    report = store.copy_to(target, memory=memory)
-    done.set()
-    watcher.join()
+    with ResidentMemory() as resident:
+        before = resident.now()
+        report = store.copy_to(target, memory=memory)
+        peak = resident.peak()
     print(json.dumps({"peak": peak - before, "stored": report.stored_bytes}))
 """
 

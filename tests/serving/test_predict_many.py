@@ -201,11 +201,11 @@ def test_bags_with_offsets_are_cut(
 
 
 MEMORY = """
-import json, sys, threading, time
+import json, sys
 import numpy as np
-import psutil
 import pydedup
 from pydedup.graph import Graph, Node
+from pydedup.testing.resident import ResidentMemory
 
 rng = np.random.default_rng(0)
 shapes = {"table": (1000, 64), "w": (512, 64), "v": (1, 512)}
@@ -219,25 +219,17 @@ with pydedup.open(sys.argv[1]) as store:
     arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     store.add("m", arrays, graph=graph)
 
-def watch():
-    while watching:
-        seen.append(me.memory_info().rss)
-        time.sleep(0.002)
-
-me, seen, watching = psutil.Process(), [], True
-with pydedup.open(sys.argv[1], mode="r", memory="32MiB") as store:
+with pydedup.open(sys.argv[1], mode="r", memory="32MiB") as store, ResidentMemory() as memory:
     store.predict("m", {"ids": np.arange(4), "offsets": np.array([0, 2])})
-    threading.Thread(target=watch, daemon=True).start()
     peaks = []
     for count, size in ((200_000, 2), (20_000, 400)):
         ids = rng.integers(0, 1000, count * size, dtype=np.int32)
         offsets = np.arange(0, count * size, size)
-        seen.clear()
-        before = me.memory_info().rss
+        memory.forget()
+        before = memory.now()
         y = store.predict("m", {"ids": ids, "offsets": offsets})["y"]
         assert y.shape == (count, 1)
-        peaks.append(max(seen) - before)
-    watching = False
+        peaks.append(memory.peak() - before)
 print(json.dumps(peaks))
 """
 
