@@ -114,6 +114,14 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         yield ray
 
 
+@pytest.fixture
+def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is refused before it connects: as if no test had connected this process."""
+    from pydedup.ray.cluster import import_ray
+
+    monkeypatch.setattr(import_ray(), "is_initialized", lambda: False)
+
+
 ROWS = 2_000
 
 

@@ -100,6 +100,7 @@ def _run(arguments: list[str], env: dict[str, str] | None = None) -> dict[str, o
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.usefixtures("unconnected")
 @pytest.mark.parametrize(
     ("options", "said"),
     [

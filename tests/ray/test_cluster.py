@@ -43,6 +43,7 @@ def test_importing_us_does_not_import_ray() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.mark.usefixtures("unconnected")
 @pytest.mark.parametrize("on", ["http://host:1", "host", "ray://", "ray://host:99999", "", URL])
 def test_what_is_no_address_is_said(on: str) -> None:
     with pytest.raises(ArgumentError, match="is no address of Ray") as raised, attached(on):
@@ -50,12 +51,14 @@ def test_what_is_no_address_is_said(on: str) -> None:
     assert "pa55word" not in str(raised.value)
 
 
+@pytest.mark.usefixtures("unconnected")
 @pytest.mark.parametrize("on", ["ray://127.0.0.1:1", "127.0.0.1:1"])
 def test_where_nobody_listens_is_said_at_once(on: str) -> None:
     with pytest.raises(ClusterError, match=f"no Ray cluster answers at {on}"), attached(on):
         pass
 
 
+@pytest.mark.usefixtures("unconnected")
 @pytest.mark.parametrize("on", ["ray://127.0.0.1:{}", "127.0.0.1:{}"])
 def test_what_is_no_cluster_is_said_soon(monkeypatch: pytest.MonkeyPatch, on: str) -> None:
     """Ray tries for half a minute, or for more than five where it is no Ray Client."""
@@ -72,6 +75,7 @@ def test_what_is_no_cluster_is_said_soon(monkeypatch: pytest.MonkeyPatch, on: st
             serving.join()
 
 
+@pytest.mark.usefixtures("unconnected")
 def test_the_other_port_of_a_cluster_is_said(cluster: Cluster) -> None:
     by_client, by_head = f"ray://{cluster.address}", cluster.client.removeprefix("ray://")
     for on, said in ((by_client, "is not Ray Client"), (by_head, "is not the head of a cluster")):
@@ -169,8 +173,9 @@ def _broken() -> str | None:
     raise ModuleNotFoundError("No module named 'pydedup'")
 
 
+#: Ends when Ray has given what it notes of a death to the function that prints it.
 DYING = """
-import os, signal, sys, time
+import os, signal, sys, threading
 from pydedup.ray.cluster import attached
 
 class Dying:
@@ -178,12 +183,20 @@ class Dying:
         os.kill(os.getpid(), signal.SIGKILL)
 
 with attached(sys.argv[1]) as ray:
+    worker, noted = sys.modules["ray._private.worker"], threading.Event()
+    printing = worker.print_to_stdstream
+
+    def observed(*arguments, **options):
+        printing(*arguments, **options)
+        if "died" in str(arguments):
+            noted.set()
+
+    worker.print_to_stdstream = observed
     died = ray.remote(num_cpus=0, max_restarts=0)(Dying).remote().die.remote()
     try:
         ray.get(died)
     except ray.exceptions.RayActorError:
-        time.sleep(3)
-        print("died")
+        print("died", noted.wait(60))
 """
 
 
@@ -192,7 +205,7 @@ def test_what_died_is_not_in_our_output(cluster: Cluster) -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-c", DYING, cluster.address], capture_output=True, text=True
     )
-    assert done.stdout == "died\n", done.stderr
+    assert done.stdout == "died True\n", done.stderr
 
 
 def test_each_node_is_asked(connected: Any) -> None:
