@@ -126,6 +126,11 @@ class PostgresRows(RowCalls):
 
     def _bound_key(self, key: RowColumn, value: object, values: list[object]) -> str:
         """Name the type, as `format_type` has it: a text is compared with no enum, say."""
+        if key.type is None:
+            raise ArgumentError(
+                f"column {key.name!r} of the query has a type that can be no key; cast it to an "
+                "integer or a text"
+            )
         values.append(value)
         return f"CAST(%b AS {key.type})"
 

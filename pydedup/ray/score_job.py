@@ -256,7 +256,7 @@ class Job:
         assert isinstance(self.rows, RangeAdapter)
         every = min(_BOUND_EVERY, part_rows)
         bounds = self.rows.key_bounds(self.query, key, every)
-        for one in bounds[:1]:
+        for one in bounds:
             to_json(one)  # so that one of a type that has no hash is told as that
         wanted = _rows_of_part(len(bounds) * every, part_rows, workers)
         step = max(wanted // every, -(-len(bounds) // _MOST_PARTS), 1)

@@ -192,11 +192,23 @@ def test_work_is_cut_by_keys_of_any_type(
         at.run(f"DROP TABLE IF EXISTS {name}, {name}_p")
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("ARRAY[n]", "of type list, in which the work cannot be cut"),
+        (
+            "CASE WHEN n < 3 THEN to_jsonb(n) ELSE jsonb_build_object('n', n) END",
+            "of type dict, in which the work cannot be cut",
+        ),
+        ("to_jsonb(n)", "'id' of the query has a type that can be no key"),
+    ],
+)
 def test_keys_that_work_cannot_be_cut_by_are_told(
-    postgres_url: str, scored_file: Scored, connected: Any
+    key: str, said: str, postgres_url: str, scored_file: Scored, connected: Any
 ) -> None:
-    query = "SELECT ARRAY[n] AS id, 1 AS a, 2 AS b, 3 AS c FROM generate_series(1, 9) n"
-    with pytest.raises(ArgumentError, match="of type list, in which the work cannot be cut"):
+    """Of those in JSON one was an error of Python's, and another of the SQL that we wrote."""
+    query = f"SELECT {key} AS id, 1 AS a, 2 AS b, 3 AS c FROM generate_series(1, 9) n"  # noqa: S608
+    with pytest.raises(ArgumentError, match=said):
         score(query, scored_file, "p", source=postgres_url, part_rows=2)
 
 

@@ -28,6 +28,26 @@ KEYS = {
 }
 
 
+def test_ranges_of_dates_of_zeros_have_each_row_once(mysql_database: str) -> None:
+    """Drivers have no value for them, and one that bounded a range was taken for no bound."""
+    source = unused_name().replace("pydedup", "t")
+    days = ["0000-00-00", "2020-01-01", "0000-00-00", "2020-01-02"]
+    with mysql_connection(mysql_database) as connection, connection.cursor() as cursor:
+        cursor.execute("SET sql_mode = ''")
+        cursor.execute(f"CREATE TABLE {source} (k DATE, n INTEGER)")
+        cursor.executemany(
+            f"INSERT INTO {source} VALUES (%s, %s)", [[day, n] for n, day in enumerate(days)]
+        )
+        rows = registry.connect_rows(mysql_database)
+        try:
+            assert isinstance(rows, RangeAdapter)
+            _, parts = read_ranges(rows, f"SELECT k, n FROM {source}", 1)
+        finally:
+            rows.close()
+        cursor.execute(f"DROP TABLE {source}")
+    assert sorted(n for part in parts for _, n in part) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("kind", KEYS)
 def test_ranges_of_keys_have_each_row_once(mysql_database: str, kind: str) -> None:
     source, keys = unused_name().replace("pydedup", "t"), KEYS[kind] * 3
