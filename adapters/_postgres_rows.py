@@ -37,6 +37,9 @@ _AS_TEXT: Final = frozenset(
 )
 #: What is in JSON is no key: Python has it as values of many types.
 _JSON: Final = frozenset((114, 3802))
+#: What a query of a user's is told where it would write, and where it has parameters ($1), as
+#: SQLSTATEs that elsewhere are of the server.
+_OF_QUERIES: Final = ("25006", "08P01")
 #: Values sent as one array, of which the server takes 1 GB.
 ROWS_PER_ARRAY: Final = 8192
 
@@ -114,7 +117,10 @@ class PostgresRows(RowCalls):
                 cursor.execute(statement)
             return cursor
         except self.driver_error as error:
-            raise self._translate(error) from error
+            told = self._translate(error)
+            if getattr(error, "sqlstate", None) in _OF_QUERIES:
+                told = ArgumentError(str(error))
+            raise told from error
 
     def read_range(
         self, query: str, batch: int, within: KeyRange

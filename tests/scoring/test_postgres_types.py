@@ -335,3 +335,15 @@ def test_a_table_that_is_made_anew_with_another_type(postgres_url: str) -> None:
                 assert store.score(query, "m@1", into=name, batch=1).rows == written
         user.execute(f"DROP TABLE {name}")
         user.execute(f"DROP SCHEMA {schema} CASCADE")
+
+
+@pytest.mark.parametrize("query", ["SELECT 1 AS id, $1 AS f", "SELECT 1 AS id, 2 AS f FOR UPDATE"])
+def test_a_query_that_does_not_only_read_is_no_fault_of_the_server(
+    rows: RowAdapter, query: str
+) -> None:
+    """It was told as a lost connection, and as a server that is no primary."""
+    query = query.replace(" FOR", " FROM pg_class FOR")
+    with pytest.raises(ArgumentError, match="the query failed"), rows.read_rows(query, 1):
+        pass
+    with rows.read_rows("SELECT 1 AS id, 2 AS f", 1) as stream:
+        assert [row for found in stream for row in found] == [(1, 2)]
