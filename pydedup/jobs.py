@@ -116,8 +116,9 @@ class Job:
         for start in range(0, len(page_ids), _PAGES_PER_TRANSACTION):
             group = page_ids[start : start + _PAGES_PER_TRANSACTION]
             with self._adapter.transaction():
-                rows = self._adapter.page_rows(ids=group)
-                self._adapter.delete_pages([row.id for row in rows if row.state != LIVE])
+                live = {row.id for row in self._adapter.page_rows(ids=group, state=LIVE)}
+                # Of one whose row is gone, what is recorded of its blocks is still there.
+                self._adapter.delete_pages([page_id for page_id in group if page_id not in live])
         with self._adapter.transaction():
             self.end()
 

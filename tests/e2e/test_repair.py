@@ -452,6 +452,7 @@ def test_pages_that_are_gone(tmp_path: Path, healthy: str) -> None:
             report = store.verify()
             assert f"page {gone[0]}: it is missing; read by base@1" in report.errors[0]
             assert store.verify(repair_from=healthy).ok
+            assert not store._adapter.blocks_on_pages(gone)
         assert_sound(url)
 
 
