@@ -7,6 +7,7 @@ misses a page calls `StoredModel.refresh` and reads the block map again, once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -17,14 +18,22 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.adapter_options import CopiesAdapter
-from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
+from pydedup.blocks import BlockGrid, BlockMap, as_block_shape, matrix_shape
 from pydedup.certificates import keeps_bits, largest_error
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
 from pydedup.graph import Graph
 from pydedup.names import parse_address
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, TensorInfo
 
-__all__ = ["Catalog", "SourceHashes", "StoredModel", "listed", "page_readers", "version_of"]
+__all__ = [
+    "Catalog",
+    "ModelDigest",
+    "SourceHashes",
+    "StoredModel",
+    "listed",
+    "page_readers",
+    "version_of",
+]
 
 _HASHES_PER_READ = 16 * 1024
 # Models whose tensors and block maps are kept in memory: about 6 bytes per block each.
@@ -36,7 +45,11 @@ _SHOWN_NAMES = 6
 
 
 class StoredModel:
-    """One published model: its tensors and where their blocks are."""
+    """One published model: its tensors and where their blocks are.
+
+    Raises NotFoundError when it was removed, CorruptStoreError when what is recorded of a tensor
+    cannot be read.
+    """
 
     def __init__(self, adapter: Adapter, row: ModelRow) -> None:
         self.row = row
@@ -46,7 +59,10 @@ class StoredModel:
         self._layers_key: object = None
         #: How often its block maps were forgotten: its pages are the same as long as this is.
         self.state = 0
-        self.tensors = tuple(_tensor_info(tensor) for tensor in adapter.tensors(row.id))
+        self.tensors = tuple(
+            _tensor_info(self.address, ordinal, tensor)
+            for ordinal, tensor in enumerate(adapter.tensors(row.id))
+        )
         if not self.tensors:
             self.check_live()
         self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
@@ -171,6 +187,23 @@ class SourceHashes:
                 parts[number].append(part)
             self._read = {number: b"".join(found) for number, found in parts.items()}
         return self._read[ordinal]
+
+
+class ModelDigest:
+    """Names what a model holds: names, dtypes and shapes of its tensors, hashes of their blocks."""
+
+    def __init__(self) -> None:
+        self._content = hashlib.blake2b(digest_size=16)
+
+    def add(self, info: TensorInfo, hashes: bytes) -> None:
+        """Take in the next tensor and the hashes of its source's blocks, 16 bytes each."""
+        head = [info.name, info.dtype.label, list(info.shape), list(info.block_shape)]
+        self._content.update(json.dumps(head).encode())
+        self._content.update(hashes)
+
+    def digest(self) -> bytes:
+        """Return 16 bytes."""
+        return self._content.digest()
 
 
 class Catalog:
@@ -301,10 +334,19 @@ def _is_other(one: ModelRow, other: ModelRow) -> bool:
     return (one.created_at, one.digest) != (other.created_at, other.digest)
 
 
-def _tensor_info(row: TensorRow) -> TensorInfo:
-    rows, cols = json.loads(row.block_shape)
-    shape = tuple(int(extent) for extent in json.loads(row.shape))
-    return TensorInfo(row.name, DType.of_label(row.dtype), shape, (rows, cols))
+def _tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
+    if row.ordinal != ordinal:  # block maps are those of ordinals
+        raise CorruptStoreError(f"{address} misses its tensor number {ordinal}")
+    try:
+        block_shape = as_block_shape(json.loads(row.block_shape))
+        shape = tuple(int(extent) for extent in json.loads(row.shape))
+        if min(shape, default=0) < 0:
+            raise ValueError(f"an extent of {min(shape)}")
+        return TensorInfo(row.name, DType.of_label(row.dtype), shape, block_shape)
+    except (ValueError, TypeError, ArgumentError) as exc:
+        raise CorruptStoreError(
+            f"{address}, tensor {row.name!r}: its shape or dtype cannot be read ({exc})"
+        ) from exc
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

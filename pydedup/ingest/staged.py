@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import abc
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -16,11 +15,12 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
 from pydedup.blocks import BlockGrid
+from pydedup.catalog import ModelDigest
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
-from pydedup.types import GRAPH_ARTIFACT
+from pydedup.types import GRAPH_ARTIFACT, TensorInfo
 
 __all__ = ["MatchedModel", "MatchedTensor", "StagedModel"]
 
@@ -174,10 +174,9 @@ class MatchedModel(StagedModel):
 
     def digest(self) -> bytes:
         """Return 16 bytes that name the content: names, dtypes, shapes and block digests."""
-        content = hashlib.blake2b(digest_size=16)
+        content = ModelDigest()
         for tensor in self.tensors:
             entry = tensor.entry
-            head = [entry.name, entry.dtype.label, list(entry.shape), list(tensor.block_shape)]
-            content.update(json.dumps(head).encode())
-            content.update(np.ascontiguousarray(tensor.digests, "<u8").tobytes())
+            info = TensorInfo(entry.name, entry.dtype, entry.shape, tensor.block_shape)
+            content.add(info, np.ascontiguousarray(tensor.digests, "<u8").tobytes())
         return content.digest()

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
 from pydedup.blocks import NO_PAGE, BlockMap
-from pydedup.catalog import StoredModel
 from pydedup.errors import ConflictError
 from pydedup.jobs import LEASE_SECONDS, Job
 from pydedup.layout import (
@@ -23,7 +22,7 @@ from pydedup.layout import (
     split_places,
     used_places,
 )
-from pydedup.maintenance.survey import maps_of
+from pydedup.maintenance.survey import stored_model
 from pydedup.pool import PagePool
 
 __all__ = ["Left", "Moves", "relocate"]
@@ -119,13 +118,13 @@ def relocate(
             mine = reads.get(row.id, {})
             if mine.keys().isdisjoint(damaged):
                 continue
-            model = StoredModel(adapter, row)
-            old_maps = maps_of(model)
-            if old_maps is None:
+            model = stored_model(adapter, row)
+            if model is None:
                 for page_id in mine.keys() & set(damaged):
                     missing = left.missing.setdefault(page_id, {})
-                    missing.setdefault(_NOWHERE, set()).add(model.address)
+                    missing.setdefault(_NOWHERE, set()).add(f"{row.name}@{row.version}")
                 continue
+            old_maps = model.block_maps()
             maps = [_moved(block_map, table) for block_map in old_maps]
             for ordinal, (old, new) in enumerate(zip(old_maps, maps, strict=True)):
                 if new is not old:

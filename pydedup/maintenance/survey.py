@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter, BlockRow
+from pydedup.adapter import Adapter, BlockRow, ModelRow
 from pydedup.blocks import BlockMap
 from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places, split_places
 
-__all__ = ["Lost", "Survey", "maps_of", "survey"]
+__all__ = ["Lost", "Survey", "stored_model", "survey"]
 
 # The policy that promises raw blocks.
 _RAW = "exact"
@@ -80,9 +80,11 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
         for row in adapter.models():
             if row.id not in readers:
                 continue
-            model = StoredModel(adapter, row)
+            model = stored_model(adapter, row)
+            if model is None:
+                continue
             hashes = SourceHashes(adapter, model)
-            for ordinal, block_map in enumerate(maps_of(model) or ()):
+            for ordinal, block_map in enumerate(model.block_maps()):
                 _note_blocks(found, hashes, model, ordinal, block_map, pages, recorded)
                 _note_bases(found, model, ordinal, block_map, pages)
         deltas = {place for places in found.dependents.values() for place in places}
@@ -95,12 +97,14 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
     return found
 
 
-def maps_of(model: StoredModel) -> list[BlockMap] | None:
-    """Return the block maps of a model; None where they are damaged, which no repair mends."""
+def stored_model(adapter: Adapter, row: ModelRow) -> StoredModel | None:
+    """Return a model with its block maps; None where these are damaged, which no repair mends."""
     try:
-        return model.block_maps()
+        model = StoredModel(adapter, row)
+        model.block_maps()
     except CorruptStoreError:
         return None
+    return model
 
 
 def _note_blocks(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
-from pydedup.catalog import SourceHashes, StoredModel, page_copies, page_readers
+from pydedup.catalog import ModelDigest, SourceHashes, StoredModel, page_copies, page_readers
 from pydedup.errors import (
     ArgumentError,
     CorruptStoreError,
@@ -89,11 +89,16 @@ def _verified(
         contents = _verify_pages(adapter, unreadable, report, progress)
         rows = adapter.models()
         for number, row in enumerate(rows):
-            _verify_model(adapter, StoredModel(adapter, row), contents, report)
+            try:
+                model = StoredModel(adapter, row)
+            except CorruptStoreError as exc:
+                report.add_error(str(exc))
+            else:
+                _verify_model(adapter, model, contents, report)
             report.models += 1
             if progress is not None:
                 progress("checking models", number + 1, len(rows))
-        _verify_aliases(adapter, {row.id for row in rows}, report)
+        _verify_aliases(adapter, {row.id: row.name for row in rows}, report)
         _note_leftovers(adapter, report)
     return report
 
@@ -305,6 +310,7 @@ def _verify_model(
     live = np.array(list(contents), np.int64)
     lossy = not model.keeps_bits
     hashes = SourceHashes(adapter, model)
+    named, known = ModelDigest(), len(report.errors)
     for ordinal, info in enumerate(model.tensors):
         where = f"{model.address}, tensor {info.name!r}"
         try:
@@ -316,6 +322,7 @@ def _verify_model(
         if len(source) != 16 * block_map.grid.count:
             report.add_error(f"{where}: {len(source)} bytes of source hashes do not fit its blocks")
             continue
+        named.add(info, source)
         wanted = np.frombuffer(source, "<u8").reshape(-1, 2)
         heights, widths = block_map.grid.heights(), block_map.grid.widths()
         bases = base_places(block_map)
@@ -355,12 +362,15 @@ def _verify_model(
             lost = np.setdiff1d(split_places(needed[needed != _NO_BASE])[0], live)
             if not all(map(report.unread, lost.tolist())):
                 report.add_error(f"{where}: bases of blocks on page {page_id} are missing")
+    if len(report.errors) == known and named.digest() != model.row.digest:
+        report.add_error(f"{model.address}: its tensors are not those that it was added with")
 
 
-def _verify_aliases(adapter: Adapter, live: set[int], report: VerifyReport) -> None:
+def _verify_aliases(adapter: Adapter, live: Mapping[int, str], report: VerifyReport) -> None:
     for name, alias, model_id in adapter.aliases():
-        if model_id not in live:
-            report.add_error(f"alias {name}@{alias} points at a model that is gone")
+        if live.get(model_id) != name:
+            other = "of another name" if model_id in live else "that is gone"
+            report.add_error(f"alias {name}@{alias} points at a model {other}")
 
 
 def _note_leftovers(adapter: Adapter, report: VerifyReport) -> None:

@@ -20,6 +20,7 @@ import pydedup
 from pydedup import policies
 from pydedup.errors import (
     ArgumentError,
+    CorruptStoreError,
     DuplicateError,
     NotFoundError,
     PydedupError,
@@ -397,6 +398,57 @@ def test_hashes_of_another_version_are_refused(url: str, tmp_path: Path) -> None
     for mode in ("a", "r"):
         with pytest.raises(SchemaVersionError, match="hash_version 99, this one knows 1"):
             pydedup.open(url, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("DELETE FROM pydedup_tensors WHERE model_id = 1 AND ordinal = 0", "misses its tensor"),
+        ("UPDATE pydedup_tensors SET shape = '[64' WHERE model_id = 1", "cannot be read"),
+        ("UPDATE pydedup_tensors SET shape = '[-64, 4]' WHERE model_id = 1", "cannot be read"),
+        ("UPDATE pydedup_tensors SET block_shape = '[]' WHERE model_id = 1", "cannot be read"),
+        ("UPDATE pydedup_tensors SET dtype = 'f99' WHERE model_id = 1", "cannot be read"),
+    ],
+)
+def test_damage_to_what_is_recorded_of_a_tensor(
+    url: str, tmp_path: Path, statement: str, said: str
+) -> None:
+    """It was an error of Python's, also of `verify`, or one tensor was loaded as another."""
+    models = variants(2, rows=64)
+    with pydedup.open(url) as store:
+        store.add_many(models)
+        store.backup(tmp_path / "before.backup")
+    with sqlite3.connect(tmp_path / "store.db") as raw:
+        raw.execute(statement)
+        ((page,),) = raw.execute("SELECT page_id FROM pydedup_model_pages WHERE model_id = 2")
+        raw.execute("UPDATE pydedup_pages SET payload = zeroblob(9) WHERE id = ?", (page,))
+    raw.close()
+    with pydedup.open(url) as store:
+        with pytest.raises(CorruptStoreError, match=f"tenant-0@1.*{said}"):
+            store.load("tenant-0")
+        report = store.verify(repair_from=tmp_path / "before.backup")
+        (error,) = [error for error in report.errors if "page" not in error]
+        assert "tenant-0@1" in error
+        assert said in error
+        assert_same(store.load("tenant-1"), models["tenant-1"])
+
+
+def test_verify_compares_tensors_and_aliases_with_what_was_added(url: str, tmp_path: Path) -> None:
+    with pydedup.open(url) as store:
+        for name in ("short", "renamed", "whole"):
+            store.add(name, {"a": np.ones((3, 3)), "b": np.zeros(4)})
+        store.alias("whole", "prod", "1")
+    with sqlite3.connect(tmp_path / "store.db") as raw:
+        raw.execute("DELETE FROM pydedup_tensors WHERE model_id = 1 AND ordinal = 1")
+        raw.execute("UPDATE pydedup_tensors SET name = 'c' WHERE model_id = 2 AND ordinal = 1")
+        raw.execute("UPDATE pydedup_aliases SET model_id = 2")
+    raw.close()
+    with pydedup.open(url) as store:
+        assert store.verify().errors == [
+            "short@1: its tensors are not those that it was added with",
+            "renamed@1: its tensors are not those that it was added with",
+            "alias whole@prod points at a model of another name",
+        ]
 
 
 def test_use_after_fork(url: str) -> None:
