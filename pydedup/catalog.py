@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -65,6 +66,12 @@ class StoredModel:
         )
         if not self.tensors:
             self.check_live()
+        found = sum(math.prod(info.shape) * info.dtype.itemsize for info in self.tensors)
+        if found != row.logical_bytes:
+            raise CorruptStoreError(
+                f"{self.address} has tensors of {found:,} bytes where {row.logical_bytes:,} are "
+                "recorded: rows of them are missing; restore a backup"
+            )
         self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
 
     @property

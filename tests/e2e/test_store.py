@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -445,10 +446,37 @@ def test_verify_compares_tensors_and_aliases_with_what_was_added(url: str, tmp_p
     raw.close()
     with pydedup.open(url) as store:
         assert store.verify().errors == [
-            "short@1: its tensors are not those that it was added with",
+            "short@1 has tensors of 72 bytes where 104 are recorded: rows of them are missing; "
+            "restore a backup",
             "renamed@1: its tensors are not those that it was added with",
             "alias whole@prod points at a model of another name",
         ]
+
+
+@pytest.mark.parametrize("lost", ["ordinal = 1", "1 = 1"])
+def test_a_model_of_which_a_tensor_is_missing_is_not_given_as_whole(
+    url: str, tmp_path: Path, lost: str
+) -> None:
+    """What damages the rows of tensors made a smaller model of it, and verify saw none of it."""
+    with pydedup.open(url) as store:
+        store.add("m", {"a": np.ones((4, 4)), "b": np.ones((2, 4))})
+        store.add("n", {"a": np.ones((4, 4))})
+    with sqlite3.connect(tmp_path / "store.db") as raw:
+        raw.execute(f"DELETE FROM pydedup_tensors WHERE model_id = 1 AND {lost}")  # noqa: S608
+    raw.close()
+    told = r"m@1 has tensors of .* bytes where 192 are recorded"
+    with pydedup.open(url) as store:
+        for use in (
+            lambda: store.load("m"),
+            lambda: store.tensor("m", "a"),
+            lambda: store.export("m", tmp_path / "m.npz"),
+            lambda: store.copy_to(f"sqlite:///{tmp_path / 'copy.db'}"),
+        ):
+            with pytest.raises(CorruptStoreError, match=told):
+                use()
+        assert any(re.search(told, error) for error in store.verify().errors)
+        assert store.load("n")["a"].shape == (4, 4)
+    assert not (tmp_path / "m.npz").exists()
 
 
 def test_use_after_fork(url: str) -> None:
