@@ -308,6 +308,11 @@ class Matcher:
             aligned=[references for _, references in aligned],
             deltas=hints.deltas,
         )
+        # What a lossy delta holds may be there: the same source was added before, as such a delta.
+        for at, content in kept.lossy:
+            found = self.find(content, kept.digests[at])
+            found[[number in hints.deltas for number in piece[at].tolist()]] = NO_BASE
+            kept.shared[at[found != NO_BASE]] = found[found != NO_BASE]
         for neighbours, references in aligned:
             helped = (references == kept.bases) | (references == kept.shared)
             neighbours.note(piece, helped & (references != NO_BASE))

@@ -63,6 +63,8 @@ class Kept:
         Relative L2 difference to the source, float64 (n,); shared blocks included.
     stacks
         Those that can be candidates of others, stacked: which they are, and what they hold.
+    lossy
+        Deltas that give back other bytes than the block's: which they are, and what they hold.
     """
 
     shared: NDArray[np.int64]
@@ -72,6 +74,7 @@ class Kept:
     base_tags: NDArray[np.uint64]
     errors: NDArray[np.float64]
     stacks: list[tuple[NDArray[np.int64], MatrixView]] = field(default_factory=list)
+    lossy: list[tuple[NDArray[np.int64], MatrixView]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +317,7 @@ class Similar:
             content = decode_deltas(deltas, lossy, blocks.dtype, pairs.bases, base_index[lossy])
             where = at[rows[lossy]]
             kept.digests[where] = hash_view(content)
+            kept.lossy.append((where, content))
             kept.errors[where] = distances(
                 values_of(blocks)[rows[lossy]], values_of(content)
             ).relative_l2

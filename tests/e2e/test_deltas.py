@@ -273,6 +273,26 @@ def test_bounded_keeps_every_block_within_its_error(store: pydedup.Store, bound:
     assert same(store.load("base"), base)
 
 
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bounded_model_that_is_added_again_takes_no_more(
+    store: pydedup.Store, renamed: bool, workers: int
+) -> None:
+    """Quantised deltas are found by what they hold, as all blocks are: each was stored again."""
+    near, bounded = fine_tuned(base_model(), 1), policies.Bounded(0.001)
+    again = {f"model.{name}": array for name, array in near.items()} if renamed else near
+    store.add("base", base_model())
+    assert store.add("x", near, policy=bounded).delta_blocks > 0
+    other = fine_tuned(base_model(), 2)
+    for name in ("y", "z"):
+        models = {name: again, f"{name}-2": other}
+        report, *_ = store.add_many(models, policy=bounded, workers=workers)
+        assert (report.stored_bytes, report.shared_blocks) == (0, report.blocks)
+    assert [note for note in store.verify().notes if "same block" in note] == []
+    for kept, now in zip(store.load("x").values(), store.load("z").values(), strict=True):
+        assert kept.tobytes() == now.tobytes()
+
+
 def test_what_a_bounded_model_holds_can_be_added_again(store: pydedup.Store) -> None:
     base = base_model()
     store.add("base", base)
