@@ -87,7 +87,7 @@ class Request:
     @property
     def logical_bytes(self) -> int:
         """Bytes of all tensors; tied ones count as often as they are named."""
-        return sum(_size(entry.shape) * entry.dtype.itemsize for entry in self.source.entries)
+        return sum(entry.nbytes for entry in self.source.entries)
 
     def metadata_json(self) -> str:
         """Return the metadata as canonical JSON."""
@@ -99,13 +99,6 @@ class Request:
             return text
         except (TypeError, ValueError, RecursionError) as exc:
             raise ArgumentError(f"metadata of {self.address} is not JSON: {exc}") from exc
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
 
 
 def _versions(adapter: Adapter, name: str) -> set[str]:

@@ -230,7 +230,7 @@ class Job:
         folder = FolderNotes(self.folder)
         noted, self.resumed = folder.begin(
             {"what": what, "source": redact(self._source or ""), "asked": self._model}
-            | {"model": row.id, "name": row.name, "address": f"{row.name}@{row.version}"}
+            | {"model": row.id, "address": f"{row.name}@{row.version}"}
             | {"store": self._adapter.meta()["store_id"]}
         )
         self.notes = folder
