@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mysql.connector import HAVE_CEXT
@@ -28,46 +30,41 @@ KEYS = {
 }
 
 
-def test_ranges_of_dates_of_zeros_have_each_row_once(mysql_database: str) -> None:
-    """Drivers have no value for them, and one that bounded a range was taken for no bound."""
+def ranges_of(
+    database: str, kind: str, keys: Sequence[object], every: int, *, zeros: bool = False
+) -> tuple[list[Any], list[list[Any]]]:
+    """Return the bounds and parts of a table of keys and their numbers; dates may be ``zeros``."""
     source = unused_name().replace("pydedup", "t")
-    days = ["0000-00-00", "2020-01-01", "0000-00-00", "2020-01-02"]
-    with mysql_connection(mysql_database) as connection, connection.cursor() as cursor:
-        cursor.execute("SET sql_mode = ''")
-        cursor.execute(f"CREATE TABLE {source} (k DATE, n INTEGER)")
+    with mysql_connection(database) as connection, connection.cursor() as cursor:
+        if zeros:
+            cursor.execute("SET sql_mode = ''")
+        cursor.execute(f"CREATE TABLE {source} (k {kind}, n INTEGER)")
         cursor.executemany(
-            f"INSERT INTO {source} VALUES (%s, %s)", [[day, n] for n, day in enumerate(days)]
+            f"INSERT INTO {source} VALUES (%s, %s)", [[k, n] for n, k in enumerate(keys)]
         )
-        rows = registry.connect_rows(mysql_database)
+        rows = registry.connect_rows(database)
         try:
             assert isinstance(rows, RangeAdapter)
-            _, parts = read_ranges(rows, f"SELECT k, n FROM {source}", 1)
+            return read_ranges(rows, f"SELECT k, n FROM {source}", every)
         finally:
             rows.close()
-        cursor.execute(f"DROP TABLE {source}")
+            cursor.execute(f"DROP TABLE {source}")
+
+
+def test_ranges_of_dates_of_zeros_have_each_row_once(mysql_database: str) -> None:
+    """Drivers have no value for them, and one that bounded a range was taken for no bound."""
+    days = ["0000-00-00", "2020-01-01", "0000-00-00", "2020-01-02"]
+    _, parts = ranges_of(mysql_database, "DATE", days, 1, zeros=True)
     assert sorted(n for part in parts for _, n in part) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_ranges_of_keys_have_each_row_once(mysql_database: str, kind: str) -> None:
-    source, keys = unused_name().replace("pydedup", "t"), KEYS[kind] * 3
-    with mysql_connection(mysql_database) as connection, connection.cursor() as cursor:
-        cursor.execute(f"CREATE TABLE {source} (k {kind}, n INTEGER)")
-        cursor.executemany(
-            f"INSERT INTO {source} VALUES (%s, %s)", [[k, n] for n, k in enumerate(keys)]
-        )
-        rows = registry.connect_rows(mysql_database)
-        try:
-            assert isinstance(rows, RangeAdapter)
-            bounds, parts = read_ranges(rows, f"SELECT k, n FROM {source}", 2)
-        finally:
-            rows.close()
-        assert len(bounds) == len(keys) // 2
-        found = sorted(
-            (n, bytes(k) if isinstance(k, bytearray) else k) for p in parts for k, n in p
-        )
-        assert found == list(enumerate(keys))
-        cursor.execute(f"DROP TABLE {source}")
+    keys = KEYS[kind] * 3
+    bounds, parts = ranges_of(mysql_database, kind, keys, 2)
+    assert len(bounds) == len(keys) // 2
+    found = sorted((n, bytes(k) if isinstance(k, bytearray) else k) for p in parts for k, n in p)
+    assert found == list(enumerate(keys))
 
 
 @pytest.mark.parametrize("made", [*KEYS, "by us"])
