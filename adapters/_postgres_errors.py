@@ -34,6 +34,7 @@ class MissingDatabaseError(UnavailableError):
 
 _AGAIN: Final = "nothing of the transaction was kept; try again"
 _FULL: Final = "raise max_connections of the server, or use fewer clients"
+_POOL: Final = "raise default_pool_size and max_client_conn of pgbouncer, or use fewer clients"
 _GONE: Final = "check that the server runs; reading goes on by itself when it is back"
 _DOWN: Final = "check that the server runs and can be reached, and try again"
 
@@ -107,6 +108,7 @@ _REFUSALS: Final[tuple[tuple[tuple[str, ...], type[PydedupError], str], ...]] = 
     (("role ", "does not exist"), UnavailableError, "check the user, or create it: CREATE ROLE"),
     (("not permitted to log in",), UnavailableError, "let it: ALTER ROLE ... LOGIN"),
     (("permission denied for database",), *_REFUSED["42501"]),
+    (("no more connections allowed",), ConnectionLostError, _POOL),
     (("too many connections for role",), ConnectionLostError, "raise its limit: ALTER ROLE"),
     (("too many",), ConnectionLostError, _FULL),
     (("connection slots",), ConnectionLostError, _FULL),
@@ -151,6 +153,8 @@ def meaning(code: str | None, said: str, place: Place, *, lost: bool) -> Pydedup
             return ConnectionLostError(f"{place.shown}: {said}; {_GONE}")
         return ArgumentError(f"{place.shown}: {said}")
     kind, advice = _of(code, _MEANINGS) or (StoreError, "")
+    if said == "query_wait_timeout":  # of pgbouncer, in no other language: it has waited enough
+        kind, advice = UnavailableError, _POOL
     return _told(kind, said, advice, code, place)
 
 

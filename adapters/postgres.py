@@ -22,6 +22,7 @@ from pydedup.errors import ArgumentError, PydedupError, StoreError
 from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
 from ._postgres_errors import meaning, refusal
+from ._postgres_pooler import check_sessions
 from ._postgres_said import said, sqlstate_of
 from ._postgres_statement import is_stale
 from ._postgres_url import TIMEOUT_SECONDS, Place, locate
@@ -99,6 +100,7 @@ class PostgresAdapter(PostgresCopy):
     """A store in a schema of a PostgreSQL database."""
 
     driver_error = psycopg.Error
+    _is_checked = False  # whether sessions are kept
 
     def __init__(self, place: Place, mode: str, url: str | None = None) -> None:
         self._place, self._reads_only = place, mode == "r"
@@ -140,6 +142,9 @@ class PostgresAdapter(PostgresCopy):
             code = None if needs else sqlstate_of(self._place.conninfo, time.monotonic() - began)
             raise refusal(code, said(error), self._place, needs_password=needs) from error
         try:
+            if not self._is_checked:
+                check_sessions(connection, self._place.conninfo, self._place.shown)
+                self._is_checked = True
             self._configure(connection)
             return cast(Connection, connection)
         except psycopg.Error as error:

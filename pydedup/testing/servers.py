@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Private PostgreSQL and MariaDB servers, for tests and benchmarks.
+"""Private PostgreSQL and MariaDB servers, and poolers, for tests and benchmarks.
 
 Each listens on a Unix socket in a folder of its own and on a port of this machine that was free,
 and never touches one that runs already. The folder should be short, since a socket's path has at
@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -29,6 +29,7 @@ from pydedup.testing._contract_base import with_option
 
 __all__ = [
     "MariadbServer",
+    "PgbouncerPooler",
     "PlpythonServer",
     "PostgresServer",
     "ServerMissingError",
@@ -114,6 +115,44 @@ class PostgresServer:
     def new_place(self) -> str:
         """Return the URL of an empty place for a store."""
         return with_option(self.url, f"schema={unused_name()}")
+
+    def pooled(self, folder: Path, *settings: str) -> contextlib.closing[PgbouncerPooler]:
+        """Start a pooler in front of it, as a context manager that ends it."""
+        return contextlib.closing(PgbouncerPooler(folder, self, self._user, settings))
+
+
+class PgbouncerPooler:
+    """A private pgbouncer in front of a server; ``settings`` are lines of its configuration."""
+
+    def __init__(
+        self, folder: Path, server: PostgresServer, user: str | None, settings: Sequence[str]
+    ) -> None:
+        program = shutil.which("pgbouncer", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
+        if program is None:
+            raise ServerMissingError("pgbouncer is not installed (apt-get install pgbouncer)")
+        port = unused_port()
+        place = f"host={server.folder} port={server.port} dbname=postgres user=postgres"
+        lines = ["[databases]", f"postgres = {place}", "[pgbouncer]", "listen_addr = 127.0.0.1"]
+        lines += [f"listen_port = {port}", "unix_socket_dir =", "auth_type = any", *settings]
+        folder.mkdir(mode=0o755)
+        (folder / "pgbouncer.ini").write_text("\n".join(lines))
+        # The socket of the server is in a folder of its user's.
+        command = [program, str(folder / "pgbouncer.ini")]
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(command, user=user, cwd="/", stdout=quiet, stderr=quiet)
+        self.url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        end = time.monotonic() + START_SECONDS
+        while self._process.poll() is None and time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                return
+            time.sleep(0.05)
+        self.close()
+        raise RuntimeError("pgbouncer does not listen")
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait(START_SECONDS)
 
 
 def embedded_postgres_at(data: Path) -> Any:
