@@ -53,7 +53,8 @@ class Signature:
 
 def signature_of(graph: Graph, weights: Mapping[str, Weight]) -> Signature:
     """Return what a graph takes and returns."""
-    inputs = tuple(_input(graph, weights, name) for name in graph.inputs)
+    hints = _hints(graph, weights)
+    inputs = tuple(_input(name, list(hints.get(name, ()))) for name in graph.inputs)
     shapes: dict[str, Shape | None] = {spec.name: spec.shape for spec in inputs}
     types = {spec.name: spec.datatype for spec in inputs}
     for node in graph.nodes:
@@ -74,8 +75,7 @@ def signature_of(graph: Graph, weights: Mapping[str, Weight]) -> Signature:
 # ---- inputs -------------------------------------------------------------------------------------
 
 
-def _input(graph: Graph, weights: Mapping[str, Weight], name: str) -> TensorSpec:
-    hints = [hint for hint in _hints(graph, weights, name) if hint is not None]
+def _input(name: str, hints: Sequence[TensorSpec]) -> TensorSpec:
     if not hints:
         return TensorSpec(name, "FP32", (-1, -1))
     # Images and sequences have more axes than a look at what follows a sum over some of them shows.
@@ -86,27 +86,25 @@ def _input(graph: Graph, weights: Mapping[str, Weight], name: str) -> TensorSpec
     return TensorSpec(name, datatype, best.shape, best.features, ids)
 
 
-def _hints(
-    graph: Graph, weights: Mapping[str, Weight], name: str, seen: frozenset[str] = frozenset()
-) -> list[TensorSpec | None]:
-    """Return what each user of a value asks of it."""
-    found: list[TensorSpec | None] = []
-    for node in graph.nodes:
-        if name not in node.inputs:
-            continue
-        direct = _asks(node, weights, node.inputs.index(name))
-        if direct is not None:
-            found.append(direct)
-            if node.op != "batch_norm":  # which says how many channels, and not of how many axes
-                continue
-        if len(seen) < 64 and node.output not in seen:
-            further = _hints(graph, weights, node.output, seen | {node.output})
-            found += [_before(node, hint) for hint in further if hint is not None]
+def _hints(graph: Graph, weights: Mapping[str, Weight]) -> dict[str, dict[TensorSpec, None]]:
+    """Return what the users of each value ask of it, each once, in the order of the nodes.
+
+    One pass from the last node to the first: the ways from a value to a weight may be very many.
+    """
+    found: dict[str, dict[TensorSpec, None]] = {}
+    for node in reversed(graph.nodes):
+        direct = _asks(node, weights)
+        asked = [] if direct is None else [direct]
+        if direct is None or node.op == "batch_norm":  # which says nothing of how many axes
+            behind = (_before(node, hint) for hint in found.get(node.output, ()))
+            asked += [hint for hint in behind if hint is not None]
+        for name in node.inputs:
+            found[name] = dict.fromkeys(asked) | found.get(name, {})
     return found
 
 
-def _asks(node: Node, weights: Mapping[str, Weight], position: int) -> TensorSpec | None:
-    """Return what a node asks of one of its inputs, by itself."""
+def _asks(node: Node, weights: Mapping[str, Weight]) -> TensorSpec | None:
+    """Return what a node asks of each of its inputs, by itself."""
     op = node.op
     if op in ("max_pool2d", "avg_pool2d"):
         return TensorSpec("", "FP32", (-1, -1, -1, -1))

@@ -31,6 +31,16 @@ ZEROS: dict[str, Any] = {
 NORM = {"weight": "norm", "bias": "norm"}
 BATCH = {"weight": "six", "bias": "six", "mean": "six", "var": "six"}
 
+
+def swishes(count: int) -> list[Node]:
+    """As exporters write them: each doubles the number of ways from the input to the output."""
+    nodes, value = [], "x"
+    for i in range(count):
+        nodes += [Node("sigmoid", (value,), f"s{i}"), Node("mul", (value, f"s{i}"), f"m{i}")]
+        value = f"m{i}"
+    return nodes
+
+
 #: Graph, inputs and outputs as (datatype, shape), an input of which predict makes such an output.
 CASES: dict[str, tuple[Graph, list[Any], list[Any]]] = {
     "linear": (
@@ -59,6 +69,11 @@ CASES: dict[str, tuple[Graph, list[Any], list[Any]]] = {
             Node("flatten", ("r",), "f"),
             Node("linear", ("f",), "y", {"weight": "w"}),
         ),
+        [("FP32", [-1, 4])],
+        [("FP32", [-1, 3])],
+    ),
+    "behind very many ways": (
+        make(*swishes(100), Node("linear", ("m99",), "y", {"weight": "w"})),
         [("FP32", [-1, 4])],
         [("FP32", [-1, 3])],
     ),
