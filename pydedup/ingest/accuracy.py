@@ -35,6 +35,7 @@ from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.ingest.judging import read_only
 from pydedup.ingest.searches import SEARCHES
 from pydedup.ingest.trial import KEPT, RoundOver, Trial
+from pydedup.matmul import as_array
 
 __all__ = ["GENTLE", "Choice", "Replacement", "choose"]
 
@@ -250,7 +251,7 @@ def _ordered(
         name = replacement.tensor
         if name not in given:
             raise ArgumentError(f"saliency has no tensor {name!r}; it needs those of the model")
-        array = np.asarray(given[name])
+        array = as_array(given[name], f"saliency of {name!r}")
         if array.shape != weights[name].shape:
             raise ArgumentError(
                 f"saliency of {name!r} has the shape {array.shape}, the tensor "
@@ -290,15 +291,16 @@ def _finetune(
     for name, value in result.items():
         old = weights[name]
         try:
-            array = np.ascontiguousarray(value)
-        except ValueError as error:
-            raise EvaluationError(f"finetune returned no array for {name!r}: {error}") from error
-        if np.shape(value) != old.shape or array.dtype != old.dtype:
+            array = as_array(value, name)
+        except ArgumentError as error:
+            reason = error.__cause__
+            raise EvaluationError(f"finetune returned no array for {name!r}: {reason}") from error
+        if array.shape != old.shape or array.dtype != old.dtype:
             raise EvaluationError(
-                f"finetune returned {array.dtype} {np.shape(value)} for {name!r}, "
+                f"finetune returned {array.dtype} {array.shape} for {name!r}, "
                 f"which is {old.dtype} {old.shape}"
             )
-        array = array.reshape(old.shape)
+        array = np.ascontiguousarray(array).reshape(old.shape)
         twin, other = tied.setdefault(id(old), (name, array))
         if not np.array_equal(bits(array), bits(other)):
             raise EvaluationError(f"finetune made {name!r} and {twin!r} differ, which are tied")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from pydedup.accuracy import Accuracy
@@ -328,6 +329,11 @@ def test_frozen_elements_are_compared_by_their_bits() -> None:
         (lambda w: {"other": w["w"]}, "'other', which the model does not have"),
         (lambda w: {3: w["w"], "other": w["w"]}, "'other', which the model does not have"),
         (lambda w: {"w": [[1.0], [2.0, 3.0]]}, "no array for 'w'"),
+        (
+            lambda w: {"w": torch.ones(4, 2, requires_grad=True)},
+            "no array for 'w': .* requires grad",
+        ),
+        (lambda w: {"w": torch.ones(4, 2).bfloat16()}, "no array for 'w': .* BFloat16"),
         (lambda w: None, "NoneType"),
         (lambda w: 1 / 0, "finetune raised ZeroDivisionError"),
     ],
@@ -349,6 +355,9 @@ def test_saliency_that_raises_is_said_so() -> None:
         (lambda _: None, "saliency is NoneType, not arrays by name"),
         ({"w": np.full((4, 2), "x")}, "saliency of 'w' is <U1, not numbers"),
         ({"w": np.full((4, 2), 1j)}, "saliency of 'w' is complex128, not numbers"),
+        ({"w": [[1.0], [2.0, 3.0]]}, "saliency of 'w' does not make an array"),
+        ({"w": torch.ones(4, 2, requires_grad=True)}, "saliency of 'w' .* requires grad"),
+        (lambda _: {"w": torch.ones(4, 2).bfloat16()}, "saliency of 'w' .* BFloat16"),
     ],
 )
 def test_what_is_no_saliency(saliency: Any, said: str) -> None:
