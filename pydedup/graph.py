@@ -40,7 +40,7 @@ class Node:
     ------
     ArgumentError
         For an unknown operation, missing or unexpected weights, a wrong number of inputs or a
-        wrong attribute.
+        wrong attribute, and for what has another type than the fields say.
     """
 
     op: str
@@ -50,6 +50,7 @@ class Node:
     attrs: Mapping[str, AttrValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_types()
         spec = OPS.get(self.op)
         if spec is None:
             raise ArgumentError(f"unknown operation {self.op!r}; known are: {', '.join(OPS)}")
@@ -77,6 +78,20 @@ class Node:
         if problem:
             raise ArgumentError(f"{self._where}: {problem}")
 
+    def _check_types(self) -> None:
+        """Refuse what is of a wrong type, and make a tuple of the inputs."""
+        op, output, weights = self.op, self.output, self.weights  # type: object, object, object
+        attrs: object = self.attrs
+        if not isinstance(op, str) or not isinstance(output, str):
+            raise ArgumentError("'op' and 'output' of a node must be text")
+        if not isinstance(weights, Mapping) or not all(
+            isinstance(v, str) for v in weights.values()
+        ):
+            raise ArgumentError(f"'weights' of node {op!r} must map roles to tensor names")
+        if not isinstance(attrs, Mapping):
+            raise ArgumentError(f"'attrs' of node {op!r} must be an object")
+        object.__setattr__(self, "inputs", _names(self.inputs, f"'inputs' of node {op!r}"))
+
     def attr(self, name: str) -> Any:
         """Return an attribute, or its default when the node does not give it."""
         if name in self.attrs:
@@ -97,7 +112,8 @@ class Graph:
     Raises
     ------
     ArgumentError
-        When a value is used before it is made, made twice, or an output is never made.
+        When a value is used before it is made, made twice, or an output is never made, and for
+        what has another type than the fields say.
     """
 
     inputs: tuple[str, ...]
@@ -106,6 +122,13 @@ class Graph:
     halves: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for field_name in ("inputs", "outputs", "halves"):
+            names = _names(getattr(self, field_name), f"{field_name!r} of a graph")
+            object.__setattr__(self, field_name, names)
+        nodes: object = self.nodes
+        if not isinstance(nodes, list | tuple) or not all(isinstance(n, Node) for n in nodes):
+            raise ArgumentError("'nodes' of a graph must be a list of nodes")
+        object.__setattr__(self, "nodes", tuple(nodes))
         if not self.inputs or not self.outputs:
             raise ArgumentError("a graph needs at least one input and one output")
         known: set[str] = set()
@@ -207,30 +230,21 @@ class Graph:
         nodes = data.get("nodes")
         if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
             raise ArgumentError("'nodes' of a graph must be a list of objects")
-        return cls(
-            _names(data.get("inputs"), "'inputs' of a graph"),
-            _names(data.get("outputs"), "'outputs' of a graph"),
-            tuple(_node(node) for node in nodes),
-            _names(data.get("halves", []), "'halves' of a graph"),
-        )
+        made = tuple(_node(node) for node in nodes)
+        inputs, outputs, halves = (data.get(n, ()) for n in ("inputs", "outputs", "halves"))
+        return cls(inputs, outputs, made, halves)
 
 
 def _node(data: Mapping[str, Any]) -> Node:
     unknown = set(data) - {"op", "inputs", "output", "weights", "attrs"}
     if unknown:
         raise ArgumentError(f"unknown key {sorted(unknown)[0]!r} in a node")
-    op, output = data.get("op"), data.get("output")
-    if not isinstance(op, str) or not isinstance(output, str):
-        raise ArgumentError("'op' and 'output' of a node must be text")
+    op, inputs, output = (data.get(name) for name in ("op", "inputs", "output"))
     weights, attrs = data.get("weights", {}), data.get("attrs", {})
-    if not isinstance(weights, dict) or not all(isinstance(v, str) for v in weights.values()):
-        raise ArgumentError(f"'weights' of node {op!r} must map roles to tensor names")
-    if not isinstance(attrs, dict):
-        raise ArgumentError(f"'attrs' of node {op!r} must be an object")
-    return Node(op, _names(data.get("inputs"), f"'inputs' of node {op!r}"), output, weights, attrs)
+    return Node(op, inputs, output, weights, attrs)  # type: ignore[arg-type]  # it looks itself
 
 
 def _names(value: object, what: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
         raise ArgumentError(f"{what} must be a list of names")
     return tuple(value)

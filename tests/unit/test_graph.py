@@ -167,6 +167,33 @@ def test_invalid_graphs_are_refused(make: Callable[[], object], says: str) -> No
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda node, _: node(["relu"], ("x",), "y"), "'op' and 'output' of a node must be text"),
+        (lambda node, _: node("relu", ("x",), None), "'op' and 'output' of a node must be text"),
+        (lambda node, _: node("relu", "input", "y"), "'inputs' of node 'relu' must be a list"),
+        (lambda node, _: node("relu", None, "y"), "'inputs' of node 'relu' must be a list"),
+        (lambda node, _: node("linear", ("x",), "y", ["w"]), "'weights' of node 'linear'"),
+        (lambda node, _: node("linear", ("x",), "y", {"weight": 1}), "'weights' of node 'linear'"),
+        (lambda node, _: node("relu", ("x",), "y", {}, []), "'attrs' of node 'relu'"),
+        (lambda _, graph: graph("x", ("y",), (RELU,)), "'inputs' of a graph"),
+        (lambda _, graph: graph(("x",), "y", (RELU,)), "'outputs' of a graph"),
+        (lambda _, graph: graph(("x",), ("y",), (RELU,), "y"), "'halves' of a graph"),
+        (lambda _, graph: graph(("x",), ("y",), RELU), "'nodes' of a graph"),
+        (lambda _, graph: graph(("x",), ("y",), [{"op": "relu"}]), "'nodes' of a graph"),
+    ],
+)
+def test_what_has_a_wrong_type_is_named(make: Callable[[Any, Any], object], says: str) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        make(Node, Graph)
+
+
+def test_lists_do_for_tuples() -> None:
+    lists: Any = ["x"], ["y"], [Node("relu", ["x"], "y")]  # type: ignore[arg-type]
+    assert Graph(*lists) == Graph(("x",), ("y",), (RELU,))
+
+
 def test_later_nodes_cannot_be_used_by_earlier_ones() -> None:
     first = Node("relu", ("b",), "a")
     second = Node("relu", ("x",), "b")
