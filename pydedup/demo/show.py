@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -185,6 +188,7 @@ def seconds(console: Console, phases: Mapping[str, float]) -> None:
 def next_commands(console: Console, url: str) -> None:
     """Print what can be tried on the store that the demo left."""
     heading(console, "The store is yours to look at")
+    program = _program()
     for command, why in (
         ("ls", "all models"),
         ("info {} imdb@2", "one model: sizes, pages read"),
@@ -194,8 +198,16 @@ def next_commands(console: Console, url: str) -> None:
         ("verify {}", "check every byte again"),
     ):
         line = command.format(url) if "{}" in command else f"{command} {url}"
-        console.print(f"  pydedup {line}", style="cyan", highlight=False, soft_wrap=True)
+        console.print(f"  {program} {line}", style="cyan", highlight=False, soft_wrap=True)
         console.print(f"      {why}", style="dim")
+
+
+def _program() -> str:
+    """Return what runs pydedup in the user's shell, who need not have activated its environment."""
+    started = Path(sys.argv[0])
+    found = shutil.which("pydedup")
+    is_found = found is not None and started.exists() and started.samefile(found)
+    return sys.argv[0] if started.name == "pydedup" and not is_found else "pydedup"
 
 
 def _percent(part: int, whole: int) -> str:

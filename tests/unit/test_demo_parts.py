@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -281,6 +283,26 @@ def test_what_is_said_of_a_fine_tune_is_what_was_stored(tmp_path: Path) -> None:
         "only 25.0 % of its blocks are shared. 75.0 % are kept as their difference"
         in shown.getvalue()
     )
+
+
+def test_commands_that_are_shown_can_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "pydedup"
+    program.parent.mkdir()
+    program.touch(mode=0o755)
+
+    def shown(path: str) -> str:
+        monkeypatch.setenv("PATH", path)
+        said = io.StringIO()
+        show.next_commands(Console(file=said, width=500), "sqlite:///demo.db")
+        return said.getvalue()
+
+    monkeypatch.setattr(sys, "argv", [str(program), "demo"])
+    assert "\n  pydedup ls sqlite:///demo.db\n" in shown(str(program.parent))
+    assert f"\n  {program} ls sqlite:///demo.db\n" in shown(os.devnull)
+    monkeypatch.setattr(sys, "argv", [str(Path(pydedup.__file__).with_name("__main__.py"))])
+    assert "\n  pydedup ls sqlite:///demo.db\n" in shown(os.devnull)
 
 
 def test_a_sound_store_fails_no_check_but_that_of_its_size(toy: str, tmp_path: Path) -> None:
