@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from pydedup.adapter import SCHEMA_VERSION, Adapter
-from pydedup.errors import PydedupError, SchemaVersionError, StoreError
+from pydedup.errors import PydedupError, ReadOnlyError, SchemaVersionError, StoreError
 
 from ._postgres_base import SHARDS
 from ._postgres_errors import ConnectionLostError
@@ -249,8 +249,8 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
     def compact(self) -> None:
         """Delete payloads that no page is of, and make their space free for new ones.
 
-        Shards that are down keep them until the next time, and so do all when somebody is in a
-        snapshot or inserts pages meanwhile, for longer than a second.
+        Shards that are down or take no changes keep them until the next time, and so do all when
+        somebody is in a snapshot or inserts pages meanwhile, for longer than a second.
         """
         super().compact()
         dead: dict[Shard, list[int]] = {}
@@ -260,7 +260,7 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
         if any(dead.values()) and not self._alone():
             dead = {}
         for shard, ids in dead.items():
-            with self._unless_lost(shard):
+            with contextlib.suppress(ReadOnlyError), self._unless_lost(shard):
                 self._delete_payloads(shard, ids)
                 shard.compact()
 

@@ -10,6 +10,7 @@ import abc
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,7 +64,8 @@ class StoreUpkeep(abc.ABC):
         Changes nothing without ``repair_from``: the URL of another store on any database, a backup,
         or the file or folder of a model. Blocks of damaged pages are then restored from it by their
         hash, as far as it has them; ``repair`` of the report says what was, and which models still
-        miss what. All else goes on being served meanwhile. The other findings are those after the
+        miss what. Rows that follow from others (what models read, which block is where) are made
+        anew. All else goes on being served meanwhile. The other findings are those after the
         repair.
 
         ``evaluate`` gives the metric of models that were added with `policies.Accuracy`, by their
@@ -276,17 +278,23 @@ class StoreUpkeep(abc.ABC):
         """Verify, repair what is damaged, and verify again."""
         from pydedup.maintenance.blocks_from import block_source
         from pydedup.maintenance.repair import repair
+        from pydedup.maintenance.rows import record_blocks, record_reads
         from pydedup.maintenance.verify import verify_store
 
-        with block_source(place, _connected_to_read, self._pool.memory_bytes) as source:
-            report = verify_store(self._adapter, progress=progress)
+        adapter, pool = self._adapter, self._pool
+        with block_source(place, _connected_to_read, pool.memory_bytes) as source:
+            report = verify_store(adapter, progress=progress)
+            models = record_reads(adapter, pool, report.wrong_readers)
+            blocks = record_blocks(adapter, pool, report.unrecorded_blocks)
+            if models or blocks:
+                report = verify_store(adapter, progress=progress)
             damaged = report.damaged_pages
-            done = repair(self._adapter, self._pool, damaged, source, progress=progress)
+            done = repair(adapter, pool, damaged, source, progress=progress)
         if damaged:
             self._catalog.refresh()
-            self._adapter.checkpoint()
-            report = verify_store(self._adapter, progress=progress)
-        report.repair = done
+            adapter.checkpoint()
+            report = verify_store(adapter, progress=progress)
+        report.repair = replace(done, recorded_models=models, recorded_blocks=blocks)
         return report
 
 

@@ -102,8 +102,17 @@ def verify(
 
 def _print_repair(repair: RepairReport, source: str) -> None:
     """Say what was restored, and what could not be."""
+    if repair.recorded_models or repair.recorded_blocks:
+        output.print_note(
+            f"recorded anew: what {text.plural(repair.recorded_models, 'model')} "
+            f"{'reads' if repair.recorded_models == 1 else 'read'}, and where "
+            f"{text.plural(repair.recorded_blocks, 'block')} "
+            f"{'is' if repair.recorded_blocks == 1 else 'are'}",
+            "green",
+        )
     if not repair.damaged_pages:
-        output.print_note("nothing to repair")
+        if not repair.recorded_models and not repair.recorded_blocks:
+            output.print_note("nothing to repair")
         return
     output.print_note(
         f"repaired {text.count(repair.replaced_pages)} of "

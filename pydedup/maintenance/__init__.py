@@ -2,9 +2,9 @@
 """Keeping a store sound and small.
 
 verify.py checks it (damage.py is what it reports), repair.py restores damaged pages (survey.py says
-what is lost, blocks_from.py finds it, relocate.py publishes it), refill.py puts copies of pages
-back where a store keeps several, vacuum.py and repack.py free and repack, versions.py moves aliases
-and removes versions.
+what is lost, blocks_from.py finds it, relocate.py publishes it), rows.py makes rows anew that
+follow from others, refill.py puts copies of pages back where a store keeps several, vacuum.py and
+repack.py free and repack, versions.py moves aliases and removes versions.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _MODULES = frozenset(
         "relocate",
         "repack",
         "repair",
+        "rows",
         "survey",
         "vacuum",
         "verify",

@@ -14,9 +14,10 @@ from pydedup.maintenance.repair import RepairReport
 from pydedup.pool import PagePool
 from pydedup.text import plural
 
-__all__ = ["Damage", "VerifyReport", "unreadable_pages"]
+__all__ = ["MAX_ERRORS", "Damage", "VerifyReport", "unreadable_pages"]
 
-_MAX_ERRORS = 100
+#: Errors that a report lists.
+MAX_ERRORS = 100
 
 
 @dataclass(slots=True)
@@ -27,7 +28,9 @@ class VerifyReport:
     harmless leftovers that a vacuum removes. ``damaged_pages`` has the pages that cannot be read,
     or do not hold what was recorded, each with the models that read it; all others are served.
     ``unreachable`` says which servers do not answer now, and ``unreachable_pages`` has what is
-    nowhere else: neither sound nor damaged, as far as is known.
+    nowhere else: neither sound nor damaged, as far as is known. ``unrecorded_blocks`` has by page
+    the slots that no distinct block names, and ``wrong_readers`` the models of which it is recorded
+    wrongly what they read, by all that their block maps say: a repair makes these rows anew.
     """
 
     pages: int = 0
@@ -38,6 +41,8 @@ class VerifyReport:
     damaged_pages: dict[int, list[str]] = field(default_factory=dict)
     unreachable: list[str] = field(default_factory=list)
     unreachable_pages: dict[int, list[str]] = field(default_factory=dict)
+    unrecorded_blocks: dict[int, list[int]] = field(default_factory=dict)
+    wrong_readers: list[str] = field(default_factory=list)
     broken_promises: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     repair: RepairReport | None = None
@@ -54,7 +59,7 @@ class VerifyReport:
 
     def add_error(self, text: str) -> None:
         """Record damage; a hopeless store stops the list at some point."""
-        if len(self.errors) < _MAX_ERRORS:
+        if len(self.errors) < MAX_ERRORS:
             self.errors.append(text)
 
 

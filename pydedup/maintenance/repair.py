@@ -92,6 +92,9 @@ class RepairReport:
     source_damage
         What of the source could not be read where blocks were looked for: of a page or a tensor,
         what is wrong with it.
+    recorded_models, recorded_blocks
+        Of how many models it was recorded anew what they read, and how many blocks that no
+        distinct block named. Nothing of the source is needed for that.
     """
 
     damaged_pages: int = 0
@@ -102,6 +105,8 @@ class RepairReport:
     missing: tuple[MissingBlocks, ...] = ()
     undeleted_pages: tuple[int, ...] = ()
     source_damage: Mapping[str, str] = field(default_factory=dict)
+    recorded_models: int = 0
+    recorded_blocks: int = 0
 
 
 def repair(

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
 from pydedup.catalog import Catalog
-from pydedup.errors import UnavailableError
+from pydedup.errors import ReadOnlyError, UnavailableError
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
 from pydedup.maintenance.repack import UNUSED_PART, Repacked, RepackPlan, plan_repack, repack
+from pydedup.maintenance.rows import refuse_pages_in_use
 from pydedup.pool import PagePool
 from pydedup.signatures import drop_dead_segments, drop_segment
 from pydedup.types import Progress
@@ -121,6 +122,8 @@ def vacuum_store(
     Raises
     ------
     ReadOnlyError, ConflictError, StorageFullError, UnavailableError
+    CorruptStoreError
+        When a model uses a page that is recorded as nobody's; it is not deleted.
     """
     stored_before = adapter.stored_bytes()
     reads_before = read_amplification(adapter)
@@ -130,8 +133,8 @@ def vacuum_store(
     if _wants_repack(adapter, adapter.page_rows(state=LIVE)):
         try:
             repacked = repack(adapter, catalog, pool, progress=progress)
-        except UnavailableError as error:
-            # One of several servers, with pages. If it is the only one, what follows says so.
+        except (UnavailableError, ReadOnlyError) as error:
+            # Of one of several servers, with pages. If it is the only one, what follows says so.
             not_repacked = str(error)
     freed, freed_bytes, waiting = _free_retired(adapter, grace_seconds, progress)
     drop_dead_segments(adapter)
@@ -182,6 +185,7 @@ def plan_vacuum(
         retired = adapter.page_rows(state=RETIRED)
         due = [row for row in retired if _is_due(row, grace_seconds)]
         newly = [row for row in live_before if row.id not in owned]
+        refuse_pages_in_use(adapter, [row.id for row in (*retired, *newly)])
         if nothing_runs:
             newly += [row for row in adapter.page_rows(state=STAGING) if row.id not in owned]
         reads_before = reads_after = read_amplification(adapter)
@@ -263,6 +267,8 @@ def _collect_and_retire(adapter: Adapter, lease_seconds: float) -> int:
     In one transaction that holds the epoch from its beginning: on most databases each of the reads
     here sees the newest committed state, and who publishes between the one of stagings and the one
     of jobs would look like a staging without a job.
+
+    Raises CorruptStoreError, behind it, where a model uses a page that was given up.
     """
     with adapter.transaction():
         adapter.bump_epoch()
@@ -279,6 +285,7 @@ def _collect_and_retire(adapter: Adapter, lease_seconds: float) -> int:
             orphans = staged_pages.intersection(adapter.orphan_pages())
             adapter.set_page_state(sorted(orphans), RETIRED, time.time())
         retire_orphans(adapter)
+    refuse_pages_in_use(adapter, [row.id for row in adapter.page_rows(state=RETIRED)])
     return len(abandoned)
 
 

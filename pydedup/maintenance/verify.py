@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
-from pydedup.catalog import ModelDigest, SourceHashes, StoredModel, page_copies, page_readers
+from pydedup.blocks import BlockMap
+from pydedup.catalog import (
+    ModelDigest,
+    SourceHashes,
+    StoredModel,
+    listed,
+    page_copies,
+    page_readers,
+)
 from pydedup.errors import (
     ArgumentError,
     CorruptStoreError,
@@ -27,8 +35,9 @@ from pydedup.errors import (
     StoreError,
     UnavailableError,
 )
-from pydedup.layout import base_places, by_page, split_places
-from pydedup.maintenance.damage import Damage, VerifyReport, unreadable_pages
+from pydedup.layout import base_places, by_page, split_places, used_places
+from pydedup.maintenance.damage import MAX_ERRORS, Damage, VerifyReport, unreadable_pages
+from pydedup.maintenance.rows import wrong_reads
 from pydedup.pool import PagePool
 from pydedup.text import plural
 from pydedup.types import Progress
@@ -49,6 +58,7 @@ class _PageContent:
     dtypes: NDArray[np.uint8]
     rows: NDArray[np.uint32]
     cols: NDArray[np.uint32]
+    lengths: NDArray[np.uint32]
     digests: NDArray[np.uint64]
     readable: NDArray[np.bool_]
     """False for deltas whose base cannot be read; their digests are 0."""
@@ -63,7 +73,7 @@ class _PageContent:
 def verify_store(adapter: Adapter, *, progress: Progress | None = None) -> VerifyReport:
     """Verify everything that is live.
 
-    Memory: a few pages, 64 MiB of pages with bases, and 27 bytes per distinct block (35 on pages
+    Memory: a few pages, 64 MiB of pages with bases, and 31 bytes per distinct block (39 on pages
     with deltas).
     """
     try:
@@ -144,8 +154,12 @@ def _verify_pages(
             if page.checksum != group[page_id].checksum:
                 damage.note(page_id, ": its checksum is not the one of its row")
             # Copies: what is only a part of the page's slots keeps all of the page in memory.
-            dtypes, heights, widths = (page.slots[key].copy() for key in ("dtype", "rows", "cols"))
-            contents[page_id] = _PageContent(dtypes, heights, widths, digests, readable, bases)
+            dtypes, *sides, lengths = (
+                page.slots[key].copy() for key in ("dtype", "rows", "cols", "length")
+            )
+            contents[page_id] = _PageContent(
+                dtypes, sides[0], sides[1], lengths, digests, readable, bases
+            )
             report.blocks += page.n_slots
             actual = digests.astype("<u8").tobytes()
             gone = ~readable
@@ -155,6 +169,7 @@ def _verify_pages(
                 digest = actual[16 * slot : 16 * slot + 16]
                 if slot not in wanted:
                     report.add_error(f"page {page_id}, slot {slot}: no distinct block names it")
+                    report.unrecorded_blocks.setdefault(page_id, []).append(slot)
                 elif not readable[slot]:
                     # Whether a model needs it, which would be damage, is seen later.
                     if gone[slot]:
@@ -306,7 +321,7 @@ def _note_twin(
 def _verify_model(
     adapter: Adapter, model: StoredModel, contents: dict[int, _PageContent], report: VerifyReport
 ) -> None:
-    read = {page_id for _, page_id, _, _ in adapter.model_pages(model.row.id)}
+    maps: list[BlockMap] = []
     live = np.array(list(contents), np.int64)
     lossy = not model.keeps_bits
     hashes = SourceHashes(adapter, model)
@@ -318,6 +333,7 @@ def _verify_model(
         except (*_DAMAGE, NotFoundError, ArgumentError) as exc:  # of its rows, all of them
             report.add_error(str(exc))
             continue
+        maps.append(block_map)
         source = hashes.of(ordinal)
         if len(source) != 16 * block_map.grid.count:
             report.add_error(f"{where}: {len(source)} bytes of source hashes do not fit its blocks")
@@ -326,17 +342,12 @@ def _verify_model(
         wanted = np.frombuffer(source, "<u8").reshape(-1, 2)
         heights, widths = block_map.grid.heights(), block_map.grid.widths()
         bases = base_places(block_map)
-        unread = np.setdiff1d(split_places(bases[bases != _NO_BASE])[0], list(read))
-        for page_id in unread.tolist():
-            report.add_error(f"{where}: page {page_id} of bases is not among those of its model")
         for page_id, blocks in by_page(block_map.page_ids):
             content = contents.get(page_id)
             if content is None:
                 if not report.unread(page_id):
                     report.add_error(f"{where}: page {page_id} is missing, damaged or not live")
                 continue
-            if page_id not in read:
-                report.add_error(f"{where}: page {page_id} is not among the pages of its model")
             slots = block_map.slots[blocks]
             if int(slots.max()) >= len(content.dtypes):
                 report.add_error(f"{where}: page {page_id} has no slot {int(slots.max())}")
@@ -364,6 +375,20 @@ def _verify_model(
                 report.add_error(f"{where}: bases of blocks on page {page_id} are missing")
     if len(report.errors) == known and named.digest() != model.row.digest:
         report.add_error(f"{model.address}: its tensors are not those that it was added with")
+    if len(maps) < len(model.tensors):
+        return
+    # What it takes of a page that is damaged, or not to be had, nobody knows.
+    lengths = {n: content.lengths for n, content in contents.items() if not report.unread(n)}
+    recorded = adapter.model_pages(model.row.id)
+    amiss = wrong_reads(recorded, used_places(maps), lengths)
+    if amiss:
+        # A block map that names other pages than it did is as likely, unless all that it names is
+        # what the source had, or rows are missing and no other is wrong.
+        is_right = model.keeps_bits and len(report.errors) == known < MAX_ERRORS
+        if is_right or {row[1] for row in recorded}.isdisjoint(amiss):
+            report.wrong_readers.append(model.address)
+        pages = listed([str(page_id) for page_id in amiss])
+        report.add_error(f"{model.address}: what it reads is recorded wrongly, of pages {pages}")
 
 
 def _verify_aliases(adapter: Adapter, live: Mapping[int, str], report: VerifyReport) -> None:

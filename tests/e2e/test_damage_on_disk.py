@@ -153,7 +153,7 @@ def test_a_block_map_that_names_the_same_bytes_of_another_type(tmp_path: Path) -
             store.load("whole")
         assert {
             "whole@1, tensor 'w': 1 blocks on page 1 are not the source's",
-            "whole@1, tensor 'w': page 1 is not among the pages of its model",
+            "whole@1: what it reads is recorded wrongly, of pages 1, 2",
         } <= set(store.verify().errors)
 
 

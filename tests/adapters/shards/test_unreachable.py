@@ -10,7 +10,7 @@ import pytest
 import pydedup
 from pydedup.cli.app import main
 from pydedup.testing.servers import PostgresServer
-from pydedup.testing.shards import MODELS, ShardedPlace, fill
+from pydedup.testing.shards import MODELS, POLICY, ShardedPlace, fill, ids_on
 
 PASSWORD = "geheim-4711"
 
@@ -68,3 +68,43 @@ def test_what_is_on_a_shard_that_is_down_is_unreachable(
         assert report.pages
     with pydedup.open(url, mode="r") as store:
         assert store.verify().ok
+
+
+@pytest.mark.usefixtures("known_places")
+@pytest.mark.parametrize("packs_anew", [False, True])
+def test_a_vacuum_leaves_what_is_on_a_shard_that_takes_no_changes(
+    packs_anew: bool, place: ShardedPlace
+) -> None:
+    url, number, gone = place.url(2), 1, "m0@1"
+    with pydedup.open(url) as store:
+        if packs_anew:
+            store.add_many(dict(MODELS), policy=POLICY)  # pages of several models
+        else:
+            for name, model in MODELS.items():
+                store.add(name, model, policy=POLICY)
+    there = set(ids_on(place, number))
+    place.rows(number, "ALTER SYSTEM SET default_transaction_read_only = on")
+    try:
+        place.rows(number, "SELECT pg_reload_conf()")
+        with pydedup.open(url) as store:
+            store.remove(gone)
+            report = store.vacuum()
+        serves_but(url, gone)
+        assert report.freed_pages > 0
+        assert (report.not_repacked is not None) == packs_anew
+        assert set(ids_on(place, number)) == there
+    finally:
+        place.rows(number, "ALTER SYSTEM RESET default_transaction_read_only")
+        place.rows(number, "SELECT pg_reload_conf()")
+    with pydedup.open(url) as store:
+        store.vacuum()
+        assert store.verify().ok
+        assert set(ids_on(place, number)) <= {row.id for row in store._adapter.page_rows()}
+    serves_but(url, gone)
+
+
+def serves_but(url: str, gone: str) -> None:
+    with pydedup.open(url, mode="r") as store:
+        assert {info.address for info in store.models()} == MODELS.keys() - {gone}
+        for name in MODELS.keys() - {gone}:
+            assert store.load(name)["w"].tobytes() == MODELS[name]["w"].tobytes()

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that follow from others are lost or wrong: nothing is deleted for that, and all comes back.
+
+What models read (`model_pages`) follows from their block maps, and where each distinct block is
+from the pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies, registry
+from pydedup.cli.app import main
+from pydedup.errors import CorruptStoreError
+
+SIDE = 32
+Model = dict[str, np.ndarray]
+
+
+def blocks(*seeds: int) -> Model:
+    """A model of these blocks."""
+    rows = [np.random.default_rng(seed).standard_normal((SIDE, SIDE)) for seed in seeds]
+    return {"w": np.concatenate(rows).astype(np.float32)}
+
+
+def near(model: Model) -> Model:
+    """A model whose blocks become deltas on those of another."""
+    rng = np.random.default_rng(9)
+    return {"w": (model["w"] * (1 + 1e-4 * rng.standard_normal(model["w"].shape))).astype("f4")}
+
+
+MODELS = {
+    "one": blocks(1, 2),
+    "two": blocks(1, 2, 3),
+    "near": near(blocks(1, 2)),
+    "lossy": {"w": near(blocks(4))["w"] + blocks(4)["w"]},
+}
+
+
+def change(url: str, statement: str, *values: object) -> None:
+    """Change tables behind pydedup's back: ``{}`` stands for the name that is given next."""
+    adapter: Any = registry.connect(url, mode="a")
+    try:
+        dialect = adapter._sql.dialect
+        named = re.sub(r"\{(\w+)\}", lambda found: dialect.name(found[1]), statement)
+        with adapter.transaction():
+            assert adapter._write(named.replace("?", dialect.placeholder), values)
+    finally:
+        adapter.close()
+
+
+def fill(url: str) -> None:
+    with pydedup.open(url) as store:
+        for name, model in MODELS.items():
+            policy = policies.Bounded(0.01) if name == "lossy" else policies.Lossless()
+            store.add(name, model, policy=policy, block_shape=(SIDE, SIDE))
+
+
+def loaded(store: pydedup.Store) -> dict[str, bytes]:
+    return {info.name: store.load(info.address)["w"].tobytes() for info in store.models()}
+
+
+def is_sound(store: pydedup.Store) -> None:
+    report = store.verify()
+    assert (report.errors, report.notes) == ([], [])
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A file to repair from that has none of the blocks."""
+    path = tmp_path / "other.npz"
+    np.savez(path, **blocks(77))
+    return path
+
+
+@pytest.mark.parametrize("name", ["two", "near", "lossy"])
+@pytest.mark.parametrize("is_seen", [False, True])
+def test_a_page_that_a_block_map_names_is_not_deleted(
+    name: str, is_seen: bool, store_url: str, other: Path
+) -> None:
+    """The row of one reader is lost, and the model that shares its page is removed."""
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        before = loaded(store)
+        model_id = store.info(name).info.id
+        shared = {row[1] for row in store._adapter.model_pages(store.info("one").info.id)}
+        pages = {row[1] for row in store._adapter.model_pages(model_id)}
+        page = min(pages & shared or pages)
+        change(
+            store_url,
+            "DELETE FROM {model_pages} WHERE model_id = ? AND page_id = ?",
+            model_id,
+            page,
+        )
+        assert (
+            f"{name}@1: what it reads is recorded wrongly, of pages {page}" in store.verify().errors
+        )
+        if is_seen:
+            assert store.verify(repair_from=other).ok
+        gone = {"one", "two", "near"} - {name} if name != "lossy" else set()
+        for each in gone:
+            store.remove(each)
+            before.pop(each)
+        if not is_seen:
+            for dry_run in (True, False):
+                with pytest.raises(CorruptStoreError, match=f"{name}@1 uses 1 page .*run verify"):
+                    store.vacuum(dry_run=dry_run)
+            assert loaded(store) == before
+            report = store.verify(repair_from=other)
+            assert report.errors == []
+            assert report.repair is not None
+            assert report.repair.recorded_models == 1
+        store.vacuum()
+        assert loaded(store) == before
+        is_sound(store)
+
+
+def test_a_damaged_page_is_repaired_for_who_is_not_recorded(
+    store_url: str, tmp_path: Path, change_page: Callable[..., None]
+) -> None:
+    healthy = f"sqlite:///{tmp_path}/healthy.db"
+    fill(healthy)
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        before = loaded(store)
+        ((_, page, *_),) = store._adapter.model_pages(store.info("one").info.id)
+        two = store.info("two").info.id
+        change(store_url, "DELETE FROM {model_pages} WHERE model_id = ? AND page_id = ?", two, page)
+    change_page(store_url, page, lambda payload: payload.__setitem__(-1, payload[-1] ^ 1))
+    with pydedup.open(store_url) as store:
+        report = store.verify(repair_from=healthy)
+        assert (report.errors, report.notes) == ([], [])
+        assert loaded(store) == before
+        store.vacuum()
+        assert loaded(store) == before
+        is_sound(store)
+
+
+def test_wrong_figures_are_seen_and_mended(store_url: str, other: Path) -> None:
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        usage = store.stats(by="tenant")
+        model_id = store.info("two").info.id
+        for column in ("blocks", "bytes"):
+            more = f"SET {column} = {column} + 1"
+            change(store_url, f"UPDATE {{model_pages}} {more} WHERE model_id = ?", model_id)
+            assert any("two@1: what it reads is" in error for error in store.verify().errors)
+            report = store.verify(repair_from=other)
+            assert report.errors == []
+            assert store.stats(by="tenant") == usage
+        (page, *_) = (row[1] for row in store._adapter.model_pages(store.info("lossy").info.id))
+        change(store_url, "INSERT INTO {model_pages} VALUES (?, ?, ?, ?)", model_id, page, 1, 1)
+        assert f"two@1: what it reads is recorded wrongly, of pages {page}" in store.verify().errors
+        assert store.verify(repair_from=other).errors == []
+        is_sound(store)
+
+
+def test_a_block_map_that_may_be_wrong_does_not_rule(store_url: str, other: Path) -> None:
+    """What is recorded is the only sign of where the blocks of a model within a bound were."""
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        model_id = store.info("lossy").info.id
+        ((_, mine, *_),) = store._adapter.model_pages(model_id)
+        ((_, part),) = store._adapter.block_maps(model_id)
+        ((_, theirs), *_) = [
+            row[:2] for row in store._adapter.model_pages(store.info("one").info.id)
+        ]
+        wrong = part.replace(mine.to_bytes(8, "little"), theirs.to_bytes(8, "little"))
+        assert wrong != part
+        change(store_url, "UPDATE {block_maps} SET payload = ? WHERE model_id = ?", wrong, model_id)
+        for _ in range(2):
+            report = store.verify(repair_from=other)
+            assert (
+                f"lossy@1: what it reads is recorded wrongly, of pages {theirs}, {mine}"
+                in report.errors
+            )
+            assert report.repair is not None
+            assert report.repair.recorded_models == 0
+        assert [row[1] for row in store._adapter.model_pages(model_id)] == [mine]
+
+
+def test_distinct_blocks_are_recorded_anew(
+    store_url: str, other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        before = loaded(store)
+        rows = all_blocks(store)
+    for row in (rows[0], next(row for row in rows if row.base_id is not None)):
+        change(store_url, "DELETE FROM {distinct_blocks} WHERE id = ?", row.id)
+    assert main(["verify", store_url, "--repair-from", str(other), "-q"]) == 0
+    assert "recorded anew: what 0 models read, and where 2 blocks are" in capsys.readouterr().out
+    with pydedup.open(store_url) as store:
+        key = lambda row: (row.page_id, row.slot)  # noqa: E731
+        now = sorted(all_blocks(store), key=key)
+        assert [(*key(row), row.hash128, row.base_id) for row in now] == [
+            (*key(row), row.hash128, row.base_id) for row in sorted(rows, key=key)
+        ]
+        assert loaded(store) == before
+        is_sound(store)
+
+
+def all_blocks(store: pydedup.Store) -> list[Any]:
+    pages = [row.id for row in store._adapter.page_rows()]
+    return store._adapter.blocks_on_pages(pages)
