@@ -38,20 +38,20 @@ with pydedup.open(sys.argv[1]) as store:
 # What an add needed is not all given back by the C library, so that it has its own process.
 SERVE = """
 import gc, json, sys
-import psutil
 import pydedup
+from pydedup.testing.resident import ResidentMemory
 
 def rss():
     gc.collect()
-    return (psutil.Process().memory_info().rss - before) / (1 << 20)
+    return (memory.now() - before) / (1 << 20)
 
-before = 0
+memory = ResidentMemory()
 ids = torch.arange(0, 20_000, 100)
 with torch.no_grad(), pydedup.open(sys.argv[1], memory="16MiB") as store:
     torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.LSTM(1024, 64))(torch.ones(200, 1024))
     with torch.device("meta"):
         net()  # for which torch imports 70 MB, once
-    before = psutil.Process().memory_info().rss
+    before = memory.now()
     torch.manual_seed(1)
     module = net()
     found = {"made": rss()}
@@ -72,22 +72,16 @@ with torch.no_grad(), pydedup.open(sys.argv[1], memory="16MiB") as store:
 
 
 SEQUENTIAL = """
-import json, sys, threading, time
-import psutil
+import json, sys
 import pydedup
-
-def watch():
-    while watching:
-        seen.append(me.memory_info().rss)
-        time.sleep(0.002)
+from pydedup.testing.resident import ResidentMemory
 
 def peak_of(call):
-    seen.clear()
+    memory.forget()
     y = call()
-    return max(seen) - before, y
+    return memory.peak() - before, y
 
 torch.set_grad_enabled(False)
-me = psutil.Process()
 with torch.device("meta"):
     layers = [torch.nn.Linear(1024, 1024) for _ in range(3)]
     net = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Linear(1024, 1))
@@ -101,19 +95,16 @@ with pydedup.open(sys.argv[1], memory="192MiB") as store:
         "3.weight": arrays["layers.2.weight"][:1].copy(), "3.bias": arrays["layers.2.bias"][:1],
     })
     del arrays
-with pydedup.open(sys.argv[1], mode="r", memory="192MiB") as store:
+with pydedup.open(sys.argv[1], mode="r", memory="192MiB") as store, ResidentMemory() as memory:
     store.attach(net.eval(), "net")
     store.warm("m")
     net(x[:4])
-    seen, watching = [], True
-    before = me.memory_info().rss - store._pool.stats()["bytes"]
-    threading.Thread(target=watch, daemon=True).start()
+    before = memory.now() - store._pool.stats()["bytes"]
     peak, y = peak_of(lambda: net(x))
     sizes = []
     handle = net[0].register_forward_hook(lambda layer, given, made: sizes.append(len(made)))
     whole, z = peak_of(lambda: net(x))
     assert sizes == [len(x)]
-    watching = False
     print(json.dumps({"peak": peak, "whole": whole, "error": float((y - z).abs().max())}))
 """
 
@@ -172,36 +163,27 @@ class Rows(Wide):  # 160 MiB of rows
 """
 
 ACTIVATIONS = """
-import json, sys, threading, time
-import psutil
+import json, sys
 import pydedup
-
-def watch():
-    while watching:
-        seen.append(me.memory_info().rss)
-        time.sleep(0.002)
+from pydedup.testing.resident import ResidentMemory
 
 torch.set_grad_enabled(False)
-me = psutil.Process()
 with torch.device("meta"):  # for which torch imports 70 MB, once
     module = globals()[sys.argv[2]]().eval()
 torch.nn.Linear(64, 64)(torch.ones(64, 64)).repeat(2, 2)
 x = torch.ones(256, 1024)
-with pydedup.open(sys.argv[1], mode="r", memory="384MiB") as store:
-    seen, watching = [], True
-    before = me.memory_info().rss
-    threading.Thread(target=watch, daemon=True).start()
+with pydedup.open(sys.argv[1], mode="r", memory="384MiB") as store, ResidentMemory() as memory:
+    before = memory.now()
     store.attach(module, sys.argv[3])
     store.warm(sys.argv[3])
-    full = max(seen) - before
+    full = memory.peak() - before
     peaks = []
     for _ in range(2):  # the first one is measured, the second one known
-        seen.clear()
+        memory.forget()
         module(x)
-        peaks.append(max(seen) - before)
+        peaks.append(memory.peak() - before)
     store.warm(sys.argv[3])
-    watching = False
-    print(json.dumps({"full": full, "peaks": peaks, "again": me.memory_info().rss - before}))
+    print(json.dumps({"full": full, "peaks": peaks, "again": memory.now() - before}))
 """
 
 
