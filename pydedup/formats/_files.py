@@ -17,7 +17,9 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,9 +38,11 @@ __all__ = [
     "RawFile",
     "atomic_file",
     "atomic_folder",
+    "full_disk",
     "open_raw",
     "refuse_database",
     "refuse_foreign",
+    "room_for_copy",
     "write_array",
 ]
 
@@ -275,12 +279,30 @@ def _check_parent(path: Path, parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def full_disk(said: str) -> Iterator[None]:
+    """Raise StorageFullError with these words where a disk has no room left."""
     try:
         yield
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFullError(f"no space left while writing {path}") from exc
+            raise StorageFullError(said) from exc
+        raise
+
+
+def room_for_copy(path: Path) -> AbstractContextManager[None]:
+    """Return a context in which a file is unpacked to a temporary one; see `full_disk`."""
+    return full_disk(
+        f"no space left for a temporary copy of {path} in {tempfile.gettempdir()}; free some or "
+        "set TMPDIR to a folder with room for what is in it"
+    )
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        with full_disk(f"no space left while writing {path}"):
+            yield
+    except OSError as exc:
         reason = exc.strerror or str(exc)
         raise ArgumentError(f"{path} cannot be written: {reason}; choose another path") from exc
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
-from pydedup.formats._files import RawFile
+from pydedup.formats._files import RawFile, room_for_copy
 from pydedup.formats._hdf5 import (
     OVERLAYS,
     Dataset,
@@ -141,10 +141,11 @@ class KerasSource(SourceBase):
             return archive.members[_WEIGHTS].file_size
         # HDF5 reads at random, which a compressed member cannot give.
         with tempfile.TemporaryFile(prefix="pydedup-") as spool:
-            with archive.stream(_WEIGHTS) as member:
+            # Within: what comes of reading the archive is said of that.
+            with archive.stream(_WEIGHTS) as member, room_for_copy(archive.path):
                 while piece := member.read(1 << 20):
                     spool.write(piece)
-            spool.flush()
+                spool.flush()
             self._raw.close()
             self._raw = RawFile(Path(f"/proc/self/fd/{spool.fileno()}"))
         return self._raw.size

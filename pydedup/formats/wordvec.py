@@ -23,7 +23,7 @@ from typing import IO
 import numpy as np
 
 from pydedup.errors import FormatError, UnsupportedFormatError
-from pydedup.formats._files import RawFile
+from pydedup.formats._files import RawFile, open_raw, room_for_copy
 from pydedup.formats._wordparse import binary_records, is_number, text_rows
 from pydedup.formats.base import (
     DERIVED,
@@ -64,12 +64,9 @@ class WordVectorSource(SourceBase):
         self._spool = tempfile.TemporaryFile(prefix="pydedup-")  # noqa: SIM115 - lives as long as the source
         self._words: list[bytes] = []
         try:
-            raw = RawFile(path)
-            try:
+            with open_raw(path) as raw, room_for_copy(path):
                 rows, columns = self._parse(raw, kind)
-            finally:
-                raw.close()
-            self._spool.flush()
+                self._spool.flush()
             self._vectors = RawFile(Path(f"/proc/self/fd/{self._spool.fileno()}"))
         except BaseException:
             self._spool.close()

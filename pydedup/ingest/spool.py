@@ -5,13 +5,12 @@ The spool keeps memory bounded whatever a batch of models holds: blocks are appe
 first appearance, each full page goes to the file. Blocks are addressed by their number. Once a
 layout is known, `images` cuts final pages out of it, copying encoded bytes and never encoding
 twice. Pages of another store that are to be taken over as they are need not go to the file: their
-blocks are only listed (`list_page`).
+blocks are only listed (`list_blocks`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import tempfile
 import threading
@@ -26,7 +25,8 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.blocks import MatrixView
-from pydedup.errors import CorruptStoreError, PageNotFoundError, StorageFullError
+from pydedup.errors import CorruptStoreError, PageNotFoundError
+from pydedup.formats._files import full_disk
 from pydedup.ingest.workers import Task, Workers
 from pydedup.layout import PAGE_CAPACITY, copy_page
 from pydedup.pool import PagePool
@@ -276,20 +276,16 @@ class Spool:
 
     def _write(self, number: int, page: _OpenPage) -> None:
         payload = page.image()
-        try:
-            with self._lock:
-                self._file.seek(self._end)
-                self._file.write(payload)
-                self._file.flush()
-                self._extents[number] = self._end, len(payload)
-                self._end += len(payload)
-        except OSError as exc:
-            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFullError(
-                    f"no space left for the temporary file of this add in {_spool_folder()}; "
-                    "free some or set TMPDIR to a folder with room for the new blocks"
-                ) from exc
-            raise
+        said = (
+            f"no space left for the temporary file of this add in {_spool_folder()}; free some or "
+            "set TMPDIR to a folder with room for the new blocks"
+        )
+        with self._lock, full_disk(said):
+            self._file.seek(self._end)
+            self._file.write(payload)
+            self._file.flush()
+            self._extents[number] = self._end, len(payload)
+            self._end += len(payload)
 
     def _read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         for page_id in ids:

@@ -10,10 +10,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
@@ -25,8 +29,10 @@ from pydedup.errors import (
     NotFoundError,
     PydedupError,
     ReadOnlyError,
+    StorageFullError,
     StoreError,
 )
+from pydedup.testing.disks import SmallDisk
 
 MODEL = {"w": np.arange(6000.0, dtype=np.float32).reshape(60, 100)}
 
@@ -123,6 +129,38 @@ def test_sources_that_are_not_there_or_nothing(store: pydedup.Store, tmp_path: P
         store.add("bad", {"w": np.zeros(3, complex)})
     with pytest.raises(PydedupError, match="'w'"):
         store.add("bad", {"w": np.array([{}, []], object)})
+
+
+def _word_vectors(path: Path, numbers: np.ndarray[Any, Any]) -> None:
+    rows = (" ".join(map(str, row)) for row in numbers.tolist())
+    path.write_text("".join(f"word{i} {row}\n" for i, row in enumerate(rows)))
+
+
+def _packed_keras(path: Path, numbers: np.ndarray[Any, Any]) -> None:
+    with h5py.File(path, "w") as file:
+        file["kernel"] = numbers
+    weights = path.read_bytes()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.weights.h5", weights)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(_word_vectors, "m.txt"), (_packed_keras, "m.keras"), (np.save, "m.npy")]
+)
+def test_a_full_disk_of_temporary_files_is_no_fault_of_the_source(
+    store: pydedup.Store,
+    write: Callable[..., None],
+    name: str,
+    tmp_path: Path,
+    new_disk: Callable[[Path, int], SmallDisk],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = tmp_path / name
+    write(source, np.random.default_rng(1).random((10_000, 60), np.float32))
+    monkeypatch.setenv("TMPDIR", str(new_disk(tmp_path / "disk", 1).folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # where Python remembers it
+    with pytest.raises(StorageFullError, match=f"no space left .* in {tmp_path / 'disk'}; free"):
+        store.add("large", source)
 
 
 def test_nan_and_infinity_are_kept(store: pydedup.Store) -> None:
