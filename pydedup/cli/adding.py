@@ -20,6 +20,7 @@ from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import NotFoundError
 from pydedup.formats import registry
+from pydedup.names import parse_address
 from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
 from pydedup.types import AddReport
 
@@ -125,14 +126,16 @@ def add(
     models = _named_sources(pairs)
     guarantee = parse_policy(policy, max_rel_error, evaluate, max_drop, confidence)
     kept = parse_metadata(metadata)
-    for source in models.values():
-        registry.detect(Path(source))  # before the store is opened: what is no model creates none
     opened = options.trial_store if dry_run else options.writable_store
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(opened(url, memory))
         watch = stack.enter_context(Watch("reading", quiet=quiet))
-        if len(models) == 1:
-            (name, source), *_ = models.items()
+        # Before the store is opened: what is no model, or part of one, creates none.
+        sources = {
+            name: stack.enter_context(registry.open_source(path)) for name, path in models.items()
+        }
+        store = stack.enter_context(opened(url, memory))
+        if len(sources) == 1:
+            (name, source), *_ = sources.items()
             reports = [
                 store.add(
                     name,
@@ -147,7 +150,7 @@ def add(
             ]
         else:
             reports = store.add_many(
-                models,
+                sources,
                 policy=guarantee,
                 metadata=kept,
                 block_shape=block_shape,
@@ -219,7 +222,8 @@ def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
     for name, source in zip(pairs[::2], pairs[1::2], strict=True):
         if name in models:
             raise click.UsageError(f"{name!r} is named twice; give each model its own name@version")
-        # Before the store is opened: a mistyped path must not create one.
+        # Before the store is opened: a mistyped name or path must not create one.
+        parse_address(name)
         if not os.path.lexists(source):
             if Path(name).exists():
                 raise click.UsageError(f"the name comes before the file: {source!r} {name!r}")

@@ -78,7 +78,7 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 def open_source(
-    source: str | os.PathLike[str] | Mapping[str, Any] | Module,
+    source: str | os.PathLike[str] | Mapping[str, Any] | Module | ModelSource,
 ) -> ModelSource:
     """Open a model for reading.
 
@@ -86,7 +86,7 @@ def open_source(
     ----------
     source
         Path of a file or folder in any known format, a mapping of names to arrays or tensors, or
-        a torch module.
+        a torch module; what is open already is returned.
 
     Raises
     ------
@@ -107,6 +107,8 @@ def open_source(
             if isinstance(exc, BudgetError):
                 raise
             raise BudgetError(f"no memory to open {path}") from exc
+    if isinstance(source, SourceBase):
+        return source
     if is_module(source):
         return torch.ModuleSource(source)  # type: ignore[arg-type]
     if isinstance(source, Mapping):

@@ -40,7 +40,7 @@ def refuse_pages_in_use(adapter: Adapter, page_ids: Collection[int]) -> None:
 
     For pages that are about to be deleted since nobody is recorded as reading them. Who publishes
     later names no page that is not live. Reads of all block maps the lists of their pages, and
-    nothing where there are no pages: 3,000 models of 21 tensors take a quarter of a second in SQLite.
+    nothing where there are no pages: of 3,000 models of 21 tensors in a quarter of a second.
     """
     doomed = np.array(sorted(page_ids), np.int64)
     if not len(doomed):

@@ -308,7 +308,9 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
         time.sleep(delay)
         child.send_signal(signal.SIGINT)
         _, stderr = child.communicate()
-        assert child.returncode in (0, 130), stderr
+        # `python -m` ends as by the signal, 130 for a shell too, where that came within an exec of
+        # text, as dataclasses are made, whoever caught it.
+        assert child.returncode in (0, 130, -signal.SIGINT), stderr
         assert "Traceback" not in stderr
         assert child.returncode == 0 or "interrupted" in stderr
         with pydedup.open(url) as store:

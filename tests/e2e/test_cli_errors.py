@@ -249,9 +249,12 @@ def test_a_source_that_is_not_there_creates_no_store(tmp_path: Path) -> None:
 def test_a_source_that_is_no_model_creates_no_store(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
-    for name, content in {"empty.npz": b"", "text.txt": b"hello\n", "x.npz": b"no zip"}.items():
+    part = model.read_bytes()[:-1]
+    contents = {"empty.npz": b"", "t.txt": b"hello\n", "x.npz": b"no zip", "x.safetensors": part}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         fail("add", "new.db", "a", model, "b", tmp_path / name, status=5, cwd=folder)
+    fail("add", "new.db", "a", model, "b@1@2", model, status=2, cwd=folder)
     assert list(folder.iterdir()) == []
 
 
