@@ -154,14 +154,31 @@ class PostgresRows(RowCalls):
         name, place = self._quoted(key, "column"), self._table(table)
         with self._of_user(f"table {table}"):
             kind = self._types_of(table).get(key, "text")
+            equals = self._equality_of(kind)
             # As they were asked: the type may write them in another way.
             found = self._query(
                 "SELECT asked.k FROM pg_catalog.unnest(CAST(%b AS pg_catalog.text[])) asked(k) "
                 f"WHERE EXISTS (SELECT 1 FROM {place} "
-                f"WHERE CAST({name} AS {kind}) = CAST(asked.k AS {kind}))",
+                f"WHERE CAST({name} AS {kind}) {equals} CAST(asked.k AS {kind}))",
                 [texts],
             )
         return there.union(row[0] for row in found)
+
+    def _equality_of(self, kind: str) -> str:
+        """Return what two keys of a type are compared with.
+
+        An extension's type, such as citext, has an operator of its own, which our search path does
+        not find; the server would compare texts, or nothing.
+        """
+        if "." not in kind:
+            return "="
+        rows = self._query(
+            "SELECT quote_ident(n.nspname) FROM pg_operator o JOIN pg_namespace n "
+            "ON n.oid = o.oprnamespace WHERE o.oprname = '=' AND o.oprleft = o.oprright "
+            "AND o.oprleft = CAST(CAST(%b AS text) AS regtype)",
+            [kind],
+        )
+        return f"OPERATOR({rows[0][0]}.=)" if rows else "="
 
     def _told_key(self, table: str, key: str) -> str:
         """Name the type: else a statement that is prepared fails once a table is made anew."""

@@ -56,7 +56,10 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def types(postgres_url: str) -> Iterator[None]:
-    """Make an enum, and domains over that and a padded text, where no search path finds them."""
+    """Make an enum, and domains over that and a padded text, where no search path finds them.
+
+    And two types that come with operators of their own.
+    """
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("CREATE SCHEMA types_of")
         connection.execute(
@@ -64,6 +67,8 @@ def types(postgres_url: str) -> Iterator[None]:
         )
         connection.execute("""CREATE DOMAIN types_of.feeling AS types_of."Mo""od" """)
         connection.execute("CREATE DOMAIN types_of.code AS char(4) CHECK (value <> '')")
+        for name in ("citext", "ltree"):
+            connection.execute(f"CREATE EXTENSION {name} SCHEMA types_of")
         yield
         connection.execute("DROP SCHEMA types_of CASCADE")
 
@@ -145,17 +150,22 @@ def test_a_table_made_anew_with_other_types_is_looked_at_again(
 
 
 @pytest.mark.parametrize(
-    ("kind", "key"), [("uuid", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"), ("integer", "007")]
+    ("kind", "key", "there"),
+    [
+        ("uuid", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11", "a0eebc999c0b4ef8bb6d6bb9bd380a11"),
+        ("integer", "007", "7"),
+        ("types_of.citext", "GLAD", "Glad"),
+    ],
 )
 def test_a_text_is_found_however_it_is_written(
-    postgres_url: str, rows: RowAdapter, kind: str, key: str
+    postgres_url: str, rows: RowAdapter, kind: str, key: str, there: str
 ) -> None:
     """By what it means to the column's type, which writes it in another way."""
     into = unused_name()
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction float)")
         table = rows.full_table_name(into)
-        assert rows.insert_predictions(table, ["id", "prediction"], [(key, 0.5)])
+        assert rows.insert_predictions(table, ["id", "prediction"], [(there, 0.5)])
         assert rows.present_keys(table, "id", [key]) == {key}
         connection.execute(f"DROP TABLE {into}")
 
@@ -201,7 +211,7 @@ def test_ranges_of_keys_have_each_row_once(postgres_url: str, kind: str) -> None
     [
         *(
             (kind, made)
-            for kind in ("char(5)", 'types_of."Mo""od"')
+            for kind in ("char(5)", 'types_of."Mo""od"', "types_of.citext", "types_of.ltree")
             for made in (kind, None, "text")
         ),
         *(("text", made) for made in ("char(5)", "types_of.feeling")),
