@@ -10,7 +10,6 @@ which also says what each operation means.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -19,16 +18,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup.errors import ArgumentError, KernelUnavailableError
 from pydedup.graph import Graph, Node
-from pydedup.matmul import activate, compute_dtype
-from pydedup.serving.pooling import avg_pool2d, max_pool2d
+from pydedup.matmul import compute_dtype
 from pydedup.serving.tensor import StoredTensor, matmul_together
+from pydedup.serving.weightless import WEIGHTLESS, activation_of, checked_axis, real
 from pydedup.types import DType
 
 __all__ = ["Tensors", "run_graph", "run_together"]
 
 _Array: TypeAlias = NDArray[Any]
-
-
 Tensors: TypeAlias = Callable[[str], StoredTensor]
 
 
@@ -73,7 +70,7 @@ def run_together(
         for i, node in enumerate(graph.nodes):
             if node.output not in made:
                 follower = fused.get(node.output)
-                activation = None if follower is None else _activation_of(follower)
+                activation = None if follower is None else activation_of(follower)
                 to = node.output if follower is None else follower.output
                 for state, value in zip(states, _compute(states, node, activation), strict=True):
                     state.values[to] = value
@@ -133,13 +130,6 @@ def _linear(states: Sequence[_Run], node: Node, activation: str | None) -> list[
     )
 
 
-def _activation_of(node: Node) -> str | None:
-    """Return the fused form of a node, if it has one."""
-    if node.op == "gelu":
-        return "gelu_tanh" if node.attr("approximate") == "tanh" else "gelu"
-    return node.op if node.op in ("relu", "silu", "sigmoid", "tanh") else None
-
-
 def _fusable(graph: Graph) -> dict[str, Node]:
     """Return, per output of a product that only an activation uses, that activation."""
     users: dict[str, list[Node]] = {}
@@ -150,7 +140,7 @@ def _fusable(graph: Graph) -> dict[str, Node]:
     for node in graph.nodes:
         using = users.get(node.output, [])
         alone = len(using) == 1 and node.output not in graph.outputs
-        if node.op in ("linear", "conv2d") and alone and _activation_of(using[0]) is not None:
+        if node.op in ("linear", "conv2d") and alone and activation_of(using[0]) is not None:
             found[node.output] = using[0]
     return found
 
@@ -198,7 +188,7 @@ class _Run:
         return weight.bag(ids, offsets, node.attr("mode"))
 
     def layer_norm(self, node: Node, x: _Array) -> _Array:
-        x = _real(x)
+        x = real(x)
         weight = self.vector(node.weights["weight"])
         if x.shape[-weight.ndim :] != weight.shape:
             raise ArgumentError(f"x has shape {x.shape}; its last axes must be {weight.shape}")
@@ -209,8 +199,8 @@ class _Run:
         return np.asarray(scaled * weight + self.vector(node.weights["bias"]))
 
     def batch_norm(self, node: Node, x: _Array) -> _Array:
-        x = _real(x)
-        axis = _axis(node.attr("axis"), x)
+        x = real(x)
+        axis = checked_axis(node.attr("axis"), x)
         vectors = {role: self.vector(name) for role, name in node.weights.items()}
         if x.shape[axis] != len(vectors["weight"]):
             raise ArgumentError(
@@ -227,30 +217,12 @@ class _Run:
         return np.asarray(scaled)
 
 
-# ---- operations without weights -----------------------------------------------------------------
+# ---- inside -------------------------------------------------------------------------------------
 
 
 def _widen(array: _Array) -> _Array:
     """Return stored values as float32 or float64, whichever holds them exactly."""
     return array.astype(compute_dtype(DType.of(array.dtype)), copy=False)
-
-
-def _real(x: _Array) -> _Array:
-    """Return an input to compute with: float64 stays, all other numbers become float32."""
-    if x.dtype in (np.float32, np.float64):
-        return x
-    if x.dtype.kind not in "biuf":
-        try:
-            DType.of(x.dtype)  # bf16 and f8 have kinds of their own
-        except ArgumentError:
-            raise ArgumentError(f"numbers are needed, not {x.dtype}") from None
-    return x.astype(np.float32)
-
-
-def _axis(axis: int, x: _Array) -> int:
-    if not -x.ndim <= axis < x.ndim:
-        raise ArgumentError(f"axis {axis} does not exist in an input of shape {x.shape}")
-    return axis % x.ndim
 
 
 def _until_last(ids: _Array, offsets: _Array) -> tuple[_Array, _Array]:
@@ -284,97 +256,8 @@ def _without(ids: _Array, offsets: _Array | None, padding: int) -> tuple[_Array,
     return np.delete(flat, dropped), starts - np.searchsorted(dropped, starts)
 
 
-def _activation(run: _Run, node: Node, x: _Array) -> _Array:
-    name = _activation_of(node)
-    assert name is not None
-    return activate(_real(x), name)
-
-
-def _softmax(run: _Run, node: Node, x: _Array) -> _Array:
-    x = _real(x)
-    axis = _axis(node.attr("axis"), x)
-    powers = np.exp(x - x.max(axis=axis, keepdims=True, initial=-np.inf))
-    return np.asarray(powers / powers.sum(axis=axis, keepdims=True))
-
-
-def _log_softmax(run: _Run, node: Node, x: _Array) -> _Array:
-    x = _real(x)
-    axis = _axis(node.attr("axis"), x)
-    shifted = x - x.max(axis=axis, keepdims=True, initial=-np.inf)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True)))
-
-
-def _leaky_relu(run: _Run, node: Node, x: _Array) -> _Array:
-    x = _real(x)
-    return np.where(x > 0, x, x * x.dtype.type(node.attr("alpha")))
-
-
-def _elu(run: _Run, node: Node, x: _Array) -> _Array:
-    x = _real(x)
-    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)) * x.dtype.type(node.attr("alpha")))
-
-
-def _softplus(run: _Run, node: Node, x: _Array) -> _Array:
-    x = _real(x)
-    return np.asarray(np.logaddexp(x.dtype.type(0), x))
-
-
-def _identity(run: _Run, node: Node, x: _Array) -> _Array:
-    return x
-
-
-def _flatten(run: _Run, node: Node, x: _Array) -> _Array:
-    if x.ndim == 0:
-        return x.reshape(1)
-    start = _axis(node.attr("start_axis"), x)
-    return x.reshape(*x.shape[:start], math.prod(x.shape[start:]))
-
-
-def _reshape(run: _Run, node: Node, x: _Array) -> _Array:
-    return x.reshape(node.attr("shape"))
-
-
-def _add(run: _Run, node: Node, x: _Array, y: _Array) -> _Array:
-    return np.asarray(_real(x) + _real(y))
-
-
-def _sub(run: _Run, node: Node, x: _Array, y: _Array) -> _Array:
-    return np.asarray(_real(x) - _real(y))
-
-
-def _mul(run: _Run, node: Node, x: _Array, y: _Array) -> _Array:
-    return np.asarray(_real(x) * _real(y))
-
-
-def _concat(run: _Run, node: Node, *parts: _Array) -> _Array:
-    if any(part.dtype.kind not in "iu" for part in parts):  # ids stay ids
-        parts = tuple(_real(part) for part in parts)
-    return np.concatenate(parts, axis=_axis(node.attr("axis"), parts[0]))
-
-
-def _mean(run: _Run, node: Node, x: _Array) -> _Array:
-    given = node.attr("axis")
-    axes = tuple(_axis(axis, x) for axis in (given if isinstance(given, list) else [given]))
-    return np.asarray(_real(x).mean(axis=axes, keepdims=bool(node.attr("keepdims"))))
-
-
-def _max(run: _Run, node: Node, x: _Array) -> _Array:
-    given = node.attr("axis")
-    axes = tuple(_axis(axis, x) for axis in (given if isinstance(given, list) else [given]))
-    return np.asarray(_real(x).max(axis=axes, keepdims=bool(node.attr("keepdims"))))
-
-
-def _pool(run: _Run, node: Node, x: _Array) -> _Array:
-    x = _real(x)
-    options: dict[str, Any] = {name: node.attr(name) for name in ("kernel", "stride", "padding")}
-    options["ceil_mode"] = bool(node.attr("ceil_mode"))
-    if node.op == "max_pool2d":
-        return max_pool2d(x, dilation=node.attr("dilation"), **options)
-    return avg_pool2d(x, count_include_pad=bool(node.attr("count_include_pad")), **options)
-
-
-def _transpose(run: _Run, node: Node, x: _Array) -> _Array:
-    return x.transpose(node.attr("perm"))
+def _weightless(compute: Callable[..., _Array]) -> Callable[..., _Array]:
+    return lambda run, node, *inputs: compute(node, *inputs)
 
 
 _OPS: Mapping[str, Callable[..., _Array]] = {
@@ -382,26 +265,5 @@ _OPS: Mapping[str, Callable[..., _Array]] = {
     "embedding_bag": _Run.embedding_bag,
     "layer_norm": _Run.layer_norm,
     "batch_norm": _Run.batch_norm,
-    "max_pool2d": _pool,
-    "avg_pool2d": _pool,
-    "relu": _activation,
-    "gelu": _activation,
-    "silu": _activation,
-    "sigmoid": _activation,
-    "tanh": _activation,
-    "softmax": _softmax,
-    "log_softmax": _log_softmax,
-    "leaky_relu": _leaky_relu,
-    "elu": _elu,
-    "softplus": _softplus,
-    "identity": _identity,
-    "flatten": _flatten,
-    "reshape": _reshape,
-    "add": _add,
-    "sub": _sub,
-    "mul": _mul,
-    "concat": _concat,
-    "mean": _mean,
-    "max": _max,
-    "transpose": _transpose,
+    **{op: _weightless(compute) for op, compute in WEIGHTLESS.items()},
 }

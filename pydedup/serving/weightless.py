@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What operations without weights compute, in numpy: in float64 where inputs are, else in float32.
+
+They follow torch, NaN and infinities included. Deliberately not here: operations with weights, and
+the order in which nodes are run (:mod:`pydedup.serving.engine`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.errors import ArgumentError
+from pydedup.graph import Node
+from pydedup.matmul import activate
+from pydedup.serving.pooling import avg_pool2d, max_pool2d
+from pydedup.types import DType
+
+__all__ = ["WEIGHTLESS", "activation_of", "checked_axis", "real"]
+
+_Array: TypeAlias = NDArray[Any]
+
+
+def activation_of(node: Node) -> str | None:
+    """Return what kernels call the operation of a node, if they have it behind a product."""
+    if node.op == "gelu":
+        return "gelu_tanh" if node.attr("approximate") == "tanh" else "gelu"
+    return node.op if node.op in ("relu", "silu", "sigmoid", "tanh") else None
+
+
+def real(x: _Array) -> _Array:
+    """Return an input to compute with: float64 stays, all other numbers become float32."""
+    if x.dtype in (np.float32, np.float64):
+        return x
+    if x.dtype.kind not in "biuf":
+        try:
+            DType.of(x.dtype)  # bf16 and f8 have kinds of their own
+        except ArgumentError:
+            raise ArgumentError(f"numbers are needed, not {x.dtype}") from None
+    return x.astype(np.float32)
+
+
+def checked_axis(axis: int, x: _Array) -> int:
+    """Return an axis of an input counted from the front. Raises ArgumentError if there is none."""
+    if not -x.ndim <= axis < x.ndim:
+        raise ArgumentError(f"axis {axis} does not exist in an input of shape {x.shape}")
+    return axis % x.ndim
+
+
+def _activation(node: Node, x: _Array) -> _Array:
+    name = activation_of(node)
+    assert name is not None
+    return activate(real(x), name)
+
+
+def _softmax(node: Node, x: _Array) -> _Array:
+    x = real(x)
+    axis = checked_axis(node.attr("axis"), x)
+    powers = np.exp(x - x.max(axis=axis, keepdims=True, initial=-np.inf))
+    return np.asarray(powers / powers.sum(axis=axis, keepdims=True))
+
+
+def _log_softmax(node: Node, x: _Array) -> _Array:
+    x = real(x)
+    axis = checked_axis(node.attr("axis"), x)
+    shifted = x - x.max(axis=axis, keepdims=True, initial=-np.inf)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True)))
+
+
+def _leaky_relu(node: Node, x: _Array) -> _Array:
+    x = real(x)
+    return np.where(x > 0, x, x * x.dtype.type(node.attr("alpha")))
+
+
+def _elu(node: Node, x: _Array) -> _Array:
+    x = real(x)
+    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)) * x.dtype.type(node.attr("alpha")))
+
+
+def _softplus(node: Node, x: _Array) -> _Array:
+    x = real(x)
+    return np.asarray(np.logaddexp(x.dtype.type(0), x))
+
+
+def _identity(node: Node, x: _Array) -> _Array:
+    return x
+
+
+def _flatten(node: Node, x: _Array) -> _Array:
+    if x.ndim == 0:
+        return x.reshape(1)
+    start = checked_axis(node.attr("start_axis"), x)
+    return x.reshape(*x.shape[:start], math.prod(x.shape[start:]))
+
+
+def _reshape(node: Node, x: _Array) -> _Array:
+    return x.reshape(node.attr("shape"))
+
+
+def _add(node: Node, x: _Array, y: _Array) -> _Array:
+    return np.asarray(real(x) + real(y))
+
+
+def _sub(node: Node, x: _Array, y: _Array) -> _Array:
+    return np.asarray(real(x) - real(y))
+
+
+def _mul(node: Node, x: _Array, y: _Array) -> _Array:
+    return np.asarray(real(x) * real(y))
+
+
+def _concat(node: Node, *parts: _Array) -> _Array:
+    if any(part.dtype.kind not in "iu" for part in parts):  # ids stay ids
+        parts = tuple(real(part) for part in parts)
+    return np.concatenate(parts, axis=checked_axis(node.attr("axis"), parts[0]))
+
+
+def _mean(node: Node, x: _Array) -> _Array:
+    return np.asarray(real(x).mean(axis=_axes(node, x), keepdims=bool(node.attr("keepdims"))))
+
+
+def _max(node: Node, x: _Array) -> _Array:
+    return np.asarray(real(x).max(axis=_axes(node, x), keepdims=bool(node.attr("keepdims"))))
+
+
+def _axes(node: Node, x: _Array) -> tuple[int, ...]:
+    given = node.attr("axis")
+    return tuple(checked_axis(axis, x) for axis in (given if isinstance(given, list) else [given]))
+
+
+def _pool(node: Node, x: _Array) -> _Array:
+    x = real(x)
+    options: dict[str, Any] = {name: node.attr(name) for name in ("kernel", "stride", "padding")}
+    options["ceil_mode"] = bool(node.attr("ceil_mode"))
+    if node.op == "max_pool2d":
+        return max_pool2d(x, dilation=node.attr("dilation"), **options)
+    return avg_pool2d(x, count_include_pad=bool(node.attr("count_include_pad")), **options)
+
+
+def _transpose(node: Node, x: _Array) -> _Array:
+    return x.transpose(node.attr("perm"))
+
+
+#: By operation: computes a node from its inputs.
+WEIGHTLESS: Mapping[str, Callable[..., _Array]] = {
+    "max_pool2d": _pool,
+    "avg_pool2d": _pool,
+    "relu": _activation,
+    "gelu": _activation,
+    "silu": _activation,
+    "sigmoid": _activation,
+    "tanh": _activation,
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "leaky_relu": _leaky_relu,
+    "elu": _elu,
+    "softplus": _softplus,
+    "identity": _identity,
+    "flatten": _flatten,
+    "reshape": _reshape,
+    "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "concat": _concat,
+    "mean": _mean,
+    "max": _max,
+    "transpose": _transpose,
+}
