@@ -30,8 +30,8 @@ from pydedup.opening import connect_store, open_rows
 from pydedup.ray.cluster import import_ray, use_threads
 from pydedup.ray.score_parquet import ParquetPart, TableRows, key_kind, read_part
 from pydedup.ray.score_plan import FilePart, FolderNotes, PartResult, QueryPart, Settings
-from pydedup.serving.features import InputKind
-from pydedup.serving.score import MOST_FAILURES, Scoring, kind_of, removed
+from pydedup.serving.features import InputKind, kind_of
+from pydedup.serving.score import MOST_FAILURES, Scoring, removed
 from pydedup.store import Store
 from pydedup.text import without_secrets
 

@@ -23,9 +23,8 @@ from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError
 from pydedup.pool import PagePool
-from pydedup.serving.features import features_of, input_kind
+from pydedup.serving.features import features_of, graph_of, input_kind
 from pydedup.serving.predict import Prediction, predict
-from pydedup.serving.score import graph_of
 from pydedup.serving.tensor import StoredTensor
 
 __all__ = ["Calls", "StoreState", "as_json", "one_output", "state_of"]

@@ -16,14 +16,19 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.errors import ArgumentError
+from pydedup.adapter import Adapter
+from pydedup.catalog import StoredModel
+from pydedup.errors import ArgumentError, NotFoundError
+from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph, Node
 
 __all__ = [
     "InputKind",
     "Outputs",
     "features_of",
+    "graph_of",
     "input_kind",
+    "kind_of",
     "plain_rows",
     "predict_rows",
 ]
@@ -42,6 +47,9 @@ _INT64: Final = (-(2**63), 2**63 - 1)
 #: What numpy of any version takes, less the one of the rows.
 _MOST_AXES: Final = 31
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+_IN_SQL: Final = (
+    ", which functions of SQL need (ONNX Runtime is not used for them, but by `pydedup score`)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,26 @@ class InputKind:
     ids: bool
     width: int | None
     as_given: bool = False
+
+
+def graph_of(model: StoredModel, needed: str = _IN_SQL) -> Graph:
+    """Return a model's graph. Raises NotFoundError when the store knows none."""
+    graph = model.graph()
+    if graph is None:
+        raise NotFoundError(
+            f"{model.address} has no graph to predict with{needed}; add it from an ONNX or Keras "
+            "file, as `pydedup add` does, or a torch.nn.Sequential, of layers that pydedup knows, "
+            "or give add(..., graph=...)"
+        )
+    return graph
+
+
+def kind_of(model: StoredModel, adapter: Adapter) -> InputKind:
+    """Return what a model takes for a row. Raises NotFoundError when it cannot predict."""
+    if model.graph() is None and ONNX_GRAPH in dict(adapter.artifacts(model.row.id)):
+        return InputKind(ids=False, width=None, as_given=True)
+    shapes = {info.name: info.shape for info in model.tensors}
+    return input_kind(graph_of(model, needed=""), shapes, model.address)
 
 
 def input_kind(graph: Graph, shapes: Mapping[str, Sequence[int]], model: str) -> InputKind:

@@ -23,13 +23,11 @@ from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter, RowColumn
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError, ConflictError, NotFoundError, PydedupError
-from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
-from pydedup.graph import Graph
 from pydedup.serving.features import (
     InputKind,
     Outputs,
     features_of,
-    input_kind,
+    kind_of,
     plain_rows,
     predict_rows,
 )
@@ -37,7 +35,7 @@ from pydedup.serving.pin import Pin
 from pydedup.serving.score_table import Line, PredictionTable, Repeated, comparable, key_of
 from pydedup.types import Progress, RowFailure, ScoreReport
 
-__all__ = ["Scoring", "graph_of", "key_place", "kind_of", "removed", "score_rows"]
+__all__ = ["MOST_FAILURES", "Scoring", "key_place", "removed", "score_rows"]
 
 Array = NDArray[Any]
 #: Returns what a stored model predicts, as `Store.predict` does.
@@ -51,9 +49,6 @@ _SHOWN: Final = 20
 _TRIES: Final = 5
 #: Bytes of a text that are no UTF-8, which SQLite keeps, stand in Python's for halves of pairs.
 _NO_UNICODE: Final = re.compile("[\ud800-\udfff]")
-_IN_SQL: Final = (
-    ", which functions of SQL need (ONNX Runtime is not used for them, but by `pydedup score`)"
-)
 
 
 class _Made(NamedTuple):
@@ -61,18 +56,6 @@ class _Made(NamedTuple):
 
     lines: dict[object, Line]
     outputs: Outputs | None
-
-
-def graph_of(model: StoredModel, needed: str = _IN_SQL) -> Graph:
-    """Return a model's graph. Raises NotFoundError when the store knows none."""
-    graph = model.graph()
-    if graph is None:
-        raise NotFoundError(
-            f"{model.address} has no graph to predict with{needed}; add it from an ONNX or Keras "
-            "file, as `pydedup add` does, or a torch.nn.Sequential, of layers that pydedup knows, "
-            "or give add(..., graph=...)"
-        )
-    return graph
 
 
 def removed(address: str, table: str, *, files: bool) -> NotFoundError:
@@ -139,14 +122,6 @@ def score_rows(
         raise
     pin.end()
     return work.report(resumed=pin.resumed)
-
-
-def kind_of(model: StoredModel, adapter: Adapter) -> InputKind:
-    """Return what a model takes for a row. Raises NotFoundError when it cannot predict."""
-    if model.graph() is None and ONNX_GRAPH in dict(adapter.artifacts(model.row.id)):
-        return InputKind(ids=False, width=None, as_given=True)
-    shapes = {info.name: info.shape for info in model.tensors}
-    return input_kind(graph_of(model, needed=""), shapes, model.address)
 
 
 class Scoring:
