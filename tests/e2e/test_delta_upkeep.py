@@ -264,7 +264,7 @@ def map_with_another_base(path: Path) -> None:
         (no_such_slot, "slot 1048575 was asked of a page with"),
         (base_page_is_gone, "missing"),
         (base_page_is_retired, "missing"),
-        (base_page_is_not_the_models, "of bases is not among those of its model"),
+        (base_page_is_not_the_models, "what it reads is recorded wrongly, of pages"),
         (map_without_a_base, "have other bases than recorded"),
         (map_with_another_base, "have other bases than recorded"),
     ],
