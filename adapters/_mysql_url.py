@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from pydedup.errors import ArgumentError
 
@@ -27,6 +27,10 @@ MOST_SECONDS: Final = 86400.0
 _A_PREFIX: Final = re.compile(r"[a-z][a-z0-9_]{0,19}")
 
 FORM: Final = "mysql://user:password@host:port/database"
+_UNREADABLE: Final = (
+    f"this is no URL of a MySQL database; write {FORM}, with special characters of the names and "
+    "the password percent-encoded"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,8 @@ def locate(url: str, schema: str | None = None) -> Place:
     options |= {"user": user} if user else {}
     options |= {"password": unquote(parts.password)} if parts.password else {}
     timeout, prefix = TIMEOUT_SECONDS, PREFIX
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+    for part in filter(None, parts.query.split("&")):
+        name, _, value = map(unquote, part.partition("="))
         if name == "timeout":
             timeout = _option(shown, name, value, _seconds)
         elif name == "prefix":
@@ -74,6 +79,8 @@ def locate(url: str, schema: str | None = None) -> Place:
         elif name in _OPTIONS:
             key, parse = _OPTIONS[name]
             options[key] = _option(shown, name, value, parse)
+        elif "password=" in parts.query:  # it may be a piece of that
+            raise ArgumentError(_UNREADABLE)
         else:
             known = ", ".join(sorted({"prefix", "timeout", *_OPTIONS}))
             raise ArgumentError(f"{shown}: option {name!r} is not known; there are: {known}")
@@ -93,10 +100,7 @@ def _split(url: str) -> tuple[SplitResult, int | None]:
         if not misplaced and "\0" not in unquote(url):
             return parts, port
     # What is wrong may be a part of the password.
-    raise ArgumentError(
-        f"this is no URL of a MySQL database; write {FORM}, with special characters of the "
-        "names and the password percent-encoded"
-    )
+    raise ArgumentError(_UNREADABLE)
 
 
 def _settle_tls(shown: str, options: dict[str, Any]) -> None:

@@ -102,8 +102,9 @@ def locate(url: str, schema: str | None, known: Collection[str]) -> Place:
             ours[name] = unquote(value)
             continue
         if unquote(name) not in known and name != "ssl":  # ssl=true is JDBC's sslmode=require
-            # With an "@" behind it, it may be a piece of a password.
-            raise ArgumentError(_UNREADABLE if "@" in query else _unknown(name, known))
+            # With an "@" behind it, or beside a password, it may be a piece of one.
+            may_be = "@" in query or "password=" in query
+            raise ArgumentError(_UNREADABLE if may_be else _unknown(name, known))
         if name == "connect_timeout" and not re.fullmatch("[0-9]{1,9}", value):
             raise ArgumentError(f"connect_timeout={value} must be a whole number of seconds")
         theirs.append(part)
@@ -115,7 +116,8 @@ def locate(url: str, schema: str | None, known: Collection[str]) -> Place:
     if schema != SCHEMA:
         shown.append(f"schema={schema}")
     return Place(
-        conninfo=f"postgresql://{rest}?{'&'.join(theirs)}",
+        # Without the "/", libpq would take what stands before an "@" in an option for the user.
+        conninfo=f"postgresql://{location}/{database}?{'&'.join(theirs)}",
         shown=f"postgresql://{user.partition(':')[0]}{at}{host}/{database}"
         + (f"?{'&'.join(shown)}" if shown else ""),
         schema=schema,

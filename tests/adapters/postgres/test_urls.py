@@ -25,6 +25,8 @@ SECRET = "tops3cret"
         f"postgresql://u:%zz{SECRET}@localhost/db",
         f"postgresql://u@localhost:{SECRET}/db",
         f"postgresql://u:{SECRET}@localhost/db?passwort={SECRET}",
+        f"postgresql://localhost/db?password=a&{SECRET}=b",
+        f"postgresql://?host=/nowhere&password={SECRET}@{'x' * 64}",
         f"postgresql://u:{SECRET}",
         f"postgresql://u:{SECRET}@localhost/db?timeout",
         f"postgresql://u:{SECRET}@localhost/db?schema=a%20b",
