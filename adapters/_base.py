@@ -15,21 +15,22 @@ from typing import Any, NoReturn, TypeVar
 from pydedup.adapter import LIVE, RETIRED, SCHEMA_VERSION, STAGING, Capabilities
 from pydedup.errors import (
     ArgumentError,
+    CorruptStoreError,
     NotAStoreError,
     PydedupError,
     ReadOnlyError,
     StoreError,
 )
 
-from ._schema import TABLES, Dialect, create_statements
+from ._schema import TABLES, VIEWS, Dialect, create_statements
 from ._sessions import READ, WRITE, Session, SessionPool
 from ._sql import MAX_MEMBERS, Statements, batches, insert_pieces
+from ._values import Row, WrongValueError, as_recorded, text
 
-__all__ = ["DbApiBase", "DeniedError", "KeyTakenError", "Row", "check_state", "fetch_all", "text"]
+__all__ = ["DbApiBase", "DeniedError", "KeyTakenError", "check_state", "fetch_all"]
 
 T = TypeVar("T", int, bytes)
 R = TypeVar("R")
-Row = tuple[Any, ...]
 
 
 class KeyTakenError(StoreError):
@@ -38,11 +39,6 @@ class KeyTakenError(StoreError):
 
 class DeniedError(StoreError):
     """The user lacks a privilege."""
-
-
-def text(value: str | bytes | bytearray | memoryview) -> str:
-    """Return text that a driver may deliver as bytes (MySQL's VARBINARY names)."""
-    return value if isinstance(value, str) else str(value, "utf-8")
 
 
 class DbApiBase(abc.ABC):
@@ -143,6 +139,28 @@ class DbApiBase(abc.ABC):
         with self._pool.acquire() as session:
             return self._run(session, sql, parameters, fetch_all)
 
+    def _recorded(
+        self,
+        table: str,
+        sql: str,
+        parameters: Sequence[Any] = (),
+        columns: Sequence[str] | None = None,
+    ) -> list[Row]:
+        """Return rows of one of our tables or views, of all its columns unless told otherwise.
+
+        Raises CorruptStoreError for a value that its column cannot have.
+        """
+        spec = TABLES.get(table) or VIEWS[table]
+        names = spec.names if columns is None else columns
+        try:
+            return as_recorded(self._query(sql, parameters), spec.kinds(names))
+        except WrongValueError as error:
+            number, said = error.args
+            column = f"column {names[number]} of {self._sql.dialect.name(table)}"
+            raise CorruptStoreError(
+                f"{self._url} is damaged: {column} has {said}; restore a backup"
+            ) from error
+
     def _writer(self) -> Session:
         """Return this thread's session, locked and in a write transaction."""
         session = self._pool.acquire()
@@ -225,8 +243,8 @@ class DbApiBase(abc.ABC):
             return None
         if "meta" not in ours or not self._has_shape("meta"):
             self._refuse_tables("meta")
-        found = self._query(self._sql.meta_value, ["schema_version"])
-        version = text(found[0][0]) if found else ""
+        found = self._recorded("meta", self._sql.meta_value, ["schema_version"], ["value"])
+        version = found[0][0] if found else ""
         if not (version.isascii() and version.isdigit()):
             self._refuse_tables("meta")
         if int(version) == SCHEMA_VERSION:

@@ -12,7 +12,7 @@ from pydedup._pages import join_parts, split_payload
 from pydedup.adapter import LIVE, ModelRow, TensorRow
 from pydedup.errors import CorruptStoreError, DuplicateError
 
-from ._base import DbApiBase, KeyTakenError, Row, check_state, text
+from ._base import DbApiBase, KeyTakenError, check_state
 from ._schema import TABLES
 
 __all__ = ["CatalogCalls"]
@@ -28,7 +28,7 @@ class CatalogCalls(DbApiBase):
 
     def meta(self) -> dict[str, str]:
         """Return all of ``meta``."""
-        return {text(name): text(value) for name, value in self._query(self._sql.meta)}
+        return dict(self._recorded("meta", self._sql.meta))
 
     def set_meta(self, name: str, value: str) -> None:
         """Insert or replace one value."""
@@ -36,8 +36,8 @@ class CatalogCalls(DbApiBase):
 
     def epoch(self) -> int:
         """Return the epoch."""
-        found = self._query(self._sql.meta_value, ["epoch"])
-        value = text(found[0][0]) if found else None
+        found = self._recorded("meta", self._sql.meta_value, ["epoch"], ["value"])
+        value = found[0][0] if found else None
         if value is None or not (value.isascii() and value.isdigit()):
             raise CorruptStoreError(
                 f"{self._url} has {value!r} as its epoch where a number must be; restore a backup"
@@ -96,8 +96,11 @@ class CatalogCalls(DbApiBase):
             if not changes:
                 return bool(self._query(self._sql.model_exists, [model_id]))
             if state == LIVE:
-                for name, version in self._query(self._sql.live_rival, [model_id]):
-                    raise DuplicateError(_taken(text(name), text(version)))
+                rivals = self._recorded(
+                    "models", self._sql.live_rival, [model_id], ["name", "version"]
+                )
+                for name, version in rivals:
+                    raise DuplicateError(_taken(name, version))
             try:
                 sql = self._sql.update_model(list(changes))
                 return self._write(sql, [*changes.values(), model_id]) > 0
@@ -114,19 +117,18 @@ class CatalogCalls(DbApiBase):
             name=name is not None, state=state is not None, newest=newest is not None
         )
         parameters = [value for value in (name, state, newest) if value is not None]
-        rows = [_model_row(row) for row in self._query(sql, parameters)]
+        rows = [ModelRow(*row) for row in self._recorded("models", sql, parameters)]
         return rows if newest is None else rows[::-1]
 
     def model(self, model_id: int) -> ModelRow | None:
         """Return one live model."""
-        rows = self._query(self._sql.model, [model_id])
-        return _model_row(rows[0]) if rows else None
+        rows = self._recorded("models", self._sql.model, [model_id])
+        return ModelRow(*rows[0]) if rows else None
 
     def model_called(self, name: str, selector: str) -> ModelRow | None:
         """Return the live model of a name with a version, or else an alias."""
-        found = map(
-            _model_row, self._query(self._sql.models_called, [name, selector, name, name, selector])
-        )
+        asked = [name, selector, name, name, selector]
+        found = [ModelRow(*row) for row in self._recorded("models", self._sql.models_called, asked)]
         rows = sorted(found, key=lambda row: row.version != selector)
         return rows[0] if rows else None
 
@@ -138,10 +140,8 @@ class CatalogCalls(DbApiBase):
     def aliases(self, name: str | None = None) -> list[tuple[str, str, int]]:
         """Return (name, alias, model_id), ordered."""
         if name is None:
-            rows = self._query(self._sql.aliases)
-        else:
-            rows = self._query(self._sql.aliases_of, [name])
-        return [(text(row[0]), text(row[1]), row[2]) for row in rows]
+            return self._recorded("aliases", self._sql.aliases)
+        return self._recorded("aliases", self._sql.aliases_of, [name])
 
     def set_alias(self, name: str, alias: str, model_id: int) -> None:
         """Insert or move an alias."""
@@ -162,12 +162,12 @@ class CatalogCalls(DbApiBase):
 
     def artifacts(self, model_id: int) -> list[tuple[str, str]]:
         """Return (name, media_type), ordered by name."""
-        rows = self._query(self._sql.artifacts, [model_id, 0])
-        return [(text(name), text(media_type)) for name, media_type in rows]
+        columns = ["name", "media_type"]
+        return self._recorded("artifacts", self._sql.artifacts, [model_id, 0], columns)
 
     def artifact(self, model_id: int, name: str) -> bytes | None:
         """Return one payload."""
-        parts = self._query(self._sql.artifact, [model_id, name])
+        parts = self._recorded("artifacts", self._sql.artifact, [model_id, name], ["payload"])
         return join_parts(part for (part,) in parts) if parts else None
 
     # ---- tensors and block maps ---------------------------------------------------------------
@@ -179,10 +179,8 @@ class CatalogCalls(DbApiBase):
 
     def tensors(self, model_id: int) -> list[TensorRow]:
         """Return tensor rows by ordinal."""
-        return [
-            TensorRow(row[0], row[1], *map(text, row[2:]))
-            for row in self._query(self._sql.tensors, [model_id])
-        ]
+        rows = self._recorded("tensors", self._sql.tensors, [model_id])
+        return [TensorRow(*row) for row in rows]
 
     def insert_block_maps(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""
@@ -197,13 +195,14 @@ class CatalogCalls(DbApiBase):
 
     def block_map(self, model_id: int, ordinal: int) -> list[bytes]:
         """Return the parts of one tensor in order."""
-        rows = self._query(self._sql.parts("block_maps"), [model_id, ordinal])
-        return [join_parts(row) for row in rows]
+        sql = self._sql.parts("block_maps")
+        rows = self._recorded("block_maps", sql, [model_id, ordinal], ["payload"])
+        return [payload for (payload,) in rows]
 
     def block_maps(self, model_id: int) -> list[tuple[int, bytes]]:
         """Return (ordinal, payload) of all parts of a model, by ordinal and part."""
-        rows = self._query(self._sql.block_maps, [model_id])
-        return [(row[0], join_parts(row[1:])) for row in rows]
+        columns = ["ordinal", "payload"]
+        return self._recorded("block_maps", self._sql.block_maps, [model_id], columns)
 
     def insert_source_hashes(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""
@@ -211,8 +210,8 @@ class CatalogCalls(DbApiBase):
 
     def source_hashes(self, model_id: int, first: int, stop: int) -> list[tuple[int, bytes]]:
         """Return (ordinal, payload) of the parts of ``first <= ordinal < stop``, in order."""
-        rows = self._query(self._sql.parts_of_several("source_hashes"), [model_id, first, stop])
-        return [(row[0], join_parts(row[1:])) for row in rows]
+        sql, columns = self._sql.parts_of_several("source_hashes"), ["ordinal", "payload"]
+        return self._recorded("source_hashes", sql, [model_id, first, stop], columns)
 
     def _insert_parts(self, table: str, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         what = f"a part of {table}"
@@ -226,28 +225,11 @@ class CatalogCalls(DbApiBase):
 
     def jobs(self) -> list[tuple[str, str, str, str]]:
         """Return (id, spec, cursor, state) ordered by id."""
-        rows = self._query(self._sql.jobs)
-        return [(text(row[0]), text(row[1]), text(row[2]), text(row[3])) for row in rows]
+        return self._recorded("jobs", self._sql.jobs)
 
     def delete_job(self, job_id: str) -> None:
         """Delete a job."""
         self._write(self._sql.delete_job, [job_id])
-
-
-def _model_row(row: Row) -> ModelRow:
-    number, name, version, state, created_at, policy, certificate, metadata, size, digest = row
-    return ModelRow(
-        id=number,
-        name=text(name),
-        version=text(version),
-        state=text(state),
-        created_at=created_at,
-        policy=text(policy),
-        certificate=text(certificate),
-        metadata=text(metadata),
-        logical_bytes=size,
-        digest=bytes(digest),
-    )
 
 
 def _taken(name: str, version: str) -> str:

@@ -8,17 +8,16 @@ better, as the hooks of :class:`DbApiBase` and :meth:`DbApiAdapter._read_payload
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from decimal import Decimal
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydedup._pages import join_parts
 from pydedup.adapter import BlockRow, PageRow
 from pydedup.errors import ArgumentError
 
-from ._base import Row, check_state, text
+from ._base import check_state
 from ._migrations import MigratingCalls
 from ._schema import TABLES, VIEWS
 from ._sql import batches
+from ._values import Row
 
 __all__ = ["DbApiAdapter"]
 
@@ -34,8 +33,8 @@ class DbApiAdapter(MigratingCalls):
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield the payloads of pages that exist; ids come without repetitions."""
         for piece in batches(ids, min(PAYLOADS_PER_READ, self.capabilities.max_parameters)):
-            for page_id, payload in self._query(self._sql.read_pages(len(piece)), piece):
-                yield page_id, join_parts([payload])
+            sql = self._sql.read_pages(len(piece))
+            yield from self._recorded("pages", sql, piece, ["id", "payload"])
 
     # ---- pages --------------------------------------------------------------------------------
 
@@ -72,6 +71,7 @@ class DbApiAdapter(MigratingCalls):
     ) -> list[PageRow]:
         """Return page rows by ascending id, only those with id > ``after``."""
         pieces: Iterable[Sequence[int]] = [()] if ids is None else self._members(ids, reserved=3)
+        columns = [*TABLES["pages"].names[:-1], "payload_bytes"]
         rows: list[Row] = []
         for piece in pieces:
             left = None if limit is None else limit - len(rows)
@@ -81,8 +81,9 @@ class DbApiAdapter(MigratingCalls):
                 members=len(piece), state=state is not None, limit=left is not None
             )
             found = [after, *([] if state is None else [state]), *piece]
-            rows += self._query(sql, found if left is None else [*found, left])
-        return [PageRow(row[0], text(row[1]), row[2], bytes(row[3]), row[4]) for row in rows]
+            found = found if left is None else [*found, left]
+            rows += self._recorded("pages", sql, found, columns)
+        return [PageRow(*row) for row in rows]
 
     def set_page_state(
         self, ids: Sequence[int], state: str, retired_at: float | None = None
@@ -112,17 +113,17 @@ class DbApiAdapter(MigratingCalls):
     def model_pages(self, model_id: int | None = None) -> list[tuple[int, int, int, int]]:
         """Return (model_id, page_id, blocks, bytes) ordered by model and page."""
         if model_id is None:
-            rows = self._query(self._sql.model_pages)
+            rows = self._recorded("model_pages", self._sql.model_pages)
         else:
-            rows = self._query(self._sql.model_pages_of, [model_id])
-        return [(row[0], row[1], row[2], row[3]) for row in rows]
+            rows = self._recorded("model_pages", self._sql.model_pages_of, [model_id])
+        return rows
 
     def readers_of(self, page_ids: Sequence[int]) -> list[tuple[int, int]]:
         """Return (model_id, page_id), ordered, of live models that read one of these pages."""
         found: list[tuple[int, int]] = []
         for piece in self._members(page_ids):
-            rows = self._query(self._sql.readers_of(len(piece)), piece)
-            found += [(row[0], row[1]) for row in rows]
+            sql = self._sql.readers_of(len(piece))
+            found += self._recorded("model_pages", sql, piece, ["model_id", "page_id"])
         return sorted(found)
 
     def delete_model_pages(self, model_id: int) -> None:
@@ -151,8 +152,8 @@ class DbApiAdapter(MigratingCalls):
     def _blocks(self, sql: Callable[[int], str], values: Sequence[T]) -> list[BlockRow]:
         found: list[Row] = []
         for piece in self._members(values):
-            found += self._query(sql(len(piece)), piece)
-        return [BlockRow(row[0], bytes(row[1]), row[2], row[3], row[4]) for row in found]
+            found += self._recorded("distinct_blocks", sql(len(piece)), piece)
+        return [BlockRow(*row) for row in found]
 
     def count_blocks(self) -> int:
         """Return the number of distinct blocks on live pages."""
@@ -170,19 +171,22 @@ class DbApiAdapter(MigratingCalls):
 
     def signatures(self, grp: int) -> Iterator[tuple[int, bytes]]:
         """Yield (segment, payload) of one group, by ascending segment."""
-        segments = [row[0] for row in self._query(self._sql.signature_segments, [grp])]
+        listed = self._recorded("signatures", self._sql.signature_segments, [grp], ["segment"])
+        segments = [segment for (segment,) in listed]
         most = min(PAYLOADS_PER_READ, self.capabilities.max_parameters - 1)
         for piece in batches(segments, most):
             members = [list(piece)] if self._sql.dialect.arrays else piece
-            for segment, payload in self._query(self._sql.signatures(len(piece)), [grp, *members]):
-                yield segment, bytes(payload)
+            sql, columns = self._sql.signatures(len(piece)), ["segment", "payload"]
+            yield from self._recorded("signatures", sql, [grp, *members], columns)
 
     def signatures_of(self, segments: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
         """Yield (segment, grp, payload) of these segments, in any order."""
         for piece in self._members(segments):
-            for segment, grp in self._query(self._sql.signature_keys(len(piece)), piece):
-                for (payload,) in self._query(self._sql.signature, [segment, grp]):
-                    yield segment, grp, bytes(payload)
+            sql = self._sql.signature_keys(len(piece))
+            for segment, grp in self._recorded("signatures", sql, piece, ["segment", "grp"]):
+                key = [segment, grp]
+                rows = self._recorded("signatures", self._sql.signature, key, ["payload"])
+                yield from ((segment, grp, payload) for (payload,) in rows)
 
     def delete_signatures(self, segments: Sequence[int]) -> None:
         """Delete all groups of these segments."""
@@ -195,12 +199,5 @@ class DbApiAdapter(MigratingCalls):
         """Return all rows of ``model_sizes``, ``sharing`` or ``page_owners``."""
         if name not in VIEWS:
             raise ArgumentError(f"there is no view {name!r}; choose one of: {', '.join(VIEWS)}")
-        rows = self._query(self._sql.view(name))
-        return [dict(zip(VIEWS[name], map(_plain, row), strict=True)) for row in rows]
-
-
-def _plain(value: Any) -> object:
-    """Return a value of a view as int, float, str or None."""
-    if isinstance(value, bytes | bytearray | memoryview):
-        return text(value)
-    return int(value) if isinstance(value, Decimal) else value
+        rows = self._recorded(name, self._sql.view(name))
+        return [dict(zip(VIEWS[name].names, row, strict=True)) for row in rows]

@@ -21,7 +21,7 @@ from pydedup.errors import (
     StoreError,
 )
 
-from ._base import DeniedError, Row, fetch_all, text
+from ._base import DeniedError, fetch_all
 from ._dbapi import PAYLOADS_PER_READ, DbApiAdapter
 from ._mysql_cursors import TEXT_MARK
 from ._mysql_errors import ConnectionLostError, DefinedError, packet_advice
@@ -31,6 +31,7 @@ from ._mysql_url import Place
 from ._schema import TABLES, VIEWS, Dialect, create_statements
 from ._sessions import Connection, Session
 from ._sql import batches
+from ._values import Row, text
 
 __all__ = ["DIALECT", "MysqlBase"]
 

@@ -16,10 +16,10 @@ from typing import Any, Final, cast
 from pydedup.adapter_options import KeyRange, RowColumn, RowStream
 from pydedup.errors import ArgumentError
 
-from ._base import Row, text
 from ._mysql_cursors import PreparedConnection, sent
 from ._rows import RowCalls, Rows
 from ._sessions import Connection
+from ._values import Row, text
 
 __all__ = ["MysqlRows"]
 

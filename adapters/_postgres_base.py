@@ -11,7 +11,6 @@ from typing import Any, Final, TypeVar
 
 from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
 
-from ._base import Row
 from ._dbapi import DbApiAdapter
 from ._postgres_errors import ConnectionLostError
 from ._postgres_functions import PostgresFunctions
@@ -19,6 +18,7 @@ from ._postgres_rows import PostgresRows
 from ._postgres_url import Place
 from ._schema import TABLES, Dialect, literal
 from ._sessions import Connection, Session
+from ._values import Row
 
 __all__ = ["SHARDS", "PostgresBase", "dialect_of"]
 

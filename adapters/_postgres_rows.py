@@ -15,9 +15,9 @@ from typing import Any, Final, cast
 from pydedup.adapter_options import KeyRange, RowColumn, RowStream
 from pydedup.errors import ArgumentError
 
-from ._base import Row
 from ._rows import RowCalls, Rows, as_table, split_name, words_of
 from ._sessions import Connection
+from ._values import Row
 
 __all__ = ["PostgresRows"]
 

@@ -15,13 +15,13 @@ from typing import Any, Final
 from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import PydedupError, StoreError
 
-from ._base import Row
 from ._dbapi import PAYLOADS_PER_READ
 from ._postgres_base import PostgresBase, dialect_of
 from ._postgres_errors import meaning
 from ._postgres_functions import rows_of
 from ._postgres_url import Place
 from ._sessions import Connection, SessionPool
+from ._values import Row
 
 __all__ = ["connect", "memory_setting"]
 

@@ -27,10 +27,11 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import DbApiBase, KeyTakenError, Row
+from ._base import DbApiBase, KeyTakenError
 from ._schema import TABLES, VIEWS
 from ._sessions import WRITE
 from ._sql import batches
+from ._values import Row
 
 __all__ = ["RowCalls", "Rows", "as_table", "split_name", "words_of"]
 

@@ -108,7 +108,7 @@ class Dialect:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table as (column, kind) pairs; a kind that ends in ``?`` may be NULL."""
+    """A table, or a view, as (column, kind) pairs; a kind that ends in ``?`` may be NULL."""
 
     columns: tuple[tuple[str, str], ...]
     key: tuple[str, ...] = ()
@@ -117,6 +117,10 @@ class Table:
     def names(self) -> tuple[str, ...]:
         """The names of the columns."""
         return tuple(name for name, _ in self.columns)
+
+    def kinds(self, names: Sequence[str]) -> list[str]:
+        """Return the kinds of some columns; what is no column is a number of bytes."""
+        return [dict(self.columns).get(name, "int") for name in names]
 
 
 _PARTS: Final = Table(
@@ -196,27 +200,31 @@ TABLES: Final[Mapping[str, Table]] = {
     ),
 }
 
-#: Columns of the views, which people read.
-VIEWS: Final[Mapping[str, tuple[str, ...]]] = {
-    "model_sizes": (
-        "name",
-        "version",
-        "logical_bytes",
-        "pages",
-        "page_bytes",
-        "exclusive_bytes",
-        "shared_bytes",
+#: The views, which people read.
+VIEWS: Final[Mapping[str, Table]] = {
+    "model_sizes": Table(
+        (
+            ("name", "name"),
+            ("version", "name"),
+            ("logical_bytes", "int"),
+            ("pages", "int"),
+            ("page_bytes", "int"),
+            ("exclusive_bytes", "int"),
+            ("shared_bytes", "int"),
+        )
     ),
-    "sharing": (
-        "name",
-        "version",
-        "other_name",
-        "other_version",
-        "shared_pages",
-        "shared_blocks",
-        "shared_bytes",
+    "sharing": Table(
+        (
+            ("name", "name"),
+            ("version", "name"),
+            ("other_name", "name"),
+            ("other_version", "name"),
+            ("shared_pages", "int"),
+            ("shared_blocks", "int"),
+            ("shared_bytes", "int"),
+        )
     ),
-    "page_owners": ("page_id", "owners", "models"),
+    "page_owners": Table((("page_id", "int"), ("owners", "int"), ("models", "text"))),
 }
 
 _INDEXES: Final = (

@@ -315,7 +315,7 @@ class Statements:
 
     def view(self, view: str) -> str:
         """Return the reading of a view, in a stable order."""
-        columns = VIEWS[view]
+        columns = VIEWS[view].names
         # Of a pair, the name and version of both.
         keys = ", ".join(str(number + 1) for number, _ in enumerate(columns[:4]))
         return f"SELECT {', '.join(columns)} FROM {self._name(view)} ORDER BY {keys}"

@@ -16,13 +16,14 @@ from pydedup.errors import (
     StoreError,
 )
 
-from ._base import Row, fetch_all
+from ._base import fetch_all
 from ._dbapi import DbApiAdapter
 from ._schema import Dialect
 from ._sessions import READ, WRITE, Connection, Session
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile
 from ._sqlite_rows import SqliteRows
+from ._values import Row
 
 __all__ = ["ANY_READ", "DIALECT", "SqliteBase", "closed_on_error"]
 

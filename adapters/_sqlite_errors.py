@@ -21,6 +21,7 @@ from pydedup.errors import (
 )
 
 from ._base import KeyTakenError
+from ._schema import PREFIX
 
 __all__ = ["meaning"]
 
@@ -73,13 +74,23 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
 
 
 def meaning(error: Exception, path: str) -> PydedupError:
-    """Return what an exception of the ``sqlite3`` module means for the store at ``path``."""
+    """Return what an exception of the ``sqlite3`` module means for the store at ``path``.
+
+    One of Python is what the module makes of SQLite's words where they are no UTF-8.
+    """
     code: int | None = getattr(error, "sqlite_errorcode", None)
+    if isinstance(error, UnicodeDecodeError):  # SQLite names what a damaged schema has
+        return CorruptStoreError(f"{path}: {error.object.decode(errors='replace')}; {_DAMAGED}")
     if code is None:
-        # The module refused before it asked SQLite: a parameter of a type that it does not know.
+        # What the module refuses by itself: a text that is no UTF-8, or before it asks SQLite, a
+        # parameter of a type that it does not know.
+        if str(error).startswith("Could not decode to UTF-8"):
+            return CorruptStoreError(f"{path}: {error}; {_DAMAGED}")
         return ArgumentError(f"{path}: {error}")
     if code & 0xFF == 10 and _is_full(path):
         code = 13
+    if code == 19 | 12 << 8 and f"column {PREFIX}" in str(error):
+        code = 11  # CONSTRAINT_DATATYPE of a table of ours: the row that is changed was damaged
     kind, advice = _MEANINGS.get(code) or _MEANINGS.get(code & 0xFF) or (StoreError, "")
     if kind is ReadOnlyError and (left := _left_by_others(path)):
         advice = (

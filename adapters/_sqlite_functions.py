@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from pydedup.adapter import Adapter
-from pydedup.errors import ArgumentError, StoreError
+from pydedup.errors import ArgumentError, CorruptStoreError, StoreError
 
-from ._base import text
 from ._sqlite_base import DIALECT
 from ._sqlite_file import locate
+from ._values import WrongValueError, as_recorded
 from .sqlite import SqliteAdapter
 
 __all__ = ["as_seen", "bind", "main_file", "state"]
@@ -55,8 +55,14 @@ def main_file(connection: object) -> str:
 
 def state(connection: object) -> tuple[str, str]:
     """Return id and epoch of the store in a connection's file, as its statement sees it."""
-    ((store_id,), (epoch,)) = _rows(_checked(connection), _STATE)
-    return text(store_id), text(epoch)
+    rows = _rows(_checked(connection), _STATE)
+    try:
+        (store_id,), (epoch,) = as_recorded(rows, ["text"])
+    except (ValueError, WrongValueError) as error:
+        raise CorruptStoreError(
+            "the store in the file of this connection lacks its id or epoch; restore a backup"
+        ) from error
+    return store_id, epoch
 
 
 def as_seen(connection: object, url: str) -> Adapter:

@@ -91,7 +91,7 @@ def _refuse_others(file: StoreFile, timeout: float) -> None:
             # pages go from the one to the other.
             with contextlib.closing(_open(file, "mode=ro", timeout)) as connection:
                 ours = is_ours(connection)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise meaning(error, file.path) from error
     if not ours:
         raise NotAStoreError(
@@ -137,7 +137,7 @@ class SqliteAdapter(SqliteBase):
                 configure(connection)
                 self._file.same()
             return connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise self._translate(error) from error
 
     def _make_ours(self, connection: _Connection) -> None:
@@ -177,11 +177,9 @@ class SqliteAdapter(SqliteBase):
                     connection = cast(_Connection, session.connection)
                     with connection.blobopen(table, "payload", page_id, readonly=True) as blob:
                         payload = blob.read()
-            except sqlite3.Error as error:
-                if self.page_rows(ids=[page_id]):
-                    raise self._translate(error) from error
-                continue  # there is no such page
-            except OverflowError:  # Debian 12's Python 3.11.2 takes ids of 31 bits here
+            except (sqlite3.Error, OverflowError):
+                # There is no such page, or its payload is no bytes; or Debian 12's Python 3.11.2,
+                # which takes ids of 31 bits here.
                 yield from super()._read_payloads([page_id])
                 continue
             yield page_id, payload

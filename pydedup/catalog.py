@@ -33,6 +33,7 @@ __all__ = [
     "StoredModel",
     "listed",
     "page_readers",
+    "recorded_object",
     "version_of",
 ]
 
@@ -87,8 +88,7 @@ class StoredModel:
     @cached_property
     def certificate(self) -> dict[str, Any]:
         """What was guaranteed when it was added, and what was measured of it."""
-        found: dict[str, Any] = json.loads(self.row.certificate or "{}")
-        return found
+        return recorded_object(self.row.certificate, f"the certificate of {self.address}")
 
     @property
     def keeps_bits(self) -> bool:
@@ -168,7 +168,12 @@ class StoredModel:
         if self._graph is None:
             payload = self._adapter.artifact(self.row.id, GRAPH_ARTIFACT)
             if payload is not None:
-                self._graph = Graph.from_json(payload.decode())
+                try:
+                    self._graph = Graph.from_json(payload)
+                except ArgumentError as exc:
+                    raise CorruptStoreError(
+                        f"the graph of {self.address} cannot be read: {exc}"
+                    ) from exc
         return self._graph
 
 
@@ -332,8 +337,19 @@ def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
         logical_bytes=row.logical_bytes,
         digest=row.digest.hex(),
         aliases=tuple(sorted(aliases)),
-        metadata=json.loads(row.metadata or "{}"),
+        metadata=recorded_object(row.metadata, f"the metadata of {row.name}@{row.version}"),
     )
+
+
+def recorded_object(text: str, what: str) -> dict[str, Any]:
+    """Return a JSON object that was recorded, an empty one for no text.
+
+    Raises CorruptStoreError.
+    """
+    try:
+        return dict(json.loads(text or "{}"))
+    except (ValueError, TypeError) as exc:
+        raise CorruptStoreError(f"{what} cannot be read ({exc}); restore a backup") from exc
 
 
 def _is_other(one: ModelRow, other: ModelRow) -> bool:

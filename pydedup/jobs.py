@@ -134,16 +134,24 @@ def models_of_job(spec: str) -> list[int]:
 
 
 def job_is_dead(spec: str, cursor: str, lease_seconds: float = LEASE_SECONDS) -> bool:
-    """Return whether whoever left this job cannot be working on it any more."""
-    if time.time() - float(cursor) > lease_seconds:
+    """Return whether whoever left this job cannot be working on it any more.
+
+    Of one that cannot be read, nobody can be told to be.
+    """
+    try:
+        models_of_job(spec)
+        if time.time() - float(cursor) > lease_seconds:
+            return True
+        process = json.loads(spec).get("process")
+        if not process:
+            return False
+        here = _identity(os.getpid())
+        places = [(one["boot"], one["namespace"]) for one in (process, here or process)]
+        if here is None or places[0] != places[1]:
+            return False  # on another machine: only the lease can tell
+        return bool(_identity(int(process["pid"])) != process)
+    except (ValueError, TypeError, KeyError, AttributeError):
         return True
-    process = json.loads(spec).get("process")
-    if not process:
-        return False
-    here = _identity(os.getpid())
-    if here is None or (process["boot"], process["namespace"]) != (here["boot"], here["namespace"]):
-        return False  # on another machine: only the lease can tell
-    return bool(_identity(int(process["pid"])) != process)
 
 
 def _identity(pid: int) -> dict[str, str | int] | None:

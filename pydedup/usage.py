@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
-from pydedup.catalog import StoredModel
+from pydedup.catalog import StoredModel, recorded_object
 from pydedup.errors import ArgumentError
 from pydedup.layout import block_costs, block_places, joined, map_places, split_places
 from pydedup.pool import PagePool
@@ -117,7 +117,7 @@ class Readers:
 
 def value_of(metadata: str, key: str) -> str | None:
     """Return the value of a key of metadata (JSON); one that is no text, as JSON writes it."""
-    return text_of(json.loads(metadata or "{}").get(key))
+    return text_of(recorded_object(metadata, "the metadata of a model").get(key))
 
 
 def text_of(value: Any) -> str | None:

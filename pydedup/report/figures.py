@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +95,7 @@ def model_figures(adapter: Adapter, catalog: Catalog, address: str) -> ModelFigu
         artifacts = tuple(name for name, _ in adapter.artifacts(row.id))
     return ModelFigures(
         info=model_info(row, aliases),
-        certificate=json.loads(row.certificate or "{}"),
+        certificate=model.certificate,
         tensors=model.tensors,
         artifacts=artifacts,
         has_graph=not {GRAPH_ARTIFACT, ONNX_GRAPH}.isdisjoint(artifacts),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pydedup.adapter import LIVE, Adapter, ModelRow
-from pydedup.catalog import Catalog, StoredModel, model_info
+from pydedup.catalog import Catalog, StoredModel, model_info, recorded_object
 from pydedup.errors import ArgumentError
 from pydedup.layout import PAGE_BYTES
 from pydedup.pool import PagePool
@@ -137,10 +136,11 @@ def gather(
         sizes = {page.id: page.payload_bytes for page in adapter.page_rows(state=LIVE)}
     fill = np.array(list(sizes.values()), np.float64) * FILL_BINS / PAGE_BYTES
     bins = np.minimum(fill, FILL_BINS - 1).astype(np.int64)
+    infos = [model_info(row, aliases.get(row.id, ())) for row in rows]
     lines = [
         ModelLine(
-            info=model_info(row, aliases.get(row.id, ())),
-            certificate=json.loads(row.certificate or "{}"),
+            info=infos[i],
+            certificate=recorded_object(row.certificate, f"the certificate of {infos[i].address}"),
             pages=int(pages[i]),
             used_bytes=int(used[i]),
             marginal_bytes=int(marginal[i]),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydedup.adapter import Adapter
-from pydedup.catalog import Catalog, StoredModel
+from pydedup.catalog import Catalog, StoredModel, recorded_object
 from pydedup.errors import NotFoundError, PydedupError, ReadOnlyError
 from pydedup.jobs import SCORING
 from pydedup.names import parse_address
@@ -113,7 +113,7 @@ class Pin:
 
     def _spec(self, job: str) -> dict[str, Any] | None:
         found = next((row[1] for row in self._adapter.jobs() if row[0] == job), None)
-        return None if found is None else dict(json.loads(found))
+        return None if found is None else recorded_object(found, f"the note {job!r} of a scoring")
 
     def _put(self, spec: Mapping[str, Any]) -> None:
         self._adapter.put_job(self._id, json.dumps(spec), repr(time.time()), SCORING)

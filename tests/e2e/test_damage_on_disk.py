@@ -8,6 +8,8 @@ returns a part of it; SQLite returns it.
 from __future__ import annotations
 
 import contextlib
+import re
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ import pytest
 import pydedup
 from pydedup import policies
 from pydedup.blocks import BlockMap
-from pydedup.errors import CorruptStoreError
+from pydedup.errors import CorruptStoreError, DuplicateError, NotAStoreError, NotFoundError
+from pydedup.graph import Graph, Node
+from pydedup.jobs import Job
 from pydedup.testing.servers import MariadbServer, PostgresServer
 
 #: Bytes of a page that are looked for in the files, from where on, and how far on next.
@@ -155,6 +159,114 @@ def test_a_block_map_that_names_the_same_bytes_of_another_type(tmp_path: Path) -
             "whole@1, tensor 'w': 1 blocks on page 1 are not the source's",
             "whole@1: what it reads is recorded wrongly, of pages 1, 2",
         } <= set(store.verify().errors)
+
+
+TABLES = {
+    "aliases": ["name", "alias", "model_id"],
+    "artifacts": ["model_id", "name", "part", "media_type", "payload"],
+    "block_maps": ["model_id", "ordinal", "part", "payload"],
+    "distinct_blocks": ["hash128", "page_id", "slot", "base_id"],
+    "jobs": ["id", "spec", "cursor", "state"],
+    "meta": ["name", "value"],
+    "model_pages": ["model_id", "page_id", "blocks", "bytes"],
+    "models": [
+        *("name", "version", "state", "created_at", "policy", "certificate", "metadata"),
+        *("logical_bytes", "digest"),
+    ],
+    "pages": ["state", "retired_at", "checksum", "payload"],
+    "signatures": ["segment", "grp", "payload"],
+    "source_hashes": ["model_id", "ordinal", "part", "payload"],
+    "tensors": ["model_id", "ordinal", "name", "dtype", "shape", "block_shape"],
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_values_that_their_columns_cannot_have(table: str, tmp_path: Path) -> None:
+    """SQLite keeps the type of a value beside it, so a flipped bit makes it another."""
+    rng = np.random.default_rng(0)
+    models = {str(k): {"w": rng.standard_normal((40, 40))} for k in range(2)}
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    path, other = tmp_path / "store.db", tmp_path / "other.db"
+    with pydedup.open(path) as store:
+        for version, model in models.items():
+            store.add("m", model, version=version, metadata={"t": "x"}, graph=graph)
+        store.alias("m", "prod", "1")
+        with store._adapter.transaction():
+            Job(store._adapter, "add").beat()
+    wrong = ("x'fffe'", "CAST(x'fffe' AS TEXT)", "'text'", "1.5")
+    for number, column in enumerate(TABLES[table]):
+        for value in ("NULL", wrong[number % len(wrong)]):
+            other.unlink(missing_ok=True)
+            shutil.copy(path, other)
+            if put(other, f"pydedup_{table}", column, value):
+                told = look_at_all(other, models, f"{column} = {value}")
+                may_be = value == "NULL" and column in ("base_id", "retired_at")
+                may_be |= value == "1.5" and column in ("created_at", "retired_at")
+                assert told or may_be or value not in ("NULL", "1.5"), (column, value)
+
+
+def put(path: Path, table: str, column: str, value: str) -> bool:
+    """Give a column of a row a value (SQL); whether there was such a row, and SQLite did it."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        (strict,) = connection.execute(
+            "SELECT sql FROM sqlite_master WHERE name = ?", [table]
+        ).fetchone()
+    loose = re.sub(r" (TEXT|BLOB|REAL|INTEGER)\b(?! PRIMARY)| NOT NULL| STRICT,?", "", strict)
+    for sql in (loose, strict):
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            if sql is strict:
+                changed = connection.execute(f"UPDATE OR IGNORE {table} SET {column} = {value}")  # noqa: S608
+            connection.execute("PRAGMA writable_schema = ON")
+            connection.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", [sql, table])
+            connection.execute("PRAGMA writable_schema = RESET")
+    return changed.rowcount > 0
+
+
+def look_at_all(path: Path, models: dict[str, dict[str, np.ndarray]], what: str) -> bool:
+    """Call all there is of a damaged store: what is given is right, and errors say what is wrong.
+
+    Returns whether opening it, or `verify`, told.
+    """
+    copy, x = path.with_name("copy.db"), np.ones((1, 40), np.float32)
+    calls: list[Callable[[pydedup.Store], object]] = [
+        *(pydedup.Store.models, pydedup.Store.stats, pydedup.Store.sizes, pydedup.Store.sharing),
+        lambda store: store.stats(by="t"),
+        lambda store: store.info("m@1"),
+        lambda store: store.explain("m@1"),
+        lambda store: store.diff("m@0", "m@1"),
+        lambda store: store.predict("m@prod", x),
+        lambda store: store.vacuum(dry_run=True),
+        lambda store: store.copy_to(copy),
+        lambda store: store.add("m", models["1"]),
+        lambda store: store.remove("m@0"),
+        lambda store: store.vacuum(),
+    ]
+    told = True
+    with contextlib.suppress(CorruptStoreError, NotAStoreError), pydedup.open(path) as store:
+        for version, model in models.items():
+            with contextlib.suppress(CorruptStoreError, NotFoundError):
+                found = store.load(f"m@{version}")
+                # A name that is another text is a name; of tensors, verify knows.
+                assert [w.tolist() for w in found.values()] == [model["w"].tolist()], what
+        with contextlib.suppress(CorruptStoreError):
+            told = not store.verify().ok
+        for call in calls:
+            copy.unlink(missing_ok=True)
+            with contextlib.suppress(CorruptStoreError, NotFoundError, DuplicateError):
+                call(store)
+    return told
+
+
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_a_schema_that_is_no_text(mode: str, tmp_path: Path) -> None:
+    """What SQLite says of it is none either, which Python's module refuses to tell."""
+    path = tmp_path / "store.db"
+    with pydedup.open(path) as store:
+        store.add("m", {"w": np.ones(9)})
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"CREATE TABLE pydedup_m", b"CREATE T\xffBLE pydedup_m"))
+    with pytest.raises(CorruptStoreError, match=r"near \"T\ufffdBLE\": syntax error; .*backup"):
+        pydedup.open(path, mode=mode)
 
 
 def delete_as_documented(url: str, page_id: int) -> None:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of a store's own columns, as the types that these have.
+
+Drivers differ in what they give: text comes as bytes, bytes as a buffer, a sum as a decimal. And
+in a damaged file of SQLite, which keeps the type of a value beside it, anything may come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from types import NoneType
+from typing import Any, Final
+
+from pydedup._pages import join_parts
+
+__all__ = ["Row", "WrongValueError", "as_recorded", "text"]
+
+Row = tuple[Any, ...]
+
+HASH_BYTES: Final = 16
+_BUFFERS: Final = (bytes, bytearray, memoryview)
+#: Kind of a column (see ``_schema.Dialect.types``) -> its type, and what an error calls it.
+_KINDS: Final[Mapping[str, tuple[type, str]]] = {
+    **dict.fromkeys(("id", "int"), (int, "a whole number")),
+    "float": (float, "a number"),
+    **dict.fromkeys(("word", "name", "text"), (str, "text")),
+    "hash": (bytes, f"a hash of {HASH_BYTES} bytes"),
+    "blob": (bytes, "bytes"),
+}
+
+
+class WrongValueError(Exception):
+    """A value that its column cannot have; the arguments are its number and what says so."""
+
+
+def text(value: str | bytes | bytearray | memoryview) -> str:
+    """Return text that a driver may deliver as bytes (MySQL's VARBINARY names)."""
+    return value if isinstance(value, str) else str(value, "utf-8")
+
+
+def as_recorded(rows: list[Row], kinds: Sequence[str]) -> list[Row]:
+    """Return rows with values of the types of their columns; a kind in ``?`` may be NULL.
+
+    Raises WrongValueError.
+    """
+    plain: list[type | tuple[type, ...]] = []
+    for kind in kinds:
+        expected = _KINDS[kind.rstrip("?")][0]
+        plain.append((expected, NoneType) if kind.endswith("?") else expected)
+    # Nearly all are as they must be, and there may be millions.
+    found = [row if all(map(isinstance, row, plain)) else _converted(row, kinds) for row in rows]
+    for number, kind in enumerate(kinds):
+        if kind == "hash" and any(len(row[number]) != HASH_BYTES for row in found):
+            wrong = next(row[number] for row in found if len(row[number]) != HASH_BYTES)
+            raise _wrong(number, wrong, kind)
+    return found
+
+
+def _converted(row: Row, kinds: Sequence[str]) -> Row:
+    values: list[Any] = []
+    for number, (value, kind) in enumerate(zip(row, kinds, strict=True)):
+        expected = _KINDS[kind.rstrip("?")][0]
+        if isinstance(value, expected) or (value is None and kind.endswith("?")):
+            values.append(value)
+        elif expected is bytes and isinstance(value, _BUFFERS):
+            values.append(join_parts([value]))
+        elif expected is str and isinstance(value, _BUFFERS):
+            try:
+                values.append(text(value))
+            except UnicodeDecodeError as error:
+                raise _wrong(number, value, kind) from error
+        elif (expected is float and isinstance(value, int)) or (
+            expected is int and isinstance(value, Decimal) and value == value.to_integral_value()
+        ):
+            values.append(expected(value))
+        else:
+            raise _wrong(number, value, kind)
+    return tuple(values)
+
+
+def _wrong(number: int, value: object, kind: str) -> WrongValueError:
+    shown = "NULL" if value is None else f"{value!r:.60}"
+    return WrongValueError(number, f"{shown} where {_KINDS[kind.rstrip('?')][1]} must be")
