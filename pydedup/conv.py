@@ -19,9 +19,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.blocks import BlockMap, as_unsigned
+from pydedup.blocks import BlockGrid, BlockMap, as_unsigned
 from pydedup.errors import ArgumentError, BudgetError
-from pydedup.matmul import ACTIVATIONS, compute_dtype, feed_blocks, real_array
+from pydedup.matmul import (
+    check_activation,
+    checked_bias,
+    compute_dtype,
+    feed_blocks,
+    real_array,
+)
 from pydedup.pool import PagePool
 
 __all__ = ["Padding", "Pair", "Window", "conv2d"]
@@ -147,33 +153,10 @@ def conv2d(
         )
     images = given if given.ndim == 4 else given[None]
     (groups,) = _sizes(groups, "groups", (), 1)
-    channels = images.shape[1]
-    if channels % groups or grid.rows % groups:
-        raise ArgumentError(
-            f"{groups} groups do not divide {channels} channels and {grid.rows} output channels"
-        )
-    columns = channels // groups * window.kernel[0] * window.kernel[1]
-    if grid.cols != columns or grid.rows == 0 or channels == 0:
-        raise ArgumentError(
-            f"x has {channels} channels, which with {groups} groups and a kernel of "
-            f"{window.kernel} need a weight of {columns} columns; it is ({grid.rows}, {grid.cols})"
-        )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ArgumentError(
-            f"unknown activation {activation!r}; choose one of: {', '.join(ACTIVATIONS)}"
-        )
-    offset = None
-    if bias is not None:
-        offset = real_array(bias, dtype, "bias")
-        if offset.shape != (grid.rows,):
-            raise ArgumentError(f"bias has shape {offset.shape}; ({grid.rows},) is needed")
-    out_size = window.out_size(images.shape[2], images.shape[3])
-    try:
-        y = np.empty((images.shape[0], grid.rows, *out_size), dtype)
-    except ValueError as exc:  # more than an array can be
-        raise ArgumentError(f"the result of size {out_size} is too large: {exc}") from exc
-    except MemoryError as exc:
-        raise BudgetError(f"no memory for the result of size {out_size}: {exc}") from exc
+    _check_channels(grid, images.shape[1], groups, window)
+    check_activation(activation)
+    offset = checked_bias(bias, dtype, grid.rows)
+    y = _room_for(images, window, grid.rows)
     product = _core.Conv2d(
         grid.rows,
         grid.cols,
@@ -200,6 +183,31 @@ def conv2d(
 
 #: What the core counts with.
 _LARGEST = 2**31 - 1
+
+
+def _check_channels(grid: BlockGrid, channels: int, groups: int, window: Window) -> None:
+    """Refuse images whose channels, in so many groups, the weight does not take."""
+    if channels % groups or grid.rows % groups:
+        raise ArgumentError(
+            f"{groups} groups do not divide {channels} channels and {grid.rows} output channels"
+        )
+    columns = channels // groups * window.kernel[0] * window.kernel[1]
+    if grid.cols != columns or grid.rows == 0 or channels == 0:
+        raise ArgumentError(
+            f"x has {channels} channels, which with {groups} groups and a kernel of "
+            f"{window.kernel} need a weight of {columns} columns; it is ({grid.rows}, {grid.cols})"
+        )
+
+
+def _room_for(images: NDArray[Any], window: Window, out: int) -> NDArray[Any]:
+    """Return an array for the result, not filled."""
+    out_size = window.out_size(images.shape[2], images.shape[3])
+    try:
+        return np.empty((images.shape[0], out, *out_size), images.dtype)
+    except ValueError as exc:  # more than an array can be
+        raise ArgumentError(f"the result of size {out_size} is too large: {exc}") from exc
+    except MemoryError as exc:
+        raise BudgetError(f"no memory for the result of size {out_size}: {exc}") from exc
 
 
 def _sizes(value: object, name: str, lengths: tuple[int, ...], least: int) -> tuple[int, ...]:

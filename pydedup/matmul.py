@@ -36,6 +36,8 @@ __all__ = [
     "activate",
     "activate_in_place",
     "as_array",
+    "check_activation",
+    "checked_bias",
     "checked_factors",
     "compute_dtype",
     "feed_blocks",
@@ -122,7 +124,7 @@ def matmul(
         When the pages cannot be had; see `PagePool.windows`.
     """
     given, offset = checked_factors(block_map, x, bias, transpose)
-    _check_activation(activation)
+    check_activation(activation)
     dtype = given.dtype
     inner = given.shape[-1]
     outer = block_map.grid.cols if transpose else block_map.grid.rows
@@ -157,15 +159,21 @@ def checked_factors(
             f"x has shape {given.shape}; its last axis must be {inner} for a matrix of shape "
             f"({grid.rows}, {grid.cols})" + (" with transpose" if transpose else "")
         )
-    offset = None
-    if bias is not None:
-        offset = real_array(bias, dtype, "bias")
-        if offset.shape != (outer,):
-            raise ArgumentError(f"bias has shape {offset.shape}; ({outer},) is needed")
-    return given, offset
+    return given, checked_bias(bias, dtype, outer)
 
 
-def _check_activation(activation: str | None) -> None:
+def checked_bias(bias: ArrayLike | None, dtype: np.dtype[Any], outer: int) -> NDArray[Any] | None:
+    """Return a bias of so many numbers as kernels take it. Raises ArgumentError."""
+    if bias is None:
+        return None
+    offset = real_array(bias, dtype, "bias")
+    if offset.shape != (outer,):
+        raise ArgumentError(f"bias has shape {offset.shape}; ({outer},) is needed")
+    return offset
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ArgumentError for an activation that is none of `ACTIVATIONS`."""
     if activation is not None and activation not in ACTIVATIONS:
         raise ArgumentError(
             f"unknown activation {activation!r}; choose one of: {', '.join(ACTIVATIONS)}"
@@ -232,7 +240,7 @@ def read(block_map: BlockMap, pool: PagePool, *, threads: int = 0) -> NDArray[An
 
 def activate(x: NDArray[Any], activation: str, *, threads: int = 0) -> NDArray[Any]:
     """Return an activation of `ACTIVATIONS` of float32 or float64 values, as a new array."""
-    _check_activation(activation)
+    check_activation(activation)
     if x.dtype not in (np.float32, np.float64):
         raise ArgumentError(f"activate takes float32 or float64 values, got {x.dtype}")
     out = np.array(x, order="C")
