@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What adds models to a store: a part of `Store`.
+
+As in `pydedup.store`, what serving does not need is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydedup.adapter import Adapter
+from pydedup.errors import ArgumentError
+from pydedup.graph import Graph
+from pydedup.names import parse_address
+from pydedup.opening import check_writable
+from pydedup.pool import PagePool
+from pydedup.types import AddReport, Progress
+
+if TYPE_CHECKING:
+    from pydedup.ingest.plan import Request
+    from pydedup.policies import Policy
+
+__all__ = ["ModelInput", "StoreAdds"]
+
+#: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
+ModelInput = Any
+
+
+class StoreAdds:
+    """Adding of models, one or several with a joint layout."""
+
+    _adapter: Adapter
+    _pool: PagePool
+
+    def add(
+        self,
+        name: str,
+        source: ModelInput,
+        *,
+        policy: Policy | None = None,
+        version: str | None = None,
+        graph: Graph | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        block_shape: tuple[int, int] | None = None,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+        workers: int | None = None,
+    ) -> AddReport:
+        """Add a model, all of it or nothing.
+
+        Parameters
+        ----------
+        name
+            ``name`` (gets the next whole number as its version) or ``name@version``.
+        source
+            Path of a known format, mapping of tensor names to arrays, or torch module.
+        policy
+            The guarantee; `policies.Lossless` by default.
+        version
+            The version, when ``name`` does not say it.
+        graph
+            Layers naming tensors, for `predict`; inferred where the source tells.
+        metadata
+            JSON-able; kept with the model.
+        block_shape
+            (rows, cols) of blocks; by default near-square blocks of at most 16 KiB.
+        dry_run
+            Say what would be stored, and write nothing.
+        progress
+            Called as ``progress(stage, done, total)``, in bytes.
+        workers
+            Threads that work on it, the caller's included, and that none of its computations
+            exceeds; by default one per core up to 4, and one where little is added, or all under
+            `policies.Exact`, whose computations take all cores. The store is the same, bit for
+            bit, for any number.
+
+        Raises
+        ------
+        DuplicateError, QuotaError, ArgumentError, FormatError, NotFoundError, EvaluationError,
+        ReadOnlyError, ConflictError, StorageFullError, UnavailableError, CorruptStoreError
+            The store is as it was before.
+        """
+        parse_address(name)  # what is no text may be no key either
+        return self._add(
+            {name: source},
+            policy,
+            version,
+            graph,
+            metadata,
+            block_shape,
+            dry_run,
+            progress,
+            workers,
+        )[0]
+
+    def add_many(
+        self,
+        models: Mapping[str, ModelInput],
+        *,
+        policy: Policy | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        block_shape: tuple[int, int] | None = None,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+        workers: int | None = None,
+    ) -> list[AddReport]:
+        """Add several models with one joint layout, all of them or none; see `add`.
+
+        With several ``workers``, models are read, hashed and encoded ahead of their turn; what is
+        shared is decided in the order of ``models`` whatever their number.
+        """
+        return self._add(
+            models, policy, None, None, metadata, block_shape, dry_run, progress, workers
+        )
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        models: Mapping[str, ModelInput],
+        policy: Policy | None,
+        version: str | None,
+        graph: Graph | None,
+        metadata: Mapping[str, Any] | None,
+        block_shape: tuple[int, int] | None,
+        dry_run: bool,
+        progress: Progress | None,
+        workers: int | None,
+    ) -> list[AddReport]:
+        if not dry_run:
+            check_writable(self._adapter, "add a model")
+        from pydedup.formats.registry import open_source
+        from pydedup.ingest.add import add_models
+        from pydedup.ingest.plan import Request, Taken, plan_address
+        from pydedup.policies import Lossless
+
+        given_as: object = models
+        if not isinstance(given_as, Mapping):
+            raise ArgumentError(
+                "models must be a mapping of names to sources, such as {'sentiment@1': path}, not "
+                f"{type(given_as).__name__}"
+            )
+        if not models:
+            return []
+        with contextlib.ExitStack() as opened:
+            requests: dict[str, Request] = {}  # by address
+            taken = functools.cache(functools.partial(Taken.of, self._adapter))
+            for name, given in models.items():
+                base, number, is_numbered = plan_address(taken, name, version)
+                if isinstance(given, Mapping) and not given and graph is None:
+                    raise ArgumentError(
+                        f"the mapping given for {name!r} is empty; a model is arrays by name"
+                    )
+                source = opened.enter_context(open_source(given))
+                request = Request(
+                    name=base,
+                    version=number,
+                    source=source,
+                    policy=Lossless() if policy is None else policy,
+                    graph=source.graph if graph is None else graph,
+                    metadata={} if metadata is None else metadata,
+                    block_shape=block_shape,
+                    is_numbered=is_numbered,
+                )
+                if graph is not None:
+                    graph.validate({entry.name: entry.shape for entry in source.entries})
+                if request.address in requests:
+                    raise ArgumentError(f"{request.address} is named twice in one add")
+                requests[request.address] = request
+            return add_models(
+                self._adapter,
+                self._pool,
+                list(requests.values()),
+                dry_run=dry_run,
+                progress=progress,
+                workers=workers,
+            )
