@@ -8,12 +8,14 @@ except for small constants (shapes, axes) that must have their data.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from pydedup.errors import ArgumentError
+from pydedup.formats._onnx_attributes import Attributes, UnknownError
 from pydedup.formats._onnx_tensors import DTYPES, is_constant_weight
 from pydedup.graph import AttrValue, Graph, Node
 from pydedup.types import DType
@@ -31,7 +33,6 @@ _PLAIN = {
     "Mul": "mul",
     "Sub": "sub",
 }
-_TRAINING = "training_mode"
 #: Operations of the graph whose result is a batch of images, or has the rank of their inputs.
 _IMAGES = {"conv2d", "max_pool2d", "avg_pool2d"}
 _SAME_RANK = {
@@ -43,15 +44,11 @@ _FLOATS = {kind for kind, dtype in DTYPES.items() if dtype.is_float}
 _MOVES = {"identity", "concat", "flatten", "reshape", "transpose"}
 
 
-class _UnknownError(Exception):
-    """An operation has no exact counterpart."""
-
-
 def infer_from_onnx(model: Any) -> Graph | None:
     """Return the graph of an ``onnx.ModelProto``, or ``None`` when it cannot be exact."""
     try:
         return _Translation(model).graph()
-    except (_UnknownError, ArgumentError, IndexError, ValueError):
+    except (UnknownError, ArgumentError, IndexError, ValueError):
         # Nobody has checked the model: nodes may lack inputs, and attributes be of any length.
         return None
 
@@ -77,12 +74,8 @@ class _Translation:
         }
         self._types.update((t.name, t.data_type) for t in graph.initializer)
         self._constants: dict[str, Any] = {}
-        self._uses: dict[str, int] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._uses[name] = self._uses.get(name, 0) + 1
-        for value in graph.output:
-            self._uses[value.name] = self._uses.get(value.name, 0) + 1
+        self._uses = Counter(name for node in graph.node for name in node.input)
+        self._uses.update(value.name for value in graph.output)
         #: Values that are another value under a new name (dropout does nothing here).
         self._alias: dict[str, str] = {}
         #: Outputs of a MatMul by a weight, to which a following Add may bring a bias.
@@ -92,16 +85,16 @@ class _Translation:
     def graph(self) -> Graph:
         for node in self._proto.node:
             if node.domain not in ("", "ai.onnx") or len(node.output) < 1:
-                raise _UnknownError
+                raise UnknownError
             if any(name for name in node.output[1:]) and node.op_type != "Dropout":
-                raise _UnknownError
+                raise UnknownError
             translate = _TRANSLATE.get(node.op_type)
             if node.op_type in _PLAIN:
                 self._plain(node)
             elif translate is None:
-                raise _UnknownError
+                raise UnknownError
             else:
-                translate(self, node, {a.name: a for a in node.attribute})
+                translate(self, node, Attributes({a.name: a for a in node.attribute}))
         outputs = tuple(self._value(v.name) for v in self._proto.output)
         kinds = (DTYPES.get(v.type.tensor_type.elem_type) for v in self._proto.output)
         halves = tuple(name for name, kind in zip(outputs, kinds, strict=True) if kind is DType.F16)
@@ -112,28 +105,28 @@ class _Translation:
     def _value(self, name: str) -> str:
         """Return the activation with that name; an initialiser is none."""
         if name in self._tensors or name in self._constants or not name:
-            raise _UnknownError
+            raise UnknownError
         return self._alias.get(name, name)
 
     def _weight(self, name: str, rank: int | None = None) -> str:
         shape = self._shapes.get(name)
         if shape is None or (rank is not None and len(shape) != rank):
-            raise _UnknownError
+            raise UnknownError
         return name
 
     def _constant(self, name: str) -> list[int]:
         """Return the integers of a small constant."""
         tensor = self._constants.get(name, self._tensors.get(name))
         if tensor is None:
-            raise _UnknownError
+            raise UnknownError
         import onnx.numpy_helper
 
         try:
             values = np.asarray(onnx.numpy_helper.to_array(tensor))
         except (ValueError, TypeError) as exc:
-            raise _UnknownError from exc
+            raise UnknownError from exc
         if values.dtype.kind not in "iu" or values.ndim > 1:
-            raise _UnknownError
+            raise UnknownError
         return [int(value) for value in values.reshape(-1)]
 
     def _add(
@@ -149,7 +142,7 @@ class _Translation:
         terms = (*(() if op == "embedding" else values), *(weights or {}).values())
         types = [self._types.get(name) for name in terms]
         if op not in _MOVES and not _FLOATS.issuperset(types):
-            raise _UnknownError
+            raise UnknownError
         self._types[node.output[0]] = types[0]
         self._nodes.append(Node(op, values, node.output[0], weights or {}, attrs or {}))
         # What exporters leave out of value_info, pools of whole images have to know.
@@ -175,187 +168,187 @@ class _Translation:
             linear = self._nodes[at]
             out = self._shapes[linear.weights["weight"]][1]
             if self._shapes[bias] != (out,):
-                raise _UnknownError
+                raise UnknownError
             weights = {**linear.weights, "bias": bias}
             self._nodes[at] = Node("linear", linear.inputs, node.output[0], weights, linear.attrs)
             self._types[node.output[0]] = self._types[value]
             return True
         return False
 
-    def _gemm(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        if _float(attrs, "alpha", 1.0) != 1.0 or _int(attrs, "transA", 0):
-            raise _UnknownError
+    def _gemm(self, node: Any, attrs: Attributes) -> None:
+        if attrs.number("alpha", 1.0) != 1.0 or attrs.integer("transA", 0):
+            raise UnknownError
         weights = {"weight": self._weight(node.input[1], 2)}
-        transposed = bool(_int(attrs, "transB", 0))
+        transposed = bool(attrs.integer("transB", 0))
         if len(node.input) > 2 and node.input[2]:
             out = self._shapes[node.input[1]][0 if transposed else 1]
-            if _float(attrs, "beta", 1.0) != 1.0 or self._shapes.get(node.input[2]) != (out,):
-                raise _UnknownError
+            if attrs.number("beta", 1.0) != 1.0 or self._shapes.get(node.input[2]) != (out,):
+                raise UnknownError
             weights["bias"] = node.input[2]
         self._add("linear", node, (node.input[0],), weights, _transpose(not transposed))
 
-    def _matmul(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _matmul(self, node: Any, attrs: Attributes) -> None:
         weights = {"weight": self._weight(node.input[1], 2)}
         self._add("linear", node, (node.input[0],), weights, _transpose(True))
         self._open_linear[node.output[0]] = len(self._nodes) - 1
 
-    def _conv(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _conv(self, node: Any, attrs: Attributes) -> None:
         weight = self._weight(node.input[1], 4)  # images; sequences and volumes have other ranks
         shape = self._shapes[weight]
-        kernel = _ints(attrs, "kernel_shape", list(shape[2:]))
+        kernel = attrs.integers("kernel_shape", list(shape[2:]))
         if kernel != list(shape[2:]):
-            raise _UnknownError
+            raise UnknownError
         weights = {"weight": weight}
         if len(node.input) > 2 and node.input[2]:
             if self._shapes.get(node.input[2]) != (shape[0],):
-                raise _UnknownError
+                raise UnknownError
             weights["bias"] = node.input[2]
-        stride, dilation = _ints(attrs, "strides", [1, 1]), _ints(attrs, "dilations", [1, 1])
+        stride, dilation = attrs.integers("strides", [1, 1]), attrs.integers("dilations", [1, 1])
         found: dict[str, AttrValue] = {
             "stride": stride,
-            "padding": _pads(attrs, kernel, stride, dilation),
+            "padding": attrs.pads(kernel, stride, dilation),
             "dilation": dilation,
-            "groups": _int(attrs, "group", 1),
+            "groups": attrs.integer("group", 1),
         }
         self._add("conv2d", node, (node.input[0],), weights, found)
 
-    def _pool(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        kernel = _ints(attrs, "kernel_shape", [])
+    def _pool(self, node: Any, attrs: Attributes) -> None:
+        kernel = attrs.integers("kernel_shape", [])
         if len(kernel) != 2:
-            raise _UnknownError
-        stride, dilation = _ints(attrs, "strides", [1, 1]), _ints(attrs, "dilations", [1, 1])
+            raise UnknownError
+        stride, dilation = attrs.integers("strides", [1, 1]), attrs.integers("dilations", [1, 1])
         found: dict[str, AttrValue] = {
             "kernel": kernel,
             "stride": stride,
-            "padding": _pads(attrs, kernel, stride, dilation),
+            "padding": attrs.pads(kernel, stride, dilation),
         }
-        ceil_mode = bool(_int(attrs, "ceil_mode", 0))
+        ceil_mode = bool(attrs.integer("ceil_mode", 0))
         if node.op_type == "MaxPool":
             found.update(dilation=dilation, ceil_mode=ceil_mode)
             self._add("max_pool2d", node, (node.input[0],), attrs=found)
             return
         # What counts in a mean behind the padding was defined late, and runtimes differ.
         if ceil_mode or dilation != [1, 1]:
-            raise _UnknownError
-        found["count_include_pad"] = bool(_int(attrs, "count_include_pad", 0))
+            raise UnknownError
+        found["count_include_pad"] = bool(attrs.integer("count_include_pad", 0))
         self._add("avg_pool2d", node, (node.input[0],), attrs=found)
 
-    def _global_pool(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _global_pool(self, node: Any, attrs: Attributes) -> None:
         rank = self._ranks.get(node.input[0], self._ranks.get(node.output[0]))
         if rank is None or rank < 3:
-            raise _UnknownError
+            raise UnknownError
         op = "mean" if node.op_type == "GlobalAveragePool" else "max"
         found: dict[str, AttrValue] = {"axis": list(range(2, rank)), "keepdims": True}
         self._add(op, node, (node.input[0],), attrs=found)
 
-    def _gather(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        if _int(attrs, "axis", 0) != 0:
-            raise _UnknownError
+    def _gather(self, node: Any, attrs: Attributes) -> None:
+        if attrs.integer("axis", 0) != 0:
+            raise UnknownError
         weights = {"weight": self._weight(node.input[0], 2)}
         self._add("embedding", node, (node.input[1],), weights, {"from_end": True})
 
-    def _gelu(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        mode = attrs["approximate"].s.decode() if "approximate" in attrs else "none"
+    def _gelu(self, node: Any, attrs: Attributes) -> None:
+        mode = attrs.text("approximate", "none")
         self._add("gelu", node, (node.input[0],), attrs={"approximate": mode})
 
-    def _softmax(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _softmax(self, node: Any, attrs: Attributes) -> None:
         op = "softmax" if node.op_type == "Softmax" else "log_softmax"
-        axis = _int(attrs, "axis", -1 if self._opset >= 13 else 1)
+        axis = attrs.integer("axis", -1 if self._opset >= 13 else 1)
         if self._opset < 13:
             # It used to flatten all axes from `axis` on, which is the same only for the last.
             rank = self._ranks.get(node.input[0], self._ranks.get(node.output[0]))
             if axis != -1 and (rank is None or axis != rank - 1):
-                raise _UnknownError
+                raise UnknownError
         self._add(op, node, (node.input[0],), attrs={"axis": axis})
 
-    def _leaky_relu(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        alpha = _float(attrs, "alpha", 0.01)
+    def _leaky_relu(self, node: Any, attrs: Attributes) -> None:
+        alpha = attrs.number("alpha", 0.01)
         self._add("leaky_relu", node, (node.input[0],), attrs={"alpha": alpha})
 
-    def _elu(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        self._add("elu", node, (node.input[0],), attrs={"alpha": _float(attrs, "alpha", 1.0)})
+    def _elu(self, node: Any, attrs: Attributes) -> None:
+        self._add("elu", node, (node.input[0],), attrs={"alpha": attrs.number("alpha", 1.0)})
 
-    def _flatten(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        if _int(attrs, "axis", 1) != 1:  # any other axis flattens what lies before it, too
-            raise _UnknownError
+    def _flatten(self, node: Any, attrs: Attributes) -> None:
+        if attrs.integer("axis", 1) != 1:  # any other axis flattens what lies before it, too
+            raise UnknownError
         self._add("flatten", node, (node.input[0],), attrs={"start_axis": 1})
 
-    def _reshape(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _reshape(self, node: Any, attrs: Attributes) -> None:
         shape = self._constant(node.input[1])
         if 0 in shape:
             # 0 copies the input's size there; only in front can that be said otherwise.
-            if _int(attrs, "allowzero", 0) or shape[0] != 0 or 0 in shape[1:]:
-                raise _UnknownError
+            if attrs.integer("allowzero", 0) or shape[0] != 0 or 0 in shape[1:]:
+                raise UnknownError
             if shape == [0, -1]:
                 self._add("flatten", node, (node.input[0],), attrs={"start_axis": 1})
                 return
             if -1 in shape:
-                raise _UnknownError
+                raise UnknownError
             shape[0] = -1
         self._add("reshape", node, (node.input[0],), attrs={"shape": shape})
 
-    def _layer_norm(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        if len(node.input) < 3 or _int(attrs, "stash_type", 1) != 1:
-            raise _UnknownError
+    def _layer_norm(self, node: Any, attrs: Attributes) -> None:
+        if len(node.input) < 3 or attrs.integer("stash_type", 1) != 1:
+            raise UnknownError
         scale, bias = self._weight(node.input[1]), self._weight(node.input[2])
         if 1 in self._shapes[scale] or self._shapes[bias] != self._shapes[scale]:
-            raise _UnknownError  # may be stretched to the axes that are normalised
+            raise UnknownError  # may be stretched to the axes that are normalised
         axes = len(self._shapes[scale])
-        axis = _int(attrs, "axis", -1)
+        axis = attrs.integer("axis", -1)
         rank = self._ranks.get(node.input[0])
         if axis != -axes and (rank is None or axis != rank - axes):
-            raise _UnknownError
-        eps = _float(attrs, "epsilon", 1e-5)
+            raise UnknownError
+        eps = attrs.number("epsilon", 1e-5)
         weights = {"weight": scale, "bias": bias}
         self._add("layer_norm", node, (node.input[0],), weights, {"axes": axes, "eps": eps})
 
-    def _batch_norm(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        if _int(attrs, _TRAINING, 0) or _int(attrs, "spatial", 1) != 1:
-            raise _UnknownError
+    def _batch_norm(self, node: Any, attrs: Attributes) -> None:
+        if attrs.integer("training_mode", 0) or attrs.integer("spatial", 1) != 1:
+            raise UnknownError
         roles = ("weight", "bias", "mean", "var")
         weights = {
             role: self._weight(name, 1) for role, name in zip(roles, node.input[1:], strict=True)
         }
-        eps = _float(attrs, "epsilon", 1e-5)
+        eps = attrs.number("epsilon", 1e-5)
         self._add("batch_norm", node, (node.input[0],), weights, {"eps": eps, "axis": 1})
 
-    def _concat(self, node: Any, attrs: Mapping[str, Any]) -> None:
-        self._add("concat", node, tuple(node.input), attrs={"axis": _int(attrs, "axis", 1)})
+    def _concat(self, node: Any, attrs: Attributes) -> None:
+        self._add("concat", node, tuple(node.input), attrs={"axis": attrs.integer("axis", 1)})
 
-    def _reduce(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _reduce(self, node: Any, attrs: Attributes) -> None:
         if len(node.input) > 1 and node.input[1]:
             axes = self._constant(node.input[1])
         elif "axes" in attrs:
-            axes = list(attrs["axes"].ints)
+            axes = attrs.integers("axes", [])
         else:
-            raise _UnknownError
+            raise UnknownError
         if not axes:  # all axes or none, by a further attribute
-            raise _UnknownError
-        keep = bool(_int(attrs, "keepdims", 1))
+            raise UnknownError
+        keep = bool(attrs.integer("keepdims", 1))
         axis: AttrValue = axes[0] if len(axes) == 1 else axes
         op = "mean" if node.op_type == "ReduceMean" else "max"
         self._add(op, node, (node.input[0],), attrs={"axis": axis, "keepdims": keep})
 
-    def _transpose_axes(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _transpose_axes(self, node: Any, attrs: Attributes) -> None:
         if "perm" in attrs:
-            perm = list(attrs["perm"].ints)
+            perm = attrs.integers("perm", [])
         elif node.input[0] in self._ranks:
             perm = list(range(self._ranks[node.input[0]]))[::-1]
         else:
-            raise _UnknownError
+            raise UnknownError
         self._add("transpose", node, (node.input[0],), attrs={"perm": perm})
 
-    def _dropout(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _dropout(self, node: Any, attrs: Attributes) -> None:
         if any(name and self._uses.get(name) for name in node.output[1:]):
-            raise _UnknownError  # somebody wants the mask
+            raise UnknownError  # somebody wants the mask
         if len(node.input) > 2 and node.input[2]:
-            raise _UnknownError  # may drop while predicting
+            raise UnknownError  # may drop while predicting
         if any(value.name == node.output[0] for value in self._proto.output):
             self._add("identity", node, (node.input[0],))  # has the name that users ask for
         else:
             self._alias[node.output[0]] = self._value(node.input[0])
 
-    def _constant_node(self, node: Any, attrs: Mapping[str, Any]) -> None:
+    def _constant_node(self, node: Any, attrs: Attributes) -> None:
         import onnx
 
         if "value" in attrs and is_constant_weight(attrs["value"].t):
@@ -371,45 +364,14 @@ class _Translation:
             value = np.array(attrs["value_int"].i, np.int64)
             self._constants[node.output[0]] = onnx.numpy_helper.from_array(value)
         else:
-            raise _UnknownError
-
-
-def _int(attrs: Mapping[str, Any], name: str, default: int) -> int:
-    return int(attrs[name].i) if name in attrs else default
-
-
-def _ints(attrs: Mapping[str, Any], name: str, default: list[int]) -> list[int]:
-    return [int(value) for value in attrs[name].ints] if name in attrs else default
-
-
-def _pads(
-    attrs: Mapping[str, Any], kernel: list[int], stride: list[int], dilation: list[int]
-) -> list[int]:
-    """Return the padding as (top, left, bottom, right), which is ONNX's own order."""
-    how = attrs["auto_pad"].s.decode() if "auto_pad" in attrs else "NOTSET"
-    if how == "VALID":
-        return [0, 0, 0, 0]
-    if how in ("SAME_UPPER", "SAME_LOWER"):
-        if stride != [1, 1]:  # then it depends on the size of the image
-            raise _UnknownError
-        whole = [(size - 1) * apart for size, apart in zip(kernel, dilation, strict=True)]
-        less = [total // 2 for total in whole]
-        more = [total - part for total, part in zip(whole, less, strict=True)]
-        return less + more if how == "SAME_UPPER" else more + less
-    if how != "NOTSET":
-        raise _UnknownError
-    return _ints(attrs, "pads", [0, 0, 0, 0])
-
-
-def _float(attrs: Mapping[str, Any], name: str, default: float) -> float:
-    return float(attrs[name].f) if name in attrs else default
+            raise UnknownError
 
 
 def _transpose(needed: bool) -> Mapping[str, AttrValue]:
     return {"transpose": True} if needed else {}
 
 
-_TRANSLATE: Mapping[str, Callable[[_Translation, Any, Mapping[str, Any]], None]] = {
+_TRANSLATE: Mapping[str, Callable[[_Translation, Any, Attributes], None]] = {
     "Gemm": _Translation._gemm,
     "MatMul": _Translation._matmul,
     "Conv": _Translation._conv,
