@@ -19,11 +19,13 @@ _MODULES = frozenset(
         "backup",
         "copy",
         "known",
+        "pieces",
         "plan",
         "progress",
         "resolve",
         "signatures",
         "source",
+        "staged",
         "survey",
         "whole",
     }

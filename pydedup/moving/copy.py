@@ -8,13 +8,13 @@ is read back and held against its hashes before it is published.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import STAGING, Adapter, ModelRow
+from pydedup.adapter import Adapter
 from pydedup.catalog import version_of
 from pydedup.errors import (
     ArgumentError,
@@ -23,23 +23,22 @@ from pydedup.errors import (
     DuplicateError,
     NotFoundError,
 )
-from pydedup.formats.base import TensorEntry
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.publish import Batch, publish_batch
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.ingest.write import Stager
 from pydedup.jobs import Job
 from pydedup.layout import PAGE_CAPACITY, block_places, joined, split_places
-from pydedup.maintenance.vacuum import collect_abandoned, retire_orphans
+from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.arrival import check_arrival
 from pydedup.moving.known import Known, Whereabouts
-from pydedup.moving.plan import Item, aliases_of, same_model
+from pydedup.moving.plan import Item, same_model
 from pydedup.moving.progress import CopyProgress
 from pydedup.moving.resolve import NotWholeError, Resolved, Resolver, Scope
 from pydedup.moving.signatures import CarriedSegments
 from pydedup.moving.source import End, SourceModel, read_model
+from pydedup.moving.staged import MovedModel, matched_tensors, set_aliases
 from pydedup.moving.survey import Survey, look_at_target, survey
 from pydedup.signatures import Segment, read_segments
 from pydedup.types import CopiedModel, CopyReport, Progress
@@ -64,7 +63,7 @@ def copy_models(
     collect_abandoned(target.adapter)
     copier = _Copier(source, target, items, progress)
     models = [copier.copy(item) for item in items]
-    aliases = _set_aliases(target.adapter, items)
+    aliases = set_aliases(target.adapter, items)
     target.adapter.checkpoint()  # once: what a small model writes takes less than this
     return CopyReport(
         source=source.adapter.url,
@@ -90,100 +89,6 @@ def _refuse_same_store(source: Adapter, target: Adapter) -> None:
     finally:
         with target.transaction():
             job.end()
-
-
-def _set_aliases(target: Adapter, items: Sequence[Item]) -> int:
-    """Give the aliases that are not there yet to models that were; returns how many all have."""
-    wanted = [item for item in items if item.aliases and item.status == "there"]
-    if wanted:
-        with target.transaction():
-            target.bump_epoch()  # nobody removes a version meanwhile
-            ids = {(row.name, row.version): row.id for row in target.models()}
-            for item in wanted:
-                model_id = ids.get((item.row.name, item.row.version))
-                if model_id:
-                    _point(target, item, model_id, item.aliases)
-    return sum(len(item.aliases) for item in items if item.status in ("there", "copy", "replace"))
-
-
-def _point(target: Adapter, item: Item, model_id: int, aliases: Sequence[str]) -> None:
-    """Point aliases at a model, unless somebody gave them another meaning since the plan."""
-    if not aliases:
-        return
-    name = item.row.name
-    pointed = {alias: model for _, alias, model in target.aliases(name)}
-    for alias in aliases:
-        elsewhere = pointed.get(alias, model_id) != model_id
-        is_version = version_of(target, name, alias) is not None
-        if is_version or (elsewhere and not item.moves_aliases):
-            what = "a version" if is_version else "an alias of another version"
-            raise DuplicateError(
-                f"{target.url} has {name}@{alias} as {what} since a moment ago; start again"
-            )
-        if pointed.get(alias) != model_id:
-            target.set_alias(name, alias, model_id)
-
-
-@dataclass(slots=True)
-class _Copy(StagedModel):
-    """A model on its way to the destination."""
-
-    item: Item
-    source: Adapter
-    tensors: list[MatchedTensor]
-    model_id: int = 0
-
-    @property
-    def address(self) -> str:
-        """``name@version``."""
-        return self.item.address
-
-    @property
-    def metadata(self) -> str:
-        """Its metadata as JSON."""
-        return self.item.row.metadata
-
-    @property
-    def logical_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return self.item.row.logical_bytes
-
-    def row(self) -> ModelRow:
-        """Return its row, as it is to be staged."""
-        return replace(self.item.row, id=0, state=STAGING)
-
-    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
-        """Yield (name, media type, payload) of what belongs to it besides tensors."""
-        for name, media_type in self.source.artifacts(self.item.row.id):
-            payload = self.source.artifact(self.item.row.id, name)
-            if payload is not None:
-                yield name, media_type, payload
-
-    @property
-    def replaces(self) -> int:
-        """The id of the model whose place it takes, 0 for none."""
-        return self.item.replaces
-
-    def created_at(self) -> float:
-        """Return when the source got it."""
-        return self.item.row.created_at
-
-    def settle(self, adapter: Adapter) -> None:
-        """Take the place of another model where that was asked for, and take the aliases."""
-        name = self.item.row.name
-        pointing = aliases_of(adapter, name)
-        moved: list[str] = []
-        replaces = self.item.replaces
-        if replaces and adapter.model(replaces) is not None:
-            moved = pointing.pop(replaces, [])
-            adapter.delete_model(replaces)
-            retire_orphans(adapter)
-        taken = {alias for aliases in pointing.values() for alias in aliases}
-        if self.item.row.version in taken:
-            raise DuplicateError(
-                f"{adapter.url} has an alias {self.address} since a moment ago; start again"
-            )
-        _point(adapter, self.item, self.model_id, list(dict.fromkeys([*moved, *self.item.aliases])))
 
 
 class _Copier:
@@ -287,7 +192,7 @@ class _Copier:
             )
             resolved = resolver.run()
             spool.freeze()
-            copy = _Copy(item, source.adapter, _tensors(model, resolved.references))
+            copy = MovedModel(item, source.adapter, matched_tensors(model, resolved.references))
             places = joined(resolved.places)
             stager = Stager(
                 target.adapter,
@@ -356,16 +261,6 @@ class _Copier:
         self._known.forget(last.tolist())
 
 
-def _tensors(model: SourceModel, references: NDArray[np.int64]) -> list[MatchedTensor]:
-    """Return the tensors of a model, by the references of its places."""
-    tensors = []
-    for info, block_map, digests in zip(model.tensors, model.maps, model.digests, strict=True):
-        at = np.searchsorted(model.places, block_places(block_map.page_ids, block_map.slots))
-        entry = TensorEntry(info.name, info.dtype, info.shape, info.name)
-        tensors.append(MatchedTensor(entry, block_map.grid, references[at], digests))
-    return tensors
-
-
 def _lay_out(
     references: NDArray[np.int64], resolved: Resolved, spool: Spool
 ) -> list[NDArray[np.int64]]:
@@ -389,7 +284,7 @@ def _nothing_done(item: Item) -> CopiedModel:
 
 def _report(
     item: Item,
-    copy: _Copy,
+    copy: MovedModel,
     resolved: Resolved,
     layout: Sequence[NDArray[np.int64]],
     spool: Spool,

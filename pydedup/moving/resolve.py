@@ -20,20 +20,18 @@ from pydedup import codec
 from pydedup.errors import CorruptStoreError
 from pydedup.hashing import hash_view
 from pydedup.ingest.match import Hints, Matcher, hash_keys
-from pydedup.ingest.places import stack_blocks, stacked
+from pydedup.ingest.places import stack_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.layout import block_places, by_page, slot_entries, split_places
+from pydedup.layout import block_places, by_page, split_places
 from pydedup.moving.known import Known, Whereabouts
+from pydedup.moving.pieces import Piece, stored_pieces
 from pydedup.moving.source import NO_PLACE, End, SourceModel, recorded
 from pydedup.moving.whole import WholePages
 from pydedup.policies import Lossless
-from pydedup.types import DType
 
 __all__ = ["NotWholeError", "Resolved", "Resolver", "Scope"]
 
 _PAGES_AT_ONCE = 8
-_PIECE_BYTES = 2 * 1024 * 1024
-_PIECE_BLOCKS = 128
 _LOOKUP_BLOCKS = 8192
 
 
@@ -265,44 +263,14 @@ class Resolver:
         """Find or spool blocks of the model, which are all deltas, or none is."""
         page_ids, slots = split_places(self._model.places[rows])
         bases = split_places(self._model.bases[rows]) if deltas else None
-        for at, pages, page_index, stored in self._source.pool.windows_with_bases(page_ids, bases):
-            entries = slot_entries(pages, page_index, slots[at])
-            columns = np.stack(
-                [entries[name].astype(np.int64) for name in ("dtype", "rows", "cols")]
-            )
-            kinds, kind_of = np.unique(columns, axis=1, return_inverse=True)
-            for number, (code, height, width) in enumerate(kinds.T.tolist()):
-                same = np.flatnonzero(kind_of.reshape(-1) == number)
-                dtype = DType.of_code(code)
-                step = _PIECE_BYTES // (height * width * dtype.itemsize)
-                step = max(1, min(step, _PIECE_BLOCKS))
-                for start in range(0, len(same), step):
-                    some = same[start : start + step]
-                    piece = _Piece(
-                        pages,
-                        page_index[some],
-                        slots[at[some]],
-                        entries[some],
-                        None if stored is None else _bases_of(stored, some),
-                    )
-                    self._take_piece(
-                        rows[at[some]], digests[at[some]], piece, dtype, (height, width)
-                    )
+        for at, piece in stored_pieces(self._source.pool, page_ids, slots, bases):
+            self._take_piece(rows[at], digests[at], piece)
 
     def _take_piece(
-        self,
-        rows: NDArray[np.int64],
-        digests: NDArray[np.uint64],
-        piece: _Piece,
-        dtype: DType,
-        shape: tuple[int, int],
+        self, rows: NDArray[np.int64], digests: NDArray[np.uint64], piece: Piece
     ) -> None:
         """Find or spool blocks of one kind."""
-        view = stacked(len(rows), dtype, shape)
-        every = np.arange(len(rows))
-        codec.read_blocks(
-            view, every, piece.pages, piece.page_index, piece.slots, bases=piece.bases
-        )
+        view = piece.read()
         wrong = np.flatnonzero((hash_view(view) != digests).any(axis=1))
         if len(wrong):
             page_ids, slots = split_places(self._model.places[rows[wrong]])
@@ -317,7 +285,7 @@ class Resolver:
             on_delta = self._matcher.reader.bases_of(base_references) != NO_BASE
             again = np.flatnonzero((references == NO_BASE) & on_delta)
             if len(again):
-                stack = stack_blocks(view, again, shape)
+                stack = stack_blocks(view, again, piece.shape)
                 before = self._spool.count
                 # What the base is a delta on is near too.
                 near = self._matcher.reader.bases_of(base_references[again])
@@ -360,34 +328,6 @@ class Resolver:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """Some blocks of the source on pages that are at hand."""
-
-    pages: Sequence[codec.Page]
-    page_index: NDArray[np.uint32]
-    slots: NDArray[np.uint32]
-    entries: NDArray[np.void]
-    bases: codec.StoredBases | None
-
-    def encoded(self, which: NDArray[np.int64]) -> codec.EncodedBlocks:
-        """Return some of them as they are encoded."""
-        payloads = [np.frombuffer(page.payload, np.uint8) for page in self.pages]
-        entries = self.entries[which]
-        lengths = entries["length"].astype(np.int64)
-        spans = zip(
-            self.page_index[which].tolist(),
-            entries["offset"].tolist(),
-            lengths.tolist(),
-            strict=True,
-        )
-        arena = np.concatenate(
-            [payloads[index][start : start + length] for index, start, length in spans]
-        )
-        encodings = entries["encoding"].astype(np.uint8)
-        return codec.EncodedBlocks(arena, np.cumsum(lengths) - lengths, lengths, encodings)
-
-
-@dataclass(frozen=True, slots=True)
 class _Given:
     """Candidates for blocks that are known beforehand (a `pydedup.ingest.aligned.ByPosition`)."""
 
@@ -399,9 +339,3 @@ class _Given:
 
     def note(self, numbers: NDArray[np.int64], helped: NDArray[np.bool_]) -> None:
         """Take no notice: they are asked for once."""
-
-
-def _bases_of(stored: codec.StoredBases, rows: NDArray[np.int64]) -> codec.StoredBases:
-    return codec.StoredBases(
-        stored.pages, np.asarray(stored.page_index)[rows], np.asarray(stored.slots)[rows]
-    )
