@@ -36,12 +36,26 @@ class SlowPages:
             time.sleep(self._seconds)
             yield page
 
+    def next_is_asked_for(self, done: int) -> None:
+        """Wait until the window of four pages behind these is being read."""
+        count = len(self._pages.payloads)
+        eventually(lambda: sum(len(ids) for _, ids in self.fetched) >= min(done + 4, count))
+
     def by(self, name: str) -> list[int]:
         return sorted(n for who, ids in self.fetched for n in ids if who.startswith(name))
 
 
-def walk(pool: PagePool, ids: NDArray[np.int64], seconds: float = 0.0) -> list[float]:
-    """Return what the pages hold, taking so long over each window."""
+def eventually(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def walk(
+    pool: PagePool, ids: NDArray[np.int64], linger: Callable[[int], object] = lambda done: None
+) -> list[float]:
+    """Return what the pages hold; `linger` is called in each window with what is done."""
     seen = []
     for part, pages, index, _ in pool.stream_with_bases(ids, None):
         here = [
@@ -52,7 +66,7 @@ def walk(pool: PagePool, ids: NDArray[np.int64], seconds: float = 0.0) -> list[f
         ]
         assert len(here) == part.stop - part.start
         seen += here
-        time.sleep(seconds)
+        linger(len(seen))
     return seen
 
 
@@ -69,7 +83,7 @@ def test_a_walk_is_read_ahead_from_its_first_miss_on() -> None:
     pool = PagePool(pages.fetch, 32 * MIB)
     assert pool.window_pages == 4
     with pool.call(model(1)):
-        assert walk(pool, ids_of(1, 24), 0.03) == list(range(1, 25))
+        assert walk(pool, ids_of(1, 24), pages.next_is_asked_for) == list(range(1, 25))
     main = threading.current_thread().name
     assert pages.by(main) == [1, 2, 3, 4]
     assert pages.by("pydedup-ahead") == list(range(5, 25))
@@ -81,12 +95,18 @@ def test_the_next_call_is_read_ahead_along_the_way_of_the_last() -> None:
     pages = SlowPages(24)
     pool = PagePool(pages.fetch, 16 * MIB)  # two thirds of what a call reads
     matrices = [ids_of(1 + 2 * i, 2) for i in range(12)]  # one window each
-    for _ in range(3):
+    main = threading.current_thread().name
+
+    def next_is_here(_: int) -> None:  # beside the window that is walked over now
+        page_bytes = pool.stats()["bytes"] // pool.stats()["pages"]
+        if pages.by(main) and ids is not matrices[-1]:
+            eventually(lambda: pool.stats()["pinned_bytes"] >= 4 * page_bytes)
+
+    for number in range(3):
         pages.fetched.clear()
         with pool.call(model(1)):
             for ids in matrices:
-                assert walk(pool, ids, 0.02) == ids.tolist()
-    main = threading.current_thread().name
+                assert walk(pool, ids, next_is_here if number else lambda _: None) == ids.tolist()
     assert pool.window_pages == 2
     assert len(pages.by(main)) <= 2  # the first miss; the rest came ahead
     assert len(pages.by("pydedup-ahead")) >= 6
@@ -130,7 +150,10 @@ def test_a_call_may_take_another_way_than_the_last() -> None:
     for order in ([0, 1, 2, 3, 4, 5], [5, 0, 3], [5, 0, 1, 1, 2], [4], [0, 1, 2, 3, 4, 5]):
         with pool.call(model(1)):
             for number in order:
-                assert walk(pool, matrices[number], 0.005) == matrices[number].tolist()
+                assert (
+                    walk(pool, matrices[number], lambda _: time.sleep(0.005))
+                    == matrices[number].tolist()
+                )
     assert pool.stats()["pinned_bytes"] == 0
     assert pool.stats()["bytes"] <= 16 * MIB
 
@@ -139,7 +162,7 @@ def test_what_cannot_be_read_ahead_fails_where_it_is_used() -> None:
     pages = SlowPages(8)
     pool = PagePool(pages.fetch, 32 * MIB)
     with pytest.raises(PageNotFoundError, match="9, 10, 11, 12"), pool.call(model(1)):
-        walk(pool, ids_of(1, 16), 0.02)
+        walk(pool, ids_of(1, 16), lambda _: time.sleep(0.02))
     assert pool.stats()["pinned_bytes"] == 0
     with pool.call(model(1)):
         assert walk(pool, ids_of(1, 8)) == list(range(1, 9))
@@ -155,7 +178,7 @@ def test_a_driver_that_breaks_while_reading_ahead_fails_the_walk() -> None:
 
     pool = PagePool(breaks, 32 * MIB)
     with pytest.raises(RuntimeError, match="no such driver"), pool.call(model(1)):
-        walk(pool, ids_of(1, 24), 0.02)
+        walk(pool, ids_of(1, 24), lambda _: time.sleep(0.02))
     assert pool.stats()["pinned_bytes"] == 0
 
 
@@ -198,12 +221,9 @@ def test_a_call_that_is_given_up_lets_its_pages_go() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    deadline = time.monotonic() + 10
-    while pool.stats()["pinned_bytes"] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert pool.stats()["pinned_bytes"] == 0
+    eventually(lambda: pool.stats()["pinned_bytes"] == 0)
     with pool.call(model(1)):  # and its room
-        assert walk(pool, ids_of(1, 24), 0.02) == list(range(1, 25))
+        assert walk(pool, ids_of(1, 24), lambda _: time.sleep(0.02)) == list(range(1, 25))
     assert pages.by("pydedup-ahead")
 
 
