@@ -278,7 +278,7 @@ class StoreUpkeep(abc.ABC):
         """Verify, repair what is damaged, and verify again."""
         from pydedup.maintenance.blocks_from import block_source
         from pydedup.maintenance.repair import repair
-        from pydedup.maintenance.rows import record_blocks, record_reads
+        from pydedup.maintenance.rows import forget_blocks, record_blocks, record_reads
         from pydedup.maintenance.verify import verify_store
 
         adapter, pool = self._adapter, self._pool
@@ -286,6 +286,7 @@ class StoreUpkeep(abc.ABC):
             report = verify_store(adapter, progress=progress)
             models = record_reads(adapter, pool, report.wrong_readers)
             blocks = record_blocks(adapter, pool, report.unrecorded_blocks)
+            blocks += forget_blocks(adapter, report.surplus_blocks)
             if models or blocks:
                 report = verify_store(adapter, progress=progress)
             damaged = report.damaged_pages

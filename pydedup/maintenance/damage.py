@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from pydedup.adapter import LIVE, Adapter
+from pydedup.adapter import LIVE, Adapter, BlockRow
 from pydedup.adapter_options import PlacesAdapter
 from pydedup.catalog import listed
 from pydedup.errors import CorruptStoreError, UnavailableError
@@ -29,8 +29,9 @@ class VerifyReport:
     or do not hold what was recorded, each with the models that read it; all others are served.
     ``unreachable`` says which servers do not answer now, and ``unreachable_pages`` has what is
     nowhere else: neither sound nor damaged, as far as is known. ``unrecorded_blocks`` has by page
-    the slots that no distinct block names, and ``wrong_readers`` the models of which it is recorded
-    wrongly what they read, by all that their block maps say: a repair makes these rows anew.
+    the slots that no distinct block names, ``surplus_blocks`` the ids of distinct blocks that are
+    on no page, and ``wrong_readers`` the models of which it is recorded wrongly what they read, by
+    all that their block maps say: a repair makes these rows anew.
     """
 
     pages: int = 0
@@ -42,6 +43,7 @@ class VerifyReport:
     unreachable: list[str] = field(default_factory=list)
     unreachable_pages: dict[int, list[str]] = field(default_factory=dict)
     unrecorded_blocks: dict[int, list[int]] = field(default_factory=dict)
+    surplus_blocks: list[int] = field(default_factory=list)
     wrong_readers: list[str] = field(default_factory=list)
     broken_promises: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -56,6 +58,13 @@ class VerifyReport:
     def unread(self, page_id: int) -> bool:
         """Whether a page was told of already, as damaged or not to be had."""
         return page_id in self.damaged_pages or page_id in self.unreachable_pages
+
+    def add_surplus(self, rows: Iterable[BlockRow]) -> None:
+        """Record distinct blocks that are on no page."""
+        for row in rows:
+            place = f"page {row.page_id}, slot {row.slot}"
+            self.add_error(f"{place}: recorded, and there is no such block")
+            self.surplus_blocks.append(row.id)
 
     def add_error(self, text: str) -> None:
         """Record damage; a hopeless store stops the list at some point."""

@@ -93,8 +93,8 @@ class RepairReport:
         What of the source could not be read where blocks were looked for: of a page or a tensor,
         what is wrong with it.
     recorded_models, recorded_blocks
-        Of how many models it was recorded anew what they read, and how many blocks that no
-        distinct block named. Nothing of the source is needed for that.
+        Of how many models it was recorded anew what they read, and of how many blocks where they
+        are, or that there is none. Nothing of the source is needed for that.
     """
 
     damaged_pages: int = 0

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.adapter import LIVE, RETIRED, Adapter
+from pydedup.adapter import LIVE, RETIRED, Adapter, BlockRow
 from pydedup.blocks import named_pages
 from pydedup.catalog import Catalog, StoredModel, listed
 from pydedup.errors import CorruptStoreError, NotFoundError, PageNotFoundError, UnavailableError
@@ -30,8 +30,16 @@ from pydedup.maintenance.survey import stored_model
 from pydedup.pool import PagePool
 from pydedup.text import plural
 
-__all__ = ["record_blocks", "record_reads", "refuse_pages_in_use", "wrong_reads"]
+__all__ = [
+    "blocks_of_no_page",
+    "forget_blocks",
+    "record_blocks",
+    "record_reads",
+    "refuse_pages_in_use",
+    "wrong_reads",
+]
 
+_IDS_AT_ONCE, _IDS_BEYOND = 8192, 1 << 20
 _UNREADABLE = (CorruptStoreError, PageNotFoundError, UnavailableError)
 
 
@@ -132,6 +140,34 @@ def _reads(adapter: Adapter, pool: PagePool, model: StoredModel) -> list[tuple[i
             size = recorded.get(page_id, 0)
         rows.append((model.row.id, page_id, len(blocks), size))
     return rows
+
+
+def blocks_of_no_page(adapter: Adapter, known: int) -> list[BlockRow]:
+    """Return distinct blocks on pages that are not there; ``known`` is how many live pages have.
+
+    An add that finds one by its hash fails for it. They are looked for only where there are more
+    blocks than are known, among the ids between those of pages, and some beyond.
+    """
+    left = adapter.count_blocks() - known
+    if left <= 0:
+        return []
+    there = {row.id for row in adapter.page_rows()}
+    found: list[BlockRow] = []
+    for start in range(1, max(there, default=0) + _IDS_BEYOND, _IDS_AT_ONCE):
+        ids = [n for n in range(start, start + _IDS_AT_ONCE) if n not in there]
+        found += adapter.blocks_on_pages(ids) if ids else ()
+        if len(found) >= left:
+            break
+    return found
+
+
+def forget_blocks(adapter: Adapter, block_ids: Sequence[int]) -> int:
+    """Forget distinct blocks that are on no page; returns how many."""
+    if block_ids:
+        with adapter.transaction():
+            adapter.bump_epoch()  # who found one meanwhile looks again
+            adapter.delete_blocks(block_ids)
+    return len(block_ids)
 
 
 def record_blocks(adapter: Adapter, pool: PagePool, slots: Mapping[int, Sequence[int]]) -> int:

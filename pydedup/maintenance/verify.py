@@ -37,7 +37,7 @@ from pydedup.errors import (
 )
 from pydedup.layout import base_places, by_page, split_places, used_places
 from pydedup.maintenance.damage import MAX_ERRORS, Damage, VerifyReport, unreadable_pages
-from pydedup.maintenance.rows import wrong_reads
+from pydedup.maintenance.rows import blocks_of_no_page, wrong_reads
 from pydedup.pool import PagePool
 from pydedup.text import plural
 from pydedup.types import Progress
@@ -128,12 +128,14 @@ def _verify_pages(
     for page_id, said in unreadable.items():
         damage.note_unreadable(page_id, said)
     seen: dict[bytes, tuple[int, int]] = {}
+    known = 0
     for start in range(0, len(rows), _PAGES_AT_ONCE):
         some = rows[start : start + _PAGES_AT_ONCE]
         group = {row.id: row for row in some if row.id not in unreadable}
         recorded: dict[int, dict[int, BlockRow]] = {}
-        for block in adapter.blocks_on_pages(list(group)):
+        for block in adapter.blocks_on_pages([row.id for row in some]):
             recorded.setdefault(block.page_id, {})[block.slot] = block
+            known += 1
         unseen = set(group)
         for page_id, payload in _payloads(adapter, list(group), report, damage):
             unseen.discard(page_id)
@@ -161,6 +163,7 @@ def _verify_pages(
                 dtypes, sides[0], sides[1], lengths, digests, readable, bases
             )
             report.blocks += page.n_slots
+            report.add_surplus(row for slot, row in wanted.items() if slot >= page.n_slots)
             actual = digests.astype("<u8").tobytes()
             gone = ~readable
             if bases is not None and gone.any():
@@ -189,6 +192,7 @@ def _verify_pages(
         if progress is not None:
             progress("checking pages", min(start + _PAGES_AT_ONCE, len(rows)), len(rows))
     damage.sum_up_unreachable(adapter)
+    report.add_surplus(blocks_of_no_page(adapter, known))
     return contents
 
 

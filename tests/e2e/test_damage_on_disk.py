@@ -109,6 +109,7 @@ def test_a_bit_that_flips_on_disk(place: Place, tmp_path: Path) -> None:
         assert (report.errors, report.notes) == ([], [])
         for name, model in models.items():
             assert np.array_equal(store.load(name)["w"], model["w"])
+        assert store.add("mine", models["mine"]).pages == 0
 
 
 @pytest.mark.parametrize("slot", [40, 3000])  # of other pages there are as many, or not
@@ -277,7 +278,7 @@ def delete_as_documented(url: str, page_id: int) -> None:
     server, _, schema = url.partition("schema=")
     with psycopg.connect(server.rstrip("?&"), autocommit=True) as connection:
         statements = [line.strip() for line in text.splitlines() if line.startswith("    ")]
-        assert len(statements) == 3
+        assert len(statements) == 4
         for statement in statements:
             sql = statement.replace("pydedup.", f"{schema}.").replace("= 3;", f"= {page_id};")
             connection.execute(sql)  # type: ignore[call-overload]

@@ -207,6 +207,33 @@ def test_distinct_blocks_are_recorded_anew(
         is_sound(store)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_blocks_that_are_on_no_page_are_told_and_forgotten(
+    is_there: bool, store_url: str, other: Path
+) -> None:
+    """Of the block that is recorded so every add would fail."""
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        before = loaded(store)
+        new = blocks(5)
+        store.add("new", new, block_shape=(SIDE, SIDE))
+        ((_, there, *_),) = store._adapter.model_pages(store.info("new").info.id)
+        (row,) = store._adapter.blocks_on_pages([there])
+        store.remove("new")
+        store.vacuum()
+        page = max(row.id for row in store._adapter.page_rows()) if is_there else 900_000
+        columns = "(hash128, page_id, slot) VALUES (?, ?, 70)"
+        change(store_url, f"INSERT INTO {{distinct_blocks}} {columns}", row.hash128, page)
+        assert store.verify().errors == [
+            f"page {page}, slot 70: recorded, and there is no such block"
+        ]
+        report = store.verify(repair_from=other)
+        assert report.errors == []
+        store.add("new", new, block_shape=(SIDE, SIDE))
+        assert loaded(store) == before | {"new": new["w"].tobytes()}
+        is_sound(store)
+
+
 def all_blocks(store: pydedup.Store) -> list[Any]:
     pages = [row.id for row in store._adapter.page_rows()]
     return store._adapter.blocks_on_pages(pages)
