@@ -266,6 +266,10 @@ class Statements:
         """Return the reading of payloads."""
         return f"SELECT id, payload FROM {self._name('pages')} WHERE id {self.members(members)}"
 
+    def page_checksums(self, members: int) -> str:
+        """Return the reading of checksums."""
+        return f"SELECT id, checksum FROM {self._name('pages')} WHERE id {self.members(members)}"
+
     def set_page_state(self, members: int) -> str:
         """Return the change of state; parameters: state, retired_at, pad if any, members."""
         mark = self.dialect.placeholder

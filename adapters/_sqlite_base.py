@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SQLite beside its driver: dialect, waiting for the writer's lock, upkeep of the file."""
+"""SQLite beside its driver: dialect, payloads in the file, waiting for the writer's lock, care."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from pydedup.errors import (
@@ -20,8 +20,10 @@ from ._base import fetch_all
 from ._dbapi import DbApiAdapter
 from ._schema import Dialect
 from ._sessions import READ, WRITE, Connection, Session
+from ._sql import batches
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile
+from ._sqlite_places import PagePlaces
 from ._sqlite_rows import SqliteRows
 from ._values import Row
 
@@ -69,13 +71,35 @@ class SqliteBase(SqliteRows, DbApiAdapter):
     ----------
     _file, _timeout
         Set before the first connection is opened.
+    _places
+        Set before the first page is read.
     """
 
     _file: StoreFile
     _timeout: float
+    _places: PagePlaces
 
     def _translate(self, error: Exception) -> PydedupError:
         return meaning(error, self._file.path)
+
+    # ---- payloads where they lie --------------------------------------------------------------
+
+    def read_pages_into(
+        self, ids: Sequence[int], memory: Callable[[int], memoryview]
+    ) -> Iterator[tuple[int, bytes, memoryview]]:
+        """Yield id, checksum and payload of pages that lie in the file in one piece.
+
+        See `pydedup.adapter_options.ReadIntoAdapter`.
+        """
+        for page, payload in self._places.read(list(dict.fromkeys(ids)), memory):
+            yield page.id, page.checksum, payload
+
+    def _checksums(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield those of the pages that there are."""
+        for piece in batches(ids, self.capabilities.max_parameters):
+            for page_id, checksum in self._query(self._sql.page_checksums(len(piece)), piece):
+                if type(checksum) is bytes:  # else the row is damaged
+                    yield page_id, checksum
 
     def _root_of_pages(self) -> int:
         """Return the number of the first page of the table ``pages`` in the file, 0 for none."""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SQLite: a store in one file, which nothing has to be installed for.
 
-Here: all that needs the driver, which is connecting, capabilities and reading of payloads. The
-file is in WAL mode, so that reading never waits for writing, and every commit is synced but those
-that only stage (``SqliteBase.staging``).
+Here: all that needs the driver. The file is in WAL mode, so that reading never waits for writing,
+and every commit is synced but those that only stage (``SqliteBase.staging``).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from ._sqlite_ahead import PagesAhead
 from ._sqlite_base import ANY_READ, DIALECT, SqliteBase, closed_on_error
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile, configure, is_ours, locate, make_ours
+from ._sqlite_places import PagePlaces
 
 __all__ = ["SqliteAdapter", "connect"]
 
@@ -121,7 +121,8 @@ class SqliteAdapter(SqliteBase):
         super().__init__(
             url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool
         )
-        self._ahead = PagesAhead(file.path, self._root_of_pages)
+        self._places = PagePlaces(file.path, self._root_of_pages, self._checksums)
+        self._ahead = PagesAhead(self._places)
         # Of a file that is deleted from now on, another thread makes no new one.
         self._options = "mode=ro" if read_only else "mode=rw"
 

@@ -7,7 +7,7 @@ and says so where it is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -21,6 +21,7 @@ __all__ = [
     "NumberingAdapter",
     "PlacesAdapter",
     "RangeAdapter",
+    "ReadIntoAdapter",
     "RefillAdapter",
     "RowAdapter",
     "RowColumn",
@@ -144,6 +145,22 @@ class RangeAdapter(RowAdapter, Protocol):
 
         Kinds: ``integer``, ``number``, ``text``, ``bytes``, ``date``, ``time``,
         ``instant`` (a time with its zone).
+        """
+
+
+@runtime_checkable
+class ReadIntoAdapter(Protocol):
+    """Payloads read to where they stay, optional for an adapter: `read_pages` makes copies."""
+
+    def read_pages_into(
+        self, ids: Sequence[int], memory: Callable[[int], memoryview]
+    ) -> Iterator[tuple[int, bytes, memoryview]]:
+        """Yield id, checksum and payload of pages, as far as they can be read so.
+
+        The checksum is that of the page's row. Whether the payload is the one that has it, who
+        asked finds out; where it is not, and for pages that are left out, `Adapter.read_pages` is
+        asked. ``memory(n)`` gives ``n`` bytes for a payload, which must not change once it was
+        yielded.
         """
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
-from pydedup.adapter_options import RowAdapter
+from pydedup.adapter_options import ReadIntoAdapter, RowAdapter
 from pydedup.catalog import listed, page_copies, page_readers
 from pydedup.errors import (
     ArgumentError,
@@ -121,6 +121,7 @@ def pool_of(adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLI
         readers=adapter.capabilities.page_readers,
         scratch_bytes=scratch // 2,
         copies=page_copies(adapter),
+        read_into=adapter.read_pages_into if isinstance(adapter, ReadIntoAdapter) else None,
     )
 
 

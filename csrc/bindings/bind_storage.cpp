@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The buffer pool. Pages of the usual size and larger are copied out of the Python bytes they came
-// in, to memory that products walk over faster; others stay there until they are evicted.
+// in, to memory that products walk over faster; others stay there until they are evicted. What was
+// read into a PageMemory stays where it is.
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -45,6 +49,30 @@ std::shared_ptr<Page> insert_page(BufferPool& pool, BufferPool::PageId id, const
         memory = better;
     }
     return as_holder(pool.insert(id, Page(std::move(memory), size), ahead));
+}
+
+/// Memory that a page is read into. Python may write to it until a pool has adopted it; it lives for
+/// as long as either refers to it.
+struct PageMemory {
+    explicit PageMemory(std::size_t bytes) : memory(any_page_memory(bytes)), size(bytes) {
+        if (memory == nullptr) throw std::bad_alloc();
+    }
+
+    std::shared_ptr<std::byte> memory;
+    std::size_t size;
+};
+
+std::shared_ptr<Page> adopt_page(BufferPool& pool, BufferPool::PageId id, const PageMemory& read,
+                                 const py::bytes& checksum, bool ahead) {
+    const auto expected = static_cast<std::string_view>(checksum);
+    std::shared_ptr<const std::byte> memory = read.memory;
+    const WithoutGil no_gil;
+    Page page(std::move(memory), read.size);
+    const Digest carried = page.checksum();
+    if (expected != std::string_view(reinterpret_cast<const char*>(&carried), sizeof carried)) {
+        throw Error(ErrorCode::corrupt_page, "another page than the one that was asked for");
+    }
+    return as_holder(pool.insert(id, std::move(page), ahead));
 }
 
 py::dict stats_of(const BufferPool& pool) {
@@ -116,6 +144,12 @@ py::tuple replay_trace(const Array<std::int64_t>& pages, const Array<std::uint32
 // the pool's mutex, since nobody waits for the GIL under that.
 void bind_storage(py::module_& m) {
     py::class_<Reserved>(m, "Reservation").def("release", &Reserved::release);
+    py::class_<PageMemory>(m, "PageMemory", py::buffer_protocol())
+        .def(py::init<std::size_t>(), py::arg("size"))
+        .def_buffer([](PageMemory& page) {
+            return py::buffer_info(reinterpret_cast<std::uint8_t*>(page.memory.get()),
+                                   static_cast<py::ssize_t>(page.size));
+        });
     py::class_<BufferPool>(m, "BufferPool")
         .def(py::init([](std::size_t budget_bytes, const std::string& policy) {
                  return std::make_unique<BufferPool>(budget_bytes, policy_of(policy));
@@ -123,6 +157,8 @@ void bind_storage(py::module_& m) {
              py::arg("budget_bytes"), py::arg("policy") = "reuse")
         .def("pin", &pin_pages, py::arg("ids").noconvert(), py::arg("ahead") = false)
         .def("insert", &insert_page, py::arg("id"), py::arg("payload"), py::arg("ahead") = false)
+        .def("adopt", &adopt_page, py::arg("id"), py::arg("memory"), py::arg("checksum"),
+             py::arg("ahead") = false)
         .def(
             "reserve",
             [](BufferPool& pool, std::size_t bytes) {

@@ -14,12 +14,17 @@ import numpy as np
 
 from pydedup import _core
 from pydedup._core import Page
-from pydedup.errors import CorruptStoreError, PageNotFoundError
+from pydedup.errors import CorruptStoreError, PageNotFoundError, SchemaVersionError
 
-__all__ = ["Copies", "Damaged", "Fetch", "PageLoader"]
+__all__ = ["Copies", "Damaged", "Fetch", "PageLoader", "ReadInto"]
 
 #: Reads pages: given ids, gives (id, payload) for those that exist, in any order.
 Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
+
+#: Reads pages into memory of the pool, as `pydedup.adapter_options.ReadIntoAdapter` says.
+ReadInto: TypeAlias = Callable[
+    [Sequence[int], Callable[[int], memoryview]], Iterable[tuple[int, bytes, memoryview]]
+]
 
 #: Gives what each place that keeps a page has of it.
 Copies: TypeAlias = Callable[[int], Iterable[bytes]]
@@ -48,6 +53,8 @@ class PageLoader:
         How many threads may fetch side by side for one call of `load`.
     copies
         Where other copies of a page are to be had when the one that was read is damaged.
+    read_into
+        Reads pages without a copy; called as ``fetch`` is, which is asked for the rest.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class PageLoader:
         damaged: Damaged,
         readers: int,
         copies: Copies | None = None,
+        read_into: ReadInto | None = None,
     ) -> None:
         self.largest = _USUAL_PAGE_BYTES  # bytes of the largest page seen, or that of a usual one
         self.waits, self.waited = 0, 0.0  # how often walks had to wait for pages, and seconds
@@ -64,6 +72,7 @@ class PageLoader:
         self._fetch = fetch
         self._damaged = damaged
         self._copies = copies
+        self._read_into = read_into
         self._readers = readers
         self._lock = threading.Lock()
         self._loading: dict[int, threading.Event] = {}
@@ -153,7 +162,15 @@ class PageLoader:
         return pages
 
     def _load_piece(self, ids: Sequence[int], ahead: bool, pages: dict[int, Page]) -> None:
-        for number, payload in self._fetched(ids):
+        if self._read_into is not None:
+            # What is wrong with a page is said of what `fetch` gives.
+            with contextlib.suppress(CorruptStoreError):
+                for number, checksum, view in self._read_into(ids, _memory):
+                    self.largest = max(self.largest, len(view))
+                    with contextlib.suppress(CorruptStoreError, SchemaVersionError):
+                        pages[number] = self._core.adopt(number, _behind(view), checksum, ahead)
+            ids = [number for number in ids if number not in pages]
+        for number, payload in self._fetched(ids) if ids else ():
             self.largest = max(self.largest, len(payload))
             try:
                 pages[number] = self._core.insert(number, payload, ahead)
@@ -185,3 +202,14 @@ class PageLoader:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(self._readers, "pydedup-reader")
             return self._threads
+
+
+def _memory(nbytes: int) -> memoryview:
+    return memoryview(_core.PageMemory(nbytes))
+
+
+def _behind(view: memoryview) -> _core.PageMemory:
+    """Return what `_memory` made a view of."""
+    memory = view.obj
+    assert isinstance(memory, _core.PageMemory)
+    return memory

@@ -29,7 +29,7 @@ from pydedup.blocks import as_unsigned
 from pydedup.codec import StoredBases
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError
 from pydedup.pool.admission import Reservation, Shares
-from pydedup.pool.loading import Copies, Fetch, PageLoader
+from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto
 from pydedup.pool.prefetch import Call, Lane
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.windows import (
@@ -90,6 +90,8 @@ class PagePool:
         Beside the budget: bytes for activations before they are taken off it.
     copies
         Gives other copies of a page, for when the one that was read is damaged.
+    read_into
+        Reads pages without a copy, as far as that can be; ``fetch`` is asked for the rest.
 
     Raises
     ------
@@ -107,6 +109,7 @@ class PagePool:
         readers: int = 1,
         scratch_bytes: int = 0,
         copies: Copies | None = None,
+        read_into: ReadInto | None = None,
     ) -> None:
         if memory_bytes <= 0:
             raise ArgumentError(f"memory_bytes is {memory_bytes}; a pool needs a positive budget")
@@ -115,6 +118,7 @@ class PagePool:
         self._policy = check_policy(policy)
         self._readers = readers
         self._copies = copies
+        self._read_into = read_into
         self._explain = explain
         self._plans = Plans()
         self._shares = Shares(memory_bytes, scratch_bytes, lambda: self._loader.largest)
@@ -125,7 +129,7 @@ class PagePool:
         """Begin with nothing in memory and nobody at work: at first, and in a forked child."""
         self._core = _core.BufferPool(self._budget, self._policy)
         self._loader = PageLoader(
-            self._core, self._fetch, self.damaged, self._readers, self._copies
+            self._core, self._fetch, self.damaged, self._readers, self._copies, self._read_into
         )
         self._shares.begin(self._core)
         self._calls = threading.local()

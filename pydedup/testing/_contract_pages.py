@@ -11,7 +11,7 @@ from itertools import islice
 import pytest
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
-from pydedup.adapter_options import NumberingAdapter
+from pydedup.adapter_options import NumberingAdapter, ReadIntoAdapter
 from pydedup.errors import ArgumentError, PydedupError, StoreError
 from pydedup.testing._contract_base import (
     EVERY_BYTE,
@@ -198,6 +198,41 @@ class PagesContract(ContractBase):
             assert [row.checksum for row in adapter.page_rows()] == [
                 checksum_of(i) for i in (0, 1, 2)
             ]
+
+    def test_payloads_are_read_into_memory_that_is_given(self, adapter: Adapter) -> None:
+        """Any page may be left out, and is never given twice."""
+        if not isinstance(adapter, ReadIntoAdapter):
+            assert not hasattr(adapter, "read_pages_into")
+            return
+        payloads = [
+            random.Random(i).randbytes(size) for i, size in enumerate(SIZES) if size < 5 * MIB
+        ]
+        with adapter.transaction():
+            ids = adapter.insert_pages(
+                [(checksum_of(i), payload) for i, payload in enumerate(payloads)], state=LIVE
+            )
+        adapter.checkpoint()
+        rows = {
+            page_id: (checksum_of(i), payload)
+            for i, (page_id, payload) in enumerate(zip(ids, payloads, strict=True))
+        }
+        sizes: list[int] = []
+
+        def memory(nbytes: int) -> memoryview:
+            sizes.append(nbytes)
+            return memoryview(bytearray(nbytes))
+
+        for _ in range(2):
+            given = list(adapter.read_pages_into([*ids, *ids[:3], ids[-1] + 1], memory))
+            found = {page_id: (checksum, bytes(view)) for page_id, checksum, view in given}
+            assert len(found) == len(given)
+            assert found == {page_id: rows[page_id] for page_id in found}
+            assert set(sizes) <= {len(payload) for payload in payloads}
+        with adapter.transaction():
+            adapter.delete_pages(ids)
+        for page_id, _, view in adapter.read_pages_into(ids, memory):
+            assert bytes(view) == rows[page_id][1]
+        assert list(adapter.read_pages_into([], memory)) == []
 
     def test_pages_whose_ids_were_given_before(self, adapter: Adapter) -> None:
         """Transactions of two threads, open at once, write them, the later ones first."""

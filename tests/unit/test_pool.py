@@ -7,7 +7,7 @@ import gc
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydedup import matmul
-from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
+from pydedup import codec, matmul
+from pydedup.errors import (
+    ArgumentError,
+    BudgetError,
+    CorruptStoreError,
+    PageNotFoundError,
+    UnavailableError,
+)
 from pydedup.pool import Called, PagePool
 from pydedup.replacement import replay
 from pydedup.testing.memory_pages import MemoryPages
@@ -46,6 +52,60 @@ def test_pages_come_in_the_order_asked_for() -> None:
     assert pool.pages([]) == []
     stats = pool.stats()
     assert (stats["inserts"], stats["pages"], stats["pinned_bytes"]) == (5, 5, 0)
+
+
+def test_what_is_read_into_memory_is_held_against_checksums() -> None:
+    pages, size = pages_of(8)
+    asked: list[list[int]] = []
+
+    def read_into(
+        ids: Sequence[int], memory: Callable[[int], memoryview]
+    ) -> Iterator[tuple[int, bytes, memoryview]]:
+        asked.append(list(ids))
+        for number in ids:
+            payload = bytearray(pages.payloads[number])
+            checksum = codec.page_checksum(bytes(payload))
+            if number == 2:
+                continue  # left out
+            if number == 3:
+                payload[-1] ^= 1
+            elif number == 4:
+                payload[:] = pages.payloads[5]
+            elif number == 5:
+                payload[:8] = b"\xff" * 8
+            elif number == 6:
+                del payload[10:]
+            elif number == 7:
+                checksum = b""
+            elif number == 8:
+                raise CorruptStoreError("the rest cannot be read")
+            view = memory(len(payload))
+            view[:] = payload
+            yield number, checksum, view
+
+    pool = PagePool(pages.fetch, 20 * size, read_into=read_into)
+    ids = list(range(1, 9))
+    held = pool.pages(ids)
+    assert [number_on(page) for page in held] == ids
+    assert [page.payload for page in held] == [pages.payloads[number] for number in ids]
+    assert (asked, pages.fetches) == ([ids], [ids[1:]])
+    assert [number_on(page) for page in pool.pages(ids)] == ids
+    assert len(asked) == 1
+    with pytest.raises(PageNotFoundError, match="1 pages do not exist: 9;"):
+        PagePool(pages.fetch, size, read_into=lambda _ids, _memory: ()).pages([9])
+    del held, pool
+    gc.collect()
+
+
+def test_what_ends_the_reading_into_memory_is_raised() -> None:
+    pages, size = pages_of(2)
+
+    def read_into(*_: object) -> Iterator[tuple[int, bytes, memoryview]]:
+        raise UnavailableError("gone")
+
+    with pytest.raises(UnavailableError, match="gone"):
+        PagePool(pages.fetch, size, read_into=read_into).pages([1])
+    assert pages.fetches == []
 
 
 def test_missing_pages_are_listed() -> None:

@@ -2,7 +2,6 @@
 #include "pydedup/decoded.hpp"
 
 #include <cstring>
-#include <new>
 
 #include "pydedup/page_memory.hpp"
 
@@ -16,17 +15,6 @@ enum State : std::uint8_t { kEmpty, kFilling, kReady };
     if (block.encoding == Encoding::raw || block.cols == 0) return 0;
     if (block.rows > UINT32_MAX / item_bytes(block.dtype) / block.cols) return 0;
     return (block.raw_bytes() + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment;
-}
-
-[[nodiscard]] std::shared_ptr<std::byte> take_memory(std::size_t bytes) noexcept {
-    if (std::shared_ptr<std::byte> huge = page_memory(bytes)) return huge;
-    constexpr std::align_val_t alignment{kBlockAlignment};
-    try {
-        return {static_cast<std::byte*>(::operator new(bytes, alignment)),
-                [](std::byte* at) { ::operator delete(at, std::align_val_t{kBlockAlignment}); }};
-    } catch (const std::bad_alloc&) {
-        return nullptr;
-    }
 }
 
 }  // namespace
@@ -95,7 +83,7 @@ void DecodedBlocks::show(std::size_t slot, BlockView& block) noexcept {
 }
 
 std::byte* DecodedBlocks::memory() noexcept {
-    std::call_once(asked_, [this] { memory_ = take_memory(nbytes_); });
+    std::call_once(asked_, [this] { memory_ = any_page_memory(nbytes_); });
     return memory_.get();
 }
 

@@ -11,6 +11,8 @@
 #include <new>
 #include <vector>
 
+#include "pydedup/page_format.hpp"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -152,5 +154,16 @@ std::shared_ptr<std::byte> page_memory(std::size_t size) noexcept {
 std::shared_ptr<std::byte> page_memory(std::size_t) noexcept { return nullptr; }
 
 #endif
+
+std::shared_ptr<std::byte> any_page_memory(std::size_t size) noexcept {
+    if (std::shared_ptr<std::byte> place = page_memory(size)) return place;
+    constexpr std::align_val_t alignment{kBlockAlignment};
+    try {
+        return {static_cast<std::byte*>(::operator new(size, alignment)),
+                [](std::byte* at) { ::operator delete(at, std::align_val_t{kBlockAlignment}); }};
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
 
 }  // namespace pydedup
