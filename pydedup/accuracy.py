@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from numpy.typing import NDArray
 
@@ -82,6 +82,10 @@ class Accuracy:
         For a value out of range, or two that do not go together.
     """
 
+    name: ClassVar[str] = "accuracy"
+    compresses: ClassVar[bool] = True
+    uses_deltas: ClassVar[bool] = True
+
     evaluate: Callable[[Arrays], Any]
     max_drop: float
     _: KW_ONLY
@@ -128,21 +132,6 @@ class Accuracy:
                 raise ArgumentError(f"{name} must be {least} or more, got {count!r}")
             object.__setattr__(self, name, _integer(name, count))
         self._check_scores()
-
-    @property
-    def name(self) -> str:
-        """The name that is recorded with a model."""
-        return "accuracy"
-
-    @property
-    def compresses(self) -> bool:
-        """What is not replaced is compressed where that saves at least 5 %."""
-        return True
-
-    @property
-    def uses_deltas(self) -> bool:
-        """Blocks that are near to others may be deltas."""
-        return True
 
     def parameters(self) -> dict[str, Any]:
         """Return what the certificate says of the policy beside its name; JSON-able."""

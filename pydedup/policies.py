@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pydedup.accuracy import Accuracy, number
 from pydedup.errors import ArgumentError
@@ -50,25 +50,10 @@ class Policy(Protocol):
 class Exact:
     """The same bits; identical blocks are shared, all others stored raw: the fastest to serve."""
 
-    @property
-    def name(self) -> str:
-        """The name that is recorded with a model."""
-        return "exact"
-
-    @property
-    def compresses(self) -> bool:
-        """Blocks stay raw."""
-        return False
-
-    @property
-    def uses_deltas(self) -> bool:
-        """Blocks stay whole."""
-        return False
-
-    @property
-    def max_rel_error(self) -> float:
-        """Nothing changes."""
-        return 0.0
+    name: ClassVar[str] = "exact"
+    compresses: ClassVar[bool] = False
+    uses_deltas: ClassVar[bool] = False
+    max_rel_error: ClassVar[float] = 0.0
 
     def parameters(self) -> Mapping[str, Any]:
         """Return nothing: there is nothing to choose."""
@@ -82,25 +67,10 @@ class Lossless:
     Whichever is smallest, where it saves at least 5 % of a block.
     """
 
-    @property
-    def name(self) -> str:
-        """The name that is recorded with a model."""
-        return "lossless"
-
-    @property
-    def compresses(self) -> bool:
-        """Blocks are compressed where that saves at least 5 %."""
-        return True
-
-    @property
-    def uses_deltas(self) -> bool:
-        """Blocks are deltas where that saves at least 5 % of the compressed block."""
-        return True
-
-    @property
-    def max_rel_error(self) -> float:
-        """Nothing changes."""
-        return 0.0
+    name: ClassVar[str] = "lossless"
+    compresses: ClassVar[bool] = True
+    uses_deltas: ClassVar[bool] = True
+    max_rel_error: ClassVar[float] = 0.0
 
     def parameters(self) -> Mapping[str, Any]:
         """Return nothing: there is nothing to choose."""
@@ -119,7 +89,16 @@ class Bounded:
     ----------
     max_rel_error
         Above 0 and below 1, e.g. ``0.001``.
+
+    Raises
+    ------
+    ArgumentError
+        For any other error bound.
     """
+
+    name: ClassVar[str] = "bounded"
+    compresses: ClassVar[bool] = True
+    uses_deltas: ClassVar[bool] = True
 
     max_rel_error: float
 
@@ -130,21 +109,6 @@ class Bounded:
                 f"max_rel_error must be a number above 0 and below 1, got {self.max_rel_error!r}"
             )
         object.__setattr__(self, "max_rel_error", bound)
-
-    @property
-    def name(self) -> str:
-        """The name that is recorded with a model."""
-        return "bounded"
-
-    @property
-    def compresses(self) -> bool:
-        """Blocks that nothing is near to are compressed where that saves at least 5 %."""
-        return True
-
-    @property
-    def uses_deltas(self) -> bool:
-        """Blocks that are near to others are stored as deltas."""
-        return True
 
     def parameters(self) -> Mapping[str, Any]:
         """Return the bound."""
