@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages in memory, under one hard budget per store.
 
-``pool`` is what others see; ``loading`` brings in what misses, ``prefetch`` does so ahead of its
-use, ``admission`` divides the budget between those who work at the same time.
+``pool`` is what others see, with ``walks`` over many blocks; ``loading`` brings in what misses,
+``prefetch`` does so ahead of its use, ``admission`` divides the budget between those who work at
+the same time.
 """
 
 from __future__ import annotations
