@@ -40,6 +40,8 @@ NAME_BYTES: Final = 63
 #: Each a query within one, of which SQLite takes 2,000.
 _KEYS_ONE_BY_ONE: Final = 256
 _NAME: Final = re.compile(r"[^\W\d]\w*")
+#: A database of MySQL is often called like my-app; what ends a name, or marks a value, is in none.
+_SCHEMA_NAME: Final = re.compile(r"""[^\x00-\x1f"'`%?\\]+""")
 _COMMENTS: Final = re.compile(r"(?s)(\s|\(|;|--[^\n]*(\n|$)|/\*(?!!).*?\*/)*")
 #: A semicolon at the end, and comments behind it with no character that may end a text, a name or
 #: another comment, of which the semicolon would be part.
@@ -107,11 +109,13 @@ class RowCalls(DbApiBase):
 
     def _table(self, full_name: str) -> str:
         """Return the full name of a user's table as SQL; those of the store are refused."""
+        dialect = self._sql.dialect
         schema, name = split_name(full_name)
         quoted = self._quoted(name, "table")
         if schema:
-            quoted = f"{self._quoted(schema, 'schema')}.{quoted}"
-        dialect = self._sql.dialect
+            if not _SCHEMA_NAME.fullmatch(schema):
+                raise ArgumentError(f"the schema of a table cannot be called {schema!r} here")
+            quoted = f"{dialect.quote}{schema}{dialect.quote}.{quoted}"
         ours = {dialect.name(table).replace(dialect.quote, "") for table in (*TABLES, *VIEWS)}
         if {full_name.lower(), name.lower()} & ours or (
             dialect.prefix and name.lower().startswith(dialect.prefix)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import pytest
 from mysql.connector import HAVE_CEXT
@@ -215,3 +216,24 @@ def test_what_writes_its_rows_elsewhere_is_refused(
             assert list(stream) == [[("into", " into ' into ", 1, 2, 3)]]
     finally:
         rows.close()
+
+
+@pytest.mark.parametrize("name", ["my-app", "a.b c"])
+def test_a_database_may_be_called_otherwise_than_tables(
+    mysql_url: str, mysql_run: Any, name: str
+) -> None:
+    """A name of a table alone means one of the database, and that is often called like my-app."""
+    database = f"{unused_name()}{name}"
+    mysql_run(mysql_url, f"CREATE DATABASE `{database}`")
+    model, graph = linear()
+    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
+    url = urlsplit(mysql_url)._replace(path=f"/{quote(database)}").geturl()
+    try:
+        with pydedup.open(url) as store:
+            store.add("m@1", model, graph=graph)
+            first = store.score(query, "m@1", into="predictions")
+            again = store.score(query, "m@1", into=f"{database}.predictions")
+        assert (first.rows, again.rows, again.skipped) == (1, 0, 1)
+        assert mysql_run(mysql_url, f"SELECT id FROM `{database}`.predictions") == [(1,)]
+    finally:
+        mysql_run(mysql_url, f"DROP DATABASE `{database}`")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import numpy as np
 import psycopg
@@ -16,6 +17,7 @@ from pydedup import registry
 from pydedup.adapter_options import RangeAdapter, RowAdapter
 from pydedup.errors import ArgumentError, UnavailableError
 from pydedup.graph import Graph, Node
+from pydedup.testing._contract_base import with_option
 from pydedup.testing.rows_contract import read_ranges
 from pydedup.testing.servers import as_user, password_of, unused_name
 
@@ -357,3 +359,21 @@ def test_a_query_that_does_not_only_read_is_no_fault_of_the_server(
         pass
     with rows.read_rows("SELECT 1 AS id, 2 AS f", 1) as stream:
         assert [row for found in stream for row in found] == [(1, 2)]
+
+
+def test_a_schema_may_be_called_otherwise_than_tables(postgres_url: str) -> None:
+    """Where it is the first of the search path, a name of a table alone means one of it."""
+    model, graph = linear()
+    query, schema = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c", f"{unused_name()}-my app"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f'CREATE SCHEMA "{schema}"')
+        path = quote(f'-csearch_path="{schema}"'.replace(" ", "\\ "))
+        with pydedup.open(
+            with_option(postgres_url, f"options={path}"), schema=unused_name()
+        ) as store:
+            store.add("m@1", model, graph=graph)
+            first = store.score(query, "m@1", into="predictions")
+            again = store.score(query, "m@1", into=f"{schema}.predictions")
+        assert (first.rows, again.rows, again.skipped) == (1, 0, 1)
+        assert connection.execute(f'SELECT id FROM "{schema}".predictions').fetchall() == [(1,)]
+        connection.execute(f'DROP SCHEMA "{schema}" CASCADE')
