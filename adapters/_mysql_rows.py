@@ -197,7 +197,7 @@ class MysqlRows(RowCalls):
             "HAVING COUNT(*) = 1 AND MAX(COALESCE(sub_part, 0)) = 0",
             [schema, table],
         )
-        return {text(name) for (name,) in rows}
+        return {text(name) for (name,) in rows if name is not None}  # of an expression it is NULL
 
     def _define_table(self, statement: str) -> None:
         self._define(statement)

@@ -13,6 +13,7 @@ Deliberately not here: bytes of any particular format, and the choice between fo
 from __future__ import annotations
 
 import abc
+import json
 import re
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -23,7 +24,13 @@ from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from pydedup.errors import ArgumentError, BudgetError, FormatError, NotFoundError
+from pydedup.errors import (
+    ArgumentError,
+    BudgetError,
+    CorruptStoreError,
+    FormatError,
+    NotFoundError,
+)
 from pydedup.graph import Graph
 from pydedup.types import DType
 
@@ -39,6 +46,7 @@ __all__ = [
     "checked_entries",
     "fetch_tensor",
     "find_artifact",
+    "find_object",
 ]
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -303,3 +311,18 @@ def find_artifact(artifacts: Iterable[Artifact], name: str) -> bytes | None:
         if artifact.name == name:
             return artifact.payload
     return None
+
+
+def find_object(artifacts: Iterable[Artifact], name: str) -> dict[str, Any] | None:
+    """Return the JSON object that a reader left as the artifact with that name, or ``None``.
+
+    Raises CorruptStoreError where it is none any more.
+    """
+    payload = find_artifact(artifacts, name)
+    try:
+        return None if payload is None else dict(json.loads(payload))
+    except (ValueError, TypeError) as exc:
+        raise CorruptStoreError(
+            f"the artifact {name!r} of the model is damaged ({exc}); restore a backup, or export "
+            "to another format"
+        ) from exc

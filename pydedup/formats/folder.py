@@ -33,7 +33,7 @@ from pydedup.formats.base import (
     LazyTensors,
     SourceBase,
     TensorEntry,
-    find_artifact,
+    find_object,
 )
 from pydedup.graph import Graph
 
@@ -141,8 +141,7 @@ class FolderSource(SourceBase):
                     key = (prefix + file, entry.key)
                     yield TensorEntry(prefix + entry.name, entry.dtype, entry.shape, key)
                 self.left_out += source.left_out
-                payload = find_artifact(source.artifacts(), safetensors.METADATA)
-                metadata = None if payload is None else json.loads(payload)
+                metadata = find_object(source.artifacts(), safetensors.METADATA)
                 files.append({"name": file, "metadata": metadata, "also": also})
             missing = sorted(set(part.weight_map) - found)
             if missing and part.index:
@@ -202,15 +201,14 @@ def write(
             target.write_bytes(item.payload)
     if graph is not None:
         (path / GRAPH_FILE).write_text(graph.to_json(), encoding="utf-8")
-    payload = find_artifact(artifacts, LAYOUT)
-    if payload is None:
+    layout = find_object(artifacts, LAYOUT)
+    if layout is None:
         safetensors.write(
             _safe_target(path, "model.safetensors"), tensors, entries, artifacts, {"format": "pt"}
         )
         return
     by_name = {entry.name: entry for entry in entries}
-    parts = json.loads(payload)["parts"]
-    for part in sorted(parts, key=lambda item: -len(item["folder"])):
+    for part in sorted(layout["parts"], key=lambda item: -len(item["folder"])):
         prefix = f"{part['folder']}/" if part["folder"] else ""
         for file, names in _assign(path, part, prefix, by_name):
             chosen = [by_name.pop(name) for name in names]

@@ -28,7 +28,7 @@ from pydedup.formats.base import (
     TensorEntry,
     count,
     fetch_tensor,
-    find_artifact,
+    find_object,
 )
 from pydedup.types import DType
 
@@ -136,8 +136,7 @@ def write(
 ) -> None:
     """Write one file, tensor by tensor. ``metadata`` overrides the artifact's."""
     if metadata is None:
-        payload = find_artifact(artifacts, METADATA)
-        metadata = None if payload is None else json.loads(payload)
+        metadata = find_object(artifacts, METADATA)
     ordered = _aligned_order(entries)
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position = 0

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import codec
 from pydedup.adapter import BlockRow
+from pydedup.errors import CorruptStoreError
 from pydedup.ingest.spool import NO_BASE
 from pydedup.layout import by_page, slot_entries, split_places
 from pydedup.types import DType
@@ -59,7 +60,12 @@ class StoredTable:
     def references(self, rows: Sequence[BlockRow]) -> list[int]:
         """Return the (negative) references of stored blocks, and make those of their bases."""
         page_ids = np.array([row.page_id for row in rows], np.int64)
-        slots = np.array([row.slot for row in rows], np.uint32)
+        try:
+            slots = np.array([row.slot for row in rows], np.uint32)
+        except OverflowError as exc:
+            raise CorruptStoreError(
+                f"a slot is recorded of a block that no page has ({exc}); run verify on the store"
+            ) from exc
         references = self.references_at(page_ids, slots)
         deltas = [number for number, row in enumerate(rows) if row.base_id is not None]
         bases = np.array([rows[number].base_id for number in deltas], np.int64)

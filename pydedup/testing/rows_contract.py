@@ -228,6 +228,9 @@ class RowAdapterContract(abc.ABC):
         self.run(url, f"CREATE UNIQUE INDEX {table}_one ON {table} (other)")
         assert adapter.table_columns(full, "other") == ("id", "other", "x")
         assert adapter.table_columns(full, "none") == ("id", "other", "x")
+        self.run(url, f"CREATE TABLE {table}_key (id BIGINT, part BIGINT, PRIMARY KEY (id, part))")
+        with pytest.raises(ArgumentError, match="id"):
+            adapter.table_columns(f"{full}_key", "id")
 
     @pytest.mark.parametrize(
         "bad", ["", "a b", "a;--", "a; DROP TABLE a", 'a"b', "a`b", "1a", "a\0"]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import policies
@@ -256,6 +257,40 @@ def look_at_all(path: Path, models: dict[str, dict[str, np.ndarray]], what: str)
             with contextlib.suppress(CorruptStoreError, NotFoundError, DuplicateError):
                 call(store)
     return told
+
+
+@pytest.mark.parametrize("slot", [-1, 1 << 40])
+def test_a_slot_that_no_page_has(slot: int, tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    model = {"w": np.random.default_rng(0).standard_normal((64, 64))}
+    with pydedup.open(path) as store:
+        store.add("m", model, policy=policies.Exact())
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE pydedup_distinct_blocks SET slot = ?", [slot])
+    with pydedup.open(path) as store:
+        assert np.array_equal(store.load("m")["w"], model["w"])
+        assert not store.verify().ok
+        with pytest.raises(CorruptStoreError, match=r"slot .* run verify"):
+            store.add("other", model)
+
+
+@pytest.mark.parametrize("target", ["back.safetensors", "folder"])
+def test_an_artifact_that_does_not_parse(target: str, tmp_path: Path) -> None:
+    path, source = tmp_path / "store.db", tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}", encoding="utf-8")
+    save_file({"w": np.ones((9, 9))}, source / "model.safetensors", {"format": "pt"})
+    with pydedup.open(path) as store:
+        store.add("m", source / "model.safetensors" if "." in target else source)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "UPDATE pydedup_artifacts SET payload = substr(payload, 2) WHERE name <> 'config.json'"
+        )
+    with pydedup.open(path) as store:
+        with pytest.raises(CorruptStoreError, match=r"artifact 'pydedup:.*' of the .* damaged"):
+            store.export("m", tmp_path / target)
+        assert not (tmp_path / "back.safetensors").exists()
+        store.export("m", tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize("mode", ["r", "a"])

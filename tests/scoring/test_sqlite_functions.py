@@ -334,6 +334,24 @@ def test_tables_that_are_made_anew_are_another_store(
         assert connection.execute(said).fetchone() == (pytest.approx(w[0, 0]),)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("DROP TABLE pydedup_meta", "cannot be read as a store: no such table"),
+        ("DELETE FROM pydedup_meta WHERE name = 'epoch'", "lacks its id or epoch; restore a"),
+    ],
+)
+def test_a_store_that_is_none_any_more_is_told(
+    connection: sqlite3.Connection, change: str, said: str
+) -> None:
+    functions = pydedup.sql.register(connection)
+    call = "SELECT pydedup_predict('m', 1, 2, 3)"
+    assert connection.execute(call).fetchone()[0] is not None
+    connection.execute(change)
+    with pytest.raises(StoreError, match=said), functions.raising():
+        connection.execute(call).fetchone()
+
+
 def test_connections_as_users_have_them(connection: sqlite3.Connection, path: Path) -> None:
     connection.row_factory = lambda cursor, row: {"only": row}
     connection.text_factory = bytes

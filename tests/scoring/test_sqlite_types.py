@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SQLite: keys of views whose columns have not one type."""
+"""SQLite: keys of more than one type, that are no UTF-8, or not unique after all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pydedup import registry
-from pydedup.adapter_options import RangeAdapter
+from pydedup.adapter_options import KeyRange, RangeAdapter, RowAdapter, RowColumn
+from pydedup.errors import ArgumentError
 from pydedup.testing.rows_contract import read_ranges
 
 
@@ -37,5 +38,40 @@ def test_ranges_of_texts_and_numbers_have_each_row_once(tmp_path: Path, first: s
         assert Counter(n for part in parts for _, n in part) == Counter(range(len(keys)))
         bounds, _ = read_ranges(rows, "SELECT k, n FROM texts", 1)
         assert bounds == ["-7", "12", "13", "30", "abc"]
+    finally:
+        rows.close()
+
+
+def test_a_bound_that_is_no_utf8_is_told(tmp_path: Path) -> None:
+    """It cannot be given back to SQLite, which gave it."""
+    path = tmp_path / "own.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE t (k TEXT)")
+        connection.execute("INSERT INTO t VALUES ('a'), (CAST(x'ff41' AS TEXT))")
+    rows = registry.connect_rows(f"sqlite:///{path}")
+    try:
+        assert isinstance(rows, RangeAdapter)
+        assert rows.key_bounds("SELECT k FROM t", "k", 1) == ["a", "\udcffA"]
+        within = KeyRange(RowColumn("k", ""), None, "\udcffA")
+        with (
+            pytest.raises(ArgumentError, match=r"a key that is no UTF-8: '\\udcffA'; leave it out"),
+            rows.read_range("SELECT k FROM t", 10, within),
+        ):
+            pass
+    finally:
+        rows.close()
+
+
+@pytest.mark.parametrize("columns", ["k) WHERE n > 0", "upper(k))", "k, upper(k))"])
+def test_an_index_that_leaves_keys_twice_is_none(tmp_path: Path, columns: str) -> None:
+    path = tmp_path / "own.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE t (k TEXT, n INTEGER)")
+        connection.execute(f"CREATE UNIQUE INDEX one ON t ({columns}")
+    rows = registry.connect_rows(f"sqlite:///{path}")
+    try:
+        assert isinstance(rows, RowAdapter)
+        with pytest.raises(ArgumentError, match="'k' of table t is not unique by itself"):
+            rows.table_columns("t", "k")
     finally:
         rows.close()
