@@ -157,7 +157,11 @@ class StorePredictions:
         return module
 
     def detach(self, module: Module) -> Module:
-        """Make an attached module a plain one, with the weights loaded, and return it."""
+        """Make an attached module a plain one, with the weights loaded, and return it.
+
+        Raises ArgumentError for a module that is not attached to this store as a whole, and
+        NotFoundError where what it is attached to was removed.
+        """
         from pydedup.formats.torch_tensors import require_torch
 
         require_torch("detach needs")
@@ -188,6 +192,8 @@ class StorePredictions:
         query
             One SELECT: a key that is unique, then the features, a column each, or one column of
             bytes (float32 in little-endian order), JSON or an array.
+        model
+            ``name`` (its newest version), ``name@version`` or ``name@alias``.
         into
             The table; created with the key, the prediction and the model when it is missing.
         key
@@ -199,6 +205,8 @@ class StorePredictions:
         on_error
             What a row does that cannot be predicted: ``"fail"`` ends the work, nothing of its
             batch written; ``"skip"`` leaves it out and counts it.
+        progress
+            Called as ``progress("scoring", done, 0)``, in rows.
 
         Raises
         ------
@@ -222,11 +230,14 @@ class StorePredictions:
             )
 
     def graph(self, name: str) -> Graph | None:
-        """Return the graph that `predict` runs, if the store knows one."""
+        """Return the graph that `predict` runs, if the store knows one. Raises NotFoundError."""
         return self._catalog.model(name).graph()
 
     def warm(self, name: str) -> int:
-        """Read a model's pages into the pool, as many as fit; returns how many it holds."""
+        """Read a model's pages into the pool, as many as fit; returns how many it holds.
+
+        Raises NotFoundError, CorruptStoreError.
+        """
         model = self._catalog.model(name)
         pages = [page for _, page, _, _ in self._adapter.model_pages(model.row.id)]
         return self._pool.warm(pages)

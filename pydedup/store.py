@@ -150,7 +150,11 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     def load_torch(
         self, name: str, dtype: FloatDType | None = None, device: str | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return a state dict of torch tensors; needs the extra ``torch``. See `load`."""
+        """Return a state dict of torch tensors; needs the extra ``torch``. See `load`.
+
+        Raises UnsupportedFormatError where torch is not installed, ArgumentError for a device that
+        it does not have, and what `load` does.
+        """
         from pydedup.formats.torch_tensors import require_torch, to_torch
 
         require_torch("load_torch needs")
@@ -167,7 +171,9 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         """Write a model to a file or folder of any known format, tensor by tensor.
 
         The format follows from the name (``.safetensors``, ``.npz``, ..., a folder for Hugging
-        Face) or from ``format``. Nothing is left behind on failure. Raises UnsupportedFormatError.
+        Face) or from ``format``. Nothing is left behind on failure. Raises NotFoundError,
+        UnsupportedFormatError, StorageFullError, and ArgumentError for a place that cannot be
+        written.
         """
         from pydedup.formats.base import TensorEntry
         from pydedup.formats.registry import write_model
@@ -202,7 +208,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         """Point ``name@alias`` at a version; ``None`` removes the alias.
 
         Raises NotFoundError for an unknown version or alias, ArgumentError when the alias is
-        also a version.
+        also a version, ReadOnlyError, ConflictError.
         """
         check_writable(self._adapter, "change an alias")
         from pydedup.maintenance import versions
@@ -213,7 +219,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         """Remove a version, or all versions of a model; returns their addresses.
 
         Space is given back by `vacuum`. Raises NotFoundError; ArgumentError when a bare name has
-        several versions and ``all_versions`` is not set, or when an alias still points there.
+        several versions and ``all_versions`` is not set, or when an alias still points there;
+        ReadOnlyError, ConflictError.
         """
         check_writable(self._adapter, "remove a model")
         from pydedup.maintenance import versions
@@ -238,7 +245,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         """Return the store in numbers, or with ``by`` the bytes per value of a metadata key.
 
         Per value there are logical, shared and marginal bytes, the last being what removing its
-        models would free; `pydedup.usage.Usage` says what adds up to what.
+        models would free; `pydedup.usage.Usage` says what adds up to what. Raises ArgumentError
+        for what is no key.
         """
         if by is not None:
             from pydedup.usage import usage_by
@@ -259,13 +267,16 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         return self._adapter.view("sharing")
 
     def explain(self, name: str) -> Explanation:
-        """Say which tensors and blocks are shared with whom, and what removing would free."""
+        """Say which tensors and blocks are shared with whom, and what removing would free.
+
+        Raises NotFoundError.
+        """
         from pydedup.report.compare import explain_model
 
         return explain_model(self._adapter, self._catalog, self._pool, name)
 
     def diff(self, a: str, b: str, *, progress: Progress | None = None) -> Diff:
-        """Compare two models tensor by tensor."""
+        """Compare two models tensor by tensor. Raises NotFoundError, CorruptStoreError."""
         from pydedup.report.compare import diff_models
 
         return diff_models(self._adapter, self._catalog, self._pool, a, b, progress=progress)

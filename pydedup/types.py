@@ -169,10 +169,10 @@ class AddReport:
     stored_bytes
         Bytes of blocks that were new to the store, as encoded.
     blocks, shared_blocks, delta_blocks
-        Blocks of the model; those found in the store or earlier in the same model; those kept
-        as a delta on a base.
+        Blocks of the model; those found in the store, in a model before it in the same add, or
+        earlier in the model itself; those kept as a delta on a base.
     pages
-        New pages written.
+        New pages written; one with blocks of several models of an add counts for the first.
     seconds
         Wall time.
     certificate
