@@ -126,7 +126,6 @@ class _Copier:
                 not_whole.update(error.page_ids)
                 continue
             except CorruptStoreError as error:
-                self._there.epoch = -1
                 if epochs == (self._source.adapter.epoch(), self._target.adapter.epoch()):
                     # Nobody moved or removed pages meanwhile: a store is damaged.
                     raise type(error)(self._where(item, error)) from error
@@ -205,8 +204,6 @@ class _Copier:
             )
             batch = Batch(target.adapter, target.pool, matcher, [copy], spool, stager)
 
-            matched = copy.references()
-
             first = np.array([numbers[0] for numbers in resolved.whole], np.int64)
             whole = split_places(places[first])[0].tolist()
             more = sum(sizes.get(page_id, 0) for page_id in set(whole).difference(new))
@@ -227,12 +224,11 @@ class _Copier:
             self._progress.end()
             # What was seen at the start still holds when nobody but us published since, and no
             # model was replaced, which may have taken pages along.
-            alone = stager.epoch == epoch + 1 and not item.replaces
-            self._there.epoch = stager.epoch if alone else -1
-            if np.array_equal(matched, copy.references()):
+            if stager.epoch == epoch + 1 and not item.replaces:
+                self._there.epoch = stager.epoch
                 self._remember(model, resolved, places, matcher, stager)
             else:
-                self._there.epoch = -1  # others brought some of its blocks at the last moment
+                self._there.epoch = -1
             return _report(item, copy, resolved, layout, spool, matcher)
 
     def _remember(

@@ -168,8 +168,6 @@ def _free_aliases(
     on_conflict: str,
 ) -> tuple[list[str], list[str]]:
     """Return which aliases a model shall have, and what is said of the others."""
-    if item.status == "skip":
-        return [], []
     name = item.row.name
     mine = there.get((name, item.row.version))
     free, refused = [], []

@@ -122,5 +122,4 @@ def _point(target: Adapter, item: Item, model_id: int, aliases: Sequence[str]) -
             raise DuplicateError(
                 f"{target.url} has {name}@{alias} as {what} since a moment ago; start again"
             )
-        if pointed.get(alias) != model_id:
-            target.set_alias(name, alias, model_id)
+        target.set_alias(name, alias, model_id)

@@ -107,6 +107,30 @@ def test_an_alias_and_a_version_of_one_name(new_store: New, family: Callable[...
         assert store.info("m@live").info.version == "best"
 
 
+@pytest.mark.parametrize("alias_at", ["source", "destination"])
+def test_an_alias_for_a_version_replaces_nothing(
+    alias_at: str, new_store: New, family: Callable[..., Any]
+) -> None:
+    """It is said before anything is copied."""
+    urls = {"source": new_store("sqlite"), "destination": new_store("sqlite")}
+    for place, url in urls.items():
+        with pydedup.open(url) as store:
+            store.add("m@1", family(1))
+            if place == "source":
+                store.add("a@1", family(0))
+            if place == alias_at:
+                store.alias("m", "live", "1")
+            else:
+                store.add("m@live", family(2))
+    refused = pytest.raises(
+        DuplicateError, match=r"m@live.* (delete|rename) (or rename )?the alias"
+    )
+    with pydedup.open(urls["source"]) as store, refused:
+        store.copy_to(urls["destination"], on_conflict="replace")
+    with pydedup.open(urls["destination"]) as store:
+        assert "a@1" not in {info.address for info in store.models()}
+
+
 def test_another_policy_is_another_model(new_store: New, family: Callable[..., Any]) -> None:
     source_url, url = new_store("sqlite"), new_store("sqlite")
     with pydedup.open(url) as store:
@@ -146,15 +170,22 @@ def test_another_graph_is_another_model(
             np.testing.assert_array_equal(target.predict("m@1", x), store.predict("m@1", x))
 
 
-def test_a_quota_holds_for_copies(filled: New, new_store: New) -> None:
+@pytest.mark.parametrize("has_others", [False, True])  # then no page goes as it is
+def test_a_quota_holds_for_copies(
+    has_others: bool, filled: New, new_store: New, family: Callable[..., Any]
+) -> None:
     url = new_store("sqlite")
     with pydedup.open(url) as store:
+        if has_others:
+            store.add("other@1", family(1, root=9))
+        there = [info.address for info in store.models()]
         store.quotas.set("task", "Ω\n'\"", "740KiB")
     with pydedup.open(filled("sqlite"), mode="r") as source:
         with pytest.raises(QuotaError, match="over its quota"):
             source.copy_to(url)
         with pydedup.open(url) as store:
-            assert [info.address for info in store.models()] == ["base@1"], "near@1 was too much"
+            copied = [info.address for info in store.models() if info.address not in there]
+            assert copied == ["base@1"], "near@1 was too much"
             store.quotas.set("task", "Ω\n'\"", "1280KiB")
         source.copy_to(url)
 
@@ -403,6 +434,52 @@ def test_pages_of_a_model_that_is_replaced_are_not_relied_upon(new_store: New) -
         assert target.verify().ok
         assert np.array_equal(target.load("m@1")["w"], a)
         assert np.array_equal(target.load("n@1")["w"], b)
+
+
+def test_a_version_that_others_make_an_alias_meanwhile(
+    new_store: New, family: Callable[..., Any]
+) -> None:
+    url = new_store("sqlite")
+    with pydedup.open(url) as target:
+        target.add("m@7", family(7))
+
+    def take(stage: str, _: int, __: int) -> None:
+        with pydedup.open(url) as target:
+            if not target.info("m@7").info.aliases:
+                target.alias("m", "1", "7")
+
+    with pydedup.open(new_store("sqlite")) as store:
+        store.add("m@1", family(1))
+        with pytest.raises(DuplicateError, match="an alias m@1 since a moment ago"):
+            store.copy_to(url, progress=take)
+    with pydedup.open(url) as target:
+        assert target.info("m@1").info.address == "m@7"
+        assert target.verify().errors == []
+
+
+def test_a_model_that_is_there_and_goes_meanwhile_gets_no_alias(
+    new_store: New, family: Callable[..., Any]
+) -> None:
+    url = new_store("sqlite")
+    with pydedup.open(new_store("sqlite")) as store:
+        store.add("a@1", family(0))
+        store.copy_to(url)
+        store.alias("a", "prod", "1")
+        store.add("b@1", family(1))
+
+        def remove(stage: str, _: int, __: int) -> None:
+            with pydedup.open(url) as target:
+                if any(info.name == "a" for info in target.models()):
+                    target.remove("a")
+
+        report = store.copy_to(url, progress=remove)
+    assert [(m.model, m.status) for m in report.models] == [("a@1", "there"), ("b@1", "copied")]
+    with pydedup.open(url) as target:
+        assert [info.address for info in target.models()] == ["b@1"]
+        assert target._adapter.aliases() == []
+        target.add("a@2", family(2))
+        with pytest.raises(NotFoundError):
+            target.info("a@prod")
 
 
 @pytest.mark.parametrize("alias_of", ["another version", "nothing, it is a version"])

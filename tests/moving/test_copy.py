@@ -119,7 +119,7 @@ def test_pages_that_are_there_are_not_written_again(
         (late,) = [model for model in report.models if model.model == "late@1"]
         assert late.stored_bytes < 500
         again = store.copy_to(url)
-        assert (again.copied, again.stored_bytes) == (0, 0)
+        assert (again.copied, again.stored_bytes, again.aliases) == (0, 0, 2)
     assert_same(source_url, url)
 
 
@@ -196,6 +196,27 @@ def test_some_models_bring_the_bases_of_their_deltas(
     with pydedup.open(url, mode="r") as store:
         assert len(store.models()) == 2
         assert store.stats().page_bytes < total
+
+
+def test_deltas_of_a_later_model_come_along_on_whole_pages(
+    new_store: New, assert_same: Callable[..., None]
+) -> None:
+    """Their bases, which the model itself does not use, came with an earlier one."""
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal((32, 32, 32)).astype(np.float32)
+    near = (base * (1 + 1e-4 * rng.standard_normal(base.shape))).astype(np.float32)
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    with pydedup.open(source_url) as store:
+        store.add("base@1", {"w": base.reshape(-1, 32)}, block_shape=(32, 32))
+        halves = {"first@1": near[:16], "second@1": near[16:]}
+        tensors = {name: {"w": half.reshape(-1, 32)} for name, half in halves.items()}
+        reports = store.add_many(tensors, block_shape=(32, 32))
+        assert [report.delta_blocks for report in reports] == [16, 16]
+        assert [store.info(name).pages for name in tensors] == [2, 2], "they share theirs"
+        report = store.copy_to(url)
+    assert [model.whole_pages for model in report.models] == [1, 1, 0]
+    assert checksums(url) == checksums(source_url)
+    assert_same(source_url, url)
 
 
 def test_what_nobody_uses_any_more_is_left_behind(
