@@ -53,10 +53,10 @@ class StoredPage(NamedTuple):
     place: Place
     page_bytes: int
 
-    def read(self, handle: int, memory: Memory, flags: int) -> memoryview | None:
+    def read(self, handle: int, memory: Memory, *, waits: bool) -> memoryview | None:
         """Return the payload, ``None`` when it is not in one piece.
 
-        Raises OSError, as for what is not in memory with the flag for that.
+        Raises OSError, as for what is not in memory unless it ``waits``.
         """
         start, stop, value, here, nbytes = self.place
         if self.page_bytes == 0:
@@ -72,16 +72,36 @@ class StoredPage(NamedTuple):
         beginning = [payload[:here], links[:_LINK_BYTES]]
         if 0 <= value - stop < self.page_bytes:  # SQLite writes where a row begins last
             last = memoryview(bytearray(stop - start - sum(map(len, pieces)) + value - stop))
-            _fill(handle, [*pieces, last, *beginning], start, flags)
+            _fill(handle, [*pieces, last, *beginning], start, waits=waits)
         else:
-            _fill(handle, pieces, start, flags)
-            _fill(handle, beginning, value, flags)
+            _fill(handle, pieces, start, waits=waits)
+            _fill(handle, beginning, value, waits=waits)
         first = start // self.page_bytes + 1
         whole = struct.unpack(f">{pages + 1}I", links) == (*range(first, first + pages), 0)
         return payload if whole else None
 
 
-def _fill(handle: int, pieces: Sequence[memoryview], at: int, flags: int) -> None:
+def _fill(handle: int, pieces: Sequence[memoryview], at: int, *, waits: bool) -> None:
+    """Read what follows each other in the file; raises OSError when it does not come.
+
+    In one request only what is in memory: of a large one the system reads from the disk what it
+    asks for and no more, of small ones also what is to follow (a model of twice the memory limit:
+    520 ms instead of 700).
+    """
+    if not waits:
+        _read_all(handle, pieces, at, _NOWAIT)
+        return
+    with contextlib.suppress(OSError):
+        _read_all(handle, pieces[:2], at, _NOWAIT)
+        _read_all(handle, pieces, at, _NOWAIT)
+        return
+    for number in range(0, len(pieces), 2):
+        some = pieces[number : number + 2]
+        _read_all(handle, some, at, 0)
+        at += sum(map(len, some))
+
+
+def _read_all(handle: int, pieces: Sequence[memoryview], at: int, flags: int) -> None:
     if len(pieces) > _MOST_PIECES or os.preadv(handle, pieces, at, flags) != sum(map(len, pieces)):
         raise BlockingIOError
 
@@ -148,7 +168,7 @@ class PagePlaces:
         if len(known) + len(ids) <= _MOST_KNOWN:
             known.update((page_id, None) for page_id in ids if page_id not in known)
         for some in _few_at_a_time(met, apart):
-            flags = _NOWAIT if some[0] in apart else 0
+            waits = some[0] not in apart
             try:
                 handle, pages = self.find(some)
             except (NotFoundInFileError, PydedupError, OSError):
@@ -156,19 +176,19 @@ class PagePlaces:
             absent = []
             for page in pages:
                 try:
-                    yield from self._read(handle, page, memory, flags)
+                    yield from self._read(handle, page, memory, waits=waits)
                 except OSError:
                     absent.append(page)
             for page in absent:
                 with contextlib.suppress(OSError):
-                    yield from self._read(handle, page, memory, 0)
+                    yield from self._read(handle, page, memory, waits=True)
 
     # ---- inside -------------------------------------------------------------------------------
 
     def _read(
-        self, handle: int, page: StoredPage, memory: Memory, flags: int
+        self, handle: int, page: StoredPage, memory: Memory, *, waits: bool
     ) -> Iterator[tuple[StoredPage, memoryview]]:
-        payload = page.read(handle, memory, flags)
+        payload = page.read(handle, memory, waits=waits)
         if payload is not None:
             yield page, payload
         else:
