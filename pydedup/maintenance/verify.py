@@ -10,6 +10,7 @@ recorded when it was stored, and the source's hashes say nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -330,6 +331,8 @@ def _verify_model(
     lossy = not model.keeps_bits
     hashes = SourceHashes(adapter, model)
     named, known = ModelDigest(), len(report.errors)
+    with contextlib.suppress(*_DAMAGE, NotFoundError, ArgumentError):
+        model.block_maps()  # of all tensors at once; what is wrong with one, is said of it
     for ordinal, info in enumerate(model.tensors):
         where = f"{model.address}, tensor {info.name!r}"
         try:
