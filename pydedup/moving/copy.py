@@ -36,11 +36,11 @@ from pydedup.moving.known import Known, Whereabouts
 from pydedup.moving.plan import Item, same_model
 from pydedup.moving.progress import CopyProgress
 from pydedup.moving.resolve import NotWholeError, Resolved, Resolver, Scope
-from pydedup.moving.signatures import CarriedSegments
+from pydedup.moving.signatures import CarriedSegments, SourceIndex
 from pydedup.moving.source import End, SourceModel, read_model
 from pydedup.moving.staged import MovedModel, matched_tensors, set_aliases
 from pydedup.moving.survey import Survey, look_at_target, survey
-from pydedup.signatures import Segment, read_segments
+from pydedup.signatures import read_segments
 from pydedup.types import CopiedModel, CopyReport, Progress
 
 __all__ = ["copy_models"]
@@ -103,8 +103,8 @@ class _Copier:
         self._known = Known()
         self._there = look_at_target(target.adapter, source.adapter)
         self._survey = self._look()
-        self._segments: list[Segment] = []
-        self._segments_of = -1
+        self._index = SourceIndex([])
+        self._index_of = -1
         self._progress = CopyProgress(progress, sum(self._survey.sizes.values()))
 
     def _look(self) -> Survey:
@@ -156,9 +156,9 @@ class _Copier:
         if self._source.adapter.epoch() != self._survey.epoch:
             self._look_again()
             self._survey = self._look()
-        if self._segments_of != self._survey.epoch:
-            self._segments = list(read_segments(self._source.adapter))
-            self._segments_of = self._survey.epoch
+        if self._index_of != self._survey.epoch:
+            self._index = SourceIndex(list(read_segments(self._source.adapter)))
+            self._index_of = self._survey.epoch
 
     def _look_again(self) -> None:
         """Rely on nothing but what is seen now."""
@@ -200,7 +200,7 @@ class _Copier:
                 matcher,
                 self._progress.wrote,
                 kind="copy",
-                segments=CarriedSegments(source, self._segments, spool, places),
+                segments=CarriedSegments(source, self._index, spool, places),
             )
             batch = Batch(target.adapter, target.pool, matcher, [copy], spool, stager)
 

@@ -18,12 +18,30 @@ from pydedup.signatures import BlockKind, Segment, segment_rows
 from pydedup.similarity import L2LSH
 from pydedup.types import DType
 
-__all__ = ["CarriedSegments"]
+__all__ = ["CarriedSegments", "SourceIndex"]
 
 # A segment about so many times as many pages as are wanted of it is not read: after a vacuum one
 # segment may be about the whole store, and sketching the wanted pages again takes less.
 _FEW_TIMES = 8
 _PAGES_AT_ONCE = 64
+
+
+class SourceIndex:
+    """The segments of a source, by the pages that they cover."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+        pages = np.concatenate([np.empty(0, np.int64), *(one.page_ids for one in segments)])
+        owners = np.repeat(np.arange(len(segments)), [len(one.page_ids) for one in segments])
+        order = np.argsort(pages)
+        self._pages, self._owners = pages[order], owners[order]
+
+    def about(self, page_ids: NDArray[np.int64]) -> list[Segment]:
+        """Return the segments that cover some of these pages, oldest first."""
+        starts = np.searchsorted(self._pages, page_ids, side="left").tolist()
+        ends = np.searchsorted(self._pages, page_ids, side="right").tolist()
+        found = [self._owners[start:end] for start, end in zip(starts, ends, strict=True)]
+        return [self._segments[n] for n in np.unique(np.concatenate([self._owners[:0], *found]))]
 
 
 class CarriedSegments:
@@ -33,7 +51,7 @@ class CarriedSegments:
     ----------
     source
         Where the index is.
-    segments
+    index
         All segments of the source.
     spool
         The new blocks.
@@ -44,12 +62,12 @@ class CarriedSegments:
     def __init__(
         self,
         source: End,
-        segments: Sequence[Segment],
+        index: SourceIndex,
         spool: Spool,
         places: NDArray[np.int64],
     ) -> None:
         self._source = source
-        self._segments = segments
+        self._index = index
         self._spool = spool
         self._places = places
 
@@ -68,7 +86,7 @@ class CarriedSegments:
         written = np.flatnonzero(page_of > 0)
         old_pages = split_places(self._places[written])[0]
         named = np.unique(old_pages)
-        useful = [s for s in self._segments if np.isin(s.page_ids, named).any()]
+        useful = self._index.about(named)
         if not useful:
             return iter(())
         covered = np.concatenate([segment.page_ids for segment in useful])

@@ -29,6 +29,8 @@ from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import split_places
 from pydedup.maintenance.vacuum import read_amplification
+from pydedup.moving.signatures import SourceIndex
+from pydedup.signatures import Segment
 from pydedup.store import Store
 from pydedup.types import DType
 
@@ -357,6 +359,19 @@ def test_the_similarity_index_comes_along(
         expected = store.add("new", family(8))
     assert found.delta_blocks == expected.delta_blocks > 12
     assert found.stored_bytes == pytest.approx(expected.stored_bytes, rel=0.02)
+
+
+def test_segments_are_found_by_their_pages() -> None:
+    """Each model asks for its own; a store of thousands has as many."""
+    rng = np.random.default_rng(0)
+    pages = [np.unique(rng.integers(1, 60, size)) for size in (5, 0, 1, 9, 3)]
+    segments = [Segment(range(10 * n, 10 * n + 2), ids) for n, ids in enumerate(pages)]
+    index = SourceIndex(segments)
+    for asked in ([], [7], range(20, 40), range(100)):
+        found = index.about(np.array(asked, np.int64))
+        wanted = [one for one in segments if np.isin(one.page_ids, asked).any()]
+        assert [one.rows for one in found] == [one.rows for one in wanted]
+    assert SourceIndex([]).about(np.array([1])) == []
 
 
 def test_what_is_wrong_creates_nothing(
