@@ -24,6 +24,7 @@ from pydedup.certificates import keeps_bits, largest_error
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
 from pydedup.graph import Graph
 from pydedup.names import parse_address
+from pydedup.text import did_you_mean, it_has
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, TensorInfo
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "ModelDigest",
     "SourceHashes",
     "StoredModel",
-    "listed",
+    "known_versions",
     "page_readers",
     "recorded_object",
     "version_of",
@@ -42,8 +43,6 @@ _HASHES_PER_READ = 16 * 1024
 _CACHED_MODELS = 256
 # Of so many models, the newest ones, a message about an unknown one suggests names.
 _SUGGESTED_MODELS = 10_000
-# Of many names, a message has so many.
-_SHOWN_NAMES = 6
 
 
 class StoredModel:
@@ -107,7 +106,7 @@ class StoredModel:
             raise ArgumentError(f"a tensor's name must be a string, not {name!r}")
         ordinal = self._ordinal.get(name)
         if ordinal is None:
-            hint = _did_you_mean(name, list(self._ordinal))
+            hint = did_you_mean(name, list(self._ordinal))
             raise NotFoundError(f"{self.address} has no tensor {name!r}{hint}")
         return self.tensors[ordinal]
 
@@ -253,16 +252,15 @@ class Catalog:
         if not rows:
             names = sorted({row.name for row in self._adapter.models(newest=_SUGGESTED_MODELS)})
             raise NotFoundError(
-                f"no model {parsed.name!r} in {self._adapter.url}"
-                f"{_did_you_mean(parsed.name, names)}"
+                f"no model {parsed.name!r} in {self._adapter.url}{did_you_mean(parsed.name, names)}"
             )
         if parsed.selector is None:
             return rows[-1]
-        known = [row.version for row in self._adapter.models(name=parsed.name)]
+        known = known_versions(self._adapter, parsed.name)
         known += [alias for _, alias, _ in self._adapter.aliases(parsed.name)]
         raise NotFoundError(
-            f"{parsed.name!r} has no version or alias {parsed.selector!r}; "
-            f"it has: {', '.join(known)}"
+            f"{parsed.name!r} has no version or alias {parsed.selector!r}"
+            f"{it_has(parsed.selector, known)}"
         )
 
     def model(self, address: str) -> StoredModel:
@@ -372,16 +370,9 @@ def _tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
         ) from exc
 
 
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=3)
-    if close:
-        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
-    if known:
-        shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
-        return f"; there is: {shown}"
-    return "; the store is empty"
+def known_versions(adapter: Adapter, name: str) -> list[str]:
+    """Return the versions of a model, oldest first; of very many, the newest."""
+    return [row.version for row in adapter.models(name=name, newest=_SUGGESTED_MODELS)]
 
 
 def page_copies(adapter: Adapter) -> Callable[[int], Iterable[bytes]] | None:
@@ -405,10 +396,3 @@ def version_of(adapter: Adapter, name: str, version: str) -> ModelRow | None:
     """Return a live model of a name and version; an alias is none."""
     row = adapter.model_called(name, version)
     return row if row is not None and row.version == version else None
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names for a message; of many, some."""
-    if len(names) <= _SHOWN_NAMES:
-        return ", ".join(names)
-    return f"{', '.join(names[: _SHOWN_NAMES - 1])} and {len(names) - _SHOWN_NAMES + 1} more"

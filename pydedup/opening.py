@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.adapter_options import ReadIntoAdapter, RowAdapter
-from pydedup.catalog import listed, page_copies, page_readers
+from pydedup.catalog import page_copies, page_readers
 from pydedup.errors import (
     ArgumentError,
     MissingStoreError,
@@ -23,6 +23,7 @@ from pydedup.errors import (
 from pydedup.hashing import HASH_VERSION
 from pydedup.pool import PagePool
 from pydedup.replacement import DEFAULT_POLICY
+from pydedup.text import listed
 
 if TYPE_CHECKING:
     from pydedup.moving.source import End

@@ -21,6 +21,7 @@ from pydedup.adapter import Adapter, ModelRow
 from pydedup.config import parse_bytes
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, QuotaError
 from pydedup.pool import PagePool
+from pydedup.text import listed
 from pydedup.usage import Readers, marginal_bytes, text_of, value_of
 
 __all__ = [
@@ -149,7 +150,7 @@ class Quotas:
                 if quota.subject == (key, value):
                     self._write([other for other in quotas if other is not quota])
                     return quota
-        known = ", ".join(map(str, quotas))
+        known = listed([str(quota) for quota in quotas])
         raise NotFoundError(
             f"there is no quota for {Quota(key, value, 0)}; "
             + (f"there is one for: {known}" if known else "there is none at all")

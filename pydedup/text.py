@@ -11,7 +11,10 @@ from collections.abc import Iterable, Sequence
 __all__ = [
     "clean",
     "count",
+    "did_you_mean",
     "duration",
+    "it_has",
+    "listed",
     "moment",
     "percent",
     "plural",
@@ -23,6 +26,8 @@ __all__ = [
     "without_secrets",
 ]
 
+# Of many names, a message has so many.
+_SHOWN_NAMES = 6
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 # Controls, halves of surrogate pairs, and what reorders or breaks a line of text.
 _STEERING = ("Cc", "Cs", "Zl", "Zp")
@@ -151,3 +156,30 @@ def duration(seconds: float) -> str:
 def moment(timestamp: float) -> str:
     """Return a point in time, local, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(timestamp))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a message; of many, some."""
+    if len(names) <= _SHOWN_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[: _SHOWN_NAMES - 1])} and {len(names) - _SHOWN_NAMES + 1:,} more"
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Say which names come near to one that is not there, or else which there are."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
+    if known:
+        shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+        return f"; there is: {shown}"
+    return "; the store is empty"
+
+
+def it_has(selector: str, known: Sequence[str]) -> str:
+    """Say what a model has in the place of a version or alias; of many, what comes near."""
+    if len(known) <= _SHOWN_NAMES:
+        return f"; it has: {', '.join(known)}"
+    return did_you_mean(selector, known)

@@ -86,6 +86,7 @@ def explain(url: str, name: str, memory: str, as_json: bool, quiet: bool) -> Non
                 ]
                 for other in explanation.shared_with
             ],
+            summed=True,
         )
         output.print_line()
     print_table(_SHARING_COLUMNS, [_sharing_row(tensor) for tensor in explanation.tensors])

@@ -77,5 +77,5 @@ def _agreed(store: Store, name: str, all_versions: bool) -> bool:
     if names_one if all_versions else len(meant) > 1:
         return True  # which the store refuses, and says why
     size = text.size(sum(info.logical_bytes for info in meant))
-    what = ", ".join(info.address for info in meant)
+    what = text.listed([info.address for info in meant])
     return click.confirm(text.clean(f"Remove {what} ({size}) from {store.url}?"), err=True)

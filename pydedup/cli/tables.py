@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from pydedup.catalog import listed
-from pydedup.cli.output import console, print_fields, print_line, width
-from pydedup.text import clean, count, plural
+from pydedup.cli.output import console, print_fields, print_line, print_note, width
+from pydedup.text import clean, count, listed, plural
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -24,6 +23,8 @@ __all__ = ["Column", "NameList", "print_table", "shorten"]
 _GAP = "  "
 #: A name is shortened to no less than this; below, nobody could tell it from its siblings.
 _SHORTEST_NAME = 20
+#: What a terminal shows of a table that says little beyond its sums.
+_MOST_ROWS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,25 @@ class NameList(str):
         return made
 
 
-def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; every row has one value per column."""
-    cells = [[v if isinstance(v, NameList) else clean(v) for v in row] for row in rows]
+def print_table(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], *, summed: bool = False
+) -> None:
+    """Print a table; every row has one value per column.
+
+    A terminal gets the first rows of one that is ``summed`` up elsewhere, as what is printed
+    around it would be out of sight.
+    """
     limit = width()
+    most = _MOST_ROWS if summed and limit is not None else len(rows)
+    _print_cells(columns, rows[:most], limit)
+    if len(rows) > most:
+        print_note(f"and {count(len(rows) - most)} more, in a pipe or with --json", "dim")
+
+
+def _print_cells(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int | None
+) -> None:
+    cells = [[v if isinstance(v, NameList) else clean(v) for v in row] for row in rows]
     kept = list(range(len(columns)))
     while True:
         widths = _fit(columns, cells, kept, limit)

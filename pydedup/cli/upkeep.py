@@ -124,7 +124,7 @@ def _print_repair(repair: RepairReport, source: str) -> None:
     for missing in repair.missing:
         output.print_note(
             f"not found: {text.plural(missing.blocks, 'block')} of page {missing.page}, missed by "
-            f"{', '.join(missing.models)}: {_why(missing)}",
+            f"{text.listed(missing.models)}: {_why(missing)}",
             "red",
         )
     for where, said in list(repair.source_damage.items())[:_SHOWN_NOTES]:
@@ -148,7 +148,7 @@ def _why(missing: MissingBlocks) -> str:
     lacking = missing.blocks - missing.damaged_there - missing.forgotten
     reasons = []
     if missing.damaged_there:
-        pages = ", ".join(map(str, missing.source_pages))
+        pages = text.listed([str(page_id) for page_id in missing.source_pages])
         reasons.append(
             f"the source has {text.count(missing.damaged_there)}, but on damaged pages "
             f"of its own ({pages})"
@@ -274,7 +274,7 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
     changed = [model for model in report.models if model.before != model.after]
     if dry_run and changed:
         rows = [[m.model, *map(text.count, (m.before, m.after, m.least))] for m in changed]
-        print_table(_READS_COLUMNS, rows)
+        print_table(_READS_COLUMNS, rows, summed=True)
     if dry_run:
         output.print_note("nothing was changed: without --dry-run, vacuum would do this", "yellow")
     if report.not_repacked is not None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 
 from pydedup.adapter import LIVE, Adapter, BlockRow
 from pydedup.adapter_options import PlacesAdapter
-from pydedup.catalog import listed
 from pydedup.errors import CorruptStoreError, UnavailableError
 from pydedup.maintenance.repair import RepairReport
 from pydedup.pool import PagePool
-from pydedup.text import plural
+from pydedup.text import listed, plural
 
 __all__ = ["MAX_ERRORS", "Damage", "VerifyReport", "unreadable_pages"]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, Adapter, BlockRow
 from pydedup.blocks import named_pages
-from pydedup.catalog import Catalog, StoredModel, listed
+from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError, NotFoundError, PageNotFoundError, UnavailableError
 from pydedup.layout import (
     base_places,
@@ -28,7 +28,7 @@ from pydedup.layout import (
 from pydedup.maintenance.blocks_from import read_block
 from pydedup.maintenance.survey import stored_model
 from pydedup.pool import PagePool
-from pydedup.text import plural
+from pydedup.text import listed, plural
 
 __all__ = [
     "blocks_of_no_page",

@@ -24,7 +24,6 @@ from pydedup.catalog import (
     ModelDigest,
     SourceHashes,
     StoredModel,
-    listed,
     page_copies,
     page_readers,
 )
@@ -40,7 +39,7 @@ from pydedup.layout import base_places, by_page, split_places, used_places
 from pydedup.maintenance.damage import MAX_ERRORS, Damage, VerifyReport, unreadable_pages
 from pydedup.maintenance.rows import blocks_of_no_page, wrong_reads
 from pydedup.pool import PagePool
-from pydedup.text import plural
+from pydedup.text import listed, plural
 from pydedup.types import Progress
 
 __all__ = ["VerifyReport", "content_digests", "verify_store"]

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from pydedup.adapter import Adapter, ModelRow
-from pydedup.catalog import Catalog, version_of
+from pydedup.catalog import Catalog, known_versions, version_of
 from pydedup.errors import ArgumentError, NotFoundError
 from pydedup.maintenance.vacuum import retire_orphans
 from pydedup.names import check_name, parse_address
+from pydedup.text import it_has
 
 __all__ = ["remove", "set_alias"]
 
@@ -31,8 +32,8 @@ def set_alias(
             return
         row = version_of(adapter, name, version)
         if row is None:
-            known = ", ".join(row.version for row in adapter.models(name=name))
-            raise NotFoundError(f"{name!r} has no version {version!r}; it has: {known}")
+            known = known_versions(adapter, name)
+            raise NotFoundError(f"{name!r} has no version {version!r}{it_has(version, known)}")
         adapter.set_alias(name, alias, row.id)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pydedup.catalog import Catalog, StoredModel, listed
+from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.pool import PagePool
@@ -26,6 +26,7 @@ from pydedup.serving.attached.parameter import StoredParameter
 from pydedup.serving.attached.pieces import Pieces
 from pydedup.serving.attached.slots import Slot, find_slots, named_modules, tensors
 from pydedup.serving.attached.weights import Attachment
+from pydedup.text import listed
 
 __all__ = ["attach", "detach"]
 

@@ -279,6 +279,20 @@ def test_explain_names_some_of_many(tmp_path: Path) -> None:
     assert len(tensor["shared_with"]) == 19
 
 
+def test_what_is_summed_up_is_cut_on_a_terminal(tmp_path: Path) -> None:
+    """A line for each of thousands of models drove all else out of sight."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    with pydedup.open(url) as store:
+        store.add_many({f"m{number}": {"w": np.ones((9, 9))} for number in range(1_050)})
+    piped = succeed("explain", url, "m7")
+    narrow = run_here("explain", url, "m7", env={"COLUMNS": "80"}).stdout
+    assert len(re.findall(r"^m\d+@1 ", piped, re.MULTILINE)) == 1_049
+    assert len(re.findall(r"^m\d+@1 ", narrow, re.MULTILINE)) == 40
+    assert "\nand 1,009 more, in a pipe or with --json\n" in narrow
+    assert narrow.splitlines()[-1].startswith("w ")
+    assert "more, in a pipe" not in piped
+
+
 def test_diff_tells_by_its_exit_status(family: str) -> None:
     assert document("diff", family, "base@1", "net", run=run_here)["same"] is True
     found = document("diff", family, "base@1", "base@2", status=1)

@@ -188,6 +188,18 @@ def test_equal_bytes_of_another_dtype_are_not_confused(store: pydedup.Store) -> 
     assert store.verify().errors == []
 
 
+def test_of_many_versions_those_are_named_that_come_near(store: pydedup.Store) -> None:
+    """The message named all of them: of 3,000 versions it had 15 kB."""
+    store.add_many({f"m@{number}": {"w": np.full(3, number, np.float32)} for number in range(40)})
+    store.alias("m", "production", "3")
+    with pytest.raises(NotFoundError, match=r"no version or alias 'prodction'; did you mean 'prod"):
+        store.load("m@prodction")
+    with pytest.raises(NotFoundError, match=r"'x'; there is: 0, 1, 2, 3, 4, \.\.\.$"):
+        store.load("m@x")
+    with pytest.raises(NotFoundError, match=r"no version '399'; did you mean '39'"):
+        store.alias("m", "next", "399")
+
+
 def test_versions_and_aliases(store: pydedup.Store) -> None:
     for number in range(3):
         store.add("m", {"w": np.full(3, number, np.float32)})

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pydedup.catalog import listed
 from pydedup.errors import ArgumentError
+from pydedup.text import listed
 
 __all__ = ["Slot", "find_slots", "named_modules", "tensors"]
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pydedup.blocks import BlockGrid, BlockMap
-from pydedup.catalog import Catalog, StoredModel, listed
+from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.matmul import compute_dtype
@@ -29,6 +29,7 @@ from pydedup.serving.attached.activations import Activations, not_measured
 from pydedup.serving.attached.pieces import Pieces
 from pydedup.serving.attached.slots import Slot
 from pydedup.serving.tensor import StoredTensor, called
+from pydedup.text import listed
 
 __all__ = ["Attachment", "Rows", "Weights"]
 
