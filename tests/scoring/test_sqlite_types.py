@@ -75,3 +75,20 @@ def test_an_index_that_leaves_keys_twice_is_none(tmp_path: Path, columns: str) -
             rows.table_columns("t", "k")
     finally:
         rows.close()
+
+
+def test_a_number_beyond_those_of_sqlite_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "own.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE t (k INTEGER PRIMARY KEY)")
+    rows = registry.connect_rows(f"sqlite:///{path}")
+    try:
+        assert isinstance(rows, RowAdapter)
+        for call in (
+            lambda: rows.present_keys("t", "k", [1 << 63]),
+            lambda: rows.insert_predictions("t", ["k"], [[-1 << 64]]),
+        ):
+            with pytest.raises(ArgumentError, match=r"table t: a number is beyond .*; make a text"):
+                call()
+    finally:
+        rows.close()
