@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["describe", "keeps_bits", "largest_error"]
+from pydedup.errors import CorruptStoreError
+
+__all__ = ["describe", "keeps_bits", "largest_error", "number_in"]
 
 # Before certificates said so themselves.
 _KEEP_BITS = ("exact", "lossless")
@@ -27,11 +29,31 @@ def keeps_bits(policy: str, certificate: Mapping[str, Any]) -> bool:
 def largest_error(certificate: Mapping[str, Any]) -> float:
     """Return the greatest relative L2 difference of a block to what is stored for it."""
     # Before deltas, without which there is none, it was not recorded.
-    return float(certificate.get("largest_block_error", 0.0))
+    return number_in({"largest_block_error": 0.0, **certificate}, "largest_block_error")
+
+
+def number_in(certificate: Mapping[str, Any], name: str) -> float:
+    """Return a number of a certificate. Raises CorruptStoreError where there is none."""
+    try:
+        return float(certificate[name])
+    except (KeyError, TypeError, ValueError) as exc:
+        found = certificate.get(name, "nothing")
+        raise CorruptStoreError(
+            f"a certificate is damaged: it has {found!r:.60} as its {name}; restore a backup"
+        ) from exc
 
 
 def describe(certificate: Mapping[str, Any]) -> list[str]:
-    """Return a certificate as lines of text."""
+    """Return a certificate as lines of text; of a damaged one, what is wrong with it."""
+    try:
+        return _describe(certificate)
+    except CorruptStoreError as exc:
+        return [str(exc)]
+    except (KeyError, TypeError, ValueError) as exc:
+        return [f"the certificate is damaged ({type(exc).__name__}: {exc}); restore a backup"]
+
+
+def _describe(certificate: Mapping[str, Any]) -> list[str]:
     if certificate.get("policy") == "accuracy":
         return _describe_accuracy(certificate)
     if keeps_bits(certificate.get("policy", "exact"), certificate):

@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pydedup.catalog import StoredModel
+from pydedup.certificates import number_in
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.ingest.judging import measured
 from pydedup.maintenance.verify import VerifyReport
@@ -57,13 +58,16 @@ def recheck(
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         raise EvaluationError(f"{model.address}: evaluate raised {said}") from error
-    before, after = certificate["metric_before"], certificate["metric_after"]
-    slack = _ROUNDING * max(1.0, abs(before)) + certificate.get("noise", 0.0)
+    before, after, most, noise = (
+        number_in({"noise": 0.0, **certificate}, name)
+        for name in ("metric_before", "metric_after", "max_drop", "noise")
+    )
+    slack = _ROUNDING * max(1.0, abs(before)) + noise
     drop = before - found
-    if drop > certificate["max_drop"] + slack:
+    if drop > most + slack:
         report.broken_promises.append(
             f"{model.address}: the metric is {found:.6g}, {drop:.3g} below the {before:.6g} of "
-            f"the source, where {certificate['max_drop']:g} was promised"
+            f"the source, where {most:g} was promised"
         )
     elif abs(found - after) > slack:
         report.notes.append(

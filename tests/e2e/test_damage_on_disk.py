@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 import pydedup
 from pydedup import policies
 from pydedup.blocks import BlockMap
+from pydedup.certificates import describe
 from pydedup.errors import CorruptStoreError, DuplicateError, NotAStoreError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.jobs import Job
@@ -291,6 +292,27 @@ def test_an_artifact_that_does_not_parse(target: str, tmp_path: Path) -> None:
             store.export("m", tmp_path / target)
         assert not (tmp_path / "back.safetensors").exists()
         store.export("m", tmp_path / "other.npz")
+
+
+def test_a_certificate_of_other_names(tmp_path: Path) -> None:
+    """It is JSON all the same; what it cannot say is told, and all else of the model."""
+    path, model = tmp_path / "store.db", {"w": np.ones((9, 9), np.float32)}
+    with pydedup.open(path) as store:
+        store.add("bounded", model, policy=policies.Bounded(0.01))
+        store.add("accuracy", model, policy=policies.Accuracy(lambda weights: 1.0, max_drop=0.1))
+    for name in ("max_rel_error", "largest_block_error", "metric_after", "evaluations"):
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(
+                "UPDATE pydedup_models SET certificate = replace(certificate, ?, ?)",
+                [f'"{name}": ', f'"{name}": "x", "": '],
+            )
+    with pydedup.open(path) as store:
+        for address in ("bounded", "accuracy"):
+            (said,) = describe(store.info(address).certificate)
+            assert "is damaged" in said
+            assert np.array_equal(store.load(address)["w"], model["w"])
+        with pytest.raises(CorruptStoreError, match="has 'x' as its metric_after; restore"):
+            store.verify(evaluate={"accuracy": lambda weights: 1.0})
 
 
 @pytest.mark.parametrize("mode", ["r", "a"])
