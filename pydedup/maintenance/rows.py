@@ -67,8 +67,8 @@ def refuse_pages_in_use(adapter: Adapter, page_ids: Collection[int]) -> None:
             if used:
                 pages = f"{plural(len(used), 'page')} ({listed([str(page) for page in used])})"
                 raise CorruptStoreError(
-                    f"{address} uses {pages} that no model is recorded to read, so nothing is "
-                    "deleted; run verify --repair-from on the store"
+                    f"{address} uses {pages} given up as nobody's, so nothing is deleted; run "
+                    "verify --repair-from on the store"
                 )
 
 

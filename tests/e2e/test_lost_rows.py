@@ -122,6 +122,20 @@ def test_a_page_that_a_block_map_names_is_not_deleted(
         is_sound(store)
 
 
+def test_a_page_in_use_that_was_given_up_is_not_deleted(store_url: str, other: Path) -> None:
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        before = loaded(store)
+        ((_, page, *_),) = store._adapter.model_pages(store.info("lossy").info.id)
+        change(store_url, "UPDATE {pages} SET state = 'retired' WHERE id = ?", page)
+        with pytest.raises(CorruptStoreError, match=rf"lossy@1 uses 1 page \({page}\) given up"):
+            store.vacuum()
+        assert store.verify(repair_from=other).errors == []
+        store.vacuum()
+        assert loaded(store) == before
+        is_sound(store)
+
+
 def test_a_damaged_page_is_repaired_for_who_is_not_recorded(
     store_url: str, tmp_path: Path, change_page: Callable[..., None]
 ) -> None:
