@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
 
 from ._dbapi import DbApiAdapter
-from ._postgres_errors import ConnectionLostError
+from ._postgres_errors import CancelledError, ConnectionLostError
 from ._postgres_functions import PostgresFunctions
 from ._postgres_rows import PostgresRows
 from ._postgres_url import Place
@@ -85,14 +85,17 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
     # ---- reading again ------------------------------------------------------------------------
 
     def _again(self, read: Callable[[], R]) -> R:
-        """Return what ``read`` returns; outside of transactions, it survives lost connections."""
+        """Return what ``read`` returns; outside of transactions, it survives lost connections.
+
+        And conflicts, as of a standby that replays what a vacuum deleted.
+        """
         if self._pool.scope() is not None:
             return read()
         end, pause = time.monotonic() + AGAIN_SECONDS, FIRST_PAUSE_SECONDS
         while True:
             try:
                 return read()
-            except ConnectionLostError:
+            except (ConnectionLostError, CancelledError):
                 if time.monotonic() + pause > end:
                     raise
             time.sleep(pause)

@@ -13,6 +13,7 @@ from pydedup.errors import UnavailableError
 from ._base import check_state
 from ._dbapi import PAYLOADS_PER_READ
 from ._postgres_base import PostgresBase
+from ._postgres_errors import CancelledError
 from ._postgres_statement import Statement, copy_statement
 from ._schema import TABLES
 from ._sessions import Session
@@ -119,7 +120,7 @@ class PostgresCopy(PostgresBase):
                     came.add(page_id)
                     yield page_id, payload
                 return
-            except UnavailableError:
+            except (UnavailableError, CancelledError):
                 left = [page_id for page_id in left if page_id not in came]
 
     def _begun(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:

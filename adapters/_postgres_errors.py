@@ -21,11 +21,15 @@ from pydedup.errors import (
 from ._base import DeniedError, KeyTakenError
 from ._postgres_url import Place
 
-__all__ = ["ConnectionLostError", "MissingDatabaseError", "meaning", "refusal"]
+__all__ = ["CancelledError", "ConnectionLostError", "MissingDatabaseError", "meaning", "refusal"]
 
 
 class ConnectionLostError(UnavailableError):
     """The connection is gone, or there never was one: what was read may be read again."""
+
+
+class CancelledError(ConflictError):
+    """The server gave up a transaction for another: what was read alone may be read again."""
 
 
 class MissingDatabaseError(UnavailableError):
@@ -52,7 +56,8 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
     "28": (UnavailableError, "check the user and password"),
     "3D": (MissingDatabaseError, "create the database first, with createdb, or name another"),
     "3F": (NotAStoreError, "the schema was dropped; open the store again"),
-    "40": (ConflictError, _AGAIN),  # serialization failures and deadlocks
+    # Serialization failures, deadlocks, and what a standby's replay is in need of.
+    "40": (CancelledError, _AGAIN),
     "42501": (  # insufficient_privilege
         DeniedError,
         'ask the owner of schema {schema} for GRANT USAGE ON SCHEMA "{schema}", and to read GRANT '

@@ -25,7 +25,7 @@ from pydedup.errors import (
     StoreError,
     UnavailableError,
 )
-from pydedup.testing._contract_base import with_option
+from pydedup.testing._contract_base import add_random_pages, with_option
 from pydedup.testing.servers import as_user
 
 
@@ -157,6 +157,31 @@ def test_a_serialisation_failure_is_a_conflict(
     assert (adapter.epoch(), adapter.jobs()) == (5, [])
     with adapter.transaction():
         assert adapter.bump_epoch(5)
+
+
+def test_what_is_read_alone_is_read_again_after_a_conflict(
+    adapter: Adapter, schema: str, role: str, sql: Any, url: str
+) -> None:
+    """As on a standby, which ends statements that are in the way of what it replays."""
+    pages = add_random_pages(adapter, 3)
+    sql(f"CREATE SEQUENCE {schema}.tries")
+    sql(
+        f"CREATE FUNCTION {schema}.is_shown() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN "
+        f"IF nextval('{schema}.tries') <= 2 THEN RAISE 'as a standby' USING ERRCODE = '40001'; "
+        "END IF; RETURN true; END $$"
+    )
+    sql(f"ALTER TABLE {schema}.pages ENABLE ROW LEVEL SECURITY")
+    sql(f"CREATE POLICY shown ON {schema}.pages USING ({schema}.is_shown())")
+    sql(f"GRANT USAGE ON SCHEMA {schema} TO {role}")
+    sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {role}")
+    sql(f"GRANT USAGE ON SEQUENCE {schema}.tries TO {role}")
+    reader = registry.connect(as_user(url, role), mode="a")
+    try:
+        assert dict(reader.read_pages(list(pages))) == pages
+        sql(f"ALTER SEQUENCE {schema}.tries RESTART")
+        assert len(reader.page_rows()) == 3
+    finally:
+        reader.close()
 
 
 def test_a_stricter_level_of_the_server_makes_no_conflicts(
