@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -47,6 +47,8 @@ MOST_FAILURES: Final = 20
 _SHOWN: Final = 20
 #: How often a batch is written again when others write the same rows.
 _TRIES: Final = 5
+#: Of keys that a table may take for one, so many are named.
+_ALIKE: Final = 6
 #: Bytes of a text that are no UTF-8, which SQLite keeps, stand in Python's for halves of pairs.
 _NO_UNICODE: Final = re.compile("[\ud800-\udfff]")
 
@@ -349,9 +351,15 @@ class Scoring:
             there = self.target.present(list(made))
             self._skipped += len(there)
             made = {key: line for key, line in made.items() if key not in there}
+        if self._skips and len(made) > 1:  # the second of two that are one is there after the first
+            lines, half = list(made.items()), len(made) // 2
+            self._write(dict(lines[:half]))
+            self._write(dict(lines[half:]))
+            return
         raise ConflictError(
-            f"others write the same rows to {self._table}, or it takes two of the keys "
-            f"for one: {', '.join(map(repr, list(made)[:3]))}; try again"
+            f"others write the same rows to {self._table}, or it takes some of these keys for one: "
+            f"{', '.join(map(repr, _alike(made)[:_ALIKE]))}; try again, or leave all but one of "
+            "them out of the query"
         )
 
     def _refusal(self, failures: Sequence[RowFailure]) -> str:
@@ -362,6 +370,14 @@ class Scoring:
             f"was written, {self._written} rows before it were; leave such rows out of the query, "
             "or go on without them with on_error='skip' (--on-error skip)"
         )
+
+
+def _alike(keys: Iterable[object]) -> list[object]:
+    """Return those that differ in case, or blanks at the end, alone; all where there are none."""
+    alike: dict[str, list[object]] = {}
+    for key in map(key_of, keys):
+        alike.setdefault(str(key).casefold().rstrip(), []).append(key)
+    return [key for one in alike.values() if len(one) > 1 for key in one] or list(keys)
 
 
 def key_place(columns: Sequence[RowColumn], key: str | None) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError, NotFoundError, ReadOnlyError
+from pydedup.errors import ArgumentError, ConflictError, NotFoundError, ReadOnlyError
 from pydedup.graph import Graph, Node
 
 from .conftest import Tables, add, assert_right, features, predictions, query_of
@@ -157,6 +157,29 @@ def test_a_key_that_is_not_unique_is_told(tables: Tables, new_name: Make) -> Non
         pytest.raises(ArgumentError, match="row with id 1: the key 'id' occurs twice"),
     ):
         store.score(query, "m@1", into=new_name())
+
+
+def test_keys_that_the_table_takes_for_one(tables: Tables, new_name: Make) -> None:
+    """By a collation, or by its type: which they are is told, and the others can be written."""
+    add(tables.url, "m@1")
+    into, twins = new_name(), ("x", "X")
+    kind = {
+        "sqlite": "TEXT COLLATE NOCASE",
+        "mysql": "VARCHAR(9) CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci",
+    }.get(tables.kind)
+    if kind is None:
+        kind, twins = "NUMERIC", ("7", "7.0")
+    tables.run(f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction DOUBLE PRECISION)")
+    keys = [*map(str, range(20, 30)), twins[0], *map(str, range(30, 40)), twins[1]]
+    query = " UNION ALL ".join(f"SELECT '{key}' AS id, 1 AS a, 2 AS b, 3 AS c" for key in keys)
+    with pydedup.open(tables.url) as store:
+        with pytest.raises(ConflictError, match="takes some of these keys for one: '") as caught:
+            store.score(query, "m@1", into=into)
+        assert tables.kind.startswith("postgres") or "for one: 'x', 'X'; try" in str(caught.value)
+        assert tables.run(f"SELECT id FROM {into}") == []
+        report = store.score(query, "m@1", into=into, on_error="skip")
+        assert (report.rows, report.skipped, report.failed) == (21, 1, 0)
+    assert len(tables.run(f"SELECT id FROM {into}")) == 21
 
 
 def test_wrong_columns_are_told_before_any_row(
