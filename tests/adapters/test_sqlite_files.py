@@ -203,6 +203,24 @@ def test_damage_is_found(tmp_path: Path) -> None:
     adapter.close()
 
 
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_a_file_in_the_middle_of_a_checkpoint_is_no_damage(tmp_path: Path, mode: str) -> None:
+    """Its first page says already how many there are; the others are still in the log."""
+    path, other = tmp_path / "models.db", tmp_path / "other.db"
+    adapter = open_store(path)
+    adapter.checkpoint()
+    before = path.read_bytes()
+    ids = add_pages(adapter, 3)
+    shutil.copy(f"{path}-wal", f"{other}-wal")
+    adapter.checkpoint()
+    other.write_bytes(path.read_bytes()[:65536] + before[65536:])
+    adapter.close()
+    adapter = registry.connect(f"sqlite:///{other}", mode=mode)
+    assert dict(adapter.read_pages(ids)).keys() == set(ids)
+    assert adapter.integrity_errors() == []
+    adapter.close()
+
+
 def test_a_file_that_is_deleted_is_not_made_again(tmp_path: Path) -> None:
     path = tmp_path / "models.db"
     adapter = open_store(path)
