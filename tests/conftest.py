@@ -415,6 +415,7 @@ def change_page() -> Callable[[str, int, Callable[[bytearray], Any]], None]:
                     f"UPDATE {pages} SET payload = {mark} WHERE id = {mark}",  # noqa: S608
                     [bytes(changed), page_id],
                 )
+            adapter.checkpoint()  # where it is on the disk, not in a log beside it
         finally:
             adapter.close()
 

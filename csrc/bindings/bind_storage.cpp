@@ -51,8 +51,8 @@ std::shared_ptr<Page> insert_page(BufferPool& pool, BufferPool::PageId id, const
     return as_holder(pool.insert(id, Page(std::move(memory), size), ahead));
 }
 
-/// Memory that a page is read into. Python may write to it until a pool has adopted it; it lives for
-/// as long as either refers to it.
+/// Memory that a page is read into. Python may write to it until a pool has adopted it; it lives
+/// for as long as either refers to it.
 struct PageMemory {
     explicit PageMemory(std::size_t bytes) : memory(any_page_memory(bytes)), size(bytes) {
         if (memory == nullptr) throw std::bad_alloc();

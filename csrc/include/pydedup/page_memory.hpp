@@ -15,8 +15,8 @@ namespace pydedup {
 /// there is no memory: the caller then keeps what it has. Safe between threads.
 [[nodiscard]] std::shared_ptr<std::byte> page_memory(std::size_t size) noexcept;
 
-/// The same for any size, of ordinary memory where a page has no place of its own; nothing only when
-/// there is no memory.
+/// The same for any size, of ordinary memory where a page has no place of its own; nothing only
+/// when there is no memory.
 [[nodiscard]] std::shared_ptr<std::byte> any_page_memory(std::size_t size) noexcept;
 
 }  // namespace pydedup
