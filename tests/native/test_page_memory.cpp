@@ -66,6 +66,18 @@ TEST(sizes_that_would_waste_memory_are_left_to_the_caller) {
     CHECK(!page_memory(static_cast<std::size_t>(-1) / 2));
 }
 
+TEST(any_size_gets_memory_of_one_kind_or_another) {
+    for (const std::size_t size :
+         {std::size_t{0}, std::size_t{1}, kMiB / 2, kMiB, kMiB + 1, 3 * kMiB}) {
+        const Memory memory = any_page_memory(size);
+        CHECK(memory != nullptr);
+        CHECK(reinterpret_cast<std::uintptr_t>(memory.get()) % 64 == 0);
+        std::memset(memory.get(), 7, size);
+        CHECK(holds(memory, size, 7));
+    }
+    CHECK(!any_page_memory(static_cast<std::size_t>(-1) / 2));
+}
+
 TEST(many_threads) {
     std::vector<std::thread> threads;
     std::vector<int> damaged(4);

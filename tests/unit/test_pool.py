@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydedup import codec, matmul
+from pydedup import _core, codec, matmul
 from pydedup.errors import (
     ArgumentError,
     BudgetError,
@@ -95,6 +95,20 @@ def test_what_is_read_into_memory_is_held_against_checksums() -> None:
         PagePool(pages.fetch, size, read_into=lambda _ids, _memory: ()).pages([9])
     del held, pool
     gc.collect()
+
+
+def test_memory_for_pages_of_any_size() -> None:
+    for size in (0, 1, 4096, MIB, MIB + 1, 5 * MIB):
+        view = memoryview(_core.PageMemory(size))
+        assert (view.nbytes, view.readonly) == (size, False)
+        view[:] = bytes(size)
+    with pytest.raises(MemoryError):
+        _core.PageMemory(1 << 62)
+    for wrong in (-1, 1.5, None):
+        with pytest.raises(TypeError):
+            _core.PageMemory(wrong)  # type: ignore[arg-type]
+    with pytest.raises(CorruptStoreError):
+        _core.BufferPool(MIB).adopt(1, _core.PageMemory(0), bytes(16))
 
 
 def test_what_ends_the_reading_into_memory_is_raised() -> None:
