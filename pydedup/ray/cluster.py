@@ -32,9 +32,21 @@ from pydedup.ray.probe import probe
 from pydedup.registry import file_url, place_of, redact
 from pydedup.text import without_secrets
 
-__all__ = ["INSTALL", "Secret", "absolute", "attached", "import_ray", "on_each_node", "use_threads"]
+__all__ = [
+    "INSTALL",
+    "LOST",
+    "Secret",
+    "absolute",
+    "attached",
+    "import_ray",
+    "is_lost",
+    "kill",
+    "on_each_node",
+    "use_threads",
+]
 
 INSTALL: Final = "pip install 'pydedup[ray]'"
+LOST: Final = "the connection to the Ray cluster was lost"
 #: The oldest that tests were run with (of 2.31, datasets and dying replicas fail), and the first
 #: that may lack what is called here.
 _OLDEST, _TOO_NEW = (2, 44), (3,)
@@ -275,6 +287,22 @@ def _instead(module: str, name: str, make: Callable[[Any], Any]) -> Iterator[Non
         yield
     finally:
         setattr(where, name, real)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether Ray Client says so that it has given up its connection.
+
+    Where there is another connection, to a cluster that this machine is of, Ray ends the process.
+    """
+    of_grpc = type(error).__module__.partition(".")[0] == "grpc"
+    return of_grpc or isinstance(error, ConnectionError)
+
+
+def kill(ray: Any, actor: Any) -> None:
+    """End an actor if it is there; who has lost the connection would begin a Ray for that."""
+    with contextlib.suppress(Exception):
+        if ray.is_initialized():
+            ray.kill(actor)
 
 
 def absolute(place: str | os.PathLike[str]) -> str:

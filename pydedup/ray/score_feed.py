@@ -19,7 +19,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, Final
 
 from pydedup.errors import ClusterError
-from pydedup.ray.cluster import import_ray
+from pydedup.ray.cluster import LOST, import_ray, is_lost, kill
 from pydedup.ray.score_plan import Settings
 from pydedup.ray.score_pool import CLOSE_SECONDS, Pool, cause_of, never_began, words_of
 from pydedup.text import plural
@@ -44,15 +44,20 @@ def scored(
     Of a dataset, parts are blocks; ``None`` means that it is begun again, and all are told anew.
     Raises ClusterError, see `Pool.results`.
     """
-    if dataset is not None:
-        yield from _of_dataset(ray, dataset, settings, workers, max_deaths)
-        return
 
     def name(number: int, piece: object) -> str:
         return f"part {number + 1} of {len(settings.parts)}, {settings.parts[number]}"
 
-    pool = Pool(ray, settings, "part", min(workers, len(missing)), max_deaths, name)
-    yield from pool.results((number, number) for number in missing)
+    try:
+        if dataset is not None:
+            yield from _of_dataset(ray, dataset, settings, workers, max_deaths)
+        else:
+            pool = Pool(ray, settings, "part", min(workers, len(missing)), max_deaths, name)
+            yield from pool.results((number, number) for number in missing)
+    except Exception as error:
+        if not is_lost(error):
+            raise
+        raise ClusterError(f"{LOST}; run it again to go on") from error
 
 
 def _of_dataset(
@@ -99,8 +104,7 @@ def _end(ray: Any, feeder: Any) -> None:
             feeder.stop.remote()
             ray.wait([feeder.close.remote()], timeout=2 * CLOSE_SECONDS)
     finally:
-        with contextlib.suppress(Exception):
-            ray.kill(feeder)
+        kill(ray, feeder)
 
 
 class _Feeder:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
 
 from pydedup.errors import ClusterError
+from pydedup.ray.cluster import kill
 from pydedup.ray.score_plan import Settings
 from pydedup.ray.score_worker import ScoreWorker
 from pydedup.text import plural, without_secrets
@@ -155,7 +156,7 @@ class Pool:
         """Have `results` end soon, with an error: from a thread beside it."""
         self._stopped.set()
         for actor in list(self._starting.values()):
-            self._kill(actor)
+            kill(self._ray, actor)
         self._stop_running()
 
     def _stop_running(self) -> None:
@@ -176,7 +177,7 @@ class Pool:
             _LOG.debug("workers could not be told to close", exc_info=True)
         finally:
             for actor in (*starting, *open_ones):
-                self._kill(actor)
+                kill(self._ray, actor)
             self._starting, self._running = {}, {}
             self._idle.clear()
 
@@ -199,7 +200,7 @@ class Pool:
         try:
             said = self._ray.get(ended)
         except self._died as error:
-            self._kill(actor)  # Ray may have lost sight of it, no more
+            kill(self._ray, actor)  # Ray may have lost sight of it, no more
             self._dead(number, piece, error)
             return None
         except self._any_error as error:
@@ -232,10 +233,6 @@ class Pool:
                 f"Ray's workers died {self._in_a_row} times without a part done{parts} (the last: "
                 f"{cause_of(error)}); {to_do}, and run it again to go on"
             )
-
-    def _kill(self, actor: Any) -> None:
-        with contextlib.suppress(Exception):
-            self._ray.kill(actor)
 
     def _named(self, piece: tuple[int, Any]) -> str:
         number, what = piece

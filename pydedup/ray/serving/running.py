@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
-from pydedup.ray.cluster import Secret, absolute, attached, import_ray, on_each_node
+from pydedup.ray.cluster import (
+    LOST,
+    Secret,
+    absolute,
+    attached,
+    import_ray,
+    is_lost,
+    kill,
+    on_each_node,
+)
 from pydedup.ray.score_pool import words_of
 from pydedup.ray.serving.application import deployment
 from pydedup.ray.serving.source import models
@@ -24,6 +33,8 @@ _LOG = logging.getLogger("pydedup.ray")
 _APPLICATION: Final = "pydedup"
 #: What Ray calls the actor that shows that a command serves.
 _GUARD: Final = {"name": _APPLICATION, "namespace": f"{_APPLICATION}-serve"}
+#: Seconds between looks at whether there is still a connection.
+_LOOK_SECONDS: Final = 5.0
 
 
 def parse_replicas(text: str) -> dict[str, Any]:
@@ -91,15 +102,16 @@ def run(
                 # Not asked by a handle of Ray Serve's: its router gives up calls that take a tenth
                 # of a second, and Ray Client then shows tracebacks of their late answers.
                 started(_address(serve, http), names)
-                stop.wait()
+                while not stop.wait(_LOOK_SECONDS):
+                    _check_connected(ray)
             finally:
                 for number, before in taken.items():
                     signal.signal(number, before)
         except BaseException:
             with contextlib.suppress(ClusterError):  # what came first is what is told
-                _take_down(serve, mine)
+                _take_down(ray, serve, mine)
             raise
-        _take_down(serve, mine)
+        _take_down(ray, serve, mine)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -137,11 +149,28 @@ def _alone(ray: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(Exception):
-            ray.kill(guard)
+        kill(ray, guard)
 
 
-def _take_down(serve: Any, mine: bool) -> None:
+def _check_connected(ray: Any) -> None:
+    """Raise ClusterError where Ray Client has given up its connection, as `is_lost` has it.
+
+    Ray Serve would begin a Ray of its own, and ask that.
+    """
+    try:
+        if ray.is_initialized():
+            ray.cluster_resources()  # of what was lost in silence, that tells
+            return
+    except Exception as error:
+        if not is_lost(error):
+            raise
+    raise ClusterError(
+        f"{LOST}; where that lives, it goes on to serve, and the same command takes that over"
+    )
+
+
+def _take_down(ray: Any, serve: Any, mine: bool) -> None:
+    _check_connected(ray)
     try:
         serve.delete(_APPLICATION)
         if mine and not serve.status().applications:

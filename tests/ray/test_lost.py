@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that lose their cluster, by Ray Client: they end, and say what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+import urllib.request
+from typing import Any
+
+import psutil
+
+from pydedup.testing.program import PROGRAM
+
+from .conftest import Scored, started
+from .test_killed import slow
+
+
+def test_a_connection_that_is_lost_ends_the_commands(scored_file: Scored) -> None:
+    """The server stayed for ever. A scoring began a Ray here, to ask that to end its workers."""
+    # How long Ray Client tries to come back, and the cluster waits for it.
+    environment = {"RAY_AUTH_MODE": "disabled", "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "1"}
+    options: dict[str, Any] = {"env": os.environ | environment, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started(**environment) as cluster:
+        on = ["--on", cluster.client]
+        serve = [*PROGRAM, "serve", scored_file.url, *on, "--port", "0"]
+        score = [*PROGRAM, "score", scored_file.url, *on, "--model", "m@1", "--workers", "1"]
+        score += ["--into", "p", "--query", slow(scored_file.query, "200000"), "--batch", "5"]
+        with subprocess.Popen(serve, **options) as server:
+            assert server.stdout is not None
+            assert "pydedup serves 1 model" in server.stdout.readline()
+            with subprocess.Popen(score, **options) as scorer:
+                patience = time.monotonic() + 120
+                while not scored_file.run("SELECT 1 FROM sqlite_master WHERE name = 'p'"):
+                    assert time.monotonic() < patience
+                    time.sleep(0.1)
+                for one in psutil.Process(cluster.pid).children(recursive=True):
+                    if "--mode=specific-server" in one.cmdline():
+                        one.kill()
+                (_, why), (told, error) = (one.communicate(timeout=120) for one in (scorer, server))
+        assert scorer.returncode == server.returncode == 4, why + error
+        lost = "pydedup: error: the connection to the Ray cluster was lost"
+        assert f"{lost}; run it again to go on" in why
+        assert "local Ray" not in why + error
+        assert f"{lost}; where that lives, it goes on to serve, and the same command" in error
+        address = re.search(r"http://[\d.:]+", told)
+        assert address is not None
+        with urllib.request.urlopen(f"{address.group()}/v2/models/m") as answer:
+            assert answer.status == 200
+    assert len(scored_file.predictions()) < len(scored_file.features)
