@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -267,11 +268,8 @@ def _quiet_output() -> AbstractContextManager[None]:
 
 def _quiet_entry_point() -> AbstractContextManager[None]:
     """Have Ray note the command line, as the entry point of its job, without passwords."""
-
-    def without_passwords(real: Callable[[], object]) -> Callable[[], str]:
-        return lambda: " ".join(without_secrets(redact(part)) for part in str(real()).split(" "))
-
-    return _instead("ray._private.utils", "get_entrypoint_name", without_passwords)
+    told = subprocess.list2cmdline(without_secrets(redact(part)) for part in sys.orig_argv)
+    return _instead("ray._private.utils", "get_entrypoint_name", lambda _: lambda: told)
 
 
 @contextlib.contextmanager

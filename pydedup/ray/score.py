@@ -114,7 +114,13 @@ def score(
         except BaseException:
             job.take_back()
             raise
-        return _run(ray, job, settings, count, max_deaths, progress, begun)
+        try:
+            return _run(ray, job, settings, count, max_deaths, progress, begun)
+        except ClusterError:  # workers may be at work yet
+            raise
+        except PydedupError:
+            job.take_back_unwritten()
+            raise
 
 
 def _check(**given: int | None) -> None:

@@ -18,6 +18,7 @@ from pydedup.opening import connect_store
 from pydedup.ray.cluster import Secret, import_ray
 from pydedup.ray.score_parquet import (
     ParquetPart,
+    check_apart,
     cut_files,
     files_of,
     is_url,
@@ -61,10 +62,9 @@ class Job:
         self.query = dataset if isinstance(dataset, str) else None
         self.files: list[Path] | None = None
         self.dataset: Any = None
-        if isinstance(dataset, os.PathLike):
-            self.files = files_of([dataset])
-        elif isinstance(dataset, list | tuple):
-            self.files = files_of(dataset)
+        paths = [dataset] if isinstance(dataset, os.PathLike) else dataset
+        if isinstance(paths, list | tuple):
+            self.files = files_of(paths)
         elif self.query is None:
             if not isinstance(dataset, import_ray("ray.data").Dataset):
                 raise ArgumentError(
@@ -79,6 +79,8 @@ class Job:
                 "its name when it is complete; name a folder that all machines share, or a table"
             )
         self.folder = None if isinstance(into, str) else Path(into).absolute()
+        if self.folder is not None and self.files is not None:
+            check_apart(self.folder, paths)
         self.rows: RangeAdapter | None = None
         self.pin: Pin | None = None
         self.notes: Notes | None = None
@@ -135,6 +137,13 @@ class Job:
         if self.notes is not None and not (self.resumed and self.folder is not None):
             with contextlib.suppress(PydedupError, OSError):
                 self.notes.forget()
+
+    def take_back_unwritten(self) -> None:
+        """Forget what was noted of a work whose table is not there: nothing was written."""
+        if self.pin is not None and self.rows is not None:
+            with contextlib.suppress(PydedupError):
+                if self.rows.table_columns(self.table, "") is None:
+                    self.pin.take_back()
 
     def scoring(self, scorer: Scorer) -> Scoring:
         """Return a scoring that nothing was given yet."""

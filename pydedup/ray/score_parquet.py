@@ -26,6 +26,7 @@ from pydedup.ray.score_plan import FilePart, part_file
 __all__ = [
     "ParquetPart",
     "TableRows",
+    "check_apart",
     "cut_files",
     "files_of",
     "is_url",
@@ -65,6 +66,8 @@ class TableRows:
 def _values(column: Any, about: RowColumn) -> list[object]:
     """Return a column as Python has it; of a key of a table in the units of databases."""
     pa = _arrow()
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     kind = column.type
     if about.type is not None and pa.types.is_timestamp(kind) and kind.unit == "ns":
         try:
@@ -74,7 +77,14 @@ def _values(column: Any, about: RowColumn) -> list[object]:
                 f"keys {about.name!r} differ in nanoseconds, and databases have microseconds; "
                 "round them, or make integers of them"
             ) from None
-    values: list[object] = column.to_pylist()
+    try:
+        values: list[object] = column.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise ArgumentError(
+            f"column {about.name!r} has a value that Python has not, such as a date beyond the "
+            f"year 9999 or a text that is no UTF-8 ({error}); make it an integer or bytes, or "
+            "leave out its row"
+        ) from error
     if isinstance(kind, pa.BaseExtensionType):  # such as tensors of Ray Data
         values = [one.tolist() if isinstance(one, np.ndarray) else one for one in values]
     return values
@@ -106,6 +116,17 @@ def files_of(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
             f"there is no Parquet file in {', '.join(map(str, paths)) or 'nothing'}"
         )
     return [path.absolute() for path in found]
+
+
+def check_apart(folder: Path, paths: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise ArgumentError where what is written to a folder would be read by the next run."""
+    below = folder.resolve()
+    for path in (Path(one).resolve() for one in paths):
+        if path in below.parents and not any(x[0] in "_." for x in below.relative_to(path).parts):
+            raise ArgumentError(
+                f"predictions cannot go to {folder}: it is in {path}, of which all Parquet files "
+                "are read, and a run that goes on would read them; name a folder beside it"
+            )
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -163,11 +184,13 @@ def cut_files(
 def key_kind(pa_type: Any) -> str:
     """Return what kind of key a type of pyarrow is, as `RangeAdapter.key_column` has it."""
     types = _arrow().types
+    if types.is_dictionary(pa_type):  # as pandas writes categories
+        pa_type = pa_type.value_type
     for kind, tests in {
         "integer": ("is_integer",),
         "number": ("is_decimal",),
-        "text": ("is_string", "is_large_string"),
-        "bytes": ("is_binary", "is_large_binary", "is_fixed_size_binary"),
+        "text": ("is_string", "is_large_string", "is_string_view"),
+        "bytes": ("is_binary", "is_large_binary", "is_binary_view", "is_fixed_size_binary"),
         "date": ("is_date",),
     }.items():
         if any(getattr(types, test)(pa_type) for test in tests):

@@ -61,9 +61,10 @@ def test_parquet_on_a_private_ray(scored_file: Scored, tmp_path: Path) -> None:
     command += ["--on", "local", "--workers", "1"]
     # In a process of its own: this one may be connected to another Ray.
     password = "postgresql://me:pa55word@db.example/prod"
+    spaced = "mysql://me:two wo4ds@db.example/prod"
     without = {name: os.environ[name] for name in os.environ if "RAY_AUTH" not in name}
     done = _run(
-        ["-c", LOOKING, str(tmp_path / "seen"), password, f"--source={password}", *command],
+        ["-c", LOOKING, str(tmp_path / "seen"), password, f"--source={spaced}", *command],
         env=without | {"HOME": str(tmp_path)},
     )
     assert done["rows"] == ROWS
@@ -73,6 +74,7 @@ def test_parquet_on_a_private_ray(scored_file: Scored, tmp_path: Path) -> None:
     assert_right(found, scored_file)
     seen = json.loads((tmp_path / "seen").read_text())
     assert "pa55word" not in seen["told"]
+    assert "wo4ds" not in seen["told"]
     assert seen["told"].count("db.example") == 2
     assert seen["cpus"] == 1.0
     assert seen["address"]

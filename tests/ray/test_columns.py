@@ -135,6 +135,29 @@ def test_keys_that_sqlite_lacks_are_told(
     assert pq.read_table(tmp_path / "out")["id"].combine_chunks().equals(keys)
 
 
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_texts_are_keys_of_tables_however_they_are_written(
+    kind: Any, scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    """As categories of pandas, and by Rust's programs: they were told to be cast to a text."""
+    keys = pa.array([f"k{n:02}" for n in range(ROWS)]).cast(kind)
+    data = written(tmp_path / "in", table_of(scored_file, keys))
+    assert score(data, scored_file.url, "p").rows == ROWS
+    found = scored_file.predictions()
+    wanted = scored_file.wanted()[:ROWS]
+    np.testing.assert_allclose([found[f"k{n:02}"] for n in range(ROWS)], wanted, rtol=1e-5)
+
+
+def test_values_that_python_lacks_are_told(
+    scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    """As "a Ray worker failed: OverflowError"."""
+    keys = pa.array([10**7 + n for n in range(ROWS)], pa.int32()).cast(pa.date32())
+    data = written(tmp_path / "in", table_of(scored_file, keys))
+    with pytest.raises(ArgumentError, match="column 'id' has a value that Python has not, such as"):
+        score(data, scored_file.url, tmp_path / "out")
+
+
 @pytest.mark.filterwarnings("ignore:Use 'expr'")
 def test_blocks_without_rows_or_with_tensors(scored_file: Scored, connected: Any) -> None:
     """Those that a filter empties have no columns, and what numpy gives is a column of tensors."""

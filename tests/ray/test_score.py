@@ -299,7 +299,6 @@ def test_rows_that_cannot_be_predicted(scored_file: Scored, connected: Any) -> N
     with pytest.raises(ArgumentError, match=r"row with id .*(NULL|1500|2400|0)"):
         score(query, scored_file, "p")
     report = score(query, scored_file, "p", on_error="skip")
-    assert report.resumed
     assert report.failed == 4
     assert {failure.key for failure in report.failures} == {None, 0, 1500, 2400}
     assert report.rows + report.skipped == ROWS - 3
@@ -376,6 +375,36 @@ def settings(url: str, model_id: int = 1) -> Settings:
         key_type="", file_key_type=None, columns=["id", "f"], batch=1, memory="64MiB", threads=1,
         on_error="fail",
     )  # fmt: skip
+
+
+def test_predictions_do_not_go_among_what_is_read(parquet: Path, scored_file: Scored) -> None:
+    """A run that was killed could not go on: it read them."""
+    with pytest.raises(ArgumentError, match=r"it is in .*/in, of which all Parquet files are read"):
+        score(parquet, scored_file, parquet / "more" / "out")
+    assert not (parquet / "more" / "out").exists()
+
+
+def test_a_refused_first_row_leaves_no_version_noted(scored_file: Scored, connected: Any) -> None:
+    """It held its alias until that work came to its end, which it could not."""
+    query = scored_file.query.replace("f1", "NULLIF(f1, (SELECT x FROM u)) AS f1")
+    scored_file.run("CREATE TABLE u (x REAL)")
+    scored_file.run("INSERT INTO u SELECT f1 FROM t WHERE id = 0")
+    with pytest.raises(ArgumentError, match="row with id 0: f1 is NULL"):
+        score(query, scored_file, "p", part_rows=ROWS)
+    with pydedup.open(scored_file.url) as store:
+        assert store._adapter.jobs() == []
+        store.alias("m", "prod", "2")
+    scored_file.run("DELETE FROM u")
+    assert score(query, scored_file, "p").model == "m@2"
+    # What is written is of one version.
+    scored_file.run("INSERT INTO u SELECT f1 FROM t WHERE id = 300")
+    with pytest.raises(ArgumentError, match="row with id 300: f1 is NULL"):
+        score(query, scored_file, "q", part_rows=ROWS)
+    with pydedup.open(scored_file.url) as store:
+        store.alias("m", "prod", "1")
+    scored_file.run("DELETE FROM u")
+    report = score(query, scored_file, "q")
+    assert (report.model, report.resumed) == ("m@2", True)
 
 
 def test_a_machine_without_the_driver_or_the_model_says_so(
