@@ -42,6 +42,8 @@ _MAX_ONGOING_FRONT = 4096
 _TEXTS: Final = frozenset(
     ("store", "memory", "replacement", "routing", "token", "max_body", "max_answer")
 )
+#: Who is to stop looks every so many seconds whether requests are under way; Ray would every 2.
+_STOPS_SOON: Final = {"graceful_shutdown_wait_loop_s": 0.2}
 _ROUTER: Final = "pydedup.ray.serving.router:FamilyRouter"
 
 
@@ -109,14 +111,11 @@ def deployment(
     ClusterError
         It cannot be opened on a machine of the cluster, or the token is not there.
     """
-    serve = import_ray("ray.serve")
+    import_ray("ray.serve")  # where it is missing, that is what is told
     check_types(token, autoscaling_config=autoscaling_config, ray_actor_options=ray_actor_options)
     budget = config.parse_memory(memory)
     check_policy(replacement)
-    if routing is None:
-        routing = ROUTINGS[0] if _has_routers() else ROUTINGS[1]
-    if routing not in ROUTINGS:
-        raise ArgumentError(f"routing is {routing!r}; use one of {', '.join(ROUTINGS)}")
+    chosen = _routing(routing)
     check_scale(
         num_replicas,
         autoscaling_config,
@@ -126,8 +125,6 @@ def deployment(
     )
     actors = {"num_cpus": num_cpus, **dict(ray_actor_options or {})}
     check_actors(actors)
-    # The front opens the store as well, to see which models share pages.
-    there = {name: value for name, value in actors.items() if name == "runtime_env"}
     if token is not None and is_here(token):
         check_token(token, "token")
     source = Secret(absolute(store))
@@ -146,36 +143,53 @@ def deployment(
         access_log=access_log,
     )
     if check:
-        if is_here(source.reveal()):
-            _try(source)
-        check_nodes(source, secret, actors)
-    from pydedup.ray.serving.front import Answering, Ingress
-    from pydedup.ray.serving.replica import Replica
-
-    shared = {"graceful_shutdown_timeout_s": grace, "graceful_shutdown_wait_loop_s": 0.2}
+        _try(source, secret, actors)
     scale = {"num_replicas": num_replicas, "autoscaling_config": autoscaling_config}
     with as_arguments():
-        replicas = serve.deployment(
-            Replica,
-            name="Models",
+        replicas = _models(
             max_ongoing_requests=max_ongoing_requests,
             max_queued_requests=max_queue,
             ray_actor_options=actors,
+            graceful_shutdown_timeout_s=grace,
             **{name: value for name, value in scale.items() if value is not None},
-            **_router(routing),
-            **shared,
-        ).bind(source, budget, replacement, options, cores)
-        front = serve.deployment(
-            serve.ingress(Answering())(Ingress),
-            name="Front",
-            num_replicas=num_fronts,
-            max_ongoing_requests=_MAX_ONGOING_FRONT,
-            ray_actor_options={"num_cpus": 0, **there},
-            **shared,
+            **_router(chosen),
         )
+        front = _front(actors, num_replicas=num_fronts, graceful_shutdown_timeout_s=grace)
     # So large that a pool holds two at least.
-    family_bytes = None if routing == "any" else pool_bytes(budget) // 2
-    return front.bind(replicas, source, secret, options, family_bytes)
+    family_bytes = None if chosen == "any" else pool_bytes(budget) // 2
+    return front.bind(
+        replicas.bind(source, budget, replacement, options, cores),
+        source,
+        secret,
+        options,
+        family_bytes,
+    )
+
+
+def _models(**options: Any) -> Any:
+    """Return the deployment of the replicas."""
+    from pydedup.ray.serving.replica import Replica
+
+    return import_ray("ray.serve").deployment(Replica, name="Models", **_STOPS_SOON, **options)
+
+
+def _front(actors: Mapping[str, Any], **options: Any) -> Any:
+    """Return the deployment of the fronts, in the environment of the replicas.
+
+    A front opens the store as well, to see which models share pages.
+    """
+    from pydedup.ray.serving.front import Answering, Ingress
+
+    serve = import_ray("ray.serve")
+    there = {name: value for name, value in actors.items() if name == "runtime_env"}
+    return serve.deployment(
+        serve.ingress(Answering())(Ingress),
+        name="Front",
+        max_ongoing_requests=_MAX_ONGOING_FRONT,
+        ray_actor_options={"num_cpus": 0, **there},
+        **_STOPS_SOON,
+        **options,
+    )
 
 
 def app(arguments: Mapping[str, Any]) -> Any:
@@ -230,6 +244,15 @@ def _read(name: str, value: Any) -> Any:
         raise ArgumentError(f"{name} is {value!r}, which is no YAML: {said}") from error
 
 
+def _routing(wanted: str | None) -> str:
+    """Return which of the routings is used. Raises ArgumentError for what is none."""
+    if wanted is None:
+        return ROUTINGS[0] if _has_routers() else ROUTINGS[1]
+    if wanted not in ROUTINGS:
+        raise ArgumentError(f"routing is {wanted!r}; use one of {', '.join(ROUTINGS)}")
+    return wanted
+
+
 def _has_routers() -> bool:
     return hasattr(import_ray("ray.serve.config"), "RequestRouterConfig")
 
@@ -247,5 +270,8 @@ def _router(routing: str) -> dict[str, Any]:
     return {"request_router_config": found(request_router_class=_ROUTER)}
 
 
-def _try(source: Secret) -> None:
-    connect_store(source.reveal(), mode="r").close()
+def _try(source: Secret, token: Secret | None, actors: Mapping[str, Any]) -> None:
+    """See that the store opens: here, if its URL is here, and where replicas may begin."""
+    if is_here(source.reveal()):
+        connect_store(source.reveal(), mode="r").close()
+    check_nodes(source, token, actors)
