@@ -162,8 +162,8 @@ def _check_connected(ray: Any) -> None:
             ray.cluster_resources()  # of what was lost in silence, that tells
             return
     except Exception as error:
-        if not is_lost(error):
-            raise
+        if not is_lost(error):  # such as a head that begins anew, which Ray waits for
+            return
     raise ClusterError(
         f"{LOST}; where that lives, it goes on to serve, and the same command takes that over"
     )
