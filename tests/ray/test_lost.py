@@ -31,7 +31,8 @@ def test_a_connection_that_is_lost_ends_the_commands(scored_file: Scored) -> Non
         score += ["--into", "p", "--query", slow(scored_file.query, "200000"), "--batch", "5"]
         with subprocess.Popen(serve, **options) as server:
             assert server.stdout is not None
-            assert "pydedup serves 1 model" in server.stdout.readline()
+            hello = server.stdout.readline()
+            assert "pydedup serves 1 model" in hello
             with subprocess.Popen(score, **options) as scorer:
                 patience = time.monotonic() + 120
                 while not scored_file.run("SELECT 1 FROM sqlite_master WHERE name = 'p'"):
@@ -46,7 +47,7 @@ def test_a_connection_that_is_lost_ends_the_commands(scored_file: Scored) -> Non
         assert f"{lost}; run it again to go on" in why
         assert "local Ray" not in why + error
         assert f"{lost}; where that lives, it goes on to serve, and the same command" in error
-        address = re.search(r"http://[\d.:]+", told)
+        address = re.search(r"http://[\d.:]+", hello + told)
         assert address is not None
         with urllib.request.urlopen(f"{address.group()}/v2/models/m") as answer:
             assert answer.status == 200
