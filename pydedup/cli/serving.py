@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 
 import click
 
-from pydedup import config
+from pydedup import config, text
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.errors import ArgumentError, UnsupportedFormatError
@@ -280,9 +280,9 @@ def _warn_if_open(host: str, token: bytes | None) -> None:
 
 def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> None:
     count = len(set(names))
-    models = f"{count} model{'' if count == 1 else 's'}"
+    models = text.plural(count, "model")
     if len(names) != count:
-        models += f" in {len(names)} versions"
+        models += f" in {text.plural(len(names), 'version')}"
     output.print_line(f"pydedup serves {models} of {store}")
     output.print_line(f"on {address}, by the Open Inference Protocol v2; Ctrl-C stops it. Try:")
     token = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if secured else ""

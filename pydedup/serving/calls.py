@@ -138,7 +138,10 @@ class Calls:
 
     def _ready(self, address: str) -> _Ready:
         if not isinstance(address, str):
-            raise ArgumentError(f"the model must be a text, name@version, not {address!r}")
+            raise ArgumentError(
+                "the model must be a text, name@version, not "
+                f"{'NULL' if address is None else repr(address)}"
+            )
         state = self._state()
         known = self._addresses.get(address)
         if known is not None and known[0] == state:

@@ -21,6 +21,7 @@ from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, NotFoundError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph, Node
+from pydedup.text import plural
 
 __all__ = [
     "InputKind",
@@ -154,7 +155,9 @@ def features_of(values: Sequence[object], names: Sequence[str], kind: InputKind)
     if values == [None] or values == (None,):
         raise ArgumentError(f"{names[0]} is NULL")
     if kind.width is not None and len(values) != kind.width:
-        raise ArgumentError(f"there are {len(values)} features, and the model takes {kind.width}")
+        are = "is" if len(values) == 1 else "are"
+        given = plural(len(values), "feature")
+        raise ArgumentError(f"there {are} {given}, and the model takes {kind.width}")
     return _checked([_number(v, name) for v, name in zip(values, names, strict=True)], kind, names)
 
 
