@@ -146,6 +146,8 @@ class PagePlaces:
             if tree is None or tree.file != (handle, size):
                 self._tree = tree = Tree(handle, size)
             places = tree.find(self._root(), sorted(unknown))
+            if len(places) < len(unknown):
+                self._tree = None  # the file may have changed within its size
             page_bytes = tree.page_bytes if tree.usable == tree.page_bytes else 0
             known.update(
                 (page_id, StoredPage(page_id, checksum, places[page_id], page_bytes))
@@ -182,6 +184,12 @@ class PagePlaces:
             for page in absent:
                 with contextlib.suppress(OSError):
                     yield from self._read(handle, page, memory, waits=True)
+
+    def look_again(self, page_id: int) -> None:
+        """Take note that SQLite is asked for a page: where it was found, something else may be."""
+        page = self._known.get(page_id)
+        if page is not None and page.page_bytes != 0:
+            self._known[page_id] = None
 
     # ---- inside -------------------------------------------------------------------------------
 

@@ -173,6 +173,7 @@ class SqliteAdapter(SqliteBase):
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         table = DIALECT.name("pages")
         for page_id in self._ahead.walk(ids):
+            self._places.look_again(page_id)
             try:
                 with self._pool.acquire() as session:
                     connection = cast(_Connection, session.connection)
