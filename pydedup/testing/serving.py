@@ -55,6 +55,8 @@ class Server:
     hello: list[str]
     port: int = 0
     errors: list[str] = field(default_factory=list)
+    #: Fills ``errors``.
+    reader: threading.Thread | None = field(default=None, repr=False)
 
     def connect(self, timeout: float = 30, trust: Path | None = None) -> HTTPConnection:
         """Return a connection; ``trust`` is the certificate to expect of TLS."""
@@ -98,10 +100,13 @@ class Server:
         return 0.0
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """End the process; returns its exit status."""
+        """End the process; returns its exit status. ``errors`` is complete then."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(20)
+        status = self.process.wait(20)
+        if self.reader is not None:
+            self.reader.join(5)
+        return status
 
 
 Start = Callable[..., Server]
@@ -133,10 +138,9 @@ def serving(
             process.wait(20)
             reader.join(5)
             raise AssertionError(f"the server did not start: {hello} {errors}")
-        server = Server(process, found.group(), hello, int(found.group(1)), errors)
+        server = Server(process, found.group(), hello, int(found.group(1)), errors, reader)
         yield server
         assert server.stop() == status, errors
-        reader.join(5)
         assert "Traceback" not in "".join(errors), "".join(errors)
     finally:
         process.kill()

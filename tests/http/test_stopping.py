@@ -23,9 +23,9 @@ def slow(rows: int) -> dict[str, Any]:
     return {"inputs": [entry]}
 
 
-def wait_until_busy(server: Server) -> None:
+def wait_until_busy(server: Server, gauge: str = "running_batches") -> None:
     end = time.monotonic() + 20
-    while server.metric("pydedup_running_batches") == 0:
+    while server.metric(f"pydedup_{gauge}") == 0:
         assert time.monotonic() < end
         time.sleep(0.005)
 
@@ -85,10 +85,11 @@ def test_a_model_that_is_removed_while_it_predicts(start: Start, own_url: str) -
     server = start(own_url)
     with pydedup.open(own_url) as store, ThreadPoolExecutor(1) as pool:
         wanted = store.predict("slow", np.ones((2, 512), np.float32))
-        # Busy may also mean that the server is about to look where the model's blocks are.
+        # So that the server need not look any more where the model's blocks are.
         assert server.infer("slow", slow(1)).status == 200
         pending = pool.submit(server.infer, "slow", slow(1500))
-        wait_until_busy(server)
+        # A batch that runs may not have found the model yet; room for its answer is taken then.
+        wait_until_busy(server, "answer_bytes")
         store.remove("slow@1")
         store.vacuum()
         answer = pending.result()
