@@ -29,8 +29,9 @@ import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
 from pydedup.adapter_options import StagingAdapter
-from pydedup.errors import ArgumentError, ConflictError, StoreError
+from pydedup.errors import ArgumentError, ConflictError, StoreError, UnavailableError
 from pydedup.policies import Exact
+from pydedup.testing._contract_processes import in_fork
 from pydedup.testing.adapter_contract import AdapterContract
 
 MIB = 1 << 20
@@ -517,3 +518,18 @@ def test_a_child_holds_locks_of_its_own(path: Path) -> None:
         os.waitpid(child, 0)
         for end in (*to_child, *to_parent):
             os.close(end)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_of_a_transaction_does_not_trust_its_locks(path: Path) -> None:
+    """SQLite remembers in memory that the parent has the lock, and takes it for the child's."""
+    adapter = open_store(path)
+    (page,) = add_pages(adapter, 1)
+    with adapter.transaction():
+        adapter.delete_pages([page])
+        for call in (adapter.count_blocks, lambda: open_store(path).count_blocks()):
+            with pytest.raises(UnavailableError, match="in a transaction when this process was fo"):
+                in_fork(call)
+    assert adapter.page_rows() == []
+    assert in_fork(adapter.count_blocks) == 0
+    adapter.close()
