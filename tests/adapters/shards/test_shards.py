@@ -57,6 +57,18 @@ def test_pages_are_spread_evenly_and_few_move(shards: int) -> None:
     assert moved == pytest.approx(2 * 4000 / (shards + 1), rel=0.15)
 
 
+def test_pages_stay_where_they_are() -> None:
+    """These places are part of the format: with others, no page of a store would be found."""
+    names = ("00", "5a", "ff", "e3")
+    assert {page: places_of(page, names, 2) for page in (1, 2, 255, 1 << 16, 1 << 40)} == {
+        1: ["e3", "00"],
+        2: ["ff", "5a"],
+        255: ["ff", "e3"],
+        1 << 16: ["ff", "00"],
+        1 << 40: ["ff", "5a"],
+    }
+
+
 def test_payloads_are_in_the_shards_alone(store: Adapter, place: ShardedPlace) -> None:
     pages = add_random_pages(store, 30, size=2000)
     assert place.rows(0, "SELECT SUM(octet_length(payload)), SUM(payload_bytes) FROM {}.pages") == [
