@@ -97,9 +97,8 @@ class SqliteBase(SqliteRows, DbApiAdapter):
     def _checksums(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield those of the pages that there are."""
         for piece in batches(ids, self.capabilities.max_parameters):
-            for page_id, checksum in self._query(self._sql.page_checksums(len(piece)), piece):
-                if type(checksum) is bytes:  # else the row is damaged
-                    yield page_id, checksum
+            sql = self._sql.page_checksums(len(piece))
+            yield from self._recorded("pages", sql, piece, ["id", "checksum"])
 
     def _root_of_pages(self) -> int:
         """Return the number of the first page of the table ``pages`` in the file, 0 for none."""

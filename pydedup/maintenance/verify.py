@@ -384,9 +384,14 @@ def _verify_model(
     if len(maps) < len(model.tensors):
         return
     # What it takes of a page that is damaged, or not to be had, nobody knows.
-    lengths = {n: content.lengths for n, content in contents.items() if not report.unread(n)}
+    places = used_places(maps)
+    lengths = {
+        page_id: contents[page_id].lengths
+        for page_id in np.unique(split_places(places)[0]).tolist()
+        if page_id in contents and not report.unread(page_id)
+    }
     recorded = adapter.model_pages(model.row.id)
-    amiss = wrong_reads(recorded, used_places(maps), lengths)
+    amiss = wrong_reads(recorded, places, lengths)
     if amiss:
         # A block map that names other pages than it did is as likely, unless all that it names is
         # what the source had, or rows are missing and no other is wrong.

@@ -9,6 +9,7 @@ reference to the store or back to the module hides in hooks, and all that inspec
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
@@ -44,6 +45,13 @@ class _Attached(nn.Module):
         if inside.is_call:
             return super().__call__(*args, **kwargs)
         _check_surroundings(self._label())
+        if "torch._dynamo" in sys.modules:  # somebody compiles: what is ours is not to be traced
+            return _untraced()(self, attachment, *args, **kwargs)
+        return self._outermost(attachment, *args, **kwargs)
+
+    def _outermost(self, attachment: Attachment, *args: Any, **kwargs: Any) -> Any:
+        """Call it with one version of the weights, which all within it use."""
+        inside = attachment.inside
         outer = inside.weights
         weights = outer or attachment.resolve()
         inside.weights, inside.is_call = weights, True
@@ -108,6 +116,13 @@ class _Attached(nn.Module):
             f"{self._label()} {what}; store.detach(module) makes it a plain module again, and "
             "store.load_torch(name) gives the weights"
         )
+
+
+@functools.cache
+def _untraced() -> Callable[..., Any]:
+    disabled: Callable[..., Any]
+    disabled = torch.compiler.disable(_Attached._outermost)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def attachment_of(module: object) -> Attachment | None:
