@@ -46,12 +46,15 @@ Memory: TypeAlias = Callable[[int], memoryview]
 
 
 class StoredPage(NamedTuple):
-    """A page of the store in the file, of which a page has ``page_bytes``; 0 for one in pieces."""
+    """A page of the store in the file, of which a page has ``page_bytes``; 0 for one in pieces.
+
+    ``checksum`` is empty until SQLite was asked for it.
+    """
 
     id: int
-    checksum: bytes
     place: Place
     page_bytes: int
+    checksum: bytes = b""
 
     def read(self, handle: int, memory: Memory, *, waits: bool) -> memoryview | None:
         """Return the payload, ``None`` when it is not in one piece.
@@ -149,10 +152,7 @@ class PagePlaces:
             if len(places) < len(unknown):
                 self._tree = None  # the file may have changed within its size
             page_bytes = tree.page_bytes if tree.usable == tree.page_bytes else 0
-            known.update(
-                (page_id, StoredPage(page_id, checksum, places[page_id], page_bytes))
-                for page_id, checksum in self._checksums(list(places))
-            )
+            known.update((n, StoredPage(n, place, page_bytes)) for n, place in places.items())
         # Another thread may have forgotten some meanwhile.
         pages = [known.get(page_id) for page_id in ids]
         return handle, [page for page in pages if page is not None]
@@ -161,18 +161,20 @@ class PagePlaces:
         """Yield pages and payloads, as far as they are found in one piece.
 
         Of a few at a time first those that are in memory: to look for others has the system read
-        them. But for stretches, where it reads ahead by itself, which is faster; to find a page of
-        those gets in the way of that, so it is left to SQLite once.
+        them. But for stretches, where it reads ahead by itself, which is faster. To find a page
+        takes a while, so what was not met before is left to SQLite once.
         """
         apart = {ids[number] for number in pages_apart(ids)}
         known = self._known
-        met = [page_id for page_id in ids if page_id in known or page_id in apart]
-        if len(known) + len(ids) <= _MOST_KNOWN:
-            known.update((page_id, None) for page_id in ids if page_id not in known)
+        met = [page_id for page_id in ids if page_id in known]
+        if len(known) + len(ids) - len(met) > _MOST_KNOWN:
+            known.clear()
+        known.update((page_id, None) for page_id in ids[:_MOST_KNOWN] if page_id not in known)
         for some in _few_at_a_time(met, apart):
             waits = some[0] not in apart
             try:
                 handle, pages = self.find(some)
+                pages = self._that_are(pages)
             except (NotFoundInFileError, PydedupError, OSError):
                 return
             absent = []
@@ -192,6 +194,19 @@ class PagePlaces:
             self._known[page_id] = None
 
     # ---- inside -------------------------------------------------------------------------------
+
+    def _that_are(self, pages: Sequence[StoredPage]) -> list[StoredPage]:
+        """Return those of the pages that SQLite knows, with their checksums."""
+        unsure = [page.id for page in pages if not page.checksum]
+        checksums = dict(self._checksums(unsure)) if unsure else {}
+        sure = []
+        for page in pages:
+            if not page.checksum:
+                page = page._replace(checksum=checksums.get(page.id, b""))
+                self._known[page.id] = page if page.checksum else None
+            if page.checksum:
+                sure.append(page)
+        return sure
 
     def _read(
         self, handle: int, page: StoredPage, memory: Memory, *, waits: bool
