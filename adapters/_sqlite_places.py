@@ -143,7 +143,7 @@ class PagePlaces:
         self._size = size
         unknown = [page_id for page_id in ids if known.get(page_id) is None]
         if unknown:
-            if len(known) + len(unknown) > _MOST_KNOWN:
+            if len(known) + sum(page_id not in known for page_id in unknown) > _MOST_KNOWN:
                 known.clear()
             tree = self._tree
             if tree is None or tree.file != (handle, size):
