@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pydedup import registry
-from pydedup.adapter_options import KeyRange, RangeAdapter, RowAdapter, RowColumn
+from pydedup.adapter_options import KeyRange, RangeAdapter, RowColumn
 from pydedup.errors import ArgumentError
 from pydedup.testing.rows_contract import read_ranges
 
@@ -42,15 +43,25 @@ def test_ranges_of_texts_and_numbers_have_each_row_once(tmp_path: Path, first: s
         rows.close()
 
 
-def test_a_bound_that_is_no_utf8_is_told(tmp_path: Path) -> None:
-    """It cannot be given back to SQLite, which gave it."""
-    path = tmp_path / "own.db"
+@contextlib.contextmanager
+def rows_of(folder: Path, *statements: str) -> Iterator[RangeAdapter]:
+    """Make a database of a user's and yield its tables."""
+    path = folder / "own.db"
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("CREATE TABLE t (k TEXT)")
-        connection.execute("INSERT INTO t VALUES ('a'), (CAST(x'ff41' AS TEXT))")
+        for statement in statements:
+            connection.execute(statement)
     rows = registry.connect_rows(f"sqlite:///{path}")
     try:
         assert isinstance(rows, RangeAdapter)
+        yield rows
+    finally:
+        rows.close()
+
+
+def test_a_bound_that_is_no_utf8_is_told(tmp_path: Path) -> None:
+    """It cannot be given back to SQLite, which gave it."""
+    insert = "INSERT INTO t VALUES ('a'), (CAST(x'ff41' AS TEXT))"
+    with rows_of(tmp_path, "CREATE TABLE t (k TEXT)", insert) as rows:
         assert rows.key_bounds("SELECT k FROM t", "k", 1) == ["a", "\udcffA"]
         within = KeyRange(RowColumn("k", ""), None, "\udcffA")
         with (
@@ -58,37 +69,23 @@ def test_a_bound_that_is_no_utf8_is_told(tmp_path: Path) -> None:
             rows.read_range("SELECT k FROM t", 10, within),
         ):
             pass
-    finally:
-        rows.close()
 
 
 @pytest.mark.parametrize("columns", ["k) WHERE n > 0", "upper(k))", "k, upper(k))"])
 def test_an_index_that_leaves_keys_twice_is_none(tmp_path: Path, columns: str) -> None:
-    path = tmp_path / "own.db"
-    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("CREATE TABLE t (k TEXT, n INTEGER)")
-        connection.execute(f"CREATE UNIQUE INDEX one ON t ({columns}")
-    rows = registry.connect_rows(f"sqlite:///{path}")
-    try:
-        assert isinstance(rows, RowAdapter)
-        with pytest.raises(ArgumentError, match="'k' of table t is not unique by itself"):
-            rows.table_columns("t", "k")
-    finally:
-        rows.close()
+    table, index = "CREATE TABLE t (k TEXT, n INTEGER)", f"CREATE UNIQUE INDEX one ON t ({columns}"
+    with (
+        rows_of(tmp_path, table, index) as rows,
+        pytest.raises(ArgumentError, match="'k' of table t is not unique by itself"),
+    ):
+        rows.table_columns("t", "k")
 
 
 def test_a_number_beyond_those_of_sqlite_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "own.db"
-    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("CREATE TABLE t (k INTEGER PRIMARY KEY)")
-    rows = registry.connect_rows(f"sqlite:///{path}")
-    try:
-        assert isinstance(rows, RowAdapter)
+    with rows_of(tmp_path, "CREATE TABLE t (k INTEGER PRIMARY KEY)") as rows:
         for call in (
             lambda: rows.present_keys("t", "k", [1 << 63]),
             lambda: rows.insert_predictions("t", ["k"], [[-1 << 64]]),
         ):
             with pytest.raises(ArgumentError, match=r"table t: a number is beyond .*; make a text"):
                 call()
-    finally:
-        rows.close()
