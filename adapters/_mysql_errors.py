@@ -54,7 +54,10 @@ _ALONE: Final = (
     "catching up; try again, ask another node, or let an administrator look at wsrep_cluster_status"
 )
 _LOGIN_CODES: Final = (1045, 1251, 1524, 1698, 1820, 1862, 2059, 2061, 3118)
-_LOGIN: Final = "check the user and the password in the URL, and what the user may do"
+_LOGIN: Final = (
+    "check the user and the password (of the URL, its option_file or MYSQL_PWD), and what the user "
+    "may do"
+)
 _PLAIN: Final = (
     "; who was created with REQUIRE SSL is refused like this without TLS: leave out ssl_disabled"
 )

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The URL of a MySQL or MariaDB database: what it names, and the options that it may hold.
 
-Nothing here connects, and nothing here repeats a password.
+Nothing here connects, and nothing here repeats a password. One that the URL lacks is that of the
+option file which it names, or of ``MYSQL_PWD``, as for MySQL's own programs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from pydedup.errors import ArgumentError
 
+from ._mysql_option_file import password_in
 from ._schema import PREFIX
 
 __all__ = ["Place", "locate"]
@@ -68,7 +71,7 @@ def locate(url: str, schema: str | None = None) -> Place:
     options: dict[str, Any] = {"host": parts.hostname or "localhost", "database": database}
     options |= {"port": port} if port else {}
     options |= {"user": user} if user else {}
-    options |= {"password": unquote(parts.password)} if parts.password else {}
+    options |= {} if parts.password is None else {"password": unquote(parts.password)}
     timeout, prefix = TIMEOUT_SECONDS, PREFIX
     for part in filter(None, parts.query.split("&")):
         name, _, value = map(unquote, part.partition("="))
@@ -76,14 +79,18 @@ def locate(url: str, schema: str | None = None) -> Place:
             timeout = _option(shown, name, value, _seconds)
         elif name == "prefix":
             prefix = _option(shown, name, value, _prefix)
+        elif name == "option_file":
+            options.setdefault("password", _option(shown, name, value, password_in))
         elif name in _OPTIONS:
             key, parse = _OPTIONS[name]
             options[key] = _option(shown, name, value, parse)
         elif "password=" in parts.query:  # it may be a piece of that
             raise ArgumentError(_UNREADABLE)
         else:
-            known = ", ".join(sorted({"prefix", "timeout", *_OPTIONS}))
+            known = ", ".join(sorted({"option_file", "prefix", "timeout", *_OPTIONS}))
             raise ArgumentError(f"{shown}: option {name!r} is not known; there are: {known}")
+    if "MYSQL_PWD" in os.environ:
+        options.setdefault("password", os.environ["MYSQL_PWD"])
     _settle_tls(shown, options)
     told = [f"unix_socket={options['unix_socket']}"] if "unix_socket" in options else []
     told += [f"prefix={prefix}"] if prefix != PREFIX else []

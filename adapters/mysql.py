@@ -47,8 +47,9 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     """Open ``mysql://user:password@host:port/database`` (or ``mariadb://``), which must exist.
 
     Options in the URL are ``timeout``, seconds to wait for another writer, ``prefix``, what the
-    names of tables begin with (``pydedup_`` unless told otherwise), and those of the driver that
-    ``_mysql_url`` lists, ``unix_socket`` and ``ssl_ca`` among them.
+    names of tables begin with (``pydedup_`` unless told otherwise), ``option_file``, which has the
+    password, and those of the driver that ``_mysql_url`` lists, ``unix_socket`` and ``ssl_ca``
+    among them.
 
     Parameters
     ----------
