@@ -20,13 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
 from pydedup.blocks import BlockGrid, BlockMap, as_unsigned
-from pydedup.errors import ArgumentError, BudgetError
+from pydedup.errors import ArgumentError
 from pydedup.matmul import (
     check_activation,
     checked_bias,
     compute_dtype,
     feed_blocks,
     real_array,
+    room_for,
 )
 from pydedup.pool import PagePool
 
@@ -156,7 +157,9 @@ def conv2d(
     _check_channels(grid, images.shape[1], groups, window)
     check_activation(activation)
     offset = checked_bias(bias, dtype, grid.rows)
-    y = _room_for(images, window, grid.rows)
+    out_size = window.out_size(images.shape[2], images.shape[3])
+    what = f"the result of size {out_size}"
+    y = room_for((images.shape[0], grid.rows, *out_size), dtype, what)
     product = _core.Conv2d(
         grid.rows,
         grid.cols,
@@ -197,17 +200,6 @@ def _check_channels(grid: BlockGrid, channels: int, groups: int, window: Window)
             f"x has {channels} channels, which with {groups} groups and a kernel of "
             f"{window.kernel} need a weight of {columns} columns; it is ({grid.rows}, {grid.cols})"
         )
-
-
-def _room_for(images: NDArray[Any], window: Window, out: int) -> NDArray[Any]:
-    """Return an array for the result, not filled."""
-    out_size = window.out_size(images.shape[2], images.shape[3])
-    try:
-        return np.empty((images.shape[0], out, *out_size), images.dtype)
-    except ValueError as exc:  # more than an array can be
-        raise ArgumentError(f"the result of size {out_size} is too large: {exc}") from exc
-    except MemoryError as exc:
-        raise BudgetError(f"no memory for the result of size {out_size}: {exc}") from exc
 
 
 def _sizes(value: object, name: str, lengths: tuple[int, ...], least: int) -> tuple[int, ...]:

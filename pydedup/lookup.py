@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
 from pydedup.blocks import BlockMap, as_unsigned
-from pydedup.errors import ArgumentError
-from pydedup.matmul import Shape, as_array, compute_dtype, real_array, shape_of
+from pydedup.errors import ArgumentError, BudgetError
+from pydedup.matmul import Shape, as_array, compute_dtype, real_array, room_for, shape_of
 from pydedup.pool import Page, PagePool
 
 __all__ = ["BAG_MODES", "bag", "take"]
@@ -48,13 +48,13 @@ def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 
     ArgumentError
         When ids are no integers or out of range.
     PageNotFoundError, CorruptStoreError, BudgetError
-        When the pages cannot be had.
+        When the pages cannot be had, or there is no memory for the result.
     """
     threads = as_unsigned("threads", threads, 31)
     wanted = _ids(ids)
     flat = wanted.reshape(-1)
     cols = block_map.grid.cols
-    out = np.empty((len(flat), cols * block_map.dtype.itemsize), np.uint8)
+    out = room_for((len(flat), cols * block_map.dtype.itemsize), np.dtype(np.uint8))
     table = _row_table(block_map)
     missing = table.take(pool.native, flat, out, threads)
     if missing is not None and block_map.bases is not None:
@@ -103,7 +103,7 @@ def bag(
         When ids or offsets are no integers, out of range or of the wrong rank, when weights do not
         have the shape of ids or come with another mode than ``"sum"``, or for an unknown mode.
     PageNotFoundError, CorruptStoreError, BudgetError
-        When the pages cannot be had.
+        When the pages cannot be had, or there is no memory for the result.
     """
     if mode not in BAG_MODES:
         raise ArgumentError(f"unknown mode {mode!r}; choose one of: {', '.join(BAG_MODES)}")
@@ -123,7 +123,8 @@ def bag(
         factors = factors.reshape(-1)
     flat = wanted.reshape(-1)
     counts = np.diff(edges)
-    out = np.zeros((len(counts), block_map.grid.cols), dtype)
+    out = room_for((len(counts), block_map.grid.cols), dtype)
+    out.fill(0)
     if mode == "max":
         out[counts > 0] = -np.inf
     table = _row_table(block_map)
@@ -152,7 +153,10 @@ def _ids(ids: ArrayLike) -> NDArray[np.int64]:
         raise ArgumentError(f"ids must be integers, not {given.dtype}")
     if given.dtype == np.uint64 and given.size and int(given.max()) > _INT64_MAX:
         raise ArgumentError(f"id {int(given.max())} is out of range")
-    ready: NDArray[np.int64] = np.require(given, np.int64, ["C", "A"])
+    try:
+        ready: NDArray[np.int64] = np.require(given, np.int64, ["C", "A"])
+    except MemoryError as exc:
+        raise BudgetError(f"no memory for a copy of ids: {exc}") from exc
     return ready
 
 

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
 from pydedup.blocks import BlockMap, MatrixView, as_unsigned
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, BudgetError
 from pydedup.pool import PagePool
 from pydedup.types import DType
 from pydedup.windows import Window
@@ -44,6 +44,7 @@ __all__ = [
     "matmul",
     "read",
     "real_array",
+    "room_for",
     "shape_of",
 ]
 
@@ -121,7 +122,7 @@ def matmul(
     ArgumentError
         When shapes do not fit or an input does not hold real numbers.
     PageNotFoundError, CorruptStoreError, BudgetError
-        When the pages cannot be had; see `PagePool.windows`.
+        When the pages cannot be had; see `PagePool.windows`. Or no memory for the result.
     """
     given, offset = checked_factors(block_map, x, bias, transpose)
     check_activation(activation)
@@ -129,7 +130,7 @@ def matmul(
     inner = given.shape[-1]
     outer = block_map.grid.cols if transpose else block_map.grid.rows
     lead = given.shape[:-1]
-    y = np.empty((math.prod(lead), outer), dtype)
+    y = room_for((math.prod(lead), outer), dtype)
     product = _core.Matmul(
         *shape_of(block_map),
         given.reshape(len(y), inner),
@@ -225,10 +226,11 @@ def _of(members: NDArray[np.uint64] | None, part: Any) -> dict[str, NDArray[np.u
 def read(block_map: BlockMap, pool: PagePool, *, threads: int = 0) -> NDArray[Any]:
     """Return the whole matrix, bit for bit, of shape (rows, cols) in the dtype that is stored.
 
-    Raises PageNotFoundError, CorruptStoreError, BudgetError when the pages cannot be had.
+    Raises PageNotFoundError, CorruptStoreError, BudgetError when the pages cannot be had, or there
+    is no memory for the matrix.
     """
     grid = block_map.grid
-    out = np.empty((grid.rows, grid.cols), block_map.dtype.numpy)
+    out = room_for((grid.rows, grid.cols), block_map.dtype.numpy)
     if out.size:
         view = MatrixView(out.view(np.uint8).reshape(grid.rows, -1), block_map.dtype, grid)
         walk = pool.windows_with_bases(block_map.page_ids, block_map.bases)
@@ -271,14 +273,36 @@ def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
 
 
 def real_array(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
-    """Return a C-contiguous, aligned array of ``dtype``; the same one if it is one already."""
+    """Return a C-contiguous, aligned array of ``dtype``; the same one if it is one already.
+
+    Raises ArgumentError for what is no array of real numbers, BudgetError without memory for a
+    copy.
+    """
     given = as_array(values, name)
     if given.dtype == dtype:
-        return np.require(given, requirements=["C", "A"])
+        try:
+            return np.require(given, requirements=["C", "A"])
+        except MemoryError as exc:
+            raise BudgetError(f"no memory for a copy of {name}: {exc}") from exc
     if given.dtype.kind not in "biuf":
         try:
             DType.of(given.dtype)  # bf16 and f8 have kinds of their own
         except ArgumentError:
             raise ArgumentError(f"{name} must hold real numbers, not {given.dtype}") from None
-    with np.errstate(over="ignore"):  # float64 beyond float32 is infinite, as in any conversion
-        return given.astype(dtype, order="C")
+    try:
+        with np.errstate(over="ignore"):  # float64 beyond float32 is infinite, as in any conversion
+            return given.astype(dtype, order="C")
+    except MemoryError as exc:
+        raise BudgetError(f"no memory for a copy of {name} as {dtype}: {exc}") from exc
+
+
+def room_for(
+    shape: tuple[int, ...], dtype: np.dtype[Any], what: str = "the result"
+) -> NDArray[Any]:
+    """Return an array, not filled. Raises BudgetError, or ArgumentError for one that cannot be."""
+    try:
+        return np.empty(shape, dtype)
+    except ValueError as exc:  # more than an array can be
+        raise ArgumentError(f"{what} is too large: {exc}") from exc
+    except MemoryError as exc:
+        raise BudgetError(f"no memory for {what}: {exc}") from exc

@@ -365,3 +365,23 @@ def test_what_is_stored_must_be_what_the_map_says() -> None:
     del pages.payloads[1]
     with pytest.raises(PageNotFoundError, match="1 pages do not exist: 1;"):
         matmul.matmul(block_map, pages.pool(), np.ones((1, 8)))
+
+
+def test_what_is_beyond_memory_is_told() -> None:
+    pages = MemoryPages()
+    block_map = pages.add(np.ones((1 << 20, 1), np.float32))
+    wide = pages.add(np.ones((1, 1 << 20), np.float32))
+    pool = pages.pool()
+    x = np.ones((1 << 24, 1), np.float32)
+    uses: list[Callable[[], object]] = [
+        lambda: matmul.matmul(block_map, pool, x),
+        lambda: matmul.matmul(wide, pool, x, transpose=True),
+        lambda: lookup.take(wide, pool, np.zeros(1 << 24, np.int64)),
+        lambda: lookup.bag(wide, pool, np.zeros((1 << 24, 1), np.int64)),
+        lambda: matmul.matmul(block_map, pool, np.broadcast_to(np.float32(1), (1 << 44, 1))),
+        lambda: matmul.matmul(block_map, pool, np.broadcast_to(np.int8(1), (1 << 44, 1))),
+        lambda: lookup.take(wide, pool, np.broadcast_to(np.int64(0), (1 << 44,))),
+    ]
+    for use in uses:
+        with pytest.raises(BudgetError, match="no memory for"):
+            use()
