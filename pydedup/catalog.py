@@ -32,7 +32,9 @@ __all__ = [
     "ModelDigest",
     "SourceHashes",
     "StoredModel",
+    "certificate_of",
     "known_versions",
+    "model_info",
     "page_readers",
     "recorded_object",
     "version_of",
@@ -41,6 +43,8 @@ __all__ = [
 _HASHES_PER_READ = 16 * 1024
 # Models whose tensors and block maps are kept in memory: about 6 bytes per block each.
 _CACHED_MODELS = 256
+# What a clock says before then, calendars have a date for.
+_YEAR_10000 = 253_402_300_800
 # Of so many models, the newest ones, a message about an unknown one suggests names.
 _SUGGESTED_MODELS = 10_000
 
@@ -87,12 +91,15 @@ class StoredModel:
     @cached_property
     def certificate(self) -> dict[str, Any]:
         """What was guaranteed when it was added, and what was measured of it."""
-        return recorded_object(self.row.certificate, f"the certificate of {self.address}")
+        return certificate_of(self.row)
 
     @property
     def keeps_bits(self) -> bool:
-        """Whether it is stored to the bit, by promise."""
-        return keeps_bits(self.row.policy, self.certificate)
+        """Whether it is stored to the bit, by promise; not where the certificate is damaged."""
+        try:
+            return keeps_bits(self.row.policy, self.certificate)
+        except CorruptStoreError:
+            return False
 
     def error_of(self, name: str) -> float:
         """Return the greatest relative L2 difference of a tensor's blocks to what is stored."""
@@ -325,7 +332,12 @@ class Catalog:
 
 
 def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
-    """Return a row as users see it."""
+    """Return a row as users see it. Raises CorruptStoreError."""
+    if not 0 <= row.created_at < _YEAR_10000:
+        raise CorruptStoreError(
+            f"when {row.name}@{row.version} was added cannot be read ({row.created_at:g}); restore "
+            "a backup"
+        )
     return ModelInfo(
         id=row.id,
         name=row.name,
@@ -337,6 +349,11 @@ def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
         aliases=tuple(sorted(aliases)),
         metadata=recorded_object(row.metadata, f"the metadata of {row.name}@{row.version}"),
     )
+
+
+def certificate_of(row: ModelRow) -> dict[str, Any]:
+    """Return what was recorded of a promise. Raises CorruptStoreError."""
+    return recorded_object(row.certificate, f"the certificate of {row.name}@{row.version}")
 
 
 def recorded_object(text: str, what: str) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from pydedup.catalog import (
     ModelDigest,
     SourceHashes,
     StoredModel,
+    certificate_of,
+    model_info,
     page_copies,
     page_readers,
 )
@@ -99,6 +101,11 @@ def _verified(
         contents = _verify_pages(adapter, unreadable, report, progress)
         rows = adapter.models()
         for number, row in enumerate(rows):
+            for read in (model_info, certificate_of):
+                try:
+                    read(row)
+                except CorruptStoreError as exc:
+                    report.add_error(str(exc))
             try:
                 model = StoredModel(adapter, row)
             except CorruptStoreError as exc:

@@ -2,7 +2,7 @@
 """Rows that follow from others are lost or wrong: nothing is deleted for that, and all comes back.
 
 What models read (`model_pages`) follows from their block maps, and where each distinct block is
-from the pages.
+from the pages. And what is recorded of one model beside its weights: that is told, of it alone.
 """
 
 from __future__ import annotations
@@ -251,3 +251,34 @@ def test_blocks_that_are_on_no_page_are_told_and_forgotten(
 def all_blocks(store: pydedup.Store) -> list[Any]:
     pages = [row.id for row in store._adapter.page_rows()]
     return store._adapter.blocks_on_pages(pages)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("metadata", "{", "the metadata of one@1 cannot be read"),
+        ("certificate", "[1]", "the certificate of one@1 cannot be read"),
+        ("created_at", 1e300, r"when one@1 was added cannot be read \(1e\+300\)"),
+        ("created_at", -1.0, r"when one@1 was added cannot be read \(-1\)"),
+    ],
+)
+def test_what_is_recorded_of_one_model_is_told_and_all_else_checked(
+    column: str, value: object, said: str, store_url: str, other: Path
+) -> None:
+    fill(store_url)
+    change(store_url, f"UPDATE {{models}} SET {column} = ? WHERE name = 'one'", value)
+    change(store_url, "DELETE FROM {distinct_blocks} WHERE page_id = 4")
+    with pydedup.open(store_url) as store:
+        with pytest.raises(CorruptStoreError, match=said):
+            _ = store.info("one").certificate
+        (told, *errors) = store.verify().errors[::-1]
+        assert re.match(f"{said}.*restore a backup", told)
+        assert errors
+        assert store.verify(repair_from=other).errors == [told]
+        store.add("one", near(blocks(1, 2)), block_shape=(SIDE, SIDE))
+        for name in ("one@1", "two"):
+            assert store.load(name)["w"].tobytes() == MODELS[name.partition("@")[0]]["w"].tobytes()
+        store.remove("one@1")
+        store.vacuum()
+        assert store.verify().errors == []
+        assert {info.address for info in store.models()} == {"one@2", "two@1", "near@1", "lossy@1"}
