@@ -266,7 +266,7 @@ def test_what_is_recorded_of_one_model_is_told_and_all_else_checked(
     column: str, value: object, said: str, store_url: str, other: Path
 ) -> None:
     fill(store_url)
-    change(store_url, f"UPDATE {{models}} SET {column} = ? WHERE name = 'one'", value)
+    change(store_url, f"UPDATE {{models}} SET {column} = ? WHERE name = 'one'", value)  # noqa: S608
     change(store_url, "DELETE FROM {distinct_blocks} WHERE page_id = 4")
     with pydedup.open(store_url) as store:
         with pytest.raises(CorruptStoreError, match=said):
