@@ -264,7 +264,9 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
 
     def sharing(self) -> list[dict[str, object]]:
         """Return which pairs of models share pages, as the SQL view ``sharing`` has it."""
-        return self._adapter.view("sharing")
+        from pydedup.report.sizes import shared_pages
+
+        return shared_pages(self._adapter)
 
     def explain(self, name: str) -> Explanation:
         """Say which tensors and blocks are shared with whom, and what removing would free.

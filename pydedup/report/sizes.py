@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog
+from pydedup.layout import by_page
 from pydedup.types import ModelInfo
 
-__all__ = ["ModelSize", "model_sizes"]
+__all__ = ["ModelSize", "model_sizes", "shared_pages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +73,45 @@ def model_sizes(adapter: Adapter, catalog: Catalog) -> list[ModelSize]:
         )
         for info in infos
     ]
+
+
+def shared_pages(adapter: Adapter) -> list[dict[str, object]]:
+    """Return the rows of the view ``sharing``, in its order.
+
+    A database sorts all pairs of models on all pages for it, and gives each row names of its own.
+    """
+    with adapter.snapshot():
+        models = sorted(adapter.models(), key=lambda row: (row.name, row.version))
+        reads = np.array(adapter.model_pages(), np.int64).reshape(-1, 4)
+    ids = np.array([row.id for row in models], np.int64)
+    reads = reads[np.isin(reads[:, 0], ids)]
+    reads = reads[np.lexsort((reads[:, 0], reads[:, 1]))]
+    by_id = np.argsort(ids)
+    # Models are numbered in the order of the result.
+    reader = by_id[np.searchsorted(ids[by_id], reads[:, 0])]
+    # Of a pair, the model with the lower id is in front: of a page, those behind come along.
+    behind = np.searchsorted(reads[:, 1], reads[:, 1], side="right") - np.arange(len(reads)) - 1
+    found: list[dict[str, object]] = []
+    for number, mine in by_page(reader):
+        counts = behind[mine]
+        at = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - mine - 1, counts)
+        smaller = np.minimum(reads[at, 2:], np.repeat(reads[mine, 2:], counts, axis=0))
+        others, pair, pages = np.unique(reader[at], return_inverse=True, return_counts=True)
+        blocks, sizes = (
+            np.bincount(pair, column, len(others)).astype(np.int64) for column in smaller.T
+        )
+        columns = (column.tolist() for column in (others, pages, blocks, sizes))
+        model = models[number]
+        found += [
+            {
+                "name": model.name,
+                "version": model.version,
+                "other_name": models[other].name,
+                "other_version": models[other].version,
+                "shared_pages": n_pages,
+                "shared_blocks": n_blocks,
+                "shared_bytes": n_bytes,
+            }
+            for other, n_pages, n_blocks, n_bytes in zip(*columns, strict=True)
+        ]
+    return found

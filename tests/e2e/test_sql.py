@@ -112,6 +112,23 @@ def test_columns_of_views_are_documented(store_url: str) -> None:
         assert re.findall(r"`(\w+)`", first_cells) == list(row)
 
 
+def test_sharing_in_python_is_the_view(store_url: str) -> None:
+    rng = np.random.default_rng(0)
+    shared = [rng.standard_normal((500, 600), dtype=np.float32) for _ in range(4)]
+    with pydedup.open(store_url) as store:
+        assert store.sharing() == []
+        store.add("none", {"w": np.zeros((0, 3), np.float32)})
+        for number, name in enumerate(["z", "ä", "Z", "z", "a-b", "gone", "Z", "\U0001f600", "ä"]):
+            own = {"own": rng.standard_normal((50, 50), dtype=np.float32)}
+            kept = {f"t{i}": shared[(number + i) % 4] for i in range(2)}
+            store.add(f"{name}@{number}", own | kept)
+        store.remove("gone")
+        found = [tuple(row.values()) for row in store.sharing()]
+    view = rows(store_url, "SELECT * FROM pydedup.sharing ORDER BY 1, 2, 3, 4")
+    assert [tuple(map(str, row)) for row in found] == [tuple(map(str, row)) for row in view]
+    assert len({row[4] for row in found}) > 1
+
+
 # ---- roles --------------------------------------------------------------------------------------
 
 #: Role -> the URL of somebody who has it and nothing more.
