@@ -17,7 +17,7 @@ from pydedup.graph import Graph
 from pydedup.names import parse_address
 from pydedup.opening import check_writable
 from pydedup.pool import PagePool
-from pydedup.types import AddReport, Progress
+from pydedup.types import AddReport, Progress, check_progress
 
 if TYPE_CHECKING:
     from pydedup.ingest.plan import Request
@@ -130,6 +130,7 @@ class StoreAdds:
         progress: Progress | None,
         workers: int | None,
     ) -> list[AddReport]:
+        check_progress(progress)
         if not dry_run:
             check_writable(self._adapter, "add a model")
         from pydedup.formats.registry import open_source

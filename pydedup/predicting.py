@@ -21,7 +21,7 @@ from pydedup.pool import PagePool
 from pydedup.replacement import Trace
 from pydedup.serving.predict import Prediction, predict, predict_together
 from pydedup.serving.tensor import StoredTensor, called
-from pydedup.types import Progress, ScoreReport
+from pydedup.types import Progress, ScoreReport, check_progress
 
 if TYPE_CHECKING:
     import torch
@@ -214,6 +214,7 @@ class StorePredictions:
         """
         from pydedup.serving.score import score_rows
 
+        check_progress(progress)
         with open_rows(self._adapter, source) as rows:
             return score_rows(
                 self._adapter,

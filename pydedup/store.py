@@ -25,7 +25,7 @@ from pydedup.opening import check_writable, connect_store, pool_of
 from pydedup.predicting import StorePredictions
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.serving.tensor import TensorsOnDemand
-from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, Progress
+from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, Progress, check_progress
 from pydedup.upkeep import StoreUpkeep
 
 if TYPE_CHECKING:
@@ -178,6 +178,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         from pydedup.formats.base import TensorEntry
         from pydedup.formats.registry import write_model
 
+        check_progress(progress)
         model = self._catalog.model(name)
         entries = [
             TensorEntry(info.name, info.dtype, info.shape, info.name) for info in model.tensors
@@ -281,6 +282,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         """Compare two models tensor by tensor. Raises NotFoundError, CorruptStoreError."""
         from pydedup.report.compare import diff_models
 
+        check_progress(progress)
         return diff_models(self._adapter, self._catalog, self._pool, a, b, progress=progress)
 
     def report(

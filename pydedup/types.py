@@ -27,6 +27,7 @@ __all__ = [
     "RowFailure",
     "ScoreReport",
     "TensorInfo",
+    "check_progress",
 ]
 
 #: Name of the artifact that holds a model's graph.
@@ -38,6 +39,14 @@ class Progress(Protocol):
 
     def __call__(self, stage: str, done: int, total: int, /) -> None:
         """Take notice; an exception ends the work, which is then undone."""
+
+
+def check_progress(progress: object) -> None:
+    """Raise ArgumentError for what cannot be called, before the work that it is to be told of."""
+    if progress is not None and not callable(progress):
+        raise ArgumentError(
+            f"progress must be a function of (stage, done, total), not {progress!r:.100}"
+        )
 
 
 class DType(enum.Enum):

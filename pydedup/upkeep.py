@@ -24,7 +24,7 @@ from pydedup.jobs import LEASE_SECONDS
 from pydedup.names import check_path
 from pydedup.opening import check_writable, connect_store, open_end
 from pydedup.pool import PagePool
-from pydedup.types import CopyReport, Progress
+from pydedup.types import CopyReport, Progress, check_progress
 
 if TYPE_CHECKING:
     from pydedup.maintenance.recheck import Evaluate
@@ -72,6 +72,7 @@ class StoreUpkeep(abc.ABC):
         address: they are evaluated again and held against their certificates. Raises NotFoundError,
         ArgumentError (another policy) and EvaluationError for these.
         """
+        check_progress(progress)
         metrics: object = evaluate
         if not isinstance(metrics, Mapping | None):
             raise ArgumentError(
@@ -120,6 +121,7 @@ class StoreUpkeep(abc.ABC):
         """
         from pydedup.maintenance.vacuum import plan_vacuum, vacuum_store
 
+        check_progress(progress)
         given: dict[str, object] = {"grace_seconds": grace_seconds, "lease_seconds": lease_seconds}
         for name, value in given.items():
             if not isinstance(value, int | float | np.number) or not value >= 0:
@@ -153,6 +155,7 @@ class StoreUpkeep(abc.ABC):
         """
         from pydedup.maintenance.refill import refill_store
 
+        check_progress(progress)
         check_writable(self._adapter, "put copies of pages back")
         return refill_store(self._adapter, progress=progress)
 
@@ -216,6 +219,7 @@ class StoreUpkeep(abc.ABC):
         from pydedup.moving.copy import copy_models
         from pydedup.moving.plan import plan_copy
 
+        check_progress(progress)
         if isinstance(names, str):
             names = (names,)
         elif isinstance(names, Iterable):
@@ -252,6 +256,7 @@ class StoreUpkeep(abc.ABC):
         """
         from pydedup.moving.backup import backup_store
 
+        check_progress(progress)
         return backup_store(self._end(), path, _other_end, replace=replace, progress=progress)
 
     def restore(
@@ -264,6 +269,7 @@ class StoreUpkeep(abc.ABC):
         """
         from pydedup.moving.backup import restore_store
 
+        check_progress(progress)
         check_writable(self._adapter, "restore a backup")
         return restore_store(path, self._end(), _other_end, progress=progress)
 

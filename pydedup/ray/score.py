@@ -22,7 +22,7 @@ from pydedup.ray.score_job import MOST_ROWS, Job
 from pydedup.ray.score_plan import FilePart, PartResult, Settings
 from pydedup.ray.score_worker import Scorer, hindrance
 from pydedup.serving.score import MOST_FAILURES
-from pydedup.types import Progress, ScoreReport
+from pydedup.types import Progress, ScoreReport, check_progress
 
 __all__ = ["score"]
 
@@ -97,6 +97,7 @@ def score(
     _check(max_deaths=max_deaths)
     if on_error not in ("fail", "skip"):
         raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
+    check_progress(progress)
     config.parse_memory(memory)
     reads = None if source is None else absolute(source)
     job = Job(dataset, absolute(store_url), reads, model, into)

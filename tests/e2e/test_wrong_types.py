@@ -111,6 +111,26 @@ def test_what_is_of_another_type_is_named(store: Any, value: Any) -> None:
             store.score("SELECT 1", value, into="t")
 
 
+def test_progress_that_cannot_be_called_is_named(store: Any, tmp_path: Path) -> None:
+    """The work began, and ended in a TypeError where it was first to be told of."""
+    for call in (
+        lambda: store.add("m", MODEL, progress=5),
+        lambda: store.add_many({"m": MODEL}, progress=5),
+        lambda: store.export("good", tmp_path / "x.npz", progress=5),
+        lambda: store.diff("good", "good", progress=5),
+        lambda: store.verify(progress=5),
+        lambda: store.vacuum(progress=5),
+        lambda: store.refill(progress=5),
+        lambda: store.copy_to(tmp_path / "other.db", progress=5),
+        lambda: store.backup(tmp_path / "x.backup", progress=5),
+        lambda: store.restore(tmp_path / "store.db", progress=5),
+        lambda: store.score("SELECT 1", "good", into="t", progress=5),
+    ):
+        with pytest.raises(ArgumentError, match=r"^progress must be a function of .*, not 5$"):
+            call()
+    assert [path.name for path in tmp_path.glob("[!s]*")] == []
+
+
 def test_a_device_that_torch_lacks_is_named(store: Any) -> None:
     pytest.importorskip("torch")
     with pytest.raises(ArgumentError, match="device 'abacus' is none that torch has here"):
