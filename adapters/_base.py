@@ -10,9 +10,11 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NoReturn, TypeVar
 
 from pydedup.adapter import LIVE, RETIRED, SCHEMA_VERSION, STAGING, Capabilities
+from pydedup.adapter_options import TellRow
 from pydedup.errors import (
     ArgumentError,
     CorruptStoreError,
@@ -31,6 +33,9 @@ __all__ = ["DbApiBase", "DeniedError", "KeyTakenError", "check_state", "fetch_al
 
 T = TypeVar("T", int, bytes)
 R = TypeVar("R")
+
+#: Within `DbApiBase.sound_rows`: of which adapter, and who is told.
+_SOUND: ContextVar[tuple[object, TellRow] | None] = ContextVar("_SOUND", default=None)
 
 
 class KeyTakenError(StoreError):
@@ -152,14 +157,47 @@ class DbApiBase(abc.ABC):
         """
         spec = TABLES.get(table) or VIEWS[table]
         names = spec.names if columns is None else columns
+        rows = self._query(sql, parameters)
         try:
-            return as_recorded(self._query(sql, parameters), spec.kinds(names))
+            return as_recorded(rows, spec.kinds(names))
         except WrongValueError as error:
-            number, said = error.args
-            column = f"column {names[number]} of {self._sql.dialect.name(table)}"
-            raise CorruptStoreError(
-                f"{self._url} is damaged: {column} has {said}; restore a backup"
-            ) from error
+            within = _SOUND.get()
+            if within is not None and within[0] is self:
+                return self._sound(table, names, rows, within[1])
+            said = self._wrong_value(table, names, error)
+            raise CorruptStoreError(f"{self._url} is damaged: {said}; restore a backup") from error
+
+    @contextlib.contextmanager
+    def sound_rows(self, tell: TellRow) -> Iterator[None]:
+        """Leave out rows with a value that its column cannot have.
+
+        See `pydedup.adapter_options.SoundRowsAdapter`.
+        """
+        token = _SOUND.set((self, tell))
+        try:
+            yield
+        finally:
+            _SOUND.reset(token)
+
+    def _sound(
+        self, table: str, names: Sequence[str], rows: Sequence[Row], tell: TellRow
+    ) -> list[Row]:
+        """Return the rows without those that are damaged, which are told."""
+        spec, sound = TABLES.get(table) or VIEWS[table], list[Row]()
+        for row in rows:
+            try:
+                sound += as_recorded([row], spec.kinds(names))
+            except WrongValueError as error:
+                values = dict(zip(names, row, strict=True))
+                del values[names[error.args[0]]]
+                of_key = values.keys() & set(spec.key or ("id", "name", "version"))
+                key = {name: values[name] for name in names if name in of_key}
+                tell(table, key, self._wrong_value(table, names, error))
+        return sound
+
+    def _wrong_value(self, table: str, names: Sequence[str], error: WrongValueError) -> str:
+        number, said = error.args
+        return f"column {names[number]} of {self._sql.dialect.name(table)} has {said}"
 
     def _writer(self) -> Session:
         """Return this thread's session, locked and in a write transaction."""

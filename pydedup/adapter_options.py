@@ -26,8 +26,13 @@ __all__ = [
     "RowAdapter",
     "RowColumn",
     "RowStream",
+    "SoundRowsAdapter",
     "StagingAdapter",
+    "TellRow",
 ]
+
+#: Told of a row that is damaged: its table, what is left of its key, and what is wrong.
+TellRow = Callable[[str, Mapping[str, object], str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +166,20 @@ class ReadIntoAdapter(Protocol):
         asked finds out; where it is not, and for pages that are left out, `Adapter.read_pages` is
         asked. ``memory(n)`` gives ``n`` bytes for a payload, which must not change once it was
         yielded.
+        """
+
+
+@runtime_checkable
+class SoundRowsAdapter(Protocol):
+    """Tables of which some rows are damaged, optional for an adapter.
+
+    Elsewhere, one value that its column cannot have is an error of all that reads its row.
+    """
+
+    def sound_rows(self, tell: TellRow) -> AbstractContextManager[None]:
+        """Within it, what this thread reads lacks rows with a value that its column cannot have.
+
+        Each is told, again whenever it is read. Nothing may be deleted for what is not seen so.
         """
 
 

@@ -291,8 +291,8 @@ class StoreUpkeep(abc.ABC):
         with block_source(place, _connected_to_read, pool.memory_bytes) as source:
             report = verify_store(adapter, progress=progress)
             models = record_reads(adapter, pool, report.wrong_readers)
-            blocks = record_blocks(adapter, pool, report.unrecorded_blocks)
-            blocks += forget_blocks(adapter, report.surplus_blocks)
+            blocks = forget_blocks(adapter, report.surplus_blocks)
+            blocks += record_blocks(adapter, pool, report.unrecorded_blocks)
             if models or blocks:
                 report = verify_store(adapter, progress=progress)
             damaged = report.damaged_pages

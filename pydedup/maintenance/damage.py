@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pydedup.adapter import LIVE, Adapter, BlockRow
-from pydedup.adapter_options import PlacesAdapter
+from pydedup.adapter_options import PlacesAdapter, SoundRowsAdapter
 from pydedup.errors import CorruptStoreError, UnavailableError
 from pydedup.maintenance.repair import RepairReport
 from pydedup.pool import PagePool
 from pydedup.text import listed, plural
 
-__all__ = ["MAX_ERRORS", "Damage", "VerifyReport", "unreadable_pages"]
+__all__ = ["MAX_ERRORS", "Damage", "VerifyReport", "sound_rows", "unreadable_pages"]
 
 #: Errors that a report lists.
 MAX_ERRORS = 100
@@ -59,8 +60,13 @@ class VerifyReport:
         return page_id in self.damaged_pages or page_id in self.unreachable_pages
 
     def add_surplus(self, rows: Iterable[BlockRow]) -> None:
-        """Record distinct blocks that are on no page."""
+        """Record distinct blocks that are on no page.
+
+        Not those of damaged pages: by them a repair knows what to look for.
+        """
         for row in rows:
+            if row.page_id in self.damaged_pages:
+                continue
             place = f"page {row.page_id}, slot {row.slot}"
             self.add_error(f"{place}: recorded, and there is no such block")
             self.surplus_blocks.append(row.id)
@@ -69,6 +75,35 @@ class VerifyReport:
         """Record damage; a hopeless store stops the list at some point."""
         if len(self.errors) < MAX_ERRORS:
             self.errors.append(text)
+
+
+@contextmanager
+def sound_rows(adapter: Adapter, report: VerifyReport) -> Iterator[set[int]]:
+    """Report rows with a value that its column cannot have, and go on as if they were not there.
+
+    Gives the pages whose rows that are; of a distinct block another row can be made.
+    """
+    pages: set[int] = set()
+    told: set[str] = set()
+
+    def tell(table: str, key: Mapping[str, object], said: str) -> None:
+        row = ", ".join(f"{name} {value!r:.60}" for name, value in key.items())
+        text = f"{said}, in the row of {row}" if row else said
+        if text in told:
+            return
+        told.add(text)
+        report.add_error(text)
+        row_id = key.get("id")
+        if table == "pages" and isinstance(row_id, int):
+            pages.add(row_id)
+        elif table == "distinct_blocks" and isinstance(row_id, int):
+            report.surplus_blocks.append(row_id)
+
+    if isinstance(adapter, SoundRowsAdapter):
+        with adapter.sound_rows(tell):
+            yield pages
+    else:
+        yield pages
 
 
 class Damage:
@@ -96,11 +131,16 @@ class Damage:
         self._report.damaged_pages[page_id] = readers
         self._report.add_error(f"page {page_id}{text}")
 
-    def note_missing(self, adapter: Adapter) -> None:
-        """Record pages that models read and that are not among the live ones."""
+    def note_missing(self, adapter: Adapter, damaged: Collection[int]) -> None:
+        """Record pages that models read and that are not among the live ones.
+
+        Those whose row is ``damaged`` were told of, and are in the way of all that lists pages.
+        """
         missing = sorted(self._readers.keys() - set(self._live))
         states = {row.id: row.state for row in adapter.page_rows(ids=missing)} if missing else {}
-        for page_id in missing:
+        for page_id in sorted(damaged):
+            self.note(page_id, ": its row is damaged")
+        for page_id in sorted(set(missing).difference(damaged)):
             state = states.get(page_id)
             self.note(page_id, ": it is missing" + (f", being {state}" if state else ""))
 

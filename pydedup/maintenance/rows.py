@@ -26,6 +26,7 @@ from pydedup.layout import (
     used_places,
 )
 from pydedup.maintenance.blocks_from import read_block
+from pydedup.maintenance.damage import VerifyReport, sound_rows
 from pydedup.maintenance.survey import stored_model
 from pydedup.pool import PagePool
 from pydedup.text import listed, plural
@@ -130,7 +131,8 @@ def record_reads(adapter: Adapter, pool: PagePool, addresses: Collection[str]) -
 
 def _reads(adapter: Adapter, pool: PagePool, model: StoredModel) -> list[tuple[int, int, int, int]]:
     """Return the rows of ``model_pages`` that a model must have."""
-    recorded = {page_id: size for _, page_id, _, size in adapter.model_pages(model.row.id)}
+    with sound_rows(adapter, VerifyReport()):
+        recorded = {page_id: size for _, page_id, _, size in adapter.model_pages(model.row.id)}
     places = used_places(model.block_maps())
     rows = []
     for page_id, blocks in by_page(split_places(places)[0]):
@@ -162,7 +164,7 @@ def blocks_of_no_page(adapter: Adapter, known: int) -> list[BlockRow]:
 
 
 def forget_blocks(adapter: Adapter, block_ids: Sequence[int]) -> int:
-    """Forget distinct blocks that are on no page; returns how many."""
+    """Forget distinct blocks that are on no page, or whose row is damaged; returns how many."""
     if block_ids:
         with adapter.transaction():
             adapter.bump_epoch()  # who found one meanwhile looks again
@@ -175,7 +177,7 @@ def record_blocks(adapter: Adapter, pool: PagePool, slots: Mapping[int, Sequence
 
     A delta is only when a model uses it, whose block map knows its base.
     """
-    found = list(_contents(pool, slots, _bases_on(adapter, slots)))
+    found = list(_contents(pool, slots, _bases_on(adapter, slots))) if slots else []
     if not found:
         return 0
     with adapter.transaction():
@@ -191,7 +193,7 @@ def _bases_on(adapter: Adapter, page_ids: Collection[int]) -> dict[int, int]:
     """Return by place the base of each block that a model uses on some pages, -1 for no delta."""
     bases: dict[int, int] = {}
     pages = np.array(list(page_ids), np.int64)
-    with adapter.snapshot():
+    with adapter.snapshot(), sound_rows(adapter, VerifyReport()):
         for row in adapter.models():
             model = stored_model(adapter, row)
             for block_map in () if model is None else model.block_maps():

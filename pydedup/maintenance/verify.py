@@ -10,19 +10,14 @@ recorded when it was stored, and the source's hashes say nothing.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
-from pydedup.blocks import BlockMap
 from pydedup.catalog import (
-    ModelDigest,
-    SourceHashes,
     StoredModel,
     certificate_of,
     model_info,
@@ -30,18 +25,27 @@ from pydedup.catalog import (
     page_readers,
 )
 from pydedup.errors import (
-    ArgumentError,
     CorruptStoreError,
-    NotFoundError,
-    SchemaVersionError,
     StoreError,
     UnavailableError,
 )
-from pydedup.layout import base_places, by_page, split_places, used_places
-from pydedup.maintenance.damage import MAX_ERRORS, Damage, VerifyReport, unreadable_pages
-from pydedup.maintenance.rows import blocks_of_no_page, wrong_reads
+from pydedup.layout import split_places
+from pydedup.maintenance.damage import (
+    Damage,
+    VerifyReport,
+    sound_rows,
+    unreadable_pages,
+)
+from pydedup.maintenance.rows import blocks_of_no_page
+from pydedup.maintenance.verify_models import (
+    DAMAGE,
+    NO_BASE,
+    PageContent,
+    verify_aliases,
+    verify_model,
+)
 from pydedup.pool import PagePool
-from pydedup.text import listed, plural
+from pydedup.text import plural
 from pydedup.types import Progress
 
 __all__ = ["VerifyReport", "content_digests", "verify_store"]
@@ -49,27 +53,6 @@ __all__ = ["VerifyReport", "content_digests", "verify_store"]
 _PAGES_AT_ONCE = 8
 # Pages with bases, which come up again and again.
 _BASE_PAGE_BYTES = 64 * 1024 * 1024
-_NO_BASE = -1
-# What says that a page is damaged. Any other error (a kernel or memory that cannot be had) says
-# nothing about the store.
-_DAMAGE = (CorruptStoreError, SchemaVersionError)
-
-
-@dataclass(frozen=True, slots=True)
-class _PageContent:
-    dtypes: NDArray[np.uint8]
-    rows: NDArray[np.uint32]
-    cols: NDArray[np.uint32]
-    lengths: NDArray[np.uint32]
-    digests: NDArray[np.uint64]
-    readable: NDArray[np.bool_]
-    """False for deltas whose base cannot be read; their digests are 0."""
-    bases: NDArray[np.int64] | None
-    """Places of bases, `_NO_BASE` where a block is no delta; None where none is."""
-
-    def bases_of(self, slots: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """Return the places of the bases of some blocks."""
-        return np.full(len(slots), _NO_BASE) if self.bases is None else self.bases[slots]
 
 
 def verify_store(adapter: Adapter, *, progress: Progress | None = None) -> VerifyReport:
@@ -85,7 +68,8 @@ def verify_store(adapter: Adapter, *, progress: Progress | None = None) -> Verif
         # and the error may be only about that.
         if type(exc) not in (StoreError, CorruptStoreError):
             raise
-        unreadable = unreadable_pages(adapter)
+        with sound_rows(adapter, VerifyReport()):
+            unreadable = unreadable_pages(adapter)
         if not unreadable:
             raise
     return _verified(adapter, unreadable, progress)
@@ -97,8 +81,8 @@ def _verified(
     report = VerifyReport()
     for complaint in adapter.integrity_errors():
         report.add_error(f"database: {complaint}")
-    with adapter.snapshot():
-        contents = _verify_pages(adapter, unreadable, report, progress)
+    with adapter.snapshot(), sound_rows(adapter, report) as damaged_rows:
+        contents = _verify_pages(adapter, unreadable, damaged_rows, report, progress)
         rows = adapter.models()
         for number, row in enumerate(rows):
             for read in (model_info, certificate_of):
@@ -111,11 +95,11 @@ def _verified(
             except CorruptStoreError as exc:
                 report.add_error(str(exc))
             else:
-                _verify_model(adapter, model, contents, report)
+                verify_model(adapter, model, contents, report)
             report.models += 1
             if progress is not None:
                 progress("checking models", number + 1, len(rows))
-        _verify_aliases(adapter, {row.id: row.name for row in rows}, report)
+        verify_aliases(adapter, {row.id: row.name for row in rows}, report)
         _note_leftovers(adapter, report)
     return report
 
@@ -123,15 +107,16 @@ def _verified(
 def _verify_pages(
     adapter: Adapter,
     unreadable: Mapping[int, str],
+    damaged_rows: Collection[int],
     report: VerifyReport,
     progress: Progress | None,
-) -> dict[int, _PageContent]:
-    contents: dict[int, _PageContent] = {}
+) -> dict[int, PageContent]:
+    contents: dict[int, PageContent] = {}
     rows = adapter.page_rows(state=LIVE)
     live = {row.id for row in rows}
     pool = PagePool(adapter.read_pages, _BASE_PAGE_BYTES, copies=page_copies(adapter))
     damage = Damage(report, page_readers(adapter), live, pool)
-    damage.note_missing(adapter)
+    damage.note_missing(adapter, damaged_rows)
     for page_id, said in unreadable.items():
         damage.note_unreadable(page_id, said)
     seen: dict[bytes, tuple[int, int]] = {}
@@ -157,7 +142,7 @@ def _verify_pages(
             except UnavailableError as exc:
                 damage.note_unreachable(page_id, str(exc))
                 continue
-            except _DAMAGE as exc:
+            except DAMAGE as exc:
                 damage.note(page_id, f": {exc}")
                 continue
             if page.checksum != group[page_id].checksum:
@@ -166,12 +151,12 @@ def _verify_pages(
             dtypes, *sides, lengths = (
                 page.slots[key].copy() for key in ("dtype", "rows", "cols", "length")
             )
-            contents[page_id] = _PageContent(
+            contents[page_id] = PageContent(
                 dtypes, sides[0], sides[1], lengths, digests, readable, bases
             )
             report.blocks += page.n_slots
-            report.add_surplus(row for slot, row in wanted.items() if slot >= page.n_slots)
             actual = digests.astype("<u8").tobytes()
+            unrecorded: list[int] = []
             gone = ~readable
             if bases is not None and gone.any():
                 gone &= ~np.isin(split_places(bases)[0], list(live))
@@ -179,7 +164,7 @@ def _verify_pages(
                 digest = actual[16 * slot : 16 * slot + 16]
                 if slot not in wanted:
                     report.add_error(f"page {page_id}, slot {slot}: no distinct block names it")
-                    report.unrecorded_blocks.setdefault(page_id, []).append(slot)
+                    unrecorded.append(slot)
                 elif not readable[slot]:
                     # Whether a model needs it, which would be damage, is seen later.
                     if gone[slot]:
@@ -194,8 +179,14 @@ def _verify_pages(
                         f"recorded was {wanted[slot].hash128.hex()}",
                     )
                 _note_twin(report, seen, contents, digest, page_id, slot)
+            report.add_surplus(row for slot, row in wanted.items() if slot >= page.n_slots)
+            if unrecorded and page_id not in report.damaged_pages:
+                report.unrecorded_blocks[page_id] = unrecorded
         for page_id in sorted(unseen.difference(report.unreachable_pages)):
-            damage.note(page_id, ": its bytes are in no place that answers")
+            what = "row is damaged"
+            if page_id not in damaged_rows:
+                what = "bytes are in no place that answers"
+            damage.note(page_id, f": its {what}")
         if progress is not None:
             progress("checking pages", min(start + _PAGES_AT_ONCE, len(rows)), len(rows))
     damage.sum_up_unreachable(adapter)
@@ -219,7 +210,7 @@ def _payloads(
             try:
                 codec.Page(payload)
                 whole.append(payload)
-            except _DAMAGE as exc:
+            except DAMAGE as exc:
                 damaged.append(payload)
                 said = str(exc)
         if whole and damaged:
@@ -249,14 +240,14 @@ def _bases_on(
 ) -> NDArray[np.int64] | None:
     """Return the recorded place of the base of each slot's block, None for a page without any."""
     is_delta = page.slots["encoding"] >= codec.Encoding.DELTA
-    bases = np.full(page.n_slots, _NO_BASE)
+    bases = np.full(page.n_slots, NO_BASE)
     for slot, row in recorded.items():
         if slot < page.n_slots and row.base_id is not None:
             bases[slot] = row.base_id
-    for slot in np.flatnonzero(is_delta != (bases != _NO_BASE)).tolist():
+    for slot in np.flatnonzero(is_delta != (bases != NO_BASE)).tolist():
         kind = "a delta, but no base is" if is_delta[slot] else "no delta, but a base is"
         report.add_error(f"page {page_id}, slot {slot}: it is {kind} recorded")
-    bases[~is_delta] = _NO_BASE
+    bases[~is_delta] = NO_BASE
     return bases if is_delta.any() else None
 
 
@@ -290,7 +281,7 @@ def content_digests(
     if bases is None:
         return codec.page_digests(page)
     digests = np.zeros((page.n_slots, 2), np.uint64)
-    is_delta = bases != _NO_BASE
+    is_delta = bases != NO_BASE
     plain = np.flatnonzero(readable & ~is_delta)
     digests[plain] = codec.block_digests([page], np.zeros_like(plain), plain)
     deltas = np.flatnonzero(readable & is_delta)
@@ -314,7 +305,7 @@ def _check_tags(page: codec.Page, slots: NDArray[np.int64], bases: codec.StoredB
 def _note_twin(
     report: VerifyReport,
     seen: dict[bytes, tuple[int, int]],
-    contents: dict[int, _PageContent],
+    contents: dict[int, PageContent],
     digest: bytes,
     page_id: int,
     slot: int,
@@ -329,95 +320,15 @@ def _note_twin(
             )
 
 
-def _verify_model(
-    adapter: Adapter, model: StoredModel, contents: dict[int, _PageContent], report: VerifyReport
-) -> None:
-    maps: list[BlockMap] = []
-    live = np.array(list(contents), np.int64)
-    lossy = not model.keeps_bits
-    hashes = SourceHashes(adapter, model)
-    named, known = ModelDigest(), len(report.errors)
-    with contextlib.suppress(*_DAMAGE, NotFoundError, ArgumentError):
-        model.block_maps()  # of all tensors at once; what is wrong with one, is said of it
-    for ordinal, info in enumerate(model.tensors):
-        where = f"{model.address}, tensor {info.name!r}"
-        try:
-            block_map = model.block_map(info.name)
-        except (*_DAMAGE, NotFoundError, ArgumentError) as exc:  # of its rows, all of them
-            report.add_error(str(exc))
-            continue
-        maps.append(block_map)
-        source = hashes.of(ordinal)
-        if len(source) != 16 * block_map.grid.count:
-            report.add_error(f"{where}: {len(source)} bytes of source hashes do not fit its blocks")
-            continue
-        named.add(info, source)
-        wanted = np.frombuffer(source, "<u8").reshape(-1, 2)
-        heights, widths = block_map.grid.heights(), block_map.grid.widths()
-        bases = base_places(block_map)
-        for page_id, blocks in by_page(block_map.page_ids):
-            content = contents.get(page_id)
-            if content is None:
-                if not report.unread(page_id):
-                    report.add_error(f"{where}: page {page_id} is missing, damaged or not live")
-                continue
-            slots = block_map.slots[blocks]
-            if int(slots.max()) >= len(content.dtypes):
-                report.add_error(f"{where}: page {page_id} has no slot {int(slots.max())}")
-                continue
-            good = (
-                (content.dtypes[slots] == info.dtype.code)
-                & (content.rows[slots] == heights[blocks])
-                & (content.cols[slots] == widths[blocks])
-                & (
-                    (content.digests[slots] == wanted[blocks]).all(axis=1)
-                    | lossy
-                    | ~content.readable[slots]
-                )
-            )
-            if not good.all():
-                wrong = int((~good).sum())
-                report.add_error(f"{where}: {wrong} blocks on page {page_id} are not the source's")
-            needed = content.bases_of(slots)
-            if (needed != bases[blocks]).any():
-                report.add_error(
-                    f"{where}: blocks on page {page_id} have other bases than recorded"
-                )
-            lost = np.setdiff1d(split_places(needed[needed != _NO_BASE])[0], live)
-            if not all(map(report.unread, lost.tolist())):
-                report.add_error(f"{where}: bases of blocks on page {page_id} are missing")
-    if len(report.errors) == known and named.digest() != model.row.digest:
-        report.add_error(f"{model.address}: its tensors are not those that it was added with")
-    if len(maps) < len(model.tensors):
-        return
-    # What it takes of a page that is damaged, or not to be had, nobody knows.
-    places = used_places(maps)
-    lengths = {
-        page_id: contents[page_id].lengths
-        for page_id in np.unique(split_places(places)[0]).tolist()
-        if page_id in contents and not report.unread(page_id)
-    }
-    recorded = adapter.model_pages(model.row.id)
-    amiss = wrong_reads(recorded, places, lengths)
-    if amiss:
-        # A block map that names other pages than it did is as likely, unless all that it names is
-        # what the source had, or rows are missing and no other is wrong.
-        is_right = model.keeps_bits and len(report.errors) == known < MAX_ERRORS
-        if is_right or {row[1] for row in recorded}.isdisjoint(amiss):
-            report.wrong_readers.append(model.address)
-        pages = listed([str(page_id) for page_id in amiss])
-        report.add_error(f"{model.address}: what it reads is recorded wrongly, of pages {pages}")
-
-
-def _verify_aliases(adapter: Adapter, live: Mapping[int, str], report: VerifyReport) -> None:
-    for name, alias, model_id in adapter.aliases():
-        if live.get(model_id) != name:
-            other = "of another name" if model_id in live else "that is gone"
-            report.add_error(f"alias {name}@{alias} points at a model {other}")
-
-
 def _note_leftovers(adapter: Adapter, report: VerifyReport) -> None:
-    staging = len(adapter.models(state=STAGING))
+    models = adapter.models(state=None)
+    for row in models:
+        if row.state not in (STAGING, LIVE):
+            report.add_error(
+                f"{row.name}@{row.version} is {row.state!r}, which no model can be, so it is not "
+                "served; restore a backup"
+            )
+    staging = sum(row.state == STAGING for row in models)
     if staging:
         report.notes.append(plural(staging, "unfinished or running add"))
     for state in (STAGING, RETIRED):

@@ -208,8 +208,77 @@ def test_values_that_their_columns_cannot_have(table: str, tmp_path: Path) -> No
                 assert told or may_be or value not in ("NULL", "1.5"), (column, value)
 
 
-def put(path: Path, table: str, column: str, value: str) -> bool:
-    """Give a column of a row a value (SQL); whether there was such a row, and SQLite did it."""
+NAMES = ("one", "two", "three")
+ROWS = {  # of the second of two models: where its row is, what is said of it, what a repair mends
+    "aliases": ("name = 'two'", "model_id", "name 'two', alias 'prod'", False),
+    "distinct_blocks": ("id = 2", "hash128", "id 2", True),
+    "model_pages": ("model_id = 2", "bytes", "model_id 2, page_id 2", True),
+    "models": ("id = 2", "created_at", "id 2, name 'two', version '1'", False),
+    "pages": ("id = 2", "checksum", "id 2", True),
+    "source_hashes": ("model_id = 2", "payload", "ordinal 0", False),
+    "tensors": ("model_id = 2", "shape", "model_id 2, ordinal 0", False),
+}
+
+
+@pytest.mark.parametrize("table", ROWS)
+def test_one_row_with_a_value_that_its_column_cannot_have(table: str, tmp_path: Path) -> None:
+    """It is told, and all else is verified."""
+    where, column, row, is_mended = ROWS[table]
+    models = {name: {"w": np.full((9, 9), seed, np.float32)} for seed, name in enumerate(NAMES)}
+    path, healthy = tmp_path / "store.db", tmp_path / "healthy.db"
+    with pydedup.open(path) as store:
+        for name, model in models.items():
+            store.add(name, model, policy=policies.Bounded(0.1) if name == "two" else None)
+        store.alias("two", "prod", "1")
+    shutil.copy(path, healthy)
+    assert put(path, f"pydedup_{table}", column, "NULL", where)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE pydedup_tensors SET shape = '[9]' WHERE model_id = 3")
+    with pydedup.open(path) as store:
+        errors = store.verify().errors
+        (said,) = [error for error in errors if error.startswith("column ")]
+        assert re.fullmatch(
+            f"column {column} of pydedup_{table} has NULL where .* must be, in the row of {row}",
+            said,
+        )
+        other = [error for error in errors if "three@1" in error]
+        assert other == [
+            "three@1 has tensors of 36 bytes where 324 are recorded: rows of them are missing; "
+            "restore a backup"
+        ]
+        mended = [error for error in store.verify(repair_from=healthy).errors if error not in other]
+        assert (mended == []) is is_mended
+        for name in ("one", "two") if is_mended else ("one",):
+            assert np.array_equal(store.load(name)["w"], models[name]["w"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("certificate = '{'", "the certificate of two@1 cannot be read"),
+        ("metadata = '[1]'", "the metadata of two@1 cannot be read"),
+        ("state = 'lively'", "two@1 is 'lively', which no model can be, so it is not served"),
+    ],
+)
+def test_words_about_a_model_that_cannot_be(change: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    with pydedup.open(path) as store:
+        for name in NAMES:
+            store.add(name, {"w": np.ones((9, 9), np.float32)}, policy=policies.Bounded(0.1))
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"UPDATE pydedup_models SET {change} WHERE id = 2")  # noqa: S608
+        connection.execute("UPDATE pydedup_models SET digest = x'00' WHERE id = 3")
+    with pydedup.open(path) as store:
+        errors = store.verify().errors
+        assert [error for error in errors if not error.startswith(said)] == [
+            "three@1: its tensors are not those that it was added with"
+        ]
+        assert len(errors) == 2
+        assert np.array_equal(store.load("one")["w"], np.ones((9, 9)))
+
+
+def put(path: Path, table: str, column: str, value: str, where: str = "1") -> bool:
+    """Give a column of rows a value (SQL); whether there were such rows, and SQLite did it."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         (strict,) = connection.execute(
             "SELECT sql FROM sqlite_master WHERE name = ?", [table]
@@ -218,7 +287,9 @@ def put(path: Path, table: str, column: str, value: str) -> bool:
     for sql in (loose, strict):
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
             if sql is strict:
-                changed = connection.execute(f"UPDATE OR IGNORE {table} SET {column} = {value}")  # noqa: S608
+                changed = connection.execute(
+                    f"UPDATE OR IGNORE {table} SET {column} = {value} WHERE {where}"  # noqa: S608
+                )
             connection.execute("PRAGMA writable_schema = ON")
             connection.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", [sql, table])
             connection.execute("PRAGMA writable_schema = RESET")

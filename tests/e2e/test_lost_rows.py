@@ -136,6 +136,28 @@ def test_a_page_in_use_that_was_given_up_is_not_deleted(store_url: str, other: P
         is_sound(store)
 
 
+@pytest.mark.parametrize("name", ["near", "lossy"])
+def test_a_page_whose_row_is_lost_is_restored(name: str, store_url: str, tmp_path: Path) -> None:
+    """Of a model within a bound, what a repair looks for is said by its distinct blocks alone."""
+    healthy = f"sqlite:///{tmp_path}/healthy.db"
+    fill(healthy)
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        before = loaded(store)
+        page = max(row[1] for row in store._adapter.model_pages(store.info(name).info.id))
+        change(store_url, "DELETE FROM {pages} WHERE id = ?", page)
+        said = f"page {page}: it is missing; read by {name}@1"
+        assert [error for error in store.verify().errors if error.startswith("page")] == [said]
+        report = store.verify(repair_from=healthy)
+        assert report.errors == []
+        assert report.repair is not None
+        assert report.repair.recorded_blocks == 0
+        assert loaded(store) == before
+        store.vacuum()
+        assert loaded(store) == before
+        is_sound(store)
+
+
 def test_a_damaged_page_is_repaired_for_who_is_not_recorded(
     store_url: str, tmp_path: Path, change_page: Callable[..., None]
 ) -> None:

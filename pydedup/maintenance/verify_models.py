@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks models, given what is on the pages; the pages are `pydedup.maintenance.verify`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter
+from pydedup.blocks import BlockMap
+from pydedup.catalog import ModelDigest, SourceHashes, StoredModel, model_info
+from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, SchemaVersionError
+from pydedup.layout import base_places, by_page, split_places, used_places
+from pydedup.maintenance.damage import MAX_ERRORS, VerifyReport
+from pydedup.maintenance.rows import wrong_reads
+from pydedup.text import listed
+
+__all__ = ["DAMAGE", "NO_BASE", "PageContent", "verify_aliases", "verify_model"]
+
+#: In place of a base, of a block that is no delta.
+NO_BASE = -1
+#: What says that a page is damaged. Any other error (a kernel or memory that cannot be had) says
+#: nothing about the store.
+DAMAGE = (CorruptStoreError, SchemaVersionError)
+
+
+@dataclass(frozen=True, slots=True)
+class PageContent:
+    """What the slots of a page hold."""
+
+    dtypes: NDArray[np.uint8]
+    rows: NDArray[np.uint32]
+    cols: NDArray[np.uint32]
+    lengths: NDArray[np.uint32]
+    digests: NDArray[np.uint64]
+    readable: NDArray[np.bool_]
+    """False for deltas whose base cannot be read; their digests are 0."""
+    bases: NDArray[np.int64] | None
+    """Places of bases, `NO_BASE` where a block is no delta; None where none is."""
+
+    def bases_of(self, slots: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Return the places of the bases of some blocks."""
+        return np.full(len(slots), NO_BASE) if self.bases is None else self.bases[slots]
+
+
+def _verify_words(model: StoredModel, report: VerifyReport) -> bool:
+    """Check what is recorded of a model as JSON; returns whether it was stored to the bit."""
+    for read in (lambda: model_info(model.row), model.graph):
+        try:
+            read()
+        except CorruptStoreError as exc:
+            report.add_error(str(exc))
+    try:
+        return model.keeps_bits
+    except CorruptStoreError as exc:
+        report.add_error(str(exc))
+        return False
+
+
+def verify_model(
+    adapter: Adapter, model: StoredModel, contents: dict[int, PageContent], report: VerifyReport
+) -> None:
+    """Check that block maps lead to the blocks of the source, and what is recorded beside them."""
+    maps: list[BlockMap] = []
+    live = np.array(list(contents), np.int64)
+    keeps_bits = _verify_words(model, report)
+    hashes = SourceHashes(adapter, model)
+    named, known = ModelDigest(), len(report.errors)
+    with contextlib.suppress(*DAMAGE, NotFoundError, ArgumentError):
+        model.block_maps()  # of all tensors at once; what is wrong with one, is said of it
+    for ordinal, info in enumerate(model.tensors):
+        where = f"{model.address}, tensor {info.name!r}"
+        try:
+            block_map = model.block_map(info.name)
+        except (*DAMAGE, NotFoundError, ArgumentError) as exc:  # of its rows, all of them
+            report.add_error(str(exc))
+            continue
+        maps.append(block_map)
+        source = hashes.of(ordinal)
+        if len(source) != 16 * block_map.grid.count:
+            report.add_error(f"{where}: {len(source)} bytes of source hashes do not fit its blocks")
+            continue
+        named.add(info, source)
+        wanted = np.frombuffer(source, "<u8").reshape(-1, 2)
+        heights, widths = block_map.grid.heights(), block_map.grid.widths()
+        bases = base_places(block_map)
+        for page_id, blocks in by_page(block_map.page_ids):
+            content = contents.get(page_id)
+            if content is None:
+                if not report.unread(page_id):
+                    report.add_error(f"{where}: page {page_id} is missing, damaged or not live")
+                continue
+            slots = block_map.slots[blocks]
+            if int(slots.max()) >= len(content.dtypes):
+                report.add_error(f"{where}: page {page_id} has no slot {int(slots.max())}")
+                continue
+            good = (
+                (content.dtypes[slots] == info.dtype.code)
+                & (content.rows[slots] == heights[blocks])
+                & (content.cols[slots] == widths[blocks])
+                & (
+                    (content.digests[slots] == wanted[blocks]).all(axis=1)
+                    | (not keeps_bits)
+                    | ~content.readable[slots]
+                )
+            )
+            if not good.all():
+                wrong = int((~good).sum())
+                report.add_error(f"{where}: {wrong} blocks on page {page_id} are not the source's")
+            needed = content.bases_of(slots)
+            if (needed != bases[blocks]).any():
+                report.add_error(
+                    f"{where}: blocks on page {page_id} have other bases than recorded"
+                )
+            lost = np.setdiff1d(split_places(needed[needed != NO_BASE])[0], live)
+            if not all(map(report.unread, lost.tolist())):
+                report.add_error(f"{where}: bases of blocks on page {page_id} are missing")
+    if len(report.errors) == known and named.digest() != model.row.digest:
+        report.add_error(f"{model.address}: its tensors are not those that it was added with")
+    if len(maps) < len(model.tensors):
+        return
+    # What it takes of a page that is damaged, or not to be had, nobody knows.
+    places = used_places(maps)
+    lengths = {
+        page_id: contents[page_id].lengths
+        for page_id in np.unique(split_places(places)[0]).tolist()
+        if page_id in contents and not report.unread(page_id)
+    }
+    recorded = adapter.model_pages(model.row.id)
+    amiss = wrong_reads(recorded, places, lengths)
+    if amiss:
+        # A block map that names other pages than it did is as likely, unless all that it names is
+        # what the source had, or rows are missing and no other is wrong.
+        is_right = keeps_bits and len(report.errors) == known < MAX_ERRORS
+        if is_right or {row[1] for row in recorded}.isdisjoint(amiss):
+            report.wrong_readers.append(model.address)
+        pages = listed([str(page_id) for page_id in amiss])
+        report.add_error(f"{model.address}: what it reads is recorded wrongly, of pages {pages}")
+
+
+def verify_aliases(adapter: Adapter, live: Mapping[int, str], report: VerifyReport) -> None:
+    """Check that aliases point at models of their name."""
+    for name, alias, model_id in adapter.aliases():
+        if live.get(model_id) != name:
+            other = "of another name" if model_id in live else "that is gone"
+            report.add_error(f"alias {name}@{alias} points at a model {other}")
