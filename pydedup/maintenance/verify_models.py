@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.blocks import BlockMap
-from pydedup.catalog import ModelDigest, SourceHashes, StoredModel, model_info
+from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, SchemaVersionError
 from pydedup.layout import base_places, by_page, split_places, used_places
 from pydedup.maintenance.damage import MAX_ERRORS, VerifyReport
@@ -47,27 +47,16 @@ class PageContent:
         return np.full(len(slots), NO_BASE) if self.bases is None else self.bases[slots]
 
 
-def _verify_words(model: StoredModel, report: VerifyReport) -> bool:
-    """Check what is recorded of a model as JSON; returns whether it was stored to the bit."""
-    for read in (lambda: model_info(model.row), model.graph):
-        try:
-            read()
-        except CorruptStoreError as exc:
-            report.add_error(str(exc))
-    try:
-        return model.keeps_bits
-    except CorruptStoreError as exc:
-        report.add_error(str(exc))
-        return False
-
-
 def verify_model(
     adapter: Adapter, model: StoredModel, contents: dict[int, PageContent], report: VerifyReport
 ) -> None:
     """Check that block maps lead to the blocks of the source, and what is recorded beside them."""
     maps: list[BlockMap] = []
     live = np.array(list(contents), np.int64)
-    keeps_bits = _verify_words(model, report)
+    try:
+        model.graph()
+    except CorruptStoreError as exc:
+        report.add_error(str(exc))
     hashes = SourceHashes(adapter, model)
     named, known = ModelDigest(), len(report.errors)
     with contextlib.suppress(*DAMAGE, NotFoundError, ArgumentError):
@@ -104,7 +93,7 @@ def verify_model(
                 & (content.cols[slots] == widths[blocks])
                 & (
                     (content.digests[slots] == wanted[blocks]).all(axis=1)
-                    | (not keeps_bits)
+                    | (not model.keeps_bits)
                     | ~content.readable[slots]
                 )
             )
@@ -135,7 +124,7 @@ def verify_model(
     if amiss:
         # A block map that names other pages than it did is as likely, unless all that it names is
         # what the source had, or rows are missing and no other is wrong.
-        is_right = keeps_bits and len(report.errors) == known < MAX_ERRORS
+        is_right = model.keeps_bits and len(report.errors) == known < MAX_ERRORS
         if is_right or {row[1] for row in recorded}.isdisjoint(amiss):
             report.wrong_readers.append(model.address)
         pages = listed([str(page_id) for page_id in amiss])

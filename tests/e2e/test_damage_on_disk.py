@@ -255,18 +255,21 @@ def test_one_row_with_a_value_that_its_column_cannot_have(table: str, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("certificate = '{'", "the certificate of two@1 cannot be read"),
-        ("metadata = '[1]'", "the metadata of two@1 cannot be read"),
-        ("state = 'lively'", "two@1 is 'lively', which no model can be, so it is not served"),
+        (
+            "models SET state = 'lively' WHERE id = 2",
+            "two@1 is 'lively', which no model can be, so it is not served; restore a backup",
+        ),
+        ("artifacts SET payload = x'7b'", "the graph of two@1 cannot be read: "),
     ],
 )
-def test_words_about_a_model_that_cannot_be(change: str, said: str, tmp_path: Path) -> None:
+def test_a_state_and_a_graph_that_cannot_be(change: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     with pydedup.open(path) as store:
         for name in NAMES:
-            store.add(name, {"w": np.ones((9, 9), np.float32)}, policy=policies.Bounded(0.1))
+            graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+            store.add(name, {"w": np.ones((9, 9))}, graph=graph if name == "two" else None)
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(f"UPDATE pydedup_models SET {change} WHERE id = 2")  # noqa: S608
+        connection.execute(f"UPDATE pydedup_{change}")
         connection.execute("UPDATE pydedup_models SET digest = x'00' WHERE id = 3")
     with pydedup.open(path) as store:
         errors = store.verify().errors
