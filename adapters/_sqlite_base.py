@@ -42,9 +42,16 @@ DIALECT: Final = Dialect(
     page_pad=True,
     list_tables="SELECT name FROM sqlite_master WHERE type IN ('table', 'view')",
     # On the disk when it is committed: see `staging`.
-    begin_write=("PRAGMA synchronous = FULL", "BEGIN IMMEDIATE"),
+    begin_write=(
+        "PRAGMA synchronous = FULL",
+        "PRAGMA wal_autocheckpoint = 1000",
+        "BEGIN IMMEDIATE",
+    ),
     begin_snapshot=("BEGIN", ANY_READ),
 )
+
+# A commit leaves the log alone: `settle` moves it, and may be at it.
+_BEGIN_UNSETTLED: Final = ("PRAGMA wal_autocheckpoint = 0", "BEGIN IMMEDIATE")
 
 #: Between slices of waiting for the writer's lock, Ctrl-C is heard.
 WAIT_SLICE_SECONDS: Final = 0.25
@@ -133,7 +140,14 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         outlives an earlier one.
         """
         self._refuse_when_read_only()
-        with self._scope(WRITE, ("PRAGMA synchronous = NORMAL", "BEGIN IMMEDIATE")):
+        with self._scope(WRITE, ("PRAGMA synchronous = NORMAL", *_BEGIN_UNSETTLED)):
+            yield
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Write transaction that is on the disk once it is committed, with all before it."""
+        self._refuse_when_read_only()
+        with self._scope(WRITE, ("PRAGMA synchronous = FULL", *_BEGIN_UNSETTLED)):
             yield
 
     def settle(self) -> None:

@@ -194,12 +194,15 @@ class StagingAdapter(Protocol):
     def staging(self) -> AbstractContextManager[None]:
         """Like `Adapter.transaction`, but a loss of power may undo it.
 
-        That ends once a later ``transaction()`` is committed: never is an earlier one lost and a
-        later one kept.
+        That ends once a later ``transaction()`` or ``publishing()`` is committed: never is an
+        earlier one lost and a later one kept.
         """
 
+    def publishing(self) -> AbstractContextManager[None]:
+        """Like `Adapter.transaction`; may leave to be done what ``staging()`` does."""
+
     def settle(self) -> None:
-        """Do what such transactions leave to be done, in another thread while more are made.
+        """Do what such transactions leave to be done; may be called while others make more.
 
         What cannot be done now is left for later.
         """

@@ -8,10 +8,12 @@ row also names the machine (boot id), the process namespace, the process and its
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -29,18 +31,28 @@ LEASE_SECONDS = 600.0
 
 _PAGES_PER_TRANSACTION = 16
 _BEAT_SECONDS = 60.0
+# Bytes of staged pages after which they are settled: here, and by somebody beside. What comes
+# meanwhile he cannot finish, and so the log grows; up to this many it may.
+_SETTLE_BYTES, _BESIDE_BYTES, _MOST_UNSETTLED_BYTES = 64 << 20, 8 << 20, 256 << 20
 
 
 class Job:
-    """Staging work of this process: its sign of life, and the pages that it writes unseen."""
+    """Staging work of this process: its sign of life, and the pages that it writes unseen.
 
-    def __init__(self, adapter: Adapter, kind: str) -> None:
+    What `StagingAdapter.settle` does, ``beside`` does meanwhile, if that is given.
+    """
+
+    def __init__(self, adapter: Adapter, kind: str, beside: Executor | None = None) -> None:
         self._adapter = adapter
         self._kind = kind
         import uuid  # of no use to who only reads
 
         self._id = uuid.uuid4().hex
         self._beaten = time.monotonic()
+        self._beside = beside
+        # Bytes that were staged since all was settled, and those that somebody beside began with.
+        self._unsettled = self._begun = 0
+        self._settling: Future[None] | None = None
 
     def beat(self, model_ids: Sequence[int] = ()) -> None:
         """Say that this process is at it, staging these models; inside a transaction."""
@@ -49,16 +61,44 @@ class Job:
         self._adapter.put_job(self._id, spec, repr(time.time()), "running")
         self._beaten = time.monotonic()
 
-    def staging(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[None]:
         """Transaction that stages: durable when what it wrote is published, if not at once."""
+        adapter = self._adapter
+        if not isinstance(adapter, StagingAdapter):
+            with adapter.transaction():
+                yield
+            return
+        with adapter.staging():
+            yield
+        self._settle(adapter)
+
+    def publishing(self) -> AbstractContextManager[None]:
+        """Transaction that makes durable what was staged."""
         if isinstance(self._adapter, StagingAdapter):
-            return self._adapter.staging()
+            return self._adapter.publishing()
         return self._adapter.transaction()
 
-    def settle(self) -> None:
-        """Do what `staging` leaves to be done, in another thread while more is staged."""
-        if isinstance(self._adapter, StagingAdapter):
-            self._adapter.settle()
+    def finish(self) -> None:
+        """Leave nothing to be done for the database, once what was staged is published."""
+        self._end_settling()
+        self._adapter.checkpoint()
+
+    def _settle(self, adapter: StagingAdapter) -> None:
+        """Have settled what was staged: beside, or here when that does not keep up."""
+        if self._unsettled >= (_SETTLE_BYTES if self._beside is None else _MOST_UNSETTLED_BYTES):
+            self._end_settling()
+            adapter.settle()
+            self._unsettled = self._begun = 0
+            return
+        is_free = self._settling is None or self._settling.done()
+        if self._beside is not None and is_free and self._unsettled - self._begun >= _BESIDE_BYTES:
+            self._begun = self._unsettled
+            self._settling = self._beside.submit(adapter.settle)
+
+    def _end_settling(self) -> None:
+        if self._settling is not None:
+            wait([self._settling])
 
     def keep_alive(self, model_ids: Sequence[int] = ()) -> None:
         """Beat once a minute, in a transaction of its own: for where nothing is written for long.
@@ -81,6 +121,7 @@ class Job:
         MariaDB 11.8 ends itself when its disk fills up between two of a row of pages.
         """
         (page_id,) = self._adapter.insert_pages([(checksum, payload)], state=STAGING)
+        self._unsettled += len(payload)
         self.stage_blocks([page_id], [hashes])
         return page_id
 

@@ -114,7 +114,7 @@ def _attempt(
         )
         if published is None:
             return None
-        adapter.checkpoint()
+        stager.finish()
         return _reports(models, spool, matcher.reader, published, started, dry_run=False)
 
 

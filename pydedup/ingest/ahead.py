@@ -29,6 +29,7 @@ from pydedup.blocks import MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.match import hash_keys, look_now, pieces_of
+from pydedup.ingest.met import MetTensors
 from pydedup.ingest.plan import Request
 from pydedup.ingest.similar import LookedAt, look_at
 from pydedup.ingest.workers import Task, Workers
@@ -63,6 +64,10 @@ def distinct_entries(request: Request) -> Iterator[tuple[TensorEntry, TensorEntr
 
 class Known(Protocol):
     """What is known of blocks: those of this add so far, and those of the store."""
+
+    @property
+    def met(self) -> MetTensors:
+        """Tensors of this add so far."""
 
     def ask(self, keys: Sequence[bytes]) -> None:
         """Ask the store about hashes that it was not asked about before."""
@@ -242,7 +247,8 @@ class Ahead:
             tensor.is_asked = True
             if self._foresees(tensor.request):
                 view, digests = tensor.task.result()
-                read.append((tensor, view, hash_keys(digests)))
+                if not self._known.met.has(digests):
+                    read.append((tensor, view, hash_keys(digests)))
         if read:
             self._known.ask([key for _, _, keys in read for key in keys])
         for tensor, view, keys in read:

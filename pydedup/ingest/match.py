@@ -22,6 +22,7 @@ from pydedup.hashing import hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.deltas import Delta
+from pydedup.ingest.met import MetTensors
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.similar import LookedAt, Similar, look_at
@@ -120,6 +121,7 @@ class Matcher:
         self.candidates = Candidates(adapter, pool, self.stored)
         self.similar = Similar(self.reader, self.candidates)
         self.catalog = Catalog(adapter)
+        self.met = MetTensors(self.reader)
         self.aligned = Aligned(adapter, self.catalog, self.stored, self.reader)
         self._known = _Known()
         self._looked_up: set[bytes] = set()

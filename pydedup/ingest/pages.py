@@ -3,8 +3,8 @@
 
 A worker makes the next pages while some are being written. Where ids of pages can be had before
 (`NumberingAdapter`), several write side by side, each with a connection of its own; which page gets
-which id does not depend on that. On SQLite, which has one writer, its log is moved into the main
-file meanwhile.
+which id does not depend on that. On SQLite, which has one writer, a thread moves its log into the
+main file meanwhile (`pydedup.jobs`).
 """
 
 from __future__ import annotations
@@ -136,19 +136,12 @@ class PageWriter:
     # ---- inside -------------------------------------------------------------------------------
 
     def _write_in_turn(self) -> None:
-        settling: Task[None] | None = None
-        try:
-            for group, images in zip(self._groups, self._images(), strict=True):
-                with self._job.staging():
-                    ids = self._write_pages(group, images)
-                    self._beat()
-                self.page_ids.extend(ids)  # only now: ids of one that failed may become another's
-                self._note_written(group)
-                if self._workers is not None and (settling is None or settling.is_ready):
-                    settling = self._workers.submit_waiting(self._job.settle)
-        finally:
-            if settling is not None:
-                settling.end()
+        for group, images in zip(self._groups, self._images(), strict=True):
+            with self._job.staging():
+                ids = self._write_pages(group, images)
+                self._beat()
+            self.page_ids.extend(ids)  # only now: ids of one that failed may become another's
+            self._note_written(group)
 
     def _write_side_by_side(self, workers: Workers, page_ids: list[int]) -> None:
         """Write groups of pages, some at once: each takes a connection and its pages in memory."""

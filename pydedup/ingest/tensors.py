@@ -125,11 +125,12 @@ def _match_one(
     found = matcher.match(
         view,
         digests=known.digests,
-        known=known.references,
+        known=matcher.met.find(view, known.digests, known.references),
         policy=request.policy,
         hints=hints_for(matcher, request, entry, view.grid),
         advance=advance,
     )
+    matcher.met.note(known.digests, found.references)
     matcher.aligned.note(request, entry, view.grid, found.references)
     errors = np.maximum(known.errors, found.errors)
     largest_error = float(errors.max(initial=0.0))

@@ -100,12 +100,17 @@ class Workers:
     """``count`` workers, one of which is the caller's thread. A context manager.
 
     When it ends, what has not begun never does, and what has is waited for.
+
+    Attributes
+    ----------
+    waiting
+        A further thread for what waits for a disk most of the time.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._threads = ThreadPoolExecutor(count - 1, "pydedup-add") if count > 1 else None
-        self._waiting = ThreadPoolExecutor(1, "pydedup-add-waiting")  # begins with its first work
+        self.waiting = ThreadPoolExecutor(1, "pydedup-add-waiting")  # begins with its first work
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +121,7 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._waiting.shutdown(cancel_futures=True)
+        self.waiting.shutdown(cancel_futures=True)
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
@@ -130,7 +135,3 @@ class Workers:
         if self._threads is None:
             return Task(work, None)
         return Task(work, self._threads.submit(work, 1))
-
-    def submit_waiting(self, work: Callable[[], _Result]) -> Task[_Result]:
-        """Hand over work that waits for a disk most of the time: it has a thread of its own."""
-        return Task(lambda _threads: work(), self._waiting.submit(work))

@@ -78,7 +78,8 @@ class Stager:
         self._reader = matcher.reader
         self._segments = matcher.candidates if segments is None else segments
         self._advance = advance
-        job = self._job = Job(adapter, kind)
+        beside = workers.waiting if workers is not None and workers.are_several else None
+        job = self._job = Job(adapter, kind, beside)
 
         def beat() -> None:  # without self: a circle would keep what was added in memory
             job.beat([model.model_id for model in models])
@@ -154,7 +155,7 @@ class Stager:
         ConflictError when a vacuum took this staging for abandoned.
         """
         adapter = self._adapter
-        with adapter.transaction():
+        with self._job.publishing():
             if not adapter.bump_epoch(epoch):
                 return False
             adapter.set_page_state(self.page_ids, LIVE)
@@ -170,6 +171,10 @@ class Stager:
             self._job.end()
         self.epoch = epoch + 1
         return True
+
+    def finish(self) -> None:
+        """Leave nothing to be done for the database, once this was published."""
+        self._job.finish()
 
     def keep_alive(self) -> None:
         """Say that this is still going on, where nothing is written for long."""

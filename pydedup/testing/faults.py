@@ -19,7 +19,7 @@ from pydedup.adapter_options import NumberingAdapter, RowAdapter, StagingAdapter
 
 __all__ = ["Fault", "FaultyAdapter", "inject"]
 
-_SCOPES = ("transaction", "staging", "snapshot")
+_SCOPES = ("transaction", "staging", "publishing", "snapshot")
 _NOT_CALLS = ("url", "read_only", "capabilities")
 #: Passed on, too, where an adapter has them.
 _OPTIONAL = (StagingAdapter, NumberingAdapter)

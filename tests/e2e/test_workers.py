@@ -24,7 +24,7 @@ from pydedup.adapters._schema import TABLES
 from safetensors.numpy import save_file
 
 import pydedup
-from pydedup import config, registry
+from pydedup import config, jobs, registry
 from pydedup.errors import ArgumentError, FormatError, StorageFullError
 from pydedup.ingest import ahead, workers
 from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
@@ -281,8 +281,9 @@ def test_pages_are_written_side_by_side_where_the_database_lets_them(
 
 @pytest.mark.usefixtures("little_room")
 def test_the_log_of_sqlite_is_moved_while_more_is_staged(
-    new_store: Callable[[str], str],
+    new_store: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(jobs, "_BESIDE_BYTES", 1024 * 1024)
     url = new_store("sqlite")
     pydedup.open(url).close()
     adapter, control = inject(registry.connect(url, mode="a"))
@@ -296,6 +297,30 @@ def test_the_log_of_sqlite_is_moved_while_more_is_staged(
         store.add_many({f"later-{k}": v for k, v in family(10).items()}, workers=2)
         assert threads
         assert store.verify().errors == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.usefixtures("little_room")
+def test_the_log_of_sqlite_does_not_grow_with_what_is_staged(
+    count: int, new_store: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mib = 1024 * 1024
+    monkeypatch.setattr(jobs, "_SETTLE_BYTES", 2 * mib)
+    monkeypatch.setattr(jobs, "_BESIDE_BYTES", mib)
+    monkeypatch.setattr(jobs, "_MOST_UNSETTLED_BYTES", 4 * mib)
+    url = new_store("sqlite")
+    pydedup.open(url).close()
+    log = Path(f"{url.removeprefix('sqlite:///')}-wal")
+    adapter, control = inject(registry.connect(url, mode="a"))
+    sizes: list[int] = []
+    control.add_fault(Fault("checkpoint", lambda: sizes.append(log.stat().st_size)))
+    rng = np.random.default_rng(3)
+    models = {f"m{i}": {"w": rng.standard_normal((1024, 1024), np.float32)} for i in range(8)}
+    with pydedup.Store(adapter, 64 << 20) as store:
+        store.add_many(models, policy=Exact(), workers=count)
+        assert store.stats().stored_bytes > 30 * mib
+    # Those, a transaction of two pages, rows, and pages of SQLite that are changed again.
+    assert 0 < sizes[0] < 9 * mib
 
 
 @pytest.mark.parametrize("count", [0, -1, 257, 1.5, True, "2"])
