@@ -152,9 +152,12 @@ def test_what_is_staged_is_synced_with_what_publishes_it(adapter: Adapter) -> No
         adapter.set_meta("staged", str(1 // 0))
     with pytest.raises(StoreError), adapter.staging(), adapter.transaction():
         pass
-    with adapter.transaction():
-        assert synced(adapter) == 2
-        assert adapter.meta()["staged"] == "yes"
+    for scope in (adapter.publishing, adapter.transaction):
+        with scope():
+            assert synced(adapter) == 2
+            assert adapter.meta()["staged"] == "yes"
+        with adapter.staging():
+            assert synced(adapter) == 1
 
 
 @pytest.fixture
