@@ -7,6 +7,7 @@ derived from them, for whoever asks whether anybody reads a page; of distinct bl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -148,19 +149,20 @@ def blocks_of_no_page(adapter: Adapter, known: int) -> list[BlockRow]:
     """Return distinct blocks on pages that are not there; ``known`` is how many live pages have.
 
     An add that finds one by its hash fails for it. They are looked for only where there are more
-    blocks than are known, among the ids between those of pages, and some beyond.
+    blocks than are known, among the ids behind those of pages, of each at most so many.
     """
     left = adapter.count_blocks() - known
-    if left <= 0:
-        return []
-    there = {row.id for row in adapter.page_rows()}
     found: list[BlockRow] = []
-    for start in range(1, max(there, default=0) + _IDS_BEYOND, _IDS_AT_ONCE):
-        ids = [n for n in range(start, start + _IDS_AT_ONCE) if n not in there]
-        found += adapter.blocks_on_pages(ids) if ids else ()
-        if len(found) >= left:
-            break
+    ids = _ids_of_no_page(adapter) if left > 0 else iter(())
+    while len(found) < left and (some := list(itertools.islice(ids, _IDS_AT_ONCE))):
+        found += adapter.blocks_on_pages(some)
     return found
+
+
+def _ids_of_no_page(adapter: Adapter) -> Iterator[int]:
+    there = sorted({0, *(row.id for row in adapter.page_rows() if row.id > 0)})
+    for page_id, following in itertools.pairwise([*there, 1 << 63]):
+        yield from range(page_id + 1, min(following, page_id + _IDS_BEYOND))
 
 
 def forget_blocks(adapter: Adapter, block_ids: Sequence[int]) -> int:

@@ -270,6 +270,18 @@ def test_blocks_that_are_on_no_page_are_told_and_forgotten(
         is_sound(store)
 
 
+def test_a_page_of_a_distant_number_keeps_no_verify(tmp_path: Path) -> None:
+    """As a flipped bit makes it: to ask for the blocks of all numbers up to it would take days."""
+    url = f"sqlite:///{tmp_path}/store.db"
+    fill(url)
+    change(url, "UPDATE {pages} SET state = ? WHERE id = 1", "liv")
+    change(url, "UPDATE {pages} SET id = ? WHERE id = 4", 4 + (1 << 40))
+    columns = "(hash128, page_id, slot) VALUES (?, 5, 70)"
+    change(url, f"INSERT INTO {{distinct_blocks}} {columns}", bytes(16))
+    with pydedup.open(url) as store:
+        assert "page 5, slot 70: recorded, and there is no such block" in store.verify().errors
+
+
 def all_blocks(store: pydedup.Store) -> list[Any]:
     pages = [row.id for row in store._adapter.page_rows()]
     return store._adapter.blocks_on_pages(pages)
