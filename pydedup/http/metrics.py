@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Prometheus is told. Only models that the store has become labels, so a client makes none."""
+"""What Prometheus is told. Only models that the store has become labels, so a client makes none.
+
+Models come and go while a server runs, so only those that were asked for last keep theirs.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
@@ -18,12 +22,14 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["CONTENT_TYPE", "COUNTED", "Metrics"]
+__all__ = ["CONTENT_TYPE", "COUNTED", "MOST_MODELS", "Metrics"]
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+#: Models that are told apart at most: 1.5 MB for Prometheus to read.
+MOST_MODELS = 10_000
 #: What the pool counts up, apart from what it has now.
 COUNTED = ("hits", "misses", "inserts", "evictions", "waits", "wait_us")
 
@@ -43,6 +49,7 @@ class Metrics:
             ["model", "outcome"],
             registry=self._registry,
         )
+        self._outcomes: OrderedDict[str, set[str]] = OrderedDict()  # by model, last asked last
         self._seconds = Histogram(
             "pydedup_request_seconds",
             "From the first byte of an inference request to the last of its answer.",
@@ -77,9 +84,15 @@ class Metrics:
 
     def request(self, model: str, outcome: str, seconds: float) -> None:
         """Count one inference request."""
-        self._requests.labels(model, outcome).inc()
         with self._lock:
             self._seconds.observe(seconds)
+            self._requests.labels(model, outcome).inc()
+            self._outcomes.setdefault(model, set()).add(outcome)
+            self._outcomes.move_to_end(model)
+            if len(self._outcomes) > MOST_MODELS:
+                oldest, outcomes = self._outcomes.popitem(last=False)
+                for gone in outcomes:
+                    self._requests.remove(oldest, gone)
 
     def batch(self, requests: int, rows: int) -> None:
         """Count one batch."""

@@ -25,7 +25,7 @@ import pytest
 
 import pydedup
 from pydedup.errors import ArgumentError, UnavailableError
-from pydedup.http.metrics import Metrics
+from pydedup.http.metrics import MOST_MODELS, Metrics
 from pydedup.http.scrape import Histogram, Rates, Source, parse
 from pydedup.replacement import Trace
 from pydedup.testing.serving import Server, Start
@@ -320,6 +320,33 @@ def test_histograms_are_of_one_moment() -> None:
         over.set()
         counting.join()
         sys.setswitchinterval(switch)
+
+
+def test_models_that_come_and_go_are_not_told_for_ever() -> None:
+    """A server whose models are trained anew each hour told of all that there ever were."""
+    metrics = Metrics(dict, {})
+    for number in range(MOST_MODELS):
+        metrics.request(f"m@{number}", "ok", 0.5)
+    metrics.request("m@1", "bad_request", 0.5)
+    metrics.request("m@0", "ok", 0.5)
+    metrics.request("new@1", "ok", 0.5)  # m@2 goes
+    metrics.request("new@2", "timeout", 0.5)  # m@3
+    seen = parse(metrics.text().decode() + "pydedup_pool_hits 0\n")
+    assert seen.models[("m@0", "ok")] == 2
+    assert seen.models[("new@2", "timeout")] == 1
+    assert {model for model, _ in seen.models} == {
+        "m@0",
+        "m@1",
+        "new@1",
+        "new@2",
+        *(f"m@{number}" for number in range(4, MOST_MODELS)),
+    }
+    for number in range(4, MOST_MODELS):
+        metrics.request(f"m@{number}", "ok", 0.5)
+    metrics.request("new@3", "ok", 0.5)  # m@1 goes, with both its outcomes
+    seen = parse(metrics.text().decode() + "pydedup_pool_hits 0\n")
+    assert not any(model == "m@1" for model, _ in seen.models)
+    assert seen.seconds.count == 2 * MOST_MODELS + 1
 
 
 def test_a_source_says_what_it_wants() -> None:
