@@ -398,6 +398,18 @@ def test_quantised_modules_are_refused(store: pydedup.Store) -> None:
 
 # ---- what an attached module refuses ------------------------------------------------------------
 
+
+def forward_mode(module: Any) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return module(torch.autograd.forward_ad.make_dual(X, X))
+
+
+def make_fx(module: Any) -> Any:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(module)
+
+
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "state_dict": (lambda m: m.state_dict(), "has no state_dict"),
     "state_dict of a part": (lambda m: m[0].state_dict(), "Linear, attached to m, has no state_d"),
@@ -425,8 +437,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "view": (lambda m: (m[0].bias.view(7, 10).fill_(9), m(X)), "was changed in place, maybe"),
     "view of a matrix": (lambda m: (m[0].weight.flatten().zero_(), m[0].weight + 1), "was changed"),
     "requires_grad_": (lambda m: m.requires_grad_(), "has no gradient"),
+    "a dual number": (forward_mode, "has a tangent, and streamed weights give none"),
     "script": (torch.jit.script, "cannot be compiled by TorchScript"),
     "trace": (lambda m: torch.jit.trace(m, X), "cannot be traced, compiled or exported"),
+    "make_fx": (lambda m: make_fx(m)(X), "cannot be traced, compiled or exported"),
     "compile": (lambda m: m.compile(), "cannot be compiled"),
     "integers": (lambda m: m(X.long()), "is torch.int64; floats are needed"),
     "shape": (lambda m: m(X[:, :9]), r"x has shape \(3, 9\)"),
@@ -501,6 +515,18 @@ def test_what_changes_nothing_is_allowed(store: pydedup.Store) -> None:
     torch.testing.assert_close(module[:2](X), nn.functional.relu(module[0](X)))
     torch.testing.assert_close(module(X), wanted)
     assert np.array_equal(module[0].weight.numpy(), store.load("m")["0.weight"])
+
+
+def test_arrays_of_weights_are_read_only(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    bias = store.attach(module, "m")[0].bias
+    for array in (bias.numpy(), bias.detach().numpy(), np.asarray(bias)):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 9
+    np.asarray(bias, np.float64)[:] = 9
+    torch.testing.assert_close(module(X), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")

@@ -349,6 +349,23 @@ def test_arguments_that_no_kernel_takes(check: Check, call: Callable[[Any, Any],
     assert check(Calls(call), torch.randn(4, 50)) == {"matrix"}
 
 
+class SomeFilters(nn.Module):
+    """Convolves with the first filters alone, as networks of several widths do."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any) -> Any:
+        call = nn.functional.conv2d if x.ndim == 4 else nn.functional.conv1d
+        return call(x, self.layer.weight[1:5], self.layer.bias[1:5])
+
+
+def test_convolutions_with_some_of_the_filters(check: Check) -> None:
+    check(SomeFilters(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 9, 9))
+    check(SomeFilters(nn.Conv1d(3, 8, 3)), torch.randn(2, 3, 9))
+
+
 @pytest.mark.parametrize("axes", [(0, 3), (-3, 0), (1, 2)])
 def test_axes_that_a_matrix_has_not(store: pydedup.Store, axes: tuple[int, int]) -> None:
     module = Calls(lambda x, w: w.transpose(*axes)).eval()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from pydedup.errors import ArgumentError
@@ -42,6 +43,11 @@ def _array(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
                 "none; use torch.no_grad()"
             )
         x = x.detach()
+    if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise ArgumentError(
+            f"the input of {weight.label} has a tangent, and streamed weights give none; call the "
+            "module outside of torch.autograd.forward_ad.dual_level"
+        )
     dtype = x.dtype
     if dtype in _HALVES:
         x = x.float()
@@ -84,6 +90,8 @@ def _streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
     slot = weight.attachment.slots[weight.number]
     stored = weight.stored()
     if len(stored.shape) != ndim or not slot.dtype.is_floating_point:
+        return None
+    if ndim > 2 and weight.rows is not None:  # kernels of convolutions take all filters
         return None
     # A kernel would round the inputs of such a module to float32.
     if slot.dtype is torch.float64 and stored.dtype.itemsize < 8:

@@ -210,7 +210,12 @@ def _check_surroundings(label: str) -> None:
             f"{label} streams its weights and cannot be part of what torch.func transforms (vmap, "
             "grad and the like); call it outside, or detach it first"
         )
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+    proxies = torch._C._TorchDispatchModeKey.PROXY  # those of make_fx
+    if (
+        torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(proxies) is not None
+    ):
         raise ArgumentError(
             f"{label} cannot be traced, compiled or exported: streamed weights would become "
             "constants of the program; detach it first"

@@ -128,6 +128,20 @@ def _contiguous(
     return self
 
 
+def _gives_array(method: Callable[..., Any]) -> None:
+    """Register what gives an array: what is written there, torch would not count as a change."""
+
+    @handles(method)
+    def give(self: StoredParameter, *args: Any, **kwargs: Any) -> Any:
+        array = method(self.loaded(), *args, **kwargs)
+        array.flags.writeable = array.flags.owndata  # a copy, of another dtype, is the caller's
+        return array
+
+
+_gives_array(_Tensor.numpy)
+_gives_array(_Tensor.__array__)
+
+
 @handles(_Tensor.requires_grad_)
 def _requires_grad_(self: StoredParameter, requires_grad: bool = True) -> Any:
     if requires_grad:
