@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.blocks import MatrixView
+from pydedup.blocks import MatrixView, as_unsigned
 from pydedup.errors import ArgumentError
 
 __all__ = [
@@ -101,7 +101,7 @@ def encode_blocks(
     Raises
     ------
     ArgumentError
-        When an index is outside of the grid or a block has 4 GiB or more.
+        When an index is outside of the grid, a block has 4 GiB or more, or threads is out of range.
     """
     grid = view.grid
     arena, offsets, lengths, encodings = _core.encode_blocks(
@@ -111,7 +111,7 @@ def encode_blocks(
         grid.block_cols,
         column(indices, np.int64, "indices"),
         planes,
-        threads,
+        as_unsigned("threads", threads, 31),
     )
     return EncodedBlocks(arena, offsets, lengths, encodings)
 
@@ -180,7 +180,7 @@ def encode_deltas(
         column(base_indices, np.int64, "base_indices"),
         most,
         _error_bound(max_rel_error),
-        threads,
+        as_unsigned("threads", threads, 31),
     )
     return EncodedBlocks(arena, offsets, lengths, encodings)
 
@@ -210,7 +210,7 @@ def estimate_deltas(
         *_blocks(base_view),
         column(base_indices, np.int64, "base_indices"),
         _error_bound(max_rel_error),
-        threads,
+        as_unsigned("threads", threads, 31),
     )
 
 

@@ -45,9 +45,11 @@ def hash_blocks(
     Raises
     ------
     ArgumentError
-        When the array is not 2-D, its dtype cannot be stored, the block shape is not positive, or
-        seed or threads is out of range.
+        When it is no array or not 2-D, its dtype cannot be stored, the block shape is not positive,
+        or seed or threads is out of range.
     """
+    if not isinstance(matrix, np.ndarray):
+        raise ArgumentError(f"hash_blocks takes a numpy array, not a {type(matrix).__name__}")
     if matrix.ndim != 2:
         raise ArgumentError(f"hash_blocks takes a 2-D array, got {matrix.ndim}-D")
     return hash_view(MatrixView.of(matrix, as_block_shape(block_shape)), seed=seed, threads=threads)

@@ -72,6 +72,9 @@ def test_what_is_no_number_of_threads_is_named(threads: Any) -> None:
         lambda: codec.block_digests([page], [0], [0], threads=threads),
         lambda: codec.read_blocks(view, [0], [page], [0], [0], threads=threads),
         lambda: codec.blocks_equal(view, [0], [page], [0], [0], threads=threads),
+        lambda: codec.encode_blocks(view, [0], planes=True, threads=threads),
+        lambda: codec.encode_deltas(view, [0], view, [1], threads=threads),
+        lambda: codec.estimate_deltas(view, [0], view, [1], threads=threads),
     ):
         with pytest.raises(ArgumentError, match=r"^threads must be"):
             call()
