@@ -154,6 +154,7 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         """Move what of the log is committed into the main file, without waiting for anybody."""
         with contextlib.suppress(ConflictError, StorageFullError), self._pool.acquire() as session:
             self._pragma(session, "wal_checkpoint(PASSIVE)")
+            self._places.begin_writeback()  # SQLite does not sync before it moved all of the log
 
     # ---- waiting ------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
+from pydedup._pages import begin_writeback
 from pydedup.errors import PydedupError
 
 from ._sqlite_tree import NotFoundInFileError, Place, Tree
@@ -216,6 +217,11 @@ class PagePlaces:
             yield page, payload
         else:
             self._known[page.id] = page._replace(page_bytes=0)
+
+    def begin_writeback(self) -> None:
+        """Let the system begin to write what was changed, for which a sync has to wait else."""
+        with contextlib.suppress(NotFoundInFileError):
+            begin_writeback(self._open_handle()[0])
 
     def _open_handle(self) -> tuple[int, int]:
         """Return a handle of the file that SQLite has open, and the file's size."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, freethreading_compatible=True, binding=True, embedsignature=False
-"""Moving payloads between the store and a driver's buffers: cut, join, and make them ``bytes``.
+"""Moving payloads between the store, a driver's buffers and the disk.
 
 Stateless, and links nothing of the core. Bytes are copied once at most and with the GIL
 released; what needs no copy gets none. Deliberately not here: anything that looks into a payload.
@@ -15,6 +15,19 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.string cimport memcpy
+
+cdef extern from *:
+    """
+    #ifdef __linux__
+    #include <fcntl.h>
+    static void begin_writing(int handle) {
+        (void)sync_file_range(handle, 0, 0, SYNC_FILE_RANGE_WRITE);
+    }
+    #else
+    static void begin_writing(int handle) { (void)handle; }
+    #endif
+    """
+    void begin_writing(int handle) nogil
 
 
 def split_payload(payload, Py_ssize_t part_bytes):
@@ -65,3 +78,12 @@ def join_parts(parts):
         for i in range(held):
             PyBuffer_Release(&buffers[i])
         PyMem_Free(buffers)
+
+
+def begin_writeback(int handle):
+    """Let the system begin to write a file of this handle to its disk, if it can be told so.
+
+    A hint: nothing is durable for it, and an error of the disk is left to who syncs the file.
+    """
+    with nogil:
+        begin_writing(handle)

@@ -6,7 +6,8 @@
 Models are safetensors files of 8 tensors of 1024 x 1024 f32 from N(0, 0.02), 33.5 MB each, 537 MB
 together. "A quarter moved": a family in which each has noise of 1 % of that spread on every weight
 of 2 of the 8 tensors; "all moved": on all of them; "strangers": 16 models drawn by themselves. Each
-add is a process of its own into an empty store, and only the call of `add_many` is timed. Two
+add is a process of its own into an empty store, in which nothing imports PyTorch, and only the call
+of `add_many` is timed. Two
 workers are held against one (`workers=`: so many threads in all), and against one whose kernels
 use both cores all the same, as no user has it any more. They take turns; medians of ROUNDS (an
 environment variable; 5).
@@ -15,13 +16,11 @@ environment variable; 5).
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,12 +30,7 @@ from databases import places
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-import pydedup
-from pydedup.ingest import add
-from pydedup.policies import Bounded, Exact, Lossless
-
 MODELS, TENSORS, SIDE, SPREAD = 16, 8, 1024, 0.02
-POLICIES = {"exact": Exact(), "lossless": Lossless(), "bounded": Bounded(0.001)}
 #: Workers of each side, and whether computations may take more threads.
 SIDES = {
     "two workers": (2, False),
@@ -46,7 +40,7 @@ SIDES = {
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 AIM = 1.3
 
-_CHILD = "--child"
+_ADDS = Path(__file__).with_name("_add_many.py")
 
 
 def drawn(rng: np.random.Generator, spread: float = SPREAD) -> NDArray[np.float32]:
@@ -73,22 +67,9 @@ def files(folder: Path, moved: int | None) -> list[Path]:
 def timed(url: str, policy: str, side: str, paths: Sequence[Path]) -> float:
     """Add the models in a process of its own; return the seconds."""
     workers, more = SIDES[side]
-    command = [sys.executable, __file__, _CHILD, url, policy, str(workers), str(more)]
+    command = [sys.executable, str(_ADDS), url, policy, str(workers), str(more)]
     done = subprocess.run([*command, *map(str, paths)], check=True, capture_output=True, text=True)
     return float(done.stdout)
-
-
-def child(url: str, policy: str, workers: str, more: str, *paths: str) -> None:
-    if more == "True":
-        add.config.at_most_threads = lambda _most: contextlib.nullcontext()
-    with pydedup.open(url) as store:
-        # What is imported with the first add is not what is measured.
-        store.add("warm-up", {"w": np.zeros((64, 64), np.float32)}, policy=POLICIES[policy])
-        models = {Path(path).stem: path for path in paths}
-        gc.collect()  # nor what this bench imported: PyTorch and drivers, 0.1 s once
-        started = time.perf_counter()
-        store.add_many(models, policy=POLICIES[policy], workers=int(workers))
-        print(time.perf_counter() - started)
 
 
 def beside(
@@ -144,7 +125,4 @@ def strangers() -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [_CHILD]:
-        child(*sys.argv[2:])
-    else:
-        main(__doc__, [quarter, quarter_postgres, moved, moved_postgres, strangers])
+    main(__doc__, [quarter, quarter_postgres, moved, moved_postgres, strangers])

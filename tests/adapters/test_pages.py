@@ -8,13 +8,14 @@ import random
 import sys
 import threading
 from array import array
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydedup._pages import join_parts, split_payload
+from pydedup._pages import begin_writeback, join_parts, split_payload
 
 
 @given(st.binary(max_size=2000), st.integers(min_value=1, max_value=300))
@@ -87,3 +88,14 @@ def test_threads_join_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_writing_back_is_a_hint(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb", buffering=0) as file:
+        file.write(b"changed")
+        begin_writeback(file.fileno())
+        handle = file.fileno()
+    begin_writeback(handle)  # closed
+    begin_writeback(-1)
+    assert path.read_bytes() == b"changed"
