@@ -313,6 +313,8 @@ class L2LSH:
         workers = as_count(threads, "threads")
         if fetch is None:
             return self._index.query(blocks, wanted, whole, workers)
+        if not callable(fetch):
+            raise ArgumentError(f"fetch must be a function of ids, not {type(fetch).__name__}")
         candidates, _ = self._index.query(blocks, max(8, 4 * wanted), whole, workers)
         ids = np.full((len(candidates), wanted), -1, np.int64)
         exact = np.full((len(candidates), wanted), np.inf)

@@ -255,6 +255,8 @@ def test_wrong_batches_are_named() -> None:
     for answer in (blocks[:1, :3], blocks[:1].astype(np.float16), None, blocks[:0]):
         with pytest.raises(ArgumentError, match=r"fetch|blocks|b must"):
             index.query(blocks[:1], 1, lambda _, answer=answer: answer)
+    with pytest.raises(ArgumentError, match="fetch must be a function of ids, not ndarray"):
+        index.query(blocks[:1], 1, blocks)  # type: ignore[arg-type]
     assert "0" not in index
     assert None not in index
     assert 2**70 not in index
