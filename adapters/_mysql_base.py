@@ -124,8 +124,7 @@ class MysqlBase(MysqlRows, DbApiAdapter):
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         for piece in batches(ids, PAYLOADS_PER_READ):
             sql = self._sql.read_pages(len(piece)).replace(DIALECT.placeholder, TEXT_MARK)
-            for page_id, payload in self._query(sql, piece):
-                yield page_id, bytes(payload)
+            yield from self._recorded("pages", sql, piece, ["id", "payload"])
 
     @contextlib.contextmanager
     def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
+from pydedup.blocks import SLOT_BITS
 from pydedup.catalog import StoredModel, recorded_object
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.layout import block_costs, block_places, joined, map_places, split_places
 from pydedup.pool import PagePool
 
@@ -111,6 +112,13 @@ class Readers:
         ids = np.array([model.id for model in models], np.int64)
         rows = np.array(adapter.model_pages(), np.int64).reshape(-1, 4)
         rows = rows[np.isin(rows[:, 0], ids)]
+        wrong = np.flatnonzero((rows[:, 2] < 0) | (rows[:, 2] >> SLOT_BITS > 0))
+        if len(wrong):
+            model_id, page_id, blocks, _ = rows[wrong[0]].tolist()
+            raise CorruptStoreError(
+                f"the model of id {model_id} uses {blocks:,} blocks of page {page_id}, as is "
+                "recorded; run verify, with --repair-from anything to make this anew"
+            )
         rows[:, 0] = np.searchsorted(ids, rows[:, 0])
         return cls(rows, places, lambda asked: block_costs(pool, asked))
 

@@ -135,7 +135,7 @@ def gather(
         details = [_detail(adapter, rows[i], common) for i in chosen if i in common.readers]
         sizes = {page.id: page.payload_bytes for page in adapter.page_rows(state=LIVE)}
     fill = np.array(list(sizes.values()), np.float64) * FILL_BINS / PAGE_BYTES
-    bins = np.minimum(fill, FILL_BINS - 1).astype(np.int64)
+    bins = np.clip(fill, 0, FILL_BINS - 1).astype(np.int64)
     infos = [model_info(row, aliases.get(row.id, ())) for row in rows]
     lines = [
         ModelLine(

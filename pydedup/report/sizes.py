@@ -68,7 +68,7 @@ def model_sizes(adapter: Adapter, catalog: Catalog) -> list[ModelSize]:
             page_bytes=sum(size[page] for page in uses[info.id]),
             exclusive_bytes=sum(size[page] for page in uses[info.id] if owners[page] == 1),
             share_bytes=round(
-                sum(size[page] * used / whole[page] for page, used in uses[info.id].items())
+                sum(size[page] * used / (whole[page] or 1) for page, used in uses[info.id].items())
             ),
         )
         for info in infos

@@ -191,7 +191,15 @@ def test_wrong_figures_are_seen_and_mended(store_url: str, other: Path) -> None:
             report = store.verify(repair_from=other)
             assert report.errors == []
             assert store.stats(by="tenant") == usage
-        (page, *_) = (row[1] for row in store._adapter.model_pages(store.info("lossy").info.id))
+        lossy = store.info("lossy").info.id
+        change(store_url, "UPDATE {model_pages} SET bytes = 0 WHERE model_id <> ?", lossy)
+        assert {size.info.name for size in store.sizes() if size.share_bytes} == {"lossy"}
+        change(store_url, "UPDATE {model_pages} SET blocks = ? WHERE model_id < ?", 1 << 60, lossy)
+        with pytest.raises(CorruptStoreError, match=r"1,152,921,504,606,846,976 blocks of page .*"):
+            store.stats(by="tenant")
+        assert store.verify(repair_from=other).errors == []
+        assert store.stats(by="tenant") == usage
+        (page, *_) = (row[1] for row in store._adapter.model_pages(lossy))
         change(store_url, "INSERT INTO {model_pages} VALUES (?, ?, ?, ?)", model_id, page, 1, 1)
         assert f"two@1: what it reads is recorded wrongly, of pages {page}" in store.verify().errors
         assert store.verify(repair_from=other).errors == []

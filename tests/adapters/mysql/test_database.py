@@ -18,6 +18,7 @@ from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.cli.app import main
 from pydedup.errors import (
     ArgumentError,
+    CorruptStoreError,
     MissingStoreError,
     NotAStoreError,
     ReadOnlyError,
@@ -216,6 +217,16 @@ def test_a_table_that_is_gone_is_complained_of(adapter: Adapter, url: str, run: 
     found = adapter.integrity_errors()
     assert found
     assert all("pydedup_signatures" in complaint for complaint in found)
+
+
+def test_a_payload_that_is_null_is_damage(adapter: Adapter, url: str, run: Run) -> None:
+    """Somebody took the NOT NULL away."""
+    ids = add_pages(adapter, 2)
+    run(url, "ALTER TABLE pydedup_pages MODIFY payload LONGBLOB")
+    run(url, "UPDATE pydedup_pages SET payload = NULL ORDER BY id LIMIT 1")
+    with pytest.raises(CorruptStoreError, match=r"column payload of .* has NULL where bytes"):
+        list(adapter.read_pages(ids))
+    assert [page_id for page_id, _ in adapter.read_pages(ids[1:])] == ids[1:]
 
 
 # ---- beside each other --------------------------------------------------------------------------
