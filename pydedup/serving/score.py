@@ -343,11 +343,15 @@ class Scoring:
 
     def _write(self, made: dict[object, Line]) -> None:
         """Write predictions, without those that others wrote meanwhile."""
-        for _ in range(_TRIES):
-            if not made or self.target.insert(made):
-                self._written += len(made)
-                self.last_key = next(reversed(made), self.last_key)
-                return
+        for left in reversed(range(_TRIES)):
+            try:
+                if not made or self.target.insert(made):
+                    self._written += len(made)
+                    self.last_key = next(reversed(made), self.last_key)
+                    return
+            except ConflictError:  # of a deadlock with who writes these rows in another order
+                if not left:
+                    raise
             there = self.target.present(list(made))
             self._skipped += len(there)
             made = {key: line for key, line in made.items() if key not in there}

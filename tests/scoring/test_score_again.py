@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 import pydedup
 from pydedup.errors import ArgumentError, NotFoundError, UnavailableError
 from pydedup.jobs import SCORING
+from pydedup.testing.servers import mysql_connection
 
 from .conftest import Tables, add, assert_right, features, predictions, query_of
 
@@ -310,6 +313,32 @@ def test_two_at_once_write_each_row_once(tables: Tables, source: Make, new_name:
         report = first.score(query_of(table), "m@1", into=into, batch=50, progress=interrupt)
     assert report.rows + inner[0].rows == 200
     assert inner[0].skipped == report.rows == 50
+    assert_right(predictions(tables, into), x, w)
+
+
+def test_who_loses_a_deadlock_tries_again(
+    tables: Tables, source: Make, new_name: Make, mysql_run: Callable[..., Any]
+) -> None:
+    """As of two that score the same rows in opposite orders."""
+    if tables.kind != "mysql":
+        pytest.skip("SQLite knows no deadlock, and PostgreSQL's victim is a matter of time")
+    w, x, into = add(tables.url, "m@1"), features(20), new_name()
+    table = source(x)
+    waiting = "SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+    insert = f"INSERT INTO {into} (id, prediction, model) VALUES "
+    with pydedup.open(tables.url) as store, ThreadPoolExecutor() as threads:
+        store.score(query_of(table, "WHERE id < 0"), "m@1", into=into)
+        with mysql_connection(tables.url) as other, other.cursor() as cursor:
+            cursor.execute("START TRANSACTION")
+            # Who wrote more is let through.
+            cursor.execute(insert + ", ".join(f"({n}, 1, '')" for n in range(20, 2000)))
+            scoring = threads.submit(store.score, query_of(table, "ORDER BY id"), "m@1", into=into)
+            while not mysql_run(tables.url, waiting):
+                assert not scoring.done()
+                time.sleep(0.01)
+            cursor.execute(f"{insert} (1, 1, '')")
+            cursor.execute("ROLLBACK")
+        assert scoring.result().rows == 20
     assert_right(predictions(tables, into), x, w)
 
 
