@@ -17,6 +17,7 @@ from pydedup.adapter import LIVE, RETIRED, SCHEMA_VERSION, STAGING, Capabilities
 from pydedup.adapter_options import TellRow
 from pydedup.errors import (
     ArgumentError,
+    ConflictError,
     CorruptStoreError,
     NotAStoreError,
     PydedupError,
@@ -29,7 +30,14 @@ from ._sessions import READ, WRITE, Session, SessionPool
 from ._sql import MAX_MEMBERS, Statements, batches, insert_pieces
 from ._values import Row, WrongValueError, as_recorded, text
 
-__all__ = ["DbApiBase", "DeniedError", "KeyTakenError", "check_state", "fetch_all"]
+__all__ = [
+    "CancelledError",
+    "DbApiBase",
+    "DeniedError",
+    "KeyTakenError",
+    "check_state",
+    "fetch_all",
+]
 
 T = TypeVar("T", int, bytes)
 R = TypeVar("R")
@@ -40,6 +48,10 @@ _SOUND: ContextVar[tuple[object, TellRow] | None] = ContextVar("_SOUND", default
 
 class KeyTakenError(StoreError):
     """A row of this key exists already; what a unique index reports."""
+
+
+class CancelledError(ConflictError):
+    """The database gave up a transaction for another; it may be run again."""
 
 
 class DeniedError(StoreError):

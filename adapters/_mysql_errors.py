@@ -17,7 +17,7 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import DeniedError, KeyTakenError
+from ._base import CancelledError, DeniedError, KeyTakenError
 from ._mysql_url import Place
 
 __all__ = ["LOST", "ConnectionLostError", "DefinedError", "meaning", "packet_advice"]
@@ -90,7 +90,7 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     1129: (ConnectionLostError, _BLOCKED),
     2005: (ConnectionLostError, _HOST),
     **dict.fromkeys((1205, 3572), (ConflictError, _WAIT)),
-    **dict.fromkeys((1020, 1213, 1412, 1613, 1614), (ConflictError, _AGAIN)),
+    **dict.fromkeys((1020, 1213, 1412, 1613, 1614), (CancelledError, _AGAIN)),
     1317: (UnavailableError, "it was stopped; try again"),
     **dict.fromkeys((1969, 3024), (UnavailableError, _SLOW)),
     **dict.fromkeys(_LOGIN_CODES, (UnavailableError, _LOGIN)),

@@ -41,6 +41,8 @@ _NO_SQL: Final = re.compile(
 )
 #: The word, where it is no column of a table, and no variable.
 _INTO: Final = re.compile(r"(?i)(?<![\w$@])(?<![a-z_$`]\.)into(?![\w$])")
+#: What a query of a user's is told that would write, or lock; elsewhere it is of the server.
+_READ_ONLY: Final = 1792
 #: The most that a decimal has.
 _DIGITS: Final = 65
 #: What makes values of a query of the texts that they are sent as.
@@ -112,7 +114,10 @@ class MysqlRows(RowCalls):
             cursor.execute(statement, named or None)
             return cursor
         except self.driver_error as error:
-            raise self._translate(error) from error
+            told = self._translate(error)
+            if getattr(error, "errno", None) == _READ_ONLY:
+                told = ArgumentError(str(error))
+            raise told from error
 
     def _fetched(self, cursor: Any, count: int) -> list[Row]:
         try:

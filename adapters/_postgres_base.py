@@ -11,8 +11,9 @@ from typing import Any, Final, TypeVar
 
 from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
 
+from ._base import CancelledError
 from ._dbapi import DbApiAdapter
-from ._postgres_errors import CancelledError, ConnectionLostError
+from ._postgres_errors import ConnectionLostError
 from ._postgres_functions import PostgresFunctions
 from ._postgres_rows import PostgresRows
 from ._postgres_url import Place

@@ -18,18 +18,14 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import DeniedError, KeyTakenError
+from ._base import CancelledError, DeniedError, KeyTakenError
 from ._postgres_url import Place
 
-__all__ = ["CancelledError", "ConnectionLostError", "MissingDatabaseError", "meaning", "refusal"]
+__all__ = ["ConnectionLostError", "MissingDatabaseError", "meaning", "refusal"]
 
 
 class ConnectionLostError(UnavailableError):
     """The connection is gone, or there never was one: what was read may be read again."""
-
-
-class CancelledError(ConflictError):
-    """The server gave up a transaction for another: what was read alone may be read again."""
 
 
 class MissingDatabaseError(UnavailableError):

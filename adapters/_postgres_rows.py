@@ -30,10 +30,11 @@ _AS_USER: Final = (
     "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
 )
 _BINARY: Final = 1
-#: An interval, of whose months the driver makes days, with which it is another key; and ranges, one
-#: and several, which it sends as no type at all.
+#: An interval, of whose months the driver makes days, with which it is another key; a time with its
+#: zone, which Python takes for that of another zone; and ranges, one and several, which it sends as
+#: no type at all.
 _AS_TEXT: Final = frozenset(
-    (1186, 3904, 3906, 3908, 3910, 3912, 3926, 4451, 4532, 4533, 4534, 4535, 4536)
+    (1186, 1266, 3904, 3906, 3908, 3910, 3912, 3926, 4451, 4532, 4533, 4534, 4535, 4536)
 )
 #: What is in JSON is no key: Python has it as values of many types.
 _JSON: Final = frozenset((114, 3802))

@@ -27,7 +27,7 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import DbApiBase, KeyTakenError
+from ._base import CancelledError, DbApiBase, KeyTakenError
 from ._schema import TABLES, VIEWS
 from ._sessions import WRITE
 from ._sql import batches
@@ -39,6 +39,8 @@ __all__ = ["RowCalls", "Rows", "as_table", "split_name", "words_of"]
 NAME_BYTES: Final = 63
 #: Each a query within one, of which SQLite takes 2,000.
 _KEYS_ONE_BY_ONE: Final = 256
+#: How often a transaction is tried that the database gives up for another, as of a deadlock.
+_WRITES: Final = 5
 _NAME: Final = re.compile(r"[^\W\d]\w*")
 #: A database of MySQL is often called like my-app; what ends a name, or marks a value, is in none.
 _SCHEMA_NAME: Final = re.compile(r"""[^\x00-\x1f"'`%?\\]+""")
@@ -279,12 +281,18 @@ class RowCalls(DbApiBase):
         """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
         names = ", ".join(self._quoted(column, "column") for column in columns)
         head = f"INSERT INTO {self._table(table)} ({names})"
-        try:
-            with self._of_user(f"writing to table {table}"), self._writing():
-                if rows:
-                    self._insert_lines(head, table, columns, rows)
-        except KeyTakenError:
-            return False
+        for left in reversed(range(_WRITES)):
+            try:
+                with self._of_user(f"writing to table {table}"), self._writing():
+                    if rows:
+                        self._insert_lines(head, table, columns, rows)
+                        self._check_kept(table, columns[0], [row[0] for row in rows])
+                break
+            except KeyTakenError:
+                return False
+            except CancelledError:  # another one writes the same rows in another order
+                if not left:
+                    raise
         return True
 
     # ---- inside -------------------------------------------------------------------------------
@@ -298,6 +306,18 @@ class RowCalls(DbApiBase):
         """
         marks = ", ".join([self._sql.dialect.placeholder] * len(columns))
         self._write_many(f"{head} VALUES ({marks})", rows)
+
+    def _check_kept(self, table: str, key: str, keys: Sequence[object]) -> None:
+        """Raise ArgumentError where the table has not the keys of rows that were written."""
+        there = self.present_keys(table, key, keys)
+        lost = next((one for one in map(plain_key, keys) if one not in there), None)
+        if lost is not None:
+            raise ArgumentError(
+                f"table {table} has no row with the key {lost!r} that was written to it: the type "
+                f"of its column {key!r} made another key of it, or a trigger, a rule or an ON "
+                "CONFLICT of the table changed or dropped the row; have the query give keys that "
+                "the table takes, or name another table"
+            )
 
     def _writing(self) -> AbstractContextManager[None]:
         """Write transaction on tables of users; whether they may be written, the database says."""

@@ -33,7 +33,8 @@ ALWAYS: Final = {
     "collation": "utf8mb4_bin",
     # An UPDATE counts what it found, changed or not; and one statement is sent at a time.
     "client_flags": [ClientFlag.FOUND_ROWS, -ClientFlag.MULTI_STATEMENTS],
-    "sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION",
+    # A key 0 stays one in a user's table that counts its keys itself (AUTO_INCREMENT).
+    "sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,NO_AUTO_VALUE_ON_ZERO",
 }
 
 #: Of a connection that was used so lately, nobody asks whether it still stands.

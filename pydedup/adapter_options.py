@@ -106,7 +106,11 @@ class RowAdapter(Protocol):
     def insert_predictions(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
     ) -> bool:
-        """Insert rows in a transaction of their own; ``False``, and none, when a key is taken."""
+        """Insert rows in a transaction of their own; ``False``, and none, when a key is taken.
+
+        The first column is the key. Raises ArgumentError when the table has not all of these keys
+        then, as where a trigger drops rows.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -343,15 +343,11 @@ class Scoring:
 
     def _write(self, made: dict[object, Line]) -> None:
         """Write predictions, without those that others wrote meanwhile."""
-        for left in reversed(range(_TRIES)):
-            try:
-                if not made or self.target.insert(made):
-                    self._written += len(made)
-                    self.last_key = next(reversed(made), self.last_key)
-                    return
-            except ConflictError:  # of a deadlock with who writes these rows in another order
-                if not left:
-                    raise
+        for _ in range(_TRIES):
+            if not made or self.target.insert(made):
+                self._written += len(made)
+                self.last_key = next(reversed(made), self.last_key)
+                return
             there = self.target.present(list(made))
             self._skipped += len(there)
             made = {key: line for key, line in made.items() if key not in there}
@@ -363,7 +359,8 @@ class Scoring:
         raise ConflictError(
             f"others write the same rows to {self._table}, or it takes some of these keys for one: "
             f"{', '.join(map(repr, _alike(made)[:_ALIKE]))}; try again, or leave all but one of "
-            "them out of the query"
+            "them out of the query. Or what is written breaks a unique index of another column: "
+            "drop that, or name another table"
         )
 
     def _refusal(self, failures: Sequence[RowFailure]) -> str:

@@ -94,6 +94,24 @@ def test_a_scoring_goes_on_by_such_keys(mysql_database: str, made: str) -> None:
         cursor.execute(f"DROP TABLE {source}, {into}")
 
 
+def test_a_key_of_zero_stays_zero(mysql_database: str) -> None:
+    """Also in a table that counts its keys itself, which took it for the next number."""
+    model, graph = linear()
+    with (
+        mysql_connection(mysql_database) as connection,
+        connection.cursor() as cursor,
+        pydedup.open(mysql_database) as store,
+    ):
+        store.add("m@1", model, graph=graph)
+        cursor.execute("CREATE TABLE p (id BIGINT AUTO_INCREMENT PRIMARY KEY, prediction REAL)")
+        query = "SELECT 5 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 0, 4, 5, 6"
+        first = store.score(query, "m@1", into="p")
+        again = store.score(query, "m@1", into="p")
+        assert (first.rows, again.rows, again.skipped) == (2, 0, 2)
+        cursor.execute("SELECT id FROM p ORDER BY id")
+        assert cursor.fetchall() == [(0,), (5,)]
+
+
 def test_a_set_is_no_key(mysql_database: str) -> None:
     model, graph = linear()
     with (
@@ -214,6 +232,21 @@ def test_what_writes_its_rows_elsewhere_is_refused(
         )
         with rows.read_rows(harmless, 10) as stream:
             assert list(stream) == [[("into", " into ' into ", 1, 2, 3)]]
+    finally:
+        rows.close()
+
+
+def test_a_query_that_locks_is_no_fault_of_the_server(mysql_database: str) -> None:
+    """It was told as a server that is no primary."""
+    with mysql_connection(mysql_database) as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE t (id BIGINT PRIMARY KEY, f REAL)")
+    rows = registry.connect_rows(mysql_database)
+    try:
+        with (
+            pytest.raises(ArgumentError, match=r"the query failed: .* READ ONLY transaction$"),
+            rows.read_rows("SELECT id, f FROM t FOR UPDATE", 1),
+        ):
+            pass
     finally:
         rows.close()
 

@@ -261,6 +261,25 @@ def test_the_hour_that_a_clock_shows_twice(postgres_url: str, batch: int) -> Non
         connection.execute(f"DROP TABLE {into}")
 
 
+def test_times_of_two_zones_are_two_keys(postgres_url: str) -> None:
+    """Python takes 12:00+01 and 11:00+00 for one, and so the second was told as a twin."""
+    into = unused_name()
+    with pydedup.open(postgres_url, schema=unused_name()) as store:
+        store.add("m", {"w": np.array([[1.0, 10.0]], np.float32)}, graph=linear()[1])
+        values = "('12:00+01', 1), ('11:00+00', 2), ('24:00-03', 3)"
+        query = f"SELECT t::timetz AS id, a, a AS b FROM (VALUES {values}) AS v(t, a)"
+        first = store.score(query, "m", into=into)
+        again = store.score(query, "m", into=into)
+        assert (first.rows, again.rows, again.skipped) == (3, 0, 3)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        found = connection.execute(
+            f"SELECT prediction FROM {into} JOIN (VALUES {values}) AS v(t, a) "
+            "ON id = t::timetz ORDER BY a"
+        ).fetchall()
+        assert found == [(11.0,), (22.0,), (33.0,)]
+        connection.execute(f"DROP TABLE {into}")
+
+
 @pytest.mark.parametrize(
     ("value", "kind", "reason"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError, NotFoundError, UnavailableError
+from pydedup.errors import ArgumentError, ConflictError, NotFoundError, UnavailableError
 from pydedup.jobs import SCORING
 from pydedup.testing.servers import mysql_connection
 
@@ -364,3 +364,44 @@ def test_a_key_that_others_take_between_look_and_write(
     found = predictions(tables, into)
     assert found.pop(7) == 1
     assert_right({**found, 7: float((x @ w.T)[6, 0])}, x, w)
+
+
+def test_a_deadlock_of_postgresql(tables: Tables, new_name: Make) -> None:
+    """The same there, where the one that is given up is ours when it looks first."""
+    if tables.kind != "postgresql":
+        pytest.skip("of MariaDB see above")
+    add(tables.url, "m@1")
+    into = new_name()
+    tables.run(f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, prediction DOUBLE PRECISION)")
+    query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 2, 1, 2, 3"
+    waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query"
+    with pydedup.open(tables.url) as store, ThreadPoolExecutor() as threads:
+        with tables._cursor() as other:
+            other.execute("SET deadlock_timeout = '60s'")
+            other.execute("BEGIN")
+            other.execute(f"INSERT INTO {into} VALUES (2, 5)")
+            scoring = threads.submit(store.score, query, "m@1", into=into)
+            while not tables.run(f"{waits} LIKE 'INSERT INTO%{into}%'"):
+                assert not scoring.done()
+                time.sleep(0.01)
+            other.execute(f"INSERT INTO {into} VALUES (1, 5)")
+            other.execute("COMMIT")
+        assert (scoring.result().rows, scoring.result().skipped) == (0, 2)
+
+
+def test_a_lock_that_is_waited_for_in_vain_is_told_at_once(
+    tables: Tables, source: Make, new_name: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no deadlock, and waiting anew would take several times what ?timeout= says."""
+    add(tables.url, "m@1")
+    table, tries = source(features(3)), []
+    with pydedup.open(tables.url) as store:
+
+        def locked(*arguments: object) -> bool:
+            tries.append(arguments)
+            raise ConflictError("another one is writing")
+
+        monkeypatch.setattr(type(store._adapter), "insert_predictions", locked)
+        with pytest.raises(ConflictError, match="another one is writing"):
+            store.score(query_of(table), "m@1", into=new_name())
+    assert len(tries) == 1

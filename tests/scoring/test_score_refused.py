@@ -182,6 +182,39 @@ def test_keys_that_the_table_takes_for_one(tables: Tables, new_name: Make) -> No
     assert len(tables.run(f"SELECT id FROM {into}")) == 21
 
 
+def test_a_key_that_the_table_does_not_keep(tables: Tables, new_name: Make) -> None:
+    """It was written as another one, or not at all, and counted; the next run met it again."""
+    add(tables.url, "m@1")
+    into, column = new_name(), "model VARCHAR(9)"
+    if tables.kind == "sqlite":  # which keeps 1.25 in any column
+        column = "model TEXT UNIQUE ON CONFLICT IGNORE"
+    tables.run(
+        f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, prediction DOUBLE PRECISION, {column})"
+    )
+    query = "SELECT 7 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 1.25, 1, 2, 3"
+    with (
+        pydedup.open(tables.url) as store,
+        pytest.raises(ArgumentError, match=r"has no row with the key .*1\.25.* that was written"),
+    ):
+        store.score(query, "m@1", into=into, on_error="skip")
+    assert tables.run(f"SELECT id FROM {into}") == []
+
+
+def test_a_unique_index_of_another_column_is_told(tables: Tables, new_name: Make) -> None:
+    add(tables.url, "m@1")
+    into = new_name()
+    tables.run(
+        f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, prediction DOUBLE PRECISION, "
+        "model VARCHAR(9) UNIQUE)"
+    )
+    query = "SELECT 7 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 8, 1, 2, 3"
+    with (
+        pydedup.open(tables.url) as store,
+        pytest.raises(ConflictError, match="breaks a unique index of another column: drop that"),
+    ):
+        store.score(query, "m@1", into=into)
+
+
 def test_wrong_columns_are_told_before_any_row(
     tables: Tables, source: Make, new_name: Make
 ) -> None:
