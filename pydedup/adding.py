@@ -73,9 +73,8 @@ class StoreAdds:
             Called as ``progress(stage, done, total)``, in bytes.
         workers
             Threads that work on it, the caller's included, and that none of its computations
-            exceeds; by default one per core up to 4, and one where little is added, or all under
-            `policies.Exact`, whose computations take all cores. The store is the same, bit for
-            bit, for any number.
+            exceeds; by default one per core up to 4, and one where little is added. The store is
+            the same, bit for bit, for any number.
 
         Raises
         ------

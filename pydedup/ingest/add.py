@@ -63,8 +63,7 @@ def add_models(
         The store is as it was before, whatever is raised.
     """
     started = time.monotonic()
-    worth = sum(request.logical_bytes for request in requests if request.policy.compresses)
-    count = worker_count(workers, worth)
+    count = worker_count(workers, sum(request.logical_bytes for request in requests))
     with config.at_most_threads(workers), Workers(count) as crew:
         for _ in range(_ATTEMPTS):
             epoch = adapter.epoch()

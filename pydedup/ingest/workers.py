@@ -32,10 +32,7 @@ Work = Callable[[int], _Result]
 
 
 def worker_count(workers: int | None, logical_bytes: int) -> int:
-    """Return how many threads work on an add, the caller's included.
-
-    ``logical_bytes`` are those of models whose blocks are compressed: of `Exact`, where they are
-    only copied, the others could do nothing that is worth handing over.
+    """Return how many threads work on an add of so many bytes, the caller's included.
 
     Raises
     ------
