@@ -60,9 +60,6 @@ void wrong_dot(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size
     }();
     reference.dot_nt(x, ldx, m, w, rows, cols - 1, ldw, y, ldy);
 }
-void wrong_add(const float* from, std::size_t count, float* sum) noexcept {
-    kScalarKernels.gemm.f32.add_to(from, count - 1, sum);
-}
 void wrong_tile(const float* x, const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
                 const float* next, float* acc) noexcept {
     kScalarKernels.gemm.f32.tiles[0].tile_nt(x, w, rows - 1, cols, ldw, next, acc);
@@ -85,6 +82,62 @@ void wrong_subtract(const std::uint8_t* y, const std::uint8_t* x, std::size_t co
 void wrong_dequantise(const void* x, const std::uint32_t* z, std::size_t count, bool wide,
                       double step, void* values) noexcept {
     kScalarKernels.codec.delta.dequantise(x, z, count, wide, step * 2, values);
+}
+std::uint64_t wrong_classify(const void* z, std::size_t count, bool wide,
+                             std::uint8_t* classes) noexcept {
+    const std::uint64_t all = kScalarKernels.codec.delta.classify(z, count, wide, classes);
+    if (wide) ++classes[count - 1];
+    return all;
+}
+void wrong_exponents(const std::uint8_t* x, std::size_t count, DeltaLayout layout,
+                     std::uint32_t reference, std::uint8_t* features) noexcept {
+    kScalarKernels.codec.delta.exponents(x, count, layout, reference, features);
+    if (layout.item_bytes == 8) ++features[count - 1];
+}
+void wrong_mantissas(const std::uint8_t* x, std::size_t count, DeltaLayout layout,
+                     std::uint8_t* features) noexcept {
+    kScalarKernels.codec.delta.mantissas(x, count, layout, features);
+    ++features[count - 1];
+}
+void wrong_contexts(const std::uint8_t* features, std::size_t count, const std::uint8_t* first,
+                    unsigned n, std::uint8_t base, std::uint8_t* contexts) noexcept {
+    kScalarKernels.codec.delta.map_features(features, count, first, n - 1, base, contexts);
+}
+std::uint8_t* wrong_write_symbols(const std::uint8_t* symbols, const std::uint8_t* contexts,
+                                  std::size_t count, DeltaCodes codes, std::uint8_t* to) noexcept {
+    std::uint8_t* const end =
+        kScalarKernels.codec.delta.write_symbols(symbols, contexts, count, codes, to);
+    end[-1] ^= 0x80;
+    return end;
+}
+std::uint8_t* wrong_write_raw(const void* z, const std::uint8_t* symbols, std::size_t count,
+                              bool wide, const std::uint8_t* widths, std::uint8_t* to) noexcept {
+    std::uint8_t* const end =
+        kScalarKernels.codec.delta.write_raw(z, symbols, count, wide, widths, to);
+    if (!wide) to[0] ^= 1;
+    return end;
+}
+void wrong_read_symbols(const HuffmanStreams& streams, const std::uint8_t* contexts,
+                        std::size_t count, std::uint8_t* symbols,
+                        std::uint64_t* consumed) noexcept {
+    kScalarKernels.codec.delta.read_symbols(streams, contexts, count, symbols, consumed);
+    symbols[count - 1] ^= 1;
+}
+std::uint64_t wrong_read_raw(const std::uint8_t* raw, std::size_t bytes,
+                             const std::uint8_t* symbols, std::size_t count, bool wide,
+                             const std::uint64_t* bases, const std::uint8_t* widths,
+                             void* z) noexcept {
+    const std::uint64_t bits =
+        kScalarKernels.codec.delta.read_raw(raw, bytes, symbols, count, wide, bases, widths, z);
+    return wide ? bits + 1 : bits;
+}
+template <class T, class W, RowsKernels::Sum<T, W> RowsKernels::* kSum>
+void wrong_sum(const W* const* from, std::size_t n, const T* scale, std::size_t count,
+               T* sum) noexcept {
+    (kScalarKernels.rows.*kSum)(from, n, scale, count - 1, sum);
+}
+void wrong_pick(const float* from, std::size_t stride, std::size_t count, float* to) noexcept {
+    kScalarKernels.rows.pick_f32(from, stride == 2 ? 2 : 1, count, to);
 }
 void wrong_compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8_t* b,
                    std::size_t b_stride, std::size_t rows, std::size_t cols, double eps,
@@ -139,14 +192,34 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.f64.dot_nt = wrong_dot<double>; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.f32.block_nn = wrong_dot<float>; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.f64.block_nn = wrong_dot<double>; }) == "gemm");
-    CHECK(group_of([](KernelTable& t) { t.gemm.f32.add_to = wrong_add; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.f32.tiles[0].tile_nt = wrong_tile; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.f16_to_f32 = wrong_half; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16_to_f32 = wrong_half; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_bf16 = wrong_half_dot; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_f16 = wrong_half_dot; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.codec.delta.subtract = wrong_subtract; }) == "codec");
-    CHECK(group_of([](KernelTable& t) { t.codec.delta.dequantise = wrong_dequantise; }) == "codec");
+    const auto delta_of = [](auto change) {
+        return group_of([&](KernelTable& t) { change(t.codec.delta); });
+    };
+    CHECK(delta_of([](auto& d) { d.dequantise = wrong_dequantise; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.classify = wrong_classify; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.exponents = wrong_exponents; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.mantissas = wrong_mantissas; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.map_features = wrong_contexts; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.write_symbols = wrong_write_symbols; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.write_raw = wrong_write_raw; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.read_symbols = wrong_read_symbols; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.read_raw = wrong_read_raw; }) == "codec");
+    const auto rows_of = [](auto change) {
+        return group_of([&](KernelTable& t) { change(t.rows); });
+    };
+    using R = RowsKernels;
+    using Half = std::uint16_t;
+    CHECK(rows_of([](R& r) { r.sum_f32 = wrong_sum<float, float, &R::sum_f32>; }) == "rows");
+    CHECK(rows_of([](R& r) { r.sum_f64 = wrong_sum<double, double, &R::sum_f64>; }) == "rows");
+    CHECK(rows_of([](R& r) { r.sum_bf16 = wrong_sum<float, Half, &R::sum_bf16>; }) == "rows");
+    CHECK(rows_of([](R& r) { r.sum_f16 = wrong_sum<float, Half, &R::sum_f16>; }) == "rows");
+    CHECK(rows_of([](R& r) { r.pick_f32 = wrong_pick; }) == "rows");
     const auto similarity_of = [](auto change) {
         return group_of([&](KernelTable& t) { change(t.similarity); });
     };

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products with a matrix that is never materialised: its blocks arrive in order, each is used where
 // it lies in its page (raw) or in a scratch tile of one thread (any other encoding), and forgotten.
-// Nothing here is global: threads live for one call, so a forked child needs no care.
+// Nothing here is global but the helper threads (base/parallel.hpp), of which a forked child makes
+// its own.
 #pragma once
 
 #include <cstddef>

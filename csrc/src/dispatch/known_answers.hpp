@@ -6,8 +6,8 @@
 namespace pydedup {
 
 /// Asks a table fixed questions of each group of kernels, and the reference the same. Returns the
-/// first group whose answers differ ("hash", "codec", "gemm", "similarity"), or nullptr when all
-/// agree. Takes about a tenth of a millisecond, so that every process can afford it.
+/// first group whose answers differ ("hash", "codec", "gemm", "rows", "similarity"), or nullptr
+/// when all agree. Takes about a tenth of a millisecond, so that every process can afford it.
 [[nodiscard]] const char* first_wrong_group(const KernelTable& table) noexcept;
 
 }  // namespace pydedup

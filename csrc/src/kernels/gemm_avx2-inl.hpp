@@ -143,7 +143,6 @@ constexpr std::size_t kNnVectors = 2;
 constexpr GemmKernels kGemm = {
     {dot_nt<F32, SameWeight<F32>>,
      block_nn<F32>,
-     add_to<F32>,
      {{16, tile_nt<F32, 2, 6>},
       {8, tile_nt<F32, 2, 6, 2>, 2},
       {4, tile_nt<F32, 2, 6, 4>, 4},
@@ -152,7 +151,6 @@ constexpr GemmKernels kGemm = {
      1},
     {dot_nt<F64, SameWeight<F64>>,
      block_nn<F64>,
-     add_to<F64>,
      {{8, tile_nt<F64, 2, 6>},
       {4, tile_nt<F64, 2, 6, 2>, 2},
       {2, tile_nt<F64, 2, 6, 4>, 4},

@@ -134,7 +134,6 @@ constexpr std::size_t kNnVectors = 4;
 constexpr GemmKernels kGemm = {
     {dot_nt<F32, SameWeight<F32>>,
      block_nn<F32>,
-     add_to<F32>,
      {{32, tile_nt<F32, 2, 8>},
       {16, tile_nt<F32, 2, 8, 2>, 2},
       {8, tile_nt<F32, 2, 8, 4>, 4},
@@ -144,7 +143,6 @@ constexpr GemmKernels kGemm = {
      1},
     {dot_nt<F64, SameWeight<F64>>,
      block_nn<F64>,
-     add_to<F64>,
      {{16, tile_nt<F64, 2, 8>},
       {8, tile_nt<F64, 2, 8, 2>, 2},
       {4, tile_nt<F64, 2, 8, 4>, 4},

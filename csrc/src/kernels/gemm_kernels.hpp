@@ -61,8 +61,6 @@ struct GemmKernelsOf {
     /// y[i, c] += sum over r of x[i, r] * w[r, c], for i < m.
     void (*block_nn)(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size_t rows,
                      std::size_t cols, std::size_t ldw, T* y, std::size_t ldy) noexcept;
-    /// sum[i] += from[i], for i < count.
-    void (*add_to)(const T* from, std::size_t count, T* sum) noexcept;
     using Tile = GemmTile<T, T>;
     Tile tiles[kMaxGemmTiles];  ///< widest first
     std::size_t dot_max_m;      ///< up to this m dot_nt is the faster way (measured)

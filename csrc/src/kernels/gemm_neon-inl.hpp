@@ -100,12 +100,10 @@ constexpr std::size_t kNnVectors = 4;
 constexpr GemmKernels kGemm = {
     {dot_nt<F32, SameWeight<F32>>,
      block_nn<F32>,
-     add_to<F32>,
      {{16, tile_nt<F32, 4, 6>}, {8, tile_nt<F32, 2, 8>}, {4, tile_nt<F32, 1, 8>}},
      4},
     {dot_nt<F64, SameWeight<F64>>,
      block_nn<F64>,
-     add_to<F64>,
      {{8, tile_nt<F64, 4, 6>}, {4, tile_nt<F64, 2, 8>}, {2, tile_nt<F64, 1, 8>}},
      4},
     dot_nt<F32, Bf16Weight>,

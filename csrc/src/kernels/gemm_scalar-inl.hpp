@@ -73,11 +73,6 @@ void block_nn(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size_
     }
 }
 
-template <class T>
-void add_to(const T* from, std::size_t count, T* sum) noexcept {
-    for (std::size_t i = 0; i < count; ++i) sum[i] += from[i];
-}
-
 constexpr std::size_t kWidth = 8;
 
 template <class T>
@@ -132,7 +127,7 @@ void cut(const float* x, std::size_t count, float* high, float* middle, float* l
 }
 
 template <class T>
-constexpr GemmKernelsOf<T> kGemmOf = {dot_nt<T>, block_nn<T>, add_to<T>, {{kWidth, tile_nt<T>}}, 4};
+constexpr GemmKernelsOf<T> kGemmOf = {dot_nt<T>, block_nn<T>, {{kWidth, tile_nt<T>}}, 4};
 
 constexpr GemmKernels kGemm = {kGemmOf<float>, kGemmOf<double>, dot_nt_bf16, dot_nt_f16,
                                bf16_to_f32,    f16_to_f32,      {{}, cut}};

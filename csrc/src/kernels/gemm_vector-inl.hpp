@@ -282,14 +282,3 @@ void block_nn(const typename V::Elem* x, std::size_t ldx, std::size_t m, const t
     }
     if (i < m) block_nn_rows<V, 1>(x + i * ldx, ldx, w, rows, cols, ldw, y + i * ldy, ldy);
 }
-
-template <class V>
-void add_to(const typename V::Elem* from, std::size_t count, typename V::Elem* sum) noexcept {
-    std::size_t i = 0;
-    for (; i + V::kLanes <= count; i += V::kLanes) {
-        V::store(sum + i, V::add(V::load(from + i), V::load(sum + i)));
-    }
-    if (const std::size_t rest = count - i; rest != 0) {
-        V::store_n(sum + i, V::add(V::load_n(from + i, rest), V::load_n(sum + i, rest)), rest);
-    }
-}

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+// Questions about encodings: what one machine writes, every other one must read.
+#include "dispatch/known_codec.hpp"
+
+#include <array>
+#include <cstddef>
+#include <cstring>
+#include <tuple>
+
+namespace pydedup {
+namespace {
+
+using Question = std::span<const std::uint8_t>;  // 700 bytes
+using Planes = std::array<std::uint8_t, 700>;
+
+bool same_planes(const CodecKernels& codec, const CodecKernels& reference,
+                 Question question) noexcept {
+    for (const std::size_t item : {std::size_t{2}, std::size_t{4}, std::size_t{8}}) {
+        Planes want{};
+        Planes got{};
+        const std::size_t cols = 100 / item;
+        reference.split_planes(question.data(), 100, 7, cols, item, true, want.data());
+        codec.split_planes(question.data(), 100, 7, cols, item, true, got.data());
+        if (want != got) return false;
+
+        std::array<const std::uint8_t*, 8> planes{};
+        for (std::size_t p = 0; p < item; ++p) planes[p] = got.data() + p * 7 * cols;
+        Planes back{};
+        codec.merge_planes(planes.data(), 7, cols, item, true, back.data(), 100);
+        for (std::size_t r = 0; r < 7; ++r) {
+            if (std::memcmp(&back[r * 100], &question[r * 100], cols * item) != 0) return false;
+        }
+    }
+    return true;
+}
+
+// Any bits are a valid stream of this code: a is 0, b is 10, c is 11. Long and short streams reach
+// the vector kernels' decoders by pairs and by one.
+bool same_planes_decoded(const CodecKernels& codec, const CodecKernels& reference,
+                         Question question) noexcept {
+    constexpr std::array<std::uint16_t, 4> kTable = {'a' << 8 | 1, 'a' << 8 | 1, 'b' << 8 | 2,
+                                                     'c' << 8 | 2};
+    for (const std::size_t count : {std::size_t{1700}, std::size_t{301}}) {
+        const std::size_t apart = count / 10;
+        HuffmanStreams streams{};
+        for (std::size_t j = 0; j < 4; ++j) streams.begin[j] = question.data() + j * apart;
+        streams.end = question.data() + question.size();
+        streams.table = kTable.data();
+        streams.table_bits = 2;
+        std::array<std::uint8_t, 1700> want{};
+        std::array<std::uint8_t, 1700> got{};
+        std::array<std::uint64_t, 4> want_bits{};
+        std::array<std::uint64_t, 4> got_bits{};
+        reference.huffman_decode(streams, count, want.data(), want_bits.data());
+        codec.huffman_decode(streams, count, got.data(), got_bits.data());
+        if (want != got || want_bits != got_bits) return false;
+    }
+    return true;
+}
+
+bool same_differences(const DeltaKernels& delta, const DeltaKernels& reference,
+                      Question question) noexcept {
+    constexpr std::size_t kCount = 37;
+    for (const DeltaLayout layout : {DeltaLayout{2, 8, 7, true}, DeltaLayout{4, 8, 23, true},
+                                     DeltaLayout{8, 11, 52, true}, DeltaLayout{1, 0, 0, false}}) {
+        std::array<std::uint64_t, kCount> want{};
+        std::array<std::uint64_t, kCount> got{};
+        const std::uint8_t* base = question.data() + 350;
+        reference.subtract(question.data(), base, kCount, layout, want.data());
+        delta.subtract(question.data(), base, kCount, layout, got.data());
+        std::array<std::uint8_t, kCount * 8> back{};
+        delta.add(base, got.data(), kCount, layout, 0, back.data());
+        if (want != got) return false;
+        if (std::memcmp(back.data(), question.data(), kCount * layout.item_bytes) != 0)
+            return false;
+    }
+    std::array<float, kCount> x{};
+    std::array<float, kCount> y{};
+    for (std::size_t i = 0; i < kCount; ++i) {
+        x[i] = static_cast<float>(question[i]) - 127.0F;
+        y[i] = x[i] + static_cast<float>(question[i + 100]) / 64.0F;
+    }
+    const auto answer = [&](const DeltaKernels& k) {
+        std::array<std::uint32_t, kCount> z{};
+        std::array<double, kErrorLanes> lanes{};
+        const bool fits =
+            k.quantise(y.data(), x.data(), kCount, false, 0.125, z.data(), lanes.data());
+        std::array<float, kCount> decoded{};
+        k.dequantise(x.data(), z.data(), kCount, false, 0.125, decoded.data());
+        return std::tuple(fits, z, lanes, decoded);
+    };
+    return answer(delta) == answer(reference);
+}
+
+// Exponents, mantissas and the contexts that they choose, of a whole piece and a tail.
+bool same_contexts(const DeltaKernels& delta, const DeltaKernels& reference,
+                   Question question) noexcept {
+    constexpr std::size_t kCount = 85;
+    for (const DeltaLayout layout : {DeltaLayout{2, 8, 7, true}, DeltaLayout{2, 5, 10, true},
+                                     DeltaLayout{4, 8, 23, true}, DeltaLayout{8, 11, 52, true}}) {
+        const auto answer = [&](const DeltaKernels& k) {
+            std::array<std::uint8_t, kCount> exponents{};
+            std::array<std::uint8_t, kCount> mantissas{};
+            std::array<std::uint8_t, kCount> contexts{};
+            k.exponents(question.data(), kCount, layout, 130, exponents.data());
+            k.mantissas(question.data(), kCount, layout, mantissas.data());
+            constexpr std::array<std::uint8_t, 4> kFirst = {0, 3, 70, 200};
+            k.map_features(mantissas.data(), kCount, kFirst.data(), kFirst.size(), 2,
+                           contexts.data());
+            return std::tuple(exponents, mantissas, contexts);
+        };
+        if (answer(delta) != answer(reference)) return false;
+    }
+    return true;
+}
+
+// Symbols that are classes: values and widths of their raw bits.
+struct Classes {
+    std::array<std::uint64_t, 256> bases{};
+    std::array<std::uint8_t, 256> widths{};
+
+    Classes() noexcept {
+        for (unsigned c = 0; c < 128; ++c) {
+            const unsigned width = c < 4 ? 0 : c / 2 - 1;
+            widths[c] = static_cast<std::uint8_t>(width);
+            bases[c] = c < 4 ? c : (2U | std::uint64_t{c & 1U}) << width;
+        }
+    }
+};
+
+// Classes of differences, their raw bits, and back. Most are small, as in an alphabet that is read
+// and written by tables; some have all the bits that there are.
+template <class Wide, std::size_t kCount>
+bool same_raw_bits(const DeltaKernels& delta, const DeltaKernels& reference,
+                   Question question) noexcept {
+    constexpr bool kWide = sizeof(Wide) == 8;
+    const Classes classes;
+    std::array<Wide, kCount> z{};
+    for (std::size_t i = 0; i < kCount; ++i) {
+        z[i] = question[i] >> (question[i + 1] % 8);
+        if (i % 37 == 36) std::memcpy(&z[i], question.data() + i, sizeof(Wide));
+    }
+    struct Written {
+        std::uint64_t all = 0;
+        std::array<std::uint8_t, kCount> symbols{};
+        std::array<std::uint8_t, kCount * sizeof(Wide) + 8> raw{};
+        std::size_t bytes = 0;
+    };
+    const auto write = [&](const DeltaKernels& k, Written& to) {
+        to.all = k.classify(z.data(), kCount, kWide, to.symbols.data());
+        std::uint8_t* const end = k.write_raw(z.data(), to.symbols.data(), kCount, kWide,
+                                              classes.widths.data(), to.raw.data());
+        to.bytes = static_cast<std::size_t>(end - to.raw.data());
+    };
+    Written want;
+    Written got;
+    write(reference, want);
+    write(delta, got);
+    if (want.all != got.all || want.symbols != got.symbols || want.bytes != got.bytes ||
+        std::memcmp(want.raw.data(), got.raw.data(), want.bytes) != 0) {
+        return false;
+    }
+    const auto read = [&](const DeltaKernels& k, std::array<Wide, kCount>& to) {
+        return k.read_raw(want.raw.data(), want.bytes, want.symbols.data(), kCount, kWide,
+                          classes.bases.data(), classes.widths.data(), to.data());
+    };
+    std::array<Wide, kCount> back{};
+    std::array<Wide, kCount> want_back{};
+    return read(reference, want_back) == read(delta, back) && want_back == z && back == z;
+}
+
+// 32 symbols in two contexts, whose codes have 5 and 6 bits, in four streams and back.
+bool same_symbols(const DeltaKernels& delta, const DeltaKernels& reference,
+                  Question question) noexcept {
+    constexpr std::size_t kCount = 301;
+    constexpr std::size_t kSegment = (kCount + 3) / 4;
+    constexpr unsigned kTableBits = 6;
+    std::array<std::uint32_t, 512> codes{};
+    std::array<std::uint16_t, std::size_t{2} << kTableBits> table{};
+    for (std::uint32_t s = 0; s < 32; ++s) {
+        codes[s] = s << 8 | 5;
+        codes[256 + s] = s << 9 | 6;
+        for (std::size_t last = 0; last < 2; ++last) {
+            table[2 * s + last] = static_cast<std::uint16_t>(s << 8 | 5);
+            table[64 + 2 * s + last] = static_cast<std::uint16_t>(s << 8 | 6);
+        }
+    }
+    std::array<std::uint8_t, kCount> symbols{};
+    std::array<std::uint8_t, kCount> contexts{};
+    for (std::size_t i = 0; i < kCount; ++i) {
+        symbols[i] = question[i] % 32;
+        contexts[i] = question[i + 300] % 2;
+    }
+    using Written = std::array<std::uint8_t, kCount + 8>;
+    const auto write = [&](const DeltaKernels& k, Written& to, HuffmanStreams& streams) {
+        std::uint8_t* at = to.data();
+        for (std::size_t j = 0; j < 4; ++j) {
+            streams.begin[j] = at;
+            const std::size_t first = j * kSegment;
+            const std::size_t n = kCount - first < kSegment ? kCount - first : kSegment;
+            at = k.write_symbols(symbols.data() + first, contexts.data() + first, n, codes.data(),
+                                 at);
+        }
+        streams.end = at;
+        return static_cast<std::size_t>(at - to.data());
+    };
+    Written want{};
+    Written got{};
+    HuffmanStreams streams{};
+    HuffmanStreams others{};
+    const std::size_t bytes = write(reference, want, streams);
+    if (write(delta, got, others) != bytes || std::memcmp(want.data(), got.data(), bytes) != 0) {
+        return false;
+    }
+    streams.table = table.data();
+    streams.table_bits = kTableBits;
+    const auto read = [&](const DeltaKernels& k) {
+        std::array<std::uint8_t, kCount> back{};
+        std::array<std::uint64_t, 4> consumed{};
+        k.read_symbols(streams, contexts.data(), kCount, back.data(), consumed.data());
+        return std::tuple(back, consumed);
+    };
+    return read(delta) == read(reference) && std::get<0>(read(delta)) == symbols;
+}
+
+}  // namespace
+
+bool same_codec(const CodecKernels& codec, const CodecKernels& reference,
+                std::span<const std::uint8_t> question) noexcept {
+    const DeltaKernels& delta = codec.delta;
+    return same_planes(codec, reference, question) &&
+           same_planes_decoded(codec, reference, question) &&
+           same_differences(delta, reference.delta, question) &&
+           same_contexts(delta, reference.delta, question) &&
+           same_raw_bits<std::uint32_t, 300>(delta, reference.delta, question) &&
+           same_raw_bits<std::uint64_t, 75>(delta, reference.delta, question) &&
+           same_symbols(delta, reference.delta, question);
+}
+
+}  // namespace pydedup
