@@ -255,10 +255,13 @@ TEST(many_threads_learn_one_table) {
     std::vector<std::vector<float>> outs(4, std::vector<float>(want.size()));
     {
         std::vector<std::jthread> threads;
-        for (auto& out : outs) {
-            threads.emplace_back([&] {
-                table->take(stored.page_ids, pages, ids, reinterpret_cast<std::byte*>(out.data()),
-                            2);
+        for (std::size_t t = 0; t < outs.size(); ++t) {
+            threads.emplace_back([&, t] {
+                auto* const out = reinterpret_cast<std::byte*>(outs[t].data());
+                // A page of its own, while the others learn theirs; then all.
+                table->take(std::span(stored.page_ids).subspan(t, 1),
+                            std::span(pages).subspan(t, 1), ids, out);
+                table->take(stored.page_ids, pages, ids, out, 2);
             });
         }
     }

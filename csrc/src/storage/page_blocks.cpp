@@ -92,14 +92,17 @@ void view_blocks(std::span<const Page* const> pages, std::span<const std::uint32
     // Each view waits for memory: the directories of pages lie apart.
     const auto view_some = [&](std::size_t begin, std::size_t end) {
         for (std::size_t i = begin; i < end; ++i) {
-            if (page_index[i] >= pages.size()) {
+            // Read once: where there is no GIL, another thread may write into an array of Python.
+            const std::size_t page = page_index[i];
+            const std::size_t slot = slots[i];
+            if (page >= pages.size()) {
                 throw Error(ErrorCode::invalid_argument,
-                            "page_index " + std::to_string(page_index[i]) + " is outside of " +
+                            "page_index " + std::to_string(page) + " is outside of " +
                                 std::to_string(pages.size()) + " pages");
             }
-            views[i] = pages[page_index[i]]->block(slots[i]);
-            if (decoded.empty() || decoded[page_index[i]] == nullptr) continue;
-            decoded[page_index[i]]->show(slots[i], views[i]);
+            views[i] = pages[page]->block(slot);
+            if (decoded.empty() || decoded[page] == nullptr) continue;
+            decoded[page]->show(slot, views[i]);
         }
     };
     parallel_for(views.size(), kViewsPerPiece, thread_count(threads), view_some);

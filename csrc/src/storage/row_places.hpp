@@ -62,7 +62,8 @@ class RowPlaces {
         const RowPlaces& table;
         const Call& call;
         [[nodiscard]] const std::byte* block(std::size_t b) const noexcept {
-            const Place place = table.places_[b];
+            // Of a page that this call does not have, another one may just learn the units.
+            const Place& place = table.places_[b];
             const std::byte* const page = call.bytes[place.page];
             if (page == nullptr || place.unit == 0) return nullptr;
             return page + std::size_t{place.unit} * kBlockAlignment;
