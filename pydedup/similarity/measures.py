@@ -133,7 +133,8 @@ def magnitude(
     -------
     numpy.ndarray
         float64 per block (of a matrix: row-major), what ``numpy.percentile(abs(block), 75)`` gives
-        in float64: linear between the two elements around the rank. NaN for a block with a NaN.
+        in float64: linear between the two elements around the rank. NaN for a block with a NaN;
+        infinity between two infinite elements, of which numpy makes NaN.
 
     Notes
     -----
