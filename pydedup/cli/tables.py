@@ -8,6 +8,7 @@ A pipe gets all columns, whatever their width.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -186,8 +187,9 @@ def shorten(text: str, room: int) -> str:
                 break
             fitting = longer
         return fitting
+    mark = "…" if _is_shown("…") else "..."[:room]
     head, tail = 0, 0
-    used = 1
+    used = len(mark)
     # Beginnings tell the layer, ends the role of a tensor: keep as much of both.
     while head + tail < len(text):
         front = head <= tail
@@ -196,4 +198,13 @@ def shorten(text: str, room: int) -> str:
         if used > room:
             break
         head, tail = (head + 1, tail) if front else (head, tail + 1)
-    return text[:head] + "…" + (text[-tail:] if tail else "")
+    return text[:head] + mark + (text[-tail:] if tail else "")
+
+
+def _is_shown(text: str) -> bool:
+    """Whether standard output has these characters; what it lacks is written as escapes."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

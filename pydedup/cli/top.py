@@ -68,7 +68,8 @@ def top(
     """Watch a server of `pydedup serve`: URL is its address, such as http://127.0.0.1:8000.
 
     Shows requests per second, latencies, models, batches and the buffer pool, from /metrics. q or
-    Ctrl-C ends it. Into a pipe or a file, and with --json, it is as with --once.
+    Ctrl-C ends it. Into a pipe or a file, on a terminal with TERM=dumb, and with --json, it is as
+    with --once.
     """
     if math.isnan(interval):  # which is in any range
         raise click.UsageError("--interval must be a number of seconds")
@@ -81,7 +82,9 @@ def top(
         ) from None
     source = Source(url, read_token(token_file, os.environ, TOKEN_VARIABLE), tls_ca)
     with contextlib.closing(source):
-        if once or as_json or not sys.stdout.isatty():
+        # On a dumb terminal rich's Live would show nothing at all.
+        live = sys.stdout.isatty() and not output.console().is_dumb_terminal
+        if once or as_json or not live:
             _look_once(source, interval, as_json)
         else:
             with contextlib.suppress(KeyboardInterrupt):

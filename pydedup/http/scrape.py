@@ -128,7 +128,8 @@ class Rates:
         self.models: dict[str, float] = {}
         self.failed: dict[str, float] = {}
         for (model, outcome), value in now.models.items():
-            more = value - before.models.get((model, outcome), 0)
+            then = before.models.get((model, outcome), 0)
+            more = value - then if value >= then else value  # it was gone, and came back
             failed = 0.0 if outcome == "ok" else more
             self.models[model] = self.models.get(model, 0.0) + more
             self.failed[model] = self.failed.get(model, 0.0) + failed

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -165,7 +166,9 @@ def test_what_is_no_server_is_said(server: Server, store_url: str) -> None:
 class Terminal:
     """The program on a terminal of its own."""
 
-    def __init__(self, *words: object, columns: int = 100, lines: int = 30) -> None:
+    def __init__(
+        self, *words: object, columns: int = 100, lines: int = 30, term: str = "xterm-256color"
+    ) -> None:
         self.master, self.slave = pty.openpty()
         ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.before = termios.tcgetattr(self.slave)
@@ -176,7 +179,7 @@ class Terminal:
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,
-            env={**kept, "TERM": "xterm-256color"},
+            env={**kept, "TERM": term},
             start_new_session=True,
         )
         self.text = ""
@@ -225,6 +228,18 @@ def test_it_is_watched_until_ctrl_c_on_a_narrow_terminal(start: Start, store_url
     terminal.read_until("dense@2")
     os.killpg(terminal.process.pid, signal.SIGINT)
     assert terminal.close() == 0
+
+
+def test_a_dumb_terminal_gets_a_table(start: Start, store_url: str) -> None:
+    """It was shown nothing, for ever."""
+    server = start(store_url)
+    server.infer("dense", BODY)
+    terminal = Terminal(server.url, "--interval", 0.2, term="dumb")
+    terminal.read_until("dense@2")
+    assert terminal.process.wait(20) == 0
+    assert "\x1b" not in terminal.text
+    os.close(terminal.master)
+    os.close(terminal.slave)
 
 
 def test_a_server_that_goes_away_is_shown_and_asked_again(start: Start, store_url: str) -> None:
@@ -346,6 +361,13 @@ def test_models_that_come_and_go_are_not_told_for_ever() -> None:
     metrics.request("new@3", "ok", 0.5)  # m@1 goes, with both its outcomes
     seen = parse(metrics.text().decode() + "pydedup_pool_hits 0\n")
     assert not any(model == "m@1" for model, _ in seen.models)
+    metrics.request("m@0", "ok", 0.5)  # it had 2
+    for number in range(MOST_MODELS):
+        metrics.request(f"other@{number}", "ok", 0.5)
+    metrics.request("m@0", "ok", 0.5)
+    later = parse(metrics.text().decode() + "pydedup_pool_hits 0\n")
+    before = dataclasses.replace(seen, models={("m@0", "ok"): 2.0})
+    assert Rates(before, later).models["m@0"] == 1
     assert seen.seconds.count == 2 * MOST_MODELS + 1
 
 
