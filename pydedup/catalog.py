@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.adapter_options import CopiesAdapter
 from pydedup.blocks import BlockGrid, BlockMap, as_block_shape, matrix_shape
-from pydedup.certificates import keeps_bits, largest_error
+from pydedup.certificates import error_of, keeps_bits
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
 from pydedup.graph import Graph
 from pydedup.names import parse_address
@@ -102,10 +102,8 @@ class StoredModel:
             return False
 
     def error_of(self, name: str) -> float:
-        """Return the greatest relative L2 difference of a tensor's blocks to what is stored."""
-        largest = largest_error(self.certificate)
-        errors = self.certificate.get("tensor_errors")
-        return largest if errors is None else float(errors.get(name, 0.0))
+        """Return what no relative L2 difference of its blocks to what is stored is beyond."""
+        return error_of(self.certificate, name)
 
     def tensor(self, name: str) -> TensorInfo:
         """Return one tensor. Raises NotFoundError, ArgumentError for what is no name."""

@@ -11,7 +11,10 @@ from typing import Any
 
 from pydedup.errors import CorruptStoreError
 
-__all__ = ["describe", "keeps_bits", "largest_error", "number_in"]
+__all__ = ["MEASURED", "describe", "error_of", "keeps_bits", "largest_error", "number_in"]
+
+#: What all certificates say beside the parameters of the policy, which have other names.
+MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors")
 
 # Before certificates said so themselves.
 _KEEP_BITS = ("exact", "lossless")
@@ -27,9 +30,23 @@ def keeps_bits(policy: str, certificate: Mapping[str, Any]) -> bool:
 
 
 def largest_error(certificate: Mapping[str, Any]) -> float:
-    """Return the greatest relative L2 difference of a block to what is stored for it."""
+    """Return what no relative L2 difference of a block to what is stored for it is beyond.
+
+    It is the greatest one, unless a tensor was changed in part since another version: what is kept
+    of that is not compared again.
+    """
     # Before deltas, without which there is none, it was not recorded.
     return number_in({"largest_block_error": 0.0, **certificate}, "largest_block_error")
+
+
+def error_of(certificate: Mapping[str, Any], name: str) -> float:
+    """Return the same for the blocks of one tensor."""
+    errors = certificate.get("tensor_errors")
+    if errors is None:
+        return largest_error(certificate)
+    if not isinstance(errors, Mapping):
+        raise _damaged(errors, "tensor_errors")
+    return number_in(errors, name) if name in errors else 0.0
 
 
 def number_in(certificate: Mapping[str, Any], name: str) -> float:
@@ -37,10 +54,13 @@ def number_in(certificate: Mapping[str, Any], name: str) -> float:
     try:
         return float(certificate[name])
     except (KeyError, TypeError, ValueError) as exc:
-        found = certificate.get(name, "nothing")
-        raise CorruptStoreError(
-            f"a certificate is damaged: it has {found!r:.60} as its {name}; restore a backup"
-        ) from exc
+        raise _damaged(certificate.get(name, "nothing"), name) from exc
+
+
+def _damaged(found: object, name: str) -> CorruptStoreError:
+    return CorruptStoreError(
+        f"a certificate is damaged: it has {found!r:.60} as its {name}; restore a backup"
+    )
 
 
 def describe(certificate: Mapping[str, Any]) -> list[str]:
@@ -62,9 +82,9 @@ def _describe(certificate: Mapping[str, Any]) -> list[str]:
     if certificate.get("policy") == "bounded":
         return [
             f"each block within {certificate['max_rel_error']:g} of its norm of the source; "
-            f"the farthest is {largest:.3g} away"
+            f"none is farther away than {largest:.3g}"
         ]
-    return [f"not the same bits: the farthest block is {largest:.3g} of its norm away"]
+    return [f"not the same bits: no block is farther away than {largest:.3g} of its norm"]
 
 
 def _describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from pydedup.accuracy import number
 from pydedup.adapter import Adapter
+from pydedup.certificates import MEASURED
 from pydedup.errors import ArgumentError, ConflictError, DuplicateError
 from pydedup.formats.base import ModelSource
 from pydedup.graph import Graph
@@ -183,7 +184,13 @@ def _check_policy(policy: Policy) -> None:
         raise ArgumentError(f"the name of {policy!r}, {name!r}, is no valid Unicode text") from None
     if not number(f"max_rel_error of {policy!r}", policy.max_rel_error) >= 0:
         raise ArgumentError(f"max_rel_error of {policy!r} must be 0 or more")
+    parameters: object = policy.parameters()
+    if not isinstance(parameters, Mapping) or not set(MEASURED).isdisjoint(parameters):
+        raise ArgumentError(
+            f"parameters() of {policy!r} must be a mapping without the names that certificates "
+            f"have anyway ({', '.join(MEASURED)}), not {parameters!r:.100}"
+        )
     try:
-        json.dumps(dict(policy.parameters()), allow_nan=False)
+        json.dumps(dict(parameters), allow_nan=False)
     except (TypeError, ValueError) as exc:
         raise ArgumentError(f"parameters() of {policy!r} are not JSON: {exc}") from exc

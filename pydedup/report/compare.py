@@ -125,7 +125,6 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     shared = np.zeros(len(used), np.bool_)
     for _, common in per_other:
         shared |= common
-    errors = model.certificate.get("tensor_errors", {})
     tensors = []
     for info, block_map, places in zip(model.tensors, maps, mine, strict=True):
         count = block_map.grid.count
@@ -138,7 +137,7 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
                 distinct_blocks=len(own),
                 shared_blocks=int(shared[own].sum()),
                 delta_blocks=len(places) - count,
-                largest_error=float(errors.get(info.name, 0.0)),
+                largest_error=model.error_of(info.name),
                 used_bytes=int(costs[at].sum()),
                 shared_bytes=int(costs[at][shared[at]].sum()),
                 shared_with=tuple(name for name, common in per_other if common[at].any()),

@@ -389,6 +389,25 @@ def test_a_certificate_of_other_names(tmp_path: Path) -> None:
             store.verify(evaluate={"accuracy": lambda weights: 1.0})
 
 
+@pytest.mark.parametrize(
+    ("errors", "said"), [("5", "5 as its tensor_e"), ('{"w": []}', r"\[\] as its w")]
+)
+def test_errors_of_tensors_that_are_none(errors: str, said: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "store.db", {"w": np.ones((9, 9), np.float32)}
+    with pydedup.open(path) as store:
+        store.add("m", model, policy=policies.Bounded(0.01))
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "UPDATE pydedup_models SET certificate = json_set(certificate, '$.tensor_errors', "
+            "json(?))",
+            [errors],
+        )
+    with pydedup.open(path) as store:
+        assert np.array_equal(store.load("m")["w"], model["w"])
+        with pytest.raises(CorruptStoreError, match=rf"certificate is damaged: it has {said}"):
+            store.explain("m")
+
+
 @pytest.mark.parametrize("mode", ["r", "a"])
 def test_a_schema_that_is_no_text(mode: str, tmp_path: Path) -> None:
     """What SQLite says of it is none either, which Python's module refuses to tell."""

@@ -133,6 +133,23 @@ def test_parameters_that_are_not_json_are_refused(store: pydedup.Store) -> None:
     assert store.models() == []
 
 
+@pytest.mark.parametrize("name", ["policy", "same_bits", "largest_block_error", "tensor_errors"])
+def test_parameters_of_names_that_certificates_use_are_refused(
+    store: pydedup.Store, name: str
+) -> None:
+    with pytest.raises(ArgumentError, match="without the names that certificates have anyway"):
+        store.add("m", {"w": weights()}, policy=Mine(**{name: 5}))
+    assert store.models() == []
+
+
+def test_parameters_that_are_no_mapping_are_refused(store: pydedup.Store) -> None:
+    policy = Mine()
+    policy._parameters = []
+    with pytest.raises(ArgumentError, match=r"parameters\(\) of .* must be a mapping"):
+        store.add("m", {"w": weights()}, policy=policy)
+    assert store.models() == []
+
+
 @pytest.mark.parametrize(
     ("part", "value", "says"),
     [
