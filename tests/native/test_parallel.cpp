@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // parallel_for: every index once, errors, nesting, many callers at once, and children of a fork.
 #include <sched.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -93,6 +94,25 @@ TEST(helpers_do_come) {
         while (begun < 2) std::this_thread::yield();
     });
     CHECK(begun == 2);
+}
+
+TEST(signals_are_for_the_program_but_those_of_a_fault) {
+    std::atomic<int> begun{0};
+    sigset_t blocked;
+    sigemptyset(&blocked);
+    const auto caller = std::this_thread::get_id();
+    parallel_for(2, 1, 2, [&](std::size_t, std::size_t) {
+        ++begun;
+        while (begun < 2) std::this_thread::yield();
+        if (std::this_thread::get_id() == caller) return;
+        pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
+    });
+    for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGCHLD, SIGALRM}) {
+        CHECK(sigismember(&blocked, number) == 1);
+    }
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) {
+        CHECK(sigismember(&blocked, fault) == 0);
+    }
 }
 
 TEST(after_a_pause_they_come_again) {

@@ -177,13 +177,16 @@ class Pool {
         }
     }
 
-    // As many as asked for, or as the system grants. Signals are for the threads of the program.
+    // As many as asked for, or as the system grants. Signals are for the threads of the program,
+    // but for those of a thread's own faults: blocked, they end the process before a handler has
+    // told of it (Python's faulthandler, a sanitizer).
     void make_threads(unsigned count) {
         if (threads_.size() >= count) return;
         threads_.reserve(count);
         sigset_t all;
         sigset_t before;
         sigfillset(&all);
+        for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&all, fault);
         pthread_sigmask(SIG_SETMASK, &all, &before);
         while (threads_.size() < count && make_thread()) {
         }
