@@ -32,6 +32,9 @@ __all__ = ["ANY_READ", "DIALECT", "SqliteBase", "closed_on_error"]
 #: The cheapest statement that really reads the database.
 ANY_READ: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
 
+# Move the log when it has so many pages, 64 MiB. Who stages leaves that to `settle`.
+_AUTOCHECKPOINT: Final = "PRAGMA wal_autocheckpoint = 1000"
+
 DIALECT: Final = Dialect(
     types=dict.fromkeys(("word", "name", "text"), "TEXT")
     | {"int": "INTEGER", "float": "REAL", "hash": "BLOB", "blob": "BLOB"},
@@ -42,11 +45,7 @@ DIALECT: Final = Dialect(
     page_pad=True,
     list_tables="SELECT name FROM sqlite_master WHERE type IN ('table', 'view')",
     # On the disk when it is committed: see `staging`.
-    begin_write=(
-        "PRAGMA synchronous = FULL",
-        "PRAGMA wal_autocheckpoint = 1000",
-        "BEGIN IMMEDIATE",
-    ),
+    begin_write=("PRAGMA synchronous = FULL", _AUTOCHECKPOINT, "BEGIN IMMEDIATE"),
     begin_snapshot=("BEGIN", ANY_READ),
 )
 
@@ -232,6 +231,7 @@ class SqliteBase(SqliteRows, DbApiAdapter):
             # Pages behind the new end are touched as they are freed. Those in memory at the commit
             # are left out of the log; a full cache would write them there before, 100 times more.
             cursor.execute("PRAGMA cache_spill = OFF")
+            cursor.execute(_AUTOCHECKPOINT)
             # One page is freed per step, and only a script is stepped to its end.
             cursor.executescript(f"PRAGMA incremental_vacuum({COMPACT_STEP})")
         except self.driver_error as error:
