@@ -10,6 +10,7 @@ only where nobody uses just the blocks in question is the page itself asked for 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,12 +179,18 @@ def marginal_bytes(readers: Readers, mine: NDArray[np.bool_]) -> int:
     rest = np.unique(joined([readers.places(n) for n in np.unique(own[:, 0]).tolist()]))
     rest = rest[np.isin(split_places(rest)[0], own[:, 1])]
     # Who reads most comes first: little is then left to look for among the others.
-    by_reader = _by_reader(others)
-    left = np.unique(split_places(rest)[0])
-    for number in sorted(by_reader, key=lambda n: -int(by_reader[n][:, 2].sum())):
-        if np.isin(left, by_reader[number][:, 1]).any():
+    blocks: Counter[int] = Counter()
+    pages_of: dict[int, list[int]] = {}
+    for number, page, n_blocks, _ in others.tolist():
+        blocks[number] += n_blocks
+        pages_of.setdefault(number, []).append(page)
+    left = set(split_places(rest)[0].tolist())
+    for number, _ in blocks.most_common():
+        if not left:
+            break
+        if not left.isdisjoint(pages_of[number]):
             rest = rest[~np.isin(rest, readers.places(number))]
-            left = np.unique(split_places(rest)[0])
+            left = set(split_places(rest)[0].tolist())
     # All that is used of a page, or nothing, or else the page has to say how much it is.
     at = np.searchsorted(pages, split_places(rest)[0])
     count = np.bincount(at, minlength=len(pages))
@@ -301,11 +308,6 @@ def _costs(readers: Readers, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return what blocks take, each looked at once."""
     distinct, at = np.unique(places, return_inverse=True)
     return readers.costs(distinct)[at]
-
-
-def _by_reader(rows: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    return {number: rows[start:stop] for number, start, stop in _runs(rows[:, 0])}
 
 
 def _runs(values: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
