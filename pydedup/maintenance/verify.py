@@ -40,6 +40,7 @@ from pydedup.maintenance.rows import blocks_of_no_page
 from pydedup.maintenance.verify_models import (
     DAMAGE,
     NO_BASE,
+    OTHER_BASE,
     PageContent,
     verify_aliases,
     verify_model,
@@ -82,7 +83,7 @@ def _verified(
     for complaint in adapter.integrity_errors():
         report.add_error(f"database: {complaint}")
     with adapter.snapshot(), sound_rows(adapter, report) as damaged_rows:
-        contents = _verify_pages(adapter, unreadable, damaged_rows, report, progress)
+        contents, damage = _verify_pages(adapter, unreadable, damaged_rows, report, progress)
         rows = adapter.models()
         for number, row in enumerate(rows):
             for read in (model_info, certificate_of):
@@ -99,6 +100,12 @@ def _verified(
             report.models += 1
             if progress is not None:
                 progress("checking models", number + 1, len(rows))
+        for page_id, content in contents.items():
+            for slot, (_, said) in content.doubts.items():
+                if said:
+                    damage.note(page_id, f", slot {slot}: {said}")
+            if page_id in report.damaged_pages:
+                report.unrecorded_blocks.pop(page_id, None)
         verify_aliases(adapter, {row.id: row.name for row in rows}, report)
         _note_leftovers(adapter, report)
     return report
@@ -110,7 +117,7 @@ def _verify_pages(
     damaged_rows: Collection[int],
     report: VerifyReport,
     progress: Progress | None,
-) -> dict[int, PageContent]:
+) -> tuple[dict[int, PageContent], Damage]:
     contents: dict[int, PageContent] = {}
     rows = adapter.page_rows(state=LIVE)
     live = {row.id for row in rows}
@@ -136,9 +143,10 @@ def _verify_pages(
             wanted = recorded.get(page_id, {})
             try:
                 page = codec.Page(payload)
-                bases = _bases_on(page, page_id, wanted, report)
+                bases, unrecorded = _bases_on(page, page_id, wanted, report)
                 readable = _has_base(page, bases, damage.can_read)
-                digests = content_digests(page, bases, readable, pool)
+                other_bases: list[int] = []
+                digests = content_digests(page, bases, readable, pool, other_bases)
             except UnavailableError as exc:
                 damage.note_unreachable(page_id, str(exc))
                 continue
@@ -151,12 +159,10 @@ def _verify_pages(
             dtypes, *sides, lengths = (
                 page.slots[key].copy() for key in ("dtype", "rows", "cols", "length")
             )
-            contents[page_id] = PageContent(
-                dtypes, sides[0], sides[1], lengths, digests, readable, bases
-            )
+            content = PageContent(dtypes, sides[0], sides[1], lengths, digests, readable, bases)
+            contents[page_id] = content
             report.blocks += page.n_slots
             actual = digests.astype("<u8").tobytes()
-            unrecorded: list[int] = []
             gone = ~readable
             if bases is not None and gone.any():
                 gone &= ~np.isin(split_places(bases)[0], list(live))
@@ -167,20 +173,22 @@ def _verify_pages(
                     unrecorded.append(slot)
                 elif not readable[slot]:
                     # Whether a model needs it, which would be damage, is seen later.
-                    if gone[slot]:
+                    if slot in other_bases:
+                        content.doubts[slot] = wanted[slot], OTHER_BASE
+                    elif gone[slot] and slot not in unrecorded:
+                        content.doubts[slot] = wanted[slot], ""
                         report.notes.append(
                             f"page {page_id}, slot {slot}: a delta whose base is gone"
                         )
                     continue
                 elif wanted[slot].hash128 != digest:
-                    damage.note(
-                        page_id,
-                        f", slot {slot}: content hashes to {digest.hex()}, "
-                        f"recorded was {wanted[slot].hash128.hex()}",
-                    )
+                    said = f"recorded was {wanted[slot].hash128.hex()}"
+                    said = f"content hashes to {digest.hex()}, {said}"
+                    content.doubts[slot] = wanted[slot], said
                 _note_twin(report, seen, contents, digest, page_id, slot)
-            report.add_surplus(row for slot, row in wanted.items() if slot >= page.n_slots)
-            if unrecorded and page_id not in report.damaged_pages:
+            if not any(said for _, said in content.doubts.values()):
+                report.add_surplus(row for slot, row in wanted.items() if slot >= page.n_slots)
+            if unrecorded:
                 report.unrecorded_blocks[page_id] = unrecorded
         for page_id in sorted(unseen.difference(report.unreachable_pages)):
             what = "row is damaged"
@@ -191,7 +199,7 @@ def _verify_pages(
             progress("checking pages", min(start + _PAGES_AT_ONCE, len(rows)), len(rows))
     damage.sum_up_unreachable(adapter)
     report.add_surplus(blocks_of_no_page(adapter, known))
-    return contents
+    return contents, damage
 
 
 def _payloads(
@@ -237,18 +245,25 @@ def _had(adapter: Adapter, page_ids: Sequence[int], damage: Damage) -> Iterator[
 
 def _bases_on(
     page: codec.Page, page_id: int, recorded: dict[int, BlockRow], report: VerifyReport
-) -> NDArray[np.int64] | None:
-    """Return the recorded place of the base of each slot's block, None for a page without any."""
+) -> tuple[NDArray[np.int64] | None, list[int]]:
+    """Return the recorded place of the base of each slot's block, None for a page without any.
+
+    Also the slots whose rows are to be made anew: a page knows which of its blocks are deltas.
+    """
     is_delta = page.slots["encoding"] >= codec.Encoding.DELTA
     bases = np.full(page.n_slots, NO_BASE)
+    wrong: list[int] = []
     for slot, row in recorded.items():
         if slot < page.n_slots and row.base_id is not None:
             bases[slot] = row.base_id
     for slot in np.flatnonzero(is_delta != (bases != NO_BASE)).tolist():
         kind = "a delta, but no base is" if is_delta[slot] else "no delta, but a base is"
         report.add_error(f"page {page_id}, slot {slot}: it is {kind} recorded")
+        if slot in recorded:
+            report.surplus_blocks.append(recorded[slot].id)
+            wrong.append(slot)
     bases[~is_delta] = NO_BASE
-    return bases if is_delta.any() else None
+    return bases if is_delta.any() else None, wrong
 
 
 def _has_base(
@@ -272,11 +287,13 @@ def content_digests(
     bases: NDArray[np.int64] | None,
     readable: NDArray[np.bool_],
     pool: PagePool,
+    other_bases: list[int] | None = None,
 ) -> NDArray[np.uint64]:
     """Return the digest of each slot's content, 0 for those that cannot be read.
 
     ``bases`` are the places of bases in ``pool``, -1 where a block is no delta; None where none
-    is.
+    is. Slots whose bases are others go to ``other_bases``, and are not ``readable`` from then on;
+    without it that is a CorruptStoreError.
     """
     if bases is None:
         return codec.page_digests(page)
@@ -287,19 +304,40 @@ def content_digests(
     deltas = np.flatnonzero(readable & is_delta)
     base_page_ids, base_slots = split_places(bases[deltas])
     for rows, pages, page_index in pool.windows(base_page_ids):
-        some = deltas[rows]
-        here = codec.StoredBases(pages, page_index.astype(np.int64), base_slots[rows])
-        digests[some] = codec.block_digests([page], np.zeros_like(some), some, bases=here)
-        _check_tags(page, some, here)
+        some, index, slots = deltas[rows], page_index.astype(np.int64), base_slots[rows]
+        is_own = _are_tagged(page, some, pages, index, slots)
+        if not is_own.all():
+            wrong = some[~is_own].tolist()
+            if other_bases is None:
+                raise CorruptStoreError(
+                    f"slot {wrong[0]} carries the tag of another base than its own"
+                )
+            other_bases += wrong
+            readable[wrong] = False
+            some, index, slots = some[is_own], index[is_own], slots[is_own]
+        if len(some):
+            here = codec.StoredBases(pages, index, slots)
+            digests[some] = codec.block_digests([page], np.zeros_like(some), some, bases=here)
     return digests
 
 
-def _check_tags(page: codec.Page, slots: NDArray[np.int64], bases: codec.StoredBases) -> None:
-    """Raise CorruptStoreError where a slot's tag is not that of its base."""
-    tags = codec.base_tags(codec.block_digests(bases.pages, bases.page_index, bases.slots))
-    wrong = slots[page.slots["base"][slots] != tags]
-    if len(wrong):
-        raise CorruptStoreError(f"slot {wrong[0]} carries the tag of another base than its own")
+def _are_tagged(
+    page: codec.Page,
+    deltas: NDArray[np.int64],
+    pages: Sequence[codec.Page],
+    page_index: NDArray[np.int64],
+    slots: NDArray[np.uint32],
+) -> NDArray[np.bool_]:
+    """Return which deltas of a page carry the tag of the block at each one's place."""
+    is_own = slots < np.array([one.n_slots for one in pages], np.int64)[page_index]
+    plain = [one.slots["encoding"] < codec.Encoding.DELTA for one in pages]
+    for at in np.flatnonzero(is_own).tolist():
+        is_own[at] = plain[page_index[at]][slots[at]]
+    there = np.flatnonzero(is_own)
+    if len(there):
+        digests = codec.block_digests(pages, page_index[there], slots[there])
+        is_own[there] = page.slots["base"][deltas[there]] == codec.base_tags(digests)
+    return is_own
 
 
 def _note_twin(

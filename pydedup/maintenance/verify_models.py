@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter
+from pydedup.adapter import Adapter, BlockRow
 from pydedup.blocks import BlockMap
 from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, SchemaVersionError
@@ -19,10 +19,11 @@ from pydedup.maintenance.damage import MAX_ERRORS, VerifyReport
 from pydedup.maintenance.rows import wrong_reads
 from pydedup.text import listed
 
-__all__ = ["DAMAGE", "NO_BASE", "PageContent", "verify_aliases", "verify_model"]
+__all__ = ["DAMAGE", "NO_BASE", "OTHER_BASE", "PageContent", "verify_aliases", "verify_model"]
 
 #: In place of a base, of a block that is no delta.
 NO_BASE = -1
+OTHER_BASE = "its base is another than recorded"
 #: What says that a page is damaged. Any other error (a kernel or memory that cannot be had) says
 #: nothing about the store.
 DAMAGE = (CorruptStoreError, SchemaVersionError)
@@ -41,6 +42,10 @@ class PageContent:
     """False for deltas whose base cannot be read; their digests are 0."""
     bases: NDArray[np.int64] | None
     """Places of bases, `NO_BASE` where a block is no delta; None where none is."""
+    doubts: dict[int, tuple[BlockRow, str]] = field(default_factory=dict)
+    """Slots that are not as recorded, with the row of each and what is said of it: either of them
+    is damaged, and models may know which. Of deltas whose bases are gone, which may well be,
+    nothing is said."""
 
     def bases_of(self, slots: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return the places of the bases of some blocks."""
@@ -101,6 +106,13 @@ def verify_model(
                 wrong = int((~good).sum())
                 report.add_error(f"{where}: {wrong} blocks on page {page_id} are not the source's")
             needed = content.bases_of(slots)
+            if content.doubts:
+                is_right = np.where(
+                    content.readable[slots],
+                    model.keeps_bits & (content.digests[slots] == wanted[blocks]).all(axis=1),
+                    needed != bases[blocks],
+                )
+                _settle(report, page_id, content.doubts, slots[is_right])
             if (needed != bases[blocks]).any():
                 report.add_error(
                     f"{where}: blocks on page {page_id} have other bases than recorded"
@@ -129,6 +141,20 @@ def verify_model(
             report.wrong_readers.append(model.address)
         pages = listed([str(page_id) for page_id in amiss])
         report.add_error(f"{model.address}: what it reads is recorded wrongly, of pages {pages}")
+
+
+def _settle(
+    report: VerifyReport,
+    page_id: int,
+    doubts: dict[int, tuple[BlockRow, str]],
+    slots: NDArray[np.uint32],
+) -> None:
+    """Note that these slots are right: their rows are to be made anew."""
+    for slot in set(slots.tolist()) & doubts.keys():
+        row, said = doubts.pop(slot)
+        report.add_error(f"page {page_id}, slot {slot}: {said or OTHER_BASE}, which is wrong")
+        report.surplus_blocks.append(row.id)
+        report.unrecorded_blocks.setdefault(page_id, []).append(slot)
 
 
 def verify_aliases(adapter: Adapter, live: Mapping[int, str], report: VerifyReport) -> None:

@@ -252,6 +252,13 @@ class Resolver:
             references[known] = self._matcher.stored.references_at(
                 *split_places(found.places), found.costs
             )
+        lost = np.flatnonzero(references == NO_BASE)
+        if len(lost):
+            (page_id,), (slot,) = split_places(places[lost[:1]])
+            raise CorruptStoreError(
+                f"slot {slot} of page {page_id} is recorded as the base of a delta, which it is "
+                "not; run verify on the store"
+            )
         return references
 
     def _spooled(self, places: NDArray[np.int64]) -> None:

@@ -7,6 +7,7 @@ from the pages. And what is recorded of one model beside its weights: that is to
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import pydedup
 from pydedup import policies, registry
 from pydedup.cli.app import main
 from pydedup.errors import CorruptStoreError
+from pydedup.layout import block_places
 
 SIDE = 32
 Model = dict[str, np.ndarray]
@@ -249,6 +251,42 @@ def test_distinct_blocks_are_recorded_anew(
         ]
         assert loaded(store) == before
         is_sound(store)
+
+
+@pytest.mark.parametrize("is_delta", [False, True])
+def test_wrong_rows_of_distinct_blocks_are_made_anew(
+    is_delta: bool, store_url: str, other: Path, tmp_path: Path
+) -> None:
+    fill(store_url)
+    key = lambda row: (row.page_id, row.slot, row.hash128, row.base_id)  # noqa: E731
+    with pydedup.open(store_url) as store:
+        before, rows = loaded(store), sorted(all_blocks(store), key=key)
+        row = next(row for row in rows if (row.base_id is not None) == is_delta)
+        wrong: list[tuple[str, object]] = [
+            ("hash128", bytes([row.hash128[0] ^ 1]) + row.hash128[1:])
+        ]
+        place = block_places(np.array([row.page_id]), np.array([row.slot])).tolist()[0]
+        wrong.append(("base_id", place))  # on itself
+        if is_delta:
+            wrong += [("base_id", n) for n in (None, row.base_id + 1, row.base_id + 900, 1 << 40)]
+        for number, (column, value) in enumerate(wrong):
+            (now,) = [r for r in all_blocks(store) if key(r)[:2] == key(row)[:2]]
+            statement = {
+                "hash128": "UPDATE {distinct_blocks} SET hash128 = ? WHERE id = ?",
+                "base_id": "UPDATE {distinct_blocks} SET base_id = ? WHERE id = ?",
+            }[column]
+            change(store_url, statement, value, now.id)
+            with contextlib.suppress(CorruptStoreError):
+                store.copy_to(tmp_path / f"{number}.db")
+                with pydedup.open(tmp_path / f"{number}.db") as copy:
+                    assert loaded(copy) == before
+            assert store.verify().errors
+            report = store.verify(repair_from=other)
+            assert (report.errors, report.notes) == ([], [])
+            assert report.repair is not None
+            assert (report.repair.recorded_blocks, report.repair.damaged_pages) == (2, 0)
+            assert [key(r) for r in sorted(all_blocks(store), key=key)] == [key(r) for r in rows]
+        assert loaded(store) == before
 
 
 @pytest.mark.parametrize("is_there", [True, False])
