@@ -48,6 +48,7 @@ NO_PAGE = -1
 
 #: Slots of a page number fewer than 2 to this power: each takes at least 32 bytes.
 SLOT_BITS = 20
+_LARGEST_PAGE_ID = (1 << 63 - SLOT_BITS) - 1
 
 _MAP_MAGIC = b"PDBM"
 _MAP_VERSION = 1
@@ -326,6 +327,8 @@ def _unpack_pages(part: bytes) -> tuple[NDArray[np.int64], int, int, int]:
     pages = np.frombuffer(part, "<i8", n_pages, _MAP_HEADER.size).astype(np.int64, copy=False)
     if n_pages and int(pages.min()) < 0:
         raise CorruptStoreError("a block map names a page with a negative id")
+    if n_pages and int(pages.max()) > _LARGEST_PAGE_ID:  # it would be the place of another page
+        raise CorruptStoreError(f"a block map names page {pages.max()}, which no store has")
     return pages, n_columns, wide, n_blocks
 
 

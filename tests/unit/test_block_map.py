@@ -119,6 +119,20 @@ def test_a_slot_that_no_page_has_is_damage(column: str) -> None:
             BlockMap.from_parts(list(written.parts()), GRID, DType.F32)
 
 
+@pytest.mark.parametrize("bit", range(40, 63))
+def test_a_page_that_no_store_has_is_damage(bit: int) -> None:
+    """Its place would be that of another page, whose place together with its slot has 63 bits."""
+    written = BlockMap(
+        GRID, DType.F32, ids(1, 2, 3), slots(0, 0, 0), ids(-1, 4, 4 | 1 << bit), slots(0, 0, 0)
+    )
+    with (
+        pytest.raises(CorruptStoreError, match=r"names page [0-9]{13,}, which no store has")
+        if bit >= 43
+        else contextlib.nullcontext()
+    ):
+        BlockMap.from_parts(list(written.parts()), GRID, DType.F32)
+
+
 def test_the_number_of_blocks_is_that_of_the_grid() -> None:
     with pytest.raises(CorruptStoreError, match="3 blocks where its tensor has 12"):
         BlockMap.from_parts([WITH_DELTA], BlockGrid(3, 4, 1, 1), DType.F32)
