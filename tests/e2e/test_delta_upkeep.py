@@ -259,9 +259,9 @@ def map_with_another_base(path: Path) -> None:
     [
         (no_base_recorded, "it is a delta, but no base is recorded"),
         (base_of_a_raw_block, "it is no delta, but a base is recorded"),
-        (another_base, "not the base that it was made from"),
-        (base_is_a_delta, "its base is a delta itself"),
-        (no_such_slot, "slot 1048575 was asked of a page with"),
+        (another_base, "its base is another than recorded"),
+        (base_is_a_delta, "its base is another than recorded"),
+        (no_such_slot, "its base is another than recorded"),
         (base_page_is_gone, "missing"),
         (base_page_is_retired, "missing"),
         (base_page_is_not_the_models, "what it reads is recorded wrongly, of pages"),
