@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads that are inside the core when the interpreter ends: daemon threads of a server, say."""
+"""Threads that are inside the core when the interpreter ends: daemon threads of a server, say.
+
+And interpreters that the core is not for.
+"""
 
 from __future__ import annotations
 
@@ -51,3 +54,16 @@ def test_daemon_threads_in_the_core_end_with_the_process(what: str) -> None:
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="Python itself asks the module, from 3.12 on"
+)
+def test_a_sub_interpreter_is_refused() -> None:
+    """The import waited there for ever."""
+    code = (
+        "import _xxsubinterpreters as interpreters\n"
+        "interpreters.run_string(interpreters.create(), 'import pydedup.store')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "ImportError'>: pydedup cannot be used in a sub-interpreter; use the main" in done.stderr
