@@ -150,6 +150,11 @@ class Shard(PostgresAdapter):
                 return None
             cursor.execute(f"SELECT ring, id, joined FROM {self._identity}")  # noqa: S608
             row = cursor.fetchone()
+            if row is not None and None in row:
+                raise CorruptStoreError(
+                    f"{self.shown} is damaged: NULL is in the row of {self._identity}, which says "
+                    "whose shard it is; restore a backup of it, or replace it (docs/sharding.md)"
+                )
             return None if row is None else (row[0], row[1], row[2])
         except self.driver_error as error:
             raise self._translate(error) from error

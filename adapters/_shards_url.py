@@ -141,12 +141,14 @@ class Ring:
         """Return what ``meta`` holds. Raises NotAStoreError for anything else."""
         try:
             found = json.loads(value)
-            ring = Ring(
-                str(found["ring"]),
-                int(found["replicas"]),
-                dict(found["shards"]),
-                dict(found.get("names", {})),
-            )
+            shards, names = dict(found["shards"]), dict(found.get("names", {}))
+            ring = Ring(found["ring"], int(found["replicas"]), shards, names)
+            if not all(
+                isinstance(one, str) for one in (ring.id, *shards.values(), *names.values())
+            ):
+                raise ValueError(value)
+            if not 1 <= ring.replicas <= min(MOST_REPLICAS, len(shards)):
+                raise ValueError(value)
         except (ValueError, KeyError, TypeError) as error:
             raise NotAStoreError(
                 f"{shown}: the list of shards in its meta cannot be read; restore a backup"

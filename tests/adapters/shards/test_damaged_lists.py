@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What says which databases are the shards of a store, and whose shard each is, is damaged."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import pydedup
+from pydedup.errors import CorruptStoreError, NotAStoreError
+from pydedup.testing.shards import POLICY, ShardedPlace, fill, model_of, serves
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ring": None},
+        {"replicas": 0},
+        {"replicas": 3},
+        {"replicas": "many"},
+        {"shards": {}},
+        {"shards": [1, 2]},
+        {"shards": {"a": 1, "b": "there", "c": "there"}},
+        {"names": {"a": None}},
+        None,
+    ],
+)
+def test_a_list_that_cannot_be(change: dict[str, Any] | None, place: ShardedPlace) -> None:
+    """With no replicas, pages would be written nowhere."""
+    fill(place.url(2))
+    ((text,),) = place.rows(0, "SELECT value FROM {}.meta WHERE name = 'shards'")
+    wrong = text[1:] if change is None else json.dumps(json.loads(text) | change)
+    place.rows(0, "UPDATE {}.meta SET value = %s WHERE name = 'shards'", wrong)
+    for url in (place.url(2), place.url().replace("&replicas=1", "")):
+        with pytest.raises(NotAStoreError, match="list of shards in its meta cannot be read; rest"):
+            pydedup.open(url)
+    place.rows(0, "UPDATE {}.meta SET value = %s WHERE name = 'shards'", text)
+    serves(place.url(2))
+
+
+@pytest.mark.usefixtures("known_places")
+@pytest.mark.parametrize("column", ["ring", "id", "joined"])
+def test_a_shard_that_says_of_nobody_that_it_is_theirs(column: str, place: ShardedPlace) -> None:
+    url = place.url(2)
+    fill(url)
+    place.rows(1, f"ALTER TABLE {{}}.shard_identity ALTER {column} DROP NOT NULL")
+    place.rows(1, f"UPDATE {{}}.shard_identity SET {column} = NULL")  # noqa: S608
+    serves(url)  # from the other copies
+    said = "NULL is in the row of .*shard_identity.* backup of it, or replace it"
+    with pydedup.open(url) as store:
+        assert not store.verify().ok
+        more = {f"more{seed}": model_of(seed) for seed in range(3, 6)}
+        with pytest.raises(CorruptStoreError, match=said):
+            store.add_many(more, policy=POLICY)
