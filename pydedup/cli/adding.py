@@ -42,7 +42,13 @@ _COLUMNS = (
 
 @click.command(short_help="Add models from files or folders.")
 @options.store_argument
-@click.argument("pairs", metavar="NAME SOURCE [NAME SOURCE]...", nargs=-1, required=True)
+@click.argument(
+    "pairs",
+    metavar="NAME SOURCE [NAME SOURCE]...",
+    nargs=-1,
+    required=True,
+    shell_complete=options.complete_files,
+)
 @click.option(
     "--policy",
     type=click.Choice(_POLICIES),

@@ -18,7 +18,7 @@ _PIPE_WIDTH = 120
 
 
 @click.command(short_help="Store, check and serve a family of real models.")
-@click.argument("url", metavar="[STORE]", required=False)
+@click.argument("url", metavar="[STORE]", required=False, shell_complete=options.complete_files)
 @click.option(
     "--cache",
     metavar="FOLDER",

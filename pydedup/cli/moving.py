@@ -41,8 +41,8 @@ _MOST_ROWS = 20
 
 
 @click.command(short_help="Copy models to another store, of any database.")
-@click.argument("url", metavar="STORE")
-@click.argument("target", metavar="TARGET")
+@options.store_argument
+@click.argument("target", metavar="TARGET", shell_complete=options.complete_files)
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--all-versions", is_flag=True, help="All versions of each NAME, not the newest.")
 @click.option(
@@ -96,7 +96,7 @@ def copy(
 
 @click.command(short_help="Write a whole store to one file.")
 @options.store_argument
-@click.argument("path", metavar="FILE")
+@click.argument("path", metavar="FILE", shell_complete=options.complete_files)
 @click.option("--replace", is_flag=True, help="Replace an earlier backup in FILE.")
 @options.memory_option
 @options.json_option
@@ -114,7 +114,7 @@ def backup(url: str, path: str, replace: bool, memory: str, as_json: bool, quiet
 
 
 @click.command(short_help="Write a backup into an empty store.")
-@click.argument("path", metavar="FILE")
+@click.argument("path", metavar="FILE", shell_complete=options.complete_files)
 @options.store_argument
 @options.memory_option
 @options.json_option

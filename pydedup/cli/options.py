@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 import pydedup
 from pydedup import Store, config
@@ -29,6 +30,7 @@ from pydedup.types import ModelInfo
 __all__ = [
     "FileToRead",
     "check_size",
+    "complete_files",
     "existing_store",
     "json_option",
     "load_function",
@@ -110,9 +112,16 @@ def on_option(what: str) -> Callable[[_F], _F]:
     )
 
 
+def complete_files(
+    context: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Let a shell complete what may be a file and need not be one, such as a store."""
+    return [CompletionItem(incomplete, type="file")]
+
+
 def store_argument(command: _F) -> _F:
     """Add the store, the first argument of nearly every command."""
-    return click.argument("url", metavar="STORE")(command)
+    return click.argument("url", metavar="STORE", shell_complete=complete_files)(command)
 
 
 def model_argument(command: _F) -> _F:

@@ -28,12 +28,19 @@ Array = NDArray[Any]
 @click.command(short_help="Predict with a model whose layers the store knows.")
 @options.store_argument
 @options.model_argument
-@click.argument("inputs", metavar="[INPUT=]FILE...", nargs=-1, required=True)
+@click.argument(
+    "inputs",
+    metavar="[INPUT=]FILE...",
+    nargs=-1,
+    required=True,
+    shell_complete=options.complete_files,
+)
 @click.option(
     "-o",
     "--output",
     "target",
     metavar="PATH",
+    shell_complete=options.complete_files,
     help="Write the result to a .npy, .npz or .json file instead of printing it.",
 )
 @options.memory_option

@@ -39,6 +39,7 @@ _SHOWN = 10
 @click.option(
     "--source",
     metavar="URL",
+    shell_complete=options.complete_files,
     help="Database to read and write, when it is not that of the store.",
 )
 @click.option(
@@ -54,6 +55,7 @@ _SHOWN = 10
     "--parquet-in",
     multiple=True,
     metavar="PATH",
+    shell_complete=options.complete_files,
     help="With --on: Parquet files, or folders of them, in the place of --query; repeatable.",
 )
 @click.option(
@@ -62,6 +64,7 @@ _SHOWN = 10
 @click.option(
     "--parquet-out",
     metavar="FOLDER",
+    shell_complete=options.complete_files,
     help="With --on: write Parquet files into a folder, in the place of --into.",
 )
 @click.option(

@@ -48,6 +48,7 @@ _COLUMNS = (
     "--output",
     "target",
     metavar="PATH",
+    shell_complete=options.complete_files,
     help="Write the tensors to a .npz or .safetensors file, or one tensor to .npy; '-' writes one "
     "tensor as .npy to standard output.",
 )
@@ -108,7 +109,7 @@ def load(
 @click.command(short_help="Write a model to a file or folder of any known format.")
 @options.store_argument
 @options.model_argument
-@click.argument("path", metavar="PATH")
+@click.argument("path", metavar="PATH", shell_complete=options.complete_files)
 @click.option(
     "--format",
     "kind",

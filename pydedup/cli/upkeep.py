@@ -47,6 +47,7 @@ _READS_COLUMNS = (
     "--repair-from",
     "source",
     metavar="URL|FILE",
+    shell_complete=options.complete_files,
     help="Restore blocks of damaged pages, by their hash, from another store, a backup, or a "
     "model's file or folder.",
 )

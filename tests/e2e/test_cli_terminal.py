@@ -286,15 +286,22 @@ def test_secrets() -> None:
 
 
 def test_shells_complete_commands_and_options() -> None:
-    """The script of click printed the help."""
+    """The script of click printed the help, and no shell completed names of files any more."""
     for words, place, found in (
-        ("pydedup sc", "1", ["score"]),
-        ("pydedup score --on", "2", ["--on-error", "--on"]),
+        ("pydedup sc", "1", ["plain,score"]),
+        ("pydedup score --on", "2", ["plain,--on-error", "plain,--on"]),
         ("pydedup nothing --on", "2", []),
+        ("pydedup ls mod", "2", ["file,mod"]),
+        ("pydedup ls models.db sen", "3", []),
+        ("pydedup add models.db m@1 we", "4", ["file,we"]),
+        ("pydedup restore mod", "2", ["file,mod"]),
+        ("pydedup copy models.db oth", "3", ["file,oth"]),
+        ("pydedup export models.db m ba", "4", ["file,ba"]),
+        ("pydedup verify models.db --repair-from ba", "4", ["file,ba"]),
     ):
         asked = {"COMP_WORDS": words, "COMP_CWORD": place, "_PYDEDUP_COMPLETE": "bash_complete"}
         done = subprocess.run(
             PROGRAM, env=clean_environment(**asked), capture_output=True, text=True, check=False
         )
         assert done.stderr == ""
-        assert done.stdout.split() == [f"plain,{word}" for word in found]
+        assert done.stdout.split() == found
