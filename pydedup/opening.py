@@ -146,7 +146,7 @@ def open_rows(adapter: Adapter, source: str | os.PathLike[str] | None) -> Iterat
     """Give the database of users' tables: the one of a store, or another."""
     if source is not None:
         try:
-            rows = registry.connect_rows(registry.place_of(source))
+            rows = registry.connect_rows(registry.absolute(source))
         except MissingStoreError as error:
             raise NotFoundError(f"{error.what} that is to be read and written") from error
         try:

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from pydedup.adapter import Adapter
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ENTRY_POINT_GROUP",
     "Connect",
+    "absolute",
     "connect",
     "connect_rows",
     "file_url",
@@ -257,6 +259,15 @@ def file_url(path: str | os.PathLike[str]) -> str:
     if "?" not in text or (isinstance(path, str) and _OPTIONS.search(text)):
         return f"sqlite:///{text}"
     return f"sqlite:///{text}?"  # with no options after it
+
+
+def absolute(place: str | os.PathLike[str]) -> str:
+    """Return a URL that means the same in other folders, where it is a file of SQLite."""
+    url = place_of(place)
+    found = re.fullmatch(r"sqlite:///([^/?].*)", url)
+    if ":" not in url:
+        return file_url(str(Path(url).absolute()))
+    return f"sqlite:///{Path(found.group(1)).absolute()}" if found else url
 
 
 def redact(url: str) -> str:

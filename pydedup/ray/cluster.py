@@ -30,14 +30,13 @@ from typing import Any, Final, TypeVar
 
 from pydedup.errors import ArgumentError, ClusterError
 from pydedup.ray.probe import probe
-from pydedup.registry import file_url, place_of, redact
+from pydedup.registry import redact
 from pydedup.text import without_secrets
 
 __all__ = [
     "INSTALL",
     "LOST",
     "Secret",
-    "absolute",
     "attached",
     "import_ray",
     "is_lost",
@@ -301,15 +300,6 @@ def kill(ray: Any, actor: Any) -> None:
     with contextlib.suppress(Exception):
         if ray.is_initialized():
             ray.kill(actor)
-
-
-def absolute(place: str | os.PathLike[str]) -> str:
-    """Return a URL that means the same in other folders, where it is a file of SQLite."""
-    url = place_of(place)
-    found = re.fullmatch(r"sqlite:///([^/?].*)", url)
-    if ":" not in url:
-        return file_url(str(Path(url).absolute()))
-    return f"sqlite:///{Path(found.group(1)).absolute()}" if found else url
 
 
 def use_threads(count: int) -> None:

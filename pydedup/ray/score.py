@@ -16,11 +16,12 @@ from typing import Any
 
 from pydedup import config, errors
 from pydedup.errors import ArgumentError, ClusterError, PydedupError
-from pydedup.ray.cluster import absolute, attached, import_ray, on_each_node
+from pydedup.ray.cluster import attached, import_ray, on_each_node
 from pydedup.ray.score_feed import scored
 from pydedup.ray.score_job import MOST_ROWS, Job
 from pydedup.ray.score_plan import FilePart, PartResult, Settings
 from pydedup.ray.score_worker import Scorer, hindrance
+from pydedup.registry import absolute
 from pydedup.serving.score import MOST_FAILURES
 from pydedup.types import Progress, ScoreReport, check_progress
 

@@ -227,8 +227,7 @@ class Job:
         if self.into is not None:
             assert self.rows is not None
             self.table = self.rows.full_table_name(self.into)
-            url = self.rows.url
-            self.pin = Pin(self._adapter, self._catalog, url, self.table, what, self._model)
+            self.pin = Pin(self._adapter, self._catalog, self.rows, self.table, what, self._model)
             self.notes = TableNotes(self.pin)
             stored = self.pin.take(always=True)
             self.resumed = self.pin.resumed

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import RowAdapter
 from pydedup.catalog import Catalog, StoredModel, recorded_object
 from pydedup.errors import NotFoundError, PydedupError, ReadOnlyError
 from pydedup.jobs import SCORING
@@ -24,19 +25,28 @@ class Pin:
     """The version that a scoring stays on: what its address meant when it began.
 
     An address that names a version needs nothing of that. For others there is a row of ``jobs``
-    from the beginning to the end of the work; the same work is the same query, table and address.
+    from the beginning to the end of the work; the same work is the same query, table and address,
+    however the database is called.
     In it are the runs that may have written something, so that the last of those that wrote nothing
     takes it back. Who is killed stays in it.
     """
 
     def __init__(
-        self, adapter: Adapter, catalog: Catalog, url: str, table: str, query: str, address: str
+        self,
+        adapter: Adapter,
+        catalog: Catalog,
+        rows: RowAdapter,
+        table: str,
+        query: str,
+        address: str,
     ) -> None:
         self._adapter = adapter
         self._catalog = catalog
         self._address = address
         self._table = table
-        self._work = [url, table, query.strip()]
+        own: object = adapter  # which most often has the rows, too
+        place = "" if rows is own else rows.url
+        self._work = [place, table, query.strip()]
         self._id = self._id_of(address)
         self._run = uuid.uuid4().hex
         self._pinned = False

@@ -103,7 +103,7 @@ def score_rows(
         if not isinstance(text, str):
             raise ArgumentError(f"{name} must be a string, not {type(text).__name__}")
     table = rows.full_table_name(into)
-    pin = Pin(adapter, catalog, rows.url, table, query, model)
+    pin = Pin(adapter, catalog, rows, table, query, model)
     stored = pin.take()
     work: Scoring | None = None
     try:

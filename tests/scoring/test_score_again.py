@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +90,37 @@ def test_an_alias_is_what_it_was_until_the_work_is_done(
     assert_right({k: v for k, v in found.items() if k <= 15}, x[:15], w2)
     by_model = dict(tables.run(f"SELECT model, COUNT(*) FROM {into} GROUP BY model"))
     assert by_model == {"m@1": 15, "m@2": 15}
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_file_is_the_same_however_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """Or predictions of two versions would be in one table."""
+    monkeypatch.chdir(tmp_path)
+    for version in (1, 2):
+        add("sqlite:///s.db", f"m@{version}", seed=version)
+    source = "rows.db" if elsewhere else "s.db"
+    with contextlib.closing(sqlite3.connect(source)) as rows:
+        rows.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, f0, f1, f2)")
+        rows.executemany("INSERT INTO t VALUES (?, 1, 2, 3)", [[n] for n in range(20)])
+        rows.commit()
+    query, options = "SELECT * FROM t ORDER BY id", {"into": "p", "batch": 10}
+
+    def cut_off(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pydedup.open("s.db") as store:
+        store.alias("m", "prod", "1")
+        named = {"source": source} if elsewhere else {}
+        with pytest.raises(KeyboardInterrupt):
+            store.score(query, "m@prod", progress=cut_off, **options, **named)
+        store.alias("m", "prod", "2")
+    with pydedup.open(tmp_path / "s.db") as store:
+        named = {"source": f"sqlite:///{tmp_path}/{source}"} if elsewhere else {}
+        report = store.score(query, "m@prod", **options, **named)
+        assert (report.model, report.rows, report.resumed) == ("m@1", 10, True)
+        assert [row for row in store._adapter.jobs() if row[3] == SCORING] == []
 
 
 def test_an_alias_moved_in_the_middle_changes_nothing(

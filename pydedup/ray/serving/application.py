@@ -15,7 +15,7 @@ from pydedup.errors import ArgumentError
 from pydedup.http.access import check_token
 from pydedup.http.options import ServeOptions
 from pydedup.opening import connect_store, pool_bytes
-from pydedup.ray.cluster import Secret, absolute, import_ray
+from pydedup.ray.cluster import Secret, import_ray
 from pydedup.ray.serving.checks import (
     as_arguments,
     check_actors,
@@ -25,7 +25,7 @@ from pydedup.ray.serving.checks import (
     said_at_once,
 )
 from pydedup.ray.serving.source import is_here
-from pydedup.registry import redact
+from pydedup.registry import absolute, redact
 from pydedup.replacement import DEFAULT_POLICY, check_policy
 
 __all__ = ["ROUTINGS", "app", "deployment"]

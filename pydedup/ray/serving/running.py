@@ -15,7 +15,6 @@ from pydedup.errors import ArgumentError, ClusterError
 from pydedup.ray.cluster import (
     LOST,
     Secret,
-    absolute,
     attached,
     import_ray,
     is_lost,
@@ -25,6 +24,7 @@ from pydedup.ray.cluster import (
 from pydedup.ray.score_pool import words_of
 from pydedup.ray.serving.application import deployment
 from pydedup.ray.serving.source import models
+from pydedup.registry import absolute
 
 __all__ = ["parse_replicas", "run"]
 
