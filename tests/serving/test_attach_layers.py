@@ -401,6 +401,24 @@ def test_a_module_of_another_dtype_than_is_stored(
     assert next(store.detach(net).parameters()).dtype is used
 
 
+class InBfloat16(nn.Module):
+    """Asks for products in bf16 itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.conv = nn.Linear(30, 30), nn.Conv1d(30, 4, 3)
+        self.attention = nn.MultiheadAttention(30, 2)
+
+    def forward(self, x: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.dense(x)
+            return y, y @ self.dense.weight, self.conv(x.T), *self.attention(y, y, y)
+
+
+def test_a_module_that_enters_autocast(check: Check) -> None:
+    assert check(InBfloat16(), torch.randn(7, 30), rtol=2e-2) == set()
+
+
 def test_parametrized_weights(check: Check) -> None:
     check(nn.utils.parametrizations.weight_norm(nn.Linear(20, 30)), torch.randn(4, 20))
     check(nn.utils.parametrizations.orthogonal(nn.Linear(20, 30)), torch.randn(4, 20))

@@ -56,6 +56,13 @@ def _array(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
     return _numpy(x, weight)
 
 
+def _cast(x: torch.Tensor) -> torch.Tensor:
+    """Return an input of a product as torch.autocast has it, which a module may enter itself."""
+    if torch.is_autocast_enabled("cpu") and x.dtype in (torch.float32, *_HALVES):
+        return x.to(torch.get_autocast_dtype("cpu"))
+    return x
+
+
 def _numpy(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
     try:
         return (x if x.is_contiguous() else x.contiguous()).numpy()  # torch's copies are counted
@@ -118,6 +125,7 @@ def _product(
     offset = _bias(bias)
     if offset is not None and offset.ndim > 1:
         return NotImplemented
+    x = _cast(x)
     given = _array(x, weight)
     transpose = weight.transposed is not transpose
     if weight.rows is None:
@@ -187,6 +195,7 @@ def _conv1d(
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
+    input = _cast(input)
     y = stored.conv2d(
         _array(input, weight)[..., None, :],
         bias=_bias(bias),
@@ -212,6 +221,7 @@ def _conv2d(
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
+    input = _cast(input)
     y = stored.conv2d(
         _array(input, weight),
         bias=_bias(bias),
