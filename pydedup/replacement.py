@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from pydedup import _core, config
 from pydedup.errors import ArgumentError, FormatError
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "Replay", "Trace", "check_policy", "replay"]
+__all__ = ["DEFAULT_POLICY", "POLICIES", "Replay", "Trace", "check_policy", "check_trace", "replay"]
 
 #: Policies by name, and what goes first.
 POLICIES = {
@@ -39,10 +40,21 @@ _TRACE_VERSION = 1
 def check_policy(name: str) -> str:
     """Return a policy's name. Raises ArgumentError for an unknown one."""
     if name not in tuple(POLICIES):
-        raise ArgumentError(
-            f"unknown replacement policy {name!r}; choose one of: {', '.join(POLICIES)}"
-        )
+        raise _unknown(name, POLICIES)
     return name
+
+
+def _unknown(name: str, known: Iterable[str]) -> ArgumentError:
+    return ArgumentError(f"unknown replacement policy {name!r}; choose one of: {', '.join(known)}")
+
+
+def check_trace(trace: object) -> None:
+    """Raise ArgumentError for what is no trace."""
+    if not isinstance(trace, Trace):
+        raise ArgumentError(
+            "trace must be a pydedup.replacement.Trace, as Trace.load(path) gives, not "
+            f"{type(trace).__name__}"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,11 +149,12 @@ def replay(trace: Trace, memory_bytes: str | int, policy: str) -> Replay:
     Raises
     ------
     ArgumentError
-        For an unknown policy or what is no size, and when the trace does not fit together or has a
-        page larger than the memory.
+        For an unknown policy, what is no trace or no size, and when the trace does not fit together
+        or has a page larger than the memory.
     """
-    if policy != "optimum":
-        check_policy(policy)
+    check_trace(trace)
+    if policy != "optimum" and policy not in tuple(POLICIES):
+        raise _unknown(policy, [*POLICIES, "optimum"])
     counts = _core.replay(
         np.ascontiguousarray(trace.pages, np.int64),
         np.ascontiguousarray(trace.nbytes, np.uint32),

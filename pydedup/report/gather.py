@@ -12,10 +12,9 @@ import numpy as np
 
 from pydedup.adapter import LIVE, Adapter, ModelRow
 from pydedup.catalog import Catalog, StoredModel, model_info, recorded_object
-from pydedup.errors import ArgumentError
 from pydedup.layout import PAGE_BYTES
 from pydedup.pool import PagePool
-from pydedup.replacement import Trace
+from pydedup.replacement import Trace, check_trace
 from pydedup.report.curves import Curves, miss_curves
 from pydedup.report.detail import TensorBlocks, blocks_of
 from pydedup.report.families import Common, common_blocks
@@ -112,12 +111,8 @@ def gather(
     ArgumentError
         When the trace is none, or does not fit together.
     """
-    given: object = trace
-    if not isinstance(given, Trace | None):
-        raise ArgumentError(
-            "trace must be a pydedup.replacement.Trace, as Trace.load(path) gives, not "
-            f"{type(given).__name__}"
-        )
+    if trace is not None:
+        check_trace(trace)
     with adapter.snapshot():
         stats = store_stats(adapter, pool.stats())
         rows = adapter.models()

@@ -129,8 +129,10 @@ def test_pages_of_many_callers_outlive_those_of_one() -> None:
 
 def test_traces_that_make_no_sense_are_refused() -> None:
     trace = trace_of([(0, [1, 2])])
-    with pytest.raises(ArgumentError, match=r"unknown replacement policy 'fifo'.*reuse"):
+    with pytest.raises(ArgumentError, match=r"unknown replacement policy 'fifo'.*optimum"):
         replay(trace, 100, "fifo")
+    with pytest.raises(ArgumentError, match=r"trace must be a pydedup.replacement.Trace.*not str"):
+        replay("trace.npz", 100, "lru")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="page of 10 bytes, more than the budget of 9"):
         replay(trace, 9, "lru")
     sizes = Trace(np.array([1, 1]), np.array([3, 4], np.uint32), trace.calls, trace.owners)
