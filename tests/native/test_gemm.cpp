@@ -306,6 +306,15 @@ TEST(stored_nan_and_infinity_come_through) {
     }
 }
 
+TEST(whatever_is_not_zero_is_true) {
+    const std::vector<std::uint8_t> w{0, 1, 2, 255};
+    const Stored stored = store(w, {1, 4, 1, 3}, Dtype::boolean, false);
+    for (const std::size_t m : {std::size_t{1}, std::size_t{9}}) {
+        const std::vector<float> ones(m * 4, 1.0F);
+        CHECK(multiply(stored, ones, m, false) == std::vector<float>(m, 3.0F));
+    }
+}
+
 TEST(no_columns_is_an_empty_sum) {
     const std::vector<float> bias{1.0F, -2.0F, 3.0F};
     const Stored none{{3, 0, 1, 1}, Dtype::f32, {}, {}};

@@ -124,8 +124,10 @@ void widen(const std::byte* from, Dtype dtype, std::size_t count, T* to,
         case Dtype::i64:
             return convert<std::int64_t>(from, count, to);
         case Dtype::u8:
-        case Dtype::boolean:
             return convert<std::uint8_t>(from, count, to);
+        case Dtype::boolean:  // whatever is not 0 is true, as for numpy
+            for (std::size_t i = 0; i < count; ++i) to[i] = from[i] == std::byte{0} ? T{0} : T{1};
+            return;
         case Dtype::u16:
             return convert<std::uint16_t>(from, count, to);
         case Dtype::u32:
