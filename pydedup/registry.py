@@ -264,8 +264,8 @@ def file_url(path: str | os.PathLike[str]) -> str:
 def absolute(place: str | os.PathLike[str]) -> str:
     """Return a URL that means the same in other folders, where it is a file of SQLite."""
     url = place_of(place)
-    found = re.fullmatch(r"sqlite:///([^/?].*)", url)
-    if ":" not in url:
+    found = re.fullmatch(r"sqlite:///(?!:memory:)([^/?].*)", url)
+    if url and ":" not in url:
         return file_url(str(Path(url).absolute()))
     return f"sqlite:///{Path(found.group(1)).absolute()}" if found else url
 

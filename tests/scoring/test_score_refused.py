@@ -324,3 +324,6 @@ def test_arguments_that_are_wrong(tables: Tables, new_name: Make) -> None:
             store.score(wrong, "m@1", into=new_name())
         with pytest.raises(ArgumentError, match="into must be a string, not int"):
             store.score(query, "m@1", into=wrong)
+        for source, said in {"sqlite:///:memory:": "in memory", "": "is no URL of a store"}.items():
+            with pytest.raises(ArgumentError, match=said):
+                store.score(query, "m@1", into=new_name(), source=source)
