@@ -6,9 +6,11 @@ from __future__ import annotations
 import contextlib
 import random
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -415,3 +417,31 @@ def test_nothing_is_collected_from_under_others(store: Adapter, place: ShardedPl
     assert len(place.payloads()) == 10
     store.compact()
     assert place.payloads().keys() == set(ids)
+
+
+def test_what_is_published_while_leftovers_are_listed_is_kept(
+    store: Adapter, place: ShardedPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its payload was there then, and its page was not yet."""
+    adapter: Any = store
+    committed, listed = threading.Event(), threading.Event()
+    commit, alone = adapter._commit_shards, adapter._alone
+
+    def commit_and_wait(touched: Any) -> None:
+        commit(touched)
+        committed.set()
+        assert listed.wait(60)
+
+    def alone_after_the_list() -> bool:
+        listed.set()
+        return bool(alone())
+
+    monkeypatch.setattr("pydedup.adapters._shards_reading.WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(adapter, "_commit_shards", commit_and_wait)
+    with contextlib.closing(open_store(place.url())) as other, ThreadPoolExecutor() as threads:
+        monkeypatch.setattr(other, "_alone", alone_after_the_list)
+        adding = threads.submit(add_random_pages, store, 4, size=500)
+        assert committed.wait(60)
+        other.compact()
+        pages = adding.result()
+        assert dict(other.read_pages(list(pages))) == pages
