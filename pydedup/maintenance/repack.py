@@ -38,6 +38,7 @@ from pydedup.layout import (
     split_places,
     used_places,
 )
+from pydedup.maintenance.rows import lost_models
 from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
 from pydedup.types import Progress
@@ -139,6 +140,12 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
     """
     epoch = adapter.epoch()
     with adapter.snapshot():
+        lost = lost_models(adapter)
+        if lost:
+            raise CorruptStoreError(
+                f"the row of the model with id {min(lost)} is damaged or lost, so its pages stay "
+                "as they are; run verify on the store"
+            )
         models = [StoredModel(adapter, row) for row in adapter.models()]
         places = _places(adapter, pool, models)
     if not len(places.places):

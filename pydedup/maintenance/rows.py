@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.adapter import LIVE, RETIRED, Adapter, BlockRow
+from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
 from pydedup.blocks import named_pages
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError, NotFoundError, PageNotFoundError, UnavailableError
@@ -35,6 +35,7 @@ from pydedup.text import listed, plural
 __all__ = [
     "blocks_of_no_page",
     "forget_blocks",
+    "lost_models",
     "record_blocks",
     "record_reads",
     "refuse_pages_in_use",
@@ -72,6 +73,12 @@ def refuse_pages_in_use(adapter: Adapter, page_ids: Collection[int]) -> None:
                     f"{address} uses {pages} given up as nobody's, so nothing is deleted; run "
                     "verify --repair-from on the store"
                 )
+
+
+def lost_models(adapter: Adapter) -> set[int]:
+    """Return the ids of models that are recorded as reading pages, and neither live nor staged."""
+    known = {row.id for row in adapter.models(state=None) if row.state in (LIVE, STAGING)}
+    return {model_id for model_id, _, _, _ in adapter.model_pages()} - known
 
 
 def wrong_reads(

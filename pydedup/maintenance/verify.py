@@ -36,7 +36,7 @@ from pydedup.maintenance.damage import (
     sound_rows,
     unreadable_pages,
 )
-from pydedup.maintenance.rows import blocks_of_no_page
+from pydedup.maintenance.rows import blocks_of_no_page, lost_models
 from pydedup.maintenance.verify_models import (
     DAMAGE,
     NO_BASE,
@@ -366,6 +366,11 @@ def _note_leftovers(adapter: Adapter, report: VerifyReport) -> None:
                 f"{row.name}@{row.version} is {row.state!r}, which no model can be, so it is not "
                 "served; restore a backup"
             )
+    for model_id in sorted(lost_models(adapter).difference(row.id for row in models)):
+        report.add_error(
+            f"the row of the model with id {model_id} is lost, whose pages are there; restore a "
+            "backup"
+        )
     staging = sum(row.state == STAGING for row in models)
     if staging:
         report.notes.append(plural(staging, "unfinished or running add"))

@@ -21,6 +21,7 @@ from pydedup import policies, registry
 from pydedup.cli.app import main
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places
+from pydedup.testing._contract_base import in_thread
 
 SIDE = 32
 Model = dict[str, np.ndarray]
@@ -206,6 +207,70 @@ def test_wrong_figures_are_seen_and_mended(store_url: str, other: Path) -> None:
         assert f"two@1: what it reads is recorded wrongly, of pages {page}" in store.verify().errors
         assert store.verify(repair_from=other).errors == []
         is_sound(store)
+
+
+def test_a_model_whose_row_is_lost_is_told_and_its_pages_are_kept(
+    store_url: str, other: Path
+) -> None:
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        model_id = store.info("two").info.id
+        pages = store._adapter.page_rows()
+        change(store_url, "UPDATE {models} SET state = 'lost' WHERE id = ?", model_id)
+        with pytest.raises(CorruptStoreError, match=f"the model with id {model_id} is damaged"):
+            store.vacuum()
+        change(store_url, "DELETE FROM {models} WHERE id = ?", model_id)
+        said = [
+            f"the row of the model with id {model_id} is lost, whose pages are there; restore a "
+            "backup"
+        ]
+        assert store.verify().errors == said
+        assert store.verify(repair_from=other).errors == said
+        for dry_run in (True, False):
+            with pytest.raises(CorruptStoreError, match=f"the model with id {model_id} .* verify"):
+                store.vacuum(dry_run=dry_run)
+        assert store._adapter.page_rows() == pages
+
+
+def test_what_a_model_takes_of_a_page_that_cannot_be_read_stays_as_recorded(
+    store_url: str, other: Path, change_page: Callable[..., None]
+) -> None:
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        model_id = store.info("two").info.id
+        before = store._adapter.model_pages(model_id)
+        fine, damaged = (row[1] for row in before)  # which has one block
+        one_more = "UPDATE {model_pages} SET blocks = blocks + 1 WHERE page_id = ?"
+        change(store_url, one_more, fine)
+    change_page(store_url, damaged, lambda payload: payload.__setitem__(-1, payload[-1] ^ 1))
+    with pydedup.open(store_url) as store:
+        report = store.verify(repair_from=other)
+        assert list(report.damaged_pages) == [damaged]
+        assert report.repair is not None
+        assert report.repair.recorded_models == 3
+        assert store._adapter.model_pages(model_id) == before
+
+
+def test_a_model_that_is_removed_before_what_it_reads_is_recorded(
+    store_url: str, other: Path
+) -> None:
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        model_id = store.info("two").info.id
+        more = "UPDATE {model_pages} SET bytes = bytes + 1 WHERE model_id = ?"
+        change(store_url, more, model_id)
+
+        def remove() -> None:
+            with pydedup.open(store_url) as another:
+                another.remove("two")
+
+        def removing(stage: str, done: int, total: int) -> None:
+            if stage == "checking models" and done == total == len(MODELS):
+                in_thread(remove)
+
+        report = store.verify(repair_from=other, progress=removing)
+        assert report.repair is not None
+        assert (report.errors, report.repair.recorded_models) == ([], 0)
 
 
 def test_a_block_map_that_may_be_wrong_does_not_rule(store_url: str, other: Path) -> None:
