@@ -293,7 +293,7 @@ class StoreUpkeep(abc.ABC):
             models = record_reads(adapter, pool, report.wrong_readers)
             blocks = forget_blocks(adapter, report.surplus_blocks)
             blocks += record_blocks(adapter, pool, report.unrecorded_blocks)
-            if models or blocks:
+            if report.wrong_readers or blocks:  # or who was removed meanwhile is told of
                 report = verify_store(adapter, progress=progress)
             damaged = report.damaged_pages
             done = repair(adapter, pool, damaged, source, progress=progress)
