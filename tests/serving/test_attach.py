@@ -269,6 +269,30 @@ def test_buffers_without_memory_must_be_stored_or_given(store: pydedup.Store) ->
     torch.testing.assert_close(store.attach(empty, "m")(torch.ones(6)), module(torch.ones(6)))
 
 
+class Extra(nn.BatchNorm1d):
+    """Has a state that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"epoch": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"epoch": 3}
+
+
+def test_what_a_store_need_not_have(store: pydedup.Store) -> None:
+    """How many batches a norm has seen, which older checkpoints lack, and what is no tensor."""
+    module = Extra(80).eval()
+    module.num_batches_tracked.fill_(7)
+    state = module.state_dict()
+    store.add(
+        "m", {name: state[name] for name in ("weight", "bias", "running_mean", "running_var")}
+    )
+    wanted = module(X)
+    torch.testing.assert_close(store.attach(module, "m")(X), wanted)
+    assert list(store.detach(module).state_dict()) == list(state)
+    assert module.num_batches_tracked == 7
+
+
 # ---- what fits ----------------------------------------------------------------------------------
 
 

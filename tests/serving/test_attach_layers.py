@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 import pydedup
+from pydedup.errors import ArgumentError
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -314,7 +315,7 @@ class Calls(nn.Module):
         return self.call(x, self.matrix)
 
 
-linear = nn.functional.linear
+linear, bag = nn.functional.linear, nn.functional.embedding_bag
 
 
 @pytest.mark.parametrize(
@@ -343,6 +344,8 @@ def test_arguments_as_torch_takes_them(check: Check, call: Callable[[Any, Any], 
         lambda x, w: torch.matmul(x, w.t(), out=x.new_empty(4, 70)),
         lambda x, w: torch.addmm(x.new_ones(70), x, w.t(), out=x.new_empty(4, 70)),
         lambda x, w: linear(x, w, torch.ones(4, 70)),
+        lambda x, w: bag(torch.tensor([[0, 5], [3, 3]]), w[2:8]),
+        lambda x, w: bag(torch.tensor([[0, 49], [3, 3]]), w.t()),
     ],
 )
 def test_arguments_that_no_kernel_takes(check: Check, call: Callable[[Any, Any], Any]) -> None:
@@ -364,6 +367,23 @@ class SomeFilters(nn.Module):
 def test_convolutions_with_some_of_the_filters(check: Check) -> None:
     check(SomeFilters(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 9, 9))
     check(SomeFilters(nn.Conv1d(3, 8, 3)), torch.randn(2, 3, 9))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda x, w: w[3:9][torch.tensor([0, 6])], ArgumentError, "ids from 0 to 6 for 6 rows of"),
+        (lambda x, w: w.split([30, 30]), RuntimeError, "sum exactly to 70"),
+        (lambda x, w: linear(x, w[3:9], torch.ones(5)), RuntimeError, "must match"),
+    ],
+)
+def test_parts_of_a_matrix_that_do_not_fit(
+    store: pydedup.Store, call: Callable[[Any, Any], Any], error: type[Exception], said: str
+) -> None:
+    module = Calls(call).eval()
+    store.add("m", module.state_dict())
+    with torch.no_grad(), pytest.raises(error, match=said):
+        store.attach(module, "m")(torch.randn(4, 50))
 
 
 @pytest.mark.parametrize("axes", [(0, 3), (-3, 0), (1, 2)])

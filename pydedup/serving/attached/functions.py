@@ -138,8 +138,10 @@ def _product(
         return _result(y, x.dtype)
     if transpose:
         return NotImplemented
-    part, before = weight.attachment.weights().part(weight.number, weight.rows)
     count = weight.rows[1] - weight.rows[0]
+    if offset is not None and offset.size not in (1, count):
+        return NotImplemented  # torch says what is wrong
+    part, before = weight.attachment.weights().part(weight.number, weight.rows)
     needed(given.nbytes + given.nbytes // max(part.shape[1], 1) * part.shape[0])
     y = np.ascontiguousarray(part.matmul(given)[..., before : before + count])
     if offset is not None:
