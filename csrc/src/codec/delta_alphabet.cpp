@@ -200,12 +200,16 @@ void write_symbols_of(const Differences& differences, const Alphabet& alphabet,
         }
     }
     const auto* const z = static_cast<const Wide*>(differences.z);
+    // Without a branch: which values are small is as good as chance.
     for (std::size_t i = 0; i < count; ++i) {
-        const unsigned own = by_class(classes[i]);
-        if (z[i] < kSmall) {
-            symbols[i] = small[static_cast<std::size_t>(z[i])];
-        } else {
-            symbols[i] = static_cast<std::uint8_t>(any_large ? large.find(z[i], own) : own);
+        const auto at = static_cast<std::size_t>(std::min(z[i], Wide{kSmall - 1}));
+        const std::uint8_t own = by_class(classes[i]);
+        symbols[i] = z[i] < kSmall ? small[at] : own;
+    }
+    if (!any_large) return;
+    for (std::size_t i = 0; i < count; ++i) {
+        if (z[i] >= kSmall) {
+            symbols[i] = static_cast<std::uint8_t>(large.find(z[i], symbols[i]));
         }
     }
 }
