@@ -21,6 +21,20 @@ New = Callable[[str], str]
 BACKENDS = ("sqlite", "postgres", "mysql")
 
 
+def test_quotas_that_are_set_where_a_backup_is_restored_stay(
+    filled: New, new_store: New, tmp_path: Path
+) -> None:
+    file = tmp_path / "backup"
+    with pydedup.open(filled("sqlite")) as store:
+        store.quotas.set("task", None, "512KiB", measure="logical")
+        store.backup(file)
+    with pydedup.open(new_store("sqlite")) as store:
+        store.quotas.set("task", None, "1GiB", measure="logical")
+        before = list(store.quotas)
+        assert store.restore(file).copied == 8
+        assert list(store.quotas) == before
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_there_and_back(
     filled: New, new_store: New, tmp_path: Path, assert_same: Any, backend: str
@@ -111,6 +125,10 @@ def test_a_backup_goes_into_an_empty_store(
         with pytest.raises(NotAStoreError, match="there is no file"):
             store.restore(tmp_path / "missing")
         assert [info.address for info in store.models()] == ["mine@1"]
+    with pydedup.open(new_store("sqlite")) as store:
+        store.add("base@1", family(9))
+        with pytest.raises(ArgumentError, match=r"has other models than .*: base@1;"):
+            store.restore(file)
     with pydedup.open(file, mode="r") as store, pytest.raises(ReadOnlyError):
         store.restore(file)
 
@@ -275,6 +293,49 @@ def test_a_file_that_appears_during_a_backup_is_kept(
         assert_same(source_url, f"{file}.partial")
         file.unlink()
         assert store.backup(file).copied == 0, "it was complete"
+    assert_same(source_url, str(file))
+
+
+def test_a_backup_that_is_opened_during_the_next_one_is_kept(
+    filled: New, tmp_path: Path, family: Callable[..., Any]
+) -> None:
+    file, opened = tmp_path / "backup", list[pydedup.Store]()
+
+    def hold(stage: str, done: int, total: int) -> None:
+        if not opened:
+            opened.append(pydedup.open(file))
+            opened[0].add("late", family(30))
+
+    with pydedup.open(filled("sqlite"), mode="r") as store:
+        store.backup(file)
+        with pytest.raises(ArgumentError, match=r"backup is in use \(backup-wal lies beside it\)"):
+            store.backup(file, replace=True, progress=hold)
+    opened[0].close()
+    with pydedup.open(file) as kept:
+        assert kept.load("late")["step"] == family(30)["step"]
+
+
+def test_what_is_left_of_a_store_that_had_more_is_not_used(
+    filled: New, tmp_path: Path, assert_same: Any
+) -> None:
+    source_url, file = filled("sqlite"), tmp_path / "backup"
+    with pydedup.open(source_url) as store:
+        store.backup(file)
+        file.rename(f"{file}.partial")
+        last = max(store.models(), key=lambda info: info.id)
+        store.remove(last.address)
+        assert store.backup(file).copied == 7
+    assert_same(source_url, str(file))
+
+
+def test_what_is_left_of_a_backup_that_had_not_begun_is_used(
+    filled: New, tmp_path: Path, assert_same: Any
+) -> None:
+    source_url, file = filled("sqlite"), tmp_path / "backup"
+    with pydedup.open(f"{file}.partial"):
+        pass  # tables, and nothing that says of what
+    with pydedup.open(source_url, mode="r") as store:
+        assert store.backup(file).copied == 8
     assert_same(source_url, str(file))
 
 
