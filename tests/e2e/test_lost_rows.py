@@ -381,6 +381,20 @@ def test_blocks_that_are_on_no_page_are_told_and_forgotten(
         is_sound(store)
 
 
+def test_a_block_that_is_said_to_be_on_a_page_of_a_distant_number(
+    store_url: str, other: Path
+) -> None:
+    """As a flipped bit makes it, too far away to be looked for there."""
+    fill(store_url)
+    change(store_url, "UPDATE {distinct_blocks} SET page_id = ? WHERE id = 1", 1 << 40)
+    with pydedup.open(store_url) as store:
+        (told,) = store.verify().errors
+        assert told.endswith("no distinct block names it")
+        assert store.verify(repair_from=other).errors == []
+        assert store.add("again", MODELS["one"], block_shape=(SIDE, SIDE)).pages == 0
+        is_sound(store)
+
+
 def test_a_page_of_a_distant_number_keeps_no_verify(tmp_path: Path) -> None:
     """As a flipped bit makes it: to ask for the blocks of all numbers up to it would take days."""
     url = f"sqlite:///{tmp_path}/store.db"
