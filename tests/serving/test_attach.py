@@ -220,6 +220,14 @@ def test_tensors_that_are_tied_in_the_module_alone(store: pydedup.Store) -> None
         store.attach(module, "m")
 
 
+def test_tensors_that_are_alike_but_for_their_page(store: pydedup.Store) -> None:
+    module = nn.ModuleList([nn.Linear(200, 1024, bias=False) for _ in range(2)]).eval()
+    store.add("m", module, block_shape=(1024, 200))  # the first on its page, each
+    module[1].weight = module[0].weight
+    with pytest.raises(ArgumentError, match="are one tensor in the module, and not here"):
+        store.attach(module, "m")
+
+
 class Buffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

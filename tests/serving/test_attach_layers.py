@@ -331,6 +331,7 @@ linear, bag = nn.functional.linear, nn.functional.embedding_bag
         lambda x, w: linear(x, w, torch.ones(1)),
         lambda x, w: linear(x[0], w, torch.ones(())),
         lambda x, w: linear(x, w[3:9], torch.ones(1)),
+        lambda x, w: bag(torch.tensor([[0, 69], [3, 3]]), w, padding_idx=-1),
     ],
 )
 def test_arguments_as_torch_takes_them(check: Check, call: Callable[[Any, Any], Any]) -> None:
