@@ -318,6 +318,19 @@ def test_distinct_blocks_are_recorded_anew(
         is_sound(store)
 
 
+def test_a_page_with_a_block_that_is_not_recorded_is_copied(store_url: str, tmp_path: Path) -> None:
+    """It cannot go whole: nobody knows what the other block on it is."""
+    with pydedup.open(store_url) as store:
+        store.add("both", blocks(1, 2), block_shape=(SIDE, SIDE))
+        store.add("second", blocks(2), block_shape=(SIDE, SIDE))
+        store.remove("both")
+        change(store_url, "DELETE FROM {distinct_blocks} WHERE slot = ?", 0)
+        store.copy_to(tmp_path / "copy.db")
+    with pydedup.open(tmp_path / "copy.db") as copy:
+        assert copy.load("second")["w"].tobytes() == blocks(2)["w"].tobytes()
+        is_sound(copy)
+
+
 @pytest.mark.parametrize("is_delta", [False, True])
 def test_wrong_rows_of_distinct_blocks_are_made_anew(
     is_delta: bool, store_url: str, other: Path, tmp_path: Path
