@@ -200,6 +200,37 @@ def test_a_key_that_the_table_does_not_keep(tables: Tables, new_name: Make) -> N
     assert tables.run(f"SELECT id FROM {into}") == []
 
 
+@pytest.mark.parametrize("with_rule", [True, False])
+def test_whole_keys_that_a_table_of_postgresql_drops(
+    tables: Tables, new_name: Make, with_rule: bool
+) -> None:
+    """By a rule, or a trigger; else whole numbers are kept in such a column, and not asked for."""
+    if not tables.kind.startswith("postgres"):
+        pytest.skip("its keys are always asked for")
+    add(tables.url, "m@1")
+    into, drops = new_name(), new_name()
+    tables.run(f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, prediction FLOAT8, model TEXT)")
+    if with_rule:
+        tables.run(
+            f"CREATE RULE {drops} AS ON INSERT TO {into} WHERE new.id = 8 DO INSTEAD NOTHING"
+        )
+    else:
+        tables.run(
+            f"CREATE FUNCTION {drops}() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN IF new.id = 8 THEN RETURN NULL; END IF; RETURN new; END'"
+        )
+        tables.run(
+            f"CREATE TRIGGER t BEFORE INSERT ON {into} FOR EACH ROW EXECUTE FUNCTION {drops}()"
+        )
+    query = "SELECT 7 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 8, 1, 2, 3"
+    with (
+        pydedup.open(tables.url) as store,
+        pytest.raises(ArgumentError, match=r"has no row with the key 8 that was written"),
+    ):
+        store.score(query, "m@1", into=into)
+    assert tables.run(f"SELECT id FROM {into}") == []
+
+
 def test_a_unique_index_of_another_column_is_told(tables: Tables, new_name: Make) -> None:
     add(tables.url, "m@1")
     into = new_name()
