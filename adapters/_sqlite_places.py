@@ -194,6 +194,11 @@ class PagePlaces:
         if page is not None and page.page_bytes != 0:
             self._known[page_id] = None
 
+    def begin_writeback(self) -> None:
+        """Let the system begin to write what was changed, for which a sync has to wait else."""
+        with contextlib.suppress(NotFoundInFileError):
+            begin_writeback(self._open_handle()[0])
+
     # ---- inside -------------------------------------------------------------------------------
 
     def _that_are(self, pages: Sequence[StoredPage]) -> list[StoredPage]:
@@ -217,11 +222,6 @@ class PagePlaces:
             yield page, payload
         else:
             self._known[page.id] = page._replace(page_bytes=0)
-
-    def begin_writeback(self) -> None:
-        """Let the system begin to write what was changed, for which a sync has to wait else."""
-        with contextlib.suppress(NotFoundInFileError):
-            begin_writeback(self._open_handle()[0])
 
     def _open_handle(self) -> tuple[int, int]:
         """Return a handle of the file that SQLite has open, and the file's size."""

@@ -37,15 +37,13 @@ DEFAULT_POLICY = "reuse"
 _TRACE_VERSION = 1
 
 
-def check_policy(name: str) -> str:
-    """Return a policy's name. Raises ArgumentError for an unknown one."""
-    if name not in tuple(POLICIES):
-        raise _unknown(name, POLICIES)
+def check_policy(name: str, known: Iterable[str] = tuple(POLICIES)) -> str:
+    """Return a policy's name. Raises ArgumentError for one that is not ``known``."""
+    if name not in (names := tuple(known)):
+        raise ArgumentError(
+            f"unknown replacement policy {name!r}; choose one of: {', '.join(names)}"
+        )
     return name
-
-
-def _unknown(name: str, known: Iterable[str]) -> ArgumentError:
-    return ArgumentError(f"unknown replacement policy {name!r}; choose one of: {', '.join(known)}")
 
 
 def check_trace(trace: object) -> None:
@@ -153,8 +151,7 @@ def replay(trace: Trace, memory_bytes: str | int, policy: str) -> Replay:
         or has a page larger than the memory.
     """
     check_trace(trace)
-    if policy != "optimum" and policy not in tuple(POLICIES):
-        raise _unknown(policy, [*POLICIES, "optimum"])
+    check_policy(policy, [*POLICIES, "optimum"])
     counts = _core.replay(
         np.ascontiguousarray(trace.pages, np.int64),
         np.ascontiguousarray(trace.nbytes, np.uint32),

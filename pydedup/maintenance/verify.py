@@ -29,7 +29,7 @@ from pydedup.errors import (
     StoreError,
     UnavailableError,
 )
-from pydedup.layout import split_places
+from pydedup.layout import slot_entries, split_places
 from pydedup.maintenance.damage import (
     Damage,
     VerifyReport,
@@ -330,9 +330,9 @@ def _are_tagged(
 ) -> NDArray[np.bool_]:
     """Return which deltas of a page carry the tag of the block at each one's place."""
     is_own = slots < np.array([one.n_slots for one in pages], np.int64)[page_index]
-    plain = [one.slots["encoding"] < codec.Encoding.DELTA for one in pages]
-    for at in np.flatnonzero(is_own).tolist():
-        is_own[at] = plain[page_index[at]][slots[at]]
+    at = np.flatnonzero(is_own)
+    entries = slot_entries(pages, page_index[at].astype(np.uint32), slots[at])
+    is_own[at] = entries["encoding"] < codec.Encoding.DELTA
     there = np.flatnonzero(is_own)
     if len(there):
         digests = codec.block_digests(pages, page_index[there], slots[there])

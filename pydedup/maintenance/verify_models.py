@@ -62,6 +62,7 @@ def verify_model(
         model.graph()
     except CorruptStoreError as exc:
         report.add_error(str(exc))
+    keeps_bits = model.keeps_bits
     hashes = SourceHashes(adapter, model)
     named, known = ModelDigest(), len(report.errors)
     with contextlib.suppress(*DAMAGE, NotFoundError, ArgumentError):
@@ -92,15 +93,12 @@ def verify_model(
             if int(slots.max()) >= len(content.dtypes):
                 report.add_error(f"{where}: page {page_id} has no slot {int(slots.max())}")
                 continue
+            is_source = (content.digests[slots] == wanted[blocks]).all(axis=1)
             good = (
                 (content.dtypes[slots] == info.dtype.code)
                 & (content.rows[slots] == heights[blocks])
                 & (content.cols[slots] == widths[blocks])
-                & (
-                    (content.digests[slots] == wanted[blocks]).all(axis=1)
-                    | (not model.keeps_bits)
-                    | ~content.readable[slots]
-                )
+                & (is_source | (not keeps_bits) | ~content.readable[slots])
             )
             if not good.all():
                 wrong = int((~good).sum())
@@ -108,9 +106,7 @@ def verify_model(
             needed = content.bases_of(slots)
             if content.doubts:
                 is_right = np.where(
-                    content.readable[slots],
-                    model.keeps_bits & (content.digests[slots] == wanted[blocks]).all(axis=1),
-                    needed != bases[blocks],
+                    content.readable[slots], keeps_bits & is_source, needed != bases[blocks]
                 )
                 _settle(report, page_id, content.doubts, slots[is_right])
             if (needed != bases[blocks]).any():
@@ -136,7 +132,7 @@ def verify_model(
     if amiss:
         # A block map that names other pages than it did is as likely, unless all that it names is
         # what the source had, or rows are missing and no other is wrong.
-        is_right = model.keeps_bits and len(report.errors) == known < MAX_ERRORS
+        is_right = keeps_bits and len(report.errors) == known < MAX_ERRORS
         if is_right or {row[1] for row in recorded}.isdisjoint(amiss):
             report.wrong_readers.append(model.address)
         pages = listed([str(page_id) for page_id in amiss])
