@@ -149,9 +149,9 @@ class StoreUpkeep(abc.ABC):
         is nothing to put back, and ``copies`` of the report is 1. The store is served, added to and
         vacuumed meanwhile. Run again after it was cut off, it does what is left.
 
-        What could not be put back is in ``lost`` and ``failed`` of the report. Raises
-        ReadOnlyError, ConflictError, StorageFullError, and StoreError when a place was replaced
-        since this store was opened.
+        What could not be put back is in ``lost`` and ``failed`` of the report, also where a place
+        takes no changes or is full. Raises ReadOnlyError, ConflictError, and StoreError when a
+        place was replaced since this store was opened.
         """
         from pydedup.maintenance.refill import refill_store
 

@@ -181,7 +181,8 @@ def refill(url: str, replace: bool, as_json: bool, quiet: bool) -> int:
     place in STORE. What was lost is refused from then on, should it come back. When no database in
     STORE is empty, nothing is replaced.
 
-    The exit status is 1 when a page has no whole copy left, or a database did not answer.
+    The exit status is 1 when a page has no whole copy left, or a database did not answer or takes
+    no changes.
     """
     replaced = pydedup.Store.replace_lost(url) if replace else None
     try:

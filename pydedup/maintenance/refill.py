@@ -21,9 +21,12 @@ from pydedup.adapter import Adapter, PageRow
 from pydedup.adapter_options import RefillAdapter
 from pydedup.catalog import page_readers
 from pydedup.errors import (
+    ConflictError,
     CorruptStoreError,
     PydedupError,
+    ReadOnlyError,
     SchemaVersionError,
+    StorageFullError,
     UnavailableError,
 )
 from pydedup.types import Progress
@@ -56,7 +59,8 @@ class RefillReport:
         Pages of which there is no whole copy, with the models that read them. `Store.verify` with
         ``repair_from`` restores them.
     failed
-        Places that were given up, and why: their copies are as they were, or not all checked.
+        Places that were given up, and why: their copies are as they were, or not all checked. One
+        that takes no changes is still read.
     """
 
     copies: int = 1
@@ -83,8 +87,9 @@ def refill_store(adapter: Adapter, *, progress: Progress | None = None) -> Refil
 
     Raises
     ------
-    ReadOnlyError, ConflictError, StorageFullError, StoreError
-        What was put back before stays.
+    ReadOnlyError, ConflictError, StoreError
+        Of the store as a whole; what is said of one place is in the report. What was put back
+        before stays.
     """
     if not isinstance(adapter, RefillAdapter) or adapter.copies < 2:
         return RefillReport()
@@ -101,6 +106,7 @@ class _Refill:
         self._there = there
         self._progress = progress
         self._given_up: set[str] = set()
+        self._takes_none: set[str] = set()
         self.report = RefillReport(there.copies)
 
     def fill(self) -> None:
@@ -191,7 +197,8 @@ class _Refill:
                 else:
                     wrong.setdefault(place, []).append(page)
         for place, ids in wrong.items():
-            if mended := {page: whole[page] for page in ids if page in whole}:
+            mended = {page: whole[page] for page in ids if page in whole}
+            if mended and place not in self._takes_none:
                 self._write(place, mended, read.get(place, {}))
         if tell:
             gone = [page for page in of if page not in whole and self._all_answer(page)]
@@ -204,6 +211,11 @@ class _Refill:
             self._there.write_copies(place, copies)
         except (UnavailableError, CorruptStoreError) as error:
             self._give_up(place, error)
+            return
+        except (ReadOnlyError, StorageFullError, ConflictError) as error:
+            # It is read on: it may have the only whole copy of what another lacks.
+            self._takes_none.add(place)
+            self.report.failed[self._there.place_name(place)] = str(error)
             return
         damaged = len(copies.keys() & found.keys())
         self.report.damaged += damaged

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +82,23 @@ class ShardedPlace:
         with psycopg.connect(self.servers[number], autocommit=True) as connection:
             cursor = connection.execute(query.format(self.schema), values or None, binary=True)
             return cursor.fetchall() if cursor.description else []
+
+    @contextlib.contextmanager
+    def taking_no_changes(self, number: int) -> Iterator[None]:
+        """Let connections to one server that are opened meanwhile only read."""
+        self.rows(number, "ALTER SYSTEM SET default_transaction_read_only = on")
+        try:
+            self._reloaded(number, "on")
+            yield
+        finally:
+            self.rows(number, "ALTER SYSTEM RESET default_transaction_read_only")
+            self._reloaded(number, "off")
+
+    def _reloaded(self, number: int, wanted: str) -> None:
+        """Make a server read its configuration, and wait until it has."""
+        self.rows(number, "SELECT pg_reload_conf()")
+        while self.rows(number, "SHOW default_transaction_read_only") != [(wanted,)]:
+            time.sleep(0.01)
 
     def fullest(self) -> int:
         """Return the number of the server that has most pages, but for the first.

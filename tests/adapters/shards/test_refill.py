@@ -163,6 +163,33 @@ def test_a_shard_that_is_down_is_told_or_waited_for(
     is_sound(url)
 
 
+def test_a_shard_that_takes_no_changes_is_read_and_the_others_are_refilled(
+    place: ShardedPlace, shard_servers: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, unwritable, other = place.url(2), 1, 2
+    fill(url)
+    there = place.payloads()
+    on = [set(ids_on(place, number)) for number in range(3)]
+    left, needed = min(on[0] & on[unwritable]), min(on[unwritable] & on[other])
+    place.rows(unwritable, "DELETE FROM {}.page_payloads WHERE id = %s", left)
+    place.rows(other, "DELETE FROM {}.page_payloads WHERE id = %s", needed)
+    place.rows(other, f"{FLIP} WHERE id <> %s", needed)
+    with place.taking_no_changes(unwritable):
+        with pydedup.open(url) as store:
+            report = store.refill()
+        assert (report.ok, report.lost) == (False, {})
+        assert (report.missing, report.damaged) == (1, len(on[other]) - 1)
+        ((failed, why),) = report.failed.items()
+        assert f"port={shard_servers[unwritable].port}" in failed
+        assert main(["refill", url, "-q"]) == 1
+        said = capsys.readouterr().out
+        assert f"not refilled: {failed}" in said
+        assert "read-only" in why
+    assert main(["refill", url, "-q"]) == 0
+    assert place.payloads() == there
+    is_sound(url)
+
+
 @pytest.mark.parametrize("what", ["database", "schema"])
 def test_what_is_dropped_under_readers_is_read_elsewhere(
     what: str, place: ShardedPlace, new_place: NewPlace

@@ -83,9 +83,7 @@ def test_a_vacuum_leaves_what_is_on_a_shard_that_takes_no_changes(
             for name, model in MODELS.items():
                 store.add(name, model, policy=POLICY)
     there = set(ids_on(place, number))
-    place.rows(number, "ALTER SYSTEM SET default_transaction_read_only = on")
-    try:
-        place.rows(number, "SELECT pg_reload_conf()")
+    with place.taking_no_changes(number):
         with pydedup.open(url) as store:
             store.remove(gone)
             report = store.vacuum()
@@ -93,9 +91,6 @@ def test_a_vacuum_leaves_what_is_on_a_shard_that_takes_no_changes(
         assert report.freed_pages > 0
         assert (report.not_repacked is not None) == packs_anew
         assert set(ids_on(place, number)) == there
-    finally:
-        place.rows(number, "ALTER SYSTEM RESET default_transaction_read_only")
-        place.rows(number, "SELECT pg_reload_conf()")
     with pydedup.open(url) as store:
         store.vacuum()
         assert store.verify().ok
