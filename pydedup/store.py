@@ -342,4 +342,5 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
             payload = self._adapter.artifact(model.row.id, name)
             if payload is not None and name != GRAPH_ARTIFACT:
                 artifacts.append(Artifact(name, media_type, payload))
+        model.check_live()  # or some of them were gone already
         return artifacts

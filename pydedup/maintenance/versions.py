@@ -56,22 +56,26 @@ def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -
     row = catalog.resolve(name)
     if address.selector is None:
         rows = adapter.models(name=address.name)
-        if len(rows) > 1 and not all_versions:
+        if all_versions:
+            return rows
+        if len(rows) > 1:
             raise ArgumentError(
                 f"{name!r} has {len(rows)} versions; name one, e.g. {name}@{rows[0].version}, "
                 "or remove all of them (all_versions=True, --all-versions)"
             )
-        return rows
-    if all_versions:
+    elif all_versions:
         raise ArgumentError(
             f"{name!r} names one version; with all versions (all_versions=True, --all-versions) "
             "give the name alone"
         )
-    if row.version != address.selector:
+    elif row.version != address.selector:
         raise ArgumentError(
             f"{name!r} is an alias of {row.name}@{row.version}; name the version to remove"
         )
     for _, alias, model_id in adapter.aliases(address.name):
         if model_id == row.id:
-            raise ArgumentError(f"alias {alias!r} points at {name}; move or delete the alias first")
+            raise ArgumentError(
+                f"alias {alias!r} points at {row.name}@{row.version}; move or delete the alias "
+                "first"
+            )
     return [row]

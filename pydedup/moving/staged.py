@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
 from pydedup.catalog import version_of
-from pydedup.errors import DuplicateError
+from pydedup.errors import DuplicateError, NotFoundError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.layout import block_places
@@ -51,11 +51,17 @@ class MovedModel(StagedModel):
         return replace(self.item.row, id=0, state=STAGING)
 
     def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
-        """Yield (name, media type, payload) of what belongs to it besides tensors."""
-        for name, media_type in self.source.artifacts(self.item.row.id):
-            payload = self.source.artifact(self.item.row.id, name)
+        """Yield (name, media type, payload) of what belongs to it besides tensors.
+
+        Raises NotFoundError when it was removed: then some of that may be gone already.
+        """
+        model_id = self.item.row.id
+        for name, media_type in self.source.artifacts(model_id):
+            payload = self.source.artifact(model_id, name)
             if payload is not None:
                 yield name, media_type, payload
+        if self.source.model(model_id) is None:
+            raise NotFoundError(f"{self.address} was removed from the store")
 
     @property
     def replaces(self) -> int:

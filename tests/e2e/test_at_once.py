@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import policies, registry
@@ -399,6 +400,29 @@ def test_a_model_that_is_removed_before_its_layers_are_read_is_told_as_removed(
         pytest.raises(NotFoundError, match="m@1 was removed from the store"),
     ):
         store.predict("m", x)
+
+
+def test_a_model_that_is_removed_meanwhile_is_not_exported_without_its_files(
+    store_url: str, tmp_path: Path
+) -> None:
+    """What it had beside its tensors was left out."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"w": np.ones((3, 3), np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    with pydedup.open(store_url) as store:
+        store.add("m", folder)
+
+    def remove() -> None:
+        with pydedup.open(store_url) as store:
+            store.remove("m@1")
+
+    adapter, _ = inject(registry.connect(store_url, mode="r"), Fault("artifacts", remove))
+    with Store(adapter, 64 << 20) as store:
+        store.load("m")  # so that no page has to be read
+        with pytest.raises(NotFoundError, match="m@1 was removed from the store"):
+            store.export("m", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_another_writer_is_waited_for_once(tmp_path: Path) -> None:

@@ -223,7 +223,11 @@ def test_versions_and_aliases(store: pydedup.Store) -> None:
     with pytest.raises(ArgumentError, match="'m@1' names one version"):
         store.remove("m@1", all_versions=True)
     assert store.remove("m@1") == ["m@1"]
-    assert store.remove("m", all_versions=True) == ["m@2", "m@3"]
+    assert store.remove("m@2") == ["m@2"]
+    store.alias("m", "prod", "3")
+    with pytest.raises(ArgumentError, match="'prod' points at m@3"):
+        store.remove("m")  # also where the name means just that one
+    assert store.remove("m", all_versions=True) == ["m@3"]
     assert store.models() == []
 
 

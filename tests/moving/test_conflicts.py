@@ -12,7 +12,7 @@ import pytest
 
 import pydedup
 from pydedup import registry
-from pydedup.adapter import LIVE, Adapter
+from pydedup.adapter import LIVE, STAGING, Adapter
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -328,6 +328,30 @@ def test_a_model_that_is_removed_meanwhile(filled: New, new_store: New, assert_s
     assert status.pop("exact@1") == "gone"
     assert set(status.values()) == {"copied"}
     assert_same(source_url, url)
+
+
+def test_a_model_that_is_removed_while_it_is_copied_does_not_arrive_without_its_graph(
+    new_store: New, family: Callable[..., Any]
+) -> None:
+    """Its blocks were read, its graph was gone, and the copy said that all was there."""
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    node = Node("linear", ("x",), "y", {"weight": "w", "bias": "b"})
+    with pydedup.open(source_url) as store:
+        store.add("m@1", family(0), graph=Graph(("x",), ("y",), (node,)))
+    with pydedup.open(url) as target:
+        target.add("other@1", family(7, 9))  # so the blocks are read one by one
+
+    def remove(stage: str, _: int, __: int) -> None:
+        with pydedup.open(source_url) as other:
+            if other.models():
+                assert other.remove("m") == ["m@1"]
+
+    with pydedup.open(source_url, mode="r") as store:
+        (model,) = store.copy_to(url, progress=remove).models
+    with pydedup.open(url) as target:
+        assert (model.status, [info.address for info in target.models()]) == ("gone", ["other@1"])
+        assert target.verify().errors == []
+        assert target._adapter.models(state=STAGING) == []
 
 
 def test_two_copies_at_once(filled: New, new_store: New, assert_same: Any) -> None:
