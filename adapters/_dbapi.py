@@ -8,7 +8,7 @@ better, as the hooks of :class:`DbApiBase` and :meth:`DbApiAdapter._read_payload
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydedup.adapter import BlockRow, PageRow
 from pydedup.errors import ArgumentError
@@ -171,22 +171,26 @@ class DbApiAdapter(MigratingCalls):
 
     def signatures(self, grp: int) -> Iterator[tuple[int, bytes]]:
         """Yield (segment, payload) of one group, by ascending segment."""
-        listed = self._recorded("signatures", self._sql.signature_segments, [grp], ["segment"])
+        listed = self._signatures(self._sql.signature_segments, [grp], ["segment"])
         segments = [segment for (segment,) in listed]
         most = min(PAYLOADS_PER_READ, self.capabilities.max_parameters - 1)
         for piece in batches(segments, most):
             members = [list(piece)] if self._sql.dialect.arrays else piece
             sql, columns = self._sql.signatures(len(piece)), ["segment", "payload"]
-            yield from self._recorded("signatures", sql, [grp, *members], columns)
+            yield from self._signatures(sql, [grp, *members], columns)
 
     def signatures_of(self, segments: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
         """Yield (segment, grp, payload) of these segments, in any order."""
         for piece in self._members(segments):
             sql = self._sql.signature_keys(len(piece))
-            for segment, grp in self._recorded("signatures", sql, piece, ["segment", "grp"]):
-                key = [segment, grp]
-                rows = self._recorded("signatures", self._sql.signature, key, ["payload"])
+            for segment, grp in self._signatures(sql, piece, ["segment", "grp"]):
+                rows = self._signatures(self._sql.signature, [segment, grp], ["payload"])
                 yield from ((segment, grp, payload) for (payload,) in rows)
+
+    def _signatures(self, sql: str, values: Sequence[Any], columns: Sequence[str]) -> list[Row]:
+        """Return rows, without damaged ones: the index can do without, and is made anew."""
+        with self.sound_rows(lambda *_: None):
+            return self._recorded("signatures", sql, values, columns)
 
     def delete_signatures(self, segments: Sequence[int]) -> None:
         """Delete all groups of these segments."""

@@ -83,24 +83,21 @@ def read_segments(adapter: Adapter) -> Iterator[Segment]:
         if len(payload) < 8 or len(payload) % 8:
             continue
         numbers = np.frombuffer(payload, "<i8").astype(np.int64)
-        if 0 <= numbers[0] < 1 << _NUMBER_BITS and (np.diff(numbers[1:]) > 0).all():
+        may_be = 0 <= numbers[0] < min(1 << _NUMBER_BITS, (1 << 63) - first)
+        if may_be and (np.diff(numbers[1:]) > 0).all():
             yield Segment(range(first, first + int(numbers[0]) + 1), numbers[1:])
 
 
-def read_pieces(
-    adapter: Adapter, kind: BlockKind, complaints: list[str] | None = None
-) -> Iterator[L2LSH]:
+def read_pieces(adapter: Adapter, kind: BlockKind) -> Iterator[L2LSH]:
     """Yield the pieces of one kind of block, oldest first.
 
     A damaged one is left out: then similar blocks may be missed, which costs space and nothing
-    else. ``complaints`` gets a sentence for each.
+    else.
     """
-    for number, payload in adapter.signatures(group_of(kind)):
+    for _, payload in adapter.signatures(group_of(kind)):
         try:
             piece = L2LSH.load(payload)
-        except CorruptStoreError as exc:
-            if complaints is not None:
-                complaints.append(f"signatures, segment {number}: {exc}")
+        except CorruptStoreError:
             continue
         if (piece.dtype, piece.block_shape) == (kind[0].numpy, kind[1:]):
             yield piece

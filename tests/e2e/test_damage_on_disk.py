@@ -208,6 +208,38 @@ def test_values_that_their_columns_cannot_have(table: str, tmp_path: Path) -> No
                 assert told or may_be or value not in ("NULL", "1.5"), (column, value)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "where"),
+    [
+        ("payload", "NULL", "grp = 0"),
+        ("payload", "'text'", "grp > 0"),
+        ("segment", str((1 << 63) - 1), "grp = 0"),
+    ],
+)
+def test_rows_of_the_index_that_are_damaged_are_left_out(
+    column: str, value: str, where: str, tmp_path: Path
+) -> None:
+    """It is made anew, and nothing of a model depends on it."""
+    rng = np.random.default_rng(0)
+    models = {name: {"w": rng.standard_normal((40, 40))} for name in ("one", "two")}
+    near = {"w": models["one"]["w"] * (1 + 1e-6)}
+    path, copy = tmp_path / "store.db", tmp_path / "copy.db"
+    with pydedup.open(path) as store:
+        store.add_many(models)
+    assert put(path, "pydedup_signatures", column, value, where)
+    with pydedup.open(path) as store:
+        store.backup(tmp_path / "backup.db")
+        store.copy_to(copy)
+        store.add("near", near)
+        store.remove("two")
+        store.vacuum()
+        for name in ("one", "near"):
+            assert np.array_equal(store.load(name)["w"], {**models, "near": near}[name]["w"])
+    with pydedup.open(copy) as store:
+        assert store.verify().ok
+        assert store.add("near", near).delta_blocks == 1
+
+
 NAMES = ("one", "two", "three")
 ROWS = {  # of the second of two models: where its row is, what is said of it, what a repair mends
     "aliases": ("name = 'two'", "model_id", "name 'two', alias 'prod'", False),
