@@ -254,7 +254,7 @@ def test_what_changes_counts_at_once(server: Server, url: str) -> None:
         assert version("prod") == "101"
         store.remove("changing@100")
         assert (version("prod"), version("100")) == ("101", "404")
-        store.remove("changing")
+        store.remove("changing", all_versions=True)
         assert version("prod") == "404"
 
 
