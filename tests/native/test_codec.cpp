@@ -191,6 +191,57 @@ TEST(an_encoded_block_is_never_trusted) {
     }
 }
 
+TEST(planes_written_by_hand_are_refused_one_beyond_the_format) {
+    const auto decodes = [](std::uint8_t kind, std::uint8_t value, const Buffer& payload) {
+        Buffer block = {1, 1, 0, 0, 8, 0, 0, 0, kind, value, 0, 0};  // eight bytes, one plane
+        const auto length = static_cast<std::uint32_t>(payload.size());
+        block.resize(16);
+        std::memcpy(&block[12], &length, 4);
+        block.insert(block.end(), payload.begin(), payload.end());
+        block.shrink_to_fit();
+        Buffer out(8);
+        try {
+            decode_block(view_of(block, {Encoding::planes, 16 + length}, Dtype::u8, 1, 8), at(out),
+                         8);
+            return true;
+        } catch (const Error& error) {
+            CHECK(error.code() == ErrorCode::corrupt_page);
+            return false;
+        }
+    };
+    CHECK(decodes(1, 7, {}));
+    CHECK(!decodes(1, 7, {0}));
+    CHECK(decodes(0, 0, Buffer(8)));
+    CHECK(!decodes(0, 0, Buffer(7)));
+    CHECK(!decodes(0, 0, Buffer(9)));
+    CHECK(!decodes(0, 7, Buffer(8)));
+    // Huffman: codes 0 and 1, of a bit each, and four streams of two symbols.
+    const Buffer by_range = {0, 0, 1, 0x11};
+    Buffer by_bitmap(34);
+    by_bitmap[0] = 1;
+    by_bitmap[1] = 3;
+    by_bitmap[33] = 0x11;
+    const auto huffman = [&](Buffer payload, std::uint8_t third, const Buffer& streams) {
+        const Buffer sizes = {1, 0, 0, 0, 1, 0, 0, 0, third, 0, 0, 0};
+        payload.insert(payload.end(), sizes.begin(), sizes.end());
+        payload.insert(payload.end(), streams.begin(), streams.end());
+        return decodes(2, 0, payload);
+    };
+    const Buffer streams = {0x40, 0x80, 0xC0, 0x40};
+    CHECK(huffman(by_range, 1, streams));
+    CHECK(huffman(by_bitmap, 1, streams));
+    CHECK(!huffman(by_range, 1, {0x40, 0x80, 0xC0, 0x41}));  // a bit behind the last code
+    CHECK(!huffman(by_range, 1, {0x40, 0x80, 0xC0}));
+    CHECK(!huffman(by_range, 1, {0x40, 0x80, 0xC0, 0x40, 0}));
+    CHECK(!huffman(by_range, 3, streams));  // the third stream ends behind the plane
+    Buffer unused = by_bitmap;              // of three byte values, the second has no code
+    unused[1] = 7;
+    unused[33] = 0x01;
+    unused.push_back(0x01);
+    CHECK(!huffman(unused, 1, streams));
+    CHECK(!huffman({0, 0, 2, 0x11, 0}, 1, streams));
+}
+
 TEST(versions_and_arguments_are_checked) {
     const Buffer zeros(4096, 0);
     Buffer encoded(4096);

@@ -287,6 +287,13 @@ TEST(blocks_of_a_matrix_go_to_pages_and_back) {
         blocks_equal(list, stored, indices, matrix, grid, {equal.get(), n}, threads);
         for (std::size_t i = 0; i < n; ++i) CHECK(equal[i]);
     }
+    {  // Memory for what is decoded grows with the blocks: those at the edges come first.
+        const std::vector<StoredBlock> back(stored.rbegin(), stored.rend());
+        const std::vector<std::int64_t> numbers(indices.rbegin(), indices.rend());
+        const std::unique_ptr<bool[]> same(new bool[n]{});
+        blocks_equal(list, back, numbers, matrix, grid, {same.get(), n}, 1);
+        for (std::size_t i = 0; i < n; ++i) CHECK(same[i]);
+    }
     // A change in one element is a change of its block alone.
     source[(40 * cols + 5) * 2] ^= std::byte{1};
     const std::unique_ptr<bool[]> equal(new bool[n]{});

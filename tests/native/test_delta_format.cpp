@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// Deltas written by hand: what docs/format.md allows decodes, and what lies one beyond it is
+// refused before it is decoded with.
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "check.hpp"
+#include "codec/delta_pair.hpp"
+#include "deltas.hpp"
+#include "pydedup/error.hpp"
+
+using namespace pydedup;
+using namespace pydedup::testing;
+
+namespace {
+
+// Deltas on a base of zeros.
+class ByHand {
+  public:
+    ByHand(std::size_t rows, std::size_t cols, Dtype dtype)
+        : rows_(rows), cols_(cols), dtype_(dtype), base_(rows * cols * item_bytes(dtype), 0) {}
+
+    [[nodiscard]] bool decodes(std::uint8_t form, const Buffer& body,
+                               std::optional<double> step = std::nullopt,
+                               std::uint8_t shift = 0) const {
+        Buffer delta = {1, form, static_cast<std::uint8_t>(dtype_), shift};
+        const auto put = [&](auto value) {
+            std::array<std::uint8_t, sizeof value> bytes;
+            std::memcpy(bytes.data(), &value, sizeof value);
+            delta.insert(delta.end(), bytes.begin(), bytes.end());
+        };
+        put(static_cast<std::uint32_t>(rows_ * cols_));
+        put(detail::check_of(base_.data(), rows_, cols_ * item_bytes(dtype_)));
+        if (step) put(std::bit_cast<std::uint64_t>(*step));
+        delta.insert(delta.end(), body.begin(), body.end());
+        delta.shrink_to_fit();
+        Buffer out(base_.size());
+        const Encoding encoding = step ? Encoding::quantised : Encoding::delta;
+        try {
+            decode_delta(view(delta, rows_, cols_, dtype_, encoding),
+                         view(base_, rows_, cols_, dtype_), at(out), cols_ * item_bytes(dtype_));
+            return true;
+        } catch (const Error& error) {
+            CHECK(error.code() == ErrorCode::corrupt_page);
+            return false;
+        }
+    }
+    [[nodiscard]] bool sparse(const Buffer& body) const { return decodes(0, body); }
+    [[nodiscard]] bool coded(const Buffer& body) const { return decodes(1, body); }
+
+  private:
+    std::size_t rows_, cols_;
+    Dtype dtype_;
+    Buffer base_;
+};
+
+Buffer joined(std::initializer_list<Buffer> parts) {
+    Buffer all;
+    for (const Buffer& part : parts) all.insert(all.end(), part.begin(), part.end());
+    return all;
+}
+
+const Buffer kOneContext = {1, 0};
+const Buffer kOnlySymbol0 = {1, 0};  // two bits: one symbol; eight: which
+const Buffer kNoStreams = {0, 0, 0, 0};
+
+Buffer zeros(std::size_t n) { return Buffer(n, 0); }
+
+TEST(a_sparse_delta_changes_its_own_elements) {
+    const ByHand bytes(1, 16, Dtype::i8);
+    CHECK(bytes.sparse({1, 15, 7}));
+    CHECK(!bytes.sparse({1, 16, 7}));  // behind the last element
+    CHECK(bytes.sparse({2, 0, 7, 14, 7}));
+    CHECK(!bytes.sparse({2, 0, 7, 15, 7}));
+    CHECK(bytes.sparse({1, 3, 0xFF, 1}));
+    CHECK(!bytes.sparse({1, 3, 0x80, 2}));  // 256
+    CHECK(!bytes.sparse({1, 3, 0}));
+    CHECK(!bytes.sparse({1, 3, 7, 0}));
+}
+
+TEST(classes_and_dictionaries_end_with_the_values_of_the_dtype) {
+    const ByHand bytes(1, 8, Dtype::i8);
+    const auto alphabet = [&](const Buffer& of, std::size_t raw) {
+        return bytes.coded(joined({kOneContext, of, kOnlySymbol0, kNoStreams, zeros(raw)}));
+    };
+    // No dictionary, one class: 15 has 6 raw bits, 16 would have 7, 255 would have 126.
+    CHECK(alphabet({0, 15, 1}, 6));
+    CHECK(!alphabet({0, 16, 1}, 7));
+    CHECK(!alphabet({0, 255, 1}, 126));
+    CHECK(alphabet({0, 14, 2}, 6));
+    CHECK(!alphabet({0, 15, 2}, 6));
+    // One run of one value, 255, the largest; one of two; and one that follows on the largest.
+    CHECK(alphabet({1, 0xFF, 1, 0, 0, 0}, 0));
+    CHECK(!alphabet({1, 0xFF, 1, 1, 0, 0}, 0));
+    CHECK(!alphabet({2, 0xFF, 1, 0, 1, 0, 0, 0}, 0));
+}
+
+TEST(a_row_has_a_group_that_there_is) {
+    const ByHand bytes(4, 2, Dtype::i8);
+    const auto groups = [&](Buffer contexts, std::size_t n) {
+        Buffer codes;  // of `n` contexts, all of which have symbol 0 alone
+        std::uint64_t held = 0;
+        for (std::size_t c = 0; c < n; ++c) held |= std::uint64_t{1} << (10 * c);
+        for (std::size_t at = 0; at < 10 * n; at += 8) {
+            codes.push_back(static_cast<std::uint8_t>(held >> at));
+        }
+        return bytes.coded(joined({contexts, {0, 0, 1}, codes, kNoStreams}));
+    };
+    CHECK(groups({3, 0b10010010, 0, 0, 0}, 3));
+    CHECK(!groups({3, 0b11010010, 0, 0, 0}, 3));  // the last row: 3 of 0 to 2
+    CHECK(!groups({9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, 1));
+}
+
+TEST(all_groups_have_32_contexts_at_most) {
+    const ByHand floats(2, 2, Dtype::f32);
+    const auto contexts = [&](std::uint8_t first, std::uint8_t second) {
+        Buffer body = {2, 0b10};  // two rows, a group each
+        for (const std::uint8_t n : {first, second}) {
+            body.insert(body.end(), {2, n});  // by mantissa
+            for (std::uint8_t c = 1; c < n; ++c) body.push_back(c);
+        }
+        const Buffer codes((2U * (first + second) + 7) / 8, 0);  // none is used
+        return floats.coded(joined({body, {0, 0, 1}, codes, kNoStreams}));
+    };
+    CHECK(contexts(16, 16));
+    CHECK(!contexts(16, 17));
+    CHECK(!contexts(31, 31));
+}
+
+TEST(unused_bits_are_0) {
+    const ByHand bytes(1, 4, Dtype::i8);
+    const auto with = [&](std::uint8_t codes, std::uint8_t raw) {  // a raw bit each
+        return bytes.coded(joined({kOneContext, {0, 4, 1}, {1, codes}, kNoStreams, {raw}}));
+    };
+    CHECK(with(0, 0x0F));
+    CHECK(!with(0, 0x1F));
+    CHECK(!with(4, 0x0F));
+}
+
+TEST(a_step_is_a_number_of_its_dtype) {
+    const Buffer nothing = {0};
+    const ByHand single(1, 4, Dtype::f32);
+    const ByHand wide(1, 4, Dtype::f64);
+    CHECK(single.decodes(0, nothing, 0.5));
+    CHECK(!single.decodes(0, nothing, 0.1));  // no f32
+    CHECK(wide.decodes(0, nothing, 0.1));
+    for (const double step : {0.0, -0.5, HUGE_VAL, std::nan("")}) {
+        CHECK(!single.decodes(0, nothing, step));
+        CHECK(!wide.decodes(0, nothing, step));
+    }
+    CHECK(!single.decodes(0, nothing, 0.5, 1));  // exact differences are shifted, steps are not
+    CHECK(single.decodes(0, nothing, std::nullopt, 31));
+    CHECK(!single.decodes(0, nothing, std::nullopt, 32));
+    CHECK(!ByHand(1, 4, Dtype::i8).decodes(0, nothing, 0.5));
+}
+
+}  // namespace
+
+PYDEDUP_TEST_MAIN
