@@ -2,11 +2,13 @@
 // The index, distances and magnitudes through their public header, with the core alone, so that
 // sanitisers see them: buffers end where the last element does.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -129,6 +131,60 @@ TEST(removing_leaves_what_was_never_added) {
     CHECK(query(changed, first, 1).ids == std::vector<std::int64_t>(500, -1));
 }
 
+TEST(blocks_that_come_and_go_by_turns_are_found_while_they_are_there) {
+    // A third of the blocks is as another one, so that sketches have several members; few go at a
+    // time, so that their places are taken again and nothing is made anew.
+    constexpr std::size_t kBlocks = 1500;
+    constexpr std::size_t kDistinct = 1000;
+    std::vector<float> values = normals(kBlocks * 32, 9);
+    std::copy_n(values.begin(), (kBlocks - kDistinct) * 32, values.begin() + kDistinct * 32);
+    const BlockBatch all = batch_of(values, 4, 8);
+    std::vector<bool> is_there(kBlocks, true);
+    L2Index index(parameters(4, 8));
+    index.add(all, numbers(kBlocks));
+    std::mt19937_64 random(10);
+    for (int round = 0; round < 40; ++round) {
+        std::vector<std::int64_t> gone;
+        std::vector<std::int64_t> come;
+        std::vector<float> back;
+        for (std::size_t i = 0; i < kBlocks; ++i) {
+            if (random() % (is_there[i] ? 8 : 2) != 0) continue;
+            (is_there[i] ? gone : come).push_back(static_cast<std::int64_t>(i));
+            if (!is_there[i]) {
+                back.insert(back.end(), values.begin() + i * 32, values.begin() + (i + 1) * 32);
+            }
+            is_there[i] = !is_there[i];
+        }
+        std::shuffle(gone.begin(), gone.end(), random);
+        index.remove(gone);
+        if (!come.empty()) index.add(batch_of(back, 4, 8), come);
+        const auto loaded = L2Index::load(index.save());
+        CHECK(loaded->ids() == index.ids());
+        for (const L2Index* from : {&std::as_const(index), &std::as_const(*loaded)}) {
+            const Found found = query(*from, all, 1);
+            for (std::size_t i = 0; i < kDistinct; ++i) {
+                const std::size_t twin = i + kDistinct;
+                const bool has_twin = twin < kBlocks && is_there[twin];
+                CHECK((found.distances[i] == 0) == (is_there[i] || has_twin));
+                if (!is_there[i] && !has_twin) continue;
+                CHECK(found.ids[i] == static_cast<std::int64_t>(is_there[i] ? i : twin));
+            }
+        }
+    }
+}
+
+TEST(what_was_removed_is_not_merged) {
+    std::vector<float> values = normals(20 * 32, 11);
+    values[3 * 32 + 1] = std::numeric_limits<float>::quiet_NaN();
+    L2Index other(parameters(4, 8));
+    other.add(batch_of(values, 4, 8), numbers(20));
+    other.remove(numbers(4, 2));
+    L2Index index(parameters(4, 8));
+    index.merge(other);
+    CHECK(index.ids() == other.ids());
+    CHECK(index.save() == other.save());
+}
+
 TEST(loading_gives_the_same_index) {
     std::vector<float> values = normals(300 * 35, 7);
     std::copy_n(values.begin(), 35, values.begin() + 70);
@@ -187,6 +243,71 @@ TEST(damage_that_the_checksum_hides_is_refused_or_harmless) {
         if (length >= 96) sign_again(cut);
         CHECK_THROWS(ErrorCode::corrupt_page, static_cast<void>(L2Index::load(cut)));
     }
+}
+
+TEST(an_index_written_by_hand_is_refused_one_beyond_the_format) {
+    // Sketches of blocks 0 (and 3, its twin), 1 and 2, which is zero; 4 and 5 are not finite.
+    std::vector<float> values = normals(6 * 6, 12);
+    std::fill_n(values.begin() + 2 * 6, 6, 0.0F);
+    std::copy_n(values.begin(), 6, values.begin() + 3 * 6);
+    values[4 * 6] = values[5 * 6] = kInfinity;
+    L2Index index({Dtype::f32, 2, 3, 0.5, 2, 3, 1});
+    index.add(batch_of(values, 2, 3), numbers(6));
+    const std::vector<std::byte> saved = index.save();
+    constexpr std::size_t kRms = 96;
+    constexpr std::size_t kSketches = kRms + 3 * 8;
+    constexpr std::size_t kSketch = 2 * 64;
+    constexpr std::size_t kCounts = kSketches + 3 * kSketch;  // 2, 1, 1
+    constexpr std::size_t kIds = kCounts + 3;                 // steps 0, 3, -2, 1; 2, 1
+    CHECK(saved.size() == kIds + 6);
+    const auto loads = [&](const auto& change) {
+        std::vector<std::byte> bytes = saved;
+        change(bytes);
+        const std::uint64_t length = bytes.size();
+        std::memcpy(bytes.data() + 24, &length, sizeof length);
+        sign_again(bytes);
+        try {
+            return L2Index::load(bytes)->size() == index.size();
+        } catch (const Error& error) {
+            CHECK(error.code() == ErrorCode::corrupt_page);
+            return false;
+        }
+    };
+    const auto with = [&](std::size_t at, auto value) {
+        return loads([&](std::vector<std::byte>& bytes) {
+            std::memcpy(bytes.data() + at, &value, sizeof value);
+        });
+    };
+    using Byte = std::uint8_t;
+    CHECK(loads([](const std::vector<std::byte>&) {}));
+    for (const std::uint64_t groups : {2U, 4U}) CHECK(!with(64, groups));
+    CHECK(!with(64, std::uint64_t{1} << 61));  // times the size of one it is 0
+    for (const std::uint64_t members : {3U, 5U}) CHECK(!with(72, members));
+    for (const std::uint64_t others : {1U, 3U}) CHECK(!with(80, others));
+    CHECK(!with(92, std::uint16_t{32}));
+    CHECK(!with(95, Byte{1}));
+    CHECK(with(kRms, 0.5));
+    for (const double rms : {0.0, -0.5, kInfinity, std::nan("")}) CHECK(!with(kRms, rms));
+    CHECK(!with(kRms + 16, -0.0));
+    CHECK(with(kSketches, std::int16_t{16383}));
+    CHECK(!with(kSketches, std::int16_t{16384}));
+    CHECK(!with(kSketches, std::int16_t{-16384}));
+    CHECK(!loads([](std::vector<std::byte>& bytes) {  // one sketch twice
+        std::copy_n(bytes.begin() + kRms, 8, bytes.begin() + kRms + 8);
+        std::copy_n(bytes.begin() + kSketches, kSketch, bytes.begin() + kSketches + kSketch);
+    }));
+    CHECK(with(kCounts, std::array<Byte, 3>{1, 2, 1}));
+    CHECK(!with(kCounts, std::array<Byte, 3>{2, 0, 2}));
+    CHECK(!with(kCounts, std::array<Byte, 3>{2, 1, 2}));
+    CHECK(!loads([](std::vector<std::byte>& bytes) {  // a 1 of two bytes
+        bytes[kCounts + 2] = std::byte{0x81};
+        bytes.insert(bytes.begin() + kCounts + 3, std::byte{0});
+    }));
+    CHECK(with(kIds + 5, Byte{4}));
+    CHECK(!with(kIds + 3, Byte{0}));                    // 1 twice
+    CHECK(!with(kIds + 2, Byte{7}));                    // -1
+    CHECK(!with(kIds + 4, std::array<Byte, 2>{6, 1}));  // 5 before 4
+    CHECK(!loads([](std::vector<std::byte>& bytes) { bytes.push_back(std::byte{0}); }));
 }
 
 TEST(wrong_calls_change_nothing) {
