@@ -10,7 +10,6 @@ These are hints: where something lies is a guess, and a wrong one costs a wrong 
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -31,7 +30,7 @@ class PagesAhead:
 
     def __init__(self, places: PagePlaces) -> None:
         self._places = places
-        self._helps = hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")
+        self._helps = hasattr(os, "posix_fadvise")
 
     def walk(self, ids: Sequence[int]) -> Iterator[int]:
         """Yield the ids, each after it and the next few were asked for.
@@ -53,21 +52,7 @@ class PagesAhead:
             handle, pages = self._places.find(ids)
             for page in pages:
                 start, stop = page.place.start, page.place.stop
-                # The end first: to look brings in what is looked for, and where what lies before it
-                # is in memory, as behind another row, the system takes that for reading in a row.
-                if not (_is_here(handle, stop - 1) and _is_here(handle, start)):
+                if start < stop and not page.is_in_memory(handle):
                     os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
-        except (NotFoundInFileError, PydedupError):
+        except (NotFoundInFileError, PydedupError, OSError):
             pass
-        except OSError as error:
-            # Some file systems cannot say what is in memory; a handle may be closed meanwhile.
-            if error.errno == errno.EOPNOTSUPP:
-                self._helps = False
-
-
-def _is_here(handle: int, at: int) -> bool:
-    """Whether a byte of the file is in memory; if not, it comes, and a page with it."""
-    try:
-        return os.preadv(handle, [bytearray(1)], at, os.RWF_NOWAIT) == 1
-    except BlockingIOError:
-        return False

@@ -16,14 +16,15 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
-from pydedup._pages import begin_writeback
+from pydedup._pages import begin_writeback, is_in_memory
 from pydedup.errors import PydedupError
 
+from ._sqlite_reads import Fill, SystemCache, out_of_cache, reads_past_cache
 from ._sqlite_tree import NotFoundInFileError, Place, Tree
 
 __all__ = ["PagePlaces", "StoredPage", "pages_apart"]
@@ -35,12 +36,8 @@ _AT_ONCE: Final = 16
 #: A page is one of a stretch with so many others that lie among twice as many. One less will do
 #: where there are no more: what several readers share is as little as four pages for each.
 _NEIGHBOURS: Final = 4
-#: Pieces that every system takes in one request.
-_MOST_PIECES: Final = 1024
 #: A page of the file begins with the number of the one after it.
 _LINK_BYTES: Final = 4
-#: Read what is in memory, and nothing else.
-_NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
 
 #: Gives so many bytes for a payload.
 Memory: TypeAlias = Callable[[int], memoryview]
@@ -49,19 +46,25 @@ Memory: TypeAlias = Callable[[int], memoryview]
 class StoredPage(NamedTuple):
     """A page of the store in the file, of which a page has ``page_bytes``; 0 for one in pieces.
 
-    ``checksum`` is empty until SQLite was asked for it.
+    ``checksum`` is empty until SQLite was asked for it; ``cached`` is whether the system's
+    cache had it after it was last read.
     """
 
     id: int
     place: Place
     page_bytes: int
     checksum: bytes = b""
+    cached: bool = True
 
-    def read(self, handle: int, memory: Memory, *, waits: bool) -> memoryview | None:
-        """Return the payload, ``None`` when it is not in one piece.
+    def is_in_memory(self, handle: int) -> bool:
+        """Whether the system has it in memory, as far as its ends tell."""
+        start, stop, _, here, nbytes = self.place
+        links = (stop - start) // self.page_bytes * _LINK_BYTES if self.page_bytes else 0
+        used = start + links + nbytes - max(here, 0)  # behind that the last page may be empty
+        return is_in_memory(handle, start, min(max(used, start + 1), stop))
 
-        Raises OSError, as for what is not in memory unless it ``waits``.
-        """
+    def read(self, handle: int, memory: Memory, fill: Fill) -> memoryview | None:
+        """Return the payload, ``None`` when it is not in one piece; raises OSError as ``fill``."""
         start, stop, value, here, nbytes = self.place
         if self.page_bytes == 0:
             return None
@@ -76,38 +79,13 @@ class StoredPage(NamedTuple):
         beginning = [payload[:here], links[:_LINK_BYTES]]
         if 0 <= value - stop < self.page_bytes:  # SQLite writes where a row begins last
             last = memoryview(bytearray(stop - start - sum(map(len, pieces)) + value - stop))
-            _fill(handle, [*pieces, last, *beginning], start, waits=waits)
+            fill(handle, [*pieces, last, *beginning], start)
         else:
-            _fill(handle, pieces, start, waits=waits)
-            _fill(handle, beginning, value, waits=waits)
+            fill(handle, pieces, start)
+            fill(handle, beginning, value)
         first = start // self.page_bytes + 1
         whole = struct.unpack(f">{pages + 1}I", links) == (*range(first, first + pages), 0)
         return payload if whole else None
-
-
-def _fill(handle: int, pieces: Sequence[memoryview], at: int, *, waits: bool) -> None:
-    """Read what follows each other in the file; raises OSError when it does not come.
-
-    In one request only what is in memory: of a large one the system reads from the disk what it
-    asks for and no more, of small ones also what is to follow (a model of twice the memory limit:
-    520 ms instead of 700).
-    """
-    if not waits:
-        _read_all(handle, pieces, at, _NOWAIT)
-        return
-    with contextlib.suppress(OSError):
-        _read_all(handle, pieces[:2], at, _NOWAIT)
-        _read_all(handle, pieces, at, _NOWAIT)
-        return
-    for number in range(0, len(pieces), 2):
-        some = pieces[number : number + 2]
-        _read_all(handle, some, at, 0)
-        at += sum(map(len, some))
-
-
-def _read_all(handle: int, pieces: Sequence[memoryview], at: int, flags: int) -> None:
-    if len(pieces) > _MOST_PIECES or os.preadv(handle, pieces, at, flags) != sum(map(len, pieces)):
-        raise BlockingIOError
 
 
 class PagePlaces:
@@ -127,6 +105,7 @@ class PagePlaces:
         self._root = root
         self._checksums = checksums
         self._known: dict[int, StoredPage | None] = {}  # None: met once, not looked for
+        self._cache = SystemCache()
         self._tree: Tree | None = None
         self._size = 0
         self._handle = -1
@@ -161,9 +140,8 @@ class PagePlaces:
     def read(self, ids: Sequence[int], memory: Memory) -> Iterator[tuple[StoredPage, memoryview]]:
         """Yield pages and payloads, as far as they are found in one piece.
 
-        Of a few at a time first those that are in memory: to look for others has the system read
-        them. But for stretches, where it reads ahead by itself, which is faster. To find a page
-        takes a while, so what was not met before is left to SQLite once.
+        Of a few at a time first those that are in memory. To find a page takes a while, so what
+        was not met before is left to SQLite once.
         """
         apart = {ids[number] for number in pages_apart(ids)}
         known = self._known
@@ -172,7 +150,6 @@ class PagePlaces:
             known.clear()
         known.update((page_id, None) for page_id in ids[:_MOST_KNOWN] if page_id not in known)
         for some in _few_at_a_time(met, apart):
-            waits = some[0] not in apart
             try:
                 handle, pages = self.find(some)
                 pages = self._that_are(pages)
@@ -181,12 +158,12 @@ class PagePlaces:
             absent = []
             for page in pages:
                 try:
-                    yield from self._read(handle, page, memory, waits=waits)
+                    yield from self._read_here(handle, page, memory)
                 except OSError:
                     absent.append(page)
             for page in absent:
                 with contextlib.suppress(OSError):
-                    yield from self._read(handle, page, memory, waits=True)
+                    yield from self._read_absent(handle, page, memory)
 
     def look_again(self, page_id: int) -> None:
         """Take note that SQLite is asked for a page: where it was found, something else may be."""
@@ -214,14 +191,39 @@ class PagePlaces:
                 sure.append(page)
         return sure
 
-    def _read(
-        self, handle: int, page: StoredPage, memory: Memory, *, waits: bool
+    def _read_here(
+        self, handle: int, page: StoredPage, memory: Memory
     ) -> Iterator[tuple[StoredPage, memoryview]]:
-        payload = page.read(handle, memory, waits=waits)
-        if payload is not None:
-            yield page, payload
-        else:
+        """Yield a page that is in memory; else raise OSError."""
+        if page.page_bytes and not self._cache.is_roomy and not page.is_in_memory(handle):
+            raise BlockingIOError
+        whole = yield from self._read(handle, page, memory, out_of_cache)
+        if page.cached:
+            self._cache.kept()
+        elif whole:
+            self._known[page.id] = page._replace(cached=True)
+
+    def _read_absent(
+        self, handle: int, page: StoredPage, memory: Memory
+    ) -> Iterator[tuple[StoredPage, memoryview]]:
+        if page.cached:
+            self._cache.lost()
+        fill, cached = self._cache.fill()
+        if cached != page.cached:
+            page = page._replace(cached=cached)
+            self._known[page.id] = page
+        yield from self._read(handle, page, memory, fill)
+
+    def _read(
+        self, handle: int, page: StoredPage, memory: Memory, fill: Fill
+    ) -> Generator[tuple[StoredPage, memoryview], None, bool]:
+        """Yield a page if it is in one piece; return whether it is."""
+        payload = page.read(handle, memory, fill)
+        if payload is None:
             self._known[page.id] = page._replace(page_bytes=0)
+            return False
+        yield page, payload
+        return True
 
     def _open_handle(self) -> tuple[int, int]:
         """Return a handle of the file that SQLite has open, and the file's size."""
@@ -275,8 +277,10 @@ def _handle_of(path: str, file: os.stat_result) -> int:
     name = os.path.realpath(path)
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
-            if str(entry.readlink()) == name and _is_of(int(entry.name), file):
-                return int(entry.name)
+            handle = int(entry.name)
+            is_named_so = str(entry.readlink()) == name
+            if is_named_so and not reads_past_cache(handle) and _is_of(handle, file):
+                return handle
     return -1
 
 

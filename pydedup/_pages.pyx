@@ -8,6 +8,7 @@ released; what needs no copy gets none. Deliberately not here: anything that loo
 
 from cpython.buffer cimport (
     PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
     Py_buffer,
     PyBuffer_Release,
     PyObject_GetBuffer,
@@ -20,14 +21,35 @@ cdef extern from *:
     """
     #ifdef __linux__
     #include <fcntl.h>
+    #include <sys/mman.h>
+    #include <unistd.h>
     static void begin_writing(int handle) {
         (void)sync_file_range(handle, 0, 0, SYNC_FILE_RANGE_WRITE);
     }
+    // What a mapping of a file is said to have in memory is what the system's cache has of it.
+    static int has_ends(int handle, long long start, long long stop) {
+        const long long page = sysconf(_SC_PAGESIZE);
+        const long long begin = start / page * page;
+        const size_t bytes = (size_t)(stop - begin);
+        unsigned char first = 1;
+        unsigned char last = 1;
+        char* const map = (char*)mmap(NULL, bytes, PROT_READ, MAP_SHARED, handle, begin);
+        if (map == (char*)MAP_FAILED) return 1;
+        if (mincore(map, 1, &first) != 0) first = 1;
+        if (mincore(map + (bytes - 1) / (size_t)page * (size_t)page, 1, &last) != 0) last = 1;
+        (void)munmap(map, bytes);
+        return first & last & 1;
+    }
     #else
     static void begin_writing(int handle) { (void)handle; }
+    static int has_ends(int handle, long long start, long long stop) {
+        (void)handle, (void)start, (void)stop;
+        return 1;
+    }
     #endif
     """
     void begin_writing(int handle) nogil
+    int has_ends(int handle, long long start, long long stop) nogil
 
 
 def split_payload(payload, Py_ssize_t part_bytes):
@@ -80,6 +102,44 @@ def join_parts(parts):
         PyMem_Free(buffers)
 
 
+def scatter(source, parts):
+    """Copy a contiguous buffer into writable ones, each going on where the one before ended.
+
+    With the GIL released. Raises ValueError when the source has not as much as they take.
+    """
+    cdef list items = list(parts)
+    cdef Py_ssize_t count = len(items)
+    cdef Py_ssize_t total = 0
+    cdef Py_ssize_t held = 0
+    cdef Py_ssize_t i
+    cdef const char* at
+    cdef Py_buffer given
+    cdef Py_buffer* buffers = <Py_buffer*>PyMem_Malloc((count if count else 1) * sizeof(Py_buffer))
+    if buffers == NULL:
+        raise MemoryError()
+    try:
+        for i in range(count):
+            PyObject_GetBuffer(items[i], &buffers[i], PyBUF_WRITABLE)
+            held += 1
+            total += buffers[i].len
+        PyObject_GetBuffer(source, &given, PyBUF_SIMPLE)
+        try:
+            if given.len < total:
+                raise ValueError(f"source has {given.len} bytes; the parts take {total}")
+            at = <const char*>given.buf
+            with nogil:
+                for i in range(count):
+                    if buffers[i].len > 0:  # an empty buffer may be at no address at all
+                        memcpy(buffers[i].buf, at, buffers[i].len)
+                    at += buffers[i].len
+        finally:
+            PyBuffer_Release(&given)
+    finally:
+        for i in range(held):
+            PyBuffer_Release(&buffers[i])
+        PyMem_Free(buffers)
+
+
 def begin_writeback(int handle):
     """Let the system begin to write a file of this handle to its disk, if it can be told so.
 
@@ -87,3 +147,16 @@ def begin_writeback(int handle):
     """
     with nogil:
         begin_writing(handle)
+
+
+def is_in_memory(int handle, long long start, long long stop):
+    """Return whether the system has both ends of a part of a file in memory; brings in nothing.
+
+    Also where the system cannot tell. ``start`` is before ``stop``, both within the file.
+    """
+    cdef int here
+    if not 0 <= start < stop:
+        raise ValueError(f"start is {start}, stop {stop}; a part of a file has a byte at least")
+    with nogil:
+        here = has_ends(handle, start, stop)
+    return here != 0

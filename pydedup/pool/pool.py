@@ -197,7 +197,7 @@ class PagePool(Walks):
         # However small the pool, a window may be two pages, a block's and its base's. Those of a
         # walk and those ahead of it fit beside activations from eight pages on; in less there is
         # no room to read ahead.
-        most = max(2, self.window_pages)
+        most = max(2, self._ahead_pages)
         room = most * self._loader.largest
         core, ahead = self._core, self._shares.ahead
         call = Call(

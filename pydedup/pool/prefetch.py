@@ -19,6 +19,10 @@ from pydedup.windows import Window
 
 __all__ = ["Call", "Lane"]
 
+#: Windows of a course that are read at once: readers go on with the next one while the last pages
+#: of one are on their way.
+_THREADS = 2
+
 #: Returns pages of a window, pinned, after reading those that miss; on a thread of its own.
 LoadAhead = Callable[[Any], list[Page]]
 
@@ -34,18 +38,24 @@ class _Stop:
 
 
 class _Course:
-    """Windows in the order in which they will be wanted, read by a thread that keeps ahead."""
+    """Windows in the order in which they will be wanted, read by threads that keep ahead."""
 
     def __init__(self, windows: Sequence[Window], load: LoadAhead, limit: int) -> None:
         self._stops = [_Stop(window) for window in windows]
         self._load = load
         self._limit = limit  # pages that may be held ahead
-        self._held = 0
+        self._held = 0  # of them, those that are read included
+        self._next = 0  # stop that is read next
         self._passed = 0  # stops before this one were passed
         self._changed = threading.Condition()
         self._ended = False
         # A daemon: a process that ends does not wait for pages that nobody will use.
-        threading.Thread(target=self._run, name="pydedup-ahead", daemon=True).start()
+        for number in range(_THREADS):
+            try:
+                threading.Thread(target=self._run, name="pydedup-ahead", daemon=True).start()
+            except RuntimeError:  # no more threads are to be had
+                if number == 0:
+                    raise
 
     def reach(self, number: int) -> bool:
         """Wait for what is being read of a window that a walk wants now.
@@ -87,30 +97,36 @@ class _Course:
             stop.state = "passed"
 
     def _run(self) -> None:
-        for stop in self._stops:
-            wanted = len(stop.window.ids)
-            with self._changed:
-                self._changed.wait_for(
-                    lambda wanted=wanted: (
-                        self._ended  # type: ignore[misc]
-                        or self._held == 0
-                        or self._held + wanted <= self._limit
-                    )
-                )
-                if self._ended:
-                    return
-                if stop.state == "passed":
-                    continue
-                stop.state = "reading"
+        while (stop := self._take_next()) is not None:
             try:
                 pages = self._load(stop.window.ids)
             except Exception:  # of any driver; else the walk would wait for ever
                 pages = []  # it meets the same, and says so
-            self._take(stop, pages)
+            self._put(stop, pages)
             del pages
 
-    def _take(self, stop: _Stop, pages: list[Page]) -> None:
+    def _take_next(self) -> _Stop | None:
+        """Return the next window that is to be read, once there is room for it."""
         with self._changed:
+            self._changed.wait_for(self._may_read)
+            if self._ended or self._next == len(self._stops):
+                return None
+            stop = self._stops[self._next]
+            self._next += 1
+            stop.state = "reading"
+            self._held += len(stop.window.ids)
+            return stop
+
+    def _may_read(self) -> bool:
+        while self._next < len(self._stops) and self._stops[self._next].state == "passed":
+            self._next += 1
+        if self._ended or self._next == len(self._stops) or self._held == 0:
+            return True
+        return self._held + len(self._stops[self._next].window.ids) <= self._limit
+
+    def _put(self, stop: _Stop, pages: list[Page]) -> None:
+        with self._changed:
+            self._held -= len(stop.window.ids)
             stop.state = "here" if pages else "failed"
             if not (self._ended or stop.unwanted):
                 stop.pages = pages

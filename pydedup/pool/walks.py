@@ -40,9 +40,10 @@ Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
 
 # Part of the budget that one walk pins at a time, and that is read ahead of it, at most: two walks
 # can be made at once before one waits for another. Of large pools it is less: what is pinned is
-# not there for others, and so many pages are enough for readers side by side.
+# not there for others, and so many pages are enough for readers side by side; there two windows are
+# read ahead, so that readers go on while the last pages of one are on their way.
 _WINDOW_PARTS = 8
-_ENOUGH_PAGES, _LARGE_PARTS = 16, 16
+_ENOUGH_PAGES, _LARGE_PARTS = 16, 32
 
 
 class Walks(abc.ABC):
@@ -65,9 +66,18 @@ class Walks(abc.ABC):
     @property
     def window_pages(self) -> int:
         """How many pages a walk pins at once."""
-        pages = self._budget // self._loader.largest
-        most = max(_ENOUGH_PAGES, pages // _LARGE_PARTS)
-        return max(1, min(pages // _WINDOW_PARTS, most))
+        most = max(_ENOUGH_PAGES, self._pages // _LARGE_PARTS)
+        return max(1, min(self._pages // _WINDOW_PARTS, most))
+
+    @property
+    def _ahead_pages(self) -> int:
+        """How many pages are read ahead of a walk."""
+        return min(self._pages // _WINDOW_PARTS, 2 * self.window_pages)
+
+    @property
+    def _pages(self) -> int:
+        """How many pages the budget holds."""
+        return self._budget // self._loader.largest
 
     def windows(
         self, page_ids: NDArray[np.int64]

@@ -15,7 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydedup._pages import begin_writeback, join_parts, split_payload
+from pydedup._pages import (
+    begin_writeback,
+    is_in_memory,
+    join_parts,
+    scatter,
+    split_payload,
+)
 
 
 @given(st.binary(max_size=2000), st.integers(min_value=1, max_value=300))
@@ -88,6 +94,39 @@ def test_threads_join_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@given(st.lists(st.binary(max_size=50), max_size=20), st.integers(min_value=0, max_value=5))
+def test_scattering_undoes_joining(parts: list[bytes], more: int) -> None:
+    given_parts = [bytearray(len(part)) for part in parts]
+    scatter(b"".join(parts) + bytes(more), given_parts)
+    assert given_parts == parts
+    if any(parts):
+        with pytest.raises(ValueError, match=f"parts take {sum(map(len, parts))}"):
+            scatter(b"".join(parts)[:-1], given_parts)
+    for part in given_parts:
+        part.append(1)  # no buffer is held any more
+
+
+def test_what_is_not_writable_is_not_scattered_into() -> None:
+    good = bytearray(4)
+    for bad in (b"fixed", memoryview(b"fixed"), memoryview(bytearray(8))[::2], None):
+        with pytest.raises((TypeError, BufferError)):
+            scatter(b"12345678", [good, bad])  # type: ignore[list-item]
+    good.append(1)
+
+
+def test_what_is_in_memory_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100_000))
+    with path.open("rb") as file:
+        assert file.read() == bytes(100_000)
+        assert is_in_memory(file.fileno(), 5, 99_999)
+        assert is_in_memory(file.fileno(), 0, 1)
+        for start, stop in ((-1, 5), (7, 7), (9, 7)):
+            with pytest.raises(ValueError, match=f"start is {start}, stop {stop}"):
+                is_in_memory(file.fileno(), start, stop)
+    assert is_in_memory(-1, 0, 5), "what cannot be told is left to who reads"
 
 
 def test_writing_back_is_a_hint(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ What is found is right, and where it is not, nothing comes of it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import random
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +27,11 @@ import pydedup
 from pydedup.errors import CorruptStoreError
 from pydedup.policies import Exact
 
+from .sqlite_rows import finding, in_memory, read, rows_of, rows_out_of_memory
+
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "posix_fadvise"), reason="this system takes no hints"
 )
-
-
-@contextlib.contextmanager
-def rows_of(
-    path: Path, payloads: dict[int, bytes], page_bytes: int, vacuum: str = "INCREMENTAL"
-) -> Iterator[tuple[sqlite3.Connection, PagePlaces]]:
-    """Make a database with a table like ours; yield a connection and who finds rows."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript(
-            f"PRAGMA page_size = {page_bytes}; PRAGMA auto_vacuum = {vacuum};"
-            "CREATE TABLE before (x); CREATE TABLE pages (id INTEGER PRIMARY KEY, "
-            "state TEXT, pad BLOB, payload BLOB)"
-        )
-        with connection:
-            connection.executemany(
-                "INSERT INTO pages VALUES (?, 'live', x'00', ?)", payloads.items()
-            )
-        yield connection, finding(connection, path)
-
-
-def finding(connection: sqlite3.Connection, path: Path) -> PagePlaces:
-    ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'pages'")
-
-    def checksums(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        there = {row for (row,) in connection.execute("SELECT id FROM pages")}
-        return ((row, str(row).encode()) for row in ids if row in there)
-
-    return PagePlaces(str(path), lambda: root, checksums)
 
 
 def place_of(places: PagePlaces, row: int) -> tuple[int, int] | None:
@@ -67,20 +40,6 @@ def place_of(places: PagePlaces, row: int) -> tuple[int, int] | None:
         return next((page.place[:2] for page in places.find([row])[1]), None)
     except NotFoundInFileError:
         return None
-
-
-def read(places: PagePlaces, ids: Iterable[int]) -> dict[int, bytes]:
-    def memory(nbytes: int) -> memoryview:
-        return memoryview(bytearray(nbytes))
-
-    ids, found = list(ids), {}
-    for _ in places.read(ids, memory):  # what was not met before is left to SQLite once
-        pass
-    for page, payload in places.read(ids, memory):
-        assert page.id not in found
-        assert page.checksum == str(page.id).encode()
-        found[page.id] = bytes(payload)
-    return found
 
 
 @pytest.mark.parametrize("vacuum", ["NONE", "INCREMENTAL"])
@@ -116,23 +75,6 @@ def test_payloads_are_read_where_they_lie(
     assert len(given) > 40
 
 
-def in_memory(path: Path) -> NDArray[np.bool_]:
-    """Return which pages of a file the system has in memory; to ask brings none in."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        size = len(mapped)
-        found = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
-        start = np.frombuffer(mapped, np.uint8).ctypes.data
-        libc = ctypes.CDLL(None, use_errno=True)
-        arguments = (
-            ctypes.c_void_p(start),
-            ctypes.c_size_t(size),
-            ctypes.c_void_p(found.ctypes.data),
-        )
-        assert libc.mincore(*arguments) == 0, os.strerror(ctypes.get_errno())
-        return (found & 1).astype(bool)
-
-
 def of_place(found: NDArray[np.bool_], place: tuple[int, int] | None) -> NDArray[np.bool_]:
     assert place is not None
     return found[place[0] // mmap.PAGESIZE : place[1] // mmap.PAGESIZE]
@@ -150,38 +92,6 @@ def wait_for(path: Path, places: list[tuple[int, int] | None]) -> None:
     while not all(of_place(in_memory(path), place).all() for place in places):
         assert time.monotonic() < deadline, "what was asked for did not come"
         time.sleep(0.01)
-
-
-def forget(path: Path) -> None:
-    """Have the system drop the file from memory, or skip where it does not."""
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        size = os.fstat(handle).st_size
-    finally:
-        os.close(handle)
-    if size > 1 << 20 and in_memory(path)[(1 << 20) // mmap.PAGESIZE :].any():
-        pytest.skip("the file system keeps the file in memory")
-    try:
-        handle = os.open(path, os.O_RDONLY)
-        os.preadv(handle, [bytearray(1)], 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        pass
-    except OSError:
-        pytest.skip("the file system does not say what is in memory")
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def rows_out_of_memory(path: Path, payloads: dict[int, bytes]) -> Iterator[PagePlaces]:
-    """Make such a database that the system has to read; yield who finds rows."""
-    with rows_of(path, payloads, 65536):
-        pass
-    forget(path)
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        yield finding(connection, path)
 
 
 def test_what_is_asked_for_comes_and_nothing_else(tmp_path: Path) -> None:

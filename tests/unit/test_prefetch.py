@@ -330,6 +330,74 @@ def test_without_a_thread_to_be_had_a_walk_reads_for_itself(monkeypatch: Any) ->
     assert pages.by(threading.current_thread().name) == list(range(1, 25))
 
 
+def test_with_one_more_thread_to_be_had_that_one_reads_all(monkeypatch: Any) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def refuse_others(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    pages = SlowPages(24)
+    pool = PagePool(pages.fetch, 32 * MIB)
+    monkeypatch.setattr(threading.Thread, "start", refuse_others)
+    with pool.call(model(1)):
+        assert walk(pool, ids_of(1, 24), pages.next_is_asked_for) == list(range(1, 25))
+    assert pages.by("pydedup-ahead") == list(range(5, 25))
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+def test_of_a_large_pool_windows_are_read_while_one_before_is_on_its_way() -> None:
+    pages = SlowPages(64, 0)
+    behind = threading.Event()
+
+    def fetch(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        if ids[0] == 17:  # the first that is read ahead waits for the one behind it
+            assert behind.wait(20)
+        if ids[0] == 33:
+            behind.set()
+        return pages.fetch(ids)
+
+    pool = PagePool(fetch, 320 * MIB)
+    assert pool.window_pages == 16
+    with pool.call(model(1)):
+        assert walk(pool, ids_of(1, 64)) == list(range(1, 65))
+    assert behind.is_set()
+    assert 33 in pages.by("pydedup-ahead")
+
+
+def test_two_calls_have_room_to_read_ahead() -> None:
+    pages = SlowPages(48)
+    pool = PagePool(pages.fetch, 40 * MIB)
+    assert pool.window_pages == 5
+    both = threading.Barrier(3)
+    ahead: list[int] = []
+
+    def hold(first: int) -> Callable[[], None]:
+        def predict() -> None:
+            def linger(done: int) -> None:
+                if done <= 5:  # pages of one window are pinned by the walk
+                    both.wait(20)
+                    both.wait(20)
+
+            with pool.call(Called(first, 0, lambda: ids_of(1, 48))):
+                walk(pool, ids_of(first, 24), linger)
+
+        return predict
+
+    def look() -> None:
+        both.wait(20)
+        eventually(lambda: len(pages.by("pydedup-ahead")) >= 10)
+        ahead.extend(pages.by("pydedup-ahead"))
+        both.wait(20)
+
+    in_threads(hold(1), hold(25), look)
+    assert ahead == [*range(6, 11), *range(30, 35)]
+    assert pool.stats()["pinned_bytes"] == 0
+
+
 def test_an_error_that_is_kept_pins_nothing() -> None:
     pages = SlowPages(8)
     pool = PagePool(pages.fetch, 32 * MIB)
