@@ -45,6 +45,19 @@ _INTO: Final = re.compile(r"(?i)(?<![\w$@])(?<![a-z_$`]\.)into(?![\w$])")
 _READ_ONLY: Final = 1792
 #: The most that a decimal has.
 _DIGITS: Final = 65
+#: What columns keep as it is, or refuse, in strict mode, whatever characters they have.
+_KEEPS: Final[Mapping[str, frozenset[type]]] = MappingProxyType(
+    dict.fromkeys(("tinyint", "smallint", "mediumint", "int", "bigint"), frozenset((int,)))
+    | {"varchar": frozenset((str,))}
+)
+#: Who is told of triggers: to others, MySQL and older MariaDB (MDEV-37474) say that there are none.
+_TOLD_OF_TRIGGERS: Final = (
+    "SELECT grantee, privilege_type FROM information_schema.user_privileges UNION ALL "
+    "SELECT grantee, privilege_type FROM information_schema.schema_privileges "
+    "WHERE table_schema = ? UNION ALL "
+    "SELECT grantee, privilege_type FROM information_schema.table_privileges "
+    "WHERE table_schema = ? AND table_name = ?"
+)
 #: What makes values of a query of the texts that they are sent as.
 _TYPED: Final = (
     (float, "({} + 0e0)"),
@@ -203,6 +216,31 @@ class MysqlRows(RowCalls):
             [schema, table],
         )
         return {text(name) for (name,) in rows if name is not None}  # of an expression it is NULL
+
+    def _kept_types(self, schema: str, table: str, key: str) -> frozenset[type]:
+        # Engines such as BLACKHOLE keep nothing.
+        found = self._query(
+            "SELECT c.data_type FROM information_schema.columns c "
+            "JOIN information_schema.tables t USING (table_schema, table_name) "
+            "WHERE c.table_schema = ? AND c.table_name = ? AND c.column_name = ? "
+            "AND t.table_type = 'BASE TABLE' AND t.engine = 'InnoDB' "
+            "AND NOT EXISTS (SELECT 1 FROM information_schema.triggers "
+            "WHERE event_object_schema = ? AND event_object_table = ?)",
+            [schema, table, key, schema, table],
+        )
+        if not found or not self._is_told_of_triggers(schema, table):
+            return frozenset()
+        return _KEEPS.get(text(found[0][0]), frozenset())
+
+    def _is_told_of_triggers(self, schema: str, table: str) -> bool:
+        ((account,),) = self._query("SELECT CURRENT_USER()")
+        user, _, host = text(account).rpartition("@")
+        told = self._query(
+            f"SELECT 1 FROM ({_TOLD_OF_TRIGGERS}) granted WHERE grantee = ? "  # noqa: S608 (fixed)
+            "AND privilege_type = 'TRIGGER'",
+            [schema, schema, table, f"'{user}'@'{host}'"],
+        )
+        return bool(told)
 
     def _define_table(self, statement: str) -> None:
         self._define(statement)

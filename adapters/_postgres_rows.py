@@ -15,7 +15,8 @@ from typing import Any, Final, cast
 from pydedup.adapter_options import KeyRange, RowColumn, RowStream
 from pydedup.errors import ArgumentError
 
-from ._rows import RowCalls, Rows, as_table, split_name, words_of
+from ._rows import RowCalls, Rows, split_name, words_of
+from ._select import as_table
 from ._sessions import Connection
 from ._values import Row
 
@@ -41,12 +42,10 @@ _JSON: Final = frozenset((114, 3802))
 #: What a query of a user's is told where it would write, and where it has parameters ($1), as
 #: SQLSTATEs that elsewhere are of the server.
 _OF_QUERIES: Final = ("25006", "08P01")
-#: Types of columns that keep each key of a type as it is, or refuse it.
-_KEEPS: Final[Mapping[type, frozenset[str]]] = MappingProxyType(
-    {
-        int: frozenset(("bigint", "integer", "smallint")),
-        str: frozenset(("text", "character varying")),
-    }
+#: What columns keep as it is, or refuse.
+_KEEPS: Final[Mapping[str, frozenset[type]]] = MappingProxyType(
+    dict.fromkeys(("bigint", "integer", "smallint"), frozenset((int,)))
+    | dict.fromkeys(("text", "character varying"), frozenset((str,)))
 )
 #: Values sent as one array, of which the server takes 1 GB.
 ROWS_PER_ARRAY: Final = 8192
@@ -63,7 +62,6 @@ class PostgresRows(RowCalls):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._types: dict[tuple[str, str], dict[str, str]] = {}
-        self._plain: dict[tuple[str, str], bool] = {}
 
     @abc.abstractmethod
     def _connect(self) -> Connection:
@@ -218,25 +216,15 @@ class PostgresRows(RowCalls):
             piece = [one[start : start + ROWS_PER_ARRAY] for one in lists]
             self._write(f"{head} SELECT * FROM ROWS FROM ({arrays})", piece)
 
-    def _check_kept(self, table: str, key: str, keys: Sequence[object]) -> None:
-        """Ask only where the table may have made other keys of them: that takes a sixth."""
-        kind = self._types_of(table).get(key)
-        kinds = set(map(type, keys))
-        if not all(kind in _KEEPS.get(one, ()) for one in kinds) or not self._is_plain(table):
-            super()._check_kept(table, key, keys)
-
-    def _is_plain(self, table: str) -> bool:
-        """Whether nothing stands between an INSERT and the rows; asked once, as types are."""
-        place = split_name(table)
-        if place not in self._plain:
-            found = self._query(
-                "SELECT c.relkind = 'r' AND NOT c.relhastriggers AND NOT c.relhasrules "
-                "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
-                "WHERE n.nspname = %b AND c.relname = %b",
-                [*place],
-            )
-            self._plain[place] = bool(found and found[0][0])
-        return self._plain[place]
+    def _kept_types(self, schema: str, table: str, key: str) -> frozenset[type]:
+        found = self._query(
+            "SELECT format_type(a.atttypid, -1) FROM pg_attribute a "
+            "JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE n.nspname = %b AND c.relname = %b AND a.attname = %b AND c.relkind = 'r' "
+            "AND NOT (c.relhastriggers OR c.relhasrules OR c.relrowsecurity)",
+            [schema, table, key],
+        )
+        return _KEEPS.get(found[0][0], frozenset()) if found else frozenset()
 
     def _type_name(self, oid: int) -> str | None:
         """Return a type as any connection of ours understands it, without a length."""
@@ -285,7 +273,6 @@ class PostgresRows(RowCalls):
 
     def _columns_of(self, schema: str, table: str) -> list[str]:
         self._types.pop((schema, table), None)
-        self._plain.pop((schema, table), None)
         rows = self._query(
             "SELECT a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
             "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %b "

@@ -15,7 +15,8 @@ from typing import Any, Final, cast
 from pydedup.adapter_options import RowColumn
 from pydedup.errors import ArgumentError
 
-from ._rows import RowCalls, Rows, as_table
+from ._rows import RowCalls, Rows
+from ._select import as_table
 from ._sessions import Connection
 
 __all__ = ["SqliteRows"]
@@ -30,6 +31,12 @@ _REFUSED: Final = frozenset(
         *("DROP_TABLE", "DROP_INDEX", "DROP_VIEW", "DROP_TRIGGER", "DROP_VTABLE"),
         *("ALTER_TABLE", "REINDEX", "ANALYZE"),
     )
+)
+#: What columns keep as it is, or refuse, by their types without a length.
+_KEEPS: Final[Mapping[str, frozenset[type]]] = MappingProxyType(
+    dict.fromkeys(("INTEGER", "INT", "BIGINT"), frozenset((int,)))
+    | dict.fromkeys(("TEXT", "VARCHAR"), frozenset((str,)))
+    | {"": frozenset((int, str))}
 )
 
 
@@ -125,6 +132,19 @@ class SqliteRows(RowCalls):
             [table],
         )
         return found | {name for (name,) in alone if name is not None}
+
+    def _kept_types(self, schema: str, table: str, key: str) -> frozenset[type]:
+        # ON CONFLICT IGNORE, of any constraint, drops a row.
+        found = self._query(
+            "SELECT c.type FROM pragma_table_info(?) c, sqlite_master t WHERE c.name = ? "
+            "AND lower(t.name) = lower(?) AND t.sql LIKE 'CREATE TABLE%' "
+            "AND t.sql NOT LIKE '%CONFLICT%' AND NOT EXISTS "
+            "(SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND lower(tbl_name) = lower(?))",
+            [table, key, table, table],
+        )
+        if not found:
+            return frozenset()
+        return _KEEPS.get(found[0][0].partition("(")[0].strip().upper(), frozenset())
 
 
 def _only_reads(action: int, *about: str | None) -> int:

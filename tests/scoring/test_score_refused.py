@@ -182,54 +182,6 @@ def test_keys_that_the_table_takes_for_one(tables: Tables, new_name: Make) -> No
     assert len(tables.run(f"SELECT id FROM {into}")) == 21
 
 
-def assert_not_kept(tables: Tables, query: str, into: str, key: str, **options: Any) -> None:
-    with (
-        pydedup.open(tables.url) as store,
-        pytest.raises(ArgumentError, match=f"has no row with the key {key} that was written"),
-    ):
-        store.score(query, "m@1", into=into, **options)
-    assert tables.run(f"SELECT id FROM {into}") == []
-
-
-def test_a_key_that_the_table_does_not_keep(tables: Tables, new_name: Make) -> None:
-    """It was written as another one, or not at all, and counted; the next run met it again."""
-    add(tables.url, "m@1")
-    into, column = new_name(), "model VARCHAR(9)"
-    if tables.kind == "sqlite":  # which keeps 1.25 in any column
-        column = "model TEXT UNIQUE ON CONFLICT IGNORE"
-    tables.run(
-        f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, prediction DOUBLE PRECISION, {column})"
-    )
-    query = "SELECT 7 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 1.25, 1, 2, 3"
-    assert_not_kept(tables, query, into, r".*1\.25.*", on_error="skip")
-
-
-@pytest.mark.parametrize("with_rule", [True, False])
-def test_whole_keys_that_a_table_of_postgresql_drops(
-    tables: Tables, new_name: Make, with_rule: bool
-) -> None:
-    """By a rule, or a trigger; else whole numbers are kept in such a column, and not asked for."""
-    if not tables.kind.startswith("postgres"):
-        pytest.skip("its keys are always asked for")
-    add(tables.url, "m@1")
-    into, drops = new_name(), new_name()
-    tables.run(f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, prediction FLOAT8, model TEXT)")
-    if with_rule:
-        tables.run(
-            f"CREATE RULE {drops} AS ON INSERT TO {into} WHERE new.id = 8 DO INSTEAD NOTHING"
-        )
-    else:
-        tables.run(
-            f"CREATE FUNCTION {drops}() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN IF new.id = 8 THEN RETURN NULL; END IF; RETURN new; END'"
-        )
-        tables.run(
-            f"CREATE TRIGGER t BEFORE INSERT ON {into} FOR EACH ROW EXECUTE FUNCTION {drops}()"
-        )
-    query = "SELECT 7 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 8, 1, 2, 3"
-    assert_not_kept(tables, query, into, "8")
-
-
 def test_a_unique_index_of_another_column_is_told(tables: Tables, new_name: Make) -> None:
     add(tables.url, "m@1")
     into = new_name()
