@@ -436,6 +436,9 @@ def forward_mode(module: Any) -> Any:
         return module(torch.autograd.forward_ad.make_dual(X, X))
 
 
+IDS = torch.tensor([0, -1])
+
+
 def make_fx(module: Any) -> Any:
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -473,6 +476,12 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "script": (torch.jit.script, "cannot be compiled by TorchScript"),
     "trace": (lambda m: torch.jit.trace(m, X), "cannot be traced, compiled or exported"),
     "make_fx": (lambda m: make_fx(m)(X), "cannot be traced, compiled or exported"),
+    "trace of a weight": (
+        lambda m: torch.jit.trace(lambda x: x @ m[0].weight.T, X, check_trace=False),
+        "'0.weight' of m cannot be traced",
+    ),
+    "make_fx of a bias": (lambda m: make_fx(lambda x: x + m[2].bias)(X[:, :5]), "cannot be traced"),
+    "make_fx of rows": (lambda m: make_fx(lambda x: m[0].weight[x])(IDS), "cannot be traced"),
     "compile": (lambda m: m.compile(), "cannot be compiled"),
     "integers": (lambda m: m(X.long()), "is torch.int64; floats are needed"),
     "shape": (lambda m: m(X[:, :9]), r"x has shape \(3, 9\)"),
@@ -562,13 +571,22 @@ def test_arrays_of_weights_are_read_only(store: pydedup.Store) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
-def test_compiling_changes_nothing(store: pydedup.Store) -> None:
+@pytest.mark.parametrize("what", ["module", "weights"])
+def test_compiling_changes_nothing(store: pydedup.Store, what: str) -> None:
+    torch.compiler.reset()
     one, two = net(), net()
     store.add("m@1", one)
     module = store.attach(net(), "m")
-    compiled = torch.compile(module, backend="eager")
+
+    def with_weights(x: Any) -> Any:
+        x = nn.functional.linear(x, module[0].weight, module[0].bias).relu()
+        return x @ module[2].weight.T + module[2].bias
+
+    compiled = torch.compile(module if what == "module" else with_weights, backend="eager")
     torch.testing.assert_close(compiled(X), one(X))
     store.add("m@2", two)
+    torch.testing.assert_close(compiled(X), two(X))
+    store.detach(module)
     torch.testing.assert_close(compiled(X), two(X))
 
 
@@ -621,6 +639,14 @@ def test_no_list_keeps_weights_of_recurrent_layers(store: pydedup.Store) -> None
     assert [weight() for weight in kept] == [None] * 4
     store.detach(layer)
     assert all(isinstance(weight, nn.Parameter) for weight in layer._flat_weights)
+
+
+def test_a_call_that_was_taken_before(store: pydedup.Store) -> None:
+    """As torch.compile takes it of a module."""
+    module = net()
+    store.add("m", module)
+    taken = store.attach(module, "m").__call__
+    assert torch.equal(store.detach(module)(X), taken(X))
 
 
 def test_what_somebody_replaced_stays_when_detaching(store: pydedup.Store) -> None:

@@ -268,14 +268,19 @@ def _embedding(
     return torch.where(norms > max_norm, rows * (max_norm / (norms + 1e-7)), rows)
 
 
-def rows_of(weight: torch.Tensor, ids: torch.Tensor) -> Any:
-    """Return the entries of the first axis with these numbers, or ``NotImplemented``."""
+def rows_of(weight: torch.Tensor, ids: torch.Tensor, *, from_end: bool = False) -> Any:
+    """Return the entries of the first axis with these numbers, or ``NotImplemented``.
+
+    With ``from_end``, negative ones count from the end.
+    """
     if type(weight) is not StoredParameter or weight.transposed or type(ids) is StoredParameter:
         return NotImplemented
     stored = weight.stored()
     if len(stored.shape) < 2 or ids.dtype.is_floating_point:
         return NotImplemented
     taken = _ids(ids, weight)
+    if from_end:
+        taken = np.where(taken < 0, taken + weight.shape[0], taken)
     if weight.rows is not None:
         if taken.size and not 0 <= taken.min() <= taken.max() < weight.shape[0]:
             raise ArgumentError(

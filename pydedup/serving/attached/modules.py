@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pydedup.errors import ArgumentError
+from pydedup.serving.attached.parameter import refuse_tracing
 from pydedup.serving.attached.pieces import in_pieces
 from pydedup.serving.attached.slots import named_modules, tensors
 from pydedup.serving.attached.weights import Attachment
@@ -34,6 +35,8 @@ class _Attached(nn.Module):
     # Slices of nn.Sequential are new objects of its class, and have no attachment.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _Attached not in type(self).__mro__:  # detached, and compiled by torch before that
+            return self(*args, **kwargs)
         attachment: Attachment | None = self.__dict__.get(_KEY)
         if attachment is None:
             return super().__call__(*args, **kwargs)
@@ -210,13 +213,4 @@ def _check_surroundings(label: str) -> None:
             f"{label} streams its weights and cannot be part of what torch.func transforms (vmap, "
             "grad and the like); call it outside, or detach it first"
         )
-    proxies = torch._C._TorchDispatchModeKey.PROXY  # those of make_fx
-    if (
-        torch._C._get_tracing_state() is not None
-        or torch.compiler.is_compiling()
-        or torch._C._get_dispatch_mode(proxies) is not None
-    ):
-        raise ArgumentError(
-            f"{label} cannot be traced, compiled or exported: streamed weights would become "
-            "constants of the program; detach it first"
-        )
+    refuse_tracing(label)

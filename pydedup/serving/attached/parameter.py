@@ -11,6 +11,7 @@ What reaches torch's dispatcher unseen by the first does so through ``__torch_di
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
@@ -20,7 +21,7 @@ from pydedup.errors import ArgumentError
 from pydedup.serving.attached.weights import Attachment, Rows
 from pydedup.serving.tensor import StoredTensor
 
-__all__ = ["StoredParameter", "handles"]
+__all__ = ["StoredParameter", "handles", "refuse_tracing"]
 
 #: Function of torch -> what to do instead; ``NotImplemented`` means that it is no case for it.
 _HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -105,6 +106,7 @@ class StoredParameter(torch.Tensor):
 
     def loaded(self) -> torch.Tensor:
         """Return the elements: the loaded tensor of the slot, or a view of it."""
+        refuse_tracing(self.label)
         whole = self.attachment.weights().loaded(self.number)
         if self.rows is not None:
             whole = whole[self.rows[0] : self.rows[1]]
@@ -112,6 +114,7 @@ class StoredParameter(torch.Tensor):
 
     def stored(self) -> StoredTensor:
         """Return the tensor to stream: all rows, not transposed."""
+        refuse_tracing(self.label)
         return self.attachment.weights().stored(self.number)
 
     def _refuse(self, what: str) -> NoReturn:
@@ -129,21 +132,9 @@ class StoredParameter(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call a function of torch with stored tensors among its arguments."""
-        handler = _HANDLERS.get(func)
-        if handler is not None:
-            try:
-                result = handler(*args, **kwargs) if kwargs else handler(*args)
-            except TypeError:
-                if _takes(handler, args, kwargs or {}):
-                    raise
-                result = NotImplemented  # `out=`, or a name that another form of it has
-            if result is not NotImplemented:
-                return result
-        name = func.__name__
-        if name == "__get__" or name in _OF_SHAPE:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs or {})
-        return _with_loaded(func, name, args, kwargs or {})
+        if "torch._dynamo" in sys.modules:  # somebody compiles: what is ours is not to be traced
+            return _untraced()(func, args, kwargs or {})
+        return _overridden(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own is a placeholder
@@ -165,6 +156,49 @@ def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         return handler
 
     return register
+
+
+def refuse_tracing(label: str) -> None:
+    """Raise ArgumentError where torch makes a program of what is called."""
+    proxies = torch._C._TorchDispatchModeKey.PROXY  # those of make_fx
+    if (
+        torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(proxies) is not None
+    ):
+        raise ArgumentError(
+            f"{label} cannot be traced, compiled or exported: streamed weights would become "
+            "constants of the program; detach it first"
+        )
+
+
+def _overridden(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Do what `StoredParameter.__torch_function__` does."""
+    handler = _HANDLERS.get(func)
+    if handler is not None:
+        try:
+            result = handler(*args, **kwargs) if kwargs else handler(*args)
+        except TypeError:
+            if _takes(handler, args, kwargs):
+                raise
+            result = NotImplemented  # `out=`, or a name that another form of it has
+        if result is not NotImplemented:
+            return result
+    name = func.__name__
+    if name == "__get__" or name in _OF_SHAPE:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    return _with_loaded(func, name, args, kwargs)
+
+
+_disabled: Callable[..., Any] | None = None
+
+
+def _untraced() -> Callable[..., Any]:
+    global _disabled
+    if _disabled is None:  # functools.cache would be warned of
+        _disabled = torch.compiler.disable(_overridden)  # type: ignore[no-untyped-call]
+    return _disabled
 
 
 def _takes(handler: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

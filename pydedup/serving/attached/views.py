@@ -69,9 +69,7 @@ def _getitem(self: torch.Tensor, index: Any) -> Any:
         if start < stop:
             return _part(self, start, stop)
     if type(index) is torch.Tensor and index.dtype in (torch.int64, torch.int32) and self.ndim > 1:
-        if index.numel() and int(index.min()) < 0:
-            index = torch.where(index < 0, index + self.shape[0], index)
-        return rows_of(self, index)
+        return rows_of(self, index, from_end=True)
     return NotImplemented
 
 
