@@ -54,6 +54,7 @@ ROWS_PER_ARRAY: Final = 8192
 class PostgresRows(RowCalls):
     """How PostgreSQL streams a user's query, and what it knows of tables."""
 
+    _ignores_case = False
     _key_types: Mapping[str, str] = MappingProxyType(
         {"integer": "bigint", "number": "numeric", "text": "text", "bytes": "bytea"}
         | {"date": "date", "time": "timestamp", "instant": "timestamptz"}

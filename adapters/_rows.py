@@ -101,6 +101,8 @@ class RowCalls(DbApiBase):
         end in blanks nothing is said.
         """
 
+    #: Whether names of columns that differ in case alone are one.
+    _ignores_case = True
     _table_options = ""
     #: Types of keys that come from elsewhere, by kind.
     _key_types: Mapping[str, str] = MappingProxyType({})
@@ -223,6 +225,11 @@ class RowCalls(DbApiBase):
             raise ArgumentError(
                 f"column {key.name!r} of the query has a type that can be no key; cast it to an "
                 "integer or a text, or create the table yourself"
+            )
+        if self._ignores_case and key.name.lower() in dict(columns):
+            raise ArgumentError(
+                f"the key cannot be called {key.name!r}: to this database a column of the "
+                "predictions has the same name; give it another one with AS"
             )
         kinds = {**self._sql.dialect.types, "vector": self._vector_type()}
         lines = [f"{self._quoted(key.name, 'column')} {key.type} {self._key_constraint}"]

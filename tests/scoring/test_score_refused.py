@@ -277,6 +277,26 @@ def test_hostile_names_of_keys_are_refused(tables: Tables, new_name: Make) -> No
                 store.score(query, "m@1", into=into)
 
 
+def test_a_key_called_as_a_column_of_predictions_but_for_case(
+    tables: Tables, new_name: Make
+) -> None:
+    """To PostgreSQL it is another name; so it is to all where a table lacks that column."""
+    add(tables.url, "m@1")
+    quote = "`" if tables.kind == "mysql" else '"'
+    with pydedup.open(tables.url) as store:
+        for name in ("MODEL", "Prediction"):
+            query = f"SELECT 1 AS {quote}{name}{quote}, 1 AS a, 2 AS b, 3 AS c"
+            if tables.kind == "postgresql":
+                assert store.score(query, "m@1", into=new_name()).rows == 1
+                continue
+            with pytest.raises(ArgumentError, match=f"cannot be called '{name}': to this database"):
+                store.score(query, "m@1", into=new_name())
+        into = new_name()
+        tables.run(f"CREATE TABLE {into} ({quote}MODEL{quote} INT PRIMARY KEY, prediction FLOAT)")
+        query = f"SELECT 1 AS {quote}MODEL{quote}, 1 AS a, 2 AS b, 3 AS c"
+        assert store.score(query, "m@1", into=into).rows == 1
+
+
 def test_tables_of_the_store_are_refused(tables: Tables) -> None:
     add(tables.url, "m@1")
     query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
