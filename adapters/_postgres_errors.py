@@ -62,7 +62,10 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
     ),
     "42P01": (NotAStoreError, "tables of schema {schema} were dropped; restore a backup"),
     "53": (UnavailableError, "the server is short of resources; try again later"),
-    "53100": (StorageFullError, "free some space on the server; the store is as it was before"),
+    "53100": (
+        StorageFullError,
+        "free some space on the server; what was complete is there, and nothing of the rest",
+    ),
     "53300": (ConnectionLostError, _FULL),
     "54": (ArgumentError, "write it in smaller pieces"),
     "55P03": (  # lock_not_available

@@ -29,8 +29,8 @@ __all__ = ["meaning"]
 SPARE_BYTES: Final = 1 << 20
 
 _FREE: Final = (
-    "free some space, a few MiB, and run `pydedup vacuum`, which gives back what was written; the "
-    "store is as it was before"
+    "free some space, a few MiB, and run `pydedup vacuum`, which gives back what was written; what "
+    "was complete is there, and nothing of the rest"
 )
 # Also what `pydedup verify` itself says, of a file that was cut off.
 _DAMAGED: Final = (

@@ -56,8 +56,8 @@ class LimitedProtocol(HttpToolsProtocol):
         rest = data
         while rest and not self.transport.is_closing():
             rest = self._parse(rest)
-        if self._in_head and self._head_bytes > _LARGEST_HEAD and not self.transport.is_closing():
-            self._refuse(431, f"the headers have more than {_LARGEST_HEAD} bytes")
+        if self._in_head and self._head_bytes > _LARGEST_HEAD:
+            self._refuse_head()
 
     def _parse(self, data: bytes) -> bytes:
         """Take bytes up to the end of a request that offers another protocol; returns the rest."""
@@ -95,9 +95,11 @@ class LimitedProtocol(HttpToolsProtocol):
         """Begin the body of a request."""
         if self._is_repeated:
             return
-        length = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        lines = (len(name) + len(value) + len(": \r\n") for name, value in self.headers)
+        length = len(self.url) + sum(lines)
         if length > _LARGEST_HEAD:
-            raise httptools.HttpParserError("headers are too large")
+            self._refuse_head()
+            raise httptools.HttpParserError  # so that the parser stops
         self._stop_timer()
         self._in_head = False
         self._head_bytes = 0
@@ -130,7 +132,12 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.close()
 
+    def _refuse_head(self) -> None:
+        self._refuse(431, f"the headers have more than {_LARGEST_HEAD} bytes")
+
     def _refuse(self, status: int, message: str) -> None:
+        if self.transport.is_closing():  # it was refused already
+            return
         body = orjson.dumps({"error": message})
         head: list[Any] = [
             STATUS_LINE[status],

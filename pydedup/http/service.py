@@ -128,4 +128,5 @@ def _entry(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _config_entry(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "data_type": f"TYPE_{spec.datatype}", "dims": list(spec.shape)}
+    kind = "STRING" if spec.datatype == "BYTES" else spec.datatype  # as Triton calls it here
+    return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": list(spec.shape)}

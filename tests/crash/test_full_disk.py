@@ -95,6 +95,24 @@ def test_a_full_disk(back_end: str, request: pytest.FixtureRequest) -> None:
         assert (report.errors, report.notes) == ([], [])
 
 
+def test_a_copy_that_fills_the_disk_says_what_is_there(sqlite_place: Place, tmp_path: Path) -> None:
+    """It said that the store was as before, which had the first model by then."""
+    url, make_room = sqlite_place
+    models = {
+        "good": {"w": np.random.default_rng(0).standard_normal((1000, 100))},
+        "large": {"w": np.random.default_rng(1).standard_normal((5000, 1000))},
+    }
+    with pydedup.open(f"sqlite:///{tmp_path / 'source.db'}") as source:
+        for name, tensors in models.items():
+            source.add(name, tensors, policy=policies.Exact())
+        with pytest.raises(StorageFullError, match="what was complete is there, and nothing"):
+            source.copy_to(url)
+        with pydedup.open(url, mode="r") as store:
+            assert [info.name for info in store.models()] == ["good"]
+        make_room()
+        assert [one.is_new for one in source.copy_to(url).models] == [False, True]
+
+
 def test_a_little_room_is_enough_for_a_vacuum(sqlite_place: Place, small_disk: Path) -> None:
     """It wanted about as much room as it was to free, and so did nothing."""
     url, _ = sqlite_place

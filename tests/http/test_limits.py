@@ -474,6 +474,17 @@ def test_no_access_log_by_default(server: Server) -> None:
     assert server.errors == []
 
 
+@pytest.mark.parametrize("line", [b"", b"X: " + b"a" * 70_000, b"X: y\r\n" * 20_000 + b"X: y"])
+def test_headers_that_are_too_large_are_told(server: Server, line: bytes) -> None:
+    """Whether or not they end in the bytes that come together."""
+    path = b"/v2" if line else b"/" + b"a" * 70_000
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % (path, line))
+        answer = b"".join(iter(lambda: connection.recv(10_000), b""))
+    assert answer.startswith(b"HTTP/1.1 431")
+    assert answer.endswith(b'{"error":"the headers have more than 65536 bytes"}')
+
+
 def test_headers_that_never_end(server: Server) -> None:
     for text in (b"GET /v2 HTTP/1.1\r\n" + b"X: y\r\n" * 100_000, b"GET /" + b"a" * 1_000_000):
         with socket.create_connection(("127.0.0.1", server.port), 10) as connection:

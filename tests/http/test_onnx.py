@@ -124,6 +124,8 @@ def test_outputs_that_are_text_or_no_arrays(start: Start, own_url: str, tmp_path
     server = start(own_url)
     told = server.ask("GET", "/v2/models/plain").json["outputs"]
     assert [one["datatype"] for one in told] == ["BYTES", "FP32"]
+    told = server.ask("GET", "/v2/models/plain/config").json["output"]
+    assert [one["data_type"] for one in told] == ["TYPE_STRING", "TYPE_FP32"]
     entry = {"name": "x", "datatype": "FP32", "shape": [5, 4], "data": x.tolist()}
     answer = server.infer("plain", {"inputs": [entry]})
     assert answer.status == 400
