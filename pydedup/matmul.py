@@ -16,6 +16,7 @@ Deliberately not here: rows and bags of them (:mod:`pydedup.lookup`), names of t
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -265,7 +266,9 @@ def shape_of(block_map: BlockMap) -> Shape:
 
 
 def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
-    """Return values as an array. Raises ArgumentError when they make none."""
+    """Return values as an array. Raises ArgumentError when they make none, or some are masked."""
+    if "numpy.ma" in sys.modules and np.ma.is_masked(values):  # it is large: not imported for this
+        raise ArgumentError(f"{name} has masked elements, which are lost; fill them first")
     try:
         return np.asarray(values)
     except Exception as error:  # rows of different lengths, or whatever __array__ of others raises

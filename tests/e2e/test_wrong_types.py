@@ -213,6 +213,26 @@ def test_tensors_of_torch_are_inputs(store: pydedup.Store, tmp_path: Path) -> No
             weight.matmul(x.clone().requires_grad_())
 
 
+def test_masked_inputs_are_refused(tmp_path: Path) -> None:
+    """What is under the mask was taken for an input; a mask that masks nothing is none."""
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    x = np.ma.masked_greater(np.arange(200, dtype=np.float32).reshape(2, 100), 198)
+    with pydedup.open(tmp_path / "linear.db") as store:
+        store.add("m", MODEL, graph=graph)
+        for call in (
+            lambda: store.predict("m", x),
+            lambda: store.predict("m", {"x": x}),
+            lambda: store.tensor("m", "w").matmul(x),
+        ):
+            with pytest.raises(
+                ArgumentError, match=r"x'? has masked elements, which are lost; fill"
+            ):
+                call()
+        (told,) = store.predict_many([("m", x)])
+        assert isinstance(told, ArgumentError)
+        assert np.array_equal(store.predict("m", x[:1]), store.predict("m", x.data[:1]))
+
+
 def test_nothing_to_add_is_nothing(store: pydedup.Store) -> None:
     assert store.add_many({}) == []
 

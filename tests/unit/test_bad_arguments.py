@@ -35,21 +35,25 @@ def test_a_block_larger_than_its_matrix_is_the_matrix(shape: tuple[int, int]) ->
 
 
 RAGGED: Any = [[1, 2], [3]]
+MASKED: Any = np.ma.array([[1, 2]], mask=[[False, True]])
 
 
-def test_ragged_lists_are_named() -> None:
+@pytest.mark.parametrize(
+    ("wrong", "says"), [(RAGGED, "does not make an array"), (MASKED, "has masked elements")]
+)
+def test_what_is_no_array_of_numbers_is_named(wrong: Any, says: str) -> None:
     pages = MemoryPages()
     block_map = pages.add(np.ones((6, 4), np.float32), (2, 2), per_page=2)
     pool = pages.pool()
     for call, name in (
-        (lambda: matmul.matmul(block_map, pool, RAGGED), "x"),
-        (lambda: matmul.matmul(block_map, pool, np.ones((1, 4)), bias=RAGGED), "bias"),
-        (lambda: lookup.take(block_map, pool, RAGGED), "ids"),
-        (lambda: lookup.bag(block_map, pool, RAGGED, None, "sum"), "ids"),
-        (lambda: lookup.bag(block_map, pool, [1, 2], RAGGED, "sum"), "offsets"),
-        (lambda: lookup.bag(block_map, pool, [[1]], None, "sum", weights=RAGGED), "weights"),
+        (lambda: matmul.matmul(block_map, pool, wrong), "x"),
+        (lambda: matmul.matmul(block_map, pool, np.ones((1, 4)), bias=wrong), "bias"),
+        (lambda: lookup.take(block_map, pool, wrong), "ids"),
+        (lambda: lookup.bag(block_map, pool, wrong, None, "sum"), "ids"),
+        (lambda: lookup.bag(block_map, pool, [1, 2], wrong, "sum"), "offsets"),
+        (lambda: lookup.bag(block_map, pool, [[1]], None, "sum", weights=wrong), "weights"),
     ):
-        with pytest.raises(ArgumentError, match=f"^{name} does not make an array"):
+        with pytest.raises(ArgumentError, match=f"^{name} {says}"):
             call()
 
 
