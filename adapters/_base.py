@@ -156,6 +156,10 @@ class DbApiBase(abc.ABC):
         with self._pool.acquire() as session:
             return self._run(session, sql, parameters, fetch_all)
 
+    def _query_ours(self, sql: str, parameters: Sequence[Any]) -> list[Row]:
+        """Return rows of our tables, whatever is in them; texts may come as bytes."""
+        return self._query(sql, parameters)
+
     def _recorded(
         self,
         table: str,
@@ -169,7 +173,7 @@ class DbApiBase(abc.ABC):
         """
         spec = TABLES.get(table) or VIEWS[table]
         names = spec.names if columns is None else columns
-        rows = self._query(sql, parameters)
+        rows = self._query_ours(sql, parameters)
         try:
             return as_recorded(rows, spec.kinds(names))
         except WrongValueError as error:

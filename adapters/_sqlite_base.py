@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 from pydedup.errors import (
     ConflictError,
@@ -87,6 +87,21 @@ class SqliteBase(SqliteRows, DbApiAdapter):
 
     def _translate(self, error: Exception) -> PydedupError:
         return meaning(error, self._file.path)
+
+    def _query_ours(self, sql: str, parameters: Sequence[Any]) -> list[Row]:
+        """Return rows of our tables, whatever is in them."""
+        try:
+            return self._query(sql, parameters)
+        except CorruptStoreError:
+            # A text that is no UTF-8 is, for the driver, an error of all rows; or the file cannot
+            # be read, and cannot now.
+            with self._pool.acquire() as session:
+                connection: Any = session.connection
+                connection.text_factory = _as_it_is
+                try:
+                    return self._run(session, sql, parameters, fetch_all)
+                finally:
+                    connection.text_factory = str
 
     # ---- payloads where they lie --------------------------------------------------------------
 
@@ -247,6 +262,14 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         except CorruptStoreError as error:
             return [str(error)]
         return [complaint for (complaint,) in rows if complaint != "ok"]
+
+
+def _as_it_is(value: bytes) -> str | bytes:
+    """Return a text, or what it is where it is none."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _stamp_of(connection: Connection) -> Stamp | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from pydedup.layout import (
     split_places,
     used_places,
 )
-from pydedup.maintenance.survey import stored_model
+from pydedup.maintenance.survey import sound_models, stored_model
 from pydedup.pool import PagePool
 
 __all__ = ["Left", "Moves", "relocate"]
@@ -90,6 +90,11 @@ class Left:
     used: set[int] = field(default_factory=set)
     missing: dict[int, dict[int, set[str]]] = field(default_factory=dict)
 
+    def keep(self, page_ids: Iterable[int], reader: str) -> None:
+        """Note that a model reads these damaged pages, and nobody knows what of them."""
+        for page_id in page_ids:
+            self.missing.setdefault(page_id, {}).setdefault(_NOWHERE, set()).add(reader)
+
 
 def relocate(
     adapter: Adapter, pool: PagePool, moves: Moves, damaged: Collection[int], job: Job
@@ -114,15 +119,17 @@ def relocate(
         for model_id, page_id, blocks, size in adapter.model_pages():
             reads.setdefault(model_id, {})[page_id] = blocks, size
         pages_of_deltas: set[int] = set()
-        for row in adapter.models():
+        rows = sound_models(adapter)
+        known = {row.id for row in rows if row.state in (LIVE, STAGING)}
+        for model_id in reads.keys() - known:  # its row is damaged or lost, and may come back
+            left.keep(reads[model_id].keys() & set(damaged), f"the model with id {model_id}")
+        for row in rows:
             mine = reads.get(row.id, {})
-            if mine.keys().isdisjoint(damaged):
+            if row.state != LIVE or mine.keys().isdisjoint(damaged):
                 continue
             model = stored_model(adapter, row)
             if model is None:
-                for page_id in mine.keys() & set(damaged):
-                    missing = left.missing.setdefault(page_id, {})
-                    missing.setdefault(_NOWHERE, set()).add(f"{row.name}@{row.version}")
+                left.keep(mine.keys() & set(damaged), f"{row.name}@{row.version}")
                 continue
             old_maps = model.block_maps()
             maps = [_moved(block_map, table) for block_map in old_maps]

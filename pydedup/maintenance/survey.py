@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter, BlockRow, ModelRow
+from pydedup.adapter import LIVE, Adapter, BlockRow, ModelRow
+from pydedup.adapter_options import SoundRowsAdapter
 from pydedup.blocks import BlockMap
 from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places, split_places
 
-__all__ = ["Lost", "Survey", "stored_model", "survey"]
+__all__ = ["Lost", "Survey", "sound_models", "stored_model", "survey"]
 
 # The policy that promises raw blocks.
 _RAW = "exact"
@@ -77,8 +78,8 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
     with adapter.snapshot():
         recorded = _recorded(adapter, pages)
         readers = {model_id for model_id, page, _, _ in adapter.model_pages() if page in damaged}
-        for row in adapter.models():
-            if row.id not in readers:
+        for row in sound_models(adapter):
+            if row.id not in readers or row.state != LIVE:
                 continue
             model = stored_model(adapter, row)
             if model is None:
@@ -95,6 +96,14 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
             if place in recorded:
                 block.digest, block.base = recorded[place].hash128, recorded[place].base_id
     return found
+
+
+def sound_models(adapter: Adapter) -> list[ModelRow]:
+    """Return the models of all states, but for those whose row is damaged; verify tells them."""
+    if not isinstance(adapter, SoundRowsAdapter):
+        return adapter.models(state=None)
+    with adapter.sound_rows(lambda table, key, said: None):
+        return adapter.models(state=None)
 
 
 def stored_model(adapter: Adapter, row: ModelRow) -> StoredModel | None:

@@ -284,6 +284,38 @@ def test_one_row_with_a_value_that_its_column_cannot_have(table: str, tmp_path: 
             assert np.array_equal(store.load(name)["w"], models[name]["w"])
 
 
+@pytest.mark.parametrize(("column", "value"), [("created_at", "NULL"), ("metadata", "x'7bff'")])
+def test_a_page_is_repaired_beside_a_damaged_row_of_a_model(
+    column: str, value: str, tmp_path: Path, change_page: Callable[..., None]
+) -> None:
+    """A damaged row of a model ended the repair; one that is no UTF-8 ended verify, too."""
+    models = {name: {"w": np.full((9, 9), seed, np.float32)} for seed, name in enumerate(NAMES)}
+    path, healthy = tmp_path / "store.db", tmp_path / "healthy.db"
+    with pydedup.open(path) as store:
+        store.add_many(models)  # on one page
+        before = store.info("two").info
+    shutil.copy(path, healthy)
+    text = value if value == "NULL" else f"CAST({value} AS TEXT)"
+    assert put(path, "pydedup_models", column, text, "id = 2")
+    change_page(f"sqlite:///{path}", 1, lambda payload: payload.__setitem__(-1, payload[-1] ^ 1))
+    with pydedup.open(path) as store:
+        row = [error for error in store.verify().errors if error.startswith("column ")]
+        assert re.fullmatch(f"column {column} .* in the row of id 2, name 'two', version '1'", *row)
+        repair = store.verify(repair_from=healthy).repair
+        assert repair is not None
+        ((page, readers),) = [(one.page, one.models) for one in repair.missing]
+        assert (page, readers) == (1, ("the model with id 2",)), "it is kept for that one"
+        for name in ("one", "three"):
+            assert np.array_equal(store.load(name)["w"], models[name]["w"])
+    was = repr(before.created_at) if column == "created_at" else "'{}'"
+    assert put(path, "pydedup_models", column, was, "id = 2")
+    with pydedup.open(path) as store:
+        assert store.verify(repair_from=healthy).errors == []
+        assert store.info("two").info == before
+        for name, model in models.items():
+            assert np.array_equal(store.load(name)["w"], model["w"])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -232,6 +232,35 @@ def test_a_model_whose_row_is_lost_is_told_and_its_pages_are_kept(
         assert store._adapter.page_rows() == pages
 
 
+def test_a_repair_keeps_pages_of_a_model_whose_row_is_lost(
+    store_url: str, tmp_path: Path, change_page: Callable[..., None]
+) -> None:
+    """It deleted them once all that is known of had what was theirs."""
+    healthy = f"sqlite:///{tmp_path}/healthy.db"
+    fill(healthy)
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        before = loaded(store)
+        ((_, page, *_),) = store._adapter.model_pages(store.info("one").info.id)
+        two = store.info("two").info.id
+    change(store_url, "UPDATE {models} SET state = 'lost' WHERE id = ?", two)
+    change_page(store_url, page, lambda payload: payload.__setitem__(-1, payload[-1] ^ 1))
+    with pydedup.open(store_url) as store:
+        repair = store.verify(repair_from=healthy).repair
+        assert repair is not None
+        assert [(one.page, one.models) for one in repair.missing] == [
+            (page, (f"the model with id {two}",))
+        ]
+        assert loaded(store) == {name: found for name, found in before.items() if name != "two"}
+        change(store_url, "UPDATE {models} SET state = 'live' WHERE id = ?", two)
+        report = store.verify(repair_from=healthy)
+        assert (report.errors, report.repair and report.repair.missing) == ([], ())
+        assert loaded(store) == before
+        store.vacuum()
+        assert loaded(store) == before
+        assert store.verify().errors == []
+
+
 def test_what_a_model_takes_of_a_page_that_cannot_be_read_stays_as_recorded(
     store_url: str, other: Path, change_page: Callable[..., None]
 ) -> None:
