@@ -140,7 +140,8 @@ TEST(what_was_not_used_for_many_predictions_makes_room) {
     CHECK(!reads_kept(pool, 2) && reads_kept(pool, 1));  // it was used just now
     for (int call = 0; call < 256; ++call) pool.call(2);
     CHECK(!reads_kept(pool, 2) && reads_kept(pool, 2));
-    CHECK(!reads_kept(pool, 1) && pool.stats().decoded_bytes == 2 * kRaw);
+    for (int twice = 0; twice < 2; ++twice) CHECK(!reads_kept(pool, 1) && reads_kept(pool, 2));
+    CHECK(pool.stats().decoded_bytes == 2 * kRaw);
 }
 
 TEST(a_page_that_is_dropped_while_its_blocks_are_read_stays_as_it_is) {
