@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import click
 from click.shell_completion import shell_complete
@@ -154,15 +158,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status: int | None = Exit.OK
     context: click.Context | None = None
     try:
-        with program.make_context("pydedup", words) as context:
+        with _terminable(), program.make_context("pydedup", words) as context:
             status = program.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as error:
         status = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         command = "" if context is None else context.invoked_subcommand or ""
         warn("interrupted, " + _INTERRUPTED.get(command, "the store is as it was before"))
-        status = Exit.INTERRUPTED
+        status = Exit.TERMINATED if isinstance(error, _Terminated) else Exit.INTERRUPTED
     except BrokenPipeError:
         status = Exit.BROKEN_PIPE
     except Exception as error:
@@ -170,8 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _flush(int(status or Exit.OK))
 
 
-#: What is true after Ctrl-C where it is not that nothing has changed.
+#: What is true after Ctrl-C where it is not that nothing has changed. It may come when all is
+#: done and about to be printed.
 _INTERRUPTED = {
+    "add": "all that was to be added is in the store, or nothing; `pydedup ls` shows it",
+    "rm": "all is removed, or nothing; `pydedup ls` shows it",
+    "alias": "the aliases have changed, or not; `pydedup ls` shows it",
+    "quota": "the quota has changed, or not; `pydedup quota` shows it",
     "score": "what was written is there; run it again to go on",
     "copy": "what was copied is there; run it again to go on",
     "backup": "there is no new file yet; run it again to go on",
@@ -181,6 +190,28 @@ _INTERRUPTED = {
     "vacuum": "all models are as they were before; the next vacuum does what is left",
     "demo": "what was downloaded is kept for the next time",
 }
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM end a command as Ctrl-C does: what it wrote beside its output is taken away."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _prepare_streams() -> None:

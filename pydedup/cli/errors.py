@@ -47,6 +47,7 @@ class Exit(enum.IntEnum):
     FAULT = 70
     INTERRUPTED = 130
     BROKEN_PIPE = 141
+    TERMINATED = 143
 
     @property
     def meaning(self) -> str:
@@ -66,6 +67,7 @@ _MEANINGS = {
     Exit.FAULT: "a fault of pydedup's own",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
     Exit.BROKEN_PIPE: "whoever read the output went away",
+    Exit.TERMINATED: "interrupted by SIGTERM",
 }
 
 

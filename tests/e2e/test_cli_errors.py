@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -463,12 +464,57 @@ def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
     blocker.execute("ROLLBACK")
     blocker.close()
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "pydedup: interrupted, the store is as it was before"
+    assert err.splitlines()[-1].startswith("pydedup: interrupted, all that was to be added is in")
     assert "Traceback" not in err
     assert out == ""
     assert run_program("verify", url).returncode == 0
     listed = json.loads(run_program("ls", url, "--json").stdout)["models"]
     assert [found["model"] for found in listed] == ["m@1", "m@2"]
+
+
+@pytest.mark.parametrize("words", ["alias URL m prod 1", "rm URL m@2 -y", "add URL m@3 FILE"])
+def test_ctrl_c_when_all_is_done_does_not_deny_it(words: str, url: str, model: Path) -> None:
+    """It said that the store was as before, while what prints the result was loaded."""
+    code = """
+import sys
+
+class Finder:
+    def find_spec(self, name, *more):
+        if name == "rich":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+from pydedup.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    given = {"URL": url, "FILE": str(model)}
+    arguments = [given.get(word, word) for word in words.split()]
+    before = run_program("ls", url, "--json").stdout
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert re.fullmatch(r"pydedup: interrupted, .* or n.*; `pydedup ls` shows it\n", done.stderr)
+    assert run_program("ls", url, "--json").stdout != before
+
+
+def test_a_command_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A file as large as the model stayed, under a hidden name."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with pydedup.open(url) as store:
+        store.add("m", {"w": np.random.default_rng(0).standard_normal((8000, 1000))})
+    out = tmp_path / "out"
+    out.mkdir()
+    words = [*PROGRAM, "export", url, "m", str(out / "m.npz")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any(out.iterdir()):
+            time.sleep(0.001)
+        process.terminate()
+        _, said = process.communicate()
+    if process.returncode:  # it may have been done by then
+        assert process.returncode == 143
+        assert said == "pydedup: interrupted, the store is as it was before\n"
+        assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("words", ["alias m prod 1", "rm m@2 -y", "quota t=a 5"])
