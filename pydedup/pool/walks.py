@@ -43,7 +43,7 @@ Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
 # not there for others, and so many pages are enough for readers side by side; there two windows are
 # read ahead, so that readers go on while the last pages of one are on their way.
 _WINDOW_PARTS = 8
-_ENOUGH_PAGES, _LARGE_PARTS = 16, 32
+_ENOUGH_PAGES, _LARGE_PARTS = 16, 16
 
 
 class Walks(abc.ABC):

@@ -360,7 +360,7 @@ def test_of_a_large_pool_windows_are_read_while_one_before_is_on_its_way() -> No
             behind.set()
         return pages.fetch(ids)
 
-    pool = PagePool(fetch, 320 * MIB)
+    pool = PagePool(fetch, 260 * MIB)
     assert pool.window_pages == 16
     with pool.call(model(1)):
         assert walk(pool, ids_of(1, 64)) == list(range(1, 65))
