@@ -69,14 +69,18 @@ def _values(column: Any, about: RowColumn) -> list[object]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
-    if about.type is not None and pa.types.is_timestamp(kind) and kind.unit == "ns":
-        try:
-            column = column.cast(pa.timestamp("us", kind.tz))
-        except pa.ArrowInvalid:
-            raise ArgumentError(
-                f"keys {about.name!r} differ in nanoseconds, and databases have microseconds; "
-                "round them, or make integers of them"
-            ) from None
+    coarser: Any = None
+    if pa.types.is_time64(kind):  # pyarrow would cut off nanoseconds
+        coarser = pa.time64("us")
+    elif about.type is not None and pa.types.is_timestamp(kind) and kind.unit == "ns":
+        coarser = pa.timestamp("us", kind.tz)
+    try:
+        column = column if coarser is None else column.cast(coarser)
+    except pa.ArrowInvalid:
+        raise ArgumentError(
+            f"keys {about.name!r} differ in nanoseconds, and databases and Python have "
+            "microseconds; round them, or make integers of them"
+        ) from None
     try:
         values: list[object] = column.to_pylist()
     except (OverflowError, ValueError) as error:

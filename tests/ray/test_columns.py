@@ -96,6 +96,19 @@ def test_keys_in_nanoseconds(scored_file: Scored, tmp_path: Path, connected: Any
     assert pq.read_table(tmp_path / "out")["id"].combine_chunks().equals(finer)
 
 
+def test_times_of_day_in_nanoseconds(scored_file: Scored, tmp_path: Path, connected: Any) -> None:
+    """Those that Python has not were written to Parquet without them."""
+    seconds = [n * 10**9 for n in range(ROWS)]
+    keys = pa.array(seconds, pa.time64("ns"))
+    data = written(tmp_path / "in", table_of(scored_file, keys))
+    assert score(data, scored_file.url, tmp_path / "out").rows == ROWS
+    assert pq.read_table(tmp_path / "out")["id"].combine_chunks().equals(keys)
+    finer = pa.array([n + 1 for n in seconds], pa.time64("ns"))
+    data = written(tmp_path / "finer", table_of(scored_file, finer))
+    with pytest.raises(ArgumentError, match="keys 'id' differ in nanoseconds"):
+        score(data, scored_file.url, tmp_path / "none")
+
+
 def test_instants_are_keys_in_postgresql(
     postgres_url: str, postgres_schema: str, scored_file: Scored, tmp_path: Path, connected: Any
 ) -> None:
