@@ -19,8 +19,8 @@ from pydedup.windows import Window
 
 __all__ = ["Call", "Lane"]
 
-#: Windows of a course that are read at once: readers go on with the next one while the last pages
-#: of one are on their way.
+#: Windows of a course that are read at once, where two may be held: readers go on with the next one
+#: while the last pages of one are on their way.
 _THREADS = 2
 
 #: Returns pages of a window, pinned, after reading those that miss; on a thread of its own.
@@ -50,7 +50,8 @@ class _Course:
         self._changed = threading.Condition()
         self._ended = False
         # A daemon: a process that ends does not wait for pages that nobody will use.
-        for number in range(_THREADS):
+        widest = max(len(window.ids) for window in windows)
+        for number in range(_THREADS if 2 * widest <= limit else 1):
             try:
                 threading.Thread(target=self._run, name="pydedup-ahead", daemon=True).start()
             except RuntimeError:  # no more threads are to be had
