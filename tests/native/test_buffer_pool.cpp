@@ -150,6 +150,18 @@ TEST(uses_are_recorded) {
     CHECK(trace.bytes == std::vector<std::uint32_t>(3, static_cast<std::uint32_t>(page_size())));
 }
 
+TEST(pages_come_again_that_are_not_remembered_any_more) {
+    for (const auto policy : {ReplacementPolicy::reuse, ReplacementPolicy::lru2}) {
+        BufferPool pool(3 * page_size(), policy);
+        for (int round = 0; round < 3; ++round) {
+            for (PageId id = 1; id <= 2500; ++id) {  // more than twice what is remembered
+                static_cast<void>(pool.insert(id, make_page(1)));
+            }
+        }
+        CHECK(pool.stats().pages == 3 && pool.stats().evictions == 3 * 2500 - 3);
+    }
+}
+
 TEST(pinned_pages_stay) {
     BufferPool pool(2 * page_size());
     const auto held = pool.insert(1, make_page(11));

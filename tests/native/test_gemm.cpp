@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Streaming products: shapes, encodings, cuts, threads, and blocks that do not fit.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -8,6 +9,7 @@
 
 #include "check.hpp"
 #include "gemm_reference.hpp"
+#include "pydedup/conv.hpp"
 #include "pydedup/gemm.hpp"
 
 using namespace pydedup;
@@ -354,6 +356,47 @@ TEST(unaligned_blocks_are_read) {
     const auto want = multiply(stored, x, 5, false);
     stored.blocks[0].data = memory.data() + 1;
     CHECK(same_bits(want, multiply(stored, x, 5, false)));
+}
+
+TEST(memory_of_a_block_may_hold_the_next_one_when_that_is_fed) {
+    // A pool evicts the page of one block and reads that of the next into the same memory.
+    const std::array<std::int8_t, 8> w = {1, 2, 3, 4, 5, 6, 7, 8};
+    const std::vector<float> x = {1, 10, 100, 1000};
+    std::vector<std::int8_t> memory(4);
+    const BlockView block{
+        reinterpret_cast<const std::byte*>(memory.data()), 4, Encoding::raw, Dtype::i8, 1, 4, 0};
+    const auto feed_both = [&](auto& product) {
+        for (std::size_t row = 0; row < 2; ++row) {
+            std::copy_n(w.begin() + static_cast<std::ptrdiff_t>(row * 4), 4, memory.begin());
+            product.feed({&block, 1});
+        }
+    };
+    const std::vector<float> want = {4321, 8765};
+    std::vector<float> y(2);
+    Conv2d conv({{2, 4, 1, 4},
+                 Dtype::i8,
+                 {1, 4, 1, 1, 2, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1},
+                 reinterpret_cast<const std::byte*>(x.data()),
+                 nullptr,
+                 Activation::none,
+                 reinterpret_cast<std::byte*>(y.data()),
+                 1});
+    feed_both(conv);
+    CHECK(y == want);
+    std::fill(y.begin(), y.end(), 0.0F);
+    Matmul product({{2, 4, 1, 4},
+                    Dtype::i8,
+                    reinterpret_cast<const std::byte*>(x.data()),
+                    1,
+                    nullptr,
+                    Activation::none,
+                    false,
+                    reinterpret_cast<std::byte*>(y.data()),
+                    1,
+                    nullptr,
+                    {}});
+    feed_both(product);
+    CHECK(y == want);
 }
 
 TEST(activations_have_names) {

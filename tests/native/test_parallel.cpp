@@ -158,6 +158,20 @@ TEST(on_the_only_cpu_nobody_waits_in_the_way_of_work) {
 }
 #endif
 
+TEST(who_makes_the_threads_goes_on_with_its_signals) {
+    sigset_t before;
+    sigset_t mine;
+    sigemptyset(&mine);
+    sigaddset(&mine, SIGUSR1);
+    pthread_sigmask(SIG_SETMASK, &mine, &before);
+    CHECK(covers(14, 1, 14));  // more than there are yet
+    pthread_sigmask(SIG_SETMASK, &before, &mine);
+    for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGCHLD, SIGALRM}) {
+        CHECK(sigismember(&mine, number) == 0);  // Ctrl-C reaches it
+    }
+    CHECK(sigismember(&mine, SIGUSR1) == 1);
+}
+
 #if !defined(__SANITIZE_THREAD__)  // which allows no threads after a fork
 TEST(a_forked_child_has_threads_of_its_own) {
     CHECK(covers(100, 1, 3));
