@@ -118,12 +118,10 @@ def drop_segment(adapter: Adapter, number: int) -> None:
 
 def drop_dead_segments(adapter: Adapter) -> int:
     """Delete segments of whose pages none is left; returns how many. Opens a transaction."""
+    segments = list(read_segments(adapter))
+    # Only now: the pages of one that an add has written meanwhile are there.
     existing = np.array([row.id for row in adapter.page_rows()], np.int64)
-    dead = [
-        segment
-        for segment in read_segments(adapter)
-        if not np.isin(segment.page_ids, existing).any()
-    ]
+    dead = [segment for segment in segments if not np.isin(segment.page_ids, existing).any()]
     if dead:
         with adapter.transaction():
             adapter.delete_signatures([number for segment in dead for number in segment.rows])

@@ -21,6 +21,7 @@ import pydedup
 from pydedup import policies, registry
 from pydedup.errors import ArgumentError, ConflictError, NotFoundError
 from pydedup.graph import Graph, Node
+from pydedup.signatures import read_segments
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
 from pydedup.types import AddReport
@@ -400,6 +401,23 @@ def test_a_model_that_is_removed_before_its_layers_are_read_is_told_as_removed(
         pytest.raises(NotFoundError, match="m@1 was removed from the store"),
     ):
         store.predict("m", x)
+
+
+def test_a_vacuum_leaves_the_index_of_what_is_added_meanwhile(store_url: str) -> None:
+    """The pages were looked at before, so all that it had indexed was on none of them."""
+    arrays = np.random.default_rng(0).standard_normal((2, 64, 64))
+    with pydedup.open(store_url) as store:
+        store.add("m@1", {"w": arrays[0]})
+
+    def add() -> None:
+        with pydedup.open(store_url) as store:
+            store.add("m@2", {"w": arrays[1]})
+
+    adapter, _ = inject(registry.connect(store_url, mode="a"), Fault("signatures", add))
+    with Store(adapter, 64 << 20) as store:
+        store.vacuum()
+        covered = np.concatenate([segment.page_ids for segment in read_segments(adapter)])
+        assert set(covered.tolist()) == {row.id for row in adapter.page_rows()}
 
 
 def test_a_model_that_is_removed_meanwhile_is_not_exported_without_its_files(
