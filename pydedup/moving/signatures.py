@@ -13,7 +13,7 @@ from pydedup.errors import CorruptStoreError
 from pydedup.ingest.candidates import cut_pieces, index_pages, new_index
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import block_places, split_places
-from pydedup.moving.source import NO_PLACE, End
+from pydedup.moving.source import End
 from pydedup.signatures import BlockKind, Segment, segment_rows
 from pydedup.similarity import L2LSH
 from pydedup.types import DType
@@ -90,7 +90,7 @@ class CarriedSegments:
         if not useful:
             return iter(())
         covered = np.concatenate([segment.page_ids for segment in useful])
-        outside = (self._places[written] == NO_PLACE) | ~np.isin(old_pages, covered)
+        outside = ~np.isin(old_pages, covered)  # also what was made anew, of no page
         open_pages = np.unique(page_of[written[outside]])
         plain = written[~outside & (self._spool.bases[written] == NO_BASE)]
         old = self._places[plain]

@@ -335,6 +335,27 @@ def segments(store: Store) -> set[tuple[bytes, int]]:
     return set(Counter(sums[page_id] for page_id in page_ids).items())
 
 
+@pytest.mark.parametrize("has_others", [False, True])  # then no page goes as it is
+def test_what_the_source_has_not_indexed_is_found_there_nevertheless(
+    has_others: bool, new_store: New
+) -> None:
+    """Of a model with what is indexed and what is not, as under a policy without deltas."""
+    rng = np.random.default_rng(0)
+    indexed, other = (rng.standard_normal((256, 256)).astype(np.float32) for _ in range(2))
+    url = new_store("sqlite")
+    if has_others:
+        with pydedup.open(url) as target:
+            target.add("others", {"w": rng.standard_normal((64, 64)).astype(np.float32)})
+    with pydedup.open(new_store("sqlite")) as store:
+        store.add("indexed", {"w": indexed})
+        store.add("m", {"v": indexed, "w": other}, policy=policies.Exact())
+        assert store.copy_to(url, "m").copied == 1
+    near = other * (1 + 1e-4 * rng.standard_normal(other.shape)).astype(np.float32)
+    with pydedup.open(url) as target:
+        report = target.add("near", {"u": near})  # of another name, so not found by its place
+        assert report.delta_blocks == report.blocks
+
+
 @pytest.mark.parametrize("vacuumed", [False, True])
 def test_the_similarity_index_comes_along(
     new_store: New, family: Callable[..., Any], assert_same: Callable[..., None], vacuumed: bool
