@@ -163,12 +163,19 @@ class CatalogCalls(DbApiBase):
     def artifacts(self, model_id: int) -> list[tuple[str, str]]:
         """Return (name, media_type), ordered by name."""
         columns = ["name", "media_type"]
-        return self._recorded("artifacts", self._sql.artifacts, [model_id, 0], columns)
+        rows = self._recorded("artifacts", self._sql.artifacts, [model_id], columns)
+        return list({name: (name, media_type) for name, media_type in rows}.values())
 
     def artifact(self, model_id: int, name: str) -> bytes | None:
-        """Return one payload."""
-        parts = self._recorded("artifacts", self._sql.artifact, [model_id, name], ["payload"])
-        return join_parts(part for (part,) in parts) if parts else None
+        """Return one payload. Raises CorruptStoreError where a part before the last is missing."""
+        columns = ["part", "payload"]
+        parts = self._recorded("artifacts", self._sql.artifact, [model_id, name], columns)
+        if [number for number, _ in parts] != list(range(len(parts))):
+            raise CorruptStoreError(
+                f"{self._url} is damaged: a part of {name!r} of the model with id {model_id} is "
+                "missing; restore a backup"
+            )
+        return join_parts(part for _, part in parts) if parts else None
 
     # ---- tensors and block maps ---------------------------------------------------------------
 

@@ -111,10 +111,10 @@ class Statements:
         self.set_alias = self.upsert("aliases")
         self.delete_alias = self.delete("aliases", ("name", "alias"))
         self.artifacts = self.select(
-            "artifacts", ("name", "media_type"), where=("model_id", "part"), order=("name",)
+            "artifacts", ("name", "media_type"), where=("model_id",), order=("name", "part")
         )
         self.artifact = self.select(
-            "artifacts", ("payload",), where=("model_id", "name"), order=("part",)
+            "artifacts", ("part", "payload"), where=("model_id", "name"), order=("part",)
         )
         self.tensors = self.select(
             "tensors", TABLES["tensors"].names, where=("model_id",), order=("ordinal",)

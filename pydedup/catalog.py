@@ -360,9 +360,12 @@ def recorded_object(text: str, what: str) -> dict[str, Any]:
     Raises CorruptStoreError.
     """
     try:
-        return dict(json.loads(text or "{}"))
-    except (ValueError, TypeError) as exc:
+        found = json.loads(text or "{}")
+    except ValueError as exc:
         raise CorruptStoreError(f"{what} cannot be read ({exc}); restore a backup") from exc
+    if not isinstance(found, dict):
+        raise CorruptStoreError(f"{what} cannot be read (it is no object); restore a backup")
+    return found
 
 
 def _is_other(one: ModelRow, other: ModelRow) -> bool:

@@ -42,8 +42,9 @@ from pydedup.maintenance.verify_models import (
     NO_BASE,
     OTHER_BASE,
     PageContent,
-    verify_aliases,
+    verify_meta,
     verify_model,
+    verify_names,
 )
 from pydedup.pool import PagePool
 from pydedup.text import plural
@@ -106,7 +107,8 @@ def _verified(
                     damage.note(page_id, f", slot {slot}: {said}")
             if page_id in report.damaged_pages:
                 report.unrecorded_blocks.pop(page_id, None)
-        verify_aliases(adapter, {row.id: row.name for row in rows}, report)
+        verify_meta(adapter, report)
+        verify_names(adapter, rows, report)
         _note_leftovers(adapter, report)
     return report
 

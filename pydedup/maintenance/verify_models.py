@@ -4,22 +4,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter, BlockRow
+from pydedup.adapter import Adapter, BlockRow, ModelRow
 from pydedup.blocks import BlockMap
 from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, SchemaVersionError
 from pydedup.layout import base_places, by_page, split_places, used_places
 from pydedup.maintenance.damage import MAX_ERRORS, VerifyReport
 from pydedup.maintenance.rows import wrong_reads
+from pydedup.names import check_name
+from pydedup.quotas import Quotas
 from pydedup.text import listed
 
-__all__ = ["DAMAGE", "NO_BASE", "OTHER_BASE", "PageContent", "verify_aliases", "verify_model"]
+__all__ = [
+    "DAMAGE",
+    "NO_BASE",
+    "OTHER_BASE",
+    "PageContent",
+    "verify_meta",
+    "verify_model",
+    "verify_names",
+]
 
 #: In place of a base, of a block that is no delta.
 NO_BASE = -1
@@ -59,6 +69,8 @@ def verify_model(
     maps: list[BlockMap] = []
     live = np.array(list(contents), np.int64)
     try:
+        for name, _ in adapter.artifacts(model.row.id):
+            adapter.artifact(model.row.id, name)
         model.graph()
     except CorruptStoreError as exc:
         report.add_error(str(exc))
@@ -153,9 +165,27 @@ def _settle(
         report.unrecorded_blocks.setdefault(page_id, []).append(slot)
 
 
-def verify_aliases(adapter: Adapter, live: Mapping[int, str], report: VerifyReport) -> None:
-    """Check that aliases point at models of their name."""
-    for name, alias, model_id in adapter.aliases():
+def verify_meta(adapter: Adapter, report: VerifyReport) -> None:
+    """Check what is recorded of the store as a whole, without which nothing can be added."""
+    for read in (adapter.epoch, lambda: list(Quotas(adapter))):
+        try:
+            read()
+        except CorruptStoreError as exc:
+            report.add_error(str(exc))
+
+
+def verify_names(adapter: Adapter, rows: Sequence[ModelRow], report: VerifyReport) -> None:
+    """Check that models and aliases are called as they can be, and aliases point at models."""
+    live = {row.id: row.name for row in rows}
+    aliases = adapter.aliases()
+    called = [(row.name, row.version) for row in rows]
+    for name, version in called + [(name, alias) for name, alias, _ in aliases]:
+        try:
+            check_name(name, "the name")
+            check_name(version, "the version or alias")
+        except ArgumentError as exc:
+            report.add_error(f"{name}@{version} is damaged: {exc}; restore a backup")
+    for name, alias, model_id in aliases:
         if live.get(model_id) != name:
             other = "of another name" if model_id in live else "that is gone"
             report.add_error(f"alias {name}@{alias} points at a model {other}")

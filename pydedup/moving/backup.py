@@ -19,11 +19,13 @@ from pydedup.adapter import Adapter
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
+    CorruptStoreError,
     MissingStoreError,
     NotAStoreError,
     PydedupError,
 )
 from pydedup.jobs import Job, job_is_dead
+from pydedup.maintenance.rows import lost_models
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.copy import copy_models
 from pydedup.moving.plan import plan_copy, same_model
@@ -161,7 +163,10 @@ def _check_name(name: str) -> None:
 
 
 def _check_free(source: Adapter, target: Path, url: str, opened: Opener, *, replace: bool) -> None:
-    """Raise ArgumentError unless the file may be written under its name."""
+    """Raise ArgumentError unless the file may be written under its name.
+
+    CorruptStoreError where it may hold what the source has lost.
+    """
     if not target.parent.is_dir():
         raise ArgumentError(f"there is no folder {target.parent}; create it first")
     if not os.path.lexists(target):
@@ -178,6 +183,13 @@ def _check_free(source: Adapter, target: Path, url: str, opened: Opener, *, repl
         raise ArgumentError(f"{target} is no backup, so it is not replaced: {error}") from error
     if is_source:
         raise ArgumentError(f"{target} is the store itself, or a copy of its file; it is kept")
+    lost = lost_models(source)
+    if lost:
+        raise CorruptStoreError(
+            f"the row of the model with id {min(lost)} is damaged or lost in {source.url}, and "
+            f"{target} may hold that model, so it is not replaced; run verify on the store, or "
+            "give the backup another name"
+        )
     for end in _BESIDE:
         if Path(f"{target}{end}").exists():
             raise ArgumentError(

@@ -324,14 +324,22 @@ def test_a_page_is_repaired_beside_a_damaged_row_of_a_model(
             "two@1 is 'lively', which no model can be, so it is not served; restore a backup",
         ),
         ("artifacts SET payload = x'7b'", "the graph of two@1 cannot be read: "),
+        ("models SET name = 't@o' WHERE id = 2", "t@o@1 is damaged: the name 't@o' holds '@'"),
+        ("models SET version = '' WHERE id = 2", "two@ is damaged: the version or alias '' is emp"),
+        (
+            "aliases SET alias = 'prod '",
+            "one@prod  is damaged: the version or alias 'prod ' starts or ends with space",
+        ),
+        ("models SET metadata = '[]' WHERE id = 2", "the metadata of two@1 cannot be read (it is"),
     ],
 )
-def test_a_state_and_a_graph_that_cannot_be(change: str, said: str, tmp_path: Path) -> None:
+def test_a_state_a_graph_and_names_that_cannot_be(change: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     with pydedup.open(path) as store:
         for name in NAMES:
             graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
             store.add(name, {"w": np.ones((9, 9))}, graph=graph if name == "two" else None)
+        store.alias("one", "prod", "1")
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(f"UPDATE pydedup_{change}")
         connection.execute("UPDATE pydedup_models SET digest = x'00' WHERE id = 3")
@@ -341,6 +349,51 @@ def test_a_state_and_a_graph_that_cannot_be(change: str, said: str, tmp_path: Pa
             "three@1: its tensors are not those that it was added with"
         ]
         assert len(errors) == 2
+        assert np.array_equal(store.load("one")["w"], np.ones((9, 9)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("DELETE FROM pydedup_meta WHERE name = 'epoch'", "has None as its epoch"),
+        ("UPDATE pydedup_meta SET value = '?' WHERE name = 'epoch'", "has '?' as its epoch"),
+        ("UPDATE pydedup_meta SET value = '[' WHERE name = 'quotas'", "quotas that do not parse"),
+    ],
+)
+def test_what_is_recorded_of_the_store_is_verified(change: str, said: str, tmp_path: Path) -> None:
+    """Nothing can be added without it."""
+    path, model = tmp_path / "store.db", {"w": np.ones((9, 9))}
+    with pydedup.open(path) as store:
+        store.add("one", model, metadata={"tenant": "a"})
+        store.quotas.set("tenant", "a", "1GB")
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(change)
+    with pydedup.open(path) as store:
+        (error,) = store.verify().errors
+        assert said in error
+        with pytest.raises(CorruptStoreError, match=re.escape(error)):
+            store.add("two", model, metadata={"tenant": "a"})
+        assert np.array_equal(store.load("one")["w"], model["w"])
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_lost_part_of_what_a_model_has_beside_its_weights(part: int, tmp_path: Path) -> None:
+    """It is told, and no shorter file is exported."""
+    folder, path = tmp_path / "model", tmp_path / "store.db"
+    folder.mkdir()
+    save_file({"w": np.ones((9, 9), np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(f'"{"x" * (5 << 19)}"')  # two parts and a half
+    with pydedup.open(path) as store:
+        store.add("one", folder)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        lost = "DELETE FROM pydedup_artifacts WHERE name LIKE '%tokenizer.json' AND part = ?"
+        assert connection.execute(lost, [part]).rowcount == 1
+    with pydedup.open(path) as store:
+        (error,) = store.verify().errors
+        assert re.search("a part of '.*tokenizer.json' of the model with id 1 is missing", error)
+        with pytest.raises(CorruptStoreError, match=re.escape(error)):
+            store.export("one", tmp_path / "exported")
         assert np.array_equal(store.load("one")["w"], np.ones((9, 9)))
 
 

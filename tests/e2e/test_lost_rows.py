@@ -261,6 +261,25 @@ def test_a_repair_keeps_pages_of_a_model_whose_row_is_lost(
         assert store.verify().errors == []
 
 
+def test_a_backup_that_may_have_a_model_whose_row_is_lost_is_kept(
+    store_url: str, tmp_path: Path
+) -> None:
+    fill(store_url)
+    kept, new = tmp_path / "kept", tmp_path / "new"
+    with pydedup.open(store_url) as store:
+        before = loaded(store)
+        store.backup(kept)
+        model_id = store.info("two").info.id
+        change(store_url, "DELETE FROM {models} WHERE id = ?", model_id)
+        with pytest.raises(CorruptStoreError, match=f"with id {model_id} .* not replaced.*verify"):
+            store.backup(kept, replace=True)
+        store.backup(new)
+    with pydedup.open(kept, mode="r") as backup:
+        assert loaded(backup) == before
+    with pydedup.open(new, mode="r") as backup:
+        assert loaded(backup) == {name: one for name, one in before.items() if name != "two"}
+
+
 def test_what_a_model_takes_of_a_page_that_cannot_be_read_stays_as_recorded(
     store_url: str, other: Path, change_page: Callable[..., None]
 ) -> None:
