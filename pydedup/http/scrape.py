@@ -209,6 +209,11 @@ class Source:
                 break
             except (OSError, http.client.HTTPException) as error:
                 self.close()
+                if isinstance(error, ssl.SSLCertVerificationError):
+                    raise UnavailableError(
+                        f"the certificate of {self.url} is not trusted: {error.verify_message} "
+                        "(--tls-ca FILE names one to trust)"
+                    ) from error
                 if fresh or last:  # one that was open may have been closed for being idle
                     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                     raise UnavailableError(f"{self.url} does not answer: {reason}") from error

@@ -137,7 +137,8 @@ def test_a_token_and_tls(start: Start, store_url: str, certificate: tuple[Path, 
     assert "guess" not in wrong.stderr
     untrusted = top(*words, PYDEDUP_TOKEN="s3cret")
     assert untrusted.returncode == 4
-    assert "certificate" in untrusted.stderr.lower()
+    assert f"the certificate of {server.url} is not trusted: self" in untrusted.stderr
+    assert "--tls-ca" in untrusted.stderr
     none = top(*words, "--tls-ca", __file__)
     assert none.returncode == 2
     assert f"no certificate (PEM) in {__file__}" in none.stderr
