@@ -223,7 +223,9 @@ class Job:
 
     def _take(self) -> StoredModel:
         """Return the model of the work, and know where to note how far it is."""
-        what = self.query or "\n".join(map(str, self.files or ())) or "a dataset"
+        # A file that has changed makes it another work, which is cut anew.
+        files = [f"{path} ({path.stat().st_size} bytes)" for path in self.files or ()]
+        what = self.query or "\n".join(files) or "a dataset"
         if self.into is not None:
             assert self.rows is not None
             self.table = self.rows.full_table_name(self.into)

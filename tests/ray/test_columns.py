@@ -60,6 +60,31 @@ def test_of_parquet_to_parquet_keys_may_repeat(
     np.testing.assert_allclose(found["prediction"].to_numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_file_that_was_put_right_is_scored_on(
+    scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    """The run that told of its row met it as "not what it was when the work began", for ever."""
+    table = table_of(scored_file, list(range(ROWS)))
+    broken = table["f1"].to_pylist()
+    broken[-1] = None
+    into: Any
+    for number, into in enumerate(("p", tmp_path / "out")):
+        data = written(tmp_path / str(number), table.set_column(2, "f1", pa.array(broken)))
+        with pytest.raises(ArgumentError, match=f"row with id {ROWS - 1}: f1 is NULL"):
+            score(data, scored_file.url, into)
+        written(data.parent, table)
+        if into != "p":
+            with pytest.raises(ArgumentError, match=r"of another work .*; name a new folder"):
+                score(data, scored_file.url, into)
+            continue
+        report = score(data, scored_file.url, into)
+        assert report.rows > 0
+        assert report.rows + report.skipped == ROWS
+        found = scored_file.predictions()
+        wanted = scored_file.wanted()[:ROWS]
+        np.testing.assert_allclose([found[n] for n in range(ROWS)], wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_wide_predictions_are_written_as_they_come(
     scored_file: Scored, tmp_path: Path, connected: Any
 ) -> None:
