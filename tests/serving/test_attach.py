@@ -567,7 +567,19 @@ def test_arrays_of_weights_are_read_only(store: pydedup.Store) -> None:
         with pytest.raises(ValueError, match="read-only"):
             array[:] = 9
     np.asarray(bias, np.float64)[:] = 9
+    np.from_dlpack(bias)[:] = 9
+    torch.from_dlpack(bias).fill_(9)
     torch.testing.assert_close(module(X), wanted)
+
+
+def test_who_reads_memory_without_asking_gets_an_error(store: pydedup.Store) -> None:
+    """There is none behind a stored tensor: reading at its address ended the process."""
+    module = net()
+    store.add("m", module)
+    weight = store.attach(module, "m")[0].weight
+    for view in (weight, weight[:9], weight.T):
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+            torch.utils.dlpack.to_dlpack(view)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")

@@ -74,6 +74,8 @@ class StoredParameter(torch.Tensor):
             dtype=slot.dtype,
             device=_CPU,
         )
+        # Else who reads its memory unasked, as torch.utils.dlpack.to_dlpack, ends the process.
+        torch._C._set_throw_on_mutable_data_ptr(made)
         made.attachment = attachment
         made.number = number
         made.transposed = transposed

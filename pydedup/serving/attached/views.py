@@ -140,6 +140,11 @@ _gives_array(_Tensor.numpy)
 _gives_array(_Tensor.__array__)
 
 
+@handles(_Tensor.__dlpack__)
+def _dlpack(self: StoredParameter, *args: Any, **kwargs: Any) -> Any:
+    return self.loaded().clone().__dlpack__(*args, **kwargs)  # it may be written to
+
+
 @handles(_Tensor.requires_grad_)
 def _requires_grad_(self: StoredParameter, requires_grad: bool = True) -> Any:
     if requires_grad:
