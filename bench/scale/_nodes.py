@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from _measure import Measured
+from _reading import MOST_LOOKED_AT
 from _simulate import Stock
 from _traffic import Fleet, Served, Touches, draw_requests, serve, zipf
 from numpy.typing import NDArray
@@ -161,5 +162,5 @@ def latency(
     catalog = (1 - catalog_hits(models)) * looked
     read = served.reads * costs["read_page"] + served.read_bytes * costs["read_byte"]
     # Only a full pool looks for a victim.
-    victims = served.reads * served.resident * costs["victim_page"]
+    victims = served.reads * min(served.resident, MOST_LOOKED_AT) * costs["victim_page"]
     return hot_seconds + catalog + read + victims, hot_seconds

@@ -23,6 +23,7 @@ from pydedup.pool import PagePool
 from pydedup.types import DType
 
 __all__ = [
+    "MOST_LOOKED_AT",
     "Requested",
     "hot_seconds",
     "read_costs",
@@ -30,6 +31,9 @@ __all__ = [
     "request_prices",
     "victim_cost",
 ]
+
+#: Pages that a full pool looks at for one to give up, at most (csrc/src/storage/pool_pages.cpp).
+MOST_LOOKED_AT = 2048
 
 
 def read_costs(store: pydedup.Store, path: Path | None) -> dict[str, float]:
@@ -186,8 +190,8 @@ def _fitted(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     return float(found[0]), float(found[1])
 
 
-def victim_cost(pages: int = 4000) -> float:
-    """Return what finding one page to give up costs, per page in the pool, under ``reuse``."""
+def victim_cost(pages: int = MOST_LOOKED_AT) -> float:
+    """Return what finding a page to give up costs, per page that is looked at, under ``reuse``."""
     image = _tiny_page()
     pool = PagePool(lambda ids: [(i, image) for i in ids], pages * len(image))
     native = pool.native
