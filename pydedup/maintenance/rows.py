@@ -39,6 +39,7 @@ __all__ = [
     "record_blocks",
     "record_reads",
     "refuse_pages_in_use",
+    "rows_by_slot",
     "wrong_reads",
 ]
 
@@ -150,6 +151,35 @@ def _reads(adapter: Adapter, pool: PagePool, model: StoredModel) -> list[tuple[i
             size = recorded.get(page_id, 0)
         rows.append((model.row.id, page_id, len(blocks), size))
     return rows
+
+
+def rows_by_slot(
+    page: codec.Page, rows: Sequence[BlockRow]
+) -> tuple[dict[int, BlockRow], list[BlockRow]]:
+    """Return the row of each slot of a page, and the rows that are of no block on it.
+
+    Those are of slots that it does not have, and, where a slot has several, all but the one that
+    says what is there, as far as that is seen without bases.
+    """
+    of: dict[int, list[BlockRow]] = {}
+    surplus: list[BlockRow] = []
+    for row in rows:
+        if 0 <= row.slot < page.n_slots:
+            of.setdefault(row.slot, []).append(row)
+        else:
+            surplus.append(row)
+    for some in of.values():
+        if len(some) > 1:
+            some.sort(key=lambda row: _says_what_is_there(page, row))
+            surplus += some[:-1]
+    return {slot: some[-1] for slot, some in of.items()}, surplus
+
+
+def _says_what_is_there(page: codec.Page, row: BlockRow) -> bool:
+    if page.slots["encoding"][row.slot] >= codec.Encoding.DELTA:
+        return row.base_id is not None
+    digests = codec.block_digests([page], np.zeros(1, np.int64), np.array([row.slot], np.int64))
+    return row.base_id is None and digests.astype("<u8").tobytes() == row.hash128
 
 
 def blocks_of_no_page(adapter: Adapter, known: int) -> list[BlockRow]:

@@ -36,7 +36,7 @@ from pydedup.maintenance.damage import (
     sound_rows,
     unreadable_pages,
 )
-from pydedup.maintenance.rows import blocks_of_no_page, lost_models
+from pydedup.maintenance.rows import blocks_of_no_page, lost_models, rows_by_slot
 from pydedup.maintenance.verify_models import (
     DAMAGE,
     NO_BASE,
@@ -133,18 +133,18 @@ def _verify_pages(
     for start in range(0, len(rows), _PAGES_AT_ONCE):
         some = rows[start : start + _PAGES_AT_ONCE]
         group = {row.id: row for row in some if row.id not in unreadable}
-        recorded: dict[int, dict[int, BlockRow]] = {}
+        recorded: dict[int, list[BlockRow]] = {}
         for block in adapter.blocks_on_pages([row.id for row in some]):
-            recorded.setdefault(block.page_id, {})[block.slot] = block
+            recorded.setdefault(block.page_id, []).append(block)
             known += 1
         unseen = set(group)
         for page_id, payload in _payloads(adapter, list(group), report, damage):
             unseen.discard(page_id)
             report.pages += 1
             report.page_bytes += len(payload)
-            wanted = recorded.get(page_id, {})
             try:
                 page = codec.Page(payload)
+                wanted, surplus = rows_by_slot(page, recorded.get(page_id, []))
                 bases, unrecorded = _bases_on(page, page_id, wanted, report)
                 readable = _has_base(page, bases, damage.can_read)
                 other_bases: list[int] = []
@@ -189,7 +189,7 @@ def _verify_pages(
                     content.doubts[slot] = wanted[slot], said
                 _note_twin(report, seen, contents, digest, page_id, slot)
             if not any(said for _, said in content.doubts.values()):
-                report.add_surplus(row for slot, row in wanted.items() if slot >= page.n_slots)
+                report.add_surplus(surplus)
             if unrecorded:
                 report.unrecorded_blocks[page_id] = unrecorded
         for page_id in sorted(unseen.difference(report.unreachable_pages)):

@@ -124,6 +124,7 @@ class Resolver:
             self._find_twins()
         rest = np.flatnonzero(out.references == NO_BASE)
         rows = recorded(self._source.adapter, np.unique(split_places(model.places[rest])[0]))
+        entries = rows.at(model.places[rest])  # also of pages that would go whole
         whole = WholePages(
             self._source.adapter,
             rows,
@@ -134,8 +135,8 @@ class Resolver:
             self._scope.not_whole,
         )
         self._list_whole(whole, deltas=False)
-        rest = rest[~np.isin(split_places(model.places[rest])[0], list(whole.entries))]
-        digests = rows.digests[rows.at(model.places[rest])]
+        single = ~np.isin(split_places(model.places[rest])[0], list(whole.entries))
+        rest, digests = rest[single], rows.digests[entries[single]]
         for start in range(0, len(rest), _LOOKUP_BLOCKS):
             self._matcher.look_up(hash_keys(digests[start : start + _LOOKUP_BLOCKS]))
         is_delta = model.bases[rest] != NO_PLACE

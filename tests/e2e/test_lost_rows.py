@@ -366,6 +366,57 @@ def test_distinct_blocks_are_recorded_anew(
         is_sound(store)
 
 
+@pytest.mark.parametrize("is_delta", [False, True])
+@pytest.mark.parametrize("other", ["slot", "page", "no slot", "no page"])
+def test_a_row_of_a_distinct_block_that_is_elsewhere_is_forgotten(
+    other: str, is_delta: bool, store_url: str, tmp_path: Path
+) -> None:
+    """A repair took only the block for lost whose row it had been: copies and adds failed."""
+    healthy, copy = f"sqlite:///{tmp_path}/healthy.db", tmp_path / "copy.db"
+    fill(healthy)
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        before = loaded(store)
+        rows = all_blocks(store)
+        row = next(row for row in rows if (row.base_id is not None) == is_delta)
+        ours = {each.slot for each in rows if each.page_id == row.page_id}
+        page = next(each.page_id for each in rows if each.page_id != row.page_id)
+        place = {
+            "slot": (row.page_id, max(ours - {row.slot})),
+            "page": (page, 0),
+            "no slot": (row.page_id, -1),
+            "no page": (page + 900, 0),
+        }[other]
+        move = "UPDATE {distinct_blocks} SET page_id = ?, slot = ? WHERE id = ?"
+        change(store_url, move, *place, row.id)
+        assert not store.verify().ok
+        assert store.verify(repair_from=healthy).errors == []
+        is_sound(store)
+        assert len(all_blocks(store)) == len(rows)
+        store.copy_to(copy)
+        store.add("again", MODELS["two"], block_shape=(SIDE, SIDE))
+        assert loaded(store) == {**before, "again": before["two"]}
+        store.vacuum()
+    with pydedup.open(copy, mode="r") as copied:
+        assert loaded(copied) == before
+        is_sound(copied)
+
+
+def test_a_block_map_that_names_a_slot_that_its_page_lacks_is_not_copied(
+    store_url: str, tmp_path: Path
+) -> None:
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        model_id = store.info("lossy").info.id
+        ((_, page, *_),) = store._adapter.model_pages(model_id)
+        ((_, part),) = store._adapter.block_maps(model_id)
+        wrong = part[:-2] + (900).to_bytes(2, "little")
+        change(store_url, "UPDATE {block_maps} SET payload = ? WHERE model_id = ?", wrong, model_id)
+        for move, file in ((store.copy_to, "copy.db"), (store.backup, "backup.db")):
+            with pytest.raises(CorruptStoreError, match=f"slot 900 of page {page}; run verify"):
+                move(tmp_path / file)
+
+
 def test_a_page_with_a_block_that_is_not_recorded_is_copied(store_url: str, tmp_path: Path) -> None:
     """It cannot go whole: nobody knows what the other block on it is."""
     with pydedup.open(store_url) as store:
