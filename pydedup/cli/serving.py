@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ import click
 from pydedup import config, text
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
-from pydedup.errors import ArgumentError, UnsupportedFormatError
+from pydedup.errors import UnsupportedFormatError
 from pydedup.registry import redact
-from pydedup.replacement import DEFAULT_POLICY, POLICIES
+from pydedup.replacement import DEFAULT_POLICY, POLICIES, Trace
 
 if TYPE_CHECKING:
     from pydedup.http.options import ServeOptions
@@ -211,7 +212,7 @@ def serve(
             store.record()
         left = run(store, chosen, started)
         if record is not None:
-            store.recorded().save(record)
+            _write_record(store.recorded(), record)
         if left:
             warn(f"stopped; {left} requests under way were cut off")
             sys.stdout.flush()
@@ -220,15 +221,23 @@ def serve(
     context.exit(Exit.OK)
 
 
+class _OnlyTriedError(Exception):
+    """Nothing is to be written yet."""
+
+
 def _check_record(path: Path) -> None:
     """Say now, and not at the end, that the record cannot be written."""
-    from pydedup.formats._files import refuse_database
+    from pydedup.formats._files import atomic_file
 
-    refuse_database(path)
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be written: {error.strerror}") from error
+    with contextlib.suppress(_OnlyTriedError), atomic_file(path):
+        raise _OnlyTriedError  # so that what is there stays
+
+
+def _write_record(trace: Trace, path: Path) -> None:
+    from pydedup.formats._files import atomic_file
+
+    with atomic_file(path) as scratch:
+        trace.save(scratch)
 
 
 def _serve_on(

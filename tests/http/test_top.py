@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,14 +11,14 @@ import os
 import pty
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from fcntl import ioctl
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from pydedup.errors import ArgumentError, UnavailableError
 from pydedup.http.metrics import MOST_MODELS, Metrics
 from pydedup.http.scrape import Histogram, Rates, Source, parse
 from pydedup.replacement import Trace
+from pydedup.testing.disks import SmallDisk
+from pydedup.testing.program import run_process
 from pydedup.testing.serving import Server, Start
 
 BODY = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
@@ -46,7 +49,7 @@ def top(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def load(server: Server, name: str = "dense") -> Iterator[None]:
     """Ask one request after the other meanwhile."""
     done = threading.Event()
@@ -398,6 +401,32 @@ def test_a_server_records_what_it_used(start: Start, store_url: str, tmp_path: P
     called = [numbers[owner] for owner in trace.owners.tolist()]
     assert called == ["dense@2"] * 7 + ["dense@1"]
     assert "in 8 calls" in page
+
+
+def test_a_trace_for_which_there_is_no_room_leaves_the_earlier_one(
+    start: Start, store_url: str, new_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
+) -> None:
+    folder = new_disk(tmp_path / "disk", 1).folder
+    path = folder / "trace.npz"
+    path.write_bytes(b"an earlier one")
+    server = start(store_url, "--record", path, status=4)
+    assert server.infer("dense", BODY).status == 200
+    with contextlib.suppress(OSError):
+        (folder / "ballast").write_bytes(bytes(2 << 20))
+    assert server.stop() == 4
+    assert f"no space left while writing {path}" in server.errors[-1]
+    assert path.read_bytes() == b"an earlier one"
+    assert sorted(one.name for one in folder.iterdir()) == ["ballast", "trace.npz"]
+
+
+def test_a_server_that_does_not_start_writes_no_trace(store_url: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["serve", store_url, "--port", port, "--record", tmp_path / "trace.npz"]
+        done = run_process(*words)
+    assert done.returncode == 4
+    assert f"cannot listen on 127.0.0.1, port {port}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_trace_that_cannot_be_written_is_said_at_once(store_url: str, tmp_path: Path) -> None:
