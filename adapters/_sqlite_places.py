@@ -24,7 +24,7 @@ from typing import Final, NamedTuple, TypeAlias
 from pydedup._pages import begin_writeback, is_in_memory
 from pydedup.errors import PydedupError
 
-from ._sqlite_reads import Fill, SystemCache, out_of_cache, reads_past_cache
+from ._sqlite_reads import Fill, SystemCache, close_gone, out_of_cache, reads_past_cache
 from ._sqlite_tree import NotFoundInFileError, Place, Tree
 
 __all__ = ["PagePlaces", "StoredPage", "pages_apart"]
@@ -231,6 +231,7 @@ class PagePlaces:
             file = os.stat(self._path)  # noqa: PTH116 (a third of the time, and asked for each page)
             handle = self._handle
             if not _is_of(handle, file):
+                close_gone()
                 handle = _handle_of(self._path, file)
                 if handle < 0:
                     self._root()  # has it opened where it is not, as after a fork

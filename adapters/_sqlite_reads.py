@@ -21,6 +21,7 @@ from pydedup._pages import scatter
 __all__ = [
     "Fill",
     "SystemCache",
+    "close_gone",
     "out_of_cache",
     "past_cache",
     "reads_past_cache",
@@ -146,20 +147,36 @@ def reads_past_cache(handle: int) -> bool:
     return handle in list(_handles.values())
 
 
+def close_gone() -> None:
+    """Close those of files that are deleted, whose room on the disk they hold."""
+    with _lock:
+        for key, handle in list(_handles.items()):
+            if handle >= 0 and not _is_of(handle, key):
+                del _handles[key]  # somebody else closed it
+            elif handle >= 0 and os.fstat(handle).st_nlink == 0:
+                del _handles[key]
+                os.close(handle)
+
+
 def _past_handle(handle: int) -> int:
     file = os.fstat(handle)
     key = (file.st_dev, file.st_ino)
     known = _handles.get(key)
-    if known is not None:
+    if known is not None and (known < 0 or _is_of(known, key)):
         return known
+    close_gone()
     with _lock:
-        for gone, other in list(_handles.items()):
-            if other >= 0 and os.fstat(other).st_nlink == 0:
-                del _handles[gone]
-                os.close(other)
         if key not in _handles:
             _handles[key] = _open_past(handle)
         return _handles[key]
+
+
+def _is_of(handle: int, key: tuple[int, int]) -> bool:
+    try:
+        file = os.fstat(handle)
+    except OSError:
+        return False
+    return (file.st_dev, file.st_ino) == key
 
 
 def _open_past(handle: int) -> int:

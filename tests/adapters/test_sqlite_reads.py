@@ -137,9 +137,30 @@ def test_files_that_are_gone_are_not_held_for_ever(tmp_path: Path) -> None:
     one.unlink()
     with rows_out_of_memory(two, payloads) as places:
         look_up(places, two, payloads)
+        assert handles_of(one) == []
         assert read(places, payloads) == payloads
-    assert handles_of(one) == []
     assert len(handles_of(two)) == 1
+
+
+def test_a_handle_that_somebody_else_closed_is_not_taken_for_the_file(tmp_path: Path) -> None:
+    payloads = {number: os.urandom(MIB) for number in range(1, 5)}
+    path, other = tmp_path / "rows.db", tmp_path / "other"
+    other.write_bytes(bytes(8 * MIB))
+    with rows_out_of_memory(path, payloads) as places, contextlib.ExitStack() as stack:
+        look_up(places, path, payloads)
+        assert read(places, payloads) == payloads
+        (past,) = [handle for handle in handles_of(path) if reads.reads_past_cache(handle)]
+        os.close(past)
+        file = stack.enter_context(other.open("rb"))
+        stack.callback(lambda: os.fstat(file.fileno()))  # still open at the end
+        assert file.fileno() == past
+        other.unlink()
+        forget(path)
+        assert read(places, payloads) == payloads
+        assert not reads.reads_past_cache(past)
+        assert any(reads.reads_past_cache(handle) for handle in handles_of(path))
+        reads.close_gone()
+        assert file.read(1) == b"\0"
 
 
 def test_a_child_reads_as_its_parent_does(tmp_path: Path) -> None:
