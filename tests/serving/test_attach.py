@@ -121,6 +121,35 @@ def test_a_call_never_mixes_versions(store: pydedup.Store) -> None:
     assert module(zero).round().unique().tolist() == [2]
 
 
+class Between(nn.Module):
+    """Gives its input back, and does something first."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        super().__init__()
+        self.do = do
+
+    def forward(self, x: Any) -> Any:
+        self.do()
+        return x
+
+
+def test_a_part_without_weights_of_its_own_does_not_mix_them_either(store: pydedup.Store) -> None:
+    def made(value: float, do: Callable[[], None]) -> Any:
+        part = nn.Sequential(nn.Linear(1, 1), Between(do), nn.Linear(1, 1)).eval()
+        for number in (0, 2):
+            part[number].weight.fill_(1)
+            part[number].bias.fill_(value)
+        return nn.ModuleDict({"part": part}).eval()
+
+    for version in (1, 2):
+        store.add(f"m@{version}", made(version, lambda: None))
+    store.alias("m", "prod", "1")
+    module = store.attach(made(0, lambda: store.alias("m", "prod", "2")), "m@prod")
+    zero = torch.zeros(1, 1)
+    assert module["part"](zero).item() == 2
+    assert module["part"](zero).item() == 4
+
+
 def test_two_threads_while_the_alias_changes(store: pydedup.Store) -> None:
     for version in (1, 2):
         store.add(f"m@{version}", Constant(version).eval())
@@ -503,7 +532,7 @@ def test_refusals(store: pydedup.Store, what: str) -> None:
     module = net()
     store.add("m", module)
     wanted = module(X)
-    store.attach(module, "m")
+    torch.testing.assert_close(store.attach(module, "m")(X), wanted)
     with pytest.raises(ArgumentError, match=message):
         use(module)
     torch.testing.assert_close(module.eval()(X), wanted)
@@ -659,6 +688,18 @@ def test_a_call_that_was_taken_before(store: pydedup.Store) -> None:
     store.add("m", module)
     taken = store.attach(module, "m").__call__
     assert torch.equal(store.detach(module)(X), taken(X))
+
+
+def test_a_weight_of_another_attached_module_stays_that(store: pydedup.Store) -> None:
+    one, two = net(), net()
+    store.add("m@1", one)
+    store.add("m@2", two)
+    module, other = store.attach(net(), "m@1"), store.attach(net(), "m@2")
+    module[2].weight = other[2].weight
+    one[2].weight = two[2].weight
+    torch.testing.assert_close(module(X), one(X))
+    torch.testing.assert_close(store.detach(module)(X), one(X))
+    assert module[2].weight is other[2].weight
 
 
 def test_what_somebody_replaced_stays_when_detaching(store: pydedup.Store) -> None:
