@@ -273,8 +273,14 @@ class FolderNotes:
                 raise ArgumentError(
                     f"{parent} is not empty and holds no predictions of ours; name a new folder"
                 )
-            self._folder.mkdir(parents=True, exist_ok=True)
-            written = _write(self._folder, json.dumps(dict(work)))
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                written = _write(self._folder, json.dumps(dict(work)))
+            except OSError as error:
+                raise ArgumentError(
+                    f"predictions cannot go to {parent}: {error.strerror}; name a new folder that "
+                    "can be written"
+                ) from error
             try:  # so that of two that begin at once, the first says what it is
                 os.link(written, noted)
                 return dict(work), False

@@ -384,6 +384,17 @@ def test_predictions_do_not_go_among_what_is_read(parquet: Path, scored_file: Sc
     assert not (parquet / "more" / "out").exists()
 
 
+@pytest.mark.parametrize("below", ["", "more"])
+def test_predictions_do_not_go_into_a_file(
+    below: str, parquet: Path, scored_file: Scored, tmp_path: Path
+) -> None:
+    """It was an error of Python's, of a folder that nobody had named."""
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / below
+    with pytest.raises(ArgumentError, match=f"cannot go to {out}: .*; name a new folder that can"):
+        score(parquet, scored_file, out)
+
+
 def test_a_refused_first_row_leaves_no_version_noted(scored_file: Scored, connected: Any) -> None:
     """It held its alias until that work came to its end, which it could not."""
     query = scored_file.query.replace("f1", "NULLIF(f1, (SELECT x FROM u)) AS f1")
