@@ -294,6 +294,8 @@ def _hidden(report: StoreReport) -> str:
 
 
 def _fill(bins: Sequence[int]) -> Markup:
+    if not sum(bins):
+        return Markup("<p>No models, no pages.</p>")
     step = 100 // FILL_BINS
     labels = [f"{i * step}-{(i + 1) * step} %" for i in range(FILL_BINS)]
     full = f"{bins[-1]:,} of {text.plural(sum(bins), 'page')} are at least {100 - step} % full"

@@ -285,6 +285,10 @@ def test_an_empty_store_and_one_model(tmp_path: Path, show: Show) -> None:
         assert page.complaints == []
         assert values(page, "#logical data") == [0]
         assert "The store is empty" in page.run("document.body.textContent")
+        assert page.run("document.querySelector('#pages svg')") is None
+        assert page.run(
+            "[...document.querySelectorAll('table')].every(t => t.tBodies[0].rows.length)"
+        )
         store.add("one@1", {"w": np.ones((64, 64), np.float32), "nothing": np.ones((0, 4))})
         page = show(store.report())
         assert "nothing to share" in page.run("document.body.textContent")
