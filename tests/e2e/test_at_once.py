@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import policies, registry
+from pydedup.adapter import STAGING
+from pydedup.adapter_options import StagingAdapter
 from pydedup.errors import ArgumentError, ConflictError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.signatures import read_segments
@@ -401,6 +403,30 @@ def test_a_model_that_is_removed_before_its_layers_are_read_is_told_as_removed(
         pytest.raises(NotFoundError, match="m@1 was removed from the store"),
     ):
         store.predict("m", x)
+
+
+def test_a_vacuum_leaves_pages_that_an_add_has_staged(store_url: str, small_pages: None) -> None:
+    """While they are written no model is recorded as reading them."""
+    model = {"w": np.random.default_rng(0).standard_normal((768, 1024))}
+    unread: list[int] = []
+
+    def vacuum() -> None:
+        with pydedup.open(store_url) as store:
+            staged = {row.id for row in store._adapter.page_rows(state=STAGING)}
+            unread.append(len(staged.intersection(store._adapter.orphan_pages())))
+            store.vacuum()
+
+    with pydedup.open(store_url):
+        pass
+    adapter, control = inject(registry.connect(store_url, mode="a"))
+    scope = "staging" if isinstance(adapter, StagingAdapter) else "transaction"
+    with Store(adapter, 64 << 20) as store:
+        for call in (2, 3, 4):  # between two transactions
+            control.add_fault(Fault(scope, vacuum, call=control.calls[scope] + call))
+        store.add("m", model, workers=1)
+        assert max(unread) > 0
+        assert np.array_equal(store.load("m")["w"], model["w"])
+        assert store.verify().errors == []
 
 
 def test_a_vacuum_leaves_the_index_of_what_is_added_meanwhile(store_url: str) -> None:
