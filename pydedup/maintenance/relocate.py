@@ -136,7 +136,7 @@ def relocate(
             for ordinal, (old, new) in enumerate(zip(old_maps, maps, strict=True)):
                 if new is not old:
                     adapter.replace_block_map(row.id, ordinal, list(new.parts()))
-                    pages_of_deltas.update(_deltas_elsewhere(old, table))
+                    pages_of_deltas.update(_pages_of_deltas(old, table))
             before, after = used_places(old_maps), used_places(maps)
             _change_reads(mine, before, after, moves, damaged, pool)
             adapter.delete_model_pages(row.id)
@@ -173,12 +173,10 @@ def _moved(block_map: BlockMap, table: _Table) -> BlockMap:
     return new
 
 
-def _deltas_elsewhere(block_map: BlockMap, table: _Table) -> Iterator[int]:
-    """Yield the pages of deltas that stay where they are and whose base moved."""
-    stays = np.ones(len(block_map.slots), np.bool_)
-    stays[table.find(block_places(block_map.page_ids, block_map.slots))[0]] = False
+def _pages_of_deltas(block_map: BlockMap, table: _Table) -> Iterator[int]:
+    """Yield the pages of deltas whose base moved."""
     base_moved, _ = table.find(base_places(block_map))
-    yield from np.unique(block_map.page_ids[base_moved[stays[base_moved]]]).tolist()
+    yield from np.unique(block_map.page_ids[base_moved]).tolist()
 
 
 def _change_reads(
