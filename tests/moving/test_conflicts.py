@@ -564,6 +564,29 @@ def test_a_vacuum_of_the_source_meanwhile_is_no_damage(
     assert_same(source_url, url)
 
 
+def test_what_a_dead_copy_left_goes_and_pages_in_grace_stay(
+    new_store: New, family: Callable[..., Any]
+) -> None:
+    """The next copy takes away the one, and readers may still ask for the other."""
+    url = new_store("sqlite")
+    with pydedup.open(url) as target:
+        target.add("m@1", family(0))
+        pages = len(target._adapter.page_rows(state=LIVE))
+        target.remove("m@1")
+        assert target.vacuum(grace_seconds=3600).waiting_pages == pages
+        adapter = target._adapter
+        with adapter.transaction():
+            adapter.put_job("silent", '{"kind": "copy", "models": []}', "0.0", "running")
+            adapter.insert_pages([(bytes(16), b"unfinished")], state=STAGING)
+    with pydedup.open(new_store("sqlite")) as store:
+        store.add("n@1", family(1, 9))
+        store.copy_to(url)
+    with pydedup.open(url) as target:
+        assert target._adapter.jobs() == []
+        states = [row.state for row in target._adapter.page_rows() if row.state != LIVE]
+        assert states == ["retired"] * pages
+
+
 def test_a_quota_does_not_count_what_is_replaced(new_store: New) -> None:
     rng = np.random.default_rng(1)
     old, new = (rng.standard_normal((256, 256)).astype(np.float32) for _ in range(2))
