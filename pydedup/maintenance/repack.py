@@ -38,7 +38,7 @@ from pydedup.layout import (
     split_places,
     used_places,
 )
-from pydedup.maintenance.rows import lost_models
+from pydedup.maintenance.rows import lost_models, wrong_reads
 from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
 from pydedup.types import Progress
@@ -225,6 +225,13 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
             f"a block map names slot {lost[1]} of page {lost[0]}, for which no distinct block is "
             "recorded; run verify on the store"
         )
+    for model, key in zip(models, keys, strict=True):
+        # If the block map is what is wrong, nobody would know any more that it is.
+        if wrong_reads(adapter.model_pages(model.row.id), key, {}):
+            raise CorruptStoreError(
+                f"{model.address} reads other blocks than are recorded, so all pages stay as they "
+                "are; run verify on the store"
+            )
     rows = [recorded[place] for place in named]
     bases = np.array([_NO_BASE if row.base_id is None else row.base_id for row in rows], np.int64)
     is_delta = bases != _NO_BASE

@@ -343,6 +343,13 @@ def test_a_block_map_that_may_be_wrong_does_not_rule(store_url: str, other: Path
             assert report.repair is not None
             assert report.repair.recorded_models == 0
         assert [row[1] for row in store._adapter.model_pages(model_id)] == [mine]
+        # Nor is what it named given up, and what is recorded changed to fit.
+        store.remove("near")
+        for dry_run in (True, False):
+            with pytest.raises(CorruptStoreError, match=r"lossy@1 reads other .* run verify"):
+                store.vacuum(dry_run=dry_run)
+        assert [row[1] for row in store._adapter.model_pages(model_id)] == [mine]
+        assert mine in {row.id for row in store._adapter.page_rows(state="live")}
 
 
 def test_distinct_blocks_are_recorded_anew(
