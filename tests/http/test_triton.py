@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,6 +102,24 @@ def test_many_at_once(client: Any, store_url: str) -> None:
         for n, (x, one) in enumerate(zip(xs, pending, strict=True)):
             wanted = store.predict(f"dense@{n % 2 + 1}", x)
             np.testing.assert_allclose(one.get_result().as_numpy("y"), wanted, 1e-5)
+
+
+def test_its_client_for_asyncio(server: Server, store_url: str) -> None:
+    aio = pytest.importorskip("tritonclient.http.aio")
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal((n % 5 + 1, 4), np.float32) for n in range(40)]
+
+    async def ask() -> list[Any]:
+        async with aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+            assert await client.is_model_ready(NAME)
+            asked = (
+                client.infer("dense", [given("x", x, n % 2 == 0)], "prod") for n, x in enumerate(xs)
+            )
+            return list(await asyncio.gather(*asked))
+
+    with pydedup.open(store_url, mode="r") as store:
+        for x, one in zip(xs, asyncio.run(ask()), strict=True):
+            np.testing.assert_allclose(one.as_numpy("y"), store.predict("dense@1", x), 1e-5)
 
 
 def test_errors_are_exceptions_of_its_own(client: Any) -> None:
