@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import pydedup.ray
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, StorageFullError
 from pydedup.ray.cluster import import_ray
+from pydedup.testing.disks import SmallDisk
 from pydedup.types import ScoreReport
 
 from ..scoring.conftest import Tables, add
@@ -103,6 +105,21 @@ def test_wide_predictions_are_written_as_they_come(
             wanted = scored_file.features[group["id"].to_numpy() // 3] @ weights.T
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
     assert sorted(seen) == [3 * n for n in range(MANY)]
+
+
+def test_a_disk_that_is_full_is_told_as_that(
+    scored_file: Scored, new_disk: Callable[[Path, int], SmallDisk], tmp_path: Path, connected: Any
+) -> None:
+    """As "a Ray worker failed: OSError"; with room again, the same command goes on."""
+    add(scored_file.url, "m@3", outputs=2000)
+    disk = new_disk(tmp_path / "disk", 4)
+    out = disk.folder / "out"
+    with pytest.raises(StorageFullError, match=f"no space left for predictions in {out}"):
+        pydedup.ray.score(scored_file.query, scored_file.url, "m@3", into=out, workers=1)
+    assert list(out.glob("*part*")) == []
+    disk.remount("size=64m")
+    report = pydedup.ray.score(scored_file.query, scored_file.url, "m@3", into=out, workers=1)
+    assert (report.rows, report.resumed) == (MANY, True)
 
 
 def test_keys_in_nanoseconds(scored_file: Scored, tmp_path: Path, connected: Any) -> None:
