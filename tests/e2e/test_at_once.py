@@ -429,6 +429,29 @@ def test_a_vacuum_leaves_pages_that_an_add_has_staged(store_url: str, small_page
         assert store.verify().errors == []
 
 
+def test_a_vacuum_gives_way_to_who_publishes_before_its_layout(store_url: str) -> None:
+    """Pages that came meanwhile are not of its layout, and would go with the old ones."""
+    a, b, c = np.random.default_rng(0).standard_normal((3, 128, 128))
+    with pydedup.open(store_url) as store:
+        store.add_many({"gone": {"a": a, "b": b}, "kept": {"a": a}}, policy=policies.Exact())
+        store.remove("gone")
+
+    def add() -> None:
+        with pydedup.open(store_url) as store:
+            store.add("new", {"c": c}, policy=policies.Exact())
+
+    adapter, control = inject(registry.connect(store_url, mode="a"))
+    # What is staged is so in its first transaction of that kind, elsewhere in the second of all.
+    scope, call = ("staging", 1) if isinstance(adapter, StagingAdapter) else ("transaction", 2)
+    control.add_fault(Fault(scope, add, call=call, after=True))
+    with Store(adapter, 64 << 20) as store:
+        for is_alone in (False, True):
+            assert (store.vacuum().rewritten_pages > 0) == is_alone
+            assert np.array_equal(store.load("kept")["a"], a)
+            assert np.array_equal(store.load("new")["c"], c)
+            assert store.verify().errors == []
+
+
 def test_a_vacuum_leaves_the_index_of_what_is_added_meanwhile(store_url: str) -> None:
     """The pages were looked at before, so all that it had indexed was on none of them."""
     arrays = np.random.default_rng(0).standard_normal((2, 64, 64))
