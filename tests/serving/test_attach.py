@@ -505,6 +505,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "script": (torch.jit.script, "cannot be compiled by TorchScript"),
     "trace": (lambda m: torch.jit.trace(m, X), "cannot be traced, compiled or exported"),
     "make_fx": (lambda m: make_fx(m)(X), "cannot be traced, compiled or exported"),
+    "export": (lambda m: torch.export.export(m, (X,)), "cannot be traced, compiled or exported"),
     "trace of a weight": (
         lambda m: torch.jit.trace(lambda x: x @ m[0].weight.T, X, check_trace=False),
         "'0.weight' of m cannot be traced",

@@ -347,6 +347,7 @@ def test_arguments_as_torch_takes_them(check: Check, call: Callable[[Any, Any], 
         lambda x, w: linear(x, w, torch.ones(4, 70)),
         lambda x, w: bag(torch.tensor([[0, 5], [3, 3]]), w[2:8]),
         lambda x, w: bag(torch.tensor([[0, 49], [3, 3]]), w.t()),
+        lambda x, w: x @ w.t().contiguous().view(-1).view(50, 70),
     ],
 )
 def test_arguments_that_no_kernel_takes(check: Check, call: Callable[[Any, Any], Any]) -> None:
