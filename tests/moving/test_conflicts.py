@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -562,6 +563,38 @@ def test_a_vacuum_of_the_source_meanwhile_is_no_damage(
     assert vacuumed
     assert report.copied == 3
     assert_same(source_url, url)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_alias_of_a_copy_never_points_at_what_is_removed_meanwhile(
+    new_store: New, family: Callable[..., Any], backend: str
+) -> None:
+    source_url, url = new_store("sqlite"), new_store(backend)
+    with pydedup.open(source_url) as store:
+        store.add("a@1", family(0))
+        store.copy_to(url)
+        store.alias("a", "prod", "1")
+    told: list[Exception] = []
+
+    def remove() -> None:
+        try:
+            with pydedup.open(url) as target:
+                target.remove("a@1")
+        except ArgumentError as error:
+            told.append(error)
+
+    remover = threading.Thread(target=remove)
+
+    def meanwhile() -> None:
+        remover.start()
+        remover.join(0.3)  # it has to wait
+
+    copy_with(source_url, url, before("set_alias", 1, meanwhile))
+    remover.join(60)
+    assert "alias 'prod' points at a@1" in str(told[0])
+    with pydedup.open(url) as target:
+        assert target.info("a@prod").info.address == "a@1"
+        assert target.verify().errors == []
 
 
 def test_what_a_dead_copy_left_goes_and_pages_in_grace_stay(
