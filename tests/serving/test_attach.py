@@ -360,6 +360,16 @@ def test_a_prefix(store: pydedup.Store) -> None:
         store.attach(nn.Linear(5, 2).eval(), "m", prefix="body.")
 
 
+def test_a_module_without_weights(store: pydedup.Store) -> None:
+    """As a part may be of one that is attached piece by piece."""
+    store.add("m", net())
+    module = store.attach(nn.ReLU().eval(), "m", prefix="between.")
+    assert torch.equal(module(X), X.relu())
+    with pytest.raises(ArgumentError, match="is attached to m already"):
+        store.attach(module, "m")
+    assert type(store.detach(module)) is nn.ReLU
+
+
 def test_an_unknown_model(store: pydedup.Store) -> None:
     store.add("m", net())
     for name in ("x", "m@2"):
