@@ -429,6 +429,28 @@ def test_a_vacuum_leaves_pages_that_an_add_has_staged(store_url: str, small_page
         assert store.verify().errors == []
 
 
+def test_what_an_add_shares_is_removed_before_it_is_staged(store_url: str) -> None:
+    """By a removal alone, without a vacuum: the pages are nobody's from then on."""
+    shared, own = np.random.default_rng(0).standard_normal((2, 128, 128))
+    with pydedup.open(store_url) as store:
+        store.add("m", {"w": shared})
+
+    def remove() -> None:
+        with pydedup.open(store_url) as store:
+            store.remove("m")
+
+    adapter, control = inject(registry.connect(store_url, mode="a"))
+    scope = "staging" if isinstance(adapter, StagingAdapter) else "transaction"
+    control.add_fault(Fault(scope, remove))
+    with Store(adapter, 64 << 20) as store:
+        store.add("n", {"w": shared, "own": own})
+        assert [info.name for info in store.models()] == ["n"]
+        assert store.verify().errors == []
+        store.vacuum()
+        assert np.array_equal(store.load("n")["w"], shared)
+        assert np.array_equal(store.load("n")["own"], own)
+
+
 def test_a_vacuum_gives_way_to_who_publishes_before_its_layout(store_url: str) -> None:
     """Pages that came meanwhile are not of its layout, and would go with the old ones."""
     a, b, c = np.random.default_rng(0).standard_normal((3, 128, 128))
