@@ -15,7 +15,7 @@ import pydedup
 from pydedup import registry
 from pydedup.catalog import page_readers
 from pydedup.cli.app import main
-from pydedup.errors import ArgumentError, ReadOnlyError
+from pydedup.errors import ArgumentError, ReadOnlyError, StoreError
 from pydedup.maintenance import refill
 from pydedup.testing.shards import (
     MODELS,
@@ -25,6 +25,7 @@ from pydedup.testing.shards import (
     drop,
     fill,
     ids_on,
+    is_empty,
     is_sound,
     model_of,
     serves,
@@ -238,6 +239,28 @@ def test_what_is_left_of_a_deleted_page_is_seen_by_nobody(
         assert store.verify().errors == []
         store.vacuum()
         assert place.payloads() == {}
+
+
+def test_a_refill_writes_nothing_once_a_shard_was_replaced(
+    place: ShardedPlace, new_place: NewPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refill, "_PAGES_AT_ONCE", 1)
+    lost, new = new_place(), new_place()
+    url, after = (place.url(2, shards=[0, each, 2]) for each in (lost, new))
+    fill(url)
+    first, second = sorted({*ids_on(place, 0)} & {*ids_on(place, 2)})  # of none that will be lost
+    place.rows(2, "DELETE FROM {}.page_payloads WHERE id IN (%s, %s)", first, second)
+    with pydedup.open(url) as store:
+
+        def replace(stage: str, done: int, total: int) -> None:
+            if stage == "refilling" and is_empty(new):
+                drop(lost)
+                pydedup.Store.replace_lost(after)
+
+        with pytest.raises(StoreError, match=r"took the place of .* open it again"):
+            store.refill(progress=replace)
+    assert first in ids_on(place, 2)
+    assert second not in ids_on(place, 2)
 
 
 def test_refilling_goes_on_beside_adds_and_vacuums(place: ShardedPlace) -> None:
