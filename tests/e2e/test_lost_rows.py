@@ -66,6 +66,14 @@ def fill(url: str) -> None:
             store.add(name, model, policy=policy, block_shape=(SIDE, SIDE))
 
 
+def fill_with_copy(url: str, tmp_path: Path) -> str:
+    """Fill a store, and another to repair it from."""
+    healthy = f"sqlite:///{tmp_path}/healthy.db"
+    fill(healthy)
+    fill(url)
+    return healthy
+
+
 def loaded(store: pydedup.Store) -> dict[str, bytes]:
     return {info.name: store.load(info.address)["w"].tobytes() for info in store.models()}
 
@@ -142,9 +150,7 @@ def test_a_page_in_use_that_was_given_up_is_not_deleted(store_url: str, other: P
 @pytest.mark.parametrize("name", ["near", "lossy"])
 def test_a_page_whose_row_is_lost_is_restored(name: str, store_url: str, tmp_path: Path) -> None:
     """Of a model within a bound, what a repair looks for is said by its distinct blocks alone."""
-    healthy = f"sqlite:///{tmp_path}/healthy.db"
-    fill(healthy)
-    fill(store_url)
+    healthy = fill_with_copy(store_url, tmp_path)
     with pydedup.open(store_url) as store:
         before = loaded(store)
         page = max(row[1] for row in store._adapter.model_pages(store.info(name).info.id))
@@ -164,9 +170,7 @@ def test_a_page_whose_row_is_lost_is_restored(name: str, store_url: str, tmp_pat
 def test_a_damaged_page_is_repaired_for_who_is_not_recorded(
     store_url: str, tmp_path: Path, change_page: Callable[..., None]
 ) -> None:
-    healthy = f"sqlite:///{tmp_path}/healthy.db"
-    fill(healthy)
-    fill(store_url)
+    healthy = fill_with_copy(store_url, tmp_path)
     with pydedup.open(store_url) as store:
         before = loaded(store)
         ((_, page, *_),) = store._adapter.model_pages(store.info("one").info.id)
@@ -236,9 +240,7 @@ def test_a_repair_keeps_pages_of_a_model_whose_row_is_lost(
     store_url: str, tmp_path: Path, change_page: Callable[..., None]
 ) -> None:
     """It deleted them once all that is known of had what was theirs."""
-    healthy = f"sqlite:///{tmp_path}/healthy.db"
-    fill(healthy)
-    fill(store_url)
+    healthy = fill_with_copy(store_url, tmp_path)
     with pydedup.open(store_url) as store:
         before = loaded(store)
         ((_, page, *_),) = store._adapter.model_pages(store.info("one").info.id)
