@@ -10,6 +10,7 @@ These are hints: where something lies is a guess, and a wrong one costs a wrong 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -48,11 +49,9 @@ class PagesAhead:
 
     def ask(self, ids: Sequence[int]) -> None:
         """Ask for what is not in memory of these pages; a hint that fails is none."""
-        try:
+        with contextlib.suppress(NotFoundInFileError, PydedupError, OSError):
             handle, pages = self._places.find(ids)
             for page in pages:
                 start, stop = page.place.start, page.place.stop
                 if start < stop and not page.is_in_memory(handle):
                     os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
-        except (NotFoundInFileError, PydedupError, OSError):
-            pass

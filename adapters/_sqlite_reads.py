@@ -10,13 +10,16 @@ again.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Final, TypeAlias
 
-from pydedup._pages import scatter
+from pydedup._pages import is_in_memory, scatter
 
 __all__ = [
     "Fill",
@@ -81,7 +84,15 @@ class SystemCache:
 
 def out_of_cache(handle: int, pieces: Sequence[memoryview], at: int) -> None:
     """Read what is in memory; else it fails, and the system begins to read it."""
-    _read_all(handle, pieces, at, _NOWAIT)
+    try:
+        _read_all(handle, pieces, at, _NOWAIT)
+    except OSError as error:
+        # Not every file system can be asked for that; what is there, it says in another way.
+        if error.errno != errno.EOPNOTSUPP or not is_in_memory(
+            handle, at, at + sum(map(len, pieces))
+        ):
+            raise
+        _read_all(handle, pieces, at, 0)
 
 
 def through_cache(handle: int, pieces: Sequence[memoryview], at: int) -> None:
@@ -144,39 +155,51 @@ _own = threading.local()
 
 def reads_past_cache(handle: int) -> bool:
     """Whether a handle is one that reads past the cache, which takes no other reads."""
-    return handle in list(_handles.values())
+    return bool(fcntl.fcntl(handle, fcntl.F_GETFL) & _DIRECT)
 
 
 def close_gone() -> None:
     """Close those of files that are deleted, whose room on the disk they hold."""
     with _lock:
         for key, handle in list(_handles.items()):
-            if handle >= 0 and not _is_of(handle, key):
-                del _handles[key]  # somebody else closed it
-            elif handle >= 0 and os.fstat(handle).st_nlink == 0:
+            # Others are not asked themselves, which could hang, as on a network that is down.
+            if handle >= 0 and _looks_deleted(handle) and os.fstat(handle).st_nlink == 0:
                 del _handles[key]
                 os.close(handle)
+
+
+def _looks_deleted(handle: int) -> bool:
+    try:
+        name = str(Path(f"/proc/self/fd/{handle}").readlink())
+    except OSError:  # somebody else closed it
+        return False
+    return name.endswith(" (deleted)") and reads_past_cache(handle)
 
 
 def _past_handle(handle: int) -> int:
     file = os.fstat(handle)
     key = (file.st_dev, file.st_ino)
-    known = _handles.get(key)
-    if known is not None and (known < 0 or _is_of(known, key)):
+    known = _known_handle(key)
+    if known is not None:
         return known
     close_gone()
     with _lock:
-        if key not in _handles:
-            _handles[key] = _open_past(handle)
-        return _handles[key]
+        known = _known_handle(key)
+        if known is None:
+            known = _handles[key] = _open_past(handle)
+        return known
 
 
-def _is_of(handle: int, key: tuple[int, int]) -> bool:
+def _known_handle(key: tuple[int, int]) -> int | None:
+    """Return the handle of a file, if there is one that nobody else closed."""
+    known = _handles.get(key)
+    if known is None or known < 0:
+        return known
     try:
-        file = os.fstat(handle)
+        file = os.fstat(known)
     except OSError:
-        return False
-    return (file.st_dev, file.st_ino) == key
+        return None
+    return known if (file.st_dev, file.st_ino) == key else None
 
 
 def _open_past(handle: int) -> int:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,11 @@ def handles_of(path: Path) -> list[int]:
 
 def test_files_that_are_gone_are_not_held_for_ever(tmp_path: Path) -> None:
     payloads = {number: os.urandom(MIB) for number in range(1, 5)}
-    one, two = tmp_path / "one.db", tmp_path / "two.db"
+    one, two, kept = tmp_path / "one.db", tmp_path / "two.db", tmp_path / "so is this (deleted)"
+    with rows_out_of_memory(kept, payloads) as places:
+        look_up(places, kept, payloads)
+        assert read(places, payloads) == payloads
+    (past,) = [h for h in (int(x.name) for x in Path("/proc/self/fd").iterdir()) if is_of(h, kept)]
     with rows_out_of_memory(one, payloads) as places:
         look_up(places, one, payloads)
         assert read(places, payloads) == payloads
@@ -140,6 +145,18 @@ def test_files_that_are_gone_are_not_held_for_ever(tmp_path: Path) -> None:
         assert handles_of(one) == []
         assert read(places, payloads) == payloads
     assert len(handles_of(two)) == 1
+    assert reads.reads_past_cache(past)
+    assert is_of(past, kept), "it has a name"
+    kept.unlink()
+    reads.close_gone()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(past)
+
+
+def is_of(handle: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
 
 
 def test_a_handle_that_somebody_else_closed_is_not_taken_for_the_file(tmp_path: Path) -> None:
@@ -194,6 +211,29 @@ def test_where_there_is_no_such_way_the_cache_is_used(
         monkeypatch.setattr(os, "open", refuse)
         assert read(places, payloads) == payloads
         assert len(refused) == 1
+
+
+def test_where_one_cannot_ask_for_what_is_in_memory_alone_it_is_read_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some file systems of a network."""
+    payloads = {number: os.urandom(MIB) for number in range(1, 9)}
+    path = tmp_path / "rows.db"
+    preadv, asked = os.preadv, []
+
+    def ask(handle: int, pieces: Sequence[memoryview], at: int, flags: int = 0) -> int:
+        asked.append(flags)
+        if flags & os.RWF_NOWAIT:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return preadv(handle, pieces, at, flags)
+
+    with rows_of(path, payloads, 65536) as (_, places):
+        monkeypatch.setattr(os, "preadv", ask)
+        for _ in range(3):
+            assert read(places, payloads) == payloads
+        assert os.RWF_NOWAIT in asked
+        assert places._cache.is_roomy
+        assert not any(reads.reads_past_cache(handle) for handle in handles_of(path))
 
 
 def test_a_store_that_is_read_past_memory_gives_what_it_was_given(tmp_path: Path) -> None:
