@@ -24,6 +24,7 @@ from pydedup.errors import (
     PydedupError,
     ReadOnlyError,
     StorageFullError,
+    StoreError,
     UnavailableError,
 )
 
@@ -237,14 +238,19 @@ class RowCalls(DbApiBase):
             f"{self._quoted(name, 'column')} {kinds[kind]} NOT NULL" for name, kind in columns
         ]
         with self._of_user(f"creating table {table}"):
-            self._define_table(
-                f"CREATE TABLE IF NOT EXISTS {self._table(table)} ({', '.join(lines)})"
-                f"{self._table_options}"
-            )
+            try:
+                self._define_table(
+                    f"CREATE TABLE IF NOT EXISTS {self._table(table)} ({', '.join(lines)})"
+                    f"{self._table_options}"
+                )
+            except StoreError:
+                # Of two who create it at once, PostgreSQL may tell one that a row of its catalog,
+                # the type of the table's rows or the table is there.
+                if not self._columns_of(*split_name(table)):
+                    raise
 
     def _define_table(self, statement: str) -> None:
-        # Of two who do it at once, PostgreSQL may tell one that a row of its catalog is taken.
-        with contextlib.suppress(KeyTakenError), self._writing():
+        with self._writing():
             self._write(statement)
 
     def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
