@@ -333,5 +333,5 @@ def _spread(view: MatrixView) -> float:
         return 1.0
     values = view.data.view(view.dtype.numpy)
     finite = values[np.isfinite(values)].astype(np.float64)
-    spread = float(finite.max() - finite.min()) if finite.size else 0.0
+    spread = float(finite.max()) - float(finite.min()) if finite.size else 0.0
     return spread if spread > 0 else 1.0

@@ -23,7 +23,7 @@ from pydedup.ingest.deltas import Delta, decode_deltas, encoded_blocks, replaced
 from pydedup.ingest.places import BlockReader, by_shape, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
-from pydedup.similarity import distances
+from pydedup.similarity import distances, upper_bounds
 from pydedup.types import DType
 
 __all__ = [
@@ -318,9 +318,8 @@ class Similar:
             where = at[rows[lossy]]
             kept.digests[where] = hash_view(content)
             kept.lossy.append((where, content))
-            kept.errors[where] = distances(
-                values_of(blocks)[rows[lossy]], values_of(content)
-            ).relative_l2
+            away = distances(values_of(blocks)[rows[lossy]], values_of(content)).relative_l2
+            kept.errors[where] = np.minimum(upper_bounds(away), bound or np.inf)
         kept.encoded = replaced(kept.encoded, places, deltas, good)
 
 
@@ -348,7 +347,7 @@ def _measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> N
 
 
 def exact_distances(blocks: MatrixView, pairs: Pairs, limit: float) -> NDArray[np.float64]:
-    """Return the relative L2 distance of each pair, infinity where it is beyond ``limit``.
+    """Return what the relative L2 distance of each pair is not beyond, infinity above ``limit``.
 
     Of blocks of another dtype than their candidates it is an estimate.
     """
@@ -356,7 +355,8 @@ def exact_distances(blocks: MatrixView, pairs: Pairs, limit: float) -> NDArray[n
         return np.where(pairs.estimates <= limit, pairs.estimates, np.inf)
     values, bases = values_of(blocks), values_of(pairs.bases)
     pair = pairs.rows, pairs.base_index
-    return distances(values, bases, limit=limit, pairs=pair).relative_l2
+    away = upper_bounds(distances(values, bases, limit=limit, pairs=pair).relative_l2)
+    return np.where(away <= limit, away, np.inf)
 
 
 def _take(kept: Kept, chosen: Sequence[tuple[int, Delta]]) -> None:

@@ -9,6 +9,14 @@ into calls (docs/kernels.md, "Similarity"). Deliberately not here: what is done 
 from __future__ import annotations
 
 from pydedup.similarity.index import L2LSH, SIMILARITY_VERSION, Fetch
-from pydedup.similarity.measures import Distances, distances, magnitude
+from pydedup.similarity.measures import Distances, distances, magnitude, upper_bounds
 
-__all__ = ["L2LSH", "SIMILARITY_VERSION", "Distances", "Fetch", "distances", "magnitude"]
+__all__ = [
+    "L2LSH",
+    "SIMILARITY_VERSION",
+    "Distances",
+    "Fetch",
+    "distances",
+    "magnitude",
+    "upper_bounds",
+]

@@ -24,7 +24,10 @@ from pydedup.similarity._arguments import (
     check_array,
 )
 
-__all__ = ["Distances", "distances", "magnitude"]
+__all__ = ["Distances", "distances", "magnitude", "upper_bounds"]
+
+# By how much of itself a relative distance may be off: squares are added up in f32, 64 at a time.
+_ROUNDING = 5e-6
 
 
 class Distances(NamedTuple):
@@ -112,6 +115,11 @@ def distances(
         as_count(threads, "threads"),
     )
     return Distances(found[:, 0], found[:, 1], None if eps is None else found[:, 2])
+
+
+def upper_bounds(relative_l2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what the true distances are not beyond, for some that `distances` found."""
+    return relative_l2 * (1 + _ROUNDING)
 
 
 def magnitude(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,54 @@ def same(got: Mapping[str, NDArray[Any]], want: Model) -> bool:
 
 def good(_: Mapping[str, NDArray[Any]]) -> float:
     return 1.0
+
+
+def away(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """The relative L2 distance of one block, in f64."""
+    wide = a.astype(np.float64)
+    return float(np.linalg.norm(wide - b) / np.linalg.norm(wide))
+
+
+# ---- bounds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy", [policies.Bounded, lambda e: policies.Accuracy(good, 1.0, max_rel_error=e)]
+)
+def test_what_is_shared_is_within_the_bound_to_the_last_digit(
+    store: pydedup.Store, policy: Callable[[float], Policy]
+) -> None:
+    """Distances are sums in f32, which for these are too small by 8e-7 of themselves."""
+    near = np.full((64, 64), 1.2725753, np.float32)
+    near[::2] *= -1
+    source = (near * np.float32(1.1)).astype(np.float32)
+    bound = away(source, near) * (1 - 4e-7)
+    store.add("near", {"w": near}, block_shape=(64, 64))
+    store.add("m", {"w": source}, policy=policy(bound), block_shape=(64, 64))
+    assert away(source, store.load("m")["w"]) <= bound
+
+
+def test_recorded_errors_are_not_below_the_true_ones(store: pydedup.Store) -> None:
+    near = np.full((64, 64), 1.2725753, np.float32)
+    near[::2] *= -1
+    source = (near * np.float32(1.1)).astype(np.float32)
+    store.add("near", {"w": near}, block_shape=(64, 64))
+    for policy in (policies.Bounded(0.1), policies.Accuracy(good, 1.0, max_rel_error=0.1)):
+        report = store.add("m", {"w": source}, policy=policy, block_shape=(64, 64))
+        recorded = report.certificate["largest_block_error"]
+        true = away(source, store.load("m")["w"])
+        assert true == pytest.approx(1 / 11)
+        assert true * (1 - 1e-12) <= recorded <= true * (1 + 1e-5)
+
+
+def test_weights_that_span_all_of_f64_can_be_searched(store: pydedup.Store) -> None:
+    """Their range is infinite: numpy warned of it."""
+    wide = weights().astype(np.float64) * 1e307
+    wide[:2] = [[1.7e308], [-1.7e308]]
+    store.add("m", {"w": wide})
+    report = store.add("m", {"w": wide * 0.999}, policy=policies.Accuracy(good, 1.0))
+    assert report.certificate["replaced"] > 0
+    assert away(wide / 1e300, store.load("m")["w"] / 1e300) < 0.002
 
 
 # ---- bits ---------------------------------------------------------------------------------------
