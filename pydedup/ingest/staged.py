@@ -33,7 +33,7 @@ class MatchedTensor:
     grid: BlockGrid
     references: NDArray[np.int64]
     digests: NDArray[np.uint64]
-    #: Greatest relative L2 difference of a block to what is stored for it.
+    #: What no relative L2 difference of a block to what is stored for it is beyond.
     largest_error: float = 0.0
 
     @property

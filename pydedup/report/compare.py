@@ -34,8 +34,8 @@ _PIECE = 2**18
 class TensorSharing:
     """How much of one tensor other models use too.
 
-    Bytes include the bases that its deltas need, block counts do not. ``largest_error`` is the
-    greatest relative L2 difference of a block to what is stored for it.
+    Bytes include the bases that its deltas need, block counts do not. ``largest_error`` is what no
+    relative L2 difference of a block to what is stored for it is beyond.
     """
 
     tensor: TensorInfo

@@ -89,6 +89,21 @@ def test_recorded_errors_are_not_below_the_true_ones(store: pydedup.Store) -> No
         assert true * (1 - 1e-12) <= recorded <= true * (1 + 1e-5)
 
 
+def test_equal_blocks_of_two_tensors_have_one_error(store: pydedup.Store) -> None:
+    """Only one of them is compared; a stricter version must not take the other for exact."""
+    source = moved(weights())
+    longer = np.concatenate([source, weights()[::-1]])
+    models = {"a": source, "b": longer}
+    store.add("near", {"w": weights()}, block_shape=(64, 64))
+    report = store.add("m", models, policy=policies.Bounded(0.1), block_shape=(64, 64))
+    errors = report.certificate["tensor_errors"]
+    assert errors["a"] == errors["b"] > 0.005
+    store.add("m", models, policy=policies.Bounded(0.001), block_shape=(64, 64))
+    for name, array in store.load("m").items():
+        for top in range(0, len(array), 64):
+            assert away(models[name][top : top + 64], array[top : top + 64]) <= 0.001
+
+
 def test_weights_that_span_all_of_f64_can_be_searched(store: pydedup.Store) -> None:
     """Their range is infinite: numpy warned of it."""
     wide = weights().astype(np.float64) * 1e307
