@@ -11,7 +11,7 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from pydedup.adapter import LIVE, RETIRED, SCHEMA_VERSION, STAGING, Capabilities
 from pydedup.adapter_options import TellRow
@@ -28,7 +28,7 @@ from pydedup.errors import (
 from ._schema import TABLES, VIEWS, Dialect, create_statements
 from ._sessions import READ, WRITE, Session, SessionPool
 from ._sql import MAX_MEMBERS, Statements, batches, insert_pieces
-from ._values import Row, WrongValueError, as_recorded, text
+from ._values import Row, WrongValueError, as_recorded, shown, text
 
 __all__ = [
     "CancelledError",
@@ -42,6 +42,11 @@ __all__ = [
 T = TypeVar("T", int, bytes)
 R = TypeVar("R")
 
+#: What to do about a damaged row of a table, where that is not to restore a backup.
+_REMEDIES: Final[Mapping[str, str]] = {
+    "models": "remove that model, or restore a backup",
+    "jobs": "a vacuum deletes it",
+}
 #: Within `DbApiBase.sound_rows`: of which adapter, and who is told.
 _SOUND: ContextVar[tuple[object, TellRow] | None] = ContextVar("_SOUND", default=None)
 
@@ -180,8 +185,10 @@ class DbApiBase(abc.ABC):
             within = _SOUND.get()
             if within is not None and within[0] is self:
                 return self._sound(table, names, rows, within[1])
-            said = self._wrong_value(table, names, error)
-            raise CorruptStoreError(f"{self._url} is damaged: {said}; restore a backup") from error
+            told: list[str] = []
+            self._sound(table, names, rows, lambda _table, _key, said: told.append(said))
+            remedy = _REMEDIES.get(table, "restore a backup")
+            raise CorruptStoreError(f"{self._url} is damaged: {told[0]}; {remedy}") from error
 
     @contextlib.contextmanager
     def sound_rows(self, tell: TellRow) -> Iterator[None]:
@@ -200,20 +207,24 @@ class DbApiBase(abc.ABC):
     ) -> list[Row]:
         """Return the rows without those that are damaged, which are told."""
         spec, sound = TABLES.get(table) or VIEWS[table], list[Row]()
+        of_key = set(spec.key or ("id", "name", "version"))
         for row in rows:
             try:
                 sound += as_recorded([row], spec.kinds(names))
             except WrongValueError as error:
-                values = dict(zip(names, row, strict=True))
-                del values[names[error.args[0]]]
-                of_key = values.keys() & set(spec.key or ("id", "name", "version"))
-                key = {name: values[name] for name in names if name in of_key}
-                tell(table, key, self._wrong_value(table, names, error))
+                number, said = error.args
+                wrong = names[number]
+                key = {
+                    name: shown(value)
+                    for name, value in zip(names, row, strict=True)
+                    if name in of_key and name != wrong
+                }
+                said = f"column {wrong} of {self._sql.dialect.name(table)} has {said}"
+                if key:
+                    parts = (f"{name} {value!r:.60}" for name, value in key.items())
+                    said += f", in the row of {', '.join(parts)}"
+                tell(table, key, said)
         return sound
-
-    def _wrong_value(self, table: str, names: Sequence[str], error: WrongValueError) -> str:
-        number, said = error.args
-        return f"column {names[number]} of {self._sql.dialect.name(table)} has {said}"
 
     def _writer(self) -> Session:
         """Return this thread's session, locked and in a write transaction."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from pydedup._pages import join_parts
 
-__all__ = ["Row", "WrongValueError", "as_recorded", "text"]
+__all__ = ["Row", "WrongValueError", "as_recorded", "shown", "text"]
 
 Row = tuple[Any, ...]
 
@@ -37,6 +37,16 @@ class WrongValueError(Exception):
 def text(value: str | bytes | bytearray | memoryview) -> str:
     """Return text that a driver may deliver as bytes (MySQL's VARBINARY names)."""
     return value if isinstance(value, str) else str(value, "utf-8")
+
+
+def shown(value: object) -> object:
+    """Return a value of a damaged row as it is shown: as text, where it may be bytes of one."""
+    if not isinstance(value, _BUFFERS):
+        return value
+    try:
+        return text(value)
+    except UnicodeDecodeError:
+        return bytes(value)
 
 
 def as_recorded(rows: list[Row], kinds: Sequence[str]) -> list[Row]:
@@ -80,5 +90,6 @@ def _converted(row: Row, kinds: Sequence[str]) -> Row:
 
 
 def _wrong(number: int, value: object, kind: str) -> WrongValueError:
-    shown = "NULL" if value is None else f"{value!r:.60}"
-    return WrongValueError(number, f"{shown} where {_KINDS[kind.rstrip('?')][1]} must be")
+    plain = bytes(value) if isinstance(value, _BUFFERS) else value
+    found = "NULL" if value is None else f"{plain!r:.60}"
+    return WrongValueError(number, f"{found} where {_KINDS[kind.rstrip('?')][1]} must be")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow, TensorRow
-from pydedup.adapter_options import CopiesAdapter
+from pydedup.adapter_options import CopiesAdapter, only_sound_rows
 from pydedup.blocks import BlockGrid, BlockMap, as_block_shape, matrix_shape
 from pydedup.certificates import error_of, keeps_bits
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
@@ -313,11 +313,23 @@ class Catalog:
 
     def infos(self, name: str | None = None) -> list[ModelInfo]:
         """Return what the store knows of its live models, ordered by name, then age."""
+        return list(self._infos(name, may_miss=False))
+
+    def sound_infos(self) -> list[ModelInfo]:
+        """Return the same without models, or aliases, of which it cannot be read."""
+        with only_sound_rows(self._adapter):
+            return list(self._infos(None, may_miss=True))
+
+    def _infos(self, name: str | None, *, may_miss: bool) -> Iterator[ModelInfo]:
         aliases: dict[int, list[str]] = {}
         for _, alias, model_id in self._adapter.aliases(name):
             aliases.setdefault(model_id, []).append(alias)
-        rows = sorted(self._adapter.models(name=name), key=lambda row: (row.name, row.id))
-        return [model_info(row, aliases.get(row.id, ())) for row in rows]
+        for row in sorted(self._adapter.models(name=name), key=lambda row: (row.name, row.id)):
+            try:
+                yield model_info(row, aliases.get(row.id, ()))
+            except CorruptStoreError:
+                if not may_miss:
+                    raise
 
     def forget(self, model_id: int) -> None:
         """Drop what is cached of a model."""

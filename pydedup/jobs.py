@@ -12,13 +12,13 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pydedup.adapter import LIVE, STAGING, Adapter
-from pydedup.adapter_options import NumberingAdapter, StagingAdapter
+from pydedup.adapter_options import NumberingAdapter, SoundRowsAdapter, StagingAdapter
 
 __all__ = ["LEASE_SECONDS", "SCORING", "Job", "job_is_dead", "models_of_job", "staging_jobs"]
 
@@ -28,6 +28,9 @@ SCORING = "scoring"
 #: A job that gave no sign of life for this long is abandoned.
 LEASE_SECONDS = 600.0
 
+
+#: No clock of another machine is so far ahead of ours; a time stamp that is was damaged.
+_MOST_AHEAD_SECONDS = 7 * 86400.0
 
 _PAGES_PER_TRANSACTION = 16
 _BEAT_SECONDS = 60.0
@@ -165,8 +168,20 @@ class Job:
 
 
 def staging_jobs(adapter: Adapter) -> list[tuple[str, str, str, str]]:
-    """Return the rows of jobs that stage something, dead or alive."""
-    return [job for job in adapter.jobs() if job[3] != SCORING]
+    """Return the rows of jobs that stage something, dead or alive, and those that are damaged.
+
+    Of these only the id is left, and nobody can go on with one, whatever it was.
+    """
+    damaged: list[tuple[str, str, str, str]] = []
+
+    def tell(table: str, key: Mapping[str, object], said: str) -> None:
+        job_id = key.get("id")
+        if isinstance(job_id, str):
+            damaged.append((job_id, "", "", ""))
+
+    sound = adapter.sound_rows(tell) if isinstance(adapter, SoundRowsAdapter) else nullcontext()
+    with sound:
+        return [job for job in adapter.jobs() if job[3] != SCORING] + damaged
 
 
 def models_of_job(spec: str) -> list[int]:
@@ -181,7 +196,7 @@ def job_is_dead(spec: str, cursor: str, lease_seconds: float = LEASE_SECONDS) ->
     """
     try:
         models_of_job(spec)
-        if time.time() - float(cursor) > lease_seconds:
+        if not -_MOST_AHEAD_SECONDS <= time.time() - float(cursor) <= lease_seconds:
             return True
         process = json.loads(spec).get("process")
         if not process:
@@ -191,7 +206,7 @@ def job_is_dead(spec: str, cursor: str, lease_seconds: float = LEASE_SECONDS) ->
         if here is None or places[0] != places[1]:
             return False  # on another machine: only the lease can tell
         return bool(_identity(int(process["pid"])) != process)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return True
 
 

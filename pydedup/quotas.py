@@ -207,14 +207,18 @@ def check(adapter: Adapter, pool: PagePool, newcomers: Newcomers, epoch: int) ->
     with adapter.snapshot():
         if adapter.epoch() != epoch:
             return False
-        quotas = _read_quotas(adapter)
+        concerned = list(_concerned(_read_quotas(adapter), newcomers))
+        if not concerned:
+            return True
         models = [row for row in adapter.models() if row.id not in newcomers.replaced]
         together: Readers | None = None
-        for quota, value in _concerned(quotas, newcomers):
-            everyone = [(m.metadata, m.logical_bytes) for m in models] + list(newcomers.models)
-            is_mine = [value_of(metadata, quota.key) == value for metadata, _ in everyone]
+        for quota, value in concerned:
+            values = [value_of(m.metadata, quota.key, f"{m.name}@{m.version}") for m in models]
+            values += [value_of(text, quota.key, "a new model") for text, _ in newcomers.models]
+            is_mine = [found == value for found in values]
             if quota.measure == "logical":
-                total = sum(size for (_, size), mine in zip(everyone, is_mine, strict=True) if mine)
+                sizes = [m.logical_bytes for m in models] + [size for _, size in newcomers.models]
+                total = sum(size for size, mine in zip(sizes, is_mine, strict=True) if mine)
             else:
                 if together is None:
                     together = _together(adapter, pool, models, newcomers.readers())
@@ -231,7 +235,9 @@ def check(adapter: Adapter, pool: PagePool, newcomers: Newcomers, epoch: int) ->
 def _concerned(quotas: Sequence[Quota], newcomers: Newcomers) -> Iterator[tuple[Quota, str]]:
     """Yield the quotas that hold for newcomers, each with the value it holds for."""
     for key in dict.fromkeys(quota.key for quota in quotas):
-        for value in dict.fromkeys(value_of(text, key) for text, _ in newcomers.models):
+        for value in dict.fromkeys(
+            value_of(text, key, "a new model") for text, _ in newcomers.models
+        ):
             quota = quota_of(quotas, key, value)
             if quota is not None and value is not None:
                 yield quota, value

@@ -197,7 +197,10 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     # ---- names --------------------------------------------------------------------------------
 
     def models(self) -> list[ModelInfo]:
-        """Return all versions of all models, ordered by name, then age."""
+        """Return all versions of all models, ordered by name, then age.
+
+        Raises CorruptStoreError where what is recorded of one cannot be read.
+        """
         return self._catalog.infos()
 
     def versions(self, name: str) -> list[ModelInfo]:
@@ -258,7 +261,10 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         return store_stats(self._adapter, self._pool.stats())
 
     def sizes(self) -> list[ModelSize]:
-        """Return what each version of each model takes, ordered by name, then age."""
+        """Return what each version of each model takes, ordered by name, then age.
+
+        Without those of which `models` cannot be read.
+        """
         from pydedup.report.sizes import model_sizes
 
         return model_sizes(self._adapter, self._catalog)

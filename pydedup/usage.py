@@ -124,9 +124,9 @@ class Readers:
         return cls(rows, places, lambda asked: block_costs(pool, asked))
 
 
-def value_of(metadata: str, key: str) -> str | None:
+def value_of(metadata: str, key: str, whose: str) -> str | None:
     """Return the value of a key of metadata (JSON); one that is no text, as JSON writes it."""
-    return text_of(recorded_object(metadata, "the metadata of a model").get(key))
+    return text_of(recorded_object(metadata, f"the metadata of {whose}").get(key))
 
 
 def text_of(value: Any) -> str | None:
@@ -147,7 +147,7 @@ def usage_by(adapter: Adapter, pool: PagePool, key: str) -> Usage:
         raise ArgumentError(f"by must be a key of metadata, a string, not {key!r:.100}")
     with adapter.snapshot():
         models = adapter.models()
-        found = [value_of(model.metadata, key) for model in models]
+        found = [value_of(row.metadata, key, f"{row.name}@{row.version}") for row in models]
         values = sorted(set(found), key=lambda value: (value is None, value or ""))
         number = {value: i for i, value in enumerate(values)}
         groups = np.array([number[value] for value in found], np.int64)

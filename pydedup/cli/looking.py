@@ -14,6 +14,7 @@ from pydedup.certificates import describe
 from pydedup.cli import options, output
 from pydedup.cli.tables import Column, print_table
 from pydedup.cli.tenants import print_usage
+from pydedup.errors import CorruptStoreError
 from pydedup.types import ModelInfo, TensorInfo
 
 if TYPE_CHECKING:
@@ -64,7 +65,14 @@ def ls(url: str, name: str | None, as_json: bool) -> None:
     with options.read_store(url) as store:
         meant = None if name is None else {info.address for info in options.meant_by(store, name)}
         sizes = [size for size in store.sizes() if meant is None or size.info.address in meant]
-        figures = store.stats()
+        try:
+            if name is None:
+                store.models()  # or some are missing above
+            figures = store.stats()
+        except CorruptStoreError:
+            if sizes and not as_json:
+                print_table(_MODEL_COLUMNS, [_model_row(size) for size in sizes])
+            raise
     if as_json:
         models = [_size_document(size) for size in sizes]
         output.emit_json({"url": figures.url, "models": models, "store": _totals(figures)})

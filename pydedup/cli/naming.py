@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 import click
 
@@ -11,6 +12,7 @@ from pydedup import Store, text
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import WAITING, Watch
+from pydedup.errors import CorruptStoreError
 from pydedup.names import parse_address
 
 __all__ = ["alias", "rm"]
@@ -30,14 +32,17 @@ def alias(
     if delete == (version is not None):
         raise click.UsageError("give either a VERSION to point at or --delete")
     with options.existing_store(url) as store:
-        before = next((info for info in store.versions(name) if alias in info.aliases), None)
+        before = None
+        with suppress(CorruptStoreError):  # of one whose row is damaged, an alias can be deleted
+            before = next((info for info in store.versions(name) if alias in info.aliases), None)
         with Watch(WAITING):
             store.alias(name, alias, version)
     was = None if before is None else before.version
     if as_json:
         output.emit_json({"name": name, "alias": alias, "version": version, "previous": was})
     elif delete:
-        output.print_note(f"{name}@{alias} is gone (it was version {was})")
+        pointed = "" if was is None else f" (it was version {was})"
+        output.print_note(f"{name}@{alias} is gone{pointed}")
     else:
         moved = f" (it was {was})" if was not in (None, version) else ""
         output.print_note(f"{name}@{alias} is version {version}{moved}")
@@ -72,7 +77,11 @@ def rm(url: str, name: str, all_versions: bool, yes: bool, as_json: bool) -> int
 
 def _agreed(store: Store, name: str, all_versions: bool) -> bool:
     """Ask on standard error whether the versions that an address means may go."""
-    meant = options.meant_by(store, name)
+    try:
+        meant = options.meant_by(store, name)
+    except CorruptStoreError as error:
+        warn(str(error))
+        return click.confirm(text.clean(f"Remove {name} from {store.url}?"), err=True)
     names_one = parse_address(name).selector is not None
     if names_one if all_versions else len(meant) > 1:
         return True  # which the store refuses, and says why

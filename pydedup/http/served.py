@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pydedup import config
 from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import StoredModel
 from pydedup.errors import NotFoundError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
@@ -192,8 +193,9 @@ class ServedStore(Store):
         return [row.version for row in self._adapter.models(name=name)]
 
     def index(self) -> list[IndexEntry]:
-        """Return all models, ordered by name, then age."""
-        rows = sorted(self._adapter.models(), key=lambda row: (row.name, row.id))
+        """Return all models, ordered by name, then age, but for those whose row is damaged."""
+        with only_sound_rows(self._adapter):
+            rows = sorted(self._adapter.models(), key=lambda row: (row.name, row.id))
         known, graphs = self._graphs, {}
         for row in rows:
             has_graph = known.get(row.id)

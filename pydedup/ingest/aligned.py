@@ -11,6 +11,7 @@ that were trained separately have all names in common and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, StoredModel
+from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
@@ -119,7 +122,7 @@ class Aligned:
         self._stored = stored
         self._reader = reader
         self._rows: list[ModelRow] | None = None  # newest first
-        self._stored_models: dict[int, _Stored] = {}  # by model id
+        self._stored_models: dict[int, _Stored | None] = {}  # by model id
         self._matched: dict[_Key, list[_Matched]] = {}  # of this add, newest last
         # Of the model that asks now: by model id, those of this add by address.
         self._relations: dict[int | str, _Relation] = {}
@@ -154,8 +157,12 @@ class Aligned:
         newest = sorted(self._newest(), key=lambda row: row.name != request.name)
         for row, relation in self._but_strangers((row.id, row) for row in newest):
             other = self._stored_model(row)
-            info = other.tensors.get(key)
-            if info is not None and info.block_shape == (grid.block_rows, grid.block_cols):
+            info = None if other is None else other.tensors.get(key)
+            if (
+                other is not None
+                and info is not None
+                and info.block_shape == (grid.block_rows, grid.block_cols)
+            ):
                 # The map is read when a block asks: in a new version of a model few do.
                 yield Neighbours(partial(self._stored_blocks, other.model, key[0]), relation)
 
@@ -183,7 +190,10 @@ class Aligned:
     def _stored_blocks(
         self, model: StoredModel, name: str, numbers: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        block_map = model.block_map(name)
+        try:
+            block_map = model.block_map(name)
+        except CorruptStoreError:
+            return np.full(len(numbers), NO_BASE, np.int64)
         page_ids, slots = block_map.page_ids[numbers], block_map.slots[numbers]
         if block_map.bases is not None:
             base_page_ids, base_slots = (column[numbers] for column in block_map.bases)
@@ -198,13 +208,17 @@ class Aligned:
 
     def _newest(self) -> list[ModelRow]:
         if self._rows is None:
-            self._rows = self._adapter.models(newest=_NEWEST)[::-1]
+            with only_sound_rows(self._adapter):  # what is near is only looked for
+                self._rows = self._adapter.models(newest=_NEWEST)[::-1]
         return self._rows
 
-    def _stored_model(self, row: ModelRow) -> _Stored:
-        known = self._stored_models.get(row.id)
-        if known is None:
-            model = self._catalog.of_row(row)
-            tensors = {(info.name, info.shape): info for info in model.tensors}
-            known = self._stored_models[row.id] = _Stored(model, tensors)
-        return known
+    def _stored_model(self, row: ModelRow) -> _Stored | None:
+        """Return a model, ``None`` where what is recorded of its tensors is damaged."""
+        if row.id not in self._stored_models:
+            known = None
+            with suppress(CorruptStoreError):
+                model = self._catalog.of_row(row)
+                tensors = {(info.name, info.shape): info for info in model.tensors}
+                known = _Stored(model, tensors)
+            self._stored_models[row.id] = known
+        return self._stored_models[row.id]

@@ -18,6 +18,7 @@ from pydedup import codec
 from pydedup.adapter import Adapter
 from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, SourceHashes, StoredModel
+from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE
@@ -54,11 +55,18 @@ class Previous:
     def of(
         cls, adapter: Adapter, stored: StoredTable, catalog: Catalog, name: str, policy: Policy
     ) -> Previous | None:
-        """Return the newest version, if there is one and the policy takes what is stored of it."""
+        """Return the newest version, if there is one and the policy takes what is stored of it.
+
+        ``None``, too, where what is recorded of its tensors is damaged.
+        """
         rows = adapter.models(name=name, newest=1)
         if not rows:
             return None
-        model = catalog.of_row(rows[0])
+        try:
+            model = catalog.of_row(rows[0])
+            model.block_maps()
+        except CorruptStoreError:
+            return None
         if policy.max_rel_error == 0 and not model.keeps_bits:
             return None
         if all(model.error_of(info.name) > policy.max_rel_error for info in model.tensors):

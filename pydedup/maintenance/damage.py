@@ -78,32 +78,31 @@ class VerifyReport:
 
 
 @contextmanager
-def sound_rows(adapter: Adapter, report: VerifyReport) -> Iterator[set[int]]:
+def sound_rows(adapter: Adapter, report: VerifyReport) -> Iterator[dict[str, set[int]]]:
     """Report rows with a value that its column cannot have, and go on as if they were not there.
 
-    Gives the pages whose rows that are; of a distinct block another row can be made.
+    Gives by table the ids of pages and of models whose rows that are; of a distinct block another
+    row can be made.
     """
-    pages: set[int] = set()
+    damaged: dict[str, set[int]] = {"pages": set(), "models": set()}
     told: set[str] = set()
 
     def tell(table: str, key: Mapping[str, object], said: str) -> None:
-        row = ", ".join(f"{name} {value!r:.60}" for name, value in key.items())
-        text = f"{said}, in the row of {row}" if row else said
-        if text in told:
+        if said in told:
             return
-        told.add(text)
-        report.add_error(text)
+        told.add(said)
+        report.add_error(said)
         row_id = key.get("id")
-        if table == "pages" and isinstance(row_id, int):
-            pages.add(row_id)
+        if table in damaged and isinstance(row_id, int):
+            damaged[table].add(row_id)
         elif table == "distinct_blocks" and isinstance(row_id, int):
             report.surplus_blocks.append(row_id)
 
     if isinstance(adapter, SoundRowsAdapter):
         with adapter.sound_rows(tell):
-            yield pages
+            yield damaged
     else:
-        yield pages
+        yield damaged
 
 
 class Damage:

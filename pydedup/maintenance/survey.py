@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, BlockRow, ModelRow
-from pydedup.adapter_options import SoundRowsAdapter
+from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import BlockMap
 from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
@@ -100,9 +100,7 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
 
 def sound_models(adapter: Adapter) -> list[ModelRow]:
     """Return the models of all states, but for those whose row is damaged; verify tells them."""
-    if not isinstance(adapter, SoundRowsAdapter):
-        return adapter.models(state=None)
-    with adapter.sound_rows(lambda table, key, said: None):
+    with only_sound_rows(adapter):
         return adapter.models(state=None)
 
 

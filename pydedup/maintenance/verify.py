@@ -83,8 +83,8 @@ def _verified(
     report = VerifyReport()
     for complaint in adapter.integrity_errors():
         report.add_error(f"database: {complaint}")
-    with adapter.snapshot(), sound_rows(adapter, report) as damaged_rows:
-        contents, damage = _verify_pages(adapter, unreadable, damaged_rows, report, progress)
+    with adapter.snapshot(), sound_rows(adapter, report) as damaged:
+        contents, damage = _verify_pages(adapter, unreadable, damaged["pages"], report, progress)
         rows = adapter.models()
         for number, row in enumerate(rows):
             for read in (model_info, certificate_of):
@@ -108,8 +108,8 @@ def _verified(
             if page_id in report.damaged_pages:
                 report.unrecorded_blocks.pop(page_id, None)
         verify_meta(adapter, report)
-        verify_names(adapter, rows, report)
-        _note_leftovers(adapter, report)
+        verify_names(adapter, rows, damaged["models"], report)
+        _note_leftovers(adapter, damaged["models"], report)
     return report
 
 
@@ -360,7 +360,8 @@ def _note_twin(
             )
 
 
-def _note_leftovers(adapter: Adapter, report: VerifyReport) -> None:
+def _note_leftovers(adapter: Adapter, damaged: Collection[int], report: VerifyReport) -> None:
+    adapter.jobs()  # rows of it may be damaged
     models = adapter.models(state=None)
     for row in models:
         if row.state not in (STAGING, LIVE):
@@ -368,7 +369,7 @@ def _note_leftovers(adapter: Adapter, report: VerifyReport) -> None:
                 f"{row.name}@{row.version} is {row.state!r}, which no model can be, so it is not "
                 "served; restore a backup"
             )
-    for model_id in sorted(lost_models(adapter).difference(row.id for row in models)):
+    for model_id in sorted(lost_models(adapter).difference(damaged, (row.id for row in models))):
         report.add_error(
             f"the row of the model with id {model_id} is lost, whose pages are there; restore a "
             "backup"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -174,8 +174,13 @@ def verify_meta(adapter: Adapter, report: VerifyReport) -> None:
             report.add_error(str(exc))
 
 
-def verify_names(adapter: Adapter, rows: Sequence[ModelRow], report: VerifyReport) -> None:
-    """Check that models and aliases are called as they can be, and aliases point at models."""
+def verify_names(
+    adapter: Adapter, rows: Sequence[ModelRow], damaged: Collection[int], report: VerifyReport
+) -> None:
+    """Check that models and aliases are called as they can be, and aliases point at models.
+
+    Of those whose row is ``damaged`` nobody knows what they are called.
+    """
     live = {row.id: row.name for row in rows}
     aliases = adapter.aliases()
     called = [(row.name, row.version) for row in rows]
@@ -186,6 +191,6 @@ def verify_names(adapter: Adapter, rows: Sequence[ModelRow], report: VerifyRepor
         except ArgumentError as exc:
             report.add_error(f"{name}@{version} is damaged: {exc}; restore a backup")
     for name, alias, model_id in aliases:
-        if live.get(model_id) != name:
+        if live.get(model_id) != name and model_id not in damaged:
             other = "of another name" if model_id in live else "that is gone"
             report.add_error(f"alias {name}@{alias} points at a model {other}")

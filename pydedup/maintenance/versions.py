@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from pydedup.adapter import Adapter, ModelRow
+from collections.abc import Mapping
+
+from pydedup.adapter import Adapter
+from pydedup.adapter_options import SoundRowsAdapter
 from pydedup.catalog import Catalog, known_versions, version_of
-from pydedup.errors import ArgumentError, NotFoundError
+from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.maintenance.vacuum import retire_orphans
-from pydedup.names import check_name, parse_address
+from pydedup.names import Address, check_name, parse_address
 from pydedup.text import it_has
 
 __all__ = ["remove", "set_alias"]
@@ -23,13 +26,13 @@ def set_alias(
         check_name(version, "version")
     with adapter.transaction():
         adapter.bump_epoch()  # nobody removes the version meanwhile
+        if version is None and adapter.delete_alias(name, alias):
+            return  # whatever it points at
         catalog.resolve(name)
         if version_of(adapter, name, alias) is not None:
             raise ArgumentError(f"{alias!r} is a version of {name}; choose another alias")
         if version is None:
-            if not adapter.delete_alias(name, alias):
-                raise NotFoundError(f"{name!r} has no alias {alias!r}")
-            return
+            raise NotFoundError(f"{name!r} has no alias {alias!r}")
         row = version_of(adapter, name, version)
         if row is None:
             known = known_versions(adapter, name)
@@ -42,40 +45,63 @@ def remove(adapter: Adapter, catalog: Catalog, name: str, *, all_versions: bool)
     with adapter.transaction():
         adapter.bump_epoch()
         doomed = _doomed(adapter, catalog, name, all_versions)
-        for row in doomed:
-            adapter.delete_model(row.id)
+        for model_id in doomed:
+            adapter.delete_model(model_id)
         retire_orphans(adapter)
-    for row in doomed:
-        catalog.forget(row.id)
+    for model_id in doomed:
+        catalog.forget(model_id)
     adapter.checkpoint()
-    return [f"{row.name}@{row.version}" for row in doomed]
+    return list(doomed.values())
 
 
-def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -> list[ModelRow]:
+def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -> dict[int, str]:
+    """Return the addresses of what is to be removed, by id."""
     address = parse_address(name)
-    row = catalog.resolve(name)
-    if address.selector is None:
-        rows = adapter.models(name=address.name)
-        if all_versions:
-            return rows
-        if len(rows) > 1:
-            raise ArgumentError(
-                f"{name!r} has {len(rows)} versions; name one, e.g. {name}@{rows[0].version}, "
-                "or remove all of them (all_versions=True, --all-versions)"
-            )
-    elif all_versions:
+    if address.selector is not None and all_versions:
         raise ArgumentError(
             f"{name!r} names one version; with all versions (all_versions=True, --all-versions) "
             "give the name alone"
         )
-    elif row.version != address.selector:
-        raise ArgumentError(
-            f"{name!r} is an alias of {row.name}@{row.version}; name the version to remove"
-        )
-    for _, alias, model_id in adapter.aliases(address.name):
-        if model_id == row.id:
+    try:
+        row = catalog.resolve(name)
+    except CorruptStoreError:
+        doomed = dict.fromkeys(_damaged(adapter, address), str(address))
+        if not doomed:
+            raise
+    else:
+        doomed = {row.id: f"{row.name}@{row.version}"}
+        if address.selector is None:
+            rows = adapter.models(name=address.name)
+            if all_versions:
+                return {each.id: f"{each.name}@{each.version}" for each in rows}
+            if len(rows) > 1:
+                raise ArgumentError(
+                    f"{name!r} has {len(rows)} versions; name one, e.g. {name}@{rows[0].version}, "
+                    "or remove all of them (all_versions=True, --all-versions)"
+                )
+        elif row.version != address.selector:
             raise ArgumentError(
-                f"alias {alias!r} points at {row.name}@{row.version}; move or delete the alias "
-                "first"
+                f"{name!r} is an alias of {row.name}@{row.version}; name the version to remove"
             )
-    return [row]
+    for _, alias, model_id in adapter.aliases(address.name):
+        if model_id in doomed:
+            raise ArgumentError(
+                f"alias {alias!r} points at {doomed[model_id]}; move or delete the alias first"
+            )
+    return doomed
+
+
+def _damaged(adapter: Adapter, address: Address) -> list[int]:
+    """Return the ids of models of a version whose row is damaged, which nobody can read."""
+    found: list[int] = []
+
+    def tell(table: str, key: Mapping[str, object], said: str) -> None:
+        model_id = key.get("id")
+        is_meant = (key.get("name"), key.get("version")) == (address.name, address.selector)
+        if table == "models" and is_meant and isinstance(model_id, int):
+            found.append(model_id)
+
+    if isinstance(adapter, SoundRowsAdapter) and address.selector is not None:
+        with adapter.sound_rows(tell):
+            adapter.models(name=address.name)
+    return found

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import version_of
 from pydedup.errors import (
     ArgumentError,
@@ -79,16 +80,21 @@ def _refuse_same_store(source: Adapter, target: Adapter) -> None:
     if source.meta().get("store_id") != target.meta().get("store_id"):
         return
     job = Job(target, "copy")
-    before = {job_id for job_id, _, _, _ in source.jobs()}
+    before = _job_ids(source)
     with target.transaction():
         job.beat()
     try:
-        same = {job_id for job_id, _, _, _ in source.jobs()} - before
-        if same & {job_id for job_id, _, _, _ in target.jobs()}:
+        same = _job_ids(source) - before
+        if same & _job_ids(target):
             raise ArgumentError(f"{source.url} and {target.url} are one store; name another one")
     finally:
         with target.transaction():
             job.end()
+
+
+def _job_ids(adapter: Adapter) -> set[str]:
+    with only_sound_rows(adapter):
+        return {job_id for job_id, _, _, _ in adapter.jobs()}
 
 
 class _Copier:

@@ -14,7 +14,7 @@ from typing import Any
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter
 from pydedup.catalog import Catalog, StoredModel, recorded_object
-from pydedup.errors import NotFoundError, PydedupError, ReadOnlyError
+from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError, ReadOnlyError
 from pydedup.jobs import SCORING
 from pydedup.names import parse_address
 
@@ -123,7 +123,14 @@ class Pin:
 
     def _spec(self, job: str) -> dict[str, Any] | None:
         found = next((row[1] for row in self._adapter.jobs() if row[0] == job), None)
-        return None if found is None else recorded_object(found, f"the note {job!r} of a scoring")
+        if found is None:
+            return None
+        what = f"the note {job!r} of a scoring"
+        spec = recorded_object(found, what)
+        model_id, runs = spec.get("model"), spec.get("runs", [])
+        if not isinstance(model_id, int) or not isinstance(runs, list) or "address" not in spec:
+            raise CorruptStoreError(f"{what} cannot be read ({found:.200}); restore a backup")
+        return spec
 
     def _put(self, spec: Mapping[str, Any]) -> None:
         self._adapter.put_job(self._id, json.dumps(spec), repr(time.time()), SCORING)

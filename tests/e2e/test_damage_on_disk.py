@@ -28,6 +28,8 @@ from pydedup.graph import Graph, Node
 from pydedup.jobs import Job
 from pydedup.testing.servers import MariadbServer, PostgresServer
 
+from .damage import put
+
 #: Bytes of a page that are looked for in the files, from where on, and how far on next.
 SOUGHT, FIRST, STEP = 100, 300_000, 5000
 
@@ -395,25 +397,6 @@ def test_a_lost_part_of_what_a_model_has_beside_its_weights(part: int, tmp_path:
         with pytest.raises(CorruptStoreError, match=re.escape(error)):
             store.export("one", tmp_path / "exported")
         assert np.array_equal(store.load("one")["w"], np.ones((9, 9)))
-
-
-def put(path: Path, table: str, column: str, value: str, where: str = "1") -> bool:
-    """Give a column of rows a value (SQL); whether there were such rows, and SQLite did it."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        (strict,) = connection.execute(
-            "SELECT sql FROM sqlite_master WHERE name = ?", [table]
-        ).fetchone()
-    loose = re.sub(r" (TEXT|BLOB|REAL|INTEGER)\b(?! PRIMARY)| NOT NULL| STRICT,?", "", strict)
-    for sql in (loose, strict):
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            if sql is strict:
-                changed = connection.execute(
-                    f"UPDATE OR IGNORE {table} SET {column} = {value} WHERE {where}"  # noqa: S608
-                )
-            connection.execute("PRAGMA writable_schema = ON")
-            connection.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", [sql, table])
-            connection.execute("PRAGMA writable_schema = RESET")
-    return changed.rowcount > 0
 
 
 def look_at_all(path: Path, models: dict[str, dict[str, np.ndarray]], what: str) -> bool:

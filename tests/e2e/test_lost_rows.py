@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup import policies, registry
+from pydedup import policies
 from pydedup.cli.app import main
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places
 from pydedup.testing._contract_base import in_thread
+
+from .damage import change
 
 SIDE = 32
 Model = dict[str, np.ndarray]
@@ -45,18 +47,6 @@ MODELS = {
     "near": near(blocks(1, 2)),
     "lossy": {"w": near(blocks(4))["w"] + blocks(4)["w"]},
 }
-
-
-def change(url: str, statement: str, *values: object) -> None:
-    """Change tables behind pydedup's back: ``{}`` stands for the name that is given next."""
-    adapter: Any = registry.connect(url, mode="a")
-    try:
-        dialect = adapter._sql.dialect
-        named = re.sub(r"\{(\w+)\}", lambda found: dialect.name(found[1]), statement)
-        with adapter.transaction():
-            assert adapter._write(named.replace("?", dialect.placeholder), values)
-    finally:
-        adapter.close()
 
 
 def fill(url: str) -> None:

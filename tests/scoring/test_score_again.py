@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError, ConflictError, NotFoundError, UnavailableError
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    CorruptStoreError,
+    NotFoundError,
+    UnavailableError,
+)
 from pydedup.jobs import SCORING
 from pydedup.testing.servers import mysql_connection
 
@@ -90,6 +96,27 @@ def test_an_alias_is_what_it_was_until_the_work_is_done(
     assert_right({k: v for k, v in found.items() if k <= 15}, x[:15], w2)
     by_model = dict(tables.run(f"SELECT model, COUNT(*) FROM {into} GROUP BY model"))
     assert by_model == {"m@1": 15, "m@2": 15}
+
+
+@pytest.mark.parametrize(
+    "note", ["{}", '{"model": "1", "address": "m@1"}', '{"model": 1, "address": "m@1", "runs": 1}']
+)
+def test_a_damaged_note_of_the_version_is_told(
+    tables: Tables, source: Make, new_name: Make, note: str
+) -> None:
+    """It was a KeyError, or a TypeError."""
+    add(tables.url, "m@1")
+    table, into = source(features(20)), new_name()
+    tables.run(f"UPDATE {table} SET f0 = NULL WHERE id = 15")
+    with pydedup.open(tables.url) as store:
+        store.alias("m", "prod", "1")
+        with pytest.raises(ArgumentError, match="row with id 15"):
+            store.score(query_of(table, "ORDER BY id"), "m@prod", into=into, batch=10)
+        ((job, _, cursor, state),) = store._adapter.jobs()
+        with store._adapter.transaction():
+            store._adapter.put_job(job, note, cursor, state)
+        with pytest.raises(CorruptStoreError, match=f"the note '{job}' of a scoring cannot be"):
+            store.score(query_of(table, "ORDER BY id"), "m@prod", into=into, batch=10)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import only_sound_rows
 from pydedup.ray.serving.placement import key_of
 from pydedup.report.families import families
 
@@ -48,8 +49,9 @@ class Families:
 
     def refresh(self) -> bool:
         """Look at the store again, which may wait for the database; returns whether it changed."""
-        rows = self._adapter.models()
-        aliases = self._adapter.aliases()
+        with only_sound_rows(self._adapter):  # the others are served
+            rows = self._adapter.models()
+            aliases = self._adapter.aliases()
         seen = self._adapter.epoch(), tuple(row.id for row in rows), tuple(aliases)
         if seen == self._seen:
             return False

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is recorded of one model, or of a job, is damaged: all others stay usable, and it can go."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import pydedup
+from pydedup.cli.app import main
+from pydedup.errors import ArgumentError, CorruptStoreError
+
+from .damage import change, put
+
+NAMES = ("one", "two", "three")
+MODELS = {
+    name: {"w": np.random.default_rng(seed).standard_normal((64, 64), np.float32)}
+    for seed, name in enumerate(NAMES)
+}
+
+
+def fill(url: str) -> None:
+    with pydedup.open(url) as store:
+        for name, model in MODELS.items():
+            store.add(name, model)
+        store.alias("two", "prod", "1")
+        store.alias("one", "prod", "1")
+
+
+def others_are_usable(store: pydedup.Store) -> None:
+    """Look at those that are not damaged, and add some."""
+    assert {size.info.name for size in store.sizes()} == {"one", "three"}
+    near = {"w": MODELS["two"]["w"] * np.float32(1.0001)}
+    for name in ("one", "four"):
+        store.add(name, near)
+        assert np.array_equal(store.load(name)["w"], near["w"])
+        store.remove(f"{name}@{store.versions(name)[-1].version}")
+    for name in ("one", "three"):
+        assert np.array_equal(store.load(f"{name}@1")["w"], MODELS[name]["w"])
+
+
+def is_removed(store: pydedup.Store) -> None:
+    """Remove the damaged model, after which all is sound."""
+    with pytest.raises(ArgumentError, match="alias 'prod' points at two@1"):
+        store.remove("two@1")
+    store.alias("two", "prod", None)
+    assert store.remove("two@1") == ["two@1"]
+    store.vacuum()
+    report = store.verify()
+    assert (report.errors, report.notes) == ([], [])
+    assert [info.address for info in store.models()] == ["one@1", "three@1"]
+
+
+@pytest.mark.parametrize("column", ["created_at", "metadata", "logical_bytes", "digest", "policy"])
+def test_a_row_with_a_value_that_its_column_cannot_have(
+    column: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "store.db"
+    fill(f"sqlite:///{path}")
+    assert put(path, "pydedup_models", column, "NULL", "id = 2")
+    row = "in the row of id 2, name 'two', version '1'"
+    assert main(["ls", str(path)]) == 4
+    out, err = capsys.readouterr()
+    assert "one@1" in out
+    assert "three@1" in out
+    assert re.search(f"{column} .* {row}; remove that model, or restore a backup", err)
+    assert main(["ls", str(path), "one", "--json"]) == 4
+    assert capsys.readouterr().out == ""
+    with pydedup.open(path) as store:
+        with pytest.raises(CorruptStoreError, match=row):
+            store.models()
+        told = [error for error in store.verify().errors if not error.startswith("database")]
+        assert [error.endswith(row) for error in told] == [True]
+        others_are_usable(store)
+    for command in (["alias", str(path), "two", "prod", "--delete"], ["rm", str(path), "two@1"]):
+        assert main(command) == 0
+    with pydedup.open(path) as store:
+        store.vacuum()
+        assert store.verify().ok
+        assert [info.address for info in store.models()] == ["one@1", "three@1"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("UPDATE {models} SET created_at = ? WHERE name = 'two'", 1e300),
+        ("UPDATE {models} SET metadata = ? WHERE name = 'two'", "["),
+    ],
+)
+def test_a_value_that_says_nothing(
+    setting: str, value: object, store_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(store_url)
+    change(store_url, setting, value)
+    assert main(["ls", store_url]) == 4
+    out, err = capsys.readouterr()
+    assert "one@1" in out
+    assert "two@1" in err
+    with pydedup.open(store_url) as store:
+        others_are_usable(store)
+        is_removed(store)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "DELETE FROM {tensors} WHERE model_id = ?",
+        "DELETE FROM {block_maps} WHERE model_id = ?",
+    ],
+)
+def test_adds_go_on_beside_a_model_whose_rows_are_lost(loss: str, store_url: str) -> None:
+    """They ended in its damage: it is one of those in which similar blocks are looked for."""
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        model_id = store.info("two").info.id
+    change(store_url, loss, model_id)
+    with pydedup.open(store_url) as store:
+        with pytest.raises(CorruptStoreError, match="two@1"):
+            store.load("two@1")
+        for name in ("four", "two"):  # another, and its next version
+            store.add(name, MODELS["two"])
+            assert np.array_equal(store.load(name)["w"], MODELS["two"]["w"])
+            store.remove(f"{name}@{store.versions(name)[-1].version}")
+        is_removed(store)
+
+
+@pytest.mark.parametrize(
+    ("spec", "cursor"),
+    [
+        ('{"models": [1e999]}', None),
+        ("[" * 9, None),
+        (None, "nan"),
+        (None, "inf"),
+        (None, "1e300"),
+        (None, ""),
+    ],
+)
+def test_a_job_that_cannot_be_read_is_dead(
+    spec: str | None, cursor: str | None, store_url: str
+) -> None:
+    """A vacuum ended in it, or it lived for ever."""
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        process = {"boot": "another", "namespace": "n", "pid": 1, "started": "1"}
+        sound = json.dumps({"kind": "add", "models": [], "process": process})
+        with store._adapter.transaction():
+            store._adapter.put_job("sound", sound, repr(time.time()), "running")
+            store._adapter.put_job(
+                "damaged", spec or sound, repr(time.time()) if cursor is None else cursor, "running"
+            )
+        store.vacuum()
+        assert [job[0] for job in store._adapter.jobs()] == ["sound"]
+
+
+@pytest.mark.parametrize("column", ["spec", "cursor", "state"])
+def test_a_damaged_row_of_a_job(column: str, tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    with pydedup.open(path) as store:
+        store.add("one", MODELS["one"])
+        with store._adapter.transaction():
+            for name in ("other", "damaged"):
+                store._adapter.put_job(name, '{"models": []}', repr(time.time()), "running")
+    assert put(path, "pydedup_jobs", column, "NULL", "id = 'damaged'")
+    said = f"column {column} of pydedup_jobs has NULL where text must be, in the row of id 'damaged"
+    with pydedup.open(path) as store:
+        assert any(error.startswith(said) for error in store.verify().errors)
+        with pytest.raises(CorruptStoreError, match=f"{said}'; a vacuum deletes it"):
+            store._adapter.jobs()
+        store.vacuum()
+        assert [job[0] for job in store._adapter.jobs()] == ["other"]
+        assert store.verify().ok
+        save_file(MODELS["two"], tmp_path / "two.safetensors")
+        store.add("two", tmp_path / "two.safetensors")
