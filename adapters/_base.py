@@ -46,6 +46,8 @@ R = TypeVar("R")
 _REMEDIES: Final[Mapping[str, str]] = {
     "models": "remove that model, or restore a backup",
     "jobs": "a vacuum deletes it",
+    # What a repair makes anew.
+    **dict.fromkeys(("pages", "model_pages", "distinct_blocks"), "run verify on the store"),
 }
 #: Within `DbApiBase.sound_rows`: of which adapter, and who is told.
 _SOUND: ContextVar[tuple[object, TellRow] | None] = ContextVar("_SOUND", default=None)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (names are those of the dialect; values are always bound)
 """SQLite beside its driver: dialect, payloads in the file, waiting for the writer's lock, care."""
 
 from __future__ import annotations
@@ -102,6 +103,28 @@ class SqliteBase(SqliteRows, DbApiAdapter):
                     return self._run(session, sql, parameters, fetch_all)
                 finally:
                     connection.text_factory = str
+
+    def set_page_state(
+        self, ids: Sequence[int], state: str, retired_at: float | None = None
+    ) -> None:
+        """Change the state of pages, also of those whose row is damaged."""
+        try:
+            super().set_page_state(ids, state, retired_at)
+        except CorruptStoreError:
+            # Nothing of a row can be changed while it has a value of another type than its column.
+            for piece in self._members(ids):
+                self._write(self._as_bytes(len(piece)), piece)
+            super().set_page_state(ids, state, retired_at)
+
+    def _as_bytes(self, members: int) -> str:
+        """Return what makes bytes of what must be bytes, in the rows of pages."""
+        wrong = "typeof({}) NOT IN ('blob', 'null')".format
+        return (
+            f"UPDATE {self._sql.dialect.name('pages')} "
+            "SET checksum = CAST(checksum AS BLOB), payload = CAST(payload AS BLOB) "
+            f"WHERE ({wrong('checksum')} OR {wrong('payload')}) "
+            f"AND id {self._sql.members(members)}"
+        )
 
     # ---- payloads where they lie --------------------------------------------------------------
 

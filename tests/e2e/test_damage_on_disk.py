@@ -286,6 +286,32 @@ def test_one_row_with_a_value_that_its_column_cannot_have(table: str, tmp_path: 
             assert np.array_equal(store.load(name)["w"], models[name]["w"])
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("payload", "'text'"), ("payload", "5"), ("checksum", "'text'")]
+)
+def test_a_page_with_a_value_of_another_type_is_repaired(
+    column: str, value: str, tmp_path: Path
+) -> None:
+    """SQLite refuses to change such a row in any way, which ended repairs and vacuums."""
+    models = {name: {"w": np.full((9, 9), seed, np.float32)} for seed, name in enumerate(NAMES)}
+    path, healthy = tmp_path / "store.db", tmp_path / "healthy.db"
+    with pydedup.open(path) as store:
+        for name, model in models.items():
+            store.add(name, model)
+    shutil.copy(path, healthy)
+    assert put(path, "pydedup_pages", column, value, "id = 2")
+    with pydedup.open(path) as store:
+        assert list(store.verify().damaged_pages.values()) == [["two@1"]]
+        assert store.verify(repair_from=healthy).errors == []
+        for name, model in models.items():
+            assert np.array_equal(store.load(name)["w"], model["w"])
+    assert put(path, "pydedup_pages", "payload", "CAST(payload AS TEXT)", "id = 1")
+    with pydedup.open(path) as store:
+        store.remove("one")
+        store.vacuum()
+        assert store.verify().errors == []
+
+
 @pytest.mark.parametrize(("column", "value"), [("created_at", "NULL"), ("metadata", "x'7bff'")])
 def test_a_page_is_repaired_beside_a_damaged_row_of_a_model(
     column: str, value: str, tmp_path: Path, change_page: Callable[..., None]
