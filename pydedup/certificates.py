@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydedup import text
 from pydedup.errors import CorruptStoreError
 
 __all__ = ["MEASURED", "describe", "error_of", "keeps_bits", "largest_error", "number_in"]
@@ -82,9 +83,9 @@ def _describe(certificate: Mapping[str, Any]) -> list[str]:
     if certificate.get("policy") == "bounded":
         return [
             f"each block within {certificate['max_rel_error']:g} of its norm of the source; "
-            f"none is farther away than {largest:.3g}"
+            f"none is farther away than {text.at_most(largest)}"
         ]
-    return [f"not the same bits: no block is farther away than {largest:.3g} of its norm"]
+    return [f"not the same bits: no block is farther away than {text.at_most(largest)} of its norm"]
 
 
 def _describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
@@ -92,13 +93,13 @@ def _describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
     confidence, rows = certificate["confidence"], certificate["rows"]
     lines = [
         f"metric {certificate['metric_before']:.6g} before, {certificate['metric_after']:.6g} "
-        f"after: a drop of {certificate['metric_drop']:.3g}, allowed {certificate['max_drop']:.3g}"
+        f"after: a drop of {certificate['metric_drop']:.3g}, allowed {certificate['max_drop']:g}"
     ]
     if confidence is not None:
         lines.append(
-            f"drop at most {certificate['max_drop']:.3g} with confidence {confidence:g} "
-            f"(bound {certificate['bound']:.3g}; {rows['steering']:,} examples steered the search, "
-            f"{rows['judging']:,} others judged)"
+            f"drop at most {certificate['max_drop']:g} with confidence {confidence:g} "
+            f"(bound {text.at_most(certificate['bound'])}; {rows['steering']:,} examples steered "
+            f"the search, {rows['judging']:,} others judged)"
         )
     elif rows["all"] is not None:
         lines.append(f"on {rows['all']:,} examples; without confidence, so for these alone")
@@ -107,7 +108,7 @@ def _describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
         f"blocks replaced {replaced:,} of {certificate['blocks']:,} candidates "
         f"({shared:,} shared, {replaced - shared:,} as deltas), "
         f"refused {certificate['refused']:,}, not tried {certificate['untried']:,}; "
-        f"largest change of a block {certificate['largest_block_error']:.3g} of its norm"
+        f"no block changed by more than {text.at_most(largest_error(certificate))} of its norm"
     )
     lines.append(
         f"search {certificate['search']} by {certificate['order']}, "

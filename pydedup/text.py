@@ -7,8 +7,10 @@ import re
 import time
 import unicodedata
 from collections.abc import Iterable, Sequence
+from decimal import ROUND_CEILING, Context
 
 __all__ = [
+    "at_most",
     "clean",
     "count",
     "did_you_mean",
@@ -28,6 +30,7 @@ __all__ = [
 
 # Of many names, a message has so many.
 _SHOWN_NAMES = 6
+_ROUNDED_UP = Context(prec=3, rounding=ROUND_CEILING)
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 # Controls, halves of surrogate pairs, and what reorders or breaks a line of text.
 _STEERING = ("Cc", "Cs", "Zl", "Zp")
@@ -136,6 +139,11 @@ def saved(share: float) -> str:
 def ratio(value: float) -> str:
     """Return a ratio, e.g. ``1.08``."""
     return f"{value:.2f}"
+
+
+def at_most(value: float) -> str:
+    """Return what nothing is beyond, to three digits, rounded up."""
+    return f"{float(_ROUNDED_UP.create_decimal(repr(float(value)))):.3g}"
 
 
 def shape(extents: Iterable[int]) -> str:

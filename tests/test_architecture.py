@@ -68,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": VALUES,
     "accuracy": VALUES,
     "policies": VALUES | {"accuracy", "training"},
-    "certificates": VALUES,
+    "certificates": VALUES | {"text"},
     "operations": VALUES,
     "graph": VALUES | {"operations"},
     "adapter": VALUES,

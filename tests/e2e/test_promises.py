@@ -249,6 +249,15 @@ def test_the_error_of_a_policy_may_be_a_number_of_numpy(store: pydedup.Store) ->
         ({"policy": "lossless", "max_rel_error": 0.0}, "the same bits"),
         ({"policy": "bounded", "max_rel_error": 0.01, "largest_block_error": 0.002}, "within 0.01"),
         ({"policy": "mine", "largest_block_error": 0.002}, "not the same bits"),
+        # What none is beyond is rounded up.
+        (
+            {"policy": "mine", "largest_block_error": 0.00102161},
+            "not the same bits: no block is farther away than 0.00103 ",
+        ),
+        (
+            {"policy": "mine", "largest_block_error": 0.001},
+            "not the same bits: no block is farther away than 0.001 ",
+        ),
     ],
 )
 def test_certificates_that_do_not_say_same_bits(certificate: dict[str, Any], said: str) -> None:
