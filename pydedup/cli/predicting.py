@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -59,7 +60,7 @@ def predict(
 
     FILE is .npy, .npz or .json (nested lists, or an object of them by input), or '-' for any of
     these on standard input. Several inputs are given as INPUT=FILE each. In JSON numbers with a
-    point become f32, others i64.
+    point become f32, others i64; null is NaN.
     """
     suffix = None if target is None else Path(target).suffix.lower()
     if suffix not in (None, ".npy", ".npz", ".json"):
@@ -145,6 +146,9 @@ def _array(value: Any, where: str) -> Array:
         array = np.asarray(value)
     except (ValueError, OverflowError) as error:  # in numpy's words, of "inhomogeneous shapes"
         raise ArgumentError(f"{where} is no array: its lists differ in length or depth") from error
+    if array.dtype == object and set(map(type, array.flat)) <= {type(None), float, int}:
+        with contextlib.suppress(OverflowError):  # an integer beyond all floats
+            array = array.astype(np.float64)
     if array.dtype.kind not in "biuf":
         raise ArgumentError(f"{where} is no array of numbers")
     return array.astype(np.float32) if array.dtype.kind == "f" else array

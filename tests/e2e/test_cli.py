@@ -380,6 +380,17 @@ def test_predict(family: str, tmp_path: Path) -> None:
         assert f"{target} cannot be written: folder no does not exist" in line
 
 
+def test_null_is_a_number_that_is_none(family: str) -> None:
+    """It is what `--json` has for NaN, so that one model's answer may be asked of another."""
+    given = json.dumps([[None, 1] + [0.5] * 58])
+    found = document("predict", family, "net", "-", input=given)["outputs"]["y"]
+    assert found["dtype"] == "f32"
+    assert set(found["values"][0]) == {None}
+    for odd in ('[["1", null]]', f"[[{10**400}, null]]", "[[{}, null]]"):
+        line = fail("predict", family, "net", "-", status=2, input=odd)
+        assert "standard input is no array of numbers" in line
+
+
 def test_inputs_that_do_not_fit_are_told_in_our_words(family: str, tmp_path: Path) -> None:
     for given, said in (
         ("[[1, 2], [3]]", "x.json is no array: its lists differ in length or depth\n"),
