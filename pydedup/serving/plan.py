@@ -166,7 +166,8 @@ def plan_run(
         most = max(most, sum(live.values()) + scratch)
         for name in [name for name in live if last_use[name] <= i]:
             del live[name]
-    rows = lengths.pop() if all(apart[name] for name in graph.outputs) else None
+    # Of all values: a node that no output needs is run, and must fit the pieces, too.
+    rows = lengths.pop() if all(apart.values()) else None
     itemsize.update(dict.fromkeys(graph.halves, 2))
     out_nbytes = sum(math.prod(shapes[name]) * itemsize[name] for name in graph.outputs)
     most = max(most, sum(live.values()) + (out_nbytes if graph.halves else 0))

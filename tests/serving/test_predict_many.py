@@ -255,6 +255,21 @@ def test_rows_that_depend_on_each_other_are_not_cut(store: pydedup.Store) -> Non
     np.testing.assert_allclose(two.sum(axis=0), np.ones(10), rtol=1e-3)
 
 
+def test_rows_are_not_cut_where_a_layer_that_no_output_needs_takes_all(
+    store: pydedup.Store,
+) -> None:
+    rows = np.ones(6000, np.float32)
+    norm = {"weight": "ones", "bias": "ones", "mean": "ones", "var": "ones"}
+    unused = Node("batch_norm", ("h",), "unused", weights=norm, attrs={"axis": 0})
+    nodes = (*layers().nodes[:1], unused, *layers().nodes[1:])
+    store.add("more", {**weights(), "ones": rows}, graph=Graph(("x",), ("out",), nodes))
+    store.add("less", weights(), graph=layers())
+    x = RNG.standard_normal((6000, 256)).astype(np.float32)
+    np.testing.assert_allclose(
+        store.predict("more", x), store.predict("less", x), rtol=1e-4, atol=1e-6
+    )
+
+
 # ---- plans --------------------------------------------------------------------------------------
 
 _DTYPES = {"d": DType.F64}
