@@ -23,7 +23,7 @@ from pydedup.serving.tensor import StoredTensor, matmul_together
 from pydedup.serving.weightless import WEIGHTLESS, activation_of, checked_axis, real
 from pydedup.types import DType
 
-__all__ = ["Tensors", "run_graph", "run_together"]
+__all__ = ["Tensors", "run_graph", "run_together", "until_last"]
 
 _Array: TypeAlias = NDArray[Any]
 Tensors: TypeAlias = Callable[[str], StoredTensor]
@@ -181,7 +181,7 @@ class _Run:
     def embedding_bag(self, node: Node, ids: _Array, offsets: _Array | None = None) -> _Array:
         weight = self.tensor(node.weights["weight"])
         if offsets is not None and node.attr("include_last_offset"):
-            ids, offsets = _until_last(ids, offsets)
+            ids, offsets = until_last(ids, offsets)
         padding = node.attr("padding_idx")
         if padding is not None and weight.shape[0]:  # `bag` refuses any id of an empty table
             ids, offsets = _without(ids, offsets, padding % weight.shape[0])
@@ -217,15 +217,7 @@ class _Run:
         return np.asarray(scaled)
 
 
-# ---- inside -------------------------------------------------------------------------------------
-
-
-def _widen(array: _Array) -> _Array:
-    """Return stored values as float32 or float64, whichever holds them exactly."""
-    return array.astype(compute_dtype(DType.of(array.dtype)), copy=False)
-
-
-def _until_last(ids: _Array, offsets: _Array) -> tuple[_Array, _Array]:
+def until_last(ids: _Array, offsets: _Array) -> tuple[_Array, _Array]:
     """Return ids and offsets whose last offset, the end of the last bag, was applied."""
     if offsets.ndim != 1 or len(offsets) == 0 or offsets.dtype.kind not in "iu":
         raise ArgumentError(
@@ -236,6 +228,14 @@ def _until_last(ids: _Array, offsets: _Array) -> tuple[_Array, _Array]:
     if ids.ndim != 1 or not 0 <= end <= len(ids):
         raise ArgumentError(f"the last bag cannot end at {end} of ids of shape {ids.shape}")
     return ids[:end], offsets[:-1]
+
+
+# ---- inside -------------------------------------------------------------------------------------
+
+
+def _widen(array: _Array) -> _Array:
+    """Return stored values as float32 or float64, whichever holds them exactly."""
+    return array.astype(compute_dtype(DType.of(array.dtype)), copy=False)
 
 
 def _without(ids: _Array, offsets: _Array | None, padding: int) -> tuple[_Array, _Array | None]:

@@ -106,6 +106,17 @@ def test_embedding_bag_with_offsets(
     assert check(layer, ids, offsets if last else offsets[:-1]) == set()
 
 
+@pytest.mark.parametrize("last", [(), (0, 2, 4), (0, 2, -1)])
+def test_bags_whose_last_does_not_end_in_the_ids(
+    store: pydedup.Store, last: tuple[int, ...]
+) -> None:
+    module = nn.EmbeddingBag(9, 12, include_last_offset=True).eval()
+    store.add("m", module)
+    attached = store.attach(module, "m")
+    with pytest.raises(ArgumentError, match="last bag"):
+        attached(torch.tensor([1, 2, 3]), torch.tensor(last, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("padding", [None, 3])
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_embedding_bag_of_a_matrix_of_ids(check: Check, mode: str, padding: int | None) -> None:
@@ -375,7 +386,10 @@ def test_convolutions_with_some_of_the_filters(check: Check) -> None:
     ("call", "error", "said"),
     [
         (lambda x, w: w[3:9][torch.tensor([0, 6])], ArgumentError, "ids from 0 to 6 for 6 rows of"),
+        (lambda x, w: w[torch.tensor([3, -71])], ArgumentError, "id -71 is out of range"),
         (lambda x, w: w.split([30, 30]), RuntimeError, "sum exactly to 70"),
+        (lambda x, w: w.split([-1, 71]), RuntimeError, "non-negative"),
+        (lambda x, w: w.split(0), RuntimeError, "can only be 0"),
         (lambda x, w: linear(x, w[3:9], torch.ones(5)), RuntimeError, "must match"),
     ],
 )

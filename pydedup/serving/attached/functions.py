@@ -24,6 +24,7 @@ from pydedup.errors import ArgumentError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
+from pydedup.serving.engine import until_last
 from pydedup.serving.tensor import StoredTensor
 
 __all__ = ["rows_of"]
@@ -280,7 +281,8 @@ def rows_of(weight: torch.Tensor, ids: torch.Tensor, *, from_end: bool = False) 
         return NotImplemented
     taken = _ids(ids, weight)
     if from_end:
-        taken = np.where(taken < 0, taken + weight.shape[0], taken)
+        count = weight.shape[0]
+        taken = np.where((taken < 0) & (taken >= -count), taken + count, taken)
     if weight.rows is not None:
         if taken.size and not 0 <= taken.min() <= taken.max() < weight.shape[0]:
             raise ArgumentError(
@@ -329,7 +331,7 @@ def _embedding_bag(
     starts = None if offsets is None else _ids(offsets, weight)
     factors = None if per_sample_weights is None else _array(per_sample_weights, weight)
     if starts is not None and include_last_offset:
-        ids, starts = ids[: starts[-1]], starts[:-1]
+        ids, starts = until_last(ids, starts)
         factors = None if factors is None else factors[: len(ids)]
     if padding_idx is not None:
         kept = ids != padding_idx % weight.shape[0]

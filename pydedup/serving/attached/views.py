@@ -43,12 +43,14 @@ def _split(self: StoredParameter, split_size: Any, dim: int = 0) -> Any:
     if not _has_rows(self) or dim not in (0, -self.ndim):
         return NotImplemented
     total = self.shape[0]
-    if isinstance(split_size, int):
+    if not isinstance(split_size, int):
+        sizes = list(split_size)
+    elif split_size > 0:
         sizes = [min(split_size, total - at) for at in range(0, total, split_size)]
     else:
-        sizes = list(split_size)
-    if sum(sizes) != total:
         return NotImplemented  # torch says what is wrong
+    if sum(sizes) != total or min(sizes, default=-1) < 0:
+        return NotImplemented
     ends = np.cumsum(sizes).tolist()
     return tuple(_part(self, end - size, end) for size, end in zip(sizes, ends, strict=True))
 
