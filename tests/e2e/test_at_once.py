@@ -451,6 +451,32 @@ def test_what_an_add_shares_is_removed_before_it_is_staged(store_url: str) -> No
         assert np.array_equal(store.load("n")["own"], own)
 
 
+def test_bases_of_what_an_add_shares_are_removed_before_it_is_staged(store_url: str) -> None:
+    """The deltas are still there, on a page that another model reads; their bases are nobody's."""
+    base, own = np.random.default_rng(0).standard_normal((2, 128, 128)).astype(np.float32)
+    near = base * np.float32(1 + 1e-6)
+    with pydedup.open(store_url) as store:
+        store.add("base", {"w": base})
+        added = store.add_many({"mixed": {"w": near, "own": own}, "other": {"own": own}})
+        assert added[0].delta_blocks > 0
+
+    def remove() -> None:
+        with pydedup.open(store_url) as store:
+            store.remove("mixed")
+            store.remove("base")
+            assert any("a delta whose base is gone" in note for note in store.verify().notes)
+
+    adapter, control = inject(registry.connect(store_url, mode="a"))
+    scope = "staging" if isinstance(adapter, StagingAdapter) else "transaction"
+    control.add_fault(Fault(scope, remove))
+    with Store(adapter, 64 << 20) as store:
+        store.add("n", {"w": near})
+        assert [info.name for info in store.models()] == ["n", "other"]
+        assert store.verify().errors == []
+        store.vacuum()
+        assert np.array_equal(store.load("n")["w"], near)
+
+
 def test_a_vacuum_gives_way_to_who_publishes_before_its_layout(store_url: str) -> None:
     """Pages that came meanwhile are not of its layout, and would go with the old ones."""
     a, b, c = np.random.default_rng(0).standard_normal((3, 128, 128))
