@@ -18,6 +18,7 @@ from pydedup.blocks import BlockMap
 from pydedup.errors import PageNotFoundError
 from pydedup.layout import split_places
 from pydedup.store import Store
+from pydedup.testing.pages import small_pages
 
 Model = dict[str, NDArray[Any]]
 SHAPE = (320, 256)
@@ -362,3 +363,36 @@ def test_full_pages_of_deltas_move_only_with_their_bases(
     assert store.verify().ok
     for name, table in tables.items():
         np.testing.assert_array_equal(store.load(name)["w"], table)
+
+
+def test_pages_move_with_bases_that_move_with_theirs(store: pydedup.Store) -> None:
+    """Of three pages: that of deltas on blocks which lie beside deltas on what is moved."""
+
+    def blocks(count: int, seed: int) -> NDArray[np.float32]:
+        rng = np.random.default_rng(seed)
+        return rng.standard_normal((32 * count, 32)).astype(np.float32)
+
+    def close(array: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+        noise = np.random.default_rng(seed).standard_normal(array.shape)
+        return (array * (1 + 1e-5 * noise)).astype(np.float32)
+
+    first, own = blocks(4, 1), blocks(3, 3)
+    models = {
+        "base": {"w": first, "removed": blocks(4, 2)},
+        "mixed": {"w": close(first, 4), "own": own},
+        "far": {f"w{number}": close(own, 10 + number) for number in range(40)},
+    }
+    with small_pages(32):
+        for name, model in models.items():
+            store.add(name, model, block_shape=(32, 32))
+        (beside,) = set(store._catalog.model("mixed").page_ids()) - {1}
+        bases = store._catalog.model("far").block_map("w3").bases
+        assert bases is not None
+        assert set(bases[0].tolist()) == {beside}
+        store.remove("base")
+        report = store.vacuum()
+    assert report.rewritten_pages == report.pages_before
+    assert store.verify().ok
+    for name in ("mixed", "far"):
+        for tensor, array in store.load(name).items():
+            np.testing.assert_array_equal(array, models[name][tensor])
