@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from pydedup import _core
 from pydedup._core import Page
 from pydedup.blocks import as_unsigned
-from pydedup.errors import ArgumentError, CorruptStoreError
+from pydedup.errors import ArgumentError, CorruptStoreError, UnavailableError
 from pydedup.pool.admission import Reservation, Shares
 from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto
 from pydedup.pool.prefetch import Call
@@ -43,6 +44,8 @@ Explain: TypeAlias = Callable[[int], str]
 
 # Models whose last walks are remembered.
 _REMEMBERED_CALLS = 256
+# For so long nothing is read ahead after no connection was to be had for it, which is waited for.
+_PAUSE_SECONDS = 30.0
 
 
 class Called(NamedTuple):
@@ -119,6 +122,7 @@ class PagePool(Walks):
         self._calls = threading.local()
         self._last: dict[tuple[int, ...], list[list[Window]]] = {}  # walks of models' last call
         self._told: dict[int, int] = {}  # by model: which state of its pages the policy knows
+        self._ahead_from = 0.0  # when pages may be read ahead (again)
 
     @property
     def memory_bytes(self) -> int:
@@ -271,10 +275,20 @@ class PagePool(Walks):
         return call
 
     def _load_ahead(self, ids: NDArray[np.int64]) -> list[Page]:
-        """Return pages, pinned, read before their use; on a thread that reads for a call."""
+        """Return pages, pinned, read before their use; on a thread that reads for a call.
+
+        None for a while after that needed a connection which the database does not give: the one
+        that the call has may do without.
+        """
+        if time.monotonic() < self._ahead_from:
+            return []
         pages = self._core.pin(ids, True)
         missing = [int(ids[i]) for i, page in enumerate(pages) if page is None]
-        loaded = self._loader.load(missing, ahead=True, side_by_side=True)
+        try:
+            loaded = self._loader.load(missing, ahead=True, side_by_side=True)
+        except UnavailableError:
+            self._ahead_from = time.monotonic() + _PAUSE_SECONDS
+            raise
         return [page for page in pages if page is not None] + list(loaded.values())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pydedup.errors import PageNotFoundError
+from pydedup.errors import PageNotFoundError, UnavailableError
 from pydedup.pool import Called, PagePool
 from pydedup.testing.memory_pages import MemoryPages
 
@@ -179,6 +179,26 @@ def test_a_driver_that_breaks_while_reading_ahead_fails_the_walk() -> None:
     pool = PagePool(breaks, 32 * MIB)
     with pytest.raises(RuntimeError, match="no such driver"), pool.call(model(1)):
         walk(pool, ids_of(1, 24), lambda _: time.sleep(0.02))
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+def test_where_no_second_connection_is_to_be_had_a_walk_reads_for_itself() -> None:
+    """Each window was waited for in vain, ten seconds of PostgreSQL: a prediction took minutes."""
+    pages = SlowPages(24)
+    refused: list[int] = []
+
+    def one_connection(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        if threading.current_thread().name == "pydedup-ahead":
+            refused.append(ids[0])
+            raise UnavailableError("too many connections")
+        return pages.fetch(ids)
+
+    pool = PagePool(one_connection, 16 * MIB)
+    for _ in range(2):
+        with pool.call(model(1)):
+            seen = walk(pool, ids_of(1, 24), lambda _: eventually(lambda: bool(refused)))
+            assert seen == list(range(1, 25))
+    assert 1 <= len(refused) <= 2  # of each thread the first
     assert pool.stats()["pinned_bytes"] == 0
 
 
