@@ -110,11 +110,13 @@ class Damage:
 
     def __init__(
         self,
+        adapter: Adapter,
         report: VerifyReport,
         readers: Mapping[int, list[str]],
         live: Collection[int],
         pool: PagePool,
     ) -> None:
+        self._adapter = adapter
         self._report = report
         self._readers = readers
         self._live = live
@@ -130,13 +132,15 @@ class Damage:
         self._report.damaged_pages[page_id] = readers
         self._report.add_error(f"page {page_id}{text}")
 
-    def note_missing(self, adapter: Adapter, damaged: Collection[int]) -> None:
+    def note_missing(self, damaged: Collection[int]) -> None:
         """Record pages that models read and that are not among the live ones.
 
         Those whose row is ``damaged`` were told of, and are in the way of all that lists pages.
         """
         missing = sorted(self._readers.keys() - set(self._live))
-        states = {row.id: row.state for row in adapter.page_rows(ids=missing)} if missing else {}
+        states = (
+            {row.id: row.state for row in self._adapter.page_rows(ids=missing)} if missing else {}
+        )
         for page_id in sorted(damaged):
             self.note(page_id, ": its row is damaged")
         for page_id in sorted(set(missing).difference(damaged)):
@@ -148,19 +152,24 @@ class Damage:
         self.note(page_id, f": {said}")
         self._can_read[page_id] = False
 
-    def note_unreachable(self, page_id: int, said: str) -> None:
-        """Record a page that is where nobody answers."""
+    def note_unreachable(self, page_id: int, error: UnavailableError) -> None:
+        """Record a page that is where nobody answers.
+
+        Raises the error where there is no other place: nothing else can be read then, either.
+        """
+        if not isinstance(self._adapter, PlacesAdapter):
+            raise error
         if not self._report.unreachable_pages:
-            self._said = said
+            self._said = str(error)
         self._report.unreachable_pages[page_id] = self._readers.get(page_id, [])
         self._can_read[page_id] = False
 
-    def sum_up_unreachable(self, adapter: Adapter) -> None:
+    def sum_up_unreachable(self) -> None:
         """Say which servers do not answer, and what is not known for that."""
         report = self._report
         pages = report.unreachable_pages
-        if isinstance(adapter, PlacesAdapter):
-            report.unreachable += adapter.unreachable_places()
+        if isinstance(self._adapter, PlacesAdapter):
+            report.unreachable += self._adapter.unreachable_places()
         if not pages:
             return
         if not report.unreachable:
@@ -178,7 +187,7 @@ class Damage:
             except CorruptStoreError:
                 self._can_read[page_id] = False
             except UnavailableError as exc:
-                self.note_unreachable(page_id, str(exc))
+                self.note_unreachable(page_id, exc)
         return self._can_read[page_id]
 
 

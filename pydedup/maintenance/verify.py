@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
+from pydedup.adapter_options import PlacesAdapter
 from pydedup.catalog import (
     StoredModel,
     certificate_of,
@@ -124,8 +125,8 @@ def _verify_pages(
     rows = adapter.page_rows(state=LIVE)
     live = {row.id for row in rows}
     pool = PagePool(adapter.read_pages, _BASE_PAGE_BYTES, copies=page_copies(adapter))
-    damage = Damage(report, page_readers(adapter), live, pool)
-    damage.note_missing(adapter, damaged_rows)
+    damage = Damage(adapter, report, page_readers(adapter), live, pool)
+    damage.note_missing(damaged_rows)
     for page_id, said in unreadable.items():
         damage.note_unreadable(page_id, said)
     seen: dict[bytes, tuple[int, int]] = {}
@@ -150,7 +151,7 @@ def _verify_pages(
                 other_bases: list[int] = []
                 digests = content_digests(page, bases, readable, pool, other_bases)
             except UnavailableError as exc:
-                damage.note_unreachable(page_id, str(exc))
+                damage.note_unreachable(page_id, exc)
                 continue
             except DAMAGE as exc:
                 damage.note(page_id, f": {exc}")
@@ -199,7 +200,7 @@ def _verify_pages(
             damage.note(page_id, f": its {what}")
         if progress is not None:
             progress("checking pages", min(start + _PAGES_AT_ONCE, len(rows)), len(rows))
-    damage.sum_up_unreachable(adapter)
+    damage.sum_up_unreachable()
     report.add_surplus(blocks_of_no_page(adapter, known))
     return contents, damage
 
@@ -236,8 +237,8 @@ def _had(adapter: Adapter, page_ids: Sequence[int], damage: Damage) -> Iterator[
     try:
         found = list(adapter.read_pages(page_ids))
     except UnavailableError as exc:
-        if len(page_ids) == 1:
-            damage.note_unreachable(page_ids[0], str(exc))
+        if len(page_ids) == 1 or not isinstance(adapter, PlacesAdapter):
+            damage.note_unreachable(page_ids[0], exc)
             return
         for page_id in page_ids:
             yield from _had(adapter, [page_id], damage)

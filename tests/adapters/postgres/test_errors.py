@@ -9,10 +9,12 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import psycopg
 import pytest
 from pydedup.adapters._postgres_said import said
 
+import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, Adapter
 from pydedup.errors import (
@@ -215,6 +217,25 @@ def test_a_statement_timeout_says_so(adapter: Adapter, url: str) -> None:
         with pytest.raises(UnavailableError, match="statement_timeout"), hasty.transaction():
             hasty.bump_epoch()
     hasty.close()
+
+
+def test_a_statement_timeout_within_verify_says_so(url: str, schema: str, sql: Any) -> None:
+    """It was taken for a page that is out of reach, and what was told was the next statement's."""
+    with pydedup.open(url) as store:
+        store.add("m", {"w": np.arange(9.0)})
+    sql(f"ALTER TABLE {schema}.pages RENAME TO all_pages")
+    sql(
+        f"CREATE FUNCTION {schema}.slow(payload bytea) RETURNS bytea LANGUAGE plpgsql AS $$BEGIN "
+        "IF current_query() LIKE 'COPY%' AND current_setting('transaction_read_only') = 'on' "
+        "THEN PERFORM pg_sleep(60); END IF; RETURN payload; END$$"
+    )
+    sql(
+        f"CREATE VIEW {schema}.pages AS SELECT id, state, retired_at, checksum, "  # noqa: S608
+        f"{schema}.slow(payload) AS payload FROM {schema}.all_pages"
+    )
+    hasty = with_option(url, "options=-c%20statement_timeout%3D500")
+    with pydedup.open(hasty) as store, pytest.raises(UnavailableError, match="statement_timeout"):
+        store.verify()
 
 
 def test_what_libpq_says_is_one_sentence_for_each_thing() -> None:
