@@ -24,7 +24,7 @@ from pydedup.errors import (
 from ._base import DeniedError, fetch_all
 from ._dbapi import PAYLOADS_PER_READ, DbApiAdapter
 from ._mysql_cursors import TEXT_MARK
-from ._mysql_errors import ConnectionLostError, DefinedError, packet_advice
+from ._mysql_errors import ConnectionLostError, DefinedError, RefusedError, packet_advice
 from ._mysql_rows import MysqlRows
 from ._mysql_server import MOST_PAYLOAD_BYTES, may_create
 from ._mysql_url import Place
@@ -185,7 +185,7 @@ class MysqlBase(MysqlRows, DbApiAdapter):
                     # Views would read with the rights of their creator, and break when he goes.
                     made = statement.replace("CREATE VIEW", "CREATE SQL SECURITY INVOKER VIEW")
                     self._define(made)
-            except (ReadOnlyError, DeniedError) as error:
+            except (RefusedError, DeniedError) as error:
                 raise ReadOnlyError(f"{error}; {self._grant()}") from error
             first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
             with self.transaction():

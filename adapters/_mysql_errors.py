@@ -20,7 +20,14 @@ from pydedup.errors import (
 from ._base import CancelledError, DeniedError, KeyTakenError
 from ._mysql_url import Place
 
-__all__ = ["LOST", "ConnectionLostError", "DefinedError", "meaning", "packet_advice"]
+__all__ = [
+    "LOST",
+    "ConnectionLostError",
+    "DefinedError",
+    "RefusedError",
+    "meaning",
+    "packet_advice",
+]
 
 
 class ConnectionLostError(UnavailableError):
@@ -29,6 +36,10 @@ class ConnectionLostError(UnavailableError):
 
 class DefinedError(StoreError):
     """What was to be defined exists already."""
+
+
+class RefusedError(ReadOnlyError):
+    """The user may not make a change; the server would."""
 
 
 #: What a server needs for the largest payload; MariaDB's own default, and below MySQL's.
@@ -134,7 +145,7 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
     if code in (1142, 1143):
         # Who may read and no more meets this when something is changed.
         reads = "SELECT" in said  # first in English, and somewhere in any other language
-        kind, advice = (DeniedError if reads else ReadOnlyError), "grant it, or use another user"
+        kind, advice = (DeniedError if reads else RefusedError), "grant it, or use another user"
     elif code in LOST and ("SSL" in said or "certificate" in said):
         # The driver without its C extension says so of a certificate that it does not trust.
         kind, advice = UnavailableError, _TLS

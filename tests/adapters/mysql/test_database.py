@@ -161,6 +161,9 @@ def test_a_server_that_is_read_only(
         later = registry.connect(user.url, mode="a")
         assert later.read_only
         later.close()
+        with pytest.raises(ReadOnlyError, match="primary server") as caught:
+            pydedup.open(with_option(user.url, "prefix=other_"))
+        assert "GRANT" not in str(caught.value)  # there was, which would have changed nothing
     finally:
         run(url, f"SET GLOBAL {setting} = 0")
     _bump_epoch(writer)
