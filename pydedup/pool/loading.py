@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
 import numpy as np
@@ -144,10 +144,8 @@ class PageLoader:
             self._load_piece(ids, ahead, pages)
         else:
             size = -(-len(ids) // pieces)
-            futures = [
-                self._reading().submit(self._load_piece, ids[at : at + size], ahead, pages)
-                for at in range(0, len(ids), size)
-            ]
+            parts = [ids[at : at + size] for at in range(0, len(ids), size)]
+            futures = self._submit(lambda part: self._load_piece(part, ahead, pages), parts)
             errors = [future.exception() for future in futures]  # after all have ended
             for error in errors:
                 if error is not None:
@@ -197,11 +195,21 @@ class PageLoader:
             for number in ids:
                 yield from self._fetched([number])
 
-    def _reading(self) -> ThreadPoolExecutor:
+    def _submit(
+        self, work: Callable[[list[int]], None], parts: Sequence[list[int]]
+    ) -> list[Future[None]]:
+        """Hand parts of the work to the readers, who begin with the first."""
         with self._lock:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(self._readers, "pydedup-reader")
-            return self._threads
+            try:
+                return [self._threads.submit(work, part) for part in parts]
+            except BaseException:
+                # A thread that an interrupt came upon as it began is none that Python ends when it
+                # exits, while it waits for it.
+                self._threads.shutdown(wait=False)
+                self._threads = None
+                raise
 
 
 def _memory(nbytes: int) -> memoryview:

@@ -9,8 +9,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import numpy as np
 import pytest
+
+import pydedup
 
 _CALLS = {
     "hashes": "hash_blocks(matrix, (64, 64))",
@@ -54,6 +58,34 @@ def test_daemon_threads_in_the_core_end_with_the_process(what: str) -> None:
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+_INTERRUPTED = """
+import sys
+import threading
+import pydedup
+
+start = threading.Thread.start
+
+def interrupted(thread):
+    start(thread)
+    if thread.name.startswith("pydedup-reader"):
+        raise KeyboardInterrupt
+
+threading.Thread.start = interrupted
+store = pydedup.open(sys.argv[1], mode="r")
+store.load("m")
+"""
+
+
+def test_ctrl_c_while_a_reader_begins_ends_the_process(tmp_path: Path) -> None:
+    """Python waited for that thread for ever: an export under load, once in seven times."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with pydedup.open(url) as store:
+        store.add("m", {"w": np.random.default_rng(0).standard_normal((3000, 1000), np.float32)})
+    words = [sys.executable, "-c", _INTERRUPTED, url]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert "KeyboardInterrupt" in done.stderr
 
 
 @pytest.mark.skipif(
