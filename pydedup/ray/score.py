@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydedup import config, errors
@@ -98,6 +98,8 @@ def score(
     _check(max_deaths=max_deaths)
     if on_error not in ("fail", "skip"):
         raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
+    if columns is not None:
+        columns = _names(columns)
     check_progress(progress)
     config.parse_memory(memory)
     reads = None if source is None else absolute(source)
@@ -129,6 +131,13 @@ def _check(**given: int | None) -> None:
     for name, value in given.items():
         if value is not None and (type(value) is not int or not 1 <= value <= 1 << 20):
             raise ArgumentError(f"{name} is {value!r}; it must be 1 to {1 << 20}")
+
+
+def _names(columns: Any) -> list[str]:
+    names = [] if isinstance(columns, str) or not isinstance(columns, Iterable) else list(columns)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ArgumentError(f"columns is {columns!r}; give a list of names, such as ['id', 'age']")
+    return names
 
 
 def _workers(ray: Any, wanted: int | None, cpus: int, *, reads: bool) -> int:

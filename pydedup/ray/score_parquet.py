@@ -160,12 +160,11 @@ def cut_files(
         with opened(path) as file:
             schema = file.schema_arrow
             names = list(schema.names if columns is None else columns)
-            missing = [name for name in names if schema.names.count(name) != 1]
-            if missing:
-                raise ArgumentError(
-                    f"{path} has no column {missing[0]!r}, or several; it has: "
-                    f"{', '.join(schema.names)}"
-                )
+            for name in names:
+                if (count := schema.names.count(name)) != 1:
+                    what = f"{count} columns" if count else "no column"
+                    there = ", ".join(schema.names)
+                    raise ArgumentError(f"{path} has {what} {name!r}; it has: {there}")
             fields = _arrow().schema([schema.field(name).remove_metadata() for name in names])
             if wanted is not None and [(f.name, f.type) for f in fields] != [
                 (f.name, f.type) for f in wanted

@@ -111,6 +111,7 @@ class Scorer:
             self._kind,
             lambda stored, x: self._store.predict(stored.address, x),
             self.settings.on_error,
+            is_part=True,
             to_files=self.settings.folder is not None,
             keys_repeat=self.settings.folder is not None and self.settings.query is None,
         )

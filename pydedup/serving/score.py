@@ -141,11 +141,12 @@ class Scoring:
         predict: Predict,
         on_error: str,
         *,
+        is_part: bool = False,
         to_files: bool = False,
         keys_repeat: bool = False,
     ) -> None:
         self._table, self._model = table, model
-        self._to_files, self._keys_repeat = to_files, keys_repeat
+        self._is_part, self._to_files, self._keys_repeat = is_part, to_files, keys_repeat
         self._catalog, self._answer = catalog, predict
         self._skips = on_error == "skip"
         self._place = key_place(columns, key)
@@ -153,8 +154,8 @@ class Scoring:
         self._names = [c.name for i, c in enumerate(columns) if i != self._place]
         if not self._names:
             raise ArgumentError(
-                f"the query has no column but the key {self._key.name!r}; name the features after "
-                "it: SELECT id, f1, f2 ..."
+                f"there is no column but the key {self._key.name!r}; name the features after "
+                "it, as in SELECT id, f1, f2 ..."
             )
         self._kind = kind
         self.target = PredictionTable(rows, table, self._key, model.address)
@@ -188,7 +189,7 @@ class Scoring:
         width = self._kind.width
         if len(self._names) > 1 and width not in (None, len(self._names)):
             raise ArgumentError(
-                f"{self._model.address} takes {width} features, and the query has "
+                f"{self._model.address} takes {width} features, and there are "
                 f"{len(self._names)} columns beside the key {self._key.name!r}: "
                 f"{', '.join(self._names[:_SHOWN])}{', ...' if len(self._names) > _SHOWN else ''}"
             )
@@ -366,10 +367,15 @@ class Scoring:
     def _refusal(self, failures: Sequence[RowFailure]) -> str:
         first = failures[0]
         more = f", and {len(failures) - 1} more of its batch" if len(failures) > 1 else ""
+        if self._to_files:
+            kept = "nothing of its part was kept, what is of other parts is"
+        elif self._is_part:
+            kept = "nothing of this batch was written, what is of others stays"
+        else:
+            kept = f"nothing of this batch was written, {self._written:,} rows before it were"
         return (
-            f"row with {self._key.name} {first.key!r}{more}: {first.reason}; nothing of this batch "
-            f"was written, {self._written} rows before it were; leave such rows out of the query, "
-            "or go on without them with on_error='skip' (--on-error skip)"
+            f"row with {self._key.name} {first.key!r}{more}: {first.reason}; {kept}; leave such "
+            "rows out, or go on without them with on_error='skip' (--on-error skip)"
         )
 
 
@@ -390,7 +396,7 @@ def key_place(columns: Sequence[RowColumn], key: str | None) -> int:
     places = [i for i, column in enumerate(columns) if column.name == key]
     if len(places) != 1:
         raise ArgumentError(
-            f"the query has {'several columns' if places else 'no column'} {key!r} for the key; "
-            f"it has: {', '.join(column.name for column in columns)}"
+            f"there {'are several columns' if places else 'is no column'} {key!r} for the key; "
+            f"there is: {', '.join(column.name for column in columns)}"
         )
     return places[0]

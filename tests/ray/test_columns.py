@@ -69,10 +69,12 @@ def test_a_file_that_was_put_right_is_scored_on(
     table = table_of(scored_file, list(range(ROWS)))
     broken = table["f1"].to_pylist()
     broken[-1] = None
+    batch = "nothing of this batch was written, what is of others stays"
+    part = "nothing of its part was kept, what is of other parts is"
     into: Any
-    for number, into in enumerate(("p", tmp_path / "out")):
+    for number, (into, kept) in enumerate((("p", batch), (tmp_path / "out", part))):
         data = written(tmp_path / str(number), table.set_column(2, "f1", pa.array(broken)))
-        with pytest.raises(ArgumentError, match=f"row with id {ROWS - 1}: f1 is NULL"):
+        with pytest.raises(ArgumentError, match=f"row with id {ROWS - 1}: f1 is NULL; {kept}"):
             score(data, scored_file.url, into)
         written(data.parent, table)
         if into != "p":

@@ -306,7 +306,7 @@ def test_rows_that_cannot_be_predicted(scored_file: Scored, connected: Any) -> N
 
 
 def test_what_is_wrong_is_said_before_work_begins(
-    scored_file: Scored, tmp_path: Path, connected: Any
+    scored_file: Scored, parquet: Path, tmp_path: Path, connected: Any
 ) -> None:
     query = scored_file.query
     for data, into, options, said in (
@@ -316,8 +316,10 @@ def test_what_is_wrong_is_said_before_work_begins(
         (query, "p", {"on_error": "no"}, "choose 'fail' or 'skip'"),
         (query, "p", {"key": "nothing"}, "no column 'nothing' for the key"),
         (query, "p", {"columns": ["id"]}, "names its columns itself"),
+        (query, "p", {"columns": "id,f0"}, "columns is 'id,f0'; give a list of names"),
+        (query, "p", {"columns": []}, "give a list of names"),
         ("DELETE FROM t", "p", {}, "must be one SELECT"),
-        ("SELECT id, f0, f1 FROM t", "p", {}, "takes 3 features, and the query has"),
+        ("SELECT id, f0, f1 FROM t", "p", {}, "takes 3 features, and there are 2 columns"),
         ("SELECT f0, f1, f2, id FROM t", "t", {}, "'f0' of table t is not unique"),
         (7, "p", {}, "dataset is a int"),
         ([], "p", {}, "no Parquet file in nothing"),
@@ -329,6 +331,8 @@ def test_what_is_wrong_is_said_before_work_begins(
             score(data, scored_file, into, **options)
     with pytest.raises(NotFoundError):
         score(query, scored_file, "p", model="other")
+    with pytest.raises(ArgumentError, match="has no column 'f9'; it has: note, id"):
+        score(parquet, scored_file, "p", columns=["id", "f9"])
     with pytest.raises(NotFoundError, match="there is no Parquet file"):
         score(tmp_path / "none.parquet", scored_file, "p")
     missing = f"sqlite:///{tmp_path / 'missing.db'}"

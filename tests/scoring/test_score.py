@@ -51,7 +51,9 @@ def test_the_key_may_be_any_column_and_any_kind(
         query = f"SELECT f0, {as_text} AS name, f1, f2 FROM {table}"
         store.score(query, "m@1", into=into, key="name")
         assert store.score(query, "m@1", into=into, key="name").skipped == 5
-        with pytest.raises(ArgumentError, match="no column 'other' for the key; it has: f0, name"):
+        with pytest.raises(
+            ArgumentError, match="no column 'other' for the key; there is: f0, name"
+        ):
             store.score(query, "m@1", into=new_name(), key="other")
     found = dict(tables.run(f"SELECT name, prediction FROM {into}"))
     assert_right({int(name[1:]): value for name, value in found.items()}, x, w)

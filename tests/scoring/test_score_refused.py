@@ -203,7 +203,7 @@ def test_wrong_columns_are_told_before_any_row(
     add(tables.url, "m@1")
     table = source(features(3))
     with pydedup.open(tables.url) as store:
-        with pytest.raises(ArgumentError, match=r"m@1 takes 3 features, and the query has 2 col"):
+        with pytest.raises(ArgumentError, match=r"m@1 takes 3 features, and there are 2 col"):
             store.score(f"SELECT id, f0, f1 FROM {table}", "m@1", into=new_name())
         with pytest.raises(ArgumentError, match="no column but the key 'id'"):
             store.score(f"SELECT id FROM {table}", "m@1", into=new_name())
