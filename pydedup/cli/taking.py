@@ -39,10 +39,29 @@ _COLUMNS = (
 )
 
 
+def _only_one(
+    context: click.Context, option: click.Parameter, given: tuple[str, ...]
+) -> str | None:
+    """Refuse a second one, of which click would take the last without a word."""
+    if len(given) > 1:
+        raise click.BadParameter(
+            f"{len(given)} are given; name one, or leave it out for all", context, option
+        )
+    return given[0] if given else None
+
+
 @click.command(short_help="Read tensors: print them, or write .npz, .npy, .safetensors.")
 @options.store_argument
 @options.model_argument
-@click.option("-t", "--tensor", "tensor", metavar="TENSOR", help="Only this tensor.")
+@click.option(
+    "-t",
+    "--tensor",
+    "tensor",
+    metavar="TENSOR",
+    multiple=True,
+    callback=_only_one,
+    help="Only this tensor.",
+)
 @click.option(
     "-o",
     "--output",

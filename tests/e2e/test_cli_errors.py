@@ -101,6 +101,7 @@ def path_of(url: str) -> Path:
         (["load", "m.db", "a", "-o", "x.onnx"], ".npz"),
         (["load", "m.db", "a", "-o", "x.npy"], "--tensor"),
         (["load", "m.db", "a", "-o", "-"], "--tensor"),
+        (["load", "m.db", "a", "-t", "v", "-t", "w"], "2 are given; name one, or leave it out"),
         (["load", "m.db", "a", "-t", "w", "-o", "-", "--json"], "and --json a document"),
         (["load", "m.db", "a", "--dtype", "f33"], "f33"),
         (["load", "m.db", "a", "--dtype", "int8"], "loaded as 'int8'; choose one of: f64, f32"),
@@ -463,7 +464,8 @@ def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
             process.send_signal(signal.SIGINT)
     blocker.execute("ROLLBACK")
     blocker.close()
-    assert process.returncode == 130
+    # The last may come when all but the exit of Python is done.
+    assert process.returncode in (130, -signal.SIGINT)
     assert err.splitlines()[-1].startswith("pydedup: interrupted, all that was to be added is in")
     assert "Traceback" not in err
     assert out == ""
@@ -550,7 +552,7 @@ def test_a_reader_that_goes_away_is_no_error(command: str, long: str) -> None:
         "info": f"info {url} many --tensors",
         "info --json": f"info {url} many --tensors --json",
         "ls": f"ls {url}",
-        "load": f"load {url} many",
+        "load": f"load {url} many -q",
     }.get(command, command)
     done = subprocess.run(
         ["bash", "-c", f"{' '.join(PROGRAM)} {words} | head -n 1; exit ${{PIPESTATUS[0]}}"],
