@@ -49,9 +49,12 @@ class _Course:
         self._passed = 0  # stops before this one were passed
         self._changed = threading.Condition()
         self._ended = False
-        # A daemon: a process that ends does not wait for pages that nobody will use.
-        widest = max(len(window.ids) for window in windows)
-        for number in range(_THREADS if 2 * widest <= limit else 1):
+
+    def start(self) -> None:
+        """Begin to read. Raises RuntimeError when no thread is to be had."""
+        widest = max(len(stop.window.ids) for stop in self._stops)
+        for number in range(_THREADS if 2 * widest <= self._limit else 1):
+            # A daemon: a process that ends does not wait for pages that nobody will use.
             try:
                 threading.Thread(target=self._run, name="pydedup-ahead", daemon=True).start()
             except RuntimeError:  # no more threads are to be had
@@ -218,10 +221,12 @@ class Call:
         for number, after in enumerate(later, self._at):
             self._places[number] = place
             place += len(after)
+        # Known before it starts: an interrupt may come when a thread of it has begun.
+        self.course = _Course(windows, self._load, self._limit)
         try:
-            self.course = _Course(windows, self._load, self._limit)
+            self.course.start()
         except RuntimeError:  # no thread is to be had: then without
-            self._places = {}
+            self._leave_course()
             return False
         return True
 

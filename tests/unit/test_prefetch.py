@@ -350,6 +350,23 @@ def test_without_a_thread_to_be_had_a_walk_reads_for_itself(monkeypatch: Any) ->
     assert pages.by(threading.current_thread().name) == list(range(1, 25))
 
 
+def test_an_interrupt_while_a_thread_begins_lets_its_pages_go(monkeypatch: Any) -> None:
+    """It read ahead all the same, and its pages stayed pinned for as long as the process lived."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    pages = SlowPages(24)
+    pool = PagePool(pages.fetch, 32 * MIB)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), pool.call(model(1)):
+        walk(pool, ids_of(1, 24))
+    eventually(lambda: "pydedup-ahead" not in [t.name for t in threading.enumerate()])
+    assert pool.stats()["pinned_bytes"] == 0
+
+
 def test_with_one_more_thread_to_be_had_that_one_reads_all(monkeypatch: Any) -> None:
     started: list[threading.Thread] = []
     start = threading.Thread.start
