@@ -26,7 +26,7 @@ What they compute (``x`` is the first input, ``y`` the second; numpy terms):
 ``elu``            ``x`` where positive, else ``alpha * (exp(x) - 1)``
 ``softplus``       ``log(1 + exp(x))``
 ``softmax`` ``log_softmax``   over ``axis``
-``flatten``        all axes from ``start_axis`` on become one
+``flatten``        all axes from ``start_axis`` on become one, of size 1 where there is none
 ``reshape``        to ``shape``, in which one entry may be -1
 ``layer_norm``     over the last ``axes`` axes, then ``* weight + bias``
 ``batch_norm``     ``(x - mean) / sqrt(var + eps) * weight + bias`` along ``axis``

@@ -189,7 +189,8 @@ def _shape_after(node: Node, given: Sequence[Shape], weights: Mapping[str, Weigh
     if op in ("max_pool2d", "avg_pool2d"):
         return (*x[:2], *_windows(node, x, node.attr("kernel")))
     if op == "flatten":
-        start = node.attr("start_axis") % len(x)
+        start = node.attr("start_axis")
+        start += len(x) if start < 0 else 0
         return (*x[:start], _product(x[start:]))
     if op == "reshape":
         sizes, total = list(node.attr("shape")), _product(x)

@@ -250,7 +250,8 @@ def _shape_of(node: Node, given: list[Shape], weight: Shape) -> Shape:
         case "max_pool2d" | "avg_pool2d":
             return (*x[:-2], *_windows(node, x[-2:], tuple(node.attr("kernel"))))
         case "flatten":
-            start = node.attr("start_axis") % len(x) if x else 0
+            start = node.attr("start_axis")
+            start += len(x) if start < 0 else 0
             return (*x[:start], math.prod(x[start:]))
         case "reshape":
             return _reshaped(x, node.attr("shape"))
@@ -295,7 +296,7 @@ def _keeps_rows(node: Node, given: list[Shape], shape: Shape) -> bool:
         case "batch_norm":
             return bool(node.attr("axis") % len(x) != 0)
         case "flatten":
-            return bool(node.attr("start_axis") % len(x) != 0)
+            return node.attr("start_axis") not in (0, -len(x))
         case "reshape":
             wanted = node.attr("shape")
             return bool(wanted) and wanted[0] == -1 and shape[0] == x[0]

@@ -93,7 +93,9 @@ def _identity(node: Node, x: _Array) -> _Array:
 def _flatten(node: Node, x: _Array) -> _Array:
     if x.ndim == 0:
         return x.reshape(1)
-    start = checked_axis(node.attr("start_axis"), x)
+    start = node.attr("start_axis")
+    if start != x.ndim:  # else none become one of size 1
+        start = checked_axis(start, x)
     return x.reshape(*x.shape[:start], math.prod(x.shape[start:]))
 
 

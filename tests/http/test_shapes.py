@@ -72,6 +72,15 @@ CASES: dict[str, tuple[Graph, list[Any], list[Any]]] = {
         [("FP32", [-1, 4])],
         [("FP32", [-1, 3])],
     ),
+    "a column of one number a row": (
+        make(
+            Node("linear", ("x",), "h", {"weight": "w"}),
+            Node("mean", ("h",), "m", attrs={"axis": -1}),
+            Node("flatten", ("m",), "y"),
+        ),
+        [("FP32", [-1, 4])],
+        [("FP32", [-1, 1])],
+    ),
     "behind very many ways": (
         make(*swishes(100), Node("linear", ("m99",), "y", {"weight": "w"})),
         [("FP32", [-1, 4])],

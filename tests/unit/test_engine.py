@@ -76,6 +76,8 @@ ELEMENTWISE: list[tuple[Node, Callable[[Any], Any]]] = [
     (unary("log_softmax", axis=1), lambda x: torch.log_softmax(x, 1)),
     (unary("flatten"), lambda x: x.flatten(1)),
     (unary("flatten", start_axis=0), lambda x: x.flatten()),
+    (unary("flatten", start_axis=-2), lambda x: x.flatten(-2)),
+    (unary("flatten", start_axis=3), lambda x: x[..., None]),
     (unary("reshape", shape=[-1, 4]), lambda x: x.reshape(-1, 4)),
     (unary("transpose", perm=[2, 0, 1]), lambda x: x.permute(2, 0, 1)),
     (unary("mean", axis=1), lambda x: x.mean(1)),
