@@ -172,8 +172,7 @@ class _Tensor:
         self._aligned = aligned
         self._matcher = matcher
         self._name = entry.name
-        # The search changes the array in place: what deltas are made of is a copy.
-        self._view = MatrixView(view.data.copy(), view.dtype, view.grid)
+        self._view = view
         self._farthest = farthest
         self._spread = _spread(view)
         self._before = np.full(view.grid.count, NO_BASE, np.int64)

@@ -89,6 +89,17 @@ def test_recorded_errors_are_not_below_the_true_ones(store: pydedup.Store) -> No
         assert true * (1 - 1e-12) <= recorded <= true * (1 + 1e-5)
 
 
+def test_no_recorded_error_is_beyond_the_bound(store: pydedup.Store) -> None:
+    """Of 400 quantised deltas one is so close to it that rounding its error up goes beyond."""
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal((400 * 32, 32)).astype(np.float32)
+    near = (base * (1 + 0.02 * rng.standard_normal(base.shape))).astype(np.float32)
+    store.add("base", {"w": base}, block_shape=(32, 32))
+    report = store.add("m", {"w": near}, policy=policies.Bounded(0.001), block_shape=(32, 32))
+    assert report.delta_blocks == 400
+    assert 0.001 * (1 - 1e-6) < report.certificate["largest_block_error"] <= 0.001
+
+
 def test_equal_blocks_of_two_tensors_have_one_error(store: pydedup.Store) -> None:
     """Only one of them is compared; a stricter version must not take the other for exact."""
     source = moved(weights())
@@ -309,6 +320,32 @@ def test_a_source_that_finetuning_changed_is_noticed(store: pydedup.Store) -> No
     with pytest.raises(ConflictError, match=r"'free' of the source of m@1 changed"):
         store.add("m", source, policy=policies.Accuracy(evaluate, 0.1, finetune=finetune))
     assert [info.name for info in store.models()] == ["base"]
+
+
+def test_what_is_refused_after_training_stays_as_it_was_trained(store: pydedup.Store) -> None:
+    """It was refused before, too: what is put back is not what it was then."""
+    near = weights()[:128]
+    source = moved(near, 1e-4)
+    trained = source.copy()
+    trained[64:] += 1
+
+    def finetune(
+        arrays: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        assert masks["w"][:64].all()  # shared
+        return {"w": np.where(masks["w"], arrays["w"], trained)}
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> float:
+        block = arrays["w"][64:]
+        return 2.0 * np.array_equal(block, trained[64:]) + np.array_equal(block, source[64:])
+
+    store.add("near", {"w": near}, block_shape=(64, 64))
+    policy = policies.Accuracy(evaluate, 0.5, finetune=finetune)
+    report = store.add("m", {"w": source}, policy=policy, block_shape=(64, 64))
+    assert (report.certificate["refused"], report.certificate["metric_after"]) == (1, 2.0)
+    loaded = store.load("m")
+    assert np.array_equal(loaded["w"][:64], near[:64])
+    assert np.array_equal(loaded["w"][64:], trained[64:])
 
 
 def test_the_certificate_of_trained_zeros_is_json(store: pydedup.Store) -> None:
