@@ -174,6 +174,29 @@ def test_a_base_that_another_writer_published_as_a_delta_stays_a_base(store_url:
         assert same(store.load("mine"), model)
 
 
+def test_a_base_that_another_writer_published_is_not_stored_twice(store_url: str) -> None:
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal((512, 256)).astype(np.float32)
+    tuned = base * (1 + 1e-4 * rng.standard_normal(base.shape)).astype(np.float32)
+    faster: list[AddReport] = []
+    with pydedup.open(store_url) as store, pydedup.open(store_url) as other:
+
+        def be_faster(stage: str, done: int, total: int) -> None:
+            if stage == "writing" and not faster:
+                faster.append(other.add("theirs", {"w": base}))
+
+        model = {"base": base, "tuned": tuned}
+        mine = store.add("mine", model, progress=be_faster)
+        assert (mine.delta_blocks, mine.shared_blocks) == (32, 32)
+        assert store.stats().distinct_blocks == 64
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+        store.remove("theirs")
+        store.vacuum()
+        assert store.verify().errors == []
+        assert same(store.load("mine"), model)
+
+
 GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "weight", "bias": "bias"}),))
 
 
