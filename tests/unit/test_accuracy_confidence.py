@@ -229,6 +229,41 @@ def test_the_judging_rows_end_the_search() -> None:
     assert calls == 3
 
 
+@pytest.mark.parametrize("worse", [1, 4, 5])
+def test_bets_are_chosen_by_the_steering_rows_and_made_on_the_others(worse: int) -> None:
+    """Five that got worse are one too many; the best bets in hindsight would let them pass."""
+    population = Population(np.random.default_rng(0), 200, 1, 0.0)
+    population.base[:] = True
+    steering, judging = split_rows(200, 0)
+    population.broken[0, judging[:worse]] = True
+    drops = population.broken[0].astype(np.float64)
+    bets = Bets.of(drops[steering], len(judging), 0.1, 1.0)
+    certificate = population.choose(0.1, confidence=0.95).certificate
+    assert certificate["replaced"] == bets.refutes(drops[judging], 0.1, 0.95) == (worse < 5)
+    if worse < 5:
+        assert certificate["bound"] == bets.upper_bound(drops[judging], 0.95) < 0.1
+
+
+@pytest.mark.parametrize("helps", ["steering", "judging"])
+def test_training_is_kept_for_what_it_does_on_the_steering_rows(helps: str) -> None:
+    """Those that judge must have no say in what they are to judge."""
+    steering, judging = split_rows(400, 0)
+    mended = (steering if helps == "steering" else judging)[:20]
+
+    def evaluate(weights: Arrays) -> NDArray[np.float64]:
+        scores = np.ones(400)
+        scores[mended] = weights["trained"][0]
+        return scores
+
+    def finetune(weights: Arrays, _: Arrays) -> Arrays:
+        return {**weights, "trained": np.ones(1, np.float32)}
+
+    weights = {"trained": np.zeros(1, np.float32)}
+    policy = Accuracy(evaluate, 0.1, confidence=0.95, finetune=finetune)
+    assert choose(weights, [], policy).certificate["finetuned"] == (helps == "steering")
+    assert weights["trained"][0] == (helps == "steering")
+
+
 def test_too_few_examples_are_told_how_many_it_takes() -> None:
     needed = rows_needed(0.01, 1.0, 0.95)
     for rows, fits in ((1, False), (needed - 1, False), (needed, True)):
