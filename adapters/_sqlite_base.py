@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from pydedup.errors import (
@@ -19,7 +19,7 @@ from pydedup.errors import (
 
 from ._base import fetch_all
 from ._dbapi import DbApiAdapter
-from ._schema import Dialect
+from ._schema import TABLES, Dialect
 from ._sessions import READ, WRITE, Connection, Session
 from ._sql import batches
 from ._sqlite_errors import meaning
@@ -51,6 +51,8 @@ DIALECT: Final = Dialect(
 )
 
 # A commit leaves the log alone: `settle` moves it, and may be at it.
+_LAST_ID: Final = (1 << 63) - 1
+_NUMBERED: Final = [table for table, spec in TABLES.items() if ("id", "id") in spec.columns]
 _BEGIN_UNSETTLED: Final = ("PRAGMA wal_autocheckpoint = 0", "BEGIN IMMEDIATE")
 
 #: Between slices of waiting for the writer's lock, Ctrl-C is heard.
@@ -103,6 +105,35 @@ class SqliteBase(SqliteRows, DbApiAdapter):
                     return self._run(session, sql, parameters, fetch_all)
                 finally:
                     connection.text_factory = str
+
+    def _insert(self, sql: str, parameters: Sequence[Any]) -> int:
+        try:
+            return super()._insert(sql, parameters)
+        except StorageFullError as error:
+            self._refuse_last_ids(error)
+            raise
+
+    def _write_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        try:
+            super()._write_many(sql, rows)
+        except StorageFullError as error:
+            self._refuse_last_ids(error)
+            raise
+
+    def _refuse_last_ids(self, error: StorageFullError) -> None:
+        """Raise CorruptStoreError where a damaged row has the last id there is.
+
+        Then none can follow, and SQLite says that the database is full.
+        """
+        found: list[Row] = []
+        for name in map(self._sql.dialect.name, _NUMBERED):
+            with contextlib.suppress(StoreError):  # it is full indeed
+                found = self._query(f"SELECT id FROM {name} WHERE id = ?", [_LAST_ID])
+            if found:
+                raise CorruptStoreError(
+                    f"{self._url} is damaged: a row of {name} has the id {_LAST_ID}, which none "
+                    "can follow; run verify --repair-from on the store, or restore a backup"
+                ) from error
 
     def set_page_state(
         self, ids: Sequence[int], state: str, retired_at: float | None = None

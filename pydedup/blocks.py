@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.errors import ArgumentError, CorruptStoreError
-from pydedup.types import DType
+from pydedup.types import LARGEST_ID, DType
 
 __all__ = [
     "DEFAULT_BLOCK_BYTES",
@@ -48,7 +48,6 @@ NO_PAGE = -1
 
 #: Slots of a page number fewer than 2 to this power: each takes at least 32 bytes.
 SLOT_BITS = 20
-_LARGEST_PAGE_ID = (1 << 63 - SLOT_BITS) - 1
 
 _MAP_MAGIC = b"PDBM"
 _MAP_VERSION = 1
@@ -327,7 +326,7 @@ def _unpack_pages(part: bytes) -> tuple[NDArray[np.int64], int, int, int]:
     pages = np.frombuffer(part, "<i8", n_pages, _MAP_HEADER.size).astype(np.int64, copy=False)
     if n_pages and int(pages.min()) < 0:
         raise CorruptStoreError("a block map names a page with a negative id")
-    if n_pages and int(pages.max()) > _LARGEST_PAGE_ID:  # it would be the place of another page
+    if n_pages and int(pages.max()) > LARGEST_ID:  # it would be the place of another page
         raise CorruptStoreError(f"a block map names page {pages.max()}, which no store has")
     return pages, n_columns, wide, n_blocks
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from pydedup.adapter import LIVE, STAGING, Adapter
 from pydedup.adapter_options import NumberingAdapter, SoundRowsAdapter, StagingAdapter
+from pydedup.errors import CorruptStoreError
+from pydedup.types import LARGEST_ID
 
 __all__ = ["LEASE_SECONDS", "SCORING", "Job", "job_is_dead", "models_of_job", "staging_jobs"]
 
@@ -125,8 +127,17 @@ class Job:
         """
         (page_id,) = self._adapter.insert_pages([(checksum, payload)], state=STAGING)
         self._unsettled += len(payload)
-        self.stage_blocks([page_id], [hashes])
+        self.stage_blocks([self.checked_id("pages", page_id)], [hashes])
         return page_id
+
+    def checked_id(self, table: str, row_id: int) -> int:
+        """Return the id of a new row. Raises CorruptStoreError where it follows a damaged one."""
+        if row_id > LARGEST_ID:
+            raise CorruptStoreError(
+                f"{self._adapter.url} gives a new row of {table} the id {row_id}, beyond all that "
+                "a store has: another row has a damaged one; restore a backup"
+            )
+        return row_id
 
     def stage_numbered_pages(
         self, pages: Sequence[tuple[bytes, bytes]], ids: Sequence[int]

@@ -18,6 +18,7 @@ from pydedup.errors import ArgumentError
 
 __all__ = [
     "GRAPH_ARTIFACT",
+    "LARGEST_ID",
     "AddReport",
     "CopiedModel",
     "CopyReport",
@@ -32,6 +33,9 @@ __all__ = [
 
 #: Name of the artifact that holds a model's graph.
 GRAPH_ARTIFACT = "pydedup:graph.json"
+
+#: No id of a model or a page is larger: 20 bits for what is numbered within one go behind it.
+LARGEST_ID = (1 << 43) - 1
 
 
 class Progress(Protocol):

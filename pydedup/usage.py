@@ -28,6 +28,8 @@ from pydedup.pool import PagePool
 __all__ = ["Readers", "Usage", "ValueUsage", "marginal_bytes", "text_of", "usage_by", "value_of"]
 
 _NOBODY, _SEVERAL = -1, -2
+# No page is so large: its blocks fit 1 MiB, or it has a single one, whose length is a u32.
+_SIZE_BITS = 40
 _UNKNOWN = -1
 
 
@@ -113,12 +115,13 @@ class Readers:
         ids = np.array([model.id for model in models], np.int64)
         rows = np.array(adapter.model_pages(), np.int64).reshape(-1, 4)
         rows = rows[np.isin(rows[:, 0], ids)]
-        wrong = np.flatnonzero((rows[:, 2] < 0) | (rows[:, 2] >> SLOT_BITS > 0))
+        # Shifted, negative numbers are not 0 either.
+        wrong = np.flatnonzero((rows[:, 2] >> SLOT_BITS != 0) | (rows[:, 3] >> _SIZE_BITS != 0))
         if len(wrong):
-            model_id, page_id, blocks, _ = rows[wrong[0]].tolist()
+            model_id, page_id, blocks, size = rows[wrong[0]].tolist()
             raise CorruptStoreError(
-                f"the model of id {model_id} uses {blocks:,} blocks of page {page_id}, as is "
-                "recorded; run verify, with --repair-from anything to make this anew"
+                f"the model of id {model_id} uses {blocks:,} blocks of page {page_id}, {size:,} "
+                "bytes, as is recorded; run verify, with --repair-from anything to make this anew"
             )
         rows[:, 0] = np.searchsorted(ids, rows[:, 0])
         return cls(rows, places, lambda asked: block_costs(pool, asked))

@@ -23,7 +23,7 @@ from pydedup.layout import block_places, split_places
 from pydedup.pool import PagePool
 from pydedup.signatures import SIDE_BITS, BlockKind, read_pieces, read_segments, segment_rows
 from pydedup.similarity import L2LSH
-from pydedup.types import DType
+from pydedup.types import LARGEST_ID, DType
 
 __all__ = ["FLOATS", "Candidates", "cut_pieces", "index_pages", "new_index"]
 
@@ -141,8 +141,9 @@ class Candidates:
         """Find out, once, which pages are live, and index those that no segment covers."""
         if self._live is not None:
             return self._live
-        live = np.array([row.id for row in self._adapter.page_rows(state=LIVE)], np.int64)
-        self._live = live
+        ids = [row.id for row in self._adapter.page_rows(state=LIVE)]
+        # No block has a place on a page with a damaged id.
+        live = self._live = np.array([number for number in ids if number <= LARGEST_ID], np.int64)
         covered = [segment.page_ids for segment in read_segments(self._adapter)]
         self._uncovered = np.setdiff1d(live, np.concatenate([live[:0], *covered])).tolist()
         if self._uncovered:

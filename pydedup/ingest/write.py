@@ -184,7 +184,8 @@ class Stager:
         return PageWriter(self._job, self._spool, layout, self._workers, self._beat, self._advance)
 
     def _insert_model(self, model: StagedModel) -> int:
-        return self._adapter.insert_model(model.row(), replaces=model.replaces)
+        model_id = self._adapter.insert_model(model.row(), replaces=model.replaces)
+        return self._job.checked_id("models", model_id)
 
     def _insert(self, batch: Sequence[_Row]) -> None:
         adapter = self._adapter

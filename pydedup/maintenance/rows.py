@@ -225,9 +225,12 @@ def record_blocks(adapter: Adapter, pool: PagePool, slots: Mapping[int, Sequence
         live = {row.id for row in adapter.page_rows(ids=list(slots), state=LIVE)}
         rows = [row for row in found if row[1] in live and row[1:3] not in there]
         # A row of the same block on no page may be the one that is missing here, damaged.
-        same = adapter.find_blocks([row[0] for row in rows])
+        damaged = VerifyReport()
+        with sound_rows(adapter, damaged):
+            same = adapter.find_blocks([row[0] for row in rows])
         pages = {row.id for row in adapter.page_rows(ids=list({row.page_id for row in same}))}
-        adapter.delete_blocks([row.id for row in same if row.page_id not in pages])
+        nowhere = [row.id for row in same if row.page_id not in pages]
+        adapter.delete_blocks([*nowhere, *damaged.surplus_blocks])
         adapter.insert_blocks(rows)
     return len(rows)
 

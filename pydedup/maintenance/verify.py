@@ -49,7 +49,7 @@ from pydedup.maintenance.verify_models import (
 )
 from pydedup.pool import PagePool
 from pydedup.text import plural
-from pydedup.types import Progress
+from pydedup.types import LARGEST_ID, Progress
 
 __all__ = ["VerifyReport", "content_digests", "verify_store"]
 
@@ -136,8 +136,11 @@ def _verify_pages(
         group = {row.id: row for row in some if row.id not in unreadable}
         recorded: dict[int, list[BlockRow]] = {}
         for block in adapter.blocks_on_pages([row.id for row in some]):
-            recorded.setdefault(block.page_id, []).append(block)
             known += 1
+            if block.id > LARGEST_ID:  # which none can follow
+                report.surplus_blocks.append(block.id)
+                continue
+            recorded.setdefault(block.page_id, []).append(block)
         unseen = set(group)
         for page_id, payload in _payloads(adapter, list(group), report, damage):
             unseen.discard(page_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -177,3 +178,37 @@ def test_a_damaged_row_of_a_job(column: str, tmp_path: Path) -> None:
         assert store.verify().ok
         save_file(MODELS["two"], tmp_path / "two.safetensors")
         store.add("two", tmp_path / "two.safetensors")
+
+
+@pytest.mark.parametrize("row_id", [(1 << 63) - 1, 1 << 45])
+@pytest.mark.parametrize("table", ["models", "pages"])
+def test_an_id_that_no_new_one_can_follow(table: str, row_id: int, tmp_path: Path) -> None:
+    """In SQLite they come behind: an add ended in an OverflowError, a full disk, or was lost."""
+    path = tmp_path / "store.db"
+    fill(f"sqlite:///{path}")
+    assert put(path, f"pydedup_{table}", "id", str(row_id), "id = 2")
+    far = {"w": np.random.default_rng(9).standard_normal((65, 64), np.float32)}
+    with pydedup.open(path) as store:
+        assert not store.verify().ok
+        for name in ("one", "four"):
+            with pytest.raises(CorruptStoreError, match=f"{table} .* id .* restore a backup"):
+                store.add(name, far)
+        for name in ("one", "three"):
+            assert np.array_equal(store.load(name)["w"], MODELS[name]["w"])
+        store.copy_to(tmp_path / "other.db", ["one", "three"])
+
+
+@pytest.mark.parametrize(("column", "value"), [("page_id", "NULL"), ("id", str((1 << 63) - 1))])
+def test_a_damaged_row_of_where_a_block_is(column: str, value: str, tmp_path: Path) -> None:
+    """A repair ended in it, or did not see it, and adds failed."""
+    path, healthy = tmp_path / "store.db", tmp_path / "healthy.db"
+    fill(f"sqlite:///{path}")
+    shutil.copy(path, healthy)
+    assert put(path, "pydedup_distinct_blocks", column, value, "id = 2")
+    with pydedup.open(path) as store:
+        assert any("no distinct block names it" in error for error in store.verify().errors)
+        assert store.verify(repair_from=healthy).errors == []
+        for name, model in MODELS.items():
+            assert store.add(f"{name}@2", model).pages == 0
+        store.add("four", {"w": np.random.default_rng(9).standard_normal((65, 64), np.float32)})
+        assert store.verify().errors == []

@@ -196,6 +196,14 @@ def test_wrong_figures_are_seen_and_mended(store_url: str, other: Path) -> None:
             store.stats(by="tenant")
         assert store.verify(repair_from=other).errors == []
         assert store.stats(by="tenant") == usage
+        for size in (-1, 1 << 62):  # of which sums were wrong, or warnings of numpy
+            change(
+                store_url, "UPDATE {model_pages} SET bytes = ? WHERE model_id = ?", size, model_id
+            )
+            with pytest.raises(CorruptStoreError, match=f"{size:,} bytes, as is recorded"):
+                store.stats(by="tenant")
+        assert store.verify(repair_from=other).errors == []
+        assert store.stats(by="tenant") == usage
         (page, *_) = (row[1] for row in store._adapter.model_pages(lossy))
         change(store_url, "INSERT INTO {model_pages} VALUES (?, ?, ?, ?)", model_id, page, 1, 1)
         assert f"two@1: what it reads is recorded wrongly, of pages {page}" in store.verify().errors
