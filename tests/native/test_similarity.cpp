@@ -299,6 +299,13 @@ TEST(an_index_written_by_hand_is_refused_one_beyond_the_format) {
     CHECK(with(kCounts, std::array<Byte, 3>{1, 2, 1}));
     CHECK(!with(kCounts, std::array<Byte, 3>{2, 0, 2}));
     CHECK(!with(kCounts, std::array<Byte, 3>{2, 1, 2}));
+    CHECK(!loads([](std::vector<std::byte>& bytes) {  // 2, 2^64 - 1 and 3: the sum is 4 again
+        std::vector<std::byte> most(9, std::byte{0xFF});
+        most.push_back(std::byte{1});
+        bytes[kCounts + 2] = std::byte{3};
+        bytes.erase(bytes.begin() + kCounts + 1);
+        bytes.insert(bytes.begin() + kCounts + 1, most.begin(), most.end());
+    }));
     CHECK(!loads([](std::vector<std::byte>& bytes) {  // a 1 of two bytes
         bytes[kCounts + 2] = std::byte{0x81};
         bytes.insert(bytes.begin() + kCounts + 3, std::byte{0});

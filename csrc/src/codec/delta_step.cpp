@@ -83,12 +83,13 @@ class Trial {
                    elements_.get());
         if (values_.wide()) {
             std::memcpy(decoded_.get(), elements_.get(), count * item);
-            return checked(static_cast<const double*>(values_.block()), decoded_.get());
+            return squared_distance(static_cast<const double*>(values_.block()), decoded_.get(),
+                                    count);
         }
         auto* const narrow = reinterpret_cast<float*>(decoded_.get());
         convert_floats(elements_.get(), values_.dtype(), count,
                        reinterpret_cast<std::uint8_t*>(narrow), Dtype::f32);
-        return checked(static_cast<const float*>(values_.block()), narrow);
+        return squared_distance(static_cast<const float*>(values_.block()), narrow, count);
     }
 
     static constexpr double kBad = std::numeric_limits<double>::infinity();
@@ -99,14 +100,6 @@ class Trial {
         const bool good = codec_.delta.quantise(values_.block(), values_.base(), values_.count(),
                                                 values_.wide(), step, z, lanes.data());
         return good ? sum_lanes(lanes) : kBad;
-    }
-
-    template <class Float>
-    double checked(const Float* block, const Float* decoded) const noexcept {
-        for (std::size_t i = 0; i < values_.count(); ++i) {
-            if (block[i] == Float{0} && decoded[i] != Float{0}) return kBad;
-        }
-        return squared_distance(block, decoded, values_.count());
     }
 
     const Values& values_;

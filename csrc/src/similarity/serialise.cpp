@@ -225,11 +225,11 @@ std::unique_ptr<L2Index> L2Index::load(Bytes bytes, unsigned threads) {
     std::uint64_t total = 0;
     for (std::uint64_t& count : counts) {
         count = in.get_varint();
-        if (count == 0 || count > header.members) corrupt("a sketch has no blocks");
+        if (count == 0) corrupt("a sketch has no blocks");
         total += count;
-        if (total > header.members) corrupt("its sketches have too many blocks");
     }
-    if (total != header.members) corrupt("its sketches have too few blocks");
+    // Should it have wrapped around, one of them asks for more ids than there are bytes.
+    if (total != header.members) corrupt("its sketches have more or fewer blocks than stated");
 
     index->make_room(header.groups, header.members + header.others, threads);
     std::vector<std::int16_t> sketch(length);
