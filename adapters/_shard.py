@@ -219,10 +219,11 @@ class Shard(PostgresAdapter):
         """Make an empty database, or what a creation that failed left, a shard of a new store."""
         with self.transaction():
             self._make_tables()
-            taken = self._query(
-                f"SELECT joined OR EXISTS (SELECT 1 FROM {self._payloads}) FROM {self._identity}"  # noqa: S608
+            ((taken,),) = self._query(
+                f"SELECT EXISTS (SELECT 1 FROM {self._identity} WHERE joined) "  # noqa: S608
+                f"OR EXISTS (SELECT 1 FROM {self._payloads})"
             )
-            if any(joined for (joined,) in taken):
+            if taken:
                 raise ArgumentError(
                     f"{self.shown} is a shard of another store; give this one an empty database, "
                     "or another schema= of it"
@@ -365,13 +366,8 @@ class Shard(PostgresAdapter):
         self._query(f"VACUUM (ANALYZE) {self._payloads}")
 
     def lost(self, error: PydedupError) -> bool:
-        """Note what an error says of the shard; whether another copy may help.
-
-        Before the store was matched with the list, an error that has to do with what is in the URL
-        (a password, the name of a database) is none of a shard that is down.
-        """
-        gone = UnavailableError | NotAStoreError if self.id else ConnectionLostError
-        if isinstance(error, gone):
+        """Note what an error says of the shard; whether another copy may help."""
+        if isinstance(error, UnavailableError | NotAStoreError):
             self.failed()
             return True
         return isinstance(error, CorruptStoreError)

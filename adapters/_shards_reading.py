@@ -280,8 +280,9 @@ class ShardedReads(PostgresCopy):
 
     def _wrong_on(self, shard: Shard) -> list[str]:
         """Return complaints about copies that a shard should have."""
-        there = {number: length for rows in self._payloads_on(shard) for number, length in rows}
+        # In this order: a page that somebody sees has its copy, and others may come meanwhile.
         wanted = [row for row in self.page_rows() if shard.id in self._places(row.id)]
+        there = {number: length for rows in self._payloads_on(shard) for number, length in rows}
         # What was deleted meanwhile is gone from both, sooner or later.
         wrong = [row.id for row in wanted if there.get(row.id) != row.payload_bytes]
         wrong = [row.id for row in self.page_rows(ids=wrong)]

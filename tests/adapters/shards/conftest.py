@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from pydedup.testing._contract_base import with_option
+from pydedup.adapter import Adapter
+from pydedup.testing._contract_base import open_store, with_option
 from pydedup.testing.servers import PostgresServer, unused_name
 from pydedup.testing.shards import NewPlace, ShardedPlace, give_known_places, run
 
@@ -21,6 +22,14 @@ def place(shard_servers: list[PostgresServer]) -> Iterator[ShardedPlace]:
     for server in shard_servers:
         with psycopg.connect(server.url, autocommit=True) as connection:
             connection.execute(f"DROP SCHEMA IF EXISTS {place.schema} CASCADE")
+
+
+@pytest.fixture
+def store(place: ShardedPlace) -> Iterator[Adapter]:
+    """An open store on it, each page on one shard."""
+    adapter = open_store(place.url(replicas=1))
+    yield adapter
+    adapter.close()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pydedup.catalog import page_readers
 from pydedup.cli.app import main
 from pydedup.cli.errors import Exit
 from pydedup.errors import UnavailableError
-from pydedup.testing.servers import unused_name, unused_port
+from pydedup.testing.servers import PostgresServer, unused_name, unused_port
 from pydedup.testing.shards import (
     MODELS,
     POLICY,
@@ -102,6 +102,22 @@ def test_a_database_that_never_was_the_stores_is_a_slip(
         pydedup.open(place.url(2, shards=[0, slip, 2]))
     assert "has 3 shards: postgresql://" in str(told.value)
     assert f"/{name_of(lost)}" in str(told.value)
+
+
+def test_of_two_that_do_not_answer_the_one_at_its_place_is_known(
+    place: ShardedPlace, shard_servers: list[PostgresServer]
+) -> None:
+    """The other has moved. Once it answers, the first is read."""
+    fill(place.url(2))
+    moved = f"postgresql://postgres@127.0.0.1:{unused_port()}/postgres"
+    shard_servers[1].kill()
+    try:
+        store = pydedup.open(place.url(2, shards=[0, moved, 1]), mode="r")
+    finally:
+        shard_servers[1].start()
+    with store:
+        for address, model in MODELS.items():
+            assert store.load(address)["w"].tobytes() == model["w"].tobytes()
 
 
 def test_the_same_place_by_another_user() -> None:

@@ -17,6 +17,7 @@ from pydedup.catalog import page_readers
 from pydedup.cli.app import main
 from pydedup.errors import ArgumentError, ReadOnlyError, StoreError
 from pydedup.maintenance import refill
+from pydedup.testing._contract_base import in_thread
 from pydedup.testing.shards import (
     MODELS,
     POLICY,
@@ -152,6 +153,8 @@ def test_a_shard_that_is_down_is_told_or_waited_for(
         finally:
             back.start()
         try:
+            # It may take its time to recover, and has been down for a while already.
+            monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 120.0)
             later = store.refill()
         finally:
             back.join()
@@ -203,6 +206,8 @@ def test_what_is_dropped_under_readers_is_read_elsewhere(
         drop(lost)
         for address, model in MODELS.items():
             assert store.load(address)["w"].tobytes() == model["w"].tobytes()
+        with pytest.raises(StoreError, match=r"was it dropped|is gone"):  # with new connections
+            in_thread(lambda: store.add("late", model_of(9), policy=POLICY))
         report = store.refill()
         assert (report.ok, report.lost, len(report.failed)) == (False, {}, 1)
 

@@ -6,17 +6,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pydedup.adapters import _shards_list
 from pydedup.adapters._shard import Shard
+from pydedup.adapters.postgres_shards import ShardedAdapter
 
 import pydedup
 from pydedup.adapter import LIVE
 from pydedup.catalog import page_readers
 from pydedup.cli.app import main
 from pydedup.cli.errors import Exit
-from pydedup.errors import ArgumentError, NotAStoreError, StoreError, UnavailableError
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    NotAStoreError,
+    StoreError,
+    UnavailableError,
+)
 from pydedup.testing.servers import unused_name, unused_port
 from pydedup.testing.shards import (
     MODELS,
@@ -181,9 +190,13 @@ def test_with_one_copy_the_pages_are_lost(
 
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_shard_with_the_only_copies_is_not_replaced(
-    comes_back: bool, place: ShardedPlace, new_place: NewPlace
+    comes_back: bool,
+    place: ShardedPlace,
+    new_place: NewPlace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another was replaced and not filled yet: what both should have is on this one alone."""
+    monkeypatch.setattr(_shards_list, "_ROWS_AT_ONCE", 3)
     second, away, third = new_place(), new_place(), new_place()
     fill(place.url(2, shards=[0, second, away]))
     drop(second)
@@ -239,6 +252,48 @@ def test_pages_that_a_vacuum_deletes_meanwhile_are_none_to_miss(
 
     monkeypatch.setattr(Shard, "present_payloads", emptied)
     assert pydedup.Store.replace_lost(place.url(2, shards=[0, new, 2])) is not None
+
+
+def test_a_database_that_another_store_takes_meanwhile_is_refused(
+    place: ShardedPlace, new_place: NewPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, url = lost_and_new(place, new_place)
+    others = "postgresql+shards://" + "|".join(
+        one.partition("://")[2] for one in (new_place(), new)
+    )
+    looked = ShardedAdapter._refuse_only_copies
+
+    def late(*state: Any) -> None:
+        looked(*state)
+        pydedup.open(others).close()
+
+    monkeypatch.setattr(ShardedAdapter, "_refuse_only_copies", late)
+    refused(url, name_of(new), "holds pages already")
+    with pydedup.open(others) as store:
+        store.add("its", model_of(7), policy=POLICY)
+
+
+def test_of_two_shards_that_are_replaced_at_once_one_is(
+    place: ShardedPlace, new_place: NewPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What both of them had would be out of reach, had each looked before the other began."""
+    first, second, instead_of_first, instead_of_second = (new_place() for _ in range(4))
+    fill(place.url(2, shards=[0, first, second]))
+    other = place.url(2, shards=[0, first, instead_of_second])
+    looked = ShardedAdapter._refuse_only_copies
+
+    def late(*state: Any) -> None:
+        looked(*state)
+        monkeypatch.undo()
+        pydedup.Store.replace_lost(other)
+
+    monkeypatch.setattr(ShardedAdapter, "_refuse_only_copies", late)
+    late_one = place.url(2, shards=[0, instead_of_first, second])
+    refused(late_one, "another process has replaced a shard", error=ConflictError)
+    assert is_empty(instead_of_first)
+    with pydedup.open(other) as store:
+        assert store.refill().ok
+    is_sound(other)
 
 
 def test_a_lost_shard_that_comes_back_is_refused(place: ShardedPlace, new_place: NewPlace) -> None:

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import sqlite3
 import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from pydedup.adapters._postgres_errors import ConnectionLostError
+from pydedup.adapters._shard import Shard
 from pydedup.adapters._shards_url import places_of
 
 import pydedup
@@ -27,17 +26,9 @@ from pydedup.errors import (
     MissingStoreError,
     NotAStoreError,
     StoreError,
-    UnavailableError,
 )
-from pydedup.testing._contract_base import add_pages, add_random_pages, in_thread, open_store
+from pydedup.testing._contract_base import add_random_pages, in_thread, open_store
 from pydedup.testing.shards import ShardedPlace
-
-
-@pytest.fixture
-def store(place: ShardedPlace) -> Iterator[Adapter]:
-    adapter = open_store(place.url(replicas=1))
-    yield adapter
-    adapter.close()
 
 
 # ---- where pages are ---------------------------------------------------------------------------
@@ -80,6 +71,31 @@ def test_payloads_are_in_the_shards_alone(store: Adapter, place: ShardedPlace) -
     there = [len(place.rows(number, "SELECT id FROM {}.page_payloads")) for number in range(3)]
     assert sum(there) == 30
     assert min(there) > 0
+
+
+def test_what_a_shard_keeps_is_on_its_disk_before_the_coordinator_commits(
+    store: Adapter, place: ShardedPlace
+) -> None:
+    """Also where a shard's own setting is not to wait for the disk: the page would be lost."""
+    noted = (
+        "CREATE TABLE {}.seen (setting text)",
+        "CREATE FUNCTION {0}.see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO "
+        "{0}.seen VALUES (current_setting('synchronous_commit')); RETURN NEW; END $$",
+        "CREATE TRIGGER see BEFORE INSERT ON {0}.page_payloads FOR EACH ROW "
+        "EXECUTE FUNCTION {0}.see()",
+    )
+    for number, statement in itertools.product(range(3), noted):
+        place.rows(number, statement)
+    for number in range(3):
+        place.rows(number, "ALTER DATABASE postgres SET synchronous_commit = off")
+    try:
+        in_thread(lambda: add_random_pages(store, 12, size=500))  # with new connections
+    finally:
+        for number in range(3):
+            place.rows(number, "ALTER DATABASE postgres RESET synchronous_commit")
+    seen = [value for number in range(3) for (value,) in place.rows(number, "TABLE {}.seen")]
+    assert set(seen) == {"on"}
+    assert len(seen) == 12
 
 
 def test_what_was_interrupted_on_a_shard_is_read_by_nobody_else(store: Adapter) -> None:
@@ -136,6 +152,17 @@ def test_shards_of_another_store_are_refused(place: ShardedPlace) -> None:
     for one in (mine, adapter):
         one.close()
     place.rows(0, "DROP SCHEMA {}b CASCADE")
+
+
+def test_pages_that_nobody_calls_theirs_are_no_place_for_a_new_store(place: ShardedPlace) -> None:
+    """As where of a lost shard the payloads alone were restored: a vacuum would delete them."""
+    place.rows(1, "CREATE SCHEMA {}")
+    table = "CREATE TABLE {}.page_payloads (id bigint PRIMARY KEY, payload bytea NOT NULL)"
+    place.rows(1, table)
+    place.rows(1, "INSERT INTO {}.page_payloads VALUES (1, 'x')")
+    with pytest.raises(ArgumentError, match="is a shard of another store"):
+        pydedup.open(place.url())
+    assert place.rows(1, "SELECT id FROM {}.page_payloads") == [(1,)]
 
 
 def test_a_shard_that_is_exchanged_later_is_told(store: Adapter, place: ShardedPlace) -> None:
@@ -218,6 +245,19 @@ def test_a_creation_that_was_killed_is_done_again(place: ShardedPlace) -> None:
     adapter.close()
 
 
+def test_a_creation_that_was_killed_before_its_shards_had_joined(place: ShardedPlace) -> None:
+    open_store(place.url()).close()
+
+    def joined() -> list[bool]:
+        rows = [place.rows(number, "SELECT joined FROM {}.shard_identity") for number in range(3)]
+        return [one for ((one,),) in rows]
+
+    place.rows(1, "UPDATE {}.shard_identity SET joined = false")
+    for mode, after in (("r", [True, False, True]), ("a", [True] * 3)):
+        pydedup.open(place.url(), mode=mode).close()  # type: ignore[arg-type]
+        assert joined() == after
+
+
 # ---- copies ------------------------------------------------------------------------------------
 
 
@@ -278,70 +318,6 @@ def test_of_a_lost_copy_the_other_is_read(place: ShardedPlace) -> None:
     adapter.close()
 
 
-def test_a_shard_that_is_down(
-    store: Adapter, place: ShardedPlace, shard_servers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pages elsewhere are read, models elsewhere served, and the error names what cannot be had."""
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.3)
-    pages = add_random_pages(store, 30, size=500)
-    ((down,),) = place.rows(2, "SELECT array_agg(id) FROM {}.page_payloads")
-    up = [number for number in pages if number not in down]
-    shard_servers[2].kill()
-    try:
-        opened = registry.connect(place.url(), mode="a")  # also now
-        for adapter in (store, opened):
-            assert dict(adapter.read_pages(up)) == {number: pages[number] for number in up}
-            with adapter.snapshot(), pytest.raises(UnavailableError) as told:
-                list(adapter.read_pages(list(pages)))
-            assert f"port={shard_servers[2].port}" in str(told.value)
-            assert f"{len(down)} of the pages" in str(told.value)
-            with pytest.raises(UnavailableError):
-                add_pages(adapter, 40)
-            assert not adapter.size_is_exact()
-            assert adapter.stored_bytes() > 6000
-            assert adapter.integrity_errors() == []  # of pages that nobody has seen
-            (said,) = adapter.unreachable_places()  # type: ignore[attr-defined]
-            assert f"port={shard_servers[2].port}" in said
-            adapter.compact()
-        assert sorted(row.id for row in store.page_rows()) == sorted(pages)
-    finally:
-        shard_servers[2].start()
-    assert dict(store.read_pages(list(pages))) == pages
-    assert dict(opened.read_pages(list(pages))) == pages
-    assert opened.integrity_errors() == []
-    opened.close()
-
-
-def test_a_host_that_does_not_answer_is_left_alone(
-    store: Adapter, place: ShardedPlace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pages = add_random_pages(store, 30, size=500)
-    shard: Any = store._shards[2]  # type: ignore[attr-defined]
-    tries = []
-
-    def wait() -> Any:
-        tries.append(1)
-        time.sleep(0.01)
-        raise ConnectionLostError("no answer")
-
-    monkeypatch.setattr(shard._pool, "_open_connection", wait)
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.1)
-    monkeypatch.setattr("pydedup.adapters._shard.LEFT_ALONE", 1e6)
-
-    def read() -> None:  # with new connections
-        with pytest.raises(UnavailableError, match="no answer"):
-            list(store.read_pages(list(pages)))
-
-    in_thread(read)
-    asked = len(tries)
-    for _ in range(3):
-        in_thread(read)
-    assert len(tries) == asked > 0
-    monkeypatch.undo()
-    shard.answered()  # instead of waiting
-    assert in_thread(lambda: dict(store.read_pages(list(pages)))) == pages
-
-
 # ---- the rest of pydedup -----------------------------------------------------------------------
 
 
@@ -373,7 +349,11 @@ def test_functions_in_the_server_are_refused(store: Any) -> None:
 # ---- what is left behind -----------------------------------------------------------------------
 
 
-def test_payloads_without_a_page_are_collected(store: Adapter, place: ShardedPlace) -> None:
+@pytest.mark.parametrize("at_once", [1, 1000])
+def test_payloads_without_a_page_are_collected(
+    at_once: int, store: Adapter, place: ShardedPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pydedup.adapters._shards_reading.IDS_AT_ONCE", at_once)
     pages = add_random_pages(store, 9, size=500)
     place.rows(1, "INSERT INTO {}.page_payloads VALUES (1000000, 'left by a killed writer')")
     with store.transaction():
@@ -398,6 +378,42 @@ def test_a_coordinator_that_was_restored_is_vacuumed_first(place: ShardedPlace) 
         assert store.verify().ok
 
 
+@pytest.mark.parametrize("change", ["add", "delete"])
+def test_pages_that_come_or_go_while_copies_are_counted_are_not_missing(
+    change: str, store: Adapter, place: ShardedPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = add_random_pages(store, 60, size=500)
+    listed = Shard.payload_ids
+    with contextlib.closing(open_store(place.url())) as other:
+
+        def late(self: Shard, after: int, limit: int) -> list[tuple[int, int]]:
+            monkeypatch.undo()
+            if change == "delete":
+                with other.transaction():
+                    other.delete_pages(list(pages))
+                other.compact()
+            found = listed(self, after, limit)
+            if change == "add":
+                add_random_pages(other, 60, size=500)
+            return found
+
+        monkeypatch.setattr(Shard, "payload_ids", late)
+        assert store.integrity_errors() == []
+
+
+def test_what_failed_leaves_no_transaction_open(store: Adapter, place: ShardedPlace) -> None:
+    def fail() -> None:
+        with store.transaction():
+            store.insert_pages([(bytes(16), b"x" * 99)] * 60, state=LIVE)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    idle = "SELECT query FROM pg_stat_activity WHERE state LIKE 'idle in %' AND query LIKE '%{}%'"
+    assert [place.rows(number, idle) for number in range(3)] == [[]] * 3
+    assert place.payloads() == {}
+
+
 def test_nothing_is_collected_from_under_others(store: Adapter, place: ShardedPlace) -> None:
     """A snapshot keeps what it sees, a transaction what it writes."""
     pages = add_random_pages(store, 9, size=500)
@@ -415,7 +431,7 @@ def test_nothing_is_collected_from_under_others(store: Adapter, place: ShardedPl
         in_thread(store.compact)
     assert len(list(store.read_pages(ids))) == 1
     assert len(place.payloads()) == 10
-    store.compact()
+    in_thread(store.compact)  # who had the snapshot keeps nothing from it any more
     assert place.payloads().keys() == set(ids)
 
 
