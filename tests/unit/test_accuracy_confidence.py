@@ -223,7 +223,9 @@ def test_the_judging_rows_end_the_search() -> None:
         return evaluate(weights)
 
     population.evaluate = counting  # type: ignore[method-assign]
-    certificate = population.choose(0.05, confidence=0.95, seed=3).certificate
+    certificate = population.choose(
+        0.05, confidence=0.95, seed=3, finetune=lambda weights, _: pytest.fail("it is over")
+    ).certificate
     assert certificate["replaced"] == 0
     assert certificate["ended"] == "the judging examples refused a state"
     assert calls == 3

@@ -206,6 +206,18 @@ def test_the_number_of_evaluations_is_bounded_and_the_rest_stays() -> None:
     assert model.weights["w"][:, 0] @ model.costs == 0
 
 
+def test_training_is_not_asked_for_when_nothing_is_left_to_evaluate_it() -> None:
+    model, trained = Model([0.0, 0.0]), []
+
+    def finetune(weights: Arrays, _: Arrays) -> Arrays:
+        trained.append(True)
+        return {name: array + 1 for name, array in weights.items()}
+
+    certificate = model.choose(0.5, max_evaluations=3, finetune=finetune).certificate
+    assert certificate["evaluations"] == len(model.evaluated) == 3
+    assert not trained
+
+
 def test_a_fruitless_round_leaves_evaluations_for_the_next() -> None:
     costs = [1.0] * 200
     model = Model(costs, gentle=(0.5, 0.0))
