@@ -29,16 +29,23 @@ PQERRORS_SQLSTATE: Final = 3
 #: A server that refuses does so at once. Who took longer, or does, is not asked, or waited for.
 SECONDS: Final = 1.0
 _PURE: Final = "psycopg.pq._pq_ctypes"
+#: What psycopg puts before what libpq says, and before what it says of each of several hosts.
+_BEFORE: Final = re.compile(r"(- host: .*?: )?connection (failed|is bad): ")
 _CODE: Final = re.compile(r":  ([0-9A-Z]{5})\s*$")
 
 
 def said(error: Exception) -> str:
     """Return what an error says, in one line."""
     diagnosis = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    lines = (diagnosis or str(error).removeprefix("connection failed: ")).splitlines()
-    # libpq says the same of each of its attempts, with TLS and without. Its hints, which are
-    # indented, are for people at a shell; there is advice of our own.
-    told = (" ".join(line.split()).rstrip(".") for line in lines if not line.startswith("\t"))
+    lines = [_BEFORE.sub("", line, 1) for line in (diagnosis or str(error)).splitlines()]
+    # libpq says the same of each of its attempts, with TLS and without, psycopg of the last of
+    # several hosts twice. Hints, which are indented, are for people at a shell; there is our own
+    # advice.
+    told = (
+        " ".join(line.split()).rstrip(".")
+        for line in lines
+        if not line.startswith(("\t", "Multiple connection attempts failed"))
+    )
     return "; ".join(dict.fromkeys(filter(None, told))) or type(error).__name__
 
 

@@ -134,8 +134,8 @@ class PostgresAdapter(PostgresCopy):
         except psycopg.ProgrammingError:
             # libpq quotes the URL, and what it takes for a port may be a piece of a password.
             raise ArgumentError(
-                "libpq cannot read the URL of the PostgreSQL database: its port, or a user or "
-                "password that is not percent-encoded (%40 for @)"
+                "libpq cannot read the URL of the PostgreSQL database: its port, or a user, "
+                "password or option that is not percent-encoded (%40 for @, %3D for =)"
             ) from None
         except psycopg.Error as error:
             needs = error.pgconn is not None and error.pgconn.needs_password

@@ -28,7 +28,7 @@ from pydedup.errors import (
     UnavailableError,
 )
 from pydedup.testing._contract_base import add_random_pages, with_option
-from pydedup.testing.servers import as_user
+from pydedup.testing.servers import as_user, unused_port
 
 
 @pytest.mark.parametrize(
@@ -251,6 +251,17 @@ def test_what_libpq_says_is_one_sentence_for_each_thing() -> None:
         "root certificate file does not exist; Either provide it, or change sslmode"
     )
     assert said(psycopg.OperationalError()) == "OperationalError"
+
+
+def test_of_several_hosts_it_is_said_once_what_is_wrong_with_each() -> None:
+    closed = [unused_port() for _ in range(2)]
+    hosts = ",".join(f"127.0.0.1:{port}" for port in closed)
+    with pytest.raises(UnavailableError) as caught:
+        registry.connect(f"postgresql://me@{hosts}/db", mode="a")
+    _, _, told = str(caught.value).partition("/db: ")
+    each = [f'server at "127.0.0.1", port {port} failed: Connection refused' for port in closed]
+    assert sorted(told.split("; ")[:2]) == sorted(f"connection to {one}" for one in each)
+    assert "host: " not in told and "Multiple" not in told
 
 
 def test_a_server_that_is_not_the_one_that_was_asked_for(url: str) -> None:
