@@ -45,7 +45,7 @@ Predict = Callable[[StoredModel, Array], Any]
 MOST_FAILURES: Final = 20
 #: Of the columns of a query, a message names no more than so many.
 _SHOWN: Final = 20
-#: How often a batch is written again when others write the same rows.
+#: How often a batch is written that is refused, and of which no row is there.
 _TRIES: Final = 5
 #: Of keys that a table may take for one, so many are named.
 _ALIKE: Final = 6
@@ -344,14 +344,17 @@ class Scoring:
 
     def _write(self, made: dict[object, Line]) -> None:
         """Write predictions, without those that others wrote meanwhile."""
-        for _ in range(_TRIES):
+        tries = _TRIES
+        while tries:
             if not made or self.target.insert(made):
                 self._written += len(made)
                 self.last_key = next(reversed(made), self.last_key)
                 return
             there = self.target.present(list(made))
             self._skipped += len(there)
-            made = {key: line for key, line in made.items() if key not in there}
+            left = {key: line for key, line in made.items() if key not in there}
+            tries -= len(left) == len(made)
+            made = left
         if self._skips and len(made) > 1:  # the second of two that are one is there after the first
             lines, half = list(made.items()), len(made) // 2
             self._write(dict(lines[:half]))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import pydedup
+from pydedup import registry
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -23,6 +25,8 @@ from pydedup.errors import (
     UnavailableError,
 )
 from pydedup.jobs import SCORING
+from pydedup.store import Store
+from pydedup.testing.faults import Fault, inject
 from pydedup.testing.servers import mysql_connection
 
 from .conftest import Tables, add, assert_right, features, predictions, query_of
@@ -374,6 +378,27 @@ def test_two_at_once_write_each_row_once(tables: Tables, source: Make, new_name:
         report = first.score(query_of(table), "m@1", into=into, batch=50, progress=interrupt)
     assert report.rows + inner[0].rows == 200
     assert inner[0].skipped == report.rows == 50
+    assert_right(predictions(tables, into), x, w)
+
+
+def test_who_is_forestalled_again_and_again_writes_what_is_left(
+    tables: Tables, source: Make, new_name: Make
+) -> None:
+    """After five times that was an error, of a unique index of another column."""
+    w, x, into = add(tables.url, "m@1"), features(50), new_name()
+    table = source(x)
+    ids = iter(range(1, 9))
+    with pydedup.open(tables.url) as other:
+
+        def forestall() -> None:
+            for number in itertools.islice(ids, 1):
+                other.score(query_of(table, f"WHERE id = {number}"), "m@1", into=into)
+
+        adapter = registry.connect(tables.url, mode="a")
+        faulty, _ = inject(adapter, Fault("insert_predictions", forestall, call=0))
+        with Store(faulty, 8 << 20) as store:
+            report = store.score(query_of(table), "m@1", into=into)
+    assert (report.rows, report.skipped) == (42, 8)
     assert_right(predictions(tables, into), x, w)
 
 
