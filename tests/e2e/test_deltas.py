@@ -352,6 +352,24 @@ def test_an_update_stores_what_changed(store: pydedup.Store, policy: policies.Po
     assert store.verify().ok
 
 
+@pytest.mark.parametrize("order", ["abc", "cab"])
+def test_versions_of_several_models_that_share_parts_of_a_page(
+    store: pydedup.Store, order: str
+) -> None:
+    """What each reads is recorded without reading anything, from what the versions before read."""
+    weight = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
+    weight[:64] *= np.float32(2) ** np.arange(64, dtype=np.float32)
+    weight[64:128] = 1  # blocks of very different sizes
+    parts = {"a": {"w": weight}, "b": {"w": weight[:64]}, "c": {"w": weight[64:]}}
+    models = {name: parts[name] for name in order}
+    for _ in range(2):
+        reports = store.add_many(models, block_shape=(64, 64))
+        assert store.verify().errors == []
+    assert sum(report.stored_bytes for report in reports) == 0
+    for name in order:
+        assert store.info(f"{name}@1").used_bytes == store.info(f"{name}@2").used_bytes
+
+
 def test_a_stricter_update_looks_at_everything_again(store: pydedup.Store) -> None:
     base = base_model()
     store.add("other", base)
