@@ -19,6 +19,7 @@ __all__ = ["CatalogCalls"]
 
 #: Artifacts are stored in parts of this size, as block maps are.
 ARTIFACT_PART_BYTES = 1 << 20
+_INT_DIGITS = len(str(1 << 63))
 
 
 class CatalogCalls(DbApiBase):
@@ -38,9 +39,11 @@ class CatalogCalls(DbApiBase):
         """Return the epoch."""
         found = self._recorded("meta", self._sql.meta_value, ["epoch"], ["value"])
         value = found[0][0] if found else None
-        if value is None or not (value.isascii() and value.isdigit()):
+        # With more digits it may be one to which no database can add.
+        if value is None or not (value.isascii() and value.isdigit() and len(value) < _INT_DIGITS):
             raise CorruptStoreError(
-                f"{self._url} has {value!r} as its epoch where a number must be; restore a backup"
+                f"{self._url} has {value!r:.40} as its epoch where a number must be; restore a "
+                "backup"
             )
         return int(value)
 

@@ -299,7 +299,8 @@ class Catalog:
 
         What is cached of pages, whose ids begin anew with the tables, would be taken for its own.
         """
-        found = self._adapter.meta().get("store_id")
+        with only_sound_rows(self._adapter):
+            found = self._adapter.meta().get("store_id")
         if self._store_id is None:
             self._store_id = found
         elif found != self._store_id:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
-from pydedup.adapter_options import ReadIntoAdapter, RowAdapter
+from pydedup.adapter_options import ReadIntoAdapter, RowAdapter, only_sound_rows
 from pydedup.catalog import page_copies, page_readers
 from pydedup.errors import (
     ArgumentError,
@@ -89,7 +89,8 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
             f"{adapter.url} was written by a newer pydedup (schema {version}, this one knows "
             f"{SCHEMA_VERSION}); upgrade pydedup"
         )
-    hashes = adapter.meta().get("hash_version")
+    with only_sound_rows(adapter):  # who only reads can do without the others
+        hashes = adapter.meta().get("hash_version")
     if hashes != str(HASH_VERSION):  # pages say by themselves of what format each is
         raise SchemaVersionError(
             f"{adapter.url} was written by another pydedup (hash_version {hashes}, this one knows "

@@ -161,6 +161,8 @@ def _verify_pages(
                 continue
             if page.checksum != group[page_id].checksum:
                 damage.note(page_id, ": its checksum is not the one of its row")
+            elif len(payload) != group[page_id].payload_bytes:  # a column of its own, in some
+                damage.note(page_id, ": its size is not the one of its row")
             # Copies: what is only a part of the page's slots keeps all of the page in memory.
             dtypes, *sides, lengths = (
                 page.slots[key].copy() for key in ("dtype", "rows", "cols", "length")

@@ -385,6 +385,10 @@ def test_a_state_a_graph_and_names_that_cannot_be(change: str, said: str, tmp_pa
     [
         ("DELETE FROM pydedup_meta WHERE name = 'epoch'", "has None as its epoch"),
         ("UPDATE pydedup_meta SET value = '?' WHERE name = 'epoch'", "has '?' as its epoch"),
+        (
+            "UPDATE pydedup_meta SET value = '99999999999999999999' WHERE name = 'epoch'",
+            "has '99999999999999999999' as its epoch",
+        ),
         ("UPDATE pydedup_meta SET value = '[' WHERE name = 'quotas'", "quotas that do not parse"),
     ],
 )

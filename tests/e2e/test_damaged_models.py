@@ -131,6 +131,26 @@ def test_adds_go_on_beside_a_model_whose_rows_are_lost(loss: str, store_url: str
         is_removed(store)
 
 
+@pytest.mark.parametrize("size", [0, 1 << 40])
+def test_the_size_of_a_page_that_its_row_has(
+    size: int, mysql_database: str, tmp_path: Path
+) -> None:
+    """It is a column of its own in MariaDB, and what `stats` and vacuums go by."""
+    healthy = f"sqlite:///{tmp_path}/healthy.db"
+    for url in (healthy, mysql_database):
+        fill(url)
+    change(mysql_database, "UPDATE {pages} SET payload_bytes = ? WHERE id = 2", size)
+    with pydedup.open(mysql_database) as store:
+        said = "page 2: its size is not the one of its row; read by two@1"
+        assert store.verify().errors == [said]
+        assert store.verify(repair_from=healthy).errors == []
+        store.vacuum()
+        pages = store._adapter.read_pages([row.id for row in store._adapter.page_rows()])
+        assert store.stats().page_bytes == sum(len(payload) for _, payload in pages)
+        for name, model in MODELS.items():
+            assert np.array_equal(store.load(name)["w"], model["w"])
+
+
 @pytest.mark.parametrize(
     ("spec", "cursor"),
     [
@@ -212,3 +232,23 @@ def test_a_damaged_row_of_where_a_block_is(column: str, value: str, tmp_path: Pa
             assert store.add(f"{name}@2", model).pages == 0
         store.add("four", {"w": np.random.default_rng(9).standard_normal((65, 64), np.float32)})
         assert store.verify().errors == []
+
+
+@pytest.mark.parametrize("name", ["store_id", "epoch", "quotas", "page_format"])
+def test_a_damaged_row_of_what_is_recorded_of_the_store(name: str, tmp_path: Path) -> None:
+    """The store could not even be opened to be read."""
+    path = tmp_path / "store.db"
+    fill(f"sqlite:///{path}")
+    with pydedup.open(path) as store:
+        store.quotas.set("tenant", "a", "1GB")
+    assert put(path, "pydedup_meta", "value", "5", f"name = '{name}'")
+    said = f"column value of pydedup_meta has 5 where text must be, in the row of name '{name}'"
+    for mode in ("r", "a"):
+        with pydedup.open(path, mode=mode) as store:
+            assert said in store.verify().errors
+            for model, arrays in MODELS.items():
+                assert np.array_equal(store.load(model)["w"], arrays["w"])
+    with pydedup.open(path) as store:
+        if name in ("epoch", "quotas"):
+            with pytest.raises(CorruptStoreError, match="column value of pydedup_meta has 5 where"):
+                store.add("four", MODELS["one"])
