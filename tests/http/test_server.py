@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
+import sqlite3
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -288,6 +290,20 @@ def test_metrics(server: Server) -> None:
     for name in ("request_seconds_count", "batch_rows_count", "queue_requests"):
         assert f"pydedup_{name} " in text
     assert server.metric("pydedup_requests_total", model="", outcome="not_found") >= 1
+
+
+def test_a_damaged_row_of_a_model(start: Start, own_url: str) -> None:
+    """All others are listed and served."""
+    server = start(own_url)
+    before = server.ask("POST", "/v2/repository/index", b"").json
+    path = own_url.removeprefix("sqlite:///")
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        damage = "UPDATE pydedup_models SET policy = CAST(x'ff' AS TEXT) WHERE name = 'plain'"
+        assert connection.execute(damage).rowcount == 1
+    after = server.ask("POST", "/v2/repository/index", b"").json
+    assert after == [entry for entry in before if entry["name"] != "plain"]
+    assert server.ask("GET", "/v2/models/dense").status == 200
+    assert server.ask("GET", "/v2/models/plain").status == 500
 
 
 def test_an_alias_moves_and_a_version_goes(start: Start, own_url: str) -> None:

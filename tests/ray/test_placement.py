@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections import Counter
 from pathlib import Path
 
@@ -120,4 +122,9 @@ def test_families_follow_the_store(url: str) -> None:
         store.remove("red@1")
     assert families.refresh()
     assert families.key("red-tuned").startswith("red-tuned@1~")
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as damaged, damaged:
+        change = "UPDATE pydedup_models SET policy = CAST(x'ff' AS TEXT) WHERE name = 'blue'"
+        assert damaged.execute(change).rowcount == 1
+    assert families.refresh()  # all others are placed
+    assert families.key("blue-tuned").startswith("blue-tuned@1~")
     adapter.close()
