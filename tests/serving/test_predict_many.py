@@ -106,6 +106,27 @@ def test_models_with_other_layers_run_beside_each_other(store: pydedup.Store) ->
     np.testing.assert_allclose(second, store.predict("short", x), rtol=1e-4, atol=1e-5)
 
 
+def test_bags_of_one_model_are_not_put_one_behind_the_other(tmp_path: Path) -> None:
+    """Offsets that begin with 0 again would be those of other bags."""
+    x = RNG.standard_normal((2, 256)).astype(np.float32)
+    requests = [
+        ("m", {"ids": np.array([1, 2]), "offsets": np.array([0]), "x": x[:1]}),
+        ("m", {"ids": np.array([3, 4, 5]), "offsets": np.array([0, 1]), "x": x}),
+    ]
+    arrays = {**weights(), "table": RNG.standard_normal((50, 256)).astype(np.float32)}
+    with pydedup.open(tmp_path / "m.db", memory="8MiB") as opened:
+        opened.add("m", arrays, graph=bags())
+        for (name, given), got in zip(requests, opened.predict_many(requests), strict=True):
+            want = opened.predict(name, given)["out"]
+            np.testing.assert_allclose(got["out"], want, rtol=1e-4, atol=1e-6)
+
+
+def test_requests_of_two_dtypes_keep_theirs(store: pydedup.Store) -> None:
+    store.add("plain", weights(), graph=Graph(("x",), ("y",), (Node("relu", ("x",), "y"),)))
+    requests = [("plain", np.ones((2, 3), dtype)) for dtype in (np.float32, np.float64)]
+    assert [got.dtype for got in store.predict_many(requests)] == [np.float32, np.float64]
+
+
 def test_a_batch_larger_than_the_budget_is_cut(store: pydedup.Store) -> None:
     x = RNG.standard_normal((6000, 256)).astype(np.float32)  # 12 MB of activations in a layer
     want = np.concatenate([store.predict("v1", x[at : at + 500]) for at in range(0, 6000, 500)])
@@ -276,6 +297,10 @@ _DTYPES = {"d": DType.F64}
 _SHAPES = {"d": (8, 6), "w": (8, 6), "e": (50, 6), "c": (4, 3, 3, 3), "g": (6,)}
 
 
+def _norm(name: str) -> dict[str, str]:
+    return {"weight": name, "bias": name}
+
+
 def planned(nodes: list[Node], *shapes: tuple[int, ...]) -> Any:
     names = ("x", "y")[: len(shapes)]
     graph = Graph(names, (nodes[-1].output,), tuple(nodes))
@@ -311,10 +336,15 @@ def planned(nodes: list[Node], *shapes: tuple[int, ...]) -> Any:
             2,
             2 * 4 * 5 * 6 + 2 * 3 * 9 * 8,
         ),
+        (Node("conv2d", ("x",), "o", weights={"weight": "c"}), (3, 9, 8), None, 4 * 42 + 3 * 72),
+        (Node("layer_norm", ("x",), "o", weights=_norm("g")), (5, 6), 5, 3 * 30),
+        (Node("layer_norm", ("x",), "o", _norm("w"), {"axes": 2}), (8, 6), None, 3 * 48),
+        (Node("concat", ("x",), "o", attrs={"axis": 0}), (5, 6), None, 30),
         (Node("softmax", ("x",), "o", attrs={"axis": 0}), (5, 6), None, 3 * 30),
         (Node("softmax", ("x",), "o", attrs={"axis": -1}), (5, 6), 5, 3 * 30),
         (Node("reshape", ("x",), "o", attrs={"shape": [-1, 3]}), (5, 6), None, 0),
         (Node("reshape", ("x",), "o", attrs={"shape": [-1, 2, 3]}), (5, 6), 5, 0),
+        (Node("reshape", ("x",), "o", attrs={"shape": [5, -1]}), (5, 6), None, 0),
         (Node("flatten", ("x",), "o"), (5, 6, 2), 5, 0),
         (Node("flatten", ("x",), "o", attrs={"start_axis": 0}), (5, 6), None, 0),
         (Node("flatten", ("x",), "o", attrs={"start_axis": -2}), (5, 6), None, 0),
@@ -322,6 +352,7 @@ def planned(nodes: list[Node], *shapes: tuple[int, ...]) -> Any:
         (Node("flatten", ("x",), "o"), (5,), 5, 0),
         (Node("mean", ("x",), "o", attrs={"axis": [1]}), (5, 6), 5, 5),
         (Node("mean", ("x",), "o", attrs={"axis": 0}), (5, 6), None, 6),
+        (Node("mean", ("x",), "o", attrs={"axis": [0, 1]}), (5, 6, 2), None, 2),
         (Node("transpose", ("x",), "o", attrs={"perm": [1, 0]}), (5, 6), None, 0),
         (Node("transpose", ("x",), "o", attrs={"perm": [0, 2, 1]}), (5, 6, 2), 5, 0),
     ],
@@ -357,11 +388,52 @@ def test_inputs_of_different_lengths_are_not_rows() -> None:
     assert planned(nodes, (5, 6), (5, 6)).rows == 5
     assert planned(nodes, (5, 6), (1, 6)).rows is None
     assert planned(nodes, (5, 6), (6,)).rows is None
+    assert planned(nodes, (5, 5), (5,)).rows is None  # those of y are columns
+
+
+def _bag(ids: str, offsets: str, output: str, **attrs: Any) -> Node:
+    return Node("embedding_bag", (ids, offsets), output, {"weight": "e"}, attrs)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "offsets", "rows"),
+    [
+        ([_bag("a", "b", "o")], [0, 3, 5], 3),
+        ([_bag("a", "b", "p"), _bag("a", "b", "o", mode="max")], [0, 3, 5], 3),
+        ([_bag("a", "b", "o")], [0, 5, 3], None),
+        ([_bag("a", "b", "p"), Node("embedding", ("a",), "o", {"weight": "e"})], [0, 3, 5], None),
+        ([_bag("a", "b", "p"), _bag("a", "c", "o")], [0, 3, 5], None),
+        ([_bag("a", "b", "p"), Node("linear", ("c",), "o", {"weight": "w"})], [0, 3, 5], None),
+        ([_bag("a", "b", "o"), Node("relu", ("b",), "r")], [0, 3, 5], None),
+    ],
+)
+def test_bags_are_cut_where_nothing_else_looks_at_them(
+    nodes: list[Node], offsets: list[int], rows: int | None
+) -> None:
+    names = [name for name in "abc" if any(name in node.inputs for node in nodes)]
+    inputs = {"a": np.arange(8), "b": np.array(offsets), "c": np.array([0, 1, 2])}
+    if nodes[-1].op == "linear":
+        inputs["c"] = np.ones((4, 6))  # a row more than there are bags
+    plan = plan_run(
+        Graph(tuple(names), (nodes[-1].output,), tuple(nodes)),
+        lambda name: TensorInfo(name, DType.F32, _SHAPES[name], (8, 8)),
+        {name: inputs[name] for name in names},
+    )
+    assert plan is not None
+    assert (plan.fits, plan.rows) == (True, rows)
 
 
 def test_wide_weights_make_wide_activations() -> None:
     node = Node("linear", ("x",), "o", weights={"weight": "d"})
     assert planned([node], (5, 6)).nbytes == 8 * 5 * (8 + 6)
+
+
+def test_wide_inputs_make_wide_activations() -> None:
+    graph = Graph(("x",), ("o",), (Node("relu", ("x",), "o"),))
+    for dtype, width in ((np.float64, 8), (np.float32, 4), (np.int64, 4)):
+        plan = plan_run(graph, lambda name: pytest.fail(name), {"x": np.zeros((5, 6), dtype)})
+        assert plan is not None
+        assert plan.nbytes == width * 30
 
 
 def test_memory_lives_as_long_as_any_view_of_it() -> None:
