@@ -401,6 +401,27 @@ def test_pages_that_come_or_go_while_copies_are_counted_are_not_missing(
         assert store.integrity_errors() == []
 
 
+def test_nothing_is_published_where_a_shard_did_not_keep_its_part(
+    store: Adapter, place: ShardedPlace
+) -> None:
+    """Who catches an error of one insertion goes on, but the shard has dropped those before it."""
+    for number in range(3):
+        left = "INSERT INTO {}.page_payloads SELECT n, 'left' FROM generate_series(61, 200) n"
+        place.rows(number, left)
+
+    def write() -> None:
+        with store.transaction():
+            for refused in (False, True):
+                with pytest.raises(StoreError) if refused else contextlib.nullcontext():
+                    store.insert_pages([(bytes(16), b"x" * 99)] * 60, state=LIVE)
+
+    with pytest.raises(StoreError, match="did not keep what was written"):
+        write()
+    assert store.page_rows() == []
+    store.compact()
+    assert place.payloads() == {}
+
+
 def test_what_failed_leaves_no_transaction_open(store: Adapter, place: ShardedPlace) -> None:
     def fail() -> None:
         with store.transaction():
