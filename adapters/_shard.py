@@ -219,10 +219,16 @@ class Shard(PostgresAdapter):
         """Make an empty database, or what a creation that failed left, a shard of a new store."""
         with self.transaction():
             self._make_tables()
-            ((taken,),) = self._query(
-                f"SELECT EXISTS (SELECT 1 FROM {self._identity} WHERE joined) "  # noqa: S608
-                f"OR EXISTS (SELECT 1 FROM {self._payloads})"
+            ((again, taken),) = self._query(
+                f"SELECT EXISTS (SELECT 1 FROM {self._identity} WHERE ring = %b), "  # noqa: S608
+                f"EXISTS (SELECT 1 FROM {self._identity} WHERE joined) "
+                f"OR EXISTS (SELECT 1 FROM {self._payloads})",
+                [ring],
             )
+            if again:
+                raise ArgumentError(
+                    f"{self.shown} is listed twice as a shard, in other words; list each once"
+                )
             if taken:
                 raise ArgumentError(
                     f"{self.shown} is a shard of another store; give this one an empty database, "

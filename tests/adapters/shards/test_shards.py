@@ -154,6 +154,14 @@ def test_shards_of_another_store_are_refused(place: ShardedPlace) -> None:
     place.rows(0, "DROP SCHEMA {}b CASCADE")
 
 
+def test_a_new_store_on_one_shard_by_two_names_is_refused(place: ShardedPlace) -> None:
+    """It was made, and no list of two or three shards opened it any more."""
+    again = place.servers[1].replace("postgres@/", "postgres@localhost/")
+    with pytest.raises(ArgumentError, match="is listed twice as a shard, in other words"):
+        pydedup.open(place.url(shards=[0, 1, again]))
+    pydedup.open(place.url(shards=[0, 1])).close()
+
+
 def test_pages_that_nobody_calls_theirs_are_no_place_for_a_new_store(place: ShardedPlace) -> None:
     """As where of a lost shard the payloads alone were restored: a vacuum would delete them."""
     place.rows(1, "CREATE SCHEMA {}")
