@@ -331,6 +331,7 @@ def _spread(view: MatrixView) -> float:
     if not view.dtype.is_float or view.data.size == 0:
         return 1.0
     values = view.data.view(view.dtype.numpy)
-    finite = values[np.isfinite(values)].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        finite = values[np.isfinite(values)].astype(np.float64)
     spread = float(finite.max()) - float(finite.min()) if finite.size else 0.0
     return spread if spread > 0 else 1.0

@@ -190,7 +190,9 @@ def changes(before: NDArray[Any], after: NDArray[Any]) -> NDArray[np.float64]:
         differ: NDArray[np.bool_] = (before != after).any(axis=(1, 2))
         return differ.astype(np.float64)
     # In f64, whose sums are as good as exact; of 1 byte, distances takes none.
-    found = distances(before.astype(np.float64), after.astype(np.float64)).relative_l2
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        wide = before.astype(np.float64), after.astype(np.float64)
+    found = distances(*wide).relative_l2
     return np.where(np.isfinite(found), found, 1.0)
 
 

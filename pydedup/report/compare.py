@@ -208,7 +208,8 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
     ):
         return TensorDiff(info.name, "same", blocks)
     largest = squares = squares_apart = np.float64(0)
-    peak = max(float(np.max(np.abs(whole_a[piece].astype(np.float64)))) for piece in pieces)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        peak = max(float(np.max(np.abs(whole_a[piece].astype(np.float64)))) for piece in pieces)
     # A power of two, so that squares of what is tiny or huge in f64 stay in the range.
     scale = math.ldexp(0.5, math.frexp(peak)[1]) if 0 < peak < math.inf else 1.0
     with np.errstate(invalid="ignore", over="ignore"):

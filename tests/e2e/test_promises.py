@@ -322,6 +322,56 @@ def test_a_source_that_finetuning_changed_is_noticed(store: pydedup.Store) -> No
     assert [info.name for info in store.models()] == ["base"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(ml_dtypes.bfloat16, 0x7F81), (np.float32, 0x7F800001)]
+)
+def test_signalling_nans_are_searched_and_compared(
+    store: pydedup.Store, dtype: Any, bits: int
+) -> None:
+    """Numpy warned of them."""
+
+    def finetune(
+        arrays: Mapping[str, NDArray[Any]], _: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        trained = arrays["w"].copy()
+        trained[0, 1] = 0  # in the block that has one, which is not replaced
+        return {"w": trained, "n": arrays["n"] + 1}
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> float:
+        return float(arrays["n"].sum())
+
+    weight = weights().astype(dtype)
+    odd = moved(weights()).astype(dtype)
+    odd.view(f"u{odd.itemsize}")[0, 0] = bits
+    store.add("near", {"w": weight})
+    policy = policies.Accuracy(evaluate, 0.1, finetune=finetune)
+    report = store.add("m", {"w": odd, "n": np.zeros(2)}, policy=policy, block_shape=(64, 64))
+    assert report.certificate["tensor_errors"]["w"] == 1.0  # of a NaN, which is no number away
+    assert not store.diff("m", "near").same
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_tied_tensors_have_the_same_error(store: pydedup.Store, trained: bool) -> None:
+    def finetune(
+        arrays: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        more = np.where(masks["w"], arrays["w"], arrays["w"] + 1)
+        return {"w": more}  # tied, too, which is the same array
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> float:
+        return float(arrays["w"][200:].mean())  # blocks that nothing is near to
+
+    source = moved(weights())
+    source[128:] = np.random.default_rng(7).standard_normal((128, 64))
+    policy = policies.Accuracy(evaluate, 0.1, finetune=finetune if trained else None)
+    store.add("near", {"w": weights()})
+    tied = {"w": source, "tied": source}
+    certificate = store.add("m", tied, policy=policy, block_shape=(64, 64)).certificate
+    assert certificate["finetuned"] == trained
+    errors = certificate["tensor_errors"]
+    assert errors["w"] == errors["tied"] > (0.5 if trained else 0.005)
+
+
 def test_what_is_refused_after_training_stays_as_it_was_trained(store: pydedup.Store) -> None:
     """It was refused before, too: what is put back is not what it was then."""
     near = weights()[:128]
