@@ -167,6 +167,8 @@ def _settle(
 
 def verify_meta(adapter: Adapter, report: VerifyReport) -> None:
     """Check what is recorded of the store as a whole, without which nothing can be added."""
+    if "store_id" not in adapter.meta():  # by which it is told from others
+        report.add_error(f"{adapter.url} has no store_id in meta; restore a backup")
     for read in (adapter.epoch, lambda: list(Quotas(adapter))):
         try:
             read()

@@ -241,10 +241,10 @@ class Job:
         noted, self.resumed = folder.begin(
             {"what": what, "source": redact(self._source or ""), "asked": self._model}
             | {"model": row.id, "address": f"{row.name}@{row.version}"}
-            | {"store": self._adapter.meta()["store_id"]}
+            | {"store": self._adapter.meta().get("store_id")}
         )
         self.notes = folder
-        if noted["store"] != self._adapter.meta()["store_id"]:
+        if noted["store"] != self._adapter.meta().get("store_id"):
             raise ArgumentError(f"{self.folder} was begun with another store; name a new folder")
         live = self._adapter.model(noted["model"])
         if live is not None:

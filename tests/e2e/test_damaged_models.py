@@ -234,6 +234,19 @@ def test_a_damaged_row_of_where_a_block_is(column: str, value: str, tmp_path: Pa
         assert store.verify().errors == []
 
 
+def test_a_lost_id_of_the_store_is_told(store_url: str, tmp_path: Path) -> None:
+    fill(store_url)
+    change(store_url, "DELETE FROM {meta} WHERE name = ?", "store_id")
+    with pydedup.open(store_url) as store:
+        (error,) = store.verify().errors
+        assert error.endswith("has no store_id in meta; restore a backup")
+        store.copy_to(tmp_path / "other.db", ["one"])
+        store.add("four", MODELS["one"])
+        with pydedup.open(tmp_path / "other.db") as other:
+            for copied in (store, other):
+                assert np.array_equal(copied.load("one")["w"], MODELS["one"]["w"])
+
+
 @pytest.mark.parametrize("name", ["store_id", "epoch", "quotas", "page_format"])
 def test_a_damaged_row_of_what_is_recorded_of_the_store(name: str, tmp_path: Path) -> None:
     """The store could not even be opened to be read."""
