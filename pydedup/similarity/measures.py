@@ -36,7 +36,8 @@ class Distances(NamedTuple):
     Attributes
     ----------
     relative_l2
-        float64: |a - b| / |a|; 0 for two zero blocks, infinity where only a is zero.
+        float64: |a - b| / |a|; 0 for two zero blocks, infinity where only a is zero. It may be off
+        by a few millionths of itself (`upper_bounds`).
     max_difference
         float64: greatest |a - b|.
     share_within
