@@ -116,10 +116,10 @@ class CatalogCalls(DbApiBase):
         self, *, name: str | None = None, state: str | None = LIVE, newest: int | None = None
     ) -> list[ModelRow]:
         """Return model rows by ascending id; ``state=None`` means all states."""
-        sql = self._sql.models(
-            name=name is not None, state=state is not None, newest=newest is not None
-        )
-        parameters = [value for value in (name, state, newest) if value is not None]
+        if state is not None:
+            check_state(state)
+        sql = self._sql.models(name=name is not None, state=state, newest=newest is not None)
+        parameters = [value for value in (name, newest) if value is not None]
         rows = [ModelRow(*row) for row in self._recorded("models", sql, parameters)]
         return rows if newest is None else rows[::-1]
 

@@ -120,7 +120,8 @@ class Table:
 
     def kinds(self, names: Sequence[str]) -> list[str]:
         """Return the kinds of some columns; what is no column is a number of bytes."""
-        return [dict(self.columns).get(name, "int") for name in names]
+        known = dict(self.columns)
+        return [known.get(name, "int") for name in names]
 
 
 _PARTS: Final = Table(

@@ -215,11 +215,16 @@ class Statements:
 
     # ---- statements whose shape depends on the call -------------------------------------------
 
-    def models(self, *, name: bool, state: bool, newest: bool) -> str:
-        """Return the listing of models; parameters: name, state, how many, newest first."""
-        where = (["name"] if name else []) + (["state"] if state else [])
-        sql = self.select("models", MODEL_COLUMNS, where=where, order=("id",))
-        return f"{sql} DESC LIMIT {self.dialect.placeholder}" if newest else sql
+    def models(self, *, name: bool, state: str | None, newest: bool) -> str:
+        """Return the listing of models, in a state; parameters: name, how many, newest first.
+
+        The state is no parameter: SQLite, where it decides of an index, would plan each time anew.
+        """
+        tests = [f"name = {self.dialect.placeholder}"] if name else []
+        tests += [] if state is None else [f"state = {literal(state)}"]
+        where = f" WHERE {' AND '.join(tests)}" if tests else ""
+        limit = f" DESC LIMIT {self.dialect.placeholder}" if newest else ""
+        return f"{self.select('models', MODEL_COLUMNS)}{where} ORDER BY id{limit}"
 
     def readers_of(self, members: int) -> str:
         """Return the live models that read some pages."""

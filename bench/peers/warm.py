@@ -3,7 +3,8 @@
 
     python bench/peers/warm.py [--seconds S] [--only AREA] [--json]
 
-f32, two threads on all sides. ``warm``: the pool holds the model. ``small_pool``: it holds a tenth
+f32, two threads on all sides. ``warm``: the pool holds the model. ``tiny``: a model so small that
+what surrounds the products is what takes the time. ``small_pool``: it holds a tenth
 of it, the rest is in the OS cache, and each call brings in what is missing. ``mixed``: a batch for
 twelve variants that have nine tenths of their blocks in common, beside one call after another.
 ``deltas``: a model whose every weight differs a little from another's, stored as lossless deltas:
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "serving"))
 import _family
 
 DENSE = _family.Shape(0, 2048, (4096, 4096, 4096, 2048))
+TINY = _family.Shape(0, 64, (64, 64, 64, 64))
 SMALL = _family.Shape(0, 1024, (4096, 4096, 1024))
 VARIANTS = 12
 
@@ -70,20 +72,26 @@ def onnx_side(module: Any, features: int, folder: Path) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _rows(memory: str, batches: dict[int, dict[str, float]], seconds: float) -> Iterator[Row]:
-    with built(DENSE, 1, memory) as (folder, store), torch.inference_mode():
-        module = torch_side(DENSE, folder / "v0.safetensors")
-        session = onnx_side(module, DENSE.cols, folder)
+def _rows(
+    memory: str,
+    batches: dict[int, dict[str, float]],
+    seconds: float,
+    shape: _family.Shape = DENSE,
+    unit: str = "ms",
+) -> Iterator[Row]:
+    with built(shape, 1, memory) as (folder, store), torch.inference_mode():
+        module = torch_side(shape, folder / "v0.safetensors")
+        session = onnx_side(module, shape.cols, folder)
         rng = np.random.default_rng(0)
         for batch, target in batches.items():
-            x = rng.standard_normal((batch, DENSE.cols), np.float32)
+            x = rng.standard_normal((batch, shape.cols), np.float32)
             tensor = torch.from_numpy(x)
             np.testing.assert_allclose(
                 store.predict("v0", x), module(tensor).numpy(), rtol=1e-3, atol=1e-4
             )
             yield from compare(
-                f"batch {batch}, pool of {memory}, model of {DENSE.nbytes >> 20} MiB",
-                unit="ms",
+                f"batch {batch}, pool of {memory}, model of {shape.nbytes >> 10:,} KiB",
+                unit=unit,
                 sides={
                     "pydedup": lambda x=x: store.predict("v0", x),  # type: ignore[misc]
                     "torch": lambda t=tensor: module(t),  # type: ignore[misc]
@@ -98,6 +106,10 @@ def _rows(memory: str, batches: dict[int, dict[str, float]], seconds: float) -> 
 def warm(seconds: float) -> Iterator[Row]:
     wanted = {"torch": 1.2, "ONNX Runtime": 1.0}
     yield from _rows("2GiB", {1: {}, 8: wanted, 32: wanted, 128: wanted}, seconds)
+
+
+def tiny(seconds: float) -> Iterator[Row]:
+    yield from _rows("64MiB", {1: {}, 32: {}}, seconds, TINY, "us")
 
 
 def small_pool(seconds: float) -> Iterator[Row]:
@@ -168,4 +180,4 @@ def mixed(seconds: float) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [warm, small_pool, deltas, mixed])
+    main(__doc__, [warm, tiny, small_pool, deltas, mixed])

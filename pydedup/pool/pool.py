@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -42,6 +42,8 @@ __all__ = ["Called", "Page", "PagePool"]
 #: Says of a damaged page who reads it and what to do.
 Explain: TypeAlias = Callable[[int], str]
 
+# A call within another one.
+_PART: AbstractContextManager[None] = nullcontext()
 # Models whose last walks are remembered.
 _REMEMBERED_CALLS = 256
 # For so long nothing is read ahead after no connection was to be had for it, which is waited for.
@@ -181,17 +183,17 @@ class PagePool(Walks):
         advice = "; run verify on the store" if self._explain is None else self._explain(page_id)
         return CorruptStoreError(f"page {page_id}: {error}{advice}")
 
-    @contextmanager
-    def call(self, *models: Called) -> Iterator[None]:
+    def call(self, *models: Called) -> AbstractContextManager[None]:
         """Make what this thread does one prediction, of one model or of several together.
 
         Their rates and pages count when others have to go, and pages are read ahead along the way
         that the last call of these models took. Within another call of this thread it is part of
         that.
         """
-        if self._calling() is not None:
-            yield
-            return
+        return self._begun(models) if self._calling() is None else _PART
+
+    @contextmanager
+    def _begun(self, models: Sequence[Called]) -> Iterator[None]:
         for model in models:
             if self._told.get(model.owner) != model.state:
                 self._core.owns(model.owner, model.pages())

@@ -20,7 +20,7 @@ from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
 from pydedup.types import TensorInfo
 
-__all__ = ["Bags", "Plan", "plan_run"]
+__all__ = ["Bags", "Plan", "is_planned_by_shapes", "plan_run"]
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -172,6 +172,11 @@ def plan_run(
     out_nbytes = sum(math.prod(shapes[name]) * itemsize[name] for name in graph.outputs)
     most = max(most, sum(live.values()) + (out_nbytes if graph.halves else 0))
     return Plan(rows, most, out_nbytes, bags)
+
+
+def is_planned_by_shapes(graph: Graph) -> bool:
+    """Return whether what a run needs depends on shapes and dtypes alone: it has no offsets."""
+    return all(node.op != "embedding_bag" or len(node.inputs) == 1 for node in graph.nodes)
 
 
 def _bags(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> list[Bags]:

@@ -201,6 +201,8 @@ def test_bags_with_offsets_are_cut(
     ids = RNG.integers(0, 50, edges[-1] + 7 * with_end)
     x = RNG.standard_normal((6000, 256)).astype(np.float32)
     given = {"ids": ids, "offsets": edges if with_end else edges[:-1], "x": x}
+    turned = np.concatenate(([0], np.cumsum(sizes[::-1])))  # of the same shape, with other bags
+    other = {**given, "offsets": turned if with_end else turned[:-1]}
     with pydedup.open(tmp_path / "m.db", memory="8MiB") as opened:
         opened.add("m", arrays, graph=bags(**attrs))
         tracemalloc.start()
@@ -208,6 +210,7 @@ def test_bags_with_offsets_are_cut(
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < got.nbytes + (6 << 20)
+        got_other = opened.predict("m", other)["out"]
         none = {"ids": ids[:0], "offsets": edges[:with_end], "x": x[:0]}
         assert opened.predict("m", none)["out"].shape == (0, WIDE)
         for wrong in ({"x": x[1:]}, {"offsets": given["offsets"] + 1}):
@@ -218,7 +221,9 @@ def test_bags_with_offsets_are_cut(
         assert two[1]["out"].shape == (0, WIDE)
     with pydedup.open(tmp_path / "m.db", mode="r", memory="512MiB") as opened:
         want = opened.predict("m", given)["out"]
+        want_other = opened.predict("m", other)["out"]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got_other, want_other, rtol=1e-4, atol=1e-6)
 
 
 MEMORY = """
