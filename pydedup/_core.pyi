@@ -233,6 +233,17 @@ class Matmul:
     @property
     def fed(self) -> int: ...
 
+class Stack:
+    def __init__(
+        self,
+        # rows, cols, block_rows, block_cols, dtype, bias, activation, transpose, windows
+        layers: Sequence[
+            tuple[int, int, int, int, int, NDArray[Any] | None, str, bool, Sequence[BlockWindow]]
+        ],
+        page_ids: NDArray[np.int64],
+    ) -> None: ...
+    def run(self, pool: BufferPool, x: NDArray[Any], threads: int = 0) -> NDArray[Any] | None: ...
+
 def compute_dtype(dtype: int) -> int: ...
 def activate(values: NDArray[Any], activation: str, threads: int = 0) -> None: ...
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: S608 (names of columns are made here)
 """Predictions of dense models that need no disk, beside torch and ONNX Runtime in memory.
 
     python bench/peers/warm.py [--seconds S] [--only AREA] [--json]
 
 f32, two threads on all sides. ``warm``: the pool holds the model. ``tiny``: a model so small that
-what surrounds the products is what takes the time. ``small_pool``: it holds a tenth
+what surrounds the products is what takes the time. ``sql``: such a one called for each row by a
+function of SQLite, beside functions that call the others. ``small_pool``: it holds a tenth
 of it, the rest is in the OS cache, and each call brings in what is missing. ``mixed``: a batch for
 twelve variants that have nine tenths of their blocks in common, beside one call after another.
 ``deltas``: a model whose every weight differs a little from another's, stored as lossless deltas:
@@ -14,6 +16,7 @@ with room for what they decode to, and in a pool that the pages of the model jus
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +29,7 @@ import torch
 from _timing import Row, compare, main
 from safetensors.numpy import save_file
 
-import pydedup
+import pydedup.sql
 from pydedup import policies
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "serving"))
@@ -34,8 +37,10 @@ import _family
 
 DENSE = _family.Shape(0, 2048, (4096, 4096, 4096, 2048))
 TINY = _family.Shape(0, 64, (64, 64, 64, 64))
+ROW = _family.Shape(0, 8, (64, 64, 1))
 SMALL = _family.Shape(0, 1024, (4096, 4096, 1024))
 VARIANTS = 12
+SQL_ROWS = 1000
 
 
 @contextlib.contextmanager
@@ -112,6 +117,44 @@ def tiny(seconds: float) -> Iterator[Row]:
     yield from _rows("64MiB", {1: {}, 32: {}}, seconds, TINY, "us")
 
 
+def sql(seconds: float) -> Iterator[Row]:
+    with built(ROW, 1, "64MiB") as (folder, _), torch.inference_mode():
+        module = torch_side(ROW, folder / "v0.safetensors")
+        session = onnx_side(module, ROW.cols, folder)
+        connection = sqlite3.connect(folder / "store.db")
+        columns = [f"f{number}" for number in range(ROW.cols)]
+        connection.execute(f"CREATE TABLE t ({', '.join(columns)})")
+        rows = np.random.default_rng(0).random((SQL_ROWS, ROW.cols)).tolist()
+        connection.executemany(f"INSERT INTO t VALUES ({', '.join('?' * ROW.cols)})", rows)
+        connection.commit()
+        pydedup.sql.register(connection)
+        peers: dict[str, Any] = {
+            "torch": lambda *row: module(torch.tensor([row])).item(),
+            "ONNX Runtime": lambda *row: float(
+                session.run(None, {"x": np.array([row], np.float32)})[0][0, 0]
+            ),
+        }
+        queries = {"pydedup": f"SELECT pydedup_predict('v0', {', '.join(columns)}) FROM t"}
+        for number, (name, peer) in enumerate(peers.items()):
+            connection.create_function(f"peer{number}", ROW.cols, peer)
+            queries[name] = f"SELECT peer{number}({', '.join(columns)}) FROM t"
+        found = [connection.execute(query).fetchall() for query in queries.values()]
+        for others in found[1:]:
+            np.testing.assert_allclose(found[0], others, rtol=1e-3, atol=1e-4)
+        yield from compare(
+            f"a function of SQLite, row by row, {ROW.nbytes >> 10} KiB",
+            unit="k/s",
+            work=SQL_ROWS,
+            sides={
+                name: lambda q=query: connection.execute(q).fetchall()  # type: ignore[misc]
+                for name, query in queries.items()
+            },
+            seconds=seconds,
+            settle=True,
+        )
+        connection.close()
+
+
 def small_pool(seconds: float) -> Iterator[Row]:
     memory = f"{DENSE.nbytes // 10 + (48 << 20)}B"  # 48 MiB of a budget are scratch, not pool
     yield from _rows(memory, {32: {"torch": 1.0}, 128: {"torch": 1.0}}, seconds)
@@ -180,4 +223,4 @@ def mixed(seconds: float) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [warm, tiny, small_pool, deltas, mixed])
+    main(__doc__, [warm, tiny, sql, small_pool, deltas, mixed])

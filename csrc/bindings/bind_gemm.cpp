@@ -106,12 +106,76 @@ class BoundMatmul {
     std::atomic_flag feeding_;
 };
 
+// Products one after the other, each with what the one before gives, for as long as all of their
+// pages are in the pool: between them there is no Python, which takes ten times as long as a small
+// product.
+class BoundStack {
+  public:
+    BoundStack(const py::sequence& layers, const Array<std::int64_t>& page_ids)
+        : page_ids_(as_copy(page_ids, "page_ids")) {
+        if (layers.size() == 0) throw Error(ErrorCode::invalid_argument, "there are no layers");
+        for (const py::object item : layers) {
+            const auto parts = py::cast<py::tuple>(item);
+            if (parts.size() != 9) {
+                throw Error(ErrorCode::invalid_argument, "a layer must have 9 parts");
+            }
+            const auto number = [&](std::size_t i) { return py::cast<std::size_t>(parts[i]); };
+            auto windows = py::cast<std::vector<std::shared_ptr<BlockWindow>>>(parts[8]);
+            if (std::find(windows.begin(), windows.end(), nullptr) != windows.end()) {
+                throw Error(ErrorCode::invalid_argument, "a window is None");
+            }
+            layers_.push_back({number(0), number(1), number(2), number(3), py::cast<int>(parts[4]),
+                               parts[5], py::cast<std::string>(parts[6]), py::cast<bool>(parts[7]),
+                               std::move(windows)});
+        }
+    }
+
+    // What the last product gives; None when a page is not there.
+    [[nodiscard]] py::object run(BufferPool& pool, py::array x, unsigned threads) const {
+        if (pool.count_resident(page_ids_) < page_ids_.size()) return py::none();
+        for (const Layer& layer : layers_) {
+            if (x.ndim() != 2) throw Error(ErrorCode::invalid_argument, "x must be a 2-D array");
+            const bool is_wide = compute_dtype(as_dtype(layer.dtype)) == Dtype::f64;
+            const std::vector<py::ssize_t> shape{
+                x.shape(0), static_cast<py::ssize_t>(layer.transpose ? layer.cols : layer.rows)};
+            py::array y(is_wide ? py::dtype::of<double>() : py::dtype::of<float>(), shape);
+            BoundMatmul product(layer.rows, layer.cols, layer.block_rows, layer.block_cols,
+                                layer.dtype, std::move(x), layer.bias, layer.activation,
+                                layer.transpose, y, threads, std::nullopt, std::nullopt);
+            for (const std::shared_ptr<BlockWindow>& window : layer.windows) {
+                if (!product.feed_resident(pool, *window, std::nullopt)) return py::none();
+            }
+            const BlockGrid grid =
+                grid_of(layer.rows, layer.cols, layer.block_rows, layer.block_cols);
+            if (product.fed() != grid.count()) {
+                throw Error(ErrorCode::invalid_argument,
+                            "the windows of a layer miss blocks of it");
+            }
+            x = std::move(y);
+        }
+        return std::move(x);
+    }
+
+  private:
+    struct Layer {
+        std::size_t rows, cols, block_rows, block_cols;
+        int dtype;
+        py::object bias;  // an array or None
+        std::string activation;
+        bool transpose;
+        std::vector<std::shared_ptr<BlockWindow>> windows;
+    };
+
+    std::vector<std::int64_t> page_ids_;
+    std::vector<Layer> layers_;
+};
+
 }  // namespace
 
 void bind_gemm(py::module_& m) {
     m.def("compute_dtype",
           [](int dtype) { return static_cast<int>(compute_dtype(as_dtype(dtype))); });
-    py::class_<BlockWindow>(m, "BlockWindow")
+    py::class_<BlockWindow, std::shared_ptr<BlockWindow>>(m, "BlockWindow")
         .def(py::init<const Array<std::int64_t>&, const Array<std::uint32_t>&,
                       const Array<std::uint32_t>&, const py::object&>(),
              py::arg("page_ids").noconvert(), py::arg("page_index").noconvert(),
@@ -132,6 +196,11 @@ void bind_gemm(py::module_& m) {
         .def("feed_resident", &BoundMatmul::feed_resident, py::arg("pool"), py::arg("window"),
              py::arg("members") = py::none())
         .def_property_readonly("fed", &BoundMatmul::fed);
+    py::class_<BoundStack>(m, "Stack")
+        .def(py::init<const py::sequence&, const Array<std::int64_t>&>(), py::arg("layers"),
+             py::arg("page_ids").noconvert())
+        .def("run", &BoundStack::run, py::arg("pool"), py::arg("x").noconvert(),
+             py::arg("threads") = 0);
     m.def("activate", &activate_array, py::arg("values").noconvert(), py::arg("activation"),
           py::arg("threads") = 0);
 }

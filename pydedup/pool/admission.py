@@ -140,7 +140,8 @@ class Gate:
             if not self._inside[thread]:
                 del self._inside[thread]
             self._use(-amount)
-            self._changed.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
 
     def _wait_for(self, amount: int) -> None:
         if not self._waiting and self._has_room(amount):
@@ -204,7 +205,8 @@ class Shadow:
 
     def follow(self, used: int) -> None:
         """Make what is taken off fit what is used now."""
-        wanted = max(min(used - self._allowance, self._most()), 0)
+        beyond = used - self._allowance
+        wanted = max(min(beyond, self._most()), 0) if beyond > 0 else 0
         if wanted == self._nbytes:
             return
         if self._held is not None:
@@ -290,7 +292,8 @@ class Shares:
             try:
                 yield take_more
             finally:
-                gate.give_back(more)
+                if more:
+                    gate.give_back(more)
 
     def _reserve(self, nbytes: int) -> Reservation:
         reservation = Reservation(self._core.reserve(nbytes), nbytes, self._give_back)

@@ -220,8 +220,9 @@ class PagePool(Walks):
             self._calls.now = None
             if self._core is core:  # else in a forked child, where nobody reads for it
                 call.end()
-                self._last.pop(owner, None)
-                self._last[owner] = call.walks
+                if call.walks:  # else all was there
+                    self._last.pop(owner, None)
+                    self._last[owner] = call.walks
                 for oldest in list(self._last)[:-_REMEMBERED_CALLS]:
                     self._last.pop(oldest, None)
 

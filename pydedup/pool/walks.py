@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 import numpy as np
@@ -66,8 +67,8 @@ class Walks(abc.ABC):
     @property
     def window_pages(self) -> int:
         """How many pages a walk pins at once."""
-        most = max(_ENOUGH_PAGES, self._pages // _LARGE_PARTS)
-        return max(1, min(self._pages // _WINDOW_PARTS, most))
+        pages = self._pages
+        return max(1, min(pages // _WINDOW_PARTS, max(_ENOUGH_PAGES, pages // _LARGE_PARTS)))
 
     @property
     def _ahead_pages(self) -> int:
@@ -137,6 +138,16 @@ class Walks(abc.ABC):
             assert isinstance(window.rows, np.ndarray)
             yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
 
+    def planned(self, page_ids: NDArray[np.int64], bases: Bases | None) -> list[Window]:
+        """Return the windows of a walk over blocks in order, the same list each time."""
+        base_page_ids = None if bases is None else bases[0]
+        cut = in_order if bases is None else in_order_with_bases
+        return self._plans.of(page_ids, base_page_ids, cut, self.window_pages)
+
+    def hold(self, count: int) -> AbstractContextManager[None]:
+        """Keep room for so many pages that are used out of the pool, as a walk does."""
+        return self._shares.walks.hold(count * self._loader.largest)
+
     def stream(
         self, page_ids: NDArray[np.int64]
     ) -> Iterator[tuple[slice, list[Page], NDArray[np.uint32]]]:
@@ -161,7 +172,7 @@ class Walks(abc.ABC):
         """
         base_page_ids = None if bases is None else bases[0]
         cut = in_order if bases is None else in_order_with_bases
-        plan = self._plans.of(page_ids, base_page_ids, cut, self.window_pages)
+        plan = self.planned(page_ids, bases)
         for window, pages in self._walk(page_ids, base_page_ids, cut, plan, at_once):
             assert isinstance(window.rows, slice)
             yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)

@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup.errors import ArgumentError, KernelUnavailableError
 from pydedup.graph import Graph, Node
-from pydedup.matmul import compute_dtype
+from pydedup.matmul import widened
+from pydedup.serving.stacks import Stacks, fusable
 from pydedup.serving.tensor import StoredTensor, matmul_together
 from pydedup.serving.weightless import WEIGHTLESS, activation_of, checked_axis, real
-from pydedup.types import DType
 
 __all__ = ["Tensors", "run_graph", "run_together", "until_last"]
 
@@ -29,7 +29,12 @@ _Array: TypeAlias = NDArray[Any]
 Tensors: TypeAlias = Callable[[str], StoredTensor]
 
 
-def run_graph(graph: Graph, tensors: Tensors, inputs: Mapping[str, ArrayLike]) -> dict[str, _Array]:
+def run_graph(
+    graph: Graph,
+    tensors: Tensors,
+    inputs: Mapping[str, ArrayLike],
+    stacks: Stacks | None = None,
+) -> dict[str, _Array]:
     """Compute the outputs of a graph.
 
     Parameters
@@ -40,6 +45,8 @@ def run_graph(graph: Graph, tensors: Tensors, inputs: Mapping[str, ArrayLike]) -
         Returns a tensor of the model by name.
     inputs
         An array for each of the graph's inputs. Ids and offsets must be integers.
+    stacks
+        What may run some of the layers together; for them alone, of this model and graph.
 
     Returns
     -------
@@ -51,24 +58,33 @@ def run_graph(graph: Graph, tensors: Tensors, inputs: Mapping[str, ArrayLike]) -
     ArgumentError
         When inputs are missing, unknown or do not fit the layers; the message names the node.
     """
-    return run_together(graph, [(tensors, inputs)])[0]
+    return run_together(graph, [(tensors, inputs)], stacks)[0]
 
 
 def run_together(
-    graph: Graph, runs: Sequence[tuple[Tensors, Mapping[str, ArrayLike]]]
+    graph: Graph,
+    runs: Sequence[tuple[Tensors, Mapping[str, ArrayLike]]],
+    stacks: Stacks | None = None,
 ) -> list[dict[str, _Array]]:
     """Compute the outputs of one graph for several models and inputs, layer by layer.
 
-    Blocks that the weights of products have in common are used once for all runs. Raises what
-    `run_graph` does, for whichever run it is.
+    Blocks that the weights of products have in common are used once for all runs. ``stacks`` are
+    those of the model of the only run. Raises what `run_graph` does, for whichever run it is.
     """
     states = [_Run(tensors, _checked_inputs(graph, inputs)) for tensors, inputs in runs]
     last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
-    fused = _fusable(graph)
+    fused: dict[str, Node] | None = None
     made = set(graph.inputs)
     with np.errstate(all="ignore"):  # NaN and infinities are results here, not mistakes
         for i, node in enumerate(graph.nodes):
-            if node.output not in made:
+            if node.output in made:
+                pass
+            elif stacks is not None and (ran := stacks.run(node.output, states[0].values)):
+                chain, value = ran
+                states[0].values[chain.output] = value
+                made.update(chain.made)
+            else:
+                fused = fusable(graph) if fused is None else fused
                 follower = fused.get(node.output)
                 activation = None if follower is None else activation_of(follower)
                 to = node.output if follower is None else follower.output
@@ -130,21 +146,6 @@ def _linear(states: Sequence[_Run], node: Node, activation: str | None) -> list[
     )
 
 
-def _fusable(graph: Graph) -> dict[str, Node]:
-    """Return, per output of a product that only an activation uses, that activation."""
-    users: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        for name in node.inputs:
-            users.setdefault(name, []).append(node)
-    found = {}
-    for node in graph.nodes:
-        using = users.get(node.output, [])
-        alone = len(using) == 1 and node.output not in graph.outputs
-        if node.op in ("linear", "conv2d") and alone and activation_of(using[0]) is not None:
-            found[node.output] = using[0]
-    return found
-
-
 class _Run:
     """One run: the values of it so far, the tensors and what was read of them."""
 
@@ -156,7 +157,7 @@ class _Run:
     def vector(self, name: str) -> _Array:
         """Return a whole tensor to compute with."""
         if name not in self._vectors:
-            self._vectors[name] = _widen(self.tensor(name).numpy())
+            self._vectors[name] = widened(self.tensor(name).numpy())
         return self._vectors[name]
 
     def conv2d(self, node: Node, activation: str | None) -> _Array:
@@ -176,7 +177,7 @@ class _Run:
         if node.attr("from_end") and ids.dtype.kind == "i":
             ids, count = ids.astype(np.int64, copy=False), weight.shape[0]
             ids = np.where((ids < 0) & (ids >= -count), ids + count, ids)
-        return _widen(weight.take(ids))
+        return widened(weight.take(ids))
 
     def embedding_bag(self, node: Node, ids: _Array, offsets: _Array | None = None) -> _Array:
         weight = self.tensor(node.weights["weight"])
@@ -231,11 +232,6 @@ def until_last(ids: _Array, offsets: _Array) -> tuple[_Array, _Array]:
 
 
 # ---- inside -------------------------------------------------------------------------------------
-
-
-def _widen(array: _Array) -> _Array:
-    """Return stored values as float32 or float64, whichever holds them exactly."""
-    return array.astype(compute_dtype(DType.of(array.dtype)), copy=False)
 
 
 def _without(ids: _Array, offsets: _Array | None, padding: int) -> tuple[_Array, _Array | None]:

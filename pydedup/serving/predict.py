@@ -22,6 +22,7 @@ from pydedup.matmul import as_array
 from pydedup.pool import PagePool
 from pydedup.serving.engine import run_graph, run_together
 from pydedup.serving.plan import Plan, is_planned_by_shapes, plan_run
+from pydedup.serving.stacks import stacks_of
 from pydedup.serving.tensor import StoredTensor, called
 
 __all__ = ["Prediction", "as_input", "as_predicted", "predict", "predict_together"]
@@ -123,9 +124,10 @@ def predict(
 def _run(request: Prediction, tensor_of: _TensorOf, pool: PagePool) -> dict[str, _Array]:
     model, plan = request.model, request.plan
     nbytes = 0 if plan is None else plan.nbytes
+    stacks = stacks_of(model, request.graph, tensor_of, pool)
 
     def run(inputs: dict[str, _Array]) -> dict[str, _Array]:
-        return run_graph(request.graph, lambda name: tensor_of(model, name), inputs)
+        return run_graph(request.graph, lambda name: tensor_of(model, name), inputs, stacks)
 
     most = pool.activation_bytes // 2  # so that two can predict at a time
     if plan is None or plan.rows is None or plan.rows < 2 or plan.nbytes <= most:
@@ -231,7 +233,8 @@ def _run_group(
     models = {request.model.row.id: request.model for request in group}
     nbytes = sum(plan.nbytes for plan in plans if plan is not None)
     with pool.call(*map(called, models.values())), pool.activations(nbytes):
-        made = run_together(group[0].graph, runs)
+        stacks = stacks_of(group[0].model, group[0].graph, tensor_of, pool)
+        made = run_together(group[0].graph, runs, stacks if len(runs) == 1 else None)
     outputs: list[dict[str, _Array]] = [{} for _ in group]
     for numbers, batch in zip(batches.values(), made, strict=True):
         at = 0

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with several stored matrices, each with what the one before gives, in one native call.
+
+Only where all their pages are in the pool: then Python between them is what takes the time, ten
+times as long as a small product. Deliberately not here: which layers of a graph these are
+(:mod:`pydedup.serving.stacks`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import _core
+from pydedup.blocks import BlockMap
+from pydedup.errors import PydedupError
+from pydedup.matmul import blocks_in, checked_bias, compute_dtype, real_array, shape_of
+from pydedup.pool import PagePool
+
+__all__ = ["Layer", "Stack"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """A matrix, and what `pydedup.matmul.matmul` takes with it."""
+
+    block_map: BlockMap
+    bias: NDArray[Any] | None  # as kernels take it
+    activation: str | None
+    transpose: bool
+
+    @classmethod
+    def of(
+        cls,
+        block_map: BlockMap,
+        bias: NDArray[Any] | None,
+        activation: str | None,
+        transpose: bool,
+    ) -> Layer:
+        """Return one with a bias of any numbers. Raises ArgumentError as matmul does."""
+        outer = block_map.grid.cols if transpose else block_map.grid.rows
+        offset = checked_bias(bias, compute_dtype(block_map.dtype), outer)
+        return cls(block_map, offset, activation, transpose)
+
+    @property
+    def inner(self) -> int:
+        """Numbers in a row of what it is multiplied with."""
+        return self.block_map.grid.rows if self.transpose else self.block_map.grid.cols
+
+    @property
+    def outer(self) -> int:
+        """Numbers in a row of the result."""
+        return self.block_map.grid.cols if self.transpose else self.block_map.grid.rows
+
+
+class Stack:
+    """Products of ``x`` with some matrices in turn. Safe between threads.
+
+    ``layers`` compute in one dtype, and each takes what the one before gives. How their blocks are
+    cut into windows, ``pool`` says; it is not kept.
+    """
+
+    def __init__(self, layers: Sequence[Layer], pool: PagePool) -> None:
+        self._inner, self._outer = layers[0].inner, layers[-1].outer
+        self._dtype = compute_dtype(layers[0].block_map.dtype)
+        parts, ids = [], [np.zeros(0, np.int64)]
+        for layer in layers:
+            block_map = layer.block_map
+            windows = pool.planned(block_map.page_ids, block_map.bases)
+            ids += [window.ids for window in windows]
+            parts.append(
+                (
+                    *shape_of(block_map),
+                    layer.bias,
+                    layer.activation or "none",
+                    layer.transpose,
+                    [blocks_in(window, block_map) for window in windows],
+                )
+            )
+        page_ids = np.unique(np.concatenate(ids))
+        self.n_pages = len(page_ids)
+        self._native = _core.Stack(parts, page_ids)
+
+    def run(self, pool: PagePool, x: NDArray[Any]) -> NDArray[Any] | None:
+        """Return what the last product gives for x of shape (..., inner), if that can be had here.
+
+        None where a page is not in the pool, and for whatever `pydedup.matmul.matmul` refuses: that
+        says why. The bits are those that it gives.
+        """
+        if x.ndim == 0 or x.shape[-1] != self._inner or not x.size or x.dtype.kind not in "biuf":
+            return None
+        try:
+            given = real_array(x, self._dtype, "x")
+            rows = given.reshape(math.prod(x.shape[:-1]), self._inner)
+            with pool.hold(self.n_pages):
+                y = self._native.run(pool.native, rows)
+        except (PydedupError, MemoryError):
+            return None
+        return None if y is None else y.reshape(*x.shape[:-1], self._outer)
