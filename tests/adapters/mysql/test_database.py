@@ -18,6 +18,7 @@ from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.cli.app import main
 from pydedup.errors import (
     ArgumentError,
+    ConflictError,
     CorruptStoreError,
     MissingStoreError,
     NotAStoreError,
@@ -25,7 +26,7 @@ from pydedup.errors import (
     StoreError,
 )
 from pydedup.testing._contract_base import add_pages, add_random_pages, model_row, with_option
-from pydedup.testing.servers import as_user, password_of, unused_name
+from pydedup.testing.servers import as_user, mysql_connection, password_of, unused_name
 
 MIB = 1 << 20
 Run = Callable[..., list[tuple[Any, ...]]]
@@ -202,6 +203,17 @@ def test_a_creation_that_was_cut_short_is_begun_again(adapter: Adapter, url: str
     with pytest.raises(NotAStoreError, match="pydedup_meta"):
         adapter.schema_version()
     assert adapter.count_blocks() == 2
+
+
+def test_who_creates_waits_for_another_and_makes_nothing_beside_it(url: str, run: Run) -> None:
+    """Who did would drop the other's tables, taking them for those of a creation cut short."""
+    with mysql_connection(url) as other, other.cursor() as cursor:
+        cursor.execute("SELECT GET_LOCK(CONCAT('pydedup:', MD5(DATABASE())), 0)")
+        assert cursor.fetchall() == [(1,)]
+        with pytest.raises(ConflictError, match="somebody else is creating"):
+            pydedup.open(with_option(url, "timeout=1"))
+        assert run(url, "SHOW TABLES") == []
+    pydedup.open(url).close()
 
 
 def test_tables_of_others_are_left_alone(url: str, run: Run) -> None:

@@ -174,6 +174,20 @@ def test_a_connection_that_is_cut_within_a_page(url: str) -> None:
         adapter.close()
 
 
+def test_a_host_that_is_found_dead_when_a_transaction_begins(url: str) -> None:
+    """One that went down closes no connection; nothing was done yet, so it begins on another."""
+    with CuttingProxy(url) as proxy:
+        adapter = open_store(proxy.url)
+        proxy.cut_after(0)
+        with adapter.transaction():
+            adapter.put_job("kept", "", "", "")
+        proxy.cut_after(0)
+        with adapter.snapshot():
+            assert [job[0] for job in adapter.jobs()] == ["kept"]
+        assert proxy.cuts == 2
+        adapter.close()
+
+
 def put_job_while_cut(proxy: CuttingProxy, adapter: Adapter) -> None:
     proxy.cut_after(0)
     adapter.put_job("lost", "", "", "")
