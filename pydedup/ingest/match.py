@@ -92,7 +92,8 @@ class Hints:
     aligned
         What gives candidates by position (aligned.py).
     deltas
-        What some blocks are to be, unless an identical one is stored, by number.
+        What some blocks are to be, unless an identical one is stored, by number; under a policy
+        that keeps bits.
     """
 
     aligned: Sequence[ByPosition] = ()
@@ -313,7 +314,6 @@ class Matcher:
         # What a lossy delta holds may be there: the same source was added before, as such a delta.
         for at, content in kept.lossy:
             found = self.find(content, kept.digests[at])
-            found[[number in hints.deltas for number in piece[at].tolist()]] = NO_BASE
             kept.shared[at[found != NO_BASE]] = found[found != NO_BASE]
         for neighbours, references in aligned:
             helped = (references == kept.bases) | (references == kept.shared)

@@ -197,6 +197,23 @@ def test_a_base_that_another_writer_published_is_not_stored_twice(store_url: str
         assert same(store.load("mine"), model)
 
 
+def test_the_same_bytes_that_another_writer_published_as_another_dtype(store_url: str) -> None:
+    """Their hash is the same, and so is that of what is not to be shared."""
+    floats = np.random.default_rng(1).standard_normal((128, 256)).astype(np.float32)
+    faster: list[AddReport] = []
+    with pydedup.open(store_url) as store, pydedup.open(store_url) as other:
+
+        def be_faster(stage: str, done: int, total: int) -> None:
+            if stage == "writing" and not faster:
+                faster.append(other.add("theirs", {"w": floats.view(np.int32)}))
+
+        assert store.add("mine", {"w": floats}, progress=be_faster).shared_blocks == 0
+        assert len(faster) == 1
+        assert store.verify().errors == []
+        assert same(store.load("mine"), {"w": floats})
+        assert same(store.load("theirs"), {"w": floats.view(np.int32)})
+
+
 GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "weight", "bias": "bias"}),))
 
 
