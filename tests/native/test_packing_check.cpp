@@ -71,11 +71,40 @@ TEST(checker_finds_each_kind_of_damage) {
     CHECK(says(verdict({{1, 2}, {3, 4, 5}}, {{1, 2}, {2}}), "block 0 of model 0 is on no page"));
     CHECK(says(verdict({{1, 2}, {3, 4, 5}}, {{0, 1, 2}, {1, 2}}), "owns no block there"));
     CHECK(says(verdict({{1, 2}, {3, 4, 5}}, {{0, 2, 1}, {2}}), "not ascending"));
+    CHECK(says(verdict({{1, 2}, {3, 4, 5}}, {{0, 1, 1, 2}, {2}}), "not ascending"));
     CHECK(says(verdict({{1, 2}, {3, 4, 5}}, {{0, 1, 3}, {2}}), "not ascending"));
     CHECK(says(verdict({{1, 2}, {3, 4, 5}}, {{0, 1, 2}}), "reads of 1 models"));
     request.algorithm = PackAlgorithm::greedy2;
     CHECK(says(verdict({{1, 2}, {3, 4, 5}}, {{0, 1, 2}, {2}}), "whose block 5 it does not own"));
     CHECK(verdict({{1, 2}, {3, 4}, {5}}, {{0, 1, 2}, {2, 3}}) == "fine");
+    const std::vector<std::int64_t> fitting{1, 1, 1, 1, 1, 1}, few{1, 1}, zero{1, 1, 0, 1, 1, 1};
+    request.sizes = fitting;
+    CHECK(verdict({{1, 2}, {3, 4}, {5}}, {{0, 1, 2}, {2, 3}}) == "fine");
+    request.sizes = few;
+    CHECK(says(verdict({{1, 2}, {3, 4}, {5}}, {{0, 1, 2}, {2, 3}}), "given for 2 of 6"));
+    request.sizes = zero;
+    CHECK(says(verdict({{1, 2}, {3, 4}, {5}}, {{0, 1, 2}, {2, 3}}), "an entry below 1"));
+}
+
+TEST(checker_refuses_row_pointers_that_are_none) {
+    Input owners, reads;
+    owners.add_row({0, 1, 2});
+    reads.add_row({0});
+    const std::vector<std::int64_t> good{0, 3}, late{1, 3}, falling{0, 2, 1, 3}, short_of{0, 2},
+        beyond{0, 4}, none;
+    const auto accepted = [&](const std::vector<std::int64_t>& indptr) {
+        const IdRows rows{indptr, owners.ids};
+        const PackRequest request{owners.rows(), 8};
+        try {
+            check_layout(request, {rows, reads.rows()});
+            return true;
+        } catch (const Error& error) {
+            CHECK(std::string(error.what()).find("row pointers of pages") != std::string::npos);
+            return false;
+        }
+    };
+    CHECK(accepted(good));
+    for (const auto* bad : {&late, &falling, &short_of, &beyond, &none}) CHECK(!accepted(*bad));
 }
 
 TEST(bad_requests_are_refused) {

@@ -161,6 +161,29 @@ TEST(a_right_checksum_does_not_make_a_page) {
     CHECK_THROWS(ErrorCode::unsupported_format,
                  static_cast<void>(PageView::parse(with<std::uint16_t>(page, 4, 3))));
     refused(with<std::uint16_t>(page, 4, 2));  // the version of pages with deltas
+    refused(with<std::uint16_t>(page, 4, 0));
+    const Buffer planes = with<std::uint8_t>(page, slot, 1);
+    refused(with<std::uint32_t>(planes, slot + 4, 0x80000000));  // decoded, 4 GiB or more
+}
+
+TEST(a_right_checksum_does_not_make_a_page_with_deltas) {
+    const Buffer bytes = pattern(16, 5);
+    for (const Encoding encoding : {Encoding::delta, Encoding::quantised}) {
+        const BlockView block{bytes.data(), 16, encoding, Dtype::f32, 8, 8, 5};
+        Buffer page(page_bytes({&block, 1}));
+        build_page({&block, 1}, page);
+        const std::size_t slot = kPageHeaderBytes;
+        CHECK(PageView::parse(with<std::uint64_t>(page, slot + 24, 6)).block(0).base == 6);
+        CHECK(PageView::parse(with<std::uint32_t>(page, slot + 4, 1)).block(0).rows == 1);
+        const auto refused = [&](const Buffer& changed) {
+            CHECK_THROWS(ErrorCode::corrupt_page, static_cast<void>(PageView::parse(changed)));
+        };
+        refused(with<std::uint64_t>(page, slot + 24, 0));  // no base
+        const Buffer row = with<std::uint32_t>(page, slot + 4, 1);
+        refused(with<std::uint32_t>(row, slot + 8, 4));            // as long as raw
+        refused(with<std::uint32_t>(page, slot + 4, 0x80000000));  // decoded, 4 GiB or more
+        refused(with<std::uint16_t>(page, 4, 1));                  // version 1 has no deltas
+    }
 }
 
 TEST(random_bytes_are_no_page) {
