@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import pty
 import re
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -178,6 +180,24 @@ def test_rm_asks_on_a_terminal(tmp_path: Path) -> None:
     assert "removed m@1" in shown
     status, shown = on_terminal("rm", url, "n", "--yes")
     assert (status, plain(shown)) == (0, ["removed n@1"])
+
+
+@pytest.mark.parametrize(
+    "damage", ["models SET policy = CAST(x'ff' AS TEXT)", "tensors SET shape = '[9]'"]
+)
+def test_rm_asks_about_a_damaged_model(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    with pydedup.open(path) as store:
+        store.add("m@1", {"w": np.ones(3)})
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        assert connection.execute(f"UPDATE pydedup_{damage}").rowcount == 1
+    status, shown = on_terminal("rm", str(path), "m@1", answer="n\n")
+    assert status == 1
+    said = " ".join(plain(shown))
+    assert re.search("(is damaged|are missing).*Remove m@1 from sqlite:.*nothing was removed", said)
+    status, shown = on_terminal("rm", str(path), "m@1", answer="y\n")
+    assert status == 0
+    assert "removed m@1" in shown
 
 
 def slow(

@@ -79,6 +79,11 @@ def test_a_row_with_a_value_that_its_column_cannot_have(
         told = [error for error in store.verify().errors if not error.startswith("database")]
         assert [error.endswith(row) for error in told] == [True]
         others_are_usable(store)
+        store.quotas.set("tenant", "a", "1GB")
+        others_are_usable(store)  # which are not those that a quota is of
+        with pytest.raises(CorruptStoreError, match=row):
+            store.add("four", MODELS["one"], metadata={"tenant": "a"})
+        assert {size.info.name for size in store.sizes()} == {"one", "three"}
     for command in (["alias", str(path), "two", "prod", "--delete"], ["rm", str(path), "two@1"]):
         assert main(command) == 0
     with pydedup.open(path) as store:
@@ -104,6 +109,9 @@ def test_a_value_that_says_nothing(
     assert "one@1" in out
     assert "two@1" in err
     with pydedup.open(store_url) as store:
+        if value == "[":
+            with pytest.raises(CorruptStoreError, match="the metadata of two@1 cannot be read"):
+                store.stats(by="tenant")
         others_are_usable(store)
         is_removed(store)
 
@@ -191,6 +199,10 @@ def test_a_damaged_row_of_a_job(column: str, tmp_path: Path) -> None:
     said = f"column {column} of pydedup_jobs has NULL where text must be, in the row of id 'damaged"
     with pydedup.open(path) as store:
         assert any(error.startswith(said) for error in store.verify().errors)
+        shutil.copy(path, tmp_path / "other.db")
+        with pytest.raises(ArgumentError, match="are one store"):
+            store.copy_to(path, ["one"])
+        store.copy_to(tmp_path / "other.db", ["one"])
         with pytest.raises(CorruptStoreError, match=f"{said}'; a vacuum deletes it"):
             store._adapter.jobs()
         store.vacuum()
