@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pydedup.adapter import Adapter
-from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import Catalog
 from pydedup.layout import by_page
 from pydedup.types import ModelInfo
@@ -51,7 +50,7 @@ def model_sizes(adapter: Adapter, catalog: Catalog) -> list[ModelSize]:
 
     Without those whose row is damaged.
     """
-    with adapter.snapshot(), only_sound_rows(adapter):
+    with adapter.snapshot():
         infos = catalog.sound_infos()
         reads = adapter.model_pages()
         size = {page.id: page.payload_bytes for page in adapter.page_rows()}
