@@ -267,7 +267,8 @@ class Life:
                     away = float(np.linalg.norm(wide - near) / np.linalg.norm(wide))
                     assert away <= kept.policy.max_rel_error * (1 + 1e-9)
                     farthest = max(farthest, away)
-        assert certificate["largest_block_error"] == pytest.approx(farthest, rel=1e-6, abs=1e-12)
+        recorded = certificate["largest_block_error"]  # a bound, hardly above what it bounds
+        assert farthest * (1 - 1e-9) <= recorded <= farthest * (1 + 2e-5) + 1e-12
         if isinstance(kept.policy, Accuracy):
             drop = metric(kept.source) - metric(kept.stored)
             assert drop <= kept.policy.max_drop + 1e-12
