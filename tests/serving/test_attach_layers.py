@@ -377,6 +377,21 @@ class SomeFilters(nn.Module):
         return call(x, self.layer.weight[1:5], self.layer.bias[1:5])
 
 
+class LastRows(nn.Module):
+    """Multiplies with the end of a matrix, which no block height divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(997, 50))
+
+    def forward(self, x: Any) -> Any:
+        return linear(x, self.matrix[-5:])
+
+
+def test_the_last_rows_of_a_matrix(check: Check) -> None:
+    assert check(LastRows(), torch.randn(4, 50)) == set()
+
+
 def test_convolutions_with_some_of_the_filters(check: Check) -> None:
     check(SomeFilters(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 9, 9))
     check(SomeFilters(nn.Conv1d(3, 8, 3)), torch.randn(2, 3, 9))

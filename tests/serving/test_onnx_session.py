@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import signal
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,23 @@ def test_an_unknown_operation(store: pydedup.Store, tmp_path: Path) -> None:
         store.predict("m", X.astype(np.float64)), wanted, rtol=1e-4, atol=1e-5
     )
     np.testing.assert_allclose(store.predict("m", X.T.copy().T), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_blocks_in_another_shape_or_dtype(store: pydedup.Store, tmp_path: Path) -> None:
+    weights = {
+        "w": np.zeros((64, 80), np.float32),
+        "r": np.zeros((64, 8, 10), np.float32),
+        "i": np.zeros((64, 80), np.int32),
+    }
+    nodes = [
+        *(node("Einsum", "x w", "a", equation="bi,ij->bj"), node("Cast", "i", "f", to=1)),
+        *(node("Einsum", "x f", "b", equation="bi,ij->bj"), node("Add", "a b", "s")),
+        *(node("Einsum", "x r", "c", equation="bi,ijk->bkj"), node("Flatten", "c", "d")),
+        node("Add", "s d", "y"),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, weights)
+    store.add("m", path)
+    np.testing.assert_array_equal(store.predict("m", X), run(path, x=X))
 
 
 def test_sessions_and_equal_tensors_are_shared(store: pydedup.Store, tmp_path: Path) -> None:
@@ -325,12 +343,14 @@ def test_without_the_runtime(
 
 
 def test_a_forked_child(store: pydedup.Store, tmp_path: Path) -> None:
-    path = stack(tmp_path, "m.onnx", {"w": normal(64, 80), "v": normal(80, 9), "bias": normal(9)})
-    store.add("m", path)
-    wanted = store.predict("m", X)
+    weights = {"w": normal(64, 80), "v": normal(80, 600), "bias": normal(600)}
+    store.add("m", stack(tmp_path, "m.onnx", weights))
+    x = normal(1000, 64)  # so large that the runtime uses its threads
+    wanted = store.predict("m", x)
     child = os.fork()
     if child == 0:
-        same = np.array_equal(store.predict("m", X), wanted)
+        signal.alarm(60)
+        same = np.array_equal(store.predict("m", x), wanted)
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
 
