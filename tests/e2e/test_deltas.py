@@ -142,6 +142,17 @@ def test_a_bf16_copy_is_a_delta_on_f32(store: pydedup.Store) -> None:
     assert store.verify().ok
 
 
+def test_the_bytes_of_a_delta_as_another_dtype(store: pydedup.Store) -> None:
+    """They have its hash, and are not what it is."""
+    near = fine_tuned(base_model(), 1)
+    store.add("base", base_model())
+    assert store.add("near", near).delta_blocks > 0
+    integers = {name: array.view(np.int32) for name, array in near.items()}
+    store.add("integers", integers)
+    assert store.verify().errors == []
+    assert same(store.load("integers"), integers)
+
+
 def test_models_of_other_widths_share(store: pydedup.Store) -> None:
     rng = np.random.default_rng(3)
     wide = rng.standard_normal((512, 256)).astype(np.float32)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import pydedup
 from pydedup import policies, registry
-from pydedup.certificates import describe
+from pydedup.certificates import describe, error_of
 from pydedup.errors import ArgumentError, ConflictError, DuplicateError
 from pydedup.policies import Policy
 from pydedup.store import Store
@@ -87,6 +87,22 @@ def test_recorded_errors_are_not_below_the_true_ones(store: pydedup.Store) -> No
         true = away(source, store.load("m")["w"])
         assert true == pytest.approx(1 / 11)
         assert true * (1 - 1e-12) <= recorded <= true * (1 + 1e-5)
+
+
+def test_no_block_of_another_dtype_is_shared_within_a_bound(store: pydedup.Store) -> None:
+    source = weights().astype(ml_dtypes.bfloat16)
+    store.add("near", {"w": weights()}, block_shape=(64, 64))
+    store.add("m", {"w": source}, policy=policies.Bounded(0.05), block_shape=(64, 64))
+    assert store.verify().errors == []
+    loaded = store.load("m")["w"]
+    assert loaded.dtype == source.dtype
+    assert away(source, loaded.astype(np.float64)) <= 0.05
+
+
+def test_errors_of_tensors_that_were_not_recorded_one_by_one() -> None:
+    """As in certificates of early stores."""
+    assert error_of({"policy": "bounded", "largest_block_error": 0.002}, "w") == 0.002
+    assert error_of({"policy": "bounded"}, "w") == 0.0
 
 
 def test_no_recorded_error_is_beyond_the_bound(store: pydedup.Store) -> None:
