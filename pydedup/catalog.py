@@ -383,6 +383,8 @@ def recorded_object(text: str, what: str) -> dict[str, Any]:
 
 def _is_other(one: ModelRow, other: ModelRow) -> bool:
     """Whether two rows of one id are of different models."""
+    if one.digest == other.digest and math.isnan(one.created_at):  # in a damaged row
+        return not math.isnan(other.created_at)
     return (one.created_at, one.digest) != (other.created_at, other.digest)
 
 
@@ -395,7 +397,7 @@ def _tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
         if min(shape, default=0) < 0:
             raise ValueError(f"an extent of {min(shape)}")
         return TensorInfo(row.name, DType.of_label(row.dtype), shape, block_shape)
-    except (ValueError, TypeError, ArgumentError) as exc:
+    except (ValueError, TypeError, OverflowError, ArgumentError) as exc:
         raise CorruptStoreError(
             f"{address}, tensor {row.name!r}: its shape or dtype cannot be read ({exc})"
         ) from exc

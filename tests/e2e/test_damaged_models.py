@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 import pydedup
 from pydedup.cli.app import main
 from pydedup.errors import ArgumentError, CorruptStoreError
+from pydedup.testing._contract_base import with_option
 
 from .damage import change, put
 
@@ -121,6 +123,8 @@ def test_a_value_that_says_nothing(
     [
         "DELETE FROM {tensors} WHERE model_id = ?",
         "DELETE FROM {block_maps} WHERE model_id = ?",
+        "UPDATE {tensors} SET shape = '[1e999]' WHERE model_id = ?",
+        "UPDATE {tensors} SET block_shape = '[1e999, 2]' WHERE model_id = ?",
     ],
 )
 def test_adds_go_on_beside_a_model_whose_rows_are_lost(loss: str, store_url: str) -> None:
@@ -137,6 +141,20 @@ def test_adds_go_on_beside_a_model_whose_rows_are_lost(loss: str, store_url: str
             assert np.array_equal(store.load(name)["w"], MODELS["two"]["w"])
             store.remove(f"{name}@{store.versions(name)[-1].version}")
         is_removed(store)
+
+
+def test_a_time_that_is_no_number(postgres_url: str, postgres_schema: str) -> None:
+    """It is not what it was, and so the model was taken for that of another store."""
+    url = with_option(postgres_url, f"schema={postgres_schema}")
+    fill(url)
+    change(url, "UPDATE {models} SET created_at = ? WHERE name = 'two'", math.nan)
+    with pydedup.open(url) as store:
+        assert store.verify().errors == [
+            "when two@1 was added cannot be read (nan); restore a backup"
+        ]
+        for _ in range(2):
+            for name, model in MODELS.items():
+                assert np.array_equal(store.load(name)["w"], model["w"])
 
 
 @pytest.mark.parametrize("size", [0, 1 << 40])
