@@ -10,7 +10,7 @@ blocks that were shared become somebody's own by it and take him over his quota.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -164,11 +164,17 @@ class Quotas:
 def _read_quotas(adapter: Adapter) -> list[Quota]:
     """Return all quotas, ordered by key and value. Raises CorruptStoreError."""
     try:
-        found = [Quota(**entry) for entry in json.loads(adapter.meta().get(QUOTAS_NAME, "[]"))]
+        entries: list[Mapping[str, Any]] = json.loads(adapter.meta().get(QUOTAS_NAME, "[]"))
+        for entry in entries:
+            size, is_text = entry.get("bytes"), isinstance(entry.get("key"), str)
+            is_known = is_text and entry.get("measure", MEASURES[0]) in MEASURES
+            if not is_known or not isinstance(size, int) or size < 0:
+                raise ValueError(f"{entry} is no quota")
+        found = [Quota(**entry) for entry in entries]
         # Early ones may be for a number, where that of a model is looked up as text.
         found = [replace(quota, value=text_of(quota.value)) for quota in found]
         found.sort(key=lambda quota: (quota.key, quota.value is not None, quota.value or ""))
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, AttributeError) as exc:
         raise CorruptStoreError(
             f"{adapter.url} has quotas that do not parse ({exc}): row {QUOTAS_NAME!r} of its table "
             "meta; restore a backup"

@@ -8,6 +8,7 @@ returns a part of it; SQLite returns it.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import sqlite3
@@ -404,6 +405,32 @@ def test_what_is_recorded_of_the_store_is_verified(change: str, said: str, tmp_p
         (error,) = store.verify().errors
         assert said in error
         with pytest.raises(CorruptStoreError, match=re.escape(error)):
+            store.add("two", model, metadata={"tenant": "a"})
+        assert np.array_equal(store.load("one")["w"], model["w"])
+
+
+@pytest.mark.parametrize(
+    "quota",
+    [
+        {"key": []},
+        {"bytes": None},
+        {"bytes": -1},
+        {"measure": "?"},
+    ],
+)
+def test_a_quota_that_is_none(quota: dict[str, object], tmp_path: Path) -> None:
+    """It was a TypeError of adds, or held as another one."""
+    path, model = tmp_path / "store.db", {"w": np.ones((9, 9))}
+    with pydedup.open(path) as store:
+        store.add("one", model, metadata={"tenant": "a"})
+    sound = {"key": "tenant", "value": "a", "bytes": 1000, "measure": "marginal"}
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        added = "INSERT INTO pydedup_meta VALUES ('quotas', ?)"
+        connection.execute(added, [json.dumps([sound | quota])])
+    with pydedup.open(path) as store:
+        (error,) = store.verify().errors
+        assert "quotas that do not parse" in error
+        with pytest.raises(CorruptStoreError, match="quotas that do not parse"):
             store.add("two", model, metadata={"tenant": "a"})
         assert np.array_equal(store.load("one")["w"], model["w"])
 
