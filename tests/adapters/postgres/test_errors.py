@@ -172,8 +172,8 @@ def test_what_is_read_alone_is_read_again_after_a_conflict(
     sql(f"CREATE SEQUENCE {schema}.tries")
     sql(
         f"CREATE FUNCTION {schema}.is_shown() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN "
-        f"IF nextval('{schema}.tries') IN (1, 2, 4) THEN RAISE 'as a standby' USING ERRCODE = '40001'; "
-        "END IF; RETURN true; END $$"
+        f"IF nextval('{schema}.tries') IN (1, 2, 4) THEN "
+        "RAISE 'as a standby' USING ERRCODE = '40001'; END IF; RETURN true; END $$"
     )
     sql(f"ALTER TABLE {schema}.pages ENABLE ROW LEVEL SECURITY")
     sql(f"CREATE POLICY shown ON {schema}.pages USING ({schema}.is_shown())")
