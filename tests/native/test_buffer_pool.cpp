@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <random>
 #include <thread>
@@ -12,6 +13,7 @@
 
 #include "check.hpp"
 #include "pydedup/buffer_pool.hpp"
+#include "pydedup/error.hpp"
 
 using namespace pydedup;
 
@@ -285,6 +287,39 @@ TEST(a_forked_child_keeps_its_pins_and_may_leave) {
     CHECK(all_left);
 }
 #endif
+
+// Who wants no more room than there is beside pages that are pinned otherwise waits for what is
+// read right now; who wants more is told at once.
+TEST(room_is_waited_for_while_pages_are_read_together) {
+    const PageId first = 1;
+    for (const bool page : {true, false}) {
+        BufferPool pool(2 * page_size());
+        const BufferPool::Pin held = pool.insert(3, make_page(3));
+        static_cast<void>(pool.insert(first, make_page(1)));
+        BufferPool::Pins reading = pool.pin_all({&first, 1});
+        CHECK_THROWS(ErrorCode::out_of_budget, static_cast<void>(pool.reserve(page_size() + 1)));
+        std::atomic<bool> done{false};
+        std::atomic<bool> refused{false};
+        std::thread other([&] {
+            try {
+                if (page) {
+                    static_cast<void>(pool.insert(2, make_page(2)));
+                } else {
+                    static_cast<void>(pool.reserve(page_size()));
+                }
+            } catch (const Error&) {
+                refused = true;
+            }
+            done = true;
+        });
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        const bool waited = !done;
+        reading.reset();
+        other.join();
+        CHECK(waited && !refused);
+        CHECK(!resident(pool, first) && resident(pool, 2) == page);
+    }
+}
 
 TEST(pages_are_pinned_together_or_not_at_all) {
     BufferPool pool(3 * page_size());
