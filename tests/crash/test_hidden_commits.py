@@ -116,6 +116,28 @@ def test_every_commit_may_be_interrupted(
     assert interrupted < 39
 
 
+def test_what_was_published_stays_though_nobody_was_told(store_url: str) -> None:
+    """Others may have seen it by then, and share its pages."""
+    prepared(store_url)
+    seen: set[str] = set()
+
+    def look() -> BaseException:
+        with pydedup.open(store_url, mode="r") as other:
+            seen.update(info.name for info in other.models())
+        return UnavailableError("gone")
+
+    for call in range(1, 40):
+        adapter = registry.connect(store_url, mode="a")
+        faulty, _ = inject(adapter, Fault("commit", look, call=call, after=True))
+        with Store(faulty, MEMORY) as store, pytest.raises(UnavailableError):
+            store.add("new", {"embedding": MODELS["m1"]["embedding"] * 2})
+        if "new" in seen:
+            break
+    with pydedup.open(store_url) as store:
+        assert "new" in {info.name for info in store.models()}
+    assert_sound(store_url)
+
+
 def test_a_staging_that_a_vacuum_collected_leaves_nothing(store_url: str) -> None:
     prepared(store_url)
     with pydedup.open(store_url) as writer, pydedup.open(store_url) as other:
