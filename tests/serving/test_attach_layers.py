@@ -343,6 +343,8 @@ linear, bag = nn.functional.linear, nn.functional.embedding_bag
         lambda x, w: linear(x[0], w, torch.ones(())),
         lambda x, w: linear(x, w[3:9], torch.ones(1)),
         lambda x, w: bag(torch.tensor([[0, 69], [3, 3]]), w, padding_idx=-1),
+        lambda x, w: [linear(x, part) for part in w.chunk(3)],
+        lambda x, w: linear(x, w[10:60][5:9]),
     ],
 )
 def test_arguments_as_torch_takes_them(check: Check, call: Callable[[Any, Any], Any]) -> None:
@@ -355,6 +357,8 @@ def test_arguments_as_torch_takes_them(check: Check, call: Callable[[Any, Any], 
         lambda x, w: torch.mm(x, w.t(), out=x.new_empty(4, 70)),
         lambda x, w: torch.matmul(x, w.t(), out=x.new_empty(4, 70)),
         lambda x, w: torch.addmm(x.new_ones(70), x, w.t(), out=x.new_empty(4, 70)),
+        lambda x, w: torch.addmm(x.new_ones(70), x, w.t(), beta=0.5),
+        lambda x, w: torch.addmm(x.new_ones(70), x, w.t(), alpha=0.5),
         lambda x, w: linear(x, w, torch.ones(4, 70)),
         lambda x, w: bag(torch.tensor([[0, 5], [3, 3]]), w[2:8]),
         lambda x, w: bag(torch.tensor([[0, 49], [3, 3]]), w.t()),

@@ -83,10 +83,8 @@ def _bias(bias: torch.Tensor | None) -> NDArray[Any] | None:
     """Return a bias that is stored, or any other vector."""
     if bias is None:
         return None
-    if type(bias) is StoredParameter and bias.rows is None:
+    if type(bias) is StoredParameter:  # of a vector, the whole: parts of one are loaded
         return bias.attachment.weights().bias(bias.number)
-    if type(bias) is StoredParameter:
-        bias = bias.loaded()
     bias = bias.detach()
     return bias.float().numpy() if bias.dtype in _HALVES else bias.numpy()
 
