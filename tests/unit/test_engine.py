@@ -101,6 +101,15 @@ def test_operations_without_weights(node: Node, want: Callable[[Any], Any], dtyp
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_numbers_of_the_other_byte_order_keep_their_width() -> None:
+    x = REAL.astype(np.float64) / 3
+    for width in (4, 8):
+        given = x.astype(f"=f{width}")
+        got = run_node(unary("relu"), NOTHING, given.astype(given.dtype.newbyteorder()))
+        assert got.dtype == given.dtype
+        np.testing.assert_array_equal(got, np.maximum(given, 0))
+
+
 def test_every_operation_is_computed_and_tested() -> None:
     assert set(_OPS) | {"linear", "conv2d"} == set(OPS)
     tested = {node.op for node, _ in ELEMENTWISE}
