@@ -23,6 +23,10 @@ from pydedup.errors import BudgetError
 __all__ = ["Gate", "Reservation", "Shadow", "Shares"]
 
 
+# After so long who waits looks again by itself.
+_AGAIN_SECONDS = 1.0
+
+
 class Reservation:
     """Bytes of a pool's budget for something else than pages, until released or forgotten."""
 
@@ -71,16 +75,23 @@ class Held:
     long.
     """
 
-    __slots__ = ("_amount", "_gate", "_thread", "_waits")
+    __slots__ = ("_amount", "_gate", "_is_in", "_thread", "_ticket", "_waits")
 
     def __init__(self, gate: Gate, amount: int, waits: bool) -> None:
-        self._gate = gate
         self._amount = amount
         self._waits = waits
         self._thread = threading.get_ident()  # a walk that is forgotten ends on any thread
+        self._ticket = object()
+        self._gate = gate
+        self._is_in = False
 
     def __enter__(self) -> None:
-        self._gate.enter(self._thread, self._amount, waits=self._waits)
+        try:
+            self._is_in = True
+            self._gate.enter(self._ticket, self._thread, self._amount, waits=self._waits)
+        except BaseException:  # an interrupt may come when it is let in
+            self._gate.leave(self._ticket)
+            raise
 
     def __exit__(
         self,
@@ -88,7 +99,16 @@ class Held:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._gate.leave(self._thread, self._amount)
+        self._gate.leave(self._ticket)
+        self._is_in = False
+
+    def __del__(self) -> None:
+        try:
+            is_in = self._is_in
+        except AttributeError:  # an interrupt came as `__init__` began
+            return
+        if is_in:  # or as `__exit__` did
+            self._gate.leave(self._ticket)
 
 
 class Gate:
@@ -100,10 +120,13 @@ class Gate:
 
     def __init__(self, limit: int, changed: Callable[[int], None] | None = None) -> None:
         self._limit = limit
-        self._used = 0
-        self._inside: dict[int, int] = {}  # thread -> how often
+        self._taken = 0  # until it is given back
+        self._holders: dict[object, tuple[int, int]] = {}  # ticket -> thread, amount
         self._waiting: deque[object] = deque()
-        self._changed = threading.Condition()
+        # Entered itself, and not by the condition, whose `__exit__` is Python's: an interrupt as
+        # that begins would leave it locked.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._told = changed  # called with what is used, one thread at a time
 
     @property
@@ -113,7 +136,7 @@ class Gate:
 
     def narrow(self, limit: int) -> None:
         """Change the limit; who is inside stays."""
-        with self._changed:
+        with self._lock:
             self._limit = limit
             self._changed.notify_all()
 
@@ -121,74 +144,94 @@ class Gate:
         """Wait until there is room, unless told otherwise, and hold it."""
         return Held(self, amount, waits)
 
-    def enter(self, thread: int, amount: int, *, waits: bool) -> None:
-        """Let a thread in, until `leave` is called for it."""
-        with self._changed:
-            if waits and thread not in self._inside:
-                self._wait_for(amount)
-            self._inside[thread] = self._inside.get(thread, 0) + 1
-            try:
-                self._use(amount)
-            except BaseException:
-                self.leave(thread, amount)
-                raise
+    def enter(self, ticket: object, thread: int, amount: int, *, waits: bool) -> None:
+        """Let a thread in, until `leave` is called with the ticket; also where this is broken off.
 
-    def leave(self, thread: int, amount: int) -> None:
-        """Give back what a thread was let in with; on any thread."""
-        with self._changed:
-            self._inside[thread] -= 1
-            if not self._inside[thread]:
-                del self._inside[thread]
-            self._use(-amount)
-            if self._waiting:
+        Who holds what is one entry each, made and taken out in one step: an interrupt may come at
+        any other.
+        """
+        with self._lock:
+            # Where nobody is there is room, whatever the amount.
+            if (
+                waits
+                and (self._holders or self._taken or self._waiting)
+                and thread not in [one for one, _ in self._held()]
+            ):
+                self._wait_for(ticket, amount)
+            self._holders[ticket] = thread, amount
+            if self._told is not None:
+                self._tell()
+
+    def leave(self, ticket: object) -> None:
+        """Give back what the ticket was let in with; on any thread."""
+        self._holders.pop(ticket, None)
+        if self._told is not None or self._waiting:
+            with self._lock:
+                self._tell()
                 self._changed.notify_all()
 
-    def _wait_for(self, amount: int) -> None:
+    def _wait_for(self, ticket: object, amount: int) -> None:
         if not self._waiting and self._has_room(amount):
             return
-        ticket = object()
-        self._waiting.append(ticket)
         try:
-            self._changed.wait_for(lambda: self._waiting[0] is ticket and self._has_room(amount))
+            self._waiting.append(ticket)
+            # Asked again at times: an interrupt may have kept who left from saying so.
+            while not self._changed.wait_for(
+                lambda: self._waiting[0] is ticket and self._has_room(amount), _AGAIN_SECONDS
+            ):
+                pass
         finally:  # the next one may fit as well, or be the first now
-            self._waiting.remove(ticket)
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
             self._changed.notify_all()
+
+    def _held(self) -> list[tuple[int, int]]:
+        return list(self._holders.values())  # in one step: others leave meanwhile
 
     def _has_room(self, amount: int) -> bool:
         return self._used + min(amount, self._limit) <= self._limit
 
     def try_take(self, amount: int) -> bool:
         """Take room for as long as `give_back` is not called, if there is some; never waits."""
-        with self._changed:
+        with self._lock:
             if self._used + amount > self._limit:
                 return False
-            self._use(amount)
+            self.take(amount)
             return True
 
     def take(self, amount: int) -> None:
         """Take room, whether there is some or not, until `give_back` is called."""
-        with self._changed:
-            self._use(amount)
+        with self._lock:
+            self._taken += amount
+            try:
+                self._tell()
+            except BaseException:
+                self._taken -= amount
+                raise
 
     def give_back(self, amount: int) -> None:
         """Return what `take` or `try_take` took; on any thread."""
-        with self._changed:
-            self._use(-amount)
+        with self._lock:
+            self._taken -= amount
+            self._tell()
             self._changed.notify_all()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Tell that nothing is in use, as long as this lasts; nobody comes or goes meanwhile."""
-        with self._changed:
-            used, self._used = self._used, 0
+        """Tell that nothing is in use, as long as this lasts; nobody comes meanwhile."""
+        with self._lock:
             try:
-                self._use(0)
+                if self._told is not None:
+                    self._told(0)
                 yield
             finally:
-                self._use(used)
+                self._tell()
 
-    def _use(self, amount: int) -> None:
-        self._used += amount
+    @property
+    def _used(self) -> int:
+        return self._taken + sum([amount for _, amount in self._held()])
+
+    def _tell(self) -> None:
         if self._told is not None:
             self._told(self._used)
 

@@ -47,7 +47,8 @@ class _Course:
         self._held = 0  # of them, those that are read included
         self._next = 0  # stop that is read next
         self._passed = 0  # stops before this one were passed
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered itself: see `admission.Gate`
+        self._changed = threading.Condition(self._lock)
         self._ended = False
 
     def start(self) -> None:
@@ -66,7 +67,7 @@ class _Course:
 
         Returns whether there was something to wait for.
         """
-        with self._changed:
+        with self._lock:
             for stop in self._stops[self._passed : number]:
                 self._pass(stop)
             self._passed = max(self._passed, number)
@@ -80,13 +81,13 @@ class _Course:
 
     def pass_by(self, number: int) -> None:
         """Let go of a window that the walk has pinned itself."""
-        with self._changed:
+        with self._lock:
             self._pass(self._stops[number])
             self._changed.notify_all()
 
     def end(self) -> None:
         """Let everything go; the thread ends after what it is reading."""
-        with self._changed:
+        with self._lock:
             self._ended = True
             for stop in self._stops:
                 self._pass(stop)
@@ -111,7 +112,7 @@ class _Course:
 
     def _take_next(self) -> _Stop | None:
         """Return the next window that is to be read, once there is room for it."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(self._may_read)
             if self._ended or self._next == len(self._stops):
                 return None
@@ -129,7 +130,7 @@ class _Course:
         return self._held + len(self._stops[self._next].window.ids) <= self._limit
 
     def _put(self, stop: _Stop, pages: list[Page]) -> None:
-        with self._changed:
+        with self._lock:
             self._held -= len(stop.window.ids)
             stop.state = "here" if pages else "failed"
             if not (self._ended or stop.unwanted):

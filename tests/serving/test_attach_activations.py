@@ -45,7 +45,7 @@ def test_a_module_may_call_its_parts_on_threads_of_its_own(tmp_path: Path) -> No
             torch.testing.assert_close(module(x), want, atol=1e-4, rtol=1e-4)
         # Called on their own, they wait for each other as modules do.
         run_all([lambda: module.parts[0](x), lambda: module.parts[1](x)])
-        assert not store._pool._shares._activations._inside
+        assert not store._pool._shares._activations._holders
         assert store._pool.stats()["reserved_bytes"] == 2 * 512 * 4  # biases
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -348,6 +349,44 @@ def test_without_a_thread_to_be_had_a_walk_reads_for_itself(monkeypatch: Any) ->
     with pool.call(model(1)):
         assert walk(pool, ids_of(1, 24)) == list(range(1, 25))
     assert pages.by(threading.current_thread().name) == list(range(1, 25))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_after_an_interrupt_wherever_it_comes_others_walk_on() -> None:
+    """What a walk held, or the lock itself, was never given back: all waited for ever."""
+    pool = PagePool(SlowPages(4, 0).fetch, 8 * MIB)
+
+    def in_call() -> list[float]:
+        with pool.call(model(1)):
+            return walk(pool, ids_of(1, 4))
+
+    for number in range(1, 1000):
+        calls = 0
+
+        def interrupt(frame: Any, event: str, arg: object, number: int = number) -> None:
+            """Python looks for signals where a function begins."""
+            nonlocal calls
+            if frame.f_globals["__name__"] != __name__:
+                calls += 1
+                if calls == number:
+                    raise KeyboardInterrupt
+
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            in_call()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        if calls < number:
+            break
+        seen: list[list[float]] = []
+        other = threading.Thread(target=lambda to=seen: to.append(in_call()), daemon=True)
+        other.start()
+        other.join(20)
+        assert seen == [[1, 2, 3, 4]], number
+    assert number > 50
 
 
 def test_an_interrupt_while_a_thread_begins_lets_its_pages_go(monkeypatch: Any) -> None:
