@@ -23,6 +23,7 @@ from pydedup.types import LARGEST_ID, DType
 __all__ = [
     "DEFAULT_BLOCK_BYTES",
     "NO_PAGE",
+    "ROW_BYTES",
     "SLOT_BITS",
     "BlockGrid",
     "BlockMap",
@@ -53,10 +54,12 @@ _MAP_MAGIC = b"PDBM"
 _MAP_VERSION = 1
 _DELTA_MAP_VERSION = 2  # of parts with a delta
 _MAP_HEADER = struct.Struct("<4sHHII")  # magic, version, slot bytes, pages, blocks
-#: Blocks in one part: 12 bytes each in the worst case keep a part below 1 MiB.
-_MAP_PART_BLOCKS = 65536
-#: The same where blocks have bases: 32 bytes each in the worst case.
-_DELTA_PART_BLOCKS = 32768
+#: Blocks in one part, of 4 bytes each and, where blocks have bases, of 8: less than
+#: `ROW_BYTES`, unless the blocks of a part are on more than 130 pages.
+_MAP_PART_BLOCKS, _DELTA_PART_BLOCKS = 3840, 1920
+#: What rows of a table without rowids may have in SQLite, with pages of 64 KiB, before what is
+#: beyond takes a page of its own.
+ROW_BYTES = 16000
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -232,7 +235,7 @@ class BlockMap:
         return self.base_page_ids, self.base_slots
 
     def parts(self) -> Iterator[bytes]:
-        """Yield the binary form in parts of at most 1 MiB; none for an empty tensor."""
+        """Yield the binary form in parts, each a row of a table; none for an empty tensor."""
         step = _MAP_PART_BLOCKS if self.bases is None else _DELTA_PART_BLOCKS
         for start in range(0, len(self.page_ids), step):
             yield _pack_part(self, slice(start, start + step))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, TensorRow
-from pydedup.blocks import NO_PAGE, BlockMap
+from pydedup.blocks import NO_PAGE, ROW_BYTES, BlockMap
 from pydedup.errors import ConflictError
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.pages import PageWriter
@@ -30,7 +30,6 @@ from pydedup.signatures import drop_segment
 __all__ = ["Segments", "Stager"]
 
 _BYTES_PER_TRANSACTION = 16 * 1024 * 1024
-_HASH_PART_BYTES = 1024 * 1024
 # What a row takes beside its payload, about.
 _ROW_BYTES = 200
 
@@ -231,8 +230,8 @@ class Stager:
             for part, payload in enumerate(self._block_map(tensor).parts()):
                 yield "map", (model_id, ordinal, part, payload)
             hashes = np.ascontiguousarray(tensor.digests, "<u8").tobytes()
-            for part, start in enumerate(range(0, len(hashes), _HASH_PART_BYTES)):
-                payload = hashes[start : start + _HASH_PART_BYTES]
+            for part, start in enumerate(range(0, len(hashes), ROW_BYTES)):
+                payload = hashes[start : start + ROW_BYTES]
                 yield "hash", (model_id, ordinal, part, payload)
         references = model.references(self._reader)
         places = block_places(*self.places(references))

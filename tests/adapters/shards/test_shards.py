@@ -30,7 +30,6 @@ from pydedup.errors import (
 from pydedup.testing._contract_base import add_random_pages, in_thread, open_store
 from pydedup.testing.shards import ShardedPlace
 
-
 # ---- where pages are ---------------------------------------------------------------------------
 
 
