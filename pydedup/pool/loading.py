@@ -75,7 +75,7 @@ class PageLoader:
         self._read_into = read_into
         self._readers = readers
         self._lock = threading.Lock()
-        self._loading: dict[int, threading.Event] = {}
+        self._loading: dict[int, threading.Lock] = {}  # held by who loads it
         self._threads: ThreadPoolExecutor | None = None
 
     def load(
@@ -103,23 +103,27 @@ class PageLoader:
         began = time.perf_counter()
         pages: dict[int, Page] = {}
         while ids:
-            done = threading.Event()
-            # Within the try from the first entry on: an interrupt must leave no event unset.
+            # Locks and no events, whose code is Python's: an interrupt in it would leave them
+            # unset. Within the try from the first entry on, for the same reason.
+            done = threading.Lock()
+            done.acquire()
             try:
                 with self._lock:
-                    waits = {n: self._loading[n] for n in ids if n in self._loading}
+                    loading = ((n, self._loading.get(n)) for n in ids)
+                    waits = {n: one for n, one in loading if one is not None and one.locked()}
                     mine = [number for number in ids if number not in waits]
                     self._loading.update(dict.fromkeys(mine, done))
                 if mine:
                     pages.update(self._load_mine(mine, ahead, side_by_side))
             finally:
-                done.set()
+                done.release()  # what is left in the table after an interrupt is then nothing
                 with self._lock:
                     for number in ids:
                         if self._loading.get(number) is done:
                             del self._loading[number]
-            for event in waits.values():
-                event.wait()
+            for loaded in waits.values():
+                with loaded:
+                    pass
             # Not there after all when its fetch failed, or it was evicted again: then it is ours.
             others = list(waits)
             found = self._core.pin(np.array(others, np.int64), ahead)

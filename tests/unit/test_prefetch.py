@@ -371,6 +371,7 @@ def test_after_an_interrupt_wherever_it_comes_others_walk_on() -> None:
                 if calls == number:
                     raise KeyboardInterrupt
 
+        pool.clear()
         before = sys.gettrace()
         sys.settrace(interrupt)
         try:
