@@ -50,9 +50,9 @@ DIALECT: Final = Dialect(
     begin_snapshot=("BEGIN", ANY_READ),
 )
 
-# A commit leaves the log alone: `settle` moves it, and may be at it.
 _LAST_ID: Final = (1 << 63) - 1
 _NUMBERED: Final = [table for table, spec in TABLES.items() if ("id", "id") in spec.columns]
+# A commit leaves the log alone: `settle` moves it, and may be at it.
 _BEGIN_UNSETTLED: Final = ("PRAGMA wal_autocheckpoint = 0", "BEGIN IMMEDIATE")
 
 #: Between slices of waiting for the writer's lock, Ctrl-C is heard.
