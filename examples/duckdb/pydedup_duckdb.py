@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import duckdb
+
+from pydedup.adapter import Adapter, Capabilities
 from pydedup.adapters.dbapi import (
     Connection,
     DbApiAdapter,
@@ -24,8 +26,6 @@ from pydedup.adapters.dbapi import (
     SessionPool,
     locate_file,
 )
-
-from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import (
     ArgumentError,
     ConflictError,

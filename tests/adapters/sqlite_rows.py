@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from pydedup.adapters._sqlite_places import PagePlaces
 
 

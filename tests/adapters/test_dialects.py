@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from pydedup.adapter import LIVE, RETIRED, STAGING
 from pydedup.adapters import _sqlite_base, sqlite
 from pydedup.adapters._schema import TABLES, VIEWS, create_statements, literal
 from pydedup.adapters._sql import Statements, batches
-
-from pydedup.adapter import LIVE, RETIRED, STAGING
 from pydedup.testing._contract_pages import PagesContract
 from pydedup.testing._contract_rows import RowsContract
 

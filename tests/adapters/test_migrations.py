@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 import numpy as np
 import psycopg
 import pytest
-from pydedup.adapters import _migrations
-from pydedup.adapters._migrations import Migration
-from pydedup.adapters._schema import Dialect
 
 import pydedup
 from pydedup import registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
+from pydedup.adapters import _migrations
+from pydedup.adapters._migrations import Migration
+from pydedup.adapters._schema import Dialect
 from pydedup.cli.app import main
 from pydedup.errors import ReadOnlyError, SchemaVersionError, StoreError
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+import pydedup
 from pydedup.adapters._sqlite_ahead import PagesAhead
 from pydedup.adapters._sqlite_places import PagePlaces, StoredPage
 from pydedup.adapters._sqlite_tree import NotFoundInFileError, Tree
-
-import pydedup
 from pydedup.errors import CorruptStoreError
 from pydedup.policies import Exact
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import pydedup
 from pydedup.adapters import _sqlite_reads as reads
 from pydedup.adapters._sqlite_places import PagePlaces
 from pydedup.adapters._sqlite_reads import SystemCache
-
-import pydedup
 from pydedup.policies import Exact
 
 from .sqlite_rows import finding, forget, in_memory, read, rows_of, rows_out_of_memory

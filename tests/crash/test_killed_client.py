@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from pydedup.adapters._schema import TABLES
 
 import pydedup
 from pydedup import policies, registry
 from pydedup.adapter import LIVE, STAGING, Adapter
+from pydedup.adapters._schema import TABLES
 from pydedup.errors import StorageFullError
 from pydedup.ingest import candidates, pages, write
 from pydedup.maintenance import repack, vacuum

@@ -18,11 +18,11 @@ from typing import Any, Final
 import numpy as np
 import psycopg
 import pytest
-from pydedup.adapters._shard import Shard
-from pydedup.adapters.postgres_shards import ShardedAdapter
 
 import pydedup
 from pydedup import policies
+from pydedup.adapters._shard import Shard
+from pydedup.adapters.postgres_shards import ShardedAdapter
 from pydedup.errors import ArgumentError
 from pydedup.maintenance import refill
 from pydedup.testing._contract_base import with_option

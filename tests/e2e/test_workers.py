@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydedup.adapters._schema import TABLES
 from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import config, jobs, registry
+from pydedup.adapters._schema import TABLES
 from pydedup.errors import ArgumentError, FormatError, StorageFullError
 from pydedup.ingest import ahead, workers
 from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy

@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pydedup.adapters._schema import TABLES
 
 import pydedup
 from pydedup.adapter import LIVE
+from pydedup.adapters._schema import TABLES
 from pydedup.catalog import StoredModel
 from pydedup.layout import block_costs, split_places, used_places
 from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy

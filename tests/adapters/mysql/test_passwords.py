@@ -11,9 +11,9 @@ from urllib.parse import quote
 
 import pytest
 from mysql.connector import HAVE_CEXT
-from pydedup.adapters._mysql_option_file import password_in
 
 import pydedup
+from pydedup.adapters._mysql_option_file import password_in
 from pydedup.errors import ArgumentError, UnavailableError
 from pydedup.testing._contract_base import with_option
 

@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import psycopg
 import pytest
-from pydedup.adapters._postgres_said import said
 
 import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, Adapter
+from pydedup.adapters._postgres_said import said
 from pydedup.errors import (
     ArgumentError,
     ConflictError,

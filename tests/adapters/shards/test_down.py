@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 import pytest
-from pydedup.adapters._postgres_errors import ConnectionLostError
 
 from pydedup import registry
 from pydedup.adapter import Adapter
+from pydedup.adapters._postgres_errors import ConnectionLostError
 from pydedup.errors import UnavailableError
 from pydedup.testing._contract_base import add_pages, add_random_pages, in_thread, open_store
 from pydedup.testing.shards import ShardedPlace

@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydedup.adapters._shards_url import is_same_place
 
 import pydedup
+from pydedup.adapters._shards_url import is_same_place
 from pydedup.catalog import page_readers
 from pydedup.cli.app import main
 from pydedup.cli.errors import Exit

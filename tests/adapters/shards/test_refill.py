@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydedup.adapters import _shards_refill
 
 import pydedup
 from pydedup import registry
+from pydedup.adapters import _shards_refill
 from pydedup.catalog import page_readers
 from pydedup.cli.app import main
 from pydedup.errors import ArgumentError, ReadOnlyError, StoreError

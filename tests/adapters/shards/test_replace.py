@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydedup.adapters import _shards_list
-from pydedup.adapters._shard import Shard
-from pydedup.adapters.postgres_shards import ShardedAdapter
 
 import pydedup
 from pydedup.adapter import LIVE
+from pydedup.adapters import _shards_list
+from pydedup.adapters._shard import Shard
+from pydedup.adapters.postgres_shards import ShardedAdapter
 from pydedup.catalog import page_readers
 from pydedup.cli.app import main
 from pydedup.cli.errors import Exit

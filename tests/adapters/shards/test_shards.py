@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydedup.adapters._shard import Shard
-from pydedup.adapters._shards_url import places_of
 
 import pydedup
 from pydedup import policies, registry
 from pydedup.adapter import LIVE, Adapter
+from pydedup.adapters._shard import Shard
+from pydedup.adapters._shards_url import places_of
 from pydedup.errors import (
     ArgumentError,
     MissingStoreError,
