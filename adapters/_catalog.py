@@ -17,7 +17,7 @@ from ._schema import TABLES
 
 __all__ = ["CatalogCalls"]
 
-#: Artifacts are stored in parts of this size, as block maps are.
+#: Artifacts are stored in parts of this size.
 ARTIFACT_PART_BYTES = 1 << 20
 _INT_DIGITS = len(str(1 << 63))
 

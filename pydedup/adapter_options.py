@@ -188,11 +188,11 @@ class SoundRowsAdapter(Protocol):
         """
 
 
-def only_sound_rows(adapter: object) -> AbstractContextManager[None]:
-    """Leave out damaged rows without a word, where an adapter can: where others do as well."""
-    if isinstance(adapter, SoundRowsAdapter):
-        return adapter.sound_rows(lambda table, key, said: None)
-    return nullcontext()
+def only_sound_rows(
+    adapter: object, tell: TellRow = lambda table, key, said: None
+) -> AbstractContextManager[None]:
+    """Leave out damaged rows, where an adapter can; without a word, unless somebody is told."""
+    return adapter.sound_rows(tell) if isinstance(adapter, SoundRowsAdapter) else nullcontext()
 
 
 @runtime_checkable

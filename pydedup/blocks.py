@@ -23,7 +23,7 @@ from pydedup.types import LARGEST_ID, DType
 __all__ = [
     "DEFAULT_BLOCK_BYTES",
     "NO_PAGE",
-    "ROW_BYTES",
+    "PART_BYTES",
     "SLOT_BITS",
     "BlockGrid",
     "BlockMap",
@@ -55,11 +55,11 @@ _MAP_VERSION = 1
 _DELTA_MAP_VERSION = 2  # of parts with a delta
 _MAP_HEADER = struct.Struct("<4sHHII")  # magic, version, slot bytes, pages, blocks
 #: Blocks in one part, of 4 bytes each and, where blocks have bases, of 8: less than
-#: `ROW_BYTES`, unless the blocks of a part are on more than 130 pages.
+#: `PART_BYTES`, unless the blocks of a part are on more than 130 pages.
 _MAP_PART_BLOCKS, _DELTA_PART_BLOCKS = 3840, 1920
-#: What rows of a table without rowids may have in SQLite, with pages of 64 KiB, before what is
-#: beyond takes a page of its own.
-ROW_BYTES = 16000
+#: Bytes of a part that is a row of a table without rowids: of more, SQLite, with pages of 64 KiB,
+#: keeps the rest on a page of its own.
+PART_BYTES = 16000
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

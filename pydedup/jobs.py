@@ -14,11 +14,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pydedup.adapter import LIVE, STAGING, Adapter
-from pydedup.adapter_options import NumberingAdapter, SoundRowsAdapter, StagingAdapter
+from pydedup.adapter_options import NumberingAdapter, StagingAdapter, only_sound_rows
 from pydedup.errors import CorruptStoreError
 from pydedup.types import LARGEST_ID
 
@@ -190,8 +190,7 @@ def staging_jobs(adapter: Adapter) -> list[tuple[str, str, str, str]]:
         if isinstance(job_id, str):
             damaged.append((job_id, "", "", ""))
 
-    sound = adapter.sound_rows(tell) if isinstance(adapter, SoundRowsAdapter) else nullcontext()
-    with sound:
+    with only_sound_rows(adapter, tell):
         return [job for job in adapter.jobs() if job[3] != SCORING] + damaged
 
 

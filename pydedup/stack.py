@@ -30,22 +30,9 @@ class Layer:
     """A matrix, and what `pydedup.matmul.matmul` takes with it."""
 
     block_map: BlockMap
-    bias: NDArray[Any] | None  # as kernels take it
+    bias: NDArray[Any] | None
     activation: str | None
     transpose: bool
-
-    @classmethod
-    def of(
-        cls,
-        block_map: BlockMap,
-        bias: NDArray[Any] | None,
-        activation: str | None,
-        transpose: bool,
-    ) -> Layer:
-        """Return one with a bias of any numbers. Raises ArgumentError as matmul does."""
-        outer = block_map.grid.cols if transpose else block_map.grid.rows
-        offset = checked_bias(bias, compute_dtype(block_map.dtype), outer)
-        return cls(block_map, offset, activation, transpose)
 
     @property
     def inner(self) -> int:
@@ -62,21 +49,32 @@ class Stack:
     """Products of ``x`` with some matrices in turn. Safe between threads.
 
     ``layers`` compute in one dtype, and each takes what the one before gives. How their blocks are
-    cut into windows, ``pool`` says; it is not kept.
+    cut into windows, ``pool`` says; it is not kept. Raises ArgumentError for a bias that
+    `pydedup.matmul.matmul` refuses.
+
+    Attributes
+    ----------
+    n_pages
+        How many pages they are on.
+    bias_bytes
+        Bytes of the biases, which are kept.
     """
 
     def __init__(self, layers: Sequence[Layer], pool: PagePool) -> None:
         self._inner, self._outer = layers[0].inner, layers[-1].outer
         self._dtype = compute_dtype(layers[0].block_map.dtype)
+        self.bias_bytes = 0
         parts, ids = [], [np.zeros(0, np.int64)]
         for layer in layers:
             block_map = layer.block_map
             windows = pool.planned(block_map.page_ids, block_map.bases)
             ids += [window.ids for window in windows]
+            bias = checked_bias(layer.bias, self._dtype, layer.outer)
+            self.bias_bytes += 0 if bias is None else bias.nbytes
             parts.append(
                 (
                     *shape_of(block_map),
-                    layer.bias,
+                    bias,
                     layer.activation or "none",
                     layer.transpose,
                     [blocks_in(window, block_map) for window in windows],

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, TensorRow
-from pydedup.blocks import NO_PAGE, ROW_BYTES, BlockMap
+from pydedup.blocks import NO_PAGE, PART_BYTES, BlockMap
 from pydedup.errors import ConflictError
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.pages import PageWriter
@@ -230,8 +230,8 @@ class Stager:
             for part, payload in enumerate(self._block_map(tensor).parts()):
                 yield "map", (model_id, ordinal, part, payload)
             hashes = np.ascontiguousarray(tensor.digests, "<u8").tobytes()
-            for part, start in enumerate(range(0, len(hashes), ROW_BYTES)):
-                payload = hashes[start : start + ROW_BYTES]
+            for part, start in enumerate(range(0, len(hashes), PART_BYTES)):
+                payload = hashes[start : start + PART_BYTES]
                 yield "hash", (model_id, ordinal, part, payload)
         references = model.references(self._reader)
         places = block_places(*self.places(references))

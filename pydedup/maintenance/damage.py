@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pydedup.adapter import LIVE, Adapter, BlockRow
-from pydedup.adapter_options import PlacesAdapter, SoundRowsAdapter
+from pydedup.adapter_options import PlacesAdapter, only_sound_rows
 from pydedup.errors import CorruptStoreError, UnavailableError
 from pydedup.maintenance.repair import RepairReport
 from pydedup.pool import PagePool
@@ -98,10 +98,7 @@ def sound_rows(adapter: Adapter, report: VerifyReport) -> Iterator[dict[str, set
         elif table == "distinct_blocks" and isinstance(row_id, int):
             report.surplus_blocks.append(row_id)
 
-    if isinstance(adapter, SoundRowsAdapter):
-        with adapter.sound_rows(tell):
-            yield damaged
-    else:
+    with only_sound_rows(adapter, tell):
         yield damaged
 
 

@@ -23,7 +23,7 @@ from pydedup.serving.stacks import Stacks, fusable
 from pydedup.serving.tensor import StoredTensor, matmul_together
 from pydedup.serving.weightless import WEIGHTLESS, activation_of, checked_axis, real
 
-__all__ = ["Tensors", "run_graph", "run_together", "until_last"]
+__all__ = ["Tensors", "from_front", "run_graph", "run_together", "until_last"]
 
 _Array: TypeAlias = NDArray[Any]
 Tensors: TypeAlias = Callable[[str], StoredTensor]
@@ -175,8 +175,7 @@ class _Run:
     def embedding(self, node: Node, ids: _Array) -> _Array:
         weight = self.tensor(node.weights["weight"])
         if node.attr("from_end") and ids.dtype.kind == "i":
-            ids, count = ids.astype(np.int64, copy=False), weight.shape[0]
-            ids = np.where((ids < 0) & (ids >= -count), ids + count, ids)
+            ids = from_front(ids.astype(np.int64, copy=False), weight.shape[0])
         return widened(weight.take(ids))
 
     def embedding_bag(self, node: Node, ids: _Array, offsets: _Array | None = None) -> _Array:
@@ -216,6 +215,11 @@ class _Run:
         scaled = x * scale
         scaled += bias - mean * scale
         return np.asarray(scaled)
+
+
+def from_front(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Return ids of ``count`` rows, of which negative ones, as far as there are, are of the end."""
+    return np.where((ids < 0) & (ids >= -count), ids + count, ids)
 
 
 def until_last(ids: _Array, offsets: _Array) -> tuple[_Array, _Array]:

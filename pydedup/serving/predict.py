@@ -233,8 +233,9 @@ def _run_group(
     models = {request.model.row.id: request.model for request in group}
     nbytes = sum(plan.nbytes for plan in plans if plan is not None)
     with pool.call(*map(called, models.values())), pool.activations(nbytes):
-        stacks = stacks_of(group[0].model, group[0].graph, tensor_of, pool)
-        made = run_together(group[0].graph, runs, stacks if len(runs) == 1 else None)
+        model, graph = group[0].model, group[0].graph
+        stacks = stacks_of(model, graph, tensor_of, pool) if len(runs) == 1 else None
+        made = run_together(graph, runs, stacks)
     outputs: list[dict[str, _Array]] = [{} for _ in group]
     for numbers, batch in zip(batches.values(), made, strict=True):
         at = 0

@@ -28,8 +28,8 @@ __all__ = ["Stacks", "chains", "fusable", "stacks_of"]
 
 _Array: TypeAlias = NDArray[Any]
 
-#: Bytes of the vectors of a model that are kept beside the budget.
-_MOST_VECTOR_BYTES: Final = 1 << 16
+#: Bytes of the biases of a model that are kept beside the budget.
+_MOST_BIAS_BYTES: Final = 1 << 16
 
 
 class Chain:
@@ -148,15 +148,15 @@ def _made(
     pool: PagePool,
 ) -> dict[str, tuple[Chain, Stack]]:
     made: dict[str, tuple[Chain, Stack]] = {}
-    pages, vector_bytes = 0, 0
+    pages, bias_bytes = 0, 0
     for chain in chains(graph):
         layers = [_layer(model, *step, tensor_of) for step in chain.steps]
         if not _fit(layers):
             continue
         stack = Stack(layers, pool)
         pages += stack.n_pages
-        vector_bytes += sum(0 if layer.bias is None else layer.bias.nbytes for layer in layers)
-        if pages > pool.window_pages or vector_bytes > _MOST_VECTOR_BYTES:
+        bias_bytes += stack.bias_bytes
+        if pages > pool.window_pages or bias_bytes > _MOST_BIAS_BYTES:
             return {}
         made[chain.steps[0][0].output] = chain, stack
     return made
@@ -172,7 +172,7 @@ def _layer(
     bias = None
     if "bias" in node.weights:
         bias = widened(tensor_of(model, node.weights["bias"]).numpy())
-    return Layer.of(
+    return Layer(
         block_map,
         bias,
         None if activation is None else activation_of(activation),

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 import pytest
 
-from pydedup.blocks import BlockGrid, BlockMap
+from pydedup.blocks import BlockGrid, BlockMap, _pack_part
 from pydedup.errors import CorruptStoreError
 from pydedup.types import DType
 
@@ -71,18 +71,18 @@ def test_only_parts_with_a_delta_are_version_2_and_all_are_small() -> None:
 
 
 def test_an_index_behind_the_pages_needs_room() -> None:
-    """65,535 pages were too many for two bytes in a part, which is written with fewer by now."""
-    count = 32_768
+    """65,536 pages: their indices fit two bytes, and the one that means no base does not."""
+    count = 32_769
     grid = BlockGrid(count, 1, 1, 1)
+    pages = np.maximum(np.arange(count, dtype=np.int64) - 1, 0)  # the first two on one page
     bases = np.arange(count, dtype=np.int64) + count
     bases[0] = -1
-    written = BlockMap(
-        grid, DType.F32, np.arange(count, dtype=np.int64), slots(*[0] * count), bases,
-        slots(*[0] * count),
-    )  # fmt: skip
-    read = BlockMap.from_parts(list(written.parts()), grid, DType.F32)
+    none = slots(*[0] * count)
+    part = _pack_part(BlockMap(grid, DType.F32, pages, none, bases, none), slice(0, count))
+    read = BlockMap.from_parts([part], grid, DType.F32)  # `parts` would cut it
     assert read.bases is not None
     assert (read.bases[0] == bases).all()
+    assert (read.page_ids == pages).all()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pydedup.errors import ArgumentError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
-from pydedup.serving.engine import until_last
+from pydedup.serving.engine import from_front, until_last
 from pydedup.serving.tensor import StoredTensor
 
 __all__ = ["rows_of"]
@@ -279,8 +279,7 @@ def rows_of(weight: torch.Tensor, ids: torch.Tensor, *, from_end: bool = False) 
         return NotImplemented
     taken = _ids(ids, weight)
     if from_end:
-        count = weight.shape[0]
-        taken = np.where((taken < 0) & (taken >= -count), taken + count, taken)
+        taken = from_front(taken, weight.shape[0])
     if weight.rows is not None:
         if taken.size and not 0 <= taken.min() <= taken.max() < weight.shape[0]:
             raise ArgumentError(
