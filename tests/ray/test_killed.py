@@ -112,8 +112,9 @@ def test_killed_workers_lose_nothing(
         pace.unlink(missing_ok=True)
         scored_file.run("UPDATE pace SET loops = 1")
 
-    # Rows come slowly as long as there is somebody to kill, and so all of it is one work.
-    scored_file.run(f"UPDATE pace SET loops = {max(50_000, 6_000 * wanted)}")
+    # Rows come slowly as long as there is somebody to kill, and so all of it is one work: slowly
+    # enough that a fast machine is not done before (10 ns a loop are a second for each kill).
+    scored_file.run(f"UPDATE pace SET loops = {100_000 * max(wanted, 5)}")
     query = slow(scored_file.query, "(SELECT loops FROM pace)")
     data = dataset_of(scored_file, pace) if source == "dataset" else query
     target: Any = "p" if into == "table" else tmp_path / "out"
