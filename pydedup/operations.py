@@ -40,12 +40,14 @@ What they compute (``x`` is the first input, ``y`` the second; numpy terms):
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["OPS", "OpSpec", "attr_problem", "shape_problem", "window_problem"]
+from pydedup.errors import ArgumentError
+
+__all__ = ["OPS", "OpSpec", "attr_problem", "flattened_from", "shape_problem", "window_problem"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,20 @@ def shape_problem(
         if shape != weight:
             return f"{role} has shape {shape}; that of weight, {weight}, is needed"
     return None
+
+
+def flattened_from(start_axis: int, shape: Sequence[int]) -> int:
+    """Return the first of the axes that ``flatten`` makes one, counted from the front.
+
+    It is the rank where there is none. Raises ArgumentError for an axis beyond that; an input of
+    one number takes any.
+    """
+    rank = len(shape)
+    if rank == 0 or start_axis == rank:
+        return rank
+    if not -rank <= start_axis < rank:
+        raise ArgumentError(f"axis {start_axis} does not exist in an input of shape {shape}")
+    return start_axis % rank
 
 
 def _is_int(value: object) -> bool:

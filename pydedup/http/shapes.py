@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
+from pydedup.operations import flattened_from
 from pydedup.types import DType
 
 __all__ = ["Signature", "TensorSpec", "Weight", "signature_of"]
@@ -189,8 +190,7 @@ def _shape_after(node: Node, given: Sequence[Shape], weights: Mapping[str, Weigh
     if op in ("max_pool2d", "avg_pool2d"):
         return (*x[:2], *_windows(node, x, node.attr("kernel")))
     if op == "flatten":
-        start = node.attr("start_axis")
-        start += len(x) if start < 0 else 0
+        start = flattened_from(node.attr("start_axis"), x)
         return (*x[:start], _product(x[start:]))
     if op == "reshape":
         sizes, total = list(node.attr("shape")), _product(x)

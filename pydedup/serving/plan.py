@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
+from pydedup.operations import flattened_from
 from pydedup.types import TensorInfo
 
 __all__ = ["Bags", "Plan", "is_planned_by_shapes", "plan_run"]
@@ -255,8 +256,7 @@ def _shape_of(node: Node, given: list[Shape], weight: Shape) -> Shape:
         case "max_pool2d" | "avg_pool2d":
             return (*x[:-2], *_windows(node, x[-2:], tuple(node.attr("kernel"))))
         case "flatten":
-            start = node.attr("start_axis")
-            start += len(x) if start < 0 else 0
+            start = flattened_from(node.attr("start_axis"), x)
             return (*x[:start], math.prod(x[start:]))
         case "reshape":
             return _reshaped(x, node.attr("shape"))
@@ -301,7 +301,7 @@ def _keeps_rows(node: Node, given: list[Shape], shape: Shape) -> bool:
         case "batch_norm":
             return bool(node.attr("axis") % len(x) != 0)
         case "flatten":
-            return node.attr("start_axis") not in (0, -len(x))
+            return flattened_from(node.attr("start_axis"), x) > 0
         case "reshape":
             wanted = node.attr("shape")
             return bool(wanted) and wanted[0] == -1 and shape[0] == x[0]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydedup.errors import ArgumentError
 from pydedup.graph import Node
 from pydedup.matmul import activate
+from pydedup.operations import flattened_from
 from pydedup.serving.pooling import avg_pool2d, max_pool2d
 from pydedup.types import DType
 
@@ -91,11 +92,7 @@ def _identity(node: Node, x: _Array) -> _Array:
 
 
 def _flatten(node: Node, x: _Array) -> _Array:
-    if x.ndim == 0:
-        return x.reshape(1)
-    start = node.attr("start_axis")
-    if start != x.ndim:  # else none become one of size 1
-        start = checked_axis(start, x)
+    start = flattened_from(node.attr("start_axis"), x.shape)
     return x.reshape(*x.shape[:start], math.prod(x.shape[start:]))
 
 

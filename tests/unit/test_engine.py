@@ -101,6 +101,11 @@ def test_operations_without_weights(node: Node, want: Callable[[Any], Any], dtyp
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("start_axis", [-1, 0, 1])
+def test_one_number_is_flattened_to_a_row(start_axis: int) -> None:
+    assert run_node(unary("flatten", start_axis=start_axis), NOTHING, np.float32(3)).tolist() == [3]
+
+
 def test_numbers_of_the_other_byte_order_keep_their_width() -> None:
     x = REAL.astype(np.float64) / 3
     for width in (4, 8):
