@@ -15,6 +15,7 @@ database does beyond the contract is tested beside it.
 
 from __future__ import annotations
 
+from pydedup.testing._contract_blocks import BlocksContract
 from pydedup.testing._contract_pages import PagesContract
 from pydedup.testing._contract_processes import ProcessesContract
 from pydedup.testing._contract_rows import RowsContract
@@ -25,6 +26,11 @@ __all__ = ["AdapterContract"]
 
 
 class AdapterContract(
-    SchemaContract, ProcessesContract, TransactionsContract, RowsContract, PagesContract
+    SchemaContract,
+    ProcessesContract,
+    TransactionsContract,
+    RowsContract,
+    BlocksContract,
+    PagesContract,
 ):
     """All of it. Pytest takes bases from the last to the first: binary round trips lead."""
