@@ -203,10 +203,10 @@ class MariadbServer:
         self._command += ["--innodb-buffer-pool-size=128M", *options]
         self.start()
 
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet)
+    def start(self, *options: str) -> None:
+        """Start it, with more options for this time, and wait until it answers."""
+        command, quiet = [*self._command, *options], subprocess.DEVNULL
+        self._process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
         try:
             _create_database(self._process, self._socket, self._log)
         except BaseException:

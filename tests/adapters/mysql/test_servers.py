@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MariaDB servers as administrators set them up, with stores in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.errors import ReadOnlyError
+from pydedup.testing.servers import MariadbServer
+
+
+@pytest.fixture
+def restarted(own_mysql: MariadbServer) -> Iterator[Callable[..., None]]:
+    """Start the server anew with more options, which it has until the end of the test."""
+
+    def restart(*options: str) -> None:
+        own_mysql.stop()
+        own_mysql.start(*options)
+
+    yield restart
+    restart()
+
+
+def test_a_server_whose_engine_only_reads_is_served_from_and_left_alone(
+    own_mysql: MariadbServer, restarted: Callable[..., None]
+) -> None:
+    """It crashed when it was asked for sizes, and took indexes for corrupt once they were checked.
+
+    It keeps what a change left in an index until that is purged, so here is some to be purged.
+    """
+    url = own_mysql.new_place()
+    weights = {n: {"w": np.full(70_000, n, np.float32)} for n in range(3)}
+    with pydedup.open(url) as store:
+        for n, model in weights.items():
+            store.add(f"m{n}", model)
+        store.remove("m0")
+    restarted("--innodb-read-only")
+    with pydedup.open(url) as store:
+        assert store.read_only
+        for _ in range(2):
+            assert store.verify().errors == []
+            stats = store.stats()
+            assert (stats.models, stats.stored_bytes_exact) == (2, False)
+            assert stats.stored_bytes > 0
+        for change in (
+            lambda: store.add("new", weights[0]),
+            lambda: store.remove("m1"),
+            store.vacuum,
+            lambda: store.alias("m1", "prod", "1"),
+        ):
+            with pytest.raises(ReadOnlyError, match="takes no writes"):
+                change()
+    with pydedup.open(url, mode="r") as store:
+        assert [one.name for one in store.models()] == ["m1", "m2"]
+        for n in (1, 2):
+            np.testing.assert_array_equal(store.load(f"m{n}")["w"], weights[n]["w"])
+    restarted()
+    with pydedup.open(url) as store:
+        store.add("new", weights[0])
+        store.vacuum()
+        assert store.verify().ok
+
+
+def test_a_server_whose_engine_becomes_one_that_only_reads(
+    own_mysql: MariadbServer, restarted: Callable[..., None]
+) -> None:
+    url = own_mysql.new_place()
+    weights = np.arange(70_000, dtype=np.float32)
+    with pydedup.open(url) as store:
+        store.add("m", {"w": weights})
+        restarted("--innodb-read-only")
+        np.testing.assert_array_equal(store.load("m")["w"], weights)
+        assert store.stats().models == 1
+        assert store.verify().ok
+        for change in (lambda: store.add("n", {"w": -weights}), lambda: store.remove("m")):
+            with pytest.raises(ReadOnlyError, match="write to the primary server"):
+                change()
+        restarted()
+        store.add("n", {"w": -weights})
+        np.testing.assert_array_equal(store.load("n")["w"], -weights)
