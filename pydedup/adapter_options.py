@@ -8,7 +8,7 @@ and says so where it is not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -30,6 +30,7 @@ __all__ = [
     "StagingAdapter",
     "TellRow",
     "only_sound_rows",
+    "telling_rows",
 ]
 
 #: Told of a row that is damaged: its table, what is left of its key, and a sentence about it.
@@ -193,6 +194,20 @@ def only_sound_rows(
 ) -> AbstractContextManager[None]:
     """Leave out damaged rows, where an adapter can; without a word, unless somebody is told."""
     return adapter.sound_rows(tell) if isinstance(adapter, SoundRowsAdapter) else nullcontext()
+
+
+@contextmanager
+def telling_rows(adapter: object, said: list[str]) -> Iterator[None]:
+    """Leave out damaged rows, where an adapter can; ``said`` gets a sentence about each, once."""
+
+    def tell(table: str, key: Mapping[str, object], what: str) -> None:
+        to_do = "remove that model, or restore a backup"
+        sentence = f"{what}; {to_do if table == 'models' else 'run verify on the store'}"
+        if sentence not in said:
+            said.append(sentence)
+
+    with only_sound_rows(adapter, tell):
+        yield
 
 
 @runtime_checkable

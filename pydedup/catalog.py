@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow, TensorRow
-from pydedup.adapter_options import CopiesAdapter, only_sound_rows
+from pydedup.adapter_options import CopiesAdapter, only_sound_rows, telling_rows
 from pydedup.blocks import BlockGrid, BlockMap, as_block_shape, matrix_shape
 from pydedup.certificates import error_of, keeps_bits
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
@@ -314,23 +314,27 @@ class Catalog:
 
     def infos(self, name: str | None = None) -> list[ModelInfo]:
         """Return what the store knows of its live models, ordered by name, then age."""
-        return list(self._infos(name, may_miss=False))
+        return list(self._infos(name, None))
 
-    def sound_infos(self) -> list[ModelInfo]:
-        """Return the same without models, or aliases, of which it cannot be read."""
-        with only_sound_rows(self._adapter):
-            return list(self._infos(None, may_miss=True))
+    def sound_infos(self, said: list[str]) -> list[ModelInfo]:
+        """Return the same without models, or aliases, of which it cannot be read.
 
-    def _infos(self, name: str | None, *, may_miss: bool) -> Iterator[ModelInfo]:
+        ``said`` gets a sentence about each.
+        """
+        with telling_rows(self._adapter, said):
+            return list(self._infos(None, said))
+
+    def _infos(self, name: str | None, said: list[str] | None) -> Iterator[ModelInfo]:
         aliases: dict[int, list[str]] = {}
         for _, alias, model_id in self._adapter.aliases(name):
             aliases.setdefault(model_id, []).append(alias)
         for row in sorted(self._adapter.models(name=name), key=lambda row: (row.name, row.id)):
             try:
                 yield model_info(row, aliases.get(row.id, ()))
-            except CorruptStoreError:
-                if not may_miss:
+            except CorruptStoreError as exc:
+                if said is None:
                     raise
+                said.append(str(exc))
 
     def forget(self, model_id: int) -> None:
         """Drop what is cached of a model."""

@@ -158,7 +158,15 @@ class StorageFullError(StoreError):
 
 
 class CorruptStoreError(StoreError):
-    """Stored bytes do not parse or do not match their checksum."""
+    """Stored bytes do not parse or do not match their checksum.
+
+    Attributes
+    ----------
+    page_ids
+        The pages that cannot be read, where it is about pages.
+    """
+
+    page_ids: tuple[int, ...] = ()
 
 
 class PageNotFoundError(CorruptStoreError):

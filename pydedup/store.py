@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pydedup.quotas import Quotas
     from pydedup.report.compare import Diff, Explanation
     from pydedup.report.figures import ModelFigures, StoreStats
+    from pydedup.report.page import ReportPage
     from pydedup.report.sizes import ModelSize
     from pydedup.usage import Usage
 
@@ -250,7 +251,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
 
         Per value there are logical, shared and marginal bytes, the last being what removing its
         models would free; `pydedup.usage.Usage` says what adds up to what. Raises ArgumentError
-        for what is no key.
+        for what is no key, and CorruptStoreError for a damaged row, which without ``by`` is left
+        out and in ``damaged`` of the result.
         """
         if by is not None:
             from pydedup.usage import usage_by
@@ -258,12 +260,12 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
             return usage_by(self._adapter, self._pool, by)
         from pydedup.report.figures import store_stats
 
-        return store_stats(self._adapter, self._pool.stats())
+        return store_stats(self._adapter, self._catalog, self._pool.stats())
 
     def sizes(self) -> list[ModelSize]:
         """Return what each version of each model takes, ordered by name, then age.
 
-        Without those of which `models` cannot be read.
+        Without those of which `models` cannot be read: ``damaged`` of `stats` has them.
         """
         from pydedup.report.sizes import model_sizes
 
@@ -297,8 +299,10 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         *,
         models: str | Sequence[str] = (),
         trace: Trace | None = None,
-    ) -> str:
+    ) -> ReportPage:
         """Return the store as one page of HTML that loads nothing; needs the extra ``report``.
+
+        Models that are damaged are left out: it says so, and so does ``damaged`` of this text.
 
         Parameters
         ----------
@@ -315,6 +319,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         NotFoundError, ArgumentError, UnsupportedFormatError
             For an unknown model, a trace that does not fit together or a place that cannot be
             written, and a missing package.
+        CorruptStoreError
+            When one of ``models`` is damaged.
         """
         from pydedup.report import page
 

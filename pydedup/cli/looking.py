@@ -14,7 +14,7 @@ from pydedup.certificates import describe
 from pydedup.cli import options, output
 from pydedup.cli.tables import Column, print_table
 from pydedup.cli.tenants import print_usage
-from pydedup.errors import CorruptStoreError
+from pydedup.names import parse_address
 from pydedup.types import ModelInfo, TensorInfo
 
 if TYPE_CHECKING:
@@ -63,26 +63,21 @@ def ls(url: str, name: str | None, as_json: bool) -> None:
     to the size of all pages; "Saved" is what that is less than the size of the weights.
     """
     with options.read_store(url) as store:
-        meant = None if name is None else {info.address for info in options.meant_by(store, name)}
-        sizes = [size for size in store.sizes() if meant is None or size.info.address in meant]
-        try:
-            if name is None:
-                store.models()  # or some are missing above
-            figures = store.stats()
-        except CorruptStoreError:
-            if sizes and not as_json:
-                print_table(_MODEL_COLUMNS, [_model_row(size) for size in sizes])
-            raise
+        figures, sizes = store.stats(), store.sizes()
+        if name is not None:
+            sizes = [size for size in sizes if _is_meant(size.info, name)]
+            if not sizes:
+                options.meant_by(store, name)  # or says why there is none
     if as_json:
         models = [_size_document(size) for size in sizes]
         output.emit_json({"url": figures.url, "models": models, "store": _totals(figures)})
-        return
-    if not sizes:
+    elif sizes:
+        print_table(_MODEL_COLUMNS, [_model_row(size) for size in sizes])
+        if name is None:
+            output.print_note(_summary(figures), "dim")
+    elif not figures.damaged:
         output.print_note("no models yet; `pydedup add` puts them in", "dim")
-        return
-    print_table(_MODEL_COLUMNS, [_model_row(size) for size in sizes])
-    if name is None:
-        output.print_note(_summary(figures), "dim")
+    output.refuse_damaged(figures.url, figures.damaged)
 
 
 @click.command(short_help="Show one model: sizes, pages, guarantee, metadata.")
@@ -132,6 +127,7 @@ def stats(url: str, by: str | None, as_json: bool) -> None:
         figures = store.stats()
     if as_json:
         output.emit_json({"url": figures.url, **_totals(figures)})
+        output.refuse_damaged(figures.url, figures.damaged)
         return
     output.print_heading(figures.url)
     retired = f", and {text.count(figures.retired_pages)} not live" if figures.retired_pages else ""
@@ -151,6 +147,7 @@ def stats(url: str, by: str | None, as_json: bool) -> None:
             ("schema", f"version {figures.schema_version}"),
         ]
     )
+    output.refuse_damaged(figures.url, figures.damaged)
 
 
 @click.command(short_help="Show which native kernels there are, and which is used.")
@@ -182,6 +179,13 @@ def tensor_document(tensor: TensorInfo) -> dict[str, Any]:
         "bytes": _tensor_bytes(tensor),
         "block_shape": list(tensor.block_shape),
     }
+
+
+def _is_meant(model: ModelInfo, name: str) -> bool:
+    """Whether a version is what NAME means: all of a model, or the one of a version or an alias."""
+    address = parse_address(name)
+    selected = address.selector is None or address.selector in (model.version, *model.aliases)
+    return model.name == address.name and selected
 
 
 def _model_row(size: ModelSize) -> list[str]:
@@ -337,6 +341,7 @@ def _totals(figures: StoreStats) -> dict[str, Any]:
         "retired_pages": figures.retired_pages,
         "distinct_blocks": figures.distinct_blocks,
         "schema_version": figures.schema_version,
+        "damaged": list(figures.damaged),
     }
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup.errors import CorruptStoreError
 from pydedup.text import clean
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "print_heading",
     "print_line",
     "print_note",
+    "refuse_damaged",
     "width",
 ]
 
@@ -121,6 +123,13 @@ def _fold(text: str, room: int) -> list[str]:
 def emit_json(value: Any) -> None:
     """Print one JSON document."""
     sys.stdout.write(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def refuse_damaged(url: str, damaged: Sequence[str]) -> None:
+    """Raise CorruptStoreError, behind what was shown, where that is not all there is."""
+    if damaged:
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        raise CorruptStoreError(f"{url} is damaged: {damaged[0]}{more}")
 
 
 def jsonable(value: Any) -> Any:

@@ -71,6 +71,8 @@ def report(
     if to_stdout:
         click.echo(page, nl=False)
     elif as_json:
-        output.emit_json({"url": where, "path": str(path), "bytes": n_bytes})
+        damaged = list(page.damaged)
+        output.emit_json({"url": where, "path": str(path), "bytes": n_bytes, "damaged": damaged})
     else:
         output.print_note(f"wrote {path}: {text.size(n_bytes)}")
+    output.refuse_damaged(where, page.damaged)

@@ -181,7 +181,9 @@ class PagePool(Walks):
     def damaged(self, page_id: int, error: CorruptStoreError) -> CorruptStoreError:
         """Return the error that says of a damaged page who reads it, and what to do."""
         advice = "; run verify on the store" if self._explain is None else self._explain(page_id)
-        return CorruptStoreError(f"page {page_id}: {error}{advice}")
+        told = CorruptStoreError(f"page {page_id}: {error}{advice}")
+        told.page_ids = (page_id,)
+        return told
 
     def call(self, *models: Called) -> AbstractContextManager[None]:
         """Make what this thread does one prediction, of one model or of several together.

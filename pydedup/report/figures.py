@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydedup.adapter import LIVE, Adapter
+from pydedup.adapter_options import telling_rows
 from pydedup.catalog import Catalog, StoredModel, model_info
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.layout import least_pages
@@ -59,6 +60,7 @@ class StoreStats:
 
     ``stored_bytes`` is all it occupies in its database, at least where ``stored_bytes_exact`` is
     false: MariaDB and MySQL tell it only to who has the privilege PROCESS, and a shard may be down.
+    ``damaged`` has a sentence about each row that cannot be read, and is in no number here.
     """
 
     url: str
@@ -74,6 +76,7 @@ class StoreStats:
     stored_bytes_exact: bool
     schema_version: int
     pool: Mapping[str, int]
+    damaged: tuple[str, ...] = ()
 
     @property
     def saved_share(self) -> float:
@@ -106,11 +109,13 @@ def model_figures(adapter: Adapter, catalog: Catalog, address: str) -> ModelFigu
     )
 
 
-def store_stats(adapter: Adapter, pool: Mapping[str, int]) -> StoreStats:
-    """Return a store in numbers."""
-    with adapter.snapshot():
-        rows = adapter.models()
+def store_stats(adapter: Adapter, catalog: Catalog, pool: Mapping[str, int]) -> StoreStats:
+    """Return a store in numbers, without rows that are damaged, which it tells."""
+    damaged: list[str] = []
+    with adapter.snapshot(), telling_rows(adapter, damaged):
+        rows = catalog.sound_infos(damaged)
         pages = adapter.page_rows()
+        adapter.model_pages()  # rows of it may be damaged
         live = [page for page in pages if page.state == LIVE]
         return StoreStats(
             url=adapter.url,
@@ -126,4 +131,5 @@ def store_stats(adapter: Adapter, pool: Mapping[str, int]) -> StoreStats:
             stored_bytes_exact=adapter.size_is_exact(),
             schema_version=adapter.schema_version() or 0,
             pool=dict(pool),
+            damaged=tuple(damaged),
         )

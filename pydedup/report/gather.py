@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pydedup.adapter import LIVE, Adapter, ModelRow
-from pydedup.catalog import Catalog, StoredModel, model_info, recorded_object
+from pydedup.adapter_options import telling_rows
+from pydedup.catalog import Catalog, StoredModel, certificate_of, model_info
+from pydedup.errors import CorruptStoreError
 from pydedup.layout import PAGE_BYTES
 from pydedup.pool import PagePool
 from pydedup.replacement import Trace, check_trace
@@ -104,38 +106,92 @@ def gather(
 ) -> StoreReport:
     """Look at a store; ``names`` are the models to show block by block.
 
+    Models that are damaged are in no figure, as if they were not there; ``stats.damaged`` of the
+    result tells of them.
+
     Raises
     ------
     NotFoundError
         When there is no such model.
     ArgumentError
         When the trace is none, or does not fit together.
+    CorruptStoreError
+        When one of ``names`` is damaged.
     """
     if trace is not None:
         check_trace(trace)
+    damaged: list[str] = []
     with adapter.snapshot():
-        stats = store_stats(adapter, pool.stats())
-        rows = adapter.models()
-        aliases: dict[int, list[str]] = {}
-        for _, alias, model_id in adapter.aliases():
-            aliases.setdefault(model_id, []).append(alias)
-        readers = Readers.of_store(adapter, pool, rows)
-        used, marginal, shared = bytes_by_group(readers, np.arange(len(rows)), len(rows))
-        pages = np.bincount(readers.rows[:, 0], minlength=len(rows))
-        number = {row.id: i for i, row in enumerate(rows)}
-        chosen = [number[catalog.resolve(name).id] for name in names]
-        largest = sorted(range(len(rows)), key=lambda i: (-rows[i].logical_bytes, rows[i].id))
-        chosen = list(dict.fromkeys(chosen)) or largest[:_DETAILS]
-        common = common_blocks(readers, list(dict.fromkeys([*chosen, *largest])))
-        details = [_detail(adapter, rows[i], common) for i in chosen if i in common.readers]
-        sizes = {page.id: page.payload_bytes for page in adapter.page_rows(state=LIVE)}
+        named = [model_info(catalog.resolve(name)).id for name in names]
+        with telling_rows(adapter, damaged):
+            return _of_sound_models(adapter, catalog, pool, named, trace, damaged)
+
+
+def _of_sound_models(
+    adapter: Adapter,
+    catalog: Catalog,
+    pool: PagePool,
+    named: Sequence[int],
+    trace: Trace | None,
+    damaged: list[str],
+) -> StoreReport:
+    """Look at a store without models that turn out to be damaged; ``damaged`` tells of them."""
+    infos = {info.id: info for info in catalog.sound_infos(damaged)}
+    rows = [row for row in adapter.models() if row.id in infos]
+    while True:
+        try:
+            return _gathered(adapter, catalog, pool, named, trace, rows, infos, damaged)
+        except CorruptStoreError as exc:
+            lost = _unreadable(adapter, rows, exc.page_ids)
+            if not lost or not lost.isdisjoint(named):
+                raise
+            damaged.append(str(exc))
+            rows = [row for row in rows if row.id not in lost]
+
+
+def _unreadable(adapter: Adapter, rows: Sequence[ModelRow], page_ids: Sequence[int]) -> set[int]:
+    """Return the models that read one of these pages; of no page, those that are damaged."""
+    if page_ids:
+        mine = {row.id for row in rows}
+        return mine.intersection(model for model, _ in adapter.readers_of(page_ids))
+    lost: set[int] = set()
+    for row in rows:
+        try:
+            certificate_of(row)
+            StoredModel(adapter, row).block_maps()
+        except CorruptStoreError:
+            lost.add(row.id)
+    return lost
+
+
+def _gathered(
+    adapter: Adapter,
+    catalog: Catalog,
+    pool: PagePool,
+    named: Sequence[int],
+    trace: Trace | None,
+    rows: Sequence[ModelRow],
+    infos: Mapping[int, ModelInfo],
+    damaged: Sequence[str],
+) -> StoreReport:
+    stats = store_stats(adapter, catalog, pool.stats())
+    stats = replace(stats, damaged=tuple(dict.fromkeys((*stats.damaged, *damaged))))
+    readers = Readers.of_store(adapter, pool, rows)
+    used, marginal, shared = bytes_by_group(readers, np.arange(len(rows)), len(rows))
+    pages = np.bincount(readers.rows[:, 0], minlength=len(rows))
+    number = {row.id: i for i, row in enumerate(rows)}
+    chosen = [number[model_id] for model_id in named]
+    largest = sorted(range(len(rows)), key=lambda i: (-rows[i].logical_bytes, rows[i].id))
+    chosen = list(dict.fromkeys(chosen)) or largest[:_DETAILS]
+    common = common_blocks(readers, list(dict.fromkeys([*chosen, *largest])))
+    details = [_detail(adapter, rows[i], common) for i in chosen if i in common.readers]
+    sizes = {page.id: page.payload_bytes for page in adapter.page_rows(state=LIVE)}
     fill = np.array(list(sizes.values()), np.float64) * FILL_BINS / PAGE_BYTES
     bins = np.clip(fill, 0, FILL_BINS - 1).astype(np.int64)
-    infos = [model_info(row, aliases.get(row.id, ())) for row in rows]
     lines = [
         ModelLine(
-            info=infos[i],
-            certificate=recorded_object(row.certificate, f"the certificate of {infos[i].address}"),
+            info=infos[row.id],
+            certificate=certificate_of(row),
             pages=int(pages[i]),
             used_bytes=int(used[i]),
             marginal_bytes=int(marginal[i]),

@@ -15,7 +15,14 @@ from pydedup.pool import PagePool
 from pydedup.replacement import Trace
 from pydedup.report.gather import gather
 
-__all__ = ["report"]
+__all__ = ["ReportPage", "report"]
+
+
+class ReportPage(str):
+    """A report as HTML; ``damaged`` tells of what is not in it, as `StoreStats.damaged` does."""
+
+    __slots__ = ("damaged",)
+    damaged: tuple[str, ...]
 
 
 def report(
@@ -25,7 +32,7 @@ def report(
     path: str | os.PathLike[str] | None,
     models: Sequence[str],
     trace: Trace | None,
-) -> str:
+) -> ReportPage:
     """Return a report as HTML, and write it when there is a path; see `Store.report`."""
     try:
         from pydedup.report.html import render
@@ -34,7 +41,9 @@ def report(
             f"reports need the package {error.name!r}: pip install 'pydedup[report]'"
         ) from None
     target = None if path is None else Path(check_path(path, "path"))
-    page = render(gather(adapter, catalog, pool, models, trace))
+    found = gather(adapter, catalog, pool, models, trace)
+    page = ReportPage(render(found))
+    page.damaged = found.stats.damaged
     if target is not None:
         from pydedup.formats._files import atomic_file
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import Catalog
 from pydedup.layout import by_page
 from pydedup.types import ModelInfo
@@ -48,10 +49,10 @@ class ModelSize:
 def model_sizes(adapter: Adapter, catalog: Catalog) -> list[ModelSize]:
     """Return what each model takes, ordered by name, then age; no page is read.
 
-    Without those whose row is damaged.
+    Without those whose row is damaged, and pages of which it is; `store_stats` tells of them.
     """
-    with adapter.snapshot():
-        infos = catalog.sound_infos()
+    with adapter.snapshot(), only_sound_rows(adapter):
+        infos = catalog.sound_infos([])
         reads = adapter.model_pages()
         size = {page.id: page.payload_bytes for page in adapter.page_rows()}
     live = {info.id for info in infos}

@@ -49,7 +49,12 @@ def test_a_report_on_standard_output_is_the_page_alone(family_url: str, tmp_path
 def test_where_a_report_is_as_json(family_url: str, tmp_path: Path) -> None:
     done = run(family_url, "-o", "r.html", "--json", folder=tmp_path)
     size = (tmp_path / "r.html").stat().st_size
-    assert json.loads(done.stdout) == {"url": family_url, "path": "r.html", "bytes": size}
+    assert json.loads(done.stdout) == {
+        "url": family_url,
+        "path": "r.html",
+        "bytes": size,
+        "damaged": [],
+    }
     both = run(family_url, "-o", "-", "--json", folder=tmp_path)
     assert (both.returncode, both.stdout) == (2, "")
     assert "name a file with -o" in both.stderr
