@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeping a store sound and small.
 
-verify.py checks it (damage.py is what it reports), repair.py restores damaged pages (survey.py says
-what is lost, blocks_from.py finds it, relocate.py publishes it), rows.py makes rows anew that
-follow from others, refill.py puts copies of pages back where a store keeps several, vacuum.py and
-repack.py free and repack, versions.py moves aliases and removes versions.
+verify.py checks it: verify_pages.py, then verify_models.py; damage.py is what it reports, and
+recheck.py measures promised metrics again. repair.py restores damaged pages (survey.py says what is
+lost, blocks_from.py finds it, relocate.py publishes it), rows.py makes rows anew that follow from
+others, refill.py puts back copies of pages where a store keeps several, vacuum.py and repack.py
+free and repack, versions.py moves aliases and removes versions.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pydedup.errors import CorruptStoreError
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.write import Stager
 from pydedup.layout import block_places
-from pydedup.maintenance.verify import content_digests
+from pydedup.maintenance.verify_pages import content_digests
 from pydedup.moving.source import NO_PLACE, End
 
 __all__ = ["check_arrival"]
