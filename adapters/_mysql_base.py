@@ -326,12 +326,15 @@ class MysqlBase(MysqlRows, DbApiAdapter):
         """
         if self._query(INNODB_READS)[0][0]:
             return []
-        checked = ", ".join(self._sql.dialect.name(table) for table in TABLES)
-        session = Session(self._connect(), self._url)  # it would end a transaction
-        try:
-            rows = self._run(session, f"CHECK TABLE {checked}", (), fetch_all)
-        finally:
-            session.close()
+        check = f"CHECK TABLE {', '.join(map(self._sql.dialect.name, TABLES))}"
+        if self._pool.scope() is None:
+            rows = self._query(check)
+        else:  # a transaction would be ended by it
+            session = Session(self._connect(), self._url)
+            try:
+                rows = self._run(session, check, (), fetch_all)
+            finally:
+                session.close()
         return [
             f"{text(table)}: {text(said)}"
             for table, _, kind, said in rows

@@ -23,6 +23,7 @@ from ._mysql_url import Place
 __all__ = [
     "LOST",
     "ConnectionLostError",
+    "CrowdedError",
     "DefinedError",
     "RefusedError",
     "meaning",
@@ -32,6 +33,10 @@ __all__ = [
 
 class ConnectionLostError(UnavailableError):
     """The connection is gone, or could not be made; what only reads can be tried again."""
+
+
+class CrowdedError(ConnectionLostError):
+    """The server gives no more connections, to anybody or to this user."""
 
 
 class DefinedError(StoreError):
@@ -95,7 +100,7 @@ LOST: Final = frozenset(
 #: Errors of servers: https://mariadb.com/kb/en/mariadb-error-codes/; of clients: 2000 to 2999.
 _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     **dict.fromkeys(LOST, (ConnectionLostError, _DOWN)),
-    **dict.fromkeys((1040, 1203), (ConnectionLostError, _MANY)),
+    **dict.fromkeys((1040, 1203), (CrowdedError, _MANY)),
     1047: (UnavailableError, _ALONE),
     1226: (UnavailableError, _MANY),
     1129: (ConnectionLostError, _BLOCKED),
@@ -146,6 +151,8 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         # Who may read and no more meets this when something is changed.
         reads = "SELECT" in said  # first in English, and somewhere in any other language
         kind, advice = (DeniedError if reads else RefusedError), "grant it, or use another user"
+    elif code == 1226 and "max_user_connections" in said:  # else of so much in an hour
+        kind, advice = CrowdedError, _MANY
     elif code in LOST and ("SSL" in said or "certificate" in said):
         # The driver without its C extension says so of a certificate that it does not trust.
         kind, advice = UnavailableError, _TLS

@@ -21,11 +21,15 @@ from pydedup.errors import (
 from ._base import CancelledError, DeniedError, KeyTakenError
 from ._postgres_url import Place
 
-__all__ = ["ConnectionLostError", "MissingDatabaseError", "meaning", "refusal"]
+__all__ = ["ConnectionLostError", "CrowdedError", "MissingDatabaseError", "meaning", "refusal"]
 
 
 class ConnectionLostError(UnavailableError):
     """The connection is gone, or there never was one: what was read may be read again."""
+
+
+class CrowdedError(ConnectionLostError):
+    """The server gives no more connections, to anybody or to this user."""
 
 
 class MissingDatabaseError(UnavailableError):
@@ -66,7 +70,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
         StorageFullError,
         "free some space on the server; what was complete is there, and nothing of the rest",
     ),
-    "53300": (ConnectionLostError, _FULL),
+    "53300": (CrowdedError, _FULL),
     "54": (ArgumentError, "write it in smaller pieces"),
     "55P03": (  # lock_not_available
         ConflictError,
@@ -112,10 +116,10 @@ _REFUSALS: Final[tuple[tuple[tuple[str, ...], type[PydedupError], str], ...]] = 
     (("role ", "does not exist"), UnavailableError, "check the user, or create it: CREATE ROLE"),
     (("not permitted to log in",), UnavailableError, "let it: ALTER ROLE ... LOGIN"),
     (("permission denied for database",), *_REFUSED["42501"]),
-    (("no more connections allowed",), ConnectionLostError, _POOL),
-    (("too many connections for role",), ConnectionLostError, "raise its limit: ALTER ROLE"),
-    (("too many",), ConnectionLostError, _FULL),
-    (("connection slots",), ConnectionLostError, _FULL),
+    (("no more connections allowed",), CrowdedError, _POOL),
+    (("too many connections for role",), CrowdedError, "raise its limit: ALTER ROLE"),
+    (("too many",), CrowdedError, _FULL),
+    (("connection slots",), CrowdedError, _FULL),
     (("invalid ", " value: "), ArgumentError, "correct this option of the URL"),
     (("invalid ", " for "), ArgumentError, "correct this option of the URL"),
     (("configuration parameter",), ArgumentError, _OPTIONS),

@@ -21,6 +21,7 @@ import ctypes
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -36,6 +37,10 @@ _STREAM: Final = "statement"
 
 #: How long a fork waits for another thread's statement to end before it counts as busy.
 FORK_WAIT_SECONDS: Final = 5.0
+
+
+#: Seconds between tries to get a first session; a connection that was closed is soon another's.
+FIRST_PAUSES: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 class Connection(Protocol):
@@ -172,6 +177,22 @@ class SessionPool:
                 return session
             session.lock.release()
             self._local.anchor = None
+
+    def acquire_first(self, crowded: type[Exception]) -> Session:
+        """Return the first session, locked, as `acquire` does.
+
+        Where the server gives no more, who had one until now waits for it to notice.
+
+        Parameters
+        ----------
+        crowded
+            What is raised then.
+        """
+        for pause in FIRST_PAUSES:
+            with contextlib.suppress(crowded):
+                return self.acquire()
+            time.sleep(pause)
+        return self.acquire()
 
     def acquire_open(self) -> Session | None:
         """Return this thread's session, locked; ``None`` when there is none, or it is stale.

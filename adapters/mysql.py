@@ -18,7 +18,7 @@ from pydedup.errors import ArgumentError, PydedupError
 
 from ._mysql_base import DIALECT, MysqlBase
 from ._mysql_cursors import PreparedConnection
-from ._mysql_errors import meaning
+from ._mysql_errors import CrowdedError, meaning
 from ._mysql_server import check_server, session_statements
 from ._mysql_url import Place, locate
 from ._sessions import Connection, SessionPool
@@ -90,7 +90,7 @@ class MysqlAdapter(MysqlBase):
         self._opens_to_read = read_only
         pool = SessionPool(self._connect, name=place.url, is_stale=_is_stale)
         dialect = replace(DIALECT, prefix=place.prefix)
-        with pool.acquire() as session:
+        with pool.acquire_first(CrowdedError) as session:
             read_only = read_only or self._cannot_write(session, dialect.name("meta"))
             capabilities = Capabilities(
                 max_payload_bytes=self._max_payload_bytes,

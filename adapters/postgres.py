@@ -21,7 +21,7 @@ from pydedup.errors import ArgumentError, PydedupError, StoreError
 
 from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
-from ._postgres_errors import meaning, refusal
+from ._postgres_errors import CrowdedError, meaning, refusal
 from ._postgres_pooler import check_sessions
 from ._postgres_said import said, sqlstate_of
 from ._postgres_statement import is_stale
@@ -106,7 +106,7 @@ class PostgresAdapter(PostgresCopy):
         self._place, self._reads_only = place, mode == "r"
         url = place.shown if url is None else url
         pool = SessionPool(self._connect, name=url, is_stale=is_stale)
-        with pool.acquire() as session:
+        with pool.acquire_first(CrowdedError) as session:
             read_only = mode == "r" or self._cannot_write(session)
         super().__init__(
             url,

@@ -114,6 +114,10 @@ class Job:
             with self.staging():
                 self.beat(model_ids)
 
+    def connect(self) -> None:
+        """See to it that this thread has a connection. Raises UnavailableError."""
+        self._adapter.epoch()
+
     def new_page_ids(self, count: int) -> list[int] | None:
         """Return ids for `stage_numbered_pages`; ``None`` where the database gives them itself."""
         adapter = self._adapter

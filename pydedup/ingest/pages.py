@@ -9,6 +9,7 @@ main file meanwhile (`pydedup.jobs`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeAlias
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
+from pydedup.errors import UnavailableError
 from pydedup.ingest.match import hash_keys
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE, Spool
@@ -27,6 +29,8 @@ from pydedup.layout import PAGE_CAPACITY
 from pydedup.packing import pack
 
 __all__ = ["PageWriter", "plan_layout"]
+
+_LOG = logging.getLogger("pydedup")
 
 _PAGES_PER_TRANSACTION = 16
 # Transactions that write pages side by side, where the database lets them.
@@ -144,28 +148,47 @@ class PageWriter:
             self._note_written(group)
 
     def _write_side_by_side(self, workers: Workers, page_ids: list[int]) -> None:
-        """Write groups of pages, some at once: each takes a connection and its pages in memory."""
+        """Write groups of pages, some at once: each takes a connection and its pages in memory.
 
-        def write(group: _Group, ids: Sequence[int], _threads: int = 0) -> None:
+        Where the database gives no further connection, they are written by the one that there is.
+        """
+
+        def write(group: _Group, ids: Sequence[int]) -> None:
             images = self._spool.images(group)
             pages = [(codec.page_checksum(image), image) for image in images]
             with self._job.staging():
                 self._job.stage_numbered_pages(pages, ids)
 
+        def write_beside(
+            group: _Group, ids: Sequence[int], _threads: int
+        ) -> UnavailableError | None:
+            try:
+                self._job.connect()
+            except UnavailableError as error:
+                return error
+            write(group, ids)
+            return None
+
         self.page_ids = page_ids  # nobody else gets them, whatever becomes of the transactions
         groups = self._groups
         bounds = np.cumsum([0, *map(len, groups)]).tolist()
         at_once = min(workers.count, _MOST_AT_ONCE)
-        for start in range(0, len(groups), at_once):
-            some = range(start, min(start + at_once, len(groups)))
+        some = range(0)
+        while some.stop < len(groups):
+            some = range(some.stop, min(some.stop + at_once, len(groups)))
             ids = {i: page_ids[bounds[i] : bounds[i + 1]] for i in some}
-            tasks = [workers.submit(partial(write, groups[i], ids[i])) for i in some[1:]]
+            tasks = {i: workers.submit(partial(write_beside, groups[i], ids[i])) for i in some[1:]}
             try:
-                write(groups[start], ids[start])
-                for task in tasks:
-                    task.result()
+                write(groups[some.start], ids[some.start])
+                for i, task in tasks.items():
+                    refused = task.result()
+                    if refused is not None:
+                        if at_once > 1:
+                            _LOG.warning("this add goes on with one connection: %s", refused)
+                        at_once = 1
+                        write(groups[i], ids[i])
             finally:
-                for task in tasks:
+                for task in tasks.values():
                     task.end()
             with self._job.staging():  # in their order, as one thread would
                 for i in some:
