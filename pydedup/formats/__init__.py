@@ -24,9 +24,11 @@ _MODULES = frozenset(
         "npz",
         "onnx",
         "onnx_inputs",
+        "onnx_write",
         "registry",
         "safetensors",
         "torch",
+        "torch_tensors",
         "wordvec",
     }
 )

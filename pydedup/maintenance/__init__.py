@@ -28,6 +28,8 @@ _MODULES = frozenset(
         "survey",
         "vacuum",
         "verify",
+        "verify_models",
+        "verify_pages",
         "versions",
     }
 )
