@@ -29,6 +29,7 @@ __all__ = [
     "BlockMap",
     "MatrixView",
     "as_block_shape",
+    "as_dtype",
     "as_unsigned",
     "default_block_shape",
     "matrix_shape",
@@ -60,6 +61,15 @@ _MAP_PART_BLOCKS, _DELTA_PART_BLOCKS = 3840, 1920
 #: Bytes of a part that is a row of a table without rowids: of more, SQLite, with pages of 64 KiB,
 #: keeps the rest on a page of its own.
 PART_BYTES = 16000
+
+
+def as_dtype(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return numbers in a dtype and C-contiguous; the same array if it is both already.
+
+    What is beyond the dtype is infinite and NaN stays NaN; of neither does numpy warn.
+    """
+    with np.errstate(all="ignore"):
+        return array.astype(dtype, order="C", copy=False)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.blocks import BlockMap, MatrixView, as_unsigned
+from pydedup.blocks import BlockMap, MatrixView, as_dtype, as_unsigned
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.pool import PagePool
 from pydedup.types import DType
@@ -297,15 +297,14 @@ def real_array(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[An
         except ArgumentError:
             raise ArgumentError(f"{name} must hold real numbers, not {given.dtype}") from None
     try:
-        with np.errstate(over="ignore"):  # float64 beyond float32 is infinite, as in any conversion
-            return given.astype(dtype, order="C")
+        return as_dtype(given, dtype)
     except MemoryError as exc:
         raise BudgetError(f"no memory for a copy of {name} as {dtype}: {exc}") from exc
 
 
 def widened(array: NDArray[Any]) -> NDArray[Any]:
     """Return stored values as float32 or float64, whichever holds them exactly."""
-    return array.astype(compute_dtype(DType.of(array.dtype)), copy=False)
+    return as_dtype(array, compute_dtype(DType.of(array.dtype)))
 
 
 def room_for(

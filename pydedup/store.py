@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import config
 from pydedup.adapter import Adapter
 from pydedup.adding import StoreAdds
+from pydedup.blocks import as_dtype
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError
 from pydedup.names import check_name
@@ -342,8 +342,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     def _read(self, model: StoredModel, name: str, dtype: DType | None) -> NDArray[Any]:
         array = self._stored_tensor(model, name).numpy()
         if dtype is not None and array.dtype != dtype.numpy and DType.of(array.dtype).is_float:
-            with np.errstate(over="ignore"):  # beyond what fits is infinite, as in any conversion
-                return array.astype(dtype.numpy)
+            return as_dtype(array, dtype.numpy)
         return array
 
     def _artifacts(self, model: StoredModel) -> list[Artifact]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import Store, text
+from pydedup.blocks import as_dtype
 from pydedup.cli import options, output
 from pydedup.cli.looking import tensor_document
 from pydedup.cli.progress import Watch
@@ -180,8 +181,8 @@ class _Reader:
         self.done = 0
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        array: NDArray[Any] = self._store.tensor(self._address, name).numpy()
-        array = array.astype(self._dtype[name].numpy, copy=False)
+        stored = self._store.tensor(self._address, name).numpy()
+        array = as_dtype(stored, self._dtype[name].numpy)
         self.done += array.nbytes
         self._progress("reading", self.done, self._total)
         return array

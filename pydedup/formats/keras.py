@@ -235,6 +235,11 @@ def _write_dataset(target: Any, entry: TensorEntry, array: Array) -> None:
         raise UnsupportedFormatError(
             f"tensor {entry.name!r} cannot be written to HDF5, where names are paths: {exc}"
         ) from exc
+    if dataset.name != f"/{entry.name}":
+        raise UnsupportedFormatError(
+            f"tensor {entry.name!r} cannot be written to HDF5, where names are paths: it would "
+            f"become {dataset.name[1:]!r}; export to safetensors"
+        )
     if name in OVERLAYS:
         dataset.attrs["dtype"] = name
 

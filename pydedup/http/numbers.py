@@ -23,6 +23,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from pydedup.blocks import as_dtype
 from pydedup.http.problems import HttpError, bad
 
 __all__ = ["PIECE_BYTES", "Lists", "flat_array", "json_numbers", "outline"]
@@ -287,8 +288,7 @@ def _convert(numbers: list[Any], dtype: np.dtype[Any], where: str) -> NDArray[An
             raise bad(where, f"it has an integer beyond {dtype.name}")
         raise bad(where, f"numbers are needed, not {_kind(odd)}")
     if dtype.kind == "f":
-        with np.errstate(over="ignore"):  # beyond float32 is infinity there
-            return found.astype(dtype)
+        return as_dtype(found, dtype)
     return _whole(found, dtype, where)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter
-from pydedup.blocks import MatrixView
+from pydedup.blocks import MatrixView, as_dtype
 from pydedup.codec import Encoding, Page, read_blocks
 from pydedup.ingest.places import stacked
 from pydedup.ingest.stored_table import StoredTable
@@ -74,8 +74,7 @@ class Candidates:
             index = self._index((dtype, *shape))
             if not len(index):
                 continue
-            with np.errstate(over="ignore"):
-                ids, distances = index.query(values.astype(dtype.numpy, copy=False), k)
+            ids, distances = index.query(as_dtype(values, dtype.numpy), k)
             yield dtype, ids, distances
 
     def references(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:

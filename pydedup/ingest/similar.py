@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.blocks import BlockGrid, MatrixView, as_dtype
 from pydedup.hashing import hash_view
 from pydedup.ingest.candidates import FLOATS, Candidates
 from pydedup.ingest.deltas import Delta, decode_deltas, encoded_blocks, replaced
@@ -340,8 +340,7 @@ def _measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> N
     if not len(entries):
         return np.empty(0)
     chosen = pairs.select(entries)
-    with np.errstate(over="ignore"):
-        bases = values_of(pairs.bases).astype(blocks.dtype.numpy, copy=False)
+    bases = as_dtype(values_of(pairs.bases), blocks.dtype.numpy)
     pair = chosen.rows, chosen.base_index
     return distances(values_of(blocks), bases, pairs=pair).relative_l2
 

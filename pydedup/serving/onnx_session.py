@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import config
-from pydedup.blocks import BlockMap
+from pydedup.blocks import BlockMap, as_dtype
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
 from pydedup.formats.onnx_inputs import OpenedGraph, open_graph
@@ -295,9 +295,15 @@ def _as_input(x: ArrayLike, kind: Any) -> Any:
             raise ArgumentError(
                 f"input {kind.name!r} must hold numbers, not {array.dtype}"
             ) from None
-    with np.errstate(over="ignore"):
-        ready = np.ascontiguousarray(array, wanted.numpy)
-    return _as_value(ready, 16 if wanted is DType.BF16 else 0)
+    if both_whole and array.size:
+        limits = np.iinfo(wanted.numpy)
+        for number in (int(array.min()), int(array.max())):
+            if not limits.min <= number <= limits.max:
+                raise ArgumentError(
+                    f"input {kind.name!r} must be {wanted.label}, from {limits.min} to "
+                    f"{limits.max}; it has {number}"
+                )
+    return _as_value(as_dtype(array, wanted.numpy), 16 if wanted is DType.BF16 else 0)
 
 
 def _as_output(value: Any, what: str) -> NDArray[Any]:

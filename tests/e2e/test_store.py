@@ -12,6 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -128,6 +129,31 @@ def test_loading_to_a_dtype_converts_what_is_of_floating_point(store: pydedup.St
         store.load("m", "int8")
     with pytest.raises(ArgumentError, match="float99"):
         store.load("m", "float99")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("f8", 0x7FF0000000000001), ("f4", 0x7F800001), ("f2", 0x7C01), (ml_dtypes.bfloat16, 0x7F81)],
+)
+def test_signalling_nans_are_converted_without_a_warning(
+    store: pydedup.Store, dtype: Any, bits: int
+) -> None:
+    """Numpy warned of them in a load, a product, and an add of what is near in another dtype."""
+    weight = np.random.default_rng(0).standard_normal((64, 64))
+    odd = weight.astype(dtype)
+    odd.view(f"u{odd.itemsize}")[0, 0] = bits
+    for number, other in enumerate((np.float64, np.float32, np.float16, ml_dtypes.bfloat16)):
+        store.add(f"near@{number}", {"w": weight.astype(other)})
+    store.add("m", {"w": odd})
+    store.add("tuned", {"w": (weight * 1.001).astype(np.float16)})
+    assert store.load("m")["w"].tobytes() == odd.tobytes()
+    for wanted in ("f64", "f32", "f16", "bf16", "f8_e4m3"):
+        loaded = store.load("m", wanted)["w"]
+        with np.errstate(invalid="ignore"):
+            assert np.isnan(loaded).sum() == 1
+    x = np.ones((1, 64))
+    x.view(np.uint64)[0, 0] = 0x7FF0000000000001
+    assert np.isnan(store.tensor("near@1", "w").matmul(x)).all()
 
 
 def test_block_shapes_do_not_change_what_comes_back(store: pydedup.Store) -> None:

@@ -306,6 +306,35 @@ def test_wrong_inputs(store: pydedup.Store, tmp_path: Path) -> None:
     )
 
 
+def test_a_number_alone_stays_one(store: pydedup.Store, tmp_path: Path) -> None:
+    """It became a vector of one, and what was looked up by it a matrix of one row."""
+    nodes = [node("Gather", "w i", "a", axis=0), node("Sin", "a", "y")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(8, 5)}, [value("i", 7, ())])
+    store.add("m", path)
+    expected = run(path, i=np.array(3))
+    assert expected.shape == (5,)
+    for number in (3, np.array(3, np.int8)):
+        np.testing.assert_allclose(store.predict("m", number), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "number"),
+    [(6, "int32", 2**32 + 1), (2, "uint8", 256), (12, "uint32", -1), (13, "uint64", -1)],
+)
+def test_integers_that_a_model_cannot_take(
+    store: pydedup.Store, tmp_path: Path, kind: int, label: str, number: int
+) -> None:
+    """They were taken for others: 256 for 0."""
+    nodes = [node("Cast", "i", "a", to=1), node("Sin", "a", "y")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(2)}, [value("i", kind, ("n",))])
+    store.add("m", path)
+    with pytest.raises(ArgumentError, match=f"input 'i' must be {label}, from .*; it has {number}"):
+        store.predict("m", np.array([1, number]))
+    expected = np.sin(np.array([0, 7, 127], np.float32))
+    np.testing.assert_allclose(store.predict("m", np.array([0, 7, 127])), expected, rtol=1e-5)
+    assert store.predict("m", np.empty(0, np.int64)).shape == (0,)
+
+
 def test_an_operation_that_nobody_knows(store: pydedup.Store, tmp_path: Path) -> None:
     nodes = [node("MatMul", "x w", "a"), node("Guess", "a", "y", domain="nobody")]
     store.add("m", save(tmp_path / "m.onnx", nodes, {"w": normal(64, 80)}))

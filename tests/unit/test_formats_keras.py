@@ -357,6 +357,16 @@ def test_models_of_other_formats_become_plain_hdf5(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
 
 
+@pytest.mark.parametrize("name", ["/a", "./a", "a//b"])
+def test_names_that_hdf5_would_change_are_refused(name: str, tmp_path: Path) -> None:
+    """They came back under others."""
+    tensors = {name: BIAS}
+    refused = pytest.raises(UnsupportedFormatError, match=f"tensor '{name}' .* would become 'a")
+    with open_source(tensors) as source, refused:
+        write_model(tmp_path / "out.h5", tensors, source.entries)
+    assert not (tmp_path / "out.h5").exists()
+
+
 def test_a_legacy_file_cannot_become_an_archive(tmp_path: Path) -> None:
     make(tmp_path / "m.h5", write_legacy, whole=True)
     with pytest.raises(UnsupportedFormatError, match="needs the Keras config"):
