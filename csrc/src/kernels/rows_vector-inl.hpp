@@ -5,7 +5,7 @@
 
 // Rows that are asked of memory ahead of their use. Rows of a bag lie anywhere, so the hardware
 // cannot know the next one.
-constexpr std::size_t kRowsAhead = 8;
+constexpr std::size_t kRowsAhead = 16;
 
 // VN vectors of the sum stay in registers while all rows pass; `last` is the number of columns in
 // the last vector, below kLanes only when Tail.

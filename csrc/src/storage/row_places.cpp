@@ -3,6 +3,7 @@
 #include "storage/row_places.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <iterator>
 #include <numeric>
 #include <string>
@@ -22,7 +23,12 @@ RowPlaces::RowPlaces(const BlockGrid& grid, Dtype dtype, std::span<const std::in
                      std::span<const std::uint32_t> slots,
                      std::span<const std::int64_t> base_page_ids,
                      std::span<const std::uint32_t> base_slots)
-    : grid_(grid), dtype_(dtype), item_(item_bytes(dtype)), grid_cols_(grid.grid_cols()) {
+    : grid_(grid),
+      dtype_(dtype),
+      item_(item_bytes(dtype)),
+      grid_cols_(grid.grid_cols()),
+      block_rows_log2_(std::has_single_bit(grid.block_rows) ? std::countr_zero(grid.block_rows)
+                                                            : -1) {
     const std::size_t count = grid.count();
     if (page_ids.size() != count || slots.size() != count) {
         throw Error(ErrorCode::invalid_argument,
@@ -85,7 +91,7 @@ std::vector<std::int64_t> RowPlaces::pages_of(std::span<const std::int64_t> ids)
     if (grid_cols_ == 0) return pages;
     std::vector<std::uint8_t> wanted(page_ids_.size(), 0);
     for (const std::int64_t id : ids) {
-        const std::size_t row = static_cast<std::size_t>(id) / grid_.block_rows;
+        const std::size_t row = block_row(static_cast<std::size_t>(id));
         if (row_pages_[row] != kSeveral) {
             wanted[row_pages_[row]] = 1;
             continue;
@@ -194,7 +200,7 @@ void RowPlaces::learn(std::size_t number, const Page& page) const {
 std::vector<std::uint8_t> RowPlaces::rows_wanted(std::span<const std::int64_t> ids) const {
     std::vector<std::uint8_t> wanted(row_pages_.size(), 0);
     for (const std::int64_t id : ids) {
-        wanted[static_cast<std::size_t>(id) / grid_.block_rows] = 1;
+        wanted[block_row(static_cast<std::size_t>(id))] = 1;
     }
     return wanted;
 }

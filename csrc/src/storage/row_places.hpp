@@ -75,6 +75,12 @@ class RowPlaces {
         [[nodiscard]] const std::byte* block(std::size_t b) const noexcept { return at[b]; }
     };
 
+    /// The row of blocks that has this row. A division takes longer than all else that is done to
+    /// look one up.
+    [[nodiscard]] std::size_t block_row(std::size_t id) const noexcept {
+        return block_rows_log2_ >= 0 ? id >> block_rows_log2_ : id / grid_.block_rows;
+    }
+
     /// Per row of blocks: whether one of these rows is in it.
     [[nodiscard]] std::vector<std::uint8_t> rows_wanted(std::span<const std::int64_t> ids) const;
 
@@ -95,6 +101,7 @@ class RowPlaces {
     const Dtype dtype_;
     const std::size_t item_;
     const std::size_t grid_cols_;
+    const int block_rows_log2_;  // -1: no power of two
 
   private:
     struct Place {

@@ -180,7 +180,7 @@ class RowTable::Impl : public detail::RowPlaces {
     // Calls use(first element, first column, columns) for each piece of a row that is here.
     template <class Pieces, class Use>
     void each_piece(const Pieces& pieces, std::int64_t id, const Use& use) const {
-        const std::size_t row = static_cast<std::size_t>(id) / grid_.block_rows;
+        const std::size_t row = block_row(static_cast<std::size_t>(id));
         const std::size_t in_block = static_cast<std::size_t>(id) - row * grid_.block_rows;
         std::size_t col0 = 0;
         for (std::size_t c = 0; c < grid_cols_; ++c, col0 += grid_.block_cols) {
@@ -236,7 +236,7 @@ class RowTable::Impl : public detail::RowPlaces {
                     together.count = 0;
                     for (std::size_t i = begin; i < stop; ++i) {
                         const auto id = static_cast<std::size_t>(ids[i]);
-                        const std::size_t row = id / grid_.block_rows;
+                        const std::size_t row = block_row(id);
                         const std::byte* const block = pieces.block(row * grid_cols_ + c);
                         if (block == nullptr) continue;
                         together.rows[together.count] =
