@@ -121,6 +121,7 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     **dict.fromkeys((1050, 1060, 1061), (DefinedError, "see what made it, or drop it")),
     **dict.fromkeys((1044, 1227), (DeniedError, "grant it to this user, or use another")),
     **dict.fromkeys((1153, 1162, 1301, 2020), (StoreError, packet_advice())),
+    1071: (StoreError, "a store needs an innodb_page_size of 16384, which is the default, or more"),
     1665: (StoreError, "set binlog_format of the server to MIXED or ROW"),
     1461: (UnavailableError, "raise max_prepared_stmt_count on the server, or try again"),
 }
@@ -151,6 +152,8 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         # Who may read and no more meets this when something is changed.
         reads = "SELECT" in said  # first in English, and somewhere in any other language
         kind, advice = (DeniedError if reads else RefusedError), "grant it, or use another user"
+    elif code == 1290 and "NO_ENGINE_SUBSTITUTION" in said:
+        kind, advice = StoreError, "a store needs InnoDB; see enforce_storage_engine of the server"
     elif code == 1226 and "max_user_connections" in said:  # else of so much in an hour
         kind, advice = CrowdedError, _MANY
     elif code in LOST and ("SSL" in said or "certificate" in said):

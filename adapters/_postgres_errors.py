@@ -70,6 +70,7 @@ _MEANINGS: Final[dict[str, tuple[type[PydedupError], str]]] = {
         StorageFullError,
         "free some space on the server; what was complete is there, and nothing of the rest",
     ),
+    "53400": (UnavailableError, "raise this limit for this role"),
     "53300": (CrowdedError, _FULL),
     "54": (ArgumentError, "write it in smaller pieces"),
     "55P03": (  # lock_not_available

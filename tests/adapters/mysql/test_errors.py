@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from mysql.connector import HAVE_CEXT
 
+import pydedup
 from pydedup import registry
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowColumn
@@ -206,6 +207,34 @@ def test_half_of_a_character_is_refused(adapter: Adapter) -> None:
     with adapter.transaction():
         adapter.set_meta("x", "\uffff")
     assert adapter.meta()["x"] == "\uffff"
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "advice"),
+    [
+        (1071, "Specified key was too long", "innodb_page_size of 16384"),
+        (1290, "running with the NO_ENGINE_SUBSTITUTION option", "see enforce_storage_engine"),
+        (1290, "running with the --read-only option", "write to the primary server"),
+    ],
+)
+def test_what_to_do_about_a_server_that_cannot_have_a_store(
+    adapter: Adapter, number: int, said: str, advice: str
+) -> None:
+    """That it was to be set writable was said of one that takes no InnoDB."""
+    fields = f"MYSQL_ERRNO = {number}, MESSAGE_TEXT = '{said}'"
+    with pytest.raises(StoreError, match=f"{said}; .*{advice}") as caught, adapter.transaction():
+        adapter._write(f"SIGNAL SQLSTATE '45000' SET {fields}")  # type: ignore[attr-defined]
+    assert isinstance(caught.value, ReadOnlyError) == ("primary" in advice)
+
+
+def test_a_server_that_makes_tables_of_another_engine_is_refused(url: str, run: Any) -> None:
+    run(url, "SET GLOBAL enforce_storage_engine = Aria")
+    try:
+        with pytest.raises(StoreError, match="a store needs InnoDB"):
+            pydedup.open(url)
+    finally:
+        run(url, "SET GLOBAL enforce_storage_engine = DEFAULT")
+    pydedup.open(url).close()
 
 
 def test_a_server_that_logs_statements_alone_is_told_what_to_set(adapter: Adapter) -> None:

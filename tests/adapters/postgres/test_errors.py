@@ -41,6 +41,7 @@ from pydedup.testing.servers import as_user, unused_port
         ("25006", ReadOnlyError, "primary"),
         ("57014", UnavailableError, "statement_timeout"),
         ("53300", UnavailableError, "max_connections"),
+        ("53400", UnavailableError, "raise this limit"),
         ("57P01", UnavailableError, "server runs"),
         ("57P05", UnavailableError, "idle_session_timeout"),
         ("58030", UnavailableError, "disks"),
