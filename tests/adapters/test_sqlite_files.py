@@ -54,6 +54,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_what_belongs_to_a_model_fills_its_pages(tmp_path: Path) -> None:
+    # Of a row of more than 16,421 bytes, SQLite kept the rest on a page of 64 KiB of its own.
+    adapter = open_store(tmp_path / "m.db")
+    sizes = []
+    payload = random.Random(0).randbytes(20_000)
+    for number in range(2):
+        with adapter.transaction():
+            for model_id in range(1 + 100 * number, 101 + 100 * number):
+                adapter.insert_artifacts(model_id, [("graph", "application/json", payload)])
+        adapter.checkpoint()
+        sizes.append((tmp_path / "m.db").stat().st_size)
+    assert adapter.artifact(150, "graph") == payload
+    assert sizes[1] - sizes[0] < 1.1 * 100 * len(payload)
+    adapter.close()
+
+
 # ---- files that are not ours --------------------------------------------------------------------
 
 
