@@ -120,8 +120,9 @@ class Readers:
         if len(wrong):
             model_id, page_id, blocks, size = rows[wrong[0]].tolist()
             raise CorruptStoreError(
-                f"the model of id {model_id} uses {blocks:,} blocks of page {page_id}, {size:,} "
-                "bytes, as is recorded; run verify, with --repair-from anything to make this anew"
+                f"the model with id {model_id} is recorded as using {blocks:,} blocks of page "
+                f"{page_id}, {size:,} bytes, which cannot be; run verify, with --repair-from "
+                "anything to make the record anew"
             )
         rows[:, 0] = np.searchsorted(ids, rows[:, 0])
         return cls(rows, places, lambda asked: block_costs(pool, asked))
@@ -181,7 +182,7 @@ def marginal_bytes(readers: Readers, mine: NDArray[np.bool_]) -> int:
     own, page_at = own[~alone], page_at[~alone]
     rest = np.unique(joined([readers.places(n) for n in np.unique(own[:, 0]).tolist()]))
     rest = rest[np.isin(split_places(rest)[0], own[:, 1])]
-    # Who reads most comes first: little is then left to look for among the others.
+    # Whoever reads most comes first: little is then left to look for among the others.
     blocks: Counter[int] = Counter()
     pages_of: dict[int, list[int]] = {}
     for number, page, n_blocks, _ in others.tolist():
@@ -220,11 +221,12 @@ def bytes_by_group(
     n_pages = len(pages)
     if not n_pages:
         return used, marginal, 0
+    page_at = np.searchsorted(pages, rows[:, 1])
+    page_most, page_most_bytes = _most(rows, page_at, n_pages)
+    owners = _Owners(page_most)
     # One entry per group and page: a key, and the most that one reader of the group uses of it.
-    row_keys = groups[rows[:, 0]] * n_pages + np.searchsorted(pages, rows[:, 1])
-    keys, entry_of = np.unique(row_keys, return_inverse=True)
+    keys, entry_of = np.unique(groups[rows[:, 0]] * n_pages + page_at, return_inverse=True)
     most, most_bytes = _most(rows, entry_of, len(keys))
-    owners = _Owners(_most(rows, np.searchsorted(pages, rows[:, 1]), n_pages)[0])
     together, together_bytes = np.zeros_like(keys), np.zeros_like(keys)
     odd: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     members = np.unique(rows[:, 0])
@@ -247,18 +249,19 @@ def bytes_by_group(
     np.add.at(together_bytes, entries, _costs(readers, places))
     np.add.at(used, keys // n_pages, together_bytes)
 
+    # Per entry the blocks that only its group uses, and their bytes; per page those of all groups.
+    # Known are a group that shares nothing of a page, and a page of which one reader uses all that
+    # anybody does; all others are asked for what their blocks take.
     owner, at, slots_used = owners.all()
     is_sole = owner >= 0
     entry = np.searchsorted(keys, owner * n_pages + at)
     sole = np.bincount(entry[is_sole], minlength=len(keys))
-    all_used = np.bincount(at, minlength=n_pages)
-    most, most_bytes = _most(rows, np.searchsorted(pages, rows[:, 1]), n_pages)
     sole_bytes = np.where(sole == together, together_bytes, 0)
-    is_open = most != all_used
+    is_open = page_most != np.bincount(at, minlength=n_pages)
     is_open[keys[(sole > 0) & (sole < together)] % n_pages] = True
     asked = is_open[at]
     costs = _costs(readers, block_places(pages[at[asked]], slots_used[asked]))
-    all_bytes = np.where(is_open, 0, most_bytes)
+    all_bytes = np.where(is_open, 0, page_most_bytes)
     np.add.at(all_bytes, at[asked], costs)
     part = asked & is_sole & (sole < together)[np.minimum(entry, len(keys) - 1)]
     np.add.at(sole_bytes, entry[part], costs[part[asked]])

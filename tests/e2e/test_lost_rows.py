@@ -101,7 +101,7 @@ def test_a_page_that_a_block_map_names_is_not_deleted(
             page,
         )
         assert (
-            f"{name}@1: what it reads is recorded wrongly, of pages {page}" in store.verify().errors
+            f"{name}@1: what it reads is recorded wrongly for pages {page}" in store.verify().errors
         )
         if is_seen:
             assert store.verify(repair_from=other).ok
@@ -200,13 +200,13 @@ def test_wrong_figures_are_seen_and_mended(store_url: str, other: Path) -> None:
             change(
                 store_url, "UPDATE {model_pages} SET bytes = ? WHERE model_id = ?", size, model_id
             )
-            with pytest.raises(CorruptStoreError, match=f"{size:,} bytes, as is recorded"):
+            with pytest.raises(CorruptStoreError, match=f"{size:,} bytes, which cannot be"):
                 store.stats(by="tenant")
         assert store.verify(repair_from=other).errors == []
         assert store.stats(by="tenant") == usage
         (page, *_) = (row[1] for row in store._adapter.model_pages(lossy))
         change(store_url, "INSERT INTO {model_pages} VALUES (?, ?, ?, ?)", model_id, page, 1, 1)
-        assert f"two@1: what it reads is recorded wrongly, of pages {page}" in store.verify().errors
+        assert f"two@1: what it reads is recorded wrongly for pages {page}" in store.verify().errors
         assert store.verify(repair_from=other).errors == []
         is_sound(store)
 
@@ -223,7 +223,7 @@ def test_a_model_whose_row_is_lost_is_told_and_its_pages_are_kept(
             store.vacuum()
         change(store_url, "DELETE FROM {models} WHERE id = ?", model_id)
         said = [
-            f"the row of the model with id {model_id} is lost, whose pages are there; restore a "
+            f"the row of the model with id {model_id} is lost, but its pages are there; restore a "
             "backup"
         ]
         assert store.verify().errors == said
@@ -337,7 +337,7 @@ def test_a_block_map_that_may_be_wrong_does_not_rule(store_url: str, other: Path
         for _ in range(2):
             report = store.verify(repair_from=other)
             assert (
-                f"lossy@1: what it reads is recorded wrongly, of pages {theirs}, {mine}"
+                f"lossy@1: what it reads is recorded wrongly for pages {theirs}, {mine}"
                 in report.errors
             )
             assert report.repair is not None
@@ -491,7 +491,7 @@ def test_blocks_that_are_on_no_page_are_told_and_forgotten(
         columns = "(hash128, page_id, slot) VALUES (?, ?, 70)"
         change(store_url, f"INSERT INTO {{distinct_blocks}} {columns}", row.hash128, page)
         assert store.verify().errors == [
-            f"page {page}, slot 70: recorded, and there is no such block"
+            f"page {page}, slot 70: recorded, but there is no such block"
         ]
         report = store.verify(repair_from=other)
         assert report.errors == []
@@ -523,7 +523,7 @@ def test_a_page_of_a_distant_number_keeps_no_verify(tmp_path: Path) -> None:
     columns = "(hash128, page_id, slot) VALUES (?, 5, 70)"
     change(url, f"INSERT INTO {{distinct_blocks}} {columns}", bytes(16))
     with pydedup.open(url) as store:
-        assert "page 5, slot 70: recorded, and there is no such block" in store.verify().errors
+        assert "page 5, slot 70: recorded, but there is no such block" in store.verify().errors
 
 
 def all_blocks(store: pydedup.Store) -> list[Any]:
