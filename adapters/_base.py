@@ -49,7 +49,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     # What a repair makes anew.
     **dict.fromkeys(("pages", "model_pages", "distinct_blocks"), "run verify on the store"),
 }
-#: Within `DbApiBase.sound_rows`: of which adapter, and who is told.
+#: Within `DbApiBase.sound_rows`: of which adapter, and what to call.
 _SOUND: ContextVar[tuple[object, TellRow] | None] = ContextVar("_SOUND", default=None)
 
 
@@ -121,7 +121,7 @@ class DbApiBase(abc.ABC):
         """Return what the store occupies in its database, in bytes."""
 
     def size_is_exact(self) -> bool:
-        """Whether this user is told what the store occupies; else it is at least `stored_bytes`."""
+        """Whether the user may know what the store occupies; else it is at least `stored_bytes`."""
         return True
 
     @abc.abstractmethod
@@ -207,7 +207,7 @@ class DbApiBase(abc.ABC):
     def _sound(
         self, table: str, names: Sequence[str], rows: Sequence[Row], tell: TellRow
     ) -> list[Row]:
-        """Return the rows without those that are damaged, which are told."""
+        """Return the rows without those that are damaged, which are reported."""
         spec, sound = TABLES.get(table) or VIEWS[table], list[Row]()
         of_key = set(spec.key or ("id", "name", "version"))
         for row in rows:
@@ -285,7 +285,7 @@ class DbApiBase(abc.ABC):
     def _refuse_when_read_only(self) -> None:
         if self._read_only:
             raise ReadOnlyError(
-                f'{self._url} cannot be changed: it was opened with mode "r", or where it lies is '
+                f'{self._url} cannot be changed: it was opened with mode "r", or its place is '
                 "read-only"
             )
 

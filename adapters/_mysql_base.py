@@ -104,11 +104,11 @@ class MysqlBase(MysqlRows, DbApiAdapter):
             return True
         try:
             self._run(session, f"SELECT 1 FROM {meta} LIMIT 0", (), fetch_all)
-            # Who has a change explained must be allowed to make it.
+            # Only a user who may make a change can have it explained.
             self._run(session, f"EXPLAIN INSERT INTO {meta} SELECT * FROM {meta}", (), fetch_all)
         except ReadOnlyError:
             return True
-        except StoreError:  # as where there is no store; who reads is told
+        except StoreError:  # as where there is no store, of which readers learn elsewhere
             return False
         return False
 
@@ -235,8 +235,8 @@ class MysqlBase(MysqlRows, DbApiAdapter):
         ((got,),) = self._query(f"SELECT GET_LOCK({CREATE_LOCK}, {seconds})")
         if got != 1:
             raise ConflictError(
-                f"{self._url}: somebody else is creating or migrating a store there for {seconds} "
-                "seconds; try again"
+                f"{self._url}: somebody else has been creating or migrating a store there for "
+                f"{seconds} seconds; try again"
             )
         try:
             yield

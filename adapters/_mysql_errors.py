@@ -149,7 +149,7 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
             f"`{place.database.replace('`', '``')}` CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
         )
     if code in (1142, 1143):
-        # Who may read and no more meets this when something is changed.
+        # A user who may only read meets this when something is changed.
         reads = "SELECT" in said  # first in English, and somewhere in any other language
         kind, advice = (DeniedError if reads else RefusedError), "grant it, or use another user"
     elif code == 1290 and "NO_ENGINE_SUBSTITUTION" in said:

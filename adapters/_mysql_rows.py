@@ -41,7 +41,7 @@ _NO_SQL: Final = re.compile(
 )
 #: The word, where it is no column of a table, and no variable.
 _INTO: Final = re.compile(r"(?i)(?<![\w$@])(?<![a-z_$`]\.)into(?![\w$])")
-#: What a query of a user's is told that would write, or lock; elsewhere it is of the server.
+#: The error of a user's query that would write, or lock; elsewhere it is the server's fault.
 _READ_ONLY: Final = 1792
 #: The most that a decimal has.
 _DIGITS: Final = 65
@@ -50,7 +50,7 @@ _KEEPS: Final[Mapping[str, frozenset[type]]] = MappingProxyType(
     dict.fromkeys(("tinyint", "smallint", "mediumint", "int", "bigint"), frozenset((int,)))
     | {"varchar": frozenset((str,))}
 )
-#: Who is told of triggers: to others, MySQL and older MariaDB (MDEV-37474) say that there are none.
+#: Who sees triggers: to others, MySQL and older MariaDB (MDEV-37474) say that there are none.
 _TOLD_OF_TRIGGERS: Final = (
     "SELECT grantee, privilege_type FROM information_schema.user_privileges UNION ALL "
     "SELECT grantee, privilege_type FROM information_schema.schema_privileges "

@@ -39,8 +39,8 @@ _AS_TEXT: Final = frozenset(
 )
 #: What is in JSON is no key: Python has it as values of many types.
 _JSON: Final = frozenset((114, 3802))
-#: What a query of a user's is told where it would write, and where it has parameters ($1), as
-#: SQLSTATEs that elsewhere are of the server.
+#: Errors of a user's query that would write, or has parameters ($1): elsewhere these SQLSTATEs are
+#: the server's fault.
 _OF_QUERIES: Final = ("25006", "08P01")
 #: What columns keep as it is, or refuse.
 _KEEPS: Final[Mapping[str, frozenset[type]]] = MappingProxyType(

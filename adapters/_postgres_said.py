@@ -26,7 +26,7 @@ __all__ = ["said", "sqlstate_of"]
 
 #: Of libpq.h, since PostgreSQL 12: a message is its severity and the code.
 PQERRORS_SQLSTATE: Final = 3
-#: A server that refuses does so at once. Who took longer, or does, is not asked, or waited for.
+#: A server that refuses does so at once. One that takes longer is not asked again, or waited for.
 SECONDS: Final = 1.0
 _PURE: Final = "psycopg.pq._pq_ctypes"
 #: What psycopg puts before what libpq says, and before what it says of each of several hosts.

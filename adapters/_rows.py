@@ -152,7 +152,7 @@ class RowCalls(DbApiBase):
             return list(stream.columns)
 
     def key_bounds(self, query: str, key: str, every: int) -> list[object]:
-        """Return every so-manieth key of a query, in the order of the database."""
+        """Return every ``every``-th key of a query, in the order of the database."""
         name, inner = self._quoted(key, "column"), as_table(query)
         order = self._order_of(name, inner)
         numbered = (
@@ -178,7 +178,7 @@ class RowCalls(DbApiBase):
             conditions.append(f"{name} > {self._bound_key(within.key, within.above, values)}")
         if within.up_to is not None:
             last = f"{name} <= {self._bound_key(within.key, within.up_to, values)}"
-            # Rows without a key are of the first range, where they are told as such.
+            # Rows without a key are of the first range, where they are reported as such.
             conditions.append(f"({last} OR {name} IS NULL)" if within.above is None else last)
         if not conditions:
             return self.read_rows(query, batch)
@@ -358,7 +358,7 @@ class RowCalls(DbApiBase):
     def _of_user(self, what: str) -> Iterator[None]:
         """Tell what the database says of a user's query or table in its own words.
 
-        What else may go wrong with a database is told as ever.
+        Other errors of a database are raised as ever.
         """
         try:
             yield

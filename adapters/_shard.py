@@ -300,7 +300,7 @@ class Shard(PostgresAdapter):
             raise self._refused(error) from error
 
     def write(self, copy: Any, page_id: int, payload: bytes) -> None:
-        """Write one row, so that an error is told as this shard's."""
+        """Write one row; an error says that it is this shard's."""
         try:
             copy.write_row((page_id, payload))
         except self.driver_error as error:

@@ -33,7 +33,7 @@ __all__ = ["ANY_READ", "DIALECT", "SqliteBase", "closed_on_error"]
 #: The cheapest statement that really reads the database.
 ANY_READ: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
 
-# Move the log when it has so many pages, 64 MiB. Who stages leaves that to `settle`.
+# Move the log when it has so many pages, 64 MiB. Staging leaves that to `settle`.
 _AUTOCHECKPOINT: Final = "PRAGMA wal_autocheckpoint = 1000"
 
 DIALECT: Final = Dialect(

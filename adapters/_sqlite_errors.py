@@ -25,7 +25,7 @@ from ._schema import PREFIX
 
 __all__ = ["meaning"]
 
-#: Free space under which a failed write is taken for a full disk.
+#: A failed write with less free space than this counts as a full disk.
 SPARE_BYTES: Final = 1 << 20
 
 _FREE: Final = (

@@ -96,7 +96,7 @@ class SqliteRows(RowCalls):
                 ) from error
 
     def key_bounds(self, query: str, key: str, every: int) -> list[object]:
-        """Return every so-manieth key of a query; none where texts and numbers are keys.
+        """Return every ``every``-th key of a query; none where texts and numbers are keys.
 
         In a view of several tables, SQLite makes of a bound what each of them has, and no range has
         the text -7 that comes after the number 20.

@@ -27,44 +27,47 @@ Search: TypeAlias = Literal["step", "bisect", "halving"]
 class Accuracy:
     """The user's own metric falls by at most ``max_drop``; what that allows is shared.
 
-    Blocks become a stored block that is near enough, else a quantised delta on one, else stay as
-    they are. What is stored is always a state that was itself evaluated and met the tolerance.
-    Rows that chose what is stored flatter it: keep a held-out set, and use ``confidence``.
+    A block is replaced by a stored one that is near enough, else by a quantised delta on one, else
+    kept as it is. What is stored is always a state that was itself evaluated and met the tolerance.
+    A metric looks better on the very examples that chose what is stored: keep a held-out set, and
+    use ``confidence``.
 
     Parameters
     ----------
     evaluate
         Maps the model's tensors by name (read-only arrays in their original shapes) to a number,
-        or to a 1-D array of one score per validation example; higher is better. It must give the
-        same for the same weights, and leave the model that is added as it is; the arrays change
-        after each call. `torch_evaluate` makes one of a torch module.
+        or to a 1-D array with one score per validation example; higher is better. It must give the
+        same result for the same weights and leave the model that is added unchanged; the arrays
+        change after each call. `torch_evaluate` makes one from a torch module.
     max_drop
-        How far the metric (of scores, their mean) may fall, in its own units: 0.005 is half a
-        point of accuracy. 0 wants no fall at all.
+        How far the metric (the mean of scores) may fall, in its own units: 0.005 is half a point
+        of accuracy. 0 allows no fall at all.
     confidence
         Such as 0.95: the drop on data like the validation examples, not only on these, is at most
         ``max_drop`` with this probability. Needs scores per example, independent examples that
         neither ``saliency`` nor ``finetune`` used, and enough of them; see
         ``pydedup/ingest/confidence.py`` for the method.
     order
-        "magnitude": largest layer first, in it ascending third quartile of absolute weights, as
-        in the paper. "saliency": ascending mean of ``saliency``.
+        "magnitude": largest layer first, within it by ascending third quartile of the absolute
+        weights, as in the paper (Zhou et al., PVLDB 15(10), 2022). "saliency": by ascending mean
+        of ``saliency``, as in its successor (Guan et al., SIGMOD 2025).
     search
-        "bisect" (batches grow, a bad one is searched for its bad block, which alone is refused),
-        "step" (the paper's: stop at the first batch that does too much harm) or "halving" (the
-        successor paper's: the next half, of the half, ..., of what is left).
+        "bisect" (batches grow; a bad one is searched for its bad block, which alone is refused),
+        "step" (the paper's: stop at the first batch that does too much harm) or "halving" (its
+        successor's: half of what is left; where that does too much harm, half of that, and so on).
     every
         Blocks per evaluation: of all steps, or of the first batch. By default 5 or a 32nd of the
         blocks, whichever is more, for steps, and an eighth of the blocks for "bisect".
     finetune
-        Called once with (arrays by name, boolean masks of the elements that must not change by
-        name), returns arrays by name: the model trained further, with what is shared frozen.
-        Kept if the metric is better for it. `torch_finetune` makes one of a torch module.
+        Called once with (arrays by name, boolean masks by name of the elements that must not
+        change); returns arrays by name: the model trained further, with shared blocks frozen. The
+        result is kept if the metric is better. `torch_finetune` makes one from a torch module.
     seed
-        Draws which rows steer and which judge, with ``confidence``.
+        With ``confidence``: draws which examples steer the search and which judge its result.
     saliency
-        For that order: arrays shaped as the tensors, of abs(gradient * weight), by name, or a
-        callable that returns them for the model's arrays. `torch_saliency` computes them.
+        For ``order="saliency"``: arrays by name, shaped like the tensors, of
+        abs(gradient * weight), or a callable that returns them for the model's arrays.
+        `torch_saliency` computes them.
     max_evaluations
         ``evaluate`` is called no more often; blocks that were not reached stay lossless.
     max_rel_error
@@ -73,8 +76,8 @@ class Accuracy:
     score_range
         (lowest, highest) score that an example can have; only needed with ``confidence``.
     deterministic
-        False for an ``evaluate`` that may differ from call to call: how far two calls on the
-        unchanged weights are apart then counts as part of every drop. Not with ``confidence``.
+        False for an ``evaluate`` whose results vary from call to call: the difference between two
+        calls on the unchanged weights then counts as part of every drop. Not with ``confidence``.
 
     Raises
     ------
@@ -134,7 +137,7 @@ class Accuracy:
         self._check_scores()
 
     def parameters(self) -> dict[str, Any]:
-        """Return what the certificate says of the policy beside its name; JSON-able."""
+        """Return what the certificate says of the policy beside its name, in JSON's types."""
         return {
             "max_drop": self.max_drop,
             "confidence": self.confidence,
@@ -168,9 +171,9 @@ class Accuracy:
         object.__setattr__(self, "confidence", confidence)
         if not self.deterministic:
             raise ArgumentError(
-                "confidence needs an evaluate that gives the same for the same weights: chance "
-                "that all examples of a call share would pass for a drop, or hide one; fix its "
-                "seed, or leave confidence out"
+                "confidence needs an evaluate that gives the same scores for the same weights: "
+                "chance that affects all examples of a call alike could pass for a drop, or hide "
+                "one; fix its seed, or leave confidence out"
             )
         if self.max_drop == 0:
             raise ArgumentError(
@@ -180,7 +183,7 @@ class Accuracy:
 
 
 def number(name: str, value: Any) -> float:
-    """Return an argument of a policy as a float. Raises ArgumentError when it is no finite one."""
+    """Return an argument of a policy as a float. Raises ArgumentError unless it is finite."""
     try:
         if isinstance(value, str | bytes | bool):
             raise TypeError

@@ -150,7 +150,7 @@ class Adapter(Protocol):
         """Make tables of an older `SCHEMA_VERSION` those of this one; a no-op when they are.
 
         In one transaction where the database takes definitions into one. Elsewhere, what fails
-        halfway leaves the version and all rows as they were. Who comes second waits, and finds
+        halfway leaves the version and all rows as they were. Whoever comes second waits, and finds
         nothing to do. Raises ReadOnlyError, ConflictError, StoreError.
         """
 
@@ -382,7 +382,7 @@ class Adapter(Protocol):
         """
 
     def size_is_exact(self) -> bool:
-        """Whether this user is told what the store occupies; else it is at least `stored_bytes`."""
+        """Whether the user may know what the store occupies; else it is at least `stored_bytes`."""
 
     def checkpoint(self) -> None:
         """Fold write-ahead data into the main file where there is such a thing."""

@@ -141,7 +141,7 @@ class RangeAdapter(RowAdapter, Protocol):
         """Return the columns that `read_rows` gives for a query, without reading rows."""
 
     def key_bounds(self, query: str, key: str, every: int) -> list[object]:
-        """Return every so-manieth key of a query, in the order of the database."""
+        """Return every ``every``-th key of a query, in the order of the database."""
 
     def read_range(
         self, query: str, batch: int, within: KeyRange
@@ -185,14 +185,14 @@ class SoundRowsAdapter(Protocol):
     def sound_rows(self, tell: TellRow) -> AbstractContextManager[None]:
         """Within it, what this thread reads lacks rows with a value that its column cannot have.
 
-        Each is told, again whenever it is read. Nothing may be deleted for what is not seen so.
+        Each is reported, every time that it is read. What was not seen may not be deleted for that.
         """
 
 
 def only_sound_rows(
     adapter: object, tell: TellRow = lambda table, key, said: None
 ) -> AbstractContextManager[None]:
-    """Leave out damaged rows, where an adapter can; without a word, unless somebody is told."""
+    """Leave out damaged rows, where an adapter can; silently, unless ``tell`` is given."""
     return adapter.sound_rows(tell) if isinstance(adapter, SoundRowsAdapter) else nullcontext()
 
 

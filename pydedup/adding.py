@@ -49,7 +49,7 @@ class StoreAdds:
         progress: Progress | None = None,
         workers: int | None = None,
     ) -> AddReport:
-        """Add a model, all of it or nothing.
+        """Add a model, completely or not at all.
 
         Parameters
         ----------
@@ -62,19 +62,19 @@ class StoreAdds:
         version
             The version, when ``name`` does not say it.
         graph
-            Layers naming tensors, for `predict`; inferred where the source tells.
+            Layers naming tensors, for `predict`; inferred where the source has them.
         metadata
-            JSON-able; kept with the model.
+            Kept with the model; must be representable as JSON.
         block_shape
             (rows, cols) of blocks; by default near-square blocks of at most 16 KiB.
         dry_run
-            Say what would be stored, and write nothing.
+            Report what would be stored, and write nothing.
         progress
             Called as ``progress(stage, done, total)``, in bytes.
         workers
-            Threads that work on it, the caller's included, and that none of its computations
-            exceeds; by default one per core up to 4, and one where little is added. The store is
-            the same, bit for bit, for any number.
+            Threads that work on it, the caller's included; its computations use no more, either. By
+            default one per core up to 4, and one where little is added. The store is the same, bit
+            for bit, for any number.
 
         Raises
         ------
@@ -82,7 +82,7 @@ class StoreAdds:
         ReadOnlyError, ConflictError, StorageFullError, UnavailableError, CorruptStoreError
             The store is as it was before.
         """
-        parse_address(name)  # what is no text may be no key either
+        parse_address(name)  # before it is a key: what is not text may not be hashable
         return self._add(
             {name: source},
             policy,

@@ -394,7 +394,7 @@ def _is_other(one: ModelRow, other: ModelRow) -> bool:
 
 def _tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
     if row.ordinal != ordinal:  # block maps are those of ordinals
-        raise CorruptStoreError(f"{address} misses its tensor number {ordinal}")
+        raise CorruptStoreError(f"{address} lacks its tensor number {ordinal}")
     try:
         block_shape = as_block_shape(json.loads(row.block_shape))
         shape = tuple(int(extent) for extent in json.loads(row.shape))

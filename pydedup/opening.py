@@ -170,7 +170,7 @@ def check_writable(adapter: Adapter, what: str) -> None:
     if adapter.read_only:
         raise ReadOnlyError(
             f"cannot {what}: {adapter.url} is open for reading only: it was opened with mode 'r', "
-            "this user may not write there, or where it lies takes no writes"
+            "this user may not write there, or its place cannot be written to"
         )
 
 

@@ -43,7 +43,7 @@ class Policy(Protocol):
         """Greatest relative L2 difference of a block to what is stored for it; 0: the same bits."""
 
     def parameters(self) -> Mapping[str, Any]:
-        """Return what the certificate says of the policy beside its name; JSON-able."""
+        """Return what the certificate says of the policy beside its name, in JSON's types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ class Bounded:
     """Each block of floats within a relative error: shared, else a quantised delta, else the bits.
 
     What is stored for a block v differs from it by at most ``max_rel_error * |v|`` (Euclidean
-    norms), which is checked for each. A block that holds a NaN or an infinity, and one that is no
-    float, keeps its bits. Elements that are 0 stay 0 in a quantised delta.
+    norms), which is checked for each block. A block with a NaN or an infinity, or of another dtype
+    than floats, keeps its bits. Elements that are 0 stay 0 in a quantised delta.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ class Bounded:
     Raises
     ------
     ArgumentError
-        For any other error bound.
+        For a bound outside of that range.
     """
 
     name: ClassVar[str] = "bounded"

@@ -36,7 +36,7 @@ _BATCH: Final = 1024
 
 
 def _wrong_width(request: Prediction) -> ArgumentError | None:
-    """Return the error of a request with too many or few features, which a layer told."""
+    """Return a better error for a request that a layer refused, if its features are miscounted."""
     from pydedup.serving.features import input_kind
 
     inputs = request.graph.inputs
@@ -51,14 +51,14 @@ def _wrong_width(request: Prediction) -> ArgumentError | None:
 
 
 def _told(request: Prediction, result: Any) -> Any:
-    """Return the result of one of several requests; of a wrong width, the error of `predict`."""
+    """Return the result of a request; for a wrong number of features, the error that says so."""
     if isinstance(result, ArgumentError):
         return _wrong_width(request) or result
     return result
 
 
 def _pair(request: object) -> tuple[str, Any]:
-    """Return a request of `StorePredictions.predict_many`; two letters are no pair."""
+    """Return a request of `StorePredictions.predict_many`; a text of two letters is no pair."""
     if not isinstance(request, tuple | list) or len(request) != 2:
         raise ArgumentError(f"a request must be a pair of a model and its input, not {request!r}")
     return request[0], request[1]
@@ -78,12 +78,12 @@ class StorePredictions:
     def predict(self, name: str, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
         """Predict with a model whose graph the store knows, streaming its weights.
 
-        ``x`` is an array, or a mapping of input names to arrays; the result takes the same form,
-        in float32 or float64 (docs/serving.md says which), of the shape
-        that the layers give: (rows, outputs) for (rows, features) where they are linear.
+        ``x`` is an array, or a mapping of input names to arrays, and the result has the same form.
+        It is float32 or float64 (docs/serving.md says which), of the shape that the layers give:
+        for linear layers, (rows, features) become (rows, outputs).
 
-        Raises NotFoundError (also when the model has no graph), ArgumentError for inputs that do
-        not fit.
+        Raises NotFoundError (also when the model has no graph) and ArgumentError for inputs that
+        do not fit.
         """
         model = self._catalog.model(name)
         graph = model.graph()
@@ -103,14 +103,14 @@ class StorePredictions:
     ) -> list[Any]:
         """Predict for several models at once.
 
-        Requests of models with the same layers share the work: a block that several of them have is
-        read and multiplied once for all their rows. Sums are formed in another order than one by
-        one, so results may differ from those of `predict` in the last bits.
+        Requests for models with the same layers share the work: a block that several of them have
+        is read and multiplied once for all their rows. Sums are added up in another order, so
+        results may differ from those of `predict` in the last bits.
 
         Parameters
         ----------
         requests
-            Pairs of a model and what `predict` takes for it; each name resolves once.
+            Pairs of a model and what `predict` takes for it; each name is resolved once.
 
         Returns
         -------
@@ -145,8 +145,8 @@ class StorePredictions:
         """Make a torch module compute with a model's weights where they lie, and return it.
 
         In place, for predictions only; its own weights are freed. ``prefix`` is what names in the
-        store have before those of the module. See docs/attach.md. Raises NotFoundError;
-        ArgumentError, and nothing is changed, when module and model do not fit.
+        store have in front of those in the module. See docs/attach.md. Raises NotFoundError, and
+        ArgumentError when module and model do not fit; the module is then unchanged.
         """
         from pydedup.formats.torch_tensors import require_torch
 
@@ -160,7 +160,7 @@ class StorePredictions:
         """Make an attached module a plain one, with the weights loaded, and return it.
 
         Raises ArgumentError for a module that is not attached to this store as a whole, and
-        NotFoundError where what it is attached to was removed.
+        NotFoundError when the model was removed.
         """
         from pydedup.formats.torch_tensors import require_torch
 
@@ -182,10 +182,10 @@ class StorePredictions:
         on_error: str = "fail",
         progress: Progress | None = None,
     ) -> ScoreReport:
-        """Predict each row that a query finds, and write it to a table of the same database.
+        """Predict each row of a query, and write the predictions to a table of the same database.
 
-        Run again after whatever ended it, it goes on: rows whose key is in the table are skipped,
-        and an alias stays the version that it was. docs/scoring.md says the rest.
+        After an interruption, running it again continues: rows whose key is in the table are
+        skipped, and an alias stays the version that it was. See docs/scoring.md.
 
         Parameters
         ----------
@@ -201,10 +201,10 @@ class StorePredictions:
         batch
             Rows that are predicted and written at a time.
         source
-            URL of the database to read and write, when it is not that of the store.
+            URL of the database to read and write, if it is not that of the store.
         on_error
-            What a row does that cannot be predicted: ``"fail"`` ends the work, nothing of its
-            batch written; ``"skip"`` leaves it out and counts it.
+            What to do with a row that cannot be predicted: ``"fail"`` ends the work, with nothing
+            of its batch written; ``"skip"`` leaves it out and counts it.
         progress
             Called as ``progress("scoring", done, 0)``, in rows.
 
@@ -244,11 +244,11 @@ class StorePredictions:
         return self._pool.warm(pages)
 
     def record(self, max_uses: int = 1_000_000) -> None:
-        """Record the uses of pages from now on, at 16 bytes each; 0 ends that."""
+        """Record the uses of pages from now on, 16 bytes each; ``max_uses=0`` ends it."""
         self._pool.record(max_uses)
 
     def recorded(self) -> Trace:
-        """Return what was recorded so far, to be saved, replayed, or shown by `report`."""
+        """Return the recorded uses so far, to save, to replay, or for `report`."""
         return self._pool.recorded()
 
     # ---- inside -------------------------------------------------------------------------------

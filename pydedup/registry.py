@@ -125,7 +125,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
         Whatever the adapter finds wrong, see :mod:`pydedup.errors`.
     """
     if mode not in ("a", "r"):
-        raise ArgumentError(f'mode is {mode!r}; use "a" (read and write) or "r" (read alone)')
+        raise ArgumentError(f'mode is {mode!r}; use "a" (read and write) or "r" (read only)')
     _check_schema(schema)
     scheme, url = _with_scheme(url)
     return _find(scheme)(url, mode=mode, schema=schema)

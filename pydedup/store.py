@@ -59,7 +59,7 @@ def open(
     ----------
     url
         ``sqlite:///models.db`` (a relative path), ``sqlite:////abs/models.db``; a plain path is a
-        SQLite file. Of a `pathlib.Path` all is the file's name, also what looks like options.
+        SQLite file. A `pathlib.Path` is taken as it is, even where it looks like it has options.
     mode
         ``"a"`` reads and writes and creates what is missing; ``"r"`` never creates or writes.
     memory
@@ -68,7 +68,7 @@ def open(
     schema
         Schema to live in, where the database has such a thing.
     replacement
-        Which page the buffer pool gives up when it is full: a name of
+        Which page the buffer pool gives up when it is full: one of
         `pydedup.replacement.POLICIES`.
 
     Raises
@@ -76,7 +76,8 @@ def open(
     ArgumentError
         For a URL, mode, size or policy that cannot be understood.
     NotAStoreError, SchemaVersionError, UnavailableError, ReadOnlyError
-        When there is no store, one of a newer pydedup, no database, or no way to write it.
+        When there is no store, it is of a newer pydedup, the database cannot be reached, or it
+        cannot be written to.
     """
     budget = config.parse_memory(memory)
     check_policy(replacement)
@@ -200,7 +201,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     def models(self) -> list[ModelInfo]:
         """Return all versions of all models, ordered by name, then age.
 
-        Raises CorruptStoreError where what is recorded of one cannot be read.
+        Raises CorruptStoreError when the record of one cannot be read.
         """
         return self._catalog.infos()
 
@@ -251,8 +252,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
 
         Per value there are logical, shared and marginal bytes, the last being what removing its
         models would free; `pydedup.usage.Usage` says what adds up to what. Raises ArgumentError
-        for what is no key, and CorruptStoreError for a damaged row, which without ``by`` is left
-        out and in ``damaged`` of the result.
+        when ``by`` is not text, and CorruptStoreError for a damaged row; without ``by``, damaged
+        rows are left out and listed in ``damaged`` of the result.
         """
         if by is not None:
             from pydedup.usage import usage_by
@@ -265,14 +266,14 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     def sizes(self) -> list[ModelSize]:
         """Return what each version of each model takes, ordered by name, then age.
 
-        Without those of which `models` cannot be read: ``damaged`` of `stats` has them.
+        Models whose record cannot be read are left out; ``damaged`` of `stats` lists them.
         """
         from pydedup.report.sizes import model_sizes
 
         return model_sizes(self._adapter, self._catalog)
 
     def sharing(self) -> list[dict[str, object]]:
-        """Return which pairs of models share pages, as the SQL view ``sharing`` has it."""
+        """Return which pairs of models share pages: the rows of the SQL view ``sharing``."""
         from pydedup.report.sizes import shared_pages
 
         return shared_pages(self._adapter)
@@ -302,7 +303,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     ) -> ReportPage:
         """Return the store as one page of HTML that loads nothing; needs the extra ``report``.
 
-        Models that are damaged are left out: it says so, and so does ``damaged`` of this text.
+        Damaged models are left out; the page says so, and ``damaged`` of the result lists them.
 
         Parameters
         ----------
@@ -311,14 +312,14 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         models
             The models to show block by block, or one; the four largest by default.
         trace
-            Uses of pages (`recorded`, `pydedup.replacement.Trace.load`), replayed through every
-            replacement policy.
+            Recorded uses of pages (from `recorded` or `pydedup.replacement.Trace.load`), replayed
+            through every replacement policy.
 
         Raises
         ------
         NotFoundError, ArgumentError, UnsupportedFormatError
-            For an unknown model, a trace that does not fit together or a place that cannot be
-            written, and a missing package.
+            For an unknown model, a damaged trace, a place that cannot be written to, or a missing
+            package.
         CorruptStoreError
             When one of ``models`` is damaged.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a store in order and takes it elsewhere: the second half of `Store`.
+"""What keeps a store in order and takes it elsewhere: a part of `Store`.
 
 As in `pydedup.store`, what serving does not need is imported where it is used.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StoreUpkeep"]
 
-# Budget of the store at the other end of a backup, where only bases and what is compared is read.
+# Budget of the store at the other end of a backup: only bases and blocks to compare are read there.
 _OTHER_END_BYTES = 128 * 1024 * 1024
 
 
@@ -63,14 +63,14 @@ class StoreUpkeep(abc.ABC):
 
         Changes nothing without ``repair_from``: the URL of another store on any database, a backup,
         or the file or folder of a model. Blocks of damaged pages are then restored from it by their
-        hash, as far as it has them; ``repair`` of the report says what was, and which models still
-        miss what. Rows that follow from others (what models read, which block is where) are made
-        anew. All else goes on being served meanwhile. The other findings are those after the
-        repair.
+        hash, as far as it has them; ``repair`` of the report says which were, and which models
+        still miss some. Rows that follow from others (what models read, which block is where) are
+        rebuilt. Everything else is served meanwhile. The other findings describe the store after
+        the repair.
 
-        ``evaluate`` gives the metric of models that were added with `policies.Accuracy`, by their
-        address: they are evaluated again and held against their certificates. Raises NotFoundError,
-        ArgumentError (another policy) and EvaluationError for these.
+        ``evaluate`` maps addresses of models that were added with `policies.Accuracy` to their
+        metrics: they are evaluated again and compared with their certificates. Raises
+        NotFoundError, ArgumentError (for a model of another policy) and EvaluationError for these.
         """
         check_progress(progress)
         metrics: object = evaluate
@@ -102,21 +102,22 @@ class StoreUpkeep(abc.ABC):
     ) -> VacuumReport:
         """Free what nobody uses and repack where models read too many pages.
 
-        With ``dry_run`` only say what that would save; the store may be open for reading only.
+        With ``dry_run``, only report what that would save; the store may be open for reading only.
 
         Parameters
         ----------
         grace_seconds
-            How long a page that was given up is kept for readers that may still ask for it. They
-            look up where a block is again when a page is gone, so 0 is safe.
+            How long a page that was given up is kept for readers that may still ask for it. When a
+            page is gone, readers look up again where a block is, so 0 is safe.
         lease_seconds
-            Silence after which an unfinished add or copy, whose process is not known to be gone,
-            counts as abandoned; 0 takes what goes on along, which then ends with ConflictError.
+            After so long without a sign of life, an unfinished add or copy whose process is not
+            known to be gone counts as abandoned. With 0, those under way do, too, and end with
+            ConflictError.
 
         Raises
         ------
         ArgumentError
-            For a grace or lease that is no number of seconds, or negative.
+            For a grace or lease that is not a number of seconds, or negative.
         ReadOnlyError, ConflictError, StorageFullError, UnavailableError
         """
         from pydedup.maintenance.vacuum import plan_vacuum, vacuum_store
@@ -145,13 +146,13 @@ class StoreUpkeep(abc.ABC):
     def refill(self, *, progress: Progress | None = None) -> RefillReport:
         """Put back each copy of a page that is missing or damaged, from one that is whole.
 
-        For stores that keep each page in several places (`docs/sharding.md`); in all others there
-        is nothing to put back, and ``copies`` of the report is 1. The store is served, added to and
-        vacuumed meanwhile. Run again after it was cut off, it does what is left.
+        For stores that keep each page in several places (`docs/sharding.md`); for all others there
+        is nothing to put back, and ``copies`` of the report is 1. The store can be served, added to
+        and vacuumed meanwhile. After an interruption, running it again does what is left.
 
-        What could not be put back is in ``lost`` and ``failed`` of the report, also where a place
-        takes no changes or is full. Raises ReadOnlyError, ConflictError, and StoreError when a
-        place was replaced since this store was opened.
+        What could not be put back, for example because a place is full or accepts no changes, is
+        in ``lost`` and ``failed`` of the report. Raises ReadOnlyError, ConflictError, and
+        StoreError when a place was replaced since this store was opened.
         """
         from pydedup.maintenance.refill import refill_store
 
@@ -163,12 +164,14 @@ class StoreUpkeep(abc.ABC):
     def replace_lost(url: str, *, schema: str | None = None) -> tuple[str, str] | None:
         """Let a new, empty place in a store's URL take over from one that is lost for good.
 
-        Returns where the lost one was and what has its place now, without credentials; ``None``
-        when all places in the URL are the store's. What was lost is refused from then on, should it
-        come back. The new place is empty: open the store and call `refill`. See docs/sharding.md.
+        Returns where the lost one was and what took its place, without credentials; ``None`` when
+        all places in the URL are the store's already. The lost one is refused from then on, should
+        it come back. The new place is empty: open the store and call `refill`. See
+        docs/sharding.md.
 
-        Raises ArgumentError when no place is lost, more than one is or may be, the store keeps each
-        page once, or the new place is not empty; ReadOnlyError, ConflictError, UnavailableError.
+        Raises ArgumentError when no place is lost, more than one is or may be, the store keeps only
+        one copy of each page, or the new place is not empty; ReadOnlyError, ConflictError,
+        UnavailableError.
         """
         return registry.replace_lost(registry.place_of(url), schema=schema)
 
@@ -185,12 +188,12 @@ class StoreUpkeep(abc.ABC):
         schema: str | None = None,
         progress: Progress | None = None,
     ) -> CopyReport:
-        """Copy models to another store of any database; it is created when it is not there.
+        """Copy models to another store of any database; it is created if it does not exist.
 
-        Into an empty store pages go as they are; into another one blocks that it does not have.
-        Each model is published when it is complete, with its name, version, policy, certificate,
-        metadata, aliases and source hashes, once what arrived was read back and held against its
-        hashes. After a failure, run it again: models that are there are not copied again.
+        An empty store gets the pages as they are, another one only the blocks that it does not
+        have. What arrives is read back and compared with its hashes; then the model is published
+        with its name, version, policy, certificate, metadata, aliases and source hashes. After a
+        failure, run it again: models that are there are not copied again.
 
         Parameters
         ----------
@@ -202,9 +205,9 @@ class StoreUpkeep(abc.ABC):
         all_versions
             Take all versions of ``names``.
         on_conflict
-            What to do where the other store has another model under a ``name@version``, or another
-            version under an alias: ``"error"`` before anything is copied, ``"skip"`` it, or
-            ``"replace"`` that one.
+            What to do when the other store has another model under a ``name@version``, or another
+            version under an alias: ``"error"`` (copy nothing), ``"skip"`` (leave it out) or
+            ``"replace"`` (put the copy in its place).
         memory, schema
             For the other store, as in `pydedup.open`.
         progress
@@ -214,7 +217,7 @@ class StoreUpkeep(abc.ABC):
         ------
         NotFoundError, DuplicateError, ArgumentError, CorruptStoreError, ReadOnlyError,
         ConflictError, StorageFullError, UnavailableError
-            Models that were published before stay.
+            Models that were published before the error stay.
         """
         from pydedup.moving.copy import copy_models
         from pydedup.moving.plan import plan_copy
@@ -249,10 +252,11 @@ class StoreUpkeep(abc.ABC):
     ) -> CopyReport:
         """Write the whole store to one file, which is a store in SQLite.
 
-        It appears under its name when it is complete and checked. What a backup that was killed
-        left in ``NAME.partial`` is gone on with. Reading and adding go on meanwhile; what is added
-        after the start is not in it. A file that exists is only replaced with ``replace``. Raises
-        ArgumentError, ConflictError (another backup to that file goes on) and what `copy_to` does.
+        It appears under its name when it is complete and checked. A backup that was killed leaves
+        ``NAME.partial``, which the next one continues. Reading and adding go on meanwhile; models
+        added after the start are not in it. An existing file is only replaced with ``replace``.
+        Raises ArgumentError, ConflictError (another backup to that file is running) and what
+        `copy_to` does.
         """
         from pydedup.moving.backup import backup_store
 
@@ -293,7 +297,7 @@ class StoreUpkeep(abc.ABC):
             models = record_reads(adapter, pool, report.wrong_readers)
             blocks = forget_blocks(adapter, report.surplus_blocks)
             blocks += record_blocks(adapter, pool, report.unrecorded_blocks)
-            if report.wrong_readers or blocks:  # or who was removed meanwhile is told of
+            if report.wrong_readers or blocks:  # models may have been removed meanwhile
                 report = verify_store(adapter, progress=progress)
             damaged = report.damaged_pages
             done = repair(adapter, pool, damaged, source, progress=progress)

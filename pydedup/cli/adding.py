@@ -54,8 +54,8 @@ _COLUMNS = (
     type=click.Choice(_POLICIES),
     default="lossless",
     show_default=True,
-    help="exact: the same bits; identical blocks are shared, all others are raw. lossless: the "
-    "same bits; blocks become deltas on similar ones, or are compressed. bounded: each block "
+    help="exact: the same bits; identical blocks are shared, all others stored raw. lossless: the "
+    "same bits; others become deltas on similar blocks, or are compressed. bounded: each block "
     "within --max-rel-error. accuracy: the metric of --evaluate falls by at most --max-drop.",
 )
 @click.option(
@@ -125,9 +125,9 @@ def add(
 ) -> None:
     """Add models from files or folders, all of them or none.
 
-    STORE is created when it is not there. NAME is NAME or NAME@VERSION; without a version a model
-    gets the next whole number. SOURCE is a model of a known format (safetensors, torch, npz, npy,
-    ONNX, Keras, word2vec, GloVe) or a Hugging Face folder. Several pairs get one joint layout.
+    STORE is created if it does not exist. NAME may end in @VERSION; without it a model gets the
+    next whole number as its version. SOURCE is a file of a known format (safetensors, torch, npz,
+    npy, ONNX, Keras, word2vec, GloVe) or a Hugging Face folder. Several pairs get one joint layout.
     """
     models = _named_sources(pairs)
     guarantee = parse_policy(policy, max_rel_error, evaluate, max_drop, confidence)
@@ -140,30 +140,15 @@ def add(
             name: stack.enter_context(registry.open_source(path)) for name, path in models.items()
         }
         store = stack.enter_context(opened(url, memory))
-        if len(sources) == 1:
-            (name, source), *_ = sources.items()
-            reports = [
-                store.add(
-                    name,
-                    source,
-                    policy=guarantee,
-                    metadata=kept,
-                    block_shape=block_shape,
-                    dry_run=dry_run,
-                    progress=watch,
-                    workers=workers,
-                )
-            ]
-        else:
-            reports = store.add_many(
-                sources,
-                policy=guarantee,
-                metadata=kept,
-                block_shape=block_shape,
-                dry_run=dry_run,
-                progress=watch,
-                workers=workers,
-            )
+        reports = store.add_many(
+            sources,
+            policy=guarantee,
+            metadata=kept,
+            block_shape=block_shape,
+            dry_run=dry_run,
+            progress=watch,
+            workers=workers,
+        )
     if as_json:
         output.emit_json(_document(reports, dry_run))
     else:

@@ -96,11 +96,11 @@ class Program(click.Group):
             formatter.write_dl(
                 [
                     ("PYDEDUP_KERNEL", "demands a kernel by name, e.g. scalar"),
-                    ("PYDEDUP_THREADS", "how many threads compute; one per core without it"),
+                    ("PYDEDUP_THREADS", "how many threads compute; by default one per core"),
                     (serving.TOKEN_VARIABLE, "what clients of serve must send as a bearer token"),
                     ("PYDEDUP_CACHE", "where demo keeps what it downloads"),
-                    (TRACEBACK_VARIABLE, "1 shows tracebacks of errors"),
-                    ("NO_COLOR", "anything turns colours off"),
+                    (TRACEBACK_VARIABLE, "1 shows the tracebacks of errors"),
+                    ("NO_COLOR", "any value turns colours off"),
                 ]
             )
 
@@ -177,16 +177,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 #: What is true after Ctrl-C where it is not that nothing has changed. It may come when all is
 #: done and about to be printed.
 _INTERRUPTED = {
-    "add": "all that was to be added is in the store, or nothing; `pydedup ls` shows it",
-    "rm": "all is removed, or nothing; `pydedup ls` shows it",
-    "alias": "the aliases have changed, or not; `pydedup ls` shows it",
-    "quota": "the quota has changed, or not; `pydedup quota` shows it",
-    "score": "what was written is there; run it again to go on",
-    "copy": "what was copied is there; run it again to go on",
-    "backup": "there is no new file yet; run it again to go on",
-    "restore": "what was restored is there; run it again to go on",
+    "add": "either everything was added or nothing; `pydedup ls` shows which",
+    "rm": "either everything was removed or nothing; `pydedup ls` shows which",
+    "alias": "the aliases may have changed; `pydedup ls` shows them",
+    "quota": "the quota may have changed; `pydedup quota` shows it",
+    "score": "what was written is there; run it again to continue",
+    "copy": "what was copied is there; run it again to continue",
+    "backup": "there is no new file yet; run it again to continue",
+    "restore": "what was restored is there; run it again to continue",
     "verify": "no model has changed",
-    "refill": "what was put back is there; run it again to go on",
+    "refill": "what was put back is there; run it again to continue",
     "vacuum": "all models are as they were before; the next vacuum does what is left",
     "demo": "what was downloaded is kept for the next time",
 }

@@ -55,8 +55,8 @@ _DIFF_COLUMNS = (
 def explain(url: str, name: str, memory: str, as_json: bool, quiet: bool) -> None:
     """Say which tensors and blocks of a model are shared with whom, and what removing it frees.
 
-    That is blocks that nobody else uses, and is given back by `pydedup vacuum`, but for less than a
-    quarter of a page that others use.
+    It frees the blocks that no other model uses. `pydedup vacuum` gives their space back, except
+    for less than a quarter of a page that others still use.
     """
     with options.read_store(url, memory) as store, Watch("looking at pages", quiet=quiet):
         explanation = store.explain(name)
@@ -96,7 +96,7 @@ def explain(url: str, name: str, memory: str, as_json: bool, quiet: bool) -> Non
 @options.store_argument
 @click.argument("first", metavar="FIRST")
 @click.argument("second", metavar="SECOND")
-@click.option("--all", "show_all", is_flag=True, help="List tensors that are the same, too.")
+@click.option("--all", "show_all", is_flag=True, help="List identical tensors, too.")
 @options.memory_option
 @options.json_option
 @options.quiet_option

@@ -59,8 +59,8 @@ def ls(url: str, name: str | None, as_json: bool) -> None:
 
     With NAME, the versions of one model; with NAME@VERSION or NAME@ALIAS, that version.
 
-    "Takes" counts each page for the models that read it, by how much of it they use, so it adds up
-    to the size of all pages; "Saved" is what that is less than the size of the weights.
+    "Takes" divides each page among the models that read it, by how much of it they use, so it adds
+    up to the size of all pages; "Saved" is how much less that is than the size of the weights.
     """
     with options.read_store(url) as store:
         figures, sizes = store.stats(), store.sizes()
@@ -88,8 +88,8 @@ def ls(url: str, name: str | None, as_json: bool) -> None:
 def info(url: str, name: str, tensors: bool, as_json: bool) -> None:
     """Show one model: sizes, what reading it costs, its guarantee, aliases and metadata.
 
-    Read amplification is the number of pages that the model reads over the fewest that could hold
-    its blocks; `pydedup vacuum` lowers it.
+    Read amplification is the number of pages that the model reads, divided by the fewest that could
+    hold its blocks; `pydedup vacuum` lowers it.
     """
     with options.read_store(url) as store:
         figures = store.info(name)
@@ -112,9 +112,9 @@ def info(url: str, name: str, tensors: bool, as_json: bool) -> None:
 )
 @options.json_option
 def stats(url: str, by: str | None, as_json: bool) -> None:
-    """Show the store in numbers: what is in it, and what it occupies in its database.
+    """Show the store in numbers: what is in it, and how much of its database it occupies.
 
-    In SQLite that is the file, tables of your own in it included.
+    In SQLite that is the file, including tables of your own in it.
 
     With --by KEY, show for the models of each value: the size of their weights; "Shared", stored
     blocks that models of other values use too; and "Marginal", blocks that only they use, which is
@@ -219,7 +219,7 @@ def _why_at_least(url: str) -> str:
     """Say why the size of a database is not known."""
     if "+shards://" in url:
         return " (a shard does not answer)"
-    return " (this user is not told more: the server asks for the privilege PROCESS)"
+    return " (the server shows the size only to users with the privilege PROCESS)"
 
 
 def _database(figures: StoreStats) -> str:

@@ -44,14 +44,16 @@ _MOST_ROWS = 20
 @options.store_argument
 @click.argument("target", metavar="TARGET", shell_complete=options.complete_files)
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option("--all-versions", is_flag=True, help="All versions of each NAME, not the newest.")
+@click.option(
+    "--all-versions", is_flag=True, help="All versions of each NAME, not only the newest."
+)
 @click.option(
     "--on-conflict",
     type=click.Choice(ON_CONFLICT),
     default="error",
     show_default=True,
-    help="Where TARGET has another model as NAME@VERSION, or another version as NAME@ALIAS. error: "
-    "copy nothing. skip: leave it out. replace: put the copy in its place.",
+    help="What to do when TARGET has another model as NAME@VERSION, or another version as "
+    "NAME@ALIAS. error: copy nothing. skip: leave it out. replace: put the copy in its place.",
 )
 @options.memory_option
 @options.json_option
@@ -68,10 +70,10 @@ def copy(
 ) -> None:
     """Copy models from STORE to TARGET: all of them, or those named.
 
-    TARGET is a store like STORE, in the same or another database; it is created when it is not
-    there. An empty one gets the pages as they are, another one only the blocks that it does not
+    TARGET is a store like STORE, in the same or another database; it is created if it does not
+    exist. An empty one gets the pages as they are, another one only the blocks that it does not
     have. What arrives is read back and checked; then each model appears with its name, version,
-    aliases, policy and metadata. A copy that was cut off goes on when it is run again.
+    aliases, policy and metadata. A copy that was cut off continues when it is run again.
     """
     if all_versions and not names:
         raise click.UsageError("--all-versions goes with a NAME; without one, all are copied")
@@ -105,8 +107,8 @@ def backup(url: str, path: str, replace: bool, memory: str, as_json: bool, quiet
     """Write a whole store, of whatever database, to one file.
 
     FILE is itself a store, in SQLite, and every command takes it. It appears under its name when it
-    is complete and checked; until then it is FILE.partial, and a backup that was cut off goes on
-    there when it is run again. STORE may be used meanwhile.
+    is complete and checked; until then it is FILE.partial, where a backup that was cut off
+    continues when it is run again. STORE may be used meanwhile.
     """
     with options.read_store(url, memory) as store, Watch("opening", quiet=quiet) as watch:
         report = store.backup(path, replace=replace, progress=watch)
@@ -120,9 +122,9 @@ def backup(url: str, path: str, replace: bool, memory: str, as_json: bool, quiet
 @options.json_option
 @options.quiet_option
 def restore(path: str, url: str, memory: str, as_json: bool, quiet: bool) -> None:
-    """Write what `pydedup backup` put into FILE into STORE, which is empty or not there yet.
+    """Write the backup in FILE into STORE, which is empty or does not exist yet.
 
-    A restore that was cut off goes on when it is run again. To add the models of a backup to
+    A restore that was cut off continues when it is run again. To add the models of a backup to
     others, use `pydedup copy FILE STORE`.
     """
     try:

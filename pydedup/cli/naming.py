@@ -57,8 +57,8 @@ def alias(
 def rm(url: str, name: str, all_versions: bool, yes: bool, as_json: bool) -> int:
     """Remove a version, or all versions of a model. `pydedup vacuum` then gives the space back.
 
-    What is less than a quarter of a page that others use stays there. Asks first when it is run on
-    a terminal.
+    Less than a quarter of a page that others still use is not given back. Asks first when it is run
+    on a terminal.
     """
     with options.existing_store(url) as store:
         asks = not yes and sys.stdin is not None and sys.stdin.isatty()

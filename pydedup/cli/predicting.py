@@ -58,9 +58,9 @@ def predict(
 ) -> None:
     """Predict with a model whose layers the store knows, streaming its weights from its pages.
 
-    FILE is .npy, .npz or .json (nested lists, or an object of them by input), or '-' for any of
-    these on standard input. Several inputs are given as INPUT=FILE each. In JSON numbers with a
-    point become f32, others i64; null is NaN.
+    FILE is .npy, .npz or .json (nested lists, or an object with one for each input), or '-' for any
+    of these on standard input. Several inputs are given as INPUT=FILE each. In JSON, numbers with a
+    decimal point become f32, others i64; null is NaN.
     """
     suffix = None if target is None else Path(target).suffix.lower()
     if suffix not in (None, ".npy", ".npz", ".json"):

@@ -40,15 +40,15 @@ _SHOWN = 10
     "--source",
     metavar="URL",
     shell_complete=options.complete_files,
-    help="Database to read and write, when it is not that of the store.",
+    help="Database to read and write, if it is not that of the store.",
 )
 @click.option(
     "--on-error",
     type=click.Choice(("fail", "skip")),
     default="fail",
     show_default=True,
-    help="Where a row cannot be predicted. fail: stop, nothing of its batch written. skip: leave "
-    "it out and go on.",
+    help="What to do when a row cannot be predicted. fail: stop, with nothing of its batch "
+    "written. skip: leave it out and go on.",
 )
 @options.on_option("Score on")
 @click.option(
@@ -56,22 +56,22 @@ _SHOWN = 10
     multiple=True,
     metavar="PATH",
     shell_complete=options.complete_files,
-    help="With --on: Parquet files, or folders of them, in the place of --query; repeatable.",
+    help="With --on: Parquet files, or folders of them, instead of --query; may be repeated.",
 )
 @click.option(
-    "--columns", metavar="A,B,...", help="With --parquet-in: the columns to read, not all."
+    "--columns", metavar="A,B,...", help="With --parquet-in: the columns to read.  [default: all]"
 )
 @click.option(
     "--parquet-out",
     metavar="FOLDER",
     shell_complete=options.complete_files,
-    help="With --on: write Parquet files into a folder, in the place of --into.",
+    help="With --on: write Parquet files into a folder, instead of --into.",
 )
 @click.option(
     "--workers",
     metavar="N",
     type=click.IntRange(1, 10_000),
-    help="With --on: how many work.  [default: as many as there are CPUs for]",
+    help="With --on: how many workers.  [default: as many as there are CPUs for]",
 )
 @click.option(
     "--cpus-per-worker",
@@ -79,7 +79,7 @@ _SHOWN = 10
     type=click.IntRange(1, 1024),
     default=1,
     show_default=True,
-    help="With --on: CPUs of each, and threads.",
+    help="With --on: CPUs, and threads, of each worker.",
 )
 @click.option(
     "--max-deaths",
@@ -87,7 +87,7 @@ _SHOWN = 10
     type=click.IntRange(1, 1000),
     default=4,
     show_default=True,
-    help="With --on: workers that may die at one part of the work until it is left.",
+    help="With --on: workers that may die at one part of the work before it is given up.",
 )
 @options.memory_option
 @options.json_option
@@ -114,11 +114,11 @@ def score(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Predict each row that a query finds, and write it to a table of the same database.
+    """Predict each row of a query, and write the predictions to a table of the same database.
 
     The first column of the query is the key of its rows, the others are the features: numbers, a
     column each, or one column of bytes (float32), JSON or an array. Rows whose key is in the table
-    are skipped, so a run that was cut off goes on when it is run again, and no row is written
+    are skipped, so a run that was cut off continues when it is run again, and no row is written
     twice. The query runs with your own rights, in a read-only transaction.
 
     With --on, workers of a Ray cluster do it, also from and to Parquet files.
@@ -177,14 +177,14 @@ def _check(context: click.Context, on: str | None, **given: object) -> None:
     source = context.get_parameter_source
     for name in ours if on is None else ():
         if source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} wants --on", context)
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --on", context)
 
 
 def _print(report: ScoreReport) -> None:
     if report.resumed:
-        warn(f"going on with {report.model}, which the work began with")
+        warn(f"continuing with {report.model}, which the work began with")
     if not report.rows + report.skipped + report.failed:
-        output.print_note(f"the query finds no rows; table {report.table} is there")
+        output.print_note(f"the query finds no rows; table {report.table} exists")
         return
     said = f"scored {text.plural(report.rows, 'row')} with {report.model} into {report.table}"
     if report.skipped:

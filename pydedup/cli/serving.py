@@ -52,7 +52,7 @@ _PATH = options.FileToRead()
     type=click.Choice(POLICIES),
     default=DEFAULT_POLICY,
     show_default=True,
-    help="Which page of the store memory gives up when it is full.",
+    help="Which page goes when memory is full.",
 )
 @click.option(
     "--max-batch",
@@ -60,7 +60,7 @@ _PATH = options.FileToRead()
     type=click.IntRange(1),
     default=64,
     show_default=True,
-    help="Rows of requests that are predicted together.",
+    help="Most rows that are predicted together.",
 )
 @click.option(
     "--max-wait-ms",
@@ -68,7 +68,7 @@ _PATH = options.FileToRead()
     type=click.FloatRange(0, 60_000),
     default=2.0,
     show_default=True,
-    help="How long a request waits for others while one is predicted and a thread is free.",
+    help="How long a request waits for others while another is predicted and a thread is free.",
 )
 @click.option(
     "--threads",
@@ -82,7 +82,7 @@ _PATH = options.FileToRead()
     default="64MiB",
     show_default=True,
     callback=options.check_size,
-    help="Largest body of a request; all together may have four times as much.",
+    help="Largest body of a request; all requests together may have four times as much.",
 )
 @click.option(
     "--max-answer",
@@ -90,7 +90,8 @@ _PATH = options.FileToRead()
     default="64MiB",
     show_default=True,
     callback=options.check_size,
-    help="What a request may take beside --memory until it is answered; all together, four times.",
+    help="What a request may take on top of --memory until it is answered; all requests together, "
+    "four times as much.",
 )
 @click.option(
     "--max-queue",
@@ -134,7 +135,8 @@ _PATH = options.FileToRead()
 @click.option(
     "--replicas",
     metavar="N|MIN:MAX",
-    help="With --on: so many processes, each with its --memory; or as many as requests need.",
+    help="With --on: how many processes, each with --memory of its own; or, with MIN:MAX, as many "
+    "as requests need.",
 )
 @click.option("--access-log", is_flag=True, help="Log requests to standard error, in JSON lines.")
 @click.pass_context
@@ -164,14 +166,14 @@ def serve(
     """Serve the models of a store over HTTP until SIGTERM or Ctrl-C.
 
     The paths are those of the Open Inference Protocol v2 (KServe, Triton), with binary tensors and
-    the model repository; /metrics is for Prometheus. docs/http.md says all of it.
+    the model repository; /metrics is for Prometheus. For the details see docs/http.md.
     """
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
     if replicas is not None and on is None:
-        raise click.UsageError("--replicas goes with --on; without, there is one process")
+        raise click.UsageError("--replicas goes with --on; without it, there is one process")
     if record is not None and on is not None:
-        raise click.UsageError("--record is of one process: leave out --on")
+        raise click.UsageError("--record records one process: leave out --on")
     try:
         from pydedup.http.access import read_token
         from pydedup.http.options import ServeOptions as Chosen
@@ -284,7 +286,7 @@ def _serve_on(
 
 def _warn_if_open(host: str, token: bytes | None) -> None:
     if token is None and not host.startswith(_LOOPBACK):
-        warn(f"everybody who reaches {host} may use this server; {TOKEN_VARIABLE} sets a token")
+        warn(f"anybody who can reach {host} may use this server; {TOKEN_VARIABLE} sets a token")
 
 
 def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> None:

@@ -35,8 +35,9 @@ def _path_option(command: _F) -> _F:
 def sql(context: click.Context) -> None:
     """Functions inside of a PostgreSQL server that predict with the models of a store.
 
-    They are written in PL/Python (plpython3u) and lie in the store's schema: pydedup_predict(model,
-    f1, ...) and its like. In SQLite use pydedup.sql.register, see docs/scoring.md.
+    They are written in PL/Python (plpython3u) and live in the store's schema:
+    pydedup_predict(model, f1, ...) and others. For SQLite, use pydedup.sql.register: see
+    docs/scoring.md.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())  # as `pydedup` alone does
@@ -63,11 +64,11 @@ def install(url: str, python_path: str | None, as_json: bool) -> None:
     output.print_note(f"functions of pydedup {version} are in {where}")
 
 
-@sql.command(short_help="Take the functions out again.")
+@sql.command(short_help="Remove the functions again.")
 @options.store_argument
 @options.json_option
 def uninstall(url: str, as_json: bool) -> None:
-    """Take the functions out of the schema of STORE; models and the language PL/Python stay."""
+    """Remove the functions from the schema of STORE; models and the language PL/Python stay."""
     options.read_store(url).close()
     with registry.opened(url, mode="a") as adapter:
         _functions(adapter).drop_functions()
@@ -98,6 +99,6 @@ def _functions(adapter: object) -> FunctionsAdapter:
     if isinstance(adapter, FunctionsAdapter):
         return adapter
     raise ArgumentError(
-        "functions inside of the server are for PostgreSQL; in SQLite they are made known to a "
-        "connection by pydedup.sql.register, and everywhere there is pydedup score"
+        "only PostgreSQL has functions inside of the server; in SQLite, pydedup.sql.register adds "
+        "them to a connection, and pydedup score works with every database"
     )

@@ -90,8 +90,8 @@ def load(
 ) -> None:
     """Read the tensors of a model.
 
-    Without -o it prints what they are and the extremes of their values, and with --tensor also
-    the values themselves. One tensor at a time is held in memory.
+    Without -o, print what they are and the range of their values, and with --tensor also the values
+    themselves. One tensor at a time is held in memory.
     """
     wanted = None if dtype is None else DType.of_floats(dtype)
     _check_target(target, tensor, as_json)

@@ -42,12 +42,12 @@ def quota(
 ) -> None:
     """Limit what the models with a value of metadata, such as tenant=acme, may take together.
 
-    An add that would take them over SIZE (such as 1.5GB; 0 for nothing) is refused. KEY alone is
-    for each value of it that has no quota of its own. Without SIZE, list the quotas and what is
-    used of them; of KEY alone, what the value uses that uses most.
+    An add that would take them over SIZE (such as 1.5GB; 0 for nothing) is refused. KEY alone
+    limits each of its values that has no quota of its own. Without SIZE, list the quotas and what
+    is used of them; for KEY alone, that is what the value with the largest use takes.
     """
     if delete and (subject is None or limit is not None):
-        raise click.UsageError("--delete takes the KEY=VALUE of the quota, and no SIZE")
+        raise click.UsageError("--delete takes the KEY=VALUE of the quota, without a SIZE")
     if delete or limit is not None:
         assert subject is not None
         _change(url, *_parsed(subject), limit, measure, as_json)
@@ -213,8 +213,8 @@ def print_usage(store: Store, key: str, as_json: bool) -> None:
             row += ["-", "-"] if quota is None else _held(quota, value)
     print_table(columns, rows)
     output.print_note(
-        f"blocks that several share take {text.size(usage.shared_bytes)}, counted once; with all "
-        f"that is marginal, {text.size(usage.used_bytes)} are used",
+        f"blocks that several share take {text.size(usage.shared_bytes)}, counted once; all blocks "
+        f"in use take {text.size(usage.used_bytes)}",
         "dim",
     )
 

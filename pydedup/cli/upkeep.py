@@ -40,8 +40,8 @@ _READS_COLUMNS = (
     metavar="NAME MODULE:FUNCTION",
     nargs=2,
     multiple=True,
-    help="Also evaluate a model that was added with the policy accuracy, and hold the metric "
-    "against its certificate; may be repeated.",
+    help="Also evaluate a model that was added with the policy accuracy, and compare the metric "
+    "with its certificate; may be repeated.",
 )
 @click.option(
     "--repair-from",
@@ -58,12 +58,12 @@ def verify(
 ) -> int:
     """Check every page, block and block map against what was recorded.
 
-    Nothing is changed without --repair-from. With it, damaged pages are replaced by new ones, of
-    blocks that are still as recorded and those that the other store or file has; other models are
-    served meanwhile. What was found nowhere is listed with the models that miss it, and can be
-    tried again from elsewhere. All else that is printed is how things are after the repair.
+    Nothing is changed without --repair-from. With it, damaged pages are replaced by new ones, made
+    of blocks that are still as recorded and of those that the other store or file has; other
+    models are served meanwhile. Blocks found in neither are listed with the models that miss them;
+    try again with another source. All else that is printed is the state after the repair.
 
-    The exit status is 1 when something is damaged, or could not be checked since its server does
+    The exit status is 1 when something is damaged, or could not be checked because its server does
     not answer, or a metric is below what was promised.
     """
     evaluate = {name: options.load_function(place) for name, place in metrics}
@@ -166,8 +166,8 @@ def _why(missing: MissingBlocks) -> str:
 @click.option(
     "--replace",
     is_flag=True,
-    help="First let the one new, empty database in STORE take the place of a shard that is lost "
-    "for good.",
+    help="First put the one new, empty database in STORE in the place of a shard that is lost for "
+    "good.",
 )
 @options.json_option
 @options.quiet_option
@@ -175,14 +175,14 @@ def refill(url: str, replace: bool, as_json: bool, quiet: bool) -> int:
     """Put back copies of pages that are missing or damaged, where STORE keeps several.
 
     Each comes from another copy that is whole, by its checksum. Serving, adding and vacuuming go on
-    meanwhile, and when it was cut off, running it again does what is left.
+    meanwhile; if it is cut off, running it again does what is left.
 
-    A shard that is lost for good is replaced with --replace: write a new, empty database in its
-    place in STORE. What was lost is refused from then on, should it come back. When no database in
+    A shard that is lost for good is replaced with --replace: in STORE, write a new, empty database
+    in its place. The lost one is refused from then on, should it come back. When no database in
     STORE is empty, nothing is replaced.
 
-    The exit status is 1 when a page has no whole copy left, or a database did not answer or takes
-    no changes.
+    The exit status is 1 when a page has no whole copy left, or a database did not answer or does
+    not accept changes.
     """
     replaced = pydedup.Store.replace_lost(url) if replace else None
     try:
@@ -222,8 +222,8 @@ def _print_refill(report: RefillReport, seconds: float) -> None:
         output.print_note(f"not refilled: {said}", "red")
     if report.failed:
         output.print_note(
-            "run it again when that is mended; a shard that is lost for good is replaced by a new, "
-            "empty database in its place, with --replace",
+            "run it again when that is fixed; --replace puts a new, empty database in the place of "
+            "a shard that is lost for good",
             "dim",
         )
     for page, models in report.lost.items():
@@ -255,24 +255,29 @@ def _print_refill(report: RefillReport, seconds: float) -> None:
     show_default=True,
     help="Keep pages that were retired less than this long ago.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what it would save; change nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what vacuum would save; change nothing.")
 @options.memory_option
 @options.json_option
 @options.quiet_option
 def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, quiet: bool) -> None:
     """Free what nobody uses, and repack pages where models read more of them than they must.
 
-    Only pages are written anew that others make fewer, or that models then read fewer of, by a
-    tenth of their number at least, and those of which nobody uses a quarter.
-    What abandoned adds left behind goes as well. Reading goes on meanwhile. With --dry-run the
-    figures are what vacuum would do now: exact, but for the size of the store.
+    Pages are rewritten only where it pays: where each new page saves at least a tenth of one,
+    stored or read, or where a quarter of an old page is unused. Remains of abandoned adds are
+    deleted as well. Reading goes on meanwhile. With --dry-run the figures say what vacuum would do
+    now: exactly, except for the size of the store.
     """
     opened = (options.read_store if dry_run else options.existing_store)(url, memory)
     with opened as store, Watch("vacuum", quiet=quiet) as watch:
         report = store.vacuum(grace_seconds=grace, dry_run=dry_run, progress=watch)
     if as_json:
         output.emit_json(dataclasses.asdict(report))
-        return
+    else:
+        _print_vacuum(report, dry_run)
+
+
+def _print_vacuum(report: VacuumReport, dry_run: bool) -> None:
+    """Say what was freed, or would be."""
     changed = [model for model in report.models if model.before != model.after]
     if dry_run and changed:
         rows = [[m.model, *map(text.count, (m.before, m.after, m.least))] for m in changed]
@@ -283,49 +288,41 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
         output.print_note(
             f"not repacked, a later vacuum tries again: {report.not_repacked}", "yellow"
         )
-    output.print_fields(
-        [
-            (
-                "freed",
-                # Less what took their place; with --grace, that comes before they go.
-                f"{text.plural(max(report.freed_pages - report.repacked_pages, 0), 'page')}, "
-                f"{text.size(max(report.freed_bytes - report.repacked_bytes, 0))}",
-            ),
-            ("repacked", _repacked(report)),
-            (
-                "pages",
-                f"{text.count(report.pages_before)} -> {text.count(report.pages_after)}, "
-                f"{text.size(report.page_bytes_before)} -> {text.size(report.page_bytes_after)}",
-            ),
-            (
-                "page reads",
-                f"{text.count(sum(model.before for model in report.models))} -> "
-                f"{text.count(sum(model.after for model in report.models))} (all models)",
-            ),
-            (
-                "read amplification",
-                f"{text.ratio(report.amplification_before)} -> "
-                f"{text.ratio(report.amplification_after)} (pages read / least possible, worst "
-                "model)",
-            ),
-            (
-                "store",
-                f"{text.size_at_least(report.stored_bytes_before, report.stored_bytes_exact)} -> "
-                f"{'about ' if dry_run else ''}"
-                f"{text.size_at_least(report.stored_bytes_after, report.stored_bytes_exact)}",
-            ),
-            *(
-                [("abandoned adds", text.count(report.abandoned_adds))]
-                if report.abandoned_adds
-                else []
-            ),
-            *(
-                [("in grace", f"{text.plural(report.waiting_pages, 'page')} wait for --grace")]
-                if report.waiting_pages
-                else []
-            ),
-        ]
-    )
+    fields = [
+        (
+            "freed",
+            # Less what took their place; with --grace, that comes before they go.
+            f"{text.plural(max(report.freed_pages - report.repacked_pages, 0), 'page')}, "
+            f"{text.size(max(report.freed_bytes - report.repacked_bytes, 0))}",
+        ),
+        ("repacked", _repacked(report)),
+        (
+            "pages",
+            f"{text.count(report.pages_before)} -> {text.count(report.pages_after)}, "
+            f"{text.size(report.page_bytes_before)} -> {text.size(report.page_bytes_after)}",
+        ),
+        (
+            "page reads",
+            f"{text.count(sum(model.before for model in report.models))} -> "
+            f"{text.count(sum(model.after for model in report.models))} (all models)",
+        ),
+        (
+            "read amplification",
+            f"{text.ratio(report.amplification_before)} -> "
+            f"{text.ratio(report.amplification_after)} (pages read / least possible, worst model)",
+        ),
+        (
+            "store",
+            f"{text.size_at_least(report.stored_bytes_before, report.stored_bytes_exact)} -> "
+            f"{'about ' if dry_run else ''}"
+            f"{text.size_at_least(report.stored_bytes_after, report.stored_bytes_exact)}",
+        ),
+    ]
+    if report.abandoned_adds:
+        fields.append(("abandoned adds", text.count(report.abandoned_adds)))
+    if report.waiting_pages:
+        fields.append(("in grace", f"{text.plural(report.waiting_pages, 'page')} wait for --grace"))
+    output.print_fields(fields)
 
 
 def _repacked(report: VacuumReport) -> str:

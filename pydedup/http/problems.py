@@ -46,7 +46,7 @@ def bad(where: str, problem: str, status: int = 400) -> HttpError:
 
 
 def problem_of(error: BaseException) -> HttpError:
-    """Return what a client is told of an exception."""
+    """Return what a client gets to know of an exception."""
     if isinstance(error, HttpError):
         return error
     text = _short(str(error) or type(error).__name__)

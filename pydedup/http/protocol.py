@@ -33,7 +33,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     #: Whether the body of a request is to come that httptools takes to be complete.
     _body_follows = False
-    #: Whether the parser is told again of the head of such a request.
+    #: Whether the parser gets the head of such a request once more.
     _is_repeated = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

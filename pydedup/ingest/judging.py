@@ -132,8 +132,8 @@ class Judge:
             raise EvaluationError(
                 f"evaluate gave {first.metric!r} and then {second.metric!r} for the same weights, "
                 f"values that differ by up to {apart.max():.3g}: is there chance in it (dropout, "
-                "sampling, shuffled rows), or a module in training mode? Mend that, or allow for "
-                "it with deterministic=False"
+                "sampling, shuffled rows), or a module in training mode? Fix that, or allow for it "
+                "with deterministic=False"
             )
         scores = None
         if first.scores is not None and second.scores is not None:

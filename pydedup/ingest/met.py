@@ -22,7 +22,7 @@ __all__ = ["MetTensors"]
 class MetTensors:
     """References of the blocks of tensors that were matched. Not thread-safe.
 
-    Who matched them keeps the references too, so that a tensor takes one entry here.
+    Whoever matched them keeps the references too, so that a tensor takes one entry here.
     """
 
     def __init__(self, reader: BlockReader) -> None:

@@ -68,7 +68,7 @@ class VerifyReport:
             if row.page_id in self.damaged_pages:
                 continue
             place = f"page {row.page_id}, slot {row.slot}"
-            self.add_error(f"{place}: recorded, and there is no such block")
+            self.add_error(f"{place}: recorded, but there is no such block")
             self.surplus_blocks.append(row.id)
 
     def add_error(self, text: str) -> None:
@@ -141,8 +141,7 @@ class Damage:
         for page_id in sorted(damaged):
             self.note(page_id, ": its row is damaged")
         for page_id in sorted(set(missing).difference(damaged)):
-            state = states.get(page_id)
-            self.note(page_id, ": it is missing" + (f", being {state}" if state else ""))
+            self.note(page_id, f": it is {states.get(page_id, 'missing')}")
 
     def note_unreadable(self, page_id: int, said: str) -> None:
         """Record a page that the database refuses to read."""

@@ -50,9 +50,9 @@ _UNREADABLE = (CorruptStoreError, PageNotFoundError, UnavailableError)
 def refuse_pages_in_use(adapter: Adapter, page_ids: Collection[int]) -> None:
     """Raise CorruptStoreError when the block map of a live model names one of these pages.
 
-    For pages that are about to be deleted since nobody is recorded as reading them. Who publishes
-    later names no page that is not live. Reads of all block maps the lists of their pages, and
-    nothing where there are no pages: of 3,000 models of 21 tensors in a quarter of a second.
+    For pages that are about to be deleted since nobody is recorded as reading them. Models that are
+    published later name no page that is not live. Where there are such pages, it reads of all block
+    maps the lists of pages: for 3,000 models of 21 tensors in a quarter of a second.
     """
     doomed = np.array(sorted(page_ids), np.int64)
     if not len(doomed):
@@ -71,8 +71,8 @@ def refuse_pages_in_use(adapter: Adapter, page_ids: Collection[int]) -> None:
             if used:
                 pages = f"{plural(len(used), 'page')} ({listed([str(page) for page in used])})"
                 raise CorruptStoreError(
-                    f"{address} uses {pages} given up as nobody's, so nothing is deleted; run "
-                    "verify --repair-from on the store"
+                    f"{address} uses {pages} that were to be deleted as unused, so nothing is "
+                    "deleted; run verify --repair-from on the store"
                 )
 
 

@@ -123,7 +123,7 @@ def vacuum_store(
     ------
     ReadOnlyError, ConflictError, StorageFullError, UnavailableError
     CorruptStoreError
-        When a model uses a page that is recorded as nobody's; it is not deleted.
+        When a model uses a page that is recorded as unused; it is not deleted.
     """
     stored_before = adapter.stored_bytes()
     reads_before = read_amplification(adapter)

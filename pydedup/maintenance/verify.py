@@ -89,12 +89,12 @@ def _note_leftovers(adapter: Adapter, damaged: Collection[int], report: VerifyRe
     for row in models:
         if row.state not in (STAGING, LIVE):
             report.add_error(
-                f"{row.name}@{row.version} is {row.state!r}, which no model can be, so it is not "
-                "served; restore a backup"
+                f"{row.name}@{row.version} is {row.state!r}, a state that no model has, so it is "
+                "not served; restore a backup"
             )
     for model_id in sorted(lost_models(adapter).difference(damaged, (row.id for row in models))):
         report.add_error(
-            f"the row of the model with id {model_id} is lost, whose pages are there; restore a "
+            f"the row of the model with id {model_id} is lost, but its pages are there; restore a "
             "backup"
         )
     staging = sum(row.state == STAGING for row in models)

@@ -144,7 +144,7 @@ class ModelChecks:
         if is_right or {row[1] for row in recorded}.isdisjoint(amiss):
             report.wrong_readers.append(model.address)
         pages = listed([str(page_id) for page_id in amiss])
-        report.add_error(f"{model.address}: what it reads is recorded wrongly, of pages {pages}")
+        report.add_error(f"{model.address}: what it reads is recorded wrongly for pages {pages}")
 
 
 def verify_meta(adapter: Adapter, report: VerifyReport) -> None:

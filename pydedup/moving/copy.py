@@ -2,7 +2,7 @@
 """Copying models from one store to another, one by one, each published when it is complete.
 
 So a copy that ends early leaves whole models, and the next one goes on behind them. What arrived
-is read back and held against its hashes before it is published.
+is read back and compared with its hashes before it is published.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 What an earlier model of this copy brought is known. A page that the destination has as it is,
 byte by byte, is taken for that. Into an empty store, pages of which all blocks are wanted go whole
-and unread. All other blocks are decoded, held against their hash, and looked for by it, bytes
+and unread. All other blocks are decoded, checked against their hash, and looked up by it, bytes
 compared; what is new goes to the spool as it is encoded. A delta whose base the destination has,
 but as a delta, cannot stay one on it, and is matched as an add would.
 """

@@ -85,7 +85,7 @@ class MovedModel(StagedModel):
         taken = {alias for aliases in pointing.values() for alias in aliases}
         if self.item.row.version in taken:
             raise DuplicateError(
-                f"{adapter.url} has an alias {self.address} since a moment ago; start again"
+                f"{adapter.url} has an alias {self.address} since a moment ago; run it again"
             )
         _point(adapter, self.item, self.model_id, list(dict.fromkeys([*moved, *self.item.aliases])))
 
@@ -126,6 +126,6 @@ def _point(target: Adapter, item: Item, model_id: int, aliases: Sequence[str]) -
         if is_version or (elsewhere and not item.moves_aliases):
             what = "a version" if is_version else "an alias of another version"
             raise DuplicateError(
-                f"{target.url} has {name}@{alias} as {what} since a moment ago; start again"
+                f"{target.url} has {name}@{alias} as {what} since a moment ago; run it again"
             )
         target.set_alias(name, alias, model_id)

@@ -212,7 +212,7 @@ def _end(job: Job, settings: Settings, total: _Total) -> None:
             if job.dataset is not None and not work.target.is_there:
                 raise ArgumentError(
                     f"no row of the dataset was predicted, and so table {job.table} was not "
-                    "created: of what type its key is cannot be told without one"
+                    "created: without one, the type of its key is not known"
                 )
             work.end()
     if job.pin is not None:

@@ -57,7 +57,7 @@ def scored(
     except Exception as error:
         if not is_lost(error):
             raise
-        raise ClusterError(f"{LOST}; run it again to go on") from error
+        raise ClusterError(f"{LOST}; run it again to continue") from error
 
 
 def _of_dataset(
@@ -89,8 +89,8 @@ def _of_dataset(
             deaths += 1
             if deaths >= _MOST_DEATHS:
                 raise ClusterError(
-                    f"what reads the dataset died {deaths} times without more done (the last: "
-                    f"{cause_of(error)}); see that there is memory for it, and run it again"
+                    f"the reader of the dataset died {deaths} times without progress (the last "
+                    f"time: {cause_of(error)}); see that it has enough memory, and run it again"
                 ) from None
             yield None
         finally:

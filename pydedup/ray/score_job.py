@@ -267,7 +267,7 @@ class Job:
         every = min(_BOUND_EVERY, part_rows)
         bounds = self.rows.key_bounds(self.query, key, every)
         for one in bounds:
-            to_json(one)  # so that one of a type that has no hash is told as that
+            to_json(one)  # for the better error about a type that has no hash
         wanted = _rows_of_part(len(bounds) * every, part_rows, workers)
         step = max(wanted // every, -(-len(bounds) // _MOST_PARTS), 1)
         # Keys that more rows have than a part has are one bound.

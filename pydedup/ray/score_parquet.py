@@ -85,8 +85,8 @@ def _values(column: Any, about: RowColumn) -> list[object]:
         values: list[object] = column.to_pylist()
     except (OverflowError, ValueError) as error:
         raise ArgumentError(
-            f"column {about.name!r} has a value that Python has not, such as a date beyond the "
-            f"year 9999 or a text that is no UTF-8 ({error}); make it an integer or bytes, or "
+            f"column {about.name!r} has a value that Python does not have, such as a date beyond "
+            f"the year 9999 or a text that is no UTF-8 ({error}); make it an integer or bytes, or "
             "leave out its row"
         ) from error
     if isinstance(kind, pa.BaseExtensionType):  # such as tensors of Ray Data
@@ -170,7 +170,7 @@ def cut_files(
                 (f.name, f.type) for f in wanted
             ]:
                 raise ArgumentError(
-                    f"{path} and {files[0]} have not the same columns of the same types; score "
+                    f"{path} and {files[0]} do not have the same columns of the same types; score "
                     "them one after the other, or name columns that they share"
                 )
             wanted = fields
@@ -227,7 +227,7 @@ def read_part(
     """Stream the rows of a part. Raises FormatError, ArgumentError when the file is another one."""
     if not Path(part.path).is_file() or Path(part.path).stat().st_size != part.size:
         raise ArgumentError(
-            f"{part.path} is not what it was when the work began, or not on all machines"
+            f"{part.path} has changed since the work began, or is not the same on all machines"
         )
     with opened(part.path) as file:
 

@@ -69,8 +69,8 @@ def to_json(key: object) -> object:
         return key
     if type(key) not in _TAGGED:
         raise ArgumentError(
-            f"the key {key!r} is of type {type(key).__name__}, in which the work cannot be cut; "
-            "cast it to an integer or a text in the query"
+            f"the key {key!r} is of type {type(key).__name__}, by which the work cannot be "
+            "divided; cast it to an integer or a text in the query"
         )
     tag, write, _ = _TAGGED[type(key)]
     return {tag: write(key)}
@@ -126,7 +126,7 @@ class FilePart:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a worker is told: all that it needs, and no password that shows.
+    """What a worker is given: all that it needs, and no password that shows.
 
     Attributes
     ----------
@@ -256,7 +256,7 @@ class TableNotes:
 class FolderNotes:
     """Notes beside Parquet files: what the work is, and a file for each part that is done.
 
-    Who writes a part marks it, when its file has its name.
+    The worker that writes a part marks it, once its file has its name.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -204,7 +204,9 @@ class Pool:
             self._dead(number, piece, error)
             return None
         except self._any_error as error:
-            raise ClusterError(f"Ray gave up: {words_of(error)}; run it again to go on") from None
+            raise ClusterError(
+                f"Ray gave up: {words_of(error)}; run it again to continue"
+            ) from None
         self._idle.append(actor)
         if number is None:
             return None
@@ -231,7 +233,7 @@ class Pool:
                 to_do = "see that the same pydedup and the driver are on all machines"
             raise ClusterError(
                 f"Ray's workers died {self._in_a_row} times without a part done{parts} (the last: "
-                f"{cause_of(error)}); {to_do}, and run it again to go on"
+                f"{cause_of(error)}); {to_do}, and run it again to continue"
             )
 
     def _named(self, piece: tuple[int, Any]) -> str:

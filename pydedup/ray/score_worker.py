@@ -56,7 +56,7 @@ def rows_of(adapter: Adapter, source: str | None, into: str | None) -> Iterator[
 
 
 class _StoppedError(Exception):
-    """Who began the work wants no more of it."""
+    """The driver wants no more of it."""
 
 
 class Scorer:

@@ -96,8 +96,8 @@ def input_kind(graph: Graph, shapes: Mapping[str, Sequence[int]], model: str) ->
     """
     if len(graph.inputs) != 1:
         raise ArgumentError(
-            f"{model} takes several inputs ({', '.join(graph.inputs)}); rows of SQL are one, so "
-            "predict with it in Python"
+            f"{model} takes several inputs ({', '.join(graph.inputs)}); a row of SQL is one input, "
+            "so predict with it in Python"
         )
     names = {graph.inputs[0]}
     width: int | None = None

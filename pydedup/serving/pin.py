@@ -28,7 +28,7 @@ class Pin:
     from the beginning to the end of the work; the same work is the same query, table and address,
     however the database is called.
     In it are the runs that may have written something, so that the last of those that wrote nothing
-    takes it back. Who is killed stays in it.
+    takes it back. A run that is killed stays in it.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Pin:
     def _forget_removed(self) -> None:
         """Forget what the work began with by other addresses, if it was removed.
 
-        Who asks by those was told to name a version, and now that has done the work.
+        Runs by those names were told to name a version, and now that one has done the work.
         """
         name = parse_address(self._address).name
         aliases = (alias for _, alias, _ in self._adapter.aliases(name))

@@ -361,10 +361,10 @@ class Scoring:
             self._write(dict(lines[half:]))
             return
         raise ConflictError(
-            f"others write the same rows to {self._table}, or it takes some of these keys for one: "
-            f"{', '.join(map(repr, _alike(made)[:_ALIKE]))}; try again, or leave all but one of "
-            "them out of the query. Or what is written breaks a unique index of another column: "
-            "drop that, or name another table"
+            f"other writers write the same rows to {self._table}, or it takes some of these keys "
+            f"for the same: {', '.join(map(repr, _alike(made)[:_ALIKE]))}; try again, or leave all "
+            "but one of them out of the query. Or what is written breaks a unique index of another "
+            "column: drop that, or name another table"
         )
 
     def _refusal(self, failures: Sequence[RowFailure]) -> str:

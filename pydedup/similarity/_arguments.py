@@ -79,7 +79,7 @@ def as_number(value: object, name: str) -> float:
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"{name} must be a number, not {value!r}") from error
     if math.isnan(number) or number < 0:
-        raise ArgumentError(f"{name} must be a number from 0 on, not {value!r}")
+        raise ArgumentError(f"{name} must be 0 or more, not {value!r}")
     return number
 
 

@@ -120,7 +120,7 @@ class PagesContract(ContractBase):
     def test_between_two_pages_all_else_may_be_done(
         self, adapter: Adapter, *, in_snapshot: bool
     ) -> None:
-        """Who reads pages may meanwhile read others, and outside of a snapshot write."""
+        """While pages are read, others may be, and outside of a snapshot written."""
         pages = add_random_pages(adapter, 40)
         with adapter.snapshot() if in_snapshot else contextlib.nullcontext():
             for number, (page_id, payload) in enumerate(adapter.read_pages(list(pages))):
@@ -134,7 +134,7 @@ class PagesContract(ContractBase):
         assert len(adapter.page_rows()) == (40 if in_snapshot else 43)
 
     def test_reading_may_be_given_up(self, adapter: Adapter) -> None:
-        """Who has seen enough pages leaves nothing behind that is in the way of what comes next."""
+        """A reading that ends early leaves nothing behind that is in the way of what comes next."""
         pages = add_random_pages(adapter, 40)
         for count in range(0, 40, 4):
             reading = adapter.read_pages(list(pages))

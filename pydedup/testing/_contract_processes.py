@@ -280,7 +280,7 @@ class ProcessesContract(ContractBase):
         in_child(adapter, adapter.count_blocks, 3)
 
     def test_a_transaction_left_in_a_child_commits_nothing(self, adapter: Adapter) -> None:
-        """A child that runs to the end of its parent's block is told, and changes nothing."""
+        """A child that runs to the end of its parent's block gets an error, and changes nothing."""
         child = -1
         try:
             with adapter.transaction():

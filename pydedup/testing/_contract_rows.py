@@ -26,7 +26,7 @@ class RowsContract(ContractBase):
     # ---- schema and meta ----------------------------------------------------------------------
 
     def test_an_empty_place_has_no_schema(self, url: str) -> None:
-        """An empty place is told from a store."""
+        """An empty place is distinguished from a store."""
         from pydedup import registry
 
         adapter = registry.connect(url, mode="a")
@@ -200,7 +200,7 @@ class RowsContract(ContractBase):
         assert [row.id for row in adapter.models(state=None)] == [second]
 
     def test_only_what_is_given_is_updated(self, adapter: Adapter) -> None:
-        """Each column can be changed alone; a missing row is told."""
+        """Each column can be changed alone; a missing row is reported."""
         with adapter.transaction():
             model_id = adapter.insert_model(model_row())
             other = adapter.insert_model(model_row("other"))

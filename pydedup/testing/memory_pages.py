@@ -84,7 +84,7 @@ class MemoryPages:
             What `add` returned ``base_map`` for: of the same shape, and of the same dtype or both
             of floats.
         every
-            Every so-manieth block is a delta, where that is smaller; the others are raw.
+            One in so many blocks is a delta, where that is smaller; the others are raw.
         max_rel_error
             ``None`` for exact deltas, otherwise as in `codec.encode_deltas`.
         """

@@ -154,7 +154,7 @@ class RowAdapterContract(abc.ABC):
     def test_the_database_says_what_is_wrong(
         self, adapter: RowAdapter, url: str, table: str
     ) -> None:
-        """A mistake in a query is told in the words of the database, which name the culprit."""
+        """A mistake in a query is reported in the words of the database, which name the culprit."""
         self.fill(url, table, 1)
         query = f"SELECT missing_one FROM {table}"
         with pytest.raises(ArgumentError, match="missing_one"), adapter.read_rows(query, 10):

@@ -89,7 +89,7 @@ def replace_and_refill(url: str, phase: str | None, tell: Callable[[], object]) 
 @pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_a_killed_refill_is_done_again(place: ShardedPlace) -> None:
     def url_with(number: int) -> str:
-        """The URL of the store with the so-manieth database that is its second shard."""
+        """The URL of the store with the database of this number as its second shard."""
         shard = with_option(place.servers[1], f"schema={place.schema}_{number}")
         return place.url(2, shards=[0, shard, 2])
 

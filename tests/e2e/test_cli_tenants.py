@@ -138,7 +138,7 @@ def test_a_key_that_no_model_has(folder: Path, tmp_path: Path) -> None:
     [
         (("tenant=a", "--delete"), 3, "there is no quota for tenant=a; there is none at all"),
         (("--delete",), 2, "--delete takes the KEY=VALUE"),
-        (("tenant=a", "5", "--delete"), 2, "and no SIZE"),
+        (("tenant=a", "5", "--delete"), 2, "without a SIZE"),
         (("tenant=a", "much"), 2, "'much' is not a size"),
         (("tenant=a", "1.5"), 2, "write a unit, e.g. 1.5GB"),
         (("tenant=a", "-5"), 2, "-5"),

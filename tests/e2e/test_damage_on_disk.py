@@ -163,7 +163,7 @@ def test_a_block_map_that_names_the_same_bytes_of_another_type(tmp_path: Path) -
             store.load("whole")
         assert {
             "whole@1, tensor 'w': 1 blocks on page 1 are not the source's",
-            "whole@1: what it reads is recorded wrongly, of pages 1, 2",
+            "whole@1: what it reads is recorded wrongly for pages 1, 2",
         } <= set(store.verify().errors)
 
 
@@ -350,7 +350,7 @@ def test_a_page_is_repaired_beside_a_damaged_row_of_a_model(
     [
         (
             "models SET state = 'lively' WHERE id = 2",
-            "two@1 is 'lively', which no model can be, so it is not served; restore a backup",
+            "two@1 is 'lively', a state that no model has, so it is not served; restore a backup",
         ),
         ("artifacts SET payload = x'7b'", "the graph of two@1 cannot be read: "),
         ("models SET name = 't@o' WHERE id = 2", "t@o@1 is damaged: the name 't@o' holds '@'"),

@@ -442,7 +442,7 @@ def test_a_store_of_another_version_is_refused(
 @pytest.mark.parametrize(
     ("statement", "said"),
     [
-        ("DELETE FROM pydedup_tensors WHERE model_id = 1 AND ordinal = 0", "misses its tensor"),
+        ("DELETE FROM pydedup_tensors WHERE model_id = 1 AND ordinal = 0", "lacks its tensor"),
         ("UPDATE pydedup_tensors SET shape = '[64' WHERE model_id = 1", "cannot be read"),
         ("UPDATE pydedup_tensors SET shape = '[-64, 4]' WHERE model_id = 1", "cannot be read"),
         ("UPDATE pydedup_tensors SET block_shape = '[]' WHERE model_id = 1", "cannot be read"),

@@ -127,7 +127,7 @@ def test_ctrl_c(
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert "interrupted" in done.stderr
-    assert "run it again to go on" in done.stderr
+    assert "run it again to continue" in done.stderr
     assert "Traceback" not in done.stderr
     out, _ = run(command, source_url, url)
     assert "; 2 models were there" in out

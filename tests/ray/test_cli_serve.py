@@ -50,7 +50,7 @@ def test_a_server_that_all_may_use_is_told(
     assert main(["serve", "sqlite:///m.db", "--on", "auto", "--host", "127.0.0.1"]) == 0
     out, err = capsys.readouterr()
     assert address in out
-    warned = f"pydedup: everybody who reaches {open_to} may use this server; PYDEDUP_TOKEN sets a"
+    warned = f"pydedup: anybody who can reach {open_to} may use this server; PYDEDUP_TOKEN sets a"
     if open_to is None or token is not None:
         assert err == ""
     else:

@@ -211,7 +211,9 @@ def test_values_that_python_lacks_are_told(
     """As "a Ray worker failed: OverflowError"."""
     keys = pa.array([10**7 + n for n in range(ROWS)], pa.int32()).cast(pa.date32())
     data = written(tmp_path / "in", table_of(scored_file, keys))
-    with pytest.raises(ArgumentError, match="column 'id' has a value that Python has not, such as"):
+    with pytest.raises(
+        ArgumentError, match="column 'id' has a value that Python does not have, such as"
+    ):
         score(data, scored_file.url, tmp_path / "out")
 
 

@@ -290,12 +290,12 @@ class Dying:
 def test_a_dataset_whose_reader_dies_at_the_same_place_each_time_is_given_up() -> None:
     """It was read again without end: the blocks before that place are told each time."""
     ray = Dying([5, 5], *[[0, 0]] * 200)
-    with pytest.raises(ClusterError, match="died 20 times without more done"):
+    with pytest.raises(ClusterError, match="died 20 times without progress"):
         list(score_feed._of_dataset(ray, None, cast(Any, None), 1, 4))
     assert ray.begun == 20
     # Fewer blocks of which rows were written, and more that had been done, are both a step ahead.
     ray = Dying([5, 5], *[[0]] * 18, [5], *[[0, 0]] * 18, [0, 0, 0], *[[0, 0]] * 200)
-    with pytest.raises(ClusterError, match="died 20 times without more done"):
+    with pytest.raises(ClusterError, match="died 20 times without progress"):
         list(score_feed._of_dataset(ray, None, cast(Any, None), 1, 4))
     assert ray.begun == 58
 

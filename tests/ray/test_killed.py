@@ -138,7 +138,7 @@ def test_killed_workers_lose_nothing(
                 break
             except ClusterError as error:
                 # On a busy machine workers may be killed 20 times before one has done anything.
-                assert "run it again to go on" in str(error)  # noqa: PT017
+                assert "run it again to continue" in str(error)  # noqa: PT017
                 ends += 1
                 assert ends <= wanted // 20
     finally:

@@ -44,9 +44,9 @@ def test_a_connection_that_is_lost_ends_the_commands(scored_file: Scored) -> Non
                 (_, why), (told, error) = (one.communicate(timeout=120) for one in (scorer, server))
         assert scorer.returncode == server.returncode == 4, why + error
         lost = "pydedup: error: the connection to the Ray cluster was lost"
-        assert f"{lost}; run it again to go on" in why
+        assert f"{lost}; run it again to continue" in why
         assert "local Ray" not in why + error
-        assert f"{lost}; where that lives, it goes on to serve, and the same command" in error
+        assert f"{lost}; if the cluster lives, it goes on serving, and the same command" in error
         address = re.search(r"http://[\d.:]+", hello + told)
         assert address is not None
         with urllib.request.urlopen(f"{address.group()}/v2/models/m") as answer:

@@ -176,7 +176,7 @@ def test_a_second_command_leaves_the_first_alone(cluster: Any, server: Server, u
         assert "pydedup serves 1 model" in first.stdout.readline()
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 4, done
-        assert "serves on this Ray cluster already, and stays as it is" in done.stderr
+        assert "is serving on this Ray cluster already" in done.stderr
         assert server.infer("m", ASKED).status == 200
         first.send_signal(signal.SIGKILL)
     # One that was killed is in nobody's way: what it left is taken over.

@@ -195,10 +195,10 @@ def test_work_is_cut_by_keys_of_any_type(
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("ARRAY[n]", "of type list, in which the work cannot be cut"),
+        ("ARRAY[n]", "of type list, by which the work cannot be divided"),
         (
             "CASE WHEN n < 3 THEN to_jsonb(n) ELSE jsonb_build_object('n', n) END",
-            "of type dict, in which the work cannot be cut",
+            "of type dict, by which the work cannot be divided",
         ),
         ("to_jsonb(n)", "'id' of the query has a type that can be no key"),
     ],

@@ -55,7 +55,7 @@ def test_what_cannot_be_predicted(tables: Tables, source: Make, new_name: Make) 
     assert said.startswith("pydedup: error: row with id 26, and 4 more of its batch: f2 is NULL")
     assert said.count("\n") == 1
     done = run(*score, *query, "--on-error", "skip")
-    assert "going on with m@1, which the work began with" in done.stderr
+    assert "continuing with m@1, which the work began with" in done.stderr
     assert "scored 5 rows" in done.stdout
     assert "20 were there" in done.stdout
     assert "15 could not be predicted" in done.stdout

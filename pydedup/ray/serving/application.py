@@ -42,7 +42,7 @@ _MAX_ONGOING_FRONT = 4096
 _TEXTS: Final = frozenset(
     ("store", "memory", "replacement", "routing", "token", "max_body", "max_answer")
 )
-#: Who is to stop looks every so many seconds whether requests are under way; Ray would every 2.
+#: How often, in seconds, a stopping replica looks for requests under way; Ray's default is 2.
 _STOPS_SOON: Final = {"graceful_shutdown_wait_loop_s": 0.2}
 _ROUTER: Final = "pydedup.ray.serving.router:FamilyRouter"
 
@@ -111,7 +111,7 @@ def deployment(
     ClusterError
         It cannot be opened on a machine of the cluster, or the token is not there.
     """
-    import_ray("ray.serve")  # where it is missing, that is what is told
+    import_ray("ray.serve")  # where it is missing, the error says that
     check_types(token, autoscaling_config=autoscaling_config, ray_actor_options=ray_actor_options)
     budget = config.parse_memory(memory)
     check_policy(replacement)
@@ -263,7 +263,7 @@ def _router(routing: str) -> dict[str, Any]:
     if not _has_routers():
         version = import_ray().__version__
         raise ArgumentError(
-            f"Ray {version} lets nobody choose how requests are routed; update it, or use "
+            f"Ray {version} does not let you choose how requests are routed; update it, or use "
             'routing="multiplexed"'
         )
     found = import_ray("ray.serve.config").RequestRouterConfig

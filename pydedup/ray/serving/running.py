@@ -52,7 +52,9 @@ def parse_replicas(text: str) -> dict[str, Any]:
         if colon and int(low) <= int(high) and int(high) > 0:
             scale = {"min_replicas": int(low), "max_replicas": int(high)}
             return {"autoscaling_config": scale}
-    raise ArgumentError(f"{text!r} are no replicas; write how many (2), or from:to (1:8)")
+    raise ArgumentError(
+        f"{text!r} is not a number of replicas; write how many (2), or from:to (1:8)"
+    )
 
 
 def run(
@@ -108,7 +110,7 @@ def run(
                 for number, before in taken.items():
                     signal.signal(number, before)
         except BaseException:
-            with contextlib.suppress(ClusterError):  # what came first is what is told
+            with contextlib.suppress(ClusterError):  # the first error is reported
                 _take_down(ray, serve, mine)
             raise
         _take_down(ray, serve, mine)
@@ -126,7 +128,7 @@ class _Guard:
 
 def _taken() -> ClusterError:
     return ClusterError(
-        "a `pydedup serve --on` serves on this Ray cluster already, and stays as it is; stop that "
+        "a `pydedup serve --on` is serving on this Ray cluster already; stop that "
         "first (where its connection was lost, Ray may take half a minute to see it)"
     )
 
@@ -165,7 +167,7 @@ def _check_connected(ray: Any) -> None:
         if not is_lost(error):  # such as a head that begins anew, which Ray waits for
             return
     raise ClusterError(
-        f"{LOST}; where that lives, it goes on to serve, and the same command takes that over"
+        f"{LOST}; if the cluster lives, it goes on serving, and the same command takes that over"
     )
 
 

@@ -210,7 +210,7 @@ def test_who_creates_waits_for_another_and_makes_nothing_beside_it(url: str, run
     with mysql_connection(url) as other, other.cursor() as cursor:
         cursor.execute("SELECT GET_LOCK(CONCAT('pydedup:', MD5(DATABASE())), 0)")
         assert cursor.fetchall() == [(1,)]
-        with pytest.raises(ConflictError, match="somebody else is creating"):
+        with pytest.raises(ConflictError, match="somebody else has been creating"):
             pydedup.open(with_option(url, "timeout=1"))
         assert run(url, "SHOW TABLES") == []
     pydedup.open(url).close()
