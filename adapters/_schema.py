@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from pydedup.adapter import LIVE, RETIRED, STAGING
@@ -106,22 +107,25 @@ class Dialect:
         return (bytes(longest - len(state) + (8 if retired_at is None else 0)),)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
     """A table, or a view, as (column, kind) pairs; a kind that ends in ``?`` may be NULL."""
 
     columns: tuple[tuple[str, str], ...]
     key: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The names of the columns."""
         return tuple(name for name, _ in self.columns)
 
-    def kinds(self, names: Sequence[str]) -> list[str]:
+    @cached_property
+    def _kind_of(self) -> dict[str, str]:
+        return dict(self.columns)
+
+    def kinds(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the kinds of some columns; what is no column is a number of bytes."""
-        known = dict(self.columns)
-        return [known.get(name, "int") for name in names]
+        return tuple([self._kind_of.get(name, "int") for name in names])
 
 
 _PARTS: Final = Table(

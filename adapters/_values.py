@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from functools import lru_cache
 from types import NoneType
 from typing import Any, Final
 
@@ -49,15 +50,21 @@ def shown(value: object) -> object:
         return bytes(value)
 
 
+@lru_cache
+def _types(kinds: tuple[str, ...]) -> list[type | tuple[type, ...]]:
+    """Return what `isinstance` is asked about values of these kinds; once, as rows come singly."""
+    return [
+        (_KINDS[kind.rstrip("?")][0], NoneType) if kind.endswith("?") else _KINDS[kind][0]
+        for kind in kinds
+    ]
+
+
 def as_recorded(rows: list[Row], kinds: Sequence[str]) -> list[Row]:
     """Return rows with values of the types of their columns; a kind in ``?`` may be NULL.
 
     Raises WrongValueError.
     """
-    plain: list[type | tuple[type, ...]] = []
-    for kind in kinds:
-        expected = _KINDS[kind.rstrip("?")][0]
-        plain.append((expected, NoneType) if kind.endswith("?") else expected)
+    plain = _types(tuple(kinds))
     # Nearly all are as they must be, and there may be millions.
     found = [row if all(map(isinstance, row, plain)) else _converted(row, kinds) for row in rows]
     for number, kind in enumerate(kinds):

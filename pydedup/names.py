@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pydedup.errors import ArgumentError
 
@@ -81,6 +82,11 @@ def parse_address(text: str) -> Address:
     """
     if not isinstance(text, str):
         raise ArgumentError(f"a model address must be a string, got {type(text).__name__}")
+    return _parsed(text)
+
+
+@lru_cache(maxsize=4096)  # each prediction names its model again
+def _parsed(text: str) -> Address:
     name, at, selector = text.partition("@")
     check_name(name, "model name")
     return Address(name, check_name(selector, "version or alias") if at else None)
