@@ -113,8 +113,9 @@ def test_killed_workers_lose_nothing(
         scored_file.run("UPDATE pace SET loops = 1")
 
     # Rows come slowly as long as there is somebody to kill, and so all of it is one work: slowly
-    # enough that a fast machine is not done before (10 ns a loop are a second for each kill).
-    scored_file.run(f"UPDATE pace SET loops = {100_000 * max(wanted, 5)}")
+    # enough that a fast machine (10 ns a loop) is not done before, but a part takes less than the
+    # time between two kills.
+    scored_file.run(f"UPDATE pace SET loops = {max(500_000, 20_000 * wanted)}")
     query = slow(scored_file.query, "(SELECT loops FROM pace)")
     data = dataset_of(scored_file, pace) if source == "dataset" else query
     target: Any = "p" if into == "table" else tmp_path / "out"
