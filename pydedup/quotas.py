@@ -80,14 +80,18 @@ class Newcomers:
         (metadata as JSON, logical bytes) of each.
     readers
         Returns what they use. Blocks that the store does not have yet are at negative places, whose
-        costs ``Readers.costs`` knows.
+        costs ``Readers.costs`` knows. ``None``: nobody knows yet, and no quota of measure
+        ``"marginal"`` is looked at.
     replaced
         Ids of stored models whose place they take.
+    said
+        What an error calls them.
     """
 
     models: Sequence[tuple[str, int]]
-    readers: Callable[[], Readers]
+    readers: Callable[[], Readers] | None
     replaced: frozenset[int] = frozenset()
+    said: str = "this add"
 
 
 class Quotas:
@@ -225,13 +229,15 @@ def check(adapter: Adapter, pool: PagePool, newcomers: Newcomers, epoch: int) ->
             if quota.measure == "logical":
                 sizes = [m.logical_bytes for m in models] + [size for _, size in newcomers.models]
                 total = sum(size for size, mine in zip(sizes, is_mine, strict=True) if mine)
+            elif newcomers.readers is None:
+                continue
             else:
                 if together is None:
                     together = _together(adapter, pool, models, newcomers.readers())
                 total = marginal_bytes(together, np.array(is_mine))
             if total > quota.bytes:
                 raise QuotaError(
-                    f"with this add, {quota.key}={value} would take {total:,} bytes "
+                    f"with {newcomers.said}, {quota.key}={value} would take {total:,} bytes "
                     f"({quota.measure}), over its quota of {quota.bytes:,}; "
                     "remove models of it, or raise the quota"
                 )

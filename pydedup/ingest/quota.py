@@ -27,6 +27,7 @@ def check_quotas(
     models: Sequence[StagedModel],
     spool: Spool,
     epoch: int,
+    said: str = "this add",
 ) -> bool:
     """Return whether the store is at this epoch, and its quotas allow the models of an add.
 
@@ -60,4 +61,4 @@ def check_quotas(
 
     described = [(m.metadata, m.logical_bytes) for m in models]
     replaced = frozenset(m.replaces for m in models if m.replaces)
-    return check(adapter, pool, Newcomers(described, readers, replaced), epoch)
+    return check(adapter, pool, Newcomers(described, readers, replaced, said), epoch)

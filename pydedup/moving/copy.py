@@ -36,6 +36,7 @@ from pydedup.moving.arrival import check_arrival
 from pydedup.moving.known import Known, Whereabouts
 from pydedup.moving.plan import Item, same_model
 from pydedup.moving.progress import CopyProgress
+from pydedup.moving.quota import check_room
 from pydedup.moving.resolve import NotWholeError, Resolved, Resolver, Scope
 from pydedup.moving.signatures import CarriedSegments, SourceIndex
 from pydedup.moving.source import End, SourceModel, read_model
@@ -62,6 +63,7 @@ def copy_models(
     started = time.monotonic()
     _refuse_same_store(source.adapter, target.adapter)
     collect_abandoned(target.adapter)
+    check_room(source, target, items)
     copier = _Copier(source, target, items, progress)
     models = [copier.copy(item) for item in items]
     aliases = set_aliases(target.adapter, items)
@@ -223,7 +225,8 @@ class _Copier:
                 check_arrival(target, stager, spool, layout, self._progress.checked)
 
             if not spool.lists:
-                check_quotas(target.adapter, target.pool, matcher, [copy], spool, epoch)
+                ends = target.adapter, target.pool
+                check_quotas(*ends, matcher, [copy], spool, epoch, f"a copy of {item.address}")
             layout = publish_batch(batch, lay_out, epoch, check)
             if layout is None:
                 return None
