@@ -12,13 +12,18 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["Answer", "Server", "Start", "serving"]
+__all__ = ["Answer", "Busy", "Server", "Start", "serving", "until"]
+
+#: What does not come within so many seconds does not come on a slow machine either.
+_PATIENCE_SECONDS: Final = 100
 
 
 @dataclass
@@ -58,7 +63,9 @@ class Server:
     #: Fills ``errors``.
     reader: threading.Thread | None = field(default=None, repr=False)
 
-    def connect(self, timeout: float = 30, trust: Path | None = None) -> HTTPConnection:
+    def connect(
+        self, timeout: float = _PATIENCE_SECONDS, trust: Path | None = None
+    ) -> HTTPConnection:
         """Return a connection; ``trust`` is the certificate to expect of TLS."""
         if trust is None:
             return HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -103,13 +110,23 @@ class Server:
         """End the process; returns its exit status. ``errors`` is complete then."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(20)
+        status = self.process.wait(_PATIENCE_SECONDS)
         if self.reader is not None:
-            self.reader.join(5)
+            self.reader.join(_PATIENCE_SECONDS)
         return status
 
 
 Start = Callable[..., Server]
+#: Keeps a thread of a server busy until a block ends, and gives the answer to come.
+Busy = Callable[[Server], contextlib.AbstractContextManager[Future[Answer]]]
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -135,8 +152,8 @@ def serving(
         hello = [process.stdout.readline().rstrip("\n") for _ in range(3)]
         found = re.search(r"https?://127\.0\.0\.1:(\d+)", hello[1])
         if found is None:
-            process.wait(20)
-            reader.join(5)
+            process.wait(_PATIENCE_SECONDS)
+            reader.join(_PATIENCE_SECONDS)
             raise AssertionError(f"the server did not start: {hello} {errors}")
         server = Server(process, found.group(), hello, int(found.group(1)), errors, reader)
         yield server
@@ -146,5 +163,5 @@ def serving(
         process.kill()
         process.wait()
         process.stdout.close()
-        reader.join(5)
+        reader.join(_PATIENCE_SECONDS)
         process.stderr.close()

@@ -237,7 +237,7 @@ def test_progress_is_a_bar_that_goes_away() -> None:
 
 def test_progress_says_nothing_when_it_is_quick_or_unwanted() -> None:
     for code in (
-        slow(0.1, [("matching", 1, 2)]),
+        slow(0.1, [("matching", 1, 2)], delay=60),
         slow(0.3, [("a", 1, 2)], delay=0, line=0.01).replace("g')", "g', quiet=True)"),
     ):
         done = subprocess.run(

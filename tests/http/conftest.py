@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+import psycopg
 import pytest
 
 import pydedup
 from pydedup.graph import Graph, Node
-from pydedup.testing.serving import Server, Start, serving
+from pydedup.testing._contract_base import with_option
+from pydedup.testing.serving import Answer, Busy, Server, Start, serving, until
 
 DIM, CLASSES, WORDS = 4, 3, 50
 
@@ -103,3 +107,32 @@ def own_url(tmp_path: Path) -> str:
     url = f"sqlite:///{tmp_path / 'models.db'}"
     fill(url)
     return url
+
+
+@pytest.fixture(scope="session")
+def held_url(lasting_schema: Callable[[], str]) -> str:
+    """Such a store on PostgreSQL, whose pages :func:`busy` can keep from being read."""
+    url = lasting_schema()
+    fill(url)
+    return with_option(url, "timeout=600")  # so long a reader waits for them
+
+
+@pytest.fixture
+def busy(held_url: str, postgres_url: str) -> Busy:
+    """Keep a thread of a server on ``held_url`` busy until a block ends; gives the future answer.
+
+    It predicts with the model "slow", of which it has read no page yet: on no machine that is done
+    before the block ends.
+    """
+    (schema,) = parse_qs(urlsplit(held_url).query)["schema"]
+    entry = {"name": "x", "datatype": "FP32", "shape": [1, 512], "data": [1.0] * 512}
+
+    @contextlib.contextmanager
+    def busy(server: Server) -> Iterator[Future[Answer]]:
+        with ThreadPoolExecutor(1) as pool, psycopg.connect(postgres_url) as holder:
+            holder.execute(f"LOCK TABLE {schema}.pages IN ACCESS EXCLUSIVE MODE")
+            pending = pool.submit(server.infer, "slow", {"inputs": [entry]})
+            until(lambda: server.metric("pydedup_running_batches") > 0)
+            yield pending
+
+    return busy

@@ -36,7 +36,7 @@ class Work:
 
     def __call__(self, requests: Sequence[int]) -> Iterator[tuple[int, int | Exception]]:
         self.batches.append(list(requests))
-        self.go_on.wait(10)
+        self.go_on.wait(60)
         for number, n in enumerate(requests):
             yield number, NotFoundError("odd") if n < 0 else n * n
 
@@ -47,7 +47,7 @@ def batcher(work: Any, **changes: Any) -> Batcher[int, int]:
 
 
 async def until(what: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not what():
             await asyncio.sleep(0.001)
 
@@ -58,7 +58,7 @@ def test_one_alone_does_not_wait() -> None:
         one = batcher(work)
         started = time.monotonic()
         assert [await one.submit(n, 1) for n in range(20)] == [n * n for n in range(20)]
-        assert time.monotonic() - started < 10  # not 20 x 30 s
+        assert time.monotonic() - started < 25  # not 20 x 30 s
         assert work.batches == [[n] for n in range(20)]
         one.close()
 
@@ -145,7 +145,7 @@ def test_who_is_done_does_not_wait_for_the_rest_of_the_batch() -> None:
     def slow_first(requests: Sequence[int]) -> Iterator[tuple[int, int | Exception]]:
         for number in reversed(range(len(requests))):
             if requests[number] == 1:
-                go_on.wait(10)
+                go_on.wait(60)
             yield number, requests[number] * 10
 
     async def main() -> None:
@@ -154,7 +154,7 @@ def test_who_is_done_does_not_wait_for_the_rest_of_the_batch() -> None:
         await asyncio.sleep(0)  # it runs alone, and the others gather
         slow, fast = (asyncio.create_task(one.submit(n, 1)) for n in (1, 2))
         assert await first == 0
-        assert await asyncio.wait_for(fast, 5) == 20
+        assert await asyncio.wait_for(fast, 30) == 20
         assert not slow.done()
         assert one.running == 1
         go_on.set()

@@ -32,6 +32,7 @@ from pydedup.http.scrape import Histogram, Rates, Source, parse
 from pydedup.replacement import Trace
 from pydedup.testing.disks import SmallDisk
 from pydedup.testing.program import run_process
+from pydedup.testing.servers import unused_port
 from pydedup.testing.serving import Server, Start
 
 BODY = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
@@ -44,7 +45,7 @@ def top(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
         env={**kept, **environment},
     )
 
@@ -74,14 +75,15 @@ def test_numbers_are_those_of_the_server(start: Start, store_url: str) -> None:
     server = start(store_url)
     assert server.infer("dense", BODY).status == 200  # its page is read before anybody looks
     with load(server):
-        done = top(server.url, "--once", "--json", "--interval", 0.5)
+        done = top(server.url, "--once", "--json", "--interval", 1)
+        asked = server.metric("pydedup_requests_total", model="dense@2", outcome="ok")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["url"] == server.url
-    assert shown["interval_seconds"] == pytest.approx(0.5, abs=0.4)
-    assert shown["requests"]["per_second"] > 10
+    assert shown["interval_seconds"] > 0.9
+    assert 0 < shown["requests"]["per_second"] * shown["interval_seconds"] < asked
     assert shown["requests"]["failed_per_second"] == 0
-    assert 0 < shown["latency_seconds"]["p50"] <= shown["latency_seconds"]["p99"] < 1
+    assert 0 < shown["latency_seconds"]["p50"] <= shown["latency_seconds"]["p99"] < 30
     assert not shown["latency_seconds"]["since_start"]
     assert shown["batches"]["mean_requests"] == 1
     assert shown["batches"]["mean_rows"] == 1
@@ -188,7 +190,7 @@ class Terminal:
         )
         self.text = ""
 
-    def read_until(self, wanted: str, seconds: float = 20) -> str:
+    def read_until(self, wanted: str, seconds: float = 100) -> str:
         """Return what is written up to some words; what was returned before is not looked at."""
         end = time.monotonic() + seconds
         written = ""
@@ -201,7 +203,7 @@ class Terminal:
         return written
 
     def close(self) -> int:
-        status = self.process.wait(20)
+        status = self.process.wait(100)
         # As it was: lines, an echo, the cursor, and the screen that was there before.
         assert termios.tcgetattr(self.slave) == self.before
         self.read_until("\x1b[?1049l")
@@ -240,19 +242,20 @@ def test_a_dumb_terminal_gets_a_table(start: Start, store_url: str) -> None:
     server.infer("dense", BODY)
     terminal = Terminal(server.url, "--interval", 0.2, term="dumb")
     terminal.read_until("dense@2")
-    assert terminal.process.wait(20) == 0
+    assert terminal.process.wait(100) == 0
     assert "\x1b" not in terminal.text
     os.close(terminal.master)
     os.close(terminal.slave)
 
 
 def test_a_server_that_goes_away_is_shown_and_asked_again(start: Start, store_url: str) -> None:
-    server = start(store_url)
+    port = unused_port()  # which no connection is given while nobody listens there
+    server = start(store_url, "--port", port)
     terminal = Terminal(server.url, "--interval", 0.2)
     terminal.read_until("requests")
     assert server.stop() == 0
     terminal.read_until("does not answer")
-    again = start(store_url, "--port", server.port)
+    again = start(store_url, "--port", port)
     again.infer("dense", BODY)
     shown = terminal.read_until("dense@2")
     assert "does not answer" not in shown.rpartition("\x1b[H")[2]
@@ -261,9 +264,7 @@ def test_a_server_that_goes_away_is_shown_and_asked_again(start: Start, store_ur
 
 
 def test_a_server_that_is_not_there_yet_is_waited_for(start: Start, store_url: str) -> None:
-    other = start(store_url)
-    port = other.port
-    assert other.stop() == 0
+    port = unused_port()
     terminal = Terminal(f"http://127.0.0.1:{port}", "--interval", 0.2)
     terminal.read_until("does not answer")
     server = start(store_url, "--port", port)
@@ -436,7 +437,7 @@ def test_a_trace_that_cannot_be_written_is_said_at_once(store_url: str, tmp_path
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 2, done.stderr
     assert "missing/trace.npz" in done.stderr

@@ -243,8 +243,10 @@ def test_a_call_that_is_given_up_lets_its_pages_go() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     eventually(lambda: pool.stats()["pinned_bytes"] == 0)
+    pool.clear()
+    pages.fetched.clear()
     with pool.call(model(1)):  # and its room
-        assert walk(pool, ids_of(1, 24), lambda _: time.sleep(0.02)) == list(range(1, 25))
+        assert walk(pool, ids_of(1, 24), pages.next_is_asked_for) == list(range(1, 25))
     assert pages.by("pydedup-ahead")
 
 
@@ -421,7 +423,8 @@ def test_with_one_more_thread_to_be_had_that_one_reads_all(monkeypatch: Any) -> 
     pool = PagePool(pages.fetch, 260 * MIB)
     monkeypatch.setattr(threading.Thread, "start", refuse_others)
     with pool.call(model(1)):
-        assert walk(pool, ids_of(1, 64), lambda _: time.sleep(0.05)) == list(range(1, 65))
+        come = lambda _: eventually(lambda: bool(pages.by("pydedup-ahead")))  # noqa: E731
+        assert walk(pool, ids_of(1, 64), come) == list(range(1, 65))
     assert pages.by("pydedup-ahead")
     assert pool.stats()["pinned_bytes"] == 0
 

@@ -72,12 +72,12 @@ def test_reading_goes_on_while_connections_are_cut(
     adapter: Adapter, postgres_url: str, schema: str
 ) -> None:
     pages = add_random_pages(adapter, 40)
-    end, cuts = time.monotonic() + 3, 0
+    end, cuts, done = time.monotonic() + 100, 0, threading.Event()
     reads, failures = [0], []
 
     def read() -> None:
         try:
-            while time.monotonic() < end:
+            while not done.is_set():
                 assert dict(adapter.read_pages(list(pages))) == pages
                 assert len(adapter.page_rows()) == 40
                 reads[0] += 1
@@ -87,13 +87,14 @@ def test_reading_goes_on_while_connections_are_cut(
     threads = [threading.Thread(target=read) for _ in range(2)]
     for thread in threads:
         thread.start()
-    while time.monotonic() < end:
+    while (cuts < 40 or not reads[0]) and not failures and time.monotonic() < end:
         cuts += cut(postgres_url, schema)
         time.sleep(0.05)
+    done.set()
     for thread in threads:
         thread.join(60)
     assert not failures, failures
-    assert cuts > 10
+    assert cuts >= 40
     assert reads[0] > 0
 
 
@@ -115,12 +116,13 @@ def test_a_connection_is_cut_in_the_middle_of_pages(
 def test_who_takes_pages_slowly_has_them_all(adapter: Adapter, url: str) -> None:
     """A limit for statements is not one for what is done with their rows."""
     pages = add_random_pages(adapter, 60)
-    hasty = registry.connect(with_option(url, "options=-c%20statement_timeout%3D200"), mode="r")
+    hasty = registry.connect(with_option(url, "options=-c%20statement_timeout%3D1000"), mode="r")
     try:
         found = []
         for row in hasty.read_pages(list(pages)):
-            time.sleep(0.02)
             found.append(row)
+            if len(found) in (5, 40):  # of more than what buffers on the way hold
+                time.sleep(1.3)
     finally:
         hasty.close()
     assert len(found) == 60
@@ -201,6 +203,10 @@ def test_ctrl_c_ends_the_wait_for_a_lock(adapter: Adapter, url: str) -> None:
         with patient.transaction():
             patient.bump_epoch()
 
+    def interrupted() -> None:
+        timer.start()
+        wait()
+
     def hold() -> None:
         with adapter.transaction():
             adapter.bump_epoch()
@@ -212,11 +218,10 @@ def test_ctrl_c_ends_the_wait_for_a_lock(adapter: Adapter, url: str) -> None:
     holder.start()
     assert begun.wait(30)
     start = time.monotonic()
-    timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            wait()
-        assert time.monotonic() - start < 10
+            interrupted()
+        assert time.monotonic() - start < 30
     finally:
         timer.join()
         done.set()

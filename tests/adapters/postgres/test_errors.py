@@ -215,7 +215,7 @@ def test_no_wait_for_another_writer_is_none_and_not_for_ever(adapter: Adapter, u
 
 
 def test_a_statement_timeout_says_so(adapter: Adapter, url: str) -> None:
-    hasty = registry.connect(with_option(url, "options=-c%20statement_timeout%3D200"), mode="a")
+    hasty = registry.connect(with_option(url, "options=-c%20statement_timeout%3D1000"), mode="a")
     with adapter.transaction():
         adapter.bump_epoch()
         with pytest.raises(UnavailableError, match="statement_timeout"), hasty.transaction():
@@ -237,7 +237,7 @@ def test_a_statement_timeout_within_verify_says_so(url: str, schema: str, sql: A
         f"CREATE VIEW {schema}.pages AS SELECT id, state, retired_at, checksum, "  # noqa: S608
         f"{schema}.slow(payload) AS payload FROM {schema}.all_pages"
     )
-    hasty = with_option(url, "options=-c%20statement_timeout%3D500")
+    hasty = with_option(url, "options=-c%20statement_timeout%3D1500")
     with pydedup.open(hasty) as store, pytest.raises(UnavailableError, match="statement_timeout"):
         store.verify()
 

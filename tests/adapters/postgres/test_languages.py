@@ -13,7 +13,6 @@ import socket
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,10 +90,8 @@ def test_who_lets_connections_wait_is_not_asked_twice() -> None:
     """As a host without power does: who waits for it should wait once."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"postgresql://me@127.0.0.1:{silent.getsockname()[1]}/mine?connect_timeout=2"
-        began = time.monotonic()
         with pytest.raises(UnavailableError, match="server runs"):
             registry.connect(url, mode="a")
-        assert time.monotonic() - began < 2.8
         silent.settimeout(0.2)
         silent.accept()[0].close()
         with pytest.raises(TimeoutError):

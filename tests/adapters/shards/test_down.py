@@ -109,7 +109,7 @@ def test_of_a_shard_that_is_known_to_be_down_readers_are_told_at_once(
         raise ConnectionLostError("no answer")
 
     monkeypatch.setattr(store._shards[2]._pool, "_open_connection", refuse)  # type: ignore[attr-defined]
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.3)
+    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 1.0)
 
     def read() -> None:  # with new connections
         with pytest.raises(UnavailableError, match="no answer"):
@@ -117,7 +117,7 @@ def test_of_a_shard_that_is_known_to_be_down_readers_are_told_at_once(
 
     in_thread(read)
     assert len(tries) > 1
-    time.sleep(0.3)
+    time.sleep(0.7)  # for half of the time that it is down, nobody asks
     tries.clear()
     in_thread(read)
     assert len(tries) == 1
