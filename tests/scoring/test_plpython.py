@@ -370,4 +370,4 @@ def test_other_databases(tmp_path: Path, mysql_database: str) -> None:
         with pydedup.open(url):
             pass
         for command in commands:
-            assert "are for PostgreSQL" in run("sql", command, url, status=2).stderr
+            assert "only PostgreSQL has" in run("sql", command, url, status=2).stderr

@@ -173,9 +173,13 @@ def test_keys_that_the_table_takes_for_one(tables: Tables, new_name: Make) -> No
     keys = [*map(str, range(20, 30)), twins[0], *map(str, range(30, 40)), twins[1]]
     query = " UNION ALL ".join(f"SELECT '{key}' AS id, 1 AS a, 2 AS b, 3 AS c" for key in keys)
     with pydedup.open(tables.url) as store:
-        with pytest.raises(ConflictError, match="takes some of these keys for one: '") as caught:
+        with pytest.raises(
+            ConflictError, match="takes some of these keys for the same: '"
+        ) as caught:
             store.score(query, "m@1", into=into)
-        assert tables.kind.startswith("postgres") or "for one: 'x', 'X'; try" in str(caught.value)
+        assert tables.kind.startswith("postgres") or "for the same: 'x', 'X'; try" in str(
+            caught.value
+        )
         assert tables.run(f"SELECT id FROM {into}") == []
         report = store.score(query, "m@1", into=into, on_error="skip")
         assert (report.rows, report.skipped, report.failed) == (21, 1, 0)

@@ -185,7 +185,7 @@ def test_rounding_of_the_metric_is_no_drop() -> None:
         ({"max_rel_error": "0.1"}, "must be a number"),
         ({"confidence": "0.95"}, "must be a number"),
         ({"score_range": ("0", "1")}, "lowest, highest"),
-        ({"confidence": 0.95, "deterministic": False}, "same for the same weights"),
+        ({"confidence": 0.95, "deterministic": False}, "same scores for the same weights"),
         ({"evaluate": 3}, "evaluate must be callable"),
         ({"finetune": 3}, "finetune must be callable"),
         ({"order": "size"}, "one of magnitude, saliency"),
