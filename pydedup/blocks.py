@@ -30,6 +30,7 @@ __all__ = [
     "MatrixView",
     "as_block_shape",
     "as_dtype",
+    "as_integers",
     "as_unsigned",
     "default_block_shape",
     "matrix_shape",
@@ -119,6 +120,29 @@ def as_unsigned(name: str, value: object, bits: int) -> int:
     if not 0 <= number < 1 << bits:
         raise ArgumentError(f"{name} must be from 0 to 2**{bits} - 1, got {number}")
     return number
+
+
+def as_integers(name: str, values: object) -> NDArray[np.int64]:
+    """Return integers that a caller gave as ``name``, such as ids: contiguous and aligned, 1-D.
+
+    Raises
+    ------
+    ArgumentError
+        When they are not integers of 64 bits in one dimension.
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} must hold integers in one dimension") from error
+    if array.ndim != 1:
+        raise ArgumentError(f"{name} must hold integers in one dimension, not {array.ndim}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu" or (
+        array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max
+    ):
+        raise ArgumentError(f"{name} must hold 64-bit integers, not {array.dtype}")
+    return np.require(array, np.int64, ["C", "A"])
 
 
 def default_block_shape(rows: int, cols: int, dtype: DType) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
+from pydedup.blocks import as_integers
 from pydedup.errors import ArgumentError
 
 __all__ = ["Algorithm", "Layout", "Owners", "Sizes", "pack"]
@@ -276,19 +277,7 @@ def _as_integers(values: Any, name: str) -> NDArray[np.int64]:
             values = np.frombuffer(array_of("q", values), np.int64)
         except (TypeError, OverflowError):
             values = list(values)
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ArgumentError(f"{name} must hold integers in one dimension") from error
-    if array.ndim != 1:
-        raise ArgumentError(f"{name} must hold integers in one dimension, not {array.ndim}")
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu" or (
-        array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max
-    ):
-        raise ArgumentError(f"{name} must hold 64-bit integers, not {array.dtype}")
-    return np.require(array, np.int64, ["C", "A"])
+    return as_integers(name, values)
 
 
 def _as_capacity(capacity: int) -> int:

@@ -81,19 +81,3 @@ def as_number(value: object, name: str) -> float:
     if math.isnan(number) or number < 0:
         raise ArgumentError(f"{name} must be 0 or more, not {value!r}")
     return number
-
-
-def as_ids(ids: object) -> NDArray[np.int64]:
-    try:
-        array = np.asarray(ids)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError("ids must hold integers in one dimension") from error
-    if array.ndim != 1:
-        raise ArgumentError(f"ids must hold integers in one dimension, not {array.ndim}")
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu" or (
-        array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max
-    ):
-        raise ArgumentError(f"ids must hold 64-bit integers, not {array.dtype}")
-    return np.ascontiguousarray(array, np.int64)

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pydedup import _core
+from pydedup.blocks import as_integers
 from pydedup.errors import ArgumentError
 from pydedup.similarity._arguments import (
     as_count,
     as_dtype,
     as_float,
-    as_ids,
     as_number,
     as_shape,
     check_array,
@@ -213,7 +213,7 @@ class L2LSH:
             When shapes or dtypes do not fit, or an id is negative, taken or given twice.
         """
         self._check(blocks, "blocks")
-        self._index.add(blocks, as_ids(ids), False, as_count(threads, "threads"))
+        self._index.add(blocks, as_integers("ids", ids), False, as_count(threads, "threads"))
 
     def add_matrix(self, matrix: NDArray[Any], ids: _Ids, *, threads: int = 0) -> None:
         """Add the whole blocks of a matrix, row-major, without copying them.
@@ -222,7 +222,7 @@ class L2LSH:
         columns // columns) ids. Raises as `add` does.
         """
         self._check(matrix, "matrix")
-        self._index.add(matrix, as_ids(ids), True, as_count(threads, "threads"))
+        self._index.add(matrix, as_integers("ids", ids), True, as_count(threads, "threads"))
 
     def merge(self, other: L2LSH, *, threads: int = 0) -> None:
         """Add the blocks of another index whose ids this one does not have; all or none.
@@ -246,7 +246,8 @@ class L2LSH:
         ArgumentError
             When an id is not in the index, or a new one is negative or given twice.
         """
-        return self._wrap(self._index.select(as_ids(ids), as_ids(new_ids)))
+        mine, theirs = as_integers("ids", ids), as_integers("new_ids", new_ids)
+        return self._wrap(self._index.select(mine, theirs))
 
     def remove(self, ids: _Ids) -> None:
         """Remove blocks; all or none.
@@ -256,7 +257,7 @@ class L2LSH:
         ArgumentError
             When an id is not in the index or given twice.
         """
-        self._index.remove(as_ids(ids))
+        self._index.remove(as_integers("ids", ids))
 
     def query(
         self, blocks: NDArray[Any], k: int = 1, fetch: Fetch | None = None, *, threads: int = 0

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
+from pydedup.blocks import as_integers
 from pydedup.errors import ArgumentError
 from pydedup.similarity._arguments import (
     as_count,
     as_float,
-    as_ids,
     as_number,
     as_shape,
     blocks_of,
@@ -109,8 +109,8 @@ def distances(
         right,
         dtype.code,
         *shape,
-        as_ids(pairs[0]),
-        as_ids(pairs[1]),
+        as_integers("pairs[0]", pairs[0]),
+        as_integers("pairs[1]", pairs[1]),
         0.0 if eps is None else as_number(eps, "eps"),
         math.inf if limit is None else as_number(limit, "limit"),
         as_count(threads, "threads"),

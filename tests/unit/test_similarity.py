@@ -427,6 +427,8 @@ def test_wrong_pairs_are_named() -> None:
             distances(a, a, eps=eps)  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match="limit"):
             distances(a, a, limit=eps)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"pairs\[1\] must hold 64-bit integers, not float64"):
+        distances(a, a, pairs=([0], [0.5]))  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="int64"):
         distances(np.ones((2, 2), int), np.ones((2, 2), int))
     with pytest.raises(ArgumentError, match="without elements"):
