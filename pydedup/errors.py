@@ -29,6 +29,9 @@ credentials.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 __all__ = [
     "ArgumentError",
     "BudgetError",
@@ -171,3 +174,14 @@ class CorruptStoreError(StoreError):
 
 class PageNotFoundError(CorruptStoreError):
     """A page that a block map names does not exist."""
+
+    @classmethod
+    def of(cls, page_ids: Sequence[int]) -> Self:
+        """Return the error for pages that do not exist."""
+        shown = ", ".join(map(str, page_ids[:10])) + (", ..." if len(page_ids) > 10 else "")
+        error = cls(
+            f"{len(page_ids)} pages do not exist: {shown}; "
+            "if this stays so after reopening the store, run verify on it"
+        )
+        error.page_ids = tuple(page_ids)
+        return error

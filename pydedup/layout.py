@@ -16,6 +16,7 @@ from pydedup import codec
 from pydedup.blocks import NO_PAGE, SLOT_BITS, BlockMap
 from pydedup.errors import CorruptStoreError
 from pydedup.pool import PagePool
+from pydedup.types import DType
 
 __all__ = [
     "DELTA_ENCODINGS",
@@ -25,6 +26,7 @@ __all__ = [
     "block_costs",
     "block_forms",
     "block_places",
+    "by_kind",
     "by_page",
     "copy_page",
     "joined",
@@ -82,6 +84,21 @@ def slot_entries(
     chosen = np.concatenate([none, *tables])[starts[page_index] + slots]
     entries: NDArray[np.void] = chosen.view(codec.SLOT_DTYPE).reshape(-1)
     return entries
+
+
+def by_kind(
+    entries: NDArray[np.void],
+) -> Iterator[tuple[DType, tuple[int, int], NDArray[np.int64]]]:
+    """Yield (dtype, (rows, cols), which of these slots hold such blocks), in this order.
+
+    Not by numpy's `unique` along an axis, which turns a KeyboardInterrupt into a TypeError.
+    """
+    shapes = (entries["rows"].astype(np.uint64) << np.uint64(32)) | entries["cols"]
+    for code in np.unique(entries["dtype"]).tolist():
+        of_dtype = np.flatnonzero(entries["dtype"] == code)
+        for shape in np.unique(shapes[of_dtype]).tolist():
+            sides = shape >> 32, shape & 0xFFFFFFFF
+            yield DType.of_code(code), sides, of_dtype[shapes[of_dtype] == shape]
 
 
 def block_forms(

@@ -192,6 +192,9 @@ class AddReport:
         The guarantee that holds for what was stored.
     left_out
         What the source holds beside the model, e.g. optimizer state, and is not stored.
+    damaged_pages
+        Pages of the store that blocks were looked for on and that cannot be read; nothing on them
+        was shared.
     """
 
     model: str
@@ -205,6 +208,7 @@ class AddReport:
     certificate: Mapping[str, Any]
     dry_run: bool = False
     left_out: tuple[str, ...] = ()
+    damaged_pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +220,8 @@ class CopiedModel:
     status
         ``"copied"``; ``"replaced"`` (copied, in the place of another one); ``"there"`` (it was
         there already); ``"skip"`` (its name was taken, and it was left out); ``"gone"`` (somebody
-        removed it from the source meanwhile). What follows is 0 unless it was copied.
+        removed it from the source meanwhile); ``"damaged"`` (it was left out, being damaged). What
+        follows is 0 unless it was copied.
     stored_bytes
         Bytes of blocks that were new to the destination, as encoded.
     blocks, shared_blocks, delta_blocks
@@ -259,6 +264,9 @@ class CopyReport:
         Aliases that these have at the destination.
     seconds
         Wall time.
+    damaged
+        With ``skip_damaged``, a sentence about each row or model that was left out, being damaged;
+        of a row that cannot be read, ``models`` has no entry.
     """
 
     source: str
@@ -266,6 +274,7 @@ class CopyReport:
     models: tuple[CopiedModel, ...]
     aliases: int
     seconds: float
+    damaged: tuple[str, ...] = ()
 
     @property
     def copied(self) -> int:

@@ -184,6 +184,7 @@ class StoreUpkeep(abc.ABC):
         *,
         all_versions: bool = False,
         on_conflict: str = "error",
+        skip_damaged: bool = False,
         memory: str | int = "512MiB",
         schema: str | None = None,
         progress: Progress | None = None,
@@ -208,6 +209,9 @@ class StoreUpkeep(abc.ABC):
             What to do when the other store has another model under a ``name@version``, or another
             version under an alias: ``"error"`` (copy nothing), ``"skip"`` (leave it out) or
             ``"replace"`` (put the copy in its place).
+        skip_damaged
+            Leave out models that are damaged, and say so in ``damaged`` of the report, instead of
+            ending there.
         memory, schema
             For the other store, as in `pydedup.open`.
         progress
@@ -229,8 +233,14 @@ class StoreUpkeep(abc.ABC):
             names = tuple(names)  # which are gone through twice
         elif names is not None:
             raise ArgumentError(f"names must be names of models, or one, not {names!r}")
+        damaged: list[str] | None = [] if skip_damaged else None
         plan_copy(
-            self._adapter, None, names, all_versions=all_versions, on_conflict=on_conflict
+            self._adapter,
+            None,
+            names,
+            all_versions=all_versions,
+            on_conflict=on_conflict,
+            damaged=damaged,
         )  # what is wrong with the names must not create a store
         with open_end(target, mode="a", memory=memory, schema=schema) as other:
             check_writable(other.adapter, "copy models there")
@@ -240,28 +250,38 @@ class StoreUpkeep(abc.ABC):
                 names,
                 all_versions=all_versions,
                 on_conflict=on_conflict,
+                damaged=damaged,
             )
-            return copy_models(self._end(), other, items, progress=progress)
+            return copy_models(self._end(), other, items, damaged=damaged, progress=progress)
 
     def backup(
         self,
         path: str | os.PathLike[str],
         *,
         replace: bool = False,
+        skip_damaged: bool = False,
         progress: Progress | None = None,
     ) -> CopyReport:
         """Write the whole store to one file, which is a store in SQLite.
 
         It appears under its name when it is complete and checked. A backup that was killed leaves
         ``NAME.partial``, which the next one continues. Reading and adding go on meanwhile; models
-        added after the start are not in it. An existing file is only replaced with ``replace``.
-        Raises ArgumentError, ConflictError (another backup to that file is running) and what
-        `copy_to` does.
+        added after the start are not in it. An existing file is only replaced with ``replace``, and
+        never by a backup from which ``skip_damaged`` (see `copy_to`) left something out. Raises
+        ArgumentError, ConflictError (another backup to that file is running) and what `copy_to`
+        does.
         """
         from pydedup.moving.backup import backup_store
 
         check_progress(progress)
-        return backup_store(self._end(), path, _other_end, replace=replace, progress=progress)
+        return backup_store(
+            self._end(),
+            path,
+            _other_end,
+            replace=replace,
+            skip_damaged=skip_damaged,
+            progress=progress,
+        )
 
     def restore(
         self, path: str | os.PathLike[str], *, progress: Progress | None = None

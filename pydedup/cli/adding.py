@@ -16,6 +16,7 @@ import click
 from pydedup import text
 from pydedup.certificates import describe, keeps_bits
 from pydedup.cli import options, output
+from pydedup.cli.errors import warn
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import NotFoundError
@@ -148,6 +149,12 @@ def add(
             dry_run=dry_run,
             progress=watch,
             workers=workers,
+        )
+    if reports[0].damaged_pages:
+        pages = text.listed([str(page_id) for page_id in reports[0].damaged_pages])
+        warn(
+            f"{store.url} is damaged: nothing was shared with pages that cannot be read, so this "
+            f"may take more space: {pages}; run verify on the store"
         )
     if as_json:
         output.emit_json(_document(reports, dry_run))

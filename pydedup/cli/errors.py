@@ -57,7 +57,8 @@ class Exit(enum.IntEnum):
 
 _MEANINGS = {
     Exit.OK: "all went well",
-    Exit.DIFFERENT: "verify or refill left damage, diff found differences, or rm was declined",
+    Exit.DIFFERENT: "verify or refill left damage, a copy or backup left it out, diff found "
+    "differences, or rm was declined",
     Exit.USAGE: "the command line or a value on it is wrong",
     Exit.NOT_FOUND: "no such store, model, version, alias, tensor, or file to read",
     Exit.STORE: "the store, its database, the file system or Ray failed",

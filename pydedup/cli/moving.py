@@ -11,6 +11,7 @@ import click
 
 from pydedup import config, text
 from pydedup.cli import options, output
+from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import MissingStoreError, NotAStoreError
@@ -35,9 +36,18 @@ _REMARKS = {
     "there": "was there",
     "skip": "left out: its name is taken",
     "gone": "left out: removed meanwhile",
+    "damaged": "left out: damaged",
 }
 #: Of more models than these, only those are shown that something is to be said about.
 _MOST_ROWS = 20
+
+
+_skip_damaged_option = click.option(
+    "--skip-damaged",
+    is_flag=True,
+    help="Leave out models that are damaged, instead of ending there, and say which; the exit "
+    "status is then 1.",
+)
 
 
 @click.command(short_help="Copy models to another store, of any database.")
@@ -55,6 +65,7 @@ _MOST_ROWS = 20
     help="What to do when TARGET has another model as NAME@VERSION, or another version as "
     "NAME@ALIAS. error: copy nothing. skip: leave it out. replace: put the copy in its place.",
 )
+@_skip_damaged_option
 @options.memory_option
 @options.json_option
 @options.quiet_option
@@ -64,10 +75,11 @@ def copy(
     names: tuple[str, ...],
     all_versions: bool,
     on_conflict: str,
+    skip_damaged: bool,
     memory: str,
     as_json: bool,
     quiet: bool,
-) -> None:
+) -> int:
     """Copy models from STORE to TARGET: all of them, or those named.
 
     TARGET is a store like STORE, in the same or another database; it is created if it does not
@@ -90,20 +102,30 @@ def copy(
             names or None,
             all_versions=all_versions,
             on_conflict=on_conflict,
+            skip_damaged=skip_damaged,
             memory=half,
             progress=watch,
         )
-    _print(report, "copied", as_json)
+    return _print(report, "copied", as_json)
 
 
 @click.command(short_help="Write a whole store to one file.")
 @options.store_argument
 @click.argument("path", metavar="FILE", shell_complete=options.complete_files)
 @click.option("--replace", is_flag=True, help="Replace an earlier backup in FILE.")
+@_skip_damaged_option
 @options.memory_option
 @options.json_option
 @options.quiet_option
-def backup(url: str, path: str, replace: bool, memory: str, as_json: bool, quiet: bool) -> None:
+def backup(
+    url: str,
+    path: str,
+    replace: bool,
+    skip_damaged: bool,
+    memory: str,
+    as_json: bool,
+    quiet: bool,
+) -> int:
     """Write a whole store, of whatever database, to one file.
 
     FILE is itself a store, in SQLite, and every command takes it. It appears under its name when it
@@ -111,8 +133,8 @@ def backup(url: str, path: str, replace: bool, memory: str, as_json: bool, quiet
     continues when it is run again. STORE may be used meanwhile.
     """
     with options.read_store(url, memory) as store, Watch("opening", quiet=quiet) as watch:
-        report = store.backup(path, replace=replace, progress=watch)
-    _print(report, "backed up", as_json)
+        report = store.backup(path, replace=replace, skip_damaged=skip_damaged, progress=watch)
+    return _print(report, "backed up", as_json)
 
 
 @click.command(short_help="Write a backup into an empty store.")
@@ -136,10 +158,13 @@ def restore(path: str, url: str, memory: str, as_json: bool, quiet: bool) -> Non
     _print(report, "restored", as_json)
 
 
-def _print(report: CopyReport, done: str, as_json: bool) -> None:
+def _print(report: CopyReport, done: str, as_json: bool) -> int:
+    for said in report.damaged:
+        warn(f"left out, being damaged: {said}")
+    status = Exit.DIFFERENT if report.damaged else Exit.OK
     if as_json:
         output.emit_json(_document(report))
-        return
+        return status
     shown = _rows_to_show(report.models)
     if shown:
         print_table(_COLUMNS, [_row(model) for model in shown])
@@ -154,6 +179,7 @@ def _print(report: CopyReport, done: str, as_json: bool) -> None:
     output.print_note(said)
     checked = ", read back and checked," if new else ""
     output.print_note(f"to {report.target}{checked} in {text.duration(report.seconds)}", "dim")
+    return status
 
 
 def _rows_to_show(models: Sequence[CopiedModel]) -> list[CopiedModel]:
@@ -178,6 +204,7 @@ def _document(report: CopyReport) -> dict[str, Any]:
         "copied": report.copied,
         "stored_bytes": report.stored_bytes,
         "aliases": report.aliases,
+        "damaged": list(report.damaged),
         "seconds": report.seconds,
         "models": [dataclasses.asdict(model) for model in report.models],
     }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,13 @@ from pydedup import config
 from pydedup.accuracy import Accuracy
 from pydedup.adapter import Adapter
 from pydedup.blocks import MatrixView
-from pydedup.errors import ConflictError, NotFoundError, PageNotFoundError, PydedupError
+from pydedup.errors import (
+    ConflictError,
+    CorruptStoreError,
+    NotFoundError,
+    PageNotFoundError,
+    PydedupError,
+)
 from pydedup.ingest.ahead import Ahead
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.pages import plan_layout
@@ -55,7 +61,8 @@ def add_models(
 
     Memory: one tensor, the pool, and about 16 bytes and one index entry per block; with more than
     one of ``workers`` up to 200 MiB more, whatever is added (docs/architecture.md, "Workers").
-    Holds no lock while hashing or staging.
+    Holds no lock while hashing or staging. Pages that turn out to be damaged are nothing to share
+    blocks with: what was matched is then matched anew, without them.
 
     Raises
     ------
@@ -64,17 +71,28 @@ def add_models(
     """
     started = time.monotonic()
     count = worker_count(workers, sum(request.logical_bytes for request in requests))
+    unreadable: set[int] = set()
+    attempts = 0
     with config.at_most_threads(workers), Workers(count) as crew:
-        for _ in range(_ATTEMPTS):
+        while attempts < _ATTEMPTS:
             epoch = adapter.epoch()
             try:
-                reports = _attempt(adapter, pool, requests, crew, dry_run, progress, started, epoch)
-            except (PageNotFoundError, NotFoundError):
-                if adapter.epoch() == epoch:
-                    raise  # nobody took it away: the store is damaged
-                continue  # somebody removed a model that this one was compared with
+                reports = _attempt(
+                    adapter, pool, requests, crew, dry_run, progress, started, epoch, unreadable
+                )
+            except (CorruptStoreError, NotFoundError) as exc:
+                was_changed = adapter.epoch() != epoch
+                if was_changed and isinstance(exc, PageNotFoundError | NotFoundError):
+                    attempts += 1  # somebody removed a model that this one was compared with
+                    continue
+                damaged = exc.page_ids if isinstance(exc, CorruptStoreError) else ()
+                if unreadable.issuperset(damaged):
+                    raise
+                unreadable.update(damaged)  # nothing is to be shared with them
+                continue
             if reports is not None:
-                return reports
+                return [replace(r, damaged_pages=tuple(sorted(unreadable))) for r in reports]
+            attempts += 1
     raise ConflictError(
         f"other writers changed what this add shares {_ATTEMPTS} times in a row; try again later"
     )
@@ -89,6 +107,7 @@ def _attempt(
     progress: Progress | None,
     started: float,
     epoch: int,
+    unreadable: Collection[int],
 ) -> list[AddReport] | None:
     """Add once; ``None`` when pages that this add shares went away meanwhile.
 
@@ -96,7 +115,7 @@ def _attempt(
     """
     memory = _SHARED_SPOOL_BYTES if workers.are_several else _SPOOL_BYTES
     with Spool(memory, workers=workers) as spool:
-        matcher = Matcher(adapter, pool, spool)
+        matcher = Matcher(adapter, pool, spool, unreadable)
         models = _match(adapter, matcher, requests, workers, progress)
         spool.freeze()
         allowed = check_quotas(adapter, pool, matcher, models, spool, epoch)

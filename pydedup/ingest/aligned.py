@@ -204,7 +204,7 @@ class Aligned:
             is_delta = np.zeros(len(numbers), np.bool_)
         references = self._stored.references_at(page_ids, slots)
         self._stored.note_dtype(references[~is_delta], block_map.dtype)
-        return references
+        return self._stored.readable(references)
 
     def _newest(self) -> list[ModelRow]:
         if self._rows is None:

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter
+from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import MatrixView, as_dtype
 from pydedup.codec import Encoding, Page, read_blocks
 from pydedup.ingest.places import stacked
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import block_places, split_places
+from pydedup.layout import block_places, by_kind, split_places
 from pydedup.pool import PagePool
 from pydedup.signatures import SIDE_BITS, BlockKind, read_pieces, read_segments, segment_rows
 from pydedup.similarity import L2LSH
@@ -140,9 +141,11 @@ class Candidates:
         """Find out, once, which pages are live, and index those that no segment covers."""
         if self._live is not None:
             return self._live
-        ids = [row.id for row in self._adapter.page_rows(state=LIVE)]
+        with only_sound_rows(self._adapter):
+            ids = [row.id for row in self._adapter.page_rows(state=LIVE)]
         # No block has a place on a page with a damaged id.
-        live = self._live = np.array([number for number in ids if number <= LARGEST_ID], np.int64)
+        live = np.array([number for number in ids if number <= LARGEST_ID], np.int64)
+        live = self._live = np.setdiff1d(live, self._stored.unreadable)
         covered = [segment.page_ids for segment in read_segments(self._adapter)]
         self._uncovered = np.setdiff1d(live, np.concatenate([live[:0], *covered])).tolist()
         if self._uncovered:
@@ -162,12 +165,10 @@ def index_pages(pool: PagePool, page_ids: list[int]) -> dict[BlockKind, L2LSH]:
 def _index_page(found: dict[BlockKind, L2LSH], page_id: int, page: Page) -> None:
     table = page.slots
     plain = ~np.isin(table["encoding"], [code for code in Encoding if code.is_delta])
-    columns = np.stack([table["dtype"], table["rows"], table["cols"]], axis=1).astype(np.int64)
-    for code, height, width in np.unique(columns[plain], axis=0).tolist():
-        dtype, shape = DType.of_code(code), (height, width)
+    for dtype, shape, at in by_kind(table[plain]):
         if not Candidates.takes(dtype, shape):
             continue
-        slots = np.flatnonzero(plain & (columns == (code, height, width)).all(axis=1))
+        slots = np.flatnonzero(plain)[at]
         blocks = stacked(len(slots), dtype, shape)
         read_blocks(blocks, np.arange(len(slots)), [page], np.zeros_like(slots), slots)
         index = found.setdefault((dtype, *shape), new_index((dtype, *shape)))

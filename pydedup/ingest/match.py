@@ -8,13 +8,14 @@ bytes are compared before anything is shared. What is found nowhere may be near 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, BlockRow
+from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import MatrixView
 from pydedup.catalog import Catalog
 from pydedup.codec import EncodedBlocks
@@ -112,12 +113,16 @@ class Matcher:
     ----------
     look
         What looks at pieces of a matrix (`look_now`); may have done so ahead of time (ahead.py).
+
+    Pages of the store that are ``unreadable`` are nothing that blocks are shared with.
     """
 
-    def __init__(self, adapter: Adapter, pool: PagePool, spool: Spool) -> None:
+    def __init__(
+        self, adapter: Adapter, pool: PagePool, spool: Spool, unreadable: Collection[int] = ()
+    ) -> None:
         self._adapter = adapter
         self._spool = spool
-        self.stored = StoredTable()
+        self.stored = StoredTable(unreadable)
         self.reader = BlockReader(PageScan(adapter, pool), spool, self.stored)
         self.candidates = Candidates(adapter, pool, self.stored)
         self.similar = Similar(self.reader, self.candidates)
@@ -214,7 +219,8 @@ class Matcher:
             if key not in self._looked_up and key not in self._answers
         ]
         self._answers.update(dict.fromkeys(unknown, ()))
-        rows = self.with_live_bases(self._adapter.find_blocks(unknown))
+        with only_sound_rows(self._adapter):  # what others hold is nothing that can be shared
+            rows = self.with_live_bases(self._adapter.find_blocks(unknown))
         for row in sorted(rows, key=lambda row: (row.page_id, row.slot)):
             self._answers[row.hash128] += (row,)
 
@@ -223,15 +229,17 @@ class Matcher:
         return key in self._known or bool(self._answers.get(key))
 
     def with_live_bases(self, rows: Sequence[BlockRow]) -> list[BlockRow]:
-        """Leave out deltas whose base is on no live page.
+        """Leave out deltas whose base is on no live page, and what cannot be read.
 
         A page may be kept for other blocks than a delta whose last user is gone; then nobody keeps
         the base, and who shared the delta would lose it.
         """
+        unreadable = set(self.stored.unreadable.tolist())
+        rows = [row for row in rows if row.page_id not in unreadable]
         places = np.array([row.base_id for row in rows if row.base_id is not None], np.int64)
         if not len(places):
-            return list(rows)
-        pages = np.unique(split_places(places)[0]).tolist()
+            return rows
+        pages = np.setdiff1d(split_places(places)[0], self.stored.unreadable).tolist()
         live = [page.id for page in self._adapter.page_rows(ids=pages, state=LIVE)]
         readable = set(places[np.isin(split_places(places)[0], live)].tolist())
         return [row for row in rows if row.base_id is None or row.base_id in readable]

@@ -7,17 +7,19 @@ Blocks of both kinds are read here alike, deltas included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.errors import CorruptStoreError
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import slot_entries
+from pydedup.layout import by_page, slot_entries
 from pydedup.types import DType
 
 __all__ = ["BlockReader", "stack_blocks", "stacked"]
@@ -80,6 +82,12 @@ class BlockReader:
         self, references: NDArray[np.int64], dtype: DType, shape: tuple[int, int]
     ) -> MatrixView:
         """Return blocks of one dtype and shape, stacked: block i is block i of the result."""
+        with self._blamed(references, lambda at: self._read(references[at], dtype, shape)):
+            return self._read(references, dtype, shape)
+
+    def _read(
+        self, references: NDArray[np.int64], dtype: DType, shape: tuple[int, int]
+    ) -> MatrixView:
         out = stacked(len(references), dtype, shape)
         bases = self.bases_of(references)
         for rows, pages, page_index, slots in self.windows(references):
@@ -102,6 +110,30 @@ class BlockReader:
         self, view: MatrixView, indices: NDArray[np.int64], references: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Compare blocks of a matrix with stored ones: dtype, shape and all bytes."""
+        with self._blamed(references, lambda at: self._equal(view, indices[at], references[at])):
+            return self._equal(view, indices, references)
+
+    @contextmanager
+    def _blamed(
+        self, references: NDArray[np.int64], look: Callable[[NDArray[np.int64]], object]
+    ) -> Iterator[None]:
+        """Make an error name the pages whose blocks are not as recorded; ``look`` reads some."""
+        try:
+            yield
+        except CorruptStoreError as exc:
+            stored = np.flatnonzero(references < 0)
+            for page_id, at in by_page(self._stored.places(references[stored])[0]):
+                if exc.page_ids:
+                    raise
+                try:
+                    look(stored[at])
+                except CorruptStoreError:
+                    exc.page_ids = (page_id,)
+            raise
+
+    def _equal(
+        self, view: MatrixView, indices: NDArray[np.int64], references: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
         equal = np.zeros(len(indices), np.bool_)
         if not len(indices):
             return equal

@@ -94,7 +94,7 @@ class Previous:
             return found
         before = np.frombuffer(source, "<u8").reshape(-1, 2)
         same = np.flatnonzero((before == digests).all(axis=1))
-        found[same] = self._references[ordinal][same]
+        found[same] = self._stored.readable(self._references[ordinal][same])
         return found
 
     def _all_references(self) -> list[NDArray[np.int64]]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, Adapter
-from pydedup.errors import DuplicateError, PydedupError
+from pydedup.adapter_options import only_sound_rows
+from pydedup.errors import DuplicateError, PageNotFoundError, PydedupError
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
@@ -64,6 +65,9 @@ def publish_batch(
     adapter, matcher, models, stager = batch.adapter, batch.matcher, batch.models, batch.stager
     try:
         layout = lay_out()
+        lost = _lost_pages(adapter, matcher, models)
+        if lost and adapter.epoch() == epoch:
+            raise PageNotFoundError.of(lost)  # nobody took them away: the store is damaged
         _stage(batch, layout)
         if check is not None:
             check(layout)
@@ -72,7 +76,7 @@ def publish_batch(
             check_quotas(adapter, batch.pool, matcher, models, batch.spool, epoch)
         while not stager.publish(epoch):
             epoch = adapter.epoch()
-            if not _shared_pages_live(adapter, matcher, models):
+            if _lost_pages(adapter, matcher, models):
                 stager.discard()
                 return None
             changed = _match_again(adapter, batch.pool, matcher, models, batch.spool)
@@ -109,11 +113,16 @@ def _renumber(batch: Batch) -> bool:
     return sum(model.renumber(batch.adapter) for model in batch.models) > 0
 
 
-def _shared_pages_live(adapter: Adapter, matcher: Matcher, models: Sequence[StagedModel]) -> bool:
+def _lost_pages(adapter: Adapter, matcher: Matcher, models: Sequence[StagedModel]) -> list[int]:
+    """Return the pages that models share, and that are not live (any more)."""
     used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
     page_ids, _ = matcher.stored.places(used[used < 0])
     shared = np.unique(page_ids).tolist()
-    return len(adapter.page_rows(ids=shared, state=LIVE)) == len(shared) if shared else True
+    if not shared:
+        return []
+    with only_sound_rows(adapter):
+        live = {row.id for row in adapter.page_rows(ids=shared, state=LIVE)}
+    return [page_id for page_id in shared if page_id not in live]
 
 
 def _match_again(

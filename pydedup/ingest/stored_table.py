@@ -6,7 +6,7 @@ An update of a large model refers to hundreds of thousands of them, so all is in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -32,9 +32,15 @@ class StoredTable:
 
     A reference is -(n + 1) for the block with number n; numbers are given out in the order in which
     blocks are met first.
+
+    Attributes
+    ----------
+    unreadable
+        Pages that cannot be read, on which no block is referred to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unreadable: Collection[int] = ()) -> None:
+        self.unreadable = np.array(sorted(unreadable), np.int64)
         self._count = 0
         self._page_ids = np.empty(0, np.int64)
         self._slots = np.empty(0, np.uint32)
@@ -63,9 +69,11 @@ class StoredTable:
         try:
             slots = np.array([row.slot for row in rows], np.uint32)
         except OverflowError as exc:
-            raise CorruptStoreError(
+            error = CorruptStoreError(
                 f"a slot is recorded of a block that no page has ({exc}); run verify on the store"
-            ) from exc
+            )
+            error.page_ids = tuple({row.page_id for row in rows if not 0 <= row.slot < 1 << 32})
+            raise error from exc
         references = self.references_at(page_ids, slots)
         deltas = [number for number, row in enumerate(rows) if row.base_id is not None]
         bases = np.array([rows[number].base_id for number in deltas], np.int64)
@@ -136,6 +144,16 @@ class StoredTable:
         numbers = -1 - references
         return self._page_ids[numbers], self._slots[numbers]
 
+    def readable(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return (negative) references, `NO_BASE` for blocks that cannot be read, or their base."""
+        if not len(self.unreadable):
+            return references
+        lost = np.isin(self.places(references)[0], self.unreadable)
+        bases = self.bases_of(references)
+        deltas = np.flatnonzero(bases != NO_BASE)
+        lost[deltas] |= np.isin(self.places(bases[deltas])[0], self.unreadable)
+        return np.where(lost, NO_BASE, references)
+
     def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return what the blocks of (negative) references take on their pages, 0 if unknown."""
         return self._costs[-1 - references]
@@ -191,7 +209,13 @@ class StoredTable:
         slots: NDArray[np.uint32],
     ) -> None:
         """Remember what pages say of blocks, while they are at hand."""
-        entries = slot_entries(pages, page_index, slots)
+        try:
+            entries = slot_entries(pages, page_index, slots)
+        except CorruptStoreError as exc:
+            counts = np.array([page.n_slots for page in pages], np.int64)[page_index]
+            page_ids = self.places(references[slots >= counts])[0]
+            exc.page_ids = tuple(np.unique(page_ids).tolist())
+            raise
         self.set_costs(references, codec.page_cost(entries["length"]))
         self._dtypes[-1 - references] = entries["dtype"]
         numbers, first = np.unique(page_index, return_index=True)

@@ -71,6 +71,11 @@ class VerifyReport:
             self.add_error(f"{place}: recorded, but there is no such block")
             self.surplus_blocks.append(row.id)
 
+    def add_wrong(self, page_id: int, slot: int, row: BlockRow, said: str) -> None:
+        """Record that what is recorded of a slot is wrong, while the slot is right."""
+        self.add_error(f"page {page_id}, slot {slot}: {said}, which is wrong")
+        self.surplus_blocks.append(row.id)
+
     def add_error(self, text: str) -> None:
         """Record damage; a hopeless store stops the list at some point."""
         if len(self.errors) < MAX_ERRORS:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import LIVE, Adapter, BlockRow, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import BlockMap
-from pydedup.catalog import SourceHashes, StoredModel
+from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places, split_places
 
@@ -74,6 +74,7 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
     such pages, and for each delta on one.
     """
     found = Survey()
+    sources: dict[int, bytes] = {}
     pages = np.array(sorted(damaged), np.int64)
     with adapter.snapshot():
         recorded = _recorded(adapter, pages)
@@ -84,10 +85,14 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
             model = stored_model(adapter, row)
             if model is None:
                 continue
-            hashes = SourceHashes(adapter, model)
+            hashes, others = SourceHashes(adapter, model), dict[int, bytes]()
             for ordinal, block_map in enumerate(model.block_maps()):
-                _note_blocks(found, hashes, model, ordinal, block_map, pages, recorded)
+                others.update(
+                    _note_blocks(found, hashes, model, ordinal, block_map, pages, recorded)
+                )
                 _note_bases(found, model, ordinal, block_map, pages)
+            if others and _are_as_added(hashes, model):
+                sources.update(others)
         deltas = {place for places in found.dependents.values() for place in places}
         elsewhere = np.unique(split_places(np.array(sorted(deltas), np.int64))[0])
         recorded.update(_recorded(adapter, np.setdiff1d(elsewhere, pages)))
@@ -95,6 +100,7 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
         for place, block in blocks.items():
             if place in recorded:
                 block.digest, block.base = recorded[place].hash128, recorded[place].base_id
+            block.digest = sources.get(place, block.digest)
     return found
 
 
@@ -122,10 +128,16 @@ def _note_blocks(
     block_map: BlockMap,
     pages: NDArray[np.int64],
     recorded: dict[int, BlockRow],
-) -> None:
+) -> dict[int, bytes]:
+    """Note the blocks of a tensor that are lost.
+
+    Returns, by place, what those hashed to at the source of which another hash is recorded: that
+    may be the one of another block.
+    """
+    others: dict[int, bytes] = {}
     hits = np.flatnonzero(np.isin(block_map.page_ids, pages))
     if not len(hits):
-        return
+        return others
     info = model.tensors[ordinal]
     found.block_shapes.add(info.block_shape)
     for place, number, rows, cols in _distinct(
@@ -134,9 +146,23 @@ def _note_blocks(
         block = found.lost.setdefault(place, Lost(rows, cols))
         block.dtypes = (info.dtype.code,)
         block.is_raw |= model.row.policy == _RAW
-        if place not in recorded and block.digest is None and model.keeps_bits:
+        if not model.keeps_bits:
+            continue
+        digest = hashes.of(ordinal)[16 * number : 16 * number + 16]
+        if place not in recorded:
             # What the page held is forgotten, but not what the source's block was.
-            block.digest = hashes.of(ordinal)[16 * number : 16 * number + 16] or None
+            block.digest = block.digest or digest or None
+        elif digest and digest != recorded[place].hash128:
+            others[place] = digest
+    return others
+
+
+def _are_as_added(hashes: SourceHashes, model: StoredModel) -> bool:
+    """Whether the hashes of a model's source are those that it was added with."""
+    named = ModelDigest()
+    for ordinal, info in enumerate(model.tensors):
+        named.add(info, hashes.of(ordinal))
+    return named.digest() == model.row.digest
 
 
 def _note_bases(

@@ -120,8 +120,7 @@ class ModelChecks:
         report = self._report
         for slot in set(slots.tolist()) & doubts.keys():
             row, said = doubts.pop(slot)
-            report.add_error(f"page {page_id}, slot {slot}: {said or OTHER_BASE}, which is wrong")
-            report.surplus_blocks.append(row.id)
+            report.add_wrong(page_id, slot, row, said or OTHER_BASE)
             report.unrecorded_blocks.setdefault(page_id, []).append(slot)
 
     def _check_reads(self, model: StoredModel, maps: list[BlockMap], *, is_sound: bool) -> None:

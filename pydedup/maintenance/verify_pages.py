@@ -163,7 +163,7 @@ class PageChecks:
     ) -> list[int]:
         """Compare each slot with its row in ``wanted``; return those that have none."""
         report = self._report
-        nameless = []
+        nameless, is_recorded = [], False
         actual = content.digests.astype("<u8").tobytes()
         gone = ~content.readable
         if content.bases is not None and gone.any():
@@ -184,7 +184,14 @@ class PageChecks:
             elif wanted[slot].hash128 != digest:
                 said = f"recorded was {wanted[slot].hash128.hex()}"
                 content.doubts[slot] = wanted[slot], f"content hashes to {digest.hex()}, {said}"
+            else:
+                is_recorded = True
             self._note_twin(digest, page_id, slot)
+        if is_recorded and page_id not in report.damaged_pages:
+            # It is the page that it should be, and its checksum is right.
+            for slot in [slot for slot in content.doubts if content.readable[slot]]:
+                report.add_wrong(page_id, slot, *content.doubts.pop(slot))
+                nameless.append(slot)
         return nameless
 
     def _note_twin(self, digest: bytes, page_id: int, slot: int) -> None:

@@ -9,13 +9,15 @@ has.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import only_sound_rows, telling_rows
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -66,6 +68,7 @@ def backup_store(
     opened: Opener,
     *,
     replace: bool,
+    skip_damaged: bool = False,
     progress: Progress | None = None,
 ) -> CopyReport:
     """Write a whole store to a file; see `pydedup.Store.backup`."""
@@ -74,25 +77,39 @@ def backup_store(
     _check_name(target.name)
     _check_free(source.adapter, target, url, opened, replace=replace)
     partial = target.with_name(target.name + _PARTIAL)
-    mark = source.adapter.meta().get("store_id", "")
+    damaged: list[str] = []
+    leaving_out = telling_rows(source.adapter, damaged) if skip_damaged else nullcontext()
     with contextlib.ExitStack() as stack:
-        with _turn(target.parent):
+        with _turn(target.parent), leaving_out:
+            mark = source.adapter.meta().get("store_id", "")
             if os.path.lexists(partial) and target.exists() and partial.samefile(target):
                 partial.unlink()  # the last step of a backup that was killed there
             _drop_useless(source.adapter, partial, opened)
             end = stack.enter_context(opened(file_url(partial), "a"))
             told = stack.enter_context(_alone(end.adapter, partial, mark, progress))
+        skipped = damaged if skip_damaged else None
         items = plan_copy(
-            source.adapter, end.adapter, None, all_versions=False, on_conflict="error"
+            source.adapter,
+            end.adapter,
+            None,
+            all_versions=False,
+            on_conflict="error",
+            damaged=skipped,
         )
-        report = copy_models(source, end, items, progress=told)
-        _carry_settings(source.adapter, end.adapter)
+        report = copy_models(source, end, items, damaged=skipped, progress=told)
+        with only_sound_rows(source.adapter) if skip_damaged else nullcontext():
+            _carry_settings(source.adapter, end.adapter)
         if replace:
             _check_free(source.adapter, target, url, opened, replace=True)
+            if report.damaged and target.exists():
+                raise CorruptStoreError(
+                    f"{target} is not replaced: it may hold what is damaged in "
+                    f"{source.adapter.url} ({report.damaged[0]}); give the backup another name"
+                )
         with _turn(target.parent):
             stack.close()  # nobody goes on with it between here and there
             _publish(partial, target, replace=replace)
-    return CopyReport(report.source, url, report.models, report.aliases, report.seconds)
+    return dataclasses.replace(report, target=url)
 
 
 def restore_store(

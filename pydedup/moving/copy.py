@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,7 @@ from pydedup.layout import PAGE_CAPACITY, block_places, joined, split_places
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.arrival import check_arrival
 from pydedup.moving.known import Known, Whereabouts
-from pydedup.moving.plan import Item, same_model
+from pydedup.moving.plan import SKIPPING, Item, same_model
 from pydedup.moving.progress import CopyProgress
 from pydedup.moving.quota import check_room
 from pydedup.moving.resolve import NotWholeError, Resolved, Resolver, Scope
@@ -52,9 +53,17 @@ _SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
 
 
 def copy_models(
-    source: End, target: End, items: Sequence[Item], *, progress: Progress | None = None
+    source: End,
+    target: End,
+    items: Sequence[Item],
+    *,
+    damaged: list[str] | None = None,
+    progress: Progress | None = None,
 ) -> CopyReport:
     """Copy models as planned (plan.py); see `pydedup.Store.copy_to`.
+
+    With ``damaged``, which has a sentence about each row that the plan had to leave out, models
+    that are damaged are left out, too.
 
     Memory: the two pools, some 200 bytes for each page of the source and 250 for each of the
     destination, 40 for each block that models share with later ones, and for each block of the
@@ -63,8 +72,10 @@ def copy_models(
     started = time.monotonic()
     _refuse_same_store(source.adapter, target.adapter)
     collect_abandoned(target.adapter)
-    check_room(source, target, items)
-    copier = _Copier(source, target, items, progress)
+    # Each model is checked again when it comes, and those that are damaged will not come.
+    with nullcontext() if damaged is None else suppress(CorruptStoreError):
+        check_room(source, target, items)
+    copier = _Copier(source, target, items, damaged, progress)
     models = [copier.copy(item) for item in items]
     aliases = set_aliases(target.adapter, items)
     target.adapter.checkpoint()  # once: what a small model writes takes less than this
@@ -74,12 +85,15 @@ def copy_models(
         models=tuple(models),
         aliases=aliases,
         seconds=time.monotonic() - started,
+        damaged=tuple(damaged or ()),
     )
 
 
 def _refuse_same_store(source: Adapter, target: Adapter) -> None:
     """Raise ArgumentError when both are one store: what is written here is seen there."""
-    if source.meta().get("store_id") != target.meta().get("store_id"):
+    with only_sound_rows(source):
+        mine = source.meta().get("store_id")
+    if mine != target.meta().get("store_id"):
         return
     job = Job(target, "copy")
     before = _job_ids(source)
@@ -103,10 +117,16 @@ class _Copier:
     """Copies one model after the other."""
 
     def __init__(
-        self, source: End, target: End, items: Sequence[Item], progress: Progress | None
+        self,
+        source: End,
+        target: End,
+        items: Sequence[Item],
+        damaged: list[str] | None,
+        progress: Progress | None,
     ) -> None:
         self._source = source
         self._target = target
+        self._damaged = damaged
         self._left = [item for item in items if item.status in ("copy", "replace")]
         self._known = Known()
         self._there = look_at_target(target.adapter, source.adapter)
@@ -134,10 +154,15 @@ class _Copier:
                 not_whole.update(error.page_ids)
                 continue
             except CorruptStoreError as error:
-                if epochs == (self._source.adapter.epoch(), self._target.adapter.epoch()):
-                    # Nobody moved or removed pages meanwhile: a store is damaged.
-                    raise type(error)(self._where(item, error)) from error
-                continue
+                if epochs != (self._source.adapter.epoch(), self._target.adapter.epoch()):
+                    continue
+                # Nobody moved or removed pages meanwhile: a store is damaged.
+                if self._damaged is None:
+                    raise type(error)(self._where(item, error) + SKIPPING) from error
+                is_named = item.address in str(error)
+                self._damaged.append(f"{'' if is_named else f'{item.address}: '}{error}")
+                item.status = "damaged"
+                copied = _nothing_done(item)
             except NotFoundError:
                 if self._source.adapter.model(item.row.id) is not None:
                     raise

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.ingest.places import stacked
-from pydedup.layout import slot_entries
+from pydedup.layout import by_kind, slot_entries
 from pydedup.pool import PagePool
 from pydedup.types import DType
 
@@ -83,11 +83,7 @@ def stored_pieces(
     """
     for at, pages, page_index, stored in pool.windows_with_bases(page_ids, bases):
         entries = slot_entries(pages, page_index, slots[at])
-        columns = np.stack([entries[name].astype(np.int64) for name in ("dtype", "rows", "cols")])
-        kinds, kind_of = np.unique(columns, axis=1, return_inverse=True)
-        for number, (code, height, width) in enumerate(kinds.T.tolist()):
-            same = np.flatnonzero(kind_of.reshape(-1) == number)
-            dtype = DType.of_code(code)
+        for dtype, (height, width), same in by_kind(entries):
             step = _PIECE_BYTES // (height * width * dtype.itemsize)
             step = max(1, min(step, _PIECE_BLOCKS))
             for start in range(0, len(same), step):

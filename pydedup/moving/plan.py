@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter_options import telling_rows
 from pydedup.catalog import Catalog
-from pydedup.errors import ArgumentError, DuplicateError
+from pydedup.errors import ArgumentError, CorruptStoreError, DuplicateError
+from pydedup.maintenance.rows import lost_models
 from pydedup.names import parse_address
 
-__all__ = ["ON_CONFLICT", "Item", "aliases_of", "plan_copy", "same_model"]
+__all__ = ["ON_CONFLICT", "SKIPPING", "Item", "aliases_of", "plan_copy", "same_model"]
 
 #: What may be done about a name that means something else at the destination.
 ON_CONFLICT = ("error", "skip", "replace")
+#: What may be done about damage.
+SKIPPING = "; copying with skip_damaged (--skip-damaged) leaves out what is damaged"
 _SHOWN = 5
 
 
@@ -56,10 +61,12 @@ def plan_copy(
     *,
     all_versions: bool,
     on_conflict: str,
+    damaged: list[str] | None = None,
 ) -> list[Item]:
     """Return what there is to do, in the order in which the source got the models.
 
-    Without a ``target`` nothing is in the way.
+    Without a ``target`` nothing is in the way. With ``damaged``, rows of the source that cannot be
+    read are left out, and it gets a sentence about each.
 
     Raises
     ------
@@ -74,8 +81,11 @@ def plan_copy(
             f"on_conflict is {on_conflict!r}; choose one of: {', '.join(ON_CONFLICT)}"
         )
     with source.snapshot():
-        rows = _chosen(source, names, all_versions)
-        pointing = aliases_of(source)
+        with nullcontext() if damaged is None else telling_rows(source, damaged):
+            rows = _chosen(source, names, all_versions)
+            pointing = aliases_of(source)
+            if names is None:
+                _tell_lost(source, damaged)
         moves = on_conflict == "replace"
         items = [Item(row, sorted(pointing.get(row.id, ())), moves_aliases=moves) for row in rows]
         if target is not None:
@@ -106,6 +116,18 @@ def aliases_of(adapter: Adapter, name: str | None = None) -> dict[int, list[str]
     for _, alias, model_id in adapter.aliases(name):
         pointing.setdefault(model_id, []).append(alias)
     return pointing
+
+
+def _tell_lost(source: Adapter, damaged: list[str] | None) -> None:
+    """Tell of models whose rows are lost; raises CorruptStoreError where nobody is told."""
+    known = " ".join(damaged or ())
+    for model_id in sorted(lost_models(source)):
+        said = f"the row of the model with id {model_id} is lost, whose pages are there; run verify"
+        if said in known or f"in the row of id {model_id}," in known:
+            continue
+        if damaged is None:
+            raise CorruptStoreError(f"{source.url} is damaged: {said}{SKIPPING}")
+        damaged.append(said)
 
 
 def _chosen(source: Adapter, names: Sequence[str] | None, all_versions: bool) -> list[ModelRow]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
@@ -119,7 +120,8 @@ def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:
     bases: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     hashes: list[bytes] = []
     for start in range(0, len(page_ids), _PAGES_AT_ONCE):
-        rows = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist())
+        with only_sound_rows(adapter):  # of a block that is not seen so `Recorded.at` tells
+            rows = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist())
         pages: Any = np.array([row.page_id for row in rows], np.int64)
         places.append(block_places(pages, np.array([row.slot for row in rows], np.int64)))
         needed = [NO_PLACE if row.base_id is None else row.base_id for row in rows]

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pydedup.adapter import LIVE, Adapter, ModelRow, PageRow
+from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import StoredModel
-from pydedup.errors import NotFoundError
+from pydedup.errors import CorruptStoreError, NotFoundError
 from pydedup.layout import split_places, used_places
 
 __all__ = ["Survey", "Target", "look_at_target", "survey"]
@@ -52,6 +53,11 @@ def survey(source: Adapter, rows: Sequence[ModelRow], *, blocks: bool) -> Survey
 
     Memory: some 200 bytes per page, and with ``blocks`` meanwhile 16 per distinct block.
     """
+    with only_sound_rows(source):  # those of a model are read strictly when it is copied
+        return _survey(source, rows, blocks)
+
+
+def _survey(source: Adapter, rows: Sequence[ModelRow], blocks: bool) -> Survey:
     found = Survey(source.epoch(), Counter(), {})
     needed = np.empty(0, np.int64)
     for row in rows:
@@ -60,8 +66,8 @@ def survey(source: Adapter, rows: Sequence[ModelRow], *, blocks: bool) -> Survey
             try:
                 with source.snapshot():
                     places = used_places(StoredModel(source, row).block_maps())
-            except NotFoundError:
-                continue  # it was removed meanwhile, which its copy will say
+            except (NotFoundError, CorruptStoreError):
+                continue  # it was removed meanwhile, or is damaged, which its copy will say
             needed = np.union1d(needed, places)
     page_ids = list(found.readers)
     for start in range(0, len(page_ids), _PAGES_AT_ONCE):
@@ -101,7 +107,8 @@ def look_at_target(target: Adapter, source: Adapter) -> Target:
     twins = {row.checksum: row.id for row in _live_pages(target)}
     strangers = set(twins)
     if strangers:
-        strangers.difference_update(row.checksum for row in _live_pages(source))
+        with only_sound_rows(source):
+            strangers.difference_update(row.checksum for row in _live_pages(source))
     return Target(epoch, twins, not strangers)
 
 

@@ -156,13 +156,7 @@ class PageLoader:
                     raise error
         missing = [number for number in ids if number not in pages]
         if missing:
-            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            error = PageNotFoundError(
-                f"{len(missing)} pages do not exist: {shown}; "
-                "if this stays so after reopening the store, run verify on it"
-            )
-            error.page_ids = tuple(missing)
-            raise error
+            raise PageNotFoundError.of(missing)
         return pages
 
     def _load_piece(self, ids: Sequence[int], ahead: bool, pages: dict[int, Page]) -> None:

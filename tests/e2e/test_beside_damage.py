@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pydedup
+from pydedup import policies
 from pydedup.cli.app import main
 from pydedup.errors import CorruptStoreError
 
@@ -115,3 +116,60 @@ def test_a_report_is_made_of_all_else(
     assert "three@1" in page
     with pydedup.open(store_url) as store, pytest.raises(CorruptStoreError, match=re.escape(said)):
         store.report(models="two")
+
+
+def test_an_add_warns_of_pages_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "store.db"
+    fill(f"sqlite:///{path}")
+    change(f"sqlite:///{path}", PAGE_DAMAGES[0])
+    np.savez(tmp_path / "four.npz", **MODELS["two"])
+    assert main(["add", str(path), "four", str(tmp_path / "four.npz"), "--json", "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["models"][0]["damaged_pages"] == [2]
+    assert "nothing was shared with pages that cannot be read" in err
+    assert err.endswith("space: 2; run verify on the store\n")
+
+
+def near(name: str, by: float = 1e-4) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(9)
+    weights = MODELS[name]["w"]
+    return {"w": (weights * (1 + by * rng.standard_normal(weights.shape))).astype("f4")}
+
+
+#: Of page 2, which the model two is on.
+PAGE_DAMAGES = [
+    "UPDATE {pages} SET payload = substr(payload, 1, 9000) WHERE id = 2",
+    "DELETE FROM {pages} WHERE id = 2",
+    "UPDATE {distinct_blocks} SET slot = 40 WHERE page_id = 2 AND slot = 1",
+    "UPDATE {distinct_blocks} SET slot = -1 WHERE page_id = 2 AND slot = 1",
+]
+
+
+@pytest.mark.parametrize("damage", PAGE_DAMAGES)
+@pytest.mark.parametrize("policy", [policies.Lossless(), policies.Bounded(0.01)])
+def test_an_add_shares_nothing_with_a_page_that_cannot_be_read(
+    damage: str, policy: policies.Policy, store_url: str
+) -> None:
+    """Every add of a model like those on the page ended in its damage."""
+    fill(store_url)
+    change(store_url, damage)
+    added = {
+        "four": near("two"),
+        "five": MODELS["two"],
+        "two": {"w": np.concatenate([MODELS["two"]["w"][:64], near("two")["w"][64:]])},
+    }
+    with pydedup.open(store_url) as store:
+        for name, model in added.items():
+            report = store.add(name, model, policy=policy)
+            assert report.damaged_pages == (2,) or "{distinct_blocks}" in damage or name == "two"
+            loaded = store.load(name)["w"]
+            np.testing.assert_allclose(loaded, model["w"], rtol=0.05)
+            if policy == policies.Lossless():
+                assert np.array_equal(loaded, model["w"])
+        far = np.random.default_rng(7).standard_normal((128, 64), np.float32)
+        for name in ("one", "three"):
+            assert store.add(f"{name}@2", MODELS[name]).pages == 0
+        store.add("far", {"w": far})
+        assert np.array_equal(store.load("far")["w"], far)

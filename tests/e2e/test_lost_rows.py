@@ -273,7 +273,9 @@ def test_a_backup_that_may_have_a_model_whose_row_is_lost_is_kept(
         change(store_url, "DELETE FROM {models} WHERE id = ?", model_id)
         with pytest.raises(CorruptStoreError, match=f"with id {model_id} .* not replaced.*verify"):
             store.backup(kept, replace=True)
-        store.backup(new)
+        with pytest.raises(CorruptStoreError, match=f"model with id {model_id} is lost.*--skip"):
+            store.backup(new)
+        assert len(store.backup(new, skip_damaged=True).damaged) == 1
     with pydedup.open(kept, mode="r") as backup:
         assert loaded(backup) == before
     with pydedup.open(new, mode="r") as backup:
@@ -560,3 +562,43 @@ def test_what_is_recorded_of_one_model_is_told_and_all_else_checked(
         store.vacuum()
         assert store.verify().errors == []
         assert {info.address for info in store.models()} == {"one@2", "two@1", "near@1", "lossy@1"}
+
+
+@pytest.mark.parametrize("name", ["two", "lossy", "raw"])
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_the_hash_of_another_block_is_recorded(
+    name: str, is_damaged: bool, store_url: str, tmp_path: Path
+) -> None:
+    """A repair took that other block: the model was another then."""
+    models = {"lossy": blocks(6, 7), "raw": blocks(8, 9)}
+    healthy = f"sqlite:///{tmp_path}/healthy.db"
+    for url in (healthy, store_url):
+        fill(url)
+        with pydedup.open(url) as store:
+            for each, model in models.items():
+                policy = policies.Bounded(0.01) if each == "lossy" else policies.Exact()
+                store.add(f"{each}@2", model, policy=policy, block_shape=(SIDE, SIDE))
+    with pydedup.open(store_url) as store:
+        before = {info.address: store.load(info.address)["w"].tobytes() for info in store.models()}
+        pages = [row[1] for row in store._adapter.model_pages(store.info(name).info.id)]
+        block = store._adapter.blocks_on_pages([max(pages)])[-1]
+        other = store._adapter.blocks_on_pages([1])[0]
+        assert other.hash128 != block.hash128
+        change(
+            store_url,
+            "UPDATE {distinct_blocks} SET hash128 = ? WHERE id = ?",
+            other.hash128,
+            block.id,
+        )
+        if is_damaged:
+            if name == "lossy":
+                return  # nobody knows any more what it held
+            sql = "UPDATE {pages} SET payload = substr(payload, 1, 200) WHERE id = ?"
+            change(store_url, sql, block.page_id)
+        assert not store.verify().ok
+        report = store.verify(repair_from=healthy)
+        assert report.errors == []
+        assert {
+            info.address: store.load(info.address)["w"].tobytes() for info in store.models()
+        } == before
+        is_sound(store)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies and backups of a store in which a model is damaged: told, or all others are taken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.cli.app import main
+from pydedup.errors import CorruptStoreError
+from pydedup.graph import Graph, Node
+
+from .damage import change, put
+
+NAMES = ("one", "two", "three")
+MODELS = {
+    name: {"w": np.random.default_rng(seed).standard_normal((128, 64), np.float32)}
+    for seed, name in enumerate(NAMES)
+}
+GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+#: What is damaged of the model two.
+DAMAGES = [
+    "DELETE FROM {block_maps} WHERE model_id = 2",
+    "DELETE FROM {tensors} WHERE model_id = 2",
+    "DELETE FROM {pages} WHERE id = 2",
+    "UPDATE {pages} SET payload = substr(payload, 1, 9000) WHERE id = 2",
+    "DELETE FROM {distinct_blocks} WHERE page_id = 2 AND slot = 0",
+    "DELETE FROM {source_hashes} WHERE model_id = 2",
+    "UPDATE {artifacts} SET part = 1 WHERE model_id = 2",
+    "DELETE FROM {models} WHERE id = 2",
+]
+
+
+def fill(url: str) -> None:
+    with pydedup.open(url) as store:
+        for name, model in MODELS.items():
+            store.add(name, model, graph=GRAPH)
+        store.alias("one", "prod", "1")
+        store.quotas.set("tenant", "a", "1GB")
+
+
+def holds_others(url: str | Path) -> None:
+    with pydedup.open(url, mode="r") as store:
+        assert [info.address for info in store.models()] == ["one@1", "three@1"]
+        for name in ("one", "three", "one@prod"):
+            assert np.array_equal(store.load(name)["w"], MODELS[name.partition("@")[0]]["w"])
+        assert store.verify().errors == []
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_all_but_a_damaged_model_is_taken(
+    damage: str, store_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(store_url)
+    change(store_url, damage)
+    copy, backup = tmp_path / "copy.db", tmp_path / "backup.db"
+    for command in (["copy", store_url, str(copy)], ["backup", store_url, str(backup)]):
+        assert main([*command, "-q"]) == 4
+        assert "(--skip-damaged) leaves out what is damaged" in capsys.readouterr().err
+        assert not backup.exists()
+        assert main([*command, "--skip-damaged", "--json", "-q"]) == 1
+        out, err = capsys.readouterr()
+        (said,) = json.loads(out)["damaged"]
+        assert "two@1" in said or "model with id 2" in said
+        assert "left out, being damaged: " in err
+        holds_others(command[-1])
+    with pydedup.open(backup, mode="r") as store:
+        assert [quota.value for quota in store.quotas] == ["a"]
+    # Into a store that has models, too.
+    target = tmp_path / "target.db"
+    with pydedup.open(target) as store:
+        store.add("far", {"w": np.ones((3, 5))})
+        store.quotas.set("tenant", None, "1GB")
+    with pydedup.open(store_url) as store:
+        report = store.copy_to(target, skip_damaged=True)
+        assert len(report.damaged) == 1
+        assert report.copied == 2
+
+
+def test_a_backup_is_not_replaced_by_less(tmp_path: Path) -> None:
+    path, backup = tmp_path / "store.db", tmp_path / "backup.db"
+    fill(f"sqlite:///{path}")
+    with pydedup.open(path) as store:
+        store.backup(backup)
+        before = backup.read_bytes()
+        change(f"sqlite:///{path}", DAMAGES[0])
+        with pytest.raises(CorruptStoreError, match=r"is not replaced: .* \(two@1, "):
+            store.backup(backup, replace=True, skip_damaged=True)
+        assert backup.read_bytes() == before
+        assert store.backup(tmp_path / "other.db", skip_damaged=True).damaged
+    holds_others(tmp_path / "other.db")
+    # What was mended goes into the next one, whatever was begun.
+    with pydedup.open(path) as store:
+        store.remove("two")
+        store.add("two", MODELS["two"], graph=GRAPH)
+        assert store.backup(backup, replace=True).damaged == ()
+    with pydedup.open(backup) as store:
+        assert np.array_equal(store.load("two")["w"], MODELS["two"]["w"])
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "row", "n_models"),
+    [
+        ("models", "metadata", "id = 2", 2),
+        ("aliases", "model_id", "name = 'one'", 3),
+        ("meta", "value", "name = 'quotas'", 3),
+        ("artifacts", "payload", "model_id = 2", 2),
+        ("tensors", "shape", "model_id = 2", 2),
+        ("block_maps", "payload", "model_id = 2", 2),
+        ("pages", "payload", "id = 2", 2),
+        ("distinct_blocks", "slot", "page_id = 2 AND slot = 1", 2),
+    ],
+)
+def test_rows_with_a_value_that_their_column_cannot_have(
+    table: str, column: str, row: str, n_models: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "store.db"
+    fill(f"sqlite:///{path}")
+    assert put(path, f"pydedup_{table}", column, "NULL", row)
+    other = tmp_path / "far.db"
+    with pydedup.open(other) as store:
+        store.add("far", {"w": np.ones((3, 5))})
+    with pydedup.open(path) as store:
+        with pytest.raises(CorruptStoreError):
+            store.backup(tmp_path / "strict.db")
+        assert not (tmp_path / "strict.db").exists()
+        shutil.copy(other, tmp_path / "more.db")
+        reports = [
+            store.backup(tmp_path / "backup.db", skip_damaged=True),
+            store.copy_to(tmp_path / "copy.db", skip_damaged=True),
+            store.copy_to(tmp_path / "more.db", skip_damaged=True),
+        ]
+    for report in reports:
+        assert report.copied == n_models
+        assert report.damaged or table == "meta"
+    with pydedup.open(tmp_path / "backup.db") as store:
+        assert store.verify().errors == []
+        for info in store.models():
+            assert np.array_equal(store.load(info.name)["w"], MODELS[info.name]["w"])
