@@ -289,6 +289,10 @@ class DbApiBase(abc.ABC):
                 "read-only"
             )
 
+    def _refuse_inside(self, call: str) -> None:
+        if (scope := self._pool.scope()) is not None:
+            raise StoreError(f"{call} cannot run inside of a {scope}")
+
     def _sized(self, payload: bytes, what: str) -> bytes:
         """Return the payload; raises ArgumentError when it is too large for the database."""
         limit = self.capabilities.max_payload_bytes

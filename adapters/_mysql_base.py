@@ -243,10 +243,6 @@ class MysqlBase(MysqlRows, DbApiAdapter):
         finally:
             self._query(f"SELECT RELEASE_LOCK({CREATE_LOCK})")
 
-    def _refuse_inside(self, call: str) -> None:
-        if scope := self._pool.scope():
-            raise StoreError(f"{call} cannot run inside of a {scope}")
-
     def _define(self, statement: str) -> None:
         with self._pool.acquire() as session:
             self._run(session, statement, (), lambda cursor: None)

@@ -232,8 +232,7 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
             Inside of a transaction or snapshot.
         """
         self._refuse_when_read_only()
-        if (scope := self._pool.scope()) is not None:
-            raise StoreError(f"compact() cannot run inside of a {scope}")
+        self._refuse_inside("compact()")
         for table in TABLES:
             self._query(f"VACUUM (ANALYZE) {self._sql.dialect.name(table)}")
 
