@@ -191,7 +191,7 @@ class MysqlBase(MysqlRows, DbApiAdapter):
                     made = statement.replace("CREATE VIEW", "CREATE SQL SECURITY INVOKER VIEW")
                     self._define(made)
             except (RefusedError, DeniedError) as error:
-                raise ReadOnlyError(f"{error}; {self._grant()}") from error
+                raise ReadOnlyError(f"{self._url} holds no store; {self._grant()}") from error
             first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
             with self.transaction():
                 self._insert_many("meta", list({**first, **meta}.items()))

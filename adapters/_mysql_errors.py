@@ -74,6 +74,10 @@ _LOGIN: Final = (
     "check the user and the password (of the URL, its option_file or MYSQL_PWD), and what the user "
     "may do"
 )
+_NOTHING: Final = (
+    "let an administrator grant this user SELECT there, to write INSERT, UPDATE and DELETE too; what "
+    "is granted to a role holds when that is the user's default (SET DEFAULT ROLE)"
+)
 _PLAIN: Final = (
     "; who was created with REQUIRE SSL is refused like this without TLS: leave out ssl_disabled"
 )
@@ -168,7 +172,7 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         lost = type(error).__name__ in ("OperationalError", "InterfaceError")
         kind, advice = (ConnectionLostError, _DOWN) if lost else (ArgumentError, "")
     elif code == 1044 and not connected:
-        kind, advice = UnavailableError, "let an administrator grant this user something there"
+        kind, advice = UnavailableError, _NOTHING
     else:
         kind, advice = _MEANINGS.get(code, (StoreError, ""))
         if code in _LOGIN_CODES and place.options.get("ssl_disabled"):
