@@ -11,6 +11,7 @@
 - :mod:`pydedup.testing.servers`: private PostgreSQL and MariaDB servers.
 - :mod:`pydedup.testing.pages`: smaller pages, so that little data spans several.
 - :mod:`pydedup.testing.memory_pages`: matrices on pages in memory, without a database.
+- :mod:`pydedup.testing.graphs`: graphs computed in numpy, by the definitions.
 - :mod:`pydedup.testing.kernels`: each kernel in a process of its own.
 - :mod:`pydedup.testing.resident`: how much memory a process takes at most.
 - :mod:`pydedup.testing.shards`: places for sharded stores, and a look behind the adapter.

@@ -21,6 +21,16 @@ def store(tmp_path: Path) -> Iterator[pydedup.Store]:
         yield opened
 
 
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Draw the same weights in each test, and record nothing for gradients."""
+    import torch
+
+    torch.manual_seed(7)
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="module")
 def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., set[str]]]:
     """Compare a module with itself attached; return the names of the matrices it had to load."""

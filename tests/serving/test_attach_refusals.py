@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an attached module refuses, and what it allows."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def net() -> Any:
+    return nn.Sequential(nn.Linear(80, 70), nn.ReLU(), nn.Linear(70, 5)).eval()
+
+
+X = torch.randn(3, 80)
+
+
+def forward_mode(module: Any) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return module(torch.autograd.forward_ad.make_dual(X, X))
+
+
+IDS = torch.tensor([0, -1])
+
+
+def make_fx(module: Any) -> Any:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(module)
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "state_dict": (lambda m: m.state_dict(), "has no state_dict"),
+    "state_dict of a part": (lambda m: m[0].state_dict(), "Linear, attached to m, has no state_d"),
+    "state_dict around": (lambda m: nn.Sequential(m).state_dict(), "has no state_dict"),
+    "load_state_dict": (lambda m: m.load_state_dict({}), "takes no state dict"),
+    "deepcopy": (copy.deepcopy, "cannot be copied"),
+    "copy": (copy.copy, "cannot be pickled or copied"),
+    "copy of a weight": (lambda m: copy.deepcopy(m[0].weight), "'0.weight' of m is in a store"),
+    "pickle": (pickle.dumps, "cannot be pickled"),
+    "pickle of a weight": (lambda m: pickle.dumps(m[0].weight), "cannot be pickled"),
+    "torch.save": (lambda m: torch.save(m, io.BytesIO()), "cannot be pickled"),
+    "half": (lambda m: m.half(), r"cannot become torch.float16 on cpu"),
+    "half of a part": (lambda m: m[0].half(), r"cannot become torch.float16 on cpu"),
+    "to": (lambda m: m.to("meta"), r"cannot become torch.float32 on meta"),
+    "train": (lambda m: m.train()(X), "is in training mode"),
+    "train of a part": (lambda m: (m[0].train(), m(X)), "is in training mode"),
+    "zero_": (lambda m: m[0].weight.zero_(), r"cannot be changed \(by zero_\)"),
+    "data": (lambda m: m[0].weight.data.mul_(2), r"cannot be changed \(by mul_\)"),
+    "+=": (lambda m: m[0].weight.__iadd__(1), r"cannot be changed"),
+    "item": (lambda m: m[0].weight.__setitem__(0, 1), r"cannot be changed \(by __setitem__\)"),
+    "init": (lambda m: nn.init.normal_(m[0].weight), r"cannot be changed \(by normal_\)"),
+    "out": (lambda m: torch.add(X, X, out=m[0].weight), r"cannot be changed \(by add\)"),
+    "inplace": (lambda m: nn.functional.relu(m[0].bias, inplace=True), "'0.bias' of m@1 is in a"),
+    "several at once": (lambda m: torch._foreach_mul_([m[0].bias], 2.0), "cannot be changed"),
+    "view": (lambda m: (m[0].bias.view(7, 10).fill_(9), m(X)), "was changed in place, maybe"),
+    "view of a matrix": (lambda m: (m[0].weight.flatten().zero_(), m[0].weight + 1), "was changed"),
+    "requires_grad_": (lambda m: m.requires_grad_(), "has no gradient"),
+    "a dual number": (forward_mode, "has a tangent, and streamed weights give none"),
+    "script": (torch.jit.script, "cannot be compiled by TorchScript"),
+    "trace": (lambda m: torch.jit.trace(m, X), "cannot be traced, compiled or exported"),
+    "make_fx": (lambda m: make_fx(m)(X), "cannot be traced, compiled or exported"),
+    "export": (lambda m: torch.export.export(m, (X,)), "cannot be traced, compiled or exported"),
+    "trace of a weight": (
+        lambda m: torch.jit.trace(lambda x: x @ m[0].weight.T, X, check_trace=False),
+        "'0.weight' of m cannot be traced",
+    ),
+    "make_fx of a bias": (lambda m: make_fx(lambda x: x + m[2].bias)(X[:, :5]), "cannot be traced"),
+    "make_fx of rows": (lambda m: make_fx(lambda x: m[0].weight[x])(IDS), "cannot be traced"),
+    "compile": (lambda m: m.compile(), "cannot be compiled"),
+    "integers": (lambda m: m(X.long()), "is torch.int64; floats are needed"),
+    "shape": (lambda m: m(X[:, :9]), r"x has shape \(3, 9\)"),
+    "device": (lambda m: m(X.to("meta")), "the input is on meta"),
+    "sparse": (lambda m: m(X.to_sparse()), "is no plain tensor in memory"),
+    "vmap": (lambda m: torch.vmap(m)(X), "cannot be part of what torch.func transforms"),
+    "jvp": (lambda m: torch.func.jvp(m, (X,), (X,)), "cannot be part of what torch.func"),
+    "vmap of a part": (
+        lambda m: torch.vmap(lambda x: nn.functional.linear(x, m[0].weight))(X),
+        "is no plain tensor in memory",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals(store: pydedup.Store, what: str) -> None:
+    use, message = REFUSED[what]
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    torch.testing.assert_close(store.attach(module, "m")(X), wanted)
+    with pytest.raises(ArgumentError, match=message):
+        use(module)
+    torch.testing.assert_close(module.eval()(X), wanted)
+
+
+def test_gradients_are_refused(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    store.attach(module, "m")
+    x = X.clone().requires_grad_()
+    assert not module(x).requires_grad
+    with torch.enable_grad(), pytest.raises(ArgumentError, match="requires a gradient, and stream"):
+        module(x)
+    with torch.enable_grad():
+        assert not module(X).requires_grad
+
+
+def test_running_statistics_are_not_updated(store: pydedup.Store) -> None:
+    module = nn.Sequential(nn.BatchNorm1d(80)).eval()
+    store.add("m", module)
+    store.attach(module, "m")
+    module[0].training = True
+    with pytest.raises(ArgumentError, match="is in training mode"):
+        module(X)
+
+
+def test_autocast_is_refused(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    store.attach(module, "m")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ArgumentError, match="autocast"):
+        module(X)
+
+
+def test_what_changes_nothing_is_allowed(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    parts = repr(module)
+    store.attach(module, "m")
+    assert repr(module) == parts
+    assert isinstance(module, nn.Sequential)
+    assert module.to("cpu").float().to(torch.float32).eval() is module
+    assert not any(p.requires_grad for p in module.requires_grad_(False).parameters())
+    assert sum(p.numel() for p in module.parameters()) == 80 * 70 + 70 + 70 * 5 + 5
+    assert all(isinstance(p, nn.Parameter) for p in module.parameters())
+    assert dict(module.named_parameters()).keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert module[0].weight.dtype is torch.float32
+    assert "StoredParameter '0.weight' of m (70, 80)" in repr(module[0].weight)
+    torch.testing.assert_close(module[:2](X), nn.functional.relu(module[0](X)))
+    torch.testing.assert_close(module(X), wanted)
+    assert np.array_equal(module[0].weight.numpy(), store.load("m")["0.weight"])
+
+
+def test_arrays_of_weights_are_read_only(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    bias = store.attach(module, "m")[0].bias
+    for array in (bias.numpy(), bias.detach().numpy(), np.asarray(bias)):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 9
+    np.asarray(bias, np.float64)[:] = 9
+    np.from_dlpack(bias)[:] = 9
+    torch.from_dlpack(bias).fill_(9)
+    torch.testing.assert_close(module(X), wanted)
+
+
+def test_who_reads_memory_without_asking_gets_an_error(store: pydedup.Store) -> None:
+    """There is none behind a stored tensor: reading at its address ended the process."""
+    module = net()
+    store.add("m", module)
+    weight = store.attach(module, "m")[0].weight
+    for view in (weight, weight[:9], weight.T):
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+            torch.utils.dlpack.to_dlpack(view)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("what", ["module", "weights"])
+def test_compiling_changes_nothing(store: pydedup.Store, what: str) -> None:
+    torch.compiler.reset()
+    one, two = net(), net()
+    store.add("m@1", one)
+    module = store.attach(net(), "m")
+
+    def with_weights(x: Any) -> Any:
+        x = nn.functional.linear(x, module[0].weight, module[0].bias).relu()
+        return x @ module[2].weight.T + module[2].bias
+
+    compiled = torch.compile(module if what == "module" else with_weights, backend="eager")
+    torch.testing.assert_close(compiled(X), one(X))
+    store.add("m@2", two)
+    torch.testing.assert_close(compiled(X), two(X))
+    store.detach(module)
+    torch.testing.assert_close(compiled(X), two(X))
+
+
+def test_inference_mode(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    store.attach(module, "m")
+    with torch.inference_mode():
+        torch.testing.assert_close(module(X), wanted)
+        store.detach(module)
+    with torch.enable_grad():
+        module(X).sum().backward()
+    assert module[0].weight.grad is not None
+
+
+def test_ids_that_are_no_plain_tensor_are_refused(store: pydedup.Store) -> None:
+    module = nn.Embedding(9, 4).eval()
+    store.add("m", module)
+    store.attach(module, "m")
+    ids = torch.arange(6).view(2, 3)
+    for given in (ids.to("meta"), ids.to_sparse()):
+        with pytest.raises(ArgumentError, match="input of 'weight' of m is no plain tensor"):
+            module(given)

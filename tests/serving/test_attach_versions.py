@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an address means at each call, and what happens in the store meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError, NotFoundError
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def net() -> Any:
+    return nn.Sequential(nn.Linear(80, 70), nn.ReLU(), nn.Linear(70, 5)).eval()
+
+
+X = torch.randn(3, 80)
+
+
+# ---- versions -----------------------------------------------------------------------------------
+
+
+def test_an_alias_and_the_newest_version_are_looked_up_per_call(store: pydedup.Store) -> None:
+    one, two = net(), net()
+    wanted = one(X), two(X)
+    store.add("m@1", one)
+    store.alias("m", "prod", "1")
+    fixed, alias, newest = (store.attach(net(), name) for name in ("m@1", "m@prod", "m"))
+    for module in (fixed, alias, newest):
+        torch.testing.assert_close(module(X), wanted[0])
+    store.add("m@2", two)
+    torch.testing.assert_close(newest(X), wanted[1])
+    torch.testing.assert_close(alias(X), wanted[0])
+    store.alias("m", "prod", "2")
+    torch.testing.assert_close(alias(X), wanted[1])
+    torch.testing.assert_close(fixed(X), wanted[0])
+    store.detach(alias)
+    assert torch.equal(alias[0].weight, two[0].weight)
+
+
+def test_a_fixed_version_that_was_removed_and_added_again(store: pydedup.Store) -> None:
+    one, two = net(), net()
+    store.add("m@1", one)
+    module = store.attach(net(), "m@1")
+    torch.testing.assert_close(module(X), one(X))
+    store.remove("m@1")
+    store.add("m@1", two)
+    torch.testing.assert_close(module(X), two(X))
+    store.vacuum()
+    torch.testing.assert_close(module(X), two(X))
+    assert torch.equal(store.detach(module)[0].weight, two[0].weight)
+
+
+def test_on_every_back_end(store_url: str) -> None:
+    one, two = net(), net()
+    with pydedup.open(store_url) as store:
+        store.add("m@1", one)
+        store.add("m@2", two)
+        store.alias("m", "prod", "1")
+        with pydedup.open(store_url, mode="r", memory="8MiB") as reader:
+            module = reader.attach(net(), "m@prod")
+            torch.testing.assert_close(module(X), one(X))
+            store.alias("m", "prod", "2")
+            torch.testing.assert_close(module(X), two(X))
+            assert torch.equal(reader.detach(module)[0].weight, two[0].weight)
+
+
+class Constant(nn.Module):
+    """Many layers that each give back the number of the version, so that a mixture shows."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(6))
+        self.norm = nn.BatchNorm1d(1)
+        for layer in self.layers:
+            layer.weight.fill_(0)
+            layer.bias.fill_(value)
+        self.norm.running_mean.fill_(value)
+
+    def part(self, x: Any) -> Any:
+        return torch.cat([layer(x) for layer in self.layers], 1)
+
+    def forward(self, x: Any, between: Callable[[], None] | None = None) -> Any:
+        first = self.part(x)
+        if between is not None:
+            between()
+        return torch.cat([first, self.part(x), x - self.norm(x)], 1)
+
+
+def test_a_call_never_mixes_versions(store: pydedup.Store) -> None:
+    for version in (1, 2):
+        store.add(f"m@{version}", Constant(version).eval())
+    store.alias("m", "prod", "1")
+    module = store.attach(Constant(0).eval(), "m@prod")
+    zero = torch.zeros(1, 1)
+    y = module(zero, lambda: store.alias("m", "prod", "2"))
+    assert y.round().unique().tolist() == [1]
+    assert module(zero).round().unique().tolist() == [2]
+
+
+class Between(nn.Module):
+    """Gives its input back, and does something first."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        super().__init__()
+        self.do = do
+
+    def forward(self, x: Any) -> Any:
+        self.do()
+        return x
+
+
+def test_a_part_without_weights_of_its_own_does_not_mix_them_either(store: pydedup.Store) -> None:
+    def made(value: float, do: Callable[[], None]) -> Any:
+        part = nn.Sequential(nn.Linear(1, 1), Between(do), nn.Linear(1, 1)).eval()
+        for number in (0, 2):
+            part[number].weight.fill_(1)
+            part[number].bias.fill_(value)
+        return nn.ModuleDict({"part": part}).eval()
+
+    for version in (1, 2):
+        store.add(f"m@{version}", made(version, lambda: None))
+    store.alias("m", "prod", "1")
+    module = store.attach(made(0, lambda: store.alias("m", "prod", "2")), "m@prod")
+    zero = torch.zeros(1, 1)
+    assert module["part"](zero).item() == 2
+    assert module["part"](zero).item() == 4
+
+
+def test_two_threads_while_the_alias_changes(store: pydedup.Store) -> None:
+    for version in (1, 2):
+        store.add(f"m@{version}", Constant(version).eval())
+    store.alias("m", "prod", "1")
+    module = store.attach(Constant(0).eval(), "m@prod")
+    seen: list[set[float]] = []
+    failed: list[BaseException] = []
+    stop = threading.Event()
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    seen.append(set(module(torch.zeros(1, 1)).round().unique().tolist()))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(60):
+        store.alias("m", "prod", str(1 + number % 2))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert all(len(values) == 1 for values in seen)
+    assert set().union(*seen) == {1.0, 2.0}
+
+
+def test_a_version_that_does_not_fit_is_refused_and_changes_nothing(store: pydedup.Store) -> None:
+    store.add("m@1", net())
+    module = store.attach(net(), "m")
+    wanted = module(X)
+    store.add("m@2", nn.Sequential(nn.Linear(80, 71), nn.ReLU(), nn.Linear(71, 5)))
+    with pytest.raises(
+        ArgumentError, match=r"m@2 does not fit Sequential: different: 0.weight has"
+    ):
+        module(X)
+    store.remove("m@2")
+    assert torch.equal(module(X), wanted)
+
+
+def test_what_a_version_had_loaded_is_freed_with_it(store: pydedup.Store) -> None:
+    from pydedup.serving.attached.modules import attachment_of
+
+    store.add("m@1", net())
+    module = store.attach(net(), "m")
+    module(X)
+    old = weakref.ref(attachment_of(module).weights().loaded(1))  # type: ignore[union-attr]
+    assert old() is not None
+    store.add("m@2", net())
+    module(X)
+    gc.collect()
+    assert old() is None
+
+
+# ---- what happens in the store meanwhile ---------------------------------------------------------
+
+
+def test_a_vacuum_moves_blocks(store: pydedup.Store) -> None:
+    module, others = net(), [net() for _ in range(3)]
+    wanted = module(X)
+    for number, other in enumerate(others):
+        store.add(f"other-{number}", other)
+    store.add("m", module)
+    attention = nn.MultiheadAttention(64, 2).eval()
+    store.add("a", attention)
+    x, y = torch.randn(3, 64), torch.randn(3, 64)
+    attended = attention(x, y, y)[0]
+    store.attach(module, "m@1")(X)
+    store.attach(attention, "a")(x, y, y)
+    for number in range(len(others)):
+        store.remove(f"other-{number}")
+    assert store.vacuum().freed_pages > 0
+    torch.testing.assert_close(module(X), wanted)
+    torch.testing.assert_close(attention(x, y, y)[0], attended)
+
+
+def test_a_model_that_is_removed(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m@1", module)
+    store.add("n@1", net())
+    store.attach(module, "m@1")
+    newest = store.attach(net(), "n")
+    store.remove("m@1")
+    store.remove("n@1")
+    store.vacuum()
+    with pytest.raises(NotFoundError, match="no model 'n'"):
+        newest(X)
+    with pytest.raises(NotFoundError, match="no model 'm'"):
+        module(X)
+
+
+def test_a_forked_child(store: pydedup.Store) -> None:
+    module = net()
+    store.add("m", module)
+    wanted = store.attach(module, "m")(X)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if torch.allclose(module(X), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
