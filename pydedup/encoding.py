@@ -237,7 +237,7 @@ def _blocks(view: MatrixView) -> tuple[NDArray[np.uint8], int, int, int]:
 def _error_bound(max_rel_error: object) -> float | None:
     if max_rel_error is None:
         return None
-    if isinstance(max_rel_error, bool) or not isinstance(max_rel_error, int | float | np.floating):
+    if not isinstance(max_rel_error, int | float | np.floating):
         raise ArgumentError(
             f"max_rel_error must be a number above 0 and below 1, got {max_rel_error!r}"
         )

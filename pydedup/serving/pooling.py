@@ -48,16 +48,14 @@ class _Axis:
     ) -> _Axis:
         reach = (kernel - 1) * dilation + 1
         room = size + before + after - reach
-        if size < 1 or (room < 0 and not ceil_mode):
+        count = (-(-room // stride) if ceil_mode else room // stride) + 1
+        if (count - 1) * stride >= size + before:
+            count -= 1  # the last window must begin in the image, or before it
+        if size < 1 or count < 1:
             raise ArgumentError(
                 f"windows of {reach} do not fit into the image's {name}, which is "
                 f"{size + before + after} with its padding"
             )
-        count = (-(-room // stride) if ceil_mode else room // stride) + 1
-        if ceil_mode and (count - 1) * stride >= size + before:
-            count -= 1  # the last window must begin in the image, or before it
-        if count < 1:
-            raise ArgumentError(f"windows of {reach} do not fit into the image's {name} of {size}")
         return cls(size, kernel, stride, before, after, dilation, count)
 
     def counted(self, include_pad: bool) -> _Array:
@@ -123,7 +121,7 @@ def max_pool2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    ceil_mode: bool = False,
+    ceil_mode: bool,
 ) -> _Array:
     """Return the maximum of each window; a NaN wins, padding never does.
 
@@ -157,8 +155,8 @@ def avg_pool2d(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
+    ceil_mode: bool,
+    count_include_pad: bool,
 ) -> _Array:
     """Return the mean of each window, as `max_pool2d` walks over it.
 

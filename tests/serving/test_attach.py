@@ -193,6 +193,37 @@ def test_an_unknown_model(store: pydedup.Store) -> None:
             store.attach(net(), name)
 
 
+def test_a_part_in_two_places(store: pydedup.Store) -> None:
+    part = nn.Linear(80, 80)
+    module = nn.Sequential(part, nn.ReLU(), part).eval()
+    wanted = module(X)
+    store.add("m", module)
+    store.attach(module, "m")
+    torch.testing.assert_close(module(X), wanted)
+    store.detach(module)
+    assert type(part) is nn.Linear
+    assert module[2] is part
+    assert torch.equal(module(X), wanted)
+
+
+def test_what_is_loaded_whole_must_fit_the_budget(tmp_path: Path) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1024, 768))
+
+        def forward(self, x: Any) -> Any:
+            return x * self.weight.sin().sum()
+
+    module = Whole().eval()
+    with pydedup.open(tmp_path / "m.db", memory="2MiB") as store:
+        store.add("m", module)
+        store.attach(module, "m")
+        with pytest.raises(BudgetError, match=r"'weight' of m@1 .* loaded whole, 3,145,728 bytes"):
+            module(X)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_modules_that_cannot_be_attached(store: pydedup.Store) -> None:
     module = net()
     store.add("m", module)
@@ -206,6 +237,14 @@ def test_modules_that_cannot_be_attached(store: pydedup.Store) -> None:
     lazy = nn.LazyLinear(5).eval()
     with pytest.raises(ArgumentError, match="'weight' is a UninitializedParameter"):
         store.attach(lazy, "m")
+    for given in (
+        torch.eye(5).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(5), 1, 0, torch.qint8),
+    ):
+        odd = net()
+        odd.register_buffer("odd", given)
+        with pytest.raises(ArgumentError, match="only plain dense tensors can be attached"):
+            store.attach(odd, "m")
     module.eval()
     outer = nn.Sequential(store.attach(module, "m")).eval()
     for again in (module, outer):

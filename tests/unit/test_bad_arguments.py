@@ -57,7 +57,7 @@ def test_what_is_no_array_of_numbers_is_named(wrong: Any, says: str) -> None:
             call()
 
 
-@pytest.mark.parametrize("threads", [-1, 1.5, None, 1 << 40])
+@pytest.mark.parametrize("threads", [-1, 1.5, None, 1 << 31, 1 << 40])
 def test_what_is_no_number_of_threads_is_named(threads: Any) -> None:
     pages = MemoryPages()
     w = np.ones((6, 4), np.float32)

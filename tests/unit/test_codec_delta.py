@@ -362,11 +362,13 @@ def test_a_limit_that_is_too_small_gives_no_delta() -> None:
     assert (encoded.lengths[1::2] > 0).all()
     assert (encoded.lengths <= limits).all()
     assert encoded.lengths.sum() == len(encoded.arena)
+    none = codec.encode_deltas(view, [], base, [])
+    assert len(none.lengths) == len(none.arena) == len(encoded.select(every[:0]).arena) == 0
 
 
 def test_bad_arguments() -> None:
     view, base = pair()
-    for index in (-1, view.grid.count):
+    for index in (-view.grid.count - 1, -1, view.grid.count):
         with pytest.raises(ArgumentError, match="outside of a grid of 15 blocks"):
             codec.encode_deltas(view, [index], base, [0])
         with pytest.raises(ArgumentError, match="outside of a grid of 15 blocks"):
@@ -377,7 +379,7 @@ def test_bad_arguments() -> None:
         codec.encode_deltas(view, [0], base, [0, 1])
     with pytest.raises(ArgumentError, match="shape of its base"):
         codec.encode_deltas(view, [0], base, [14])
-    for bound in (0.0, 1.0, -0.5, float("nan")):
+    for bound in (0.0, 1.0, -0.5, float("nan"), True):
         with pytest.raises(ArgumentError, match="max_rel_error"):
             codec.encode_deltas(view, [0], base, [0], max_rel_error=bound)
     with pytest.raises(ArgumentError, match="max_rel_error"):
@@ -397,9 +399,10 @@ def test_a_page_names_the_bases_of_its_deltas() -> None:
     columns = ([0], encoded.lengths, encoded.encodings, [view.dtype.code], [32], [48])
     with pytest.raises(ArgumentError, match="names no base"):
         codec.build_page(encoded.arena, *columns)
-    page = codec.build_page(encoded.arena, *columns, [7])
-    assert page[4] == codec.DELTA_PAGE_VERSION == codec.PAGE_VERSION
-    assert codec.Page(page).slots["base"].tolist() == [7]
+    for tag in (7, 2**64 - 1):  # any digest there is
+        page = codec.build_page(encoded.arena, *columns, [tag])
+        assert page[4] == codec.DELTA_PAGE_VERSION == codec.PAGE_VERSION
+        assert codec.Page(page).slots["base"].tolist() == [tag]
 
 
 def test_on_a_page_with_deltas_only_raw_blocks_are_aligned() -> None:

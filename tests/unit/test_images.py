@@ -117,6 +117,15 @@ def test_pools_are_those_of_torch(
         assert np.array_equal(one(op, x[0], **walk, **more), got[0], equal_nan=True)
 
 
+def test_no_window_is_of_padding_alone() -> None:
+    x = np.zeros((2, 3, 0, 5), np.float32)
+    with pytest.raises(RuntimeError):
+        nn.functional.max_pool2d(torch.from_numpy(x), (2, 1), 1, (1, 0))
+    for op in ("max_pool2d", "avg_pool2d"):
+        with pytest.raises(ArgumentError, match="windows of 2 do not fit into the image's height"):
+            one(op, x, kernel=[2, 1], stride=[1, 1], padding=[1, 0, 1, 0])
+
+
 def test_pools_of_the_whole_image() -> None:
     x = RNG.standard_normal((2, 3, 4, 5)).astype(np.float32)
     assert np.array_equal(one("max", x, axis=[2, 3]), x.max((2, 3)))
