@@ -75,8 +75,8 @@ _LOGIN: Final = (
     "may do"
 )
 _NOTHING: Final = (
-    "let an administrator grant this user SELECT there, to write INSERT, UPDATE and DELETE too; what "
-    "is granted to a role holds when that is the user's default (SET DEFAULT ROLE)"
+    "let an administrator grant this user SELECT there, to write INSERT, UPDATE and DELETE too; a "
+    "role's privileges hold when it is the user's default (SET DEFAULT ROLE)"
 )
 _PLAIN: Final = (
     "; who was created with REQUIRE SSL is refused like this without TLS: leave out ssl_disabled"
