@@ -40,7 +40,7 @@ def strip(raw: RawFile) -> tuple[bytes, list[Place]]:
         if field.number == MODEL_GRAPH and field.wire == BYTES:
             graphs += 1
             graph = b"".join(_strip_graph(raw, field, places))
-            pieces += [tag(MODEL_GRAPH, BYTES), varint(len(graph)), graph]
+            pieces += [tag(MODEL_GRAPH), varint(len(graph)), graph]
         else:
             pieces.append(raw.read_at(field.begin, field.end - field.begin))
     if graphs != 1:
@@ -53,7 +53,7 @@ def _strip_graph(raw: RawFile, graph: Field, places: list[Place]) -> Iterator[by
         if field.number == GRAPH_INITIALIZER and field.wire == BYTES:
             stripped, place = _strip_initializer(raw, field)
             places.append(place)
-            yield tag(GRAPH_INITIALIZER, BYTES) + varint(len(stripped)) + stripped
+            yield tag(GRAPH_INITIALIZER) + varint(len(stripped)) + stripped
         else:
             yield raw.read_at(field.begin, field.end - field.begin)
 

@@ -77,9 +77,9 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def tag(number: int, wire: int) -> bytes:
-    """Return the tag that begins a field."""
-    return varint(number << 3 | wire)
+def tag(number: int) -> bytes:
+    """Return the tag that begins a field of bytes."""
+    return varint(number << 3 | BYTES)
 
 
 def _read_varint(raw: RawFile, data: bytes, at: int, position: int) -> tuple[int, int]:

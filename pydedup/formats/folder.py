@@ -45,7 +45,7 @@ LAYOUT = DERIVED + "folder-layout"
 GRAPH_FILE = "pydedup_graph.json"
 
 _MAX_ARTIFACT = 64 << 20
-_MAX_INDEX = 256 << 20
+_LARGEST_READ = 256 << 20
 _SAFE_SUFFIX = ".safetensors"
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _WEIGHT_SUFFIXES = {
@@ -110,7 +110,7 @@ class FolderSource(SourceBase):
         for name in self._artifact_files:
             suffix = PurePosixPath(name).suffix.lower()
             media_type = _MEDIA_TYPES.get(suffix, "application/octet-stream")
-            yield Artifact(name, media_type, _read_file(self._path / name, _MAX_INDEX))
+            yield Artifact(name, media_type, _read_file(self._path / name))
 
     def close(self) -> None:
         """Close the files; arrays from them stay valid."""
@@ -179,7 +179,7 @@ class FolderSource(SourceBase):
         if GRAPH_FILE not in names:
             return None
         try:
-            graph = Graph.from_json(_read_file(self._path / GRAPH_FILE, _MAX_INDEX))
+            graph = Graph.from_json(_read_file(self._path / GRAPH_FILE))
             graph.validate({entry.name: entry.shape for entry in self._entries})
         except ArgumentError as exc:
             raise FormatError(f"{self._path / GRAPH_FILE} is damaged: {exc}") from exc
@@ -327,7 +327,7 @@ def _part(path: Path, folder: str, files: Sequence[str]) -> _Part | None:
 
 def _weight_map(path: Path) -> Mapping[str, str]:
     try:
-        weight_map = json.loads(_read_file(path, _MAX_INDEX))["weight_map"]
+        weight_map = json.loads(_read_file(path))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
         if isinstance(exc, FormatError):
             raise
@@ -364,14 +364,14 @@ def _hint(names: Sequence[str]) -> str:
     return ": no .safetensors and no pytorch_model.bin"
 
 
-def _read_file(path: Path, limit: int) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(_LARGEST_READ + 1)
     except OSError as exc:
         raise FormatError(f"{path} cannot be read: {exc.strerror}") from exc
-    if len(data) > limit:
-        raise FormatError(f"{path} has over {limit} bytes, too many for a file of its kind")
+    if len(data) > _LARGEST_READ:
+        raise FormatError(f"{path} has over {_LARGEST_READ} bytes, too many for a file of its kind")
     return data
 
 

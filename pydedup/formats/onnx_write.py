@@ -24,7 +24,7 @@ from pydedup.formats._onnx_tensors import (
     nested_tensors,
     parse,
 )
-from pydedup.formats._protobuf import BYTES, tag, varint
+from pydedup.formats._protobuf import tag, varint
 from pydedup.formats.base import Artifact, LazyTensors, TensorEntry, fetch_tensor, find_artifact
 from pydedup.formats.onnx import GRAPH
 
@@ -96,13 +96,13 @@ def _write_model(
     graph = model.graph.SerializeToString()
     model.ClearField("graph")
     bodies = [len(heads[name]) + sizes.get(name, 0) for name in heads]
-    framed = [len(tag(GRAPH_INITIALIZER, BYTES)) + len(varint(n)) + n for n in bodies]
+    framed = [len(tag(GRAPH_INITIALIZER)) + len(varint(n)) + n for n in bodies]
     with path.open("wb") as file:
         file.write(model.SerializeToString())
-        file.write(tag(MODEL_GRAPH, BYTES) + varint(len(graph) + sum(framed)))
+        file.write(tag(MODEL_GRAPH) + varint(len(graph) + sum(framed)))
         file.write(graph)
         for (name, head), body in zip(heads.items(), bodies, strict=True):
-            file.write(tag(GRAPH_INITIALIZER, BYTES) + varint(body) + head)
+            file.write(tag(GRAPH_INITIALIZER) + varint(body) + head)
             if name in sizes:
                 write_array(file, fetch_tensor(tensors, by_name[name]))
 
@@ -110,7 +110,7 @@ def _write_model(
 def _initializer_head(tensor: Any, sizes: dict[str, int]) -> bytes:
     head: bytes = tensor.SerializeToString()
     if tensor.name in sizes:
-        head += tag(RAW_DATA, BYTES) + varint(sizes[tensor.name])
+        head += tag(RAW_DATA) + varint(sizes[tensor.name])
     return head
 
 

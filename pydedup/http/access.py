@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import orjson
 
@@ -73,8 +73,8 @@ class Gate:
 class AccessLog:
     """One JSON object a line, written by a thread of its own: a slow reader holds nobody up."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
+    def __init__(self) -> None:
+        self._stream = sys.stderr
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(_LONGEST_QUEUE)
         self._thread = threading.Thread(target=self._write, name="access-log", daemon=True)
         self._thread.start()

@@ -20,6 +20,7 @@ __all__ = ["Histogram", "Rates", "Scrape", "Source", "parse"]
 
 #: Larger answers are none of our server's.
 _LARGEST_BYTES = 16 * 1024 * 1024
+_PATIENCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +164,7 @@ class Source:
         For a URL that is none of a server, and a file without a certificate.
     """
 
-    def __init__(
-        self, url: str, token: bytes | None, trust: Path | None = None, timeout: float = 5.0
-    ) -> None:
+    def __init__(self, url: str, token: bytes | None, trust: Path | None = None) -> None:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -180,7 +179,9 @@ class Source:
         self._path = path.rstrip("/").removesuffix("/metrics") + "/metrics"
         self._headers = {} if token is None else {"Authorization": f"Bearer {token.decode()}"}
         if parts.scheme == "http":
-            self._connection = http.client.HTTPConnection(host, port or 80, timeout=timeout)
+            self._connection = http.client.HTTPConnection(
+                host, port or 80, timeout=_PATIENCE_SECONDS
+            )
         else:
             context = ssl.create_default_context()
             if trust is not None:
@@ -189,7 +190,7 @@ class Source:
                 except OSError as error:  # of which that of ssl is one
                     raise ArgumentError(f"no certificate (PEM) in {trust}: {error}") from error
             self._connection = http.client.HTTPSConnection(
-                host, port or 443, timeout=timeout, context=context
+                host, port or 443, timeout=_PATIENCE_SECONDS, context=context
             )
 
     def scrape(self) -> Scrape:
