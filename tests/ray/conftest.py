@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 import pydedup
-from pydedup.testing.servers import PostgresServer
+from pydedup.testing.servers import PostgresServer, unused_port
 
 from ..scoring.conftest import Tables, add, features, weights
 
@@ -40,11 +40,10 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    opened = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in opened]
-    for one in opened:
-        one.close()
-    return ports
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(unused_port())
+    return [*ports]
 
 
 @pytest.fixture(scope="session")

@@ -28,14 +28,14 @@ def test_a_connection_that_is_lost_ends_the_commands(scored_file: Scored) -> Non
         on = ["--on", cluster.client]
         serve = [*PROGRAM, "serve", scored_file.url, *on, "--port", "0"]
         score = [*PROGRAM, "score", scored_file.url, *on, "--model", "m@1", "--workers", "1"]
-        score += ["--into", "p", "--query", slow(scored_file.query, "200000"), "--batch", "5"]
+        score += ["--into", "p", "--query", slow(scored_file.query, "1000000"), "--batch", "5"]
         with subprocess.Popen(serve, **options) as server:
             assert server.stdout is not None
             # Both lines: what readline() has taken ahead of the first, communicate() does not give.
             hello = server.stdout.readline() + server.stdout.readline()
             assert "pydedup serves 1 model" in hello
             with subprocess.Popen(score, **options) as scorer:
-                patience = time.monotonic() + 120
+                patience = time.monotonic() + 200
                 while not scored_file.run("SELECT 1 FROM sqlite_master WHERE name = 'p'"):
                     assert time.monotonic() < patience
                     time.sleep(0.1)

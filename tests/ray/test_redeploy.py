@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pydedup.errors import ArgumentError, ClusterError
 from pydedup.graph import Graph, Node
 from pydedup.ray import app, deployment
 from pydedup.ray.cluster import import_ray
+from pydedup.testing.servers import unused_port
 from pydedup.testing.serving import Server, serving
 
 serve = import_ray("ray.serve")
@@ -40,8 +40,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def server(connected: Any, url: str) -> Iterator[Server]:
     """Ray Serve with an application."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
+    port = unused_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(deployment(url, num_cpus=0.1), name="again", route_prefix="/again")
     yield Server(None, f"http://127.0.0.1:{port}", [], port)  # type: ignore[arg-type]
@@ -51,7 +50,7 @@ def server(connected: Any, url: str) -> Iterator[Server]:
 def replica(name: str = "again") -> int:
     """The process that serves an application."""
     handle = serve.get_deployment_handle("Models", name)
-    found: int = handle.pool_stats.remote().result(timeout_s=20)[1]
+    found: int = handle.pool_stats.remote().result(timeout_s=100)[1]
     return found
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -32,6 +31,7 @@ from pydedup.ray.cluster import Secret, import_ray
 from pydedup.ray.serving.running import parse_replicas
 from pydedup.ray.serving.source import hindrance
 from pydedup.registry import redact
+from pydedup.testing.servers import unused_port
 from pydedup.testing.serving import Server, serving
 
 from .conftest import Sessions
@@ -98,8 +98,7 @@ def url(postgres_url: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def port(connected: Any) -> Iterator[int]:
     """Where Ray Serve listens."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
+    port = unused_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield port
     serve.shutdown()
@@ -152,7 +151,7 @@ def pools(handle: Any) -> dict[str, tuple[int, dict[str, int]]]:
     if not hasattr(type(handle), "broadcast"):  # an older Ray: whoever answers
         calls = [handle.pool_stats.remote() for _ in range(20)]
         return {name: (process, stats) for name, process, stats in (one.result() for one in calls)}
-    told = handle.broadcast("pool_stats").results(timeout_s=20, return_exceptions=True)
+    told = handle.broadcast("pool_stats").results(timeout_s=100, return_exceptions=True)
     alive = [one for one in told if not isinstance(one, BaseException)]
     return {name: (process, stats) for name, process, stats in alive}
 

@@ -93,7 +93,7 @@ def test_a_head_of_another_version_is_named_at_once(
         pytest.raises(ClusterError, match=f"127.0.0.1:{port} is of another version") as raised,
     ):
         probe.probe(f"127.0.0.1:{port}")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     here = f"Ray {ours} on Python {platform.python_version()} here"
     for said in [*named, here, "install the Ray and the Python of the cluster"]:
         assert said in str(raised.value)
@@ -105,7 +105,7 @@ def test_a_cluster_is_known_by_ray_client_as_well(monkeypatch: pytest.MonkeyPatc
         begun = time.monotonic()
         with pytest.raises(ClusterError, match=r"Ray 2\.1\.0 on Python 3\.11\.1 there, Ray"):
             probe.probe(f"ray://127.0.0.1:{client}")
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
 
 
 def test_the_head_of_another_cluster_on_that_machine_says_nothing(
