@@ -206,23 +206,6 @@ def test_a_part_in_two_places(store: pydedup.Store) -> None:
     assert torch.equal(module(X), wanted)
 
 
-def test_what_is_loaded_whole_must_fit_the_budget(tmp_path: Path) -> None:
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(1024, 768))
-
-        def forward(self, x: Any) -> Any:
-            return x * self.weight.sin().sum()
-
-    module = Whole().eval()
-    with pydedup.open(tmp_path / "m.db", memory="2MiB") as store:
-        store.add("m", module)
-        store.attach(module, "m")
-        with pytest.raises(BudgetError, match=r"'weight' of m@1 .* loaded whole, 3,145,728 bytes"):
-            module(X)
-
-
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_modules_that_cannot_be_attached(store: pydedup.Store) -> None:
     module = net()

@@ -154,6 +154,23 @@ def test_what_is_loaded_is_counted(tmp_path: Path) -> None:
             module(x)
 
 
+def test_what_is_loaded_whole_must_fit_the_budget(tmp_path: Path) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1024, 768))
+
+        def forward(self, x: Any) -> Any:
+            return x * self.weight.sin().sum()
+
+    module = Whole().eval()
+    with pydedup.open(tmp_path / "m.db", memory="2MiB") as store:
+        store.add("m", module)
+        store.attach(module, "m")
+        with pytest.raises(BudgetError, match=r"'weight' of m@1 .* loaded whole, 3,145,728 bytes"):
+            module(X)
+
+
 def test_activations_are_taken_off_the_pool_for_a_call(tmp_path: Path) -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:
