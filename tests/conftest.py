@@ -64,8 +64,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # `python -c` in a child would look into the working folder first, and find the sources, which
     # have no compiled core, instead of what is installed.
     os.environ["PYTHONSAFEPATH"] = "1"
-    # A machine that is busy with something else is not a fault of what is tested.
-    hypothesis.settings.register_profile("pydedup", deadline=None)
+    # A machine that is busy with something else is not a fault of what is tested, and a run of the
+    # tests tells of a change, not of chance: `--hypothesis-profile=search` tries other examples.
+    slow = [hypothesis.HealthCheck.too_slow]
+    common = hypothesis.settings(deadline=None, suppress_health_check=slow)
+    hypothesis.settings.register_profile("search", common)
+    hypothesis.settings.register_profile("pydedup", common, derandomize=True)
     hypothesis.settings.load_profile("pydedup")
     # Its C extension does not load after torch, which some of our tests import.
     with contextlib.suppress(ImportError):
