@@ -27,7 +27,7 @@ from pydedup.http.options import ServeOptions
 from pydedup.http.protocol import LimitedProtocol
 from pydedup.http.served import ServedStore
 
-__all__ = ["SWITCH_SECONDS", "serve"]
+__all__ = ["SWITCH_SECONDS", "listen", "serve"]
 
 #: How long Python lets one thread run while others wait: at its 5 ms, threads that predict would
 #: hold up the event loop.
@@ -79,7 +79,7 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
     switch = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        with _listen(options) as listener:
+        with listen(options.host, options.port) as listener:
             url = _url_of(listener, options)
             server = _Server(config, app, options.grace, lambda: started(url))
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -141,16 +141,17 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _listen(options: ServeOptions) -> socket.socket:
-    place = f"{options.host}, port {options.port}"
+def listen(host: str, port: int) -> socket.socket:
+    """Take a port, which nobody else may share. Raises OSError, and ArgumentError for the host."""
+    place = f"{host}, port {port}"
     try:
         found = socket.getaddrinfo(
-            options.host or None, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except OSError as error:
         raise OSError(error.errno, f"cannot listen on {place}: {error.strerror}") from error
     except UnicodeError:  # an empty label, or one that is too long
-        raise ArgumentError(f"{options.host!r} is no name of a host") from None
+        raise ArgumentError(f"{host!r} is no name of a host") from None
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,18 +59,33 @@ def test_a_server_that_all_may_use_is_told(
         assert warned in err
 
 
-@pytest.mark.parametrize("wrong", ["host", "port"])
-def test_why_it_does_not_start_is_told_in_a_line(wrong: str, tmp_path: Path) -> None:
+@pytest.fixture
+def url(tmp_path: Path) -> str:
     url = f"sqlite:///{tmp_path / 'm.db'}"
     with pydedup.open(url) as store:
         store.add("m@1", {"w": np.ones((2, 2), np.float32)})
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    return url
+
+
+def test_a_port_that_is_taken_is_told_before_ray_begins(url: str) -> None:
+    """Also by another Ray Serve, which shares it: the two had each some of the requests."""
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
         port = taken.getsockname()[1]
-        options = ["--host", "a..b", "--port", "0"] if wrong == "host" else ["--port", str(port)]
-        done = run_process("serve", url, "--on", "local", "--replicas", "1", *options)
+        done = run_process("serve", url, "--on", "local", "--port", str(port))
+    said = f"cannot listen on 127.0.0.1, port {port}: Address already in use"
+    assert (done.returncode, done.stderr) == (4, f"pydedup: error: {said}\n")
+
+
+def test_why_it_does_not_start_is_told_in_a_line(url: str) -> None:
+    code = (
+        "import socket, sys; from pydedup.cli import main; from pydedup.ray.serving import running;"
+        "running.listen = lambda *_: socket.socket(); sys.exit(main(sys.argv[1:]))"
+    )
+    options = ["--on", "local", "--replicas", "1", "--host", "a..b", "--port", "0"]
+    command = [sys.executable, "-P", "-c", code, "serve", url, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 4
-    said = "a..b" if wrong == "host" else f"127.0.0.1:{port}"
     told = done.stderr.splitlines()[-1]
     assert told.startswith("pydedup: error: Ray Serve does not start it: ")
-    assert said in told
+    assert "a..b" in told
     assert "File" not in told

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
+from pydedup.http.server import listen
 from pydedup.ray.cluster import (
     LOST,
     Secret,
@@ -84,9 +85,14 @@ def run(
     ------
     ArgumentError, ClusterError
         Something is wrong here, at the cluster, or with a worker.
+    OSError
+        Where the proxies would be of this machine alone: host and port cannot be listened on.
     """
     stop = threading.Event()
     url = absolute(url)
+    if on == "local":
+        # Ray's proxy shares its port with those of other Rays, who would get some of the requests.
+        listen(http["host"], http["port"]).close()
     with contextlib.ExitStack() as left:
         ray = left.enter_context(attached(on))
         _refuse_second(ray)  # again below, when others had time to come first
