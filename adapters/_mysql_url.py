@@ -8,6 +8,7 @@ option file which it names, or of ``MYSQL_PWD``, as for MySQL's own programs.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -87,8 +88,10 @@ def locate(url: str, schema: str | None = None) -> Place:
         elif "password=" in parts.query:  # it may be a piece of that
             raise ArgumentError(_UNREADABLE)
         else:
-            known = ", ".join(sorted({"option_file", "prefix", "timeout", *_OPTIONS}))
-            raise ArgumentError(f"{shown}: option {name!r} is not known; there are: {known}")
+            known = sorted({"option_file", "prefix", "timeout", *_OPTIONS})
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+            raise ArgumentError(f"{shown}: option {name!r} is not known; {hint}")
     if "MYSQL_PWD" in os.environ:
         options.setdefault("password", os.environ["MYSQL_PWD"])
     _settle_tls(shown, options)

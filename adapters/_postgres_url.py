@@ -68,13 +68,17 @@ class Place:
         return f"Place({self.shown!r})"
 
 
-def locate(url: str, schema: str | None, known: Collection[str]) -> Place:
+def locate(
+    url: str, schema: str | None, known: Collection[str], also: Collection[str] = ()
+) -> Place:
     """Take a URL apart: ``?schema=`` and ``?timeout=`` are ours, all the rest is libpq's.
 
     Parameters
     ----------
     known
         The parameters that libpq knows.
+    also
+        Those that the caller has taken, which may be meant by one that nobody knows.
 
     Raises
     ------
@@ -104,7 +108,7 @@ def locate(url: str, schema: str | None, known: Collection[str]) -> Place:
         if unquote(name) not in known and name != "ssl":  # ssl=true is JDBC's sslmode=require
             # With an "@" behind it, or beside a password, it may be a piece of one.
             may_be = "@" in query or "password=" in query
-            raise ArgumentError(_UNREADABLE if may_be else _unknown(name, known))
+            raise ArgumentError(_UNREADABLE if may_be else _unknown(name, [*also, *known]))
         if name == "connect_timeout" and not re.fullmatch("[0-9]{1,9}", value):
             raise ArgumentError(f"connect_timeout={value} must be a whole number of seconds")
         theirs.append(part)

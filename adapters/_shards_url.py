@@ -38,6 +38,7 @@ __all__ = [
 
 #: More copies would be written than a second failure at the same time is worth.
 MOST_REPLICAS: Final = 2
+_OURS: Final = ("replicas",)
 _PREFIX: Final = re.compile(r"postgres(ql)?://")
 
 
@@ -72,13 +73,19 @@ def locate_shards(url: str, schema: str | None, known: Collection[str]) -> Shard
             "postgresql+shards://host/database|host1/pages|host2/pages"
         )
     first, replicas = _without_replicas(_PREFIX.sub("", first))
-    coordinator = locate(f"postgresql://{first}", schema, known)
+    coordinator = locate(f"postgresql://{first}", schema, known, also=_OURS)
     shards = []
     for number, other in enumerate(others, 1):
-        own = f"postgresql://{_PREFIX.sub('', other)}"
+        own, misplaced = _without_replicas(f"postgresql://{_PREFIX.sub('', other)}")
+        if misplaced is not None:
+            raise ArgumentError(
+                "replicas= is an option of the first database in the list, the coordinator: "
+                "postgresql+shards://host/database?replicas=2|host1/pages|host2/pages"
+            )
         asks = re.search(r"[?&]schema=", own)
         try:
-            shards.append(locate(own, None if asks else coordinator.schema, known))
+            own_schema = None if asks else coordinator.schema
+            shards.append(locate(own, own_schema, known, also=_OURS))
         except ArgumentError as error:
             raise ArgumentError(f"shard {number} of the list: {error}") from None
     if replicas is not None and not 1 <= replicas <= min(MOST_REPLICAS, len(shards)):

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
-import difflib
 import io
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import click
 from click.shell_completion import shell_complete
@@ -25,6 +27,7 @@ from pydedup.cli import (
     looking,
     moving,
     naming,
+    options,
     predicting,
     reporting,
     scoring,
@@ -70,7 +73,7 @@ _EXAMPLES = (
 )
 
 
-class Program(click.Group):
+class Program(options.Group):
     """The group of all commands."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -103,22 +106,6 @@ class Program(click.Group):
                     ("NO_COLOR", "any value turns colours off"),
                 ]
             )
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; what was meant is guessed, and no URL is repeated."""
-        word = args[0]
-        is_guessed = not word.startswith("-") and not ctx.resilient_parsing  # no shell completes
-        if self.get_command(ctx, word) is None and is_guessed:
-            if "://" in word:
-                raise click.UsageError(
-                    "the command comes first, then the store: pydedup COMMAND STORE ...", ctx
-                )
-            close = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise click.UsageError(f"no command {word!r}{hint}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 @click.group(
@@ -198,16 +185,39 @@ class _Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Have SIGTERM end a command as Ctrl-C does: what it wrote beside its output is taken away."""
+    """Have SIGTERM end a command as Ctrl-C does: what it wrote beside its output is taken away.
+
+    Neither is lost, nor shown as a traceback, where it comes when Python ignores exceptions.
+    """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
+    before = sys.unraisablehook
+
+    def dropped(told: Any) -> None:
+        if isinstance(told.exc_value, KeyboardInterrupt):
+            _thread.start_new_thread(_strike_again, (type(told.exc_value) is _Terminated,))
+        else:
+            before(told)
+
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        sys.unraisablehook = before
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _strike_again(terminates: bool) -> None:
+    """Send a signal once more, whose exception Python dropped: it came within a weakref's callback.
+
+    Not by a `threading.Timer`, of whose locks the main thread may hold one just then.
+    """
+    time.sleep(0.01)
+    number = signal.SIGTERM if terminates else signal.SIGINT
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import difflib
 import enum
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 
 import click
 
@@ -26,7 +28,7 @@ from pydedup.errors import (
 )
 from pydedup.text import clean, without_secrets
 
-__all__ = ["TRACEBACK_VARIABLE", "Exit", "report", "warn"]
+__all__ = ["TRACEBACK_VARIABLE", "Exit", "no_such", "report", "warn"]
 
 TRACEBACK_VARIABLE = "PYDEDUP_TRACEBACK"
 #: Of what an unexpected exception says, a line shows no more than this; a traceback shows all.
@@ -128,8 +130,16 @@ def _status(error: PydedupError) -> Exit:
     return Exit.STORE
 
 
+def no_such(what: str, word: str, known: Iterable[str]) -> str:
+    """Say that there is no such option or command, and which one comes nearest."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"no {what} {word!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
 def _usage(error: click.ClickException) -> str:
     text = error.format_message()
+    if isinstance(error, click.NoSuchOption):
+        text = no_such("option", error.option_name, error.possibilities or ())
     if not text.endswith("..."):  # a sentence of click, not "and so on"
         text = text.rstrip(".")
     context = getattr(error, "ctx", None)

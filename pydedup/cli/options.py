@@ -18,6 +18,7 @@ from click.shell_completion import CompletionItem
 
 import pydedup
 from pydedup import Store, config
+from pydedup.cli.errors import no_such
 from pydedup.errors import (
     ArgumentError,
     MissingStoreError,
@@ -29,6 +30,7 @@ from pydedup.types import ModelInfo
 
 __all__ = [
     "FileToRead",
+    "Group",
     "check_size",
     "complete_files",
     "existing_store",
@@ -49,6 +51,23 @@ __all__ = [
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 DEFAULT_MEMORY = "512MiB"
+
+
+class Group(click.Group):
+    """A group of commands."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; what was meant is guessed, and no URL is repeated."""
+        word = args[0]
+        is_guessed = not word.startswith("-") and not ctx.resilient_parsing  # no shell completes
+        if self.get_command(ctx, word) is None and is_guessed:
+            if "://" in word:
+                order = f"{ctx.command_path} COMMAND STORE ..."
+                raise click.UsageError(f"the command comes first, then the store: {order}", ctx)
+            raise click.UsageError(no_such("command", word, self.commands), ctx)
+        return super().resolve_command(ctx, args)
 
 
 class FileToRead(click.Path):

@@ -27,6 +27,7 @@ def _path_option(command: _F) -> _F:
 
 
 @click.group(
+    cls=options.Group,
     short_help="Functions inside of PostgreSQL that predict.",
     invoke_without_command=True,
     subcommand_metavar="COMMAND [ARGS]...",

@@ -80,7 +80,17 @@ def path_of(url: str) -> Path:
     [
         (["lst"], "did you mean 'ls'"),
         (["sqlite:///m.db", "ls"], "pydedup COMMAND STORE ...; see 'pydedup --help'"),
-        (["predict", "m.db", "a", "--input", "x"], "mean '--output'? See 'pydedup predict --h"),
+        (
+            ["predict", "m.db", "a", "--outptu", "x"],
+            "no option '--outptu'; did you mean '--output'?",
+        ),
+        (["load", "m.db", "a", "--tenso", "x"], "did you mean '--tensor'? See 'pydedup load --h"),
+        (["load", "m.db", "a", "--zzz"], "no option '--zzz'; see 'pydedup load --help'"),
+        (
+            ["sql", "instal", "m.db"],
+            "no command 'instal'; did you mean 'install'? See 'pydedup sql",
+        ),
+        (["sql", "sqlite:///m.db", "show"], "pydedup sql COMMAND STORE ...; see 'pydedup sql --h"),
         (["--wrong"], "--wrong"),
         (["add"], "see 'pydedup add --help'"),
         (["ls"], "STORE"),
@@ -474,6 +484,37 @@ def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
     assert run_program("verify", url).returncode == 0
     listed = json.loads(run_program("ls", url, "--json").stdout)["models"]
     assert [found["model"] for found in listed] == ["m@1", "m@2"]
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_within_a_callback_is_neither_lost_nor_a_traceback(name: str, status: int) -> None:
+    """Python ignores what is raised there; it showed that, and the command went on."""
+    code = f"""
+import os, signal, sys, time, weakref
+from pydedup.cli import app, main
+
+class Thing:
+    pass
+
+def struck(_):
+    os.kill(os.getpid(), signal.{name})
+    for _ in range(1_000_000):  # the signal's exception comes at some step of these
+        pass
+
+def work(**_):
+    thing = Thing()
+    seen = weakref.ref(thing, struck)
+    del thing
+    time.sleep(60)
+
+app.looking.kernels.callback = work
+sys.exit(main(["kernels"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=50
+    )
+    said = "pydedup: interrupted, the store is as it was before\n"
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
 
 
 @pytest.mark.parametrize("words", ["alias URL m prod 1", "rm URL m@2 -y", "add URL m@3 FILE"])

@@ -191,6 +191,12 @@ def test_a_shard_that_is_exchanged_later_is_told(store: Adapter, place: ShardedP
         ("postgresql+shards://u:secret@h/d?replicas=3|h1/d|h2/d|h3/d", "replicas=3 cannot be"),
         ("postgresql+shards://u:secret@h/d?replicas=2|h1/d", "1 of them are listed"),
         ("postgresql+shards://u:secret@h/d?replicas=two|h1/d", "must be 1 or 2"),
+        (
+            "postgresql+shards://h/d|u:secret@h1/d?replicas=1",
+            r"of the first database.*\?replicas=2",
+        ),
+        ("postgresql+shards://u:secret@h/d?replcas=1|h1/d", r"'replcas'.*mean replicas\?"),
+        ("postgresql+shards://u:secret@h/d|h1/d?replcas=1", r"shard 1.*'replcas'.*mean replicas\?"),
         ("postgresql+shards://h/d|u:secret@h/d?shema=x|h2/d", "shard 1 of the list"),
         ("postgresql+shards://h/d|u:sec/ret@h/d|h2/d", "shard 1 of the list"),
     ],
