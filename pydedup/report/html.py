@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pydedup import text
 from pydedup.certificates import describe, largest_error
@@ -57,6 +58,7 @@ def render(report: StoreReport) -> str:
         saved=text.saved,
         moment=text.moment,
         clean=text.clean,
+        breakable=_breakable,
     )
     css = (_FOLDER / "page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
@@ -231,6 +233,11 @@ def _pairs(report: StoreReport) -> list[dict[str, Any]]:
 
 
 # ---- blocks -------------------------------------------------------------------------------------
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name whose lines end after its dots and the like, not anywhere, where they can."""
+    return Markup(re.sub(r"[./_](?=.)", r"\g<0><wbr>", str(escape(name))))
 
 
 def _detail(detail: Detail) -> dict[str, Any]:

@@ -246,6 +246,32 @@ def test_curves_are_what_a_replay_gives(page: Page, trace: Trace) -> None:
     assert "reviews@1" in called
 
 
+def test_long_names_of_tensors_are_cut_into_lines_at_their_dots(tmp_path: Path, show: Show) -> None:
+    """They were at any letter: "embeddings.position_embeddings.weigh", "t"."""
+    name = "embeddings.position_embeddings.LayerNorm.of_the_first_layer.weight"
+    with pydedup.open(tmp_path / "s.db") as store:
+        store.add("m", {name: np.ones(4, np.float32)})
+        page = show(store.report(), width=420)
+    lines = page.run(
+        """(() => {
+            const found = [], range = document.createRange();
+            const walk = document.createTreeWalker(
+                document.querySelector("#blocks tbody th"), NodeFilter.SHOW_TEXT);
+            for (let node; (node = walk.nextNode()); )
+                for (let i = 0; i < node.length; i++) {
+                    range.setStart(node, i), range.setEnd(node, i + 1);
+                    const top = Math.round(range.getBoundingClientRect().top);
+                    if (!found.length || found.at(-1)[0] !== top) found.push([top, ""]);
+                    found.at(-1)[1] += node.data[i];
+                }
+            return found.map(line => line[1]);
+        })()"""
+    )
+    assert "".join(lines) == name
+    assert len(lines) > 1
+    assert all(line[-1] in "._" for line in lines[:-1]), lines
+
+
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_it_fits_a_phone(html: str, show: Show, width: int) -> None:
     page = show(html, width=width, height=800)
