@@ -82,7 +82,10 @@ class Watch:
     def _write_lines(self) -> None:
         while not self._done.wait(_LINE_SECONDS):
             stage, done, total = self._state
-            how_far = f" {percent(done / total)} ({_amounts(stage, done, total)})" if total else ""
+            amounts = _amounts(stage, done, total)
+            how_far = (
+                f" {percent(done / total)} ({amounts})" if total else amounts and f" {amounts}"
+            )
             sys.stderr.write(f"pydedup: {clean(stage)}{how_far}, {duration(self.seconds)}\n")
             sys.stderr.flush()
 
@@ -100,7 +103,7 @@ class Watch:
                     task,
                     total=total or None,
                     completed=done,
-                    amounts=_amounts(stage, done, total) if total else "",
+                    amounts=_amounts(stage, done, total),
                     times=self._times(bars.tasks[0].time_remaining),
                 )
                 if self._done.wait(_REDRAW_SECONDS):
@@ -115,7 +118,9 @@ class Watch:
 
 def _amounts(stage: str, done: int, total: int) -> str:
     show = size if stage in _IN_BYTES else count
-    return f"{show(done)} of {show(total)}"
+    if total:
+        return f"{show(done)} of {show(total)}"
+    return f"{show(done)} so far" if done else ""  # as of rows that a query finds
 
 
 def _bars() -> Bars:

@@ -231,6 +231,11 @@ def _connected(ray: Any, what: str, options: dict[str, Any]) -> Iterator[None]:
                 f"{what} is of another version than the Ray here: {said}; install the Ray and the "
                 "Python of the cluster"
             ) from error
+        if "Could not find any running Ray instance" in said:
+            raise ClusterError(
+                "no Ray runs on this machine, or none that this user may find; start one "
+                "(ray start), name its address, or take --on local"
+            ) from error
         raise ClusterError(f"{what} cannot be used: {said}") from error
     with _quiet_output():
         try:

@@ -24,6 +24,7 @@ from pydedup.ray.score_parquet import (
     is_url,
     key_kind,
     key_type_of,
+    url_of,
 )
 from pydedup.ray.score_plan import (
     FilePart,
@@ -75,7 +76,7 @@ class Job:
         self.into = into if isinstance(into, str) else None
         if not isinstance(into, str) and is_url(into):
             raise ArgumentError(
-                f"predictions cannot go to {os.fspath(into)}: an object store cannot give a file "
+                f"predictions cannot go to {url_of(into)}: an object store cannot give a file "
                 "its name when it is complete; name a folder that all machines share, or a table"
             )
         self.folder = None if isinstance(into, str) else Path(into).absolute()

@@ -33,6 +33,7 @@ __all__ = [
     "key_kind",
     "key_type_of",
     "read_part",
+    "url_of",
 ]
 
 #: A row group ends where it has so many rows, or bytes: until then it is in memory.
@@ -104,8 +105,8 @@ def files_of(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     for path in map(Path, paths):
         if is_url(path):
             raise ArgumentError(
-                f"{path} is in an object store, and Parquet files are read by their paths here; "
-                "mount it, or let Ray read it, into a table: pydedup.ray.score(ray.data."
+                f"{url_of(path)} is in an object store, and Parquet files are read by their paths "
+                "here; mount it, or let Ray read it, into a table: pydedup.ray.score(ray.data."
                 "read_parquet(...), ...), see docs/ray.md"
             )
         if path.is_dir():
@@ -136,6 +137,11 @@ def check_apart(folder: Path, paths: Sequence[str | os.PathLike[str]]) -> None:
 def is_url(path: str | os.PathLike[str]) -> bool:
     """Whether this is a URL, such as ``s3://...``, of which `Path` leaves one slash."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)) is not None
+
+
+def url_of(path: str | os.PathLike[str]) -> str:
+    """Return a URL for messages, with the slash that `Path` took."""
+    return re.sub(":/+", "://", os.fspath(path), count=1)
 
 
 def opened(path: Path | str) -> Any:

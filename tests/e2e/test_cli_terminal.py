@@ -235,6 +235,15 @@ def test_progress_is_a_bar_that_goes_away() -> None:
     assert shown.endswith("\x1b[1A\x1b[2K")
 
 
+def test_progress_counts_what_has_no_total() -> None:
+    """Such as rows that a query finds: scoring a million said for a minute that it was scoring."""
+    code = slow(1.5, [("scoring", 0, 0), ("scoring", 131_072, 0)], delay=0, line=0.1)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    first, *_, last = done.stderr.splitlines()
+    assert re.fullmatch(r"pydedup: scoring, [\d.]+ m?s", first)
+    assert re.fullmatch(r"pydedup: scoring 131,072 so far, [\d.]+ s", last)
+
+
 def test_progress_says_nothing_when_it_is_quick_or_unwanted() -> None:
     for code in (
         slow(0.1, [("matching", 1, 2)], delay=60),

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,18 @@ def test_what_is_no_address_is_said(on: str) -> None:
     with pytest.raises(ArgumentError, match="is no address of Ray") as raised, attached(on):
         pass
     assert "pa55word" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_where_no_ray_runs_is_said_in_our_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own speak of a flag that no command of ours has."""
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    said = r"^no Ray runs on this machine.*--on local$"
+    with pytest.raises(ClusterError, match=said), attached("auto"):
+        pass
 
 
 @pytest.mark.usefixtures("unconnected")

@@ -323,7 +323,7 @@ def test_what_is_wrong_is_said_before_work_begins(
         ("SELECT f0, f1, f2, id FROM t", "t", {}, "'f0' of table t is not unique"),
         (7, "p", {}, "dataset is a int"),
         ([], "p", {}, "no Parquet file in nothing"),
-        (Path("s3://bucket/x"), "p", {}, "s3:/bucket/x is in an object store"),
+        (Path("s3://bucket/x"), "p", {}, "s3://bucket/x is in an object store"),
         (["s3://bucket/x"], "p", {}, "let Ray read it, into a table"),
         (query, Path("s3://bucket/x"), {}, "an object store cannot give a file its name"),
     ):
