@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages in memory, under one hard budget per store.
+"""The buffer pool as all others see it.
 
 Here: pinning, and calls of models, along which pages are read ahead. The pool itself is native;
 which unpinned page is evicted, :mod:`pydedup.replacement` says. Deliberately not here: walking over

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stores on Ray: rows scored by the workers of a cluster, and models served by them.
 
+cluster.py reaches or starts a Ray (probe.py and versions.py ask one beforehand). score.py is the
+driver of a scoring: score_job.py is what is asked, score_plan.py cuts it into parts, score_feed.py
+and score_pool.py give them to workers, which score_worker.py is. serving/ is for Ray Serve.
+
 Needs the extra ``ray`` (``pip install 'pydedup[ray]'``); importing this does not.
 """
 
