@@ -7,18 +7,23 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import ModuleType
 
 __all__ = ["modules_of"]
 
 
-def modules_of(package: str, names: Collection[str]) -> Callable[[str], ModuleType]:
-    """Return the ``__getattr__`` of a package that imports these of its modules when asked."""
+def modules_of(package: str) -> Callable[[str], ModuleType]:
+    """Return the ``__getattr__`` of a package that imports its public modules when asked."""
 
     def imported(name: str) -> ModuleType:
-        if name in names:
-            return importlib.import_module(f"{package}.{name}")
+        module = f"{package}.{name}"
+        if not name.startswith("_"):
+            try:
+                return importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name != module:  # one that it needs is missing
+                    raise
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return imported

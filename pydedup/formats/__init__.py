@@ -11,27 +11,5 @@ from typing import TYPE_CHECKING
 
 from pydedup._lazy import modules_of
 
-#: What `import pydedup` gives as ``pydedup.formats.NAME``.
-_MODULES = frozenset(
-    {
-        "arrays",
-        "base",
-        "folder",
-        "infer_keras",
-        "infer_onnx",
-        "infer_torch",
-        "keras",
-        "npz",
-        "onnx",
-        "onnx_inputs",
-        "onnx_write",
-        "registry",
-        "safetensors",
-        "torch",
-        "torch_tensors",
-        "wordvec",
-    }
-)
-
 if not TYPE_CHECKING:
-    __getattr__ = modules_of(__name__, _MODULES)
+    __getattr__ = modules_of(__name__)

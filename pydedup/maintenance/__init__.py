@@ -14,25 +14,5 @@ from typing import TYPE_CHECKING
 
 from pydedup._lazy import modules_of
 
-#: What `import pydedup` gives as ``pydedup.maintenance.NAME``.
-_MODULES = frozenset(
-    {
-        "blocks_from",
-        "damage",
-        "recheck",
-        "refill",
-        "relocate",
-        "repack",
-        "repair",
-        "rows",
-        "survey",
-        "vacuum",
-        "verify",
-        "verify_models",
-        "verify_pages",
-        "versions",
-    }
-)
-
 if not TYPE_CHECKING:
-    __getattr__ = modules_of(__name__, _MODULES)
+    __getattr__ = modules_of(__name__)

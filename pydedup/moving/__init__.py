@@ -2,8 +2,8 @@
 """Models from one store to another, of whatever databases, and stores to one file and back.
 
 An add whose matching step takes blocks as another store has them: what is staged, checked and
-published is what `pydedup.ingest` stages and publishes. `copy` does it for all models, `backup` to a
-file. `plan` says what there is to do, `quota` whether it is allowed; `survey` and `known` what is
+published is what `pydedup.ingest` stages and publishes. `copy` does it for all models, `backup` to
+a file. `plan` says what there is to do, `quota` whether it is allowed; `survey` and `known` what is
 there already; `resolve` finds or takes along the blocks of one model (`pieces`, `whole` pages, its
 `signatures`), `staged` is that model on its way, and `arrival` checks what was written.
 """
@@ -14,24 +14,5 @@ from typing import TYPE_CHECKING
 
 from pydedup._lazy import modules_of
 
-#: What `import pydedup` gives as ``pydedup.moving.NAME``.
-_MODULES = frozenset(
-    {
-        "arrival",
-        "backup",
-        "copy",
-        "known",
-        "pieces",
-        "plan",
-        "progress",
-        "resolve",
-        "signatures",
-        "source",
-        "staged",
-        "survey",
-        "whole",
-    }
-)
-
 if not TYPE_CHECKING:
-    __getattr__ = modules_of(__name__, _MODULES)
+    __getattr__ = modules_of(__name__)

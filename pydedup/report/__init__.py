@@ -12,8 +12,5 @@ from typing import TYPE_CHECKING
 
 from pydedup._lazy import modules_of
 
-#: What `import pydedup` gives as ``pydedup.report.NAME``.
-_MODULES = frozenset({"compare", "figures", "sizes"})
-
 if not TYPE_CHECKING:
-    __getattr__ = modules_of(__name__, _MODULES)
+    __getattr__ = modules_of(__name__)
