@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.adapter_options import CopiesAdapter, only_sound_rows, telling_rows
 from pydedup.blocks import BlockGrid, BlockMap, as_block_shape, matrix_shape
-from pydedup.certificates import error_of, keeps_bits
+from pydedup.certificates import ARTIFACTS, artifact_digest, error_of, keeps_bits
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
 from pydedup.graph import Graph
 from pydedup.names import parse_address
@@ -167,10 +167,42 @@ class StoredModel:
             [page for _, page, _, _ in self._adapter.model_pages(self.row.id)], np.int64
         )
 
+    @cached_property
+    def _artifact_digests(self) -> Mapping[str, object]:
+        """What its artifacts were recorded to hold, by name; none where that is not known."""
+        try:
+            found = _recorded_certificate(self.row).get(ARTIFACTS)
+        except CorruptStoreError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def artifact_names(self) -> list[str]:
+        """Return the names of what came with it beside tensors; also of what is lost."""
+        there = {name for name, _ in self._adapter.artifacts(self.row.id)}
+        return sorted(there.union(self._artifact_digests))
+
+    def artifact(self, name: str) -> bytes | None:
+        """Return what came with it under a name. Raises CorruptStoreError where that is damaged."""
+        payload = self._adapter.artifact(self.row.id, name)
+        wanted = self._artifact_digests.get(name)
+        if wanted is not None and (payload is None or artifact_digest(payload) != wanted):
+            self.check_live()
+            what = "lost" if payload is None else "not what it was added with"
+            raise CorruptStoreError(f"{self.address}: its {name!r} is {what}; restore a backup")
+        return payload
+
+    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
+        """Yield (name, media type, payload) of all that came with it; see `artifact`."""
+        media_types = dict(self._adapter.artifacts(self.row.id))
+        for name in self.artifact_names():
+            payload = self.artifact(name)
+            if payload is not None and name in media_types:
+                yield name, media_types[name], payload
+
     def graph(self) -> Graph | None:
         """Return the model's graph, if the store knows it."""
         if self._graph is None:
-            payload = self._adapter.artifact(self.row.id, GRAPH_ARTIFACT)
+            payload = self.artifact(GRAPH_ARTIFACT)
             if payload is not None:
                 try:
                     self._graph = Graph.from_json(payload)
@@ -368,6 +400,12 @@ def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
 
 def certificate_of(row: ModelRow) -> dict[str, Any]:
     """Return what was recorded of a promise. Raises CorruptStoreError."""
+    certificate = _recorded_certificate(row)
+    certificate.pop(ARTIFACTS, None)
+    return certificate
+
+
+def _recorded_certificate(row: ModelRow) -> dict[str, Any]:
     return recorded_object(row.certificate, f"the certificate of {row.name}@{row.version}")
 
 

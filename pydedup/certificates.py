@@ -6,16 +6,28 @@ A certificate is the JSON object that is recorded with a model. Not here: making
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from pydedup import text
 from pydedup.errors import CorruptStoreError
 
-__all__ = ["MEASURED", "describe", "error_of", "keeps_bits", "largest_error", "number_in"]
+__all__ = [
+    "ARTIFACTS",
+    "MEASURED",
+    "artifact_digest",
+    "describe",
+    "error_of",
+    "keeps_bits",
+    "largest_error",
+    "number_in",
+]
 
+#: Where a certificate, as it is recorded, has the digests of the model's artifacts by name.
+ARTIFACTS = "artifacts"
 #: What all certificates say beside the parameters of the policy, which have other names.
-MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors")
+MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors", ARTIFACTS)
 
 # Before certificates said so themselves.
 _KEEP_BITS = ("exact", "lossless")
@@ -28,6 +40,11 @@ def keeps_bits(policy: str, certificate: Mapping[str, Any]) -> bool:
     underflow, differ by that.
     """
     return bool(certificate.get("same_bits", policy in _KEEP_BITS))
+
+
+def artifact_digest(payload: bytes) -> str:
+    """Return what names the content of an artifact, such as a graph or a tokenizer's file."""
+    return hashlib.blake2b(payload, digest_size=16).hexdigest()
 
 
 def largest_error(certificate: Mapping[str, Any]) -> float:

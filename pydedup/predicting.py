@@ -258,7 +258,7 @@ class StorePredictions:
         from pydedup.formats.onnx import GRAPH
         from pydedup.serving.onnx_session import run_onnx
 
-        payload = self._adapter.artifact(model.row.id, GRAPH)
+        payload = model.artifact(GRAPH)
         if payload is None:
             model.check_live()
             raise NotFoundError(

@@ -349,10 +349,6 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     def _artifacts(self, model: StoredModel) -> list[Artifact]:
         from pydedup.formats.base import Artifact
 
-        artifacts = []
-        for name, media_type in self._adapter.artifacts(model.row.id):
-            payload = self._adapter.artifact(model.row.id, name)
-            if payload is not None and name != GRAPH_ARTIFACT:
-                artifacts.append(Artifact(name, media_type, payload))
+        artifacts = [Artifact(*found) for found in model.artifacts() if found[0] != GRAPH_ARTIFACT]
         model.check_live()  # or some of them were gone already
         return artifacts

@@ -124,7 +124,7 @@ class ServedStore(Store):
                 name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()
             }
             return Served(row, graph, signature_of(graph, weights))
-        payload = self._adapter.artifact(row.id, ONNX_GRAPH)
+        payload = model.artifact(ONNX_GRAPH)
         if payload is None:
             model.check_live()
             raise NotFoundError(

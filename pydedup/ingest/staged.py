@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import STAGING, Adapter, ModelRow
 from pydedup.blocks import BlockGrid
 from pydedup.catalog import ModelDigest
+from pydedup.certificates import ARTIFACTS, artifact_digest
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
@@ -144,7 +145,7 @@ class MatchedModel(StagedModel):
             state=STAGING,
             created_at=time.time(),
             policy=request.policy.name,
-            certificate=json.dumps(self.certificate()),
+            certificate=json.dumps(self._recorded_certificate()),
             metadata=self.metadata,
             logical_bytes=self.logical_bytes,
             digest=self.digest(),
@@ -157,6 +158,12 @@ class MatchedModel(StagedModel):
         if self.request.graph is not None:
             payload = self.request.graph.to_json().encode()
             yield GRAPH_ARTIFACT, "application/json", payload
+
+    def _recorded_certificate(self) -> dict[str, Any]:
+        """Return its certificate with what tells lost and damaged artifacts from sound ones."""
+        digests = {name: artifact_digest(payload) for name, _, payload in self.artifacts()}
+        certificate = self.certificate()
+        return {**certificate, ARTIFACTS: digests} if digests else certificate
 
     def certificate(self) -> dict[str, Any]:
         """Return what is guaranteed, and what was measured of it."""

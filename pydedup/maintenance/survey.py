@@ -91,7 +91,7 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
                     _note_blocks(found, hashes, model, ordinal, block_map, pages, recorded)
                 )
                 _note_bases(found, model, ordinal, block_map, pages)
-            if others and _are_as_added(hashes, model):
+            if others and _is_as_added(model, hashes):
                 sources.update(others)
         deltas = {place for places in found.dependents.values() for place in places}
         elsewhere = np.unique(split_places(np.array(sorted(deltas), np.int64))[0])
@@ -157,14 +157,6 @@ def _note_blocks(
     return others
 
 
-def _are_as_added(hashes: SourceHashes, model: StoredModel) -> bool:
-    """Whether the hashes of a model's source are those that it was added with."""
-    named = ModelDigest()
-    for ordinal, info in enumerate(model.tensors):
-        named.add(info, hashes.of(ordinal))
-    return named.digest() == model.row.digest
-
-
 def _note_bases(
     found: Survey,
     model: StoredModel,
@@ -206,3 +198,11 @@ def _recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> dict[int, BlockR
             place = block_places(np.array([row.page_id]), np.array([row.slot]))
             rows[int(place[0])] = row
     return rows
+
+
+def _is_as_added(model: StoredModel, hashes: SourceHashes) -> bool:
+    """Whether a model's tensors, and what their source hashed to, are those it was added with."""
+    named = ModelDigest()
+    for ordinal, info in enumerate(model.tensors):
+        named.add(info, hashes.of(ordinal))
+    return named.digest() == model.row.digest

@@ -20,6 +20,7 @@ from pydedup.maintenance.verify_pages import DAMAGE, NO_BASE, OTHER_BASE, PageCo
 from pydedup.names import check_name
 from pydedup.quotas import Quotas
 from pydedup.text import listed
+from pydedup.types import GRAPH_ARTIFACT
 
 __all__ = ["ModelChecks", "verify_meta", "verify_names"]
 
@@ -39,12 +40,14 @@ class ModelChecks:
         """Check that block maps lead to the blocks of the source, and what else is recorded."""
         report = self._report
         maps: list[BlockMap] = []
-        try:
-            for name, _ in self._adapter.artifacts(model.row.id):
-                self._adapter.artifact(model.row.id, name)
-            model.graph()
-        except CorruptStoreError as exc:
-            report.add_error(str(exc))
+        for name in model.artifact_names():
+            try:
+                model.artifact(name)
+                if name == GRAPH_ARTIFACT:
+                    model.graph()
+            except CorruptStoreError as exc:
+                report.add_error(str(exc))
+        self._check_policy(model)
         keeps_bits = model.keeps_bits
         hashes = SourceHashes(self._adapter, model)
         named, known = ModelDigest(), len(report.errors)
@@ -70,6 +73,16 @@ class ModelChecks:
             report.add_error(f"{model.address}: its tensors are not those that it was added with")
         if len(maps) == len(model.tensors):
             self._check_reads(model, maps, is_sound=len(report.errors) == known < MAX_ERRORS)
+
+    def _check_policy(self, model: StoredModel) -> None:
+        """Check that the policy of a model is the one of its certificate, which says so, too."""
+        with contextlib.suppress(CorruptStoreError):  # of a damaged one it was told
+            certified = model.certificate.get("policy", model.row.policy)
+            if certified != model.row.policy:
+                self._report.add_error(
+                    f"{model.address} has the policy {model.row.policy!r}, and a certificate of "
+                    f"{certified!r}; restore a backup"
+                )
 
     def _check_blocks(
         self, where: str, block_map: BlockMap, source: bytes, keeps_bits: bool

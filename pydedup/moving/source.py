@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import NO_PAGE, BlockMap
-from pydedup.catalog import SourceHashes, StoredModel
+from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places, split_places, used_places
 from pydedup.pool import PagePool
@@ -98,10 +98,15 @@ def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
         model = StoredModel(adapter, row)
         maps = model.block_maps()
         hashes = SourceHashes(adapter, model)
-        digests = [
-            _digests(hashes.of(ordinal), block_map, model, ordinal)
-            for ordinal, block_map in enumerate(maps)
-        ]
+        named, digests = ModelDigest(), []
+        for ordinal, (info, block_map) in enumerate(zip(model.tensors, maps, strict=True)):
+            digests.append(_digests(hashes.of(ordinal), block_map, model, ordinal))
+            named.add(info, hashes.of(ordinal))
+        if named.digest() != row.digest:
+            raise CorruptStoreError(
+                f"{model.address}: its tensors are not those that it was added with; run verify on "
+                "the store"
+            )
     places = used_places(maps)
     bases = np.full(len(places), NO_PLACE, np.int64)
     for block_map in maps:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
-from pydedup.catalog import version_of
+from pydedup.catalog import StoredModel, version_of
 from pydedup.errors import DuplicateError, NotFoundError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.staged import MatchedTensor, StagedModel
@@ -56,10 +56,7 @@ class MovedModel(StagedModel):
         Raises NotFoundError when it was removed: then some of that may be gone already.
         """
         model_id = self.item.row.id
-        for name, media_type in self.source.artifacts(model_id):
-            payload = self.source.artifact(model_id, name)
-            if payload is not None:
-                yield name, media_type, payload
+        yield from StoredModel(self.source, self.item.row).artifacts()
         if self.source.model(model_id) is None:
             raise NotFoundError(f"{self.address} was removed from the store")
 

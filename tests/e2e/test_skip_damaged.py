@@ -142,3 +142,20 @@ def test_rows_with_a_value_that_their_column_cannot_have(
         assert store.verify().errors == []
         for info in store.models():
             assert np.array_equal(store.load(info.name)["w"], MODELS[info.name]["w"])
+
+
+def test_a_tensor_of_another_name_is_no_copy(tmp_path: Path) -> None:
+    """It was copied so, and where two change places, what the copy predicts is wrong."""
+    path = tmp_path / "store.db"
+    fill(f"sqlite:///{path}")
+    change(f"sqlite:///{path}", "UPDATE {tensors} SET name = 'v' WHERE model_id = 2")
+    change(f"sqlite:///{path}", "UPDATE {models} SET policy = 'bounded' WHERE name = 'one'")
+    with pydedup.open(path) as store:
+        said = "two@1: its tensors are not those that it was added with"
+        assert store.verify().errors == [
+            "one@1 has the policy 'bounded', and a certificate of 'lossless'; restore a backup",
+            said,
+        ]
+        with pytest.raises(CorruptStoreError, match=said):
+            store.backup(tmp_path / "backup.db")
+        assert store.copy_to(tmp_path / "copy.db", skip_damaged=True).copied == 2
