@@ -405,7 +405,10 @@ def test_an_interrupt_while_a_thread_begins_lets_its_pages_go(monkeypatch: Any) 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt), pool.call(model(1)):
         walk(pool, ids_of(1, 24))
-    eventually(lambda: "pydedup-ahead" not in [t.name for t in threading.enumerate()])
+    # Of those interrupted within `start` itself, Python 3.13 keeps some in its list for ever.
+    eventually(
+        lambda: "pydedup-ahead" not in [t.name for t in threading.enumerate() if t.is_alive()]
+    )
     assert pool.stats()["pinned_bytes"] == 0
 
 
