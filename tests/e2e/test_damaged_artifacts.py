@@ -45,7 +45,7 @@ def fill(url: str, tmp_path: Path) -> None:
     ("damage", "said"),
     [
         ("DELETE FROM {artifacts} WHERE model_id = 1 AND part = 2", "is not what it was added"),
-        ("DELETE FROM {artifacts} WHERE model_id = 1 AND name LIKE '%tokenizer%'", "is lost"),
+        ("DELETE FROM {artifacts} WHERE model_id = 1 AND name = 'tokenizer.json'", "is lost"),
         ("UPDATE {artifacts} SET payload = ? WHERE model_id = 1 AND part = 1", "is not what it"),
     ],
 )
