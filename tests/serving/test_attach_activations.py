@@ -110,3 +110,67 @@ def test_a_plan_is_used_though_another_thread_forgets_all(tmp_path: Path) -> Non
         rows = known.rows(module, x, tensor, 1)
         known._known = Forgotten(known._known)
         assert known.rows(module, x, tensor, 1) == rows == 1
+
+
+def test_what_a_call_takes_beyond_what_was_expected_is_counted(tmp_path: Path) -> None:
+    class Cubic(nn.Module):  # grows faster than attention does
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Linear(4, 4)
+
+        def forward(self, x: Any) -> Any:
+            large = torch.ones(len(x) ** 3)
+            reserved.append(store._pool.stats()["reserved_bytes"])
+            return self.scale(x) + large[0]
+
+    reserved: list[int] = []
+    with torch.no_grad(), pydedup.open(tmp_path / "a.db", memory="256MiB") as store:
+        module = Cubic().eval()
+        store.add("m", module)
+        store.attach(module, "m")
+        for rows in (100, 200):
+            module(torch.ones(rows, 4))
+        beside = store._pool._shares._scratch  # may be used beside the budget
+        assert 0 <= reserved[1] - (4 * 200**3 - beside) <= 2 << 20
+        assert store._pool.stats()["reserved_bytes"] == 4 * 4  # the bias
+
+
+def test_calls_wait_for_the_room_that_others_take(tmp_path: Path) -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Linear(4, 4)
+
+        def forward(self, x: Any) -> Any:
+            entered.append(1)
+            inside.set()
+            assert go_on.wait(60)
+            return self.part(x)
+
+    def start(module: Any) -> threading.Thread:
+        thread = threading.Thread(target=module, args=(torch.ones(3, 4),), daemon=True)
+        thread.start()
+        return thread
+
+    entered: list[int] = []
+    inside, go_on = threading.Event(), threading.Event()
+    with pydedup.open(tmp_path / "a.db", memory="64MiB") as store:
+        module = Held().eval().requires_grad_(False)
+        store.add("m", module)
+        store.attach(module, "m")
+        with store._pool.activations(store._pool.activation_bytes):
+            part = start(module.part)  # by itself, and not within a call of its module
+            part.join(0.3)
+            assert part.is_alive()
+        part.join(60)
+        assert not part.is_alive()
+        first = start(module)
+        assert inside.wait(60)
+        second = start(module)
+        second.join(0.3)
+        assert len(entered) == 1
+        go_on.set()
+        for thread in (first, second):
+            thread.join(60)
+            assert not thread.is_alive()
+        assert len(entered) == 2
