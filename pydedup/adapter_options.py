@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an adapter may be able to do beyond :class:`pydedup.adapter.Adapter`.
 
-Each of these protocols is optional: who needs one asks whether the adapter is an instance of it,
-and says so where it is not.
+Each of these protocols is optional: code that needs one asks whether the adapter is an instance of
+it, and raises an error or does without where it is not.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RowColumn:
 
 
 class RowStream(Protocol):
-    """The rows that a query of a user finds, in the order in which the database finds them."""
+    """The rows of a user's query, in the order in which the database gives them."""
 
     columns: Sequence[RowColumn]
 
@@ -61,8 +61,8 @@ class RowStream(Protocol):
 class RowAdapter(Protocol):
     """Tables of users beside a store, optional for an adapter: rows to predict, and predictions.
 
-    Names of tables and columns are users': they are checked (ArgumentError) and quoted here.
-    What the database says against a user's query or table is an ArgumentError with its words.
+    Names of tables and columns come from users: they are checked (ArgumentError) and quoted here.
+    An error of the database about a user's query or table is an ArgumentError with its words.
     """
 
     @property
@@ -73,14 +73,14 @@ class RowAdapter(Protocol):
         """Close all connections of this process. Idempotent."""
 
     def read_rows(self, query: str, batch: int) -> AbstractContextManager[RowStream]:
-        """Run one SELECT of a user in a read-only transaction of its own, and stream what it finds.
+        """Run one SELECT of a user in a read-only transaction of its own, and stream its rows.
 
-        Other calls of this thread may be made meanwhile. Raises ArgumentError for what is no
-        single SELECT.
+        This thread may make other calls meanwhile. Raises ArgumentError for anything but a single
+        SELECT.
         """
 
     def full_table_name(self, table: str) -> str:
-        """Return what a name that a user wrote stands for, whatever setting it depends on."""
+        """Return the full name of a table that a user named, independent of any setting."""
 
     def table_columns(self, table: str, key: str) -> tuple[str, ...] | None:
         """Return the columns of a table, ``None`` when there is none.
@@ -100,9 +100,9 @@ class RowAdapter(Protocol):
         """Return float32 in little-endian order as a value of kind ``vector``."""
 
     def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
-        """Return those of the keys that have a row, as they were asked.
+        """Return those of the keys that have a row, as they were given.
 
-        What is equal, the column says: it may hold the text 7 as a number.
+        The column decides what is equal: it may hold the text 7 as a number.
         """
 
     def insert_predictions(
@@ -110,8 +110,8 @@ class RowAdapter(Protocol):
     ) -> bool:
         """Insert rows in a transaction of their own; ``False``, and none, when a key is taken.
 
-        The first column is the key. Raises ArgumentError when the table has not all of these keys
-        then, as where a trigger drops rows.
+        The first column is the key. Raises ArgumentError when the table then lacks one of these
+        keys, for example because a trigger drops rows.
         """
 
 
@@ -124,8 +124,9 @@ class KeyRange:
     key
         The column, as the query has it.
     above, up_to
-        Keys are greater than the one, and the other at most, as the database orders them. ``None``:
-        from the first key on, rows without a key included; up to the last.
+        Keys are greater than ``above`` and at most ``up_to``, as the database orders them. ``None``
+        for ``above``: from the first key on, rows without a key included; for ``up_to``: to the
+        last.
     """
 
     key: RowColumn
@@ -135,7 +136,7 @@ class KeyRange:
 
 @runtime_checkable
 class RangeAdapter(RowAdapter, Protocol):
-    """Queries of users in parts, optional for an adapter: several can read one then."""
+    """Queries of users in parts, optional for an adapter: several workers can share one then."""
 
     def query_columns(self, query: str) -> Sequence[RowColumn]:
         """Return the columns that `read_rows` gives for a query, without reading rows."""
@@ -148,7 +149,7 @@ class RangeAdapter(RowAdapter, Protocol):
     ) -> AbstractContextManager[RowStream]:
         """Stream those rows of a query whose keys are within a range, as `read_rows` does.
 
-        Ranges that follow each other have all rows of the query, each in one of them.
+        Adjoining ranges together have all rows of the query, each in one of them.
         """
 
     def key_column(self, name: str, kind: str) -> RowColumn:
@@ -161,29 +162,28 @@ class RangeAdapter(RowAdapter, Protocol):
 
 @runtime_checkable
 class ReadIntoAdapter(Protocol):
-    """Payloads read to where they stay, optional for an adapter: `read_pages` makes copies."""
+    """Payloads read straight into the caller's memory, optional: `read_pages` makes copies."""
 
     def read_pages_into(
         self, ids: Sequence[int], memory: Callable[[int], memoryview]
     ) -> Iterator[tuple[int, bytes, memoryview]]:
         """Yield id, checksum and payload of pages, as far as they can be read so.
 
-        The checksum is that of the page's row. Whether the payload is the one that has it, who
-        asked finds out; where it is not, and for pages that are left out, `Adapter.read_pages` is
-        asked. ``memory(n)`` gives ``n`` bytes for a payload, which must not change once it was
-        yielded.
+        The checksum is that of the page's row. The caller checks whether the payload matches it;
+        where it does not, and for pages that are left out, it asks `Adapter.read_pages`.
+        ``memory(n)`` gives ``n`` bytes for a payload, which must not change once it was yielded.
         """
 
 
 @runtime_checkable
 class SoundRowsAdapter(Protocol):
-    """Tables of which some rows are damaged, optional for an adapter.
+    """Reading around damaged rows, optional for an adapter.
 
-    Elsewhere, one value that its column cannot have is an error of all that reads its row.
+    Without it, one value that its column cannot have is an error of everything that reads its row.
     """
 
     def sound_rows(self, tell: TellRow) -> AbstractContextManager[None]:
-        """Within it, what this thread reads lacks rows with a value that its column cannot have.
+        """Within it, this thread does not see rows with a value that their column cannot have.
 
         Each is reported, every time that it is read. What was not seen may not be deleted for that.
         """
@@ -214,8 +214,8 @@ def telling_rows(adapter: object, said: list[str]) -> Iterator[None]:
 class StagingAdapter(Protocol):
     """Transactions that need not outlive a loss of power, optional for an adapter.
 
-    Only for a database that ends with its machine: one that comes back while a writer goes on
-    would let him publish what it has forgotten.
+    Only for a database that lives and dies with its writer's machine: one that restarts while a
+    writer goes on would let it publish what was lost.
     """
 
     def staging(self) -> AbstractContextManager[None]:
@@ -226,10 +226,10 @@ class StagingAdapter(Protocol):
         """
 
     def publishing(self) -> AbstractContextManager[None]:
-        """Like `Adapter.transaction`; may leave to be done what ``staging()`` does."""
+        """Like `Adapter.transaction`; may leave work to `settle`, as ``staging()`` does."""
 
     def settle(self) -> None:
-        """Do what such transactions leave to be done; may be called while others make more.
+        """Do the work that such transactions left; may be called while others leave more.
 
         What cannot be done now is left for later.
         """
@@ -237,9 +237,9 @@ class StagingAdapter(Protocol):
 
 @runtime_checkable
 class NumberingAdapter(Protocol):
-    """Ids of pages before there are the pages, optional for an adapter.
+    """Ids of pages before the pages are written, optional for an adapter.
 
-    Then several threads write them, each in transactions of its own, whichever ends first.
+    With it several threads write pages, each in transactions of its own, whichever ends first.
     """
 
     def new_page_ids(self, count: int) -> list[int]:
@@ -275,10 +275,10 @@ class CopiesAdapter(Protocol):
 
     @property
     def copies(self) -> int:
-        """In how many places each page is; 1 where this store keeps no others."""
+        """In how many places each page is; 1 where this store keeps only one."""
 
     def page_copies(self, page_id: int) -> Iterator[bytes]:
-        """Yield what each place that answers has of a page, whole or damaged."""
+        """Yield the copy of a page at each place that answers, whole or damaged."""
 
 
 @runtime_checkable
@@ -286,21 +286,21 @@ class PlacesAdapter(Protocol):
     """Pages that are on servers of their own, optional for an adapter."""
 
     def unreachable_places(self) -> list[str]:
-        """Return what there is to say of each place that does not answer now, by its name."""
+        """Return a sentence about each place that does not answer now, with its name."""
 
 
 @runtime_checkable
 class RefillAdapter(CopiesAdapter, Protocol):
     """Copies that can be looked at and put back one by one, optional for an adapter.
 
-    A place is named by a string that means nothing to others. One that does not answer within the
+    A place is named by a string that is opaque to callers. One that does not answer within the
     adapter's patience is an UnavailableError.
     """
 
     def begin_refill(self) -> None:
-        """Get ready to put copies back; the first call of all that do so.
+        """Get ready to put copies back; called first by whoever does so.
 
-        Raises ReadOnlyError, ConflictError, and StoreError where the store was given other places
+        Raises ReadOnlyError, ConflictError, and StoreError when the store was given other places
         since it was opened.
         """
 
@@ -311,19 +311,19 @@ class RefillAdapter(CopiesAdapter, Protocol):
         """Return where a place is, for people."""
 
     def present_copies(self, place: str, page_ids: Sequence[int]) -> set[int]:
-        """Return of which of the pages there is a copy, whole or not; none is read for it."""
+        """Return those of the pages that have a copy there, whole or not, without reading any."""
 
     def read_copies(
         self, wanted: Mapping[str, Sequence[int]]
     ) -> tuple[dict[str, dict[int, bytes]], dict[str, PydedupError]]:
         """Return by place the copies that are there, and what is wrong with places that fail.
 
-        A copy that the database itself refuses to read counts as one that is not there.
+        A copy that the database itself refuses to read counts as missing.
         """
 
     def write_copies(self, place: str, copies: Mapping[int, bytes]) -> None:
         """Put copies in their place, over what is there, in a transaction of their own.
 
-        Called outside of any other. Those of pages that were deleted meanwhile are seen by nobody,
-        and `compact` collects them.
+        Called outside of any other transaction. Copies of pages that were deleted meanwhile are
+        never read, and `compact` collects them.
         """

@@ -102,7 +102,7 @@ class StoredModel:
             return False
 
     def error_of(self, name: str) -> float:
-        """Return what no relative L2 difference of its blocks to what is stored is beyond."""
+        """Return a bound on the relative L2 difference of its blocks to what is stored for them."""
         return error_of(self.certificate, name)
 
     def tensor(self, name: str) -> TensorInfo:

@@ -48,17 +48,17 @@ def artifact_digest(payload: bytes) -> str:
 
 
 def largest_error(certificate: Mapping[str, Any]) -> float:
-    """Return what no relative L2 difference of a block to what is stored for it is beyond.
+    """Return a bound on the relative L2 difference between a block and what is stored for it.
 
-    It is the greatest one, unless a tensor was changed in part since another version: what is kept
-    of that is not compared again.
+    It is the greatest one, unless a tensor was changed in part since another version: blocks that
+    are kept from that are not compared again.
     """
     # Before deltas, without which there is none, it was not recorded.
     return number_in({"largest_block_error": 0.0, **certificate}, "largest_block_error")
 
 
 def error_of(certificate: Mapping[str, Any], name: str) -> float:
-    """Return the same for the blocks of one tensor."""
+    """Return that bound for the blocks of one tensor."""
     errors = certificate.get("tensor_errors")
     if errors is None:
         return largest_error(certificate)

@@ -10,7 +10,7 @@
     ├── DuplicateError                     name@version exists already
     ├── QuotaError                         an add would take a value of metadata over its quota
     ├── BudgetError (MemoryError)          the memory budget does not allow the request
-    ├── EvaluationError                    a policy's callable failed or returned what is no use
+    ├── EvaluationError                    a policy's callable failed or returned nonsense
     ├── ClusterError                       a Ray cluster cannot be reached, or does not fit
     └── StoreError
         ├── NotAStoreError                 the database holds no pydedup store (or something else)

@@ -206,7 +206,7 @@ def models_of_job(spec: str) -> list[int]:
 def job_is_dead(spec: str, cursor: str, lease_seconds: float = LEASE_SECONDS) -> bool:
     """Return whether whoever left this job cannot be working on it any more.
 
-    Of one that cannot be read, nobody can be told to be.
+    A job that cannot be read counts as dead.
     """
     try:
         models_of_job(spec)

@@ -197,7 +197,7 @@ def pack(
     pass over a model in id order meets each of its pages in one stretch per class.
 
     How good ``layout`` is: with blocks of equal size the pages are always the fewest possible.
-    Page reads are found by a heuristic; what it is worth is measured in bench/RESULTS.md. Up to 32
+    Page reads are found by a heuristic; bench/RESULTS.md measures how good it is. Up to 32
     new blocks a search over all placements follows, which nearly always ends, and then pages and
     weighted reads are the least there can be, for blocks of unequal size too. Of larger problems
     those are optimal whose reads reach a lower bound. ``optimal`` says which it was. With more

@@ -3,8 +3,8 @@
 
 They hold for adds. `check` is asked about a state of the store that publishing then insists on
 (its epoch, which setting a quota changes as well): so two adds never pass together what only one of
-them may, and no lock is held while bytes are counted. Removing models is always allowed, also where
-blocks that were shared become somebody's own by it and take him over his quota.
+them may, and no lock is held while bytes are counted. Removing models is always allowed, even where
+blocks that were shared then belong to one value alone and take it over its quota.
 """
 
 from __future__ import annotations

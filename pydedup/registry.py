@@ -112,7 +112,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     url
         ``scheme://...``, or a plain path, which is a SQLite file.
     mode
-        ``"a"`` to read and write, ``"r"`` to read alone.
+        ``"a"`` to read and write, ``"r"`` only to read.
     schema
         Schema to live in, where the database has such a thing.
 
@@ -253,7 +253,7 @@ def place_of(given: str | os.PathLike[str]) -> str:
 def file_url(path: str | os.PathLike[str]) -> str:
     """Return the URL of a SQLite file.
 
-    A text may end in options, ``models.db?timeout=5``; of a path object all is the file's name.
+    A text may end in options, ``models.db?timeout=5``; a path object is a file name as it is.
     """
     text = os.fsdecode(path)
     if "?" not in text or (isinstance(path, str) and _OPTIONS.search(text)):
@@ -273,7 +273,7 @@ def absolute(place: str | os.PathLike[str]) -> str:
 def redact(url: str) -> str:
     """Return the URL with any password replaced by ``***``, for messages.
 
-    A password that holds ``@``, ``/`` or ``?`` unescaped is hidden, at the worst with the host.
+    A password that holds ``@``, ``/`` or ``?`` unescaped is hidden, too, at worst with the host.
     """
     head, separator, rest = url.partition("://")
     if head.lower().endswith("+shards") and "|" in rest:

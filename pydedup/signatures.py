@@ -2,9 +2,9 @@
 """The similarity index of a store, as segments in the table ``signatures`` (docs/format.md).
 
 Each add leaves a segment: what it indexed of its new blocks, by their place, in pieces per kind of
-block, and which pages that covers. Nothing is ever changed in a segment. One says nothing wrong
-when its pages go, only something needless, and what is on a page that no segment covers can be
-indexed again from the page.
+block, and which pages that covers. Nothing is ever changed in a segment. When its pages go, what it
+says of them is needless but not wrong, and what is on a page that no segment covers can be indexed
+again from the page.
 """
 
 from __future__ import annotations

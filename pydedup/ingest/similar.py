@@ -346,9 +346,9 @@ def _measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> N
 
 
 def exact_distances(blocks: MatrixView, pairs: Pairs, limit: float) -> NDArray[np.float64]:
-    """Return what the relative L2 distance of each pair is not beyond, infinity above ``limit``.
+    """Return an upper bound of the relative L2 distance of each pair, infinity above ``limit``.
 
-    Of blocks of another dtype than their candidates it is an estimate.
+    For blocks of another dtype than their candidates it is an estimate.
     """
     if pairs.bases.dtype != blocks.dtype:
         return np.where(pairs.estimates <= limit, pairs.estimates, np.inf)

@@ -34,7 +34,7 @@ class MatchedTensor:
     grid: BlockGrid
     references: NDArray[np.int64]
     digests: NDArray[np.uint64]
-    #: What no relative L2 difference of a block to what is stored for it is beyond.
+    #: A bound on the relative L2 difference between a block and what is stored for it.
     largest_error: float = 0.0
 
     @property

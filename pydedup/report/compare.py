@@ -34,8 +34,8 @@ _PIECE = 2**18
 class TensorSharing:
     """How much of one tensor other models use too.
 
-    Bytes include the bases that its deltas need, block counts do not. ``largest_error`` is what no
-    relative L2 difference of a block to what is stored for it is beyond.
+    Bytes include the bases that its deltas need, block counts do not. ``largest_error`` is a bound
+    on the relative L2 difference between a block and what is stored for it.
     """
 
     tensor: TensorInfo

@@ -119,7 +119,7 @@ def distances(
 
 
 def upper_bounds(relative_l2: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return what the true distances are not beyond, for some that `distances` found."""
+    """Return upper bounds of the true distances, for some that `distances` found."""
     return relative_l2 * (1 + _ROUNDING)
 
 
