@@ -25,13 +25,13 @@ _PIPE_WIDTH = 120
     type=click.Path(file_okay=False, path_type=Path),
     help="Where downloads and trained models are kept.",
 )
-@click.option("--retrain", is_flag=True, help="Train again what the cache has.")
+@click.option("--retrain", is_flag=True, help="Train again, even models that the cache has.")
 @options.json_option
 def demo(url: str | None, cache: Path | None, retrain: bool, as_json: bool) -> None:
     """Train text classifiers on real word vectors and texts, store them, check and serve them.
 
     Needs the network once, a few minutes and `pip install 'pydedup[demo]'`. STORE is by default
-    sqlite:///pydedup-demo.db in the current folder, and is left there to be looked at.
+    sqlite:///pydedup-demo.db in the current folder, and stays there for you to look at.
     """
     # Imported now: its tables and bars take longer to import than most commands to run.
     from pydedup.demo.run import run_demo

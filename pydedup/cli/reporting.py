@@ -32,13 +32,14 @@ __all__ = ["report"]
     "models",
     metavar="NAME",
     multiple=True,
-    help="Show this model block by block, not the four largest; may be given several times.",
+    help="Show this model block by block, instead of the four largest; may be repeated.",
 )
 @click.option(
     "--trace",
     metavar="FILE",
     type=options.FileToRead(),
-    help="Uses of pages that `pydedup serve --record` wrote: what each policy would have missed.",
+    help="Recorded uses of pages, from `pydedup serve --record`: show what each policy would have "
+    "missed.",
 )
 @options.memory_option
 @options.json_option
@@ -55,7 +56,7 @@ def report(
     """Write a store as one HTML page.
 
     It shows sizes, who shares with whom, layers and blocks, pages, guarantees, and with --trace
-    what each replacement policy would have missed. It loads nothing, from nowhere, and has no
+    what each replacement policy would have missed. It loads nothing from anywhere and has no
     script, so it may be mailed or archived.
 
     Needs the extra `report`.

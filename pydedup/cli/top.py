@@ -46,7 +46,7 @@ _COLUMNS = (
     type=click.FloatRange(0.1, 3600),
     default=1.0,
     show_default=True,
-    help="Time between looks, which rates are about.",
+    help="Time between looks, over which rates are taken.",
 )
 @click.option("--once", is_flag=True, help="Look twice, print one table, and end.")
 @click.option(
@@ -68,7 +68,7 @@ def top(
     """Watch a server of `pydedup serve`: URL is its address, such as http://127.0.0.1:8000.
 
     Shows requests per second, latencies, models, batches and the buffer pool, from /metrics. q or
-    Ctrl-C ends it. Into a pipe or a file, on a terminal with TERM=dumb, and with --json, it is as
+    Ctrl-C ends it. Into a pipe or a file, on a terminal with TERM=dumb, and with --json, it runs as
     with --once.
     """
     if math.isnan(interval):  # which is in any range
