@@ -331,7 +331,7 @@ class _OpenPage:
         first = int(encoded.offsets[start])
         last = int(encoded.offsets[stop - 1] + encoded.lengths[stop - 1])
         base = sum(len(piece) for piece in self._arena)
-        self._arena.append(encoded.arena[first:last].copy())
+        self._arena.append(encoded.arena[first:last])
         self._columns.append(
             (
                 encoded.offsets[start:stop] - first + base,
@@ -350,7 +350,8 @@ class _OpenPage:
     def image(self) -> bytes:
         if self._image is None:
             columns = [np.concatenate(column) for column in zip(*self._columns, strict=True)]
-            self._image = codec.build_page(np.concatenate(self._arena), *columns)
+            arena = self._arena[0] if len(self._arena) == 1 else np.concatenate(self._arena)
+            self._image = codec.build_page(arena, *columns)
         return self._image
 
 
