@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +41,10 @@ __all__ = [
 
 #: A line of fields is folded at this width where the terminal is wider or unknown.
 _FOLD = 100
+#: Which no text has that is printed, and textwrap does not take for a blank.
+_NO_BREAK = "\0"
+#: The blank between a number and its unit.
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|B|[KMGTPE]iB|ms|s|min|h)(?!\w))")
 
 
 def console(*, stderr: bool = False, width: int | None = None) -> Console:
@@ -117,7 +122,9 @@ def plain_array(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _fold(text: str, room: int) -> list[str]:
-    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or ["-"]
+    together = _UNIT.sub(_NO_BREAK, text)
+    lines = textwrap.wrap(together, room, break_long_words=False, break_on_hyphens=False)
+    return [line.replace(_NO_BREAK, " ") for line in lines] or ["-"]
 
 
 def emit_json(value: Any) -> None:

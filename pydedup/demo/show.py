@@ -139,7 +139,7 @@ def pair(console: Console, base: str, tuned: str, reports: Sequence[AddReport]) 
         f"block, bit for bit: it takes {_percent(report.stored_bytes, report.logical_bytes)} of "
         "its size.",
         style="dim",
-        soft_wrap=False,
+        soft_wrap=not console.is_terminal,
     )
 
 
@@ -171,7 +171,7 @@ def predictions(console: Console, outcomes: Sequence[Prediction]) -> None:
     console.print(
         "  Seconds are of this one run, the machine's other work included: no benchmark.",
         style="dim",
-        soft_wrap=False,
+        soft_wrap=not console.is_terminal,
     )
     ties = sum(outcome.outputs.ties for outcome in outcomes)
     if ties:

@@ -23,7 +23,7 @@ import pytest
 
 import pydedup
 from pydedup import text
-from pydedup.cli import tables
+from pydedup.cli import output, tables
 from pydedup.testing.program import PROGRAM, run_here
 
 LONG = "encoder.layer.11.attention.self.query.weight"
@@ -212,6 +212,15 @@ def slow(
         f"        watch(*stage); time.sleep({seconds / len(stages)})\n"
         "print('result')"
     )
+
+
+def test_a_number_and_its_unit_are_on_one_line() -> None:
+    """A percentage began one line, and its sign the next."""
+    said = "12 models: 783.7 MiB of weights in a database of 197.1 MiB, 74.9 % saved, in 1 min 3 s"
+    for room in range(12, 100):
+        folded = output._fold(said, room)
+        assert " ".join(folded) == said
+        assert not [line for line in folded[1:] if re.match(r"(%|MiB|min|s)\b|%", line)], folded
 
 
 def test_progress_is_a_bar_that_goes_away() -> None:
