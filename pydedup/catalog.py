@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.adapter_options import CopiesAdapter, only_sound_rows, telling_rows
 from pydedup.blocks import BlockGrid, BlockMap, as_block_shape, matrix_shape
-from pydedup.certificates import ARTIFACTS, artifact_digest, error_of, keeps_bits
+from pydedup.certificates import ARTIFACTS, TENSORS, artifact_digest, error_of, keeps_bits
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
 from pydedup.graph import Graph
 from pydedup.names import parse_address
@@ -37,6 +37,7 @@ __all__ = [
     "model_info",
     "page_readers",
     "recorded_object",
+    "tensors_digest",
     "version_of",
 ]
 
@@ -75,6 +76,11 @@ class StoredModel:
             raise CorruptStoreError(
                 f"{self.address} has tensors of {found:,} bytes where {row.logical_bytes:,} are "
                 "recorded: rows of them are missing; restore a backup"
+            )
+        wanted = self._recorded.get(TENSORS)
+        if wanted is not None and wanted != tensors_digest(self.tensors):
+            raise CorruptStoreError(
+                f"{self.address}: its tensors are not those that it was added with"
             )
         self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
 
@@ -168,12 +174,17 @@ class StoredModel:
         )
 
     @cached_property
-    def _artifact_digests(self) -> Mapping[str, object]:
-        """What its artifacts were recorded to hold, by name; none where that is not known."""
+    def _recorded(self) -> Mapping[str, Any]:
+        """Its certificate as it is recorded; an empty one where that is damaged."""
         try:
-            found = _recorded_certificate(self.row).get(ARTIFACTS)
+            return _recorded_certificate(self.row)
         except CorruptStoreError:
             return {}
+
+    @property
+    def _artifact_digests(self) -> Mapping[str, object]:
+        """What its artifacts were recorded to hold, by name; none where that is not known."""
+        found = self._recorded.get(ARTIFACTS)
         return found if isinstance(found, dict) else {}
 
     def artifact_names(self) -> list[str]:
@@ -245,13 +256,22 @@ class ModelDigest:
 
     def add(self, info: TensorInfo, hashes: bytes) -> None:
         """Take in the next tensor and the hashes of its source's blocks, 16 bytes each."""
-        head = [info.name, info.dtype.label, list(info.shape), list(info.block_shape)]
-        self._content.update(json.dumps(head).encode())
+        self._content.update(_head(info))
         self._content.update(hashes)
 
     def digest(self) -> bytes:
         """Return 16 bytes."""
         return self._content.digest()
+
+
+def tensors_digest(tensors: Iterable[TensorInfo]) -> str:
+    """Return what names the names, dtypes and shapes of a model's tensors."""
+    return artifact_digest(b"".join(map(_head, tensors)))
+
+
+def _head(info: TensorInfo) -> bytes:
+    head = [info.name, info.dtype.label, list(info.shape), list(info.block_shape)]
+    return json.dumps(head).encode()
 
 
 class Catalog:
@@ -401,7 +421,8 @@ def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
 def certificate_of(row: ModelRow) -> dict[str, Any]:
     """Return what was recorded of a promise. Raises CorruptStoreError."""
     certificate = _recorded_certificate(row)
-    certificate.pop(ARTIFACTS, None)
+    for name in (ARTIFACTS, TENSORS):  # of the model, and not of what was promised
+        certificate.pop(name, None)
     return certificate
 
 

@@ -16,6 +16,7 @@ from pydedup.errors import CorruptStoreError
 __all__ = [
     "ARTIFACTS",
     "MEASURED",
+    "TENSORS",
     "artifact_digest",
     "describe",
     "error_of",
@@ -24,10 +25,11 @@ __all__ = [
     "number_in",
 ]
 
-#: Where a certificate, as it is recorded, has the digests of the model's artifacts by name.
-ARTIFACTS = "artifacts"
+#: Where a certificate, as it is recorded, has the digests of the model's artifacts by name, and the
+#: one of the names, dtypes and shapes of its tensors.
+ARTIFACTS, TENSORS = "artifacts", "tensors"
 #: What all certificates say beside the parameters of the policy, which have other names.
-MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors", ARTIFACTS)
+MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors", ARTIFACTS, TENSORS)
 
 # Before certificates said so themselves.
 _KEEP_BITS = ("exact", "lossless")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
 from pydedup.blocks import BlockGrid
-from pydedup.catalog import ModelDigest
-from pydedup.certificates import ARTIFACTS, artifact_digest
+from pydedup.catalog import ModelDigest, tensors_digest
+from pydedup.certificates import ARTIFACTS, TENSORS, artifact_digest
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
@@ -160,10 +160,15 @@ class MatchedModel(StagedModel):
             yield GRAPH_ARTIFACT, "application/json", payload
 
     def _recorded_certificate(self) -> dict[str, Any]:
-        """Return its certificate with what tells lost and damaged artifacts from sound ones."""
+        """Return its certificate with what tells damage of artifacts, and of rows of tensors."""
+        certificate = {**self.certificate(), TENSORS: tensors_digest(self._infos())}
         digests = {name: artifact_digest(payload) for name, _, payload in self.artifacts()}
-        certificate = self.certificate()
         return {**certificate, ARTIFACTS: digests} if digests else certificate
+
+    def _infos(self) -> list[TensorInfo]:
+        """Return its tensors as they are recorded."""
+        entries = ((tensor.entry, tensor.block_shape) for tensor in self.tensors)
+        return [TensorInfo(e.name, e.dtype, e.shape, block_shape) for e, block_shape in entries]
 
     def certificate(self) -> dict[str, Any]:
         """Return what is guaranteed, and what was measured of it."""
@@ -182,8 +187,6 @@ class MatchedModel(StagedModel):
     def digest(self) -> bytes:
         """Return 16 bytes that name the content: names, dtypes, shapes and block digests."""
         content = ModelDigest()
-        for tensor in self.tensors:
-            entry = tensor.entry
-            info = TensorInfo(entry.name, entry.dtype, entry.shape, tensor.block_shape)
+        for info, tensor in zip(self._infos(), self.tensors, strict=True):
             content.add(info, np.ascontiguousarray(tensor.digests, "<u8").tobytes())
         return content.digest()

@@ -144,11 +144,14 @@ def test_rows_with_a_value_that_their_column_cannot_have(
             assert np.array_equal(store.load(info.name)["w"], MODELS[info.name]["w"])
 
 
-def test_a_tensor_of_another_name_is_no_copy(tmp_path: Path) -> None:
-    """It was copied so, and where two change places, what the copy predicts is wrong."""
+@pytest.mark.parametrize("column", ["name", "shape", "dtype", "block_shape"])
+def test_a_tensor_that_is_another_is_no_copy(column: str, tmp_path: Path) -> None:
+    """It was loaded and copied so, and where two change places, predictions are wrong."""
     path = tmp_path / "store.db"
     fill(f"sqlite:///{path}")
-    change(f"sqlite:///{path}", "UPDATE {tensors} SET name = 'v' WHERE model_id = 2")
+    values = {"name": "v", "shape": "[64, 128]", "dtype": "int32", "block_shape": "[8, 64]"}
+    sql = f"UPDATE {{tensors}} SET {column} = ? WHERE model_id = 2"  # noqa: S608
+    change(f"sqlite:///{path}", sql, values[column])
     change(f"sqlite:///{path}", "UPDATE {models} SET policy = 'bounded' WHERE name = 'one'")
     with pydedup.open(path) as store:
         said = "two@1: its tensors are not those that it was added with"
@@ -156,6 +159,9 @@ def test_a_tensor_of_another_name_is_no_copy(tmp_path: Path) -> None:
             "one@1 has the policy 'bounded', and a certificate of 'lossless'; restore a backup",
             said,
         ]
+        for call in (store.load, lambda name: store.predict(name, np.ones((1, 64), np.float32))):
+            with pytest.raises(CorruptStoreError, match=said):
+                call("two")
         with pytest.raises(CorruptStoreError, match=said):
             store.backup(tmp_path / "backup.db")
         assert store.copy_to(tmp_path / "copy.db", skip_damaged=True).copied == 2
