@@ -88,7 +88,7 @@ def partly_here(path: Path, places: dict[int, tuple[int, int] | None]) -> set[in
 
 def wait_for(path: Path, places: list[tuple[int, int] | None]) -> None:
     """Wait until these parts of a file are in memory."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not all(of_place(in_memory(path), place).all() for place in places):
         assert time.monotonic() < deadline, "what was asked for did not come"
         time.sleep(0.01)
