@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import telling_rows
-from pydedup.catalog import Catalog
+from pydedup.catalog import Catalog, certificate_of
 from pydedup.errors import ArgumentError, CorruptStoreError, DuplicateError
 from pydedup.maintenance.rows import lost_models
 from pydedup.names import parse_address
@@ -96,18 +96,27 @@ def plan_copy(
 
 def same_model(ours: Adapter, a: ModelRow, theirs: Adapter, b: ModelRow) -> bool:
     """Whether two stores have the same under one name and version, artifacts included."""
-    if (a.digest, a.policy, a.certificate, a.metadata, a.logical_bytes) != (
+    if (a.digest, a.policy, a.metadata, a.logical_bytes) != (
         b.digest,
         b.policy,
-        b.certificate,
         b.metadata,
         b.logical_bytes,
     ):
+        return False
+    if not _same_promise(a, b):
         return False
     artifacts = ours.artifacts(a.id)
     return artifacts == theirs.artifacts(b.id) and all(
         ours.artifact(a.id, name) == theirs.artifact(b.id, name) for name, _ in artifacts
     )
+
+
+def _same_promise(a: ModelRow, b: ModelRow) -> bool:
+    """Whether certificates promise the same; digests beside that, older versions did not record."""
+    try:
+        return a.certificate == b.certificate or certificate_of(a) == certificate_of(b)
+    except CorruptStoreError:
+        return False
 
 
 def aliases_of(adapter: Adapter, name: str | None = None) -> dict[int, list[str]]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +66,27 @@ def test_a_name_that_is_taken(
             target.alias("near", "mine", None)
             target.vacuum()
     assert_same(source_url, url)
+
+
+def test_a_model_that_an_earlier_version_stored_is_the_same(
+    new_store: New, family: Callable[..., Any]
+) -> None:
+    url, other = new_store("sqlite"), new_store("sqlite")
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    for place in (url, other):
+        with pydedup.open(place) as store:
+            store.add("m@1", {"w": family(20)["w"]}, graph=graph)
+    connection = sqlite3.connect(other.removeprefix("sqlite:///"))
+    with contextlib.closing(connection), connection:
+        connection.execute(
+            "UPDATE pydedup_models SET "
+            "certificate = json_remove(certificate, '$.artifacts', '$.tensors')"
+        )
+    with pydedup.open(url) as store:
+        assert [model.status for model in store.copy_to(other).models] == ["there"]
+    with pydedup.open(other) as store:
+        assert store.verify().ok
+        assert [model.status for model in store.copy_to(url).models] == ["there"]
 
 
 def test_an_alias_that_is_taken(filled: New, new_store: New, family: Callable[..., Any]) -> None:
