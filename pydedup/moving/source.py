@@ -100,8 +100,9 @@ def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
         hashes = SourceHashes(adapter, model)
         named, digests = ModelDigest(), []
         for ordinal, (info, block_map) in enumerate(zip(model.tensors, maps, strict=True)):
-            digests.append(_digests(hashes.of(ordinal), block_map, model, ordinal))
-            named.add(info, hashes.of(ordinal))
+            source = hashes.of(ordinal)
+            digests.append(_digests(source, block_map, model, ordinal))
+            named.add(info, source)
         if named.digest() != row.digest:
             raise CorruptStoreError(
                 f"{model.address}: its tensors are not those that it was added with; run verify on "
