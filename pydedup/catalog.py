@@ -189,8 +189,7 @@ class StoredModel:
 
     def artifact_names(self) -> list[str]:
         """Return the names of what came with it beside tensors; also of what is lost."""
-        there = {name for name, _ in self._adapter.artifacts(self.row.id)}
-        return sorted(there.union(self._artifact_digests))
+        return sorted(self._media_types())
 
     def artifact(self, name: str) -> bytes | None:
         """Return what came with it under a name. Raises CorruptStoreError where that is damaged."""
@@ -204,11 +203,15 @@ class StoredModel:
 
     def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
         """Yield (name, media type, payload) of all that came with it; see `artifact`."""
-        media_types = dict(self._adapter.artifacts(self.row.id))
-        for name in self.artifact_names():
+        for name, media_type in sorted(self._media_types().items()):
             payload = self.artifact(name)
-            if payload is not None and name in media_types:
-                yield name, media_types[name], payload
+            if payload is not None:
+                yield name, media_type, payload
+
+    def _media_types(self) -> dict[str, str]:
+        """Return the media types of its artifacts by name, empty for those that are lost."""
+        lost = dict.fromkeys(self._artifact_digests, "")
+        return {**lost, **dict(self._adapter.artifacts(self.row.id))}
 
     def graph(self) -> Graph | None:
         """Return the model's graph, if the store knows it."""

@@ -17,6 +17,7 @@ from pydedup.adapter import STAGING, Adapter, ModelRow
 from pydedup.blocks import BlockGrid
 from pydedup.catalog import ModelDigest, tensors_digest
 from pydedup.certificates import ARTIFACTS, TENSORS, artifact_digest
+from pydedup.errors import FormatError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
@@ -115,6 +116,8 @@ class MatchedModel(StagedModel):
     #: What the search of a policy found out.
     evidence: Mapping[str, Any] = field(default_factory=dict)
     model_id: int = 0
+    #: Of its artifacts by name, as its row was made with them.
+    _digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -152,7 +155,16 @@ class MatchedModel(StagedModel):
         )
 
     def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
-        """Yield (name, media type, payload) of what belongs to it besides tensors."""
+        """Yield (name, media type, payload) of what belongs to it besides tensors.
+
+        Read anew, as they may be large. Raises FormatError for what is not what it was for its row.
+        """
+        for name, media_type, payload in self._read_artifacts():
+            if self._digests.get(name) != artifact_digest(payload):
+                raise FormatError(f"{name!r} changed while {self.address} was added; add it again")
+            yield name, media_type, payload
+
+    def _read_artifacts(self) -> Iterator[tuple[str, str, bytes]]:
         for artifact in self.request.source.artifacts():
             yield artifact.name, artifact.media_type, artifact.payload
         if self.request.graph is not None:
@@ -162,8 +174,8 @@ class MatchedModel(StagedModel):
     def _recorded_certificate(self) -> dict[str, Any]:
         """Return its certificate with what tells damage of artifacts, and of rows of tensors."""
         certificate = {**self.certificate(), TENSORS: tensors_digest(self._infos())}
-        digests = {name: artifact_digest(payload) for name, _, payload in self.artifacts()}
-        return {**certificate, ARTIFACTS: digests} if digests else certificate
+        self._digests = {name: artifact_digest(data) for name, _, data in self._read_artifacts()}
+        return {**certificate, ARTIFACTS: self._digests} if self._digests else certificate
 
     def _infos(self) -> list[TensorInfo]:
         """Return its tensors as they are recorded."""

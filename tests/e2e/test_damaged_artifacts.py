@@ -12,8 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import pydedup
-from pydedup.errors import ArgumentError, CorruptStoreError
+from pydedup.adapter import ModelRow
+from pydedup.errors import ArgumentError, CorruptStoreError, FormatError
 from pydedup.graph import Graph, Node
+from pydedup.ingest.staged import MatchedModel
 from pydedup.policies import Exact
 
 from .damage import change
@@ -39,6 +41,29 @@ def fill(url: str, tmp_path: Path) -> None:
     with pydedup.open(url) as store:
         store.add("one", folder)
         store.add("two", MODEL, graph=GRAPH)
+
+
+def test_a_tokenizer_that_changes_while_it_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was stored was not what its hash was recorded of, and so taken for damaged."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    fill(url, tmp_path)
+    insert = MatchedModel.row
+
+    def changed(model: MatchedModel) -> ModelRow:
+        row = insert(model)
+        (tmp_path / "folder" / "config.json").write_text("[]")
+        return row
+
+    monkeypatch.setattr(MatchedModel, "row", changed)
+    with pydedup.open(url) as store:
+        with pytest.raises(FormatError, match=r"config.json' changed while three@1 was added"):
+            store.add("three", tmp_path / "folder")
+        assert [info.address for info in store.models()] == ["one@1", "two@1"]
+        monkeypatch.undo()
+        store.add("three", tmp_path / "folder")
+        assert store.verify().ok
 
 
 @pytest.mark.parametrize(
