@@ -7,7 +7,7 @@ it, and raises an error or does without where it is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -30,6 +30,7 @@ __all__ = [
     "StagingAdapter",
     "TellRow",
     "only_sound_rows",
+    "page_copies",
     "telling_rows",
 ]
 
@@ -327,3 +328,10 @@ class RefillAdapter(CopiesAdapter, Protocol):
         Called outside of any other transaction. Copies of pages that were deleted meanwhile are
         never read, and `compact` collects them.
         """
+
+
+def page_copies(adapter: object) -> Callable[[int], Iterable[bytes]] | None:
+    """Return what gives the copies of a page, ``None`` where a store keeps one of each."""
+    if isinstance(adapter, CopiesAdapter) and adapter.copies > 1:
+        return adapter.page_copies
+    return None

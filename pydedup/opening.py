@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
-from pydedup.adapter_options import ReadIntoAdapter, RowAdapter, only_sound_rows
-from pydedup.catalog import page_copies, page_readers
+from pydedup.adapter_options import ReadIntoAdapter, RowAdapter, only_sound_rows, page_copies
+from pydedup.catalog import page_readers
 from pydedup.errors import (
     ArgumentError,
     MissingStoreError,

@@ -16,8 +16,8 @@ import numpy as np
 
 from pydedup import codec
 from pydedup.adapter import Adapter, BlockRow
+from pydedup.adapter_options import page_copies
 from pydedup.blocks import MatrixView
-from pydedup.catalog import page_copies
 from pydedup.errors import (
     CorruptStoreError,
     FormatError,

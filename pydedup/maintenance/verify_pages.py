@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, Adapter, BlockRow, PageRow
-from pydedup.adapter_options import PlacesAdapter
-from pydedup.catalog import page_copies, page_readers
+from pydedup.adapter_options import PlacesAdapter, page_copies
+from pydedup.catalog import page_readers
 from pydedup.errors import CorruptStoreError, SchemaVersionError, UnavailableError
 from pydedup.layout import slot_entries, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The read side of the tables: addresses to models, models to tensors and block maps.
+
+``catalog`` finds models, ``model`` is one of them, ``digests`` names what it holds, and ``rows``
+makes what users see of the rows of tables. Not here: adding and publishing (`pydedup.ingest`).
+"""
+
+from __future__ import annotations
+
+from pydedup.catalog.catalog import Catalog
+from pydedup.catalog.digests import ModelDigest, tensors_digest
+from pydedup.catalog.model import SourceHashes, StoredModel
+from pydedup.catalog.rows import (
+    certificate_of,
+    known_versions,
+    model_info,
+    page_readers,
+    recorded_object,
+    version_of,
+)
+
+__all__ = [
+    "Catalog",
+    "ModelDigest",
+    "SourceHashes",
+    "StoredModel",
+    "certificate_of",
+    "known_versions",
+    "model_info",
+    "page_readers",
+    "recorded_object",
+    "tensors_digest",
+    "version_of",
+]

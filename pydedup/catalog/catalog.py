@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Addresses to models. Thread-safe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter_options import only_sound_rows, telling_rows
+from pydedup.catalog.model import StoredModel
+from pydedup.catalog.rows import SUGGESTED_MODELS, known_versions, model_info
+from pydedup.errors import CorruptStoreError, NotFoundError, UnavailableError
+from pydedup.names import parse_address
+from pydedup.text import did_you_mean, it_has
+from pydedup.types import ModelInfo
+
+__all__ = ["Catalog"]
+
+# Models whose tensors and block maps are kept in memory: about 6 bytes per block each.
+_CACHED_MODELS: Final = 256
+
+
+class Catalog:
+    """Finds models by address."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        # No lock, which a fork could leave held: each use is one operation on the dict.
+        self._models: dict[int, StoredModel] = {}
+        self._store_id: str | None = None
+
+    def resolve(self, address: str) -> ModelRow:
+        """Return the live model that an address means.
+
+        Raises
+        ------
+        ArgumentError
+            When the address is malformed.
+        NotFoundError
+            When there is no such model, version or alias; the message names close ones.
+        UnavailableError
+            When another store has taken the place of the one that was opened.
+        """
+        row = self._find(address)
+        self._cached(row)
+        return row
+
+    def _find(self, address: str) -> ModelRow:
+        parsed = parse_address(address)
+        if parsed.selector is not None:
+            called = self._adapter.model_called(parsed.name, parsed.selector)
+            if called is not None:
+                return called
+        rows = self._adapter.models(name=parsed.name, newest=1)
+        if not rows:
+            names = sorted({row.name for row in self._adapter.models(newest=SUGGESTED_MODELS)})
+            raise NotFoundError(
+                f"no model {parsed.name!r} in {self._adapter.url}{did_you_mean(parsed.name, names)}"
+            )
+        if parsed.selector is None:
+            return rows[-1]
+        known = known_versions(self._adapter, parsed.name)
+        known += [alias for _, alias, _ in self._adapter.aliases(parsed.name)]
+        raise NotFoundError(
+            f"{parsed.name!r} has no version or alias {parsed.selector!r}"
+            f"{it_has(parsed.selector, known)}"
+        )
+
+    def model(self, address: str) -> StoredModel:
+        """Return the model of an address, with what is cached of it."""
+        return self.of_row(self.resolve(address))
+
+    def of_row(self, row: ModelRow) -> StoredModel:
+        """Return the model of a row, with what is cached of it. Raises as `resolve` does."""
+        model = self._cached(row)
+        if model is None:
+            self._refuse_another_store()
+            model = StoredModel(self._adapter, row)
+            self._models[row.id] = model
+            for oldest in list(self._models)[:-_CACHED_MODELS]:
+                self._models.pop(oldest, None)
+        return model
+
+    def _cached(self, row: ModelRow) -> StoredModel | None:
+        """Return the model of a row, if it is cached.
+
+        Ids are given once in a store: where one means another model, tables were dropped and made
+        anew, and what is cached, pages too, is of the store before.
+        """
+        model = self._models.get(row.id)
+        if model is not None and _is_other(model.row, row):
+            raise self._another_store()
+        return model
+
+    def _refuse_another_store(self) -> None:
+        """Raise UnavailableError where a model that is not cached is of another store.
+
+        What is cached of pages, whose ids begin anew with the tables, would be taken for its own.
+        """
+        with only_sound_rows(self._adapter):
+            found = self._adapter.meta().get("store_id")
+        if self._store_id is None:
+            self._store_id = found
+        elif found != self._store_id:
+            raise self._another_store()
+
+    def _another_store(self) -> UnavailableError:
+        return UnavailableError(
+            f"{self._adapter.url} is another store than the one that was opened: its tables "
+            "were made anew; open it again"
+        )
+
+    def infos(self, name: str | None = None) -> list[ModelInfo]:
+        """Return what the store knows of its live models, ordered by name, then age."""
+        return list(self._infos(name, None))
+
+    def sound_infos(self, said: list[str]) -> list[ModelInfo]:
+        """Return the same without models, or aliases, of which it cannot be read.
+
+        ``said`` gets a sentence about each.
+        """
+        with telling_rows(self._adapter, said):
+            return list(self._infos(None, said))
+
+    def _infos(self, name: str | None, said: list[str] | None) -> Iterator[ModelInfo]:
+        aliases: dict[int, list[str]] = {}
+        for _, alias, model_id in self._adapter.aliases(name):
+            aliases.setdefault(model_id, []).append(alias)
+        for row in sorted(self._adapter.models(name=name), key=lambda row: (row.name, row.id)):
+            try:
+                yield model_info(row, aliases.get(row.id, ()))
+            except CorruptStoreError as exc:
+                if said is None:
+                    raise
+                said.append(str(exc))
+
+    def forget(self, model_id: int) -> None:
+        """Drop what is cached of a model."""
+        self._models.pop(model_id, None)
+
+    def refresh(self) -> None:
+        """Forget all block maps."""
+        for model in list(self._models.values()):
+            model.refresh()
+
+
+def _is_other(one: ModelRow, other: ModelRow) -> bool:
+    """Whether two rows of one id are of different models."""
+    if one.digest == other.digest and math.isnan(one.created_at):  # in a damaged row
+        return not math.isnan(other.created_at)
+    return (one.created_at, one.digest) != (other.created_at, other.digest)

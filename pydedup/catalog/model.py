@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One published model: its tensors, where their blocks are, and what came with them.
+
+Thread-safe. Rows of a published model never change, but a vacuum may move its blocks: whoever
+misses a page calls `StoredModel.refresh` and reads the block map again, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter, ModelRow
+from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
+from pydedup.catalog.digests import tensors_digest
+from pydedup.catalog.rows import promised, recorded_certificate, tensor_info
+from pydedup.certificates import ARTIFACTS, TENSORS, artifact_digest, error_of, keeps_bits
+from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
+from pydedup.graph import Graph
+from pydedup.text import did_you_mean
+from pydedup.types import GRAPH_ARTIFACT, TensorInfo
+
+__all__ = ["SourceHashes", "StoredModel"]
+
+_HASHES_PER_READ: Final = 16 * 1024
+
+
+class StoredModel:
+    """One published model: its tensors and where their blocks are.
+
+    Raises NotFoundError when it was removed, CorruptStoreError when what is recorded of a tensor
+    cannot be read.
+    """
+
+    def __init__(self, adapter: Adapter, row: ModelRow) -> None:
+        self.row = row
+        self._adapter = adapter
+        self._maps: dict[int, BlockMap] = {}
+        self._graph: Graph | None = None
+        self._layers_key: object = None
+        #: How often its block maps were forgotten: its pages are the same as long as this is.
+        self.state = 0
+        self.tensors = tuple(
+            tensor_info(self.address, ordinal, tensor)
+            for ordinal, tensor in enumerate(adapter.tensors(row.id))
+        )
+        if not self.tensors:
+            self.check_live()
+        found = sum(math.prod(info.shape) * info.dtype.itemsize for info in self.tensors)
+        if found != row.logical_bytes:
+            raise CorruptStoreError(
+                f"{self.address} has tensors of {found:,} bytes where {row.logical_bytes:,} are "
+                "recorded: rows of them are missing; restore a backup"
+            )
+        wanted = self._recorded_digest(TENSORS)
+        if wanted is not None and wanted != tensors_digest(self.tensors):
+            raise CorruptStoreError(
+                f"{self.address}: its tensors are not those that it was added with"
+            )
+        self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
+
+    @property
+    def address(self) -> str:
+        """``name@version``."""
+        return f"{self.row.name}@{self.row.version}"
+
+    def check_live(self) -> None:
+        """Raise NotFoundError when it was removed meanwhile, with all that was to be read of it."""
+        if self._adapter.model(self.row.id) is None:
+            raise NotFoundError(f"{self.address} was removed from the store")
+
+    @cached_property
+    def certificate(self) -> dict[str, Any]:
+        """What was guaranteed when it was added, and what was measured of it."""
+        return promised(self._recorded)
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether it is stored to the bit, by promise; not where the certificate is damaged."""
+        try:
+            return keeps_bits(self.row.policy, self.certificate)
+        except CorruptStoreError:
+            return False
+
+    def error_of(self, name: str) -> float:
+        """Return a bound on the relative L2 difference of its blocks to what is stored for them."""
+        return error_of(self.certificate, name)
+
+    def tensor(self, name: str) -> TensorInfo:
+        """Return one tensor. Raises NotFoundError, ArgumentError for what is no name."""
+        if not isinstance(name, str):
+            raise ArgumentError(f"a tensor's name must be a string, not {name!r}")
+        ordinal = self._ordinal.get(name)
+        if ordinal is None:
+            hint = did_you_mean(name, list(self._ordinal))
+            raise NotFoundError(f"{self.address} has no tensor {name!r}{hint}")
+        return self.tensors[ordinal]
+
+    def block_map(self, name: str) -> BlockMap:
+        """Return where the blocks of one tensor are. Raises NotFoundError, CorruptStoreError."""
+        self.tensor(name)
+        ordinal = self._ordinal[name]
+        block_map = self._maps.get(ordinal)
+        if block_map is None:
+            block_map = self._parse(ordinal, self._adapter.block_map(self.row.id, ordinal))
+        return block_map
+
+    def block_maps(self) -> list[BlockMap]:
+        """Return the block maps of all tensors, in order; all that miss are read at once."""
+        maps = dict(self._maps)  # which another thread may refresh
+        if len(maps) < len(self.tensors):
+            parts: dict[int, list[bytes]] = {}
+            for ordinal, part in self._adapter.block_maps(self.row.id):
+                parts.setdefault(ordinal, []).append(part)
+            for ordinal in range(len(self.tensors)):
+                if ordinal not in maps:
+                    maps[ordinal] = self._parse(ordinal, parts.get(ordinal, []))
+        return [maps[ordinal] for ordinal in range(len(self.tensors))]
+
+    def _parse(self, ordinal: int, parts: Sequence[bytes]) -> BlockMap:
+        info = self.tensors[ordinal]
+        grid = BlockGrid(*matrix_shape(info.shape), *info.block_shape)
+        try:
+            block_map = BlockMap.from_parts(parts, grid, info.dtype)
+        except CorruptStoreError as exc:
+            if not self._adapter.tensors(self.row.id):
+                raise NotFoundError(f"{self.address} was removed from the store") from exc
+            raise CorruptStoreError(f"{self.address}, tensor {info.name!r}: {exc}") from exc
+        self._maps[ordinal] = block_map
+        return block_map
+
+    def refresh(self) -> None:
+        """Forget the block maps: a vacuum has moved blocks."""
+        self._maps.clear()
+        self.state += 1
+
+    @property
+    def layers_key(self) -> object:
+        """Equal for models with the same graph, and tensors of the same names and shapes."""
+        if self._layers_key is None:
+            graph = self.graph()
+            self._layers_key = (None if graph is None else graph.to_json(), self.tensors)
+        return self._layers_key
+
+    def page_ids(self) -> NDArray[np.int64]:
+        """Return the pages it reads, those of bases included."""
+        return np.array(
+            [page for _, page, _, _ in self._adapter.model_pages(self.row.id)], np.int64
+        )
+
+    @cached_property
+    def _recorded(self) -> dict[str, Any]:
+        return recorded_certificate(self.row)
+
+    def _recorded_digest(self, name: str) -> object:
+        """Return what is recorded beside the certificate; ``None`` where that is damaged."""
+        try:
+            return self._recorded.get(name)
+        except CorruptStoreError:
+            return None
+
+    @property
+    def _artifact_digests(self) -> Mapping[str, object]:
+        """What its artifacts were recorded to hold, by name; none where that is not known."""
+        found = self._recorded_digest(ARTIFACTS)
+        return found if isinstance(found, dict) else {}
+
+    def artifact_names(self) -> list[str]:
+        """Return the names of what came with it beside tensors; also of what is lost."""
+        return sorted(self._media_types())
+
+    def artifact(self, name: str) -> bytes | None:
+        """Return what came with it under a name. Raises CorruptStoreError where that is damaged."""
+        payload = self._adapter.artifact(self.row.id, name)
+        wanted = self._artifact_digests.get(name)
+        if wanted is not None and (payload is None or artifact_digest(payload) != wanted):
+            self.check_live()
+            what = "lost" if payload is None else "not what it was added with"
+            raise CorruptStoreError(f"{self.address}: its {name!r} is {what}; restore a backup")
+        return payload
+
+    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
+        """Yield (name, media type, payload) of all that came with it; see `artifact`."""
+        for name, media_type in sorted(self._media_types().items()):
+            payload = self.artifact(name)
+            if payload is not None:
+                yield name, media_type, payload
+
+    def _media_types(self) -> dict[str, str]:
+        """Return the media types of its artifacts by name, empty for those that are lost."""
+        lost = dict.fromkeys(self._artifact_digests, "")
+        return {**lost, **dict(self._adapter.artifacts(self.row.id))}
+
+    def graph(self) -> Graph | None:
+        """Return the model's graph, if the store knows it."""
+        if self._graph is None:
+            payload = self.artifact(GRAPH_ARTIFACT)
+            if payload is not None:
+                try:
+                    self._graph = Graph.from_json(payload)
+                except ArgumentError as exc:
+                    raise CorruptStoreError(
+                        f"the graph of {self.address} cannot be read: {exc}"
+                    ) from exc
+        return self._graph
+
+
+class SourceHashes:
+    """The hashes of the blocks that a model was added with, read for several tensors at once."""
+
+    def __init__(self, adapter: Adapter, model: StoredModel) -> None:
+        self._adapter = adapter
+        self._model = model
+        self._read: dict[int, bytes] = {}
+
+    def of(self, ordinal: int) -> bytes:
+        """Return the hashes of one tensor's blocks, 16 bytes each; none where none are recorded."""
+        if ordinal not in self._read:
+            blocks, stop = 0, ordinal
+            for info in self._model.tensors[ordinal:]:
+                blocks += BlockGrid(*matrix_shape(info.shape), *info.block_shape).count
+                if stop > ordinal and blocks > _HASHES_PER_READ:
+                    break
+                stop += 1
+            parts: dict[int, list[bytes]] = {number: [] for number in range(ordinal, stop)}
+            for number, part in self._adapter.source_hashes(self._model.row.id, ordinal, stop):
+                parts[number].append(part)
+            self._read = {number: b"".join(found) for number, found in parts.items()}
+        return self._read[ordinal]

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rows of models, tensors and pages say, or that they are damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from pydedup.adapter import Adapter, ModelRow, TensorRow
+from pydedup.blocks import as_block_shape
+from pydedup.certificates import ARTIFACTS, TENSORS
+from pydedup.errors import ArgumentError, CorruptStoreError
+from pydedup.types import DType, ModelInfo, TensorInfo
+
+__all__ = [
+    "SUGGESTED_MODELS",
+    "certificate_of",
+    "known_versions",
+    "model_info",
+    "page_readers",
+    "promised",
+    "recorded_certificate",
+    "recorded_object",
+    "tensor_info",
+    "version_of",
+]
+
+#: Of so many models, the newest ones, a message about an unknown one suggests names.
+SUGGESTED_MODELS: Final = 10_000
+# What a clock says before then, calendars have a date for.
+_YEAR_10000: Final = 253_402_300_800
+
+
+def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
+    """Return a row as users see it. Raises CorruptStoreError."""
+    if not 0 <= row.created_at < _YEAR_10000:
+        raise CorruptStoreError(
+            f"when {row.name}@{row.version} was added cannot be read ({row.created_at:g}); restore "
+            "a backup"
+        )
+    return ModelInfo(
+        id=row.id,
+        name=row.name,
+        version=row.version,
+        policy=row.policy,
+        created_at=row.created_at,
+        logical_bytes=row.logical_bytes,
+        digest=row.digest.hex(),
+        aliases=tuple(sorted(aliases)),
+        metadata=recorded_object(row.metadata, f"the metadata of {row.name}@{row.version}"),
+    )
+
+
+def certificate_of(row: ModelRow) -> dict[str, Any]:
+    """Return what was recorded of a promise. Raises CorruptStoreError."""
+    return promised(recorded_certificate(row))
+
+
+def promised(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded certificate without what is of the model, and not of what was promised."""
+    return {name: said for name, said in recorded.items() if name not in (ARTIFACTS, TENSORS)}
+
+
+def recorded_certificate(row: ModelRow) -> dict[str, Any]:
+    """Return a certificate with the digests that are recorded in it. Raises CorruptStoreError."""
+    return recorded_object(row.certificate, f"the certificate of {row.name}@{row.version}")
+
+
+def recorded_object(text: str, what: str) -> dict[str, Any]:
+    """Return a JSON object that was recorded, an empty one for no text.
+
+    Raises CorruptStoreError.
+    """
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as exc:
+        raise CorruptStoreError(f"{what} cannot be read ({exc}); restore a backup") from exc
+    if not isinstance(found, dict):
+        raise CorruptStoreError(f"{what} cannot be read (it is no object); restore a backup")
+    return found
+
+
+def tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
+    """Return what is recorded of tensor number ``ordinal``. Raises CorruptStoreError."""
+    if row.ordinal != ordinal:  # block maps are those of ordinals
+        raise CorruptStoreError(f"{address} lacks its tensor number {ordinal}")
+    try:
+        block_shape = as_block_shape(json.loads(row.block_shape))
+        shape = tuple(int(extent) for extent in json.loads(row.shape))
+        if min(shape, default=0) < 0:
+            raise ValueError(f"an extent of {min(shape)}")
+        return TensorInfo(row.name, DType.of_label(row.dtype), shape, block_shape)
+    except (ValueError, TypeError, OverflowError, ArgumentError) as exc:
+        raise CorruptStoreError(
+            f"{address}, tensor {row.name!r}: its shape or dtype cannot be read ({exc})"
+        ) from exc
+
+
+def known_versions(adapter: Adapter, name: str) -> list[str]:
+    """Return the versions of a model, oldest first; of very many, the newest."""
+    return [row.version for row in adapter.models(name=name, newest=SUGGESTED_MODELS)]
+
+
+def version_of(adapter: Adapter, name: str, version: str) -> ModelRow | None:
+    """Return a live model of a name and version; an alias is none."""
+    row = adapter.model_called(name, version)
+    return row if row is not None and row.version == version else None
+
+
+def page_readers(adapter: Adapter) -> dict[int, list[str]]:
+    """Return per page the addresses of the live models that read it, ordered."""
+    address = {row.id: f"{row.name}@{row.version}" for row in adapter.models()}
+    readers: dict[int, list[str]] = {}
+    for model_id, page_id, _, _ in adapter.model_pages():
+        if model_id in address:
+            readers.setdefault(page_id, []).append(address[model_id])
+    return {page_id: sorted(names) for page_id, names in readers.items()}
