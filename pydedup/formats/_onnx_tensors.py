@@ -26,6 +26,7 @@ __all__ = [
     "is_constant_weight",
     "nested_tensors",
     "parse",
+    "refuse_external",
     "typed_values",
 ]
 
@@ -75,6 +76,29 @@ def parse(kind: Any, data: bytes, where: str) -> Any:
         return kind.FromString(data)
     except Exception as exc:  # DecodeError lives in the protobuf package, which onnx brings
         raise FormatError(f"{where} is no ONNX model: {exc}") from exc
+
+
+def refuse_external(message: Any, where: str) -> None:
+    """Refuse a message in which a tensor, wherever it is, has its values in another file.
+
+    A runtime would open what it names, in the folder in which the process happens to be, and
+    predictions would tell what is there. Raises FormatError.
+    """
+    for field, found in message.ListFields():
+        if field.message_type is None:
+            continue
+        for inner in (found,) if hasattr(found, "ListFields") else found:
+            if field.message_type.name == "TensorProto" and (
+                inner.external_data or inner.data_location == EXTERNAL
+            ):
+                places = {item.key: item.value for item in inner.external_data}
+                raise FormatError(
+                    f"{where} has the values of {inner.name!r} in the file "
+                    f"{places.get('location', '')!r:.80}, which pydedup reads for weights of types "
+                    "that it stores alone, and not in functions; write a model with all inside of "
+                    "it: onnx.save(onnx.load(path), another)"
+                )
+            refuse_external(inner, where)
 
 
 def nested_tensors(graph: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

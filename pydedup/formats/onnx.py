@@ -26,6 +26,7 @@ from pydedup.formats._onnx_tensors import (
     import_onnx,
     nested_tensors,
     parse,
+    refuse_external,
     typed_values,
 )
 from pydedup.formats._paths import is_inside
@@ -73,6 +74,7 @@ class OnnxSource(SourceBase):
             self._model = parse(self._onnx.ModelProto, stripped, self.description)
             initializers = list(self._collect(places))
             self._set_entries([*initializers, *self._collect_nested()])
+            refuse_external(self._model, self.description)
         except BaseException:
             self.close()
             raise

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydedup.errors import FormatError
-from pydedup.formats._onnx_tensors import has_values, nested_tensors
+from pydedup.formats._onnx_tensors import has_values, nested_tensors, parse, refuse_external
 from pydedup.formats.base import Array
 from pydedup.types import TensorInfo
 
@@ -62,14 +62,13 @@ def open_graph(
     Raises
     ------
     FormatError
-        When the graph does not parse, or wants a tensor that the model does not have.
+        When the graph does not parse, or wants a tensor that the model does not have, or one in
+        another file.
     """
     import onnx
 
-    try:
-        model = onnx.ModelProto.FromString(payload)
-    except Exception as exc:  # DecodeError lives in the protobuf package
-        raise FormatError(f"the stored ONNX graph does not parse: {exc}") from exc
+    model = parse(onnx.ModelProto, payload, "the stored ONNX graph")
+    refuse_external(model, "the stored ONNX graph")
     graph = model.graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     inputs = tuple(value.name for value in graph.input if value.name not in initializers)

@@ -23,6 +23,7 @@ from pydedup.formats._onnx_tensors import (
     import_onnx,
     nested_tensors,
     parse,
+    refuse_external,
 )
 from pydedup.formats._protobuf import tag, varint
 from pydedup.formats.base import Artifact, LazyTensors, TensorEntry, fetch_tensor, find_artifact
@@ -58,6 +59,7 @@ def write(
             "export to safetensors"
         )
     model = parse(onnx.ModelProto, payload, "the stored ONNX graph")
+    refuse_external(model, "the stored ONNX graph")
     by_name = {entry.name: entry for entry in entries}
     initializers = [tensor for tensor in model.graph.initializer if tensor.name in by_name]
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in by_name]

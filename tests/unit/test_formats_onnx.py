@@ -238,6 +238,28 @@ def test_element_types_no_store_keeps_stay_in_the_graph(tmp_path: Path) -> None:
     assert numpy_helper.to_array(again["w"]).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("place", ["initializer", "constant", "function", "sparse"])
+def test_external_data_that_stays_in_the_graph_is_refused(place: str, tmp_path: Path) -> None:
+    """It was left in the graph, and read where the process that predicted happened to be."""
+    kind = TensorProto.FLOAT if place in ("function", "sparse") else TensorProto.UINT4
+    tensor = TensorProto(name="w", data_type=kind, dims=[4], data_location=1)
+    tensor.external_data.add(key="location", value="w.data")
+    (tmp_path / "w.data").write_bytes(bytes(16))
+    model = holder(*[tensor] * (place == "initializer"))
+    node = helper.make_node("Constant", [], ["c"], value=tensor)
+    if place == "constant":
+        model.graph.node.append(node)
+    elif place == "function":
+        opsets = [helper.make_opsetid("", 20)]
+        model.functions.append(helper.make_function("mine", "F", [], ["c"], [node], opsets))
+    elif place == "sparse":
+        indices = helper.make_tensor("i", TensorProto.INT64, [4], range(4))
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(tensor, indices, [9]))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(FormatError, match=r"m\.onnx has the values of 'w' in the file 'w\.data'"):
+        open_source(tmp_path / "m.onnx")
+
+
 def constant(name: str, values: Any) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(values))
 
