@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every DB-API adapter stands on: hooks, running statements, schema, transactions.
+"""What every DB-API adapter stands on: hooks, running statements, transactions.
 
 The calls of :class:`pydedup.adapter.Adapter` are built on it in ``_catalog`` and ``_dbapi``;
 statements are in ``_sql``, threads and forks in ``_sessions``.
@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any, Final, NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
-from pydedup.adapter import LIVE, RETIRED, SCHEMA_VERSION, STAGING, Capabilities
+from pydedup.adapter import LIVE, RETIRED, STAGING, Capabilities
 from pydedup.adapter_options import TellRow
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
     CorruptStoreError,
-    NotAStoreError,
     PydedupError,
     ReadOnlyError,
     StoreError,
 )
 
-from ._schema import TABLES, VIEWS, Dialect, create_statements
+from . import _damage
+from ._schema import TABLES, VIEWS, Dialect
 from ._sessions import READ, WRITE, Session, SessionPool
 from ._sql import MAX_MEMBERS, Statements, batches, insert_pieces
-from ._values import Row, WrongValueError, as_recorded, shown, text
+from ._values import Row, WrongValueError, as_recorded
 
 __all__ = [
     "CancelledError",
@@ -41,16 +41,6 @@ __all__ = [
 
 T = TypeVar("T", int, bytes)
 R = TypeVar("R")
-
-#: What to do about a damaged row of a table, where that is not to restore a backup.
-_REMEDIES: Final[Mapping[str, str]] = {
-    "models": "remove that model, or restore a backup",
-    "jobs": "a vacuum deletes it",
-    # What a repair makes anew.
-    **dict.fromkeys(("pages", "model_pages", "distinct_blocks"), "run verify on the store"),
-}
-#: Within `DbApiBase.sound_rows`: of which adapter, and what to call.
-_SOUND: ContextVar[tuple[object, TellRow] | None] = ContextVar("_SOUND", default=None)
 
 
 class KeyTakenError(StoreError):
@@ -184,49 +174,18 @@ class DbApiBase(abc.ABC):
         try:
             return as_recorded(rows, spec.kinds(names))
         except WrongValueError as error:
-            within = _SOUND.get()
-            if within is not None and within[0] is self:
-                return self._sound(table, names, rows, within[1])
-            told: list[str] = []
-            self._sound(table, names, rows, lambda _table, _key, said: told.append(said))
-            remedy = _REMEDIES.get(table, "restore a backup")
-            raise CorruptStoreError(f"{self._url} is damaged: {told[0]}; {remedy}") from error
+            dialect, tell = self._sql.dialect, _damage.who_is_told(self)
+            if tell is not None:
+                return _damage.sound(dialect, table, names, rows, tell)
+            said = _damage.damage(dialect, table, names, rows)
+            raise CorruptStoreError(f"{self._url} is damaged: {said}") from error
 
-    @contextlib.contextmanager
-    def sound_rows(self, tell: TellRow) -> Iterator[None]:
+    def sound_rows(self, tell: TellRow) -> AbstractContextManager[None]:
         """Leave out rows with a value that its column cannot have.
 
         See `pydedup.adapter_options.SoundRowsAdapter`.
         """
-        token = _SOUND.set((self, tell))
-        try:
-            yield
-        finally:
-            _SOUND.reset(token)
-
-    def _sound(
-        self, table: str, names: Sequence[str], rows: Sequence[Row], tell: TellRow
-    ) -> list[Row]:
-        """Return the rows without those that are damaged, which are reported."""
-        spec, sound = TABLES.get(table) or VIEWS[table], list[Row]()
-        of_key = set(spec.key or ("id", "name", "version"))
-        for row in rows:
-            try:
-                sound += as_recorded([row], spec.kinds(names))
-            except WrongValueError as error:
-                number, said = error.args
-                wrong = names[number]
-                key = {
-                    name: shown(value)
-                    for name, value in zip(names, row, strict=True)
-                    if name in of_key and name != wrong
-                }
-                said = f"column {wrong} of {self._sql.dialect.name(table)} has {said}"
-                if key:
-                    parts = (f"{name} {value!r:.60}" for name, value in key.items())
-                    said += f", in the row of {', '.join(parts)}"
-                tell(table, key, said)
-        return sound
+        return _damage.leaving_out(self, tell)
 
     def _writer(self) -> Session:
         """Return this thread's session, locked and in a write transaction."""
@@ -302,53 +261,6 @@ class DbApiBase(abc.ABC):
                 "value; write it in smaller pieces"
             )
         return payload
-
-    # ---- schema -------------------------------------------------------------------------------
-
-    def schema_version(self) -> int | None:
-        """Return the version of the store's tables, or ``None`` when there are none."""
-        there = {text(name) for (name,) in self._query(self._sql.dialect.list_tables)}
-        prefix = self._sql.dialect.prefix
-        ours = [table for table in TABLES if prefix + table in there]
-        if not ours:
-            return None
-        if "meta" not in ours or not self._has_shape("meta"):
-            self._refuse_tables("meta")
-        found = self._recorded("meta", self._sql.meta_value, ["schema_version"], ["value"])
-        version = found[0][0] if found else ""
-        if not (version.isascii() and version.isdigit()):
-            self._refuse_tables("meta")
-        if int(version) == SCHEMA_VERSION:
-            for table in TABLES:
-                if table not in ours or not self._has_shape(table):
-                    self._refuse_tables(table)
-        return int(version)
-
-    def _has_shape(self, table: str) -> bool:
-        with self._pool.acquire() as session:
-            columns: set[str] = self._run(session, self._sql.columns_of(table), (), _column_names)
-        return columns.issuperset(TABLES[table].names)
-
-    def _refuse_tables(self, table: str) -> NoReturn:
-        raise NotAStoreError(
-            f"{self._url} has tables named like those of pydedup that are not its own (see "
-            f"{self._sql.dialect.name(table)}); give the store another place"
-        )
-
-    def create_schema(self, meta: Mapping[str, str]) -> None:
-        """Create tables and views and fill ``meta``; a no-op when they exist."""
-        with self.transaction():
-            for statement in self._sql.dialect.lock_schema:
-                self._write(statement)
-            if self.schema_version() is not None:
-                return
-            self._create_tables()
-            first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
-            self._insert_many("meta", list({**first, **meta}.items()))
-
-    def _create_tables(self) -> None:
-        for statement in create_statements(self._sql.dialect):
-            self._write(statement)
 
     # ---- transactions -------------------------------------------------------------------------
 
@@ -428,12 +340,6 @@ def _last_id(cursor: Any) -> int:
 
 def _returned(cursor: Any) -> int:
     return int(cursor.fetchone()[0])
-
-
-def _column_names(cursor: Any) -> set[str]:
-    names = {text(column[0]) for column in cursor.description}
-    cursor.fetchall()
-    return names
 
 
 def _nothing(cursor: Any) -> None:

@@ -14,7 +14,7 @@ from pydedup.adapter import BlockRow, PageRow
 from pydedup.errors import ArgumentError
 
 from ._base import check_state
-from ._migrations import MigratingCalls
+from ._migrations import SchemaCalls
 from ._schema import TABLES, VIEWS
 from ._sql import batches
 from ._values import Row
@@ -27,7 +27,7 @@ T = TypeVar("T", int, bytes)
 PAYLOADS_PER_READ = 16
 
 
-class DbApiAdapter(MigratingCalls):
+class DbApiAdapter(SchemaCalls):
     """The whole adapter protocol, but for the hooks of a database."""
 
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:

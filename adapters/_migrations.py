@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes the tables of one schema version those of the next. Forward only, and never changed.
+"""The tables of a store: making and recognising them, and those of one version into the next.
 
-There is one version so far, so the table is empty. A new one raises
-`pydedup.adapter.SCHEMA_VERSION`, adds its row here (what it runs is written out, since
-`_schema.TABLES` goes on changing) and a golden dump of each database (tests/golden).
+Migrations go forward only, and are never changed. There is one version so far, so there is none. A
+new one raises `pydedup.adapter.SCHEMA_VERSION`, adds its row to `MIGRATIONS` (what it runs is
+written out, since `_schema.TABLES` goes on changing) and a golden dump of each database
+(tests/golden).
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from pydedup.adapter import SCHEMA_VERSION
-from pydedup.errors import ReadOnlyError, SchemaVersionError, StoreError
+from pydedup.errors import NotAStoreError, ReadOnlyError, SchemaVersionError, StoreError
 
 from ._base import DeniedError
 from ._catalog import CatalogCalls
-from ._schema import Dialect
+from ._schema import TABLES, Dialect, create_statements
+from ._values import text
 
-__all__ = ["MIGRATIONS", "MigratingCalls", "Migration"]
+__all__ = ["MIGRATIONS", "Migration", "SchemaCalls"]
 
 
 def _nothing(adapter: Any) -> None:
@@ -49,8 +51,8 @@ class Migration:
 MIGRATIONS: Final[Mapping[int, Migration]] = {}
 
 
-class MigratingCalls(CatalogCalls):
-    """The part of the adapter protocol that migrates older tables.
+class SchemaCalls(CatalogCalls):
+    """The part of the adapter protocol that is about the tables themselves.
 
     Attributes
     ----------
@@ -59,6 +61,51 @@ class MigratingCalls(CatalogCalls):
     """
 
     migrations: Mapping[int, Migration] = MIGRATIONS
+
+    def schema_version(self) -> int | None:
+        """Return the version of the store's tables, or ``None`` when there are none."""
+        there = {text(name) for (name,) in self._query(self._sql.dialect.list_tables)}
+        prefix = self._sql.dialect.prefix
+        ours = [table for table in TABLES if prefix + table in there]
+        if not ours:
+            return None
+        if "meta" not in ours or not self._has_shape("meta"):
+            self._refuse_tables("meta")
+        found = self._recorded("meta", self._sql.meta_value, ["schema_version"], ["value"])
+        version = found[0][0] if found else ""
+        if not (version.isascii() and version.isdigit()):
+            self._refuse_tables("meta")
+        if int(version) == SCHEMA_VERSION:
+            for table in TABLES:
+                if table not in ours or not self._has_shape(table):
+                    self._refuse_tables(table)
+        return int(version)
+
+    def _has_shape(self, table: str) -> bool:
+        with self._pool.acquire() as session:
+            columns: set[str] = self._run(session, self._sql.columns_of(table), (), _column_names)
+        return columns.issuperset(TABLES[table].names)
+
+    def _refuse_tables(self, table: str) -> NoReturn:
+        raise NotAStoreError(
+            f"{self._url} has tables named like those of pydedup that are not its own (see "
+            f"{self._sql.dialect.name(table)}); give the store another place"
+        )
+
+    def create_schema(self, meta: Mapping[str, str]) -> None:
+        """Create tables and views and fill ``meta``; a no-op when they exist."""
+        with self.transaction():
+            for statement in self._sql.dialect.lock_schema:
+                self._write(statement)
+            if self.schema_version() is not None:
+                return
+            self._create_tables()
+            first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
+            self._insert_many("meta", list({**first, **meta}.items()))
+
+    def _create_tables(self) -> None:
+        for statement in create_statements(self._sql.dialect):
+            self._write(statement)
 
     def migrate_schema(self) -> None:
         """Make older tables those of this pydedup, in one transaction; a no-op when they are.
@@ -110,3 +157,9 @@ class MigratingCalls(CatalogCalls):
                 f"{self._url} could not be migrated to schema {SCHEMA_VERSION}, and is as it was"
                 f"{whose}: {error}"
             ) from error
+
+
+def _column_names(cursor: Any) -> set[str]:
+    names = {text(column[0]) for column in cursor.description}
+    cursor.fetchall()
+    return names

@@ -24,6 +24,7 @@ from pydedup.errors import (
 )
 
 from ._base import DbApiBase, KeyTakenError
+from ._migrations import SchemaCalls
 from ._postgres_base import CREATING, SHARDS
 from ._postgres_errors import ConnectionLostError, MissingDatabaseError
 from ._postgres_statement import copy_statement, is_stale
@@ -257,7 +258,7 @@ class Shard(PostgresAdapter):
 
     def _is_of_another_store(self, ring: str) -> bool:
         """Whether the schema has the tables of a store whose coordinator is not this ring's."""
-        if DbApiBase.schema_version(self) is None:
+        if SchemaCalls.schema_version(self) is None:
             return False
         of_shards = self._query(self._sql.meta_value, [SHARDS])
         return not of_shards or Ring.from_json(of_shards[0][0], self.shown).id != ring

@@ -52,7 +52,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Migration], None]:
     """Let this be what makes version 0 version 1."""
 
     def put(migration: Migration) -> None:
-        monkeypatch.setattr(_migrations.MigratingCalls, "migrations", {0: migration})
+        monkeypatch.setattr(_migrations.SchemaCalls, "migrations", {0: migration})
 
     return put
 
