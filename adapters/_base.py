@@ -89,7 +89,12 @@ class DbApiBase(abc.ABC):
     @property
     def read_only(self) -> bool:
         """Whether changes are refused."""
+        self._read_only = self._read_only and self._reads_still()
         return self._read_only
+
+    def _reads_still(self) -> bool:
+        """Whether what could not be changed so far still cannot be."""
+        return True
 
     @property
     def capabilities(self) -> Capabilities:
@@ -242,7 +247,7 @@ class DbApiBase(abc.ABC):
         return batches(distinct, self.capabilities.max_parameters - reserved)
 
     def _refuse_when_read_only(self) -> None:
-        if self._read_only:
+        if self.read_only:
             raise ReadOnlyError(
                 f'{self._url} cannot be changed: it was opened with mode "r", or its place is '
                 "read-only"
@@ -292,18 +297,15 @@ class DbApiBase(abc.ABC):
 
     @contextlib.contextmanager
     def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:
-        session = self._pool.enter(scope)
-        try:
-            session.scope = scope
-            self._begin(session, begin)
-            yield
-            with session.use():
-                self._run(session, "COMMIT", (), _nothing)
-        except BaseException:
-            self._roll_back(session)
-            raise
-        finally:
-            session.scope = None
+        with self._pool.enter(scope) as session:
+            try:
+                self._begin(session, begin)
+                yield
+                with session.use():
+                    self._run(session, "COMMIT", (), _nothing)
+            except BaseException:
+                self._roll_back(session)
+                raise
 
     def _roll_back(self, session: Session) -> None:
         try:

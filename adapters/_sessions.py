@@ -2,7 +2,8 @@
 """One connection per thread and process: opened when needed, closed when its thread has ended.
 
 A thread that takes the rows of a statement one by one lends its connection to that, and uses
-another one until the last row has come (`SessionPool.lend`).
+another one until the last row has come (`SessionPool.lend`). Where the server gives no more
+connections, threads that only read take those over that others do not use at the moment.
 
 Locks and their order: ``SessionPool._lock`` guards opening and closing, ``Session.lock`` one use
 of a connection. A thread never opens a session while it holds a session's lock.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import logging
 import os
 import threading
 import time
@@ -35,12 +37,21 @@ READ: Final = "snapshot"
 WRITE: Final = "transaction"
 _STREAM: Final = "statement"
 
+_LOG: Final = logging.getLogger("pydedup")
+
 #: How long a fork waits for another thread's statement to end before it counts as busy.
 FORK_WAIT_SECONDS: Final = 5.0
 
 
 #: Seconds between tries to get a first session; a connection that was closed is soon another's.
 FIRST_PAUSES: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
+
+#: How long a thread waits for another one's statement to end, to take its connection over.
+BUSY_SECONDS: Final = 1.0
+#: For so long after a server gave no more connections it is asked for one only when none is free.
+CROWDED_SECONDS: Final = 5.0
+#: What a thread leaves its connection alone for when others wait for one.
+_TURN_SECONDS: Final = 0.001
 
 
 class Connection(Protocol):
@@ -56,14 +67,17 @@ class Connection(Protocol):
 class Session:
     """A connection of one thread; ``with session.use():`` locks it for one use of it."""
 
-    __slots__ = ("closed", "connection", "lock", "name", "pid", "scope")
+    __slots__ = ("closed", "connection", "kept", "lock", "name", "pid", "scope", "thread")
 
     def __init__(self, connection: Connection, name: str) -> None:
         self.connection = connection
         self.name = name
         self.lock = threading.RLock()
         self.pid = os.getpid()
+        self.thread = threading.get_ident()
         self.scope: str | None = None
+        #: While it is not 0, no other thread gets the connection.
+        self.kept = 0
         self.closed = False
 
     def use(self) -> Self:
@@ -94,6 +108,11 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self.lock.release()
+
+    def check_free(self, scope: str) -> None:
+        """Raise StoreError where its thread is in a transaction or snapshot already."""
+        if self.scope is not None:
+            raise StoreError(f"a {scope} cannot begin inside of a {self.scope}")
 
     def close(self) -> None:
         """Close the connection, whatever state it is in."""
@@ -133,6 +152,11 @@ class SessionPool:
         Asked before each use outside of a transaction; a stale connection is opened anew.
     file
         The database's file, where inheriting locks on it over a fork is dangerous.
+    crowded
+        What is raised where the server gives no more connections.
+    shares
+        Whether threads may then have each other's: for those who only read. A transaction that
+        writes keeps its connection for long, and who waits for its end may need one.
     """
 
     def __init__(
@@ -142,8 +166,15 @@ class SessionPool:
         name: str,
         is_stale: Callable[[Connection], bool] | None = None,
         file: str | None = None,
+        crowded: type[Exception] = UnavailableError,
+        shares: bool = False,
     ) -> None:
         self._open_connection = open_connection
+        self._crowded = crowded
+        self._shares = shares
+        self._crowded_until = 0.0
+        self._told = False  # that threads take turns
+        self._wanted = 0  # threads that wait for the connection of another
         self._name = name
         self._is_stale = is_stale
         self._file = file
@@ -166,9 +197,11 @@ class SessionPool:
         """
         while True:
             anchor: _Anchor | None = getattr(self._local, "anchor", None)
-            session = self._open() if anchor is None else anchor.session
+            session = self._new() if anchor is None else anchor.session
             if session.scope is not None:
                 return session.use()
+            if self._wanted:
+                time.sleep(_TURN_SECONDS)
             session.lock.acquire()
             stale = self._is_stale
             if not session.closed and stale is not None and stale(session.connection):
@@ -178,18 +211,13 @@ class SessionPool:
             session.lock.release()
             self._local.anchor = None
 
-    def acquire_first(self, crowded: type[Exception]) -> Session:
+    def acquire_first(self) -> Session:
         """Return the first session, locked, as `acquire` does.
 
         Where the server gives no more, who had one until now waits for it to notice.
-
-        Parameters
-        ----------
-        crowded
-            What is raised then.
         """
         for pause in FIRST_PAUSES:
-            with contextlib.suppress(crowded):
+            with contextlib.suppress(self._crowded):
                 return self.acquire()
             time.sleep(pause)
         return self.acquire()
@@ -244,20 +272,96 @@ class SessionPool:
         anchor: _Anchor | None = getattr(self._local, "anchor", None)
         return None if anchor is None else anchor.session.scope
 
-    def enter(self, scope: str) -> Session:
-        """Return this thread's session for a transaction or snapshot.
+    @contextlib.contextmanager
+    def keep(self) -> Iterator[Session]:
+        """Give this thread's session, which no other thread takes over meanwhile."""
+        kept = None
+        try:
+            with self.acquire() as session:
+                session.kept += 1
+                kept = session
+            yield session
+        finally:
+            if kept is not None:
+                kept.kept -= 1
 
-        The caller sets its scope, where it is sure to clear it whatever happens.
+    @contextlib.contextmanager
+    def enter(self, scope: str) -> Iterator[Session]:
+        """Give this thread's session for a transaction or snapshot, which is its scope meanwhile.
 
         Raises
         ------
         StoreError
             When the thread is in one already.
         """
-        with self.acquire() as session:
-            if session.scope is not None:
-                raise StoreError(f"a {scope} cannot begin inside of a {session.scope}")
+        with self.keep() as session:
+            session.check_free(scope)
+            try:
+                session.scope = scope
+                yield session
+            finally:
+                session.scope = None
+
+    def _new(self) -> Session:
+        """Return a session for this thread, which has none: a new one, or one taken over."""
+        if time.monotonic() < self._crowded_until:
+            session = self._take_over()
+            if session is not None:
+                return session
+        try:
+            return self._open()
+        except self._crowded as error:
+            session = self._take_over() if self._shares else None
+            if session is None:
+                raise
+            with self._lock:
+                told, self._told = self._told, True
+                self._crowded_until = time.monotonic() + CROWDED_SECONDS
+            if not told:
+                _LOG.warning("threads take turns with the connections there are: %s", error)
             return session
+
+    def _take_over(self) -> Session | None:
+        """Return, as this thread's, a session that others do not use any more.
+
+        ``None`` when none becomes free in time, or there are none but those this thread has lent.
+        """
+        end, me = time.monotonic() + BUSY_SECONDS, threading.get_ident()
+        with self._lock:
+            self._wanted += 1
+        try:
+            while True:
+                with self._lock:
+                    others = [one for one in list(self._sessions) if one.thread != me]
+                    for other in others:
+                        if other.lock.acquire(blocking=False):
+                            with other:
+                                session = self._moved(other)
+                            if session is not None:
+                                return session
+                if not others or time.monotonic() > end:
+                    return None
+                # Whose statement ends next; who is in a snapshot does not lock it all the time.
+                if others[0].lock.acquire(timeout=_TURN_SECONDS):
+                    others[0].lock.release()
+                    time.sleep(_TURN_SECONDS / 2)
+        finally:
+            with self._lock:
+                self._wanted -= 1
+
+    def _moved(self, other: Session) -> Session | None:
+        """Return the connection of a locked session as this thread's, if it is not in use."""
+        if other.scope is not None or other.kept or other.closed:
+            return None
+        # That thread finds it closed, and gets another.
+        other.closed = True
+        self._sessions.discard(other)
+        return self._mine(Session(other.connection, self._name))
+
+    def _mine(self, session: Session) -> Session:
+        self._sessions.add(session)
+        self._local.anchor = _Anchor(session, self._sessions)
+        return session
 
     def _open(self) -> Session:
         with self._lock:
@@ -269,10 +373,7 @@ class SessionPool:
                     "locks cannot be trusted here; fork outside of transactions, or start the "
                     "process afresh (multiprocessing's 'spawn')"
                 )
-            session = Session(self._open_connection(), self._name)
-            self._sessions.add(session)
-            self._local.anchor = _Anchor(session, self._sessions)
-            return session
+            return self._mine(Session(self._open_connection(), self._name))
 
     def discard(self, session: Session) -> None:
         """Close one session; its thread gets a new one when it next asks."""

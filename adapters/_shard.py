@@ -273,8 +273,9 @@ class Shard(PostgresAdapter):
     def begin(self) -> Session:
         """Begin a transaction of this thread; whoever called ends it, and clears its scope."""
         super()._again(self._connected)
-        session = self._pool.enter(WRITE)
-        session.scope = WRITE
+        with self._pool.acquire() as session:
+            session.check_free(WRITE)
+            session.scope = WRITE
         try:
             self._begin(session, self._sql.dialect.begin_write)
         except BaseException:

@@ -74,13 +74,14 @@ class ShardedReads(PostgresCopy):
             with super().snapshot():
                 yield
             return
-        self._query("SELECT pg_advisory_lock_shared(%b)", [self._users_lock])
-        try:
-            with super().snapshot():
-                yield
-        finally:
-            with contextlib.suppress(StoreError):  # then the connection is gone, and its locks
-                self._unlock()
+        with self._pool.keep():
+            self._query("SELECT pg_advisory_lock_shared(%b)", [self._users_lock])
+            try:
+                with super().snapshot():
+                    yield
+            finally:
+                with contextlib.suppress(StoreError):  # then the connection is gone, and its locks
+                    self._unlock()
 
     def _unlock(self) -> None:
         with self._pool.acquire() as session:

@@ -14,7 +14,7 @@ import mysql.connector
 from mysql.connector.constants import ClientFlag
 
 from pydedup.adapter import Adapter, Capabilities
-from pydedup.errors import ArgumentError, PydedupError
+from pydedup.errors import ArgumentError, PydedupError, StoreError
 
 from ._mysql_base import DIALECT, MysqlBase
 from ._mysql_cursors import PreparedConnection
@@ -88,9 +88,15 @@ class MysqlAdapter(MysqlBase):
         self._is_maria = False
         self._max_payload_bytes = 0
         self._opens_to_read = read_only
-        pool = SessionPool(self._connect, name=place.url, is_stale=_is_stale)
+        pool = SessionPool(
+            self._connect,
+            name=place.url,
+            is_stale=_is_stale,
+            crowded=CrowdedError,
+            shares=read_only,
+        )
         dialect = replace(DIALECT, prefix=place.prefix)
-        with pool.acquire_first(CrowdedError) as session:
+        with pool.acquire_first() as session:
             read_only = read_only or self._cannot_write(session, dialect.name("meta"))
             capabilities = Capabilities(
                 max_payload_bytes=self._max_payload_bytes,
@@ -105,6 +111,13 @@ class MysqlAdapter(MysqlBase):
             capabilities=capabilities,
             pool=pool,
         )
+
+    def _reads_still(self) -> bool:
+        # A replica may have become the primary, and a user been granted more.
+        with contextlib.suppress(StoreError), self._pool.acquire() as session:
+            meta = self._sql.dialect.name("meta")
+            return self._opens_to_read or self._cannot_write(session, meta)
+        return True
 
     def _connect(self) -> Connection:
         connection = None

@@ -7,7 +7,7 @@ or fetched as text that is not text.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
 from typing import Any, Final, cast
 
@@ -21,6 +21,7 @@ from pydedup.errors import ArgumentError, PydedupError, StoreError
 
 from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
+from ._postgres_cursor import BinaryCursor, json_or_text
 from ._postgres_errors import CrowdedError, meaning, refusal
 from ._postgres_pooler import check_sessions
 from ._postgres_said import said, sqlstate_of
@@ -50,8 +51,7 @@ _SETTINGS: Final = """SELECT
   set_config('search_path', 'pg_catalog', false),
   set_config('lock_timeout', CASE WHEN %(default)s AND current_setting('lock_timeout') <> '0'
     THEN current_setting('lock_timeout') ELSE %(wait)s END, false),
-  set_config('default_transaction_read_only', CASE WHEN %(read)s THEN 'on'
-    ELSE current_setting('default_transaction_read_only') END, false)"""
+  CASE WHEN %(read)s THEN set_config('default_transaction_read_only', 'on', false) END"""
 
 _CANNOT_WRITE: Final = """SELECT current_setting('transaction_read_only') = 'on' OR EXISTS (
   SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -88,14 +88,6 @@ def known_options() -> list[str]:
     return [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
 
 
-class _Cursor(psycopg.Cursor[Any]):
-    """A cursor whose results come in binary."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.format = pq.Format.BINARY
-
-
 class PostgresAdapter(PostgresCopy):
     """A store in a schema of a PostgreSQL database."""
 
@@ -105,9 +97,15 @@ class PostgresAdapter(PostgresCopy):
     def __init__(self, place: Place, mode: str, url: str | None = None) -> None:
         self._place, self._reads_only = place, mode == "r"
         url = place.shown if url is None else url
-        pool = SessionPool(self._connect, name=url, is_stale=is_stale)
-        with pool.acquire_first(CrowdedError) as session:
-            read_only = mode == "r" or self._cannot_write(session)
+        pool = SessionPool(
+            self._connect,
+            name=url,
+            is_stale=is_stale,
+            crowded=CrowdedError,
+            shares=self._reads_only,
+        )
+        with pool.acquire_first() as session:
+            read_only = self._reads_only or self._cannot_write(session)
         super().__init__(
             url,
             dialect=self._dialect(),
@@ -127,7 +125,7 @@ class PostgresAdapter(PostgresCopy):
             connection: psycopg.Connection[Any] = psycopg.connect(
                 self._place.conninfo,
                 autocommit=True,
-                cursor_factory=_Cursor,
+                cursor_factory=BinaryCursor,
                 fallback_application_name="pydedup",
                 client_encoding="utf8",
             )
@@ -164,7 +162,7 @@ class PostgresAdapter(PostgresCopy):
             )
         wait = TIMEOUT_SECONDS if self._place.timeout is None else self._place.timeout
         connection.adapters.register_dumper(int, Int8BinaryDumper)  # one type, whatever the value
-        set_json_loads(_json_or_text, connection)  # a row is refused then, and not its query
+        set_json_loads(json_or_text, connection)  # a row is refused then, and not its query
         connection.execute(
             _SETTINGS,
             {
@@ -178,6 +176,12 @@ class PostgresAdapter(PostgresCopy):
         """Whether the server is a standby, or the user may only read the store."""
         return bool(self._run(session, _CANNOT_WRITE, [self._place.schema], _first))
 
+    def _reads_still(self) -> bool:
+        # A standby may have become the primary, and a user been granted more.
+        with contextlib.suppress(StoreError), self._pool.acquire() as session:
+            return self._reads_only or self._cannot_write(session)
+        return True
+
     def _translate(self, error: Exception) -> PydedupError:
         lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
         return meaning(getattr(error, "sqlstate", None), said(error), self._place, lost=lost)
@@ -185,11 +189,3 @@ class PostgresAdapter(PostgresCopy):
 
 def _first(cursor: Any) -> Any:
     return cursor.fetchone()[0]
-
-
-def _json_or_text(document: str | bytes) -> Any:
-    """Return what JSON says, or itself where that is too deep, or a number of it too long."""
-    try:
-        return json.loads(document)
-    except (ValueError, RecursionError):
-        return document if isinstance(document, str) else str(document, "utf-8")

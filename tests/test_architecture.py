@@ -148,6 +148,7 @@ ADAPTER_ROOMS = VALUES | ADAPTERS | {"_pages"}
 ADAPTER_DRIVERS = {
     "sqlite.py": {"sqlite3"},
     "postgres.py": {"psycopg", "psycopg_pool"},
+    "_postgres_cursor.py": {"psycopg"},
     "_postgres_pooler.py": {"psycopg"},
     "_postgres_said.py": {"psycopg"},
     "_postgres_statement.py": {"psycopg"},

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,38 @@ def test_who_comes_right_after_another_waits_for_that_to_be_gone(
     leaves.start()
     pydedup.open(url).close()
     leaves.join()
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("connections", [1, 2])
+def test_threads_that_only_read_take_turns(
+    limited: Callable[[int], str], connections: int, caplog: Any
+) -> None:
+    """As those of a server do. All but the first were refused."""
+    url = limited(connections)
+    with pydedup.open(url) as store:
+        store.add("m", MODEL)
+    barrier = threading.Barrier(6)
+
+    def read(store: pydedup.Store) -> None:
+        barrier.wait(60)
+        for number in range(5):
+            assert [info.version for info in store.models()] == ["1"]
+            assert store.stats().versions == 1  # a snapshot
+            key = f"w{number}"
+            x = np.ones((1, 512), np.float32)
+            y = store.tensor("m", key).matmul(x)
+            np.testing.assert_allclose(y, x @ MODEL[key].T, rtol=1e-3, atol=1e-3)
+
+    with (
+        caplog.at_level(logging.WARNING, "pydedup"),
+        pydedup.open(url, mode="r", memory="8MiB") as store,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        for one in [pool.submit(read, store) for _ in range(6)]:
+            one.result()
+    (told,) = [record.getMessage() for record in caplog.records if "take turns" in record.message]
+    assert "raise" in told
 
 
 def test_a_second_thread_is_told_which_limit(limited: Callable[[int], str]) -> None:

@@ -190,6 +190,24 @@ def test_what_is_read_alone_is_read_again_after_a_conflict(
         reader.close()
 
 
+def test_a_server_that_dies_in_a_copy_is_told_once(
+    adapter: Adapter, schema: str, sql: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """psycopg logged a line of its own, which a terminal showed above the error."""
+    sql(
+        f"CREATE FUNCTION {schema}.dies() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$"
+    )
+    sql(
+        f"CREATE TRIGGER dies BEFORE INSERT ON {schema}.pages FOR EACH ROW "
+        f"EXECUTE FUNCTION {schema}.dies()"
+    )
+    many = [(bytes(16), bytes(1 << 20))] * 32  # more than is on its way when it dies
+    with pytest.raises(UnavailableError), adapter.transaction():
+        adapter.insert_pages(many, state=LIVE)
+    assert [record.getMessage() for record in caplog.records] == []
+
+
 def test_a_stricter_level_of_the_server_makes_no_conflicts(
     adapter: Adapter, schema: str, postgres_url: str, url: str
 ) -> None:

@@ -130,6 +130,26 @@ def test_a_server_that_became_read_only(read_only_server: Any) -> None:
         assert [info.name for info in store.models()] == ["m"]
 
 
+def test_a_store_opened_on_a_standby_is_written_after_its_promotion(own_postgres: Any) -> None:
+    """It stayed read-only until it was opened again; so did one of a user who was granted more."""
+    url = own_postgres.new_place()
+    weights = np.arange(70_000, dtype=np.float32)
+    with pydedup.open(url) as store:
+        store.add("m", {"w": weights})
+    (own_postgres.folder / "standby.signal").touch()
+    own_postgres.kill()
+    own_postgres.start()
+    with pydedup.open(url) as store:
+        assert store.read_only
+        with pytest.raises(ReadOnlyError):
+            store.add("n", {"w": -weights})
+        with psycopg.connect(own_postgres.url, autocommit=True) as connection:
+            connection.execute("SELECT pg_promote()")
+        store.add("n", {"w": -weights})
+        assert not store.read_only
+        assert (store.load("n")["w"] == -weights).all()
+
+
 def test_a_server_in_a_test_keeps_its_port_while_it_is_down(own_postgres: Any) -> None:
     """The kernel gives it to no connection; of one that has it all the same, the log tells."""
     begins = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
