@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A store to attach modules to, and the comparison that most tests here make."""
+"""A store to attach modules to, a module, the comparison that most tests here make."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from typing import Any
 import pytest
 
 import pydedup
+
+
+def net() -> Any:
+    """Return two dense layers, with weights drawn anew."""
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(80, 70), nn.ReLU(), nn.Linear(70, 5)).eval()
 
 
 @pytest.fixture

@@ -16,14 +16,12 @@ import pydedup
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.opening import connect_store
 
+from .conftest import net
+
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-def net() -> Any:
-    return nn.Sequential(nn.Linear(80, 70), nn.ReLU(), nn.Linear(70, 5)).eval()
 
 
 X = torch.randn(3, 80)
