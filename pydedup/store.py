@@ -154,13 +154,24 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     ) -> dict[str, torch.Tensor]:
         """Return a state dict of torch tensors; needs the extra ``torch``. See `load`.
 
+        Tensors that were tied in the model that was added are one tensor.
+
         Raises UnsupportedFormatError where torch is not installed, ArgumentError for a device that
         it does not have, and what `load` does.
         """
         from pydedup.formats.torch_tensors import require_torch, to_torch
 
         require_torch("load_torch needs")
-        return {key: to_torch(array, device) for key, array in self.load(name, dtype).items()}
+        model = self._catalog.model(name)
+        wanted = None if dtype is None else DType.of_floats(dtype)
+        firsts = _first_names(model)
+        state: dict[str, torch.Tensor] = {}
+        for info in model.tensors:
+            first = state.get(firsts.get(info.name, ""))
+            state[info.name] = (
+                to_torch(self._read(model, info.name, wanted), device) if first is None else first
+            )
+        return state
 
     def export(
         self,
@@ -169,23 +180,26 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         *,
         format: str | None = None,
         progress: Progress | None = None,
-    ) -> None:
+    ) -> list[str]:
         """Write a model to a file or folder of any known format, tensor by tensor.
 
         The format follows from the name (``.safetensors``, ``.npz``, ..., a folder for Hugging
-        Face) or from ``format``. Nothing is left behind on failure. Raises NotFoundError,
-        UnsupportedFormatError, StorageFullError, and ArgumentError for a place that cannot be
-        written.
+        Face) or from ``format``. Nothing is left behind on failure. Returns the names of tied
+        tensors that were written once more, since the format knows no ties; torch and HDF5 files
+        do. Raises NotFoundError, UnsupportedFormatError, StorageFullError, and ArgumentError for a
+        place that cannot be written.
         """
         from pydedup.formats.base import TensorEntry
         from pydedup.formats.registry import write_model
 
         check_progress(progress)
         model = self._catalog.model(name)
+        firsts = _first_names(model)
         entries = [
-            TensorEntry(info.name, info.dtype, info.shape, info.name) for info in model.tensors
+            TensorEntry(info.name, info.dtype, info.shape, firsts.get(info.name, info.name))
+            for info in model.tensors
         ]
-        write_model(
+        return write_model(
             path,
             TensorsOnDemand(
                 lambda tensor: self._read(model, tensor, None), model.row.logical_bytes, progress
@@ -352,3 +366,11 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         artifacts = [Artifact(*found) for found in model.artifacts() if found[0] != GRAPH_ARTIFACT]
         model.check_live()  # or some of them were gone already
         return artifacts
+
+
+def _first_names(model: StoredModel) -> dict[str, str]:
+    """Return the first of its names for each tied tensor."""
+    from pydedup.formats.ties import TIES, first_names
+
+    kinds = {info.name: (info.dtype.label, info.shape) for info in model.tensors}
+    return first_names(model.artifact(TIES), kinds)

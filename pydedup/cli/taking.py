@@ -150,14 +150,17 @@ def export(
     """
     with options.read_store(url, memory) as store, Watch("reading", quiet=quiet) as watch:
         figures = store.info(name)
-        store.export(figures.info.address, path, format=kind, progress=watch)
+        copies = store.export(figures.info.address, path, format=kind, progress=watch)
     done = {
         "model": figures.info.address,
         "path": path,
         "tensors": len(figures.tensors),
         "bytes": figures.info.logical_bytes,
+        "tied_copies": copies,
     }
     _say_written(done, as_json)
+    if copies and not as_json:
+        output.print_note(f"the format knows no ties: {text.listed(copies)} is written once more")
 
 
 class _Reader:

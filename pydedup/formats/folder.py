@@ -35,6 +35,7 @@ from pydedup.formats.base import (
     TensorEntry,
     find_object,
 )
+from pydedup.formats.ties import copies
 from pydedup.graph import Graph
 
 __all__ = ["LAYOUT", "FolderSource", "write"]
@@ -192,8 +193,11 @@ def write(
     entries: Sequence[TensorEntry],
     artifacts: Sequence[Artifact],
     graph: Graph | None,
-) -> None:
-    """Fill the empty folder ``path``: artifacts that were files, and the weights as they were."""
+) -> list[str]:
+    """Fill the empty folder ``path``: artifacts that were files, and the weights as they were.
+
+    Returns the names of tied tensors that were written once more.
+    """
     for item in artifacts:
         if not item.name.startswith(DERIVED):
             target = _safe_target(path, item.name)
@@ -206,7 +210,8 @@ def write(
         safetensors.write(
             _safe_target(path, "model.safetensors"), tensors, entries, artifacts, {"format": "pt"}
         )
-        return
+        return copies(entries)
+    again: list[str] = []
     by_name = {entry.name: entry for entry in entries}
     for part in sorted(layout["parts"], key=lambda item: -len(item["folder"])):
         prefix = f"{part['folder']}/" if part["folder"] else ""
@@ -220,6 +225,7 @@ def write(
             view = _Prefixed(tensors, prefix)
             if target.suffix == _SAFE_SUFFIX:
                 safetensors.write(target, view, inner, (), file["metadata"])
+                again += copies(chosen)
             else:
                 torch.write(target, view, inner)
     if by_name:
@@ -227,6 +233,7 @@ def write(
             f"tensor {min(by_name)!r} belongs to none of the files this model came from; "
             "export to one .safetensors file"
         )
+    return again
 
 
 class _Prefixed:

@@ -18,9 +18,11 @@ import re
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats._files import RawFile, room_for_copy
@@ -221,17 +223,26 @@ def write_hdf5(
         _fill(path, structure, tensors, entries)
         return
     with h5py.File(path, "w") as target:
+        written: dict[Hashable, Any] = {}
         for entry in entries:
-            _write_dataset(target, entry, fetch_tensor(tensors, entry))
+            tied = written.get(entry.key) if entry.nbytes else None
+            made = fetch_tensor(tensors, entry) if tied is None else tied
+            written[entry.key] = _write_dataset(target, entry, made)
 
 
-def _write_dataset(target: Any, entry: TensorEntry, array: Array) -> None:
+def _write_dataset(target: Any, entry: TensorEntry, content: Any) -> Any:
+    """Write an array, or one more link to a dataset, and return the dataset."""
     name = entry.dtype.numpy.name
-    if name in OVERLAYS:
-        array = array.view(f"V{array.itemsize}")
     try:
-        dataset = target.create_dataset(entry.name, data=array)
-    except (ValueError, TypeError) as exc:
+        if isinstance(content, np.ndarray):
+            data = content.view(f"V{content.itemsize}") if name in OVERLAYS else content
+            target.create_dataset(entry.name, data=data)
+        else:
+            target[entry.name] = content
+        dataset = target[entry.name]
+    except (ValueError, TypeError, OSError) as exc:
+        if isinstance(exc, OSError) and exc.errno is not None:  # the file's; of a path it has none
+            raise
         raise UnsupportedFormatError(
             f"tensor {entry.name!r} cannot be written to HDF5, where names are paths: {exc}"
         ) from exc
@@ -242,6 +253,7 @@ def _write_dataset(target: Any, entry: TensorEntry, array: Array) -> None:
         )
     if name in OVERLAYS:
         dataset.attrs["dtype"] = name
+    return dataset
 
 
 def write_archive(

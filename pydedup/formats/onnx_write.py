@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydedup.errors import ArgumentError, UnsupportedFormatError
 from pydedup.formats._files import write_array
@@ -28,6 +28,7 @@ from pydedup.formats._onnx_tensors import (
 from pydedup.formats._protobuf import tag, varint
 from pydedup.formats.base import Artifact, LazyTensors, TensorEntry, fetch_tensor, find_artifact
 from pydedup.formats.onnx import GRAPH
+from pydedup.formats.ties import copies
 
 __all__ = ["write"]
 
@@ -45,8 +46,11 @@ def write(
     artifacts: Sequence[Artifact],
     *,
     final_path: Path,
-) -> None:
+) -> list[str]:
     """Write the model with its tensors put back, streaming.
+
+    Returns the names of tied tensors that were written once more, which those in a file of
+    external data are not.
 
     ``path`` is where to write, ``final_path`` what it will be called: a file of external data,
     when one is needed, is named after that and written beside it first.
@@ -69,17 +73,20 @@ def write(
         tensor.raw_data = fetch_tensor(tensors, by_name[name]).tobytes()
     sizes = {tensor.name: by_name[tensor.name].nbytes for tensor in initializers}
     data_path: Path | None = None
+    outside: set[str] = set()
     try:
         if model.ByteSize() + sum(sizes.values()) + 32 * len(sizes) > _MAX_MESSAGE:
             data_path = _external_path(final_path)
             large = [tensor for tensor in initializers if sizes[tensor.name] >= _EXTERNAL_FROM]
             _write_external(data_path, tensors, by_name, large)
             sizes = {name: size for name, size in sizes.items() if size < _EXTERNAL_FROM}
+            outside = {tensor.name for tensor in large}
         _write_model(path, tensors, by_name, model, kept, initializers, sizes)
     except BaseException:
         if data_path is not None:
             data_path.unlink(missing_ok=True)
         raise
+    return copies(entry for entry in entries if entry.name not in outside)
 
 
 def _write_model(
@@ -147,18 +154,22 @@ def _external_path(final_path: Path) -> Path:
 def _write_external(
     path: Path, tensors: LazyTensors, by_name: dict[str, TensorEntry], large: Sequence[Any]
 ) -> None:
+    places: dict[Hashable, int] = {}
     with path.open("xb") as file:
         for tensor in large:
-            _place_external(file, tensor, path.name, by_name[tensor.name].nbytes)
-            write_array(file, fetch_tensor(tensors, by_name[tensor.name]))
+            entry = by_name[tensor.name]
+            if entry.key not in places:  # tied tensors have one place
+                file.write(bytes(-file.tell() % _EXTERNAL_ALIGNMENT))
+                places[entry.key] = file.tell()
+                write_array(file, fetch_tensor(tensors, entry))
+            _place_external(tensor, path.name, places[entry.key], entry.nbytes)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _place_external(file: IO[bytes], tensor: Any, location: str, n_bytes: int) -> None:
-    file.write(bytes(-file.tell() % _EXTERNAL_ALIGNMENT))
+def _place_external(tensor: Any, location: str, offset: int, n_bytes: int) -> None:
     tensor.data_location = EXTERNAL
-    place = {"location": location, "offset": str(file.tell()), "length": str(n_bytes)}
+    place = {"location": location, "offset": str(offset), "length": str(n_bytes)}
     for key, value in place.items():
         item = tensor.external_data.add()
         item.key, item.value = key, value

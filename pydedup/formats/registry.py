@@ -33,6 +33,7 @@ from pydedup.formats.base import (
     TensorEntry,
     checked_entries,
 )
+from pydedup.formats.ties import copies
 from pydedup.formats.torch_tensors import is_module
 from pydedup.graph import Graph
 from pydedup.names import check_path
@@ -57,6 +58,8 @@ _READERS: Mapping[str, Callable[[Path], SourceBase]] = {
     },
 }
 
+#: Formats in which tied tensors stay one.
+_WITH_TIES = ("torch", "keras", "keras-h5")
 _SUFFIXES = {
     ".safetensors": "safetensors",
     ".pt": "torch",
@@ -164,7 +167,7 @@ def write_model(
     graph: Graph | None = None,
     *,
     format: str | None = None,
-) -> None:
+) -> list[str]:
     """Write a model to a file or folder, in one step: nothing is seen of it until it is complete.
 
     Parameters
@@ -182,6 +185,11 @@ def write_model(
         Kept in a folder; other formats have no place for it.
     format
         One of `WRITABLE`; by default chosen by the suffix of ``path``, none meaning a folder.
+
+    Returns
+    -------
+    list of str
+        The names of tensors with the key of an earlier one that were written once more.
 
     Raises
     ------
@@ -202,14 +210,14 @@ def write_model(
         raise UnsupportedFormatError(f"unknown format {kind!r}; choose one of {known}")
     if kind == "huggingface":
         with atomic_folder(target) as scratch:
-            folder.write(scratch, tensors, entries, artifacts, graph)
-        return
+            return folder.write(scratch, tensors, entries, artifacts, graph)
     replaced = onnx.own_data(target) if kind == "onnx" else []
     with atomic_file(target) as scratch:
-        _write_file(kind, scratch, target, tensors, entries, artifacts)
+        again = _write_file(kind, scratch, target, tensors, entries, artifacts)
     for data in replaced:
         with contextlib.suppress(OSError):
             data.unlink()
+    return again
 
 
 def _write_file(
@@ -219,7 +227,8 @@ def _write_file(
     tensors: LazyTensors,
     entries: Sequence[TensorEntry],
     artifacts: Sequence[Artifact],
-) -> None:
+) -> list[str]:
+    """Write a file; return the names of tied tensors that were written once more."""
     match kind:
         case "safetensors":
             safetensors.write(scratch, tensors, entries, artifacts)
@@ -230,7 +239,7 @@ def _write_file(
         case "npy":
             npz.write_npy(scratch, tensors, entries)
         case "onnx":
-            onnx_write.write(scratch, tensors, entries, artifacts, final_path=target)
+            return onnx_write.write(scratch, tensors, entries, artifacts, final_path=target)
         case "keras":
             keras.write_archive(scratch, tensors, entries, artifacts)
         case "keras-h5":
@@ -241,6 +250,7 @@ def _write_file(
             wordvec.write_word2vec_text(scratch, tensors, entries, artifacts)
         case _:
             wordvec.write_word2vec_binary(scratch, tensors, entries, artifacts)
+    return [] if kind in _WITH_TIES else copies(entries)
 
 
 def _format_of(text: str, target: Path, artifacts: Sequence[Artifact]) -> str:

@@ -18,6 +18,7 @@ from pydedup.blocks import BlockGrid
 from pydedup.catalog import ModelDigest, tensors_digest
 from pydedup.certificates import ARTIFACTS, TENSORS, artifact_digest
 from pydedup.errors import FormatError
+from pydedup.formats import ties
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
@@ -167,6 +168,9 @@ class MatchedModel(StagedModel):
     def _read_artifacts(self) -> Iterator[tuple[str, str, bytes]]:
         for artifact in self.request.source.artifacts():
             yield artifact.name, artifact.media_type, artifact.payload
+        tied = ties.record(self.request.source.entries)
+        if tied is not None:
+            yield tied.name, tied.media_type, tied.payload
         if self.request.graph is not None:
             payload = self.request.graph.to_json().encode()
             yield GRAPH_ARTIFACT, "application/json", payload
