@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -23,9 +20,12 @@ import pytest
 from safetensors.numpy import save_file
 
 import pydedup
-from pydedup.cli import progress
 from pydedup.graph import Graph, Node
 from pydedup.testing.program import PROGRAM, clean_environment, run_here, run_process
+
+from .conftest import (
+    path_of,
+)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -41,35 +41,6 @@ def fail(*arguments: object, status: int, run: Run = run_here, **options: Any) -
     assert done.stdout == ""
     assert done.stderr.strip().isprintable()
     return done.stderr
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_file({"w": np.arange(4096, dtype=np.float32).reshape(64, 64)}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def kept(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of m@1 and m@2 that tests leave as it is."""
-    url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'kept.db'}"
-    with pydedup.open(url) as store:
-        store.add("m@1", model)
-        store.add("m@2", {"w": np.ones((64, 64), np.float32)})
-    return url
-
-
-@pytest.fixture
-def url(kept: str, tmp_path: Path) -> str:
-    """A copy of that store, to be changed."""
-    path = tmp_path / "copy.db"
-    shutil.copy(kept.removeprefix("sqlite:///"), path)
-    return f"sqlite:///{path}"
-
-
-def path_of(url: str) -> Path:
-    return Path(url.removeprefix("sqlite:///"))
 
 
 # ---- 2: usage -----------------------------------------------------------------------------------
@@ -440,193 +411,3 @@ def test_a_fault_of_ours_asks_to_be_reported(kept: str) -> None:
         assert "please report it" in done.stderr.splitlines()[-1]
         assert lines is None or len(done.stderr.splitlines()) == lines
         assert ("Traceback" in done.stderr) == (value == "1")
-
-
-# ---- interrupted, and nobody listening -----------------------------------------------------------
-
-
-def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
-    blocker = sqlite3.connect(path_of(url), isolation_level=None)
-    blocker.execute("BEGIN IMMEDIATE")  # the add has to wait for this one, so it is under way
-    code = (
-        "import sys; from pydedup.cli import main, progress\n"
-        "progress._DELAY_SECONDS, progress._LINE_SECONDS = 0, 0.1\n"  # by itself after 5 s
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, "add", f"{url}?timeout=60", "n@1", str(model)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    line = ""
-    while "matching 100.0 %" not in line:  # then comes what has to wait
-        line = process.stderr.readline()
-        assert re.match(r"pydedup: \w+", line), line  # progress: not on a terminal, lines
-    process.send_signal(signal.SIGINT)
-    # It tidies up, for which it must wait for the blocker as well; who is impatient asks again.
-    for _ in range(20):
-        try:
-            out, err = process.communicate(timeout=1)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-    blocker.execute("ROLLBACK")
-    blocker.close()
-    # The last may come when all but the exit of Python is done.
-    assert process.returncode in (130, -signal.SIGINT)
-    assert err.splitlines()[-1].startswith(
-        "pydedup: interrupted, either everything was added or nothing"
-    )
-    assert "Traceback" not in err
-    assert out == ""
-    assert run_program("verify", url).returncode == 0
-    listed = json.loads(run_program("ls", url, "--json").stdout)["models"]
-    assert [found["model"] for found in listed] == ["m@1", "m@2"]
-
-
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_within_a_callback_is_neither_lost_nor_a_traceback(name: str, status: int) -> None:
-    """Python ignores what is raised there; it showed that, and the command went on."""
-    code = f"""
-import os, signal, sys, time, weakref
-from pydedup.cli import app, main
-
-class Thing:
-    pass
-
-def struck(_):
-    os.kill(os.getpid(), signal.{name})
-    for _ in range(1_000_000):  # the signal's exception comes at some step of these
-        pass
-
-def work(**_):
-    thing = Thing()
-    seen = weakref.ref(thing, struck)
-    del thing
-    time.sleep(60)
-
-app.looking.kernels.callback = work
-sys.exit(main(["kernels"]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=50
-    )
-    said = "pydedup: interrupted, the store is as it was before\n"
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
-
-
-@pytest.mark.parametrize("words", ["alias URL m prod 1", "rm URL m@2 -y", "add URL m@3 FILE"])
-def test_ctrl_c_when_all_is_done_does_not_deny_it(words: str, url: str, model: Path) -> None:
-    """It said that the store was as before, while what prints the result was loaded."""
-    code = """
-import sys
-
-class Finder:
-    def find_spec(self, name, *more):
-        if name == "rich":
-            raise KeyboardInterrupt
-
-sys.meta_path.insert(0, Finder())
-from pydedup.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-    given = {"URL": url, "FILE": str(model)}
-    arguments = [given.get(word, word) for word in words.split()]
-    before = run_program("ls", url, "--json").stdout
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 130
-    said = r"pydedup: interrupted, .*(or nothing|may have changed); `pydedup ls` shows \w+\n"
-    assert re.fullmatch(said, done.stderr)
-    assert run_program("ls", url, "--json").stdout != before
-
-
-def test_a_command_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
-    """A file as large as the model stayed, under a hidden name."""
-    url = f"sqlite:///{tmp_path / 'store.db'}"
-    with pydedup.open(url) as store:
-        store.add("m", {"w": np.random.default_rng(0).standard_normal((8000, 1000))})
-    out = tmp_path / "out"
-    out.mkdir()
-    words = [*PROGRAM, "export", url, "m", str(out / "m.npz")]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not any(out.iterdir()):
-            time.sleep(0.001)
-        process.terminate()
-        _, said = process.communicate()
-    if process.returncode:  # it may have been done by then
-        assert process.returncode == 143
-        assert said == "pydedup: interrupted, the store is as it was before\n"
-        assert list(out.iterdir()) == []
-
-
-@pytest.mark.parametrize("words", ["alias m prod 1", "rm m@2 -y", "quota t=a 5"])
-def test_a_change_that_waits_for_another_writer_says_so(
-    words: str, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It was silent for half a minute."""
-    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0)
-    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.1)
-    command, *rest = words.split()
-    with contextlib.closing(sqlite3.connect(path_of(url), isolation_level=None)) as blocker:
-        blocker.execute("BEGIN IMMEDIATE")
-        done = run_here(command, f"{url}?timeout=1", *rest)
-    assert done.returncode == 4
-    first, *_, last = done.stderr.splitlines()
-    assert first.startswith("pydedup: waiting for the database, which others may be writing to, ")
-    assert "database is locked" in last
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of a model whose list of tensors is longer than a pipe holds."""
-    url = f"sqlite:///{tmp_path_factory.mktemp('long') / 'long.db'}"
-    with pydedup.open(url) as store:
-        store.add("many", {f"layer.{n}.weight": np.zeros(1, np.float32) for n in range(2000)})
-    return url
-
-
-@pytest.mark.parametrize("command", ["--help", "info", "info --json", "ls", "load"])
-def test_a_reader_that_goes_away_is_no_error(command: str, long: str) -> None:
-    url = long
-    words = {
-        "info": f"info {url} many --tensors",
-        "info --json": f"info {url} many --tensors --json",
-        "ls": f"ls {url}",
-        "load": f"load {url} many -q",
-    }.get(command, command)
-    done = subprocess.run(
-        ["bash", "-c", f"{' '.join(PROGRAM)} {words} | head -n 1; exit ${{PIPESTATUS[0]}}"],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stderr == ""
-    assert done.returncode in (0, 141)
-    assert done.stdout.count("\n") == 1
-    if command in ("info", "info --json", "load"):
-        assert done.returncode == 141
-
-
-def test_standard_error_that_cannot_be_written(kept: str) -> None:
-    """The status was 1 then, as if `verify` had found damage."""
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run([*PROGRAM, "info", kept, "x"], stderr=full, check=False)
-    assert done.returncode == 3
-    gone = f"{' '.join(PROGRAM)} info {kept} x 2>&1 | true; exit ${{PIPESTATUS[0]}}"
-    assert subprocess.run(["bash", "-c", gone], check=False).returncode == 3
-
-
-def test_standard_output_that_cannot_be_written(kept: str) -> None:
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [*PROGRAM, "ls", kept], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert done.returncode == 4
-    assert re.fullmatch(r"pydedup: error: No space left on device[^\n]*\n", done.stderr)
-    closed = subprocess.run(["bash", "-c", f"{' '.join(PROGRAM)} ls {kept} >&-"], check=False)
-    assert closed.returncode == 0

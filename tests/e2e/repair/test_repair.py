@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,116 +14,32 @@ from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import policies
-from pydedup.adapter import LIVE, STAGING
+from pydedup.adapter import LIVE
 from pydedup.errors import (
-    ConflictError,
     CorruptStoreError,
     NotAStoreError,
     NotFoundError,
     ReadOnlyError,
-    StorageFullError,
     UnsupportedFormatError,
 )
-from pydedup.jobs import Job
 from pydedup.layout import block_costs, map_places, pages_read
-from pydedup.testing.faults import Fault, inject
 from pydedup.types import DType
+
+from .conftest import (
+    assert_holds,
+    assert_sound,
+    family,
+    fill,
+    flip_half,
+    pages_of,
+    ruin,
+)
 
 Model = dict[str, NDArray[Any]]
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
 
 
-@functools.cache
-def family() -> dict[str, Model]:
-    """A base, two fine-tunes that become deltas on it, one that shares, one of its own."""
-    rng = np.random.default_rng(7)
-    base = {
-        "w": rng.standard_normal((512, 256)).astype(np.float32),
-        "b": rng.standard_normal(512).astype(np.float32),
-    }
-    models = {"base": base}
-    for name in ("near", "nearer"):
-        moved = base["w"] * (1 + 1e-4 * rng.standard_normal((512, 256)))
-        models[name] = {"w": moved.astype(np.float32), "b": base["b"]}
-    shares = {"w": base["w"].copy(), "b": base["b"] + 1}
-    shares["w"][:64] = rng.standard_normal((64, 256))
-    models["shares"] = shares
-    models["own"] = {"w": rng.standard_normal((256, 256)).astype(np.float16)}
-    for model in models.values():
-        for array in model.values():
-            array.flags.writeable = False
-    return models
-
-
 ALL = ("base", "near", "nearer", "shares", "own")
-
-
-def fill(url: str, names: tuple[str, ...] = ALL) -> None:
-    if url.startswith("sqlite:"):
-        Path(url.removeprefix("sqlite:///")).write_bytes(file_with(names))
-    else:
-        add_all(url, names)
-
-
-@functools.cache
-def file_with(names: tuple[str, ...]) -> bytes:
-    """A store in a file, which is made once."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "store.db"
-        add_all(f"sqlite:///{path}", names)
-        return path.read_bytes()
-
-
-def add_all(url: str, names: tuple[str, ...]) -> None:
-    models = family()
-    with pydedup.open(url) as store:
-        for name in names:
-            policy = policies.Exact() if name == "base" else policies.Lossless()
-            store.add(name, models[name], policy=policy)
-
-
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Another store with the same models, from which others are repaired."""
-    url = f"sqlite:///{tmp_path_factory.mktemp('healthy')}/healthy.db"
-    add_all(url, ALL)
-    return url
-
-
-def assert_holds(store: pydedup.Store, name: str) -> None:
-    wanted = family()[name.partition("@")[0]]
-    loaded = store.load(name)
-    assert {key: array.tobytes() for key, array in loaded.items()} == {
-        key: array.tobytes() for key, array in wanted.items()
-    }
-
-
-def assert_sound(url: str, notes: bool = False) -> None:
-    """All models are what they were, and all tables agree."""
-    with pydedup.open(url) as store:
-        report = store.verify()
-        assert report.errors == []
-        assert notes or report.notes == []
-        for info in store.models():
-            assert_holds(store, info.address)
-        check_reads(store)
-        store.add("again", family()["base"])
-        assert_holds_as(store, "again", "base")
-        store.remove("again")
-
-
-def assert_holds_as(store: pydedup.Store, name: str, wanted: str) -> None:
-    loaded = store.load(name)
-    assert all(loaded[key].tobytes() == a.tobytes() for key, a in family()[wanted].items())
-
-
-def check_reads(store: pydedup.Store) -> None:
-    """What is recorded of who reads what is what block maps and pages say."""
-    for info in store.models():
-        model = store._catalog.model(info.address)
-        places = np.concatenate([map_places(m) for m in model.block_maps()])
-        wanted = list(pages_read(places, block_costs(store._pool, places)))
-        assert [row[1:] for row in store._adapter.model_pages(info.id)] == wanted
 
 
 def check_reads_but(store: pydedup.Store, damaged: int) -> None:
@@ -143,31 +56,11 @@ def check_reads_but(store: pydedup.Store, damaged: int) -> None:
         assert [row[1:] for row in rows_of if row[1] != damaged] == wanted
 
 
-def pages_of(url: str, *names: str) -> list[int]:
-    """The pages that hold blocks, or bases of blocks, of exactly these models' maps."""
-    with pydedup.open(url, mode="r") as store:
-        return sorted(
-            {
-                page
-                for name in names
-                for _, page, _, _ in store._adapter.model_pages(store.info(name).info.id)
-            }
-        )
-
-
 def flip(at: int, bit: int = 0) -> Callable[[bytearray], None]:
     def change(payload: bytearray) -> None:
         payload[at] ^= 1 << bit
 
     return change
-
-
-def flip_half(payload: bytearray) -> None:
-    payload[len(payload) // 2] ^= 16
-
-
-def ruin(payload: bytearray) -> None:
-    payload[:] = np.random.default_rng(1).bytes(len(payload))
 
 
 def clear(payload: bytearray) -> None:
@@ -472,199 +365,6 @@ def test_lossy_models_come_back_as_they_were(
     with pydedup.open(store_url) as store:
         assert store.verify(repair_from=f"sqlite:///{tmp_path}/copy.db").ok
         assert {k: a.tobytes() for k, a in store.load("near").items()} == copies[0]
-
-
-def test_serving_and_writing_go_on(store_url: str, change_page: Change, healthy: str) -> None:
-    """Readers of other models never fail; a writer publishes, removes and repacks meanwhile."""
-    fill(store_url)
-    page = min(pages_of(store_url, "base"))
-    served = pydedup.open(store_url)
-    assert_holds(served, "base")  # its block maps are known, its pages in the pool
-    served._pool.clear()
-    change_page(store_url, page, flip_half)
-    with pytest.raises(CorruptStoreError):
-        served.load("base")
-    done = threading.Event()
-    failures: list[BaseException] = []
-
-    def read() -> None:
-        try:
-            with pydedup.open(store_url, mode="r") as reader:
-                while not done.is_set():
-                    assert_holds(reader, "own")
-                    reader._pool.clear()
-        except BaseException as error:  # shown below
-            failures.append(error)
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    meddled = False
-
-    def meddle(stage: str, finished: int, total: int) -> None:
-        nonlocal meddled
-        if stage == "restoring blocks" and not meddled:
-            meddled = True
-            with pydedup.open(store_url) as writer:
-                writer.remove("shares")
-                writer.add("new", {"w": np.random.default_rng(99).standard_normal((64, 64))})
-                writer.remove("new")
-
-    try:
-        with pydedup.open(store_url) as store:
-            assert store.verify(repair_from=healthy, progress=meddle).ok
-    finally:
-        done.set()
-        thread.join(60)
-    assert meddled
-    assert not failures, failures
-    for name in ("base", "near", "nearer"):
-        assert_holds(served, name)
-    served.close()
-    assert_sound(store_url, notes=True)  # pages that the writer retired
-
-
-def test_nothing_is_kept_of_a_model_that_is_removed_meanwhile(
-    store_url: str, change_page: Change, healthy: str
-) -> None:
-    fill(store_url)
-    (page,) = pages_of(store_url, "own")
-    change_page(store_url, page, flip_half)
-
-    def meddle(stage: str, finished: int, total: int) -> None:
-        if stage == "restoring blocks":
-            with pydedup.open(store_url) as other:
-                other.remove("own")
-
-    with pydedup.open(store_url) as store:
-        report = store.verify(repair_from=healthy, progress=meddle)
-        assert report.repair is not None
-        assert (report.repair.new_pages, report.repair.missing) == (0, ())
-        assert store._adapter.page_rows(state=STAGING) == []
-        assert store._adapter.page_rows(ids=[page]) == []
-    assert_sound(store_url)
-
-
-def test_an_add_that_matched_before_a_repair_names_no_page_that_went(
-    store_url: str, change_page: Change, healthy: str
-) -> None:
-    fill(store_url, ("base",))
-    pages = pages_of(store_url, "base")
-    repaired = False
-
-    def meddle(stage: str, finished: int, total: int) -> None:
-        nonlocal repaired
-        if stage == "writing" and not repaired:  # so all is matched
-            repaired = True
-            for page in pages:
-                change_page(store_url, page, flip_half)
-            with pydedup.open(store_url) as other:
-                assert other.verify(repair_from=healthy).ok
-                assert not other._adapter.page_rows(ids=pages)
-
-    with pydedup.open(store_url) as store:
-        report = store.add("shares", family()["shares"], progress=meddle)
-        assert repaired
-        assert report.shared_blocks
-    assert_sound(store_url)
-
-
-@pytest.mark.parametrize(
-    ("method", "call"), [("insert_pages", 2), ("replace_block_map", 1), ("set_page_state", 1)]
-)
-def test_a_repair_that_fails_changes_nothing(
-    method: str, call: int, store_url: str, change_page: Change, healthy: str
-) -> None:
-    fill(store_url)
-    pages = pages_of(store_url, "base", "near", "nearer", "shares", "own")
-    for page in pages:
-        change_page(store_url, page, flip_half)
-    with pydedup.open(store_url) as store:
-        before = store._adapter.model_pages(), store._adapter.page_rows(state=LIVE)
-        whole = store._adapter
-        store._adapter, _ = inject(whole, Fault(method, StorageFullError("no space"), call=call))
-        with pytest.raises(StorageFullError):
-            store.verify(repair_from=healthy)
-        store._adapter = whole
-        assert (whole.model_pages(), whole.page_rows(state=LIVE)) == before
-        report = store.verify()
-        assert sorted(report.damaged_pages) == pages
-        assert report.notes == [], "what was staged is gone"
-        assert store.verify(repair_from=healthy).ok
-    assert_sound(store_url)
-
-
-@pytest.mark.parametrize("grace_seconds", [0.0, 3600.0])
-def test_a_repair_that_a_vacuum_collected_changes_nothing(
-    grace_seconds: float,
-    store_url: str,
-    change_page: Change,
-    healthy: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As if the repair had been silent for too long after it had staged."""
-    # The vacuum is to collect, not to repack: it would find the damage.
-    monkeypatch.setattr("pydedup.maintenance.vacuum._wants_repack", lambda *_: False)
-    fill(store_url)
-    pages = pages_of(store_url, "base", "near", "nearer", "shares", "own")
-    for page in pages:
-        change_page(store_url, page, flip_half)
-    collected = 0
-
-    def collect(stage: str, finished: int, total: int) -> None:
-        nonlocal collected
-        if stage == "restoring blocks":
-            with pydedup.open(store_url) as other:
-                report = other.vacuum(lease_seconds=0, grace_seconds=grace_seconds)
-                collected += report.freed_pages + report.waiting_pages
-
-    with pydedup.open(store_url) as store:
-        adapter = store._adapter
-        damage = store.verify()
-        before = adapter.model_pages(), adapter.page_rows()
-        with pytest.raises(ConflictError, match=r"collected by a vacuum.*run it again"):
-            store.verify(repair_from=healthy, progress=collect)
-        assert collected
-        assert (adapter.model_pages(), adapter.page_rows()) == before
-        assert adapter.jobs() == []
-        report = store.verify()
-        assert (report.errors, report.notes) == (damage.errors, damage.notes)
-        assert sorted(report.damaged_pages) == pages
-        assert store.verify(repair_from=healthy).ok
-    assert_sound(store_url)
-
-
-@pytest.mark.parametrize("kind", ["store", "file"])
-def test_a_repair_that_finds_nothing_for_long_says_that_it_lives(
-    kind: str,
-    tmp_path: Path,
-    change_page: Change,
-    healthy: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    url = f"sqlite:///{tmp_path}/store.db"
-    fill(url, ("own",))
-    (page,) = pages_of(url, "own")
-    change_page(url, page, ruin)
-    source = healthy
-    if kind == "file":
-        source = str(tmp_path / "zeros.safetensors")
-        save_file({name: np.zeros((256, 256), np.float16) for name in "ab"}, source)
-    monkeypatch.setattr("pydedup.jobs._BEAT_SECONDS", 0.0)
-    beats = 0
-    beat = Job.beat
-
-    def counted(self: Job, *args: Any) -> None:
-        nonlocal beats
-        beats += 1
-        beat(self, *args)
-
-    monkeypatch.setattr(Job, "beat", counted)
-    with pydedup.open(url) as store:
-        blocks = len(store._catalog.model("own").block_map("w").slots)
-        assert store.verify(repair_from=source).ok == (kind == "store")
-        assert store._adapter.jobs() == []
-    # One for each block that is looked at on its page, then one for each block or tensor there.
-    assert beats >= blocks + (blocks if kind == "store" else 2)
 
 
 def test_what_cannot_be_repaired_from(tmp_path: Path) -> None:
