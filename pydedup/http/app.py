@@ -21,7 +21,13 @@ from pydedup.http.metrics import CONTENT_TYPE, Metrics
 from pydedup.http.numbers import PIECE_BYTES
 from pydedup.http.options import ServeOptions
 from pydedup.http.problems import RETRY_SOON, HttpError, bad, problem_of
-from pydedup.http.requests import header_length, parameters_of, parse_infer, parse_object
+from pydedup.http.requests import (
+    header_length,
+    parameters_of,
+    parse_infer,
+    parse_object,
+    raw_infer,
+)
 from pydedup.http.responses import Reply
 from pydedup.http.served import Admit, Arrays, ServedStore
 
@@ -107,7 +113,8 @@ class App(Endpoint):
             raise HttpError(
                 503, problem.message, "unavailable", RETRY_SOON, problem.cause
             ) from None
-        return responses.json_reply({"ready": True})
+        # The protocol's text calls it live; its servers call it ready.
+        return responses.json_reply({"live": True, "ready": True})
 
     async def _server(self, exchange: Exchange) -> Reply:
         extensions = ["binary_tensor_data", "model_repository", "model_configuration"]
@@ -145,7 +152,11 @@ class App(Endpoint):
         json_bytes = header_length(
             None if given is None else given.decode("latin-1").strip(), len(body)
         )
-        if (len(body) if json_bytes is None else json_bytes) > PIECE_BYTES:
+        address = exchange.address
+        if json_bytes == 0:  # what it is, the model says; the alias may move meanwhile
+            model = await self._in("ask", self._store.served, address)
+            address, request = model.address, raw_infer(body, model.signature.inputs)
+        elif (len(body) if json_bytes is None else json_bytes) > PIECE_BYTES:
             request = await self._in("parse", parse_infer, body, json_bytes)
         else:
             request = parse_infer(body, json_bytes)
@@ -155,7 +166,7 @@ class App(Endpoint):
             exchange.answer.take(times * out_nbytes + more)
 
         answer = await self._batcher.submit(
-            (exchange.address, request.inputs, admit), service.rows_of(request.inputs)
+            (address, request.inputs, admit), service.rows_of(request.inputs)
         )
         model, outputs = answer.model, answer.outputs
         exchange.model = model.address

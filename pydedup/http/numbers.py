@@ -288,12 +288,23 @@ def _convert(numbers: list[Any], dtype: np.dtype[Any], where: str) -> NDArray[An
             raise bad(where, f"it has an integer beyond {dtype.name}")
         raise bad(where, f"numbers are needed, not {_kind(odd)}")
     if dtype.kind == "f":
-        return as_dtype(found, dtype)
+        return _narrowed(found, dtype, where)
     return _whole(found, dtype, where)
 
 
 def _are_plain(numbers: list[Any]) -> bool:
     return all(item is None or type(item) in (int, float) for item in numbers)
+
+
+def _narrowed(found: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray[Any]:
+    out = as_dtype(found, dtype)
+    beyond = np.isinf(out)
+    if beyond.any():  # Infinity itself stays what it is
+        beyond &= np.isfinite(found)
+        if beyond.any():
+            most = np.finfo(dtype).max
+            raise bad(where, f"{found[beyond][0]} is no {dtype.name}: the largest is {most}")
+    return out
 
 
 def _whole(found: NDArray[Any], dtype: np.dtype[Any], where: str) -> NDArray[Any]:

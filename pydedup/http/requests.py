@@ -8,7 +8,7 @@ inputs (`service`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydedup.http.datatypes import BINARY_ONLY, DATATYPES
 from pydedup.http.numbers import PIECE_BYTES, Lists, flat_array, outline
 from pydedup.http.problems import bad
+from pydedup.http.shapes import TensorSpec
 
 __all__ = [
     "InferRequest",
@@ -26,6 +27,7 @@ __all__ = [
     "parameters_of",
     "parse_infer",
     "parse_object",
+    "raw_infer",
 ]
 
 _LARGEST_RANK = 32
@@ -121,6 +123,35 @@ def parse_infer(body: bytes | bytearray, json_bytes: int | None) -> InferRequest
     reader.check_end()
     binary = _flag(parameters, "binary_data_output", "parameters", False)
     return InferRequest(identity, inputs, _outputs(document, binary), binary)
+
+
+def raw_infer(body: bytes | bytearray, specs: Sequence[TensorSpec]) -> InferRequest:
+    """Return the request of a body without JSON: the bytes of a model's one input.
+
+    Its shape follows from their number, where one size at most may be any. So it is in Triton's
+    extension for binary tensors, by which the answer is binary, too.
+
+    Raises
+    ------
+    HttpError
+        400 where that does not tell which input it is, or the bytes are not as many as it takes.
+    """
+    if len(specs) != 1 or specs[0].shape.count(-1) > 1:
+        takes = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in specs)
+        raise bad("body", f"without JSON it does not say which shapes it has; inputs are: {takes}")
+    spec = specs[0]
+    if spec.datatype not in DATATYPES:
+        raise bad("body", f"without JSON it would be {spec.datatype}, which is not supported")
+    dtype = DATATYPES[spec.datatype]
+    row = math.prod(size for size in spec.shape if size >= 0) * dtype.itemsize
+    count, rest = divmod(len(body), row) if row else (0, len(body))
+    if rest or (-1 not in spec.shape and count != 1):
+        shape = list(spec.shape)
+        raise bad("body", f"its {len(body)} bytes are no {spec.datatype} of shape {shape}")
+    item = {"datatype": spec.datatype, "shape": [count if size < 0 else size for size in spec.shape]}
+    item |= {"name": spec.name, "parameters": {"binary_data_size": len(body)}}
+    _, array = _Inputs(body, 0, []).read(item, "inputs[0]")
+    return InferRequest(None, {spec.name: array}, None, binary=True)
 
 
 class _Inputs:

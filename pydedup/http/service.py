@@ -103,7 +103,7 @@ def model_metadata(store: ServedStore, address: str) -> dict[str, Any]:
     return {
         "name": model.name,
         "versions": [model.version] if named else store.version_names(model.name),
-        "platform": "pydedup",
+        "platform": _platform(model),
         "inputs": [_entry(spec) for spec in model.signature.inputs],
         "outputs": [_entry(spec) for spec in model.signature.outputs],
     }
@@ -114,13 +114,17 @@ def model_config(store: ServedStore, address: str, max_batch: int) -> dict[str, 
     model = store.served(address)
     return {
         "name": model.name,
-        "platform": "pydedup",
+        "platform": _platform(model),
         "backend": "pydedup",
         "max_batch_size": 0,  # shapes are given whole, with their first axis
         "dynamic_batching": {"preferred_batch_size": [max_batch]},
         "input": [_config_entry(spec) for spec in model.signature.inputs],
         "output": [_config_entry(spec) for spec in model.signature.outputs],
     }
+
+
+def _platform(model: Served) -> str:
+    return "onnx_onnxv1" if model.graph is None else "pydedup_graph"
 
 
 def _entry(spec: TensorSpec) -> dict[str, Any]:

@@ -72,6 +72,16 @@ def test_not_finite(piece: int) -> None:
     np.testing.assert_array_equal(found.reshape(500, 5), np.tile(found[:5], (500, 1)))
 
 
+@pytest.mark.parametrize(("name", "number"), [("FP16", 65520), ("FP32", -3.5e38), ("FP32", 10**39)])
+def test_numbers_beyond_a_datatype_are_refused(piece: int, name: str, number: float) -> None:
+    """They became infinite."""
+    data = [1.5, float("inf"), None] * 1000
+    assert np.isinf(read(body_of(data, [3000], name))).sum() == 1000
+    data[2000] = number
+    with pytest.raises(HttpError, match=r"inputs\[0\]\.data: .* is no float.*: the largest is"):
+        read(body_of(data, [3000], name))
+
+
 BROKEN = {
     "a row is short": lambda rows: [*rows[:-1], rows[-1][:-1]],
     "a number moved to the row before": lambda rows: [

@@ -75,7 +75,7 @@ def test_a_store_without_layers_says_what_is_missing(start: Start, tmp_path: Pat
 
 def test_health_and_server(server: Server) -> None:
     assert server.ask("GET", "/v2/health/live").json == {"live": True}
-    assert server.ask("GET", "/v2/health/ready").json == {"ready": True}
+    assert server.ask("GET", "/v2/health/ready").json == {"live": True, "ready": True}
     for path in ("/v2", "/v2/"):
         found = server.ask("GET", path).json
         assert found["name"] == "pydedup"
@@ -89,7 +89,7 @@ def test_metadata(server: Server) -> None:
     assert found == {
         "name": "dense",
         "versions": ["1", "2"],
-        "platform": "pydedup",
+        "platform": "pydedup_graph",
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 3]}],
     }
@@ -102,6 +102,26 @@ def test_metadata(server: Server) -> None:
         {"name": "same", "datatype": "INT64", "shape": [-1, -1]},
     ]
     assert server.ask("GET", "/v2/models/dense/config").json["input"][0]["dims"] == [-1, 4]
+
+
+def test_a_body_of_one_input_alone(server: Server, x: Any, store_url: str) -> None:
+    """As Triton's extension for binary tensors has it: no JSON, whose length is 0."""
+    headers = {"Inference-Header-Content-Length": "0"}
+    answer = server.infer("dense/versions/prod", x.tobytes(), headers=headers)
+    assert answer.status == 200
+    length = int(answer.headers["inference-header-content-length"])
+    head = json.loads(answer.body[:length])
+    assert head["model_version"] == "1"
+    with pydedup.open(store_url, mode="r") as store:
+        wanted = store.predict("dense@1", x)
+    found = np.frombuffer(answer.body[length:], "<f4").reshape(head["outputs"][0]["shape"])
+    np.testing.assert_allclose(found, wanted, 1e-6)
+    for name, said in (("dense", "are no FP32 of shape [-1, 4]"), ("words", "ids [-1, -1]")):
+        answer = server.infer(name, bytes(20), headers=headers)
+        assert answer.status == 400
+        assert said in answer.error
+    assert "offsets [-1]" in server.infer("bags", bytes(16), headers=headers).error
+    assert server.infer("none", bytes(16), headers=headers).status == 404
 
 
 @pytest.mark.parametrize("encoded", [quote(NAME, safe=""), quote(NAME, safe="/")])
