@@ -148,10 +148,11 @@ def raw_infer(body: bytes | bytearray, specs: Sequence[TensorSpec]) -> InferRequ
     if rest or (-1 not in spec.shape and count != 1):
         shape = list(spec.shape)
         raise bad("body", f"its {len(body)} bytes are no {spec.datatype} of shape {shape}")
-    item = {"datatype": spec.datatype, "shape": [count if size < 0 else size for size in spec.shape]}
-    item |= {"name": spec.name, "parameters": {"binary_data_size": len(body)}}
-    _, array = _Inputs(body, 0, []).read(item, "inputs[0]")
-    return InferRequest(None, {spec.name: array}, None, binary=True)
+    item: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype}
+    item["shape"] = [count if size < 0 else size for size in spec.shape]
+    item["parameters"] = {"binary_data_size": len(body)}
+    name, array = _Inputs(body, 0, []).read(item, "inputs[0]")
+    return InferRequest(None, {name: array}, None, binary=True)
 
 
 class _Inputs:
