@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several clients of one store at once, on each back end.
-
-Processes that add different models at the same moment store no block twice and lose none; readers
-go on during adds, removals and vacuums, and what they read is one version, never a mix of two.
-"""
+"""Several clients of one store that add and read at once, on each back end."""
 
 from __future__ import annotations
 
@@ -15,15 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import policies, registry
-from pydedup.adapter import STAGING
-from pydedup.adapter_options import StagingAdapter
-from pydedup.errors import ArgumentError, ConflictError, NotFoundError
+from pydedup.errors import ConflictError
 from pydedup.graph import Graph, Node
-from pydedup.signatures import read_segments
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
 from pydedup.types import AddReport
@@ -284,50 +276,6 @@ def test_readers_see_one_version_while_writers_change_it(store_url: str) -> None
         assert set(numbers) <= set(range(1, rounds + 1))
 
 
-_CHURN = """
-import sys, time
-import numpy as np
-import pydedup
-
-url, me, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
-rng = np.random.default_rng(int(me))
-kept = np.random.default_rng(9).standard_normal((128, 256)).astype(np.float32)
-end, count = time.monotonic() + seconds, 0
-with pydedup.open(url) as store:
-    while time.monotonic() < end or count < 5:
-        mine = kept.copy()
-        mine[rng.choice(128, 8)] += 0.1
-        store.add(f"w{me}_{count}", {"w": mine})
-        store.remove(f"w{me}_{count}")
-        count += 1
-print(count)
-"""
-
-
-def test_adds_go_on_while_others_remove_models(store_url: str) -> None:
-    """What an add compares with may be removed by somebody else at any moment."""
-    kept = np.random.default_rng(9).standard_normal((128, 256)).astype(np.float32)
-    with pydedup.open(store_url) as store:
-        store.add("keep", {"w": kept})
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _CHURN, store_url, str(me), "1.5"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for me in range(2)
-    ]
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert int(out) >= 5
-    with pydedup.open(store_url) as store:
-        assert [info.address for info in store.models()] == ["keep@1"]
-        assert np.array_equal(store.load("keep")["w"], kept)
-        assert store.verify().ok
-
-
 @pytest.mark.parametrize("first", ["add", "remove", "vacuum"])
 def test_a_writer_that_waits_too_long_changes_nothing(store_url: str, first: str) -> None:
     """Another client holds the epoch: what would publish waits as long as the URL says."""
@@ -354,230 +302,6 @@ def test_a_writer_that_waits_too_long_changes_nothing(store_url: str, first: str
         report = store.verify()
         assert (report.errors, report.notes) == ([], [])
     holder.close()
-
-
-def test_a_vacuum_takes_no_add_that_publishes_meanwhile(store_url: str) -> None:
-    """Between what a vacuum reads, an add that was staged before gets to its end, or tries to."""
-    staged, go = threading.Event(), threading.Event()
-    model = version(2)
-
-    def wait(stage: str, done: int, total: int) -> None:
-        if stage == "writing" and not staged.is_set():
-            staged.set()
-            assert go.wait(30)
-
-    failures: list[BaseException] = []
-
-    def add() -> None:
-        try:
-            with pydedup.open(store_url) as store:
-                store.add("new@1", model, policy=policies.Exact(), progress=wait)
-        except BaseException as error:  # shown below
-            failures.append(error)
-
-    with pydedup.open(store_url) as store:
-        store.add("kept@1", version(1), policy=policies.Exact())
-    adder = threading.Thread(target=add)
-    adder.start()
-    assert staged.wait(30)
-
-    def meanwhile() -> None:
-        go.set()
-        adder.join(0.3)  # it may have to wait for the vacuum
-
-    adapter, _ = inject(registry.connect(store_url, mode="a"), Fault("jobs", meanwhile))
-    with Store(adapter, 64 << 20) as store:
-        store.vacuum()
-        adder.join(60)
-        assert not failures, failures
-        assert same(store.load("new"), model)
-        store.vacuum()
-        report = store.verify()
-        assert (report.errors, report.notes) == ([], [])
-
-
-def test_an_alias_never_points_at_what_is_removed_meanwhile(store_url: str) -> None:
-    with pydedup.open(store_url) as store:
-        for number in (1, 2):
-            store.add(f"m@{number}", version(number), policy=policies.Exact())
-    told: list[Exception] = []
-
-    def remove() -> None:
-        try:
-            with pydedup.open(store_url) as store:
-                store.remove("m@1")
-        except ArgumentError as error:
-            told.append(error)
-
-    remover = threading.Thread(target=remove)
-
-    def meanwhile() -> None:
-        remover.start()
-        remover.join(0.3)  # it may have to wait
-
-    adapter, _ = inject(registry.connect(store_url, mode="a"), Fault("set_alias", meanwhile))
-    with Store(adapter, 64 << 20) as store:
-        store.alias("m", "prod", "1")
-        remover.join(60)
-        assert "alias 'prod' points at m@1" in str(told[0])
-        assert same(store.load("m@prod"), version(1))
-        assert store.verify().errors == []
-
-
-def test_a_model_that_is_removed_before_its_layers_are_read_is_told_as_removed(
-    store_url: str,
-) -> None:
-    """It was said to have no graph."""
-    x = np.ones((1, 3), np.float32)
-    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
-    with pydedup.open(store_url) as store:
-        store.add("m", {"w": x}, graph=graph)
-
-    def remove() -> None:
-        with pydedup.open(store_url) as store:
-            store.remove("m@1")
-
-    adapter, _ = inject(registry.connect(store_url, mode="r"), Fault("artifact", remove))
-    with (
-        Store(adapter, 64 << 20) as store,
-        pytest.raises(NotFoundError, match="m@1 was removed from the store"),
-    ):
-        store.predict("m", x)
-
-
-def test_a_vacuum_leaves_pages_that_an_add_has_staged(store_url: str, small_pages: None) -> None:
-    """While they are written no model is recorded as reading them."""
-    model = {"w": np.random.default_rng(0).standard_normal((768, 1024))}
-    unread: list[int] = []
-
-    def vacuum() -> None:
-        with pydedup.open(store_url) as store:
-            staged = {row.id for row in store._adapter.page_rows(state=STAGING)}
-            unread.append(len(staged.intersection(store._adapter.orphan_pages())))
-            store.vacuum()
-
-    with pydedup.open(store_url):
-        pass
-    adapter, control = inject(registry.connect(store_url, mode="a"))
-    scope = "staging" if isinstance(adapter, StagingAdapter) else "transaction"
-    with Store(adapter, 64 << 20) as store:
-        for call in (2, 3, 4):  # between two transactions
-            control.add_fault(Fault(scope, vacuum, call=control.calls[scope] + call))
-        store.add("m", model, workers=1)
-        assert max(unread) > 0
-        assert np.array_equal(store.load("m")["w"], model["w"])
-        assert store.verify().errors == []
-
-
-def test_what_an_add_shares_is_removed_before_it_is_staged(store_url: str) -> None:
-    """By a removal alone, without a vacuum: the pages are nobody's from then on."""
-    shared, own = np.random.default_rng(0).standard_normal((2, 128, 128))
-    with pydedup.open(store_url) as store:
-        store.add("m", {"w": shared})
-
-    def remove() -> None:
-        with pydedup.open(store_url) as store:
-            store.remove("m")
-
-    adapter, control = inject(registry.connect(store_url, mode="a"))
-    scope = "staging" if isinstance(adapter, StagingAdapter) else "transaction"
-    control.add_fault(Fault(scope, remove))
-    with Store(adapter, 64 << 20) as store:
-        store.add("n", {"w": shared, "own": own})
-        assert [info.name for info in store.models()] == ["n"]
-        assert store.verify().errors == []
-        store.vacuum()
-        assert np.array_equal(store.load("n")["w"], shared)
-        assert np.array_equal(store.load("n")["own"], own)
-
-
-def test_bases_of_what_an_add_shares_are_removed_before_it_is_staged(store_url: str) -> None:
-    """The deltas are still there, on a page that another model reads; their bases are nobody's."""
-    base, own = np.random.default_rng(0).standard_normal((2, 128, 128)).astype(np.float32)
-    near = base * np.float32(1 + 1e-6)
-    with pydedup.open(store_url) as store:
-        store.add("base", {"w": base})
-        added = store.add_many({"mixed": {"w": near, "own": own}, "other": {"own": own}})
-        assert added[0].delta_blocks > 0
-
-    def remove() -> None:
-        with pydedup.open(store_url) as store:
-            store.remove("mixed")
-            store.remove("base")
-            assert any("a delta whose base is gone" in note for note in store.verify().notes)
-
-    adapter, control = inject(registry.connect(store_url, mode="a"))
-    scope = "staging" if isinstance(adapter, StagingAdapter) else "transaction"
-    control.add_fault(Fault(scope, remove))
-    with Store(adapter, 64 << 20) as store:
-        store.add("n", {"w": near})
-        assert [info.name for info in store.models()] == ["n", "other"]
-        assert store.verify().errors == []
-        store.vacuum()
-        assert np.array_equal(store.load("n")["w"], near)
-
-
-def test_a_vacuum_gives_way_to_who_publishes_before_its_layout(store_url: str) -> None:
-    """Pages that came meanwhile are not of its layout, and would go with the old ones."""
-    a, b, c = np.random.default_rng(0).standard_normal((3, 128, 128))
-    with pydedup.open(store_url) as store:
-        store.add_many({"gone": {"a": a, "b": b}, "kept": {"a": a}}, policy=policies.Exact())
-        store.remove("gone")
-
-    def add() -> None:
-        with pydedup.open(store_url) as store:
-            store.add("new", {"c": c}, policy=policies.Exact())
-
-    adapter, control = inject(registry.connect(store_url, mode="a"))
-    # What is staged is so in its first transaction of that kind, elsewhere in the second of all.
-    scope, call = ("staging", 1) if isinstance(adapter, StagingAdapter) else ("transaction", 2)
-    control.add_fault(Fault(scope, add, call=call, after=True))
-    with Store(adapter, 64 << 20) as store:
-        for is_alone in (False, True):
-            assert (store.vacuum().rewritten_pages > 0) == is_alone
-            assert np.array_equal(store.load("kept")["a"], a)
-            assert np.array_equal(store.load("new")["c"], c)
-            assert store.verify().errors == []
-
-
-def test_a_vacuum_leaves_the_index_of_what_is_added_meanwhile(store_url: str) -> None:
-    """The pages were looked at before, so all that it had indexed was on none of them."""
-    arrays = np.random.default_rng(0).standard_normal((2, 64, 64))
-    with pydedup.open(store_url) as store:
-        store.add("m@1", {"w": arrays[0]})
-
-    def add() -> None:
-        with pydedup.open(store_url) as store:
-            store.add("m@2", {"w": arrays[1]})
-
-    adapter, _ = inject(registry.connect(store_url, mode="a"), Fault("signatures", add))
-    with Store(adapter, 64 << 20) as store:
-        store.vacuum()
-        covered = np.concatenate([segment.page_ids for segment in read_segments(adapter)])
-        assert set(covered.tolist()) == {row.id for row in adapter.page_rows()}
-
-
-def test_a_model_that_is_removed_meanwhile_is_not_exported_without_its_files(
-    store_url: str, tmp_path: Path
-) -> None:
-    """What it had beside its tensors was left out."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_file({"w": np.ones((3, 3), np.float32)}, folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
-    with pydedup.open(store_url) as store:
-        store.add("m", folder)
-
-    def remove() -> None:
-        with pydedup.open(store_url) as store:
-            store.remove("m@1")
-
-    adapter, _ = inject(registry.connect(store_url, mode="r"), Fault("artifacts", remove))
-    with Store(adapter, 64 << 20) as store:
-        store.load("m")  # so that no page has to be read
-        with pytest.raises(NotFoundError, match="m@1 was removed from the store"):
-            store.export("m", tmp_path / "exported")
-    assert not (tmp_path / "exported").exists()
 
 
 def test_another_writer_is_waited_for_once(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,6 @@ from pydedup.testing.pages import small_pages
 
 Model = dict[str, NDArray[Any]]
 SHAPE = (320, 256)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.db"
-
-
-@pytest.fixture
-def store(path: Path) -> Iterator[pydedup.Store]:
-    with pydedup.open(f"sqlite:///{path}") as opened:
-        yield opened
 
 
 def base_model(seed: int = 0) -> Model:

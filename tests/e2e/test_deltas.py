@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +13,6 @@ from numpy.typing import NDArray
 
 import pydedup
 from pydedup import policies
-from pydedup.errors import ArgumentError
 from pydedup.graph import Graph, Node
 from pydedup.layout import base_places, block_places
 
@@ -23,12 +20,6 @@ Model = dict[str, NDArray[Any]]
 
 SPREAD = 0.05
 SHAPES = {"embedding": (600, 64), "hidden": (256, 320), "head": (9, 256), "bias": (256,)}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[pydedup.Store]:
-    with pydedup.open(tmp_path / "store.db") as opened:
-        yield opened
 
 
 def base_model(seed: int = 0, dtype: Any = np.float32) -> Model:
@@ -255,71 +246,6 @@ def test_predictions_from_deltas_are_those_of_the_model(store: pydedup.Store) ->
     )
 
 
-# ---- bounded -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bound", [0.1, 0.01, 0.001])
-def test_bounded_keeps_every_block_within_its_error(store: pydedup.Store, bound: float) -> None:
-    base = base_model()
-    base["hidden"][:, 7] = 0.0
-    store.add("base", base)
-    variant = fine_tuned(base, 1, 0.02)
-    variant["hidden"][:, 7] = 0.0
-    report = store.add("variant", variant, policy=policies.Bounded(bound))
-    assert report.stored_bytes < {0.1: 0.02, 0.01: 0.08, 0.001: 0.25}[bound] * report.logical_bytes
-    loaded = store.load("variant")
-    worst = 0.0
-    for name, (rows, cols) in (("embedding", (600, 64)), ("hidden", (256, 320))):
-        for top in range(0, rows, 64):
-            for left in range(0, cols, 64):
-                part = np.s_[top : top + 64, left : left + 64]
-                worst = max(worst, rel(loaded[name][part], variant[name][part]))
-    assert 0 < worst <= bound
-    assert report.certificate["max_rel_error"] == bound
-    assert worst == pytest.approx(report.certificate["largest_block_error"], rel=1e-3)
-    if bound < 0.02:
-        assert not loaded["hidden"][:, 7].any()
-    assert loaded["bias"].tobytes() == variant["bias"].tobytes()
-    assert store.verify().ok
-    assert same(store.load("base"), base)
-
-
-@pytest.mark.parametrize("renamed", [False, True])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_bounded_model_that_is_added_again_takes_no_more(
-    store: pydedup.Store, renamed: bool, workers: int
-) -> None:
-    """Quantised deltas are found by what they hold, as all blocks are: each was stored again."""
-    near, bounded = fine_tuned(base_model(), 1), policies.Bounded(0.001)
-    again = {f"model.{name}": array for name, array in near.items()} if renamed else near
-    store.add("base", base_model())
-    assert store.add("x", near, policy=bounded).delta_blocks > 0
-    other = fine_tuned(base_model(), 2)
-    for name in ("y", "z"):
-        models = {name: again, f"{name}-2": other}
-        report, *_ = store.add_many(models, policy=bounded, workers=workers)
-        assert (report.stored_bytes, report.shared_blocks) == (0, report.blocks)
-    assert [note for note in store.verify().notes if "same block" in note] == []
-    for kept, now in zip(store.load("x").values(), store.load("z").values(), strict=True):
-        assert kept.tobytes() == now.tobytes()
-
-
-def test_what_a_bounded_model_holds_can_be_added_again(store: pydedup.Store) -> None:
-    base = base_model()
-    store.add("base", base)
-    store.add("variant", fine_tuned(base, 1), policy=policies.Bounded(0.002))
-    held = store.load("variant")
-    report = store.add("copy", held)
-    assert report.shared_blocks == report.blocks
-    assert same(store.load("copy"), held)
-
-
-@pytest.mark.parametrize("bound", [0, -1, 1, 1.5, float("nan"), "0.1", True, None])
-def test_bad_bounds_are_refused(bound: Any) -> None:
-    with pytest.raises(ArgumentError, match="max_rel_error"):
-        policies.Bounded(bound)
-
-
 def test_explain_says_what_is_a_delta_and_how_far_it_is(store: pydedup.Store) -> None:
     base = base_model()
     store.add("base", base)
@@ -474,139 +400,3 @@ def test_dry_run_says_what_deltas_would_save(store: pydedup.Store) -> None:
     real = store.add("variant", variant)
     for field in ("stored_bytes", "blocks", "shared_blocks", "delta_blocks", "pages"):
         assert getattr(plan, field) == getattr(real, field)
-
-
-# ---- accuracy ----------------------------------------------------------------------------------
-
-
-def accuracy_of(model: Model, x: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
-    hidden = np.maximum(x @ model["hidden"].T + model["bias"], 0)
-    return (np.argmax(hidden @ model["head"].T, axis=1) == labels).astype(np.float64)
-
-
-def test_accuracy_shares_what_the_metric_allows(store: pydedup.Store) -> None:
-    rng = np.random.default_rng(1)
-    base = base_model()
-    store.add("base", base)
-    model = fine_tuned(base, 1, 0.1)
-    x = rng.standard_normal((500, 320)).astype(np.float32)
-    labels = np.argmax(np.maximum(x @ model["hidden"].T + model["bias"], 0) @ model["head"].T, 1)
-
-    def evaluate(weights: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-        return accuracy_of(dict(weights), x, labels)
-
-    exact = store.add("plain", model, dry_run=True).stored_bytes
-    before = {name: w.copy() for name, w in model.items()}
-    report = store.add("m", model, policy=policies.Accuracy(evaluate, 0.02))
-    assert all(np.array_equal(model[name], w) for name, w in before.items())
-    assert report.stored_bytes < 0.5 * exact
-    loaded = store.load("m")
-    now = float(evaluate(loaded).mean())
-    certificate = report.certificate
-    assert certificate["policy"] == "accuracy"
-    assert certificate["metric_before"] == 1.0
-    assert now == certificate["metric_after"] >= 0.98
-    hidden = {t.tensor.name: t.largest_error for t in store.explain("m").tensors}["hidden"]
-    assert 0.05 < hidden <= certificate["largest_block_error"] < 0.25
-    assert json.loads(json.dumps(certificate)) == dict(store.info("m").certificate)
-    assert store.verify().ok
-    # Quantised deltas are content like any other: what is stored can be shared.
-    assert store.add("copy", loaded).shared_blocks == report.blocks
-
-
-def test_a_model_that_is_stored_already_needs_no_search(store: pydedup.Store) -> None:
-    base = base_model()
-    store.add("base", base)
-    report = store.add("copy", base, policy=policies.Accuracy(lambda _: 1.0, 0.1))
-    assert report.shared_blocks == report.blocks
-    assert report.certificate["replaced"] == 0
-    assert same(store.load("copy"), base)
-
-
-def test_an_update_under_accuracy_keeps_what_was_replaced(store: pydedup.Store) -> None:
-    base = base_model()
-    store.add("base", base)
-    model = fine_tuned(base, 1, 0.1)
-    policy = policies.Accuracy(lambda _: 1.0, 0.1)
-    first = store.add("m", model, policy=policy)
-    newer = {**model, "head": model["head"] * 1.5}
-    second = store.add("m", newer, policy=policy)
-    assert second.stored_bytes < 0.2 * first.stored_bytes + 8192
-    assert np.array_equal(store.load("m@2")["hidden"], store.load("m@1")["hidden"])
-    assert store.verify().ok
-
-
-def test_verify_evaluates_again(store: pydedup.Store) -> None:
-    base = base_model()
-    store.add("base", base)
-    policy = policies.Accuracy(lambda w: float(np.abs(w["hidden"]).mean()), 0.01)
-    store.add("m", fine_tuned(base, 1, 0.1), policy=policy)
-    report = store.verify(evaluate={"m": policy.evaluate})
-    assert report.ok
-    assert any("as certified" in note for note in report.notes)
-    worse = store.verify(evaluate={"m@1": lambda w: float(np.abs(w["hidden"]).mean()) - 0.5})
-    assert not worse.ok
-    assert worse.errors == []  # nothing is damaged
-    (broken,) = worse.broken_promises
-    assert "m@1" in broken
-    assert "was promised" in broken
-    with pytest.raises(ArgumentError, match="lossless"):
-        store.verify(evaluate={"base": lambda _: 1.0})
-
-
-def test_no_drop_allowed_stores_the_bits_or_no_worse(store: pydedup.Store) -> None:
-    base = base_model()
-    store.add("base", base)
-    model = fine_tuned(base, 1, 0.1)
-
-    def identical(weights: Mapping[str, NDArray[Any]]) -> float:
-        return float(all(np.array_equal(weights[name], w) for name, w in model.items()))
-
-    report = store.add("m", model, policy=policies.Accuracy(identical, 0.0))
-    assert report.certificate["replaced"] == 0
-    assert same(store.load("m"), model)
-
-
-def test_fine_tuning_costs_no_delta(store: pydedup.Store) -> None:
-    base = {"w": base_model()["embedding"]}
-    store.add("base", base)
-    model, half = fine_tuned(base, 1, 0.1), 256
-    model["w"][half:] = base_model(7)["embedding"][half:]  # near to nothing: free to be trained
-
-    def evaluate(weights: Mapping[str, NDArray[Any]]) -> float:
-        w = weights["w"]
-        return float(1 - rel(w[:half], model["w"][:half]) + 0.1 * w[half:].mean())
-
-    def train(
-        weights: Mapping[str, NDArray[Any]], frozen: Mapping[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
-        return {"w": np.where(frozen["w"], weights["w"], weights["w"] + np.float32(0.01))}
-
-    plain, tuned = (
-        store.add(
-            "m", model, policy=policies.Accuracy(evaluate, 0.04, finetune=finetune), dry_run=dry
-        )
-        for finetune, dry in ((None, True), (train, False))
-    )
-    assert tuned.certificate["finetuned"]
-    assert tuned.delta_blocks > 0
-    assert tuned.stored_bytes < 1.02 * plain.stored_bytes
-    assert evaluate(store.load("m")) == tuned.certificate["metric_after"]
-    assert store.verify().ok
-
-
-def test_an_evaluate_that_fails_leaves_the_store_as_it_was(store: pydedup.Store) -> None:
-    from pydedup.errors import EvaluationError
-
-    base = base_model()
-    store.add("base", base)
-
-    def broken(_: Mapping[str, NDArray[Any]]) -> float:
-        raise RuntimeError("no such data set")
-
-    with pytest.raises(EvaluationError, match="no such data set"):
-        store.add("m", fine_tuned(base, 1), policy=policies.Accuracy(broken, 0.1))
-    with pytest.raises(EvaluationError, match=r"NaN|finite"):
-        store.add("m", fine_tuned(base, 1), policy=policies.Accuracy(lambda _: np.nan, 0.1))
-    assert [m.name for m in store.models()] == ["base"]
-    assert store.verify().ok

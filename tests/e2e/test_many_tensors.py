@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,12 +12,6 @@ import pydedup
 from pydedup.policies import Bounded, Exact, Lossless, Policy
 
 Model = dict[str, NDArray[np.generic]]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[pydedup.Store]:
-    with pydedup.open(tmp_path / "store.db") as opened:
-        yield opened
 
 
 def model(seed: int = 0) -> Model:

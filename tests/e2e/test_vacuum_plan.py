@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,6 @@ from pydedup.maintenance import repack as repack_module
 from pydedup.maintenance.repack import plan_repack
 from pydedup.maintenance.vacuum import VacuumReport
 from pydedup.testing.program import run_here
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'store.db'}"
-
-
-@pytest.fixture
-def store(url: str) -> Iterator[pydedup.Store]:
-    with pydedup.open(url) as opened:
-        yield opened
 
 
 def add_family(store: pydedup.Store, count: int, *, rows: int = 24000) -> None:

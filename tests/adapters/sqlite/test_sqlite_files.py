@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SQLite and the file system: files that are not ours, read-only media, full disks, damage."""
+"""SQLite and the file system: files that are not ours, full disks, damage."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,35 +17,19 @@ import pytest
 
 import pydedup
 from pydedup import registry
-from pydedup.adapter import LIVE, Adapter
 from pydedup.errors import (
-    ConflictError,
     CorruptStoreError,
     NotAStoreError,
-    ReadOnlyError,
     StorageFullError,
     StoreError,
     UnavailableError,
 )
 from pydedup.testing._contract_base import in_thread
 from pydedup.testing.disks import SmallDisk
-from pydedup.testing.servers import unused_name
+
+from .conftest import add_pages, open_store
 
 MIB = 1 << 20
-
-
-def open_store(path: Path) -> Adapter:
-    adapter = registry.connect(f"sqlite:///{path}", mode="a")
-    adapter.create_schema({})
-    return adapter
-
-
-def add_pages(adapter: Adapter, count: int) -> list[int]:
-    with adapter.transaction():
-        adapter.bump_epoch()
-        return adapter.insert_pages(
-            [(bytes(16), random.Random(i).randbytes(MIB)) for i in range(count)], state=LIVE
-        )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -284,162 +266,6 @@ def test_a_file_that_another_takes_the_place_of_is_told(tmp_path: Path, mode: st
     with pydedup.open(path) as store:
         for number, model in enumerate(models):
             assert store.load(f"m{number}")["w"].tobytes() == model["w"].tobytes()
-
-
-# ---- reading alone ------------------------------------------------------------------------------
-
-
-def test_reading_leaves_no_trace(tmp_path: Path) -> None:
-    path = tmp_path / "models.db"
-    adapter = open_store(path)
-    ids = add_pages(adapter, 2)
-    adapter.close()
-    before, stamp = contents(tmp_path), path.stat().st_mtime_ns
-    first = registry.connect(f"sqlite:///{path}", mode="r")
-    second = registry.connect(f"sqlite:///{path}", mode="r")
-    for reader in (first, second):
-        assert len(list(reader.read_pages(ids))) == 2
-    first.close()
-    assert len(list(second.read_pages(ids))) == 2
-    second.close()
-    assert contents(tmp_path) == before
-    assert path.stat().st_mtime_ns == stamp
-
-
-@pytest.fixture
-def disk(tmp_path: Path, new_disk: Callable[[Path, int], SmallDisk]) -> SmallDisk:
-    return new_disk(tmp_path / "disk", 16)
-
-
-@pytest.mark.parametrize("mode", ["r", "a"])
-def test_a_store_on_read_only_media(disk: SmallDisk, mode: str) -> None:
-    path = disk.folder / "models.db"
-    adapter = open_store(path)
-    ids = add_pages(adapter, 3)
-    adapter.close()
-    disk.remount("ro")
-    before = contents(disk.folder)
-    reader = registry.connect(f"sqlite:///{path}", mode=mode)
-    assert reader.read_only
-    assert reader.schema_version() == 1
-    with reader.snapshot():
-        assert [payload for _, payload in reader.read_pages(ids)] == [
-            random.Random(i).randbytes(MIB) for i in range(3)
-        ]
-    with pytest.raises(ReadOnlyError, match=r"models\.db"), reader.transaction():
-        pass
-    with pytest.raises(ReadOnlyError):
-        reader.compact()
-    reader.checkpoint()
-    assert reader.stored_bytes() == path.stat().st_size
-    assert reader.integrity_errors() == []
-    reader.close()
-    assert contents(disk.folder) == before
-    for missing, error in (("a", ReadOnlyError), ("r", NotAStoreError)):
-        with pytest.raises(error, match=r"new\.db"):
-            registry.connect(f"sqlite:///{disk.folder}/new.db", mode=missing)
-
-
-def test_a_log_on_read_only_media_is_not_passed_over(disk: SmallDisk, tmp_path: Path) -> None:
-    # What is in the log is committed; reading the main file alone would lose it silently.
-    original = tmp_path / "models.db"
-    adapter = open_store(original)
-    add_pages(adapter, 1)
-    for end in ("", "-wal"):
-        shutil.copy(f"{original}{end}", disk.folder)
-    adapter.close()
-    disk.remount("ro")
-    for mode in ("r", "a"):
-        with pytest.raises(UnavailableError, match=r"models\.db-wal holds changes"):
-            registry.connect(f"sqlite:///{disk.folder}/models.db", mode=mode)
-
-
-_INTERRUPTED = """
-import os, sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.executescript("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 1; BEGIN IMMEDIATE;")
-connection.execute("UPDATE pydedup_meta SET value = 'unfinished' WHERE name = 'epoch'")
-connection.execute("UPDATE pydedup_pages SET payload = zeroblob(length(payload))")
-os._exit(0)
-"""
-
-
-def test_a_journal_on_read_only_media_is_not_passed_over(disk: SmallDisk) -> None:
-    """A program that took the file out of WAL mode was killed in the middle of a change."""
-    path = disk.folder / "models.db"
-    adapter = open_store(path)
-    ids = add_pages(adapter, 3)
-    adapter.close()
-    subprocess.run([sys.executable, "-c", _INTERRUPTED, str(path)], check=True)
-    disk.remount("ro")
-    for mode in ("r", "a"):
-        with pytest.raises(UnavailableError, match=r"models\.db-journal would undo"):
-            registry.connect(f"sqlite:///{path}", mode=mode)
-    disk.remount("rw")
-    with pytest.raises(UnavailableError, match="open the store once as who may write it"):
-        registry.connect(f"sqlite:///{path}", mode="r").models()
-    adapter = open_store(path)
-    assert adapter.epoch() == 1
-    assert len(list(adapter.read_pages(ids))) == 3
-    adapter.close()
-
-
-def test_a_log_that_another_user_left_is_named(server_folder: Path) -> None:
-    folder = server_folder / unused_name()  # where anybody may go
-    folder.mkdir()
-    path = folder / "models.db"
-    open_store(path).close()
-    for file in (path, folder):
-        file.chmod(0o777)
-    for end in ("-wal", "-shm"):  # as one who may not write the file leaves it
-        Path(f"{path}{end}").touch(mode=0o444)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:  # root may write anything
-        try:
-            if os.getuid() == 0:
-                os.setuid(65534)
-            open_store(path)
-        except BaseException as error:
-            os.write(writing, f"{type(error).__name__}: {error}".encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as told:
-        said = told.read()
-    os.waitpid(child, 0)
-    assert said.startswith("ReadOnlyError")
-    assert f"{path}-wal and {path}-shm is what another user left" in said
-
-
-def test_media_that_were_read_only_may_change(disk: SmallDisk) -> None:
-    path = disk.folder / "models.db"
-    adapter = open_store(path)
-    add_pages(adapter, 1)
-    adapter.close()
-    disk.remount("ro")
-    reader = registry.connect(f"sqlite:///{path}", mode="r")
-    assert len(reader.page_rows()) == 1
-    disk.remount("rw")
-    writer = open_store(path)
-    add_pages(writer, 1)
-    assert len(reader.page_rows()) == 2, "the log of the writer was not read"
-    reader.close()
-    writer.close()
-    disk.remount("ro")
-    reader = registry.connect(f"sqlite:///{path}", mode="r")
-
-    def change() -> None:
-        disk.remount("rw")
-        writer = open_store(path)
-        add_pages(writer, 1)
-        writer.close()
-
-    assert len(reader.page_rows()) == 2
-    with pytest.raises(ConflictError, match="read again"), reader.snapshot():
-        change()
-    assert len(reader.page_rows()) == 3
-    reader.close()
 
 
 # ---- full disks ---------------------------------------------------------------------------------
