@@ -14,8 +14,12 @@ from pydedup import text
 from pydedup.errors import CorruptStoreError
 
 __all__ = [
+    "ADDRESS",
     "ARTIFACTS",
+    "MAPS",
     "MEASURED",
+    "METADATA",
+    "OF_MODEL",
     "TENSORS",
     "artifact_digest",
     "describe",
@@ -28,8 +32,14 @@ __all__ = [
 #: Where a certificate, as it is recorded, has the digests of the model's artifacts by name, and the
 #: one of the names, dtypes and shapes of its tensors.
 ARTIFACTS, TENSORS = "artifacts", "tensors"
+#: Where it has what tells damage of block maps: `map_digest` of each tensor, one behind the other.
+MAPS = "maps"
+#: Where it has the ``name@version`` that the model was added as, and the digest of its metadata.
+ADDRESS, METADATA = "address", "metadata"
+#: What is of the model, and not of what was promised for it.
+OF_MODEL = (ARTIFACTS, TENSORS, MAPS, ADDRESS, METADATA)
 #: What all certificates say beside the parameters of the policy, which have other names.
-MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors", ARTIFACTS, TENSORS)
+MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors", *OF_MODEL)
 
 # Before certificates said so themselves.
 _KEEP_BITS = ("exact", "lossless")

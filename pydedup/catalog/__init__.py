@@ -8,10 +8,17 @@ makes what users see of the rows of tables. Not here: adding and publishing (`py
 from __future__ import annotations
 
 from pydedup.catalog.catalog import Catalog
-from pydedup.catalog.digests import ModelDigest, tensors_digest
+from pydedup.catalog.digests import (
+    ModelDigest,
+    map_digest,
+    tensors_digest,
+    with_maps,
+    with_other_maps,
+)
 from pydedup.catalog.model import SourceHashes, StoredModel
 from pydedup.catalog.rows import (
     certificate_of,
+    check_row,
     known_versions,
     model_info,
     page_readers,
@@ -25,10 +32,14 @@ __all__ = [
     "SourceHashes",
     "StoredModel",
     "certificate_of",
+    "check_row",
     "known_versions",
+    "map_digest",
     "model_info",
     "page_readers",
     "recorded_object",
     "tensors_digest",
     "version_of",
+    "with_maps",
+    "with_other_maps",
 ]

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests that name what a model holds: to compare models, or a model and its rows."""
+"""Digests that name what a model holds: to compare models, or a model and its rows.
+
+Those of block maps change with the places of blocks, and are recorded in the certificate.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
-from pydedup.certificates import artifact_digest
+from pydedup.catalog.rows import recorded_object
+from pydedup.certificates import MAPS, artifact_digest
+from pydedup.errors import CorruptStoreError
 from pydedup.types import TensorInfo
 
-__all__ = ["ModelDigest", "tensors_digest"]
+__all__ = ["ModelDigest", "map_digest", "tensors_digest", "with_maps", "with_other_maps"]
 
 
 class ModelDigest:
@@ -32,6 +38,39 @@ class ModelDigest:
 def tensors_digest(tensors: Iterable[TensorInfo]) -> str:
     """Return what names the names, dtypes and shapes of a model's tensors."""
     return artifact_digest(b"".join(map(_head, tensors)))
+
+
+def map_digest(parts: Iterable[bytes]) -> str:
+    """Return eight characters that tell whether the parts of a block map are those recorded."""
+    digest = hashlib.blake2b(digest_size=6)
+    for part in parts:
+        digest.update(part)
+    return base64.b64encode(digest.digest()).decode()
+
+
+def with_maps(certificate: str, digests: Sequence[str]) -> str:
+    """Return a certificate, as it is recorded, with the digests of block maps, by ordinal.
+
+    A damaged one stays as it is.
+    """
+    try:
+        found = recorded_object(certificate, "a certificate")
+    except CorruptStoreError:
+        return certificate
+    return json.dumps({**found, MAPS: "".join(digests)})
+
+
+def with_other_maps(certificate: str, digests: Mapping[int, str]) -> str:
+    """Return it with other digests of some block maps; without, where it had none."""
+    try:
+        old = recorded_object(certificate, "a certificate").get(MAPS)
+    except CorruptStoreError:
+        return certificate
+    if not isinstance(old, str):
+        return certificate
+    size = len(map_digest(()))
+    known = [old[at : at + size] for at in range(0, len(old), size)]
+    return with_maps(certificate, [digests.get(n, one) for n, one in enumerate(known)])
 
 
 def _head(info: TensorInfo) -> bytes:

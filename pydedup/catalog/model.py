@@ -17,9 +17,17 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
-from pydedup.catalog.digests import tensors_digest
+from pydedup.catalog.digests import map_digest, tensors_digest
 from pydedup.catalog.rows import promised, recorded_certificate, tensor_info
-from pydedup.certificates import ARTIFACTS, TENSORS, artifact_digest, error_of, keeps_bits
+from pydedup.certificates import (
+    ADDRESS,
+    ARTIFACTS,
+    MAPS,
+    TENSORS,
+    artifact_digest,
+    error_of,
+    keeps_bits,
+)
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.graph import Graph
 from pydedup.text import did_you_mean
@@ -45,6 +53,12 @@ class StoredModel:
         self._layers_key: object = None
         #: How often its block maps were forgotten: its pages are the same as long as this is.
         self.state = 0
+        added_as = self._recorded_digest(ADDRESS)
+        if added_as not in (None, self.address):
+            raise CorruptStoreError(
+                f"{self.address} was added as {added_as}: names of models, or their ids, are "
+                "exchanged; restore a backup"
+            )
         self.tensors = tuple(
             tensor_info(self.address, ordinal, tensor)
             for ordinal, tensor in enumerate(adapter.tensors(row.id))
@@ -57,6 +71,8 @@ class StoredModel:
                 f"{self.address} has tensors of {found:,} bytes where {row.logical_bytes:,} are "
                 "recorded: rows of them are missing; restore a backup"
             )
+        #: What its block maps were recorded to be; None where that is not known.
+        self._map_digests = self._recorded_digest(MAPS)
         wanted = self._recorded_digest(TENSORS)
         if wanted is not None and wanted != tensors_digest(self.tensors):
             raise CorruptStoreError(
@@ -123,16 +139,43 @@ class StoredModel:
         return [maps[ordinal] for ordinal in range(len(self.tensors))]
 
     def _parse(self, ordinal: int, parts: Sequence[bytes]) -> BlockMap:
+        block_map = self._parsed(ordinal, parts)
+        if not _is_recorded(self._map_digests, ordinal, parts):
+            block_map = self._parsed(ordinal, self._recorded_parts(ordinal, parts))
+        self._maps[ordinal] = block_map
+        return block_map
+
+    def _parsed(self, ordinal: int, parts: Sequence[bytes]) -> BlockMap:
         info = self.tensors[ordinal]
         grid = BlockGrid(*matrix_shape(info.shape), *info.block_shape)
         try:
-            block_map = BlockMap.from_parts(parts, grid, info.dtype)
+            return BlockMap.from_parts(parts, grid, info.dtype)
         except CorruptStoreError as exc:
             if not self._adapter.tensors(self.row.id):
                 raise NotFoundError(f"{self.address} was removed from the store") from exc
             raise CorruptStoreError(f"{self.address}, tensor {info.name!r}: {exc}") from exc
-        self._maps[ordinal] = block_map
-        return block_map
+
+    def _recorded_parts(self, ordinal: int, parts: Sequence[bytes]) -> Sequence[bytes]:
+        """Return the parts of a block map that are recorded, given others.
+
+        A vacuum may have moved blocks since it was read what is. Raises CorruptStoreError where
+        none did.
+        """
+        known = self._map_digests
+        while True:
+            row = self._adapter.model(self.row.id)
+            if row is None:
+                raise NotFoundError(f"{self.address} was removed from the store")
+            self._map_digests = recorded = recorded_certificate(row).get(MAPS)
+            if _is_recorded(recorded, ordinal, parts):
+                return parts
+            if recorded == known:
+                raise CorruptStoreError(
+                    f"{self.address}, tensor {self.tensors[ordinal].name!r}: its block map is not "
+                    "the one that was recorded; remove the model and add it again, or restore a "
+                    "backup"
+                )
+            known, parts = recorded, self._adapter.block_map(self.row.id, ordinal)
 
     def refresh(self) -> None:
         """Forget the block maps: a vacuum has moved blocks."""
@@ -158,7 +201,7 @@ class StoredModel:
         return recorded_certificate(self.row)
 
     def _recorded_digest(self, name: str) -> object:
-        """Return what is recorded beside the certificate; ``None`` where that is damaged."""
+        """Return what is recorded of it beside the certificate; ``None`` where that is damaged."""
         try:
             return self._recorded.get(name)
         except CorruptStoreError:
@@ -208,6 +251,15 @@ class StoredModel:
                         f"the graph of {self.address} cannot be read: {exc}"
                     ) from exc
         return self._graph
+
+
+def _is_recorded(digests: object, ordinal: int, parts: Sequence[bytes]) -> bool:
+    """Whether the parts of a block map are those of which a certificate has the digests, if any."""
+    if digests is None:
+        return True
+    digest = map_digest(parts)
+    at = ordinal * len(digest)
+    return str(digests)[at : at + len(digest)] == digest
 
 
 class SourceHashes:

@@ -9,13 +9,14 @@ from typing import Any, Final
 
 from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.blocks import as_block_shape
-from pydedup.certificates import ARTIFACTS, TENSORS
+from pydedup.certificates import METADATA, OF_MODEL, artifact_digest
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.types import DType, ModelInfo, TensorInfo
 
 __all__ = [
     "SUGGESTED_MODELS",
     "certificate_of",
+    "check_row",
     "known_versions",
     "model_info",
     "page_readers",
@@ -52,6 +53,20 @@ def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
     )
 
 
+def check_row(row: ModelRow) -> None:
+    """Raise CorruptStoreError where what users see of a model is damaged, its certificate aside."""
+    model_info(row)
+    try:
+        wanted = recorded_certificate(row).get(METADATA)
+    except CorruptStoreError:
+        return
+    if wanted is not None and wanted != artifact_digest(row.metadata.encode()):
+        raise CorruptStoreError(
+            f"the metadata of {row.name}@{row.version} are not those that it was added with; "
+            "restore a backup"
+        )
+
+
 def certificate_of(row: ModelRow) -> dict[str, Any]:
     """Return what was recorded of a promise. Raises CorruptStoreError."""
     return promised(recorded_certificate(row))
@@ -59,7 +74,7 @@ def certificate_of(row: ModelRow) -> dict[str, Any]:
 
 def promised(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recorded certificate without what is of the model, and not of what was promised."""
-    return {name: said for name, said in recorded.items() if name not in (ARTIFACTS, TENSORS)}
+    return {name: said for name, said in recorded.items() if name not in OF_MODEL}
 
 
 def recorded_certificate(row: ModelRow) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import STAGING, Adapter, ModelRow
 from pydedup.blocks import BlockGrid
 from pydedup.catalog import ModelDigest, tensors_digest
-from pydedup.certificates import ARTIFACTS, TENSORS, artifact_digest
+from pydedup.certificates import ADDRESS, ARTIFACTS, METADATA, TENSORS, artifact_digest
 from pydedup.errors import FormatError
 from pydedup.formats import ties
 from pydedup.formats.base import TensorEntry
@@ -176,8 +176,13 @@ class MatchedModel(StagedModel):
             yield GRAPH_ARTIFACT, "application/json", payload
 
     def _recorded_certificate(self) -> dict[str, Any]:
-        """Return its certificate with what tells damage of artifacts, and of rows of tensors."""
-        certificate = {**self.certificate(), TENSORS: tensors_digest(self._infos())}
+        """Return its certificate with what tells damage of its row, of artifacts and tensors."""
+        certificate = {
+            **self.certificate(),
+            ADDRESS: self.address,
+            METADATA: artifact_digest(self.metadata.encode()),
+            TENSORS: tensors_digest(self._infos()),
+        }
         self._digests = {name: artifact_digest(data) for name, _, data in self._read_artifacts()}
         return {**certificate, ARTIFACTS: self._digests} if self._digests else certificate
 

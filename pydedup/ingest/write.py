@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, TensorRow
 from pydedup.blocks import NO_PAGE, PART_BYTES, BlockMap
+from pydedup.catalog import map_digest, with_maps
 from pydedup.errors import ConflictError
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.pages import PageWriter
@@ -85,6 +86,8 @@ class Stager:
 
         self._beat = beat
         self._has_begun = False
+        #: Of each model that is staged its certificate, and the digests of its block maps.
+        self._recorded: dict[int, tuple[str, list[str]]] = {}
         self._pages = self._page_writer([])
         #: That of the store once this was published.
         self.epoch = -1
@@ -104,6 +107,7 @@ class Stager:
         try:
             with self._job.staging():
                 self._has_begun = True
+                self._recorded.clear()
                 for model in self._models:
                     model.model_id = self._insert_model(model)
                 if pages.is_small:
@@ -154,6 +158,7 @@ class Stager:
         ConflictError when a vacuum took this staging for abandoned.
         """
         adapter = self._adapter
+        certificates = {model_id: with_maps(*made) for model_id, made in self._recorded.items()}
         with self._job.publishing():
             if not adapter.bump_epoch(epoch):
                 return False
@@ -161,7 +166,10 @@ class Stager:
             for model in self._models:
                 model.settle(adapter)
                 if not adapter.update_model(
-                    model.model_id, state=LIVE, created_at=model.created_at()
+                    model.model_id,
+                    state=LIVE,
+                    certificate=certificates[model.model_id],
+                    created_at=model.created_at(),
                 ):
                     raise ConflictError(
                         f"the staging of {model.address} was collected by a vacuum: it gave no "
@@ -183,7 +191,9 @@ class Stager:
         return PageWriter(self._job, self._spool, layout, self._workers, self._beat, self._advance)
 
     def _insert_model(self, model: StagedModel) -> int:
-        model_id = self._adapter.insert_model(model.row(), replaces=model.replaces)
+        row = model.row()
+        model_id = self._adapter.insert_model(row, replaces=model.replaces)
+        self._recorded[model_id] = row.certificate, []
         return self._job.checked_id("models", model_id)
 
     def _insert(self, batch: Sequence[_Row]) -> None:
@@ -227,7 +237,9 @@ class Stager:
             entry = tensor.entry
             shapes = json.dumps(list(entry.shape)), json.dumps(list(tensor.block_shape))
             yield "tensor", TensorRow(model_id, ordinal, entry.name, entry.dtype.label, *shapes)
-            for part, payload in enumerate(self._block_map(tensor).parts()):
+            parts = list(self._block_map(tensor).parts())
+            self._recorded[model_id][1].append(map_digest(parts))
+            for part, payload in enumerate(parts):
                 yield "map", (model_id, ordinal, part, payload)
             hashes = np.ascontiguousarray(tensor.digests, "<u8").tobytes()
             for part, start in enumerate(range(0, len(hashes), PART_BYTES)):

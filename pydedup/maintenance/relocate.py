@@ -22,6 +22,7 @@ from pydedup.layout import (
     split_places,
     used_places,
 )
+from pydedup.maintenance.maps import replace_maps
 from pydedup.maintenance.survey import sound_models, stored_model
 from pydedup.pool import PagePool
 
@@ -133,10 +134,12 @@ def relocate(
                 continue
             old_maps = model.block_maps()
             maps = [_moved(block_map, table) for block_map in old_maps]
+            changed = {}
             for ordinal, (old, new) in enumerate(zip(old_maps, maps, strict=True)):
                 if new is not old:
-                    adapter.replace_block_map(row.id, ordinal, list(new.parts()))
+                    changed[ordinal] = new
                     pages_of_deltas.update(_pages_of_deltas(old, table))
+            replace_maps(adapter, row, changed)
             before, after = used_places(old_maps), used_places(maps)
             _change_reads(mine, before, after, moves, damaged, pool)
             adapter.delete_model_pages(row.id)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.adapter import LIVE, RETIRED, Adapter
+from pydedup.adapter import LIVE, RETIRED, Adapter, ModelRow
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError, PageNotFoundError, PydedupError
@@ -38,6 +38,7 @@ from pydedup.layout import (
     split_places,
     used_places,
 )
+from pydedup.maintenance.maps import replace_maps
 from pydedup.maintenance.rows import lost_models, wrong_reads
 from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
@@ -128,7 +129,7 @@ class Repacked(NamedTuple):
 class _Move:
     """What a new layout changes for one model: its block maps, and what it reads."""
 
-    model_id: int
+    row: ModelRow
     maps: list[BlockMap]
     reads: list[tuple[int, int, int]]
 
@@ -358,7 +359,7 @@ def _move(
             new = replace(new, base_page_ids=base_page_ids, base_slots=base_slots)
         maps.append(new)
     reads = pages_read(joined([map_places(m) for m in maps]), joined(costs))
-    return _Move(model.row.id, maps, list(reads))
+    return _Move(model.row, maps, list(reads))
 
 
 def _publish(
@@ -369,10 +370,9 @@ def _publish(
         if not adapter.bump_epoch(plan.epoch):
             return None
         for move in moves:
-            for ordinal, block_map in enumerate(move.maps):
-                adapter.replace_block_map(move.model_id, ordinal, list(block_map.parts()))
-            adapter.delete_model_pages(move.model_id)
-            adapter.insert_model_pages((move.model_id, *read) for read in move.reads)
+            replace_maps(adapter, move.row, dict(enumerate(move.maps)))
+            adapter.delete_model_pages(move.row.id)
+            adapter.insert_model_pages((move.row.id, *read) for read in move.reads)
         kept = set(plan.kept.tolist())
         old_ids = [row.id for row in adapter.page_rows(state=LIVE) if row.id not in kept]
         adapter.set_page_state(old_ids, RETIRED, time.time())

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
-from pydedup.catalog import StoredModel, certificate_of, model_info
+from pydedup.catalog import StoredModel, certificate_of, check_row
 from pydedup.errors import CorruptStoreError, StoreError
 from pydedup.maintenance.damage import VerifyReport, sound_rows, unreadable_pages
 from pydedup.maintenance.rows import lost_models
@@ -57,7 +57,7 @@ def _verified(
         models = ModelChecks(adapter, pages.contents, report)
         rows = adapter.models()
         for number, row in enumerate(rows):
-            for read in (model_info, certificate_of):
+            for read in (check_row, certificate_of):
                 try:
                     read(row)
                 except CorruptStoreError as exc:

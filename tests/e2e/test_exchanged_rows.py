@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that are sound, in the place of others: nothing is answered with other weights for that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.errors import CorruptStoreError
+from pydedup.graph import Graph, Node
+from pydedup.testing.pages import small_pages
+
+from .damage import change, forget_maps
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((2, 64), np.float32)
+MODELS = {
+    name: {key: RNG.standard_normal((64, 64), np.float32) for key in ("a", "b")}
+    for name in ("one", "two", "three")
+}
+GRAPH = Graph(
+    ("x",),
+    ("z",),
+    (
+        Node("linear", ("x",), "y", {"weight": "a"}),
+        Node("linear", ("y",), "z", {"weight": "b"}),
+    ),
+)
+TELLS = "its block map is not the one that was recorded"
+
+
+def fill(url: str) -> None:
+    with pydedup.open(url) as store:
+        for name, model in MODELS.items():
+            store.add(name, model, graph=GRAPH)
+
+
+def is_there(store: pydedup.Store, *names: str) -> None:
+    for name in names:
+        loaded = store.load(name)
+        assert all(np.array_equal(loaded[key], array) for key, array in MODELS[name].items())
+
+
+def exchange_maps(url: str, first: tuple[int, int], second: tuple[int, int]) -> None:
+    """Exchange the block maps of two tensors, each an id of a model and an ordinal."""
+    told = "UPDATE {block_maps} SET model_id = ?, ordinal = ? WHERE model_id = ? AND ordinal = ?"
+    for new, old in (((999, 9), first), (first, second), (second, (999, 9))):
+        change(url, told, *new, *old)
+
+
+def replace_map(url: str, first: tuple[int, int], second: tuple[int, int]) -> None:
+    """Give the second tensor the block map of the first, too."""
+    with pydedup.open(url) as store:
+        (part,) = store._adapter.block_map(*first)
+    told = "UPDATE {block_maps} SET payload = ? WHERE model_id = ? AND ordinal = ?"
+    change(url, told, part, *second)
+
+
+def attached(store: pydedup.Store) -> None:
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Linear(64, 64, bias=False)
+    module.weight = torch.nn.Parameter(torch.from_numpy(MODELS["two"]["b"]))
+    layers = torch.nn.Module()
+    layers.a, layers.b = torch.nn.Linear(64, 64, bias=False), module
+    store.attach(layers, "two", mapping={"a.weight": "a", "b.weight": "b"})
+    layers.b(torch.from_numpy(X))
+
+
+@pytest.mark.parametrize("damage", [exchange_maps, replace_map])
+@pytest.mark.parametrize("other", [(2, 0), (1, 1)])
+def test_a_block_map_of_another_tensor(
+    damage: Callable[..., None], other: tuple[int, int], store_url: str, tmp_path: Path
+) -> None:
+    """All fits, and other weights were loaded, served, copied and taken for a next version."""
+    fill(store_url)
+    damage(store_url, other, (2, 1))
+    with pydedup.open(store_url) as store:
+        for work in (
+            lambda: store.load("two"),
+            lambda: store.predict("two", X),
+            lambda: store.tensor("two", "b").matmul(X),
+            lambda: store.export("two", tmp_path / "two.npz"),
+            lambda: store.copy_to(tmp_path / "copy.db", ["two"]),
+            lambda: store.backup(tmp_path / "backup.db"),
+            lambda: store.explain("two"),
+            store.vacuum if damage is replace_map else lambda: store.load("two"),
+        ):
+            with pytest.raises(CorruptStoreError, match=f"tensor '[ab]': {TELLS}"):
+                work()
+        assert not (tmp_path / "two.npz").exists()
+        assert any(TELLS in error for error in store.verify().errors)
+        # Of its next version, nothing is taken from it.
+        store.add("two", MODELS["two"], graph=GRAPH)
+        is_there(store, "two", "three")
+        store.remove("two@1")
+        if other[0] == 1:
+            store.remove("one")
+        store.vacuum()
+        assert store.verify().errors == []
+        is_there(store, "two", "three")
+
+
+def test_what_a_vacuum_moves_is_recorded(store_url: str, tmp_path: Path) -> None:
+    """Also for who read, before, what was recorded."""
+    with small_pages(40_000), pydedup.open(store_url) as store, pydedup.open(store_url) as reader:
+        for name, model in MODELS.items():
+            store.add(name, {**model, "c": RNG.standard_normal((64, 64), np.float32)})
+        for name, model in MODELS.items():
+            store.add(name, model)
+            store.remove(f"{name}@1")
+        is_there(reader, *MODELS)
+        assert store.vacuum().repacked_pages
+        is_there(reader, *MODELS)
+        is_there(store, *MODELS)
+        assert reader.verify().ok
+        store.copy_to(tmp_path / "copy.db")
+    with pydedup.open(tmp_path / "copy.db") as copy:
+        is_there(copy, *MODELS)
+        assert copy.verify().ok
+    exchange_maps(store_url, (5, 0), (5, 1))
+    with pydedup.open(store_url) as store, pytest.raises(CorruptStoreError, match=TELLS):
+        store.load("two")
+
+
+def test_a_model_of_before_block_maps_were_told_apart(store_url: str) -> None:
+    fill(store_url)
+    forget_maps(store_url)
+    with pydedup.open(store_url) as store:
+        is_there(store, *MODELS)
+        store.remove("one")
+        store.vacuum()
+        is_there(store, "two", "three")
+        assert store.verify().ok
+
+
+def test_models_whose_names_are_exchanged(store_url: str) -> None:
+    """One was loaded for the other."""
+    fill(store_url)
+    of = bytes if "mysql" in store_url else bytes.decode
+    for new, old in ((b"between", b"one"), (b"one", b"two"), (b"two", b"between")):
+        change(store_url, "UPDATE {models} SET name = ? WHERE name = ?", of(new), of(old))
+    with pydedup.open(store_url) as store:
+        for name, other in (("one", "two"), ("two", "one")):
+            with pytest.raises(CorruptStoreError, match=f"{name}@1 was added as {other}@1"):
+                store.load(name)
+        assert sum("was added as" in error for error in store.verify().errors) == 2
+        is_there(store, "three")
+
+
+def test_metadata_of_another_model(store_url: str) -> None:
+    """It says whose model it is, by which a quota goes."""
+    with pydedup.open(store_url) as store:
+        for name, model in MODELS.items():
+            store.add(name, model, metadata={"tenant": name})
+        change(store_url, "UPDATE {models} SET metadata = ? WHERE id = 2", '{"tenant": "one"}')
+        (error,) = store.verify().errors
+        assert error.startswith("the metadata of two@1 are not those that it was added with")
+        is_there(store, *MODELS)
