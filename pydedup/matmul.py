@@ -127,13 +127,12 @@ def matmul(
     PageNotFoundError, CorruptStoreError, BudgetError
         When the pages cannot be had; see `PagePool.windows`. Or no memory for the result.
     """
-    given, offset = checked_factors(block_map, x, bias, transpose)
+    given, offset = checked_factors(block_map, x, bias, transpose, keeps_bf16=True)
     check_activation(activation)
-    dtype = given.dtype
     inner = given.shape[-1]
     outer = block_map.grid.cols if transpose else block_map.grid.rows
     lead = given.shape[:-1]
-    y = room_for((math.prod(lead), outer), dtype)
+    y = room_for((math.prod(lead), outer), compute_dtype(block_map.dtype))
     product = _core.Matmul(
         *shape_of(block_map),
         given.reshape(len(y), inner),
@@ -151,13 +150,30 @@ def matmul(
 
 
 def checked_factors(
-    block_map: BlockMap, x: ArrayLike, bias: ArrayLike | None, transpose: bool
+    block_map: BlockMap,
+    x: ArrayLike,
+    bias: ArrayLike | None,
+    transpose: bool,
+    *,
+    keeps_bf16: bool = False,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Return x and bias as kernels take them. Raises ArgumentError as `matmul` does."""
+    """Return x and bias as kernels take them: x of bf16, for a product in f32, as uint16 if it may.
+
+    Raises ArgumentError as `matmul` does.
+    """
     grid = block_map.grid
     dtype = compute_dtype(block_map.dtype)
     inner, outer = (grid.rows, grid.cols) if transpose else (grid.cols, grid.rows)
-    given = real_array(x, dtype, "x")
+    given = as_array(x, "x")
+    if (
+        keeps_bf16
+        and given.dtype != dtype  # asked first: most are
+        and dtype == np.float32
+        and given.dtype == DType.BF16.numpy
+    ):
+        given = real_array(given, given.dtype, "x").view(np.uint16)
+    else:
+        given = real_array(given, dtype, "x")
     if given.ndim == 0 or given.shape[-1] != inner:
         raise ArgumentError(
             f"x has shape {given.shape}; its last axis must be {inner} for a matrix of shape "

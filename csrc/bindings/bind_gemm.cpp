@@ -40,6 +40,8 @@ class BoundMatmul {
         const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
         const Dtype weights = as_dtype(dtype);
         const Dtype compute = compute_dtype(weights);
+        const bool is_bf16 =
+            compute == Dtype::f32 && py::isinstance<py::array_t<std::uint16_t>>(x_);
         if (x_.ndim() != 2) throw Error(ErrorCode::invalid_argument, "x must be a 2-D array");
         const auto m = static_cast<std::size_t>(x_.shape(0));
         const std::size_t in = transpose ? rows : cols;
@@ -57,7 +59,7 @@ class BoundMatmul {
         const Matmul::Problem problem{
             grid,
             weights,
-            data_of(x_, compute, m * in, false, "x"),
+            data_of(x_, is_bf16 ? Dtype::bf16 : compute, m * in, false, "x"),
             m,
             bias_.is_none() ? nullptr : data_of(bias_, compute, out, false, "bias"),
             as_activation(activation),
@@ -65,7 +67,8 @@ class BoundMatmul {
             data_of(y_, compute, m * out, true, "y"),
             threads,
             variants ? variants_.data() : nullptr,
-            places_};
+            places_,
+            is_bf16};
         const WithoutGil no_gil;
         matmul_ = std::make_unique<Matmul>(problem);
     }

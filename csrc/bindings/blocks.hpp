@@ -174,20 +174,25 @@ class OnlyFeeder {
     std::atomic_flag& taken_;
 };
 
-/// A C-contiguous array of the compute dtype, borrowed.
-[[nodiscard]] inline std::byte* data_of(const py::object& object, Dtype compute, std::size_t size,
+/// A C-contiguous array of f64, f32, or bf16 (whose bits numpy has as uint16), borrowed.
+[[nodiscard]] inline std::byte* data_of(const py::object& object, Dtype dtype, std::size_t size,
                                         bool writes, const char* name) {
-    const bool wide = compute == Dtype::f64;
-    const bool same = wide ? py::isinstance<py::array_t<double>>(object)
-                           : py::isinstance<py::array_t<float>>(object);
+    const bool wide = dtype == Dtype::f64;
+    const bool half = dtype == Dtype::bf16;
+    const bool same = wide   ? py::isinstance<py::array_t<double>>(object)
+                      : half ? py::isinstance<py::array_t<std::uint16_t>>(object)
+                             : py::isinstance<py::array_t<float>>(object);
     const auto array = same ? py::reinterpret_borrow<py::array>(object) : py::array();
     const bool contiguous = (array.flags() & py::array::c_style) != 0;
     if (!same || !contiguous || static_cast<std::size_t>(array.size()) != size) {
         throw Error(ErrorCode::invalid_argument, std::string(name) + " must be a C-contiguous " +
-                                                     (wide ? "float64" : "float32") + " array of " +
-                                                     std::to_string(size) + " elements");
+                                                     (wide   ? "float64"
+                                                      : half ? "uint16"
+                                                             : "float32") +
+                                                     " array of " + std::to_string(size) +
+                                                     " elements");
     }
-    if (reinterpret_cast<std::uintptr_t>(array.data()) % (wide ? 8 : 4) != 0) {
+    if (reinterpret_cast<std::uintptr_t>(array.data()) % (wide ? 8 : half ? 2 : 4) != 0) {
         throw Error(ErrorCode::invalid_argument, std::string(name) + " is misaligned");
     }
     if (writes && !array.writeable()) {

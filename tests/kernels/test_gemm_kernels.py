@@ -305,6 +305,34 @@ def test_inputs_of_any_size_with_bf16_weights(scale: float) -> None:
     assert_close(matmul.matmul(block_map, pages.pool(), x), x, w)
 
 
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F32, DType.F64, DType.I8])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("special", ["none", "subnormal", "not finite"])
+def test_inputs_in_bf16_count_as_the_same_numbers_in_f32(
+    dtype: DType, transpose: bool, special: str
+) -> None:
+    """Bit for bit, also where a kernel that multiplies bf16 numbers cannot take them."""
+    rng = np.random.default_rng(5)
+    rows, cols = 70, 135
+    w = (rng.standard_normal((rows, cols)) * 20).astype(dtype.numpy)
+    pages = MemoryPages()
+    block_map = pages.add(w, (16, 32))
+    for m in (1, 2, 5, 33, 100):
+        x = rng.standard_normal((m, rows if transpose else cols)).astype(DType.BF16.numpy)
+        if special == "subnormal":
+            x[-1, -1] = 2.0**-130
+        elif special == "not finite":
+            x[-1, -1], x[0, 0] = np.inf, np.nan
+        want = matmul.matmul(
+            block_map, pages.pool(), x.astype(np.float32), transpose=transpose, threads=2
+        )
+        for same in (x, np.asfortranarray(x), x[None]):
+            y = matmul.matmul(block_map, pages.pool(), same, transpose=transpose, threads=2)
+            assert y.dtype == want.dtype
+            assert y.shape == (*same.shape[:-1], want.shape[-1])
+            assert y.tobytes() == want.tobytes()
+
+
 @pytest.mark.parametrize(
     ("rows", "cols", "transpose"), [(0, 4, False), (4, 0, False), (0, 4, True), (4, 0, True)]
 )

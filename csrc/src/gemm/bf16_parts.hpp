@@ -45,4 +45,21 @@ namespace pydedup::detail {
     return three ? 3 : 0;
 }
 
+/// The same of bf16 numbers: one, or none where some are subnormal.
+[[nodiscard]] inline unsigned bf16_parts(const std::uint16_t* x, std::size_t count, bool,
+                                         unsigned threads) {
+    constexpr std::size_t kPiece = std::size_t{1} << 14;
+    constexpr unsigned kLeastNormal = 1U << 7;
+    std::atomic<bool> none{false};
+    parallel_for(count, kPiece, threads, [&](std::size_t begin, std::size_t end) {
+        unsigned subnormal = 0;
+        for (std::size_t at = begin; at < end; ++at) {
+            const auto below = static_cast<std::uint16_t>((x[at] & 0x7FFFU) - 1U);  // see above
+            subnormal |= static_cast<unsigned>(below < kLeastNormal - 1U);
+        }
+        if (subnormal != 0) none.store(true, std::memory_order_relaxed);
+    });
+    return none ? 0 : 1;
+}
+
 }  // namespace pydedup::detail

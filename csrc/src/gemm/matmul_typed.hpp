@@ -61,6 +61,10 @@ class Matmul::Typed final : public Matmul::Impl {
 
     [[nodiscard]] unsigned threads_for(std::size_t work) const noexcept;
 
+    // Packs x, in f32 or bf16, for products of pairs, where there are such and they lose nothing.
+    template <class S>
+    [[nodiscard]] bool pack_pairs(const S* x);
+
     // One panel by rows (or tiles of rows) of x [unit0, unit1).
     struct Task {
         std::size_t panel, unit0, unit1;
@@ -184,7 +188,8 @@ class Matmul::Typed final : public Matmul::Impl {
     }
 
     const GemmKernels& kernels_;
-    const T* const x_;
+    const T* x_;
+    detail::AlignedArray<T> wide_;  // x_, where x came in bf16 and cannot stay that
     const T* const bias_;
     T* const y_;
     const std::size_t n_;    // columns of y

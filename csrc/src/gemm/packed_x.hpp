@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// x, packed for tile_nt as elements E, for sums in A (which x itself is in): cut into strips of
-// columns (one per column of blocks of W), each strip into tiles of rows, and in a tile the rows
-// run along the lanes of a vector, `group` columns of each. So all that one block is multiplied
-// with lies together. Rows and columns that only fill up a tile are zero.
+// x, packed for tile_nt as elements E, for sums in A (which x itself is in, or in E): cut into
+// strips of columns (one per column of blocks of W), each strip into tiles of rows, and in a tile
+// the rows run along the lanes of a vector, `group` columns of each. So all that one block is
+// multiplied with lies together. Rows and columns that only fill up a tile are zero.
 #pragma once
 
 #include <algorithm>
@@ -61,8 +61,9 @@ class PackedX {
     using Tile = RowTile<E, A>;
     using Cut = decltype(Bf16GemmKernels::cut);
 
-    /// Where E are bf16 numbers, `cut` makes of each of x three of them; nullptr: it is one.
-    PackedX(const A* x, std::size_t m, std::size_t cols, std::size_t strip,
+    /// Where E are bf16 numbers, `cut` makes of each of x, in A, three of them; nullptr: it is one.
+    template <class S>
+    PackedX(const S* x, std::size_t m, std::size_t cols, std::size_t strip,
             std::span<const GemmTile<E, A>> kernels, unsigned threads, Cut cut = nullptr)
         : cols_(cols), strip_(std::min(strip, cols)), cut_(cut), tiles_(cut_rows(m, kernels)) {
         const std::size_t strips = (cols + strip_ - 1) / strip_;
@@ -117,23 +118,16 @@ class PackedX {
     // Elements of a strip of full width.
     [[nodiscard]] std::size_t strip_elements() const noexcept { return places_[tiles_.size()]; }
 
-    [[nodiscard]] static E element(A value) noexcept {
-        if constexpr (std::is_same_v<E, A>) {
-            return value;
-        } else {  // a bf16 number
-            return upper_half(value);
-        }
-    }
-
-    void pack(const A* x, std::size_t s, std::size_t t) const {
+    template <class S>
+    void pack(const S* x, std::size_t s, std::size_t t) const {
         const Tile& tile = tiles_[t];
         const std::size_t width = std::min(strip_, cols_ - s * strip_);
-        const A* const from = x + tile.row0 * cols_ + s * strip_;
+        const S* const from = x + tile.row0 * cols_ + s * strip_;
         if (cut_ == nullptr) {
             pack_tile(from, cols_, width, tile, at(s, t, 0));
             return;
         }
-        if constexpr (!std::is_same_v<E, A>) {
+        if constexpr (!std::is_same_v<E, S>) {
             const std::size_t count = tile.rows * width;
             const AlignedArray<A> parts(kCutParts * count);
             for (std::size_t i = 0; i < tile.rows; ++i) {
@@ -148,10 +142,11 @@ class PackedX {
 
     // A cache line of columns at a time: rows of x may lie a power of two apart, and one element
     // of each would evict the next one's line.
-    static void pack_tile(const A* from, std::size_t ld, std::size_t width, const Tile& tile,
+    template <class S>
+    static void pack_tile(const S* from, std::size_t ld, std::size_t width, const Tile& tile,
                           E* to) noexcept {
         const std::size_t group = tile.kernel->group;
-        const std::size_t step = std::max(64 / sizeof(A), group);
+        const std::size_t step = std::max(64 / sizeof(S), group);
         if (width % group != 0 || tile.rows < tile.kernel->width) {
             std::fill_n(to, groups(width, tile) * tile.elements(), E{0});
         }
@@ -169,11 +164,16 @@ class PackedX {
         for (std::size_t c0 = 0; c0 < width; c0 += step) {
             const std::size_t c1 = std::min(width, c0 + step);
             for (std::size_t i = 0; i < tile.rows; ++i) {
-                const A* const line = from + i * ld;
+                const S* const line = from + i * ld;
                 E* const row = to + i * group;
                 for (std::size_t c = c0; c < c1; c += group) {
-                    std::transform(line + c, line + std::min(c1, c + group),
-                                   row + c * tile.kernel->width, element);
+                    const S* const end = line + std::min(c1, c + group);
+                    if constexpr (std::is_same_v<E, A>) {
+                        std::copy(line + c, end, row + c * tile.kernel->width);
+                    } else {
+                        std::transform(line + c, end, row + c * tile.kernel->width,
+                                       [](S value) { return bf16_bits(value); });
+                    }
                 }
             }
         }

@@ -11,17 +11,19 @@
 
 namespace pydedup::detail {
 
-/// What is left of a float that is a bf16 number.
-[[nodiscard]] inline std::uint16_t upper_half(float value) noexcept {
+/// A bf16 number, also one that is kept as a float.
+[[nodiscard]] inline std::uint16_t bf16_bits(float value) noexcept {
     return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
 }
+[[nodiscard]] inline std::uint16_t bf16_bits(std::uint16_t bits) noexcept { return bits; }
 
 namespace transposing {
 
 // Any machine this runs on has vectors of four floats.
 using Four = float __attribute__((vector_size(16)));
 
-inline Four load(const float* from) noexcept {
+template <class S>
+Four load(const S* from) noexcept {
     Four four;
     std::memcpy(&four, from, sizeof four);
     return four;
@@ -51,8 +53,9 @@ inline void four_by_four(const float* from, std::size_t ld_from, float* to,
                   load(from + 3 * ld_from), to, ld_to);
 }
 
-// Upper halves of eight floats, neighbours in one lane.
-inline Four upper_halves(const float* from) noexcept {
+// Eight bf16 numbers, neighbours in one lane.
+inline Four four_pairs(const std::uint16_t* from) noexcept { return load(from); }
+inline Four four_pairs(const float* from) noexcept {
     using Words = std::uint32_t __attribute__((vector_size(16)));
     const Four low = load(from);
     const Four high = load(from + 4);
@@ -115,30 +118,31 @@ void transpose_apart(const T* from, std::size_t ld_from, std::size_t rows, std::
     }
 }
 
-/// Pairs of columns of rows of f32 that are bf16 numbers, as those, and by cache lines of `from`:
+/// Pairs of columns of rows of bf16 numbers, or of f32 that are some, by cache lines of `from`:
 /// to[c / 2 * ld_to + 2 * r + c % 2] = from[r * ld_from + c], for r < rows and c < cols.
-inline void transpose_pairs(const float* from, std::size_t ld_from, std::size_t rows,
-                            std::size_t cols, std::uint16_t* to, std::size_t ld_to) noexcept {
+template <class S>
+void transpose_pairs(const S* from, std::size_t ld_from, std::size_t rows, std::size_t cols,
+                     std::uint16_t* to, std::size_t ld_to) noexcept {
     const auto one_by_one = [=](std::size_t r0, std::size_t r1, std::size_t c0, std::size_t c1) {
         for (std::size_t r = r0; r < r1; ++r) {
             for (std::size_t c = c0; c < c1; ++c) {
-                to[c / 2 * ld_to + 2 * r + c % 2] = upper_half(from[r * ld_from + c]);
+                to[c / 2 * ld_to + 2 * r + c % 2] = bf16_bits(from[r * ld_from + c]);
             }
         }
     };
-    constexpr std::size_t kLine = 64 / sizeof(float);
+    constexpr std::size_t kLine = 64 / sizeof(S);
     for (std::size_t c0 = 0; c0 < cols; c0 += kLine) {
         const std::size_t c1 = std::min(cols, c0 + kLine);
         const std::size_t eights = c0 + (c1 - c0) / 8 * 8;
         std::size_t r = 0;
         for (; r + 4 <= rows; r += 4) {
             for (std::size_t c = c0; c < eights; c += 8) {
-                const float* const at = from + r * ld_from + c;
+                const S* const at = from + r * ld_from + c;
                 // As floats they are only carried.
                 transposing::store_columns(
-                    transposing::upper_halves(at), transposing::upper_halves(at + ld_from),
-                    transposing::upper_halves(at + 2 * ld_from),
-                    transposing::upper_halves(at + 3 * ld_from), to + c / 2 * ld_to + 2 * r, ld_to);
+                    transposing::four_pairs(at), transposing::four_pairs(at + ld_from),
+                    transposing::four_pairs(at + 2 * ld_from),
+                    transposing::four_pairs(at + 3 * ld_from), to + c / 2 * ld_to + 2 * r, ld_to);
             }
             one_by_one(r, r + 4, eights, c1);
         }

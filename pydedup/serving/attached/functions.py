@@ -26,6 +26,7 @@ from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
 from pydedup.serving.engine import from_front, until_last
 from pydedup.serving.tensor import StoredTensor
+from pydedup.types import DType
 
 __all__ = ["rows_of"]
 
@@ -33,8 +34,11 @@ _Tensor = torch.Tensor
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def _array(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
-    """Return an input as kernels take it, without a copy where it is float32 or float64."""
+def _array(x: torch.Tensor, weight: StoredParameter, *, keeps_bf16: bool = False) -> NDArray[Any]:
+    """Return an input as kernels take it, without a copy where it is float32 or float64.
+
+    Products take bfloat16 as it is, which ``keeps_bf16`` asks for.
+    """
     if not x.is_cpu:
         raise ArgumentError(f"{weight.label} is streamed on the CPU; the input is on {x.device}")
     if x.requires_grad:
@@ -50,6 +54,8 @@ def _array(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
             "module outside of torch.autograd.forward_ad.dual_level"
         )
     dtype = x.dtype
+    if keeps_bf16 and dtype is torch.bfloat16:  # which numpy does not know
+        return _numpy(x.view(torch.int16), weight).view(DType.BF16.numpy)
     if dtype in _HALVES:
         x = x.float()
     elif dtype is not torch.float32 and dtype is not torch.float64:
@@ -125,12 +131,13 @@ def _product(
     if offset is not None and offset.ndim > 1:
         return NotImplemented
     x = _cast(x)
-    given = _array(x, weight)
+    given = _array(x, weight, keeps_bf16=True)
+    x_bytes = given.size * max(given.itemsize, 4)
     transpose = weight.transposed is not transpose
     if weight.rows is None:
         outer, inner = stored.shape[::-1] if transpose else stored.shape
         # Kernels keep a copy of x beside the result.
-        needed(given.nbytes + given.nbytes // max(inner, 1) * outer)
+        needed(x_bytes + x_bytes // max(inner, 1) * outer)
         if offset is not None and offset.size == 1:  # torch adds it to every column
             offset = offset.repeat(outer)
         y = stored.matmul(given, bias=offset, transpose=transpose)
@@ -141,7 +148,7 @@ def _product(
     if offset is not None and offset.size not in (1, count):
         return NotImplemented  # torch says what is wrong
     part, before = weight.attachment.weights().part(weight.number, weight.rows)
-    needed(given.nbytes + given.nbytes // max(part.shape[1], 1) * part.shape[0])
+    needed(x_bytes + x_bytes // max(part.shape[1], 1) * part.shape[0])
     y = np.ascontiguousarray(part.matmul(given)[..., before : before + count])
     if offset is not None:
         y += offset
