@@ -184,6 +184,32 @@ def test_pages_that_are_there_with_deltas_that_lost_their_base(new_store: New) -
         assert all(np.array_equal(target.load("mixed")[k], w) for k, w in mixed.items())
 
 
+def test_deltas_that_are_there_on_bases_that_are_there_twice(
+    new_store: New, change_page: Any
+) -> None:
+    """A base was added again while its page could not be read: which of the two is read counts."""
+    rng = np.random.default_rng(9)
+    base, more = (rng.standard_normal((256, 64)).astype(np.float32) for _ in range(2))
+    near = {"w": base * np.float32(1 + 1e-6)}
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    with pydedup.open(url) as target:
+        target.add("base@1", {"w": base, "more": more})
+    with pydedup.open(source_url) as store:
+        store.add("base@1", {"w": base})
+        assert store.add_many({"one@1": near, "two@1": near})[0].delta_blocks
+        store.copy_to(url, ["one"])
+        change_page(url, 1, lambda payload: payload.__setitem__(-1, payload[-1] ^ 1))
+        with pydedup.open(url) as target:
+            assert target.add("again@1", {"w": base}).damaged_pages == (1,)
+        change_page(url, 1, lambda payload: payload.__setitem__(-1, payload[-1] ^ 1))
+        assert store.copy_to(url, ["two"]).stored_bytes == 0
+    with pydedup.open(url, mode="r") as target:
+        report = target.verify()
+        assert "same block as" in report.notes[0]
+        assert report.errors == []
+        assert np.array_equal(target.load("two@1")["w"], near["w"])
+
+
 @pytest.mark.parametrize("target", BACKENDS)
 def test_some_models_bring_the_bases_of_their_deltas(
     filled: New, new_store: New, assert_same: Callable[..., None], target: str
