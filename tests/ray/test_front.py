@@ -76,7 +76,11 @@ Ask = Callable[..., tuple[int, bytes]]
 def ask() -> Ask:
     from pydedup.ray.serving.front import Front
 
-    def ask(handle: Any, *, root: str = "", **options: Any) -> tuple[int, bytes]:
+    def ask(
+        handle: Any, *, root: str = "", action: str = "POST models/m/infer", **options: Any
+    ) -> tuple[int, bytes]:
+        method, _, place = action.partition(" ")
+
         async def run() -> tuple[int, bytes]:
             chosen = ServeOptions(**{"timeout": 5.0, **options})
             front = Front(handle, Families(), chosen, Gate(None), None, "x")  # type: ignore[arg-type]
@@ -88,8 +92,8 @@ def ask() -> Ask:
             async def send(message: dict[str, Any]) -> None:
                 sent.append(message)
 
-            path = f"{quote(root)}/v2/models/m/infer".encode()
-            scope = {"type": "http", "method": "POST", "raw_path": path, "headers": []}
+            path = f"{quote(root)}/v2/{place}".encode()
+            scope = {"type": "http", "method": method, "raw_path": path, "headers": []}
             await front({**scope, "root_path": root}, receive, send)
             return sent[0]["status"], b"".join(one["body"] for one in sent[1:])
 
@@ -163,6 +167,16 @@ def test_what_takes_too_long_is_cancelled(ask: Ask) -> None:
     handle = Handle(None)
     assert ask(handle, timeout=0.05)[0] == 504
     assert handle.calls[-1] == "cancel"
+
+
+def test_it_is_not_ready_when_no_replica_answers(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while the database is away and the last replica died: who asked waited for `timeout`."""
+    assert ask(Handle(ANSWERED), action="GET health/ready") == (200, b"fine")
+    monkeypatch.setattr("pydedup.ray.serving.front._READY_SECONDS", 0.05)
+    handle = Handle(None)
+    status, body = ask(handle, action="GET health/ready", timeout=200.0)
+    assert (status, handle.calls[-1]) == (503, "cancel")
+    assert "no replica answers" in json.loads(body)["error"]
 
 
 def test_what_a_replica_raises_is_no_news_for_clients(ask: Ask) -> None:

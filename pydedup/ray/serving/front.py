@@ -43,10 +43,11 @@ _REFRESH_SECONDS = 5.0
 _DEATHS = 3
 _HANDLES = 1024
 _METRICS_SECONDS = 2.0
+#: A replica waits half as long for the database. One that is being started asks it for longer.
+_READY_SECONDS = 10.0
 #: What a replica needs to know of a request's headers.
 _PASSED_ON = (b"content-encoding", b"inference-header-content-length")
 _ACTIONS = (
-    "ready",
     "server",
     "model",
     "model_ready",
@@ -89,6 +90,7 @@ class Front(Endpoint):
         self._actions = {
             "live": self._live,
             "metrics": self._metrics_text,
+            "ready": self._ready,
             **dict.fromkeys(_ACTIONS, self._hand_on),
         }
 
@@ -102,6 +104,14 @@ class Front(Endpoint):
 
     async def _live(self, exchange: Exchange) -> Reply:
         return responses.json_reply({"live": True})
+
+    async def _ready(self, exchange: Exchange) -> Reply:
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                return await self._hand_on(exchange)
+        except TimeoutError:
+            said = f"no replica answers within {_READY_SECONDS:g} seconds"
+            raise HttpError(503, said, "unavailable", RETRY_SOON) from None
 
     async def _metrics_text(self, exchange: Exchange) -> Reply:
         # Not every Ray that fits has it; where not, any name is a method of the deployment.
