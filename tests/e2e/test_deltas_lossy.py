@@ -24,9 +24,6 @@ from .test_deltas import (
 
 Model = dict[str, NDArray[Any]]
 
-SPREAD = 0.05
-SHAPES = {"embedding": (600, 64), "hidden": (256, 320), "head": (9, 256), "bias": (256,)}
-
 
 # ---- bounded -----------------------------------------------------------------------------------
 

@@ -23,11 +23,6 @@ from .test_promises import (
     weights,
 )
 
-Model = dict[str, NDArray[Any]]
-
-
-# ---- evaluate -----------------------------------------------------------------------------------
-
 
 def test_an_evaluate_that_loads_into_the_model_that_is_added(store: pydedup.Store) -> None:
     torch = pytest.importorskip("torch")

@@ -27,9 +27,6 @@ from .test_at_once import (
     version,
 )
 
-Model = dict[str, np.ndarray]
-
-
 _CHURN = """
 import sys, time
 import numpy as np

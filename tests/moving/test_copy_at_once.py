@@ -30,9 +30,6 @@ New = Callable[[str], str]
 BACKENDS = ("sqlite", "postgres", "mysql")
 
 
-# ---- others at the same time --------------------------------------------------------------------
-
-
 def copy_with(
     source_url: str,
     url: str,

@@ -262,3 +262,17 @@ def _until(done: Any) -> None:
 @pytest.fixture
 def sessions(own_postgres: PostgresServer) -> Sessions:
     return Sessions(own_postgres.new_place())
+
+
+@pytest.fixture
+def parquet(scored_file: Scored, tmp_path: Path) -> Path:
+    """The features as two files, a folder below the other, with a column more."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {f"f{i}": scored_file.features[:, i] for i in range(3)}
+    table = pa.table({"note": ["n"] * ROWS, "id": [3 * i for i in range(ROWS)], **columns})
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    pq.write_table(table[:900], tmp_path / "in" / "a.parquet", row_group_size=700)
+    pq.write_table(table[900:], tmp_path / "in" / "more" / "b.parquet")
+    return tmp_path / "in"

@@ -15,7 +15,7 @@ import pytest
 from pydedup.cli import main
 
 from .conftest import ROWS, Cluster, Scored
-from .test_score import assert_right, parquet  # noqa: F401 (a fixture)
+from .test_score import assert_right
 
 MODEL = ["--model", "m@prod", "--quiet"]
 

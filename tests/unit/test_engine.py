@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -21,8 +21,6 @@ from pydedup.types import DType, TensorInfo
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 class Model:

@@ -19,20 +19,13 @@ from pydedup.formats import _hdf5_probe
 from pydedup.formats.registry import open_source
 
 from .test_formats_keras import (
+    BIAS,
     NAMES_2,
     check,
     make,
     write_archive,
     write_legacy,
 )
-
-RNG = np.random.default_rng(0)
-KERNEL = RNG.standard_normal((40, 3000)).astype(np.float32)
-BIAS = RNG.standard_normal(3000).astype(np.float32)
-TABLE = RNG.standard_normal((9, 40)).astype(np.float32)
-
-
-# ---- bad input ---------------------------------------------------------------------------------
 
 
 def _link(kind: str) -> Callable[[Any], None]:

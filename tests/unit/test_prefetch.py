@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -250,29 +249,6 @@ def test_a_call_that_is_given_up_lets_its_pages_go() -> None:
     assert pages.by("pydedup-ahead")
 
 
-def test_activations_and_reservations_count() -> None:
-    pages = SlowPages(16, 0)
-    pool = PagePool(pages.fetch, 16 * MIB)
-    walk(pool, ids_of(1, 16))
-    assert pool.stats()["pages"] == 16
-    with pool.activations(6 * MIB):
-        assert pool.stats()["bytes"] <= 10 * MIB
-        assert pool.stats()["reserved_bytes"] == 6 * MIB
-        assert walk(pool, ids_of(1, 16)) == list(range(1, 17))
-    with pool.reserve(8 * MIB):
-        assert pool.activation_bytes == 4 * MIB
-        assert walk(pool, ids_of(1, 16)) == list(range(1, 17))
-        assert pool.stats()["bytes"] <= 8 * MIB
-    assert pool.activation_bytes == 8 * MIB
-    kept = pool.reserve(MIB)
-    assert pool.stats()["reserved_bytes"] == MIB
-    kept.release()
-    kept.release()
-    assert pool.stats()["reserved_bytes"] == 0
-    pool.reserve(MIB)
-    assert pool.stats()["reserved_bytes"] == 0  # nobody kept it
-
-
 def in_threads(*works: Callable[[], None]) -> None:
     errors: list[BaseException] = []
 
@@ -289,56 +265,6 @@ def in_threads(*works: Callable[[], None]) -> None:
         thread.join(30)
     assert not errors, errors
     assert not any(thread.is_alive() for thread in threads)
-
-
-def test_scratch_is_there_once_for_all_predictions() -> None:
-    pool = PagePool(SlowPages(1, 0).fetch, 64 * MIB, scratch_bytes=16 * MIB)
-    inside = threading.Barrier(3)
-
-    def hold() -> None:
-        with pool.activations(14 * MIB):
-            inside.wait(20)
-            assert pool.stats()["reserved_bytes"] == (3 * 14 - 16) * MIB
-            inside.wait(20)
-
-    in_threads(hold, hold, hold)
-    assert pool.stats()["reserved_bytes"] == 0
-
-
-def test_a_large_prediction_gets_its_turn_among_small_ones() -> None:
-    pool = PagePool(SlowPages(1, 0).fetch, 16 * MIB)
-    served = threading.Event()
-
-    def small() -> None:
-        deadline = time.monotonic() + 60
-        while not served.is_set():
-            assert time.monotonic() < deadline
-            with pool.activations(MIB):
-                time.sleep(0.003)
-
-    def large() -> None:
-        time.sleep(0.05)
-        with pool.activations(8 * MIB):
-            served.set()
-
-    in_threads(small, small, small, large)
-
-
-def test_what_was_reserved_before_a_fork_counts_in_the_child() -> None:
-    pool = PagePool(SlowPages(1, 0).fetch, 64 * MIB)
-    kept = pool.reserve(16 * MIB)
-    child = os.fork()
-    if child == 0:
-        try:
-            ok = pool.stats()["reserved_bytes"] == 16 * MIB and pool.activation_bytes == 24 * MIB
-            with pool.reserve(8 * MIB):
-                ok = ok and pool.stats()["reserved_bytes"] == 24 * MIB
-            kept.release()
-            ok = ok and pool.stats()["reserved_bytes"] == 0 and pool.activation_bytes == 32 * MIB
-        finally:
-            os._exit(0 if ok else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert pool.stats()["reserved_bytes"] == 16 * MIB
 
 
 def test_without_a_thread_to_be_had_a_walk_reads_for_itself(monkeypatch: Any) -> None:

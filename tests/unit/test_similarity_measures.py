@@ -19,9 +19,6 @@ from .test_similarity import (
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 
 
-# ---- distances and magnitudes -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distances_are_those_of_float64(dtype: Any) -> None:
     a, b = random_blocks(5, (33, 47), dtype), random_blocks(5, (33, 47), dtype, seed=1)

@@ -24,9 +24,6 @@ from .conftest import add_pages, open_store
 MIB = 1 << 20
 
 
-# ---- threads and other processes ----------------------------------------------------------------
-
-
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - pathlib would make 100 paths
 

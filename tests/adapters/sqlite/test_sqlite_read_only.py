@@ -30,9 +30,6 @@ from .test_sqlite_files import (
 MIB = 1 << 20
 
 
-# ---- reading alone ------------------------------------------------------------------------------
-
-
 def test_reading_leaves_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "models.db"
     adapter = open_store(path)

@@ -28,9 +28,6 @@ from .conftest import (
 run_program = run_here
 
 
-# ---- interrupted, and nobody listening -----------------------------------------------------------
-
-
 def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
     blocker = sqlite3.connect(path_of(url), isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")  # the add has to wait for this one, so it is under way

@@ -28,7 +28,6 @@ from .conftest import (
 )
 
 SIDE = 32
-Model = dict[str, np.ndarray]
 
 
 def test_distinct_blocks_are_recorded_anew(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import pydedup
@@ -24,9 +23,6 @@ from .conftest import (
     is_sound,
     loaded,
 )
-
-SIDE = 32
-Model = dict[str, np.ndarray]
 
 
 def fill_with_copy(url: str, tmp_path: Path) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import pydedup
@@ -35,11 +34,7 @@ from .conftest import (
     ruin,
 )
 
-Model = dict[str, NDArray[Any]]
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
-
-
-ALL = ("base", "near", "nearer", "shares", "own")
 
 
 def check_reads_but(store: pydedup.Store, damaged: int) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import pydedup
@@ -33,11 +32,7 @@ from .conftest import (
     ruin,
 )
 
-Model = dict[str, NDArray[Any]]
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
-
-
-ALL = ("base", "near", "nearer", "shares", "own")
 
 
 def test_serving_and_writing_go_on(store_url: str, change_page: Change, healthy: str) -> None:

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of attached layers as torch takes them: arguments, parts of matrices, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+Check = Callable[..., set[str]]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(7)
+
+
+class Calls(nn.Module):
+    """A function of the input and a matrix."""
+
+    def __init__(self, call: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(70, 50))
+        self.call = call
+
+    def forward(self, x: Any) -> Any:
+        return self.call(x, self.matrix)
+
+
+linear, bag = nn.functional.linear, nn.functional.embedding_bag
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: torch.mm(x, mat2=w.t()),
+        lambda x, w: x.matmul(other=w.t()),
+        lambda x, w: x @ torch.t(input=w),
+        lambda x, w: x @ torch.transpose(input=w, dim0=-1, dim1=0),
+        lambda x, w: linear(x, torch.chunk(input=w, chunks=2)[1]),
+        lambda x, w: linear(x, w.contiguous(memory_format=torch.contiguous_format)),
+        lambda x, w: linear(x.type_as(other=w), w),
+        lambda x, w: linear(x, w, torch.ones(1)),
+        lambda x, w: linear(x[0], w, torch.ones(())),
+        lambda x, w: linear(x, w[3:9], torch.ones(1)),
+        lambda x, w: bag(torch.tensor([[0, 69], [3, 3]]), w, padding_idx=-1),
+        lambda x, w: [linear(x, part) for part in w.chunk(3)],
+        lambda x, w: linear(x, w[10:60][5:9]),
+    ],
+)
+def test_arguments_as_torch_takes_them(check: Check, call: Callable[[Any, Any], Any]) -> None:
+    assert check(Calls(call), torch.randn(4, 50)) == set()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: torch.mm(x, w.t(), out=x.new_empty(4, 70)),
+        lambda x, w: torch.matmul(x, w.t(), out=x.new_empty(4, 70)),
+        lambda x, w: torch.addmm(x.new_ones(70), x, w.t(), out=x.new_empty(4, 70)),
+        lambda x, w: torch.addmm(x.new_ones(70), x, w.t(), beta=0.5),
+        lambda x, w: torch.addmm(x.new_ones(70), x, w.t(), alpha=0.5),
+        lambda x, w: linear(x, w, torch.ones(4, 70)),
+        lambda x, w: bag(torch.tensor([[0, 5], [3, 3]]), w[2:8]),
+        lambda x, w: bag(torch.tensor([[0, 49], [3, 3]]), w.t()),
+        lambda x, w: x @ w.t().contiguous().view(-1).view(50, 70),
+    ],
+)
+def test_arguments_that_no_kernel_takes(check: Check, call: Callable[[Any, Any], Any]) -> None:
+    assert check(Calls(call), torch.randn(4, 50)) == {"matrix"}
+
+
+class SomeFilters(nn.Module):
+    """Convolves with the first filters alone, as networks of several widths do."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any) -> Any:
+        call = nn.functional.conv2d if x.ndim == 4 else nn.functional.conv1d
+        return call(x, self.layer.weight[1:5], self.layer.bias[1:5])
+
+
+class LastRows(nn.Module):
+    """Multiplies with the end of a matrix, which no block height divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(997, 50))
+
+    def forward(self, x: Any) -> Any:
+        return linear(x, self.matrix[-5:])
+
+
+def test_the_last_rows_of_a_matrix(check: Check) -> None:
+    assert check(LastRows(), torch.randn(4, 50)) == set()
+
+
+def test_convolutions_with_some_of_the_filters(check: Check) -> None:
+    check(SomeFilters(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 9, 9))
+    check(SomeFilters(nn.Conv1d(3, 8, 3)), torch.randn(2, 3, 9))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda x, w: w[3:9][torch.tensor([0, 6])], ArgumentError, "ids from 0 to 6 for 6 rows of"),
+        (lambda x, w: w[torch.tensor([3, -71])], ArgumentError, "id -71 is out of range"),
+        (lambda x, w: w.split([30, 30]), RuntimeError, "sum exactly to 70"),
+        (lambda x, w: w.split([-1, 71]), RuntimeError, "non-negative"),
+        (lambda x, w: w.split(0), RuntimeError, "can only be 0"),
+        (lambda x, w: linear(x, w[3:9], torch.ones(5)), RuntimeError, "must match"),
+    ],
+)
+def test_parts_of_a_matrix_that_do_not_fit(
+    store: pydedup.Store, call: Callable[[Any, Any], Any], error: type[Exception], said: str
+) -> None:
+    module = Calls(call).eval()
+    store.add("m", module.state_dict())
+    with torch.no_grad(), pytest.raises(error, match=said):
+        store.attach(module, "m")(torch.randn(4, 50))
+
+
+@pytest.mark.parametrize("axes", [(0, 3), (-3, 0), (1, 2)])
+def test_axes_that_a_matrix_has_not(store: pydedup.Store, axes: tuple[int, int]) -> None:
+    module = Calls(lambda x, w: w.transpose(*axes)).eval()
+    store.add("m", module.state_dict())
+    with torch.no_grad(), pytest.raises(IndexError, match="out of range"):
+        store.attach(module, "m")(torch.randn(4, 50))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(check: Check, dtype: Any) -> None:
+    rtol = 1e-9 if dtype == torch.float64 else 2e-2
+    net = nn.Sequential(nn.Linear(60, 70), nn.GELU(), nn.LayerNorm(70), nn.Linear(70, 9)).to(dtype)
+    assert check(net, torch.randn(4, 60, dtype=dtype), rtol=rtol) == set()
+    check(nn.Conv2d(3, 5, 3, dtype=dtype), torch.randn(2, 3, 8, 8, dtype=dtype), rtol=rtol)
+    check(nn.Embedding(60, 7, dtype=dtype), torch.arange(60), rtol=0)
+    check(nn.EmbeddingBag(60, 7, dtype=dtype), torch.arange(60).view(6, 10), rtol=rtol)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("used", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_module_of_another_dtype_than_is_stored(
+    store: pydedup.Store, stored: Any, used: Any
+) -> None:
+    net = nn.Sequential(nn.Linear(60, 70), nn.LayerNorm(70), nn.Linear(70, 9)).to(stored).eval()
+    x = torch.randn(4, 60, dtype=used)
+    store.add("m", net)
+    with torch.no_grad():
+        wanted = net.to(used)(x)
+        got = store.attach(net, "m")(x)
+    assert got.dtype is used
+    rtol = 1e-12 if used == torch.float64 else 3e-2 if used == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol)
+    assert next(store.detach(net).parameters()).dtype is used
+
+
+class InBfloat16(nn.Module):
+    """Asks for products in bf16 itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.conv = nn.Linear(30, 30), nn.Conv1d(30, 4, 3)
+        self.attention = nn.MultiheadAttention(30, 2)
+
+    def forward(self, x: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.dense(x)
+            return y, y @ self.dense.weight, self.conv(x.T), *self.attention(y, y, y)
+
+
+def test_a_module_that_enters_autocast(check: Check) -> None:
+    assert check(InBfloat16(), torch.randn(7, 30), rtol=2e-2) == set()

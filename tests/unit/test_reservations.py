@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What activations and reservations take of the budget, beside walks that read ahead."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from pydedup.pool import PagePool
+
+from .test_prefetch import (
+    SlowPages,
+    ids_of,
+    in_threads,
+    walk,
+)
+
+MIB = 1 << 20
+
+
+def test_activations_and_reservations_count() -> None:
+    pages = SlowPages(16, 0)
+    pool = PagePool(pages.fetch, 16 * MIB)
+    walk(pool, ids_of(1, 16))
+    assert pool.stats()["pages"] == 16
+    with pool.activations(6 * MIB):
+        assert pool.stats()["bytes"] <= 10 * MIB
+        assert pool.stats()["reserved_bytes"] == 6 * MIB
+        assert walk(pool, ids_of(1, 16)) == list(range(1, 17))
+    with pool.reserve(8 * MIB):
+        assert pool.activation_bytes == 4 * MIB
+        assert walk(pool, ids_of(1, 16)) == list(range(1, 17))
+        assert pool.stats()["bytes"] <= 8 * MIB
+    assert pool.activation_bytes == 8 * MIB
+    kept = pool.reserve(MIB)
+    assert pool.stats()["reserved_bytes"] == MIB
+    kept.release()
+    kept.release()
+    assert pool.stats()["reserved_bytes"] == 0
+    pool.reserve(MIB)
+    assert pool.stats()["reserved_bytes"] == 0  # nobody kept it
+
+
+def test_scratch_is_there_once_for_all_predictions() -> None:
+    pool = PagePool(SlowPages(1, 0).fetch, 64 * MIB, scratch_bytes=16 * MIB)
+    inside = threading.Barrier(3)
+
+    def hold() -> None:
+        with pool.activations(14 * MIB):
+            inside.wait(20)
+            assert pool.stats()["reserved_bytes"] == (3 * 14 - 16) * MIB
+            inside.wait(20)
+
+    in_threads(hold, hold, hold)
+    assert pool.stats()["reserved_bytes"] == 0
+
+
+def test_a_large_prediction_gets_its_turn_among_small_ones() -> None:
+    pool = PagePool(SlowPages(1, 0).fetch, 16 * MIB)
+    served = threading.Event()
+
+    def small() -> None:
+        deadline = time.monotonic() + 60
+        while not served.is_set():
+            assert time.monotonic() < deadline
+            with pool.activations(MIB):
+                time.sleep(0.003)
+
+    def large() -> None:
+        time.sleep(0.05)
+        with pool.activations(8 * MIB):
+            served.set()
+
+    in_threads(small, small, small, large)
+
+
+def test_what_was_reserved_before_a_fork_counts_in_the_child() -> None:
+    pool = PagePool(SlowPages(1, 0).fetch, 64 * MIB)
+    kept = pool.reserve(16 * MIB)
+    child = os.fork()
+    if child == 0:
+        try:
+            ok = pool.stats()["reserved_bytes"] == 16 * MIB and pool.activation_bytes == 24 * MIB
+            with pool.reserve(8 * MIB):
+                ok = ok and pool.stats()["reserved_bytes"] == 24 * MIB
+            kept.release()
+            ok = ok and pool.stats()["reserved_bytes"] == 0 and pool.activation_bytes == 32 * MIB
+        finally:
+            os._exit(0 if ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pool.stats()["reserved_bytes"] == 16 * MIB
