@@ -220,7 +220,7 @@ def job_is_dead(spec: str, cursor: str, lease_seconds: float = LEASE_SECONDS) ->
         if here is None or places[0] != places[1]:
             return False  # on another machine: only the lease can tell
         return bool(_identity(int(process["pid"])) != process)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return True
 
 

@@ -178,7 +178,7 @@ def _read_quotas(adapter: Adapter) -> list[Quota]:
         # Early ones may be for a number, where that of a model is looked up as text.
         found = [replace(quota, value=text_of(quota.value)) for quota in found]
         found.sort(key=lambda quota: (quota.key, quota.value is not None, quota.value or ""))
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
         raise CorruptStoreError(
             f"{adapter.url} has quotas that do not parse ({exc}): row {QUOTAS_NAME!r} of its table "
             "meta; restore a backup"

@@ -7,7 +7,9 @@ Deliberately not here: anything that does I/O or arithmetic.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,10 +31,14 @@ __all__ = [
     "ScoreReport",
     "TensorInfo",
     "check_progress",
+    "shape_problem",
 ]
 
 #: Name of the artifact that holds a model's graph.
 GRAPH_ARTIFACT = "pydedup:graph.json"
+
+#: What numpy 1.26 can hold.
+_MAX_AXES = 32
 
 #: No id of a model or a page is larger: 20 bits for what is numbered within one go behind it.
 LARGEST_ID = (1 << 43) - 1
@@ -149,6 +155,16 @@ class TensorInfo:
     dtype: DType
     shape: tuple[int, ...]
     block_shape: tuple[int, int]
+
+
+def shape_problem(shape: Sequence[int]) -> str | None:
+    """Return why no array has a shape, or ``None``."""
+    if len(shape) > _MAX_AXES:
+        return f"has {len(shape)} axes; at most {_MAX_AXES} can be stored"
+    # Not even one without elements.
+    if min(shape, default=0) < 0 or math.prod(n or 1 for n in shape) > sys.maxsize // 16:
+        return f"has the impossible shape {tuple(shape)!r:.200}"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

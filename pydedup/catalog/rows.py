@@ -10,8 +10,8 @@ from typing import Any, Final
 from pydedup.adapter import Adapter, ModelRow, TensorRow
 from pydedup.blocks import as_block_shape
 from pydedup.certificates import METADATA, OF_MODEL, artifact_digest
-from pydedup.errors import ArgumentError, CorruptStoreError
-from pydedup.types import DType, ModelInfo, TensorInfo
+from pydedup.errors import CorruptStoreError
+from pydedup.types import DType, ModelInfo, TensorInfo, shape_problem
 
 __all__ = [
     "SUGGESTED_MODELS",
@@ -89,7 +89,7 @@ def recorded_object(text: str, what: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(text or "{}")
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise CorruptStoreError(f"{what} cannot be read ({exc}); restore a backup") from exc
     if not isinstance(found, dict):
         raise CorruptStoreError(f"{what} cannot be read (it is no object); restore a backup")
@@ -103,10 +103,11 @@ def tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
     try:
         block_shape = as_block_shape(json.loads(row.block_shape))
         shape = tuple(int(extent) for extent in json.loads(row.shape))
-        if min(shape, default=0) < 0:
-            raise ValueError(f"an extent of {min(shape)}")
+        problem = shape_problem(shape)
+        if problem is not None:
+            raise ValueError(f"it {problem}")
         return TensorInfo(row.name, DType.of_label(row.dtype), shape, block_shape)
-    except (ValueError, TypeError, OverflowError, ArgumentError) as exc:
+    except (ValueError, TypeError, OverflowError, RecursionError) as exc:
         raise CorruptStoreError(
             f"{address}, tensor {row.name!r}: its shape or dtype cannot be read ({exc})"
         ) from exc

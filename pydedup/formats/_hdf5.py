@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ __all__ = [
 
 #: Text datasets of layers (vocabularies) are kept in the skeleton up to this size.
 _MAX_INLINE = 64 << 20
+#: No skeleton has more; none of a real model comes near.
+_MAX_SKELETON = 1 << 30
 #: Compressed datasets that claim more than this times their stored size are bombs or damaged.
 _MAX_EXPANSION = 1100
 #: What Keras (the first) and we write as opaque bytes and name in an attribute.
@@ -112,8 +115,7 @@ def numeric(
         dtype = _dtype_of(item)
         if dtype is None:
             continue
-        if not skeleton:
-            _check_layout(item, path, where)
+        _check_layout(item, path, where, skeleton=skeleton)
         offset = None
         if file.userblock_size == 0 and _is_plain(item):
             offset = item.id.get_offset()
@@ -141,30 +143,61 @@ def build_skeleton(file: Any, skip: Callable[[str], bool], where: str) -> bytes:
                 copy = _copy_inline(item, target, path, where)
             _copy_attributes(item, copy, where)
             made[address] = copy
+    if buffer.getbuffer().nbytes > _MAX_SKELETON:
+        raise UnsupportedFormatError(
+            f"{where} has over {_MAX_SKELETON} bytes beside its numbers, which cannot be stored"
+        )
     return gzip.compress(buffer.getvalue(), mtime=0)
 
 
 def fill_skeleton(
-    path: Path,
-    skeleton: bytes,
-    name_of: Callable[[str], str],
-    fetch: Callable[[str, Dataset], Array],
+    path: Path, skeleton: bytes, fetch: Callable[[Any, Dataset], Array], where: str
 ) -> None:
     """Write the skeleton to ``path`` and each numeric dataset's data into it, one at a time.
 
-    ``fetch`` gets the tensor's name and the dataset that it must fit.
+    ``fetch`` gets the open file and the dataset that the data must fit. A skeleton is from a store,
+    which need not be one's own: what ``where`` names may lead to other files, which HDF5 would
+    write, be a bomb, or crash the library.
+
+    Raises
+    ------
+    FormatError
+        When the skeleton is damaged, or leads to other files.
     """
     h5py = import_h5py()
-    with path.open("wb") as file, gzip.open(io.BytesIO(skeleton)) as packed:
-        while piece := packed.read(1 << 20):
+    with path.open("w+b") as file, gzip.open(io.BytesIO(skeleton)) as packed:
+        for piece in _unpacked(packed, where):
             file.write(piece)
-    with h5py.File(path, "r+") as target:
+        file.flush()
+        if not survives(file.fileno(), 0, file.tell()):
+            raise FormatError(f"{where} makes the HDF5 library crash or hang; it is damaged")
+    with hdf5_errors(where):
+        target = h5py.File(path, "r+")
+    with target:
         done: set[int] = set()
-        for dataset in list(numeric(target, lambda _: False, str(path), skeleton=True)):
+        with hdf5_errors(where):
+            datasets = list(numeric(target, lambda _: False, where, skeleton=True))
+        for dataset in datasets:
             if dataset.address in done or not count(dataset.shape):
                 continue
             done.add(dataset.address)
-            _fill_dataset(target, dataset, fetch(name_of(dataset.path), dataset))
+            _fill_dataset(target, dataset, fetch(target, dataset))
+
+
+def _unpacked(packed: gzip.GzipFile, where: str) -> Iterator[bytes]:
+    """Yield what is in a skeleton. Raises FormatError, also where it is a bomb."""
+    left = _MAX_SKELETON
+    while True:
+        try:
+            piece = packed.read(1 << 20)
+        except (OSError, EOFError, zlib.error) as exc:
+            raise FormatError(f"{where} cannot be unpacked: {exc}") from exc
+        left -= len(piece)
+        if left < 0:
+            raise FormatError(f"{where} has over {_MAX_SKELETON} bytes when it is unpacked")
+        if not piece:
+            return
+        yield piece
 
 
 def _fill_dataset(target: Any, dataset: Dataset, array: Array) -> None:
@@ -267,9 +300,11 @@ def _is_plain(item: Any) -> bool:
     )
 
 
-def _check_layout(item: Any, path: str, where: str) -> None:
+def _check_layout(item: Any, path: str, where: str, *, skeleton: bool = False) -> None:
     if item.external or item.is_virtual:
         raise FormatError(f"{where}: dataset {path!r} keeps its data in other files; it is refused")
+    if skeleton:
+        return
     n_bytes = count(item.shape) * item.dtype.itemsize
     stored = item.id.get_storage_size()
     # One that was never written has no place in the file, whatever size it claims.

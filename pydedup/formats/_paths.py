@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file that a model names may be read: following links must not lead out of its folder.
+"""Whether a file that a model names may be read or written: it must not lead out of its folder.
 
 A folder from a stranger could link a tokenizer file to a private one, and the store would hand
 its content out. The cache of the Hugging Face hub links files of ``snapshots/<revision>`` to
@@ -8,9 +8,9 @@ its content out. The cache of the Hugging Face hub links files of ``snapshots/<r
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-__all__ = ["is_inside"]
+__all__ = ["is_inside", "stays_inside"]
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -23,3 +23,9 @@ def is_inside(path: Path, folder: Path) -> bool:
         if parent.parent.name == "snapshots":
             return target.is_relative_to(parent.parent.parent / "blobs")
     return False
+
+
+def stays_inside(name: str) -> bool:
+    """Return whether a relative path, links aside, stays in the folder in which it is looked up."""
+    pure = PurePosixPath(name)
+    return bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts

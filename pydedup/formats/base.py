@@ -15,7 +15,6 @@ from __future__ import annotations
 import abc
 import json
 import re
-import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -32,7 +31,7 @@ from pydedup.errors import (
     NotFoundError,
 )
 from pydedup.graph import Graph
-from pydedup.types import DType
+from pydedup.types import DType, shape_problem
 
 __all__ = [
     "DERIVED",
@@ -51,8 +50,6 @@ __all__ = [
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: What numpy 1.26 can hold.
-_MAX_AXES = 32
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 #: Prefix of artifacts that were no file of their own.
@@ -260,11 +257,7 @@ def checked_entries(description: str, entries: Iterable[TensorEntry]) -> tuple[T
         problem = name_problem(entry.name)
         if problem is None and entry.name in seen:
             problem = "occurs twice"
-        if problem is None and len(entry.shape) > _MAX_AXES:
-            problem = f"has {len(entry.shape)} axes; at most {_MAX_AXES} can be stored"
-        # No array has such axes, not even one without elements.
-        if problem is None and count(n or 1 for n in entry.shape) > sys.maxsize // 16:
-            problem = f"has the impossible shape {entry.shape}"
+        problem = problem or shape_problem(entry.shape)
         if problem is not None:
             raise FormatError(f"{description}: tensor name {entry.name!r:.80} {problem}")
         seen.add(entry.name)
@@ -321,7 +314,7 @@ def find_object(artifacts: Iterable[Artifact], name: str) -> dict[str, Any] | No
     payload = find_artifact(artifacts, name)
     try:
         return None if payload is None else dict(json.loads(payload))
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, RecursionError) as exc:
         raise CorruptStoreError(
             f"the artifact {name!r} of the model is damaged ({exc}); restore a backup, or export "
             "to another format"

@@ -9,7 +9,8 @@ have the folder before their names: ``unet/conv_in.weight``.
 All other small files are artifacts under their path. The same weights in further formats, states
 of training and large files of unknown kind are left out, and listed.
 
-Writing gives back the same files: which weights were in which file is an artifact too.
+Which weights were in which file is an artifact, too, so that the same files can be written again
+(:mod:`pydedup.formats.folder_write`).
 """
 
 from __future__ import annotations
@@ -30,27 +31,25 @@ from pydedup.formats.base import (
     DERIVED,
     Array,
     Artifact,
-    LazyTensors,
     SourceBase,
     TensorEntry,
     find_object,
 )
-from pydedup.formats.ties import copies
 from pydedup.graph import Graph
 
-__all__ = ["LAYOUT", "FolderSource", "write"]
+__all__ = ["GRAPH_FILE", "LAYOUT", "SAFE_SUFFIX", "FolderSource", "weight_map_of"]
 
 #: The artifact that says which weights were in which file.
 LAYOUT = DERIVED + "folder-layout"
+SAFE_SUFFIX = ".safetensors"
 #: A file for models whose layers are known, so that they stay known.
 GRAPH_FILE = "pydedup_graph.json"
 
 _MAX_ARTIFACT = 64 << 20
 _LARGEST_READ = 256 << 20
-_SAFE_SUFFIX = ".safetensors"
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _WEIGHT_SUFFIXES = {
-    *(_SAFE_SUFFIX, *_TORCH_SUFFIXES, ".ckpt", ".gguf", ".h5", ".keras", ".mlmodel", ".msgpack"),
+    *(SAFE_SUFFIX, *_TORCH_SUFFIXES, ".ckpt", ".gguf", ".h5", ".keras", ".mlmodel", ".msgpack"),
     *(".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".pb", ".tflite"),
 }
 _TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
@@ -187,88 +186,6 @@ class FolderSource(SourceBase):
         return graph
 
 
-def write(
-    path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-    graph: Graph | None,
-) -> list[str]:
-    """Fill the empty folder ``path``: artifacts that were files, and the weights as they were.
-
-    Returns the names of tied tensors that were written once more.
-    """
-    for item in artifacts:
-        if not item.name.startswith(DERIVED):
-            target = _safe_target(path, item.name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(item.payload)
-    if graph is not None:
-        (path / GRAPH_FILE).write_text(graph.to_json(), encoding="utf-8")
-    layout = find_object(artifacts, LAYOUT)
-    if layout is None:
-        safetensors.write(
-            _safe_target(path, "model.safetensors"), tensors, entries, artifacts, {"format": "pt"}
-        )
-        return copies(entries)
-    again: list[str] = []
-    by_name = {entry.name: entry for entry in entries}
-    for part in sorted(layout["parts"], key=lambda item: -len(item["folder"])):
-        prefix = f"{part['folder']}/" if part["folder"] else ""
-        for file, names in _assign(path, part, prefix, by_name):
-            chosen = [by_name.pop(name) for name in names]
-            inner = [
-                TensorEntry(e.name.removeprefix(prefix), e.dtype, e.shape, e.key) for e in chosen
-            ]
-            target = _safe_target(path, prefix + file["name"])
-            target.parent.mkdir(parents=True, exist_ok=True)
-            view = _Prefixed(tensors, prefix)
-            if target.suffix == _SAFE_SUFFIX:
-                safetensors.write(target, view, inner, (), file["metadata"])
-                again += copies(chosen)
-            else:
-                torch.write(target, view, inner)
-    if by_name:
-        raise ArgumentError(
-            f"tensor {min(by_name)!r} belongs to none of the files this model came from; "
-            "export to one .safetensors file"
-        )
-    return again
-
-
-class _Prefixed:
-    """The tensors of one folder under their names in its files."""
-
-    def __init__(self, tensors: LazyTensors, prefix: str) -> None:
-        self._tensors, self._prefix = tensors, prefix
-
-    def __getitem__(self, name: str, /) -> Array:
-        return self._tensors[self._prefix + name]
-
-
-def _assign(
-    path: Path, part: Mapping[str, Any], prefix: str, by_name: Mapping[str, TensorEntry]
-) -> list[tuple[Mapping[str, Any], list[str]]]:
-    """Return which tensors go into which file of a part."""
-    mine = [name for name in by_name if name.startswith(prefix)]
-    files = part["files"]
-    if part["index"] is None:
-        return [(files[0], mine)]
-    weight_map = dict(_weight_map(path / prefix / part["index"]))
-    missing = set(weight_map) - {name.removeprefix(prefix) for name in mine}
-    if missing:
-        raise ArgumentError(
-            f"tensor {prefix + min(missing)!r} is missing, which {part['index']} lists; export to "
-            "one .safetensors file"
-        )
-    weight_map.update({name: file["name"] for file in files for name in file["also"]})
-    result = []
-    for file in files:
-        names = [name for name in mine if weight_map.get(name.removeprefix(prefix)) == file["name"]]
-        result.append((file, names))
-    return result
-
-
 def _list_files(path: Path) -> tuple[list[str], list[str]]:
     """Return all files by path inside the folder, and the folders that were skipped."""
     names: list[str] = []
@@ -305,17 +222,17 @@ def _parts(path: Path, names: Sequence[str]) -> Iterator[_Part]:
 
 
 def _part(path: Path, folder: str, files: Sequence[str]) -> _Part | None:
-    safe = [name for name in files if name.endswith(_SAFE_SUFFIX)]
+    safe = [name for name in files if name.endswith(SAFE_SUFFIX)]
     other = [
         name for name in files if name.endswith(_TORCH_SUFFIXES) and not _TRAINING.fullmatch(name)
     ]
     for suffix, found, usual in (
-        (_SAFE_SUFFIX, safe, ("model.safetensors", "diffusion_pytorch_model.safetensors")),
+        (SAFE_SUFFIX, safe, ("model.safetensors", "diffusion_pytorch_model.safetensors")),
         (".bin", other, ("pytorch_model.bin", "diffusion_pytorch_model.bin")),
     ):
         indexes = [name for name in files if name.endswith(suffix + ".index.json")]
         for index in sorted(indexes, key=len)[:1]:  # variants have longer names
-            weight_map = _weight_map(path / folder / index)
+            weight_map = weight_map_of(path / folder / index)
             for file in weight_map.values():
                 if file not in files:
                     raise FormatError(f"{path / folder / index} names {file!r}, which is missing")
@@ -332,7 +249,8 @@ def _part(path: Path, folder: str, files: Sequence[str]) -> _Part | None:
     return None
 
 
-def _weight_map(path: Path) -> Mapping[str, str]:
+def weight_map_of(path: Path) -> Mapping[str, str]:
+    """Return which file an index has each tensor in. Raises FormatError."""
     try:
         weight_map = json.loads(_read_file(path))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
@@ -357,7 +275,7 @@ def _open_weights(path: Path) -> SourceBase:
     known = safetensors.looks_like(head, path.stat().st_size)
     if not known:
         refuse_foreign(path, head)
-    if known or path.suffix == _SAFE_SUFFIX:
+    if known or path.suffix == SAFE_SUFFIX:
         return safetensors.SafetensorsSource(path)
     if head[:2] != b"PK" and not torch.looks_like_legacy(head):
         raise FormatError(f"{path} is no torch checkpoint")
@@ -387,14 +305,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError as exc:
         raise FormatError(f"{path} cannot be read: {exc.strerror}") from exc
-
-
-def _safe_target(folder: Path, name: str) -> Path:
-    """Return where a stored file goes; names that would leave the folder are refused."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\x00" in name:
-        raise ArgumentError(f"artifact {name!r:.80} would be written outside of the folder")
-    target = folder / pure
-    if target.exists():
-        raise ArgumentError(f"artifact {name!r:.80} and another file want the same place")
-    return target

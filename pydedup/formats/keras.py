@@ -11,8 +11,6 @@ Files that are plain HDF5 and not of Keras are read and written the same way.
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import re
 import tempfile
@@ -38,6 +36,7 @@ from pydedup.formats._hdf5 import (
     open_file,
     read_dataset,
 )
+from pydedup.formats._paths import stays_inside
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.base import (
     DERIVED,
@@ -278,7 +277,10 @@ def write_archive(
         _fill(weights, structure, tensors, entries)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for item in members:
-                archive.writestr(zipfile.ZipInfo(item.name.removeprefix(MEMBER)), item.payload)
+                name = item.name.removeprefix(MEMBER)
+                if not stays_inside(name):
+                    raise FormatError(f"member {name!r:.80} would be unpacked outside of a folder")
+                archive.writestr(zipfile.ZipInfo(name), item.payload)
             archive.writestr(zipfile.ZipInfo(_CONFIG), config)
             info = zipfile.ZipInfo(_WEIGHTS)
             with weights.open("rb") as source, archive.open(info, "w", force_zip64=True) as target:
@@ -292,9 +294,9 @@ def _fill(
     path: Path, structure: bytes, tensors: LazyTensors, entries: Sequence[TensorEntry]
 ) -> None:
     by_name = {entry.name: entry for entry in entries}
-    legacy = _is_legacy(structure)
 
-    def fetch(name: str, dataset: Dataset) -> Array:
+    def fetch(file: Any, dataset: Dataset) -> Array:
+        name = tensor_name(dataset.path, _LEGACY_ROOT in file)
         entry = by_name.get(name)
         if entry is None or entry.dtype != dataset.dtype or entry.shape != dataset.shape:
             raise ArgumentError(
@@ -303,12 +305,7 @@ def _fill(
             )
         return fetch_tensor(tensors, entry)
 
-    fill_skeleton(path, structure, lambda item: tensor_name(item, legacy), fetch)
-
-
-def _is_legacy(structure: bytes) -> bool:
-    with import_h5py().File(io.BytesIO(gzip.decompress(structure)), "r") as file:
-        return _LEGACY_ROOT in file
+    fill_skeleton(path, structure, fetch, "the stored Keras structure")
 
 
 def _skip(path: str) -> bool:

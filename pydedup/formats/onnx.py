@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydedup.errors import FormatError, PydedupError
@@ -29,7 +29,7 @@ from pydedup.formats._onnx_tensors import (
     refuse_external,
     typed_values,
 )
-from pydedup.formats._paths import is_inside
+from pydedup.formats._paths import is_inside, stays_inside
 from pydedup.formats._protobuf import walk
 from pydedup.formats.base import (
     DERIVED,
@@ -150,8 +150,7 @@ class OnnxSource(SourceBase):
             length = int(fields.get("length", str(n_bytes)))
         except ValueError as exc:
             raise FormatError(f"{where} has damaged external data: {fields}") from exc
-        pure = PurePosixPath(location)
-        if not location or pure.is_absolute() or ".." in pure.parts or offset < 0:
+        if not stays_inside(location) or offset < 0:
             raise FormatError(
                 f"{where} names the external file {location!r:.80}, which is not inside the "
                 "model's folder; it is refused"

@@ -20,7 +20,17 @@ from pydedup.errors import (
     NotFoundError,
     UnsupportedFormatError,
 )
-from pydedup.formats import folder, keras, npz, onnx, onnx_write, safetensors, torch, wordvec
+from pydedup.formats import (
+    folder,
+    folder_write,
+    keras,
+    npz,
+    onnx,
+    onnx_write,
+    safetensors,
+    torch,
+    wordvec,
+)
 from pydedup.formats._files import RawFile, atomic_file, atomic_folder, open_raw, refuse_foreign
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.arrays import MappingSource
@@ -210,7 +220,7 @@ def write_model(
         raise UnsupportedFormatError(f"unknown format {kind!r}; choose one of {known}")
     if kind == "huggingface":
         with atomic_folder(target) as scratch:
-            return folder.write(scratch, tensors, entries, artifacts, graph)
+            return folder_write.write(scratch, tensors, entries, artifacts, graph)
     replaced = onnx.own_data(target) if kind == "onnx" else []
     with atomic_file(target) as scratch:
         again = _write_file(kind, scratch, target, tensors, entries, artifacts)

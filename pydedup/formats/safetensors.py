@@ -32,7 +32,7 @@ from pydedup.formats.base import (
 )
 from pydedup.types import DType
 
-__all__ = ["METADATA", "SafetensorsSource", "looks_like", "write"]
+__all__ = ["METADATA", "SafetensorsSource", "checked_metadata", "looks_like", "write"]
 
 #: The artifact that keeps ``__metadata__``.
 METADATA = DERIVED + "safetensors-metadata"
@@ -72,7 +72,7 @@ class SafetensorsSource(SourceBase):
         self._raw = RawFile(path)
         try:
             header, data_start = _read_header(self._raw)
-            self._metadata = _metadata(self.description, header.pop("__metadata__", None))
+            self._metadata = checked_metadata(self.description, header.pop("__metadata__", None))
             self._offsets: dict[str, int] = {}
             self._set_entries(self._parse(header, data_start))
         except BaseException:
@@ -136,7 +136,8 @@ def write(
 ) -> None:
     """Write one file, tensor by tensor. ``metadata`` overrides the artifact's."""
     if metadata is None:
-        metadata = find_object(artifacts, METADATA)
+        stored = find_object(artifacts, METADATA)
+        metadata = checked_metadata(f"the artifact {METADATA!r}", stored)
     ordered = _aligned_order(entries)
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position = 0
@@ -202,7 +203,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _metadata(where: str, value: object) -> dict[str, str] | None:
+def checked_metadata(where: str, value: object) -> dict[str, str] | None:
+    """Return what a file says of itself. Raises FormatError."""
     if value is None:
         return None
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):

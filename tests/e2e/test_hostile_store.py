@@ -7,18 +7,26 @@ are about.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py  # type: ignore[import-untyped]
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
 
 import pydedup
-from pydedup.errors import FormatError
+from pydedup.errors import ArgumentError, CorruptStoreError, FormatError, PydedupError
+from pydedup.formats import _hdf5
 
 from .damage import change
 
@@ -36,9 +44,9 @@ def onnx_model(weights: Sequence[Any]) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def replace_artifact(url: str, payload: bytes) -> None:
+def replace_artifact(url: str, payload: bytes, name: str = "pydedup:%") -> None:
     change(url, "UPDATE {models} SET certificate = ?", "{}")
-    change(url, "UPDATE {artifacts} SET payload = ?", payload)
+    change(url, "UPDATE {artifacts} SET payload = ? WHERE name LIKE ?", payload, name)
 
 
 def test_an_onnx_graph_reads_no_file(
@@ -60,3 +68,139 @@ def test_an_onnx_graph_reads_no_file(
             with pytest.raises(FormatError, match="has the values of 'w' in the file 'secret'"):
                 use()
     assert not Path("out.onnx").exists()
+
+
+def _skeleton(fill: Callable[[h5py.File], object]) -> bytes:
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        fill(file)
+    return gzip.compress(buffer.getvalue())
+
+
+def _outside(path: Path) -> Callable[[h5py.File], object]:
+    where = [(str(path), 0, W.nbytes)]
+    return lambda file: file.create_dataset("w", W.shape, "f4", external=where)
+
+
+@pytest.mark.parametrize(
+    ("structure", "said"),
+    [
+        ("outside", "keeps its data in other files"),
+        ("link", "ExternalLink"),
+        ("bomb", "bytes when it is unpacked"),
+        ("no gzip", "cannot be unpacked"),
+        ("cut", "cannot be unpacked"),
+        ("no hdf5", "damaged or truncated HDF5"),
+    ],
+)
+def test_a_keras_structure_writes_no_other_file(
+    structure: str, said: str, store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export wrote the model's weights over any file that the structure named."""
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["w"] = W
+    with pydedup.open(store_url) as store:
+        store.add("m", tmp_path / "m.h5")
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine" * 2000)
+    monkeypatch.setattr(_hdf5, "_MAX_SKELETON", 1 << 20)
+    sound = _skeleton(lambda file: file.create_dataset("w", W.shape, "f4"))
+    payload = {
+        "outside": _skeleton(_outside(mine)),
+        "link": _skeleton(lambda file: file.update({"w": h5py.ExternalLink("mine", "/w")})),
+        "bomb": gzip.compress(bytes(2 << 20)),
+        "no gzip": b"mine",
+        "cut": sound[: len(sound) // 2],
+        "no hdf5": gzip.compress(b"mine"),
+    }[structure]
+    replace_artifact(store_url, payload)
+    with (
+        pydedup.open(store_url) as store,
+        pytest.raises(FormatError, match=f"the stored Keras structure.* {said}"),
+    ):
+        store.export("m", tmp_path / "out.h5")
+    assert mine.read_bytes() == b"mine" * 2000
+    assert not (tmp_path / "out.h5").exists()
+
+
+def _layout(**part: object) -> str:
+    file = {"name": "model.safetensors", "metadata": None, "also": []}
+    return json.dumps({"parts": [{"folder": "", "index": None, "files": [file], **part}]})
+
+
+@pytest.mark.parametrize(
+    ("layout", "error", "said"),
+    [
+        (_layout(index="/tmp/index.json"), ArgumentError, "outside of the folder"),
+        (_layout(folder="..", index="index.json"), ArgumentError, "outside of the folder"),
+        (_layout(folder="/tmp"), ArgumentError, "outside of the folder"),
+        (_layout(folder=1), CorruptStoreError, "1 is no text"),
+        (_layout(index=1e308), CorruptStoreError, "is no text"),
+        (_layout(files=[]), CorruptStoreError, "no file"),
+        (_layout(files=[{"name": "a"}]), CorruptStoreError, "KeyError"),
+        (
+            _layout(files=[{"name": "\ud800", "metadata": None, "also": []}]),
+            CorruptStoreError,
+            "utf-8",
+        ),
+        (_layout(files=[{"name": "a", "metadata": [1], "also": []}]), CorruptStoreError, "text"),
+        ('{"parts": 1}', CorruptStoreError, "not iterable"),
+        ("[" * 100_000, CorruptStoreError, "recursion"),
+    ],
+)
+def test_a_layout_of_a_folder_reads_and_writes_nothing_outside(
+    layout: str, error: type[PydedupError], said: str, tmp_path: Path
+) -> None:
+    """An index was read from anywhere; others of these were KeyErrors and TypeErrors."""
+    (tmp_path / "m").mkdir()
+    save_file({"w": W}, tmp_path / "m" / "model.safetensors")
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with pydedup.open(url) as store:
+        store.add("m", tmp_path / "m")
+    replace_artifact(url, layout.encode(), "pydedup:folder-layout")
+    with pydedup.open(url) as store, pytest.raises(error, match=said):
+        store.export("m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shape", [[1 << 40] * 2, [10**18] * 500, [1] * 100_000, [-1, -1024]])
+def test_a_shape_of_no_array(shape: list[int], store_url: str) -> None:
+    """The product of its extents took for ever, or was too long a number for a message."""
+    with pydedup.open(store_url) as store:
+        store.add("m", {"w": W})
+    change(store_url, "UPDATE {models} SET certificate = ?", "{}")
+    change(store_url, "UPDATE {tensors} SET shape = ?", json.dumps(shape))
+    with pydedup.open(store_url) as store:
+        (told,) = store.verify().errors
+        assert re.match("m@1, tensor 'w': its shape or dtype cannot be read", told)
+        assert len(told) < 500
+        with pytest.raises(CorruptStoreError, match="its shape or dtype cannot be read"):
+            store.load("m")
+
+
+@pytest.mark.parametrize(
+    "row", ["certificate", "metadata", "shape", "block_shape", "quotas", "job"]
+)
+def test_json_that_is_nested_without_end(row: str, store_url: str) -> None:
+    """It was a RecursionError, with which `verify`, `ls` and adds ended."""
+    with pydedup.open(store_url) as store:
+        store.add("m", {"w": W})
+        store.quotas.set("tenant", None, 1 << 30)
+    nested = "[" * 100_000
+    if row == "quotas":
+        change(store_url, "UPDATE {meta} SET value = ? WHERE name = 'quotas'", nested)
+    elif row == "job":
+        change(store_url, "INSERT INTO {jobs} VALUES ('j', ?, '0', 'adding')", nested)
+    else:
+        table = "tensors" if "shape" in row else "models"
+        change(store_url, f"UPDATE {{{table}}} SET {row} = ?", nested)  # noqa: S608
+    with pydedup.open(store_url) as store:
+        assert row == "job" or not store.verify().ok
+        for use in (
+            lambda: store.models(),
+            lambda: store.load("m"),
+            lambda: store.add("n", {"w": W + 1}, metadata={"tenant": "a"}),
+            lambda: store.vacuum(),
+        ):
+            with contextlib.suppress(CorruptStoreError):
+                use()
