@@ -192,6 +192,10 @@ class MariadbServer:
         user = ["--user=root"] if os.geteuid() == 0 else []
         # --no-defaults: what the machine's own server is configured to do must not matter.
         common = ["--no-defaults", *user, f"--datadir={data}"]
+        # One that starts deletes the temporary tables that it finds, of whichever server.
+        temporary = data.with_suffix(".tmp")
+        temporary.mkdir()
+        common.append(f"--tmpdir={temporary}")
         setup = [install, *common, "--skip-test-db", "--auth-root-authentication-method=normal"]
         setup.append("--debug-no-sync")  # what is lost when the machine stops now is made again
         subprocess.run(setup, check=True, capture_output=True)
