@@ -123,12 +123,12 @@ class DatabaseFile:
             return None
         except OSError as error:
             raise UnavailableError(f"cannot reach {self.path}: {error.strerror}") from error
+        if stat.S_ISDIR(status.st_mode):
+            raise NotAStoreError(f"{self.path} is a folder; name a file in it, such as models.db")
         if not stat.S_ISREG(status.st_mode):
             raise NotAStoreError(f"{self.path} is not a file, and so holds no store")
         if 0 < status.st_size < self.least_bytes:
-            raise NotAStoreError(
-                f"{self.path} is too short for a database, and so is something else"
-            )
+            raise NotAStoreError(f"{self.path} is no store: it is too short for a database")
         return status.st_size
 
     def _hindrance(self) -> str:

@@ -117,6 +117,7 @@ class RowCalls(DbApiBase):
             raise ArgumentError(
                 f"{name!r} is no name for a {what}; take letters, digits and underscores, not "
                 f"beginning with a digit, {NAME_BYTES} bytes at most"
+                + (", as in SELECT ... AS id" if what == "column" else "")
             )
         return f"{self._sql.dialect.quote}{name}{self._sql.dialect.quote}"
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +46,9 @@ def check_name(text: str, what: str) -> str:
         reason = "starts or ends with space"
     elif "@" in text:
         reason = "holds '@', which separates a name from its version"
+    elif any("\udc80" <= c <= "\udcff" for c in text):  # so Python hands over such bytes
+        encoding = sys.getfilesystemencoding()
+        reason = f"has bytes that are not {encoding}; take a locale of UTF-8, as LC_ALL=C.UTF-8"
     elif any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
         reason = "holds control characters or half of a surrogate pair"
     elif not unicodedata.is_normalized("NFC", text):

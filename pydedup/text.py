@@ -174,12 +174,17 @@ def listed(names: Sequence[str]) -> str:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Say which names come near to one that is not there, or else which there are."""
+    """Say which names come near to one that is not there, or else which there are.
+
+    Those that are longer come first: who wrote the beginning of a name left out the rest.
+    """
     import difflib
 
-    close = difflib.get_close_matches(name, known, n=3)
+    longer = sorted(one for one in known if name and one.startswith(name))
+    close = [*longer, *(c for c in difflib.get_close_matches(name, known) if c not in longer)][:3]
     if close:
-        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
+        *others, last = map(repr, close)
+        return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
     if known:
         shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
         return f"; there is: {shown}"

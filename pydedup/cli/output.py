@@ -35,6 +35,7 @@ __all__ = [
     "print_heading",
     "print_line",
     "print_note",
+    "printable",
     "refuse_damaged",
     "width",
 ]
@@ -77,15 +78,21 @@ def print_line(text: str = "", style: str | None = None) -> None:
     console().print(Text(text, style=style or ""))
 
 
+def printable(text: str) -> str:
+    """Return text as it will be shown: clean, with escapes for what the encoding lacks."""
+    encoding = sys.stdout.encoding or "ascii"
+    return clean(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def print_heading(text: str) -> None:
     """Print the line above a table or a list of fields."""
-    print_line(clean(text), "bold")
+    print_line(printable(text), "bold")
 
 
 def print_note(text: str, style: str | None = None) -> None:
     """Print a sentence, folded where the terminal is narrower."""
     limit = width()
-    text = clean(text)
+    text = printable(text)
     for line in [text] if limit is None else _fold(text, limit):
         print_line(line, style)
 
@@ -94,7 +101,7 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     """Print labelled values, one a line; long values are folded below themselves."""
     from rich.text import Text
 
-    rows = [(label, clean(value)) for label, value in fields]
+    rows = [(printable(label), printable(value)) for label, value in fields]
     indent = max((len(label) for label, _ in rows), default=0) + 4
     room = max((width() or _FOLD) - indent, 16)
     screen = console()

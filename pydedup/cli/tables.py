@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables that fit: into a terminal of any width, and whole into a pipe.
 
-Where a table is too wide, names are shortened in their middle, then columns that say least are left
-out, and when that is not enough each row is printed as a list of its values. Nothing is wrapped.
-A pipe gets all columns, whatever their width.
+Where a table is too wide, names are shortened in their middle, as far as they stay different, then
+columns that say least are left out, and when that is not enough each row is printed as a list of
+its values. Nothing is wrapped. A pipe gets all columns, whatever their width.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from pydedup.cli.output import console, print_fields, print_line, print_note, width
-from pydedup.text import clean, count, listed, plural
+from pydedup.cli.output import (
+    console,
+    print_fields,
+    print_line,
+    print_note,
+    printable,
+    width,
+)
+from pydedup.text import count, listed, plural
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -64,7 +70,7 @@ class NameList(str):
 
     def __new__(cls, names: Iterable[str], what: str) -> Self:
         """Make a cell of names, of many some."""
-        cleaned = tuple(map(clean, names))
+        cleaned = tuple(map(printable, names))
         made = super().__new__(cls, listed(cleaned))
         made.names, made.what = cleaned, what
         return made
@@ -88,7 +94,7 @@ def print_table(
 def _print_cells(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int | None
 ) -> None:
-    cells = [[v if isinstance(v, NameList) else clean(v) for v in row] for row in rows]
+    cells = [[v if isinstance(v, NameList) else printable(v) for v in row] for row in rows]
     kept = list(range(len(columns)))
     while True:
         widths = _fit(columns, cells, kept, limit)
@@ -123,7 +129,21 @@ def _fit(
             cut = min(excess, max(widths[place] - _SHORTEST_NAME, 0))
             widths[place] -= cut
             excess -= cut
-    return widths if excess <= 0 else None
+    return widths if excess <= 0 and _differ(columns, cells, kept, widths) else None
+
+
+def _differ(
+    columns: Sequence[Column],
+    cells: Sequence[Sequence[str]],
+    kept: Sequence[int],
+    widths: Sequence[int],
+) -> bool:
+    """Whether names that are not the same are still not when they are shortened."""
+    for index, room in zip(kept, widths, strict=True):
+        names = {row[index] for row in cells if not isinstance(row[index], NameList)}
+        if columns[index].name and len({shorten(name, room) for name in names}) < len(names):
+            return False
+    return True
 
 
 def _print_rows(
@@ -187,7 +207,7 @@ def shorten(text: str, room: int) -> str:
                 break
             fitting = longer
         return fitting
-    mark = "…" if _is_shown("…") else "..."[:room]
+    mark = "…" if printable("…") == "…" else "..."[:room]
     head, tail = 0, 0
     used = len(mark)
     # Beginnings tell the layer, ends the role of a tensor: keep as much of both.
@@ -199,12 +219,3 @@ def shorten(text: str, room: int) -> str:
             break
         head, tail = (head + 1, tail) if front else (head, tail + 1)
     return text[:head] + mark + (text[-tail:] if tail else "")
-
-
-def _is_shown(text: str) -> bool:
-    """Whether standard output has these characters; what it lacks is written as escapes."""
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True

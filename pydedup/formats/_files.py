@@ -58,6 +58,7 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer; run: git lfs pull"),
     (b"<!DOCTYPE html", "is a web page, not a model; download the file itself"),
     (b"<html", "is a web page, not a model; download the file itself"),
+    (_SQLITE, "is a SQLite database, maybe a store, and no file of a model"),
     (b"GGUF", "is a GGUF file, which is not supported; use the safetensors of that model"),
     (b"\x1f\x8b", "is compressed by gzip; unpack it first"),
     (b"BZh", "is compressed by bzip2; unpack it first"),

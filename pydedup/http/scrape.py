@@ -217,7 +217,9 @@ class Source:
                     ) from error
                 if fresh or last:  # one that was open may have been closed for being idle
                     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                    raise UnavailableError(f"{self.url} does not answer: {reason}") from error
+                    raise UnavailableError(
+                        f"{self.url} does not answer: {reason}; is `pydedup serve` running there?"
+                    ) from error
         if answer.status == 401:
             raise UnavailableError(f"{self.url} wants its token, or another one (401)")
         if answer.status != 200:

@@ -285,6 +285,10 @@ def test_unknown_names_are_helped(store: pydedup.Store) -> None:
     store.add("resnet", {"conv1.weight": np.zeros((2, 3, 3, 3))})
     with pytest.raises(NotFoundError, match="did you mean 'resnet'"):
         store.load("resnt")
+    # Who left out the end was told only of what was as long.
+    store.add_many({name: {"w": np.ones(2)} for name in ("a-classifier", "a-model", "ab", "b")})
+    with pytest.raises(NotFoundError, match=r"mean 'a-classifier', 'a-model' or 'ab'\?$"):
+        store.load("a")
     with pytest.raises(NotFoundError, match=r"conv1\.weight"):
         store.tensor("resnet", "conv1.weigth")
     with pytest.raises(NotFoundError, match="no graph"):

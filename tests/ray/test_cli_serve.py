@@ -72,7 +72,7 @@ def test_a_port_that_is_taken_is_told_before_ray_begins(url: str) -> None:
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
         port = taken.getsockname()[1]
         done = run_process("serve", url, "--on", "local", "--port", str(port))
-    said = f"cannot listen on 127.0.0.1, port {port}: Address already in use"
+    said = f"cannot listen on 127.0.0.1, port {port}: Address already in use; choose another port"
     assert (done.returncode, done.stderr) == (4, f"pydedup: error: {said}\n")
 
 

@@ -138,6 +138,20 @@ def test_a_narrow_table_becomes_a_list_that_loses_nothing(url: str) -> None:
     assert "…" not in shown
 
 
+def test_names_are_not_shortened_to_one(tmp_path: Path) -> None:
+    """Of a transformer, each layer was encoder.la…ery.weight."""
+    store_url = f"sqlite:///{tmp_path / 's.db'}"
+    names = [LONG.replace("11", str(layer)) for layer in (11, 12)]
+    with pydedup.open(store_url) as store:
+        store.add("net", {name: np.ones(9) for name in names})
+    shown = in_pipe("explain", store_url, "net", COLUMNS="40")
+    assert all(f"{name}\n  blocks " in shown for name in names)
+    with_room = in_pipe("explain", store_url, "net", COLUMNS="60")
+    first, second = (line.split()[0] for line in with_room.splitlines()[-2:])
+    assert "…" in first != second
+    assert "\n  blocks" not in with_room
+
+
 def test_a_pipe_gets_whole_lines_without_escapes(url: str) -> None:
     shown = in_pipe("ls", url)
     assert "\x1b" not in shown
@@ -164,6 +178,14 @@ def test_locales_that_lack_letters(url: str) -> None:
     assert "..." in first
     assert "\\u" not in first  # which is longer than what it stands for
     assert header.index("Size") + len("Size") == first.index("iB") + 2
+    # A name that the encoding lacks is as long as its escapes.
+    for name in ("größe", "模型"):
+        with pydedup.open(url) as store:
+            store.add(name, {"w": np.ones(3)})
+        found = in_pipe("ls", url, name, PYTHONIOENCODING="ascii").splitlines()
+        assert found[0].index("Size") + len("Size") == found[1].index("24 B") + len("24 B")
+        with pydedup.open(url) as store:
+            store.remove(name)
 
 
 def test_rm_asks_on_a_terminal(tmp_path: Path) -> None:
@@ -179,7 +201,9 @@ def test_rm_asks_on_a_terminal(tmp_path: Path) -> None:
     assert status == 0
     assert "removed m@1" in shown
     status, shown = on_terminal("rm", url, "n", "--yes")
-    assert (status, plain(shown)) == (0, ["removed n@1"])
+    assert status == 0
+    assert "removed n@1" in shown  # below a bar, where the machine is slow
+    assert "Remove" not in shown
 
 
 @pytest.mark.parametrize(
