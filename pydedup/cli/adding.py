@@ -15,7 +15,7 @@ import click
 
 from pydedup import text
 from pydedup.certificates import describe, keeps_bits
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.errors import warn
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
@@ -48,7 +48,7 @@ _COLUMNS = (
     metavar="NAME SOURCE [NAME SOURCE]...",
     nargs=-1,
     required=True,
-    shell_complete=options.complete_files,
+    shell_complete=completing.complete_sources,
 )
 @click.option(
     "--policy",
@@ -225,6 +225,8 @@ def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
         if not os.path.lexists(source):
             if Path(name).exists():
                 raise click.UsageError(f"the name comes before the file: {source!r} {name!r}")
+            if "://" in source:
+                raise NotFoundError(f"{source!r} is a URL; download it, and give the file instead")
             raise NotFoundError(f"there is no file or folder {source!r} to add as {name!r}")
         models[name] = source
     return models
@@ -245,6 +247,8 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
         rows.append(_row("together", reports))
     print_table(_COLUMNS, rows)
     for report in reports:
+        if not report.logical_bytes:
+            output.print_note(f"{report.model}: its source holds no weights", "yellow")
         if report.left_out:
             shown = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
             output.print_note(f"{report.model}: not part of the model, left out: {shown}", "yellow")

@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any
 
 import click
-from click.shell_completion import shell_complete
 
 from pydedup.cli import (
     adding,
@@ -38,6 +37,7 @@ from pydedup.cli import (
     top,
     upkeep,
 )
+from pydedup.cli.completing import COMPLETE_VARIABLE, answer_shell
 from pydedup.cli.errors import TRACEBACK_VARIABLE, Exit, report, warn
 
 __all__ = ["main", "program"]
@@ -62,9 +62,6 @@ SECTIONS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ("Upkeep", (upkeep.verify, upkeep.refill, upkeep.vacuum, tenants.quota)),
     ("pydedup itself", (demo.demo, looking.kernels)),
 )
-
-#: Set by the scripts of click with which shells complete commands.
-_COMPLETE = "_PYDEDUP_COMPLETE"
 
 _EXAMPLES = (
     "pydedup add sqlite:///models.db sentiment@1 sentiment.safetensors",
@@ -139,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_streams()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they address developers; users get results or errors
-    if completing := os.environ.get(_COMPLETE):
-        return shell_complete(program, {}, "pydedup", _COMPLETE, completing)
+    if instruction := os.environ.get(COMPLETE_VARIABLE):
+        return answer_shell(program, instruction)
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     status: int | None = Exit.OK
     context: click.Context | None = None

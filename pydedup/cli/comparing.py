@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pydedup import text
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.errors import Exit
+from pydedup.cli.looking import used_field
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, NameList, print_table
 
@@ -68,7 +69,7 @@ def explain(url: str, name: str, memory: str, as_json: bool, quiet: bool) -> Non
     output.print_fields(
         [
             ("size", text.size(explanation.logical_bytes)),
-            ("its blocks take", text.size(used)),
+            ("its blocks take", used_field(used, explanation.logical_bytes)),
             ("shared with others", _part(explanation.shared_bytes, used)),
             ("removing it frees", _part(explanation.removal_frees_bytes, used)),
         ]
@@ -94,8 +95,8 @@ def explain(url: str, name: str, memory: str, as_json: bool, quiet: bool) -> Non
 
 @click.command(short_help="Compare two models, tensor by tensor.")
 @options.store_argument
-@click.argument("first", metavar="FIRST")
-@click.argument("second", metavar="SECOND")
+@click.argument("first", metavar="FIRST", shell_complete=completing.complete_models)
+@click.argument("second", metavar="SECOND", shell_complete=completing.complete_models)
 @click.option("--all", "show_all", is_flag=True, help="List identical tensors, too.")
 @options.memory_option
 @options.json_option

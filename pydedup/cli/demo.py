@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.output import console
 
 __all__ = ["demo"]
@@ -18,7 +18,7 @@ _PIPE_WIDTH = 120
 
 
 @click.command(short_help="Store, check and serve a family of real models.")
-@click.argument("url", metavar="[STORE]", required=False, shell_complete=options.complete_files)
+@click.argument("url", metavar="[STORE]", required=False, shell_complete=completing.complete_stores)
 @click.option(
     "--cache",
     metavar="FOLDER",

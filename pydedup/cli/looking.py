@@ -11,7 +11,7 @@ import click
 
 from pydedup import text
 from pydedup.certificates import describe
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.tables import Column, print_table
 from pydedup.cli.tenants import print_usage
 from pydedup.names import parse_address
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pydedup.report.figures import ModelFigures, StoreStats
     from pydedup.report.sizes import ModelSize
 
-__all__ = ["info", "kernels", "ls", "stats", "tensor_document"]
+__all__ = ["info", "kernels", "ls", "stats", "tensor_document", "used_field"]
 
 _MODEL_COLUMNS = (
     Column("Model", number=False, name=True, style="cyan"),
@@ -52,7 +52,7 @@ _KERNEL_COLUMNS = (
 
 @click.command(short_help="List models, versions, aliases and sizes.")
 @options.store_argument
-@click.argument("name", metavar="[NAME]", required=False)
+@click.argument("name", metavar="[NAME]", required=False, shell_complete=completing.complete_models)
 @options.json_option
 def ls(url: str, name: str | None, as_json: bool) -> None:
     """List models, their versions, aliases and sizes.
@@ -141,7 +141,7 @@ def stats(url: str, by: str | None, as_json: bool) -> None:
             ),
             ("weights", text.size(figures.logical_bytes)),
             ("database", _database(figures) + ("" if exact else _why_at_least(figures.url))),
-            ("saved", ("" if exact else "at most ") + text.saved(figures.saved_share)),
+            ("saved", ("" if exact else "at most ") + _saved(figures)),
             ("pages", f"{text.count(figures.pages)} ({text.size(figures.page_bytes)}){retired}"),
             ("distinct blocks", text.count(figures.distinct_blocks)),
             ("schema", f"version {figures.schema_version}"),
@@ -168,6 +168,12 @@ def kernels(as_json: bool) -> None:
         ],
     )
     output.print_note(f"in use: {found.in_use} ({found.reason})", "bold")
+
+
+def used_field(used_bytes: int, logical_bytes: int) -> str:
+    """Return what the blocks of a model take, and why that may be more than its weights."""
+    more = ", with those that its deltas are based on" if used_bytes > logical_bytes else ""
+    return text.size(used_bytes) + more
 
 
 def tensor_document(tensor: TensorInfo) -> dict[str, Any]:
@@ -222,6 +228,15 @@ def _why_at_least(url: str) -> str:
     return " (the server shows the size only to users with the privilege PROCESS)"
 
 
+def _saved(figures: StoreStats) -> str:
+    """Say what is saved; of a small store, why nothing is."""
+    said = text.saved(figures.saved_share)
+    if figures.saved_share < 0 and figures.page_bytes < figures.logical_bytes:
+        beside = text.size(max(figures.stored_bytes - figures.page_bytes, 0))
+        said += f" yet: beside its pages the database has {beside}"
+    return said
+
+
 def _database(figures: StoreStats) -> str:
     return text.size_at_least(figures.stored_bytes, figures.stored_bytes_exact)
 
@@ -232,7 +247,7 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
     certified = describe(figures.certificate)
     fields = [
         ("size", f"{text.size(logical)} in {text.plural(len(figures.tensors), 'tensor')}"),
-        ("its blocks take", text.size(figures.used_bytes)),
+        ("its blocks take", used_field(figures.used_bytes, logical)),
         ("of it on own pages", text.size(figures.exclusive_bytes)),
         (
             "read amplification",
@@ -249,9 +264,7 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
         fields.insert(0, ("aliases", ", ".join(model.aliases)))
     if figures.artifacts:
         fields.append(("artifacts", ", ".join(figures.artifacts)))
-    fields += [
-        (f"metadata {text.clean(key)}", _shown(value)) for key, value in model.metadata.items()
-    ]
+    fields += [(f"metadata {key}", _shown(value)) for key, value in model.metadata.items()]
     return fields
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pydedup import config, text
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
@@ -52,8 +52,8 @@ _skip_damaged_option = click.option(
 
 @click.command(short_help="Copy models to another store, of any database.")
 @options.store_argument
-@click.argument("target", metavar="TARGET", shell_complete=options.complete_files)
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("target", metavar="TARGET", shell_complete=completing.complete_stores)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=completing.complete_models)
 @click.option(
     "--all-versions", is_flag=True, help="All versions of each NAME, not only the newest."
 )
@@ -111,7 +111,7 @@ def copy(
 
 @click.command(short_help="Write a whole store to one file.")
 @options.store_argument
-@click.argument("path", metavar="FILE", shell_complete=options.complete_files)
+@click.argument("path", metavar="FILE", shell_complete=completing.complete_files)
 @click.option("--replace", is_flag=True, help="Replace an earlier backup in FILE.")
 @_skip_damaged_option
 @options.memory_option
@@ -138,7 +138,7 @@ def backup(
 
 
 @click.command(short_help="Write a backup into an empty store.")
-@click.argument("path", metavar="FILE", shell_complete=options.complete_files)
+@click.argument("path", metavar="FILE", shell_complete=completing.complete_files)
 @options.store_argument
 @options.memory_option
 @options.json_option

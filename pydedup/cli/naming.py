@@ -9,7 +9,7 @@ from contextlib import suppress
 import click
 
 from pydedup import Store, text
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import WAITING, Watch
 from pydedup.errors import CorruptStoreError
@@ -21,8 +21,10 @@ __all__ = ["alias", "rm"]
 @click.command(short_help="Point NAME@ALIAS at a version.")
 @options.store_argument
 @options.model_argument
-@click.argument("alias", metavar="ALIAS")
-@click.argument("version", metavar="[VERSION]", required=False)
+@click.argument("alias", metavar="ALIAS", shell_complete=completing.complete_aliases)
+@click.argument(
+    "version", metavar="[VERSION]", required=False, shell_complete=completing.complete_versions
+)
 @click.option("--delete", is_flag=True, help="Delete the alias instead.")
 @options.json_option
 def alias(

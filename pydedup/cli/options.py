@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 import pydedup
 from pydedup import Store, config
+from pydedup.cli.completing import complete_models, complete_stores
 from pydedup.cli.errors import no_such
 from pydedup.errors import (
     ArgumentError,
@@ -32,7 +32,6 @@ __all__ = [
     "FileToRead",
     "Group",
     "check_size",
-    "complete_files",
     "existing_store",
     "json_option",
     "load_function",
@@ -131,21 +130,14 @@ def on_option(what: str) -> Callable[[_F], _F]:
     )
 
 
-def complete_files(
-    context: click.Context, param: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Let a shell complete what may be a file and need not be one, such as a store."""
-    return [CompletionItem(incomplete, type="file")]
-
-
 def store_argument(command: _F) -> _F:
     """Add the store, the first argument of nearly every command."""
-    return click.argument("url", metavar="STORE", shell_complete=complete_files)(command)
+    return click.argument("url", metavar="STORE", shell_complete=complete_stores)(command)
 
 
 def model_argument(command: _F) -> _F:
     """Add the address of a model."""
-    return click.argument("name", metavar="NAME")(command)
+    return click.argument("name", metavar="NAME", shell_complete=complete_models)(command)
 
 
 def json_option(command: _F) -> _F:

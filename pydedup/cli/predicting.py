@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import text
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.progress import Watch
 from pydedup.errors import ArgumentError, FormatError
 from pydedup.types import DType
@@ -34,14 +34,14 @@ Array = NDArray[Any]
     metavar="[INPUT=]FILE...",
     nargs=-1,
     required=True,
-    shell_complete=options.complete_files,
+    shell_complete=completing.complete_files,
 )
 @click.option(
     "-o",
     "--output",
     "target",
     metavar="PATH",
-    shell_complete=options.complete_files,
+    shell_complete=completing.complete_files,
     help="Write the result to a .npy, .npz or .json file instead of printing it.",
 )
 @options.memory_option
@@ -78,7 +78,10 @@ def predict(
     if target is not None:
         _write(Path(target), outputs)
     if as_json:
-        output.emit_json({"model": address, "outputs": _document(outputs)})
+        if target is None:
+            output.emit_json({"model": address, "outputs": _document(outputs)})
+        else:
+            output.emit_json({"model": address, "path": target, "outputs": _shapes(outputs)})
     elif target is not None:
         output.print_note(f"wrote {', '.join(outputs)} to {target}")
     else:
@@ -182,12 +185,14 @@ def _label(array: Array) -> str:
     return "text" if array.dtype.kind == "O" else DType.of(array.dtype).label
 
 
+def _shapes(outputs: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
+    return {
+        key: {"dtype": _label(array), "shape": list(array.shape)} for key, array in outputs.items()
+    }
+
+
 def _document(outputs: Mapping[str, Array]) -> dict[str, Any]:
     return {
-        key: {
-            "dtype": _label(array),
-            "shape": list(array.shape),
-            "values": output.plain_array(array).tolist(),
-        }
-        for key, array in outputs.items()
+        key: {**shape, "values": output.plain_array(outputs[key]).tolist()}
+        for key, shape in _shapes(outputs).items()
     }

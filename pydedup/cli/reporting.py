@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pydedup import text
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.progress import Watch
 from pydedup.replacement import Trace
 
@@ -32,6 +32,7 @@ __all__ = ["report"]
     "models",
     metavar="NAME",
     multiple=True,
+    shell_complete=completing.complete_models,
     help="Show this model block by block, instead of the four largest; may be repeated.",
 )
 @click.option(

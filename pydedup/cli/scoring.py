@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from pydedup import text
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.errors import warn
 from pydedup.cli.progress import Watch
 from pydedup.types import ScoreReport
@@ -25,7 +25,13 @@ _SHOWN = 10
 @click.command(short_help="Predict the rows of a query into a table.")
 @options.store_argument
 @click.option("--query", metavar="SQL", help="One SELECT: a key, then the features.")
-@click.option("--model", required=True, metavar="NAME", help="The model to predict with.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="NAME",
+    shell_complete=completing.complete_models,
+    help="The model to predict with.",
+)
 @click.option("--into", metavar="TABLE", help="Table of predictions; created when missing.")
 @click.option("--key", metavar="COLUMN", help="Column that is the key.  [default: the first]")
 @click.option(
@@ -39,7 +45,7 @@ _SHOWN = 10
 @click.option(
     "--source",
     metavar="URL",
-    shell_complete=options.complete_files,
+    shell_complete=completing.complete_stores,
     help="Database to read and write, if it is not that of the store.",
 )
 @click.option(
@@ -55,7 +61,7 @@ _SHOWN = 10
     "--parquet-in",
     multiple=True,
     metavar="PATH",
-    shell_complete=options.complete_files,
+    shell_complete=completing.complete_files,
     help="With --on: Parquet files, or folders of them, instead of --query; may be repeated.",
 )
 @click.option(
@@ -64,7 +70,7 @@ _SHOWN = 10
 @click.option(
     "--parquet-out",
     metavar="FOLDER",
-    shell_complete=options.complete_files,
+    shell_complete=completing.complete_files,
     help="With --on: write Parquet files into a folder, instead of --into.",
 )
 @click.option(
@@ -189,6 +195,8 @@ def _print(report: ScoreReport) -> None:
     said = f"scored {text.plural(report.rows, 'row')} with {report.model} into {report.table}"
     if report.skipped:
         said += f"; {text.count(report.skipped)} were there"
+        if not report.rows + report.failed:  # maybe by another version
+            said += " (to predict them anew, delete them or name another table)"
     if report.failed:
         said += f"; {text.count(report.failed)} could not be predicted"
     output.print_note(said)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pydedup import Store, text
 from pydedup.blocks import as_dtype
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.looking import tensor_document
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
@@ -61,6 +61,7 @@ def _only_one(
     metavar="TENSOR",
     multiple=True,
     callback=_only_one,
+    shell_complete=completing.complete_tensors,
     help="Only this tensor.",
 )
 @click.option(
@@ -68,7 +69,7 @@ def _only_one(
     "--output",
     "target",
     metavar="PATH",
-    shell_complete=options.complete_files,
+    shell_complete=completing.complete_files,
     help="Write the tensors to a .npz or .safetensors file, or one tensor to .npy; '-' writes one "
     "tensor as .npy to standard output.",
 )
@@ -129,7 +130,7 @@ def load(
 @click.command(short_help="Write a model to a file or folder of any known format.")
 @options.store_argument
 @options.model_argument
-@click.argument("path", metavar="PATH", shell_complete=options.complete_files)
+@click.argument("path", metavar="PATH", shell_complete=completing.complete_files)
 @click.option(
     "--format",
     "kind",

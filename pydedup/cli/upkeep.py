@@ -11,7 +11,7 @@ import click
 
 import pydedup
 from pydedup import text
-from pydedup.cli import options, output
+from pydedup.cli import completing, options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
@@ -40,6 +40,7 @@ _READS_COLUMNS = (
     metavar="NAME MODULE:FUNCTION",
     nargs=2,
     multiple=True,
+    shell_complete=completing.complete_models,
     help="Also evaluate a model that was added with the policy accuracy, and compare the metric "
     "with its certificate; may be repeated.",
 )
@@ -47,7 +48,7 @@ _READS_COLUMNS = (
     "--repair-from",
     "source",
     metavar="URL|FILE",
-    shell_complete=options.complete_files,
+    shell_complete=completing.complete_stores,
     help="Restore blocks of damaged pages, by their hash, from another store, a backup, or a "
     "model's file or folder.",
 )

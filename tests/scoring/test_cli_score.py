@@ -40,6 +40,9 @@ def test_score(tables: Tables, source: Make, new_name: Make) -> None:
     assert "scored 50 rows with m@1 into" in done.stdout
     rows = dict(tables.run(f"SELECT id, prediction FROM {into}"))
     np.testing.assert_allclose([rows[i + 1] for i in range(50)], (x @ w.T)[:, 0], rtol=1e-5)
+    # Whatever model predicted them; nobody was told how to have another one do it.
+    again = "50 were there (to predict them anew, delete them or name another table)"
+    assert again in run("score", tables.url, *query, "--model", "m@1").stdout
     report = json.loads(run("score", tables.url, *query, "--model", "m@1", "--json").stdout)
     assert (report["rows"], report["skipped"], report["failed"]) == (0, 50, 0)
     assert (report["model"], report["resumed"], report["failures"]) == ("m@1", False, [])

@@ -138,6 +138,7 @@ def test_a_name_that_is_no_text(kept: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(b"pydedup: error: ")
     assert done.stderr.count(b"\n") == 1
+    assert b"LC_ALL=C.UTF-8" in done.stderr  # it spoke of surrogate pairs
 
 
 def test_names_that_look_hostile_are_names(url: str, model: Path) -> None:
@@ -179,6 +180,8 @@ def test_names_from_files_cannot_steer_the_terminal(url: str, tmp_path: Path) ->
 
 def test_not_found(kept: str, tmp_path: Path) -> None:
     assert "did you mean 'm'" in fail("info", kept, "mm", status=3, run=run_process)
+    source = "https://example.org/m.safetensors"
+    assert f"'{source}' is a URL; download" in fail("add", kept, "n", source, status=3)
     for command in (
         *(("load", kept, "x"), ("export", kept, "x", tmp_path / "x.npz"), ("rm", kept, "x")),
         *(("explain", kept, "x"), ("diff", kept, "m@1", "m@7"), ("ls", kept, "x")),
@@ -254,6 +257,10 @@ def test_stores_that_are_not_ours(model: Path, tmp_path: Path) -> None:
         fail("add", tmp_path / name, "m", model, status=4)
         fail("add", tmp_path / name, "m", model, "--dry-run", status=4)
         assert (tmp_path / name).read_bytes() == before
+    assert "is a folder; name a file in it" in fail("add", tmp_path, "m", model, status=4)
+    # The store after the model: its file was "in no format that pydedup knows".
+    other = tmp_path / "other.db"
+    assert "is a SQLite database, maybe a store" in fail("add", model, "m", other, status=5)
 
 
 @pytest.mark.parametrize(

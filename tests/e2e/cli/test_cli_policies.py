@@ -69,6 +69,10 @@ def test_lossless_adds_say_how_many_deltas_there_are(folder: Path) -> None:
     assert np.array_equal(load_file("back.safetensors")["w"], load_file("near.safetensors")["w"])
     (tensor,) = document("explain", "m.db", "near")["tensors"]
     assert (tensor["delta_blocks"], tensor["largest_error"]) == (6, 0.0)
+    # Which is more than its size.
+    for command in ("info", "explain"):
+        said = " ".join(run(command, "m.db", "near").stdout.split())
+        assert re.search(r"blocks take \S+ KiB, with those that its deltas are based on", said)
 
 
 def test_bounded(folder: Path) -> None:
