@@ -266,8 +266,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
 
         Per value there are logical, shared and marginal bytes, the last being what removing its
         models would free; `pydedup.usage.Usage` says what adds up to what. Raises ArgumentError
-        when ``by`` is not text, and CorruptStoreError for a damaged row; without ``by``, damaged
-        rows are left out and listed in ``damaged`` of the result.
+        when ``by`` is not text. Damaged rows are left out, with ``by`` all models that cannot be
+        read, and listed in ``damaged`` of the result.
         """
         if by is not None:
             from pydedup.usage import usage_by
@@ -295,7 +295,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     def explain(self, name: str) -> Explanation:
         """Say which tensors and blocks are shared with whom, and what removing would free.
 
-        Raises NotFoundError.
+        Other models that are damaged are left out; ``damaged`` of the result lists them. Raises
+        NotFoundError, CorruptStoreError.
         """
         from pydedup.report.compare import explain_model
 

@@ -11,21 +11,33 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter_options import telling_rows
 from pydedup.blocks import SLOT_BITS
 from pydedup.catalog import StoredModel, recorded_object
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.layout import block_costs, block_places, joined, map_places, split_places
 from pydedup.pool import PagePool
 
-__all__ = ["Readers", "Usage", "ValueUsage", "marginal_bytes", "text_of", "usage_by", "value_of"]
+__all__ = [
+    "Readers",
+    "Usage",
+    "ValueUsage",
+    "beside_damage",
+    "marginal_bytes",
+    "text_of",
+    "usage_by",
+    "value_of",
+]
+
+R = TypeVar("R")
 
 _NOBODY, _SEVERAL = -1, -2
 # No page is so large: its blocks fit 1 MiB, or it has a single one, whose length is a u32.
@@ -69,12 +81,15 @@ class Usage:
     ``marginal_bytes`` plus ``shared_bytes`` here, where a block that several values use counts
     once. What does not: ``shared_bytes`` of the values, as such a block counts for each of them;
     and what removing several values frees, which is their ``marginal_bytes`` and what only they
-    share.
+    share. ``keys`` are all that the metadata have. Models that are damaged are in no figure, as if
+    they were not there; ``damaged`` tells of them.
     """
 
     key: str
     values: tuple[ValueUsage, ...]
     shared_bytes: int
+    keys: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
 
     @property
     def used_bytes(self) -> int:
@@ -130,7 +145,11 @@ class Readers:
 
 def value_of(metadata: str, key: str, whose: str) -> str | None:
     """Return the value of a key of metadata (JSON); one that is no text, as JSON writes it."""
-    return text_of(recorded_object(metadata, f"the metadata of {whose}").get(key))
+    return text_of(_metadata(metadata, whose).get(key))
+
+
+def _metadata(recorded: str, whose: str) -> Mapping[str, Any]:
+    return recorded_object(recorded, f"the metadata of {whose}")
 
 
 def text_of(value: Any) -> str | None:
@@ -149,14 +168,79 @@ def usage_by(adapter: Adapter, pool: PagePool, key: str) -> Usage:
     """
     if not isinstance(key, str):
         raise ArgumentError(f"by must be a key of metadata, a string, not {key!r:.100}")
-    with adapter.snapshot():
-        models = adapter.models()
-        found = [value_of(row.metadata, key, f"{row.name}@{row.version}") for row in models]
-        values = sorted(set(found), key=lambda value: (value is None, value or ""))
-        number = {value: i for i, value in enumerate(values)}
-        groups = np.array([number[value] for value in found], np.int64)
-        readers = Readers.of_store(adapter, pool, models)
-        used, marginal, shared = bytes_by_group(readers, groups, len(values))
+    damaged: list[str] = []
+    metadata: dict[int, Mapping[str, Any]] = {}
+    with adapter.snapshot(), telling_rows(adapter, damaged):
+        rows = adapter.models()
+        for row in rows:
+            try:
+                metadata[row.id] = _metadata(row.metadata, f"{row.name}@{row.version}")
+            except CorruptStoreError as exc:
+                damaged.append(str(exc))
+        usage = beside_damage(
+            adapter,
+            [row for row in rows if row.id in metadata],
+            damaged,
+            lambda sound: _usage_of(adapter, pool, key, sound, metadata),
+        )
+    return replace(usage, damaged=tuple(damaged))
+
+
+def beside_damage(
+    adapter: Adapter,
+    rows: Sequence[ModelRow],
+    damaged: list[str],
+    work: Callable[[Sequence[ModelRow]], R],
+    needed: Collection[int] = (),
+) -> R:
+    """Return what ``work`` makes of models, without those that turn out to be damaged.
+
+    ``damaged`` gets a sentence about each. Raises CorruptStoreError where one of those with the ids
+    that are ``needed`` is, or what is damaged is of no model.
+    """
+    while True:
+        try:
+            return work(rows)
+        except CorruptStoreError as exc:
+            lost = _unreadable(adapter, rows, exc)
+            if not lost or not lost.keys().isdisjoint(needed):
+                raise
+            damaged.extend(dict.fromkeys(lost.values()))
+            rows = [row for row in rows if row.id not in lost]
+
+
+def _unreadable(
+    adapter: Adapter, rows: Sequence[ModelRow], error: CorruptStoreError
+) -> dict[int, str]:
+    """Return by id what is said of models that read a page that an error is about.
+
+    Of no page: of those whose tensors or block maps are damaged.
+    """
+    if error.page_ids:
+        readers = {model_id for model_id, _ in adapter.readers_of(error.page_ids)}
+        return {row.id: str(error) for row in rows if row.id in readers}
+    lost: dict[int, str] = {}
+    for row in rows:
+        try:
+            StoredModel(adapter, row).block_maps()
+        except CorruptStoreError as exc:
+            lost[row.id] = str(exc)
+    return lost
+
+
+def _usage_of(
+    adapter: Adapter,
+    pool: PagePool,
+    key: str,
+    models: Sequence[ModelRow],
+    metadata: Mapping[int, Mapping[str, Any]],
+) -> Usage:
+    found = [text_of(metadata[row.id].get(key)) for row in models]
+    values = sorted(set(found), key=lambda value: (value is None, value or ""))
+    number = {value: i for i, value in enumerate(values)}
+    groups = np.array([number[value] for value in found], np.int64)
+    readers = Readers.of_store(adapter, pool, models)
+    used, marginal, shared = bytes_by_group(readers, groups, len(values))
     logical = np.zeros(len(values), np.int64)
     np.add.at(logical, groups, [model.logical_bytes for model in models])
     counts = np.bincount(groups, minlength=len(values))
@@ -164,7 +248,9 @@ def usage_by(adapter: Adapter, pool: PagePool, key: str) -> Usage:
         ValueUsage(value, *map(int, (counts[i], logical[i], used[i] - marginal[i], marginal[i])))
         for i, value in enumerate(values)
     ]
-    return Usage(key, tuple(sorted(usages, key=lambda usage: -usage.marginal_bytes)), shared)
+    usages.sort(key=lambda usage: -usage.marginal_bytes)
+    keys = sorted({name for row in models for name in metadata[row.id]})
+    return Usage(key, tuple(usages), shared, tuple(keys))
 
 
 def marginal_bytes(readers: Readers, mine: NDArray[np.bool_]) -> int:

@@ -60,10 +60,15 @@ def explain(url: str, name: str, memory: str, as_json: bool, quiet: bool) -> Non
     for less than a quarter of a page that others still use.
     """
     with options.read_store(url, memory) as store, Watch("looking at pages", quiet=quiet):
-        explanation = store.explain(name)
+        explanation, shown = store.explain(name), store.url
     if as_json:
         output.emit_json(_explanation_document(explanation))
-        return
+    else:
+        _print_explanation(explanation)
+    output.refuse_damaged(shown, explanation.damaged)
+
+
+def _print_explanation(explanation: Explanation) -> None:
     used = explanation.used_bytes
     output.print_heading(explanation.model)
     output.print_fields(
@@ -194,6 +199,7 @@ def _explanation_document(explanation: Explanation) -> dict[str, Any]:
             }
             for sharing in explanation.tensors
         ],
+        "damaged": list(explanation.damaged),
     }
 
 

@@ -57,14 +57,17 @@ def quota(
         asked = _asked(quotas, subject)
         used = {key: store.stats(by=key) for key in {found.key for found, _ in asked}}
         shown = store.url
+    damaged = list(dict.fromkeys(said for usage in used.values() for said in usage.damaged))
     rows = [(found, _used(found, value, used[found.key], quotas)) for found, value in asked]
     if as_json:
-        output.emit_json({"url": shown, "quotas": [_document(*row) for row in rows]})
+        quotas_shown = [_document(*row) for row in rows]
+        output.emit_json({"url": shown, "quotas": quotas_shown, "damaged": damaged})
     elif rows:
         print_table(_QUOTA_COLUMNS, [_row(*row) for row in rows])
     else:
         of = "" if subject is None else f" for {subject}"
         output.print_note(f"no quota{of}; `pydedup quota STORE KEY=VALUE SIZE` sets one", "dim")
+    output.refuse_damaged(shown, damaged)
 
 
 _QUOTA_COLUMNS = (
@@ -176,16 +179,24 @@ def _document(quota: Quota, used: _Used) -> dict[str, Any]:
 def print_usage(store: Store, key: str, as_json: bool) -> None:
     """Print the bytes of a store by the values of a key of metadata."""
     usage, quotas = store.stats(by=key), list(store.quotas)
-    keys = sorted({name for model in store.models() for name in model.metadata})
     held = [quota_of(quotas, key, value.value) for value in usage.values]
     if as_json:
-        output.emit_json(_usage_document(store.url, usage, held, keys))
-        return
+        output.emit_json(_usage_document(store.url, usage, held))
+    else:
+        _print_usage(usage, held)
+    output.refuse_damaged(store.url, usage.damaged)
+
+
+def _print_usage(usage: Usage, held: Sequence[Quota | None]) -> None:
+    key = usage.key
     if not usage.values:
-        output.print_note("no models yet; `pydedup add` puts them in", "dim")
+        if not usage.damaged:
+            output.print_note("no models yet; `pydedup add` puts them in", "dim")
         return
     if all(value.value is None for value in usage.values):
-        there = f"there are: {', '.join(map(text.clean, keys))}" if keys else "there is none at all"
+        there = "there is none at all"
+        if usage.keys:
+            there = f"there are: {', '.join(map(text.clean, usage.keys))}"
         output.print_note(
             f"no model has the key {text.clean(key)!r} in its metadata; {there}", "yellow"
         )
@@ -224,13 +235,11 @@ def _held(quota: Quota, value: ValueUsage) -> list[str]:
     return [text.size(quota.bytes) + measure, _left(quota, _measured(value, quota))]
 
 
-def _usage_document(
-    url: str, usage: Usage, held: Sequence[Quota | None], keys: Sequence[str]
-) -> dict[str, Any]:
+def _usage_document(url: str, usage: Usage, held: Sequence[Quota | None]) -> dict[str, Any]:
     return {
         "url": url,
         "key": usage.key,
-        "keys": list(keys),
+        "keys": list(usage.keys),
         "values": [
             {
                 **dataclasses.asdict(value),
@@ -240,4 +249,5 @@ def _usage_document(
         ],
         "shared_bytes": usage.shared_bytes,
         "used_bytes": usage.used_bytes,
+        "damaged": list(usage.damaged),
     }

@@ -32,6 +32,7 @@ from pydedup.ingest.previous import Previous, split_sums
 from pydedup.ingest.publish import Batch, publish_batch
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.replace import choose_blocks
+from pydedup.ingest.scan import unreadable_pages
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedModel, MatchedTensor
 from pydedup.ingest.tensors import hints_for, match_tensors
@@ -116,7 +117,12 @@ def _attempt(
     memory = _SHARED_SPOOL_BYTES if workers.are_several else _SPOOL_BYTES
     with Spool(memory, workers=workers) as spool:
         matcher = Matcher(adapter, pool, spool, unreadable)
-        models = _match(adapter, matcher, requests, workers, progress)
+        try:
+            models = _match(adapter, matcher, requests, workers, progress)
+        except CorruptStoreError as exc:
+            if exc.page_ids:  # for each one after the other, all would be matched anew
+                exc.page_ids += unreadable_pages(pool, matcher.stored.page_ids)
+            raise
         spool.freeze()
         allowed = check_quotas(adapter, pool, matcher, models, spool, epoch)
         if dry_run:

@@ -20,10 +20,26 @@ from pydedup.adapter import Adapter
 from pydedup.errors import BudgetError, CorruptStoreError
 from pydedup.pool import PagePool
 
-__all__ = ["PageScan"]
+__all__ = ["PageScan", "unreadable_pages"]
 
 # Pages beside the pool at a time, in a walk and kept from before.
 _PAGES = 8
+
+
+def unreadable_pages(pool: PagePool, page_ids: NDArray[np.int64]) -> tuple[int, ...]:
+    """Return those of the pages that cannot be read; all are tried."""
+    found: list[int] = []
+    for first in range(0, len(page_ids), _PAGES):
+        some = page_ids[first : first + _PAGES].tolist()
+        try:
+            pool.pages(some)
+        except CorruptStoreError:
+            for page_id in some:
+                try:
+                    pool.pages([page_id])
+                except CorruptStoreError:
+                    found.append(page_id)
+    return tuple(found)
 
 
 class PageScan:

@@ -61,6 +61,11 @@ class StoredTable:
         #: What the blocks of pages take that somebody looked at, by slot.
         self._costs_on: dict[int, NDArray[np.int32]] = {}
 
+    @property
+    def page_ids(self) -> NDArray[np.int64]:
+        """The pages of all blocks that were met, ascending."""
+        return np.unique(self._page_ids[: self._count])
+
     # ---- numbers ------------------------------------------------------------------------------
 
     def references(self, rows: Sequence[BlockRow]) -> list[int]:

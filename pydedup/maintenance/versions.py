@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydedup.adapter import Adapter
-from pydedup.adapter_options import SoundRowsAdapter
+from pydedup.adapter import LIVE, STAGING, Adapter
+from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import Catalog, known_versions, version_of
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.maintenance.vacuum import retire_orphans
@@ -64,7 +64,7 @@ def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -
         )
     try:
         row = catalog.resolve(name)
-    except CorruptStoreError:
+    except (CorruptStoreError, NotFoundError):
         doomed = dict.fromkeys(_damaged(adapter, address), str(address))
         if not doomed:
             raise
@@ -93,6 +93,8 @@ def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -
 
 def _damaged(adapter: Adapter, address: Address) -> list[int]:
     """Return the ids of models of a version whose row is damaged, which nobody can read."""
+    if address.selector is None:
+        return []
     found: list[int] = []
 
     def tell(table: str, key: Mapping[str, object], said: str) -> None:
@@ -101,7 +103,7 @@ def _damaged(adapter: Adapter, address: Address) -> list[int]:
         if table == "models" and is_meant and isinstance(model_id, int):
             found.append(model_id)
 
-    if isinstance(adapter, SoundRowsAdapter) and address.selector is not None:
-        with adapter.sound_rows(tell):
-            adapter.models(name=address.name)
-    return found
+    with only_sound_rows(adapter, tell):
+        rows = adapter.models(name=address.name, state=None)
+    of_no_state = [row for row in rows if row.state not in (LIVE, STAGING)]
+    return found + [row.id for row in of_no_state if row.version == address.selector]

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from pydedup import matmul
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import telling_rows
 from pydedup.catalog import Catalog, StoredModel
+from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_costs, block_places, map_places
 from pydedup.pool import PagePool
 from pydedup.types import Progress, TensorInfo
@@ -64,7 +66,7 @@ class Explanation:
 
     ``removal_frees_bytes`` counts blocks that no other live model uses; those that lie on pages
     of others are given back when ``vacuum`` packs these anew: those of which nobody uses a quarter,
-    at least.
+    at least. ``damaged`` tells of models that are damaged: with these nothing is shared.
     """
 
     model: str
@@ -74,6 +76,7 @@ class Explanation:
     used_bytes: int
     shared_bytes: int
     removal_frees_bytes: int
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +114,21 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     with adapter.snapshot():
         model = StoredModel(adapter, catalog.resolve(address))
         pages = {page for _, page, _, _ in adapter.model_pages(model.row.id)}
-        neighbours = {owner for owner, _ in adapter.readers_of(sorted(pages))}
-        others = [
-            StoredModel(adapter, row)
-            for row in adapter.models()
-            if row.id in neighbours and row.id != model.row.id
-        ]
+        damaged: list[str] = []
+        with telling_rows(adapter, damaged):
+            neighbours = {owner for owner, _ in adapter.readers_of(sorted(pages))}
+            rows = [row for row in adapter.models() if row.id in neighbours - {model.row.id}]
         maps = model.block_maps()
         mine = [map_places(block_map) for block_map in maps]
         used = np.unique(np.concatenate(mine)) if mine else np.empty(0, np.int64)
         costs = block_costs(pool, used)
-        per_other = [(other.address, np.isin(used, _model_places(other))) for other in others]
+        per_other = []
+        for row in rows:
+            try:
+                other = StoredModel(adapter, row)
+                per_other.append((other.address, np.isin(used, _model_places(other))))
+            except CorruptStoreError as exc:
+                damaged.append(str(exc))
     shared = np.zeros(len(used), np.bool_)
     for _, common in per_other:
         shared |= common
@@ -156,6 +163,7 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
         used_bytes=int(costs.sum()),
         shared_bytes=int(costs[shared].sum()),
         removal_frees_bytes=int(costs[~shared].sum()),
+        damaged=tuple(damaged),
     )
 
 

@@ -22,7 +22,7 @@ from pydedup.report.detail import TensorBlocks, blocks_of
 from pydedup.report.families import Common, common_blocks
 from pydedup.report.figures import StoreStats, store_stats
 from pydedup.types import ModelInfo
-from pydedup.usage import Readers, bytes_by_group
+from pydedup.usage import Readers, beside_damage, bytes_by_group
 
 __all__ = ["Called", "Detail", "ModelLine", "StoreReport", "gather"]
 
@@ -137,31 +137,24 @@ def _of_sound_models(
 ) -> StoreReport:
     """Look at a store without models that turn out to be damaged; ``damaged`` tells of them."""
     infos = {info.id: info for info in catalog.sound_infos(damaged)}
-    rows = [row for row in adapter.models() if row.id in infos]
-    while True:
-        try:
-            return _gathered(adapter, catalog, pool, named, trace, rows, infos, damaged)
-        except CorruptStoreError as exc:
-            lost = _unreadable(adapter, rows, exc.page_ids)
-            if not lost or not lost.isdisjoint(named):
-                raise
-            damaged.append(str(exc))
-            rows = [row for row in rows if row.id not in lost]
-
-
-def _unreadable(adapter: Adapter, rows: Sequence[ModelRow], page_ids: Sequence[int]) -> set[int]:
-    """Return the models that read one of these pages; of no page, those that are damaged."""
-    if page_ids:
-        mine = {row.id for row in rows}
-        return mine.intersection(model for model, _ in adapter.readers_of(page_ids))
-    lost: set[int] = set()
-    for row in rows:
+    rows = []
+    for row in adapter.models():
         try:
             certificate_of(row)
-            StoredModel(adapter, row).block_maps()
-        except CorruptStoreError:
-            lost.add(row.id)
-    return lost
+        except CorruptStoreError as exc:
+            if row.id in named:
+                raise
+            damaged.append(str(exc))
+            continue
+        if row.id in infos:
+            rows.append(row)
+    return beside_damage(
+        adapter,
+        rows,
+        damaged,
+        lambda sound: _gathered(adapter, catalog, pool, named, trace, sound, infos, damaged),
+        named,
+    )
 
 
 def _gathered(

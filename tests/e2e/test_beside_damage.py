@@ -14,6 +14,7 @@ import pydedup
 from pydedup import policies
 from pydedup.cli.app import main
 from pydedup.errors import CorruptStoreError
+from pydedup.testing.pages import small_pages
 
 from .damage import change, put
 
@@ -23,6 +24,8 @@ MODELS = {
     for seed, name in enumerate(NAMES)
 }
 OTHERS = ["one@1", "three@1"]
+#: Rows of tensors of which the first is matched before the other, on pages of its own.
+MIXED = {"sound": 1024, "damaged": 768}
 #: What is damaged of the model two, by what is said of it.
 DAMAGES = {
     "the metadata of two@1": "UPDATE {models} SET metadata = '[' WHERE name = 'two'",
@@ -173,3 +176,101 @@ def test_an_add_shares_nothing_with_a_page_that_cannot_be_read(
             assert store.add(f"{name}@2", MODELS[name]).pages == 0
         store.add("far", {"w": far})
         assert np.array_equal(store.load("far")["w"], far)
+
+
+def test_an_add_leaves_out_all_damaged_pages_at_once(store_url: str) -> None:
+    """It was matched anew for each of them."""
+    rng = np.random.default_rng(3)
+    model = {name: rng.standard_normal((rows, 256), np.float32) for name, rows in MIXED.items()}
+    done: list[int] = []
+    with small_pages(64), pydedup.open(store_url) as store:
+        store.add("one", model, policy=policies.Exact())
+        maps = [store._catalog.model("one").block_map(name).page_ids for name in MIXED]
+        damaged = sorted(set(maps[1].tolist()) - set(maps[0].tolist()))
+        assert len(damaged) > 8
+        cut = "UPDATE {pages} SET payload = substr(payload, 1, 9000) WHERE id = ?"
+        for page_id in damaged:
+            change(store_url, cut, page_id)
+
+        def note(stage: str, value: int, total: int) -> None:
+            if stage == "matching":
+                done.append(value)
+
+        report = store.add("two", model, policy=policies.Exact(), progress=note)
+        assert report.damaged_pages == tuple(damaged)
+        assert done.count(model["sound"].nbytes) == 2  # times that it was matched
+        assert all(np.array_equal(store.load("two")[name], array) for name, array in model.items())
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_usage_is_counted_beside_damage(
+    said: str, store_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`stats --by`, `quota` and `explain` ended in the damage of another model."""
+    with pydedup.open(store_url) as store:
+        for name, model in MODELS.items():
+            store.add(name, model, metadata={"tenant": name})
+        shared = {"w": np.concatenate([MODELS["three"]["w"][:64], MODELS["two"]["w"][:64]])}
+        store.add("half", shared, block_shape=(64, 64), metadata={"tenant": "three"})
+        store.quotas.set("tenant", "three", "1GB")
+        store.quotas.set("size", None, "1GB")
+        needs_page = store.explain("half").shared_with
+    change(store_url, DAMAGES[said])
+    left_out = ["two"] if not said.startswith("the certificate") else []
+    with pydedup.open(store_url) as store:
+        usage = store.stats(by="tenant")
+        known = {value.value: value for value in usage.values}
+        assert known["one"].logical_bytes == MODELS["one"]["w"].nbytes
+        assert usage.keys == ("tenant",)
+        if said.startswith("1 pages"):
+            return
+        assert [said in each for each in usage.damaged] == [True for _ in left_out]
+        assert ("two" in known) is not bool(left_out)
+        explained = store.explain("half")
+        assert {other.model for other in needs_page} >= {
+            other.model for other in explained.shared_with
+        }
+    for command in (["stats", store_url, "--by", "tenant"], ["quota", store_url]):
+        for more in ([], ["--json"]):
+            assert main([*command, *more]) == (4 if left_out else 0)
+            out, err = capsys.readouterr()
+            assert "three" in out
+            assert (said in err) is bool(left_out)
+
+
+def test_explain_leaves_out_a_damaged_neighbour(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "store.db"
+    fill(f"sqlite:///{path}")
+    with pydedup.open(path) as store:
+        for name in ("same", "again"):
+            store.add(name, MODELS["two"])
+    change(f"sqlite:///{path}", DAMAGES["two@1, tensor 'w': a block map"])
+    with pydedup.open(path) as store:
+        explained = store.explain("same")
+        assert [other.model for other in explained.shared_with] == ["again@1"]
+        assert ["two@1, tensor 'w'" in said for said in explained.damaged] == [True]
+        with pytest.raises(CorruptStoreError, match="two@1"):
+            store.explain("two")
+    assert main(["explain", str(path), "same", "--json", "-q"]) == 4
+    out, err = capsys.readouterr()
+    assert json.loads(out)["damaged"] == list(explained.damaged)
+    assert "two@1, tensor 'w'" in err
+
+
+def test_a_model_whose_state_is_damaged_can_be_removed(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    fill(f"sqlite:///{path}")
+    for value in ("'lively'", "NULL"):
+        with pydedup.open(path) as store:
+            store.add("four", {"w": MODELS["one"]["w"] + 1})
+        assert put(path, "pydedup_models", "state", value, "name = 'four'")
+        with pydedup.open(path) as store:
+            assert not store.verify().ok
+            with pytest.raises(CorruptStoreError, match="is damaged"):
+                store.vacuum()
+            assert store.remove("four@1") == ["four@1"]
+            store.vacuum()
+            assert store.verify().ok
+            assert [info.name for info in store.models()] == ["one", "three", "two"]

@@ -12,7 +12,6 @@ import pytest
 import pydedup
 from pydedup.errors import CorruptStoreError
 from pydedup.graph import Graph, Node
-from pydedup.testing.pages import small_pages
 
 from .damage import change, forget_maps
 
@@ -106,7 +105,7 @@ def test_a_block_map_of_another_tensor(
 
 def test_what_a_vacuum_moves_is_recorded(store_url: str, tmp_path: Path) -> None:
     """Also for who read, before, what was recorded."""
-    with small_pages(40_000), pydedup.open(store_url) as store, pydedup.open(store_url) as reader:
+    with pydedup.open(store_url) as store, pydedup.open(store_url) as reader:
         for name, model in MODELS.items():
             store.add(name, {**model, "c": RNG.standard_normal((64, 64), np.float32)})
         for name, model in MODELS.items():
