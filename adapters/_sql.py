@@ -74,6 +74,10 @@ class Statements:
     def __init__(self, dialect: Dialect) -> None:
         self.dialect = dialect
         self._name, self._columns = dialect.name, dialect.columns
+        self._of_models()
+        self._of_what_belongs_to_models()
+        self._of_pages()
+
         self.meta = self.select("meta", ("name", "value"))
         self.meta_value = self.select("meta", ("value",), where=("name",))
         self.set_meta = self.upsert("meta")
@@ -81,6 +85,17 @@ class Statements:
         self.bump_epoch = bump
         self.bump_epoch_from = f"{bump} AND value = {dialect.placeholder}"
 
+        self.signature_segments = self.select(
+            "signatures", ("segment",), where=("grp",), order=("segment",)
+        )
+        self.signature = self.select("signatures", ("payload",), where=("segment", "grp"))
+
+        self.put_job = self.upsert("jobs")
+        self.jobs = self.select("jobs", TABLES["jobs"].names, order=("id",))
+        self.delete_job = self.delete("jobs", ("id",))
+
+    def _of_models(self) -> None:
+        dialect = self.dialect
         self.insert_model = self.insert("models", MODEL_COLUMNS[1:], returning=True)
         self.model_exists = self.select("models", ("id",), where=("id",))
         self.live_model = self.select("models", ("id",), where=("name", "version", "state"))
@@ -110,6 +125,8 @@ class Statements:
         )
         self.set_alias = self.upsert("aliases")
         self.delete_alias = self.delete("aliases", ("name", "alias"))
+
+    def _of_what_belongs_to_models(self) -> None:
         self.artifacts = self.select(
             "artifacts", ("name", "media_type"), where=("model_id",), order=("name", "part")
         )
@@ -133,6 +150,8 @@ class Statements:
         )
         self.delete_model_pages = self.delete("model_pages", ("model_id",))
 
+    def _of_pages(self) -> None:
+        dialect = self.dialect
         page_columns = ["state", *(["pad"] if dialect.page_pad else []), "checksum", "payload"]
         page_columns += ["payload_bytes"] if dialect.page_length else []
         self.insert_page = self.insert("pages", page_columns, returning=True)
@@ -151,15 +170,6 @@ class Statements:
         blocks = self._name("distinct_blocks")
         self.count_blocks = f"SELECT COUNT(*) FROM {blocks} WHERE {self._on_live_pages}"
         self._blocks = f"SELECT {', '.join(TABLES['distinct_blocks'].names)} FROM {blocks}"
-
-        self.signature_segments = self.select(
-            "signatures", ("segment",), where=("grp",), order=("segment",)
-        )
-        self.signature = self.select("signatures", ("payload",), where=("segment", "grp"))
-
-        self.put_job = self.upsert("jobs")
-        self.jobs = self.select("jobs", TABLES["jobs"].names, order=("id",))
-        self.delete_job = self.delete("jobs", ("id",))
 
     # ---- generic forms --------------------------------------------------------------------------
 

@@ -215,7 +215,10 @@ def estimate_deltas(
 
 
 def column(values: ArrayLike, dtype: type[np.integer[Any]], name: str) -> NDArray[Any]:
-    """Return a contiguous 1-D array of that dtype with exactly these values."""
+    """Return a contiguous 1-D array of that dtype with exactly these values.
+
+    Raises ArgumentError, by ``name``, where they are no such integers.
+    """
     given = np.asarray(values)
     if given.ndim == 1 and given.size == 0:
         return np.empty(0, dtype)

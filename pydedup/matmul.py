@@ -260,7 +260,10 @@ def read(block_map: BlockMap, pool: PagePool, *, threads: int = 0) -> NDArray[An
 
 
 def activate(x: NDArray[Any], activation: str, *, threads: int = 0) -> NDArray[Any]:
-    """Return an activation of `ACTIVATIONS` of float32 or float64 values, as a new array."""
+    """Return an activation of `ACTIVATIONS` of float32 or float64 values, as a new array.
+
+    Raises ArgumentError for another activation or dtype.
+    """
     check_activation(activation)
     if x.dtype not in (np.float32, np.float64):
         raise ArgumentError(f"activate takes float32 or float64 values, got {x.dtype}")

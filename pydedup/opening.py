@@ -144,7 +144,11 @@ def open_end(
 
 @contextlib.contextmanager
 def open_rows(adapter: Adapter, source: str | os.PathLike[str] | None) -> Iterator[RowAdapter]:
-    """Give the database of users' tables: the one of a store, or another."""
+    """Give the database of users' tables: the one of a store, or another.
+
+    Raises NotFoundError where the other one is not there; ReadOnlyError, ArgumentError where the
+    store's own cannot be used.
+    """
     if source is not None:
         try:
             rows = registry.connect_rows(registry.absolute(source))

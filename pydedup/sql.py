@@ -231,7 +231,10 @@ class PostgresFunctions:
             return _numbers(one_output(self._calls().row(model, features), model))
 
     def predict_many(self, model: str, features: list[Any]) -> list[list[float]]:
-        """Return what a model predicts for each row of an array of two axes, in one batch."""
+        """Return what a model predicts for each row of an array of two axes, in one batch.
+
+        Raises ArgumentError for an array of one axis.
+        """
         with self._errors():
             if features and not isinstance(features[0], list):
                 raise ArgumentError(

@@ -119,6 +119,11 @@ def torch_finetune(
         starts from the state that it has then.
     steps
         How many steps to take. After each one, frozen elements get back the bits they had.
+
+    Raises
+    ------
+    ArgumentError
+        When ``steps`` is no whole number above 0.
     """
     given_as: object = steps
     if not isinstance(given_as, SupportsIndex) or operator.index(steps) < 1:

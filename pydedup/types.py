@@ -115,7 +115,7 @@ class DType(enum.Enum):
 
     @classmethod
     def of_label(cls, label: str) -> DType:
-        """Return the member with that label, e.g. ``"bf16"``."""
+        """Return the member with that label, e.g. ``"bf16"``; ArgumentError for an unknown one."""
         for member in cls:
             if member.label == label:
                 return member

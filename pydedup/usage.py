@@ -120,7 +120,7 @@ class Readers:
         """Return models of a store as readers, in this order (ascending ids); in a snapshot.
 
         Memory: 260 bytes per row of ``model_pages`` (one for each page of each model) while they
-        are read, 32 then.
+        are read, 32 then. Raises CorruptStoreError where a row cannot be right.
         """
 
         def places(number: int) -> NDArray[np.int64]:
@@ -164,7 +164,7 @@ def usage_by(adapter: Adapter, pool: PagePool, key: str) -> Usage:
 
     Reads the block maps of models that share pages, a model at a time, and pages of whose blocks
     some are shared and others not. Memory: 4 bytes per block on shared pages, and what
-    `Readers.of_store` takes.
+    `Readers.of_store` takes. Raises ArgumentError for a key that is no string, CorruptStoreError.
     """
     if not isinstance(key, str):
         raise ArgumentError(f"by must be a key of metadata, a string, not {key!r:.100}")

@@ -8,8 +8,9 @@ filled in a minute, and what a row takes with its indexes is what it takes in a 
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -88,103 +89,87 @@ def fill(adapter: Adapter, models: int, one: Brought, *, first: int = 0) -> dict
 
     Parts, pages and blocks are rounded to whole numbers, at least one of each.
     """
-    rng = np.random.default_rng(first)
-    spent = dict.fromkeys((*TABLES, "commit"), 0.0)
-    rows = dict.fromkeys(TABLES, 0)
-    count = {
-        "artifacts": max(1, round(one.artifacts)),
-        "tensors": max(1, round(one.tensors)),
-        "pages": max(1, round(one.pages)),
-        "reads": max(1, round(one.reads)),
-        "blocks": max(1, round(one.new_blocks)),
-    }
-    each = {
-        "artifact": _each(one.artifact_payload, count["artifacts"]),
-        "map": _each(one.map_payload, count["tensors"]),
-        "hash": _each(one.hash_payload, count["tensors"]),
-        "signature": _each(one.signature_payload, max(1, round(one.segments))),
-        "text": max(1, int(one.tensor_payload / count["tensors"]) - 26),
-        "model": max(16, int(one.model_payload) - 80),
-    }
-    noise = rng.bytes(1 << 20)
-
-    def payload(size: int) -> bytes:
-        start = int(rng.integers(0, len(noise) - size))
-        return noise[start : start + size]
-
-    def timed(table: str, number: int, started: float) -> None:
-        spent[table] += time.perf_counter() - started
-        rows[table] += number
-
-    for start in range(0, models, _MODELS_PER_TRANSACTION):
+    filling = _Filling(adapter, one, first)
+    for start in range(first, first + models, _MODELS_PER_TRANSACTION):
         began = time.perf_counter()
         with adapter.transaction():
-            spent["commit"] += time.perf_counter() - began
-            for number in range(start, min(start + _MODELS_PER_TRANSACTION, models)):
-                name = f"family-{(first + number) // 100:06}-{first + number:08}"
-                began = time.perf_counter()
-                row = ModelRow(
-                    0, name, "1", LIVE, 1.0, "lossless", "", "x" * each["model"], 1, payload(16)
-                )
-                model = adapter.insert_model(row)
-                timed("models", 1, began)
-                began = time.perf_counter()
-                adapter.insert_tensors(
-                    TensorRow(model, i, "t" * each["text"], "f32", "[30522, 384]", "[64, 64]")
-                    for i in range(count["tensors"])
-                )
-                timed("tensors", count["tensors"], began)
-                for table, kind, insert in (
-                    ("block_maps", "map", adapter.insert_block_maps),
-                    ("source_hashes", "hash", adapter.insert_source_hashes),
-                ):
-                    parts = [(model, i, 0, payload(each[kind])) for i in range(count["tensors"])]
-                    began = time.perf_counter()
-                    insert(parts)
-                    timed(table, len(parts), began)
-                began = time.perf_counter()
-                adapter.insert_artifacts(
-                    model,
-                    [
-                        (f"a{i}", "application/json", payload(each["artifact"]))
-                        for i in range(count["artifacts"])
-                    ],
-                )
-                timed("artifacts", count["artifacts"], began)
-                began = time.perf_counter()
-                pages = [(payload(16), payload(_LITTLE)) for _ in range(count["pages"])]
-                ids = adapter.insert_pages(pages, state=LIVE)
-                timed("pages", len(ids), began)
-                oldest = max(1, ids[-1] - count["reads"] + 1)
-                reads = [(model, page, 60, 900_000) for page in range(oldest, ids[-1] + 1)]
-                began = time.perf_counter()
-                adapter.insert_model_pages(reads)
-                timed("model_pages", len(reads), began)
-                hashes = rng.bytes(16 * count["blocks"])
-                blocks = [
-                    (hashes[16 * i : 16 * i + 16], ids[i % len(ids)], i, ids[0] << 20)
-                    for i in range(count["blocks"])
-                ]
-                began = time.perf_counter()
-                adapter.insert_blocks(blocks)
-                timed("distinct_blocks", len(blocks), began)
-                began = time.perf_counter()
-                segments = max(1, round(one.segments))
-                adapter.insert_signatures(
-                    [
-                        ((model << 20) + i, min(i, 1), payload(each["signature"]))
-                        for i in range(segments)
-                    ]
-                )
-                timed("signatures", segments, began)
+            filling.spent["commit"] += time.perf_counter() - began
+            for number in range(start, min(start + _MODELS_PER_TRANSACTION, first + models)):
+                filling.add_model(number)
             began = time.perf_counter()
-        spent["commit"] += time.perf_counter() - began
+        filling.spent["commit"] += time.perf_counter() - began
     adapter.checkpoint()
-    return {table: spent[table] / max(rows[table], 1) for table in TABLES}
+    return {table: filling.spent[table] / max(filling.rows[table], 1) for table in TABLES}
 
 
-def _each(total: float, count: int) -> int:
-    return max(8, int(total / count))
+class _Filling:
+    """Writes rows of models, and counts rows and seconds by table."""
+
+    def __init__(self, adapter: Adapter, one: Brought, seed: int) -> None:
+        self._adapter = adapter
+        self._one = one
+        self._rng = np.random.default_rng(seed)
+        self._noise = self._rng.bytes(1 << 20)
+        self.spent = dict.fromkeys((*TABLES, "commit"), 0.0)
+        self.rows = dict.fromkeys(TABLES, 0)
+
+    def _payload(self, size: int) -> bytes:
+        start = int(self._rng.integers(0, len(self._noise) - size))
+        return self._noise[start : start + size]
+
+    def _payloads(self, total: float, count: int) -> list[bytes]:
+        return [self._payload(max(8, int(total / count))) for _ in range(count)]
+
+    def _write(self, table: str, call: Callable[..., Any], *arguments: Any, rows: int) -> Any:
+        began = time.perf_counter()
+        result = call(*arguments)
+        self.spent[table] += time.perf_counter() - began
+        self.rows[table] += rows
+        return result
+
+    def add_model(self, number: int) -> None:
+        one, to, write = self._one, self._adapter, self._write
+        name = f"family-{number // 100:06}-{number:08}"
+        said = "x" * max(16, int(one.model_payload) - 80)
+        row = ModelRow(0, name, "1", LIVE, 1.0, "lossless", "", said, 1, self._payload(16))
+        model = write("models", to.insert_model, row, rows=1)
+
+        count = max(1, round(one.tensors))
+        called = "t" * max(1, int(one.tensor_payload / count) - 26)
+        tensors = [
+            TensorRow(model, i, called, "f32", "[30522, 384]", "[64, 64]") for i in range(count)
+        ]
+        write("tensors", to.insert_tensors, tensors, rows=count)
+        for table, total, insert in (
+            ("block_maps", one.map_payload, to.insert_block_maps),
+            ("source_hashes", one.hash_payload, to.insert_source_hashes),
+        ):
+            parts = [(model, i, 0, part) for i, part in enumerate(self._payloads(total, count))]
+            write(table, insert, parts, rows=count)
+        payloads = self._payloads(one.artifact_payload, max(1, round(one.artifacts)))
+        artifacts = [(f"a{i}", "application/json", part) for i, part in enumerate(payloads)]
+        write("artifacts", to.insert_artifacts, model, artifacts, rows=len(artifacts))
+        self._add_pages(model)
+
+    def _add_pages(self, model: int) -> None:
+        one, to, write = self._one, self._adapter, self._write
+        count = max(1, round(one.pages))
+        pages = [(self._payload(16), self._payload(_LITTLE)) for _ in range(count)]
+        insert = functools.partial(to.insert_pages, state=LIVE)
+        ids = write("pages", insert, pages, rows=count)
+        oldest = max(1, ids[-1] - max(1, round(one.reads)) + 1)
+        reads = [(model, page, 60, 900_000) for page in range(oldest, ids[-1] + 1)]
+        write("model_pages", to.insert_model_pages, reads, rows=len(reads))
+
+        count = max(1, round(one.new_blocks))
+        hashes = self._rng.bytes(16 * count)
+        blocks = [
+            (hashes[16 * i : 16 * i + 16], ids[i % len(ids)], i, ids[0] << 20) for i in range(count)
+        ]
+        write("distinct_blocks", to.insert_blocks, blocks, rows=count)
+        payloads = self._payloads(one.signature_payload, max(1, round(one.segments)))
+        signatures = [((model << 20) + i, min(i, 1), part) for i, part in enumerate(payloads)]
+        write("signatures", to.insert_signatures, signatures, rows=len(signatures))
 
 
 def table_rows(adapter: Adapter) -> dict[str, int]:

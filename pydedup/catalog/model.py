@@ -240,7 +240,7 @@ class StoredModel:
         return {**lost, **dict(self._adapter.artifacts(self.row.id))}
 
     def graph(self) -> Graph | None:
-        """Return the model's graph, if the store knows it."""
+        """Return its graph, if the store knows it. Raises CorruptStoreError where it is damaged."""
         if self._graph is None:
             payload = self.artifact(GRAPH_ARTIFACT)
             if payload is not None:

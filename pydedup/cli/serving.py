@@ -175,10 +175,9 @@ def serve(
     if record is not None and on is not None:
         raise click.UsageError("--record records one process: leave out --on")
     try:
+        import pydedup.http.server  # noqa: F401 (what it lacks is told here)
         from pydedup.http.access import read_token
         from pydedup.http.options import ServeOptions as Chosen
-        from pydedup.http.served import ServedStore
-        from pydedup.http.server import serve as run
     except ModuleNotFoundError as error:
         raise UnsupportedFormatError(
             f"serving needs the package {error.name!r}: pip install 'pydedup[serve]'"
@@ -201,14 +200,29 @@ def serve(
     )
     if on is not None:
         _serve_on(on, url, memory, replacement, chosen, threads, replicas)
-        context.exit(Exit.OK)
+    else:
+        _serve_here(url, memory, replacement, chosen, record)
+    context.exit(Exit.OK)
+
+
+def _serve_here(
+    url: str,
+    memory: str,
+    replacement: str,
+    chosen: ServeOptions,
+    record: Path | None,
+) -> None:
+    """Serve in this process; ends it where a request may never end."""
+    from pydedup.http.served import ServedStore
+    from pydedup.http.server import serve as run
+
     with ServedStore.connect(url, memory, replacement) as store:
         names = [entry.name for entry in store.index() if entry.has_graph]
 
         def started(address: str) -> None:
             _say_hello(address, store.url, names, secured=chosen.token is not None)
 
-        _warn_if_open(host, chosen.token)
+        _warn_if_open(chosen.host, chosen.token)
         if record is not None:
             _check_record(record)
             store.record()
@@ -220,7 +234,6 @@ def serve(
             sys.stdout.flush()
             # A thread may wait for the database for ever, and Python would wait for the thread.
             os._exit(Exit.INTERRUPTED)
-    context.exit(Exit.OK)
 
 
 class _OnlyTriedError(Exception):

@@ -185,7 +185,10 @@ class SourceBase(abc.ABC):
         return None
 
     def read(self, name: str) -> Array:
-        """Return one tensor: C-contiguous, native byte order, read-only."""
+        """Return one tensor: C-contiguous, native byte order, read-only.
+
+        Raises NotFoundError, FormatError for a damaged one, BudgetError where memory is short.
+        """
         entry = self._by_name.get(name)
         if entry is None:
             raise NotFoundError(f"{self.description} has no tensor {name!r}")

@@ -255,7 +255,7 @@ class _Translation:
         op = "softmax" if node.op_type == "Softmax" else "log_softmax"
         axis = attrs.integer("axis", -1 if self._opset >= 13 else 1)
         if self._opset < 13:
-            # It used to flatten all axes from `axis` on, which is the same only for the last.
+            # Before opset 13 it flattens all axes from `axis` on: the same only for the last.
             rank = self._ranks.get(node.input[0], self._ranks.get(node.output[0]))
             if axis != -1 and (rank is None or axis != rank - 1):
                 raise UnknownError

@@ -145,6 +145,11 @@ def magnitude(
         in float64: linear between the two elements around the rank. NaN for a block with a NaN;
         infinity between two infinite elements, of which numpy makes NaN.
 
+    Raises
+    ------
+    ArgumentError
+        For another dtype, a matrix that is none, or a block shape that cannot be.
+
     Notes
     -----
     By selection, in time linear in the elements (Floyd and Rivest 1975: a sample brackets the

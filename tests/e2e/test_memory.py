@@ -30,8 +30,8 @@ import json, sys
 import pydedup
 from pydedup.testing.resident import ResidentMemory
 
-url, small, first, second, pool = sys.argv[1:6]
-workers = int(sys.argv[6]) if len(sys.argv) > 6 else None
+url, small, first, second, pool, workers = sys.argv[1:]
+workers = int(workers)
 
 with pydedup.open(url, memory=int(pool)) as store:
     store.add("warm-up", small, workers=workers)
@@ -44,6 +44,21 @@ with pydedup.open(url, memory=int(pool)) as store:
             peaks.append(memory.peak() - before)
     print(json.dumps({"peaks": peaks, "errors": store.verify().errors}))
 """
+
+
+def peaks_of(tmp_path: Path, paths: list[Path], pool_bytes: int, workers: int) -> list[int]:
+    """Return what adding a second and a third file took beyond what the first left behind."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, url, *map(str, paths), str(pool_bytes), str(workers)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(done.stdout)
+    assert result["errors"] == []
+    peaks: list[int] = result["peaks"]
+    return peaks
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npz", "pt"])
@@ -72,17 +87,8 @@ def test_adding_takes_one_tensor_plus_the_pool(tmp_path: Path, suffix: str) -> N
             for name in list(layers)[TENSORS // 2 :]:
                 layers[name][::7] += 0.5
     del layers, whole
-    url = f"sqlite:///{tmp_path / 'store.db'}"
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, url, *map(str, paths), str(POOL_BYTES), "1"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result = json.loads(done.stdout)
-    assert result["errors"] == []
-    for peak in result["peaks"]:
-        assert peak < TENSOR_BYTES + POOL_BYTES, result
+    for peak in peaks_of(tmp_path, paths, POOL_BYTES, workers=1):
+        assert peak < TENSOR_BYTES + POOL_BYTES
         assert peak > TENSOR_BYTES // 4, "the measurement saw nothing"
 
 
@@ -96,17 +102,8 @@ def test_what_workers_do_ahead_is_bounded(tmp_path: Path) -> None:
         np.savez(path, **layers)
         model_bytes = sum(array.nbytes for array in layers.values())
     del layers
-    url, pool = f"sqlite:///{tmp_path / 'store.db'}", 16 << 20
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, url, *map(str, paths), str(pool), "4"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result = json.loads(done.stdout)
-    assert result["errors"] == []
-    for peak in result["peaks"]:
-        assert peak < 256 << 20 < model_bytes, result
+    for peak in peaks_of(tmp_path, paths, 16 << 20, workers=4):
+        assert peak < 256 << 20 < model_bytes
 
 
 def test_a_difference_takes_two_tensors(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -29,6 +29,21 @@ KEYS = {
     "VARBINARY(9)": [b"b", b"\0", b"a ", b"a"],
     "INT UNSIGNED": [7, 4000000000, 0],
 }
+
+
+@pytest.fixture
+def cursor(mysql_database: str) -> Iterator[Any]:
+    with mysql_connection(mysql_database) as connection, connection.cursor() as cursor:
+        yield cursor
+
+
+@pytest.fixture
+def store(mysql_database: str) -> Iterator[pydedup.Store]:
+    """A store of a model of three inputs."""
+    model, graph = linear()
+    with pydedup.open(mysql_database) as store:
+        store.add("m@1", model, graph=graph)
+        yield store
 
 
 def ranges_of(
@@ -69,137 +84,106 @@ def test_ranges_of_keys_have_each_row_once(mysql_database: str, kind: str) -> No
 
 
 @pytest.mark.parametrize("made", [*KEYS, "by us"])
-def test_a_scoring_goes_on_by_such_keys(mysql_database: str, made: str) -> None:
+def test_a_scoring_goes_on_by_such_keys(cursor: Any, store: pydedup.Store, made: str) -> None:
     """Whether the table of predictions is ours, or a user's with a key of its type."""
     kind = next(iter(KEYS)) if made == "by us" else made
     source, into = (unused_name().replace("pydedup", "t") for _ in range(2))
-    model, graph = linear()
-    with (
-        mysql_connection(mysql_database) as connection,
-        connection.cursor() as cursor,
-        pydedup.open(mysql_database) as store,
-    ):
-        store.add("m@1", model, graph=graph)
-        cursor.execute(f"CREATE TABLE {source} (id {kind}, f0 REAL, f1 REAL, f2 REAL)")
-        lines = [(key, n, n + 1, n + 2) for n, key in enumerate(KEYS[kind])]
-        cursor.executemany(f"INSERT INTO {source} VALUES (%s, %s, %s, %s)", lines)
-        if made != "by us":
-            cursor.execute(f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction REAL)")
-        query = f"SELECT * FROM {source} ORDER BY f0"
-        first = store.score(f"{query} LIMIT 1", "m@1", into=into)
-        then = store.score(query, "m@1", into=into)
-        assert (first.rows, then.rows, then.skipped) == (1, len(lines) - 1, 1)
-        cursor.execute(f"SELECT COUNT(*) FROM {source} JOIN {into} USING (id)")
-        assert cursor.fetchall() == [(len(lines),)]
-        cursor.execute(f"DROP TABLE {source}, {into}")
+    cursor.execute(f"CREATE TABLE {source} (id {kind}, f0 REAL, f1 REAL, f2 REAL)")
+    lines = [(key, n, n + 1, n + 2) for n, key in enumerate(KEYS[kind])]
+    cursor.executemany(f"INSERT INTO {source} VALUES (%s, %s, %s, %s)", lines)
+    if made != "by us":
+        cursor.execute(f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction REAL)")
+    query = f"SELECT * FROM {source} ORDER BY f0"
+    first = store.score(f"{query} LIMIT 1", "m@1", into=into)
+    then = store.score(query, "m@1", into=into)
+    assert (first.rows, then.rows, then.skipped) == (1, len(lines) - 1, 1)
+    cursor.execute(f"SELECT COUNT(*) FROM {source} JOIN {into} USING (id)")
+    assert cursor.fetchall() == [(len(lines),)]
+    cursor.execute(f"DROP TABLE {source}, {into}")
 
 
-def test_a_key_of_zero_stays_zero(mysql_database: str) -> None:
+def test_a_key_of_zero_stays_zero(cursor: Any, store: pydedup.Store) -> None:
     """Also in a table that counts its keys itself, which took it for the next number."""
-    model, graph = linear()
-    with (
-        mysql_connection(mysql_database) as connection,
-        connection.cursor() as cursor,
-        pydedup.open(mysql_database) as store,
-    ):
-        store.add("m@1", model, graph=graph)
-        cursor.execute("CREATE TABLE p (id BIGINT AUTO_INCREMENT PRIMARY KEY, prediction REAL)")
-        query = "SELECT 5 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 0, 4, 5, 6"
-        first = store.score(query, "m@1", into="p")
-        again = store.score(query, "m@1", into="p")
-        assert (first.rows, again.rows, again.skipped) == (2, 0, 2)
-        cursor.execute("SELECT id FROM p ORDER BY id")
-        assert cursor.fetchall() == [(0,), (5,)]
+    cursor.execute("CREATE TABLE p (id BIGINT AUTO_INCREMENT PRIMARY KEY, prediction REAL)")
+    query = "SELECT 5 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 0, 4, 5, 6"
+    first = store.score(query, "m@1", into="p")
+    again = store.score(query, "m@1", into="p")
+    assert (first.rows, again.rows, again.skipped) == (2, 0, 2)
+    cursor.execute("SELECT id FROM p ORDER BY id")
+    assert cursor.fetchall() == [(0,), (5,)]
 
 
-def test_a_set_is_no_key(mysql_database: str) -> None:
-    model, graph = linear()
-    with (
-        mysql_connection(mysql_database) as connection,
-        connection.cursor() as cursor,
-        pydedup.open(mysql_database) as store,
-    ):
-        store.add("m@1", model, graph=graph)
-        cursor.execute("CREATE TABLE sets (id SET('a', 'b'), f0 REAL, f1 REAL, f2 REAL)")
-        cursor.execute("INSERT INTO sets VALUES ('a,b', 1, 2, 3)")
-        with pytest.raises(ArgumentError, match="the key 'id' is NULL, or a list or a set"):
-            store.score("SELECT * FROM sets", "m@1", into="p")
+def test_a_set_is_no_key(cursor: Any, store: pydedup.Store) -> None:
+    cursor.execute("CREATE TABLE sets (id SET('a', 'b'), f0 REAL, f1 REAL, f2 REAL)")
+    cursor.execute("INSERT INTO sets VALUES ('a,b', 1, 2, 3)")
+    with pytest.raises(ArgumentError, match="the key 'id' is NULL, or a list or a set"):
+        store.score("SELECT * FROM sets", "m@1", into="p")
 
 
-def test_a_text_that_begins_with_a_number_is_not_the_number(mysql_database: str) -> None:
+def test_a_text_that_begins_with_a_number_is_not_the_number(
+    mysql_database: str, cursor: Any
+) -> None:
     """The server takes them for equal, and would count a row as done that is not."""
-    with (
-        mysql_connection(mysql_database) as connection,
-        connection.cursor() as cursor,
-    ):
-        cursor.execute("CREATE TABLE whole (id BIGINT PRIMARY KEY, prediction REAL)")
-        cursor.execute("CREATE TABLE texts (id VARCHAR(9) PRIMARY KEY, prediction REAL)")
-        cursor.execute("INSERT INTO whole VALUES (7, 1), (9007199254740993, 1)")
-        cursor.execute("INSERT INTO texts VALUES ('7', 1), ('8a', 1)")
-        rows = registry.connect_rows(mysql_database)
-        try:
-            asked = ["7", "7a", "07", "9007199254740993", "9007199254740992", "a"]
-            found = rows.present_keys(rows.full_table_name("whole"), "id", asked)
-            assert found == {"7", "07", "9007199254740993"}
-            assert rows.present_keys(rows.full_table_name("texts"), "id", [7, 8, 9]) == {7}
-        finally:
-            rows.close()
+    cursor.execute("CREATE TABLE whole (id BIGINT PRIMARY KEY, prediction REAL)")
+    cursor.execute("CREATE TABLE texts (id VARCHAR(9) PRIMARY KEY, prediction REAL)")
+    cursor.execute("INSERT INTO whole VALUES (7, 1), (9007199254740993, 1)")
+    cursor.execute("INSERT INTO texts VALUES ('7', 1), ('8a', 1)")
+    rows = registry.connect_rows(mysql_database)
+    try:
+        asked = ["7", "7a", "07", "9007199254740993", "9007199254740992", "a"]
+        found = rows.present_keys(rows.full_table_name("whole"), "id", asked)
+        assert found == {"7", "07", "9007199254740993"}
+        assert rows.present_keys(rows.full_table_name("texts"), "id", [7, 8, 9]) == {7}
+    finally:
+        rows.close()
 
 
 @pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
-def test_a_time_is_written_as_it_is(mysql_database: str, pure: bool) -> None:
+def test_a_time_is_written_as_it_is(mysql_database: str, cursor: Any, pure: bool) -> None:
     """Those of more than a day, negative ones and parts of seconds, too."""
     texts = ["08:00:00", "-01:00:00", "838:59:59", "-838:59:59.5", "00:00:00.000001", "-25:30:01"]
-    with (
-        mysql_connection(mysql_database) as connection,
-        connection.cursor() as cursor,
-    ):
-        cursor.execute("CREATE TABLE shifts (k TIME(6) PRIMARY KEY, n INTEGER DEFAULT 1)")
-        cursor.execute("CREATE TABLE done (id TIME(6) PRIMARY KEY, prediction DOUBLE)")
-        cursor.executemany("INSERT INTO shifts (k) VALUES (%s)", [[text] for text in texts])
-        rows = registry.connect_rows(with_option(mysql_database, f"use_pure={pure}"))
-        try:
-            assert isinstance(rows, RangeAdapter)
-            with rows.read_rows("SELECT k FROM shifts", 10) as stream:
-                keys = [row[0] for batch in stream for row in batch]
-            table = rows.full_table_name("done")
-            assert rows.insert_predictions(table, ["id", "prediction"], [(key, 1) for key in keys])
-            assert rows.present_keys(table, "id", keys) == set(keys)
-            bounds, parts = read_ranges(rows, "SELECT k, n FROM shifts", 2)
-        finally:
-            rows.close()
-        assert len(bounds) == 3
-        assert [{key for key, _ in part} for part in parts] == [
-            *(set(sorted(keys)[at : at + 2]) for at in (0, 2, 4)),
-            set(),
-        ]
-        cursor.execute("SELECT COUNT(*) FROM shifts JOIN done ON k = id")
-        assert cursor.fetchall() == [(len(texts),)]
-        cursor.execute("DROP TABLE shifts, done")
+    cursor.execute("CREATE TABLE shifts (k TIME(6) PRIMARY KEY, n INTEGER DEFAULT 1)")
+    cursor.execute("CREATE TABLE done (id TIME(6) PRIMARY KEY, prediction DOUBLE)")
+    cursor.executemany("INSERT INTO shifts (k) VALUES (%s)", [[text] for text in texts])
+    rows = registry.connect_rows(with_option(mysql_database, f"use_pure={pure}"))
+    try:
+        assert isinstance(rows, RangeAdapter)
+        with rows.read_rows("SELECT k FROM shifts", 10) as stream:
+            keys = [row[0] for batch in stream for row in batch]
+        table = rows.full_table_name("done")
+        assert rows.insert_predictions(table, ["id", "prediction"], [(key, 1) for key in keys])
+        assert rows.present_keys(table, "id", keys) == set(keys)
+        bounds, parts = read_ranges(rows, "SELECT k, n FROM shifts", 2)
+    finally:
+        rows.close()
+    assert len(bounds) == 3
+    assert [{key for key, _ in part} for part in parts] == [
+        *(set(sorted(keys)[at : at + 2]) for at in (0, 2, 4)),
+        set(),
+    ]
+    cursor.execute("SELECT COUNT(*) FROM shifts JOIN done ON k = id")
+    assert cursor.fetchall() == [(len(texts),)]
+    cursor.execute("DROP TABLE shifts, done")
 
 
 @pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
-def test_integers_beyond_64_bits_with_a_sign(mysql_database: str, pure: bool) -> None:
+def test_integers_beyond_64_bits_with_a_sign(mysql_database: str, cursor: Any, pure: bool) -> None:
     keys = [2**64 - 1, 2**64 - 3, 2**63, 5]
-    with (
-        mysql_connection(mysql_database) as connection,
-        connection.cursor() as cursor,
-    ):
-        cursor.execute("CREATE TABLE large (k BIGINT UNSIGNED PRIMARY KEY)")
-        cursor.execute("CREATE TABLE done (id BIGINT UNSIGNED PRIMARY KEY)")
-        cursor.executemany("INSERT INTO large VALUES (%s)", [[str(key)] for key in keys])
-        rows = registry.connect_rows(with_option(mysql_database, f"use_pure={pure}"))
-        try:
-            assert isinstance(rows, RangeAdapter)
-            table = rows.full_table_name("done")
-            assert rows.insert_predictions(table, ["id"], [(key,) for key in keys])
-            asked = [*keys, 2**64 - 2, 2**64, 6]
-            assert rows.present_keys(table, "id", asked) == set(keys)
-            _, parts = read_ranges(rows, "SELECT k, k AS n FROM large", 1)
-        finally:
-            rows.close()
-        assert parts == [*([(key, key)] for key in sorted(keys)), []]
-        cursor.execute("DROP TABLE large, done")
+    cursor.execute("CREATE TABLE large (k BIGINT UNSIGNED PRIMARY KEY)")
+    cursor.execute("CREATE TABLE done (id BIGINT UNSIGNED PRIMARY KEY)")
+    cursor.executemany("INSERT INTO large VALUES (%s)", [[str(key)] for key in keys])
+    rows = registry.connect_rows(with_option(mysql_database, f"use_pure={pure}"))
+    try:
+        assert isinstance(rows, RangeAdapter)
+        table = rows.full_table_name("done")
+        assert rows.insert_predictions(table, ["id"], [(key,) for key in keys])
+        asked = [*keys, 2**64 - 2, 2**64, 6]
+        assert rows.present_keys(table, "id", asked) == set(keys)
+        _, parts = read_ranges(rows, "SELECT k, k AS n FROM large", 1)
+    finally:
+        rows.close()
+    assert parts == [*([(key, key)] for key in sorted(keys)), []]
+    cursor.execute("DROP TABLE large, done")
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,13 @@ def is_sound(store: pydedup.Store) -> None:
     assert (report.errors, report.notes) == ([], [])
 
 
+def stays_sound(store: pydedup.Store, models: dict[str, bytes]) -> None:
+    """A vacuum takes nothing of the models, and nothing is found wrong after it."""
+    store.vacuum()
+    assert loaded(store) == models
+    is_sound(store)
+
+
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
     """A file to repair from that has none of the blocks."""

@@ -22,6 +22,7 @@ from .conftest import (
     fill,
     is_sound,
     loaded,
+    stays_sound,
 )
 
 
@@ -70,9 +71,7 @@ def test_a_page_that_a_block_map_names_is_not_deleted(
             assert report.errors == []
             assert report.repair is not None
             assert report.repair.recorded_models == 1
-        store.vacuum()
-        assert loaded(store) == before
-        is_sound(store)
+        stays_sound(store, before)
 
 
 def test_a_page_in_use_that_was_given_up_is_not_deleted(store_url: str, other: Path) -> None:
@@ -84,9 +83,7 @@ def test_a_page_in_use_that_was_given_up_is_not_deleted(store_url: str, other: P
         with pytest.raises(CorruptStoreError, match=rf"lossy@1 uses 1 page \({page}\) that were"):
             store.vacuum()
         assert store.verify(repair_from=other).errors == []
-        store.vacuum()
-        assert loaded(store) == before
-        is_sound(store)
+        stays_sound(store, before)
 
 
 @pytest.mark.parametrize("name", ["near", "lossy"])
@@ -104,9 +101,7 @@ def test_a_page_whose_row_is_lost_is_restored(name: str, store_url: str, tmp_pat
         assert report.repair is not None
         assert report.repair.recorded_blocks == 0
         assert loaded(store) == before
-        store.vacuum()
-        assert loaded(store) == before
-        is_sound(store)
+        stays_sound(store, before)
 
 
 def test_a_damaged_page_is_repaired_for_who_is_not_recorded(
@@ -123,9 +118,7 @@ def test_a_damaged_page_is_repaired_for_who_is_not_recorded(
         report = store.verify(repair_from=healthy)
         assert (report.errors, report.notes) == ([], [])
         assert loaded(store) == before
-        store.vacuum()
-        assert loaded(store) == before
-        is_sound(store)
+        stays_sound(store, before)
 
 
 def test_wrong_figures_are_seen_and_mended(store_url: str, other: Path) -> None:
