@@ -159,7 +159,7 @@ def default_block_shape(rows: int, cols: int, dtype: DType) -> tuple[int, int]:
         width -= width % _DEFAULT_BLOCK_COLS
     width = min(cols, width)
     height = min(rows, elements // width)
-    if 8 < height < rows:
+    if height < rows:  # then it is 16 at least
         height -= height % 8
     return height, width
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block maps byte by byte (docs/format.md, "Block map"), and what of them is refused."""
+"""Block maps byte by byte (docs/format.md, "Block map"), what of them is refused, and how matrices
+are cut.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import struct
 import numpy as np
 import pytest
 
-from pydedup.blocks import BlockGrid, BlockMap, _pack_part
+from pydedup.blocks import BlockGrid, BlockMap, _pack_part, default_block_shape
 from pydedup.errors import CorruptStoreError
 from pydedup.types import DType
 
@@ -131,6 +133,31 @@ def test_a_page_that_no_store_has_is_damage(bit: int) -> None:
         else contextlib.nullcontext()
     ):
         BlockMap.from_parts(list(written.parts()), GRID, DType.F32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "block_shape"),
+    [
+        ((1000, 1000), DType.F32, (64, 64)),
+        ((1000, 1000), DType.F16, (64, 64)),
+        ((1000, 1000), DType.BF16, (64, 64)),
+        ((1000, 1000), DType.F64, (32, 64)),
+        ((1000, 1000), DType.I8, (256, 64)),
+        ((5000, 50), DType.F32, (80, 50)),
+        ((10_000, 50), DType.F64, (40, 50)),
+        ((10_000, 1), DType.F32, (4096, 1)),
+        ((100, 7), DType.F32, (100, 7)),
+        ((1, 100_000), DType.F32, (1, 4096)),
+        ((3, 100_000), DType.F32, (3, 1344)),
+        ((11, 10_000), DType.F32, (11, 320)),
+        ((0, 3), DType.F32, (1, 3)),
+    ],
+)
+def test_matrices_are_cut_as_they_were(
+    shape: tuple[int, int], dtype: DType, block_shape: tuple[int, int]
+) -> None:
+    """What is cut otherwise shares nothing with what earlier versions of pydedup stored."""
+    assert default_block_shape(*shape, dtype) == block_shape
 
 
 def test_the_number_of_blocks_is_that_of_the_grid() -> None:

@@ -142,6 +142,13 @@ def test_models_beyond_the_limit_get_external_data(
     assert run(target).tobytes() == run(path).tobytes()
     with open_source(target) as source:
         assert source.read("w1").tobytes() == W1.tobytes()
+    places = [
+        {item.key: item.value for item in tensor.external_data}
+        for tensor in onnx.load(target, load_external_data=False).graph.initializer
+    ]
+    offsets = [int(place["offset"]) for place in places if place]
+    assert len(offsets) > 1
+    assert {offset % 4096 for offset in offsets} == {0}, "others map them into memory"
     # Written over itself: the old data file is in use until the model is replaced.
     (target.parent / "other.data").write_bytes(b"of somebody else")
     for _ in range(3):
@@ -154,10 +161,11 @@ def test_models_beyond_the_limit_get_external_data(
     assert sorted(item.name for item in target.parent.iterdir()) == ["big.onnx", "other.data"]
 
 
-def test_a_failed_export_leaves_no_external_data(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit", [4096, 1 << 30])
+def test_a_failed_export_leaves_nothing(
+    limit: int, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_write, "_MAX_MESSAGE", 4096)
+    monkeypatch.setattr(onnx_write, "_MAX_MESSAGE", limit)
     (tmp_path / "out").mkdir()
     with open_source(path) as source:
         tensors = {"w1": W1, "b1": B1, "w2": W2[:1]}  # does not fit its entry
