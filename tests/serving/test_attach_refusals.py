@@ -80,6 +80,12 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "make_fx of rows": (lambda m: make_fx(lambda x: m[0].weight[x])(IDS), "cannot be traced"),
     "compile": (lambda m: m.compile(), "cannot be compiled"),
     "integers": (lambda m: m(X.long()), "is torch.int64; floats are needed"),
+    "float64": (lambda m: m(X.double()), "is torch.float64, and the weight torch.float32"),
+    "bf16": (lambda m: X.bfloat16() @ m[0].weight.T, "is torch.bfloat16, and the weight"),
+    "padding": (
+        lambda m: nn.functional.embedding_bag(IDS[None].abs(), m[0].weight, padding_idx=70),
+        "padding_idx 70 is none of the 70 rows",
+    ),
     "shape": (lambda m: m(X[:, :9]), r"x has shape \(3, 9\)"),
     "device": (lambda m: m(X.to("meta")), "the input is on meta"),
     "sparse": (lambda m: m(X.to_sparse()), "is no plain tensor in memory"),

@@ -63,10 +63,17 @@ def _array(x: torch.Tensor, weight: StoredParameter, *, keeps_bf16: bool = False
     return _numpy(x, weight)
 
 
-def _cast(x: torch.Tensor) -> torch.Tensor:
+def _cast(x: torch.Tensor, weight: StoredParameter) -> torch.Tensor:
     """Return an input of a product as torch.autocast has it, which a module may enter itself."""
     if torch.is_autocast_enabled("cpu") and x.dtype in (torch.float32, *_HALVES):
         return x.to(torch.get_autocast_dtype("cpu"))
+    dtype = weight.attachment.slots[weight.number].dtype
+    if x.dtype != dtype and x.is_floating_point():
+        # As torch does: else a float64 one would be answered with the digits of float32.
+        raise ArgumentError(
+            f"the input of {weight.label} is {x.dtype}, and the weight {dtype}: convert the input, "
+            "or attach a module in its dtype"
+        )
     return x
 
 
@@ -130,7 +137,7 @@ def _product(
     offset = _bias(bias)
     if offset is not None and offset.ndim > 1:
         return NotImplemented
-    x = _cast(x)
+    x = _cast(x, weight)
     given = _array(x, weight, keeps_bf16=True)
     x_bytes = given.size * max(given.itemsize, 4)
     transpose = weight.transposed is not transpose
@@ -203,7 +210,7 @@ def _conv1d(
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
-    input = _cast(input)
+    input = _cast(input, weight)
     y = stored.conv2d(
         _array(input, weight)[..., None, :],
         bias=_bias(bias),
@@ -229,7 +236,7 @@ def _conv2d(
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
-    input = _cast(input)
+    input = _cast(input, weight)
     y = stored.conv2d(
         _array(input, weight),
         bias=_bias(bias),
@@ -338,6 +345,10 @@ def _embedding_bag(
         ids, starts = until_last(ids, starts)
         factors = None if factors is None else factors[: len(ids)]
     if padding_idx is not None:
+        if not -weight.shape[0] <= padding_idx < weight.shape[0]:
+            raise ArgumentError(
+                f"padding_idx {padding_idx} is none of the {weight.shape[0]} rows of {weight.label}"
+            )
         kept = ids != padding_idx % weight.shape[0]
         if starts is None:
             starts = np.arange(ids.shape[0]) * ids.shape[1]
