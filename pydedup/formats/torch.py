@@ -259,6 +259,12 @@ def _load(path: Path, mapped: bool) -> object:
                 f"{path} holds the Python object {found.group(1)} and not only tensors; it is "
                 "refused because unpickling it can run code. Save model.state_dict() instead"
             ) from exc
+        if isinstance(exc, AttributeError) and "UntypedStorage" in str(exc):
+            raise UnsupportedFormatError(
+                f"{path} is in torch's old format and holds tensors of a dtype that came after it "
+                "(uint16, uint32, uint64, 8-bit floats), which torch itself does not read back; "
+                "save it without _use_new_zipfile_serialization=False"
+            ) from exc
         reason = (str(exc) or type(exc).__name__).splitlines()[0][:200]
         raise FormatError(f"{path} is no readable torch checkpoint: {reason}") from exc
 

@@ -111,6 +111,15 @@ def test_very_large_contiguous_tensors_are_views_of_the_file(
         assert not is_mapped(source.read("transposed"))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e5m2])
+def test_dtypes_that_came_after_the_old_format(tmp_path: Path, dtype: torch.dtype) -> None:
+    """torch writes them there, and does not read them back."""
+    tensors = {"w": torch.zeros(3, dtype=dtype)}
+    torch.save(tensors, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UnsupportedFormatError, match="torch itself does not read back"):
+        open_source(tmp_path / "m.pt")
+
+
 def test_only_the_same_view_of_the_same_storage_is_tied(tmp_path: Path) -> None:
     torch.save(model(), tmp_path / "m.pt")
     for given in (tmp_path / "m.pt", model()):
