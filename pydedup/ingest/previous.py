@@ -9,7 +9,7 @@ hash, which elsewhere are told apart by their bytes, would be met here once in 2
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,8 @@ class Previous:
         self._maps = model.block_maps()
         self._hashes = SourceHashes(adapter, model)
         self._ordinals = {info.name: i for i, info in enumerate(self._model.tensors)}
+        #: By the end of a name, behind any of its dots: the one tensor that has it.
+        self._ends: dict[str, int | None] | None = None
         self._references = self._all_references()
         pages = [row[1:] for row in adapter.model_pages(model.row.id)]
         #: Page, distinct blocks that this version has of it, and their bytes; int64 (n, 3).
@@ -73,29 +75,45 @@ class Previous:
             return None
         return cls(adapter, stored, model, policy.max_rel_error)
 
-    def error_of(self, name: str) -> float:
-        """Return the greatest relative L2 difference of a tensor's blocks to what is stored."""
-        return self._model.error_of(name)
-
-    def references(
+    def unchanged(
         self, entry: TensorEntry, grid: BlockGrid, digests: NDArray[np.uint64]
-    ) -> NDArray[np.int64]:
-        """Return references of unchanged blocks, `NO_BASE` for all others."""
+    ) -> tuple[NDArray[np.int64], float]:
+        """Return references of unchanged blocks, `NO_BASE` for all others, and their error.
+
+        That is the greatest relative L2 difference of the tensor's blocks to what is stored.
+        """
         found = np.full(grid.count, NO_BASE, np.int64)
-        ordinal = self._ordinals.get(entry.name)
-        if ordinal is None or self.error_of(entry.name) > self._limit:
-            return found
+        ordinal = self._ordinal(entry.name)
+        if ordinal is None:
+            return found, 0.0
         info = self._model.tensors[ordinal]
-        if (info.dtype, info.shape) != (entry.dtype, entry.shape):
-            return found
+        error = self._model.error_of(info.name)
+        if error > self._limit or (info.dtype, info.shape) != (entry.dtype, entry.shape):
+            return found, 0.0
         block_map = self._maps[ordinal]
         source = self._hashes.of(ordinal)
         if block_map.grid != grid or len(source) != 16 * grid.count:
-            return found
+            return found, 0.0
         before = np.frombuffer(source, "<u8").reshape(-1, 2)
         same = np.flatnonzero((before == digests).all(axis=1))
         found[same] = self._stored.readable(self._references[ordinal][same])
-        return found
+        return found, error
+
+    def _ordinal(self, name: str) -> int | None:
+        """Return which tensor has that name, or had it before all were given another prefix.
+
+        So ``module.`` comes and goes with a wrapper; blocks are compared by their hashes anyway.
+        """
+        ordinal = self._ordinals.get(name)
+        if ordinal is not None:
+            return ordinal
+        if self._ends is None:
+            self._ends = {}
+            for full, number in self._ordinals.items():
+                for end in _ends(full):
+                    self._ends[end] = None if end in self._ends else number
+        ends = self._ends
+        return next((ends[end] for end in _ends(name) if end in ends), None)
 
     def _all_references(self) -> list[NDArray[np.int64]]:
         """Return the references of all blocks, tensor by tensor, and make those of their bases.
@@ -165,6 +183,13 @@ class Previous:
         raw = np.full(len(used), _UNKNOWN)
         raw[np.searchsorted(used, joined(places))] = joined(costs)
         return used, raw
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a name, and what is behind each of its dots."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def split_sums(

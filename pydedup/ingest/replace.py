@@ -177,7 +177,7 @@ class _Tensor:
         self._spread = _spread(view)
         self._before = np.full(view.grid.count, NO_BASE, np.int64)
         if previous is not None:
-            self._before = previous.references(entry, view.grid, digests)
+            self._before = previous.unchanged(entry, view.grid, digests)[0]
 
     def offers(self, numbers: NDArray[np.int64]) -> Iterator[_Offer]:
         """Yield what these blocks may become, in order, for those that may become anything."""

@@ -109,8 +109,8 @@ def _known(
 ) -> _Known:
     if previous is None:
         return _Known(digests, np.full(grid.count, NO_BASE, np.int64), np.zeros(grid.count))
-    references = previous.references(entry, grid, digests)
-    errors = np.where(references != NO_BASE, previous.error_of(entry.name), 0.0)
+    references, error = previous.unchanged(entry, grid, digests)
+    errors = np.where(references != NO_BASE, error, 0.0)
     return _Known(digests, references, errors)
 
 

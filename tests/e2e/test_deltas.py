@@ -328,6 +328,46 @@ def test_an_update_may_change_shapes_types_and_names(store: pydedup.Store) -> No
     assert store.verify().ok
 
 
+@pytest.mark.parametrize(("before", "after"), [("", "module."), ("model.", ""), ("a.b.", "c.")])
+def test_an_update_under_another_prefix_keeps_what_is_unchanged(
+    store: pydedup.Store, before: str, after: str
+) -> None:
+    base = base_model()
+    store.add("other", base)
+    model = fine_tuned(base, 1)
+    bounded = policies.Bounded(0.01)
+    first = store.add("m", {before + name: w for name, w in model.items()}, policy=bounded)
+    assert first.certificate["largest_block_error"] > 0
+    store.add("nearer", model, policy=policies.Exact())  # what a new search would find
+    newer = {name: w.copy() for name, w in model.items()}
+    newer["hidden"][:64, :64] *= 1.1
+    second = store.add("m", {after + name: w for name, w in newer.items()}, policy=bounded)
+    one, two = store.load("m@1"), store.load("m@2")
+    for name, w in newer.items():
+        old, new = one[before + name], two[after + name]
+        is_changed = (w != model[name]).any()
+        assert is_changed or np.array_equal(old, new)
+        errors = second.certificate["tensor_errors"]
+        assert rel(new, w) <= errors.get(after + name, 0.0) <= 0.01
+    hidden = two[after + "hidden"]
+    assert np.array_equal(hidden[64:], one[before + "hidden"][64:])
+    assert rel(hidden[:64, :64], newer["hidden"][:64, :64]) <= 0.01
+    assert store.verify().ok
+
+
+def test_an_update_whose_names_end_alike(store: pydedup.Store) -> None:
+    model = {f"{i}.weight": base_model(i)["hidden"] for i in range(3)}
+    store.add("m", model)
+    newer = {
+        "weight": model["1.weight"],
+        "x.2.weight": model["0.weight"],
+        "1.weight.": model["2.weight"],
+    }
+    store.add("m", newer)
+    assert same(store.load("m"), newer)
+    assert store.verify().ok
+
+
 # ---- upkeep ------------------------------------------------------------------------------------
 
 
