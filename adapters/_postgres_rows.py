@@ -37,8 +37,9 @@ _BINARY: Final = 1
 _AS_TEXT: Final = frozenset(
     (1186, 1266, 3904, 3906, 3908, 3910, 3912, 3926, 4451, 4532, 4533, 4534, 4535, 4536)
 )
-#: What is in JSON is no key: Python has it as values of many types.
-_JSON: Final = frozenset((114, 3802))
+#: What is in JSON is no key: Python has it as values of many types. No column has rows without a
+#: type of their own.
+_NO_KEYS: Final = frozenset((114, 3802, 2249))
 #: Errors of a user's query that would write, or has parameters ($1): elsewhere these SQLSTATEs are
 #: the server's fault.
 _OF_QUERIES: Final = ("25006", "08P01")
@@ -215,7 +216,8 @@ class PostgresRows(RowCalls):
         )
         for start in range(0, len(rows), ROWS_PER_ARRAY):
             piece = [one[start : start + ROWS_PER_ARRAY] for one in lists]
-            self._write(f"{head} SELECT * FROM ROWS FROM ({arrays})", piece)
+            # Not from them: there a composite value is a column for each of its parts.
+            self._write(f"{head} SELECT {arrays}", piece)
 
     def _kept_types(self, schema: str, table: str, key: str) -> frozenset[type]:
         found = self._query(
@@ -229,7 +231,7 @@ class PostgresRows(RowCalls):
 
     def _type_name(self, oid: int) -> str | None:
         """Return a type as any connection of ours understands it, without a length."""
-        if oid in _JSON:
+        if oid in _NO_KEYS:
             return None
         # With our search path, in which there is nothing of users, all of theirs get their schema.
         ((name,),) = self._query("SELECT format_type(CAST(%b AS oid), -1)", [oid])

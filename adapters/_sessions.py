@@ -423,6 +423,7 @@ class SessionPool:
         self._sessions = set()
         self._local = threading.local()
         self._lock = threading.RLock()
+        self._wanted = 0  # those who wait are threads of the parent
 
 
 _POOLS: weakref.WeakSet[SessionPool] = weakref.WeakSet()

@@ -53,6 +53,7 @@ KEYS = {
     'varchar(3) COLLATE "C"': ("'a '", "'a'"),
     'types_of."Mo""od"': ("'glad'", "'a sad\"''{one,'"),
     "types_of.code": ("'ab'", "'a'"),
+    "types_of.pair": ("ROW(1, 'a \"b,')", "ROW(-2, NULL)"),
 }
 
 
@@ -60,7 +61,7 @@ KEYS = {
 def types(postgres_url: str) -> Iterator[None]:
     """Make an enum, and domains over that and a padded text, where no search path finds them.
 
-    And two types that come with operators of their own.
+    And a type of two parts, and two that come with operators of their own.
     """
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("CREATE SCHEMA types_of")
@@ -69,6 +70,7 @@ def types(postgres_url: str) -> Iterator[None]:
         )
         connection.execute("""CREATE DOMAIN types_of.feeling AS types_of."Mo""od" """)
         connection.execute("CREATE DOMAIN types_of.code AS char(4) CHECK (value <> '')")
+        connection.execute("CREATE TYPE types_of.pair AS (a integer, b text)")
         for name in ("citext", "ltree"):
             connection.execute(f"CREATE EXTENSION {name} SCHEMA types_of")
         yield
@@ -116,14 +118,15 @@ def test_a_key_that_was_read_is_written(
         connection.execute(f"DROP TABLE {source}, {into}")
 
 
-def test_json_is_no_key(postgres_url: str) -> None:
+def test_json_and_rows_without_a_type_are_no_keys(postgres_url: str) -> None:
     """A table for it was made before that was seen, and stayed."""
     model, graph = linear()
     into = unused_name().replace("pydedup", "t")
     query = "SELECT CAST('{\"a\": 1}' AS jsonb) AS id, 1 AS a, 2 AS b, 3 AS c"
     with pydedup.open(postgres_url, schema=unused_name()) as store:
         store.add("m@1", model, graph=graph)
-        for said in (query, query.replace("""{"a": 1}""", "1")):
+        row = "SELECT ROW(1, 2) AS id, 1 AS a, 2 AS b, 3 AS c"
+        for said in (query, query.replace("""{"a": 1}""", "1"), row):
             with pytest.raises(ArgumentError, match=r"'id' .*can be no key|NULL, or a list"):
                 store.score(said, "m@1", into=into)
     with psycopg.connect(postgres_url) as connection:
