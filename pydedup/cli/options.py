@@ -19,12 +19,7 @@ import pydedup
 from pydedup import Store, config
 from pydedup.cli.completing import complete_models, complete_stores
 from pydedup.cli.errors import no_such
-from pydedup.errors import (
-    ArgumentError,
-    MissingStoreError,
-    NotFoundError,
-    SchemaVersionError,
-)
+from pydedup.errors import ArgumentError, MissingStoreError, NotFoundError, SchemaVersionError
 from pydedup.names import parse_address
 from pydedup.types import ModelInfo
 

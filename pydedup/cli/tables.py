@@ -12,14 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from pydedup.cli.output import (
-    console,
-    print_fields,
-    print_line,
-    print_note,
-    printable,
-    width,
-)
+from pydedup.cli.output import console, print_fields, print_line, print_note, printable, width
 from pydedup.text import count, listed, plural
 
 if TYPE_CHECKING:

@@ -23,13 +23,7 @@ from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from pydedup.errors import (
-    ArgumentError,
-    BudgetError,
-    CorruptStoreError,
-    FormatError,
-    NotFoundError,
-)
+from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, FormatError, NotFoundError
 from pydedup.graph import Graph
 from pydedup.types import DType, shape_problem
 

@@ -27,14 +27,7 @@ from pydedup.errors import ArgumentError, FormatError
 from pydedup.formats import safetensors, torch
 from pydedup.formats._files import refuse_foreign
 from pydedup.formats._paths import is_inside
-from pydedup.formats.base import (
-    DERIVED,
-    Array,
-    Artifact,
-    SourceBase,
-    TensorEntry,
-    find_object,
-)
+from pydedup.formats.base import DERIVED, Array, Artifact, SourceBase, TensorEntry, find_object
 from pydedup.graph import Graph
 
 __all__ = ["GRAPH_FILE", "LAYOUT", "SAFE_SUFFIX", "FolderSource", "weight_map_of"]

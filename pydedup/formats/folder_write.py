@@ -15,14 +15,7 @@ from typing import Any
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.formats import safetensors, torch
 from pydedup.formats._paths import stays_inside
-from pydedup.formats.base import (
-    DERIVED,
-    Array,
-    Artifact,
-    LazyTensors,
-    TensorEntry,
-    find_object,
-)
+from pydedup.formats.base import DERIVED, Array, Artifact, LazyTensors, TensorEntry, find_object
 from pydedup.formats.folder import GRAPH_FILE, LAYOUT, SAFE_SUFFIX, weight_map_of
 from pydedup.formats.ties import copies
 from pydedup.graph import Graph

@@ -25,14 +25,7 @@ from numpy.lib import format as npy_format
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats._files import RawFile, write_array
 from pydedup.formats._zip import ZipMembers
-from pydedup.formats.base import (
-    Array,
-    LazyTensors,
-    SourceBase,
-    TensorEntry,
-    count,
-    fetch_tensor,
-)
+from pydedup.formats.base import Array, LazyTensors, SourceBase, TensorEntry, count, fetch_tensor
 from pydedup.types import DType
 
 __all__ = ["NpySource", "NpzSource", "write_npy", "write_npz"]

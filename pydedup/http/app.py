@@ -21,13 +21,7 @@ from pydedup.http.metrics import CONTENT_TYPE, Metrics
 from pydedup.http.numbers import PIECE_BYTES
 from pydedup.http.options import ServeOptions
 from pydedup.http.problems import RETRY_SOON, HttpError, bad, problem_of
-from pydedup.http.requests import (
-    header_length,
-    parameters_of,
-    parse_infer,
-    parse_object,
-    raw_infer,
-)
+from pydedup.http.requests import header_length, parameters_of, parse_infer, parse_object, raw_infer
 from pydedup.http.responses import Reply
 from pydedup.http.served import Admit, Arrays, ServedStore
 

@@ -22,12 +22,7 @@ import numpy as np
 
 from pydedup import codec
 from pydedup.adapter import Adapter
-from pydedup.errors import (
-    CorruptStoreError,
-    PydedupError,
-    SchemaVersionError,
-    UnavailableError,
-)
+from pydedup.errors import CorruptStoreError, PydedupError, SchemaVersionError, UnavailableError
 from pydedup.jobs import Job
 from pydedup.layout import PAGE_CAPACITY, block_places, split_places
 from pydedup.maintenance.blocks_from import (

@@ -32,10 +32,7 @@ from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto
 from pydedup.pool.prefetch import Call
 from pydedup.pool.walks import Walks
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
-from pydedup.windows import (
-    Plans,
-    Window,
-)
+from pydedup.windows import Plans, Window
 
 __all__ = ["Called", "Page", "PagePool"]
 

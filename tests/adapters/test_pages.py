@@ -15,13 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pydedup._pages import (
-    begin_writeback,
-    is_in_memory,
-    join_parts,
-    scatter,
-    split_payload,
-)
+from pydedup._pages import begin_writeback, is_in_memory, join_parts, scatter, split_payload
 
 
 @given(st.binary(max_size=2000), st.integers(min_value=1, max_value=300))

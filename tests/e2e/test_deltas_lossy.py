@@ -15,12 +15,7 @@ import pydedup
 from pydedup import policies
 from pydedup.errors import ArgumentError
 
-from .test_deltas import (
-    base_model,
-    fine_tuned,
-    rel,
-    same,
-)
+from .test_deltas import base_model, fine_tuned, rel, same
 
 Model = dict[str, NDArray[Any]]
 

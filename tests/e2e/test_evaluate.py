@@ -16,12 +16,7 @@ import pydedup
 from pydedup import policies
 from pydedup.errors import ConflictError
 
-from .test_promises import (
-    good,
-    moved,
-    same,
-    weights,
-)
+from .test_promises import good, moved, same, weights
 
 
 def test_an_evaluate_that_loads_into_the_model_that_is_added(store: pydedup.Store) -> None:

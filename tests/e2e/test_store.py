@@ -14,12 +14,7 @@ import pytest
 
 import pydedup
 from pydedup import policies
-from pydedup.errors import (
-    ArgumentError,
-    DuplicateError,
-    NotFoundError,
-    PydedupError,
-)
+from pydedup.errors import ArgumentError, DuplicateError, NotFoundError, PydedupError
 
 
 def variants(count: int, rows: int = 4000, cols: int = 50) -> dict[str, dict[str, np.ndarray]]:

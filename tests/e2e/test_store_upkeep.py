@@ -17,17 +17,9 @@ import pytest
 
 import pydedup
 from pydedup import policies
-from pydedup.errors import (
-    ArgumentError,
-    CorruptStoreError,
-    ReadOnlyError,
-    SchemaVersionError,
-)
+from pydedup.errors import ArgumentError, CorruptStoreError, ReadOnlyError, SchemaVersionError
 
-from .test_store import (
-    assert_same,
-    variants,
-)
+from .test_store import assert_same, variants
 
 
 def test_vacuum_repacks_to_low_read_amplification(store: pydedup.Store) -> None:

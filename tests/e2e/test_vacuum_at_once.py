@@ -22,10 +22,7 @@ from pydedup.signatures import read_segments
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
 
-from .test_at_once import (
-    same,
-    version,
-)
+from .test_at_once import same, version
 
 _CHURN = """
 import sys, time

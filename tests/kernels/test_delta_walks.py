@@ -15,10 +15,7 @@ from pydedup.blocks import NO_PAGE, BlockMap, MatrixView
 from pydedup.errors import ArgumentError, CorruptStoreError, PageNotFoundError
 from pydedup.pool import PagePool
 
-from .test_delta_kernels import (
-    Pair,
-    x_for,
-)
+from .test_delta_kernels import Pair, x_for
 
 SHAPE = (70, 135)  # edge blocks on both sides
 BLOCK = (16, 32)

@@ -14,11 +14,7 @@ import pytest
 
 import pydedup
 from pydedup.adapter import LIVE
-from pydedup.errors import (
-    ArgumentError,
-    DuplicateError,
-    QuotaError,
-)
+from pydedup.errors import ArgumentError, DuplicateError, QuotaError
 from pydedup.graph import Graph, Node
 
 New = Callable[[str], str]

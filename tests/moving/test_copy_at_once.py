@@ -13,12 +13,7 @@ import pytest
 import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, STAGING, Adapter
-from pydedup.errors import (
-    ArgumentError,
-    ConflictError,
-    DuplicateError,
-    NotFoundError,
-)
+from pydedup.errors import ArgumentError, ConflictError, DuplicateError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.moving.copy import copy_models
 from pydedup.moving.plan import plan_copy

@@ -21,9 +21,7 @@ from pydedup.signatures import Segment
 from pydedup.store import Store
 from pydedup.types import DType
 
-from .test_copy import (
-    checksums,
-)
+from .test_copy import checksums
 
 New = Callable[[str], str]
 

@@ -17,9 +17,7 @@ from pydedup.ray.score_plan import QueryPart, Settings
 from pydedup.ray.score_worker import hindrance
 
 from .conftest import ROWS, Cluster, Scored
-from .test_score import (
-    score,
-)
+from .test_score import score
 
 
 def test_rows_that_cannot_be_predicted(scored_file: Scored, connected: Any) -> None:

@@ -13,12 +13,7 @@ from typing import Any
 import pytest
 
 import pydedup
-from pydedup.errors import (
-    ArgumentError,
-    CorruptStoreError,
-    NotFoundError,
-    UnavailableError,
-)
+from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
 from pydedup.jobs import SCORING
 
 from .conftest import Tables, add, assert_right, features, predictions, query_of

@@ -14,10 +14,7 @@ import pytest
 
 import pydedup
 from pydedup import registry
-from pydedup.errors import (
-    ArgumentError,
-    ConflictError,
-)
+from pydedup.errors import ArgumentError, ConflictError
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
 from pydedup.testing.servers import mysql_connection

@@ -18,14 +18,7 @@ from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats import _hdf5_probe
 from pydedup.formats.registry import open_source
 
-from .test_formats_keras import (
-    BIAS,
-    NAMES_2,
-    check,
-    make,
-    write_archive,
-    write_legacy,
-)
+from .test_formats_keras import BIAS, NAMES_2, check, make, write_archive, write_legacy
 
 
 def _link(kind: str) -> Callable[[Any], None]:

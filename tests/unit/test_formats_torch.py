@@ -17,10 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pydedup.errors import (
-    StorageFullError,
-    UnsupportedFormatError,
-)
+from pydedup.errors import StorageFullError, UnsupportedFormatError
 from pydedup.formats import _files
 from pydedup.formats.registry import open_source, write_model
 from pydedup.types import DType

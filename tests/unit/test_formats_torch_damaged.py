@@ -14,17 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from pydedup.errors import (
-    ArgumentError,
-    FormatError,
-    UnsupportedFormatError,
-)
+from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats.registry import open_source
 
-from .test_formats_torch import (
-    check,
-    model,
-)
+from .test_formats_torch import check, model
 
 
 class Bomb:

@@ -23,10 +23,7 @@ from pydedup.formats.registry import WRITABLE, open_source, write_model
 from pydedup.formats.wordvec import VOCABULARY
 from pydedup.types import DType
 
-from .test_formats_registry import (
-    MAKERS,
-    NATURAL,
-)
+from .test_formats_registry import MAKERS, NATURAL
 
 TABLE = np.arange(6, dtype=np.float32).reshape(2, 3)
 

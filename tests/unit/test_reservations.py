@@ -9,12 +9,7 @@ import time
 
 from pydedup.pool import PagePool
 
-from .test_prefetch import (
-    SlowPages,
-    ids_of,
-    in_threads,
-    walk,
-)
+from .test_prefetch import SlowPages, ids_of, in_threads, walk
 
 MIB = 1 << 20
 

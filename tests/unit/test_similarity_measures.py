@@ -12,9 +12,7 @@ import pytest
 from pydedup.errors import ArgumentError
 from pydedup.similarity import distances, magnitude
 
-from .test_similarity import (
-    random_blocks,
-)
+from .test_similarity import random_blocks
 
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 

@@ -13,15 +13,7 @@ from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
 from pydedup.http.server import listen
-from pydedup.ray.cluster import (
-    LOST,
-    Secret,
-    attached,
-    import_ray,
-    is_lost,
-    kill,
-    on_each_node,
-)
+from pydedup.ray.cluster import LOST, Secret, attached, import_ray, is_lost, kill, on_each_node
 from pydedup.ray.score_pool import words_of
 from pydedup.ray.serving.application import deployment
 from pydedup.ray.serving.source import models

@@ -10,17 +10,11 @@ import pytest
 import pydedup
 from pydedup import registry
 from pydedup.adapter import Adapter
-from pydedup.errors import (
-    ArgumentError,
-    MissingStoreError,
-    NotAStoreError,
-)
+from pydedup.errors import ArgumentError, MissingStoreError, NotAStoreError
 from pydedup.testing._contract_base import add_random_pages, in_thread, open_store
 from pydedup.testing.shards import ShardedPlace
 
-from .test_shards import (
-    refused,
-)
+from .test_shards import refused
 
 
 def test_the_order_of_shards_means_nothing(store: Adapter, place: ShardedPlace) -> None:

@@ -21,10 +21,7 @@ from pydedup import policies, registry
 from pydedup.adapter import LIVE, Adapter
 from pydedup.adapters._shard import Shard
 from pydedup.adapters._shards_url import places_of
-from pydedup.errors import (
-    ArgumentError,
-    StoreError,
-)
+from pydedup.errors import ArgumentError, StoreError
 from pydedup.testing._contract_base import add_random_pages, in_thread, open_store
 from pydedup.testing.shards import ShardedPlace
 

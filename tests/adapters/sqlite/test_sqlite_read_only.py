@@ -13,19 +13,12 @@ from pathlib import Path
 import pytest
 
 from pydedup import registry
-from pydedup.errors import (
-    ConflictError,
-    NotAStoreError,
-    ReadOnlyError,
-    UnavailableError,
-)
+from pydedup.errors import ConflictError, NotAStoreError, ReadOnlyError, UnavailableError
 from pydedup.testing.disks import SmallDisk
 from pydedup.testing.servers import unused_name
 
 from .conftest import add_pages, open_store
-from .test_sqlite_files import (
-    contents,
-)
+from .test_sqlite_files import contents
 
 MIB = 1 << 20
 

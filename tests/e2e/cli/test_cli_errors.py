@@ -23,9 +23,7 @@ import pydedup
 from pydedup.graph import Graph, Node
 from pydedup.testing.program import PROGRAM, clean_environment, run_here, run_process
 
-from .conftest import (
-    path_of,
-)
+from .conftest import path_of
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -20,9 +20,7 @@ import pydedup
 from pydedup.cli import progress
 from pydedup.testing.program import PROGRAM, clean_environment, run_here
 
-from .conftest import (
-    path_of,
-)
+from .conftest import path_of
 
 #: Run the program where nothing but its output and its status counts.
 run_program = run_here

@@ -18,14 +18,7 @@ from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places
 
 from ..damage import change, forget_maps
-from .conftest import (
-    MODELS,
-    blocks,
-    fill,
-    is_sound,
-    loaded,
-    near,
-)
+from .conftest import MODELS, blocks, fill, is_sound, loaded, near
 
 SIDE = 32
 

@@ -17,13 +17,7 @@ from pydedup.errors import CorruptStoreError
 from pydedup.testing._contract_base import in_thread
 
 from ..damage import change, forget_maps
-from .conftest import (
-    MODELS,
-    fill,
-    is_sound,
-    loaded,
-    stays_sound,
-)
+from .conftest import MODELS, fill, is_sound, loaded, stays_sound
 
 
 def fill_with_copy(url: str, tmp_path: Path) -> str:

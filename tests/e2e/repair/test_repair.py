@@ -24,15 +24,7 @@ from pydedup.errors import (
 from pydedup.layout import block_costs, map_places, pages_read
 from pydedup.types import DType
 
-from .conftest import (
-    assert_holds,
-    assert_sound,
-    family,
-    fill,
-    flip_half,
-    pages_of,
-    ruin,
-)
+from .conftest import assert_holds, assert_sound, family, fill, flip_half, pages_of, ruin
 
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
 

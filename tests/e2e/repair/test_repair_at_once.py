@@ -14,23 +14,11 @@ from safetensors.numpy import save_file
 
 import pydedup
 from pydedup.adapter import LIVE, STAGING
-from pydedup.errors import (
-    ConflictError,
-    CorruptStoreError,
-    StorageFullError,
-)
+from pydedup.errors import ConflictError, CorruptStoreError, StorageFullError
 from pydedup.jobs import Job
 from pydedup.testing.faults import Fault, inject
 
-from .conftest import (
-    assert_holds,
-    assert_sound,
-    family,
-    fill,
-    flip_half,
-    pages_of,
-    ruin,
-)
+from .conftest import assert_holds, assert_sound, family, fill, flip_half, pages_of, ruin
 
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
 
