@@ -173,6 +173,8 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         kind, advice = (ConnectionLostError, _DOWN) if lost else (ArgumentError, "")
     elif code == 1044 and not connected:
         kind, advice = UnavailableError, _NOTHING
+    elif code == 3024 and not connected:  # the pure driver, of a server that says nothing
+        said, kind, advice = "the server did not answer in time", ConnectionLostError, _DOWN
     else:
         kind, advice = _MEANINGS.get(code, (StoreError, ""))
         if code in _LOGIN_CODES and place.options.get("ssl_disabled"):

@@ -25,6 +25,9 @@ from ._schema import PREFIX
 __all__ = ["Place", "locate"]
 
 TIMEOUT_SECONDS: Final = 30.0
+#: An address that does not answer is given up then, unless the URL says otherwise: the driver
+#: would wait for ever.
+CONNECT_SECONDS: Final = 10
 MOST_SECONDS: Final = 86400.0
 
 #: Names on a server that ignores case are in lower case.
@@ -92,6 +95,7 @@ def locate(url: str, schema: str | None = None) -> Place:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
             raise ArgumentError(f"{shown}: option {name!r} is not known; {hint}")
+    options.setdefault("connection_timeout", CONNECT_SECONDS)
     if "MYSQL_PWD" in os.environ:
         options.setdefault("password", os.environ["MYSQL_PWD"])
     _settle_tls(shown, options)

@@ -19,6 +19,7 @@ import pydedup
 from pydedup import registry
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowColumn
+from pydedup.adapters import _mysql_url
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -107,6 +108,16 @@ def test_a_server_that_is_not_there(tmp_path: Path, pure: bool) -> None:
             with pytest.raises(UnavailableError, match="check that the server runs") as caught:
                 registry.connect(there, mode="a")
             assert "s3cret" not in told(caught.value)
+
+
+@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch, pure: bool) -> None:
+    """It was waited for without end."""
+    monkeypatch.setattr(_mysql_url, "CONNECT_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"mysql://ann@127.0.0.1:{silent.getsockname()[1]}/db?use_pure={pure}"
+        with pytest.raises(UnavailableError, match="check that the server runs"):
+            registry.connect(place, mode="a")
 
 
 @pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
