@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from pydedup.errors import UnavailableError
+from pydedup.errors import NotAStoreError, UnavailableError
 
 from ._files import DatabaseFile, locate_file
+from ._schema import PREFIX, TABLES
 
 __all__ = ["Stamp", "StoreFile", "configure", "is_ours", "locate", "make_ours"]
 
@@ -73,6 +74,20 @@ class StoreFile(DatabaseFile):
             )
         self._inode = stamp[0]
         return stamp
+
+    def refuse_views(self, connection: Any) -> None:
+        """Raise NotAStoreError where what has the name of a table of ours is a view.
+
+        The file may come from anybody, and reading a view may take for ever.
+        """
+        sql = "SELECT name FROM sqlite_master WHERE type <> 'index' AND coalesce(rootpage, 0) = 0"
+        ours = {PREFIX + table for table in TABLES}
+        for (name,) in connection.execute(sql):
+            if str(name).lower() in ours:
+                raise NotAStoreError(
+                    f"{self.path} is no store of pydedup: its {name} is a view, where a store has "
+                    "a table; do not trust the file"
+                )
 
     def refuse_unmerged(self) -> None:
         """Raise UnavailableError for a file that is nothing without the log beside it.

@@ -136,6 +136,7 @@ class SqliteAdapter(SqliteBase):
                 if self._options != "mode=ro":
                     self._make_ours(connection)
                 configure(connection)
+                self._file.refuse_views(connection)
                 self._file.same()
             return connection
         except (sqlite3.Error, UnicodeDecodeError) as error:

@@ -120,7 +120,7 @@ def _width_of(node: Node, shapes: Mapping[str, Sequence[int]]) -> int | None:
     weight = shapes.get(node.weights.get("weight", ""))
     if weight is None:
         return None
-    if node.op == "linear":
+    if node.op == "linear" and len(weight) == 2:
         return weight[0] if node.attr("transpose") else weight[1]
     if node.op == "batch_norm" and node.attr("axis") in (1, -1):
         return weight[0]

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import re
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,25 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 import pydedup
-from pydedup.errors import ArgumentError, CorruptStoreError, FormatError, PydedupError
+from pydedup.errors import (
+    ArgumentError,
+    CorruptStoreError,
+    FormatError,
+    NotAStoreError,
+    PydedupError,
+)
 from pydedup.formats import _hdf5
+from pydedup.graph import Graph, Node
 
 from .damage import change
 
 RNG = np.random.default_rng(3)
 W = RNG.standard_normal((32, 32), np.float32)
 X = RNG.standard_normal((2, 32), np.float32)
+
+
+#: Rows without end.
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT {} FROM n"
 
 
 def onnx_model(weights: Sequence[Any]) -> onnx.ModelProto:
@@ -204,3 +216,47 @@ def test_json_that_is_nested_without_end(row: str, store_url: str) -> None:
         ):
             with contextlib.suppress(CorruptStoreError):
                 use()
+
+
+@pytest.mark.parametrize("kind", ["VIEW", "VIRTUAL TABLE"])
+@pytest.mark.parametrize(
+    ("table", "columns"),
+    [
+        ("meta", "'k' || i AS name, 'v' AS value"),
+        ("aliases", "'m' AS name, 'a' || i AS alias, 1 AS model_id"),
+        ("tensors", "1 AS model_id, i AS ordinal, 'w' AS name, 'f32' AS dtype"),
+        ("Pages", "1 AS id, 'live' AS state, zeroblob(1000) AS payload"),
+    ],
+)
+def test_a_view_in_place_of_a_table(kind: str, table: str, columns: str, tmp_path: Path) -> None:
+    """Opening the store, or reading a model, took for ever: SQLite gives such rows without end."""
+    path = tmp_path / "store.db"
+    with pydedup.open(path) as store:
+        store.add("m", {"w": W})
+    name = f"pydedup_{table}"
+    body = f"AS {ENDLESS.format(columns)}" if kind == "VIEW" else "USING fts5(name, value)"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("DROP VIEW pydedup_sharing")  # which names the table
+        for view in ("model_sizes", "page_owners"):
+            connection.execute(f"DROP VIEW pydedup_{view}")
+        connection.execute(f"ALTER TABLE {name} RENAME TO kept")
+        connection.execute(f"CREATE {kind} {name} {body}")
+    for mode in ("a", "r"):
+        with pytest.raises(NotAStoreError, match=f"its {name} is a view.*do not trust"):
+            pydedup.open(path, mode=mode)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(f"DROP {kind.split()[-1]} {name}")
+        connection.execute(f"ALTER TABLE kept RENAME TO {name.lower()}")
+    with pydedup.open(path) as store:
+        assert np.array_equal(store.load("m")["w"], W)
+
+
+def test_a_weight_of_another_rank_than_its_layer(store_url: str) -> None:
+    """The prediction was an IndexError."""
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    with pydedup.open(store_url) as store:
+        store.add("m", {"w": W}, graph=graph)
+    change(store_url, "UPDATE {models} SET certificate = ?, logical_bytes = 4", "{}")
+    change(store_url, "UPDATE {tensors} SET shape = ?", "[]")
+    with pydedup.open(store_url) as store, pytest.raises(PydedupError):
+        store.predict("m", X)
