@@ -44,6 +44,8 @@ class SqliteRows(RowCalls):
     """How SQLite streams a user's query, and what it knows of tables."""
 
     _table_options = " WITHOUT ROWID"
+    #: A store is a file of its own, so a table that is not there may well be in another one.
+    _elsewhere = "; name the database that has it, if it is another one, by source= (--source)"
     #: Keys keep what they are: a type of SQLite would turn some into others. It has no decimals.
     _key_types: Mapping[str, str] = MappingProxyType(
         dict.fromkeys(("integer", "text", "bytes", "date", "time", "instant"), "")
@@ -83,17 +85,22 @@ class SqliteRows(RowCalls):
 
     @contextlib.contextmanager
     def _of_query(self) -> Iterator[None]:
-        with self._of_user("the query failed"):
-            try:
-                yield
-            except sqlite3.Warning as error:  # older than 3.12's ProgrammingError
-                raise ArgumentError(f"the query must be one SELECT: {error}") from error
-            except sqlite3.Error as error:
-                raise self._translate(error) from error
-            except UnicodeEncodeError as error:  # a key that bounds a range of the query
-                raise ArgumentError(
-                    f"the query has a key that is no UTF-8: {error.object!r}; leave it out"
-                ) from error
+        try:
+            with self._of_user("the query failed"):
+                try:
+                    yield
+                except sqlite3.Warning as error:  # older than 3.12's ProgrammingError
+                    raise ArgumentError(f"the query must be one SELECT: {error}") from error
+                except sqlite3.Error as error:
+                    raise self._translate(error) from error
+                except UnicodeEncodeError as error:  # a key that bounds a range of the query
+                    raise ArgumentError(
+                        f"the query has a key that is no UTF-8: {error.object!r}; leave it out"
+                    ) from error
+        except ArgumentError as error:
+            if self._elsewhere and str(error.__cause__).startswith("no such table"):
+                raise ArgumentError(f"{error}{self._elsewhere}") from error.__cause__
+            raise
 
     def key_bounds(self, query: str, key: str, every: int) -> list[object]:
         """Return every ``every``-th key of a query; none where texts and numbers are keys.

@@ -13,6 +13,8 @@ __all__ = ["connect"]
 
 
 class _UserFile(SqliteAdapter):
+    _elsewhere = ""
+
     def _make_ours(self, connection: object) -> None:
         """Leave the file as it is."""
 

@@ -36,7 +36,8 @@ def check_name(text: str, what: str) -> str:
         Unless it is 1 to 255 NFC characters without ``@``, control characters or outer space.
     """
     if not isinstance(text, str):
-        raise ArgumentError(f"{what} must be a string, got {type(text).__name__}")
+        written = f"; write {str(text)!r}" if isinstance(text, int) else ""
+        raise ArgumentError(f"{what} must be a string, got {type(text).__name__}{written}")
     reason = None
     if not text:
         reason = "is empty"

@@ -94,7 +94,7 @@ def test_what_is_of_another_type_is_named(store: Any, value: Any) -> None:
     for call, said in (
         (lambda: store.add(value, MODEL), "(a )?model"),
         (lambda: store.alias("good", "prod", value), "version"),
-        (lambda: store.alias("good", "prod", 1), "version must be a string, got int"),
+        (lambda: store.alias("good", "prod", 1), "version must be a string, got int; write '1'"),
         (lambda: store.vacuum(grace_seconds=value), "grace_seconds must be seconds"),
         (lambda: store.vacuum(grace_seconds=float("nan"), dry_run=True), "grace_seconds must be"),
         (lambda: store.vacuum(lease_seconds=value), "lease_seconds must be seconds"),

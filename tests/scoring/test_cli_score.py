@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -86,3 +88,16 @@ def test_nothing_found_and_nothing_understood(tables: Tables, source: Make, new_
             "score", tables.url, "--model", "none", "--into", into, "--query", query, status=3
         ).stderr
     )
+
+
+def test_a_table_that_may_be_in_another_database(tmp_path: Path) -> None:
+    """A store in SQLite has a file of its own; nothing said how to name the one with the rows."""
+    store, rows = f"sqlite:///{tmp_path / 'm.db'}", tmp_path / "rows.db"
+    add(store, "m@1")
+    sqlite3.connect(rows).execute("CREATE TABLE t (id)").connection.close()
+    query = ("--into", "p", "--query", "SELECT id, f0, f1, f2 FROM customers")
+    said = run("score", store, "--model", "m@1", *query, status=2).stderr
+    assert "no such table: customers; name the database that has it" in said
+    assert "--source" in said
+    said = run("score", store, "--model", "m@1", *query, "--source", rows, status=2).stderr
+    assert said.endswith("no such table: customers\n")
