@@ -36,8 +36,7 @@ def check_name(text: str, what: str) -> str:
         Unless it is 1 to 255 NFC characters without ``@``, control characters or outer space.
     """
     if not isinstance(text, str):
-        written = f"; write {str(text)!r}" if isinstance(text, int) else ""
-        raise ArgumentError(f"{what} must be a string, got {type(text).__name__}{written}")
+        raise _no_text(text, what)
     reason = None
     if not text:
         reason = "is empty"
@@ -57,6 +56,11 @@ def check_name(text: str, what: str) -> str:
     if reason:
         raise ArgumentError(f"{what} {text[:60]!r} {reason}")
     return text
+
+
+def _no_text(value: object, what: str) -> ArgumentError:
+    written = f"; write {str(value)!r}" if isinstance(value, int) else ""
+    return ArgumentError(f"{what} must be a string, got {type(value).__name__}{written}")
 
 
 def check_path(path: object, what: str) -> str:
@@ -86,7 +90,7 @@ def parse_address(text: str) -> Address:
         When either part breaks the rules of `check_name`.
     """
     if not isinstance(text, str):
-        raise ArgumentError(f"a model address must be a string, got {type(text).__name__}")
+        raise _no_text(text, "a model address")
     return _parsed(text)
 
 
