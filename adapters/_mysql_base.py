@@ -117,12 +117,13 @@ class MysqlBase(MysqlRows, DbApiAdapter):
     def _query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """Return all rows that a SELECT finds, on a new connection where the old one is lost."""
         waits = iter(BACK_OFF_SECONDS)
+        end = time.monotonic() + sum(BACK_OFF_SECONDS)  # where nobody answers, each try takes long
         while True:
             try:
                 return super()._query(sql, parameters)
             except ConnectionLostError:
                 wait = None if self._pool.scope() else next(waits, None)
-                if wait is None:
+                if wait is None or (wait and time.monotonic() > end):
                     raise
                 time.sleep(wait)
 

@@ -26,6 +26,7 @@ _DEFAULTS: Final = {
     "keepalives_idle": "30",
     "keepalives_interval": "10",
     "keepalives_count": "3",
+    "tcp_user_timeout": "60000",  # where it was sent something; else the system tries 15 minutes
 }
 
 #: Parameters of libpq that say where a database is, and so are shown.
@@ -115,7 +116,7 @@ def locate(
         if name in _SHOWN:
             shown.append(part)
     given = {part.partition("=")[0] for part in theirs}
-    theirs += [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in given]
+    theirs += [f"{name}={value}" for name, value in _DEFAULTS.items() if name in {*known} - given]
     schema = _checked_schema(schema, ours.get("schema"))
     if schema != SCHEMA:
         shown.append(f"schema={schema}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import mysql.connector
 import mysql.connector.errorcode
@@ -68,6 +70,37 @@ def test_reads_survive_a_lost_connection(adapter: Adapter, url: str, run: Run) -
     with adapter.transaction():
         adapter.bump_epoch()
     assert adapter.epoch() == 1
+
+
+@pytest.mark.parametrize("pure", ["true", "false"])
+def test_a_server_that_falls_silent_is_given_up(
+    own_mysql: Any, pure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a host without power does: each of 14 tries waited for ``connect_timeout``."""
+    monkeypatch.setattr("pydedup.adapters._mysql_base.BACK_OFF_SECONDS", (0.0, *[0.05] * 40))
+    url = with_option(own_mysql.new_place(), f"connect_timeout=1&use_pure={pure}")
+    adapter = open_store(url)
+    own_mysql.kill()
+    place = parse_qs(urlsplit(url).query)["unix_socket"][0]
+    Path(place).unlink(missing_ok=True)
+    try:
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(place)
+            silent.listen(50)
+            with pytest.raises(UnavailableError):
+                adapter.models()
+            silent.setblocking(False)
+            tries = 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    silent.accept()[0].close()
+                    tries += 1
+        assert 1 <= tries <= 5  # in two seconds, and one more that was under way
+    finally:
+        Path(place).unlink(missing_ok=True)
+        own_mysql.start()
+    assert adapter.models() == []
+    adapter.close()
 
 
 def test_a_lost_connection_undoes_a_transaction(adapter: Adapter, url: str, run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from pydedup.testing._contract_base import (
     with_option,
 )
 from pydedup.testing.proxy import CuttingProxy
+from pydedup.testing.servers import PostgresServer
 
 MIB = 1 << 20
 
@@ -41,6 +43,23 @@ def cut(url: str, application: str) -> int:
                 return len(ended)
             time.sleep(0.01)
     raise AssertionError(f"connections of {application} are still there")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux has it")
+@pytest.mark.parametrize(("asked", "milliseconds"), [("", 60_000), ("tcp_user_timeout=5000", 5000)])
+def test_a_host_that_falls_silent_is_given_up(
+    own_postgres: PostgresServer, asked: str, milliseconds: int
+) -> None:
+    """Within a statement, too: the system tried to send it for 15 minutes."""
+    place = own_postgres.new_place().replace("@/", f"@127.0.0.1:{own_postgres.port}/")
+    place = place.replace(f"host={own_postgres.folder}&port={own_postgres.port}&", "")
+    adapter = registry.connect(with_option(place, asked) if asked else place, mode="a")
+    with adapter._pool.acquire() as session:  # type: ignore[attr-defined]
+        number = os.dup(session.connection.pgconn.socket)
+    with socket.socket(fileno=number) as held:
+        found = held.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    adapter.close()
+    assert found == milliseconds
 
 
 @pytest.fixture
