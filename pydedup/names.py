@@ -48,7 +48,8 @@ def check_name(text: str, what: str) -> str:
         reason = "holds '@', which separates a name from its version"
     elif any("\udc80" <= c <= "\udcff" for c in text):  # so Python hands over such bytes
         encoding = sys.getfilesystemencoding()
-        reason = f"has bytes that are not {encoding}; take a locale of UTF-8, as LC_ALL=C.UTF-8"
+        way = "write it so" if encoding == "utf-8" else "take a locale of UTF-8, as LC_ALL=C.UTF-8"
+        reason = f"has bytes that are not {encoding}; {way}"
     elif any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
         reason = "holds control characters or half of a surrogate pair"
     elif not unicodedata.is_normalized("NFC", text):

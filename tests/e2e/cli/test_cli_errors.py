@@ -128,15 +128,21 @@ def test_names_that_cannot_be(name: str, kept: str, model: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="arguments are bytes on Linux alone")
 def test_a_name_that_is_no_text(kept: str) -> None:
-    done = subprocess.run(
-        [*map(os.fsencode, PROGRAM), b"info", kept.encode(), b"\xff"],
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"pydedup: error: ")
-    assert done.stderr.count(b"\n") == 1
-    assert b"LC_ALL=C.UTF-8" in done.stderr  # it spoke of surrogate pairs
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for env, said in (
+        ({"PYTHONUTF8": "1"}, b"not utf-8; write it so"),  # it spoke of surrogate pairs
+        (ascii_only, b"not ascii; take a locale of UTF-8, as LC_ALL=C.UTF-8"),
+    ):
+        done = subprocess.run(
+            [*map(os.fsencode, PROGRAM), b"info", kept.encode(), b"\xff"],
+            capture_output=True,
+            check=False,
+            env={**os.environ, **env},
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(b"pydedup: error: ")
+        assert done.stderr.count(b"\n") == 1
+        assert said in done.stderr
 
 
 def test_names_that_look_hostile_are_names(url: str, model: Path) -> None:

@@ -19,7 +19,7 @@ from pydedup.cli.errors import Exit
 from pydedup.graph import Graph, Node
 from pydedup.testing.program import run_here
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")
 
 #: What is run, after which item of the page it is named.
 COMMANDS = {
