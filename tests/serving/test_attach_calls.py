@@ -44,6 +44,7 @@ linear, bag = nn.functional.linear, nn.functional.embedding_bag
         lambda x, w: x.matmul(other=w.t()),
         lambda x, w: x @ torch.t(input=w),
         lambda x, w: x @ torch.transpose(input=w, dim0=-1, dim1=0),
+        lambda x, w: x @ w.transpose(1, -2),
         lambda x, w: linear(x, torch.chunk(input=w, chunks=2)[1]),
         lambda x, w: linear(x, w.contiguous(memory_format=torch.contiguous_format)),
         lambda x, w: linear(x.type_as(other=w), w),
@@ -71,6 +72,7 @@ def test_arguments_as_torch_takes_them(check: Check, call: Callable[[Any, Any], 
         lambda x, w: bag(torch.tensor([[0, 5], [3, 3]]), w[2:8]),
         lambda x, w: bag(torch.tensor([[0, 49], [3, 3]]), w.t()),
         lambda x, w: x @ w.t().contiguous().view(-1).view(50, 70),
+        lambda x, w: linear(x, w.transpose(0, -2)),
     ],
 )
 def test_arguments_that_no_kernel_takes(check: Check, call: Callable[[Any, Any], Any]) -> None:

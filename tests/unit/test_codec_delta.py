@@ -372,6 +372,8 @@ def test_bad_arguments() -> None:
         with pytest.raises(ArgumentError, match="outside of a grid of 15 blocks"):
             codec.encode_deltas(view, [index], base, [0])
         with pytest.raises(ArgumentError, match="outside of a grid of 15 blocks"):
+            codec.encode_deltas(view, [3, index], base, [3, 0])
+        with pytest.raises(ArgumentError, match="outside of a grid of 15 blocks"):
             codec.encode_deltas(view, [0], base, [index])
         with pytest.raises(ArgumentError, match="outside of a grid of 15 blocks"):
             codec.estimate_deltas(view, [index], base, [0])
