@@ -119,6 +119,7 @@ def test_convolutions_with_some_of_the_filters(check: Check) -> None:
         (lambda x, w: w.split([30, 30]), RuntimeError, "sum exactly to 70"),
         (lambda x, w: w.split([-1, 71]), RuntimeError, "non-negative"),
         (lambda x, w: w.split(0), RuntimeError, "can only be 0"),
+        (lambda x, w: w.chunk(0), RuntimeError, "greater than 0"),
         (lambda x, w: linear(x, w[3:9], torch.ones(5)), RuntimeError, "must match"),
     ],
 )

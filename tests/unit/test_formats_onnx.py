@@ -221,6 +221,18 @@ def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
         assert source.read("empty").shape == (0, 3)
 
 
+def test_tensors_of_any_length_are_written(tmp_path: Path) -> None:
+    """Each length is written in as few bytes as it needs, of seven bits each."""
+    sizes = (1, 100, 127, 128, 129, 16_383, 16_384)
+    arrays = [np.arange(size).astype(np.uint8) for size in sizes]
+    onnx.save(
+        holder(*(numpy_helper.from_array(array, f"w{len(array)}") for array in arrays)),
+        tmp_path / "m.onnx",
+    )
+    export(tmp_path / "m.onnx", tmp_path / "out.onnx")
+    assert values(tmp_path / "out.onnx") == {f"w{len(a)}": a.tobytes() for a in arrays}
+
+
 def test_unpacked_floats_are_parsed(tmp_path: Path) -> None:
     """A packed field may be written unpacked, a tag for each value; the library never does."""
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2]).SerializeToString()
