@@ -325,7 +325,9 @@ def test_weights_in_subgraphs_are_tensors(tmp_path: Path) -> None:
     flag = numpy_helper.from_array(np.array(True), "flag")
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 20])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    graph = helper.make_graph([choose], "g", [x], [y], [flag])
+    # What is inside and would have the name of another tensor stays in the graph.
+    namesake = numpy_helper.from_array(W2, "y/then_branch/b")
+    graph = helper.make_graph([choose], "g", [x], [y], [flag, namesake])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     path, target = tmp_path / "m.onnx", tmp_path / "out.onnx"
     onnx.save(model, path)
@@ -338,6 +340,7 @@ def test_weights_in_subgraphs_are_tensors(tmp_path: Path) -> None:
             "y/else_branch/b",
         }
         assert source.read("y/else_branch/w").tobytes() == (-W1).tobytes()
+        assert source.read("y/then_branch/b").tobytes() == W2.tobytes()
         assert source.graph is None
     export(path, target)
     assert onnx.load(target) == model

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats.registry import open_source
@@ -57,6 +57,15 @@ def test_flipped_bits_never_crash(tmp_path: Path) -> None:
             except FormatError:
                 refused += 1
     assert refused > len(raw)
+
+
+def test_a_constant_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[300], raw_data=bytes(1199))
+    model = holder()
+    model.graph.node.append(helper.make_node("Constant", [], ["c"], value=tensor))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(FormatError, match=r"m\.onnx: tensor 'c' has 1199 bytes, not 1200"):
+        open_source(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("n_bytes", [11, 13, 0])
