@@ -42,28 +42,39 @@ std::vector<StoredBlock> as_stored(const Array<std::uint32_t>& page_index,
     return stored;
 }
 
-py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
-                           std::size_t block_cols, const Array<std::int64_t>& indices, bool planes,
-                           unsigned threads) {
+// Blocks of a matrix, whose memory is borrowed.
+struct ChosenBlocks {
+    MatrixRef matrix;
+    BlockGrid grid;
+    std::vector<std::int64_t> indices;
+};
+
+ChosenBlocks as_chosen(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
+                       std::size_t block_cols, const Array<std::int64_t>& indices,
+                       const char* name) {
     const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
-    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
-    const std::size_t room = raw_bytes_of(matrix, grid, chosen);
+    return {matrix, as_grid(matrix, block_rows, block_cols), as_copy(indices, name)};
+}
+
+// Returns what `encode` makes of n blocks: their bytes one after the other, at most `room`, and of
+// each its offset there, its length and its encoding.
+template <typename Encode>
+py::tuple encoded_columns(std::size_t n, std::size_t room, const Encode& encode) {
     py::array_t<std::uint8_t> arena(static_cast<py::ssize_t>(room));
-    const auto n = static_cast<py::ssize_t>(chosen.size());
-    py::array_t<std::int64_t> offsets(n);
-    py::array_t<std::int64_t> lengths(n);
-    py::array_t<std::uint8_t> encodings(n);
+    const auto count = static_cast<py::ssize_t>(n);
+    py::array_t<std::int64_t> offsets(count);
+    py::array_t<std::int64_t> lengths(count);
+    py::array_t<std::uint8_t> encodings(count);
     const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(arena.mutable_data()), room);
-    const std::span<std::int64_t> starts(offsets.mutable_data(), chosen.size());
+    const std::span<std::int64_t> starts(offsets.mutable_data(), n);
     std::int64_t* const length_of = lengths.mutable_data();
     std::uint8_t* const encoding_of = encodings.mutable_data();
     std::size_t used = 0;
     {
         const WithoutGil no_gil;
-        std::vector<EncodedBlock> encoded(chosen.size());
-        used = encode_blocks(matrix, grid, chosen, planes, bytes, starts, encoded, threads);
-        for (std::size_t i = 0; i < encoded.size(); ++i) {
+        std::vector<EncodedBlock> encoded(n);
+        used = encode(bytes, starts, encoded);
+        for (std::size_t i = 0; i < n; ++i) {
             length_of[i] = encoded[i].length;
             encoding_of[i] = static_cast<std::uint8_t>(encoded[i].encoding);
         }
@@ -73,11 +84,17 @@ py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size
                           std::move(encodings));
 }
 
-// Borrows the indices as well.
-BaseBlocks as_bases(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
-                    std::size_t block_cols, const std::vector<std::int64_t>& indices) {
-    const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
-    return {matrix, as_grid(matrix, block_rows, block_cols), indices};
+py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
+                           std::size_t block_cols, const Array<std::int64_t>& indices, bool planes,
+                           unsigned threads) {
+    const ChosenBlocks chosen = as_chosen(data, dtype, block_rows, block_cols, indices, "indices");
+    return encoded_columns(chosen.indices.size(),
+                           raw_bytes_of(chosen.matrix, chosen.grid, chosen.indices),
+                           [&](std::span<std::byte> bytes, std::span<std::int64_t> starts,
+                               std::span<EncodedBlock> encoded) {
+                               return encode_blocks(chosen.matrix, chosen.grid, chosen.indices,
+                                                    planes, bytes, starts, encoded, threads);
+                           });
 }
 
 py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
@@ -87,12 +104,10 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
                            const Array<std::int64_t>& base_indices,
                            const Array<std::int64_t>& limits, std::optional<double> max_rel_error,
                            unsigned threads) {
-    const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
-    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
-    const std::vector<std::int64_t> base_chosen = as_copy(base_indices, "base_indices");
-    const BaseBlocks bases =
-        as_bases(base_data, base_dtype, base_block_rows, base_block_cols, base_chosen);
+    const ChosenBlocks chosen = as_chosen(data, dtype, block_rows, block_cols, indices, "indices");
+    const ChosenBlocks base_blocks = as_chosen(base_data, base_dtype, base_block_rows,
+                                               base_block_cols, base_indices, "base_indices");
+    const BaseBlocks bases{base_blocks.matrix, base_blocks.grid, base_blocks.indices};
     const std::vector<std::int64_t> most = as_copy(limits, "limits");
     std::uint64_t room = 0;
     for (const std::int64_t limit : most) {
@@ -102,29 +117,13 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
         }
         room += static_cast<std::uint64_t>(limit);
     }
-    py::array_t<std::uint8_t> arena(static_cast<py::ssize_t>(room));
-    const auto n = static_cast<py::ssize_t>(chosen.size());
-    py::array_t<std::int64_t> offsets(n);
-    py::array_t<std::int64_t> lengths(n);
-    py::array_t<std::uint8_t> encodings(n);
-    const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(arena.mutable_data()), room);
-    const std::span<std::int64_t> starts(offsets.mutable_data(), chosen.size());
-    std::int64_t* const length_of = lengths.mutable_data();
-    std::uint8_t* const encoding_of = encodings.mutable_data();
-    std::size_t used = 0;
-    {
-        const WithoutGil no_gil;
-        std::vector<EncodedBlock> encoded(chosen.size());
-        used = encode_deltas(matrix, grid, chosen, bases, most, max_rel_error, bytes, starts,
-                             encoded, threads);
-        for (std::size_t i = 0; i < encoded.size(); ++i) {
-            length_of[i] = encoded[i].length;
-            encoding_of[i] = static_cast<std::uint8_t>(encoded[i].encoding);
-        }
-    }
-    arena.resize({static_cast<py::ssize_t>(used)}, false);
-    return py::make_tuple(std::move(arena), std::move(offsets), std::move(lengths),
-                          std::move(encodings));
+    return encoded_columns(chosen.indices.size(), room,
+                           [&](std::span<std::byte> bytes, std::span<std::int64_t> starts,
+                               std::span<EncodedBlock> encoded) {
+                               return encode_deltas(chosen.matrix, chosen.grid, chosen.indices,
+                                                    bases, most, max_rel_error, bytes, starts,
+                                                    encoded, threads);
+                           });
 }
 
 py::array_t<std::int64_t> estimate_deltas_of(
@@ -133,17 +132,16 @@ py::array_t<std::int64_t> estimate_deltas_of(
     std::size_t base_block_rows, std::size_t base_block_cols,
     const Array<std::int64_t>& base_indices, std::optional<double> max_rel_error,
     unsigned threads) {
-    const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
-    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
-    const std::vector<std::int64_t> base_chosen = as_copy(base_indices, "base_indices");
-    const BaseBlocks bases =
-        as_bases(base_data, base_dtype, base_block_rows, base_block_cols, base_chosen);
-    py::array_t<std::int64_t> estimates(static_cast<py::ssize_t>(chosen.size()));
-    const std::span<std::int64_t> out(estimates.mutable_data(), chosen.size());
+    const ChosenBlocks chosen = as_chosen(data, dtype, block_rows, block_cols, indices, "indices");
+    const ChosenBlocks base_blocks = as_chosen(base_data, base_dtype, base_block_rows,
+                                               base_block_cols, base_indices, "base_indices");
+    const BaseBlocks bases{base_blocks.matrix, base_blocks.grid, base_blocks.indices};
+    py::array_t<std::int64_t> estimates(static_cast<py::ssize_t>(chosen.indices.size()));
+    const std::span<std::int64_t> out(estimates.mutable_data(), chosen.indices.size());
     {
         const WithoutGil no_gil;
-        estimate_deltas(matrix, grid, chosen, bases, max_rel_error, out, threads);
+        estimate_deltas(chosen.matrix, chosen.grid, chosen.indices, bases, max_rel_error, out,
+                        threads);
     }
     return estimates;
 }
@@ -245,16 +243,14 @@ void read_blocks_into(const py::sequence& pages, const Array<std::uint32_t>& pag
                       const Array<std::uint32_t>& slots, const Array<std::int64_t>& indices,
                       Array<std::uint8_t> out, int dtype, std::size_t block_rows,
                       std::size_t block_cols, const py::object& bases, unsigned threads) {
-    const MatrixRef matrix = as_matrix(out, as_dtype(dtype));
-    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
+    const ChosenBlocks chosen = as_chosen(out, dtype, block_rows, block_cols, indices, "indices");
     auto* const to = reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
     const PageList held = as_pages(pages);
     const std::vector<StoredBlock> stored = as_stored(page_index, slots);
     const HeldBases held_bases = hold_bases(bases, stored.size());
     const WithoutGil no_gil;
-    read_blocks(pointers(held), stored, held_bases.view(), chosen, grid, matrix.dtype, to,
-                matrix.stride_bytes, threads);
+    read_blocks(pointers(held), stored, held_bases.view(), chosen.indices, chosen.grid,
+                chosen.matrix.dtype, to, chosen.matrix.stride_bytes, threads);
 }
 
 py::array_t<bool> blocks_equal_to(const Array<std::uint8_t>& data, int dtype,
@@ -263,17 +259,16 @@ py::array_t<bool> blocks_equal_to(const Array<std::uint8_t>& data, int dtype,
                                   const Array<std::uint32_t>& page_index,
                                   const Array<std::uint32_t>& slots, const py::object& bases,
                                   unsigned threads) {
-    const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
-    const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
-    const std::vector<std::int64_t> chosen = as_copy(indices, "indices");
+    const ChosenBlocks chosen = as_chosen(data, dtype, block_rows, block_cols, indices, "indices");
     const PageList held = as_pages(pages);
     const std::vector<StoredBlock> stored = as_stored(page_index, slots);
     const HeldBases held_bases = hold_bases(bases, stored.size());
-    py::array_t<bool> equal(static_cast<py::ssize_t>(chosen.size()));
-    const std::span<bool> out(equal.mutable_data(), chosen.size());
+    py::array_t<bool> equal(static_cast<py::ssize_t>(chosen.indices.size()));
+    const std::span<bool> out(equal.mutable_data(), chosen.indices.size());
     {
         const WithoutGil no_gil;
-        blocks_equal(pointers(held), stored, held_bases.view(), chosen, matrix, grid, out, threads);
+        blocks_equal(pointers(held), stored, held_bases.view(), chosen.indices, chosen.matrix,
+                     chosen.grid, out, threads);
     }
     return equal;
 }

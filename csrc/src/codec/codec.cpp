@@ -11,6 +11,7 @@
 
 #include "base/endian.hpp"
 #include "base/parallel.hpp"
+#include "codec/arena.hpp"
 #include "codec/huffman.hpp"
 #include "dispatch/dispatch.hpp"
 #include "pydedup/error.hpp"
@@ -308,14 +309,7 @@ std::size_t encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
                 arena.subspan(static_cast<std::size_t>(offsets[i]), rect.rows * rect.cols * item));
         }
     });
-    std::size_t used = 0;
-    for (std::size_t i = 0; i < indices.size(); ++i) {
-        const auto from = static_cast<std::size_t>(offsets[i]);
-        if (from != used) std::memmove(arena.data() + used, arena.data() + from, encoded[i].length);
-        offsets[i] = static_cast<std::int64_t>(used);
-        used += encoded[i].length;
-    }
-    return used;
+    return detail::close_gaps(arena, encoded, offsets);
 }
 
 }  // namespace pydedup

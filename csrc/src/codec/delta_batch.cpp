@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Deltas of many blocks of a matrix, between threads.
-#include <cstring>
 #include <string>
 
 #include "base/parallel.hpp"
+#include "codec/arena.hpp"
 #include "codec/delta_encoder.hpp"
 #include "pydedup/codec.hpp"
 #include "pydedup/error.hpp"
@@ -75,14 +75,7 @@ std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
                                  .value_or(EncodedBlock{Encoding::delta, 0});
                      }
                  });
-    std::size_t used = 0;
-    for (std::size_t i = 0; i < indices.size(); ++i) {
-        const auto from = static_cast<std::size_t>(offsets[i]);
-        if (from != used) std::memmove(arena.data() + used, arena.data() + from, encoded[i].length);
-        offsets[i] = static_cast<std::int64_t>(used);
-        used += encoded[i].length;
-    }
-    return used;
+    return detail::close_gaps(arena, encoded, offsets);
 }
 
 void estimate_deltas(const MatrixRef& matrix, const BlockGrid& grid,

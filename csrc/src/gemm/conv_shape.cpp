@@ -27,6 +27,20 @@ void check_count(const char* what, std::initializer_list<std::size_t> factors) {
     }
 }
 
+void check_size(const Named& size, std::size_t least) {
+    constexpr std::size_t kLargest = std::numeric_limits<std::int32_t>::max();
+    if (size.value < least) {
+        throw Error(ErrorCode::invalid_argument,
+                    std::string(size.name) + " is " + std::to_string(size.value) +
+                        "; it must be at least " + std::to_string(least));
+    }
+    if (size.value > kLargest) {
+        throw Error(ErrorCode::invalid_argument, std::string(size.name) + " is " +
+                                                     std::to_string(size.value) +
+                                                     "; at most 2^31 - 1 is supported");
+    }
+}
+
 void check_axis(const char* axis, std::size_t size, std::size_t before, std::size_t after,
                 std::size_t kernel, std::size_t dilation) {
     const std::size_t reach = (kernel - 1) * dilation + 1;
@@ -41,7 +55,6 @@ void check_axis(const char* axis, std::size_t size, std::size_t before, std::siz
 }  // namespace
 
 void check_shape(const ConvShape& s) {
-    constexpr std::size_t kLargest = std::numeric_limits<std::int32_t>::max();
     for (const Named& size : {Named{"channels", s.channels},
                               {"out_channels", s.out_channels},
                               {"kernel_h", s.kernel_h},
@@ -51,31 +64,16 @@ void check_shape(const ConvShape& s) {
                               {"dilation_h", s.dilation_h},
                               {"dilation_w", s.dilation_w},
                               {"groups", s.groups}}) {
-        if (size.value == 0) {
-            throw Error(ErrorCode::invalid_argument,
-                        std::string(size.name) + " is 0; it must be at least 1");
-        }
+        check_size(size, 1);
     }
     for (const Named& size : {Named{"batch", s.batch},
-                              {"channels", s.channels},
                               {"height", s.height},
                               {"width", s.width},
-                              {"out_channels", s.out_channels},
-                              {"kernel_h", s.kernel_h},
-                              {"kernel_w", s.kernel_w},
-                              {"stride_h", s.stride_h},
-                              {"stride_w", s.stride_w},
-                              {"dilation_h", s.dilation_h},
-                              {"dilation_w", s.dilation_w},
                               {"padding", s.pad_top},
                               {"padding", s.pad_left},
                               {"padding", s.pad_bottom},
                               {"padding", s.pad_right}}) {
-        if (size.value > kLargest) {
-            throw Error(ErrorCode::invalid_argument, std::string(size.name) + " is " +
-                                                         std::to_string(size.value) +
-                                                         "; at most 2^31 - 1 is supported");
-        }
+        check_size(size, 0);
     }
     if (s.channels % s.groups != 0 || s.out_channels % s.groups != 0) {
         throw Error(ErrorCode::invalid_argument,

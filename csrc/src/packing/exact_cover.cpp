@@ -212,13 +212,8 @@ ExactPages pack_two_stage(const Problem& problem) {
         std::vector<bool> placed(problem.blocks(), false);
         Rows pages;
         for (std::size_t c = 0; c < classes.size(); ++c) {
-            pages.items.clear();
-            pages.indptr.assign(1, 0);
-            fill_in_order(problem, classes.members.row(c), pages);
-            for (std::size_t p = 0; p < pages.size(); ++p) {
-                std::uint64_t amount = 0;
-                for (const Index b : pages.row(p)) amount += problem.amount(b);
-                if (p + 1 == pages.size() && amount < problem.capacity) break;
+            const std::size_t n_full = fill_anew(problem, classes.members.row(c), pages);
+            for (std::size_t p = 0; p < n_full; ++p) {
                 for (const Index b : pages.row(p)) placed[b] = true;
                 for (const Index m : classes.owners.row(c)) {
                     reads[m].push_back(static_cast<Index>(out.pages.size()));

@@ -50,6 +50,16 @@ void fill_in_order(const Problem& problem, std::span<const Index> sequence, Rows
     }
 }
 
+std::size_t fill_anew(const Problem& problem, std::span<const Index> sequence, Rows& pages) {
+    pages.items.clear();
+    pages.indptr.assign(1, 0);
+    fill_in_order(problem, sequence, pages);
+    if (pages.size() == 0) return 0;
+    std::uint64_t amount = 0;
+    for (const Index b : pages.row(pages.size() - 1)) amount += problem.amount(b);
+    return amount == problem.capacity ? pages.size() : pages.size() - 1;
+}
+
 void fill_first_fit(const Problem& problem, std::span<const Index> sequence, Rows& pages) {
     if (sequence.empty()) return;
     // A tree of the largest room below each node finds the first page with enough of it.

@@ -69,13 +69,9 @@ Split split_classes(const Problem& problem, const Classes& classes) {
     Split out;
     Rows pages;
     for (Index c = 0; c < classes.size(); ++c) {
-        pages.items.clear();
-        pages.indptr.assign(1, 0);
-        fill_in_order(problem, classes.members.row(c), pages);
+        const std::size_t n_full = fill_anew(problem, classes.members.row(c), pages);
         for (std::size_t p = 0; p < pages.size(); ++p) {
-            std::uint64_t amount = 0;
-            for (const Index b : pages.row(p)) amount += problem.amount(b);
-            if (p + 1 < pages.size() || amount == problem.capacity) {
+            if (p < n_full) {
                 out.whole.append(pages.row(p));
             } else {
                 out.tails.append(pages.row(p));
