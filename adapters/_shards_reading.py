@@ -74,6 +74,7 @@ class ShardedReads(PostgresCopy):
             with super().snapshot():
                 yield
             return
+        self._again(self._connected)
         with self._pool.keep():
             self._query("SELECT pg_advisory_lock_shared(%b)", [self._users_lock])
             try:

@@ -82,3 +82,25 @@ def test_a_server_whose_engine_becomes_one_that_only_reads(
         restarted()
         store.add("n", {"w": -weights})
         np.testing.assert_array_equal(store.load("n")["w"], -weights)
+
+
+def test_a_store_opened_on_a_replica_is_written_when_that_is_the_primary(
+    mysql_user: tuple[str, str], mysql_database: str, mysql_run: Callable[..., object]
+) -> None:
+    name, url = mysql_user
+    database = mysql_database.partition("?")[0].rpartition("/")[2]
+    mysql_run(mysql_database, f"GRANT ALL ON {database}.* TO {name}")
+    weights = np.arange(70_000, dtype=np.float32)
+    with pydedup.open(url) as store:
+        store.add("m", {"w": weights})
+    mysql_run(mysql_database, "SET GLOBAL read_only = ON")
+    try:
+        with pydedup.open(url) as store:
+            assert store.read_only
+            with pytest.raises(ReadOnlyError):
+                store.add("n", {"w": -weights})
+            mysql_run(mysql_database, "SET GLOBAL read_only = OFF")
+            store.add("n", {"w": -weights})
+            np.testing.assert_array_equal(store.load("n")["w"], -weights)
+    finally:
+        mysql_run(mysql_database, "SET GLOBAL read_only = OFF")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -141,3 +142,19 @@ def test_of_two_copies_the_one_on_a_shard_that_failed_is_asked_for_last(
         assert in_thread(lambda: dict(adapter.read_pages(list(pages)))) == pages
     assert len(tries) == 1
     adapter.close()
+
+
+def test_a_snapshot_waits_for_a_coordinator_that_starts_again(
+    store: Adapter, shard_servers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 90.0)
+    with store.snapshot():
+        before = store.epoch()
+    shard_servers[0].kill()
+    starts = threading.Thread(target=shard_servers[0].start)
+    starts.start()
+    try:
+        with store.snapshot():
+            assert store.epoch() == before
+    finally:
+        starts.join()
