@@ -15,6 +15,7 @@ from pydedup.errors import CorruptStoreError
 
 __all__ = [
     "ADDRESS",
+    "ALIASES",
     "ARTIFACTS",
     "MAPS",
     "MEASURED",
@@ -36,8 +37,10 @@ ARTIFACTS, TENSORS = "artifacts", "tensors"
 MAPS = "maps"
 #: Where it has the ``name@version`` that the model was added as, and the digest of its metadata.
 ADDRESS, METADATA = "address", "metadata"
+#: Where it has the aliases that point at the model.
+ALIASES = "aliases"
 #: What is of the model, and not of what was promised for it.
-OF_MODEL = (ARTIFACTS, TENSORS, MAPS, ADDRESS, METADATA)
+OF_MODEL = (ARTIFACTS, TENSORS, MAPS, ADDRESS, METADATA, ALIASES)
 #: What all certificates say beside the parameters of the policy, which have other names.
 MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors", *OF_MODEL)
 

@@ -7,12 +7,12 @@ makes what users see of the rows of tables. Not here: adding and publishing (`py
 
 from __future__ import annotations
 
+from pydedup.catalog.aliases import point_alias, recorded_aliases
 from pydedup.catalog.catalog import Catalog
 from pydedup.catalog.digests import (
     ModelDigest,
     map_digest,
     tensors_digest,
-    with_maps,
     with_other_maps,
 )
 from pydedup.catalog.model import SourceHashes, StoredModel
@@ -24,6 +24,7 @@ from pydedup.catalog.rows import (
     page_readers,
     recorded_object,
     version_of,
+    with_recorded,
 )
 
 __all__ = [
@@ -37,9 +38,11 @@ __all__ = [
     "map_digest",
     "model_info",
     "page_readers",
+    "point_alias",
+    "recorded_aliases",
     "recorded_object",
     "tensors_digest",
     "version_of",
-    "with_maps",
     "with_other_maps",
+    "with_recorded",
 ]

@@ -9,6 +9,7 @@ from typing import Final
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows, telling_rows
+from pydedup.catalog.aliases import recorded_aliases
 from pydedup.catalog.model import StoredModel
 from pydedup.catalog.rows import SUGGESTED_MODELS, known_versions, model_info
 from pydedup.errors import CorruptStoreError, NotFoundError, UnavailableError
@@ -30,6 +31,7 @@ class Catalog:
         # No lock, which a fork could leave held: each use is one operation on the dict.
         self._models: dict[int, StoredModel] = {}
         self._store_id: str | None = None
+        self._sound_aliases: set[tuple[int, str]] = set()
 
     def resolve(self, address: str) -> ModelRow:
         """Return the live model that an address means.
@@ -52,6 +54,8 @@ class Catalog:
         if parsed.selector is not None:
             called = self._adapter.model_called(parsed.name, parsed.selector)
             if called is not None:
+                if called.version != parsed.selector:
+                    self._check_alias(called, parsed.selector)
                 return called
         rows = self._adapter.models(name=parsed.name, newest=1)
         if not rows:
@@ -61,12 +65,35 @@ class Catalog:
             )
         if parsed.selector is None:
             return rows[-1]
+        for row in self._adapter.models(name=parsed.name, newest=SUGGESTED_MODELS):
+            if parsed.selector in (recorded_aliases(row) or ()):
+                raise CorruptStoreError(
+                    f"the alias {parsed} is lost, which pointed at version {row.version}; set it "
+                    "again, or restore a backup"
+                )
         known = known_versions(self._adapter, parsed.name)
         known += [alias for _, alias, _ in self._adapter.aliases(parsed.name)]
         raise NotFoundError(
             f"{parsed.name!r} has no version or alias {parsed.selector!r}"
             f"{it_has(parsed.selector, known)}"
         )
+
+    def _check_alias(self, row: ModelRow, alias: str) -> None:
+        """Raise CorruptStoreError where an alias was not set to the model that it points at.
+
+        What was found in order is not looked at again.
+        """
+        if (row.id, alias) in self._sound_aliases:
+            return
+        recorded = recorded_aliases(row)
+        if recorded is not None and alias not in recorded:
+            raise CorruptStoreError(
+                f"the alias {row.name}@{alias} points at version {row.version}, to which it was "
+                "not set; set it again, or restore a backup"
+            )
+        if len(self._sound_aliases) >= SUGGESTED_MODELS:
+            self._sound_aliases.clear()
+        self._sound_aliases.add((row.id, alias))
 
     def model(self, address: str) -> StoredModel:
         """Return the model of an address, with what is cached of it."""

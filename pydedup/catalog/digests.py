@@ -9,14 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-from pydedup.catalog.rows import recorded_object
+from pydedup.catalog.rows import recorded_object, with_recorded
 from pydedup.certificates import MAPS, artifact_digest
 from pydedup.errors import CorruptStoreError
 from pydedup.types import TensorInfo
 
-__all__ = ["ModelDigest", "map_digest", "tensors_digest", "with_maps", "with_other_maps"]
+__all__ = ["ModelDigest", "map_digest", "tensors_digest", "with_other_maps"]
 
 
 class ModelDigest:
@@ -48,20 +48,11 @@ def map_digest(parts: Iterable[bytes]) -> str:
     return base64.b64encode(digest.digest()).decode()
 
 
-def with_maps(certificate: str, digests: Sequence[str]) -> str:
-    """Return a certificate, as it is recorded, with the digests of block maps, by ordinal.
-
-    A damaged one stays as it is.
-    """
-    try:
-        found = recorded_object(certificate, "a certificate")
-    except CorruptStoreError:
-        return certificate
-    return json.dumps({**found, MAPS: "".join(digests)})
-
-
 def with_other_maps(certificate: str, digests: Mapping[int, str]) -> str:
-    """Return it with other digests of some block maps; without, where it had none."""
+    """Return a recorded certificate with other digests of some block maps, by ordinal.
+
+    One that has none stays as it is.
+    """
     try:
         old = recorded_object(certificate, "a certificate").get(MAPS)
     except CorruptStoreError:
@@ -70,7 +61,8 @@ def with_other_maps(certificate: str, digests: Mapping[int, str]) -> str:
         return certificate
     size = len(map_digest(()))
     known = [old[at : at + size] for at in range(0, len(old), size)]
-    return with_maps(certificate, [digests.get(n, one) for n, one in enumerate(known)])
+    maps = "".join(digests.get(number, one) for number, one in enumerate(known))
+    return with_recorded(certificate, {MAPS: maps})
 
 
 def _head(info: TensorInfo) -> bytes:

@@ -25,6 +25,7 @@ __all__ = [
     "recorded_object",
     "tensor_info",
     "version_of",
+    "with_recorded",
 ]
 
 #: Of so many models, the newest ones, a message about an unknown one suggests names.
@@ -80,6 +81,15 @@ def promised(recorded: Mapping[str, Any]) -> dict[str, Any]:
 def recorded_certificate(row: ModelRow) -> dict[str, Any]:
     """Return a certificate with the digests that are recorded in it. Raises CorruptStoreError."""
     return recorded_object(row.certificate, f"the certificate of {row.name}@{row.version}")
+
+
+def with_recorded(certificate: str, what: Mapping[str, object]) -> str:
+    """Return a certificate, as it is recorded, with more of the model; a damaged one as it is."""
+    try:
+        found = recorded_object(certificate, "a certificate")
+    except CorruptStoreError:
+        return certificate
+    return json.dumps({**found, **what})
 
 
 def recorded_object(text: str, what: str) -> dict[str, Any]:

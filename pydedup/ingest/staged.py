@@ -98,6 +98,10 @@ class StagedModel(abc.ABC):
     def settle(self, adapter: Adapter) -> None:  # noqa: B027 - most models have nothing to settle
         """Do what must be done in the transaction that publishes it, before it is live."""
 
+    def aliases(self, adapter: Adapter) -> list[str]:
+        """Return the aliases that point at it once it was settled."""
+        return []
+
     def references(self, reader: BlockReader | None = None) -> NDArray[np.int64]:
         """Return the references of all blocks; with ``reader``, those of the bases behind them."""
         parts = [tensor.references for tensor in self.tensors]

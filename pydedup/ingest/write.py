@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, TensorRow
 from pydedup.blocks import NO_PAGE, PART_BYTES, BlockMap
-from pydedup.catalog import map_digest, with_maps
+from pydedup.catalog import map_digest, with_recorded
+from pydedup.certificates import ALIASES, MAPS
 from pydedup.errors import ConflictError
 from pydedup.ingest.match import Matcher, hash_keys
 from pydedup.ingest.pages import PageWriter
@@ -158,17 +159,18 @@ class Stager:
         ConflictError when a vacuum took this staging for abandoned.
         """
         adapter = self._adapter
-        certificates = {model_id: with_maps(*made) for model_id, made in self._recorded.items()}
         with self._job.publishing():
             if not adapter.bump_epoch(epoch):
                 return False
             adapter.set_page_state(self.page_ids, LIVE)
             for model in self._models:
                 model.settle(adapter)
+                certificate, maps = self._recorded[model.model_id]
+                placed = {MAPS: "".join(maps), ALIASES: model.aliases(adapter)}
                 if not adapter.update_model(
                     model.model_id,
                     state=LIVE,
-                    certificate=certificates[model.model_id],
+                    certificate=with_recorded(certificate, placed),
                     created_at=model.created_at(),
                 ):
                     raise ConflictError(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, BlockRow, ModelRow
 from pydedup.blocks import BlockMap
-from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
+from pydedup.catalog import ModelDigest, SourceHashes, StoredModel, recorded_aliases
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.layout import base_places, by_page, split_places, used_places
 from pydedup.maintenance.damage import MAX_ERRORS, VerifyReport
@@ -186,7 +186,16 @@ def verify_names(
             check_name(version, "the version or alias")
         except ArgumentError as exc:
             report.add_error(f"{name}@{version} is damaged: {exc}; restore a backup")
+    recorded = {row.id: recorded_aliases(row) for row in rows}
+    set_to = {(row.name, alias): row for row in rows for alias in recorded[row.id] or ()}
+    for name, alias in sorted(set_to.keys() - {(name, alias) for name, alias, _ in aliases}):
+        version = set_to[name, alias].version
+        report.add_error(f"alias {name}@{alias} is lost, which was set to version {version}")
     for name, alias, model_id in aliases:
+        found = set_to.get((name, alias))
+        is_other = found.id != model_id if found else recorded.get(model_id) is not None
+        if live.get(model_id) == name and is_other:
+            report.add_error(f"alias {name}@{alias} points at a version that it was not set to")
         if live.get(model_id) != name and model_id not in damaged:
             other = "of another name" if model_id in live else "that is gone"
             report.add_error(f"alias {name}@{alias} points at a model {other}")

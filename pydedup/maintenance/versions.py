@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from pydedup.adapter import LIVE, STAGING, Adapter
 from pydedup.adapter_options import only_sound_rows
-from pydedup.catalog import Catalog, known_versions, version_of
+from pydedup.catalog import Catalog, known_versions, point_alias, version_of
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.maintenance.vacuum import retire_orphans
 from pydedup.names import Address, check_name, parse_address
@@ -26,7 +26,7 @@ def set_alias(
         check_name(version, "version")
     with adapter.transaction():
         adapter.bump_epoch()  # nobody removes the version meanwhile
-        if version is None and adapter.delete_alias(name, alias):
+        if version is None and point_alias(adapter, name, alias, None):
             return  # whatever it points at
         catalog.resolve(name)
         if version_of(adapter, name, alias) is not None:
@@ -37,7 +37,7 @@ def set_alias(
         if row is None:
             known = known_versions(adapter, name)
             raise NotFoundError(f"{name!r} has no version {version!r}{it_has(version, known)}")
-        adapter.set_alias(name, alias, row.id)
+        point_alias(adapter, name, alias, row.id)
 
 
 def remove(adapter: Adapter, catalog: Catalog, name: str, *, all_versions: bool) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
-from pydedup.catalog import StoredModel, version_of
+from pydedup.catalog import StoredModel, point_alias, version_of
 from pydedup.errors import DuplicateError, NotFoundError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.staged import MatchedTensor, StagedModel
@@ -86,6 +86,10 @@ class MovedModel(StagedModel):
             )
         _point(adapter, self.item, self.model_id, list(dict.fromkeys([*moved, *self.item.aliases])))
 
+    def aliases(self, adapter: Adapter) -> list[str]:
+        """Return the aliases that point at it once it was settled."""
+        return aliases_of(adapter, self.item.row.name).get(self.model_id, [])
+
 
 def matched_tensors(model: SourceModel, references: NDArray[np.int64]) -> list[MatchedTensor]:
     """Return the tensors of a model, by the references of its places."""
@@ -125,4 +129,4 @@ def _point(target: Adapter, item: Item, model_id: int, aliases: Sequence[str]) -
             raise DuplicateError(
                 f"{target.url} has {name}@{alias} as {what} since a moment ago; run it again"
             )
-        target.set_alias(name, alias, model_id)
+        point_alias(target, name, alias, model_id)

@@ -198,7 +198,11 @@ def test_a_state_a_graph_and_names_that_cannot_be(change: str, said: str, tmp_pa
         connection.execute(f"UPDATE pydedup_{change}")
         connection.execute("UPDATE pydedup_models SET digest = x'00' WHERE id = 3")
     with pydedup.open(path) as store:
-        errors = [error for error in store.verify().errors if "was added as two@1" not in error]
+        errors = [
+            error
+            for error in store.verify().errors
+            if "was added as two@1" not in error and not error.startswith("alias one@prod")
+        ]
         assert [error for error in errors if not error.startswith(said)] == [
             "three@1: its tensors are not those that it was added with"
         ]

@@ -159,3 +159,55 @@ def test_metadata_of_another_model(store_url: str) -> None:
         (error,) = store.verify().errors
         assert error.startswith("the metadata of two@1 are not those that it was added with")
         is_there(store, *MODELS)
+
+
+def test_aliases_that_are_lost_or_moved(store_url: str, tmp_path: Path) -> None:
+    """A lost one was told by nobody, and one that points elsewhere gave another version."""
+    copy = tmp_path / "copy.db"
+    with pydedup.open(store_url) as store:
+        for version in MODELS:
+            store.add(f"m@{version}", MODELS[version])
+        for alias, version in (("prod", "one"), ("prod", "two"), ("next", "two"), ("old", "one")):
+            store.alias("m", alias, version)
+        store.alias("m", "old", None)
+        assert store.verify().ok
+        store.copy_to(copy)
+    for url in (store_url, f"sqlite:///{copy}"):
+        change(url, "UPDATE {aliases} SET model_id = ? WHERE alias = 'prod'", 3)
+        change(url, "DELETE FROM {aliases} WHERE alias = 'next'")
+        with pydedup.open(url) as store:
+            for alias, said in (("prod", "points at version three, to which"), ("next", "is lost")):
+                with pytest.raises(CorruptStoreError, match=f"the alias m@{alias} {said}"):
+                    store.load(f"m@{alias}")
+            assert store.verify().errors == [
+                "alias m@next is lost, which was set to version two",
+                "alias m@prod points at a version that it was not set to",
+            ]
+            store.alias("m", "prod", "one")
+            store.alias("m", "next", None)
+            assert store.verify().ok
+            assert np.array_equal(store.load("m@prod")["a"], MODELS["one"]["a"])
+            store.vacuum()
+            store.alias("m", "prod", None)
+            assert store.remove("m@one") == ["m@one"]
+            assert store.verify().ok
+
+
+def test_aliases_of_before_they_were_recorded(store_url: str) -> None:
+    with pydedup.open(store_url) as store:
+        for version in MODELS:
+            store.add(f"m@{version}", MODELS[version])
+        for alias in ("prod", "next"):
+            store.alias("m", alias, "one")
+    change(
+        store_url, "UPDATE {models} SET certificate = replace(certificate, '\"aliases\"', '\"x\"')"
+    )
+    with pydedup.open(store_url) as store:
+        assert store.verify().ok
+        is_there_by = {alias: store.load(f"m@{alias}") for alias in ("prod", "next")}
+        assert all(np.array_equal(w["a"], MODELS["one"]["a"]) for w in is_there_by.values())
+        store.alias("m", "prod", "two")
+        store.alias("m", "old", "one")
+        assert store.verify().ok
+        assert np.array_equal(store.load("m@next")["a"], MODELS["one"]["a"])
+        assert np.array_equal(store.load("m@prod")["a"], MODELS["two"]["a"])

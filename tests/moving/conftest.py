@@ -99,12 +99,17 @@ def filled(
 
 
 def rows_of(adapter: Adapter) -> dict[str, Any]:
-    """Return all that is recorded of models, but for ids."""
+    """Return all that is recorded of models, but for ids, and for what has ids in it."""
     found: dict[str, Any] = {}
     for row in adapter.models():
         tensors = adapter.tensors(row.id)
         found[f"{row.name}@{row.version}"] = (
-            [getattr(row, name) for name in row.__slots__ if name != "id"],
+            [getattr(row, name) for name in row.__slots__ if name not in ("id", "certificate")],
+            {
+                key: said
+                for key, said in json.loads(row.certificate).items()
+                if key not in ("maps", "aliases")
+            },
             [(t.ordinal, t.name, t.dtype, t.shape, t.block_shape) for t in tensors],
             adapter.source_hashes(row.id, 0, len(tensors)),
             [

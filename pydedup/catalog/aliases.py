@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Aliases, and what is recorded of them with the models that they point at: so a loss is told."""
+
+from __future__ import annotations
+
+from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter_options import only_sound_rows
+from pydedup.catalog.rows import recorded_certificate, with_recorded
+from pydedup.certificates import ALIASES
+from pydedup.errors import CorruptStoreError
+
+__all__ = ["point_alias", "recorded_aliases"]
+
+
+def recorded_aliases(row: ModelRow) -> list[str] | None:
+    """Return the aliases that were set to a model; ``None`` where that is not known."""
+    try:
+        found = recorded_certificate(row).get(ALIASES)
+    except CorruptStoreError:
+        return None
+    return [str(alias) for alias in found] if isinstance(found, list) else None
+
+
+def point_alias(adapter: Adapter, name: str, alias: str, model_id: int | None) -> bool:
+    """Set or move an alias, or delete it; returns whether there was one to delete.
+
+    In a transaction of the caller. With a model that is not live yet it is not recorded.
+    """
+    is_there = True
+    if model_id is None:
+        is_there = adapter.delete_alias(name, alias)
+    else:
+        adapter.set_alias(name, alias, model_id)
+    with only_sound_rows(adapter):
+        rows = adapter.models(name=name)
+        pointing = adapter.aliases(name)
+    for row in rows:
+        recorded = recorded_aliases(row)
+        if row.id == model_id:
+            if recorded is None:  # of a model of before they were
+                recorded = [other for _, other, target in pointing if target == row.id]
+            wanted = sorted({*recorded, alias})
+        elif recorded is not None and alias in recorded:
+            is_there = True
+            wanted = [other for other in recorded if other != alias]
+        else:
+            continue
+        certificate = with_recorded(row.certificate, {ALIASES: wanted})
+        if certificate != row.certificate:
+            adapter.update_model(row.id, certificate=certificate)
+    return is_there
