@@ -61,13 +61,16 @@ def route_of(method: str, raw_path: bytes) -> Route:
         *_, action = parts
         if action in ("load", "unload"):
             return _checked(Route(action, "/".join(parts[3:-1])), method, "POST")
-    raise HttpError(404, "there is nothing here; the paths begin with /v2", "not_found")
+    known = "GET /v2/models/NAME, POST /v2/models/NAME/infer, POST /v2/repository/index"
+    raise HttpError(404, f"there is nothing here, but at {known} and others", "not_found")
 
 
 def _checked(route: Route, method: str, needed: str) -> Route:
     if method != needed and not (needed == "GET" and method == "HEAD"):
         allow = ((b"allow", needed.encode()),)
-        raise HttpError(405, f"this path takes {needed}, not {method}", "bad_request", allow)
+        # Of a path that is taken for a name, as with another verb at its end.
+        way = "; predictions are at /v2/models/NAME/infer" if route.action == "model" else ""
+        raise HttpError(405, f"this path takes {needed}, not {method}{way}", "bad_request", allow)
     return route
 
 

@@ -243,11 +243,14 @@ def test_what_is_wrong_is_said(
 def test_paths_and_methods(server: Server) -> None:
     for path in ("/", "/v1", "/v2/nothing", "/v2/models", "/v2/repository/models/x/other"):
         answer = server.ask("GET", path)
-        assert (answer.status, bool(answer.error)) == (404, True)
+        # It said that paths begin with /v2, of those that do.
+        assert (answer.status, "GET /v2/models/NAME" in answer.error) == (404, True)
     answer = server.ask("GET", "/v2/models/dense/infer")
     assert answer.status == 405
     assert answer.headers["allow"] == "POST"
-    assert server.ask("POST", "/v2/models/dense", b"{}").status == 405
+    for path in ("/v2/models/dense", "/v2/models/dense/predict"):
+        answer = server.ask("POST", path, b"{}")
+        assert (answer.status, "at /v2/models/NAME/infer" in answer.error) == (405, True)
     assert server.ask("GET", "/v2/models/%ff").status == 400
     answer = server.infer("dense", b"{}", headers={"Content-Encoding": "gzip"})
     assert answer.status == 415
