@@ -141,7 +141,7 @@ def stats(url: str, by: str | None, as_json: bool) -> None:
             ),
             ("weights", text.size(figures.logical_bytes)),
             ("database", _database(figures) + ("" if exact else _why_at_least(figures.url))),
-            ("saved", ("" if exact else "at most ") + _saved(figures)),
+            ("saved", _saved(figures)),
             ("pages", f"{text.count(figures.pages)} ({text.size(figures.page_bytes)}){retired}"),
             ("distinct blocks", text.count(figures.distinct_blocks)),
             ("schema", f"version {figures.schema_version}"),
@@ -230,8 +230,11 @@ def _why_at_least(url: str) -> str:
 
 def _saved(figures: StoreStats) -> str:
     """Say what is saved; of a small store, why nothing is."""
-    said = text.saved(figures.saved_share)
-    if figures.saved_share < 0 and figures.page_bytes < figures.logical_bytes:
+    said, exact = text.saved(figures.saved_share), figures.stored_bytes_exact
+    if figures.saved_share >= 0:
+        return said if exact else f"at most {said}"
+    # Shards may hold each page twice.
+    if exact and figures.page_bytes < figures.logical_bytes and "+shards://" not in figures.url:
         beside = text.size(max(figures.stored_bytes - figures.page_bytes, 0))
         said += f" yet: beside its pages the database has {beside}"
     return said

@@ -49,6 +49,7 @@ def test_what_is_on_a_shard_that_is_down_is_unreachable(
     assert f"port={down.port}" in report.unreachable[0]
     assert PASSWORD not in said + str(found) + str(report) + sizes + not_refilled
     assert "(a shard does not answer)" in " ".join(sizes.split())
+    assert " saved nothing pages " in " ".join(sizes.split())  # and no less than that: "at most"
     assert refilled == (replicas == 2)
     assert not_refilled.count(f"port={down.port}") == (1 if replicas == 2 else 0)  # not twice
     assert report.models == len(MODELS)
