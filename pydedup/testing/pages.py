@@ -32,9 +32,11 @@ _MODULES: Final = (
 def small_pages(kib: int = 256) -> Iterator[None]:
     """Let pages that are written have at most so many KiB, instead of 1024."""
     capacity = layout.PAGE_CAPACITY - layout.PAGE_BYTES + kib * 1024
+    # All before one is changed: what takes the capacity from another when it is imported keeps it.
+    modules = [import_module(name) for name in _MODULES]
     with contextlib.ExitStack() as changed:
-        for name in _MODULES:
-            changed.enter_context(patch.object(import_module(name), "PAGE_CAPACITY", capacity))
+        for module in modules:
+            changed.enter_context(patch.object(module, "PAGE_CAPACITY", capacity))
         yield
         others = {
             name

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -43,3 +44,15 @@ def test_a_module_that_is_not_known_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
     with pytest.raises(AssertionError, match=r"pydedup\.late"):
         load_late()
+
+
+def test_modules_that_were_not_imported_yet_are_as_they_were() -> None:
+    """They kept small pages, if it was in one of these that they were imported."""
+    code = (
+        "from pydedup import layout\n"
+        "from pydedup.testing.pages import _MODULES, small_pages\n"
+        "with small_pages(): pass\n"
+        "import sys\n"
+        "assert {sys.modules[name].PAGE_CAPACITY for name in _MODULES} == {layout.PAGE_CAPACITY}\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
