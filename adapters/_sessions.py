@@ -26,10 +26,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Final
 
 from pydedup.errors import StoreError, UnavailableError
+
+from ._connection import Anchor, Connection, Session
 
 __all__ = ["READ", "WRITE", "Connection", "Session", "SessionPool"]
 
@@ -52,91 +53,6 @@ BUSY_SECONDS: Final = 1.0
 CROWDED_SECONDS: Final = 5.0
 #: What a thread leaves its connection alone for when others wait for one.
 _TURN_SECONDS: Final = 0.001
-
-
-class Connection(Protocol):
-    """What is asked of a driver's connection here; it must commit each statement by itself."""
-
-    def cursor(self) -> Any:
-        """Return a DB-API cursor."""
-
-    def close(self) -> None:
-        """Close it."""
-
-
-class Session:
-    """A connection of one thread; ``with session.use():`` locks it for one use of it."""
-
-    __slots__ = ("closed", "connection", "kept", "lock", "name", "pid", "scope", "thread")
-
-    def __init__(self, connection: Connection, name: str) -> None:
-        self.connection = connection
-        self.name = name
-        self.lock = threading.RLock()
-        self.pid = os.getpid()
-        self.thread = threading.get_ident()
-        self.scope: str | None = None
-        #: While it is not 0, no other thread gets the connection.
-        self.kept = 0
-        self.closed = False
-
-    def use(self) -> Self:
-        """Lock it, to be unlocked by leaving it as a context manager.
-
-        Raises
-        ------
-        StoreError
-            When it was closed, which only happens to a session in use when the adapter is closed
-            or the process forked.
-        """
-        self.lock.acquire()
-        if self.closed:
-            self.lock.release()
-            raise StoreError(
-                f"the connection to {self.name} was closed in the middle of a {self.scope}; "
-                "nothing of it was kept"
-            )
-        return self
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.lock.release()
-
-    def check_free(self, scope: str) -> None:
-        """Raise StoreError where its thread is in a transaction or snapshot already."""
-        if self.scope is not None:
-            raise StoreError(f"a {scope} cannot begin inside of a {self.scope}")
-
-    def close(self) -> None:
-        """Close the connection, whatever state it is in."""
-        if not self.closed:
-            self.closed = True
-            # Nothing is lost when closing fails: what was not committed is rolled back.
-            with contextlib.suppress(Exception):
-                self.connection.close()
-
-
-class _Anchor:
-    """Lives in a thread's local storage, and so dies with the thread; its session follows."""
-
-    __slots__ = ("pool_sessions", "session")
-
-    def __init__(self, session: Session, pool_sessions: set[Session]) -> None:
-        self.session = session
-        self.pool_sessions = pool_sessions
-
-    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
-        # Takes no lock: this runs wherever memory is freed, also in a child just after a fork.
-        if self.session.pid == getpid():
-            self.pool_sessions.discard(self.session)
-            self.session.close()
 
 
 class SessionPool:
@@ -196,7 +112,7 @@ class SessionPool:
             In a child of a fork that inherited locks on the file.
         """
         while True:
-            anchor: _Anchor | None = getattr(self._local, "anchor", None)
+            anchor: Anchor | None = getattr(self._local, "anchor", None)
             session = self._new() if anchor is None else anchor.session
             if session.scope is not None:
                 return session.use()
@@ -228,7 +144,7 @@ class SessionPool:
         For those who lock sessions of several pools: to open one would be to wait for a lock that a
         fork may hold, which waits for theirs.
         """
-        anchor: _Anchor | None = getattr(self._local, "anchor", None)
+        anchor: Anchor | None = getattr(self._local, "anchor", None)
         if anchor is None:
             return None
         session = anchor.session
@@ -269,7 +185,7 @@ class SessionPool:
 
     def scope(self) -> str | None:
         """Return what this thread is in: a transaction, a snapshot, or nothing."""
-        anchor: _Anchor | None = getattr(self._local, "anchor", None)
+        anchor: Anchor | None = getattr(self._local, "anchor", None)
         return None if anchor is None else anchor.session.scope
 
     @contextlib.contextmanager
@@ -360,7 +276,7 @@ class SessionPool:
 
     def _mine(self, session: Session) -> Session:
         self._sessions.add(session)
-        self._local.anchor = _Anchor(session, self._sessions)
+        self._local.anchor = Anchor(session, self._sessions)
         return session
 
     def _open(self) -> Session:
