@@ -161,6 +161,25 @@ def test_models_beyond_the_limit_get_external_data(
     assert sorted(item.name for item in target.parent.iterdir()) == ["big.onnx", "other.data"]
 
 
+def test_tensors_that_share_their_external_data_do_so_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_write, "_MAX_MESSAGE", 4096)
+    (tmp_path / "w.data").write_bytes(W1.tobytes())
+    tensors = [
+        TensorProto(name=name, data_type=TensorProto.FLOAT, dims=W1.shape, data_location=1)
+        for name in ("a", "b")
+    ]
+    for tensor in tensors:
+        tensor.external_data.add(key="location", value="w.data")
+    onnx.save(holder(*tensors), tmp_path / "m.onnx")
+    (tmp_path / "out").mkdir()
+    target = tmp_path / "out" / "m.onnx"
+    export(tmp_path / "m.onnx", target)
+    assert values(target) == {"a": W1.tobytes(), "b": W1.tobytes()}
+    assert (target.parent / "m.onnx.data").stat().st_size == W1.nbytes
+
+
 @pytest.mark.parametrize("limit", [4096, 1 << 30])
 def test_a_failed_export_leaves_nothing(
     limit: int, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
