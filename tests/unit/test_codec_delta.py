@@ -362,6 +362,14 @@ def test_a_limit_that_is_too_small_gives_no_delta() -> None:
     assert (encoded.lengths[1::2] > 0).all()
     assert (encoded.lengths <= limits).all()
     assert encoded.lengths.sum() == len(encoded.arena)
+    some = encoded.select(every[1::3])
+    assert some.encodings.tolist() == encoded.encodings[1::3].tolist()
+    for number, of_all in enumerate(every[1::3].tolist()):
+        parts = [
+            one.arena[one.offsets[at] :][: one.lengths[at]].tobytes()
+            for one, at in ((some, number), (encoded, of_all))
+        ]
+        assert parts[0] == parts[1]
     none = codec.encode_deltas(view, [], base, [])
     assert len(none.lengths) == len(none.arena) == len(encoded.select(every[:0]).arena) == 0
 
