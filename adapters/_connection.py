@@ -97,7 +97,10 @@ class Anchor:
         self.pool_sessions = pool_sessions
 
     def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
-        # Takes no lock: this runs wherever memory is freed, also in a child just after a fork.
-        if self.session.pid == getpid():
-            self.pool_sessions.discard(self.session)
-            self.session.close()
+        # Waits for no lock: this runs wherever memory is freed, also in a child just after a fork.
+        # One that is held is of a daemon thread, in a statement while the interpreter ends: drivers
+        # crash where its connection is closed under it.
+        if self.session.pid == getpid() and self.session.lock.acquire(blocking=False):
+            with self.session:
+                self.pool_sessions.discard(self.session)
+                self.session.close()
