@@ -123,16 +123,17 @@ class MysqlAdapter(MysqlBase):
         connection = None
         try:
             connection = mysql.connector.connect(**self._place.options, **ALWAYS)
-            with connection.cursor() as cursor:
-                # A limit of its own, which one of the server's does not cut.
-                cursor.execute("SELECT VERSION(), @@SESSION.max_allowed_packet LIMIT 1")
-                version, packet_bytes = cast(tuple[str, int], cursor.fetchone())
-                self._is_maria = "mariadb" in version.lower()
-                self._max_payload_bytes = check_server(version, packet_bytes, self._place)
-                for statement in session_statements(
-                    version, self._place.timeout, read_only=self._opens_to_read
-                ):
-                    cursor.execute(statement)
+            cursor = connection.cursor()  # closing one before its result is read hides a Ctrl-C
+            # A limit of its own, which one of the server's does not cut.
+            cursor.execute("SELECT VERSION(), @@SESSION.max_allowed_packet LIMIT 1")
+            version, packet_bytes = cast(tuple[str, int], cursor.fetchone())
+            self._is_maria = "mariadb" in version.lower()
+            self._max_payload_bytes = check_server(version, packet_bytes, self._place)
+            for statement in session_statements(
+                version, self._place.timeout, read_only=self._opens_to_read
+            ):
+                cursor.execute(statement)
+            cursor.close()
             return PreparedConnection(connection)
         except BaseException as error:
             if connection is not None:

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C at moments at which the driver has a result that nobody has read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import pydedup
+
+
+def test_an_interrupt_while_a_connection_is_made(
+    mysql_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an ArgumentError, "Unread result found", and whoever pressed Ctrl-C went on."""
+    from mysql.connector.cursor_cext import CMySQLCursor
+
+    def interrupted(cursor: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CMySQLCursor, "fetchone", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pydedup.open(mysql_database)
+    with pydedup.open(mysql_database) as store:
+        assert store.models() == []
