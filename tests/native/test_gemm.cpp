@@ -2,6 +2,7 @@
 // Streaming products: shapes, encodings, cuts, threads, and blocks that do not fit.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -105,6 +106,45 @@ TEST(any_shape_any_cut_any_number_of_threads) {
                 if (!sampled()) continue;
                 check_frame<float>(grid, m, planes);
                 check_frame<double>(grid, m, planes);
+            }
+        }
+    }
+}
+
+TEST(x_in_bf16_counts_as_the_same_numbers_in_f32) {
+    const BlockGrid grid{37, 135, 16, 32};
+    const Dtype dtypes[] = {Dtype::bf16, Dtype::f16, Dtype::i16};
+    for (const float special : {1.0F, 0x1p-130F, std::numeric_limits<float>::infinity()}) {
+        for (const std::size_t m : {1, 2, 5, 33, 70}) {
+            const std::vector<std::uint16_t> w(grid.rows * grid.cols, 0x3C11);
+            for (const bool transpose : {false, true}) {
+                const auto drawn = normal<float>(m * (transpose ? grid.rows : grid.cols));
+                std::vector<std::uint16_t> halves;
+                std::vector<float> x;
+                for (std::size_t i = 0; i < drawn.size(); ++i) {
+                    const auto bits = std::bit_cast<std::uint32_t>(i == 3 ? special : drawn[i]);
+                    halves.push_back(static_cast<std::uint16_t>(bits >> 16));
+                    x.push_back(std::bit_cast<float>(std::uint32_t{halves.back()} << 16));
+                }
+                for (const Dtype dtype : dtypes) {
+                    const Stored stored = store(w, grid, dtype, false);
+                    const auto want = multiply(stored, x, m, transpose);
+                    std::vector<float> y(want.size());
+                    Matmul matmul({grid,
+                                   dtype,
+                                   reinterpret_cast<const std::byte*>(halves.data()),
+                                   m,
+                                   nullptr,
+                                   Activation::none,
+                                   transpose,
+                                   reinterpret_cast<std::byte*>(y.data()),
+                                   2,
+                                   nullptr,
+                                   {},
+                                   true});
+                    matmul.feed(stored.blocks);
+                    CHECK(same_bits(y, want));
+                }
             }
         }
     }
