@@ -12,8 +12,8 @@ from pydedup.adapter_options import only_sound_rows, telling_rows
 from pydedup.catalog.aliases import recorded_aliases
 from pydedup.catalog.model import StoredModel
 from pydedup.catalog.rows import SUGGESTED_MODELS, known_versions, model_info
-from pydedup.errors import CorruptStoreError, NotFoundError, UnavailableError
-from pydedup.names import parse_address
+from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError, UnavailableError
+from pydedup.names import Address, parse_address
 from pydedup.text import did_you_mean, it_has
 from pydedup.types import ModelInfo
 
@@ -51,31 +51,45 @@ class Catalog:
 
     def _find(self, address: str) -> ModelRow:
         parsed = parse_address(address)
-        if parsed.selector is not None:
-            called = self._adapter.model_called(parsed.name, parsed.selector)
-            if called is not None:
-                if called.version != parsed.selector:
-                    self._check_alias(called, parsed.selector)
-                return called
-        rows = self._adapter.models(name=parsed.name, newest=1)
+        called = self._called(parsed)
+        while called is None:
+            epoch = self._adapter.epoch()
+            called = self._called(parsed)
+            if called is None:
+                error = self._not_found(parsed)
+                if self._adapter.epoch() == epoch:  # else others published while it was looked for
+                    raise error
+        return called
+
+    def _called(self, parsed: Address) -> ModelRow | None:
+        """Return the version that is meant, if there is one. Raises CorruptStoreError."""
+        if parsed.selector is None:
+            rows = self._adapter.models(name=parsed.name, newest=1)
+            return rows[-1] if rows else None
+        row = self._adapter.model_called(parsed.name, parsed.selector)
+        if row is not None and row.version != parsed.selector:
+            self._check_alias(row, parsed.selector)
+        return row
+
+    def _not_found(self, parsed: Address) -> PydedupError:
+        """Return what is to be raised about an address that nothing has."""
+        rows = self._adapter.models(name=parsed.name, newest=SUGGESTED_MODELS)
         if not rows:
             names = sorted({row.name for row in self._adapter.models(newest=SUGGESTED_MODELS)})
-            raise NotFoundError(
+            return NotFoundError(
                 f"no model {parsed.name!r} in {self._adapter.url}{did_you_mean(parsed.name, names)}"
             )
-        if parsed.selector is None:
-            return rows[-1]
-        for row in self._adapter.models(name=parsed.name, newest=SUGGESTED_MODELS):
+        for row in rows:
             if parsed.selector in (recorded_aliases(row) or ()):
-                raise CorruptStoreError(
+                return CorruptStoreError(
                     f"the alias {parsed} is lost, which pointed at version {row.version}; set it "
                     "again, or restore a backup"
                 )
         known = known_versions(self._adapter, parsed.name)
         known += [alias for _, alias, _ in self._adapter.aliases(parsed.name)]
-        raise NotFoundError(
+        return NotFoundError(
             f"{parsed.name!r} has no version or alias {parsed.selector!r}"
-            f"{it_has(parsed.selector, known)}"
+            f"{it_has(str(parsed.selector), known)}"
         )
 
     def _check_alias(self, row: ModelRow, alias: str) -> None:

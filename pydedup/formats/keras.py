@@ -225,8 +225,10 @@ def write_hdf5(
         written: dict[Hashable, Any] = {}
         for entry in entries:
             tied = written.get(entry.key) if entry.nbytes else None
-            made = fetch_tensor(tensors, entry) if tied is None else tied
-            written[entry.key] = _write_dataset(target, entry, made)
+            # Under no name: it would stay until the next one is there.
+            written[entry.key] = _write_dataset(
+                target, entry, fetch_tensor(tensors, entry) if tied is None else tied
+            )
 
 
 def _write_dataset(target: Any, entry: TensorEntry, content: Any) -> Any:

@@ -14,7 +14,7 @@ import pytest
 
 import pydedup
 from pydedup import policies, registry
-from pydedup.errors import ConflictError
+from pydedup.errors import ConflictError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
@@ -314,3 +314,23 @@ def test_another_writer_is_waited_for_once(tmp_path: Path) -> None:
             store.add("late", {"w": np.ones((3, 3))})
         calls = [control.calls[scope] for scope in ("staging", "publishing", "transaction")]
         assert calls == [1, 0, 0]
+
+
+@pytest.mark.parametrize("called", ["2", "stable"])
+def test_a_version_that_is_published_while_it_is_looked_for_is_found(
+    store_url: str, called: str
+) -> None:
+    model = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    with pydedup.open(store_url) as other:
+        other.add("m@1", model)
+        adapter, control = inject(registry.connect(store_url, mode="r"))
+
+        def publish() -> None:
+            other.add("m@2", {"w": model["w"] + 1})
+            other.alias("m", "stable", "2")
+
+        control.add_fault(Fault("model_called", publish, after=True))
+        with Store(adapter, 64 << 20) as store:
+            assert np.array_equal(store.load(f"m@{called}")["w"], model["w"] + 1)
+            with pytest.raises(NotFoundError, match="it has"):
+                store.load("m@3")
