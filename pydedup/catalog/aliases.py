@@ -27,13 +27,19 @@ def point_alias(adapter: Adapter, name: str, alias: str, model_id: int | None) -
     In a transaction of the caller. With a model that is not live yet it is not recorded.
     """
     is_there = True
+    with only_sound_rows(adapter):
+        pointing = adapter.aliases(name)
+        before = [adapter.model(target) for _, other, target in pointing if other == alias]
     if model_id is None:
         is_there = adapter.delete_alias(name, alias)
     else:
         adapter.set_alias(name, alias, model_id)
     with only_sound_rows(adapter):
-        rows = adapter.models(name=name)
-        pointing = adapter.aliases(name)
+        if before and before[0] and alias in (recorded_aliases(before[0]) or ()):
+            after = None if model_id in (None, before[0].id) else adapter.model(model_id)
+            rows = [row for row in (before[0], after) if row is not None]
+        else:  # a new one; or it was lost, and any version may have a record of it
+            rows = adapter.models(name=name)
     for row in rows:
         recorded = recorded_aliases(row)
         if row.id == model_id:
