@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from mysql.connector import HAVE_CEXT
 
 import pydedup
 
@@ -14,13 +15,16 @@ def test_an_interrupt_while_a_connection_is_made(
     mysql_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was an ArgumentError, "Unread result found", and whoever pressed Ctrl-C went on."""
-    from mysql.connector.cursor_cext import CMySQLCursor
+    if HAVE_CEXT:
+        from mysql.connector.cursor_cext import CMySQLCursor as Cursor
+    else:
+        from mysql.connector.cursor import MySQLCursor as Cursor  # type: ignore[assignment]
 
     def interrupted(cursor: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(CMySQLCursor, "fetchone", interrupted)
+        patched.setattr(Cursor, "fetchone", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pydedup.open(mysql_database)
     with pydedup.open(mysql_database) as store:
