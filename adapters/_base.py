@@ -65,6 +65,8 @@ class DbApiBase(abc.ABC):
     """
 
     driver_error: type[Exception]
+    #: Whether it is to read alone, whatever may be done; what cannot be changed is not asked again.
+    _reads_only: bool = True
 
     def __init__(
         self,
@@ -89,11 +91,14 @@ class DbApiBase(abc.ABC):
     @property
     def read_only(self) -> bool:
         """Whether changes are refused."""
-        self._read_only = self._read_only and self._reads_still()
+        if self._read_only and not self._reads_only:
+            # A standby may have become the primary, and a user been granted more.
+            with contextlib.suppress(StoreError), self._pool.acquire() as session:
+                self._read_only = self._cannot_write(session)
         return self._read_only
 
-    def _reads_still(self) -> bool:
-        """Whether what could not be changed so far still cannot be."""
+    def _cannot_write(self, session: Session) -> bool:
+        """Whether the database only reads, or the user may only read the store there is."""
         return True
 
     @property

@@ -9,6 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from pydedup.adapter import SCHEMA_VERSION
@@ -98,8 +99,11 @@ class MysqlBase(MysqlRows, DbApiAdapter):
     def _connect(self) -> Connection:
         """Return a new connection."""
 
-    def _cannot_write(self, session: Session, meta: str) -> bool:
-        """Whether the server only reads, or the user may only read the store there is."""
+    def _dialect(self) -> Dialect:
+        return replace(DIALECT, prefix=self._place.prefix)
+
+    def _cannot_write(self, session: Session) -> bool:
+        meta = self._dialect().name("meta")
         if self._run(session, INNODB_READS, (), fetch_all)[0][0]:
             return True
         try:

@@ -7,16 +7,15 @@ Here: all that needs the driver, mysql-connector-python, which is connecting and
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from typing import Final, cast
 
 import mysql.connector
 from mysql.connector.constants import ClientFlag
 
 from pydedup.adapter import Adapter, Capabilities
-from pydedup.errors import ArgumentError, PydedupError, StoreError
+from pydedup.errors import ArgumentError, PydedupError
 
-from ._mysql_base import DIALECT, MysqlBase
+from ._mysql_base import MysqlBase
 from ._mysql_cursors import PreparedConnection
 from ._mysql_errors import CrowdedError, meaning
 from ._mysql_server import check_server, session_statements
@@ -87,7 +86,7 @@ class MysqlAdapter(MysqlBase):
         self._place = place
         self._is_maria = False
         self._max_payload_bytes = 0
-        self._opens_to_read = read_only
+        self._reads_only = read_only
         pool = SessionPool(
             self._connect,
             name=place.url,
@@ -95,9 +94,8 @@ class MysqlAdapter(MysqlBase):
             crowded=CrowdedError,
             shares=read_only,
         )
-        dialect = replace(DIALECT, prefix=place.prefix)
         with pool.acquire_first() as session:
-            read_only = read_only or self._cannot_write(session, dialect.name("meta"))
+            read_only = read_only or self._cannot_write(session)
             capabilities = Capabilities(
                 max_payload_bytes=self._max_payload_bytes,
                 max_parameters=MOST_PARAMETERS,
@@ -106,18 +104,11 @@ class MysqlAdapter(MysqlBase):
             )
         super().__init__(
             place.url,
-            dialect=dialect,
+            dialect=self._dialect(),
             read_only=read_only,
             capabilities=capabilities,
             pool=pool,
         )
-
-    def _reads_still(self) -> bool:
-        # A replica may have become the primary, and a user been granted more.
-        with contextlib.suppress(StoreError), self._pool.acquire() as session:
-            meta = self._sql.dialect.name("meta")
-            return self._opens_to_read or self._cannot_write(session, meta)
-        return True
 
     def _connect(self) -> Connection:
         connection = None
@@ -130,7 +121,7 @@ class MysqlAdapter(MysqlBase):
             self._is_maria = "mariadb" in version.lower()
             self._max_payload_bytes = check_server(version, packet_bytes, self._place)
             for statement in session_statements(
-                version, self._place.timeout, read_only=self._opens_to_read
+                version, self._place.timeout, read_only=self._reads_only
             ):
                 cursor.execute(statement)
             cursor.close()

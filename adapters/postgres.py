@@ -7,7 +7,6 @@ or fetched as text that is not text.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Any, Final, cast
 
@@ -173,14 +172,7 @@ class PostgresAdapter(PostgresCopy):
         )
 
     def _cannot_write(self, session: Session) -> bool:
-        """Whether the server is a standby, or the user may only read the store."""
         return bool(self._run(session, _CANNOT_WRITE, [self._place.schema], _first))
-
-    def _reads_still(self) -> bool:
-        # A standby may have become the primary, and a user been granted more.
-        with contextlib.suppress(StoreError), self._pool.acquire() as session:
-            return self._reads_only or self._cannot_write(session)
-        return True
 
     def _translate(self, error: Exception) -> PydedupError:
         lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)

@@ -3,7 +3,9 @@
 // any order of summation.
 #pragma once
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <random>
 #include <type_traits>
@@ -23,6 +25,12 @@ std::vector<T> normal(std::size_t count) {
     for (T& value : values) value = static_cast<T>(draw(rng()));
     return values;
 }
+
+// Of a float what a bf16 number holds, and a bf16 number as a float.
+inline std::uint16_t upper_half(float value) {
+    return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
+}
+inline float widened(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
 
 // |computed - exact| <= gamma * sum of |terms| for any order of adding n terms (Higham, Accuracy
 // and Stability of Numerical Algorithms, 2002, section 3.1); 2 for the rounding of each product.

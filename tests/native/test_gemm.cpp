@@ -2,7 +2,6 @@
 // Streaming products: shapes, encodings, cuts, threads, and blocks that do not fit.
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -122,9 +121,8 @@ TEST(x_in_bf16_counts_as_the_same_numbers_in_f32) {
                 std::vector<std::uint16_t> halves;
                 std::vector<float> x;
                 for (std::size_t i = 0; i < drawn.size(); ++i) {
-                    const auto bits = std::bit_cast<std::uint32_t>(i == 3 ? special : drawn[i]);
-                    halves.push_back(static_cast<std::uint16_t>(bits >> 16));
-                    x.push_back(std::bit_cast<float>(std::uint32_t{halves.back()} << 16));
+                    halves.push_back(upper_half(i == 3 ? special : drawn[i]));
+                    x.push_back(widened(halves.back()));
                 }
                 for (const Dtype dtype : dtypes) {
                     const Stored stored = store(w, grid, dtype, false);

@@ -99,11 +99,6 @@ TEST(kernels_agree_with_long_sums) {
 using Bits = std::uint16_t;
 constexpr Bits kNan = 0x7FC0;
 
-Bits upper_half(float value) {
-    return static_cast<Bits>(std::bit_cast<std::uint32_t>(value) >> 16);
-}
-float widened(Bits bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
-
 std::vector<float> bf16_numbers(std::size_t count) {
     auto values = normal<float>(count);
     for (float& value : values) value = widened(upper_half(value));
