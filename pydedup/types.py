@@ -156,6 +156,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     block_shape: tuple[int, int]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def shape_problem(shape: Sequence[int]) -> str | None:
     """Return why no array has a shape, or ``None``."""

@@ -7,7 +7,6 @@ misses a page calls `StoredModel.refresh` and reads the block map again, once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
@@ -65,7 +64,7 @@ class StoredModel:
         )
         if not self.tensors:
             self.check_live()
-        found = sum(math.prod(info.shape) * info.dtype.itemsize for info in self.tensors)
+        found = sum(info.nbytes for info in self.tensors)
         if found != row.logical_bytes:
             raise CorruptStoreError(
                 f"{self.address} has tensors of {found:,} bytes where {row.logical_bytes:,} are "

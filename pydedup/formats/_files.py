@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import mmap
 import os
 import secrets
@@ -32,7 +33,7 @@ from pydedup.errors import (
     StorageFullError,
     UnsupportedFormatError,
 )
-from pydedup.formats.base import Array, count
+from pydedup.formats.base import Array
 
 __all__ = [
     "RawFile",
@@ -40,9 +41,9 @@ __all__ = [
     "atomic_folder",
     "full_disk",
     "open_raw",
-    "refuse_database",
     "refuse_foreign",
     "room_for_copy",
+    "sync",
     "write_array",
 ]
 
@@ -114,7 +115,7 @@ class RawFile:
 
         A copy, but for a very large one.
         """
-        n_bytes = count(shape) * dtype.itemsize
+        n_bytes = math.prod(shape) * dtype.itemsize
         native = dtype.newbyteorder("=")
         if n_bytes >= _MAP_FROM and dtype == native and offset % dtype.itemsize == 0:
             mapped = self._map(offset, n_bytes)
@@ -212,7 +213,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         if target.exists() and not target.is_file():
             # Renaming onto /dev/null would take it away from everybody.
             raise ArgumentError(f"{path} is no regular file; choose another path")
-        refuse_database(target)
+        _refuse_database(target)
         _check_parent(path, target.parent)
         scratch = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
         try:
@@ -222,11 +223,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
             mode = 0o666 if kept is None else 0o600
             os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
             yield scratch
-            _sync(scratch)
+            sync(scratch)
             if kept is not None:
                 scratch.chmod(kept)
             scratch.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
@@ -254,16 +255,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield scratch
             for folder, _, names in os.walk(scratch):
                 for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
+                    sync(Path(folder, name))
+                sync(Path(folder))
             # Renaming onto an empty folder replaces it; onto one filled meanwhile it fails.
             scratch.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def refuse_database(path: Path) -> None:
+def _refuse_database(path: Path) -> None:
     """Raise ArgumentError where a SQLite database is: by `-o STORE` a store was lost."""
     try:
         with path.open("rb") as file:
@@ -308,7 +309,8 @@ def _write_errors(path: Path) -> Iterator[None]:
         raise ArgumentError(f"{path} cannot be written: {reason}; choose another path") from exc
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or folder written to its disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

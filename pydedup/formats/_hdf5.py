@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import numpy as np
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats._files import RawFile
 from pydedup.formats._hdf5_probe import Window, survives
-from pydedup.formats.base import Array, count
+from pydedup.formats.base import Array
 from pydedup.types import DType
 
 __all__ = [
@@ -178,7 +179,7 @@ def fill_skeleton(
         with hdf5_errors(where):
             datasets = list(numeric(target, lambda _: False, where, skeleton=True))
         for dataset in datasets:
-            if dataset.address in done or not count(dataset.shape):
+            if dataset.address in done or not math.prod(dataset.shape):
                 continue
             done.add(dataset.address)
             _fill_dataset(target, dataset, fetch(target, dataset))
@@ -291,7 +292,7 @@ def _is_plain(item: Any) -> bool:
     """
     if item.chunks is not None or item.compression:
         return False
-    if item.id.get_storage_size() != count(item.shape) * item.dtype.itemsize:
+    if item.id.get_storage_size() != math.prod(item.shape) * item.dtype.itemsize:
         return False
     h5t = import_h5py().h5t
     stored = item.id.get_type()
@@ -305,7 +306,7 @@ def _check_layout(item: Any, path: str, where: str, *, skeleton: bool = False) -
         raise FormatError(f"{where}: dataset {path!r} keeps its data in other files; it is refused")
     if skeleton:
         return
-    n_bytes = count(item.shape) * item.dtype.itemsize
+    n_bytes = math.prod(item.shape) * item.dtype.itemsize
     stored = item.id.get_storage_size()
     # One that was never written has no place in the file, whatever size it claims.
     apart = item.chunks is not None or item.id.get_offset() is None

@@ -8,13 +8,14 @@ that they are deduplicated like any other tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pydedup.errors import FormatError, UnsupportedFormatError
-from pydedup.formats.base import Array, TensorEntry, count
+from pydedup.formats.base import Array, TensorEntry
 from pydedup.types import DType
 
 __all__ = [
@@ -167,9 +168,10 @@ def typed_values(tensor: Any, entry: TensorEntry, where: str) -> Array:
             DType.U64: "uint64_data",
         }.get(entry.dtype, "int32_data")
         values = _integers(getattr(tensor, source), entry.dtype.numpy, wrong)
-    if values.size != count(entry.shape):
+    needed = math.prod(entry.shape)
+    if values.size != needed:
         raise FormatError(
-            f"{wrong} has {values.size} values, its shape {entry.shape} needs {count(entry.shape)}"
+            f"{wrong} has {values.size} values, its shape {entry.shape} needs {needed}"
         )
     return values.reshape(entry.shape)
 
@@ -183,11 +185,12 @@ def _integers(values: Any, dtype: Any, wrong: str) -> Array:
 
 def _is_weight(tensor: Any, *, top: bool) -> bool:
     dtype = DTYPES.get(tensor.data_type)
-    if dtype is None or any(extent < 0 for extent in tensor.dims) or not count(tensor.dims):
+    if dtype is None or any(extent < 0 for extent in tensor.dims) or not math.prod(tensor.dims):
         return False
     if tensor.data_location == EXTERNAL:
         return True
     # In the main graph also short vectors: a bias is what a layer's weight needs beside it.
     if top and dtype.is_float and tensor.dims:
         return True
-    return count(tensor.dims) * dtype.itemsize >= _NESTED_FROM
+    n_bytes: int = math.prod(tensor.dims) * dtype.itemsize
+    return n_bytes >= _NESTED_FROM

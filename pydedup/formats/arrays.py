@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from pydedup.errors import ArgumentError
-from pydedup.formats.base import Array, SourceBase, TensorEntry, name_problem
+from pydedup.formats.base import Array, ModelSource, TensorEntry, name_problem
 from pydedup.formats.torch_tensors import is_tensor, to_numpy, torch_entry
 from pydedup.types import DType
 
 __all__ = ["MappingSource"]
 
 
-class MappingSource(SourceBase):
+class MappingSource(ModelSource):
     """A mapping of names to arrays or tensors; it must not change while the source is open."""
 
     format = "mapping"

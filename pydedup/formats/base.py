@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import abc
 import json
+import math
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +35,9 @@ __all__ = [
     "Artifact",
     "LazyTensors",
     "ModelSource",
-    "SourceBase",
+    "Outgoing",
     "TensorEntry",
     "checked_entries",
-    "fetch_tensor",
     "find_artifact",
     "find_object",
 ]
@@ -87,7 +87,7 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Size of the tensor's elements."""
-        return count(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,57 +99,6 @@ class Artifact:
     payload: bytes
 
 
-@runtime_checkable
-class ModelSource(Protocol):
-    """An open model, to be used as a context manager. Arrays read from it outlive it."""
-
-    @property
-    def format(self) -> str:
-        """Name of the format, e.g. ``"safetensors"``."""
-
-    @property
-    def description(self) -> str:
-        """What messages call this source, usually its path."""
-
-    @property
-    def entries(self) -> Sequence[TensorEntry]:
-        """All tensors, in the order of the file."""
-
-    @property
-    def graph(self) -> Graph | None:
-        """The layers, when they are certain."""
-
-    @property
-    def left_out(self) -> Sequence[str]:
-        """What the source holds and pydedup does not take, e.g. optimizer state."""
-
-    def read(self, name: str) -> Array:
-        """Return one tensor: C-contiguous, native byte order, read-only.
-
-        Raises
-        ------
-        NotFoundError
-            When the source has no tensor of that name.
-        FormatError
-            When its bytes are missing or damaged.
-        """
-
-    def artifacts(self) -> Iterator[Artifact]:
-        """Yield what belongs to the model besides tensors, one at a time."""
-
-    def close(self) -> None:
-        """Give back files and temporary space. Idempotent."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
 class LazyTensors(Protocol):
     """What a writer takes tensors from: any mapping whose look-up may load on demand."""
 
@@ -157,8 +106,56 @@ class LazyTensors(Protocol):
         """Return one tensor."""
 
 
-class SourceBase(abc.ABC):
-    """Shared behaviour of all sources; a subclass fills ``_set_entries`` and ``_read``."""
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A model that is to be written.
+
+    Attributes
+    ----------
+    tensors, entries
+        Its tensors, and what they are: dtypes, shapes and ties.
+    artifacts
+        What the source of the model gave.
+    graph
+        Its layers, where they are known.
+    """
+
+    tensors: LazyTensors
+    entries: Sequence[TensorEntry]
+    artifacts: Sequence[Artifact] = ()
+    graph: Graph | None = None
+
+    def fetch(self, entry: TensorEntry) -> Array:
+        """Return a tensor, C-contiguous, after checking that it is what was announced.
+
+        Raises
+        ------
+        ArgumentError
+            When its dtype or shape is not that of the entry.
+        """
+        array = np.asarray(self.tensors[entry.name])
+        if array.dtype != entry.dtype.numpy or array.shape != entry.shape:
+            raise ArgumentError(
+                f"tensor {entry.name!r} is {array.dtype} {array.shape}, announced as "
+                f"{entry.dtype.label} {entry.shape}"
+            )
+        return np.ascontiguousarray(array).reshape(entry.shape)
+
+
+class ModelSource(abc.ABC):
+    """An open model, to be used as a context manager. Arrays read from it outlive it.
+
+    A subclass calls ``_set_entries`` and has ``_read``.
+
+    Attributes
+    ----------
+    format
+        Name of the format, e.g. ``"safetensors"``.
+    description
+        What messages call this source, usually its path.
+    left_out
+        What the source holds and pydedup does not take, e.g. optimizer state.
+    """
 
     format: str = ""
 
@@ -181,7 +178,8 @@ class SourceBase(abc.ABC):
     def read(self, name: str) -> Array:
         """Return one tensor: C-contiguous, native byte order, read-only.
 
-        Raises NotFoundError, FormatError for a damaged one, BudgetError where memory is short.
+        Raises NotFoundError for an unknown name, FormatError where its bytes are missing or
+        damaged, BudgetError where memory is short.
         """
         entry = self._by_name.get(name)
         if entry is None:
@@ -231,14 +229,6 @@ class SourceBase(abc.ABC):
         """Return the tensor, C-contiguous and in native byte order."""
 
 
-def count(shape: Iterable[int]) -> int:
-    """Return the number of elements, in Python integers that cannot overflow."""
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total
-
-
 def checked_entries(description: str, entries: Iterable[TensorEntry]) -> tuple[TensorEntry, ...]:
     """Return the entries if their names can be stored and are unique.
 
@@ -276,23 +266,6 @@ def name_problem(name: object) -> str | None:
     if len(encoded) > 1024:
         return f"has {len(encoded)} bytes; at most 1024 can be stored"
     return None
-
-
-def fetch_tensor(tensors: LazyTensors, entry: TensorEntry) -> Array:
-    """Return ``tensors[entry.name]``, C-contiguous, after checking that it is what was announced.
-
-    Raises
-    ------
-    ArgumentError
-        When its dtype or shape is not that of the entry.
-    """
-    array = np.asarray(tensors[entry.name])
-    if array.dtype != entry.dtype.numpy or array.shape != entry.shape:
-        raise ArgumentError(
-            f"tensor {entry.name!r} is {array.dtype} {array.shape}, announced as "
-            f"{entry.dtype.label} {entry.shape}"
-        )
-    return np.ascontiguousarray(array).reshape(entry.shape)
 
 
 def find_artifact(artifacts: Iterable[Artifact], name: str) -> bytes | None:

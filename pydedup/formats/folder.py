@@ -27,7 +27,7 @@ from pydedup.errors import ArgumentError, FormatError
 from pydedup.formats import safetensors, torch
 from pydedup.formats._files import refuse_foreign
 from pydedup.formats._paths import is_inside
-from pydedup.formats.base import DERIVED, Array, Artifact, SourceBase, TensorEntry, find_object
+from pydedup.formats.base import DERIVED, Array, Artifact, ModelSource, TensorEntry, find_object
 from pydedup.graph import Graph
 
 __all__ = ["GRAPH_FILE", "LAYOUT", "SAFE_SUFFIX", "FolderSource", "weight_map_of"]
@@ -67,7 +67,7 @@ class _Part:
     weight_map: Mapping[str, str] = field(default_factory=dict)
 
 
-class FolderSource(SourceBase):
+class FolderSource(ModelSource):
     """Reader of a model folder. Safe between threads."""
 
     format = "huggingface"
@@ -75,8 +75,8 @@ class FolderSource(SourceBase):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self._path = path
-        self._files: dict[str, SourceBase] = {}
-        self._where: dict[str, tuple[SourceBase, str]] = {}
+        self._files: dict[str, ModelSource] = {}
+        self._where: dict[str, tuple[ModelSource, str]] = {}
         try:
             names, skipped = _list_files(path)
             self._parts = list(_parts(path, names))
@@ -258,7 +258,7 @@ def weight_map_of(path: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _open_weights(path: Path) -> SourceBase:
+def _open_weights(path: Path) -> ModelSource:
     if not is_inside(path, path.parent):
         raise FormatError(
             f"{path} leads outside of the model's folder; copy it with its links resolved (cp -rL)"

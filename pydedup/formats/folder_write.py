@@ -7,7 +7,7 @@ written outside of the folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,10 +15,9 @@ from typing import Any
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.formats import safetensors, torch
 from pydedup.formats._paths import stays_inside
-from pydedup.formats.base import DERIVED, Array, Artifact, LazyTensors, TensorEntry, find_object
+from pydedup.formats.base import DERIVED, Array, LazyTensors, Outgoing, TensorEntry, find_object
 from pydedup.formats.folder import GRAPH_FILE, LAYOUT, SAFE_SUFFIX, weight_map_of
 from pydedup.formats.ties import copies
-from pydedup.graph import Graph
 
 __all__ = ["write"]
 
@@ -46,32 +45,24 @@ class _Part:
         return f"{self.folder}/" if self.folder else ""
 
 
-def write(
-    path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-    graph: Graph | None,
-) -> list[str]:
+def write(path: Path, outgoing: Outgoing) -> list[str]:
     """Fill the empty folder ``path``: artifacts that were files, and the weights as they were.
 
     Returns the names of tied tensors that were written once more.
     """
-    for item in artifacts:
+    for item in outgoing.artifacts:
         if not item.name.startswith(DERIVED):
             target = _new_file(path, item.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(item.payload)
-    if graph is not None:
-        (path / GRAPH_FILE).write_text(graph.to_json(), encoding="utf-8")
-    layout = find_object(artifacts, LAYOUT)
+    if outgoing.graph is not None:
+        (path / GRAPH_FILE).write_text(outgoing.graph.to_json(), encoding="utf-8")
+    layout = find_object(outgoing.artifacts, LAYOUT)
     if layout is None:
-        safetensors.write(
-            _new_file(path, "model.safetensors"), tensors, entries, artifacts, {"format": "pt"}
-        )
-        return copies(entries)
+        safetensors.write(_new_file(path, "model.safetensors"), outgoing, {"format": "pt"})
+        return copies(outgoing.entries)
     again: list[str] = []
-    by_name = {entry.name: entry for entry in entries}
+    by_name = {entry.name: entry for entry in outgoing.entries}
     for part in sorted(_parts(layout), key=lambda part: -len(part.folder)):
         for file, names in _assign(path, part, by_name):
             chosen = [by_name.pop(name) for name in names]
@@ -81,12 +72,12 @@ def write(
             ]
             target = _new_file(path, part.prefix + file.name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            view = _Prefixed(tensors, part.prefix)
+            mine = Outgoing(_Prefixed(outgoing.tensors, part.prefix), inner)
             if target.suffix == SAFE_SUFFIX:
-                safetensors.write(target, view, inner, (), file.metadata)
+                safetensors.write(target, mine, file.metadata)
                 again += copies(chosen)
             else:
-                torch.write(target, view, inner)
+                torch.write(target, mine)
     if by_name:
         raise ArgumentError(
             f"tensor {min(by_name)!r} belongs to none of the files this model came from; "

@@ -128,10 +128,9 @@ class _Translation:
             # Keras lets an input of fewer axes have further ones after the batch, not before it.
             if len(sources) != 2 or ranks[0] is None or ranks[0] != ranks[1]:
                 raise _UnknownError
-            return self._add(_MERGES[kind], name, sources, rank=ranks[0])
+            return self._add(_MERGES[kind], name, sources)
         if kind == "Concatenate":
-            rank = self._ranks.get(sources[0])
-            return self._add("concat", name, sources, attrs={"axis": config["axis"]}, rank=rank)
+            return self._add("concat", name, sources, attrs={"axis": config["axis"]})
         translate = _TRANSLATE.get(kind)
         if translate is None or len(sources) != 1:
             raise _UnknownError
@@ -145,10 +144,11 @@ class _Translation:
         weights: Mapping[str, str] | None = None,
         attrs: Mapping[str, AttrValue] | None = None,
         *,
-        rank: int | None,
+        rank: int | None = None,
     ) -> str:
+        """Append a node; ``rank`` is that of its value, by default that of its first input."""
         self._nodes.append(Node(op, inputs, output, weights or {}, attrs or {}))
-        self._ranks[output] = rank
+        self._ranks[output] = self._ranks.get(inputs[0]) if rank is None else rank
         return output
 
     def _tensors(self, name: str, roles: Sequence[str]) -> dict[str, str]:
@@ -163,7 +163,7 @@ class _Translation:
         if not isinstance(activation, str) or activation not in _ACTIVATIONS:
             raise _UnknownError
         op, attrs = _ACTIVATIONS[activation]
-        return self._add(op, name, (value,), attrs=attrs, rank=self._ranks.get(value))
+        return self._add(op, name, (value,), attrs=attrs)
 
     # ---- layers -------------------------------------------------------------------------------
 
@@ -173,14 +173,8 @@ class _Translation:
         roles = ("weight", "bias") if config["use_bias"] else ("weight",)
         activation = config["activation"]
         output = name if activation in (None, "linear") else f"{name}/linear"
-        self._add(
-            "linear",
-            output,
-            (source,),
-            self._tensors(name, roles),
-            {"transpose": True},
-            rank=self._ranks.get(source),
-        )
+        weights = self._tensors(name, roles)
+        self._add("linear", output, (source,), weights, {"transpose": True})
         return self._activate(name, activation, output)
 
     def _embedding(self, name: str, config: Mapping[str, Any], source: str) -> str:
@@ -209,24 +203,22 @@ class _Translation:
     def _relu(self, name: str, config: Mapping[str, Any], source: str) -> str:
         if config.get("max_value") is not None or config.get("threshold"):
             raise _UnknownError
-        rank = self._ranks.get(source)
         slope = config.get("negative_slope") or 0.0
         if slope:
-            return self._add("leaky_relu", name, (source,), attrs={"alpha": slope}, rank=rank)
-        return self._add("relu", name, (source,), rank=rank)
+            return self._add("leaky_relu", name, (source,), attrs={"alpha": slope})
+        return self._add("relu", name, (source,))
 
     def _leaky_relu(self, name: str, config: Mapping[str, Any], source: str) -> str:
         alpha = _number(config["negative_slope" if "negative_slope" in config else "alpha"])
-        rank = self._ranks.get(source)
-        return self._add("leaky_relu", name, (source,), attrs={"alpha": alpha}, rank=rank)
+        return self._add("leaky_relu", name, (source,), attrs={"alpha": alpha})
 
     def _elu(self, name: str, config: Mapping[str, Any], source: str) -> str:
         attrs: dict[str, AttrValue] = {"alpha": _number(config["alpha"])}
-        return self._add("elu", name, (source,), attrs=attrs, rank=self._ranks.get(source))
+        return self._add("elu", name, (source,), attrs=attrs)
 
     def _softmax(self, name: str, config: Mapping[str, Any], source: str) -> str:
         attrs: dict[str, AttrValue] = {"axis": _axis(config)}
-        return self._add("softmax", name, (source,), attrs=attrs, rank=self._ranks.get(source))
+        return self._add("softmax", name, (source,), attrs=attrs)
 
     def _batch_norm(self, name: str, config: Mapping[str, Any], source: str) -> str:
         if not config["scale"] or not config["center"] or config.get("renorm"):
@@ -237,7 +229,7 @@ class _Translation:
         if rank is not None and axis in (-1, rank - 1):
             axis = rank - 1
         attrs: dict[str, AttrValue] = {"eps": float(config["epsilon"]), "axis": axis}
-        return self._add("batch_norm", name, (source,), weights, attrs, rank=rank)
+        return self._add("batch_norm", name, (source,), weights, attrs)
 
     def _layer_norm(self, name: str, config: Mapping[str, Any], source: str) -> str:
         if not config["scale"] or not config["center"] or config.get("rms_scaling"):
@@ -247,7 +239,7 @@ class _Translation:
             raise _UnknownError
         weights = self._tensors(name, ("weight", "bias"))
         attrs: dict[str, AttrValue] = {"axes": 1, "eps": float(config["epsilon"])}
-        return self._add("layer_norm", name, (source,), weights, attrs, rank=rank)
+        return self._add("layer_norm", name, (source,), weights, attrs)
 
     def _reshape(self, name: str, config: Mapping[str, Any], source: str) -> str:
         target = list(config["target_shape"])

@@ -133,10 +133,13 @@ class _Translation:
         self,
         op: str,
         node: Any,
-        inputs: tuple[str, ...],
         weights: Mapping[str, str] | None = None,
         attrs: Mapping[str, AttrValue] | None = None,
+        *,
+        inputs: tuple[str, ...] = (),
     ) -> None:
+        """Append a node; ``inputs`` are by default the first of the ONNX node alone."""
+        inputs = inputs or (node.input[0],)
         values = tuple(self._value(name) for name in inputs)
         # Of an embedding, ids are no part of what is computed.
         terms = (*(() if op == "embedding" else values), *(weights or {}).values())
@@ -157,7 +160,7 @@ class _Translation:
     def _plain(self, node: Any) -> None:
         if node.op_type == "Add" and self._add_bias(node):
             return
-        self._add(_PLAIN[node.op_type], node, tuple(node.input))
+        self._add(_PLAIN[node.op_type], node, inputs=tuple(node.input))
 
     def _add_bias(self, node: Any) -> bool:
         """Fold the Add of a 1-D initialiser into the MatMul before it."""
@@ -180,16 +183,16 @@ class _Translation:
             raise UnknownError
         weights = {"weight": self._weight(node.input[1], 2)}
         transposed = bool(attrs.integer("transB", 0))
-        if len(node.input) > 2 and node.input[2]:
+        if bias := _input(node, 2):
             out = self._shapes[node.input[1]][0 if transposed else 1]
-            if attrs.number("beta", 1.0) != 1.0 or self._shapes.get(node.input[2]) != (out,):
+            if attrs.number("beta", 1.0) != 1.0 or self._shapes.get(bias) != (out,):
                 raise UnknownError
-            weights["bias"] = node.input[2]
-        self._add("linear", node, (node.input[0],), weights, _transpose(not transposed))
+            weights["bias"] = bias
+        self._add("linear", node, weights, _transpose(not transposed))
 
     def _matmul(self, node: Any, attrs: Attributes) -> None:
         weights = {"weight": self._weight(node.input[1], 2)}
-        self._add("linear", node, (node.input[0],), weights, _transpose(True))
+        self._add("linear", node, weights, _transpose(True))
         self._open_linear[node.output[0]] = len(self._nodes) - 1
 
     def _conv(self, node: Any, attrs: Attributes) -> None:
@@ -199,10 +202,10 @@ class _Translation:
         if kernel != list(shape[2:]):
             raise UnknownError
         weights = {"weight": weight}
-        if len(node.input) > 2 and node.input[2]:
-            if self._shapes.get(node.input[2]) != (shape[0],):
+        if bias := _input(node, 2):
+            if self._shapes.get(bias) != (shape[0],):
                 raise UnknownError
-            weights["bias"] = node.input[2]
+            weights["bias"] = bias
         stride, dilation = attrs.integers("strides", [1, 1]), attrs.integers("dilations", [1, 1])
         found: dict[str, AttrValue] = {
             "stride": stride,
@@ -210,7 +213,7 @@ class _Translation:
             "dilation": dilation,
             "groups": attrs.integer("group", 1),
         }
-        self._add("conv2d", node, (node.input[0],), weights, found)
+        self._add("conv2d", node, weights, found)
 
     def _pool(self, node: Any, attrs: Attributes) -> None:
         kernel = attrs.integers("kernel_shape", [])
@@ -225,13 +228,13 @@ class _Translation:
         ceil_mode = bool(attrs.integer("ceil_mode", 0))
         if node.op_type == "MaxPool":
             found.update(dilation=dilation, ceil_mode=ceil_mode)
-            self._add("max_pool2d", node, (node.input[0],), attrs=found)
+            self._add("max_pool2d", node, attrs=found)
             return
         # What counts in a mean behind the padding was defined late, and runtimes differ.
         if ceil_mode or dilation != [1, 1]:
             raise UnknownError
         found["count_include_pad"] = bool(attrs.integer("count_include_pad", 0))
-        self._add("avg_pool2d", node, (node.input[0],), attrs=found)
+        self._add("avg_pool2d", node, attrs=found)
 
     def _global_pool(self, node: Any, attrs: Attributes) -> None:
         rank = self._ranks.get(node.input[0], self._ranks.get(node.output[0]))
@@ -239,17 +242,17 @@ class _Translation:
             raise UnknownError
         op = "mean" if node.op_type == "GlobalAveragePool" else "max"
         found: dict[str, AttrValue] = {"axis": list(range(2, rank)), "keepdims": True}
-        self._add(op, node, (node.input[0],), attrs=found)
+        self._add(op, node, attrs=found)
 
     def _gather(self, node: Any, attrs: Attributes) -> None:
         if attrs.integer("axis", 0) != 0:
             raise UnknownError
         weights = {"weight": self._weight(node.input[0], 2)}
-        self._add("embedding", node, (node.input[1],), weights, {"from_end": True})
+        self._add("embedding", node, weights, {"from_end": True}, inputs=(node.input[1],))
 
     def _gelu(self, node: Any, attrs: Attributes) -> None:
         mode = attrs.text("approximate", "none")
-        self._add("gelu", node, (node.input[0],), attrs={"approximate": mode})
+        self._add("gelu", node, attrs={"approximate": mode})
 
     def _softmax(self, node: Any, attrs: Attributes) -> None:
         op = "softmax" if node.op_type == "Softmax" else "log_softmax"
@@ -259,19 +262,19 @@ class _Translation:
             rank = self._ranks.get(node.input[0], self._ranks.get(node.output[0]))
             if axis != -1 and (rank is None or axis != rank - 1):
                 raise UnknownError
-        self._add(op, node, (node.input[0],), attrs={"axis": axis})
+        self._add(op, node, attrs={"axis": axis})
 
     def _leaky_relu(self, node: Any, attrs: Attributes) -> None:
         alpha = attrs.number("alpha", 0.01)
-        self._add("leaky_relu", node, (node.input[0],), attrs={"alpha": alpha})
+        self._add("leaky_relu", node, attrs={"alpha": alpha})
 
     def _elu(self, node: Any, attrs: Attributes) -> None:
-        self._add("elu", node, (node.input[0],), attrs={"alpha": attrs.number("alpha", 1.0)})
+        self._add("elu", node, attrs={"alpha": attrs.number("alpha", 1.0)})
 
     def _flatten(self, node: Any, attrs: Attributes) -> None:
         if attrs.integer("axis", 1) != 1:  # any other axis flattens what lies before it, too
             raise UnknownError
-        self._add("flatten", node, (node.input[0],), attrs={"start_axis": 1})
+        self._add("flatten", node, attrs={"start_axis": 1})
 
     def _reshape(self, node: Any, attrs: Attributes) -> None:
         shape = self._constant(node.input[1])
@@ -280,12 +283,12 @@ class _Translation:
             if attrs.integer("allowzero", 0) or shape[0] != 0 or 0 in shape[1:]:
                 raise UnknownError
             if shape == [0, -1]:
-                self._add("flatten", node, (node.input[0],), attrs={"start_axis": 1})
+                self._add("flatten", node, attrs={"start_axis": 1})
                 return
             if -1 in shape:
                 raise UnknownError
             shape[0] = -1
-        self._add("reshape", node, (node.input[0],), attrs={"shape": shape})
+        self._add("reshape", node, attrs={"shape": shape})
 
     def _layer_norm(self, node: Any, attrs: Attributes) -> None:
         if len(node.input) < 3 or attrs.integer("stash_type", 1) != 1:
@@ -300,7 +303,7 @@ class _Translation:
             raise UnknownError
         eps = attrs.number("epsilon", 1e-5)
         weights = {"weight": scale, "bias": bias}
-        self._add("layer_norm", node, (node.input[0],), weights, {"axes": axes, "eps": eps})
+        self._add("layer_norm", node, weights, {"axes": axes, "eps": eps})
 
     def _batch_norm(self, node: Any, attrs: Attributes) -> None:
         if attrs.integer("training_mode", 0) or attrs.integer("spatial", 1) != 1:
@@ -310,14 +313,15 @@ class _Translation:
             role: self._weight(name, 1) for role, name in zip(roles, node.input[1:], strict=True)
         }
         eps = attrs.number("epsilon", 1e-5)
-        self._add("batch_norm", node, (node.input[0],), weights, {"eps": eps, "axis": 1})
+        self._add("batch_norm", node, weights, {"eps": eps, "axis": 1})
 
     def _concat(self, node: Any, attrs: Attributes) -> None:
-        self._add("concat", node, tuple(node.input), attrs={"axis": attrs.integer("axis", 1)})
+        axis = attrs.integer("axis", 1)
+        self._add("concat", node, attrs={"axis": axis}, inputs=tuple(node.input))
 
     def _reduce(self, node: Any, attrs: Attributes) -> None:
-        if len(node.input) > 1 and node.input[1]:
-            axes = self._constant(node.input[1])
+        if named := _input(node, 1):
+            axes = self._constant(named)
         elif "axes" in attrs:
             axes = attrs.integers("axes", [])
         else:
@@ -327,7 +331,7 @@ class _Translation:
         keep = bool(attrs.integer("keepdims", 1))
         axis: AttrValue = axes[0] if len(axes) == 1 else axes
         op = "mean" if node.op_type == "ReduceMean" else "max"
-        self._add(op, node, (node.input[0],), attrs={"axis": axis, "keepdims": keep})
+        self._add(op, node, attrs={"axis": axis, "keepdims": keep})
 
     def _transpose_axes(self, node: Any, attrs: Attributes) -> None:
         if "perm" in attrs:
@@ -336,15 +340,15 @@ class _Translation:
             perm = list(range(self._ranks[node.input[0]]))[::-1]
         else:
             raise UnknownError
-        self._add("transpose", node, (node.input[0],), attrs={"perm": perm})
+        self._add("transpose", node, attrs={"perm": perm})
 
     def _dropout(self, node: Any, attrs: Attributes) -> None:
         if any(name and self._uses.get(name) for name in node.output[1:]):
             raise UnknownError  # somebody wants the mask
-        if len(node.input) > 2 and node.input[2]:
+        if _input(node, 2):
             raise UnknownError  # may drop while predicting
         if any(value.name == node.output[0] for value in self._proto.output):
-            self._add("identity", node, (node.input[0],))  # has the name that users ask for
+            self._add("identity", node)  # has the name that users ask for
         else:
             self._alias[node.output[0]] = self._value(node.input[0])
 
@@ -365,6 +369,11 @@ class _Translation:
             self._constants[node.output[0]] = onnx.numpy_helper.from_array(value)
         else:
             raise UnknownError
+
+
+def _input(node: Any, number: int) -> str:
+    """Return the name of an optional input, empty where it is left out."""
+    return str(node.input[number]) if len(node.input) > number else ""
 
 
 def _transpose(needed: bool) -> Mapping[str, AttrValue]:

@@ -17,8 +17,11 @@ from pydedup.graph import AttrValue, Graph, Node
 
 __all__ = ["infer_from_torch"]
 
-#: Operation, pairs of (role, attribute of the module), attributes of the node.
-_Layer: TypeAlias = tuple[str, tuple[tuple[str, str], ...], dict[str, AttrValue]]
+#: Operation, the module's attribute for each role of a weight, attributes of the node.
+_Layer: TypeAlias = tuple[str, dict[str, str], dict[str, AttrValue]]
+
+_WEIGHT = {"weight": "weight"}
+_WEIGHT_AND_BIAS = {"weight": "weight", "bias": "bias"}
 
 _MODULES = "torch.nn.modules."
 _SEQUENTIAL = _MODULES + "container.Sequential"
@@ -45,7 +48,7 @@ def infer_from_torch(module: object) -> Graph | None:
             if found is None:
                 continue
             op, roles, attrs = found
-            weights = {role: f"{path}.{name}" for role, name in roles}
+            weights = {role: f"{path}.{name}" for role, name in roles.items()}
             # No path is that of a layer and goes on, too.
             output = path if path != "input" else "input.output"
             nodes.append(Node(op, (value,), output, weights, attrs))
@@ -99,20 +102,21 @@ def _layer(layer: Any) -> _Layer | None:
 
 
 def _plain(op: str) -> Callable[[Any], _Layer]:
-    return lambda layer: (op, (), {})
+    return lambda layer: (op, {}, {})
 
 
 def _linear(layer: Any) -> _Layer:
-    roles = [("weight", "weight")]
-    if layer.bias is not None:
-        roles.append(("bias", "bias"))
-    return "linear", tuple(roles), {}
+    return "linear", _weights(layer), {}
+
+
+def _weights(layer: Any) -> dict[str, str]:
+    return _WEIGHT if layer.bias is None else _WEIGHT_AND_BIAS
 
 
 def _embedding(layer: Any) -> _Layer:
     if layer.max_norm is not None:  # changes rows when they are looked up
         raise _UncertainError
-    return "embedding", (("weight", "weight"),), {}
+    return "embedding", _WEIGHT, {}
 
 
 def _embedding_bag(layer: Any) -> _Layer:
@@ -123,7 +127,7 @@ def _embedding_bag(layer: Any) -> _Layer:
         attrs["padding_idx"] = int(layer.padding_idx)
     if layer.include_last_offset:
         attrs["include_last_offset"] = True
-    return "embedding_bag", (("weight", "weight"),), attrs
+    return "embedding_bag", _WEIGHT, attrs
 
 
 def _pair(value: Any) -> list[int]:
@@ -144,16 +148,13 @@ def _conv2d(layer: Any) -> _Layer:
         padding = before + [total - part for total, part in zip(whole, before, strict=True)]
     else:
         padding = _pair(layer.padding) * 2
-    roles = [("weight", "weight")]
-    if layer.bias is not None:
-        roles.append(("bias", "bias"))
     attrs: dict[str, AttrValue] = {
         "stride": _pair(layer.stride),
         "padding": padding,
         "dilation": dilation,
         "groups": int(layer.groups),
     }
-    return "conv2d", tuple(roles), attrs
+    return "conv2d", _weights(layer), attrs
 
 
 def _pool_attrs(layer: Any) -> dict[str, AttrValue]:
@@ -168,14 +169,14 @@ def _pool_attrs(layer: Any) -> dict[str, AttrValue]:
 def _max_pool2d(layer: Any) -> _Layer:
     if layer.return_indices:
         raise _UncertainError
-    return "max_pool2d", (), {**_pool_attrs(layer), "dilation": _pair(layer.dilation)}
+    return "max_pool2d", {}, {**_pool_attrs(layer), "dilation": _pair(layer.dilation)}
 
 
 def _avg_pool2d(layer: Any) -> _Layer:
     if layer.divisor_override is not None:
         raise _UncertainError
     attrs = {**_pool_attrs(layer), "count_include_pad": bool(layer.count_include_pad)}
-    return "avg_pool2d", (), attrs
+    return "avg_pool2d", {}, attrs
 
 
 def _whole_image(op: str) -> Callable[[Any], _Layer]:
@@ -183,7 +184,7 @@ def _whole_image(op: str) -> Callable[[Any], _Layer]:
         size = layer.output_size
         if size not in (1, (1, 1)) or getattr(layer, "return_indices", False):
             raise _UncertainError  # other windows depend on the size of the image
-        return op, (), {"axis": [-2, -1], "keepdims": True}
+        return op, {}, {"axis": [-2, -1], "keepdims": True}
 
     return describe
 
@@ -191,41 +192,40 @@ def _whole_image(op: str) -> Callable[[Any], _Layer]:
 def _flatten(layer: Any) -> _Layer:
     if layer.end_dim != -1:
         raise _UncertainError
-    return "flatten", (), {"start_axis": int(layer.start_dim)}
+    return "flatten", {}, {"start_axis": int(layer.start_dim)}
 
 
 def _softmax(op: str) -> Callable[[Any], _Layer]:
     def describe(layer: Any) -> _Layer:
         if layer.dim is None:  # torch then guesses from the input's rank
             raise _UncertainError
-        return op, (), {"axis": int(layer.dim)}
+        return op, {}, {"axis": int(layer.dim)}
 
     return describe
+
+
+def _slope(op: str, alpha: float) -> _Layer:
+    return op, {}, {"alpha": float(alpha)}
 
 
 def _softplus(layer: Any) -> _Layer:
     # Above the threshold torch returns x itself, which at 20 is log(1 + exp(x)) in float32.
     if layer.beta != 1 or layer.threshold != 20:
         raise _UncertainError
-    return "softplus", (), {}
+    return "softplus", {}, {}
 
 
 def _layer_norm(layer: Any) -> _Layer:
     if layer.weight is None or layer.bias is None:
         raise _UncertainError
     attrs: dict[str, AttrValue] = {"axes": len(layer.normalized_shape), "eps": float(layer.eps)}
-    return "layer_norm", (("weight", "weight"), ("bias", "bias")), attrs
+    return "layer_norm", _WEIGHT_AND_BIAS, attrs
 
 
 def _batch_norm(layer: Any) -> _Layer:
     if layer.weight is None or layer.bias is None or layer.running_mean is None:
         raise _UncertainError
-    roles = (
-        ("weight", "weight"),
-        ("bias", "bias"),
-        ("mean", "running_mean"),
-        ("var", "running_var"),
-    )
+    roles = {**_WEIGHT_AND_BIAS, "mean": "running_mean", "var": "running_var"}
     return "batch_norm", roles, {"eps": float(layer.eps), "axis": 1}
 
 
@@ -244,13 +244,9 @@ _DESCRIBE: Mapping[str, Callable[[Any], _Layer]] = {
     _MODULES + "activation.Sigmoid": _plain("sigmoid"),
     _MODULES + "activation.Tanh": _plain("tanh"),
     _MODULES + "activation.SiLU": _plain("silu"),
-    _MODULES + "activation.GELU": lambda layer: ("gelu", (), {"approximate": layer.approximate}),
-    _MODULES + "activation.LeakyReLU": lambda layer: (
-        "leaky_relu",
-        (),
-        {"alpha": float(layer.negative_slope)},
-    ),
-    _MODULES + "activation.ELU": lambda layer: ("elu", (), {"alpha": float(layer.alpha)}),
+    _MODULES + "activation.GELU": lambda layer: ("gelu", {}, {"approximate": layer.approximate}),
+    _MODULES + "activation.LeakyReLU": lambda layer: _slope("leaky_relu", layer.negative_slope),
+    _MODULES + "activation.ELU": lambda layer: _slope("elu", layer.alpha),
     _MODULES + "activation.Softplus": _softplus,
     _MODULES + "activation.Softmax": _softmax("softmax"),
     _MODULES + "activation.LogSoftmax": _softmax("log_softmax"),

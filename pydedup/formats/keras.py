@@ -42,10 +42,9 @@ from pydedup.formats.base import (
     DERIVED,
     Array,
     Artifact,
-    LazyTensors,
-    SourceBase,
+    ModelSource,
+    Outgoing,
     TensorEntry,
-    fetch_tensor,
     find_artifact,
 )
 from pydedup.formats.infer_keras import infer_from_keras
@@ -67,7 +66,7 @@ _LEGACY_ROOT = "model_weights"
 _MAX_CONFIG = 256 << 20
 
 
-class KerasSource(SourceBase):
+class KerasSource(ModelSource):
     """Reader of a ``.keras`` archive or an HDF5 file. HDF5 itself runs one thread at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -209,25 +208,20 @@ def tensor_name(path: str, legacy: bool) -> str:
     return path.removeprefix(_LEGACY_ROOT + "/") if legacy else path
 
 
-def write_hdf5(
-    path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-) -> None:
+def write_hdf5(path: Path, outgoing: Outgoing) -> None:
     """Write an HDF5 file: as it was where its structure is known, else a dataset per tensor."""
     h5py = import_h5py()
-    structure = find_artifact(artifacts, STRUCTURE)
+    structure = find_artifact(outgoing.artifacts, STRUCTURE)
     if structure is not None:
-        _fill(path, structure, tensors, entries)
+        _fill(path, structure, outgoing)
         return
     with h5py.File(path, "w") as target:
         written: dict[Hashable, Any] = {}
-        for entry in entries:
+        for entry in outgoing.entries:
             tied = written.get(entry.key) if entry.nbytes else None
             # Under no name: it would stay until the next one is there.
             written[entry.key] = _write_dataset(
-                target, entry, fetch_tensor(tensors, entry) if tied is None else tied
+                target, entry, outgoing.fetch(entry) if tied is None else tied
             )
 
 
@@ -257,16 +251,11 @@ def _write_dataset(target: Any, entry: TensorEntry, content: Any) -> Any:
     return dataset
 
 
-def write_archive(
-    path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-) -> None:
+def write_archive(path: Path, outgoing: Outgoing) -> None:
     """Write a ``.keras`` archive of a model that was added from one."""
-    structure = find_artifact(artifacts, STRUCTURE)
-    members = [item for item in artifacts if item.name.startswith(MEMBER)]
-    config = find_artifact(artifacts, CONFIG)
+    structure = find_artifact(outgoing.artifacts, STRUCTURE)
+    members = [item for item in outgoing.artifacts if item.name.startswith(MEMBER)]
+    config = find_artifact(outgoing.artifacts, CONFIG)
     # A legacy file has a config too, but one that only the legacy loader understands.
     metadata = any(item.name == MEMBER + _METADATA for item in members)
     if structure is None or config is None or not metadata:
@@ -276,7 +265,7 @@ def write_archive(
         )
     weights = path.with_name(path.name + ".h5")
     try:
-        _fill(weights, structure, tensors, entries)
+        _fill(weights, structure, outgoing)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for item in members:
                 name = item.name.removeprefix(MEMBER)
@@ -292,10 +281,8 @@ def write_archive(
         weights.unlink(missing_ok=True)
 
 
-def _fill(
-    path: Path, structure: bytes, tensors: LazyTensors, entries: Sequence[TensorEntry]
-) -> None:
-    by_name = {entry.name: entry for entry in entries}
+def _fill(path: Path, structure: bytes, outgoing: Outgoing) -> None:
+    by_name = {entry.name: entry for entry in outgoing.entries}
 
     def fetch(file: Any, dataset: Dataset) -> Array:
         name = tensor_name(dataset.path, _LEGACY_ROOT in file)
@@ -305,7 +292,7 @@ def _fill(
                 f"the stored Keras structure expects tensor {name!r} as {dataset.dtype.label} "
                 f"{dataset.shape}; export without converting"
             )
-        return fetch_tensor(tensors, entry)
+        return outgoing.fetch(entry)
 
     fill_skeleton(path, structure, fetch, "the stored Keras structure")
 

@@ -12,9 +12,10 @@ apart again, so they are neither written nor read here.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,7 @@ from numpy.lib import format as npy_format
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats._files import RawFile, write_array
 from pydedup.formats._zip import ZipMembers
-from pydedup.formats.base import Array, LazyTensors, SourceBase, TensorEntry, count, fetch_tensor
+from pydedup.formats.base import Array, ModelSource, Outgoing, TensorEntry
 from pydedup.types import DType
 
 __all__ = ["NpySource", "NpzSource", "write_npy", "write_npz"]
@@ -53,10 +54,10 @@ class _Header:
 
     @property
     def nbytes(self) -> int:
-        return count(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-class NpySource(SourceBase):
+class NpySource(ModelSource):
     """Reader of one ``.npy`` file. Safe between threads."""
 
     format = "npy"
@@ -87,7 +88,7 @@ class NpySource(SourceBase):
         return _stored(self._raw, self._header, 0)
 
 
-class NpzSource(SourceBase):
+class NpzSource(ModelSource):
     """Reader of one ``.npz`` file. Safe between threads."""
 
     format = "npz"
@@ -137,24 +138,24 @@ class NpzSource(SourceBase):
         return array.astype(header.dtype.newbyteorder("="), copy=False)
 
 
-def write_npy(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> None:
+def write_npy(path: Path, outgoing: Outgoing) -> None:
     """Write the only tensor of a model as a ``.npy`` file."""
-    if len(entries) != 1:
+    if len(outgoing.entries) != 1:
         raise UnsupportedFormatError(
-            f"a .npy file holds one array, the model has {len(entries)}; export to .npz"
+            f"a .npy file holds one array, the model has {len(outgoing.entries)}; export to .npz"
         )
-    entry = entries[0]
+    entry = outgoing.entries[0]
     header = _header_bytes(entry)
     with path.open("wb") as file:
         file.write(header)
-        write_array(file, fetch_tensor(tensors, entry))
+        write_array(file, outgoing.fetch(entry))
 
 
-def write_npz(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> None:
+def write_npz(path: Path, outgoing: Outgoing) -> None:
     """Write a ``.npz`` file without compression, tensor by tensor, every array aligned."""
-    headers = [_header_bytes(entry) for entry in entries]
+    headers = [_header_bytes(entry) for entry in outgoing.entries]
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for entry, header in zip(entries, headers, strict=True):
+        for entry, header in zip(outgoing.entries, headers, strict=True):
             info = zipfile.ZipInfo(entry.name + ".npy")
             if len(info.filename.encode()) > 0xFFFF:
                 raise UnsupportedFormatError(f"tensor name {entry.name!r:.60} is too long for zip")
@@ -162,7 +163,7 @@ def write_npz(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) 
             info.extra = _padding(start)
             with archive.open(info, "w", force_zip64=True) as member:
                 member.write(header)
-                write_array(member, fetch_tensor(tensors, entry))
+                write_array(member, outgoing.fetch(entry))
 
 
 def _padding(start: int) -> bytes:
@@ -236,10 +237,8 @@ def _dtype(dtype: np.dtype[Any], where: str) -> DType:
 
 
 def _stored(raw: RawFile, header: _Header, base: int) -> Array:
-    fortran = header.fortran and len(header.shape) > 1
-    shape = header.shape[::-1] if fortran else header.shape
-    array = raw.array(base + header.data_start, header.dtype, shape)
-    return np.ascontiguousarray(array.T) if fortran else array
+    flat = raw.array(base + header.data_start, header.dtype, (math.prod(header.shape),))
+    return _arranged(flat, header)
 
 
 def _arranged(flat: Array, header: _Header) -> Array:

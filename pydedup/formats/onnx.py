@@ -11,6 +11,7 @@ are in memory while the source is open, and element types that a store does not 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,9 +36,8 @@ from pydedup.formats.base import (
     DERIVED,
     Array,
     Artifact,
-    SourceBase,
+    ModelSource,
     TensorEntry,
-    count,
     name_problem,
 )
 from pydedup.formats.infer_onnx import infer_from_onnx
@@ -54,7 +54,7 @@ _MODEL_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 2
 _CONSTANT_BYTES = 4096
 
 
-class OnnxSource(SourceBase):
+class OnnxSource(ModelSource):
     """Reader of an ``.onnx`` file and its external data. Safe between threads."""
 
     format = "onnx"
@@ -113,7 +113,7 @@ class OnnxSource(SourceBase):
             where = f"{self.description}: initialiser {tensor.name!r}"
             if any(extent < 0 for extent in shape):
                 raise FormatError(f"{where} has the impossible shape {shape}")
-            n_bytes = count(shape) * dtype.itemsize
+            n_bytes = math.prod(shape) * dtype.itemsize
             if tensor.data_location == EXTERNAL:
                 place = self._external_place(tensor, n_bytes, where)
                 clear_values(tensor)

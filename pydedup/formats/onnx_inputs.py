@@ -76,7 +76,7 @@ def open_graph(
     given = {
         name: tensor
         for name, tensor in _top_level(graph, initializers).items()
-        if name in tensors and _is_large(tensors[name]) and name not in outputs
+        if name in tensors and tensors[name].nbytes >= _LEAST_BYTES and name not in outputs
     }
     inside = {**dict(nested_tensors(graph)), **initializers}
     for name, tensor in inside.items():
@@ -116,13 +116,6 @@ def _top_level(graph: Any, initializers: Mapping[str, Any]) -> dict[str, Any]:
                 if attribute.name == "value":
                     found.setdefault(node.output[0], attribute.t)
     return found
-
-
-def _is_large(info: TensorInfo) -> bool:
-    size = info.dtype.itemsize
-    for extent in info.shape:
-        size *= extent
-    return size >= _LEAST_BYTES
 
 
 def _keep(repeated: Any, wanted: Callable[[Any], bool]) -> None:

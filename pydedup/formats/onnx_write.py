@@ -26,7 +26,7 @@ from pydedup.formats._onnx_tensors import (
     refuse_external,
 )
 from pydedup.formats._protobuf import tag, varint
-from pydedup.formats.base import Artifact, LazyTensors, TensorEntry, fetch_tensor, find_artifact
+from pydedup.formats.base import Outgoing, TensorEntry, find_artifact
 from pydedup.formats.onnx import GRAPH
 from pydedup.formats.ties import copies
 
@@ -39,14 +39,7 @@ _EXTERNAL_ALIGNMENT = 4096
 _EXTERNAL_FROM = 1024
 
 
-def write(
-    path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-    *,
-    final_path: Path,
-) -> list[str]:
+def write(path: Path, outgoing: Outgoing, *, final_path: Path) -> list[str]:
     """Write the model with its tensors put back, streaming.
 
     Returns the names of tied tensors that were written once more, which those in a file of
@@ -56,7 +49,7 @@ def write(
     when one is needed, is named after that and written beside it first.
     """
     onnx = import_onnx()
-    payload = find_artifact(artifacts, GRAPH)
+    payload = find_artifact(outgoing.artifacts, GRAPH)
     if payload is None:
         raise UnsupportedFormatError(
             "an ONNX file needs the graph, which is kept for models that were added from ONNX; "
@@ -64,13 +57,13 @@ def write(
         )
     model = parse(onnx.ModelProto, payload, "the stored ONNX graph")
     refuse_external(model, "the stored ONNX graph")
-    by_name = {entry.name: entry for entry in entries}
+    by_name = {entry.name: entry for entry in outgoing.entries}
     initializers = [tensor for tensor in model.graph.initializer if tensor.name in by_name]
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in by_name]
     nested = {name: t for name, t in nested_tensors(model.graph) if not has_values(t)}
     _check_complete({**{t.name: t for t in initializers}, **nested}, kept, by_name)
     for name, tensor in nested.items():
-        tensor.raw_data = fetch_tensor(tensors, by_name[name]).tobytes()
+        tensor.raw_data = outgoing.fetch(by_name[name]).tobytes()
     sizes = {tensor.name: by_name[tensor.name].nbytes for tensor in initializers}
     data_path: Path | None = None
     outside: set[str] = set()
@@ -78,20 +71,20 @@ def write(
         if model.ByteSize() + sum(sizes.values()) + 32 * len(sizes) > _MAX_MESSAGE:
             data_path = _external_path(final_path)
             large = [tensor for tensor in initializers if sizes[tensor.name] >= _EXTERNAL_FROM]
-            _write_external(data_path, tensors, by_name, large)
+            _write_external(data_path, outgoing, by_name, large)
             sizes = {name: size for name, size in sizes.items() if size < _EXTERNAL_FROM}
             outside = {tensor.name for tensor in large}
-        _write_model(path, tensors, by_name, model, kept, initializers, sizes)
+        _write_model(path, outgoing, by_name, model, kept, initializers, sizes)
     except BaseException:
         if data_path is not None:
             data_path.unlink(missing_ok=True)
         raise
-    return copies(entry for entry in entries if entry.name not in outside)
+    return copies(entry for entry in outgoing.entries if entry.name not in outside)
 
 
 def _write_model(
     path: Path,
-    tensors: LazyTensors,
+    outgoing: Outgoing,
     by_name: dict[str, TensorEntry],
     model: Any,
     kept: Sequence[Any],
@@ -113,7 +106,7 @@ def _write_model(
         for (name, head), body in zip(heads.items(), bodies, strict=True):
             file.write(tag(GRAPH_INITIALIZER) + varint(body) + head)
             if name in sizes:
-                write_array(file, fetch_tensor(tensors, by_name[name]))
+                write_array(file, outgoing.fetch(by_name[name]))
 
 
 def _initializer_head(tensor: Any, sizes: dict[str, int]) -> bytes:
@@ -152,7 +145,7 @@ def _external_path(final_path: Path) -> Path:
 
 
 def _write_external(
-    path: Path, tensors: LazyTensors, by_name: dict[str, TensorEntry], large: Sequence[Any]
+    path: Path, outgoing: Outgoing, by_name: dict[str, TensorEntry], large: Sequence[Any]
 ) -> None:
     places: dict[Hashable, int] = {}
     with path.open("xb") as file:
@@ -161,7 +154,7 @@ def _write_external(
             if entry.key not in places:  # tied tensors have one place
                 file.write(bytes(-file.tell() % _EXTERNAL_ALIGNMENT))
                 places[entry.key] = file.tell()
-                write_array(file, fetch_tensor(tensors, entry))
+                write_array(file, outgoing.fetch(entry))
             _place_external(tensor, path.name, places[entry.key], entry.nbytes)
         file.flush()
         os.fsync(file.fileno())

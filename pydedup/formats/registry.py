@@ -39,7 +39,7 @@ from pydedup.formats.base import (
     Artifact,
     LazyTensors,
     ModelSource,
-    SourceBase,
+    Outgoing,
     TensorEntry,
     checked_entries,
 )
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WRITABLE", "detect", "open_source", "write_model"]
 
-_READERS: Mapping[str, Callable[[Path], SourceBase]] = {
+_READERS: Mapping[str, Callable[[Path], ModelSource]] = {
     "safetensors": safetensors.SafetensorsSource,
     "torch": torch.TorchSource,
     "npz": npz.NpzSource,
@@ -68,6 +68,18 @@ _READERS: Mapping[str, Callable[[Path], SourceBase]] = {
     },
 }
 
+#: Not of ONNX, which wants to know what the file will be called: it may write one beside it.
+_WRITERS: Mapping[str, Callable[[Path, Outgoing], None]] = {
+    "safetensors": safetensors.write,
+    "torch": torch.write,
+    "npz": npz.write_npz,
+    "npy": npz.write_npy,
+    "keras": keras.write_archive,
+    "keras-h5": keras.write_hdf5,
+    "glove": wordvec.write_glove,
+    "word2vec": wordvec.write_word2vec_text,
+    "word2vec-binary": wordvec.write_word2vec_binary,
+}
 #: Formats in which tied tensors stay one.
 _WITH_TIES = ("torch", "keras", "keras-h5")
 _SUFFIXES = {
@@ -120,7 +132,7 @@ def open_source(
             if isinstance(exc, BudgetError):
                 raise
             raise BudgetError(f"no memory to open {path}") from exc
-    if isinstance(source, SourceBase):
+    if isinstance(source, ModelSource):
         return source
     if is_module(source):
         return torch.ModuleSource(source)  # type: ignore[arg-type]
@@ -212,55 +224,29 @@ def write_model(
     """
     text = check_path(path, "path")
     target = Path(text)
-    artifacts = list(artifacts)
-    entries = checked_entries("the model", entries)
-    kind = format or _format_of(text, target, artifacts)
+    outgoing = Outgoing(tensors, checked_entries("the model", entries), list(artifacts), graph)
+    kind = format or _format_of(text, target, outgoing.artifacts)
     if kind not in WRITABLE:
         known = ", ".join(WRITABLE)
         raise UnsupportedFormatError(f"unknown format {kind!r}; choose one of {known}")
     if kind == "huggingface":
         with atomic_folder(target) as scratch:
-            return folder_write.write(scratch, tensors, entries, artifacts, graph)
+            return folder_write.write(scratch, outgoing)
     replaced = onnx.own_data(target) if kind == "onnx" else []
     with atomic_file(target) as scratch:
-        again = _write_file(kind, scratch, target, tensors, entries, artifacts)
+        again = _write_file(kind, scratch, target, outgoing)
     for data in replaced:
         with contextlib.suppress(OSError):
             data.unlink()
     return again
 
 
-def _write_file(
-    kind: str,
-    scratch: Path,
-    target: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-) -> list[str]:
+def _write_file(kind: str, scratch: Path, target: Path, outgoing: Outgoing) -> list[str]:
     """Write a file; return the names of tied tensors that were written once more."""
-    match kind:
-        case "safetensors":
-            safetensors.write(scratch, tensors, entries, artifacts)
-        case "torch":
-            torch.write(scratch, tensors, entries)
-        case "npz":
-            npz.write_npz(scratch, tensors, entries)
-        case "npy":
-            npz.write_npy(scratch, tensors, entries)
-        case "onnx":
-            return onnx_write.write(scratch, tensors, entries, artifacts, final_path=target)
-        case "keras":
-            keras.write_archive(scratch, tensors, entries, artifacts)
-        case "keras-h5":
-            keras.write_hdf5(scratch, tensors, entries, artifacts)
-        case "glove":
-            wordvec.write_glove(scratch, tensors, entries, artifacts)
-        case "word2vec":
-            wordvec.write_word2vec_text(scratch, tensors, entries, artifacts)
-        case _:
-            wordvec.write_word2vec_binary(scratch, tensors, entries, artifacts)
-    return [] if kind in _WITH_TIES else copies(entries)
+    if kind == "onnx":
+        return onnx_write.write(scratch, outgoing, final_path=target)
+    _WRITERS[kind](scratch, outgoing)
+    return [] if kind in _WITH_TIES else copies(outgoing.entries)
 
 
 def _format_of(text: str, target: Path, artifacts: Sequence[Artifact]) -> str:
@@ -314,11 +300,8 @@ def _late_hdf5(raw: RawFile) -> bool:
 
 
 def _zip_kind(path: Path) -> str:
-    archive = ZipMembers(path)
-    try:
+    with contextlib.closing(ZipMembers(path)) as archive:
         names = list(archive.members)
-    finally:
-        archive.close()
     if any(name.rpartition("/")[2] in ("data.pkl", "constants.pkl") for name in names):
         return "torch"
     if "model.weights.h5" in names:

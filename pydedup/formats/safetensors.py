@@ -13,7 +13,8 @@ element size where the given order is not aligned by itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,9 @@ from pydedup.formats.base import (
     DERIVED,
     Array,
     Artifact,
-    LazyTensors,
-    SourceBase,
+    ModelSource,
+    Outgoing,
     TensorEntry,
-    count,
-    fetch_tensor,
     find_object,
 )
 from pydedup.types import DType
@@ -62,7 +61,7 @@ _LABELS = {dtype: label for label, dtype in _DTYPES.items()}
 _UNSTORABLE = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"}
 
 
-class SafetensorsSource(SourceBase):
+class SafetensorsSource(ModelSource):
     """Reader of one ``.safetensors`` file. Safe between threads."""
 
     format = "safetensors"
@@ -97,7 +96,7 @@ class SafetensorsSource(SourceBase):
         spans: list[tuple[int, int, TensorEntry]] = []
         for name, info in header.items():
             dtype, shape, begin, end = _tensor_info(where, name, info)
-            if end - begin != count(shape) * dtype.itemsize:
+            if end - begin != math.prod(shape) * dtype.itemsize:
                 raise FormatError(
                     f"{where}: tensor {name!r} is {dtype.label} {shape} but has {end - begin} bytes"
                 )
@@ -127,18 +126,12 @@ def looks_like(head: bytes, size: int) -> bool:
     return int.from_bytes(head[:8], "little") <= min(_MAX_HEADER, size - 8)
 
 
-def write(
-    path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+def write(path: Path, outgoing: Outgoing, metadata: Mapping[str, str] | None = None) -> None:
     """Write one file, tensor by tensor. ``metadata`` overrides the artifact's."""
     if metadata is None:
-        stored = find_object(artifacts, METADATA)
+        stored = find_object(outgoing.artifacts, METADATA)
         metadata = checked_metadata(f"the artifact {METADATA!r}", stored)
-    ordered = _aligned_order(entries)
+    ordered = _aligned_order(outgoing.entries)
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position = 0
     for entry in ordered:
@@ -163,7 +156,7 @@ def write(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for entry in ordered:
-            write_array(file, fetch_tensor(tensors, entry))
+            write_array(file, outgoing.fetch(entry))
 
 
 def _aligned_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:

@@ -17,7 +17,7 @@ import pickle
 import re
 import sys
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,9 +27,9 @@ import numpy as np
 from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats._files import open_raw, write_array
 from pydedup.formats._zip import ZipMembers
-from pydedup.formats.base import Array, LazyTensors, SourceBase, TensorEntry, fetch_tensor
+from pydedup.formats.base import Array, ModelSource, Outgoing, TensorEntry
 from pydedup.formats.infer_torch import infer_from_torch
-from pydedup.formats.torch_tensors import dtypes, require_torch, to_numpy, torch_entry
+from pydedup.formats.torch_tensors import by_dtype, require_torch, to_numpy, torch_entry
 from pydedup.graph import Graph
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class _Place:
     stride: tuple[int, ...]
 
 
-class TorchSource(SourceBase):
+class TorchSource(ModelSource):
     """Reader of a checkpoint file. Safe between threads."""
 
     format = "torch"
@@ -130,7 +130,7 @@ class TorchSource(SourceBase):
         return view.copy("C").view(entry.dtype.numpy)
 
 
-class ModuleSource(SourceBase):
+class ModuleSource(ModelSource):
     """Parameters and persistent buffers of a ``torch.nn.Module``."""
 
     format = "torch-module"
@@ -172,7 +172,7 @@ def looks_like_legacy(head: bytes) -> bool:
     return head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]
 
 
-def write(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> None:
+def write(path: Path, outgoing: Outgoing) -> None:
     """Write a state dict with ``torch.save``; tied tensors share one storage in the file.
 
     ``torch.save`` wants all tensors at once. They are spooled, one at a time, to an unnamed
@@ -182,20 +182,20 @@ def write(path: Path, tensors: LazyTensors, entries: Sequence[TensorEntry]) -> N
     require_torch()
     import torch
 
-    torch_dtypes = {label: dtype for dtype, label in dtypes().items()}
+    torch_dtypes = by_dtype()
     places: dict[Hashable, int] = {}
     with tempfile.TemporaryFile(dir=path.parent) as spool:
-        for entry in entries:
+        for entry in outgoing.entries:
             if entry.nbytes and entry.key not in places:
                 spool.write(bytes(-spool.tell() % _ALIGNMENT))
                 places[entry.key] = spool.tell()
-                write_array(spool, fetch_tensor(tensors, entry))
+                write_array(spool, outgoing.fetch(entry))
         spool.flush()
         size = spool.tell()
         mapping = mmap.mmap(spool.fileno(), size) if size else None
         state: dict[str, torch.Tensor] = {}
         views: dict[Hashable, torch.Tensor] = {}
-        for entry in entries:
+        for entry in outgoing.entries:
             if mapping is None or not entry.nbytes:
                 state[entry.name] = torch.empty(entry.shape, dtype=torch_dtypes[entry.dtype])
                 continue

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "by_dtype",
     "dtypes",
     "is_module",
     "is_tensor",
@@ -106,7 +107,7 @@ def to_torch(array: Array, device: str | None = None) -> torch.Tensor:
             torch.empty(0, device=device)
         except (AssertionError, RuntimeError, TypeError, ValueError) as exc:
             raise ArgumentError(f"device {device!r:.100} is none that torch has here") from exc
-    dtype = {label: dtype for dtype, label in dtypes().items()}[DType.of(array.dtype)]
+    dtype = by_dtype()[DType.of(array.dtype)]
     if array.size == 0:
         return torch.empty(array.shape, dtype=dtype, device=device)
     flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
@@ -158,3 +159,8 @@ def dtypes() -> dict[torch.dtype, DType]:
         torch.uint64: DType.U64,
         torch.bool: DType.BOOL,
     }
+
+
+def by_dtype() -> dict[DType, torch.dtype]:
+    """Return what torch calls the element types of a store."""
+    return {dtype: torch_dtype for torch_dtype, dtype in dtypes().items()}

@@ -16,7 +16,7 @@ serves the tensor: memory holds a piece of the file and the vocabulary, never th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -29,10 +29,9 @@ from pydedup.formats.base import (
     DERIVED,
     Array,
     Artifact,
-    LazyTensors,
-    SourceBase,
+    ModelSource,
+    Outgoing,
     TensorEntry,
-    fetch_tensor,
     find_artifact,
 )
 from pydedup.types import DType
@@ -55,7 +54,7 @@ VOCABULARY = DERIVED + "vocabulary"
 _HEAD = 1 << 20
 
 
-class WordVectorSource(SourceBase):
+class WordVectorSource(ModelSource):
     """Reader of one file of word vectors. Safe between threads."""
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -134,46 +133,30 @@ def detect(head: bytes) -> str | None:
     return "glove" if _glove_columns(head) else None
 
 
-def write_glove(
-    path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-) -> None:
+def write_glove(path: Path, outgoing: Outgoing) -> None:
     """Write GloVe text; numbers are as short as they can be and still read back equal."""
-    _write(path, tensors, entries, artifacts, "GloVe text", header=False, row=_text_row)
+    _write(path, outgoing, "GloVe text", header=False, row=_text_row)
 
 
-def write_word2vec_text(
-    path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-) -> None:
+def write_word2vec_text(path: Path, outgoing: Outgoing) -> None:
     """Write word2vec text; numbers are as short as they can be and still read back equal."""
-    _write(path, tensors, entries, artifacts, "word2vec text", header=True, row=_text_row)
+    _write(path, outgoing, "word2vec text", header=True, row=_text_row)
 
 
-def write_word2vec_binary(
-    path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
-) -> None:
+def write_word2vec_binary(path: Path, outgoing: Outgoing) -> None:
     """Write word2vec binary, as the original program does, with a newline after each vector."""
-    _write(path, tensors, entries, artifacts, "word2vec binary", header=True, row=_binary_row)
+    _write(path, outgoing, "word2vec binary", header=True, row=_binary_row)
 
 
 def _write(
     path: Path,
-    tensors: LazyTensors,
-    entries: Sequence[TensorEntry],
-    artifacts: Sequence[Artifact],
+    outgoing: Outgoing,
     what: str,
     *,
     header: bool,
     row: Callable[[IO[bytes], bytes, Array], object],
 ) -> None:
+    entries = outgoing.entries
     if len(entries) != 1 or len(entries[0].shape) != 2:
         raise UnsupportedFormatError(
             f"{what} holds one table of word vectors, the model has {len(entries)} tensors; "
@@ -185,14 +168,14 @@ def _write(
             f"{what} is read back as float32, which cannot hold {entry.dtype.label}; load with "
             "dtype='f32', or export to safetensors"
         )
-    payload = find_artifact(artifacts, VOCABULARY)
+    payload = find_artifact(outgoing.artifacts, VOCABULARY)
     words = [] if not payload else payload.split(b"\n")
     if payload is None or len(words) != entry.shape[0]:
         raise UnsupportedFormatError(
             f"{what} needs a word for each of the {entry.shape[0]} rows, the model has "
             f"{len(words)}; export to safetensors"
         )
-    array = fetch_tensor(tensors, entry)
+    array = outgoing.fetch(entry)
     with path.open("wb") as file:
         if header:
             file.write(b"%d %d\n" % entry.shape)

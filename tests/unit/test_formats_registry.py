@@ -32,7 +32,7 @@ from pydedup.errors import (
     NotFoundError,
     UnsupportedFormatError,
 )
-from pydedup.formats.base import SourceBase, TensorEntry
+from pydedup.formats.base import ModelSource, TensorEntry
 from pydedup.formats.registry import open_source
 from pydedup.types import DType
 
@@ -241,7 +241,7 @@ def test_other_zip_archives_are_named(tmp_path: Path) -> None:
 
 
 def test_memory_that_is_not_there_is_a_budget_error() -> None:
-    class Huge(SourceBase):
+    class Huge(ModelSource):
         def _read(self, entry: TensorEntry) -> Any:
             raise MemoryError
 
