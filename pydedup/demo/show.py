@@ -96,36 +96,30 @@ def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> 
         "New\npages",
     )
     for report in reports:
-        table.add_row(
-            report.model,
-            size(report.logical_bytes),
-            size(report.stored_bytes),
-            _percent(report.stored_bytes, report.logical_bytes),
-            _percent(report.shared_blocks, report.blocks),
-            _percent(report.delta_blocks, report.blocks),
-            f"{report.pages:,}",
-        )
-    blocks = sum(report.blocks for report in reports)
+        table.add_row(*_size_row(report.model, [report]))
     table.add_section()
-    table.add_row(
-        "all of them",
-        size(sum(report.logical_bytes for report in reports)),
-        size(sum(report.stored_bytes for report in reports)),
-        _percent(
-            sum(report.stored_bytes for report in reports),
-            sum(report.logical_bytes for report in reports),
-        ),
-        _percent(sum(report.shared_blocks for report in reports), blocks),
-        _percent(sum(report.delta_blocks for report in reports), blocks),
-        f"{sum(report.pages for report in reports):,}",
-        style="bold",
-    )
+    table.add_row(*_size_row("all of them", reports), style="bold")
     console.print(table)
     console.print(
         f"  Before: {size(stats.logical_bytes)} of weights. After: {size(stats.stored_bytes)}, the "
         f"whole database. Saved: {100 * stats.saved_share:.1f} %, without loss.",
         style="bold green" if stats.saved_share > 0 else "bold red",
     )
+
+
+def _size_row(title: str, reports: Sequence[AddReport]) -> list[str]:
+    logical = sum(report.logical_bytes for report in reports)
+    stored = sum(report.stored_bytes for report in reports)
+    blocks = sum(report.blocks for report in reports)
+    return [
+        title,
+        size(logical),
+        size(stored),
+        _percent(stored, logical),
+        _percent(sum(report.shared_blocks for report in reports), blocks),
+        _percent(sum(report.delta_blocks for report in reports), blocks),
+        f"{sum(report.pages for report in reports):,}",
+    ]
 
 
 def pair(console: Console, base: str, tuned: str, reports: Sequence[AddReport]) -> None:
