@@ -197,7 +197,7 @@ class ProcessesContract(ContractBase):
 
     def test_a_fork_in_the_middle_of_reading(self, adapter: Adapter) -> None:
         """The parent goes on as if nothing was; a child that does gets pages, or an error."""
-        pages = add_random_pages(adapter, 40)
+        pages = add_random_pages(adapter, 40, size=256 << 10)
         reading = adapter.read_pages(list(pages))
         seen = dict(islice(reading, 5))
 
