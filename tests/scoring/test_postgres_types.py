@@ -57,7 +57,7 @@ KEYS = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def types(postgres_url: str) -> Iterator[None]:
     """Make an enum, and domains over that and a padded text, where no search path finds them.
 

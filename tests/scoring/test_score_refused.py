@@ -259,15 +259,14 @@ def test_what_is_no_single_select_is_refused(tables: Tables, source: Make, new_n
     assert len(tables.run(f"SELECT f0 FROM {table}")) == 3
 
 
-@pytest.mark.parametrize(
-    "into",
-    ["", " ", "a b", "a;b", 'a"b', "a`b", "a'b", "1a", "a-b", "x" * 64, "a\0", "a.b.c", ".a", "a."],
-)
-def test_hostile_names_of_tables_are_refused(tables: Tables, into: str) -> None:
+def test_hostile_names_of_tables_are_refused(tables: Tables) -> None:
     add(tables.url, "m@1")
     query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
-    with pydedup.open(tables.url) as store, pytest.raises(ArgumentError):
-        store.score(query, "m@1", into=into)
+    names = ("", " ", "a b", "a;b", 'a"b', "a`b", "a'b", "1a", "a-b", "x" * 64, "a\0", "a.b.c")
+    with pydedup.open(tables.url) as store:
+        for into in (*names, ".a", "a."):
+            with pytest.raises(ArgumentError):
+                store.score(query, "m@1", into=into)
 
 
 def test_hostile_names_of_keys_are_refused(tables: Tables, new_name: Make) -> None:

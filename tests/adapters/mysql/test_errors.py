@@ -33,6 +33,7 @@ from pydedup.errors import (
 )
 from pydedup.testing._contract_base import with_option
 
+both_drivers = pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
 PASSWORD = "s3cret%40%2F%3A%26%3F%23%25"
 
 
@@ -58,7 +59,7 @@ def test_a_wrong_password_is_told_and_not_shown(user: Any) -> None:
     assert wrong not in told(caught.value)
 
 
-@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+@both_drivers
 def test_who_must_come_by_tls_is_told(url: str, user: Any, run: Any, pure: bool) -> None:
     """The server itself says no more than of a wrong password."""
     user.grant("ALL")
@@ -77,7 +78,7 @@ def test_who_must_come_by_tls_is_told(url: str, user: Any, run: Any, pure: bool)
         registry.connect(by_tcp(user.url_with("wrong")), mode="a")
 
 
-@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+@both_drivers
 def test_a_missing_database_comes_with_what_creates_it(url: str, pure: bool) -> None:
     with pytest.raises(UnavailableError, match=r"CREATE DATABASE `not_there` CHARACTER SET utf8"):
         registry.connect(with_option(at(url, "not_there"), f"use_pure={pure}"), mode="a")
@@ -95,7 +96,7 @@ def test_schema_names_the_database(url: str, mysql_url: str, run: Any) -> None:
     assert ("pydedup_meta",) in run(url, "SHOW TABLES")
 
 
-@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+@both_drivers
 def test_a_server_that_is_not_there(tmp_path: Path, pure: bool) -> None:
     place = f"mysql://ann:{PASSWORD}@localhost/db?use_pure={pure}"
     with socket.socket() as closed:
@@ -110,7 +111,7 @@ def test_a_server_that_is_not_there(tmp_path: Path, pure: bool) -> None:
             assert "s3cret" not in told(caught.value)
 
 
-@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+@both_drivers
 def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch, pure: bool) -> None:
     """It was waited for without end."""
     monkeypatch.setattr(_mysql_url, "CONNECT_SECONDS", 1)
@@ -120,7 +121,7 @@ def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch, pure: bool)
             registry.connect(place, mode="a")
 
 
-@pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
+@both_drivers
 def test_users_that_are_not_let_in_are_told_why(url: str, user: Any, run: Any, pure: bool) -> None:
     place = with_option(user.url, f"use_pure={pure}")
     with pytest.raises(UnavailableError, match=r"to database '.*grant this user SELECT"):
@@ -179,35 +180,34 @@ def test_wrong_urls_are_told_without_the_password(place: str, said: str) -> None
     assert "s3cret" not in told(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [
-        (1020, ConflictError),
-        (1205, ConflictError),
-        (1213, ConflictError),
-        (1021, StorageFullError),
-        (1114, StorageFullError),
-        (1290, ReadOnlyError),
-        (1045, UnavailableError),
-        (1047, UnavailableError),
-        (1053, UnavailableError),
-        (1146, NotAStoreError),
-        (1194, CorruptStoreError),
-        (1406, ArgumentError),
-        (1644, StoreError),
-    ],
-)
-def test_numbers_of_errors_have_meanings(
-    adapter: Adapter, number: int, kind: type[PydedupError]
-) -> None:
-    fields = f"MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'as the server'"
-    statement = f"SIGNAL SQLSTATE '45000' SET {fields}"
-    with pytest.raises(kind, match="as the server") as caught, adapter.transaction():
-        adapter._write(statement)  # type: ignore[attr-defined]
-    assert type(caught.value) is kind or number in (1020, 1045, 1053, 1213)
-    assert type(caught.value.__cause__).__module__.startswith("mysql.connector")
-    with adapter.transaction():
-        adapter.bump_epoch()
+#: Numbers of the server's errors -> what they are to a user.
+NUMBERS: dict[int, type[PydedupError]] = {
+    1020: ConflictError,
+    1205: ConflictError,
+    1213: ConflictError,
+    1021: StorageFullError,
+    1114: StorageFullError,
+    1290: ReadOnlyError,
+    1045: UnavailableError,
+    1047: UnavailableError,
+    1053: UnavailableError,
+    1146: NotAStoreError,
+    1194: CorruptStoreError,
+    1406: ArgumentError,
+    1644: StoreError,
+}
+
+
+def test_numbers_of_errors_have_meanings(adapter: Adapter) -> None:
+    for number, kind in NUMBERS.items():
+        fields = f"MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'as the server'"
+        statement = f"SIGNAL SQLSTATE '45000' SET {fields}"
+        with pytest.raises(kind, match="as the server") as caught, adapter.transaction():
+            adapter._write(statement)  # type: ignore[attr-defined]
+        assert type(caught.value) is kind or number in (1020, 1045, 1053, 1213)
+        assert type(caught.value.__cause__).__module__.startswith("mysql.connector")
+        with adapter.transaction():
+            adapter.bump_epoch()
 
 
 def test_half_of_a_character_is_refused(adapter: Adapter) -> None:

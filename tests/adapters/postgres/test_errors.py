@@ -30,42 +30,40 @@ from pydedup.errors import (
 from pydedup.testing._contract_base import add_random_pages, with_option
 from pydedup.testing.servers import as_user, unused_port
 
+#: Codes of the server -> what they are to a user, and a part of the advice.
+CODES: dict[str, tuple[type[StoreError], str]] = {
+    "53100": (StorageFullError, "free some space"),
+    "40001": (ConflictError, "try again"),
+    "40P01": (ConflictError, "try again"),
+    "55P03": (ConflictError, "timeout="),
+    "25006": (ReadOnlyError, "primary"),
+    "57014": (UnavailableError, "statement_timeout"),
+    "53300": (UnavailableError, "max_connections"),
+    "53400": (UnavailableError, "raise this limit"),
+    "57P01": (UnavailableError, "server runs"),
+    "57P05": (UnavailableError, "idle_session_timeout"),
+    "58030": (UnavailableError, "disks"),
+    "XX001": (CorruptStoreError, "verify"),
+    "22003": (ArgumentError, "value"),
+    "P0001": (StoreError, "P0001"),
+}
 
-@pytest.mark.parametrize(
-    ("code", "kind", "advice"),
-    [
-        ("53100", StorageFullError, "free some space"),
-        ("40001", ConflictError, "try again"),
-        ("40P01", ConflictError, "try again"),
-        ("55P03", ConflictError, "timeout="),
-        ("25006", ReadOnlyError, "primary"),
-        ("57014", UnavailableError, "statement_timeout"),
-        ("53300", UnavailableError, "max_connections"),
-        ("53400", UnavailableError, "raise this limit"),
-        ("57P01", UnavailableError, "server runs"),
-        ("57P05", UnavailableError, "idle_session_timeout"),
-        ("58030", UnavailableError, "disks"),
-        ("XX001", CorruptStoreError, "verify"),
-        ("22003", ArgumentError, "value"),
-        ("P0001", StoreError, "P0001"),
-    ],
-)
-def test_codes_of_the_server_have_a_meaning(
-    adapter: Adapter, schema: str, sql: Any, code: str, kind: type[StoreError], advice: str
-) -> None:
-    sql(
-        f"CREATE FUNCTION {schema}.fail() RETURNS trigger LANGUAGE plpgsql AS "
-        f"$$BEGIN RAISE EXCEPTION 'it went wrong' USING ERRCODE = '{code}'; END$$"
-    )
+
+def test_codes_of_the_server_have_a_meaning(adapter: Adapter, schema: str, sql: Any) -> None:
+    function = f"CREATE OR REPLACE FUNCTION {schema}.fail() RETURNS trigger LANGUAGE plpgsql AS "
+    sql(f"{function} 'BEGIN RETURN NEW; END'")
     sql(
         f"CREATE TRIGGER fail BEFORE INSERT ON {schema}.pages FOR EACH ROW "
         f"EXECUTE FUNCTION {schema}.fail()"
     )
-    with pytest.raises(kind, match="it went wrong") as caught, adapter.transaction():
-        _change(adapter)
-    assert advice in str(caught.value)
-    assert isinstance(caught.value.__cause__, psycopg.Error)
-    assert adapter.jobs() == []
+    for code, (kind, advice) in CODES.items():
+        raised = f"RAISE EXCEPTION 'it went wrong' USING ERRCODE = '{code}'"
+        sql(f"{function} $$BEGIN {raised}; END$$")
+        with pytest.raises(kind, match="it went wrong") as caught, adapter.transaction():
+            _change(adapter)
+        assert advice in str(caught.value), code
+        assert isinstance(caught.value.__cause__, psycopg.Error)
+        assert adapter.jobs() == []
     with adapter.transaction():
         adapter.put_job("j", "", "", "")
 
