@@ -48,9 +48,9 @@ def succeed(*arguments: object, status: int = 0, run: Run = run_here, **options:
     return done.stdout
 
 
-def document(*arguments: object, status: int = 0, run: Run = run_process, **options: Any) -> Any:
-    """Return what a process prints: programs read JSON. People's tables are printed in this one."""
-    return json.loads(succeed(*arguments, "--json", status=status, run=run, **options))
+def document(*arguments: object, **options: Any) -> Any:
+    """Return what is printed for a program."""
+    return json.loads(succeed(*arguments, "--json", **options))
 
 
 def fail(*arguments: object, status: int, **options: Any) -> str:
@@ -163,7 +163,7 @@ def test_add_reports_what_was_stored(files: Path, tmp_path: Path) -> None:
     assert report["logical_bytes"] == model["logical_bytes"]
     assert model["logical_bytes"] == sum(array.nbytes for array in weights().values())
     assert model["shared_blocks"] == 0
-    again = document("add", url, "m", files / "base.npz", run=run_here)
+    again = document("add", url, "m", files / "base.npz")
     assert again["models"][0]["model"] == "m@2"
     assert again["stored_bytes"] == 0
     assert again["models"][0]["shared_blocks"] == model["blocks"]
@@ -176,8 +176,8 @@ def test_add_several_prints_a_row_each_and_the_sum(files: Path, tmp_path: Path) 
     assert [line.split()[0] for line in text.splitlines()] == [
         *("Model", "a@1", "b@1", "together", "added")
     ]
-    assert document("info", url, "b", run=run_here)["policy"] == "exact"
-    tensors = document("info", url, "a", "--tensors", run=run_here)["tensors"]
+    assert document("info", url, "b")["policy"] == "exact"
+    tensors = document("info", url, "a", "--tensors")["tensors"]
     assert {tensor["name"]: tensor["block_shape"] for tensor in tensors}["embedding.weight"] == [
         64,
         64,
@@ -190,7 +190,7 @@ def test_dry_run_writes_nothing(files: Path, tmp_path: Path, exists: bool) -> No
     if exists:
         succeed("add", path, "m", files / "base.safetensors")
     before = path.read_bytes() if exists else None
-    report = document("add", path, "n", files / "base.safetensors", "--dry-run", run=run_here)
+    report = document("add", path, "n", files / "base.safetensors", "--dry-run")
     assert report["dry_run"] is True
     assert (report["stored_bytes"] == 0) == exists
     assert "nothing was written" in succeed("add", path, "n", files / "base.npz", "--dry-run")
@@ -200,7 +200,7 @@ def test_dry_run_writes_nothing(files: Path, tmp_path: Path, exists: bool) -> No
 
 def test_a_plain_path_is_a_store_too(files: Path, tmp_path: Path) -> None:
     succeed("add", "plain.db", "m", files / "base.npz", cwd=tmp_path)
-    (model,) = document("ls", "sqlite:///plain.db", cwd=tmp_path, run=run_here)["models"]
+    (model,) = document("ls", "sqlite:///plain.db", cwd=tmp_path)["models"]
     assert model["model"] == "m@1"
 
 
@@ -208,7 +208,7 @@ def test_a_plain_path_is_a_store_too(files: Path, tmp_path: Path) -> None:
 
 
 def test_ls(family: str) -> None:
-    found = document("ls", family)
+    found = document("ls", family, run=run_process)
     by_model = {model["model"]: model for model in found["models"]}
     assert list(by_model) == ["base@1", "base@2", "net@1"]
     assert by_model["base@2"]["aliases"] == ["prod"]
@@ -227,7 +227,7 @@ def test_ls(family: str) -> None:
         ("base@1", ["base@1"]),
         ("base@prod", ["base@2"]),
     ):
-        models = document("ls", family, name, run=run_here)["models"]
+        models = document("ls", family, name)["models"]
         assert [model["model"] for model in models] == listed
 
 
@@ -278,7 +278,7 @@ def test_explain_names_some_of_many(tmp_path: Path) -> None:
         names, more = re.findall(r"m\d+@1", row), re.search(r" and (\d+) more", row)
         assert "…" not in row, row
         assert not more or len(names) + int(more.group(1)) == 19, row
-    (tensor,) = document("explain", url, "m7", run=run_here)["tensors"]
+    (tensor,) = document("explain", url, "m7")["tensors"]
     assert len(tensor["shared_with"]) == 19
 
 
@@ -297,7 +297,7 @@ def test_what_is_summed_up_is_cut_on_a_terminal(tmp_path: Path) -> None:
 
 
 def test_diff_tells_by_its_exit_status(family: str) -> None:
-    assert document("diff", family, "base@1", "net", run=run_here)["same"] is True
+    assert document("diff", family, "base@1", "net")["same"] is True
     found = document("diff", family, "base@1", "base@2", status=1)
     states = {tensor["name"]: tensor["status"] for tensor in found["tensors"]}
     assert states == {
@@ -313,10 +313,10 @@ def test_diff_tells_by_its_exit_status(family: str) -> None:
 
 
 def test_kernels() -> None:
-    found = document("kernels", env={"PYDEDUP_KERNEL": "scalar"})
+    scalar = {"PYDEDUP_KERNEL": "scalar"}
+    found = document("kernels", env=scalar, run=run_process)
     assert found["in_use"] == "scalar"
     assert "scalar" in {kernel["name"] for kernel in found["available"]}
-    scalar = {"PYDEDUP_KERNEL": "scalar"}
     assert "in use: scalar" in succeed("kernels", env=scalar, run=run_process)
 
 
@@ -362,11 +362,8 @@ def test_predict(family: str, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", x)
     np.savez(tmp_path / "x.npz", x=x)
     (tmp_path / "x.json").write_text(json.dumps(x.tolist()))
-    for source, run in (
-        ("x.npy", run_process),
-        *((same, run_here) for same in ("x.npz", "x=x.npy", "x.json")),
-    ):
-        found = document("predict", family, "net", source, cwd=tmp_path, run=run)
+    for source in ("x.npy", "x.npz", "x=x.npy", "x.json"):
+        found = document("predict", family, "net", source, cwd=tmp_path)
         assert found["model"] == "net@1"  # the version that was asked, as `load` says it
         ((name, output),) = found["outputs"].items()
         assert name == "y"  # as it is called over HTTP, whatever form the input has
