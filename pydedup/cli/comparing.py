@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -181,26 +182,16 @@ def _explanation_document(explanation: Explanation) -> dict[str, Any]:
         "used_bytes": explanation.used_bytes,
         "shared_bytes": explanation.shared_bytes,
         "removal_frees_bytes": explanation.removal_frees_bytes,
-        "shared_with": [
-            {"model": other.model, "blocks": other.blocks, "bytes": other.bytes}
-            for other in explanation.shared_with
-        ],
-        "tensors": [
-            {
-                "name": sharing.tensor.name,
-                "blocks": sharing.blocks,
-                "distinct_blocks": sharing.distinct_blocks,
-                "shared_blocks": sharing.shared_blocks,
-                "delta_blocks": sharing.delta_blocks,
-                "largest_error": sharing.largest_error,
-                "used_bytes": sharing.used_bytes,
-                "shared_bytes": sharing.shared_bytes,
-                "shared_with": list(sharing.shared_with),
-            }
-            for sharing in explanation.tensors
-        ],
+        "shared_with": [dataclasses.asdict(other) for other in explanation.shared_with],
+        "tensors": [_sharing_document(sharing) for sharing in explanation.tensors],
         "damaged": list(explanation.damaged),
     }
+
+
+def _sharing_document(sharing: TensorSharing) -> dict[str, Any]:
+    document = dataclasses.asdict(sharing)
+    del document["tensor"]
+    return {"name": sharing.tensor.name, **document}
 
 
 def _diff_document(found: Diff) -> dict[str, Any]:
@@ -208,15 +199,5 @@ def _diff_document(found: Diff) -> dict[str, Any]:
         "first": found.first,
         "second": found.second,
         "same": found.same,
-        "tensors": [
-            {
-                "name": tensor.name,
-                "status": tensor.status,
-                "blocks": tensor.blocks,
-                "changed_blocks": tensor.changed_blocks,
-                "max_abs": tensor.max_abs,
-                "relative_l2": tensor.relative_l2,
-            }
-            for tensor in found.tensors
-        ],
+        "tensors": [dataclasses.asdict(tensor) for tensor in found.tensors],
     }

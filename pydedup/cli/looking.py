@@ -182,7 +182,7 @@ def tensor_document(tensor: TensorInfo) -> dict[str, Any]:
         "name": tensor.name,
         "dtype": tensor.dtype.label,
         "shape": list(tensor.shape),
-        "bytes": _tensor_bytes(tensor),
+        "bytes": tensor.nbytes,
         "block_shape": list(tensor.block_shape),
     }
 
@@ -286,16 +286,9 @@ def _tensor_row(tensor: TensorInfo) -> list[str]:
         tensor.name,
         tensor.dtype.label,
         text.shape(tensor.shape),
-        text.size(_tensor_bytes(tensor)),
+        text.size(tensor.nbytes),
         text.shape(tensor.block_shape),
     ]
-
-
-def _tensor_bytes(tensor: TensorInfo) -> int:
-    total = tensor.dtype.itemsize
-    for extent in tensor.shape:
-        total *= extent
-    return total
 
 
 def _model_document(model: ModelInfo) -> dict[str, Any]:

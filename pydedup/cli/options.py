@@ -24,19 +24,20 @@ from pydedup.names import parse_address
 from pydedup.types import ModelInfo
 
 __all__ = [
-    "FileToRead",
     "Group",
-    "check_size",
     "existing_store",
+    "file_option",
     "json_option",
     "load_function",
     "meant_by",
     "memory_option",
     "model_argument",
+    "number_option",
     "on_option",
     "parse_block_shape",
     "quiet_option",
     "read_store",
+    "size_option",
     "store_argument",
     "trial_store",
     "writable_store",
@@ -64,7 +65,7 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-class FileToRead(click.Path):
+class _FileToRead(click.Path):
     """A file that an option names; a missing one is no wrong command line, but not found."""
 
     def __init__(self) -> None:
@@ -106,7 +107,7 @@ def _bad_function(what: str) -> click.BadParameter:
     return click.BadParameter(what, param_hint="'--evaluate'")
 
 
-def check_size(context: click.Context, option: click.Parameter, value: str) -> str:
+def _check_size(context: click.Context, option: click.Parameter, value: str) -> str:
     """Refuse under the option's own name what is no size, or too little memory; a callback."""
     parse = config.parse_memory if option.name == "memory" else config.parse_bytes
     try:
@@ -116,8 +117,29 @@ def check_size(context: click.Context, option: click.Parameter, value: str) -> s
     return value
 
 
+def number_option(
+    name: str, metavar: str, kind: click.IntRange | click.FloatRange, default: float, help: str
+) -> Callable[[_F], _F]:
+    """Return an option that is a number, and has one by default."""
+    return click.option(
+        name, metavar=metavar, type=kind, default=default, show_default=True, help=help
+    )
+
+
+def size_option(name: str, default: str, help: str) -> Callable[[_F], _F]:
+    """Return an option that is a number of bytes, such as 64MiB; the command gets it as written."""
+    return click.option(
+        name, metavar="SIZE", default=default, show_default=True, callback=_check_size, help=help
+    )
+
+
+def file_option(name: str, help: str) -> Callable[[_F], _F]:
+    """Return an option that is a file to be read."""
+    return click.option(name, metavar="FILE", type=_FileToRead(), help=help)
+
+
 def on_option(what: str) -> Callable[[_F], _F]:
-    """Add where the Ray cluster is that does the work; without it, none does."""
+    """Return the option for the Ray cluster that does the work; without it, none does."""
     return click.option(
         "--on",
         metavar="WHERE",
@@ -125,38 +147,15 @@ def on_option(what: str) -> Callable[[_F], _F]:
     )
 
 
-def store_argument(command: _F) -> _F:
-    """Add the store, the first argument of nearly every command."""
-    return click.argument("url", metavar="STORE", shell_complete=complete_stores)(command)
-
-
-def model_argument(command: _F) -> _F:
-    """Add the address of a model."""
-    return click.argument("name", metavar="NAME", shell_complete=complete_models)(command)
-
-
-def json_option(command: _F) -> _F:
-    """Add ``--json``: the same as one JSON document."""
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON document; sizes are in bytes."
-    )(command)
-
-
-def quiet_option(command: _F) -> _F:
-    """Add ``--quiet``: no progress."""
-    return click.option("-q", "--quiet", is_flag=True, help="Show no progress.")(command)
-
-
-def memory_option(command: _F) -> _F:
-    """Add ``--memory``: budget of the buffer pool."""
-    return click.option(
-        "--memory",
-        metavar="SIZE",
-        default=DEFAULT_MEMORY,
-        show_default=True,
-        callback=check_size,
-        help="Memory for pages of the store.",
-    )(command)
+#: The store, the first argument of nearly every command.
+store_argument = click.argument("url", metavar="STORE", shell_complete=complete_stores)
+#: The address of a model.
+model_argument = click.argument("name", metavar="NAME", shell_complete=complete_models)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document; sizes are in bytes."
+)
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+memory_option = size_option("--memory", DEFAULT_MEMORY, "Memory for pages of the store.")
 
 
 def read_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:

@@ -35,11 +35,9 @@ __all__ = ["report"]
     shell_complete=completing.complete_models,
     help="Show this model block by block, instead of the four largest; may be repeated.",
 )
-@click.option(
+@options.file_option(
     "--trace",
-    metavar="FILE",
-    type=options.FileToRead(),
-    help="Recorded uses of pages, from `pydedup serve --record`: show what each policy would have "
+    "Recorded uses of pages, from `pydedup serve --record`: show what each policy would have "
     "missed.",
 )
 @options.memory_option

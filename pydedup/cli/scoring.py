@@ -34,13 +34,8 @@ _SHOWN = 10
 )
 @click.option("--into", metavar="TABLE", help="Table of predictions; created when missing.")
 @click.option("--key", metavar="COLUMN", help="Column that is the key.  [default: the first]")
-@click.option(
-    "--batch",
-    metavar="N",
-    type=click.IntRange(1, 1 << 20),
-    default=1024,
-    show_default=True,
-    help="Rows predicted and written at a time.",
+@options.number_option(
+    "--batch", "N", click.IntRange(1, 1 << 20), 1024, "Rows predicted and written at a time."
 )
 @click.option(
     "--source",
@@ -79,21 +74,19 @@ _SHOWN = 10
     type=click.IntRange(1, 10_000),
     help="With --on: how many workers.  [default: as many as there are CPUs for]",
 )
-@click.option(
+@options.number_option(
     "--cpus-per-worker",
-    metavar="N",
-    type=click.IntRange(1, 1024),
-    default=1,
-    show_default=True,
-    help="With --on: CPUs, and threads, of each worker.",
+    "N",
+    click.IntRange(1, 1024),
+    1,
+    "With --on: CPUs, and threads, of each worker.",
 )
-@click.option(
+@options.number_option(
     "--max-deaths",
-    metavar="N",
-    type=click.IntRange(1, 1000),
-    default=4,
-    show_default=True,
-    help="With --on: workers that may die at one part of the work before it is given up.",
+    "N",
+    click.IntRange(1, 1000),
+    4,
+    "With --on: workers that may die at one part of the work before it is given up.",
 )
 @options.memory_option
 @options.json_option
@@ -101,14 +94,11 @@ _SHOWN = 10
 @click.pass_context
 def score(
     context: click.Context,
+    /,
     url: str,
     query: str | None,
     model: str,
     into: str | None,
-    key: str | None,
-    batch: int,
-    source: str | None,
-    on_error: str,
     on: str | None,
     parquet_in: tuple[str, ...],
     columns: str | None,
@@ -119,6 +109,7 @@ def score(
     memory: str,
     as_json: bool,
     quiet: bool,
+    **how: Any,
 ) -> None:
     """Predict each row of a query, and write the predictions to a table of the same database.
 
@@ -130,21 +121,13 @@ def score(
     With --on, workers of a Ray cluster do it, also from and to Parquet files.
     """
     _check(context, on, query=query, parquet_in=parquet_in, into=into, parquet_out=parquet_out)
+    # ``how`` is what both ways of scoring take: key, batch, source, on_error.
     if on is None:
         with (
             options.existing_store(url, memory) as store,
             Watch("opening", quiet=quiet) as watch,
         ):
-            report = store.score(
-                query or "",
-                model,
-                into=into or "",
-                key=key,
-                batch=batch,
-                source=source,
-                on_error=on_error,
-                progress=watch,
-            )
+            report = store.score(query or "", model, into=into or "", progress=watch, **how)
     else:
         import pydedup.ray
 
@@ -154,17 +137,14 @@ def score(
                 url,
                 model,
                 into=into if into is not None else Path(parquet_out or ""),
-                key=key,
                 columns=None if columns is None else columns.split(","),
                 on=on,
                 workers=workers,
                 cpus_per_worker=cpus_per_worker,
-                batch=batch,
                 memory=memory,
                 max_deaths=max_deaths,
-                source=source,
-                on_error=on_error,
                 progress=watch,
+                **how,
             )
     if as_json:
         output.emit_json(_document(report))

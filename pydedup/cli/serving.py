@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import click
@@ -26,7 +26,6 @@ __all__ = ["serve"]
 
 TOKEN_VARIABLE = "PYDEDUP_TOKEN"
 _LOOPBACK = ("127.", "::1", "localhost")
-_PATH = options.FileToRead()
 
 
 @click.command(short_help="Predict over HTTP, by the Open Inference Protocol v2.")
@@ -38,14 +37,7 @@ _PATH = options.FileToRead()
     show_default=True,
     help="Name or address to listen on; 0.0.0.0 is all of them.",
 )
-@click.option(
-    "--port",
-    metavar="N",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="0 takes any free port.",
-)
+@options.number_option("--port", "N", click.IntRange(0, 65535), 8000, "0 takes any free port.")
 @options.memory_option
 @click.option(
     "--replacement",
@@ -54,21 +46,15 @@ _PATH = options.FileToRead()
     show_default=True,
     help="Which page goes when memory is full.",
 )
-@click.option(
-    "--max-batch",
-    metavar="ROWS",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Most rows that are predicted together.",
+@options.number_option(
+    "--max-batch", "ROWS", click.IntRange(1), 64, "Most rows that are predicted together."
 )
-@click.option(
+@options.number_option(
     "--max-wait-ms",
-    metavar="MS",
-    type=click.FloatRange(0, 60_000),
-    default=2.0,
-    show_default=True,
-    help="How long a request waits for others while another is predicted and a thread is free.",
+    "MS",
+    click.FloatRange(0, 60_000),
+    2.0,
+    "How long a request waits for others while another is predicted and a thread is free.",
 )
 @click.option(
     "--threads",
@@ -76,55 +62,40 @@ _PATH = options.FileToRead()
     type=click.IntRange(1, 256),
     help="Batches that are predicted at once.  [default: one per core, at most 4]",
 )
-@click.option(
+@options.size_option(
     "--max-body",
-    metavar="SIZE",
-    default="64MiB",
-    show_default=True,
-    callback=options.check_size,
-    help="Largest body of a request; all requests together may have four times as much.",
+    "64MiB",
+    "Largest body of a request; all requests together may have four times as much.",
 )
-@click.option(
+@options.size_option(
     "--max-answer",
-    metavar="SIZE",
-    default="64MiB",
-    show_default=True,
-    callback=options.check_size,
-    help="What a request may take on top of --memory until it is answered; all requests together, "
+    "64MiB",
+    "What a request may take on top of --memory until it is answered; all requests together, "
     "four times as much.",
 )
-@click.option(
+@options.number_option(
     "--max-queue",
-    metavar="N",
-    type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Requests that may wait; others are told to try again.",
+    "N",
+    click.IntRange(1),
+    512,
+    "Requests that may wait; others are told to try again.",
 )
-@click.option(
-    "--timeout",
-    metavar="SECONDS",
-    type=click.FloatRange(0.001),
-    default=30.0,
-    show_default=True,
-    help="How long a request may take.",
+@options.number_option(
+    "--timeout", "SECONDS", click.FloatRange(0.001), 30.0, "How long a request may take."
 )
-@click.option(
+@options.number_option(
     "--grace",
-    metavar="SECONDS",
-    type=click.FloatRange(0),
-    default=30.0,
-    show_default=True,
-    help="How long requests under way may take after SIGTERM.",
+    "SECONDS",
+    click.FloatRange(0),
+    30.0,
+    "How long requests under way may take after SIGTERM.",
 )
-@click.option(
+@options.file_option(
     "--token-file",
-    metavar="FILE",
-    type=_PATH,
-    help=f"File with the token that clients must send; else {TOKEN_VARIABLE}, if set.",
+    f"File with the token that clients must send; else {TOKEN_VARIABLE}, if set.",
 )
-@click.option("--tls-cert", metavar="FILE", type=_PATH, help="Certificate with its chain, PEM.")
-@click.option("--tls-key", metavar="FILE", type=_PATH, help="Its key, PEM, without a password.")
+@options.file_option("--tls-cert", "Certificate with its chain, PEM.")
+@options.file_option("--tls-key", "Its key, PEM, without a password.")
 @click.option(
     "--record",
     metavar="FILE",
@@ -139,29 +110,22 @@ _PATH = options.FileToRead()
     "as requests need.",
 )
 @click.option("--access-log", is_flag=True, help="Log requests to standard error, in JSON lines.")
-@click.pass_context
 def serve(
-    context: click.Context,
     url: str,
     host: str,
     port: int,
     memory: str,
     replacement: str,
-    max_batch: int,
-    max_wait_ms: float,
     threads: int | None,
     max_body: str,
     max_answer: str,
-    max_queue: int,
-    timeout: float,
-    grace: float,
     token_file: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
     record: Path | None,
     on: str | None,
     replicas: str | None,
-    access_log: bool,
+    **limits: Any,
 ) -> int:
     """Serve the models of a store over HTTP until SIGTERM or Ctrl-C.
 
@@ -182,35 +146,28 @@ def serve(
         raise UnsupportedFormatError(
             f"serving needs the package {error.name!r}: pip install 'pydedup[serve]'"
         ) from None
+    # ``limits`` are what a server here and replicas on a cluster call as the options are called.
+    limits["max_body"] = config.parse_bytes(max_body)
+    limits["max_answer"] = config.parse_bytes(max_answer)
     chosen = Chosen(
         host=host,
         port=port,
-        max_batch=max_batch,
-        max_wait_ms=max_wait_ms,
         threads=Chosen().threads if threads is None else threads,
-        max_body=config.parse_bytes(max_body),
-        max_answer=config.parse_bytes(max_answer),
-        max_queue=max_queue,
-        timeout=timeout,
-        grace=grace,
         token=read_token(token_file, os.environ, TOKEN_VARIABLE),
         tls_cert=tls_cert,
         tls_key=tls_key,
-        access_log=access_log,
+        **limits,
     )
-    if on is not None:
-        _serve_on(on, url, memory, replacement, chosen, threads, replicas)
-    else:
+    if on is None:
         _serve_here(url, memory, replacement, chosen, record)
-    context.exit(Exit.OK)
+    else:
+        pool = {"memory": memory, "replacement": replacement}
+        _serve_on(on, url, chosen, replicas, threads=threads, **pool, **limits)
+    return Exit.OK
 
 
 def _serve_here(
-    url: str,
-    memory: str,
-    replacement: str,
-    chosen: ServeOptions,
-    record: Path | None,
+    url: str, memory: str, replacement: str, chosen: ServeOptions, record: Path | None
 ) -> None:
     """Serve in this process; ends it where a request may never end."""
     from pydedup.http.served import ServedStore
@@ -256,14 +213,9 @@ def _write_record(trace: Trace, path: Path) -> None:
 
 
 def _serve_on(
-    on: str,
-    url: str,
-    memory: str,
-    replacement: str,
-    chosen: ServeOptions,
-    threads: int | None,
-    replicas: str | None,
+    on: str, url: str, chosen: ServeOptions, replicas: str | None, **options: Any
 ) -> None:
+    """Serve on a cluster; ``options`` are those of each replica."""
     from pydedup.ray.serving.running import parse_replicas, run
 
     http: dict[str, object] = {"host": chosen.host, "port": chosen.port}
@@ -281,19 +233,9 @@ def _serve_on(
         on,
         http,
         started,
-        **({} if replicas is None else parse_replicas(replicas)),
-        memory=memory,
-        replacement=replacement,
         token=None if chosen.token is None else chosen.token.decode(),
-        max_batch=chosen.max_batch,
-        max_wait_ms=chosen.max_wait_ms,
-        threads=threads,
-        max_body=chosen.max_body,
-        max_answer=chosen.max_answer,
-        max_queue=chosen.max_queue,
-        timeout=chosen.timeout,
-        grace=chosen.grace,
-        access_log=chosen.access_log,
+        **({} if replicas is None else parse_replicas(replicas)),
+        **options,
     )
 
 

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import click
 
 from pydedup import registry
@@ -15,15 +12,11 @@ from pydedup.errors import ArgumentError
 
 __all__ = ["sql"]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _path_option(command: _F) -> _F:
-    return click.option(
-        "--python-path",
-        metavar="FOLDER",
-        help="Folder on the server where its Python finds pydedup, if that is no usual place.",
-    )(command)
+_path_option = click.option(
+    "--python-path",
+    metavar="FOLDER",
+    help="Folder on the server where its Python finds pydedup, if that is no usual place.",
+)
 
 
 @click.group(

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["top"]
 
-_PATH = options.FileToRead()
 _COLUMNS = (
     Column("Model", number=False, name=True, style="cyan"),
     Column("Requests/s"),
@@ -40,22 +39,18 @@ _COLUMNS = (
 
 @click.command(short_help="Watch a server: requests, latencies, batches, its buffer pool.")
 @click.argument("url", metavar="URL")
-@click.option(
+@options.number_option(
     "--interval",
-    metavar="SECONDS",
-    type=click.FloatRange(0.1, 3600),
-    default=1.0,
-    show_default=True,
-    help="Time between looks, over which rates are taken.",
+    "SECONDS",
+    click.FloatRange(0.1, 3600),
+    1.0,
+    "Time between looks, over which rates are taken.",
 )
 @click.option("--once", is_flag=True, help="Look twice, print one table, and end.")
-@click.option(
-    "--token-file",
-    metavar="FILE",
-    type=_PATH,
-    help=f"File with the token of the server; else {TOKEN_VARIABLE}, if set.",
+@options.file_option(
+    "--token-file", f"File with the token of the server; else {TOKEN_VARIABLE}, if set."
 )
-@click.option("--tls-ca", metavar="FILE", type=_PATH, help="Certificate to trust, PEM.")
+@options.file_option("--tls-ca", "Certificate to trust, PEM.")
 @options.json_option
 def top(
     url: str,

@@ -17,6 +17,7 @@ from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
+    from pydedup.maintenance.damage import VerifyReport
     from pydedup.maintenance.refill import RefillReport
     from pydedup.maintenance.repair import MissingBlocks, RepairReport
     from pydedup.maintenance.vacuum import VacuumReport
@@ -74,8 +75,14 @@ def verify(
     if as_json:
         output.emit_json({"ok": report.ok, **dataclasses.asdict(report)})
         return Exit.OK if report.ok else Exit.DIFFERENT
+    _print_verify(report, source or "", watch.seconds)
+    return Exit.OK if report.ok else Exit.DIFFERENT
+
+
+def _print_verify(report: VerifyReport, source: str, seconds: float) -> None:
+    """Say what is wrong, and how much was looked at."""
     if report.repair is not None:
-        _print_repair(report.repair, source or "")
+        _print_repair(report.repair, source)
     for complaint in report.errors:
         output.print_note(f"damaged: {complaint}", "red")
     for complaint in report.unreachable:
@@ -98,8 +105,7 @@ def verify(
         verdict, style = "NOT ALL CHECKED", "bold yellow"
     if report.errors or report.broken_promises:
         verdict, style = "DAMAGED" if report.errors else "PROMISE BROKEN", "bold red"
-    output.print_note(f"{verdict}: {checked}, checked in {text.duration(watch.seconds)}", style)
-    return Exit.OK if report.ok else Exit.DIFFERENT
+    output.print_note(f"{verdict}: {checked}, checked in {text.duration(seconds)}", style)
 
 
 def _print_repair(repair: RepairReport, source: str) -> None:
@@ -248,13 +254,12 @@ def _print_refill(report: RefillReport, seconds: float) -> None:
 
 @click.command(short_help="Free what nobody uses, and repack pages.")
 @options.store_argument
-@click.option(
+@options.number_option(
     "--grace",
-    metavar="SECONDS",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Keep pages that were retired less than this long ago.",
+    "SECONDS",
+    click.FloatRange(min=0),
+    0.0,
+    "Keep pages that were retired less than this long ago.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what vacuum would save; change nothing.")
 @options.memory_option
