@@ -30,11 +30,17 @@ PAYLOADS_PER_READ = 16
 class DbApiAdapter(SchemaCalls):
     """The whole adapter protocol, but for the hooks of a database."""
 
-    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Yield the payloads of pages that exist; ids come without repetitions."""
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
+        """Yield (id, checksum, payload) of pages that exist; ids come without repetitions."""
         for piece in batches(ids, min(PAYLOADS_PER_READ, self.capabilities.max_parameters)):
             sql = self._sql.read_pages(len(piece))
-            yield from self._recorded("pages", sql, piece, ["id", "payload"])
+            yield from self._recorded("pages", sql, piece, ["id", "checksum", "payload"])
+
+    def _checksums(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield (id, checksum) of pages that exist."""
+        for piece in self._members(ids):
+            sql = self._sql.page_checksums(len(piece))
+            yield from self._recorded("pages", sql, piece, ["id", "checksum"])
 
     # ---- pages --------------------------------------------------------------------------------
 
@@ -59,6 +65,10 @@ class DbApiAdapter(SchemaCalls):
 
     def read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield (id, payload) once for each of the ids that exists."""
+        return ((page_id, payload) for page_id, _, payload in self.read_recorded_pages(ids))
+
+    def read_recorded_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
+        """Yield (id, checksum, payload) once for each of the ids that exists."""
         return self._read_payloads(list(dict.fromkeys(ids)))
 
     def page_rows(

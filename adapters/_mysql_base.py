@@ -131,10 +131,10 @@ class MysqlBase(MysqlRows, DbApiAdapter):
                     raise
                 time.sleep(wait)
 
-    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         for piece in batches(ids, PAYLOADS_PER_READ):
             sql = self._sql.read_pages(len(piece)).replace(DIALECT.placeholder, TEXT_MARK)
-            yield from self._recorded("pages", sql, piece, ["id", "payload"])
+            yield from self._recorded("pages", sql, piece, ["id", "checksum", "payload"])
 
     @contextlib.contextmanager
     def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:

@@ -86,7 +86,7 @@ class PostgresCopy(PostgresBase):
 
     # ---- reading payloads -----------------------------------------------------------------------
 
-    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         """Yield payloads while more of them are coming; in a transaction or snapshot, by pieces.
 
         There, what the caller does between two of them uses the same connection, so that the
@@ -104,7 +104,7 @@ class PostgresCopy(PostgresBase):
                 yield from found
             start += len(piece)
 
-    def _streamed(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _streamed(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         """Yield payloads; those that have not come are asked for again.
 
         When the connection is lost, or the statement took longer than it may because its rows were
@@ -115,23 +115,24 @@ class PostgresCopy(PostgresBase):
             came = set()
             rows = self._again(functools.partial(self._begun, left))
             try:
-                for page_id, payload in rows:
-                    came.add(page_id)
-                    yield page_id, payload
+                for row in rows:
+                    came.add(row[0])
+                    yield row
                 return
             except (UnavailableError, CancelledError):
                 left = [page_id for page_id in left if page_id not in came]
 
-    def _begun(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _begun(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         rows = self._lent(ids)
         return itertools.chain(list(itertools.islice(rows, 1)), rows)
 
-    def _lent(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _lent(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         with self._pool.lend() as session:
             yield from self._copied(session, ids)
 
-    def _copied(self, session: Session, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        statement = Statement(session, copy_statement(self._sql.dialect.name("pages"), ids))
+    def _copied(self, session: Session, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
+        pages = self._sql.dialect.name("pages")
+        statement = Statement(session, copy_statement(pages, "id, checksum, payload", ids))
         try:
             yield from statement.rows_as_they_come()
         finally:

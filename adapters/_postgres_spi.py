@@ -85,11 +85,11 @@ class _SpiAdapter(PostgresBase):
         """Do nothing: all that is read is what the query that called sees."""
         yield
 
-    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         for start in range(0, len(ids), PAYLOADS_PER_READ):
             piece = list(ids[start : start + PAYLOADS_PER_READ])
             rows = self._query(self._sql.read_pages(len(piece)), [piece])
-            yield from ((page_id, payload) for page_id, payload in rows)
+            yield from ((page_id, checksum, payload) for page_id, checksum, payload in rows)
 
 
 class _Connection:

@@ -20,6 +20,7 @@ import psycopg
 from psycopg import pq
 
 from ._sessions import Connection, Session
+from ._values import Row
 
 __all__ = ["Statement", "copy_statement", "is_stale", "run_together"]
 
@@ -27,13 +28,14 @@ __all__ = ["Statement", "copy_statement", "is_stale", "run_together"]
 _HEAD: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 #: What it ends with, where a row has its length of two bytes.
 _TRAILER: Final = b"\xff\xff"
-_ROW: Final = struct.Struct("!hiqi")
+_ID: Final = struct.Struct("!hiq")
+_SIZE: Final = struct.Struct("!i")
 
 
-def copy_statement(table: str, ids: Sequence[int]) -> bytes:
-    """Return the COPY of (id, payload) of some rows; ids are numbers: COPY takes no parameters."""
+def copy_statement(table: str, columns: str, ids: Sequence[int]) -> bytes:
+    """Return the COPY of columns, ``id`` and bytes, of some rows: it takes no parameters."""
     listed = ",".join(str(int(number)) for number in ids)
-    query = f"SELECT id, payload FROM {table} WHERE id = ANY('{{{listed}}}')"  # noqa: S608
+    query = f"SELECT {columns} FROM {table} WHERE id = ANY('{{{listed}}}')"  # noqa: S608
     return f"COPY ({query}) TO STDOUT (FORMAT BINARY)".encode()
 
 
@@ -43,7 +45,7 @@ class Statement:
     Attributes
     ----------
     rows
-        Of a COPY of (int8, bytea): what has come.
+        Of a COPY of an int8 and one bytea or several: what has come.
     tag
         How the server says that it is done.
     error
@@ -51,7 +53,7 @@ class Statement:
     """
 
     def __init__(self, session: Session, sql: bytes) -> None:
-        self.rows: list[tuple[int, bytes]] = []
+        self.rows: list[Row] = []
         self.tag = b""
         self.error: Exception | None = None
         self.done = False
@@ -85,7 +87,7 @@ class Statement:
         except psycopg.Error as error:
             self._fail(error)
 
-    def rows_as_they_come(self) -> Iterator[tuple[int, bytes]]:
+    def rows_as_they_come(self) -> Iterator[Row]:
         """Send it and yield its rows; the session is locked while it is used, not between rows."""
         poll = select.poll()
         with self._session.use():
@@ -122,9 +124,14 @@ class Statement:
             row = bytes(data)  # is one already, so nothing is copied
             at = len(_HEAD) if row.startswith(_HEAD) else 0
             if len(row) - at > len(_TRAILER):
-                _, _, number, size = _ROW.unpack_from(row, at)
-                at += _ROW.size
-                self.rows.append((number, row[at : at + size]))
+                columns, _, number = _ID.unpack_from(row, at)
+                at += _ID.size
+                values = [number]
+                for _ in range(columns - 1):
+                    start = at + _SIZE.size
+                    at = start + _SIZE.unpack_from(row, at)[0]
+                    values.append(row[start:at])
+                self.rows.append(tuple(values))
         return length != 0
 
     def _take_result(self) -> bool:

@@ -320,7 +320,7 @@ class Shard(PostgresAdapter):
 
     def read_statement(self, ids: Sequence[int]) -> bytes:
         """Return the COPY of some payloads."""
-        return copy_statement(self._payloads, ids)
+        return copy_statement(self._payloads, "id, payload", ids)
 
     def open_session(self) -> Session | None:
         """Return this thread's session, locked, if its connection is open."""

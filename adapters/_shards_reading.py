@@ -90,17 +90,17 @@ class ShardedReads(PostgresCopy):
 
     # ---- reading ------------------------------------------------------------------------------
 
-    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         size = PAYLOADS_PER_READ * min(len(self._shards), SHARDS_PER_READ)
         for start in range(0, len(ids), size):
             piece = ids[start : start + size]
             yield from self._again(lambda piece=piece: self._read_piece(piece))  # type: ignore[misc]
 
-    def _read_piece(self, ids: Sequence[int]) -> list[tuple[int, bytes]]:
+    def _read_piece(self, ids: Sequence[int]) -> list[tuple[int, bytes, bytes]]:
         """Return those of the pages that exist; where a copy cannot be had, the other."""
         untried = {page_id: self._in_turn(self._places(page_id)) for page_id in ids}
-        exist: set[int] | None = None
-        found: list[tuple[int, bytes]] = []
+        exist: dict[int, bytes] | None = None  # with their checksums
+        found: list[tuple[int, bytes, bytes]] = []
         problems: dict[str, PydedupError] = {}
         while untried:
             groups: dict[str, list[int]] = {}
@@ -108,16 +108,19 @@ class ShardedReads(PostgresCopy):
                 groups.setdefault(places.pop(0), []).append(page_id)
             with self._asked(groups, problems) as statements:
                 if exist is None:
-                    exist = {row.id for row in self.page_rows(ids=ids)}
-            rows = [row for statement in statements.values() for row in statement.rows]
-            found += [row for row in rows if row[0] in exist]
-            have = {page_id for page_id, _ in rows}
+                    exist = {row.id: row.checksum for row in self.page_rows(ids=ids)}
+            rows: dict[int, bytes] = {}
+            for statement in statements.values():
+                rows.update(statement.rows)
+            found += [
+                (page_id, exist[page_id], rows[page_id]) for page_id in rows if page_id in exist
+            ]
             untried = {
                 page_id: places
                 for page_id, places in untried.items()
-                if page_id in exist and page_id not in have and places
+                if page_id in exist and page_id not in rows and places
             }
-        missing = (exist or set()).difference(page_id for page_id, _ in found)
+        missing = set(exist or ()).difference(page_id for page_id, _, _ in found)
         self._raise_for(missing, problems)
         return found
 

@@ -68,7 +68,9 @@ class ShardedCopies(ShardedList):
         problems: dict[str, PydedupError] = {}
         with self._asked(wanted, problems) as asked:
             pass
-        found = {key: dict(one.rows) for key, one in asked.items() if key not in problems}
+        found: dict[str, dict[int, bytes]] = {
+            key: dict(one.rows) for key, one in asked.items() if key not in problems
+        }
         for place, error in list(problems.items()):
             if isinstance(error, CorruptStoreError):
                 del problems[place]

@@ -278,8 +278,11 @@ class Statements:
         )
 
     def read_pages(self, members: int) -> str:
-        """Return the reading of payloads."""
-        return f"SELECT id, payload FROM {self._name('pages')} WHERE id {self.members(members)}"
+        """Return the reading of checksums and payloads."""
+        return (
+            f"SELECT id, checksum, payload FROM {self._name('pages')} "
+            f"WHERE id {self.members(members)}"
+        )
 
     def page_checksums(self, members: int) -> str:
         """Return the reading of checksums."""

@@ -18,10 +18,10 @@ from pydedup.errors import (
 )
 
 from ._base import fetch_all
-from ._dbapi import DbApiAdapter
+from ._dbapi import PAYLOADS_PER_READ, DbApiAdapter
 from ._schema import TABLES, Dialect
 from ._sessions import READ, WRITE, Connection, Session
-from ._sql import batches
+from ._sqlite_ahead import PagesAhead
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile
 from ._sqlite_places import PagePlaces
@@ -169,11 +169,17 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         for page, payload in self._places.read(list(dict.fromkeys(ids)), memory):
             yield page.id, page.checksum, payload
 
-    def _checksums(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Yield those of the pages that there are."""
-        for piece in batches(ids, self.capabilities.max_parameters):
-            sql = self._sql.page_checksums(len(piece))
-            yield from self._recorded("pages", sql, piece, ["id", "checksum"])
+    def _walk(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield those of the pages that there are, with their checksums, before each is read.
+
+        It was asked for by then, with the next few, and several checksums are one query.
+        """
+        checksums: dict[int, bytes] = {}
+        for number, page_id in enumerate(PagesAhead(self._places).walk(ids)):
+            if number % PAYLOADS_PER_READ == 0:
+                checksums = dict(self._checksums(ids[number : number + PAYLOADS_PER_READ]))
+            if page_id in checksums:
+                yield page_id, checksums[page_id]
 
     def _root_of_pages(self) -> int:
         """Return the number of the first page of the table ``pages`` in the file, 0 for none."""

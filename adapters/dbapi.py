@@ -96,7 +96,7 @@ class DbApiAdapter(_dbapi.DbApiAdapter):
 
     def read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield (id, payload) of pages that exist; ids come without repetitions."""
-        return super()._read_payloads(ids)
+        return ((page_id, payload) for page_id, _, payload in super()._read_payloads(ids))
 
     # ---- for use by subclasses ----------------------------------------------------------------
 
@@ -120,5 +120,8 @@ class DbApiAdapter(_dbapi.DbApiAdapter):
     def _create_tables(self) -> None:
         self.create_tables()
 
-    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        return self.read_payloads(ids)
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
+        checksums = dict(self._checksums(ids))
+        for page_id, payload in self.read_payloads(ids):
+            if page_id in checksums:  # else it was deleted, or added, in between
+                yield page_id, checksums[page_id], payload

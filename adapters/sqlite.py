@@ -18,7 +18,6 @@ from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import ArgumentError, NotAStoreError, StoreError
 
 from ._sessions import Connection, SessionPool
-from ._sqlite_ahead import PagesAhead
 from ._sqlite_base import ANY_READ, DIALECT, SqliteBase, closed_on_error
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile, configure, is_ours, locate, make_ours
@@ -122,7 +121,6 @@ class SqliteAdapter(SqliteBase):
             url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool
         )
         self._places = PagePlaces(file.path, self._root_of_pages, self._checksums)
-        self._ahead = PagesAhead(self._places)
         # Of a file that is deleted from now on, another thread makes no new one.
         self._options = "mode=ro" if read_only else "mode=rw"
 
@@ -171,9 +169,9 @@ class SqliteAdapter(SqliteBase):
         connection.stamp = stamp
         return connection
 
-    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         table = DIALECT.name("pages")
-        for page_id in self._ahead.walk(ids):
+        for page_id, checksum in self._walk(ids):
             self._places.look_again(page_id)
             try:
                 with self._pool.acquire() as session:
@@ -185,7 +183,7 @@ class SqliteAdapter(SqliteBase):
                 # which takes ids of 31 bits here.
                 yield from super()._read_payloads([page_id])
                 continue
-            yield page_id, payload
+            yield page_id, checksum, payload
 
     def close(self) -> None:
         """Close all connections of this process. Idempotent."""

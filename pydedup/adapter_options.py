@@ -22,6 +22,7 @@ __all__ = [
     "PlacesAdapter",
     "RangeAdapter",
     "ReadIntoAdapter",
+    "RecordedPagesAdapter",
     "RefillAdapter",
     "RowAdapter",
     "RowColumn",
@@ -171,8 +172,19 @@ class ReadIntoAdapter(Protocol):
         """Yield id, checksum and payload of pages, as far as they can be read so.
 
         The checksum is that of the page's row. The caller checks whether the payload matches it;
-        where it does not, and for pages that are left out, it asks `Adapter.read_pages`.
+        where it does not, and for pages that are left out, it asks for the page itself.
         ``memory(n)`` gives ``n`` bytes for a payload, which must not change once it was yielded.
+        """
+
+
+@runtime_checkable
+class RecordedPagesAdapter(Protocol):
+    """Pages with what their rows record of them, optional: the database is asked twice else."""
+
+    def read_recorded_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
+        """Yield (id, checksum, payload) once for each of the ids that exists.
+
+        The checksum is that of the page's row, which the caller holds against the payload.
         """
 
 

@@ -27,7 +27,7 @@ from pydedup.encoding import (
     encode_deltas,
     estimate_deltas,
 )
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, CorruptStoreError
 
 __all__ = [
     "BLOCK_ALIGNMENT",
@@ -46,6 +46,7 @@ __all__ = [
     "block_digests",
     "blocks_equal",
     "build_page",
+    "check_recorded",
     "encode_blocks",
     "encode_deltas",
     "estimate_deltas",
@@ -189,6 +190,19 @@ def page_checksum(payload: bytes) -> bytes:
         When the page has a newer format version.
     """
     return _core.page_checksum(payload)
+
+
+def check_recorded(payload: bytes, checksum: bytes) -> None:
+    """Refuse a page that is another than its row says, which may be sound by itself.
+
+    Raises
+    ------
+    CorruptStoreError, SchemaVersionError
+        Also as `page_checksum` does.
+    """
+    if page_checksum(payload) != checksum:
+        Page(payload)  # what is wrong with it comes first
+        raise CorruptStoreError("its checksum is not the one of its row")
 
 
 def page_digests(page: Page, *, threads: int = 0) -> NDArray[np.uint64]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.adapter_options import ReadIntoAdapter, RowAdapter, only_sound_rows, page_copies
-from pydedup.catalog import page_readers
+from pydedup.catalog import page_readers, recorded_pages
 from pydedup.errors import (
     ArgumentError,
     MissingStoreError,
@@ -116,7 +116,7 @@ def pool_of(adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLI
     """Return the buffer pool of a store that may take so much memory."""
     scratch = memory_bytes - pool_bytes(memory_bytes)
     return PagePool(
-        adapter.read_pages,
+        recorded_pages(adapter),
         memory_bytes - scratch,
         lambda page_id: _said_of_damaged(adapter, page_id),
         policy=replacement,

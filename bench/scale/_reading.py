@@ -18,7 +18,7 @@ import pydedup
 from pydedup import codec
 from pydedup.adapter import LIVE
 from pydedup.blocks import MatrixView
-from pydedup.catalog import Catalog
+from pydedup.catalog import Catalog, recorded_pages
 from pydedup.pool import PagePool
 from pydedup.types import DType
 
@@ -52,7 +52,7 @@ def read_costs(store: pydedup.Store, path: Path | None) -> dict[str, float]:
             ids = np.array([row.id for row in group], np.int64)
             times = []
             for _ in range(ROUNDS):
-                pool = PagePool(adapter.read_pages, 1 << 30)
+                pool = PagePool(recorded_pages(adapter), 1 << 30)
                 if kind == "cold" and path is not None:
                     drop_from_cache(path)
                 started = time.perf_counter()
@@ -193,7 +193,7 @@ def _fitted(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
 def victim_cost(pages: int = MOST_LOOKED_AT) -> float:
     """Return what finding a page to give up costs, per page that is looked at, under ``reuse``."""
     image = _tiny_page()
-    pool = PagePool(lambda ids: [(i, image) for i in ids], pages * len(image))
+    pool = PagePool(lambda ids: [(i, None, image) for i in ids], pages * len(image))
     native = pool.native
     for number in range(pages):
         native.insert(number, image)

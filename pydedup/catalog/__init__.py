@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The read side of the tables: addresses to models, models to tensors and block maps.
 
-``catalog`` finds models, ``model`` is one of them, ``digests`` names what it holds, and ``rows``
-makes what users see of the rows of tables. Not here: adding and publishing (`pydedup.ingest`).
+``catalog`` finds models, ``model`` is one of them, ``digests`` names what it holds, ``rows`` makes
+what users see of the rows of tables, and ``pages`` reads pages as they are recorded. Not here:
+adding and publishing (`pydedup.ingest`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydedup.catalog.digests import (
     with_other_maps,
 )
 from pydedup.catalog.model import SourceHashes, StoredModel
+from pydedup.catalog.pages import recorded_pages
 from pydedup.catalog.rows import (
     certificate_of,
     check_row,
@@ -41,6 +43,7 @@ __all__ = [
     "point_alias",
     "recorded_aliases",
     "recorded_object",
+    "recorded_pages",
     "tensors_digest",
     "version_of",
     "with_other_maps",

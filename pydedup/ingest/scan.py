@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import Adapter
+from pydedup.catalog import recorded_pages
 from pydedup.errors import BudgetError, CorruptStoreError
 from pydedup.pool import PagePool
 
@@ -46,7 +47,7 @@ class PageScan:
     """The stored pages, for one add. Not thread-safe."""
 
     def __init__(self, adapter: Adapter, pool: PagePool) -> None:
-        self._adapter = adapter
+        self._read_recorded = recorded_pages(adapter)
         self._pool = pool
         self._last: OrderedDict[int, codec.Page] = OrderedDict()
         self._seen: set[int] = set()
@@ -82,8 +83,9 @@ class PageScan:
     def _read(self, ids: list[int]) -> dict[int, codec.Page]:
         """Read pages past the pool; what is wrong with others is its to see to, and to say."""
         pages: dict[int, codec.Page] = {}
-        for number, payload in self._adapter.read_pages(ids) if ids else ():
+        for number, checksum, payload in self._read_recorded(ids) if ids else ():
             with contextlib.suppress(CorruptStoreError):  # there may be another copy
+                codec.check_recorded(payload, checksum)
                 pages[number] = codec.Page(payload)
         absent = [number for number in ids if number not in pages]
         if absent:

@@ -29,7 +29,7 @@ from pydedup.errors import CorruptStoreError, PageNotFoundError
 from pydedup.formats._files import full_disk
 from pydedup.ingest.workers import Task, Workers
 from pydedup.layout import PAGE_CAPACITY, copy_page
-from pydedup.pool import PagePool
+from pydedup.pool import Fetched, PagePool
 
 __all__ = ["NO_BASE", "Spool"]
 
@@ -287,7 +287,7 @@ class Spool:
             self._extents[number] = self._end, len(payload)
             self._end += len(payload)
 
-    def _read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _read_pages(self, ids: Sequence[int]) -> Iterator[Fetched]:
         for page_id in ids:
             with self._lock:
                 offset, length = self._extents[page_id]
@@ -295,7 +295,7 @@ class Spool:
                 payload = self._file.read(length)
             if len(payload) != length:
                 raise PageNotFoundError("the temporary file of this add was cut short by someone")
-            yield page_id, payload
+            yield page_id, None, payload
 
 
 def _walk(

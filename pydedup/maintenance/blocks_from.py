@@ -18,6 +18,7 @@ from pydedup import codec
 from pydedup.adapter import Adapter, BlockRow
 from pydedup.adapter_options import page_copies
 from pydedup.blocks import MatrixView
+from pydedup.catalog import recorded_pages
 from pydedup.errors import (
     CorruptStoreError,
     FormatError,
@@ -105,7 +106,7 @@ class StoreSource:
 
     def __init__(self, adapter: Adapter, memory_bytes: int) -> None:
         self._adapter = adapter
-        self._pool = PagePool(adapter.read_pages, memory_bytes, copies=page_copies(adapter))
+        self._pool = PagePool(recorded_pages(adapter), memory_bytes, copies=page_copies(adapter))
         self.damage: dict[str, str] = {}
         self.unreadable: dict[bytes, set[int]] = {}
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.adapter import LIVE, Adapter, BlockRow, PageRow
 from pydedup.adapter_options import PlacesAdapter, page_copies
-from pydedup.catalog import page_readers
+from pydedup.catalog import page_readers, recorded_pages
 from pydedup.errors import CorruptStoreError, SchemaVersionError, UnavailableError
 from pydedup.layout import slot_entries, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport
@@ -81,7 +81,8 @@ class PageChecks:
         self._report = report
         self._rows = adapter.page_rows(state=LIVE)
         self._live = {row.id for row in self._rows}
-        self._pool = PagePool(adapter.read_pages, _BASE_PAGE_BYTES, copies=page_copies(adapter))
+        fetch = recorded_pages(adapter)
+        self._pool = PagePool(fetch, _BASE_PAGE_BYTES, copies=page_copies(adapter))
         self._seen: dict[bytes, tuple[int, int]] = {}  # where each block was first
         self.contents: dict[int, PageContent] = {}
         self.damage = Damage(adapter, report, page_readers(adapter), self._live, self._pool)
@@ -112,7 +113,7 @@ class PageChecks:
             else:
                 recorded.setdefault(block.page_id, []).append(block)
         unseen = {row.id: row for row in some if row.id not in self._unreadable}
-        for page_id, payload in _payloads(self._adapter, list(unseen), report, damage):
+        for page_id, payload in _payloads(self._adapter, list(unseen.values()), report, damage):
             row = unseen.pop(page_id)
             report.pages += 1
             report.page_bytes += len(payload)
@@ -206,20 +207,22 @@ class PageChecks:
 
 
 def _payloads(
-    adapter: Adapter, page_ids: Sequence[int], report: VerifyReport, damage: Damage
+    adapter: Adapter, rows: Sequence[PageRow], report: VerifyReport, damage: Damage
 ) -> Iterator[tuple[int, bytes]]:
     """Yield pages; where there are copies, the first that is whole, after a look at all of them."""
     copies = page_copies(adapter)
     if copies is None:
-        yield from _had(adapter, page_ids, damage)
+        yield from _had(adapter, [row.id for row in rows], damage)
         return
-    for page_id in page_ids:
+    for row in rows:
+        page_id = row.id
         whole: list[bytes] = []
         damaged: list[bytes] = []
         said = ""
         for payload in copies(page_id):
             try:
                 codec.Page(payload)
+                codec.check_recorded(payload, row.checksum)
                 whole.append(payload)
             except DAMAGE as exc:
                 damaged.append(payload)

@@ -201,7 +201,10 @@ class Resolver:
         return [
             (page_id, twin, codec.Page(ours[page_id]), bases.get(twin, {}))
             for page_id, twin in pairs
-            if page_id in ours and ours[page_id] == theirs.get(twin)
+            if page_id in ours
+            and ours[page_id] == theirs.get(twin)
+            # Else both have another page there than their rows say.
+            and self._scope.twins.get(codec.page_checksum(ours[page_id])) == twin
         ]
 
     # ---- pages that go whole ------------------------------------------------------------------

@@ -9,8 +9,8 @@ the same time.
 from __future__ import annotations
 
 from pydedup.pool.admission import Reservation
-from pydedup.pool.loading import Fetch
+from pydedup.pool.loading import Fetch, Fetched
 from pydedup.pool.pool import Called, Page, PagePool
 from pydedup.windows import Window
 
-__all__ = ["Called", "Fetch", "Page", "PagePool", "Reservation", "Window"]
+__all__ = ["Called", "Fetch", "Fetched", "Page", "PagePool", "Reservation", "Window"]

@@ -14,12 +14,15 @@ import numpy as np
 
 from pydedup import _core
 from pydedup._core import Page
+from pydedup.codec import check_recorded
 from pydedup.errors import CorruptStoreError, PageNotFoundError, SchemaVersionError
 
-__all__ = ["Copies", "Damaged", "Fetch", "PageLoader", "ReadInto"]
+__all__ = ["Copies", "Damaged", "Fetch", "Fetched", "PageLoader", "ReadInto"]
 
-#: Reads pages: given ids, gives (id, payload) for those that exist, in any order.
-Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
+#: Reads pages: given ids, gives (id, checksum, payload) for those that exist, in any order. The
+#: checksum is the one that is recorded of the page, None where none is.
+Fetched: TypeAlias = tuple[int, bytes | None, bytes]
+Fetch: TypeAlias = Callable[[Sequence[int]], Iterable[Fetched]]
 
 #: Reads pages into memory of the pool, as `pydedup.adapter_options.ReadIntoAdapter` says.
 ReadInto: TypeAlias = Callable[
@@ -168,24 +171,29 @@ class PageLoader:
                     with contextlib.suppress(CorruptStoreError, SchemaVersionError):
                         pages[number] = self._core.adopt(number, _behind(view), checksum, ahead)
             ids = [number for number in ids if number not in pages]
-        for number, payload in self._fetched(ids) if ids else ():
+        for number, recorded, payload in self._fetched(ids) if ids else ():
             self.largest = max(self.largest, len(payload))
             try:
-                pages[number] = self._core.insert(number, payload, ahead)
+                pages[number] = self._insert(number, recorded, payload, ahead)
             except CorruptStoreError as exc:
-                page = self._from_copy(number, ahead)
+                page = self._from_copy(number, recorded, ahead)
                 if page is None:
                     raise self._damaged(number, exc) from exc
                 pages[number] = page
 
-    def _from_copy(self, number: int, ahead: bool) -> Page | None:
+    def _insert(self, number: int, recorded: bytes | None, payload: bytes, ahead: bool) -> Page:
+        if recorded is not None:
+            check_recorded(payload, recorded)
+        return self._core.insert(number, payload, ahead)
+
+    def _from_copy(self, number: int, recorded: bytes | None, ahead: bool) -> Page | None:
         """Return a page from the first copy that is whole."""
         for payload in self._copies(number) if self._copies is not None else ():
             with contextlib.suppress(CorruptStoreError):
-                return self._core.insert(number, payload, ahead)
+                return self._insert(number, recorded, payload, ahead)
         return None
 
-    def _fetched(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _fetched(self, ids: Sequence[int]) -> Iterator[Fetched]:
         """Yield pages; where the database itself says that one is damaged, find out which."""
         try:
             yield from self._fetch(ids)

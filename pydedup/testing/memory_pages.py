@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec, hashing
 from pydedup.blocks import NO_PAGE, BlockMap, MatrixView
-from pydedup.pool import PagePool
+from pydedup.pool import Fetched, PagePool
 from pydedup.types import DType
 
 __all__ = ["MemoryPages", "random_weights"]
@@ -28,10 +28,10 @@ class MemoryPages:
         self.payloads: dict[int, bytes] = {}
         self.fetches: list[list[int]] = []
 
-    def fetch(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Yield the pages that exist, as `Adapter.read_pages` does."""
+    def fetch(self, ids: Sequence[int]) -> Iterator[Fetched]:
+        """Yield the pages that exist, of which nothing is recorded."""
         self.fetches.append(list(ids))
-        return ((number, self.payloads[number]) for number in ids if number in self.payloads)
+        return ((number, None, self.payloads[number]) for number in ids if number in self.payloads)
 
     def pool(self, memory_bytes: int = 1 << 30) -> PagePool:
         """Return a pool on these pages."""

@@ -59,16 +59,6 @@ def replace_map(url: str, first: tuple[int, int], second: tuple[int, int]) -> No
     change(url, told, part, *second)
 
 
-def attached(store: pydedup.Store) -> None:
-    torch = pytest.importorskip("torch")
-    module = torch.nn.Linear(64, 64, bias=False)
-    module.weight = torch.nn.Parameter(torch.from_numpy(MODELS["two"]["b"]))
-    layers = torch.nn.Module()
-    layers.a, layers.b = torch.nn.Linear(64, 64, bias=False), module
-    store.attach(layers, "two", mapping={"a.weight": "a", "b.weight": "b"})
-    layers.b(torch.from_numpy(X))
-
-
 @pytest.mark.parametrize("damage", [exchange_maps, replace_map])
 @pytest.mark.parametrize("other", [(2, 0), (1, 1)])
 def test_a_block_map_of_another_tensor(
@@ -101,6 +91,48 @@ def test_a_block_map_of_another_tensor(
         store.vacuum()
         assert store.verify().errors == []
         is_there(store, "two", "three")
+
+
+def exchange_pages(url: str, *rows: tuple[int, int]) -> None:
+    """Give pages the payloads of others."""
+    with pydedup.open(url) as store:
+        payloads = dict(store._adapter.read_pages([old for _, old in rows]))
+    for page_id, old in rows:
+        change(url, "UPDATE {pages} SET payload = ? WHERE id = ?", payloads[old], page_id)
+
+
+def test_pages_in_the_place_of_others(store_url: str, tmp_path: Path) -> None:
+    """Each is sound by itself: other weights were loaded, served, exported and shared."""
+    fill(store_url)
+    with pydedup.open(store_url, mode="r") as store:
+        store.backup(tmp_path / "before.db")
+        (first,), (second,) = (store._adapter.model_pages(number) for number in (1, 2))
+    exchange_pages(store_url, (first[1], second[1]), (second[1], first[1]))
+    for _ in range(2):  # a page that was met before is read otherwise, and so is a copy in memory
+        with pydedup.open(store_url) as store:
+            for name, work in [
+                ("one", lambda: store.load("one")),
+                ("two", lambda: store.predict("two", X)),
+                ("two", lambda: store.tensor("two", "b").matmul(X)),
+                ("two", lambda: store.export("two", tmp_path / "two.npz")),
+                ("two", lambda: store.copy_to(tmp_path / "copy.db", ["two"])),
+                ("one", lambda: store.backup(tmp_path / "backup.db")),
+            ] * 2:
+                told = (
+                    rf"page \d+: its checksum is not the one of its row; read by {name}@1; verify"
+                )
+                with pytest.raises(CorruptStoreError, match=told):
+                    work()
+            assert not (tmp_path / "two.npz").exists()
+            is_there(store, "three")
+    with pydedup.open(store_url) as store:
+        assert store.verify().damaged_pages.keys() == {first[1], second[1]}
+        assert store.add("again", MODELS["one"]).shared_blocks == 0
+        assert store.load("again")["a"].tobytes() == MODELS["one"]["a"].tobytes()
+        store.remove("again")
+        store.verify(repair_from=tmp_path / "before.db")
+        assert store.verify().ok
+        is_there(store, *MODELS)
 
 
 def test_what_a_vacuum_moves_is_recorded(store_url: str, tmp_path: Path) -> None:

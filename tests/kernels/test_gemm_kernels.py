@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydedup import lookup, matmul
 from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, PageNotFoundError
-from pydedup.pool import PagePool
+from pydedup.pool import Fetched, PagePool
 from pydedup.testing.kernels import RUNNABLE, run_with_kernel
 from pydedup.testing.memory_pages import MemoryPages, random_weights
 from pydedup.types import DType
@@ -192,9 +192,11 @@ def test_products_of_many_threads_with_pages_that_come_and_go() -> None:
     pages = MemoryPages()
     block_map = pages.add(w, (16, 16), per_page=4)
 
-    def fetch(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def fetch(ids: Sequence[int]) -> Iterator[Fetched]:
         # In other memory each time: what is remembered of pages that went leads nowhere.
-        return ((number, bytes(bytearray(payload))) for number, payload in pages.fetch(ids))
+        return (
+            (number, None, bytes(bytearray(payload))) for number, _, payload in pages.fetch(ids)
+        )
 
     pool = PagePool(fetch, 1 << 30)
     wanted = x @ w.T

@@ -59,7 +59,7 @@ def test_a_page_of_blocks_from_anywhere_is_the_page_that_they_were_encoded_for(
 
     parts = [every[:7], every[7:9], every[9:]]
     pages = {number: page(part) for number, part in enumerate(parts)}
-    pool = PagePool(lambda ids: ((i, pages[i]) for i in ids), memory_bytes)
+    pool = PagePool(lambda ids: ((i, None, pages[i]) for i in ids), memory_bytes)
     order = rng.permutation(every)
     page_of = np.searchsorted([7, 9], order, side="right")
     slots = (order - np.array([0, 7, 9])[page_of]).astype(np.uint32)
@@ -110,7 +110,7 @@ def test_slots_of_a_pooled_page_outlive_it() -> None:
         np.full(count, 8),
         np.full(count, 16),
     )
-    pool = PagePool(lambda ids: ((i, payload) for i in ids), 1 << 20)
+    pool = PagePool(lambda ids: ((i, None, payload) for i in ids), 1 << 20)
     (page,) = pool.pages([0])
     slots = page.slots
     del page

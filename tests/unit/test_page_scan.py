@@ -27,13 +27,14 @@ class Pages:
 
     def __init__(self, count: int) -> None:
         self.payloads = {number: page(number) for number in range(1, count + 1)}
+        self.checksums = {n: codec.page_checksum(one) for n, one in self.payloads.items()}
         self.read: list[int] = []
 
-    def read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def read_recorded_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         for number in ids:
             self.read.append(number)
             if number in self.payloads:
-                yield number, self.payloads[number]
+                yield number, self.checksums[number], self.payloads[number]
 
 
 def walk(scan: PageScan, page_ids: Sequence[int]) -> None:
@@ -52,14 +53,14 @@ def pages() -> Pages:
 
 
 def test_pages_needed_once_are_read_once_and_not_pooled(pages: Pages) -> None:
-    pool = PagePool(pages.read_pages, 1 << 20)
+    pool = PagePool(pages.read_recorded_pages, 1 << 20)
     walk(PageScan(pages, pool), [*range(40, 0, -1), 7, 7, 1])  # type: ignore[arg-type]
     assert sorted(pages.read) == list(range(1, 41))
     assert pool.stats()["pages"] == 0
 
 
 def test_the_last_pages_are_kept_and_those_that_come_back_are_pooled(pages: Pages) -> None:
-    pool = PagePool(pages.read_pages, 1 << 20)
+    pool = PagePool(pages.read_recorded_pages, 1 << 20)
     scan = PageScan(pages, pool)  # type: ignore[arg-type]
     walk(scan, [1, 2, 3])
     walk(scan, [3, 2])
@@ -73,7 +74,7 @@ def test_the_last_pages_are_kept_and_those_that_come_back_are_pooled(pages: Page
 
 
 def test_what_is_pooled_is_not_read(pages: Pages) -> None:
-    pool = PagePool(pages.read_pages, 1 << 20)
+    pool = PagePool(pages.read_recorded_pages, 1 << 20)
     pool.pages([5])
     pages.read.clear()
     walk(PageScan(pages, pool), [5, 6])  # type: ignore[arg-type]
@@ -81,14 +82,14 @@ def test_what_is_pooled_is_not_read(pages: Pages) -> None:
 
 
 def test_a_pool_that_is_too_small_is_done_without(pages: Pages) -> None:
-    pool = PagePool(pages.read_pages, 700)  # not even one page
+    pool = PagePool(pages.read_recorded_pages, 700)  # not even one page
     scan = PageScan(pages, pool)  # type: ignore[arg-type]
     for _ in range(3):
         walk(scan, list(range(1, 41)))
 
 
 def test_damaged_and_missing_pages_are_named(pages: Pages) -> None:
-    scan = PageScan(pages, PagePool(pages.read_pages, 1 << 20))  # type: ignore[arg-type]
+    scan = PageScan(pages, PagePool(pages.read_recorded_pages, 1 << 20))  # type: ignore[arg-type]
     with pytest.raises(PageNotFoundError, match="99"):
         walk(scan, [1, 99])
     broken = bytearray(pages.payloads[2])
@@ -96,3 +97,15 @@ def test_damaged_and_missing_pages_are_named(pages: Pages) -> None:
     pages.payloads[2] = bytes(broken)
     with pytest.raises(CorruptStoreError, match=r"page 2: .*run verify"):
         walk(scan, [2])
+
+
+def test_a_page_in_the_place_of_another_is_damage(pages: Pages) -> None:
+    """Each is sound by itself: only what is recorded tells that they are exchanged."""
+    pages.payloads[2], pages.payloads[3] = pages.payloads[3], pages.payloads[2]
+    pool = PagePool(pages.read_recorded_pages, 1 << 20)
+    for read in (lambda: walk(PageScan(pages, pool), [1, 2]), lambda: pool.pages([1, 2])):  # type: ignore[arg-type]
+        with pytest.raises(
+            CorruptStoreError, match=r"page 2: its checksum is not the one of its row"
+        ):
+            read()
+    assert pool.stats()["pages"] <= 1

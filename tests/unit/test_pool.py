@@ -23,7 +23,7 @@ from pydedup.errors import (
     PageNotFoundError,
     UnavailableError,
 )
-from pydedup.pool import Called, PagePool
+from pydedup.pool import Called, Fetched, PagePool
 from pydedup.replacement import replay
 from pydedup.testing.memory_pages import MemoryPages
 
@@ -312,7 +312,7 @@ def test_a_page_that_several_threads_miss_is_fetched_once() -> None:
     pages, _ = pages_of(6)
     all_ask = threading.Barrier(4)
 
-    def slow(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def slow(ids: Sequence[int]) -> Iterator[Fetched]:
         time.sleep(0.05)
         return pages.fetch(ids)
 
@@ -331,7 +331,7 @@ def test_a_failing_fetch_does_not_strand_those_who_wait() -> None:
     pages, _ = pages_of(2)
     failed = threading.Event()
 
-    def first_fails(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def first_fails(ids: Sequence[int]) -> Iterator[Fetched]:
         if not failed.is_set():
             failed.set()
             time.sleep(0.1)

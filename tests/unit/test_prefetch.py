@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pydedup.errors import PageNotFoundError, UnavailableError
-from pydedup.pool import Called, PagePool
+from pydedup.pool import Called, Fetched, PagePool
 from pydedup.testing.memory_pages import MemoryPages
 
 MIB = 1 << 20
@@ -30,7 +30,7 @@ class SlowPages:
         self._seconds = seconds
         self.fetched: list[tuple[str, list[int]]] = []
 
-    def fetch(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def fetch(self, ids: Sequence[int]) -> Iterator[Fetched]:
         self.fetched.append((threading.current_thread().name, list(ids)))
         for page in self._pages.fetch(ids):
             time.sleep(self._seconds)
@@ -171,7 +171,7 @@ def test_what_cannot_be_read_ahead_fails_where_it_is_used() -> None:
 def test_a_driver_that_breaks_while_reading_ahead_fails_the_walk() -> None:
     pages = SlowPages(24)
 
-    def breaks(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def breaks(ids: Sequence[int]) -> Iterator[Fetched]:
         if ids[0] > 8:
             raise RuntimeError("no such driver")
         return pages.fetch(ids)
@@ -187,7 +187,7 @@ def test_where_no_second_connection_is_to_be_had_a_walk_reads_for_itself() -> No
     pages = SlowPages(24)
     refused: list[int] = []
 
-    def one_connection(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def one_connection(ids: Sequence[int]) -> Iterator[Fetched]:
         if threading.current_thread().name == "pydedup-ahead":
             refused.append(ids[0])
             raise UnavailableError("too many connections")
@@ -362,7 +362,7 @@ def test_of_a_large_pool_windows_are_read_while_one_before_is_on_its_way() -> No
     pages = SlowPages(64, 0)
     behind = threading.Event()
 
-    def fetch(ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def fetch(ids: Sequence[int]) -> Iterator[Fetched]:
         if ids[0] == 17:  # the first that is read ahead waits for the one behind it
             assert behind.wait(20)
         if ids[0] == 33:
