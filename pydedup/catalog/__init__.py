@@ -25,6 +25,7 @@ from pydedup.catalog.rows import (
     model_info,
     page_readers,
     recorded_object,
+    taken_versions,
     version_of,
     with_recorded,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "recorded_aliases",
     "recorded_object",
     "recorded_pages",
+    "taken_versions",
     "tensors_digest",
     "version_of",
     "with_other_maps",

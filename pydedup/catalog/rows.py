@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pydedup.adapter import Adapter, ModelRow, TensorRow
+from pydedup.adapter import STAGING, Adapter, ModelRow, TensorRow
 from pydedup.blocks import as_block_shape
-from pydedup.certificates import METADATA, OF_MODEL, artifact_digest
+from pydedup.certificates import ADDRESS, METADATA, OF_MODEL, artifact_digest
 from pydedup.errors import CorruptStoreError
 from pydedup.types import DType, ModelInfo, TensorInfo, shape_problem
 
@@ -23,6 +24,7 @@ __all__ = [
     "promised",
     "recorded_certificate",
     "recorded_object",
+    "taken_versions",
     "tensor_info",
     "version_of",
     "with_recorded",
@@ -126,6 +128,23 @@ def tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
 def known_versions(adapter: Adapter, name: str) -> list[str]:
     """Return the versions of a model, oldest first; of very many, the newest."""
     return [row.version for row in adapter.models(name=name, newest=SUGGESTED_MODELS)]
+
+
+def taken_versions(adapter: Adapter, name: str) -> set[str]:
+    """Return the versions that a model has, and those of damaged rows, which nobody else may get.
+
+    Such a row has a state that is none, or another version than it was added as.
+    """
+    taken = set()
+    for row in adapter.models(name=name, state=None):
+        if row.state == STAGING:
+            continue
+        taken.add(row.version)
+        with contextlib.suppress(CorruptStoreError):
+            added_as = str(recorded_certificate(row).get(ADDRESS, ""))
+            if added_as.startswith(f"{name}@"):
+                taken.add(added_as.removeprefix(f"{name}@"))
+    return taken
 
 
 def version_of(adapter: Adapter, name: str, version: str) -> ModelRow | None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from pydedup.accuracy import number
 from pydedup.adapter import Adapter
+from pydedup.catalog import taken_versions
 from pydedup.certificates import MEASURED
 from pydedup.errors import ArgumentError, ConflictError, DuplicateError
 from pydedup.formats.base import ModelSource
@@ -79,7 +80,7 @@ class Request:
         """Take the next version if it is one that nobody asked for, and others took it."""
         if not self.is_numbered:
             return False
-        taken = _versions(adapter, self.name)
+        taken = taken_versions(adapter, self.name)
         if self.version not in taken:
             return False
         self.version = _next(taken)
@@ -102,10 +103,6 @@ class Request:
             raise ArgumentError(f"metadata of {self.address} is not JSON: {exc}") from exc
 
 
-def _versions(adapter: Adapter, name: str) -> set[str]:
-    return {row.version for row in adapter.models(name=name)}
-
-
 def _next(taken: Iterable[str]) -> str:
     return str(max((int(v) for v in taken if v.isascii() and v.isdigit()), default=0) + 1)
 
@@ -121,7 +118,7 @@ class Taken:
     def of(cls, adapter: Adapter, name: str) -> Self:
         """Return those of a model, which need not be there."""
         aliases = frozenset(alias for _, alias, _ in adapter.aliases(name))
-        return cls(frozenset(_versions(adapter, name)), aliases)
+        return cls(frozenset(taken_versions(adapter, name)), aliases)
 
 
 def plan_address(

@@ -13,7 +13,7 @@ import pytest
 import pydedup
 from pydedup import policies
 from pydedup.cli.app import main
-from pydedup.errors import CorruptStoreError
+from pydedup.errors import CorruptStoreError, DuplicateError
 from pydedup.testing.pages import small_pages
 
 from .damage import change, put
@@ -257,6 +257,22 @@ def test_explain_leaves_out_a_damaged_neighbour(
     out, err = capsys.readouterr()
     assert json.loads(out)["damaged"] == list(explained.damaged)
     assert "two@1, tensor 'w'" in err
+
+
+@pytest.mark.parametrize("damage", ["state = 'lively'", "version = '1x'", "version = '0'"])
+def test_the_version_of_a_damaged_row_is_given_to_no_other(damage: str, store_url: str) -> None:
+    """Who asked for it got another model once it was added again without one."""
+    fill(store_url)
+    change(store_url, f"UPDATE {{models}} SET {damage} WHERE name = ?", "two")  # noqa: S608
+    with pydedup.open(store_url) as store:
+        assert store.add("two", MODELS["one"]).model == "two@2"
+        with pytest.raises(DuplicateError, match="two@1 is in the store already; add another ver"):
+            store.add("two@1", MODELS["one"])
+        (report,) = store.add_many({"two": MODELS["one"]})
+        assert report.model == "two@3"
+        damaged = "two@" + ("1" if "state" in damage else damage.split("'")[1])
+        assert store.remove(damaged) == [damaged]
+        assert store.add("two@1", MODELS["two"]).model == "two@1"
 
 
 def test_a_model_whose_state_is_damaged_can_be_removed(tmp_path: Path) -> None:
