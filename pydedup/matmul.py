@@ -217,9 +217,7 @@ def feed_blocks(
             pool.native, blocks_in(window, block_map), **_of(members, window.rows)
         )
 
-    for part, pages, page_index, bases in pool.stream_with_bases(
-        block_map.page_ids, block_map.bases, at_once
-    ):
+    for part, pages, page_index, bases in pool.stream(block_map.page_ids, block_map.bases, at_once):
         slots, at = block_map.slots[part], codec.bases_for_core(bases)
         product.feed(pages, page_index, slots, at, **_of(members, part))
 

@@ -145,20 +145,18 @@ class Lane:
     def __init__(self, call: Call, windows: list[Window], place: int | None) -> None:
         self._call = call
         self._windows = windows
-        self._course = call.course
-        self._place = place  # of its first window on that course
+        self._course = None if place is None else call.course
+        self._place = place or 0  # of its first window on that course
 
     def reach(self, number: int) -> bool:
         """Window ``number`` of the walk is wanted; returns whether it was waited for."""
         course = self._on_course()
-        if course is None or self._place is None:
-            return False
-        return course.reach(self._place + number)
+        return course is not None and course.reach(self._place + number)
 
     def pass_by(self, number: int) -> None:
         """Window ``number`` is pinned by the walk."""
         course = self._on_course()
-        if course is not None and self._place is not None and self._place + number >= 0:
+        if course is not None and self._place + number >= 0:
             course.pass_by(self._place + number)
 
     def missed(self, number: int) -> None:
@@ -168,9 +166,7 @@ class Lane:
 
     def _on_course(self) -> _Course | None:
         """Return the call's course, if this walk is on it."""
-        return (
-            self._course if self._place is not None and self._course is self._call.course else None
-        )
+        return self._course if self._course is self._call.course else None
 
 
 class Call:

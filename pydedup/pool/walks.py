@@ -132,34 +132,20 @@ class Walks(abc.ABC):
         PageNotFoundError, BudgetError, CorruptStoreError
             As `pages` does; BudgetError only when the two pages of one block do not fit.
         """
-        base_page_ids = None if bases is None else bases[0]
         cut = by_page if bases is None else by_pages
-        for window, pages in self._walk(page_ids, base_page_ids, cut, None):
+        for window, pages in self._walk(page_ids, bases, cut, None):
             assert isinstance(window.rows, np.ndarray)
             yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
 
     def planned(self, page_ids: NDArray[np.int64], bases: Bases | None) -> list[Window]:
         """Return the windows of a walk over blocks in order, the same list each time."""
-        base_page_ids = None if bases is None else bases[0]
-        cut = in_order if bases is None else in_order_with_bases
-        return self._plans.of(page_ids, base_page_ids, cut, self.window_pages)
+        return self._plans.of(page_ids, _pages_of(bases), _in_order(bases), self.window_pages)
 
     def hold(self, count: int) -> AbstractContextManager[None]:
         """Keep room for so many pages that are used out of the pool, as a walk does."""
         return self._shares.walks.hold(count * self._loader.largest)
 
     def stream(
-        self, page_ids: NDArray[np.int64]
-    ) -> Iterator[tuple[slice, list[Page], NDArray[np.uint32]]]:
-        """Walk over blocks in their order; a page may be needed by several windows.
-
-        As `windows`, but ``rows`` is a slice, each beginning where the one before ended. How an
-        array is cut is remembered for as long as the array lives, so it must not change.
-        """
-        for rows, pages, page_index, _ in self.stream_with_bases(page_ids, None):
-            yield rows, pages, page_index
-
-    def stream_with_bases(
         self,
         page_ids: NDArray[np.int64],
         bases: Bases | None,
@@ -167,13 +153,12 @@ class Walks(abc.ABC):
     ) -> Iterator[tuple[slice, list[Page], NDArray[np.uint32], StoredBases | None]]:
         """Walk over blocks in their order, the page of each pinned together with its base's.
 
-        `stream` with what `windows_with_bases` adds to `windows`. A window for which ``at_once``
-        returns true is not yielded: it was used out of the pool.
+        As `windows_with_bases`, but ``rows`` is a slice, each beginning where the one before ended.
+        How an array is cut is remembered for as long as the array lives, so it must not change. A
+        window for which ``at_once`` returns true is not yielded: it was used out of the pool.
         """
-        base_page_ids = None if bases is None else bases[0]
-        cut = in_order if bases is None else in_order_with_bases
         plan = self.planned(page_ids, bases)
-        for window, pages in self._walk(page_ids, base_page_ids, cut, plan, at_once):
+        for window, pages in self._walk(page_ids, bases, _in_order(bases), plan, at_once):
             assert isinstance(window.rows, slice)
             yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
 
@@ -182,12 +167,12 @@ class Walks(abc.ABC):
     def _walk(
         self,
         page_ids: NDArray[np.int64],
-        base_page_ids: NDArray[np.int64] | None,
+        bases: Bases | None,
         cut: Cut,
         plan: list[Window] | None,
         at_once: Callable[[Window], bool] | None = None,
     ) -> Iterator[tuple[Window, list[Page]]]:
-        call = self._calling()
+        call, base_page_ids = self._calling(), _pages_of(bases)
         if plan is None:
             windows, lane = cut(page_ids, base_page_ids, self.window_pages), None
         else:
@@ -211,8 +196,8 @@ class Walks(abc.ABC):
                 if used or pages is not None:
                     continue
             # Pages are larger than those before made believe, or others pin without a walk.
-            bases = None if base_page_ids is None else base_page_ids[window.rows]
-            parts = cut(page_ids[window.rows], bases, max(1, len(window.ids) // 2))
+            these = None if base_page_ids is None else base_page_ids[window.rows]
+            parts = cut(page_ids[window.rows], these, max(1, len(window.ids) // 2))
             ahead.extend((-1, within(window, part)) for part in reversed(parts))
 
     def _reach(self, lane: Lane, number: int, window: Window) -> None:
@@ -232,6 +217,14 @@ class Walks(abc.ABC):
             if len(window.ids) == 1 or (len(window.ids) == 2 and has_pair(window)):
                 raise
         return None
+
+
+def _pages_of(bases: Bases | None) -> NDArray[np.int64] | None:
+    return None if bases is None else bases[0]
+
+
+def _in_order(bases: Bases | None) -> Cut:
+    return in_order if bases is None else in_order_with_bases
 
 
 def _bases_in(window: Window, pages: list[Page], bases: Bases | None) -> StoredBases | None:

@@ -30,7 +30,7 @@ def test_a_walk_visits_each_block_once_with_both_pages(budget_pages: int, in_ord
     pair = Pair(every=2, scattered=True)
     assert pair.delta.bases is not None
     pool = pair.pages.pool(budget_pages * max(map(len, pair.pages.payloads.values())))
-    walk = pool.stream_with_bases if in_order else pool.windows_with_bases
+    walk = pool.stream if in_order else pool.windows_with_bases
     seen: list[int] = []
     everything = np.arange(pair.delta.grid.count)
     for rows, pages, page_index, bases in walk(pair.delta.page_ids, pair.delta.bases):
@@ -50,12 +50,16 @@ def test_a_walk_visits_each_block_once_with_both_pages(budget_pages: int, in_ord
     assert not in_order or seen == sorted(seen)
 
 
-def test_walks_without_bases_are_as_before() -> None:
+def test_walks_without_bases_give_none() -> None:
     pair = Pair()
-    pool = pair.pages.pool()
-    plain = [(rows, index.tolist()) for rows, _, index in pool.stream(pair.raw.page_ids)]
-    with_none = pool.stream_with_bases(pair.raw.page_ids, None)
-    assert [(rows, index.tolist()) for rows, _, index, none in with_none if none is None] == plain
+    pool, page_ids = pair.pages.pool(), pair.raw.page_ids
+    plain = [rows.tolist() for rows, _, _ in pool.windows(page_ids)]
+    with_none = pool.windows_with_bases(page_ids, None)
+    assert [rows.tolist() for rows, _, _, none in with_none if none is None] == plain
+    parts = [(part.start, part.stop) for part, *_, none in pool.stream(page_ids, None) if not none]
+    starts, stops = zip(*parts, strict=True)
+    assert starts == (0, *stops[:-1])
+    assert stops[-1] == len(page_ids)
 
 
 def test_a_walk_remembers_which_bases_it_was_planned_for() -> None:

@@ -230,7 +230,7 @@ def test_walks_visit_every_block_once(page_ids: list[int], budget_pages: int) ->
         del held
     assert (seen == 1).all()
     at = 0
-    for part, held, index in pool.stream(ids):
+    for part, held, index, _ in pool.stream(ids, None):
         assert part.start == at
         at = part.stop
         assert [number_on(held[i]) for i in index] == ids[part].tolist()
@@ -279,7 +279,7 @@ def test_the_cut_of_an_array_is_remembered_while_it_lives() -> None:
     pool = pages.pool()
     ids = np.arange(1, 7, dtype=np.int64)
     for _ in range(3):
-        assert sum(part.stop - part.start for part, _, _ in pool.stream(ids)) == 6
+        assert sum(part.stop - part.start for part, *_ in pool.stream(ids, None)) == 6
     assert len(pool._plans) == 1
     del ids
     gc.collect()

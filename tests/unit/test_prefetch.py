@@ -57,7 +57,7 @@ def walk(
 ) -> list[float]:
     """Return what the pages hold; `linger` is called in each window with what is done."""
     seen = []
-    for part, pages, index, _ in pool.stream_with_bases(ids, None):
+    for part, pages, index, _ in pool.stream(ids, None):
         here = [
             float(
                 np.frombuffer(pages[i].payload, np.float32, 1, int(pages[i].slots["offset"][0]))[0]
@@ -235,7 +235,7 @@ def test_a_call_that_is_given_up_lets_its_pages_go() -> None:
 
     def interrupted() -> None:
         with pool.call(model(1)):
-            walked = pool.stream(ids_of(1, 24))
+            walked = pool.stream(ids_of(1, 24), None)
             next(walked)
             raise KeyboardInterrupt
 
@@ -412,7 +412,7 @@ def test_an_error_that_is_kept_pins_nothing() -> None:
     pool = PagePool(pages.fetch, 32 * MIB)
 
     def fails() -> None:
-        for _ in pool.stream(ids_of(1, 8)):
+        for _ in pool.stream(ids_of(1, 8), None):
             raise ValueError("while computing")
 
     with pytest.raises(ValueError, match="while computing") as caught:
