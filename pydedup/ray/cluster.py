@@ -267,24 +267,24 @@ def _away_from_sources() -> Iterator[None]:
 
 def _quiet_output() -> AbstractContextManager[None]:
     """Have Ray not print what it notes of processes that died: our own output goes there."""
-    return _instead("ray._private.worker", "print_to_stdstream", lambda _: lambda *_, **__: None)
+    return _instead("ray._private.worker", "print_to_stdstream", lambda *_, **__: None)
 
 
 def _quiet_entry_point() -> AbstractContextManager[None]:
     """Have Ray note the command line, as the entry point of its job, without passwords."""
     told = subprocess.list2cmdline(without_secrets(redact(part)) for part in sys.orig_argv)
-    return _instead("ray._private.utils", "get_entrypoint_name", lambda _: lambda: told)
+    return _instead("ray._private.utils", "get_entrypoint_name", lambda: told)
 
 
 @contextlib.contextmanager
-def _instead(module: str, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Put a function, made of Ray's own, in the place of that, where this Ray has it."""
+def _instead(module: str, name: str, ours: Callable[..., Any]) -> Iterator[None]:
+    """Put a function in the place of one of Ray's, where this Ray has it."""
     where = sys.modules.get(module)
     real = getattr(where, name, None)
     if real is None:
         yield
         return
-    setattr(where, name, make(real))
+    setattr(where, name, ours)
     try:
         yield
     finally:

@@ -10,15 +10,14 @@ Deliberately not here: connecting.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import socket
 import time
-from typing import Any, Final
+from typing import Final
 
 from pydedup.errors import ArgumentError, ClusterError
-from pydedup.ray.versions import check_versions
+from pydedup.ray.versions import check_versions, generated, open_channel
 from pydedup.registry import redact
 
 __all__ = ["probe"]
@@ -75,7 +74,7 @@ def probe(on: str) -> None:
         )
     if code is not None:
         raise ClusterError(f"what listens at {on} is no Ray cluster ({code}); {to_do}")
-    check_versions(on, f"{host}:{port}", _channel, client=client)
+    check_versions(on, f"{host}:{port}", client=client)
 
 
 def _asked(place: str, client: bool) -> str | None:
@@ -97,11 +96,9 @@ def _asked(place: str, client: bool) -> str | None:
 
 
 def _ask(place: str, client: bool) -> None:
-    """Ask a cluster for what changes nothing, as Ray would: with its TLS, and with its token."""
-    service = "ray_client" if client else "gcs_service"
-    messages = importlib.import_module(f"ray.core.generated.{service}_pb2")
-    stubs = importlib.import_module(f"ray.core.generated.{service}_pb2_grpc")
-    with _channel(place) as channel:
+    """Ask a cluster for what changes nothing, as Ray would."""
+    messages, stubs = generated("ray_client" if client else "gcs_service")
+    with open_channel(place) as channel:
         if client:
             ping = messages.ClusterInfoRequest(type=messages.ClusterInfoType.PING)
             stubs.RayletDriverStub(channel).ClusterInfo(ping, timeout=_ANSWER_SECONDS)
@@ -109,11 +106,3 @@ def _ask(place: str, client: bool) -> None:
             request = messages.GetClusterIdRequest()
             stub = stubs.NodeInfoGcsServiceStub(channel)
             stub.GetClusterId(request, timeout=_ANSWER_SECONDS)
-
-
-def _channel(place: str) -> Any:
-    try:
-        utils = importlib.import_module("ray._private.grpc_utils")
-    except ImportError:  # of Rays before tokens
-        utils = importlib.import_module("ray._private.utils")
-    return utils.init_grpc_channel(place)

@@ -275,19 +275,13 @@ class FolderNotes:
                 )
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                written = _write(self._folder, json.dumps(dict(work)))
+                if _write_first(noted, json.dumps(dict(work))):
+                    return dict(work), False
             except OSError as error:
                 raise ArgumentError(
                     f"predictions cannot go to {parent}: {error.strerror}; name a new folder that "
                     "can be written"
                 ) from error
-            try:  # so that of two that begin at once, the first says what it is
-                os.link(written, noted)
-                return dict(work), False
-            except FileExistsError:
-                pass
-            finally:
-                written.unlink()
         found = dict(json.loads(noted.read_text()))
         # What an older pydedup noted says nothing of the source.
         if any(found.get(name, work[name]) != work[name] for name in ("what", "source", "asked")):
@@ -310,13 +304,7 @@ class FolderNotes:
         """Return how the work was cut, which is done now when it was not."""
         noted = self._folder / "parts.json"
         if not noted.exists():
-            written = _write(self._folder, json.dumps(cut()))
-            try:
-                os.link(written, noted)
-            except FileExistsError:
-                pass
-            finally:
-                written.unlink()
+            _write_first(noted, json.dumps(cut()))
         return list(json.loads(noted.read_text()))
 
     def done(self) -> dict[int, PartResult]:
@@ -341,6 +329,21 @@ class FolderNotes:
 def part_file(number: int) -> str:
     """Return the name of the Parquet file of a part."""
     return f"part-{number:05d}.parquet"
+
+
+def _write_first(path: Path, text: str) -> bool:
+    """Write a file unless it is there: of two that begin at once, the first one's stays.
+
+    Returns whether this was the first.
+    """
+    written = _write(path.parent, text)
+    try:
+        os.link(written, path)
+    except FileExistsError:
+        return False
+    finally:
+        written.unlink()
+    return True
 
 
 def _write(folder: Path, text: str) -> Path:
