@@ -10,7 +10,7 @@ which also says what each operation means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,9 +23,18 @@ from pydedup.serving.stacks import Stacks, fusable
 from pydedup.serving.tensor import StoredTensor, matmul_together
 from pydedup.serving.weightless import WEIGHTLESS, activation_of, checked_axis, real
 
-__all__ = ["Tensors", "from_front", "run_graph", "run_together", "until_last"]
+__all__ = [
+    "Tensors",
+    "check_inputs",
+    "from_front",
+    "run_graph",
+    "run_together",
+    "until_last",
+    "without_padding",
+]
 
 _Array: TypeAlias = NDArray[Any]
+#: Returns a tensor of a model by name.
 Tensors: TypeAlias = Callable[[str], StoredTensor]
 
 
@@ -71,7 +80,7 @@ def run_together(
     Blocks that the weights of products have in common are used once for all runs. ``stacks`` are
     those of the model of the only run. Raises what `run_graph` does, for whichever run it is.
     """
-    states = [_Run(tensors, _checked_inputs(graph, inputs)) for tensors, inputs in runs]
+    states = [_Run(tensors, graph, inputs) for tensors, inputs in runs]
     last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     fused: dict[str, Node] | None = None
     made = set(graph.inputs)
@@ -103,13 +112,13 @@ def _output(graph: Graph, run: _Run, name: str) -> _Array:
     return value.astype(np.float16, copy=False) if name in graph.halves else value
 
 
-def _checked_inputs(graph: Graph, inputs: Mapping[str, ArrayLike]) -> dict[str, _Array]:
-    unknown = [name for name in inputs if name not in graph.inputs]
-    missing = [name for name in graph.inputs if name not in inputs]
+def check_inputs(given: Collection[str], taken: Collection[str]) -> None:
+    """Raise ArgumentError unless the names of inputs are those that a model takes."""
+    unknown = [name for name in given if name not in taken]
+    missing = [name for name in taken if name not in given]
     if unknown or missing:
         problem = f"unknown input {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
-        raise ArgumentError(f"{problem}; the model takes: {', '.join(graph.inputs)}")
-    return {name: np.asarray(inputs[name]) for name in graph.inputs}
+        raise ArgumentError(f"{problem}; the model takes: {', '.join(taken)}")
 
 
 def _compute(states: Sequence[_Run], node: Node, activation: str | None) -> list[_Array]:
@@ -149,9 +158,10 @@ def _linear(states: Sequence[_Run], node: Node, activation: str | None) -> list[
 class _Run:
     """One run: the values of it so far, the tensors and what was read of them."""
 
-    def __init__(self, tensors: Tensors, values: dict[str, _Array]) -> None:
+    def __init__(self, tensors: Tensors, graph: Graph, inputs: Mapping[str, ArrayLike]) -> None:
+        check_inputs(inputs, graph.inputs)
         self.tensor = tensors
-        self.values = values
+        self.values: dict[str, _Array] = {name: np.asarray(inputs[name]) for name in graph.inputs}
         self._vectors: dict[str, _Array] = {}
 
     def vector(self, name: str) -> _Array:
@@ -184,7 +194,7 @@ class _Run:
             ids, offsets = until_last(ids, offsets)
         padding = node.attr("padding_idx")
         if padding is not None and weight.shape[0]:  # `bag` refuses any id of an empty table
-            ids, offsets = _without(ids, offsets, padding % weight.shape[0])
+            ids, offsets, _ = without_padding(ids, offsets, padding % weight.shape[0])
         return weight.bag(ids, offsets, node.attr("mode"))
 
     def layer_norm(self, node: Node, x: _Array) -> _Array:
@@ -235,25 +245,30 @@ def until_last(ids: _Array, offsets: _Array) -> tuple[_Array, _Array]:
     return ids[:end], offsets[:-1]
 
 
-# ---- inside -------------------------------------------------------------------------------------
+def without_padding(
+    ids: _Array, offsets: _Array | None, padding: int, factors: _Array | None = None
+) -> tuple[_Array, _Array | None, _Array | None]:
+    """Return bags as 1-D ids and offsets, and factors, without the entries that are padding.
 
-
-def _without(ids: _Array, offsets: _Array | None, padding: int) -> tuple[_Array, _Array | None]:
-    """Return bags as 1-D ids and offsets, without the entries that are padding."""
-    if ids.dtype.kind not in "iu" or (ids.ndim != 2 and offsets is None):
-        return ids, offsets  # `bag` says what is wrong
-    if ids.ndim == 2 and offsets is None:
+    What fits no bags stays as it is: `StoredTensor.bag` says what is wrong.
+    """
+    as_given = ids, offsets, factors
+    if ids.dtype.kind not in "iu" or (factors is not None and factors.shape != ids.shape):
+        return as_given
+    if offsets is None:
+        if ids.ndim != 2:
+            return as_given
         starts = np.arange(ids.shape[0]) * ids.shape[1]
-    elif offsets is not None and offsets.ndim == 1 and offsets.dtype.kind in "iu":
-        if ids.ndim != 1 or (offsets.size and not 0 <= offsets.min() <= offsets.max() <= len(ids)):
-            return ids, offsets
-        starts = offsets
     else:
-        return ids, offsets
+        if ids.ndim != 1 or offsets.ndim != 1 or offsets.dtype.kind not in "iu":
+            return as_given
+        if offsets.size and not 0 <= offsets.min() <= offsets.max() <= len(ids):
+            return as_given
+        starts = offsets.astype(np.int64)
     flat = ids.reshape(-1)
     dropped = np.flatnonzero(flat == padding)
-    starts = starts.astype(np.int64)
-    return np.delete(flat, dropped), starts - np.searchsorted(dropped, starts)
+    kept = None if factors is None else np.delete(factors.reshape(-1), dropped)
+    return np.delete(flat, dropped), starts - np.searchsorted(dropped, starts), kept
 
 
 def _weightless(compute: Callable[..., _Array]) -> Callable[..., _Array]:

@@ -131,8 +131,8 @@ def detach(module: nn.Module, catalog: Catalog) -> None:
             )
     release(module)
     for path, attribute, stored in places:
-        is_parameter = attachment.slots[stored.number].is_parameter
-        _put(module.get_submodule(path), attribute, loaded[stored.number], is_parameter)
+        tensor, is_parameter = loaded[stored.number], stored.slot.is_parameter
+        _put(module.get_submodule(path), attribute, tensor, is_parameter)
 
 
 def _put(owner: nn.Module, attribute: str, tensor: torch.Tensor, is_parameter: bool) -> None:

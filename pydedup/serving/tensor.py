@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -21,7 +21,14 @@ from pydedup.joint import Factor
 from pydedup.pool import Called, PagePool
 from pydedup.types import DType, Progress, TensorInfo
 
-__all__ = ["StoredTensor", "TensorsOnDemand", "called", "matmul_together"]
+__all__ = [
+    "StoredTensor",
+    "TensorOf",
+    "TensorsOnDemand",
+    "called",
+    "matmul_together",
+    "stored_tensor",
+]
 
 _T = TypeVar("_T")
 
@@ -248,6 +255,21 @@ class StoredTensor:
                 pass  # not retried here: the exception would keep pages pinned meanwhile
             self._refresh()
             return use(self._block_map())
+
+
+def stored_tensor(
+    model: StoredModel,
+    name: str,
+    pool: PagePool,
+    call: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> StoredTensor:
+    """Return a tensor of a model; ``call`` as `StoredTensor` takes it."""
+    info = model.tensor(name)
+    return StoredTensor(info, lambda: model.block_map(name), pool, model.refresh, call)
+
+
+#: Returns a tensor of a model by name.
+TensorOf: TypeAlias = Callable[[StoredModel, str], StoredTensor]
 
 
 def matmul_together(

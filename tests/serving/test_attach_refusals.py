@@ -19,6 +19,7 @@ from .conftest import net
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
+bag = nn.functional.embedding_bag
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -83,8 +84,26 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "float64": (lambda m: m(X.double()), "is torch.float64, and the weight torch.float32"),
     "bf16": (lambda m: X.bfloat16() @ m[0].weight.T, "is torch.bfloat16, and the weight"),
     "padding": (
-        lambda m: nn.functional.embedding_bag(IDS[None].abs(), m[0].weight, padding_idx=70),
+        lambda m: bag(IDS[None].abs(), m[0].weight, padding_idx=70),
         "padding_idx 70 is none of the 70 rows",
+    ),
+    "offsets beyond the ids": (
+        lambda m: bag(IDS.abs(), m[0].weight, torch.tensor([0, 9]), padding_idx=0),
+        "offsets must begin with 0, ascend and stay within the 2 ids",
+    ),
+    "ids without offsets": (
+        lambda m: bag(IDS.abs(), m[0].weight, padding_idx=0),
+        "ids of rank 1 without offsets",
+    ),
+    "factors": (
+        lambda m: bag(
+            IDS[None].abs(),
+            m[0].weight,
+            mode="sum",
+            per_sample_weights=torch.ones(3),
+            padding_idx=0,
+        ),
+        r"weights have shape \(3,\); that of ids, \(1, 2\), is needed",
     ),
     "shape": (lambda m: m(X[:, :9]), r"x has shape \(3, 9\)"),
     "device": (lambda m: m(X.to("meta")), "the input is on meta"),

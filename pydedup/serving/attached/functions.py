@@ -11,7 +11,7 @@ torch would return.
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from pydedup.errors import ArgumentError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
-from pydedup.serving.engine import from_front, until_last
+from pydedup.serving.engine import from_front, until_last, without_padding
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 
@@ -67,7 +67,7 @@ def _cast(x: torch.Tensor, weight: StoredParameter) -> torch.Tensor:
     """Return an input of a product as torch.autocast has it, which a module may enter itself."""
     if torch.is_autocast_enabled("cpu") and x.dtype in (torch.float32, *_HALVES):
         return x.to(torch.get_autocast_dtype("cpu"))
-    dtype = weight.attachment.slots[weight.number].dtype
+    dtype = weight.slot.dtype
     if x.dtype != dtype and x.is_floating_point():
         # As torch does: else a float64 one would be answered with the digits of float32.
         raise ArgumentError(
@@ -106,7 +106,7 @@ def _streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
     """Return what streams this weight with this input; ``None`` to load it."""
     if type(weight) is not StoredParameter or type(x) is StoredParameter:
         return None
-    slot = weight.attachment.slots[weight.number]
+    slot = weight.slot
     stored = weight.stored()
     if len(stored.shape) != ndim or not slot.dtype.is_floating_point:
         return None
@@ -206,20 +206,13 @@ def _conv1d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    stored = _streamed(weight, input, 3)
-    if stored is None:
-        return NotImplemented
-    assert isinstance(weight, StoredParameter)
-    input = _cast(input, weight)
-    y = stored.conv2d(
-        _array(input, weight)[..., None, :],
-        bias=_bias(bias),
-        stride=(1, _single(stride)),
-        padding=padding if isinstance(padding, str) else (0, _single(padding)),
-        dilation=(1, _single(dilation)),
-        groups=groups,
-    )
-    return _result(y[..., 0, :], input.dtype)
+    options = {
+        "stride": (1, _single(stride)),
+        "padding": padding if isinstance(padding, str) else (0, _single(padding)),
+        "dilation": (1, _single(dilation)),
+        "groups": groups,
+    }
+    return _convolution(input, weight, bias, 1, options)
 
 
 @handles(functional.conv2d)
@@ -232,20 +225,33 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    stored = _streamed(weight, input, 4)
+    options = {
+        "stride": _sizes(stride),
+        "padding": padding if isinstance(padding, str) else _sizes(padding),
+        "dilation": _sizes(dilation),
+        "groups": groups,
+    }
+    return _convolution(input, weight, bias, 2, options)
+
+
+def _convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_axes: int,
+    options: Mapping[str, Any],
+) -> Any:
+    """Return the convolution of images, or of rows, which are images of height 1."""
+    stored = _streamed(weight, x, 2 + n_axes)
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
-    input = _cast(input, weight)
-    y = stored.conv2d(
-        _array(input, weight),
-        bias=_bias(bias),
-        stride=_sizes(stride),
-        padding=padding if isinstance(padding, str) else _sizes(padding),
-        dilation=_sizes(dilation),
-        groups=groups,
-    )
-    return _result(y, input.dtype)
+    x = _cast(x, weight)
+    given = _array(x, weight)
+    if n_axes == 2:
+        return _result(stored.conv2d(given, bias=_bias(bias), **options), x.dtype)
+    y = stored.conv2d(given[..., None, :], bias=_bias(bias), **options)
+    return _result(y[..., 0, :], x.dtype)
 
 
 def _single(size: Any) -> int:
@@ -301,7 +307,7 @@ def rows_of(weight: torch.Tensor, ids: torch.Tensor, *, from_end: bool = False) 
                 f"{weight.label}"
             )
         taken = taken + weight.rows[0]
-    return made(to_torch(stored.take(taken))).to(weight.attachment.slots[weight.number].dtype)
+    return made(to_torch(stored.take(taken))).to(weight.slot.dtype)
 
 
 @handles(functional.embedding_bag)
@@ -349,13 +355,10 @@ def _embedding_bag(
             raise ArgumentError(
                 f"padding_idx {padding_idx} is none of the {weight.shape[0]} rows of {weight.label}"
             )
-        kept = ids != padding_idx % weight.shape[0]
-        if starts is None:
-            starts = np.arange(ids.shape[0]) * ids.shape[1]
-        starts = np.concatenate(([0], np.cumsum(kept)))[starts]
-        ids, factors = ids[kept], None if factors is None else factors[kept]
+        padding = padding_idx % weight.shape[0]
+        ids, starts, factors = without_padding(ids, starts, padding, factors)
     bags = stored.bag(ids, starts, mode, weights=factors)
-    return _result(bags, weight.attachment.slots[weight.number].dtype)
+    return _result(bags, weight.slot.dtype)
 
 
 # ---- functions made of others -------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Self
 import torch
 
 from pydedup.errors import ArgumentError
+from pydedup.serving.attached.slots import Slot
 from pydedup.serving.attached.weights import Attachment, Rows
 from pydedup.serving.tensor import StoredTensor
 
@@ -98,9 +99,14 @@ class StoredParameter(torch.Tensor):
         self._refuse("pickled")
 
     @property
+    def slot(self) -> Slot:
+        """What it stands for."""
+        return self.attachment.slots[self.number]
+
+    @property
     def label(self) -> str:
         """Its name, and of what model, for messages."""
-        return f"{self.attachment.slots[self.number].names[0]!r} of {self.attachment.address}"
+        return f"{self.slot.names[0]!r} of {self.attachment.address}"
 
     def view_of(self, *, rows: Rows | None, transposed: bool) -> StoredParameter:
         """Return another view of the same slot."""

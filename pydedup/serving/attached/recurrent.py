@@ -81,7 +81,7 @@ def _can_be_loaded(weights: Sequence[Any]) -> bool:
     stored = [weight for weight in weights if type(weight) is StoredParameter]
     if not stored:
         return True
-    n_bytes = sum(weight.attachment.slots[weight.number].nbytes for weight in stored)
+    n_bytes = sum(weight.slot.nbytes for weight in stored)
     if n_bytes > stored[0].attachment.memory_bytes // _LOADED_PART:
         return False
     try:

@@ -109,7 +109,7 @@ def _converts(method: Callable[..., Any]) -> None:
 def _empty_like(value: Any) -> Any:
     if type(value) is not StoredParameter:
         return value
-    return torch.empty(0, dtype=value.attachment.slots[value.number].dtype)
+    return torch.empty(0, dtype=value.slot.dtype)
 
 
 for _method in (

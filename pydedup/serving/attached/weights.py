@@ -28,7 +28,7 @@ from pydedup.pool import PagePool, Reservation
 from pydedup.serving.attached.activations import Activations, not_measured
 from pydedup.serving.attached.pieces import Pieces
 from pydedup.serving.attached.slots import Slot
-from pydedup.serving.tensor import StoredTensor, called
+from pydedup.serving.tensor import StoredTensor, called, stored_tensor
 from pydedup.text import listed
 
 __all__ = ["Attachment", "Rows", "Weights"]
@@ -48,7 +48,7 @@ class Weights:
         self._kind = kind
         self._names = _fit(model, slots, prefix, kind)
         model.block_maps()  # all at once, instead of one by one later
-        self._stored = [self._tensor(name) for name in self._names]
+        self._stored = [stored_tensor(model, name, pool) for name in self._names]
         self._lock, self._process = threading.Lock(), os.getpid()
         #: Whole tensors, with what torch counts of changes in place, when they were new.
         self._loaded: dict[int, tuple[torch.Tensor, int, Reservation]] = {}
@@ -110,12 +110,6 @@ class Weights:
         return found
 
     # ---- inside -------------------------------------------------------------------------------
-
-    def _tensor(self, name: str) -> StoredTensor:
-        model = self.model
-        return StoredTensor(
-            model.tensor(name), lambda: model.block_map(name), self._pool, model.refresh
-        )
 
     def _part(self, name: str, rows: Rows) -> tuple[StoredTensor, int]:
         info = self.model.tensor(name)
