@@ -47,7 +47,16 @@ from typing import Any
 
 from pydedup.errors import ArgumentError
 
-__all__ = ["OPS", "OpSpec", "attr_problem", "flattened_from", "shape_problem", "window_problem"]
+__all__ = [
+    "KEEPING_SHAPE",
+    "OPS",
+    "OpSpec",
+    "attr_problem",
+    "axes_of",
+    "flattened_from",
+    "shape_problem",
+    "window_problem",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,11 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
         "transpose": OpSpec(attrs={"perm": ...}),
     }
 )
+
+#: Those without weights whose result has the shape of their only input.
+KEEPING_SHAPE = frozenset(
+    ("relu", "gelu", "sigmoid", "tanh", "softmax", "log_softmax", "leaky_relu", "elu", "silu")
+) | {"softplus", "identity"}
 
 _INT_ATTRS = {"start_axis", "axes", "axis", "padding_idx", "groups"}
 _FLOAT_ATTRS = {"alpha", "eps"}
@@ -227,6 +241,11 @@ def shape_problem(
         if shape != weight:
             return f"{role} has shape {shape}; that of weight, {weight}, is needed"
     return None
+
+
+def axes_of(axis: int | list[int]) -> list[int]:
+    """Return the axes that an attribute names, which may be one or several."""
+    return axis if isinstance(axis, list) else [axis]
 
 
 def flattened_from(start_axis: int, shape: Sequence[int]) -> int:

@@ -20,7 +20,7 @@ from pydedup.opening import open_rows
 from pydedup.pool import PagePool
 from pydedup.replacement import Trace
 from pydedup.serving.predict import Prediction, predict, predict_together
-from pydedup.serving.tensor import StoredTensor, called
+from pydedup.serving.tensor import StoredTensor, called, stored_tensor
 from pydedup.types import Progress, ScoreReport, check_progress
 
 if TYPE_CHECKING:
@@ -271,11 +271,4 @@ class StorePredictions:
         return outputs if isinstance(x, Mapping) or len(outputs) > 1 else outputs.popitem()[1]
 
     def _stored_tensor(self, model: StoredModel, name: str) -> StoredTensor:
-        info = model.tensor(name)
-        return StoredTensor(
-            info,
-            lambda: model.block_map(name),
-            self._pool,
-            model.refresh,
-            lambda: self._pool.call(called(model)),
-        )
+        return stored_tensor(model, name, self._pool, lambda: self._pool.call(called(model)))

@@ -20,7 +20,7 @@ from pydedup.http.endpoint import Endpoint, Exchange
 from pydedup.http.metrics import CONTENT_TYPE, Metrics
 from pydedup.http.numbers import PIECE_BYTES
 from pydedup.http.options import ServeOptions
-from pydedup.http.problems import RETRY_SOON, HttpError, bad, problem_of
+from pydedup.http.problems import bad, busy, problem_of
 from pydedup.http.requests import header_length, parameters_of, parse_infer, parse_object, raw_infer
 from pydedup.http.responses import Reply
 from pydedup.http.served import Admit, Arrays, ServedStore
@@ -92,21 +92,16 @@ class App(Endpoint):
 
     # ---- the paths ----------------------------------------------------------------------------
 
-    async def _live(self, exchange: Exchange) -> Reply:
-        return responses.json_reply({"live": True})
-
     async def _ready(self, exchange: Exchange) -> Reply:
         try:
             async with asyncio.timeout(_PING_SECONDS):
                 await self._in("ping", self._store.ping)
         except TimeoutError:
             said = f"the database does not answer within {_PING_SECONDS:g} seconds"
-            raise HttpError(503, said, "unavailable", RETRY_SOON) from None
+            raise busy(said) from None
         except Exception as error:
             problem = problem_of(error)
-            raise HttpError(
-                503, problem.message, "unavailable", RETRY_SOON, problem.cause
-            ) from None
+            raise busy(problem.message, cause=problem.cause) from None
         # The protocol's text calls it live; its servers call it ready.
         return responses.json_reply({"live": True, "ready": True})
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from pydedup.http.problems import RETRY_SOON, HttpError
+from pydedup.http.problems import busy
 
 __all__ = ["Batcher"]
 
@@ -95,12 +95,7 @@ class Batcher(Generic[_Request, _Result]):
             503 when too many wait already.
         """
         if len(self._waiting) >= self._max_queue:
-            raise HttpError(
-                503,
-                f"{len(self._waiting)} requests wait already; try again soon",
-                "queue_full",
-                RETRY_SOON,
-            )
+            raise busy(f"{len(self._waiting)} requests wait already; try again soon", "queue_full")
         one = _Waiting[_Request, _Result](request, rows, asyncio.get_running_loop().create_future())
         self._waiting.append(one)
         self._rows += rows
@@ -134,7 +129,7 @@ class Batcher(Generic[_Request, _Result]):
         self._pump()
 
     def _take(self) -> list[_Waiting[_Request, _Result]]:
-        batch, rows = [self._waiting.popleft()], 0
+        batch = [self._waiting.popleft()]
         rows = batch[0].rows
         while self._waiting and rows + self._waiting[0].rows <= self._max_rows:
             batch.append(self._waiting.popleft())

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from pydedup.http.problems import RETRY_SOON, HttpError, bad
+from pydedup.http.problems import bad, busy
 
 __all__ = ["DisconnectedError", "Held", "Room", "read_body"]
 
@@ -65,12 +65,10 @@ class Held:
                 said = f"it takes {total} bytes, and {room.most} are allowed{room.advice}"
                 raise bad(room.what, said, 413)
             if room.held + nbytes > _AT_ONCE * room.most:
-                raise HttpError(
-                    503,
+                raise busy(
                     f"requests whose {room.what} takes {room.held} bytes, all together, are being "
                     "served already; try again soon",
                     "queue_full",
-                    RETRY_SOON,
                 )
             room.held += nbytes
             self.nbytes = total

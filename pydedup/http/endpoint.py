@@ -20,8 +20,9 @@ from pydedup.http.bodies import DisconnectedError, Held, Room, read_body
 from pydedup.http.metrics import Metrics
 from pydedup.http.options import ServeOptions
 from pydedup.http.paths import Route, route_of
-from pydedup.http.problems import RETRY_SOON, HttpError, let_go, problem_of
+from pydedup.http.problems import RETRY_SOON, HttpError, busy, problem_of
 from pydedup.http.responses import Reply
+from pydedup.serving.predict import let_go
 
 __all__ = ["Endpoint", "Exchange"]
 
@@ -139,8 +140,7 @@ class Endpoint:
             if isinstance(error, asyncio.CancelledError):  # the end of the grace period
                 if not self.draining:
                     raise
-                said = "the server stopped before it was done"
-                problem = HttpError(503, said, "stopping", RETRY_SOON)
+                problem = busy("the server stopped before it was done", "stopping")
             if isinstance(error, TimeoutError) and limit.expired():
                 said = f"not done within {self._options.timeout:g} seconds"
                 problem = HttpError(504, said, "timeout", RETRY_SOON)
@@ -202,6 +202,9 @@ class Endpoint:
                 received=received,
                 sent=sent,
             )
+
+    async def _live(self, exchange: Exchange) -> Reply:
+        return responses.json_reply({"live": True})
 
     async def _body(self, exchange: Exchange) -> bytes | bytearray:
         exchange.reading = True

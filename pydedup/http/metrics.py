@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,7 +23,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["CONTENT_TYPE", "COUNTED", "MOST_MODELS", "Metrics"]
+__all__ = ["CONTENT_TYPE", "MOST_MODELS", "Metrics", "pool_family"]
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -31,7 +32,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: Models that are told apart at most: 1.5 MB for Prometheus to read.
 MOST_MODELS = 10_000
 #: What the pool counts up, apart from what it has now.
-COUNTED = ("hits", "misses", "inserts", "evictions", "waits", "wait_us")
+_COUNTED = ("hits", "misses", "inserts", "evictions", "waits", "wait_us")
 
 
 class Metrics:
@@ -125,6 +126,10 @@ class _Pool(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for name, value in self._stats().items():
-            text = f"Buffer pool: {name.replace('_', ' ')}."
-            kind = CounterMetricFamily if name in COUNTED else GaugeMetricFamily
-            yield kind(f"pydedup_pool_{name}", text, value=value)
+            yield pool_family(name, value=value)
+
+
+def pool_family(name: str, **values: Any) -> CounterMetricFamily | GaugeMetricFamily:
+    """Return what is told of one of the numbers of `PagePool.stats`."""
+    kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
+    return kind(f"pydedup_pool_{name}", f"Buffer pool: {name.replace('_', ' ')}.", **values)

@@ -15,7 +15,7 @@ from pydedup.errors import (
     UnsupportedFormatError,
 )
 
-__all__ = ["RETRY_SOON", "HttpError", "bad", "let_go", "problem_of"]
+__all__ = ["RETRY_SOON", "HttpError", "bad", "busy", "problem_of"]
 
 #: For clients that were turned away because there was too much to do.
 RETRY_SOON = ((b"retry-after", b"1"),)
@@ -45,6 +45,11 @@ def bad(where: str, problem: str, status: int = 400) -> HttpError:
     return HttpError(status, _short(f"{where}: {problem}"), "bad_request")
 
 
+def busy(said: str, outcome: str = "unavailable", cause: BaseException | None = None) -> HttpError:
+    """Return the error of a request that may be answered if it comes again soon."""
+    return HttpError(503, said, outcome, RETRY_SOON, cause)
+
+
 def problem_of(error: BaseException) -> HttpError:
     """Return what a client gets to know of an exception."""
     if isinstance(error, HttpError):
@@ -55,10 +60,10 @@ def problem_of(error: BaseException) -> HttpError:
     if isinstance(error, (UnavailableError, ConflictError)):
         # Where the database is, and what it says, is for the log.
         said = "the database cannot be reached; try again soon"
-        return HttpError(503, said, "unavailable", RETRY_SOON, cause=error)
+        return busy(said, cause=error)
     if isinstance(error, (BudgetError, MemoryError)):
         said = text if isinstance(error, BudgetError) else "not enough memory for this request"
-        return HttpError(503, said, "unavailable", RETRY_SOON)
+        return busy(said)
     if isinstance(error, ArgumentError):
         return HttpError(400, text, "bad_request")
     if isinstance(error, UnsupportedFormatError):
@@ -66,23 +71,6 @@ def problem_of(error: BaseException) -> HttpError:
     if isinstance(error, PydedupError):  # the store itself: damaged, of a newer version
         return HttpError(500, text, "error", cause=error)
     return HttpError(500, "a fault of the server; its log says more", "error", cause=error)
-
-
-def let_go(error: BaseException) -> None:
-    """Drop the tracebacks of an exception that has been told, and of those that led to it.
-
-    Their frames hold the body and the arrays of a request, and some hold the exception, too: in
-    such a circle all of it would stay until Python happens to look for circles.
-    """
-    left: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while left:
-        one = left.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        one.__traceback__ = None
-        left += [one.__cause__, one.__context__]
 
 
 def _short(text: str) -> str:

@@ -254,9 +254,7 @@ def parse(text: str) -> Scrape:
             elif sample.name.startswith("pydedup_pool_"):  # on Ray, of several replicas
                 name = sample.name.removeprefix("pydedup_pool_").removesuffix("_total")
                 pool[name] = pool.get(name, 0) + sample.value
-            elif sample.labels:
-                continue
-            else:
+            elif not sample.labels:
                 gauges[sample.name] = sample.value
     if not pool:
         raise ValueError("nothing of `pydedup serve` is in it")

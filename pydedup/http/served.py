@@ -20,7 +20,7 @@ from pydedup.errors import NotFoundError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.http.onnx_signature import onnx_signature
-from pydedup.http.shapes import Signature, Weight, signature_of
+from pydedup.http.shapes import Signature, signature_of
 from pydedup.opening import connect_store
 from pydedup.replacement import DEFAULT_POLICY, check_policy
 from pydedup.serving.predict import Prediction, as_predicted
@@ -119,10 +119,8 @@ class ServedStore(Store):
     def _look_at(self, model: StoredModel) -> Served:
         row, graph = model.row, model.graph()
         if graph is not None:
-            tensors = {name: model.tensor(name) for name in graph.tensors()}
-            weights: dict[str, Weight] = {
-                name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()
-            }
+            tensors = map(model.tensor, graph.tensors())
+            weights = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
             return Served(row, graph, signature_of(graph, weights))
         payload = model.artifact(ONNX_GRAPH)
         if payload is None:

@@ -28,7 +28,7 @@ from pydedup.http.options import ServeOptions
 from pydedup.http.protocol import LimitedProtocol
 from pydedup.http.served import ServedStore
 
-__all__ = ["SWITCH_SECONDS", "listen", "serve"]
+__all__ = ["SWITCH_SECONDS", "listen", "serve", "url_of"]
 
 #: How long Python lets one thread run while others wait: at its 5 ms, threads that predict would
 #: hold up the event loop.
@@ -81,7 +81,7 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         with listen(options.host, options.port) as listener:
-            url = _url_of(listener, options)
+            url = url_of(*listener.getsockname()[:2], secured=options.tls_cert is not None)
             server = _Server(config, app, options.grace, lambda: started(url))
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(server.serve(sockets=[listener]))
@@ -167,11 +167,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _url_of(listener: socket.socket, options: ServeOptions) -> str:
-    host, port = listener.getsockname()[:2]
-    scheme = "http" if options.tls_cert is None else "https"
-    shown = f"[{host}]" if ":" in host else host
-    return f"{scheme}://{shown}:{port}"
+def url_of(host: str, port: int, *, secured: bool) -> str:
+    """Return the URL of a server."""
+    return f"http{'s' if secured else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _tls(options: ServeOptions) -> dict[str, Any]:

@@ -14,18 +14,15 @@ from dataclasses import dataclass
 
 from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
-from pydedup.operations import flattened_from
+from pydedup.operations import KEEPING_SHAPE, axes_of
+from pydedup.serving.plan import Shape, shape_after
 from pydedup.types import DType
 
 __all__ = ["Signature", "TensorSpec", "Weight", "signature_of"]
 
-Shape = tuple[int, ...]
 #: Shape and dtype of a stored tensor.
 Weight = tuple[Shape, DType]
 
-_SAME = frozenset(
-    ("relu", "gelu", "sigmoid", "tanh", "softmax", "log_softmax", "leaky_relu", "elu", "silu")
-) | {"softplus", "identity"}
 _TWO = frozenset(("add", "mul", "sub"))
 _MOVES = frozenset(("identity", "flatten", "reshape", "transpose"))
 
@@ -132,7 +129,7 @@ def _asks(node: Node, weights: Mapping[str, Weight]) -> TensorSpec | None:
 def _before(node: Node, hint: TensorSpec) -> TensorSpec | None:
     """Return what a node without wishes asks of its input, for one of its output."""
     shape, op = hint.shape, node.op
-    if op in _SAME or op == "batch_norm":
+    if op in KEEPING_SHAPE or op == "batch_norm":
         return hint
     if op in _TWO:  # may be stretched to it
         return TensorSpec("", hint.datatype, shape, ids=hint.ids)
@@ -147,8 +144,7 @@ def _before(node: Node, hint: TensorSpec) -> TensorSpec | None:
         perm = node.attr("perm")
         return TensorSpec("", hint.datatype, tuple(shape[perm.index(i)] for i in range(len(perm))))
     if op in ("mean", "max") and not node.attr("keepdims"):
-        given = node.attr("axis")
-        axes = given if isinstance(given, list) else [given]
+        axes = axes_of(node.attr("axis"))
         rank = len(shape) + len(axes)
         if all(-rank <= axis < rank for axis in axes):
             sizes = list(shape)
@@ -168,80 +164,11 @@ def _before(node: Node, hint: TensorSpec) -> TensorSpec | None:
 
 def _forward(node: Node, given: Sequence[Shape], weights: Mapping[str, Weight]) -> Shape | None:
     """Return the shape of a node's output, None where it is not known."""
-    try:
-        return _shape_after(node, given, weights)
-    except (IndexError, ValueError):
-        return None
-
-
-def _shape_after(node: Node, given: Sequence[Shape], weights: Mapping[str, Weight]) -> Shape | None:
-    op, x = node.op, given[0]
     weight: Shape = weights[node.weights["weight"]][0] if "weight" in node.weights else ()
-    if op in _SAME or op in ("layer_norm", "batch_norm"):
-        return x
-    if op == "linear":
-        return (*x[:-1], weight[1] if node.attr("transpose") else weight[0])
-    if op == "embedding":
-        return (*x, *weight[1:])
-    if op == "embedding_bag":
-        return (x[0] if len(given) == 1 else -1, *weight[1:])
-    if op == "conv2d":
-        return (x[0], weight[0], *_windows(node, x, weight[2:]))
-    if op in ("max_pool2d", "avg_pool2d"):
-        return (*x[:2], *_windows(node, x, node.attr("kernel")))
-    if op == "flatten":
-        start = flattened_from(node.attr("start_axis"), x)
-        return (*x[:start], _product(x[start:]))
-    if op == "reshape":
-        sizes, total = list(node.attr("shape")), _product(x)
-        if -1 in sizes[1:] and total > 0:
-            sizes[sizes.index(-1)] = total // math.prod(size for size in sizes if size != -1)
-        return tuple(sizes)
-    if op in _TWO:
-        return _stretched(x, given[1])
-    if op == "concat":
-        axis = node.attr("axis") % len(x)
-        along = [shape[axis] for shape in given]
-        return (*x[:axis], -1 if -1 in along else sum(along), *x[axis + 1 :])
-    if op in ("mean", "max"):
-        axes = _axes(node, len(x))
-        kept = 1 if node.attr("keepdims") else None
-        sizes = [kept if i in axes else size for i, size in enumerate(x)]
-        return tuple(size for size in sizes if size is not None)
-    if op == "transpose":
-        return tuple(x[axis] for axis in node.attr("perm"))
-    return None
-
-
-def _windows(node: Node, x: Shape, kernel: Sequence[int]) -> Shape:
-    """Return how many windows an image has from top to bottom and from left to right."""
-    if len(x) != 4:
-        raise ValueError
-    padding = node.attr("padding")
-    dilation = node.attr("dilation") if node.op != "avg_pool2d" else (1, 1)
-    sizes = []
-    for i in (0, 1):
-        size, reach = x[2 + i], (kernel[i] - 1) * dilation[i] + 1
-        room = size + padding[i] + padding[i + 2] - reach
-        uncertain = size == -1 or (node.op != "conv2d" and node.attr("ceil_mode"))
-        sizes.append(-1 if uncertain else room // node.attr("stride")[i] + 1)
-    return tuple(sizes)
-
-
-def _product(shape: Shape) -> int:
-    return -1 if -1 in shape else math.prod(shape)
-
-
-def _stretched(x: Shape, y: Shape) -> Shape:
-    """Return the shape that two are broadcast to."""
-    rank = max(len(x), len(y))
-    pairs = zip((1,) * (rank - len(x)) + x, (1,) * (rank - len(y)) + y, strict=True)
-    return tuple(b if a == 1 or (a == -1 and b > 1) else a for a, b in pairs)
-
-
-def _axes(node: Node, rank: int) -> set[int]:
-    given = node.attr("axis")
-    return {axis % rank for axis in (given if isinstance(given, list) else [given])}
+    try:
+        return shape_after(node, given, weight)
+    except (ValueError, IndexError, ZeroDivisionError):
+        return None
 
 
 def _datatype(node: Node, given: Sequence[str], weights: Mapping[str, Weight]) -> str:

@@ -14,7 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,13 @@ from pydedup.errors import ArgumentError
 from pydedup.pool import PagePool
 from pydedup.serving.features import features_of, graph_of, input_kind
 from pydedup.serving.predict import Prediction, predict
-from pydedup.serving.tensor import StoredTensor
+from pydedup.serving.tensor import TensorOf, stored_tensor
 
 __all__ = ["Calls", "StoreState", "as_json", "one_output", "state_of"]
 
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 Array = NDArray[Any]
-TensorOf = Callable[[StoredModel, str], StoredTensor]
 #: The id of a store, which is another when its tables were made anew, and its epoch.
 StoreState = tuple[str, str]
 #: Addresses, and models, that are kept ready.
@@ -57,15 +58,6 @@ class _Ready:
         return predict(
             request, lambda model, name: self._tensors[name], self._pool, ahead=self._ahead
         )
-
-
-def _read_alone(pool: PagePool) -> TensorOf:
-    """Return what gives tensors for whose use nothing is read ahead."""
-
-    def tensor_of(model: StoredModel, name: str) -> StoredTensor:
-        return StoredTensor(model.tensor(name), lambda: model.block_map(name), pool, model.refresh)
-
-    return tensor_of
 
 
 class Calls:
@@ -95,9 +87,9 @@ class Calls:
     ) -> None:
         self._catalog, self._state = catalog, state
         self._resolve = (catalog if seen is None else Catalog(seen)).resolve
-        self._make = partial(
-            _Ready, tensor_of=tensor_of if ahead else _read_alone(pool), pool=pool, ahead=ahead
-        )
+        if not ahead:  # with tensors that are no prediction of a model
+            tensor_of = partial(stored_tensor, pool=pool)
+        self._make = partial(_Ready, tensor_of=tensor_of, pool=pool, ahead=ahead)
         self._addresses: OrderedDict[str, tuple[StoreState, _Ready]] = OrderedDict()
         self._models: OrderedDict[int, _Ready] = OrderedDict()
 
@@ -151,14 +143,17 @@ class Calls:
         ready = self._models.get(row.id)
         if ready is None:
             ready = self._make(model)
-            self._models[row.id] = ready
-            while len(self._models) > _KEPT:
-                self._models.popitem(last=False)
-        self._addresses[address] = (state, ready)
-        self._addresses.move_to_end(address)
-        while len(self._addresses) > _KEPT:
-            self._addresses.popitem(last=False)
+            _keep(self._models, row.id, ready)
+        _keep(self._addresses, address, (state, ready))
         return ready
+
+
+def _keep(kept: OrderedDict[_Key, _Value], key: _Key, value: _Value) -> None:
+    """Put a value in the last place, and leave out what has been there for longest."""
+    kept[key] = value
+    kept.move_to_end(key)
+    if len(kept) > _KEPT:
+        kept.popitem(last=False)
 
 
 def state_of(adapter: Adapter) -> StoreState:

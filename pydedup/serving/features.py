@@ -21,6 +21,7 @@ from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, NotFoundError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph, Node
+from pydedup.operations import KEEPING_SHAPE
 from pydedup.text import plural
 
 __all__ = [
@@ -39,11 +40,6 @@ Predict = Callable[[Array], Any]
 
 #: A prediction of more numbers than these is one value, not a column for each.
 _MOST_COLUMNS: Final = 32
-# Operations that keep a row's numbers as they are in number.
-_KEEPING: Final = frozenset(
-    {"relu", "gelu", "sigmoid", "tanh", "softmax", "log_softmax", "leaky_relu", "elu", "silu"}
-    | {"softplus", "identity", "flatten"}
-)
 _INT64: Final = (-(2**63), 2**63 - 1)
 #: What numpy of any version takes, less the one of the rows.
 _MOST_AXES: Final = 31
@@ -106,7 +102,7 @@ def input_kind(graph: Graph, shapes: Mapping[str, Sequence[int]], model: str) ->
             continue
         if node.op in ("embedding", "embedding_bag"):
             return InputKind(ids=True, width=None)
-        if node.op in _KEEPING:
+        if node.op in KEEPING_SHAPE or node.op == "flatten":
             names.add(node.output)
         elif node.op in ("reshape", "transpose", "concat"):
             names.add(node.output)  # ids may go through; how many numbers is not known

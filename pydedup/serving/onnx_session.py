@@ -18,7 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +29,8 @@ from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
 from pydedup.formats.onnx_inputs import OpenedGraph, open_graph
 from pydedup.pool import PagePool, Reservation
-from pydedup.serving.predict import as_input
+from pydedup.serving.engine import Tensors, check_inputs
+from pydedup.serving.predict import as_input, by_name
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 
@@ -55,7 +56,7 @@ _TYPES = {
 def run_onnx(
     model: StoredModel,
     payload: bytes,
-    tensor: Callable[[str], StoredTensor],
+    tensor: Tensors,
     pool: PagePool,
     x: ArrayLike | Mapping[str, ArrayLike],
 ) -> dict[str, NDArray[Any]]:
@@ -87,17 +88,8 @@ def run_onnx(
     """
     runner = _runner_of(pool)
     graph, session = runner.graph(model, payload, tensor, pool)
-    if isinstance(x, Mapping):
-        inputs = dict(x)
-    elif len(graph.inputs) == 1:
-        inputs = {graph.inputs[0]: x}
-    else:
-        raise ArgumentError(f"{model.address} takes several inputs: {', '.join(graph.inputs)}")
-    unknown = [name for name in inputs if name not in graph.inputs]
-    missing = [name for name in graph.inputs if name not in inputs]
-    if unknown or missing:
-        problem = f"unknown input {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
-        raise ArgumentError(f"{problem}; the model takes: {', '.join(graph.inputs)}")
+    inputs = by_name(x, graph.inputs, model.address)
+    check_inputs(inputs, graph.inputs)
     kinds = {value.name: value for value in session.runtime.get_inputs()}
     given = {name: _as_input(value, kinds[name]) for name, value in inputs.items()}
     if graph.is_recurrent:  # the runtime ends the process where a batch or sequence is empty
@@ -148,7 +140,6 @@ class _Session:
 
 
 _T = TypeVar("_T")
-_Tensors: TypeAlias = Callable[[str], StoredTensor]
 
 
 class _Runner:
@@ -166,7 +157,7 @@ class _Runner:
         self._held: OrderedDict[bytes, _Held] = OrderedDict()
 
     def graph(
-        self, model: StoredModel, payload: bytes, tensor: _Tensors, pool: PagePool
+        self, model: StoredModel, payload: bytes, tensor: Tensors, pool: PagePool
     ) -> tuple[OpenedGraph, _Session]:
         number = model.row.id
         with self._lock:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
-from pydedup.operations import flattened_from
+from pydedup.operations import axes_of, flattened_from
 from pydedup.types import TensorInfo
 
-__all__ = ["Bags", "Plan", "is_planned_by_shapes", "plan_run"]
+__all__ = ["Bags", "Plan", "Shape", "is_planned_by_shapes", "plan_run", "shape_after"]
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -141,7 +141,7 @@ def plan_run(
         given = [shapes[name] for name in node.inputs]
         try:
             weight = tensor(node.weights["weight"]) if "weight" in node.weights else None
-            shape = _shape_of(node, given, () if weight is None else weight.shape)
+            shape = shape_after(node, given, () if weight is None else weight.shape)
         except (ValueError, IndexError, ZeroDivisionError):
             return Plan(None, most, 0, fits=False)
         wide = wide or (weight is not None and compute_dtype(weight.dtype).itemsize == 8)
@@ -153,18 +153,9 @@ def plan_run(
         if node.op in _VIEWS or node.op == "concat":  # ids stay ids
             width = max(itemsize[name] for name in node.inputs)
         itemsize[node.output] = width
-        size = math.prod(shape) * width
         if root[node.output] == node.output:
-            live[node.output] = size
-        scratch = _SCRATCH.get(node.op, 0) * size
-        if node.op in ("linear", "conv2d"):
-            scratch = math.prod(given[0]) * width  # x as the kernels want it
-        elif node.op in ("embedding", "embedding_bag"):
-            scratch = math.prod(given[0]) * _PER_ID
-            if node.op == "embedding_bag":
-                scratch *= 1 if node.attr("padding_idx") is None else 2
-                scratch += shape[0] * _PER_BAG
-        most = max(most, sum(live.values()) + scratch)
+            live[node.output] = math.prod(shape) * width
+        most = max(most, sum(live.values()) + _scratch(node, given[0], shape, width))
         for name in [name for name in live if last_use[name] <= i]:
             del live[name]
     # Of all values: a node that no output needs is run, and must fit the pieces, too.
@@ -173,6 +164,18 @@ def plan_run(
     out_nbytes = sum(math.prod(shapes[name]) * itemsize[name] for name in graph.outputs)
     most = max(most, sum(live.values()) + (out_nbytes if graph.halves else 0))
     return Plan(rows, most, out_nbytes, bags)
+
+
+def _scratch(node: Node, x: Shape, shape: Shape, width: int) -> int:
+    """Return the bytes that an operation needs beside its result, for a while."""
+    if node.op in ("linear", "conv2d"):
+        return math.prod(x) * width  # x as the kernels want it
+    if node.op == "embedding":
+        return math.prod(x) * _PER_ID
+    if node.op == "embedding_bag":
+        copies = 1 if node.attr("padding_idx") is None else 2
+        return copies * math.prod(x) * _PER_ID + shape[0] * _PER_BAG
+    return _SCRATCH.get(node.op, 0) * math.prod(shape) * width
 
 
 def is_planned_by_shapes(graph: Graph) -> bool:
@@ -235,8 +238,11 @@ def _last_uses(graph: Graph, root: dict[str, str]) -> dict[str, int]:
     return last
 
 
-def _shape_of(node: Node, given: list[Shape], weight: Shape) -> Shape:
-    """Return the shape of a node's result. Raises ValueError or IndexError where there is none."""
+def shape_after(node: Node, given: Sequence[Shape], weight: Shape) -> Shape:
+    """Return the shape of a node's result, in which sizes that nobody knows are -1.
+
+    Raises ValueError, IndexError or ZeroDivisionError where there is none.
+    """
     x = given[0]
     match node.op:
         case "linear":
@@ -246,27 +252,30 @@ def _shape_of(node: Node, given: list[Shape], weight: Shape) -> Shape:
         case "embedding_bag":
             if len(given) == 1:
                 return (x[0], *weight[1:])
-            count = given[1][0] - bool(node.attr("include_last_offset"))
-            if count < 0:
-                raise ValueError("there is no last offset")
+            count = given[1][0]
+            if node.attr("include_last_offset") and count != -1:
+                count -= 1
+                if count < 0:
+                    raise ValueError("there is no last offset")
             return (count, *weight[1:])
         case "conv2d":
             kernel = weight[2:] if len(weight) == 4 else (1, weight[2])
-            return (*x[:-3], weight[0], *_windows(node, x[-2:], kernel))
+            return (*x[:-3], weight[0], *_windows(node, x, kernel))
         case "max_pool2d" | "avg_pool2d":
-            return (*x[:-2], *_windows(node, x[-2:], tuple(node.attr("kernel"))))
+            return (*x[:-2], *_windows(node, x, tuple(node.attr("kernel"))))
         case "flatten":
             start = flattened_from(node.attr("start_axis"), x)
-            return (*x[:start], math.prod(x[start:]))
+            return (*x[:start], _product(x[start:]))
         case "reshape":
             return _reshaped(x, node.attr("shape"))
         case "transpose":
             return tuple(x[axis] for axis in node.attr("perm"))
         case "concat":
             axis = node.attr("axis") % len(x)
-            return (*x[:axis], sum(shape[axis] for shape in given), *x[axis + 1 :])
+            along = [shape[axis] for shape in given]
+            return (*x[:axis], -1 if -1 in along else sum(along), *x[axis + 1 :])
         case "mean" | "max":
-            axes = {axis % len(x) for axis in _axes(node)}
+            axes = {axis % len(x) for axis in axes_of(node.attr("axis"))}
             kept = bool(node.attr("keepdims"))
             return tuple(
                 1 if axis in axes else size
@@ -274,7 +283,7 @@ def _shape_of(node: Node, given: list[Shape], weight: Shape) -> Shape:
                 if kept or axis not in axes
             )
         case "add" | "sub" | "mul":
-            return np.broadcast_shapes(*given)
+            return _stretched(x, given[1])
     return x
 
 
@@ -295,7 +304,7 @@ def _keeps_rows(node: Node, given: list[Shape], shape: Shape) -> bool:
         case "softmax" | "log_softmax" | "concat":
             return bool(node.attr("axis") % len(x) != 0)
         case "mean" | "max":
-            return all(axis % len(x) != 0 for axis in _axes(node))
+            return all(axis % len(x) != 0 for axis in axes_of(node.attr("axis")))
         case "layer_norm":
             return bool(int(node.attr("axes")) < len(x))
         case "batch_norm":
@@ -312,29 +321,45 @@ def _keeps_rows(node: Node, given: list[Shape], shape: Shape) -> bool:
     return False
 
 
-def _axes(node: Node) -> list[int]:
-    given = node.attr("axis")
-    return given if isinstance(given, list) else [given]
-
-
-def _windows(node: Node, size: Shape, kernel: Shape) -> Shape:
+def _windows(node: Node, x: Shape, kernel: Shape) -> Shape:
+    """Return how many windows an image has from top to bottom and from left to right."""
+    if len(x) < 3:
+        raise ValueError("no image")
     padding = node.attr("padding")
     dilation = [1, 1] if node.op == "avg_pool2d" else node.attr("dilation")
     counts = []
-    for axis in range(2):
-        room = size[axis] + padding[axis] + padding[axis + 2] - dilation[axis] * (kernel[axis] - 1)
+    for axis, size in enumerate(x[-2:]):
+        room = size + padding[axis] + padding[axis + 2] - dilation[axis] * (kernel[axis] - 1)
         stride = node.attr("stride")[axis]
         ceil = node.op != "conv2d" and node.attr("ceil_mode")
-        counts.append((-(-(room - 1) // stride) if ceil else (room - 1) // stride) + 1)
-    if min(counts) < 1:
-        raise ValueError("no window fits")
+        count = (-(-(room - 1) // stride) if ceil else (room - 1) // stride) + 1
+        if ceil and (count - 1) * stride >= size + padding[axis]:
+            count -= 1  # the last window begins in the image, or before it
+        if size != -1 and count < 1:
+            raise ValueError("no window fits")
+        counts.append(-1 if size == -1 else count)
     return tuple(counts)
 
 
 def _reshaped(x: Shape, wanted: list[int]) -> Shape:
-    known = math.prod(size for size in wanted if size != -1)
-    free = math.prod(x) // known if -1 in wanted else 0
+    total = _product(x)
+    if total == -1:
+        return tuple(wanted)
+    free = total // math.prod(size for size in wanted if size != -1) if -1 in wanted else 0
     shape = tuple(free if size == -1 else size for size in wanted)
-    if math.prod(shape) != math.prod(x):
+    if math.prod(shape) != total:
         raise ValueError("sizes differ")
     return shape
+
+
+def _stretched(x: Shape, y: Shape) -> Shape:
+    """Return the shape that two are broadcast to."""
+    if -1 not in x + y:
+        return np.broadcast_shapes(x, y)
+    rank = max(len(x), len(y))
+    pairs = zip((1,) * (rank - len(x)) + x, (1,) * (rank - len(y)) + y, strict=True)
+    return tuple(b if a == 1 or (a == -1 and b > 1) else a for a, b in pairs)
+
+
+def _product(sizes: Shape) -> int:
+    return -1 if -1 in sizes else math.prod(sizes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -20,15 +20,22 @@ from pydedup.errors import ArgumentError, PydedupError, UnsupportedFormatError
 from pydedup.graph import Graph
 from pydedup.matmul import as_array
 from pydedup.pool import PagePool
-from pydedup.serving.engine import run_graph, run_together
+from pydedup.serving.engine import Tensors, run_graph, run_together
 from pydedup.serving.plan import Plan, is_planned_by_shapes, plan_run
 from pydedup.serving.stacks import stacks_of
-from pydedup.serving.tensor import StoredTensor, called
+from pydedup.serving.tensor import TensorOf, called
 
-__all__ = ["Prediction", "as_input", "as_predicted", "predict", "predict_together"]
+__all__ = [
+    "Prediction",
+    "as_input",
+    "as_predicted",
+    "by_name",
+    "let_go",
+    "predict",
+    "predict_together",
+]
 
 _Array: TypeAlias = NDArray[Any]
-_TensorOf: TypeAlias = Callable[[StoredModel, str], StoredTensor]
 _Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...], np.dtype[Any]], ...]
 
 #: Shapes of inputs for which the plan of a model is remembered.
@@ -54,16 +61,12 @@ class Prediction:
         cls, model: StoredModel, graph: Graph, x: ArrayLike | Mapping[str, ArrayLike]
     ) -> Prediction:
         """Check a request. Raises ArgumentError when several inputs are taken and one was given."""
-        if isinstance(x, Mapping):
-            return cls(
-                model,
-                graph,
-                {key: as_input(value, f"input {key!r}") for key, value in x.items()},
-                True,
-            )
-        if len(graph.inputs) == 1:
-            return cls(model, graph, {graph.inputs[0]: as_input(x, "x")}, False)
-        raise ArgumentError(f"{model.address} takes several inputs: {', '.join(graph.inputs)}")
+        as_mapping = isinstance(x, Mapping)
+        inputs = {
+            name: as_input(value, f"input {name!r}" if as_mapping else "x")
+            for name, value in by_name(x, graph.inputs, model.address).items()
+        }
+        return cls(model, graph, inputs, as_mapping)
 
     def result(self, outputs: dict[str, _Array]) -> Any:
         """Return outputs in the form of what was given."""
@@ -91,6 +94,17 @@ def _plan_of(model: StoredModel, graph: Graph, inputs: Mapping[str, _Array]) -> 
     return plan
 
 
+def by_name(
+    x: ArrayLike | Mapping[str, ArrayLike], taken: Sequence[str], model: str
+) -> Mapping[str, ArrayLike]:
+    """Return inputs by name: what is no mapping is the only one, or ArgumentError is raised."""
+    if isinstance(x, Mapping):
+        return x
+    if len(taken) != 1:
+        raise ArgumentError(f"{model} takes several inputs: {', '.join(taken)}")
+    return {taken[0]: x}
+
+
 def as_input(x: ArrayLike, name: str) -> _Array:
     """Return an input as an array, a torch tensor's elements too. Raises ArgumentError."""
     try:
@@ -108,9 +122,7 @@ def as_input(x: ArrayLike, name: str) -> _Array:
             raise ArgumentError(str(error)) from error
 
 
-def predict(
-    request: Prediction, tensor_of: _TensorOf, pool: PagePool, *, ahead: bool = True
-) -> Any:
+def predict(request: Prediction, tensor_of: TensorOf, pool: PagePool, *, ahead: bool = True) -> Any:
     """Predict, in pieces of as many rows as the budget for activations lets in.
 
     Without ``ahead`` nothing is read ahead on a thread, where a process must have one alone.
@@ -121,13 +133,14 @@ def predict(
         return request.result(_run(request, tensor_of, pool))
 
 
-def _run(request: Prediction, tensor_of: _TensorOf, pool: PagePool) -> dict[str, _Array]:
+def _run(request: Prediction, tensor_of: TensorOf, pool: PagePool) -> dict[str, _Array]:
     model, plan = request.model, request.plan
     nbytes = 0 if plan is None else plan.nbytes
+    tensors = _tensors(model, tensor_of)
     stacks = stacks_of(model, request.graph, tensor_of, pool)
 
     def run(inputs: dict[str, _Array]) -> dict[str, _Array]:
-        return run_graph(request.graph, lambda name: tensor_of(model, name), inputs, stacks)
+        return run_graph(request.graph, tensors, inputs, stacks)
 
     most = pool.activation_bytes // 2  # so that two can predict at a time
     if plan is None or plan.rows is None or plan.rows < 2 or plan.nbytes <= most:
@@ -147,7 +160,7 @@ def _run(request: Prediction, tensor_of: _TensorOf, pool: PagePool) -> dict[str,
 
 
 def predict_together(
-    requests: Sequence[Prediction], tensor_of: _TensorOf, pool: PagePool
+    requests: Sequence[Prediction], tensor_of: TensorOf, pool: PagePool
 ) -> list[Any]:
     """Return the result of each request, or the `PydedupError` that it met.
 
@@ -159,7 +172,7 @@ def predict_together(
 
 
 def as_predicted(
-    requests: Sequence[Prediction], tensor_of: _TensorOf, pool: PagePool
+    requests: Sequence[Prediction], tensor_of: TensorOf, pool: PagePool
 ) -> Iterator[tuple[int, Any]]:
     """Do what `predict_together` does; yield each request's number and result once it is there."""
     for places in _groups(requests, pool.activation_bytes // 2):
@@ -176,17 +189,26 @@ def as_predicted(
                     else group[number].result(made[number])
                 )
             except PydedupError as error:
-                result = _without_frames(error)
+                let_go(error)  # it may be kept while others are predicted
+                result = error
             yield place, result
 
 
-def _without_frames(error: BaseException) -> BaseException:
-    """Return an error that keeps nothing alive: frames hold pages, while others are predicted."""
-    one: BaseException | None = error
-    while one is not None:
+def let_go(error: BaseException) -> None:
+    """Drop the tracebacks of an exception, and of those that led to it.
+
+    Their frames hold pages and arrays of a request, and some hold the exception, too: in such a
+    circle all of it would stay until Python happens to look for circles.
+    """
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
         one.__traceback__ = None
-        one = one.__cause__ or one.__context__
-    return error
+        left += [one.__cause__, one.__context__]
 
 
 def _groups(requests: Sequence[Prediction], limit: int) -> list[list[int]]:
@@ -209,7 +231,7 @@ def _groups(requests: Sequence[Prediction], limit: int) -> list[list[int]]:
 
 
 def _run_group(
-    group: Sequence[Prediction], tensor_of: _TensorOf, pool: PagePool
+    group: Sequence[Prediction], tensor_of: TensorOf, pool: PagePool
 ) -> list[dict[str, _Array]]:
     """Run requests of one kind: those of one model as one batch, models side by side."""
     plans = [request.plan for request in group]
@@ -248,5 +270,5 @@ def _run_group(
     return outputs
 
 
-def _tensors(model: StoredModel, tensor_of: _TensorOf) -> Callable[[str], StoredTensor]:
+def _tensors(model: StoredModel, tensor_of: TensorOf) -> Tensors:
     return lambda name: tensor_of(model, name)

@@ -8,7 +8,7 @@ it cannot run, as when a page is not in memory, the engine takes its layers one 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final, TypeAlias
@@ -20,7 +20,7 @@ from pydedup.errors import PydedupError
 from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype, widened
 from pydedup.pool import PagePool
-from pydedup.serving.tensor import StoredTensor
+from pydedup.serving.tensor import TensorOf
 from pydedup.serving.weightless import activation_of
 from pydedup.stack import Layer, Stack
 
@@ -108,7 +108,7 @@ def chains(graph: Graph) -> list[Chain]:
 def stacks_of(
     model: StoredModel,
     graph: Graph,
-    tensor_of: Callable[[StoredModel, str], StoredTensor],
+    tensor_of: TensorOf,
     pool: PagePool,
 ) -> Stacks:
     """Return what runs chains of a model whose pages, all together, are those of one window.
@@ -144,7 +144,7 @@ _known: weakref.WeakKeyDictionary[StoredModel, _Known] = weakref.WeakKeyDictiona
 def _made(
     model: StoredModel,
     graph: Graph,
-    tensor_of: Callable[[StoredModel, str], StoredTensor],
+    tensor_of: TensorOf,
     pool: PagePool,
 ) -> dict[str, tuple[Chain, Stack]]:
     made: dict[str, tuple[Chain, Stack]] = {}
@@ -166,7 +166,7 @@ def _layer(
     model: StoredModel,
     node: Node,
     activation: Node | None,
-    tensor_of: Callable[[StoredModel, str], StoredTensor],
+    tensor_of: TensorOf,
 ) -> Layer:
     block_map = model.block_map(node.weights["weight"])
     bias = None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydedup.errors import ArgumentError
 from pydedup.graph import Node
 from pydedup.matmul import activate
-from pydedup.operations import flattened_from
+from pydedup.operations import axes_of, flattened_from
 from pydedup.serving.pooling import avg_pool2d, max_pool2d
 from pydedup.types import DType
 
@@ -127,8 +127,7 @@ def _max(node: Node, x: _Array) -> _Array:
 
 
 def _axes(node: Node, x: _Array) -> tuple[int, ...]:
-    given = node.attr("axis")
-    return tuple(checked_axis(axis, x) for axis in (given if isinstance(given, list) else [given]))
+    return tuple(checked_axis(axis, x) for axis in axes_of(node.attr("axis")))
 
 
 def _pool(node: Node, x: _Array) -> _Array:

@@ -16,18 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from pydedup.errors import PydedupError
-from pydedup.http import responses
 from pydedup.http.access import AccessLog, Gate, check_token
 from pydedup.http.endpoint import Endpoint, Exchange
-from pydedup.http.metrics import CONTENT_TYPE, COUNTED, Metrics
+from pydedup.http.metrics import CONTENT_TYPE, Metrics, pool_family
 from pydedup.http.options import ServeOptions
-from pydedup.http.problems import RETRY_SOON, HttpError
+from pydedup.http.problems import busy
 from pydedup.http.responses import Reply
 from pydedup.opening import connect_store
 from pydedup.ray.cluster import Secret
@@ -102,16 +101,12 @@ class Front(Endpoint):
             scope = {**scope, "raw_path": raw_path[len(prefix) :]}
         return super().exchange(scope, receive)
 
-    async def _live(self, exchange: Exchange) -> Reply:
-        return responses.json_reply({"live": True})
-
     async def _ready(self, exchange: Exchange) -> Reply:
         try:
             async with asyncio.timeout(_READY_SECONDS):
                 return await self._hand_on(exchange)
         except TimeoutError:
-            said = f"no replica answers within {_READY_SECONDS:g} seconds"
-            raise HttpError(503, said, "unavailable", RETRY_SOON) from None
+            raise busy(f"no replica answers within {_READY_SECONDS:g} seconds") from None
 
     async def _metrics_text(self, exchange: Exchange) -> Reply:
         # Not every Ray that fits has it; where not, any name is a method of the deployment.
@@ -141,11 +136,11 @@ class Front(Endpoint):
                 raise
             except BackPressureError:
                 said = f"{self._options.max_queue} requests wait already; try again soon"
-                raise HttpError(503, said, "queue_full", RETRY_SOON) from None
+                raise busy(said, "queue_full") from None
             except RayActorError as error:
                 if not left:
                     said = "no replica lives long enough to answer; try again soon"
-                    raise HttpError(503, said, "unavailable", RETRY_SOON) from error
+                    raise busy(said) from error
                 continue
             break
         exchange.model, exchange.outcome = model, outcome
@@ -187,9 +182,7 @@ class _Pools(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for name in next(iter(self.stats.values()), {}):
-            text = f"Buffer pool: {name.replace('_', ' ')}."
-            kind = CounterMetricFamily if name in COUNTED else GaugeMetricFamily
-            family = kind(f"pydedup_pool_{name}", text, labels=["replica"])
+            family = pool_family(name, labels=["replica"])
             for replica, stats in self.stats.items():
                 family.add_metric([replica], stats[name])
             yield family

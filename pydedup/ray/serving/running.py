@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
-from pydedup.http.server import listen
+from pydedup.http.server import listen, url_of
 from pydedup.ray.cluster import LOST, Secret, attached, import_ray, is_lost, kill, on_each_node
 from pydedup.ray.score_pool import words_of
 from pydedup.ray.serving.application import deployment
@@ -211,5 +211,4 @@ def _address(serve: Any, http: Mapping[str, Any]) -> str:
     host = getattr(used, "host", http["host"])
     port = getattr(used, "port", http["port"])
     secured = getattr(used, "ssl_certfile", http.get("ssl_certfile"))
-    shown = f"[{host}]" if ":" in host else host
-    return f"http{'s' if secured else ''}://{shown}:{port}"
+    return url_of(host, port, secured=bool(secured))
