@@ -17,7 +17,6 @@ from pydedup.adapter import LIVE, RETIRED, STAGING, Capabilities
 from pydedup.adapter_options import TellRow
 from pydedup.errors import (
     ArgumentError,
-    ConflictError,
     CorruptStoreError,
     PydedupError,
     ReadOnlyError,
@@ -30,29 +29,10 @@ from ._sessions import READ, WRITE, Session, SessionPool
 from ._sql import MAX_MEMBERS, Statements, batches, insert_pieces
 from ._values import Row, WrongValueError, as_recorded
 
-__all__ = [
-    "CancelledError",
-    "DbApiBase",
-    "DeniedError",
-    "KeyTakenError",
-    "check_state",
-    "fetch_all",
-]
+__all__ = ["DbApiBase", "check_state", "fetch_all"]
 
 T = TypeVar("T", int, bytes)
 R = TypeVar("R")
-
-
-class KeyTakenError(StoreError):
-    """A row of this key exists already; what a unique index reports."""
-
-
-class CancelledError(ConflictError):
-    """The database gave up a transaction for another; it may be run again."""
-
-
-class DeniedError(StoreError):
-    """The user lacks a privilege."""
 
 
 class DbApiBase(abc.ABC):
@@ -130,7 +110,11 @@ class DbApiBase(abc.ABC):
 
     @abc.abstractmethod
     def compact(self) -> None:
-        """Give freed space back where the database can."""
+        """Give freed space back where the database can.
+
+        Raises ReadOnlyError when changes are refused, StoreError inside of a transaction or
+        snapshot.
+        """
 
     @abc.abstractmethod
     def integrity_errors(self) -> list[str]:

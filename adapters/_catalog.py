@@ -12,7 +12,8 @@ from pydedup._pages import join_parts, split_payload
 from pydedup.adapter import LIVE, ModelRow, TensorRow
 from pydedup.errors import CorruptStoreError, DuplicateError
 
-from ._base import DbApiBase, KeyTakenError, check_state
+from ._base import DbApiBase, check_state
+from ._errors import KeyTakenError
 from ._schema import TABLES
 
 __all__ = ["CatalogCalls"]
@@ -205,8 +206,8 @@ class CatalogCalls(DbApiBase):
 
     def block_map(self, model_id: int, ordinal: int) -> list[bytes]:
         """Return the parts of one tensor in order."""
-        sql = self._sql.parts("block_maps")
-        rows = self._recorded("block_maps", sql, [model_id, ordinal], ["payload"])
+        asked = [model_id, ordinal]
+        rows = self._recorded("block_maps", self._sql.block_map, asked, ["payload"])
         return [payload for (payload,) in rows]
 
     def block_maps(self, model_id: int) -> list[tuple[int, bytes]]:
@@ -220,8 +221,8 @@ class CatalogCalls(DbApiBase):
 
     def source_hashes(self, model_id: int, first: int, stop: int) -> list[tuple[int, bytes]]:
         """Return (ordinal, payload) of the parts of ``first <= ordinal < stop``, in order."""
-        sql, columns = self._sql.parts_of_several("source_hashes"), ["ordinal", "payload"]
-        return self._recorded("source_hashes", sql, [model_id, first, stop], columns)
+        asked, columns = [model_id, first, stop], ["ordinal", "payload"]
+        return self._recorded("source_hashes", self._sql.source_hashes, asked, columns)
 
     def _insert_parts(self, table: str, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         what = f"a part of {table}"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from pydedup.errors import StoreError
 
-__all__ = ["Anchor", "Connection", "Session"]
+__all__ = ["Anchor", "Connection", "Session", "closed_on_error"]
 
 
 class Connection(Protocol):
@@ -26,6 +26,20 @@ class Connection(Protocol):
 
     def close(self) -> None:
         """Close it."""
+
+
+class _Closeable(Protocol):
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def closed_on_error(opened: _Closeable) -> Iterator[None]:
+    """Close what was opened when what is done with it fails."""
+    try:
+        yield
+    except BaseException:
+        opened.close()
+        raise
 
 
 class Session:

@@ -106,9 +106,8 @@ class DbApiAdapter(SchemaCalls):
 
     def delete_pages(self, ids: Sequence[int]) -> None:
         """Delete pages and the distinct blocks on them."""
-        for piece in self._members(ids):
-            for statement in self._sql.delete_pages(len(piece)):
-                self._write(statement, piece)
+        self._delete_members("distinct_blocks", "page_id", ids)
+        self._delete_members("pages", "id", ids)
 
     def orphan_pages(self) -> list[int]:
         """Return ids of pages that no row of ``model_pages`` names, whatever their state."""
@@ -123,10 +122,8 @@ class DbApiAdapter(SchemaCalls):
     def model_pages(self, model_id: int | None = None) -> list[tuple[int, int, int, int]]:
         """Return (model_id, page_id, blocks, bytes) ordered by model and page."""
         if model_id is None:
-            rows = self._recorded("model_pages", self._sql.model_pages)
-        else:
-            rows = self._recorded("model_pages", self._sql.model_pages_of, [model_id])
-        return rows
+            return self._recorded("model_pages", self._sql.model_pages)
+        return self._recorded("model_pages", self._sql.model_pages_of, [model_id])
 
     def readers_of(self, page_ids: Sequence[int]) -> list[tuple[int, int]]:
         """Return (model_id, page_id), ordered, of live models that read one of these pages."""
@@ -148,8 +145,7 @@ class DbApiAdapter(SchemaCalls):
 
     def delete_blocks(self, ids: Sequence[int]) -> None:
         """Delete rows by id."""
-        for piece in self._members(ids):
-            self._write(self._sql.delete_blocks(len(piece)), piece)
+        self._delete_members("distinct_blocks", "id", ids)
 
     def find_blocks(self, hashes: Sequence[bytes]) -> list[BlockRow]:
         """Return rows on *live* pages whose hash is one of these, in any order."""
@@ -204,8 +200,11 @@ class DbApiAdapter(SchemaCalls):
 
     def delete_signatures(self, segments: Sequence[int]) -> None:
         """Delete all groups of these segments."""
-        for piece in self._members(segments):
-            self._write(self._sql.delete_signatures(len(piece)), piece)
+        self._delete_members("signatures", "segment", segments)
+
+    def _delete_members(self, table: str, column: str, values: Sequence[int]) -> None:
+        for piece in self._members(values):
+            self._write(self._sql.delete_members(table, column, len(piece)), piece)
 
     # ---- views --------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Final
 from urllib.parse import parse_qsl
 
 from pydedup.errors import (
@@ -17,10 +16,9 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-__all__ = ["DatabaseFile", "locate_file"]
+from ._url import TIMEOUT_SECONDS, seconds_of
 
-TIMEOUT_SECONDS: Final = 30.0
-MOST_SECONDS: Final = 86400.0
+__all__ = ["DatabaseFile", "locate_file"]
 
 
 def locate_file(url: str) -> tuple[DatabaseFile, float]:
@@ -58,13 +56,9 @@ def locate_file(url: str) -> tuple[DatabaseFile, float]:
                 f"that holds '?' ends in one more: {scheme}:///PATH?)"
             )
         try:
-            timeout = float(value)
-        except ValueError:
-            timeout = -1.0
-        if not 0 <= timeout <= MOST_SECONDS:
-            raise ArgumentError(
-                f"{shown!r}: timeout={value} must be a number of seconds, 0 to {MOST_SECONDS:.0f}"
-            )
+            timeout = seconds_of(value)
+        except ValueError as error:
+            raise ArgumentError(f"{shown!r}: timeout={value} must be {error}") from None
     return DatabaseFile(os.path.realpath(path)), timeout
 
 

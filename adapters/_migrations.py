@@ -17,8 +17,8 @@ from typing import Any, Final, NoReturn
 from pydedup.adapter import SCHEMA_VERSION
 from pydedup.errors import NotAStoreError, ReadOnlyError, SchemaVersionError, StoreError
 
-from ._base import DeniedError
 from ._catalog import CatalogCalls
+from ._errors import DeniedError
 from ._schema import TABLES, Dialect, create_statements
 from ._values import text
 
@@ -100,12 +100,15 @@ class SchemaCalls(CatalogCalls):
             if self.schema_version() is not None:
                 return
             self._create_tables()
-            first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
-            self._insert_many("meta", list({**first, **meta}.items()))
+            self._fill_meta(meta)
 
     def _create_tables(self) -> None:
         for statement in create_statements(self._sql.dialect):
             self._write(statement)
+
+    def _fill_meta(self, meta: Mapping[str, str]) -> None:
+        first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
+        self._insert_many("meta", list({**first, **meta}.items()))
 
     def migrate_schema(self) -> None:
         """Make older tables those of this pydedup, in one transaction; a no-op when they are.

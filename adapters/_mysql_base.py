@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import math
 import time
@@ -12,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from pydedup.adapter import SCHEMA_VERSION
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -22,15 +20,16 @@ from pydedup.errors import (
     StoreError,
 )
 
-from ._base import DeniedError, fetch_all
+from ._base import fetch_all
 from ._dbapi import PAYLOADS_PER_READ, DbApiAdapter
+from ._errors import ConnectionLostError, DeniedError
 from ._mysql_cursors import TEXT_MARK
-from ._mysql_errors import ConnectionLostError, DefinedError, RefusedError, packet_advice
+from ._mysql_errors import DefinedError, RefusedError, packet_advice
 from ._mysql_rows import MysqlRows
 from ._mysql_server import MOST_PAYLOAD_BYTES, may_create
 from ._mysql_url import Place
 from ._schema import TABLES, VIEWS, Dialect, create_statements
-from ._sessions import Connection, Session
+from ._sessions import Session
 from ._sql import batches
 from ._values import Row, text
 
@@ -94,10 +93,6 @@ class MysqlBase(MysqlRows, DbApiAdapter):
 
     _place: Place
     _is_maria: bool
-
-    @abc.abstractmethod
-    def _connect(self) -> Connection:
-        """Return a new connection."""
 
     def _dialect(self) -> Dialect:
         return replace(DIALECT, prefix=self._place.prefix)
@@ -197,9 +192,8 @@ class MysqlBase(MysqlRows, DbApiAdapter):
                     self._define(made)
             except (RefusedError, DeniedError) as error:
                 raise ReadOnlyError(f"{self._url} holds no store; {self._grant()}") from error
-            first = {"schema_version": str(SCHEMA_VERSION), "epoch": "0"}
             with self.transaction():
-                self._insert_many("meta", list({**first, **meta}.items()))
+                self._fill_meta(meta)
 
     def migrate_schema(self) -> None:
         """Make older tables those of this pydedup, as every adapter does; but not at once.
@@ -308,13 +302,6 @@ class MysqlBase(MysqlRows, DbApiAdapter):
 
         A rebuilt table (``OPTIMIZE TABLE pydedup_pages``) would be smaller, but snapshots that
         are being read would fail.
-
-        Raises
-        ------
-        ReadOnlyError
-            When changes are refused.
-        StoreError
-            Inside of a transaction or snapshot.
         """
         self._refuse_when_read_only()
         self._refuse_inside("compact()")

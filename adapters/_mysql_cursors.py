@@ -19,7 +19,8 @@ from typing import Any, Final
 
 from pydedup.errors import ArgumentError
 
-from ._mysql_errors import LOST, ConnectionLostError
+from ._errors import ConnectionLostError
+from ._mysql_errors import LOST
 
 __all__ = ["TEXT_MARK", "PreparedConnection", "sent"]
 

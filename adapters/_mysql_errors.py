@@ -17,26 +17,16 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import CancelledError, DeniedError, KeyTakenError
+from ._errors import (
+    CancelledError,
+    ConnectionLostError,
+    CrowdedError,
+    DeniedError,
+    KeyTakenError,
+)
 from ._mysql_url import Place
 
-__all__ = [
-    "LOST",
-    "ConnectionLostError",
-    "CrowdedError",
-    "DefinedError",
-    "RefusedError",
-    "meaning",
-    "packet_advice",
-]
-
-
-class ConnectionLostError(UnavailableError):
-    """The connection is gone, or could not be made; what only reads can be tried again."""
-
-
-class CrowdedError(ConnectionLostError):
-    """The server gives no more connections, to anybody or to this user."""
+__all__ = ["LOST", "DefinedError", "RefusedError", "meaning", "packet_advice"]
 
 
 class DefinedError(StoreError):

@@ -18,7 +18,6 @@ from pydedup.errors import ArgumentError
 
 from ._mysql_cursors import PreparedConnection, sent
 from ._rows import RowCalls, Rows
-from ._sessions import Connection
 from ._values import Row, text
 
 __all__ = ["MysqlRows"]
@@ -71,17 +70,10 @@ _TYPED: Final = (
 class MysqlRows(RowCalls):
     """How MySQL streams a user's query, and what it knows of tables."""
 
-    _table_options = (
-        " ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-    )
     _key_types: Mapping[str, str] = MappingProxyType(
         {"integer": "BIGINT", "text": _TEXT, "bytes": "VARBINARY(255)"}
         | {"date": "DATE", "time": "DATETIME(6)", "instant": "DATETIME(6)"}
     )
-
-    @abc.abstractmethod
-    def _connect(self) -> Connection:
-        """Return a new connection."""
 
     @abc.abstractmethod
     def _define(self, statement: str) -> None:

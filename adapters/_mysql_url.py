@@ -21,14 +21,13 @@ from pydedup.errors import ArgumentError
 
 from ._mysql_option_file import password_in
 from ._schema import PREFIX
+from ._url import TIMEOUT_SECONDS, seconds_of
 
 __all__ = ["Place", "locate"]
 
-TIMEOUT_SECONDS: Final = 30.0
 #: An address that does not answer is given up then, unless the URL says otherwise: the driver
 #: would wait for ever.
 CONNECT_SECONDS: Final = 10
-MOST_SECONDS: Final = 86400.0
 
 #: Names on a server that ignores case are in lower case.
 _A_PREFIX: Final = re.compile(r"[a-z][a-z0-9_]{0,19}")
@@ -151,12 +150,9 @@ def _prefix(value: str) -> str:
 
 def _seconds(value: str) -> float:
     try:
-        seconds = float(value)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= MOST_SECONDS:
-        raise ValueError(f"a number of seconds, 0 to {MOST_SECONDS:.0f}, not {value!r}")
-    return seconds
+        return seconds_of(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, not {value!r}") from None
 
 
 def _whole_seconds(value: str) -> int:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +10,13 @@ from typing import Any, Final, TypeVar
 
 from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
 
-from ._base import CancelledError
 from ._dbapi import DbApiAdapter
-from ._postgres_errors import ConnectionLostError
+from ._errors import CancelledError, ConnectionLostError
 from ._postgres_functions import PostgresFunctions
 from ._postgres_rows import PostgresRows
 from ._postgres_url import Place
 from ._schema import TABLES, Dialect, literal
-from ._sessions import Connection, Session
+from ._sessions import Session
 from ._values import Row
 
 __all__ = ["SHARDS", "PostgresBase", "dialect_of"]
@@ -78,10 +76,6 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
     _place: Place
     #: Whether payloads are in other databases, see ``postgres_shards``.
     _sharded = False
-
-    @abc.abstractmethod
-    def _connect(self) -> Connection:
-        """Return a new connection."""
 
     # ---- reading again ------------------------------------------------------------------------
 
@@ -223,13 +217,6 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
 
         The files do not shrink but at their ends: more would keep readers out meanwhile (VACUUM
         FULL does).
-
-        Raises
-        ------
-        ReadOnlyError
-            When changes are refused.
-        StoreError
-            Inside of a transaction or snapshot.
         """
         self._refuse_when_read_only()
         self._refuse_inside("compact()")

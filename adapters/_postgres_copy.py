@@ -10,8 +10,9 @@ from typing import Any, Final
 
 from pydedup.errors import UnavailableError
 
-from ._base import CancelledError, check_state
+from ._base import check_state
 from ._dbapi import PAYLOADS_PER_READ
+from ._errors import CancelledError
 from ._postgres_base import PostgresBase
 from ._postgres_statement import Statement, copy_statement
 from ._schema import TABLES

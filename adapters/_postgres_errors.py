@@ -18,18 +18,16 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import CancelledError, DeniedError, KeyTakenError
+from ._errors import (
+    CancelledError,
+    ConnectionLostError,
+    CrowdedError,
+    DeniedError,
+    KeyTakenError,
+)
 from ._postgres_url import Place
 
-__all__ = ["ConnectionLostError", "CrowdedError", "MissingDatabaseError", "meaning", "refusal"]
-
-
-class ConnectionLostError(UnavailableError):
-    """The connection is gone, or there never was one: what was read may be read again."""
-
-
-class CrowdedError(ConnectionLostError):
-    """The server gives no more connections, to anybody or to this user."""
+__all__ = ["MissingDatabaseError", "meaning", "refusal"]
 
 
 class MissingDatabaseError(UnavailableError):

@@ -8,10 +8,9 @@ read of the store is what the query that calls them sees, so that no alias moves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Final
 
 from pydedup.errors import ArgumentError, ReadOnlyError, StoreError
 
@@ -163,8 +162,3 @@ def _body(schema: str, python_path: str | None) -> str:
         f"    functions = pydedup.sql.inside_postgres(GD, plpy, '{schema}')",
     ]
     return "\n".join(lines) + "\n"
-
-
-def rows_of(result: Any, columns: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Return rows of PL/Python, which are mappings, as tuples."""
-    return [tuple(row[column] for column in columns) for row in result]

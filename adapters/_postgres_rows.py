@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -56,6 +55,7 @@ class PostgresRows(RowCalls):
     """How PostgreSQL streams a user's query, and what it knows of tables."""
 
     _ignores_case = False
+    _vector_type = "REAL[]"
     _key_types: Mapping[str, str] = MappingProxyType(
         {"integer": "bigint", "number": "numeric", "text": "text", "bytes": "bytea"}
         | {"date": "date", "time": "timestamp", "instant": "timestamptz"}
@@ -64,10 +64,6 @@ class PostgresRows(RowCalls):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._types: dict[tuple[str, str], dict[str, str]] = {}
-
-    @abc.abstractmethod
-    def _connect(self) -> Connection:
-        """Return a new connection."""
 
     @contextlib.contextmanager
     def _stream(self, query: str, batch: int, values: Sequence[object] = ()) -> Iterator[Rows]:
@@ -294,9 +290,6 @@ class PostgresRows(RowCalls):
             [schema, table],
         )
         return {name for (name,) in rows}
-
-    def _vector_type(self) -> str:
-        return "REAL[]"
 
     def vector(self, payload: bytes) -> object:
         """Return float32 in little-endian order as a list, for an array of the server's."""

@@ -18,7 +18,6 @@ from pydedup.errors import PydedupError, StoreError
 from ._dbapi import PAYLOADS_PER_READ
 from ._postgres_base import PostgresBase, dialect_of
 from ._postgres_errors import meaning
-from ._postgres_functions import rows_of
 from ._postgres_url import Place
 from ._sessions import Connection, SessionPool
 from ._values import Row
@@ -44,7 +43,7 @@ def connect(plpy: Any, schema: str) -> Adapter:
 
 def memory_setting(plpy: Any) -> str | None:
     """Return what ``pydedup.memory`` is set to in this session."""
-    ((setting,),) = rows_of(plpy.execute(_SETTING), ["memory"])
+    ((setting,),) = _rows_of(plpy.execute(_SETTING), ["memory"])
     return None if setting is None else str(setting)
 
 
@@ -53,7 +52,7 @@ class _SpiAdapter(PostgresBase):
         self._plpy = plpy
         self._thread = threading.get_ident()
         self.driver_error = plpy.Error
-        ((database,),) = rows_of(plpy.execute("SELECT current_database() AS name"), ["name"])
+        ((database,),) = _rows_of(plpy.execute("SELECT current_database() AS name"), ["name"])
         shown = f"postgresql:///{database}" + ("" if schema == "pydedup" else f"?schema={schema}")
         self._place = Place("", shown, schema, None)
         super().__init__(
@@ -124,7 +123,7 @@ class _Cursor:
         result = connection.plpy.execute(plan, list(parameters))
         columns = result.colnames()
         self.description = [(column,) for column in columns]
-        self._rows = rows_of(result, columns)
+        self._rows = _rows_of(result, columns)
 
     def fetchall(self) -> list[Row]:
         return self._rows
@@ -137,3 +136,8 @@ def _type_of(value: Any) -> str:
     if isinstance(value, list):
         return f"{_TYPES[type(value[0])]}[]" if value else "int8[]"
     return _TYPES[type(value)]
+
+
+def _rows_of(result: Any, columns: Sequence[str]) -> list[Row]:
+    """Return rows of PL/Python, which are mappings, as tuples."""
+    return [tuple(row[column] for column in columns) for row in result]

@@ -12,13 +12,12 @@ from urllib.parse import unquote
 
 from pydedup.errors import ArgumentError
 
+from ._url import seconds_of
+
 __all__ = ["SCHEMA", "Place", "locate"]
 
 #: Where a store lives unless told otherwise.
 SCHEMA: Final = "pydedup"
-#: How long a writer waits for another, in seconds.
-TIMEOUT_SECONDS: Final = 30.0
-MOST_SECONDS: Final = 86400.0
 #: Unless the URL says otherwise: an address that does not answer is given up after 10 seconds, a
 #: server that falls silent, as when its host lost its power, after a minute.
 _DEFAULTS: Final = {
@@ -157,9 +156,6 @@ def _checked_timeout(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        timeout = float(value)
-    except ValueError:
-        timeout = -1.0
-    if not 0 <= timeout <= MOST_SECONDS:
-        raise ArgumentError(f"timeout={value} must be a number of seconds, 0 to {MOST_SECONDS:.0f}")
-    return timeout
+        return seconds_of(value)
+    except ValueError as error:
+        raise ArgumentError(f"timeout={value} must be {error}") from None

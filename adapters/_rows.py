@@ -28,10 +28,11 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import CancelledError, DbApiBase, KeyTakenError
+from ._base import DbApiBase
+from ._errors import CancelledError, KeyTakenError
 from ._schema import TABLES, VIEWS
 from ._select import as_table, check_select
-from ._sessions import WRITE
+from ._sessions import WRITE, Connection
 from ._sql import batches
 from ._values import Row
 
@@ -70,6 +71,10 @@ class RowCalls(DbApiBase):
     # ---- hooks --------------------------------------------------------------------------------
 
     @abc.abstractmethod
+    def _connect(self) -> Connection:
+        """Return a new connection."""
+
+    @abc.abstractmethod
     def _stream(
         self, query: str, batch: int, values: Sequence[object] = ()
     ) -> AbstractContextManager[RowStream]:
@@ -87,9 +92,6 @@ class RowCalls(DbApiBase):
     def _unique_columns(self, schema: str, table: str) -> set[str]:
         """Return the columns that an index makes unique by themselves."""
 
-    def _vector_type(self) -> str:
-        return self._sql.dialect.types["blob"]
-
     def vector(self, payload: bytes) -> object:
         """Return float32 in little-endian order as a value of kind ``vector``."""
         return payload
@@ -104,10 +106,12 @@ class RowCalls(DbApiBase):
 
     #: Whether names of columns that differ in case alone are one.
     _ignores_case = True
-    _table_options = ""
+    #: Of tables of predictions, where these are not those of our own.
+    _table_options: str | None = None
+    #: What vectors are, where they are no blobs.
+    _vector_type: str | None = None
     #: Types of keys that come from elsewhere, by kind.
     _key_types: Mapping[str, str] = MappingProxyType({})
-    _key_constraint = "NOT NULL PRIMARY KEY"
 
     # ---- names --------------------------------------------------------------------------------
 
@@ -233,8 +237,9 @@ class RowCalls(DbApiBase):
                 f"the key cannot be called {key.name!r}: to this database a column of the "
                 "predictions has the same name; give it another one with AS"
             )
-        kinds = {**self._sql.dialect.types, "vector": self._vector_type()}
-        lines = [f"{self._quoted(key.name, 'column')} {key.type} {self._key_constraint}"]
+        dialect, options = self._sql.dialect, self._table_options
+        kinds = {**dialect.types, "vector": self._vector_type or dialect.types["blob"]}
+        lines = [f"{self._quoted(key.name, 'column')} {key.type} NOT NULL PRIMARY KEY"]
         lines += [
             f"{self._quoted(name, 'column')} {kinds[kind]} NOT NULL" for name, kind in columns
         ]
@@ -242,7 +247,7 @@ class RowCalls(DbApiBase):
             try:
                 self._define_table(
                     f"CREATE TABLE IF NOT EXISTS {self._table(table)} ({', '.join(lines)})"
-                    f"{self._table_options}"
+                    f"{dialect.table_options if options is None else options}"
                 )
             except StoreError:
                 # Of two who create it at once, PostgreSQL may tell one that a row of its catalog,

@@ -25,7 +25,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from pydedup.errors import StoreError, UnavailableError
@@ -249,12 +249,9 @@ class SessionPool:
             while True:
                 with self._lock:
                     others = [one for one in list(self._sessions) if one.thread != me]
-                    for other in others:
-                        if other.lock.acquire(blocking=False):
-                            with other:
-                                session = self._moved(other)
-                            if session is not None:
-                                return session
+                    session = self._first_free(others)
+                if session is not None:
+                    return session
                 if not others or time.monotonic() > end:
                     return None
                 # Whose statement ends next; who is in a snapshot does not lock it all the time.
@@ -264,6 +261,16 @@ class SessionPool:
         finally:
             with self._lock:
                 self._wanted -= 1
+
+    def _first_free(self, others: Iterable[Session]) -> Session | None:
+        """Return, as this thread's, the first of the sessions that is not in use."""
+        for other in others:
+            if other.lock.acquire(blocking=False):
+                with other:
+                    session = self._moved(other)
+                if session is not None:
+                    return session
+        return None
 
     def _moved(self, other: Session) -> Session | None:
         """Return the connection of a locked session as this thread's, if it is not in use."""

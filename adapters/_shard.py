@@ -23,10 +23,11 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import DbApiBase, KeyTakenError
+from ._base import DbApiBase
+from ._errors import ConnectionLostError, KeyTakenError
 from ._migrations import SchemaCalls
 from ._postgres_base import CREATING, SHARDS
-from ._postgres_errors import ConnectionLostError, MissingDatabaseError
+from ._postgres_errors import MissingDatabaseError
 from ._postgres_statement import copy_statement, is_stale
 from ._postgres_url import Place
 from ._sessions import WRITE, Connection, Session, SessionPool

@@ -17,8 +17,9 @@ from typing import Final
 
 from pydedup.errors import ArgumentError, ConflictError, CorruptStoreError, StoreError
 
+from ._errors import ConnectionLostError
 from ._postgres_base import SHARDS
-from ._postgres_errors import ConnectionLostError, MissingDatabaseError
+from ._postgres_errors import MissingDatabaseError
 from ._shard import Shard
 from ._shards_reading import ShardedReads
 from ._shards_url import Ring, generation_of, is_same_place, places_of, shard_of_name

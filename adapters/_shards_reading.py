@@ -6,7 +6,6 @@ Also what is said of pages that cannot be had, and which payloads nobody needs a
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +16,8 @@ from pydedup.errors import PydedupError, StoreError, UnavailableError
 
 from . import _postgres_base
 from ._dbapi import PAYLOADS_PER_READ
+from ._errors import ConnectionLostError
 from ._postgres_copy import PostgresCopy
-from ._postgres_errors import ConnectionLostError
 from ._postgres_statement import Statement, run_together
 from ._sessions import WRITE, Session
 from ._shard import Shard
@@ -43,10 +42,6 @@ class ShardedReads(PostgresCopy):
     _by_id: dict[str, Shard]
     _ring: Ring
     _mine: Any
-
-    @abc.abstractmethod
-    def _close_shards(self) -> None:
-        """Close the connections to shards."""
 
     def _touched(self) -> dict[str, Session] | None:
         """Return this thread's transactions on shards, ``None`` outside of one of its own."""
@@ -186,7 +181,6 @@ class ShardedReads(PostgresCopy):
         if not gone:
             return
         error = next(problems[one] for one in self._places(gone[0]) if one in problems)
-        shown = ", ".join(map(str, gone[:_SHOWN])) + (", ..." if len(gone) > _SHOWN else "")
         kind: type[PydedupError] = type(error)
         longest = max(self._by_id[one].down_seconds() or 0.0 for one in problems)
         if isinstance(error, ConnectionLostError):
@@ -194,8 +188,8 @@ class ShardedReads(PostgresCopy):
             patient = longest < _postgres_base.AGAIN_SECONDS
             kind = ConnectionLostError if patient else UnavailableError
         raise kind(
-            f"{error}; nobody else has {len(gone)} of the pages asked for ({shown}), which are "
-            f"read by {self._readers_of(gone)}; models without pages there are served"
+            f"{error}; nobody else has {len(gone)} of the pages asked for ({_some(gone)}), which "
+            f"are read by {self._readers_of(gone)}; models without pages there are served"
         ) from error
 
     def _readers_of(self, page_ids: Sequence[int]) -> str:
@@ -205,10 +199,7 @@ class ShardedReads(PostgresCopy):
             "ON r.model_id = m.id WHERE r.page_id = ANY(%b) ORDER BY 1, 2",
             [list(page_ids)],
         )
-        named = [f"{name}@{version}" for name, version in rows]
-        if not named:
-            return "no model yet"
-        return ", ".join(named[:_SHOWN]) + (", ..." if len(named) > _SHOWN else "")
+        return _some([f"{name}@{version}" for name, version in rows]) or "no model yet"
 
     @property
     def copies(self) -> int:
@@ -293,9 +284,13 @@ class ShardedReads(PostgresCopy):
         wrong = [row.id for row in self.page_rows(ids=wrong)]
         if not wrong:
             return []
-        shown = ", ".join(map(str, wrong[:_SHOWN])) + (", ..." if len(wrong) > _SHOWN else "")
         other = "the other copy is read" if self._ring.replicas > 1 else "there is no other"
-        return [f"{shard.shown} lacks its copy of {len(wrong)} pages ({shown}); {other}"]
+        return [f"{shard.shown} lacks its copy of {len(wrong)} pages ({_some(wrong)}); {other}"]
+
+
+def _some(things: Sequence[object]) -> str:
+    """Return a list of things for a message, of many the first ones."""
+    return ", ".join(map(str, things[:_SHOWN])) + (", ..." if len(things) > _SHOWN else "")
 
 
 def _ignored(cursor: Any) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from pydedup.errors import CorruptStoreError, PydedupError, StoreError, UnavailableError
 
 from . import _postgres_base
-from ._postgres_errors import ConnectionLostError
+from ._errors import ConnectionLostError
 from ._shard import Shard
 from ._shards_list import ShardedList
 

@@ -136,11 +136,16 @@ class Statements:
         self.tensors = self.select(
             "tensors", TABLES["tensors"].names, where=("model_id",), order=("ordinal",)
         )
+        self.block_map = self.select(
+            "block_maps", ("payload",), where=("model_id", "ordinal"), order=("part",)
+        )
         self.block_maps = self.select(
-            "block_maps",
-            ("ordinal", "payload"),
-            where=("model_id",),
-            order=("ordinal", "part"),
+            "block_maps", ("ordinal", "payload"), where=("model_id",), order=("ordinal", "part")
+        )
+        mark = self.dialect.placeholder
+        self.source_hashes = (  # from an ordinal on, until below another
+            f"SELECT ordinal, payload FROM {self._name('source_hashes')} WHERE model_id = {mark} "
+            f"AND ordinal >= {mark} AND ordinal < {mark} ORDER BY ordinal, part"
         )
         self.model_pages = self.select(
             "model_pages", TABLES["model_pages"].names, order=("model_id", "page_id")
@@ -223,6 +228,10 @@ class Statements:
             return f"= ANY({self.dialect.placeholder})"
         return f"IN ({', '.join([self.dialect.placeholder] * count)})"
 
+    def delete_members(self, table: str, column: str, count: int) -> str:
+        """Return the DELETE of rows whose column has one of that many values."""
+        return f"DELETE FROM {self._name(table)} WHERE {column} {self.members(count)}"
+
     # ---- statements whose shape depends on the call -------------------------------------------
 
     def models(self, *, name: bool, state: str | None, newest: bool) -> str:
@@ -250,19 +259,6 @@ class Statements:
             raise KeyError(columns)
         changes = ", ".join(f"{column} = {self.dialect.placeholder}" for column in columns)
         return f"UPDATE {self._name('models')} SET {changes}{self._where(('id',))}"
-
-    def parts(self, table: str) -> str:
-        """Return the reading of the parts of one tensor."""
-        return self.select(table, ("payload",), where=("model_id", "ordinal"), order=("part",))
-
-    def parts_of_several(self, table: str) -> str:
-        """Return the reading of the parts of tensors from an ordinal on, until below another."""
-        mark = self.dialect.placeholder
-        return (
-            f"SELECT ordinal, payload FROM {self._name(table)} "
-            f"WHERE model_id = {mark} AND ordinal >= {mark} AND ordinal < {mark} "
-            "ORDER BY ordinal, part"
-        )
 
     def page_rows(self, *, members: int, state: bool, limit: bool) -> str:
         """Return the listing of pages; parameters: after, state, members, limit."""
@@ -297,13 +293,6 @@ class Statements:
             f"WHERE id {self.members(members)}"
         )
 
-    def delete_pages(self, members: int) -> tuple[str, str]:
-        """Return the two statements that delete pages and the blocks on them."""
-        return (
-            f"DELETE FROM {self._name('distinct_blocks')} WHERE page_id {self.members(members)}",
-            f"DELETE FROM {self._name('pages')} WHERE id {self.members(members)}",
-        )
-
     def find_blocks(self, members: int) -> str:
         """Return the lookup of blocks by hash, on live pages."""
         return f"{self._blocks} WHERE hash128 {self.members(members)} AND {self._on_live_pages}"
@@ -311,10 +300,6 @@ class Statements:
     def blocks_on_pages(self, members: int) -> str:
         """Return the listing of blocks by page."""
         return f"{self._blocks} WHERE page_id {self.members(members)} ORDER BY page_id, slot"
-
-    def delete_blocks(self, members: int) -> str:
-        """Return the deletion of blocks."""
-        return f"DELETE FROM {self._name('distinct_blocks')} WHERE id {self.members(members)}"
 
     def signatures(self, members: int) -> str:
         """Return the reading of some segments of a group; parameters: the group, members."""
@@ -330,10 +315,6 @@ class Statements:
             f"SELECT segment, grp FROM {self._name('signatures')} "
             f"WHERE segment {self.members(members)} ORDER BY segment, grp"
         )
-
-    def delete_signatures(self, members: int) -> str:
-        """Return the deletion of segments."""
-        return f"DELETE FROM {self._name('signatures')} WHERE segment {self.members(members)}"
 
     def view(self, view: str) -> str:
         """Return the reading of a view, in a stable order."""

@@ -28,7 +28,7 @@ from ._sqlite_places import PagePlaces
 from ._sqlite_rows import SqliteRows
 from ._values import Row
 
-__all__ = ["ANY_READ", "DIALECT", "SqliteBase", "closed_on_error"]
+__all__ = ["ANY_READ", "DIALECT", "SqliteBase"]
 
 #: The cheapest statement that really reads the database.
 ANY_READ: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
@@ -61,16 +61,6 @@ WAIT_SLICE_SECONDS: Final = 0.25
 CHECKPOINT_SECONDS: Final = 1.0
 #: Pages of the file given back in one transaction, which holds them in memory: 16 MiB.
 COMPACT_STEP: Final = 256
-
-
-@contextlib.contextmanager
-def closed_on_error(connection: Connection) -> Iterator[None]:
-    """Close a connection when what is done with it fails."""
-    try:
-        yield
-    except BaseException:
-        connection.close()
-        raise
 
 
 class SqliteBase(SqliteRows, DbApiAdapter):
@@ -279,20 +269,11 @@ class SqliteBase(SqliteRows, DbApiAdapter):
             self._pragma(session, "wal_checkpoint(TRUNCATE)")
 
     def compact(self) -> None:
-        """Shrink the file by its free pages, in steps between which others may write.
-
-        Raises
-        ------
-        ReadOnlyError
-            When changes are refused.
-        StoreError
-            Inside of a transaction or snapshot.
-        """
+        """Shrink the file by its free pages, in steps between which others may write."""
         self._refuse_when_read_only()
+        self._refuse_inside("compact()")
         while True:
             with self._pool.acquire() as session:
-                if session.scope is not None:
-                    raise StoreError(f"compact() cannot run inside of a {session.scope}")
                 ((free,),) = self._pragma(session, "freelist_count")
                 self._give_back(session)
                 ((left,),) = self._pragma(session, "freelist_count")

@@ -20,7 +20,7 @@ from pydedup.errors import (
     UnavailableError,
 )
 
-from ._base import KeyTakenError
+from ._errors import KeyTakenError
 from ._schema import PREFIX
 
 __all__ = ["meaning"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from pydedup.errors import NotAStoreError, UnavailableError
+from pydedup.errors import ArgumentError, NotAStoreError, UnavailableError
 
 from ._files import DatabaseFile, locate_file
 from ._schema import PREFIX, TABLES
@@ -25,8 +25,10 @@ _APPLICATION_ID: Final = int.from_bytes(b"pydd", "big")
 Stamp = tuple[int, int, int]
 
 
-def locate(url: str) -> tuple[StoreFile, float]:
+def locate(url: str, schema: str | None = None) -> tuple[StoreFile, float]:
     """Return the file, and the wait for locks in seconds, of a URL; see `locate_file`."""
+    if schema is not None:
+        raise ArgumentError(f"SQLite has no schemas; leave out schema={schema!r}")
     file, timeout = locate_file(url)
     return StoreFile(file.path), timeout
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import marshal
 import sqlite3
@@ -17,7 +16,6 @@ from pydedup.errors import ArgumentError
 
 from ._rows import RowCalls, Rows
 from ._select import as_table
-from ._sessions import Connection
 
 __all__ = ["SqliteRows"]
 
@@ -50,10 +48,6 @@ class SqliteRows(RowCalls):
     _key_types: Mapping[str, str] = MappingProxyType(
         dict.fromkeys(("integer", "text", "bytes", "date", "time", "instant"), "")
     )
-
-    @abc.abstractmethod
-    def _connect(self) -> Connection:
-        """Return a new connection."""
 
     @contextlib.contextmanager
     def _stream(self, query: str, batch: int, values: Sequence[object] = ()) -> Iterator[Rows]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pydedup.adapter import Adapter
-from pydedup.errors import ArgumentError
 
 from ._sqlite_file import locate
 from .sqlite import SqliteAdapter
@@ -21,9 +20,7 @@ class _UserFile(SqliteAdapter):
 
 def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     """Open a file that exists, ``sqlite:///path``, without changing anything about it."""
-    if schema is not None:
-        raise ArgumentError(f"SQLite has no schemas; leave out schema={schema!r}")
-    file, timeout = locate(url)
+    file, timeout = locate(url, schema)
     file.size(create=False)
     writes = mode == "a" and file.is_writable()
     return _UserFile(url, file, "mode=rw" if writes else "mode=ro", timeout)

@@ -19,7 +19,7 @@ from typing import Any
 from pydedup.errors import PydedupError
 
 from . import _dbapi
-from ._base import KeyTakenError
+from ._errors import KeyTakenError
 from ._files import DatabaseFile, locate_file
 from ._schema import Dialect
 from ._sessions import Connection, SessionPool

@@ -15,9 +15,11 @@ from mysql.connector.constants import ClientFlag
 from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import ArgumentError, PydedupError
 
+from ._connection import closed_on_error
+from ._errors import CrowdedError
 from ._mysql_base import MysqlBase
 from ._mysql_cursors import PreparedConnection
-from ._mysql_errors import CrowdedError, meaning
+from ._mysql_errors import meaning
 from ._mysql_server import check_server, session_statements
 from ._mysql_url import Place, locate
 from ._sessions import Connection, SessionPool
@@ -68,13 +70,10 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
         When the server is too old, or its ``max_allowed_packet`` too small.
     """
     adapter = MysqlAdapter(locate(url, schema), read_only=mode == "r")
-    try:
+    with closed_on_error(adapter):
         if mode == "r" and adapter.schema_version() is None:
             raise adapter.missing()
-        return adapter
-    except BaseException:
-        adapter.close()
-        raise
+    return adapter
 
 
 class MysqlAdapter(MysqlBase):

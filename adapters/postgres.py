@@ -18,16 +18,20 @@ from psycopg.types.numeric import Int8BinaryDumper
 from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import ArgumentError, PydedupError, StoreError
 
+from ._base import fetch_all
+from ._connection import closed_on_error
+from ._errors import CrowdedError
 from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
 from ._postgres_cursor import BinaryCursor, json_or_text
-from ._postgres_errors import CrowdedError, meaning, refusal
+from ._postgres_errors import meaning, refusal
 from ._postgres_pooler import check_sessions
 from ._postgres_said import said, sqlstate_of
 from ._postgres_statement import is_stale
-from ._postgres_url import TIMEOUT_SECONDS, Place, locate
+from ._postgres_url import Place, locate
 from ._schema import Dialect
 from ._sessions import Connection, Session, SessionPool
+from ._url import TIMEOUT_SECONDS
 
 __all__ = ["CAPABILITIES", "PostgresAdapter", "connect", "known_options"]
 
@@ -73,13 +77,10 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
         When the server cannot be reached, or refuses.
     """
     adapter = PostgresAdapter(locate(url, schema, known_options()), mode)
-    try:
+    with closed_on_error(adapter):
         if mode == "r" and adapter.schema_version() is None:
             raise adapter.missing()
-        return adapter
-    except BaseException:
-        adapter.close()
-        raise
+    return adapter
 
 
 def known_options() -> list[str]:
@@ -139,17 +140,14 @@ class PostgresAdapter(PostgresCopy):
             code = None if needs else sqlstate_of(self._place.conninfo, time.monotonic() - began)
             raise refusal(code, said(error), self._place, needs_password=needs) from error
         try:
-            if not self._is_checked:
-                check_sessions(connection, self._place.conninfo, self._place.shown)
-                self._is_checked = True
-            self._configure(connection)
+            with closed_on_error(connection):
+                if not self._is_checked:
+                    check_sessions(connection, self._place.conninfo, self._place.shown)
+                    self._is_checked = True
+                self._configure(connection)
             return cast(Connection, connection)
         except psycopg.Error as error:
-            connection.close()
             raise self._translate(error) from error
-        except BaseException:
-            connection.close()
-            raise
 
     def _configure(self, connection: psycopg.Connection[Any]) -> None:
         info = connection.info
@@ -172,12 +170,8 @@ class PostgresAdapter(PostgresCopy):
         )
 
     def _cannot_write(self, session: Session) -> bool:
-        return bool(self._run(session, _CANNOT_WRITE, [self._place.schema], _first))
+        return bool(self._run(session, _CANNOT_WRITE, [self._place.schema], fetch_all)[0][0])
 
     def _translate(self, error: Exception) -> PydedupError:
         lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
         return meaning(getattr(error, "sqlstate", None), said(error), self._place, lost=lost)
-
-
-def _first(cursor: Any) -> Any:
-    return cursor.fetchone()[0]

@@ -19,8 +19,9 @@ from typing import Final
 from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.errors import PydedupError, ReadOnlyError, SchemaVersionError, StoreError
 
+from ._connection import closed_on_error
+from ._errors import ConnectionLostError
 from ._postgres_base import SHARDS
-from ._postgres_errors import ConnectionLostError
 from ._postgres_statement import Statement, run_together
 from ._schema import Dialect
 from ._sessions import Session
@@ -50,15 +51,12 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
         When the coordinator cannot be reached, or a shard refuses; one may be down.
     """
     adapter = ShardedAdapter(locate_shards(url, schema, known_options()), mode)
-    try:
+    with closed_on_error(adapter):
         if adapter.schema_version() is not None:
             adapter.match_shards()
         elif mode == "r":
             raise adapter.missing()
-        return adapter
-    except BaseException:
-        adapter.close()
-        raise
+    return adapter
 
 
 def replace_lost(url: str, *, schema: str | None = None) -> tuple[str, str] | None:

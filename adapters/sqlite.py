@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from pydedup.adapter import Adapter, Capabilities
-from pydedup.errors import ArgumentError, NotAStoreError, StoreError
+from pydedup.errors import NotAStoreError, StoreError
 
+from ._connection import closed_on_error
 from ._sessions import Connection, SessionPool
-from ._sqlite_base import ANY_READ, DIALECT, SqliteBase, closed_on_error
+from ._sqlite_base import ANY_READ, DIALECT, SqliteBase
 from ._sqlite_errors import meaning
 from ._sqlite_file import Stamp, StoreFile, configure, is_ours, locate, make_ours
 from ._sqlite_places import PagePlaces
@@ -42,11 +43,9 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     ReadOnlyError, UnavailableError
         When it cannot be created or opened.
     """
-    if schema is not None:
-        raise ArgumentError(f"SQLite has no schemas; leave out schema={schema!r}")
     if sqlite3.sqlite_version_info < (3, 37):
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed")
-    file, timeout = locate(url)
+    file, timeout = locate(url, schema)
     size = file.size(create=mode == "a")
     if size:
         _refuse_others(file, timeout)

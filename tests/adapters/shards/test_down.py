@@ -11,7 +11,7 @@ import pytest
 
 from pydedup import registry
 from pydedup.adapter import Adapter
-from pydedup.adapters._postgres_errors import ConnectionLostError
+from pydedup.adapters._errors import ConnectionLostError
 from pydedup.errors import UnavailableError
 from pydedup.testing._contract_base import add_pages, add_random_pages, in_thread, open_store
 from pydedup.testing.shards import ShardedPlace
