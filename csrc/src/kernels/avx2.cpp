@@ -14,7 +14,7 @@ namespace pydedup {
 
 const KernelTable kAvx2Kernels = {
     "avx2",          isa_avx2::kHash, isa_avx2::kCodec,
-    isa_avx2::kGemm, isa_avx2::kRows, isa_avx2::kSimilarity,
+    isa_avx2::kGemm, isa_avx2::kRows, isa_avx2::sim::kSimilarity,
 };
 
 }  // namespace pydedup

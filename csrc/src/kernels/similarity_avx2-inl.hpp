@@ -68,18 +68,18 @@ struct D {
         }
         return static_cast<std::size_t>(__builtin_popcount(mask & ((1U << n) - 1U)));
     }
-    // Lanes 8 apart first, then 4, 2 and 1.
+    static Reg load_any(const void* p) noexcept {
+        return each(
+            [=](int i) noexcept { return _mm256_loadu_pd(static_cast<const double*>(p) + 4 * i); });
+    }
+    static void store_any(void* p, const Reg& x) noexcept {
+        for (int i = 0; i < 4; ++i) _mm256_storeu_pd(static_cast<double*>(p) + 4 * i, x.part[i]);
+    }
     static double total(const Reg& x) noexcept {
         const __m256d low = _mm256_add_pd(x.part[0], x.part[2]);
         const __m256d high = _mm256_add_pd(x.part[1], x.part[3]);
         return sum(_mm256_add_pd(low, high));
     }
-    struct Wide {
-        Reg sums;
-        void clear() noexcept { sums = zero(); }
-        void add(const Reg& x) noexcept { sums = D::add(sums, x); }
-        [[nodiscard]] double total() const noexcept { return D::total(sums); }
-    };
 };
 
 struct V {
@@ -103,6 +103,15 @@ struct V {
     static void store(float* p, Reg x) noexcept {
         _mm256_store_ps(p, x.low);
         _mm256_store_ps(p + 8, x.high);
+    }
+    static Reg load_any(const void* p) noexcept {
+        const auto* at = static_cast<const float*>(p);
+        return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)};
+    }
+    static void store_any(void* p, Reg x) noexcept {
+        auto* to = static_cast<float*>(p);
+        _mm256_storeu_ps(to, x.low);
+        _mm256_storeu_ps(to + 8, x.high);
     }
     static Reg add(Reg a, Reg b) noexcept {
         return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
@@ -189,36 +198,22 @@ struct V {
                  _mm256_cvtps_pd(_mm256_castps256_ps128(x.high)),
                  _mm256_cvtps_pd(_mm256_extractf128_ps(x.high, 1))}};
     }
-    static void add_to_f64(double* sums, Reg x) noexcept {
-        const D::Reg wide = widen(x);
-        for (int i = 0; i < 4; ++i) {
-            const __m256d before = _mm256_loadu_pd(sums + 4 * i);
-            _mm256_storeu_pd(sums + 4 * i, _mm256_add_pd(before, wide.part[i]));
-        }
+    static Reg narrow(const D::Reg& x) noexcept {
+        return {_mm256_set_m128(_mm256_cvtpd_ps(x.part[1]), _mm256_cvtpd_ps(x.part[0])),
+                _mm256_set_m128(_mm256_cvtpd_ps(x.part[3]), _mm256_cvtpd_ps(x.part[2]))};
     }
-    struct Wide {
-        D::Reg sums;
-        void clear() noexcept { sums = D::zero(); }
-        void add(Reg x) noexcept { sums = D::add(sums, widen(x)); }
-        [[nodiscard]] double total() const noexcept { return D::total(sums); }
-    };
 };
 
 struct F32 {
     using Num = V;
     static constexpr std::size_t kBytes = 4;
-    static V::Reg value(const std::uint8_t* p) noexcept {
-        const auto* at = reinterpret_cast<const float*>(p);
-        return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)};
-    }
+    static V::Reg value(const std::uint8_t* p) noexcept { return V::load_any(p); }
     static V::Reg value_n(const std::uint8_t* p, std::size_t n) noexcept {
         const auto* at = reinterpret_cast<const float*>(p);
         const auto count = static_cast<std::ptrdiff_t>(n);
         return {_mm256_maskload_ps(at, first32(count)),
                 _mm256_maskload_ps(at + 8, first32(count - 8))};
     }
-    static V::Reg fold(const std::uint8_t* p) noexcept { return value(p); }
-    static V::Reg fold_n(const std::uint8_t* p, std::size_t n) noexcept { return value_n(p, n); }
 };
 
 // A load of n of 16 16-bit elements: there is no masked one, and reading past them could leave the
@@ -247,8 +242,6 @@ struct F16 {
     static V::Reg value_n(const std::uint8_t* p, std::size_t n) noexcept {
         return widen(Halves::load_n(p, n));
     }
-    static V::Reg fold(const std::uint8_t* p) noexcept { return value(p); }
-    static V::Reg fold_n(const std::uint8_t* p, std::size_t n) noexcept { return value_n(p, n); }
 };
 
 struct Bf16 {
@@ -262,69 +255,58 @@ struct Bf16 {
     static V::Reg value_n(const std::uint8_t* p, std::size_t n) noexcept {
         return widen(Halves::load_n(p, n));
     }
-    static V::Reg fold(const std::uint8_t* p) noexcept { return value(p); }
-    static V::Reg fold_n(const std::uint8_t* p, std::size_t n) noexcept { return value_n(p, n); }
 };
 
 struct F64 {
     using Num = D;
     static constexpr std::size_t kBytes = 8;
-    static D::Reg value(const std::uint8_t* p) noexcept {
-        const auto* at = reinterpret_cast<const double*>(p);
-        return D::each([=](int i) noexcept { return _mm256_loadu_pd(at + 4 * i); });
-    }
+    static D::Reg value(const std::uint8_t* p) noexcept { return D::load_any(p); }
     static D::Reg value_n(const std::uint8_t* p, std::size_t n) noexcept {
         const auto* at = reinterpret_cast<const double*>(p);
         const auto count = static_cast<std::ptrdiff_t>(n);
         return D::each(
             [=](int i) noexcept { return _mm256_maskload_pd(at + 4 * i, first64(count - 4 * i)); });
     }
-    static V::Reg narrow(const D::Reg& x) noexcept {
-        return {_mm256_set_m128(_mm256_cvtpd_ps(x.part[1]), _mm256_cvtpd_ps(x.part[0])),
-                _mm256_set_m128(_mm256_cvtpd_ps(x.part[3]), _mm256_cvtpd_ps(x.part[2]))};
-    }
-    static V::Reg fold(const std::uint8_t* p) noexcept { return narrow(value(p)); }
-    static V::Reg fold_n(const std::uint8_t* p, std::size_t n) noexcept {
-        return narrow(value_n(p, n));
-    }
 };
 
 // Keys are compared as signed numbers: the highest bit of a magnitude is 0, but a pivot may be
-// above all of them.
-struct Keys32 {
-    using Key = std::uint32_t;
+// above all of them. Own gives kLanes, biased() and mask_below().
+template <class Own, class K>
+struct Keys {
+    using Key = K;
     using Reg = __m256i;
-    static constexpr std::size_t kLanes = 8;
-    static Reg biased(Reg x) noexcept {
-        return _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int>(0x80000000U)));
-    }
-    static Reg set1(Key key) noexcept { return biased(_mm256_set1_epi32(static_cast<int>(key))); }
     static Reg load(const Key* p) noexcept {
-        return biased(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    }
-    static unsigned mask_below(Reg a, Reg b) noexcept {
-        return static_cast<unsigned>(
-            _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a))));
+        return Own::biased(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
     static std::size_t below(Reg a, Reg b) noexcept {
-        return static_cast<std::size_t>(__builtin_popcount(mask_below(a, b)));
+        return static_cast<std::size_t>(__builtin_popcount(Own::mask_below(a, b)));
     }
     static std::size_t store_between(const Key* p, Reg low, Reg high, Key* out,
                                      std::size_t& below) noexcept {
         const Reg x = load(p);
-        const unsigned under = mask_below(x, low);
+        const unsigned under = Own::mask_below(x, low);
         below += static_cast<std::size_t>(__builtin_popcount(under));
         std::size_t kept = 0;
-        for (unsigned left = mask_below(x, high) & ~under; left != 0; left &= left - 1) {
+        for (unsigned left = Own::mask_below(x, high) & ~under; left != 0; left &= left - 1) {
             out[kept++] = p[__builtin_ctz(left)];
         }
         return kept;
     }
 };
 
-struct Keys64 {
-    using Key = std::uint64_t;
-    using Reg = __m256i;
+struct Keys32 : Keys<Keys32, std::uint32_t> {
+    static constexpr std::size_t kLanes = 8;
+    static Reg biased(Reg x) noexcept {
+        return _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int>(0x80000000U)));
+    }
+    static Reg set1(Key key) noexcept { return biased(_mm256_set1_epi32(static_cast<int>(key))); }
+    static unsigned mask_below(Reg a, Reg b) noexcept {
+        return static_cast<unsigned>(
+            _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a))));
+    }
+};
+
+struct Keys64 : Keys<Keys64, std::uint64_t> {
     static constexpr std::size_t kLanes = 4;
     static Reg biased(Reg x) noexcept {
         return _mm256_xor_si256(x, _mm256_set1_epi64x(static_cast<long long>(0x8000000000000000U)));
@@ -332,56 +314,11 @@ struct Keys64 {
     static Reg set1(Key key) noexcept {
         return biased(_mm256_set1_epi64x(static_cast<long long>(key)));
     }
-    static Reg load(const Key* p) noexcept {
-        return biased(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    }
     static unsigned mask_below(Reg a, Reg b) noexcept {
         return static_cast<unsigned>(
             _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(b, a))));
     }
-    static std::size_t below(Reg a, Reg b) noexcept {
-        return static_cast<std::size_t>(__builtin_popcount(mask_below(a, b)));
-    }
-    static std::size_t store_between(const Key* p, Reg low, Reg high, Key* out,
-                                     std::size_t& below) noexcept {
-        const Reg x = load(p);
-        const unsigned under = mask_below(x, low);
-        below += static_cast<std::size_t>(__builtin_popcount(under));
-        std::size_t kept = 0;
-        for (unsigned left = mask_below(x, high) & ~under; left != 0; left &= left - 1) {
-            out[kept++] = p[__builtin_ctz(left)];
-        }
-        return kept;
-    }
 };
-
-template <class Element>
-void keys_u32(const std::uint8_t* data, std::size_t count, std::uint32_t* keys) noexcept {
-    std::size_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        const V::Reg x = V::abs(Element::value(data + i * Element::kBytes));
-        _mm256_storeu_ps(reinterpret_cast<float*>(keys + i), x.low);
-        _mm256_storeu_ps(reinterpret_cast<float*>(keys + i + 8), x.high);
-    }
-    if (i < count) {
-        alignas(32) float rest[kSimLanes];
-        V::store(rest, V::abs(Element::value_n(data + i * Element::kBytes, count - i)));
-        __builtin_memcpy(keys + i, rest, (count - i) * sizeof(float));
-    }
-}
-
-void keys_u64(const std::uint8_t* data, std::size_t count, std::uint64_t* keys) noexcept {
-    const __m256i size = _mm256_set1_epi64x(0x7FFFFFFFFFFFFFFF);
-    std::size_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 8 * i));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys + i), _mm256_and_si256(bits, size));
-    }
-    for (; i < count; ++i) {
-        __builtin_memcpy(keys + i, data + 8 * i, 8);
-        keys[i] &= 0x7FFFFFFFFFFFFFFF;
-    }
-}
 
 std::uint64_t sketch_distance(const std::int16_t* a, const std::int16_t* b,
                               std::size_t count) noexcept {
@@ -403,21 +340,5 @@ std::uint64_t sketch_distance(const std::int16_t* a, const std::int16_t* b,
 #include "kernels/similarity_vector-inl.hpp"
 
 }  // namespace sim
-
-constexpr SimilarityKernels kSimilarity = {
-    sim::kElement<sim::V, sim::F32>,
-    sim::kElement<sim::V, sim::F64>,
-    sim::kElement<sim::V, sim::F16>,
-    sim::kElement<sim::V, sim::Bf16>,
-    sim::mix<sim::V>,
-    sim::sketch_distance,
-    sim::keys_u32<sim::F32>,
-    sim::keys_u32<sim::F16>,
-    sim::keys_u32<sim::Bf16>,
-    sim::keys_u64,
-    sim::kSelect<sim::Keys32>,
-    sim::kSelect<sim::Keys64>,
-};
-
 }  // namespace
 }  // namespace pydedup::isa_avx2

@@ -8,6 +8,53 @@ namespace sim {
 
 __mmask16 first(std::size_t n) noexcept { return static_cast<__mmask16>((1U << n) - 1U); }
 
+// 16 lanes of f64.
+struct D {
+    struct Reg {
+        __m512d low, high;
+    };
+    static Reg zero() noexcept { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+    static Reg set1(double x) noexcept { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
+    static Reg add(Reg a, Reg b) noexcept {
+        return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)};
+    }
+    static Reg sub(Reg a, Reg b) noexcept {
+        return {_mm512_sub_pd(a.low, b.low), _mm512_sub_pd(a.high, b.high)};
+    }
+    static Reg mul(Reg a, Reg b) noexcept {
+        return {_mm512_mul_pd(a.low, b.low), _mm512_mul_pd(a.high, b.high)};
+    }
+    static Reg abs(Reg x) noexcept { return {_mm512_abs_pd(x.low), _mm512_abs_pd(x.high)}; }
+    static Reg greatest(Reg a, Reg b) noexcept {
+        return {_mm512_max_pd(a.low, b.low), _mm512_max_pd(a.high, b.high)};
+    }
+    static double max_of(Reg x) noexcept {
+        return _mm512_reduce_max_pd(_mm512_max_pd(x.low, x.high));
+    }
+    static std::size_t count_within(Reg x, Reg limit, std::size_t n) noexcept {
+        const unsigned low = _mm512_cmp_pd_mask(x.low, limit.low, _CMP_LE_OQ);
+        const unsigned high = _mm512_cmp_pd_mask(x.high, limit.high, _CMP_LE_OQ);
+        return static_cast<std::size_t>(__builtin_popcount((low | high << 8) & first(n)));
+    }
+    static Reg load_any(const void* p) noexcept {
+        const auto* at = static_cast<const double*>(p);
+        return {_mm512_loadu_pd(at), _mm512_loadu_pd(at + 8)};
+    }
+    static void store_any(void* p, Reg x) noexcept {
+        auto* to = static_cast<double*>(p);
+        _mm512_storeu_pd(to, x.low);
+        _mm512_storeu_pd(to + 8, x.high);
+    }
+    static double total(Reg x) noexcept {
+        const __m512d eight = _mm512_add_pd(x.low, x.high);
+        const __m256d four =
+            _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+        const __m128d two =
+            _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+    }
+};
+
 struct V {
     using Reg = __m512;
     using Words = __m512i;
@@ -18,6 +65,8 @@ struct V {
     static Reg set1(double x) noexcept { return _mm512_set1_ps(static_cast<float>(x)); }
     static Reg load(const float* p) noexcept { return _mm512_load_ps(p); }
     static void store(float* p, Reg x) noexcept { _mm512_store_ps(p, x); }
+    static Reg load_any(const void* p) noexcept { return _mm512_loadu_ps(p); }
+    static void store_any(void* p, Reg x) noexcept { _mm512_storeu_ps(p, x); }
     static Reg add(Reg a, Reg b) noexcept { return _mm512_add_ps(a, b); }
     static Reg sub(Reg a, Reg b) noexcept { return _mm512_sub_ps(a, b); }
     static Reg mul(Reg a, Reg b) noexcept { return _mm512_mul_ps(a, b); }
@@ -68,78 +117,23 @@ struct V {
         return _mm512_add_ps(other, _mm512_castsi512_ps(turned));
     }
 
-    static void add_to_f64(double* sums, Reg x) noexcept {
-        const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
-        const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-        _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
-        _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+    static D::Reg widen(Reg x) noexcept {
+        return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
+                _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
     }
-
-    struct Wide {
-        __m512d low, high;
-        void clear() noexcept { low = high = _mm512_setzero_pd(); }
-        void add(Reg x) noexcept {
-            low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
-            high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
-        }
-        [[nodiscard]] double total() const noexcept { return sum(_mm512_add_pd(low, high)); }
-    };
-
-    static double sum(__m512d x) noexcept {
-        const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1));
-        const __m128d two =
-            _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-        return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+    static Reg narrow(D::Reg x) noexcept {
+        return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.low)),
+                                  _mm512_cvtpd_ps(x.high), 1);
     }
-};
-
-// 16 lanes of f64.
-struct D {
-    struct Reg {
-        __m512d low, high;
-    };
-    static Reg zero() noexcept { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
-    static Reg set1(double x) noexcept { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
-    static Reg add(Reg a, Reg b) noexcept {
-        return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)};
-    }
-    static Reg sub(Reg a, Reg b) noexcept {
-        return {_mm512_sub_pd(a.low, b.low), _mm512_sub_pd(a.high, b.high)};
-    }
-    static Reg mul(Reg a, Reg b) noexcept {
-        return {_mm512_mul_pd(a.low, b.low), _mm512_mul_pd(a.high, b.high)};
-    }
-    static Reg abs(Reg x) noexcept { return {_mm512_abs_pd(x.low), _mm512_abs_pd(x.high)}; }
-    static Reg greatest(Reg a, Reg b) noexcept {
-        return {_mm512_max_pd(a.low, b.low), _mm512_max_pd(a.high, b.high)};
-    }
-    static double max_of(Reg x) noexcept {
-        return _mm512_reduce_max_pd(_mm512_max_pd(x.low, x.high));
-    }
-    static std::size_t count_within(Reg x, Reg limit, std::size_t n) noexcept {
-        const unsigned low = _mm512_cmp_pd_mask(x.low, limit.low, _CMP_LE_OQ);
-        const unsigned high = _mm512_cmp_pd_mask(x.high, limit.high, _CMP_LE_OQ);
-        return static_cast<std::size_t>(__builtin_popcount((low | high << 8) & first(n)));
-    }
-    struct Wide {
-        Reg sums;
-        void clear() noexcept { sums = zero(); }
-        void add(Reg x) noexcept { sums = D::add(sums, x); }
-        [[nodiscard]] double total() const noexcept {
-            return V::sum(_mm512_add_pd(sums.low, sums.high));
-        }
-    };
 };
 
 struct F32 {
     using Num = V;
     static constexpr std::size_t kBytes = 4;
-    static __m512 value(const std::uint8_t* p) noexcept { return _mm512_loadu_ps(p); }
+    static __m512 value(const std::uint8_t* p) noexcept { return V::load_any(p); }
     static __m512 value_n(const std::uint8_t* p, std::size_t n) noexcept {
         return _mm512_maskz_loadu_ps(first(n), p);
     }
-    static __m512 fold(const std::uint8_t* p) noexcept { return value(p); }
-    static __m512 fold_n(const std::uint8_t* p, std::size_t n) noexcept { return value_n(p, n); }
 };
 
 struct F16 {
@@ -151,8 +145,6 @@ struct F16 {
     static __m512 value_n(const std::uint8_t* p, std::size_t n) noexcept {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
     }
-    static __m512 fold(const std::uint8_t* p) noexcept { return value(p); }
-    static __m512 fold_n(const std::uint8_t* p, std::size_t n) noexcept { return value_n(p, n); }
 };
 
 struct Bf16 {
@@ -167,97 +159,58 @@ struct Bf16 {
     static __m512 value_n(const std::uint8_t* p, std::size_t n) noexcept {
         return widen(_mm256_maskz_loadu_epi16(first(n), p));
     }
-    static __m512 fold(const std::uint8_t* p) noexcept { return value(p); }
-    static __m512 fold_n(const std::uint8_t* p, std::size_t n) noexcept { return value_n(p, n); }
 };
 
 struct F64 {
     using Num = D;
     static constexpr std::size_t kBytes = 8;
-    static D::Reg value(const std::uint8_t* p) noexcept {
-        return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 64)};
-    }
+    static D::Reg value(const std::uint8_t* p) noexcept { return D::load_any(p); }
     static D::Reg value_n(const std::uint8_t* p, std::size_t n) noexcept {
         const unsigned mask = first(n);
         return {_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p),
                 _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask >> 8), p + 64)};
     }
-    static __m512 narrow(D::Reg x) noexcept {
-        return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.low)),
-                                  _mm512_cvtpd_ps(x.high), 1);
-    }
-    static __m512 fold(const std::uint8_t* p) noexcept { return narrow(value(p)); }
-    static __m512 fold_n(const std::uint8_t* p, std::size_t n) noexcept {
-        return narrow(value_n(p, n));
-    }
 };
 
-struct Keys32 {
-    using Key = std::uint32_t;
+// Own gives kLanes, mask_below() and compress().
+template <class Own, class K>
+struct Keys {
+    using Key = K;
     using Reg = __m512i;
-    static constexpr std::size_t kLanes = 16;
-    static Reg set1(Key key) noexcept { return _mm512_set1_epi32(static_cast<int>(key)); }
     static Reg load(const Key* p) noexcept { return _mm512_loadu_si512(p); }
     static std::size_t below(Reg a, Reg b) noexcept {
-        return static_cast<std::size_t>(__builtin_popcount(_mm512_cmplt_epu32_mask(a, b)));
+        return static_cast<std::size_t>(__builtin_popcount(Own::mask_below(a, b)));
     }
     static std::size_t store_between(const Key* p, Reg low, Reg high, Key* out,
                                      std::size_t& below) noexcept {
         const Reg x = load(p);
-        const __mmask16 under = _mm512_cmplt_epu32_mask(x, low);
-        const unsigned kept = static_cast<unsigned>(_mm512_cmplt_epu32_mask(x, high)) & ~under;
+        const unsigned under = Own::mask_below(x, low);
+        const unsigned kept = Own::mask_below(x, high) & ~under;
         below += static_cast<std::size_t>(__builtin_popcount(under));
         // A whole register is stored: as many keys were read as that is behind `out`, at least.
         // (Compressing into memory takes a hundred cycles on Zen 4.)
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept), x));
+        _mm512_storeu_si512(out, Own::compress(kept, x));
         return static_cast<std::size_t>(__builtin_popcount(kept));
     }
 };
 
-struct Keys64 {
-    using Key = std::uint64_t;
-    using Reg = __m512i;
+struct Keys32 : Keys<Keys32, std::uint32_t> {
+    static constexpr std::size_t kLanes = 16;
+    static Reg set1(Key key) noexcept { return _mm512_set1_epi32(static_cast<int>(key)); }
+    static unsigned mask_below(Reg a, Reg b) noexcept { return _mm512_cmplt_epu32_mask(a, b); }
+    static Reg compress(unsigned kept, Reg x) noexcept {
+        return _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept), x);
+    }
+};
+
+struct Keys64 : Keys<Keys64, std::uint64_t> {
     static constexpr std::size_t kLanes = 8;
     static Reg set1(Key key) noexcept { return _mm512_set1_epi64(static_cast<long long>(key)); }
-    static Reg load(const Key* p) noexcept { return _mm512_loadu_si512(p); }
-    static std::size_t below(Reg a, Reg b) noexcept {
-        return static_cast<std::size_t>(__builtin_popcount(_mm512_cmplt_epu64_mask(a, b)));
-    }
-    static std::size_t store_between(const Key* p, Reg low, Reg high, Key* out,
-                                     std::size_t& below) noexcept {
-        const Reg x = load(p);
-        const __mmask8 under = _mm512_cmplt_epu64_mask(x, low);
-        const unsigned kept = static_cast<unsigned>(_mm512_cmplt_epu64_mask(x, high)) & ~under;
-        below += static_cast<std::size_t>(__builtin_popcount(under));
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(static_cast<__mmask8>(kept), x));
-        return static_cast<std::size_t>(__builtin_popcount(kept));
+    static unsigned mask_below(Reg a, Reg b) noexcept { return _mm512_cmplt_epu64_mask(a, b); }
+    static Reg compress(unsigned kept, Reg x) noexcept {
+        return _mm512_maskz_compress_epi64(static_cast<__mmask8>(kept), x);
     }
 };
-
-template <class Element>
-void keys_u32(const std::uint8_t* data, std::size_t count, std::uint32_t* keys) noexcept {
-    const __m512i size = _mm512_set1_epi32(0x7FFFFFFF);
-    std::size_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        const __m512i bits = _mm512_castps_si512(Element::value(data + i * Element::kBytes));
-        _mm512_storeu_si512(keys + i, _mm512_and_si512(bits, size));
-    }
-    if (i < count) {
-        const __m512 x = Element::value_n(data + i * Element::kBytes, count - i);
-        _mm512_mask_storeu_epi32(keys + i, first(count - i),
-                                 _mm512_and_si512(_mm512_castps_si512(x), size));
-    }
-}
-
-void keys_u64(const std::uint8_t* data, std::size_t count, std::uint64_t* keys) noexcept {
-    const __m512i size = _mm512_set1_epi64(0x7FFFFFFFFFFFFFFF);
-    for (std::size_t i = 0; i < count; i += 8) {
-        const std::size_t n = count - i < 8 ? count - i : 8;
-        const auto mask = static_cast<__mmask8>(first(n));
-        const __m512i bits = _mm512_maskz_loadu_epi64(mask, data + 8 * i);
-        _mm512_mask_storeu_epi64(keys + i, mask, _mm512_and_si512(bits, size));
-    }
-}
 
 std::uint64_t sketch_distance(const std::int16_t* a, const std::int16_t* b,
                               std::size_t count) noexcept {
@@ -275,21 +228,5 @@ std::uint64_t sketch_distance(const std::int16_t* a, const std::int16_t* b,
 #include "kernels/similarity_vector-inl.hpp"
 
 }  // namespace sim
-
-constexpr SimilarityKernels kSimilarity = {
-    sim::kElement<sim::V, sim::F32>,
-    sim::kElement<sim::V, sim::F64>,
-    sim::kElement<sim::V, sim::F16>,
-    sim::kElement<sim::V, sim::Bf16>,
-    sim::mix<sim::V>,
-    sim::sketch_distance,
-    sim::keys_u32<sim::F32>,
-    sim::keys_u32<sim::F16>,
-    sim::keys_u32<sim::Bf16>,
-    sim::keys_u64,
-    sim::kSelect<sim::Keys32>,
-    sim::kSelect<sim::Keys64>,
-};
-
 }  // namespace
 }  // namespace pydedup::isa_avx512

@@ -54,17 +54,21 @@ struct D {
         }
         return vaddvq_u64(count);
     }
-    // Lanes 8 apart first, then 4, 2 and 1.
+    static Reg load_any(const void* p) noexcept {
+        return each([=](int i) noexcept {
+            return vreinterpretq_f64_u8(vld1q_u8(static_cast<const std::uint8_t*>(p) + 16 * i));
+        });
+    }
+    static void store_any(void* p, const Reg& x) noexcept {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            vst1q_u8(static_cast<std::uint8_t*>(p) + 16 * i, vreinterpretq_u8_f64(x.part[i]));
+        }
+    }
     static double total(const Reg& x) noexcept {
         const auto eight = [&](int i) noexcept { return vaddq_f64(x.part[i], x.part[i + 4]); };
         return vaddvq_f64(vaddq_f64(vaddq_f64(eight(0), eight(2)), vaddq_f64(eight(1), eight(3))));
     }
-    struct Wide {
-        Reg sums;
-        void clear() noexcept { sums = zero(); }
-        void add(const Reg& x) noexcept { sums = D::add(sums, x); }
-        [[nodiscard]] double total() const noexcept { return D::total(sums); }
-    };
 };
 
 struct V {
@@ -96,6 +100,17 @@ struct V {
     static void store(float* p, const Reg& x) noexcept {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, x.part[i]);
+    }
+    static Reg load_any(const void* p) noexcept {
+        return each([=](int i) noexcept {
+            return vreinterpretq_f32_u8(vld1q_u8(static_cast<const std::uint8_t*>(p) + 16 * i));
+        });
+    }
+    static void store_any(void* p, const Reg& x) noexcept {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            vst1q_u8(static_cast<std::uint8_t*>(p) + 16 * i, vreinterpretq_u8_f32(x.part[i]));
+        }
     }
     static Reg add(const Reg& a, const Reg& b) noexcept {
         return each([&](int i) noexcept { return vaddq_f32(a.part[i], b.part[i]); });
@@ -184,19 +199,11 @@ struct V {
                               : vcvt_high_f64_f32(x.part[i / 2]);
         });
     }
-    static void add_to_f64(double* sums, const Reg& x) noexcept {
-        const D::Reg wide = widen(x);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            vst1q_f64(sums + 2 * i, vaddq_f64(vld1q_f64(sums + 2 * i), wide.part[i]));
-        }
+    static Reg narrow(const D::Reg& x) noexcept {
+        return each([&](int i) noexcept {
+            return vcvt_high_f32_f64(vcvt_f32_f64(x.part[2 * i]), x.part[2 * i + 1]);
+        });
     }
-    struct Wide {
-        D::Reg sums;
-        void clear() noexcept { sums = D::zero(); }
-        void add(const Reg& x) noexcept { sums = D::add(sums, widen(x)); }
-        [[nodiscard]] double total() const noexcept { return D::total(sums); }
-    };
 };
 
 // An element type whose tails are loaded from a copy: there are no masked loads, and reading past
@@ -209,19 +216,12 @@ struct Tails {
         __builtin_memcpy(copy, p, n * Own::kBytes);
         return Own::value(copy);
     }
-    static V::Reg fold(const std::uint8_t* p) noexcept { return Own::narrow(Own::value(p)); }
-    static V::Reg fold_n(const std::uint8_t* p, std::size_t n) noexcept {
-        return Own::narrow(value_n(p, n));
-    }
 };
 
 struct F32 : Tails<F32> {
     using Num = V;
     static constexpr std::size_t kBytes = 4;
-    static V::Reg value(const std::uint8_t* p) noexcept {
-        return V::each([=](int i) noexcept { return vreinterpretq_f32_u8(vld1q_u8(p + 16 * i)); });
-    }
-    static V::Reg narrow(const V::Reg& x) noexcept { return x; }
+    static V::Reg value(const std::uint8_t* p) noexcept { return V::load_any(p); }
 };
 
 struct F16 : Tails<F16> {
@@ -231,7 +231,6 @@ struct F16 : Tails<F16> {
         return V::each(
             [=](int i) noexcept { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i))); });
     }
-    static V::Reg narrow(const V::Reg& x) noexcept { return x; }
 };
 
 struct Bf16 : Tails<Bf16> {
@@ -243,41 +242,41 @@ struct Bf16 : Tails<Bf16> {
             return vreinterpretq_f32_u32(vshlq_n_u32(bits, 16));
         });
     }
-    static V::Reg narrow(const V::Reg& x) noexcept { return x; }
 };
 
 struct F64 : Tails<F64> {
     using Num = D;
     static constexpr std::size_t kBytes = 8;
-    static D::Reg value(const std::uint8_t* p) noexcept {
-        return D::each([=](int i) noexcept { return vreinterpretq_f64_u8(vld1q_u8(p + 16 * i)); });
-    }
-    static V::Reg narrow(const D::Reg& x) noexcept {
-        return V::each([&](int i) noexcept {
-            return vcvt_high_f32_f64(vcvt_f32_f64(x.part[2 * i]), x.part[2 * i + 1]);
-        });
-    }
+    static D::Reg value(const std::uint8_t* p) noexcept { return D::load_any(p); }
 };
 
 // Nothing here packs lanes together as a compressing store does: lanes are only looked at one by
-// one where a register of them has any to keep.
-template <class Keys>
-std::size_t store_kept(const typename Keys::Key* p, typename Keys::Key low, typename Keys::Key high,
-                       typename Keys::Key* out) noexcept {
-    std::size_t kept = 0;
-    for (std::size_t i = 0; i < Keys::kLanes; ++i) {
-        const typename Keys::Key key = p[i];
-        out[kept] = key;  // not behind p[i], which was read, even if out is keys
-        kept += key >= low && key < high ? 1 : 0;
-    }
-    return kept;
-}
-
-struct Keys32 {
-    using Key = std::uint32_t;
+// one where a register of them has any to keep. Own gives kLanes, below() and first().
+template <class Own, class K, class Part>
+struct Keys {
+    using Key = K;
     struct Reg {
-        uint32x4_t part[4];
+        Part part[4];
     };
+    static std::size_t store_between(const Key* p, const Reg& low, const Reg& high, Key* out,
+                                     std::size_t& below) noexcept {
+        const Reg x = Own::load(p);
+        const std::size_t under = Own::below(x, low);
+        below += under;
+        if (Own::below(x, high) == under) return 0;
+        const Key from = Own::first(low);
+        const Key to = Own::first(high);
+        std::size_t kept = 0;
+        for (std::size_t i = 0; i < Own::kLanes; ++i) {
+            const Key key = p[i];
+            out[kept] = key;  // not behind p[i], which was read, even if out is keys
+            kept += key >= from && key < to ? 1 : 0;
+        }
+        return kept;
+    }
+};
+
+struct Keys32 : Keys<Keys32, std::uint32_t, uint32x4_t> {
     static constexpr std::size_t kLanes = 16;
     static Reg set1(Key key) noexcept {
         const uint32x4_t part = vdupq_n_u32(key);
@@ -286,28 +285,16 @@ struct Keys32 {
     static Reg load(const Key* p) noexcept {
         return {{vld1q_u32(p), vld1q_u32(p + 4), vld1q_u32(p + 8), vld1q_u32(p + 12)}};
     }
+    static Key first(const Reg& x) noexcept { return vgetq_lane_u32(x.part[0], 0); }
     static std::size_t below(const Reg& a, const Reg& b) noexcept {
         uint32x4_t count = vdupq_n_u32(0);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) count = vsubq_u32(count, vcltq_u32(a.part[i], b.part[i]));
         return vaddvq_u32(count);
     }
-    static std::size_t store_between(const Key* p, const Reg& low, const Reg& high, Key* out,
-                                     std::size_t& below_low) noexcept {
-        const Reg x = load(p);
-        const std::size_t under = below(x, low);
-        below_low += under;
-        if (below(x, high) == under) return 0;
-        return store_kept<Keys32>(p, vgetq_lane_u32(low.part[0], 0),
-                                  vgetq_lane_u32(high.part[0], 0), out);
-    }
 };
 
-struct Keys64 {
-    using Key = std::uint64_t;
-    struct Reg {
-        uint64x2_t part[4];
-    };
+struct Keys64 : Keys<Keys64, std::uint64_t, uint64x2_t> {
     static constexpr std::size_t kLanes = 8;
     static Reg set1(Key key) noexcept {
         const uint64x2_t part = vdupq_n_u64(key);
@@ -316,46 +303,14 @@ struct Keys64 {
     static Reg load(const Key* p) noexcept {
         return {{vld1q_u64(p), vld1q_u64(p + 2), vld1q_u64(p + 4), vld1q_u64(p + 6)}};
     }
+    static Key first(const Reg& x) noexcept { return vgetq_lane_u64(x.part[0], 0); }
     static std::size_t below(const Reg& a, const Reg& b) noexcept {
         uint64x2_t count = vdupq_n_u64(0);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) count = vsubq_u64(count, vcltq_u64(a.part[i], b.part[i]));
         return vaddvq_u64(count);
     }
-    static std::size_t store_between(const Key* p, const Reg& low, const Reg& high, Key* out,
-                                     std::size_t& below_low) noexcept {
-        const Reg x = load(p);
-        const std::size_t under = below(x, low);
-        below_low += under;
-        if (below(x, high) == under) return 0;
-        return store_kept<Keys64>(p, vgetq_lane_u64(low.part[0], 0),
-                                  vgetq_lane_u64(high.part[0], 0), out);
-    }
 };
-
-template <class Element>
-void keys_u32(const std::uint8_t* data, std::size_t count, std::uint32_t* keys) noexcept {
-    for (std::size_t i = 0; i < count; i += kSimLanes) {
-        const std::size_t left = count - i;
-        const V::Reg x = V::abs(Element::value_n(data + i * Element::kBytes, left));
-        std::uint32_t bits[kSimLanes];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) vst1q_u32(bits + 4 * j, vreinterpretq_u32_f32(x.part[j]));
-        __builtin_memcpy(keys + i, bits, (left < kSimLanes ? left : kSimLanes) * sizeof(*bits));
-    }
-}
-
-void keys_u64(const std::uint8_t* data, std::size_t count, std::uint64_t* keys) noexcept {
-    const uint64x2_t size = vdupq_n_u64(0x7FFFFFFFFFFFFFFF);
-    std::size_t i = 0;
-    for (; i + 2 <= count; i += 2) {
-        vst1q_u64(keys + i, vandq_u64(vreinterpretq_u64_u8(vld1q_u8(data + 8 * i)), size));
-    }
-    if (i < count) {
-        __builtin_memcpy(keys + i, data + 8 * i, 8);
-        keys[i] &= 0x7FFFFFFFFFFFFFFF;
-    }
-}
 
 std::uint64_t sketch_distance(const std::int16_t* a, const std::int16_t* b,
                               std::size_t count) noexcept {
@@ -375,21 +330,5 @@ std::uint64_t sketch_distance(const std::int16_t* a, const std::int16_t* b,
 #include "kernels/similarity_vector-inl.hpp"
 
 }  // namespace sim
-
-constexpr SimilarityKernels kSimilarity = {
-    sim::kElement<sim::V, sim::F32>,
-    sim::kElement<sim::V, sim::F64>,
-    sim::kElement<sim::V, sim::F16>,
-    sim::kElement<sim::V, sim::Bf16>,
-    sim::mix<sim::V>,
-    sim::sketch_distance,
-    sim::keys_u32<sim::F32>,
-    sim::keys_u32<sim::F16>,
-    sim::keys_u32<sim::Bf16>,
-    sim::keys_u64,
-    sim::kSelect<sim::Keys32>,
-    sim::kSelect<sim::Keys64>,
-};
-
 }  // namespace
 }  // namespace pydedup::isa_neon

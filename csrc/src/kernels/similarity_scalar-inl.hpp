@@ -275,22 +275,12 @@ constexpr ElementKernels kElement = {fold<Element>, compare<Element>, sum_square
 template <class Key>
 constexpr SelectKernels<Key> kSelect = {count_below<Key>, filter<Key>, next_above<Key>};
 
-}  // namespace sim
-
 constexpr SimilarityKernels kSimilarity = {
-    sim::kElement<sim::F32>,
-    sim::kElement<sim::F64>,
-    sim::kElement<sim::F16>,
-    sim::kElement<sim::Bf16>,
-    sim::mix,
-    sim::sketch_distance,
-    sim::keys_u32<sim::F32>,
-    sim::keys_u32<sim::F16>,
-    sim::keys_u32<sim::Bf16>,
-    sim::keys_u64,
-    sim::kSelect<std::uint32_t>,
-    sim::kSelect<std::uint64_t>,
+    kElement<F32>,          kElement<F64>,          kElement<F16>, kElement<Bf16>, mix,
+    sketch_distance,        keys_u32<F32>,          keys_u32<F16>, keys_u32<Bf16>, keys_u64,
+    kSelect<std::uint32_t>, kSelect<std::uint64_t>,
 };
 
+}  // namespace sim
 }  // namespace
 }  // namespace pydedup::isa_scalar

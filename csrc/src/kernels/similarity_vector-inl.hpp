@@ -1,27 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the vector kernels share, written on registers of 16 logical lanes. Included INSIDE the
-// namespace of an instruction set (no guard on purpose), after these were defined:
+// namespace `sim` of an instruction set (no guard on purpose), after these were defined:
 //
 // V: 16 f32 lanes. Reg, Words (16 sign words), Move (a lane permutation i -> i ^ m); kFoldStrips
-//    strips are folded at once; zero, load, store, add, sub,
-//    mul; load_words, shift (left), flip (negate where the highest bit is set), make_move, move;
-//    butterfly<d> (lanes d apart); add_to_f64 (to 16 doubles in memory).
-// F32, F64, F16, Bf16: kBytes; fold, fold_n (n elements, zeros behind) give V::Reg; value, value_n
-//    give Num::Reg. Num is V or the same for f64, which also has set1, abs, greatest(a, b) (b where
-//    a is NaN), count_within, max_of and Wide: 16 f64 sums with clear, add, total.
+//    strips are folded at once; zero, add, sub, mul; load, store (aligned), load_any, store_any
+//    (not aligned); load_words, shift (left), flip (negate where the highest bit is set),
+//    make_move, move; butterfly<d> (lanes d apart); widen (to D::Reg), narrow (from it).
+// D: 16 f64 lanes: zero, add, sub, mul, load_any, store_any, total (lanes 8 apart first, then 4, 2
+//    and 1).
+// Both: set1, abs, greatest(a, b) (b where a is NaN), count_within, max_of.
+// F32, F64, F16, Bf16: kBytes, Num (V or D); value, value_n (n elements, zeros behind) give
+//    Num::Reg.
 // Keys32, Keys64 (see the end of this file), and sketch_distance.
 //
 // Each sum is over the same terms in the same order as in the scalar form, because lanes never mix:
 // results are equal bit by bit.
 
+inline V::Reg to_f32(const V::Reg& x) noexcept { return x; }
+inline V::Reg to_f32(const D::Reg& x) noexcept { return V::narrow(x); }
+inline D::Reg to_f64(const V::Reg& x) noexcept { return V::widen(x); }
+inline D::Reg to_f64(const D::Reg& x) noexcept { return x; }
+
+inline void add_to(double* sums, const V::Reg& x) noexcept {
+    D::store_any(sums, D::add(D::load_any(sums), V::widen(x)));
+}
+
 // ---- folding ------------------------------------------------------------------------------------
 
-template <class V, class Element, std::size_t S>
+template <class Element, std::size_t S>
 void fold_full(const std::uint8_t* data, const FoldStrip& strip, std::size_t pitch,
                const std::uint8_t* ahead, const std::uint32_t* signs, const std::uint16_t* moves,
                float* buckets, double* squares) noexcept {
-    typename V::Reg strip_squares[S];
-    typename V::Move lane_moves[S];
+    V::Reg strip_squares[S];
+    V::Move lane_moves[S];
     std::size_t group_moves[S];
 #pragma GCC unroll 4
     for (std::size_t s = 0; s < S; ++s) {
@@ -30,17 +41,17 @@ void fold_full(const std::uint8_t* data, const FoldStrip& strip, std::size_t pit
         group_moves[s] = moves[s] / kSimLanes;
     }
     for (std::size_t half = 0; half < 2; ++half) {
-        typename V::Words words[S];
+        V::Words words[S];
 #pragma GCC unroll 4
         for (std::size_t s = 0; s < S; ++s) {
             words[s] = V::load_words(signs + s * kSignWords + half * kSimLanes);
         }
         for (std::size_t g = half * 32; g < half * 32 + 32; ++g) {
-            typename V::Reg sum = V::load(buckets + g * kSimLanes);
+            V::Reg sum = V::load(buckets + g * kSimLanes);
 #pragma GCC unroll 4
             for (std::size_t s = 0; s < S; ++s) {
                 const std::uint8_t* at = data + s * pitch + strip.offset[g ^ group_moves[s]];
-                const typename V::Reg x = V::move(Element::fold(at), lane_moves[s]);
+                const V::Reg x = V::move(to_f32(Element::value(at)), lane_moves[s]);
                 __builtin_prefetch(ahead + s * pitch + strip.offset[g], 0, 2);
                 sum = V::add(sum, V::flip(x, words[s]));
                 strip_squares[s] = V::add(strip_squares[s], V::mul(x, x));
@@ -50,88 +61,84 @@ void fold_full(const std::uint8_t* data, const FoldStrip& strip, std::size_t pit
         }
     }
 #pragma GCC unroll 4
-    for (std::size_t s = 0; s < S; ++s) V::add_to_f64(squares, strip_squares[s]);
+    for (std::size_t s = 0; s < S; ++s) add_to(squares, strip_squares[s]);
 }
 
-template <class V, class Element>
+template <class Element>
 void fold_part(const std::uint8_t* data, const FoldStrip& strip, const std::uint8_t* ahead,
                const std::uint32_t* signs, std::size_t move, float* buckets,
                double* squares) noexcept {
-    const typename V::Words words[2] = {V::load_words(signs), V::load_words(signs + kSimLanes)};
-    const typename V::Move lane_move = V::make_move(move % kSimLanes);
+    const V::Words words[2] = {V::load_words(signs), V::load_words(signs + kSimLanes)};
+    const V::Move lane_move = V::make_move(move % kSimLanes);
     const std::size_t group_move = move / kSimLanes;
-    typename V::Reg strip_squares = V::zero();
+    V::Reg strip_squares = V::zero();
     for (std::size_t g = 0; g < kFoldGroups; ++g) {
         const std::size_t t = g ^ group_move;
         if (t >= strip.groups) continue;
         const std::uint8_t* at = data + strip.offset[t];
         __builtin_prefetch(ahead + strip.offset[t], 0, 2);
-        const typename V::Reg x = V::move(Element::fold_n(at, strip.lanes[t]), lane_move);
-        const typename V::Reg signed_x = V::flip(x, V::shift(words[g / 32], g % 32));
+        const V::Reg x = V::move(to_f32(Element::value_n(at, strip.lanes[t])), lane_move);
+        const V::Reg signed_x = V::flip(x, V::shift(words[g / 32], g % 32));
         float* bucket = buckets + g * kSimLanes;
         V::store(bucket, V::add(V::load(bucket), signed_x));
         strip_squares = V::add(strip_squares, V::mul(x, x));
     }
-    V::add_to_f64(squares, strip_squares);
+    add_to(squares, strip_squares);
 }
 
-template <class V, class Element>
+template <class Element>
 void fold(const std::uint8_t* data, const FoldStrip& strip, std::size_t strips, std::size_t pitch,
           const std::uint8_t* ahead, const std::uint32_t* signs, const std::uint16_t* moves,
           float* buckets, double* squares) noexcept {
     std::size_t s = 0;
     if (strip.full) {
         for (; s + V::kFoldStrips <= strips; s += V::kFoldStrips) {
-            fold_full<V, Element, V::kFoldStrips>(data + s * pitch, strip, pitch, ahead + s * pitch,
-                                                  signs + s * kSignWords, moves + s, buckets,
-                                                  squares);
+            fold_full<Element, V::kFoldStrips>(data + s * pitch, strip, pitch, ahead + s * pitch,
+                                               signs + s * kSignWords, moves + s, buckets, squares);
         }
     }
     for (; s < strips; ++s) {
-        fold_part<V, Element>(data + s * pitch, strip, ahead + s * pitch, signs + s * kSignWords,
-                              moves[s], buckets, squares);
+        fold_part<Element>(data + s * pitch, strip, ahead + s * pitch, signs + s * kSignWords,
+                           moves[s], buckets, squares);
     }
 }
 
 // ---- Walsh-Hadamard transforms ------------------------------------------------------------------
 
-template <class V>
-[[gnu::always_inline]] inline void cross(typename V::Reg& a, typename V::Reg& b) noexcept {
-    const typename V::Reg sum = V::add(a, b);
+[[gnu::always_inline]] inline void cross(V::Reg& a, V::Reg& b) noexcept {
+    const V::Reg sum = V::add(a, b);
     b = V::sub(a, b);
     a = sum;
 }
 
-template <class V>
-[[gnu::always_inline]] inline typename V::Reg cross_lanes(typename V::Reg x) noexcept {
-    x = V::template butterfly<1>(x);
-    x = V::template butterfly<2>(x);
-    x = V::template butterfly<4>(x);
-    return V::template butterfly<8>(x);
+[[gnu::always_inline]] inline V::Reg cross_lanes(V::Reg x) noexcept {
+    x = V::butterfly<1>(x);
+    x = V::butterfly<2>(x);
+    x = V::butterfly<4>(x);
+    return V::butterfly<8>(x);
 }
 
 // Butterflies A, 2 A and 4 A groups apart on r[i], which are groups i * A apart.
-template <class V>
-[[gnu::always_inline]] inline void cross8(typename V::Reg* r) noexcept {
+[[gnu::always_inline]] inline void cross8(V::Reg* r) noexcept {
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < 8; i += 2) cross<V>(r[i], r[i + 1]);
-    cross<V>(r[0], r[2]);
-    cross<V>(r[1], r[3]);
-    cross<V>(r[4], r[6]);
-    cross<V>(r[5], r[7]);
+    for (std::size_t i = 0; i < 8; i += 2) cross(r[i], r[i + 1]);
+    cross(r[0], r[2]);
+    cross(r[1], r[3]);
+    cross(r[4], r[6]);
+    cross(r[5], r[7]);
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < 4; ++i) cross<V>(r[i], r[i + 4]);
+    for (std::size_t i = 0; i < 4; ++i) cross(r[i], r[i + 4]);
 }
 
 // The last step: groups 8, 16 and 32 apart, signs, and of the next transform the sums that leave
 // `Kept` of 8 groups.
-template <class V, std::size_t Kept>
+template <std::size_t Kept>
 void mix_far(float* x, const std::uint32_t* signs) noexcept {
     for (std::size_t g = 0; g < 8; ++g) {
-        typename V::Reg r[8];
+        V::Reg r[8];
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i) r[i] = V::load(x + (g + 8 * i) * kSimLanes);
-        cross8<V>(r);
+        cross8(r);
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i) {
             const std::size_t at = g + 8 * i;
@@ -147,37 +154,36 @@ void mix_far(float* x, const std::uint32_t* signs) noexcept {
     }
 }
 
-template <class V>
 void mix(float* buckets, const std::uint32_t* signs, std::size_t outputs, float* out) noexcept {
     for (std::size_t g = 0; g < 8; ++g) {
-        typename V::Reg r[8];
+        V::Reg r[8];
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i) r[i] = V::load(buckets + (g + 8 * i) * kSimLanes);
-        cross8<V>(r);
+        cross8(r);
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i) V::store(buckets + (g + 8 * i) * kSimLanes, r[i]);
     }
     // The end of the first transform and the beginning of the second are on the same groups.
     for (std::size_t g = 0; g < kFoldGroups; g += 8) {
-        typename V::Reg r[8];
+        V::Reg r[8];
         const auto words = V::shift(V::load_words(signs + g / 32 * kSimLanes), g % 32);
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i) r[i] = V::load(buckets + (g + i) * kSimLanes);
-        cross8<V>(r);
+        cross8(r);
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i) r[i] = V::flip(r[i], V::shift(words, i));
-        cross8<V>(r);
+        cross8(r);
 #pragma GCC unroll 8
         for (std::size_t i = 0; i < 8; ++i) {
-            V::store(buckets + (g + i) * kSimLanes, cross_lanes<V>(r[i]));
+            V::store(buckets + (g + i) * kSimLanes, cross_lanes(r[i]));
         }
     }
     if (outputs <= 128) {
-        mix_far<V, 1>(buckets, signs + kSignWords);
+        mix_far<1>(buckets, signs + kSignWords);
     } else if (outputs == 256) {
-        mix_far<V, 2>(buckets, signs + kSignWords);
+        mix_far<2>(buckets, signs + kSignWords);
     } else {
-        mix_far<V, 4>(buckets, signs + kSignWords);
+        mix_far<4>(buckets, signs + kSignWords);
     }
     if (outputs == 64) {
         for (std::size_t i = 0; i < outputs; i += kSimLanes) {
@@ -187,19 +193,32 @@ void mix(float* buckets, const std::uint32_t* signs, std::size_t outputs, float*
     for (std::size_t apart = outputs / 2; apart >= kSimLanes; apart /= 2) {
         for (std::size_t i = 0; i < outputs; i += kSimLanes) {
             if ((i & apart) != 0) continue;
-            typename V::Reg a = V::load(buckets + i);
-            typename V::Reg b = V::load(buckets + i + apart);
-            cross<V>(a, b);
+            V::Reg a = V::load(buckets + i);
+            V::Reg b = V::load(buckets + i + apart);
+            cross(a, b);
             V::store(buckets + i, a);
             V::store(buckets + i + apart, b);
         }
     }
     for (std::size_t i = 0; i < outputs; i += kSimLanes) {
-        V::store(out + i, cross_lanes<V>(V::load(buckets + i)));
+        V::store(out + i, cross_lanes(V::load(buckets + i)));
     }
 }
 
 // ---- comparing ----------------------------------------------------------------------------------
+
+// Squares, summed per lane: in the type of the values over a chunk, then in f64.
+template <class Num>
+struct Sums {
+    typename Num::Reg part = Num::zero();
+    D::Reg whole = D::zero();
+
+    void add(const typename Num::Reg& x) noexcept { part = Num::add(part, Num::mul(x, x)); }
+    void end_chunk() noexcept {
+        whole = D::add(whole, to_f64(part));
+        part = Num::zero();
+    }
+};
 
 template <class Element>
 void compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8_t* b,
@@ -208,12 +227,8 @@ void compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8_t* b,
     using Num = typename Element::Num;
     using Reg = typename Num::Reg;
     const Reg close = Num::set1(eps);
-    typename Num::Wide whole_squares;
-    typename Num::Wide whole_differences;
-    whole_squares.clear();
-    whole_differences.clear();
-    Reg squares = Num::zero();
-    Reg differences = Num::zero();
+    Sums<Num> squares;
+    Sums<Num> differences;
     Reg greatest = Num::zero();
     std::uint64_t within = 0;
     std::size_t groups = 0;
@@ -233,24 +248,22 @@ void compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8_t* b,
                 difference = Num::sub(left, Element::value_n(right_at, n));
             }
             const Reg size = Num::abs(difference);
-            squares = Num::add(squares, Num::mul(left, left));
-            differences = Num::add(differences, Num::mul(difference, difference));
+            squares.add(left);
+            differences.add(difference);
             greatest = Num::greatest(size, greatest);
             within += Num::count_within(size, close, n < kSimLanes ? n : kSimLanes);
             if (++groups != kFoldGroups) continue;
             groups = 0;
-            whole_squares.add(squares);
-            whole_differences.add(differences);
-            squares = Num::zero();
-            differences = Num::zero();
-            total = whole_differences.total();
+            squares.end_chunk();
+            differences.end_chunk();
+            total = D::total(differences.whole);
             if (total > limit) break;
         }
     }
-    whole_squares.add(squares);
-    whole_differences.add(differences);
-    out.squares = whole_squares.total();
-    out.squared_difference = whole_differences.total();
+    squares.end_chunk();
+    differences.end_chunk();
+    out.squares = D::total(squares.whole);
+    out.squared_difference = D::total(differences.whole);
     out.greatest_difference = Num::max_of(greatest);
     out.within = within;
 }
@@ -258,28 +271,38 @@ void compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8_t* b,
 template <class Element>
 double sum_squares(const std::uint8_t* data, std::size_t stride, std::size_t rows,
                    std::size_t cols) noexcept {
-    using Num = typename Element::Num;
-    typename Num::Wide whole;
-    whole.clear();
-    typename Num::Reg squares = Num::zero();
+    Sums<typename Element::Num> squares;
     std::size_t groups = 0;
     for (std::size_t r = 0; r < rows; ++r, data += stride) {
         for (std::size_t c = 0; c < cols; c += kSimLanes) {
             const std::uint8_t* at = data + c * Element::kBytes;
-            const auto x =
-                cols - c >= kSimLanes ? Element::value(at) : Element::value_n(at, cols - c);
-            squares = Num::add(squares, Num::mul(x, x));
+            squares.add(cols - c >= kSimLanes ? Element::value(at)
+                                              : Element::value_n(at, cols - c));
             if (++groups != kFoldGroups) continue;
             groups = 0;
-            whole.add(squares);
-            squares = Num::zero();
+            squares.end_chunk();
         }
     }
-    whole.add(squares);
-    return whole.total();
+    squares.end_chunk();
+    return D::total(squares.whole);
 }
 
 // ---- selection ----------------------------------------------------------------------------------
+
+// The bits of a magnitude, as they are.
+template <class Element, class Key>
+void keys_of(const std::uint8_t* data, std::size_t count, Key* to) noexcept {
+    using Num = typename Element::Num;
+    std::size_t i = 0;
+    for (; i + kSimLanes <= count; i += kSimLanes) {
+        Num::store_any(to + i, Num::abs(Element::value(data + i * Element::kBytes)));
+    }
+    if (i < count) {
+        Key rest[kSimLanes];
+        Num::store_any(rest, Num::abs(Element::value_n(data + i * Element::kBytes, count - i)));
+        __builtin_memcpy(to + i, rest, (count - i) * sizeof(Key));
+    }
+}
 
 // Keys: Key, kLanes, Reg; load, set1 (of keys, biased where the compare is signed), and
 // below(a, b): how many lanes of a are less than those of b; store_between(x, low, high, out,
@@ -331,9 +354,15 @@ Key next_above(const Key* keys, std::size_t count, Key pivot) noexcept {
     return next;
 }
 
-template <class V, class Element>
-constexpr ElementKernels kElement = {fold<V, Element>, compare<Element>, sum_squares<Element>};
+template <class Element>
+constexpr ElementKernels kElement = {fold<Element>, compare<Element>, sum_squares<Element>};
 
 template <class Keys>
 constexpr SelectKernels<typename Keys::Key> kSelect = {count_below<Keys>, filter<Keys>,
                                                        next_above<typename Keys::Key>};
+
+constexpr SimilarityKernels kSimilarity = {
+    kElement<F32>, kElement<F64>,   kElement<F16>,   kElement<Bf16>,
+    mix,           sketch_distance, keys_of<F32>,    keys_of<F16>,
+    keys_of<Bf16>, keys_of<F64>,    kSelect<Keys32>, kSelect<Keys64>,
+};
