@@ -97,42 +97,21 @@ struct F64 {
 
 // A load of fewer than 8 16-bit elements: there is no masked one, and reading past them could
 // leave the page.
-__m128i load_halves(const std::uint16_t* p, std::size_t n) noexcept {
+__m128i load_halves_n(const std::uint16_t* p, std::size_t n) noexcept {
     std::uint16_t copy[8] = {};
     for (std::size_t i = 0; i < n && i < 8; ++i) copy[i] = p[i];
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(copy));
+}
+
+__m128i load_halves(const std::uint16_t* p) noexcept {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 }
 
 __m256 widen_bf16(__m128i bits) noexcept {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-struct Bf16Weight {
-    using Elem = std::uint16_t;
-    static __m256 load(const Elem* p) noexcept {
-        return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    }
-    static __m256 load_n(const Elem* p, std::size_t n) noexcept {
-        return widen_bf16(load_halves(p, n));
-    }
-};
-
-struct F16Weight {
-    using Elem = std::uint16_t;
-    static __m256 load(const Elem* p) noexcept {
-        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    }
-    static __m256 load_n(const Elem* p, std::size_t n) noexcept {
-        return _mm256_cvtph_ps(load_halves(p, n));
-    }
-};
-
-template <class Weight>
-void widen(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
-    std::size_t i = 0;
-    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(dst + i, Weight::load(src + i));
-    if (i < count) F32::store_n(dst + i, Weight::load_n(src + i, count - i), count - i);
-}
+__m256 widen_f16(__m128i bits) noexcept { return _mm256_cvtph_ps(bits); }
 
 constexpr std::size_t kDotRows4 = 2;  // 8 sums, 4 of x, 1 of w: 16 sums would not fit
 constexpr std::size_t kNnRows = 6;

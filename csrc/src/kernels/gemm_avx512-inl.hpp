@@ -94,36 +94,19 @@ struct F64 {
     }
 };
 
+__m256i load_halves(const std::uint16_t* p) noexcept {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+__m256i load_halves_n(const std::uint16_t* p, std::size_t n) noexcept {
+    return _mm256_maskz_loadu_epi16(F32::first(n), p);
+}
+
 __m512 widen_bf16(__m256i bits) noexcept {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-struct Bf16Weight {
-    using Elem = std::uint16_t;
-    static __m512 load(const Elem* p) noexcept {
-        return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    }
-    static __m512 load_n(const Elem* p, std::size_t n) noexcept {
-        return widen_bf16(_mm256_maskz_loadu_epi16(F32::first(n), p));
-    }
-};
-
-struct F16Weight {
-    using Elem = std::uint16_t;
-    static __m512 load(const Elem* p) noexcept {
-        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    }
-    static __m512 load_n(const Elem* p, std::size_t n) noexcept {
-        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(F32::first(n), p));
-    }
-};
-
-template <class Weight>
-void widen(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
-    std::size_t i = 0;
-    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(dst + i, Weight::load(src + i));
-    if (i < count) F32::store_n(dst + i, Weight::load_n(src + i, count - i), count - i);
-}
+__m512 widen_f16(__m256i bits) noexcept { return _mm512_cvtph_ps(bits); }
 
 constexpr std::size_t kDotRows4 = 4;
 constexpr std::size_t kNnRows = 6;

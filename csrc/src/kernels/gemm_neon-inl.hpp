@@ -55,41 +55,20 @@ struct F64 {
     }
 };
 
-inline uint16x4_t load_halves(const std::uint16_t* p, std::size_t n) noexcept {
+uint16x4_t load_halves(const std::uint16_t* p) noexcept { return vld1_u16(p); }
+
+uint16x4_t load_halves_n(const std::uint16_t* p, std::size_t n) noexcept {
     std::uint16_t copy[4] = {};
     for (std::size_t i = 0; i < n && i < 4; ++i) copy[i] = p[i];
     return vld1_u16(copy);
 }
 
-struct Bf16Weight {
-    using Elem = std::uint16_t;
-    static float32x4_t widened(uint16x4_t bits) noexcept {
-        return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(bits), 16));
-    }
-    static float32x4_t load(const Elem* p) noexcept { return widened(vld1_u16(p)); }
-    static float32x4_t load_n(const Elem* p, std::size_t n) noexcept {
-        return widened(load_halves(p, n));
-    }
-};
+float32x4_t widen_bf16(uint16x4_t bits) noexcept {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(bits), 16));
+}
 
 // The conversion is part of every ARMv8; arithmetic in halves, which is not, is not used.
-struct F16Weight {
-    using Elem = std::uint16_t;
-    static float32x4_t widened(uint16x4_t bits) noexcept {
-        return vcvt_f32_f16(vreinterpret_f16_u16(bits));
-    }
-    static float32x4_t load(const Elem* p) noexcept { return widened(vld1_u16(p)); }
-    static float32x4_t load_n(const Elem* p, std::size_t n) noexcept {
-        return widened(load_halves(p, n));
-    }
-};
-
-template <class Weight>
-void widen(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
-    std::size_t i = 0;
-    for (; i + 4 <= count; i += 4) vst1q_f32(dst + i, Weight::load(src + i));
-    if (i < count) F32::store_n(dst + i, Weight::load_n(src + i, count - i), count - i);
-}
+float32x4_t widen_f16(uint16x4_t bits) noexcept { return vcvt_f32_f16(vreinterpret_f16_u16(bits)); }
 
 constexpr std::size_t kDotRows4 = 4;
 constexpr std::size_t kNnRows = 6;

@@ -6,14 +6,17 @@
 //
 // V:      Elem, Reg, kLanes, zero(), load(p), load_n(p, n), store(p, v), store_n(p, v, n), set1(e),
 //         fma(a, b, c) = a*b+c, add(a, b), sum(v), sum4(a, b, c, d, out[4]).
-//         load_n reads only the first n < kLanes elements and fills with zeros. Where tiles of
-//         groups are instantiated, also repeat<G>(p) and repeat_n<G>(p, n): G elements, or n < G
-//         and zeros, over and over.
+//         load_n reads only the first n < kLanes elements and fills with zeros. And what
+//         gemm_tile-inl.hpp asks for.
 // Weight: Elem (as stored), load(p), load_n(p, n) giving a V::Reg.
+// Also load_halves(p), load_halves_n(p, n): F32::kLanes 16-bit elements, or the n first and zeros;
+// and widen_bf16, widen_f16: of these to an F32::Reg.
 //
 // Tails: columns beyond the last whole vector go through load_n, for x as for w, so no lane ever
 // multiplies a made-up zero with a stored NaN or infinity. Lanes of x that only pad a tile may hold
 // such products; nobody reads them.
+
+#include "kernels/gemm_tile-inl.hpp"
 
 template <class V>
 struct SameWeight {
@@ -21,6 +24,29 @@ struct SameWeight {
     static typename V::Reg load(const Elem* p) noexcept { return V::load(p); }
     static typename V::Reg load_n(const Elem* p, std::size_t n) noexcept { return V::load_n(p, n); }
 };
+
+struct Bf16Weight {
+    using Elem = std::uint16_t;
+    static F32::Reg load(const Elem* p) noexcept { return widen_bf16(load_halves(p)); }
+    static F32::Reg load_n(const Elem* p, std::size_t n) noexcept {
+        return widen_bf16(load_halves_n(p, n));
+    }
+};
+
+struct F16Weight {
+    using Elem = std::uint16_t;
+    static F32::Reg load(const Elem* p) noexcept { return widen_f16(load_halves(p)); }
+    static F32::Reg load_n(const Elem* p, std::size_t n) noexcept {
+        return widen_f16(load_halves_n(p, n));
+    }
+};
+
+template <class Weight>
+void widen(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
+    std::size_t i = 0;
+    for (; i + F32::kLanes <= count; i += F32::kLanes) F32::store(dst + i, Weight::load(src + i));
+    if (i < count) F32::store_n(dst + i, Weight::load_n(src + i, count - i), count - i);
+}
 
 // How far ahead of its use a single row of x asks memory for w: two pages of 4 KiB, at whose ends
 // the hardware's prefetchers stop. Blocks lie one after another on a page, so what comes later is,
@@ -115,100 +141,6 @@ void dot_nt(const typename V::Elem* x, std::size_t ldx, std::size_t m,
             break;
         default:
             break;
-    }
-}
-
-// G neighbouring elements of a row of w, repeated over a register; the n < G first and zeros.
-template <class V, std::size_t G>
-typename V::Reg repeat(const typename V::Elem* w) noexcept {
-    if constexpr (G == 1) {
-        return V::set1(*w);
-    } else if constexpr (G == V::kLanes) {
-        return V::load(w);
-    } else {
-        return V::template repeat<G>(w);
-    }
-}
-
-template <class V, std::size_t G>
-typename V::Reg repeat_n(const typename V::Elem* w, std::size_t n) noexcept {
-    if constexpr (G == V::kLanes) {
-        return V::load_n(w, n);
-    } else {
-        return V::template repeat_n<G>(w, n);
-    }
-}
-
-// VN vectors of x by R rows of w; what is read of w at once is used in VN products. With Ahead, as
-// many bytes as are read of w are prefetched from `next` on: evenly, since a burst of prefetches
-// fills the queue that loads need, too.
-template <class V, std::size_t VN, std::size_t R, std::size_t G, bool Ahead>
-void tile_nt_fixed(const typename V::Elem* x, const typename V::Elem* w, std::size_t cols,
-                   std::size_t ldw, const typename V::Elem* next, typename V::Elem* acc) noexcept {
-    using Reg = typename V::Reg;
-    constexpr std::size_t kLanes = VN * V::kLanes;
-    constexpr std::size_t kLine = 64 / sizeof(typename V::Elem);
-    Reg sums[R][VN];
-#pragma GCC unroll 16
-    for (std::size_t r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (std::size_t v = 0; v < VN; ++v) sums[r][v] = V::load(acc + r * kLanes + v * V::kLanes);
-    }
-    const auto multiply = [&](std::size_t r, const Reg* xs, Reg ws) noexcept {
-#pragma GCC unroll 4
-        for (std::size_t v = 0; v < VN; ++v) sums[r][v] = V::fma(xs[v], ws, sums[r][v]);
-    };
-    std::size_t c = 0;
-    for (; c + G <= cols; c += G, x += kLanes) {
-        if constexpr (Ahead) {
-#pragma GCC unroll 16
-            for (std::size_t k = 0; k < R * G; k += kLine) __builtin_prefetch(next + k, 0, 2);
-            next += R * G;
-        }
-        Reg xs[VN];
-#pragma GCC unroll 4
-        for (std::size_t v = 0; v < VN; ++v) xs[v] = V::load(x + v * V::kLanes);
-#pragma GCC unroll 16
-        for (std::size_t r = 0; r < R; ++r) multiply(r, xs, repeat<V, G>(w + r * ldw + c));
-    }
-    if constexpr (G > 1) {
-        if (c < cols) {
-            Reg xs[VN];
-#pragma GCC unroll 4
-            for (std::size_t v = 0; v < VN; ++v) xs[v] = V::load(x + v * V::kLanes);
-#pragma GCC unroll 16
-            for (std::size_t r = 0; r < R; ++r) {
-                multiply(r, xs, repeat_n<V, G>(w + r * ldw + c, cols - c));
-            }
-        }
-    }
-#pragma GCC unroll 16
-    for (std::size_t r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (std::size_t v = 0; v < VN; ++v) V::store(acc + r * kLanes + v * V::kLanes, sums[r][v]);
-    }
-}
-
-template <class V, std::size_t VN, std::size_t R, std::size_t G = 1>
-void tile_nt(const typename V::Elem* x, const typename V::Elem* w, std::size_t rows,
-             std::size_t cols, std::size_t ldw, const typename V::Elem* next,
-             typename V::Elem* acc) noexcept {
-    constexpr std::size_t kLanes = VN * V::kLanes;
-    std::size_t r = 0;
-    if (next != nullptr) {
-        for (; r + R <= rows; r += R) {
-            tile_nt_fixed<V, VN, R, G, true>(x, w + r * ldw, cols, ldw, next + r * cols,
-                                             acc + r * kLanes);
-        }
-    }
-    for (; r + R <= rows; r += R) {
-        tile_nt_fixed<V, VN, R, G, false>(x, w + r * ldw, cols, ldw, nullptr, acc + r * kLanes);
-    }
-    for (; r + 4 <= rows; r += 4) {
-        tile_nt_fixed<V, VN, 4, G, false>(x, w + r * ldw, cols, ldw, nullptr, acc + r * kLanes);
-    }
-    for (; r < rows; ++r) {
-        tile_nt_fixed<V, VN, 1, G, false>(x, w + r * ldw, cols, ldw, nullptr, acc + r * kLanes);
     }
 }
 
