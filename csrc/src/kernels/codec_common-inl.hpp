@@ -105,20 +105,36 @@ inline std::uint64_t load_be64(const std::uint8_t* from) noexcept {
     return __builtin_bswap64(value);
 }
 
-// Decodes `count` symbols of one stream from bit `position` on, byte by byte: the end of a stream,
-// where eight bytes at once may not be there. Returns the position behind the last code.
-inline std::uint64_t decode_tail(const HuffmanStreams& in, const std::uint8_t* begin,
-                                 std::uint64_t position, std::size_t count,
-                                 std::uint8_t* out) noexcept {
+// Which table the code of element i is looked up in: always the same one, or that of its context.
+struct OneTable {
+    const std::uint16_t* table;
+    [[nodiscard]] const std::uint16_t* of(std::size_t) const noexcept { return table; }
+};
+
+struct TableOfContext {
+    const std::uint16_t* tables;
+    const std::uint8_t* contexts;
+    unsigned table_bits;
+    [[nodiscard]] const std::uint16_t* of(std::size_t i) const noexcept {
+        return tables + (static_cast<std::size_t>(contexts[i]) << table_bits);
+    }
+};
+
+// Decodes elements i to `end` of one stream from bit `position` on, byte by byte: the end of a
+// stream, where eight bytes at once may not be there. Returns the position behind the last code.
+template <class Tables>
+inline std::uint64_t decode_tail(const HuffmanStreams& in, const Tables& tables,
+                                 const std::uint8_t* begin, std::uint64_t position, std::size_t i,
+                                 std::size_t end, std::uint8_t* out) noexcept {
     const std::uint64_t available = static_cast<std::uint64_t>(in.end - begin);
-    for (std::size_t i = 0; i < count; ++i) {
+    for (; i < end; ++i) {
         const std::uint64_t byte = position >> 3;
         std::uint32_t window = 0;  // 24 bits hold 7 skipped ones and the longest code
         for (std::uint64_t k = 0; k < 3; ++k) {
             window = window << 8 | (byte + k < available ? begin[byte + k] : 0U);
         }
         window = (window << (position & 7)) & 0xFFFFFFU;
-        const std::uint16_t entry = in.table[window >> (24 - in.table_bits)];
+        const std::uint16_t entry = tables.of(i)[window >> (24 - in.table_bits)];
         out[i] = static_cast<std::uint8_t>(entry >> 8);
         position += entry & 0xFFU;
     }
@@ -151,13 +167,19 @@ inline std::uint64_t position_of(const BitWindow& window, const std::uint8_t* be
            static_cast<std::uint64_t>(__builtin_ctzll(window.bits));
 }
 
+// How often a refill and a round of lookups can follow without reading past `end`: a round takes at
+// most 7 bytes, and the refill before it reads 8 that begin at most 7 behind `at`.
+inline std::size_t rounds_in(const std::uint8_t* at, const std::uint8_t* end) noexcept {
+    const std::size_t left = static_cast<std::size_t>(end - at);
+    return left < 15 ? 0 : (left - 15) / 7 + 1;
+}
+
 // After a refill at least 56 bits are valid: kRound codes of at most 56 / kRound bits.
-template <unsigned kRound>
-inline void decode_rounds(const HuffmanStreams& in, std::size_t count, std::uint8_t* out,
-                          std::uint64_t* consumed) noexcept {
+template <unsigned kRound, class Tables>
+inline void decode_rounds(const HuffmanStreams& in, const Tables& tables, std::size_t count,
+                          std::uint8_t* out, std::uint64_t* consumed) noexcept {
     const std::size_t segment = (count + 3) / 4;
     const unsigned shift = 64 - in.table_bits;
-    const std::uint16_t* const table = in.table;
     BitWindow a{in.begin[0], 1}, b{in.begin[1], 1}, c{in.begin[2], 1}, d{in.begin[3], 1};
     const BitWindow* const windows[4] = {&a, &b, &c, &d};
     // Streams 0 to 2 hold `segment` symbols (fewer only when count < 9), the last the rest.
@@ -166,11 +188,8 @@ inline void decode_rounds(const HuffmanStreams& in, std::size_t count, std::uint
     for (;;) {
         std::size_t rounds = (shortest - done) / kRound;
         for (const BitWindow* window : windows) {
-            // A round takes at most 7 bytes, and the refill before it reads 8 that begin at
-            // most 7 behind `at`.
-            const std::uint64_t left = static_cast<std::uint64_t>(in.end - window->at);
-            const std::uint64_t safe = left < 15 ? 0 : (left - 15) / 7 + 1;
-            if (safe < rounds) rounds = static_cast<std::size_t>(safe);
+            const std::size_t safe = rounds_in(window->at, in.end);
+            if (safe < rounds) rounds = safe;
         }
         if (rounds == 0) break;
         for (; rounds != 0; --rounds) {
@@ -178,34 +197,37 @@ inline void decode_rounds(const HuffmanStreams& in, std::size_t count, std::uint
             refill(b);
             refill(c);
             refill(d);
-            std::uint8_t* const to = out + done;
 #pragma GCC unroll 8
             for (unsigned k = 0; k < kRound; ++k) {
-                to[k] = take_symbol(a, table, shift);
-                to[k + segment] = take_symbol(b, table, shift);
-                to[k + 2 * segment] = take_symbol(c, table, shift);
-                to[k + 3 * segment] = take_symbol(d, table, shift);
+                const auto take = [&](BitWindow& window, std::size_t i) noexcept {
+                    out[i] = take_symbol(window, tables.of(i), shift);
+                };
+                take(a, done + k);
+                take(b, done + k + segment);
+                take(c, done + k + 2 * segment);
+                take(d, done + k + 3 * segment);
             }
             done += kRound;
         }
     }
     for (std::size_t j = 0; j < 4; ++j) {
         const std::size_t first = j * segment < count ? j * segment : count;
-        const std::size_t symbols = count - first < segment ? count - first : segment;
+        const std::size_t end = count - first < segment ? count : first + segment;
         const std::uint64_t position = position_of(*windows[j], in.begin[j]);
-        consumed[j] = decode_tail(in, in.begin[j], position, symbols - done, out + first + done);
+        consumed[j] = decode_tail(in, tables, in.begin[j], position, first + done, end, out);
     }
 }
 
 void huffman_decode(const HuffmanStreams& in, std::size_t count, std::uint8_t* out,
                     std::uint64_t* consumed) noexcept {
+    const OneTable table{in.table};
     if (in.table_bits > 9) {
-        decode_rounds<5>(in, count, out, consumed);
+        decode_rounds<5>(in, table, count, out, consumed);
     } else if (in.table_bits > 8) {
-        decode_rounds<6>(in, count, out, consumed);
+        decode_rounds<6>(in, table, count, out, consumed);
     } else if (in.table_bits > 7) {
-        decode_rounds<7>(in, count, out, consumed);
+        decode_rounds<7>(in, table, count, out, consumed);
     } else {
-        decode_rounds<8>(in, count, out, consumed);
+        decode_rounds<8>(in, table, count, out, consumed);
     }
 }

@@ -60,8 +60,7 @@ inline void take_pair(PairStream& stream, const std::uint32_t* pairs, unsigned s
 // or writing more than `room` bytes.
 inline std::size_t safe_rounds(const std::uint8_t* at, const std::uint8_t* end, std::size_t room,
                                std::size_t round_symbols) noexcept {
-    const std::size_t left = static_cast<std::size_t>(end - at);
-    const std::size_t by_input = left < 15 ? 0 : (left - 15) / 7 + 1;
+    const std::size_t by_input = rounds_in(at, end);
     const std::size_t by_output = room / round_symbols;
     return by_input < by_output ? by_input : by_output;
 }
@@ -116,7 +115,7 @@ void huffman_decode_pairs(const HuffmanStreams& in, std::size_t count, std::uint
             }
         }
         const std::uint64_t position = position_of(s.window, in.begin[j]);
-        consumed[j] = decode_tail(in, in.begin[j], position, left, s.out);
+        consumed[j] = decode_tail(in, OneTable{in.table}, in.begin[j], position, 0, left, s.out);
     }
 }
 

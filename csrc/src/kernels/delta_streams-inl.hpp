@@ -104,91 +104,15 @@ std::uint8_t* delta_write_raw(const void* z, const std::uint8_t* symbols, std::s
     return sink.finish();
 }
 
-inline std::uint8_t take_in_context(BitWindow& window, const std::uint16_t* table,
-                                    std::uint8_t context, unsigned table_bits,
-                                    unsigned shift) noexcept {
-    const std::uint16_t entry =
-        table[(static_cast<std::size_t>(context) << table_bits) + (window.bits >> shift)];
-    window.bits <<= entry & 63U;
-    return static_cast<std::uint8_t>(entry >> 8);
-}
-
-inline std::uint64_t read_tail(const HuffmanStreams& in, const std::uint8_t* begin,
-                               std::uint64_t position, const std::uint8_t* contexts,
-                               std::size_t count, std::uint8_t* out) noexcept {
-    const std::uint64_t available = static_cast<std::uint64_t>(in.end - begin);
-    for (std::size_t i = 0; i < count; ++i) {
-        const std::uint64_t byte = position >> 3;
-        std::uint32_t window = 0;  // 24 bits hold 7 skipped ones and the longest code
-        for (std::uint64_t k = 0; k < 3; ++k) {
-            window = window << 8 | (byte + k < available ? begin[byte + k] : 0U);
-        }
-        window = (window << (position & 7)) & 0xFFFFFFU;
-        const std::uint16_t entry =
-            in.table[(static_cast<std::size_t>(contexts[i]) << in.table_bits) +
-                     (window >> (24 - in.table_bits))];
-        out[i] = static_cast<std::uint8_t>(entry >> 8);
-        position += entry & 0xFFU;
-    }
-    return position;
-}
-
-// As decode_rounds, but that codes differ from element to element.
-template <unsigned kRound>
-inline void read_rounds(const HuffmanStreams& in, const std::uint8_t* contexts, std::size_t count,
-                        std::uint8_t* out, std::uint64_t* consumed) noexcept {
-    const std::size_t segment = (count + 3) / 4;
-    const unsigned table_bits = in.table_bits;
-    const unsigned shift = 64 - table_bits;
-    const std::uint16_t* const table = in.table;
-    BitWindow a{in.begin[0], 1}, b{in.begin[1], 1}, c{in.begin[2], 1}, d{in.begin[3], 1};
-    const BitWindow* const windows[4] = {&a, &b, &c, &d};
-    std::size_t done = 0;
-    const std::size_t shortest = count > 3 * segment ? count - 3 * segment : 0;
-    for (;;) {
-        std::size_t rounds = (shortest - done) / kRound;
-        for (const BitWindow* window : windows) {
-            const std::uint64_t left = static_cast<std::uint64_t>(in.end - window->at);
-            const std::uint64_t safe = left < 15 ? 0 : (left - 15) / 7 + 1;
-            if (safe < rounds) rounds = static_cast<std::size_t>(safe);
-        }
-        if (rounds == 0) break;
-        for (; rounds != 0; --rounds) {
-            refill(a);
-            refill(b);
-            refill(c);
-            refill(d);
-            std::uint8_t* const to = out + done;
-            const std::uint8_t* const at = contexts + done;
-#pragma GCC unroll 8
-            for (unsigned k = 0; k < kRound; ++k) {
-                to[k] = take_in_context(a, table, at[k], table_bits, shift);
-                to[k + segment] = take_in_context(b, table, at[k + segment], table_bits, shift);
-                to[k + 2 * segment] =
-                    take_in_context(c, table, at[k + 2 * segment], table_bits, shift);
-                to[k + 3 * segment] =
-                    take_in_context(d, table, at[k + 3 * segment], table_bits, shift);
-            }
-            done += kRound;
-        }
-    }
-    for (std::size_t j = 0; j < 4; ++j) {
-        const std::size_t first = j * segment < count ? j * segment : count;
-        const std::size_t symbols = count - first < segment ? count - first : segment;
-        const std::uint64_t position = position_of(*windows[j], in.begin[j]);
-        consumed[j] = read_tail(in, in.begin[j], position, contexts + first + done, symbols - done,
-                                out + first + done);
-    }
-}
-
 void delta_read_symbols(const HuffmanStreams& in, const std::uint8_t* contexts, std::size_t count,
                         std::uint8_t* symbols, std::uint64_t* consumed) noexcept {
+    const TableOfContext tables{in.table, contexts, in.table_bits};
     if (in.table_bits > 9) {
-        read_rounds<5>(in, contexts, count, symbols, consumed);
+        decode_rounds<5>(in, tables, count, symbols, consumed);
     } else if (in.table_bits > 8) {
-        read_rounds<6>(in, contexts, count, symbols, consumed);
+        decode_rounds<6>(in, tables, count, symbols, consumed);
     } else {
-        read_rounds<7>(in, contexts, count, symbols, consumed);
+        decode_rounds<7>(in, tables, count, symbols, consumed);
     }
 }
 
