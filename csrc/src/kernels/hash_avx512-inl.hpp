@@ -16,18 +16,22 @@ struct HashState {
     __m512i sum[2];
 };
 
+inline void add_lanes(__m512i d, std::size_t j, const std::uint64_t* key,
+                      HashState& state) noexcept {
+    const __m512i keyed = _mm512_xor_si512(d, _mm512_loadu_si512(key + 8 * j));
+    const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
+    state.product[j] = _mm512_add_epi64(state.product[j], product);
+    state.sum[j] = _mm512_add_epi64(state.sum[j], d);
+}
+
 inline void hash_stripe(const std::uint8_t* data, const std::uint64_t* key,
                         HashState& state) noexcept {
-    for (int j = 0; j < 2; ++j) {
+    for (std::size_t j = 0; j < 2; ++j) {
         __m512i d = _mm512_loadu_si512(data + 64 * j);
         // Keeps the order of the loads. GCC gathers them, which costs a tenth where data is not
         // aligned to 32 bytes (Zen 4: 65 instead of 58 GB/s, against 68 and 70 where it is).
         asm volatile("" : "+v"(d));
-        const __m512i k = _mm512_loadu_si512(key + 8 * j);
-        const __m512i keyed = _mm512_xor_si512(d, k);
-        const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
-        state.product[j] = _mm512_add_epi64(state.product[j], product);
-        state.sum[j] = _mm512_add_epi64(state.sum[j], d);
+        add_lanes(d, j, key, state);
     }
 }
 
@@ -38,11 +42,7 @@ inline void hash_tail(const std::uint8_t* data, std::size_t left, const std::uin
         const std::size_t count = left < 64 * j ? 0 : left - 64 * j;
         const __mmask64 mask = count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
         const __m512i d = _mm512_maskz_loadu_epi8(mask, data + 64 * j);
-        const __m512i k = _mm512_loadu_si512(key + 8 * j);
-        const __m512i keyed = _mm512_xor_si512(d, k);
-        const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
-        state.product[j] = _mm512_add_epi64(state.product[j], product);
-        state.sum[j] = _mm512_add_epi64(state.sum[j], d);
+        add_lanes(d, j, key, state);
     }
 }
 
