@@ -38,6 +38,11 @@ def forget_maps(url: str) -> None:
         adapter.close()
 
 
+def flip_last(payload: bytearray) -> None:
+    """Change one bit of a page."""
+    payload[-1] ^= 1
+
+
 def put(path: Path, table: str, column: str, value: str, where: str = "1") -> bool:
     """Give a column of rows a value (SQL); whether there were such rows, and SQLite did it."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:

@@ -19,7 +19,7 @@ from pydedup.errors import CorruptStoreError, DuplicateError, NotAStoreError, No
 from pydedup.graph import Graph, Node
 from pydedup.jobs import Job
 
-from .damage import put
+from .damage import flip_last, put
 
 TABLES = {
     "aliases": ["name", "alias", "model_id"],
@@ -180,7 +180,7 @@ def test_a_page_is_repaired_beside_a_damaged_row_of_a_model(
     shutil.copy(path, healthy)
     text = value if value == "NULL" else f"CAST({value} AS TEXT)"
     assert put(path, "pydedup_models", column, text, "id = 2")
-    change_page(f"sqlite:///{path}", 1, lambda payload: payload.__setitem__(-1, payload[-1] ^ 1))
+    change_page(f"sqlite:///{path}", 1, flip_last)
     with pydedup.open(path) as store:
         row = [error for error in store.verify().errors if error.startswith("column ")]
         assert re.fullmatch(f"column {column} .* in the row of id 2, name 'two', version '1'", *row)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,27 @@ def fill(url: str) -> None:
         for name, model in MODELS.items():
             policy = policies.Bounded(0.01) if name == "lossy" else policies.Lossless()
             store.add(name, model, policy=policy, block_shape=(SIDE, SIDE))
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[pydedup.Store]:
+    """A store of the models, on each back end in turn."""
+    fill(store_url)
+    with pydedup.open(store_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def healthy(tmp_path: Path) -> str:
+    """Another store of the models, to repair from."""
+    url = f"sqlite:///{tmp_path}/healthy.db"
+    fill(url)
+    return url
+
+
+def pages_of(store: pydedup.Store, name: str) -> list[int]:
+    """The pages that a model is recorded to read."""
+    return [row[1] for row in store._adapter.model_pages(store.info(name).info.id)]
 
 
 def loaded(store: pydedup.Store) -> dict[str, bytes]:

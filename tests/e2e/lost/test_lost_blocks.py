@@ -18,7 +18,7 @@ from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_places
 
 from ..damage import change, forget_maps
-from .conftest import MODELS, blocks, fill, is_sound, loaded, near
+from .conftest import MODELS, blocks, fill, is_sound, loaded, near, pages_of
 
 SIDE = 32
 
@@ -47,34 +47,31 @@ def test_distinct_blocks_are_recorded_anew(
 @pytest.mark.parametrize("is_delta", [False, True])
 @pytest.mark.parametrize("other", ["slot", "page", "no slot", "no page"])
 def test_a_row_of_a_distinct_block_that_is_elsewhere_is_forgotten(
-    other: str, is_delta: bool, store_url: str, tmp_path: Path
+    other: str, is_delta: bool, store: pydedup.Store, store_url: str, healthy: str, tmp_path: Path
 ) -> None:
     """A repair took only the block for lost whose row it had been: copies and adds failed."""
-    healthy, copy = f"sqlite:///{tmp_path}/healthy.db", tmp_path / "copy.db"
-    fill(healthy)
-    fill(store_url)
-    with pydedup.open(store_url) as store:
-        before = loaded(store)
-        rows = all_blocks(store)
-        row = next(row for row in rows if (row.base_id is not None) == is_delta)
-        ours = {each.slot for each in rows if each.page_id == row.page_id}
-        page = next(each.page_id for each in rows if each.page_id != row.page_id)
-        place = {
-            "slot": (row.page_id, max(ours - {row.slot})),
-            "page": (page, 0),
-            "no slot": (row.page_id, -1),
-            "no page": (page + 900, 0),
-        }[other]
-        move = "UPDATE {distinct_blocks} SET page_id = ?, slot = ? WHERE id = ?"
-        change(store_url, move, *place, row.id)
-        assert not store.verify().ok
-        assert store.verify(repair_from=healthy).errors == []
-        is_sound(store)
-        assert len(all_blocks(store)) == len(rows)
-        store.copy_to(copy)
-        store.add("again", MODELS["two"], block_shape=(SIDE, SIDE))
-        assert loaded(store) == {**before, "again": before["two"]}
-        store.vacuum()
+    copy = tmp_path / "copy.db"
+    before = loaded(store)
+    rows = all_blocks(store)
+    row = next(row for row in rows if (row.base_id is not None) == is_delta)
+    ours = {each.slot for each in rows if each.page_id == row.page_id}
+    page = next(each.page_id for each in rows if each.page_id != row.page_id)
+    place = {
+        "slot": (row.page_id, max(ours - {row.slot})),
+        "page": (page, 0),
+        "no slot": (row.page_id, -1),
+        "no page": (page + 900, 0),
+    }[other]
+    move = "UPDATE {distinct_blocks} SET page_id = ?, slot = ? WHERE id = ?"
+    change(store_url, move, *place, row.id)
+    assert not store.verify().ok
+    assert store.verify(repair_from=healthy).errors == []
+    is_sound(store)
+    assert len(all_blocks(store)) == len(rows)
+    store.copy_to(copy)
+    store.add("again", MODELS["two"], block_shape=(SIDE, SIDE))
+    assert loaded(store) == {**before, "again": before["two"]}
+    store.vacuum()
     with pydedup.open(copy, mode="r") as copied:
         assert loaded(copied) == before
         is_sound(copied)
@@ -87,7 +84,7 @@ def test_a_block_map_that_names_a_slot_that_its_page_lacks_is_not_copied(
     forget_maps(store_url)
     with pydedup.open(store_url) as store:
         model_id = store.info("lossy").info.id
-        ((_, page, *_),) = store._adapter.model_pages(model_id)
+        (page,) = pages_of(store, "lossy")
         ((_, part),) = store._adapter.block_maps(model_id)
         wrong = part[:-2] + (900).to_bytes(2, "little")
         change(store_url, "UPDATE {block_maps} SET payload = ? WHERE model_id = ?", wrong, model_id)
@@ -147,29 +144,25 @@ def test_wrong_rows_of_distinct_blocks_are_made_anew(
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_blocks_that_are_on_no_page_are_told_and_forgotten(
-    is_there: bool, store_url: str, other: Path
+    is_there: bool, store: pydedup.Store, store_url: str, other: Path
 ) -> None:
     """Of the block that is recorded so every add would fail."""
-    fill(store_url)
-    with pydedup.open(store_url) as store:
-        before = loaded(store)
-        new = blocks(5)
-        store.add("new", new, block_shape=(SIDE, SIDE))
-        ((_, there, *_),) = store._adapter.model_pages(store.info("new").info.id)
-        (row,) = store._adapter.blocks_on_pages([there])
-        store.remove("new")
-        store.vacuum()
-        page = max(row.id for row in store._adapter.page_rows()) if is_there else 900_000
-        columns = "(hash128, page_id, slot) VALUES (?, ?, 70)"
-        change(store_url, f"INSERT INTO {{distinct_blocks}} {columns}", row.hash128, page)
-        assert store.verify().errors == [
-            f"page {page}, slot 70: recorded, but there is no such block"
-        ]
-        report = store.verify(repair_from=other)
-        assert report.errors == []
-        store.add("new", new, block_shape=(SIDE, SIDE))
-        assert loaded(store) == before | {"new": new["w"].tobytes()}
-        is_sound(store)
+    before = loaded(store)
+    new = blocks(5)
+    store.add("new", new, block_shape=(SIDE, SIDE))
+    (there,) = pages_of(store, "new")
+    (row,) = store._adapter.blocks_on_pages([there])
+    store.remove("new")
+    store.vacuum()
+    page = max(row.id for row in store._adapter.page_rows()) if is_there else 900_000
+    columns = "(hash128, page_id, slot) VALUES (?, ?, 70)"
+    change(store_url, f"INSERT INTO {{distinct_blocks}} {columns}", row.hash128, page)
+    assert store.verify().errors == [f"page {page}, slot 70: recorded, but there is no such block"]
+    report = store.verify(repair_from=other)
+    assert report.errors == []
+    store.add("new", new, block_shape=(SIDE, SIDE))
+    assert loaded(store) == before | {"new": new["w"].tobytes()}
+    is_sound(store)
 
 
 def test_a_block_that_is_said_to_be_on_a_page_of_a_distant_number(
@@ -250,8 +243,7 @@ def test_the_hash_of_another_block_is_recorded(
                 store.add(f"{each}@2", model, policy=policy, block_shape=(SIDE, SIDE))
     with pydedup.open(store_url) as store:
         before = {info.address: store.load(info.address)["w"].tobytes() for info in store.models()}
-        pages = [row[1] for row in store._adapter.model_pages(store.info(name).info.id)]
-        block = store._adapter.blocks_on_pages([max(pages)])[-1]
+        block = store._adapter.blocks_on_pages([max(pages_of(store, name))])[-1]
         other = store._adapter.blocks_on_pages([1])[0]
         assert other.hash128 != block.hash128
         change(

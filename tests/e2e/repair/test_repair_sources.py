@@ -17,6 +17,8 @@ from pydedup.cli.app import main
 from pydedup.maintenance.blocks_from import dtype_of_base
 from pydedup.types import DType
 
+from ..damage import flip_last
+
 Model = dict[str, np.ndarray]
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
 
@@ -42,10 +44,6 @@ def pages(url: str, name: str) -> list[int]:
 
 def ruin(payload: bytearray) -> None:
     payload[100:] = bytes(len(payload) - 100)
-
-
-def flip_last(payload: bytearray) -> None:
-    payload[-5] ^= 4
 
 
 def test_a_source_that_is_damaged_or_lacks_blocks_is_told_page_by_page(
