@@ -8,10 +8,11 @@ A child is forked, works on the store through an adapter of its own, and is kill
 from __future__ import annotations
 
 import os
+import random
 import select
 import signal
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -20,8 +21,14 @@ from pydedup.errors import UnavailableError
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, FaultyAdapter, inject
 
-__all__ = ["PHASES", "Phase", "at", "run_and_kill", "work_and_kill"]
+__all__ = ["PHASES", "ROUNDS", "Kill", "Phase", "at", "kills", "run_and_kill", "work_and_kill"]
 
+#: How often tests kill: 10 times in `make test`, 200 in `make crash`.
+ROUNDS: Final = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "10"))
+#: After so many rounds the phases come again; what is left of them are random moments.
+_CYCLE: Final = 10
+#: A commit in which a client is killed has run for up to so many seconds.
+_COMMIT_SECONDS: Final = 0.0015
 #: A child that is not killed, and does not come to its end, ends itself after so long.
 _PATIENCE_SECONDS: Final = 120
 _MEMORY_BYTES: Final = 64 << 20
@@ -95,6 +102,42 @@ PHASES: Final[Mapping[str, Mapping[str, Phase]]] = {
         "pages freed": Phase("delete_pages", 1, "after the commit"),
     },
 }
+
+
+@dataclass(slots=True)
+class Kill:
+    """One of the rounds of a test, which sets whether the child was ``killed`` before its end.
+
+    Attributes
+    ----------
+    number, phase
+        Which round it is, and the name of the phase; ``None`` is a random moment.
+    delay
+        Seconds after which the child is killed, see :func:`work_and_kill`.
+    """
+
+    number: int
+    phase: str | None
+    delay: float
+    killed: bool = False
+
+
+def kills(phases: Iterable[str], seconds: float) -> Iterator[Kill]:
+    """Give the rounds of a test: each phase, then random moments, and so on in turns.
+
+    Random moments are spread over the ``seconds`` that the work takes, and a bit beyond. At the
+    end, none may have come to its end before it was killed in a phase but that of a commit.
+    """
+    chance, done = random.Random(20220815), []
+    turns: list[str | None] = [*phases]
+    turns += [None] * (_CYCLE - len(turns))
+    for number in range(ROUNDS):
+        phase = turns[number % _CYCLE]
+        within = _COMMIT_SECONDS if phase else 1.1 * seconds
+        done.append(Kill(number, phase, chance.random() * within))
+        yield done[-1]
+    for kill in done:
+        assert kill.killed or kill.phase in (None, "in the commit"), f"no kill in {kill}"
 
 
 def at(control: FaultyAdapter, phase: Phase, strike: Callable[[], BaseException | None]) -> None:

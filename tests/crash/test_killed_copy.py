@@ -8,8 +8,6 @@ test`, 200 in `make crash` (PYDEDUP_CRASH_ROUNDS).
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +22,8 @@ from pydedup.ingest import pages
 from pydedup.moving.copy import copy_models
 from pydedup.moving.plan import plan_copy
 from pydedup.store import Store
-from pydedup.testing.crash import PHASES, work_and_kill
+from pydedup.testing.crash import PHASES, ROUNDS, kills, work_and_kill
 from pydedup.testing.pages import small_pages
-
-ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "10"))
-CYCLE = 10
-COMMIT_SECONDS = 0.0015
 
 Model = dict[str, np.ndarray]
 
@@ -90,30 +84,21 @@ def test_a_killed_copy_goes_on(store_url: str, source: Path, into: str) -> None:
         begun = time.monotonic()
         copy(source, store)
         seconds = time.monotonic() - begun
-    chance = random.Random(20220815)
-    phases = [*PHASES["copy"], *[None] * (CYCLE - len(PHASES["copy"]))]
-    ended: dict[str | None, list[bool]] = {}
-    for number in range(ROUNDS):
+    phases = PHASES["copy"]
+    for kill in kills(phases, seconds):
         with pydedup.open(store_url) as store:
             for name in {info.name for info in store.models()} - {"other"}:
                 store.remove(name, all_versions=True)
             store.vacuum()
-        phase = phases[number % CYCLE]
-        delay = chance.random() * (COMMIT_SECONDS if phase else 1.1 * seconds)
-        killed = work_and_kill(
-            store_url,
-            lambda store: copy(source, store),
-            PHASES["copy"][phase] if phase else None,
-            delay,
-        )
-        ended.setdefault(phase, []).append(killed)
+        phase = phases[kill.phase] if kill.phase else None
+        kill.killed = work_and_kill(store_url, lambda store: copy(source, store), phase, kill.delay)
         with pydedup.open(store_url) as store:
             published = {info.address for info in store.models()} - set(there)
             assert published in [set(list(MODELS)[:count]) for count in range(4)]
             assert store.verify().errors == []
             assert_holds(store, {address: MODELS[address] for address in published})
-            if phase in ("between models", "after"):
-                assert len(published) == (1 if phase == "between models" else 3)
+            if kill.phase in ("between models", "after"):
+                assert len(published) == (1 if kill.phase == "between models" else 3)
             assert set(copy(source, store)) == set(MODELS) - published
             report = store.verify()
             assert (report.errors, report.notes) == ([], []), "nothing of the killed copy is left"
@@ -121,6 +106,3 @@ def test_a_killed_copy_goes_on(store_url: str, source: Path, into: str) -> None:
             assert {row.state for row in store._adapter.page_rows()} == {LIVE}
             assert_holds(store, {**there, **MODELS})
             assert all(info.aliases == ("prod",) for info in store.models() if info.name != "other")
-    for phase in PHASES["copy"]:
-        if ROUNDS >= CYCLE and phase != "in the commit":
-            assert all(ended[phase]), f"no kill in phase {phase!r}"

@@ -8,8 +8,6 @@ test`, 200 in `make crash` (PYDEDUP_CRASH_ROUNDS).
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +21,8 @@ from pydedup.adapter import LIVE
 from pydedup.errors import CorruptStoreError
 from pydedup.maintenance import repair
 from pydedup.store import Store
-from pydedup.testing.crash import PHASES, work_and_kill
+from pydedup.testing.crash import PHASES, ROUNDS, kills, work_and_kill
 
-ROUNDS = int(os.environ.get("PYDEDUP_CRASH_ROUNDS", "10"))
-CYCLE = 10
-COMMIT_SECONDS = 0.0015
 #: Phases after the one transaction that publishes what was restored.
 DONE = ("after", "deleting pages", "pages deleted")
 
@@ -98,24 +93,17 @@ def test_a_killed_repair_is_done_again(store_url: str, change_page: Change, tmp_
     begun = time.monotonic()
     assert not work_and_kill(store_url, lambda store: mend(store, source), None, 60.0)
     seconds = time.monotonic() - begun
-    chance = random.Random(20220815)
-    phases = [*PHASES["repair"], *[None] * (CYCLE - len(PHASES["repair"]))]
-    ended: dict[str | None, list[bool]] = {}
-    for number in range(ROUNDS):
+    phases = PHASES["repair"]
+    for kill in kills(phases, seconds):
         damaged = damage()
-        phase = phases[number % CYCLE]
-        killed = work_and_kill(
-            store_url,
-            lambda store: mend(store, source),
-            PHASES["repair"][phase] if phase else None,
-            chance.random() * (COMMIT_SECONDS if phase else 1.1 * seconds),
-        )
-        ended.setdefault(phase, []).append(killed)
+        phase = phases[kill.phase] if kill.phase else None
+        kill.killed = work_and_kill(store_url, lambda store: mend(store, source), phase, kill.delay)
         with pydedup.open(store_url) as store:
             left = sorted(store.verify().damaged_pages)
             assert left in ([], damaged), "all of it is published, or nothing"
-            assert not (killed and phase in DONE and left)
-            assert not (killed and phase not in (None, "in the commit", *DONE) and not left)
+            assert not (kill.killed and kill.phase in DONE and left)
+            early = kill.phase not in (None, "in the commit", *DONE)
+            assert not (kill.killed and early and not left)
             assert [loads(store, address) for address in MODELS] == [not left] * len(MODELS)
             assert loads(store, "spared@1")
             mend(store, source)
@@ -127,6 +115,3 @@ def test_a_killed_repair_is_done_again(store_url: str, change_page: Change, tmp_
             assert store._adapter.orphan_pages() == []
             assert all(loads(store, address) for address in (*MODELS, *SPARED))
             spared = {row[1] for row in store._adapter.model_pages(store.info("spared").info.id)}
-    for phase in PHASES["repair"]:
-        if ROUNDS >= CYCLE and phase != "in the commit":
-            assert all(ended[phase]), f"no kill in phase {phase!r}"
