@@ -140,13 +140,3 @@ def test_command_and_module_are_the_same_program() -> None:
     ]
     assert texts[0] == texts[1]
     assert re.search(rf"\b{re.escape(pydedup.__version__)}$", texts[0])
-
-
-def test_selftest_passes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup.selftest"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -18,7 +18,6 @@ import pytest
 
 from pydedup.formats.base import Artifact, TensorEntry
 from pydedup.formats.onnx import GRAPH
-from pydedup.formats.registry import write_model
 from pydedup.types import DType
 
 TENSORS, ROWS, COLUMNS = 20, 2500, 1000
@@ -89,16 +88,6 @@ print(peak - before)
 """
 
 
-class Made:
-    """Tensors that are made when they are asked for: ``w3`` is full of threes."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return np.full(self.shape, int(name[1:]), np.float32)
-
-
 def model(tensors: int, shape: tuple[int, ...]) -> tuple[list[TensorEntry], list[Artifact]]:
     """Return entries, and the artifact that ONNX needs."""
     entries = [TensorEntry(f"w{index}", DType.F32, shape, index) for index in range(tensors)]
@@ -108,36 +97,24 @@ def model(tensors: int, shape: tuple[int, ...]) -> tuple[list[TensorEntry], list
     return entries, [Artifact(GRAPH, "application/x-onnx", proto.SerializeToString())]
 
 
-def make(path: Path, tensors: int, shape: tuple[int, ...]) -> Path:
-    write_model(path, Made(shape), *model(tensors, shape))
-    return path
-
-
 def run(script: str, *arguments: object) -> list[str]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".h5", ".onnx", ""])
-def test_reading_needs_one_tensor(suffix: str, tmp_path: Path) -> None:
-    large = make(tmp_path / f"large{suffix}", TENSORS, (ROWS, COLUMNS))
-    small = make(tmp_path / f"small{suffix}", 2, (600, 1000))
+def test_writing_and_reading_need_one_tensor(suffix: str, tmp_path: Path) -> None:
+    plan, large, small = (tmp_path / name for name in ("plan", f"large{suffix}", f"small{suffix}"))
+    plan.write_bytes(pickle.dumps((model(TENSORS, (ROWS, COLUMNS)), model(2, (600, 1000)))))
+    (grown,) = run(WRITE, plan, large, small)
+    size = sum(path.stat().st_size for path in [large, *large.rglob("*")] if path.is_file())
+    assert size > FILE_BYTES
+    # The tensor that is written, and the next one while it is made.
+    assert TENSOR_BYTES / 4 < int(grown) < 2.5 * TENSOR_BYTES < FILE_BYTES / 5
     grown, total = run(READ, large, small)
     assert float(total) == sum(range(TENSORS)) * ROWS * COLUMNS
     assert int(grown) < 1.25 * TENSOR_BYTES < FILE_BYTES / 10
     assert int(grown) > TENSOR_BYTES / 4  # or nothing was measured
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".h5", ".onnx", ""])
-def test_writing_needs_one_tensor(suffix: str, tmp_path: Path) -> None:
-    plan = tmp_path / "plan"
-    plan.write_bytes(pickle.dumps((model(TENSORS, (ROWS, COLUMNS)), model(2, (600, 1000)))))
-    target = tmp_path / f"large{suffix}"
-    (grown,) = run(WRITE, plan, target, tmp_path / f"small{suffix}")
-    size = sum(path.stat().st_size for path in [target, *target.rglob("*")] if path.is_file())
-    assert size > FILE_BYTES
-    # The tensor that is written, and the next one while it is made.
-    assert TENSOR_BYTES / 4 < int(grown) < 2.5 * TENSOR_BYTES < FILE_BYTES / 5
 
 
 @pytest.mark.parametrize("kind", ["word2vec-binary", "glove"])
