@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pydedup.testing.program import run_here
 from pydedup.testing.serving import Server, Start, until
 
 GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
@@ -48,19 +49,6 @@ def test_token(start: Start, store_url: str, tmp_path: Path, place: str) -> None
     assert "s3cret" not in "".join(server.errors)
 
 
-def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", "serve", *map(str, arguments)],
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_what_cannot_start_says_why(
     store_url: str, tmp_path: Path, certificate: tuple[Path, Path]
 ) -> None:
@@ -84,11 +72,11 @@ def test_what_cannot_start_says_why(
             (2, ["12 parsecs"], [store_url, "--max-body", "12 parsecs"]),
             (2, ["--token"], [store_url, "--token", "abc"]),
         ):
-            done = run(*arguments)
+            done = run_here("serve", *arguments)
             assert done.returncode == status, (arguments, done.stderr)
             assert "Traceback" not in done.stderr
             assert all(word in done.stderr for word in words), done.stderr
-    done = run(store_url, env={"PYDEDUP_TOKEN": "has space"})
+    done = run_here("serve", store_url, env={"PYDEDUP_TOKEN": "has space"})
     assert done.returncode == 2
     assert "has space" not in done.stderr
     assert not (tmp_path / "no.db").exists()

@@ -30,8 +30,8 @@ def run(*options: str) -> Any:
 def test_figures(arrivals: str) -> None:
     added = []
     for _ in range(4):  # a machine that was busy with something else in one part alone shows less
-        found = run("--seconds", "2", "--arrivals", arrivals)
-        assert 100 < found["requests"] < 300
+        found = run("--seconds", "1", "--arrivals", arrivals)
+        assert 50 < found["requests"] < 150
         assert found["errors"] == {}
         http, inside = found["http_ms"], found["in_process_ms"]
         assert 0 < http["p50"] <= http["p99"]
@@ -43,6 +43,6 @@ def test_figures(arrivals: str) -> None:
 
 
 def test_a_short_soak() -> None:
-    found = run("--soak", "--seconds", "5")
+    found = run("--soak", "--seconds", "3")
     assert found["wrong"] == []
-    assert found["requests"] > 300
+    assert found["requests"] > 180

@@ -31,7 +31,7 @@ from pydedup.http.metrics import MOST_MODELS, Metrics
 from pydedup.http.scrape import Histogram, Rates, Source, parse
 from pydedup.replacement import Trace
 from pydedup.testing.disks import SmallDisk
-from pydedup.testing.program import run_process
+from pydedup.testing.program import run_here
 from pydedup.testing.servers import unused_port
 from pydedup.testing.serving import Server, Start
 
@@ -39,15 +39,7 @@ BODY = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1
 
 
 def top(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if key != "PYDEDUP_TOKEN"}
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", "top", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**kept, **environment},
-    )
+    return run_here("top", *words, env=environment)
 
 
 @contextlib.contextmanager
@@ -424,21 +416,15 @@ def test_a_server_that_does_not_start_writes_no_trace(store_url: str, tmp_path: 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         words = ["serve", store_url, "--port", port, "--record", tmp_path / "trace.npz"]
-        done = run_process(*words)
+        done = run_here(*words)
     assert done.returncode == 4
     assert f"cannot listen on 127.0.0.1, port {port}" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_trace_that_cannot_be_written_is_said_at_once(store_url: str, tmp_path: Path) -> None:
-    words = ["serve", store_url, "--port", "0", "--record", tmp_path / "missing" / "trace.npz"]
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    trace = tmp_path / "missing" / "trace.npz"
+    done = run_here("serve", store_url, "--port", "0", "--record", trace)
     assert done.returncode == 2, done.stderr
     assert "missing/trace.npz" in done.stderr
     assert done.stdout == ""

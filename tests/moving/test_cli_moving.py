@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,14 +13,13 @@ from typing import Any
 import pytest
 
 import pydedup
+from pydedup.testing.program import run_here
 
 New = Callable[[str], str]
 
 
 def run(*words: object, status: int = 0) -> tuple[str, str]:
-    command = [sys.executable, "-P", "-m", "pydedup", *map(str, words)]
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = run_here(*words)
     assert done.returncode == status, done.stderr
     return done.stdout, done.stderr
 

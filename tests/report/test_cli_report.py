@@ -14,16 +14,11 @@ import pytest
 import pydedup
 from pydedup.errors import ArgumentError, NotFoundError
 from pydedup.replacement import Trace
+from pydedup.testing.program import run_here, run_process
 
 
 def run(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", "report", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-    )
+    return run_here("report", *words, cwd=folder)
 
 
 def test_a_report_is_written_and_replaced(family_url: str, tmp_path: Path) -> None:
@@ -40,7 +35,7 @@ def test_a_report_is_written_and_replaced(family_url: str, tmp_path: Path) -> No
 
 
 def test_a_report_on_standard_output_is_the_page_alone(family_url: str, tmp_path: Path) -> None:
-    done = run(family_url, "-o", "-", folder=tmp_path)
+    done = run_process("report", family_url, "-o", "-", cwd=tmp_path)
     assert done.stdout.startswith("<!DOCTYPE html>")
     assert done.stdout.rstrip().endswith("</html>")
     assert list(tmp_path.iterdir()) == []

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from pydedup.testing.program import run_here
 
 from .conftest import Tables, add, features
 
@@ -20,15 +20,7 @@ Make = Callable[..., str]
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pydedup", *map(str, arguments)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_here(*arguments)
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr + done.stdout
     return done

@@ -27,9 +27,6 @@ from .conftest import path_of
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-#: Run the program where nothing but its output and its status counts.
-run_program = run_here
-
 
 def fail(*arguments: object, status: int, run: Run = run_here, **options: Any) -> str:
     """Run a command that must fail with one line on standard error, and return the line."""
@@ -104,9 +101,9 @@ def test_a_module_that_cannot_be_imported_is_no_fault_of_ours(tmp_path: Path) ->
 
 def test_a_group_without_a_command_shows_its_help() -> None:
     """Its help was squeezed into the one line of an error."""
-    done = run_program("sql")
+    done = run_here("sql")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == run_program("sql", "--help").stdout
+    assert done.stdout == run_here("sql", "--help").stdout
     assert "  install " in done.stdout
 
 
@@ -151,28 +148,28 @@ def test_names_that_look_hostile_are_names(url: str, model: Path) -> None:
         *("模型 é 🙂", "[red]x[/red]", "-v", "../../etc", "%s{}\\n"),
     ]
     pairs = [word for name in names for word in (f"{name}@1", model)]
-    add = run_program("add", url, "--", *pairs)
+    add = run_here("add", url, "--", *pairs)
     assert add.returncode == 0, add.stderr
-    listed = run_program("ls", url, "--json")
+    listed = run_here("ls", url, "--json")
     assert listed.stdout.isascii()
     models = [found["model"] for found in json.loads(listed.stdout)["models"]]
     for name in names:
         assert f"{name}@1" in add.stdout
         assert f"{name}@1" in models
-        assert run_program("info", url, "--", name).stdout.startswith(f"{name}@1\n")
-    assert run_program("rm", url, "--", names[0]).stdout == f"removed {names[0]}@1\n"
-    assert run_program("verify", url).returncode == 0
+        assert run_here("info", url, "--", name).stdout.startswith(f"{name}@1\n")
+    assert run_here("rm", url, "--", names[0]).stdout == f"removed {names[0]}@1\n"
+    assert run_here("verify", url).returncode == 0
 
 
 def test_names_from_files_cannot_steer_the_terminal(url: str, tmp_path: Path) -> None:
     hostile = {"a\u202eb": np.zeros(3, np.float32), "[bold]b[/bold]": np.zeros(3, np.float32)}
     save_file(hostile, tmp_path / "h.safetensors")
-    assert run_program("add", url, "h", tmp_path / "h.safetensors").returncode == 0
-    shown = run_program("info", url, "h", "--tensors").stdout
+    assert run_here("add", url, "h", tmp_path / "h.safetensors").returncode == 0
+    shown = run_here("info", url, "h", "--tensors").stdout
     assert "\\u202e" in shown
     assert "\u202e" not in shown
     assert "[bold]b[/bold]" in shown
-    name = json.loads(run_program("info", url, "h", "--tensors", "--json").stdout)["tensors"][0][
+    name = json.loads(run_here("info", url, "h", "--tensors", "--json").stdout)["tensors"][0][
         "name"
     ]
     assert name in hostile
@@ -183,7 +180,7 @@ def test_names_from_files_cannot_steer_the_terminal(url: str, tmp_path: Path) ->
 
 
 def test_not_found(kept: str, tmp_path: Path) -> None:
-    assert "did you mean 'm'" in fail("info", kept, "mm", status=3, run=run_process)
+    assert "did you mean 'm'" in fail("info", kept, "mm", status=3)
     source = "https://example.org/m.safetensors"
     assert f"'{source}' is a URL; download" in fail("add", kept, "n", source, status=3)
     for command in (
@@ -257,7 +254,7 @@ def test_stores_that_are_not_ours(model: Path, tmp_path: Path) -> None:
         connection.execute("CREATE TABLE cats (name TEXT)")
     for name in ("noise.db", "other.db"):
         before = (tmp_path / name).read_bytes()
-        fail("ls", tmp_path / name, status=4, run=run_process)
+        fail("ls", tmp_path / name, status=4)
         fail("add", tmp_path / name, "m", model, status=4)
         fail("add", tmp_path / name, "m", model, "--dry-run", status=4)
         assert (tmp_path / name).read_bytes() == before
@@ -302,14 +299,14 @@ def test_damage_is_found_and_said(url: str) -> None:
         broken = bytearray(payload)
         broken[len(broken) // 2] ^= 1
         connection.execute("UPDATE pydedup_pages SET payload = ? WHERE id = ?", (broken, page))
-    done = run_process("verify", url)
+    done = run_here("verify", url)
     assert done.returncode == 1
     assert f"damaged: page {page}" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("DAMAGED: 2 models")
-    found = run_program("verify", url, "--json")
+    found = run_here("verify", url, "--json")
     assert found.returncode == 1
     assert json.loads(found.stdout)["ok"] is False
-    fail("load", url, "m@1", status=4, run=run_process)
+    fail("load", url, "m@1", status=4)
 
 
 def test_a_mistyped_kernel_is_no_damage(kept: str) -> None:
@@ -361,11 +358,11 @@ def test_bad_model_files(url: str, model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
     fail("predict", url, "m", tmp_path / "in.npy", status=5)
     fail("predict", url, "m", "-", input="[1, 2", status=5)
-    fail("export", url, "m", tmp_path / "m.unknown", status=5, run=run_process)
+    fail("export", url, "m", tmp_path / "m.unknown", status=5)
     assert not (tmp_path / "pwned").exists()
-    listed = json.loads(run_program("ls", url, "--json").stdout)["models"]
+    listed = json.loads(run_here("ls", url, "--json").stdout)["models"]
     assert [found["model"] for found in listed] == ["m@1", "m@2"]
-    assert run_program("verify", url).returncode == 0
+    assert run_here("verify", url).returncode == 0
 
 
 def test_duplicate(url: str, model: Path) -> None:
@@ -390,7 +387,7 @@ def test_duplicate(url: str, model: Path) -> None:
 def test_credentials_are_never_printed(
     arguments: list[str], traceback: str, tmp_path: Path
 ) -> None:
-    done = run_program(*arguments, env={"PYDEDUP_TRACEBACK": traceback}, cwd=tmp_path)
+    done = run_here(*arguments, env={"PYDEDUP_TRACEBACK": traceback}, cwd=tmp_path)
     assert done.returncode in (2, 4)
     assert "s3cret" not in done.stdout + done.stderr
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pydedup.testing.program import run_here, run_process
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from pydedup.testing.program import run_here
 
 METRICS = """
 import numpy as np
@@ -49,8 +46,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*arguments: object, run: Run = run_here) -> subprocess.CompletedProcess[str]:
-    done = run(*arguments)
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    done = run_here(*arguments)
     assert "Traceback" not in done.stdout + done.stderr
     return done
 
@@ -76,16 +73,8 @@ def test_lossless_adds_say_how_many_deltas_there_are(folder: Path) -> None:
 
 
 def test_bounded(folder: Path) -> None:
-    done = run(
-        "add",
-        "m.db",
-        "near",
-        "near.safetensors",
-        *["--policy", "bounded"],
-        "--max-rel-error",
-        0.001,
-        run=run_process,
-    )
+    bounded = ("--policy", "bounded", "--max-rel-error", 0.001)
+    done = run("add", "m.db", "near", "near.safetensors", *bounded)
     assert done.returncode == 0, done.stderr
     assert "within 0.001 of its norm" in done.stdout + done.stderr
     shown = re.sub(r"\s+", " ", run("info", "m.db", "near").stdout)
@@ -96,10 +85,7 @@ def test_bounded(folder: Path) -> None:
 
 def test_accuracy_and_its_certificate(folder: Path) -> None:
     words = ("--policy", "accuracy", "--max-drop", 0.1, "--evaluate", "metrics:accuracy")
-    words += ("--json",)
-    (report,) = json.loads(
-        run("add", "m.db", "near", "near.safetensors", *words, run=run_process).stdout
-    )["models"]
+    (report,) = document("add", "m.db", "near", "near.safetensors", *words)["models"]
     assert report["stored_bytes"] < 0.1 * report["logical_bytes"]
     certificate = document("info", "m.db", "near")["certificate"]
     assert certificate["metric_before"] == 1.0
@@ -116,7 +102,7 @@ def test_accuracy_and_its_certificate(folder: Path) -> None:
     assert "promise broken: near@1: the metric is" in said
     assert "where 0.1 was promised" in said
     assert "damaged" not in said.lower()
-    done = run("verify", "m.db", "--evaluate", "near", "metrics:broken", run=run_process)
+    done = run("verify", "m.db", "--evaluate", "near", "metrics:broken")
     assert done.returncode == 2
     assert "near@1: evaluate raised " in done.stderr  # of several models, which one
 

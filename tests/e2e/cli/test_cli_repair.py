@@ -13,21 +13,17 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.testing.program import run_here, run_process
+from pydedup.testing.program import run_here
+
+from ..damage import flip_last
 
 Change = Callable[[str, int, Callable[[bytearray], Any]], None]
 
 
-def run(
-    *arguments: object, run: Callable[..., subprocess.CompletedProcess[str]] = run_here
-) -> subprocess.CompletedProcess[str]:
-    done = run(*arguments)
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    done = run_here(*arguments)
     assert "Traceback" not in done.stderr
     return done
-
-
-def flip(payload: bytearray) -> None:
-    payload[-5] ^= 4
 
 
 @pytest.fixture
@@ -54,7 +50,7 @@ def test_damage_is_repaired(
     with pydedup.open(store_url, mode="r") as store:
         pages = [row.id for row in store._adapter.page_rows()]
     for page in pages:
-        change_page(store_url, page, flip)
+        change_page(store_url, page, flip_last)
 
     told = run("export", store_url, "second", tmp_path / "back.npz")
     assert (told.returncode, told.stdout) == (4, "")
@@ -65,7 +61,7 @@ def test_damage_is_repaired(
     assert f"damaged: page {pages[0]}: corrupt page: its bytes do not match" in found.stdout
     assert found.stdout.splitlines()[-1].startswith("DAMAGED: 2 models")
 
-    partly = run("verify", store_url, "--repair-from", models["first"], run=run_process)
+    partly = run("verify", store_url, "--repair-from", models["first"])
     assert partly.returncode == 1
     lines = partly.stdout.splitlines()
     assert lines[0].startswith(f"repaired 1 of {len(pages)} damaged pages: 1 block from ")
@@ -74,7 +70,7 @@ def test_damage_is_repaired(
     )
     assert lines[-1].startswith("DAMAGED")
 
-    done = run("verify", store_url, "--repair-from", other, "--json", run=run_process)
+    done = run("verify", store_url, "--repair-from", other, "--json")
     document = json.loads(done.stdout)
     assert (done.returncode, document["ok"], document["damaged_pages"]) == (0, True, {})
     assert document["repair"]["found_blocks"] == 1
@@ -98,7 +94,7 @@ def test_of_many_models_that_miss_blocks_some_are_named(
         (page,) = [row.id for row in store._adapter.page_rows()]
     with pydedup.open(other) as store:
         store.add("m", {"w": np.zeros((9, 9))})
-    change_page(url, page, flip)
+    change_page(url, page, flip_last)
     told = run("verify", url, "--repair-from", other)
     assert told.returncode == 1
     assert "missed by m0@1, m10@1, m11@1, m12@1, m13@1 and 15 more: " in told.stdout

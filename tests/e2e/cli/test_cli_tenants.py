@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +11,17 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.testing.program import run_here, run_process
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from pydedup.testing.program import run_here
 
 
-def succeed(*arguments: object, run: Run = run_here) -> str:
-    done = run(*arguments)
+def succeed(*arguments: object) -> str:
+    done = run_here(*arguments)
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
 
-def document(*arguments: object, run: Run = run_here) -> Any:
-    return json.loads(succeed(*arguments, "--json", run=run))
+def document(*arguments: object) -> Any:
+    return json.loads(succeed(*arguments, "--json"))
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def test_a_tenant_with_a_quota(folder: Path, store_url: str) -> None:
     url = store_url
     succeed("add", url, "base", folder / "base.npz", "-q")
     succeed("add", url, "a", folder / "a.npz", "--metadata", "tenant=acme", "-q")
-    lines = succeed("stats", url, "--by", "tenant", run=run_process).splitlines()
+    lines = succeed("stats", url, "--by", "tenant").splitlines()
     assert lines[0].split() == ["tenant", "Models", "Weights", "Shared", "Marginal"]
     assert [line.split()[0] for line in lines[1:3]] == ["acme", "(none)"]
     assert "counted once" in lines[3]
@@ -57,7 +53,7 @@ def test_a_tenant_with_a_quota(folder: Path, store_url: str) -> None:
         value["marginal_bytes"] for value in found["values"]
     )
 
-    assert "no quota" in succeed("quota", url, run=run_process)
+    assert "no quota" in succeed("quota", url)
     said = succeed("quota", url, "tenant=acme", "100kB")
     assert said == "tenant=acme may take 97.7 KiB (100,000 bytes), marginal\n"
     listed = document("quota", url)["quotas"]
@@ -72,8 +68,8 @@ def test_a_tenant_with_a_quota(folder: Path, store_url: str) -> None:
         }
     ]
     assert "tenant=acme" in succeed("quota", url).splitlines()[1]
-    for dry_run, run in ((["--dry-run"], run_here), ([], run_process)):
-        refused = run("add", url, "b", folder / "b.npz", "--metadata", "tenant=acme", *dry_run)
+    for dry_run in (["--dry-run"], []):
+        refused = run_here("add", url, "b", folder / "b.npz", "--metadata", "tenant=acme", *dry_run)
         assert (refused.returncode, refused.stdout) == (7, "")
         assert refused.stderr.startswith("pydedup: error: with this add, tenant=acme would take")
         assert "over its quota of 100,000" in refused.stderr
