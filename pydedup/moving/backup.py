@@ -26,6 +26,7 @@ from pydedup.errors import (
     NotAStoreError,
     PydedupError,
 )
+from pydedup.formats._files import sync
 from pydedup.jobs import Job, job_is_dead
 from pydedup.maintenance.rows import lost_models
 from pydedup.maintenance.vacuum import collect_abandoned
@@ -311,8 +312,7 @@ def _publish(partial: Path, target: Path, *, replace: bool) -> None:
     for end in _BESIDE:
         if Path(f"{partial}{end}").exists():
             raise ConflictError(f"{partial} is open elsewhere, so it is not complete; close it")
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(partial)
     if not replace:
         with contextlib.suppress(OSError):
             os.link(partial, target)  # not where a file appeared meanwhile, nor on every disk
@@ -324,8 +324,4 @@ def _publish(partial: Path, target: Path, *, replace: bool) -> None:
         partial.unlink()
     else:
         partial.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(target.parent)

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -75,6 +78,22 @@ def test_a_backup_of_a_store_that_is_in_use(
     assert_same(source_url, str(second))
     with pydedup.open(first) as one, pydedup.open(second) as other:
         assert one._adapter.meta()["store_id"] != other._adapter.meta()["store_id"]
+
+
+def test_a_disk_that_does_not_sync_folders(
+    filled: New, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refused(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pydedup.open(filled("sqlite")) as store:
+        assert store.backup(tmp_path / "backup").copied == 8
+    assert [path.name for path in tmp_path.glob("backup*")] == ["backup"]
 
 
 def test_a_file_is_replaced_only_on_demand(
