@@ -29,6 +29,7 @@ __all__ = [
     "by_kind",
     "by_page",
     "copy_page",
+    "find_places",
     "joined",
     "least_pages",
     "map_places",
@@ -60,6 +61,16 @@ def block_places(page_ids: NDArray[np.int64], slots: NDArray[np.integer[Any]]) -
 def split_places(places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """Return the page ids and slots of places: `block_places` undone."""
     return places >> SLOT_BITS, (places & ((1 << SLOT_BITS) - 1)).astype(np.uint32)
+
+
+def find_places(
+    ascending: NDArray[np.int64], places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return where each of these places is among ascending ones, and whether it is there at all."""
+    if not len(ascending):
+        return np.zeros(len(places), np.int64), np.zeros(len(places), np.bool_)
+    at = np.minimum(np.searchsorted(ascending, places), len(ascending) - 1)
+    return at, ascending[at] == places
 
 
 def slot_entries(

@@ -34,11 +34,11 @@ from pydedup.jobs import Job
 from pydedup.layout import PAGE_CAPACITY, block_places, joined, split_places
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.arrival import check_arrival
-from pydedup.moving.known import Known, Whereabouts
+from pydedup.moving.known import Known, Scope, Whereabouts
 from pydedup.moving.plan import SKIPPING, Item, same_model
 from pydedup.moving.progress import CopyProgress
 from pydedup.moving.quota import check_room
-from pydedup.moving.resolve import NotWholeError, Resolved, Resolver, Scope
+from pydedup.moving.resolve import NotWholeError, Resolved, Resolver
 from pydedup.moving.signatures import CarriedSegments, SourceIndex
 from pydedup.moving.source import End, SourceModel, read_model
 from pydedup.moving.staged import MovedModel, matched_tensors, set_aliases
@@ -127,7 +127,7 @@ class _Copier:
         self._source = source
         self._target = target
         self._damaged = damaged
-        self._left = [item for item in items if item.status in ("copy", "replace")]
+        self._left = [item for item in items if item.is_wanted]
         self._known = Known()
         self._there = look_at_target(target.adapter, source.adapter)
         self._survey = self._look()
@@ -142,7 +142,7 @@ class _Copier:
     def copy(self, item: Item) -> CopiedModel:
         """Copy one model, if that is to be done, and say what became of it."""
         started = time.monotonic()
-        if item.status not in ("copy", "replace"):
+        if not item.is_wanted:
             return _nothing_done(item)
         not_whole: set[int] = set()
         for _ in range(_ATTEMPTS):

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where blocks of the source are at the destination: what one model's copy leaves to the next."""
+"""What one model's copy leaves to the next: where blocks of the source are at the destination."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.layout import by_page, split_places
+from pydedup.layout import by_page, find_places, split_places
 from pydedup.moving.source import NO_PLACE
 
-__all__ = ["Known", "Whereabouts"]
+__all__ = ["Known", "Scope", "Whereabouts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,7 @@ class Known:
         for page_id, rows in by_page(split_places(places)[0]):
             if page_id in self._pages:
                 noted, whereabouts = self._pages[page_id]
-                entries = np.searchsorted(noted, places[rows])
-                entries = np.minimum(entries, len(noted) - 1)
-                same = noted[entries] == places[rows]
+                entries, same = find_places(noted, places[rows])
                 found.put(rows[same], whereabouts.take(entries[same]))
         return found
 
@@ -94,3 +92,26 @@ class Known:
     def clear(self) -> None:
         """Forget everything: another writer may have moved it."""
         self._pages.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What the resolving of a model may count on.
+
+    Attributes
+    ----------
+    known
+        What was brought before.
+    twins
+        Live pages of the destination by checksum, that others brought.
+    used
+        Blocks of each page of the source that some model of this copy needs; pages of which all
+        are needed go whole. Empty where the destination has other models.
+    not_whole
+        Pages that must not.
+    """
+
+    known: Known
+    twins: Mapping[bytes, int]
+    used: Mapping[int, int]
+    not_whole: set[int] = field(default_factory=set)

@@ -53,6 +53,11 @@ class Item:
         """``name@version``."""
         return f"{self.row.name}@{self.row.version}"
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is to be copied."""
+        return self.status in ("copy", "replace")
+
 
 def plan_copy(
     source: Adapter,

@@ -21,7 +21,7 @@ def check_room(source: End, target: End, items: Sequence[Item]) -> None:
     when it comes.
     """
     epoch = target.adapter.epoch()
-    wanted = [item for item in items if item.status in ("copy", "replace")]
+    wanted = [item for item in items if item.is_wanted]
     if not wanted or not list(Quotas(target.adapter)):
         return
     rows = sorted((item.row for item in wanted), key=lambda row: row.id)

@@ -10,7 +10,7 @@ but as a delta, cannot stay one on it, and is matched as an add would.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,14 +22,14 @@ from pydedup.hashing import hash_view
 from pydedup.ingest.match import Hints, Matcher, hash_keys
 from pydedup.ingest.places import stack_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.layout import block_places, by_page, split_places
-from pydedup.moving.known import Known, Whereabouts
+from pydedup.layout import block_places, by_page, find_places, joined, split_places
+from pydedup.moving.known import Scope, Whereabouts
 from pydedup.moving.pieces import Piece, stored_pieces
 from pydedup.moving.source import NO_PLACE, End, SourceModel, recorded
 from pydedup.moving.whole import WholePages
 from pydedup.policies import Lossless
 
-__all__ = ["NotWholeError", "Resolved", "Resolver", "Scope"]
+__all__ = ["NotWholeError", "Resolved", "Resolver"]
 
 _PAGES_AT_ONCE = 8
 _LOOKUP_BLOCKS = 8192
@@ -41,29 +41,6 @@ class NotWholeError(Exception):
     def __init__(self, page_ids: NDArray[np.int64]) -> None:
         super().__init__(f"{len(page_ids)} pages cannot be taken whole")
         self.page_ids: list[int] = page_ids.tolist()
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What the resolving of a model may count on.
-
-    Attributes
-    ----------
-    known
-        What was brought before.
-    twins
-        Live pages of the destination by checksum, that others brought.
-    used
-        Blocks of each page of the source that some model of this copy needs; pages of which all
-        are needed go whole. Empty where the destination has other models.
-    not_whole
-        Pages that must not.
-    """
-
-    known: Known
-    twins: Mapping[bytes, int]
-    used: Mapping[int, int]
-    not_whole: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -125,15 +102,8 @@ class Resolver:
         rest = np.flatnonzero(out.references == NO_BASE)
         rows = recorded(self._source.adapter, np.unique(split_places(model.places[rest])[0]))
         entries = rows.at(model.places[rest])  # also of pages that would go whole
-        whole = WholePages(
-            self._source.adapter,
-            rows,
-            model.places,
-            model.places[out.references != NO_BASE],
-            self._scope.known,
-            self._scope.used,
-            self._scope.not_whole,
-        )
+        there = model.places[out.references != NO_BASE]
+        whole = WholePages(self._source.adapter, rows, model.places, there, self._scope)
         self._list_whole(whole, deltas=False)
         single = ~np.isin(split_places(model.places[rest])[0], list(whole.entries))
         rest, digests = rest[single], rows.digests[entries[single]]
@@ -225,9 +195,8 @@ class Resolver:
             if wrong.any():
                 raise NotWholeError(np.unique(page_ids[wrong]))
         numbers = self._spool.list_blocks(page_ids, slots, rows.digests[chosen], bases)
-        self._spooled(places)
-        mine = np.minimum(np.searchsorted(self._model.places, places), len(self._model.places) - 1)
-        is_mine = self._model.places[mine] == places
+        self._out.places.append(places)
+        mine, is_mine = find_places(self._model.places, places)
         self._out.references[mine[is_mine]] = numbers[is_mine]
         if deltas:
             every = [rows.places[entries] for entries in whole.entries.values()]
@@ -235,20 +204,20 @@ class Resolver:
 
     def _numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the numbers on the spool of blocks at these places, -1 where there is none."""
-        spooled = np.concatenate([places[:0], *self._out.places])
+        spooled = joined(self._out.places)
         self._out.places = [spooled]
-        if not len(spooled):
-            return np.full(len(places), -1, np.int64)
         order = np.argsort(spooled, kind="stable")
-        at = order[np.minimum(np.searchsorted(spooled, places, sorter=order), len(order) - 1)]
-        return np.where(spooled[at] == places, at, -1)
+        at, is_there = find_places(spooled[order], places)
+        numbers = np.full(len(places), -1, np.int64)
+        numbers[is_there] = order[at[is_there]]
+        return numbers
 
     def _base_references(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return references of bases, by their places at the source."""
         model = self._model
-        at = np.minimum(np.searchsorted(model.places, places), len(model.places) - 1)
+        at, is_mine = find_places(model.places, places)
         references = self._out.references[at]
-        others = np.flatnonzero(model.places[at] != places)
+        others = np.flatnonzero(~is_mine)
         if len(others):  # of deltas that come along with the model
             references[others] = self._numbers(places[others])
             known = others[references[others] < 0]
@@ -264,9 +233,6 @@ class Resolver:
                 "not; run verify on the store"
             )
         return references
-
-    def _spooled(self, places: NDArray[np.int64]) -> None:
-        self._out.places.append(places)
 
     # ---- blocks one by one --------------------------------------------------------------------
 
@@ -306,7 +272,8 @@ class Resolver:
                     digests=digests[again],
                     hints=Hints(aligned=[_Given(near)]),
                 ).references
-                self._spooled(np.full(self._spool.count - before, NO_PLACE, np.int64))
+                made = self._spool.count - before
+                self._out.places.append(np.full(made, NO_PLACE, np.int64))
         missing = np.flatnonzero(references == NO_BASE)
         while len(missing):
             # Of blocks that are equal the first is kept, and the others found.
@@ -320,7 +287,7 @@ class Resolver:
                 base_references[first],
                 piece.entries["base"][first].astype(np.uint64),
             )
-            self._spooled(self._model.places[rows[first]])
+            self._out.places.append(self._model.places[rows[first]])
             missing = missing[references[missing] == NO_BASE]
             if len(missing):
                 references[missing] = self._matcher.find(view, digests)[missing]

@@ -18,7 +18,7 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
-from pydedup.layout import block_places, split_places, used_places
+from pydedup.layout import block_places, find_places, split_places, used_places
 from pydedup.pool import PagePool
 from pydedup.types import TensorInfo
 
@@ -77,9 +77,7 @@ class Recorded:
 
         Raises CorruptStoreError when one is missing.
         """
-        entries = np.searchsorted(self.places, places)
-        found = entries < len(self.places)
-        found[found] = self.places[entries[found]] == places[found]
+        entries, found = find_places(self.places, places)
         if not found.all():
             page_ids, slots = split_places(places[~found])
             raise CorruptStoreError(

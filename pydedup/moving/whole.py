@@ -8,14 +8,12 @@ read brings that page along, within a limit: pages that a vacuum wrote mix block
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.layout import by_page, split_places
-from pydedup.moving.known import Known
+from pydedup.moving.known import Scope
 from pydedup.moving.source import NO_PLACE, Recorded, recorded
 
 __all__ = ["WholePages"]
@@ -35,12 +33,8 @@ class WholePages:
         The places that the model reads.
     there
         Those of them that the destination has.
-    known
-        What earlier models of this copy brought.
-    used
-        How many blocks of each page any model of this copy needs.
-    not_whole
-        Pages that must not go whole.
+    scope
+        What earlier models of this copy brought, and which pages may go whole.
 
     Attributes
     ----------
@@ -56,19 +50,15 @@ class WholePages:
         rows: Recorded,
         places: NDArray[np.int64],
         there: NDArray[np.int64],
-        known: Known,
-        used: Mapping[int, int],
-        not_whole: set[int],
+        scope: Scope,
     ) -> None:
         self.rows = rows
         self.entries: dict[int, NDArray[np.int64]] = {}
         self._source = source
         self._places = places
         self._there = there
-        self._known = known
-        self._used = used
-        self._not_whole = not_whole
-        if used:
+        self._scope = scope
+        if scope.used:
             self._add(rows, 0)
             self._bring_bases(max(_MORE_PAGES, len(self.entries)))
 
@@ -76,11 +66,11 @@ class WholePages:
         """Add the pages of ``rows``, bases aside; they begin at ``offset`` of all rows."""
         page_ids, slots = split_places(rows.places)
         taken = np.isin(rows.places, self._there)
-        taken |= self._known.look_up(rows.places).places != NO_PLACE
+        taken |= self._scope.known.look_up(rows.places).places != NO_PLACE
         for page_id, entries in by_page(page_ids):
             if (
-                self._used.get(page_id) == len(entries)
-                and page_id not in self._not_whole
+                self._scope.used.get(page_id) == len(entries)
+                and page_id not in self._scope.not_whole
                 and np.array_equal(slots[entries], np.arange(len(entries)))
                 and not taken[entries].any()
             ):
@@ -117,7 +107,7 @@ class WholePages:
         every = np.concatenate(list(self.entries.values()))
         bases = np.unique(self.rows.bases[every])
         here = np.isin(bases, self._places) | np.isin(bases, self.rows.places[every])
-        found = self._known.look_up(bases)
+        found = self._scope.known.look_up(bases)
         here |= (found.places != NO_PLACE) & (found.bases == NO_PLACE)
         missing = bases[~here & (bases != NO_PLACE)]
         if not len(missing):

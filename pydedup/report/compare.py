@@ -14,7 +14,7 @@ from pydedup.adapter import Adapter
 from pydedup.adapter_options import telling_rows
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError
-from pydedup.layout import block_costs, block_places, map_places
+from pydedup.layout import block_costs, block_places, joined, map_places, used_places
 from pydedup.pool import PagePool
 from pydedup.types import Progress, TensorInfo
 
@@ -113,22 +113,12 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     """Say which blocks of a model are shared with whom. Raises NotFoundError."""
     with adapter.snapshot():
         model = StoredModel(adapter, catalog.resolve(address))
-        pages = {page for _, page, _, _ in adapter.model_pages(model.row.id)}
-        damaged: list[str] = []
-        with telling_rows(adapter, damaged):
-            neighbours = {owner for owner, _ in adapter.readers_of(sorted(pages))}
-            rows = [row for row in adapter.models() if row.id in neighbours - {model.row.id}]
         maps = model.block_maps()
         mine = [map_places(block_map) for block_map in maps]
-        used = np.unique(np.concatenate(mine)) if mine else np.empty(0, np.int64)
+        used = np.unique(joined(mine))
         costs = block_costs(pool, used)
-        per_other = []
-        for row in rows:
-            try:
-                other = StoredModel(adapter, row)
-                per_other.append((other.address, np.isin(used, _model_places(other))))
-            except CorruptStoreError as exc:
-                damaged.append(str(exc))
+        damaged: list[str] = []
+        per_other = _in_common(adapter, model, used, damaged)
     shared = np.zeros(len(used), np.bool_)
     for _, common in per_other:
         shared |= common
@@ -165,6 +155,27 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
         removal_frees_bytes=int(costs[~shared].sum()),
         damaged=tuple(damaged),
     )
+
+
+def _in_common(
+    adapter: Adapter, model: StoredModel, used: NDArray[np.int64], damaged: list[str]
+) -> list[tuple[str, NDArray[np.bool_]]]:
+    """Return the models that read the same pages, and which of the places ``used`` each uses.
+
+    Those that are damaged are told instead.
+    """
+    pages = {page for _, page, _, _ in adapter.model_pages(model.row.id)}
+    with telling_rows(adapter, damaged):
+        neighbours = {owner for owner, _ in adapter.readers_of(sorted(pages))} - {model.row.id}
+        rows = [row for row in adapter.models() if row.id in neighbours]
+    found = []
+    for row in rows:
+        try:
+            other = StoredModel(adapter, row)
+            found.append((other.address, np.isin(used, used_places(other.block_maps()))))
+        except CorruptStoreError as exc:
+            damaged.append(str(exc))
+    return found
 
 
 def diff_models(
@@ -238,10 +249,3 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
         float(largest),
         distance / norm if norm else float("inf"),
     )
-
-
-def _model_places(model: StoredModel) -> NDArray[np.int64]:
-    maps = model.block_maps()
-    if not maps:
-        return np.empty(0, np.int64)
-    return np.unique(np.concatenate([map_places(block_map) for block_map in maps]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.layout import joined
+from pydedup.layout import find_places, joined
 from pydedup.usage import Readers
 
 __all__ = ["Common", "Owners", "common_blocks", "families", "owners_of"]
@@ -42,10 +42,10 @@ class Owners:
 
     def of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many models use each of these blocks; 0 for one that none uses."""
-        if not len(self.places):
-            return np.zeros(len(places), np.int64)
-        at = np.minimum(np.searchsorted(self.places, places), len(self.places) - 1)
-        return np.where(self.places[at] == places, self.counts[at], 0)
+        at, is_used = find_places(self.places, places)
+        counts = np.zeros(len(places), np.int64)
+        counts[is_used] = self.counts[at[is_used]]
+        return counts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
 
 from pydedup import text
 from pydedup.certificates import describe, largest_error
@@ -148,33 +149,8 @@ def _heat(report: StoreReport) -> dict[str, Any] | None:
     every = families(common.blocks, _MOST_CELLS)
     largest = sorted(range(len(every)), key=lambda at: (-len(every[at]), at))[:_MOST_CELLS]
     groups = [every[at] for at in sorted(largest)]
-    shares = common.shares
-    left_out = len(report.models) - len(names)
-    words = (
-        "A row says how much of that model's blocks the model of each column uses too: "
-        "100 is all of them. Models that have much in common are side by side."
-    )
-    if len(every) < len(names):
-        words = (
-            f"The {len(names):,} models in {len(every):,} families of what has most in common. A "
-            "row says how much of a model's blocks a model of the column's family uses too, on "
-            "average; where a family meets itself, among its own models."
-        )
-    if len(groups) < len(every):
-        shown = sum(map(len, groups))
-        words += f" The {len(groups)} largest, with {text.plural(shown, 'model')}, are shown."
-    if left_out:
-        words += f" {text.plural(left_out, 'smaller model')} of this store are not in it."
     labels = [_family(names, group) for group in groups]
-    member = np.zeros((len(groups), len(names)))
-    for row, group in enumerate(groups):
-        member[row, group] = 1.0
-    sizes = member.sum(axis=1)
-    counts = np.outer(sizes, sizes)
-    sums = member @ shares @ member.T
-    np.fill_diagonal(sums, np.diagonal(sums) - sizes)  # without each model's share of itself
-    np.fill_diagonal(counts, sizes * (sizes - 1))
-    means = np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
+    means = _mean_shares(common.shares, groups)
 
     def says(i: int, j: int) -> str:
         a, b = groups[i], groups[j]
@@ -196,7 +172,45 @@ def _heat(report: StoreReport) -> dict[str, Any] | None:
         title="How much of each model's blocks other models use",
         summary=f"{len(labels)} rows and columns. " + _summary_of(means, labels),
     )
-    return {"words": words, "chart": chart}
+    left_out = len(report.models) - len(names)
+    return {"words": _heat_words(len(names), len(every), groups, left_out), "chart": chart}
+
+
+def _heat_words(
+    n_models: int, n_families: int, shown: Sequence[Sequence[int]], left_out: int
+) -> str:
+    """Say what the heat map shows; ``left_out`` models were not compared."""
+    words = (
+        "A row says how much of that model's blocks the model of each column uses too: "
+        "100 is all of them. Models that have much in common are side by side."
+    )
+    if n_families < n_models:
+        words = (
+            f"The {n_models:,} models in {n_families:,} families of what has most in common. A "
+            "row says how much of a model's blocks a model of the column's family uses too, on "
+            "average; where a family meets itself, among its own models."
+        )
+    if len(shown) < n_families:
+        members = text.plural(sum(map(len, shown)), "model")
+        words += f" The {len(shown)} largest, with {members}, are shown."
+    if left_out:
+        words += f" {text.plural(left_out, 'smaller model')} of this store are not in it."
+    return words
+
+
+def _mean_shares(
+    shares: NDArray[np.float64], groups: Sequence[Sequence[int]]
+) -> NDArray[np.float64]:
+    """Return what models of one group share with others of another, or of their own, on average."""
+    member = np.zeros((len(groups), len(shares)))
+    for row, group in enumerate(groups):
+        member[row, group] = 1.0
+    sizes = member.sum(axis=1)
+    counts = np.outer(sizes, sizes)
+    sums = member @ shares @ member.T
+    np.fill_diagonal(sums, np.diagonal(sums) - sizes)  # without each model's share of itself
+    np.fill_diagonal(counts, sizes * (sizes - 1))
+    return np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
 
 
 def _family(names: Sequence[str], group: Sequence[int]) -> str:
@@ -205,7 +219,7 @@ def _family(names: Sequence[str], group: Sequence[int]) -> str:
     return f"{names[min(group)]} +{len(group) - 1:,}"
 
 
-def _summary_of(means: Any, labels: Sequence[str]) -> str:
+def _summary_of(means: NDArray[np.float64], labels: Sequence[str]) -> str:
     off = means.copy()
     np.fill_diagonal(off, -1.0)
     i, j = divmod(int(off.argmax()), len(labels))
