@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -116,8 +117,7 @@ class ProcessesContract(ContractBase):
 
         rounds = 10
         codes = run(range(3), rounds)
-        adapter = self.open(url)
-        try:
+        with contextlib.closing(self.open(url)) as adapter:
             if adapter.capabilities.many_processes:
                 assert codes == [0, 0, 0]
             else:
@@ -130,8 +130,6 @@ class ProcessesContract(ContractBase):
             for number in wrote:
                 assert len(adapter.find_blocks([checksum_of(number)])) == rounds
             assert adapter.integrity_errors() == []
-        finally:
-            adapter.close()
         assert run([3], rounds) == [0]
 
     def test_threads_create_at_once(self, url: str) -> None:
@@ -155,11 +153,8 @@ class ProcessesContract(ContractBase):
         for thread in threads:
             thread.join(PATIENCE_SECONDS)
         assert not failures, failures
-        adapter = self.open(url)
-        try:
+        with contextlib.closing(self.open(url)) as adapter:
             assert adapter.epoch() == 4
-        finally:
-            adapter.close()
 
     def test_a_child_can_read_and_write(self, adapter: Adapter) -> None:
         """After a fork both go on, each with connections of its own."""

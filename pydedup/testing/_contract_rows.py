@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from pydedup import registry
 from pydedup.adapter import LIVE, RETIRED, SCHEMA_VERSION, STAGING, Adapter
 from pydedup.errors import ArgumentError, DuplicateError, StoreError
 from pydedup.testing._contract_base import (
@@ -27,15 +28,10 @@ class RowsContract(ContractBase):
 
     def test_an_empty_place_has_no_schema(self, url: str) -> None:
         """An empty place is distinguished from a store."""
-        from pydedup import registry
-
-        adapter = registry.connect(url, mode="a")
-        try:
+        with registry.opened(url, mode="a") as adapter:
             assert adapter.schema_version() is None
             adapter.create_schema(META)
             assert adapter.schema_version() == SCHEMA_VERSION
-        finally:
-            adapter.close()
 
     def test_creating_twice_changes_nothing(self, adapter: Adapter) -> None:
         """The second of two creators finds the work done."""

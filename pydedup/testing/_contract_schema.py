@@ -103,8 +103,7 @@ class SchemaContract(ContractBase):
             never.wait(0.5)  # time for the other to come
 
         migrations({0: change})
-        other = registry.connect(url, mode="a")
-        try:
+        with registry.opened(url, mode="a") as other:
             first = threading.Thread(target=older.migrate_schema)
             first.start()
             assert at_it.wait(30)
@@ -112,8 +111,6 @@ class SchemaContract(ContractBase):
             first.join(30)
             assert len(calls) == 1
             assert other.schema_version() == older.schema_version() == SCHEMA_VERSION
-        finally:
-            other.close()
 
     def test_what_cannot_be_migrated_is_told(self, older: Adapter, migrations: Migrations) -> None:
         """Too old, or too new."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -145,8 +146,7 @@ class TransactionsContract(ContractBase):
 
     def test_nobody_sees_half_a_transaction(self, adapter: Adapter, url: str) -> None:
         """Other threads, adapters and clients see all of it, after the end, or nothing."""
-        other = registry.connect(url, mode="a")
-        try:
+        with registry.opened(url, mode="a") as other:
             before = contents(adapter)
             with adapter.transaction():
                 change_everything(adapter)
@@ -158,8 +158,6 @@ class TransactionsContract(ContractBase):
             assert after["sizes"][0]["pages"] == 40
             assert in_thread(lambda: contents(adapter)) == after
             assert contents(other) == after
-        finally:
-            other.close()
 
     def test_a_snapshot_stays_the_same(self, adapter: Adapter) -> None:
         """It is fixed when it begins, not at its first read, and ends with its block."""
@@ -219,31 +217,27 @@ class TransactionsContract(ContractBase):
 
     def test_publishing_waits_and_then_gives_up(self, adapter: Adapter, url: str) -> None:
         """Of two that bump the epoch the second waits; too long is a ConflictError, no hang."""
-        hasty = registry.connect(self.with_lock_wait(url, 0.3), mode="a")
+        with registry.opened(self.with_lock_wait(url, 0.3), mode="a") as hasty:
 
-        def publish() -> None:
-            with hasty.transaction():
-                hasty.bump_epoch()
+            def publish() -> None:
+                with hasty.transaction():
+                    hasty.bump_epoch()
 
-        try:
             with adapter.transaction():
                 adapter.bump_epoch()
                 with pytest.raises(ConflictError):
                     in_thread(publish)
             publish()
             assert adapter.epoch() == 2
-        finally:
-            hasty.close()
 
     def test_writers_of_different_rows(self, adapter: Adapter, url: str) -> None:
         """They run at once exactly when capabilities say so."""
-        hasty = registry.connect(self.with_lock_wait(url, 0.3), mode="a")
+        with registry.opened(self.with_lock_wait(url, 0.3), mode="a") as hasty:
 
-        def stage() -> None:
-            with hasty.transaction():
-                hasty.insert_pages([(checksum_of(1), b"theirs")], state=STAGING)
+            def stage() -> None:
+                with hasty.transaction():
+                    hasty.insert_pages([(checksum_of(1), b"theirs")], state=STAGING)
 
-        try:
             with adapter.transaction():
                 adapter.insert_pages([(checksum_of(2), b"mine")], state=STAGING)
                 if adapter.capabilities.concurrent_writers:
@@ -252,8 +246,6 @@ class TransactionsContract(ContractBase):
                     with pytest.raises(ConflictError):
                         in_thread(stage)
                     assert len(adapter.page_rows()) == 1
-        finally:
-            hasty.close()
 
     def test_threads_write_one_after_the_other(self, adapter: Adapter) -> None:
         """No publish is lost, and none is half done, with readers beside."""
@@ -334,18 +326,14 @@ class TransactionsContract(ContractBase):
         with pytest.raises(StoreError, match="closed"):
             in_thread(write)
         closer.join(PATIENCE_SECONDS)
-        with_fresh = self.open(url)
-        try:
+        with contextlib.closing(self.open(url)) as with_fresh:
             assert with_fresh.jobs() == []
-        finally:
-            with_fresh.close()
 
     def test_reading_alone(self, adapter: Adapter, url: str) -> None:
         """Mode "r" reads everything, sees new commits, and refuses every change."""
         with adapter.transaction():
             change_everything(adapter)
-        reader = registry.connect(url, mode="r")
-        try:
+        with registry.opened(url, mode="r") as reader:
             assert reader.read_only
             assert not adapter.read_only
             assert contents(reader) == contents(adapter)
@@ -368,8 +356,6 @@ class TransactionsContract(ContractBase):
                 add_pages(adapter, 1)
                 assert contents(reader) == before
             assert contents(reader) == contents(adapter) != before
-        finally:
-            reader.close()
 
     def test_reading_alone_creates_nothing(self, url: str) -> None:
         """An empty place is no store, and stays empty."""
@@ -380,8 +366,5 @@ class TransactionsContract(ContractBase):
         else:
             assert reader.schema_version() is None
             reader.close()
-        adapter = registry.connect(url, mode="a")
-        try:
+        with registry.opened(url, mode="a") as adapter:
             assert adapter.schema_version() is None
-        finally:
-            adapter.close()

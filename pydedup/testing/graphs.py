@@ -7,7 +7,7 @@ Slow, and independent of the engine that serves graphs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,18 @@ __all__ = ["compute"]
 
 Array = npt.NDArray[Any]
 _erf = np.vectorize(math.erf)
+#: Operations without weights and attributes.
+_PLAIN: Mapping[str, Callable[..., Array]] = {
+    "identity": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "softplus": lambda x: np.log1p(np.exp(x)),
+    "add": np.add,
+    "mul": np.multiply,
+    "sub": np.subtract,
+}
 
 
 def compute(graph: Graph, tensors: Mapping[str, Array], *inputs: Array) -> list[Array]:
@@ -32,6 +44,8 @@ def compute(graph: Graph, tensors: Mapping[str, Array], *inputs: Array) -> list[
 
 def _compute(node: Node, inputs: list[Array], w: dict[str, Array]) -> Any:
     x, attr = inputs[0], node.attr
+    if node.op in _PLAIN:
+        return _PLAIN[node.op](*inputs)
     match node.op:
         case "linear":
             matrix = w["weight"] if attr("transpose") else w["weight"].T
@@ -40,20 +54,10 @@ def _compute(node: Node, inputs: list[Array], w: dict[str, Array]) -> Any:
             return w["weight"][x]
         case "embedding_bag":
             return _bag(node, inputs, w["weight"])
-        case "relu":
-            return np.maximum(x, 0)
         case "gelu" if attr("approximate") == "none":
             return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
         case "gelu":
             return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-        case "sigmoid":
-            return 1 / (1 + np.exp(-x))
-        case "silu":
-            return x / (1 + np.exp(-x))
-        case "tanh":
-            return np.tanh(x)
-        case "softplus":
-            return np.log1p(np.exp(x))
         case "softmax" | "log_softmax":
             shifted = x - x.max(attr("axis"), keepdims=True)
             total = np.exp(shifted).sum(attr("axis"), keepdims=True)
@@ -62,8 +66,6 @@ def _compute(node: Node, inputs: list[Array], w: dict[str, Array]) -> Any:
             return np.where(x > 0, x, attr("alpha") * x)
         case "elu":
             return np.where(x > 0, x, attr("alpha") * np.expm1(x))
-        case "identity":
-            return x
         case "flatten":
             return x.reshape(*x.shape[: attr("start_axis")], -1)
         case "reshape":
@@ -77,12 +79,6 @@ def _compute(node: Node, inputs: list[Array], w: dict[str, Array]) -> Any:
             shape[attr("axis")] = -1
             v = {role: value.reshape(shape) for role, value in w.items()}
             return (x - v["mean"]) / np.sqrt(v["var"] + attr("eps")) * v["weight"] + v["bias"]
-        case "add":
-            return x + inputs[1]
-        case "mul":
-            return x * inputs[1]
-        case "sub":
-            return x - inputs[1]
         case "concat":
             return np.concatenate(inputs, attr("axis"))
         case "mean":
