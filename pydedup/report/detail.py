@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pydedup.blocks import BlockMap
 from pydedup.layout import base_places, block_places
-from pydedup.report.families import Common, owners_of
+from pydedup.report.families import Common
 from pydedup.types import TensorInfo
 
 __all__ = ["NOTHING", "Kind", "TensorBlocks", "blocks_of", "picture"]
@@ -80,7 +80,7 @@ def blocks_of(
     """Return the blocks of a model's tensors, in order."""
     found = []
     for info, block_map in zip(tensors, maps, strict=True):
-        others = owners_of(common, block_places(block_map.page_ids, block_map.slots))
+        others = common.others(block_places(block_map.page_ids, block_map.slots))
         kinds = np.zeros(len(others), np.uint8)
         for step, kind in zip(_STEPS, (Kind.ONE, Kind.FEW, Kind.SOME, Kind.MANY), strict=True):
             kinds[others >= step] = kind

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydedup.layout import find_places, joined
 from pydedup.usage import Readers
 
-__all__ = ["Common", "Owners", "common_blocks", "families", "owners_of"]
+__all__ = ["Common", "common_blocks", "families"]
 
 #: Models that are compared with each other at most.
 MOST_MODELS = 1000
@@ -23,29 +23,6 @@ MOST_MODELS = 1000
 MOST_BLOCKS = 8_000_000
 # Classes that are multiplied at a time.
 _CLASSES = 2048
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Owners:
-    """How many models use each block.
-
-    Attributes
-    ----------
-    places
-        The distinct blocks, ascending (`pydedup.layout.block_places`), int64 (n,).
-    counts
-        How many of the models that were looked at use it, int64 (n,).
-    """
-
-    places: NDArray[np.int64]
-    counts: NDArray[np.int64]
-
-    def of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many models use each of these blocks; 0 for one that none uses."""
-        at, is_used = find_places(self.places, places)
-        counts = np.zeros(len(places), np.int64)
-        counts[is_used] = self.counts[at[is_used]]
-        return counts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,19 +36,28 @@ class Common:
     blocks
         ``blocks[i, j]``: how many distinct blocks models ``readers[i]`` and ``readers[j]`` both
         use, int64 (n, n); the diagonal has what each one uses.
-    owners
-        How many of these models use each block.
+    places, counts
+        The distinct blocks, ascending (`pydedup.layout.block_places`), and how many of these models
+        use each, int64.
     """
 
     readers: tuple[int, ...]
     blocks: NDArray[np.int64]
-    owners: Owners
+    places: NDArray[np.int64]
+    counts: NDArray[np.int64]
 
     @property
     def shares(self) -> NDArray[np.float64]:
         """``[i, j]``: the part of model i's blocks that j uses too; 0 for a model without any."""
         own = np.maximum(np.diagonal(self.blocks), 1)
         return np.asarray(self.blocks / own[:, None], np.float64)
+
+    def others(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many models beside one of them use each of its blocks at these places."""
+        at, is_used = find_places(self.places, places)
+        others = np.zeros(len(places), np.int64)
+        others[is_used] = self.counts[at[is_used]] - 1
+        return others
 
 
 def common_blocks(readers: Readers, candidates: Sequence[int]) -> Common:
@@ -96,18 +82,12 @@ def common_blocks(readers: Readers, candidates: Sequence[int]) -> Common:
     places = joined(used)
     model = np.repeat(np.arange(count), [len(mine) for mine in used])
     if not len(places):
-        empty = np.empty(0, np.int64)
-        return Common(tuple(chosen), np.zeros((count, count), np.int64), Owners(empty, empty))
+        return Common(tuple(chosen), np.zeros((count, count), np.int64), places, places)
     by_place = np.argsort(places, kind="stable")
     places, model = places[by_place], model[by_place]
     starts = np.flatnonzero(np.diff(places, prepend=-1))
-    owners = Owners(places[starts], np.diff(starts, append=len(places)))
-    return Common(tuple(chosen), _pairs(model, starts, owners.counts, count), owners)
-
-
-def owners_of(common: Common, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many models other than one that uses them use each of these blocks."""
-    return np.maximum(common.owners.of(places) - 1, 0)
+    counts = np.diff(starts, append=len(places))
+    return Common(tuple(chosen), _pairs(model, starts, counts, count), places[starts], counts)
 
 
 def _pairs(

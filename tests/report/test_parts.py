@@ -38,7 +38,7 @@ def test_common_blocks_are_those_of_both(owners: list[frozenset[int]], random: o
     assert common.blocks.tolist() == wanted
     places = np.arange(45)
     counts = [sum(place in one for one in owners) for place in range(45)]
-    assert common.owners.of(places).tolist() == counts
+    assert common.others(places).tolist() == [max(count - 1, 0) for count in counts]
     for i, mine in enumerate(owners):
         shares = [len(mine & other) / max(len(mine), 1) for other in owners]
         assert common.shares[i].tolist() == pytest.approx(shares)
