@@ -36,14 +36,9 @@ R = TypeVar("R")
 
 
 class DbApiBase(abc.ABC):
-    """An open database. Subclasses set the attributes below before anything else is called.
+    """An open database. Subclasses set the attributes below before anything else is called."""
 
-    Attributes
-    ----------
-    driver_error
-        The base class of the driver's exceptions, given to :meth:`_translate`.
-    """
-
+    #: The base class of the driver's exceptions, given to :meth:`_translate`.
     driver_error: type[Exception]
     #: Whether it is to read alone, whatever may be done; what cannot be changed is not asked again.
     _reads_only: bool = True
@@ -262,9 +257,7 @@ class DbApiBase(abc.ABC):
     def transaction(self) -> Iterator[None]:
         """Write transaction of the calling thread; commits, or rolls back on any exception.
 
-        Raises
-        ------
-        ReadOnlyError, ConflictError, StorageFullError
+        Raises ReadOnlyError, ConflictError, StorageFullError.
         """
         self._refuse_when_read_only()
         with self._scope(WRITE, self._sql.dialect.begin_write):

@@ -61,11 +61,8 @@ class Session:
     def use(self) -> Self:
         """Lock it, to be unlocked by leaving it as a context manager.
 
-        Raises
-        ------
-        StoreError
-            When it was closed, which only happens to a session in use when the adapter is closed
-            or the process forked.
+        Raises StoreError when it was closed, which only happens to a session in use when the
+        adapter is closed or the process forked.
         """
         self.lock.acquire()
         if self.closed:

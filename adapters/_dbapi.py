@@ -49,19 +49,12 @@ class DbApiAdapter(SchemaCalls):
         check_state(state)
         pad = self._sql.dialect.pad(state, None)
         has_length = self._sql.dialect.page_length
-        return [
-            self._insert(
-                self._sql.insert_page,
-                [
-                    state,
-                    *pad,
-                    checksum,
-                    self._sized(payload, "a page"),
-                    *([len(payload)] if has_length else []),
-                ],
-            )
-            for checksum, payload in pages
-        ]
+        found = []
+        for checksum, payload in pages:
+            length = [len(payload)] if has_length else []
+            row = [state, *pad, checksum, self._sized(payload, "a page"), *length]
+            found.append(self._insert(self._sql.insert_page, row))
+        return found
 
     def read_pages(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield (id, payload) once for each of the ids that exists."""

@@ -27,10 +27,7 @@ def locate_file(url: str) -> tuple[DatabaseFile, float]:
     The path is taken as it is written, as SQLAlchemy does: nothing in it is percent-decoded.
     Options follow the last ``?``, so one at the end lets a path hold others.
 
-    Raises
-    ------
-    ArgumentError
-        For another form, a database in memory, or an option that is not known.
+    Raises ArgumentError for another form, a database in memory, or an option that is not known.
     """
     scheme, _, rest = url.partition("://")
     rest, mark, query = rest.rpartition("?")
@@ -88,16 +85,9 @@ class DatabaseFile:
     def size(self, *, create: bool) -> int | None:
         """Return the size; ``None`` when there is no file and one may be created.
 
-        Raises
-        ------
-        MissingStoreError
-            When there is none and it may not be created.
-        NotAStoreError
-            When it is no regular file.
-        ArgumentError, ReadOnlyError
-            When the folder to create it in is missing or cannot be written.
-        UnavailableError
-            When the folder may not be looked into.
+        Raises MissingStoreError when there is none and it may not be created, NotAStoreError when
+        it is no regular file, ArgumentError and ReadOnlyError when the folder to create it in is
+        missing or cannot be written, UnavailableError when the folder may not be looked into.
         """
         try:
             status = Path(self.path).stat()

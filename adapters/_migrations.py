@@ -52,14 +52,9 @@ MIGRATIONS: Final[Mapping[int, Migration]] = {}
 
 
 class SchemaCalls(CatalogCalls):
-    """The part of the adapter protocol that is about the tables themselves.
+    """The part of the adapter protocol that is about the tables themselves."""
 
-    Attributes
-    ----------
-    migrations
-        As `MIGRATIONS`; a test may put others here.
-    """
-
+    #: As `MIGRATIONS`; a test may put others here.
     migrations: Mapping[int, Migration] = MIGRATIONS
 
     def schema_version(self) -> int | None:
@@ -113,12 +108,8 @@ class SchemaCalls(CatalogCalls):
     def migrate_schema(self) -> None:
         """Make older tables those of this pydedup, in one transaction; a no-op when they are.
 
-        Raises
-        ------
-        SchemaVersionError
-            When they are too old, or of a newer pydedup.
-        ReadOnlyError, ConflictError, StorageFullError, StoreError
-            The tables are as they were.
+        Raises SchemaVersionError when they are too old, or of a newer pydedup. The
+        tables are as they were after ReadOnlyError, ConflictError, StorageFullError, StoreError.
         """
         with self._told_whose(), self.transaction():
             for statement in self._sql.dialect.lock_schema:

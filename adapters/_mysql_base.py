@@ -83,14 +83,9 @@ CREATE_LOCK: Final = "CONCAT('pydedup:', MD5(DATABASE()))"
 
 
 class MysqlBase(MysqlRows, DbApiAdapter):
-    """A store in a database of MySQL or MariaDB, but for what needs the driver.
+    """A store in a database of MySQL or MariaDB, but for what needs the driver."""
 
-    Attributes
-    ----------
-    _place, _is_maria
-        Set before the first use.
-    """
-
+    # Set before the first use.
     _place: Place
     _is_maria: bool
 

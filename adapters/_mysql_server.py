@@ -27,10 +27,7 @@ LEAST_PACKET_BYTES: Final = 2 << 20
 def check_server(version: str, packet_bytes: int, place: Place) -> int:
     """Return the largest payload that a server takes.
 
-    Raises
-    ------
-    StoreError
-        When it is too old, or takes too small packets.
+    Raises StoreError when it is too old, or takes too small packets.
     """
     number = tuple(map(int, re.findall(r"\d+", version)[:2]))
     is_maria = "mariadb" in version.lower()

@@ -57,12 +57,8 @@ class Place:
 def locate(url: str, schema: str | None = None) -> Place:
     """Return the place that a URL names; ``schema``, if given, is the database.
 
-    User, password, database and options are percent-decoded.
-
-    Raises
-    ------
-    ArgumentError
-        For another form, or an option that is not known.
+    User, password, database and options are percent-decoded. Raises ArgumentError for another form,
+    or an option that is not known.
     """
     parts, port = _split(url)
     database = unquote(parts.path.removeprefix("/")) if schema is None else schema

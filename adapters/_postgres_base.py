@@ -65,14 +65,9 @@ def dialect_of(schema: str) -> Dialect:
 
 
 class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
-    """A store in a schema of PostgreSQL, but for what needs the driver.
+    """A store in a schema of PostgreSQL, but for what needs the driver."""
 
-    Attributes
-    ----------
-    _place
-        Set before the first connection is opened.
-    """
-
+    #: Set before the first connection is opened.
     _place: Place
     #: Whether payloads are in other databases, see ``postgres_shards``.
     _sharded = False

@@ -67,13 +67,7 @@ _VERSION: Final = "SELECT CAST(current_setting('server_version_num') AS integer)
 
 
 class PostgresFunctions(DbApiBase):
-    """Putting functions into the schema of a store.
-
-    Attributes
-    ----------
-    _place
-        Where the store is.
-    """
+    """Putting functions into the schema of a store."""
 
     _place: Place
 

@@ -104,12 +104,8 @@ class SessionPool:
     def acquire(self) -> Session:
         """Return this thread's session, locked.
 
-        Raises
-        ------
-        StoreError
-            When the adapter is closed, or was closed in the middle of this thread's transaction.
-        UnavailableError
-            In a child of a fork that inherited locks on the file.
+        Raises StoreError when the adapter is closed, or was closed in the middle of this thread's
+        transaction; UnavailableError in a child of a fork that inherited locks on the file.
         """
         while True:
             anchor: Anchor | None = getattr(self._local, "anchor", None)
@@ -162,12 +158,8 @@ class SessionPool:
         """Give this thread's session for a statement whose rows are taken one by one.
 
         The borrower locks it for each use, with ``session.use()``. What the thread does meanwhile,
-        it does on another session: for a thread that is in no transaction or snapshot.
-
-        Raises
-        ------
-        StoreError
-            When the thread is in one.
+        it does on another session: for a thread that is in no transaction or snapshot. Raises
+        StoreError when the thread is in one.
         """
         with self.acquire() as session:
             if session.scope is not None:
@@ -205,10 +197,7 @@ class SessionPool:
     def enter(self, scope: str) -> Iterator[Session]:
         """Give this thread's session for a transaction or snapshot, which is its scope meanwhile.
 
-        Raises
-        ------
-        StoreError
-            When the thread is in one already.
+        Raises StoreError when the thread is in one already.
         """
         with self.keep() as session:
             session.check_free(scope)

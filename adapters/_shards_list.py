@@ -67,13 +67,9 @@ class ShardedList(ShardedReads):
     def match_shards(self) -> None:
         """Hold the list of the URL against the store's.
 
-        Raises
-        ------
-        ArgumentError
-            When they differ: a shard is missing, foreign, empty, or there twice.
-        UnavailableError
-            When a shard refuses. Those that are down are taken for those that nobody else is, and
-            looked at when they are back.
+        Raises ArgumentError when they differ: a shard is missing, foreign, empty, or there twice;
+        UnavailableError when a shard refuses. Those that are down are taken for those that nobody
+        else is, and looked at when they are back.
         """
         ring = self._listed_ring()
         self._settle(ring, self._look(ring))
@@ -192,13 +188,10 @@ class ShardedList(ShardedReads):
         Returns where that was, as it was last listed, and what has its place now; ``None`` when no
         database of the list is empty. Done again after it was cut off, it goes on.
 
-        Raises
-        ------
-        ArgumentError
-            When no shard is lost, more than one is, or who is cannot be known, when each page was
-            on one shard alone, when of a page no other shard has a copy, or when the database is
-            not empty: nothing was changed.
-        NotAStoreError, ReadOnlyError, ConflictError, UnavailableError
+        Raises ArgumentError, with nothing changed, when no shard is lost, more than one is, or who
+        is cannot be known, when each page was on one shard alone, when of a page no other shard has
+        a copy, or when the database is not empty; also NotAStoreError, ReadOnlyError,
+        ConflictError, UnavailableError.
         """
         self._refuse_when_read_only()
         ring = self._listed_ring()

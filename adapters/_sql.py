@@ -78,7 +78,7 @@ class Statements:
         self._of_what_belongs_to_models()
         self._of_pages()
 
-        self.meta = self.select("meta", ("name", "value"))
+        self.meta = self.select("meta")
         self.meta_value = self.select("meta", ("value",), where=("name",))
         self.set_meta = self.upsert("meta")
         bump = f"UPDATE {self._name('meta')} SET value = {dialect.increment} WHERE name = 'epoch'"
@@ -91,7 +91,7 @@ class Statements:
         self.signature = self.select("signatures", ("payload",), where=("segment", "grp"))
 
         self.put_job = self.upsert("jobs")
-        self.jobs = self.select("jobs", TABLES["jobs"].names, order=("id",))
+        self.jobs = self.select("jobs", order=("id",))
         self.delete_job = self.delete("jobs", ("id",))
 
     def _of_models(self) -> None:
@@ -118,11 +118,9 @@ class Statements:
             for table, spec in TABLES.items()
             if "model_id" in spec.names
         ]
-        alias_order = {"order": ("name", "alias")}
-        self.aliases = self.select("aliases", ("name", "alias", "model_id"), **alias_order)
-        self.aliases_of = self.select(
-            "aliases", ("name", "alias", "model_id"), where=("name",), **alias_order
-        )
+        order = ("name", "alias")
+        self.aliases = self.select("aliases", order=order)
+        self.aliases_of = self.select("aliases", where=("name",), order=order)
         self.set_alias = self.upsert("aliases")
         self.delete_alias = self.delete("aliases", ("name", "alias"))
 
@@ -133,9 +131,7 @@ class Statements:
         self.artifact = self.select(
             "artifacts", ("part", "payload"), where=("model_id", "name"), order=("part",)
         )
-        self.tensors = self.select(
-            "tensors", TABLES["tensors"].names, where=("model_id",), order=("ordinal",)
-        )
+        self.tensors = self.select("tensors", where=("model_id",), order=("ordinal",))
         self.block_map = self.select(
             "block_maps", ("payload",), where=("model_id", "ordinal"), order=("part",)
         )
@@ -147,12 +143,8 @@ class Statements:
             f"SELECT ordinal, payload FROM {self._name('source_hashes')} WHERE model_id = {mark} "
             f"AND ordinal >= {mark} AND ordinal < {mark} ORDER BY ordinal, part"
         )
-        self.model_pages = self.select(
-            "model_pages", TABLES["model_pages"].names, order=("model_id", "page_id")
-        )
-        self.model_pages_of = self.select(
-            "model_pages", TABLES["model_pages"].names, where=("model_id",), order=("page_id",)
-        )
+        self.model_pages = self.select("model_pages", order=("model_id", "page_id"))
+        self.model_pages_of = self.select("model_pages", where=("model_id",), order=("page_id",))
         self.delete_model_pages = self.delete("model_pages", ("model_id",))
 
     def _of_pages(self) -> None:
@@ -187,12 +179,13 @@ class Statements:
     def select(
         self,
         table: str,
-        columns: Sequence[str],
+        columns: Sequence[str] | None = None,
         *,
         where: Sequence[str] = (),
         order: Sequence[str] = (),
     ) -> str:
-        """Return a SELECT with equality tests."""
+        """Return a SELECT with equality tests; of all columns unless told otherwise."""
+        columns = TABLES[table].names if columns is None else columns
         ordered = f" ORDER BY {self._columns(order)}" if order else ""
         return (
             f"SELECT {self._columns(columns)} FROM {self._name(table)}{self._where(where)}{ordered}"
@@ -243,7 +236,7 @@ class Statements:
         tests += [] if state is None else [f"state = {literal(state)}"]
         where = f" WHERE {' AND '.join(tests)}" if tests else ""
         limit = f" DESC LIMIT {self.dialect.placeholder}" if newest else ""
-        return f"{self.select('models', MODEL_COLUMNS)}{where} ORDER BY id{limit}"
+        return f"{self.select('models')}{where} ORDER BY id{limit}"
 
     def readers_of(self, members: int) -> str:
         """Return the live models that read some pages."""

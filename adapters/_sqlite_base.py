@@ -64,16 +64,9 @@ COMPACT_STEP: Final = 256
 
 
 class SqliteBase(SqliteRows, DbApiAdapter):
-    """A store in a SQLite file, but for what needs the driver.
+    """A store in a SQLite file, but for what needs the driver."""
 
-    Attributes
-    ----------
-    _file, _timeout
-        Set before the first connection is opened.
-    _places
-        Set before the first page is read.
-    """
-
+    # Set before the first connection is opened, and places before the first page is read.
     _file: StoreFile
     _timeout: float
     _places: PagePlaces

@@ -25,10 +25,7 @@ _LONGEST_QUEUE = 10_000
 def read_token(path: Path | None, environment: Mapping[str, str], variable: str) -> bytes | None:
     """Return the token of a file, else of an environment variable, else None.
 
-    Raises
-    ------
-    ArgumentError
-        When it is empty, or not what a header can hold.
+    Raises ArgumentError when it is empty, or not what a header can hold.
     """
     if path is not None:
         # What is no ASCII is refused below.

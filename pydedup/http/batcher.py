@@ -89,10 +89,7 @@ class Batcher(Generic[_Request, _Result]):
     async def submit(self, request: _Request, rows: int) -> _Result:
         """Return the result of a request, or raise what it raised.
 
-        Raises
-        ------
-        HttpError
-            503 when too many wait already.
+        Raises HttpError 503 when too many wait already.
         """
         if len(self._waiting) >= self._max_queue:
             raise busy(f"{len(self._waiting)} requests wait already; try again soon", "queue_full")

@@ -49,12 +49,8 @@ class Held:
     def take(self, nbytes: int) -> None:
         """Count bytes of this request.
 
-        Raises
-        ------
-        HttpError
-            413 when they are more than one may have, 503 when all together are too many.
-        DisconnectedError
-            When they were given back: the request has ended meanwhile.
+        Raises HttpError 413 when they are more than one may have, 503 when all together are too
+        many; DisconnectedError when they were given back: the request has ended meanwhile.
         """
         room = self._room
         with room.lock:
@@ -84,13 +80,8 @@ class Held:
 async def read_body(receive: Any, headers: Mapping[bytes, bytes], held: Held) -> bytes | bytearray:
     """Return the body of a request.
 
-    Raises
-    ------
-    HttpError
-        413 or 503 as `Held.take` does, before the body is read where its length is given; 415 for
-        a compressed one.
-    DisconnectedError
-        When the client goes away.
+    Raises HttpError 413 or 503 as `Held.take` does, before the body is read where its length is
+    given, and 415 for a compressed one; DisconnectedError when the client goes away.
     """
     coding = headers.get(b"content-encoding", b"identity").strip().lower()
     if coding not in (b"", b"identity"):

@@ -51,24 +51,11 @@ class Metrics:
             registry=self._registry,
         )
         self._outcomes: OrderedDict[str, set[str]] = OrderedDict()  # by model, last asked last
-        self._seconds = Histogram(
-            "pydedup_request_seconds",
-            "From the first byte of an inference request to the last of its answer.",
-            buckets=_SECONDS,
-            registry=None,
-        )
-        self._batch_requests = Histogram(
-            "pydedup_batch_requests",
-            "Requests that went together.",
-            buckets=_SIZES,
-            registry=None,
-        )
-        self._batch_rows = Histogram(
-            "pydedup_batch_rows",
-            "Rows of requests that went together.",
-            buckets=_SIZES,
-            registry=None,
-        )
+        what = "From the first byte of an inference request to the last of its answer."
+        self._seconds = _histogram("request_seconds", what, _SECONDS)
+        self._batch_requests = _histogram("batch_requests", "Requests that went together.", _SIZES)
+        what = "Rows of requests that went together."
+        self._batch_rows = _histogram("batch_rows", what, _SIZES)
         self._lock = threading.Lock()
         histograms = (self._seconds, self._batch_requests, self._batch_rows)
         self._registry.register(_Whole(histograms, self._lock))
@@ -104,6 +91,11 @@ class Metrics:
     def text(self) -> bytes:
         """Return all of it, as Prometheus reads it."""
         return generate_latest(self._registry)
+
+
+def _histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
+    """Return a histogram that `_Whole` tells of."""
+    return Histogram(f"pydedup_{name}", what, buckets=buckets, registry=None)
 
 
 class _Whole(Collector):

@@ -32,12 +32,8 @@ _DATATYPES = {
 def onnx_signature(payload: bytes) -> Signature:
     """Return what a model without its weights declares.
 
-    Raises
-    ------
-    UnsupportedFormatError
-        When onnx is not installed.
-    FormatError
-        When the model does not parse.
+    Raises UnsupportedFormatError when onnx is not installed, FormatError when the model does not
+    parse.
     """
     try:
         import onnx

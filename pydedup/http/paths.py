@@ -34,10 +34,8 @@ class Route:
 def route_of(method: str, raw_path: bytes) -> Route:
     """Return what a request asks for.
 
-    Raises
-    ------
-    HttpError
-        404 for a path that is nothing, 405 for another method, 400 for bytes that are no UTF-8.
+    Raises HttpError 404 for a path that is nothing, 405 for another method, 400 for bytes that are
+    no UTF-8.
     """
     parts = [_decoded(part) for part in raw_path.partition(b"?")[0].split(b"/")[1:]]
     while len(parts) > 1 and parts[-1] == "":

@@ -131,10 +131,8 @@ def raw_infer(body: bytes | bytearray, specs: Sequence[TensorSpec]) -> InferRequ
     Its shape follows from their number, where one size at most may be any. So it is in Triton's
     extension for binary tensors, by which the answer is binary, too.
 
-    Raises
-    ------
-    HttpError
-        400 where that does not tell which input it is, or the bytes are not as many as it takes.
+    Raises HttpError 400 where that does not tell which input it is, or the bytes are not as many as
+    it takes.
     """
     if len(specs) != 1 or specs[0].shape.count(-1) > 1:
         takes = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in specs)

@@ -196,10 +196,7 @@ class Source:
     def scrape(self) -> Scrape:
         """Ask the server.
 
-        Raises
-        ------
-        UnavailableError
-            When there is no answer, or it is that of another kind of server.
+        Raises UnavailableError when there is no answer, or it is that of another kind of server.
         """
         for last in (False, True):
             fresh = self._connection.sock is None

@@ -102,10 +102,7 @@ class ServedStore(Store):
     def served(self, address: str) -> Served:
         """Return what an address means now.
 
-        Raises
-        ------
-        NotFoundError
-            When there is no such model, or it has no graph to predict with.
+        Raises NotFoundError when there is no such model, or it has no graph to predict with.
         """
         row = self._catalog.resolve(address)
         found = self._known.get(row.id)

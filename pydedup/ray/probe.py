@@ -32,13 +32,8 @@ _ANSWER_SECONDS: Final = 15.0
 def probe(on: str) -> None:
     """Raise unless a cluster may be at ``ray://host:port`` or ``host:port``.
 
-    Raises
-    ------
-    ArgumentError
-        That is no address.
-    ClusterError
-        Nobody listens there, or who does is no cluster, is one of another version, or wants a token
-        and gets none that fits.
+    Raises ArgumentError for what is no address; ClusterError where nobody listens, or who does is
+    no cluster, is one of another version, or wants a token and gets none that fits.
     """
     client = on.startswith("ray://")
     place = on.removeprefix("ray://").partition("?")[0]

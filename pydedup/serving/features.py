@@ -85,10 +85,7 @@ def kind_of(model: StoredModel, adapter: Adapter) -> InputKind:
 def input_kind(graph: Graph, shapes: Mapping[str, Sequence[int]], model: str) -> InputKind:
     """Return what one row of a model's input is, as far as its layers tell.
 
-    Raises
-    ------
-    ArgumentError
-        When the model takes several inputs.
+    Raises ArgumentError when the model takes several inputs.
     """
     if len(graph.inputs) != 1:
         raise ArgumentError(

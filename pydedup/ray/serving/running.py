@@ -33,10 +33,7 @@ _LOOK_SECONDS: Final = 5.0
 def parse_replicas(text: str) -> dict[str, Any]:
     """Return what ``2`` or ``1:8`` says of replicas, for `deployment`.
 
-    Raises
-    ------
-    ArgumentError
-        When it is neither.
+    Raises ArgumentError when it is neither.
     """
     low, colon, high = text.partition(":")
     if low.isascii() and low.isdigit() and (not colon or (high.isascii() and high.isdigit())):

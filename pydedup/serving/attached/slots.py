@@ -56,11 +56,8 @@ class Slot:
 def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[Slot]:
     """Return what is to be taken from a store that has tensors of these names.
 
-    Raises
-    ------
-    ArgumentError
-        When the module has a tensor that cannot be replaced (quantised, not initialised, on a
-        device), or a buffer without elements that the store does not have.
+    Raises ArgumentError when the module has a tensor that cannot be replaced (quantised, not
+    initialised, on a device), or a buffer without elements that the store does not have.
     """
     names = _state_names(module)
     slots: dict[int, Slot] = {}
