@@ -1,9 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Store families of similar deep-learning models once, in a database, and predict from its pages.
 
-Here: the public names, nothing else. Modules are imported when they are first asked for, so that
-a process that only predicts starts fast, and Ctrl-C ends the program in order while it starts.
+    with pydedup.open("sqlite:///models.db") as store:
+        store.add("sentiment@1", "sentiment.safetensors")
+        arrays = store.load("sentiment")
+
+`help(pydedup.Store)` says what a store does. Beside it there are
+
+    pydedup.policies      what is guaranteed of a stored model
+    pydedup.errors        all exceptions, as a tree
+    pydedup.types         what methods return
+    pydedup.graph         layers as you describe them, for `Store.predict`
+    pydedup.config        kernels, threads, sizes such as "512MiB"
+    pydedup.replacement   recorded uses of pages, and how policies replay them
+    pydedup.hashing, pydedup.similarity, pydedup.packing    the algorithms by themselves
+    pydedup.adapter       what a database of your own must offer
+    import pydedup.sql    predictions as functions of SQLite
+    import pydedup.ray    scoring and serving on a Ray cluster
+
+and what their ``__all__`` name. All else is pydedup's own and changes with any version.
 """
+
+# Modules are imported when they are first asked for, so that a process that only predicts starts
+# fast, and Ctrl-C ends the program in order while it starts.
 
 from __future__ import annotations
 
@@ -12,7 +31,17 @@ from typing import TYPE_CHECKING, Any
 from pydedup.errors import PydedupError
 
 if TYPE_CHECKING:
-    from pydedup import policies
+    # As editors and type checkers see it, these are attributes only if they are imported.
+    from pydedup import adapter as adapter
+    from pydedup import config as config
+    from pydedup import errors as errors
+    from pydedup import graph as graph
+    from pydedup import hashing as hashing
+    from pydedup import packing as packing
+    from pydedup import policies as policies
+    from pydedup import replacement as replacement
+    from pydedup import similarity as similarity
+    from pydedup import types as types
     from pydedup.store import Store, open
 
     __version__: str

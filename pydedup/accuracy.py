@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from numpy.typing import NDArray
 
@@ -85,9 +85,9 @@ class Accuracy:
         For a value out of range, or two that do not go together.
     """
 
-    name: ClassVar[str] = "accuracy"
-    compresses: ClassVar[bool] = True
-    uses_deltas: ClassVar[bool] = True
+    name = "accuracy"
+    compresses = True
+    uses_deltas = True
 
     evaluate: Callable[[Arrays], Any]
     max_drop: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from pydedup.accuracy import Accuracy, number
 from pydedup.errors import ArgumentError
@@ -50,10 +50,10 @@ class Policy(Protocol):
 class Exact:
     """The same bits; identical blocks are shared, all others stored raw: the fastest to serve."""
 
-    name: ClassVar[str] = "exact"
-    compresses: ClassVar[bool] = False
-    uses_deltas: ClassVar[bool] = False
-    max_rel_error: ClassVar[float] = 0.0
+    name = "exact"
+    compresses = False
+    uses_deltas = False
+    max_rel_error = 0.0
 
     def parameters(self) -> Mapping[str, Any]:
         """Return nothing: there is nothing to choose."""
@@ -67,10 +67,10 @@ class Lossless:
     Whichever is smallest, where it saves at least 5 % of a block.
     """
 
-    name: ClassVar[str] = "lossless"
-    compresses: ClassVar[bool] = True
-    uses_deltas: ClassVar[bool] = True
-    max_rel_error: ClassVar[float] = 0.0
+    name = "lossless"
+    compresses = True
+    uses_deltas = True
+    max_rel_error = 0.0
 
     def parameters(self) -> Mapping[str, Any]:
         """Return nothing: there is nothing to choose."""
@@ -96,9 +96,9 @@ class Bounded:
         For a bound outside of that range.
     """
 
-    name: ClassVar[str] = "bounded"
-    compresses: ClassVar[bool] = True
-    uses_deltas: ClassVar[bool] = True
+    name = "bounded"
+    compresses = True
+    uses_deltas = True
 
     max_rel_error: float
 

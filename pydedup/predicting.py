@@ -263,7 +263,8 @@ class StorePredictions:
             model.check_live()
             raise NotFoundError(
                 f"{model.address} has no graph to predict with; add it from an ONNX or Keras "
-                "file, as `pydedup add` does, or a torch.nn.Sequential, or give add(..., graph=...)"
+                "file, as `pydedup add` does, or a torch.nn.Sequential, or give add(graph=...). "
+                "Or give store.attach() a torch module of its architecture"
             )
         outputs = run_onnx(
             model, payload, lambda tensor: self._stored_tensor(model, tensor), self._pool, x

@@ -90,7 +90,13 @@ def open(
 
 
 class Store(StoreAdds, StorePredictions, StoreUpkeep):
-    """One pydedup store. Safe between threads; usable after a fork; a context manager."""
+    """One pydedup store, as `pydedup.open` returns it.
+
+    Safe between threads; usable after a fork; a context manager. Models are addressed as ``name``
+    (its newest version), ``name@version`` or ``name@alias``. Sizes are in bytes, spans of time in
+    seconds, points in time in seconds since 1970. Whatever method talks to the database may also
+    raise StoreError or one of its kinds (`pydedup.errors`).
+    """
 
     def __init__(
         self, adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLICY

@@ -172,7 +172,7 @@ def kernels(as_json: bool) -> None:
 
 def used_field(used_bytes: int, logical_bytes: int) -> str:
     """Return what the blocks of a model take, and why that may be more than its weights."""
-    more = ", with those that its deltas are based on" if used_bytes > logical_bytes else ""
+    more = ", bases of deltas and headers of blocks included" if used_bytes > logical_bytes else ""
     return text.size(used_bytes) + more
 
 

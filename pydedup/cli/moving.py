@@ -159,7 +159,7 @@ def restore(path: str, url: str, memory: str, as_json: bool, quiet: bool) -> Non
 
 
 def _print(report: CopyReport, done: str, as_json: bool) -> int:
-    for said in report.damaged:
+    for said in dict.fromkeys(report.damaged):  # a page of many models is one sentence
         warn(f"left out, being damaged: {said}")
     status = Exit.DIFFERENT if report.damaged else Exit.OK
     if as_json:

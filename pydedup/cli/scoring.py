@@ -181,7 +181,7 @@ def _print(report: ScoreReport) -> None:
         said += f"; {text.count(report.failed)} could not be predicted"
     output.print_note(said)
     for failure in report.failures[:_SHOWN]:
-        output.print_note(f"  row {failure.key!r}: {failure.reason}")
+        output.print_note(f"  row with key {failure.key!r}: {failure.reason}")
     if report.failed > _SHOWN:
         output.print_note(f"  and {text.count(report.failed - _SHOWN)} more")
     output.print_note(f"in {text.duration(report.seconds)}", "dim")

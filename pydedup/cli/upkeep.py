@@ -100,11 +100,23 @@ def _print_verify(report: VerifyReport, source: str, seconds: float) -> None:
             text.plural(report.blocks, "block"),
         ]
     )
+    if report.errors and not source:
+        output.print_note(
+            "pages are restored by `pydedup verify --repair-from` another store, a backup or a "
+            "model's file; docs/faults.md says what to do about all else",
+            "dim",
+        )
     verdict, style = "sound", "green"
     if not report.ok:
         verdict, style = "NOT ALL CHECKED", "bold yellow"
-    if report.errors or report.broken_promises:
-        verdict, style = "DAMAGED" if report.errors else "PROMISE BROKEN", "bold red"
+    if report.broken_promises:
+        verdict, style = "PROMISE BROKEN", "bold red"
+    if report.errors:
+        models = {name for names in report.damaged_pages.values() for name in names}
+        verdict, style = "DAMAGED", "bold red"
+        if report.damaged_pages:
+            pages = text.plural(len(report.damaged_pages), "page")
+            verdict += f" ({pages} of {text.plural(len(models), 'model')})"
     output.print_note(f"{verdict}: {checked}, checked in {text.duration(seconds)}", style)
 
 

@@ -25,8 +25,9 @@ class VerifyReport:
     """What a verification looked at and what it found.
 
     ``errors`` are damage, ``broken_promises`` metrics below what a certificate says; ``notes`` are
-    harmless leftovers that a vacuum removes. ``damaged_pages`` has the pages that cannot be read,
-    or do not hold what was recorded, each with the models that read it; all others are served.
+    harmless: leftovers that a vacuum removes, blocks that are stored twice, metrics as certified.
+    ``damaged_pages`` has the pages that cannot be read, or do not hold what was recorded, each
+    with the models that read it; all others are served.
     ``unreachable`` says which servers do not answer now, and ``unreachable_pages`` has what is
     nowhere else: neither sound nor damaged, as far as is known. ``unrecorded_blocks`` has by page
     the slots that no distinct block names, ``surplus_blocks`` the ids of distinct blocks that are

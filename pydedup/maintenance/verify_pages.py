@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from pydedup.layout import slot_entries, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport
 from pydedup.maintenance.rows import blocks_of_no_page, rows_by_slot
 from pydedup.pool import PagePool
+from pydedup.text import plural
 from pydedup.types import LARGEST_ID, Progress
 
 __all__ = ["DAMAGE", "NO_BASE", "OTHER_BASE", "PageChecks", "PageContent", "content_digests"]
@@ -84,6 +86,7 @@ class PageChecks:
         fetch = recorded_pages(adapter)
         self._pool = PagePool(fetch, _BASE_PAGE_BYTES, copies=page_copies(adapter))
         self._seen: dict[bytes, tuple[int, int]] = {}  # where each block was first
+        self._twins: Counter[tuple[int, int]] = Counter()  # by page and page that has them, too
         self.contents: dict[int, PageContent] = {}
         self.damage = Damage(adapter, report, page_readers(adapter), self._live, self._pool)
 
@@ -102,6 +105,10 @@ class PageChecks:
                 done = min(start + _PAGES_AT_ONCE, len(self._rows))
                 progress("checking pages", done, len(self._rows))
         self.damage.sum_up_unreachable()
+        self._report.notes += [
+            f"page {page_id} has {plural(count, 'block')} of page {first} once more"
+            for (page_id, first), count in self._twins.items()
+        ]
         self._report.add_surplus(blocks_of_no_page(self._adapter, known))
 
     def _check_group(self, some: Sequence[PageRow], blocks: Sequence[BlockRow]) -> None:
@@ -196,14 +203,12 @@ class PageChecks:
         return nameless
 
     def _note_twin(self, digest: bytes, page_id: int, slot: int) -> None:
-        """Note a block that is stored twice: wasteful, not wrong."""
+        """Count a block that is stored twice: wasteful, not wrong."""
         twin = self._seen.setdefault(digest, (page_id, slot))
         if twin != (page_id, slot):
             mine, other = self.contents[page_id], self.contents[twin[0]]
             if mine.dtypes[slot] == other.dtypes[twin[1]]:
-                self._report.notes.append(
-                    f"page {page_id}, slot {slot}: same block as page {twin[0]}, slot {twin[1]}"
-                )
+                self._twins[page_id, twin[0]] += 1
 
 
 def _payloads(

@@ -138,6 +138,7 @@ class Gate:
         """Change the limit; who is inside stays."""
         with self._lock:
             self._limit = limit
+            self._tell()
             self._changed.notify_all()
 
     def hold(self, amount: int, *, waits: bool = True) -> Held:

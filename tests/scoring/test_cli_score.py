@@ -57,6 +57,7 @@ def test_what_cannot_be_predicted(tables: Tables, source: Make, new_name: Make) 
     assert "20 were there" in done.stdout
     assert "15 could not be predicted" in done.stdout
     assert done.stdout.count("f2 is NULL") == 10
+    assert "  row with key 26: f2 is NULL\n" in done.stdout
     assert "and 5 more" in done.stdout
     report = json.loads(run(*score, *query, "--on-error", "skip", "--json").stdout)
     assert report["failed"] == 15

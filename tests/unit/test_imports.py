@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 import pydedup
+from pydedup import policies
 from pydedup.graph import Graph, Node
 
 #: What predicting from a model with a graph needs nothing of.
@@ -158,6 +161,29 @@ def test_all_that_is_listed_is_there() -> None:
     assert not {"Any", "TYPE_CHECKING", "annotations", "windows"} & set(listed)
     for name in listed:
         assert getattr(pydedup, name, None) is not None, name
+
+
+def test_editors_know_what_the_help_names() -> None:
+    """Pyright, as in VS Code, said of ``pydedup.errors`` that there is no such attribute."""
+    assert pydedup.__doc__ is not None
+    assert pydedup.__file__ is not None
+    named = set(re.findall(r"^ {4}pydedup\.(\w+) ", pydedup.__doc__, re.M))
+    assert {"errors", "policies", "config"} <= named <= set(dir(pydedup))
+    tree = ast.parse(Path(pydedup.__file__).read_text(encoding="utf-8"))
+    imported = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "pydedup"
+        for alias in node.names
+    }
+    assert named <= imported
+
+
+@pytest.mark.parametrize("policy", ["Exact", "Lossless", "Bounded", "Accuracy"])
+def test_editors_take_policies_for_policies(policy: str) -> None:
+    """Pyright takes no ``ClassVar`` for a protocol's property, and refused ``policy=Exact()``."""
+    annotated = getattr(policies, policy).__annotations__
+    assert not [name for name, hint in annotated.items() if "ClassVar" in str(hint)]
 
 
 @pytest.mark.parametrize("room", WITH_MODULES)

@@ -37,6 +37,20 @@ def test_activations_and_reservations_count() -> None:
     assert pool.stats()["reserved_bytes"] == 0  # nobody kept it
 
 
+def test_what_is_reserved_during_a_prediction_leaves_room_for_a_delta_and_its_base() -> None:
+    """The first call of an attached module failed within a small budget, and the second did not:
+    its vectors were loaded after all that activations may take was taken off the pages.
+    """
+    pages = SlowPages(4, 0)
+    pool = PagePool(pages.fetch, 4 * MIB)
+    walk(pool, ids_of(1, 4))
+    with pool.activations(pool.activation_bytes):
+        assert pool.stats()["reserved_bytes"] == 2 * MIB
+        with pool.reserve(MIB // 2):
+            assert pool.stats()["reserved_bytes"] == 2 * MIB
+            assert pool.stats()["budget_bytes"] == 4 * MIB
+
+
 def test_scratch_is_there_once_for_all_predictions() -> None:
     pool = PagePool(SlowPages(1, 0).fetch, 64 * MIB, scratch_bytes=16 * MIB)
     inside = threading.Barrier(3)

@@ -173,11 +173,11 @@ bool PoolPages::may_get_room(std::size_t bytes) const noexcept {
 
 void PoolPages::make_room(std::size_t bytes, const char* what, List& gone) {
     if (bytes > budget_bytes_ - pinned_bytes_ - reserved_bytes_) {
-        throw Error(ErrorCode::out_of_budget, std::string(what) + " " + std::to_string(bytes) +
-                                                  " bytes does not fit: of a budget of " +
-                                                  std::to_string(budget_bytes_) + " bytes, " +
-                                                  std::to_string(pinned_bytes_ + reserved_bytes_) +
-                                                  " are in use; open the store with more memory");
+        throw Error(ErrorCode::out_of_budget,
+                    std::string(what) + " " + std::to_string(bytes) +
+                        " bytes does not fit: of the " + std::to_string(budget_bytes_) +
+                        " bytes for pages, " + std::to_string(pinned_bytes_ + reserved_bytes_) +
+                        " are in use; open the store with more memory");
     }
     while (bytes > budget_bytes_ - bytes_ - reserved_bytes_) {
         if (!spare_.empty()) {

@@ -302,7 +302,7 @@ def test_damage_is_found_and_said(url: str) -> None:
     done = run_here("verify", url)
     assert done.returncode == 1
     assert f"damaged: page {page}" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("DAMAGED: 2 models")
+    assert done.stdout.splitlines()[-1].startswith("DAMAGED (1 page of ")
     found = run_here("verify", url, "--json")
     assert found.returncode == 1
     assert json.loads(found.stdout)["ok"] is False

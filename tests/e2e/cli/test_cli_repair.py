@@ -59,7 +59,14 @@ def test_damage_is_repaired(
     found = run("verify", store_url)
     assert found.returncode == 1
     assert f"damaged: page {pages[0]}: corrupt page: its bytes do not match" in found.stdout
-    assert found.stdout.splitlines()[-1].startswith("DAMAGED: 2 models")
+    *_, how, verdict = found.stdout.splitlines()
+    assert verdict.startswith(f"DAMAGED ({len(pages)} pages of 2 models): 2 models, ")
+    assert "verify --repair-from` another store, a backup or a model's file" in how
+
+    left = run("copy", store_url, tmp_path / "copy.db", "--skip-damaged")
+    # Both models are left out, for the same page, which was said for each of them.
+    assert (left.returncode, left.stdout.count("left out: damaged")) == (1, 2)
+    assert left.stderr.count(f"left out, being damaged: page {pages[0]}: ") == 1
 
     partly = run("verify", store_url, "--repair-from", models["first"])
     assert partly.returncode == 1
