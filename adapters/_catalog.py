@@ -63,7 +63,7 @@ class CatalogCalls(DbApiBase):
     def insert_model(self, row: ModelRow, *, replaces: int = 0) -> int:
         """Insert and return the id."""
         check_state(row.state)
-        self._sized(row.metadata.encode(), f"the metadata of {row.name}@{row.version}")
+        self._sized(row.metadata.encode(), f"the metadata of {row.address}")
         taken = DuplicateError(_taken(row.name, row.version))
         values = [getattr(row, column) for column in TABLES["models"].names[1:]]
         with self._writer():

@@ -73,6 +73,11 @@ class ModelRow:
     logical_bytes: int
     digest: bytes
 
+    @property
+    def address(self) -> str:
+        """``name@version``."""
+        return f"{self.name}@{self.version}"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:

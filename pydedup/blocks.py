@@ -201,6 +201,15 @@ class BlockGrid:
         widths = np.minimum(self.block_cols, self.cols - grid_col * self.block_cols)
         return heights, widths
 
+    def area(self, index: int) -> tuple[slice, slice]:
+        """Return where a block lies in the matrix: its rows and columns."""
+        grid_row, grid_col = divmod(index, self.grid_cols)
+        top, left = grid_row * self.block_rows, grid_col * self.block_cols
+        return (
+            slice(top, min(top + self.block_rows, self.rows)),
+            slice(left, min(left + self.block_cols, self.cols)),
+        )
+
     def heights(self) -> NDArray[np.int64]:
         """Rows of each block, in block order."""
         return self.shapes(np.arange(self.count, dtype=np.int64))[0]
@@ -240,6 +249,12 @@ class MatrixView:
         else:
             data = native.view(np.uint8).reshape(rows, cols * dtype.itemsize)
         return cls(data, dtype, BlockGrid(rows, cols, *block))
+
+    def block(self, index: int) -> NDArray[np.uint8]:
+        """Return the bytes of one block, of shape (rows, cols * itemsize), without a copy."""
+        rows, cols = self.grid.area(index)
+        item = self.dtype.itemsize
+        return self.data[rows, cols.start * item : cols.stop * item]
 
     def block_bytes(self) -> NDArray[np.int64]:
         """Logical bytes of each block, in block order."""

@@ -8,6 +8,7 @@ By themselves, or as deltas on base blocks; with the same bytes on every machine
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,15 +66,24 @@ class EncodedBlocks:
     lengths: NDArray[np.int64]
     encodings: NDArray[np.uint8]
 
+    @classmethod
+    def of(cls, pieces: Sequence[NDArray[np.uint8]], encodings: NDArray[np.uint8]) -> EncodedBlocks:
+        """Return these encoded blocks one after another."""
+        lengths = np.array([len(piece) for piece in pieces], np.int64)
+        arena = np.concatenate([np.empty(0, np.uint8), *pieces])
+        return cls(arena, np.cumsum(lengths) - lengths, lengths, encodings)
+
+    def pieces(self) -> list[NDArray[np.uint8]]:
+        """Return the bytes of each block, without a copy."""
+        spans = zip(self.offsets.tolist(), self.lengths.tolist(), strict=True)
+        return [self.arena[start : start + length] for start, length in spans]
+
     def select(self, which: NDArray[np.int64]) -> EncodedBlocks:
         """Return some of the blocks, ``which`` ascending, one after another without gaps."""
         if len(which) == len(self.lengths):
             return self
-        lengths = self.lengths[which]
-        spans = zip(self.offsets[which].tolist(), lengths.tolist(), strict=True)
-        pieces = [self.arena[start : start + length] for start, length in spans]
-        arena = np.concatenate(pieces) if pieces else self.arena[:0]
-        return EncodedBlocks(arena, np.cumsum(lengths) - lengths, lengths, self.encodings[which])
+        pieces = self.pieces()
+        return EncodedBlocks.of([pieces[i] for i in which.tolist()], self.encodings[which])
 
 
 def encode_blocks(
@@ -163,14 +173,13 @@ def encode_deltas(
     """
     chosen = column(indices, np.int64, "indices")
     if limits is None:
-        item = view.dtype.itemsize
-        cells = np.asarray(view.grid.heights(), np.int64) * np.asarray(view.grid.widths(), np.int64)
-        if chosen.size and (chosen.min() < 0 or chosen.max() >= cells.size):
+        raw = view.block_bytes()
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= raw.size):
             raise ArgumentError(
-                f"indices has blocks outside of a grid of {cells.size} blocks; "
+                f"indices has blocks outside of a grid of {raw.size} blocks; "
                 f"it goes from {chosen.min()} to {chosen.max()}"
             )
-        most = cells[chosen] * item - 1
+        most = raw[chosen] - 1
     else:
         most = column(limits, np.int64, "limits")
     arena, offsets, lengths, encodings = _core.encode_deltas(

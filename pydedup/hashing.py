@@ -14,7 +14,15 @@ from pydedup import _core
 from pydedup.blocks import MatrixView, as_block_shape, as_unsigned
 from pydedup.errors import ArgumentError
 
-__all__ = ["HASH_VERSION", "hash_blocks", "hash_buffer", "hash_view"]
+__all__ = [
+    "HASH_VERSION",
+    "digest_bytes",
+    "digests_of",
+    "hash_blocks",
+    "hash_buffer",
+    "hash_keys",
+    "hash_view",
+]
 
 #: Version of the digest, recorded with each store.
 HASH_VERSION = 1
@@ -66,6 +74,22 @@ def hash_view(view: MatrixView, *, seed: int = 0, threads: int = 0) -> NDArray[n
         as_unsigned("seed", seed, 64),
         as_unsigned("threads", threads, 31),
     )
+
+
+def digest_bytes(digests: NDArray[np.uint64]) -> bytes:
+    """Return digests of shape (n, 2) as they are stored: 16 bytes each, little-endian."""
+    return np.ascontiguousarray(digests, "<u8").tobytes()
+
+
+def digests_of(payload: bytes) -> NDArray[np.uint64]:
+    """Return stored digests as an array of shape (n, 2): `digest_bytes` undone."""
+    return np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64, copy=False)
+
+
+def hash_keys(digests: NDArray[np.uint64]) -> list[bytes]:
+    """Return each digest of an array (n, 2) as its 16 bytes."""
+    flat = digest_bytes(digests)
+    return [flat[i : i + 16] for i in range(0, len(flat), 16)]
 
 
 #: Return the 16-byte digest of contiguous bytes (``help(hash_buffer)``). The native function as it

@@ -13,18 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.blocks import NO_PAGE, SLOT_BITS, BlockMap
+from pydedup.blocks import NO_PAGE, SLOT_BITS, BlockGrid, BlockMap
 from pydedup.errors import CorruptStoreError
 from pydedup.pool import PagePool
 from pydedup.types import DType
 
 __all__ = [
-    "DELTA_ENCODINGS",
+    "NO_PLACE",
     "PAGE_BYTES",
     "PAGE_CAPACITY",
+    "are_deltas",
     "base_places",
+    "block_at",
     "block_costs",
     "block_forms",
+    "block_place",
     "block_places",
     "by_kind",
     "by_page",
@@ -32,10 +35,12 @@ __all__ = [
     "find_places",
     "joined",
     "least_pages",
+    "map_at",
     "map_places",
     "page_bytes",
     "pages_read",
     "slot_entries",
+    "split_place",
     "split_places",
     "used_places",
 ]
@@ -44,8 +49,16 @@ __all__ = [
 PAGE_BYTES = 1024 * 1024
 #: Bytes of blocks and slots that a page holds: less its header, and what aligns the first block.
 PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES - codec.BLOCK_ALIGNMENT
-#: Codes of the encodings that are deltas.
-DELTA_ENCODINGS = tuple(int(code) for code in codec.Encoding if code.is_delta)
+#: Instead of a place: a block that is no delta has no base, or nobody knows where it is.
+NO_PLACE = -1
+
+_DELTA_ENCODINGS = tuple(int(code) for code in codec.Encoding if code.is_delta)
+_SLOTS = (1 << SLOT_BITS) - 1
+
+
+def are_deltas(encodings: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Return which of these codes of `codec.Encoding` are those of deltas."""
+    return np.isin(encodings, _DELTA_ENCODINGS)
 
 
 def least_pages(block_bytes: int) -> int:
@@ -60,7 +73,24 @@ def block_places(page_ids: NDArray[np.int64], slots: NDArray[np.integer[Any]]) -
 
 def split_places(places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """Return the page ids and slots of places: `block_places` undone."""
-    return places >> SLOT_BITS, (places & ((1 << SLOT_BITS) - 1)).astype(np.uint32)
+    return places >> SLOT_BITS, (places & _SLOTS).astype(np.uint32)
+
+
+def block_place(page_id: int, slot: int) -> int:
+    """Return the place of one block; see `block_places`."""
+    return (page_id << SLOT_BITS) | slot
+
+
+def split_place(place: int) -> tuple[int, int]:
+    """Return the page id and slot of one place."""
+    return place >> SLOT_BITS, place & _SLOTS
+
+
+def block_at(pool: PagePool, place: int) -> tuple[codec.Page, int]:
+    """Return the page and slot of the block at a place; raises what `PagePool.pages` does."""
+    page_id, slot = split_place(place)
+    (page,) = pool.pages([page_id])
+    return page, slot
 
 
 def find_places(
@@ -134,7 +164,7 @@ def block_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
 def page_bytes(lengths: NDArray[np.int64], encodings: NDArray[np.integer[Any]]) -> int:
     """Return the bytes of a page of blocks with these lengths and encodings, in this order."""
     aligned = np.ones(len(lengths), np.bool_)
-    if np.isin(encodings, DELTA_ENCODINGS).any():  # docs/format.md, "Page"
+    if are_deltas(encodings).any():  # docs/format.md, "Page"
         aligned = encodings == codec.Encoding.RAW
     end = codec.PAGE_HEADER_BYTES + codec.SLOT_BYTES * len(lengths)
     for length, is_aligned in zip(lengths.tolist(), aligned.tolist(), strict=True):
@@ -172,11 +202,23 @@ def used_places(maps: Iterable[BlockMap]) -> NDArray[np.int64]:
 
 
 def base_places(block_map: BlockMap) -> NDArray[np.int64]:
-    """Return the place of each block's base, -1 for blocks that are no deltas."""
+    """Return the place of each block's base, `NO_PLACE` for blocks that are no deltas."""
     if block_map.bases is None:
-        return np.full(len(block_map.slots), -1, np.int64)
+        return np.full(len(block_map.slots), NO_PLACE, np.int64)
     page_ids, slots = block_map.bases
-    return np.where(page_ids == NO_PAGE, -1, block_places(page_ids, slots))
+    return np.where(page_ids == NO_PAGE, NO_PLACE, block_places(page_ids, slots))
+
+
+def map_at(
+    grid: BlockGrid, dtype: DType, places: NDArray[np.int64], bases: NDArray[np.int64]
+) -> BlockMap:
+    """Return the block map of blocks at these places; ``bases`` are as `base_places` gives them."""
+    is_delta = bases != NO_PLACE
+    if not is_delta.any():
+        return BlockMap(grid, dtype, *split_places(places))
+    base_page_ids, base_slots = split_places(bases)
+    base_page_ids[~is_delta], base_slots[~is_delta] = NO_PAGE, 0
+    return BlockMap(grid, dtype, *split_places(places), base_page_ids, base_slots)
 
 
 def pages_read(

@@ -223,7 +223,7 @@ def check(adapter: Adapter, pool: PagePool, newcomers: Newcomers, epoch: int) ->
         models = [row for row in adapter.models() if row.id not in newcomers.replaced]
         together: Readers | None = None
         for quota, value in concerned:
-            values = [value_of(m.metadata, quota.key, f"{m.name}@{m.version}") for m in models]
+            values = [value_of(m.metadata, quota.key, m.address) for m in models]
             values += [value_of(text, quota.key, "a new model") for text, _ in newcomers.models]
             is_mine = [found == value for found in values]
             if quota.measure == "logical":

@@ -174,7 +174,7 @@ def usage_by(adapter: Adapter, pool: PagePool, key: str) -> Usage:
         rows = adapter.models()
         for row in rows:
             try:
-                metadata[row.id] = _metadata(row.metadata, f"{row.name}@{row.version}")
+                metadata[row.id] = _metadata(row.metadata, row.address)
             except CorruptStoreError as exc:
                 damaged.append(str(exc))
         usage = beside_damage(

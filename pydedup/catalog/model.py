@@ -82,7 +82,7 @@ class StoredModel:
     @property
     def address(self) -> str:
         """``name@version``."""
-        return f"{self.row.name}@{self.row.version}"
+        return self.row.address
 
     def check_live(self) -> None:
         """Raise NotFoundError when it was removed meanwhile, with all that was to be read of it."""

@@ -40,8 +40,7 @@ def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
     """Return a row as users see it. Raises CorruptStoreError."""
     if not 0 <= row.created_at < _YEAR_10000:
         raise CorruptStoreError(
-            f"when {row.name}@{row.version} was added cannot be read ({row.created_at:g}); restore "
-            "a backup"
+            f"when {row.address} was added cannot be read ({row.created_at:g}); restore a backup"
         )
     return ModelInfo(
         id=row.id,
@@ -52,7 +51,7 @@ def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
         logical_bytes=row.logical_bytes,
         digest=row.digest.hex(),
         aliases=tuple(sorted(aliases)),
-        metadata=recorded_object(row.metadata, f"the metadata of {row.name}@{row.version}"),
+        metadata=recorded_object(row.metadata, f"the metadata of {row.address}"),
     )
 
 
@@ -65,8 +64,7 @@ def check_row(row: ModelRow) -> None:
         return
     if wanted is not None and wanted != artifact_digest(row.metadata.encode()):
         raise CorruptStoreError(
-            f"the metadata of {row.name}@{row.version} are not those that it was added with; "
-            "restore a backup"
+            f"the metadata of {row.address} are not those that it was added with; restore a backup"
         )
 
 
@@ -82,7 +80,7 @@ def promised(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 def recorded_certificate(row: ModelRow) -> dict[str, Any]:
     """Return a certificate with the digests that are recorded in it. Raises CorruptStoreError."""
-    return recorded_object(row.certificate, f"the certificate of {row.name}@{row.version}")
+    return recorded_object(row.certificate, f"the certificate of {row.address}")
 
 
 def with_recorded(certificate: str, what: Mapping[str, object]) -> str:
@@ -155,7 +153,7 @@ def version_of(adapter: Adapter, name: str, version: str) -> ModelRow | None:
 
 def page_readers(adapter: Adapter) -> dict[int, list[str]]:
     """Return per page the addresses of the live models that read it, ordered."""
-    address = {row.id: f"{row.name}@{row.version}" for row in adapter.models()}
+    address = {row.id: row.address for row in adapter.models()}
     readers: dict[int, list[str]] = {}
     for model_id, page_id, _, _ in adapter.model_pages():
         if model_id in address:

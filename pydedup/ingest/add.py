@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -26,10 +25,9 @@ from pydedup.errors import (
 from pydedup.ingest.ahead import Ahead
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.pages import plan_layout
-from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous, split_sums
-from pydedup.ingest.publish import Batch, publish_batch
+from pydedup.ingest.publish import publish_batch
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.replace import choose_blocks
 from pydedup.ingest.scan import unreadable_pages
@@ -118,28 +116,25 @@ def _attempt(
     with Spool(memory, workers=workers) as spool:
         matcher = Matcher(adapter, pool, spool, unreadable)
         try:
-            models = _match(adapter, matcher, requests, workers, progress)
+            models = _match(matcher, requests, workers, progress)
         except CorruptStoreError as exc:
             if exc.page_ids:  # for each one after the other, all would be matched anew
                 exc.page_ids += unreadable_pages(pool, matcher.stored.page_ids)
             raise
         spool.freeze()
-        allowed = check_quotas(adapter, pool, matcher, models, spool, epoch)
+        allowed = check_quotas(matcher, models, epoch)
         if dry_run:
-            layout = plan_layout(models, spool, matcher.reader)
-            if not allowed:
-                return None
-            return _reports(models, spool, matcher.reader, layout, started, dry_run=True)
+            layout = plan_layout(matcher, models)
+            return _reports(matcher, models, layout, started, dry_run=True) if allowed else None
         writing = _Writing(spool, progress)
-        stager = Stager(adapter, models, spool, matcher, writing.advance, workers=workers)
-        batch = Batch(adapter, pool, matcher, models, spool, stager)
+        stager = Stager(matcher, models, writing.advance, workers=workers)
         published = publish_batch(
-            batch, lambda: writing.begin(plan_layout(models, spool, matcher.reader)), epoch
+            stager, lambda: writing.begin(plan_layout(matcher, models)), epoch
         )
         if published is None:
             return None
         stager.finish()
-        return _reports(models, spool, matcher.reader, published, started, dry_run=False)
+        return _reports(matcher, models, published, started, dry_run=False)
 
 
 class _Writing:
@@ -163,7 +158,6 @@ class _Writing:
 
 
 def _match(
-    adapter: Adapter,
     matcher: Matcher,
     requests: Sequence[Request],
     workers: Workers,
@@ -177,16 +171,12 @@ def _match(
         if progress is not None:
             progress("matching", done, total)
 
-    @functools.cache
-    def has_version_before(name: str) -> bool:
-        return bool(adapter.models(name=name, newest=1))
-
     models = []
-    with Ahead(workers, requests, matcher, has_version_before) as ahead:
+    with Ahead(workers, requests, matcher) as ahead:
         matcher.look = ahead.look
         for request in requests:
             with _named(request, requests):
-                models.append(_match_model(adapter, matcher, ahead, request, progress, advance))
+                models.append(_match_model(matcher, ahead, request, progress, advance))
     reader = matcher.reader
     split_sums(matcher.stored, reader, (model.references(reader) for model in models))
     return models
@@ -204,14 +194,15 @@ def _named(request: Request, requests: Sequence[Request]) -> Iterator[None]:
 
 
 def _match_model(
-    adapter: Adapter,
     matcher: Matcher,
     ahead: Ahead,
     request: Request,
     progress: Progress | None,
     advance: Callable[[int], None],
 ) -> MatchedModel:
-    previous = Previous.of(adapter, matcher.stored, matcher.catalog, request.name, request.policy)
+    previous = Previous.of(
+        matcher.adapter, matcher.stored, matcher.catalog, request.name, request.policy
+    )
     if isinstance(request.policy, Accuracy):
         return _match_chosen(matcher, ahead, request, request.policy, previous, advance, progress)
     model = MatchedModel(request, match_tensors(matcher, ahead, request, previous, advance))
@@ -256,15 +247,15 @@ def _match_chosen(
 
 
 def _reports(
+    matcher: Matcher,
     models: Sequence[MatchedModel],
-    spool: Spool,
-    reader: BlockReader,
     layout: Sequence[NDArray[np.int64]],
     started: float,
     *,
     dry_run: bool,
 ) -> list[AddReport]:
     """Say what each model brought; a block counts for the first model that has it."""
+    spool, reader = matcher.spool, matcher.reader
     first_owner = np.full(spool.count, len(models), np.int64)
     for number, model in reversed(list(enumerate(models))):
         references = model.references(reader)

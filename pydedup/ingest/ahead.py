@@ -15,11 +15,11 @@ looked at then. So a store is the same bit for bit whoever helped.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +27,14 @@ from numpy.typing import NDArray
 from pydedup.accuracy import Accuracy
 from pydedup.blocks import MatrixView
 from pydedup.formats.base import TensorEntry
-from pydedup.hashing import hash_view
-from pydedup.ingest.match import hash_keys, look_now, pieces_of
-from pydedup.ingest.met import MetTensors
+from pydedup.hashing import hash_keys, hash_view
+from pydedup.ingest.match import Matcher, look_now, pieces_of
 from pydedup.ingest.plan import Request
 from pydedup.ingest.similar import LookedAt, look_at
 from pydedup.ingest.workers import Task, Workers
 from pydedup.policies import Policy
 
-__all__ = ["SMALL_BYTES", "Ahead", "Known", "distinct_entries"]
+__all__ = ["SMALL_BYTES", "Ahead", "distinct_entries"]
 
 #: Tensors up to this size are read in their turn: that takes less than handing them over.
 SMALL_BYTES = 256 * 1024
@@ -62,20 +61,6 @@ def distinct_entries(request: Request) -> Iterator[tuple[TensorEntry, TensorEntr
             yield entry, None
 
 
-class Known(Protocol):
-    """What is known of blocks: those of this add so far, and those of the store."""
-
-    @property
-    def met(self) -> MetTensors:
-        """Tensors of this add so far."""
-
-    def ask(self, keys: Sequence[bytes]) -> None:
-        """Ask the store about hashes that it was not asked about before."""
-
-    def is_known(self, key: bytes) -> bool:
-        """Whether a block with this hash was met, or is in the store as far as that was asked."""
-
-
 @dataclass(slots=True)
 class _Coming:
     """A tensor that is read before its turn."""
@@ -99,15 +84,10 @@ class _Foreseen:
     tasks: deque[Task[LookedAt]] = field(default_factory=deque)
 
     def made_bytes(self, number: int) -> int:
-        """Return what comes of a piece takes, about."""
+        """Return what all that comes of a piece takes, about."""
         grid = self.view.grid
-        return (
-            2
-            * grid.block_rows
-            * grid.block_cols
-            * self.view.dtype.itemsize
-            * len(self.pieces[number])
-        )
+        block_bytes = grid.block_rows * grid.block_cols * self.view.dtype.itemsize
+        return 2 * block_bytes * len(self.pieces[number])
 
     def is_cut_into(self, pieces: Sequence[NDArray[np.int64]]) -> bool:
         """Whether these are its pieces."""
@@ -115,23 +95,15 @@ class _Foreseen:
 
 
 class Ahead:
-    """Works ahead of the matching of some models, in their order. Not thread-safe.
+    """Works ahead of a matcher of some models, in their order. Not thread-safe.
 
-    ``has_version_before`` says of which names there are older versions: most of the blocks of
-    those models are known without looking at them. With one worker, nothing is done ahead. A
-    context manager.
+    With one worker, nothing is done ahead. A context manager.
     """
 
-    def __init__(
-        self,
-        workers: Workers,
-        requests: Sequence[Request],
-        known: Known,
-        has_version_before: Callable[[str], bool],
-    ) -> None:
+    def __init__(self, workers: Workers, requests: Sequence[Request], matcher: Matcher) -> None:
         self._workers = workers
-        self._known = known
-        self._has_version_before = has_version_before
+        self._matcher = matcher
+        self._has_version_before: dict[str, bool] = {}  # by name
         self._later = _large_tensors(requests) if workers.are_several else iter(())
         self._next = next(self._later, None)
         self._coming: deque[_Coming] = deque()
@@ -247,14 +219,14 @@ class Ahead:
             tensor.is_asked = True
             if self._foresees(tensor.request):
                 view, digests = tensor.task.result()
-                if not self._known.met.has(digests):
+                if not self._matcher.met.has(digests):
                     read.append((tensor, view, hash_keys(digests)))
         if read:
-            self._known.ask([key for _, _, keys in read for key in keys])
+            self._matcher.ask([key for _, _, keys in read for key in keys])
         for tensor, view, keys in read:
             fresh: dict[bytes, int] = {}
             for number, key in enumerate(keys):
-                if key not in self._fresh and not self._known.is_known(key):
+                if key not in self._fresh and not self._matcher.is_known(key):
                     fresh.setdefault(key, number)
             tensor.fresh = frozenset(fresh)
             self._fresh |= tensor.fresh
@@ -266,7 +238,12 @@ class Ahead:
         policy = request.policy
         if isinstance(policy, Accuracy) or not policy.compresses:
             return False
-        return not self._has_version_before(request.name)
+        # Of one with a version before, most blocks are known without a look at them.
+        known = self._has_version_before
+        if request.name not in known:
+            rows = self._matcher.adapter.models(name=request.name, newest=1)
+            known[request.name] = bool(rows)
+        return not known[request.name]
 
 
 def _large_tensors(requests: Sequence[Request]) -> Iterator[tuple[Request, TensorEntry]]:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from pydedup.adapter import LIVE, Adapter
 from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import MatrixView, as_dtype
-from pydedup.codec import Encoding, Page, read_blocks
-from pydedup.ingest.places import stacked
+from pydedup.codec import Page, read_blocks
+from pydedup.ingest.places import stacked, values_of
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import block_places, by_kind, split_places
+from pydedup.layout import are_deltas, block_places, by_kind, split_places
 from pydedup.pool import PagePool
 from pydedup.signatures import SIDE_BITS, BlockKind, read_pieces, read_segments, segment_rows
 from pydedup.similarity import L2LSH
@@ -68,11 +68,9 @@ class Candidates:
         ``blocks`` are stacked (places.stacked). Distances are relative L2, infinity where there
         is no candidate; the id says nothing then. `references` says what the others mean.
         """
-        grid = blocks.grid
-        shape = (grid.block_rows, grid.block_cols)
-        values = blocks.data.view(blocks.dtype.numpy).reshape(-1, *shape)
+        values = values_of(blocks)
         for dtype in FLOATS:
-            index = self._index((dtype, *shape))
+            index = self._index((dtype, *values.shape[1:]))
             if not len(index):
                 continue
             ids, distances = index.query(as_dtype(values, dtype.numpy), k)
@@ -87,10 +85,8 @@ class Candidates:
 
     def add(self, blocks: MatrixView, numbers: NDArray[np.int64]) -> None:
         """Add stacked blocks that have these numbers on the spool."""
-        shape = (blocks.grid.block_rows, blocks.grid.block_cols)
-        kind = (blocks.dtype, *shape)
-        values = blocks.data.view(blocks.dtype.numpy).reshape(-1, *shape)
-        self._index(kind).add(values, _SPOOLED | numbers)
+        kind = (blocks.dtype, blocks.grid.block_rows, blocks.grid.block_cols)
+        self._index(kind).add(values_of(blocks), _SPOOLED | numbers)
         self._fresh.setdefault(kind, []).append(numbers)
 
     def segments(
@@ -164,7 +160,7 @@ def index_pages(pool: PagePool, page_ids: list[int]) -> dict[BlockKind, L2LSH]:
 
 def _index_page(found: dict[BlockKind, L2LSH], page_id: int, page: Page) -> None:
     table = page.slots
-    plain = ~np.isin(table["encoding"], [code for code in Encoding if code.is_delta])
+    plain = ~are_deltas(table["encoding"])
     for dtype, shape, at in by_kind(table[plain]):
         if not Candidates.takes(dtype, shape):
             continue
@@ -173,7 +169,7 @@ def _index_page(found: dict[BlockKind, L2LSH], page_id: int, page: Page) -> None
         read_blocks(blocks, np.arange(len(slots)), [page], np.zeros_like(slots), slots)
         index = found.setdefault((dtype, *shape), new_index((dtype, *shape)))
         index.add(
-            blocks.data.view(dtype.numpy).reshape(-1, *shape),
+            values_of(blocks),
             block_places(np.full(len(slots), page_id, np.int64), slots),
         )
 

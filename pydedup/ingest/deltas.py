@@ -14,7 +14,7 @@ from pydedup.blocks import MatrixView
 from pydedup.ingest.places import stacked
 from pydedup.types import DType
 
-__all__ = ["Delta", "decode_deltas", "encoded_blocks", "replaced"]
+__all__ = ["Delta", "decode_deltas", "delta_limits", "encoded_blocks", "replaced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +36,16 @@ class Delta:
     payload: NDArray[np.uint8]
     encoding: int
 
-    def encoded(self) -> codec.EncodedBlocks:
-        """Return it as the only one of several encoded blocks."""
-        return encoded_blocks([self])
-
 
 def encoded_blocks(deltas: Sequence[Delta]) -> codec.EncodedBlocks:
     """Return deltas one after another."""
-    lengths = np.array([len(delta.payload) for delta in deltas], np.int64)
-    return codec.EncodedBlocks(
-        np.concatenate([delta.payload for delta in deltas]),
-        np.cumsum(lengths) - lengths,
-        lengths,
-        np.array([delta.encoding for delta in deltas], np.uint8),
-    )
+    encodings = np.array([delta.encoding for delta in deltas], np.uint8)
+    return codec.EncodedBlocks.of([delta.payload for delta in deltas], encodings)
+
+
+def delta_limits(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the most bytes of deltas in the place of blocks of so many: 5 % less, 1 at least."""
+    return lengths - np.maximum(lengths // 20, 1)
 
 
 def decode_deltas(
@@ -113,16 +109,9 @@ def replaced(
         np.array_equal(numbers, everything) for numbers in (places, which)
     ):
         return by
-    lengths, encodings = encoded.lengths.copy(), encoded.encodings.copy()
-    lengths[places], encodings[places] = by.lengths[which], by.encodings[which]
-    source = np.full(len(lengths), -1, np.int64)
-    source[places] = which
-    pieces = []
-    for number, other in enumerate(source.tolist()):
-        arena, start = (
-            (encoded.arena, encoded.offsets[number]) if other < 0 else (by.arena, by.offsets[other])
-        )
-        pieces.append(arena[start : start + lengths[number]])
-    return codec.EncodedBlocks(
-        np.concatenate(pieces), np.cumsum(lengths) - lengths, lengths, encodings
-    )
+    pieces, others = encoded.pieces(), by.pieces()
+    for place, number in zip(places.tolist(), which.tolist(), strict=True):
+        pieces[place] = others[number]
+    encodings = encoded.encodings.copy()
+    encodings[places] = by.encodings[which]
+    return codec.EncodedBlocks.of(pieces, encodings)

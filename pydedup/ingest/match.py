@@ -19,7 +19,7 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import MatrixView
 from pydedup.catalog import Catalog
 from pydedup.codec import EncodedBlocks
-from pydedup.hashing import hash_view
+from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.deltas import Delta
@@ -33,19 +33,13 @@ from pydedup.layout import split_places
 from pydedup.policies import Policy
 from pydedup.pool import PagePool
 
-__all__ = ["Hints", "Matched", "Matcher", "hash_keys", "look_now", "pieces_of"]
+__all__ = ["Hints", "Matched", "Matcher", "look_now", "pieces_of"]
 
 # Bytes and number of blocks that are encoded in one go: candidates for each, and what is encoded,
 # lie beside them in memory.
 _PIECE_BYTES = 2 * 1024 * 1024
 _PIECE_BLOCKS = 128
 _LOOKUP_BLOCKS = 8192
-
-
-def hash_keys(digests: NDArray[np.uint64]) -> list[bytes]:
-    """Return digests of shape (n, 2) as 16-byte keys, little-endian."""
-    flat = np.ascontiguousarray(digests, "<u8").tobytes()
-    return [flat[i : i + 16] for i in range(0, len(flat), 16)]
 
 
 def pieces_of(view: MatrixView, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -109,19 +103,24 @@ _Look = Callable[[MatrixView, Sequence[NDArray[np.int64]], Policy], Iterator[Loo
 class Matcher:
     """Matches the tensors of one batch, in order. Not thread-safe.
 
+    Pages of the store that are ``unreadable`` are nothing that blocks are shared with.
+
     Attributes
     ----------
+    adapter, pool
+        The store.
+    spool
+        What it does not have.
     look
         What looks at pieces of a matrix (`look_now`); may have done so ahead of time (ahead.py).
-
-    Pages of the store that are ``unreadable`` are nothing that blocks are shared with.
     """
 
     def __init__(
         self, adapter: Adapter, pool: PagePool, spool: Spool, unreadable: Collection[int] = ()
     ) -> None:
-        self._adapter = adapter
-        self._spool = spool
+        self.adapter = adapter
+        self.pool = pool
+        self.spool = spool
         self.stored = StoredTable(unreadable)
         self.reader = BlockReader(PageScan(adapter, pool), spool, self.stored)
         self.candidates = Candidates(adapter, pool, self.stored)
@@ -183,8 +182,8 @@ class Matcher:
         base_tags: NDArray[np.uint64],
     ) -> NDArray[np.int64]:
         """Keep blocks of a matrix as they are encoded; returns their references. See `Spool`."""
-        numbers = self._spool.count + np.arange(len(indices), dtype=np.int64)
-        self._spool.append(view, indices, encoded, digests, bases, base_tags)
+        numbers = self.spool.count + np.arange(len(indices), dtype=np.int64)
+        self.spool.append(view, indices, encoded, digests, bases, base_tags)
         for key, number in zip(hash_keys(digests), numbers.tolist(), strict=True):
             self._known.add(key, number)
         return numbers
@@ -219,8 +218,8 @@ class Matcher:
             if key not in self._looked_up and key not in self._answers
         ]
         self._answers.update(dict.fromkeys(unknown, ()))
-        with only_sound_rows(self._adapter):  # what others hold is nothing that can be shared
-            rows = self.with_live_bases(self._adapter.find_blocks(unknown))
+        with only_sound_rows(self.adapter):  # what others hold is nothing that can be shared
+            rows = self.with_live_bases(self.adapter.find_blocks(unknown))
         for row in sorted(rows, key=lambda row: (row.page_id, row.slot)):
             self._answers[row.hash128] += (row,)
 
@@ -240,7 +239,7 @@ class Matcher:
         if not len(places):
             return rows
         pages = np.setdiff1d(split_places(places)[0], self.stored.unreadable).tolist()
-        live = [page.id for page in self._adapter.page_rows(ids=pages, state=LIVE)]
+        live = [page.id for page in self.adapter.page_rows(ids=pages, state=LIVE)]
         readable = set(places[np.isin(split_places(places)[0], live)].tolist())
         return [row for row in rows if row.base_id is None or row.base_id in readable]
 
@@ -381,11 +380,4 @@ class _Known:
 
 def _same_bytes(view: MatrixView, a: int, b: int) -> bool:
     """Whether two blocks of one matrix have the same shape and bytes."""
-    return bool(np.array_equal(_bytes_of(view, a), _bytes_of(view, b)))
-
-
-def _bytes_of(view: MatrixView, index: int) -> NDArray[np.uint8]:
-    grid, item = view.grid, view.dtype.itemsize
-    row, col = divmod(index, grid.grid_cols)
-    top, left = row * grid.block_rows, col * grid.block_cols * item
-    return view.data[top : top + grid.block_rows, left : left + grid.block_cols * item]
+    return bool(np.array_equal(view.block(a), view.block(b)))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.blocks import MatrixView
+from pydedup.hashing import digest_bytes
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE
 
@@ -55,4 +56,4 @@ class MetTensors:
 
 
 def _fingerprint(digests: NDArray[np.uint64]) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(digests, "<u8").tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(digest_bytes(digests), digest_size=16).digest()

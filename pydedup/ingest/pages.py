@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.errors import UnavailableError
-from pydedup.ingest.match import hash_keys
-from pydedup.ingest.places import BlockReader
+from pydedup.hashing import hash_keys
+from pydedup.ingest.match import Matcher
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import StagedModel
 from pydedup.ingest.workers import Task, Workers
@@ -40,20 +40,18 @@ _MOST_AT_ONCE = 4
 _Group: TypeAlias = Sequence[NDArray[np.int64]]
 
 
-def plan_layout(
-    models: Sequence[StagedModel], spool: Spool, reader: BlockReader
-) -> list[NDArray[np.int64]]:
+def plan_layout(matcher: Matcher, models: Sequence[StagedModel]) -> list[NDArray[np.int64]]:
     """Return the pages of the spooled blocks: per page, block numbers in slot order."""
-    if spool.count == 0:
+    if matcher.spool.count == 0:
         return []
     owners = []
     for model in models:
-        references = model.references(reader)
+        references = model.references(matcher.reader)
         owners.append(np.unique(references[references >= 0]))
     used = np.unique(np.concatenate(owners))
     if len(used) == 0:
         return []
-    layout = pack(owners, PAGE_CAPACITY, sizes=spool.costs[used])
+    layout = pack(owners, PAGE_CAPACITY, sizes=matcher.spool.costs[used])
     return list(layout.pages)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,10 @@ from pydedup.errors import CorruptStoreError
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import by_page, slot_entries
+from pydedup.layout import by_page, joined, slot_entries
 from pydedup.types import DType
 
-__all__ = ["BlockReader", "stack_blocks", "stacked"]
+__all__ = ["BlockReader", "as_stack", "by_shape", "stack_blocks", "stacked", "values_of"]
 
 _Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
 
@@ -66,11 +67,15 @@ class BlockReader:
             self._stored.note(references[stored[rows]], pages, page_index, slots[rows])
             yield stored[rows], pages, page_index, slots[rows]
 
+    def learn(self, references: NDArray[np.int64]) -> None:
+        """Look at blocks, so that the stored table knows what they take and their dtypes."""
+        for _ in self.windows(references):
+            pass  # noted on the way
+
     def dtypes_of(self, references: NDArray[np.int64]) -> list[DType]:
         """Return the dtype of each block."""
         stored = np.unique(references[references < 0])
-        for _ in self.windows(stored[self._stored.dtypes_of(stored) == 0]):
-            pass  # they are noted on the way
+        self.learn(stored[self._stored.dtypes_of(stored) == 0])
         codes = np.empty(len(references), np.int64)
         new = references >= 0
         codes[new] = self._spool.dtypes[references[new]]
@@ -151,7 +156,9 @@ class BlockReader:
                     pages, page_index, slots, view.dtype, heights[rows], widths[rows]
                 )
                 deltas.append(rows[is_delta & fits])
-        for shape, at in by_shape(np.concatenate(deltas) if deltas else indices[:0], view, indices):
+        rest = joined(deltas)
+        for shape, some in by_shape(view, indices[rest]):
+            at = rest[some]
             found = self.read(references[at], view.dtype, shape).data
             given = stack_blocks(view, indices[at], shape).data
             equal[at] = (found == given).reshape(len(at), -1).all(axis=1)
@@ -159,14 +166,14 @@ class BlockReader:
 
 
 def by_shape(
-    rows: NDArray[np.int64], view: MatrixView, indices: NDArray[np.int64]
+    view: MatrixView, indices: NDArray[np.int64]
 ) -> Iterator[tuple[tuple[int, int], NDArray[np.int64]]]:
-    """Yield ((height, width), those of ``rows`` whose block has it); at most four times."""
-    heights, widths = view.grid.shapes(indices[rows])
+    """Yield ((height, width), which of these blocks have it); at most four times."""
+    heights, widths = view.grid.shapes(indices)
     for height in _distinct(heights):
         of_height = heights == height
         for width in _distinct(widths[of_height]):
-            yield (height, width), rows[of_height & (widths == width)]
+            yield (height, width), np.flatnonzero(of_height & (widths == width))
 
 
 def _distinct(sides: NDArray[np.int64]) -> list[int]:
@@ -174,31 +181,39 @@ def _distinct(sides: NDArray[np.int64]) -> list[int]:
     return sorted({int(sides.min()), int(sides.max())}) if len(sides) else []
 
 
-def stacked(count: int, dtype: DType, shape: tuple[int, int]) -> MatrixView:
-    """Return a matrix, not filled, that is so many blocks one below the other."""
+def as_stack(data: NDArray[np.uint8], dtype: DType, shape: tuple[int, int]) -> MatrixView:
+    """Return rows of bytes as a matrix that is blocks one below the other."""
     height, width = shape
-    data = np.empty((count * height, width * dtype.itemsize), np.uint8)
-    return MatrixView(data, dtype, BlockGrid(count * height, width, height, width))
+    return MatrixView(data, dtype, BlockGrid(len(data), width, height, width))
+
+
+def stacked(count: int, dtype: DType, shape: tuple[int, int]) -> MatrixView:
+    """Return room for so many stacked blocks, not filled."""
+    height, width = shape
+    return as_stack(np.empty((count * height, width * dtype.itemsize), np.uint8), dtype, shape)
+
+
+def values_of(blocks: MatrixView) -> NDArray[Any]:
+    """Return stacked blocks as numbers of shape (n, rows, cols)."""
+    grid = blocks.grid
+    return blocks.data.view(blocks.dtype.numpy).reshape(-1, grid.block_rows, grid.block_cols)
 
 
 def stack_blocks(
     view: MatrixView, indices: NDArray[np.int64], shape: tuple[int, int]
 ) -> MatrixView:
     """Copy blocks of one shape out of a matrix, one below the other."""
-    grid, item = view.grid, view.dtype.itemsize
-    height, width = shape[0], shape[1] * item
+    grid = view.grid
+    height, width = shape[0], shape[1] * view.dtype.itemsize
     if shape == (grid.block_rows, grid.block_cols):
         down, across = grid.rows // height, grid.cols // shape[1]
         whole = view.data[: down * height, : across * width]
         rows, cols = np.divmod(indices, grid.grid_cols)
         blocks = whole.reshape(down, height, across, width).swapaxes(1, 2)[rows, cols]
-        stack = BlockGrid(len(indices) * height, shape[1], *shape)
-        return MatrixView(blocks.reshape(-1, width), view.dtype, stack)
+        return as_stack(blocks.reshape(-1, width), view.dtype, shape)
     out = stacked(len(indices), view.dtype, shape)
     for i, index in enumerate(indices.tolist()):
-        row, col = divmod(index, grid.grid_cols)
-        top, left = row * grid.block_rows, col * grid.block_cols * item
-        out.data[i * height : (i + 1) * height] = view.data[top : top + height, left : left + width]
+        out.data[i * height : (i + 1) * height] = view.block(index)
     return out
 
 

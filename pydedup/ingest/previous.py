@@ -20,6 +20,7 @@ from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
+from pydedup.hashing import digests_of
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
@@ -94,8 +95,7 @@ class Previous:
         source = self._hashes.of(ordinal)
         if block_map.grid != grid or len(source) != 16 * grid.count:
             return found, 0.0
-        before = np.frombuffer(source, "<u8").reshape(-1, 2)
-        same = np.flatnonzero((before == digests).all(axis=1))
+        same = np.flatnonzero((digests_of(source) == digests).all(axis=1))
         found[same] = self._stored.readable(self._references[ordinal][same])
         return found, error
 
@@ -166,8 +166,7 @@ class Previous:
                 self._stored.set_costs(mine[at], costs)
             elif len(at) == blocks:
                 self._stored.set_sum(mine[at], size)
-        for _ in reader.windows(self._stored.without_cost(mine)):
-            pass  # they are noted on the way
+        reader.learn(self._stored.without_cost(mine))
 
     def _raw_costs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the places that this version uses, and what each took if it were raw.
@@ -202,5 +201,4 @@ def split_sums(
     """
     for references in models:
         unknown = stored.parts_apart(np.unique(references[references < 0]))
-        for _ in reader.windows(stored.without_cost(unknown)):
-            pass  # they are noted on the way
+        reader.learn(stored.without_cost(unknown))

@@ -11,34 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.adapter import LIVE, Adapter
+from pydedup.adapter import LIVE
 from pydedup.adapter_options import only_sound_rows
 from pydedup.errors import DuplicateError, PageNotFoundError, PydedupError
-from pydedup.ingest.match import Matcher, hash_keys
+from pydedup.hashing import hash_keys
+from pydedup.ingest.match import Matcher
 from pydedup.ingest.quota import check_quotas
-from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.staged import StagedModel
-from pydedup.ingest.stored_table import StoredTable
 from pydedup.ingest.write import Stager
-from pydedup.pool import PagePool
+from pydedup.layout import block_at, block_places
 
-__all__ = ["Batch", "publish_batch"]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Models that are matched, and what they were matched with."""
-
-    adapter: Adapter
-    pool: PagePool
-    matcher: Matcher
-    models: Sequence[StagedModel]
-    spool: Spool
-    stager: Stager
+__all__ = ["publish_batch"]
 
 
 def publish_batch(
-    batch: Batch,
+    stager: Stager,
     lay_out: Callable[[], list[NDArray[np.int64]]],
     epoch: int,
     check: Callable[[list[NDArray[np.int64]]], None] | None = None,
@@ -62,32 +50,33 @@ def publish_batch(
     list
         The pages that were published.
     """
-    adapter, matcher, models, stager = batch.adapter, batch.matcher, batch.models, batch.stager
+    matcher, models = stager.matcher, stager.models
+    adapter, spool = matcher.adapter, matcher.spool
     try:
         layout = lay_out()
-        lost = _lost_pages(adapter, matcher, models)
+        lost = _lost_pages(matcher, models)
         if lost and adapter.epoch() == epoch:
             raise PageNotFoundError.of(lost)  # nobody took them away: the store is damaged
-        _stage(batch, layout)
+        _stage(stager, layout)
         if check is not None:
             check(layout)
-        if batch.spool.lists:
+        if spool.lists:
             # Only now is it known what these blocks take.
-            check_quotas(adapter, batch.pool, matcher, models, batch.spool, epoch)
+            check_quotas(matcher, models, epoch)
         while not stager.publish(epoch):
             epoch = adapter.epoch()
-            if _lost_pages(adapter, matcher, models):
+            if _lost_pages(matcher, models):
                 stager.discard()
                 return None
-            changed = _match_again(adapter, batch.pool, matcher, models, batch.spool)
-            changed |= _renumber(batch)
-            check_quotas(adapter, batch.pool, matcher, models, batch.spool, epoch)
+            changed = _match_again(matcher, models)
+            changed |= _renumber(stager)
+            check_quotas(matcher, models, epoch)
             if changed:
                 stager.discard()
-                if batch.spool.lists:
+                if spool.lists:
                     return None  # pages that are taken over whole cannot lose a block
                 layout = lay_out()
-                _stage(batch, layout)
+                _stage(stager, layout)
                 if check is not None:
                     check(layout)
     except BaseException:
@@ -98,38 +87,41 @@ def publish_batch(
     return layout
 
 
-def _stage(batch: Batch, layout: list[NDArray[np.int64]]) -> None:
+def _stage(stager: Stager, layout: list[NDArray[np.int64]]) -> None:
     while True:
         try:
-            batch.stager.stage(layout)
+            stager.stage(layout)
             return
         except DuplicateError:
-            if not _renumber(batch):
+            if not _renumber(stager):
                 raise
 
 
-def _renumber(batch: Batch) -> bool:
+def _renumber(stager: Stager) -> bool:
     """Give models other versions whose own, which nobody asked for, others took meanwhile."""
-    return sum(model.renumber(batch.adapter) for model in batch.models) > 0
+    return sum(model.renumber(stager.matcher.adapter) for model in stager.models) > 0
 
 
-def _lost_pages(adapter: Adapter, matcher: Matcher, models: Sequence[StagedModel]) -> list[int]:
+def _used(matcher: Matcher, models: Sequence[StagedModel]) -> NDArray[np.int64]:
+    """Return the distinct references of all blocks of models, and of the bases behind them."""
+    return np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
+
+
+def _lost_pages(matcher: Matcher, models: Sequence[StagedModel]) -> list[int]:
     """Return the pages that models share, and that are not live (any more)."""
-    used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
+    used = _used(matcher, models)
     page_ids, _ = matcher.stored.places(used[used < 0])
     shared = np.unique(page_ids).tolist()
     if not shared:
         return []
-    with only_sound_rows(adapter):
-        live = {row.id for row in adapter.page_rows(ids=shared, state=LIVE)}
+    with only_sound_rows(matcher.adapter):
+        live = {row.id for row in matcher.adapter.page_rows(ids=shared, state=LIVE)}
     return [page_id for page_id in shared if page_id not in live]
 
 
-def _match_again(
-    adapter: Adapter, pool: PagePool, matcher: Matcher, models: Sequence[StagedModel], spool: Spool
-) -> bool:
+def _match_again(matcher: Matcher, models: Sequence[StagedModel]) -> bool:
     """Point references at blocks that others published meanwhile; return whether any were."""
-    used = np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
+    spool, used = matcher.spool, _used(matcher, models)
     used = used[used >= 0]
     are_bases = set(spool.bases[used].tolist())
     keys = hash_keys(spool.hashes[used])
@@ -137,8 +129,8 @@ def _match_again(
     for number, key in zip(used.tolist(), keys, strict=True):
         number_of.setdefault(key, []).append(number)
     moved = np.arange(spool.count, dtype=np.int64)
-    blocks = _Blocks(pool, matcher.stored, spool)
-    for row in matcher.with_live_bases(adapter.find_blocks(list(number_of))):
+    blocks = _Blocks(matcher)
+    for row in matcher.with_live_bases(matcher.adapter.find_blocks(list(number_of))):
         (reference,) = matcher.stored.references([row])
         for number in number_of[row.hash128]:
             if row.base_id is not None and number in are_bases:
@@ -149,8 +141,7 @@ def _match_again(
     if not len(found):
         return False
     bases = matcher.stored.bases_of(found)
-    for _ in matcher.reader.windows(np.unique(np.append(found, bases[bases != NO_BASE]))):
-        pass  # what they take is noted on the way
+    matcher.reader.learn(np.unique(np.append(found, bases[bases != NO_BASE])))
     spool.move_bases(moved)
     for model in models:
         for tensor in model.tensors:
@@ -165,9 +156,7 @@ def _match_again(
 class _Blocks:
     """Blocks of the spool and of the store, compared one by one."""
 
-    pool: PagePool
-    stored: StoredTable
-    spool: Spool
+    matcher: Matcher
 
     def are_same(self, a: int, b: int) -> bool:
         """Whether two references are to blocks of one dtype, shape and content."""
@@ -177,15 +166,11 @@ class _Blocks:
     def _at(self, reference: int) -> tuple[codec.Page, int]:
         """Return the page and slot of a block."""
         if reference >= 0:
-            return self.spool.block(reference)
-        page_ids, slots = self.stored.places(np.array([reference]))
-        (page,) = self.pool.pages(page_ids.tolist())
-        return page, int(slots[0])
+            return self.matcher.spool.block(reference)
+        (place,) = block_places(*self.matcher.stored.places(np.array([reference]))).tolist()
+        return block_at(self.matcher.pool, place)
 
     def _base(self, reference: int) -> tuple[codec.Page, int] | None:
         """Return the page and slot of what a block is a delta of, if it is one."""
-        if reference >= 0:
-            base = int(self.spool.bases[reference])
-        else:
-            base = int(self.stored.bases_of(np.array([reference]))[0])
+        (base,) = self.matcher.reader.bases_of(np.array([reference])).tolist()
         return None if base == NO_BASE else self._at(base)

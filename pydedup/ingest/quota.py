@@ -8,12 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter
 from pydedup.ingest.match import Matcher
-from pydedup.ingest.spool import Spool
 from pydedup.ingest.staged import StagedModel
 from pydedup.layout import block_places, pages_read
-from pydedup.pool import PagePool
 from pydedup.quotas import Newcomers, check
 from pydedup.usage import Readers
 
@@ -21,13 +18,7 @@ __all__ = ["check_quotas"]
 
 
 def check_quotas(
-    adapter: Adapter,
-    pool: PagePool,
-    matcher: Matcher,
-    models: Sequence[StagedModel],
-    spool: Spool,
-    epoch: int,
-    said: str = "this add",
+    matcher: Matcher, models: Sequence[StagedModel], epoch: int, said: str = "this add"
 ) -> bool:
     """Return whether the store is at this epoch, and its quotas allow the models of an add.
 
@@ -57,8 +48,9 @@ def check_quotas(
             for row in pages_read(places(number), matcher.reader.costs_of(references(number)))
         ]
         table = np.array(rows, np.int64).reshape(-1, 4)
-        return Readers(table, places, lambda new: spool.costs[-1 - new])
+        return Readers(table, places, lambda new: matcher.spool.costs[-1 - new])
 
     described = [(m.metadata, m.logical_bytes) for m in models]
     replaced = frozenset(m.replaces for m in models if m.replaces)
-    return check(adapter, pool, Newcomers(described, readers, replaced, said), epoch)
+    newcomers = Newcomers(described, readers, replaced, said)
+    return check(matcher.adapter, matcher.pool, newcomers, epoch)

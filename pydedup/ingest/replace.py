@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.accuracy import Accuracy
-from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.blocks import MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.accuracy import GENTLE, Replacement, choose
 from pydedup.ingest.ahead import Ahead, distinct_entries
 from pydedup.ingest.aligned import ByPosition
 from pydedup.ingest.candidates import Candidates
-from pydedup.ingest.deltas import Delta, decode_deltas
+from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks
 from pydedup.ingest.match import Matcher, pieces_of
-from pydedup.ingest.places import by_shape, stack_blocks
+from pydedup.ingest.places import by_shape, stack_blocks, values_of
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
-from pydedup.ingest.similar import Pairs, exact_distances, values_of
+from pydedup.ingest.similar import Pairs, exact_distances
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.trial import changes
 from pydedup.similarity import magnitude
@@ -39,7 +39,6 @@ __all__ = ["Chosen", "choose_blocks"]
 
 # Error bounds of the quantised deltas that are tried where a stored block is too far away.
 _BOUNDS = GENTLE[::-1]
-_QUANTISED = int(codec.Encoding.QUANTISED)
 
 _Content = Callable[[], NDArray[Any]]
 # What a block may become: its content, the bytes that saves, the delta behind it if there is one,
@@ -88,8 +87,8 @@ class Chosen:
         source = MatrixView.of(request.source.read(entry.name), request.block_shape)
         request.check_unchanged(entry.name, hash_view(source).tobytes())
         largest = 0.0
-        for shape, at in by_shape(changed, now, np.arange(now.grid.count)):
-            for some in pieces_of(now, at):
+        for shape, at in by_shape(now, changed):
+            for some in pieces_of(now, changed[at]):
                 pair = [values_of(stack_blocks(view, some, shape)) for view in (source, now)]
                 largest = max(largest, float(changes(*pair).max()))
         return largest
@@ -128,7 +127,7 @@ def choose_blocks(
         request.check_unchanged(entry.name, digests.tobytes())
         references = matcher.find(view, digests)
         found = np.flatnonzero(references != NO_BASE)
-        shared[entry.name] = [_area(view.grid, number) for number in found.tolist()]
+        shared[entry.name] = [view.grid.area(number) for number in found.tolist()]
         aligned = matcher.aligned.neighbours(request, entry, view.grid)
         tensor = _Tensor(matcher, entry, view, digests, policy.max_rel_error, previous, aligned)
         offers += tensor.offers(np.flatnonzero(references == NO_BASE))
@@ -182,7 +181,7 @@ class _Tensor:
     def offers(self, numbers: NDArray[np.int64]) -> Iterator[_Offer]:
         """Yield what these blocks may become, in order, for those that may become anything."""
         view = self._view
-        for shape, at in by_shape(np.arange(len(numbers), dtype=np.int64), view, numbers):
+        for shape, at in by_shape(view, numbers):
             if not Candidates.takes(view.dtype, shape):
                 continue
             for some in pieces_of(view, at):
@@ -203,7 +202,7 @@ class _Tensor:
             if not levels[row]:
                 continue
             contents, saved, deltas, errors = zip(*levels[row], strict=True)
-            rows, cols = _area(view.grid, number)
+            rows, cols = view.grid.area(number)
             yield _Offer(
                 number,
                 Replacement(
@@ -285,23 +284,22 @@ class _Tensor:
             rows,
             pairs.bases,
             base_index,
-            limits=plain[rows] - np.maximum(plain[rows] // 20, 1),
+            limits=delta_limits(plain[rows]),
             max_rel_error=bound,
         )
         tags = codec.base_tags(hash_view(pairs.bases))
-        for i, row in enumerate(rows.tolist()):
-            length, start = int(encoded.lengths[i]), int(encoded.offsets[i])
-            if length == 0 or encoded.encodings[i] != _QUANTISED:
+        for i, (row, payload) in enumerate(zip(rows.tolist(), encoded.pieces(), strict=True)):
+            if not len(payload) or encoded.encodings[i] != codec.Encoding.QUANTISED:
                 continue
             base = int(base_index[i])
             delta = Delta(
                 int(pairs.references[entries[i]]),
                 int(tags[base]),
-                encoded.arena[start : start + length].copy(),
-                _QUANTISED,
+                payload.copy(),
+                int(codec.Encoding.QUANTISED),
             )
             content = partial(_decoded, delta, blocks, pairs.bases, base)
-            levels[row].append((content, int(plain[row]) - length, delta, bound))
+            levels[row].append((content, int(plain[row]) - len(payload), delta, bound))
 
 
 def _same(content: NDArray[Any]) -> NDArray[Any]:
@@ -309,21 +307,10 @@ def _same(content: NDArray[Any]) -> NDArray[Any]:
 
 
 def _decoded(delta: Delta, blocks: MatrixView, bases: MatrixView, base: int) -> NDArray[Any]:
-    one = decode_deltas(
-        delta.encoded(), np.zeros(1, np.int64), blocks.dtype, bases, np.array([base], np.int64)
-    )
+    which = np.zeros(1, np.int64)
+    one = decode_deltas(encoded_blocks([delta]), which, blocks.dtype, bases, which + base)
     content: NDArray[Any] = values_of(one)[0]
     return content
-
-
-def _area(grid: BlockGrid, number: int) -> tuple[slice, slice]:
-    """Return where a block lies in the matrix."""
-    row, col = divmod(number, grid.grid_cols)
-    top, left = row * grid.block_rows, col * grid.block_cols
-    return (
-        slice(top, min(top + grid.block_rows, grid.rows)),
-        slice(left, min(left + grid.block_cols, grid.cols)),
-    )
 
 
 def _spread(view: MatrixView) -> float:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.blocks import BlockGrid, MatrixView, as_dtype
+from pydedup.blocks import MatrixView, as_dtype
 from pydedup.hashing import hash_view
 from pydedup.ingest.candidates import FLOATS, Candidates
-from pydedup.ingest.deltas import Delta, decode_deltas, encoded_blocks, replaced
-from pydedup.ingest.places import BlockReader, by_shape, stack_blocks
+from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks, replaced
+from pydedup.ingest.places import BlockReader, as_stack, by_shape, stack_blocks, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.similarity import distances, upper_bounds
@@ -33,15 +32,12 @@ __all__ = [
     "Similar",
     "exact_distances",
     "look_at",
-    "values_of",
 ]
 
 # Candidates of one dtype that are looked at.
 _NEAREST = 3
 # Estimated distance up to which a candidate is one: a delta of that size saves about 5 %.
 _FARTHEST = 0.5
-# Codes of `codec.Encoding` as numbers.
-_QUANTISED = int(codec.Encoding.QUANTISED)
 
 
 @dataclass(slots=True)
@@ -100,7 +96,7 @@ def look_at(
     encoded = codec.encode_blocks(view, indices, planes=policy.compresses, threads=threads)
     stacks = []
     if policy.uses_deltas:
-        for shape, at in by_shape(np.arange(len(indices), dtype=np.int64), view, indices):
+        for shape, at in by_shape(view, indices):
             if Candidates.takes(view.dtype, shape):
                 stacks.append((at, stack_blocks(view, indices[at], shape)))
     return LookedAt(encoded, stacks)
@@ -300,10 +296,14 @@ class Similar:
         lengths: NDArray[np.int64],
         bound: float | None,
     ) -> None:
-        limits = lengths[rows] - np.maximum(lengths[rows] // 20, 1)
         base_index = pairs.base_index[entries]
         deltas = codec.encode_deltas(
-            blocks, rows, pairs.bases, base_index, limits=limits, max_rel_error=bound
+            blocks,
+            rows,
+            pairs.bases,
+            base_index,
+            limits=delta_limits(lengths[rows]),
+            max_rel_error=bound,
         )
         good = np.flatnonzero(deltas.lengths > 0)
         if not len(good):
@@ -312,7 +312,7 @@ class Similar:
         places = at[rows[good]]
         kept.bases[places] = pairs.references[entries[good]]
         kept.base_tags[places] = tags[base_index[good]]
-        lossy = good[deltas.encodings[good] == _QUANTISED]
+        lossy = good[deltas.encodings[good] == codec.Encoding.QUANTISED]
         if len(lossy):
             content = decode_deltas(deltas, lossy, blocks.dtype, pairs.bases, base_index[lossy])
             where = at[rows[lossy]]
@@ -376,11 +376,4 @@ def _rows_of(blocks: MatrixView, rows: NDArray[np.int64]) -> MatrixView:
     if len(rows) == grid.count:
         return blocks
     data = blocks.data.reshape(grid.count, -1)[rows].reshape(-1, blocks.data.shape[1])
-    height, width = grid.block_rows, grid.block_cols
-    return MatrixView(data, blocks.dtype, BlockGrid(len(rows) * height, width, height, width))
-
-
-def values_of(blocks: MatrixView) -> NDArray[Any]:
-    """Return stacked blocks as numbers of shape (n, rows, cols)."""
-    grid = blocks.grid
-    return blocks.data.view(blocks.dtype.numpy).reshape(-1, grid.block_rows, grid.block_cols)
+    return as_stack(data, blocks.dtype, (grid.block_rows, grid.block_cols))

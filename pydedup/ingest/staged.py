@@ -20,6 +20,7 @@ from pydedup.certificates import ADDRESS, ARTIFACTS, METADATA, TENSORS, artifact
 from pydedup.errors import FormatError
 from pydedup.formats import ties
 from pydedup.formats.base import TensorEntry
+from pydedup.hashing import digest_bytes
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
@@ -213,5 +214,5 @@ class MatchedModel(StagedModel):
         """Return 16 bytes that name the content: names, dtypes, shapes and block digests."""
         content = ModelDigest()
         for info, tensor in zip(self._infos(), self.tensors, strict=True):
-            content.add(info, np.ascontiguousarray(tensor.digests, "<u8").tobytes())
+            content.add(info, digest_bytes(tensor.digests))
         return content.digest()

@@ -23,7 +23,7 @@ from pydedup.hashing import hash_view
 from pydedup.ingest.ahead import SMALL_BYTES, Ahead, distinct_entries
 from pydedup.ingest.aligned import Neighbours
 from pydedup.ingest.match import Hints, Matcher
-from pydedup.ingest.places import by_shape, stack_blocks
+from pydedup.ingest.places import as_stack, by_shape, stack_blocks
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
 from pydedup.ingest.spool import NO_BASE
@@ -215,7 +215,7 @@ class _Bundle:
         if grid.count == len(indices) == 1:
             self._add_part((view.dtype, (grid.rows, grid.cols)), view.data, indices + start)
             return
-        for shape, at in by_shape(np.arange(len(indices)), view, indices):
+        for shape, at in by_shape(view, indices):
             stack = stack_blocks(view, indices[at], shape)
             self._add_part((view.dtype, shape), stack.data, indices[at] + start)
 
@@ -276,8 +276,7 @@ def _stacks(
 ) -> list[tuple[MatrixView, NDArray[np.int64]]]:
     """Return each stack as a matrix, and the numbers of its blocks."""
     stacks = []
-    for (dtype, (height, width)), found in parts.items():
-        data = np.concatenate([rows for rows, _ in found])
-        view = MatrixView(data, dtype, BlockGrid(len(data), width, height, width))
+    for (dtype, shape), found in parts.items():
+        view = as_stack(np.concatenate([rows for rows, _ in found]), dtype, shape)
         stacks.append((view, np.concatenate([blocks for _, blocks in found])))
     return stacks

@@ -15,18 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import LIVE, Adapter, TensorRow
-from pydedup.blocks import NO_PAGE, PART_BYTES, BlockMap
+from pydedup.adapter import LIVE, TensorRow
+from pydedup.blocks import PART_BYTES, BlockMap
 from pydedup.catalog import map_digest, with_recorded
 from pydedup.certificates import ALIASES, MAPS
 from pydedup.errors import ConflictError
-from pydedup.ingest.match import Matcher, hash_keys
+from pydedup.hashing import digest_bytes, hash_keys
+from pydedup.ingest.match import Matcher
 from pydedup.ingest.pages import PageWriter
-from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.ingest.workers import Workers
 from pydedup.jobs import LEASE_SECONDS, Job
-from pydedup.layout import block_places, pages_read
+from pydedup.layout import NO_PLACE, block_places, map_at, pages_read
 from pydedup.signatures import drop_segment
 
 __all__ = ["Segments", "Stager"]
@@ -61,26 +62,22 @@ class Stager:
 
     def __init__(
         self,
-        adapter: Adapter,
-        models: Sequence[StagedModel],
-        spool: Spool,
         matcher: Matcher,
+        models: Sequence[StagedModel],
         advance: Callable[[int], None] | None = None,
         *,
         kind: str = "add",
         segments: Segments | None = None,
         workers: Workers | None = None,
     ) -> None:
-        self._adapter = adapter
+        self.matcher = matcher
+        self.models = models
+        self._adapter = matcher.adapter
         self._workers = workers
-        self._models = models
-        self._spool = spool
-        self._stored = matcher.stored
-        self._reader = matcher.reader
         self._segments = matcher.candidates if segments is None else segments
         self._advance = advance
         beside = workers.waiting if workers is not None and workers.are_several else None
-        job = self._job = Job(adapter, kind, beside)
+        job = self._job = Job(matcher.adapter, kind, beside)
 
         def beat() -> None:  # without self: a circle would keep what was added in memory
             job.beat([model.model_id for model in models])
@@ -109,7 +106,7 @@ class Stager:
             with self._job.staging():
                 self._has_begun = True
                 self._recorded.clear()
-                for model in self._models:
+                for model in self.models:
                     model.model_id = self._insert_model(model)
                 if pages.is_small:
                     pages.write_small(images)
@@ -117,7 +114,7 @@ class Stager:
                 self._beat()
         except BaseException:
             # Ids of a transaction that failed may become another writer's.
-            for model in self._models:
+            for model in self.models:
                 model.model_id = 0
             pages.forget()
             raise
@@ -139,10 +136,10 @@ class Stager:
         if not self._has_begun:
             return  # another writer was in the way: he need not be waited for once more
         adapter = self._adapter
-        mine = [model.model_id for model in self._models if model.model_id]
+        mine = [model.model_id for model in self.models if model.model_id]
         if any(adapter.model(model_id) is not None for model_id in mine):
             return
-        for model in self._models:
+        for model in self.models:
             if model.model_id:
                 # Also what was written under an id that a vacuum has collected meanwhile.
                 with adapter.transaction():
@@ -163,7 +160,7 @@ class Stager:
             if not adapter.bump_epoch(epoch):
                 return False
             adapter.set_page_state(self.page_ids, LIVE)
-            for model in self._models:
+            for model in self.models:
                 model.settle(adapter)
                 certificate, maps = self._recorded[model.model_id]
                 placed = {MAPS: "".join(maps), ALIASES: model.aliases(adapter)}
@@ -187,10 +184,12 @@ class Stager:
 
     def keep_alive(self) -> None:
         """Say that this is still going on, where nothing is written for long."""
-        self._job.keep_alive([model.model_id for model in self._models])
+        self._job.keep_alive([model.model_id for model in self.models])
 
     def _page_writer(self, layout: Sequence[NDArray[np.int64]]) -> PageWriter:
-        return PageWriter(self._job, self._spool, layout, self._workers, self._beat, self._advance)
+        return PageWriter(
+            self._job, self.matcher.spool, layout, self._workers, self._beat, self._advance
+        )
 
     def _insert_model(self, model: StagedModel) -> int:
         row = model.row()
@@ -217,17 +216,17 @@ class Stager:
         """Yield all rows but those of models and pages."""
         yield from self._delta_rows()
         segments = self._segments.segments(
-            self._models[0].model_id, self._pages.page_of, self._pages.slot_of, self.page_ids
+            self.models[0].model_id, self._pages.page_of, self._pages.slot_of, self.page_ids
         )
         yield from (("signature", row) for row in segments)
-        for model in self._models:
+        for model in self.models:
             yield from self._model_rows(model)
 
     def _delta_rows(self) -> Iterator[_Row]:
         """Yield the distinct blocks that name a base: now all of those have a place."""
-        spool, pages = self._spool, self._pages
+        spool, pages = self.matcher.spool, self._pages
         numbers = np.flatnonzero((spool.bases != NO_BASE) & (pages.page_of > 0))
-        base_places = block_places(*self.places(spool.bases[numbers])).tolist()
+        base_places = self.places(spool.bases[numbers]).tolist()
         keys = hash_keys(spool.hashes[numbers])
         page_ids, slots = pages.page_of[numbers].tolist(), pages.slot_of[numbers].tolist()
         for row in zip(keys, page_ids, slots, base_places, strict=True):
@@ -243,37 +242,30 @@ class Stager:
             self._recorded[model_id][1].append(map_digest(parts))
             for part, payload in enumerate(parts):
                 yield "map", (model_id, ordinal, part, payload)
-            hashes = np.ascontiguousarray(tensor.digests, "<u8").tobytes()
+            hashes = digest_bytes(tensor.digests)
             for part, start in enumerate(range(0, len(hashes), PART_BYTES)):
                 payload = hashes[start : start + PART_BYTES]
                 yield "hash", (model_id, ordinal, part, payload)
-        references = model.references(self._reader)
-        places = block_places(*self.places(references))
-        for row in pages_read(places, self._reader.costs_of(references)):
+        reader = self.matcher.reader
+        references = model.references(reader)
+        for row in pages_read(self.places(references), reader.costs_of(references)):
             yield "read", (model_id, *row)
         for artifact in model.artifacts():
             yield "artifact", (model_id, *artifact)
 
     def _block_map(self, tensor: MatchedTensor) -> BlockMap:
-        page_ids, slots = self.places(tensor.references)
-        bases = self._reader.bases_of(tensor.references)
-        is_delta = bases != NO_BASE
-        if not is_delta.any():
-            return BlockMap(tensor.grid, tensor.entry.dtype, page_ids, slots)
-        base_page_ids = np.full(len(bases), NO_PAGE, np.int64)
-        base_slots = np.zeros(len(bases), np.uint32)
-        base_page_ids[is_delta], base_slots[is_delta] = self.places(bases[is_delta])
-        return BlockMap(tensor.grid, tensor.entry.dtype, page_ids, slots, base_page_ids, base_slots)
+        bases = self.places(self.matcher.reader.bases_of(tensor.references))
+        return map_at(tensor.grid, tensor.entry.dtype, self.places(tensor.references), bases)
 
-    def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Return page ids and slots of blocks that are stored or staged."""
-        page_ids = np.empty(len(references), np.int64)
-        slots = np.empty(len(references), np.uint32)
+    def places(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the places of blocks that are stored or staged, `NO_PLACE` for `NO_BASE`."""
+        places = np.full(len(references), NO_PLACE, np.int64)
         new = references >= 0
-        page_ids[new] = self._pages.page_of[references[new]]
-        slots[new] = self._pages.slot_of[references[new]]
-        page_ids[~new], slots[~new] = self._stored.places(references[~new])
-        return page_ids, slots
+        spooled = references[new]
+        places[new] = block_places(self._pages.page_of[spooled], self._pages.slot_of[spooled])
+        stored = ~new & (references != NO_BASE)
+        places[stored] = block_places(*self.matcher.stored.places(references[stored]))
+        return places
 
 
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:

@@ -29,8 +29,8 @@ from pydedup.errors import (
 )
 from pydedup.formats.base import ModelSource
 from pydedup.formats.registry import open_source
-from pydedup.hashing import hash_view
-from pydedup.layout import DELTA_ENCODINGS, split_places
+from pydedup.hashing import digest_bytes, hash_keys, hash_view
+from pydedup.layout import are_deltas, block_at, split_place
 from pydedup.pool import PagePool
 from pydedup.types import DType
 
@@ -133,9 +133,8 @@ class StoreSource:
         try:
             base = None
             if row.base_id is not None:
-                (page_id,), (slot,) = split_places(np.array([row.base_id]))
-                at = int(page_id)
-                base = self._pool.pages([at])[0], int(slot)
+                at, _ = split_place(row.base_id)
+                base = block_at(self._pool, row.base_id)
                 at = row.page_id
             block = read_block(self._pool.pages([at])[0], row.slot, base)
         except CorruptStoreError as exc:
@@ -224,18 +223,15 @@ def block_source(
 def _matching(view: MatrixView, asked: Collection[Wanted]) -> Iterator[EncodedBlock]:
     """Yield the blocks of a matrix that are wanted, encoded."""
     grid = view.grid
-    digests = hash_view(view).astype("<u8").tobytes()
-    columns = zip(grid.heights().tolist(), grid.widths().tolist(), strict=True)
+    columns = hash_keys(hash_view(view)), grid.heights().tolist(), grid.widths().tolist()
     contents = [
-        Wanted(digests[16 * i : 16 * i + 16], view.dtype.code, *shape)
-        for i, shape in enumerate(columns)
+        Wanted(digest, view.dtype.code, *shape) for digest, *shape in zip(*columns, strict=True)
     ]
     hits = [i for i, content in enumerate(contents) if content in asked]
     encoded = codec.encode_blocks(view, np.array(hits, np.int64), planes=True)
-    spans = zip(hits, encoded.encodings.tolist(), encoded.offsets.tolist(), strict=True)
-    for (number, encoding, start), length in zip(spans, encoded.lengths.tolist(), strict=True):
-        data = encoded.arena[start : start + length].tobytes()
-        yield EncodedBlock(contents[number], encoding, data)
+    found = zip(hits, encoded.encodings.tolist(), encoded.pieces(), strict=True)
+    for number, encoding, piece in found:
+        yield EncodedBlock(contents[number], encoding, piece.tobytes())
 
 
 def read_block(
@@ -252,7 +248,7 @@ def read_block(
     view = MatrixView.of(np.empty((rows, cols), DType.of_code(dtype).numpy), (rows, cols))
     bases = None if base is None else codec.StoredBases([base[0]], [0], [base[1]])
     codec.read_blocks(view, [0], [page], [0], [slot], bases=bases)
-    content = Wanted(hash_view(view).astype("<u8").tobytes(), dtype, rows, cols)
+    content = Wanted(digest_bytes(hash_view(view)), dtype, rows, cols)
     encoding = codec.Encoding(int(entry["encoding"]))
     if encoding.is_delta and not keep_delta:
         fresh = codec.encode_blocks(view, [0], planes=True)
@@ -288,7 +284,7 @@ def page_of_slot(payload: bytes, slot: int) -> codec.Page | None:
         return None
     entry = np.frombuffer(payload, codec.SLOT_DTYPE, 1, at)
     # Reading checks the base itself; any tag will do.
-    tags = np.isin(entry["encoding"], DELTA_ENCODINGS).astype(np.uint64)
+    tags = are_deltas(entry["encoding"]).astype(np.uint64)
     try:
         image = codec.build_page(
             np.frombuffer(payload, np.uint8),

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
-from pydedup.blocks import NO_PAGE, BlockMap
+from pydedup.blocks import BlockMap
 from pydedup.errors import ConflictError
 from pydedup.jobs import LEASE_SECONDS, Job
 from pydedup.layout import (
+    NO_PLACE,
     base_places,
     block_costs,
     block_places,
+    map_at,
     pages_read,
     split_places,
     used_places,
@@ -27,8 +29,6 @@ from pydedup.maintenance.survey import sound_models, stored_model
 from pydedup.pool import PagePool
 
 __all__ = ["Left", "Moves", "relocate"]
-
-_NO_BASE = _NOWHERE = -1
 
 
 class Moves:
@@ -42,7 +42,7 @@ class Moves:
     def note(self, old: int, new: int, base: int | None, cost: int) -> None:
         """Say that a block lies at a new place, where its base does, and what it takes there."""
         self.places[old] = new
-        self._bases[old] = _NO_BASE if base is None else base
+        self._bases[old] = NO_PLACE if base is None else base
         self._costs[new] = cost
 
     def costs(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -61,7 +61,7 @@ class Moves:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Moves by ascending old place: the new one, and where the base is now, or `_NO_BASE`."""
+    """Moves by ascending old place: the new one, and where the base is now, or `NO_PLACE`."""
 
     old: NDArray[np.int64]
     new: NDArray[np.int64]
@@ -94,7 +94,7 @@ class Left:
     def keep(self, page_ids: Iterable[int], reader: str) -> None:
         """Note that a model reads these damaged pages, and nobody knows what of them."""
         for page_id in page_ids:
-            self.missing.setdefault(page_id, {}).setdefault(_NOWHERE, set()).add(reader)
+            self.missing.setdefault(page_id, {}).setdefault(NO_PLACE, set()).add(reader)
 
 
 def relocate(
@@ -130,7 +130,7 @@ def relocate(
                 continue
             model = stored_model(adapter, row)
             if model is None:
-                left.keep(mine.keys() & set(damaged), f"{row.name}@{row.version}")
+                left.keep(mine.keys() & set(damaged), row.address)
                 continue
             old_maps = model.block_maps()
             maps = [_moved(block_map, table) for block_map in old_maps]
@@ -165,15 +165,7 @@ def _moved(block_map: BlockMap, table: _Table) -> BlockMap:
         return block_map
     bases[base_moved] = table.new[base_entries]
     places[moved], bases[moved] = table.new[entries], table.bases[entries]
-    page_ids, slots = split_places(places)
-    new = replace(block_map, page_ids=page_ids, slots=slots, base_page_ids=None, base_slots=None)
-    is_delta = bases != _NO_BASE
-    if is_delta.any():
-        base_page_ids = np.full(len(bases), NO_PAGE, np.int64)
-        base_slots = np.zeros(len(bases), np.uint32)
-        base_page_ids[is_delta], base_slots[is_delta] = split_places(bases[is_delta])
-        new = replace(new, base_page_ids=base_page_ids, base_slots=base_slots)
-    return new
+    return map_at(block_map.grid, block_map.dtype, places, bases)
 
 
 def _pages_of_deltas(block_map: BlockMap, table: _Table) -> Iterator[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,19 +22,24 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, Adapter, ModelRow
-from pydedup.blocks import NO_PAGE, BlockMap
+from pydedup.blocks import BlockMap
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError, PageNotFoundError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import (
+    NO_PLACE,
     PAGE_CAPACITY,
+    base_places,
     block_forms,
+    block_place,
     block_places,
     copy_page,
     joined,
+    map_at,
     map_places,
     page_bytes,
     pages_read,
+    split_place,
     split_places,
     used_places,
 )
@@ -48,7 +53,6 @@ __all__ = ["UNUSED_PART", "RepackPlan", "Repacked", "plan_repack", "repack"]
 
 _PAGES_PER_TRANSACTION = 16
 _ROWS_PER_TRANSACTION = 20_000
-_NO_BASE = -1
 #: A page is left alone when so much of it is in use, and nothing else on it, and each of its owners
 #: reads as much.
 _GOOD_PART = 0.9
@@ -176,19 +180,19 @@ def repack(
     if plan is None:
         return Repacked()
     places, layout = plan.places, plan.layout
-    page_of, slot_of = split_places(places.places)
-    moved = ~np.isin(page_of, plan.kept)
+    new_places = places.places.copy()
+    moved = ~np.isin(split_places(new_places)[0], plan.kept)
     new_ids: list[int] = []
     job = Job(adapter, "repack")
     try:
         for start in range(0, len(layout.pages), _PAGES_PER_TRANSACTION):
             group = layout.pages[start : start + _PAGES_PER_TRANSACTION]
-            new_ids.extend(_stage(pool, places, group, page_of, slot_of, job))
+            new_ids.extend(_stage(pool, places, group, new_places, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
-        _stage_deltas(adapter, places, page_of, slot_of, moved, job)
+        _stage_deltas(adapter, places, new_places, moved, job)
         moves = [
-            _move(model, places, page_of, slot_of)
+            _move(model, places, new_places)
             for model, owned in zip(plan.models, places.owners, strict=True)
             if moved[owned].any()
         ]
@@ -234,8 +238,8 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
                 "are; run verify on the store"
             )
     rows = [recorded[place] for place in named]
-    bases = np.array([_NO_BASE if row.base_id is None else row.base_id for row in rows], np.int64)
-    is_delta = bases != _NO_BASE
+    bases = np.array([NO_PLACE if row.base_id is None else row.base_id for row in rows], np.int64)
+    is_delta = bases != NO_PLACE
     if not np.isin(bases[is_delta], used).all():
         raise CorruptStoreError(
             "a block that is in use is a delta on one that no block map names; "
@@ -269,7 +273,7 @@ def _staying(places: _Places, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Return the ids of those of these pages that can stay when all others go."""
     index, stays = _page_numbers(places), wanted.copy()
     # What is written of a delta names its base's place: it moves when that does.
-    deltas = np.flatnonzero(places.bases != _NO_BASE)
+    deltas = np.flatnonzero(places.bases != NO_PLACE)
     bases = places.bases[deltas]
     while (alone := stays[index[deltas]] & ~stays[index[bases]]).any():
         stays[index[deltas[alone]]] = False
@@ -296,8 +300,7 @@ def _stage(
     pool: PagePool,
     places: _Places,
     group: Sequence[NDArray[np.int64]],
-    page_of: NDArray[np.int64],
-    slot_of: NDArray[np.uint32],
+    new_places: NDArray[np.int64],
     job: Job,
 ) -> list[int]:
     images = [copy_page(pool, *places.at(numbers)) for numbers in group]
@@ -305,31 +308,31 @@ def _stage(
     with job.staging():
         for image, numbers in zip(images, group, strict=True):
             hashes = [
-                places.hashes[number] if places.bases[number] == _NO_BASE else None
+                places.hashes[number] if places.bases[number] == NO_PLACE else None
                 for number in numbers.tolist()
             ]
             new_ids.append(job.stage_page(codec.page_checksum(image), image, hashes))
         job.beat()
     for page_id, numbers in zip(new_ids, group, strict=True):
-        page_of[numbers] = page_id
-        slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
+        new_places[numbers] = block_place(page_id, 0) + np.arange(len(numbers))
     return new_ids
 
 
 def _stage_deltas(
     adapter: Adapter,
     places: _Places,
-    page_of: NDArray[np.int64],
-    slot_of: NDArray[np.uint32],
+    new_places: NDArray[np.int64],
     moved: NDArray[np.bool_],
     job: Job,
 ) -> None:
     """Write the rows of deltas that move: only now do all bases have a place."""
-    numbers = np.flatnonzero(moved & (places.bases != _NO_BASE))
-    base_places = block_places(page_of, slot_of)[places.bases[numbers]].tolist()
+    numbers = np.flatnonzero(moved & (places.bases != NO_PLACE))
+    bases = new_places[places.bases[numbers]]
     rows = [
-        (places.hashes[number], int(page_of[number]), int(slot_of[number]), base)
-        for number, base in zip(numbers.tolist(), base_places, strict=True)
+        (places.hashes[number], *split_place(place), base)
+        for number, place, base in zip(
+            numbers.tolist(), new_places[numbers].tolist(), bases.tolist(), strict=True
+        )
     ]
     for start in range(0, len(rows), _ROWS_PER_TRANSACTION):
         with job.staging():
@@ -337,28 +340,17 @@ def _stage_deltas(
             job.beat()
 
 
-def _move(
-    model: StoredModel,
-    places: _Places,
-    page_of: NDArray[np.int64],
-    slot_of: NDArray[np.uint32],
-) -> _Move:
-    maps, costs = [], []
+def _move(model: StoredModel, places: _Places, new_places: NDArray[np.int64]) -> _Move:
+    maps, used = [], []
     for old in model.block_maps():
+        count, bases = old.grid.count, base_places(old)
+        # Behind the blocks come the bases of those that have one, in their order.
         numbers = places.numbers(map_places(old))
-        costs.append(codec.page_cost(places.lengths[numbers]))
-        count = old.grid.count
-        page_ids, slots = page_of[numbers], slot_of[numbers]
-        new = BlockMap(old.grid, old.dtype, page_ids[:count], slots[:count])
-        if old.bases is not None:
-            # Behind the blocks come the bases of those that have one, in their order.
-            is_delta = old.bases[0] != NO_PAGE
-            base_page_ids = np.full(count, NO_PAGE, np.int64)
-            base_slots = np.zeros(count, np.uint32)
-            base_page_ids[is_delta], base_slots[is_delta] = page_ids[count:], slots[count:]
-            new = replace(new, base_page_ids=base_page_ids, base_slots=base_slots)
-        maps.append(new)
-    reads = pages_read(joined([map_places(m) for m in maps]), joined(costs))
+        bases[bases != NO_PLACE] = new_places[numbers[count:]]
+        maps.append(map_at(old.grid, old.dtype, new_places[numbers[:count]], bases))
+        used.append(numbers)
+    every = joined(used)
+    reads = pages_read(new_places[every], codec.page_cost(places.lengths[every]))
     return _Move(model.row, maps, list(reads))
 
 

@@ -24,7 +24,7 @@ from pydedup import codec
 from pydedup.adapter import Adapter
 from pydedup.errors import CorruptStoreError, PydedupError, SchemaVersionError, UnavailableError
 from pydedup.jobs import Job
-from pydedup.layout import PAGE_CAPACITY, block_places, split_places
+from pydedup.layout import PAGE_CAPACITY, block_at, block_place, split_place
 from pydedup.maintenance.blocks_from import (
     BlockSource,
     EncodedBlock,
@@ -268,7 +268,7 @@ class _Repair:
                 continue
             named: Counter[int] = Counter()
             for delta, of in dependents.get(place, {}).items():
-                page_id, slot = _split(delta)
+                page_id, slot = split_place(delta)
                 if page_id not in payloads:
                     payloads = {page_id: self._payload(page_id)}
                 page = page_of_slot(payloads[page_id], slot)
@@ -287,7 +287,7 @@ class _Repair:
         """Yield place, block, and the block as its page has it, where that is still right."""
         at, payload = -1, b""
         for place in sorted(lost):
-            page_id, slot = _split(place)
+            page_id, slot = split_place(place)
             if page_id != at:
                 at, payload = page_id, self._payload(page_id)
             self._job.keep_alive()
@@ -311,9 +311,7 @@ class _Repair:
         """Return where the base of a delta is now. Raises CorruptStoreError where it is lost."""
         if block.base is None:
             return None
-        page_id, slot = _split(self.moves.places.get(block.base, block.base))
-        (page,) = self._pool.pages([page_id])
-        return page, slot
+        return block_at(self._pool, self.moves.places.get(block.base, block.base))
 
     def _payload(self, page_id: int) -> bytes:
         """Return the bytes of a page, whatever they are; none of one that is not there."""
@@ -349,7 +347,7 @@ class _Repair:
         self.new_pages += ids  # only now: ids of a transaction that failed may become another's
         for page_id, blocks in zip(ids, self._full, strict=True):
             for slot, block in enumerate(blocks):
-                self.moves.note(block.place, _join(page_id, slot), block.base, block.cost)
+                self.moves.note(block.place, block_place(page_id, slot), block.base, block.cost)
         self._full = []
         if self._progress is not None:
             done = len(self.moves.places)
@@ -386,12 +384,3 @@ class _Placed:
     encoded: EncodedBlock
     base: int | None
     cost: int
-
-
-def _split(place: int) -> tuple[int, int]:
-    page_ids, slots = split_places(np.array([place], np.int64))
-    return int(page_ids[0]), int(slots[0])
-
-
-def _join(page_id: int, slot: int) -> int:
-    return int(block_places(np.array([page_id], np.int64), np.array([slot]))[0])

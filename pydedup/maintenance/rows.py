@@ -18,9 +18,14 @@ from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
 from pydedup.blocks import named_pages
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError, NotFoundError, PageNotFoundError, UnavailableError
+from pydedup.hashing import digest_bytes
 from pydedup.layout import (
+    NO_PLACE,
+    are_deltas,
     base_places,
+    block_at,
     block_costs,
+    block_place,
     block_places,
     by_page,
     split_places,
@@ -59,19 +64,18 @@ def refuse_pages_in_use(adapter: Adapter, page_ids: Collection[int]) -> None:
         return
     with adapter.snapshot():
         for row in adapter.models():
-            address = f"{row.name}@{row.version}"
             try:
                 named = named_pages(part for _, part in adapter.block_maps(row.id))
             except CorruptStoreError as exc:
                 raise CorruptStoreError(
-                    f"{address}: {exc}, so nobody knows which pages it uses, and none is deleted; "
-                    "run verify on the store"
+                    f"{row.address}: {exc}, so nobody knows which pages it uses, and none is "
+                    "deleted; run verify on the store"
                 ) from exc
             used = np.intersect1d(named, doomed, assume_unique=True).tolist()
             if used:
                 pages = f"{plural(len(used), 'page')} ({listed([str(page) for page in used])})"
                 raise CorruptStoreError(
-                    f"{address} uses {pages} that were to be deleted as unused, so nothing is "
+                    f"{row.address} uses {pages} that were to be deleted as unused, so nothing is "
                     "deleted; run verify --repair-from on the store"
                 )
 
@@ -176,10 +180,10 @@ def rows_by_slot(
 
 
 def _says_what_is_there(page: codec.Page, row: BlockRow) -> bool:
-    if page.slots["encoding"][row.slot] >= codec.Encoding.DELTA:
+    if are_deltas(page.slots["encoding"][row.slot]):
         return row.base_id is not None
     digests = codec.block_digests([page], np.zeros(1, np.int64), np.array([row.slot], np.int64))
-    return row.base_id is None and digests.astype("<u8").tobytes() == row.hash128
+    return row.base_id is None and digest_bytes(digests) == row.hash128
 
 
 def blocks_of_no_page(adapter: Adapter, known: int) -> list[BlockRow]:
@@ -236,7 +240,7 @@ def record_blocks(adapter: Adapter, pool: PagePool, slots: Mapping[int, Sequence
 
 
 def _bases_on(adapter: Adapter, page_ids: Collection[int]) -> dict[int, int]:
-    """Return by place the base of each block that a model uses on some pages, -1 for no delta."""
+    """Return by place the base of each block that a model uses on some pages, or `NO_PLACE`."""
     bases: dict[int, int] = {}
     pages = np.array(list(page_ids), np.int64)
     with adapter.snapshot(), sound_rows(adapter, VerifyReport()):
@@ -255,15 +259,12 @@ def _contents(
     """Yield rows of distinct blocks: what is in these slots, as far as it can be read."""
     for page_id, wanted in slots.items():
         for slot in wanted:
-            (place,) = block_places(np.array([page_id]), np.array([slot])).tolist()
-            at = bases.get(place, -1)
+            base_place = bases.get(block_place(page_id, slot), NO_PLACE)
+            is_delta = base_place != NO_PLACE
             try:
                 (page,) = pool.pages([page_id])
-                base = None
-                if at >= 0:
-                    (base_page_id,), (base_slot,) = split_places(np.array([at]))
-                    base = pool.pages([int(base_page_id)])[0], int(base_slot)
+                base = block_at(pool, base_place) if is_delta else None
                 block = read_block(page, slot, base, keep_delta=True)
             except _UNREADABLE:
                 continue
-            yield block.content.digest, page_id, slot, at if at >= 0 else None
+            yield block.content.digest, page_id, slot, base_place if is_delta else None

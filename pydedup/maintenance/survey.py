@@ -14,7 +14,7 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import BlockMap
 from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
-from pydedup.layout import block_places, split_places
+from pydedup.layout import block_place, block_places, split_places
 
 __all__ = ["Lost", "Survey", "sound_models", "stored_model", "survey"]
 
@@ -195,8 +195,7 @@ def _recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> dict[int, BlockR
     rows: dict[int, BlockRow] = {}
     for start in range(0, len(page_ids), _PAGES_AT_ONCE):
         for row in adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist()):
-            place = block_places(np.array([row.page_id]), np.array([row.slot]))
-            rows[int(place[0])] = row
+            rows[block_place(row.page_id, row.slot)] = row
     return rows
 
 

@@ -229,9 +229,7 @@ def _model_reads(
 ) -> tuple[ModelReads, ...]:
     """Return one entry per model that was there before and is there now, by address."""
     both = [row for row in adapter.models() if row.id in before and row.id in after]
-    entries = [
-        ModelReads(f"{row.name}@{row.version}", before[row.id][0], *after[row.id]) for row in both
-    ]
+    entries = [ModelReads(row.address, before[row.id][0], *after[row.id]) for row in both]
     return tuple(sorted(entries, key=lambda entry: entry.model))
 
 

@@ -89,7 +89,7 @@ def _note_leftovers(adapter: Adapter, damaged: Collection[int], report: VerifyRe
     for row in models:
         if row.state not in (STAGING, LIVE):
             report.add_error(
-                f"{row.name}@{row.version} is {row.state!r}, a state that no model has, so it is "
+                f"{row.address} is {row.state!r}, a state that no model has, so it is "
                 "not served; restore a backup"
             )
     for model_id in sorted(lost_models(adapter).difference(damaged, (row.id for row in models))):

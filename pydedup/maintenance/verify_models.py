@@ -13,10 +13,11 @@ from pydedup.adapter import Adapter, BlockRow, ModelRow
 from pydedup.blocks import BlockMap
 from pydedup.catalog import ModelDigest, SourceHashes, StoredModel, recorded_aliases
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
-from pydedup.layout import base_places, by_page, split_places, used_places
+from pydedup.hashing import digests_of
+from pydedup.layout import NO_PLACE, base_places, by_page, split_places, used_places
 from pydedup.maintenance.damage import MAX_ERRORS, VerifyReport
 from pydedup.maintenance.rows import wrong_reads
-from pydedup.maintenance.verify_pages import DAMAGE, NO_BASE, OTHER_BASE, PageContent
+from pydedup.maintenance.verify_pages import DAMAGE, OTHER_BASE, PageContent
 from pydedup.names import check_name
 from pydedup.quotas import Quotas
 from pydedup.text import listed
@@ -89,7 +90,7 @@ class ModelChecks:
     ) -> None:
         """Check that the blocks of a tensor are there, as the source had them."""
         report = self._report
-        wanted = np.frombuffer(source, "<u8").reshape(-1, 2)
+        wanted = digests_of(source)
         heights, widths = block_map.grid.heights(), block_map.grid.widths()
         bases = base_places(block_map)
         for page_id, blocks in by_page(block_map.page_ids):
@@ -122,7 +123,7 @@ class ModelChecks:
                 report.add_error(
                     f"{where}: blocks on page {page_id} have other bases than recorded"
                 )
-            lost = np.setdiff1d(split_places(needed[needed != NO_BASE])[0], self._live)
+            lost = np.setdiff1d(split_places(needed[needed != NO_PLACE])[0], self._live)
             if not all(map(report.unread, lost.tolist())):
                 report.add_error(f"{where}: bases of blocks on page {page_id} are missing")
 

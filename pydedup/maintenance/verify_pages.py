@@ -15,21 +15,20 @@ from pydedup.adapter import LIVE, Adapter, BlockRow, PageRow
 from pydedup.adapter_options import PlacesAdapter, page_copies
 from pydedup.catalog import page_readers, recorded_pages
 from pydedup.errors import CorruptStoreError, SchemaVersionError, UnavailableError
-from pydedup.layout import slot_entries, split_places
+from pydedup.hashing import hash_keys
+from pydedup.layout import NO_PLACE, are_deltas, slot_entries, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport
 from pydedup.maintenance.rows import blocks_of_no_page, rows_by_slot
 from pydedup.pool import PagePool
 from pydedup.text import plural
 from pydedup.types import LARGEST_ID, Progress
 
-__all__ = ["DAMAGE", "NO_BASE", "OTHER_BASE", "PageChecks", "PageContent", "content_digests"]
+__all__ = ["DAMAGE", "OTHER_BASE", "PageChecks", "PageContent", "content_digests"]
 
 _PAGES_AT_ONCE = 8
 # Pages with bases, which come up again and again.
 _BASE_PAGE_BYTES = 64 * 1024 * 1024
 
-#: In place of a base, of a block that is no delta.
-NO_BASE = -1
 OTHER_BASE = "its base is another than recorded"
 #: What says that a page is damaged. Any other error (a kernel or memory that cannot be had) says
 #: nothing about the store.
@@ -48,7 +47,7 @@ class PageContent:
     readable: NDArray[np.bool_]
     """False for deltas whose base cannot be read; their digests are 0."""
     bases: NDArray[np.int64] | None
-    """Places of bases, `NO_BASE` where a block is no delta; None where none is."""
+    """Places of bases, `NO_PLACE` where a block is no delta; None where none is."""
     doubts: dict[int, tuple[BlockRow, str]] = field(default_factory=dict)
     """Slots that are not as recorded, with the row of each and what is said of it: either of them
     is damaged, and models may know which. Of deltas whose bases are gone, which may well be,
@@ -56,7 +55,7 @@ class PageContent:
 
     def bases_of(self, slots: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return the places of the bases of some blocks."""
-        return np.full(len(slots), NO_BASE) if self.bases is None else self.bases[slots]
+        return np.full(len(slots), NO_PLACE) if self.bases is None else self.bases[slots]
 
 
 class PageChecks:
@@ -172,12 +171,12 @@ class PageChecks:
         """Compare each slot with its row in ``wanted``; return those that have none."""
         report = self._report
         nameless, is_recorded = [], False
-        actual = content.digests.astype("<u8").tobytes()
+        digests = hash_keys(content.digests)
         gone = ~content.readable
         if content.bases is not None and gone.any():
             gone &= ~np.isin(split_places(content.bases)[0], list(self._live))
         for slot, readable in enumerate(content.readable.tolist()):
-            digest = actual[16 * slot : 16 * slot + 16]
+            digest = digests[slot]
             if slot not in wanted:
                 report.add_error(f"page {page_id}, slot {slot}: no distinct block names it")
                 nameless.append(slot)
@@ -261,19 +260,19 @@ def _bases_on(
 
     Also the slots whose rows are to be made anew: a page knows which of its blocks are deltas.
     """
-    is_delta = page.slots["encoding"] >= codec.Encoding.DELTA
-    bases = np.full(page.n_slots, NO_BASE)
+    is_delta = are_deltas(page.slots["encoding"])
+    bases = np.full(page.n_slots, NO_PLACE)
     wrong: list[int] = []
     for slot, row in recorded.items():
         if slot < page.n_slots and row.base_id is not None:
             bases[slot] = row.base_id
-    for slot in np.flatnonzero(is_delta != (bases != NO_BASE)).tolist():
+    for slot in np.flatnonzero(is_delta != (bases != NO_PLACE)).tolist():
         kind = "a delta, but no base is" if is_delta[slot] else "no delta, but a base is"
         report.add_error(f"page {page_id}, slot {slot}: it is {kind} recorded")
         if slot in recorded:
             report.surplus_blocks.append(recorded[slot].id)
             wrong.append(slot)
-    bases[~is_delta] = NO_BASE
+    bases[~is_delta] = NO_PLACE
     return bases if is_delta.any() else None, wrong
 
 
@@ -287,7 +286,7 @@ def _has_base(
     """
     if bases is None:
         return np.ones(page.n_slots, np.bool_)
-    is_delta = page.slots["encoding"] >= codec.Encoding.DELTA
+    is_delta = are_deltas(page.slots["encoding"])
     base_page_ids = split_places(bases)[0]
     sound = [n for n in np.unique(base_page_ids[is_delta]).tolist() if can_read(n)]
     return ~is_delta | np.isin(base_page_ids, sound)
@@ -309,7 +308,7 @@ def content_digests(
     if bases is None:
         return codec.page_digests(page)
     digests = np.zeros((page.n_slots, 2), np.uint64)
-    is_delta = bases != NO_BASE
+    is_delta = bases != NO_PLACE
     plain = np.flatnonzero(readable & ~is_delta)
     digests[plain] = codec.block_digests([page], np.zeros_like(plain), plain)
     deltas = np.flatnonzero(readable & is_delta)
@@ -343,7 +342,7 @@ def _are_tagged(
     is_own = slots < np.array([one.n_slots for one in pages], np.int64)[page_index]
     at = np.flatnonzero(is_own)
     entries = slot_entries(pages, page_index[at].astype(np.uint32), slots[at])
-    is_own[at] = entries["encoding"] < codec.Encoding.DELTA
+    is_own[at] = ~are_deltas(entries["encoding"])
     there = np.flatnonzero(is_own)
     if len(there):
         digests = codec.block_digests(pages, page_index[there], slots[there])

@@ -69,11 +69,11 @@ def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -
         if not doomed:
             raise
     else:
-        doomed = {row.id: f"{row.name}@{row.version}"}
+        doomed = {row.id: row.address}
         if address.selector is None:
             rows = adapter.models(name=address.name)
             if all_versions:
-                return {each.id: f"{each.name}@{each.version}" for each in rows}
+                return {each.id: each.address for each in rows}
             if len(rows) > 1:
                 raise ArgumentError(
                     f"{name!r} has {len(rows)} versions; name one, e.g. {name}@{rows[0].version}, "
@@ -81,7 +81,7 @@ def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -
                 )
         elif row.version != address.selector:
             raise ArgumentError(
-                f"{name!r} is an alias of {row.name}@{row.version}; name the version to remove"
+                f"{name!r} is an alias of {row.address}; name the version to remove"
             )
     for _, alias, model_id in adapter.aliases(address.name):
         if model_id in doomed:

@@ -12,9 +12,8 @@ from pydedup import codec
 from pydedup.errors import CorruptStoreError
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.write import Stager
-from pydedup.layout import block_places
 from pydedup.maintenance.verify_pages import content_digests
-from pydedup.moving.source import NO_PLACE, End
+from pydedup.moving.source import End
 
 __all__ = ["check_arrival"]
 
@@ -58,11 +57,7 @@ def _check_page(
     numbers: NDArray[np.int64],
 ) -> None:
     references = spool.bases[numbers]
-    is_delta = references != NO_BASE
-    bases: NDArray[np.int64] | None = None
-    if is_delta.any():
-        bases = np.full(len(numbers), NO_PLACE, np.int64)
-        bases[is_delta] = block_places(*stager.places(references[is_delta]))
+    bases = stager.places(references) if (references != NO_BASE).any() else None
     if page.n_slots == len(numbers):
         every = np.ones(page.n_slots, np.bool_)
         digests = content_digests(page, bases, every, target.pool)

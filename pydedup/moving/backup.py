@@ -121,7 +121,7 @@ def restore_store(
         items = plan_copy(source.adapter, None, None, all_versions=False, on_conflict="error")
         mine = {item.address: item.row for item in items}
         with target.adapter.snapshot():
-            theirs = {f"{row.name}@{row.version}": row for row in target.adapter.models()}
+            theirs = {row.address: row for row in target.adapter.models()}
             strangers = [
                 address
                 for address, row in theirs.items()

@@ -26,12 +26,12 @@ from pydedup.errors import (
     NotFoundError,
 )
 from pydedup.ingest.match import Matcher
-from pydedup.ingest.publish import Batch, publish_batch
+from pydedup.ingest.publish import publish_batch
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.write import Stager
 from pydedup.jobs import Job
-from pydedup.layout import PAGE_CAPACITY, block_places, joined, split_places
+from pydedup.layout import PAGE_CAPACITY, joined, split_places
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.arrival import check_arrival
 from pydedup.moving.known import Known, Scope, Whereabouts
@@ -227,16 +227,12 @@ class _Copier:
             copy = MovedModel(item, source.adapter, matched_tensors(model, resolved.references))
             places = joined(resolved.places)
             stager = Stager(
-                target.adapter,
-                [copy],
-                spool,
                 matcher,
+                [copy],
                 self._progress.wrote,
                 kind="copy",
                 segments=CarriedSegments(source, self._index, spool, places),
             )
-            batch = Batch(target.adapter, target.pool, matcher, [copy], spool, stager)
-
             first = np.array([numbers[0] for numbers in resolved.whole], np.int64)
             whole = split_places(places[first])[0].tolist()
             more = sum(sizes.get(page_id, 0) for page_id in set(whole).difference(new))
@@ -250,9 +246,8 @@ class _Copier:
                 check_arrival(target, stager, spool, layout, self._progress.checked)
 
             if not spool.lists:
-                ends = target.adapter, target.pool
-                check_quotas(*ends, matcher, [copy], spool, epoch, f"a copy of {item.address}")
-            layout = publish_batch(batch, lay_out, epoch, check)
+                check_quotas(matcher, [copy], epoch, f"a copy of {item.address}")
+            layout = publish_batch(stager, lay_out, epoch, check)
             if layout is None:
                 return None
             self._progress.end()
@@ -283,9 +278,9 @@ class _Copier:
         bases = matcher.reader.bases_of(references)
         is_delta = bases != NO_BASE
         found = Whereabouts.nowhere(len(at))
-        found.places[:] = block_places(*stager.places(references))
+        found.places[:] = stager.places(references)
         found.costs[:] = matcher.reader.costs_of(references)
-        found.bases[is_delta] = block_places(*stager.places(bases[is_delta]))
+        found.bases[:] = stager.places(bases)
         found.base_costs[is_delta] = matcher.reader.costs_of(bases[is_delta])
         self._known.note(at, found)
         self._known.forget(last.tolist())

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.layout import by_page, find_places, split_places
-from pydedup.moving.source import NO_PLACE
+from pydedup.layout import NO_PLACE, by_page, find_places, split_places
 
 __all__ = ["Known", "Scope", "Whereabouts"]
 

@@ -57,18 +57,10 @@ class Piece:
         """Return some of them as they are encoded."""
         payloads = [np.frombuffer(page.payload, np.uint8) for page in self.pages]
         entries = self.entries[which]
-        lengths = entries["length"].astype(np.int64)
-        spans = zip(
-            self.page_index[which].tolist(),
-            entries["offset"].tolist(),
-            lengths.tolist(),
-            strict=True,
-        )
-        arena = np.concatenate(
-            [payloads[index][start : start + length] for index, start, length in spans]
-        )
-        encodings = entries["encoding"].astype(np.uint8)
-        return codec.EncodedBlocks(arena, np.cumsum(lengths) - lengths, lengths, encodings)
+        columns = (self.page_index[which], entries["offset"], entries["length"])
+        spans = zip(*(column.tolist() for column in columns), strict=True)
+        pieces = [payloads[index][start : start + length] for index, start, length in spans]
+        return codec.EncodedBlocks.of(pieces, entries["encoding"].astype(np.uint8))
 
 
 def stored_pieces(

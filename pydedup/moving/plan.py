@@ -51,7 +51,7 @@ class Item:
     @property
     def address(self) -> str:
         """``name@version``."""
-        return f"{self.row.name}@{self.row.version}"
+        return self.row.address
 
     @property
     def is_wanted(self) -> bool:

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.errors import CorruptStoreError
-from pydedup.hashing import hash_view
-from pydedup.ingest.match import Hints, Matcher, hash_keys
+from pydedup.hashing import hash_keys, hash_view
+from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.places import stack_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.layout import block_places, by_page, find_places, joined, split_places
+from pydedup.layout import NO_PLACE, block_places, by_page, find_places, joined, split_places
 from pydedup.moving.known import Scope, Whereabouts
 from pydedup.moving.pieces import Piece, stored_pieces
-from pydedup.moving.source import NO_PLACE, End, SourceModel, recorded
+from pydedup.moving.source import End, SourceModel, recorded
 from pydedup.moving.whole import WholePages
 from pydedup.policies import Lossless
 
@@ -300,9 +300,7 @@ class Resolver:
         references = self._out.references
         bases = self._matcher.reader.bases_of(references)
         stored = np.unique(np.concatenate([references, bases[bases != NO_BASE]]))
-        unknown = self._matcher.stored.without_cost(stored[stored < 0])
-        for _ in self._matcher.reader.windows(unknown):
-            pass  # they are noted on the way
+        self._matcher.reader.learn(self._matcher.stored.without_cost(stored[stored < 0]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,13 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
-from pydedup.layout import block_places, find_places, split_places, used_places
+from pydedup.hashing import digests_of
+from pydedup.layout import NO_PLACE, block_places, find_places, split_places, used_places
 from pydedup.pool import PagePool
 from pydedup.types import TensorInfo
 
-__all__ = ["NO_PLACE", "End", "Recorded", "SourceModel", "read_model", "recorded"]
+__all__ = ["End", "Recorded", "SourceModel", "read_model", "recorded"]
 
-#: Instead of a place: a block that is no delta has no base, or nobody knows where it is.
-NO_PLACE = -1
 _PAGES_AT_ONCE = 64
 
 
@@ -133,8 +132,9 @@ def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:
         hashes.append(b"".join(row.hash128 for row in rows))
     all_places = np.concatenate(places)
     order = np.argsort(all_places)
-    digests = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2).astype(np.uint64)
-    return Recorded(all_places[order], digests[order], np.concatenate(bases)[order])
+    return Recorded(
+        all_places[order], digests_of(b"".join(hashes))[order], np.concatenate(bases)[order]
+    )
 
 
 def _digests(
@@ -145,4 +145,4 @@ def _digests(
             f"{model.address}, tensor {model.tensors[ordinal].name!r}: {len(payload)} bytes of "
             "source hashes do not fit its blocks; run verify on the store"
         )
-    return np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64)
+    return digests_of(payload)

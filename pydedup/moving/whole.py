@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
-from pydedup.layout import by_page, split_places
+from pydedup.layout import NO_PLACE, by_page, split_places
 from pydedup.moving.known import Scope
-from pydedup.moving.source import NO_PLACE, Recorded, recorded
+from pydedup.moving.source import Recorded, recorded
 
 __all__ = ["WholePages"]
 

@@ -241,7 +241,7 @@ class Job:
         folder = FolderNotes(self.folder)
         noted, self.resumed = folder.begin(
             {"what": what, "source": redact(self._source or ""), "asked": self._model}
-            | {"model": row.id, "address": f"{row.name}@{row.version}"}
+            | {"model": row.id, "address": row.address}
             | {"store": self._adapter.meta().get("store_id")}
         )
         self.notes = folder

@@ -219,7 +219,7 @@ def _detail(adapter: Adapter, row: ModelRow, common: Common) -> Detail:
 def _called(trace: Trace, rows: Mapping[int, ModelRow]) -> tuple[Called, ...]:
     owners, calls = np.unique(trace.owners, return_counts=True)
     found = [
-        Called(f"{rows[owner].name}@{rows[owner].version}" if owner in rows else None, count)
+        Called(rows[owner].address if owner in rows else None, count)
         for owner, count in zip(owners.tolist(), calls.tolist(), strict=True)
     ]
     return tuple(sorted(found, key=lambda called: -called.calls))

@@ -65,12 +65,12 @@ class Pin:
             raise ReadOnlyError(
                 f"{self._address} may mean another version before the work ends, and "
                 f"{self._adapter.url} is open for reading only, so that this cannot be noted "
-                f"there; name the version: {row.name}@{row.version}"
+                f"there; name the version: {row.address}"
             )
         with self._alone(self._id):
             spec = self._spec(self._id)
             if spec is None or (exact and spec["model"] != row.id):
-                spec = {"kind": "score", "model": row.id, "address": f"{row.name}@{row.version}"}
+                spec = {"kind": "score", "model": row.id, "address": row.address}
                 spec |= {"table": self._table, "runs": []}
             else:
                 self.resumed = True
@@ -78,7 +78,7 @@ class Pin:
             if live is None:
                 raise NotFoundError(
                     f"the work began with {spec['address']}, which was removed; to go on with "
-                    f"another version, name it: {row.name}@{row.version}; when that has ended, "
+                    f"another version, name it: {row.address}; when that has ended, "
                     f"{self._address} is taken again"
                 )
             # What an older pydedup noted names no runs, and some may have written.

@@ -21,7 +21,7 @@ def test_stacks_hold_the_blocks_in_the_order_asked_for(dtype: type) -> None:
     view = MatrixView.of(matrix, (32, 20))
     wanted = np.array([8, 0, 4, 1, 3, 0, 2, 7, 5])
     seen = []
-    for shape, at in by_shape(np.arange(len(wanted)), view, wanted):
+    for shape, at in by_shape(view, wanted):
         stack = stack_blocks(view, wanted[at], shape)
         values = stack.data.view(dtype).reshape(-1, *shape)
         for block, number in zip(values, wanted[at].tolist(), strict=True):

@@ -62,7 +62,7 @@ class Families:
         for model, page, _, nbytes in self._adapter.model_pages():
             if model in pages:  # not of one that is being removed
                 pages[model][page] = nbytes
-        by_id = {row.id: f"{row.name}@{row.version}" for row in rows}
+        by_id = {row.id: row.address for row in rows}
         key_of_id = {
             model: key_of(by_id[members[0]], nbytes)
             for members, nbytes in _families(pages, list(by_name.values()), self._most_bytes)
