@@ -30,6 +30,7 @@ from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
+from pydedup.layout import block_places
 from pydedup.types import TensorInfo
 
 __all__ = ["Aligned", "ByPosition", "Neighbours"]
@@ -202,7 +203,7 @@ class Aligned:
             slots = np.where(is_delta, base_slots, slots)
         else:
             is_delta = np.zeros(len(numbers), np.bool_)
-        references = self._stored.references_at(page_ids, slots)
+        references = self._stored.references_at(block_places(page_ids, slots))
         self._stored.note_dtype(references[~is_delta], block_map.dtype)
         return self._stored.readable(references)
 

@@ -80,7 +80,7 @@ class Candidates:
         """Return the references of candidates with these ids (n,)."""
         references = ids ^ _SPOOLED
         stored = np.flatnonzero(ids < _SPOOLED)
-        references[stored] = self._stored.references_at(*split_places(ids[stored]))
+        references[stored] = self._stored.references_at(ids[stored])
         return references
 
     def add(self, blocks: MatrixView, numbers: NDArray[np.int64]) -> None:

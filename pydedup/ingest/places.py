@@ -20,7 +20,7 @@ from pydedup.errors import CorruptStoreError
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import by_page, joined, slot_entries
+from pydedup.layout import by_page, joined, slot_entries, split_places
 from pydedup.types import DType
 
 __all__ = ["BlockReader", "as_stack", "by_shape", "stack_blocks", "stacked", "values_of"]
@@ -62,7 +62,7 @@ class BlockReader:
         stored = np.flatnonzero(references < 0)
         if not len(stored):
             return
-        page_ids, slots = self._stored.places(references[stored])
+        page_ids, slots = split_places(self._stored.places(references[stored]))
         for rows, pages, page_index in self._scan.windows(page_ids):
             self._stored.note(references[stored[rows]], pages, page_index, slots[rows])
             yield stored[rows], pages, page_index, slots[rows]
@@ -127,7 +127,7 @@ class BlockReader:
             yield
         except CorruptStoreError as exc:
             stored = np.flatnonzero(references < 0)
-            for page_id, at in by_page(self._stored.places(references[stored])[0]):
+            for page_id, at in by_page(self._stored.pages(references[stored])):
                 if exc.page_ids:
                     raise
                 try:

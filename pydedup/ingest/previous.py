@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import Adapter
-from pydedup.blocks import NO_PAGE, BlockGrid
+from pydedup.blocks import BlockGrid
 from pydedup.catalog import Catalog, SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
@@ -24,7 +24,15 @@ from pydedup.hashing import digests_of
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import block_places, by_page, joined, split_places, used_places
+from pydedup.layout import (
+    NO_PLACE,
+    base_places,
+    block_places,
+    by_page,
+    joined,
+    split_places,
+    used_places,
+)
 from pydedup.policies import Policy
 
 __all__ = ["Previous", "split_sums"]
@@ -123,17 +131,10 @@ class Previous:
         """
         maps, refer = self._maps, self._stored.references_at
         places = [block_places(block_map.page_ids, block_map.slots) for block_map in maps]
-        every = refer(*split_places(joined(places)))
-        parts = np.split(every, np.cumsum(list(map(len, places)), dtype=np.int64))[: len(maps)]
-        owners, base_places = [], []
-        for part, block_map in zip(parts, maps, strict=True):
-            if block_map.bases is not None:
-                page_ids, slots = block_map.bases
-                is_delta = page_ids != NO_PAGE
-                owners.append(part[is_delta])
-                base_places.append(block_places(page_ids[is_delta], slots[is_delta]))
-        self._stored.set_bases(joined(owners), refer(*split_places(joined(base_places))))
-        return parts
+        every, bases = refer(joined(places)), joined(map(base_places, maps))
+        deltas = np.flatnonzero(bases != NO_PLACE)
+        self._stored.set_bases(every[deltas], refer(bases[deltas]))
+        return np.split(every, np.cumsum(list(map(len, places)), dtype=np.int64))[: len(maps)]
 
     def settle_costs(self, references: NDArray[np.int64], reader: BlockReader) -> None:
         """See that it is known what a model has of each page, in bytes.
@@ -148,16 +149,15 @@ class Previous:
         unknown = self._stored.without_cost(stored)
         if not len(unknown):
             return
-        pages = np.unique(self._stored.places(unknown)[0])
-        mine = stored[np.isin(self._stored.places(stored)[0], pages)]
-        page_ids, slots = self._stored.places(mine)
-        places = block_places(page_ids, slots)
+        pages = np.unique(self._stored.pages(unknown))
+        mine = stored[np.isin(self._stored.pages(stored), pages)]
+        places = self._stored.places(mine)
         before, raw = self._raw_costs()
         here = np.isin(split_places(before)[0], pages)
         before, raw = before[here], raw[here]
         old = dict(by_page(split_places(before)[0]))
         sizes = {page_id: (blocks, size) for page_id, blocks, size in self._pages.tolist()}
-        for page_id, at in by_page(page_ids):
+        for page_id, at in by_page(split_places(places)[0]):
             all_old, (blocks, size) = old.get(page_id, at[:0]), sizes.get(page_id, (0, 0))
             if len(all_old) != blocks or not np.isin(places[at], before[all_old]).all():
                 continue

@@ -20,7 +20,7 @@ from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.staged import StagedModel
 from pydedup.ingest.write import Stager
-from pydedup.layout import block_at, block_places
+from pydedup.layout import block_at
 
 __all__ = ["publish_batch"]
 
@@ -110,8 +110,7 @@ def _used(matcher: Matcher, models: Sequence[StagedModel]) -> NDArray[np.int64]:
 def _lost_pages(matcher: Matcher, models: Sequence[StagedModel]) -> list[int]:
     """Return the pages that models share, and that are not live (any more)."""
     used = _used(matcher, models)
-    page_ids, _ = matcher.stored.places(used[used < 0])
-    shared = np.unique(page_ids).tolist()
+    shared = np.unique(matcher.stored.pages(used[used < 0])).tolist()
     if not shared:
         return []
     with only_sound_rows(matcher.adapter):
@@ -167,7 +166,7 @@ class _Blocks:
         """Return the page and slot of a block."""
         if reference >= 0:
             return self.matcher.spool.block(reference)
-        (place,) = block_places(*self.matcher.stored.places(np.array([reference]))).tolist()
+        (place,) = self.matcher.stored.places(np.array([reference])).tolist()
         return block_at(self.matcher.pool, place)
 
     def _base(self, reference: int) -> tuple[codec.Page, int] | None:

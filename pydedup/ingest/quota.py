@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.staged import StagedModel
-from pydedup.layout import block_places, pages_read
+from pydedup.layout import pages_read
 from pydedup.quotas import Newcomers, check
 from pydedup.usage import Readers
 
@@ -38,7 +38,7 @@ def check_quotas(
         found = references(number)
         is_new = found >= 0
         found[is_new] = -1 - found[is_new]
-        found[~is_new] = block_places(*matcher.stored.places(references(number)[~is_new]))
+        found[~is_new] = matcher.stored.places(references(number)[~is_new])
         return found
 
     def readers() -> Readers:

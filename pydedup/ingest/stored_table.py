@@ -14,10 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import codec
 from pydedup.adapter import BlockRow
+from pydedup.blocks import SLOT_BITS
 from pydedup.errors import CorruptStoreError
 from pydedup.ingest.spool import NO_BASE
-from pydedup.layout import by_page, slot_entries, split_places
-from pydedup.types import DType
+from pydedup.layout import block_places, by_page, slot_entries, split_places
+from pydedup.types import LARGEST_ID, DType
 
 __all__ = ["StoredTable"]
 
@@ -42,8 +43,7 @@ class StoredTable:
     def __init__(self, unreadable: Collection[int] = ()) -> None:
         self.unreadable = np.array(sorted(unreadable), np.int64)
         self._count = 0
-        self._page_ids = np.empty(0, np.int64)
-        self._slots = np.empty(0, np.uint32)
+        self._places = np.empty(0, np.int64)
         #: What each takes on its page; 0 until somebody looked.
         self._costs = np.empty(0, np.int64)
         #: Of which sum the cost is a part that was made up, 0 where it is what the block takes.
@@ -64,34 +64,38 @@ class StoredTable:
     @property
     def page_ids(self) -> NDArray[np.int64]:
         """The pages of all blocks that were met, ascending."""
-        return np.unique(self._page_ids[: self._count])
+        return np.unique(split_places(self._places[: self._count])[0])
 
     # ---- numbers ------------------------------------------------------------------------------
 
     def references(self, rows: Sequence[BlockRow]) -> list[int]:
         """Return the (negative) references of stored blocks, and make those of their bases."""
         page_ids = np.array([row.page_id for row in rows], np.int64)
-        try:
-            slots = np.array([row.slot for row in rows], np.uint32)
-        except OverflowError as exc:
+        slots = np.array([row.slot for row in rows], np.int64)
+        # In one place with a page, it would be of another.
+        wrong = np.flatnonzero(
+            (page_ids < 1) | (page_ids > LARGEST_ID) | (slots < 0) | (slots >= 1 << SLOT_BITS)
+        )
+        if len(wrong):
+            row = rows[wrong[0]]
             error = CorruptStoreError(
-                f"a slot is recorded of a block that no page has ({exc}); run verify on the store"
+                f"a slot is recorded of a block that no page has (slot {row.slot} of page "
+                f"{row.page_id}); run verify on the store"
             )
-            error.page_ids = tuple({row.page_id for row in rows if not 0 <= row.slot < 1 << 32})
-            raise error from exc
-        references = self.references_at(page_ids, slots)
+            error.page_ids = tuple(np.unique(page_ids[wrong]).tolist())
+            raise error
+        references = self.references_at(block_places(page_ids, slots))
         deltas = [number for number, row in enumerate(rows) if row.base_id is not None]
         bases = np.array([rows[number].base_id for number in deltas], np.int64)
-        self.set_bases(references[deltas], self.references_at(*split_places(bases)))
+        self.set_bases(references[deltas], self.references_at(bases))
         found: list[int] = references.tolist()
         return found
 
-    def references_at(
-        self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32], costs: ArrayLike = 0
-    ) -> NDArray[np.int64]:
+    def references_at(self, places: NDArray[np.int64], costs: ArrayLike = 0) -> NDArray[np.int64]:
         """Return the references of the blocks at places (n,); ``costs`` where known, else 0."""
-        if not len(page_ids):
+        if not len(places):
             return np.empty(0, np.int64)
+        page_ids, slots = split_places(places)
         pages, page_of = np.unique(page_ids, return_inverse=True)
         slots_needed = np.zeros(len(pages), np.int64)
         np.maximum.at(slots_needed, page_of, slots.astype(np.int64) + 1)
@@ -105,8 +109,8 @@ class StoredTable:
         if len(missing):
             _, first = np.unique(at[missing], return_index=True)
             fresh = missing[np.sort(first)]
-            chosen = np.broadcast_to(np.asarray(costs, np.int64), len(page_ids))[fresh]
-            self._number_at[at[fresh]] = self._append(page_ids[fresh], slots[fresh], chosen)
+            chosen = np.broadcast_to(np.asarray(costs, np.int64), len(places))[fresh]
+            self._number_at[at[fresh]] = self._append(places[fresh], chosen)
             numbers = self._number_at[at]
         references: NDArray[np.int64] = -1 - numbers
         return references
@@ -125,38 +129,38 @@ class StoredTable:
         self._rooms[page_id] = start, wider
         return start
 
-    def _append(
-        self, page_ids: NDArray[np.int64], slots: NDArray[np.uint32], costs: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def _append(self, places: NDArray[np.int64], costs: NDArray[np.int64]) -> NDArray[np.int64]:
         """Add blocks, and return their numbers."""
-        start, end = self._count, self._count + len(page_ids)
-        self._page_ids = _with_room(self._page_ids, end)
-        self._slots = _with_room(self._slots, end)
+        start, end = self._count, self._count + len(places)
+        self._places = _with_room(self._places, end)
         self._costs = _with_room(self._costs, end)
         self._sums = _with_room(self._sums, end)
         self._bases = _with_room(self._bases, end)
         self._dtypes = _with_room(self._dtypes, end)
         new = slice(start, end)
-        self._page_ids[new], self._slots[new], self._costs[new] = page_ids, slots, costs
+        self._places[new], self._costs[new] = places, costs
         self._bases[new], self._dtypes[new], self._sums[new] = NO_BASE, 0, 0
         self._count = end
         return np.arange(start, end)
 
     # ---- what is known --------------------------------------------------------------------------
 
-    def places(self, references: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Return page ids and slots of (negative) references."""
-        numbers = -1 - references
-        return self._page_ids[numbers], self._slots[numbers]
+    def places(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the places of (negative) references."""
+        return self._places[-1 - references]
+
+    def pages(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the page ids of (negative) references."""
+        return split_places(self.places(references))[0]
 
     def readable(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return (negative) references, `NO_BASE` for blocks that cannot be read, or their base."""
         if not len(self.unreadable):
             return references
-        lost = np.isin(self.places(references)[0], self.unreadable)
+        lost = np.isin(self.pages(references), self.unreadable)
         bases = self.bases_of(references)
         deltas = np.flatnonzero(bases != NO_BASE)
-        lost[deltas] |= np.isin(self.places(bases[deltas])[0], self.unreadable)
+        lost[deltas] |= np.isin(self.pages(bases[deltas]), self.unreadable)
         return np.where(lost, NO_BASE, references)
 
     def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -218,13 +222,13 @@ class StoredTable:
             entries = slot_entries(pages, page_index, slots)
         except CorruptStoreError as exc:
             counts = np.array([page.n_slots for page in pages], np.int64)[page_index]
-            page_ids = self.places(references[slots >= counts])[0]
+            page_ids = self.pages(references[slots >= counts])
             exc.page_ids = tuple(np.unique(page_ids).tolist())
             raise
         self.set_costs(references, codec.page_cost(entries["length"]))
         self._dtypes[-1 - references] = entries["dtype"]
         numbers, first = np.unique(page_index, return_index=True)
-        page_ids = self._page_ids[-1 - references[first]]
+        page_ids = self.pages(references[first])
         for page_id, number in zip(page_ids.tolist(), numbers.tolist(), strict=True):
             if page_id not in self._costs_on:
                 costs = codec.page_cost(pages[number].slots["length"])
@@ -236,7 +240,7 @@ class StoredTable:
         A page that was looked at for one block tells of those that are met later, too.
         """
         unknown: NDArray[np.int64] = references[self.costs_of(references) == 0]
-        page_ids, slots = self.places(unknown)
+        page_ids, slots = split_places(self.places(unknown))
         for page_id, at in by_page(page_ids):
             costs = self._costs_on.get(page_id)
             if costs is not None:

@@ -264,7 +264,7 @@ class Stager:
         spooled = references[new]
         places[new] = block_places(self._pages.page_of[spooled], self._pages.slot_of[spooled])
         stored = ~new & (references != NO_BASE)
-        places[stored] = block_places(*self.matcher.stored.places(references[stored]))
+        places[stored] = self.matcher.stored.places(references[stored])
         return places
 
 

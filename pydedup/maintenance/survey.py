@@ -14,7 +14,7 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import BlockMap
 from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
-from pydedup.layout import block_place, block_places, split_places
+from pydedup.layout import base_places, block_place, block_places, split_places
 
 __all__ = ["Lost", "Survey", "sound_models", "stored_model", "survey"]
 
@@ -164,19 +164,18 @@ def _note_bases(
     block_map: BlockMap,
     pages: NDArray[np.int64],
 ) -> None:
-    if block_map.bases is None:
+    bases = base_places(block_map)
+    hits = np.flatnonzero(np.isin(split_places(bases)[0], pages))
+    if not len(hits):
         return
-    base_page_ids, base_slots = block_map.bases
-    hits = np.flatnonzero(np.isin(base_page_ids, pages))
-    own = block_places(block_map.page_ids, block_map.slots)
-    bases = block_places(base_page_ids, base_slots)
-    dtype = model.tensors[ordinal].dtype.code
-    if len(hits):
-        found.block_shapes.add(model.tensors[ordinal].block_shape)
-    for place, number, rows, cols in _distinct(own[hits], hits, block_map):
+    info = model.tensors[ordinal]
+    found.block_shapes.add(info.block_shape)
+    own = block_places(block_map.page_ids[hits], block_map.slots[hits])
+    for place, number, rows, cols in _distinct(own, hits, block_map):
         base = int(bases[number])
+        delta = Lost(rows, cols, (info.dtype.code,))
         found.lost.setdefault(base, Lost(rows, cols))
-        found.dependents.setdefault(base, {}).setdefault(place, Lost(rows, cols, (dtype,)))
+        found.dependents.setdefault(base, {}).setdefault(place, delta)
 
 
 def _distinct(

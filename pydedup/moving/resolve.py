@@ -122,10 +122,10 @@ class Resolver:
         """Refer to blocks of the destination; ``found`` has an entry for each of the model's."""
         stored = self._matcher.stored
         some = found.take(rows)
-        references = stored.references_at(*split_places(some.places), some.costs)
+        references = stored.references_at(some.places, some.costs)
         self._out.references[rows] = references
         deltas = np.flatnonzero(some.bases != NO_PLACE)
-        bases = stored.references_at(*split_places(some.bases[deltas]), some.base_costs[deltas])
+        bases = stored.references_at(some.bases[deltas], some.base_costs[deltas])
         stored.set_bases(references[deltas], bases)
 
     def _find_twins(self) -> None:
@@ -222,9 +222,7 @@ class Resolver:
             references[others] = self._numbers(places[others])
             known = others[references[others] < 0]
             found = self._scope.known.look_up(places[known])
-            references[known] = self._matcher.stored.references_at(
-                *split_places(found.places), found.costs
-            )
+            references[known] = self._matcher.stored.references_at(found.places, found.costs)
         lost = np.flatnonzero(references == NO_BASE)
         if len(lost):
             (page_id,), (slot,) = split_places(places[lost[:1]])

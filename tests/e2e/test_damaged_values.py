@@ -65,6 +65,24 @@ def test_values_that_their_columns_cannot_have(table: str, tmp_path: Path) -> No
                 assert told or may_be or value not in ("NULL", "1.5"), (column, value)
 
 
+@pytest.mark.parametrize("value", [1 << 20, 1 << 31, 1 << 40, -1])
+@pytest.mark.parametrize("column", ["page_id", "slot"])
+def test_an_add_shares_nothing_with_a_place_that_cannot_be(
+    column: str, value: int, tmp_path: Path
+) -> None:
+    """Of a slot beyond all that a page has, an add asked for an entry of each before it: 32 GiB."""
+    path = tmp_path / "store.db"
+    w = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+    with pydedup.open(path) as store:
+        store.add("a", {"w": w})
+    one = "id = (SELECT min(id) FROM pydedup_distinct_blocks)"
+    assert put(path, "pydedup_distinct_blocks", column, str(value), one)
+    with pydedup.open(path) as store:
+        report = store.add("b", {"w": w})
+        assert report.damaged_pages == (value if column == "page_id" else 1,)
+        np.testing.assert_array_equal(store.load("b")["w"], w)
+
+
 @pytest.mark.parametrize(
     ("column", "value", "where"),
     [

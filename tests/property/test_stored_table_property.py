@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
+from pydedup.layout import block_place, split_place
 
 # Few pages and slots, so that places come again; large ones, so that a page's room grows.
 PLACE = st.tuples(
@@ -26,10 +27,9 @@ def test_it_is_a_dict_of_places(calls: list[list[tuple[int, int]]], data: st.Dat
     costs: list[int] = []
     bases: list[int] = []
     for call, places in enumerate(calls):
-        page_ids = np.array([page for page, _ in places], np.int64)
-        slots = np.array([slot for _, slot in places], np.uint32)
+        at = np.array([block_place(*place) for place in places], np.int64)
         guesses = np.arange(len(places)) + 100 * call
-        references = table.references_at(page_ids, slots, guesses)
+        references = table.references_at(at, guesses)
         for place, guess in zip(places, guesses.tolist(), strict=True):
             if place not in number_of:
                 number_of[place] = len(number_of)
@@ -42,7 +42,6 @@ def test_it_is_a_dict_of_places(calls: list[list[tuple[int, int]]], data: st.Dat
             table.set_costs(changed, 7)
             bases[-1 - int(changed[0])], costs[-1 - int(changed[0])] = base, 7
     every = np.array([-1 - number for number in number_of.values()], np.int64)
-    found = zip(*(column.tolist() for column in table.places(every)), strict=True)
-    assert list(found) == list(number_of)
+    assert list(map(split_place, table.places(every).tolist())) == list(number_of)
     assert table.costs_of(every).tolist() == costs
     assert table.bases_of(every).tolist() == bases

@@ -11,7 +11,7 @@ from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.ingest.places import by_shape, stack_blocks
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import copy_page
+from pydedup.layout import block_places, copy_page
 from pydedup.pool import PagePool
 
 
@@ -83,17 +83,11 @@ def test_blocks_are_gathered_from_pages_that_are_there() -> None:
 
 def test_a_place_has_one_reference() -> None:
     table = StoredTable()
-    pages, slots = np.array([5, 3, 5, 5]), np.array([0, 0, 1, 0], np.uint32)
-    references = table.references_at(pages, slots)
-    assert (
-        references[0]
-        == references[3]
-        == table.references_at(np.array([5]), np.array([0], np.uint32))[0]
-    )
+    places = block_places(np.array([5, 3, 5, 5]), np.array([0, 0, 1, 0], np.uint32))
+    references = table.references_at(places)
+    assert references[0] == references[3] == table.references_at(places[:1])[0]
     assert len(set(references.tolist())) == 3
-    back = table.places(references)
-    np.testing.assert_array_equal(back[0], pages)
-    np.testing.assert_array_equal(back[1], slots)
+    np.testing.assert_array_equal(table.places(references), places)
 
 
 def test_slots_of_a_pooled_page_outlive_it() -> None:
