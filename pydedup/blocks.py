@@ -180,6 +180,11 @@ class BlockGrid:
             )
 
     @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of a block that is not at an edge."""
+        return self.block_rows, self.block_cols
+
+    @property
     def grid_rows(self) -> int:
         """Blocks from top to bottom."""
         return -(-self.rows // self.block_rows) if self.cols else 0
@@ -250,6 +255,11 @@ class MatrixView:
             data = native.view(np.uint8).reshape(rows, cols * dtype.itemsize)
         return cls(data, dtype, BlockGrid(rows, cols, *block))
 
+    @property
+    def for_core(self) -> tuple[NDArray[np.uint8], int, int, int]:
+        """The matrix as functions of the core take it: bytes, dtype code, rows and columns."""
+        return self.data, self.dtype.code, *self.grid.block_shape
+
     def block(self, index: int) -> NDArray[np.uint8]:
         """Return the bytes of one block, of shape (rows, cols * itemsize), without a copy."""
         rows, cols = self.grid.area(index)
@@ -306,17 +316,10 @@ class BlockMap:
             )
         page_ids = np.concatenate([part.page_ids for part in columns] or [np.empty(0, np.int64)])
         slots = np.concatenate([part.slots for part in columns] or [np.empty(0, np.uint32)])
-        if all(part.base_slots is None for part in columns):
+        if all(part.bases is None for part in columns):
             return cls(grid, dtype, page_ids, slots)
-        base_page_ids = np.full(count, NO_PAGE, np.int64)
-        base_slots = np.zeros(count, np.uint32)
-        at = 0
-        for part in columns:
-            rows = slice(at, at + len(part.slots))
-            if part.base_page_ids is not None and part.base_slots is not None:
-                base_page_ids[rows] = part.base_page_ids
-                base_slots[rows] = part.base_slots
-            at = rows.stop
+        bases = [part.bases or part.no_bases() for part in columns]
+        base_page_ids, base_slots = (np.concatenate(column) for column in zip(*bases, strict=True))
         return cls(grid, dtype, page_ids, slots, base_page_ids, base_slots)
 
 
@@ -326,8 +329,11 @@ class _Part:
 
     page_ids: NDArray[np.int64]
     slots: NDArray[np.uint32]
-    base_page_ids: NDArray[np.int64] | None = None
-    base_slots: NDArray[np.uint32] | None = None
+    bases: tuple[NDArray[np.int64], NDArray[np.uint32]] | None = None
+
+    def no_bases(self) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Return the columns of bases where no block has one."""
+        return np.full_like(self.page_ids, NO_PAGE), np.zeros_like(self.slots)
 
 
 def _pack_part(block_map: BlockMap, rows: slice) -> bytes:
@@ -403,6 +409,5 @@ def _unpack_part(part: bytes) -> _Part:
         raise CorruptStoreError("a block map names the slot of a base on no page")
     # A block without a base has the index behind the list.
     listed = np.append(pages, NO_PAGE)
-    return _Part(
-        pages[index], slots.astype(np.uint32), listed[base_index], base_slots.astype(np.uint32)
-    )
+    base_columns = listed[base_index], base_slots.astype(np.uint32)
+    return _Part(pages[index], slots.astype(np.uint32), base_columns)

@@ -174,9 +174,7 @@ def gather_page(pages: Sequence[Page], page_index: ArrayLike, slots: ArrayLike) 
     CorruptStoreError
         When a page does not have the slot: block maps may be damaged.
     """
-    return _core.gather_page(
-        pages, column(page_index, np.uint32, "page_index"), column(slots, np.uint32, "slots")
-    )
+    return _core.gather_page(*_stored(pages, page_index, slots))
 
 
 def page_checksum(payload: bytes) -> bytes:
@@ -228,9 +226,7 @@ def block_digests(
     and CorruptStoreError when a block does not decode.
     """
     return _core.block_digests(
-        pages,
-        column(page_index, np.uint32, "page_index"),
-        column(slots, np.uint32, "slots"),
+        *_stored(pages, page_index, slots),
         bases_for_core(bases),
         as_unsigned("threads", threads, 31),
     )
@@ -274,16 +270,13 @@ def read_blocks(
     """
     if not view.data.flags.writeable:
         raise ArgumentError("read_blocks needs a writable matrix; this one is read-only")
-    grid = view.grid
+    stored, at, slot_of = _stored(pages, page_index, slots)
     _core.read_blocks(
-        pages,
-        column(page_index, np.uint32, "page_index"),
-        column(slots, np.uint32, "slots"),
+        stored,
+        at,
+        slot_of,
         column(indices, np.int64, "indices"),
-        view.data,
-        view.dtype.code,
-        grid.block_rows,
-        grid.block_cols,
+        *view.for_core,
         bases_for_core(bases),
         as_unsigned("threads", threads, 31),
     )
@@ -309,16 +302,10 @@ def blocks_equal(
         bool (n_blocks,): whether dtype, shape and all bytes are the same. So NaN equals itself
         and 0.0 differs from -0.0.
     """
-    grid = view.grid
     return _core.blocks_equal(
-        view.data,
-        view.dtype.code,
-        grid.block_rows,
-        grid.block_cols,
+        *view.for_core,
         column(indices, np.int64, "indices"),
-        pages,
-        column(page_index, np.uint32, "page_index"),
-        column(slots, np.uint32, "slots"),
+        *_stored(pages, page_index, slots),
         bases_for_core(bases),
         as_unsigned("threads", threads, 31),
     )
@@ -338,6 +325,13 @@ def same_block(
     A delta comes with the page and slot of its base.
     """
     return _core.same_block(page_a, slot_a, page_b, slot_b, base_a, base_b)
+
+
+def _stored(
+    pages: Sequence[Page], page_index: ArrayLike, slots: ArrayLike
+) -> tuple[Sequence[Page], NDArray[np.uint32], NDArray[np.uint32]]:
+    """Return where stored blocks are as the functions of the core take it."""
+    return pages, column(page_index, np.uint32, "page_index"), column(slots, np.uint32, "slots")
 
 
 def bases_for_core(bases: StoredBases | None) -> _core.Bases | None:

@@ -113,17 +113,13 @@ def encode_blocks(
     ArgumentError
         When an index is outside of the grid, a block has 4 GiB or more, or threads is out of range.
     """
-    grid = view.grid
-    arena, offsets, lengths, encodings = _core.encode_blocks(
-        view.data,
-        view.dtype.code,
-        grid.block_rows,
-        grid.block_cols,
+    columns = _core.encode_blocks(
+        *view.for_core,
         column(indices, np.int64, "indices"),
         planes,
         as_unsigned("threads", threads, 31),
     )
-    return EncodedBlocks(arena, offsets, lengths, encodings)
+    return EncodedBlocks(*columns)
 
 
 def encode_deltas(
@@ -182,16 +178,16 @@ def encode_deltas(
         most = raw[chosen] - 1
     else:
         most = column(limits, np.int64, "limits")
-    arena, offsets, lengths, encodings = _core.encode_deltas(
-        *_blocks(view),
+    columns = _core.encode_deltas(
+        *view.for_core,
         chosen,
-        *_blocks(base_view),
+        *base_view.for_core,
         column(base_indices, np.int64, "base_indices"),
         most,
         _error_bound(max_rel_error),
         as_unsigned("threads", threads, 31),
     )
-    return EncodedBlocks(arena, offsets, lengths, encodings)
+    return EncodedBlocks(*columns)
 
 
 def estimate_deltas(
@@ -214,9 +210,9 @@ def estimate_deltas(
         int64 (n_blocks,): bytes, at most those of the raw block.
     """
     return _core.estimate_deltas(
-        *_blocks(view),
+        *view.for_core,
         column(indices, np.int64, "indices"),
-        *_blocks(base_view),
+        *base_view.for_core,
         column(base_indices, np.int64, "base_indices"),
         _error_bound(max_rel_error),
         as_unsigned("threads", threads, 31),
@@ -239,11 +235,6 @@ def column(values: ArrayLike, dtype: type[np.integer[Any]], name: str) -> NDArra
     if int(given.min()) < limits.min or int(given.max()) > limits.max:
         raise ArgumentError(f"{name} has values that do not fit {limits.dtype}")
     return np.ascontiguousarray(given, dtype)
-
-
-def _blocks(view: MatrixView) -> tuple[NDArray[np.uint8], int, int, int]:
-    """Return a view as the first arguments of the core's functions."""
-    return view.data, view.dtype.code, view.grid.block_rows, view.grid.block_cols
 
 
 def _error_bound(max_rel_error: object) -> float | None:

@@ -65,14 +65,8 @@ def hash_blocks(
 
 def hash_view(view: MatrixView, *, seed: int = 0, threads: int = 0) -> NDArray[np.uint64]:
     """Return the digests of a matrix view's blocks, as `hash_blocks` does."""
-    grid = view.grid
     return _core.hash_blocks(
-        view.data,
-        view.dtype.code,
-        grid.block_rows,
-        grid.block_cols,
-        as_unsigned("seed", seed, 64),
-        as_unsigned("threads", threads, 31),
+        *view.for_core, as_unsigned("seed", seed, 64), as_unsigned("threads", threads, 31)
     )
 
 

@@ -7,9 +7,10 @@ As in `pydedup.store`, what serving does not need is imported where it is used.
 from __future__ import annotations
 
 import abc
-import contextlib
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -234,24 +235,18 @@ class StoreUpkeep(abc.ABC):
         elif names is not None:
             raise ArgumentError(f"names must be names of models, or one, not {names!r}")
         damaged: list[str] | None = [] if skip_damaged else None
-        plan_copy(
+        plan = functools.partial(
+            plan_copy,
             self._adapter,
-            None,
-            names,
+            names=names,
             all_versions=all_versions,
             on_conflict=on_conflict,
             damaged=damaged,
-        )  # what is wrong with the names must not create a store
+        )
+        plan(None)  # what is wrong with the names must not create a store
         with open_end(target, mode="a", memory=memory, schema=schema) as other:
             check_writable(other.adapter, "copy models there")
-            items = plan_copy(
-                self._adapter,
-                other.adapter,
-                names,
-                all_versions=all_versions,
-                on_conflict=on_conflict,
-                damaged=damaged,
-            )
+            items = plan(other.adapter)
             return copy_models(self._end(), other, items, damaged=damaged, progress=progress)
 
     def backup(
@@ -312,7 +307,8 @@ class StoreUpkeep(abc.ABC):
         from pydedup.maintenance.verify import verify_store
 
         adapter, pool = self._adapter, self._pool
-        with block_source(place, _connected_to_read, pool.memory_bytes) as source:
+        connect = functools.partial(connect_store, mode="r")
+        with block_source(place, connect, pool.memory_bytes) as source:
             report = verify_store(adapter, progress=progress)
             models = record_reads(adapter, pool, report.wrong_readers)
             blocks = forget_blocks(adapter, report.surplus_blocks)
@@ -329,11 +325,5 @@ class StoreUpkeep(abc.ABC):
         return report
 
 
-def _connected_to_read(url: str) -> Adapter:
-    return connect_store(url, mode="r")
-
-
-@contextlib.contextmanager
-def _other_end(url: str, mode: str) -> Iterator[End]:
-    with open_end(url, mode=mode, memory=_OTHER_END_BYTES) as end:
-        yield end
+def _other_end(url: str, mode: str) -> AbstractContextManager[End]:
+    return open_end(url, mode=mode, memory=_OTHER_END_BYTES)

@@ -84,10 +84,15 @@ class StoredModel:
         """``name@version``."""
         return self.row.address
 
-    def check_live(self) -> None:
-        """Raise NotFoundError when it was removed meanwhile, with all that was to be read of it."""
-        if self._adapter.model(self.row.id) is None:
+    def check_live(self) -> ModelRow:
+        """Return its row as it is now.
+
+        Raises NotFoundError when it was removed meanwhile, with all that was to be read of it.
+        """
+        row = self._adapter.model(self.row.id)
+        if row is None:
             raise NotFoundError(f"{self.address} was removed from the store")
+        return row
 
     @cached_property
     def certificate(self) -> dict[str, Any]:
@@ -162,10 +167,7 @@ class StoredModel:
         """
         known = self._map_digests
         while True:
-            row = self._adapter.model(self.row.id)
-            if row is None:
-                raise NotFoundError(f"{self.address} was removed from the store")
-            self._map_digests = recorded = recorded_certificate(row).get(MAPS)
+            self._map_digests = recorded = recorded_certificate(self.check_live()).get(MAPS)
             if _is_recorded(recorded, ordinal, parts):
                 return parts
             if recorded == known:

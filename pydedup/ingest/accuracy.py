@@ -34,7 +34,7 @@ from pydedup.blocks import matrix_shape
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.ingest.judging import read_only
 from pydedup.ingest.searches import SEARCHES
-from pydedup.ingest.trial import KEPT, RoundOver, Trial
+from pydedup.ingest.trial import KEPT, Replacement, RoundOver, Trial
 from pydedup.matmul import as_array
 
 __all__ = ["GENTLE", "Choice", "Replacement", "choose"]
@@ -50,50 +50,6 @@ _LARGEST_JUDGED = 32
 _STEPS, _STEP_BLOCKS = 32, 5
 
 Area = tuple[slice, slice]
-
-
-@dataclass(frozen=True, slots=True)
-class Replacement:
-    """A block, and what might be stored in its place.
-
-    Attributes
-    ----------
-    tensor
-        Its name.
-    rows, cols
-        Where the block lies in the tensor's matrix view.
-    levels
-        Contents to try, the most saving first; each returns the block's new content, a 2-D array
-        of the block's shape in the tensor's dtype. Called once per attempt.
-    saved
-        Bytes that each level saves.
-    magnitude
-        Third quartile of the block's absolute weights, normalised by its layer.
-    layer_bytes
-        Size of its tensor.
-    shares
-        Whether the first level is a stored block as it is; all others are deltas.
-    errors
-        Relative L2 change of the block at each level, as far as it is known; infinity where it is
-        not. Without any, the last of several levels counts as near, and no other.
-    """
-
-    tensor: str
-    rows: slice
-    cols: slice
-    levels: tuple[Callable[[], NDArray[Any]], ...]
-    saved: tuple[int, ...]
-    magnitude: float
-    layer_bytes: int
-    shares: bool = True
-    errors: tuple[float, ...] = ()
-
-    def within(self, error: float) -> int | None:
-        """Return the most saving level that changes the block by no more than that."""
-        last = len(self.levels) - 1
-        if not self.errors:
-            return last or None
-        return next((level for level, known in enumerate(self.errors) if known <= error), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +111,7 @@ def choose(
         When confidence needs more validation examples, saliency does not fit the tensors, or a
         replacement does not fit its tensor.
     """
-    candidates = [(r.tensor, r.rows, r.cols, r.levels) for r in replacements]
-    trial = Trial(weights, candidates, policy, tell)
+    trial = Trial(weights, replacements, policy, tell)
     order = _ordered(weights, replacements, policy)
     gentlest = [len(r.levels) - 1 for r in replacements]
     deepest = max(gentlest, default=0)
@@ -324,10 +279,15 @@ def _certificate(
     trial: Trial, policy: Accuracy, replacements: Sequence[Replacement], finetuned: frozenset[str]
 ) -> dict[str, Any]:
     judge, levels = trial.judge, trial.levels
-    taken = np.bincount(levels[levels >= 0], minlength=1) if len(levels) else np.zeros(1, int)
+    taken = np.bincount(levels[levels >= 0], minlength=1)
     refused = sum(levels[index] == KEPT for index in trial.refused)
-    scores, steering, judging = judge.before.scores, judge.steering, judge.judging
-    unchanged = not (levels >= 0).any() and not finetuned
+    bound = judge.bound(trial.accepted)
+    if bound is not None and not (levels >= 0).any() and not finetuned:
+        bound = 0.0
+
+    def count(rows: NDArray[Any] | None) -> int | None:
+        return None if rows is None else len(rows)
+
     return {
         "policy": policy.name,
         "metric_before": judge.before.metric,
@@ -335,15 +295,11 @@ def _certificate(
         "metric_drop": judge.before.metric - trial.accepted.metric,
         "max_drop": float(policy.max_drop),
         "confidence": None if policy.confidence is None else float(policy.confidence),
-        "bound": None
-        if policy.confidence is None
-        else 0.0
-        if unchanged
-        else judge.bound(trial.accepted),
+        "bound": bound,
         "rows": {
-            "all": None if scores is None else len(scores),
-            "steering": None if steering is None else len(steering),
-            "judging": None if judging is None else len(judging),
+            "all": count(judge.before.scores),
+            "steering": count(judge.steering),
+            "judging": count(judge.judging),
         },
         "evaluations": trial.evaluations,
         "order": policy.order,

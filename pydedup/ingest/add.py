@@ -23,7 +23,7 @@ from pydedup.errors import (
     PydedupError,
 )
 from pydedup.ingest.ahead import Ahead
-from pydedup.ingest.match import Matcher
+from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.pages import plan_layout
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous, split_sums
@@ -33,7 +33,7 @@ from pydedup.ingest.replace import choose_blocks
 from pydedup.ingest.scan import unreadable_pages
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedModel, MatchedTensor
-from pydedup.ingest.tensors import hints_for, match_tensors
+from pydedup.ingest.tensors import match_tensors
 from pydedup.ingest.workers import Workers, worker_count
 from pydedup.ingest.write import Stager
 from pydedup.policies import Lossless
@@ -231,7 +231,7 @@ def _match_chosen(
     for entry in request.source.entries:
         view = MatrixView.of(chosen.arrays[entry.name], request.block_shape)
         deltas = chosen.deltas.get(entry.name, {})
-        hints = replace(hints_for(matcher, request, entry, view.grid), deltas=deltas)
+        hints = Hints(matcher.aligned.neighbours(request, entry, view.grid), deltas)
         matched = matcher.match(view, policy=Lossless(), hints=hints)
         matcher.aligned.note(request, entry, view.grid, matched.references)
         model.tensors.append(

@@ -34,7 +34,7 @@ from pydedup.ingest.similar import LookedAt, look_at
 from pydedup.ingest.workers import Task, Workers
 from pydedup.policies import Policy
 
-__all__ = ["SMALL_BYTES", "Ahead", "distinct_entries"]
+__all__ = ["SMALL_BYTES", "Ahead"]
 
 #: Tensors up to this size are read in their turn: that takes less than handing them over.
 SMALL_BYTES = 256 * 1024
@@ -44,21 +44,6 @@ _READ_BYTES = 32 * 1024 * 1024
 _MADE_BYTES = 16 * 1024 * 1024
 
 _Tensor = tuple[MatrixView, NDArray[np.uint64]]
-
-
-def distinct_entries(request: Request) -> Iterator[tuple[TensorEntry, TensorEntry | None]]:
-    """Yield the tensors of a model, each with the earlier one that it is tied to, if any.
-
-    Tied weights are the same memory, so the same blocks.
-    """
-    first: dict[object, TensorEntry] = {}
-    for entry in request.source.entries:
-        twin = first.get(entry.key)
-        if twin is not None and twin.shape == entry.shape:
-            yield entry, twin
-        else:
-            first[entry.key] = entry
-            yield entry, None
 
 
 @dataclass(slots=True)
@@ -248,7 +233,7 @@ class Ahead:
 
 def _large_tensors(requests: Sequence[Request]) -> Iterator[tuple[Request, TensorEntry]]:
     for request in requests:
-        for entry, twin in distinct_entries(request):
+        for entry, twin in request.distinct_entries():
             if twin is None and entry.nbytes > SMALL_BYTES:
                 yield request, entry
 

@@ -139,8 +139,11 @@ class Aligned:
     def neighbours(self, request: Request, entry: TensorEntry, grid: BlockGrid) -> list[Neighbours]:
         """Return what gives candidates for the blocks of a tensor, per model that has such a one.
 
-        Models of the same add come first, then older versions of the model that is asked for.
+        Models of the same add come first, then older versions of the model that is asked for. None
+        where the policy takes no deltas.
         """
+        if not request.policy.uses_deltas:
+            return []
         if request.address != self._asker:
             self._relations.clear()
             self._asker = request.address
@@ -159,11 +162,7 @@ class Aligned:
         for row, relation in self._but_strangers((row.id, row) for row in newest):
             other = self._stored_model(row)
             info = None if other is None else other.tensors.get(key)
-            if (
-                other is not None
-                and info is not None
-                and info.block_shape == (grid.block_rows, grid.block_cols)
-            ):
+            if other is not None and info is not None and info.block_shape == grid.block_shape:
                 # The map is read when a block asks: in a new version of a model few do.
                 yield Neighbours(partial(self._stored_blocks, other.model, key[0]), relation)
 

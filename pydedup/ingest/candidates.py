@@ -85,7 +85,7 @@ class Candidates:
 
     def add(self, blocks: MatrixView, numbers: NDArray[np.int64]) -> None:
         """Add stacked blocks that have these numbers on the spool."""
-        kind = (blocks.dtype, blocks.grid.block_rows, blocks.grid.block_cols)
+        kind = (blocks.dtype, *blocks.grid.block_shape)
         self._index(kind).add(values_of(blocks), _SPOOLED | numbers)
         self._fresh.setdefault(kind, []).append(numbers)
 

@@ -56,7 +56,7 @@ def decode_deltas(
     base_index: NDArray[np.int64],
 ) -> MatrixView:
     """Return what some deltas hold, stacked: read back the way that a store does."""
-    shape = (bases.grid.block_rows, bases.grid.block_cols)
+    shape = bases.grid.block_shape
     numbers = np.arange(len(which))
     zeros = np.zeros(len(which), np.int64)
     used, base_slots = np.unique(base_index, return_inverse=True)

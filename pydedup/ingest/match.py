@@ -306,9 +306,8 @@ class Matcher:
         policy: Policy,
         hints: Hints,
     ) -> None:
-        grid = view.grid
         aligned: list[tuple[ByPosition, NDArray[np.int64]]] = []
-        if Candidates.takes(view.dtype, (grid.block_rows, grid.block_cols)):
+        if Candidates.takes(view.dtype, view.grid.block_shape):
             aligned = [(neighbours, neighbours(piece)) for neighbours in hints.aligned]
         kept = self.similar.keep(
             looked,

@@ -195,8 +195,7 @@ def stacked(count: int, dtype: DType, shape: tuple[int, int]) -> MatrixView:
 
 def values_of(blocks: MatrixView) -> NDArray[Any]:
     """Return stacked blocks as numbers of shape (n, rows, cols)."""
-    grid = blocks.grid
-    return blocks.data.view(blocks.dtype.numpy).reshape(-1, grid.block_rows, grid.block_cols)
+    return blocks.data.view(blocks.dtype.numpy).reshape(-1, *blocks.grid.block_shape)
 
 
 def stack_blocks(
@@ -205,7 +204,7 @@ def stack_blocks(
     """Copy blocks of one shape out of a matrix, one below the other."""
     grid = view.grid
     height, width = shape[0], shape[1] * view.dtype.itemsize
-    if shape == (grid.block_rows, grid.block_cols):
+    if shape == grid.block_shape:
         down, across = grid.rows // height, grid.cols // shape[1]
         whole = view.data[: down * height, : across * width]
         rows, cols = np.divmod(indices, grid.grid_cols)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from pydedup.adapter import Adapter
 from pydedup.catalog import taken_versions
 from pydedup.certificates import MEASURED
 from pydedup.errors import ArgumentError, ConflictError, DuplicateError
-from pydedup.formats.base import ModelSource
+from pydedup.formats.base import ModelSource, TensorEntry
 from pydedup.graph import Graph
 from pydedup.names import check_name, parse_address
 from pydedup.policies import Accuracy, Bounded, Policy
@@ -22,7 +22,6 @@ __all__ = ["Request", "Taken", "plan_address"]
 
 #: What all policies have, those of users too (`pydedup.policies.Policy`).
 _POLICY = ("name", "compresses", "uses_deltas", "max_rel_error", "parameters")
-
 
 #: Names of which certificates are told to say more than all policies' do.
 _OURS = {"bounded": Bounded, "accuracy": Accuracy}
@@ -90,6 +89,20 @@ class Request:
     def logical_bytes(self) -> int:
         """Bytes of all tensors; tied ones count as often as they are named."""
         return sum(entry.nbytes for entry in self.source.entries)
+
+    def distinct_entries(self) -> Iterator[tuple[TensorEntry, TensorEntry | None]]:
+        """Yield the tensors, each with the earlier one that it is tied to, if any.
+
+        Tied weights are the same memory, so the same blocks.
+        """
+        first: dict[object, TensorEntry] = {}
+        for entry in self.source.entries:
+            twin = first.get(entry.key)
+            if twin is not None and twin.shape == entry.shape:
+                yield entry, twin
+            else:
+                first[entry.key] = entry
+                yield entry, None
 
     def metadata_json(self) -> str:
         """Return the metadata as canonical JSON."""

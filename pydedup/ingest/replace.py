@@ -22,7 +22,7 @@ from pydedup.blocks import MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.accuracy import GENTLE, Replacement, choose
-from pydedup.ingest.ahead import Ahead, distinct_entries
+from pydedup.ingest.ahead import Ahead
 from pydedup.ingest.aligned import ByPosition
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks
@@ -111,7 +111,7 @@ def choose_blocks(
     same: dict[str, str] = {}  # of tied tensors, the name of the first
     offers: list[_Offer] = []
     shared: dict[str, list[tuple[slice, slice]]] = {}
-    for entry, twin in distinct_entries(request):
+    for entry, twin in request.distinct_entries():
         same[entry.name] = entry.name if twin is None else twin.name
         if twin is not None:
             # Tied weights stay tied: one array, of whose blocks each is replaced once.

@@ -202,7 +202,7 @@ class Similar:
 
         ``aligned`` are references of further candidates (aligned.py), one per block or `NO_BASE`.
         """
-        shape = (blocks.grid.block_rows, blocks.grid.block_cols)
+        shape = blocks.grid.block_shape
         found: dict[DType, list[_Columns]] = {}
         for dtype, ids, estimates in self._candidates.query(blocks, _NEAREST):
             rows, columns = np.nonzero(estimates <= farthest)
@@ -372,8 +372,7 @@ def _take(kept: Kept, chosen: Sequence[tuple[int, Delta]]) -> None:
 
 def _rows_of(blocks: MatrixView, rows: NDArray[np.int64]) -> MatrixView:
     """Return some of the stacked blocks, all of them without a copy."""
-    grid = blocks.grid
-    if len(rows) == grid.count:
+    if len(rows) == blocks.grid.count:
         return blocks
-    data = blocks.data.reshape(grid.count, -1)[rows].reshape(-1, blocks.data.shape[1])
-    return as_stack(data, blocks.dtype, (grid.block_rows, grid.block_cols))
+    data = blocks.data.reshape(blocks.grid.count, -1)[rows].reshape(-1, blocks.data.shape[1])
+    return as_stack(data, blocks.dtype, blocks.grid.block_shape)

@@ -43,7 +43,7 @@ class MatchedTensor:
     @property
     def block_shape(self) -> tuple[int, int]:
         """Rows and columns of its blocks."""
-        return self.grid.block_rows, self.grid.block_cols
+        return self.grid.block_shape
 
 
 class StagedModel(abc.ABC):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
-from pydedup.ingest.ahead import SMALL_BYTES, Ahead, distinct_entries
+from pydedup.ingest.ahead import SMALL_BYTES, Ahead
 from pydedup.ingest.aligned import Neighbours
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.places import as_stack, by_shape, stack_blocks
@@ -30,7 +30,7 @@ from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.staged import MatchedTensor
 from pydedup.types import DType
 
-__all__ = ["hints_for", "match_tensors"]
+__all__ = ["match_tensors"]
 
 # Up to `SMALL_BYTES` of a tensor wait for others, until these are so many bytes or blocks.
 _WAITING_BYTES = 4 * 1024 * 1024
@@ -50,7 +50,7 @@ def match_tensors(
     """Return the tensors of a model after matching, in their order."""
     matched: dict[str, MatchedTensor] = {}
     bundle = _Bundle(matcher, request, previous)
-    for entry, twin in distinct_entries(request):
+    for entry, twin in request.distinct_entries():
         if twin is not None:
             if twin.name not in matched:
                 matched.update(bundle.match(advance))
@@ -73,19 +73,6 @@ def match_tensors(
         del view
     matched.update(bundle.match(advance))
     return [matched[entry.name] for entry in request.source.entries]
-
-
-def hints_for(matcher: Matcher, request: Request, entry: TensorEntry, grid: BlockGrid) -> Hints:
-    """Return what is known of a tensor of a model before its blocks are looked at."""
-    return Hints(_neighbours(matcher, request, entry, grid))
-
-
-def _neighbours(
-    matcher: Matcher, request: Request, entry: TensorEntry, grid: BlockGrid
-) -> Sequence[Neighbours]:
-    if not request.policy.uses_deltas:
-        return ()
-    return matcher.aligned.neighbours(request, entry, grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +114,7 @@ def _match_one(
         digests=known.digests,
         known=matcher.met.find(view, known.digests, known.references),
         policy=request.policy,
-        hints=hints_for(matcher, request, entry, view.grid),
+        hints=Hints(matcher.aligned.neighbours(request, entry, view.grid)),
         advance=advance,
     )
     matcher.met.note(known.digests, found.references)
@@ -246,7 +233,7 @@ class _Bundle:
             known = waiting.known or _known(self._previous, entry, grid, digests[here])
             digests[here], references[here] = known.digests, known.references
             errors[here] = known.errors
-            neighbours.append(_neighbours(self._matcher, self._request, entry, grid))
+            neighbours.append(self._matcher.aligned.neighbours(self._request, entry, grid))
         starts = np.array([waiting.start for waiting in tensors], np.int64)
         columns = range(max(map(len, neighbours), default=0))
         for view, blocks in stacks:

@@ -8,6 +8,7 @@ what the searches call. Which blocks, in which order and to which level is not d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,54 @@ from pydedup.ingest.judging import Judge, Scorer, Verdict
 from pydedup.similarity import distances
 from pydedup.types import DType
 
-__all__ = ["KEPT", "RoundOver", "Trial", "changes"]
+__all__ = ["KEPT", "Replacement", "RoundOver", "Trial", "changes"]
 
 #: Level of a block that stays as it is.
 KEPT = -1
 
-Candidate = tuple[str, slice, slice, tuple[Callable[[], NDArray[Any]], ...]]
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A block, and what might be stored in its place.
+
+    Attributes
+    ----------
+    tensor
+        Its name.
+    rows, cols
+        Where the block lies in the tensor's matrix view.
+    levels
+        Contents to try, the most saving first; each returns the block's new content, a 2-D array
+        of the block's shape in the tensor's dtype. Called once per attempt.
+    saved
+        Bytes that each level saves.
+    magnitude
+        Third quartile of the block's absolute weights, normalised by its layer.
+    layer_bytes
+        Size of its tensor.
+    shares
+        Whether the first level is a stored block as it is; all others are deltas.
+    errors
+        Relative L2 change of the block at each level, as far as it is known; infinity where it is
+        not. Without any, the last of several levels counts as near, and no other.
+    """
+
+    tensor: str
+    rows: slice
+    cols: slice
+    levels: tuple[Callable[[], NDArray[Any]], ...]
+    saved: tuple[int, ...]
+    magnitude: float
+    layer_bytes: int
+    shares: bool = True
+    errors: tuple[float, ...] = ()
+
+    def within(self, error: float) -> int | None:
+        """Return the most saving level that changes the block by no more than that."""
+        last = len(self.levels) - 1
+        if not self.errors:
+            return last or None
+        return next((level for level, known in enumerate(self.errors) if known <= error), None)
 
 
 class RoundOver(Exception):  # noqa: N818  (a signal, never seen outside of a search)
@@ -38,11 +81,11 @@ class Trial:
     Attributes
     ----------
     levels
-        int64, the accepted level of each candidate.
+        int64, the accepted level of each replacement.
     accepted
         What ``evaluate`` said of the accepted state.
     refused
-        Candidates that a search refused, whatever became of them at other levels.
+        Replacements that a search refused, whatever became of them at other levels.
     closed
         The judging rows refused a state: nothing can be accepted any more.
     quota
@@ -54,20 +97,20 @@ class Trial:
     def __init__(
         self,
         weights: Mapping[str, NDArray[Any]],
-        candidates: Sequence[Candidate],
+        replacements: Sequence[Replacement],
         policy: Accuracy,
         tell: Callable[[int], None] | None = None,
     ) -> None:
         self.weights = weights
         self.policy = policy
-        self._candidates = candidates
+        self._replacements = replacements
         self._matrices = {name: _matrix(name, array) for name, array in weights.items()}
-        self._spots = [self._spot(candidate) for candidate in candidates]
+        self._spots = [self._spot(replacement) for replacement in replacements]
         self._originals: dict[int, NDArray[Any]] = {}
         self._scorer = Scorer(policy, weights, tell)
         self.judge = Judge(policy, self._scorer)
         self.accepted = self.judge.before
-        self.levels = np.full(len(candidates), KEPT, np.int64)
+        self.levels = np.full(len(replacements), KEPT, np.int64)
         self.refused: set[int] = set()
         self.closed = False
         self.quota = policy.max_evaluations
@@ -122,9 +165,9 @@ class Trial:
         by_array = {key: np.zeros(array.shape, np.bool_) for key, array in arrays.items()}
         masks = {name: by_array[id(array)] for name, array in self.weights.items()}
         areas = [(name, area) for name, where in shared.items() for area in where]
-        for (name, rows, cols, _), level in zip(self._candidates, self.levels, strict=True):
+        for replacement, level in zip(self._replacements, self.levels, strict=True):
             if level != KEPT:
-                areas.append((name, (rows, cols)))
+                areas.append((replacement.tensor, (replacement.rows, replacement.cols)))
         for name, area in areas:
             masks[name].reshape(matrix_shape(masks[name].shape))[area] = True
         return masks
@@ -133,7 +176,7 @@ class Trial:
         """Return the largest relative L2 change of a replaced block, by tensor."""
         largest: dict[str, float] = {}
         for index in np.flatnonzero(self.levels != KEPT).tolist():
-            name = self._candidates[index][0]
+            name = self._replacements[index].tensor
             old, new = self._originals[index], self._spots[index].copy()
             change = float(changes(old[np.newaxis], new[np.newaxis])[0])
             if change > 0:
@@ -151,30 +194,29 @@ class Trial:
         return verdict, measure
 
     def _write(self, index: int, level: int) -> None:
-        name, _, _, levels = self._candidates[index]
-        spot = self._spots[index]
+        replacement, spot = self._replacements[index], self._spots[index]
         if index not in self._originals:
             self._originals[index] = spot.copy()
-        content = self._originals[index] if level == KEPT else levels[level]()
+        content = self._originals[index] if level == KEPT else replacement.levels[level]()
         if content.shape != spot.shape or content.dtype != spot.dtype:
             raise ArgumentError(
-                f"level {level} of a block of {name!r} is {content.dtype} {content.shape}; the "
-                f"block is {spot.dtype} {spot.shape}"
+                f"level {level} of a block of {replacement.tensor!r} is {content.dtype} "
+                f"{content.shape}; the block is {spot.dtype} {spot.shape}"
             )
         spot[...] = content
-        self._scorer.touched(name)
+        self._scorer.touched(replacement.tensor)
 
     def _copy(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         for name, array in arrays.items():
             self.weights[name][...] = array
             self._scorer.touched(name)
 
-    def _spot(self, candidate: Candidate) -> NDArray[Any]:
-        name, rows, cols, levels = candidate
+    def _spot(self, replacement: Replacement) -> NDArray[Any]:
+        name = replacement.tensor
         if name not in self._matrices:
             raise ArgumentError(f"a replacement names the tensor {name!r}, which is not there")
-        spot = self._matrices[name][rows, cols]
-        if spot.size == 0 or not levels:
+        spot = self._matrices[name][replacement.rows, replacement.cols]
+        if spot.size == 0 or not replacement.levels:
             raise ArgumentError(f"a replacement of {name!r} is an empty block or has no level")
         return spot
 

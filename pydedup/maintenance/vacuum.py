@@ -11,7 +11,7 @@ layout; readers go on throughout.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pydedup import codec
@@ -340,15 +340,9 @@ def _is_due(row: PageRow, grace_seconds: float) -> bool:
 def _delete_pages(
     adapter: Adapter, page_ids: Sequence[int], progress: Progress | None = None
 ) -> None:
-    done = 0
-    for group in _groups(page_ids):
+    for start in range(0, len(page_ids), _ROWS_PER_TRANSACTION):
+        group = page_ids[start : start + _ROWS_PER_TRANSACTION]
         with adapter.transaction():
             adapter.delete_pages(group)
-        done += len(group)
         if progress is not None:
-            progress("freeing pages", done, len(page_ids))
-
-
-def _groups(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    for start in range(0, len(ids), _ROWS_PER_TRANSACTION):
-        yield ids[start : start + _ROWS_PER_TRANSACTION]
+            progress("freeing pages", start + len(group), len(page_ids))

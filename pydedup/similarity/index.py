@@ -366,12 +366,11 @@ class L2LSH:
         ids = np.take_along_axis(candidates, order, axis=1)
         return np.where(np.isfinite(exact), ids, -1), exact
 
-    def _check(self, blocks: object, name: str) -> None:
+    def _check(self, blocks: NDArray[Any], name: str) -> None:
         check_array(blocks, name)
-        if blocks.dtype != self._dtype.numpy:  # type: ignore[attr-defined]
+        if blocks.dtype != self._dtype.numpy:
             raise ArgumentError(
-                f"{name} has dtype {blocks.dtype}, but the index is of "  # type: ignore[attr-defined]
-                f"{self._dtype.label}"
+                f"{name} has dtype {blocks.dtype}, but the index is of {self._dtype.label}"
             )
 
 

@@ -6,6 +6,7 @@ Deliberately not here: which blocks are worth comparing (`pydedup.similarity.ind
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -167,18 +168,14 @@ def magnitude(
     down, across = blocks.shape[0] // height, blocks.shape[1] // width
     bottom, right = blocks.shape[0] - down * height, blocks.shape[1] - across * width
     out = np.empty((down + (bottom > 0), across + (right > 0)))
-    for rows, height_here, n_rows in (
-        (slice(0, down), height, down),
-        (slice(down, None), bottom, 1),
+    # Blocks of one size at a time: the number of the first row or column, how many, and their side.
+    for (row, n_rows, tall), (col, n_cols, wide) in itertools.product(
+        ((0, down, height), (down, 1, bottom)), ((0, across, width), (across, 1, right))
     ):
-        for cols, width_here, n_cols in (
-            (slice(0, across), width, across),
-            (slice(across, None), right, 1),
-        ):
-            if height_here == 0 or width_here == 0 or n_rows == 0 or n_cols == 0:
-                continue
-            top, left = rows.start * height, cols.start * width
-            part = blocks[top : top + n_rows * height_here, left : left + n_cols * width_here]
-            found = _core.block_magnitudes(part, dtype.code, height_here, width_here, True, workers)
-            out[rows, cols] = found.reshape(n_rows, n_cols)
+        if n_rows * tall == 0 or n_cols * wide == 0:
+            continue
+        top, left = row * height, col * width
+        part = blocks[top : top + n_rows * tall, left : left + n_cols * wide]
+        found = _core.block_magnitudes(part, dtype.code, tall, wide, True, workers)
+        out[row : row + n_rows, col : col + n_cols] = found.reshape(n_rows, n_cols)
     return out.reshape(-1)

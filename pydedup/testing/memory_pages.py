@@ -89,7 +89,7 @@ class MemoryPages:
             ``None`` for exact deltas, otherwise as in `codec.encode_deltas`.
         """
         grid = base_map.grid
-        shape = (grid.block_rows, grid.block_cols)
+        shape = grid.block_shape
         view, base_view = MatrixView.of(array, shape), MatrixView.of(base, shape)
         indices = np.arange(grid.count)
         raw = codec.encode_blocks(view, indices, planes=False)
