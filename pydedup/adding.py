@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydedup.adapter import Adapter
@@ -20,7 +21,7 @@ from pydedup.pool import PagePool
 from pydedup.types import AddReport, Progress, check_progress
 
 if TYPE_CHECKING:
-    from pydedup.ingest.plan import Request
+    from pydedup.ingest.plan import Request, Taken
     from pydedup.policies import Policy
 
 __all__ = ["ModelInput", "StoreAdds"]
@@ -83,17 +84,9 @@ class StoreAdds:
             The store is as it was before.
         """
         parse_address(name)  # before it is a key: what is not text may not be hashable
-        return self._add(
-            {name: source},
-            policy,
-            version,
-            graph,
-            metadata,
-            block_shape,
-            dry_run,
-            progress,
-            workers,
-        )[0]
+        terms = _Terms(policy, metadata, block_shape, version, graph)
+        (report,) = self._add({name: source}, terms, dry_run, progress, workers)
+        return report
 
     def add_many(
         self,
@@ -111,20 +104,15 @@ class StoreAdds:
         With several ``workers``, models are read, hashed and encoded ahead of their turn; what is
         shared is decided in the order of ``models`` whatever their number.
         """
-        return self._add(
-            models, policy, None, None, metadata, block_shape, dry_run, progress, workers
-        )
+        terms = _Terms(policy, metadata, block_shape)
+        return self._add(models, terms, dry_run, progress, workers)
 
     # ---- inside -------------------------------------------------------------------------------
 
     def _add(
         self,
         models: Mapping[str, ModelInput],
-        policy: Policy | None,
-        version: str | None,
-        graph: Graph | None,
-        metadata: Mapping[str, Any] | None,
-        block_shape: tuple[int, int] | None,
+        terms: _Terms,
         dry_run: bool,
         progress: Progress | None,
         workers: int | None,
@@ -132,10 +120,8 @@ class StoreAdds:
         check_progress(progress)
         if not dry_run:
             check_writable(self._adapter, "add a model")
-        from pydedup.formats.registry import open_source
         from pydedup.ingest.add import add_models
-        from pydedup.ingest.plan import Request, Taken, plan_address
-        from pydedup.policies import Lossless
+        from pydedup.ingest.plan import Taken
 
         given_as: object = models
         if not isinstance(given_as, Mapping):
@@ -149,24 +135,7 @@ class StoreAdds:
             requests: dict[str, Request] = {}  # by address
             taken = functools.cache(functools.partial(Taken.of, self._adapter))
             for name, given in models.items():
-                base, number, is_numbered = plan_address(taken, name, version)
-                if isinstance(given, Mapping) and not given and graph is None:
-                    raise ArgumentError(
-                        f"the mapping given for {name!r} is empty; a model is arrays by name"
-                    )
-                source = opened.enter_context(open_source(given))
-                request = Request(
-                    name=base,
-                    version=number,
-                    source=source,
-                    policy=Lossless() if policy is None else policy,
-                    graph=source.graph if graph is None else graph,
-                    metadata={} if metadata is None else metadata,
-                    block_shape=block_shape,
-                    is_numbered=is_numbered,
-                )
-                if graph is not None:
-                    graph.validate({entry.name: entry.shape for entry in source.entries})
+                request = terms.request(name, given, taken, opened)
                 if request.address in requests:
                     raise ArgumentError(f"{request.address} is named twice in one add")
                 requests[request.address] = request
@@ -178,3 +147,46 @@ class StoreAdds:
                 progress=progress,
                 workers=workers,
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """On which terms models are added, as `StoreAdds.add` takes them."""
+
+    policy: Policy | None
+    metadata: Mapping[str, Any] | None
+    block_shape: tuple[int, int] | None
+    version: str | None = None
+    graph: Graph | None = None
+
+    def request(
+        self,
+        name: str,
+        given: ModelInput,
+        taken: Callable[[str], Taken],
+        opened: contextlib.ExitStack,
+    ) -> Request:
+        """Return what is to be added, checked; its source is ``opened``."""
+        from pydedup.formats.registry import open_source
+        from pydedup.ingest.plan import Request, plan_address
+        from pydedup.policies import Lossless
+
+        base, number, is_numbered = plan_address(taken, name, self.version)
+        if isinstance(given, Mapping) and not given and self.graph is None:
+            raise ArgumentError(
+                f"the mapping given for {name!r} is empty; a model is arrays by name"
+            )
+        source = opened.enter_context(open_source(given))
+        request = Request(
+            name=base,
+            version=number,
+            source=source,
+            policy=Lossless() if self.policy is None else self.policy,
+            graph=source.graph if self.graph is None else self.graph,
+            metadata={} if self.metadata is None else self.metadata,
+            block_shape=self.block_shape,
+            is_numbered=is_numbered,
+        )
+        if self.graph is not None:
+            self.graph.validate({entry.name: entry.shape for entry in source.entries})
+        return request

@@ -9,6 +9,7 @@ blocks that were shared then belong to one value alone and take it over its quot
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -221,20 +222,20 @@ def check(adapter: Adapter, pool: PagePool, newcomers: Newcomers, epoch: int) ->
         if not concerned:
             return True
         models = [row for row in adapter.models() if row.id not in newcomers.replaced]
+        sizes = [m.logical_bytes for m in models] + [size for _, size in newcomers.models]
+        new_readers = newcomers.readers
+        if new_readers is None:
+            concerned = [pair for pair in concerned if pair[0].measure == "logical"]
         together: Readers | None = None
         for quota, value in concerned:
             values = [value_of(m.metadata, quota.key, m.address) for m in models]
             values += [value_of(text, quota.key, "a new model") for text, _ in newcomers.models]
-            is_mine = [found == value for found in values]
-            if quota.measure == "logical":
-                sizes = [m.logical_bytes for m in models] + [size for _, size in newcomers.models]
-                total = sum(size for size, mine in zip(sizes, is_mine, strict=True) if mine)
-            elif newcomers.readers is None:
-                continue
+            is_mine = np.array([found == value for found in values])
+            if new_readers is None or quota.measure == "logical":
+                total = sum(itertools.compress(sizes, is_mine))
             else:
-                if together is None:
-                    together = _together(adapter, pool, models, newcomers.readers())
-                total = marginal_bytes(together, np.array(is_mine))
+                together = together or _together(adapter, pool, models, new_readers())
+                total = marginal_bytes(together, is_mine)
             if total > quota.bytes:
                 raise QuotaError(
                     f"with {newcomers.said}, {quota.key}={value} would take {total:,} bytes "

@@ -9,6 +9,7 @@ main file meanwhile (`pydedup.jobs`).
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -150,50 +151,57 @@ class PageWriter:
 
         Where the database gives no further connection, they are written by the one that there is.
         """
-
-        def write(group: _Group, ids: Sequence[int]) -> None:
-            images = self._spool.images(group)
-            pages = [(codec.page_checksum(image), image) for image in images]
-            with self._job.staging():
-                self._job.stage_numbered_pages(pages, ids)
-
-        def write_beside(
-            group: _Group, ids: Sequence[int], _threads: int
-        ) -> UnavailableError | None:
-            try:
-                self._job.connect()
-            except UnavailableError as error:
-                return error
-            write(group, ids)
-            return None
-
         self.page_ids = page_ids  # nobody else gets them, whatever becomes of the transactions
-        groups = self._groups
-        bounds = np.cumsum([0, *map(len, groups)]).tolist()
+        ids = iter(page_ids)
+        left = [(group, list(itertools.islice(ids, len(group)))) for group in self._groups]
         at_once = min(workers.count, _MOST_AT_ONCE)
-        some = range(0)
-        while some.stop < len(groups):
-            some = range(some.stop, min(some.stop + at_once, len(groups)))
-            ids = {i: page_ids[bounds[i] : bounds[i + 1]] for i in some}
-            tasks = {i: workers.submit(partial(write_beside, groups[i], ids[i])) for i in some[1:]}
-            try:
-                write(groups[some.start], ids[some.start])
-                for i, task in tasks.items():
-                    refused = task.result()
-                    if refused is not None:
-                        if at_once > 1:
-                            _LOG.warning("this add goes on with one connection: %s", refused)
-                        at_once = 1
-                        write(groups[i], ids[i])
-            finally:
-                for task in tasks.values():
-                    task.end()
+        while left:
+            some, left = left[:at_once], left[at_once:]
+            refused = self._write_at_once(workers, some)
+            if refused is not None:
+                _LOG.warning("this add goes on with one connection: %s", refused)
+                at_once = 1
             with self._job.staging():  # in their order, as one thread would
-                for i in some:
-                    self._write_blocks(groups[i], ids[i])
+                for group, page_ids in some:
+                    self._write_blocks(group, page_ids)
                 self._beat()
-            for i in some:
-                self._note_written(groups[i])
+            for group, _ in some:
+                self._note_written(group)
+
+    def _write_at_once(
+        self, workers: Workers, some: Sequence[tuple[_Group, list[int]]]
+    ) -> UnavailableError | None:
+        """Write groups of pages; return why not all could have a connection of their own, if so."""
+        refused = None
+        tasks = [workers.submit(partial(self._write_beside, *one)) for one in some[1:]]
+        try:
+            self._write_numbered(*some[0])
+            for one, task in zip(some[1:], tasks, strict=True):
+                error = task.result()
+                if error is not None:
+                    refused = error
+                    self._write_numbered(*one)
+        finally:
+            for task in tasks:
+                task.end()
+        return refused
+
+    def _write_beside(
+        self, group: _Group, page_ids: Sequence[int], _threads: int
+    ) -> UnavailableError | None:
+        """Write pages with the connection of this thread; return why it has none, if so."""
+        try:
+            self._job.connect()
+        except UnavailableError as error:
+            return error
+        self._write_numbered(group, page_ids)
+        return None
+
+    def _write_numbered(self, group: _Group, page_ids: Sequence[int]) -> None:
+        images = self._spool.images(group)
+        pages = [(codec.page_checksum(image), image) for image in images]
+        with self._job.staging():
+            self._job.stage_numbered_pages(pages, page_ids)
 
     def _images(self) -> Iterator[list[bytes]]:
         """Yield the pages of each group, the next one being made meanwhile."""

@@ -110,7 +110,11 @@ class Spool:
         `NO_BASE`, ``base_tags`` what their slots are to carry.
         """
         costs = codec.page_cost(encoded.lengths)
-        heights, widths = view.grid.shapes(indices)
+        dtypes = np.full(len(indices), view.dtype.code, np.int64)
+        columns = (
+            *(encoded.offsets, encoded.lengths, encoded.encodings.astype(np.int64)),
+            *(dtypes, *view.grid.shapes(indices), base_tags),
+        )
         pages = np.empty(len(indices), np.int64)
         slots = np.empty(len(indices), np.uint32)
         start = 0
@@ -123,7 +127,8 @@ class Spool:
             stop = start + max(fit, 1)
             pages[start:stop] = self._sealed
             slots[start:stop] = self._open.count + np.arange(stop - start, dtype=np.uint32)
-            self._open.add(encoded, view.dtype.code, heights, widths, base_tags, start, stop, costs)
+            part = [column[start:stop] for column in columns]
+            self._open.add(encoded.arena, part, int(costs[start:stop].sum()))
             start = stop
         self._page_of.append(pages)
         self._slot_of.append(slots)
@@ -131,7 +136,7 @@ class Spool:
         self._length.append(encoded.lengths)
         self._hashes.append(digests)
         self._bases.append(bases)
-        self._dtypes.append(np.full(len(indices), view.dtype.code, np.int64))
+        self._dtypes.append(dtypes)
         self.count += len(indices)
 
     def list_blocks(
@@ -316,35 +321,15 @@ class _OpenPage:
         self._columns: list[tuple[NDArray[Any], ...]] = []
         self._image: bytes | None = None
 
-    def add(
-        self,
-        encoded: codec.EncodedBlocks,
-        dtype: int,
-        rows: NDArray[np.int64],
-        cols: NDArray[np.int64],
-        base_tags: NDArray[np.uint64],
-        start: int,
-        stop: int,
-        costs: NDArray[np.int64],
-    ) -> None:
-        lengths = encoded.lengths[start:stop]
-        first = int(encoded.offsets[start])
-        last = int(encoded.offsets[stop - 1] + encoded.lengths[stop - 1])
-        base = sum(len(piece) for piece in self._arena)
-        self._arena.append(encoded.arena[first:last])
-        self._columns.append(
-            (
-                encoded.offsets[start:stop] - first + base,
-                lengths,
-                encoded.encodings[start:stop].astype(np.int64),
-                np.full(stop - start, dtype, np.int64),
-                rows[start:stop],
-                cols[start:stop],
-                base_tags[start:stop],
-            )
-        )
-        self.count += stop - start
-        self.bytes += int(costs[start:stop].sum())
+    def add(self, arena: NDArray[np.uint8], columns: Sequence[NDArray[Any]], cost: int) -> None:
+        """Add blocks that lie one after another; ``columns`` are those of `codec.build_page`."""
+        offsets, lengths, *others = columns
+        first, last = int(offsets[0]), int(offsets[-1] + lengths[-1])
+        start = sum(len(piece) for piece in self._arena)
+        self._arena.append(arena[first:last])
+        self._columns.append((offsets - first + start, lengths, *others))
+        self.count += len(offsets)
+        self.bytes += cost
         self._image = None
 
     def image(self) -> bytes:
