@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous, split_sums
 from pydedup.ingest.publish import publish_batch
 from pydedup.ingest.quota import check_quotas
-from pydedup.ingest.replace import choose_blocks
+from pydedup.ingest.replace import Chosen, choose_blocks
 from pydedup.ingest.scan import unreadable_pages
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedModel, MatchedTensor
@@ -73,12 +74,11 @@ def add_models(
     unreadable: set[int] = set()
     attempts = 0
     with config.at_most_threads(workers), Workers(count) as crew:
+        work = _Add(adapter, pool, requests, crew, dry_run, progress, started)
         while attempts < _ATTEMPTS:
             epoch = adapter.epoch()
             try:
-                reports = _attempt(
-                    adapter, pool, requests, crew, dry_run, progress, started, epoch, unreadable
-                )
+                reports = work.attempt(epoch, unreadable)
             except (CorruptStoreError, NotFoundError) as exc:
                 was_changed = adapter.epoch() != epoch
                 if was_changed and isinstance(exc, PageNotFoundError | NotFoundError):
@@ -97,44 +97,120 @@ def add_models(
     )
 
 
-def _attempt(
-    adapter: Adapter,
-    pool: PagePool,
-    requests: Sequence[Request],
-    workers: Workers,
-    dry_run: bool,
-    progress: Progress | None,
-    started: float,
-    epoch: int,
-    unreadable: Collection[int],
-) -> list[AddReport] | None:
-    """Add once; ``None`` when pages that this add shares went away meanwhile.
+@dataclass(frozen=True, slots=True)
+class _Add:
+    """Models, the store that they are added to, and who works on it or is told."""
 
-    Quotas are checked on the state of the store that `Stager.publish` then insists on.
-    """
-    memory = _SHARED_SPOOL_BYTES if workers.are_several else _SPOOL_BYTES
-    with Spool(memory, workers=workers) as spool:
-        matcher = Matcher(adapter, pool, spool, unreadable)
-        try:
-            models = _match(matcher, requests, workers, progress)
-        except CorruptStoreError as exc:
-            if exc.page_ids:  # for each one after the other, all would be matched anew
-                exc.page_ids += unreadable_pages(pool, matcher.stored.page_ids)
-            raise
-        spool.freeze()
-        allowed = check_quotas(matcher, models, epoch)
-        if dry_run:
-            layout = plan_layout(matcher, models)
-            return _reports(matcher, models, layout, started, dry_run=True) if allowed else None
-        writing = _Writing(spool, progress)
-        stager = Stager(matcher, models, writing.advance, workers=workers)
-        published = publish_batch(
-            stager, lambda: writing.begin(plan_layout(matcher, models)), epoch
-        )
-        if published is None:
-            return None
-        stager.finish()
-        return _reports(matcher, models, published, started, dry_run=False)
+    adapter: Adapter
+    pool: PagePool
+    requests: Sequence[Request]
+    workers: Workers
+    dry_run: bool
+    progress: Progress | None
+    started: float
+
+    def attempt(self, epoch: int, unreadable: Collection[int]) -> list[AddReport] | None:
+        """Add once; ``None`` when pages that this add shares went away meanwhile.
+
+        Quotas are checked on the state of the store that `Stager.publish` then insists on.
+        """
+        memory = _SHARED_SPOOL_BYTES if self.workers.are_several else _SPOOL_BYTES
+        with Spool(memory, workers=self.workers) as spool:
+            matcher = Matcher(self.adapter, self.pool, spool, unreadable)
+            try:
+                models = self._match(matcher)
+            except CorruptStoreError as exc:
+                if exc.page_ids:  # for each one after the other, all would be matched anew
+                    exc.page_ids += unreadable_pages(self.pool, matcher.stored.page_ids)
+                raise
+            spool.freeze()
+            allowed = check_quotas(matcher, models, epoch)
+            if self.dry_run:
+                layout = plan_layout(matcher, models)
+                return self._reports(matcher, models, layout) if allowed else None
+            writing = _Writing(spool, self.progress)
+            stager = Stager(matcher, models, writing.advance, workers=self.workers)
+            published = publish_batch(
+                stager, lambda: writing.begin(plan_layout(matcher, models)), epoch
+            )
+            if published is None:
+                return None
+            stager.finish()
+            return self._reports(matcher, models, published)
+
+    def _match(self, matcher: Matcher) -> list[MatchedModel]:
+        total, done = sum(request.logical_bytes for request in self.requests), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if self.progress is not None:
+                self.progress("matching", done, total)
+
+        models = []
+        with Ahead(self.workers, self.requests, matcher) as ahead:
+            matcher.look = ahead.look
+            for request in self.requests:
+                with _named(request, self.requests):
+                    models.append(self._match_model(matcher, ahead, request, advance))
+        reader = matcher.reader
+        split_sums(matcher.stored, reader, (model.references(reader) for model in models))
+        return models
+
+    def _match_model(
+        self, matcher: Matcher, ahead: Ahead, request: Request, advance: Callable[[int], None]
+    ) -> MatchedModel:
+        name, policy = request.name, request.policy
+        previous = Previous.of(self.adapter, matcher.stored, matcher.catalog, name, policy)
+        if isinstance(policy, Accuracy):
+            tell = functools.partial(self._tell_of_evaluation, policy)
+            chosen = choose_blocks(matcher, ahead, request, policy, previous, advance, tell)
+            return _match_chosen(matcher, request, chosen)
+        model = MatchedModel(request, match_tensors(matcher, ahead, request, previous, advance))
+        if previous is not None:
+            previous.settle_costs(model.references(matcher.reader), matcher.reader)
+        return model
+
+    def _tell_of_evaluation(self, policy: Accuracy, count: int) -> None:
+        if self.progress is not None:  # evaluations may take minutes
+            self.progress("evaluating", count, policy.max_evaluations)
+
+    def _reports(
+        self,
+        matcher: Matcher,
+        models: Sequence[MatchedModel],
+        layout: Sequence[NDArray[np.int64]],
+    ) -> list[AddReport]:
+        """Say what each model brought; a block counts for the first model that has it."""
+        spool, reader = matcher.spool, matcher.reader
+        first_owner = np.full(spool.count, len(models), np.int64)
+        for number, model in reversed(list(enumerate(models))):
+            references = model.references(reader)
+            first_owner[references[references >= 0]] = number
+        page_owner = [int(first_owner[page].min()) for page in layout]
+        reports = []
+        for number, model in enumerate(models):
+            mine = first_owner == number
+            references = model.references()
+            deltas = int((reader.bases_of(references) != NO_BASE).sum())
+            new = references[references >= 0]
+            own = len(np.unique(new[first_owner[new] == number]))
+            reports.append(
+                AddReport(
+                    model=model.request.address,
+                    logical_bytes=model.request.logical_bytes,
+                    stored_bytes=int(spool.lengths[mine].sum()),
+                    blocks=len(references),
+                    shared_blocks=len(references) - own,
+                    delta_blocks=deltas,
+                    pages=page_owner.count(number),
+                    seconds=time.monotonic() - self.started,
+                    certificate=model.certificate(),
+                    dry_run=self.dry_run,
+                    left_out=tuple(model.request.source.left_out),
+                )
+            )
+        return reports
 
 
 class _Writing:
@@ -157,31 +233,6 @@ class _Writing:
             self._progress("writing", min(self._done, self._total), self._total)
 
 
-def _match(
-    matcher: Matcher,
-    requests: Sequence[Request],
-    workers: Workers,
-    progress: Progress | None,
-) -> list[MatchedModel]:
-    total, done = sum(request.logical_bytes for request in requests), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress("matching", done, total)
-
-    models = []
-    with Ahead(workers, requests, matcher) as ahead:
-        matcher.look = ahead.look
-        for request in requests:
-            with _named(request, requests):
-                models.append(_match_model(matcher, ahead, request, progress, advance))
-    reader = matcher.reader
-    split_sums(matcher.stored, reader, (model.references(reader) for model in models))
-    return models
-
-
 @contextlib.contextmanager
 def _named(request: Request, requests: Sequence[Request]) -> Iterator[None]:
     """Make an error say which of several models it is about."""
@@ -193,40 +244,8 @@ def _named(request: Request, requests: Sequence[Request]) -> Iterator[None]:
         raise
 
 
-def _match_model(
-    matcher: Matcher,
-    ahead: Ahead,
-    request: Request,
-    progress: Progress | None,
-    advance: Callable[[int], None],
-) -> MatchedModel:
-    previous = Previous.of(
-        matcher.adapter, matcher.stored, matcher.catalog, request.name, request.policy
-    )
-    if isinstance(request.policy, Accuracy):
-        return _match_chosen(matcher, ahead, request, request.policy, previous, advance, progress)
-    model = MatchedModel(request, match_tensors(matcher, ahead, request, previous, advance))
-    if previous is not None:
-        previous.settle_costs(model.references(matcher.reader), matcher.reader)
-    return model
-
-
-def _match_chosen(
-    matcher: Matcher,
-    ahead: Ahead,
-    request: Request,
-    policy: Accuracy,
-    previous: Previous | None,
-    advance: Callable[[int], None],
-    progress: Progress | None,
-) -> MatchedModel:
-    """Match what the search of `Accuracy` made of the model: its bits, as `Lossless` would."""
-
-    def tell(count: int) -> None:
-        if progress is not None:  # evaluations may take minutes
-            progress("evaluating", count, policy.max_evaluations)
-
-    chosen = choose_blocks(matcher, ahead, request, policy, previous, advance, tell)
+def _match_chosen(matcher: Matcher, request: Request, chosen: Chosen) -> MatchedModel:
+    """Match what the search of `Accuracy` made of a model: its bits, as `Lossless` would."""
     model = MatchedModel(request, evidence=chosen.certificate)
     for entry in request.source.entries:
         view = MatrixView.of(chosen.arrays[entry.name], request.block_shape)
@@ -244,43 +263,3 @@ def _match_chosen(
             )
         )
     return model
-
-
-def _reports(
-    matcher: Matcher,
-    models: Sequence[MatchedModel],
-    layout: Sequence[NDArray[np.int64]],
-    started: float,
-    *,
-    dry_run: bool,
-) -> list[AddReport]:
-    """Say what each model brought; a block counts for the first model that has it."""
-    spool, reader = matcher.spool, matcher.reader
-    first_owner = np.full(spool.count, len(models), np.int64)
-    for number, model in reversed(list(enumerate(models))):
-        references = model.references(reader)
-        first_owner[references[references >= 0]] = number
-    page_owner = [int(first_owner[page].min()) for page in layout]
-    reports = []
-    for number, model in enumerate(models):
-        mine = first_owner == number
-        references = model.references()
-        deltas = int((reader.bases_of(references) != NO_BASE).sum())
-        new = references[references >= 0]
-        own = len(np.unique(new[first_owner[new] == number]))
-        reports.append(
-            AddReport(
-                model=model.request.address,
-                logical_bytes=model.request.logical_bytes,
-                stored_bytes=int(spool.lengths[mine].sum()),
-                blocks=len(references),
-                shared_blocks=len(references) - own,
-                delta_blocks=deltas,
-                pages=page_owner.count(number),
-                seconds=time.monotonic() - started,
-                certificate=model.certificate(),
-                dry_run=dry_run,
-                left_out=tuple(model.request.source.left_out),
-            )
-        )
-    return reports

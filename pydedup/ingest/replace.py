@@ -256,29 +256,27 @@ class _Tensor:
                     choice[row] = which, entry
         for which, some in enumerate(pairs):
             rows = np.flatnonzero(np.isfinite(least) & (choice[:, 0] == which))
-            entries = choice[rows, 1]
-            taken[rows] = some.references[entries]
+            chosen = some.select(choice[rows, 1])
+            taken[rows] = chosen.references
             if some.bases.dtype == blocks.dtype:
                 contents = values_of(some.bases)
-                for row, base in zip(rows.tolist(), some.base_index[entries], strict=True):
+                for row, base in zip(rows.tolist(), chosen.base_index, strict=True):
                     content = partial(_same, contents[base])
                     levels[row].append((content, int(plain[row]), None, float(least[row])))
             for bound in _BOUNDS:
-                worth = least[rows] > bound
-                self._quantise(blocks, some, rows[worth], entries[worth], plain, bound, levels)
+                worth = chosen.select(np.flatnonzero(least[rows] > bound))
+                self._quantise(blocks, worth, plain, bound, levels)
         return taken
 
     @staticmethod
     def _quantise(
         blocks: MatrixView,
         pairs: Pairs,
-        rows: NDArray[np.int64],
-        entries: NDArray[np.int64],
         plain: NDArray[np.int64],
         bound: float,
         levels: list[list[_Level]],
     ) -> None:
-        base_index = pairs.base_index[entries]
+        rows, base_index = pairs.rows, pairs.base_index
         encoded = codec.encode_deltas(
             blocks,
             rows,
@@ -293,7 +291,7 @@ class _Tensor:
                 continue
             base = int(base_index[i])
             delta = Delta(
-                int(pairs.references[entries[i]]),
+                int(pairs.references[i]),
                 int(tags[base]),
                 payload.copy(),
                 int(codec.Encoding.QUANTISED),

@@ -213,7 +213,7 @@ class Similar:
         for references in aligned:
             given = np.flatnonzero(references != NO_BASE)
             dtypes = self._reader.dtypes_of(references[given])
-            for dtype in set(dtypes).intersection(FLOATS):
+            for dtype in (one for one in FLOATS if one in dtypes):
                 rows = given[[i for i, d in enumerate(dtypes) if d is dtype]]
                 column = (rows, references[rows], np.full(len(rows), np.nan))
                 found.setdefault(dtype, []).append(column)
@@ -253,23 +253,19 @@ class Similar:
         choice = np.full((len(at), 2), -1, np.int64)  # which of pairs, which entry of it
         for number, some in enumerate(pairs):
             entries = np.flatnonzero(open_rows[some.rows])
+            tried = some.select(entries)
             sizes = codec.estimate_deltas(
-                blocks,
-                some.rows[entries],
-                some.bases,
-                some.base_index[entries],
-                max_rel_error=bound,
+                blocks, tried.rows, tried.bases, tried.base_index, max_rel_error=bound
             )
-            for entry, row, size in zip(entries, some.rows[entries], sizes, strict=True):
+            for entry, row, size in zip(entries, tried.rows, sizes, strict=True):
                 if size < least[row]:
                     least[row] = size
                     choice[row] = number, entry
-        lengths = kept.encoded.lengths[at]
-        promising = least < lengths
+        promising = least < kept.encoded.lengths[at]
         for number, some in enumerate(pairs):
             rows = np.flatnonzero(promising & (choice[:, 0] == number))
             if len(rows):
-                self._encode(kept, blocks, some, rows, choice[rows, 1], at, lengths, bound)
+                self._encode(kept, blocks, some.select(choice[rows, 1]), at, bound)
 
     @staticmethod
     def _share(
@@ -285,24 +281,18 @@ class Similar:
                 kept.shared[row] = pairs.references[entry]
                 kept.errors[row] = away[entry]
 
+    @staticmethod
     def _encode(
-        self,
-        kept: Kept,
-        blocks: MatrixView,
-        pairs: Pairs,
-        rows: NDArray[np.int64],
-        entries: NDArray[np.int64],
-        at: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        bound: float | None,
+        kept: Kept, blocks: MatrixView, pairs: Pairs, at: NDArray[np.int64], bound: float | None
     ) -> None:
-        base_index = pairs.base_index[entries]
+        """Keep the blocks of these pairs, one each, as deltas where that saves enough."""
+        rows, base_index = pairs.rows, pairs.base_index
         deltas = codec.encode_deltas(
             blocks,
             rows,
             pairs.bases,
             base_index,
-            limits=delta_limits(lengths[rows]),
+            limits=delta_limits(kept.encoded.lengths[at[rows]]),
             max_rel_error=bound,
         )
         good = np.flatnonzero(deltas.lengths > 0)
@@ -310,7 +300,7 @@ class Similar:
             return
         tags = codec.base_tags(hash_view(pairs.bases))
         places = at[rows[good]]
-        kept.bases[places] = pairs.references[entries[good]]
+        kept.bases[places] = pairs.references[good]
         kept.base_tags[places] = tags[base_index[good]]
         lossy = good[deltas.encodings[good] == codec.Encoding.QUANTISED]
         if len(lossy):

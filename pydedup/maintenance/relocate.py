@@ -21,6 +21,7 @@ from pydedup.layout import (
     block_places,
     map_at,
     pages_read,
+    split_place,
     split_places,
     used_places,
 )
@@ -94,7 +95,16 @@ class Left:
     def keep(self, page_ids: Iterable[int], reader: str) -> None:
         """Note that a model reads these damaged pages, and nobody knows what of them."""
         for page_id in page_ids:
-            self.missing.setdefault(page_id, {}).setdefault(NO_PLACE, set()).add(reader)
+            self._keep(page_id, NO_PLACE, reader)
+
+    def keep_places(self, places: NDArray[np.int64], damaged: Collection[int], reader: str) -> None:
+        """Note that a model reads those of these places that are on damaged pages."""
+        on_damaged = np.isin(split_places(places)[0], list(damaged))
+        for place in places[on_damaged].tolist():
+            self._keep(split_place(place)[0], place, reader)
+
+    def _keep(self, page_id: int, place: int, reader: str) -> None:
+        self.missing.setdefault(page_id, {}).setdefault(place, set()).add(reader)
 
 
 def relocate(
@@ -134,20 +144,16 @@ def relocate(
                 continue
             old_maps = model.block_maps()
             maps = [_moved(block_map, table) for block_map in old_maps]
-            changed = {}
-            for ordinal, (old, new) in enumerate(zip(old_maps, maps, strict=True)):
-                if new is not old:
-                    changed[ordinal] = new
-                    pages_of_deltas.update(_pages_of_deltas(old, table))
+            changed = {i: new for i, new in enumerate(maps) if new is not old_maps[i]}
+            for ordinal in changed:
+                pages_of_deltas.update(_pages_of_deltas(old_maps[ordinal], table))
             replace_maps(adapter, row, changed)
             before, after = used_places(old_maps), used_places(maps)
             _change_reads(mine, before, after, moves, damaged, pool)
             adapter.delete_model_pages(row.id)
             adapter.insert_model_pages((row.id, page, *figures) for page, figures in mine.items())
             left.used.update(np.unique(split_places(after)[0]).tolist())
-            for place, page_id in zip(after.tolist(), split_places(after)[0].tolist(), strict=True):
-                if page_id in damaged:
-                    left.missing.setdefault(page_id, {}).setdefault(place, set()).add(model.address)
+            left.keep_places(after, damaged, model.address)
         _change_rows(adapter, moves, pages_of_deltas, left.missing)
         adapter.set_page_state(sorted(left.used.intersection(new_pages)), LIVE)
         adapter.set_page_state(sorted(set(damaged) - left.missing.keys()), RETIRED, time.time())

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
-from pydedup.catalog import StoredModel, certificate_of, check_row
 from pydedup.errors import CorruptStoreError, StoreError
 from pydedup.maintenance.damage import VerifyReport, sound_rows, unreadable_pages
 from pydedup.maintenance.rows import lost_models
@@ -57,26 +56,11 @@ def _verified(
         models = ModelChecks(adapter, pages.contents, report)
         rows = adapter.models()
         for number, row in enumerate(rows):
-            for read in (check_row, certificate_of):
-                try:
-                    read(row)
-                except CorruptStoreError as exc:
-                    report.add_error(str(exc))
-            try:
-                model = StoredModel(adapter, row)
-            except CorruptStoreError as exc:
-                report.add_error(str(exc))
-            else:
-                models.check(model)
+            models.check(row)
             report.models += 1
             if progress is not None:
                 progress("checking models", number + 1, len(rows))
-        for page_id, content in pages.contents.items():
-            for slot, (_, said) in content.doubts.items():
-                if said:
-                    pages.damage.note(page_id, f", slot {slot}: {said}")
-            if page_id in report.damaged_pages:
-                report.unrecorded_blocks.pop(page_id, None)
+        pages.note_doubts()
         verify_meta(adapter, report)
         verify_names(adapter, rows, damaged["models"], report)
         _note_leftovers(adapter, damaged["models"], report)

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, BlockRow, ModelRow
 from pydedup.blocks import BlockMap
-from pydedup.catalog import ModelDigest, SourceHashes, StoredModel, recorded_aliases
+from pydedup.catalog import (
+    ModelDigest,
+    SourceHashes,
+    StoredModel,
+    certificate_of,
+    check_row,
+    recorded_aliases,
+)
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.hashing import digests_of
 from pydedup.layout import NO_PLACE, base_places, by_page, split_places, used_places
@@ -37,7 +44,21 @@ class ModelChecks:
         self._live = np.array(list(contents), np.int64)
         self._report = report
 
-    def check(self, model: StoredModel) -> None:
+    def check(self, row: ModelRow) -> None:
+        """Check all that is recorded of a model."""
+        for read in (check_row, certificate_of):
+            try:
+                read(row)
+            except CorruptStoreError as exc:
+                self._report.add_error(str(exc))
+        try:
+            model = StoredModel(self._adapter, row)
+        except CorruptStoreError as exc:
+            self._report.add_error(str(exc))
+        else:
+            self._check_content(model)
+
+    def _check_content(self, model: StoredModel) -> None:
         """Check that block maps lead to the blocks of the source, and what else is recorded."""
         report = self._report
         maps: list[BlockMap] = []

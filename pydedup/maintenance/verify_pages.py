@@ -110,6 +110,16 @@ class PageChecks:
         ]
         self._report.add_surplus(blocks_of_no_page(self._adapter, known))
 
+    def note_doubts(self) -> None:
+        """Say what is still in doubt after all models were checked: then the page is wrong."""
+        report = self._report
+        for page_id, content in self.contents.items():
+            for slot, (_, said) in content.doubts.items():
+                if said:
+                    self.damage.note(page_id, f", slot {slot}: {said}")
+            if page_id in report.damaged_pages:
+                report.unrecorded_blocks.pop(page_id, None)
+
     def _check_group(self, some: Sequence[PageRow], blocks: Sequence[BlockRow]) -> None:
         report, damage = self._report, self.damage
         recorded: dict[int, list[BlockRow]] = {}
