@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way in: sources to matched blocks to staged pages to a published model.
 
-add.py does it all. plan.py says what is to be added; tensors.py reads it; match.py finds what the
-store has already, and similar.py what a new block is near to (candidates.py, aligned.py);
-previous.py takes over what the version before had; replace.py and accuracy.py search for what a
-metric allows (searches.py, trial.py, judging.py, confidence.py); spool.py holds what is new until
-its layout is known; write.py and pages.py stage it, publish.py publishes. workers.py and ahead.py
-do some of that before its turn. Nothing here serves predictions.
+add.py does it all, a step after the other:
+
+- plan.py says what is to be added, staged.py what becomes of it;
+- tensors.py reads and matches a model: match.py finds what the store has already (met.py: what
+  this add has met), similar.py what a new block is near to (candidates.py, aligned.py) and how it
+  is kept then (deltas.py); previous.py takes over what the version before had;
+- replace.py and accuracy.py search for what a metric allows (searches.py, trial.py, judging.py,
+  confidence.py);
+- quota.py asks whether there may be so much; pages.py and write.py stage it, publish.py publishes.
+
+Blocks are read through places.py, wherever they are: on pages of the store (stored_table.py,
+scan.py), or new and on the spool until their layout is known (spool.py). workers.py and ahead.py do
+some of the work before its turn. Nothing here serves predictions.
 """
