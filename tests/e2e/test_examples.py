@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pydedup.testing.adapter_contract import AdapterContract
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -40,4 +42,5 @@ def test_an_adapter_of_a_third_party(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
-    assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) > 130, "the whole contract"
+    contract = [name for name in dir(AdapterContract) if name.startswith("test_")]
+    assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) > len(contract) > 60
