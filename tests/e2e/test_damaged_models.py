@@ -177,30 +177,18 @@ def test_the_size_of_a_page_that_its_row_has(
             assert np.array_equal(store.load(name)["w"], model["w"])
 
 
-@pytest.mark.parametrize(
-    ("spec", "cursor"),
-    [
-        ('{"models": [1e999]}', None),
-        ("[" * 9, None),
-        (None, "nan"),
-        (None, "inf"),
-        (None, "1e300"),
-        (None, ""),
-    ],
-)
-def test_a_job_that_cannot_be_read_is_dead(
-    spec: str | None, cursor: str | None, store_url: str
-) -> None:
-    """A vacuum ended in it, or it lived for ever."""
-    fill(store_url)
+def test_jobs_that_cannot_be_read_are_dead(store_url: str) -> None:
+    """A vacuum ended in them, or they lived for ever."""
+    process = {"boot": "another", "namespace": "n", "pid": 1, "started": "1"}
+    sound = json.dumps({"kind": "add", "models": [], "process": process})
+    now = repr(time.time())
+    damaged = [('{"models": [1e999]}', now), ("[" * 9, now)]
+    damaged += [(sound, cursor) for cursor in ("nan", "inf", "1e300", "")]
     with pydedup.open(store_url) as store:
-        process = {"boot": "another", "namespace": "n", "pid": 1, "started": "1"}
-        sound = json.dumps({"kind": "add", "models": [], "process": process})
         with store._adapter.transaction():
-            store._adapter.put_job("sound", sound, repr(time.time()), "running")
-            store._adapter.put_job(
-                "damaged", spec or sound, repr(time.time()) if cursor is None else cursor, "running"
-            )
+            store._adapter.put_job("sound", sound, now, "running")
+            for number, (spec, cursor) in enumerate(damaged):
+                store._adapter.put_job(f"damaged{number}", spec, cursor, "running")
         store.vacuum()
         assert [job[0] for job in store._adapter.jobs()] == ["sound"]
 

@@ -16,7 +16,6 @@ import pydedup
 from pydedup import registry
 from pydedup.adapter_options import RangeAdapter, RowAdapter
 from pydedup.errors import ArgumentError, UnavailableError
-from pydedup.graph import Graph, Node
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.rows_contract import read_ranges
 from pydedup.testing.servers import as_user, password_of, unused_name
@@ -86,6 +85,16 @@ def rows(postgres_url: str) -> Iterator[RowAdapter]:
     found.close()
 
 
+@pytest.fixture(scope="module")
+def store(postgres_url: str) -> Iterator[pydedup.Store]:
+    """A store of a model of three inputs and, as ``one``, of one."""
+    model, graph = linear()
+    with pydedup.open(postgres_url, schema=unused_name()) as store:
+        store.add("m@1", model, graph=graph)
+        store.add("one@1", {"w": np.ones((1, 1), np.float32)}, graph=graph)
+        yield store
+
+
 #: What the driver makes values of two types of, in both orders.
 TWO_TYPES = [("inet", ("'10.0.0.0/8'", "'10.1.2.3'")), ("inet", ("'10.1.2.3'", "'10.0.0.0/8'"))]
 
@@ -118,17 +127,14 @@ def test_a_key_that_was_read_is_written(
         connection.execute(f"DROP TABLE {source}, {into}")
 
 
-def test_json_and_rows_without_a_type_are_no_keys(postgres_url: str) -> None:
+def test_json_and_rows_without_a_type_are_no_keys(postgres_url: str, store: pydedup.Store) -> None:
     """A table for it was made before that was seen, and stayed."""
-    model, graph = linear()
     into = unused_name().replace("pydedup", "t")
     query = "SELECT CAST('{\"a\": 1}' AS jsonb) AS id, 1 AS a, 2 AS b, 3 AS c"
-    with pydedup.open(postgres_url, schema=unused_name()) as store:
-        store.add("m@1", model, graph=graph)
-        row = "SELECT ROW(1, 2) AS id, 1 AS a, 2 AS b, 3 AS c"
-        for said in (query, query.replace("""{"a": 1}""", "1"), row):
-            with pytest.raises(ArgumentError, match=r"'id' .*can be no key|NULL, or a list"):
-                store.score(said, "m@1", into=into)
+    row = "SELECT ROW(1, 2) AS id, 1 AS a, 2 AS b, 3 AS c"
+    for said in (query, query.replace("""{"a": 1}""", "1"), row):
+        with pytest.raises(ArgumentError, match=r"'id' .*can be no key|NULL, or a list"):
+            store.score(said, "m@1", into=into)
     with psycopg.connect(postgres_url) as connection:
         assert connection.execute("SELECT to_regclass(%s)", [into]).fetchone() == (None,)
 
@@ -223,15 +229,12 @@ def test_ranges_of_keys_have_each_row_once(postgres_url: str, kind: str) -> None
         ('types_of."Mo""od"', "char(5)"),
     ],
 )
-def test_a_scoring_goes_on_by_such_keys(postgres_url: str, kind: str, made: str | None) -> None:
+def test_a_scoring_goes_on_by_such_keys(
+    postgres_url: str, store: pydedup.Store, kind: str, made: str | None
+) -> None:
     """Whether the table of predictions is ours, or a user's with a key of another type."""
     source, into = unused_name(), unused_name()
-    model, graph = linear()
-    with (
-        psycopg.connect(postgres_url, autocommit=True) as connection,
-        pydedup.open(postgres_url, schema=unused_name()) as store,
-    ):
-        store.add("m@1", model, graph=graph)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE TABLE {source} (id {kind}, f0 real, f1 real, f2 real)")
         connection.execute(f"INSERT INTO {source} VALUES ('glad', 1, 2, 3), ('zeal', 4, 5, 6)")
         if made is not None:
@@ -241,7 +244,7 @@ def test_a_scoring_goes_on_by_such_keys(postgres_url: str, kind: str, made: str 
         then = store.score(query, "m@1", into=into)
         assert (first.rows, then.rows, then.skipped) == (1, 1, 1)
         found = connection.execute(f"SELECT prediction FROM {into} ORDER BY prediction").fetchall()
-        wanted = sorted((np.array([[1, 2, 3], [4, 5, 6]]) @ model["w"].T)[:, 0])
+        wanted = sorted((np.array([[1, 2, 3], [4, 5, 6]]) @ linear()[0]["w"].T)[:, 0])
         np.testing.assert_allclose([value for (value,) in found], wanted, rtol=1e-5)
         connection.execute(f"DROP TABLE {source}, {into}")
 
@@ -294,15 +297,12 @@ def test_times_of_two_zones_are_two_keys(postgres_url: str) -> None:
     ],
 )
 def test_one_value_that_is_beyond_python_is_of_one_row(
-    postgres_url: str, value: str, kind: str, reason: str
+    postgres_url: str, store: pydedup.Store, value: str, kind: str, reason: str
 ) -> None:
     good = "[1]" if kind != "numeric" else "1"
     query = f"SELECT 1 AS id, CAST('{value}' AS {kind}) AS x UNION ALL SELECT 2, '{good}'"
     into = unused_name()
-    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
-    with pydedup.open(postgres_url, schema=unused_name()) as store:
-        store.add("m@1", {"w": np.ones((1, 1), np.float32)}, graph=graph)
-        report = store.score(query, "m@1", into=into, on_error="skip")
+    report = store.score(query, "one@1", into=into, on_error="skip")
     assert (report.rows, [one.reason for one in report.failures]) == (1, [reason])
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"DROP TABLE {into}")
