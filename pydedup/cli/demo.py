@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from pydedup.cli import completing, options, output
-from pydedup.cli.output import console
 
 __all__ = ["demo"]
 
@@ -36,7 +35,7 @@ def demo(url: str | None, cache: Path | None, retrain: bool, as_json: bool) -> N
     # Imported now: its tables and bars take longer to import than most commands to run.
     from pydedup.demo.run import run_demo
 
-    screen = console(stderr=as_json, width=None if output.width() else _PIPE_WIDTH)
+    screen = output.console(stderr=as_json, width=None if output.width() else _PIPE_WIDTH)
     result = run_demo(url, cache, screen, retrain=retrain)
     if as_json:
         output.emit_json(dataclasses.asdict(result))

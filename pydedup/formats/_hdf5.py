@@ -120,8 +120,7 @@ def numeric(
         offset = None
         if file.userblock_size == 0 and _is_plain(item):
             offset = item.id.get_offset()
-        info = import_h5py().h5o.get_info(item.id)
-        yield Dataset(path, dtype, tuple(item.shape), item.dtype, offset, int(info.addr))
+        yield Dataset(path, dtype, tuple(item.shape), item.dtype, offset, _address(item))
 
 
 def build_skeleton(file: Any, skip: Callable[[str], bool], where: str) -> bytes:
@@ -132,7 +131,7 @@ def build_skeleton(file: Any, skip: Callable[[str], bool], where: str) -> bytes:
         _copy_attributes(file, target, where)
         made: dict[int, Any] = {}
         for path, item in _walk(file, "", skip, where):
-            address = int(h5py.h5o.get_info(item.id).addr)
+            address = _address(item)
             if address in made:
                 target[path] = made[address]
                 continue
@@ -206,6 +205,11 @@ def _fill_dataset(target: Any, dataset: Dataset, array: Array) -> None:
     target[dataset.path].write_direct(data)
 
 
+def _address(item: Any) -> int:
+    """Return where an HDF5 object is in its file: what is linked twice has one address."""
+    return int(import_h5py().h5o.get_info(item.id).addr)
+
+
 def is_group(item: Any) -> bool:
     """Return whether an HDF5 object is a group."""
     return isinstance(item, import_h5py().Group)
@@ -241,7 +245,7 @@ def _walk(
     """Yield (path, object) of all groups and datasets, parents first."""
     h5py = import_h5py()
     pending = [(group, prefix)]
-    seen = {int(h5py.h5o.get_info(group.id).addr)}
+    seen = {_address(group)}
     while pending:
         current, base = pending.pop(0)
         for name in current:
@@ -258,7 +262,7 @@ def _walk(
                 )
             item = current[name]
             if isinstance(item, h5py.Group):
-                address = int(h5py.h5o.get_info(item.id).addr)
+                address = _address(item)
                 if address in seen:
                     raise FormatError(f"{where}: group {path!r} is linked twice; it is refused")
                 seen.add(address)

@@ -38,8 +38,7 @@ class ZipMembers:
         self.raw = RawFile(path)
         self._verified: set[str] = set()
         self._offsets: dict[str, int] = {}
-        # ZipFile objects are safe between threads for reading members since CPython 3.x, but the
-        # two caches here are not.
+        # Threads may read members of one ZipFile at once; the two caches are ours to guard.
         self._lock = threading.Lock()
         try:
             with _zip_errors(path):

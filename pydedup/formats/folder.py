@@ -124,9 +124,10 @@ class FolderSource(ModelSource):
                 self._files[prefix + file] = source
                 also = []
                 for entry in source.entries:
-                    if part.index and part.weight_map.get(entry.name) != file:
-                        if entry.name in part.weight_map:
-                            continue  # the index prefers the copy in another file
+                    listed_in = part.weight_map.get(entry.name)
+                    if listed_in not in (None, file):
+                        continue  # the index prefers the copy in another file
+                    if part.index and listed_in is None:
                         also.append(entry.name)
                     found.add(entry.name)
                     self._check_prefix(part, entry.name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,7 +124,7 @@ def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:
     for start in range(0, len(page_ids), _PAGES_AT_ONCE):
         with only_sound_rows(adapter):  # of a block that is not seen so `Recorded.at` tells
             rows = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist())
-        pages: Any = np.array([row.page_id for row in rows], np.int64)
+        pages = np.array([row.page_id for row in rows], np.int64)
         places.append(block_places(pages, np.array([row.slot for row in rows], np.int64)))
         needed = [NO_PLACE if row.base_id is None else row.base_id for row in rows]
         bases.append(np.array(needed, np.int64))
