@@ -20,6 +20,8 @@ from pydedup.formats.base import Artifact
 from pydedup.formats.folder import GRAPH_FILE, LAYOUT
 from pydedup.formats.registry import open_source, write_model
 
+from .formats_files import export
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -102,12 +104,6 @@ LAYOUTS: dict[str, Callable[[Path], Tensors]] = {
     "torch-shards": make_torch_shards,
     "parts": make_parts,
 }
-
-
-def export(source_path: Path, target: Path) -> None:
-    with open_source(source_path) as source:
-        tensors = {entry.name: source.read(entry.name) for entry in source.entries}
-        write_model(target, tensors, source.entries, source.artifacts(), source.graph)
 
 
 def files(folder: Path) -> dict[str, bytes]:

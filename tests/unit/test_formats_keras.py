@@ -25,6 +25,8 @@ from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats.keras import CONFIG, STRUCTURE
 from pydedup.formats.registry import open_source, write_model
 
+from .formats_files import export
+
 RNG = np.random.default_rng(0)
 KERNEL = RNG.standard_normal((40, 3000)).astype(np.float32)
 BIAS = RNG.standard_normal(3000).astype(np.float32)
@@ -101,12 +103,6 @@ def write_archive(path: Path, compression: int = zipfile.ZIP_STORED) -> None:
 def make(path: Path, write: Callable[..., None], **more: Any) -> None:
     with h5py.File(path, "w") as file:
         write(file, **more)
-
-
-def export(source_path: Path, target: Path) -> None:
-    with open_source(source_path) as source:
-        tensors = {entry.name: source.read(entry.name) for entry in source.entries}
-        write_model(target, tensors, source.entries, source.artifacts(), source.graph)
 
 
 def tree(source: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import mmap
 import pickle
 import zipfile
 from pathlib import Path
@@ -17,6 +16,8 @@ import pytest
 from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats import _files
 from pydedup.formats.registry import open_source, write_model
+
+from .formats_files import is_mapped
 
 RNG = np.random.default_rng(0)
 
@@ -46,13 +47,6 @@ def same(read: Any, expected: Any) -> None:
     assert read.dtype == expected.dtype.newbyteorder("=")
     assert read.dtype.isnative
     assert read.tobytes() == expected.astype(expected.dtype.newbyteorder("="), order="C").tobytes()
-
-
-def is_mapped(array: Any) -> bool:
-    """Return whether an array is a view of a memory-mapped file."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return isinstance(array.obj if isinstance(array, memoryview) else array, mmap.mmap)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

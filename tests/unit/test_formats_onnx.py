@@ -18,6 +18,8 @@ from pydedup.formats import onnx as onnx_format
 from pydedup.formats import onnx_write
 from pydedup.formats.registry import open_source, write_model
 
+from .formats_files import export
+
 RNG = np.random.default_rng(0)
 W1 = RNG.standard_normal((300, 20)).astype(np.float32)
 B1 = RNG.standard_normal(300).astype(np.float32)
@@ -54,12 +56,6 @@ def holder(*tensors: onnx.TensorProto) -> onnx.ModelProto:
 def run(path: Path) -> Any:
     x = np.linspace(-1, 1, 60, dtype=np.float32).reshape(3, 20)
     return onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
-
-
-def export(source_path: Path, target: Path) -> None:
-    with open_source(source_path) as source:
-        tensors = {entry.name: source.read(entry.name) for entry in source.entries}
-        write_model(target, tensors, source.entries, source.artifacts(), source.graph)
 
 
 def values(path: Path) -> dict[str, bytes]:

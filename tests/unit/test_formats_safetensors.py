@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from pydedup.formats.base import Artifact, TensorEntry
 from pydedup.formats.registry import open_source, write_model
 from pydedup.formats.safetensors import METADATA
 from pydedup.types import DType
+
+from .formats_files import export, is_mapped
 
 DTYPES = [member.numpy for member in DType]
 
@@ -50,24 +51,11 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def is_mapped(array: Any) -> bool:
-    """Return whether an array is a view of a memory-mapped file."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return isinstance(array.obj if isinstance(array, memoryview) else array, mmap.mmap)
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file(model(), path, metadata={"format": "pt", "naïve": "ü"})
     return path
-
-
-def export(source: Path, target: Path, **more: Any) -> None:
-    with open_source(source) as opened:
-        tensors = {entry.name: opened.read(entry.name) for entry in opened.entries}
-        write_model(target, tensors, opened.entries, opened.artifacts(), opened.graph, **more)
 
 
 def test_reads_what_the_library_wrote(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import io
-import mmap
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -21,6 +20,8 @@ from pydedup.errors import StorageFullError, UnsupportedFormatError
 from pydedup.formats import _files
 from pydedup.formats.registry import open_source, write_model
 from pydedup.types import DType
+
+from .formats_files import is_mapped
 
 
 def model() -> dict[str, torch.Tensor]:
@@ -68,13 +69,6 @@ def check(source: Any, expected: dict[str, torch.Tensor]) -> None:
         assert array.flags.c_contiguous
         assert not array.flags.writeable
         assert array.tobytes() == bits(expected[entry.name]), entry.name
-
-
-def is_mapped(array: Any) -> bool:
-    """Return whether an array is a view of a memory-mapped file."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return isinstance(array.obj if isinstance(array, memoryview) else array, mmap.mmap)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors", ".odd"])
