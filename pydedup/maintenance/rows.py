@@ -69,7 +69,7 @@ def refuse_pages_in_use(adapter: Adapter, page_ids: Collection[int]) -> None:
             except CorruptStoreError as exc:
                 raise CorruptStoreError(
                     f"{row.address}: {exc}, so nobody knows which pages it uses, and none is "
-                    "deleted; run verify on the store"
+                    "deleted; remove that model and add it again, or restore a backup"
                 ) from exc
             used = np.intersect1d(named, doomed, assume_unique=True).tolist()
             if used:

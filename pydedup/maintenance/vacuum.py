@@ -16,14 +16,15 @@ from dataclasses import dataclass
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
-from pydedup.catalog import Catalog
-from pydedup.errors import ReadOnlyError, UnavailableError
+from pydedup.catalog import Catalog, page_readers
+from pydedup.errors import CorruptStoreError, ReadOnlyError, UnavailableError
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
 from pydedup.maintenance.repack import UNUSED_PART, Repacked, RepackPlan, plan_repack, repack
 from pydedup.maintenance.rows import refuse_pages_in_use
 from pydedup.pool import PagePool
 from pydedup.signatures import drop_dead_segments, drop_segment
+from pydedup.text import listed, plural
 from pydedup.types import Progress
 
 __all__ = [
@@ -123,22 +124,27 @@ def vacuum_store(
     ------
     ReadOnlyError, ConflictError, StorageFullError, UnavailableError
     CorruptStoreError
-        When a model uses a page that is recorded as unused; it is not deleted.
+        When a model uses a page that is recorded as unused; no page is deleted then. When one is
+        too damaged for a new layout, after what nobody uses was freed.
     """
     stored_before = adapter.stored_bytes()
     reads_before = read_amplification(adapter)
     live_before = adapter.page_rows(state=LIVE)
     abandoned = _collect_and_retire(adapter, lease_seconds)
-    repacked, not_repacked = Repacked(), None
+    repacked, not_repacked, damage = Repacked(), None, None
     if _wants_repack(adapter, adapter.page_rows(state=LIVE)):
         try:
             repacked = repack(adapter, catalog, pool, progress=progress)
         except (UnavailableError, ReadOnlyError) as error:
             # Of one of several servers, with pages. If it is the only one, what follows says so.
             not_repacked = str(error)
+        except CorruptStoreError as error:
+            damage = error  # all else does without a new layout
     freed, freed_bytes, waiting = _free_retired(adapter, grace_seconds, progress)
     drop_dead_segments(adapter)
     adapter.compact()
+    if damage is not None:
+        raise _not_repacked(adapter, damage, freed) from damage
     live_after = adapter.page_rows(state=LIVE)
     reads_after = read_amplification(adapter)
     return VacuumReport(
@@ -222,6 +228,19 @@ def plan_vacuum(
             models=_model_reads(adapter, reads_before, reads_after),
             dry_run=True,
         )
+
+
+def _not_repacked(adapter: Adapter, damage: CorruptStoreError, freed: int) -> CorruptStoreError:
+    """Return the error about what of a vacuum was not done, and what was."""
+    readers = page_readers(adapter)
+    models = sorted({model for page in damage.page_ids for model in readers.get(page, ())})
+    by = f" (read by {listed(models)})" if models and "read by" not in str(damage) else ""
+    told = CorruptStoreError(
+        f"{plural(freed, 'page')} freed, and none repacked: {damage}{by}; until that is mended, or "
+        "the model removed, vacuum only frees pages"
+    )
+    told.page_ids = damage.page_ids
+    return told
 
 
 def _model_reads(

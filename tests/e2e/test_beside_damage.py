@@ -259,6 +259,38 @@ def test_explain_leaves_out_a_damaged_neighbour(
     assert "two@1, tensor 'w'" in err
 
 
+@pytest.mark.parametrize(
+    ("said", "damage"),
+    [
+        (
+            "two@1, tensor 'w': a block map holds 0 blocks",
+            "DELETE FROM {block_maps} WHERE model_id = 2",
+        ),
+        (r"1 pages do not exist: 2; .* \(read by two@1\)", "DELETE FROM {pages} WHERE id = 2"),
+        ("page 2: .*; read by two@1", "UPDATE {pages} SET payload = checksum WHERE id = 2"),
+    ],
+)
+def test_a_vacuum_frees_what_nobody_uses_beside_a_damaged_model(
+    said: str, damage: str, store_url: str
+) -> None:
+    """It freed nothing, and did not say whose the missing page is."""
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        store.add("four", {"w": MODELS["one"]["w"] + 1})
+        (page,) = (page for _, page, _, _ in store._adapter.model_pages(4))
+        store.remove("four")
+    change(store_url, damage)
+    with pydedup.open(store_url) as store:
+        with pytest.raises(CorruptStoreError, match=f"^1 page freed, and none repacked: {said}"):
+            store.vacuum()
+        assert store._adapter.page_rows(ids=[page]) == []
+        for name in ("one", "three"):
+            assert store.load(name)["w"].tobytes() == MODELS[name]["w"].tobytes()
+        store.remove("two")
+        store.vacuum()
+        assert store.verify().damaged_pages == {}
+
+
 @pytest.mark.parametrize("damage", ["state = 'lively'", "version = '1x'", "version = '0'"])
 def test_the_version_of_a_damaged_row_is_given_to_no_other(damage: str, store_url: str) -> None:
     """Who asked for it got another model once it was added again without one."""
