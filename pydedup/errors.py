@@ -32,6 +32,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
+from pydedup.text import clean
+
 __all__ = [
     "ArgumentError",
     "BudgetError",
@@ -58,7 +60,14 @@ __all__ = [
 
 
 class PydedupError(Exception):
-    """Root of all exceptions raised by pydedup."""
+    """Root of all exceptions raised by pydedup.
+
+    What steers a terminal or a log shows as an escape: names in a message may be those of a store
+    or a file that somebody else made.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(clean(line) for line in super().__str__().split("\n"))
 
 
 class ArgumentError(PydedupError, ValueError):
@@ -79,10 +88,6 @@ class UnsupportedFormatError(FormatError):
 
 class NotFoundError(PydedupError, LookupError):
     """No such model, version, alias or tensor, or no such file to read."""
-
-    def __str__(self) -> str:
-        # KeyError-style quoting of LookupError subclasses would wrap the sentence in quotes.
-        return str(self.args[0]) if self.args else ""
 
 
 class DuplicateError(PydedupError):
@@ -137,7 +142,7 @@ class MissingStoreError(NotAStoreError):
         return f"{self.what}; {self.hindrance}{', then ' if self.hindrance else ''}{how}"
 
     def __str__(self) -> str:
-        return self.told("open it with mode 'a' to create one")
+        return clean(self.told("open it with mode 'a' to create one"))
 
 
 class SchemaVersionError(StoreError):

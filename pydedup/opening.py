@@ -19,6 +19,7 @@ from pydedup.errors import (
     PydedupError,
     ReadOnlyError,
     SchemaVersionError,
+    StorageFullError,
 )
 from pydedup.hashing import HASH_VERSION
 from pydedup.pool import PagePool
@@ -69,13 +70,18 @@ def _check_schema(adapter: Adapter, mode: str) -> None:
             raise MissingStoreError(f"{adapter.url} holds no store")
         import uuid
 
-        adapter.create_schema(
-            {
-                "store_id": uuid.uuid4().hex,
-                "hash_version": str(HASH_VERSION),
-                "page_format": str(codec.PAGE_VERSION),
-            }
-        )
+        meta = {
+            "store_id": uuid.uuid4().hex,
+            "hash_version": str(HASH_VERSION),
+            "page_format": str(codec.PAGE_VERSION),
+        }
+        try:
+            adapter.create_schema(meta)
+        except StorageFullError as exc:  # there is nothing to vacuum
+            raise StorageFullError(
+                f"no room for a new store in {adapter.url} ({exc.__cause__ or exc}); free some "
+                "space, a few MiB, and open it again"
+            ) from exc
     elif version < SCHEMA_VERSION:
         if adapter.read_only:
             raise SchemaVersionError(

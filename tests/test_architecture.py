@@ -60,9 +60,9 @@ PUBLIC = {"", "store"} | CORE | {"registry", "report", "maintenance", "moving"}
 ALLOWED: dict[str, set[str]] = {
     "_core": set(),
     "_pages": set(),
-    "errors": set(),
-    "types": {"errors"},
     "text": set(),
+    "errors": {"text"},
+    "types": {"errors"},
     "_lazy": set(),
     "names": VALUES,
     "training": VALUES,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import errno
 import os
 import sys
 import traceback
@@ -33,6 +34,8 @@ __all__ = ["TRACEBACK_VARIABLE", "Exit", "no_such", "report", "warn"]
 TRACEBACK_VARIABLE = "PYDEDUP_TRACEBACK"
 #: Of what an unexpected exception says, a line shows no more than this; a traceback shows all.
 _LONGEST_FAULT = 200
+#: What ends writing, of standard output for one.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Exit(enum.IntEnum):
@@ -151,6 +154,8 @@ def _usage(error: click.ClickException) -> str:
 
 def _os_error(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None and error.errno in _FULL:  # of what is not the store
+        return f"cannot write the output: {reason}; what was done before stays"
     return reason if error.filename is None else f"{reason}: {error.filename!r}"
 
 

@@ -126,3 +126,19 @@ def test_a_little_room_is_enough_for_a_vacuum(sqlite_place: Place, small_disk: P
         store.vacuum(lease_seconds=0)
         assert store.stats().stored_bytes < full / 4
         assert store.verify().errors == []
+
+
+def test_no_room_for_a_new_store(
+    new_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
+) -> None:
+    """The advice was to vacuum, where there is nothing yet."""
+    disk = new_disk(tmp_path / "disk", 1)
+    with pytest.raises(
+        StorageFullError, match=r"no room for a new store in .*free some space"
+    ) as told:
+        pydedup.open(disk.folder / "store.db")
+    assert "vacuum" not in str(told.value)
+    disk.remount("size=16m")
+    with pydedup.open(disk.folder / "store.db") as store:
+        store.add("m", {"w": np.ones((64, 64), np.float32)})
+        assert store.verify().ok

@@ -13,6 +13,7 @@ import io
 import json
 import re
 import sqlite3
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,21 @@ def test_a_weight_of_another_rank_than_its_layer(store_url: str) -> None:
     change(store_url, "UPDATE {tensors} SET shape = ?", "[]")
     with pydedup.open(store_url) as store, pytest.raises(PydedupError):
         store.predict("m", X)
+
+
+def test_a_version_that_steers_a_terminal_is_escaped_in_errors(
+    store_url: str, tmp_path: Path
+) -> None:
+    """It went as it is to where programs show what was raised."""
+    version = "1\x1b[2J\x9b31m\u202e"
+    with pydedup.open(store_url) as store:
+        store.add("m", {"w": W})
+    stored = version.encode() if "mysql" in store_url else version
+    change(store_url, "UPDATE {models} SET version = ?", stored)
+    with pydedup.open(store_url) as store:
+        for use in (lambda: store.load("m"), lambda: store.copy_to(tmp_path / "copy.db")):
+            with pytest.raises(CorruptStoreError, match=r"m@1.* was added as m@1") as told:
+                use()
+            shown = "".join(traceback.format_exception(told.value))
+            assert "m@1\\x1b[2J\\x9b31m\\u202e was" in shown
+            assert not set(version[1:]) - set("[2J31m") & set(shown)
