@@ -48,12 +48,6 @@ std::vector<std::int64_t> all_of(const BlockGrid& grid) {
     return indices;
 }
 
-MatrixRef block_of(const MatrixRef& matrix, const BlockGrid& grid, std::size_t index) {
-    const BlockRect rect = block_rect(grid, index);
-    return {matrix.data + rect.row0 * matrix.stride_bytes + rect.col0 * item_bytes(matrix.dtype),
-            rect.rows, rect.cols, matrix.stride_bytes, matrix.dtype};
-}
-
 TEST(blocks_of_a_batch_are_planned_like_those_before_where_that_is_as_good) {
     std::mt19937_64 random(19);
     constexpr std::size_t kRows = 576;

@@ -304,32 +304,32 @@ TEST(blocks_of_a_matrix_go_to_pages_and_back) {
     const auto n = indices.size();
     for (const unsigned threads : {1U, 3U}) {
         Buffer out(source.size(), std::byte{0x5A});
-        read_blocks(list, stored, indices, grid, Dtype::i16, out.data(), cols * 2, threads);
+        read_blocks(list, stored, {}, indices, grid, Dtype::i16, out.data(), cols * 2, threads);
         CHECK(out == source);
         const std::unique_ptr<bool[]> equal(new bool[n]{});
-        blocks_equal(list, stored, indices, matrix, grid, {equal.get(), n}, threads);
+        blocks_equal(list, stored, {}, indices, matrix, grid, {equal.get(), n}, threads);
         for (std::size_t i = 0; i < n; ++i) CHECK(equal[i]);
     }
     {  // Memory for what is decoded grows with the blocks: those at the edges come first.
         const std::vector<StoredBlock> back(stored.rbegin(), stored.rend());
         const std::vector<std::int64_t> numbers(indices.rbegin(), indices.rend());
         const std::unique_ptr<bool[]> same(new bool[n]{});
-        blocks_equal(list, back, numbers, matrix, grid, {same.get(), n}, 1);
+        blocks_equal(list, back, {}, numbers, matrix, grid, {same.get(), n}, 1);
         for (std::size_t i = 0; i < n; ++i) CHECK(same[i]);
     }
     // A change in one element is a change of its block alone.
     source[(40 * cols + 5) * 2] ^= std::byte{1};
     const std::unique_ptr<bool[]> equal(new bool[n]{});
-    blocks_equal(list, stored, indices, matrix, grid, {equal.get(), n});
+    blocks_equal(list, stored, {}, indices, matrix, grid, {equal.get(), n});
     for (std::size_t i = 0; i < n; ++i) CHECK(equal[i] == (i != 3));
     MatrixRef other = matrix;
     other.dtype = Dtype::u16;
-    blocks_equal(list, stored, indices, other, grid, {equal.get(), n});
+    blocks_equal(list, stored, {}, indices, other, grid, {equal.get(), n});
     for (std::size_t i = 0; i < n; ++i) CHECK(!equal[i]);
     // Another shape or dtype than the slot's, places that do not exist.
     Buffer out(source.size());
     const auto read = [&](StoredBlock place, std::int64_t index, Dtype dtype) {
-        read_blocks(list, std::vector{place}, std::vector{index}, grid, dtype, out.data(),
+        read_blocks(list, std::vector{place}, {}, std::vector{index}, grid, dtype, out.data(),
                     cols * 2);
     };
     read(stored[0], 0, Dtype::i16);

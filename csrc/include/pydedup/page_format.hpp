@@ -113,14 +113,9 @@ void view_blocks(std::span<const Page* const> pages, std::span<const std::uint32
                  unsigned threads = 0, std::span<DecodedBlocks* const> decoded = {});
 
 /// Decodes stored[i] into block indices[i] of the matrix at `out`, whose shape is that of the grid.
-/// Throws Error{corrupt_page} when a slot has another dtype or shape than the block,
+/// Throws Error{corrupt_page} when a slot has another dtype or shape than the block, and for a
+/// delta whose base is kNoPage, a delta itself, or another block than it was made from;
 /// Error{invalid_argument} for an index outside grid or pages.
-void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
-                 std::span<const std::int64_t> indices, const BlockGrid& grid, Dtype dtype,
-                 std::byte* out, std::size_t out_stride_bytes, unsigned threads = 0);
-
-/// The same with deltas among them. Throws Error{corrupt_page} for a delta whose base is kNoPage, a
-/// delta itself, or another block than it was made from.
 void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
                  const StoredBases& bases, std::span<const std::int64_t> indices,
                  const BlockGrid& grid, Dtype dtype, std::byte* out, std::size_t out_stride_bytes,
@@ -128,11 +123,6 @@ void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock
 
 /// equal[i] = whether stored[i] holds the very bytes of block indices[i], dtype and shape included.
 /// Raw blocks are compared where they lie.
-void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
-                  std::span<const std::int64_t> indices, const MatrixRef& matrix,
-                  const BlockGrid& grid, std::span<bool> equal, unsigned threads = 0);
-
-/// The same with deltas among the stored blocks.
 void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
                   const StoredBases& bases, std::span<const std::int64_t> indices,
                   const MatrixRef& matrix, const BlockGrid& grid, std::span<bool> equal,

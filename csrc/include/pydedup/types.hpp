@@ -95,4 +95,12 @@ struct BlockRect {
             grid.cols - col0 < grid.block_cols ? grid.cols - col0 : grid.block_cols};
 }
 
+/// One block where it lies in its matrix.
+[[nodiscard]] inline MatrixRef block_of(const MatrixRef& matrix, const BlockGrid& grid,
+                                        std::size_t index) noexcept {
+    const BlockRect rect = block_rect(grid, index);
+    return {matrix.data + rect.row0 * matrix.stride_bytes + rect.col0 * item_bytes(matrix.dtype),
+            rect.rows, rect.cols, matrix.stride_bytes, matrix.dtype};
+}
+
 }  // namespace pydedup

@@ -17,6 +17,12 @@ namespace pydedup {
     return requested != 0 ? requested : default_threads();
 }
 
+/// The same for work on `bytes`: one, unless it was `requested` otherwise or there are `enough`.
+[[nodiscard]] inline unsigned thread_count(unsigned requested, std::size_t bytes,
+                                           std::size_t enough) noexcept {
+    return requested == 0 && bytes < enough ? 1 : thread_count(requested);
+}
+
 namespace detail {
 
 /// Calls run(context) here, and meanwhile on up to `helpers` other threads. Returns when all calls

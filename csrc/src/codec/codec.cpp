@@ -289,24 +289,26 @@ std::size_t encode_blocks(const MatrixRef& matrix, const BlockGrid& grid,
         encoded.size() != indices.size()) {
         throw Error(ErrorCode::invalid_argument, "encode_blocks was given results of a wrong size");
     }
-    const std::size_t item = item_bytes(matrix.dtype);
+    const auto block_at = [&](std::size_t i) {
+        return block_of(matrix, grid, static_cast<std::size_t>(indices[i]));
+    };
+    const auto raw_bytes = [](const MatrixRef& block) {
+        return block.rows * block.cols * item_bytes(block.dtype);
+    };
     std::size_t at = 0;
     for (std::size_t i = 0; i < indices.size(); ++i) {
-        const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
         offsets[i] = static_cast<std::int64_t>(at);
-        at += rect.rows * rect.cols * item;
+        at += raw_bytes(block_at(i));
     }
     // Each block first goes where it would begin if all were raw, so that threads need not wait for
     // each other's lengths.
-    const unsigned workers = threads == 0 && total < kParallelBytes ? 1 : thread_count(threads);
+    const unsigned workers = thread_count(threads, total, kParallelBytes);
     parallel_for(indices.size(), kParallelGrain, workers, [&](std::size_t begin, std::size_t end) {
         for (std::size_t i = begin; i < end; ++i) {
-            const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
-            const MatrixRef block{matrix.data + rect.row0 * matrix.stride_bytes + rect.col0 * item,
-                                  rect.rows, rect.cols, matrix.stride_bytes, matrix.dtype};
-            encoded[i] = encode_block(
-                block, planes,
-                arena.subspan(static_cast<std::size_t>(offsets[i]), rect.rows * rect.cols * item));
+            const MatrixRef block = block_at(i);
+            encoded[i] =
+                encode_block(block, planes,
+                             arena.subspan(static_cast<std::size_t>(offsets[i]), raw_bytes(block)));
         }
     });
     return detail::close_gaps(arena, encoded, offsets);

@@ -14,10 +14,8 @@ namespace {
 constexpr std::size_t kParallelBytes = 1024 * 1024;
 constexpr std::size_t kParallelGrain = 8;
 
-MatrixRef block_of(const MatrixRef& matrix, const BlockGrid& grid, std::int64_t index) noexcept {
-    const BlockRect rect = block_rect(grid, static_cast<std::size_t>(index));
-    return {matrix.data + rect.row0 * matrix.stride_bytes + rect.col0 * item_bytes(matrix.dtype),
-            rect.rows, rect.cols, matrix.stride_bytes, matrix.dtype};
+MatrixRef base_of(const BaseBlocks& bases, std::size_t i) noexcept {
+    return block_of(bases.matrix, bases.grid, static_cast<std::size_t>(bases.indices[i]));
 }
 
 // Returns the raw bytes of the blocks.
@@ -30,10 +28,6 @@ std::size_t check(const MatrixRef& matrix, const BlockGrid& grid,
     }
     static_cast<void>(raw_bytes_of(bases.matrix, bases.grid, bases.indices));
     return raw_bytes_of(matrix, grid, indices);
-}
-
-unsigned workers_for(std::size_t bytes, unsigned threads) {
-    return threads == 0 && bytes < kParallelBytes ? 1 : thread_count(threads);
 }
 
 }  // namespace
@@ -59,7 +53,7 @@ std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
         offsets[i] = static_cast<std::int64_t>(at);
         at += static_cast<std::size_t>(limits[i]);
     }
-    parallel_for(indices.size(), kParallelGrain, workers_for(raw, threads),
+    parallel_for(indices.size(), kParallelGrain, thread_count(threads, raw, kParallelBytes),
                  [&](std::size_t begin, std::size_t end) {
                      detail::DeltaEncoder encoder;
                      for (std::size_t i = begin; i < end; ++i) {
@@ -67,12 +61,11 @@ std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
                          if (i % kParallelGrain == 0) encoder = {};
                          const auto room = arena.subspan(static_cast<std::size_t>(offsets[i]),
                                                          static_cast<std::size_t>(limits[i]));
-                         encoded[i] =
-                             encoder
-                                 .encode(block_of(matrix, grid, indices[i]),
-                                         block_of(bases.matrix, bases.grid, bases.indices[i]),
-                                         max_rel_error, room)
-                                 .value_or(EncodedBlock{Encoding::delta, 0});
+                         encoded[i] = encoder
+                                          .encode(block_of(matrix, grid,
+                                                           static_cast<std::size_t>(indices[i])),
+                                                  base_of(bases, i), max_rel_error, room)
+                                          .value_or(EncodedBlock{Encoding::delta, 0});
                      }
                  });
     return detail::close_gaps(arena, encoded, offsets);
@@ -86,12 +79,12 @@ void estimate_deltas(const MatrixRef& matrix, const BlockGrid& grid,
     if (estimates.size() != indices.size()) {
         throw Error(ErrorCode::invalid_argument, "estimate_deltas was given a wrong result");
     }
-    parallel_for(indices.size(), kParallelGrain, workers_for(raw, threads),
+    parallel_for(indices.size(), kParallelGrain, thread_count(threads, raw, kParallelBytes),
                  [&](std::size_t begin, std::size_t end) {
                      for (std::size_t i = begin; i < end; ++i) {
                          estimates[i] = static_cast<std::int64_t>(estimate_delta(
-                             block_of(matrix, grid, indices[i]),
-                             block_of(bases.matrix, bases.grid, bases.indices[i]), max_rel_error));
+                             block_of(matrix, grid, static_cast<std::size_t>(indices[i])),
+                             base_of(bases, i), max_rel_error));
                      }
                  });
 }

@@ -49,18 +49,17 @@ unsigned worker_count(std::span<const std::int64_t> indices, const BlockGrid& gr
                       unsigned threads) {
     const std::size_t block_bytes = std::min(grid.block_rows, grid.rows) *
                                     std::min(grid.block_cols, grid.cols) * item_bytes(dtype);
-    return threads == 0 && indices.size() * block_bytes < kParallelBytes ? 1
-                                                                         : thread_count(threads);
+    return thread_count(threads, indices.size() * block_bytes, kParallelBytes);
 }
 
-bool fits(const BlockView& block, const BlockRect& rect, Dtype dtype) noexcept {
-    return block.dtype == dtype && block.rows == rect.rows && block.cols == rect.cols;
-}
-
-bool rows_equal(const std::byte* a, std::size_t a_stride, const std::byte* b, std::size_t b_stride,
-                std::size_t rows, std::size_t row_bytes) noexcept {
-    for (std::size_t r = 0; r < rows; ++r) {
-        if (std::memcmp(a + r * a_stride, b + r * b_stride, row_bytes) != 0) return false;
+// `rows` are those of a block of the other's shape and dtype, without gaps.
+bool rows_equal(const MatrixRef& block, const std::byte* rows) noexcept {
+    const std::size_t row_bytes = block.cols * item_bytes(block.dtype);
+    for (std::size_t r = 0; r < block.rows; ++r) {
+        if (std::memcmp(block.data + r * block.stride_bytes, rows + r * row_bytes, row_bytes) !=
+            0) {
+            return false;
+        }
     }
     return true;
 }
@@ -109,12 +108,6 @@ void view_blocks(std::span<const Page* const> pages, std::span<const std::uint32
 }
 
 void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
-                 std::span<const std::int64_t> indices, const BlockGrid& grid, Dtype dtype,
-                 std::byte* out, std::size_t out_stride_bytes, unsigned threads) {
-    read_blocks(pages, stored, StoredBases{}, indices, grid, dtype, out, out_stride_bytes, threads);
-}
-
-void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
                  const StoredBases& bases, std::span<const std::int64_t> indices,
                  const BlockGrid& grid, Dtype dtype, std::byte* out, std::size_t out_stride_bytes,
                  unsigned threads) {
@@ -127,7 +120,7 @@ void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock
             BlockView base{};
             const BlockView block =
                 with_base(pages[stored[i].page]->block(stored[i].slot), bases, i, base);
-            if (!fits(block, rect, dtype)) {
+            if (block.dtype != dtype || block.rows != rect.rows || block.cols != rect.cols) {
                 throw Error(ErrorCode::corrupt_page,
                             "slot " + std::to_string(stored[i].slot) + " holds a block of " +
                                 std::to_string(block.rows) + " x " + std::to_string(block.cols) +
@@ -144,12 +137,6 @@ void read_blocks(std::span<const Page* const> pages, std::span<const StoredBlock
 }
 
 void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
-                  std::span<const std::int64_t> indices, const MatrixRef& matrix,
-                  const BlockGrid& grid, std::span<bool> equal, unsigned threads) {
-    blocks_equal(pages, stored, StoredBases{}, indices, matrix, grid, equal, threads);
-}
-
-void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBlock> stored,
                   const StoredBases& bases, std::span<const std::int64_t> indices,
                   const MatrixRef& matrix, const BlockGrid& grid, std::span<bool> equal,
                   unsigned threads) {
@@ -157,17 +144,16 @@ void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBloc
     if (equal.size() != indices.size()) {
         throw Error(ErrorCode::invalid_argument, "blocks_equal was given a result of a wrong size");
     }
-    const std::size_t item = item_bytes(matrix.dtype);
     const unsigned workers = worker_count(indices, grid, matrix.dtype, threads);
     parallel_for(indices.size(), kParallelGrain, workers, [&](std::size_t begin, std::size_t end) {
         std::unique_ptr<std::byte[]> decoded;
         std::size_t room = 0;
         for (std::size_t i = begin; i < end; ++i) {
-            const BlockRect rect = block_rect(grid, static_cast<std::size_t>(indices[i]));
+            const MatrixRef own = block_of(matrix, grid, static_cast<std::size_t>(indices[i]));
             BlockView base{};
             const BlockView block =
                 with_base(pages[stored[i].page]->block(stored[i].slot), bases, i, base);
-            equal[i] = fits(block, rect, matrix.dtype);
+            equal[i] = block.dtype == own.dtype && block.rows == own.rows && block.cols == own.cols;
             if (!equal[i]) continue;
             const std::byte* bytes = block.data;
             if (block.encoding != Encoding::raw) {
@@ -178,9 +164,7 @@ void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBloc
                 decode_block(block, decoded.get(), block.row_bytes());
                 bytes = decoded.get();
             }
-            equal[i] = rows_equal(matrix.data + rect.row0 * matrix.stride_bytes + rect.col0 * item,
-                                  matrix.stride_bytes, bytes, block.row_bytes(), block.rows,
-                                  block.row_bytes());
+            equal[i] = rows_equal(own, bytes);
         }
     });
 }
