@@ -56,6 +56,11 @@ class Reader {
     std::span<const std::uint8_t> rest_;
 };
 
+/// Adds bytes to an input that is being made.
+inline void append(Input& input, Bytes bytes) {
+    for (const std::byte byte : bytes) input.push_back(static_cast<std::uint8_t>(byte));
+}
+
 inline Bytes as_bytes(std::span<const std::uint8_t> data) { return std::as_bytes(data); }
 
 /// Pages and saved indexes have their checksum in bytes 8 to 23, of all that follows, seeded by the

@@ -3,15 +3,10 @@
 // nothing else, or refuses. Exact deltas that were encoded here give their block back.
 #include <optional>
 
-#include "fuzz.hpp"
-#include "pydedup/codec.hpp"
-#include "pydedup/error.hpp"
+#include "decoding.hpp"
 
 namespace pydedup::fuzz {
 namespace {
-
-constexpr std::size_t kGap = 3;  // bytes between rows that must stay as they are
-constexpr std::byte kUntouched{0xA5};
 
 // The base of an input: it cannot choose its bytes, only how many of its bits vary.
 std::vector<std::byte> base_values(std::size_t bytes, std::uint8_t kind) {
@@ -51,21 +46,14 @@ Input seed_of(Dtype dtype, std::uint8_t rows, std::uint8_t cols, std::uint8_t ki
     }
     const auto code = static_cast<std::uint8_t>(dtype);
     Input input{static_cast<std::uint8_t>(delta->encoding), code, code, kind, rows, 0, cols, 0};
-    for (std::size_t i = 0; i < delta->length; ++i) {
-        input.push_back(static_cast<std::uint8_t>(encoded[i]));
-    }
+    append(input, {encoded.data(), delta->length});
     return input;
 }
 
 void decode(const BlockView& delta, const BlockView& base) {
-    const std::size_t stride = delta.row_bytes() + kGap;
-    std::vector<std::byte> memory(delta.rows * stride, kUntouched);
-    decode_delta(delta, base, memory.data(), stride);
-    for (std::size_t r = 0; r < delta.rows; ++r) {
-        for (std::size_t i = delta.row_bytes(); i < stride; ++i) {
-            require(memory[r * stride + i] == kUntouched, "gaps stay untouched");
-        }
-    }
+    Gapped target(delta);
+    decode_delta(delta, base, target.memory.data(), target.stride);
+    target.check_gaps(delta);
 }
 
 }  // namespace
@@ -108,10 +96,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
                      {values.data(), static_cast<std::uint32_t>(values.size()), Encoding::raw,
                       base_dtype, rows, cols, 0});
     } catch (const Error& error) {
-        fuzz::require(error.code() == ErrorCode::corrupt_page ||
-                          error.code() == ErrorCode::unsupported_format ||
-                          error.code() == ErrorCode::invalid_argument,
-                      "an error that says what is wrong with the block");
+        fuzz::check_refusal(error);
     }
     return 0;
 }

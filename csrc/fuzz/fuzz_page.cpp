@@ -63,8 +63,8 @@ void read_content(const Page& page) {
 Input page_of(const std::vector<BlockView>& blocks, std::uint8_t first) {
     std::vector<std::byte> page(page_bytes(blocks));
     build_page(blocks, page);
-    Input input(1 + page.size(), first);
-    std::memcpy(input.data() + 1, page.data(), page.size());
+    Input input{first};
+    append(input, page);
     return input;
 }
 

@@ -66,9 +66,7 @@ std::vector<Input> seeds() {
             if (blocks != 0) index.add(dense_blocks(data, blocks, 4, 8, dtype), ids, 1);
             const std::vector<std::byte> saved = index.save();
             for (const std::uint8_t first : {std::uint8_t{0}, std::uint8_t{1}}) {
-                Input input(1 + saved.size(), first);
-                std::memcpy(input.data() + 1, saved.data(), saved.size());
-                made.push_back(std::move(input));
+                append(made.emplace_back(Input{first}), saved);
             }
         }
     }
