@@ -8,33 +8,11 @@
 #include <random>
 #include <vector>
 
+#include "blocks.hpp"
 #include "codec/convert.hpp"
 #include "pydedup/codec.hpp"
 
 namespace pydedup::testing {
-
-using Buffer = std::vector<std::uint8_t>;
-
-inline const std::byte* at(const Buffer& bytes) {
-    return reinterpret_cast<const std::byte*>(bytes.data());
-}
-inline std::byte* at(Buffer& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
-
-inline MatrixRef matrix(const Buffer& bytes, std::size_t rows, std::size_t cols, Dtype dtype,
-                        std::size_t stride = 0) {
-    return {at(bytes), rows, cols, stride != 0 ? stride : cols * item_bytes(dtype), dtype};
-}
-
-inline BlockView view(const Buffer& bytes, std::size_t rows, std::size_t cols, Dtype dtype,
-                      Encoding encoding = Encoding::raw) {
-    return {at(bytes),
-            static_cast<std::uint32_t>(bytes.size()),
-            encoding,
-            dtype,
-            static_cast<std::uint32_t>(rows),
-            static_cast<std::uint32_t>(cols),
-            is_delta(encoding) ? 1U : 0U};
-}
 
 inline Buffer as_dtype(const std::vector<double>& values, Dtype dtype) {
     Buffer bytes(values.size() * item_bytes(dtype));

@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "blocks.hpp"
 #include "check.hpp"
 #include "kernels.hpp"
 #include "pydedup/codec.hpp"
@@ -15,8 +16,6 @@ using namespace pydedup;
 using namespace pydedup::testing;
 
 namespace {
-
-using Buffer = std::vector<std::uint8_t>;
 
 Buffer weights(Dtype dtype, std::size_t n, std::mt19937_64& random) {
     std::normal_distribution<float> draw(0.0F, 0.02F);
@@ -46,16 +45,6 @@ Buffer weights(Dtype dtype, std::size_t n, std::mt19937_64& random) {
     }
     return bytes;
 }
-
-const std::byte* at(const Buffer& bytes) {
-    return reinterpret_cast<const std::byte*>(bytes.data());
-}
-std::byte* at(Buffer& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
-
-constexpr std::array kDtypes = {Dtype::f64,     Dtype::f32,     Dtype::f16,    Dtype::bf16,
-                                Dtype::i8,      Dtype::i16,     Dtype::i32,    Dtype::i64,
-                                Dtype::u8,      Dtype::u16,     Dtype::u32,    Dtype::u64,
-                                Dtype::boolean, Dtype::f8_e4m3, Dtype::f8_e5m2};
 
 BlockView view_of(const Buffer& bytes, const EncodedBlock& encoded, Dtype dtype, std::size_t rows,
                   std::size_t cols) {

@@ -11,7 +11,6 @@
 
 #include "check.hpp"
 #include "codec/convert.hpp"
-#include "codec/logarithm.hpp"
 #include "deltas.hpp"
 #include "kernels.hpp"
 #include "pydedup/codec.hpp"
@@ -20,11 +19,6 @@ using namespace pydedup;
 using namespace pydedup::testing;
 
 namespace {
-
-constexpr std::array kDtypes = {Dtype::f64,     Dtype::f32,     Dtype::f16,    Dtype::bf16,
-                                Dtype::i8,      Dtype::i16,     Dtype::i32,    Dtype::i64,
-                                Dtype::u8,      Dtype::u16,     Dtype::u32,    Dtype::u64,
-                                Dtype::boolean, Dtype::f8_e4m3, Dtype::f8_e5m2};
 
 TEST(exact_deltas_of_every_dtype_and_shape_come_back) {
     std::mt19937_64 random(1);
@@ -401,47 +395,6 @@ TEST(a_delta_is_never_trusted) {
             Buffer newer = delta.bytes;
             newer[0] = 2;
             CHECK(!decodes(newer, delta.encoding));
-        }
-    }
-}
-
-TEST(logarithms_are_those_of_mathematics) {
-    for (std::uint32_t value = 1; value < 100000; value = value * 3 / 2 + 1) {
-        const double want = std::log2(static_cast<double>(value)) * 4096;
-        const double got = detail::log2_fixed(value);
-        CHECK(got <= want + 1e-6 && got > want - 8);
-    }
-}
-
-TEST(conversions_round_once_to_nearest_even) {
-    std::mt19937_64 random(10);
-    for (int round = 0; round < 200000; ++round) {
-        // Mostly around halves of f16, bf16 and f32.
-        std::uint64_t bits = random();
-        if (round % 4 != 0) bits &= ~0ULL << (random() % 48);
-        const double value = std::bit_cast<double>(bits);
-        if (std::isnan(value)) continue;
-        std::uint32_t single = 0;
-        detail::convert_floats(reinterpret_cast<const std::uint8_t*>(&value), Dtype::f64, 1,
-                               reinterpret_cast<std::uint8_t*>(&single), Dtype::f32);
-        CHECK(single == std::bit_cast<std::uint32_t>(static_cast<float>(value)));
-        double back = 0;
-        detail::convert_floats(reinterpret_cast<const std::uint8_t*>(&single), Dtype::f32, 1,
-                               reinterpret_cast<std::uint8_t*>(&back), Dtype::f64);
-        CHECK(back == static_cast<double>(std::bit_cast<float>(single)));
-    }
-    for (std::uint32_t half = 0; half < 0x10000; ++half) {
-        for (const Dtype dtype : {Dtype::f16, Dtype::bf16}) {
-            const auto word = static_cast<std::uint16_t>(half);
-            std::uint32_t single = 0;
-            std::uint16_t again = 0;
-            detail::convert_floats(reinterpret_cast<const std::uint8_t*>(&word), dtype, 1,
-                                   reinterpret_cast<std::uint8_t*>(&single), Dtype::f32);
-            const float value = std::bit_cast<float>(single);
-            detail::convert_floats(reinterpret_cast<const std::uint8_t*>(&single), Dtype::f32, 1,
-                                   reinterpret_cast<std::uint8_t*>(&again), dtype);
-            if (!std::isnan(value)) CHECK(again == word);
-            if (dtype == Dtype::bf16 && !std::isnan(value)) CHECK(single == half << 16);
         }
     }
 }

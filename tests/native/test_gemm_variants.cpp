@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of several variants of a matrix at once, which have some of their blocks in common.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "check.hpp"
+#include "gemm_reference.hpp"
+#include "stored_matrix.hpp"
+
+using namespace pydedup;
+using namespace pydedup::testing;
+
+namespace {
+
+// Place p is that of the first of them where bit p of a
+// pattern is set for both.
+template <class T>
+void check_variants(const BlockGrid& grid, std::size_t rows_each, unsigned n_variants) {
+    const Dtype dtype = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
+    const auto common = normal<T>(grid.rows * grid.cols);
+    const Stored shared = store(common, grid, dtype, false);
+    std::vector<std::vector<T>> matrices;
+    std::vector<Stored> own;
+    for (unsigned v = 0; v < n_variants; ++v) {
+        own.push_back(store(normal<T>(grid.rows * grid.cols), grid, dtype, v % 2 != 0));
+        matrices.push_back(common);
+    }
+    std::vector<BlockView> blocks;
+    std::vector<std::uint32_t> places;
+    std::vector<std::uint64_t> members;
+    const auto put = [&](const BlockView& block, std::size_t place, std::uint64_t who) {
+        blocks.push_back(block);
+        places.push_back(static_cast<std::uint32_t>(place));
+        members.push_back(who);
+    };
+    for (std::size_t p = 0; p < grid.count(); ++p) {
+        std::uint64_t who = 0;
+        for (unsigned v = 0; v < n_variants; ++v) {
+            if ((p + v) % 3 != 0) {
+                who |= std::uint64_t{1} << v;
+                continue;
+            }
+            put(own[v].blocks[p], p, std::uint64_t{1} << v);
+            const BlockRect rect = block_rect(grid, p);
+            std::vector<std::byte> bytes(rect.rows * rect.cols * sizeof(T));
+            decode_block(own[v].blocks[p], bytes.data(), rect.cols * sizeof(T));
+            for (std::size_t r = 0; r < rect.rows; ++r) {
+                std::memcpy(matrices[v].data() + (rect.row0 + r) * grid.cols + rect.col0,
+                            bytes.data() + r * rect.cols * sizeof(T), rect.cols * sizeof(T));
+            }
+        }
+        if (who != 0) put(shared.blocks[p], p, who);
+    }
+    const std::size_t m = rows_each * n_variants;
+    std::vector<std::uint8_t> variants(m);
+    for (std::size_t i = 0; i < m; ++i) variants[i] = static_cast<std::uint8_t>(i / rows_each);
+    for (const bool transpose : {false, true}) {
+        const std::size_t k = transpose ? grid.rows : grid.cols;
+        const std::size_t n = transpose ? grid.cols : grid.rows;
+        const auto x = normal<T>(m * k);
+        for (const std::size_t piece : {std::size_t{1}, std::size_t{5}, blocks.size()}) {
+            std::vector<T> y(m * n, std::numeric_limits<T>::quiet_NaN());
+            Matmul matmul({grid, dtype, reinterpret_cast<const std::byte*>(x.data()), m, nullptr,
+                           Activation::none, transpose, reinterpret_cast<std::byte*>(y.data()), 2,
+                           variants.data(), places});
+            for (std::size_t at = 0; at < blocks.size(); at += piece) {
+                const std::size_t count = std::min(piece, blocks.size() - at);
+                matmul.feed(std::span(blocks).subspan(at, count),
+                            std::span(members).subspan(at, count));
+            }
+            for (unsigned v = 0; v < n_variants; ++v) {
+                const auto first = static_cast<std::ptrdiff_t>(v * rows_each);
+                const auto last = first + static_cast<std::ptrdiff_t>(rows_each);
+                const auto of = [&](const std::vector<T>& all, std::size_t width) {
+                    const auto w = static_cast<std::ptrdiff_t>(width);
+                    return std::vector<T>(all.begin() + first * w, all.begin() + last * w);
+                };
+                CHECK(exact(of(x, k), matrices[v], rows_each, n, k, transpose,
+                            std::vector<T>(rows_each * n))
+                          .agrees(of(y, n)));
+            }
+        }
+    }
+}
+
+TEST(variants_share_a_product) {
+    const BlockGrid grids[] = {{1, 1, 1, 1}, {65, 67, 16, 8}, {130, 190, 64, 64}, {129, 140, 5, 3}};
+    for (const BlockGrid& grid : grids) {
+        for (const std::size_t rows_each : {1, 2, 5, 11}) {
+            for (const unsigned n_variants : {1U, 3U, 12U}) {
+                if (!sampled()) continue;
+                check_variants<float>(grid, rows_each, n_variants);
+                check_variants<double>(grid, rows_each, n_variants);
+            }
+        }
+    }
+}
+
+// Places may be left out where each comes once; who has a block counts then, too.
+TEST(rows_that_do_not_have_a_block_get_nothing_of_it) {
+    constexpr std::size_t kRows = 64;
+    const BlockGrid grid{8, 8, 8, 8};
+    const Stored w = store(normal<float>(64), grid, Dtype::f32, false);
+    const auto x = normal<float>(kRows * 8);
+    std::vector<std::uint8_t> variants(kRows);
+    for (std::size_t i = 0; i < kRows; ++i) variants[i] = i % 2;
+    const std::vector<std::uint64_t> members{1};
+    for (const bool transpose : {false, true}) {
+        const auto all = multiply(w, x, kRows, transpose);
+        std::vector<float> y(kRows * 8, -1.0F);
+        Matmul matmul({grid,
+                       Dtype::f32,
+                       reinterpret_cast<const std::byte*>(x.data()),
+                       kRows,
+                       nullptr,
+                       Activation::none,
+                       transpose,
+                       reinterpret_cast<std::byte*>(y.data()),
+                       2,
+                       variants.data(),
+                       {}});
+        matmul.feed(w.blocks, members);
+        bool holds = true;
+        for (std::size_t at = 0; at < y.size(); ++at) {
+            const bool has = at / 8 % 2 == 0;
+            holds = holds && (has ? std::abs(y[at] - all[at]) < 1e-4F : y[at] == 0.0F);
+        }
+        CHECK(holds);
+    }
+}
+
+TEST(places_that_leave_one_out_are_refused) {
+    const BlockGrid grid{4, 4, 2, 2};
+    const std::vector<float> x(4);
+    std::vector<float> y(4);
+    const auto make = [&](const std::vector<std::uint32_t>& places, const std::uint8_t* variants) {
+        return Matmul({grid, Dtype::f32, reinterpret_cast<const std::byte*>(x.data()), 1, nullptr,
+                       Activation::none, false, reinterpret_cast<std::byte*>(y.data()), 1, variants,
+                       places});
+    };
+    const std::uint8_t variant = 0;
+    const std::vector<std::uint32_t> gap{0, 2, 3};
+    const std::vector<std::uint32_t> back{0, 1, 0, 2, 3};
+    const std::vector<std::uint32_t> late{1, 2, 3};
+    const std::vector<std::uint32_t> open{0, 1, 2};
+    const std::vector<std::uint32_t> whole{0, 1, 2, 2, 3};
+    for (const auto& places : {gap, back, late, open}) {
+        CHECK_THROWS(ErrorCode::invalid_argument, make(places, &variant));
+    }
+    const Stored w = store(normal<float>(16), grid, Dtype::f32, false);
+    const std::vector<std::uint64_t> members(4, 1);
+    CHECK_THROWS(ErrorCode::invalid_argument, make(whole, nullptr).feed(w.blocks, members));
+    CHECK_THROWS(ErrorCode::invalid_argument,
+                 make(whole, &variant).feed(w.blocks, std::span(members).first(3)));
+}
+
+}  // namespace
+
+PYDEDUP_TEST_MAIN
