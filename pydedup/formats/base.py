@@ -13,6 +13,7 @@ Deliberately not here: bytes of any particular format, and the choice between fo
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 import math
 import re
@@ -219,6 +220,15 @@ class ModelSource(abc.ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        """Give back what was opened when the rest of opening fails."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _set_entries(self, entries: Iterable[TensorEntry]) -> None:
         self._entries = checked_entries(self.description, entries)

@@ -77,7 +77,7 @@ class FolderSource(ModelSource):
         self._path = path
         self._files: dict[str, ModelSource] = {}
         self._where: dict[str, tuple[ModelSource, str]] = {}
-        try:
+        with self._closed_on_failure():
             names, skipped = _list_files(path)
             self._parts = list(_parts(path, names))
             if not self._parts:
@@ -87,9 +87,6 @@ class FolderSource(ModelSource):
             self._artifact_files, left_out = self._choose_artifacts(names)
             self.left_out = tuple(skipped + left_out)
             self._graph = self._read_graph(names)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def graph(self) -> Graph | None:

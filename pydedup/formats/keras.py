@@ -78,7 +78,7 @@ class KerasSource(ModelSource):
         self._base = 0
         import_h5py()
         self._raw = RawFile(path)
-        try:
+        with self._closed_on_failure():
             size = self._raw.size
             if self._raw.read_at(0, min(4, size)) == b"PK\x03\x04":
                 self.format = "keras"
@@ -97,9 +97,6 @@ class KerasSource(ModelSource):
                 TensorEntry(self._name(item.path), item.dtype, item.shape, key=item.address)
                 for item in datasets
             )
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def graph(self) -> Graph | None:

@@ -65,7 +65,7 @@ class NpySource(ModelSource):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self._raw = RawFile(path)
-        try:
+        with self._closed_on_failure():
             head = io.BytesIO(self._raw.read_at(0, min(self._raw.size, 16 + _MAX_HEADER)))
             self._header = _read_header(head, self.description)
             dtype = _dtype(self._header.dtype, f"{path}")
@@ -76,9 +76,6 @@ class NpySource(ModelSource):
                     "truncated or holds more than one array"
                 )
             self._set_entries([TensorEntry(_NPY_NAME, dtype, self._header.shape, key=_NPY_NAME)])
-        except BaseException:
-            self._raw.close()
-            raise
 
     def close(self) -> None:
         """Close the file; arrays from it stay valid."""
@@ -97,11 +94,8 @@ class NpzSource(ModelSource):
         super().__init__(str(path))
         self._zip = ZipMembers(path)
         self._headers: dict[str, tuple[str, _Header]] = {}
-        try:
+        with self._closed_on_failure():
             self._set_entries(list(self._parse()))
-        except BaseException:
-            self._zip.close()
-            raise
 
     def close(self) -> None:
         """Close the file; arrays from it stay valid."""

@@ -69,15 +69,12 @@ class OnnxSource(ModelSource):
         self._nested: dict[str, Array] = {}
         self._graph: Graph | None = None
         self._inferred = False
-        try:
+        with self._closed_on_failure():
             stripped, places = strip(self._raw)
             self._model = parse(self._onnx.ModelProto, stripped, self.description)
             initializers = list(self._collect(places))
             self._set_entries([*initializers, *self._collect_nested()])
             refuse_external(self._model, self.description)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def graph(self) -> Graph | None:

@@ -69,14 +69,11 @@ class SafetensorsSource(ModelSource):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self._raw = RawFile(path)
-        try:
+        with self._closed_on_failure():
             header, data_start = _read_header(self._raw)
             self._metadata = checked_metadata(self.description, header.pop("__metadata__", None))
             self._offsets: dict[str, int] = {}
             self._set_entries(self._parse(header, data_start))
-        except BaseException:
-            self._raw.close()
-            raise
 
     def artifacts(self) -> Iterator[Artifact]:
         """Yield ``__metadata__`` when the file has one."""

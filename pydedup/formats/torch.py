@@ -71,15 +71,12 @@ class TorchSource(ModelSource):
         self._zip: ZipMembers | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._places: dict[str, _Place] = {}
-        try:
+        with self._closed_on_failure():
             with open_raw(path) as raw:
                 head = raw.read_at(0, min(raw.size, 4))
             if head[:2] == b"PK":
                 self._zip = ZipMembers(path)
             self._open(path)
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Close the file; arrays from it stay valid."""
