@@ -7,13 +7,12 @@ import abc
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Final, cast
 
-from pydedup.adapter_options import KeyRange, RowColumn, RowStream
+from pydedup.adapter_options import RowColumn
 from pydedup.errors import ArgumentError
 
 from ._mysql_cursors import PreparedConnection, sent
@@ -141,14 +140,9 @@ class MysqlRows(RowCalls):
             cursor.close()
         return f"CONCAT({name})" if column[7] & _ENUM else name
 
-    def read_range(
-        self, query: str, batch: int, within: KeyRange
-    ) -> AbstractContextManager[RowStream]:
-        """Stream those rows of a query whose keys are within a range."""
-        if within.above is not None or within.up_to is not None:
-            # Beside values, the driver takes %(name)s for one, and %(name)% for a percent sign.
-            query = query.replace("%(", "%(percent)%(")
-        return super().read_range(query, batch, within)
+    def _beside_values(self, query: str) -> str:
+        # There the driver takes %(name)s for a value, and %(name)% for a percent sign.
+        return query.replace("%(", "%(percent)%(")
 
     def _bound_key(self, key: RowColumn, value: object, values: list[object]) -> str:
         """Name the value, and its type, since all but integers are sent as texts."""

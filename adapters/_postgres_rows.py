@@ -7,11 +7,10 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, Final, cast
 
-from pydedup.adapter_options import KeyRange, RowColumn, RowStream
+from pydedup.adapter_options import RowColumn
 from pydedup.errors import ArgumentError
 
 from ._rows import RowCalls, Rows, split_name, words_of
@@ -127,13 +126,8 @@ class PostgresRows(RowCalls):
                 told = ArgumentError(str(error))
             raise told from error
 
-    def read_range(
-        self, query: str, batch: int, within: KeyRange
-    ) -> AbstractContextManager[RowStream]:
-        """Stream those rows of a query whose keys are within a range."""
-        if within.above is not None or within.up_to is not None:
-            query = query.replace("%", "%%")  # beside values, a single one would mark one
-        return super().read_range(query, batch, within)
+    def _beside_values(self, query: str) -> str:
+        return query.replace("%", "%%")  # there a single one would mark a value
 
     def _bound_key(self, key: RowColumn, value: object, values: list[object]) -> str:
         """Name the type, as `format_type` has it: a text is compared with no enum, say."""

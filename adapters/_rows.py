@@ -187,13 +187,17 @@ class RowCalls(DbApiBase):
             conditions.append(f"({last} OR {name} IS NULL)" if within.above is None else last)
         if not conditions:
             return self.read_rows(query, batch)
-        return self._stream(
-            f"SELECT * FROM {as_table(query)} WHERE {' AND '.join(conditions)}", batch, values
-        )
+        inner = as_table(self._beside_values(query))
+        wanted = f"SELECT * FROM {inner} WHERE {' AND '.join(conditions)}"
+        return self._stream(wanted, batch, values)
 
     def key_column(self, name: str, kind: str) -> RowColumn:
         """Return a column for keys that come from elsewhere."""
         return RowColumn(name, self._key_types.get(kind))
+
+    def _beside_values(self, query: str) -> str:
+        """Return a query as it is written where values are bound to what is around it."""
+        return query
 
     def _order_of(self, name: str, inner: str) -> str:
         """Return what a column of a query is sorted by to be in the order of comparisons."""

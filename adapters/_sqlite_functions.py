@@ -113,8 +113,7 @@ def _checked(connection: object) -> sqlite3.Connection:
 
 def _rows(connection: sqlite3.Connection, sql: str) -> list[tuple[Any, ...]]:
     """Return rows as they are, whatever the user made of his connection."""
-    cursor = connection.cursor()
-    cursor.row_factory = None
+    cursor = _Borrowed(connection).cursor()
     try:
         return cursor.execute(sql).fetchall()
     except sqlite3.Error as error:

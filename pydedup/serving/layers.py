@@ -10,21 +10,19 @@ here: predictions without torch (:mod:`pydedup.serving.engine`).
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from pydedup.catalog import Catalog, StoredModel
+from pydedup.catalog import Catalog
 from pydedup.errors import ArgumentError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.pool import PagePool
 from pydedup.serving.attached import functions, recurrent, views  # noqa: F401  (they register)
 from pydedup.serving.attached.modules import attachment_of, enclose, release
 from pydedup.serving.attached.parameter import StoredParameter
-from pydedup.serving.attached.pieces import Pieces
-from pydedup.serving.attached.slots import Slot, find_slots, named_modules, tensors
+from pydedup.serving.attached.slots import named_modules, tensors
 from pydedup.serving.attached.weights import Attachment
 from pydedup.text import listed
 
@@ -83,12 +81,7 @@ def attach(
             "call module.eval() first"
         )
 
-    def find(model: StoredModel) -> list[Slot]:
-        return find_slots(module, {info.name for info in model.tensors}, prefix)
-
-    attachment = Attachment(address, catalog, pool, epoch, find, prefix, type(module).__name__)
-    attachment.root = weakref.ref(module)
-    attachment.pieces = Pieces(module)
+    attachment = Attachment(module, address, catalog, pool, epoch, prefix)
     enclose(module, attachment)
     for number, slot in enumerate(attachment.slots):
         stored = StoredParameter(attachment, number)
@@ -104,7 +97,7 @@ def detach(module: nn.Module, catalog: Catalog) -> None:
     whose class was made of the attached one.
     """
     attachment = attachment_of(module)
-    if attachment is None or attachment.root is None or attachment.root() is not module:
+    if attachment is None or attachment.root() is not module:
         raise ArgumentError(
             f"this {type(module).__name__} is not attached; detach takes what attach was given"
         )

@@ -27,7 +27,7 @@ from pydedup.matmul import compute_dtype
 from pydedup.pool import PagePool, Reservation
 from pydedup.serving.attached.activations import Activations, not_measured
 from pydedup.serving.attached.pieces import Pieces
-from pydedup.serving.attached.slots import Slot
+from pydedup.serving.attached.slots import Slot, find_slots
 from pydedup.serving.tensor import StoredTensor, called, stored_tensor
 from pydedup.text import listed
 
@@ -222,41 +222,35 @@ class Attachment:
         Of the model.
     catalog, pool, epoch
         The store's; the epoch grows with every change of aliases and versions.
-    find
-        Returns what is replaced in the module.
     prefix
         What the names in the store have before those of the module.
-    kind
-        Of the module, for messages.
     """
 
     def __init__(
         self,
+        module: torch.nn.Module,
         address: str,
         catalog: Catalog,
         pool: PagePool,
         epoch: Callable[[], int],
-        find: Callable[[StoredModel], list[Slot]],
         prefix: str,
-        kind: str,
     ) -> None:
         self.address = address
-        self.kind = kind
-        self.prefix = prefix
         self.catalog = catalog
-        self.root: weakref.ref[torch.nn.Module] | None = None
-        self.pieces: Pieces | None = None
+        self.root = weakref.ref(module)
         self.inside = _Inside()
+        self._kind = type(module).__name__
+        self._prefix = prefix
         self._pool = pool
         self._epoch = epoch
         now = epoch()
-        row = catalog.resolve(address)
-        model = catalog.of_row(row)
+        model = catalog.of_row(catalog.resolve(address))
         #: What is replaced in the module.
-        self.slots = find(model)
+        self.slots = find_slots(module, {info.name for info in model.tensors}, prefix)
         self._current = now, self._weights(model)
+        self._pieces = Pieces(module)
         layers = tuple((slot.names, slot.shape, slot.dtype) for slot in self.slots)
-        self._layers = kind, hash(layers)
+        self._layers = self._kind, hash(layers)
         self._activations = Activations.of(pool)
         #: Where calls of the module and its parts are counted.
         self._threads: set[int] = set()
@@ -265,7 +259,7 @@ class Attachment:
         self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> AbstractContextManager[None]:
         """Return a context in which what torch allocates for a call counts against the budget."""
-        is_whole = self._is_root(module)
+        is_whole = self.root() is module
         called = (*self._layers, None if is_whole else id(module))
         return self._activations.counted(
             self._pool, called, args, kwargs, self._threads, is_part=not is_whole
@@ -275,15 +269,12 @@ class Attachment:
         self, module: torch.nn.Module, args: tuple[Any, ...], weights: Weights
     ) -> int | None:
         """Return of how many rows the module's batch may be at a time; None to give it whole."""
-        if self.pieces is None or not self._is_root(module):
+        if self.root() is not module:
             return None
         tensor = weights.model.tensor
         # Half, so that two can predict at a time.
         nbytes = self._pool.activation_bytes // 2
-        return self.pieces.rows(module, args, lambda name: tensor(self.prefix + name), nbytes)
-
-    def _is_root(self, module: torch.nn.Module) -> bool:
-        return self.root is not None and self.root() is module
+        return self._pieces.rows(module, args, lambda name: tensor(self._prefix + name), nbytes)
 
     @property
     def memory_bytes(self) -> int:
@@ -318,7 +309,7 @@ class Attachment:
             self.inside.weights = outer
 
     def _weights(self, model: StoredModel) -> Weights:
-        return Weights(model, self._pool, self.slots, self.prefix, self.kind)
+        return Weights(model, self._pool, self.slots, self._prefix, self._kind)
 
 
 class _Inside(threading.local):
