@@ -19,6 +19,7 @@ from pydedup.layout import (
     base_places,
     block_costs,
     block_places,
+    find_places,
     map_at,
     pages_read,
     split_place,
@@ -70,10 +71,8 @@ class _Table:
 
     def find(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return which places moved, and their entries here."""
-        if not len(self.old):
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        entries = np.minimum(np.searchsorted(self.old, places), len(self.old) - 1)
-        moved = np.flatnonzero(self.old[entries] == places)
+        entries, is_there = find_places(self.old, places)
+        moved = np.flatnonzero(is_there)
         return moved, entries[moved]
 
 
