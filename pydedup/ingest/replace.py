@@ -30,7 +30,7 @@ from pydedup.ingest.match import Matcher, pieces_of
 from pydedup.ingest.places import by_shape, stack_blocks, values_of
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
-from pydedup.ingest.similar import Pairs, exact_distances
+from pydedup.ingest.similar import Pairs, best_pairs, exact_distances, pairs_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.trial import changes
 from pydedup.similarity import magnitude
@@ -244,28 +244,21 @@ class _Tensor:
         levels: list[list[_Level]],
     ) -> NDArray[np.int64]:
         """Offer the nearest stored block, and quantised deltas on it; return its reference."""
-        pairs = self._matcher.similar.pairs(blocks, self._farthest, aligned)
-        least = np.full(len(plain), np.inf)
-        choice = np.zeros((len(plain), 2), np.int64)
+        pairs = pairs_of(self._matcher.similar.pairs(blocks, self._farthest, aligned), rest)
+        away = [exact_distances(blocks, some, self._farthest) for some in pairs]
+        least, best = best_pairs(pairs, away, len(plain))
         taken = np.full(len(plain), NO_BASE, np.int64)
-        for which, some in enumerate(pairs):
-            away = exact_distances(blocks, some, self._farthest)
-            for entry, row in enumerate(some.rows.tolist()):
-                if rest[row] and away[entry] < least[row]:
-                    least[row] = away[entry]
-                    choice[row] = which, entry
-        for which, some in enumerate(pairs):
-            rows = np.flatnonzero(np.isfinite(least) & (choice[:, 0] == which))
-            chosen = some.select(choice[rows, 1])
-            taken[rows] = chosen.references
+        for some in best:
+            rows = some.rows
+            taken[rows] = some.references
             if some.bases.dtype == blocks.dtype:
                 contents = values_of(some.bases)
-                for row, base in zip(rows.tolist(), chosen.base_index, strict=True):
+                for row, base in zip(rows.tolist(), some.base_index, strict=True):
                     content = partial(_same, contents[base])
                     levels[row].append((content, int(plain[row]), None, float(least[row])))
             for bound in _BOUNDS:
-                worth = chosen.select(np.flatnonzero(least[rows] > bound))
-                self._quantise(blocks, worth, plain, bound, levels)
+                for worth in pairs_of([some], least > bound):
+                    self._quantise(blocks, worth, plain, bound, levels)
         return taken
 
     @staticmethod

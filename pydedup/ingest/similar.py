@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +31,10 @@ __all__ = [
     "LookedAt",
     "Pairs",
     "Similar",
+    "best_pairs",
     "exact_distances",
     "look_at",
+    "pairs_of",
 ]
 
 # Candidates of one dtype that are looked at.
@@ -135,6 +138,30 @@ class Pairs:
             self.bases,
             self.base_index[entries],
         )
+
+
+def pairs_of(pairs: Sequence[Pairs], wanted: NDArray[np.bool_]) -> list[Pairs]:
+    """Return the pairs of blocks that are wanted, by row; none without any."""
+    chosen = (some.select(np.flatnonzero(wanted[some.rows])) for some in pairs)
+    return [some for some in chosen if len(some.rows)]
+
+
+def best_pairs(
+    pairs: Sequence[Pairs], costs: Sequence[NDArray[Any]], count: int
+) -> tuple[NDArray[np.float64], list[Pairs]]:
+    """Return the least cost of each of ``count`` rows, and of all pairs those that have it.
+
+    Infinity for rows without a pair that costs less; of several, the first.
+    """
+    least = np.full(count, np.inf)
+    choice = np.full((count, 2), -1, np.int64)  # which of pairs, which entry of it
+    for number, (some, cost) in enumerate(zip(pairs, costs, strict=True)):
+        for entry, row in enumerate(some.rows.tolist()):
+            if cost[entry] < least[row]:
+                least[row] = cost[entry]
+                choice[row] = number, entry
+    best = [some.select(choice[choice[:, 0] == number, 1]) for number, some in enumerate(pairs)]
+    return least, [some for some in best if len(some.rows)]
 
 
 # Rows, references and estimates of pairs.
@@ -242,30 +269,21 @@ class Similar:
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
         pairs = self.pairs(blocks, _FARTHEST, aligned)
-        open_rows = np.ones(len(at), np.bool_)
         if policy.max_rel_error > 0:
             for some in pairs:
                 if some.bases.dtype == blocks.dtype:
                     self._share(kept, blocks, some, at, policy.max_rel_error)
-            open_rows = kept.shared[at] == NO_BASE
+            pairs = pairs_of(pairs, kept.shared[at] == NO_BASE)
         bound = policy.max_rel_error or None
-        least = np.full(len(at), np.iinfo(np.int64).max)
-        choice = np.full((len(at), 2), -1, np.int64)  # which of pairs, which entry of it
-        for number, some in enumerate(pairs):
-            entries = np.flatnonzero(open_rows[some.rows])
-            tried = some.select(entries)
-            sizes = codec.estimate_deltas(
-                blocks, tried.rows, tried.bases, tried.base_index, max_rel_error=bound
+        sizes = [
+            codec.estimate_deltas(
+                blocks, some.rows, some.bases, some.base_index, max_rel_error=bound
             )
-            for entry, row, size in zip(entries, tried.rows, sizes, strict=True):
-                if size < least[row]:
-                    least[row] = size
-                    choice[row] = number, entry
-        promising = least < kept.encoded.lengths[at]
-        for number, some in enumerate(pairs):
-            rows = np.flatnonzero(promising & (choice[:, 0] == number))
-            if len(rows):
-                self._encode(kept, blocks, some.select(choice[rows, 1]), at, bound)
+            for some in pairs
+        ]
+        least, best = best_pairs(pairs, sizes, len(at))
+        for some in pairs_of(best, least < kept.encoded.lengths[at]):
+            self._encode(kept, blocks, some, at, bound)
 
     @staticmethod
     def _share(

@@ -11,6 +11,7 @@ import pytest
 
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.aligned import Aligned
+from pydedup.policies import Lossless
 from pydedup.types import DType
 
 
@@ -37,6 +38,6 @@ def test_of_many_models_in_one_add_the_newest_are_looked_at(
     for number in range(500):
         other = SimpleNamespace(name=f"m{number}", address=f"m{number}@v1")
         aligned.note(other, entry, grid, np.array([number]))  # type: ignore[arg-type]
-    last = SimpleNamespace(name="m", address="m@v1")
+    last = SimpleNamespace(name="m", address="m@v1", policy=Lossless())
     found = aligned.neighbours(last, entry, grid)  # type: ignore[arg-type]
     assert len(found) == CountedGrid.compared == 2
