@@ -33,9 +33,7 @@ std::vector<StoredBlock> as_stored(const Array<std::uint32_t>& page_index,
                                    const Array<std::uint32_t>& slots) {
     const auto pages = as_span(page_index, "page_index");
     const auto on_page = as_span(slots, "slots");
-    if (pages.size() != on_page.size()) {
-        throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
-    }
+    check_places(pages.size(), on_page.size());
     std::vector<StoredBlock> stored;
     stored.reserve(pages.size());
     for (std::size_t i = 0; i < pages.size(); ++i) stored.push_back({pages[i], on_page[i]});
@@ -47,13 +45,16 @@ struct ChosenBlocks {
     MatrixRef matrix;
     BlockGrid grid;
     std::vector<std::int64_t> indices;
+
+    [[nodiscard]] BaseBlocks as_bases() const noexcept { return {matrix, grid, indices}; }
 };
 
 ChosenBlocks as_chosen(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
                        std::size_t block_cols, const Array<std::int64_t>& indices,
                        const char* name) {
     const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
-    return {matrix, as_grid(matrix, block_rows, block_cols), as_copy(indices, name)};
+    return {matrix, as_grid(matrix.rows, matrix.cols, block_rows, block_cols),
+            as_copy(indices, name)};
 }
 
 // Returns what `encode` makes of n blocks: their bytes one after the other, at most `room`, and of
@@ -107,7 +108,7 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
     const ChosenBlocks chosen = as_chosen(data, dtype, block_rows, block_cols, indices, "indices");
     const ChosenBlocks base_blocks = as_chosen(base_data, base_dtype, base_block_rows,
                                                base_block_cols, base_indices, "base_indices");
-    const BaseBlocks bases{base_blocks.matrix, base_blocks.grid, base_blocks.indices};
+    const BaseBlocks bases = base_blocks.as_bases();
     const std::vector<std::int64_t> most = as_copy(limits, "limits");
     std::uint64_t room = 0;
     for (const std::int64_t limit : most) {
@@ -135,7 +136,7 @@ py::array_t<std::int64_t> estimate_deltas_of(
     const ChosenBlocks chosen = as_chosen(data, dtype, block_rows, block_cols, indices, "indices");
     const ChosenBlocks base_blocks = as_chosen(base_data, base_dtype, base_block_rows,
                                                base_block_cols, base_indices, "base_indices");
-    const BaseBlocks bases{base_blocks.matrix, base_blocks.grid, base_blocks.indices};
+    const BaseBlocks bases = base_blocks.as_bases();
     py::array_t<std::int64_t> estimates(static_cast<py::ssize_t>(chosen.indices.size()));
     const std::span<std::int64_t> out(estimates.mutable_data(), chosen.indices.size());
     {
@@ -195,15 +196,8 @@ py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64
 
 py::bytes gather_page_of(const py::sequence& pages, const Array<std::uint32_t>& page_index,
                          const Array<std::uint32_t>& slots) {
-    const PageList held = as_pages(pages);
-    const std::vector<std::uint32_t> page_of = as_copy(page_index, "page_index");
-    const std::vector<std::uint32_t> slot_of = as_copy(slots, "slots");
-    if (page_of.size() != slot_of.size()) {
-        throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
-    }
-    std::vector<BlockView> blocks(page_of.size());
-    view_blocks(pointers(held), page_of, slot_of, blocks, 1);
-    return page_with(blocks);
+    const HeldBlocks held = hold_blocks(pages, page_index, slots, py::none(), 1);
+    return page_with(held.blocks());
 }
 
 std::shared_ptr<Page> page_of(const py::bytes& payload) {

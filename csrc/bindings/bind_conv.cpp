@@ -39,7 +39,7 @@ class BoundConv2d {
         const std::size_t x_size = shape.batch * shape.channels * shape.height * shape.width;
         const std::size_t y_size = shape.batch * shape.out_channels * shape.out_h() * shape.out_w();
         const Conv2d::Problem problem{
-            grid_of(rows, cols, block_rows, block_cols),
+            as_grid(rows, cols, block_rows, block_cols),
             weights,
             shape,
             data_of(x_, compute, x_size, false, "x"),

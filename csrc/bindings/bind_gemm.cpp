@@ -37,7 +37,7 @@ class BoundMatmul {
                 const std::optional<Array<std::uint8_t>>& variants,
                 const std::optional<Array<std::uint32_t>>& places)
         : x_(std::move(x)), bias_(std::move(bias)), y_(std::move(y)), threads_(threads) {
-        const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
+        const BlockGrid grid = as_grid(rows, cols, block_rows, block_cols);
         const Dtype weights = as_dtype(dtype);
         const Dtype compute = compute_dtype(weights);
         const bool is_bf16 =
@@ -149,7 +149,7 @@ class BoundStack {
                 if (!product.feed_resident(pool, *window, std::nullopt)) return py::none();
             }
             const BlockGrid grid =
-                grid_of(layer.rows, layer.cols, layer.block_rows, layer.block_cols);
+                as_grid(layer.rows, layer.cols, layer.block_rows, layer.block_cols);
             if (product.fed() != grid.count()) {
                 throw Error(ErrorCode::invalid_argument,
                             "the windows of a layer miss blocks of it");

@@ -139,7 +139,7 @@ void bind_hash(py::module_& m) {
         [](const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
            std::size_t block_cols, std::uint64_t seed, unsigned threads) {
             const MatrixRef matrix = as_matrix(data, as_dtype(dtype));
-            const BlockGrid grid = as_grid(matrix, block_rows, block_cols);
+            const BlockGrid grid = as_grid(matrix.rows, matrix.cols, block_rows, block_cols);
             py::array_t<std::uint64_t> digests({grid.count(), std::size_t{2}});
             std::span<Digest> out(reinterpret_cast<Digest*>(digests.mutable_data()), grid.count());
             {

@@ -29,14 +29,6 @@ PackAlgorithm as_algorithm(const std::string& name) {
     throw Error(ErrorCode::invalid_argument, "unknown packing algorithm '" + name + "'");
 }
 
-/// Moves a vector into an array: no copy, freed with it.
-Ids as_array(std::vector<std::int64_t>&& values) {
-    auto* kept = new std::vector<std::int64_t>(std::move(values));
-    const py::capsule owner(kept,
-                            [](void* p) { delete static_cast<std::vector<std::int64_t>*>(p); });
-    return Ids(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
-}
-
 IdRows as_rows(const Ids& indptr, const Ids& ids, const char* name) {
     return {as_span(indptr, name), as_span(ids, name)};
 }

@@ -2,10 +2,10 @@
 // Rows by number and bags of rows, out of a pool or of pages at hand.
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings.hpp"
@@ -36,7 +36,7 @@ std::unique_ptr<RowTable> make_table(std::size_t rows, std::size_t cols, std::si
     std::vector<std::uint32_t> base_slot_of;
     if (base_page_ids) base_pages = as_copy(*base_page_ids, "base_page_ids");
     if (base_slots) base_slot_of = as_copy(*base_slots, "base_slots");
-    const BlockGrid grid = grid_of(rows, cols, block_rows, block_cols);
+    const BlockGrid grid = as_grid(rows, cols, block_rows, block_cols);
     const Dtype type = as_dtype(dtype);
     const WithoutGil no_gil;
     return std::make_unique<RowTable>(grid, type, pages, slot_of, base_pages, base_slot_of);
@@ -90,9 +90,7 @@ py::object with_pool(const RowTable& table, BufferPool& pool, std::span<const st
         }
     }
     if (done) return py::none();
-    Array<std::int64_t> missing(static_cast<py::ssize_t>(wanted.size()));
-    std::copy(wanted.begin(), wanted.end(), missing.mutable_data());
-    return missing;
+    return as_array(std::move(wanted));
 }
 
 // Calls use(page ids, pages) with pages at hand.

@@ -3,6 +3,7 @@
 // whose innermost axis is dense, and are never copied.
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "bindings.hpp"
 #include "pydedup/similarity.hpp"
@@ -149,13 +150,13 @@ std::unique_ptr<L2Index> load_index(const py::bytes& payload, unsigned threads) 
     return L2Index::load(bytes, threads);
 }
 
-py::array_t<std::int64_t> ids_of(const L2Index& index) {
+Array<std::int64_t> ids_of(const L2Index& index) {
     std::vector<std::int64_t> ids;
     {
         const WithoutGil no_gil;
         ids = index.ids();
     }
-    return py::array_t<std::int64_t>(static_cast<py::ssize_t>(ids.size()), ids.data());
+    return as_array(std::move(ids));
 }
 
 py::array_t<double> compare(const py::array& a, const py::array& b, int dtype, std::size_t rows,

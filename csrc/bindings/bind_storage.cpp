@@ -101,15 +101,11 @@ class Reserved {
     BufferPool::Reservation held_;
 };
 
-template <class T>
-[[nodiscard]] py::array_t<T> as_array(const std::vector<T>& values) {
-    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
-}
-
 py::tuple trace_of(const BufferPool& pool) {
-    const BufferPool::Trace trace = pool.recorded();
-    return py::make_tuple(as_array(trace.pages), as_array(trace.bytes), as_array(trace.calls),
-                          as_array(trace.owners), trace.complete);
+    BufferPool::Trace trace = pool.recorded();
+    return py::make_tuple(as_array(std::move(trace.pages)), as_array(std::move(trace.bytes)),
+                          as_array(std::move(trace.calls)), as_array(std::move(trace.owners)),
+                          trace.complete);
 }
 
 [[nodiscard]] ReplacementPolicy policy_of(const std::string& name) {

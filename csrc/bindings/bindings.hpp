@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gil.hpp"
@@ -57,6 +58,14 @@ template <class T>
     return {values.begin(), values.end()};
 }
 
+/// Moves a vector into an array: no copy, freed with it.
+template <class T>
+[[nodiscard]] Array<T> as_array(std::vector<T>&& values) {
+    auto* kept = new std::vector<T>(std::move(values));
+    const py::capsule owner(kept, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+    return Array<T>(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
+}
+
 [[nodiscard]] inline Dtype as_dtype(int code) {
     const auto dtype = static_cast<Dtype>(code);
     if (code < 0 || code > 255 || item_bytes(dtype) == 0) {
@@ -77,14 +86,19 @@ template <class T>
             static_cast<std::size_t>(data.shape(0)), row_bytes / item, row_bytes, dtype};
 }
 
-[[nodiscard]] inline BlockGrid as_grid(const MatrixRef& matrix, std::size_t block_rows,
+[[nodiscard]] inline BlockGrid as_grid(std::size_t rows, std::size_t cols, std::size_t block_rows,
                                        std::size_t block_cols) {
     if (block_rows == 0 || block_cols == 0) {
         throw Error(ErrorCode::invalid_argument, "a block shape must be at least (1, 1)");
     }
+    std::size_t elements = 0;
+    if (__builtin_mul_overflow(rows, cols, &elements)) {
+        throw Error(ErrorCode::invalid_argument, "a matrix of " + std::to_string(rows) + " x " +
+                                                     std::to_string(cols) + " is too large");
+    }
     // A block larger than its matrix is the matrix: nothing behind has to fear an overflow.
-    return {matrix.rows, matrix.cols, std::min(block_rows, std::max<std::size_t>(matrix.rows, 1)),
-            std::min(block_cols, std::max<std::size_t>(matrix.cols, 1))};
+    return {rows, cols, std::min(block_rows, std::max<std::size_t>(rows, 1)),
+            std::min(block_cols, std::max<std::size_t>(cols, 1))};
 }
 
 }  // namespace pydedup

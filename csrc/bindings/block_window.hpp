@@ -34,9 +34,7 @@ class BlockWindow {
           page_of_(as_copy(page_index, "page_index")),
           slot_of_(as_copy(slots, "slots")),
           base_of_(places_of_bases(bases, 0, page_of_.size())) {
-        if (page_of_.size() != slot_of_.size()) {
-            throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
-        }
+        check_places(page_of_.size(), slot_of_.size());
     }
 
     /// Calls use(blocks) with the blocks, their pages pinned meanwhile, and returns true; or does

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the bindings that read stored blocks share: blocks on pinned pages, arrays of the
-// compute dtype, block grids and names of activations.
+// compute dtype, and names of activations.
 #pragma once
 
 #include <algorithm>
@@ -39,6 +39,13 @@ using PageList = std::vector<std::shared_ptr<Page>>;
     list.reserve(pages.size());
     for (const auto& page : pages) list.push_back(page.get());
     return list;
+}
+
+/// Blocks are named by two columns: the index of a page, and the slot on it.
+inline void check_places(std::size_t n_pages, std::size_t n_slots) {
+    if (n_pages != n_slots) {
+        throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
+    }
 }
 
 /// The bases of `n_blocks` blocks; keeps their pages alive.
@@ -139,9 +146,7 @@ struct HeldBlocks {
                                             const py::object& bases, unsigned threads) {
     const auto page_of = as_span(page_index, "page_index");
     const auto slot_of = as_span(slots, "slots");
-    if (page_of.size() != slot_of.size()) {
-        throw Error(ErrorCode::invalid_argument, "page_index and slots differ in length");
-    }
+    check_places(page_of.size(), slot_of.size());
     HeldBlocks held;
     held.pages = as_pages(pages);
     std::vector<BlockView>& views = *held.views;
@@ -177,22 +182,22 @@ class OnlyFeeder {
 /// A C-contiguous array of f64, f32, or bf16 (whose bits numpy has as uint16), borrowed.
 [[nodiscard]] inline std::byte* data_of(const py::object& object, Dtype dtype, std::size_t size,
                                         bool writes, const char* name) {
-    const bool wide = dtype == Dtype::f64;
-    const bool half = dtype == Dtype::bf16;
-    const bool same = wide   ? py::isinstance<py::array_t<double>>(object)
-                      : half ? py::isinstance<py::array_t<std::uint16_t>>(object)
-                             : py::isinstance<py::array_t<float>>(object);
-    const auto array = same ? py::reinterpret_borrow<py::array>(object) : py::array();
+    struct Kind {
+        const char* name;
+        bool matches;
+    };
+    const Kind kind =
+        dtype == Dtype::f64    ? Kind{"float64", py::isinstance<py::array_t<double>>(object)}
+        : dtype == Dtype::bf16 ? Kind{"uint16", py::isinstance<py::array_t<std::uint16_t>>(object)}
+                               : Kind{"float32", py::isinstance<py::array_t<float>>(object)};
+    const auto array = kind.matches ? py::reinterpret_borrow<py::array>(object) : py::array();
     const bool contiguous = (array.flags() & py::array::c_style) != 0;
-    if (!same || !contiguous || static_cast<std::size_t>(array.size()) != size) {
+    if (!kind.matches || !contiguous || static_cast<std::size_t>(array.size()) != size) {
         throw Error(ErrorCode::invalid_argument, std::string(name) + " must be a C-contiguous " +
-                                                     (wide   ? "float64"
-                                                      : half ? "uint16"
-                                                             : "float32") +
-                                                     " array of " + std::to_string(size) +
-                                                     " elements");
+                                                     kind.name + " array of " +
+                                                     std::to_string(size) + " elements");
     }
-    if (reinterpret_cast<std::uintptr_t>(array.data()) % (wide ? 8 : half ? 2 : 4) != 0) {
+    if (reinterpret_cast<std::uintptr_t>(array.data()) % item_bytes(dtype) != 0) {
         throw Error(ErrorCode::invalid_argument, std::string(name) + " is misaligned");
     }
     if (writes && !array.writeable()) {
@@ -207,21 +212,6 @@ class OnlyFeeder {
         throw Error(ErrorCode::invalid_argument, "unknown activation '" + name + "'");
     }
     return *activation;
-}
-
-[[nodiscard]] inline BlockGrid grid_of(std::size_t rows, std::size_t cols, std::size_t block_rows,
-                                       std::size_t block_cols) {
-    if (block_rows == 0 || block_cols == 0) {
-        throw Error(ErrorCode::invalid_argument, "a block shape must be at least (1, 1)");
-    }
-    std::size_t elements = 0;
-    if (__builtin_mul_overflow(rows, cols, &elements)) {
-        throw Error(ErrorCode::invalid_argument, "a matrix of " + std::to_string(rows) + " x " +
-                                                     std::to_string(cols) + " is too large");
-    }
-    // A block larger than its matrix is the matrix: nothing behind has to fear an overflow.
-    return {rows, cols, std::min(block_rows, std::max<std::size_t>(rows, 1)),
-            std::min(block_cols, std::max<std::size_t>(cols, 1))};
 }
 
 }  // namespace pydedup
