@@ -11,7 +11,7 @@ from itertools import islice
 import pytest
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
-from pydedup.adapter_options import NumberingAdapter, ReadIntoAdapter
+from pydedup.adapter_options import NumberingAdapter, ReadIntoAdapter, RecordedPagesAdapter
 from pydedup.errors import ArgumentError, PydedupError, StoreError
 from pydedup.testing._contract_base import (
     EVERY_BYTE,
@@ -200,6 +200,23 @@ class PagesContract(ContractBase):
             assert [row.checksum for row in adapter.page_rows()] == [
                 checksum_of(i) for i in (0, 1, 2)
             ]
+
+    def test_pages_come_with_what_their_rows_record(self, adapter: Adapter) -> None:
+        """Without it they are asked for twice."""
+        if not isinstance(adapter, RecordedPagesAdapter):
+            assert not hasattr(adapter, "read_recorded_pages")
+            return
+        payloads = [random.Random(i).randbytes(3000 + i) for i in range(40)]
+        with adapter.transaction():
+            ids = adapter.insert_pages(
+                [(checksum_of(i), payload) for i, payload in enumerate(payloads)], state=LIVE
+            )
+        found = list(adapter.read_recorded_pages([*ids[::-1], *ids[:3], ids[-1] + 1]))
+        assert sorted(found) == [
+            (page_id, checksum_of(i), payload)
+            for i, (page_id, payload) in enumerate(zip(ids, payloads, strict=True))
+        ]
+        assert list(adapter.read_recorded_pages([])) == []
 
     def test_payloads_are_read_into_memory_that_is_given(self, adapter: Adapter) -> None:
         """Any page may be left out, and is never given twice."""
