@@ -32,6 +32,7 @@ _FREE: Final = (
     "free some space, a few MiB, and run `pydedup vacuum`, which gives back what was written; what "
     "was complete is there, and nothing of the rest"
 )
+_FREE_FIRST: Final = "free some space, a few MiB, and open it again"
 # Also what `pydedup verify` itself says, of a file that was cut off.
 _DAMAGED: Final = (
     "`pydedup verify` lists what is damaged; where that says no more than this, the file cannot be "
@@ -92,6 +93,8 @@ def meaning(error: Exception, path: str) -> PydedupError:
     if code == 19 | 12 << 8 and f"column {PREFIX}" in str(error):
         code = 11  # CONSTRAINT_DATATYPE of a table of ours: the row that is changed was damaged
     kind, advice = _MEANINGS.get(code) or _MEANINGS.get(code & 0xFF) or (StoreError, "")
+    if kind is StorageFullError and _is_empty(path):
+        return kind(f"no room for a new store in {path} ({error}); {_FREE_FIRST}")
     if kind is ReadOnlyError and (left := _left_by_others(path)):
         advice = (
             f"{' and '.join(left)} is what another user left who may only read the store: make it "
@@ -104,6 +107,14 @@ def _left_by_others(path: str) -> list[str]:
     """Return the files beside one that may be written that may not."""
     beside = [file for file in (f"{path}-wal", f"{path}-shm") if Path(file).exists()]
     return [file for file in beside if os.access(path, os.W_OK) and not os.access(file, os.W_OK)]
+
+
+def _is_empty(path: str) -> bool:
+    """Whether a file is there, and nothing in it."""
+    try:
+        return Path(path).stat().st_size == 0
+    except OSError:
+        return False
 
 
 def _is_full(path: str) -> bool:

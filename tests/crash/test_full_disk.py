@@ -128,11 +128,13 @@ def test_a_little_room_is_enough_for_a_vacuum(sqlite_place: Place, small_disk: P
         assert store.verify().errors == []
 
 
+@pytest.mark.parametrize("ballast", [0, 1000 * 1024])
 def test_no_room_for_a_new_store(
-    new_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
+    ballast: int, new_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
 ) -> None:
     """The advice was to vacuum, where there is nothing yet."""
     disk = new_disk(tmp_path / "disk", 1)
+    (disk.folder / "ballast").write_bytes(bytes(ballast))
     with pytest.raises(
         StorageFullError, match=r"no room for a new store in .*free some space"
     ) as told:
