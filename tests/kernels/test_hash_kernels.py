@@ -142,62 +142,17 @@ def test_every_kernel_gives_the_golden_digests(kernel: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("avx1024", "unknown"), ("neon ", "unknown"), ("SCALAR", "unknown")]
-)
-def test_a_kernel_that_cannot_be_had_is_an_error(name: str, reason: str) -> None:
+def test_a_kernel_that_cannot_be_had_is_an_error() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from pydedup import config; config.kernels()"],
-        env={**os.environ, "PYDEDUP_KERNEL": name},
+        env={**os.environ, "PYDEDUP_KERNEL": "SCALAR"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode != 0
-    assert "KernelUnavailableError" in done.stderr
-    assert "PYDEDUP_KERNEL" in done.stderr
-    assert reason in done.stderr
-    assert "scalar" in done.stderr, "the message lists what there is"
-
-
-def test_one_bit_changes_half_of_the_digest() -> None:
-    rng = np.random.default_rng(1)
-    base = rng.integers(0, 256, 16384, np.uint8)
-    before = np.unpackbits(np.frombuffer(hash_buffer(base.tobytes()), np.uint8))
-    flips = []
-    for position in rng.choice(16384 * 8, 400, replace=False):
-        changed = base.copy()
-        changed[position // 8] ^= np.uint8(1 << (position % 8))
-        after = np.unpackbits(np.frombuffer(hash_buffer(changed.tobytes()), np.uint8))
-        flips.append(before != after)
-    share = np.array(flips)
-    assert 0.48 < share.mean() < 0.52
-    assert share.mean(axis=0).min() > 0.35, "each bit of the digest depends on the input"
-    assert share.mean(axis=0).max() < 0.65
-
-
-def test_structured_inputs_do_not_collide() -> None:
-    seen = set()
-    count = 0
-    for length in range(2049):
-        seen.add(hash_buffer(bytes(length)))
-        count += 1
-    block = bytearray(4096)
-    for bit in range(4096 * 8):
-        block[bit // 8] ^= 1 << (bit % 8)
-        seen.add(hash_buffer(block))
-        block[bit // 8] = 0
-        count += 1
-    lanes = [bytes([i]) * 8 for i in range(16)]
-    for shift in range(1, 16):
-        seen.add(hash_buffer(b"".join(lanes[shift:] + lanes[:shift])))
-        count += 1
-    for rows in range(1, 33):
-        if 64 % rows == 0:
-            zeros = np.zeros((rows, 64 // rows), np.uint8)
-            seen.add(hash_blocks(zeros, zeros.shape).tobytes())
-            count += rows > 1
-    assert len(seen) >= count
+    for said in ("KernelUnavailableError", "PYDEDUP_KERNEL", "unknown", "scalar"):
+        assert said in done.stderr
 
 
 def test_bad_arguments_are_named() -> None:
