@@ -81,7 +81,7 @@ class FolderSource(ModelSource):
             names, skipped = _list_files(path)
             self._parts = list(_parts(path, names))
             if not self._parts:
-                raise FormatError(f"{path} holds no model weights{_hint(names)}")
+                raise FormatError(f"{path} holds no model weights{_hint(names, skipped)}")
             self._layout: list[dict[str, Any]] = []
             self._set_entries(list(self._open_parts()))
             self._artifact_files, left_out = self._choose_artifacts(names)
@@ -273,10 +273,13 @@ def _open_weights(path: Path) -> ModelSource:
     return torch.TorchSource(path)
 
 
-def _hint(names: Sequence[str]) -> str:
+def _hint(names: Sequence[str], skipped: Sequence[str]) -> str:
     others = [name for name in names if PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES]
     if others:
         return f" of its own; give the path of a file, such as {others[0]!r}"
+    if skipped:  # what transformers' Trainer writes; the last of them, as numbers go
+        newest = max(skipped, key=lambda name: (len(name), name))
+        return f" of its own; give the path of a folder in it, such as {newest!r}"
     return ": no .safetensors and no pytorch_model.bin"
 
 

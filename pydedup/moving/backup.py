@@ -189,6 +189,8 @@ def _check_free(source: Adapter, target: Path, url: str, opened: Opener, *, repl
         raise ArgumentError(f"there is no folder {target.parent}; create it first")
     if not os.path.lexists(target):
         return
+    if target.is_dir() and not replace:
+        raise ArgumentError(f"{target} is a folder; name a file in it, such as models.backup")
     if not replace:
         raise ArgumentError(
             f"{target} exists; give the backup another name, or replace that one (replace=True, "

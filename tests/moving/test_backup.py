@@ -106,6 +106,8 @@ def test_a_file_is_replaced_only_on_demand(
         store.add("late", family(30))
         with pytest.raises(ArgumentError, match=r"exists; give the backup another name"):
             store.backup(file)
+        with pytest.raises(ArgumentError, match="is a folder; name a file in it"):
+            store.backup(tmp_path)
         assert file.read_bytes() == before
         store.backup(file, replace=True)
     assert_same(source_url, str(file))

@@ -316,6 +316,15 @@ def test_folders_without_weights_are_refused(names: list[str], folder: Path) -> 
     assert ("'model.onnx'" in str(caught.value)) == (names == ["model.onnx"])
 
 
+def test_a_folder_of_checkpoints_is_told_to_be_one(folder: Path) -> None:
+    """Of what a Trainer's `output_dir` holds, it was said that there are no weights."""
+    for step in (500, 1000):
+        (folder / f"checkpoint-{step}").mkdir()
+        save_safe(folder / f"checkpoint-{step}" / "model.safetensors", state(0, "x"))
+    with pytest.raises(FormatError, match="of a folder in it, such as 'checkpoint-1000/'"):
+        open_source(folder)
+
+
 def test_names_that_two_folders_could_claim_are_refused(folder: Path) -> None:
     save_safe(folder / "model.safetensors", state(0, "unet/x"))
     (folder / "unet").mkdir()
