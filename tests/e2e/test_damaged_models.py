@@ -177,7 +177,7 @@ def test_the_size_of_a_page_that_its_row_has(
             assert np.array_equal(store.load(name)["w"], model["w"])
 
 
-def test_jobs_that_cannot_be_read_are_dead(store_url: str) -> None:
+def test_a_job_that_cannot_be_read_is_dead(store_url: str) -> None:
     """A vacuum ended in them, or they lived for ever."""
     process = {"boot": "another", "namespace": "n", "pid": 1, "started": "1"}
     sound = json.dumps({"kind": "add", "models": [], "process": process})
