@@ -55,6 +55,12 @@ CROWDED_SECONDS: Final = 5.0
 _TURN_SECONDS: Final = 0.001
 
 
+class _Own(threading.local):
+    """What holds the session of a thread, and dies with it."""
+
+    anchor: Anchor | None = None
+
+
 class SessionPool:
     """The sessions of one adapter.
 
@@ -95,7 +101,7 @@ class SessionPool:
         self._is_stale = is_stale
         self._file = file
         self._sessions: set[Session] = set()
-        self._local = threading.local()
+        self._local = _Own()
         self._lock = threading.RLock()
         self._closed = False
         self.number = next(_NUMBERS)
@@ -108,7 +114,7 @@ class SessionPool:
         transaction; UnavailableError in a child of a fork that inherited locks on the file.
         """
         while True:
-            anchor: Anchor | None = getattr(self._local, "anchor", None)
+            anchor = self._local.anchor
             session = self._new() if anchor is None else anchor.session
             if session.scope is not None:
                 return session.use()
@@ -140,7 +146,7 @@ class SessionPool:
         For those who lock sessions of several pools: to open one would be to wait for a lock that a
         fork may hold, which waits for theirs.
         """
-        anchor: Anchor | None = getattr(self._local, "anchor", None)
+        anchor = self._local.anchor
         if anchor is None:
             return None
         session = anchor.session
@@ -172,12 +178,12 @@ class SessionPool:
         finally:
             session.scope = None
             # Of two sessions that a thread has come to have, one is closed, by its anchor's end.
-            if not session.closed and getattr(self._local, "anchor", None) is None:
+            if not session.closed and self._local.anchor is None:
                 self._local.anchor = anchor
 
     def scope(self) -> str | None:
         """Return what this thread is in: a transaction, a snapshot, or nothing."""
-        anchor: Anchor | None = getattr(self._local, "anchor", None)
+        anchor = self._local.anchor
         return None if anchor is None else anchor.session.scope
 
     @contextlib.contextmanager
@@ -333,7 +339,7 @@ class SessionPool:
             if self._file is not None:
                 _INHERITED.add(self._file)
         self._sessions = set()
-        self._local = threading.local()
+        self._local = _Own()
         self._lock = threading.RLock()
         self._wanted = 0  # those who wait are threads of the parent
 

@@ -7,6 +7,7 @@ Also what is said of pages that cannot be had, and which payloads nobody needs a
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
@@ -23,7 +24,7 @@ from ._sessions import WRITE, Session
 from ._shard import Shard
 from ._shards_url import Ring, places_of
 
-__all__ = ["ShardedReads"]
+__all__ = ["Begun", "ShardedReads"]
 
 #: More servers than these get fewer pages each at once, so that memory stays bounded.
 SHARDS_PER_READ: Final = 3
@@ -35,17 +36,19 @@ WAIT_SECONDS: Final = 1.0
 _SHOWN: Final = 10
 
 
+class Begun(threading.local):
+    """What a thread has begun: its transactions on shards, ``None`` outside of one of its own."""
+
+    touched: dict[str, Session] | None = None
+
+
 class ShardedReads(PostgresCopy):
     """The part of a sharded adapter that reads payloads."""
 
     _shards: list[Shard]
     _by_id: dict[str, Shard]
     _ring: Ring
-    _mine: Any
-
-    def _touched(self) -> dict[str, Session] | None:
-        """Return this thread's transactions on shards, ``None`` outside of one of its own."""
-        return getattr(self._mine, "touched", None)
+    _mine: Begun
 
     def _places(self, page_id: int) -> list[str]:
         return places_of(page_id, tuple(self._by_id), self._ring.replicas)
@@ -170,7 +173,7 @@ class ShardedReads(PostgresCopy):
 
     def _note(self, shard_id: str, problems: dict[str, PydedupError], error: PydedupError) -> None:
         """Note that a shard failed; raise where no other copy may be asked."""
-        in_use = self._pool.scope() == WRITE and shard_id in (self._touched() or ())
+        in_use = self._pool.scope() == WRITE and shard_id in (self._mine.touched or ())
         if not self._by_id[shard_id].lost(error) or in_use:
             raise error
         problems[shard_id] = error

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
@@ -26,6 +25,7 @@ from ._postgres_statement import Statement, run_together
 from ._schema import Dialect
 from ._sessions import Session
 from ._shard import Shard
+from ._shards_reading import Begun
 from ._shards_refill import ShardedCopies
 from ._shards_url import Ring, ShardPlaces, locate_shards
 from .postgres import PostgresAdapter, known_options
@@ -88,7 +88,7 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
     def __init__(self, places: ShardPlaces, mode: str) -> None:
         self._replicas_asked = places.replicas
         self._shards = [Shard(place, mode) for place in places.shards]
-        self._mine = threading.local()
+        self._mine = Begun()
         try:
             super().__init__(places.coordinator, mode, places.shown)
         except BaseException:
@@ -190,7 +190,8 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
     def _write_payloads(self, payloads: Mapping[int, bytes]) -> None:
         """Write payloads to all of their shards at once, in this thread's transactions there."""
         wanted = {page_id: self._places(page_id) for page_id in payloads}
-        touched: dict[str, Session] = self._mine.touched
+        touched = self._mine.touched
+        assert touched is not None
         shard_ids = sorted({shard_id for places in wanted.values() for shard_id in places})
         for shard_id in shard_ids:
             if shard_id not in touched:
