@@ -210,6 +210,16 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
             format=format,
         )
 
+    def artifacts(self, name: str) -> dict[str, bytes]:
+        """Return what came with a model beside its tensors (config, tokenizer), by file name.
+
+        Raises NotFoundError, CorruptStoreError.
+        """
+        from pydedup.formats.base import DERIVED
+
+        found = self._artifacts(self._catalog.model(name))
+        return {item.name: item.payload for item in found if not item.name.startswith(DERIVED)}
+
     # ---- names --------------------------------------------------------------------------------
 
     def models(self) -> list[ModelInfo]:
@@ -287,7 +297,10 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         return model_sizes(self._adapter, self._catalog)
 
     def sharing(self) -> list[dict[str, object]]:
-        """Return which pairs of models share pages: the rows of the SQL view ``sharing``."""
+        """Return which pairs of models share pages: the rows of the SQL view ``sharing``.
+
+        A row has the columns of the view (docs/sql.md) as its keys.
+        """
         from pydedup.report.sizes import shared_pages
 
         return shared_pages(self._adapter)

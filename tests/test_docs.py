@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -168,7 +169,7 @@ def test_what_serving_says(store: pydedup.Store) -> None:
 
 def test_what_attach_says(store: pydedup.Store) -> None:
     torch = pytest.importorskip("torch")
-    first, meta = code_of("docs/attach.md")
+    first, meta, folder = code_of("docs/attach.md")
 
     def net() -> Any:
         return torch.nn.Linear(3, 1, bias=False)
@@ -177,6 +178,25 @@ def test_what_attach_says(store: pydedup.Store) -> None:
         x = torch.ones(2, 3)
         assert run(first, store=store, module=net().eval(), x=x)["y"].tolist() == [[111], [111]]
         assert run(meta, store=store, torch=torch, Net=net)["module"](x).tolist() == [[111], [111]]
+
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    config = transformers.BertConfig(**sizes, intermediate_size=8)
+    bert = transformers.BertModel(config).eval()
+    bert.save_pretrained("bert")
+    store.add("minilm@3", "bert")
+    store.alias("minilm", "prod", "3")
+    assert list(store.artifacts("minilm@prod")) == ["config.json"]
+    assert store.artifacts("minilm@1") == {}
+    names = {
+        "json": json,
+        "BertConfig": transformers.BertConfig,
+        "BertModel": transformers.BertModel,
+    }
+    attached = run(folder, store=store, **names)["module"]
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(attached(ids).pooler_output, bert(ids).pooler_output)
 
 
 def test_what_report_says(store: pydedup.Store) -> None:
