@@ -14,7 +14,8 @@
     pydedup.config        kernels, threads, sizes such as "512MiB"
     pydedup.replacement   recorded uses of pages, and how policies replay them
     pydedup.hashing, pydedup.similarity, pydedup.packing    the algorithms by themselves
-    pydedup.adapter       what a database of your own must offer
+    pydedup.adapter       what a database of your own must offer; pydedup.adapters.dbapi does most
+                          of it for those with SQL, pydedup.testing has the tests that it must pass
     import pydedup.sql    predictions as functions of SQLite
     import pydedup.ray    scoring and serving on a Ray cluster
 
