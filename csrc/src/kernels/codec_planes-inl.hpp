@@ -30,24 +30,6 @@ struct V128 {
     static Type hi32(Type a, Type b) noexcept { return _mm_unpackhi_epi32(a, b); }
     static Type lo64(Type a, Type b) noexcept { return _mm_unpacklo_epi64(a, b); }
     static Type hi64(Type a, Type b) noexcept { return _mm_unpackhi_epi64(a, b); }
-    static Type rotl16(Type v) noexcept {
-        return _mm_or_si128(_mm_slli_epi16(v, 1), _mm_srli_epi16(v, 15));
-    }
-    static Type rotr16(Type v) noexcept {
-        return _mm_or_si128(_mm_srli_epi16(v, 1), _mm_slli_epi16(v, 15));
-    }
-    static Type rotl32(Type v) noexcept {
-        return _mm_or_si128(_mm_slli_epi32(v, 1), _mm_srli_epi32(v, 31));
-    }
-    static Type rotr32(Type v) noexcept {
-        return _mm_or_si128(_mm_srli_epi32(v, 1), _mm_slli_epi32(v, 31));
-    }
-    static Type rotl64(Type v) noexcept {
-        return _mm_or_si128(_mm_slli_epi64(v, 1), _mm_srli_epi64(v, 63));
-    }
-    static Type rotr64(Type v) noexcept {
-        return _mm_or_si128(_mm_srli_epi64(v, 1), _mm_slli_epi64(v, 63));
-    }
 };
 
 struct V256 {
@@ -78,25 +60,22 @@ struct V256 {
     static Type hi32(Type a, Type b) noexcept { return _mm256_unpackhi_epi32(a, b); }
     static Type lo64(Type a, Type b) noexcept { return _mm256_unpacklo_epi64(a, b); }
     static Type hi64(Type a, Type b) noexcept { return _mm256_unpackhi_epi64(a, b); }
-    static Type rotl16(Type v) noexcept {
-        return _mm256_or_si256(_mm256_slli_epi16(v, 1), _mm256_srli_epi16(v, 15));
-    }
-    static Type rotr16(Type v) noexcept {
-        return _mm256_or_si256(_mm256_srli_epi16(v, 1), _mm256_slli_epi16(v, 15));
-    }
-    static Type rotl32(Type v) noexcept {
-        return _mm256_or_si256(_mm256_slli_epi32(v, 1), _mm256_srli_epi32(v, 31));
-    }
-    static Type rotr32(Type v) noexcept {
-        return _mm256_or_si256(_mm256_srli_epi32(v, 1), _mm256_slli_epi32(v, 31));
-    }
-    static Type rotl64(Type v) noexcept {
-        return _mm256_or_si256(_mm256_slli_epi64(v, 1), _mm256_srli_epi64(v, 63));
-    }
-    static Type rotr64(Type v) noexcept {
-        return _mm256_or_si256(_mm256_srli_epi64(v, 1), _mm256_slli_epi64(v, 63));
-    }
 };
+
+// The words of a vector, rotated by one bit.
+template <class Word, class Vector>
+inline Vector rotated_left(Vector v) noexcept {
+    using Words __attribute__((vector_size(sizeof(Vector)))) = Word;
+    const auto words = reinterpret_cast<Words>(v);
+    return reinterpret_cast<Vector>((words << 1) | (words >> (8 * sizeof(Word) - 1)));
+}
+
+template <class Word, class Vector>
+inline Vector rotated_right(Vector v) noexcept {
+    using Words __attribute__((vector_size(sizeof(Vector)))) = Word;
+    const auto words = reinterpret_cast<Words>(v);
+    return reinterpret_cast<Vector>((words >> 1) | (words << (8 * sizeof(Word) - 1)));
+}
 
 // One step each: V::kElements elements at `from` to V::kElements bytes of each plane, and back.
 
@@ -108,8 +87,8 @@ void split_step(const std::uint8_t* from, std::uint16_t, bool rotate, std::uint8
     auto a = V::load_lanes(from, 32);
     auto b = V::load_lanes(from + 16, 32);
     if (rotate) {
-        a = V::rotl16(a);
-        b = V::rotl16(b);
+        a = rotated_left<std::uint16_t>(a);
+        b = rotated_left<std::uint16_t>(b);
     }
     a = V::shuffle(a, by_plane);
     b = V::shuffle(b, by_plane);
@@ -125,8 +104,8 @@ void merge_step(const std::uint8_t* const* planes, std::size_t at, std::uint16_t
     auto lo = V::lo8(a, b);
     auto hi = V::hi8(a, b);
     if (rotate) {
-        lo = V::rotr16(lo);
-        hi = V::rotr16(hi);
+        lo = rotated_right<std::uint16_t>(lo);
+        hi = rotated_right<std::uint16_t>(hi);
     }
     V::store_lanes(to, 32, lo);
     V::store_lanes(to + 16, 32, hi);
@@ -140,7 +119,7 @@ void split_step(const std::uint8_t* from, std::uint32_t, bool rotate, std::uint8
     typename V::Type v[4];
     for (std::size_t j = 0; j < 4; ++j) {
         v[j] = V::load_lanes(from + 16 * j, 64);
-        if (rotate) v[j] = V::rotl32(v[j]);
+        if (rotate) v[j] = rotated_left<std::uint32_t>(v[j]);
         v[j] = V::shuffle(v[j], by_plane);
     }
     const auto lo01 = V::lo32(v[0], v[1]);  // planes 0 and 1 of the first half
@@ -167,7 +146,7 @@ void merge_step(const std::uint8_t* const* planes, std::size_t at, std::uint32_t
     typename V::Type v[4] = {V::lo16(lo01, lo23), V::hi16(lo01, lo23), V::lo16(hi01, hi23),
                              V::hi16(hi01, hi23)};
     for (std::size_t j = 0; j < 4; ++j) {
-        V::store_lanes(to + 16 * j, 64, rotate ? V::rotr32(v[j]) : v[j]);
+        V::store_lanes(to + 16 * j, 64, rotate ? rotated_right<std::uint32_t>(v[j]) : v[j]);
     }
 }
 
@@ -179,7 +158,7 @@ void split_step(const std::uint8_t* from, std::uint64_t, bool rotate, std::uint8
     typename V::Type v[8];
     for (std::size_t j = 0; j < 8; ++j) {
         v[j] = V::load_lanes(from + 16 * j, 128);
-        if (rotate) v[j] = V::rotl64(v[j]);
+        if (rotate) v[j] = rotated_left<std::uint64_t>(v[j]);
         v[j] = V::shuffle(v[j], by_plane);
     }
     // An 8 x 8 transpose of pairs of bytes: pairs of vectors, of fours, of eights.
@@ -224,7 +203,7 @@ void merge_step(const std::uint8_t* const* planes, std::size_t at, std::uint64_t
         v[4 * half + 3] = V::hi32(hi01, hi23);
     }
     for (std::size_t j = 0; j < 8; ++j) {
-        V::store_lanes(to + 16 * j, 128, rotate ? V::rotr64(v[j]) : v[j]);
+        V::store_lanes(to + 16 * j, 128, rotate ? rotated_right<std::uint64_t>(v[j]) : v[j]);
     }
 }
 
