@@ -137,6 +137,19 @@ Header read_header(Bytes bytes) {
     return header;
 }
 
+void check_sketch(std::span<const std::int16_t> sketch, double rms) {
+    bool is_zero = true;
+    for (const std::int16_t projection : sketch) {
+        if (std::abs(int{projection}) > similarity::kSketchMost) {
+            corrupt("a projection is out of range");
+        }
+        is_zero = is_zero && projection == 0;
+    }
+    if (!(rms >= 0 && std::isfinite(rms)) || std::signbit(rms) || (rms == 0 && !is_zero)) {
+        corrupt("the root mean square of a sketch is out of range");
+    }
+}
+
 std::unique_ptr<IndexState> make_index(const Header& header) {
     try {
         return std::make_unique<IndexState>(header.parameters);
@@ -244,17 +257,7 @@ std::unique_ptr<L2Index> L2Index::load(Bytes bytes, unsigned threads) {
         Probe probe{};
         std::memcpy(&probe.rms, all_rms.data() + g * sizeof(double), sizeof(double));
         std::memcpy(sketch.data(), all_sketches.data() + g * 2 * length, 2 * length);
-        bool is_zero = true;
-        for (const std::int16_t projection : sketch) {
-            if (std::abs(int{projection}) > similarity::kSketchMost) {
-                corrupt("a projection is out of range");
-            }
-            is_zero = is_zero && projection == 0;
-        }
-        if (!(probe.rms >= 0 && std::isfinite(probe.rms)) || std::signbit(probe.rms) ||
-            (probe.rms == 0 && !is_zero)) {
-            corrupt("the root mean square of a sketch is out of range");
-        }
+        check_sketch(sketch, probe.rms);
         probe.twin_key = index->twin_key(sketch.data(), probe.rms);
         if (index->twin_of(sketch.data(), probe) != kNone) corrupt("a sketch occurs twice");
         const std::uint32_t group = index->append_group(sketch.data(), probe);
