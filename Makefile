@@ -92,6 +92,11 @@ test-postgres:  ## the tests of PostgreSQL with servers of the versions 13 to 17
 	@scripts/setup.sh test
 	@scripts/postgres-versions.sh $(ARGS)
 
+.PHONY: test-oldest
+test-oldest:  ## the tests with the oldest releases of all packages that pyproject.toml names
+	@scripts/setup.sh test
+	@scripts/oldest.sh $(ARGS)
+
 .PHONY: test-clusters
 test-clusters:  ## MariaDB Galera (two nodes) and Spider (two servers), for real
 	@scripts/setup.sh test
