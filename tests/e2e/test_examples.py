@@ -32,6 +32,7 @@ def test_an_adapter_of_a_third_party(tmp_path: Path) -> None:
         [sys.executable, "-m", *install, "--target", str(target), str(source)], check=True
     )
     tests = ["pytest", "-q", "-p", "no:cacheprovider", "-c", str(source / "pyproject.toml")]
+    tests += ["--basetemp", str(tmp_path / "base")]  # what other runs left is not its business
     done = subprocess.run(
         [sys.executable, "-P", "-m", *tests, str(source)],
         env={**os.environ, "PYTHONPATH": str(target)},
