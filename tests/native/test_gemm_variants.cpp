@@ -15,8 +15,7 @@ using namespace pydedup::testing;
 
 namespace {
 
-// Place p is that of the first of them where bit p of a
-// pattern is set for both.
+// At place p, variant v has a block of its own where 3 divides p + v; all others have one in common.
 template <class T>
 void check_variants(const BlockGrid& grid, std::size_t rows_each, unsigned n_variants) {
     const Dtype dtype = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
