@@ -15,7 +15,8 @@ using namespace pydedup::testing;
 
 namespace {
 
-// At place p, variant v has a block of its own where 3 divides p + v; all others have one in common.
+// Where 3 divides p + v, variant v has a block of its own at place p; all others have one in
+// common.
 template <class T>
 void check_variants(const BlockGrid& grid, std::size_t rows_each, unsigned n_variants) {
     const Dtype dtype = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
