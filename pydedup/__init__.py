@@ -10,6 +10,7 @@
     pydedup.policies      what is guaranteed of a stored model
     pydedup.errors        all exceptions, as a tree
     pydedup.types         what methods return
+    pydedup.words         the fixed words that arguments take, as types for your own signatures
     pydedup.graph         layers as you describe them, for `Store.predict`
     pydedup.config        kernels, threads, sizes such as "512MiB"
     pydedup.replacement   recorded uses of pages, and how policies replay them
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from pydedup import replacement as replacement
     from pydedup import similarity as similarity
     from pydedup import types as types
+    from pydedup import words as words
     from pydedup.store import Store, open
 
     __version__: str
@@ -84,6 +86,7 @@ _MODULES = frozenset(
         "store",
         "types",
         "usage",
+        "words",
     }
 )
 

@@ -10,17 +10,16 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 from numpy.typing import NDArray
 
 from pydedup.errors import ArgumentError
+from pydedup.words import Order, Search, check_word
 
 __all__ = ["Accuracy", "number"]
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
-Order: TypeAlias = Literal["magnitude", "saliency"]
-Search: TypeAlias = Literal["step", "bisect", "halving"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,12 +112,8 @@ class Accuracy:
             if not number(name, value) >= 0:
                 raise ArgumentError(f"{name} must be 0 or more, got {value!r}")
             object.__setattr__(self, name, number(name, value))
-        for name, chosen, allowed in (
-            ("order", self.order, get_args(Order)),
-            ("search", self.search, get_args(Search)),
-        ):
-            if chosen not in allowed:
-                raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, got {chosen!r}")
+        check_word("order", self.order, get_args(Order))
+        check_word("search", self.search, get_args(Search))
         if (self.order == "saliency") != (self.saliency is not None):
             raise ArgumentError(
                 'order="saliency" and saliency go together: give both, or neither for the order '

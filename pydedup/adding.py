@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydedup.adapter import Adapter
 from pydedup.errors import ArgumentError
@@ -21,13 +22,17 @@ from pydedup.pool import PagePool
 from pydedup.types import AddReport, Progress, check_progress
 
 if TYPE_CHECKING:
+    import torch
+
+    from pydedup.formats.base import ModelSource
     from pydedup.ingest.plan import Request, Taken
     from pydedup.policies import Policy
 
 __all__ = ["ModelInput", "StoreAdds"]
 
-#: A file or folder of a known format, a mapping of arrays or tensors, or a torch module.
-ModelInput = Any
+#: A file or folder of a known format, a mapping of arrays or tensors, a torch module, or what
+#: `pydedup.formats` opened.
+ModelInput: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | torch.nn.Module | ModelSource"
 
 
 class StoreAdds:

@@ -30,6 +30,7 @@ from pydedup.matmul import (
     room_for,
 )
 from pydedup.pool import PagePool
+from pydedup.words import Activation
 
 __all__ = ["Padding", "Pair", "Window", "conv2d"]
 
@@ -94,7 +95,7 @@ def conv2d(
     padding: Padding = 0,
     dilation: Pair = 1,
     groups: int = 1,
-    activation: str | None = None,
+    activation: Activation | None = None,
     threads: int = 0,
 ) -> NDArray[Any]:
     """Return ``activation(conv(x, W) + bias)``: cross-correlation, as frameworks call it.

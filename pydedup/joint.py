@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydedup.blocks import NO_PAGE, BlockMap
 from pydedup.matmul import Among, activate_in_place, matmul
 from pydedup.pool import PagePool
+from pydedup.words import Activation
 
 __all__ = ["Factor", "matmul_together"]
 
@@ -48,7 +49,7 @@ def matmul_together(
     factors: Sequence[Factor],
     pool: PagePool,
     *,
-    activation: str | None = None,
+    activation: Activation | None = None,
     transpose: bool = False,
     threads: int = 0,
 ) -> list[NDArray[Any]]:
@@ -105,7 +106,7 @@ def _groups(factors: Sequence[Factor]) -> list[list[int]]:
 def _multiply(
     factors: Sequence[Factor],
     pool: PagePool,
-    activation: str | None,
+    activation: Activation | None,
     transpose: bool,
     threads: int,
 ) -> list[NDArray[Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,11 +21,12 @@ from pydedup.blocks import BlockMap, as_unsigned
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.matmul import Shape, as_array, compute_dtype, real_array, room_for, shape_of
 from pydedup.pool import Page, PagePool
+from pydedup.words import BagMode, check_word
 
 __all__ = ["BAG_MODES", "bag", "take"]
 
 #: How the rows of a bag become one.
-BAG_MODES = ("sum", "mean", "max")
+BAG_MODES = get_args(BagMode)
 
 _INT64_MAX = np.iinfo(np.int64).max
 
@@ -71,7 +72,7 @@ def bag(
     pool: PagePool,
     ids: ArrayLike,
     offsets: ArrayLike | None = None,
-    mode: str = "mean",
+    mode: BagMode = "mean",
     *,
     weights: ArrayLike | None = None,
     threads: int = 0,
@@ -105,8 +106,7 @@ def bag(
     PageNotFoundError, CorruptStoreError, BudgetError
         When the pages cannot be had, or there is no memory for the result.
     """
-    if mode not in BAG_MODES:
-        raise ArgumentError(f"unknown mode {mode!r}; choose one of: {', '.join(BAG_MODES)}")
+    check_word("mode", mode, BAG_MODES)
     threads = as_unsigned("threads", threads, 31)
     wanted = _ids(ids)
     edges = _bag_edges(wanted, offsets)

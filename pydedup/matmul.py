@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +29,7 @@ from pydedup.errors import ArgumentError, BudgetError
 from pydedup.pool import PagePool
 from pydedup.types import DType
 from pydedup.windows import Window
+from pydedup.words import Activation, check_word
 
 __all__ = [
     "ACTIVATIONS",
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 #: Activations that a product can end with. ``gelu`` is the exact form, ``gelu_tanh`` the other.
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+ACTIVATIONS = get_args(Activation)
 
 #: Of a block map: rows, columns, those of a block, the dtype's code.
 Shape: TypeAlias = tuple[int, int, int, int, int]
@@ -89,7 +90,7 @@ def matmul(
     x: ArrayLike,
     *,
     bias: ArrayLike | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     transpose: bool = False,
     threads: int = 0,
     among: Among | None = None,
@@ -192,12 +193,10 @@ def checked_bias(bias: ArrayLike | None, dtype: np.dtype[Any], outer: int) -> ND
     return offset
 
 
-def check_activation(activation: str | None) -> None:
+def check_activation(activation: Activation | None) -> None:
     """Raise ArgumentError for an activation that is none of `ACTIVATIONS`."""
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ArgumentError(
-            f"unknown activation {activation!r}; choose one of: {', '.join(ACTIVATIONS)}"
-        )
+    if activation is not None:
+        check_word("activation", activation, ACTIVATIONS)
 
 
 def feed_blocks(
@@ -257,7 +256,7 @@ def read(block_map: BlockMap, pool: PagePool, *, threads: int = 0) -> NDArray[An
     return out
 
 
-def activate(x: NDArray[Any], activation: str, *, threads: int = 0) -> NDArray[Any]:
+def activate(x: NDArray[Any], activation: Activation, *, threads: int = 0) -> NDArray[Any]:
     """Return an activation of `ACTIVATIONS` of float32 or float64 values, as a new array.
 
     Raises ArgumentError for another activation or dtype.
@@ -270,7 +269,7 @@ def activate(x: NDArray[Any], activation: str, *, threads: int = 0) -> NDArray[A
     return out
 
 
-def activate_in_place(y: NDArray[Any], activation: str) -> None:
+def activate_in_place(y: NDArray[Any], activation: Activation) -> None:
     """Apply an activation of `ACTIVATIONS` to float32 or float64 values, C-contiguous."""
     _core.activate(y, activation, 0)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
@@ -25,6 +25,7 @@ from pydedup.hashing import HASH_VERSION
 from pydedup.pool import PagePool
 from pydedup.replacement import DEFAULT_POLICY
 from pydedup.text import listed
+from pydedup.words import OpenMode, Replacement
 
 if TYPE_CHECKING:
     from pydedup.moving.source import End
@@ -43,14 +44,17 @@ __all__ = [
 _SCRATCH_BYTES = 48 * 1024 * 1024
 
 
-def connect_store(url: str | os.PathLike[str], *, mode: str, schema: str | None = None) -> Adapter:
+def connect_store(
+    url: str | os.PathLike[str], *, mode: OpenMode, schema: str | None = None
+) -> Adapter:
     """Return the adapter of a store, which is created where it is missing and ``mode`` is "a".
 
     Raises what `pydedup.open` does.
     """
-    if mode not in ("a", "r"):
+    given: object = mode
+    if not isinstance(given, str) or given not in get_args(OpenMode):
         raise ArgumentError(
-            f"mode {mode!r} is unknown; use 'a' (read and write) or 'r' (read only)"
+            f"unknown mode {mode!r:.100}; use 'a' (read and write) or 'r' (read only)"
         )
     place = registry.place_of(url)
     config.threads()  # refuses a setting that the core would take for none
@@ -63,7 +67,7 @@ def connect_store(url: str | os.PathLike[str], *, mode: str, schema: str | None 
         raise
 
 
-def _check_schema(adapter: Adapter, mode: str) -> None:
+def _check_schema(adapter: Adapter, mode: OpenMode) -> None:
     version = adapter.schema_version()
     if version is None:
         if mode == "r":
@@ -118,7 +122,9 @@ def pool_bytes(memory_bytes: int) -> int:
     return memory_bytes - min(_SCRATCH_BYTES, memory_bytes // 2)
 
 
-def pool_of(adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLICY) -> PagePool:
+def pool_of(
+    adapter: Adapter, memory_bytes: int, replacement: Replacement = DEFAULT_POLICY
+) -> PagePool:
     """Return the buffer pool of a store that may take so much memory."""
     scratch = memory_bytes - pool_bytes(memory_bytes)
     return PagePool(
@@ -135,7 +141,7 @@ def pool_of(adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLI
 
 @contextlib.contextmanager
 def open_end(
-    url: str | os.PathLike[str], *, mode: str, memory: str | int, schema: str | None = None
+    url: str | os.PathLike[str], *, mode: OpenMode, memory: str | int, schema: str | None = None
 ) -> Iterator[End]:
     """Open a store that models are copied to or from."""
     from pydedup.moving.source import End

@@ -13,7 +13,7 @@ import operator
 from array import array as array_of
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup import _core
 from pydedup.blocks import as_integers
 from pydedup.errors import ArgumentError
+from pydedup.words import Algorithm, check_word
 
 __all__ = ["Algorithm", "Layout", "Owners", "Sizes", "pack"]
 
-Algorithm: TypeAlias = Literal["layout", "two_stage", "greedy1", "greedy2", "baseline"]
 
 #: Distinct block ids per model: a sequence of sets, lists or integer arrays, or one CSR pair
 #: ``(indptr, ids)``. A tuple of exactly two arrays is a CSR pair; two models go into a list.
@@ -213,9 +213,7 @@ def pack(
     Learning Models with Deduplication from Relational Databases", PVLDB 15(10), 2022; there a page
     that is not full is never read by a second model, here it is where that saves a page.
     """
-    if algorithm not in get_args(Algorithm):
-        known = ", ".join(get_args(Algorithm))
-        raise ArgumentError(f"unknown packing algorithm {algorithm!r}; choose one of: {known}")
+    check_word("packing algorithm", algorithm, get_args(Algorithm))
     owner_indptr, owner_ids = _as_rows(owners, "owners")
     existing_indptr, existing_ids = _as_rows(() if existing is None else existing, "existing")
     page_capacity = _as_capacity(capacity)

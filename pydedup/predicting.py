@@ -22,6 +22,7 @@ from pydedup.replacement import Trace
 from pydedup.serving.predict import Prediction, predict, predict_together
 from pydedup.serving.tensor import StoredTensor, called, stored_tensor
 from pydedup.types import Progress, ScoreReport, check_progress
+from pydedup.words import OnError
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +180,7 @@ class StorePredictions:
         key: str | None = None,
         batch: int = _BATCH,
         source: str | os.PathLike[str] | None = None,
-        on_error: str = "fail",
+        on_error: OnError = "fail",
         progress: Progress | None = None,
     ) -> ScoreReport:
         """Predict each row of a query, and write the predictions to a table of the same database.

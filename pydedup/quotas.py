@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, Quot
 from pydedup.pool import PagePool
 from pydedup.text import listed
 from pydedup.usage import Readers, marginal_bytes, text_of, value_of
+from pydedup.words import Measure, check_word
 
 __all__ = [
     "MEASURES",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 #: What a quota can limit.
-MEASURES = ("marginal", "logical")
+MEASURES = get_args(Measure)
 
 #: The row of ``meta`` that holds them.
 QUOTAS_NAME = "quotas"
@@ -59,7 +60,7 @@ class Quota:
     key: str
     value: str | None
     bytes: int
-    measure: str = "marginal"
+    measure: Measure = "marginal"
 
     @property
     def subject(self) -> tuple[str, str | None]:
@@ -108,7 +109,7 @@ class Quotas:
         return iter(_read_quotas(self._adapter))
 
     def set(
-        self, key: str, value: str | None, limit: int | str, *, measure: str = "marginal"
+        self, key: str, value: str | None, limit: int | str, *, measure: Measure = "marginal"
     ) -> Quota:
         """Limit what models with a value of a metadata key may take, from the next add on.
 
@@ -134,10 +135,7 @@ class Quotas:
                 f"{key}= names no value; leave out the '=' for a quota of each {key} that has none "
                 "of its own"
             )
-        if measure not in MEASURES:
-            raise ArgumentError(
-                f"measure {measure!r} is unknown; choose one of: {', '.join(MEASURES)}"
-            )
+        check_word("measure", measure, MEASURES)
         size = 0 if str(limit).strip() == "0" else parse_bytes(limit)
         quota = Quota(key, value, size, measure)
         with self._adapter.transaction():

@@ -22,6 +22,7 @@ from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter
 from pydedup.errors import ArgumentError
 from pydedup.text import is_cut
+from pydedup.words import OpenMode
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
@@ -48,7 +49,7 @@ ENTRY_POINT_GROUP: Final = "pydedup.adapters"
 class Connect(Protocol):
     """What an adapter's package gives: a function that opens a database."""
 
-    def __call__(self, url: str, *, mode: str, schema: str | None = None) -> Adapter:
+    def __call__(self, url: str, *, mode: OpenMode, schema: str | None = None) -> Adapter:
         """Open the database at ``url``; ``mode`` is ``"a"`` or ``"r"``."""
 
 
@@ -104,7 +105,7 @@ def schemes() -> list[str]:
     return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
+def connect(url: str, *, mode: OpenMode, schema: str | None = None) -> Adapter:
     """Open a database.
 
     Parameters
@@ -132,7 +133,7 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
 
 
 @contextlib.contextmanager
-def opened(url: str, *, mode: str) -> Iterator[Adapter]:
+def opened(url: str, *, mode: OpenMode) -> Iterator[Adapter]:
     """Open a database and close it again; raises what `connect` does."""
     adapter = connect(url, mode=mode)
     try:

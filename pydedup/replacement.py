@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core, config
 from pydedup.errors import ArgumentError, FormatError
+from pydedup.words import Replacement, ReplayPolicy, check_word
 
 __all__ = ["DEFAULT_POLICY", "POLICIES", "Replay", "Trace", "check_policy", "check_trace", "replay"]
 
 #: Policies by name, and what goes first.
-POLICIES = {
+POLICIES: Final[Mapping[Replacement, str]] = {
     "lru": "the page used least recently",
     "mru": "the page used most recently",
     "lru2": "the page whose last use but one is longest ago",
@@ -32,18 +33,14 @@ POLICIES = {
     "models, and how even its uses come",
 }
 #: The policy of a pool that was not told another.
-DEFAULT_POLICY = "reuse"
+DEFAULT_POLICY: Final = "reuse"
 
 _TRACE_VERSION = 1
 
 
-def check_policy(name: str, known: Iterable[str] = tuple(POLICIES)) -> str:
-    """Return a policy's name. Raises ArgumentError for one that is not ``known``."""
-    if name not in (names := tuple(known)):
-        raise ArgumentError(
-            f"unknown replacement policy {name!r}; choose one of: {', '.join(names)}"
-        )
-    return name
+def check_policy(name: str, known: Iterable[str] = tuple(POLICIES)) -> None:
+    """Raise ArgumentError for the name of a policy that is not ``known``."""
+    check_word("replacement policy", name, known)
 
 
 def check_trace(trace: object) -> None:
@@ -126,7 +123,7 @@ class Trace:
 class Replay:
     """What a trace comes to under a policy, the pool being empty at first."""
 
-    policy: str
+    policy: ReplayPolicy
     hits: int
     misses: int
     missed_bytes: int
@@ -138,7 +135,7 @@ class Replay:
         return self.hits / uses if uses else 0.0
 
 
-def replay(trace: Trace, memory_bytes: str | int, policy: str) -> Replay:
+def replay(trace: Trace, memory_bytes: str | int, policy: ReplayPolicy) -> Replay:
     """Replay a trace through a pool of so much memory, e.g. ``"512MiB"``.
 
     ``policy`` is one of `POLICIES`, or ``"optimum"``: the page whose next use is farthest away goes

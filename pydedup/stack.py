@@ -21,6 +21,7 @@ from pydedup.blocks import BlockMap
 from pydedup.errors import PydedupError
 from pydedup.matmul import blocks_in, checked_bias, compute_dtype, real_array, shape_of
 from pydedup.pool import PagePool
+from pydedup.words import Activation
 
 __all__ = ["Layer", "Stack"]
 
@@ -31,7 +32,7 @@ class Layer:
 
     block_map: BlockMap
     bias: NDArray[Any] | None
-    activation: str | None
+    activation: Activation | None
     transpose: bool
 
     @property

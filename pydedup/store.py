@@ -26,6 +26,7 @@ from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.serving.tensor import TensorsOnDemand
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, Progress, check_progress
 from pydedup.upkeep import StoreUpkeep
+from pydedup.words import Device, FileFormat, FloatDType, OpenMode, Replacement
 
 if TYPE_CHECKING:
     import torch
@@ -40,17 +41,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Store", "open"]
 
-#: A label such as ``"f32"``, a dtype of numpy or torch, or its name.
-FloatDType = Any
-
 
 def open(
     url: str | os.PathLike[str],
     *,
-    mode: str = "a",
+    mode: OpenMode = "a",
     memory: str | int = "512MiB",
     schema: str | None = None,
-    replacement: str = DEFAULT_POLICY,
+    replacement: Replacement = DEFAULT_POLICY,
 ) -> Store:
     """Open a store, or create it.
 
@@ -98,7 +96,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     """
 
     def __init__(
-        self, adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLICY
+        self, adapter: Adapter, memory_bytes: int, replacement: Replacement = DEFAULT_POLICY
     ) -> None:
         self._adapter = adapter
         self._catalog = Catalog(adapter)
@@ -150,7 +148,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         return {info.name: self._read(model, info.name, wanted) for info in model.tensors}
 
     def load_torch(
-        self, name: str, dtype: FloatDType | None = None, device: str | None = None
+        self, name: str, dtype: FloatDType | None = None, device: Device | None = None
     ) -> dict[str, torch.Tensor]:
         """Return a state dict of torch tensors; needs the extra ``torch``. See `load`.
 
@@ -178,7 +176,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         name: str,
         path: str | os.PathLike[str],
         *,
-        format: str | None = None,
+        format: FileFormat | None = None,
         progress: Progress | None = None,
     ) -> list[str]:
         """Write a model to a file or folder of any known format, tensor by tensor.

@@ -26,6 +26,7 @@ from pydedup.names import check_path
 from pydedup.opening import check_writable, connect_store, open_end
 from pydedup.pool import PagePool
 from pydedup.types import CopyReport, Progress, check_progress
+from pydedup.words import FloatDType, OnConflict, OpenMode
 
 if TYPE_CHECKING:
     from pydedup.maintenance.recheck import Evaluate
@@ -48,7 +49,7 @@ class StoreUpkeep(abc.ABC):
     _pool: PagePool
 
     @abc.abstractmethod
-    def load(self, name: str, dtype: Any = None) -> dict[str, NDArray[Any]]:
+    def load(self, name: str, dtype: FloatDType | None = None) -> dict[str, NDArray[Any]]:
         """Return all tensors of a model."""
 
     # ---- upkeep -------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ class StoreUpkeep(abc.ABC):
         names: str | Sequence[str] | None = None,
         *,
         all_versions: bool = False,
-        on_conflict: str = "error",
+        on_conflict: OnConflict = "error",
         skip_damaged: bool = False,
         memory: str | int = "512MiB",
         schema: str | None = None,
@@ -325,5 +326,5 @@ class StoreUpkeep(abc.ABC):
         return report
 
 
-def _other_end(url: str, mode: str) -> AbstractContextManager[End]:
+def _other_end(url: str, mode: OpenMode) -> AbstractContextManager[End]:
     return open_end(url, mode=mode, memory=_OTHER_END_BYTES)

@@ -39,7 +39,7 @@ FACADES = {
     "conv",
     "config",
 }
-VALUES = {"errors", "types"}
+VALUES = {"errors", "types", "words"}
 ADAPTERS = {"adapter", "adapter_options"}
 MODEL = (
     VALUES
@@ -63,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "text": set(),
     "errors": {"text"},
     "types": {"errors"},
+    "words": {"errors", "types"},
     "_lazy": set(),
     "names": VALUES,
     "training": VALUES,

@@ -17,6 +17,7 @@ from pydedup.cli.tables import Column, print_table
 from pydedup.errors import MissingStoreError, NotAStoreError
 from pydedup.moving.plan import ON_CONFLICT
 from pydedup.types import CopiedModel, CopyReport
+from pydedup.words import OnConflict
 
 __all__ = ["backup", "copy", "restore"]
 
@@ -74,7 +75,7 @@ def copy(
     target: str,
     names: tuple[str, ...],
     all_versions: bool,
-    on_conflict: str,
+    on_conflict: OnConflict,
     skip_damaged: bool,
     memory: str,
     as_json: bool,

@@ -18,6 +18,7 @@ from pydedup.cli.errors import Exit, warn
 from pydedup.errors import UnsupportedFormatError
 from pydedup.registry import redact
 from pydedup.replacement import DEFAULT_POLICY, POLICIES, Trace
+from pydedup.words import Replacement
 
 if TYPE_CHECKING:
     from pydedup.http.options import ServeOptions
@@ -115,7 +116,7 @@ def serve(
     host: str,
     port: int,
     memory: str,
-    replacement: str,
+    replacement: Replacement,
     threads: int | None,
     max_body: str,
     max_answer: str,
@@ -167,7 +168,7 @@ def serve(
 
 
 def _serve_here(
-    url: str, memory: str, replacement: str, chosen: ServeOptions, record: Path | None
+    url: str, memory: str, replacement: Replacement, chosen: ServeOptions, record: Path | None
 ) -> None:
     """Serve in this process; ends it where a request may never end."""
     from pydedup.http.served import ServedStore

@@ -23,6 +23,7 @@ from pydedup.cli.tables import Column, print_table
 from pydedup.errors import ArgumentError
 from pydedup.formats.base import WRITABLE, TensorEntry
 from pydedup.types import DType, TensorInfo
+from pydedup.words import FileFormat
 
 __all__ = ["export", "load"]
 
@@ -142,7 +143,7 @@ def load(
 @options.json_option
 @options.quiet_option
 def export(
-    url: str, name: str, path: str, kind: str | None, memory: str, as_json: bool, quiet: bool
+    url: str, name: str, path: str, kind: FileFormat | None, memory: str, as_json: bool, quiet: bool
 ) -> None:
     """Write a model to a file or folder of any known format, tensor by tensor.
 

@@ -14,6 +14,7 @@ from pydedup.cli import options, output
 from pydedup.cli.progress import WAITING, Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.quotas import MEASURES, Quota, quota_of
+from pydedup.words import Measure
 
 if TYPE_CHECKING:
     from pydedup.usage import Usage, ValueUsage
@@ -38,7 +39,7 @@ _NO_VALUE = "(none)"
 @click.option("--delete", is_flag=True, help="Delete the quota instead.")
 @options.json_option
 def quota(
-    url: str, subject: str | None, limit: str | None, measure: str, delete: bool, as_json: bool
+    url: str, subject: str | None, limit: str | None, measure: Measure, delete: bool, as_json: bool
 ) -> None:
     """Limit what the models with a value of metadata, such as tenant=acme, may take together.
 
@@ -80,7 +81,7 @@ _QUOTA_COLUMNS = (
 
 
 def _change(
-    url: str, key: str, value: str | None, limit: str | None, measure: str, as_json: bool
+    url: str, key: str, value: str | None, limit: str | None, measure: Measure, as_json: bool
 ) -> None:
     with options.existing_store(url) as store, Watch(WAITING):
         if limit is None:

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, FormatError, NotFoundError
 from pydedup.graph import Graph
 from pydedup.types import DType, shape_problem
+from pydedup.words import FileFormat
 
 __all__ = [
     "DERIVED",
@@ -50,19 +51,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 DERIVED = "pydedup:"
 
 #: What `pydedup.formats.registry.write_model` can write, by name.
-WRITABLE = (
-    "safetensors",
-    "torch",
-    "npz",
-    "npy",
-    "huggingface",
-    "onnx",
-    "keras",
-    "keras-h5",
-    "glove",
-    "word2vec",
-    "word2vec-binary",
-)
+WRITABLE = get_args(FileFormat)
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,8 +225,10 @@ def write_model(
     text = check_path(path, "path")
     target = Path(text)
     outgoing = Outgoing(tensors, checked_entries("the model", entries), list(artifacts), graph)
-    kind = format or _format_of(text, target, outgoing.artifacts)
-    if kind not in WRITABLE:
+    kind: object = format
+    if kind is None:
+        kind = _format_of(text, target, outgoing.artifacts)
+    if not isinstance(kind, str) or kind not in WRITABLE:
         known = ", ".join(WRITABLE)
         raise UnsupportedFormatError(f"unknown format {kind!r}; choose one of {known}")
     if kind == "huggingface":

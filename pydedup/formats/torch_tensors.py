@@ -15,6 +15,7 @@ import numpy as np
 from pydedup.errors import ArgumentError, UnsupportedFormatError
 from pydedup.formats.base import Array, TensorEntry
 from pydedup.types import DType
+from pydedup.words import Device
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,7 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     return array
 
 
-def to_torch(array: Array, device: str | None = None) -> torch.Tensor:
+def to_torch(array: Array, device: Device | None = None) -> torch.Tensor:
     """Return a tensor of an array's elements; on the CPU it uses the array's memory.
 
     Raises

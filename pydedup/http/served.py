@@ -26,6 +26,7 @@ from pydedup.replacement import DEFAULT_POLICY, check_policy
 from pydedup.serving.predict import Prediction, as_predicted
 from pydedup.store import Store
 from pydedup.types import GRAPH_ARTIFACT
+from pydedup.words import Replacement
 
 __all__ = ["Admit", "Arrays", "IndexEntry", "Outcome", "Served", "ServedStore"]
 
@@ -80,7 +81,7 @@ class ServedStore(Store):
     """A store that is being served; for reading only."""
 
     def __init__(
-        self, adapter: Adapter, memory_bytes: int, replacement: str = DEFAULT_POLICY
+        self, adapter: Adapter, memory_bytes: int, replacement: Replacement = DEFAULT_POLICY
     ) -> None:
         super().__init__(adapter, memory_bytes, replacement)
         # By row, since the same name@version may be another model later.
@@ -88,7 +89,9 @@ class ServedStore(Store):
         self._graphs: dict[int, bool] = {}
 
     @classmethod
-    def connect(cls, url: str, memory: str | int, replacement: str = DEFAULT_POLICY) -> Self:
+    def connect(
+        cls, url: str, memory: str | int, replacement: Replacement = DEFAULT_POLICY
+    ) -> Self:
         """Open a store that is there. Raises what `pydedup.open` does."""
         budget = config.parse_memory(memory)
         check_policy(replacement)

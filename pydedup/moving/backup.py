@@ -36,6 +36,7 @@ from pydedup.moving.source import End
 from pydedup.names import check_path
 from pydedup.quotas import QUOTAS_NAME
 from pydedup.types import CopyReport, Progress
+from pydedup.words import OpenMode
 
 __all__ = ["backup_store", "file_url", "restore_store"]
 
@@ -50,7 +51,7 @@ _BACKUP_OF = "backup_of"
 _SETTINGS = (QUOTAS_NAME,)
 
 #: Opens a store by its URL; ``"r"`` only to read.
-Opener = Callable[[str, str], AbstractContextManager[End]]
+Opener = Callable[[str, OpenMode], AbstractContextManager[End]]
 
 
 def file_url(path: str | os.PathLike[str]) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import get_args
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import telling_rows
@@ -13,11 +14,12 @@ from pydedup.catalog import Catalog, certificate_of
 from pydedup.errors import ArgumentError, CorruptStoreError, DuplicateError
 from pydedup.maintenance.rows import lost_models
 from pydedup.names import parse_address
+from pydedup.words import OnConflict, check_word
 
 __all__ = ["ON_CONFLICT", "SKIPPING", "Item", "aliases_of", "plan_copy", "same_model"]
 
 #: What may be done about a name that means something else at the destination.
-ON_CONFLICT = ("error", "skip", "replace")
+ON_CONFLICT = get_args(OnConflict)
 #: What may be done about damage.
 SKIPPING = "; copying with skip_damaged (--skip-damaged) leaves out what is damaged"
 _SHOWN = 5
@@ -65,7 +67,7 @@ def plan_copy(
     names: Sequence[str] | None,
     *,
     all_versions: bool,
-    on_conflict: str,
+    on_conflict: OnConflict,
     damaged: list[str] | None = None,
 ) -> list[Item]:
     """Return what there is to do, in the order in which the source got the models.
@@ -81,10 +83,7 @@ def plan_copy(
         When names are taken at the destination and ``on_conflict`` is ``"error"``, or one is
         taken that can be neither skipped nor replaced.
     """
-    if on_conflict not in ON_CONFLICT:
-        raise ArgumentError(
-            f"on_conflict is {on_conflict!r}; choose one of: {', '.join(ON_CONFLICT)}"
-        )
+    check_word("on_conflict", on_conflict, ON_CONFLICT)
     with source.snapshot():
         with nullcontext() if damaged is None else telling_rows(source, damaged):
             rows = _chosen(source, names, all_versions)
@@ -164,7 +163,7 @@ def _chosen(source: Adapter, names: Sequence[str] | None, all_versions: bool) ->
 
 
 def _settle_clashes(
-    items: Sequence[Item], source: Adapter, target: Adapter, on_conflict: str
+    items: Sequence[Item], source: Adapter, target: Adapter, on_conflict: OnConflict
 ) -> None:
     there = {(row.name, row.version): row for row in target.models()}
     pointed = {(name, alias): model_id for name, alias, model_id in target.aliases()}
@@ -201,7 +200,7 @@ def _free_aliases(
     item: Item,
     there: dict[tuple[str, str], ModelRow],
     pointed: dict[tuple[str, str], int],
-    on_conflict: str,
+    on_conflict: OnConflict,
 ) -> tuple[list[str], list[str]]:
     """Return which aliases a model shall have, and what is said of the others."""
     name = item.row.name

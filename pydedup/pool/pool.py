@@ -33,6 +33,7 @@ from pydedup.pool.prefetch import Call
 from pydedup.pool.walks import Walks
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.windows import Plans, Window
+from pydedup.words import Replacement
 
 __all__ = ["Called", "Page", "PagePool"]
 
@@ -91,7 +92,7 @@ class PagePool(Walks):
         memory_bytes: int,
         explain: Explain | None = None,
         *,
-        policy: str = DEFAULT_POLICY,
+        policy: Replacement = DEFAULT_POLICY,
         readers: int = 1,
         scratch_bytes: int = 0,
         copies: Copies | None = None,
@@ -101,7 +102,8 @@ class PagePool(Walks):
             raise ArgumentError(f"memory_bytes is {memory_bytes}; a pool needs a positive budget")
         self._fetch = fetch
         self._budget = memory_bytes
-        self._policy = check_policy(policy)
+        check_policy(policy)
+        self._policy = policy
         self._readers = readers
         self._copies = copies
         self._read_into = read_into

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydedup import config, errors
 from pydedup.errors import ArgumentError, ClusterError, PydedupError
@@ -24,6 +24,7 @@ from pydedup.ray.score_worker import Scorer, hindrance
 from pydedup.registry import absolute
 from pydedup.serving.score import MOST_FAILURES
 from pydedup.types import Progress, ScoreReport, check_progress
+from pydedup.words import OnError, check_word
 
 __all__ = ["score"]
 
@@ -44,7 +45,7 @@ def score(
     memory: str | int = "512MiB",
     max_deaths: int = 4,
     source: str | os.PathLike[str] | None = None,
-    on_error: str = "fail",
+    on_error: OnError = "fail",
     progress: Progress | None = None,
 ) -> ScoreReport:
     """Predict each row of a dataset with a stored model, on the workers of a Ray cluster.
@@ -96,8 +97,7 @@ def score(
     import_ray()
     _check(workers=workers, cpus_per_worker=cpus_per_worker, batch=batch, part_rows=part_rows)
     _check(max_deaths=max_deaths)
-    if on_error not in ("fail", "skip"):
-        raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
+    check_word("on_error", on_error, get_args(OnError))
     if columns is not None:
         columns = _names(columns)
     check_progress(progress)

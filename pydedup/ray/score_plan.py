@@ -26,6 +26,7 @@ from pydedup.errors import ArgumentError
 from pydedup.ray.cluster import Secret
 from pydedup.serving.pin import Pin
 from pydedup.types import RowFailure
+from pydedup.words import OnError
 
 __all__ = [
     "FilePart",
@@ -153,7 +154,7 @@ class Settings:
     batch: int
     memory: str | int
     threads: int
-    on_error: str
+    on_error: OnError
 
 
 @dataclass

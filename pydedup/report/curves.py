@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from pydedup.errors import ArgumentError
 from pydedup.replacement import POLICIES, Trace, replay
+from pydedup.words import ReplayPolicy
 
 __all__ = ["OPTIMUM", "Curves", "miss_curves"]
 
 #: Belady's: the page whose next use is farthest away goes first.
-OPTIMUM = "optimum"
+OPTIMUM: Final = "optimum"
 _POINTS = 12
 # Uses that are replayed at first; as long as that took less than so many seconds, more follow.
 _FIRST_USES, _MORE, _SECONDS = 4000, 4, 1.5
@@ -39,7 +42,7 @@ class Curves:
     """
 
     memory: tuple[int, ...]
-    ratios: dict[str, tuple[float, ...]]
+    ratios: Mapping[ReplayPolicy, tuple[float, ...]]
     uses: int
     pages: int
     calls: int
@@ -74,7 +77,7 @@ def _replayed(trace: Trace, kept: int) -> Curves:
     ids, first = np.unique(head.pages, return_index=True)
     sizes = head.nbytes[first].astype(np.int64)
     memory: tuple[int, ...] = ()
-    ratios: dict[str, tuple[float, ...]] = dict.fromkeys((*POLICIES, OPTIMUM), ())
+    ratios: dict[ReplayPolicy, tuple[float, ...]] = dict.fromkeys((*POLICIES, OPTIMUM), ())
     if kept:
         least, total = max(int(sizes.max()), 1), max(int(sizes.sum()), 1)
         steps = np.geomspace(least, total, _POINTS).round().astype(np.int64)

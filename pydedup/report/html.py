@@ -399,7 +399,7 @@ def _miss_chart(curves: Curves) -> Markup:
     best = min(POLICIES, key=lambda policy: curves.ratios[policy][middle])
     return charts.line_chart(
         curves.memory,
-        dict(curves.ratios),
+        {str(policy): ratios for policy, ratios in curves.ratios.items()},
         title="Misses by memory",
         summary=f"With {text.size(curves.memory[middle])}, {best} misses "
         f"{text.percent(curves.ratios[best][middle])} of the uses, the optimum "

@@ -22,6 +22,7 @@ from pydedup.matmul import widened
 from pydedup.serving.stacks import Stacks, fusable
 from pydedup.serving.tensor import StoredTensor, matmul_together
 from pydedup.serving.weightless import WEIGHTLESS, activation_of, checked_axis, real
+from pydedup.words import Activation
 
 __all__ = [
     "Tensors",
@@ -121,7 +122,7 @@ def check_inputs(given: Collection[str], taken: Collection[str]) -> None:
         raise ArgumentError(f"{problem}; the model takes: {', '.join(taken)}")
 
 
-def _compute(states: Sequence[_Run], node: Node, activation: str | None) -> list[_Array]:
+def _compute(states: Sequence[_Run], node: Node, activation: Activation | None) -> list[_Array]:
     """Compute a node in all runs, followed by an activation."""
     try:
         if node.op == "linear":
@@ -144,7 +145,7 @@ def _compute(states: Sequence[_Run], node: Node, activation: str | None) -> list
         ) from exc
 
 
-def _linear(states: Sequence[_Run], node: Node, activation: str | None) -> list[_Array]:
+def _linear(states: Sequence[_Run], node: Node, activation: Activation | None) -> list[_Array]:
     bias = node.weights.get("bias")
     return matmul_together(
         [state.tensor(node.weights["weight"]) for state in states],
@@ -170,7 +171,7 @@ class _Run:
             self._vectors[name] = widened(self.tensor(name).numpy())
         return self._vectors[name]
 
-    def conv2d(self, node: Node, activation: str | None) -> _Array:
+    def conv2d(self, node: Node, activation: Activation | None) -> _Array:
         bias = node.weights.get("bias")
         return self.tensor(node.weights["weight"]).conv2d(
             self.values[node.inputs[0]],

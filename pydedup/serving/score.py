@@ -14,7 +14,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ from pydedup.serving.features import (
 from pydedup.serving.pin import Pin
 from pydedup.serving.score_table import Line, PredictionTable, Repeated, comparable, key_of
 from pydedup.types import Progress, RowFailure, ScoreReport
+from pydedup.words import OnError, check_word
 
 __all__ = ["MOST_FAILURES", "Scoring", "key_place", "removed", "score_rows"]
 
@@ -83,7 +84,7 @@ def score_rows(
     into: str,
     key: str | None,
     batch: int,
-    on_error: str,
+    on_error: OnError,
     progress: Progress | None,
 ) -> ScoreReport:
     """Do what `Store.score` promises.
@@ -95,8 +96,7 @@ def score_rows(
     rows
         The database that the query is run in and predictions are written to.
     """
-    if on_error not in ("fail", "skip"):
-        raise ArgumentError(f"on_error is {on_error!r}; choose 'fail' or 'skip'")
+    check_word("on_error", on_error, get_args(OnError))
     if not hasattr(batch, "__index__") or not 1 <= batch <= 1 << 20:
         raise ArgumentError(f"batch is {batch!r}; it must be 1 to {1 << 20} rows")
     for name, text in (("query", query), ("model", model), ("into", into)):
@@ -139,7 +139,7 @@ class Scoring:
         catalog: Catalog,
         kind: InputKind,
         predict: Predict,
-        on_error: str,
+        on_error: OnError,
         *,
         is_part: bool = False,
         to_files: bool = False,

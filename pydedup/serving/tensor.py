@@ -20,6 +20,7 @@ from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.joint import Factor
 from pydedup.pool import Called, PagePool
 from pydedup.types import DType, Progress, TensorInfo
+from pydedup.words import Activation, BagMode
 
 __all__ = [
     "StoredTensor",
@@ -104,7 +105,7 @@ class StoredTensor:
         x: ArrayLike,
         *,
         bias: ArrayLike | None = None,
-        activation: str | None = None,
+        activation: Activation | None = None,
         transpose: bool = False,
     ) -> NDArray[Any]:
         """Return ``activation(x @ W.T + bias)``, the order of torch's Linear.
@@ -147,7 +148,7 @@ class StoredTensor:
         padding: Padding = 0,
         dilation: Pair = 1,
         groups: int = 1,
-        activation: str | None = None,
+        activation: Activation | None = None,
     ) -> NDArray[Any]:
         """Return ``activation(conv(x, W) + bias)`` of images, as torch's Conv2d computes it.
 
@@ -220,7 +221,7 @@ class StoredTensor:
         self,
         ids: ArrayLike,
         offsets: ArrayLike | None = None,
-        mode: str = "mean",
+        mode: BagMode = "mean",
         *,
         weights: ArrayLike | None = None,
     ) -> NDArray[Any]:
@@ -277,7 +278,7 @@ def matmul_together(
     xs: Sequence[NDArray[Any]],
     biases: Sequence[NDArray[Any] | None],
     *,
-    activation: str | None = None,
+    activation: Activation | None = None,
     transpose: bool = False,
 ) -> list[NDArray[Any]]:
     """Return what `StoredTensor.matmul` returns for each tensor, with blocks in common used once.

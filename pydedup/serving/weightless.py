@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +20,18 @@ from pydedup.matmul import activate
 from pydedup.operations import axes_of, flattened_from
 from pydedup.serving.pooling import avg_pool2d, max_pool2d
 from pydedup.types import DType
+from pydedup.words import Activation
 
 __all__ = ["WEIGHTLESS", "activation_of", "checked_axis", "real"]
 
 _Array: TypeAlias = NDArray[Any]
 
 
-def activation_of(node: Node) -> str | None:
+def activation_of(node: Node) -> Activation | None:
     """Return what kernels call the operation of a node, if they have it behind a product."""
     if node.op == "gelu":
         return "gelu_tanh" if node.attr("approximate") == "tanh" else "gelu"
-    return node.op if node.op in ("relu", "silu", "sigmoid", "tanh") else None
+    return next((name for name in get_args(Activation) if name == node.op), None)
 
 
 def real(x: _Array) -> _Array:

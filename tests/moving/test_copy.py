@@ -352,7 +352,7 @@ def test_what_is_wrong_creates_nothing(
     with pydedup.open(source_url) as store:
         with pytest.raises(NotFoundError, match="no model 'missing'"):
             store.copy_to(url, ["base", "missing"])
-        with pytest.raises(ArgumentError, match="on_conflict is 'ask'"):
+        with pytest.raises(ArgumentError, match="unknown on_conflict 'ask'"):
             store.copy_to(url, on_conflict="ask")
         with pytest.raises(ArgumentError, match="names one version"):
             store.copy_to(url, ["near@1"], all_versions=True)

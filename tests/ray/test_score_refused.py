@@ -40,7 +40,7 @@ def test_what_is_wrong_is_said_before_work_begins(
         (query, "p", {"workers": 3}, "CPUs for 2 workers of 1, and 3 are asked for"),
         (query, "p", {"cpus_per_worker": 4, "workers": None}, "CPUs for 0 workers of 4"),
         (query, "p", {"workers": 0}, "workers is 0"),
-        (query, "p", {"on_error": "no"}, "choose 'fail' or 'skip'"),
+        (query, "p", {"on_error": "no"}, "choose one of: fail, skip"),
         (query, "p", {"key": "nothing"}, "no column 'nothing' for the key"),
         (query, "p", {"columns": ["id"]}, "names its columns itself"),
         (query, "p", {"columns": "id,f0"}, "columns is 'id,f0'; give a list of names"),

@@ -318,7 +318,9 @@ def test_arguments_that_are_wrong(tables: Tables, new_name: Make) -> None:
     add(tables.url, "m@1")
     query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c"
     with pydedup.open(tables.url) as store:
-        with pytest.raises(ArgumentError, match="on_error is 'ignore'"):
+        with pytest.raises(
+            ArgumentError, match="unknown on_error 'ignore'; choose one of: fail, skip"
+        ):
             store.score(query, "m@1", into=new_name(), on_error="ignore")
         wrong: Any
         for wrong in (0, 2.5, "3", None):

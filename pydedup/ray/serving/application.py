@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 from pydedup import config
 from pydedup.errors import ArgumentError
@@ -27,12 +27,13 @@ from pydedup.ray.serving.checks import (
 from pydedup.ray.serving.source import is_here
 from pydedup.registry import absolute, redact
 from pydedup.replacement import DEFAULT_POLICY, check_policy
+from pydedup.words import Replacement, Routing, check_word
 
 __all__ = ["ROUTINGS", "app", "deployment"]
 
 #: How a replica is chosen: by families and our router, by families as Ray does it with multiplexed
 #: models, or as Ray does it without.
-ROUTINGS: Final = ("families", "multiplexed", "any")
+ROUTINGS: Final = get_args(Routing)
 #: Requests that a replica has at once before others help: enough for a batch, and few enough that
 #: a model that everybody asks gets the help of others.
 _MAX_ONGOING = 16
@@ -51,14 +52,14 @@ def deployment(
     store: str | os.PathLike[str],
     *,
     memory: str | int = "512MiB",
-    replacement: str = DEFAULT_POLICY,
-    num_replicas: int | str | None = None,
+    replacement: Replacement = DEFAULT_POLICY,
+    num_replicas: int | Literal["auto"] | None = None,
     autoscaling_config: Mapping[str, Any] | None = None,
     max_ongoing_requests: int = _MAX_ONGOING,
     num_cpus: float = 1,
     ray_actor_options: Mapping[str, Any] | None = None,
     num_fronts: int = 1,
-    routing: str | None = None,
+    routing: Routing | None = None,
     token: str | None = None,
     max_batch: int = 64,
     max_wait_ms: float = 2.0,
@@ -244,12 +245,11 @@ def _read(name: str, value: Any) -> Any:
         raise ArgumentError(f"{name} is {value!r}, which is no YAML: {said}") from error
 
 
-def _routing(wanted: str | None) -> str:
+def _routing(wanted: Routing | None) -> Routing:
     """Return which of the routings is used. Raises ArgumentError for what is none."""
     if wanted is None:
-        return ROUTINGS[0] if _has_routers() else ROUTINGS[1]
-    if wanted not in ROUTINGS:
-        raise ArgumentError(f"routing is {wanted!r}; use one of {', '.join(ROUTINGS)}")
+        return "families" if _has_routers() else "multiplexed"
+    check_word("routing", wanted, ROUTINGS)
     return wanted
 
 

@@ -16,6 +16,7 @@ from pydedup.http.served import ServedStore
 from pydedup.http.server import SWITCH_SECONDS
 from pydedup.ray.cluster import Secret, use_threads
 from pydedup.ray.serving.source import reveal
+from pydedup.words import Replacement
 
 __all__ = ["Answered", "Replica"]
 
@@ -31,7 +32,12 @@ class Replica:
     """Answers what a front hands on."""
 
     def __init__(
-        self, source: Secret, memory: int, replacement: str, options: ServeOptions, threads: int
+        self,
+        source: Secret,
+        memory: int,
+        replacement: Replacement,
+        options: ServeOptions,
+        threads: int,
     ) -> None:
         use_threads(threads)
         sys.setswitchinterval(SWITCH_SECONDS)

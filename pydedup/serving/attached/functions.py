@@ -27,6 +27,7 @@ from pydedup.serving.attached.parameter import StoredParameter, handles
 from pydedup.serving.engine import from_front, until_last, without_padding
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
+from pydedup.words import BagMode
 
 __all__ = ["rows_of"]
 
@@ -318,7 +319,7 @@ def _embedding_bag(
     max_norm: float | None = None,
     norm_type: float = 2,
     scale_grad_by_freq: bool = False,
-    mode: str = "mean",
+    mode: BagMode = "mean",
     sparse: bool = False,
     per_sample_weights: torch.Tensor | None = None,
     include_last_offset: bool = False,
