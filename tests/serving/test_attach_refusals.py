@@ -149,6 +149,9 @@ def test_running_statistics_are_not_updated(store: pydedup.Store) -> None:
     module[0].training = True
     with pytest.raises(ArgumentError, match="is in training mode"):
         module(X)
+    x, layer = torch.randn(2, 80, 5), module[0]
+    with pytest.raises(ArgumentError, match=r"'0\.running_mean' of m cannot be updated"):
+        nn.functional.instance_norm(x, layer.running_mean, layer.running_var)
 
 
 def test_autocast_is_refused(store: pydedup.Store) -> None:
@@ -188,7 +191,8 @@ def test_arrays_of_weights_are_read_only(store: pydedup.Store) -> None:
         with pytest.raises(ValueError, match="read-only"):
             array[:] = 9
     np.asarray(bias, np.float64)[:] = 9
-    np.from_dlpack(bias)[:] = 9
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":  # before, nothing from DLPack is writable
+        np.from_dlpack(bias)[:] = 9
     torch.from_dlpack(bias).fill_(9)
     torch.testing.assert_close(module(X), wanted)
 

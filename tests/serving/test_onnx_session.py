@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -228,9 +229,7 @@ def test_recurrent_layers_of_functions_on_nothing(store: pydedup.Store, tmp_path
     assert store.predict("m", np.zeros((7, 2, 64), np.float32)).shape == (7, 1, 2, 32)
 
 
-def test_look_ups_from_the_end_and_norms_with_one_scale(
-    store: pydedup.Store, tmp_path: Path
-) -> None:
+def test_look_ups_from_the_end(store: pydedup.Store, tmp_path: Path) -> None:
     path = save(
         tmp_path / "rows.onnx",
         [node("Gather", "table x", "y")],
@@ -241,8 +240,13 @@ def test_look_ups_from_the_end_and_norms_with_one_scale(
     assert store.graph("rows") is not None
     ids = np.array([0, -1, -500, 499])
     np.testing.assert_array_equal(store.predict("rows", ids), run(path, x=ids))
+
+
+def test_a_norm_with_one_scale(store: pydedup.Store, tmp_path: Path) -> None:
     weights = {"scale": normal(1), "shift": normal(1)}
     path = save(tmp_path / "n.onnx", [node("LayerNormalization", "x scale shift", "y")], weights)
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24):
+        pytest.skip("ONNX Runtime before 1.24 runs no norm with one scale")
     store.add("norm", path)
     np.testing.assert_allclose(store.predict("norm", X), run(path, x=X), rtol=1e-4, atol=1e-5)
 
