@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from pydedup.errors import ConflictError, StoreError, UnavailableError
 
 __all__ = [
@@ -11,7 +13,10 @@ __all__ = [
     "CrowdedError",
     "DeniedError",
     "KeyTakenError",
+    "without_frames",
 ]
+
+_E = TypeVar("_E", bound=BaseException)
 
 
 class KeyTakenError(StoreError):
@@ -32,3 +37,15 @@ class ConnectionLostError(UnavailableError):
 
 class CrowdedError(ConnectionLostError):
     """The server gives no more connections, to anybody or to this user."""
+
+
+def without_frames(error: _E) -> _E:
+    """Return what a driver raised as it connected, without frames: their variables hold passwords.
+
+    So no traceback that shows variables, as those of rich and pytest do, shows one.
+    """
+    led_to: BaseException | None = error
+    while led_to is not None:
+        led_to.__traceback__ = None
+        led_to = led_to.__cause__
+    return error

@@ -16,7 +16,7 @@ from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import ArgumentError, PydedupError
 
 from ._connection import closed_on_error
-from ._errors import CrowdedError
+from ._errors import CrowdedError, without_frames
 from ._mysql_base import MysqlBase
 from ._mysql_cursors import PreparedConnection
 from ._mysql_errors import meaning
@@ -130,17 +130,18 @@ class MysqlAdapter(MysqlBase):
                 with contextlib.suppress(mysql.connector.Error):
                     connection.close()
             if isinstance(error, mysql.connector.Error):
-                raise meaning(error, self._place, connected=connection is not None) from error
+                cause = without_frames(error)
+                raise meaning(error, self._place, connected=connection is not None) from cause
             if isinstance(error, AttributeError) and connection is None:
                 raise ArgumentError(
                     f"{self._place.url}: the driver refuses an option of the URL: {error}"
-                ) from error
+                ) from without_frames(error)
             if isinstance(error, ImportError):
                 raise ArgumentError(
                     f"use_pure=false asks for the C extension of mysql-connector-python, which "
                     f"cannot be loaded ({error}); import mysql.connector before torch or "
                     "onnxruntime, or leave the option out"
-                ) from error
+                ) from without_frames(error)
             raise
 
     def _translate(self, error: Exception) -> PydedupError:

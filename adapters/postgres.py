@@ -20,7 +20,7 @@ from pydedup.errors import ArgumentError, PydedupError, StoreError
 
 from ._base import fetch_all
 from ._connection import closed_on_error
-from ._errors import CrowdedError
+from ._errors import CrowdedError, without_frames
 from ._postgres_base import dialect_of
 from ._postgres_copy import PostgresCopy
 from ._postgres_cursor import BinaryCursor, json_or_text
@@ -138,7 +138,8 @@ class PostgresAdapter(PostgresCopy):
         except psycopg.Error as error:
             needs = error.pgconn is not None and error.pgconn.needs_password
             code = None if needs else sqlstate_of(self._place.conninfo, time.monotonic() - began)
-            raise refusal(code, said(error), self._place, needs_password=needs) from error
+            cause = without_frames(error)
+            raise refusal(code, said(error), self._place, needs_password=needs) from cause
         try:
             with closed_on_error(connection):
                 if not self._is_checked:

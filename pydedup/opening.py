@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
@@ -51,14 +51,9 @@ def connect_store(
 
     Raises what `pydedup.open` does.
     """
-    given: object = mode
-    if not isinstance(given, str) or given not in get_args(OpenMode):
-        raise ArgumentError(
-            f"unknown mode {mode!r:.100}; use 'a' (read and write) or 'r' (read only)"
-        )
-    place = registry.place_of(url)
+    url = registry.place_of(url)
     config.threads()  # refuses a setting that the core would take for none
-    adapter = registry.connect(place, mode=mode, schema=schema)
+    adapter = registry.connect(url, mode=mode, schema=schema)
     try:
         _check_schema(adapter, mode)
         return adapter
@@ -146,6 +141,7 @@ def open_end(
     """Open a store that models are copied to or from."""
     from pydedup.moving.source import End
 
+    url = registry.place_of(url)
     budget = config.parse_memory(memory)
     adapter = connect_store(url, mode=mode, schema=schema)
     try:

@@ -18,6 +18,7 @@ from pydedup.errors import ArgumentError, NotFoundError, PydedupError
 from pydedup.graph import Graph
 from pydedup.opening import open_rows
 from pydedup.pool import PagePool
+from pydedup.registry import place_of
 from pydedup.replacement import Trace
 from pydedup.serving.predict import Prediction, predict, predict_together
 from pydedup.serving.tensor import StoredTensor, called, stored_tensor
@@ -215,6 +216,7 @@ class StorePredictions:
         """
         from pydedup.serving.score import score_rows
 
+        source = None if source is None else place_of(source)
         check_progress(progress)
         with open_rows(self._adapter, source) as rows:
             return score_rows(

@@ -16,13 +16,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, SupportsIndex, cast, get_args
 
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter
 from pydedup.errors import ArgumentError
 from pydedup.text import is_cut
-from pydedup.words import OpenMode
+from pydedup.words import OpenMode, check_word
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
@@ -44,6 +44,18 @@ __all__ = [
 ]
 
 ENTRY_POINT_GROUP: Final = "pydedup.adapters"
+
+
+class _Url(str):
+    """The URL of a store, which may hold a password: what shows variables shows none."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(redact(str(self)))
+
+    def __getitem__(self, part: SupportsIndex | slice) -> _Url:
+        return _Url(super().__getitem__(part))  # what is shown of a long one
 
 
 class Connect(Protocol):
@@ -125,11 +137,14 @@ def connect(url: str, *, mode: OpenMode, schema: str | None = None) -> Adapter:
     StoreError
         Whatever the adapter finds wrong, see :mod:`pydedup.errors`.
     """
-    if mode not in ("a", "r"):
-        raise ArgumentError(f'mode is {mode!r}; use "a" (read and write) or "r" (read only)')
+    check_word("mode", mode, get_args(OpenMode))
     _check_schema(schema)
-    scheme, url = _with_scheme(url)
-    return _find(scheme)(url, mode=mode, schema=schema)
+    scheme, url = _with_scheme(place_of(url))
+    open_it = _find(scheme)
+    try:
+        return open_it(url, mode=mode, schema=schema)
+    except ArgumentError as error:  # it was taking the URL apart
+        raise error.with_traceback(None) from error.__cause__
 
 
 @contextlib.contextmanager
@@ -236,7 +251,11 @@ def _check_schema(schema: object) -> None:
 
 
 def place_of(given: str | os.PathLike[str]) -> str:
-    """Return a URL or plain path as a text. Raises ArgumentError for what is neither."""
+    """Return a URL or plain path as a text, whose repr shows no password.
+
+    Functions that are given a URL put this in its place, so that tracebacks with variables show
+    none, either. Raises ArgumentError for what is neither.
+    """
     if isinstance(given, os.PathLike):
         return file_url(given)
     if not isinstance(given, str):
@@ -248,7 +267,7 @@ def place_of(given: str | os.PathLike[str]) -> str:
         os.fsencode(given)
     except UnicodeEncodeError:
         raise ArgumentError(f"{redact(given)!r} is no text that can name a store") from None
-    return given
+    return _Url(given)
 
 
 def file_url(path: str | os.PathLike[str]) -> str:

@@ -22,6 +22,7 @@ from pydedup.errors import ArgumentError
 from pydedup.names import check_name
 from pydedup.opening import check_writable, connect_store, pool_of
 from pydedup.predicting import StorePredictions
+from pydedup.registry import place_of
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.serving.tensor import TensorsOnDemand
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, Progress, check_progress
@@ -76,6 +77,7 @@ def open(
         When there is no store, it is of a newer pydedup, the database cannot be reached, or it
         cannot be written to.
     """
+    url = place_of(url)
     budget = config.parse_memory(memory)
     check_policy(replacement)
     adapter = connect_store(url, mode=mode, schema=schema)

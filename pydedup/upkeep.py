@@ -228,6 +228,7 @@ class StoreUpkeep(abc.ABC):
         from pydedup.moving.copy import copy_models
         from pydedup.moving.plan import plan_copy
 
+        target = registry.place_of(target)
         check_progress(progress)
         if isinstance(names, str):
             names = (names,)

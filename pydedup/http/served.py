@@ -22,6 +22,7 @@ from pydedup.graph import Graph
 from pydedup.http.onnx_signature import onnx_signature
 from pydedup.http.shapes import Signature, signature_of
 from pydedup.opening import connect_store
+from pydedup.registry import place_of
 from pydedup.replacement import DEFAULT_POLICY, check_policy
 from pydedup.serving.predict import Prediction, as_predicted
 from pydedup.store import Store
@@ -93,6 +94,7 @@ class ServedStore(Store):
         cls, url: str, memory: str | int, replacement: Replacement = DEFAULT_POLICY
     ) -> Self:
         """Open a store that is there. Raises what `pydedup.open` does."""
+        url = place_of(url)
         budget = config.parse_memory(memory)
         check_policy(replacement)
         adapter = connect_store(url, mode="r")

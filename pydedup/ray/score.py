@@ -102,8 +102,9 @@ def score(
         columns = _names(columns)
     check_progress(progress)
     config.parse_memory(memory)
-    reads = None if source is None else absolute(source)
-    job = Job(dataset, absolute(store_url), reads, model, into)
+    store_url = absolute(store_url)
+    source = None if source is None else absolute(source)
+    job = Job(dataset, store_url, source, model, into)
     cpus = None if workers is None else workers * cpus_per_worker
     with contextlib.ExitStack() as left:
         left.enter_context(job.opened())
