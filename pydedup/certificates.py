@@ -21,6 +21,7 @@ __all__ = [
     "MEASURED",
     "METADATA",
     "OF_MODEL",
+    "PAGES",
     "TENSORS",
     "artifact_digest",
     "describe",
@@ -35,12 +36,14 @@ __all__ = [
 ARTIFACTS, TENSORS = "artifacts", "tensors"
 #: Where it has what tells damage of block maps: `map_digest` of each tensor, one behind the other.
 MAPS = "maps"
+#: Where it has what tells that a page is in the place of another: `page_tags` of what it reads.
+PAGES = "pages"
 #: Where it has the ``name@version`` that the model was added as, and the digest of its metadata.
 ADDRESS, METADATA = "address", "metadata"
 #: Where it has the aliases that point at the model.
 ALIASES = "aliases"
 #: What is of the model, and not of what was promised for it.
-OF_MODEL = (ARTIFACTS, TENSORS, MAPS, ADDRESS, METADATA, ALIASES)
+OF_MODEL = (ARTIFACTS, TENSORS, MAPS, PAGES, ADDRESS, METADATA, ALIASES)
 #: What all certificates say beside the parameters of the policy, which have other names.
 MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors", *OF_MODEL)
 

@@ -101,8 +101,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         self, adapter: Adapter, memory_bytes: int, replacement: Replacement = DEFAULT_POLICY
     ) -> None:
         self._adapter = adapter
-        self._catalog = Catalog(adapter)
         self._pool = pool_of(adapter, memory_bytes, replacement)
+        self._catalog = Catalog(adapter, self._pool.expect)
         self._closed = False
 
     def __enter__(self) -> Self:

@@ -283,7 +283,7 @@ class StoreUpkeep(abc.ABC):
     def restore(
         self, path: str | os.PathLike[str], *, progress: Progress | None = None
     ) -> CopyReport:
-        """Copy a backup into this store, which must be empty, or hold part of that backup.
+        """Copy a backup into this store, which must be empty, or hold models of that backup alone.
 
         Raises ArgumentError when it has other models, NotAStoreError when the file is no backup,
         and what `copy_to` does.

@@ -17,8 +17,9 @@ from pydedup.catalog.digests import (
     with_other_maps,
 )
 from pydedup.catalog.model import SourceHashes, StoredModel
-from pydedup.catalog.pages import recorded_pages
+from pydedup.catalog.pages import TAG_BYTES, page_tags, recorded_pages, tags_in, tags_of
 from pydedup.catalog.rows import (
+    added_as,
     certificate_of,
     check_row,
     known_versions,
@@ -31,20 +32,25 @@ from pydedup.catalog.rows import (
 )
 
 __all__ = [
+    "TAG_BYTES",
     "Catalog",
     "ModelDigest",
     "SourceHashes",
     "StoredModel",
+    "added_as",
     "certificate_of",
     "check_row",
     "known_versions",
     "map_digest",
     "model_info",
     "page_readers",
+    "page_tags",
     "point_alias",
     "recorded_aliases",
     "recorded_object",
     "recorded_pages",
+    "tags_in",
+    "tags_of",
     "taken_versions",
     "tensors_digest",
     "version_of",

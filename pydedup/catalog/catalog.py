@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from pydedup.adapter import Adapter, ModelRow
@@ -24,10 +24,13 @@ _CACHED_MODELS: Final = 256
 
 
 class Catalog:
-    """Finds models by address."""
+    """Finds models by address. ``expect`` is told the tags of pages, as by `StoredModel`."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(
+        self, adapter: Adapter, expect: Callable[[Mapping[int, bytes]], None] | None = None
+    ) -> None:
         self._adapter = adapter
+        self._expect = expect
         # No lock, which a fork could leave held: each use is one operation on the dict.
         self._models: dict[int, StoredModel] = {}
         self._store_id: str | None = None
@@ -118,7 +121,7 @@ class Catalog:
         model = self._cached(row)
         if model is None:
             self._refuse_another_store()
-            model = StoredModel(self._adapter, row)
+            model = StoredModel(self._adapter, row, self._expect)
             self._models[row.id] = model
             for oldest in list(self._models)[:-_CACHED_MODELS]:
                 self._models.pop(oldest, None)

@@ -11,8 +11,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
+from pydedup.catalog.pages import page_tags, tags_in
 from pydedup.catalog.rows import recorded_object, with_recorded
-from pydedup.certificates import MAPS, artifact_digest
+from pydedup.certificates import MAPS, PAGES, artifact_digest
 from pydedup.errors import CorruptStoreError
 from pydedup.types import TensorInfo
 
@@ -48,21 +49,25 @@ def map_digest(parts: Iterable[bytes]) -> str:
     return base64.b64encode(digest.digest()).decode()
 
 
-def with_other_maps(certificate: str, digests: Mapping[int, str]) -> str:
+def with_other_maps(certificate: str, digests: Mapping[int, str], tags: Mapping[int, bytes]) -> str:
     """Return a recorded certificate with other digests of some block maps, by ordinal.
 
-    One that has none stays as it is.
+    ``tags`` are those of the pages that the model reads then; what was recorded of a page stays.
+    One that has no digests stays as it is.
     """
     try:
-        old = recorded_object(certificate, "a certificate").get(MAPS)
+        found = recorded_object(certificate, "a certificate")
     except CorruptStoreError:
         return certificate
+    old = found.get(MAPS)
     if not isinstance(old, str):
         return certificate
     size = len(map_digest(()))
     known = [old[at : at + size] for at in range(0, len(old), size)]
     maps = "".join(digests.get(number, one) for number, one in enumerate(known))
-    return with_recorded(certificate, {MAPS: maps})
+    known_tags = tags_in(found.get(PAGES))
+    pages = {page_id: known_tags.get(page_id, tag) for page_id, tag in tags.items()}
+    return with_recorded(certificate, {MAPS: maps, PAGES: page_tags(pages)})
 
 
 def _head(info: TensorInfo) -> bytes:

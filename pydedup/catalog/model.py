@@ -7,7 +7,7 @@ misses a page calls `StoredModel.refresh` and reads the block map again, once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.catalog.digests import map_digest, tensors_digest
+from pydedup.catalog.pages import tags_in
 from pydedup.catalog.rows import promised, recorded_certificate, tensor_info
 from pydedup.certificates import (
     ADDRESS,
     ARTIFACTS,
     MAPS,
+    PAGES,
     TENSORS,
     artifact_digest,
     error_of,
@@ -40,13 +42,21 @@ _HASHES_PER_READ: Final = 16 * 1024
 class StoredModel:
     """One published model: its tensors and where their blocks are.
 
+    ``expect`` is told the tags of the pages that it reads, before their places are.
+
     Raises NotFoundError when it was removed, CorruptStoreError when what is recorded of a tensor
     cannot be read.
     """
 
-    def __init__(self, adapter: Adapter, row: ModelRow) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        row: ModelRow,
+        expect: Callable[[Mapping[int, bytes]], None] | None = None,
+    ) -> None:
         self.row = row
         self._adapter = adapter
+        self._expect = expect
         self._maps: dict[int, BlockMap] = {}
         self._graph: Graph | None = None
         self._layers_key: object = None
@@ -78,6 +88,8 @@ class StoredModel:
                 f"{self.address}: its tensors are not those that it was added with"
             )
         self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
+        if expect is not None:
+            expect(self.page_tags())
 
     @property
     def address(self) -> str:
@@ -167,7 +179,10 @@ class StoredModel:
         """
         known = self._map_digests
         while True:
-            self._map_digests = recorded = recorded_certificate(self.check_live()).get(MAPS)
+            now = recorded_certificate(self.check_live())
+            if self._expect is not None:
+                self._expect(tags_in(now.get(PAGES)))
+            self._map_digests = recorded = now.get(MAPS)
             if _is_recorded(recorded, ordinal, parts):
                 return parts
             if recorded == known:
@@ -190,6 +205,10 @@ class StoredModel:
             graph = self.graph()
             self._layers_key = (None if graph is None else graph.to_json(), self.tensors)
         return self._layers_key
+
+    def page_tags(self) -> dict[int, bytes]:
+        """Return the tags of its pages, as recorded; none where that is not known."""
+        return tags_in(self._recorded_digest(PAGES))
 
     def page_ids(self) -> NDArray[np.int64]:
         """Return the pages it reads, those of bases included."""

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages with the checksums that their rows record: what is read may be sound, and another page."""
+"""Pages with the checksums that their rows record: what is read may be sound, and another page.
+
+So may the row: of each page that it reads, a model has a tag in its certificate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
 
 from pydedup.adapter import Adapter
-from pydedup.adapter_options import RecordedPagesAdapter
+from pydedup.adapter_options import RecordedPagesAdapter, only_sound_rows
 
-__all__ = ["recorded_pages"]
+__all__ = ["TAG_BYTES", "page_tags", "recorded_pages", "tags_in", "tags_of"]
+
+#: So many bytes of a page's checksum, from the first on, are its tag.
+TAG_BYTES: Final = 3
 
 
 def recorded_pages(
@@ -25,3 +33,39 @@ def recorded_pages(
                 yield page_id, checksums[page_id], payload
 
     return read
+
+
+def tags_of(adapter: Adapter, page_ids: Sequence[int]) -> dict[int, bytes]:
+    """Return the tags of those pages whose rows are there."""
+    if not page_ids:
+        return {}
+    with only_sound_rows(adapter):
+        return {row.id: row.checksum[:TAG_BYTES] for row in adapter.page_rows(ids=page_ids)}
+
+
+def page_tags(tags: Mapping[int, bytes]) -> dict[str, str]:
+    """Return the tags of pages as a certificate has them: by the first of a run of ids, in base64.
+
+    That is 4 characters for each page, which is a megabyte.
+    """
+    runs: dict[int, list[bytes]] = {}
+    first = end = -1
+    for page_id in sorted(tags):
+        if page_id != end:
+            first = page_id
+        runs.setdefault(first, []).append(tags[page_id])
+        end = page_id + 1
+    return {str(at): base64.b64encode(b"".join(run)).decode() for at, run in runs.items()}
+
+
+def tags_in(recorded: object) -> dict[int, bytes]:
+    """Return what `page_tags` was made of; nothing where that is not known, or damaged."""
+    tags: dict[int, bytes] = {}
+    try:
+        for first, run in dict(recorded or {}).items():  # type: ignore[call-overload]
+            known = base64.b64decode(run)
+            for number, at in enumerate(range(0, len(known), TAG_BYTES)):
+                tags[int(first) + number] = known[at : at + TAG_BYTES]
+    except (TypeError, ValueError):
+        return {}
+    return tags

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -16,6 +15,7 @@ from pydedup.types import DType, ModelInfo, TensorInfo, shape_problem
 
 __all__ = [
     "SUGGESTED_MODELS",
+    "added_as",
     "certificate_of",
     "check_row",
     "known_versions",
@@ -140,11 +140,18 @@ def taken_versions(adapter: Adapter, name: str) -> set[str]:
         taken.add(row.version)
         if f'"{row.address}"' in row.certificate:  # as it was added; there may be thousands
             continue
-        with contextlib.suppress(CorruptStoreError):
-            added_as = str(recorded_certificate(row).get(ADDRESS, ""))
-            if added_as.startswith(f"{name}@"):
-                taken.add(added_as.removeprefix(f"{name}@"))
+        address = added_as(row)
+        if address.startswith(f"{name}@"):
+            taken.add(address.removeprefix(f"{name}@"))
     return taken
+
+
+def added_as(row: ModelRow) -> str:
+    """Return the ``name@version`` that a model was added as; empty where that is not known."""
+    try:
+        return str(recorded_certificate(row).get(ADDRESS, ""))
+    except CorruptStoreError:
+        return ""
 
 
 def version_of(adapter: Adapter, name: str, version: str) -> ModelRow | None:

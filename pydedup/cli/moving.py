@@ -147,8 +147,8 @@ def backup(
 def restore(path: str, url: str, memory: str, as_json: bool, quiet: bool) -> None:
     """Write the backup in FILE into STORE, which is empty or does not exist yet.
 
-    A restore that was cut off continues when it is run again. To add the models of a backup to
-    others, use `pydedup copy FILE STORE`.
+    A restore that was cut off continues when it is run again, so models of that backup may be there
+    already. To add the models of a backup to others, use `pydedup copy FILE STORE`.
     """
     try:
         options.read_store(path).close()  # a mistyped name creates no store

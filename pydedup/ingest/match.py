@@ -125,7 +125,7 @@ class Matcher:
         self.reader = BlockReader(PageScan(adapter, pool), spool, self.stored)
         self.candidates = Candidates(adapter, pool, self.stored)
         self.similar = Similar(self.reader, self.candidates)
-        self.catalog = Catalog(adapter)
+        self.catalog = Catalog(adapter, pool.expect)
         self.met = MetTensors(self.reader)
         self.aligned = Aligned(adapter, self.catalog, self.stored, self.reader)
         self._known = _Known()

@@ -76,6 +76,8 @@ class PageWriter:
     ----------
     page_ids
         Of the pages that were written, in the order of the layout.
+    checksums
+        Of each page that was written, by id.
     page_of, slot_of
         Of each block of the spool, 0 until it was written.
     """
@@ -100,6 +102,7 @@ class PageWriter:
         helpful = workers is not None and workers.are_several and not spool.lists
         self._workers = workers if helpful else None
         self.page_ids: list[int] = []
+        self.checksums: dict[int, bytes] = {}
         self.page_of = np.zeros(spool.count, np.int64)
         self.slot_of = np.zeros(spool.count, np.uint32)
 
@@ -202,6 +205,7 @@ class PageWriter:
         pages = [(codec.page_checksum(image), image) for image in images]
         with self._job.staging():
             self._job.stage_numbered_pages(pages, page_ids)
+        self.checksums.update(zip(page_ids, (checksum for checksum, _ in pages), strict=True))
 
     def _images(self) -> Iterator[list[bytes]]:
         """Yield the pages of each group, the next one being made meanwhile."""
@@ -223,8 +227,9 @@ class PageWriter:
     def _write_pages(self, group: _Group, images: Sequence[bytes]) -> list[int]:
         page_ids = []
         for numbers, image in zip(group, images, strict=True):
-            hashes = self._hashes(numbers)
-            page_id = self._job.stage_page(codec.page_checksum(image), image, hashes)
+            hashes, checksum = self._hashes(numbers), codec.page_checksum(image)
+            page_id = self._job.stage_page(checksum, image, hashes)
+            self.checksums[page_id] = checksum
             self._note_places(numbers, page_id)
             page_ids.append(page_id)
         return page_ids

@@ -9,7 +9,8 @@ the store's epoch: if anybody published since matching began, what they brought 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, TensorRow
 from pydedup.blocks import PART_BYTES, BlockMap
-from pydedup.catalog import map_digest, with_recorded
-from pydedup.certificates import ALIASES, MAPS
+from pydedup.catalog import TAG_BYTES, map_digest, page_tags, tags_of, with_recorded
+from pydedup.certificates import ALIASES, MAPS, PAGES
 from pydedup.errors import ConflictError
 from pydedup.hashing import digest_bytes, hash_keys
 from pydedup.ingest.match import Matcher
@@ -53,6 +54,15 @@ class Segments(Protocol):
         """Yield rows of ``signatures``; see `pydedup.ingest.candidates.Candidates.segments`."""
 
 
+@dataclass(slots=True)
+class _Recorded:
+    """What the certificate of a model gets: digests of its block maps, and tags of its pages."""
+
+    certificate: str
+    maps: list[str] = field(default_factory=list)
+    tags: Mapping[int, bytes] = field(default_factory=dict)
+
+
 class Stager:
     """Stages and publishes one batch of matched models.
 
@@ -84,8 +94,8 @@ class Stager:
 
         self._beat = beat
         self._has_begun = False
-        #: Of each model that is staged its certificate, and the digests of its block maps.
-        self._recorded: dict[int, tuple[str, list[str]]] = {}
+        #: Of each model that is staged its certificate, and what its block maps and pages are.
+        self._recorded: dict[int, _Recorded] = {}
         self._pages = self._page_writer([])
         #: That of the store once this was published.
         self.epoch = -1
@@ -162,12 +172,16 @@ class Stager:
             adapter.set_page_state(self.page_ids, LIVE)
             for model in self.models:
                 model.settle(adapter)
-                certificate, maps = self._recorded[model.model_id]
-                placed = {MAPS: "".join(maps), ALIASES: model.aliases(adapter)}
+                recorded = self._recorded[model.model_id]
+                placed = {
+                    MAPS: "".join(recorded.maps),
+                    PAGES: page_tags(recorded.tags),
+                    ALIASES: model.aliases(adapter),
+                }
                 if not adapter.update_model(
                     model.model_id,
                     state=LIVE,
-                    certificate=with_recorded(certificate, placed),
+                    certificate=with_recorded(recorded.certificate, placed),
                     created_at=model.created_at(),
                 ):
                     raise ConflictError(
@@ -194,7 +208,7 @@ class Stager:
     def _insert_model(self, model: StagedModel) -> int:
         row = model.row()
         model_id = self._adapter.insert_model(row, replaces=model.replaces)
-        self._recorded[model_id] = row.certificate, []
+        self._recorded[model_id] = _Recorded(row.certificate)
         return self._job.checked_id("models", model_id)
 
     def _insert(self, batch: Sequence[_Row]) -> None:
@@ -239,7 +253,7 @@ class Stager:
             shapes = json.dumps(list(entry.shape)), json.dumps(list(tensor.block_shape))
             yield "tensor", TensorRow(model_id, ordinal, entry.name, entry.dtype.label, *shapes)
             parts = list(self._block_map(tensor).parts())
-            self._recorded[model_id][1].append(map_digest(parts))
+            self._recorded[model_id].maps.append(map_digest(parts))
             for part, payload in enumerate(parts):
                 yield "map", (model_id, ordinal, part, payload)
             hashes = digest_bytes(tensor.digests)
@@ -248,10 +262,25 @@ class Stager:
                 yield "hash", (model_id, ordinal, part, payload)
         reader = self.matcher.reader
         references = model.references(reader)
-        for row in pages_read(self.places(references), reader.costs_of(references)):
+        reads = list(pages_read(self.places(references), reader.costs_of(references)))
+        self._recorded[model_id].tags = self._tags([page_id for page_id, _, _ in reads])
+        for row in reads:
             yield "read", (model_id, *row)
         for artifact in model.artifacts():
             yield "artifact", (model_id, *artifact)
+
+    def _tags(self, page_ids: Sequence[int]) -> dict[int, bytes]:
+        """Return the tags of pages; of those that are shared, what other models know comes first.
+
+        Another page may be in their place.
+        """
+        tags = {}
+        for page_id in page_ids:
+            new = self._pages.checksums.get(page_id, b"")[:TAG_BYTES]
+            tag = new or self.matcher.pool.expected(page_id)
+            if tag:
+                tags[page_id] = tag
+        return {**tags_of(self._adapter, [n for n in page_ids if n not in tags]), **tags}
 
     def _block_map(self, tensor: MatchedTensor) -> BlockMap:
         bases = self.places(self.matcher.reader.bases_of(tensor.references))

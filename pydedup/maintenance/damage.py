@@ -12,7 +12,7 @@ from pydedup.adapter_options import PlacesAdapter, only_sound_rows
 from pydedup.errors import CorruptStoreError, UnavailableError
 from pydedup.maintenance.repair import RepairReport
 from pydedup.pool import PagePool
-from pydedup.text import listed, plural
+from pydedup.text import clean, listed, plural
 
 __all__ = ["MAX_ERRORS", "Damage", "VerifyReport", "sound_rows", "unreadable_pages"]
 
@@ -80,7 +80,7 @@ class VerifyReport:
     def add_error(self, text: str) -> None:
         """Record damage; a hopeless store stops the list at some point."""
         if len(self.errors) < MAX_ERRORS:
-            self.errors.append(text)
+            self.errors.append(clean(text))  # names that are damaged may steer a terminal
 
 
 @contextmanager

@@ -146,12 +146,13 @@ def relocate(
             changed = {i: new for i, new in enumerate(maps) if new is not old_maps[i]}
             for ordinal in changed:
                 pages_of_deltas.update(_pages_of_deltas(old_maps[ordinal], table))
-            replace_maps(adapter, row, changed)
             before, after = used_places(old_maps), used_places(maps)
+            used = np.unique(split_places(after)[0]).tolist()
+            replace_maps(adapter, row, changed, used)
             _change_reads(mine, before, after, moves, damaged, pool)
             adapter.delete_model_pages(row.id)
             adapter.insert_model_pages((row.id, page, *figures) for page, figures in mine.items())
-            left.used.update(np.unique(split_places(after)[0]).tolist())
+            left.used.update(used)
             left.keep_places(after, damaged, model.address)
         _change_rows(adapter, moves, pages_of_deltas, left.missing)
         adapter.set_page_state(sorted(left.used.intersection(new_pages)), LIVE)

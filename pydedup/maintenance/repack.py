@@ -151,7 +151,7 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
                 f"the row of the model with id {min(lost)} is damaged or lost, so its pages stay "
                 "as they are; run verify on the store"
             )
-        models = [StoredModel(adapter, row) for row in adapter.models()]
+        models = [StoredModel(adapter, row, pool.expect) for row in adapter.models()]
         places = _places(adapter, pool, models)
     if not len(places.places):
         return None
@@ -362,7 +362,8 @@ def _publish(
         if not adapter.bump_epoch(plan.epoch):
             return None
         for move in moves:
-            replace_maps(adapter, move.row, dict(enumerate(move.maps)))
+            pages = [page_id for page_id, _, _ in move.reads]
+            replace_maps(adapter, move.row, dict(enumerate(move.maps)), pages)
             adapter.delete_model_pages(move.row.id)
             adapter.insert_model_pages((move.row.id, *read) for read in move.reads)
         kept = set(plan.kept.tolist())

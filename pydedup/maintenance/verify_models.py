@@ -43,6 +43,8 @@ class ModelChecks:
         self._contents = contents
         self._live = np.array(list(contents), np.int64)
         self._report = report
+        #: What models recorded of the pages that they read.
+        self.tags: dict[int, bytes] = {}
 
     def check(self, row: ModelRow) -> None:
         """Check all that is recorded of a model."""
@@ -56,6 +58,7 @@ class ModelChecks:
         except CorruptStoreError as exc:
             self._report.add_error(str(exc))
         else:
+            self.tags.update(model.page_tags())
             self._check_content(model)
 
     def _check_content(self, model: StoredModel) -> None:

@@ -120,6 +120,13 @@ class PageChecks:
             if page_id in report.damaged_pages:
                 report.unrecorded_blocks.pop(page_id, None)
 
+    def note_others(self, tags: Mapping[int, bytes]) -> None:
+        """Say which pages are others than these tags tell, where nothing else of them is wrong."""
+        for row in self._rows:
+            is_same = row.checksum.startswith(tags.get(row.id, b""))
+            if not is_same and row.id not in self._report.damaged_pages:
+                self.damage.note(row.id, ": its row is that of another page")
+
     def _check_group(self, some: Sequence[PageRow], blocks: Sequence[BlockRow]) -> None:
         report, damage = self._report, self.damage
         recorded: dict[int, list[BlockRow]] = {}

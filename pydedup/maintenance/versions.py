@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from pydedup.adapter import LIVE, STAGING, Adapter
 from pydedup.adapter_options import only_sound_rows
-from pydedup.catalog import Catalog, known_versions, point_alias, version_of
+from pydedup.catalog import Catalog, added_as, known_versions, point_alias, version_of
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.maintenance.vacuum import retire_orphans
 from pydedup.names import Address, check_name, parse_address
@@ -92,7 +93,10 @@ def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -
 
 
 def _damaged(adapter: Adapter, address: Address) -> list[int]:
-    """Return the ids of models of a version whose row is damaged, which nobody can read."""
+    """Return the ids of models of a version whose row is damaged, which nobody can read.
+
+    Also of what was added as that version, and is called otherwise for damage.
+    """
     if address.selector is None:
         return []
     found: list[int] = []
@@ -104,6 +108,10 @@ def _damaged(adapter: Adapter, address: Address) -> list[int]:
             found.append(model_id)
 
     with only_sound_rows(adapter, tell):
-        rows = adapter.models(name=address.name, state=None)
+        rows = adapter.models(state=None)
+    wanted = str(address)
+    quoted = json.dumps(wanted)  # there may be thousands of certificates
     of_no_state = [row for row in rows if row.state not in (LIVE, STAGING)]
-    return found + [row.id for row in of_no_state if row.version == address.selector]
+    found += [row.id for row in of_no_state if row.address == wanted]
+    others = [row for row in rows if row.state != STAGING and row.address != wanted]
+    return found + [r.id for r in others if quoted in r.certificate and added_as(r) == wanted]

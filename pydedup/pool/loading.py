@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from pydedup import _core
 from pydedup._core import Page
-from pydedup.codec import check_recorded
+from pydedup.codec import check_recorded, page_checksum
 from pydedup.errors import CorruptStoreError, PageNotFoundError, SchemaVersionError
 
 __all__ = ["Copies", "Damaged", "Fetch", "Fetched", "PageLoader", "ReadInto"]
@@ -58,6 +58,8 @@ class PageLoader:
         Where other copies of a page are to be had when the one that was read is damaged.
     read_into
         Reads pages without a copy; called as ``fetch`` is, which is asked for the rest.
+    expected
+        How the checksums of pages begin, as far as that is known; see `PagePool.expect`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class PageLoader:
         readers: int,
         copies: Copies | None = None,
         read_into: ReadInto | None = None,
+        expected: Mapping[int, bytes] | None = None,
     ) -> None:
         self.largest = _USUAL_PAGE_BYTES  # bytes of the largest page seen, or that of a usual one
         self.waits, self.waited = 0, 0.0  # how often walks had to wait for pages, and seconds
@@ -76,6 +79,7 @@ class PageLoader:
         self._damaged = damaged
         self._copies = copies
         self._read_into = read_into
+        self._expected = {} if expected is None else expected
         self._readers = readers
         self._lock = threading.Lock()
         self._loading: dict[int, threading.Lock] = {}  # held by who loads it
@@ -168,6 +172,8 @@ class PageLoader:
             with contextlib.suppress(CorruptStoreError):
                 for number, checksum, view in self._read_into(ids, _memory):
                     self.largest = max(self.largest, len(view))
+                    if not self._is_expected(number, checksum):
+                        continue
                     with contextlib.suppress(CorruptStoreError, SchemaVersionError):
                         pages[number] = self._core.adopt(number, _behind(view), checksum, ahead)
             ids = [number for number in ids if number not in pages]
@@ -184,7 +190,12 @@ class PageLoader:
     def _insert(self, number: int, recorded: bytes | None, payload: bytes, ahead: bool) -> Page:
         if recorded is not None:
             check_recorded(payload, recorded)
+        if not self._is_expected(number, page_checksum(payload)):
+            raise CorruptStoreError("its row is that of another page")
         return self._core.insert(number, payload, ahead)
+
+    def _is_expected(self, number: int, checksum: bytes) -> bool:
+        return checksum.startswith(self._expected.get(number, b""))
 
     def _from_copy(self, number: int, recorded: bytes | None, ahead: bool) -> Page | None:
         """Return a page from the first copy that is whole."""

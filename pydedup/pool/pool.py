@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, TypeAlias
 
@@ -108,6 +108,7 @@ class PagePool(Walks):
         self._copies = copies
         self._read_into = read_into
         self._explain = explain
+        self._expected: dict[int, bytes] = {}
         self._plans = Plans()
         self._shares = Shares(memory_bytes, scratch_bytes, lambda: self._loader.largest)
         self._start()
@@ -117,7 +118,13 @@ class PagePool(Walks):
         """Begin with nothing in memory and nobody at work: at first, and in a forked child."""
         self._core = _core.BufferPool(self._budget, self._policy)
         self._loader = PageLoader(
-            self._core, self._fetch, self.damaged, self._readers, self._copies, self._read_into
+            self._core,
+            self._fetch,
+            self.damaged,
+            self._readers,
+            self._copies,
+            self._read_into,
+            self._expected,
         )
         self._shares.begin(self._core)
         self._calls = threading.local()
@@ -163,6 +170,22 @@ class PagePool(Walks):
                 for number, page in zip(wanted.tolist(), pages, strict=True)
             ]
         return pages  # type: ignore[return-value]  # no None is left
+
+    def expect(self, tags: Mapping[int, bytes]) -> None:
+        """Refuse other pages under these ids: those whose checksum does not begin so.
+
+        A page never changes, and what was read of it before this was known is looked at again.
+        """
+        new = [page_id for page_id in tags if page_id not in self._expected]
+        if new:
+            self._expected.update((page_id, tags[page_id]) for page_id in new)
+            pages = zip(new, self._core.pin(np.array(new, np.int64), True), strict=True)
+            other = [n for n, page in pages if page and not page.checksum.startswith(tags[n])]
+            self.drop(other)
+
+    def expected(self, page_id: int) -> bytes:
+        """Return how the checksum of a page begins, as far as that is known."""
+        return self._expected.get(page_id, b"")
 
     def warm(self, ids: Sequence[int] | NDArray[np.int64]) -> int:
         """Bring pages in, in order, as many as the budget holds; return how many are here."""

@@ -26,13 +26,14 @@ def change(url: str, statement: str, *values: object) -> None:
 
 
 def forget_maps(url: str) -> None:
-    """Leave a store as one of before certificates told damage of block maps."""
+    """Leave a store as one of before certificates told damage of block maps, and of pages."""
     adapter = registry.connect(url, mode="a")
     try:
         with adapter.transaction():
             for row in adapter.models():
                 certificate = json.loads(row.certificate)
                 assert certificate.pop("maps")
+                assert certificate.pop("pages")
                 adapter.update_model(row.id, certificate=json.dumps(certificate))
     finally:
         adapter.close()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import CorruptStoreError
+from pydedup.catalog import page_tags, tags_in
+from pydedup.errors import CorruptStoreError, DuplicateError, NotFoundError
 from pydedup.graph import Graph, Node
 
 from .damage import change, forget_maps
@@ -135,6 +138,165 @@ def test_pages_in_the_place_of_others(store_url: str, tmp_path: Path) -> None:
         is_there(store, *MODELS)
 
 
+def exchange_rows(url: str, first: int, second: int) -> None:
+    """Exchange all of two pages but their ids."""
+    with pydedup.open(url) as store:
+        checksums = {row.id: row.checksum for row in store._adapter.page_rows()}
+    exchange_pages(url, (first, second), (second, first))
+    for page_id, old in ((first, second), (second, first)):
+        change(url, "UPDATE {pages} SET checksum = ? WHERE id = ?", checksums[old], page_id)
+
+
+def test_whole_rows_of_pages_exchanged(store_url: str, tmp_path: Path) -> None:
+    """Each fits its own checksum: other weights were served, and repacked for good."""
+    fill(store_url)
+    with pydedup.open(store_url, mode="r") as store:
+        store.backup(tmp_path / "before.db")
+        (first,), (second,) = (store._adapter.model_pages(number) for number in (1, 2))
+    exchange_rows(store_url, first[1], second[1])
+    told = rf"page ({first[1]}|{second[1]}): its row is that of another page; read by "
+    for is_known in (False, True):  # by another model that reads the same pages
+        with pydedup.open(store_url) as store:
+            if is_known:
+                store.add("again", MODELS["one"])
+            for work in (
+                lambda: store.load("one"),
+                lambda: store.predict("two", X),
+                lambda: store.tensor("two", "b").matmul(X),
+                lambda: store.export("two", tmp_path / "two.npz"),
+            ):
+                with pytest.raises(CorruptStoreError, match=told):
+                    work()
+            is_there(store, "three")
+    with pydedup.open(store_url) as store:
+        assert store.verify().damaged_pages.keys() == {first[1], second[1]}
+        is_there(store, "three")
+        store.remove("three")
+        with pytest.raises(CorruptStoreError, match=told):
+            store.vacuum()
+        store.add("two", MODELS["two"])  # nothing changed: it reads the same pages
+    with pydedup.open(store_url) as store:
+        with pytest.raises(CorruptStoreError, match=told):
+            store.load("two@2")
+        store.verify(repair_from=tmp_path / "before.db")
+        assert store.verify().ok
+        is_there(store, "one", "two")
+        store.vacuum()
+    with pydedup.open(store_url) as store:
+        is_there(store, "one", "two")
+        assert np.array_equal(store.load("two@1")["a"], MODELS["two"]["a"])
+        assert np.array_equal(store.load("again")["b"], MODELS["one"]["b"])
+
+
+def add_by_workers(url: str, tmp_path: Path) -> str:
+    """Add on two threads, more pages than are written at once."""
+    large = {f"{n}": RNG.standard_normal((512, 512), np.float32) for n in range(24)}
+    with pydedup.open(url) as store:
+        store.add("one", large, workers=2)
+        store.add("two", {key: -array for key, array in large.items()}, workers=2)
+    return url
+
+
+def vacuum(url: str, tmp_path: Path) -> str:
+    """Move what is left of models to other pages."""
+    with pydedup.open(url) as store:
+        for name in ("one", "two"):
+            store.add(name, {**MODELS[name], "c": RNG.standard_normal((64, 64), np.float32)})
+        for name in ("one", "two"):
+            store.add(name, {"a": MODELS[name]["a"]})
+            store.remove(f"{name}@1")
+        assert store.vacuum().repacked_pages
+        store.add("three", MODELS["three"])
+    return url
+
+
+def copy(url: str, tmp_path: Path) -> str:
+    """Copy models to another store."""
+    fill(url)
+    with pydedup.open(url) as store:
+        store.copy_to(tmp_path / "copy.db", ["two", "one"])
+    return f"sqlite:///{tmp_path / 'copy.db'}"
+
+
+def repair(url: str, tmp_path: Path) -> str:
+    """Restore damaged pages."""
+    fill(url)
+    with pydedup.open(url) as store:
+        store.backup(tmp_path / "before.db")
+    exchange_pages(url, (1, 2), (2, 3), (3, 1))
+    with pydedup.open(url) as store:
+        store.verify(repair_from=tmp_path / "before.db")
+        store.add("four", {"a": RNG.standard_normal((64, 64), np.float32)})
+    return url
+
+
+@pytest.mark.parametrize("work", [add_by_workers, vacuum, copy, repair])
+def test_all_that_writes_pages_records_them(
+    work: Callable[[str, Path], str], tmp_path: Path
+) -> None:
+    url = work(f"sqlite:///{tmp_path / 'store.db'}", tmp_path)
+    with pydedup.open(url) as store:
+        assert store.verify().ok
+        page_ids = sorted(row.id for row in store._adapter.page_rows(state="live"))
+    exchange_rows(url, page_ids[0], page_ids[-1])
+    with pydedup.open(url) as store:
+        for model in store.models():
+            store._catalog.model(model.address)
+        for page_id in (page_ids[0], page_ids[-1]):
+            with pytest.raises(CorruptStoreError, match="its row is that of another page"):
+                store._pool.pages([page_id])
+
+
+def test_what_a_repair_does_not_find_stays_damaged(tmp_path: Path) -> None:
+    """What was recorded of its page is not taken anew from the row, which is another's."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with pydedup.open(url) as store:
+        for name, model in MODELS.items():
+            store.add(name, model)
+        store.add("both", {**MODELS["one"], "c": MODELS["two"]["a"]})
+        store.copy_to(tmp_path / "one.db", "one")
+    exchange_rows(url, 1, 2)
+    with pydedup.open(url) as store:
+        assert store.verify(repair_from=tmp_path / "one.db").repair.missing
+    with pydedup.open(url) as store:
+        is_there(store, "one", "three")
+        for name in ("both", "two"):
+            with pytest.raises(CorruptStoreError, match="its row is that of another page"):
+                store.load(name)
+
+
+def test_a_page_that_all_but_its_readers_know_for_what_it_is(
+    store_url: str, tmp_path: Path
+) -> None:
+    """It is refused to them, which `verify` must tell, too; a repair records it anew."""
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        store.backup(tmp_path / "before.db")
+        row = store._adapter.models(name="two")[0]
+        certificate = json.loads(row.certificate)
+        certificate["pages"] = dict.fromkeys(certificate["pages"], "AAAA")
+        with store._adapter.transaction():
+            store._adapter.update_model(row.id, certificate=json.dumps(certificate))
+    with pydedup.open(store_url) as store:
+        told = r"page \d+: its row is that of another page; read by two@1"
+        with pytest.raises(CorruptStoreError, match=told):
+            store.load("two")
+        assert re.match(told, *store.verify().errors)
+        is_there(store, "one", "three")
+        store.verify(repair_from=tmp_path / "before.db")
+    with pydedup.open(store_url) as store:
+        assert store.verify().ok
+        is_there(store, *MODELS)
+
+
+def test_what_is_recorded_of_pages_is_one_entry_for_a_run() -> None:
+    tags = {page_id: bytes([page_id, 0, 255]) for page_id in (7, 3, 4, 5, 100, 101)}
+    assert tags_in(page_tags(tags)) == tags
+    assert page_tags(tags).keys() == {"3", "7", "100"}
+    for nothing in (None, [], "x", 3, {"1": 5}, {"x": "AAAA"}, {"1": "A"}, {}):
+        assert tags_in(nothing) == {}
+
+
 def test_what_a_vacuum_moves_is_recorded(store_url: str, tmp_path: Path) -> None:
     """Also for who read, before, what was recorded."""
     with pydedup.open(store_url) as store, pydedup.open(store_url) as reader:
@@ -180,6 +342,33 @@ def test_models_whose_names_are_exchanged(store_url: str) -> None:
                 store.load(name)
         assert sum("was added as" in error for error in store.verify().errors) == 2
         is_there(store, "three")
+
+
+@pytest.mark.parametrize(("column", "called"), [("version", "two@x"), ("name", "x@1")])
+def test_a_damaged_address_is_removed_by_what_it_was_added_as(
+    column: str, called: str, store_url: str
+) -> None:
+    """An add of it said that it is there and to be removed, which found nothing."""
+    fill(store_url)
+    value = b"x" if "mysql" in store_url else "x"
+    told = {
+        "version": "UPDATE {models} SET version = ? WHERE id = 2",
+        "name": "UPDATE {models} SET name = ? WHERE id = 2",
+    }
+    change(store_url, told[column], value)
+    with pydedup.open(store_url) as store:
+        with pytest.raises(CorruptStoreError, match=f"{called} was added as two@1"):
+            store.load(called)
+        if column == "version":
+            with pytest.raises(DuplicateError, match=r"two@1 .* remove it first"):
+                store.add("two@1", MODELS["two"])
+        with pytest.raises(NotFoundError):
+            store.remove("two@2")
+        assert store.remove("two@1") == ["two@1"]
+        assert store.verify().ok
+        store.add("two@1", MODELS["two"])
+        is_there(store, *MODELS)
+        assert [model.name for model in store.models()] == ["one", "three", "two"]
 
 
 def test_metadata_of_another_model(store_url: str) -> None:

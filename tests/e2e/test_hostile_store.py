@@ -269,3 +269,6 @@ def test_a_version_that_steers_a_terminal_is_escaped_in_errors(
             shown = "".join(traceback.format_exception(told.value))
             assert "m@1\\x1b[2J\\x9b31m\\u202e was" in shown
             assert not set(version[1:]) - set("[2J31m") & set(shown)
+        errors = store.verify().errors
+        assert all(error.isprintable() for error in errors)
+        assert any("m@1\\x1b[2J\\x9b31m\\u202e was" in error for error in errors)

@@ -108,7 +108,7 @@ def rows_of(adapter: Adapter) -> dict[str, Any]:
             {
                 key: said
                 for key, said in json.loads(row.certificate).items()
-                if key not in ("maps", "aliases")
+                if key not in ("maps", "pages", "aliases")
             },
             [(t.ordinal, t.name, t.dtype, t.shape, t.block_shape) for t in tensors],
             adapter.source_hashes(row.id, 0, len(tensors)),
