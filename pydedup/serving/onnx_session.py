@@ -10,6 +10,7 @@ run ourselves (:mod:`pydedup.serving.engine`), which stream.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -29,6 +30,7 @@ from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
 from pydedup.formats.onnx_inputs import OpenedGraph, open_graph
 from pydedup.pool import PagePool, Reservation
+from pydedup.pool.admission import Gate
 from pydedup.serving.engine import Tensors, check_inputs
 from pydedup.serving.predict import as_input, by_name
 from pydedup.serving.tensor import StoredTensor
@@ -38,6 +40,8 @@ __all__ = ["run_onnx"]
 
 #: Graphs that are kept ready, and sessions; the weights are not in them.
 _KEPT = 64
+#: Calls that may be under way at once: more than there are threads.
+_CALLS = 1 << 20
 #: Types of ONNX as sessions name them -> ours.
 _TYPES = {
     "tensor(float)": DType.F32,
@@ -87,6 +91,26 @@ def run_onnx(
         output is no array, or of a type that numpy lacks.
     """
     runner = _runner_of(pool)
+    if model.row.logical_bytes <= pool.memory_bytes:
+        with runner.calls.hold(1), contextlib.suppress(BudgetError):
+            return _run(runner, model, payload, tensor, pool, x)
+    # What others keep as long as they run may have left no room: once more, with nobody beside.
+    with runner.calls.hold(runner.calls.limit):
+        return _run(runner, model, payload, tensor, pool, x)
+
+
+# ---- inside -------------------------------------------------------------------------------------
+
+
+def _run(
+    runner: _Runner,
+    model: StoredModel,
+    payload: bytes,
+    tensor: Tensors,
+    pool: PagePool,
+    x: ArrayLike | Mapping[str, ArrayLike],
+) -> dict[str, NDArray[Any]]:
+    """Do what `run_onnx` promises, as far as other calls leave room for the weights."""
     graph, session = runner.graph(model, payload, tensor, pool)
     inputs = by_name(x, graph.inputs, model.address)
     check_inputs(inputs, graph.inputs)
@@ -119,9 +143,6 @@ def run_onnx(
     return {name: _as_output(value, f"{model.address} gives {name!r}") for name, value in outputs}
 
 
-# ---- inside -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Held:
     """A tensor in memory, as the runtime takes it."""
@@ -150,6 +171,8 @@ class _Runner:
 
     def __init__(self) -> None:
         self.process = os.getpid()
+        #: Where calls are under way, each of which keeps its weights.
+        self.calls = Gate(_CALLS)
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._models: OrderedDict[int, tuple[OpenedGraph, _Session]] = OrderedDict()

@@ -120,11 +120,17 @@ def _concat(node: Node, *parts: _Array) -> _Array:
 
 
 def _mean(node: Node, x: _Array) -> _Array:
-    return np.asarray(real(x).mean(axis=_axes(node, x), keepdims=bool(node.attr("keepdims"))))
+    axes = _axes(node, x)
+    total = real(x).sum(axis=axes, keepdims=bool(node.attr("keepdims")))
+    # Of nothing that is NaN, as torch has it; numpy's own mean warns the user of that.
+    return np.asarray(total / math.prod(x.shape[axis] for axis in axes))
 
 
 def _max(node: Node, x: _Array) -> _Array:
-    return np.asarray(real(x).max(axis=_axes(node, x), keepdims=bool(node.attr("keepdims"))))
+    axes = _axes(node, x)
+    if not all(x.shape[axis] for axis in axes):
+        raise ArgumentError(f"there is no maximum over axis {axes} of shape {x.shape}: it is empty")
+    return np.asarray(real(x).max(axis=axes, keepdims=bool(node.attr("keepdims"))))
 
 
 def _axes(node: Node, x: _Array) -> tuple[int, ...]:

@@ -86,9 +86,10 @@ def test_a_trained_network_is_served(
         filters = store.tensor("bars@shifted", "4.weight")
         assert filters.shape == (24, 12, 3, 3)
         inner = torch.rand(2, 12, 9, 9)
-        direct = filters.conv2d(inner.numpy(), stride=2, padding=1)
-        theirs = nn.functional.conv2d(inner, state["4.weight"], None, 2, 1).numpy()
-        np.testing.assert_allclose(direct, theirs, rtol=1e-4, atol=1e-5)
+        for options in ({}, {"stride": 2, "padding": 1}):
+            direct = filters.conv2d(inner.numpy(), **options)
+            theirs = nn.functional.conv2d(inner, state["4.weight"], **options).numpy()
+            np.testing.assert_allclose(direct, theirs, rtol=1e-4, atol=1e-5)
     adapter = connect_store(f"sqlite:///{tmp_path}/m.db", mode="r")
     with pydedup.Store(adapter, 64 << 10) as store:  # less than `pydedup.open` takes
         tight = store.predict("bars@shifted", x.numpy())

@@ -8,8 +8,10 @@ import os
 import re
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -399,11 +401,35 @@ def test_nothing_keeps_a_store_alive(tmp_path: Path) -> None:
     assert pool() is None
 
 
-def test_weights_make_room_for_those_of_other_models(tmp_path: Path) -> None:
+def three_stacks(folder: Path) -> list[Path]:
+    """Models of 2 MB each."""
     paths = []
-    for number in range(3):  # of 2 MB each
+    for number in range(3):
         weights = {"w": normal(64, 4096), "v": normal(4096, 64), "bias": normal(64)}
-        paths.append(stack(tmp_path, f"{number}.onnx", weights))
+        paths.append(stack(folder, f"{number}.onnx", weights))
+    return paths
+
+
+def test_models_that_do_not_fit_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    paths = three_stacks(tmp_path)
+    wanted = [run(path, x=X) for path in paths]
+    with pydedup.open(tmp_path / "small.db", memory="7MiB") as store:
+        for path in paths:
+            store.add(path.stem, path)
+        began = threading.Barrier(3)
+
+        def predict(first: int) -> None:
+            began.wait()
+            for number in range(first, first + 6):
+                got = store.predict(str(number % 3), X)
+                np.testing.assert_allclose(got, wanted[number % 3], rtol=1e-3, atol=1e-4)
+
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(predict, range(3)))
+
+
+def test_weights_make_room_for_those_of_other_models(tmp_path: Path) -> None:
+    paths = three_stacks(tmp_path)
     with pydedup.open(tmp_path / "small.db", memory="7MiB") as store:
         for path in paths:
             store.add(path.stem, path)

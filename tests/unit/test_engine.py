@@ -99,6 +99,15 @@ def test_operations_without_weights(node: Node, want: Callable[[Any], Any], dtyp
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("axis", [1, [0, 1]])
+def test_nothing_has_the_mean_of_torch_and_no_maximum(axis: Any) -> None:
+    x = np.ones((2, 0, 3), np.float32)
+    with pytest.raises(ArgumentError, match="no maximum over axis"):
+        run_node(unary("max", axis=axis), NOTHING, x)
+    got = run_node(unary("mean", axis=axis), NOTHING, x)  # warnings are errors here
+    np.testing.assert_array_equal(got, torch.from_numpy(x).mean(axis).numpy())
+
+
 @pytest.mark.parametrize("start_axis", [-1, 0, 1])
 def test_one_number_is_flattened_to_a_row(start_axis: int) -> None:
     assert run_node(unary("flatten", start_axis=start_axis), NOTHING, np.float32(3)).tolist() == [3]
